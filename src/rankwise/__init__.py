@@ -1,6 +1,6 @@
 """rankwise: fine-tune a language model with low-rank adapters, wisely.
 
-The names below are the public surface; they load on first use, so that ``import rankwise`` is quick.
+The names in ``__all__`` are the public API. They are imported at first use, so that ``import rankwise`` is quick.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("rankwise.ops")
     if name == "__version__":
-        # What was installed knows it, from the tag that it was built from.
+        # The installed metadata holds the version, which the build took from the git tag.
         return importlib.import_module("importlib.metadata").version("rankwise")
     if name not in _HOMES:
         raise AttributeError(f"module 'rankwise' has no attribute {name!r}")

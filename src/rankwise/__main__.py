@@ -1,4 +1,4 @@
-"""``python -m rankwise``: the command line where the program ``rankwise`` is not on the path."""
+"""``python -m rankwise``: the command line, for when the program ``rankwise`` is not on the PATH."""
 
 from __future__ import annotations
 

@@ -1,19 +1,22 @@
-"""The number of rows in a chunk of the loss and in a batch of answers. Also for the plan: imports no torch."""
+"""The number of rows in a chunk of the loss and in a batch of generated answers.
+
+Imports no torch, so that the memory plan can use it.
+"""
 
 from __future__ import annotations
 
-# Logits of a chunk on a CPU: few enough to stay near its caches, enough rows for an efficient product.
+# Bytes of a chunk's logits on a CPU: few enough to stay near its caches, enough rows for an efficient product.
 CHUNK_BYTES = 32 << 20
-# Rows of such a chunk at least.
+# The least number of rows of a chunk on a CPU.
 SMALLEST_CHUNK = 16
-# On a card a chunk holds whole tiles of a product, enough of them for all its processors; each chunk reads the weight
-# twice. By memory as many as fit, within these bounds.
+# On a GPU a chunk is a whole number of matrix-product tiles, enough to occupy every multiprocessor. Each chunk reads
+# the head's weight twice, so a chunk takes as many rows as fit into these bytes, within the row bounds below.
 CARD_CHUNK_BYTES = 512 << 20
 CARD_TILE = 256
 CARD_ROWS = (1024, 2048)
-# Answers that are written together at the most.
+# The largest number of answers generated together.
 WRITTEN_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
-# Their keys and values on a CPU; on a card a quarter of what is free.
+# Bytes of their key-value cache on a CPU. On a GPU the limit is a quarter of the free memory.
 CACHE_BYTES = 1 << 30
 
 

@@ -1,14 +1,14 @@
 """The settings of a training run. Imports no torch.
 
-``TrainSettings`` is the command line of ``rankwise train`` and the keys of its YAML file. Each option is in one table,
-from which others inherit:
+``TrainSettings`` holds the options of ``rankwise train``, which are also the keys of its YAML file. Each option is
+declared in one table, from which others inherit:
 
     AdapterOptions            an adapter           LoraConfig (both in ``lora_config``)
     └── StepOptions           one training step    the memory plan's ``Workload``, and
-        └── RunOptions        one training run     CompareSettings: equal for all its runs
+        └── RunOptions        one training run     CompareSettings, whose runs share these values
             └── TrainSettings
 
-``PlanSettings`` has StepOptions, and ModelOptions and LengthOptions as RunOptions has.
+``PlanSettings`` inherits StepOptions, ModelOptions and LengthOptions.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Tracker = Literal["wandb", "trackio", "tensorboard", "mlflow"]
 METHODS: tuple[str, ...] = get_args(Method)
 FOUR_BITS = ("qlora", "qdora")
 DORA = ("dora", "qdora")
-# The papers' other methods, which are compared but merge into nothing.
+# Baselines from the papers: `compare` measures them, and they cannot be merged into the base.
 BASELINES = ("bottleneck", "prefix")
 
 # The model that `demo` stands for, and its name on the hub.
@@ -76,7 +76,7 @@ def _peft_init(value: str) -> bool | str:
 
 
 def _checked_init(value: str) -> str:
-    """``pissa:4`` and ``eva:2`` hold a number after a colon; PEFT's names are taken too."""
+    """Check ``--init``: ``pissa:4``, ``eva:2`` and the like, or PEFT's own names. Raises ValueError."""
     try:
         init_of(_peft_init(value))
     except ValueError:
@@ -86,9 +86,9 @@ def _checked_init(value: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions(AdapterOptions):
-    """The options of one training step: its memory depends on them."""
+    """The options of one training step, which determine its memory."""
 
-    # In Python it is LoraConfig's init_lora_weights.
+    # LoraConfig's name for this option is init_lora_weights.
     init: Annotated[
         str,
         AfterValidator(_checked_init),
@@ -112,20 +112,20 @@ class StepOptions(AdapterOptions):
     ] = False
     label_smoothing: Annotated[Share, _training("Label smoothing.")] = 0.0
     packing: Annotated[bool, _training("Fill every row with several examples that do not see each other.")] = False
-    # False: PyTorch's own step: no fused parts, kernels or losses of ours.
+    # False: the step runs in plain PyTorch and transformers, without rankwise's kernels and fused losses.
     fast: Annotated[
         bool,
         _device("Fused operators, own attention on CPUs, no padding, memory kept between steps."),
     ] = True
 
     def lora_config(self, *, use_dora: bool) -> LoraConfig:
-        """The adapter. Raises ConfigError (RW101)."""
+        """The adapter's configuration. Raises ConfigError (RW101) with every wrong field."""
         given = {name: getattr(self, name) for name in ADAPTER}
         return LoraConfig(**given, use_dora=use_dora, init_lora_weights=_peft_init(self.init))
 
 
 class ModelOptions(Settings):
-    """How a model is fetched."""
+    """How a model is downloaded."""
 
     trust_remote_code: Annotated[
         bool,
@@ -148,12 +148,12 @@ class TextOptions(Settings):
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The columns of prompts and completions, in the form that the readers of data take."""
+        """The prompt and completion columns as keyword arguments of the data readers."""
         return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
 
 
 class LengthOptions(Settings):
-    """How many steps a run takes, and in which dtype."""
+    """The number of optimizer steps of a run, and the dtype of its base model."""
 
     gradient_accumulation: Annotated[Batch, _training("Micro-batches per optimizer step.")] = 1
     max_steps: Annotated[Count | None, _training("Optimizer steps; overrides --epochs.")] = None
@@ -162,7 +162,7 @@ class LengthOptions(Settings):
 
 
 class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
-    """The options of ``rankwise train`` that are equal for all runs of a comparison."""
+    """The options of ``rankwise train`` that all runs of a comparison share."""
 
     lr_scheduler_type: Annotated[str, _training("Schedule: linear, cosine, constant, ... (transformers).")] = "linear"
     warmup_steps: Annotated[Whole, _training("Steps over which the learning rate rises from 0.")] = 0
@@ -195,7 +195,7 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
 
 
 class PreferenceOptions(Settings):
-    """What a run learns from, and the options of preferences. An option that the objective does not have stays None."""
+    """The objective, and the options of the preference losses. Options that the objective does not use stay None."""
 
     objective: Annotated[
         Objective,
@@ -222,7 +222,7 @@ class PreferenceOptions(Settings):
 
 
 class ObjectiveOptions(PreferenceOptions):
-    """All options of the objectives."""
+    """The options of every objective."""
 
     reward: Annotated[
         Sequence[str] | None,
@@ -248,7 +248,7 @@ class ObjectiveOptions(PreferenceOptions):
     ] = None
 
 
-# {objective: those of its options that not every objective has}.
+# {objective: the options that apply to it but not to every objective}.
 OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
     "sft": ("label_smoothing", "packing", "prompt_column", "completion_column", "activation_offloading"),
     "dpo": ("beta", "loss_type", "label_smoothing", "activation_offloading"),
@@ -265,7 +265,7 @@ OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
         "completion_column",
     ),
 }
-# trl's names, the default first.
+# {objective: trl's names of its losses, the default first}.
 LOSS_TYPES = {
     "dpo": (
         *("sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -273,32 +273,32 @@ LOSS_TYPES = {
     ),
     "kto": ("kto", "apo_zero_unpaired"),
 }
-# trl's, of dpo and kto: beta; of grpo: answers to a prompt.
+# trl's defaults: beta of dpo and kto, and the number of answers to a prompt of grpo.
 BETA, GENERATIONS = 0.1, 8
-# Of those losses the ones that --label-smoothing acts on.
+# The losses of dpo that --label-smoothing changes.
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
 def check_objective(given: Settings, objective: Objective) -> None:
-    """Raise ConfigError (RW760) for options that the run's objective does not have."""
+    """Raise ConfigError (RW760) for options that were set and do not apply to ``objective``."""
     own, defaults = OBJECTIVE_OPTIONS[objective], given.defaults()
     others = sorted({name for names in OBJECTIVE_OPTIONS.values() for name in names} - set(own))
     idle = [flag(name) for name in others if name in defaults and getattr(given, name) != defaults[name]]
     if idle:
         raise ConfigError(
             "RW760",
-            f"{', '.join(idle)}: no option of --objective {objective}, whose own are "
+            f"{', '.join(idle)} does not apply to --objective {objective}, which takes "
             f"{', '.join(map(flag, own)) or 'none'}; leave it out, or give another objective.",
         )
 
 
-# The rates of `--learning-rate auto`: of adapters, and of a model that trains whole.
+# The learning rates that `--learning-rate auto` tries: for adapters, and for full fine-tuning.
 ADAPTER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FULL_RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
 
 def _checked_search(value: str) -> str:
-    """``auto``, or ``auto:`` and at least two different rates."""
+    """Check that the text is ``auto``, or ``auto:`` and at least two different rates. Raises ValueError."""
     word, colon, given = value.partition(":")
     try:
         rates = [float(rate) for rate in comma_list(given)]
@@ -387,13 +387,13 @@ class TrainSettings(ObjectiveOptions, RunOptions):
 
     @property
     def rate(self) -> float:
-        """``learning_rate``, of a run that has one."""
+        """``learning_rate`` as a number, once the search of ``auto`` has found it."""
         assert not isinstance(self.learning_rate, str), "the rate has been searched for"
         return self.learning_rate
 
     @property
     def searched_rates(self) -> tuple[float, ...]:
-        """The rates that ``--learning-rate auto`` tries, lowest first; none where a rate is given."""
+        """The rates that ``--learning-rate auto`` tries, lowest first; empty where a rate is given."""
         if not isinstance(self.learning_rate, str):
             return ()
         _, _, given = self.learning_rate.partition(":")
@@ -408,24 +408,24 @@ class TrainSettings(ObjectiveOptions, RunOptions):
 
 
 def logging_steps_of(steps: int) -> int:
-    """Steps from one logged loss to the next in a run of ``steps``, where the user does not say."""
+    """The default of ``logging_steps`` for a run of ``steps`` optimizer steps: a tenth, from 1 to 10."""
     return min(10, max(1, steps // 10))
 
 
-# What a word after a method's name sets in `rankwise compare --methods METHOD+WORD`.
+# {word: the options that it sets} for `rankwise compare --methods METHOD+WORD`.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{kind: {"init": kind} for kind in ("pissa", "loftq", "eva", "orthogonal")},
-    # The paper's ratio.
+    # The ratio that the LoRA+ paper recommends.
     "plus": {"loraplus_ratio": 16.0},
     "rslora": {"use_rslora": True},
 }
 
 
 def variant_of(name: str) -> tuple[str, dict[str, Any]]:
-    """``lora+pissa`` as the method and the options of `rankwise train` that its words set.
+    """Split ``lora+pissa`` into the method and the options of `rankwise train` that its words set.
 
-    Raises ValueError for a method or a word that there is not, words that set the same, and words that the method has
-    no use for.
+    Raises ValueError for an unknown method, an unknown word, two words that set the same option, or a word that has no
+    effect on the method.
     """
     method, *words = name.split("+")
     if method not in METHODS:
@@ -443,12 +443,12 @@ def variant_of(name: str) -> tuple[str, dict[str, Any]]:
     return method, options
 
 
-# Options besides AdapterOptions that need an adapter.
+# Options outside of AdapterOptions that need an adapter.
 OF_ADAPTERS = ("init", "loraplus_ratio", "new_tokens")
 
 
 def idle_options(method: str) -> dict[str, tuple[str, ...]]:
-    """{reason: options of `rankwise train`} of those that have no effect on ``method``."""
+    """{reason: options of `rankwise train` that have no effect on ``method``}."""
     idle: dict[str, tuple[str, ...]] = {}
     if method not in FOUR_BITS:
         idle["only qlora and qdora make 4-bit weights"] = ("quant_type", "block_size", "double_quant")

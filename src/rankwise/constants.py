@@ -1,16 +1,16 @@
-"""Numbers that several rooms share. Imports nothing."""
+"""Constants that several packages share. Imports nothing."""
 
 from __future__ import annotations
 
-# The label of a position that is not scored, as PyTorch and transformers have it.
+# The label of a position that the loss ignores, as in PyTorch and transformers.
 IGNORED = -100
-# Weights that share one 4-bit scale.
+# Admitted block sizes: the number of weights that share one 4-bit scale.
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-# First-level scales that share one second-level scale (QLoRA, section 3).
+# Number of first-level scales that share one second-level scale (QLoRA, section 3).
 NESTED_BLOCK = 256
-# Columns of a head that torch's flash attention takes at the most.
+# The largest head size that torch's flash attention accepts.
 FLASH_WIDTH = 256
-# Columns of 16 bits that lie in 16 bytes: to a multiple of it a rank is filled up on a card.
+# Number of 16-bit values in 16 bytes. On a GPU, ranks are padded to a multiple of it.
 ALIGNED = 8
-# Least and most bytes of a dense weight whose memory the native library keeps for the next one.
+# The native library reuses the memory of dense weights between these sizes (bytes).
 KEPT_BYTES = (1 << 20, 256 << 20)

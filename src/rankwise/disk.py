@@ -1,7 +1,7 @@
-"""Write to folders so that a kill, a full disk or a second process leaves nothing half-written. Imports no torch.
+"""Write files and folders so that a kill, a full disk or a second process leaves nothing half-written.
 
-A file and a folder appear whole or not at all, one process at a time writes to a folder, nothing behind a link is
-touched, and an error of the system names the file and what to do.
+Files and folders appear whole or not at all. One process at a time writes to a folder. Symbolic links are never
+followed. An error of the operating system names the file and what to do. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,40 +19,41 @@ from typing import BinaryIO
 from rankwise.errors import RankwiseError, RunError, warn
 
 MOST_TRIES = 1000
-# What ends the name of everything unfinished, as secrets.token_hex(4) makes it.
+# The suffix of unfinished files and folders, made by secrets.token_hex(4), as a regular expression.
 TOKEN = "[0-9a-f]{8}"
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there"),
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
-    errno.ENOTEMPTY: "move away what it holds",
+    errno.ENOTEMPTY: "move its contents away",
 }
 CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The operating system's error in ``error``, which may contain it as text only.
+    """The OSError behind ``error``, or None.
 
-    Libraries written in Rust (tokenizers, safetensors), torch, numpy and ``shutil.copytree`` raise errors of their own.
+    Libraries written in Rust (tokenizers, safetensors), torch, numpy and ``shutil.copytree`` raise exceptions of their
+    own, which hold the operating system's error as text only.
     """
     if isinstance(error, RankwiseError | ConnectionError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return error if error.errno > 0 else None
     if hidden := re.fullmatch("No such file or directory: (.+)", str(error)):
-        # safetensors says so of every file that it cannot open, whatever the system's reason was.
+        # safetensors gives this message for every file that it cannot open, whatever the reason.
         return OSError(errno.EIO, "cannot be opened", hidden[1])
     if mapped := re.search(r"unable to .*file <(.+)>.*\((\d+)\)", str(error)):
         return OSError(int(mapped[2]), os.strerror(int(mapped[2])), mapped[1])
     if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
-        # numpy's tofile, by which gguf writes, does not tell the reason.
+        # numpy's tofile, which gguf uses to write, does not give the reason.
         return OSError(errno.ENOSPC, "the write stopped short")
     found = re.search(r"(\(os error |\[Errno )(\d+)", str(error))
     if found is None:
         return None
     number = int(found[2])
-    # Of other kinds of exceptions and from Python itself it may be an error of the network.
+    # In exceptions of other types, and in those of Python itself, the number may be that of a network error.
     is_rusts = isinstance(error, OSError) and found[1] == "(os error "
     return OSError(number, os.strerror(number)) if is_rusts or number in (*REMEDIES, errno.EIO) else None
 
@@ -60,11 +61,14 @@ def system_error(error: BaseException) -> OSError | None:
 def coded_error(
     error: BaseException, place: Path | None = None, then: str = "or use another folder"
 ) -> RunError | None:
-    """RW551 for an error of the system, None for any other; ``place`` stands where the error names no file."""
+    """RW551 for an error of the operating system, None for any other.
+
+    ``place`` is named where the error names no file; ``then`` ends the sentence with how to continue.
+    """
     found = system_error(error)
     if found is None:
         return None
-    # Of a copy the second name is the target, and the first one the source. What we write into names its file.
+    # In an error of a copy, the first file name is the source and the second the target.
     named = found.filename2 or found.filename or place or "a file or the standard output"
     remedy = REMEDIES.get(found.errno or 0, "check the disk and the path")
     return RunError("RW551", f"{_text(named)}: {(found.strerror or 'it cannot be used').lower()}; {remedy}, {then}.")
@@ -76,7 +80,7 @@ def _text(name: object) -> str:
 
 @contextlib.contextmanager
 def coded_errors(place: Path, then: str) -> Iterator[None]:
-    """Raise errors of the system as RunError (RW551), which says what to do; ``then`` says how to continue."""
+    """Raise errors of the operating system as RunError (RW551); arguments as in ``coded_error``."""
     try:
         yield
     except Exception as error:
@@ -90,9 +94,9 @@ def coded_errors(place: Path, then: str) -> Iterator[None]:
 def hold(folder: Path) -> Iterator[None]:
     """Let no other process write to ``folder``, which need not exist. Raises RunError (RW582) where one does.
 
-    The lock is an empty file beside the folder, so that the folder holds results alone. The system lets go of it when
-    the process dies. A folder whose parent cannot be written is locked itself. Warns RW552 where the file system knows
-    no locks.
+    The lock is an empty file beside the folder, so that the folder holds results alone. The operating system releases
+    the lock when the process dies. Where the parent cannot be written, the folder itself is locked. Warns RW552 where
+    the file system has no locks.
     """
     place = Path(os.path.realpath(folder))
     made = [parent for parent in place.parents if not parent.exists()]
@@ -103,7 +107,7 @@ def hold(folder: Path) -> Iterator[None]:
             yield
         finally:
             try:
-                # Never a file of that name with something in it, which is not ours.
+                # Lock files are empty: one with content is somebody else's and stays.
                 if path is not None and os.fstat(handle).st_size == 0:
                     with contextlib.suppress(OSError):
                         path.unlink()
@@ -111,13 +115,13 @@ def hold(folder: Path) -> Iterator[None]:
                 os.close(handle)
     finally:
         for parent in made:
-            # One that holds something by now stays.
+            # A folder that has content by now stays.
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
 def _locked(place: Path) -> tuple[int, Path | None]:
-    """A handle that holds the lock, and the lock's file; None for the folder itself."""
+    """(file descriptor that holds the lock, path of the lock file); the path is None where the folder is locked."""
     path = place.with_name(f".{place.name}.rankwise-lock")
     tries_left = MOST_TRIES
     while True:
@@ -125,7 +129,7 @@ def _locked(place: Path) -> tuple[int, Path | None]:
         try:
             handle, own = _opened(path, place)
         except FileNotFoundError:
-            # Another process made the parent and has just removed it again; or no file can be made there, as in /proc.
+            # Another process created the parent and has just removed it; or no file can be created there, as in /proc.
             tries_left -= 1
             if not tries_left:
                 raise
@@ -137,7 +141,7 @@ def _locked(place: Path) -> tuple[int, Path | None]:
             raise
         if own is None or _is_still(handle, own):
             return handle, own
-        # The process that held it has removed it: a new file of that name is the lock now.
+        # The process that held the lock has removed its file: a new file of that name is the lock now.
         os.close(handle)
 
 
@@ -155,7 +159,7 @@ def _opened(path: Path, place: Path) -> tuple[int, Path | None]:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         if path.exists():
-            # Another user's.
+            # The lock file belongs to another user.
             return os.open(path, os.O_RDONLY | os.O_NOFOLLOW), path
         if not place.is_dir():
             raise
@@ -169,22 +173,23 @@ def _flock(handle: int, place: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise RunError(
-            "RW582", f"another call of rankwise is at work in {place}; wait for it, or give another folder."
+            "RW582", f"another rankwise process is writing to {place}; wait until it ends, or give another folder."
         ) from None
     except OSError as error:
         if error.errno not in CANNOT_LOCK:
             raise
         warn(
             "RW552",
-            f"{place} cannot be locked ({(error.strerror or 'no reason given').lower()}); start no second call on "
-            "this folder meanwhile.",
+            f"{place} cannot be locked ({(error.strerror or 'no reason given').lower()}); start no second rankwise "
+            "process on this folder until this one ends.",
         )
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file of a temporary name beside ``path``, flushed to disk and renamed at the end: readers see the old or the
-    new one, and nothing of it remains on errors."""
+    """Open a temporary file beside ``path`` that is flushed to disk and renamed to ``path`` at the end.
+
+    Readers see the old or the new content. After an error the temporary file is removed."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with naming(path):
@@ -195,7 +200,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.replace(temporary, path)
             flush(path.parent)
     except BaseException:
-        # Gone where a signal came right after the rename; the first error is the one to tell.
+        # Already renamed where a signal came right after; the first error is the one to raise.
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
@@ -203,11 +208,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let errors of the system name ``path`` where they name no file, as a write does, or its temporary file."""
+    """Make OSErrors name ``path`` where they name no file (as those of a write) or its temporary file."""
     try:
         yield
     except OSError as error:
-        # One without a number holds its reason in its text, which a name would hide.
+        # An OSError without errno holds its reason in its text, which a file name would hide.
         if error.errno is not None and (error.filename is None or path.name in os.path.basename(_text(error.filename))):
             error.filename, error.filename2 = str(path), None
         raise
@@ -233,13 +238,13 @@ def appending(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_strays(folder: Path, names: Iterable[str]) -> None:
-    """Remove the temporary files of killed processes for ``names`` in ``folder``, which is held."""
+    """Remove the temporary files that killed processes left for ``names`` in ``folder``, which the caller holds."""
     for path in strays(folder, names):
         path.unlink(missing_ok=True)
 
 
 def strays(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Temporary files of ``whole_file`` for ``names``, recognised by their whole names."""
+    """The temporary files of ``whole_file`` for ``names``, recognised by their full names."""
     known = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.{TOKEN}")
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in found if known.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
@@ -247,10 +252,10 @@ def strays(folder: Path, names: Iterable[str]) -> list[Path]:
 
 @contextlib.contextmanager
 def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new folder that is renamed to ``output`` at the end, when all of it is on disk. ``output`` is locked meanwhile.
+    """A temporary folder that is flushed to disk and renamed to ``output`` at the end. ``output`` is locked meanwhile.
 
-    After an error nothing of it remains. ``output`` may be an empty folder, or any folder with ``replace``. Raises
-    RunError (RW551) if it cannot be written.
+    After an error the temporary folder is removed. ``output`` may be an empty folder, or any folder with ``replace``.
+    Raises RunError (RW551) if it cannot be written, and what ``hold`` raises.
     """
     output = Path(os.path.realpath(output))
     partial, is_in_place = _partial(output), False
@@ -276,7 +281,7 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _name_final(error: OSError, partial: Path, output: Path) -> None:
-    """Name the files in an error by their final names."""
+    """Replace the temporary path in an error by the final one."""
     for name in ("filename", "filename2"):
         if getattr(error, name) is not None:
             setattr(error, name, _text(getattr(error, name)).replace(str(partial), str(output)))
@@ -296,9 +301,7 @@ def _partial(output: Path) -> Path:
 
 
 def _remove_partials(output: Path) -> None:
-    """Remove the temporary folders of killed processes that wrote or removed ``output``, recognised by their whole
-    names.
-    """
+    """Remove the temporary folders that killed processes left beside ``output``, recognised by their full names."""
     known = re.compile(rf"\.{re.escape(output.name)}\.partial-{TOKEN}")
     for path in list(output.parent.iterdir()):
         if known.fullmatch(path.name) and not path.is_symlink():
@@ -306,22 +309,22 @@ def _remove_partials(output: Path) -> None:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Raise RunError (RW554) for links in the place of our folders and files: their content would lie elsewhere."""
+    """Raise RunError (RW554) where one of ``names`` in ``folder`` is a link: its content would lie elsewhere."""
     links = [name for name in names if (folder / name).is_symlink()]
     if links:
         raise RunError(
             "RW554",
-            f"{folder} holds links in the place of its own folders or files ({', '.join(links)}), which are never "
-            "followed; put there what they point to, or give another --output.",
+            f"{folder} holds links in the place of its own folders or files ({', '.join(links)}), and rankwise follows "
+            "no links; replace each by what it points to, or give another --output.",
         )
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file, or a folder and all in it, the modes of ``open`` and ``mkdir``.
+    """Give a file, or a folder and its contents, the modes that ``open`` and ``mkdir`` would give.
 
-    mkdtemp and safetensors give access to the owner alone, and the user who serves a model is often another one.
+    mkdtemp and safetensors give access to the owner alone, and another user often serves the model.
     """
-    # There is no way to ask for the mask but to set it; meanwhile others' files are private, never open.
+    # The mask can only be read by setting it. Files that other threads create meanwhile are private, never open.
     mask = os.umask(0o077)
     os.umask(mask)
     for item in (path, *(path.rglob("*") if path.is_dir() else ())):
@@ -336,7 +339,7 @@ def flush_tree(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
+    """Flush a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

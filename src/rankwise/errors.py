@@ -1,4 +1,4 @@
-"""Every message that stops or warns, as one tree.
+"""The class tree of every error and warning that rankwise raises.
 
     RankwiseError                   code, message, exit_code
     ├── InputError                  exit 2: the user can correct it
@@ -9,9 +9,9 @@
     │   ├── RunError                RW5xx  output folders, checkpoints, preflight checks; RW7xx several processes
     │   └── QuantizationError       RW6xx  4-bit formats and kernels
     │                               RW7xx  export, serving and other later parts, of the kind that fits
-    ├── InternalError               exit 1: a fault of ours
-    └── Interrupted                 exit 130: stopped by the user, saved
-    RankwiseWarning                 the same codes, and the work goes on
+    ├── InternalError               exit 1: a bug in rankwise
+    └── Interrupted                 exit 130: stopped by the user, after saving
+    RankwiseWarning                 the same codes; the work continues
 
 A code is stable and has a section of its own in ``docs/errors.md``, which ``rankwise explain CODE`` prints.
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 
 class RankwiseError(Exception):
-    """One sentence that says what happened, what was found, and what to do."""
+    """An error whose message is one sentence: what happened, what was found, and what to do."""
 
     exit_code = 1
 
@@ -84,7 +84,7 @@ class RankwiseWarning(UserWarning):
 
 @contextlib.contextmanager
 def heard(tell: Callable[[RankwiseWarning], bool]) -> Iterator[None]:
-    """Call ``tell`` with each of our warnings; warnings for which it returns True are shown as well."""
+    """Call ``tell`` with each RankwiseWarning; a warning for which ``tell`` returns True is also shown."""
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=RankwiseWarning)
         show = warnings.showwarning
@@ -98,27 +98,27 @@ def heard(tell: Callable[[RankwiseWarning], bool]) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: CUDA's own error, Python's, or a RuntimeError of torch's CPU allocator."""
+    """Whether ``error`` means out of memory: torch's OutOfMemoryError, MemoryError, or torch's CPU allocator's."""
     cpu_allocator = "DefaultCPUAllocator" in str(error) and "memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or cpu_allocator
 
 
 def first_line(error: BaseException) -> str:
-    """The message of another library's error, as part of a sentence."""
+    """The first line of another library's error message, for use inside a sentence."""
     try:
         lines = str(error).strip().splitlines()
-    except Exception:  # noqa: BLE001  a class of the user's own may fail to say it
+    except Exception:  # noqa: BLE001  str() of a user's own exception class may fail
         lines = []
     return lines[0].rstrip(".;:") if lines else "no message"
 
 
 def one_line(error: BaseException) -> str:
-    """All that an error of another library says, as part of a sentence."""
+    """Up to 300 characters of another library's error message on one line, for use inside a sentence."""
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def out_of_memory(error: BaseException, changes: str | None = None) -> RunError:
-    """RW550, with the ``changes`` of settings that would fit where they are known."""
+    """RunError RW550. ``changes``: the settings that would fit, where they are known."""
     usual = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
     remedy = f"what would fit, the cheapest first: {changes}" if changes else usual
     return RunError("RW550", f"the memory of the device is full ({first_line(error)}); {remedy}.")

@@ -7,30 +7,31 @@ from decimal import Decimal
 from fractions import Fraction
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-# A number without its sign; 3/4 is one number.
+# A number without its sign. A fraction such as 3/4 is one number.
 PATTERN = re.compile(rf"(?:{DIGITS})(?:\s?/\s?(?:{DIGITS}))?")
 SIGN = re.compile(r"(?P<left>\S?)(?P<gap>\s*)[$£€]?[-\u2212\u2013](?P<space>\s?)[$£€]?\s?$")
-# Characters before a number in which its sign may stand.
+# The number of characters before a number in which its sign may stand.
 SIGN_REACH = 12
-# Characters. A model that repeats a digit writes longer ones, and a fraction of millions of digits takes minutes.
+# Maximum length in characters. A model that repeats a digit writes longer numbers, and a Fraction of millions of
+# digits takes minutes.
 LONGEST_NUMBER = 1000
-# A solution behind ``A:`` that goes on to say what the answer is counts by that.
+# Where the text after ``A:`` itself names the answer by one of these phrases, the phrase decides.
 ANSWER = r"\bfinal answer\b|\banswer\s*(?:is|:|=)"
 MARKERS = (
     re.compile(r"####(?P<rest>[^\n]*)"),
     re.compile(r"\\boxed\s*\{(?P<rest>[^{}\n]*)"),
     re.compile(rf"(?im:{ANSWER}|^\s*A:(?![^\n]*(?:{ANSWER})))(?P<rest>[^\n]*)"),
 )
-# Notes for a calculator in GSM8K's own solutions: 48/2 = <<48/2=24>>24.
+# The calculator annotations in GSM8K's solutions: 48/2 = <<48/2=24>>24.
 CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 
 def extract_answer(text: str) -> Fraction | None:
     r"""The final number of ``text``, or None.
 
-    The first rule that matches: after ``####``; in ``\boxed{}``; after ``answer is``, ``answer:`` or ``A:``, where the
-    number after the line's last equals sign counts; the last number of all. Commas, currency signs, units and a full
-    stop are not part of it.
+    The first rule that matches decides: the number after ``####``; the one in ``\boxed{}``; the one after ``answer
+    is``, ``answer:`` or ``A:``, where the number after the line's last equals sign counts; the last number of the text.
+    Commas, currency signs, units and a final full stop are ignored.
     """
     text = CALCULATOR.sub("", text)
     for marker in MARKERS:
@@ -43,13 +44,13 @@ def extract_answer(text: str) -> Fraction | None:
 
 
 def _first_number(rest: str) -> Fraction | None:
-    """The first number after the last equals sign, or of the whole text without one."""
+    """The first number after the last equals sign; the first of the whole text where there is no equals sign."""
     found = PATTERN.search(rest.rpartition("=")[2]) or PATTERN.search(rest)
     return _value(found) if found else None
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
-    """The number matched, with its sign; None for a division by zero, and for one that is too long to be an answer."""
+    """The matched number with its sign; None for a division by zero or a number too long to be an answer."""
     if len(found[0]) > LONGEST_NUMBER:
         return None
     top, _, bottom = re.sub(r"[^\d./]", "", found[0]).partition("/")

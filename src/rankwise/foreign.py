@@ -1,4 +1,4 @@
-"""Read foreign files within limits: the size, depth, digits and characters of JSON, the size of gzip."""
+"""Read untrusted files within limits: the size, depth, digits and characters of JSON, and the unpacked size of gzip."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from rankwise.errors import RankwiseError
 
 LARGEST_BYTES = 50_000_000
 DEEPEST = 64
-# Digits of a whole number: tokenizers write a maximum length of 10^30, and longer ones fit in no float.
+# Maximum digits of an integer. Tokenizers write a maximum length of 10^30; integers above 10^308 fit in no float.
 LONGEST_NUMBER = 40
-# What gzip may unpack to: so much, and so many times what it takes on disk. Text shrinks to a fifth, zeros 1,000 times.
+# Gzip may unpack to this many bytes plus this many times its packed size. Text shrinks to a fifth, zeros 1,000 times.
 UNPACKED_BYTES, UNPACKED_TIMES = 200_000_000, 50
 
-# What JSON holds between braces, to fill and to read.
+# A JSON object.
 JsonObject = dict[str, Any]
 Fields = Mapping[str, Any]
 T = TypeVar("T")
@@ -34,10 +34,10 @@ T = TypeVar("T")
 def read_json(path: Path, *, largest_bytes: int = LARGEST_BYTES, constants: bool = False) -> Any:
     """The content of a JSON file.
 
-    Raises OSError, or ValueError with the reason: no regular file, too large, or as ``parse_json`` does.
+    Raises OSError, or ValueError with the reason: not a regular file, too large, or one of ``parse_json``.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        # A named pipe would keep its reader waiting.
+        # Reading a named pipe would block.
         raise ValueError("it is not a regular file")
     with open(path, "rb") as file:
         content = file.read(largest_bytes + 1)
@@ -53,10 +53,11 @@ def parse_json(
     halves: bool = False,
     pairs: Callable[..., Any] | None = None,
 ) -> Any:
-    """JSON as Python's own reader gives it. ``constants`` lets NaN and infinities pass, ``halves`` half a surrogate
-    pair, which a model can write; ``pairs`` makes the objects.
+    """The value of a JSON text, as ``json.loads`` gives it.
 
-    Raises ValueError with the reason: no UTF-8, no JSON, nested too deeply, a number out of range, half a character.
+    ``constants`` admits NaN and infinities; ``halves`` admits a lone surrogate, which a model can write; ``pairs`` is
+    the ``object_pairs_hook``. Raises ValueError with the reason: not UTF-8, not JSON, nested too deeply, a number out
+    of range, a lone surrogate.
     """
     text = content.decode("utf-8") if isinstance(content, bytes) else content
     try:
@@ -71,13 +72,13 @@ def parse_json(
         raise ValueError("it is nested too deeply") from None
     _check_depth(found)
     if not halves and ("\\ud" in text or "\\uD" in text):
-        # Such a half is not a character, and nothing that holds it can be written again.
+        # A lone surrogate is not a character, and text that holds one cannot be encoded.
         json.dumps(found, ensure_ascii=False).encode("utf-8")
     return found
 
 
 def unpacked(content: bytes) -> bytes:
-    """The content of gzip data. Raises ValueError with the reason: cut short, not gzip, or far larger than it looks."""
+    """The content of gzip data. Raises ValueError with the reason: truncated, not gzip, or unpacks beyond the limit."""
     limit = UNPACKED_BYTES + UNPACKED_TIMES * len(content)
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
@@ -86,7 +87,7 @@ def unpacked(content: bytes) -> bytes:
         raise ValueError(f"it is cut short or no gzip file ({error})") from None
     if len(found) > limit:
         raise ValueError(
-            f"its {len(content):,} bytes unpack to more than {limit:,}; if that is right, give the unpacked file"
+            f"its {len(content):,} bytes unpack to more than {limit:,}; if that is intended, give the unpacked file"
         )
     return found
 
@@ -99,7 +100,7 @@ def read_object(
     constants: bool = False,
     largest_bytes: int = LARGEST_BYTES,
 ) -> JsonObject:
-    """The object in a JSON file. Raises ``error(code)`` with one sentence that names the file and the fault."""
+    """The object in a JSON file. Raises ``error(code)``, whose message names the file and the fault."""
     try:
         content = read_json(path, constants=constants, largest_bytes=largest_bytes)
     except (OSError, ValueError) as problem:
@@ -110,21 +111,21 @@ def read_object(
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file cannot be read, in one line; the sentence around it names the file."""
+    """Why a file cannot be read, in one line, for use inside a sentence that names the file."""
     return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
 
 
 def checked(kind: type[T], content: Any) -> T:
-    """``content`` as a ``kind``, a dataclass, with every field of its declared type.
+    """``content`` as an instance of the dataclass ``kind``, with every field of its declared type.
 
-    Other fields are left out. Raises ValueError that names the first field at fault.
+    Fields that ``kind`` does not declare are dropped. Raises ValueError that names the first wrong field.
     """
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__} and not an object")
     fields: Any = kind
     model = _strict_model(fields)
     try:
-        # For its errors alone: it would make 12 a 12.0 where a number may have a fraction.
+        # Validated for the errors alone: pydantic would turn 12 into 12.0 where the field is a float.
         model.model_validate(content, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
@@ -133,8 +134,8 @@ def checked(kind: type[T], content: Any) -> T:
 
 
 def wrong_fields(given: Any) -> list[str]:
-    """``r is 0: input should be greater than or equal to 1`` for each field of a dataclass that is not what its type
-    and the bounds beside it say."""
+    """A message such as ``r is 0: input should be greater than or equal to 1`` for each field of a dataclass whose
+    value breaks its annotated type or bounds."""
     kind: Any = type(given)
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(kind)}
     try:
@@ -145,7 +146,7 @@ def wrong_fields(given: Any) -> list[str]:
 
 
 def deepest_faults(error: pydantic.ValidationError) -> list[ErrorDetails]:
-    """The most telling errors: pydantic reports one for each type that a value may have; the deepest one is kept."""
+    """The deepest error of each value: for a union, pydantic reports one error per member type."""
     problems, depths = error.errors(), dict[object, int]()
     for item in problems:
         depths[item["loc"][0]] = max(depths.get(item["loc"][0], 0), len(item["loc"]))
@@ -153,13 +154,13 @@ def deepest_faults(error: pydantic.ValidationError) -> list[ErrorDetails]:
 
 
 def fault(item: ErrorDetails) -> str:
-    """What pydantic found, as the end of a sentence."""
+    """pydantic's message, worded to end a sentence."""
     reason = item["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
     return f"{reason[0].lower()}{reason[1:]}"
 
 
 def _place(location: Sequence[int | str], values: Fields) -> str:
-    """``rank_pattern['q_proj']``; the members of a union, which pydantic names on the way, are left out."""
+    """A pydantic location as ``rank_pattern['q_proj']``, without the union members that pydantic adds to it."""
     name, value = str(location[0]), values[str(location[0])]
     for part in location[1:]:
         if isinstance(part, int) or (isinstance(value, Mapping) and part in value):

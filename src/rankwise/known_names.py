@@ -1,4 +1,4 @@
-"""Option names of other tools and their names here, to give advice where an option does not exist."""
+"""Option names of other tools and rankwise's names for them, for advice where an option does not exist."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "num-generations": ("group-size", "num-samples"),
     "max-completion-length": ("max-new-tokens",),
 }
-# What trl's GRPO has and ours has not, and why.
+# {option of trl's GRPO that rankwise does not have: the reason}.
 REFUSED: dict[str, str] = {
-    "use_vllm": "trl hands vLLM the parameters by name, so it would write without the adapter, or with 4-bit weights "
-    "that it takes for dense ones",
-    "use_transformers_continuous_batching": "trl casts the model that trains to 16 bits for it, and small updates of "
-    "the adapter would be lost",
+    "use_vllm": "trl gives vLLM the parameters by name, so vLLM would generate without the adapter, or would read "
+    "4-bit weights as dense ones",
+    "use_transformers_continuous_batching": "for this option trl casts the trained model to 16 bits, which loses small "
+    "updates of the adapter",
 }
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw_torch": ("adam", "adamw", "adamw_hf"),
@@ -51,14 +51,14 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "paged_adamw_32bit": ("paged_adamw",),
     "lion_32bit": ("lion",),
 }
-# Likeness of two names of which one is the other mistyped; below it, other tools' names mean too many things.
+# Similarity from which a name counts as a typing error of another; below it, names of other tools are ambiguous.
 SLIP = 0.85
 
 
 def close_names(
     name: str, known: Collection[str], table: dict[str, tuple[str, ...]], *, cutoff: float
 ) -> Sequence[str]:
-    """The name for ``name`` among ``known``, typing errors allowed; else the most similar names."""
+    """The options in ``known`` that other tools call ``name``, by ``table`` ({ours: theirs}); else the most similar."""
     meant = [ours for ours, theirs in table.items() if name.lower() in theirs and ours in known]
     called = {other: ours for ours, theirs in table.items() if ours in known for other in theirs}
     slips = difflib.get_close_matches(name, called, n=1, cutoff=SLIP)

@@ -1,4 +1,4 @@
-"""The settings of an adapter: ``AdapterOptions`` of the verbs, and ``LoraConfig``, which uses PEFT's names.
+"""The settings of an adapter: ``AdapterOptions`` of the commands, and ``LoraConfig``, which uses PEFT's names.
 
 Imports no torch.
 """
@@ -39,21 +39,22 @@ _adapter = functools.partial(option, Panel.ADAPTER)
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions:
-    """The options of an adapter: each is one of ``train``, ``compare`` and ``plan`` too."""
+    """The options of an adapter, which ``train``, ``compare`` and ``plan`` inherit."""
 
     # A is (r, in), B is (out, r).
     r: Annotated[Rank, _adapter("Rank of the adapter; width of a bottleneck, length of a prefix.")] = 16
     # s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
     lora_alpha: Annotated[Positive, _adapter("Scale of the adapter: the update is multiplied by alpha / r.")] = 32
-    # On the input of that path; the frozen product never sees it.
+    # Dropout acts on the input of A alone, not on the input of the frozen W.
     lora_dropout: Annotated[Share, _adapter("Dropout on the low-rank path.")] = 0.0
     # A list matches a module's whole name or its end after a dot; a string is a full-match regular expression;
     # "all-linear" is every linear layer but the output head.
     target_modules: Annotated[
         Modules | None, _adapter('Module names, comma-separated; or a regular expression; or "all-linear".')
     ] = ALL_LINEAR
-    # They match like a list of target_modules, and adapt besides those; target_modules=[] adapts experts alone. As in
-    # PEFT exclude_modules, layers_to_transform and layers_pattern leave them alone: a whole name chooses a layer.
+    # Names match as in a list of target_modules. They are adapted in addition to target_modules; target_modules=[]
+    # adapts the experts alone. As in PEFT, exclude_modules, layers_to_transform and layers_pattern do not apply to
+    # them; a parameter's whole name selects one layer.
     target_parameters: Annotated[
         Names | None,
         _adapter(
@@ -61,9 +62,9 @@ class AdapterOptions:
             'with --target-modules "" they alone.'
         ),
     ] = None
-    # They match like target_modules.
+    # Names match as in target_modules.
     exclude_modules: Annotated[Modules | None, _adapter("Module names to leave alone.")] = None
-    # They are saved with the adapter (a new output head, for example). A tied head is untied.
+    # The trained modules (a new output head, for example) are saved with the adapter. A tied head is untied.
     modules_to_save: Annotated[Names | None, _adapter("Modules to train whole, comma-separated.")] = None
     # Kalajdzievski 2023.
     use_rslora: Annotated[bool, _adapter("Scale by alpha / sqrt(r).")] = False
@@ -71,7 +72,7 @@ class AdapterOptions:
     # the adapter's memory, and loses small updates to rounding.
     adapter_dtype: Annotated[AdapterDtype, _adapter("float32, or base for the base model's dtype.")] = "float32"
     bias: Annotated[Bias, _adapter("Biases of the base to train: none, all, or those of adapted layers.")] = "none"
-    # A whole name among the target_modules stands for itself.
+    # It does not restrict a whole module name in target_modules.
     layers_to_transform: Annotated[
         Whole | Sequence[Whole] | None,
         from_text(comma_list),
@@ -93,8 +94,8 @@ class AdapterOptions:
         Field(default_factory=dict),
         _adapter("Another --lora-alpha for some modules, written like --rank-pattern.", metavar="NAME=X,..."),
     ] = dataclasses.field(default_factory=dict)
-    # As in loralib's MergedLinear: {"c_attn": [True, False, True]} adapts q and v of GPT-2 and freezes k. Keys match
-    # like target_modules.
+    # As in loralib's MergedLinear, {"c_attn": [True, False, True]} adapts q and v of GPT-2 and freezes k. Keys match as
+    # in target_modules.
     enable_lora: Annotated[
         Mapping[str, Sequence[bool]],
         from_text(named_parts),
@@ -114,9 +115,9 @@ class Init(NamedTuple):
 
     # default, random, pissa, loftq, eva or orthogonal.
     kind: str
-    # Of pissa: subspace iterations of a randomised SVD; None is an exact one.
+    # pissa: subspace iterations of a randomised SVD; None means an exact SVD.
     niter: int | None = None
-    # Of eva: how many times its rank a layer may get when ranks are redistributed; 1 leaves them.
+    # eva: redistribution may give a layer up to rho times its rank; 1 keeps the ranks.
     rho: float = 1.0
 
 
@@ -127,7 +128,7 @@ _INIT = re.compile(
 
 
 def init_of(value: bool | str) -> Init:
-    """``init_lora_weights``, taken apart. Raises ValueError for a value that PEFT and we do not know."""
+    """Parse ``init_lora_weights``. Raises ValueError for a value that rankwise does not support."""
     if isinstance(value, bool):
         return Init("default" if value else "random")
     found = _INIT.fullmatch(value)
@@ -157,16 +158,16 @@ class LoraConfig(AdapterOptions):
         ConfigError: RW101, with every wrong field in one message.
     """
 
-    # Train a magnitude per output row besides A and B.
+    # DoRA: train a magnitude per output row in addition to A and B.
     use_dora: bool = False
-    # Name of the module list that layers_to_transform counts in, where it is not the first in the path.
+    # Name of the module list whose indices layers_to_transform means, where it is not the first list in the path.
     layers_pattern: str | Sequence[str] | None = None
-    # True: A Kaiming-uniform, B zero, so that training starts at the base model. False: B random too (for tests).
+    # True: A is Kaiming-uniform and B zero, so that training starts at the base model. False: B is random (for tests).
     # "pissa", "pissa_niter_N", "loftq", "eva" and "orthogonal" as in PEFT; "eva_rho_X" is PEFT's eva_config(rho=X), and
     # "eva" alone keeps the ranks (rho=1). ``adapters.inits`` defines them.
     init_lora_weights: Annotated[bool | str, AfterValidator(init_of)] = True
-    # Token ids whose rows of the embedding train, and no others: new tokens. A mapping names embeddings and heads by
-    # their module; a list is the input embedding's. A head of the same weight follows.
+    # Token ids whose embedding rows train, such as those of new tokens; all other rows stay frozen. A list applies to
+    # the input embedding; a mapping gives {module: ids} of embeddings and heads. A tied head shares the trained rows.
     trainable_token_indices: TokenIds | Mapping[str, TokenIds] | None = None
 
     def __post_init__(self) -> None:
@@ -181,7 +182,7 @@ class LoraConfig(AdapterOptions):
 
     @property
     def init(self) -> Init:
-        """``init_lora_weights``, taken apart."""
+        """``init_lora_weights``, parsed."""
         return init_of(self.init_lora_weights)
 
     @property
@@ -203,18 +204,18 @@ class LoraConfig(AdapterOptions):
 
 
 def _with_tuples(value: Any) -> Any:
-    """Lists, sets and ranges as tuples, those in a mapping too."""
+    """``value`` with lists, sets and ranges as tuples, also inside a mapping."""
     if isinstance(value, Mapping):
         return {key: _with_tuples(item) for key, item in value.items()}
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else value
 
 
 def _pattern_problems(config: LoraConfig) -> Iterator[str]:
-    """Regular expressions that do not compile."""
+    """A message for each regular expression that does not compile."""
     patterns = {name: getattr(config, name) for name in ("target_modules", "exclude_modules")}
     named = [(f"{name} is {value!r}", value) for name, value in patterns.items() if isinstance(value, str)]
     layers = config.layers_pattern or ()
-    # As they are matched: flags that stand inside fail there alone.
+    # Compiled inside a group, as they are matched: inline flags such as (?i) fail only there.
     each = [layers] if isinstance(layers, str) else layers
     named += [(f"layers_pattern has {value!r}", f"({value})") for value in each]
     for name in ("rank_pattern", "alpha_pattern"):
@@ -232,7 +233,7 @@ def _init_problems(config: LoraConfig) -> Iterator[str]:
         return
     idle = {"enable_lora": "a part of a fused layer", "target_parameters": "stacked experts"}
     yield from (
-        f"{given} with {name}, and {place} can only start by default"
+        f"{given} with {name}, and {place} can only start with the default initialisation"
         for name, place in idle.items()
         if getattr(config, name)
     )
@@ -259,7 +260,10 @@ def _target_problems(config: LoraConfig) -> Iterator[str]:
             f"{config.target_modules!r}; give the module names as a list"
         )
     if config.layers_pattern and config.layers_to_transform is None:
-        yield f"layers_pattern is {config.layers_pattern!r} and says where layers_to_transform counts; give both"
+        yield (
+            f"layers_pattern is {config.layers_pattern!r} without layers_to_transform, whose module list it names; "
+            "give both"
+        )
     for key, parts in config.enable_lora.items():
         if not any(parts):
             yield f"enable_lora[{key!r}] is {parts!r} and must be a list that enables at least one part"

@@ -1,8 +1,6 @@
-"""The names in a model that an adapter's settings select, by PEFT's rules, and messages about settings that select
-none.
+"""The names in a model that an adapter's settings select by PEFT's rules, and messages about settings that select none.
 
-This module knows names alone and imports no torch: the adapters ask it about a model, the memory plan about a
-config.json.
+This module works on names alone and imports no torch, so that the memory plan can use it on a config.json.
 """
 
 from __future__ import annotations
@@ -24,19 +22,21 @@ LONGEST_MATCH_SECONDS = 0.5
 
 
 def matches(name: str, wanted: str | Sequence[str]) -> bool:
-    """A string is a full-match regular expression; a list matches whole names or their ends after a dot."""
+    """Whether ``wanted`` selects ``name``: a string as a full-match regular expression, a list by whole names or their
+    ends after a dot.
+    """
     if isinstance(wanted, str):
         return _match(wanted, name, regex.fullmatch) is not None
     return any(name == key or name.endswith(f".{key}") for key in wanted)
 
 
 def matches_pattern(key: str, name: str) -> bool:
-    """Whether ``(.*\\.)?(KEY)$`` matches, as in PEFT's rank_pattern and alpha_pattern."""
+    """Whether the expression ``(.*\\.)?(KEY)$`` matches ``name``, as in PEFT's rank_pattern and alpha_pattern."""
     return _match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _match(pattern: str, name: str, how: Callable[..., Any] = regex.match) -> Any:
-    """Match an expression. Raises AdapterError (RW401) if it would not end: it may come from a foreign adapter."""
+    """Match within a time limit, since the pattern may be untrusted. Raises AdapterError (RW401) where it cannot."""
     try:
         return how(pattern, name, timeout=LONGEST_MATCH_SECONDS)
     except (TimeoutError, regex.error) as error:
@@ -47,18 +47,18 @@ def _match(pattern: str, name: str, how: Callable[..., Any] = regex.match) -> An
 
 
 def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    """The value of the first key that matches."""
+    """The value of the first key in ``patterns`` that matches ``name``, else ``default``."""
     return next((value for key, value in patterns.items() if matches_pattern(key, name)), default)
 
 
 def is_in_layers(name: str, config: LoraConfig) -> bool:
-    """Whether ``layers_to_transform`` and ``layers_pattern`` let a target through."""
+    """Whether ``layers_to_transform`` and ``layers_pattern`` admit the target ``name``."""
     wanted = _layers(config)
     return not wanted or _layer_of(name, config) in wanted
 
 
 def suffixes(names: Iterable[str]) -> list[str]:
-    """The different last components of dotted names, in order of appearance."""
+    """The distinct last components of dotted names, in order of appearance."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
 
 
@@ -66,9 +66,9 @@ def suffixes(names: Iterable[str]) -> list[str]:
 class Names:
     """The dotted names in a model."""
 
-    # All modules but the model itself.
+    # All modules except the model itself.
     modules: Collection[str]
-    # The modules that can adapt: linear layers and embeddings.
+    # The modules that can be adapted: linear layers and embeddings.
     adaptable: Collection[str]
     parameters: Collection[str]
     # The parameters that are stacked experts.
@@ -77,21 +77,21 @@ class Names:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """Stacked experts that train neither as a whole nor by an adapter."""
+    """Stacked experts that are neither adapted nor trained whole."""
 
     parameters: int
-    # Parameters of the whole model.
+    # Number of parameters of the whole model.
     total: int
-    # What reaches the experts, with what is named already; empty where no adapter can.
+    # The target_parameters that would adapt the experts, including those already set; empty where no adapter can.
     target_parameters: tuple[str, ...]
 
     def __str__(self) -> str:
         share = 100 * self.parameters / max(1, self.total)
         named = ",".join(self.target_parameters)
         way = (
-            f"LoRA without dropout (methods lora, qlora) reaches them by --target-parameters {named}"
+            f"LoRA without dropout (methods lora, qlora) adapts them with --target-parameters {named}"
             if named
-            else "they compute in a way of their own, which no adapter reaches"
+            else "their forward is not the one that adapters support"
         )
         return (
             f"{self.parameters:,} of the model's {self.total:,} parameters ({share:.1f} %) are stacked experts without "
@@ -102,7 +102,11 @@ class LeftOut:
 def left_out(
     config: LoraConfig, stacks: Mapping[str, int], reachable: Collection[str], adapted: Collection[str], total: int
 ) -> LeftOut | None:
-    """``stacks``: {name of a parameter of stacked experts: its weights}; ``reachable``: those that can adapt."""
+    """The stacked experts that stay frozen, or None where there are none.
+
+    ``stacks``: {name of a parameter of stacked experts: its number of weights}; ``reachable``: those that can be
+    adapted; ``adapted``: those that are; ``total``: parameters of the whole model.
+    """
     missing = {
         name: weights
         for name, weights in stacks.items()
@@ -115,45 +119,47 @@ def left_out(
 
 
 def warn_of_experts(config: LoraConfig, found: LeftOut | None) -> None:
-    """Warn (RW422) that "all-linear" leaves out experts of a mixture."""
+    """Warn (RW422) that "all-linear" does not adapt the experts of a mixture."""
     if found is not None and config.target_modules == ALL_LINEAR and not config.target_parameters:
         warn("RW422", f'target_modules "{ALL_LINEAR}" leaves the experts out: {found}.', stacklevel=3)
 
 
 def ending(name: str) -> str:
-    """The ending of the name of stacked experts: ``mlp.experts.down_proj``."""
+    """The last three components of a stack's name: ``mlp.experts.down_proj``."""
     return ".".join(name.split(".")[-3:])
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One module, with the facts that the rules of targets use. ``kind``: its name in messages; ``outputs``: the
-    output rows of a linear layer.
+    """One module, with the facts that target selection uses.
+
+    ``kind``: its name in messages; ``outputs``: the output rows of a linear layer.
     """
 
     kind: str
     is_linear: bool = False
     is_adaptable: bool = False
-    # The output head, which "all-linear" leaves out.
+    # Whether this is the output head, which "all-linear" leaves out.
     is_head: bool = False
     outputs: int = 0
-    # Why it cannot adapt, where its kind does not say so.
+    # The reason why the module cannot be adapted, where ``kind`` alone does not show it.
     why_not: str = ""
-    # A linear layer that another library quantized: "all-linear" means it too.
+    # Whether this is a linear layer that another library quantized; "all-linear" includes it.
     is_foreign: bool = False
-    # In a part that text does not enter, such as a vision tower: a whole name or an expression chooses it alone.
+    # Whether text never passes through the module, as in a vision tower. Only a whole name or a regular expression
+    # selects such a module.
     is_unread: bool = False
 
 
-# By name, in the model's order.
+# {name: place}, in the model's order.
 Places = Mapping[str, Place]
 
 
 def target_names(config: LoraConfig, places: Places, model: str, *, may_be_none: bool = False) -> list[str]:
-    """Names of the modules to adapt. ``model``: its name in messages.
+    """The names of the modules to adapt. ``model`` is the model's name in messages.
 
-    Raises AdapterError: RW401 nothing matches, RW402 something matches that is not a linear layer or embedding, RW431 a
-    layer that cannot adapt, RW432 one that another library quantized.
+    Raises AdapterError: RW401 where nothing matches (unless ``may_be_none``), RW402 for a match that is neither a
+    linear layer nor an embedding, RW431 for a layer that cannot be adapted, RW432 for one in another library's format.
     """
     matched = [name for name, place in places.items() if _is_target(name, place, config)]
     if not matched and not may_be_none:
@@ -178,7 +184,7 @@ def target_names(config: LoraConfig, places: Places, model: str, *, may_be_none:
 
 
 def warn_of_unread(config: LoraConfig, places: Places) -> None:
-    """Say which layers of a vision tower are left out (RW177): text does not enter them."""
+    """Warn (RW177) that layers of a vision tower, through which text never passes, get no adapter."""
     everywhere = {
         name: dataclasses.replace(place, is_unread=False) for name, place in places.items() if place.is_unread
     }
@@ -186,8 +192,8 @@ def warn_of_unread(config: LoraConfig, places: Places) -> None:
     if names:
         warn(
             "RW177",
-            f"{len(names)} layers that text does not enter get no adapter: {names[0]} and others of the part that "
-            "sees; to adapt them, choose them by whole names or a regular expression.",
+            f"{len(names)} layers that text does not pass through get no adapter: {names[0]} and others of the vision "
+            "part; to adapt them, select them by whole names or a regular expression.",
             stacklevel=3,
         )
 
@@ -200,7 +206,7 @@ def _is_target(name: str, place: Place, config: LoraConfig) -> bool:
         return False
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         return (place.is_linear or place.is_foreign) and not place.is_head and not place.is_unread
-    # As in PEFT a whole name chooses its layer itself.
+    # As in PEFT, layers_to_transform does not restrict a whole name.
     is_list = not isinstance(wanted, str)
     if is_list and name in wanted:
         return True
@@ -223,7 +229,7 @@ def _shown(wanted: str | Sequence[str] | None) -> str:
 
 
 def enabled_parts(config: LoraConfig, name: str, place: Place) -> tuple[bool, ...] | None:
-    """The parts of a fused projection that adapt, or None for a layer that adapts whole. Raises RW403."""
+    """The parts of a fused projection to adapt; None where the whole layer adapts. Raises AdapterError (RW403)."""
     for key, parts in config.enable_lora.items():
         if not matches(name, [key]):
             continue
@@ -249,9 +255,7 @@ def check_enable_lora(config: LoraConfig, names: Collection[str]) -> None:
 
 
 def check_targets(config: LoraConfig, names: Names) -> None:
-    """Raise AdapterError with every target that matches nothing: RW404 where they are in ``modules_to_save`` only,
-    else RW401.
-    """
+    """Raise AdapterError with all targets that match nothing: RW404 if all are in ``modules_to_save``, else RW401."""
     problems = dict(_missing_targets(config, names))
     if problems:
         code = "RW404" if set(problems) == {"modules_to_save"} else "RW401"
@@ -259,10 +263,9 @@ def check_targets(config: LoraConfig, names: Names) -> None:
 
 
 def warn_of_idle(config: LoraConfig, names: Names, adapted: Collection[str], *, targets: bool = False) -> None:
-    """Warn (RW420) about other settings that match nothing, and with ``targets`` about those that ``check_targets``
-    would refuse.
+    """Warn (RW420) about settings that match nothing, other than the targets.
 
-    ``adapted``: the modules and stacks of experts that adapt.
+    ``targets`` adds those that ``check_targets`` refuses. ``adapted``: the modules and stacked experts to adapt.
     """
     idle = [*(_missing_targets(config, names) if targets else ()), *_idle(config, names, adapted)]
     if idle:
@@ -270,7 +273,7 @@ def warn_of_idle(config: LoraConfig, names: Names, adapted: Collection[str], *, 
 
 
 def _missing_targets(config: LoraConfig, names: Names) -> Iterator[tuple[str, str]]:
-    """(setting, the names that match nothing and the closest names)."""
+    """(setting, message with the names that match nothing and the closest names)."""
     yield from _missing_modules(config.target_modules, names)
     if missing := _unmatched(config.target_parameters, names.parameters):
         ends = ", ".join(dict.fromkeys(map(ending, names.stacks)))
@@ -340,7 +343,7 @@ def _listed(items: Iterable[object]) -> str:
 
 
 def _close(missing: Iterable[object], names: Iterable[str]) -> str:
-    """``did you mean q_proj, v_proj?``, or nothing."""
+    """``did you mean q_proj, v_proj?``, or an empty string."""
     known = {name.lower(): name for name in suffixes(names)}
     last = [str(key).rpartition(".")[2].lower() for key in missing]
     close = [known[item] for key in last for item in difflib.get_close_matches(key, known, n=2, cutoff=0.5)]
@@ -363,7 +366,7 @@ def _layer_of(name: str, config: LoraConfig) -> int | None:
 
 
 def _index_in(pattern: str, name: str) -> int | None:
-    # The first index in the path counts; a later one may be an expert's.
+    # The first index in the path is the layer's; a later one may be an expert's.
     found = _match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
     return int(found["index"]) if found else None
 

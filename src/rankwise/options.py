@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 ALL_LINEAR = "all-linear"
 
-# Bounds of numbers, far above what anyone trains: whatever lies below them fits into 64 bits, in products too.
+# Upper bounds, far above any real run, so that values and their products fit into 64 bits.
 MANY = 10**9
 Count = Annotated[int, Field(ge=1, le=MANY)]
 Whole = Annotated[int, Field(ge=0, le=MANY)]
@@ -24,19 +24,19 @@ LONGEST_ROW = 2**22
 Length = Annotated[int, Field(ge=2, le=LONGEST_ROW)]
 Tokens = Annotated[int, Field(ge=1, le=LONGEST_ROW)]
 Rank = Annotated[int, Field(ge=1, le=2**16)]
-# NumPy's.
+# The seeds that NumPy accepts.
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-# Float32 holds it.
+# Below the largest float32, 3.4e38.
 LARGEST_NUMBER = 1e30
 Positive = Annotated[float, Field(gt=0, le=LARGEST_NUMBER)]
 NotNegative = Annotated[float, Field(ge=0, le=LARGEST_NUMBER)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-# Logits divided by less can be infinite.
+# Logits divided by a smaller temperature can overflow to infinity.
 SMALLEST_TEMPERATURE = 1e-4
 
 
 class Panel(enum.StrEnum):
-    """The headings of ``--help``, in their order. Each field names one."""
+    """The headings of ``--help``, in display order. Each option belongs to one."""
 
     MODEL = "Model and data"
     TEXT = "Text of the rows"
@@ -68,10 +68,10 @@ def option(
     repeated: bool = False,
     **rules: Any,
 ) -> Any:
-    """A field of a settings table in the form of the command line. ``rules`` are those of pydantic's ``Field``.
+    """The pydantic ``Field`` of an option, with its help text. ``rules`` are keyword arguments of ``Field``.
 
-    ``metavar`` replaces the value in the help, where the type alone says too little. An ``argument`` is given without a
-    flag; a ``repeated`` option may be given several times.
+    ``metavar`` stands for the value in the help, where the type alone is not clear. An ``argument`` is positional; a
+    ``repeated`` option may be given several times.
     """
     shown: dict[str, Any] = {"panel": panel, "metavar": metavar, "argument": argument, "repeated": repeated}
     return Field(description=description, json_schema_extra=shown, **rules)
@@ -80,14 +80,15 @@ def option(
 class Settings(BaseModel):
     """Base of every settings table: unknown keys are refused, and keys may be spelled with hyphens."""
 
-    # Built at the first use: every --help would wait for all ten. No option means infinity, and `nan` passes no test.
+    # Validators are built at first use, since building all of them would slow down every --help. Infinity and NaN are
+    # refused: no option means infinity, and NaN fails every comparison.
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), defer_build=True, allow_inf_nan=False
     )
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """{option: its default} of the options that need not be given, as ``model_dump(mode="json")`` writes them."""
+        """{option: default} of the options that have a default, as ``model_dump(mode="json")`` writes them."""
         found = {
             name: field.get_default(call_default_factory=True, validated_data={})
             for name, field in cls.model_fields.items()
@@ -97,19 +98,19 @@ class Settings(BaseModel):
 
 
 def flag(name: str) -> str:
-    """``--max-steps`` of the field ``max_steps``."""
+    """The flag of a field: ``--max-steps`` for ``max_steps``."""
     return f"--{name.replace('_', '-')}"
 
 
 def option_words(name: str, value: Any) -> list[str]:
-    """The words of the command line for a value: ``["--r", "8"]``, ``["--no-fast"]``."""
+    """The command-line words that set an option: ``["--r", "8"]``, ``["--no-fast"]``."""
     if isinstance(value, bool):
         return [flag(name if value else f"no_{name}")]
     return [flag(name), spelled(value)]
 
 
 def spelled(value: Any) -> str:
-    """The text that the command line reads as ``value``: ``q_proj,v_proj``, ``c_attn=1:0:1``, ``0.0002``."""
+    """The text that the command line parses to ``value``: ``q_proj,v_proj``, ``c_attn=1:0:1``, ``0.0002``."""
     if isinstance(value, Mapping):
         return ",".join(f"{key}={_part(item)}" for key, item in value.items())
     return ",".join(map(_part, value)) if isinstance(value, list | tuple) else _part(value)
@@ -123,9 +124,9 @@ def _part(value: Any) -> str:
 
 
 def from_text(parse: Callable[[Any], Any]) -> BeforeValidator:
-    """Let ``parse`` read text where the command line or YAML gives it.
+    """A validator that applies ``parse`` to values of the command line and of YAML.
 
-    A dataclass that inherits the field is checked with a context (``foreign.wrong_fields``): its text is no list.
+    Values of a dataclass that inherits the field, which ``foreign.wrong_fields`` checks with a context, are not parsed.
     """
 
     def read(value: Any, info: ValidationInfo) -> Any:
@@ -135,7 +136,7 @@ def from_text(parse: Callable[[Any], Any]) -> BeforeValidator:
 
 
 def comma_list(value: Any) -> Any:
-    """Text becomes a list, split at commas; anything else is left to the check of its type."""
+    """Split text at commas into a list; return any other value unchanged, for the type check."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if isinstance(value, list):
@@ -144,20 +145,20 @@ def comma_list(value: Any) -> Any:
 
 
 def module_list(value: Any) -> Any:
-    """Text with a comma, and a bare module name, become a list: a bare name as a regular expression would match
-    almost nothing. An empty text is the empty list.
+    """Make a list of text with a comma or of a bare module name, which as a full-match regular expression would match
+    almost nothing. Empty text gives the empty list.
     """
     is_text = isinstance(value, str) and (value == ALL_LINEAR or not ("," in value or re.fullmatch(r"\w*", value)))
     return value if is_text else comma_list(value)
 
 
 def text_list(value: Any) -> Any:
-    """One text or path becomes a list of one, commas included."""
+    """Make a list of one from a single text or path, which may contain commas."""
     return (value,) if isinstance(value, str | Path) else value
 
 
 def named_values(value: Any) -> Any:
-    """``q_proj=4,v_proj=8`` as a mapping. A name may hold ``=``, a comma only in a YAML mapping."""
+    """Parse ``q_proj=4,v_proj=8`` into a mapping. A name may contain ``=``; one with a comma needs a YAML mapping."""
     if not isinstance(value, str):
         return value
     pairs = [part.rpartition("=") for part in comma_list(value)]
@@ -167,7 +168,7 @@ def named_values(value: Any) -> Any:
 
 
 def named_parts(value: Any) -> Any:
-    """``c_attn=1:0:1`` as a mapping to switches."""
+    """Parse ``c_attn=1:0:1`` into {name: list of switches}."""
     named = named_values(value)
     if not isinstance(named, Mapping):
         return named
@@ -182,8 +183,8 @@ def _no_tiny_temperature(value: float) -> float:
 
 
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_no_tiny_temperature)]
-# Of draws that must differ.
+# The temperature of sampling whose answers must differ.
 WarmTemperature = Annotated[float, Field(ge=SMALLEST_TEMPERATURE, le=1000)]
 Names = Annotated[Sequence[str], from_text(comma_list)]
-# Names, or a regular expression.
+# A list of names, or a regular expression.
 Modules = Annotated[str | Sequence[str], from_text(module_list)]

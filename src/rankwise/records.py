@@ -1,4 +1,4 @@
-"""The records of a run, to and from JSON. Imports no torch.
+"""The records of a run, written to and read from JSON. Imports no torch.
 
 ``run.json`` is one ``RunRecord``; ``metrics.jsonl`` is one object per logged step and one per evaluation.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# pydantic reads no TypedDict of Python 3.11's own.
+# On Python 3.11, pydantic does not accept typing.TypedDict.
 from typing_extensions import TypedDict
 
 from rankwise.disk import whole_file
@@ -22,28 +22,28 @@ from rankwise.foreign import Fields, JsonObject, checked, parse_json, read_json,
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-# A line for each bad row that was left out: {"set": "train" or "eval", "row", "code", "why"}.
+# One line for each bad row that was left out: {"set": "train" or "eval", "row", "code", "why"}.
 SKIPPED_FILE = "skipped_rows.jsonl"
-# Variables of the environment by which a user says how long threads of OpenMP spin before they sleep.
+# Environment variables that set how long OpenMP threads spin before they sleep.
 WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# What is reckoned with of a line of the metrics.
+# The fields of a metrics line that must be numbers.
 NUMBERS = ("loss", "eval_loss", "learning_rate", "train_seconds")
 
 
 class RateTrial(TypedDict):
-    """A short run at one rate."""
+    """A short run at one learning rate."""
 
     learning_rate: float
     steps: int
-    # On the rows that were kept from the short runs; None where it diverged.
+    # Loss on rows that the short runs did not train on; None where the run diverged.
     loss: float | None
 
 
 class RateSearch(TypedDict):
-    """What ``--learning-rate auto`` tried before the run, in order, and the rate that it took."""
+    """The trials of ``--learning-rate auto``, in order, and the rate that was chosen."""
 
     chosen: float
-    # Training rows that no short run saw.
+    # Number of training rows that no short run trained on.
     rows: int
     seconds: float
     trials: list[RateTrial]
@@ -51,24 +51,24 @@ class RateSearch(TypedDict):
 
 @dataclasses.dataclass
 class RunRecord:
-    """One training run. Times in seconds, memory in bytes; a figure that was not measured is None."""
+    """One training run. Times are in seconds, memory in bytes; a figure that was not measured is None."""
 
     method: str
     seed: int
     # Every option of the run, as given or by default.
     settings: JsonObject
-    # What it learned from: sft, dpo, kto or grpo.
+    # sft, dpo, kto or grpo.
     objective: str = "sft"
     train_loss: float | None = None
     # Evaluation loss before the first step.
     initial_eval_loss: float | None = None
     # Evaluation loss of the adapter that was kept.
     eval_loss: float | None = None
-    # Of an objective with rewards, at the same evaluation: reward_accuracy, reward_margin, ...
+    # At the same evaluation, for an objective with rewards: reward_accuracy, reward_margin, ...
     eval_rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
-    # Tokens that are not padding, over the seconds of the training steps.
+    # Non-padding tokens divided by the seconds of the training steps.
     tokens_per_second: float | None = None
-    # Training examples over the seconds of the training steps; loading and evaluation are left out.
+    # Training examples divided by the seconds of the training steps, without loading and evaluation.
     examples_per_second: float | None = None
     peak_memory_bytes: int | None = None
     predicted_peak_memory_bytes: int | None = None
@@ -85,21 +85,21 @@ class RunRecord:
     data: JsonObject = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     device: JsonObject = dataclasses.field(default_factory=dict)
-    # Processes that trained together, each on a device of its own. Speeds are those of all together, memory that of the
-    # process with the most.
+    # Number of processes that trained together, each on its own device. Speeds are totals over the processes; memory is
+    # the largest of any process.
     devices: int = 1
-    # How several shared the model: ddp or fsdp.
+    # How several processes shared the model: ddp or fsdp.
     strategy: str | None = None
-    # Of LoRA+: the peak rate of each group of parameters.
+    # LoRA+: the peak learning rate of each parameter group.
     learning_rates: dict[str, float] | None = None
-    # With --learning-rate auto; ``settings`` hold the rate that was found, and ``wall_seconds`` leave the search out.
+    # With --learning-rate auto. ``settings`` hold the rate that was found; ``wall_seconds`` exclude the search.
     rate_search: RateSearch | None = None
     # The most bytes of frozen weights that one process holds between steps.
     frozen_bytes: int | None = None
     warnings: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    # What the run wrote into its folder besides the files of every run: --overwrite removes these by name.
+    # Files of this run in addition to those that every run writes; --overwrite removes them by name.
     files: list[str] = dataclasses.field(default_factory=list)
-    # running, finished, interrupted or failed; replaced, while --overwrite removes the run.
+    # running, finished, interrupted, failed, or (while --overwrite removes the run) replaced.
     status: str = "running"
 
     def to_json(self) -> JsonObject:
@@ -110,7 +110,7 @@ class RunRecord:
 
 
 def load_record(folder: Path) -> RunRecord:
-    """The record of a run folder. Raises RunError (RW501) when it is missing or cannot be read."""
+    """The record of a run folder. Raises RunError (RW501) where the record is missing or cannot be read."""
     path = folder / RUN_FILE
     try:
         return checked(RunRecord, read_json(path, constants=True))
@@ -121,14 +121,14 @@ def load_record(folder: Path) -> RunRecord:
 
 
 def record_of(folder: Path | None) -> RunRecord | None:
-    """The record in ``folder``; None where there is none, as beside an adapter from elsewhere."""
+    """The record in ``folder``; None where there is none, as in an adapter folder that another program wrote."""
     return load_record(folder) if folder is not None and (folder / RUN_FILE).is_file() else None
 
 
 def read_metrics(folder: Path) -> Iterator[Fields]:
-    """The lines of ``metrics.jsonl``; a last line cut short by a kill is left out.
+    """The lines of ``metrics.jsonl``, without a last line that a kill cut short.
 
-    Raises RunError (RW501) for a damaged line elsewhere.
+    Raises RunError (RW501) for any other damaged line.
     """
     path = folder / METRICS_FILE
     if not path.is_file():
@@ -142,7 +142,7 @@ def read_metrics(folder: Path) -> Iterator[Fields]:
             if number == len(lines):
                 return
             raise RunError(
-                "RW501", f"{path}, line {number}, is not a line of a run ({reason_of(error)}); remove that line."
+                "RW501", f"{path}, line {number}, is not a metrics line ({reason_of(error)}); remove that line."
             ) from None
 
 
@@ -158,7 +158,7 @@ def _logged(line: Any) -> Fields:
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of ``packages``; those not installed are left out."""
+    """{name: version} of Python and of those ``packages`` that are installed."""
     import platform
     from importlib import metadata
 
@@ -172,19 +172,19 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 
 def write_skipped_rows(folder: Path, data: Mapping[str, Fields]) -> None:
-    """``SKIPPED_FILE`` from a record's ``data``, where rows were left out."""
+    """Write ``SKIPPED_FILE`` from a record's ``data``, if rows were left out."""
     lines = [json.dumps({"set": name, **row}) for name, part in data.items() for row in part.get("skipped", ())]
     if lines:
         write_text(folder / SKIPPED_FILE, "\n".join(lines) + "\n")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON with indent 2, whole or not at all."""
+    """Write JSON with indent 2, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 text, whole or not at all. Half a surrogate pair, which UTF-8 has no bytes for, becomes JSON's escape."""
+    """Write UTF-8 text, whole or not at all. A lone surrogate, which UTF-8 cannot encode, becomes a JSON escape."""
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
@@ -195,7 +195,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Raise RunError (RW503) where ``output`` is not a folder, or neither it nor the folder above it can be written."""
+    """Raise RunError (RW503) where ``output`` is not a folder, or the nearest existing folder cannot be written."""
     if output.exists() and not output.is_dir():
         raise RunError("RW503", f"--output {output} is a file; give a folder.")
     nearest = output
@@ -203,7 +203,7 @@ def check_writable(output: Path) -> None:
         nearest = nearest.parent
     if not nearest.is_dir():
         raise RunError("RW503", f"--output {output} lies below {nearest}, which is a file; give a folder.")
-    # The mode counts for root too, who could write all the same: whoever took the right away meant it.
+    # The mode is respected for root too, who could write all the same: a folder without write bits was meant so.
     no_writers = not nearest.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
     if no_writers or not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError("RW503", f"{nearest} cannot be written; give an --output that can.")
+        raise RunError("RW503", f"{nearest} is not writable; give an --output that is.")

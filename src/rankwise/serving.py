@@ -1,6 +1,6 @@
-"""What each server takes of an adapter: one table for `plan`, `inspect`, the model card, `compare` and `export`.
+"""The adapters that each server accepts: one table for `plan`, `inspect`, the model card, `compare` and `export`.
 
-Read in the servers' sources in November 2026. Imports no torch.
+The facts come from the servers' sources of November 2026. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any, Literal
 
 from rankwise.foreign import Fields
 
-# Values of vLLM's --max-lora-rank. An adapter of any rank up to the flag's value loads.
+# The values that vLLM's --max-lora-rank admits. An adapter of any rank up to the given value loads.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
 AS_IT_IS = "PEFT, as it is"
 GGUF = "llama.cpp and Ollama: `rankwise export --for llama.cpp`"
 ANYWHERE = "merged (`rankwise merge`): anywhere"
 DORA_AS_LORA = (
-    "An export writes DoRA as plain LoRA, and states what that costs. It takes the least rank whose update differs by "
-    "at most 5 % (`--max-error`) and at which the perplexity of rows that were set aside differs by at most 1 %."
+    "An export writes DoRA as plain LoRA and states the error. It takes the least rank at which the update differs by "
+    "at most 5 % (`--max-error`) and the perplexity of held-out rows by at most 1 %."
 )
 BASELINES = {
-    "full": ("anywhere that serves the base: an ordinary model",),
-    "bottleneck": ("nowhere: a baseline, measured for comparison",),
+    "full": ("any server of the base model: the result is an ordinary model",),
+    "bottleneck": ("no server: a baseline, measured for comparison",),
     "prefix": (AS_IT_IS,),
 }
 
@@ -38,24 +38,24 @@ WORDS: dict[Trait, str] = {
     "bias": "trained biases",
     "modules_to_save": "`modules_to_save`",
 }
-# What no low-rank export can carry.
+# The traits that no low-rank export can hold.
 MERGED_ONLY: tuple[Trait, ...] = ("bias", "modules_to_save")
 
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """A program that serves adapters over a base, and the parts of PEFT's format that it refuses."""
+    """A program that serves adapters over a base, and the parts of PEFT's format that it does not support."""
 
     name: str
-    # What `rankwise export` writes for it.
+    # The format that `rankwise export` writes for the server.
     form: Literal["peft", "gguf"]
-    # It stops with an error.
+    # The server stops with an error for these.
     refuses: tuple[Trait, ...] = ()
-    # It answers, and wrongly.
+    # The server ignores these, and gives wrong answers.
     ignores: tuple[Trait, ...] = ()
 
 
-# By the names of `rankwise export --for`.
+# {name in `rankwise export --for`: server}.
 SERVERS: dict[str, Server] = {
     "peft": Server("PEFT", "peft"),
     "vllm": Server("vLLM", "peft", ("dora", *MERGED_ONLY), ("rank_pattern", "alpha_pattern")),
@@ -66,7 +66,7 @@ SERVERS: dict[str, Server] = {
 
 
 def traits_of(config: Fields) -> tuple[Trait, ...]:
-    """The differences of an adapter from plain LoRA with one rank and one alpha, by its ``adapter_config.json``."""
+    """The traits by which an adapter differs from plain LoRA with one rank and alpha, from ``adapter_config.json``."""
     found: dict[Trait, Any] = {
         "dora": config.get("use_dora"),
         "rslora": config.get("use_rslora"),
@@ -80,32 +80,30 @@ def traits_of(config: Fields) -> tuple[Trait, ...]:
 
 
 def refusing(trait: Trait) -> str:
-    """The names of the servers of PEFT's folders that refuse this trait."""
+    """The names of the servers that load PEFT folders and refuse this trait."""
     return " and ".join(server.name for server in SERVERS.values() if server.form == "peft" and trait in server.refuses)
 
 
 def vllm_rank(r: int) -> int | None:
-    """The least value of --max-lora-rank that admits rank ``r``; None beyond the largest."""
+    """The least value of --max-lora-rank that admits rank ``r``; None where ``r`` exceeds the largest."""
     return next((rank for rank in VLLM_RANKS if rank >= r), None)
 
 
 def served(method: str, config: Fields) -> tuple[str, ...]:
-    """Where the result of ``method`` can be served, one line for each way: as it is, by `rankwise export`, or
-    merged.
-    """
+    """How the result of ``method`` can be served, one line for each way: directly, by `rankwise export`, or merged."""
     if method in BASELINES:
         return BASELINES[method]
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
     if any(trait in MERGED_ONLY for trait in traits):
         return AS_IT_IS, f"no server takes {_words(traits, MERGED_ONLY)} beside an adapter", ANYWHERE
     r = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
-    # Of a run's settings: saved on the original weights, pissa's has twice the rank.
+    # ``config`` may be a run's settings. A pissa adapter, saved relative to the original weights, has twice the rank.
     r *= 2 if str(config.get("init", "")).startswith("pissa") else 1
     return AS_IT_IS, _by_folder("vllm", traits, r), _by_folder("sglang", traits, r), GGUF, ANYWHERE
 
 
 def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
-    """`served` for a cell of a table: servers of the adapter, servers of its export, and merged."""
+    """`served` in short, for a table cell: servers of the adapter, servers of its export, and merged."""
     if method in BASELINES:
         return BASELINES[method]
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
@@ -118,7 +116,7 @@ def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
 
 
 def _by_folder(target: str, traits: Sequence[Trait], r: int) -> str:
-    """How a server of PEFT's folders can serve this adapter."""
+    """How a server that loads PEFT folders can serve this adapter."""
     server, flag = SERVERS[target], ""
     if target == "vllm" and r > VLLM_DEFAULT_RANK and "dora" not in traits:
         value = vllm_rank(r)
@@ -138,7 +136,7 @@ def _words(traits: Sequence[Trait], among: Sequence[Trait]) -> str:
 
 
 def served_by(target: str, folder: str, base: str, r: int) -> tuple[str, ...]:
-    """The commands that serve the ``folder`` of `rankwise export --for TARGET`, over the model ``base``."""
+    """The commands that serve the ``folder`` written by `rankwise export --for TARGET`, over the model ``base``."""
     name = Path(folder).name
     flag = f" --max-lora-rank {vllm_rank(r)}" if r > VLLM_DEFAULT_RANK else ""
     commands = {

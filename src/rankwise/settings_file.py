@@ -1,7 +1,7 @@
 """Settings from the command line and the YAML file of ``--config``, which is read within limits.
 
-The file holds plain values, mappings and lists. Anchors are refused: a few bytes of them can stand for gigabytes. A
-date is text, as every option that could hold one is.
+The file may hold plain values, mappings and lists. Aliases are refused, since a few bytes of them can expand to
+gigabytes. A date is read as text, since no option is a date.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def read_settings(
     given: Fields,
     earlier: Callable[[Fields], Fields] | None = None,
 ) -> SettingsT:
-    """Settings from a YAML ``file`` (keys are the long options) overridden by what the command line ``given``.
+    """Settings from a YAML ``file`` (keys are the long options), overridden by ``given`` from the command line.
 
-    ``earlier`` gets both and gives what holds below them, such as the settings of a run that is resumed.
+    ``earlier`` takes both and returns values of lower priority, such as the settings of a run that is resumed.
 
-    Raises ConfigError: RW102 the file cannot be read, RW103 with every wrong or unknown key in one message, RW104 for
-    text that holds no characters.
+    Raises ConfigError: RW102 for a file that cannot be read, RW103 with every wrong or unknown key in one message,
+    RW104 for text with a NUL or a byte that is not UTF-8.
     """
     if file is not None:
         _refuse_half_characters({"config": str(file)})
@@ -59,8 +59,8 @@ def read_settings(
 
 
 def _refuse_half_characters(given: Fields) -> None:
-    """Raise ConfigError (RW104) for a NUL or a byte that is not UTF-8 (Python: a lone surrogate): no path can hold the
-    one, and no record the other."""
+    """Raise ConfigError (RW104) for text with a NUL, which no path can hold, or a byte that is not UTF-8 (in Python a
+    lone surrogate), which no record can hold."""
     for name, value in given.items():
         odd = next((found for text in _texts([name, value]) if (found := _NO_CHARACTER.search(text))), None)
         if odd is not None:
@@ -130,12 +130,12 @@ _PlainLoader.yaml_implicit_resolvers = {
 
 
 def read_settings_file(file: Path) -> JsonObject:
-    """``{key: value}``, the keys with underscores. Raises ConfigError (RW102) for a file that cannot be read."""
+    """``{key: value}``, keys with underscores. Raises ConfigError (RW102) for a file that cannot be read."""
     try:
         with open(file, "rb") as stream:
             text = stream.read(LARGEST_BYTES + 1)
         if len(text) > LARGEST_BYTES:
-            raise ConfigError("RW102", f"the settings file {file} is larger than {LARGEST_BYTES:,} bytes; shorten it.")
+            raise ConfigError("RW102", f"the settings file {file} exceeds {LARGEST_BYTES:,} bytes; shorten it.")
         content = yaml.load(text.decode("utf-8-sig"), _PlainLoader)
     except FileNotFoundError:
         raise ConfigError("RW102", f"there is no settings file {file}; check the path of --config.") from None
@@ -145,7 +145,7 @@ def read_settings_file(file: Path) -> JsonObject:
         reason = (error.strerror or "no reason given").lower()
         raise ConfigError("RW102", f"cannot read the settings file {file}: {reason}; give a file.") from None
     except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-        # An explicit tag on what it does not fit (`!!int ""`) comes as any of these.
+        # An explicit tag on a value that it does not fit (`!!int ""`) raises any of these.
         raise ConfigError("RW102", f"the settings file {file} is not YAML{_where(error)}; correct it there.") from None
     if content is None:
         return {}
@@ -159,9 +159,7 @@ def read_settings_file(file: Path) -> JsonObject:
 
 
 def _where(error: Any) -> str:
-    """``: mapping values are not allowed here, line 2, column 4``; of YAML's two positions the one at which parsing
-    stopped.
-    """
+    """The fault and its place: ``: mapping values are not allowed here, line 2, column 4``, where parsing stopped."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if problem is None and not isinstance(error, yaml.YAMLError):
         problem = f"a value does not fit its tag ({type(error).__name__})"

@@ -1,10 +1,10 @@
-"""Weights files as hostile input: headers are checked before anything is allocated, and pickles are never opened.
+"""Read weights files as untrusted input: check headers before any allocation, and never open a pickle.
 
 A safetensors file is an unsigned 64-bit length N (little-endian), N bytes of JSON, then the tensors' bytes:
 
     {"__metadata__": {str: str}, NAME: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
 
-with offsets counted from the end of the JSON. Imports no torch.
+Offsets are counted from the end of the JSON. Imports no torch.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ AGAIN = "download it again"
 
 
 class TensorInfo(NamedTuple):
-    """The place of one tensor: its bytes are [begin, end) of the file's data section."""
+    """One tensor of the file: its bytes are [begin, end) of the data section."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -71,10 +71,10 @@ class WeightsHeader(NamedTuple):
 
 
 def read_header(path: Path, *, error: type[RankwiseError] = ModelError, code: str = "RW306") -> WeightsHeader:
-    """The checked header of a safetensors file; no tensor is read.
+    """Read and check the header of a safetensors file, without its tensors.
 
-    Raises ``error(code)`` with one sentence that names the file when it is not a safetensors file, is cut short, or its
-    header is not self-consistent: unknown dtypes, shapes that do not fill their bytes, overlaps, gaps, duplicates.
+    Raises ``error(code)``, whose message names the file, where the file is missing, truncated or not safetensors, or
+    the header is inconsistent: unknown dtypes, shapes that do not fit their bytes, overlaps, gaps, duplicates.
     """
     try:
         return _read_header(Path(path))
@@ -90,7 +90,7 @@ def read_header(path: Path, *, error: type[RankwiseError] = ModelError, code: st
 
 
 class Malformed(Exception):
-    """The rest of a sentence that starts with the file's name."""
+    """A malformed file. The message is the rest of a sentence that starts with the file's name."""
 
 
 def _read_header(path: Path) -> WeightsHeader:
@@ -122,7 +122,7 @@ def _refuse_other_formats(start: bytes) -> None:
     if start.startswith(b"version https://git-lfs"):
         raise Malformed("is a Git LFS pointer and not the weights; run `git lfs pull` in its repository")
     is_zip, is_pickle = start.startswith(b"PK\x03\x04"), start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
-    # The last bytes of a real header length are zero, and byte 8 opens the JSON object.
+    # In a real header the last bytes of the length are zero, and byte 8 opens the JSON object.
     if is_zip or (is_pickle and start[8:9] != b"{"):
         raise Malformed(
             "is a pickle under the name of a safetensors file; it is never loaded, since a pickle can run any code: "
@@ -175,7 +175,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _check_layout(tensors: dict[str, TensorInfo], *, data_start: int, size_bytes: int) -> None:
-    """The tensors fill the data section exactly: no overlap, no gap, nothing past the end."""
+    """Check that the tensors fill the data section exactly: no overlap, no gap, nothing past the end."""
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin < position:
@@ -189,13 +189,13 @@ def _check_layout(tensors: dict[str, TensorInfo], *, data_start: int, size_bytes
 
 
 def pickles_in(folder: Path) -> list[Path]:
-    """Files of ``folder`` with names of pickled weights or states, sorted."""
+    """The files in ``folder`` whose names are those of pickled weights or states, sorted."""
     files = sorted(file for file in Path(folder).iterdir() if file.is_file())
     return [file for file in files if file.suffix.lower() in PICKLE_SUFFIXES]
 
 
 def refuse_pickles(folder: Path, *, error: type[RankwiseError] = ModelError, code: str = "RW307") -> None:
-    """Raise ``error(code)`` when ``folder`` offers pickled weights and no safetensors file."""
+    """Raise ``error(code)`` where ``folder`` holds pickled weights and no safetensors file."""
     pickles = [file.name for file in pickles_in(folder)]
     if pickles and not any(Path(folder).glob("*.safetensors")):
         raise pickle_refusal(str(folder), pickles, error=error, code=code)
@@ -204,24 +204,24 @@ def refuse_pickles(folder: Path, *, error: type[RankwiseError] = ModelError, cod
 def pickle_refusal(
     where: str, names: list[str], *, error: type[RankwiseError] = ModelError, code: str = "RW307"
 ) -> RankwiseError:
-    """The error that refuses ``names``, the only weights that ``where`` offers."""
+    """The error for ``names``, the pickled files that are the only weights in ``where``."""
     listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return error(
         code,
-        f"{where} offers its weights as pickle only ({listed}), which is never loaded, since a pickle can run any "
+        f"{where} holds its weights as pickle only ({listed}), which is never loaded, since a pickle can run any "
         "code; take a version with safetensors, or convert it once where you trust its origin: "
         "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER).",
     )
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces."""
+    """The SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_files(paths: Iterable[Path]) -> str:
-    """One hash for several files: of a single file its own, otherwise of the sorted lines ``HASH  NAME``."""
+    """One SHA-256 for several files: that of a single file, or that of the sorted lines ``HASH  NAME``."""
     hashes = {path.name: sha256_of(path) for path in paths}
     if len(hashes) == 1:
         return next(iter(hashes.values()))

@@ -28,7 +28,7 @@ class Mixed(nn.Module):
         ("conv1", "convolution"),
         ("conv2", "convolution"),
         ("attention", "MultiheadAttention"),
-        ("attention.out_proj", "past any layer's forward"),
+        ("attention.out_proj", "without calling a layer's forward"),
     ],
 )
 def test_what_no_adapter_fits_is_refused_with_its_reason(target: str, reason: str) -> None:

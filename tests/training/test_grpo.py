@@ -348,7 +348,7 @@ def test_bad_input_is_one_error(case: str, rewarded: Any, tmp_path: Path) -> Non
 
 
 def test_offloading_is_refused_where_trls_trainer_has_none(rewarded: Any) -> None:
-    with pytest.raises(RankwiseError, match="RW760: --activation-offloading: no option of --objective grpo"):
+    with pytest.raises(RankwiseError, match="RW760: --activation-offloading does not apply to --objective grpo"):
         check_objective(rewarded(activation_offloading=True), "grpo")
 
 

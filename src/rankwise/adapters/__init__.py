@@ -1,4 +1,4 @@
-"""Low-rank adapters: LoRA and DoRA on any base layer, in PEFT's names and PEFT's format."""
+"""Low-rank adapters: LoRA and DoRA on any base layer, with PEFT's names and file format."""
 
 from rankwise.adapters.attached import AdaptedModule, AdapterReport, adapter_config, has_adapter, report
 from rankwise.adapters.checkpoint import hotswap_adapter, load_adapter, load_tensors

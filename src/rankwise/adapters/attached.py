@@ -1,4 +1,4 @@
-"""The adapters of a model and the modules they adapt: values for reports, and the layers in the model."""
+"""The adapters of a model: reports of the modules that they adapt, and iterators over the wrappers in the model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ DEFAULT_NAME = "default"
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedModule:
-    """One module that an adapter changes, or one stack of experts.
+    """One module, or one stack of experts, that an adapter changes.
 
-    For a stack, ``name`` is the parameter's name and the features are those of one expert. ``kind``: LoRA or DoRA,
-    "trained whole" (modules_to_save), or "new tokens" (trainable_token_indices).
+    For a stack, ``name`` is the parameter's name and the features are those of one expert. ``kind``: "LoRA", "DoRA",
+    "trained whole" (modules_to_save) or "new tokens" (trainable_token_indices).
     """
 
     name: str
@@ -41,7 +41,7 @@ class AdaptedModule:
     r: int
     lora_alpha: float
     parts: tuple[bool, ...] | None = None
-    # How many are stacked; None for a module.
+    # Number of experts in a stack; None for a module.
     experts: int | None = None
     # Token ids whose rows train.
     tokens: tuple[int, ...] = ()
@@ -64,13 +64,13 @@ class AdaptedModule:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterReport:
-    """The result of ``add_adapter`` or ``load_adapter``."""
+    """The result of ``add_adapter``, ``load_adapter`` or ``hotswap_adapter``."""
 
     name: str
     modules: tuple[AdaptedModule, ...]
     trainable_parameters: int
     total_parameters: int
-    # Stacked experts of a mixture that neither adapt nor train whole.
+    # Stacked experts of a mixture that are neither adapted nor trained whole.
     left_out: LeftOut | None = None
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class AdapterReport:
 
 
 def report(model: nn.Module, name: str | None = None) -> AdapterReport:
-    """The modules of an adapter (the active one by default) and the model's parameter counts."""
+    """The modules that an adapter (by default the active one) changes, and the model's parameter counts."""
     state, name = state_and_name(model, name)
     config, modules = state.configs[name], []
     for path, layer in adapted_layers(model, name):
@@ -107,7 +107,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def adapter_config(model: nn.Module, name: str | None = None) -> LoraConfig:
-    """The configuration of an adapter, by default the active one."""
+    """The configuration of an adapter, by default the active one. Raises AdapterError (RW407) for an unknown name."""
     state, name = state_and_name(model, name, merged=True)
     return state.configs[name]
 
@@ -127,7 +127,7 @@ def adapted_experts(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptedE
 
 
 def stacks_of(experts: AdaptedExperts, name: str) -> dict[str, StackLora]:
-    """{stack: its low-rank pairs} of an adapter, in the order of the module's parameters."""
+    """{stack: low-rank pairs of its experts} of an adapter, in the order of the module's parameters."""
     adapter = experts.adapter(name)
     found = ((leaf, adapter.of(leaf)) for leaf in own_parameters(experts.base_layer))
     return {leaf: lora for leaf, lora in found if lora is not None}

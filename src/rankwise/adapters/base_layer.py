@@ -1,8 +1,8 @@
-"""What an adapter needs from the layer below it, for every kind of base.
+"""The interface of a base layer to its adapters.
 
-A base is ``nn.Linear``, transformers' ``Conv1D`` (its weight is stored transposed), ``nn.Embedding`` (read as a linear
-layer over one-hot ids: in = vocabulary, out = dimension), or anything else that offers ``in_features``,
-``out_features``, a forward and ``dequantize() -> (out, in)``, such as a 4-bit layer.
+A base is ``nn.Linear``, transformers' ``Conv1D`` (its weight is stored transposed), ``nn.Embedding`` (as a linear layer
+over one-hot ids: in = vocabulary, out = dimension), or any module with ``in_features``, ``out_features``, a forward and
+``dequantize() -> (out, in)``, such as a 4-bit layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rankwise.compat.torch import hooks_around, with_own_parts
 from rankwise.ops.freshness import Key, frozen_key
 from rankwise.quantization.linear import is_conv1d
 
-# Attribute of a module whose forward is ours: the instance's forward before, and the names of what ours finds there.
+# Attribute of a module whose forward rankwise replaced: the former forward, and the names of attributes it added.
 REPLACED = "rankwise_replaced"
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -31,19 +31,19 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-# Subclasses of ``nn.Linear`` in transformers whose forward gives something else than W x + b: routers a tuple of
-# scores, grouped layers one block of W for each group. What an adapter adds would have no place there.
+# Subclasses of ``nn.Linear`` in transformers whose forward does not return W x + b, so that no update can be added:
+# routers return a tuple of scores, grouped layers apply one block of W to each group.
 OTHER_RESULTS = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks, which must see its call."""
+    """Whether the module has hooks, which run only when the module is called."""
     return any(hooks_around(module))
 
 
 def is_own(module: nn.Module) -> bool:
-    """Whether the module computes what its class defines: no hooks, and no forward on the instance but ours or one
-    that moves inputs from another device.
+    """Whether the module computes what its class defines: it has no hooks, and no forward on the instance except
+    rankwise's or one that only moves inputs between devices.
     """
     if has_hooks(module):
         return False
@@ -57,8 +57,8 @@ def is_adaptable(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether this is a linear layer with a readable weight.
 
-    Packed weights of another library without ``dequantize`` are not readable. Layers that are linear by class only
-    (``OTHER_RESULTS``) do not count.
+    Packed weights of another library are readable where ``dequantizer`` knows their format. ``OTHER_RESULTS`` are not
+    linear layers.
     """
     if type(module).__name__ in OTHER_RESULTS or why_not(module):
         return False
@@ -72,21 +72,19 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def why_not(module: nn.Module) -> str:
-    """Why a layer with a weight of its own cannot adapt; "" where it can, or where its class says enough."""
+    """Why a layer with a weight cannot be adapted; "" where it can be, or where its class name is reason enough."""
     if isinstance(module, CONVOLUTIONS):
-        return "is a convolution, whose update is not a product A, B of a layer's input, and no server takes one"
-    # By name, as above: torch gives MultiheadAttention's out_proj a class of its own.
+        return "is a convolution, whose update is not a product B A x, and which no server supports"
+    # By name: torch gives MultiheadAttention's out_proj a class of its own.
     if isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "belongs to torch's MultiheadAttention, which multiplies by its weights past any layer's forward"
+        return "belongs to torch's MultiheadAttention, which uses its weights without calling a layer's forward"
     if stored := foreign_format(module):
         return f"holds its weight as {stored}, which rankwise cannot read"
     return ""
 
 
 def foreign_format(module: nn.Module) -> str:
-    """The weight format of a linear layer that another library quantized; "" for any other module, and for one that can
-    be dequantized.
-    """
+    """The weight format of a linear layer that another library quantized and rankwise cannot dequantize; else ""."""
     if hasattr(module, "dequantize") or dequantizer(module) is not None or not hasattr(module, "in_features"):
         return ""
     packed = next((name for name in PACKED if hasattr(module, name)), "")
@@ -96,7 +94,7 @@ def foreign_format(module: nn.Module) -> str:
     kind = type(weight)
     if kind.__module__.partition(".")[0] not in ("torch", "rankwise"):
         return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
-    # Scales lie beside it.
+    # A weight of 8-bit elements needs scales, which other attributes hold.
     return str(weight.dtype) if weight.dtype.itemsize == 1 else ""
 
 
@@ -107,12 +105,12 @@ def is_quantized(module: nn.Module) -> bool:
 def stored_weight(base: nn.Module) -> Tensor:
     """The base's attribute ``weight``, in its own shape and format."""
     W = base.weight
-    assert isinstance(W, Tensor), "of a layer that adapts"
+    assert isinstance(W, Tensor), "a base has a weight"
     return W
 
 
 def dense_weight(base: nn.Module) -> Tensor:
-    """W as (out, in) in the base's dtype: a view where the layer holds it, a new tensor where it is quantized."""
+    """W as (out, in) in the base's dtype: a view of the layer's weight, or a new tensor where it is quantized."""
     if is_quantized(base):
         layer: Any = base
         return layer.dequantize()
@@ -140,18 +138,20 @@ def weight_dtype(base: nn.Module) -> torch.dtype:
 
 
 def weight_device(base: nn.Module) -> torch.device:
-    # Layers of other libraries keep packed weights in buffers.
+    # Layers of other libraries may keep packed weights in buffers.
     return next(itertools.chain(base.parameters(), base.buffers())).device
 
 
 def weight_key(base: nn.Module) -> Key:
-    """Changes whenever the base's weight is replaced, written to, moved or read in another dtype."""
+    """A key that changes whenever the base's weight is replaced, written to, moved or cast."""
     W = stored_weight(base)
     return *frozen_key(W), weight_dtype(base), W.device
 
 
 def with_weight(base: nn.Module, W: Tensor) -> nn.Module:
-    """A plain layer like ``base`` that holds W (out, in): same class (``nn.Linear`` for a quantized one), same bias."""
+    """A plain layer that holds W (out, in), with the class of ``base`` (``nn.Linear`` where it is quantized) and its
+    bias.
+    """
     if is_quantized(base):
         layer: Any = base
         return layer.dense_layer(W) if hasattr(base, "dense_layer") else _linear(W, getattr(base, "bias", None))

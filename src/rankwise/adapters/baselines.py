@@ -1,8 +1,8 @@
-"""The two baselines that are not low-rank adapters: adding them to a model, and their files.
+"""Add the two baselines that are not low-rank adapters to a model, save them and load them.
 
-``prefix`` is saved in PEFT's format (``prompt_embeddings``: (P, 2 layers heads head size), keys and values of each
-layer in turn). PEFT has no bottleneck adapters; theirs is ``adapter_config.json`` with ``peft_type: BOTTLENECK``, which
-PEFT refuses by name, and one tensor per parameter.
+``prefix`` is saved in PEFT's format: ``prompt_embeddings`` (P, 2 * layers * heads * head size), the keys and values of
+each layer in turn. PEFT has no bottleneck adapters; they are saved as one tensor per parameter, and their
+``adapter_config.json`` has ``peft_type: BOTTLENECK``, which PEFT refuses.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from rankwise.errors import AdapterError, ConfigError
 from rankwise.foreign import JsonObject
 from rankwise.records import write_bytes, write_json
 
-# Under which the model holds what trains, so that optimizers and devices find it.
+# The attribute of the model that holds the trained module, so that it is among the model's parameters.
 ATTRIBUTE = "rankwise_baseline"
 TYPES = {"prefix": "PREFIX_TUNING", "bottleneck": "BOTTLENECK"}
 
 
 def add_baseline(model: nn.Module, method: str, size: int) -> int:
-    """Put the baseline on the frozen model, in place. Returns the number of trained parameters.
+    """Freeze the model and add the baseline, in place. Returns the number of trained parameters.
 
     ``size``: width of the bottlenecks, or length of the prefix. Raises ConfigError as ``add_bottleneck`` and
     ``add_prefix`` do.
@@ -42,7 +42,7 @@ def has_baseline(model: nn.Module) -> bool:
 
 
 def save_baseline(model: nn.Module, folder: Path) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors``."""
+    """Write the model's baseline as ``adapter_config.json`` and ``adapter_model.safetensors`` into ``folder``."""
     part = getattr(model, ATTRIBUTE)
     is_prefix = isinstance(part, Prefix)
     tensors = _prompt_embeddings(part) if is_prefix else _plain(part)
@@ -59,7 +59,7 @@ def save_baseline(model: nn.Module, folder: Path) -> None:
 
 
 def load_baseline(model: nn.Module, folder: Path) -> None:
-    """Put the baseline of ``folder`` on the model. Raises ConfigError (RW172) when the folder holds none or it does
+    """Add the baseline in ``folder`` to the model, frozen. Raises ConfigError (RW172) where there is none, or it does
     not fit.
     """
     try:
@@ -67,7 +67,9 @@ def load_baseline(model: nn.Module, folder: Path) -> None:
         method = {name: method for method, name in TYPES.items()}[config["peft_type"]]
         size = int(config["num_virtual_tokens" if method == "prefix" else "width"])
     except (AdapterError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError("RW172", f"{folder} holds no bottleneck or prefix adapter: {error!r}.") from None
+        raise ConfigError(
+            "RW172", f"{folder} holds no bottleneck or prefix adapter ({error!r}); give the folder of a run."
+        ) from None
     add_baseline(model, method, size)
     load_baseline_weights(model, folder)
     getattr(model, ATTRIBUTE).requires_grad_(False)
@@ -75,7 +77,7 @@ def load_baseline(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def load_baseline_weights(model: nn.Module, folder: Path) -> None:
-    """Copy the tensors that ``save_baseline`` wrote into the live parameters. Raises ConfigError (RW172) when they
+    """Copy the tensors that ``save_baseline`` wrote into the model's parameters. Raises ConfigError (RW172) where they
     do not fit.
     """
     part = getattr(model, ATTRIBUTE)

@@ -4,8 +4,8 @@ After the attention and after the feed-forward sublayer of every block, before t
 
     h  <-  h + W_up gelu(W_down h + b_down) + b_up
 
-with W_down (width, d) and W_up (d, width) zero, so that training starts at the base model. The paper trains the layer
-norms besides; here the base stays frozen, as in later work (Pfeiffer et al. 2021). Unlike LoRA it cannot be merged.
+with W_down (width, d), and W_up (d, width) zero at the start, so that training starts at the base model. The paper also
+trains the layer norms; here the base stays frozen, as in Pfeiffer et al. 2021. Unlike LoRA, it cannot be merged.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch.nn.functional import gelu, linear
 from rankwise.adapters.base_layer import weight_device
 from rankwise.errors import ConfigError
 
-# What sublayers of a block are called in transformers.
+# The names of a block's sublayers in transformers.
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
 class Bottleneck(nn.Module):
-    """``h + W_up gelu(W_down h + b_down) + b_up`` in float32 parameters, computed in the dtype of ``h``."""
+    """``h + W_up gelu(W_down h + b_down) + b_up`` with float32 parameters, computed in the dtype of ``h`` (..., d)."""
 
     def __init__(self, d: int, width: int, device: torch.device) -> None:
         super().__init__()
@@ -45,8 +45,7 @@ class Bottleneck(nn.Module):
 
 
 def add_bottleneck(model: nn.Module, width: int) -> nn.ModuleDict:
-    """Freeze ``model`` and put two bottlenecks into every block. Returns them by the sublayer's path, with slashes for
-    dots.
+    """Freeze ``model`` and add two bottlenecks to every block. Returns {sublayer's path with "/" for ".": bottleneck}.
 
     Raises ConfigError (RW170) for a model whose blocks have no sublayers of known names.
     """
@@ -76,7 +75,7 @@ def sublayers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _after(bottleneck: Bottleneck) -> Any:
-    """A forward hook. Attention gives a tuple with its output first, a feed-forward layer a tensor."""
+    """A forward hook. Attention returns a tuple with its output first, a feed-forward layer returns a tensor."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):

@@ -1,9 +1,8 @@
-"""Adapter folders in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``, both ways.
+"""Read adapter folders in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Shapes in the file: lora_A (r, in), lora_B (out, r), lora_magnitude_vector (out,), lora_embedding_A (r, vocabulary),
 lora_embedding_B (dim, r); of E stacked experts lora_A (E r, in) and lora_B (out, r E), see ``adapters.experts``. A
-partly adapted fused projection is one LoRA of rank n r (see ``adapters.fused``); which parts adapt stands in the
-metadata.
+partly adapted fused projection is one LoRA of rank n r (see ``adapters.fused``); the metadata name the adapted parts.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ from rankwise.lora_config import LoraConfig
 from rankwise.quantization.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
-BELONGS_ON_FOUR_BITS = "so it answers the rounding of a 4-bit base, which dense weights do not have"
+BELONGS_ON_FOUR_BITS = "so it corrects the rounding of a 4-bit base, which dense weights do not have"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +81,11 @@ class AdapterFile:
 
 
 def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME) -> AdapterFile:
-    """Read a PEFT folder for ``model``, which may be on the meta device. Only its embedding may grow, by new tokens.
+    """Read and check a PEFT folder for ``model``, which may be on the meta device.
 
-    Raises AdapterError: RW409 files that cannot be read, RW410 a configuration that cannot be used, RW411 with
-    every tensor that does not fit this model, RW412 values that are not finite, and those of ``add_adapter``.
+    The model does not change, except that its embedding grows for new tokens of the adapter. Raises AdapterError: RW409
+    for files that cannot be read, RW410 for an unsupported configuration, RW411 with every tensor that does not fit
+    this model, RW412 for values that are not finite, and those of ``add_adapter``.
     """
     folder = Path(folder)
     config, header = read_folder(folder)
@@ -99,9 +99,7 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
 
 
 def read_folder(folder: Path) -> tuple[LoraConfig, WeightsHeader]:
-    """The contents of an adapter folder, before there is a model to check them against. Raises AdapterError (RW409,
-    RW410).
-    """
+    """The configuration and the weights header of an adapter folder. Raises AdapterError (RW409, RW410)."""
     document = read_config(folder)
     refuse_pickles(folder, error=AdapterError, code="RW409")
     header = read_header(folder / WEIGHTS_FILE, error=AdapterError, code="RW409")
@@ -120,8 +118,8 @@ def load_adapter(
         trainable: Whether the adapter trains.
 
     Raises:
-        AdapterError: For a folder that cannot be read or does not fit, as ``read_adapter`` says. The model is then
-            unchanged.
+        AdapterError: RW409 to RW412 for a folder that cannot be read or does not fit, and those of ``add_adapter``. The
+            model is then unchanged, except that its embedding may have grown for new tokens.
 
     Warns (RW433) of LoftQ's adapter over a base that is not 4-bit.
     """
@@ -139,11 +137,12 @@ def load_adapter(
 
 
 def hotswap_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> AdapterReport:
-    """Give a loaded adapter (the active one by default) the values of a PEFT folder, in place.
+    """Copy the values of a PEFT folder into a loaded adapter (by default the active one), in place.
 
-    As PEFT's function of this name: the tensors stay where they are, so that what was compiled is not compiled anew.
-    The folder adapts the same modules by the same ranks; another scale s' goes into B, as (s'/s) B. Nothing changes
-    when it raises: AdapterError RW407, RW408, RW623 for another shape, and those of ``read_adapter``.
+    As with PEFT's function of this name, the parameters keep their memory, so that a compiled model is not recompiled.
+    The folder must adapt the same modules with the same ranks. A different scale s' is folded into B, as (s'/s) B.
+    Raises AdapterError: RW407, RW408, RW623 for other modules, ranks or kind, and those of ``load_adapter``; the
+    adapter is then unchanged.
     """
     from accelerate.utils import extract_model_from_parallel
 
@@ -157,9 +156,9 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, *, name: str | None = 
     if other:
         raise AdapterError(
             "RW623",
-            f"the adapter in {folder} cannot take the place of {name!r}, which differs in {some_of(sorted(other))}: "
-            "modules, ranks and kind (LoRA or DoRA) have to be the same, and weights of the base stay as they are; "
-            "load it beside with load_adapter, and switch with set_adapter.",
+            f"the adapter in {folder} cannot replace {name!r}, which differs in {some_of(sorted(other))}: "
+            "modules, ranks and kind (LoRA or DoRA) must be the same, and neither may replace weights of the base; "
+            "load it as another adapter with load_adapter, and switch with set_adapter.",
         )
     was = {item.name: item for item in here}
     modules = dict(base_modules(model))
@@ -181,7 +180,7 @@ def _keys_of(base: nn.Module, item: AdaptedModule, planned: list[AdaptedModule],
 
 @torch.no_grad()
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
-    """Copy tensors, keyed and shaped as in PEFT's file, into an adapter that is already in place."""
+    """Copy tensors, with the keys and shapes of PEFT's file, into an adapter of the model."""
     state, name = state_and_name(model, name)
     if state.configs[name].init.kind == "pissa":
         tensors = {**tensors, **_own_ranks(model, tensors, name)}
@@ -201,9 +200,9 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | No
 
 
 def _own_ranks(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The trained A and B of PiSSA's [A; A_0] and [B, -B_0]; the layers take over A_0 and B_0 as stored.
+    """The trained A and B of PiSSA's [A; A_0] and [B, -B_0]; the stored A_0 and B_0 are copied into the layers.
 
-    Raises AdapterError (RW428) where A_0 and B_0 were not taken out of this model's weights.
+    Raises AdapterError (RW428) where A_0 and B_0 differ from the pair that was subtracted from this model's weights.
     """
     found: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model, name):
@@ -216,13 +215,13 @@ def _own_ranks(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> di
             continue
         A_0, B_0 = A_0.to(origin.A), -B_0.to(origin.B)
         if not (torch.equal(A_0, origin.A) and torch.equal(B_0, origin.B)):
-            # Vectors may differ in sign between machines; their product does not.
+            # Singular vectors may differ in sign between machines; their product does not.
             now, then = (origin.B.float() @ origin.A.float()), (B_0.float() @ A_0.float())
             if not (now - then).norm() <= 1e-3 * now.norm():
                 raise AdapterError(
                     "RW428",
-                    f"the stored adapter began at other singular vectors of {path} than this model has; go on with the "
-                    "same base, init and seed.",
+                    f"the stored adapter started from other singular vectors of {path} than this model's; continue "
+                    "with the same base, init and seed.",
                 )
             origin.A.copy_(A_0)
             origin.B.copy_(B_0)
@@ -230,7 +229,7 @@ def _own_ranks(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> di
 
 
 def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: AdapterState, name: str) -> None:
-    """Use an embedding or a head from the adapter's folder in place of the base's while the adapter is active."""
+    """Let an embedding or a head from the adapter's folder replace the base's while the adapter is active."""
     trained_whole = {f"{PREFIX}{path}.weight" for path, _ in trained_copies(model, name)}
     at_work = is_at_work(state, name)
     for key, weight in end_weights(model).items():
@@ -245,7 +244,7 @@ def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: Ad
 
 
 def end_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The base's embedding and output head under the keys by which PEFT saves them beside an adapter on them."""
+    """{key: weight} of the base's embedding and output head, under the keys with which PEFT saves them."""
     ends = model_end(model, "input"), model_end(model, "output")
     weights = {path: module.weight for path, module in base_modules(model) if any(module is end for end in ends)}
     return {f"{PREFIX}{path}.{way}weight": W for path, W in weights.items() for way in ("", "base_layer.")}  # type: ignore[misc]
@@ -261,7 +260,7 @@ def _compact(key: str, tensor: Tensor, layer: AdaptedLayer, name: str) -> Tensor
     if B is None:
         raise AdapterError(
             "RW411",
-            f"{key} is not zero outside the parts {list(adapter.parts)} that its file says are adapted.",
+            f"{key} is not zero outside the adapted parts {list(adapter.parts)} that its file names; save it again.",
         )
     return B
 
@@ -328,7 +327,7 @@ def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[Adapted
 
 
 def stack_keys(experts: nn.Module, item: AdaptedModule, planned: list[AdaptedModule]) -> dict[str, str]:
-    """{key in PEFT's file: lora_A or lora_B} of a stack, given the other planned stacks of the same module."""
+    """{key in PEFT's file: lora_A or lora_B} of a stack. ``planned`` has the other stacks of the same module."""
     beside = [other.leaf for other in planned if other.experts is not None and other.path == item.path]
     start = peft_keys(f"{PREFIX}{item.path}", ordered_stacks(experts, beside))[item.leaf]
     return {f"{start}lora_A.weight": "lora_A", f"{start}lora_B.weight": "lora_B"}

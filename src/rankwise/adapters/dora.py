@@ -1,6 +1,6 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5):  y = g * (W x + s B A drop(x)) + b,  g = m / ||W + s B A||.
 
-The norm is per output row and a constant in the backward pass (section 4.3 of the paper).
+The norm is taken per output row and is a constant in the backward pass (section 4.3 of the paper).
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from rankwise.quantization.linear import Linear4bit, features
 
 
 class Dora(LowRankPair):
-    """The low-rank pair and the row magnitudes.
+    """DoRA: a low-rank pair and the magnitude of each output row.
 
-    magnitude (out,); with ``parts`` it covers the enabled rows only, and the others keep their own norm, so that their
-    gain is 1.
+    magnitude (out,); with ``parts`` it covers the enabled rows only, and the gain of all other rows is 1.
     """
 
     def __init__(
@@ -47,15 +46,16 @@ class Dora(LowRankPair):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(base, r, scaling, dropout=dropout, parts=parts, dtype=dtype, device=device)
-        # float32 whatever the base's dtype: bfloat16 would round the gain away from 1 at the first step.
+        # Always float32: in bfloat16, rounding m would make the initial gain differ from 1.
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
         self._out_features = features(base)[1]
-        # Whether the model writes to what this layer gives; the operator keeps that for the magnitude's gradient.
+        # Whether the model writes in place to this layer's output, which the operator saves for the gradient of m.
         self.is_overwritten = False
-        # Whether what follows gives the output back in the backward pass (rankwise.acceleration found out).
+        # Whether the next operation returns this layer's output to it in the backward pass (`ops.handback`), so that
+        # the operator need not save it. Set by rankwise.acceleration.
         self.comes_back = False
         self._norms, self._squared, self._gain = Kept(), Kept(), Kept()
-        # The norms that the gain was made from: held, so that no other tensor gets their identity.
+        # The norms that the kept gain was computed from. The reference keeps their id from being reused.
         self._gain_of: Tensor | None = None
 
     def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
@@ -74,7 +74,7 @@ class Dora(LowRankPair):
     def over(self, base: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """``g * (y + s B A drop(x))`` for y = W x without the bias."""
         g = self.gain(base)
-        # g - 1 is added rather than g multiplied: in bfloat16 a gain close to 1 would round to 1.
+        # y + (g - 1) y instead of g y: in bfloat16 a gain close to 1 would round to 1.
         y = torch.addcmul(y, y, (g - 1).to(y.dtype))
         return torch.addcmul(y, self.low_rank(x), (g * self.scaling).to(y.dtype))
 
@@ -91,14 +91,14 @@ class Dora(LowRankPair):
 
     @torch.no_grad()
     def fixed_gain(self, base: nn.Module) -> Tensor | None:
-        """`gain` without gradients, kept until the norms or m change; None on a CPU where an entry of it is zero."""
+        """`gain` without gradients, cached until the norms or m change; None on a CPU where one of its entries is 0."""
         if self.parts is None and not is_traced() and takes_triton(self.magnitude):
             return self._gain_on_card(base)
         norms = self.row_norms(base)
         key = frozen_key(norms)
         if norms is self._gain_of and (kept := self._gain.get((self.magnitude,), key)) is not None:
             return kept
-        # Made under inference_mode it could not be kept.
+        # An inference tensor cannot be cached, so inference mode is left unless the norms are inference tensors.
         with torch.inference_mode(norms.is_inference()), torch.no_grad():
             g = self._gain_over(norms)
         if g.is_cpu and not stands_on_card(g) and not bool(g.all()):
@@ -107,7 +107,7 @@ class Dora(LowRankPair):
         return self._gain.keep((self.magnitude,), key, g)
 
     def _gain_on_card(self, base: nn.Module) -> Tensor:
-        """`fixed_gain` in two kernels, without norms to keep."""
+        """`fixed_gain` in two kernels, without caching the row norms of the sum."""
         A, B, m = self.lora_A, self.lora_B, self.magnitude
         if (kept := self._gain.get((A, B, m), self._norms_key(base))) is not None:
             return kept
@@ -121,17 +121,17 @@ class Dora(LowRankPair):
 
     @torch.no_grad()
     def row_norms(self, base: nn.Module) -> Tensor:
-        """``||W + s B A||`` per row of the whole layer, float32 (out,); kept until W, A, B or the scale change.
+        """``||W + s B A||`` of each row of the whole layer in float32, (out,); cached until W, A, B or s changes.
 
-        So the norms are computed once per optimizer step, for all micro-batches, recomputations and evaluations.
+        The norms are thus computed once per optimizer step, for all micro-batches, recomputations and evaluations.
         """
         A, B = self.lora_A, self.lora_B
         if is_traced():
-            # A compiled graph computes them itself: knowing whether kept ones are fresh is not for graphs.
+            # A compiled graph recomputes the norms, since it cannot check whether cached ones are current.
             return self._new_row_norms(base, A, B)
         if (norms := self._norms.get((A, B), self._norms_key(base))) is not None:
             return norms
-        # Made under inference_mode they could not be kept, and each token would compute them anew.
+        # Inference tensors cannot be cached, and each generated token would recompute the norms.
         with torch.inference_mode(A.is_inference()), torch.no_grad():
             return self._norms.keep((A, B), self._norms_key(base), self._new_row_norms(base, A, B))
 
@@ -145,18 +145,18 @@ class Dora(LowRankPair):
         return *weight_key(base), self.scaling
 
     def _base_norms(self, base: nn.Module) -> Tensor:
-        """``||W||^2`` per row, kept while the base stays as it is; of a 4-bit base without a dense W."""
+        """``||W||^2`` of each row, (out,), cached while the base does not change. A 4-bit base needs no dense W."""
         if not is_traced() and (kept := self._squared.get((), weight_key(base))) is not None:
             return kept
         squared = base.row_norms().square() if isinstance(base, Linear4bit) else row_norms_squared(dense_weight(base))
         return squared if is_traced() else self._squared.keep((), weight_key(base), squared)
 
     def kept_tensors(self) -> list[Tensor]:
-        """The kept row norms and gains, and the copies that show whether they are current."""
+        """The cached row norms and gains, and the copies that tell whether these are current."""
         return [tensor for kept in (self._norms, self._squared, self._gain) for tensor in kept.tensors()]
 
     def enabled(self, rows: Tensor) -> Tensor:
-        """The values of the rows that adapt, from one value for each output row."""
+        """The entries of ``rows`` (out,) that belong to adapted rows."""
         return rows if self.parts is None else rows[enabled_rows(self.parts, self._out_features, rows.device)]
 
     def merge(self, base: nn.Module) -> Tensor:
@@ -172,7 +172,7 @@ class Dora(LowRankPair):
         return self.gain(base)[:, None].to(W.dtype) * dense
 
     def full_magnitude(self, base: nn.Module) -> Tensor:
-        """m as (out,), with their own norms for rows that do not adapt."""
+        """m as (out,); for rows that are not adapted, the norm of the base's row."""
         if self.parts is None:
             return self.magnitude.detach()
         m = row_norms_squared(dense_weight(base)).sqrt()

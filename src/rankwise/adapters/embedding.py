@@ -1,4 +1,4 @@
-"""LoRA and DoRA on an embedding: the linear layer over one-hot ids, W = E^T, so that  A x = A[:, ids].
+"""LoRA and DoRA on an embedding, as a linear layer over one-hot ids x with W = E^T, so that  A x = A[:, ids].
 
 Shapes: ids (...), E (vocabulary, dim), lora_A (r, vocabulary), lora_B (dim, r), magnitude (dim,).
 """
@@ -38,7 +38,7 @@ class EmbeddingLora(nn.Module):
             self.magnitude = nn.Parameter(torch.empty(base.embedding_dim, dtype=torch.float32, device=device))
 
     def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
-        """A = 0 and B ~ N(0, 1), as loralib and PEFT begin an embedding; both random without ``zero_b``."""
+        """A = 0 and B ~ N(0, 1), as loralib and PEFT initialise an embedding; both random without ``zero_b``."""
         nn.init.zeros_(self.lora_A) if zero_b else nn.init.normal_(self.lora_A)
         nn.init.normal_(self.lora_B)
         if self.magnitude is not None:
@@ -49,9 +49,9 @@ class EmbeddingLora(nn.Module):
         return self.over(base, ids, base(ids))
 
     def over(self, base: nn.Module, ids: Tensor, y: Tensor) -> Tensor:
-        """The same for y = E[ids]."""
+        """``g * (y + s B A[:, ids])`` for y = E[ids]."""
         low = F.linear(F.embedding(ids, self.lora_A.T.to(y.dtype)), self.lora_B.to(y.dtype))
-        # Gemma's embedding multiplies what it looks up; the update belongs inside that product.
+        # Gemma's embedding multiplies its rows by a constant, which applies to the update too.
         scale = getattr(base, "embed_scale", None)
         low = low if scale is None else low * scale.to(low.dtype)
         if self.magnitude is None:

@@ -1,8 +1,8 @@
 """LoRA on stacked experts (PEFT's ``target_parameters``):  P(x) = W_e x + b_e + s B_e A_e x  for rows x of expert e.
 
-A stack is one parameter of an experts module: all its experts' matrices of a kind, dense or 4-bit. An expert's branch
-is computed on the rows that are routed to it; the dense ``B A`` of all experts is never made. Two stacks of a module
-are computed by one operator with gradients by hand where it applies, else by one expert after the other with autograd.
+A stack is one parameter of an experts module: all its experts' matrices of one kind, dense or 4-bit. An expert's branch
+is computed on the rows that are routed to it; ``B A`` is never formed. Where it applies, one operator with hand-written
+gradients computes both stacks of a module; else autograd runs one expert after the other.
 
 Legend: E experts, r rank, K = in and N = out features of one expert's matrix. W is stored as (E, N, K), or as (E, K, N)
 where the module is transposed.
@@ -41,9 +41,7 @@ from rankwise.quantization.experts import (
 
 @dataclasses.dataclass(frozen=True)
 class StackShape:
-    """The facts of a stack that an adapter needs: (E, in, out), and the floating dtype and the device of its
-    weights.
-    """
+    """The shape (E, in, out) of a stack, and the floating dtype and the device of its weights."""
 
     experts: int
     in_features: int
@@ -53,7 +51,7 @@ class StackShape:
 
 
 def stack_shape(module: Any, leaf: str) -> StackShape:
-    """The shape of the stack ``leaf`` in an experts module of transformers' interface."""
+    """The shape of the stack ``leaf`` in an experts module with transformers' interface."""
     stack, parameter = stack_at(module, leaf), module.get_parameter(leaf)
     shape = parameter.shape if stack is None else stack.scales.shape
     dtype = parameter.dtype if stack is None else stack.scales.dtype
@@ -72,7 +70,7 @@ class StackLora(nn.Module):
         self.lora_B = nn.Parameter(empty(stack.experts, stack.out_features, r))
 
     def reset_parameters(self, *, zero_b: bool = True) -> None:
-        # All experts' ranks at once: one draw, as of a linear layer of rank E r.
+        # One draw for all experts, as for a linear layer of rank E r.
         init_low_rank_(self.lora_A.data.flatten(0, 1), self.lora_B.data.flatten(0, 1), zero_b=zero_b)
 
     def low_rank(self, index: int, x: Tensor) -> Tensor:
@@ -81,7 +79,7 @@ class StackLora(nn.Module):
         return F.linear(F.linear(x, A), B) * self.scaling
 
     def merge(self, W: Tensor, *, transposed: bool) -> Tensor:
-        """``W_e + s B_e A_e`` of every expert, as W is stored: a new tensor in its dtype."""
+        """``W_e + s B_e A_e`` of every expert, as a new tensor in W's layout and dtype."""
         return merged_stack(W, self.lora_A.detach(), self.lora_B.detach(), self.scaling, transposed=transposed)
 
     def extra_repr(self) -> str:
@@ -89,7 +87,7 @@ class StackLora(nn.Module):
 
 
 def merged_stack(W: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed: bool) -> Tensor:
-    """``W_e + s B_e A_e`` of every expert, in float32 and one after the other; a new tensor, stored as W is."""
+    """``W_e + s B_e A_e`` of every expert, computed in float32 one after the other; a new tensor in W's layout."""
     merged = torch.empty_like(W, memory_format=torch.contiguous_format)
     for index in range(W.shape[0]):
         dense = merged_weight(W[index].T if transposed else W[index], A[index], B[index], scaling)
@@ -98,7 +96,7 @@ def merged_stack(W: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed:
 
 
 class ExpertsLora(nn.Module):
-    """One adapter of an experts module: a `StackLora` for each stack that it adapts, by the stack's name."""
+    """One adapter of an experts module: {stack's name: `StackLora`} of the stacks that it adapts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,14 +122,14 @@ class ExpertsLora(nn.Module):
 
 
 class AdaptedExperts(OverBase[ExpertsLora]):
-    """A layer's experts under adapters. Hooks on the base see the calls of the module that stands in for it."""
+    """An experts module, wrapped with its adapters. Hooks on the base run at calls of this wrapper."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         share_hooks(self, base_layer)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H)."""
+        """hidden_states (T, H), top_k_index (T, k) of expert indices, top_k_weights (T, k) -> (T, H)."""
         if (adapter := self.at_work) is None:
             return self.base_layer.forward(hidden_states, top_k_index, top_k_weights)
         return experts_forward(self.base_layer, adapter, hidden_states, top_k_index, top_k_weights)
@@ -140,13 +138,13 @@ class AdaptedExperts(OverBase[ExpertsLora]):
 @torch.no_grad()
 def relative_updates(experts: AdaptedExperts) -> dict[str, float]:
     """``||s B A||_F / ||W||_F`` over all experts of each stack that the active adapter adapts."""
-    assert experts.at_work is not None, "asked for of an adapter that computes"
+    assert experts.at_work is not None, "an adapter is active"
     found = {}
     for leaf, lora in experts.at_work.pairs():
         stack = stack_at(experts.base_layer, leaf)
         W = experts.base_layer.get_parameter(leaf) if stack is None else stack.dequantize()
         A, B = lora.lora_A.float(), lora.lora_B.float()
-        # tr(B A A^T B^T) from the r x r products.
+        # ||B A||^2 = tr(A A^T B^T B), from r x r products.
         squared = ((A @ A.transpose(1, 2)) * (B.transpose(1, 2) @ B)).sum().clamp_min(0)
         found[leaf] = float(lora.scaling * squared.sqrt() / W.float().norm().clamp_min(1e-30))
     return found
@@ -170,8 +168,8 @@ def experts_forward(
 
 
 def branches_of(base: Any, adapter: ExpertsLora, x: Tensor) -> tuple[ExpertBranch, ExpertBranch] | None:
-    """The operator's view of both products, or None where it does not apply: in compiled graphs, under autocast to
-    another dtype than that of x, and with weights that train or have another dtype.
+    """The operator's arguments for both products, or None where the operator does not apply: in compiled graphs, under
+    autocast to a dtype other than x's, and with weights that train or have another dtype.
     """
     if is_traced() or not computes_in(x.dtype, x.device):
         return None
@@ -199,7 +197,7 @@ def _branch(base: Any, leaf: str, lora: StackLora | None, dtype: torch.dtype) ->
 
 @dataclasses.dataclass(frozen=True)
 class PackedStack:
-    """A 4-bit stack. One expert after the other is dequantized, again for each product."""
+    """A 4-bit stack. Each product dequantizes one expert after the other."""
 
     stack: Stack
     transposed: bool
@@ -219,24 +217,24 @@ class PackedStack:
 
 
 def ordered_stacks(base: nn.Module, leaves: Iterable[str]) -> list[str]:
-    """``leaves`` in the order in which PEFT nests its wrappers: that of the module's own parameters."""
+    """``leaves`` in the order of the module's parameters, in which PEFT nests its wrappers."""
     wanted = set(leaves)
     return [leaf for leaf in own_parameters(base) if leaf in wanted]
 
 
 def peft_keys(path: str, leaves: Sequence[str]) -> dict[str, str]:
-    """{stack: start of its keys in PEFT's file}: the last is the outermost, and ``.base_layer`` leads inwards."""
+    """{stack: prefix of its keys in PEFT's file}. The last is outermost; each level inwards adds ``.base_layer``."""
     inwards = range(len(leaves) - 1, -1, -1)
     return {leaf: f"{path}{'.base_layer' * depth}." for leaf, depth in zip(leaves, inwards)}
 
 
 def peft_A(A: Tensor) -> Tensor:
-    """(E, r, in) as PEFT's file has it: (E r, in), an expert's ranks side by side."""
+    """A (E, r, in) in the layout of PEFT's file: (E r, in), all ranks of one expert before the next expert."""
     return A.flatten(0, 1)
 
 
 def peft_B(B: Tensor) -> Tensor:
-    """(E, out, r) as PEFT's file has it: (out, r E), all experts' first rank before the second."""
+    """B (E, out, r) in the layout of PEFT's file: (out, r E), rank 0 of all experts before rank 1."""
     return B.permute(1, 2, 0).flatten(1)
 
 

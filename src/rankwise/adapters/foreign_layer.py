@@ -1,7 +1,7 @@
-"""Linear layers that another library quantized, as a base of adapters: torchao's weights, HQQ's, GPTQ's and AWQ's.
+"""Linear layers that another library quantized, as bases of adapters: torchao, HQQ, GPTQ and AWQ.
 
 forward     y = layer(x)    by the library's own kernel
-backward    dx = dy W       W (out, in) dequantized once more, since most of these kernels have no gradient
+backward    dx = dy W       W (out, in) is dequantized again, since most of these kernels have no gradient
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Where such layers keep their packed weight, if not in ``weight``.
+# Attributes in which such layers keep their packed weight, if not in ``weight``.
 PACKED = ("qweight", "W_q", "weight_packed")
 
 
 def dequantizer(layer: nn.Module) -> Callable[[], Tensor] | None:
-    """What gives the layer's weight (out, in); None for any other module, and where that is not known."""
+    """A function that returns the layer's dense weight (out, in); None for a module of no known format."""
     known: Any = layer
     weight = getattr(layer, "weight", None) if "weight" in dict(layer.named_parameters(recurse=False)) else None
     if weight is not None and type(weight).dequantize is not Tensor.dequantize:
@@ -29,13 +29,13 @@ def dequantizer(layer: nn.Module) -> Callable[[], Tensor] | None:
     if type(layer).__name__ == "HQQLinear":
         return known.dequantize
     if hasattr(layer, "qweight") and hasattr(layer, "dequantize_weight"):
-        # gptqmodel's is (in, out).
+        # gptqmodel gives (in, out).
         return lambda: known.dequantize_weight().T
     return None
 
 
 class ForeignLinear(nn.Module):
-    """``layer`` with what adapters ask of a quantized base."""
+    """``layer`` with the interface that adapters need of a quantized base."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class ForeignLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The packed weight, which tells whether another one has taken its place."""
+        """The packed weight, by which caches tell whether the weight was replaced."""
         name = next((name for name in PACKED if hasattr(self.layer, name)), "weight")
         found = getattr(self.layer, name)
         assert isinstance(found, Tensor), f"{name} of a quantized layer"
@@ -57,7 +57,7 @@ class ForeignLinear(nn.Module):
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the layer computes. Every forward pass of DoRA asks for it, so it is found once."""
+        """The dtype in which the layer computes, cached since every forward pass of DoRA needs it."""
         return self.dequantize().dtype
 
     def dequantize(self) -> Tensor:
@@ -71,7 +71,7 @@ class ForeignLinear(nn.Module):
 
 
 def make_readable(model: nn.Module) -> None:
-    """Put a ``ForeignLinear`` around each layer of another library: gradients pass through those without an adapter."""
+    """Wrap every layer of another library's format in a ``ForeignLinear``, so that gradients pass through it."""
     inner = {id(module.layer) for module in model.modules() if isinstance(module, ForeignLinear)}
     for path, module in list(model.named_modules()):
         if id(module) not in inner and dequantizer(module) is not None:
@@ -86,7 +86,7 @@ def make_foreign(model: nn.Module) -> None:
 
 
 def make_dense(model: PreTrainedModel) -> None:
-    """Put plain layers in the place of those that another library quantized, and forget its quantizer."""
+    """Replace layers that another library quantized by ``nn.Linear``, and remove the model's quantization config."""
     make_foreign(model)
     found = {name: read for name, module in model.named_modules() if (read := dequantizer(module)) is not None}
     for name, read in found.items():
@@ -96,7 +96,7 @@ def make_dense(model: PreTrainedModel) -> None:
         if bias is not None:
             plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
         model.set_submodule(name, plain)
-    # Merging may have made all layers plain already.
+    # Merging may have replaced every quantized layer already.
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
 

@@ -1,9 +1,9 @@
 """Fused projections of which only some parts adapt (loralib's ``MergedLinear(enable_lora=[True, False, True])``).
 
-The ``out`` rows of W fall into ``len(parts)`` equal parts. The n enabled ones have a low-rank pair each:
-A (n r, in) stacks theirs, B (n out/len(parts), r) holds theirs one below the other. As one LoRA of rank n r this is
-the same A with a block-structured B (out, n r), zero wherever a row's part and a column's part differ; that is how
-PEFT's file has it, with lora_alpha n times as large (sqrt(n) times with rsLoRA), so that the scale stays the same.
+The ``out`` rows of W form ``len(parts)`` equal parts. Each of the n enabled parts has a low-rank pair of its own:
+A (n r, in) and B (n out/len(parts), r) stack these pairs. This equals one LoRA of rank n r with the same A and a
+block-structured B (out, n r), which is zero where a row and a column belong to different parts. PEFT's file holds that
+LoRA, with lora_alpha n times as large (sqrt(n) times with rsLoRA), so that the scale is the same.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Which of the equal parts adapt. Functions take None for a layer that adapts as a whole.
+# Whether each of the equal parts is adapted. None stands for a layer that is adapted as a whole.
 Parts = Sequence[bool]
 
 
 def enabled_rows(parts: Parts, out_features: int, device: torch.device | None = None) -> Tensor:
-    """Indices of the rows that adapt: (n out/len(parts),)."""
+    """The indices of the adapted rows: (n out/len(parts),)."""
     part = torch.arange(out_features, device=device) // (out_features // len(parts))
     return torch.tensor(parts, device=device)[part].nonzero().flatten()
 
@@ -27,7 +27,7 @@ def enabled_rows(parts: Parts, out_features: int, device: torch.device | None = 
 def low_rank_product(x: Tensor, A: Tensor, B: Tensor, parts: Parts | None = None) -> Tensor:
     """``B A x`` in x's dtype: (..., out); with parts, ``B_i A_i x`` for every enabled part i and zero for the others.
 
-    A and B may be kept in a higher precision than x.
+    A and B may have a higher precision than x.
     """
     if parts is None:
         return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
@@ -40,7 +40,7 @@ def low_rank_product(x: Tensor, A: Tensor, B: Tensor, parts: Parts | None = None
 
 
 def to_blocks(B: Tensor, parts: Parts | None) -> Tensor:
-    """B (n p, r) as the block-structured (len(parts) p, n r) of one LoRA of rank n r; B itself without parts."""
+    """B (n p, r) as the block-structured matrix (len(parts) p, n r) of one LoRA of rank n r; without parts, B."""
     if parts is None:
         return B
     count = sum(parts)
@@ -53,7 +53,7 @@ def to_blocks(B: Tensor, parts: Parts | None) -> Tensor:
 
 
 def from_blocks(blocks: Tensor, parts: Parts) -> Tensor | None:
-    """The inverse of ``to_blocks``, or None where something is not zero outside the blocks."""
+    """The inverse of ``to_blocks``, or None where an entry outside the blocks is not zero."""
     count = sum(parts)
     size, r = blocks.shape[0] // len(parts), blocks.shape[1] // count
     enabled = [part for part, on in enumerate(parts) if on]

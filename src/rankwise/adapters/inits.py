@@ -1,15 +1,15 @@
-"""How an adapter starts, where it does not start by default (PEFT's ``init_lora_weights``).
+"""Initialisations of an adapter other than the default (PEFT's ``init_lora_weights``).
 
 Shapes: W (out, in), A (r, in), B (out, r); s is the adapter's scale.
 
 | init | A | B | base |
 |---|---|---|---|
-| pissa | sqrt(S_r / s) V_r^T of W = U S V^T | U_r sqrt(S_r / s) | W - s B A, quantized after that where it is 4-bit |
-| loftq | the same of W - Q, Q = dequant(quant(W)) | the same | Q as it is |
-| eva | right singular vectors of the layer's inputs (`adapters.eva`) | 0 | W as it is |
-| orthogonal | random, with B A = 0 | random | W as it is |
+| pissa | sqrt(S_r / s) V_r^T of W = U S V^T | U_r sqrt(S_r / s) | W - s B A, then quantized if the base is 4-bit |
+| loftq | as pissa, of W - Q with Q = dequant(quant(W)) | as pissa | Q, unchanged |
+| eva | right singular vectors of the layer's inputs (`adapters.eva`) | 0 | W, unchanged |
+| orthogonal | random, with B A = 0 | random | W, unchanged |
 
-Embeddings, and with loftq layers that are not 4-bit, start by default, as in PEFT.
+As in PEFT, embeddings start with the default; with loftq, so do layers that are not 4-bit.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ NEEDS_ORIGINALS = ("pissa", "loftq")
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """The findings of an initialisation, before anything changes."""
+    """What an initialisation computed, before the model changes."""
 
     config: LoraConfig
     planned: list[AdaptedModule]
-    # The model before it was quantized, for 4-bit layers.
+    # {module: its dense layer before quantization} of 4-bit layers.
     originals: Mapping[str, nn.Module]
-    # Of eva: A by module.
+    # eva: {module: A}.
     directions: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def weight(self, item: AdaptedModule, base: nn.Module) -> Tensor:
@@ -51,7 +51,7 @@ class Beginning:
 
     @torch.no_grad()
     def pair(self, item: AdaptedModule, base: nn.Module) -> Pair | None:
-        """The pair that a layer starts with; None for the default."""
+        """The pair with which a layer starts; None for the default."""
         init, s = self.config.init, self.config.scaling(item.r, item.lora_alpha)
         if not _takes_part(init, item, base):
             return None
@@ -71,10 +71,10 @@ def beginning(
     originals: nn.Module | None,
     batches: Iterable[Batch] | None,
 ) -> Beginning | None:
-    """Check and compute what ``config.init`` needs; None where it is not an init of this module.
+    """Check and compute what ``config.init`` needs; None for "default" and "random".
 
-    Raises AdapterError: RW423 a rank above what a layer has, RW425 no original weights, RW426 nothing that the init
-    applies to, RW427 no rows for eva, RW429 rows of eva that give no directions.
+    Raises AdapterError: RW423 for a rank above that of a layer's weight, RW425 without the original weights, RW426
+    where no target can use the init, RW427 without batches for eva, RW429 for batches that give eva no directions.
     """
     init = config.init
     if init.kind in ("default", "random"):
@@ -91,7 +91,7 @@ def beginning(
     if init.kind == "eva":
         if batches is None:
             raise AdapterError(
-                "RW427", "init_lora_weights is 'eva', which looks at training rows; give them as add_adapter(batches=)."
+                "RW427", "init_lora_weights is 'eva', which needs training rows; give them as add_adapter(batches=)."
             )
         found = input_directions(model, {item.name: item.r for item in taking}, batches, init.rho)
         return _redistributed(config, planned, found)
@@ -102,10 +102,10 @@ def beginning(
 def principal_pair(W: Tensor, r: int, s: float, niter: int | None = None) -> Pair:
     """``A = sqrt(S_r / s) V_r^T`` (r, in) and ``B = U_r sqrt(S_r / s)`` (out, r) of ``W = U S V^T``, in float32.
 
-    s B A is then the best approximation of W of rank r. Of the weight this is PiSSA's (Meng et al. 2024, arXiv
-    2404.02948, equations 2 to 4), with ``niter`` by a randomised SVD of that many subspace iterations (their section
-    on fast SVD). Of the weight's rounding error W - Q this is LoftQ's with one iteration (Li et al. 2023, arXiv
-    2310.08659, algorithm 1 with T = 1), whose s is 1; PEFT leaves s out there, and equals this where lora_alpha = r.
+    s B A is then the best approximation of W of rank r. For W the weight, this is PiSSA (Meng et al. 2024, arXiv
+    2404.02948, equations 2 to 4); ``niter`` selects a randomised SVD of that many subspace iterations (their section on
+    fast SVD). For W the rounding error W - Q, this is LoftQ with one iteration (Li et al. 2023, arXiv 2310.08659,
+    algorithm 1 with T = 1), which has s = 1. PEFT omits s in LoftQ, and gives the same pair where lora_alpha = r.
     """
     if niter is None:
         U, S, Vt = torch.linalg.svd(W, full_matrices=False)
@@ -117,11 +117,11 @@ def principal_pair(W: Tensor, r: int, s: float, niter: int | None = None) -> Pai
 
 
 def orthogonal_pair(out_features: int, in_features: int, r: int) -> Pair:
-    """``A = (X Q_odd)^T / 10`` and ``B = Y Q_even / 10``: B A = 0, and neither is zero.
+    """``A = (X Q_odd)^T / 10`` and ``B = Y Q_even / 10``, both nonzero, with B A = 0.
 
-    Q (r, r) is a random orthogonal matrix, Q_odd and Q_even the halves of its rows, X (in, r/2) and Y (out, r/2)
-    standard normal: rows of different halves are orthogonal, so B A = Y Q_even Q_odd^T X^T / 100 vanishes. It is
-    PEFT's, after https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation.
+    Q (r, r) is a random orthogonal matrix, Q_odd and Q_even are its odd and even rows, X (in, r/2) and Y (out, r/2) are
+    standard normal. Rows of different halves are orthogonal, so B A = Y Q_even Q_odd^T X^T / 100 = 0. As in PEFT, after
+    https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation.
     """
     Q, _ = torch.linalg.qr(torch.randn(r, r))
     A = torch.randn(in_features, r // 2).mm(Q[0::2]).T / 10
@@ -147,13 +147,13 @@ def _check_ranks(init: Init, taking: list[AdaptedModule]) -> None:
     if small:
         raise AdapterError(
             "RW423",
-            f"{init.kind} takes as many singular vectors as the rank, and {len(small)} layers have fewer ({small[0]}); "
+            f"{init.kind} needs as many singular vectors as the rank, and {len(small)} layers have fewer ({small[0]}); "
             "lower --r, or give those layers another rank with --rank-pattern.",
         )
 
 
 def _original_layers(model: nn.Module, packed: list[str], originals: nn.Module | None) -> Mapping[str, nn.Module]:
-    """{name: the dense layer} of 4-bit layers, from ``originals`` or from where the model was loaded."""
+    """{name: dense layer} of the layers ``packed``, from ``originals`` or from the model's source files."""
     if not packed:
         return {}
     load_again: Callable[[], Any] | None = getattr(model, "rankwise_originals", None)
@@ -164,7 +164,7 @@ def _original_layers(model: nn.Module, packed: list[str], originals: nn.Module |
     if missing:
         raise AdapterError(
             "RW425",
-            f"the weights before they were quantized are needed and not known for {len(missing)} layers "
+            f"the weights before quantization are needed and unknown for {len(missing)} layers "
             f"({missing[0]}); give the dense model as add_adapter(originals=), or load the 4-bit one with load_model "
             "from dense files.",
         )
@@ -172,7 +172,7 @@ def _original_layers(model: nn.Module, packed: list[str], originals: nn.Module |
 
 
 def _redistributed(config: LoraConfig, planned: list[AdaptedModule], found: Mapping[str, Tensor]) -> Beginning:
-    """The ranks that ``found`` has, each at the layer's earlier scale; layers of rank 0 do not adapt."""
+    """The plan with the ranks of ``found``, each at the layer's earlier scale; layers of rank 0 are not adapted."""
     kept, ranks, alphas = [], dict(config.rank_pattern), dict(config.alpha_pattern)
     for item in planned:
         if item.name not in found:
@@ -183,7 +183,7 @@ def _redistributed(config: LoraConfig, planned: list[AdaptedModule], found: Mapp
             continue
         grown = (r / item.r) ** (0.5 if config.use_rslora else 1)
         if r != item.r:
-            # A whole name goes before the patterns that it also matches.
+            # The first match counts, so a whole name goes before the patterns that also match it.
             ranks = {item.name: r} | {key: value for key, value in ranks.items() if key != item.name}
             alphas = {item.name: item.lora_alpha * grown} | {k: v for k, v in alphas.items() if k != item.name}
         kept.append(dataclasses.replace(item, r=r, lora_alpha=item.lora_alpha * grown))

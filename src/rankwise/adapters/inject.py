@@ -62,7 +62,7 @@ from rankwise.matching import (
 )
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
-# As PEFT calls rows of a batch without an adapter.
+# PEFT's name for rows of a batch that use no adapter.
 BASE_ROW = "__base__"
 
 
@@ -78,23 +78,25 @@ def add_adapter(
 
     Args:
         model: Any PyTorch model, dense or 4-bit.
-        config: Rank, scale, targets and kind of the adapter.
+        config: The configuration of the adapter.
         name: The adapter's name among those of the model.
-        originals: For ``init_lora_weights`` "pissa" and "loftq" over a 4-bit base, the model before it was quantized.
-            A model that ``load_model`` quantized is read again without it.
-        batches: For "eva", training rows: dicts of input_ids (B, L) and, where there are any, attention_mask and
-            labels. They are gone through again until the directions settle.
+        originals: For ``init_lora_weights`` "pissa" and "loftq" over a 4-bit base, the model before quantization. By
+            default the weights of a model that ``load_model`` quantized are read again.
+        batches: For "eva", training batches: dicts of input_ids (B, L) and, where there are any, attention_mask and
+            labels. They are repeated until the directions converge.
 
     Returns:
-        What was adapted and what was left out; ``print`` shows it as a sentence.
+        The adapted modules and the experts that were left out; ``print`` shows them in words.
 
     Raises:
-        AdapterError: RW401 to RW404, RW419, RW431 and RW432 for targets that are not there or cannot adapt, RW434 for
-            rows of new tokens, RW405 for a name that is taken or cannot be one, RW406 for a second adapter beside one
-            that changes the base, RW423 and RW425 to RW429 for an init that cannot be. The model is then unchanged.
+        AdapterError: RW401 to RW404, RW419, RW431 and RW432 for targets that are missing or cannot be adapted, RW434
+            for token ids without a row, RW405 for a name that is taken or invalid, RW406 for a second adapter where
+            one changes the base, RW408 while an adapter is merged, RW423 and RW425 to RW429 for an init that is not
+            possible. The model is then unchanged.
 
-    Warns of settings that match nothing (RW420), of experts that "all-linear" leaves out (RW422), and of directions of
-    EVA that do not settle (RW430).
+    Warns of layers outside the text part (RW177), of layers in another library's 4-bit format (RW178), of settings that
+    match nothing (RW420), of experts that "all-linear" leaves out (RW422), and of EVA directions that have not
+    converged (RW430).
     """
     planned = plan_adapter(model, config, name)
     start = beginning(model, config, planned, originals, batches)
@@ -108,8 +110,8 @@ def plan_adapter(
 ) -> list[AdaptedModule]:
     """The modules that ``add_adapter`` would adapt. Checks everything and changes nothing.
 
-    ``is_foreign``: PEFT may have written the configuration, and PEFT accepts targets that are not in the model. They
-    give a warning (RW420) and no error.
+    ``is_foreign``: PEFT may have written the configuration. Since PEFT accepts targets that are not in the model, they
+    give a warning (RW420) instead of an error. Raises AdapterError as ``add_adapter`` does.
     """
     check_name(model, config, name)
     modules = dict(base_modules(model))
@@ -117,9 +119,9 @@ def plan_adapter(
     if not is_foreign:
         check_targets(config, there)
     stacks = parameter_names(modules, config)
-    # An empty list of target_modules leaves the stacks alone to adapt.
+    # With an empty list of target_modules the stacked experts alone are adapted.
     stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
-    # A file of PEFT's may hold an adapter of the part that sees.
+    # A PEFT file may hold an adapter on the vision part.
     places = places_of(modules, model_end(model, "output"), None if is_foreign else text_part(model))
     targets = target_names(config, places, type(model).__name__, may_be_none=stacks_suffice)
     check_enable_lora(config, targets)
@@ -136,15 +138,15 @@ def plan_adapter(
 
 
 def _warn_of_foreign(targets: Sequence[nn.Module]) -> None:
-    """Say that layers which another library quantized train in a slow way (RW178)."""
+    """Warn (RW178) that layers in another library's quantized format train slowly."""
     foreign = [module for module in targets if dequantizer(module) is not None]
     if foreign:
         kind = type(foreign[0]).__name__
         packed = f"{kind} of {type(foreign[0].weight).__name__}" if kind == "Linear" else kind
         warn(
             "RW178",
-            f"{len(foreign)} of the layers to adapt were quantized by another library ({packed}): they compute by its "
-            "kernels, and each gradient dequantizes their weights once more, which is slow; --method qlora over the "
+            f"{len(foreign)} of the layers to adapt were quantized by another library ({packed}): its kernels compute "
+            "them, and each backward pass dequantizes their weights again, which is slow; --method qlora over the "
             "dense checkpoint is faster.",
             stacklevel=3,
         )
@@ -153,7 +155,7 @@ def _warn_of_foreign(targets: Sequence[nn.Module]) -> None:
 def _planned_rows(
     model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Module], taken: Collection[str]
 ) -> list[AdaptedModule]:
-    """The modules of ``trainable_token_indices``. Raises AdapterError (RW434) for a module without such rows."""
+    """The modules of ``trainable_token_indices``. Raises AdapterError (RW434) for a module that lacks a row."""
     planned: list[AdaptedModule] = []
     embedding = model_end(model, "input")
     for key, ids in config.token_rows.items():
@@ -164,11 +166,11 @@ def _planned_rows(
             raise AdapterError(
                 "RW434",
                 f"trainable_token_indices names {'the input embedding' if key is None else repr(key)}, which is "
-                f"{', '.join(names) or 'no module'}; name one embedding or head that adapts in no other way.",
+                f"{', '.join(names) or 'no module'}; name one embedding or head that is not adapted otherwise.",
             )
         weight = modules[fits[0]].get_parameter("weight")
         if any(modules[item.name].get_parameter("weight") is weight for item in planned):
-            # The head of an embedding that is named too.
+            # The tied head of an embedding that is named too.
             continue
         rows = weight.shape[0]
         if max(ids) >= rows:
@@ -182,7 +184,7 @@ def _planned_rows(
 
 
 def make_room(model: nn.Module, config: LoraConfig) -> None:
-    """Resize embedding and head for the tokens of a stored adapter, which holds their rows."""
+    """Resize the embedding and the head for the new tokens of a stored adapter, which holds their rows."""
     most = max((max(ids) for ids in config.token_rows.values()), default=-1)
     embedding = model_end(model, "input")
     if embedding is not None and most >= embedding.get_parameter("weight").shape[0]:
@@ -199,7 +201,7 @@ def attach(
     trainable: bool = True,
     start: Beginning | None = None,
 ) -> AdapterReport:
-    """Carry out a plan: wrap, initialise, activate."""
+    """Carry out a plan: wrap the modules, initialise the adapter, and make it the active one."""
     state = adapter_state(model, create=True)
     if state.active is not None:
         disable_adapter(model)
@@ -207,7 +209,7 @@ def attach(
     state.configs[name] = config
     if not trainable:
         state.inference_only.add(name)
-    # Falcon's parallel block changes what a linear layer gave: ``mlp_output += ...``.
+    # Falcon's parallel block writes in place to a linear layer's output: ``mlp_output += ...``.
     is_overwritten = getattr(getattr(model, "config", None), "model_type", None) == "falcon"
     for item in planned:
         if item.kind == "trained whole":
@@ -239,9 +241,10 @@ def attach(
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Make the adapter ``name`` the active one. It computes and trains; the others are frozen and have no effect.
+    """Make ``name`` the active adapter, which computes and trains; the others are frozen and have no effect.
 
-    An adapter that was loaded with ``trainable=False`` stays frozen.
+    An adapter that was loaded with ``trainable=False`` stays frozen. Raises AdapterError: RW407 for an unknown name,
+    RW408 while an adapter is merged.
     """
     state, name = state_and_name(model, name)
     take_replaced(model, state)
@@ -258,7 +261,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 
 def disable_adapter(model: nn.Module) -> None:
-    """Let the model compute as its base does until ``enable_adapter`` is called."""
+    """Let the model compute as its base does until ``enable_adapter``. Raises AdapterError (RW407, RW408)."""
     state, _ = state_and_name(model, None)
     take_replaced(model, state)
     state.disabled = True
@@ -267,7 +270,7 @@ def disable_adapter(model: nn.Module) -> None:
 
 
 def enable_adapter(model: nn.Module) -> None:
-    """Let the active adapter take effect again after ``disable_adapter``."""
+    """Let the active adapter take effect again after ``disable_adapter``. Raises AdapterError (RW407, RW408)."""
     state, name = state_and_name(model, None)
     if not state.disabled:
         return
@@ -279,7 +282,7 @@ def enable_adapter(model: nn.Module) -> None:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """A context in which the model computes as its base does. Contexts may be nested."""
+    """A context in which the model computes as its base does. Nestable. Raises AdapterError (RW407, RW408)."""
     was_disabled = state_and_name(model, None)[0].disabled
     disable_adapter(model)
     try:
@@ -291,11 +294,11 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Within this context the adapter ``names[i]`` computes row i of a batch; ``"__base__"`` stands for the base alone.
+    """A context in which the adapter ``names[i]`` computes row i of a batch; ``"__base__"`` stands for the base alone.
 
-    As PEFT's ``adapter_names``, and with DoRA too. In ``generate`` repeated rows (beams, several answers) keep the
-    adapter of their prompt. Raises AdapterError: RW407 for an unknown name, RW624 for an adapter that changes more than
-    layers; and, in the model's forward, RW625 for a batch with another number of rows.
+    This is PEFT's ``adapter_names``, also for DoRA. In ``generate``, repeated rows (beams, several answers) keep the
+    adapter of their prompt. Raises AdapterError: RW407 for an unknown name, RW408 while an adapter is merged, RW624 for
+    an adapter that changes more than layers; in the model's forward, RW625 for another number of rows.
     """
     state = adapter_state(model)
     for name in {*names} - {BASE_ROW}:
@@ -326,18 +329,20 @@ def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 def remove_adapter(model: nn.Module, name: str | None = None) -> None:
     """Remove an adapter, by default the active one. Layers without any adapter become plain layers again.
 
-    The base weights are as they were before the adapter was added; after PiSSA they are so to rounding.
+    The base weights get the values that they had before the adapter was added; after PiSSA, up to rounding. Another
+    adapter of the model, if there is one, becomes active.
 
     Raises:
-        AdapterError: RW424 for a PiSSA adapter over 4-bit layers, which hold what PiSSA left of their weights.
+        AdapterError: RW407 for an unknown name, RW408 while an adapter is merged, RW424 for a PiSSA adapter over 4-bit
+            layers, which hold the quantized rest of their weights only.
     """
     state, name = state_and_name(model, name)
     rests = [layer for _, layer in adapted_layers(model, name) if layer.origin is not None]
     if any(is_quantized(layer.base_layer) for layer in rests):
         raise AdapterError(
             "RW424",
-            f"the 4-bit base holds what pissa left of its weights, so the adapter {name!r} cannot be taken out; load "
-            "the model again.",
+            f"the 4-bit base holds only the rest that pissa left of its weights, so the adapter {name!r} cannot be "
+            "removed; load the model again.",
         )
     disable_adapter(model)
     del state.configs[name]
@@ -359,7 +364,7 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
 
 
 def _biases(model: nn.Module, config: LoraConfig, name: str) -> dict[str, nn.Parameter]:
-    """The base's biases that train with an adapter, by the names they have in the plain model."""
+    """{name in the plain model: bias} of the base's biases that train with an adapter."""
     if config.bias == "none":
         return {}
     adapted = {path for path, _ in adapted_layers(model, name)}
@@ -373,7 +378,7 @@ def _biases(model: nn.Module, config: LoraConfig, name: str) -> dict[str, nn.Par
 
 
 def _add_rows(model: nn.Module, item: AdaptedModule, name: str) -> None:
-    """Add trained rows to an embedding or a head, and the same rows to a head that shares the embedding's weight."""
+    """Add trained rows to an embedding or a head; a head that is tied to the embedding gets the same rows."""
     layer = _wrap(model, item.name, AdaptedLayer)
     own = TokenRows(layer.base_layer, list(item.tokens))
     layer.adapters[name] = own.train(layer.training)
@@ -399,13 +404,13 @@ def _add_stack(experts: AdaptedExperts, config: LoraConfig, item: AdaptedModule,
 
 @torch.no_grad()
 def _begin(layer: AdaptedLayer, item: AdaptedModule, config: LoraConfig, start: Beginning | None) -> Pair | None:
-    """The pair that an initialisation gives a layer. PiSSA also subtracts it from the base."""
+    """The pair with which a layer starts. PiSSA also subtracts it from the base."""
     base = layer.base_layer
     pair = None if start is None else start.pair(item, base)
     if start is None or pair is None or config.init.kind != "pissa":
         return pair
     dtype = torch.float32 if config.adapter_dtype == "float32" else weight_dtype(base)
-    # What is taken out is what the adapter holds, rounded as it is.
+    # The pair is subtracted as the adapter holds it, after rounding to its dtype.
     A, B = (part.to(dtype) for part in pair)
     layer.origin = Origin(A, B, config.scaling(item.r, item.lora_alpha))
     layer.base_layer = layer.origin.taken_out_of(base, start.weight(item, base))
@@ -456,6 +461,6 @@ def check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
     if configs and any(changing):
         raise AdapterError(
             "RW406",
-            "adapters that train biases or start by pissa change the base itself and stand alone; for several use "
-            'bias="none" and another init.',
+            "an adapter that trains biases or starts by pissa changes the base, so no other adapter can be beside it; "
+            'for several adapters use bias="none" and another init.',
         )

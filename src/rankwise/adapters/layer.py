@@ -1,7 +1,7 @@
-"""The two wrappers in an adapted model: a layer with adapters, and a module that is trained whole.
+"""The wrappers in an adapted model: a base with adapters, and a module that is trained whole.
 
-Both keep the names of what they wrap: in ``model.state_dict()`` the base's tensors have the keys they had before, so
-that it still loads into the plain model.
+Wrapping does not change the base's keys in ``model.state_dict()``, so that the state dict still loads into the plain
+model.
 """
 
 from __future__ import annotations
@@ -30,18 +30,16 @@ Over = TypeVar("Over")
 
 
 class OverBase(nn.Module, Generic[Over]):
-    """A frozen base and its adapters, of which at most one is active. Missing attributes, such as a layer's bias,
-    are the base's.
-    """
+    """A frozen base and its adapters, of which at most one is active. Unknown attributes are forwarded to the base."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
-        # Adapters whose A and B take the dtype that the base is cast to (``adapter_dtype="base"``).
+        # Names of the adapters whose A and B follow casts of the base (``adapter_dtype="base"``).
         self.cast_with_base: set[str] = set()
-        # What an adapter's initialisation took out of the base.
+        # The pair that an adapter's initialisation subtracted from the base.
         self.origin: Origin | None = None
         keep_names(self, "base_layer")
 
@@ -74,14 +72,14 @@ class OverBase(nn.Module, Generic[Over]):
 def _keeping_precision(
     adapter: nn.Module, fn: Callable[[Tensor], Tensor], *, cast_pair: bool
 ) -> Callable[[Tensor], Tensor]:
-    """``fn`` without its casts of m below float32, and without those of A and B unless ``cast_pair``."""
+    """``fn`` that never casts m below float32, and casts A and B below float32 only with ``cast_pair``."""
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
         if not moved.is_floating_point():
             return moved
         m = getattr(adapter, "magnitude", None)
-        # A gradient is cast beside its parameter.
+        # ``fn`` gets each parameter's gradient too.
         is_magnitude = m is not None and (tensor is m or tensor is m.grad)
         if cast_pair and not is_magnitude:
             return moved
@@ -92,17 +90,18 @@ def _keeping_precision(
 
 
 class AdaptedLayer(OverBase[Adapter]):
-    """A linear layer or an embedding under adapters."""
+    """A linear layer or an embedding, wrapped with its adapters."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        # The layers that read the same input, where they are computed together (rankwise.acceleration).
+        # The group of layers that read the same input and are computed together (set by rankwise.acceleration).
         self.shared: SharedInput | None = None
-        # Where the layer computes for another library's: brings it up to date, and says whether it may.
+        # Where this layer computes in place of another library's layer: updates it from that layer, and returns whether
+        # it may compute.
         self.prepare: Callable[[], bool] | None = None
-        # Fused losses multiply by the output head's weight themselves, past its forward.
+        # Whether this is the output head, whose weight fused losses use directly, without calling its forward.
         self.is_head = False
-        # Within `mixed_adapters`: the adapter of each row of a batch.
+        # Within `mixed_adapters`: the name of the adapter of each row of a batch.
         self.mixed: Sequence[str] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +109,7 @@ class AdaptedLayer(OverBase[Adapter]):
             if self.mixed is not None:
                 return self._mixed_output(x, self.mixed)
             return self.base_layer(x) if self.origin is None else self.origin(self.base_layer, x)
-        # What members have waiting for each other is not for graphs, which compute them apart anyway.
+        # A compiled graph computes the layers of a group separately.
         if self.shared is not None and not is_traced() and (y := self.shared.output(self, x)) is not None:
             return y
         return self.adapters[self.active](self.base_layer, x)
@@ -118,14 +117,14 @@ class AdaptedLayer(OverBase[Adapter]):
     def _mixed_output(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """One product with W for all rows, and each adapter on its own rows. Raises AdapterError (RW625).
 
-        In `generate` rows are repeated in place (beams, several answers of a prompt), the same number for each name.
+        `generate` repeats each row consecutively (beams, several answers to a prompt), equally often for each name.
         """
         repeated, left = divmod(x.shape[0], len(names)) if names else (0, 0)
-        # Of flattened tokens nobody knows the row: a mixture's experts get them sorted.
+        # The rows of flattened tokens are unknown, since a mixture sorts them by expert.
         if left or not repeated or (x.is_floating_point() and x.dim() < 3):
             raise AdapterError(
                 "RW625",
-                f"{len(names)} adapters are named, and a layer gets an input of shape {tuple(x.shape)}; name one for "
+                f"{len(names)} adapters are named, and a layer got an input of shape {tuple(x.shape)}; name one for "
                 "each row of the batch, in a model whose adapted layers read (batch, tokens, features).",
             )
         y = frozen_product(self.base_layer, x)
@@ -143,9 +142,7 @@ class AdaptedLayer(OverBase[Adapter]):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, for models that read a layer's dtype; of an output head the adapted weight, with
-        gradients.
-        """
+        """The base's weight, for models that read its dtype; for an output head the adapted weight, with gradients."""
         if self.is_head and isinstance(adapter := self.at_work, Lora | Dora | TokenRows):
             return adapter.effective_weight(self.base_layer)
         return self.base_layer.weight  # type: ignore[return-value]
@@ -160,7 +157,7 @@ class AdaptedLayer(OverBase[Adapter]):
 
 
 class TrainedCopy(nn.Module):
-    """A module of the base and its trained copies, one per adapter (PEFT's ``modules_to_save``)."""
+    """A module of the base and its trained copies, one for each adapter (PEFT's ``modules_to_save``)."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -170,7 +167,7 @@ class TrainedCopy(nn.Module):
         keep_names(self, "original")
 
     def add(self, name: str) -> None:
-        # deepcopy gives the copy parameters of its own: a tied head is untied here.
+        # The copy has parameters of its own, so a tied head is untied here.
         self.adapters[name] = copy.deepcopy(self.original).requires_grad_(True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -189,12 +186,14 @@ class TrainedCopy(nn.Module):
 
 
 def is_private(name: str) -> bool:
-    """Underscore names are not forwarded to the base: copy.deepcopy and accelerate would act on the wrong module."""
+    """Whether the name begins with an underscore. Such names are not forwarded to the base: copy.deepcopy and
+    accelerate would act on the wrong module.
+    """
     return name.startswith("_")
 
 
 def keep_names(wrapper: nn.Module, inner: str) -> None:
-    """Hide ``inner.`` in the keys of the wrapper's state dict, in both directions."""
+    """Omit ``inner.`` from the keys of the wrapper's state dict, for saving and loading."""
     wrapper.register_state_dict_post_hook(_without_prefix(inner))
     wrapper.register_load_state_dict_pre_hook(_with_prefix(inner))
 
@@ -214,7 +213,7 @@ class _with_prefix:  # noqa: N801
         self.inner = inner
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        # Whatever the inner module makes of them: a 4-bit layer also reads the parts of bitsandbytes' format.
+        # Every other key goes to the inner module: a 4-bit layer also reads keys of bitsandbytes' format.
         own = (f"{prefix}adapters.", f"{prefix}{self.inner}.")
         for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
             state[f"{prefix}{self.inner}.{key.removeprefix(prefix)}"] = state.pop(key)

@@ -15,9 +15,10 @@ from rankwise.quantization.linear import features
 
 
 class LowRankPair(nn.Module):
-    """A and B of one linear layer, which LoRA and DoRA share. Each method takes the layer, which the pair never owns.
+    """The parameters A and B of one linear layer, which LoRA and DoRA share.
 
-    lora_A (r, in) and lora_B (out, r); with ``parts`` as in ``adapters.fused``.
+    lora_A (r, in) and lora_B (out, r); with ``parts`` as in ``adapters.fused``. The base layer is not a submodule: the
+    methods that need it take it as an argument.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class LowRankPair(nn.Module):
     ) -> None:
         super().__init__()
         self.r, self.scaling, self.parts = r, scaling, parts
-        # A module, so that code which switches dropout off (trl's for DPO and GRPO) finds it; it is never called.
+        # A module, so that code that disables dropout (trl's for DPO and GRPO) finds it. It is never called.
         self.lora_dropout = nn.Dropout(dropout)
         self.lora_A, self.lora_B = empty_pair(base, r, parts, dtype, device)
 
@@ -59,9 +60,9 @@ class LowRankPair(nn.Module):
 
 
 class Lora(LowRankPair):
-    """The low-rank pair alone."""
+    """LoRA: a low-rank pair."""
 
-    # Of DoRA alone: its magnitudes need the output again.
+    # LoRA has no magnitudes; the attribute is there for code that serves LoRA and DoRA.
     magnitude: None = None
     comes_back = False
 
@@ -87,7 +88,7 @@ class Lora(LowRankPair):
         return W + (self.scaling * to_blocks(self.lora_B, self.parts) @ self.lora_A).to(W.dtype)
 
     def fixed_gain(self, base: nn.Module) -> None:
-        """None: LoRA has no gain."""
+        """None, since LoRA has no gain."""
 
 
 def empty_pair(

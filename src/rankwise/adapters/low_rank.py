@@ -14,7 +14,7 @@ from rankwise.ops.card_reference import gain as gain
 from rankwise.ops.card_reference import row_norms as row_norms
 from rankwise.ops.elementwise import row_cross
 
-# Rows of W that are held in float32 at a time while a norm or a merge is computed.
+# Number of elements of W that a norm or a merge converts to float32 at a time.
 CHUNK_ELEMENTS = 1 << 24
 
 
@@ -32,8 +32,8 @@ def merged_weight(
 ) -> Tensor:
     """``W + s B A``, or DoRA's ``g * (W + s B A)`` where m is given; computed in float32, returned in W's dtype.
 
-    A pure function: no argument changes. With ``adapted_rows`` (indices) every other row keeps its bits, where a gain
-    of m / ||W|| could be a rounding away from 1.
+    No argument is modified. Rows outside ``adapted_rows`` (indices) are copied bit for bit, since their computed gain
+    m / ||W|| could differ from 1 by rounding.
     """
     merged = torch.empty_like(W, memory_format=torch.contiguous_format)
     A32 = A.float()
@@ -48,20 +48,20 @@ def merged_weight(
 
 
 def row_norms_squared(W: Tensor) -> Tensor:
-    """``||W||^2`` per row in float32: (out,)."""
+    """``||W||^2`` of each row in float32: (out,)."""
     return torch.cat([W[rows].float().square().sum(dim=1) for rows in row_chunks(W)])
 
 
 def adapted_row_norms(W: Tensor, W_squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """``||W + s B A||`` per row without the dense sum, in float32: (out,).
+    """``||W + s B A||`` of each row in float32, without forming the dense sum: (out,).
 
-    ``||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, each inner product over the rank. ``W_squared`` is
-    ``row_norms_squared(W)``, constant while the base is frozen.
+    The square root of ``||W||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>``, with inner products over the rank.
+    ``W_squared`` is ``row_norms_squared(W)``, constant while the base is frozen.
     """
     return row_norms(W_squared, row_cross(W, A, B), A, B, s)
 
 
 def row_chunks(W: Tensor) -> list[slice]:
-    """Slices over the rows of W, each of at most CHUNK_ELEMENTS elements (one row at the least)."""
+    """Slices over the rows of W, each of at most CHUNK_ELEMENTS elements (but at least one row)."""
     rows = max(1, CHUNK_ELEMENTS // max(1, W.shape[1]))
     return [slice(start, start + rows) for start in range(0, W.shape[0], rows)] or [slice(0, 0)]

@@ -19,15 +19,15 @@ from rankwise.errors import AdapterError
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
-    """Add the active adapter's update to the base weights, in place. The layers are plain again, with no extra cost.
+    """Replace the wrapped layers by plain layers whose weights include the active adapter's update.
 
-    A 4-bit layer becomes a 16-bit one, and so does each stack of 4-bit experts that adapts. Other loaded adapters are
-    removed with the layers.
+    A 4-bit layer becomes dense, in the dtype in which it computes, and so does each adapted stack of 4-bit experts. A
+    disabled adapter is enabled first. The model's other adapters are gone too, until ``unmerge_adapter``.
 
     Args:
         model: A model with an active adapter.
-        reversible: Keep the wrapped layers with the base's original weights for ``unmerge_adapter``, which is then
-            exact to the bit. False frees that memory.
+        reversible: Keep the wrapped layers with the base's original weights for ``unmerge_adapter``, which then
+            restores every weight bit for bit. False frees their memory and drops all adapters.
 
     Raises:
         AdapterError: RW407 where there is no adapter, RW408 where one is merged already.
@@ -35,14 +35,14 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
     state, _ = state_and_name(model, None)
     enable_adapter(model)
     wrapped = list(wrappers(model))
-    # Whether the output head or the embedding gets a weight of its own.
+    # The output head or the embedding gets a weight of its own where it is merged.
     ends = model_end(model, "output"), model_end(model, "input")
     touches_ends = any(inner_module(module) is end for _, module in wrapped for end in ends)
     changes_tied = touches_ends and not _has_tied_rows(wrapped)
     for path, module in wrapped:
         model.set_submodule(path, _merged(module))
     if _has_tied_rows(wrapped):
-        # Both were given the same rows.
+        # Head and embedding got the same rows, so they stay tied.
         merged: Any = model
         merged.get_output_embeddings().weight = merged.get_input_embeddings().weight
     if changes_tied:
@@ -53,14 +53,14 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Undo ``merge_adapter``: every weight is equal to the bit to what it was before.
+    """Undo ``merge_adapter``: every weight and adapter is restored, bit for bit.
 
     Raises:
-        AdapterError: RW408 where nothing was merged reversibly.
+        AdapterError: RW408 where nothing is merged, RW407 where the merge was not reversible.
     """
     state = adapter_state(model)
     if state.merged is None:
-        raise AdapterError("RW408", "nothing to unmerge: no adapter was merged with reversible=True.")
+        raise AdapterError("RW408", "no adapter is merged; call merge_adapter(model) with reversible=True first.")
     for path, module in state.merged:
         model.set_submodule(path, module)
     if state.tied_before_merge is not None:
@@ -86,7 +86,10 @@ def _has_tied_rows(wrapped: list[tuple[str, Wrapper]]) -> bool:
 
 
 def _untie_head(model: nn.Module) -> tuple[bool, dict[str, str]] | None:
-    """Record on the model that its head and its embedding are no longer one tensor, so that saving writes both."""
+    """Record on the model that head and embedding are no longer tied, so that saving writes both.
+
+    Returns the former values of config.tie_word_embeddings and all_tied_weights_keys.
+    """
     config: Any = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return None

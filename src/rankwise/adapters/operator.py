@@ -1,8 +1,8 @@
-"""Run a layer and its adapter through the operator with hand-written gradients, where that operator applies.
+"""Compute an adapted layer with the operator of hand-written gradients (`ops.low_rank_linear`), where it applies.
 
-It applies to whole layers over a dense, transposed (Conv1D) or 4-bit weight that is frozen, in that weight's dtype.
-Everything else (fused projections of which parts adapt, autocast, compiled graphs, weights that train too) takes the
-same formulas through autograd, in ``lora.py`` and ``dora.py``.
+The operator applies to whole layers over a frozen dense, transposed (Conv1D) or 4-bit weight, in that weight's dtype.
+All other cases (partly adapted fused projections, autocast to another dtype, compiled graphs, base weights that train)
+compute the same formulas with autograd, in ``lora.py`` and ``dora.py``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SEEDS = 1 << 31
 
 
 class Batch:
-    """The micro-batch that the model reads, of which each of several processes has some rows."""
+    """The micro-batch in progress, whose rows (tokens) several processes may share."""
 
-    # A row here is one token. Recomputations in threads of autograd's own read it too.
+    # Rows in processes of lower rank. A plain attribute, so that recomputation in autograd's threads reads it too.
     rows_before = 0
 
 
@@ -32,9 +32,9 @@ BATCH = Batch()
 
 
 class Adapter(Protocol):
-    """The part over one base layer: a pair A (r, in), B (out, r) and, in DoRA, a magnitude m for each output row.
+    """An adapter of one base layer: a pair A (r, in), B (out, r) and, in DoRA, a magnitude m for each output row.
 
-    It never owns the base, which each of its methods takes as an argument.
+    The base is not a submodule of the adapter: methods take it as an argument.
     """
 
     scaling: float
@@ -57,7 +57,7 @@ class Adapter(Protocol):
 class LinearAdapter(Adapter, Protocol):
     """An adapter of a linear layer, which the operator can compute."""
 
-    # Whether what follows gives the output back in the backward pass.
+    # Whether the next operation returns the layer's output in the backward pass (`ops.handback`).
     comes_back: bool
 
     def fixed_gain(self, base: nn.Module) -> Tensor | None: ...
@@ -65,7 +65,7 @@ class LinearAdapter(Adapter, Protocol):
 
 
 def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
-    """The weight of ``base`` in the operator's form, or None where the operator cannot take it."""
+    """The weight of ``base`` as the operator's argument, or None where the operator does not apply."""
     W = stored_weight(base)
     if is_traced() or W.requires_grad or not computes_in(x.dtype, x.device) or not is_own(base):
         return None
@@ -88,7 +88,7 @@ def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def branch_of(adapter: LinearAdapter, base: nn.Module, x: Tensor) -> Branch | None:
-    """The operator's view of one adapted layer, or None where it does not apply."""
+    """The operator's argument for one adapted layer, or None where the operator does not apply."""
     frozen = frozen_weight(base, x) if adapter.parts is None else None
     if frozen is None:
         return None
@@ -101,7 +101,7 @@ def branch_of(adapter: LinearAdapter, base: nn.Module, x: Tensor) -> Branch | No
 
 
 def drawn_dropout(p: float, training: bool) -> Dropout | None:
-    """Dropout with a seed drawn from torch's generator, so that a run's seed decides and a recomputation repeats it."""
+    """Dropout with a seed from torch's generator, so that the run's seed fixes it and a recomputation repeats it."""
     if not training or p == 0:
         return None
     return Dropout(p, int(torch.randint(SEEDS, ())), BATCH.rows_before)

@@ -1,7 +1,7 @@
-"""The rest of a base's weight after an initialisation, and the pair that was taken out of it:  W = W_rest + s B_0 A_0.
+"""The pair that PiSSA subtracts from a base's weight, and the rest of that weight:  W = W_rest + s B_0 A_0.
 
-The layer then computes with W_rest, and the adapter starts at (A_0, B_0). Relative to W a trained pair is one LoRA of
-rank 2r at the same scale: s B A - s B_0 A_0 = s [B, -B_0] [A; A_0].
+The layer then computes with W_rest, and the adapter starts at (A_0, B_0). Relative to W, the trained pair is one LoRA
+of rank 2r at the same scale: s B A - s B_0 A_0 = s [B, -B_0] [A; A_0].
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from rankwise.quantization.linear import Linear4bit
 
 
 class Origin(nn.Module):
-    """The pair (A_0, B_0) beside a base that holds W_rest. While no adapter is active, it restores the layer's first
-    weight.
+    """The pair (A_0, B_0) of a base that holds W_rest. While no adapter is active, the pair restores W.
 
-    A (r, in), B (out, r). They are buffers outside of the state dict: the adapter's file holds them.
+    A (r, in) and B (out, r) are buffers outside of the state dict, since the adapter's file holds them.
     """
 
     A: Tensor
@@ -34,15 +33,15 @@ class Origin(nn.Module):
         self.register_buffer("B", B, persistent=False)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        """``W x + b`` as ``W_rest x + s B_0 A_0 x + b``: to rounding, since W itself is not kept."""
+        """``W x + b`` as ``W_rest x + s B_0 A_0 x + b``, equal up to rounding, since W itself is not kept."""
         return torch.add(base(x), low_rank_product(x, self.A, self.B), alpha=self.scaling)
 
     def restored(self, rest: nn.Module) -> nn.Module:
-        """The base with W again, from one that holds W_rest."""
+        """A base that holds W, made from ``rest``, which holds W_rest."""
         return with_weight(rest, merged_weight(dense_weight(rest), self.A, self.B, self.scaling))
 
     def taken_out_of(self, base: nn.Module, W: Tensor) -> nn.Module:
-        """A base that holds ``W_rest = W - s B_0 A_0``, in 4 bits where ``base`` is; W (out, in) as before 4 bits."""
+        """A base that holds ``W_rest = W - s B_0 A_0``, 4-bit if ``base`` is; W (out, in) is not quantized."""
         rest = merged_weight(W, self.A, self.B, -self.scaling).to(getattr(base, "dtype", W.dtype))
         if not is_quantized(base):
             return with_weight(base, rest)

@@ -1,4 +1,4 @@
-"""The parameters that ``target_parameters`` names, by PEFT's rules, and the reasons why some cannot be adapted."""
+"""The parameters that ``target_parameters`` selects by PEFT's rules, and the reasons why some cannot be adapted."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rankwise.quantization.linear import weight_count
 
 
 def parameter_names(modules: Modules, config: LoraConfig) -> list[str]:
-    """Names of the stacks of experts to adapt, in the model's order.
+    """The names of the stacked experts to adapt, in the model's order.
 
-    Raises AdapterError: RW419 for parameters that are not stacked experts, that train whole, or whose experts have
-    their own way of computing.
+    Raises AdapterError (RW419) for parameters that are not stacked experts, that train whole, or whose module has a
+    forward that adapters do not support.
     """
     wanted = config.target_parameters or ()
     found = [item for item in _named(modules) if matches(item[0], wanted)] if wanted else []
@@ -29,13 +29,13 @@ def parameter_names(modules: Modules, config: LoraConfig) -> list[str]:
         name, reason = next(iter(reasons.items()))
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise AdapterError(
-            "RW419", f"target_parameters matches {name}{more}, which no adapter can reach: {reason}; leave it out."
+            "RW419", f"target_parameters matches {name}{more}, which cannot be adapted: {reason}; leave it out."
         )
     return [name for name, _, _ in found]
 
 
 def names_in(modules: Modules) -> Names:
-    """The names that an adapter's settings can use."""
+    """The names in a model that an adapter's settings can select."""
     parameters = list(_named(modules))
     return Names(
         modules=[name for name in modules if name],
@@ -46,12 +46,12 @@ def names_in(modules: Modules) -> Names:
 
 
 def experts_left_out(modules: Modules, config: LoraConfig, adapted: Collection[str]) -> LeftOut | None:
-    """The stacked experts that are not among the adapted names; None where there are none."""
+    """The stacked experts that are neither in ``adapted`` nor trained whole; None where there are none."""
     stacks, distinct, reachable = {}, {}, []
     for name, module, leaf in _named(modules):
         parameter = module.get_parameter(leaf)
         distinct[id(parameter)] = weight_count(parameter)
-        # By the class's name too: Llama 4's and JetMoE's experts lack the interface.
+        # Also by the class name, since Llama 4's and JetMoE's experts lack transformers' interface.
         is_named_so = parameter.dim() == 3 and "experts" in type(module).__name__.lower()
         if is_named_so or stack_at(module, leaf) is not None:
             stacks[name] = weight_count(parameter)
@@ -72,11 +72,11 @@ def _obstacle(name: str, module: nn.Module, leaf: str, config: LoraConfig) -> st
     parameter = module.get_parameter(leaf)
     if stack_at(module, leaf) is None and parameter.dim() != 3:
         shape = tuple(parameter.shape)
-        return f"it is {shape} and no stack of experts' matrices (linear layers go into target_modules)"
+        return f"its shape is {shape}, not that of stacked experts (linear layers go into target_modules)"
     if (reason := foreign(module, leaf)) is not None:
         return reason
     if leaf not in (first_leaf(module), "down_proj"):
-        return f"{type(module).__name__} does not multiply by it"
+        return f"{type(module).__name__} does not use it in a matrix product"
     if config.trains_whole(path := name.rpartition(".")[0]):
         return f"modules_to_save trains {path} whole"
     return None

@@ -1,6 +1,6 @@
-"""``adapter_config.json``: PEFT's fields from a LoraConfig and back.
+"""Convert a LoraConfig to PEFT's ``adapter_config.json`` and back.
 
-Unknown fields that only say how an adapter was made are ignored; those that would change what it computes are refused.
+Unknown fields that only describe how an adapter was made are ignored; those that change what it computes are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SHARED_FIELDS = (
     "use_rslora",
 )
 
-# What PEFT writes besides; a value other than this one changes the result, so reading refuses it.
+# Further fields that PEFT writes, with the only supported value: any other changes the result and is refused.
 _FIXED_FIELDS: JsonObject = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -47,12 +47,12 @@ _FIXED_FIELDS: JsonObject = {
     "velora_config": None,
 }
 
-# Other initialisations (pissa, olora, corda, lora_ga, loftq, ...) change the base's weights too.
+# Initialisations that leave the base's weights alone. Others (pissa, olora, corda, lora_ga, loftq, ...) change them.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def to_peft(config: LoraConfig, targets: str | Sequence[str], base_model: str | None, conv1d: bool) -> JsonObject:
-    """The JSON document. ``targets`` replaces "all-linear", which only makes sense beside the model."""
+    """The JSON document. ``targets`` replaces the config's target_modules, since "all-linear" depends on the model."""
     fields: JsonObject = {name: getattr(config, name) for name in _SHARED_FIELDS}
     fields |= {
         "target_modules": targets if isinstance(targets, str) else list(targets),
@@ -71,10 +71,10 @@ def to_peft(config: LoraConfig, targets: str | Sequence[str], base_model: str | 
 
 
 def from_peft(document: Fields, source: Path) -> LoraConfig:
-    """The configuration in a PEFT document. Raises AdapterError (RW410) naming every field that cannot be honoured."""
+    """The configuration in a PEFT document. Raises AdapterError (RW410), which names every unsupported field."""
     kind = document.get("peft_type")
     if kind != "LORA":
-        raise AdapterError("RW410", f"{source} is of peft_type {kind!r}; rankwise reads LoRA and DoRA adapters (LORA).")
+        raise AdapterError("RW410", f"{source} is of peft_type {kind!r}; rankwise reads LORA (LoRA and DoRA) only.")
     refused = [
         name for name, harmless in _FIXED_FIELDS.items() if document.get(name) not in (harmless, None, False, [])
     ]
@@ -89,7 +89,7 @@ def from_peft(document: Fields, source: Path) -> LoraConfig:
         )
     fields = {name: document[name] for name in _SHARED_FIELDS if document.get(name) is not None}
     if fields.get("target_parameters"):
-        # Without target_modules PEFT adapted parameters alone.
+        # A PEFT file without target_modules adapts parameters alone.
         fields.setdefault("target_modules", ())
     try:
         return LoraConfig(**fields)
@@ -98,7 +98,7 @@ def from_peft(document: Fields, source: Path) -> LoraConfig:
 
 
 def read_config(folder: Path) -> JsonObject:
-    """The JSON document of an adapter folder. Raises AdapterError (RW409) when it is missing or no JSON object."""
+    """The JSON document of an adapter folder. Raises AdapterError (RW409) where it is missing or not a JSON object."""
     if not folder.is_dir():
         raise AdapterError("RW409", f"there is no folder {folder}; give the folder of an adapter.")
     if not (folder / CONFIG_FILE).exists():
@@ -107,7 +107,7 @@ def read_config(folder: Path) -> JsonObject:
 
 
 def scaled_alpha(config: LoraConfig) -> Callable[[float, int], float]:
-    """How lora_alpha grows when n parts of rank r become one LoRA of rank n r at the same scale."""
+    """The function (alpha, n) -> lora_alpha with which one LoRA of rank n r has the scale of n parts of rank r."""
     return (lambda alpha, n: alpha * n**0.5) if config.use_rslora else (lambda alpha, n: alpha * n)
 
 

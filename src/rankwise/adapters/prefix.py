@@ -1,12 +1,12 @@
 """Prefix tuning (Li and Liang 2021, arXiv 2101.00190), a baseline of comparisons.
 
-Every attention layer sees P more keys and values in front of those of the text, and they alone are trained:
+Every attention layer gets P more keys and values before those of the text, and only these are trained:
 
     attention(q, [K_prefix; K], [V_prefix; V])          K_prefix, V_prefix: (P, heads of keys, head size) per layer
 
-They start as the model's own keys and values of P tokens of its vocabulary, which trains far better than random
-numbers (section 7.4 of the paper); the paper's reparametrization by an MLP is left out, as in PEFT's default. Keys
-hold their rotation already: the prefix has the positions 0 to P - 1 and the text follows.
+They start as the model's keys and values of P random tokens of its vocabulary, which trains far better than random
+numbers (section 7.4 of the paper). As in PEFT's default, the paper's reparametrization by an MLP is left out. Keys are
+stored after their rotation: the prefix has the positions 0 to P - 1, and the text follows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 class Prefix(nn.Module):
-    """``keys`` and ``values``: (layers, heads, P, head size) in float32."""
+    """The trained prefix: ``keys`` and ``values`` (layers, heads, P, head size) in float32."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -36,21 +36,22 @@ class Prefix(nn.Module):
         return self.keys.shape[2]
 
     def fill(self, cache: Any, batch: int, dtype: torch.dtype) -> None:
-        """Put the prefix into an empty cache, before the text."""
+        """Put the prefix, repeated for each of ``batch`` rows and cast to ``dtype``, into an empty cache."""
         for layer in range(len(self.keys)):
             pair = (part[layer].to(dtype).expand(batch, -1, -1, -1) for part in (self.keys, self.values))
             cache.update(*pair, layer)
 
 
 def add_prefix(model: nn.Module, length: int) -> Prefix:
-    """Freeze ``model`` and put a prefix of ``length`` positions in front of every text it reads.
+    """Freeze ``model`` and put a prefix of ``length`` positions before every text that it reads.
 
-    The first tokens are drawn with torch's generator. Raises ConfigError (RW171) for a model whose cache is not one
-    of keys and values for every layer, or that recomputes activations, which drops caches.
+    The initial tokens are drawn with torch's generator. Raises ConfigError (RW171) for a model whose cache does not
+    hold keys and values of one shape in every layer and, in a forward pass of training, for one with gradient
+    checkpointing, which drops caches.
     """
     model.requires_grad_(False)
     prefix = Prefix(*_initial(model, length))
-    # Of the part without the head, which some callers use by itself.
+    # On the part without the head, which some callers call directly.
     inner: Any = model.base_model
     inner.register_forward_pre_hook(_in_front(prefix), with_kwargs=True)
     return prefix
@@ -81,7 +82,7 @@ def _initial(model: Any, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _seen(mask: Tensor, length: int) -> Tensor:
-    """``length`` more columns of a mask in which everything is visible: (B, L), or (B, 1, L, L) of truth or -inf."""
+    """``length`` mask columns that hide nothing, for a mask (B, L), or (B, 1, L, L) of booleans or -inf."""
     shape = (*mask.shape[:-1], length)
     return mask.new_zeros(shape) if mask.dim() == 4 and mask.is_floating_point() else mask.new_ones(shape)
 
@@ -91,7 +92,7 @@ def _cache_name(model: nn.Module) -> str:
 
 
 def _in_front(prefix: Prefix) -> Any:
-    """A pre-hook that passes the prefix as a cache and makes room for it in the mask."""
+    """A forward pre-hook that passes the prefix as a cache and extends the mask and the positions by its length."""
 
     def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         from transformers import DynamicCache
@@ -99,7 +100,7 @@ def _in_front(prefix: Prefix) -> Any:
         if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
             raise ConfigError(
                 "RW171",
-                "prefix tuning hands its prefix over as a cache, which gradient checkpointing drops; train it without "
+                "prefix tuning passes its prefix as a cache, which gradient checkpointing drops; train without "
                 "--gradient-checkpointing.",
             )
         if inputs:
@@ -110,7 +111,7 @@ def _in_front(prefix: Prefix) -> Any:
         cache = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
         if cache is None:
             cache = named[_cache_name(module)] = DynamicCache()
-        # A first call: generation brings an empty cache, and later the one that was filled then.
+        # In the first call of a generation the cache is empty; later calls bring the filled one.
         if cache.get_seq_length() == 0:
             prefix.fill(cache, batch, module.dtype)
         if isinstance(mask := named.get("attention_mask"), Tensor):

@@ -1,6 +1,4 @@
-"""The reference of a preference loss: the base alone, or the adapter at the start of training. There is no second
-model.
-"""
+"""The reference of a preference loss: the base alone, or the adapter at the start of training, in the same model."""
 
 from __future__ import annotations
 
@@ -18,14 +16,15 @@ REFERENCE = "reference"
 
 
 def keep_reference(model: nn.Module) -> None:
-    """Keep a frozen copy of the active adapter, which ``reference_at_work`` puts in its place.
+    """Keep a frozen copy of the active adapter, without dropout, which ``reference_at_work`` activates.
 
-    Raises AdapterError (RW406) for an adapter that trains biases: the base has them once.
+    Raises AdapterError (RW406) for an adapter that replaces parameters of the base (biases, or an embedding or head
+    from its folder): the base holds one value of them.
     """
     state, name = state_and_name(model, None)
     if state.replaced.get(name):
         raise AdapterError(
-            "RW406", f"the adapter {name!r} trains biases of the base, so no copy of it can stand aside."
+            "RW406", f"the adapter {name!r} changes parameters of the base, so it cannot be the reference; train anew."
         )
     for _, module in wrappers(model):
         if name in module.adapters:
@@ -39,7 +38,7 @@ def keep_reference(model: nn.Module) -> None:
 
 @contextmanager
 def reference_at_work(model: nn.Module) -> Iterator[None]:
-    """Within this context the model computes as the reference does. Trained parameters do not change."""
+    """A context in which the model computes as the reference does. Trained parameters do not change."""
     state, name = state_and_name(model, None)
     if REFERENCE not in state.configs:
         with adapter_disabled(model):

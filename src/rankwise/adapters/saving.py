@@ -1,8 +1,8 @@
 """Write adapters in PEFT's format: by ``save_adapter``, and by ``save_pretrained`` of a model with an adapter.
 
-transformers' own method would write the whole base, and our tensors beside it under names that no other program reads;
-that folder would load as the untrained base. Trainers and ``push_to_hub`` call the model's method, so it is replaced
-there.
+transformers' own ``save_pretrained`` would write the whole base, with the adapter's tensors under names that no other
+program reads, and the folder would load as the untrained base. Trainers and ``push_to_hub`` call the method of the
+model, so it is replaced on the model.
 """
 
 from __future__ import annotations
@@ -48,24 +48,25 @@ from rankwise.records import write_bytes, write_json
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS_KEY = "rankwise.enable_lora"
-# Of an adapter that belongs on 4-bit weights: "loftq", which PEFT's fields cannot say without starting it anew.
+# Metadata key for "loftq" adapters, which belong on 4-bit weights. In PEFT's own field, "loftq" would make PEFT
+# initialise the adapter again.
 INIT_KEY = "rankwise.init"
-# What PEFT's fields cannot say of a fused projection; kept in the metadata.
+# Fields of fused projections, stored in the metadata because PEFT's fields cannot express them.
 PARTS_FIELDS = ("enable_lora", "rank_pattern", "alpha_pattern")
-# transformers' name of a Trainer's checkpoint.
+# The folder name of a transformers Trainer's checkpoint.
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINER_WEIGHTS = "model.safetensors"
-# Options that change what ``save_pretrained`` writes, with the values that change nothing.
+# {option of ``save_pretrained`` that an adapter folder does not support: its neutral value}.
 NOT_FOR_ADAPTERS = {"push_to_hub": False, "variant": None, "save_peft_format": True, "distributed_checkpoint": False}
-# Former names of experts, which PEFT (0.21) takes for the stacked experts wherever it finds them in target_modules.
+# Layer names of unstacked experts. PEFT (0.21) maps these names in target_modules to the stacked experts.
 FORMER_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class SavePretrained:
-    """Replaces a model's method. Models without an adapter and merged ones are still written by the original method."""
+    """Replaces a model's ``save_pretrained``; without an adapter, or after a merge, it calls the original method."""
 
     def __init__(self, model: nn.Module) -> None:
-        # Weak: a model that refers to itself is freed late.
+        # Weak, since a reference cycle would delay freeing the model.
         self._model = weakref.ref(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
@@ -94,33 +95,33 @@ def _check_options(given: Fields) -> None:
     if asked:
         raise AdapterError(
             "RW421",
-            f"save_pretrained got {', '.join(asked)}, and an adapter's folder is written without that; leave it out "
+            f"save_pretrained got {', '.join(asked)}, which an adapter's folder does not support; leave it out "
             "(model.push_to_hub(NAME) uploads), or call merge_adapter(model) first to save a whole model.",
         )
 
 
 def _save(model: nn.Module, state: AdapterState, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
-    """Write the active adapter into ``folder``, and the others into subfolders with their names, as PEFT does."""
+    """Write the active adapter into ``folder`` and every other into a subfolder of its name, as PEFT does."""
     assert state.active is not None, "a model with adapters has an active one, disabled or not"
     for name in state.configs:
         place = folder if name == state.active else folder / name
         save_adapter(model, place, name=name, state_dict=state_dict)
     if TRAINER_CHECKPOINT.fullmatch(folder.name):
-        # A Trainer resumes, and loads its best step, from a file of this name alone.
+        # A Trainer reads only this file when it resumes or loads the best checkpoint.
         live = {id(parameter) for parameter in adapter_parameters(model, state.active).values()}
         named = model.state_dict(keep_vars=True).items()
         source = {key: value for key, value in named if id(value) in live}
-        # Copies: a tied head has the rows of the embedding's new tokens.
+        # safetensors refuses shared memory, and a tied head shares the rows of new tokens: so copies are saved.
         tensors = {key: (state_dict or source)[key].detach().to("cpu", copy=True).contiguous() for key in source}
         write_bytes(folder / TRAINER_WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
-    """The live parameters of an adapter, by default the active one, under their names in PEFT's file.
+    """{key in PEFT's file: parameter} of an adapter, by default the active one.
 
     A is (r, in), B is (out, r) and DoRA's magnitude is (out,). Adapters on E stacked experts have A (E, r, in) and B
-    (E, out, r). For a partly adapted fused projection the parameters are the compact A, B and m, which the file holds
-    expanded. For PiSSA they are the r ranks that train, of the file's 2r.
+    (E, out, r). A partly adapted fused projection has the compact A, B and m, which the file holds expanded; PiSSA has
+    the r ranks that train, of the file's 2r. Raises AdapterError: RW407 for an unknown name, RW408 while merged.
     """
     state, name = state_and_name(model, name)
     found: dict[str, nn.Parameter] = {}
@@ -155,14 +156,16 @@ def save_adapter(
 
     Args:
         model: A model with an adapter.
-        folder: Gets ``adapter_model.safetensors`` and ``adapter_config.json``.
-        name: Which adapter.
-        base_model: The base that transformers loads for this folder; by default the model's own name.
-        state_dict: Values to write in place of the live ones, under the model's names: those that were gathered from
-            several processes, for example.
+        folder: The folder for ``adapter_model.safetensors`` and ``adapter_config.json``, which is created.
+        name: The adapter to write.
+        base_model: The base that transformers loads for this folder; by default the model's ``name_or_path``.
+        state_dict: Values to write instead of the model's own, under the keys of ``model.state_dict()``: for example
+            values gathered from several processes.
 
     Raises:
-        AdapterError: RW421 where ``state_dict`` lacks a tensor.
+        AdapterError: RW407 for an unknown name, RW408 while merged, RW421 where ``state_dict`` lacks a tensor.
+
+    Warns (RW559) where PEFT cannot load the adapter.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,9 +189,9 @@ def save_adapter(
 
 
 def _warn_of_former_experts(model: nn.Module, adapted: list[str]) -> None:
-    """Warn (RW559) where PEFT puts the adapters of a mixture's dense layers and shared experts on its stacked experts.
+    """Warn (RW559) where PEFT would put adapters of a mixture's dense layers or shared experts on its stacked experts.
 
-    No spelling of target_modules avoids this: PEFT looks at the last name of each entry and of each match alone.
+    No spelling of target_modules avoids this, since PEFT uses only the last component of each entry and match.
     """
     kind = str(getattr(getattr(model, "config", None), "model_type", None))
     mistaken = (
@@ -199,22 +202,22 @@ def _warn_of_former_experts(model: nn.Module, adapted: list[str]) -> None:
     if mistaken:
         warn(
             "RW559",
-            f"PEFT cannot load this adapter: in a model of type {kind} it takes the target_modules "
+            f"PEFT cannot load this adapter: in a model of type {kind}, PEFT takes the target_modules "
             f"{', '.join(mistaken)} for the stacked experts. rankwise loads it, and `rankwise merge` makes a model for "
-            f"every program; for an adapter that PEFT loads, train with --exclude-modules {','.join(mistaken)}.",
+            f"any program; for an adapter that PEFT loads, train with --exclude-modules {','.join(mistaken)}.",
             stacklevel=3,
         )
 
 
 def is_transposed(bases: list[nn.Module]) -> bool:
-    """PEFT's fan_in_fan_out. It does not apply to stacked experts: PEFT asks their module."""
+    """PEFT's fan_in_fan_out: whether all bases store W as (in, out). Stacked experts have their own flag in PEFT."""
     return bool(bases) and all(map(is_conv1d, bases))
 
 
 def adapter_tensors(
     model: nn.Module, name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter as PEFT's file has them, detached, on the CPU; ``state_dict`` as in `save_adapter`."""
+    """The tensors of an adapter as in PEFT's file, detached, on the CPU; ``state_dict`` as in `save_adapter`."""
     state, name = state_and_name(model, name)
     live: Mapping[str, Tensor] = adapter_parameters(model, name)
     found = live if state_dict is None else _taken_from(state_dict, model, live)
@@ -249,7 +252,7 @@ def _taken_from(state_dict: Mapping[str, Tensor], model: nn.Module, live: Mappin
 def _expanded(
     layer: AdaptedLayer, name: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """B and m of a partly adapted projection over all its rows."""
+    """B (out, n r) and m (out,) of a partly adapted projection, expanded to all rows."""
     adapter = layer.adapter(name)
     assert adapter.parts is not None, "partly adapted"
     key_of = {attribute: key for key, attribute in keys.items()}
@@ -262,14 +265,14 @@ def _expanded(
 
 
 def _on_first_weights(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """[A; A_0] and [B, -B_0]: PiSSA's pairs as LoRA of rank 2r on the weights before the pairs were taken out."""
+    """[A; A_0] and [B, -B_0]: PiSSA's pairs as LoRA of rank 2r on the original weights."""
     found: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model, name):
         if isinstance(layer.adapter(name), TokenRows):
             continue
         key_A, key_B, *_ = tensor_keys(path, layer.base_layer, False)
         A, B = tensors[key_A], tensors[key_B]
-        # An embedding begins by default.
+        # An embedding starts with the default, so nothing was subtracted from it.
         first = (
             (A.new_zeros(A.shape), B.new_zeros(B.shape)) if layer.origin is None else (layer.origin.A, layer.origin.B)
         )
@@ -282,7 +285,7 @@ def is_at_work(state: AdapterState, name: str) -> bool:
 
 
 def _replaced_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
-    """The parameters of the base that the adapter replaces: live while it is active, else the values that it left."""
+    """{key in PEFT's file: the adapter's value} of base parameters that it replaces, read from the base while active."""
     adapted = {path for path, _ in adapted_layers(model, name)}
     at_work = is_at_work(state, name)
     tensors = {}
@@ -310,9 +313,7 @@ def stack_parameters(path: str, stacks: Mapping[str, StackLora]) -> dict[str, nn
 
 
 def _as_one_lora(config: LoraConfig, modules: list[AdaptedModule]) -> LoraConfig:
-    """The configuration by which PEFT computes the same: fused projections as one LoRA of rank n r, PiSSA's of rank
-    2 r.
-    """
+    """The configuration with which PEFT computes the same: rank n r for fused projections, rank 2 r for PiSSA."""
     ranks, alphas, grow = {}, {}, scaled_alpha(config)
     if config.init.kind == "pissa":
         return dataclasses.replace(
@@ -342,8 +343,8 @@ def _plain(mapping: Fields) -> JsonObject:
 
 
 def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[AdaptedModule]) -> str | list[str]:
-    """The shortest list of endings that names the adapted modules and no others, for "all-linear", and where endings
-    would also fit a part that text does not enter.
+    """PEFT's target_modules. "all-linear" becomes a list of names, and so does a list in a model with a vision part,
+    where an ending may also match the vision part.
     """
     wanted = config.target_modules or ()
     if isinstance(wanted, str) and wanted != "all-linear":
@@ -355,7 +356,7 @@ def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[Adapte
 
 
 def shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
-    """The shortest list of endings that matches the modules ``names`` and no others; ``names`` where there is none."""
+    """The last components of ``names`` if these match the modules ``names`` and no others, else ``names``."""
     endings = sorted(suffixes(names))
     same = {name for name, _ in base_modules(model) if name and matches(name, endings)} == set(names)
     return endings if same else names

@@ -1,8 +1,8 @@
-"""Layers that read the same input (q, k and v; gate and up) computed together when the first of them is called.
+"""Compute layers that read the same input (q, k and v; gate and up) together, when the first of them is called.
 
-The first call computes every member's output with one pass over the input for all their A, and the others fetch theirs:
-the modules between stay as they are, and no model has to be known. An input is "the same" when it is the same tensor
-object, not written to in between, under the same gradient mode.
+The first call computes the outputs of all layers in the group, with one pass over the input for all their A; the other
+layers fetch their outputs when they are called. So this needs no change of the model's code. Two inputs are the same
+when they are one tensor object, not written to in between, under the same gradient mode.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from rankwise.compat.torch import writes_to
 from rankwise.errors import AdapterError
 from rankwise.ops.low_rank_linear import low_rank_linear
 
-# Layers stop sharing when unfetched outputs exceed fetched ones by this many. That is decided between optimizer steps
+# Layers stop sharing when unfetched outputs exceed fetched ones by this number. It is decided between optimizer steps
 # only, so that gradient checkpointing recomputes the same graph.
 PATIENCE = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """The other members' outputs for an input, until they fetch them."""
+    """The outputs that the other layers of a group have not fetched yet, for one input."""
 
     x: weakref.ref[Tensor]
     version: int
     grad: bool
-    # By id of the member.
+    # {id of the layer: its output}.
     waiting: dict[int, Tensor]
 
     def are_of(self, x: Tensor) -> bool:
@@ -43,19 +43,19 @@ class Outputs:
 
 
 class SharedInput:
-    """A group of adapted layers. What they cannot compute together, each computes alone."""
+    """A group of adapted layers. Where they cannot be computed together, each computes alone."""
 
     def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
-        # Weak: a copied or removed layer must not keep its former siblings alive.
+        # Weak, since a copied or removed layer must not keep the other layers alive.
         self._layers = [weakref.ref(layer) for layer in layers]
         self._kept: Outputs | None = None
         self._missed = 0
         self._apart = False
-        # Version of the first member's A when it was last decided whether they compute apart.
+        # Version counter of the first layer's A at the last decision whether the layers compute apart.
         self._judged = -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
-        # Copied layers are not members, and compute apart.
+        # Copied layers are not in the group, and compute alone.
         return self
 
     def __reduce__(self) -> NoReturn:
@@ -63,7 +63,7 @@ class SharedInput:
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         """The output of ``layer`` for x, or None where the layer has to compute it alone."""
-        # Read once: another thread may put other outputs in its place, never into it.
+        # Read once, since another thread may replace self._kept; it does not add to these outputs.
         kept = self._kept
         if kept is not None and kept.are_of(x):
             y = kept.waiting.pop(id(layer), None)
@@ -78,7 +78,7 @@ class SharedInput:
         return self._compute(layer, x)
 
     def _are_apart(self) -> bool:
-        # One member's for all: their counts of writes may differ, and a step asks in the name of each.
+        # The first layer's A decides for all: every layer asks in each step, and their version counters may differ.
         first = self._layers[0]()
         adapter = None if first is None else first.at_work
         version = self._judged if adapter is None else writes_to(adapter.lora_A)
@@ -105,7 +105,7 @@ class SharedInput:
 
 
 def refuse_pickling() -> NoReturn:
-    """Refuse to be pickled. Raises AdapterError (RW418)."""
+    """Raise AdapterError (RW418) where a model with shared inputs is pickled."""
     raise AdapterError(
         "RW418",
         "a model that optimize_for_training or accelerate_peft has changed cannot be pickled; call "
@@ -114,7 +114,7 @@ def refuse_pickling() -> NoReturn:
 
 
 def _compatible(layers: Sequence[AdaptedLayer]) -> list[Lora | Dora] | None:
-    """The adapters of the layers if all are adapted with the same dropout, mode and dtype."""
+    """The active adapters of the layers if all have the same dropout, mode and dtype; else None."""
     if not all(layer.is_ready for layer in layers):
         return None
     adapters = [adapter for layer in layers if isinstance(adapter := layer.at_work, Lora | Dora)]

@@ -20,21 +20,21 @@ Wrapper = AdaptedLayer | AdaptedExperts | TrainedCopy
 
 @dataclasses.dataclass
 class AdapterState:
-    """The state of a model's adapters, kept on the model as ``rankwise_adapters``."""
+    """The state of a model's adapters, stored on the model as ``rankwise_adapters``."""
 
     configs: dict[str, LoraConfig] = dataclasses.field(default_factory=dict)
     # The adapter that computes and trains, unless ``disabled``.
     active: str | None = None
     disabled: bool = False
-    # Adapters loaded with trainable=False: they stay frozen when they become active.
+    # Names of adapters loaded with trainable=False, which stay frozen when they become active.
     inference_only: set[str] = dataclasses.field(default_factory=set)
-    # The base's own values of parameters that some adapter replaces (biases, an embedding that came along).
+    # The base's values of parameters that an adapter replaces: biases, or an embedding or head from its folder.
     base_values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    # Per adapter its values of those parameters, current while it is not at work.
+    # {adapter: its values of those parameters}; up to date only while the adapter is not active.
     replaced: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
-    # The wrapped modules that a reversible merge took out, by name.
+    # (path, wrapper) of the modules that a reversible merge replaced.
     merged: list[tuple[str, Wrapper]] | None = None
-    # What a merge that unties head and embedding changed: config.tie_word_embeddings and all_tied_weights_keys.
+    # config.tie_word_embeddings and all_tied_weights_keys before a merge that untied head and embedding.
     tied_before_merge: tuple[bool, dict[str, str]] | None = None
 
 
@@ -48,7 +48,9 @@ def adapter_state(model: nn.Module, *, create: bool = False) -> AdapterState:
 
 
 def state_and_name(model: nn.Module, name: str | None, *, merged: bool = False) -> tuple[AdapterState, str]:
-    """The state and an adapter's name, the active one's by default. Raises RW407, and RW408 while merged."""
+    """The state, and ``name`` or the active adapter's name. Raises AdapterError: RW407 for an unknown name; RW408
+    while an adapter is merged, unless ``merged``.
+    """
     state = adapter_state(model)
     name = name or state.active
     if name not in state.configs:
@@ -76,7 +78,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def model_end(model: nn.Module, which: Literal["input", "output"]) -> nn.Module | None:
-    """The base's embedding, or its module that maps hidden states to logits; None for a model without one."""
+    """The base's input embedding or output head, unwrapped; None for a model without one."""
     find = getattr(model, f"get_{which}_embeddings", None)
     found = find() if callable(find) else None
     return None if found is None else unwrapped(found)
@@ -84,7 +86,7 @@ def model_end(model: nn.Module, which: Literal["input", "output"]) -> nn.Module 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules as they were before any wrapping, under the names they had."""
-    # named_modules goes depth-first: what stands in a wrapper follows it.
+    # named_modules is depth-first: the modules inside a wrapper follow it.
     inside = None
     for path, module in model.named_modules():
         if inside is not None and path.startswith(inside):
@@ -110,14 +112,14 @@ def replace_parameter(model: nn.Module, state: AdapterState, name: str, key: str
 
 @torch.no_grad()
 def put_replaced(model: nn.Module, state: AdapterState) -> None:
-    """Put the values of the newly active adapter into the base."""
+    """Copy the active adapter's values of replaced parameters into the base."""
     for key, value in state.replaced.get(state.active or "", {}).items():
         base_parameter(model, key).copy_(value)
 
 
 @torch.no_grad()
 def take_replaced(model: nn.Module, state: AdapterState) -> None:
-    """Set the values of the adapter aside and restore the base's own."""
+    """Store the active adapter's values of replaced parameters and restore those of the base."""
     if state.disabled:
         return
     for key, value in state.replaced.get(state.active or "", {}).items():

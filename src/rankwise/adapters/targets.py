@@ -1,4 +1,4 @@
-"""A model's modules in the form that the rules of `rankwise.matching` read."""
+"""A model's modules in the form that `rankwise.matching` takes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from rankwise.adapters.base_layer import foreign_format, is_adaptable, is_linear
 from rankwise.matching import Place, Places, matches
 from rankwise.quantization.linear import features
 
-# A model's modules by name, the model itself under the empty name, as ``named_modules`` gives them.
+# {name: module} as ``named_modules`` gives them, the model itself under the empty name.
 Modules = Mapping[str, nn.Module]
 
 
 def places_of(modules: Modules, head: nn.Module | None, text: nn.Module | None = None) -> Places:
-    """The places of all modules except the model itself. ``head`` is the output head, and ``text`` the language part of
-    a model that also sees.
+    """The places of all modules except the model itself.
+
+    ``head`` is the output head, ``text`` the language part of a multimodal model (None for a model of text alone).
     """
     read = {id(module) for module in (() if text is None else text.modules())}
     return {
@@ -30,7 +31,7 @@ def places_of(modules: Modules, head: nn.Module | None, text: nn.Module | None =
 
 
 def text_part(model: nn.Module) -> nn.Module | None:
-    """The decoder of a model that also sees or hears; None where all of a model reads."""
+    """The text decoder of a multimodal model; None for a model of text alone."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or config.get_text_config() is config:
         return None
@@ -55,6 +56,6 @@ def place_of(module: nn.Module, *, is_head: bool = False, is_unread: bool = Fals
 
 
 def module_names(modules: Modules, wanted: Sequence[str]) -> list[str]:
-    """The modules that ``modules_to_save`` names."""
+    """The names of the modules that ``modules_to_save`` selects."""
     found = [name for key in wanted for name in modules if name and matches(name, [key])]
     return list(dict.fromkeys(found))

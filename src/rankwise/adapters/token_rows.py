@@ -1,6 +1,6 @@
-"""Rows of an embedding that train alone (PEFT's ``trainable_token_indices``):  E'[i_k] = R[k], and E' = E elsewhere.
+"""Train some rows of an embedding (PEFT's ``trainable_token_indices``):  E'[i_k] = R[k], and E' = E elsewhere.
 
-Shapes: E (vocabulary, dim), R (n, dim), i (n,) token ids. The head of the same weight has the same R; its bias stays.
+Shapes: E (vocabulary, dim), R (n, dim), i (n,) token ids. A tied head shares R; its bias stays frozen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ KEY = "token_adapter.trainable_tokens_delta"
 
 
 class TokenRows(nn.Module):
-    """Over an embedding, or over the linear layer of an output head. It never owns the layer."""
+    """The trained rows over an embedding or over the linear layer of an output head, which is not a submodule."""
 
     scaling = 1.0
     dropout = 0.0
@@ -25,17 +25,17 @@ class TokenRows(nn.Module):
     place: Tensor
 
     def __init__(self, base: nn.Module, ids: list[int], rows: nn.Parameter | None = None) -> None:
-        """``rows``: those of the embedding that the head is tied to; by default the base's own, in float32."""
+        """``rows``: for a tied head, the embedding's rows; by default a float32 copy of the base's rows."""
         super().__init__()
         E = stored_weight(base).detach()
         chosen = torch.tensor(ids, device=E.device)
-        # Where a token stands among the rows, -1 for the others.
+        # {token id: index of its trained row}, -1 for all other tokens.
         place = torch.full((len(E),), -1, device=E.device).index_copy_(
             0, chosen, torch.arange(len(ids), device=E.device)
         )
         self.register_buffer("ids", chosen, persistent=False)
         self.register_buffer("place", place, persistent=False)
-        # Saved with the embedding.
+        # Rows of a tied head are saved with the embedding.
         self.is_tied = rows is not None
         self.rows = nn.Parameter(E[chosen].float()) if rows is None else rows
 
@@ -47,7 +47,7 @@ class TokenRows(nn.Module):
             return y.index_copy(-1, self.ids, (own if bias is None else own + bias[self.ids]).to(y.dtype))
         place = self.place[x]
         own = F.embedding(place.clamp_min(0), self.rows).to(y.dtype)
-        # Gemma's embedding multiplies what it looks up.
+        # Gemma's embedding multiplies its rows by a constant.
         scale = getattr(base, "embed_scale", None)
         own = own if scale is None else own * scale.to(own.dtype)
         return torch.where((place >= 0)[..., None], own, y)
@@ -58,7 +58,7 @@ class TokenRows(nn.Module):
         return E.detach().index_copy(0, self.ids, self.rows.to(E.dtype))
 
     def merge(self, base: nn.Module) -> Tensor:
-        """E' as a new tensor, in the form that ``dense_weight`` gives E."""
+        """E' as a new tensor in the layout of ``dense_weight``: (dim, vocabulary) of an embedding, else E's own."""
         merged = self.effective_weight(base).detach()
         return merged.T if isinstance(base, nn.Embedding) else merged
 

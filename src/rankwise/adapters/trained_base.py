@@ -1,4 +1,4 @@
-"""The base that an adapter was trained on, according to its run folder or PEFT folder."""
+"""The base that an adapter was trained on, from its run folder or PEFT folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def base_model_of(adapter: Path) -> str:
-    """The base model that the folder names; where a record says enough, it is found from any working directory.
+    """The base model that the folder names; from a run's record, as an absolute path or hub id where these are known.
 
-    Raises AdapterError (RW413) when the folder names none.
+    Raises AdapterError (RW413) where the folder names none.
     """
     record = record_of(adapter)
     named = read_config(adapter).get("base_model_name_or_path") if record is None else _named_by(record)
@@ -31,25 +31,22 @@ def base_model_of(adapter: Path) -> str:
 
 
 def revision_of(adapter: Path) -> str | None:
-    """The commit of the hub model that a run trained on, by its record; None for a local base or without a record."""
+    """The commit of the hub model in a run's record; None for a local base or without a record."""
     facts = _facts(adapter)
     revision = facts.get("revision")
     return revision if facts.get("kind") == "hub" and isinstance(revision, str) else None
 
 
 def sha256_of_base(adapter: Path) -> str | None:
-    """SHA-256 of the weights that a run trained on, as ``models.model_hash`` gives it; None without a record."""
+    """SHA-256 of the base's weights in a run's record, as ``models.model_hash`` gives it; None without a record."""
     found = _facts(adapter).get("sha256")
     return found if isinstance(found, str) else None
 
 
 def quantization_of(adapter: Path) -> FourBitConfig | None:
-    """The 4-bit format of the base that a run's adapter belongs on, by its record; None for a 16-bit base or without a
-    record.
+    """The 4-bit format of the base that a run's adapter belongs on; None for a dense base or without a record.
 
-    It is the format of training, except for PiSSA: its adapter belongs on the original weights, although the rest of
-    the weights was in 4 bits.
-
+    This is the format of training, except for PiSSA: a saved PiSSA adapter belongs on the original, dense weights.
     Raises RunError (RW501) for an invalid description.
     """
     record = record_of(adapter)
@@ -59,16 +56,16 @@ def quantization_of(adapter: Path) -> FourBitConfig | None:
     from rankwise.quantization.config import METHOD, FourBitConfig, rewrite_bitsandbytes_config
 
     if not isinstance(stored, Mapping):
-        raise RunError("RW501", f"{adapter / RUN_FILE} describes the 4-bit base as {str(stored)[:60]!r}.")
+        raise RunError("RW501", f"{adapter / RUN_FILE} describes the 4-bit base as {str(stored)[:60]!r}; repair it.")
     if stored.get("quant_method") == METHOD:
         found: FourBitConfig = FourBitConfig.from_dict(dict(stored))
         return found
-    # Older records hold what config.json says, bitsandbytes' description.
+    # Older records hold the quantization_config of config.json, which is bitsandbytes'.
     return rewrite_bitsandbytes_config(stored)
 
 
 def dtype_of(adapter: Path) -> torch.dtype | None:
-    """The dtype of the base that a run trained on, by its record; None without one."""
+    """The dtype of the base in a run's record; None without a record."""
     import torch
 
     dtype = getattr(torch, str(_facts(adapter).get("dtype")), None)
@@ -76,7 +73,7 @@ def dtype_of(adapter: Path) -> torch.dtype | None:
 
 
 def _named_by(record: RunRecord) -> Any:
-    """The hub id, ``demo``, or the absolute path of the base; the name as typed only where no better one is known."""
+    """The hub id, ``demo``, or the absolute path of the base; the name as typed where none of these is known."""
     facts, typed = record.base_model, record.settings.get("model")
     if facts.get("kind") == "demo":
         return DEMO
