@@ -42,6 +42,8 @@ METHODS = [
     {"method": "lora", "init": "pissa"},
     {"method": "full", "dtype": "bfloat16", "learning_rate": "auto:1e-4,1e-3,3e-3"},
     {"method": "lora", "packing": True, "neftune_noise_alpha": 5},
+    # The second rate diverges.
+    {"neftune_noise_alpha": 5, "max_grad_norm": 0, "learning_rate": "auto:1e-3,1e25"},
 ]
 
 
@@ -161,6 +163,7 @@ def test_the_rows_that_judge_are_of_prompts_that_no_short_run_sees() -> None:
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"budget": 1}, ConfigError, "RW173"),
     ({"learning_rate": "auto", "objective": "dpo"}, ConfigError, "RW174"),
+    ({"learning_rate": "auto", "lr_scheduler_type": "greedy"}, ConfigError, "RW174"),
     ({"learning_rate": "auto:1e20,1e25", "max_grad_norm": 0}, ConfigError, "RW176"),
 ]
 

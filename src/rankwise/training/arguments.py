@@ -28,6 +28,7 @@ TENTH = 0.1
 # They need values that `rankwise train` has no options for.
 SCHEDULES_WITH_PARAMETERS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
 NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
+LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 
 
 def implementation_of(optimizer: str, device_type: str) -> str:
@@ -49,7 +50,7 @@ def check_names(given: TrainSettings) -> None:
 def check_combinations(given: TrainSettings) -> None:
     """Raise ConfigError (RW112) for options that have no effect without another option or a package."""
     idle = [flag(name) for name in NEED_EVALUATIONS if getattr(given, name) is not None]
-    if given.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+    if given.lr_scheduler_type in LED_BY_EVALUATIONS:
         idle.append(f"--lr-scheduler-type {given.lr_scheduler_type}")
     if idle and given.eval_data is None:
         raise ConfigError("RW112", f"{', '.join(idle)}: needs evaluations; give --eval-data too.")

@@ -36,6 +36,7 @@ from rankwise.records import RateSearch, RateTrial, load_record, write_json
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
 from rankwise.training import ranks
+from rankwise.training.arguments import LED_BY_EVALUATIONS
 from rankwise.training.observer import Observer
 from rankwise.training.setup import Data
 from rankwise.training.spine import RunTrainer
@@ -60,6 +61,12 @@ def check_search(given: TrainSettings) -> None:
             "RW174",
             f"--learning-rate auto searches with demonstrations and in one process; this run has --objective "
             f"{given.objective} and {ranks.count()} of them, so give its rate.",
+        )
+    if given.lr_scheduler_type in LED_BY_EVALUATIONS:
+        raise ConfigError(
+            "RW174",
+            f"--lr-scheduler-type {given.lr_scheduler_type} follows evaluations, and the short runs of "
+            "--learning-rate auto have none; give a rate, or another schedule.",
         )
 
 
@@ -203,6 +210,9 @@ def _loss_after(trainer: RunTrainer, rows: Any) -> float | None:
         if error.code not in DIVERGED:
             raise
         loss = math.nan
+        if trainer.neftune_noise_alpha is not None:
+            # A training that ends early leaves its noise on the embedding, beside that of the next.
+            trainer.neftune_hook_handle.remove()
     # In mixed precision accelerate wraps the model's forward; the next trainer would wrap it once more.
     attributes.clear()
     attributes.update(before)
