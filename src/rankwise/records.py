@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 # On Python 3.11, pydantic does not accept typing.TypedDict.
 from typing_extensions import TypedDict
@@ -47,6 +47,8 @@ class RateSearch(TypedDict):
     rows: int
     seconds: float
     trials: list[RateTrial]
+    # As given; records of older versions do not say.
+    budget: NotRequired[float | None]
 
 
 @dataclasses.dataclass

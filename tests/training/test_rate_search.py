@@ -14,7 +14,7 @@ from training_rows import Recorder, encoded_rows
 
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
-from rankwise.errors import ConfigError, Interrupted
+from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import load_record
 from rankwise.training import rate_search
 from rankwise.training.rate_search import kept_apart, rounds
@@ -88,6 +88,9 @@ def test_a_resumed_run_does_not_search_again(settings: Any, tmp_path: Path) -> N
     straight = train(given.model_copy(update={"output": tmp_path / "straight"}))
     with pytest.raises(Interrupted):
         train(given, Recorder(stop_at=4))
+    for change in ({"learning_rate": "auto:1e-3,1e-2"}, {"budget": 1}):
+        with pytest.raises(RunError, match="RW507"):
+            train(given.model_copy(update={"resume": True, **change}))
     watched = Recorder()
     resumed = train(given.model_copy(update={"resume": True}), watched)
     assert not [phase for phase in watched.phases if "Trying" in phase]

@@ -75,9 +75,18 @@ def with_rate(given: TrainSettings, found: RateSearch) -> TrainSettings:
 
 
 def with_found_rate(given: TrainSettings) -> TrainSettings:
-    """The settings of a run that is resumed: its search is not repeated."""
+    """The settings of a run that is resumed: its search is not repeated. Raises RunError (RW507) for another search."""
     found = load_record(given.output).rate_search
-    return with_rate(given, found) if found is not None and given.searched_rates else given
+    if found is None or not given.searched_rates:
+        return given
+    before = sorted({trial["learning_rate"] for trial in found["trials"]}), found.get("budget", given.budget)
+    if before != (list(given.searched_rates), given.budget):
+        raise RunError(
+            "RW507",
+            f"the run in {given.output} tried the rates {', '.join(map(spelled, before[0]))} with --budget "
+            f"{before[1] or 1:g}, and another search is asked for; resume without --learning-rate and --budget.",
+        )
+    return with_rate(given, found)
 
 
 def rounds(rates: int, budget: int) -> list[tuple[int, int]]:
@@ -156,7 +165,8 @@ def search(
             "RW176",
             f"the loss is not finite at any rate of {rates}; give lower ones, as --learning-rate auto:RATE,RATE.",
         )
-    return {"chosen": left[0], "rows": len(held), "seconds": round(time.monotonic() - started, 3), "trials": trials}
+    seconds = round(time.monotonic() - started, 3)
+    return {"chosen": left[0], "rows": len(held), "seconds": seconds, "trials": trials, "budget": given.budget}
 
 
 def _short_run(given: TrainSettings, rate: float, length: int, share: float) -> TrainSettings:
