@@ -350,6 +350,27 @@ def test_a_folder_of_other_settings_is_refused_with_what_differs(tmp_path: Path)
         compare(**given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1))
 
 
+def test_more_runs_of_another_template_or_base_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages[0]['content'] }}")
+    options = given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1, chat_template=str(template))
+    compare(**options)
+    template.write_text("{{ messages[0]['content'] }}!")
+    with pytest.raises(RunError, match="RW580.*content of --chat-template is another"):
+        compare(**options)
+    options = given(tmp_path, "other", methods="lora", learning_rates="2e-4", seeds=1)
+    compare(**options)
+    (record,) = (tmp_path / "other" / "runs").glob("*/run.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"base_model": {"sha256": "of the runs"}}))
+    monkeypatch.setattr(run, "model_hash", lambda source: "of now")
+    # Nothing is trained.
+    compare(**options)
+    with pytest.raises(RunError, match="RW580.*another content of --model"):
+        compare(**{**options, "seeds": 2})
+    monkeypatch.setattr(run, "model_hash", lambda source: "of the runs")
+    compare(**{**options, "seeds": 2})
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()

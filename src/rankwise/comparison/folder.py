@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareSettings
+from rankwise.data import read_template
 from rankwise.disk import refuse_links
 from rankwise.errors import RunError
 from rankwise.foreign import Fields, JsonObject, checked, read_json, reason_of
@@ -70,7 +72,7 @@ def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
     changed += [
         f"the content of {label} is another"
         for label, digest in now["data"].items()
-        if before.data.get(label) != digest
+        if before.data.get(label, digest) != digest
     ]
     if changed:
         raise RunError(
@@ -84,7 +86,7 @@ def _identity(given: CompareSettings, data: Fields) -> JsonObject:
     options = given.model_dump(mode="json")
     # A search by halving is one run: more rates would make it another.
     names = ("model", *SAME_RUNS, *SHARED, *(("learning_rates",) if given.budget else ()))
-    return {
-        "options": {name: options[name] for name in names},
-        "data": {"--data": data["train"]["sha256"], "--eval-data": data["eval"]["sha256"]},
-    }
+    content = {"--data": data["train"]["sha256"], "--eval-data": data["eval"]["sha256"]}
+    if given.chat_template is not None:
+        content["--chat-template"] = hashlib.sha256(read_template(given.chat_template).encode()).hexdigest()
+    return {"options": {name: options[name] for name in names}, "data": content}

@@ -37,6 +37,8 @@ from rankwise.comparison.tasks import make_tasks, own_task
 from rankwise.config import BASELINES, FOUR_BITS, TrainSettings, check_objective, idle_options, variant_of
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
+from rankwise.models.describe import model_hash
+from rankwise.models.source import fetch_model
 from rankwise.options import flag, option_words
 from rankwise.records import write_json
 from rankwise.reports.numbers import percent, plural, significant
@@ -87,7 +89,9 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
                 shutil.rmtree(given.output)
             raise
         plan = _plan(given)
-        before = scores_by_metric(plan.output, plan.methods, collect_runs(plan)).get(given.metric, {})
+        runs = collect_runs(plan)
+        _check_base(given, plan, runs)
+        before = scores_by_metric(plan.output, plan.methods, runs).get(given.metric, {})
         effect = detectable_effect(given, before, seeds=given.seeds, rows=inputs.eval_rows)
         _announce(given, inputs, effect, watcher)
         try:
@@ -159,6 +163,20 @@ def _check_tasks(given: CompareSettings, inputs: Inputs) -> None:
     if name == PERPLEXITY or (known and metric not in known):
         choice = ", ".join([EVAL_LOSS, *(f"{name}.{item}" for item in known or ())])
         raise ConfigError("RW167", f"--metric is {given.metric!r}, which is not measured; there are {choice}.")
+
+
+def _check_base(given: CompareSettings, plan: Plan, runs: Sequence[Run]) -> None:
+    """Raise RunError (RW580) where more runs would train another base than those that are done."""
+    before = {run["record"]["base_model"].get("sha256") for run in runs if run["record"] is not None} - {None}
+    if not before or not jobs_left(plan):
+        return
+    source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
+    if before != {model_hash(source)}:
+        raise RunError(
+            "RW580",
+            f"the runs in {given.output} trained another content of --model {given.model}; give the model as it was, "
+            "or another --output.",
+        )
 
 
 def _plan(given: CompareSettings) -> Plan:
