@@ -208,4 +208,4 @@ def check_writable(output: Path) -> None:
     # The mode is respected for root too, who could write all the same: a folder without write bits was meant so.
     no_writers = not nearest.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
     if no_writers or not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError("RW503", f"{nearest} is not writable; give an --output that is.")
+        raise RunError("RW503", f"{nearest} cannot be written; give an --output that can.")

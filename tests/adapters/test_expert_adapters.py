@@ -431,7 +431,7 @@ def test_experts_that_train_or_that_nothing_reaches():
     assert whole.left_out is None
     llama4 = {"intermediate_size": 16, "intermediate_size_mlp": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
     foreign = tiny_moe("llama4_text", **llama4, interleave_moe_layer_step=1)
-    with pytest.warns(RankwiseWarning, match="RW422.*which no adapter reaches"):
+    with pytest.warns(RankwiseWarning, match="RW422.*their forward is not the one that adapters support"):
         rw.add_adapter(foreign, rw.LoraConfig(r=2))
 
 

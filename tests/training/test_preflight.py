@@ -35,7 +35,7 @@ def test_masked_labels_and_missing_stop_tokens_are_refused() -> None:
 
 def test_something_must_train() -> None:
     model = tiny_llama()
-    with pytest.raises(RunError, match="none is attached"):
+    with pytest.raises(RunError, match="needs an adapter, and the model has none"):
         check_trainable(model, "lora")
     check_trainable(model, "full")
     with pytest.raises(RunError, match="no parameter"):

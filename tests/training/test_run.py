@@ -255,7 +255,7 @@ def test_a_lengthened_run_follows_the_schedule_of_its_new_length(schedule: str, 
     rate = straight.steps[4].learning_rate
     said = next(text for text in map(str, record.warnings) if "RW544" in text)
     assert "from 4 to 10 steps: from step 4 on" in said
-    assert f"so it goes on at {rate:.3g} where it had come to 0." in said
+    assert f"schedule of 10 steps, at {rate:.3g} instead of 0." in said
 
 
 def test_the_first_step_of_a_lengthened_run_is_taken(settings: Any, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def is_at_work(state: AdapterState, name: str) -> bool:
 
 
 def _replaced_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
-    """{key in PEFT's file: the adapter's value} of base parameters that it replaces, read from the base while active."""
+    """{key in PEFT's file: the adapter's value} of replaced base parameters, read from the base while active."""
     adapted = {path for path, _ in adapted_layers(model, name)}
     at_work = is_at_work(state, name)
     tensors = {}

@@ -1,1 +1,1 @@
-"""Training on trl's SFTTrainer: whole-or-absent checkpoints without pickles, exact resume, checks that fail loudly."""
+"""Training on trl's trainers: atomic checkpoints without pickles, exact resume, and checks that raise errors."""

@@ -1,4 +1,4 @@
-"""A run's settings as the arguments of trl's trainers; names that do not exist are refused with the closest ones."""
+"""A run's settings as the arguments of trl's trainers. Unknown names are refused, and the closest ones suggested."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from rankwise.training.memory_savers import OFFLOADED
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
-# Of the run: how often it is evaluated and saved where the user does not say.
+# Default interval of evaluations and checkpoints, as a share of the run.
 TENTH = 0.1
-# They need values that `rankwise train` has no options for.
+# Schedules that need parameters for which `rankwise train` has no options.
 SCHEDULES_WITH_PARAMETERS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
 NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
 LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 
 
 def implementation_of(optimizer: str, device_type: str) -> str:
-    """transformers' name of the optimizer that runs. On a card torch's AdamW is one kernel, without copies of the
-    trained tensors.
+    """transformers' name of the optimizer that runs. On a GPU, adamw_torch becomes the fused AdamW: one kernel, without
+    copies of the trained tensors.
     """
     if optimizer == OFFLOADED:
         return "adamw_torch"
@@ -58,20 +58,18 @@ def check_combinations(given: TrainSettings) -> None:
     if kind == "eva" and given.objective != "sft":
         raise ConfigError(
             "RW788",
-            f"--init eva looks at rows with labels, which --objective {given.objective} has none of; leave it out.",
+            f"--init eva needs rows with labels, which --objective {given.objective} does not have; leave it out.",
         )
     whole = "--new-tokens" if given.new_tokens else f"--init {kind}" if kind not in ("default", "orthogonal") else ""
     started = "--new-tokens" if given.new_tokens else f"--init {kind}" if kind != "default" else ""
     if started and given.adapter is not None:
-        raise ConfigError(
-            "RW788", f"{started} starts an adapter, and --adapter goes on with one; leave one of them out."
-        )
+        raise ConfigError("RW788", f"{started} starts an adapter, and --adapter continues one; leave one of them out.")
     if whole and given.strategy == "fsdp":
         raise ConfigError("RW788", f"{whole} needs whole weights, which --strategy fsdp does not read; take ddp.")
     if given.init == "loftq" and given.method not in FOUR_BITS:
         raise ConfigError(
             "RW112",
-            f"--init loftq makes up for 4-bit rounding, and --method {given.method} has none; take qlora or qdora.",
+            f"--init loftq corrects 4-bit rounding, which --method {given.method} does not have; take qlora or qdora.",
         )
     if given.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("RW112", '--tensorboard needs a package: pip install "rankwise[tensorboard]".')
@@ -79,7 +77,7 @@ def check_combinations(given: TrainSettings) -> None:
     if missing:
         names = ", ".join(missing)
         raise ConfigError(
-            "RW794", f"--report-to {names} needs what is not installed here; run pip install {' '.join(missing)}."
+            "RW794", f"--report-to {names} needs packages that are missing; run pip install {' '.join(missing)}."
         )
 
 
@@ -103,20 +101,20 @@ def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[
 
 @dataclasses.dataclass(frozen=True)
 class Surroundings:
-    """The facts besides the settings on which a run's arguments depend."""
+    """Facts outside of the settings on which a run's arguments depend."""
 
     device_type: str
     # "no", "bf16" or "fp16".
     precision: str
-    # Whether there are rows to evaluate on, and whether an evaluation comes before the first step.
+    # Whether there is evaluation data, and whether the run evaluates before the first step.
     evaluates: bool
     eval_on_start: bool
-    # Whether rows may be laid end to end.
+    # Whether the rows of a batch may be concatenated without padding.
     padding_free: bool = False
 
 
 def sft_arguments(given: TrainSettings, around: Surroundings) -> SFTConfig:
-    """trl's arguments for learning from demonstrations."""
+    """trl's arguments for training on demonstrations."""
     return run_arguments(
         SFTConfig,
         given,
@@ -132,9 +130,9 @@ def sft_arguments(given: TrainSettings, around: Surroundings) -> SFTConfig:
 
 
 def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundings, **own: Any) -> Arguments:
-    """The Trainer's arguments of any objective, together with the objective's ``own``.
+    """The Trainer's arguments that all objectives share, together with the objective's ``own``.
 
-    Cadences of None become a tenth of the run (for logging at most 10 steps), counted once its length is known.
+    Intervals that are None become a tenth of the run (for logging at most 10 steps), once its length is known.
     """
     with warnings.catch_warnings():
         # transformers renames gradient_checkpointing in 5.2x; the old name works in every version we admit.
@@ -159,7 +157,7 @@ def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundi
             seed=given.seed,
             data_seed=given.seed,
             gradient_checkpointing=given.gradient_checkpointing,
-            # The loss does not come out of the model's output, so DDP would take every parameter for unused.
+            # The loss is not part of the model's output, so DDP would count every parameter as unused.
             ddp_find_unused_parameters=False,
             # The only buffers are constants, such as the scales of 4-bit layers.
             ddp_broadcast_buffers=False,
@@ -174,7 +172,7 @@ def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundi
             report_to=given.trackers or "none",
             project="rankwise",
             run_name=given.output.name,
-            # Trackio would upload a copy of the run to the hub at its end.
+            # Otherwise Trackio uploads a copy of the run to the hub at its end.
             trackio_static_space_id=False,
             disable_tqdm=True,
             log_level="error",
@@ -182,7 +180,7 @@ def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundi
             dataloader_pin_memory=around.device_type == "cuda",
             **own,
         )
-    # An environment variable of accelerate's would otherwise decide.
+    # Otherwise an environment variable of accelerate decides.
     arguments.mixed_precision = around.precision
     use_one_device(arguments)
     return arguments
@@ -196,7 +194,7 @@ def _check_name(code: str, option: str, name: str, known: Iterable[str]) -> None
 
 
 def check_optimizer(arguments: TrainingArguments, model: Any) -> None:
-    """Raise ConfigError (RW110) for an optimizer whose package is missing or that needs options we do not have."""
+    """Raise ConfigError (RW110) for an optimizer whose package is missing, or that needs unsupported options."""
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except (ImportError, ValueError, RuntimeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Count the targets of a micro-batch while its tensors are on the host, so that counting does not wait for a card."""
+"""Count the targets of a micro-batch while its tensors are on the host, so that counting does not wait for a GPU."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KEY = "counted"
 class Counted:
     """The targets of one micro-batch."""
 
-    # Tokens that are not padding.
+    # Number of tokens that are not padding.
     tokens: int
     examples: int
-    # (P,) int64, on the device of the labels: `scored_positions`.
+    # The result of `scored_positions`: (P,) int64, on the device of the labels.
     scored: Tensor
-    # Of tokens, padding counted, that processes before this one have in the same micro-batch.
+    # Number of tokens, padding included, that processes of lower rank have in the same micro-batch.
     rows_before: int = 0
 
     def to(self, *to: Any, **how: Any) -> Counted:
@@ -34,7 +34,7 @@ class Counted:
 
 @dataclasses.dataclass(frozen=True)
 class Counting:
-    """A collator that puts a ``Counted`` into each batch of another."""
+    """A collator that adds a ``Counted`` to each batch of another collator."""
 
     collate: Callable[[Any], dict[str, Any]]
     vocabulary: int
@@ -47,10 +47,10 @@ class Counting:
 
 
 def counted(batch: dict[str, Any]) -> Counted:
-    """The counts for a batch of trl's collator: rows (B, L) with an attention mask, or rows laid end to end (1, T)."""
+    """The counts of a batch of trl's collator: rows (B, L) with an attention mask, or concatenated rows (1, T)."""
     if "attention_mask" in batch:
         tokens, examples = int(batch["attention_mask"].sum()), len(batch["input_ids"])
     else:
-        # Each row begins at position 0.
+        # Position 0 marks the start of a row.
         tokens, examples = batch["input_ids"].numel(), int((batch["position_ids"] == 0).sum())
     return Counted(tokens, examples, scored_positions(batch["labels"]))

@@ -1,4 +1,4 @@
-"""The Trainer's callbacks: measuring, logging, watching gradients, sampling, stopping."""
+"""The Trainer's callbacks: measure, log, check gradients, sample answers, stop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rankwise.training.observer import Observer, StepInfo
 from rankwise.training.preflight import GradientCheck
 from rankwise.training.spine import EvaluationStopped, RunTrainer
 
-# The Trainer's names and ours.
+# {the Trainer's name: ours} of logged figures.
 LOGGED = {
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -41,7 +41,7 @@ HOLES_GROWTH = 1.05
 
 @contextlib.contextmanager
 def trackers(trainer: RunTrainer) -> Iterator[None]:
-    """Within this context, a tracker that cannot start stops the run (RW629), and one that fails later is dropped with
+    """A context in which a tracker that cannot start raises RunError (RW629), and one that fails later is removed with
     a warning (RW630).
     """
     names = {INTEGRATION_TO_CALLBACK[name]: name for name in trainer.args.report_to or ()}
@@ -52,7 +52,8 @@ def trackers(trainer: RunTrainer) -> Iterator[None]:
     try:
         yield
     finally:
-        # transformers leaves it open: its last words would follow the document of --json, and the next run go on in it.
+        # transformers leaves wandb's run open: its final output would follow the JSON of --json, and the next run would
+        # be logged into it.
         if "wandb" in names.values() and (wandb := sys.modules.get("wandb")) is not None:
             wandb.finish()
 
@@ -63,19 +64,19 @@ def _guarded(
     try:
         return call(*args, **given)
     except Exception as error:
-        # A tracker raises exceptions of its own library.
+        # Trackers raise exceptions of their own libraries.
         reason = f"the tracker {name} failed: {one_line(error) or type(error).__name__}"
         if event == "on_train_begin":
-            advice = "correct that, or leave it out of --report-to, and continue with --resume"
+            advice = "correct that, or leave the tracker out of --report-to, and continue with --resume"
             raise RunError("RW629", f"{reason}; {advice}.") from error
-        warn("RW630", f"{reason}; it gets nothing more of this run, which goes on.")
+        warn("RW630", f"{reason}; the run continues without it.")
         for later in (later for later in dir(callback) if later.startswith("on_")):
             setattr(callback, later, lambda *_, **__: None)
         return None
 
 
 class Watch(TrainerCallback):
-    """Measures every step, writes ``metrics.jsonl`` and tells the observer."""
+    """Measures every step, writes ``metrics.jsonl`` and calls the observer."""
 
     def __init__(
         self,
@@ -89,12 +90,12 @@ class Watch(TrainerCallback):
         self.metrics = metrics
         self.memory = memory
         self.observer = observer
-        # Called at every step, to keep the wall time of the progress.
+        # Called at every step; updates the wall time in the progress.
         self.tick = tick
         self.clock = StepClock(trainer.progress)
-        # Of the step in progress.
+        # Learning rate of the step in progress.
         self.rate = 0.0
-        # At the step that was logged last.
+        # ``b_norm`` at the last logged step.
         self.b_norm: float | None = None
         self.best = math.inf
 
@@ -113,7 +114,7 @@ class Watch(TrainerCallback):
         self.trainer.progress.steps += 1
         self.trainer.progress.loss_sum += self.trainer.step_loss
         self.trainer.progress.peak_memory_bytes = self.memory.peak()
-        # However short a run is, its curve has two ends.
+        # The first and the last step are always logged, so that every curve has two ends.
         is_end = state.global_step in (1, state.max_steps)
         if is_end or state.global_step % state.logging_steps == 0:
             self.b_norm = b_norm(self.trainer.model)
@@ -163,7 +164,7 @@ class Watch(TrainerCallback):
 
 
 class CheckGradients(TrainerCallback):
-    """Runs the gradient preflight until every adapter tensor has passed it."""
+    """Runs ``GradientCheck`` until every adapter tensor has passed it."""
 
     def __init__(self, check: GradientCheck) -> None:
         self.check = check
@@ -174,7 +175,7 @@ class CheckGradients(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """After an interrupt in any process: save at the end of the step, or stop the evaluation."""
+    """After an interrupt in any process, saves at the end of the step, or stops the evaluation."""
 
     def __init__(self, interrupt: Interrupt) -> None:
         self.interrupt = interrupt
@@ -189,17 +190,17 @@ class StopOnInterrupt(TrainerCallback):
 
 
 class GiveBackHoles(TrainerCallback):
-    """On a CPU: return the heap's free pages to the system when steps have made the process larger.
+    """On a CPU, returns free heap pages to the operating system when steps have made the process larger.
 
-    Batches of varying size leave holes between used blocks, and the next step takes new memory beside them. Returning
-    pages costs page faults in the next step. So the size at a step's end is compared with the largest that followed an
-    earlier return: holes raise the size, and larger batches raise the value that it is compared with.
+    Batches of varying size leave holes between used blocks, and the next step allocates new memory beside them. Since
+    returning pages costs page faults in the next step, it is done only where the size at the end of a step exceeds the
+    largest size right after an earlier return: holes raise the former, larger batches also the latter.
     """
 
     def __init__(self, now: Callable[[], int]) -> None:
         self.now = now
         self.usual_bytes = 0
-        # Nothing has been kept for longer than one step.
+        # No step has ended yet.
         self.is_new = True
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
@@ -212,7 +213,7 @@ class GiveBackHoles(TrainerCallback):
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops after ``patience`` evaluations in a row without a lower loss; its memory is the Trainer's own history."""
+    """Stops after ``patience`` evaluations in a row without a lower loss, according to the Trainer's log history."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -225,7 +226,7 @@ class EarlyStopping(TrainerCallback):
 
 
 class Sample(TrainerCallback):
-    """Lets the model answer one fixed prompt at every evaluation."""
+    """Generates the model's answer to one fixed prompt at every evaluation."""
 
     def __init__(self, answer: Callable[[], str], observer: Observer, metrics: MetricsFile | None) -> None:
         self.answer = answer
@@ -241,7 +242,7 @@ class Sample(TrainerCallback):
 
 @torch.no_grad()
 def b_norm(model: Any) -> float | None:
-    """The 2-norm over all B matrices of the active adapter; None without an adapter."""
+    """The 2-norm of all B matrices of the active adapter together; None without an adapter."""
     if not has_adapter(model):
         return None
     parameters = adapter_parameters(model).items()

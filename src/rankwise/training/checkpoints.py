@@ -1,6 +1,6 @@
 """Checkpoints that exist whole or not at all.
 
-A checkpoint is written as ``checkpoints/.tmp-step-N-*``; every file and the folder are flushed to disk; the folder is
+A checkpoint is written to ``checkpoints/.tmp-step-N-*``; every file and the folder are flushed to disk; the folder is
 renamed to ``checkpoints/step-N``; its parent is flushed; then older checkpoints are removed. Whenever the process
 stops, the newest ``step-N`` is complete. ``manifest.json`` lists each file with its size and sha256, so that later
 damage is found and named. Imports no torch.
@@ -30,7 +30,7 @@ from rankwise.weights_file import pickles_in, sha256_of
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
-# Room for JSON files, logs and the file system's own records.
+# Extra space for JSON files, logs and the file system's metadata.
 SPARE_BYTES = 16 * 2**20
 
 
@@ -43,10 +43,10 @@ class Checkpoint:
 
 
 def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], size_bytes: int = 0) -> Checkpoint:
-    """Let ``write(folder)`` fill a temporary folder, and make it ``checkpoints/step-N`` once all of it is on disk.
+    """Let ``write(folder)`` fill a temporary folder, and rename it to ``checkpoints/step-N`` once all of it is on disk.
 
-    ``size_bytes``: the expected size, to check the free space first. A failed attempt leaves nothing. Raises RunError:
-    RW513 when the disk is full, RW514 when it cannot be written.
+    ``size_bytes``: the expected size, for which the free space is checked first. A failed attempt leaves nothing.
+    Raises RunError: RW513 where the disk is full, RW514 where the folder cannot be written.
     """
     with temporary_folder(run_folder, f"step-{step}", size_bytes) as temporary:
         write(temporary)
@@ -58,10 +58,10 @@ def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], 
 
 @contextmanager
 def temporary_folder(run_folder: Path, name: str, size_bytes: int = 0) -> Iterator[Path]:
-    """An empty folder beside the checkpoints, for files that are moved to their places once all of them are whole.
+    """A temporary folder beside the checkpoints, whose files the caller moves to their places once all are complete.
 
-    Files that are left in it at the end are removed. Raises RunError: RW513 when the disk is full, RW514 when it cannot
-    be written.
+    Files left in the folder are removed at the end. Raises RunError: RW513 where the disk is full, RW514 where the
+    folder cannot be written.
     """
     parent = run_folder / FOLDER
     with _named_errors(parent):
@@ -75,7 +75,7 @@ def temporary_folder(run_folder: Path, name: str, size_bytes: int = 0) -> Iterat
 
 
 def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
-    """Finished checkpoints, oldest first, without unfinished ones. Their content is not read."""
+    """The finished checkpoints, oldest first. Their content is not read."""
     found = []
     for path in (run_folder / FOLDER).glob("step-*"):
         match = re.fullmatch(r"step-(\d+)", path.name)
@@ -87,7 +87,7 @@ def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
 def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Compare every file with the manifest.
 
-    Raises RunError: RW512 for pickles, RW515 naming every file that is missing, of another size or changed.
+    Raises RunError: RW512 for pickles, RW515 with every file that is missing, has another size or has changed.
     """
     check_no_pickles(checkpoint.path)
     problems = list(_damage(checkpoint))
@@ -96,7 +96,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
 
 
 def check_no_pickles(folder: Path) -> None:
-    """Raise RunError (RW512) when a checkpoint folder holds pickles, such as transformers' Trainer leaves."""
+    """Raise RunError (RW512) where a checkpoint folder holds pickles, as transformers' Trainer writes them."""
     found = [path.name for path in pickles_in(folder)] if folder.is_dir() else []
     if found:
         raise RunError(
@@ -107,10 +107,10 @@ def check_no_pickles(folder: Path) -> None:
 
 
 def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Checkpoint | None:
-    """The newest checkpoint that is undamaged; None when there is no checkpoint.
+    """The newest undamaged checkpoint; None where there is no checkpoint.
 
-    Each damaged newer one is passed to ``on_damage``, never skipped silently. Raises RunError: RW516 when every
-    checkpoint is damaged, RW512 for one with pickles in it.
+    ``on_damage`` is called with the error of each newer, damaged one. Raises RunError: RW516 where every checkpoint is
+    damaged, RW512 for a checkpoint with pickles.
     """
     checkpoints = list_checkpoints(run_folder)
     for checkpoint in reversed(checkpoints):
@@ -130,7 +130,7 @@ def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Che
 
 
 def remove_old(run_folder: Path, keep: int, best_step: int | None = None) -> list[int]:
-    """Remove all but the newest ``keep`` checkpoints and the best one. Returns the removed steps."""
+    """Remove all checkpoints except the newest ``keep`` and the best one. Returns the removed steps."""
     checkpoints = list_checkpoints(run_folder)
     removed = [item for item in checkpoints[: max(0, len(checkpoints) - keep)] if item.step != best_step]
     for checkpoint in removed:
@@ -146,8 +146,8 @@ def remove_unfinished(run_folder: Path) -> None:
 
 
 def foreign_items(run_folder: Path) -> list[str]:
-    """Names in the checkpoint folder that no run wrote: all but unfinished work and ``step-N`` folders whose
-    manifest names every file in them.
+    """The names in the checkpoint folder that no run wrote: all except unfinished checkpoints and ``step-N`` folders
+    whose manifest names each of their files.
     """
     folder = run_folder / FOLDER
     if not folder.is_dir():
@@ -156,7 +156,7 @@ def foreign_items(run_folder: Path) -> list[str]:
 
 
 def remove_checkpoints(run_folder: Path) -> None:
-    """Remove every checkpoint and all unfinished work. Foreign files stay, and so does the folder."""
+    """Remove every checkpoint, finished or not. Other files stay, and so does the folder."""
     remove_unfinished(run_folder)
     for checkpoint in list_checkpoints(run_folder):
         if _is_own(checkpoint.path):
@@ -164,7 +164,7 @@ def remove_checkpoints(run_folder: Path) -> None:
 
 
 def check_space(folder: Path, size_bytes: int) -> None:
-    """Raise RunError (RW513) when the disk of ``folder``, which need not exist yet, has no room for so much more."""
+    """Raise RunError (RW513) where the disk of ``folder``, which need not exist, lacks ``size_bytes`` of free space."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -178,11 +178,11 @@ def check_space(folder: Path, size_bytes: int) -> None:
 
 @contextmanager
 def _named_errors(folder: Path) -> Iterator[None]:
-    """Raise the operating system's errors as ours."""
+    """Raise errors of the operating system as RunError: RW513 for a full disk, RW514 for others."""
     try:
         yield
     except Exception as error:
-        # tokenizers and safetensors report a full disk as an error of their own.
+        # tokenizers and safetensors report a full disk with exceptions of their own.
         found = system_error(error)
         if found is None and not isinstance(error, OSError | SafetensorError):
             raise
@@ -190,8 +190,8 @@ def _named_errors(folder: Path) -> Iterator[None]:
         code, advice = ("RW513", "free some space") if full else ("RW514", "check the disk and its permissions")
         raise RunError(
             code,
-            f"cannot write the weights in {folder}: {(found and found.strerror) or error}; {advice} and continue with "
-            "--resume, earlier checkpoints are untouched.",
+            f"cannot write the weights in {folder}: {(found and found.strerror) or error}; {advice}, and continue with "
+            "--resume from an earlier checkpoint.",
         ) from error
 
 
@@ -205,11 +205,11 @@ def _write_manifest(folder: Path, step: int) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
-    """{file: (bytes, sha256)}; None when there is no manifest that can be read."""
+    """{file: (bytes, sha256)} of the manifest; None where it is missing or invalid."""
     try:
         manifest = read_json(folder / MANIFEST)
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        # Names from a file: none leads out of the folder, and none breaks a call to the system.
+        # The names come from a file: they must not lead out of the folder, nor hold a NUL, which no path can.
         return files if all("\0" not in name and ".." not in Path(name).parts for name in files) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -245,7 +245,7 @@ def _damage(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _put_in_place(temporary: Path, target: Path, step: int) -> Checkpoint:
     if os.path.lexists(target):
-        # The same step again, after a resume from an earlier one: the new one has the right to the name.
+        # After a resume from an earlier checkpoint, the step is written again and replaces the old one.
         _discard(target)
     os.rename(temporary, target)
     flush(target.parent)
@@ -253,7 +253,7 @@ def _put_in_place(temporary: Path, target: Path, step: int) -> Checkpoint:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint so that a kill in between leaves no half of it under its name; of a link, the link only."""
+    """Remove a checkpoint so that a kill leaves no partial one under its name; of a link, remove the link only."""
     if path.is_symlink():
         path.unlink()
         return

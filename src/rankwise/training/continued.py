@@ -1,4 +1,4 @@
-"""Training that continues an adapter (``--adapter``): SFT, then DPO."""
+"""Training that continues an existing adapter (``--adapter``), as in SFT and then DPO."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rankwise.records import record_of
 
 
 def with_adapters_options(given: TrainSettings) -> TrainSettings:
-    """The settings with the options of the continued adapter; unchanged without one.
+    """The settings with the options of the adapter that ``--adapter`` names; unchanged without ``--adapter``.
 
     Raises AdapterError (RW409, RW410) for an adapter that cannot be read, ConfigError (RW764) for options that differ
-    from its own, or a method that does not train such an adapter.
+    from the adapter's, or for a method that does not train adapters of its kind.
     """
     if given.adapter is None:
         return given
@@ -29,7 +29,7 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
             f"--adapter {given.adapter} is {kind}, which --method {given.method} does not train; give "
             f"{' or '.join(methods)}.",
         )
-    # Its file does not say in which dtype it trained.
+    # The adapter's file does not hold the dtype in which it trained.
     own = {name: getattr(config, name) for name in ADAPTER if name != "adapter_dtype"}
     defaults = given.defaults()
     odd = [
@@ -43,10 +43,10 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
 
 
 def continue_adapter(model: Any, given: TrainSettings, base_sha256: str) -> int:
-    """Load the adapter to continue, and keep a frozen copy where it is the reference. Returns the number of trained
-    parameters.
+    """Load the adapter to continue, and a frozen copy where the objective needs it as the reference. Returns the number
+    of trained parameters.
 
-    Raises ConfigError (RW764) where the run that made it had another base, AdapterError where it does not fit.
+    Raises ConfigError (RW764) for an adapter trained on another base, AdapterError for one that does not fit.
     """
     assert given.adapter is not None
     if (record := record_of(given.adapter)) is not None:

@@ -1,4 +1,4 @@
-"""The end of a run: the kept step, the final weights, the proof that they reload, the plot."""
+"""The end of a run: choose the step to keep, write the final weights, check that they reload, plot."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class KeptStep:
 
 
 def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | None, *, of_rewards: bool) -> KeptStep:
-    """The best step by evaluation loss where there was one, else the last. ``losses``: {step: evaluation loss}.
+    """The step with the best evaluation loss where there is one, else the last. ``losses``: {step: evaluation loss}.
 
-    ``of_rewards``: each is the negative of a mean reward, and is called so.
+    ``of_rewards``: the losses are negative mean rewards, and are described as rewards.
     """
     if best_step is None or best_step not in losses:
         why = "no evaluation data" if not losses else "no evaluation gave a finite loss"
@@ -54,7 +54,7 @@ def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | No
 
 
 def warn_if_worse(initial: float | None, kept: KeptStep, *, of_rewards: bool) -> None:
-    """Warn when no step was better than the model before training."""
+    """Warn (RW526) where no step was better than the model before training."""
     if initial is None or kept.eval_loss is None or kept.eval_loss < initial:
         return
     if of_rewards:
@@ -68,7 +68,7 @@ def warn_if_worse(initial: float | None, kept: KeptStep, *, of_rewards: bool) ->
 
 
 def restore_kept(model: Any, output: Path, kept: KeptStep, last_step: int) -> None:
-    """Put the kept step's weights back into the model, if training went on after it."""
+    """Load the kept step's weights into the model, if training continued after that step."""
     if kept.step == last_step:
         return
     checkpoint = Checkpoint(kept.step, output / FOLDER / f"step-{kept.step}")
@@ -83,9 +83,9 @@ def write_final(
     announce: Callable[[list[str]], None],
     gathered: dict[str, Tensor] | None = None,
 ) -> None:
-    """Final weights and tokenizer into the run folder; ``gathered`` as for ``save_weights``.
+    """Write the final weights and the tokenizer into the run folder; ``gathered`` as for ``save_weights``.
 
-    Each file appears whole or not at all, and only after ``announce`` has been given the names of all.
+    Each file appears whole or not at all, and only after ``announce`` was called with the names of all files.
     """
     model.config.use_cache = True
     with temporary_folder(output, "final") as folder:
@@ -103,24 +103,23 @@ def write_final(
 
 
 def prove_reload(model: Any, output: Path, probe: dict[str, Tensor]) -> None:
-    """Load a written adapter back into its base: the logits must be equal (RW524).
+    """Load a written adapter into its base again and compare the logits. Raises RunError (RW524).
 
-    Over a sharded base, the norms of a new adapter could only be computed with all of the base gathered. PiSSA's
-    adapter belongs on weights that are no longer in memory. In both cases the file is compared with the trained
-    tensors.
+    Two cases compare the file with the trained tensors instead: a sharded base, since the row norms of a new adapter
+    would need the whole base, and PiSSA, whose adapter belongs on weights that are no longer in memory.
     """
     if not has_adapter(model):
         return
     if is_unit(model) or adapter_config(model).init.kind == "pissa":
         check_file(model, output)
     else:
-        # A reloaded adapter starts plain: both sides of the comparison add their terms in the same order.
+        # A reloaded adapter is not accelerated. Without acceleration both sides add their terms in the same order.
         restore(model)
         check_reload(model, output, probe)
 
 
 def write_plot(output: Path, record: RunRecord) -> None:
-    """``loss.svg`` from ``metrics.jsonl``, and ``rates.svg`` of the search of a learning rate."""
+    """Write ``loss.svg`` from ``metrics.jsonl``, and ``rates.svg`` where the learning rate was searched for."""
     title = f"{record.settings.get('model', '')}, {record.method}"
     svg = loss_svg(list(read_metrics(output)), title=title, kept_step=record.kept_step)
     write_text(output / PLOT_FILE, svg)
@@ -129,7 +128,7 @@ def write_plot(output: Path, record: RunRecord) -> None:
 
 
 def write_card(model: Any, output: Path, record: RunRecord) -> None:
-    """``README.md``: the model card. The baselines of comparisons get none: they are not for sharing."""
+    """Write the model card ``README.md``. Baselines get none, since they are not meant to be shared."""
     if has_baseline(model):
         return
     adapted = has_adapter(model)

@@ -17,7 +17,7 @@ from rankwise.training.loss import evaluation_targets
 from rankwise.training.state import undisturbed_random_states
 
 ROWS_AT_ONCE = 10_000
-# KTO's answers to other prompts of their batch.
+# The columns of KTO's mismatched answers (answers to another prompt of the batch).
 MISMATCHED = ("KL_completion_ids",)
 
 
@@ -25,39 +25,39 @@ MISMATCHED = ("KL_completion_ids",)
 class MicroBatch:
     """The properties of a micro-batch on which memory depends."""
 
-    # A pair is one.
+    # Number of rows; a pair of answers is one row.
     rows: int
-    # Of each row or side of a pair: of the longest where they are padded to it, of the mean where they are laid end to
-    # end.
+    # Tokens of a row, or of one side of a pair: of the longest where rows are padded, the mean where they are
+    # concatenated.
     tokens: int
-    # Of all tokens, in the loss.
+    # Share of all tokens that are in the loss.
     trained_share: float
-    # Of a row's tokens, those that stand for images.
+    # Number of a row's tokens that stand for images.
     image_tokens: int = 0
 
 
 class Foresight(Protocol):
-    """A memory plan that looks at a run before it starts. Either call may raise and so refuse the run."""
+    """A memory plan that is asked before a run starts. Both methods may raise to refuse the run."""
 
     def before_loading(self) -> None:
-        """The prediction before the model is in memory."""
+        """Called before the model is loaded."""
 
     def before_training(self, batch: MicroBatch, evaluation: MicroBatch | None) -> int | None:
-        """Called when everything is loaded and encoded, with the largest micro-batches of training and of evaluations.
+        """Called when everything is loaded and encoded, with the largest micro-batches of training and of evaluation.
 
-        Returns the expected peak, in the terms of the run's own meter.
+        Returns the expected peak in bytes, as the run's ``MemoryMeter`` measures it.
         """
 
 
 def largest_batch(trainer: Any, *, flat: bool) -> MicroBatch:
-    """The largest micro-batch of the run; ``flat``: rows are laid end to end, not padded."""
+    """The largest micro-batch of the run; ``flat``: rows are concatenated, not padded."""
     shared = flat and getattr(trainer, "shares_prompts", False)
     lengths = _lengths(trainer.train_dataset, shared=shared)
     return _largest(trainer.train_dataset, lengths, coming_batches(trainer), flat=flat)
 
 
 def largest_evaluation(trainer: Any) -> MicroBatch | None:
-    """The largest batch of an evaluation, whose batches depend on its rows alone; None without evaluations."""
+    """The largest batch of an evaluation; None without evaluations."""
     if trainer.eval_dataset is None:
         return None
     targets = evaluation_targets(trainer.eval_dataset)
@@ -70,10 +70,10 @@ def largest_evaluation(trainer: Any) -> MicroBatch | None:
 
 
 def largest_scoring(trainer: Any) -> MicroBatch | None:
-    """The largest batch of preferences that is scored without a gradient; None where there is none.
+    """The largest batch of preferences that is scored without gradients; None where there is none.
 
-    Such batches are those of evaluations, and those of mismatched answers that KTO scores in every step. Rows come in
-    the order of the data.
+    These are the batches of evaluations, with rows in the order of the data, and the mismatched answers that KTO scores
+    in every step.
     """
     import numpy as np
 
@@ -88,9 +88,9 @@ def largest_scoring(trainer: Any) -> MicroBatch | None:
 
 
 def coming_batches(trainer: Any) -> Iterator[Any]:
-    """For each epoch the row numbers of the micro-batches that its steps take: (batches, rows).
+    """Yields, for each epoch, the row numbers of the micro-batches of its steps: (batches, rows).
 
-    They come from the Trainer's own sampler, which the seed fixes; -1 where the last batch has fewer rows.
+    The order is that of the Trainer's sampler, which the seed fixes; -1 fills up a shorter last batch.
     """
     import numpy as np
 
@@ -116,7 +116,7 @@ def _table(rows: Any, batch_size: int) -> Any:
 
 
 def _largest(dataset: Any, sides: Any, tables: Any, *, flat: bool) -> MicroBatch:
-    """The batch with most tokens, padding included; then the one with the longest row. A pair is two rows."""
+    """The batch with the most tokens, padding included, and among these the one with the longest row."""
     import numpy as np
 
     # Row -1 has no tokens.
@@ -142,14 +142,15 @@ def _trained(row: Fields) -> int:
 
 
 def longest_row(dataset: Any) -> int:
-    """Tokens of the longest row of an encoded data set."""
+    """The number of tokens of the longest row in an encoded data set."""
     return int(_lengths(dataset).max())
 
 
 def _lengths(dataset: Any, *, shared: bool = False, answers: Sequence[str] = ANSWER_IDS) -> Any:
-    """Tokens of every row, and of each side of a pair: (rows, sides). ``shared``: the first has the prompt of both.
+    """The number of tokens of every row, for each side of a pair: (rows, sides).
 
-    ``answers``: the columns that hold answers, where a data set has them.
+    ``shared``: the prompt, which both sides share, counts for the first side only. ``answers``: the columns that hold
+    answers, where a data set has them.
     """
     import numpy as np
     import pyarrow.compute as pc

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: in training the first signal lets the step end and saves it, the second ends at once."""
+"""Ctrl-C and SIGTERM: in training, the first signal ends the run after the current step and saves it, the second ends
+it at once."""
 
 from __future__ import annotations
 
@@ -21,16 +22,14 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # A signal may come in the middle of a line that is being printed, where Python prints no other.
+        # A signal may come while a line is being printed, when Python refuses to print another one.
         with contextlib.suppress(RuntimeError):
             self.say("Stopping after this step (a second time: at once)")
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """A context in which SIGTERM stops the work as Ctrl-C does, by KeyboardInterrupt, so that temporary files are
-    removed.
-    """
+    """A context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that temporary files are removed."""
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -42,7 +41,7 @@ def terminable() -> Iterator[None]:
     try:
         yield
     finally:
-        # Whoever has set another handler meanwhile wants it to stay.
+        # A handler that was set meanwhile stays.
         if signal.getsignal(signal.SIGTERM) is stop:
             signal.signal(signal.SIGTERM, before)
 

@@ -1,4 +1,4 @@
-"""The differences between the objectives of a run, and the options of each."""
+"""The parts of a run that differ between objectives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankwise.training.foresight import MicroBatch, largest_batch, largest_evalu
 from rankwise.training.setup import Data
 from rankwise.training.spine import RunTrainer
 
-# Called with the settings, the tokenizer, the rows to train and to evaluate on, and the text of a chat template.
+# (settings, tokenizer, training rows, evaluation rows, chat template's source) -> encoded data.
 Encode = Callable[[TrainSettings, Any, Rows, Rows | None, str | None], Data]
 
 
@@ -24,18 +24,18 @@ Encode = Callable[[TrainSettings, Any, Rows, Rows | None, str | None], Data]
 class Learning:
     """The parts of a run that depend on its objective."""
 
-    # Rows to token ids.
+    # Encodes rows to token ids.
     encode: Encode
-    # Those of the trainer's class.
+    # Makes the arguments of the trainer's class.
     arguments: Callable[[TrainSettings, Surroundings], TrainingArguments]
-    # Takes the settings, the data and what every trainer takes: model, args, data sets, tokenizer, progress.
+    # Makes the trainer from the settings, the data and the arguments of every trainer (model, args, data sets, ...).
     trainer: Callable[[TrainSettings, Data, Mapping[str, Any]], RunTrainer]
-    # Layouts of the data; None for those of training data.
+    # The data formats of the objective; None for those of demonstrations.
     formats: Collection[Format] | None = None
-    # Whether rows hold the tokens to learn.
+    # Whether the rows have labels.
     has_labels: bool = True
-    # Whether the fast operators were compared on such rows of this model; what they do not take, it says.
+    # Whether the fast operators were tested on such rows of this model; warns where they were not.
     takes_fast: Callable[[Any], bool] = lambda model: True
-    # What memory depends on: of the largest micro-batch, ``flat`` where rows are laid end to end, and of evaluations.
+    # The largest micro-batch (``flat``: of concatenated rows) and the largest evaluation batch, for the memory plan.
     largest_batch: Callable[..., MicroBatch] = largest_batch
     largest_evaluation: Callable[[Any], MicroBatch | None] = largest_evaluation

@@ -1,4 +1,4 @@
-"""The loss from the model's own logits, and when trl's fused output head may stand in for it.
+"""The loss from the model's own logits, and the test whether trl's fused output head may replace it.
 
 B batch, L positions, P positions that any row of the batch trains on, V vocabulary.
 """
@@ -19,7 +19,7 @@ from rankwise.constants import IGNORED
 
 @dataclasses.dataclass(frozen=True)
 class LossParts:
-    """A loss and the figures that trl reports beside it, all over the trained positions."""
+    """A loss and the figures that trl reports with it, all over the trained positions."""
 
     loss: Tensor
     entropy: Tensor | float
@@ -29,10 +29,10 @@ class LossParts:
 
 
 def fused_head_is_right(model: nn.Module) -> bool:
-    """Whether ``hidden @ head.weight.T + head.bias`` is what the head computes.
+    """Whether the head computes ``hidden @ head.weight.T + head.bias``, as trl's fused head does.
 
-    trl's fused head reads the weight and never calls the module. An adapted head's weight is the adapted one, but
-    without dropout, and a quantized head's weight is packed: only a plain layer surely equals its weight.
+    trl's fused head reads the weight and never calls the module. The weight of an adapted head lacks dropout, and that
+    of a quantized head is packed, so only a plain ``nn.Linear`` is accepted.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     return type(head) is nn.Linear
@@ -41,10 +41,11 @@ def fused_head_is_right(model: nn.Module) -> bool:
 def loss_from_logits(
     model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, label_smoothing: float = 0.0
 ) -> LossParts:
-    """Sum over trained positions of  (1 - e) nll + e mean_V(-log p),  over ``num_items`` (default: their number).
+    """The sum over trained positions of  (1 - e) nll + e mean_V(-log p),  divided by ``num_items`` (default: their
+    number), with e the label smoothing.
 
-    One forward through the model's own head, at the P positions alone where the model can (logits_to_keep).
-    ``inputs`` holds labels (B, L) with -100 where nothing is trained; position i is scored on label i + 1.
+    One forward pass through the model's own head, at the P positions only where the model supports logits_to_keep.
+    ``inputs`` holds labels (B, L), -100 where nothing is trained; position i is scored on label i + 1.
     """
     trained = inputs["labels"][:, 1:] != IGNORED
     positions = trained.any(dim=0).nonzero().squeeze(1) if keeps_positions(model) else None
@@ -65,7 +66,7 @@ def loss_from_logits(
 
 
 def keeps_positions(model: nn.Module) -> bool:
-    """Whether the model can compute its logits at chosen positions only; the others are never in the loss."""
+    """Whether the model can compute its logits at chosen positions only."""
     inner = getattr(model, "module", model)
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
@@ -80,6 +81,6 @@ def _entropy_and_accuracy(logits: Tensor, wanted: Tensor) -> tuple[float, float]
 
 
 def evaluation_targets(dataset: Any) -> list[Target]:
-    """The scored tokens of an evaluation's encoded rows. A row whose first token is its only trained one has none."""
+    """The scored tokens of an evaluation's encoded rows. A row whose only trained token is its first has none."""
     trained = ([label != IGNORED for label in row] for row in dataset["labels"])
     return [target for target in map(trained_target, dataset["input_ids"], trained) if target is not None]

@@ -1,4 +1,4 @@
-"""Options that save accelerator memory, and where each works: paged and 8-bit optimizers, offloading."""
+"""Options that save accelerator memory, and the devices on which each works: paged and 8-bit optimizers, offloading."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from rankwise.errors import ConfigError
 
-# Our own optimizer name beside transformers'.
+# rankwise's optimizer, in addition to those of transformers.
 OFFLOADED = "adamw_offload"
 _BITSANDBYTES_WORDS = ("paged", "bnb", "8bit", "lion_32bit", "ademamix")
 _TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
@@ -20,8 +20,8 @@ _TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 class OffloadedAdamW(torch.optim.Optimizer):
     """AdamW whose moments live in CPU memory: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2 (Kingma and Ba 2015).
 
-    Each step moves one parameter's gradient to the CPU and its new value back, so that the accelerator holds no
-    optimizer state. On a CPU it computes what ``torch.optim.AdamW`` does, to the bit.
+    A step copies each parameter's gradient to the CPU and its new value back, one parameter after the other, so that
+    the accelerator holds no optimizer state. On a CPU the result equals that of ``torch.optim.AdamW``, bit for bit.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(value)
             state["exp_avg_sq"] = torch.zeros_like(value)
-        # Loading a state dict puts the moments where the parameter is.
+        # Loading a state dict moves the moments to the parameter's device.
         moments = {name: state[name].cpu() for name in ("exp_avg", "exp_avg_sq", "step")}
         state.update(moments)
         adamw(
@@ -77,7 +77,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
 
 def check_memory_savers(optimizer: str, device_type: str, *, activation_offloading: bool) -> None:
-    """Raise ConfigError (RW116) for an optimizer or an offloading that cannot run on this device, and say what can."""
+    """Raise ConfigError (RW116) for an optimizer or for offloading that cannot run on this device."""
     if optimizer in _TORCHAO and importlib.util.find_spec("torchao") is None:
         raise ConfigError("RW116", f'--optimizer {optimizer} needs torchao: pip install "rankwise[cuda]".')
     if _is_bitsandbytes(optimizer):
@@ -102,6 +102,6 @@ def check_memory_savers(optimizer: str, device_type: str, *, activation_offloadi
 
 
 def _is_bitsandbytes(optimizer: str) -> bool:
-    # GaLore's and APOLLO's 8-bit variants come with their own packages, which transformers asks for by name.
+    # GaLore's and APOLLO's 8-bit variants need packages of their own, which transformers checks.
     ours = optimizer in _TORCHAO or optimizer.startswith(("galore", "apollo"))
     return not ours and any(word in optimizer for word in _BITSANDBYTES_WORDS)

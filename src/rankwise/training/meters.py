@@ -1,4 +1,4 @@
-"""The measurements of training: seconds of the steps, tokens, examples, memory."""
+"""The measurements of training: seconds of the steps, tokens, examples, bytes of memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from rankwise.compat.torch import own_part
 class Progress:
     """The progress of a run, over all its resumptions; part of every checkpoint."""
 
-    # Inside training steps only: reading data, evaluating and saving are left out.
+    # Seconds inside training steps, without reading data, evaluating and saving.
     train_seconds: float = 0.0
-    # That are not padding.
+    # Non-padding tokens.
     tokens: int = 0
     examples: int = 0
     peak_memory_bytes: int = 0
     wall_seconds: float = 0.0
     steps: int = 0
-    # Of the losses of these steps.
+    # Sum of the losses of these steps.
     loss_sum: float = 0.0
 
     @property
@@ -45,7 +45,7 @@ class Progress:
 
 
 class StepClock:
-    """Adds the seconds between ``start`` and ``stop`` to a total, and gives the pace since it was made."""
+    """Adds the seconds between ``start`` and ``stop`` to a total, and gives the speed since the clock was made."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -77,9 +77,9 @@ class StepClock:
 class MemoryMeter:
     """Memory in use and its peak, in bytes, on the training device.
 
-    CUDA counts by itself. On a CPU a thread reads the process's anonymous memory (where Linux gives it, else its
-    resident memory) every 20 ms, since the peak lies inside a step. ``mapped`` is added: weights in a mapped file need
-    memory too.
+    CUDA counts its own allocations. On a CPU, a thread reads the process's anonymous memory (on Linux; else its
+    resident memory) every 20 ms, since the peak lies inside a step. ``mapped`` bytes are added, since weights in a
+    mapped file need memory too.
     """
 
     def __init__(self, device_type: str, peak_bytes: int = 0, mapped: int = 0) -> None:
@@ -120,16 +120,15 @@ class MemoryMeter:
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of frozen parameters and buffers in this process."""
+    """The bytes of frozen parameters and buffers in this process."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(own_part(tensor).nbytes for tensor in tensors if not tensor.requires_grad)
 
 
 def mapped_bytes(model: nn.Module) -> int:
-    """Bytes of the model's frozen tensors that lie in mapped files, where Linux tells it: safetensors in their own
-    dtype.
+    """The bytes of the model's frozen tensors in memory-mapped files (on Linux): safetensors loaded without a cast.
 
-    Trained tensors are written to, and become anonymous memory then.
+    Trained tensors do not count: writing to them makes their pages anonymous memory.
     """
     try:
         lines = Path(f"/proc/{os.getpid()}/maps").read_text().splitlines()
@@ -142,7 +141,7 @@ def mapped_bytes(model: nn.Module) -> int:
     found = {}
     for tensor in (*model.parameters(), *model.buffers()):
         held = own_part(tensor.detach())
-        # A packed weight of another library has no storage of its own.
+        # Tensor subclasses of other libraries (packed weights) may have no storage of their own.
         if type(held) is Tensor and held.device.type == "cpu" and not tensor.requires_grad:
             storage = held.untyped_storage()
             place = bisect.bisect_right(starts, storage.data_ptr()) - 1
@@ -152,7 +151,7 @@ def mapped_bytes(model: nn.Module) -> int:
 
 
 def anonymous_memory_bytes() -> int:
-    """Anonymous resident memory of this process on Linux, its resident memory elsewhere."""
+    """The anonymous resident memory of this process in bytes; on systems other than Linux, all resident memory."""
     try:
         status = Path(f"/proc/{os.getpid()}/status").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: a line per logged step, evaluations in lines of their own. No torch."""
+"""``metrics.jsonl``: one line per logged step and one per evaluation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankwise.records import METRICS_FILE, read_metrics, write_text
 
 
 class MetricsFile:
-    """Appends lines; each is flushed, so that a killed run leaves at most its last line cut short."""
+    """Appends lines to the file and flushes each, so that a killed run leaves at most its last line incomplete."""
 
     def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
         self.path = folder / METRICS_FILE
@@ -31,7 +31,7 @@ def evaluations(folder: Path) -> dict[int, float]:
 
 
 def evaluated_rewards(folder: Path, step: int) -> dict[str, float | None]:
-    """The rewards of the evaluation after ``step``, under the names that training steps use."""
+    """The rewards of the evaluation after ``step``, under their names in the lines of training steps."""
     lines = (line for line in read_metrics(folder) if line["step"] == step and "eval_loss" in line)
     last = max(lines, key=len, default={})
     found = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
@@ -39,6 +39,6 @@ def evaluated_rewards(folder: Path, step: int) -> dict[str, float | None]:
 
 
 def _line(values: Fields) -> str:
-    # JSON has no NaN: a value that is none becomes null.
+    # JSON has no NaN and no infinity; they become null.
     clean = {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in values.items()}
     return json.dumps(clean) + "\n"

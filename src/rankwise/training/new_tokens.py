@@ -1,4 +1,4 @@
-"""New tokens: the tokenizer learns them, embedding and head get a row for each, and only these rows train."""
+"""New tokens: they are added to the tokenizer, embedding and head get a row for each, and only these rows train."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from rankwise.lora_config import LoraConfig
 
 
 def new_tokens(given: str) -> list[str]:
-    """The lines of the file ``--new-tokens``, or its parts between commas. Raises ConfigError (RW787)."""
+    """The lines of the file that ``--new-tokens`` names, or its comma-separated parts. Raises ConfigError (RW787)."""
     try:
         lines = Path(given).read_text(encoding="utf-8").splitlines() if Path(given).is_file() else given.split(",")
     except (OSError, ValueError) as error:
         raise ConfigError("RW787", f"--new-tokens {given} cannot be read: {error}.") from None
     tokens = [line.strip() for line in lines if line.strip()]
     if not tokens or len(set(tokens)) < len(tokens):
-        raise ConfigError("RW787", f"--new-tokens {given} holds {len(tokens)} tokens, and some twice; name each once.")
+        count = f"{len(tokens)} tokens, {len(set(tokens))} of them different"
+        raise ConfigError("RW787", f"--new-tokens {given} names {count}; name at least one, and each once.")
     return tokens
 
 
 @torch.no_grad()
 def add_new_tokens(model: Any, tokenizer: Any, tokens: list[str], config: LoraConfig) -> LoraConfig:
-    """Add ``tokens`` to tokenizer, embedding and head, each row the mean of those of the pieces that the token was
-    before; the configuration by which these rows train.
+    """Add ``tokens`` to tokenizer, embedding and head. A new row is the mean of the rows of the tokens into which the
+    text was split before. Returns the configuration with which the new rows train.
 
-    Raises ConfigError (RW787) for tokens that the tokenizer has.
+    Raises ConfigError (RW787) for tokens that the tokenizer has already.
     """
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     if known:
@@ -44,7 +45,7 @@ def add_new_tokens(model: Any, tokenizer: Any, tokens: list[str], config: LoraCo
     ends: dict[int, Any] = {}
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
         if end is not None:
-            # A head that shares the embedding's weight has the same rows.
+            # A tied head shares the embedding's rows.
             ends.setdefault(id(end.weight), end)
     for end in ends.values():
         _start_rows(end.weight, before, ids, pieces)
@@ -53,6 +54,7 @@ def add_new_tokens(model: Any, tokenizer: Any, tokens: list[str], config: LoraCo
 
 
 def _start_rows(W: Tensor, before: int, ids: list[int], pieces: list[list[int]]) -> None:
-    """W (vocabulary, dim): each new row the mean of its pieces' rows, of all rows where there are no pieces."""
+    """Set the rows ``ids`` of W (vocabulary, dim) to the means of their pieces' rows, or of the first ``before`` rows
+    where there are no pieces."""
     for index, own in zip(ids, pieces, strict=True):
         W[index] = (W[own] if own else W[:before]).float().mean(dim=0)

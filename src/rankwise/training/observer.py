@@ -1,4 +1,4 @@
-"""The observer of a run: the command line shows progress; by default nothing is shown. Imports no torch."""
+"""The interface by which a run reports its progress, for example to the command line. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class StepInfo:
 
     step: int
     total: int
-    # Of this step alone, mean over its trained tokens.
+    # Mean over the trained tokens of this step.
     loss: float
-    # Since the run started or was resumed; tokens that are not padding over the seconds of the training steps.
+    # Non-padding tokens divided by the seconds of the training steps, since the run started or was resumed.
     tokens_per_second: float
-    # In use now; peak_memory_bytes is the most so far.
+    # Memory in use now; peak_memory_bytes is the most so far.
     memory_bytes: int
     peak_memory_bytes: int
-    # Before clipping.
+    # 2-norm of the gradients before clipping.
     grad_norm: float | None
     learning_rate: float
-    # 2-norm over all B matrices at the last logged step: how far the adapter has moved. None for a full fine-tuning.
+    # 2-norm of all B matrices together at the last logged step, a measure of the update; None without an adapter.
     b_norm: float | None
     seconds_left: float
-    # What the objective has to say besides, by name: the mean reward of the step's answers, ...
+    # {name: figure} of the objective, such as the mean reward of the step's answers.
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 

@@ -11,7 +11,7 @@ from rankwise.errors import RunError
 from rankwise.records import METRICS_FILE, RUN_FILE, SKIPPED_FILE, RunRecord, load_record
 from rankwise.training.checkpoints import FOLDER, foreign_items, remove_checkpoints
 
-# Every run's; what depends on the model and its tokenizer stands by name in the record.
+# Files of every run. The record names those that depend on the model and its tokenizer.
 OWN_FILES = (
     *(METRICS_FILE, SKIPPED_FILE, "loss.svg", "rates.svg", "README.md"),
     *("adapter_config.json", "adapter_model.safetensors"),
@@ -19,12 +19,12 @@ OWN_FILES = (
 NOT_NAMED = (FOLDER, RUN_FILE)
 # The status of a run that --overwrite has begun to remove.
 REPLACED = "replaced"
-# TensorBoard's, in the folder of transformers' naming: runs/Jan31_23-59-59_HOST.
+# TensorBoard's files, in the folder that transformers names: runs/Jan31_23-59-59_HOST.
 EVENTS = "runs/*_*-*-*_*/events.out.tfevents.*"
 
 
 def read_old_run(output: Path) -> RunRecord | None:
-    """The record of the run in ``output``; None where there is none that can be read as ours."""
+    """The record of the run in ``output``; None where there is no valid record."""
     try:
         record = load_record(output)
     except RunError:
@@ -33,9 +33,9 @@ def read_old_run(output: Path) -> RunRecord | None:
 
 
 def check_replaceable(output: Path) -> None:
-    """Raise RunError for files in the place of the old run's files that are not the run's.
+    """Raise RunError for files under the names of a run's files that the old run did not write.
 
-    RW504, or RW554 for a link in the place of the checkpoints' folder. The message names them.
+    RW504 names such files; RW554 is raised for a link in the place of the checkpoint folder.
     """
     refuse_links(output, [FOLDER])
     foreign = [f"{FOLDER}/{name}" for name in foreign_items(output)]
@@ -43,16 +43,16 @@ def check_replaceable(output: Path) -> None:
     if foreign:
         raise RunError(
             "RW504",
-            f"{output} holds things that no rankwise run wrote ({', '.join(foreign[:5])}), and --overwrite removes "
-            "only a run; move them away, or give another --output.",
+            f"{output} holds files that no rankwise run wrote ({', '.join(foreign[:5])}), and --overwrite removes only "
+            "files of a run; move them away, or give another --output.",
         )
 
 
 def clear_run(output: Path) -> None:
-    """Remove the files of the old run and keep everything else; the new run replaces its record.
+    """Remove the files of the old run except its record, which the new run replaces, and keep all other files.
 
-    The record is marked first: after a kill in between, no run in the folder looks finished. Raises RunError (RW504,
-    RW554) before anything is removed, as ``check_replaceable`` does.
+    The record is marked as ``replaced`` first, so that after a kill no run in the folder looks finished. Raises
+    RunError (RW504, RW554) before anything is removed, as ``check_replaceable`` does.
     """
     check_replaceable(output)
     files = _named_files(output)
@@ -64,13 +64,13 @@ def clear_run(output: Path) -> None:
         path.unlink(missing_ok=True)
     folders = {output / parent for path in files for parent in path.relative_to(output).parents[:-1]}
     for folder in sorted(folders, reverse=True):
-        # One that holds something else stays.
+        # A folder with other files stays.
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def _named_files(output: Path) -> list[Path]:
-    """The existing files that the run wrote outside ``checkpoints``. A record's names cannot leave the folder."""
+    """The existing files that the run wrote outside ``checkpoints``. A record's names cannot lead out of the folder."""
     record = read_old_run(output)
     names = {*OWN_FILES, *filter(_is_inside, record.files if record else ())}
     found = [output / name for name in sorted(names)]
@@ -87,5 +87,5 @@ def _is_inside(name: object) -> bool:
 
 
 def _is_behind_link(output: Path, path: Path) -> bool:
-    """Whether a folder between the two is a link, so that the file lies elsewhere."""
+    """Whether a folder between ``output`` and ``path`` is a link, so that the file lies elsewhere."""
     return any((output / parent).is_symlink() for parent in path.relative_to(output).parents[:-1])

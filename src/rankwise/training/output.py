@@ -1,6 +1,6 @@
 """Check the run folder before a run: whether it may be written, and whether a resumed run has the same settings.
 
-Imports no torch: the command line asks before it is loaded.
+Imports no torch, since the command line calls these checks before it loads torch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rankwise.training.old_run import REPLACED, check_replaceable, read_old_run
 
 Mode = Literal["new", "resume", "overwrite"]
 
-# Settings that do not touch what is learned.
+# Settings that do not change what is learned, so that a resumed run may change them.
 MAY_CHANGE = {
     "cache",
     "output",
     "resume",
     "overwrite",
     "device",
-    # The number of processes is compared by check_same_processes: torchrun counts them too.
+    # check_same_processes compares the number of processes, which torchrun may have set.
     "devices",
     "ignore_plan",
     "logging_steps",
@@ -40,21 +40,21 @@ MAY_CHANGE = {
     "dry_run",
     "trust_remote_code",
 }
-# Their hashes are compared once they have been read; a path may be written differently.
+# Settings whose content is compared by hash once it has been read, since a path can be written in several ways.
 COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "chat_template"}
-# Compared in steps, once the data have been read.
+# Settings that are compared as a number of steps, once the data have been read.
 LENGTH = ("max_steps", "epochs")
 CONSTANT = ("constant", "constant_with_warmup")
-# Schedules whose learning rate does not depend on the steps to come.
+# Schedules whose learning rate does not depend on the number of steps.
 LENGTH_FREE = (*CONSTANT, "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
-    """Check whether a run may use this folder. Nothing is written.
+    """Check whether a run may use this folder, and return how. Nothing is written.
 
     Raises RunError: RW502 for a folder with a run, RW503 for a folder that cannot be written, RW504 for a folder with
-    other files and no run, or with other files in the place of the run to overwrite, RW505 for nothing to resume, RW506
-    for both options at once, RW554 for a link in the place of the checkpoints' folder.
+    other files and no run, or with other files under the names of the run to overwrite, RW505 for nothing to resume,
+    RW506 for both options at once, RW554 for a link in the place of the checkpoint folder.
     """
     if resume and overwrite:
         raise RunError("RW506", "--resume continues the old run and --overwrite replaces it; give one of them.")
@@ -64,13 +64,13 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
     if not there and _foreign_names(output):
         unreadable = f", and its {RUN_FILE} is not a record of one" if (output / RUN_FILE).exists() else ""
         raise RunError(
-            "RW504", f"{output} holds files that are not of a rankwise run{unreadable}; give a new or empty --output."
+            "RW504", f"{output} holds files that no rankwise run wrote{unreadable}; give a new or empty --output."
         )
     if resume:
         if not there:
             raise RunError("RW505", f"{output} holds no run to resume; leave --resume out to start one.")
         if load_record(output).status == REPLACED:
-            raise RunError("RW505", f"the run in {output} was being replaced; begin again with --overwrite.")
+            raise RunError("RW505", f"the run in {output} was being replaced; start again with --overwrite.")
         return "resume"
     if there and not overwrite:
         raise RunError(
@@ -85,20 +85,20 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
 
 
 def _foreign_names(output: Path) -> list[str]:
-    """The names in the folder, without the first file of a killed process."""
+    """The names in the folder, except the temporary record that a killed process left."""
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     return sorted(found - {path.name for path in strays(output, [RUN_FILE])})
 
 
 def holds_run(output: Path) -> bool:
-    """Whether the folder has the record of a run. A folder of checkpoints alone may belong to something else."""
+    """Whether the folder has the record of a run. A ``checkpoints`` folder alone may belong to another program."""
     return read_old_run(output) is not None
 
 
 def check_same_run(output: Path, settings: Fields, defaults: Fields) -> None:
-    """Raise RunError (RW507) naming every setting by which a resumed run would differ from the run in ``output``.
+    """Raise RunError (RW507) with every setting in which a resumed run differs from the run in ``output``.
 
-    ``check_length`` checks the length. ``defaults`` stand for settings that did not exist when the run was started.
+    ``check_length`` compares the length. ``defaults`` are the values of settings that are missing in an older record.
     """
     before = {**defaults, **load_record(output).settings}
     free = MAY_CHANGE | COMPARED_BY_CONTENT | {*LENGTH}
@@ -116,33 +116,33 @@ def check_same_run(output: Path, settings: Fields, defaults: Fields) -> None:
 
 
 def check_same_processes(output: Path, processes: int) -> None:
-    """Raise RunError (RW703) where another number of processes would continue a run than wrote its checkpoints."""
+    """Raise RunError (RW703) where the number of processes differs from that of the run in ``output``."""
     before = load_record(output).devices
     if before != processes:
         raise RunError(
             "RW703",
             f"the run in {output} was trained in {before} process{'' if before == 1 else 'es'} and {processes} would "
-            "continue it; each has random states of its own and its part of each batch, so start as many, with "
-            "--devices or torchrun.",
+            "continue it; each process has its own random states and its part of each batch, so start the same number, "
+            "with --devices or torchrun.",
         )
 
 
 def check_length(output: Path, *, done: int, before: int, now: int, schedule: str) -> None:
     """Raise RunError (RW507) where a run of ``before`` steps, ``done`` of which are done, cannot become one of ``now``.
 
-    Under a schedule that does not depend on the length it may also become shorter: its steps so far are the same.
+    A run can become longer; under a schedule that does not depend on the length, also shorter.
     """
     if now < done or (now < before and schedule not in LENGTH_FREE):
         least = done if schedule in LENGTH_FREE else before
         raise RunError(
             "RW507",
-            f"the run in {output} is one of {before} steps, of which {done} are done, and --max-steps or --epochs ask "
-            f"for {now} now; under the schedule {schedule} it can be resumed with {least} steps or more.",
+            f"the run in {output} has {before} steps, of which {done} are done, and --max-steps or --epochs ask for "
+            f"{now}; with the schedule {schedule} the run can be resumed with {least} steps or more.",
         )
 
 
 def _differs(name: str, before: Any, now: Any, free: set[str]) -> bool:
-    """Whether a setting differs. Files are compared later, by their content; a missing file has none."""
+    """Whether a setting differs. Files are compared by content later; here, only whether a file is given."""
     if name in COMPARED_BY_CONTENT - {"revision"}:
         return (before is None) != (now is None)
     return name not in free and before != now
@@ -153,9 +153,9 @@ def _given(value: Any) -> str:
 
 
 def check_same_inputs(output: Path, data: Mapping[str, Fields], base_model: Fields) -> None:
-    """Raise RunError (RW508) naming every input whose content is not that of the run in ``output``.
+    """Raise RunError (RW508) with every input whose content differs from that of the run in ``output``.
 
-    ``data`` and ``base_model`` as in the record: compared by their sha256.
+    ``data`` and ``base_model`` are as in the record, and are compared by their sha256.
     """
     before = load_record(output)
     pairs = {

@@ -1,6 +1,4 @@
-"""Checks before the first step, at the first steps and at the end. Each failure is one sentence that says what to
-do.
-"""
+"""Checks before the first step, at the first steps and at the end of a run."""
 
 from __future__ import annotations
 
@@ -25,16 +23,17 @@ from rankwise.training.weights import checkpoint_bytes, trainable_tensors
 
 
 def check_labels(*, tokens: int, trained_tokens: int, stop_rows: int, whole_texts: bool, source: str) -> None:
-    """Check that the labels teach something, and teach to stop.
+    """Check that there are trained tokens, and stop tokens among them.
 
-    ``stop_rows`` counts rows with a stop token in the labels; ``whole_texts`` says that the rows are plain texts, which
-    need no stop token. Raises RunError: RW521 when nothing is trained, RW525 when no row has a stop token.
+    ``stop_rows``: number of rows with a stop token in the labels; ``whole_texts``: the rows are plain texts, which
+    need no stop token. Raises RunError: RW521 where no token is trained, RW525 where no row has a stop token (of whole
+    texts a warning).
     """
     if not trained_tokens:
         raise RunError(
             "RW521",
-            f"none of the {tokens:,} label tokens in {source} is trained on; raise --max-length so that completions "
-            "are not cut away, or check with `rankwise preview` what the template marks as the answer.",
+            f"none of the {tokens:,} label tokens in {source} is trained; raise --max-length so that answers are not "
+            "cut off, or check with `rankwise preview` which tokens the template marks as the answer.",
         )
     if stop_rows:
         return
@@ -48,7 +47,7 @@ def check_labels(*, tokens: int, trained_tokens: int, stop_rows: int, whole_text
 
 
 def check_positions(model: nn.Module, datasets: Iterable[Any]) -> None:
-    """Raise RunError (RW533) where a row of an encoded data set has more tokens than the model's table of positions."""
+    """Raise RunError (RW533) where an encoded row has more tokens than the model has learned positions."""
     rows = table_rows(model)
     if rows is None:
         return
@@ -62,32 +61,30 @@ def check_positions(model: nn.Module, datasets: Iterable[Any]) -> None:
 
 
 def check_trainable(model: nn.Module, method: str) -> None:
-    """Raise RunError (RW522) when nothing trains, or an adapter was asked for and none is attached."""
+    """Raise RunError (RW522) where no parameter trains, or the method needs an adapter and the model has none."""
     if method != "full" and not has_adapter(model) and not has_baseline(model):
-        raise RunError("RW522", f"--method {method} asks for an adapter and none is attached; call add_adapter first.")
+        raise RunError("RW522", f"--method {method} needs an adapter, and the model has none; call add_adapter first.")
     if not trainable_tensors(model):
         raise RunError("RW522", "no parameter of the model trains; check --target-modules.")
 
 
 def check_disk(model: nn.Module, output: Path, checkpoints: int) -> None:
-    """Raise RunError (RW513) when ``checkpoints`` checkpoints, the one being written and the result will not fit on
-    the disk.
-    """
+    """Raise RunError (RW513) where ``checkpoints`` checkpoints, one being written and the result do not fit on disk."""
     check_space(output, checkpoint_bytes(model) * (checkpoints + 2))
 
 
 class GradientCheck:
-    """Each adapter tensor must receive a finite gradient that is not zero where the method says it should.
+    """Checks that each adapter tensor gets a finite, nonzero gradient as soon as its method implies one.
 
-    B (and m) at the first step; A only once its B has moved, which with warm-up is a step later, since the first
-    learning rate is 0. An expert that no token was routed to may wait.
+    This is the first step for B and m. For A it is the first step after B has changed; with warm-up, one step later,
+    since the first learning rate is 0. The tensors of an expert to which no token was routed may wait.
     """
 
     def __init__(self, model: nn.Module, *, overflow_is_normal: bool = False, silence_is_normal: bool = False) -> None:
         self.waiting = dict(adapter_parameters(model)) if has_adapter(model) else {}
         self.parameters = dict(self.waiting)
         self.overflow_is_normal = overflow_is_normal
-        # Steps in which nothing at all has a gradient say nothing then.
+        # If so, steps in which no tensor has a gradient are ignored.
         self.silence_is_normal = silence_is_normal
 
     @property
@@ -97,7 +94,7 @@ class GradientCheck:
     def look(self, step: int) -> None:
         """Check the gradients of step ``step``, before the optimizer uses them.
 
-        Raises RunError (RW523), naming the tensors that received none.
+        Raises RunError: RW531 for a gradient that is not finite, RW523 with the tensors that got no gradient.
         """
         if any(value.grad is not None and not value.grad.isfinite().all() for value in self.waiting.values()):
             if self.overflow_is_normal:
@@ -111,12 +108,12 @@ class GradientCheck:
             raise RunError(
                 "RW523",
                 f"{len(wrong)} of {len(self.parameters)} adapter tensors received no gradient at step {step}: "
-                f"{some_of(wrong)}; aim --target-modules at modules that the model's forward uses.",
+                f"{some_of(wrong)}; choose --target-modules that the model's forward uses.",
             )
         self.waiting = {key: self.waiting[key] for key in silent}
 
     def _may_wait(self, key: str) -> bool:
-        # A batch may hold none of the new tokens, or none whose column of A has moved.
+        # A batch may hold none of the new tokens, or no token whose column of A has changed.
         if ".experts." in key or key.endswith(TOKENS) or "lora_embedding_B" in key:
             return True
         for ours, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
@@ -127,7 +124,7 @@ class GradientCheck:
 
 
 def check_reload(model: nn.Module, folder: Path, probe: dict[str, Tensor]) -> None:
-    """Load the adapter of ``folder`` into the same base: its logits on ``probe`` must be those of the live adapter.
+    """Load the adapter of ``folder`` into its base again, and compare its logits on ``probe`` with the trained one's.
 
     ``probe`` holds input_ids (1, L). The model keeps the reloaded adapter. Raises RunError (RW524).
     """
@@ -136,7 +133,7 @@ def check_reload(model: nn.Module, folder: Path, probe: dict[str, Tensor]) -> No
     load_adapter(model, folder)
     after = probe_logits(model, probe)
     difference = (before - after).abs().max().item()
-    # On a CPU the bits are the same; elsewhere sums may be taken in another order.
+    # On a CPU the logits must be equal bit for bit; elsewhere the order of sums may vary.
     exact = before.device.type == "cpu"
     allowed = 0.0 if exact else 4 * torch.finfo(before.dtype).eps * before.abs().max().item()
     if not difference <= allowed:
@@ -148,7 +145,7 @@ def check_reload(model: nn.Module, folder: Path, probe: dict[str, Tensor]) -> No
 
 
 def check_file(model: nn.Module, folder: Path) -> None:
-    """The adapter's file in ``folder`` must hold the live tensors to the bit. Raises RunError (RW524)."""
+    """Check that the adapter's file in ``folder`` holds the trained tensors bit for bit. Raises RunError (RW524)."""
     stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     wrong = [name for name, value in adapter_tensors(model).items() if not torch.equal(stored[name], value)]
     if wrong:
@@ -161,7 +158,7 @@ def check_file(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def probe_logits(model: Any, probe: dict[str, Tensor]) -> Tensor:
-    """Logits (1, L, V) of the model in evaluation mode."""
+    """The logits (1, L, V) of the model in evaluation mode."""
     training = model.training
     model.eval()
     logits: Tensor = model(**probe, use_cache=False).logits

@@ -1,7 +1,7 @@
-"""A cache on disk of prepared base models. Its key is a hash of their weights and of the preparation.
+"""A disk cache of prepared base models, keyed by a hash of the weights and of the preparation.
 
 Reading a GGUF file and quantizing take seconds to minutes, and every run of a comparison needs the same result. A model
-that needs no preparation (a folder, without quantization) is not copied.
+that needs no preparation (a folder, without quantization) is not cached.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def load_prepared(
     trust_remote_code: bool,
     cache: Path | None,
 ) -> tuple[Any, Any]:
-    """``load_model``, or the same weights to the bit from ``cache``, which is filled on the first call."""
+    """(model, tokenizer) of ``load_model``, or bit for bit the same from ``cache``, which the first call fills."""
     arguments: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if cache is None or not is_worth_keeping(source, quantization):
         return load_model(source, quantization=quantization, **arguments)
@@ -48,13 +48,13 @@ def load_prepared(
     if quantization is not None:
         _describe_as_asked(model, quantization)
         remember_originals(model, source, trust_remote_code=trust_remote_code)
-    # What adapters name as their base is the model itself, never this copy.
+    # Adapters name the original model as their base, not the cached copy.
     model.name_or_path = model.config.name_or_path = source.base_model
     return model, load_tokenizer(source, trust_remote_code=trust_remote_code)
 
 
 def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
-    """Give a model from the cache the description of a fresh one: a checkpoint names every dense module and a dtype."""
+    """Give a cached model the quantization config of a fresh one: a checkpoint's also has dense modules and a dtype."""
     for holder in (model.config, model.hf_quantizer):
         for name in ("compute_dtype", "modules_to_not_convert"):
             setattr(holder.quantization_config, name, getattr(quantization, name))
@@ -67,7 +67,7 @@ def is_worth_keeping(source: ModelSource, quantization: FourBitConfig | None) ->
 
 
 def is_quantized(source: ModelSource) -> bool:
-    """Whether the files hold weights in another form than the model's: GGUF, or packed."""
+    """Whether the files hold the weights as GGUF or quantized."""
     if source.is_gguf:
         return True
     assert source.path is not None
@@ -82,7 +82,7 @@ def _key(source: ModelSource, dtype: torch.dtype | None, quantization: FourBitCo
 
 
 def _keep(model: Any, folder: Path) -> None:
-    """Write the folder whole or not at all. Where another process writes the same folder, that one stays."""
+    """Write the folder whole or not at all. Where another process has written the same folder, that one stays."""
     try:
         with hold(folder):
             if not folder.exists():

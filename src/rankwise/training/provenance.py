@@ -12,14 +12,14 @@ from rankwise.foreign import JsonObject
 from rankwise.records import WAIT_POLICIES
 from rankwise.training.arguments import implementation_of
 
-# Libraries that could change a result.
+# Libraries whose version can change a result.
 PACKAGES = ("rankwise", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
 
 
 def device_record(device: torch.device, dtype: torch.dtype, optimizer: str) -> JsonObject:
     """Type, name and dtype of the training device.
 
-    For a CPU also its threads and their waiting policy where one is set; for a card the settings of its allocator and
+    For a CPU also the number of threads and their wait policy where one is set; for a GPU the allocator's settings and
     the implementation of ``optimizer``.
     """
     record: JsonObject = {"type": device.type, "dtype": str(dtype).removeprefix("torch.")}

@@ -1,8 +1,7 @@
-"""Several processes that train one model: the place of this one among them, and their communication.
+"""Several processes that train one model: the rank of this process, and communication between processes.
 
 torchrun, or ``rankwise train --devices N``, starts the processes and describes them in environment variables. In a
-process that was started alone every function here returns its argument at once. torch is imported at the first call
-that needs it.
+single process every function here returns at once. torch is imported at the first call that needs it.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from rankwise.errors import ConfigError, RunError
 
 T = TypeVar("T")
 
-# How long a process waits for an answer of the others. Longer than the writer needs for a checkpoint.
+# Timeout of communication, longer than the writer needs for a checkpoint.
 PATIENCE_SECONDS = 600
-# How long a file of the writer may take to appear elsewhere: NFS remembers for 30 seconds that there was none.
+# Time within which other machines must see a new file: NFS caches a missing file for 30 seconds.
 FILE_SECONDS = 35
-# As torchrun writes them, all whole numbers.
+# Environment variables of torchrun, all integers.
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-# Optimizers of torch's own that update each weight by itself, and so a shard as a whole weight.
+# Optimizers of torch that work element by element, so that they update shards correctly.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One of several processes; ``local`` counts those of the same machine."""
+    """The rank of one of several processes; ``local`` is the rank on its machine."""
 
     rank: int
     count: int
@@ -48,9 +47,9 @@ class Place:
 
 
 def place() -> Place | None:
-    """The place of this process among those of its launcher; None for a process that was started alone.
+    """The rank of this process among those of its launcher; None for a process without a launcher.
 
-    Raises ConfigError (RW136) for an environment that no torchrun has written.
+    Raises ConfigError (RW136) where the environment variables are not those of torchrun.
     """
     given = {name: os.environ[name].strip() for name in NUMBERS if os.environ.get(name, "").strip()}
     wrong = [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]
@@ -74,13 +73,13 @@ def place() -> Place | None:
 
 
 def is_writer() -> bool:
-    """Whether this process writes files and talks to the user. Exactly one of all processes does."""
+    """Whether this is the one process that writes files and prints messages."""
     where = place()
     return where is None or where.rank == 0
 
 
 def count() -> int:
-    """The number of processes that have joined."""
+    """The number of processes that communicate; 1 outside of ``joined``."""
     group = _group()
     return 1 if group is None else int(group.get_world_size())
 
@@ -94,8 +93,8 @@ def rank() -> int:
 def joined(device_type: str) -> Iterator[None]:
     """A context in which the processes can communicate. No process leaves it before all have reached its end.
 
-    Raises ConfigError (RW139) for a device that cannot be one of several; RunError (RW702) where another process has
-    ended, or has not answered for PATIENCE_SECONDS.
+    Raises ConfigError (RW139) where the device does not support several processes; RunError (RW702) where another
+    process has ended, or has not answered for PATIENCE_SECONDS.
     """
     where = place()
     if where is None or _group() is not None:
@@ -112,10 +111,10 @@ def joined(device_type: str) -> Iterator[None]:
 
         torch.cuda.set_device(where.local_rank)
     with _naming_lost_processes(where):
-        # What the processes tell each other lies in CPU memory; gradients lie where the model does.
+        # Messages between processes are CPU tensors; gradients are on the model's device.
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE_SECONDS))
-        # Where one ended while others still connect to it, gloo would print lines of its own beside the message.
+        # gloo would print lines of its own if a process ended while others still connect to it.
         barrier()
         yield
         barrier()
@@ -123,9 +122,9 @@ def joined(device_type: str) -> Iterator[None]:
 
 
 def check_processes(settings: TrainSettings, processes: int) -> None:
-    """Raise ConfigError for options that do not go with the number of processes: RW137 --devices, RW138 --strategy
-    without several, RW146 what trains in one alone, RW160 an optimizer that may not go with shards, RW779 rewards
-    with shards."""
+    """Raise ConfigError for options that do not fit the number of processes: RW137 --devices, RW138 --strategy with one
+    process, RW146 a method that trains in one process only, RW160 an optimizer that may not support shards, RW779
+    rewards with shards."""
     where = place()
     if settings.devices is not None and settings.devices != processes:
         start = f"the launcher has started {processes} processes" if where else "this is one process"
@@ -147,8 +146,8 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
     if settings.objective == "grpo" and settings.strategy == "fsdp":
         raise ConfigError(
             "RW779",
-            "--objective grpo does not go with --strategy fsdp, under which all processes must run each layer equally "
-            "often: their answers differ in length; take --strategy ddp.",
+            "--objective grpo does not go with --strategy fsdp, with which all processes must run each layer equally "
+            "often, since their answers differ in length; take --strategy ddp.",
         )
     if settings.strategy == "fsdp" and settings.method == "full" and settings.optimizer not in ELEMENTWISE:
         raise ConfigError(
@@ -159,7 +158,7 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
 
 
 def check_cards(device_type: str, processes: int) -> None:
-    """Raise ConfigError (RW139) where this machine has no device for each of so many processes."""
+    """Raise ConfigError (RW139) where this machine does not have a device for each process."""
     if device_type == "cuda":
         import torch
 
@@ -167,18 +166,18 @@ def check_cards(device_type: str, processes: int) -> None:
         if processes > cards:
             raise ConfigError(
                 "RW139",
-                f"{processes} processes need a card each, and this machine shows {cards}; start as many processes as "
-                "there are cards, or give --device cpu.",
+                f"{processes} processes need a GPU each, and this machine has {cards}; start as many processes as "
+                "there are GPUs, or give --device cpu.",
             )
     elif device_type != "cpu":
         raise ConfigError("RW139", f"several processes cannot share the device {device_type}; give --device cpu.")
 
 
 def end_alone() -> None:
-    """Let this process end by itself from now on.
+    """Ignore SIGTERM from now on.
 
-    A launcher sends SIGTERM to the others once one has ended, which would interrupt a process that still records why it
-    failed.
+    Once one process has ended, a launcher sends SIGTERM to the others, which would interrupt a process that still
+    records why it failed.
     """
     if place() is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -192,12 +191,12 @@ def _naming_lost_processes(where: Place) -> Iterator[None]:
         yield
     except BaseException as error:
         end_alone()
-        # gloo raises plain RuntimeErrors that name its source files.
+        # gloo raises RuntimeErrors whose messages name its source files.
         if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise
         raise RunError(
             "RW702",
-            f"{where} has lost the others: one has ended (killed, or its machine is gone), or has not answered for "
+            f"{where} has lost the others: one has ended (killed, or its machine is down), or has not answered for "
             f"{PATIENCE_SECONDS // 60} minutes; continue from the last checkpoint with --resume.",
         ) from error
 
@@ -225,7 +224,7 @@ def summed(values: Sequence[float]) -> list[float]:
 
 
 def mean(values: Sequence[SupportsFloat], weight: float) -> list[SupportsFloat]:
-    """Means of ``values`` over all processes; ``weight`` is this process's weight."""
+    """The weighted means of ``values`` over all processes; ``weight`` is this process's weight."""
     if _group() is None:
         return list(values)
     *sums, weights = summed([*(float(value) * weight for value in values), weight])
@@ -233,7 +232,7 @@ def mean(values: Sequence[SupportsFloat], weight: float) -> list[SupportsFloat]:
 
 
 def agreed(wish: bool) -> bool:
-    """Whether any process wishes this."""
+    """Whether ``wish`` is true in any process."""
     return summed([float(wish)])[0] > 0
 
 
@@ -243,7 +242,7 @@ def barrier() -> None:
 
 
 def check_alike(values: Mapping[str, Any]) -> None:
-    """Raise RunError (RW700) naming each of ``values`` that differs between the processes."""
+    """Raise RunError (RW700) with each of ``values`` that differs between the processes."""
     everyone = gathered(dict(values))
     wrong = [
         f"{name} is {other.get(name)!r} in process {number} and {everyone[0].get(name)!r} in process 0"
@@ -253,12 +252,12 @@ def check_alike(values: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise RunError(
-            "RW700", f"the processes of this run do not agree: {'; '.join(wrong)}; give all of them the same."
+            "RW700", f"the processes of this run do not agree: {'; '.join(wrong)}; give all of them the same values."
         )
 
 
 def check_same_file(path: Path) -> None:
-    """Raise RunError (RW701) where a process does not see the file that the writer has just written."""
+    """Raise RunError (RW701) where a process cannot see a file that the writer has just written."""
     barrier()
     for _ in range(FILE_SECONDS):
         seen = gathered(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
@@ -273,25 +272,25 @@ def check_same_file(path: Path) -> None:
 
 
 def restarts() -> int:
-    """How often the launcher has started these processes anew (torchrun's --max-restarts)."""
+    """The number of times that the launcher has restarted these processes (torchrun's --max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
 def is_first_to_tell() -> bool:
-    """Whether this process tells the user why the processes fail: the first to fail does, since the others fail
-    because of it.
+    """Whether this process reports why the processes failed. The first to fail does, since the others fail because of
+    it.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     import torch.distributed as dist
 
     try:
-        # The launcher's own store, which outlives its processes.
+        # The launcher's store, which outlives its processes.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
         return bool(store.add(f"rankwise/told/{restarts()}", 1) == 1)
     except dist.DistError:
-        # The launcher is gone: told twice is better than not at all.
+        # The launcher is gone. An error reported twice is better than none.
         return True
 
 

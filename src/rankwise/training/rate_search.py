@@ -1,14 +1,14 @@
-"""``--learning-rate auto``: short runs at the rates of a grid, of which the worse are dropped, before the run itself.
+"""``--learning-rate auto``: before the run itself, find its rate by short runs at the rates of a grid.
 
-Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943). Round k trains each of the n_k rates that are left
-from the same start for  floor(B / (K n_k))  steps, where B is the budget in steps and K the number of rounds, and keeps
-the best third,  n_{k+1} = ceil(n_k / 3),  until one rate is left. Each short run has a whole schedule, warm-up and
-decay, since a run that is cut off before its decay makes high rates look worse than they end.
+Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943). Round k trains each of the n_k remaining rates from
+the same start for  floor(B / (K n_k))  steps, where B is the budget in steps and K the number of rounds, and keeps the
+best third,  n_{k+1} = ceil(n_k / 3),  until one rate is left. Each short run has a complete schedule with warm-up and
+decay, since high rates look worse than they are in a run that is cut off before its decay.
 
-A rate is judged by its loss on training rows that the short runs do not see. Evaluation data are not touched. The run
-afterwards starts where every short run did, and trains on all rows.
+A rate is judged by the loss on training rows that are held out from the short runs. Evaluation data are not used. The
+run itself starts from the same weights as the short runs, and trains on all rows.
 
-Each finished short run is noted in a file beside the run's folder, so that a search that was killed continues.
+Each finished short run is recorded in a file beside the run's folder, so that a search continues after a kill.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ from rankwise.training.observer import Observer
 from rankwise.training.setup import Data
 from rankwise.training.spine import RunTrainer
 
-# Of the rates of a round one in so many goes on.
+# One in KEPT rates of a round goes on to the next.
 KEPT = 3
-# Rows that judge, and the share of all rows that they may be.
+# The largest number of held-out rows, and their largest share of all rows.
 MOST_ROWS, SHARE = 64, 0.1
 LEAST_ROWS = 4
-# What a diverging run raises.
+# The error codes of a diverging run.
 DIVERGED = ("RW530", "RW531")
 
 
 def check_search(given: TrainSettings) -> None:
-    """Raise ConfigError: RW173 for --budget without a search, RW174 for a run whose rate cannot be searched."""
+    """Raise ConfigError: RW173 for --budget without a search, RW174 for a run that does not support the search."""
     if not given.searched_rates:
         if given.budget is not None:
-            raise ConfigError("RW173", "--budget is that of a search of the learning rate; add --learning-rate auto.")
+            raise ConfigError("RW173", "--budget needs a search of the learning rate; add --learning-rate auto.")
         return
     if given.objective != "sft" or ranks.count() > 1:
         raise ConfigError(
             "RW174",
-            f"--learning-rate auto searches with demonstrations and in one process; this run has --objective "
-            f"{given.objective} and {ranks.count()} of them, so give its rate.",
+            f"--learning-rate auto needs --objective sft and one process, and this run has --objective "
+            f"{given.objective} and {ranks.count()} processes; give the rate.",
         )
     if given.lr_scheduler_type in LED_BY_EVALUATIONS:
         raise ConfigError(
@@ -75,7 +75,7 @@ def with_rate(given: TrainSettings, found: RateSearch) -> TrainSettings:
 
 
 def with_found_rate(given: TrainSettings) -> TrainSettings:
-    """The settings of a run that is resumed: its search is not repeated. Raises RunError (RW507) for another search."""
+    """The settings of a resumed run with the rate that its search found. Raises RunError (RW507) for another search."""
     found = load_record(given.output).rate_search
     if found is None or not given.searched_rates:
         return given
@@ -90,7 +90,7 @@ def with_found_rate(given: TrainSettings) -> TrainSettings:
 
 
 def rounds(rates: int, budget: int) -> list[tuple[int, int]]:
-    """[(rates of the round, steps of each)]. No run has less than two steps, of which one only warms up."""
+    """[(number of rates, steps of each run)] by round. A run has at least two steps, since one may only warm up."""
     sizes = [rates]
     while sizes[-1] > KEPT:
         sizes.append(math.ceil(sizes[-1] / KEPT))
@@ -99,7 +99,7 @@ def rounds(rates: int, budget: int) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass
 class _Noted:
-    """The short runs that are done, of a search with this key."""
+    """The finished short runs of a search with this key."""
 
     key: str
     seconds: float
@@ -107,7 +107,7 @@ class _Noted:
 
 
 def _noted(path: Path, key: str) -> _Noted:
-    """What ``path`` holds of the same search; nothing of another one, nor of a damaged file."""
+    """The short runs in ``path``, if the file is valid and of the same search; else none."""
     with suppress(OSError, ValueError):
         found = checked(_Noted, read_json(path))
         if found.key == key:
@@ -124,9 +124,9 @@ def search(
     observer: Observer,
     base: str,
 ) -> RateSearch:
-    """The best of the rates for a run of ``steps``. The model is left as it was. ``base``: the hash of its weights.
+    """Search the best rate for a run of ``steps``. The model's weights are restored. ``base``: the hash of its weights.
 
-    Raises ConfigError: RW175 for too few rows to keep some, RW176 where every rate diverges.
+    Raises ConfigError: RW175 for too few rows to hold some out, RW176 where every rate diverges.
     """
     training, held = kept_apart(data)
     path = given.output.with_name(f".{given.output.name}.rankwise-search")
@@ -140,7 +140,7 @@ def search(
     for count, length in rounds(len(left), round(steps * (given.budget or 1.0))):
         left = left[:count]
         if len(left) < 2:
-            # The others diverged.
+            # All other rates diverged.
             break
         observer.phase(f"Trying {plural(len(left), 'learning rate')}, {plural(length, 'step')} each")
         tried: list[RateTrial] = []
@@ -170,7 +170,7 @@ def search(
 
 
 def _short_run(given: TrainSettings, rate: float, length: int, share: float) -> TrainSettings:
-    """The settings of a run at this rate of so many steps, a ``share`` of the whole run's."""
+    """The settings of a run at ``rate`` with ``length`` steps, a ``share`` of the whole run's."""
     changes = {
         "learning_rate": rate,
         "max_steps": length,
@@ -182,9 +182,9 @@ def _short_run(given: TrainSettings, rate: float, length: int, share: float) -> 
 
 
 def kept_apart(data: Data) -> tuple[Data, Any]:
-    """The data without some training rows, and these rows.
+    """The data without held-out training rows, and the held-out rows.
 
-    No prompt is on both sides, and the order of the rows does not matter.
+    No prompt is in both parts, and the split does not depend on the order of the rows.
     """
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(data.train.dataset):
@@ -199,8 +199,8 @@ def kept_apart(data: Data) -> tuple[Data, Any]:
     if len(held) < LEAST_ROWS:
         raise ConfigError(
             "RW175",
-            f"--learning-rate auto keeps a tenth of the rows to judge by, which leaves {len(held)} of "
-            f"{len(data.train.dataset)} rows in {len(groups)} prompts here; give a rate, or more rows.",
+            f"--learning-rate auto holds out a tenth of the rows, which are {len(held)} of "
+            f"{len(data.train.dataset)} rows with {len(groups)} prompts here; give a rate, or more rows.",
         )
     apart = set(held)
     others = [number for number in range(len(data.train.dataset)) if number not in apart]
@@ -209,7 +209,7 @@ def kept_apart(data: Data) -> tuple[Data, Any]:
 
 
 def _loss_after(trainer: RunTrainer, rows: Any) -> float | None:
-    """Train and judge; nothing is written."""
+    """Train, and return the loss on ``rows``; None where the run diverges. Nothing is written."""
     trainer.args.save_strategy = SaveStrategy.NO
     attributes = vars(trainer.model)
     before = dict(attributes)
@@ -221,9 +221,9 @@ def _loss_after(trainer: RunTrainer, rows: Any) -> float | None:
             raise
         loss = math.nan
         if trainer.neftune_noise_alpha is not None:
-            # A training that ends early leaves its noise on the embedding, beside that of the next.
+            # A training that ends early leaves its noise hook on the embedding, and the next would add another.
             trainer.neftune_hook_handle.remove()
-    # In mixed precision accelerate wraps the model's forward; the next trainer would wrap it once more.
+    # In mixed precision accelerate wraps the model's forward, and the next trainer would wrap it again.
     attributes.clear()
     attributes.update(before)
     return loss if math.isfinite(loss) else None

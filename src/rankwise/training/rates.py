@@ -1,10 +1,10 @@
-"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 3):  B learns at ``ratio`` times A's rate.
+"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 3):  B's learning rate is ``ratio`` times A's.
 
-| group | what | rate |
+| group | parameters | rate |
 |---|---|---|
 | lora_A | A, and weights of modules that train whole | lr |
 | lora_B | B, DoRA's m, biases and other vectors | ratio x lr |
-| embedding | A and B of adapted embeddings | 1e-6, whatever lr is |
+| embedding | A and B of adapted embeddings | 1e-6, for any lr |
 
 Groups and the embedding's rate are those of the paper's code and of PEFT's ``create_loraplus_optimizer``.
 """
@@ -23,9 +23,9 @@ EMBEDDING_RATE = 1e-6
 
 
 def loraplus_groups(model: nn.Module, *, rate: float, ratio: float, weight_decay: float) -> list[dict[str, Any]]:
-    """An optimizer's parameter groups, none empty; each says its name as ``group``."""
+    """The optimizer's non-empty parameter groups, each with its name under ``group``."""
     embedded = {id(p) for module in model.modules() if isinstance(module, EmbeddingLora) for p in module.parameters()}
-    # It looks at the model alone.
+    # The method uses the model only, not the Trainer.
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     rates = {"lora_A": rate, "lora_B": rate * ratio, "embedding": EMBEDDING_RATE}
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
@@ -43,7 +43,7 @@ def loraplus_groups(model: nn.Module, *, rate: float, ratio: float, weight_decay
 
 
 def with_groups(chosen: tuple[Any, dict[str, Any]], groups: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
-    """An optimizer's class and arguments, for these groups. Raises ConfigError (RW786) where it makes its own."""
+    """An optimizer's class and arguments, with these groups. Raises ConfigError (RW786) where it makes its own."""
     optimizer, options = chosen
     own = {"params", "model", "optimizer_dict"} & options.keys()
     if own or not isinstance(optimizer, type):

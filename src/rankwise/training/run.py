@@ -1,7 +1,6 @@
-"""``train``: a run from its settings to its folder. The modules below setup.py and arguments.py do not know the
-settings.
+"""``train``: a run from its settings to its folder. setup.py and arguments.py turn the settings into plain arguments.
 
-Order matters: everything is read and checked before anything is written, the old run included.
+Everything is read and checked before anything is written, and before the old run is touched.
 """
 
 from __future__ import annotations
@@ -58,17 +57,17 @@ from rankwise.training.state import TrainerFacts, reading_state
 
 
 def train(settings: TrainSettings, observer: Observer | None = None, foresight: Foresight | None = None) -> RunRecord:
-    """Fine-tune as ``settings`` say and leave a run folder in ``settings.output``.
+    """Fine-tune according to ``settings``, write a run folder to ``settings.output``, and return the run's record.
 
-    ``foresight`` is asked for the peak memory before the model is loaded and before the first step; it may refuse.
+    ``foresight`` predicts the peak memory before the model is loaded and before the first step, and may refuse the run.
+    Under torchrun every process calls this function: all processes train, and process 0 writes.
 
-    Under torchrun every process calls it: all train, and the first of them writes.
+    Raises InputError, before anything is written, for faults in the settings, data, model or output folder; RunError
+    during training (a loss that is not finite, no gradient, a full disk), after which the last checkpoint remains;
+    Interrupted after Ctrl-C or SIGTERM, once the step has been saved, so that ``resume=True`` continues it.
 
-    Raises InputError before anything is written when settings, data, model or output folder are at fault; RunError
-    during training (a loss that is not finite, no gradient, a full disk: the last checkpoint stays); Interrupted
-    after Ctrl-C or SIGTERM, when the step has been saved and ``resume=True`` continues it.
-
-    With ``dry_run`` it does all this but train, writes nothing, and gives the record that the run would begin with.
+    With ``dry_run`` everything is loaded and checked, nothing is trained or written, and the record is the one with
+    which the run would begin.
     """
     started = time.monotonic()
     settings = with_adapters_options(settings)
@@ -99,7 +98,7 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """The writer locks the folder; the other processes would wait for it."""
+    """Lock the folder in the writing process only, since the other processes would wait for the lock."""
     if not ranks.is_writer():
         yield
         return
@@ -108,7 +107,7 @@ def _held(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # The Trainer makes the folder before all is known to be right. Where nothing came into it, it goes again.
+            # The Trainer creates the folder before all checks are done. An empty one is removed.
             if is_new:
                 with suppress(OSError):
                     folder.rmdir()
@@ -122,7 +121,7 @@ def _check_settings(given: TrainSettings) -> LoraConfig:
     check_objective(given, given.objective)
     rate_search.check_search(given)
     _warn_of_idle_options(given)
-    # A 4-bit format that cannot be is refused here, before anything is read.
+    # Raises for an invalid 4-bit format before anything is read.
     setup.quantization_for(given)
     return given.lora_config(use_dora=given.method in DORA)
 
@@ -135,7 +134,7 @@ def _warn_of_idle_options(given: TrainSettings) -> None:
 
 
 def _is_finished(given: TrainSettings) -> bool:
-    """Whether the run to resume is finished, and no longer run is asked for."""
+    """Whether the run to resume is finished and its length is unchanged, so that nothing is left to do."""
     record = load_record(given.output)
     if record.status != "finished" or not _same_length(given):
         return False
@@ -143,8 +142,8 @@ def _is_finished(given: TrainSettings) -> bool:
     if missing:
         warn(
             "RW553",
-            f"the run in {given.output} is finished, and {', '.join(missing[:3])} is missing; it is made again from "
-            "the last checkpoint.",
+            f"the run in {given.output} is finished, and {', '.join(missing[:3])} is missing; it is written again "
+            "from the last checkpoint.",
         )
         return False
     warn(
@@ -161,9 +160,7 @@ def _same_length(given: TrainSettings) -> bool:
 
 
 def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> None:
-    """Refuse a length that the run cannot have, and say (RW544) how the schedule changes where it depends on the
-    length.
-    """
+    """Refuse a length that the run cannot have, and warn (RW544) how a schedule that depends on the length changes."""
     before, schedule = _state_of(checkpoint).max_steps, given.lr_scheduler_type
     output.check_length(given.output, done=checkpoint.step, before=before, now=now, schedule=schedule)
     if now == before or schedule in output.LENGTH_FREE:
@@ -176,16 +173,15 @@ def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> Non
 
     warn(
         "RW544",
-        f"the run is lengthened from {before} to {now} steps: from step {checkpoint.step} on the learning rate follows "
-        f"the {schedule} schedule of {now} steps, so it goes on at {rate(now):.3g} where it had come to "
-        f"{rate(before):.3g}.",
+        f"the run is lengthened from {before} to {now} steps: from step {checkpoint.step} on, the learning rate "
+        f"follows the {schedule} schedule of {now} steps, at {rate(now):.3g} instead of {rate(before):.3g}.",
     )
 
 
 def _prepare(
     given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer, foresight: Foresight | None
 ) -> Session:
-    """Read, load and check everything; nothing is written."""
+    """Read, load and check everything, without writing anything."""
     learning = learning_of(given)
     observer.phase("Reading data")
     rows, eval_rows, template = setup.read_data(given, learning.formats)
@@ -223,18 +219,18 @@ def _prepare(
     _check_before_training(learning, given, loaded.model, data)
     padded = _why_padded(given, loaded.model, done) if data.processor is None else "pixels lie beside them"
     make = functools.partial(_trainer, learning, loaded=loaded, checkpoint=checkpoint, padding_free=padded is None)
-    # Before a search: for the length of the run and for its memory, which do not depend on the rate.
+    # Made before a search, for the run's length and memory, which do not depend on the learning rate.
     trainer = make(
         given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searched_rates else given, data
     )
     if given.strategy == "fsdp":
         if not is_unit(loaded.model):
             shard(loaded.model, mesh_of_all(loaded.device.type), trains_all=given.method == "full")
-        # Mixed precision alone: DDP takes no shards.
+        # evaluation_mode: accelerate then sets up mixed precision only, since DDP does not accept shards.
         trainer.accelerator.prepare_model(loaded.model, evaluation_mode=True)
     if checkpoint is not None and not _same_length(given):
         _check_length(given, checkpoint, trainer.total_steps)
-    # Batches differ between processes; the one with the largest counts.
+    # Batches differ between processes; the largest prediction is taken.
     each = ranks.gathered(_predicted_peak(learning, given, trainer, foresight, flat=padded is None))
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
@@ -274,21 +270,21 @@ def _prepare(
 
 
 def _groups(given: TrainSettings, model: Any) -> list[dict[str, Any]] | None:
-    """LoRA+'s groups of parameters; None where all learn at one rate."""
+    """LoRA+'s parameter groups; None where all parameters have one learning rate."""
     if given.loraplus_ratio is None or given.searched_rates or not has_adapter(model):
         return None
     return loraplus_groups(model, rate=given.rate, ratio=given.loraplus_ratio, weight_decay=given.weight_decay)
 
 
 def _why_padded(given: TrainSettings, model: Any, done: Acceleration | None) -> str | None:
-    """Why rows are padded to one length, or None where they are laid end to end."""
+    """Why rows are padded to one length, or None where they are concatenated without padding."""
     if given.packing:
         return "packing fills rows to one length"
     if given.neftune_noise_alpha is not None:
         return "NEFTune's noise depends on a row's length"
-    # Attention over rows laid end to end costs their product unless the kernel skips what no query sees, as ours does.
+    # Over concatenated rows, attention is quadratic in their sum unless the kernel skips masked blocks, as ours does.
     if done is None or not done.attention:
-        return "the attention in use does not skip what no query sees"
+        return "the attention in use does not skip masked blocks"
     return flattening_obstacle(model)
 
 
@@ -309,7 +305,7 @@ def _check_before_training(learning: Learning, given: TrainSettings, model: Any,
 def _predicted_peak(
     learning: Learning, given: TrainSettings, trainer: RunTrainer, foresight: Foresight | None, *, flat: bool
 ) -> int | None:
-    """The bytes of the run's largest micro-batch, or of its evaluations if they take more. Packed rows are full."""
+    """The predicted peak in bytes, over training and evaluation; None without a plan. Packed rows count as full."""
     if foresight is None:
         return None
     batch = learning.largest_batch(trainer, flat=flat)
@@ -365,7 +361,7 @@ def _trainer(
 
 
 def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:
-    """Whether a resumed run needs no evaluation at its start: this step had one, or none was due."""
+    """Whether a resumed run needs no evaluation at its start: its step was evaluated, or no evaluation was due."""
     if checkpoint is None:
         return False
     state = _state_of(checkpoint)
@@ -374,7 +370,7 @@ def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:
 
 
 def _state_of(checkpoint: Checkpoint) -> TrainerFacts:
-    """The Trainer's own state. Raises RunError (RW511) for a state that the Trainer could not continue from."""
+    """The Trainer's state in a checkpoint. Raises RunError (RW511) where the Trainer could not continue from it."""
     with reading_state(checkpoint.path, "trainer"):
         state = checked(TrainerFacts, read_json(checkpoint.path / STATE_FILE, constants=True))
         transformers.TrainerState.load_from_json(str(checkpoint.path / STATE_FILE))
@@ -392,7 +388,7 @@ def _progress_of(checkpoint: Checkpoint | None) -> Progress:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Switch off the progress bars of libraries: the observer shows progress."""
+    """Disable the progress bars of libraries, since the observer shows the progress."""
     shown = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -406,12 +402,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _told_warnings(observer: Observer | None, told: list[dict[str, str]]) -> AbstractContextManager[None]:
-    """Send our warnings from every part to the observer and into the record; without an observer, they are also
-    shown as warnings.
-    """
+    """Pass every RankwiseWarning to the observer and to ``told``, for the record; without an observer, also show it."""
 
     def tell(warning: RankwiseWarning) -> bool:
-        # The memory plan may have said it already.
+        # The memory plan may have given the same warning.
         is_new = warning.to_json() not in told
         if is_new:
             told.append(warning.to_json())

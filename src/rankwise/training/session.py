@@ -1,4 +1,4 @@
-"""The part of a run that writes: train, stop or finish, and leave a run folder that records what happened."""
+"""The part of a run that writes: train, stop or finish, and complete the run folder."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from rankwise.training.weights import weights_digest
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """The parts that only some runs have."""
+    """Parts that only some runs have."""
 
     early_stopping: int | None
-    # Answers the sample prompt.
+    # Returns the model's answer to the sample prompt.
     answer: Callable[[], str] | None
-    # A row for comparing logits.
+    # Input for the comparison of logits after reloading.
     probe: dict[str, Tensor]
 
 
 @dataclasses.dataclass
 class Session:
-    """A checked run, ready to be carried out."""
+    """A checked run, ready to start."""
 
     folder: Path
     mode: output.Mode
@@ -51,21 +51,21 @@ class Session:
     record: RunRecord
     extras: Extras
     observer: Observer
-    # Of the process that writes.
+    # None in processes that do not write.
     metrics: MetricsFile | None = None
 
     def carry_out(self, started: float, told: list[dict[str, str]]) -> RunRecord:
-        """Train to the end and write the results. The record says how the run ended, also when it fails.
+        """Train to the end and write the results. Also after a failure, the record holds how the run ended.
 
         Raises Interrupted: RW540 saved and stopped, RW541 stopped at once, RW542 stopped before the first step;
-        RunError where a file cannot be written: RW551, for weights RW513 and RW514.
+        RunError during training, and where a file cannot be written: RW551, for weights RW513 and RW514.
         """
         self.started = started - self.trainer.progress.wall_seconds
         if self.record.rate_search is not None:
             self.started += self.record.rate_search["seconds"]
         self.record.warnings = told
         self.record.device["loss"] = self.trainer.loss_in_words
-        # Nobody may look for an old run any more once the writer begins a new one.
+        # Every process must have looked for an old run before the writer starts the new one.
         ranks.barrier()
         if ranks.is_writer():
             with coded_errors(self.folder, "and give the same command again"):
@@ -80,7 +80,7 @@ class Session:
         except KeyboardInterrupt:
             self._close_early("interrupted")
             raise Interrupted(
-                "RW541", f"stopped at once; what {self.folder} has up to its last checkpoint continues with --resume."
+                "RW541", f"stopped at once; --resume continues {self.folder} from its last checkpoint, if it has one."
             ) from None
         except BaseException:
             self._close_early("failed")
@@ -88,7 +88,7 @@ class Session:
         return self.record
 
     def foreseen(self, told: list[dict[str, str]]) -> RunRecord:
-        """The record that the run would begin with, and its steps. Nothing is written."""
+        """The record with which the run would begin, and its number of steps. Nothing is written."""
         return dataclasses.replace(self.record, warnings=told, status="dry run", steps=self.trainer.total_steps)
 
     def _open_folder(self) -> None:
@@ -112,7 +112,7 @@ class Session:
             raise stopped
         if ranks.count() > 1:
             ranks.check_alike({"the sha256 of the trained weights": weights_digest(self.trainer.model)})
-        # What each process does to its model is the same, in case the model is sharded.
+        # All processes restore the same step, since a sharded model needs every process.
         losses = ranks.gathered(evaluations(self.folder) if ranks.is_writer() else {})[0]
         state = self.trainer.state
         kept = finish.choose_kept(losses, state.global_step, state.best_global_step, of_rewards=self.of_rewards)
@@ -130,7 +130,7 @@ class Session:
         self._complete_record("finished")
         finish.write_plot(self.folder, self.record)
         finish.write_card(self.trainer.model, self.folder, self.record)
-        # Last, so that a record that says finished stands beside a complete folder.
+        # Last, so that a folder with a finished record is complete.
         self.record.save(self.folder)
 
     def _train(self) -> Interrupted | None:
@@ -148,7 +148,7 @@ class Session:
                 self.trainer.resume(self.checkpoint)
         state = self.trainer.state
         self.trainer.progress.peak_memory_bytes = max(ranks.gathered(self.trainer.progress.peak_memory_bytes))
-        # The writer alone knows what has been written.
+        # Only the writing process knows the metrics.
         is_done = state.global_step >= state.max_steps and ranks.gathered(ranks.is_writer() and self._is_evaluated())[0]
         if not ranks.agreed(interrupt.requested) or is_done:
             return None
@@ -180,7 +180,7 @@ class Session:
 
     @property
     def of_rewards(self) -> bool:
-        """Whether an evaluation's loss is the negative of its reward."""
+        """Whether the evaluation loss is the negative mean reward."""
         return self.record.objective == "grpo"
 
     def _tick(self) -> None:
@@ -204,13 +204,13 @@ class Session:
         self.record.save(self.folder)
 
     def _close_early(self, status: str) -> None:
-        """Write the record and the plot of a run that did not end well, as far as the disk permits."""
+        """Write the record and the plot of a run that did not finish, as far as the disk permits."""
         ranks.end_alone()
         if not ranks.is_writer():
             return
         self._complete_record(status)
         for write in (self.record.save, lambda folder: finish.write_plot(folder, self.record)):
-            # The first error is the one to tell, and often the cause of these.
+            # The first error is the one to raise, and often the cause of these.
             with contextlib.suppress(OSError):
                 write(self.folder)
 

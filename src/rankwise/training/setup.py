@@ -1,4 +1,4 @@
-"""Load everything that a run needs in memory: rows, model, adapter. Nothing is written here."""
+"""Load everything that a run needs into memory: rows, model, adapter. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ PROBE_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Encoded rows, and their description for the record."""
+    """The encoded rows of a run, and their description for the record."""
 
     train: Encoded
     evaluation: Encoded | None
     rows: Rows
-    # Jinja text of --chat-template.
+    # Jinja source of --chat-template.
     template: str | None
     eval_rows: Rows | None = None
-    # What else the record says of the training data.
+    # Further entries of the record about the training data.
     notes: Fields = dataclasses.field(default_factory=dict)
-    # Of rows with images.
+    # The processor of rows with images.
     processor: Any = None
 
     @property
@@ -81,7 +81,7 @@ class LoadedBase:
     model: Any
     tokenizer: Any
     device: torch.device
-    # In which the model computes.
+    # The dtype in which the model computes.
     dtype: torch.dtype
     # "no", "bf16" or "fp16": the Trainer's mixed precision.
     precision: str
@@ -89,12 +89,12 @@ class LoadedBase:
 
 
 def read_data(given: TrainSettings, formats: Collection[Format] | None = None) -> tuple[Rows, Rows | None, str | None]:
-    """Training rows, evaluation rows and the text of the chat template; all errors are DataErrors of the readers.
+    """Training rows, evaluation rows and the source of the chat template. Raises DataError as the readers do.
 
-    A source with several splits gives its ``train`` for training and its ``validation`` for evaluation.
+    A source with several splits gives ``train`` for training and ``validation`` for evaluation.
     """
     template = None if given.chat_template is None else read_template(given.chat_template)
-    # Formats of an objective's own know its columns.
+    # The formats of an objective define its columns.
     columns = given.columns if formats is None else {}
     options = {**columns, "skip_bad_rows": given.skip_bad_rows, "formats": formats}
     rows = read_rows(given.data, split="train", **options)
@@ -114,9 +114,9 @@ def encode_data(
     template: str | None,
     encode: Callable[..., Encoded] | None = None,
 ) -> Data:
-    """Token ids of both sets, by the same rules: those of demonstrations, or of ``encode``.
+    """Encode both sets to token ids, with ``encode`` or as demonstrations.
 
-    The tokenizer keeps the given chat template. It is saved with the run, so that a later program writes prompts as in
+    The tokenizer gets the given chat template and is saved with the run, so that other programs format prompts as in
     training.
     """
     if template is not None:
@@ -136,15 +136,16 @@ def encode_data(
 
 
 def quantization_for(given: TrainSettings) -> FourBitConfig | None:
-    """The 4-bit config of a method. The default is QLoRA's: NF4 with double quantization (section 3 of the paper)."""
+    """The 4-bit config of the method, None where the base is dense. Defaults: NF4 with double quantization (QLoRA,
+    section 3)."""
     if given.method not in FOUR_BITS:
         return None
     return CONFIGS[given.quant_type](block_size=given.block_size, double_quant=given.double_quant)
 
 
 def load_for_training(given: TrainSettings) -> LoadedBase:
-    """The base model on its device, in the dtype that the method needs; with --strategy fsdp, where its files allow it,
-    only this process's rows."""
+    """Load the base model to its device in the dtype that the method needs. With --strategy fsdp, only this process's
+    rows are read where the file format permits it."""
     choice = choose_device(given.device, given.dtype)
     where = torch.device(choice.device)
     weights, precision = mixed_precision(given.method, choice.dtype, where.type)
@@ -152,7 +153,7 @@ def load_for_training(given: TrainSettings) -> LoadedBase:
     quantization = quantization_for(given)
     by_rows: AbstractContextManager[None] = nullcontext()
     if given.strategy == "fsdp" and not is_quantized(source) and (given.cache is None or quantization is None):
-        # The processes read together: they must find the same tensors.
+        # The processes read the files together, so they must find the same tensors.
         ranks.check_alike(
             {"the files of the model": {path.name: path.stat().st_size for path in weights_files(source)}}
         )
@@ -169,27 +170,27 @@ def load_for_training(given: TrainSettings) -> LoadedBase:
             cache=given.cache,
         )
     if tokenizer is None:
-        raise ConfigError("RW115", f"{given.model} comes without a tokenizer, so text cannot be encoded for it.")
+        raise ConfigError("RW115", f"{given.model} has no tokenizer, which training needs; add its tokenizer files.")
     return LoadedBase(source, model, tokenizer, where, choice.dtype, precision, choice.reason)
 
 
 def make_trainable(
     model: Any, given: TrainSettings, config: LoraConfig, rows: Encoded, checkpoint: Checkpoint | None
 ) -> int:
-    """Put the method's adapter on the model, or unfreeze all of it for ``full``. Returns the number of trained
+    """Add the method's adapter to the model, or for ``full`` unfreeze the model. Returns the number of trained
     parameters.
 
-    A resumed run skips what its ``checkpoint`` will overwrite: EVA's directions and LoftQ's decomposition.
+    A resumed run does not compute EVA's directions and LoftQ's decomposition, which its ``checkpoint`` overwrites.
     """
     set_seed(given.seed)
     if any(dequantizer(module) is not None for module in model.modules()):
         if given.method not in ("lora", "dora"):
             raise ConfigError(
                 "RW181",
-                f"{given.model} holds weights that another library packed, over which --method {given.method} does not "
-                "train; take lora or dora, or the dense checkpoint.",
+                f"{given.model} holds weights that another library quantized, which --method {given.method} does not "
+                "support; take lora or dora, or the dense checkpoint.",
             )
-        # The Trainer takes a quantized model for one without adapters, unless they are PEFT's.
+        # The Trainer refuses a quantized model unless it has PEFT's adapters.
         model.is_quantized = False
     if given.method == "full":
         model.requires_grad_(True)
@@ -207,7 +208,7 @@ def make_trainable(
 
 
 def eva_batches(dataset: Any, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Encoded rows in a separate random order, padded: input_ids, attention_mask and labels, each (B, L)."""
+    """Padded batches of encoded rows, in a random order of their own: input_ids, attention_mask and labels, (B, L)."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     for start in range(0, min(len(order), size * MOST_BATCHES), size):
         rows = dataset[order[start : start + size]]
@@ -221,13 +222,13 @@ def eva_batches(dataset: Any, size: int, seed: int) -> Iterator[dict[str, Tensor
 
 
 def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
-    """A function that lets the model answer ``prompt``, greedily: it draws no random numbers.
+    """A function that returns the model's greedy answer to ``prompt``, without drawing random numbers.
 
-    Without a chat template, the prompt ends as those of the training rows do. Raises RunError (RW533) for a prompt
-    beyond the model's learned positions.
+    Without a chat template, the prompt gets the ending of the training rows' prompts. Raises RunError (RW533) for a
+    prompt longer than the model's learned positions.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    # It has the template that was given, if one was.
+    # The tokenizer has the given chat template, if there is one.
     if tokenizer.chat_template is not None and data.rows.kind != "text" and data.rows.uses_template:
         text = chat_text(tokenizer, [{"role": "user", "content": prompt}], chat_template=data.template)
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")

@@ -1,11 +1,11 @@
-"""FSDP2: each process keeps its rows of the weights, and a layer's are whole only while the layer runs.
+"""FSDP2: each process keeps some rows of every weight, and a layer's weights are gathered only while the layer runs.
 
-A unit is one decoder layer; what lies outside of the layers (embedding, last norm, head) is a unit of its own. Packed
-4-bit weights are sharded by row as they are, uint8, and so are their first-level scales. Second-level scales, 1/256 of
-them, are replicated. An adapter is replicated too: it is small, so that one sum of its gradients ends a step, and
-adapters, their optimizer and their checkpoints are those of any other run. ``full`` trains what is sharded: its
-gradients and its optimizer's states are shards as well. The operators see the gathered weights: FSDP2 gathers into the
-same tensor each time, so that what a forward pass has saved is whole again in its backward pass.
+A unit is one decoder layer; the modules outside of the layers (embedding, last norm, head) form another unit. Packed
+4-bit weights are sharded by row as uint8, and so are their first-level scales; second-level scales, 1/256 as many, are
+replicated. Adapters are small, and replicated too: one all-reduce of their gradients ends a step, and adapters, their
+optimizer and their checkpoints are the same as without sharding. With ``full``, gradients and optimizer states are
+shards as the weights are. The operators see gathered weights: FSDP2 gathers into the same tensor each time, so that a
+weight saved in a forward pass is whole again in the backward pass.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from rankwise.training import ranks
 
 
 def shard_before_loading(model: Any, device_type: str, trained_whole: Sequence[str], *, trains_all: bool) -> None:
-    """``shard`` a model without storage, so that of each weight only this process's rows are read.
+    """``shard`` a model on the meta device, so that only this process's rows of each weight are read.
 
-    ``trained_whole``: modules_to_save, of which every process trains a copy.
-    Nothing happens to a model whose rows are not those of its files; it is sharded once it has been loaded.
+    ``trained_whole``: modules_to_save, of which every process trains a whole copy. A model whose weights are not stored
+    row by row as it uses them stays unsharded, and is sharded after loading.
     """
     layers = (layer for _, layer in four_bit_layers(model))
     in_rows = all(layer.packed.rows_are_blocks and not layer.was_conv1d for layer in layers)
@@ -46,8 +46,8 @@ def shard_before_loading(model: Any, device_type: str, trained_whole: Sequence[s
 
 @contextmanager
 def looked_into(model: Any) -> Iterator[None]:
-    """Within this context the parts of a sharded model can be tried: one layer of each kind is gathered, and so is
-    everything outside of the layers.
+    """A context in which the parts of a sharded model can be called for tests: one layer of each kind is gathered, and
+    so is everything outside of the layers.
     """
     if not is_unit(model):
         yield
@@ -68,8 +68,8 @@ def looked_into(model: Any) -> Iterator[None]:
 
 @contextmanager
 def roots_gathered(model: Any) -> Iterator[None]:
-    """Within this context parts of a sharded model may be called without the model's own forward, which would gather
-    its root.
+    """A context in which modules outside of the layers stay gathered, so that parts of a sharded model can be called
+    without the model's forward.
     """
     if not is_unit(model):
         yield
@@ -87,15 +87,15 @@ def trains_shards(model: nn.Module) -> bool:
 
 
 def whole(tensor: Any) -> Tensor:
-    """All rows of a tensor. Every process must call this."""
+    """The whole tensor of a shard, or the tensor itself. Every process must call this."""
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state of a model whose shards train, in the memory of the process that writes; None for any other model.
+    """The state dict of a model whose shards train, gathered in the writing process; None for any other model.
 
-    Every process takes part; tied weights stay one tensor.
+    Every process must call this. Tied weights stay one tensor.
     """
     if not trains_shards(model):
         return None
@@ -109,7 +109,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state without shards, in the memory of the writing process."""
+    """An optimizer's state dict without shards, gathered in the writing process. Every process must call this."""
     state = optimizer.state_dict()
     if not any(map(is_sharded, _parameters(optimizer))):
         return state
@@ -127,7 +127,7 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The inverse of ``whole_state``: moments become shards where their parameters are."""
+    """The inverse of ``whole_state``: the moments of sharded parameters become shards."""
     from torch.distributed.tensor import DTensor
 
     parameters = _parameters(optimizer)

@@ -1,4 +1,4 @@
-"""The rows of one of several processes. Together the processes take the batches of one process, in its order."""
+"""Divide batches among processes: together they take the batches of a run in one process, in the same order."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rankwise.training.batches import KEY, Counted
 
 
 class Shares(BatchSampler):
-    """The part of process ``rank`` of each batch of ``count * size`` rows: ``size`` rows, one process after the other.
+    """Yields the part of process ``rank`` of each batch of ``count * size`` rows: ``size`` consecutive rows.
 
-    The last batch of an epoch may be shorter. It is then split as evenly as possible. Where it has fewer rows than
-    there are processes, the processes without a row (``is_idle``) take its first row, of which they learn nothing.
-    accelerate would repeat rows there, and one process does not.
+    A shorter last batch of an epoch is split as evenly as possible. Where it has fewer rows than there are processes,
+    each process without a row (``is_idle``) takes the first row with masked labels. accelerate would train on repeated
+    rows there.
     """
 
     def __init__(self, sampler: Any, size: int, count: int, rank: int) -> None:
@@ -39,7 +39,7 @@ class Shares(BatchSampler):
 
 
 def share(rows: list[Any], count: int, rank: int) -> list[Any]:
-    """Part ``rank`` of ``count`` of rows that are split as evenly as possible; the first parts are the longer ones."""
+    """Part ``rank`` of ``rows`` split into ``count`` parts as evenly as possible, longer parts first."""
     size, longer = divmod(len(rows), count)
     start = rank * size + min(rank, longer)
     return rows[start : start + size + (rank < longer)]
@@ -51,13 +51,13 @@ def is_idle(rows: int, size: int, count: int, rank: int) -> bool:
 
 
 def masked(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch of a process that takes part in a step and changes nothing: all labels are masked."""
+    """The batch with all labels masked, so that a process takes part in a step without contributing to it."""
     labels = torch.full_like(batch["labels"], IGNORED)
     return {**batch, "labels": labels, KEY: Counted(0, 0, labels.new_empty(0))}
 
 
 def widened(batch: dict[str, Any], length: int, pad: int) -> dict[str, Any]:
-    """A batch of padded rows (B, L) with padding up to ``length``."""
+    """A batch of rows (B, L), padded further to ``length``."""
     fills = {"input_ids": pad, "labels": IGNORED}
     missing = length - batch["input_ids"].shape[1]
     if not missing:
@@ -70,7 +70,7 @@ def widened(batch: dict[str, Any], length: int, pad: int) -> dict[str, Any]:
 
 
 def adapters_at_work(model: nn.Module) -> Iterator[tuple[AdaptedLayer, Adapter]]:
-    """The adapted layers with their adapters."""
+    """(layer, its active adapter) of the adapted layers."""
     for module in model.modules():
         if isinstance(module, AdaptedLayer) and module.at_work is not None:
             yield module, module.at_work
@@ -79,26 +79,26 @@ def adapters_at_work(model: nn.Module) -> Iterator[tuple[AdaptedLayer, Adapter]]
 def why_masks_differ(model: Any) -> str | None:
     """Why dropout masks of one process cannot be divided among several, or None where they can.
 
-    A mask of our operator is a hash of a seed and of the place in the whole batch, and all processes draw one seed.
-    Any other mask is drawn element by element, so that it depends on how many rows a process has.
+    The operator's mask is a hash of a seed, equal in all processes, and of the position in the whole batch. Any other
+    mask is drawn element by element, and depends on the number of rows of a process.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p and not name.endswith("lora_dropout"):
-            return f"the model itself drops ({name})"
+            return f"the base model has dropout ({name})"
     if getattr(model.config.get_text_config(), "attention_dropout", 0):
-        return "the model itself drops (attention_dropout)"
+        return "the base model has dropout (attention_dropout)"
     for layer, adapter in adapters_at_work(model):
         base = layer.base_layer
         if layer.is_head:
-            return "the output head is adapted, which only sees the trained tokens"
+            return "the output head is adapted, and it gets the trained tokens only"
         is_whole = adapter.parts is None and is_own(base) and not stored_weight(base).requires_grad
         if adapter.dropout and not (is_whole and (type(base) in (nn.Linear, Linear4bit) or is_conv1d(base))):
-            return f"the operator of the adapters does not take every layer (a {type(base).__name__} here)"
+            return f"the fast operator does not support every adapted layer (here a {type(base).__name__})"
     return None
 
 
 def share_batches(loader: Any) -> Any:
-    """accelerate's loader of rows; among several processes with ``Shares`` in place of accelerate's own split."""
+    """accelerate's data loader; with several processes, ``Shares`` replaces accelerate's split."""
     if ranks.count() == 1:
         return loader
     split = loader.batch_sampler

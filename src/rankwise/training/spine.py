@@ -1,8 +1,8 @@
 """The common base of every objective's trainer: one host sync a step, checkpoints, resuming, the loop.
 
-trl's trainers differ in their data and their loss alone. ``RunTrainer`` stands before one of them among the bases of a
-class, and overrides methods of transformers' Trainer: saving and loading (its own files are pickles in folders that can
-be half-written), telemetry and the model card (nothing leaves the machine, and the card is ours).
+trl's trainers differ only in data and loss. A trainer class inherits from ``RunTrainer`` first and from one of trl's
+second. ``RunTrainer`` overrides methods of transformers' Trainer: saving and loading (which would write pickles, in
+folders that a kill leaves half-written), telemetry (nothing leaves the machine) and the model card (rankwise has one).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from rankwise.training.state import (
 from rankwise.training.weights import checkpoint_bytes, load_weights, save_weights
 
 PROGRESS_FILE = "progress.json"
-# The name under which the Trainer looks for it.
+# The file name of the Trainer's state in transformers.
 STATE_FILE = "trainer_state.json"
 
 
@@ -52,29 +52,28 @@ class EvaluationStopped(Exception):
 
 
 class RunTrainer(TrlTrainer):
-    """Trains what requires a gradient in ``model`` and keeps whole checkpoints under ``args.output_dir``.
+    """Trains the parameters of ``model`` that require gradients, and writes checkpoints under ``args.output_dir``.
 
-    The newest ``save_total_limit`` checkpoints stay, and so does the one with the best evaluation loss. A subclass
-    computes the loss, and counts the current step's tokens and examples in ``step_tokens`` and ``step_examples``.
+    The newest ``save_total_limit`` checkpoints are kept, and so is the one with the best evaluation loss. A subclass
+    computes the loss, and adds the current step's tokens and examples to ``step_tokens`` and ``step_examples``.
     """
 
-    # transformers declares these optional; all are set while training.
+    # transformers declares these attributes optional; all are set while training.
     model: Any
     optimizer: Any
     lr_scheduler: Any
-    # trl's trainers make it: by mode, then by name.
+    # {"train" or "eval": {name: values}}, created by trl's trainers.
     _metrics: Any
-    # Around a step, where activations are offloaded.
+    # The context of a training step that offloads activations, where the option is set.
     maybe_activation_offload_context: Any
-    # {trl's name: ours} of figures of a step that go into metrics.jsonl, besides those of every objective, and of those
-    # that are shown at each step.
+    # {trl's name: ours} of an objective's own figures: those written to metrics.jsonl, and those shown at each step.
     logged: Mapping[str, str] = {}
     shown: Mapping[str, str] = {}
-    # Whether a step may leave all gradients at zero.
+    # Whether all gradients of a step may be zero.
     silence_is_normal = False
 
     def __init__(self, *, save_total_limit: int = 2, progress: Progress | None = None, **kwargs: Any) -> None:
-        # Not all of trl's trainers hand it on.
+        # Not all of trl's trainers pass this argument on.
         optimizer = kwargs.pop("optimizer_cls_and_kwargs", None)
         super().__init__(**kwargs)
         self.optimizer_cls_and_kwargs = optimizer
@@ -84,9 +83,9 @@ class RunTrainer(TrlTrainer):
         self.checkpoint_limit = save_total_limit
         self.progress = progress or Progress()
         self.last_saved: int | None = None
-        # Summed over the micro-batches of the last step.
+        # The sum of the losses of the last step's micro-batches.
         self.step_loss = 0.0
-        # Of the step in progress, on the device; they are read once, before the optimizer steps.
+        # Losses of the step in progress, on the device; they are read once, before the optimizer's step.
         self._losses: list[Tensor] = []
         self.step_tokens = self.step_examples = 0
         self.last_grad_norm: float | None = None
@@ -96,24 +95,24 @@ class RunTrainer(TrlTrainer):
         self.remove_callback(PrinterCallback)
 
     def _draws_one_mask(self) -> bool:
-        """Whether adapters drop, and every process can draw its part of one process's masks."""
+        """Whether the adapters have dropout and every process can draw its part of a single process's masks."""
         if not any(adapter.dropout for _, adapter in adapters_at_work(self.model)):
             return False
         reason = self.why_masks_differ()
         if reason is not None:
             warn(
                 "RW784",
-                f"the dropout masks of {ranks.count()} processes are not those of one: {reason}; every process draws "
-                "its own, from the seed and its number.",
+                f"the dropout masks of {ranks.count()} processes differ from those of one: {reason}; every process "
+                "draws its own masks, from the seed and its rank.",
             )
         return reason is None
 
     def why_masks_differ(self) -> str | None:
         """Why dropout masks of one process cannot be divided among several, or None where they can."""
-        return "they are only with --objective sft"
+        return "masks are divided with --objective sft only"
 
     def start_evaluation(self) -> None:
-        """Switch model and optimizer to evaluation, as the Trainer does. The next step switches both back."""
+        """Switch model and optimizer to evaluation mode, as the Trainer does; the next step switches both back."""
         self.model.eval()
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
@@ -121,11 +120,11 @@ class RunTrainer(TrlTrainer):
     @property
     @abstractmethod
     def loss_in_words(self) -> str:
-        """How the loss is computed, for the record."""
+        """A description of how the loss is computed, for the record."""
 
     @property
     def step_figures(self) -> dict[str, float]:
-        """Further figures of the last step, shown and written beside its loss."""
+        """Further figures of the last step, shown and logged with its loss."""
         metrics = metrics_of(self, "train")
         return {ours: float(metrics[theirs][-1]) for theirs, ours in self.shown.items() if metrics.get(theirs)}
 
@@ -145,17 +144,17 @@ class RunTrainer(TrlTrainer):
         return super().get_batch_samples(self.with_idle_ends(epoch_iterator, self.train_dataset), *args)
 
     def with_idle_ends(self, batches: Iterable[Any], rows: Any) -> Iterator[Any]:
-        """The batches of this process; one that got none of an epoch's last ``rows`` ends ``without_rows``."""
+        """The batches of this process. Where it gets none of an epoch's last ``rows``, the last is ``without_rows``."""
         idle = is_idle(len(rows), self.args.per_device_train_batch_size, ranks.count(), ranks.rank())
         for batch in batches:
             yield self.without_rows(batch) if idle and self.accelerator.gradient_state.end_of_dataloader else batch
 
     def without_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch of a process that takes part in a step and changes nothing."""
+        """A batch with which a process takes part in a step without contributing to it."""
         raise NotImplementedError
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        # They stay on the device until a line is written.
+        # trl's figures stay on the device until a line is written.
         for values in metrics_of(self, "train" if self.model.training else "eval").values():
             values[:] = map(float, values)
         super().log(logs, *args, **kwargs)
@@ -178,14 +177,14 @@ class RunTrainer(TrlTrainer):
                 f"the gradients overflow float16 at step {self.state.global_step + 1} even at a loss scale below 1; "
                 "lower --learning-rate, or train with --dtype float32.",
             )
-        # An overflow of the scaled gradients: the scaler skips this step and lowers its scale.
+        # The scaled gradients overflowed: the scaler skips this step and lowers its scale.
         return value
 
     def _read_step(self, norm: Any) -> float:
-        """The gradient norm; records loss, tokens and examples of the step, over all processes.
+        """Record the step's loss, tokens and examples over all processes, and return the gradient norm.
 
-        This is the only wait for the device in a step. A loss that is not finite in one process makes the sum not
-        finite, so all processes end together.
+        This is the only synchronisation with the device in a step. A loss that is not finite in one process makes the
+        sum not finite, so that all processes raise RunError (RW530) together.
         """
         device = self._losses[0].device
         *losses, value = torch.stack([*self._losses, torch.as_tensor(norm, device=device)]).tolist()
@@ -213,7 +212,7 @@ class RunTrainer(TrlTrainer):
             metrics_of(self, "eval").clear()
             return {"eval_loss": math.nan}
         if skip_scheduler and self.state.global_step > 0:
-            # An evaluation that was due when the run was interrupted; it may name the best checkpoint.
+            # This evaluation was due when the run was interrupted, and may determine the best checkpoint.
             self._determine_best_metric(metrics, trial)
         return metrics
 
@@ -229,7 +228,7 @@ class RunTrainer(TrlTrainer):
         step = self.state.global_step
         if self.last_saved == step:
             return
-        # Each process draws random numbers of its own, and has a peak of its own.
+        # Each process has its own random states and its own peak memory.
         states = ranks.gathered(random_states())
         self.progress.peak_memory_bytes = max(ranks.gathered(self.progress.peak_memory_bytes))
         weights, optimizer = whole_weights(self.model), whole_state(self.optimizer)
@@ -274,7 +273,7 @@ class RunTrainer(TrlTrainer):
             self._follow_schedule()
 
     def _follow_schedule(self) -> None:
-        """Set the learning rate of the next step by this run's length: the checkpoint may come from a shorter run."""
+        """Set the next step's learning rate from this run's length, since the checkpoint may be of a shorter run."""
         scheduler = self.lr_scheduler
         if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
@@ -302,7 +301,7 @@ class RunTrainer(TrlTrainer):
             load_weights(self.model, self.run_folder / "checkpoints" / f"step-{step}")
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from ``checkpoint`` until the run's last step."""
+        """Train from ``checkpoint`` to the run's last step."""
         self.last_saved = checkpoint.step
         self.train(resume_from_checkpoint=str(checkpoint.path))
 
@@ -315,24 +314,24 @@ class RunTrainer(TrlTrainer):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         result = super()._init_training_state(max_steps, *args, **kwargs)
-        # A resumed state brings the old cadence with it; the settings of this run count.
+        # A resumed state holds the old logging and evaluation intervals; this run's settings replace them.
         self.state.compute_steps(self.args, max_steps)
         if self.args.logging_steps < 1:
             self.state.logging_steps = logging_steps_of(max_steps)
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Resumed from the last step, or stopped while evaluating before the first: the Trainer would take one more.
+        # After a resume at the last step, or a stop during the first evaluation, the Trainer would take one more step.
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # Nobody reads it, and counting parameters at every micro-batch takes time.
+        # The number is not used, and counting parameters at every micro-batch takes time.
         return 0
 
-    # --- nothing leaves the machine, and the model card is ours ---
+    # --- no telemetry and no upload; rankwise writes the model card ---
 
     def _send_telemetry(self) -> None: ...
 
@@ -340,5 +339,5 @@ class RunTrainer(TrlTrainer):
 
 
 def _random_file(rank: int) -> str:
-    """The name under which a checkpoint keeps the random states of a process."""
+    """The file name of a process's random states in a checkpoint."""
     return f"random-{rank}" if rank else "random"

@@ -1,8 +1,8 @@
 """The states of optimizers, schedules and random generators as safetensors and JSON, exact and without pickle.
 
-A state is a tree of dicts, lists, tuples and scalars with tensors in it. Its tensors go into ``NAME.safetensors``,
-numbered; the rest goes into ``NAME.json``, where a tensor is ``{"$tensor": "0"}`` and what JSON cannot hold as it is
-(tuples, keys that are not text, infinities) stands under a key of its own that starts with ``$``.
+A state is a tree of dicts, lists, tuples and scalars that holds tensors. The tensors are numbered in
+``NAME.safetensors``; the rest is ``NAME.json``, where a tensor is ``{"$tensor": "0"}``, and values that JSON does not
+have (tuples, keys that are not text, infinities) are objects whose key starts with ``$``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rankwise.errors import InternalError, RunError
 from rankwise.foreign import read_json, reason_of
 from rankwise.training.checkpoints import check_no_pickles
 
-# Whatever torch, NumPy and transformers make of values of another kind or form.
+# The exceptions that torch, NumPy and transformers raise for values of a wrong type or form.
 STATE_ERRORS = (
     OSError,
     ValueError,
@@ -42,7 +42,7 @@ STATE_ERRORS = (
 
 @dataclasses.dataclass
 class TrainerFacts:
-    """The facts of the Trainer's own state that we use."""
+    """The fields of the Trainer's state that rankwise reads."""
 
     epoch: float
     global_step: int
@@ -56,8 +56,8 @@ class TrainerFacts:
 def save_state(folder: Path, name: str, state: Any) -> None:
     """Write ``state`` as ``folder/name.json`` and, where it holds tensors, ``folder/name.safetensors``.
 
-    Tensors of any device and layout; values and dtypes survive exactly. Raises InternalError (RW590) for a value of
-    any other type, naming its place in the tree.
+    Tensors may have any device and layout; values and dtypes are kept exactly. Raises InternalError (RW590) for a value
+    of another type, with its place in the tree.
     """
     tensors: dict[str, Tensor] = {}
     document = _encode(state, tensors, name)
@@ -68,7 +68,7 @@ def save_state(folder: Path, name: str, state: Any) -> None:
 
 
 def load_state(folder: Path, name: str, like: Any = None) -> Any:
-    """Read what ``save_state`` wrote; tensors come back on the CPU. ``like`` is a state of the same form.
+    """Read what ``save_state`` wrote; tensors are on the CPU. The state must have the form of ``like``, if given.
 
     Raises RunError: RW512 for a folder that holds pickles, RW511 for files that are missing, damaged, do not belong
     together or hold a state of another form.
@@ -86,7 +86,7 @@ def load_state(folder: Path, name: str, like: Any = None) -> Any:
 
 @contextmanager
 def reading_state(folder: Path, name: str) -> Iterator[None]:
-    """Raise errors about values of a checkpoint's file as RunError (RW511)."""
+    """Raise errors about the values in a checkpoint's file as RunError (RW511)."""
     try:
         yield
     except STATE_ERRORS as error:
@@ -97,7 +97,7 @@ def reading_state(folder: Path, name: str) -> Iterator[None]:
 
 
 def check_optimizer_state(state: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError for groups, or moments of a parameter, of another form than those of ``optimizer``."""
+    """Raise ValueError where groups or moments have another form than those of ``optimizer``."""
     wanted = optimizer.state_dict()
     _check_form(state.get("param_groups"), wanted["param_groups"], "param_groups")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -109,7 +109,7 @@ def check_optimizer_state(state: Any, optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_random_states(states: Any) -> None:
-    """Raise ValueError for states of another form than ``random_states`` gives; CUDA's are checked as they are set."""
+    """Raise ValueError for states of another form than ``random_states`` gives, except CUDA's, checked when set."""
     now = random_states()
     always = ("python", "numpy", "cpu")
     _check_form({name: states.get(name) for name in always}, {name: now[name] for name in always}, "random")
@@ -118,7 +118,7 @@ def check_random_states(states: Any) -> None:
 
 
 def _check_form(found: Any, wanted: Any, place: str) -> None:
-    """Raise ValueError where a state is not of the form of another: keys, lengths, types, and shapes of tensors."""
+    """Raise ValueError where ``found`` and ``wanted`` differ in keys, lengths, types, dtypes or shapes of tensors."""
     if isinstance(wanted, Tensor) and isinstance(found, Tensor):
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"{place} is {found.dtype} of {tuple(found.shape)}, not {tuple(wanted.shape)}")
@@ -137,7 +137,7 @@ def _check_form(found: Any, wanted: Any, place: str) -> None:
 
 
 def _kind(value: Any) -> Any:
-    """A value's kind: all numbers are of one kind, and None counts as a missing number."""
+    """The type of a value, with one type for all numbers and None."""
     is_number = value is None or (isinstance(value, int | float | np.number) and not isinstance(value, bool))
     return float if is_number else type(value)
 
@@ -158,9 +158,9 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Set every generator to the state in ``random_states``'s result.
+    """Set every generator to its state in ``states``, a result of ``random_states``.
 
-    Raises RunError (RW511) when the states are of another number of CUDA devices.
+    Raises RunError (RW511) where the number of CUDA devices differs.
     """
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]
@@ -180,9 +180,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 @contextmanager
 def undisturbed_random_states() -> Iterator[None]:
-    """Within this context random numbers may be drawn without changing the training: evaluations cannot change a
-    run.
-    """
+    """A context at whose end the random states are restored, so that an evaluation does not change the training."""
     states = random_states()
     try:
         yield
@@ -193,7 +191,7 @@ def undisturbed_random_states() -> Iterator[None]:
 def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
     if isinstance(value, Tensor):
         key = str(len(tensors))
-        # A copy: safetensors refuses tensors that share memory.
+        # A copy, since safetensors refuses tensors that share memory.
         tensors[key] = value.detach().to("cpu", copy=True).contiguous()
         return {"$tensor": key}
     if value is None or isinstance(value, bool | int | str):

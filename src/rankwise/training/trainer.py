@@ -1,7 +1,7 @@
-"""trl's SFTTrainer with our adapters and a loss that is correct for every head.
+"""trl's SFTTrainer with rankwise's adapters and a loss that is correct for every output head.
 
-It overrides the loss, since trl's fused head would bypass an adapted output head, and the evaluation, whose loss is the
-mean over tokens and which leaves the random states alone. The parts that all objectives share are in spine.py.
+``RankwiseTrainer`` overrides the loss, since trl's fused head would bypass an adapted output head, and the evaluation,
+whose loss is a mean over tokens and which does not change the random states. What all objectives share is in spine.py.
 """
 
 from __future__ import annotations
@@ -40,21 +40,23 @@ from rankwise.training.state import undisturbed_random_states
 
 
 class RankwiseTrainer(RunTrainer, SFTTrainer):
-    """Trains on demonstrations. ``label_smoothing`` acts on the training loss only: evaluation losses stay comparable
-    between runs. ``evaluates_batches``: by batches of the collator, as rows with images need, not by token ids alone.
+    """Trains on demonstrations.
+
+    ``label_smoothing`` acts on the training loss only, so that evaluation losses are comparable between runs.
+    ``evaluates_batches``: evaluate on the collator's batches, as rows with images need, instead of token ids alone.
     """
 
     def __init__(self, *, label_smoothing: float = 0.0, evaluates_batches: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.label_smoothing, self.evaluates_batches = label_smoothing, evaluates_batches
-        # Of evaluations; whether the model can score several rows in one is found out once.
+        # Kept between evaluations: it tests once whether the model can score several rows concatenated.
         self._scorer: Scorer | None = None
         self.data_collator = Counting(self.data_collator, self.model.config.get_text_config().vocab_size)
-        # Every loss here is normalised by the trained tokens of the whole accumulated batch, whatever the model's
-        # forward accepts, and label i + 1 belongs to position i.
+        # Whatever the model's forward accepts, every loss here is divided by the trained tokens of the whole
+        # accumulated batch, and position i is scored on label i + 1.
         self.model_accepts_loss_kwargs = True
         pair_with_next_labels(self)
-        # Ours, in chunks, where the model was made fast (rankwise.acceleration): two products of the head a step.
+        # The chunked loss of rankwise.acceleration, which computes two products with the head in a step.
         self.own_loss = fused_head(self.model) is not None
         # trl's fused head is a Triton kernel, computes the logits a third time and takes no label smoothing. Its
         # stand-in on a CPU scores masked positions too and took 1.8 times as long as a whole step of SmolLM2-135M.
@@ -103,8 +105,8 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
             self.own_loss = False
             warn(
                 "RW520",
-                "the output head got a hook, or the model another loss, since training began; the loss is computed "
-                "from the model's own logits from now on, which takes more memory.",
+                "the output head got a hook, or the model another loss, since training began; from now on the loss is "
+                "computed from the model's own logits, which takes more memory.",
             )
         return self.own_loss
 
@@ -144,7 +146,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         self._note(parts)
         loss = parts.loss
         if num_items is not None and self.args.average_tokens_across_devices:
-            # ``num_items`` counts all devices, and their gradients are averaged.
+            # ``num_items`` counts the tokens of all processes, and DDP averages their gradients.
             loss = loss * self.accelerator.num_processes
         if not self.aux_loss_enabled or parts.aux_loss is None:
             return loss
@@ -169,9 +171,9 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean loss over the trained tokens of ``dataloader``'s rows, as ``rankwise evaluate`` computes it too.
+        """The mean loss over the trained tokens of ``dataloader``'s rows, as ``rankwise evaluate`` computes it.
 
-        The Trainer's own averages over batches, and its batches round otherwise in 16 bits.
+        The Trainer's own evaluation averages over batches, and in 16 bits its batches round differently.
         """
         self.start_evaluation()
         with undisturbed_random_states(), roots_gathered(self.model):
@@ -179,12 +181,12 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         everyone = list(itertools.chain.from_iterable(ranks.gathered(own)))
         count = sum(tokens for _, tokens, _ in everyone) or 1
         metrics_of(self, "eval")["mean_token_accuracy"].append(sum(hits for _, _, hits in everyone) / count)
-        # An exact sum: it does not depend on which process had which rows.
+        # The sum is exact, so it does not depend on the distribution of rows over processes.
         loss = -math.fsum(total for total, _, _ in everyone) / count
         return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, len(dataloader.dataset))
 
     def _batch_scores(self, dataloader: Any) -> list[tuple[float, int, float]]:
-        """Of each batch: its log-probability, its scored tokens, and how many of them were the likeliest."""
+        """(log-probability, scored tokens, scored tokens that were the most likely ones) of each batch."""
         noted, found = metrics_of(self, "eval"), []
         for batch in dataloader:
             count = len(batch[KEY].scored)
@@ -196,18 +198,18 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         return found
 
     def _row_scores(self, rows: Any) -> list[tuple[float, int, float]]:
-        """The same of each row."""
+        """(log-probability, scored tokens, scored tokens that were the most likely ones) of each row."""
         targets = evaluation_targets(rows)
         scores: dict[int, Score] = {}
         scorer = self._loss_scorer()
         batches = scorer.plan(targets)
-        # Several processes take turns, and go on together, so that all can be stopped at the same batch.
+        # Several processes take the batches in turn, in lockstep, so that all of them can stop at the same batch.
         for start in range(0, len(batches), ranks.count()):
             turn = start + ranks.rank()
             if turn < len(batches):
                 scores |= scorer.score_batch(batches[turn], targets)
             elif is_unit(self.model):
-                # The others gather each layer with this process's part.
+                # A sharded model needs every process in each forward pass, also one without a batch left.
                 scorer.score_batch(batches[start], targets)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return [(score.total, len(score.tokens), score.hits) for score in scores.values()]
@@ -215,7 +217,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
     def _loss_scorer(self) -> Scorer:
         if self._scorer is None:
             precision = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-            # Weights of 16 bits compute in their own dtype.
+            # 16-bit weights compute in their own dtype, without autocast.
             autocast = precision if self.model.dtype == torch.float32 else None
             self._scorer = loss_scorer(self.model, autocast=autocast)
         return self._scorer
@@ -230,7 +232,8 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         return samples, items
 
     def _placed(self, batch: dict[str, Any], shapes: list[tuple[int, int]]) -> dict[str, Any]:
-        """The batch with its place among those of all processes; padded rows are as long as in one process."""
+        """The batch with the number of tokens in processes of lower rank; padded rows get the length that they would
+        have in one process."""
         if not self.padding_free:
             longest = max(length for _, length in shapes)
             shapes = [(rows, longest) for rows, _ in shapes]
@@ -240,7 +243,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
 
     def why_masks_differ(self) -> str | None:
         if self.neftune_noise_alpha is not None:
-            return "NEFTune's noise is drawn from the same numbers"
+            return "NEFTune draws its noise from the same generator"
         return why_masks_differ(self.model)
 
     def without_rows(self, batch: dict[str, Any]) -> dict[str, Any]:

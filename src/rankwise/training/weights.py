@@ -1,4 +1,4 @@
-"""The weights that a run trains, to and from a folder: an adapter in PEFT's format, or a whole model."""
+"""Save and load the weights that a run trains: an adapter in PEFT's format, or a whole model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rankwise.training.checkpoints import check_no_pickles
 
 
 def save_weights(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | None = None) -> None:
-    """Write the active adapter, or the whole model where there is none (method full), as safetensors.
+    """Write the active adapter, the baseline, or the whole model where there is neither (method full).
 
     ``gathered``: the state of a model whose shards train (``sharding.whole_weights``).
     """
@@ -33,9 +33,9 @@ def save_weights(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | N
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copy what ``save_weights`` wrote into the live parameters, exactly.
+    """Copy what ``save_weights`` wrote into the model's parameters, bit for bit.
 
-    Raises RunError: RW512 for pickles, RW517 when the tensors are not those of this model.
+    Raises RunError: RW512 for pickles, RW517 where the tensors do not fit this model.
     """
     check_no_pickles(folder)
     try:
@@ -57,7 +57,7 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """The sha256 of the bits of everything that trains and is not a shard."""
+    """The sha256 of the bytes of all trained tensors that are not shards."""
     digest = hashlib.sha256()
     for parameter in trainable_tensors(model).values():
         if not is_sharded(parameter):
@@ -72,7 +72,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _load_model(model: Any, folder: Path) -> None:
-    # from_pretrained knows every layout that save_pretrained writes: shards, tied weights, renamed experts.
+    # from_pretrained reads every layout that save_pretrained writes: split files, tied weights, renamed experts.
     stored: Any = class_of(model).from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[attr-defined]
     values = dict(stored.named_parameters())
     for name, parameter in model.named_parameters():

@@ -1,11 +1,11 @@
-"""The objectives of a run. Each has a module, whose ``learning()`` gives a run all that it needs:
+"""The objectives of a run. Each has a module, whose ``learning()`` returns the parts that depend on the objective:
 
     sft.py              demonstrations, by trl's SFTTrainer
     images.py           demonstrations with images, by the same trainer and trl's collator
-    preferences.py      pairs, by its DPOTrainer; answers marked good or bad, by its KTOTrainer
-    grpo.py             rewards, by its GRPOTrainer
+    preferences.py      pairs, by trl's DPOTrainer; answers marked good or bad, by trl's KTOTrainer
+    grpo.py             rewards, by trl's GRPOTrainer
 
-Reading, checks before training, checkpoints, resuming and the record are shared by all (run.py, spine.py).
+All objectives share reading, the checks before training, checkpoints, resuming and the record (run.py, spine.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rankwise.training.learning import Learning
 
 
 def learning_of(given: TrainSettings) -> Learning:
-    """Raises ConfigError for settings that the objective cannot have, as each says."""
+    """The parts of the run's objective. Raises ConfigError for settings that the objective does not support."""
     if given.objective == "sft":
         from rankwise.training.objectives import sft
 

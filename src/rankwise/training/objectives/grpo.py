@@ -1,7 +1,7 @@
-"""Learning from rewards: GRPO (Shao et al. 2024).
+"""Training on rewards: GRPO (Shao et al. 2024, arXiv 2402.03300).
 
 The model answers each prompt several times, each answer is scored, and answers that score above the mean of their group
-become likelier. This module holds the run's part; the trainer is in grpo_trainer.py, and the scoring in rewards.py.
+become more likely. This module checks settings; the trainer is in grpo_trainer.py, and the scoring in rewards.py.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from rankwise.training.objectives.grpo_trainer import EVALUATED_AT_ONCE, GrpoArg
 from rankwise.training.objectives.rewards import BUILT_IN, Reward, read_rewards
 from rankwise.training.setup import Data
 
-# Where the user does not say.
+# Defaults of the options.
 NEW_TOKENS, TEMPERATURE, LOSS = 256, 1.0, "dapo"
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
 
 
 def learning(given: TrainSettings) -> Learning:
-    """Raises ConfigError for settings that cannot be, and as ``read_rewards`` does."""
+    """The parts of a run on rewards. Raises ConfigError as ``_check`` and ``read_rewards`` do."""
     _check(given)
     rewards = read_rewards(given.reward or ())
     return Learning(
@@ -50,7 +50,7 @@ def learning(given: TrainSettings) -> Learning:
 
 def _check(given: TrainSettings) -> None:
     """Raise ConfigError: RW770 without a reward, RW775 for numbers that do not fit together, RW777 for a reference that
-    would be a second model, RW783 for a loss that there is not."""
+    would be a second model, RW783 for an unknown loss, RW785 for a loss over a batch in several processes."""
     if not given.reward:
         raise ConfigError(
             "RW770",
@@ -75,16 +75,16 @@ def _check(given: TrainSettings) -> None:
         raise ConfigError(
             "RW775",
             f"--max-completion-length {_new_tokens(given)} leaves no room for a prompt within --max-length "
-            f"{given.max_length}, which counts both; raise the one or lower the other.",
+            f"{given.max_length}, which counts prompt and answer; raise --max-length or lower the other.",
         )
     if given.beta and (given.method == "full" or given.method in BASELINES):
         raise ConfigError(
             "RW777",
-            f"--beta {given.beta:g} keeps the model near its reference, the base under the adapter, and --method "
+            f"--beta {given.beta:g} keeps the model near its reference, the base without adapter, and --method "
             f"{given.method} would need a second model for that; leave --beta out, or take lora, qlora, dora or qdora.",
         )
     if given.loss_type is not None and given.loss_type not in LOSSES:
-        raise ConfigError("RW783", f"--loss-type {given.loss_type} is none of grpo's: {', '.join(LOSSES)}.")
+        raise ConfigError("RW783", f"--loss-type {given.loss_type} does not exist for grpo; give {', '.join(LOSSES)}.")
     if given.loss_type == "bnpo" and ranks.count() > 1:
         raise ConfigError(
             "RW785",
@@ -94,7 +94,7 @@ def _check(given: TrainSettings) -> None:
 
 
 def _answers(given: TrainSettings) -> int:
-    """The answers of a step, of all processes."""
+    """The number of answers of a step, over all processes."""
     return given.batch_size * given.gradient_accumulation * ranks.count()
 
 
@@ -108,7 +108,7 @@ def _arguments(given: TrainSettings, around: Surroundings) -> GrpoArguments:
         given,
         around,
         num_generations=given.num_generations or GENERATIONS,
-        # Evaluations answer each prompt once.
+        # An evaluation generates one answer to each prompt.
         num_generations_eval=1,
         max_completion_length=_new_tokens(given),
         temperature=given.temperature or TEMPERATURE,
@@ -158,7 +158,7 @@ def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any], *, rew
     if prompts > len(common["train_dataset"]):
         raise ConfigError(
             "RW775",
-            f"a step asks {prompts} prompts and there are {len(common['train_dataset'])}; lower --batch-size or "
+            f"a step takes {prompts} prompts and there are {len(common['train_dataset'])}; lower --batch-size or "
             "--gradient-accumulation, or raise --num-generations.",
         )
     stops = stop_ids_of(model, tokenizer, RowEncoder(data.rows, tokenizer, data.template).stop_ids())
@@ -166,14 +166,14 @@ def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any], *, rew
 
 
 def _largest_batch(trainer: Any, *, flat: bool) -> MicroBatch:
-    """The largest micro-batch: answers of full length to the longest prompt."""
+    """The largest possible micro-batch: answers of full length to the longest prompt."""
     new, rows = trainer.max_completion_length, trainer.args.per_device_train_batch_size
     tokens = longest_row(trainer.train_dataset) + new
     return MicroBatch(rows, tokens, new / tokens)
 
 
 def _largest_evaluation(trainer: GrpoTrainer) -> MicroBatch | None:
-    """Answers of full length to evaluation prompts, one to each."""
+    """The largest possible evaluation batch: one answer of full length to each prompt."""
     if trainer.eval_dataset is None:
         return None
     new = trainer.max_completion_length

@@ -1,12 +1,12 @@
-"""trl's GRPOTrainer on one model: it writes, it learns, and with its adapter switched off it is the reference.
+"""trl's GRPOTrainer on one model, which generates answers, trains, and is the reference while its adapter is disabled.
 
     A_i = (r_i - mean_j r_j) / (std_j r_j + 1e-4)        over the answers j to the same prompt
     loss = - mean_t min(rho_t A, clip(rho_t) A) + beta (exp(d_t) - d_t - 1),    d_t = log p_ref - log p of token t
 
-Rewards, advantages, loss and figures are trl's. What is overridden, and why: generation (evaluation's own, with a
-growing cache, batches by length, and one pass over a prompt however many answers it gets); log-probabilities (chunks of
-logits at the answers' tokens alone); the reference (trl would load a second, dense model); the order of prompts (it
-depends on the epoch alone, so that a resumed run finds it again); evaluation (the mean reward of greedy answers).
+Rewards, advantages, loss and figures are trl's. Overridden are: generation (rankwise's, with a growing cache, batches
+by length, and one pass over a prompt for all of its answers); log-probabilities (chunks of logits at answer tokens
+only); the reference (trl would load a second, dense model); the order of prompts (it depends on seed and epoch only, so
+that a resumed run repeats it); evaluation (the mean reward of greedy answers).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from rankwise.training.objectives.rewards import Reward
 from rankwise.training.spine import RunTrainer
 from rankwise.training.state import undisturbed_random_states
 
-# Stands where trl expects a reference model.
+# The placeholder where trl expects a reference model.
 REFERENCE: Any = "the model with its adapter switched off"
-# {trl's name: ours} in metrics.jsonl, and of those that are shown at each step.
+# {trl's name: ours} of figures in metrics.jsonl, and of those shown at each step.
 LOGGED = {
     "reward": "reward",
     "reward_std": "reward_std",
@@ -53,22 +53,22 @@ LOGGED = {
     "completions/clipped_ratio": "cut_completions",
 }
 SHOWN = {"reward": "reward", "kl": "KL", "completions/mean_length": "answer tokens"}
-# Prompts of an evaluation between two looks at whether the user has stopped it.
+# An evaluation checks after this number of prompts whether the user has stopped it.
 EVALUATED_AT_ONCE = 64
-# So many first steps without a difference between rewards are said.
+# Number of first steps with equal rewards after which the run warns (RW778).
 SILENT_STEPS = 10
 
 
 @dataclasses.dataclass
 class GrpoArguments(GRPOConfig):
-    """trl's arguments. trl's own ``beta`` stays 0, because with another value trl loads a reference model."""
+    """trl's arguments. trl's own ``beta`` stays 0, since trl loads a reference model for any other value."""
 
     reference_beta: float = 0.0
     padding_free: bool = False
 
 
 class EpochSampler(RepeatSampler):
-    """trl's sampler, with an order that depends on seed and epoch alone."""
+    """trl's sampler, with an order that depends on seed and epoch only."""
 
     def set_epoch(self, epoch: int) -> None:
         assert self.seed is not None, "ours are seeded"
@@ -76,20 +76,20 @@ class EpochSampler(RepeatSampler):
 
 
 class GrpoTrainer(RunTrainer, GRPOTrainer):
-    """Data sets have the columns ``input_ids``, a prompt's tokens, and ``asked``: JSON of the ``prompt`` as reward
-    functions see it, and of the other ``columns`` for them. ``stop_ids`` end an answer."""
+    """Trains on rewards. Data sets have the columns ``input_ids``, the tokens of a prompt, and ``asked``, a JSON object
+    with the ``prompt`` and the other ``columns`` as reward functions get them. ``stop_ids`` end an answer."""
 
     args: GrpoArguments
-    # trl declares these optional; its arguments have defaults for all.
+    # trl declares these attributes optional; trl's arguments have defaults for all of them.
     processing_class: PreTrainedTokenizerBase
     max_completion_length: int
-    # All answers to a prompt may get one reward: then nothing has a gradient.
+    # Where all answers to a prompt get the same reward, all gradients are zero.
     silence_is_normal = True
     shown = SHOWN
 
     def __init__(self, *, rewards: Sequence[Reward], stop_ids: frozenset[int], **kwargs: Any) -> None:
         _check(kwargs["args"])
-        # trl's own output head would put itself in front of ours.
+        # trl would replace the output head by its own.
         with heads_by(GRPOTrainer, lambda *_, **__: None):
             super().__init__(reward_funcs=list(rewards), **kwargs)
         self.own_scores = accept_scores(self.model, Asked(flat=self.args.padding_free))
@@ -97,7 +97,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
             self.beta, self.ref_model = self.args.reference_beta, REFERENCE
         self.eos_token_ids = sorted(stop_ids)
         self.logged = LOGGED | {f"rewards/{name}/mean": f"reward_{name}" for name in self.reward_func_names}
-        # Of the answers being written, because trl hands on the prompts alone.
+        # Token ids of the prompts in generation, since trl passes their text only.
         self._prompt_ids: list[list[int]] = []
         self._columns: list[JsonObject] = []
         self._silent_steps = 0
@@ -109,7 +109,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
     # --- the rows of one of several processes ---
 
     def with_idle_ends(self, batches: Iterable[Any], _: Any) -> Iterator[Any]:
-        # An epoch leaves out the prompts that do not fill a step.
+        # An epoch drops the last prompts that do not fill a step, so no process is without rows.
         return iter(batches)
 
     # --- a step ---
@@ -127,7 +127,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         return found
 
     def _ask(self, rows: Sequence[str]) -> list[Any]:
-        """The prompts of a batch. Their other columns are kept for the rewards."""
+        """The prompts of a batch, without the other columns, which are kept for the rewards."""
         asked = [json.loads(row) for row in rows]
         self._columns = [one["columns"] for one in asked]
         return [one["prompt"] for one in asked]
@@ -149,16 +149,16 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         return self._answers(prompt_ids, temperature=self.temperature), None
 
     def _answers(self, prompt_ids: Sequence[Sequence[int]], *, temperature: float) -> list[list[int]]:
-        """The token ids of an answer to each prompt, with the stop token that ended it.
+        """The token ids of one answer to each prompt, including the stop token that ended it.
 
-        Draws depend on the run's seed, the step, and a row's place among the rows of all processes.
+        Samples depend on the run's seed, the step, and the row's index over all processes.
         """
         seed, first = self.args.seed << 32 | self.state.global_step, ranks.rank() * len(prompt_ids)
         prompts = [Prompt(tuple(ids), repeat=place) for place, ids in enumerate(prompt_ids, first)]
         stops = frozenset(self.eos_token_ids)
         decoding = Decoding(self.max_completion_length, stops, temperature=temperature, seed=seed, to_train_on=True)
         answers: list[list[int]] = [[] for _ in prompts]
-        # Steps and answers have other sizes: each would come beside the freed memory that the other left.
+        # Training steps and generation allocate different sizes, so neither would reuse the other's freed memory.
         give_back_freed_memory()
         with _evaluating(self.model):
             generator = Generator(self.model, decoding, pad=int(self.processing_class.pad_token_id))
@@ -183,7 +183,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         compute_aux_loss: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Values of the last ``logits_to_keep`` tokens (B, C), zeros at padding; the entropy is their mean."""
+        """Log-probabilities and entropies (B, C) of the last C = ``logits_to_keep`` tokens, zero at padding."""
         policy, as_reference = (self.model, _as_reference(self.model)) if model is REFERENCE else (model, nullcontext())
         labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
         labels[:, :-logits_to_keep] = IGNORED
@@ -196,7 +196,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         aux_losses = [each.aux_loss for each in found if each.aux_loss is not None]
         return (
             torch.cat([each.log_probs[:, -logits_to_keep:] for each in found]),
-            # One micro-batch: trl averages over its tokens.
+            # trl asks for entropies with one micro-batch only, and averages over its tokens.
             found[0].entropy[:, -logits_to_keep:] if found[0].entropy is not None else None,
             torch.stack(aux_losses).mean() if aux_losses else None,
         )
@@ -228,7 +228,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The mean reward of greedy answers, one to each prompt; the loss is minus that."""
+        """The mean reward of one greedy answer to each prompt; the loss is its negative."""
         rows = dataloader.dataset
         self.start_evaluation()
         rewards = []
@@ -245,7 +245,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         return EvalLoopOutput(np.empty(0), None, figures, len(rows))
 
     def _rewards_of(self, data: Dataset, places: range) -> Tensor:
-        """(places, rewards). Every process answers as many prompts, the last of them several times if need be."""
+        """Rewards (places, reward functions). Every process answers equally many prompts; the last may repeat."""
         size = math.ceil(len(places) / ranks.count())
         own = range(ranks.rank() * size, (ranks.rank() + 1) * size)
         rows = data[[places[min(place, len(places) - 1)] for place in own]]
@@ -260,7 +260,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
 
 
 def _check(arguments: GrpoArguments) -> None:
-    """Raise ConfigError (RW776) for ways of generation that would not write with the adapter, or would ruin it."""
+    """Raise ConfigError (RW776) for ways of generation that ignore the adapter or lose its small updates."""
     for name, reason in REFUSED.items():
         if getattr(arguments, name):
             raise ConfigError("RW776", f"{name} is refused: {reason}; leave it out.")
@@ -268,7 +268,7 @@ def _check(arguments: GrpoArguments) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in evaluation mode; afterwards in its earlier mode."""
+    """A context in which the model is in evaluation mode; its former mode is restored."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Learning from demonstrations with images: trl's collator makes the batches, and the language side gets adapters."""
+"""Training on demonstrations with images: trl's collator makes the batches; the language part gets the adapters."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from rankwise.training.learning import Learning
 from rankwise.training.setup import Data, encode_data
 from rankwise.training.trainer import RankwiseTrainer
 
-# Families (model_type) whose losses with our fast operators were compared with trl's and PEFT's.
+# Model types for which the losses with the fast operators were compared with those of trl and PEFT.
 COMPARED = ("idefics3", "smolvlm", "qwen2_5_vl")
 
 
 def learning(given: TrainSettings, eval_rows: Rows | None) -> Learning:
-    """Raises ConfigError (RW183) for options that do not go with images."""
+    """The parts of a run on images. Raises ConfigError (RW183) for options that do not support images."""
     refused = list(_refused(given))
     if eval_rows is not None and eval_rows.kind != "images":
         refused.append(f"--eval-data {given.eval_data} without images")
     if refused:
         raise ConfigError(
-            "RW183", f"the rows hold images, with which {'; '.join(refused)} does not go; leave it out, or the images."
+            "RW183", f"the rows hold images, which {'; '.join(refused)} does not support; leave it or the images out."
         )
     return Learning(
         _encode,
@@ -65,8 +65,8 @@ def _takes_fast(model: Any) -> bool:
     if kind not in COMPARED:
         warn(
             "RW186",
-            f"the fast operators were compared with TRL's on images of {', '.join(COMPARED)} alone, so this {kind} "
-            "trains without them.",
+            f"with images, the fast operators were tested on {', '.join(COMPARED)} only, so this {kind} trains without "
+            "them.",
         )
     return kind in COMPARED
 
@@ -81,7 +81,7 @@ def _encode(given: TrainSettings, tokenizer: Any, rows: Rows, eval_rows: Rows | 
 
 def _arguments(given: TrainSettings, around: Surroundings) -> SFTConfig:
     arguments = sft_arguments(given, around)
-    # The collator cuts.
+    # trl's collator truncates rows.
     arguments.max_length = given.max_length
     return arguments
 
@@ -92,7 +92,7 @@ def _largest_batch(trainer: Any, *, flat: bool) -> MicroBatch:
 
 
 def _largest_evaluation(trainer: Any) -> MicroBatch | None:
-    """The largest that can be: each row as long as the longest, all of its tokens in the loss."""
+    """The largest possible batch: each row as long as the longest, with all tokens in the loss."""
     rows = trainer.eval_dataset
     if rows is None:
         return None
@@ -101,7 +101,7 @@ def _largest_evaluation(trainer: Any) -> MicroBatch | None:
 
 
 def _image_tokens(trainer: Any, rows: Any) -> int:
-    """The most of a row."""
+    """The largest number of image tokens of a row."""
     return max(ids.count(trainer.processing_class.image_token_id) for ids in rows["input_ids"])
 
 

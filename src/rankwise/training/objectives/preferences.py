@@ -1,11 +1,11 @@
-"""Learning from preferences, by trl's DPOTrainer and KTOTrainer, without a second model.
+"""Training on preferences with trl's DPOTrainer and KTOTrainer, without a second model.
 
     dpo    -log sigmoid(beta (r(chosen) - r(rejected)))          r(y) = log p(y | x) - log p_ref(y | x)
     kto    1 - sigmoid(beta (r(good) - z)),  1 - sigmoid(beta (z - r(bad)))        z: mean r of mismatched answers
 
-The reference is the model itself: with its adapter switched off, or with the frozen copy of the adapter that training
-began with. Its log-probabilities come first, while no graph of the step exists, and trl's losses take them for
-precomputed ones. Both models' come from the fast model, at the positions of answers alone.
+The reference is the model itself, with its adapter disabled or with a frozen copy of the adapter with which training
+began. The reference's log-probabilities are computed first, before the step's graph exists, and passed to trl's losses
+as precomputed ones. All log-probabilities come from the accelerated model, at the positions of answers only.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from rankwise.training.spine import RunTrainer
 from rankwise.training.state import undisturbed_random_states
 
 COUNTED = "counted"
-# Of a process's rows in a batch of all processes, times the number of processes.
+# Key of a batch: the process's share of the rows of all processes, times the number of processes.
 SHARE = "share"
-# {trl's name: ours} in metrics.jsonl, and of those that are shown at each step.
+# {trl's name: ours} of figures in metrics.jsonl, and of those shown at each step.
 REWARDS = {
     "rewards/chosen": "reward_chosen",
     "rewards/rejected": "reward_rejected",
@@ -59,18 +59,18 @@ REWARDS = {
     "kl": "kl",
 }
 SHOWN = {"rewards/margins": "margin", "rewards/accuracies": "accuracy", "kl": "KL"}
-# Losses that are no mean over pairs.
+# Losses that are not a mean over pairs.
 WITHIN_BATCHES = ("aot", "aot_unpaired", "sft")
-# Of trl's they would cost one more pass over the logits.
+# Figures of trl that would need another pass over the logits.
 UNKNOWN = ("logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
 class PreferenceTrainer(RunTrainer):
-    """The common part of both trainers. It stands before trl's trainer among the bases of a class."""
+    """The common part of both trainers. A trainer class inherits from this one first and from trl's second."""
 
-    # The trl trainer behind this one.
+    # The trl trainer that the class inherits from.
     behind: type[TrlTrainer]
-    # trl's own answer takes no more words.
+    # trl's declaration is narrower.
     ref_model: Any
     precompute_ref_logps: bool
 
@@ -79,7 +79,7 @@ class PreferenceTrainer(RunTrainer):
     def __init__(self, **kwargs: Any) -> None:
         model, flat = kwargs["model"], kwargs["args"].flat
         for name, module in model.named_modules():
-            # As in trl, no chance takes part in the base's answers; the adapter's dropout is the user's wish.
+            # As in trl, dropout of the base is disabled; the adapter's dropout is the user's choice.
             if isinstance(module, nn.Dropout) and not name.endswith("lora_dropout"):
                 module.p = 0.0
         self.own_scores = accept_scores(model, Asked(flat=flat, pairs=flat and self.behind is DPOTrainer))
@@ -87,17 +87,17 @@ class PreferenceTrainer(RunTrainer):
             raise RunError(
                 "RW765",
                 f"the output head is a {type(model.get_output_embeddings()).__name__}, which trl's log-probabilities "
-                "would bypass, and ours need the fast step; leave --no-fast out, or leave the head unadapted.",
+                "would bypass, and rankwise's need the fast step; leave out --no-fast, or do not adapt the head.",
             )
-        # A placeholder: without one trl loads the base once more.
+        # A placeholder, without which trl loads the base again.
         with heads_by(self.behind, self._give_head):
             super().__init__(ref_model=nn.Module(), **kwargs)
         self.ref_model, self.precompute_ref_logps = None, True
         self.data_collator = functools.partial(_counting, self.data_collator)
-        # Rows of this process in the batch in work.
+        # Number of this process's rows in the current batch.
         self.rows = 0
         if ranks.count() > 1:
-            # accelerate's want as many rows of each process, and cut a short last batch to its rows.
+            # accelerate's gather needs equally many rows in each process, and truncates a short last batch.
             self.accelerator.gather = self.accelerator.gather_for_metrics = self._of_everyone
 
     def _give_head(self, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -116,7 +116,7 @@ class PreferenceTrainer(RunTrainer):
         return f"own log-probabilities, in chunks{', of prompts shared by both answers' if self.shares_prompts else ''}"
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        """The data set itself: its rows are encoded, cut and counted already."""
+        """The data set, unchanged: its rows are encoded, truncated and counted already."""
         return dataset
 
     # --- the rows of one of several processes ---
@@ -135,7 +135,7 @@ class PreferenceTrainer(RunTrainer):
         return {**batch, COUNTED: (0, 0)}
 
     def _of_everyone(self, tensor: Tensor) -> Tensor:
-        """Values of all processes, one after the other: as many as each has."""
+        """The values of all processes, concatenated by rank; their numbers may differ."""
         own = tensor.detach().flatten().cpu()
         return torch.cat(ranks.gathered(own if self.rows else own[:0])).to(tensor.device)
 
@@ -158,7 +158,7 @@ class PreferenceTrainer(RunTrainer):
         if mode == "train":
             self.step_tokens += tokens
             self.step_examples += self.rows
-        # The mean over processes is that over all rows.
+        # Weighted so that the mean over processes is the mean over all rows.
         return loss if share == 1 else loss * share
 
     def references(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -184,7 +184,7 @@ class PreferenceTrainer(RunTrainer):
     # --- evaluation ---
 
     def counts_by_side(self, inputs: dict[str, Any]) -> dict[str, int]:
-        """How many answers of a batch are good ("chosen") and bad ("rejected"); empty where each row is both."""
+        """The numbers of good ("chosen") and bad ("rejected") answers in a batch; empty where each row has both."""
         return {}
 
     def evaluation_loop(
@@ -195,8 +195,8 @@ class PreferenceTrainer(RunTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Means over rows, and of good and of bad answers over these alone: the Trainer's own gives a short last batch
-        the weight of a full one."""
+        """Means over rows; figures of good (bad) answers are means over the good (bad) answers. The Trainer's own
+        evaluation gives a short last batch the weight of a full one."""
         self.start_evaluation()
         found: dict[str, list[tuple[float, int]]] = defaultdict(list)
         metrics = metrics_of(self, "eval")
@@ -206,7 +206,7 @@ class PreferenceTrainer(RunTrainer):
                 counts = {side: count * bool(own) for side, count in self.counts_by_side(inputs).items()}
                 loss = self.prediction_step(self.model, inputs, True)[0]
                 (mean,) = ranks.mean([loss], own)  # type: ignore[list-item]
-                # trl's figures are those of all processes.
+                # trl's figures are over all processes.
                 rows, *sides = map(int, ranks.summed([own, *counts.values()]))
                 counts = dict(zip(counts, sides))
                 found["loss"].append((float(mean), rows))
@@ -218,7 +218,7 @@ class PreferenceTrainer(RunTrainer):
             name: sum(value * rows for value, rows in values) / sum(rows for _, rows in values)
             for name, values in found.items()
         }
-        # trl knows it for batches with both kinds alone.
+        # trl gives the margin only for batches with both kinds.
         if counts and {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         mean_loss = means.pop("loss")
@@ -227,7 +227,7 @@ class PreferenceTrainer(RunTrainer):
 
 
 class PairTrainer(PreferenceTrainer, DPOTrainer):
-    """Trains on pairs."""
+    """Trains on pairs of answers (DPO)."""
 
     behind = DPOTrainer
 
@@ -237,12 +237,12 @@ class PairTrainer(PreferenceTrainer, DPOTrainer):
 
 
 class MarkedTrainer(PreferenceTrainer, KTOTrainer):
-    """Trains on answers marked good or bad."""
+    """Trains on answers marked good or bad (KTO)."""
 
     behind = KTOTrainer
 
     def _prepare_dataset(self, dataset: Dataset, _: Any, arguments: KTOConfig, *__: Any) -> Dataset:
-        """As in trl, z is estimated from each prompt with the answer before it in its batch."""
+        """As in trl, z is estimated by pairing each prompt with the previous answer of its batch."""
         if not self.calculate_KL:
             return dataset
 
@@ -261,7 +261,7 @@ class MarkedTrainer(PreferenceTrainer, KTOTrainer):
         found: Tensor | None = super()._compute_kl_logps(model, batch)
         if found is None or ranks.count() == 1:
             return found
-        # trl takes its own rows' mean; z is that over the rows of all.
+        # trl averages over the rows of one process; z is the mean over the rows of all processes.
         reference = batch["ref_KL_logps"]
         mean = ranks.mean([(found.detach() - reference).mean()], self.rows)[0]
         return reference + float(mean)
@@ -272,28 +272,29 @@ class MarkedTrainer(PreferenceTrainer, KTOTrainer):
 
 
 def _counting(collate: Callable[[Any], dict[str, Any]], examples: list[Any]) -> dict[str, Any]:
-    """A batch of trl's collator, and (tokens without padding, examples), counted on the host."""
+    """A batch of trl's collator with its counts (non-padding tokens, examples), counted on the host."""
     batch = collate(examples)
     return {**batch, COUNTED: (int(batch["attention_mask"].sum()), len(examples))}
 
 
 @dataclasses.dataclass
 class PairArguments(DPOConfig):
-    """trl's arguments. ``flat``: rows may be laid end to end."""
+    """trl's arguments for pairs. ``flat``: rows may be concatenated."""
 
     flat: bool = False
 
 
 @dataclasses.dataclass
 class MarkedArguments(KTOConfig):
-    """The same for answers marked good or bad."""
+    """trl's arguments for answers marked good or bad. ``flat``: rows may be concatenated."""
 
     flat: bool = False
 
 
 def learning(given: TrainSettings) -> Learning:
-    """Raises ConfigError: RW760 for label smoothing without effect, RW762 for what cannot be trained so, RW763 for a
-    loss that the objective does not have."""
+    """The parts of a run on preferences. Raises ConfigError: RW760 for label smoothing without effect, RW762 for a
+    method or batch size that the objective does not support, RW763 for an unknown loss, RW785 for a loss over a batch
+    in several processes."""
     _check_loss(given)
     _check_reference(given)
     return Learning(
@@ -318,7 +319,7 @@ def _arguments(given: TrainSettings, around: Surroundings) -> PairArguments | Ma
         kind,
         given,
         around,
-        # Rows were cut when they were encoded; but KTO pairs prompts with the answers of others.
+        # Rows were truncated when they were encoded, but KTO pairs prompts with the answers of others.
         max_length=given.max_length,
         disable_dropout=False,
         flat=around.padding_free,
@@ -335,7 +336,7 @@ def _check_loss(given: TrainSettings) -> None:
     loss = given.loss_type or known[0]
     if loss not in known:
         raise ConfigError(
-            "RW763", f"--loss-type {loss} is none of --objective {given.objective}'s, which are {', '.join(known)}."
+            "RW763", f"--loss-type {loss} does not exist for --objective {given.objective}; give {', '.join(known)}."
         )
     if given.label_smoothing and loss not in SMOOTHED:
         raise ConfigError(
@@ -350,15 +351,15 @@ def _check_loss(given: TrainSettings) -> None:
             "batches of their own; leave --devices out, or give another loss.",
         )
     if loss == "exo_pair" and not given.label_smoothing:
-        raise ConfigError("RW763", "--loss-type exo_pair needs --label-smoothing above 0; its paper takes 0.001.")
+        raise ConfigError("RW763", "--loss-type exo_pair needs --label-smoothing above 0; its paper uses 0.001.")
 
 
 def _check_reference(given: TrainSettings) -> None:
     if given.method == "full" or given.method in BASELINES:
         raise ConfigError(
             "RW762",
-            f"--objective {given.objective} compares with the base, which --method {given.method} changes; give lora, "
-            "qlora, dora or qdora, whose base stays as it is.",
+            f"--objective {given.objective} needs the base as reference, which --method {given.method} changes or "
+            "cannot restore; give lora, qlora, dora or qdora.",
         )
     if given.objective == "kto" and given.batch_size * ranks.count() < 2:
         raise ConfigError(

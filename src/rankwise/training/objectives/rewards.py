@@ -1,7 +1,7 @@
 """Rewards of ``--objective grpo``: functions that score answers, from a Python file or built in, checked at every call.
 
 A reward function has trl's signature: keyword arguments ``prompts``, ``completions``, ``completion_ids`` and each
-column of the data, all lists of one length. It returns a number for each completion, or None where it has none to give.
+column of the data, all lists of one length. It returns a number or None (no score) for each completion.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, fir
 from rankwise.final_number import extract_answer
 from rankwise.weights_file import sha256_of
 
-# What trl calls it with.
+# A reward function, which trl calls with keyword arguments.
 Function = Callable[..., Any]
 BUILT_IN = "answer, format=REGEX, length=N"
 FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:]+)")
-# What trl hands over beside the columns of the data.
+# The arguments that trl passes in addition to the columns of the data.
 TRLS = {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-# Characters of a prompt or an answer in a message.
+# Largest number of characters of a prompt or an answer in a message.
 SHOWN = 80
 
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """One ``--reward``. ``sha256``: of its file, which must be unchanged when a run resumes."""
+    """One ``--reward``. ``sha256`` is the hash of its file, which must be the same when a run resumes."""
 
     spec: str
     name: str
@@ -46,20 +46,20 @@ class Reward:
 
     @property
     def __name__(self) -> str:
-        """The name under which trl logs it."""
+        """The name under which trl logs the reward."""
         return self.name
 
     def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """A number or None for each completion.
 
-        Raises RunError: RW772 the function raises, RW773 it does not give one value for each completion, RW774 a value
-        is not a finite number.
+        Raises RunError: RW772 where the function raises, RW773 where it does not return one value for each completion,
+        RW774 for a value that is not a finite number.
         """
         given = {"prompts": prompts, "completions": completions, **columns}
         count = len(completions)
         try:
             found = self._called(given)
-            # It may be a generator, and endless.
+            # The result may be an endless generator.
             values = list(itertools.islice(found, count + 1)) if isinstance(found, Iterable) else None
         except RankwiseError:
             raise
@@ -72,9 +72,7 @@ class Reward:
         return [self._number(value, given, place) for place, value in enumerate(values)]
 
     def _called(self, given: Mapping[str, Any]) -> Any:
-        """The function's result. trl asks that functions take ``**kwargs``; ours need only name the arguments that
-        they use.
-        """
+        """The function's result. Unlike in trl, a function without ``**kwargs`` gets only the arguments it names."""
         taken = inspect.signature(self.function).parameters.values()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
             given = {name: given[name] for name in (parameter.name for parameter in taken) if name in given}
@@ -82,13 +80,13 @@ class Reward:
         return asyncio.run(found) if inspect.iscoroutine(found) else found
 
     def _raised(self, given: Mapping[str, Any], error: BaseException) -> RunError:
-        """The error of the whole batch, or of the first sample that raises alone."""
+        """RunError RW772, with the first sample for which the function raises alone, else for the whole batch."""
         count, where = len(given["completions"]), "a batch of answers"
         for place in range(count):
             one = {name: _at(value, place, count) for name, value in given.items()}
             try:
                 self._called(one)
-            except (Exception, SystemExit) as alone:  # noqa: BLE001  foreign code raises what it likes
+            except (Exception, SystemExit) as alone:  # noqa: BLE001  user code may raise anything
                 error, where = alone, _sample(given, place)
                 break
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -114,20 +112,20 @@ class Reward:
             raise RunError(
                 "RW774",
                 f"the reward {self.spec} returned {reprlib.repr(value)}, which is not a finite number, for "
-                f"{_sample(given, place)}; let it return a number, or None where it has nothing to say.",
+                f"{_sample(given, place)}; let it return a number, or None for no score.",
             )
         return number
 
 
 def read_rewards(specs: Sequence[str]) -> list[Reward]:
-    """The rewards that ``--reward`` names; the code of files runs.
+    """The rewards that ``--reward`` names. Runs the code of the named files.
 
     Raises ConfigError: RW770 for a value that is neither a function in a file nor built in, RW771 for a file or a
     function that is missing, does not load, or cannot be called.
     """
     rewards = [_read(spec) for spec in specs]
     names = [reward.name for reward in rewards]
-    # One name stands for one figure in the metrics.
+    # Names must be unique, since each is one figure in the metrics.
     return [
         dataclasses.replace(reward, name=f"{reward.name}_{place}") if names.count(reward.name) > 1 else reward
         for place, reward in enumerate(rewards, 1)
@@ -153,7 +151,7 @@ def _pattern(spec: str, text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigError("RW770", f"--reward {spec} holds no regular expression ({error}).") from None
+        raise ConfigError("RW770", f"--reward {spec} holds no valid regular expression ({error}).") from None
 
 
 def _from_file(spec: str, path: Path, name: str) -> Reward:
@@ -163,7 +161,7 @@ def _from_file(spec: str, path: Path, name: str) -> Reward:
     assert module_spec is not None, "its name ends with .py"
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    # Where dataclasses and the like of that file look for it.
+    # dataclasses and pickle look a module up in sys.modules.
     sys.modules[module_spec.name] = module
     try:
         module_spec.loader.exec_module(module)
@@ -179,9 +177,9 @@ def _from_file(spec: str, path: Path, name: str) -> Reward:
 
 
 def answer(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """1 where an answer ends with the number that the row's own answer ends with, as GSM8K counts it; else 0.
+    """1 where the final number of an answer, by GSM8K's rules, equals that of the row's own answer; else 0.
 
-    Raises DataError (RW781) where the data have no column with the right answer, or no number is in one.
+    Raises DataError (RW781) where the data have no column with the right answer, or one holds no number.
     """
     column = next((name for name in ANSWERS if name in columns), None)
     if column is None:
@@ -204,17 +202,17 @@ def format_(completions: Sequence[Any], *, pattern: re.Pattern[str]) -> list[flo
 
 
 def length(completion_ids: Sequence[Sequence[int]], *, tokens: int) -> list[float]:
-    """1 for answers of at most N tokens, min(1, max(0, 2 - length / N)) for all."""
+    """min(1, max(0, 2 - length / N)): 1 for answers of at most N tokens, falling linearly to 0 at 2 N tokens."""
     return [min(1.0, max(0.0, 2 - len(ids) / tokens)) for ids in completion_ids]
 
 
 def text_of(completion: Any) -> str:
-    """A completion's text: trl gives messages where the prompt is one of messages."""
+    """A completion's text. trl passes a list of messages where the prompt is one."""
     return completion if isinstance(completion, str) else "".join(str(part["content"]) for part in completion)
 
 
 def _at(value: Any, place: int, count: int) -> Any:
-    """One value of a column; a value that is not a column, such as the trainer's state, is the same for all."""
+    """Item ``place`` of a column; a value that is not a column, such as the trainer's state, is returned as it is."""
     return value[place : place + 1] if isinstance(value, list | tuple) and len(value) == count else value
 
 

@@ -1,4 +1,4 @@
-"""Learning from demonstrations: the tokens of an answer, each given the tokens before it."""
+"""Training on demonstrations: predict each token of an answer from the tokens before it."""
 
 from __future__ import annotations
 
