@@ -61,7 +61,7 @@ DEMO = "demo"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 MODEL = "Hub id, folder, .gguf file, or `demo`."
-TRAINING_DATA = "Training data: hub id, folder, or .jsonl/.json/.csv/.parquet file (also .gz)."
+TRAINING_DATA = "Training data: hub id, folder, or .jsonl/.json/.csv/.tsv/.parquet/.txt file (also .gz)."
 
 
 _adapter = functools.partial(option, Panel.ADAPTER)
@@ -115,7 +115,7 @@ class StepOptions(AdapterOptions):
     # False: the step runs in plain PyTorch and transformers, without rankwise's kernels and fused losses.
     fast: Annotated[
         bool,
-        _device("Fused operators, own attention on CPUs, no padding, memory kept between steps."),
+        _device("rankwise's fused operators and CPU attention, no padding, memory kept between steps."),
     ] = True
 
     def lora_config(self, *, use_dora: bool) -> LoraConfig:
@@ -169,12 +169,12 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     weight_decay: Annotated[NotNegative, _training("AdamW's weight decay.")] = 0.0
     # Hayou et al. 2024, arXiv 2402.12354.
     loraplus_ratio: Annotated[
-        float | None, _training("LoRA+: B's learning rate over A's; 16 is usual.", ge=1, le=1e6)
+        float | None, _training("LoRA+: the learning rate of B divided by that of A; 16 is usual.", ge=1, le=1e6)
     ] = None
     # Jain et al. 2023, arXiv 2310.05914.
     neftune_noise_alpha: Annotated[
         Positive | None,
-        _training("NEFTune: noise on the embeddings in training, this over sqrt(length x width); 5 is usual."),
+        _training("NEFTune: noise of X / sqrt(length x width) on the embeddings in training; 5 is usual."),
     ] = None
     max_grad_norm: Annotated[NotNegative, _training("Gradients are clipped to this norm; 0 switches it off.")] = 1.0
     early_stopping: Annotated[Count | None, _training("Stop after N evaluations without a better loss.")] = None
@@ -183,7 +183,7 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     ignore_plan: Annotated[bool, _device("Train although the predicted memory is more than there is.")] = False
 
     save_steps: Annotated[Count | None, _saving("Checkpoint every N steps; default: at each evaluation.")] = None
-    save_total_limit: Annotated[Count, _saving("Checkpoints kept, the best one besides.")] = 2
+    save_total_limit: Annotated[Count, _saving("Checkpoints to keep, in addition to the best one.")] = 2
     eval_steps: Annotated[Count | None, _saving("Evaluate every N steps; default: a tenth of the run.")] = None
     eval_limit: Annotated[
         Whole | None,
@@ -336,15 +336,15 @@ class TrainSettings(ObjectiveOptions, RunOptions):
         str | None,
         _adapter(
             "Tokens to add to the vocabulary, with commas between them, or a file with one a line; of embedding and "
-            "head their rows alone train.",
+            "head only their rows train.",
             metavar="FILE|A,B",
         ),
     ] = None
     learning_rate: Annotated[
         Positive | Annotated[str, Field(pattern="^auto(:.+)?$"), AfterValidator(_checked_search)],
         _training(
-            "Peak learning rate; auto, or auto:RATE,RATE,..., finds it before training by short runs on rows that are "
-            "kept from them.",
+            "Peak learning rate; auto, or auto:RATE,RATE,..., finds it by short runs before training, judged on "
+            "training rows that these runs do not see.",
             metavar="X|auto",
         ),
     ] = 2e-4
@@ -368,11 +368,11 @@ class TrainSettings(ObjectiveOptions, RunOptions):
         _device("Keep the quantized base and the encoded rows in this folder, for other runs of the same."),
     ] = None
 
-    sample_prompt: Annotated[str | None, _saving("Answered again at every evaluation.")] = None
+    sample_prompt: Annotated[str | None, _saving("Prompt that the model answers at every evaluation.")] = None
     report_to: Annotated[
         tuple[Tracker, ...],
         BeforeValidator(comma_list),
-        _saving("Trackers to tell too: wandb, trackio, tensorboard, mlflow.", metavar="NAME,..."),
+        _saving("Report to these trackers too: wandb, trackio, tensorboard, mlflow.", metavar="NAME,..."),
     ] = ()
     tensorboard: Annotated[bool, _saving("The same as --report-to tensorboard.")] = False
     resume: Annotated[

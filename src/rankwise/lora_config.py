@@ -59,7 +59,7 @@ class AdapterOptions:
         Names | None,
         _adapter(
             "Stacked experts to adapt too, by parameter: mlp.experts.gate_up_proj,mlp.experts.down_proj; "
-            'with --target-modules "" they alone.'
+            'with --target-modules "" only these.'
         ),
     ] = None
     # Names match as in target_modules.

@@ -25,7 +25,7 @@ from rankwise.options import (
     text_list,
 )
 
-DATA = "Hub id, folder, or .jsonl/.json/.csv/.parquet file (also .gz)."
+DATA = "Hub id, folder, or .jsonl/.json/.csv/.tsv/.parquet/.txt file (also .gz)."
 _option = functools.partial(option, Panel.OTHER)
 
 
@@ -54,7 +54,7 @@ class SpeakingOptions(LoadingOptions):
     system: Annotated[
         str | None, Field(min_length=1), _option("System message before each prompt and conversation.")
     ] = None
-    temperature: Annotated[Temperature, _option("0 always takes the likeliest token; above 0 it samples.")] = 0.0
+    temperature: Annotated[Temperature, _option("0: always the likeliest token; above 0: tokens are sampled.")] = 0.0
     top_p: Annotated[float, _option("Sample from the likeliest tokens that make up this share.", gt=0, le=1)] = 1.0
     seed: Annotated[Seed, _option("Seed of the sampling.")] = 0
     chat_template: Annotated[
@@ -109,10 +109,10 @@ class MergeSettings(BaseOptions):
         BeforeValidator(text_list),
         _option("Run folder or PEFT adapter folder; with --combine several.", metavar="A", repeated=True, min_length=1),
     ]
-    output: Annotated[Path, _option("Folder to write the merged model to; must not exist or be empty.", metavar="DIR")]
+    output: Annotated[Path, _option("Folder to write the merged model to; a new or an empty one.", metavar="DIR")]
     combine: Annotated[
         Literal["linear", "cat", "svd", "ties", "dare_ties"] | None,
-        _option("Write one adapter made of several, which merge and export take, and no merged model."),
+        _option("Write one adapter made of several, not a merged model; merge and export take it."),
     ] = None
     weights: Annotated[
         tuple[Annotated[float, Field(le=LARGEST_NUMBER)], ...] | None,
@@ -135,8 +135,7 @@ class MergeSettings(BaseOptions):
     quantization: Annotated[
         Literal["nf4", "fp4"] | None,
         _option(
-            "4-bit format that the adapter trained on, where its folder does not say: adapters of PEFT's have no "
-            "record."
+            "4-bit format that the adapter was trained on, if its folder does not say so; the folders of PEFT do not."
         ),
     ] = None
     double_quant: Annotated[bool, _option("Whether that format's scales were quantized again.")] = True
@@ -153,15 +152,15 @@ class ExportSettings(BaseOptions):
     adapter: Annotated[Path, _option("Run folder or PEFT adapter folder.", metavar="A")]
     target: Annotated[
         Literal["vllm", "sglang", "llama.cpp", "ollama", "peft"],
-        _option("The program that shall read it.", alias="for"),
+        _option("Program that will read the export.", alias="for"),
     ]
-    output: Annotated[Path, _option("Folder to write to; must not exist or be empty.", metavar="DIR")]
+    output: Annotated[Path, _option("Folder to write to; a new or an empty one.", metavar="DIR")]
     rank: Annotated[Rank | None, _option("Rank to write; default: the adapter's own.")] = None
     max_error: Annotated[
         float | None,
         _option(
-            "Largest relative error of the update: the least rank is written that keeps it, and with it the perplexity "
-            "of rows set aside. Default for DoRA, whose update has full rank: 0.05.",
+            "Largest relative error of the update. The smallest rank is written that keeps within it, and that keeps "
+            "the perplexity of rows set aside. Default for DoRA, whose update has full rank: 0.05.",
             gt=0,
             lt=1,
         ),
@@ -172,7 +171,7 @@ class ExportSettings(BaseOptions):
     merged: Annotated[bool, _option("Write the base with the adapter folded in, not the adapter.")] = False
     quantize: Annotated[
         Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None,
-        _option("With --merged, the GGUF's type: of changed weights, and of those not quantized yet; else f16."),
+        _option("With --merged, the type of weights in the GGUF that are changed or not quantized yet; default: f16."),
     ] = None
     base_gguf: Annotated[Path | None, _option("GGUF of the base, for llama.cpp and Ollama.")] = None
     verify: Annotated[bool, _option("Serve the result and its base, and compare with the model as trained.")] = False

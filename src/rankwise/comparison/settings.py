@@ -88,8 +88,8 @@ class CompareSettings(PreferenceOptions, RunOptions):
     budget: Annotated[
         Positive | None,
         _compared(
-            "Steps of the search for each method's rate, as a share of one run's: short runs, of which the worse stop, "
-            "judged on training rows. Default: every rate runs to its end."
+            "Find each method's rate by short runs, judged on training rows; bad rates stop early. X: their steps "
+            "together, as a share of one run's. Default: every rate runs to its end."
         ),
     ] = None
     minutes: Annotated[

@@ -42,7 +42,7 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     memory: Annotated[
         str | None,
         _device(
-            "Memory to plan for: 24GB (10^9 bytes), 24GiB (2^30), 24 (GB). With --gpu: instead of its own.",
+            "Memory to plan for: 24GB (10^9 bytes), 24GiB (2^30), 24 (GB). With --gpu, it replaces the card's.",
             metavar="SIZE",
         ),
     ] = None
