@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankwise.acceleration.replace import Undo, class_forward, replace_forward
-from rankwise.compat.torch import hooks_around, tree_iter
+from rankwise.compat.torch import Ctx, hooks_around, tree_iter
 from rankwise.compat.transformers import checkpointing_by, checkpointing_of, collects_outputs, is_collecting_hook
 from rankwise.ops.selection import is_traced
 
@@ -62,7 +62,7 @@ def replace_checkpointing(model: nn.Module, undo: Undo) -> None:
             replace_forward(block, _block_forward, undo, rankwise_place=(places, index))
 
 
-def _block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _block_forward(self: GradientCheckpointingLayer, *args: Any, **kwargs: Any) -> Any:
     plain = class_forward(self)
     if not _can_run_again(self, args, kwargs):
         return plain(*args, **kwargs)
@@ -71,7 +71,7 @@ def _block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return plain(*args, **kwargs)
 
 
-def _can_run_again(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _can_run_again(block: GradientCheckpointingLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a block's gradients depend on its hidden states and its own parameters alone, and nothing observes the
     block.
     """
@@ -135,24 +135,29 @@ class _State:
             yield
 
 
+Block = Callable[[Tensor], Tensor]
+# What runs again, in which state, and its trained parameters.
+Kept = tuple[Block, _State, tuple[Tensor, ...]]
+
+
 class _RunAgain(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, block: Callable[[Tensor], Any], place: list[Tensor], state: _State, hidden: Tensor, *trained: Tensor
+        ctx: Ctx[Kept], block: Block, place: list[Tensor], state: _State, hidden: Tensor, *trained: Tensor
     ) -> Tensor | None:
         out = block(hidden)
         if not isinstance(out, Tensor) or (out.shape, out.dtype) != (hidden.shape, hidden.dtype):
             return None
-        ctx.block, ctx.state, ctx.trained = block, state, trained
+        ctx.kept = block, state, trained
         ctx.save_for_backward(hidden)
         return place.pop().copy_(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,) = ctx.saved_tensors
+    def backward(ctx: Ctx[Kept], grad: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,), (block, state, trained) = ctx.saved_tensors, ctx.kept
         again = hidden.detach().requires_grad_()
-        with ctx.state.restored(), torch.enable_grad():
-            out = ctx.block(again)
-        grads = torch.autograd.grad(out, (again, *ctx.trained), grad, allow_unused=True)
+        with state.restored(), torch.enable_grad():
+            out = block(again)
+        grads = torch.autograd.grad(out, (again, *trained), grad, allow_unused=True)
         return None, None, None, *grads

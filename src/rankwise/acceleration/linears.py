@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -11,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.operator import computes_in
+from rankwise.compat.torch import Ctx
 from rankwise.ops.dense import input_grad_out, is_slow_in_torch, linear_out
 from rankwise.ops.selection import is_traced, stands_on_card
 
@@ -19,14 +18,14 @@ class FrozenLinear(torch.autograd.Function):
     """``x W^T + b`` with W (N, K) and b (N,) frozen: x (..., K) -> (..., N)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def forward(ctx: Ctx[None], x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(W)
         rows = x.reshape(-1, x.shape[-1])
         return linear_out(rows, W, rows.new_empty(len(rows), len(W)), b).view(*x.shape[:-1], len(W))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx[None], dy: Tensor) -> tuple[Tensor | None, ...]:
         (W,) = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = input_grad_out(rows, W, rows.new_empty(len(rows), W.shape[1]))
@@ -52,13 +51,13 @@ def replace_linears(model: nn.Module, undo: Undo) -> int:
     return len(found)
 
 
-def _is_frozen_linear(module: Any) -> bool:
+def _is_frozen_linear(module: nn.Module) -> bool:
     if type(module) not in (nn.Linear, Conv1D) or module.weight.dtype is not torch.bfloat16:
         return False
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _forward(self: Any, x: Tensor) -> Tensor:
+def _forward(self: nn.Linear | Conv1D, x: Tensor) -> Tensor:
     is_native = x.dtype is torch.bfloat16 and computes_in(x.dtype, x.device)
     if is_traced() or not is_native or not _is_frozen_linear(self):
         return class_forward(self)(x)

@@ -5,13 +5,13 @@ Each keeps only its input for the backward pass.  T = tokens, D = width.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.compat.torch import WeakTensorKeyDictionary, unsafe_view, writes_to
+from rankwise.compat.torch import Ctx, WeakTensorKeyDictionary, unsafe_view, writes_to
 from rankwise.ops import elementwise
 from rankwise.ops.handback import Handback, offered_with_heads
 from rankwise.ops.normed import Normed, remember
@@ -30,22 +30,22 @@ class RmsNorm(torch.autograd.Function):
     """See ``rms_norm``. Also returns ``1 / sqrt(mean(x^2) + eps)`` of each row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Ctx[int], x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> tuple[Tensor, ...]:
         y, rstd = elementwise.rms_norm(x.reshape(-1, x.shape[-1]), w, eps, offset, cast_first)
         ctx.save_for_backward(x, w, rstd)
-        ctx.offset = offset
+        ctx.kept = offset
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
         return _shaped(y, x), rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx[int], dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None, None
         x, w, rstd = ctx.saved_tensors
         flat = (dy.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
-        return elementwise.rms_norm_backward(*flat, w, rstd, ctx.offset).view(x.shape), None, None, None, None
+        return elementwise.rms_norm_backward(*flat, w, rstd, ctx.kept).view(x.shape), None, None, None, None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,23 +60,23 @@ class Rope(torch.autograd.Function):
     """See ``rope``. With a handback, its result is kept (attention keeps it anyway) and rotated back into x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, handback: Handback | None) -> Tensor:
+    def forward(ctx: Ctx[Handback | None], x: Tensor, cos: Tensor, sin: Tensor, handback: Handback | None) -> Tensor:
         turned = elementwise.rope(x, cos, sin)
-        ctx.handback = handback
+        ctx.kept = handback
         ctx.save_for_backward(cos, sin, None if handback is None else turned)
         return turned
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx[Handback | None], dy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, turned = ctx.saved_tensors
-        if turned is not None:
-            ctx.handback.give(turned_back(turned, cos, sin).transpose(1, 2).flatten(2).flatten(0, 1))
+        if ctx.kept is not None:
+            ctx.kept.give(turned_back(turned, cos, sin).transpose(1, 2).flatten(2).flatten(0, 1))
         return elementwise.rope(dy, cos, sin, inverse=True), None, None, None
 
 
 # Of the cosines of a step, which all its layers share: their inverse angles.
-_inverses: Any = WeakTensorKeyDictionary()
+_inverses: MutableMapping[Tensor, tuple[Tensor, tuple[int, int], tuple[Tensor, Tensor]]] = WeakTensorKeyDictionary()
 
 
 def turned_back(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -103,17 +103,17 @@ class Glu(torch.autograd.Function):
     """``act(gate) * up``."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
+    def forward(ctx: Ctx[str], gate: Tensor, up: Tensor, act: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.act = act
+        ctx.kept = act
         return _shaped(elementwise.glu(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]), act), gate)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx[str], dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         rows, of_gate, of_up = (tensor.reshape(-1, gate.shape[-1]) for tensor in (dy, gate, up))
-        d_gate, d_up, _ = elementwise.glu_backward(rows, of_gate, of_up, ctx.act, want_product=False)
+        d_gate, d_up, _ = elementwise.glu_backward(rows, of_gate, of_up, ctx.kept, want_product=False)
         return d_gate.view(gate.shape), d_up.view(gate.shape), None
 
 

@@ -25,7 +25,7 @@ from rankwise.adapters.low_rank import init_low_rank_, merged_weight
 from rankwise.adapters.operator import computes_in
 from rankwise.compat.torch import own_parameters, share_hooks, with_own_parts
 from rankwise.compat.transformers import gate_of
-from rankwise.ops.expert_lora import DenseStack, ExpertBranch, low_rank_experts
+from rankwise.ops.expert_lora import DenseStack, ExpertBranch, FrozenStack, low_rank_experts
 from rankwise.ops.grouped import Rows
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.experts import (
@@ -50,7 +50,7 @@ class StackShape:
     device: torch.device
 
 
-def stack_shape(module: Any, leaf: str) -> StackShape:
+def stack_shape(module: nn.Module, leaf: str) -> StackShape:
     """The shape of the stack ``leaf`` in an experts module with transformers' interface."""
     stack, parameter = stack_at(module, leaf), module.get_parameter(leaf)
     shape = parameter.shape if stack is None else stack.scales.shape
@@ -110,13 +110,13 @@ class ExpertsLora(nn.Module):
 
     def merge(self, base: nn.Module) -> nn.Module:
         """A module like ``base`` whose adapted stacks are dense and merged; ``base`` does not change."""
-        merged: Any = copy.copy(base)
+        merged = copy.copy(base)
         with_own_parts(merged)
         for leaf, lora in self.pairs():
             stack = stack_at(merged, leaf)
             if stack is not None:
                 dequantize_stack(stack)
-            W = lora.merge(merged.get_parameter(leaf).detach(), transposed=merged.is_transposed)
+            W = lora.merge(merged.get_parameter(leaf).detach(), transposed=bool(merged.is_transposed))
             setattr(merged, leaf, nn.Parameter(W, requires_grad=False))
         return merged
 
@@ -157,7 +157,7 @@ def experts_forward(
     branches = branches_of(base, adapter, hidden_states)
     if branches is None:
 
-        def multiply(module: Any, leaf: str, index: int, x: Tensor) -> Tensor:
+        def multiply(module: nn.Module, leaf: str, index: int, x: Tensor) -> Tensor:
             lora = adapter.of(leaf)
             y = product(module, leaf, index, x)
             return y if lora is None else y + lora.low_rank(index, x)
@@ -167,7 +167,7 @@ def experts_forward(
     return weighed(base, outputs, top_k_weights, hidden_states.dtype)
 
 
-def branches_of(base: Any, adapter: ExpertsLora, x: Tensor) -> tuple[ExpertBranch, ExpertBranch] | None:
+def branches_of(base: nn.Module, adapter: ExpertsLora, x: Tensor) -> tuple[ExpertBranch, ExpertBranch] | None:
     """The operator's arguments for both products, or None where the operator does not apply: in compiled graphs, under
     autocast to a dtype other than x's, and with weights that train or have another dtype.
     """
@@ -177,7 +177,7 @@ def branches_of(base: Any, adapter: ExpertsLora, x: Tensor) -> tuple[ExpertBranc
     return None if up is None or down is None else (up, down)
 
 
-def _branch(base: Any, leaf: str, lora: StackLora | None, dtype: torch.dtype) -> ExpertBranch | None:
+def _branch(base: nn.Module, leaf: str, lora: StackLora | None, dtype: torch.dtype) -> ExpertBranch | None:
     parameter, stack = base.get_parameter(leaf), stack_at(base, leaf)
     bias = base.get_parameter(f"{leaf}_bias") if base.has_bias else None
     if parameter.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype)):
@@ -185,12 +185,12 @@ def _branch(base: Any, leaf: str, lora: StackLora | None, dtype: torch.dtype) ->
     if stack is None:
         if parameter.dtype is not dtype:
             return None
-        frozen: Any = DenseStack(parameter.transpose(1, 2) if base.is_transposed else parameter)
+        frozen: FrozenStack = DenseStack(parameter.transpose(1, 2) if base.is_transposed else parameter)
     else:
         computes_as = stack.scales.compute_dtype or dtype
         if not stack.scales.dtype is dtype is computes_as:
             return None
-        frozen = PackedStack(stack, base.is_transposed)
+        frozen = PackedStack(stack, bool(base.is_transposed))
     pair = (None, None) if lora is None else (lora.lora_A, lora.lora_B)
     return ExpertBranch(frozen, bias, 1.0 if lora is None else lora.scaling, *pair)
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.compat.torch import Ctx
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -103,10 +105,10 @@ def make_dense(model: PreTrainedModel) -> None:
 
 class _OwnForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: ForeignLinear) -> Tensor:
-        ctx.base = base
+    def forward(ctx: Ctx[ForeignLinear], x: Tensor, base: ForeignLinear) -> Tensor:
+        ctx.kept = base
         return base.layer(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.base.dequantize().to(dy.dtype), None
+    def backward(ctx: Ctx[ForeignLinear], dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.kept.dequantize().to(dy.dtype), None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter as tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
+
+Kept = TypeVar("Kept")
 
 # --- tensors that stand for others ---
 
@@ -101,7 +103,7 @@ def shards_seen(
 
     resize, learn = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
 
-    def resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
+    def resize_and_tell(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
         result = resize(storage, size)
         resized(storage)
         return result
@@ -188,7 +190,7 @@ def plain_tensors() -> Iterator[None]:
         yield
 
 
-def fake_mode() -> Any:
+def fake_mode() -> FakeTensorMode | None:
     """The active fake mode or None. The dry run makes fake tensors itself, without the mode's slow bookkeeping."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
@@ -240,6 +242,18 @@ foreach_norm = torch.ops.aten._foreach_norm
 foreach_sqrt = torch.ops.aten._foreach_sqrt
 
 
+class Ctx(Protocol[Kept]):
+    """The ``ctx`` of an autograd function, as torch's own class does not describe it; ``kept``: what is no tensor."""
+
+    kept: Kept
+    saved_tensors: tuple[Any, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
 # --- modules ---
 
 
@@ -265,7 +279,7 @@ def with_own_parts(copied: nn.Module) -> None:
     copied._parameters, copied._modules = dict(copied._parameters), dict(copied._modules)
 
 
-def hooks_around(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+def hooks_around(module: nn.Module) -> tuple[Mapping[int, Callable[..., object]], ...]:
     """The hooks on a module's call: after its forward pass; before it, after and before its backward pass."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 

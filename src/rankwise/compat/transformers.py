@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+    from transformers.core_model_loading import WeightTransform
 
 # --- configurations ---
 
 
-def attention_of(config: Any) -> str | None:
+def attention_of(config: PreTrainedConfig | None) -> str | None:
     """The name of the attention implementation. transformers has a public way to set it, and none to read it."""
     return getattr(config, "_attn_implementation", None)
 
@@ -56,15 +57,15 @@ def spreads_experts(experts: nn.Module) -> bool:
     return getattr(experts, "_is_expert_parallel", False)
 
 
-def gate_of(experts: Any) -> Callable[[Tensor], Tensor]:
+def gate_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
     """The function between the first and the second product of an expert. Families override it."""
-    return experts._apply_gate if experts.has_gate else experts.act_fn
+    return getattr(experts, "_apply_gate" if experts.has_gate else "act_fn")
 
 
 # --- what a model says of its weights ---
 
 
-def kept_in_float32(model: Any) -> tuple[str, ...]:
+def kept_in_float32(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules whose weights must not become float16, by the class alone."""
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
@@ -119,12 +120,12 @@ def tie_weights_as(model: Any, is_tied: bool, keys: dict[str, str]) -> tuple[boo
 # --- conversions between the names and shapes in files and those of a model ---
 
 
-def conversions_of(model: PreTrainedModel) -> list[Any] | None:
+def conversions_of(model: PreTrainedModel) -> list[WeightTransform] | None:
     """The conversions of loading, whose inverse saving applies; None for a model that was not loaded."""
     return getattr(model, "_weight_conversions", None)
 
 
-def known_conversions(model: PreTrainedModel) -> list[Any]:
+def known_conversions(model: PreTrainedModel) -> list[WeightTransform]:
     """The conversions whose inverse saving applies to a model that was not loaded: the family's, without prefixes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
@@ -133,7 +134,7 @@ def known_conversions(model: PreTrainedModel) -> list[Any]:
     return [item for item in known if not isinstance(item, PrefixChange)]
 
 
-def set_conversions(model: PreTrainedModel, conversions: list[Any]) -> None:
+def set_conversions(model: PreTrainedModel, conversions: list[WeightTransform]) -> None:
     model._weight_conversions = conversions  # type: ignore[assignment]
 
 
@@ -177,7 +178,7 @@ def converted(skeleton: Any, parameter: str, parts: Sequence[tuple[Conversion, C
     return next(iter(converter.convert(parameter, model=skeleton, config=skeleton.config).values()))
 
 
-def taken_apart(skeleton: Any, parameter: str, tensor: Tensor) -> dict[str, Tensor]:
+def taken_apart(skeleton: PreTrainedModel, parameter: str, tensor: Tensor) -> dict[str, Tensor]:
     """The tensors that saving makes of a parameter, by their names in the files."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -239,12 +240,12 @@ def fake_masks_looked_at() -> Iterator[None]:
 ROTARY = "apply_rotary_pos_emb"
 
 
-def rotary_of(module_name: str) -> Callable[..., Any] | None:
+def rotary_of(module_name: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The function that turns q and k in the modeling code of a family, or None where that has none."""
     return getattr(sys.modules.get(module_name), ROTARY, None)
 
 
-def set_rotary(module_name: str, function: Callable[..., Any]) -> None:
+def set_rotary(module_name: str, function: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """Replace the function: the modeling code calls it as a global name, and no option chooses it."""
     setattr(sys.modules[module_name], ROTARY, function)
 
@@ -272,7 +273,7 @@ def collects_outputs() -> bool:
     return bool(output_capturing._active_collector.get())
 
 
-def is_collecting_hook(hook: Callable[..., Any]) -> bool:
+def is_collecting_hook(hook: Callable[..., object]) -> bool:
     """Whether a hook is one of those. They stay on their modules when no output is collected."""
     from transformers.utils import output_capturing
 
@@ -312,7 +313,7 @@ def gguf_read_once() -> Iterator[None]:
 # --- the Trainer ---
 
 
-def decoder_layers(model: Any) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers that transformers would not split between devices; none for a model that does not name their class."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]

@@ -6,14 +6,13 @@ Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, D size of a 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from rankwise.compat.torch import is_watched
+from rankwise.compat.torch import Ctx, is_watched
 from rankwise.errors import QuantizationError
 from rankwise.ops import reference_attention, selection
 from rankwise.ops.checks import attention_forward
@@ -90,18 +89,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float
+        ctx: Ctx[float], q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float
     ) -> Tensor:
         out, lse = native_attention.attention_forward(q, k, v, start, end, scale)
         ctx.save_for_backward(q, k, v, out, lse, start, end)
-        ctx.scale = scale
+        ctx.kept = scale
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx[float], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, start, end = ctx.saved_tensors
-        dq, dk, dv = native_attention.attention_backward(grad, q, k, v, out, lse, start, end, ctx.scale)
+        dq, dk, dv = native_attention.attention_backward(grad, q, k, v, out, lse, start, end, ctx.kept)
         return dq, dk, dv, None, None, None
 
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankwise.compat.torch import Ctx
 from rankwise.ops.grouped import Rows, add_grouped, grouped, grouped_outer, inverse
 
 
@@ -134,30 +135,34 @@ def _forward(
     return y[inverse(order)], z, U_up, U_down
 
 
+# (rows, k, gate, up, down) of ``_forward``.
+Fixed = tuple[Rows, int, Callable[[Tensor], Tensor], ExpertBranch, ExpertBranch]
+Kept = tuple[Fixed, Callable[[], AbstractContextManager[None]]]
+
+
 class _LowRankExperts(torch.autograd.Function):
     """See ``low_rank_experts``. Inputs: the arguments without gradients, order, x, then A and B of both products."""
 
     @staticmethod
-    def forward(ctx: Any, fixed: tuple[Any, ...], order: Tensor, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Ctx[Kept], fixed: Fixed, order: Tensor, x: Tensor, *tensors: Tensor | None) -> Tensor:
         rows, k, gate, up, down = fixed
         y, z, *U = _forward(x, order, rows, k, gate, up, down)
         # The tensors are saved by autograd, which notices when they change.
-        ctx.fixed = (rows, k, gate, up.with_tensors(None, None), down.with_tensors(None, None))
-        ctx.autocast = partial(torch.autocast, x.device.type, x.dtype)
-        if not torch.is_autocast_enabled(x.device.type):
-            ctx.autocast = nullcontext
+        fixed = (rows, k, gate, up.with_tensors(None, None), down.with_tensors(None, None))
+        is_cast = torch.is_autocast_enabled(x.device.type)
+        ctx.kept = fixed, partial(torch.autocast, x.device.type, x.dtype) if is_cast else nullcontext
         ctx.save_for_backward(order, None if up.A is None else x, z, *U, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        rows, k, gate, up, down = ctx.fixed
+    def backward(ctx: Ctx[Kept], dy: Tensor) -> tuple[Tensor | None, ...]:
+        (rows, k, gate, up, down), autocast = ctx.kept
         order, x, z, U_up, U_down, *tensors = ctx.saved_tensors
         up, down = up.with_tensors(*tensors[:2]), down.with_tensors(*tensors[2:])
         want_x, *want_up = ctx.needs_input_grad[2:5]
         want_down = ctx.needs_input_grad[5:]
-        with torch.enable_grad(), ctx.autocast():
+        with torch.enable_grad(), autocast():
             z = z.detach().requires_grad_()
             inner = gate(z)
         given = inner.detach if want_down[0] else None

@@ -10,7 +10,6 @@ the next optimizer step only. A write to a frozen base through ``.data`` is not 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +86,6 @@ def _count_optimizer_steps() -> None:
     register_optimizer_step_post_hook(_count)
 
 
-def _count(*_: Any) -> None:
+def _count(*_: object) -> None:
     global _steps_taken
     _steps_taken += 1

@@ -10,14 +10,14 @@ product again.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import MutableMapping
 
 from torch import Tensor
 
 from rankwise.compat.torch import WeakTensorKeyDictionary, viewed, writes_to
 
 # Of each output of a layer that lives. No attribute of the tensor: that would be saved with it.
-_offers: Any = WeakTensorKeyDictionary()
+_offers: MutableMapping[Tensor, Handback] = WeakTensorKeyDictionary()
 
 
 @dataclasses.dataclass

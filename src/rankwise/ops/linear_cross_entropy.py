@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankwise.chunks import chunk_rows
+from rankwise.compat.torch import Ctx
 from rankwise.constants import IGNORED
 from rankwise.ops import elementwise
 from rankwise.ops.dense import input_grad_out, linear_out
@@ -106,7 +106,7 @@ def linear_log_probs(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx[None],
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -132,7 +132,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Ctx[None], upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         # A scalar in float32: rounded to bfloat16 it would be off by up to 0.4 %, in every gradient alike.
         return grad * upstream, None, None, None, None, None, None
@@ -141,7 +141,7 @@ class _ChunkedLoss(torch.autograd.Function):
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx[None],
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -169,7 +169,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Ctx[None], upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         # The saved gradient is that of the loss, -log p. The factor stays in float32 as above.
         return (grad * -upstream[:, None]).to(grad.dtype), None, None, None, None, None

@@ -20,19 +20,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.compat.torch import unsafe_view, writes_to
+from rankwise.compat.torch import Ctx, unsafe_view, writes_to
 from rankwise.ops import elementwise, low_rank_card, low_rank_plain, normed, selection
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted
 from rankwise.ops.handback import Handback, offer
 
 if TYPE_CHECKING:
     from rankwise.ops.cpu import low_rank
+
+    Steps = ModuleType | low_rank.Steps | low_rank_card.Steps
+    Kept = tuple[Steps, Sequence[Branch], Dropout | None, Sequence[Tensor | None]]
 
 
 def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None = None) -> tuple[Tensor, ...]:
@@ -66,7 +69,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx[tuple[Kept, Sequence[Handback | None], normed.Source]],
         branches: tuple[Branch, ...],
         dropout: Dropout | None,
         handbacks: Sequence[Handback | None],
@@ -75,31 +78,32 @@ class LowRankLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         made = _forward(x, branches, dropout)
         outputs = made.outputs(x)
-        ctx.handbacks = [handback if handback is not None and handback.is_wanted else None for handback in handbacks]
-        needed = [handback is not None and not handback.is_wanted for handback in handbacks]
-        ctx.steps, ctx.kept = made.steps, _kept(needed, outputs)
-        ctx.branches, ctx.dropout = [_without_tensors(branch) for branch in branches], dropout
-        source = normed.source_of(x)
-        ctx.source = normed.without_tensors(source)
-        ctx.save_for_backward(*normed.tensors_of(source), made.U, *tensors, *_only(ctx.kept, made.ys))
+        kept = _kept([handback is not None and not handback.is_wanted for handback in handbacks], outputs)
+        bare, source = [_without_tensors(branch) for branch in branches], normed.source_of(x)
+        handbacks = [handback if handback is not None and handback.is_wanted else None for handback in handbacks]
+        ctx.kept = (made.steps, bare, dropout, kept), handbacks, normed.without_tensors(source)
+        ctx.save_for_backward(*normed.tensors_of(source), made.U, *tensors, *_only(kept, made.ys))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Ctx[tuple[Kept, Sequence[Handback | None], normed.Source]], *dys: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, w, rstd, U, *rest = ctx.saved_tensors
-        source = normed.with_tensors(ctx.source, x, w, rstd)
-        branches, ys = _with_tensors(ctx.branches, rest)
-        ys = [y if handback is None else handback.take() for y, handback in zip(ys, ctx.handbacks)]
+        (steps, bare, dropout, kept), handbacks, source = ctx.kept
+        source = normed.with_tensors(source, x, w, rstd)
+        branches, ys = _with_tensors(bare, rest)
+        ys = [y if handback is None else handback.take() for y, handback in zip(ys, handbacks)]
         wanted, want_dx = _wanted(ctx.needs_input_grad[4:]), ctx.needs_input_grad[3]
         are_missing = any(y is None and want.m and dy is not None for y, want, dy in zip(ys, wanted, dys))
-        if are_missing or _are_written_over(ctx.kept):
-            ys = ctx.steps.forward(source.rows(), branches, ctx.dropout)[0]
-        dU, dx, grads = ctx.steps.backward(_all_rows(dys), branches, ys, U, ctx.dropout, wanted, want_dx=want_dx)
+        if are_missing or _are_written_over(kept):
+            ys = steps.forward(source.rows(), branches, dropout)[0]
+        dU, dx, grads = steps.backward(_all_rows(dys), branches, ys, U, dropout, wanted, want_dx=want_dx)
         dA = None
         if any(want.A for want in wanted):
-            dA = source.grad_A(dU, lambda dU, rows: ctx.steps.grad_A(dU, rows, ctx.dropout))
+            dA = source.grad_A(dU, lambda dU, rows: steps.grad_A(dU, rows, dropout))
         return None, None, None, None if dx is None else dx.view(x.shape), *_flat(grads, dA, branches, wanted)
 
 
@@ -108,7 +112,7 @@ class LowRankLinearOfGlu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx[tuple[Kept, str]],
         branch: Branch,
         act: str,
         dropout: Dropout | None,
@@ -118,22 +122,24 @@ class LowRankLinearOfGlu(torch.autograd.Function):
     ) -> Tensor:
         made = _forward(elementwise.glu(gate, up, act), (branch,), dropout)
         (output,) = made.outputs(gate)
-        ctx.steps, ctx.kept = made.steps, _kept(_trains_m((branch,)), (output,))
-        ctx.branches, ctx.act, ctx.dropout = [_without_tensors(branch)], act, dropout
-        ctx.save_for_backward(gate, up, made.U, *tensors, *_only(ctx.kept, made.ys))
+        kept = _kept(_trains_m((branch,)), (output,))
+        ctx.kept = (made.steps, [_without_tensors(branch)], dropout, kept), act
+        ctx.save_for_backward(gate, up, made.U, *tensors, *_only(kept, made.ys))
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Ctx[tuple[Kept, str]], dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, U, *rest = ctx.saved_tensors
-        branches, ys = _with_tensors(ctx.branches, rest)
-        if _are_written_over(ctx.kept):
-            ys = ctx.steps.forward(_rows(elementwise.glu(gate, up, ctx.act)), branches, ctx.dropout)[0]
+        (steps, bare, dropout, kept), act = ctx.kept
+        branches, ys = _with_tensors(bare, rest)
+        if _are_written_over(kept):
+            ys = steps.forward(_rows(elementwise.glu(gate, up, act)), branches, dropout)[0]
         wanted = _wanted(ctx.needs_input_grad[5:])
-        dU, dx, grads = ctx.steps.backward(_all_rows((dy,)), branches, ys, U, ctx.dropout, wanted, want_dx=True)
-        d_gate, d_up, rows = elementwise.glu_backward(dx, _rows(gate), _rows(up), ctx.act)
-        dA = None if rows is None or not wanted[0].A else ctx.steps.grad_A(dU, rows, ctx.dropout)
+        dU, dx, grads = steps.backward(_all_rows((dy,)), branches, ys, U, dropout, wanted, want_dx=True)
+        assert dx is not None, "it was wanted"
+        d_gate, d_up, rows = elementwise.glu_backward(dx, _rows(gate), _rows(up), act)
+        dA = None if rows is None or not wanted[0].A else steps.grad_A(dU, rows, dropout)
         flat = _flat(grads, dA, branches, wanted)
         return None, None, None, d_gate.view(gate.shape), d_up.view(up.shape), *flat
 
@@ -146,7 +152,7 @@ class _Made:
 
     ys: Sequence[Tensor]
     U: Tensor
-    steps: ModuleType | low_rank.Steps | low_rank_card.Steps
+    steps: Steps
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., N_i). No views: autograd forbids writing in place to a view that a Function returns, and Falcon adds to
@@ -161,7 +167,7 @@ def _forward(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> 
     return _Made(ys, U, steps)
 
 
-def _steps(rows: Tensor, branches: Sequence[Branch]) -> ModuleType | low_rank.Steps | low_rank_card.Steps:
+def _steps(rows: Tensor, branches: Sequence[Branch]) -> Steps:
     """The implementation of the steps for these rows: the native library, Triton's kernels or separate products."""
     if selection.takes_native(rows):
         from rankwise.ops.cpu import low_rank
@@ -215,7 +221,7 @@ def _without_tensors(branch: Branch) -> Branch:
 
 def _with_tensors(
     branches: Sequence[Branch], saved: Sequence[Tensor | None]
-) -> tuple[list[Branch], list[Tensor | None]]:
+) -> tuple[list[Branch], Sequence[Tensor | None]]:
     """The branches with their tensors again, and the kept outputs, as rows."""
     filled = []
     for index, branch in enumerate(branches):

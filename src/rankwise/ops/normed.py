@@ -11,7 +11,7 @@ Legend: T = rows of x, K = columns, R = ranks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from rankwise.compat.torch import WeakTensorKeyDictionary, writes_to
 from rankwise.ops import elementwise
 
 # Of each norm's output that lives, what it was made from. No attribute of the tensor: that would be saved with it.
-_made: Any = WeakTensorKeyDictionary()
+_made: MutableMapping[Tensor, tuple[Normed, int]] = WeakTensorKeyDictionary()
 
 # ``dU^T rows``: dU (T, R), rows (T, K) -> (R, K).
 OfRows = Callable[[Tensor, Tensor], Tensor]

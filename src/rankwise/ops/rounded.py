@@ -14,13 +14,12 @@ import dataclasses
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
-from rankwise.compat.torch import WeakTensorKeyDictionary, mode_of
+from rankwise.compat.torch import FakeTensorMode, WeakTensorKeyDictionary, mode_of
 from rankwise.constants import ALIGNED
 from rankwise.ops.branch import Branch
 from rankwise.ops.freshness import Key, trained_key
@@ -72,13 +71,13 @@ class _Copy:
         return pairs
 
     @property
-    def place(self) -> tuple[Any, ...]:
+    def place(self) -> tuple[torch.device, torch.dtype, FakeTensorMode | None]:
         """A key: copies with the same key are made together. Fake tensors of two modes do not mix."""
         return self.whole.device, self.whole.dtype, mode_of(self.whole)
 
 
 # By the first tensor of each; no attribute of the tensor, which would be saved with it.
-_kept: Any = WeakTensorKeyDictionary()
+_kept: MutableMapping[Tensor, _Copy] = WeakTensorKeyDictionary()
 
 
 def rounded(branches: Sequence[Branch], dtype: torch.dtype) -> Rounded:

@@ -24,6 +24,7 @@ from typing import Any, get_args, get_origin
 import torch
 from torch import Tensor
 
+from rankwise.compat.torch import Ctx
 from rankwise.constants import NESTED_BLOCK
 from rankwise.ops import (
     card_reference,
@@ -49,6 +50,9 @@ _PARTS = {
     "nested_absmax": Tensor | None,
     "offset": Tensor | None,
 }
+# What an operator of a schema gives, and what one takes.
+Results = Tensor | tuple[Tensor, ...] | None
+Argument = Tensor | PackedWeight | Sequence[int] | torch.dtype | str | float | bool | None
 _module = functools.cache(importlib.import_module)
 
 
@@ -72,7 +76,7 @@ class Operator:
     gradient: tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]] | None = None
 
 
-def call(name: str, *arguments: Any) -> Any:
+def call(name: str, *arguments: Argument) -> Any:
     """The operator's results for all of its arguments; an absent one is None."""
     first = arguments[0]
     if type(first) in PLAIN and not torch.compiler.is_compiling():
@@ -86,14 +90,14 @@ def call(name: str, *arguments: Any) -> Any:
     return tuple(None if index in absent else result for index, result in enumerate(found))
 
 
-def run(name: str, *arguments: Any) -> Any:
+def run(name: str, *arguments: Argument) -> Any:
     """The same on real tensors: the check, then the native library, Triton or plain PyTorch."""
     operator = OPERATORS[name]
     operator.check(*arguments)
     return getattr(operator.choose(*arguments), name)(*arguments)
 
 
-def module_for(tensor: Tensor, *_: Any) -> ModuleType:
+def module_for(tensor: Tensor, *_: object) -> ModuleType:
     """The module of element-wise functions that runs on ``tensor``."""
     if selection.transforms_functions():
         return elementwise_reference
@@ -105,24 +109,24 @@ def module_for(tensor: Tensor, *_: Any) -> ModuleType:
     return elementwise_reference
 
 
-def _of_weight(weight: PackedWeight, *_: Any) -> ModuleType:
+def _of_weight(weight: PackedWeight, *_: object) -> ModuleType:
     return selection.module_for(weight.codes.device)
 
 
-def _of_first(first: Tensor, *_: Any) -> ModuleType:
+def _of_first(first: Tensor, *_: object) -> ModuleType:
     return selection.module_for(first.device)
 
 
-def _of_second(_: Tensor, weight: PackedWeight, *__: Any) -> ModuleType:
+def _of_second(_: Tensor, weight: PackedWeight, *__: object) -> ModuleType:
     return selection.module_for(weight.codes.device)
 
 
-def _for_row_cross(weight: PackedWeight, *_: Any) -> ModuleType:
+def _for_row_cross(weight: PackedWeight, *_: object) -> ModuleType:
     """The module for `row_cross`. A kernel cannot read slices of a weight under a transform of ``torch.func``."""
     return reference if selection.transforms_functions() else _of_weight(weight)
 
 
-def _for_card(first: Tensor | PackedWeight, *_: Any) -> ModuleType:
+def _for_card(first: Tensor | PackedWeight, *_: object) -> ModuleType:
     if isinstance(first, Tensor) and first.dtype not in checks.DTYPES:
         return card_reference
     device = first.device if isinstance(first, Tensor) else first.codes.device
@@ -137,7 +141,7 @@ def _for_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> ModuleType:
     return reference_attention
 
 
-def _as(x: Tensor, *_: Any) -> Tensor:
+def _as(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -145,12 +149,12 @@ def _wide(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _rope(q: Tensor, *_: Any) -> Tensor:
+def _rope(q: Tensor, *_: object) -> Tensor:
     B, H, L, D = q.shape
     return q.new_empty((B, L, H, D)).transpose(1, 2)
 
 
-def _sums(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _sums(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
     dtypes = (elementwise_checks.sum_dtype(logits), elementwise_checks.sum_dtype(logits), torch.int64)
     return tuple(logits.new_empty((), dtype=dtype) for dtype in dtypes)
 
@@ -165,27 +169,27 @@ def _nested(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty((nested,)), absmax.new_empty(())
 
 
-def _per_row(weight: PackedWeight, *_: Any) -> Tensor:
+def _per_row(weight: PackedWeight, *_: object) -> Tensor:
     return weight.codes.new_empty((weight.shape[0],), dtype=torch.float32)
 
 
-def _attended(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _attended(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     B, Lq, H, _D = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, Lq), dtype=torch.float32)
 
 
-def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_weight(ctx: Ctx[tuple[Sequence[int], str, int]], inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, absmax, shape, quant_type, block_size, nested_absmax, offset = inputs[: 1 + len(_PARTS)]
     ctx.save_for_backward(codes, absmax, nested_absmax, offset)
-    ctx.format = (shape, quant_type, block_size)
+    ctx.kept = (shape, quant_type, block_size)
 
 
-def _saved_parts(ctx: Any) -> tuple[Any, ...]:
+def _saved_parts(ctx: Ctx[tuple[Sequence[int], str, int]]) -> tuple[Argument, ...]:
     codes, absmax, nested_absmax, offset = ctx.saved_tensors
-    return codes, absmax, *ctx.format, nested_absmax, offset
+    return codes, absmax, *ctx.kept, nested_absmax, offset
 
 
-def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _linear_gradient(ctx: Ctx[tuple[Sequence[int], str, int]], grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.rankwise.linear_4bit_input_grad(grad, *_saved_parts(ctx))
@@ -194,21 +198,21 @@ def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, *[None] * len(_PARTS), grad_bias
 
 
-def _input_grad_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _input_grad_gradient(ctx: Ctx[tuple[Sequence[int], str, int]], grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.rankwise.linear_4bit(grad, *_saved_parts(ctx), None), *[None] * len(_PARTS)
 
 
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, start, end, ctx.scale = inputs
+def _save_attention(ctx: Ctx[float], inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, start, end, ctx.kept = inputs
     ctx.save_for_backward(q, k, v, *output, start, end)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _attention_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _attention_gradient(ctx: Ctx[float], grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    return *torch.ops.rankwise.attention_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
+    return *torch.ops.rankwise.attention_backward(grad, *ctx.saved_tensors, ctx.kept), None, None, None
 
 
 _elementwise = functools.partial(Operator, elementwise_reference, choose=module_for)
@@ -327,7 +331,7 @@ def _schema(name: str, operator: Operator) -> str:
     return name + torch.library.infer_schema(prototype, mutates_args=mutated)
 
 
-def _of_parts(name: str, operator: Operator, run: Callable[..., Any]) -> Callable[..., Any]:
+def _of_parts(name: str, operator: Operator, run: Callable[..., Results]) -> Callable[..., Results]:
     """``run``, which takes a `PackedWeight`, as a function of its parts."""
     names = [parameter.name for parameter in _parameters(name, operator)]
     if "absmax" not in names or "quant_type" not in names:
@@ -337,8 +341,8 @@ def _of_parts(name: str, operator: Operator, run: Callable[..., Any]) -> Callabl
     return lambda *inputs: run(*inputs[:first], PackedWeight(*inputs[first:last]), *inputs[last:])
 
 
-def _real(name: str, operator: Operator) -> Callable[..., Any]:
-    def implementation(*arguments: Any) -> Any:
+def _real(name: str, operator: Operator) -> Callable[..., Results]:
+    def implementation(*arguments: Any) -> Results:
         found = run(name, *arguments)
         if operator.results is None:
             return None
@@ -347,8 +351,8 @@ def _real(name: str, operator: Operator) -> Callable[..., Any]:
     return implementation
 
 
-def _fake(operator: Operator) -> Callable[..., Any]:
-    def implementation(*arguments: Any) -> Any:
+def _fake(operator: Operator) -> Callable[..., Results]:
+    def implementation(*arguments: Any) -> Results:
         operator.check(*arguments)
         if operator.results is None:
             return None

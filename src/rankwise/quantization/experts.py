@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise import ops
-from rankwise.compat.torch import own_modules
+from rankwise.compat.torch import Ctx, own_modules
 from rankwise.compat.transformers import choose_experts_of_module, gate_of, register_experts, spreads_experts
 from rankwise.constants import NESTED_BLOCK
 from rankwise.ops.grouped import inverse, rows_per_expert
@@ -156,16 +156,17 @@ class Stack:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Stack, index: int, transposed: bool) -> Tensor:
-        ctx.stack, ctx.index, ctx.transposed = stack, index, transposed
+    def forward(ctx: Ctx[tuple[Stack, int, bool]], x: Tensor, stack: Stack, index: int, transposed: bool) -> Tensor:
+        ctx.kept = stack, index, transposed
         return stack.run(x, index, across=transposed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.stack.run(grad, ctx.index, across=not ctx.transposed), None, None, None
+    def backward(ctx: Ctx[tuple[Stack, int, bool]], grad: Tensor) -> tuple[Tensor | None, ...]:
+        stack, index, transposed = ctx.kept
+        return stack.run(grad, index, across=not transposed), None, None, None
 
 
-def forward_4bit(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def forward_4bit(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The function that transformers calls for experts under `IMPLEMENTATION`; ``self`` is the experts module.
 
     hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H) in the dtype of hidden_states.
@@ -175,7 +176,7 @@ def forward_4bit(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_we
 
 
 # (experts module, name of a stack, index of an expert, its rows (t, K)) -> what its matrix gives (t, N).
-Product = Callable[[Any, str, int, Tensor], Tensor]
+Product = Callable[[nn.Module, str, int, Tensor], Tensor]
 
 
 def forward_by_expert(
@@ -203,23 +204,23 @@ def weighed(module: Any, outputs: Tensor, top_k_weights: Tensor, dtype: torch.dt
     return weighted.sum(dim=1).to(dtype)
 
 
-def first_leaf(module: Any) -> str:
+def first_leaf(module: nn.Module) -> str:
     """The name of the stack whose product comes first."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
-def _expert(module: Any, index: int, x: Tensor, multiply: Product) -> Tensor:
+def _expert(module: nn.Module, index: int, x: Tensor, multiply: Product) -> Tensor:
     """One expert's output (t, H) for its t rows."""
     inner = gate_of(module)(multiply(module, first_leaf(module), index, x))
     return multiply(module, "down_proj", index, inner)
 
 
-def product(module: Any, leaf: str, index: int, x: Tensor) -> Tensor:
+def product(module: nn.Module, leaf: str, index: int, x: Tensor) -> Tensor:
     """``W_e x + b_e`` of one expert, dense or 4-bit: (t, K) -> (t, N)."""
     stack = stack_at(module, leaf)
     if stack is not None:
         y = computed_in(
-            stack.scales.compute_dtype, x, lambda z: stack.product(z, index, transposed=module.is_transposed)
+            stack.scales.compute_dtype, x, lambda z: stack.product(z, index, transposed=bool(module.is_transposed))
         )
     else:
         W = getattr(module, leaf)[index]
@@ -243,11 +244,10 @@ def four_bit_stacks(model: nn.Module) -> Iterator[tuple[str, Stack]]:
 
 def foreign(experts: nn.Module, leaf: str) -> str | None:
     """Why our code cannot compute with ``leaf``, or None for a stack of transformers' interface."""
-    module: Any = experts
-    understood = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "config"))
+    understood = all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "config"))
     if not understood or leaf not in LEAVES:
         return f"{type(experts).__name__} does not compute through transformers' interface for experts"
-    if spreads_experts(module):
+    if spreads_experts(experts):
         return "its experts are spread over devices"
     return None
 
@@ -294,8 +294,7 @@ def quantize_stack(experts: nn.Module, leaf: str, *, compute_dtype: torch.dtype 
 
 def dequantize_stack(stack: Stack, dtype: torch.dtype | None = None) -> None:
     """Replace the stack by its dense, frozen parameter, of ``dtype`` or its own."""
-    experts: Any = stack.experts
-    W = stack.dequantize()
+    experts, W = stack.experts, stack.dequantize()
     delattr(experts, stack.leaf + SUFFIX)
     setattr(experts, stack.leaf, nn.Parameter(W if dtype is None else W.to(dtype), requires_grad=False))
     if all(stack_at(experts, leaf) is None for leaf in LEAVES):

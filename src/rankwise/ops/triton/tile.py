@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import triton
@@ -123,7 +122,7 @@ def is_old(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
-def launching_on(device: torch.device) -> AbstractContextManager[Any]:
+def launching_on(device: torch.device) -> AbstractContextManager[None]:
     """A context in which kernels run on ``device``: Triton launches on the current one, wherever its arguments are.
 
     Raises:
