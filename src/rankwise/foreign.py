@@ -11,12 +11,15 @@ import stat
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import pydantic
 from pydantic_core import ErrorDetails
 
 from rankwise.errors import RankwiseError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LARGEST_BYTES = 50_000_000
 DEEPEST = 64
@@ -28,7 +31,7 @@ UNPACKED_BYTES, UNPACKED_TIMES = 200_000_000, 50
 # A JSON object.
 JsonObject = dict[str, Any]
 Fields = Mapping[str, Any]
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def read_json(path: Path, *, largest_bytes: int = LARGEST_BYTES, constants: bool = False) -> Any:
@@ -51,7 +54,7 @@ def parse_json(
     *,
     constants: bool = False,
     halves: bool = False,
-    pairs: Callable[..., Any] | None = None,
+    pairs: Callable[..., object] | None = None,
 ) -> Any:
     """The value of a JSON text, as ``json.loads`` gives it.
 
@@ -115,15 +118,14 @@ def reason_of(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
 
 
-def checked(kind: type[T], content: Any) -> T:
+def checked(kind: type[T], content: object) -> T:
     """``content`` as an instance of the dataclass ``kind``, with every field of its declared type.
 
     Fields that ``kind`` does not declare are dropped. Raises ValueError that names the first wrong field.
     """
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__} and not an object")
-    fields: Any = kind
-    model = _strict_model(fields)
+    model = _strict_model(kind)
     try:
         # Validated for the errors alone: pydantic would turn 12 into 12.0 where the field is a float.
         model.model_validate(content, strict=True)
@@ -169,7 +171,7 @@ def _place(location: Sequence[int | str], values: Fields) -> str:
 
 
 @functools.cache
-def _strict_model(kind: Any) -> type[pydantic.BaseModel]:
+def _strict_model(kind: type[DataclassInstance]) -> type[pydantic.BaseModel]:
     types = get_type_hints(kind, include_extras=True)
     fields: JsonObject = {}
     for field in dataclasses.fields(kind):
@@ -193,7 +195,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def _check_depth(content: Any) -> None:
+def _check_depth(content: object) -> None:
     level = [content] if isinstance(content, dict | list) else []
     for _ in range(DEEPEST):
         inner = (item for part in level for item in (part.values() if isinstance(part, dict) else part))

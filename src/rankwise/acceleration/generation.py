@@ -26,7 +26,7 @@ from rankwise.chunks import CACHE_BYTES, WRITTEN_ROWS
 from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # A common beginning shorter than this is not worth a pass of its own.
 SHARED_TOKENS = 32
@@ -85,7 +85,7 @@ def batches_by_length(prompts: Sequence[Prompt], *, budget: int, new_tokens: int
 
 
 def batches_that_fit(
-    model: Any, prompts: Sequence[Prompt], decoding: Decoding, max_rows: int | None = None
+    model: PreTrainedModel, prompts: Sequence[Prompt], decoding: Decoding, max_rows: int | None = None
 ) -> list[list[int]]:
     """``batches_by_length`` within the memory for keys and values."""
     device = model.device
@@ -95,7 +95,9 @@ def batches_that_fit(
     return batches_by_length(prompts, budget=tokens, new_tokens=decoding.max_new_tokens, max_rows=rows)
 
 
-def stop_ids_of(model: Any, tokenizer: Any, more: Iterable[int | None] = ()) -> frozenset[int]:
+def stop_ids_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, more: Iterable[int | None] = ()
+) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's, the model's, and ``more``."""
     found = {tokenizer.eos_token_id, *more}
     for config in (getattr(model, "generation_config", None), model.config):
@@ -104,7 +106,7 @@ def stop_ids_of(model: Any, tokenizer: Any, more: Iterable[int | None] = ()) -> 
     return frozenset(int(token) for token in found if token is not None)
 
 
-def cache_bytes_per_token(model: Any) -> int:
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes of the keys and values of one token in all layers."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -245,7 +247,7 @@ class Generator:
             use_cache=True,
         )
         size, start = self.decoding.no_repeat_ngram_size, ids.shape[1]
-        processors: Any = [only_numbers(self.model)] + [_without_repeats(start, size)] * bool(size)
+        processors = [only_numbers(self.model)] + [_without_repeats(start, size)] * bool(size)
         tokens = self.model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
         )

@@ -27,6 +27,7 @@ from rankwise.ops.linear_cross_entropy import LogitShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+    from transformers.utils.generic import ModelOutput
 
 # Logits that the probing head answers: they tell identity, scale and softcap apart.
 PROBE = (-30.0, -3.0, -0.5, 0.0, 0.25, 2.0, 7.0, 40.0)
@@ -45,7 +46,7 @@ class Head:
     module: nn.Module
     shape: LogitShape
     # The model's own, with which ours was found to agree.
-    loss_function: Any = None
+    loss_function: Callable[..., Tensor] | None = None
     # Of the loss that balances experts; None where the model's own loss is another one when that is asked for.
     router_weight: float | None = 0.0
 
@@ -96,7 +97,7 @@ def asks_for_routers(model: nn.Module, given: dict[str, Any]) -> bool:
     return bool(getattr(_text_config(model), "output_router_logits", False) if asked is None else asked)
 
 
-def with_router_loss(head: Head, loss: Tensor, outputs: Any) -> Tensor:
+def with_router_loss(head: Head, loss: Tensor, outputs: ModelOutput) -> Tensor:
     """Mixture-of-experts models add their balancing loss where it is asked for."""
     router = getattr(outputs, "aux_loss", None)
     if not isinstance(router, Tensor) or not head.router_weight:
@@ -171,7 +172,7 @@ def _answers_as(model: nn.Module, head: Head) -> bool:
     return bool(torch.allclose(logits.detach().float(), expected.float(), rtol=2e-2, atol=1e-3))
 
 
-def _loses_as(model: nn.Module, head: Head, **asked: Any) -> bool:
+def _loses_as(model: nn.Module, head: Head, **asked: bool) -> bool:
     """Whether the model's own loss is that of label i + 1 at position i, with the balance of experts.
 
     The head answers logits that differ at every position. Fake tensors have no values; there the loss is trusted.
@@ -191,7 +192,7 @@ def _loses_as(model: nn.Module, head: Head, **asked: Any) -> bool:
             ),
         )
     loss = getattr(found, "loss", None)
-    if why_not is not None or loss is None:
+    if why_not is not None or found is None or loss is None:
         return False
     shaped = head.shape(logits.to(parameter.dtype if parameter.is_floating_point() else torch.float32)).float()
     expected = F.cross_entropy(shaped[0, :-1], labels[0, 1:], ignore_index=IGNORED)

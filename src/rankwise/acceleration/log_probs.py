@@ -14,11 +14,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from rankwise.acceleration import attention
 from rankwise.acceleration.head import answering, current_head
@@ -28,6 +31,9 @@ from rankwise.acceleration.replace import ATTRIBUTE, class_forward
 from rankwise.acceleration.rows import close, has_window
 from rankwise.compat.transformers import attention_of
 from rankwise.constants import IGNORED
+
+# Of a model, by name.
+Inputs = Mapping[str, Tensor | int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,7 @@ class TokenScores:
         return torch.zeros_like(self.log_probs, dtype=torch.bool)
 
 
-def accept_scores(model: nn.Module, asked: Asked) -> bool:
+def accept_scores(model: PreTrainedModel, asked: Asked) -> bool:
     """Let an accelerated model answer ``model(..., labels=labels, fused_lm_head=True)`` with TokenScores.
 
     Returns whether the model's output head can be computed separately. ``restore`` undoes this with everything else.
@@ -69,7 +75,7 @@ def accept_scores(model: nn.Module, asked: Asked) -> bool:
     if current_head(model) is None:
         return False
 
-    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         return _scored(self, **kwargs) if fused_lm_head else forward_with_labels(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
@@ -86,7 +92,7 @@ def asked_of(model: nn.Module) -> Asked:
     return asked
 
 
-def _shares_prompts(model: Any) -> bool:
+def _shares_prompts(model: PreTrainedModel) -> bool:
     """Whether the answers of a pair may be laid around their prompt. This is tried where every layer sees all
     tokens.
     """
@@ -110,7 +116,7 @@ def _shares_prompts(model: Any) -> bool:
 
 
 def _scored(
-    model: Any,
+    model: PreTrainedModel,
     labels: Tensor,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -136,7 +142,7 @@ def _scored(
 
 
 def scores_of_logits(
-    model: Any,
+    model: PreTrainedModel,
     asked: Asked,
     labels: Tensor,
     input_ids: Tensor,
@@ -158,7 +164,7 @@ def scores_of_logits(
 
 
 def _token_scores(
-    labels: Tensor, scored: Tensor, log_probs: Tensor, entropy: Tensor | None, outputs: Any
+    labels: Tensor, scored: Tensor, log_probs: Tensor, entropy: Tensor | None, outputs: ModelOutput
 ) -> TokenScores:
     """Log-probabilities (P,) at the places of their labels; ``entropy`` is the sum over them."""
 
@@ -172,7 +178,7 @@ def _token_scores(
     return TokenScores(spread(log_probs), mean, getattr(outputs, "aux_loss", None))
 
 
-def _laid_out(asked: Asked, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
+def _laid_out(asked: Asked, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[Inputs, Tensor]:
     """Rows (B, L) with padding at both ends as inputs of a model, and the places of the scored positions (P,) there.
 
     Positions count from a row's first token, as in generation.
@@ -191,7 +197,7 @@ def _laid_out(asked: Asked, input_ids: Tensor, attention_mask: Tensor, scored: T
     return inputs, row * longest + scored % length - first[row]
 
 
-def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
+def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[Inputs, Tensor]:
     """The tokens of all rows without padding as one row (1, T), each row from position 0; and the places of the
     scored ones.
     """
@@ -200,7 +206,7 @@ def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tu
     lengths = attention_mask.sum(1)
     bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
-    inputs: dict[str, Any] = {
+    inputs: Inputs = {
         "input_ids": input_ids.flatten()[kept][None],
         "position_ids": positions[kept][None],
         "cu_seq_lens_q": bounds,
@@ -211,7 +217,7 @@ def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tu
     return inputs, (attention_mask.flatten().cumsum(0) - 1)[scored]
 
 
-def _pairs(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[dict[str, Any], Tensor]:
+def _pairs(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[Inputs, Tensor]:
     """The same with the prompt of each pair once: its first answer backwards, the prompt, its second answer.
 
     So each token still sees one range of keys: a token of the first answer from itself to the end of the prompt, any

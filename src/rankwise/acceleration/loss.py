@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.utils.generic import ModelOutput
 
 from rankwise.acceleration.head import Head, answering, asks_for_routers, current_head, with_router_loss
 from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo, class_forward, replace_forward
@@ -51,7 +52,7 @@ class FusedLoss:
 
     sums: LossSums
     count: int
-    outputs: Any
+    outputs: ModelOutput
 
 
 def scored_positions(labels: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def fused_loss(
 def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
     """Let ``model(..., labels=labels)`` use the fused loss; its output then carries no logits."""
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward_with_labels(self, *args, **kwargs)
 
     # The signature, of this model's family alone, tells the Trainer which columns the model takes.
@@ -94,7 +95,7 @@ def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
     undo.add(lambda: state.pop("head", None))
 
 
-def forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None = None, **kwargs: Any) -> Any:
+def forward_with_labels(self: nn.Module, *args: Any, loss_options: LossOptions | None = None, **kwargs: Any) -> Any:
     plain = class_forward(self)
     asks_otherwise = "shift_labels" in kwargs or "ignore_index" in kwargs
     if kwargs.get("labels") is None or asks_otherwise or is_traced():
@@ -119,7 +120,7 @@ def forward_with_labels(self: Any, *args: Any, loss_options: LossOptions | None 
     return found.outputs
 
 
-def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name, those of ``**kwargs`` included."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     given = dict(bound.arguments)
@@ -129,13 +130,13 @@ def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return given
 
 
-def _keeps_all(logits_to_keep: Any) -> bool:
+def _keeps_all(logits_to_keep: int | Tensor) -> bool:
     return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
 
 def sums_at(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> LossSums:
     """The sums over the targets (P,) that follow the hidden states (P, D)."""
-    module: Any = head.module
+    module = head.module
     head = dataclasses.replace(head, shape=head.shape.at(options.temperature))
     if type(module) is nn.Linear and not module.weight.requires_grad and module.weight.dtype == hidden.dtype:
         trains_bias = module.bias is not None and module.bias.requires_grad

@@ -261,8 +261,8 @@ def _keep_output(adapter: nn.Module) -> None:
         adapter.comes_back = False
 
 
-def _noting(seen: list[Seen]) -> Callable[[Any, tuple[Any, ...], Any], None]:
-    def note(layer: Any, inputs: tuple[Any, ...], y: Any) -> None:
+def _noting(seen: list[Seen]) -> Callable[[AdaptedLayer, tuple[Tensor, ...], Tensor], None]:
+    def note(layer: AdaptedLayer, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
             seen.append(Seen(layer, inputs[0], y, torch.is_grad_enabled()))
 

@@ -100,7 +100,7 @@ def _sole_adapter(module: Any) -> str | None:
     return names[0] if is_plain and module.lora_A[names[0]].bias is None else None
 
 
-def _variant_name(variant: Any) -> str:
+def _variant_name(variant: object) -> str:
     return variant.__name__ if isinstance(variant, type) else type(variant).__name__
 
 
@@ -146,7 +146,7 @@ def _dropout(module: Any, name: str) -> float:
     return float(getattr(module.lora_dropout[name], "p", 0.0))
 
 
-def _base_view(base: Any) -> nn.Module | None:
+def _base_view(base: nn.Module) -> nn.Module | None:
     """The base layer, or for bitsandbytes' 4-bit layer one of ours over the same memory; None for any other kind."""
     state = getattr(getattr(base, "weight", None), "quant_state", None)
     if state is not None:

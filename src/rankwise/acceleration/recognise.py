@@ -115,14 +115,14 @@ def _leaving(module_name: str, twin: FastRope, model: weakref.ref[nn.Module]) ->
 class FastRope:
     """``apply_rotary_pos_emb`` of one family. Calls with other arguments go to the original."""
 
-    def __init__(self, original: Callable[..., Any]) -> None:
+    def __init__(self, original: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self.original = original
         # The models that use it; one that is gone is not a user.
-        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor]:
         plain = args or kwargs or unsqueeze_dim != 1 or not all(_is_simple(tensor, cos) for tensor in (q, k))
         if plain or cos.requires_grad or cos.dim() != 3:
             return self.original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
@@ -155,7 +155,7 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     return down_of_glu(self.down_proj, self.gate_proj(x), self.up_proj(x), self.rankwise_act)
 
 
-def down_of_glu(down: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
+def down_of_glu(down: nn.Module, gate: Tensor, up: Tensor, act: str) -> Tensor:
     """``down(act(gate) * up)``; over an adapted layer the product is not kept for the backward pass."""
     layer = down.__dict__.get(STAND_IN, down)
     if isinstance(layer, AdaptedLayer) and is_free(layer) and not has_hooks(down) and layer.is_ready:
@@ -166,13 +166,13 @@ def down_of_glu(down: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
     return down(Glu.apply(gate, up, act))
 
 
-def _looks_like_norm(module: Any) -> bool:
+def _looks_like_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     is_vector = isinstance(weight, Tensor) and weight.dim() == 1 and getattr(module, "bias", None) is None
     return is_vector and type(module).__name__.endswith("RMSNorm") and _eps(module) is not None
 
 
-def _eps(module: Any) -> float | None:
+def _eps(module: nn.Module) -> float | None:
     names = ("variance_epsilon", "eps", "epsilon")
     return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), float)), None)
 
@@ -190,7 +190,7 @@ def _norm_form(module: Any) -> tuple[int, bool] | None:
     return best if errors[best] <= TOLERANCE[x.dtype] else None
 
 
-def _mlp_activation(module: Any) -> str | None:
+def _mlp_activation(module: nn.Module) -> str | None:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(part, nn.Module) for part in parts):
         return None
@@ -233,7 +233,7 @@ def _mlp_dtype(module: nn.Module, base: Any) -> torch.dtype | None:
 
 
 @torch.no_grad()
-def _rope_agrees(original: Callable[..., Any], like: Tensor) -> bool:
+def _rope_agrees(original: Callable[..., tuple[Tensor, Tensor]], like: Tensor) -> bool:
     shapes = ((2, 3, 5, 16), (2, 1, 5, 16), (2, 5, 8), (2, 5, 8))
     generator = torch.Generator().manual_seed(0)
     q, k, *angles = (torch.randn(shape, generator=generator).to(like) for shape in shapes)

@@ -46,7 +46,7 @@ class Undo:
             self._steps.pop()()
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: Undo, **notes: Any) -> None:
+def replace_forward(module: nn.Module, forward: Callable[..., object], undo: Undo, **notes: Any) -> None:
     """Let ``module`` compute by ``forward(module, ...)``, which finds ``notes`` as attributes.
 
     ``undo`` restores a forward that was on the instance before.

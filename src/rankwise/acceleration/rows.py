@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankwise.acceleration import attention
 from rankwise.acceleration.probe import probe
@@ -31,7 +31,7 @@ LENGTHS = (3, 4)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
-def flattening_obstacle(model: Any) -> str | None:
+def flattening_obstacle(model: nn.Module) -> str | None:
     """Why rows cannot be laid end to end, or None where they can.
 
     Two short rows are tried: their last logits in one row must equal those of the rows alone.
@@ -52,7 +52,7 @@ def flattening_obstacle(model: Any) -> str | None:
     return None if close(last, torch.stack([row[-1] for row in apart])) else "they get other logits than apart"
 
 
-def end_to_end(lengths: Sequence[int], device: torch.device, first: int = 0) -> dict[str, Any]:
+def end_to_end(lengths: Sequence[int], device: torch.device, first: int = 0) -> dict[str, Tensor | int]:
     """What trl's padding-free collator gives for rows of these lengths: row i holds the ids i + 1, i + 2, ..."""
     ids = [torch.arange(row + 1, row + 1 + length) for row, length in enumerate(lengths, start=first)]
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
@@ -73,7 +73,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     return float((a.float() - b.float()).abs().max()) <= limit
 
 
-def replace_masks(model: Any, undo: Undo, *, bounds: bool) -> bool:
+def replace_masks(model: nn.Module, undo: Undo, *, bounds: bool) -> bool:
     """Let the model's decoder take the bounds of rows as a mask (where ``bounds``, which needs our attention), and on a
     card no mask for right padding. Returns whether it does.
 
@@ -102,7 +102,7 @@ def replace_masks(model: Any, undo: Undo, *, bounds: bool) -> bool:
     return True
 
 
-def _agrees(model: Any, device: torch.device, wanted: Tensor | None, *, bounds: bool) -> bool:
+def _agrees(model: PreTrainedModel, device: torch.device, wanted: Tensor | None, *, bounds: bool) -> bool:
     with attention.noting() as calls:
         found = _logits(model, device, bounds=bounds)
     if found is None or (wanted is None and not is_fake(found)):
@@ -115,7 +115,7 @@ def _agrees(model: Any, device: torch.device, wanted: Tensor | None, *, bounds: 
     return wanted is None or close(found, wanted)
 
 
-def _logits(model: Any, device: torch.device, *, bounds: bool) -> Tensor | None:
+def _logits(model: nn.Module, device: torch.device, *, bounds: bool) -> Tensor | None:
     """Logits of two rows, end to end or padded on the right; of padded rows those at real tokens."""
     if bounds:
         return probe(model, lambda: model(**end_to_end(LENGTHS, device)).logits)[0]
@@ -127,7 +127,7 @@ def _logits(model: Any, device: torch.device, *, bounds: bool) -> Tensor | None:
     return logits if logits is None or is_fake(logits) else logits.detach()[mask]
 
 
-def has_window(config: Any) -> bool:
+def has_window(config: PreTrainedConfig) -> bool:
     """Whether some layers attend to a window of the tokens only."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "attention_chunk_size", None):

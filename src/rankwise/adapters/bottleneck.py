@@ -11,8 +11,7 @@ trains the layer norms; here the base stays frozen, as in Pfeiffer et al. 2021. 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ from torch.nn.functional import gelu, linear
 from rankwise.adapters.base_layer import weight_device
 from rankwise.errors import ConfigError
 
+# What a sublayer returns.
+Output = Tensor | tuple[Tensor | None, ...]
 # The names of a block's sublayers in transformers.
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
@@ -74,10 +75,10 @@ def sublayers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _after(bottleneck: Bottleneck) -> Any:
+def _after(bottleneck: Bottleneck) -> Callable[[nn.Module, tuple[Tensor, ...], Output], Output]:
     """A forward hook. Attention returns a tuple with its output first, a feed-forward layer returns a tensor."""
 
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Output) -> Output:
         if isinstance(output, tuple):
             return (bottleneck(output[0]), *output[1:])
         return bottleneck(output)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +155,7 @@ def _original_layers(model: nn.Module, packed: list[str], originals: nn.Module |
     """{name: dense layer} of the layers ``packed``, from ``originals`` or from the model's source files."""
     if not packed:
         return {}
-    load_again: Callable[[], Any] | None = getattr(model, "rankwise_originals", None)
+    load_again: Callable[[], nn.Module] | None = getattr(model, "rankwise_originals", None)
     if originals is None and load_again is not None:
         originals = load_again()
     modules = {} if originals is None else dict(base_modules(originals))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -188,7 +188,7 @@ def make_room(model: nn.Module, config: LoraConfig) -> None:
     most = max((max(ids) for ids in config.token_rows.values()), default=-1)
     embedding = model_end(model, "input")
     if embedding is not None and most >= embedding.get_parameter("weight").shape[0]:
-        resize: Callable[..., Any] = model.resize_token_embeddings  # type: ignore[assignment]
+        resize: Callable[..., nn.Module] = model.resize_token_embeddings  # type: ignore[assignment]
         resize(most + 1, mean_resizing=False)
 
 

@@ -202,7 +202,7 @@ class _without_prefix:  # noqa: N801  (a function with state; a closure could no
     def __init__(self, inner: str) -> None:
         self.inner = inner
 
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def __call__(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
         start = f"{prefix}{self.inner}."
         for key in [key for key in state if key.startswith(start)]:
             state[prefix + key.removeprefix(start)] = state.pop(key)
@@ -212,7 +212,7 @@ class _with_prefix:  # noqa: N801
     def __init__(self, inner: str) -> None:
         self.inner = inner
 
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def __call__(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
         # Every other key goes to the inner module: a 4-bit layer also reads keys of bitsandbytes' format.
         own = (f"{prefix}adapters.", f"{prefix}{self.inner}.")
         for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:

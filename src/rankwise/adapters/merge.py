@@ -90,7 +90,7 @@ def _untie_head(model: nn.Module) -> tuple[bool, dict[str, str]] | None:
 
     Returns the former values of config.tie_word_embeddings and all_tied_weights_keys.
     """
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return None
     return tie_weights_as(model, False, {})

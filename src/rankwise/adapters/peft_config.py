@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.foreign import Fields, JsonObject, read_object
@@ -111,7 +110,7 @@ def scaled_alpha(config: LoraConfig) -> Callable[[float, int], float]:
     return (lambda alpha, n: alpha * n**0.5) if config.use_rslora else (lambda alpha, n: alpha * n)
 
 
-def _as_lists(rows: Sequence[int] | Mapping[str, Sequence[int]] | None) -> Any:
+def _as_lists(rows: Sequence[int] | Mapping[str, Sequence[int]] | None) -> dict[str, list[int]] | Sequence[int] | None:
     return {key: list(ids) for key, ids in rows.items()} if isinstance(rows, Mapping) else rows and list(rows)
 
 

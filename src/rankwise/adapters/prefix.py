@@ -12,6 +12,7 @@ stored after their rotation: the prefix has the positions 0 to P - 1, and the te
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from rankwise.errors import ConfigError
 
+# Arguments by position and by name.
+Call = tuple[tuple[Tensor, ...], dict[str, Any]]
 # transformers 5.2x renames the argument.
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -66,7 +69,7 @@ def _initial(model: Any, length: int) -> tuple[Tensor, Tensor]:
     ids = torch.randint(vocabulary, (1, length)).to(model.device)
     training = model.training
     model.eval()
-    cache: Any = DynamicCache()
+    cache = DynamicCache()
     model(input_ids=ids, use_cache=True, **{_cache_name(model): cache})
     model.train(training)
     pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
@@ -91,10 +94,10 @@ def _cache_name(model: nn.Module) -> str:
     return CACHE_NAMES["cache" not in inspect.signature(model.forward).parameters]
 
 
-def _in_front(prefix: Prefix) -> Any:
+def _in_front(prefix: Prefix) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], Call]:
     """A forward pre-hook that passes the prefix as a cache and extends the mask and the positions by its length."""
 
-    def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> Call:
         from transformers import DynamicCache
 
         if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):

@@ -73,7 +73,7 @@ class SavePretrained:
         model: Any = self._model()
         return SavePretrained(memo.get(id(model), model))
 
-    def __reduce__(self) -> tuple[type[SavePretrained], tuple[Any]]:
+    def __reduce__(self) -> tuple[type[SavePretrained], tuple[nn.Module | None]]:
         return SavePretrained, (self._model(),)
 
     def __call__(self, *args: Any, **options: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class SharedInput:
         # Version counter of the first layer's A at the last decision whether the layers compute apart.
         self._judged = -1
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+    def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
         # Copied layers are not in the group, and compute alone.
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.adapters.peft_config import read_config
 from rankwise.config import DEMO
@@ -72,7 +72,7 @@ def dtype_of(adapter: Path) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
-def _named_by(record: RunRecord) -> Any:
+def _named_by(record: RunRecord) -> str | None:
     """The hub id, ``demo``, or the absolute path of the base; the name as typed where none of these is known."""
     facts, typed = record.base_model, record.settings.get("model")
     if facts.get("kind") == "demo":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 
-def bars_offloading(hook: Any) -> bool:
+def bars_offloading(hook: Callable[..., object]) -> bool:
     """Whether trl put the hook on an output head so that what the head saves is not offloaded. It looks at nothing."""
     return getattr(hook, "__module__", None) == "trl.models.activation_offloading"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.foreign import JsonObject
 from rankwise.models.folder import existing_weights, read_config
@@ -57,7 +57,7 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> JsonObject
 
 def _quantization(model: PreTrainedModel) -> JsonObject | None:
     """The 4-bit format in full, since config.json's description of it leaves out the block size."""
-    config: Any = getattr(model.config, "quantization_config", None)
+    config = getattr(model.config, "quantization_config", None)
     for method in ("to_loading_dict", "to_dict"):
         if hasattr(config, method):
             config = getattr(config, method)()

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeGuard
 
 from pydantic import Field
 
@@ -192,13 +192,13 @@ def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool)
     )
 
 
-def _is_known(model_type: Any) -> bool:
+def _is_known(model_type: object) -> TypeGuard[str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
-def auto_class(model_type: Any) -> Any:
+def auto_class(model_type: object) -> Any:
     """transformers' class that loads such a model; None where it is no language model.
 
     Some models that also see are causal language models to transformers (Gemma 3), others are not (Qwen2.5-VL). Both

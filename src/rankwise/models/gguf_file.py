@@ -19,6 +19,8 @@ from rankwise.weights_file import Malformed
 STRING, ARRAY = 8, 9
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 MAX_DIMENSIONS = 8
+# Of an entry of the header; an array's is its length.
+Value = str | int | float
 
 
 class GgufTensor(NamedTuple):
@@ -91,10 +93,10 @@ class _Reader:
             raise Malformed("is cut short inside its header, or claims lengths beyond its end; download it again")
         self.position += count_bytes
 
-    def entry(self) -> tuple[str, Any]:
+    def entry(self) -> tuple[str, Value]:
         return self.text(), self.value(self.number("I"))
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> Value:
         if kind == STRING:
             return self.text()
         if kind == ARRAY:
@@ -145,7 +147,7 @@ class _Reader:
             tensors[name] = GgufTensor(shape, kind, offset, end)
         return tensors
 
-    def data_start(self, alignment: Any) -> int:
+    def data_start(self, alignment: Value) -> int:
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise Malformed(f"has the alignment {alignment!r}, which is not a power of two; convert it again")
         return (self.position + alignment - 1) // alignment * alignment

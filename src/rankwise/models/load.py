@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.transformers import gguf_read_once
 from rankwise.errors import ConfigError, ModelError, RankwiseError, warn
+from rankwise.foreign import Fields
 from rankwise.models.device import choose_device
 from rankwise.models.folder import FolderContent, auto_class, check_folder, has_tokenizer, read_config
 from rankwise.models.gguf_file import read_gguf_header
@@ -26,6 +27,7 @@ from rankwise.quantization.listing import some_of
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from rankwise.quantization import FourBitConfig, Linear4bit
     from rankwise.quantization.experts import StackScales
@@ -41,7 +43,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
-    quantization: Any = None,
+    quantization: QuantizationConfigMixin | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -179,8 +181,8 @@ def _load_folder(
 
 
 def _quantization_arguments(
-    path: Path, content: FolderContent, quantization: Any, trust_remote_code: bool
-) -> dict[str, Any]:
+    path: Path, content: FolderContent, quantization: QuantizationConfigMixin | None, trust_remote_code: bool
+) -> Mapping[str, PreTrainedConfig | QuantizationConfigMixin | None]:
     """The quantization arguments for transformers. A quantized checkpoint may meet a request for another format here.
 
     A checkpoint of bitsandbytes becomes our 4-bit layers; a wish for 4 bits is granted by what it holds.
@@ -213,7 +215,7 @@ def _quantization_arguments(
     return {"config": config}
 
 
-def _read_densely(path: Path, config: PreTrainedConfig, stored: dict[str, Any]) -> dict[str, Any]:
+def _read_densely(path: Path, config: PreTrainedConfig, stored: Fields) -> Mapping[str, PreTrainedConfig]:
     """Let transformers dequantize what it can while it reads, and say so (RW179)."""
     method = stored.get("quant_method")
     if method not in DEQUANTIZED_ON_LOADING:
@@ -309,7 +311,7 @@ def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreT
     kind = None if source.is_gguf else read_config(Path(folder)).get("model_type")
     with _explaining(source), quiet():
         # Wrong shapes are gathered and raised below, all at once.
-        loaded: Any = auto_class(kind).from_pretrained(
+        loaded = auto_class(kind).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     model, info = loaded

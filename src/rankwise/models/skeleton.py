@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.compat.transformers import gguf_read_once
 from rankwise.errors import ModelError
@@ -14,7 +14,7 @@ from rankwise.models.quiet import quiet, reason_of
 from rankwise.models.source import ModelSource, fetch_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def load_skeleton(
@@ -45,7 +45,7 @@ def load_skeleton(
         ) from error
 
 
-def _config(source: ModelSource, trust_remote_code: bool) -> Any:
+def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     assert source.path is not None

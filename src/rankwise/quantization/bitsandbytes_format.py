@@ -226,6 +226,6 @@ def _broken(name: str, fault: str) -> QuantizationError:
     return QuantizationError("RW611", f"the 4-bit weight {name} {fault}.")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -118,10 +118,10 @@ class Fp4Config(FourBitConfig):
 
 
 # By the name of their type.
-CONFIGS: dict[Any, type[FourBitConfig]] = {kind.quant_type: kind for kind in (Nf4Config, Fp4Config)}
+CONFIGS: dict[str, type[FourBitConfig]] = {kind.quant_type: kind for kind in (Nf4Config, Fp4Config)}
 
 
-def _names(names: Any) -> list[str] | None:
+def _names(names: Collection[str] | None) -> list[str] | None:
     if names is None:
         return None
     is_list = isinstance(names, list | tuple | set | frozenset)
@@ -130,7 +130,7 @@ def _names(names: Any) -> list[str] | None:
     return sorted(names) if isinstance(names, set | frozenset) else list(names)
 
 
-def dtype_named(dtype: Any, what: str) -> torch.dtype | None:
+def dtype_named(dtype: torch.dtype | str | None, what: str) -> torch.dtype | None:
     """A torch.dtype from itself or its name (None stays None). Raises QuantizationError (RW605) that names ``what``."""
     if dtype is None:
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ def dense_patterns(model: nn.Module) -> list[str]:
     if isinstance(model, PreTrainedModel):
         found = dense_by_default(model)
     else:
-        find: Any = getattr(model, "get_output_embeddings", None)
+        find = getattr(model, "get_output_embeddings", None)
         head = find() if callable(find) else None
         found = [name for name, module in model.named_modules() if head is not None and module is head]
     return sorted({*found, *HEAD_NAMES})

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -64,6 +64,8 @@ from rankwise.quantization.targets import (
 
 # Both say in which format a weight is stored.
 Stored = StoredWeight | PackedWeight
+# What transformers has read of a checkpoint under one name.
+Read = Tensor | list[Tensor]
 
 
 def register() -> None:
@@ -108,11 +110,11 @@ class FourBitQuantizer(HfQuantizer):
         self.loaded: set[str] = set()
         self.transposed: set[str] = set()
 
-    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+    def validate_environment(self, *_: object, device_map: Any = None, **__: object) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise QuantizationError("RW615", "4-bit layers cannot be offloaded to disk; give a device_map without it.")
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: object) -> bool:
         module, leaf = _owner(model, param_name)
         return (leaf == "weight" and isinstance(module, Linear4bit)) or stack_at(module, leaf) is not None
 
@@ -138,7 +140,9 @@ class FourBitQuantizer(HfQuantizer):
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": DeserializeOperation}
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
         """Put the readers of stored 4-bit experts first, under the model's names for them."""
         found = super().update_weight_conversions(weight_conversions, model)
         return [*self._stack_conversions(model), *found] if self.pre_quantized else found
@@ -154,7 +158,7 @@ class FourBitQuantizer(HfQuantizer):
         return conversions
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: object
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             stacks = target_stacks(model, self.quantization_config)
@@ -215,7 +219,7 @@ class FourBitQuantizer(HfQuantizer):
         the model cannot take."""
         module, leaf = _owner(model, name)
         dense, config = model.get_parameter(name), self.quantization_config
-        wanted: Any = stored or config
+        wanted = stored or config
         if stored is not None:
             check_shape(name, stored.shape, dense.shape)
             if (reason := obstacle(module, leaf, tuple(stored.shape), stored.block_size)) is not None:
@@ -234,7 +238,7 @@ class FourBitQuantizer(HfQuantizer):
         compat.mark_initialized(module)
         return scales
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         self._raise_failures(model)
         # Its inverse would run while saving, where our own writer is at work.
         conversions = compat.conversions_of(model) or []
@@ -307,7 +311,7 @@ def _keep_stacks_whole(model: PreTrainedModel) -> None:
     compat.set_conversions(model, [item for item in found if not _makes(item, stacks)])
 
 
-def _makes(conversion: Any, names: list[str]) -> bool:
+def _makes(conversion: WeightTransform, names: list[str]) -> bool:
     """Whether the conversion makes one of the parameters ``names``."""
     return isinstance(conversion, WeightConverter) and any(
         re.search(rf"{target}(?!\w)", name) for target in conversion.target_patterns for name in names
@@ -320,8 +324,8 @@ class QuantizeOperation(ConversionOps):
     def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], *_: Any, model: Any = None, **__: Any) -> dict[str, Any]:
-        tensors: dict[str, Any] = {}
+    def convert(self, input_dict: dict[str, Read], *_: object, model: Any = None, **__: object) -> dict[str, Any]:
+        tensors: dict[str, Read] = {}
         for name, value in input_dict.items():
             module, leaf = _owner(model, name)
             stack = stack_at(module, leaf)
@@ -375,12 +379,12 @@ class DeserializeOperation(ConversionOps):
     def __init__(self, hf_quantizer: FourBitQuantizer, parts: Mapping[str, str] = MappingProxyType({})) -> None:
         self.hf_quantizer, self.parts = hf_quantizer, parts
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DeserializeOperation:
+    def __deepcopy__(self, memo: dict[int, object]) -> DeserializeOperation:
         # transformers copies the operation for every weight; what it finds must reach the one quantizer.
         return DeserializeOperation(self.hf_quantizer, self.parts)
 
     def convert(
-        self, input_dict: dict[str, Any], *_: Any, model: Any = None, full_layer_name: str = "", **__: Any
+        self, input_dict: dict[str, Read], *_: object, model: Any = None, full_layer_name: str = "", **__: object
     ) -> dict[str, Any]:
         parts = {self.parts.get(name, name): _single(value) for name, value in input_dict.items()}
         if set(parts) == {"weight"} and parts["weight"].is_floating_point():
@@ -439,9 +443,9 @@ def _ending(name: str) -> str:
     return rf"\.{re.escape(name)}$"
 
 
-def _single(value: Any) -> Tensor:
+def _single(value: Read) -> Tensor:
     return value[0] if isinstance(value, list) else value
 
 
-def _is_ours(conversion: Any) -> bool:
+def _is_ours(conversion: WeightTransform) -> bool:
     return any(isinstance(item, DeserializeOperation) for item in getattr(conversion, "operations", ()))
