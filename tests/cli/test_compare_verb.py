@@ -69,6 +69,20 @@ def test_every_run_is_measured(comparison: dict[str, Any], folder: Path):
     assert comparison["base"]["tasks"]["perplexity"]["metrics"]["loss"] > 0
 
 
+def test_prompts_without_room_for_an_answer_take_no_time(
+    gpt2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first 16 tokens of a text are more than this model's 12 positions."""
+    steps_in_this_process(monkeypatch)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{n} {'x' * 20}"}) + "\n" for n in range(30)))
+    command = ["compare", "--model", gpt2_folder, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out"]
+    command += [*OPTIONS, "--methods", "lora", "--max-length", 12]
+    assert main([str(word) for word in command]) == 0
+    (run,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"]
+    assert run["error"] is None
+    assert run["merged"]["generate_tokens_per_second_merged"] is None
+
+
 def test_one_seed_is_said_to_tell_nothing(comparison: dict[str, Any]):
     assert [item["code"] for item in comparison["warnings"]] == ["RW585"]
     (difference,) = comparison["differences"]

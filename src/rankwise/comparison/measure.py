@@ -82,7 +82,9 @@ def _measure(job: Fields) -> JsonObject:
     if job["method"] is not None:
         # Of an adapter's file, or of a whole model's.
         facts["adapter_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        facts |= _merge_facts(job, engine, rows, prompts[:TIMED])
+        # With room for the two tokens by which its time begins.
+        timed = [prompt for prompt in prompts if answer_room(model, len(prompt.ids), ANSWER_TOKENS) > 1]
+        facts |= _merge_facts(job, engine, rows, timed[:TIMED])
     write_json(folder / FACTS_FILE, facts)
     return facts
 
@@ -187,6 +189,8 @@ def _answers(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
 
 def _tokens_per_second(engine: Engine, prompts: Sequence[Prompt]) -> float | None:
     """The speed of greedy answers that are generated one at a time; None where every answer is empty."""
+    if not prompts:
+        return None
     # The first call of this shape allocates and compiles.
     engine.generator(Decoding(2, engine.stop_ids())).answers(prompts[:1])
     tokens, started = 0, time.perf_counter()
