@@ -103,6 +103,7 @@ def test_generate_keeps_each_prompts_adapter(options):
     [
         (biased_llama, {"bias": "all"}),
         (tiny_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        (tiny_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [5]}),
         (lambda: tiny_moe("qwen3_moe"), {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
     ],
 )
@@ -130,6 +131,7 @@ SWAPS = {
     "rslora": (tiny_llama, {}, {"use_rslora": True}),
     "dora": (tiny_llama, {"use_dora": True}, {"use_dora": True, "lora_alpha": 5}),
     "whole": (tiny_llama, *[{"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}] * 2),
+    "rows": (tiny_llama, *[{"target_modules": ["q_proj"], "trainable_token_indices": [5, 9]}] * 2),
     "fused": (
         tiny_gpt2,
         *[{"target_modules": ["c_attn"], "enable_lora": {"c_attn": [True, False, True]}, "use_dora": True}] * 2,

@@ -129,14 +129,17 @@ def test_rows_stay_in_float32_under_a_cast_and_train_under_the_fused_loss():
         ({"q_proj": [1]}, {}, AdapterError, "RW434.*q_proj"),
         ({"nothing": [1]}, {}, AdapterError, "RW434.*no module"),
         ([1], {"modules_to_save": ["embed_tokens"]}, AdapterError, "RW434"),
+        ([1], {"modules_to_save": ["lm_head"], "tie_word_embeddings": True}, AdapterError, "RW434"),
+        ([1], {"target_modules": ["lm_head"], "tie_word_embeddings": True}, AdapterError, "RW434"),
         ([1, 1], {}, ConfigError, "RW101.*twice"),
         ([-1], {}, ConfigError, "RW101"),
         ("5", {}, ConfigError, "RW101"),
     ],
 )
 def test_rows_that_cannot_be_are_refused(rows, more, error, said):
-    model = tiny_llama()
+    model = tiny_llama(tie_word_embeddings=more.get("tie_word_embeddings", False))
     given = {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": rows, **more}
+    given.pop("tie_word_embeddings", None)
     with pytest.raises(error, match=said):
         rw.add_adapter(model, rw.LoraConfig(**given))
     assert not rw.adapters.has_adapter(model)

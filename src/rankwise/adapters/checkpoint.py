@@ -162,7 +162,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, *, name: str | None = 
         )
     was = {item.name: item for item in here}
     modules = dict(base_modules(model))
-    for item in (item for item in there if item.kind != "trained whole"):
+    for item in (item for item in there if item.is_pair):
         s = state.configs[name].scaling(item.r, was[item.name].lora_alpha)
         ratio = file.config.scaling(item.r, item.lora_alpha) / s
         if ratio != 1:

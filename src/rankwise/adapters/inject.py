@@ -157,7 +157,14 @@ def _planned_rows(
 ) -> list[AdaptedModule]:
     """The modules of ``trainable_token_indices``. Raises AdapterError (RW434) for a module that lacks a row."""
     planned: list[AdaptedModule] = []
-    embedding = model_end(model, "input")
+    if not config.token_rows:
+        return planned
+    embedding, head = model_end(model, "input"), model_end(model, "output")
+    ends = {name: module for name, module in modules.items() if module is embedding or module is head}
+    tied = len({id(module.get_parameter("weight")) for module in ends.values()}) < len(ends)
+    if tied and any(module is head and name in taken for name, module in ends.items()):
+        # The head gets the embedding's rows too.
+        taken = {*taken, *ends}
     for key, ids in config.token_rows.items():
         names = [name for name, module in modules.items() if module is embedding]
         names = names if key is None else module_names(modules, [key])
@@ -166,7 +173,8 @@ def _planned_rows(
             raise AdapterError(
                 "RW434",
                 f"trainable_token_indices names {'the input embedding' if key is None else repr(key)}, which is "
-                f"{', '.join(names) or 'no module'}; name one embedding or head that is not adapted otherwise.",
+                f"{', '.join(names) or 'no module'}; name one embedding or head that is neither adapted otherwise nor "
+                "tied to one that is.",
             )
         weight = modules[fits[0]].get_parameter("weight")
         if any(modules[item.name].get_parameter("weight") is weight for item in planned):
@@ -303,17 +311,17 @@ def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     state = adapter_state(model)
     for name in {*names} - {BASE_ROW}:
         state_and_name(model, name)
-        origins = any(layer.origin is not None for _, layer in adapted_layers(model, name))
+        own = [layer for _, layer in adapted_layers(model, name)]
         if (
-            origins
+            any(layer.origin is not None or isinstance(layer.adapter(name), TokenRows) for layer in own)
             or state.replaced.get(name)
             or any(True for _ in (*adapted_experts(model, name), *trained_copies(model, name)))
         ):
             raise AdapterError(
                 "RW624",
                 f"the adapter {name!r} changes more than linear layers and embeddings (biases, modules trained whole, "
-                "stacked experts, or weights that pissa took a part of), which one batch cannot mix; switch between "
-                "requests with set_adapter.",
+                "rows of new tokens, stacked experts, or weights that pissa took a part of), which one batch cannot "
+                "mix; switch between requests with set_adapter.",
             )
     layers = [module for _, module in wrappers(model) if isinstance(module, AdaptedLayer)]
     with adapter_disabled(model):
