@@ -28,6 +28,8 @@ LONGEST_NUMBER = 40
 # Gzip may unpack to this many bytes plus this many times its packed size. Text shrinks to a fifth, zeros 1,000 times.
 UNPACKED_BYTES, UNPACKED_TIMES = 200_000_000, 50
 
+# Any value of JSON, to read.
+Json = str | float | None | Sequence["Json"] | Mapping[str, "Json"]
 # A JSON object.
 JsonObject = dict[str, Any]
 Fields = Mapping[str, Any]

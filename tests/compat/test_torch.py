@@ -42,6 +42,7 @@ def test_TorchDispatchMode_sees_every_operation():
     with Mode():
         torch.ones(2).add(1)
     assert torch.ops.aten.add.Tensor in seen
+    assert all(isinstance(func, compat.OpOverload) for func in seen)
 
 
 def test_tree_iter_finds_what_is_nested():

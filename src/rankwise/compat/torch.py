@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import in_kernel_invocation_manager as in_kernel_invocation_manager
@@ -26,9 +27,9 @@ Kept = TypeVar("Kept")
 # --- tensors that stand for others ---
 
 # `FakeTensor`, `FakeTensorMode`: shapes without values, for the dry run. `TorchDispatchMode`: the dry run sees every
-# operation. `in_kernel_invocation_manager`: a kernel sees a fake tensor as the meta tensor that it wraps. `tree_iter`:
-# the tensors in nested arguments. `StorageWeakRef`: a storage's identity that does not keep its memory.
-# `WeakTensorKeyDictionary`: notes on a tensor that are not saved with it and go with it.
+# operation, an `OpOverload`. `in_kernel_invocation_manager`: a kernel sees a fake tensor as the meta tensor that it
+# wraps. `tree_iter`: the tensors in nested arguments. `StorageWeakRef`: a storage's identity that does not keep its
+# memory. `WeakTensorKeyDictionary`: notes on a tensor that are not saved with it and go with it.
 
 
 def is_fake(value: object) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -20,7 +20,7 @@ from rankwise.ops.selection import as_autocast
 NAME = "rankwise_card"
 
 
-def use_card_attention(model: Any) -> None:
+def use_card_attention(model: PreTrainedModel) -> None:
     """Replace torch's scaled_dot_product_attention in the model by the functions of this module."""
     if attention_of(model.config) != "sdpa":
         return
@@ -30,7 +30,7 @@ def use_card_attention(model: Any) -> None:
 
 
 def card_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (B, H, L, D), key and value (B, Hkv, L, D) -> (B, L, H, D).
 

@@ -177,7 +177,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def run_steps(
-    model: nn.Module,
+    model: PreTrainedModel,
     method: str,
     workload: Workload,
     tracker: StorageTracker,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rankwise.acceleration import flattening_obstacle, optimize_for_training
 from rankwise.compat.torch import is_fake, own_buffers, own_parameters
@@ -63,7 +64,7 @@ def weights_dtype(method: str, workload: Workload) -> torch.dtype:
     return torch.float32 if method == "full" else getattr(torch, workload.dtype)
 
 
-def prepare(model: nn.Module, method: str, workload: Workload) -> bool:
+def prepare(model: PreTrainedModel, method: str, workload: Workload) -> bool:
     """Quantize, add the adapter and, if asked to, make steps fast, as the trainer does; says whether it would lay rows
     end to end."""
     from rankwise.adapters import add_adapter
@@ -88,13 +89,13 @@ def prepare(model: nn.Module, method: str, workload: Workload) -> bool:
         with warnings.catch_warnings():
             # transformers renames it in 5.2x; the old name works in every version that we admit.
             warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable()  # type: ignore[operator]
+            model.gradient_checkpointing_enable()
     flat = _accelerate(model, workload)
     model.train()
     return flat or workload.packing
 
 
-def _accelerate(model: nn.Module, workload: Workload) -> bool:
+def _accelerate(model: PreTrainedModel, workload: Workload) -> bool:
     done = optimize_for_training(model) if workload.fast else None
     stands_for_card = workload.device_type == "cuda" and next(model.parameters()).device.type == "cpu"
     if done is None or not done.attention:
@@ -111,7 +112,7 @@ def _accelerate(model: nn.Module, workload: Workload) -> bool:
     return flattening_obstacle(model) is None and not drops_attention(model)
 
 
-def drops_attention(model: Any) -> bool:
+def drops_attention(model: PreTrainedModel) -> bool:
     """Whether dropout on attention weights sends training past our kernel, to one that keeps them all: such rows are
     not laid end to end, since that would take the square of all tokens."""
     config = model.config

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from rankwise.compat.torch import (
     FakeTensor,
+    FakeTensorMode,
+    OpOverload,
     fake_mode,
     foreach_norm,
     foreach_sqrt,
@@ -28,6 +30,9 @@ from rankwise.compat.torch import (
 
 _aten = torch.ops.aten
 _CPU = torch.device("cpu")
+# What operations are called with.
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 # They share the storage of their first argument; their meta kernels are quick.
 VIEWS = frozenset(
@@ -84,7 +89,7 @@ EACH = {foreach_norm.Scalar: _aten.linalg_vector_norm.default, foreach_sqrt.defa
 class _Made:
     """How a result is made; ``is_tuple``: the result is several tensors."""
 
-    tensors: tuple[tuple[Any, Any, torch.dtype], ...]
+    tensors: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
     is_tuple: bool
 
 
@@ -92,9 +97,9 @@ class QuickFakes:
     """Remembers which result follows from which arguments: shapes, strides, dtypes and numbers."""
 
     def __init__(self) -> None:
-        self._seen: dict[Any, _Made | None] = {}
+        self._seen: dict[tuple[object, ...], _Made | None] = {}
 
-    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
         """The result, or NotImplemented where the fake mode must compute it."""
         mode = fake_mode()
         if mode is None:
@@ -113,7 +118,7 @@ class QuickFakes:
             return NotImplemented
         return self._remembered(mode, func, args, kwargs)
 
-    def _of_each(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _of_each(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
         made = []
         for tensor in args[0]:
             result = self(func, (tensor, *args[1:]), kwargs)
@@ -122,7 +127,7 @@ class QuickFakes:
             made.append(result)
         return made
 
-    def _remembered(self, mode: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _remembered(self, mode: FakeTensorMode, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
         try:
             key = (func, _described(args), _described(kwargs.items()))
             is_known = key in self._seen
@@ -145,16 +150,16 @@ class QuickFakes:
         return fakes if made.is_tuple else fakes[0]
 
 
-def _changes_a_list(func: Any) -> bool:
+def _changes_a_list(func: OpOverload) -> bool:
     return func.namespace == "aten" and re.fullmatch(r"_foreach_\w+_", func.overloadpacket.__name__) is not None
 
 
-def _described(values: Iterable[Any]) -> tuple[Any, ...]:
+def _described(values: Iterable[object]) -> tuple[object, ...]:
     """A key for the tensor. Raises TypeError for one that has values or is on another device."""
     return tuple(map(_description, values))
 
 
-def _description(value: Any) -> Any:
+def _description(value: object) -> object:
     if isinstance(value, Tensor):
         if not _is_fake_on_cpu(value):
             raise TypeError
@@ -165,7 +170,7 @@ def _description(value: Any) -> Any:
     return type(value), value
 
 
-def _made_from(result: Any, args: tuple[Any, ...]) -> Any:
+def _made_from(result: Any, args: Args) -> Any:
     """The tensor that a fresh result is made from; None if there is none, NotImplemented for any other result."""
     if result is None:
         return None
@@ -178,9 +183,9 @@ def _made_from(result: Any, args: tuple[Any, ...]) -> Any:
     return _Made(tuple((item.shape, item.stride(), item.dtype) for item in tensors), isinstance(result, tuple))
 
 
-def _is_fake_on_cpu(value: Any) -> bool:
+def _is_fake_on_cpu(value: object) -> bool:
     return isinstance(value, FakeTensor) and value.fake_device == _CPU
 
 
-def _fake(made: Tensor, mode: Any) -> Tensor:
+def _fake(made: Tensor, mode: FakeTensorMode) -> Tensor:
     return FakeTensor(mode, made, _CPU)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,10 @@ from rankwise.adapters.dora import Dora
 from rankwise.ops.cpu import products
 from rankwise.ops.cpu.four_bit import is_kept
 from rankwise.ops.selection import native_on_cpu
+from rankwise.planning.quick_fakes import Args, Kwargs
 from rankwise.quantization.targets import four_bit_modules
 
-Scratch = Callable[[Any, Any], int]
+Scratch = Callable[[Args, Kwargs], int]
 
 
 def makes_dense(dtype: torch.dtype) -> bool:
@@ -23,7 +23,7 @@ def makes_dense(dtype: torch.dtype) -> bool:
     return not (native_on_cpu() and products.take(dtype))
 
 
-def dense_weight(args: Any, kwargs: Any) -> int:
+def dense_weight(args: Args, kwargs: Kwargs) -> int:
     """A 4-bit product makes the dense weight in the dtype of its input, N K s bytes, in kept memory where it can."""
     x, shape = args[0], args[3]
     if not makes_dense(x.dtype):
@@ -35,7 +35,7 @@ def dense_weight(args: Any, kwargs: Any) -> int:
 def copy_of(argument: int) -> Scratch:
     """gloo works in a copy: of the result where it gathers, of the gradients where it reduces."""
 
-    def copied_bytes(args: Any, kwargs: Any) -> int:
+    def copied_bytes(args: Args, kwargs: Kwargs) -> int:
         return int(args[argument].nbytes)
 
     return copied_bytes

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from rankwise.errors import ModelError
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.source import ModelSource
 from rankwise.planning.vision import Tower
@@ -173,7 +173,7 @@ class ConfigFields:
             raise self._wrong(name, "a number from 0 to 1")
         return float(value)
 
-    def entries(self, name: str) -> list[Any]:
+    def entries(self, name: str) -> list[Json]:
         """A list, of layers or of a word for each; empty where the config leaves it out. Raises ModelError (RW326) for
         anything else."""
         value = self.config.get(name)

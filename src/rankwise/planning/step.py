@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ LossOf = Callable[[nn.Module, "Batch", torch.dtype | None], Tensor]
 class Batch:
     """``inputs``: the model's inputs without labels; ``labels`` (B, L), -100 where nothing is scored."""
 
-    inputs: dict[str, Any]
+    inputs: Mapping[str, object]
     labels: Tensor
     # (P,): what is scored, the same in each row.
     positions: Tensor
@@ -110,8 +110,8 @@ def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None, *, cal
     with torch.autocast(batch.labels.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         if fused_head(model) is not None:
             options = LossOptions(label_smoothing=batch.label_smoothing, want_stats=True)
-            outputs: Any = (call or model)(**batch.inputs, labels=batch.labels, use_cache=False, loss_options=options)
-            return outputs.loss
+            given = {"labels": batch.labels, "use_cache": False, "loss_options": options}
+            return (call or model)(**batch.inputs, **given).loss
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         # As the trainer chooses where our loss is not there.
         if type(head) is nn.Linear and stands_on_card(batch.labels) and not batch.label_smoothing:

@@ -15,13 +15,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rankwise.compat.torch import (
+    OpOverload,
     TorchDispatchMode,
     grouped_mm,
     is_fake,
@@ -31,12 +32,13 @@ from rankwise.compat.torch import (
     tree_iter,
 )
 from rankwise.errors import ModelError
-from rankwise.planning.quick_fakes import QuickFakes
+from rankwise.planning.quick_fakes import Args, Kwargs, QuickFakes
 from rankwise.planning.terms import TOO_SLOW
 
 NEVER = 1 << 62
 # Half of all that is asked of fake tensors: a fake tensor knows the answer itself.
 DEVICE_OF = torch.ops.prim.device.default
+Reference = weakref.ref[torch.UntypedStorage]
 
 
 @dataclasses.dataclass(slots=True)
@@ -86,9 +88,11 @@ class StorageTracker(TorchDispatchMode):
         self.hosted = False
         # By time.monotonic(): no operation begins after it.
         self.deadline = math.inf
-        self._known: dict[int, tuple[Any, Storage]] = {}
+        self._known: dict[int, tuple[Reference, Storage]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Iterable[type], args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         if any(issubclass(kind, DTensor) for kind in types):
             # It asks for the same of the part that this process has.
             return NotImplemented
@@ -129,7 +133,7 @@ class StorageTracker(TorchDispatchMode):
         if term is not None:
             known[1].term = term
 
-    def resized(self, storage: Any) -> None:
+    def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage that is known got another size: it holds weights that are gathered and freed again."""
         known = self._known.get(storage_address(storage))
         if known is None or known[0]() is not storage:
@@ -138,7 +142,7 @@ class StorageTracker(TorchDispatchMode):
         self._end(storage_address(storage), known[1])
         self._start(storage)[1].term = "transient"
 
-    def _start(self, storage: Any, *, is_logits: bool = False) -> tuple[Any, Storage]:
+    def _start(self, storage: torch.UntypedStorage, *, is_logits: bool = False) -> tuple[Reference, Storage]:
         size, key = self.rounding(storage.nbytes()), storage_address(storage)
         recomputing = self.phase == "backward" and torch.is_grad_enabled()
         record = Storage(size, self.clock, self.phase, recomputing, is_logits)
@@ -228,7 +232,7 @@ class Answers:
     def __init__(self, true_counts: dict[int, int] | None = None) -> None:
         self.true_counts = true_counts or {}
 
-    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def __call__(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
         """The answer, or NotImplemented for an operation that asks for no value."""
         aten = torch.ops.aten
         if func is aten.index.Tensor and any(_is_flags(index) for index in args[1]):
@@ -250,7 +254,7 @@ class Answers:
     def _count(self, flags: Tensor) -> int:
         return self.true_counts.get(flags.numel(), flags.numel()) if flags.dim() == 1 else flags.numel()
 
-    def _as_indices(self, given: Any) -> list[Tensor | None]:
+    def _as_indices(self, given: Iterable[Tensor | None]) -> list[Tensor | None]:
         """The indices of the flags that are set."""
         indices: list[Tensor | None] = []
         for index in given:
@@ -261,11 +265,11 @@ class Answers:
         return indices
 
 
-def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: object, **__: object) -> Tensor:
     """The product of rows by expert (T, K) x (E, K, N) -> (T, N), or of both (K, T) x (T, N) -> (E, K, N)."""
     shape = (a.shape[0], b.shape[-1]) if b.dim() == 3 else (len(offs), a.shape[0], b.shape[1])  # type: ignore[arg-type]
     return a.new_empty(shape)
 
 
-def _is_flags(index: Any) -> bool:
+def _is_flags(index: object) -> TypeGuard[Tensor]:
     return isinstance(index, Tensor) and index.dtype is torch.bool and is_fake(index)

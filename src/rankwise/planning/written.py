@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from rankwise.acceleration import give_back_freed_memory
 from rankwise.acceleration.generation import (
@@ -28,7 +27,7 @@ from rankwise.planning.workload import Workload
 UNCOUNTED = "uncounted"
 
 
-def write_a_token(model: Any, method: str, workload: Workload, enter: Enter) -> None:
+def write_a_token(model: PreTrainedModel, method: str, workload: Workload, enter: Enter) -> None:
     """The pass over the prompts, and the last token of the answers: generation holds most in one of them.
 
     No run computes all tokens before the last at once, so that pass is in the phase ``UNCOUNTED``.
@@ -46,7 +45,7 @@ def write_a_token(model: Any, method: str, workload: Workload, enter: Enter) -> 
         _draw(model, rows, 1, cache)
 
 
-def write_answers(model: Any, method: str, workload: Workload) -> None:
+def write_answers(model: PreTrainedModel, method: str, workload: Workload) -> None:
     """Answers of full length to random prompts."""
     asked = torch.randint(3, 100, (workload.prompts, workload.prompt_tokens)).tolist()
     prompts = [
@@ -62,7 +61,7 @@ def write_answers(model: Any, method: str, workload: Workload) -> None:
 
 
 @contextmanager
-def _writing(model: Any, method: str, workload: Workload) -> Iterator[None]:
+def _writing(model: PreTrainedModel, method: str, workload: Workload) -> Iterator[None]:
     dtype, training = autocast_dtype(method, workload), model.training
     model.eval()
     with (
@@ -73,7 +72,7 @@ def _writing(model: Any, method: str, workload: Workload) -> Iterator[None]:
     model.train(training)
 
 
-def _draw(model: Any, rows: int, tokens: int, cache: DynamicCache) -> None:
+def _draw(model: PreTrainedModel, rows: int, tokens: int, cache: DynamicCache) -> None:
     """The next token of each row, behind so many new ones and those in the cache."""
     before = cache.get_seq_length()
     mask = torch.ones(rows, before + tokens, dtype=torch.long)
@@ -81,7 +80,10 @@ def _draw(model: Any, rows: int, tokens: int, cache: DynamicCache) -> None:
         # Prompts differ in length, so that a token has a mask, for which keys and values are copied to every head.
         mask = mask.bool()[:, None, None]
     known = inspect.signature(model.forward).parameters
-    given: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
+    given: dict[str, DynamicCache | int] = {
+        "cache" if "cache" in known else "past_key_values": cache,
+        "use_cache": True,
+    }
     if "logits_to_keep" in known:
         given["logits_to_keep"] = 1
     output = model(

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
@@ -193,7 +193,7 @@ def _check_name(code: str, option: str, name: str, known: Iterable[str]) -> None
         raise ConfigError(code, f"{option} is {name!r}, which does not exist; the closest are {', '.join(close)}.")
 
 
-def check_optimizer(arguments: TrainingArguments, model: Any) -> None:
+def check_optimizer(arguments: TrainingArguments, model: PreTrainedModel) -> None:
     """Raise ConfigError (RW110) for an optimizer whose package is missing, or that needs unsupported options."""
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments, model)

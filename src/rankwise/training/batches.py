@@ -13,6 +13,11 @@ from rankwise.constants import IGNORED
 from rankwise.ops.elementwise_checks import check_targets
 
 KEY = "counted"
+# A micro-batch as the Trainer hands it on: tensors under transformers' names, and our counts of them.
+Batch = dict[str, Any]
+# What a step's loss is divided by: its trained tokens, or nothing.
+Items = Tensor | int | None
+Samples = tuple[list[Batch], Items]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +41,17 @@ class Counted:
 class Counting:
     """A collator that adds a ``Counted`` to each batch of another collator."""
 
-    collate: Callable[[Any], dict[str, Any]]
+    collate: Callable[[list[Any]], Batch]
     vocabulary: int
 
-    def __call__(self, examples: Any) -> dict[str, Any]:
+    def __call__(self, examples: list[Any]) -> Batch:
         """Collate a batch. Raises QuantizationError (RW621) for a label that is not a token number."""
         batch = self.collate(examples)
         check_targets(batch["labels"].flatten(), self.vocabulary, IGNORED)
         return {**batch, KEY: counted(batch)}
 
 
-def counted(batch: dict[str, Any]) -> Counted:
+def counted(batch: Batch) -> Counted:
     """The counts of a batch of trl's collator: rows (B, L) with an attention mask, or concatenated rows (1, T)."""
     if "attention_mask" in batch:
         tokens, examples = int(batch["attention_mask"].sum()), len(batch["input_ids"])

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -99,16 +100,16 @@ class Watch(TrainerCallback):
         self.b_norm: float | None = None
         self.best = math.inf
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         self.best = min((entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry), default=math.inf)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.clock.start()
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: object, control: object, **_: object) -> None:
         self.rate = learning_rate_of(self.trainer)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.clock.stop()
         self.tick()
         self.trainer.progress.steps += 1
@@ -169,7 +170,7 @@ class CheckGradients(TrainerCallback):
     def __init__(self, check: GradientCheck) -> None:
         self.check = check
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+    def on_pre_optimizer_step(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if not self.check.done:
             self.check.look(state.global_step + 1)
 
@@ -180,11 +181,11 @@ class StopOnInterrupt(TrainerCallback):
     def __init__(self, interrupt: Interrupt) -> None:
         self.interrupt = interrupt
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if ranks.agreed(self.interrupt.requested):
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
 
-    def on_prediction_step(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+    def on_prediction_step(self, args: TrainingArguments, state: object, control: object, **_: object) -> None:
         if ranks.agreed(self.interrupt.requested):
             raise EvaluationStopped
 
@@ -203,7 +204,7 @@ class GiveBackHoles(TrainerCallback):
         # No step has ended yet.
         self.is_new = True
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         size = self.now()
         if self.is_new:
             self.usual_bytes, self.is_new = max(self.usual_bytes, size), False
@@ -218,7 +219,7 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         since_best = len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__)
         if state.global_step > 0 and since_best >= self.patience:
@@ -233,7 +234,7 @@ class Sample(TrainerCallback):
         self.observer = observer
         self.metrics = metrics
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         text = self.answer()
         if self.metrics is not None:
             self.metrics.append({"step": state.global_step, "sample": text})
@@ -241,7 +242,7 @@ class Sample(TrainerCallback):
 
 
 @torch.no_grad()
-def b_norm(model: Any) -> float | None:
+def b_norm(model: nn.Module) -> float | None:
     """The 2-norm of all B matrices of the active adapter together; None without an adapter."""
     if not has_adapter(model):
         return None

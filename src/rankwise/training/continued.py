@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
 from rankwise.adapters.checkpoint import load_adapter, read_folder
 from rankwise.adapters.reference import keep_reference
@@ -42,7 +42,7 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
     return given.model_copy(update=own)
 
 
-def continue_adapter(model: Any, given: TrainSettings, base_sha256: str) -> int:
+def continue_adapter(model: nn.Module, given: TrainSettings, base_sha256: str) -> int:
     """Load the adapter to continue, and a frozen copy where the objective needs it as the reference. Returns the number
     of trained parameters.
 
@@ -63,5 +63,5 @@ def continue_adapter(model: Any, given: TrainSettings, base_sha256: str) -> int:
     return report.trainable_parameters
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value

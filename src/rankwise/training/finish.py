@@ -7,9 +7,9 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from rankwise.acceleration import restore
 from rankwise.adapters import adapter_config, has_adapter, report
@@ -67,7 +67,7 @@ def warn_if_worse(initial: float | None, kept: KeptStep, *, of_rewards: bool) ->
     )
 
 
-def restore_kept(model: Any, output: Path, kept: KeptStep, last_step: int) -> None:
+def restore_kept(model: nn.Module, output: Path, kept: KeptStep, last_step: int) -> None:
     """Load the kept step's weights into the model, if training continued after that step."""
     if kept.step == last_step:
         return
@@ -77,8 +77,8 @@ def restore_kept(model: Any, output: Path, kept: KeptStep, last_step: int) -> No
 
 
 def write_final(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     output: Path,
     announce: Callable[[list[str]], None],
     gathered: dict[str, Tensor] | None = None,
@@ -102,7 +102,7 @@ def write_final(
         flush(output)
 
 
-def prove_reload(model: Any, output: Path, probe: dict[str, Tensor]) -> None:
+def prove_reload(model: nn.Module, output: Path, probe: dict[str, Tensor]) -> None:
     """Load a written adapter into its base again and compare the logits. Raises RunError (RW524).
 
     Two cases compare the file with the trained tensors instead: a sharded base, since the row norms of a new adapter
@@ -127,7 +127,7 @@ def write_plot(output: Path, record: RunRecord) -> None:
         write_text(output / SEARCH_FILE, search_svg(record.rate_search, title))
 
 
-def write_card(model: Any, output: Path, record: RunRecord) -> None:
+def write_card(model: nn.Module, output: Path, record: RunRecord) -> None:
     """Write the model card ``README.md``. Baselines get none, since they are not meant to be shared."""
     if has_baseline(model):
         return

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from datasets import Dataset
 
 from rankwise.acceleration.packing import members_of
 from rankwise.acceleration.scoring import loss_scorer
@@ -15,6 +18,10 @@ from rankwise.data.preferences import ANSWER_IDS
 from rankwise.foreign import Fields
 from rankwise.training.loss import evaluation_targets
 from rankwise.training.state import undisturbed_random_states
+
+if TYPE_CHECKING:
+    from rankwise.training.objectives.preferences import PreferenceTrainer
+    from rankwise.training.spine import RunTrainer
 
 ROWS_AT_ONCE = 10_000
 # The columns of KTO's mismatched answers (answers to another prompt of the batch).
@@ -49,14 +56,14 @@ class Foresight(Protocol):
         """
 
 
-def largest_batch(trainer: Any, *, flat: bool) -> MicroBatch:
+def largest_batch(trainer: RunTrainer, *, flat: bool) -> MicroBatch:
     """The largest micro-batch of the run; ``flat``: rows are concatenated, not padded."""
     shared = flat and getattr(trainer, "shares_prompts", False)
     lengths = _lengths(trainer.train_dataset, shared=shared)
     return _largest(trainer.train_dataset, lengths, coming_batches(trainer), flat=flat)
 
 
-def largest_evaluation(trainer: Any) -> MicroBatch | None:
+def largest_evaluation(trainer: RunTrainer) -> MicroBatch | None:
     """The largest batch of an evaluation; None without evaluations."""
     if trainer.eval_dataset is None:
         return None
@@ -69,14 +76,12 @@ def largest_evaluation(trainer: Any) -> MicroBatch | None:
     return MicroBatch(count, tokens, min(1.0, max(asked, 1) / (count * tokens)))
 
 
-def largest_scoring(trainer: Any) -> MicroBatch | None:
+def largest_scoring(trainer: PreferenceTrainer) -> MicroBatch | None:
     """The largest batch of preferences that is scored without gradients; None where there is none.
 
     These are the batches of evaluations, with rows in the order of the data, and the mismatched answers that KTO scores
     in every step.
     """
-    import numpy as np
-
     flat, found = trainer.args.flat, []
     sets = (trainer.train_dataset, trainer.args.per_device_train_batch_size, MISMATCHED)
     more = (trainer.eval_dataset, trainer.args.per_device_eval_batch_size)
@@ -87,13 +92,11 @@ def largest_scoring(trainer: Any) -> MicroBatch | None:
     return max(found, key=lambda batch: batch.rows * batch.tokens, default=None)
 
 
-def coming_batches(trainer: Any) -> Iterator[Any]:
+def coming_batches(trainer: RunTrainer) -> Iterator[np.ndarray]:
     """Yields, for each epoch, the row numbers of the micro-batches of its steps: (batches, rows).
 
     The order is that of the Trainer's sampler, which the seed fixes; -1 fills up a shorter last batch.
     """
-    import numpy as np
-
     arguments = trainer.args
     with undisturbed_random_states():
         loader = trainer.get_train_dataloader()
@@ -108,21 +111,17 @@ def coming_batches(trainer: Any) -> Iterator[Any]:
                 return
 
 
-def _table(rows: Any, batch_size: int) -> Any:
+def _table(rows: np.ndarray, batch_size: int) -> np.ndarray:
     """Row numbers by batch: (batches, batch_size)."""
-    import numpy as np
-
     return np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1).reshape(-1, batch_size)
 
 
-def _largest(dataset: Any, sides: Any, tables: Any, *, flat: bool) -> MicroBatch:
+def _largest(dataset: Dataset, sides: np.ndarray, tables: Iterable[np.ndarray], *, flat: bool) -> MicroBatch:
     """The batch with the most tokens, padding included, and among these the one with the longest row."""
-    import numpy as np
-
     # Row -1 has no tokens.
     lengths = np.vstack([sides, np.zeros_like(sides[:1])])
     most: tuple[int, int] = (0, 0)
-    found: Any = None
+    found = np.empty(0, int)
     for table in tables:
         longest, together = lengths[table].max((1, 2)), lengths[table].sum((1, 2))
         tokens = together if flat else longest * (table >= 0).sum(1) * sides.shape[1]
@@ -141,21 +140,20 @@ def _trained(row: Fields) -> int:
     return answers + sum(label != IGNORED for label in row.get("labels", ()))
 
 
-def longest_row(dataset: Any) -> int:
+def longest_row(dataset: Dataset) -> int:
     """The number of tokens of the longest row in an encoded data set."""
     return int(_lengths(dataset).max())
 
 
-def _lengths(dataset: Any, *, shared: bool = False, answers: Sequence[str] = ANSWER_IDS) -> Any:
+def _lengths(dataset: Dataset, *, shared: bool = False, answers: Sequence[str] = ANSWER_IDS) -> np.ndarray:
     """The number of tokens of every row, for each side of a pair: (rows, sides).
 
     ``shared``: the prompt, which both sides share, counts for the first side only. ``answers``: the columns that hold
     answers, where a data set has them.
     """
-    import numpy as np
     import pyarrow.compute as pc
 
-    def of(name: str) -> Any:
+    def of(name: str) -> np.ndarray:
         columns = dataset.select_columns([name]).with_format("arrow")
         return np.concatenate([pc.list_value_length(table[name]).to_numpy() for table in columns.iter(ROWS_AT_ONCE)])
 

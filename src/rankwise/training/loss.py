@@ -10,11 +10,13 @@ import inspect
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.acceleration.scoring import Target, trained_target
 from rankwise.constants import IGNORED
+from rankwise.training.batches import Batch, Items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +36,10 @@ def fused_head_is_right(model: nn.Module) -> bool:
     trl's fused head reads the weight and never calls the module. The weight of an adapted head lacks dropout, and that
     of a quantized head is packed, so only a plain ``nn.Linear`` is accepted.
     """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    return type(head) is nn.Linear
+    return type(model.get_output_embeddings()) is nn.Linear  # type: ignore[operator]
 
 
-def loss_from_logits(
-    model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, label_smoothing: float = 0.0
-) -> LossParts:
+def loss_from_logits(model: nn.Module, inputs: Batch, num_items: Items, label_smoothing: float = 0.0) -> LossParts:
     """The sum over trained positions of  (1 - e) nll + e mean_V(-log p),  divided by ``num_items`` (default: their
     number), with e the label smoothing.
 
@@ -80,7 +79,7 @@ def _entropy_and_accuracy(logits: Tensor, wanted: Tensor) -> tuple[float, float]
     return entropy.item(), (logits.argmax(-1) == wanted).float().mean().item()
 
 
-def evaluation_targets(dataset: Any) -> list[Target]:
+def evaluation_targets(dataset: Dataset) -> list[Target]:
     """The scored tokens of an evaluation's encoded rows. A row whose only trained token is its first has none."""
     trained = ([label != IGNORED for label in row] for row in dataset["labels"])
     return [target for target in map(trained_target, dataset["input_ids"], trained) if target is not None]

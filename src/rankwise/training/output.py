@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rankwise.disk import refuse_links, strays
 from rankwise.errors import RunError
@@ -141,14 +141,14 @@ def check_length(output: Path, *, done: int, before: int, now: int, schedule: st
         )
 
 
-def _differs(name: str, before: Any, now: Any, free: set[str]) -> bool:
+def _differs(name: str, before: object, now: object, free: set[str]) -> bool:
     """Whether a setting differs. Files are compared by content later; here, only whether a file is given."""
     if name in COMPARED_BY_CONTENT - {"revision"}:
         return (before is None) != (now is None)
     return name not in free and before != now
 
 
-def _given(value: Any) -> str:
+def _given(value: object) -> str:
     return "not given" if value is None else repr(value)
 
 

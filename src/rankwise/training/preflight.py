@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from rankwise.adapters import adapter_parameters, has_adapter, load_adapter, remove_adapter
@@ -46,7 +46,7 @@ def check_labels(*, tokens: int, trained_tokens: int, stop_rows: int, whole_text
     warn("RW525", text)
 
 
-def check_positions(model: nn.Module, datasets: Iterable[Any]) -> None:
+def check_positions(model: nn.Module, datasets: Iterable[Dataset]) -> None:
     """Raise RunError (RW533) where an encoded row has more tokens than the model has learned positions."""
     rows = table_rows(model)
     if rows is None:
@@ -157,7 +157,7 @@ def check_file(model: nn.Module, folder: Path) -> None:
 
 
 @torch.no_grad()
-def probe_logits(model: Any, probe: dict[str, Tensor]) -> Tensor:
+def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
     """The logits (1, L, V) of the model in evaluation mode."""
     training = model.training
     model.eval()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import RunError
@@ -34,7 +35,7 @@ def load_prepared(
     quantization: FourBitConfig | None,
     trust_remote_code: bool,
     cache: Path | None,
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """(model, tokenizer) of ``load_model``, or bit for bit the same from ``cache``, which the first call fills."""
     arguments: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if cache is None or not is_worth_keeping(source, quantization):
@@ -81,7 +82,7 @@ def _key(source: ModelSource, dtype: torch.dtype | None, quantization: FourBitCo
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _keep(model: Any, folder: Path) -> None:
+def _keep(model: PreTrainedModel, folder: Path) -> None:
     """Write the folder whole or not at all. Where another process has written the same folder, that one stays."""
     try:
         with hold(folder):

@@ -206,7 +206,7 @@ def gathered(value: T) -> list[T]:
     group = _group()
     if group is None:
         return [value]
-    found: list[Any] = [None] * count()
+    found: list[T] = [value] * count()
     group.all_gather_object(found, value)
     return found
 
@@ -241,7 +241,7 @@ def barrier() -> None:
     summed([0.0])
 
 
-def check_alike(values: Mapping[str, Any]) -> None:
+def check_alike(values: Mapping[str, object]) -> None:
     """Raise RunError (RW700) with each of ``values`` that differs between the processes."""
     everyone = gathered(dict(values))
     wrong = [

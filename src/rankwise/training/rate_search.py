@@ -22,9 +22,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers.trainer_utils import SaveStrategy
 
@@ -181,7 +181,7 @@ def _short_run(given: TrainSettings, rate: float, length: int, share: float) -> 
     return given.model_copy(update=changes)
 
 
-def kept_apart(data: Data) -> tuple[Data, Any]:
+def kept_apart(data: Data) -> tuple[Data, Dataset]:
     """The data without held-out training rows, and the held-out rows.
 
     No prompt is in both parts, and the split does not depend on the order of the rows.
@@ -208,7 +208,7 @@ def kept_apart(data: Data) -> tuple[Data, Any]:
     return dataclasses.replace(data, train=train, evaluation=None), data.train.dataset.select(sorted(held))
 
 
-def _loss_after(trainer: RunTrainer, rows: Any) -> float | None:
+def _loss_after(trainer: RunTrainer, rows: Dataset) -> float | None:
     """Train, and return the loss on ``rows``; None where the run diverges. Nothing is written."""
     trainer.args.save_strategy = SaveStrategy.NO
     attributes = vars(trainer.model)

@@ -14,15 +14,19 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer
 
 from rankwise.adapters.embedding import EmbeddingLora
 from rankwise.errors import ConfigError
 
 EMBEDDING_RATE = 1e-6
+# The parameters of one group and its options; an optimizer's class and its arguments.
+Group = dict[str, Any]
+Chosen = tuple[type[Optimizer], dict[str, Any]]
 
 
-def loraplus_groups(model: nn.Module, *, rate: float, ratio: float, weight_decay: float) -> list[dict[str, Any]]:
+def loraplus_groups(model: nn.Module, *, rate: float, ratio: float, weight_decay: float) -> list[Group]:
     """The optimizer's non-empty parameter groups, each with its name under ``group``."""
     embedded = {id(p) for module in model.modules() if isinstance(module, EmbeddingLora) for p in module.parameters()}
     # The method uses the model only, not the Trainer.
@@ -42,7 +46,7 @@ def loraplus_groups(model: nn.Module, *, rate: float, ratio: float, weight_decay
     ]
 
 
-def with_groups(chosen: tuple[Any, dict[str, Any]], groups: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+def with_groups(chosen: Chosen, groups: list[Group]) -> Chosen:
     """An optimizer's class and arguments, with these groups. Raises ConfigError (RW786) where it makes its own."""
     optimizer, options = chosen
     own = {"params", "model", "optimizer_dict"} & options.keys()

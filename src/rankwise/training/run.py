@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
 import transformers
+from torch import nn
 
 from rankwise.acceleration import (
     Acceleration,
@@ -49,7 +49,7 @@ from rankwise.training.new_tokens import add_new_tokens, new_tokens
 from rankwise.training.objectives import images, learning_of
 from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import PACKAGES, device_record
-from rankwise.training.rates import loraplus_groups, with_groups
+from rankwise.training.rates import Chosen, Group, loraplus_groups, with_groups
 from rankwise.training.session import Extras, Session
 from rankwise.training.sharding import looked_into
 from rankwise.training.spine import PROGRESS_FILE, STATE_FILE, RunTrainer
@@ -269,14 +269,14 @@ def _prepare(
     return Session(given.output, mode, trainer, saved, checkpoint, record, extras, observer)
 
 
-def _groups(given: TrainSettings, model: Any) -> list[dict[str, Any]] | None:
+def _groups(given: TrainSettings, model: nn.Module) -> list[Group] | None:
     """LoRA+'s parameter groups; None where all parameters have one learning rate."""
     if given.loraplus_ratio is None or given.searched_rates or not has_adapter(model):
         return None
     return loraplus_groups(model, rate=given.rate, ratio=given.loraplus_ratio, weight_decay=given.weight_decay)
 
 
-def _why_padded(given: TrainSettings, model: Any, done: Acceleration | None) -> str | None:
+def _why_padded(given: TrainSettings, model: nn.Module, done: Acceleration | None) -> str | None:
     """Why rows are padded to one length, or None where they are concatenated without padding."""
     if given.packing:
         return "packing fills rows to one length"
@@ -288,7 +288,7 @@ def _why_padded(given: TrainSettings, model: Any, done: Acceleration | None) -> 
     return flattening_obstacle(model)
 
 
-def _check_before_training(learning: Learning, given: TrainSettings, model: Any, data: setup.Data) -> None:
+def _check_before_training(learning: Learning, given: TrainSettings, model: nn.Module, data: setup.Data) -> None:
     report = data.train.report
     if learning.has_labels:
         preflight.check_labels(
@@ -340,7 +340,7 @@ def _trainer(
     )
     arguments = learning.arguments(given, around)
     check_optimizer(arguments, loaded.model)
-    chosen: Any = None
+    chosen: Chosen | None = None
     if given.optimizer == OFFLOADED:
         chosen = OffloadedAdamW, {"lr": given.rate, "weight_decay": given.weight_decay}
     if (groups := _groups(given, loaded.model)) is not None:

@@ -7,9 +7,9 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from rankwise.compat.torch import is_unit
 from rankwise.disk import coded_errors, remove_strays
@@ -46,7 +46,7 @@ class Session:
     folder: Path
     mode: output.Mode
     trainer: RunTrainer
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     checkpoint: Checkpoint | None
     record: RunRecord
     extras: Extras

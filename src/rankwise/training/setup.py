@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.attached import DEFAULT_NAME
@@ -57,7 +58,7 @@ class Data:
     # Further entries of the record about the training data.
     notes: Fields = dataclasses.field(default_factory=dict)
     # The processor of rows with images.
-    processor: Any = None
+    processor: ProcessorMixin | None = None
 
     @property
     def sets(self) -> list[Encoded]:
@@ -78,8 +79,8 @@ class LoadedBase:
     """A model ready to train, and how it was loaded."""
 
     source: ModelSource
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     device: torch.device
     # The dtype in which the model computes.
     dtype: torch.dtype
@@ -108,7 +109,7 @@ def read_data(given: TrainSettings, formats: Collection[Format] | None = None) -
 
 def encode_data(
     given: TrainSettings,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     eval_rows: Rows | None,
     template: str | None,
@@ -175,7 +176,7 @@ def load_for_training(given: TrainSettings) -> LoadedBase:
 
 
 def make_trainable(
-    model: Any, given: TrainSettings, config: LoraConfig, rows: Encoded, checkpoint: Checkpoint | None
+    model: PreTrainedModel, given: TrainSettings, config: LoraConfig, rows: Encoded, checkpoint: Checkpoint | None
 ) -> int:
     """Add the method's adapter to the model, or for ``full`` unfreeze the model. Returns the number of trained
     parameters.
@@ -191,7 +192,8 @@ def make_trainable(
                 "support; take lora or dora, or the dense checkpoint.",
             )
         # The Trainer refuses a quantized model unless it has PEFT's adapters.
-        model.is_quantized = False
+        marked: Any = model
+        marked.is_quantized = False
     if given.method == "full":
         model.requires_grad_(True)
         return sum(parameter.numel() for parameter in model.parameters())
@@ -207,7 +209,7 @@ def make_trainable(
     return add_adapter(model, config, batches=batches).trainable_parameters
 
 
-def eva_batches(dataset: Any, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+def eva_batches(dataset: Dataset, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Padded batches of encoded rows, in a random order of their own: input_ids, attention_mask and labels, (B, L)."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     for start in range(0, min(len(order), size * MOST_BATCHES), size):
@@ -227,7 +229,8 @@ def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
     Without a chat template, the prompt gets the ending of the training rows' prompts. Raises RunError (RW533) for a
     prompt longer than the model's learned positions.
     """
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model: Any = loaded.model
+    tokenizer = loaded.tokenizer
     # The tokenizer has the given chat template, if there is one.
     if tokenizer.chat_template is not None and data.rows.kind != "text" and data.rows.uses_template:
         text = chat_text(tokenizer, [{"role": "user", "content": prompt}], chat_template=data.template)
@@ -260,7 +263,7 @@ def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
     return answer
 
 
-def probe_of(dataset: Any, device: torch.device) -> dict[str, Tensor]:
+def probe_of(dataset: Dataset, device: torch.device) -> dict[str, Tensor]:
     """The first training row, at most 64 tokens: input_ids (1, L)."""
     row = dataset[0]
     ids = [token for name in ("input_ids", "prompt_ids", "chosen_ids", "completion_ids") for token in row.get(name, ())]

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, StateDict
+from transformers import PreTrainedModel
 
 from rankwise.acceleration.sharding import mesh_of_all, shard
 from rankwise.adapters.targets import module_names
@@ -26,7 +27,9 @@ from rankwise.quantization.targets import four_bit_layers
 from rankwise.training import ranks
 
 
-def shard_before_loading(model: Any, device_type: str, trained_whole: Sequence[str], *, trains_all: bool) -> None:
+def shard_before_loading(
+    model: PreTrainedModel, device_type: str, trained_whole: Sequence[str], *, trains_all: bool
+) -> None:
     """``shard`` a model on the meta device, so that only this process's rows of each weight are read.
 
     ``trained_whole``: modules_to_save, of which every process trains a whole copy. A model whose weights are not stored
@@ -88,8 +91,7 @@ def trains_shards(model: nn.Module) -> bool:
 
 def whole(tensor: Any) -> Tensor:
     """The whole tensor of a shard, or the tensor itself. Every process must call this."""
-    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
-    return found
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
@@ -108,7 +110,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
     return {name: found[id(tensor)] for name, tensor in state.items()}
 
 
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def whole_state(optimizer: Optimizer) -> StateDict:
     """An optimizer's state dict without shards, gathered in the writing process. Every process must call this."""
     state = optimizer.state_dict()
     if not any(map(is_sharded, _parameters(optimizer))):
@@ -126,7 +128,7 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": values}
 
 
-def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def sharded_state(state: StateDict, optimizer: Optimizer) -> StateDict:
     """The inverse of ``whole_state``: the moments of sharded parameters become shards."""
     from torch.distributed.tensor import DTensor
 
@@ -149,5 +151,5 @@ def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> di
     return {**state, "state": values}
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+from transformers import PreTrainedModel
 
 from rankwise.acceleration.loss import scored_positions
 from rankwise.adapters.base_layer import is_own, stored_weight
@@ -18,7 +19,7 @@ from rankwise.adapters.operator import Adapter
 from rankwise.constants import IGNORED
 from rankwise.quantization.linear import Linear4bit, is_conv1d
 from rankwise.training import ranks
-from rankwise.training.batches import KEY, Counted
+from rankwise.training.batches import KEY, Batch, Counted
 
 
 class Shares(BatchSampler):
@@ -29,7 +30,7 @@ class Shares(BatchSampler):
     rows there.
     """
 
-    def __init__(self, sampler: Any, size: int, count: int, rank: int) -> None:
+    def __init__(self, sampler: Sampler[int], size: int, count: int, rank: int) -> None:
         super().__init__(sampler, size * count, drop_last=False)
         self.count, self.rank = count, rank
 
@@ -38,7 +39,7 @@ class Shares(BatchSampler):
             yield share(batch, self.count, self.rank) or batch[:1]
 
 
-def share(rows: list[Any], count: int, rank: int) -> list[Any]:
+def share(rows: list[int], count: int, rank: int) -> list[int]:
     """Part ``rank`` of ``rows`` split into ``count`` parts as evenly as possible, longer parts first."""
     size, longer = divmod(len(rows), count)
     start = rank * size + min(rank, longer)
@@ -50,13 +51,13 @@ def is_idle(rows: int, size: int, count: int, rank: int) -> bool:
     return 0 < rows % (size * count) <= rank
 
 
-def masked(batch: dict[str, Any]) -> dict[str, Any]:
+def masked(batch: Batch) -> Batch:
     """The batch with all labels masked, so that a process takes part in a step without contributing to it."""
     labels = torch.full_like(batch["labels"], IGNORED)
     return {**batch, "labels": labels, KEY: Counted(0, 0, labels.new_empty(0))}
 
 
-def widened(batch: dict[str, Any], length: int, pad: int) -> dict[str, Any]:
+def widened(batch: Batch, length: int, pad: int) -> Batch:
     """A batch of rows (B, L), padded further to ``length``."""
     fills = {"input_ids": pad, "labels": IGNORED}
     missing = length - batch["input_ids"].shape[1]
@@ -76,7 +77,7 @@ def adapters_at_work(model: nn.Module) -> Iterator[tuple[AdaptedLayer, Adapter]]
             yield module, module.at_work
 
 
-def why_masks_differ(model: Any) -> str | None:
+def why_masks_differ(model: PreTrainedModel) -> str | None:
     """Why dropout masks of one process cannot be divided among several, or None where they can.
 
     The operator's mask is a hash of a seed, equal in all processes, and of the position in the whole batch. Any other
@@ -97,7 +98,7 @@ def why_masks_differ(model: Any) -> str | None:
     return None
 
 
-def share_batches(loader: Any) -> Any:
+def share_batches(loader: DataLoaderShard) -> DataLoaderShard:
     """accelerate's data loader; with several processes, ``Shares`` replaces accelerate's split."""
     if ranks.count() == 1:
         return loader

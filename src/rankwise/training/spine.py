@@ -11,13 +11,17 @@ import dataclasses
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PrinterCallback, set_seed
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import Optimizer, StateDict
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from rankwise.acceleration import move_once
 from rankwise.acceleration.sharding import average_gradients
@@ -27,11 +31,13 @@ from rankwise.config import logging_steps_of
 from rankwise.errors import RunError, warn
 from rankwise.records import write_json
 from rankwise.training import ranks
+from rankwise.training.batches import Batch, Items, Samples
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
 from rankwise.training.meters import Progress
 from rankwise.training.sharding import sharded_state, whole, whole_state, whole_weights
 from rankwise.training.shares import adapters_at_work, is_idle, share_batches
 from rankwise.training.state import (
+    RandomStates,
     check_optimizer_state,
     check_random_states,
     load_state,
@@ -59,9 +65,11 @@ class RunTrainer(TrlTrainer):
     """
 
     # transformers declares these attributes optional; all are set while training.
-    model: Any
-    optimizer: Any
-    lr_scheduler: Any
+    model: PreTrainedModel
+    optimizer: Optimizer
+    lr_scheduler: LambdaLR
+    train_dataset: Dataset
+    eval_dataset: Dataset | None
     # {"train" or "eval": {name: values}}, created by trl's trainers.
     _metrics: Any
     # The context of a training step that offloads activations, where the option is set.
@@ -114,7 +122,7 @@ class RunTrainer(TrlTrainer):
     def start_evaluation(self) -> None:
         """Switch model and optimizer to evaluation mode, as the Trainer does; the next step switches both back."""
         self.model.eval()
-        if callable(getattr(self.optimizer, "eval", None)):
+        if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):
             self.optimizer.eval()
 
     @property
@@ -130,36 +138,36 @@ class RunTrainer(TrlTrainer):
 
     # --- a step ---
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(model, inputs, *args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Items = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.append(loss.detach())
         if is_unit(self.model) and self.accelerator.sync_gradients:
             average_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         return loss
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> DataLoaderShard:
         return share_batches(super().get_train_dataloader())
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> Any:
-        return super().get_batch_samples(self.with_idle_ends(epoch_iterator, self.train_dataset), *args)
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Samples:
+        return super().get_batch_samples(self.with_idle_ends(epoch_iterator, self.train_dataset), num_batches, device)
 
-    def with_idle_ends(self, batches: Iterable[Any], rows: Any) -> Iterator[Any]:
+    def with_idle_ends(self, batches: Iterable[Batch], rows: Sized) -> Iterator[Batch]:
         """The batches of this process. Where it gets none of an epoch's last ``rows``, the last is ``without_rows``."""
         idle = is_idle(len(rows), self.args.per_device_train_batch_size, ranks.count(), ranks.rank())
         for batch in batches:
             yield self.without_rows(batch) if idle and self.accelerator.gradient_state.end_of_dataloader else batch
 
-    def without_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def without_rows(self, batch: Batch) -> Batch:
         """A batch with which a process takes part in a step without contributing to it."""
         raise NotImplementedError
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # trl's figures stay on the device until a line is written.
         for values in metrics_of(self, "train" if self.model.training else "eval").values():
             values[:] = map(float, values)
-        super().log(logs, *args, **kwargs)
+        super().log(logs, start_time)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float:
         norm = whole(super()._get_grad_norm(model, grad_norm))
         scaler = self.accelerator.scaler
         value = self.last_grad_norm = self._read_step(norm)
@@ -180,7 +188,7 @@ class RunTrainer(TrlTrainer):
         # The scaled gradients overflowed: the scaler skips this step and lowers its scale.
         return value
 
-    def _read_step(self, norm: Any) -> float:
+    def _read_step(self, norm: Tensor) -> float:
         """Record the step's loss, tokens and examples over all processes, and return the gradient norm.
 
         This is the only synchronisation with the device in a step. A loss that is not finite in one process makes the
@@ -203,7 +211,9 @@ class RunTrainer(TrlTrainer):
 
     # --- evaluation ---
 
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+    def _evaluate(
+        self, trial: object, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
         try:
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except EvaluationStopped:
@@ -216,7 +226,7 @@ class RunTrainer(TrlTrainer):
             self._determine_best_metric(metrics, trial)
         return metrics
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
         best = super()._determine_best_metric(metrics, trial)
         if best:
             self.control.should_save = True
@@ -224,7 +234,7 @@ class RunTrainer(TrlTrainer):
 
     # --- checkpoints ---
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         step = self.state.global_step
         if self.last_saved == step:
             return
@@ -242,9 +252,9 @@ class RunTrainer(TrlTrainer):
     def _write_checkpoint(
         self,
         folder: Path,
-        states: Sequence[dict[str, Any]],
+        states: Sequence[RandomStates],
         weights: dict[str, Tensor] | None,
-        optimizer: dict[str, Any],
+        optimizer: StateDict,
     ) -> None:
         self._save(str(folder), weights)
         save_state(folder, "optimizer", optimizer)
@@ -256,7 +266,7 @@ class RunTrainer(TrlTrainer):
         self.state.save_to_json(str(folder / STATE_FILE))
         write_json(folder / PROGRESS_FILE, dataclasses.asdict(self.progress))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: StateDict | None = None) -> None:
         save_weights(self.model, Path(output_dir or self.run_folder), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -275,7 +285,7 @@ class RunTrainer(TrlTrainer):
     def _follow_schedule(self) -> None:
         """Set the next step's learning rate from this run's length, since the checkpoint may be of a shorter run."""
         scheduler = self.lr_scheduler
-        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        if isinstance(scheduler, LambdaLR):
             factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
             rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
             set_last_rates(scheduler, rates)
@@ -312,7 +322,7 @@ class RunTrainer(TrlTrainer):
         """Optimizer steps of the whole run."""
         return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         result = super()._init_training_state(max_steps, *args, **kwargs)
         # A resumed state holds the old logging and evaluation intervals; this run's settings replace them.
         self.state.compute_steps(self.args, max_steps)
@@ -327,7 +337,7 @@ class RunTrainer(TrlTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: Batch) -> int:
         # The number is not used, and counting parameters at every micro-batch takes time.
         return 0
 
@@ -335,7 +345,7 @@ class RunTrainer(TrlTrainer):
 
     def _send_telemetry(self) -> None: ...
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None: ...
+    def create_model_card(self, *_: object, **__: object) -> None: ...
 
 
 def _random_file(rank: int) -> str:

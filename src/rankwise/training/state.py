@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import InternalError, RunError
-from rankwise.foreign import read_json, reason_of
+from rankwise.foreign import JsonObject, read_json, reason_of
 from rankwise.training.checkpoints import check_no_pickles
 
+# By generator: "python", "numpy", "cpu", and where there is one "cuda" or "mps".
+RandomStates = dict[str, Any]
 # The exceptions that torch, NumPy and transformers raise for values of a wrong type or form.
 STATE_ERRORS = (
     OSError,
@@ -48,12 +50,12 @@ class TrainerFacts:
     global_step: int
     max_steps: int
     eval_steps: float
-    log_history: list[dict[str, Any]]
+    log_history: list[JsonObject]
     best_metric: float | None = None
     best_global_step: int | None = None
 
 
-def save_state(folder: Path, name: str, state: Any) -> None:
+def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     """Write ``state`` as ``folder/name.json`` and, where it holds tensors, ``folder/name.safetensors``.
 
     Tensors may have any device and layout; values and dtypes are kept exactly. Raises InternalError (RW590) for a value
@@ -67,7 +69,7 @@ def save_state(folder: Path, name: str, state: Any) -> None:
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_state(folder: Path, name: str, like: Any = None) -> Any:
+def load_state(folder: Path, name: str, like: Mapping[str, Any] | None = None) -> Any:
     """Read what ``save_state`` wrote; tensors are on the CPU. The state must have the form of ``like``, if given.
 
     Raises RunError: RW512 for a folder that holds pickles, RW511 for files that are missing, damaged, do not belong
@@ -117,7 +119,7 @@ def check_random_states(states: Any) -> None:
         raise ValueError(f"the position of NumPy's generator is {states['numpy'][2]}")
 
 
-def _check_form(found: Any, wanted: Any, place: str) -> None:
+def _check_form(found: Any, wanted: object, place: str) -> None:
     """Raise ValueError where ``found`` and ``wanted`` differ in keys, lengths, types, dtypes or shapes of tensors."""
     if isinstance(wanted, Tensor) and isinstance(found, Tensor):
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
@@ -136,16 +138,16 @@ def _check_form(found: Any, wanted: Any, place: str) -> None:
         raise ValueError(f"{place} is a {type(found).__name__}, not a {type(wanted).__name__}")
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: object) -> type:
     """The type of a value, with one type for all numbers and None."""
     is_number = value is None or (isinstance(value, int | float | np.number) and not isinstance(value, bool))
     return float if is_number else type(value)
 
 
-def random_states() -> dict[str, Any]:
+def random_states() -> RandomStates:
     """The states of every generator that training draws from: Python's, NumPy's, torch's on each device."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    states: dict[str, Any] = {
+    states: RandomStates = {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "cpu": torch.get_rng_state(),
@@ -157,7 +159,7 @@ def random_states() -> dict[str, Any]:
     return states
 
 
-def set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: RandomStates) -> None:
     """Set every generator to its state in ``states``, a result of ``random_states``.
 
     Raises RunError (RW511) where the number of CUDA devices differs.
@@ -188,7 +190,7 @@ def undisturbed_random_states() -> Iterator[None]:
         set_random_states(states)
 
 
-def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
+def _encode(value: object, tensors: dict[str, Tensor], place: str) -> Any:
     if isinstance(value, Tensor):
         key = str(len(tensors))
         # A copy, since safetensors refuses tensors that share memory.
@@ -211,7 +213,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
     )
 
 
-def _encode_dict(value: dict[Any, Any], tensors: dict[str, Tensor], place: str) -> Any:
+def _encode_dict(value: dict[Any, object], tensors: dict[str, Tensor], place: str) -> JsonObject:
     items = [(key, _encode(item, tensors, f"{place}[{key!r}]")) for key, item in value.items()]
     if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
         return dict(items)

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -26,7 +28,7 @@ from rankwise.compat.transformers import pair_with_next_labels
 from rankwise.compat.trl import metrics_of
 from rankwise.errors import warn
 from rankwise.training import ranks
-from rankwise.training.batches import KEY, Counting, counted
+from rankwise.training.batches import KEY, Batch, Counting, Items, Samples, counted
 from rankwise.training.loss import (
     LossParts,
     evaluation_targets,
@@ -79,11 +81,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         return "own, in chunks" if self.own_loss else "own logits at trained positions"
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> Any:
         found = inputs.pop(KEY, None) or counted(inputs)
         BATCH.rows_before = found.rows_before
@@ -110,14 +108,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
             )
         return self.own_loss
 
-    def _own_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items: Tensor | int | None,
-        smoothing: float,
-        scored: Tensor,
-    ) -> Tensor:
+    def _own_loss(self, model: nn.Module, inputs: Batch, num_items: Items, smoothing: float, scored: Tensor) -> Tensor:
         """The loss from chunks of logits at scored positions."""
         options = LossOptions(label_smoothing=smoothing, want_stats=True, scored=scored)
         routing = {"output_router_logits": True} if self.aux_loss_enabled else {}
@@ -134,15 +125,13 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
             num_items,
         )
 
-    def _loss_from_logits(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, smoothing: float
-    ) -> Tensor:
+    def _loss_from_logits(self, model: nn.Module, inputs: Batch, num_items: Items, smoothing: float) -> Tensor:
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         return self._with_aux_loss(loss_from_logits(model, inputs, num_items, smoothing), num_items)
 
-    def _with_aux_loss(self, parts: LossParts, num_items: Tensor | int | None) -> Tensor:
+    def _with_aux_loss(self, parts: LossParts, num_items: Items) -> Tensor:
         self._note(parts)
         loss = parts.loss
         if num_items is not None and self.args.average_tokens_across_devices:
@@ -165,7 +154,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
 
     def evaluation_loop(
         self,
-        dataloader: Any,
+        dataloader: DataLoader[Batch],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -175,17 +164,18 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
 
         The Trainer's own evaluation averages over batches, and in 16 bits its batches round differently.
         """
+        rows: Dataset = dataloader.dataset
         self.start_evaluation()
         with undisturbed_random_states(), roots_gathered(self.model):
-            own = self._batch_scores(dataloader) if self.evaluates_batches else self._row_scores(dataloader.dataset)
+            own = self._batch_scores(dataloader) if self.evaluates_batches else self._row_scores(rows)
         everyone = list(itertools.chain.from_iterable(ranks.gathered(own)))
         count = sum(tokens for _, tokens, _ in everyone) or 1
         metrics_of(self, "eval")["mean_token_accuracy"].append(sum(hits for _, _, hits in everyone) / count)
         # The sum is exact, so it does not depend on the distribution of rows over processes.
         loss = -math.fsum(total for total, _, _ in everyone) / count
-        return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, len(dataloader.dataset))
+        return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, len(rows))
 
-    def _batch_scores(self, dataloader: Any) -> list[tuple[float, int, float]]:
+    def _batch_scores(self, dataloader: DataLoader[Batch]) -> list[tuple[float, int, float]]:
         """(log-probability, scored tokens, scored tokens that were the most likely ones) of each batch."""
         noted, found = metrics_of(self, "eval"), []
         for batch in dataloader:
@@ -197,7 +187,7 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return found
 
-    def _row_scores(self, rows: Any) -> list[tuple[float, int, float]]:
+    def _row_scores(self, rows: Dataset) -> list[tuple[float, int, float]]:
         """(log-probability, scored tokens, scored tokens that were the most likely ones) of each row."""
         targets = evaluation_targets(rows)
         scores: dict[int, Score] = {}
@@ -224,14 +214,14 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
 
     # --- the rows of one of several processes ---
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> Any:
-        samples, items = super().get_batch_samples(epoch_iterator, *args)
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Samples:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.shares_masks:
             everyone = ranks.gathered([tuple(batch["input_ids"].shape) for batch in samples])
             samples = [self._placed(batch, shapes) for batch, *shapes in zip(samples, *everyone)]
         return samples, items
 
-    def _placed(self, batch: dict[str, Any], shapes: list[tuple[int, int]]) -> dict[str, Any]:
+    def _placed(self, batch: Batch, shapes: list[tuple[int, int]]) -> Batch:
         """The batch with the number of tokens in processes of lower rank; padded rows get the length that they would
         have in one process."""
         if not self.padding_free:
@@ -246,5 +236,5 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
             return "NEFTune draws its noise from the same generator"
         return why_masks_differ(self.model)
 
-    def without_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def without_rows(self, batch: Batch) -> Batch:
         return masked(batch)

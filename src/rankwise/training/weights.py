@@ -71,7 +71,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _load_model(model: Any, folder: Path) -> None:
+def _load_model(model: nn.Module, folder: Path) -> None:
     # from_pretrained reads every layout that save_pretrained writes: split files, tied weights, renamed experts.
     stored: Any = class_of(model).from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[attr-defined]
     values = dict(stored.named_parameters())

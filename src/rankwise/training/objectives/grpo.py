@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import stop_ids_of
 from rankwise.chunks import WRITTEN_ROWS
@@ -23,7 +24,7 @@ from rankwise.options import flag
 from rankwise.training import ranks
 from rankwise.training.arguments import Surroundings, run_arguments
 from rankwise.training.foresight import MicroBatch, longest_row
-from rankwise.training.learning import Learning
+from rankwise.training.learning import Common, Learning
 from rankwise.training.objectives.grpo_trainer import EVALUATED_AT_ONCE, GrpoArguments, GrpoTrainer
 from rankwise.training.objectives.rewards import BUILT_IN, Reward, read_rewards
 from rankwise.training.setup import Data
@@ -121,7 +122,7 @@ def _arguments(given: TrainSettings, around: Surroundings) -> GrpoArguments:
 
 def _encode(
     given: TrainSettings,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     eval_rows: Rows | None,
     template: str | None,
@@ -144,7 +145,7 @@ def _encode(
     return Data(train, evaluation, rows, template, eval_rows, notes)
 
 
-def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any], *, rewards: Sequence[Reward]) -> GrpoTrainer:
+def _trainer(given: TrainSettings, data: Data, common: Common, *, rewards: Sequence[Reward]) -> GrpoTrainer:
     model, tokenizer = common["model"], common["processing_class"]
     longest, places = longest_row(common["train_dataset"]) + _new_tokens(given), table_rows(model)
     if places is not None and longest > places:
@@ -165,7 +166,7 @@ def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any], *, rew
     return GrpoTrainer(rewards=rewards, stop_ids=stops, **common)
 
 
-def _largest_batch(trainer: Any, *, flat: bool) -> MicroBatch:
+def _largest_batch(trainer: GrpoTrainer, *, flat: bool) -> MicroBatch:
     """The largest possible micro-batch: answers of full length to the longest prompt."""
     new, rows = trainer.max_completion_length, trainer.args.per_device_train_batch_size
     tokens = longest_row(trainer.train_dataset) + new
@@ -178,5 +179,5 @@ def _largest_evaluation(trainer: GrpoTrainer) -> MicroBatch | None:
         return None
     new = trainer.max_completion_length
     tokens = longest_row(trainer.eval_dataset) + new
-    rows = min(len(trainer.eval_dataset), EVALUATED_AT_ONCE, WRITTEN_ROWS[trainer.args.device.type])  # type: ignore[arg-type]
+    rows = min(len(trainer.eval_dataset), EVALUATED_AT_ONCE, WRITTEN_ROWS[trainer.args.device.type])
     return MicroBatch(rows, tokens, new / tokens)

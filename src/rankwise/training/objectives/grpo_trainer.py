@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -37,7 +38,8 @@ from rankwise.errors import ConfigError, warn
 from rankwise.foreign import JsonObject
 from rankwise.known_names import REFUSED
 from rankwise.training import ranks
-from rankwise.training.objectives.rewards import Reward
+from rankwise.training.batches import Batch, Items
+from rankwise.training.objectives.rewards import Reward, Said
 from rankwise.training.spine import RunTrainer
 from rankwise.training.state import undisturbed_random_states
 
@@ -108,25 +110,25 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
 
     # --- the rows of one of several processes ---
 
-    def with_idle_ends(self, batches: Iterable[Any], _: Any) -> Iterator[Any]:
+    def with_idle_ends(self, batches: Iterable[Batch], _: object) -> Iterator[Batch]:
         # An epoch drops the last prompts that do not fill a step, so no process is without rows.
         return iter(batches)
 
     # --- a step ---
 
-    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         given: Any = super()._get_train_sampler(dataset)
         counts = given.mini_repeat_count, given.batch_size, given.repeat_count
         return EpochSampler(given.data_source, *counts, seed=given.seed)
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
         self._prompt_ids = [row["input_ids"] for row in inputs]
         prompts = self._ask([row["asked"] for row in inputs])
-        found: dict[str, Any] = super()._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+        found: Batch = super()._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
         self._note_silence(metrics_of(self, "train")["frac_reward_zero_std"][-1] == 1)
         return found
 
-    def _ask(self, rows: Sequence[str]) -> list[Any]:
+    def _ask(self, rows: Sequence[str]) -> list[Said]:
         """The prompts of a batch, without the other columns, which are kept for the rewards."""
         asked = [json.loads(row) for row in rows]
         self._columns = [one["columns"] for one in asked]
@@ -142,7 +144,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
                 "begin with easier prompts.",
             )
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+    def _tokenize_prompts(self, prompts: list[Said]) -> tuple[list[list[int]], None, dict[str, Tensor]]:
         return self._prompt_ids, None, {}
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
@@ -168,20 +170,21 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         give_back_freed_memory()
         return answers
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        rewards: Tensor = super()._calculate_rewards(self._columns, prompts, completions, completion_ids_list)
-        return rewards
+    def _calculate_rewards(
+        self, inputs: object, prompts: list[Said], completions: Sequence[Said], completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        return super()._calculate_rewards(self._columns, prompts, completions, completion_ids_list)
 
     def _get_per_token_logps_and_entropies(
         self,
-        model: Any,
+        model: PreTrainedModel,
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
-        **_: Any,
+        **_: object,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities and entropies (B, C) of the last C = ``logits_to_keep`` tokens, zero at padding."""
         policy, as_reference = (self.model, _as_reference(self.model)) if model is REFERENCE else (model, nullcontext())
@@ -202,34 +205,35 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         )
 
     def _scores(
-        self, model: Any, labels: Tensor, input_ids: Tensor, attention_mask: Tensor, **wanted: Any
+        self, model: PreTrainedModel, labels: Tensor, input_ids: Tensor, attention_mask: Tensor, **wanted: Any
     ) -> TokenScores:
         if not self.own_scores:
             asked = Asked(flat=self.args.padding_free)
             return scores_of_logits(model, asked, labels, input_ids, attention_mask, **wanted)
         given = {"labels": labels, "input_ids": input_ids, "attention_mask": attention_mask}
-        scores: TokenScores = model(**given, **wanted, fused_lm_head=True)
-        return scores
+        return model(**given, **wanted, fused_lm_head=True)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None
+    ) -> Any:
         if self.model.training:
             masks = inputs["prompt_mask"], inputs["completion_mask"]
             self.step_tokens += sum(int(mask.sum()) for mask in masks)
             self.step_examples += len(masks[0])
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     # --- evaluation ---
 
     def evaluation_loop(
         self,
-        dataloader: Any,
+        dataloader: DataLoader[Batch],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """The mean reward of one greedy answer to each prompt; the loss is its negative."""
-        rows = dataloader.dataset
+        rows: Dataset = dataloader.dataset
         self.start_evaluation()
         rewards = []
         with undisturbed_random_states():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 
 from rankwise.config import FOUR_BITS, TrainSettings
@@ -16,8 +18,9 @@ from rankwise.models import load_processor
 from rankwise.training import ranks
 from rankwise.training.arguments import Surroundings, sft_arguments
 from rankwise.training.foresight import MicroBatch, largest_batch, longest_row
-from rankwise.training.learning import Learning
+from rankwise.training.learning import Common, Learning
 from rankwise.training.setup import Data, encode_data
+from rankwise.training.spine import RunTrainer
 from rankwise.training.trainer import RankwiseTrainer
 
 # Model types for which the losses with the fast operators were compared with those of trl and PEFT.
@@ -60,7 +63,7 @@ def _refused(given: TrainSettings) -> Iterator[str]:
         yield "training in several processes"
 
 
-def _takes_fast(model: Any) -> bool:
+def _takes_fast(model: PreTrainedModel) -> bool:
     kind = model.config.model_type
     if kind not in COMPARED:
         warn(
@@ -71,7 +74,9 @@ def _takes_fast(model: Any) -> bool:
     return kind in COMPARED
 
 
-def _encode(given: TrainSettings, tokenizer: Any, rows: Rows, eval_rows: Rows | None, template: str | None) -> Data:
+def _encode(
+    given: TrainSettings, tokenizer: PreTrainedTokenizerBase, rows: Rows, eval_rows: Rows | None, template: str | None
+) -> Data:
     processor = load_processor(
         given.model, tokenizer, trust_remote_code=given.trust_remote_code, revision=given.revision
     )
@@ -86,12 +91,12 @@ def _arguments(given: TrainSettings, around: Surroundings) -> SFTConfig:
     return arguments
 
 
-def _largest_batch(trainer: Any, *, flat: bool) -> MicroBatch:
+def _largest_batch(trainer: RunTrainer, *, flat: bool) -> MicroBatch:
     batch = largest_batch(trainer, flat=flat)
     return dataclasses.replace(batch, image_tokens=_image_tokens(trainer, trainer.train_dataset))
 
 
-def _largest_evaluation(trainer: Any) -> MicroBatch | None:
+def _largest_evaluation(trainer: RunTrainer) -> MicroBatch | None:
     """The largest possible batch: each row as long as the longest, with all tokens in the loss."""
     rows = trainer.eval_dataset
     if rows is None:
@@ -100,11 +105,11 @@ def _largest_evaluation(trainer: Any) -> MicroBatch | None:
     return MicroBatch(size, longest_row(rows), 1.0, _image_tokens(trainer, rows))
 
 
-def _image_tokens(trainer: Any, rows: Any) -> int:
+def _image_tokens(trainer: Any, rows: Dataset) -> int:
     """The largest number of image tokens of a row."""
     return max(ids.count(trainer.processing_class.image_token_id) for ids in rows["input_ids"])
 
 
-def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any]) -> RankwiseTrainer:
+def _trainer(given: TrainSettings, data: Data, common: Common) -> RankwiseTrainer:
     own = {"processing_class": data.processor, "evaluates_batches": True}
     return RankwiseTrainer(label_smoothing=given.label_smoothing, **{**common, **own})

@@ -13,13 +13,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderShard
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -37,8 +40,9 @@ from rankwise.data.preference_formats import PREFERENCE_FORMATS, unpaired
 from rankwise.errors import ConfigError, RunError
 from rankwise.training import ranks
 from rankwise.training.arguments import Surroundings, run_arguments
+from rankwise.training.batches import Batch, Items, Samples
 from rankwise.training.foresight import largest_scoring
-from rankwise.training.learning import Learning
+from rankwise.training.learning import Common, Learning
 from rankwise.training.loss import fused_head_is_right
 from rankwise.training.setup import Data, encode_data
 from rankwise.training.shares import share_batches
@@ -71,6 +75,7 @@ class PreferenceTrainer(RunTrainer):
     # The trl trainer that the class inherits from.
     behind: type[TrlTrainer]
     # trl's declaration is narrower.
+    args: PairArguments | MarkedArguments
     ref_model: Any
     precompute_ref_logps: bool
 
@@ -100,7 +105,7 @@ class PreferenceTrainer(RunTrainer):
             # accelerate's gather needs equally many rows in each process, and truncates a short last batch.
             self.accelerator.gather = self.accelerator.gather_for_metrics = self._of_everyone
 
-    def _give_head(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def _give_head(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         if type(model) is not nn.Module and not self.own_scores:
             add_fused_lm_head(model, *args, **kwargs)
 
@@ -121,17 +126,17 @@ class PreferenceTrainer(RunTrainer):
 
     # --- the rows of one of several processes ---
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        return share_batches(super().get_eval_dataloader(*args, **kwargs))
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoaderShard:
+        return share_batches(super().get_eval_dataloader(eval_dataset))
 
-    def get_batch_samples(self, *args: Any) -> Any:
-        samples, items = super().get_batch_samples(*args)
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Samples:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         everyone = ranks.gathered([batch[COUNTED][1] for batch in samples])
         for batch, *rows in zip(samples, *everyone):
             batch[SHARE] = batch[COUNTED][1] * ranks.count() / sum(rows)
         return samples, items
 
-    def without_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def without_rows(self, batch: Batch) -> Batch:
         return {**batch, COUNTED: (0, 0)}
 
     def _of_everyone(self, tensor: Tensor) -> Tensor:
@@ -142,11 +147,7 @@ class PreferenceTrainer(RunTrainer):
     # --- loss ---
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None
     ) -> Any:
         tokens, self.rows = inputs.pop(COUNTED)
         share = inputs.pop(SHARE, 1)
@@ -161,12 +162,12 @@ class PreferenceTrainer(RunTrainer):
         # Weighted so that the mean over processes is the mean over all rows.
         return loss if share == 1 else loss * share
 
-    def references(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def references(self, inputs: Batch) -> dict[str, Tensor]:
         """The reference's log-probabilities of a batch, under trl's names."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def reference_log_probs(self, inputs: dict[str, Any], prefix: str = "") -> Tensor:
+    def reference_log_probs(self, inputs: Batch, prefix: str = "") -> Tensor:
         """log p_ref(y | x) of each sequence (B,)."""
         ids, completions = inputs[f"{prefix}input_ids"], inputs[f"{prefix}completion_mask"]
         asked = {"want_stats": False} if self.own_scores else {}
@@ -183,13 +184,13 @@ class PreferenceTrainer(RunTrainer):
 
     # --- evaluation ---
 
-    def counts_by_side(self, inputs: dict[str, Any]) -> dict[str, int]:
+    def counts_by_side(self, inputs: Batch) -> dict[str, int]:
         """The numbers of good ("chosen") and bad ("rejected") answers in a batch; empty where each row has both."""
         return {}
 
     def evaluation_loop(
         self,
-        dataloader: Any,
+        dataloader: DataLoader[Batch],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -197,11 +198,12 @@ class PreferenceTrainer(RunTrainer):
     ) -> EvalLoopOutput:
         """Means over rows; figures of good (bad) answers are means over the good (bad) answers. The Trainer's own
         evaluation gives a short last batch the weight of a full one."""
+        data: Dataset = dataloader.dataset
         self.start_evaluation()
         found: dict[str, list[tuple[float, int]]] = defaultdict(list)
         metrics = metrics_of(self, "eval")
         with undisturbed_random_states():
-            for inputs in self.with_idle_ends(dataloader, dataloader.dataset):
+            for inputs in self.with_idle_ends(dataloader, data):
                 own = inputs[COUNTED][1]
                 counts = {side: count * bool(own) for side, count in self.counts_by_side(inputs).items()}
                 loss = self.prediction_step(self.model, inputs, True)[0]
@@ -223,7 +225,7 @@ class PreferenceTrainer(RunTrainer):
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         mean_loss = means.pop("loss")
         metrics |= {name: [value] for name, value in means.items()}
-        return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": mean_loss}, len(dataloader.dataset))
+        return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": mean_loss}, len(data))
 
 
 class PairTrainer(PreferenceTrainer, DPOTrainer):
@@ -231,7 +233,7 @@ class PairTrainer(PreferenceTrainer, DPOTrainer):
 
     behind = DPOTrainer
 
-    def references(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def references(self, inputs: Batch) -> dict[str, Tensor]:
         chosen, rejected = self.reference_log_probs(inputs).chunk(2)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
@@ -241,23 +243,23 @@ class MarkedTrainer(PreferenceTrainer, KTOTrainer):
 
     behind = KTOTrainer
 
-    def _prepare_dataset(self, dataset: Dataset, _: Any, arguments: KTOConfig, *__: Any) -> Dataset:
+    def _prepare_dataset(self, dataset: Dataset, _: object, arguments: KTOConfig, *__: object) -> Dataset:
         """As in trl, z is estimated by pairing each prompt with the previous answer of its batch."""
         if not self.calculate_KL:
             return dataset
 
-        def shifted(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        def shifted(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
             answers = rows["completion_ids"]
             return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
 
         size = arguments.per_device_train_batch_size * ranks.count()
         return dataset.map(shifted, batched=True, batch_size=size, keep_in_memory=True)
 
-    def counts_by_side(self, inputs: dict[str, Any]) -> dict[str, int]:
+    def counts_by_side(self, inputs: Batch) -> dict[str, int]:
         good = int(inputs["label"].sum())
         return {"chosen": good, "rejected": len(inputs["label"]) - good}
 
-    def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Tensor | None:
+    def _compute_kl_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
         found: Tensor | None = super()._compute_kl_logps(model, batch)
         if found is None or ranks.count() == 1:
             return found
@@ -266,12 +268,12 @@ class MarkedTrainer(PreferenceTrainer, KTOTrainer):
         mean = ranks.mean([(found.detach() - reference).mean()], self.rows)[0]
         return reference + float(mean)
 
-    def references(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def references(self, inputs: Batch) -> dict[str, Tensor]:
         found = {"ref_logps": self.reference_log_probs(inputs)}
         return {**found, "ref_KL_logps": self.reference_log_probs(inputs, "KL_")} if self.calculate_KL else found
 
 
-def _counting(collate: Callable[[Any], dict[str, Any]], examples: list[Any]) -> dict[str, Any]:
+def _counting(collate: Callable[[list[Any]], Batch], examples: list[Any]) -> Batch:
     """A batch of trl's collator with its counts (non-padding tokens, examples), counted on the host."""
     batch = collate(examples)
     return {**batch, COUNTED: (int(batch["attention_mask"].sum()), len(examples))}
@@ -306,7 +308,9 @@ def learning(given: TrainSettings) -> Learning:
     )
 
 
-def _encode(given: TrainSettings, tokenizer: Any, rows: Rows, eval_rows: Rows | None, template: str | None) -> Data:
+def _encode(
+    given: TrainSettings, tokenizer: PreTrainedTokenizerBase, rows: Rows, eval_rows: Rows | None, template: str | None
+) -> Data:
     if given.objective == "kto":
         rows, eval_rows = unpaired(rows), None if eval_rows is None else unpaired(eval_rows)
     return encode_data(given, tokenizer, rows, eval_rows, template, encode_preferences)
@@ -327,7 +331,7 @@ def _arguments(given: TrainSettings, around: Surroundings) -> PairArguments | Ma
     )
 
 
-def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any]) -> PreferenceTrainer:
+def _trainer(given: TrainSettings, data: Data, common: Common) -> PreferenceTrainer:
     return (PairTrainer if given.objective == "dpo" else MarkedTrainer)(**common)
 
 

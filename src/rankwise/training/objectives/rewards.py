@@ -21,12 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.prompts import ANSWERS
+from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, first_line
 from rankwise.final_number import extract_answer
 from rankwise.weights_file import sha256_of
 
 # A reward function, which trl calls with keyword arguments.
 Function = Callable[..., Any]
+# What trl calls it with: columns by name.
+Given = Mapping[str, Any]
+# A prompt or an answer.
+Said = str | Sequence[Message]
 BUILT_IN = "answer, format=REGEX, length=N"
 FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:]+)")
 # The arguments that trl passes in addition to the columns of the data.
@@ -49,7 +54,7 @@ class Reward:
         """The name under which trl logs the reward."""
         return self.name
 
-    def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def __call__(self, *, prompts: Sequence[Said], completions: Sequence[Said], **columns: Any) -> list[float | None]:
         """A number or None for each completion.
 
         Raises RunError: RW772 where the function raises, RW773 where it does not return one value for each completion,
@@ -71,7 +76,7 @@ class Reward:
             raise self._wrong_count("a longer list" if len(values) > count else f"a list of {len(values)}", count)
         return [self._number(value, given, place) for place, value in enumerate(values)]
 
-    def _called(self, given: Mapping[str, Any]) -> Any:
+    def _called(self, given: Given) -> Any:
         """The function's result. Unlike in trl, a function without ``**kwargs`` gets only the arguments it names."""
         taken = inspect.signature(self.function).parameters.values()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
@@ -79,7 +84,7 @@ class Reward:
         found = self.function(**given)
         return asyncio.run(found) if inspect.iscoroutine(found) else found
 
-    def _raised(self, given: Mapping[str, Any], error: BaseException) -> RunError:
+    def _raised(self, given: Given, error: BaseException) -> RunError:
         """RunError RW772, with the first sample for which the function raises alone, else for the whole batch."""
         count, where = len(given["completions"]), "a batch of answers"
         for place in range(count):
@@ -101,7 +106,7 @@ class Reward:
             "each of `completions`.",
         )
 
-    def _number(self, value: Any, given: Mapping[str, Any], place: int) -> float | None:
+    def _number(self, value: Any, given: Given, place: int) -> float | None:
         if value is None:
             return None
         try:
@@ -176,7 +181,7 @@ def _from_file(spec: str, path: Path, name: str) -> Reward:
     return Reward(spec, name, function, sha256_of(path))
 
 
-def answer(completions: Sequence[Any], **columns: Any) -> list[float]:
+def answer(completions: Sequence[Said], **columns: Any) -> list[float]:
     """1 where the final number of an answer, by GSM8K's rules, equals that of the row's own answer; else 0.
 
     Raises DataError (RW781) where the data have no column with the right answer, or one holds no number.
@@ -196,7 +201,7 @@ def answer(completions: Sequence[Any], **columns: Any) -> list[float]:
     return [float(extract_answer(text_of(one)) == number) for one, number in zip(completions, wanted)]
 
 
-def format_(completions: Sequence[Any], *, pattern: re.Pattern[str]) -> list[float]:
+def format_(completions: Sequence[Said], *, pattern: re.Pattern[str]) -> list[float]:
     """1 where ``pattern`` is found in an answer, else 0."""
     return [float(pattern.search(text_of(one)) is not None) for one in completions]
 
@@ -206,17 +211,17 @@ def length(completion_ids: Sequence[Sequence[int]], *, tokens: int) -> list[floa
     return [min(1.0, max(0.0, 2 - len(ids) / tokens)) for ids in completion_ids]
 
 
-def text_of(completion: Any) -> str:
+def text_of(completion: Said) -> str:
     """A completion's text. trl passes a list of messages where the prompt is one."""
     return completion if isinstance(completion, str) else "".join(str(part["content"]) for part in completion)
 
 
-def _at(value: Any, place: int, count: int) -> Any:
+def _at(value: object, place: int, count: int) -> object:
     """Item ``place`` of a column; a value that is not a column, such as the trainer's state, is returned as it is."""
     return value[place : place + 1] if isinstance(value, list | tuple) and len(value) == count else value
 
 
-def _sample(given: Mapping[str, Any], place: int) -> str:
+def _sample(given: Given, place: int) -> str:
     prompt, completion = (given[name][place] for name in ("prompts", "completions"))
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return f"the answer {_short(text_of(completion))} to the prompt {_short(asked)}"

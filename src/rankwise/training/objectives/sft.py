@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rankwise.config import TrainSettings
 from rankwise.training.arguments import sft_arguments
-from rankwise.training.learning import Learning
+from rankwise.training.learning import Common, Learning
 from rankwise.training.setup import Data, encode_data
 from rankwise.training.trainer import RankwiseTrainer
 
@@ -16,5 +13,5 @@ def learning() -> Learning:
     return Learning(encode_data, sft_arguments, _trainer)
 
 
-def _trainer(given: TrainSettings, data: Data, common: Mapping[str, Any]) -> RankwiseTrainer:
+def _trainer(given: TrainSettings, data: Data, common: Common) -> RankwiseTrainer:
     return RankwiseTrainer(label_smoothing=given.label_smoothing, **common)
