@@ -17,11 +17,12 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rankwise.errors import ConfigError
+from rankwise.foreign import JsonObject
 from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig, init_of
 from rankwise.options import (
     LARGEST_NUMBER,
@@ -147,7 +148,7 @@ class TextOptions(Settings):
     completion_column: Annotated[str | None, option(Panel.TEXT, "Column with the completion.")] = None
 
     @property
-    def columns(self) -> dict[str, Any]:
+    def columns(self) -> JsonObject:
         """The prompt and completion columns as keyword arguments of the data readers."""
         return {"prompt_column": self.prompt_column, "completion_column": self.completion_column}
 
@@ -413,7 +414,7 @@ def logging_steps_of(steps: int) -> int:
 
 
 # {word: the options that it sets} for `rankwise compare --methods METHOD+WORD`.
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, JsonObject] = {
     **{kind: {"init": kind} for kind in ("pissa", "loftq", "eva", "orthogonal")},
     # The ratio that the LoRA+ paper recommends.
     "plus": {"loraplus_ratio": 16.0},
@@ -421,7 +422,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def variant_of(name: str) -> tuple[str, dict[str, Any]]:
+def variant_of(name: str) -> tuple[str, JsonObject]:
     """Split ``lora+pissa`` into the method and the options of `rankwise train` that its words set.
 
     Raises ValueError for an unknown method, an unknown word, two words that set the same option, or a word that has no
@@ -430,7 +431,7 @@ def variant_of(name: str) -> tuple[str, dict[str, Any]]:
     method, *words = name.split("+")
     if method not in METHODS:
         raise ValueError(f"{method!r} is not a method")
-    options: dict[str, Any] = {}
+    options: JsonObject = {}
     idle = {option for names in idle_options(method).values() for option in names}
     for word in words:
         if word not in VARIANTS:

@@ -334,7 +334,7 @@ def _unmatched(wanted: Sequence[str] | None, names: Collection[str]) -> list[str
     return [key for key in wanted or () if not any(matches(name, [key]) for name in names)]
 
 
-def _as(wanted: Any, key: str) -> str | list[str]:
+def _as(wanted: object, key: str) -> str | list[str]:
     return key if isinstance(wanted, str) else [key]
 
 

@@ -102,21 +102,21 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def option_words(name: str, value: Any) -> list[str]:
+def option_words(name: str, value: object) -> list[str]:
     """The command-line words that set an option: ``["--r", "8"]``, ``["--no-fast"]``."""
     if isinstance(value, bool):
         return [flag(name if value else f"no_{name}")]
     return [flag(name), spelled(value)]
 
 
-def spelled(value: Any) -> str:
+def spelled(value: object) -> str:
     """The text that the command line parses to ``value``: ``q_proj,v_proj``, ``c_attn=1:0:1``, ``0.0002``."""
     if isinstance(value, Mapping):
         return ",".join(f"{key}={_part(item)}" for key, item in value.items())
     return ",".join(map(_part, value)) if isinstance(value, list | tuple) else _part(value)
 
 
-def _part(value: Any) -> str:
+def _part(value: object) -> str:
     if isinstance(value, list | tuple):
         return ":".join(str(int(item)) for item in value)
     short = f"{value:g}" if isinstance(value, float) else str(value)

@@ -9,16 +9,16 @@ import dataclasses
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import NotRequired
 
 # On Python 3.11, pydantic does not accept typing.TypedDict.
 from typing_extensions import TypedDict
 
 from rankwise.disk import whole_file
 from rankwise.errors import RunError
-from rankwise.foreign import Fields, JsonObject, checked, parse_json, read_json, reason_of
+from rankwise.foreign import Fields, Json, JsonObject, checked, parse_json, read_json, reason_of
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -148,7 +148,7 @@ def read_metrics(folder: Path) -> Iterator[Fields]:
             ) from None
 
 
-def _logged(line: Any) -> Fields:
+def _logged(line: Json) -> Fields:
     if not isinstance(line, dict):
         raise ValueError(f"it holds a {type(line).__name__}")
     if type(line.get("step", 0)) is not int:
@@ -180,7 +180,7 @@ def write_skipped_rows(folder: Path, data: Mapping[str, Fields]) -> None:
         write_text(folder / SKIPPED_FILE, "\n".join(lines) + "\n")
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:
     """Write JSON with indent 2, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

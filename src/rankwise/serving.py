@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rankwise.foreign import Fields
 
@@ -67,7 +67,7 @@ SERVERS: dict[str, Server] = {
 
 def traits_of(config: Fields) -> tuple[Trait, ...]:
     """The traits by which an adapter differs from plain LoRA with one rank and alpha, from ``adapter_config.json``."""
-    found: dict[Trait, Any] = {
+    found: dict[Trait, object] = {
         "dora": config.get("use_dora"),
         "rslora": config.get("use_rslora"),
         "rank_pattern": config.get("rank_pattern"),

@@ -68,7 +68,7 @@ def _refuse_half_characters(given: Fields) -> None:
             raise ConfigError("RW104", f"{flag(name)} holds {what} at position {odd.start()}; give text in UTF-8.")
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -158,7 +158,7 @@ def read_settings_file(file: Path) -> JsonObject:
     return given
 
 
-def _where(error: Any) -> str:
+def _where(error: Exception) -> str:
     """The fault and its place: ``: mapping values are not allowed here, line 2, column 4``, where parsing stopped."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if problem is None and not isinstance(error, yaml.YAMLError):

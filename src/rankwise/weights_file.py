@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from rankwise.errors import ModelError, RankwiseError
-from rankwise.foreign import JsonObject, parse_json
+from rankwise.foreign import Json, JsonObject, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 2**62
@@ -141,7 +141,7 @@ def _parse(text: bytes) -> JsonObject:
     return content
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
+def _unique(pairs: list[tuple[str, Json]]) -> JsonObject:
     content = dict(pairs)
     if len(content) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
@@ -149,7 +149,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     return content
 
 
-def _checked_tensor(name: str, entry: Any) -> TensorInfo:
+def _checked_tensor(name: str, entry: Json) -> TensorInfo:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise Malformed(f"describes the tensor {name!r} without dtype, shape and data_offsets; {AGAIN}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -168,7 +168,7 @@ def _checked_tensor(name: str, entry: Any) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _are_sizes(values: Any) -> bool:
+def _are_sizes(values: Json) -> TypeGuard[list[int]]:
     if not isinstance(values, list):
         return False
     return all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values)

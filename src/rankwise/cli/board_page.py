@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rankwise.cli.generate import Speaker, base_model_name, load_speaker
 from rankwise.cli.settings import GenerateSettings
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, RankwiseError
+from rankwise.foreign import Fields
 from rankwise.records import record_of
 from rankwise.reports.board import comparison_panel, find, overview, run_panels, style
 
@@ -183,12 +184,12 @@ def _say(speaker: Speaker, messages: History) -> str:
     return speaker.say(Conversation(tuple(messages if speaker.wording.chat else messages[-1:])))
 
 
-def _plain(history: Any) -> History:
+def _plain(history: Sequence[Fields] | None) -> History:
     """Messages as templates take them: Gradio gives the content as a list of parts."""
     return [{"role": item["role"], "content": _text(item["content"])} for item in history or []]
 
 
-def _text(content: Any) -> str:
+def _text(content: str | Sequence[str | Fields]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)

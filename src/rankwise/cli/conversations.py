@@ -7,14 +7,14 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rankwise.cli.settings import GenerateSettings
 from rankwise.data.files import kind_of
 from rankwise.data.formats import BadRow, conversation, text_field, tools_of
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError
-from rankwise.foreign import parse_json
+from rankwise.foreign import Fields, Json, parse_json
 
 STDIN = "-"
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class Conversation:
     """A conversation that the model is to answer. A prompt is a conversation of one message."""
 
     messages: tuple[Message, ...]
-    tools: tuple[Any, ...] | None = None
+    tools: tuple[Fields, ...] | None = None
     # How a message names it.
     place: str = "the prompt"
 
@@ -73,7 +73,7 @@ def _prompts(source: str) -> list[str]:
     return _all_of([_checked(_prompt, _parsed(line), place) for place, line in lines], name)
 
 
-def _prompt(record: Any) -> str:
+def _prompt(record: Json) -> str:
     return text_field(record if isinstance(record, dict) else {"prompt": record}, "prompt")
 
 
@@ -91,7 +91,7 @@ def _conversations(source: str) -> list[Conversation]:
     return _all_of(made, name)
 
 
-def _conversation(place: str, record: Any) -> Conversation:
+def _conversation(place: str, record: Json) -> Conversation:
     if not isinstance(record, list | dict):
         raise BadRow(f"expected a list of messages or an object with `messages`, found {str(record)[:40]!r}")
     record = {"messages": record} if isinstance(record, list) else record
@@ -121,7 +121,7 @@ def _lines(name: str, text: str) -> list[tuple[str, str]]:
     return [(f"{name}, line {number}", line) for number, line in lines if line.strip()]
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> Json | BadRow:
     """JSON, or what is wrong with it."""
     try:
         return parse_json(text)
@@ -129,7 +129,7 @@ def _parsed(text: str) -> Any:
         return BadRow(f"invalid JSON ({error})")
 
 
-def _checked(make: Callable[[Any], T], record: Any, place: str) -> T | BadRow:
+def _checked(make: Callable[[Json], T], record: Json | BadRow, place: str) -> T | BadRow:
     try:
         if isinstance(record, BadRow):
             raise record

@@ -9,12 +9,13 @@ import platform
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.errors import first_line
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.options import Settings
 from rankwise.reports.numbers import byte_size, plural
 
@@ -129,7 +130,7 @@ def _of_libraries(found: list[Library]) -> Iterator[Finding]:
         yield Finding("RW790", text, is_problem=True)
 
 
-def _machine() -> Iterator[tuple[str, Any]]:
+def _machine() -> Iterator[tuple[str, Json]]:
     import psutil
 
     from rankwise.planning.hardware import cpu_hardware, cpu_name
@@ -145,20 +146,20 @@ def _machine() -> Iterator[tuple[str, Any]]:
     yield "environment", {name: os.environ[name] for name in SWITCHES if name in os.environ}
 
 
-def _devices() -> Iterator[tuple[str, Any]]:
+def _devices() -> Iterator[tuple[str, Json]]:
     import torch
 
     from rankwise.models import choose_device
 
     yield "device", choose_device().reason
-    cards = []
+    cards: list[JsonObject] = []
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         cards.append({"name": card.name, "memory_bytes": card.total_memory, "capability": f"{card.major}.{card.minor}"})
     yield "cards", cards
 
 
-def _usable(torch_: Any) -> list[str]:
+def _usable(torch_: ModuleType) -> list[str]:
     return ["cpu", *(["cuda"] if torch_.cuda.is_available() else [])]
 
 
@@ -202,7 +203,7 @@ def _native_kernels() -> Iterator[Kernel]:
         yield Kernel("cpu", "products", f"native in float32, {level}", why)
 
 
-def _of_devices(torch_: Any) -> Iterator[Finding]:
+def _of_devices(torch_: ModuleType) -> Iterator[Finding]:
     from rankwise.ops import selection
     from rankwise.ops.cpu import native
 

@@ -21,6 +21,9 @@ from rankwise.foreign import Fields
 from rankwise.records import RunRecord, record_of
 
 if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
     from rankwise.cli.conversations import Conversation
 
 
@@ -60,7 +63,7 @@ class Speaker:
     """A loaded model that answers prompts."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     wording: Wording
     adapted: bool
     sampling: Sampling
@@ -78,7 +81,7 @@ class Speaker:
         with adapter_disabled(self.model):
             return Answer(asked.prompt, self.say(asked), tuned, messages)
 
-    def say(self, asked: Conversation, streamer: Any = None) -> str:
+    def say(self, asked: Conversation, streamer: BaseStreamer | None = None) -> str:
         """The answer of the model in its present state; ``streamer``, one of transformers', gets the tokens as they
         are generated.
         """
@@ -89,7 +92,7 @@ class Speaker:
         inputs = self._encode(asked)
         length = inputs["input_ids"].shape[1]
         room = self._room(length)
-        chosen: dict[str, Any] = {"do_sample": False}
+        chosen: dict[str, float] = {"do_sample": False}
         if self.sampling.temperature > 0:
             torch.manual_seed(self.sampling.seed)
             chosen = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
@@ -102,7 +105,7 @@ class Speaker:
                 streamer=streamer,
                 **chosen,
             )
-        return self.tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(tokens[0, length:], skip_special_tokens=True)).strip()
 
     def _room(self, prompt_tokens: int) -> int:
         """The number of tokens for the answer. Raises RunError (RW533) for a prompt beyond the learned positions;
@@ -127,7 +130,7 @@ class Speaker:
             )
         return room
 
-    def _encode(self, asked: Conversation) -> Any:
+    def _encode(self, asked: Conversation) -> BatchEncoding:
         """(1, length) token ids and their mask, on the model's device."""
         from rankwise.data import chat_text
 
@@ -200,7 +203,7 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
     return Speaker(loaded.model, loaded.tokenizer, wording, settings.adapter is not None, sampling), loaded.device
 
 
-def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: Any) -> Wording:
+def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: PreTrainedTokenizerBase) -> Wording:
     """How prompts are written: as the user asks, else as in training, else by the tokenizer's chat template."""
     from rankwise.data import read_template
     from rankwise.evaluation.loading import template_of

@@ -26,7 +26,7 @@ def verb_command(verb: Verb) -> type[TyperCommand]:
     """A command class whose help is ours."""
 
     class VerbCommand(TyperCommand):
-        def format_help(self, ctx: Any, formatter: Any) -> None:
+        def format_help(self, ctx: Any, formatter: object) -> None:
             print_verb_help(verb, ctx.command_path)
 
     return VerbCommand
@@ -36,7 +36,7 @@ def verb_group(verbs: tuple[Verb, ...], summary: str, examples: tuple[str, ...])
     """The class of ``rankwise`` itself."""
 
     class VerbGroup(TyperGroup):
-        def format_help(self, ctx: Any, formatter: Any) -> None:
+        def format_help(self, ctx: object, formatter: object) -> None:
             console = _console()
             _print_head(console, "rankwise VERB [options]", summary, examples)
             _print_rows(console, "Verbs", [(verb.name, verb.summary) for verb in verbs if not verb.hidden], 11)

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from rankwise.cli.glance import check_path_options
 from rankwise.cli.output import Document, Output
+from rankwise.foreign import Fields
 from rankwise.options import Panel, Settings, spelled
 
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
@@ -35,7 +36,7 @@ class Verb:
     examples: Sequence[str]
     hidden: bool = False
     # From the options that were given: settings that hold below them, in place of the defaults.
-    earlier: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    earlier: Callable[[Fields], Fields] | None = None
     # The exit code of a document that tells of a mistake which stopped nothing.
     exit_code: Callable[[Document], int] = lambda _: 0
 

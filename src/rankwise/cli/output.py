@@ -12,13 +12,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
 
 from rankwise.errors import RankwiseWarning, heard
-from rankwise.foreign import Fields
+from rankwise.foreign import Fields, Json
 
 # What a verb gives back, and --json prints.
 Document = Fields
@@ -63,7 +63,7 @@ class Output:
             return importlib.util.find_spec("ipywidgets") is not None
         return self.console.is_terminal and not self.console.is_dumb_terminal
 
-    def waiting(self, text: str) -> contextlib.AbstractContextManager[Any]:
+    def waiting(self, text: str) -> contextlib.AbstractContextManager[object]:
         """A spinner on a terminal, nothing elsewhere."""
         return self.console.status(text) if self.is_terminal else contextlib.nullcontext()
 
@@ -113,7 +113,7 @@ def _ends(text: str, most: int) -> str:
     return f"{text[:half]}...({len(text) - 2 * half:,} more characters)...{text[-half:]}"
 
 
-def _without_nan(value: Any) -> Any:
+def _without_nan(value: Json) -> Json:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     if isinstance(value, Mapping):

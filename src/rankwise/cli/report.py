@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rankwise.cli.words import one_line
 from rankwise.disk import hold
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import check_writable
+from rankwise.reports.schema import Difference
 from rankwise.reports.settings import ReportSettings, output_of
 
 
@@ -62,7 +63,7 @@ def _recommend(
     document: Fields,
     runs: list[Any],
     methods: Fields,
-    differences: list[Any],
+    differences: Sequence[Difference],
     margin: float,
     target: Path,
 ) -> JsonObject:

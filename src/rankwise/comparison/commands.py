@@ -78,8 +78,7 @@ class Commands:
             return self.given.search_steps
         if self.given.minutes is not None:
             return self._steps_in_time(job.cell.method)
-        steps: int | None = self.shared["max_steps"]
-        return steps
+        return self.shared["max_steps"]
 
     def _steps_in_time(self, method: str) -> int:
         seen = steps_of(probe_of(self.plan, method).folder(self.plan.output))

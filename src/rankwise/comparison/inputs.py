@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.comparison.settings import CompareSettings
 from rankwise.config import BASELINES
@@ -15,7 +14,7 @@ from rankwise.data import Row, Rows, limited, read_rows, warn_of_overlap
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
 from rankwise.data.rows import HOLDS_IMAGES
 from rankwise.errors import ConfigError, DataError, ModelError
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.lora_config import LoraConfig
 from rankwise.models.source import fetch_model
 from rankwise.planning.facts import read_facts
@@ -183,7 +182,7 @@ def _record(row: Row, rows: Rows, layout: Fields) -> JsonObject:
 
 def _preference(row: Row, rows: Rows) -> JsonObject:
     first = row.first_trained
-    prompt: Any = row.prompt if row.kind == "prompt" else list(row.messages[:first])
+    prompt: Json = row.prompt if row.kind == "prompt" else list(row.messages[:first])
     answers = [side.completion if row.kind == "prompt" else list(side.messages[first:]) for side in row.sides]
     named = {"question" if rows.separator == "\n" else "prompt": prompt}
     if row.rejected is None:
@@ -191,7 +190,7 @@ def _preference(row: Row, rows: Rows) -> JsonObject:
     return {**named, "chosen": answers[0], "rejected": answers[1]}
 
 
-def _meaning(rows: Rows) -> Any:
+def _meaning(rows: Rows) -> tuple[object, ...]:
     keys = ("messages", "prompt", "completion", "text", "first_trained", "label")
     return (
         rows.kind,

@@ -13,10 +13,10 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.comparison.stages import FACTS_FILE, PERPLEXITY
@@ -89,7 +89,7 @@ def _measure(job: Fields) -> JsonObject:
     return facts
 
 
-def _engine(job: Fields, model: Any, tokenizer: Any, template: str | None) -> Engine:
+def _engine(job: Fields, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None) -> Engine:
     """The engine of the evaluation. Its operators are those that the run was evaluated with."""
     if job["method"] is None:
         return Engine(model, tokenizer, template)
@@ -124,7 +124,7 @@ def _open(place: Path, settings: Fields) -> journal.Opened:
         return journal.open_folder(place, settings, overwrite=True)
 
 
-def load_run(job: Fields) -> tuple[Any, Any]:
+def load_run(job: Fields) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The trained model of a run in evaluation mode; the base where there is no method."""
     from rankwise.adapters import load_adapter
     from rankwise.adapters.baselines import load_baseline
@@ -149,6 +149,7 @@ def load_run(job: Fields) -> tuple[Any, Any]:
         trust_remote_code=job["trust_remote_code"],
         cache=Path(job["cache"]),
     )
+    assert tokenizer is not None, "the run's rows were encoded by it"
     if whole:
         model.requires_grad_(True)
     elif record is not None and record.method in BASELINES:

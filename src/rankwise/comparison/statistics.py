@@ -13,10 +13,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special
 
 from rankwise.errors import RunError
@@ -129,7 +128,9 @@ def mean_of_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, ((sd**2 / len(array), len(array) - 1.0),), seed_sd=sd, per_seed=per_seed)
 
 
-def paired_by_example(a: Any, b: Any, *, weights: Any = None, clusters: Sequence[Hashable] | None = None) -> Estimate:
+def paired_by_example(
+    a: ArrayLike, b: ArrayLike, *, weights: ArrayLike | None = None, clusters: Sequence[Hashable] | None = None
+) -> Estimate:
     """The difference ``a - b`` of two methods, (S, n) each, seeds and examples paired.
 
     ``delta = mean over s of sum_i w[i] d[s, i] / n``. With cluster sums of the centred differences

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.planning.hardware import this_machine
 
@@ -138,7 +138,7 @@ def _work(
     try:
         # As Python sets it when it starts.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        step: Any = importlib.import_module(module)
+        step = importlib.import_module(module)
         code = step.main(list(arguments))
         # The work is done: a request to stop changes nothing any more.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

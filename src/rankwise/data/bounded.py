@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rankwise.errors import DataError
-from rankwise.foreign import JsonObject
+from rankwise.foreign import Json, JsonObject
 
 # Of processor time, which a busy machine does not use up: so much, and with every item made a little more.
 SECONDS, SECONDS_AN_ITEM, SECONDS_A_BYTE = 5, 0.02, 5e-7
@@ -24,7 +24,7 @@ MEMORY_BYTES = 1 << 30
 OUT_OF_MEMORY = 77
 
 
-def bounded(items: Callable[[], Iterator[Any]], place: Callable[[int], str]) -> Iterator[Any]:
+def bounded(items: Callable[[], Iterator[Json]], place: Callable[[int], str]) -> Iterator[Any]:
     """Yield the JSON values of ``items()``, computed in a forked process with limits of time and memory.
 
     Only a process can be stopped in the middle of ``10**10**8``. Forking means that nothing has to be imported in it or
@@ -80,7 +80,7 @@ def _fork() -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
-def _serve(items: Callable[[], Iterator[Any]], writer: int) -> NoReturn:
+def _serve(items: Callable[[], Iterator[Json]], writer: int) -> NoReturn:
     """The child process: write one line per item, and exit without the parent's cleanup."""
     status = 1
     try:
@@ -101,7 +101,7 @@ def _serve(items: Callable[[], Iterator[Any]], writer: int) -> NoReturn:
         os._exit(status)
 
 
-def _messages(items: Callable[[], Iterator[Any]]) -> Iterator[JsonObject]:
+def _messages(items: Callable[[], Iterator[Json]]) -> Iterator[JsonObject]:
     try:
         for item in items():
             yield {"item": item}

@@ -7,12 +7,15 @@ import hashlib
 import json
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rankwise.data.bad_rows import NEVER
 from rankwise.data.encoding import Encoded, EncodingReport, _Table, complain, encode_rows
 from rankwise.data.rows import Rows
 from rankwise.records import write_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Of the encoding: to be raised whenever the same rows give other ids or labels.
 VERSION = 3
@@ -21,7 +24,7 @@ COLUMNS = ("ids", "labels", "ends")
 
 def encode_rows_once(
     rows: Rows,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     chat_template: str | None,
@@ -54,7 +57,7 @@ def encode_rows_once(
     return encoded
 
 
-def _key(rows: Rows, tokenizer: Any, max_length: int, chat_template: str | None) -> str | None:
+def _key(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: str | None) -> str | None:
     """The cache key; None for a tokenizer whose content cannot be hashed."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -101,7 +101,7 @@ class Encoder(Protocol):
     ``template`` names how the rows are written, and ``stop_ids`` are the tokens that end an answer.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     template: str
     # What the template does not write, in words, with the number of rows.
     left_out: Counter[str]

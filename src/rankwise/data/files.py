@@ -13,12 +13,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.data.formats import E2E_LINES, TEXT, BadRow, Format, Record
 from rankwise.data.rows import Unit
 from rankwise.errors import DataError, one_line
-from rankwise.foreign import unpacked
+from rankwise.foreign import Json, unpacked
 
 if TYPE_CHECKING:
     import pyarrow
@@ -255,7 +255,7 @@ def table_records(table: pyarrow.Table, source: str) -> Numbered:
         yield number + 1, {name: values[number] for name, values in columns.items()}
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: Json) -> Json:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

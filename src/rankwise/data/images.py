@@ -15,6 +15,7 @@ from rankwise.data.bad_rows import NEVER
 from rankwise.data.encoding import Encoded, EncodedRow, Encoder, RowEncoder, encode_by
 from rankwise.data.rows import Problem, Row, Rows
 from rankwise.errors import ConfigError, DataError, one_line
+from rankwise.foreign import Fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,7 +94,7 @@ def image_dataset(rows: Sequence[Row]) -> Dataset:
     from datasets import Dataset, Features, Image, List, Value
 
     turns = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, list[list[Fields]]] = {
         "images": [[{"path" if isinstance(image, str) else "bytes": image} for image in row.images] for row in rows],
         "prompt": [list(row.messages[:-1]) for row in rows],
         "completion": [list(row.messages[-1:]) for row in rows],

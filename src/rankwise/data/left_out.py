@@ -15,7 +15,7 @@ from typing import Any
 
 from rankwise.data.rows import Message
 from rankwise.errors import DataError
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, Json, JsonObject
 
 # As transformers annotates them.
 Tools = list[Any] | None
@@ -102,7 +102,7 @@ def _ask(messages: Sequence[Message], tools: Tools, render: Callable[[Sequence[M
     )
 
 
-def _marked_tool(tool: Fields, marks: Iterator[str], things: list[_Thing]) -> Fields:
+def _marked_tool(tool: Fields, marks: Iterator[str], things: list[_Thing]) -> Json:
     mark = next(marks)
     things.append(_Thing("`tools`", (mark,), True))
     return _marked(tool, mark, spare=("type",))
@@ -141,7 +141,7 @@ def _marked_message(
     return copy
 
 
-def _marked_call(call: Any, place: str, marks: Iterator[str], things: list[_Thing]) -> Any:
+def _marked_call(call: Json, place: str, marks: Iterator[str], things: list[_Thing]) -> Json:
     """A function call with marks, in OpenAI's form or without the ``function`` wrapper."""
     if not isinstance(call, Mapping):
         return call
@@ -155,7 +155,7 @@ def _marked_call(call: Any, place: str, marks: Iterator[str], things: list[_Thin
     return copy
 
 
-def _marked(value: Any, mark: str, spare: Sequence[str] = ()) -> Any:
+def _marked(value: Json, mark: str, spare: Sequence[str] = ()) -> Json:
     """``value`` with ``mark`` in every text and in place of every number.
 
     Values under the keys in ``spare`` are unchanged.
@@ -171,7 +171,7 @@ def _marked(value: Any, mark: str, spare: Sequence[str] = ()) -> Any:
     return value
 
 
-def characters(value: Any) -> int:
+def characters(value: Json) -> int:
     """The number of characters in all texts and keys of ``value``. Any other value counts as one."""
     if isinstance(value, str):
         return len(value)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 from rankwise.foreign import Fields
 
@@ -130,7 +130,7 @@ class Rows(Sequence[Row]):
         return iter(self.items)
 
 
-def content_sha256(records: Iterable[Any]) -> str:
+def content_sha256(records: Iterable[object]) -> str:
     """sha256 over the JSON of the records, for data that is not a file."""
     digest = hashlib.sha256()
     for record in records:

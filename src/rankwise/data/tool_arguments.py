@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from rankwise.data.rows import Message
 from rankwise.errors import DataError
-from rankwise.foreign import Fields
+from rankwise.foreign import Fields, Json
 
 
 def suit_arguments(messages: Sequence[Message], render: Callable[[Sequence[Message]], str]) -> Sequence[Message]:
@@ -39,12 +38,12 @@ def _is_misread(messages: Sequence[Message], text: str) -> bool:
     return any(spelt in text for item, spelt in zip(given, wrong) if spelt != _json(item) or isinstance(item, str))
 
 
-def _forms(message: Message) -> list[tuple[Any, Any]]:
+def _forms(message: Message) -> list[tuple[Json, Json]]:
     """The arguments of each call, and the other form of them. Calls without an object of arguments are left out."""
     return [forms for call in message.get("tool_calls") or () if (forms := _both(_function(call).get("arguments")))]
 
 
-def _both(arguments: Any) -> tuple[Any, Any] | None:
+def _both(arguments: Json) -> tuple[Json, Json] | None:
     if isinstance(arguments, Mapping):
         return arguments, _json(arguments)
     try:
@@ -74,6 +73,6 @@ def _function(call: Fields) -> Fields:
     return inner if isinstance(inner, Mapping) else {}
 
 
-def _json(value: Any) -> str:
+def _json(value: Json) -> str:
     # As the filter tojson of transformers' templates writes it.
     return json.dumps(value, ensure_ascii=False)

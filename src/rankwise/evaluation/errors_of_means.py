@@ -78,8 +78,7 @@ def paired_difference(
 def shares_of_ratio(s: np.ndarray, r: np.ndarray) -> np.ndarray:
     """(n,) shares ``u`` of the questions in the linearised error of ``sum s / sum r``."""
     total = r.sum()
-    shares: np.ndarray = (s - s.sum() / total * r) / total
-    return shares
+    return (s - s.sum() / total * r) / total
 
 
 def error_of_shares(shares: np.ndarray) -> float | None:

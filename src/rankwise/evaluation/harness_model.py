@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -50,18 +50,17 @@ class EngineLM(TemplateLM):
     def max_length(self) -> int:
         return self.engine.max_length
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         if add_special_tokens is None and not string.startswith(str(self.tokenizer.decode(self.prefix_token_id))):
             return list(self.tokenizer.encode(string))
         return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         # Progress is shown by us.
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
         keys = [json_sha256(["loglikelihood", context, continuation]) for _, context, continuation in requests]
         pairs = {key: (context, continuation) for key, (_, context, continuation) in zip(keys, requests)}
@@ -81,7 +80,7 @@ class EngineLM(TemplateLM):
             self.responses.append({keys[i]: [score.total, score.greedy] for i, score in scores.items()})
             self.tell(sum(key in known for key in keys), len(keys))
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         windows = [
             list(
                 map(
@@ -99,7 +98,7 @@ class EngineLM(TemplateLM):
         scores = iter(self._loglikelihood_tokens([(None, *window) for group in windows for window in group]))
         return [math.fsum(next(scores)[0] for _ in group) for group in windows]
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         repeats = _repeats(requests)
         keys = [json_sha256(["generate_until", *request.args, repeat]) for request, repeat in zip(requests, repeats)]
         groups: dict[str, list[int]] = {}
@@ -145,7 +144,7 @@ class EngineLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
 
-def _repeats(requests: Sequence[Any]) -> list[int]:
+def _repeats(requests: Sequence[Instance]) -> list[int]:
     """How often each request occurred before. A repeated request is sampled anew."""
     seen: dict[str, int] = {}
     found = []

@@ -12,12 +12,11 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from rankwise.disk import appending, refuse_links, remove_strays
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, read_examples
-from rankwise.foreign import Fields, JsonObject, parse_json, read_json, reason_of
+from rankwise.foreign import Fields, Json, JsonObject, parse_json, read_json, reason_of
 from rankwise.records import write_bytes, write_json
 
 IDENTITY_FILE = "settings.json"
@@ -29,7 +28,7 @@ def text_sha256(text: str, length: int = 12) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def json_sha256(value: Any) -> str:
+def json_sha256(value: Json) -> str:
     """sha256 over sorted JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -65,7 +64,7 @@ def open_folder(folder: Path, identity: Fields, *, overwrite: bool) -> Opened:
     return Opened(folder, identity)
 
 
-def _identity_in(folder: Path) -> Any:
+def _identity_in(folder: Path) -> JsonObject | None:
     path = folder / IDENTITY_FILE
     try:
         found = read_json(path, constants=True)
@@ -80,7 +79,7 @@ def _identity_in(folder: Path) -> Any:
         ) from None
 
 
-def _short(value: Any) -> str:
+def _short(value: Json) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 

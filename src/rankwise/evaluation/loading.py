@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, ModelError
@@ -13,13 +13,19 @@ from rankwise.evaluation.journal import text_sha256
 from rankwise.foreign import JsonObject, read_json
 from rankwise.records import RunRecord, record_of
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from rankwise.quantization.config import FourBitConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """A model in evaluation mode. ``adapters`` are the names of its adapters, in order."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     device: str
     adapters: tuple[str, ...]
 
@@ -86,7 +92,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
     return Loaded(model.eval(), tokenizer, str(choice.device), names)
 
 
-def tokenizer_of(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in an adapter's folder. Raises ModelError (RW317)."""
     from transformers import AutoTokenizer
 
@@ -198,7 +204,7 @@ def _same(what: str, found: JsonObject, option: str) -> None:
         )
 
 
-def _quantization(asked: str, adapters: Sequence[Path]) -> Any:
+def _quantization(asked: str, adapters: Sequence[Path]) -> FourBitConfig | None:
     if asked == "none":
         return None
     if asked != "auto":
@@ -213,7 +219,7 @@ def _quantization(asked: str, adapters: Sequence[Path]) -> Any:
     return next(iter(found.values()), None)
 
 
-def _dtype(asked: str, adapters: Sequence[Path], preferred: Any) -> Any:
+def _dtype(asked: str, adapters: Sequence[Path], preferred: torch.dtype) -> torch.dtype:
     import torch
 
     if asked != "auto":

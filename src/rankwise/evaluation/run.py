@@ -96,8 +96,7 @@ def answer_task(
 
 def settings_of(task: Task, identity: Fields) -> JsonObject:
     """The settings of a result, in the form that is read back from JSON."""
-    found: JsonObject = json.loads(json.dumps({**identity, **task.extra_settings()}, default=str))
-    return found
+    return json.loads(json.dumps({**identity, **task.extra_settings()}, default=str))
 
 
 @dataclasses.dataclass(frozen=True)

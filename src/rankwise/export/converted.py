@@ -167,7 +167,7 @@ def inputs_of(
 
 @contextmanager
 def _watching(layers: Mapping[str, AdaptedLayer], kept: Mapping[str, list[Tensor]]) -> Iterator[None]:
-    def keep(path: str) -> Any:
+    def keep(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             # A view: layers that read one tensor keep it once.
             kept[path].append(given[0].detach().flatten(0, 1))

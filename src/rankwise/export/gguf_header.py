@@ -17,6 +17,7 @@ from rankwise.export.gguf_names import GgufNames
 from rankwise.foreign import JsonObject, read_object
 
 if TYPE_CHECKING:
+    from gguf import GGUFWriter
     from transformers import PreTrainedConfig
 
 # What that table leaves out, where a config has it.
@@ -66,7 +67,7 @@ def _sizes(names: GgufNames) -> dict[str, int | float]:
     return {key: value for key, value in found.items() if isinstance(value, int | float) and value is not True}
 
 
-def _rotary(writer: Any, config: PreTrainedConfig) -> dict[str, Tensor]:
+def _rotary(writer: GGUFWriter, config: PreTrainedConfig) -> dict[str, Tensor]:
     import gguf
 
     parameters = getattr(config, "rope_parameters", None)
@@ -94,7 +95,7 @@ def _rotary(writer: Any, config: PreTrainedConfig) -> dict[str, Tensor]:
     return {}
 
 
-def _add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
+def _add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     import gguf
 
     document = read_object(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.listing import some_of
 
 if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType as Kind
+    from gguf import GGUFReader, GGUFWriter, ReaderTensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MODEL_FILE = "model.gguf"
@@ -46,8 +48,8 @@ class Planned(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    kind: Any
-    make: Callable[[], Any]
+    kind: Kind
+    make: Callable[[], Tensor | np.ndarray]
 
 
 def merged_changes(model: nn.Module, file: AdapterFile, names: GgufNames) -> dict[str, Change]:
@@ -132,7 +134,7 @@ def _file_type(kind: str | None) -> int:
     return int(gguf.LlamaFileType.ALL_F32 if kind == "f32" else gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
 
 
-def _planned(reader: Any, changes: Mapping[str, Change], kind: str | None) -> Iterator[Planned]:
+def _planned(reader: GGUFReader, changes: Mapping[str, Change], kind: str | None) -> Iterator[Planned]:
     import gguf
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -148,7 +150,7 @@ def _planned(reader: Any, changes: Mapping[str, Change], kind: str | None) -> It
             yield Planned(name, shape, wanted, partial(_changed, name, source, change))
 
 
-def _changed(name: str, source: Any, change: Change | None) -> Tensor:
+def _changed(name: str, source: ReaderTensor, change: Change | None) -> Tensor:
     import gguf
 
     shape = tuple(int(length) for length in reversed(source.shape))
@@ -159,7 +161,7 @@ def _changed(name: str, source: Any, change: Change | None) -> Tensor:
     return W
 
 
-def _kind_for(name: str, shape: tuple[int, ...], wanted: str, own: Any = None) -> Any:
+def _kind_for(name: str, shape: tuple[int, ...], wanted: str, own: Kind | None = None) -> Kind:
     """F32 for vectors and routers, as llama.cpp wants them; F16 where rows are not whole blocks."""
     import gguf
 
@@ -214,7 +216,7 @@ def _converted(names: GgufNames, weights: ShardedWeights, what: tuple[str, list[
     return part.of(stored(names, name, weights.tensor(files[0]), turned))
 
 
-def _write(writer: Any, path: Path, tensors: Iterator[Planned]) -> None:
+def _write(writer: GGUFWriter, path: Path, tensors: Iterator[Planned]) -> None:
     import gguf
 
     planned = list(tensors)

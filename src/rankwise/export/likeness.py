@@ -115,5 +115,4 @@ def _loss(logits: Tensor, row: Row) -> Tensor:
 
 
 def _logits(model: PreTrainedModel, row: Row) -> Tensor:
-    found: Tensor = model(input_ids=row.ids[None].to(model.device), use_cache=False).logits[0].float()
-    return found
+    return model(input_ids=row.ids[None].to(model.device), use_cache=False).logits[0].float()

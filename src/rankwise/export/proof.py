@@ -173,7 +173,7 @@ def _logprobs(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> l
     return [float(row[token]) for row, token in zip(scores, answer)]
 
 
-def _ask(target: str, python: str, served: Served, prompts: list[list[int]], answers: list[list[int]]) -> Any:
+def _ask(target: str, python: str, served: Served, prompts: list[list[int]], answers: list[list[int]]) -> JsonObject:
     job = {
         "server": "vllm" if target == "vllm" else "llama.cpp",
         "model": str(served.model),
@@ -189,7 +189,7 @@ def _ask(target: str, python: str, served: Served, prompts: list[list[int]], ans
     return told
 
 
-def run_server(python: str, job: JsonObject) -> Any:
+def run_server(python: str, job: JsonObject) -> JsonObject:
     """Raises RunError (RW739) where the server fails, with the error that it said first."""
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(
@@ -203,4 +203,4 @@ def run_server(python: str, job: JsonObject) -> Any:
         causes = (line for line in said if re.search(r"\b\w+(Error|Exception): ", line))
         cause = next(causes, said[-1] if said else "no reason")[-300:]
         raise RunError("RW739", f"{job['server']} by {python} stopped with {done.returncode}: {cause}.")
-    return json.loads(done.stdout)
+    return dict(json.loads(done.stdout))

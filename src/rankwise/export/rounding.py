@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +43,13 @@ def _computing_wider(model: nn.Module) -> Iterator[None]:
     """A context in which each module's weights are widened for its call and then restored. The model is not copied."""
     kept: dict[nn.Module, dict[str, Tensor]] = {}
 
-    def widen(module: nn.Module, _: Any) -> None:
+    def widen(module: nn.Module, _: object) -> None:
         kept[module] = {name: value.data for name, value in own_parameters(module).items() if value is not None}
         for name, value in kept[module].items():
             if value.is_floating_point():
                 module.get_parameter(name).data = value.to(_wider(value.dtype))
 
-    def put_back(module: nn.Module, _: Any, __: Any) -> None:
+    def put_back(module: nn.Module, _: object, __: object) -> None:
         for name, value in kept.pop(module).items():
             module.get_parameter(name).data = value
 

@@ -14,12 +14,14 @@ import urllib.request
 from typing import Any
 
 THREADS = 2
+# JSON, in and out.
+Document = dict[str, Any]
 
 
-def llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
+def llama_cpp(job: Document) -> Document:
     import xllamacpp
 
-    found: dict[str, Any] = {"version": f"llama.cpp by xllamacpp {xllamacpp.__version__}"}
+    found: Document = {"version": f"llama.cpp by xllamacpp {xllamacpp.__version__}"}
     # A server for each: one that is asked with another scale of the adapter may keep a prompt's state.
     for name in ("base", "adapted") if job["adapter"] else ("base",):
         params = xllamacpp.CommonParams()
@@ -34,8 +36,8 @@ def llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def llama_answers(address: str, job: dict[str, Any]) -> dict[str, Any]:
-    def ask(prompt: list[int], **more: Any) -> dict[str, Any]:
+def llama_answers(address: str, job: Document) -> Document:
+    def ask(prompt: list[int], **more: Any) -> Document:
         body = json.dumps({"prompt": prompt, "temperature": 0, **more}).encode()
         request = urllib.request.Request(f"{address}/completion", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as answer:
@@ -55,7 +57,7 @@ def llama_answers(address: str, job: dict[str, Any]) -> dict[str, Any]:
     return {"texts": texts, "logprobs": logprobs}
 
 
-def vllm(job: dict[str, Any]) -> dict[str, Any]:
+def vllm(job: Document) -> Document:
     # vLLM's cache takes a good part of the memory otherwise.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -67,7 +69,7 @@ def vllm(job: dict[str, Any]) -> dict[str, Any]:
     model = vllm.LLM(
         model=job["model"], enforce_eager=True, max_model_len=1024, max_num_seqs=1, disable_log_stats=True, **loras
     )
-    found: dict[str, Any] = {"version": f"vLLM {vllm.__version__}"}
+    found: Document = {"version": f"vLLM {vllm.__version__}"}
     for name in ("base", "adapted") if job["adapter"] else ("base",):
         lora = LoRARequest("adapter", 1, job["adapter"]) if name == "adapted" else None
         # Its progress bar divides by zero where bars are disabled.

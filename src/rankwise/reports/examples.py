@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from rankwise.foreign import Fields
+from rankwise.foreign import Fields, Json
 from rankwise.reports.folder import Comparison
 from rankwise.reports.numbers import is_number, shortened, visible
 
@@ -148,7 +148,7 @@ def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
     return [item for item in answered if item.is_changed] or answered
 
 
-def _example(key: str, base: Fields, prompt: object, answers: Sequence[Answer], sign: int) -> Example:
+def _example(key: str, base: Fields, prompt: Json, answers: Sequence[Answer], sign: int) -> Example:
     """An example from ``answers``: the base's, the method's, and where there is one the other method's."""
     before, after, *others = answers
     references = base.get("references") or ()
@@ -186,7 +186,7 @@ def _text(row: Fields) -> str:
     return str(row.get("prediction") or "")
 
 
-def _clean(text: Any) -> str:
+def _clean(text: Json) -> str:
     return visible(shortened(str(text), LONGEST_TEXT)).strip()
 
 

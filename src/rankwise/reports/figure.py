@@ -12,7 +12,6 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -41,7 +40,7 @@ MARKERS = (
 )
 
 
-def tag(name: str, *content: Any, **attributes: Any) -> Markup:
+def tag(name: str, *content: str | float, **attributes: str | float | None) -> Markup:
     """An element of SVG or HTML. Content and attributes are escaped unless they are Markup; ``class_`` becomes
     ``class``.
     """
@@ -54,7 +53,7 @@ def tag(name: str, *content: Any, **attributes: Any) -> Markup:
     return Markup("<") + Markup(name + given) + Markup(">") + body + Markup(f"</{name}>")
 
 
-def _text(value: Any) -> Any:
+def _text(value: str | float) -> str | float:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
@@ -67,7 +66,7 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
     return tag("line", x1=across(x1), x2=across(x2), y1=y1, y2=y2, class_=class_)
 
 
-def label(x: float, y: float, text: Any, class_: str = "", *, dx: float = 0, anchor: str = "start") -> Markup:
+def label(x: float, y: float, text: str, class_: str = "", *, dx: float = 0, anchor: str = "start") -> Markup:
     return tag("text", text, x=across(x), y=y, dx=dx or None, text_anchor=anchor, class_=class_ or None)
 
 
@@ -81,7 +80,7 @@ def dot(x: float, y: float, radius: float, class_: str, tip: str = "") -> Markup
     return tag("circle", *([tag("title", tip)] if tip else []), cx=across(x), cy=y, r=radius, class_=class_)
 
 
-def group(class_: str, *parts: Any) -> Markup:
+def group(class_: str, *parts: Markup) -> Markup:
     return tag("g", *parts, class_=class_)
 
 
@@ -140,13 +139,13 @@ class Frame:
         return self.base(ticks, [f"{tick:,}" for tick in ticks])
 
     def svg(
-        self, description: str, *parts: Any, below: int = 24, above: int = 8, left: int = 48, right: int = 12
+        self, description: str, *parts: Markup, below: int = 24, above: int = 8, left: int = 48, right: int = 12
     ) -> Markup:
         return plot(self.height, description, *parts, below=below, above=above, left=left, right=right)
 
 
 def plot(
-    height: int, description: str, *parts: Any, below: int = 0, above: int = 0, left: int = 0, right: int = 0
+    height: int, description: str, *parts: Markup, below: int = 0, above: int = 0, left: int = 0, right: int = 0
 ) -> Markup:
     """The SVG with room for labels around it: pixels above, right, below and left."""
     drawing = tag("svg", *parts, width="100%", height=height, role="img", aria_label=description)
@@ -163,7 +162,7 @@ def strip_axis(description: str, scale: Scale, ticks: Sequence[float], texts: Se
     return plot(20, description, *parts)
 
 
-def document(top: int, frame_height: int, title: str, caption: str, *parts: Any, description: str = "") -> str:
+def document(top: int, frame_height: int, title: str, caption: str, *parts: Markup, description: str = "") -> str:
     """A plot in a file of its own, with ``title`` and ``caption`` above the frame.
 
     The file is self-contained, its text is text, and it follows the reader's light or dark mode.

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_origin, get_type_hints, is_typeddict
 
 from rankwise.errors import RunError
-from rankwise.foreign import Fields, JsonObject, parse_json, read_json
+from rankwise.foreign import Fields, Json, JsonObject, parse_json, read_json
 from rankwise.records import read_metrics
 from rankwise.reports import schema
 from rankwise.reports.numbers import is_number
@@ -16,10 +16,10 @@ from rankwise.reports.schema import COMPARISON_FILE, EVALUATION_FOLDER, SCHEMA
 
 # Of one file: a report is made from what a person reads, not from gigabytes.
 LARGEST_BYTES = 1 << 28
-EMPTY: dict[Any, Any] = {dict: {}, list: [], str: "", bool: False}
+EMPTY: dict[type, Json] = {dict: {}, list: [], str: "", bool: False}
 
 
-def _defaults(kind: Any, **given: Any) -> JsonObject:
+def _defaults(kind: type, **given: Json) -> JsonObject:
     """The values for a part of ``kind`` that is missing: ``given``, an empty one of its type, or None."""
     hints = get_type_hints(kind).items()
     return {key: {} if is_typeddict(hint) else EMPTY.get(get_origin(hint) or hint) for key, hint in hints} | given
@@ -119,7 +119,7 @@ def read_object(path: Path) -> Any:
     return read_json(path, largest_bytes=LARGEST_BYTES, constants=True)
 
 
-def filled(content: Any) -> JsonObject:
+def filled(content: Json) -> JsonObject:
     """``content`` with every part that a report reads. Raises ValueError for another kind of file."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
@@ -132,7 +132,7 @@ def filled(content: Any) -> JsonObject:
     return document
 
 
-def _over(defaults: Fields, given: Any, what: str) -> JsonObject:
+def _over(defaults: Fields, given: Json, what: str) -> JsonObject:
     """``given`` laid over ``defaults``. Each part must have the type of its default."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{what} is a {type(given).__name__}, not an object")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from markupsafe import Markup
 
@@ -31,9 +30,9 @@ class Pair:
     interval: tuple[float, float] | None
     margin: float | None
     verdict: str
-    p_value: Any
-    equivalence_p: Any
-    seed_sd: Any
+    p_value: float | None
+    equivalence_p: float | None
+    seed_sd: float | None
     pairs: int
     seeds: int
     per_seed: Mapping[str, float]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from rankwise.foreign import Json
 from rankwise.reports import summary
 from rankwise.reports.examples import answers_of
 from rankwise.reports.folder import Comparison
@@ -98,13 +98,13 @@ def section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]], as_text: Callable[[Any], str]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[Json]], as_text: Callable[[Json], str]) -> str:
     """A table of such cells; nothing without rows."""
     lines = ["| " + " | ".join(map(as_text, row)) + " |" for row in (head, *rows)]
     lines.insert(1, "|" + " --- |" * len(head))
     return "\n".join(lines) if rows else ""
 
 
-def _text(text: str) -> str:
+def _text(text: Json) -> str:
     """The text on one line, with every character escaped that Markdown or HTML would interpret."""
     return SPECIAL.sub(r"\\\1", " ".join(visible(text).split()))

@@ -84,8 +84,8 @@ def _bar(bar: MemoryBar, middle: float, scale: Scale, colours: Mapping[str, str]
         start += size
         if right - left >= NARROWEST:
             tip = tag("title", f"{bar.name}, {name}: {byte_size(size)}")
-            place = {"x": across(left), "width": across(right - left), "y": middle - THICK / 2, "height": THICK}
-            yield tag("rect", tip, **place, class_=f"part {colours[name]}")
+            place = {"x": across(left), "width": across(right - left)}
+            yield tag("rect", tip, **place, y=middle - THICK / 2, height=THICK, class_=f"part {colours[name]}")
 
 
 def _end(bar: MemoryBar, middle: float, scale: Scale, limit_bytes: int) -> Iterator[Markup]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from rankwise.errors import RunError, warn
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.reports.folder import Comparison, filled
 from rankwise.reports.numbers import is_number
 
-Summarise = Callable[[Fields, Callable[[Fields], Any]], Fields]
+Summarise = Callable[[Fields, Callable[[Fields], Path]], Fields]
 # Settings that may differ between the folders; with any other one they are no longer the same comparison.
 FREE = (
     "seeds",
@@ -118,6 +117,6 @@ def _settings(a: Comparison, b: Comparison) -> list[str]:
     return [key for key in dict.fromkeys([*a["settings"], *b["settings"]]) if key not in FREE]
 
 
-def _sha(comparison: Comparison, part: str) -> Any:
+def _sha(comparison: Comparison, part: str) -> Json:
     facts = comparison["data"].get(part)
     return facts.get("sha256") if isinstance(facts, Mapping) else None

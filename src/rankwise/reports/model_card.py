@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
-from rankwise.foreign import Fields
+from rankwise.foreign import Fields, Json
 from rankwise.records import RunRecord
 from rankwise.reports.markdown import section, table
 from rankwise.reports.naming import last_part
@@ -161,11 +161,11 @@ def _learned_from(record: RunRecord) -> str:
     return LEARNED_FROM.get(record.objective, "").format(reference=reference)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Json]]) -> str:
     return table(head, rows, _cell)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Json) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -175,7 +175,7 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")
 
 
-def _results(record: RunRecord) -> list[tuple[str, Any]]:
+def _results(record: RunRecord) -> list[tuple[str, Json]]:
     names = RESULTS if record.objective != "grpo" else RESULTS | REWARDS
     found = ((name, field, getattr(record, field)) for field, name in names.items())
     is_reward = REWARDS if record.objective == "grpo" else ()
@@ -184,7 +184,7 @@ def _results(record: RunRecord) -> list[tuple[str, Any]]:
     return results + [(name, value) for name, value in rewards if value is not None]
 
 
-def _settings(settings: Fields) -> list[tuple[str, Any]]:
+def _settings(settings: Fields) -> list[tuple[str, Json]]:
     # A reward's file lies on one machine.
     rewards = [last_part(spec) if ".py:" in spec else spec for spec in settings.get("reward") or ()]
     known = {**settings, "reward": rewards or None}
@@ -201,7 +201,7 @@ def _data(data: Fields) -> str:
     return _table(("what", *files), rows)
 
 
-def _place(field: str, value: Any) -> Any:
+def _place(field: str, value: Json) -> Json:
     return last_part(str(value)) if field in ("path", "source", "file") and value else value
 
 

@@ -79,8 +79,8 @@ def _cell(norms: Norms, kind: str, layer: int, row: int, layers: int, largest: f
     share = value / largest if largest else 0.0
     tip = tag("title", f"{kind}, layer {layer}: {significant(value, 3)}")
     width = 100 / layers
-    box = {"x": across(layer * width), "width": across(width), "y": row * CELL, "height": CELL}
-    return tag("rect", tip, **box, class_="cell", fill_opacity=f"{0.06 + 0.94 * share:.3f}")
+    box = {"x": across(layer * width), "width": across(width)}
+    return tag("rect", tip, **box, y=row * CELL, height=CELL, class_="cell", fill_opacity=f"{0.06 + 0.94 * share:.3f}")
 
 
 def _shown(layers: int) -> Sequence[int]:

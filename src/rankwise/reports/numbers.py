@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
+
+from rankwise.foreign import Json
 
 MINUS, NONE, THIN = "\u2212", "–", "\u202f"
 BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 COUNT_UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Json) -> TypeGuard[float]:
     """Whether the value is a finite number. JSON written by Python may hold NaN and infinity."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -24,7 +26,7 @@ def decimals_for(uncertainty: float) -> int:
     return min(max(0, 1 - math.floor(math.log10(uncertainty))), 8)
 
 
-def significant(value: Any, digits: int = 3) -> str:
+def significant(value: Json, digits: int = 3) -> str:
     """``value`` with ``digits`` significant digits, written out: 1234.5 -> 1,230 and 0.00012 -> 0.00012."""
     if not is_number(value):
         return NONE
@@ -47,14 +49,15 @@ def signed(value: float, decimals: int) -> str:
     return text if not any(digit in text for digit in "123456789") or text.startswith(MINUS) else f"+{text}"
 
 
-def half_width(interval: Any) -> float | None:
+def half_width(interval: Json) -> float | None:
     """Half of ``[low, high]``; None where no interval can be given."""
-    if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(is_number, interval)):
+    if not isinstance(interval, Sequence) or len(interval) != 2:
         return None
-    return (interval[1] - interval[0]) / 2
+    low, high = interval
+    return (high - low) / 2 if is_number(low) and is_number(high) else None
 
 
-def estimate(mean: Any, interval: Any) -> tuple[str, str]:
+def estimate(mean: Json, interval: Json) -> tuple[str, str]:
     """``("1.2813", "± 0.0042")``: the mean to the digits that its interval supports, and the interval or nothing."""
     if not is_number(mean):
         return NONE, ""
@@ -65,7 +68,7 @@ def estimate(mean: Any, interval: Any) -> tuple[str, str]:
     return fixed(mean, decimals), f"±{THIN}{half:,.{decimals}f}"
 
 
-def difference(value: float, interval: Any) -> tuple[str, str]:
+def difference(value: float, interval: Json) -> tuple[str, str]:
     """``("−0.0212", "± 0.0081")``: as ``estimate``, with its sign; two digits where no interval can be given."""
     half = half_width(interval)
     if half is None:
@@ -81,17 +84,17 @@ def span(interval: Sequence[float]) -> str:
     return f"{fixed(low, decimals)} to {fixed(high, decimals)}"
 
 
-def byte_size(value: Any) -> str:
+def byte_size(value: Json) -> str:
     """Decimal units and three digits, ``2.74 GB``: as disks and GPUs are sold."""
     return _scaled(value, BYTE_UNITS, " ", "B")
 
 
-def short_count(value: Any) -> str:
+def short_count(value: Json) -> str:
     """``4.88M``; below a thousand as it is."""
     return _scaled(value, COUNT_UNITS, "", "")
 
 
-def duration(value: Any) -> str:
+def duration(value: Json) -> str:
     """``48 s``, ``3 min 40 s``, ``2 h 15 min``."""
     if not is_number(value):
         return NONE
@@ -105,7 +108,7 @@ def duration(value: Any) -> str:
     return f"{minutes} min {seconds:02} s"
 
 
-def rate(value: Any) -> str:
+def rate(value: Json) -> str:
     """A learning rate as people write it: ``2e-4``."""
     if not is_number(value) or value <= 0:
         return NONE
@@ -113,7 +116,7 @@ def rate(value: Any) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def p_value(value: Any) -> str:
+def p_value(value: Json) -> str:
     if not is_number(value):
         return NONE
     if value < 0.001:
@@ -121,7 +124,7 @@ def p_value(value: Any) -> str:
     return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
-def percent(value: Any, digits: int = 2) -> str:
+def percent(value: Json, digits: int = 2) -> str:
     return f"{significant(100 * value, digits)} %" if is_number(value) else NONE
 
 
@@ -140,7 +143,7 @@ def listed(names: Iterable[str], joint: str = "and") -> str:
     return f"{', '.join(head)} {joint} {last}" if head else last
 
 
-def visible(text: Any) -> str:
+def visible(text: Json) -> str:
     """Foreign text in which control characters and marks that turn the reading order are written out."""
     return "".join(char if char in "\n\t" or not _is_hidden(char) else f"\\u{ord(char):04x}" for char in str(text))
 
@@ -163,7 +166,7 @@ def _sign(text: str) -> str:
     return text.replace("-", MINUS)
 
 
-def _scaled(value: Any, units: Sequence[tuple[float, str]], joint: str, smallest: str) -> str:
+def _scaled(value: Json, units: Sequence[tuple[float, str]], joint: str, smallest: str) -> str:
     if not is_number(value):
         return NONE
     for size, unit in units:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from markupsafe import Markup
 
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.reports import forest_plot, memory_plot, pareto_plot, summary
 from rankwise.reports.curves_plot import curve_panels, curves_of, is_cut
 from rankwise.reports.examples import OUTCOMES, answers_of
@@ -51,7 +50,7 @@ def page(comparison: Comparison) -> str:
     return rendered("report.html", **_content(comparison), policy=policy, script=script, style=style)
 
 
-def rendered(template: str, **content: Any) -> Markup:
+def rendered(template: str, **content: object) -> Markup:
     """A template with ``content``, which is escaped unless it is Markup."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -283,7 +282,7 @@ def _merge_judgement(checks: Sequence[Fields]) -> str:
     return "rounding" if False in found else "–"
 
 
-def _mean(values: Sequence[Any]) -> float | None:
+def _mean(values: Sequence[Json]) -> float | None:
     known = [value for value in values if is_number(value)]
     return sum(known) / len(known) if known else None
 

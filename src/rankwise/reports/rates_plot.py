@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from rankwise.foreign import Fields
+from rankwise.foreign import Fields, Json
 from rankwise.records import RateSearch
 from rankwise.reports.figure import Frame, document, group, label
 from rankwise.reports.folder import Comparison
@@ -89,7 +89,7 @@ def _points(tried: object, key: str) -> list[Point]:
     return sorted((math.log10(x), value) for x, value in pairs if x is not None and is_number(value))
 
 
-def _positive(value: object) -> float | None:
+def _positive(value: Json) -> float | None:
     return value if is_number(value) and value > 0 else None
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from rankwise.foreign import Fields
+from rankwise.foreign import Fields, Json
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import last_part, long_name, method_name, metric_in_sentence, metric_name
 from rankwise.reports.numbers import (
@@ -331,7 +330,7 @@ def settings_rows(settings: Fields) -> list[tuple[str, str]]:
     return [(visible(name), plain(value)) for name, value in settings.items() if value is not None]
 
 
-def plain(value: Any) -> str:
+def plain(value: Json) -> str:
     """A setting, a version or a fact as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"

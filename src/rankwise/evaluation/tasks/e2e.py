@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -134,7 +133,7 @@ def _finish(question: Question, text: str) -> Example:
 
 def _resampled(scores: E2eScores, name: str, count: int) -> np.ndarray:
     """The metric on resamples of the examples, the same ones for every system of ``count`` examples."""
-    metric: Callable[[Any], float] = getattr(scores.statistics, name.lower())
+    metric: Callable[[np.ndarray], float] = getattr(scores.statistics, name.lower())
     random = np.random.default_rng(0)
     return np.array([metric(random.integers(0, count, count)) for _ in range(RESAMPLES)])
 
