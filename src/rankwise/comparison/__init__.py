@@ -1,1 +1,1 @@
-"""Comparing methods on one model and one data set: runs, statistics, one recommendation."""
+"""Compare methods on one model and one data set: runs, statistics, one recommendation."""

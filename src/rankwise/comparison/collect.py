@@ -19,7 +19,7 @@ from rankwise.reports.schema import EVAL_LOSS, EVALUATION_FOLDER, Message, Phase
 
 
 def collect_runs(plan: Plan) -> list[Run]:
-    """Every run that was started, and one entry for each method that was skipped."""
+    """Every started run, and one entry for each skipped method."""
     runs = []
     for method in plan.methods:
         state = state_of(plan, method)
@@ -63,7 +63,7 @@ def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None
 
 
 def _record(folder: Path) -> JsonObject | None:
-    """The record without the parts that say only how the run was started this time."""
+    """The record without the settings that only concern how the run was started."""
     if (found := record_of(folder)) is None:
         return None
     record = found.to_json()
@@ -72,7 +72,7 @@ def _record(folder: Path) -> JsonObject | None:
 
 
 def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
-    """The error of any of its stages, and whether its training finished."""
+    """(error of any stage of the cell, whether its training finished)."""
     trained, measured = (outcome_of(job, plan.output) for job in jobs_of(cell))
     errors = [outcome.error for outcome in (trained, measured) if outcome is not None and outcome.error is not None]
     error: Message | None = {"code": errors[0]["code"], "message": errors[0]["message"]} if errors else None
@@ -80,7 +80,7 @@ def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
 
 
 def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, JsonObject]:
-    """The result of each task in a run's folder. An earlier call may have left more tasks than these."""
+    """{task: its result} of ``tasks`` in a run's folder, which may hold further tasks of earlier calls."""
     found = {task: read_json(folder / EVALUATION_FOLDER / task / RESULT_FILE) for task in (*OWN_TASKS, *tasks)}
     return {task: result for task, result in found.items() if result}
 
@@ -91,9 +91,7 @@ def read_json(path: Path) -> JsonObject:
 
 
 def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:
-    """Metric -> whether higher is better, for the evaluation loss and every metric of the tasks except the loss
-    again.
-    """
+    """{metric: whether higher is better} of the evaluation loss and of the tasks' metrics, without the loss again."""
     found = {EVAL_LOSS: False} if any((run["record"] or {}).get("eval_loss") is not None for run in runs) else {}
     for run in runs:
         for task, result in run["tasks"].items():
@@ -133,9 +131,7 @@ def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
 
 
 def value_of(run: Run, metric: str) -> float | None:
-    """A run's value of a metric. The evaluation loss is the one measured row by row if there is one, else the
-    record's.
-    """
+    """A run's value of a metric. The evaluation loss is the measured one if there is one, else the record's."""
     if metric == EVAL_LOSS:
         measured = run["tasks"].get(PERPLEXITY, {}).get("metrics", {}).get("loss")
         found = measured if measured is not None else (run["record"] or {}).get("eval_loss")
@@ -146,7 +142,7 @@ def value_of(run: Run, metric: str) -> float | None:
 
 
 def _examples(folder: Path, metric: str, value: float) -> _Examples | None:
-    """The scores of the examples if the metric is their mean; else None."""
+    """The scores of the examples if the metric is a mean over examples; else None."""
     task, _, name = (PERPLEXITY, ".", "loss") if metric == EVAL_LOSS else metric.partition(".")
     rows = sorted(read_examples(folder / EVALUATION_FOLDER / task / EXAMPLES_FILE), key=lambda row: row.id)
     if not rows or any(name not in row.scores for row in rows):

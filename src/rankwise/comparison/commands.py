@@ -1,4 +1,4 @@
-"""The command of each step of a comparison: its module, its arguments, and the settings that these read."""
+"""The command of each step of a comparison: its module, its arguments, and the settings file that it reads."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from rankwise.foreign import Fields, JsonObject
 from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
 
-# Steps whose seconds tell how many fit into --minutes; the first, which allocates, is not counted.
+# Optimizer steps of the run that measures how many fit into --minutes; the first, which allocates, is not counted.
 PROBE_STEPS = 6
-# Of a measurement's job, what its results depend on besides the tasks.
+# Settings, other than the tasks, on which the results of a measurement depend.
 MEASURED = ("task_limit", "eval_data", "max_length", "chat_template", "dtype")
 
 
@@ -58,7 +58,7 @@ class Commands:
         return max(1, math.ceil(self.inputs.train_rows / batch) * math.ceil(self.shared["epochs"]))
 
     def is_outdated(self, job: Job) -> bool:
-        """Whether a finished step's output does not answer this call: other methods or tasks are asked for now."""
+        """Whether a finished step must run again because this call asks for other methods or tasks."""
         before = read_json(stages.beside(job.name(self.plan.output), ".in"))
         if job.stage == "prepare":
             return [run["method"] for run in before.get("runs", [])] != list(self.plan.methods)
@@ -83,7 +83,7 @@ class Commands:
     def _steps_in_time(self, method: str) -> int:
         seen = steps_of(probe_of(self.plan, method).folder(self.plan.output))
         if len(seen) < 2:
-            # Before its probe has run, or after it failed; then the method has no runs.
+            # The method's probe has not run yet, or it failed, and then the method has no runs.
             return PROBE_STEPS
         (first, start), (last, end) = seen[0], seen[-1]
         assert self.given.minutes is not None
@@ -110,7 +110,7 @@ class Commands:
         return settings | {"learning_rate": f"auto:{rates}", "budget": self.given.budget}
 
     def _batch(self, method: str) -> JsonObject:
-        """With --memory-budget: the largest micro-batch that is planned to fit. The rows of a step stay the same."""
+        """With --memory-budget, the largest micro-batch that the plan says fits. The rows of a step do not change."""
         if self.given.memory_budget is None:
             return {}
         if method in BASELINES:
@@ -126,7 +126,7 @@ class Commands:
         warn(
             "RW565",
             f"{method} does not fit in --memory-budget {byte_size(self.given.memory_budget)}, even one row at "
-            "a time with --gradient-checkpointing; it runs so all the same, and its measured memory is in the report.",
+            "a time with --gradient-checkpointing; it still runs, and its measured memory is in the report.",
         )
         return {"batch_size": 1, "gradient_accumulation": rows, "gradient_checkpointing": True}
 
@@ -142,7 +142,7 @@ class Commands:
         return estimate(_model(self.given.model), base, workload).peak_bytes
 
     def _cache(self) -> Path:
-        """The folder with base models, as the runs need them, and encoded rows."""
+        """The cache folder with prepared base models and encoded rows."""
         return self.plan.output.resolve() / "cache"
 
     def _measuring(self, job: Job) -> JsonObject:
@@ -171,6 +171,6 @@ def _data_of(job: Fields) -> Iterator[tuple[str, str]]:
 
 
 def _model(name: str) -> str:
-    """The model as the user wrote it; a path in full."""
+    """The model as the user wrote it, a path as an absolute one."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name != "demo" and path.exists() else name

@@ -35,7 +35,7 @@ def best_run(runs: Sequence[Run], method: str, metric: str, *, higher_is_better:
 
 
 def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
-    """Write ``recommended.yaml`` and ``best``, and note in the recommendation where they are."""
+    """Write ``recommended.yaml`` and ``best``, and return the recommendation with their paths."""
     record = run["record"] or {}
     write_text(output / RECOMMENDED_FILE, recommended_yaml(output, record["settings"], found["reason"]))
     with whole_folder(output / BEST_FOLDER, replace=True) as folder:
@@ -52,8 +52,8 @@ def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
 
 
 def forget_other_results(output: Path, run: str | None) -> None:
-    """Remove what an earlier call recommended if it was another run, so that its merged model is not mistaken for
-    this one's.
+    """Remove the recommended files of an earlier call if they are of another run, so that its merged model is not
+    mistaken for this run's.
     """
     before = read_json(output / COMPARISON_FILE).get("recommendation", {}).get("run")
     if before == run and run is not None:

@@ -1,4 +1,4 @@
-"""The folder of a comparison: whether it may be used, and the settings it was started with."""
+"""The folder of a comparison: whether it may be used, and the settings with which it was started."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rankwise.records import write_json
 from rankwise.reports.schema import BEST_FOLDER, MERGED_FOLDER
 
 SETTINGS_FILE = "settings.json"
-# As in a resumed run: these do not touch what is learned.
+# Settings that do not change what is learned, as in a resumed run.
 NEUTRAL = {"device", "ignore_plan", "logging_steps", "save_steps", "save_total_limit", "trust_remote_code"}
-# What stands in a folder before the first run; hidden files are locks, or of a write that was cut off.
+# The files in a folder before the first run. Hidden files are locks, or left by a killed write.
 OURS = {SETTINGS_FILE, "data"}
-# The cache may lie elsewhere: what is in it is never removed.
+# The folders of a comparison, without the cache, whose content is never removed.
 FOLDERS = ("base", BEST_FOLDER, "cells", "data", MERGED_FOLDER, "probes", "runs")
 
 
 def check_folder(output: Path) -> None:
-    """Raise RunError (RW581) for a folder with files that are not of a comparison, RW554 with links for folders."""
+    """Raise RunError: RW581 for a folder with files not of a comparison, RW554 for links in the place of folders."""
     if output.exists() and not output.is_dir():
         raise RunError("RW581", f"--output {output} is a file; give a folder.")
     refuse_links(output, FOLDERS)
@@ -43,17 +43,17 @@ def check_folder(output: Path) -> None:
 
 @dataclasses.dataclass
 class _Identity:
-    """The noted settings that the runs of a folder depend on."""
+    """The recorded settings on which the runs of a folder depend."""
 
     options: JsonObject
     data: dict[str, str]
 
 
 def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
-    """Note the settings that the runs of this folder depend on, or compare them with those noted before.
+    """Record the settings on which the runs of this folder depend, or compare them with the recorded ones.
 
-    More methods, seeds, learning rates or tasks may be added, because finished runs stay valid. Raises RunError
-    (RW580), which names everything else that differs.
+    Methods, seeds, learning rates and tasks may be added, since finished runs stay valid. Raises RunError: RW580 with
+    every other setting that differs, RW581 where the record cannot be read.
     """
     now = json.loads(json.dumps(_identity(given, data)))
     path = output / SETTINGS_FILE
@@ -84,7 +84,7 @@ def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
 
 def _identity(given: CompareSettings, data: Fields) -> JsonObject:
     options = given.model_dump(mode="json")
-    # A search by halving is one run: more rates would make it another.
+    # With --budget, the rates are part of one run, which other rates would change.
     names = ("model", *SAME_RUNS, *SHARED, *(("learning_rates",) if given.budget else ()))
     content = {"--data": data["train"]["sha256"], "--eval-data": data["eval"]["sha256"]}
     if given.chat_template is not None:

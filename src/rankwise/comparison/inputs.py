@@ -21,7 +21,7 @@ from rankwise.planning.facts import read_facts
 from rankwise.records import write_text
 
 EVAL_SHARE = 0.1
-# Settings of an adapter that name something in the model.
+# Adapter settings that name parts of the model.
 NAMING = (
     *("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern", "enable_lora"),
@@ -30,7 +30,7 @@ NAMING = (
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The files that each run reads its rows from, and what the record says of them."""
+    """The files from which every run reads its rows, and their description for the record."""
 
     train: str
     evaluation: str
@@ -44,8 +44,8 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
 
     ``check`` is called first with the description of the data, and may raise.
 
-    Without --eval-data the source's own validation part is taken, else a tenth of the training data. That tenth is
-    chosen by the hash of the prompts: rows of one prompt stay together, and the order of the file does not matter.
+    Without --eval-data the source's validation split is taken, else a tenth of the training data. That tenth is chosen
+    by the hash of the prompts: rows of one prompt stay together, and the order of the file does not matter.
     Raises DataError as the readers do, ConfigError (RW168) when rows cannot be split.
     """
     layout = {**given.columns, "formats": PREFERENCE_FORMATS.get(given.objective)}
@@ -76,11 +76,10 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
 
 
 def check_adapter(given: CompareSettings) -> None:
-    """Report adapter settings that do not fit the model as ``add_adapter`` does, before hours of training.
+    """Check adapter settings against the model before hours of training, with the errors and warnings of
+    ``add_adapter``: settings that name missing modules, and those that leave out a mixture's experts.
 
-    These are settings that name absent modules, and those that leave out a mixture's experts.
-
-    Raises AdapterError as ``plan_adapter`` does, and ModelError where there is no such model.
+    Raises AdapterError as ``plan_adapter`` does, and ModelError where the model does not exist.
     """
     config, usual = given.lora_config(use_dora=False), LoraConfig()
     asked = any(getattr(config, name) != getattr(usual, name) for name in NAMING)
@@ -91,7 +90,7 @@ def check_adapter(given: CompareSettings) -> None:
         try:
             is_mixture = read_facts(fetch_model(given.model, **remote, weights=False)).experts > 0
         except ModelError:
-            # What is wrong with the model the runs say.
+            # The runs report what is wrong with the model.
             return
         if not is_mixture:
             return
@@ -102,8 +101,8 @@ def check_adapter(given: CompareSettings) -> None:
 
 
 def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """(the other rows, at least ``share`` of the rows). Groups of equal prompts stay whole; the smallest hashes are
-    taken.
+    """(the other rows, at least ``share`` of the rows). Rows with one prompt stay together; the prompts with the
+    smallest hashes are taken.
     """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
@@ -111,7 +110,7 @@ def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:
     if len(groups) < 2:
         raise ConfigError(
             "RW168",
-            f"{rows.source} has one prompt only, so no part of it can be kept for evaluation; give --eval-data.",
+            f"{rows.source} has only one prompt, so no rows can be held out for evaluation; give --eval-data.",
         )
     chosen: set[int] = set()
     for prompt in sorted(groups, key=_hash)[: len(groups) - 1]:
@@ -141,14 +140,14 @@ def _own_evaluation(given: CompareSettings, rows: Rows, layout: Fields) -> Rows 
         if error.code != "RW208":
             raise
         return None
-    # A folder whose files are named after no split gives all of them for any.
+    # A folder whose file names contain no split gives all files for every split.
     return None if found.sha256 == rows.sha256 else found
 
 
 def _write(rows: Rows, path: Path, layout: Fields) -> Path:
-    """Write the rows in a layout that reads and renders as before; ``layout`` says how they are read.
+    """Write the rows in a format that is read and rendered as the source is; ``layout``: the options for reading it.
 
-    Raises ConfigError (RW168) where there is none.
+    Raises ConfigError (RW168) where there is no such format.
     """
     text = "".join(json.dumps(_record(row, rows, layout), ensure_ascii=False) + "\n" for row in rows)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -204,7 +203,7 @@ def _content_hash(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.content().encode() + b"\0")
-        # A pair is of its two answers; a marked one may be marked otherwise.
+        # Rows that differ only in their mark differ.
         digest.update(b"bad" if row.label is False else b"")
     return digest.hexdigest()
 

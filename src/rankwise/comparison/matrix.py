@@ -1,4 +1,4 @@
-"""The cells of a comparison: which runs there are, their names and their settings."""
+"""The cells of a comparison: its runs, their names and their settings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rankwise.reports.schema import RUNS_FOLDER
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: a method, with its variants, at a learning rate with a seed. A ``short`` run only tries a rate and has
-    fewer steps. A run without a rate searches for its own first (``--learning-rate auto``).
+    """One run: a method, with its variants, at a learning rate with a seed. A ``short`` run only tries a rate, with
+    fewer steps. A run without a rate first searches for its rate (``--learning-rate auto``).
     """
 
     method: str
@@ -40,7 +40,7 @@ def search_cells(method: str, rates: Sequence[float], *, short: bool) -> list[Ce
 
 
 def final_cells(method: str, rate: float, seeds: int) -> list[Cell]:
-    """The runs that count. After searches at full length the run of seed 0 exists and is not repeated."""
+    """The final runs. After searches at full length the run of seed 0 exists already and is not repeated."""
     return [Cell(method, rate, seed) for seed in range(seeds)]
 
 
@@ -52,10 +52,10 @@ def planned_runs(methods: int, rates: int, seeds: int, *, short: bool) -> int:
 
 
 def choose_rate(losses: Mapping[float, float | None]) -> tuple[float | None, bool]:
-    """The rate of the lowest loss, and whether it lies at the edge of those tried.
+    """(rate with the lowest loss, whether it is the lowest or highest of those tried).
 
-    A failed run (None, or a loss that is not finite) is never chosen but counts as tried: a best rate beside a diverged
-    one is not at the edge.
+    A failed run (None, or a loss that is not finite) is never chosen but counts as tried: a best rate next to a
+    diverged one is not at the edge.
     """
     finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if not finite:
@@ -67,7 +67,7 @@ def choose_rate(losses: Mapping[float, float | None]) -> tuple[float | None, boo
 def cell_settings(cell: Cell, output: Path, shared: Fields, inputs: Fields, steps: int | None) -> JsonObject:
     """The settings file of ``rankwise train`` for a cell. ``inputs``: model, data and eval_data.
 
-    Options without effect on the cell's method are left out; they are for the other methods.
+    Options without effect on the cell's method are left out.
     """
     method, options = variant_of(cell.method)
     idle: set[str] = set().union(*idle_options(method).values())

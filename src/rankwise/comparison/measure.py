@@ -1,7 +1,7 @@
 """``python -m rankwise.comparison.measure JOB.json``: measure a finished run in one process that loads the model once.
 
-It measures the loss of every evaluation row, the tasks, some answers, merged against unmerged, and the change of each
-weight.
+It measures the loss of every evaluation row, the tasks, some answers, the effect of merging, and the relative change of
+each weight.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from rankwise.models.positions import answer_room
 from rankwise.records import RunRecord, load_record, write_json
 from rankwise.reports.schema import EVALUATION_FOLDER, MergedCheck
 
-# Rows that the model also answers, for people to read; they are spread evenly.
+# Number of evenly spread rows to which the model's answers are recorded, for people to read.
 ANSWERED = 12
-# Of those, the rows that are answered one at a time to take the time, before the adapter is merged and after.
+# Number of these rows that are answered one at a time, before and after merging, to measure the speed.
 TIMED = 2
-# Of a row of plain text, the tokens that it is to go on from.
+# Number of tokens of a plain text from which the model continues.
 TEXT_PROMPT = 16
 ANSWER_TOKENS = 32
-# Rows whose logits are compared, merged against unmerged.
+# Number of rows whose logits are compared between the merged and the unmerged model.
 CHECKED_ROWS = 4
 
 
 def measure(job: Fields) -> JsonObject:
-    """Write ``evaluation/TASK`` and ``measured.json`` into the run's folder. Returns the content of the latter.
+    """Write ``evaluation/TASK`` and ``measured.json`` into the run's folder. Returns the content of measured.json.
 
     ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
     objective, beta, prompt_column, completion_column, max_length, chat_template; merged_check; tasks, task_data,
@@ -74,13 +74,13 @@ def _measure(job: Fields) -> JsonObject:
     shown = range(0, len(rows), max(1, len(rows) // ANSWERED))[:ANSWERED]
     prompts = _prompts(engine, [rows[number] for number in shown], rows)
     answers = dict(zip(map(str, shown), _answers(engine, prompts)))
-    # A base earns no rewards: they are measured against it.
+    # Rewards are relative to the base, so the base has none.
     is_reference = job["method"] is None and job["objective"] != "sft"
     for task in tasks if is_reference else [own, *tasks]:
         run_task(task, engine, folder, job, answers if task.name == PERPLEXITY else {})
     facts: JsonObject = {"merged": None, "update_norms": None}
     if job["method"] is not None:
-        # Of an adapter's file, or of a whole model's.
+        # The bytes of the adapter's file, or of the whole model's files.
         facts["adapter_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         # With room for the two tokens by which its time begins.
         timed = [prompt for prompt in prompts if answer_room(model, len(prompt.ids), ANSWER_TOKENS) > 1]
@@ -90,7 +90,7 @@ def _measure(job: Fields) -> JsonObject:
 
 
 def _engine(job: Fields, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None) -> Engine:
-    """The engine of the evaluation. Its operators are those that the run was evaluated with."""
+    """The engine of the evaluation, with the operators that the run used in its evaluations."""
     if job["method"] is None:
         return Engine(model, tokenizer, template)
     record = load_record(Path(job["folder"]))
@@ -101,9 +101,7 @@ def _engine(job: Fields, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def run_task(task: Task, engine: Engine, folder: Path, job: Fields, answers: Mapping[str, str]) -> TaskResult:
-    """Run one task of ``rankwise evaluate`` on the loaded model, with the same files. ``answers`` are predictions by
-    example.
-    """
+    """Run a task of ``rankwise evaluate`` on the loaded model, with the same files. ``answers``: {example: answer}."""
     place = folder / EVALUATION_FOLDER / task.name
     settings = {"task": task.name, "data_sha256": task.data_sha256, "task_settings": task.describe()}
     adapter = None if job["method"] is None else folder
@@ -113,9 +111,7 @@ def run_task(task: Task, engine: Engine, folder: Path, job: Fields, answers: Map
 
 
 def _open(place: Path, settings: Fields) -> journal.Opened:
-    """Open the folder of a task. Results of another kind are removed; this step was started because they are
-    outdated.
-    """
+    """Open the folder of a task. Outdated results, for which this step was started, are removed."""
     try:
         return journal.open_folder(place, settings, overwrite=False)
     except RunError as error:
@@ -125,7 +121,7 @@ def _open(place: Path, settings: Fields) -> journal.Opened:
 
 
 def load_run(job: Fields) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The trained model of a run in evaluation mode; the base where there is no method."""
+    """(trained model of a run in evaluation mode, tokenizer); the base where the job has no method."""
     from rankwise.adapters import load_adapter
     from rankwise.adapters.baselines import load_baseline
     from rankwise.adapters.trained_base import quantization_of
@@ -160,14 +156,14 @@ def load_run(job: Fields) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _dtype(record: RunRecord | None, usual: torch.dtype) -> torch.dtype | None:
-    """The dtype of the base in training. A fully trained model keeps float32: 16 bits would round its updates away."""
+    """The dtype of the base in training; float32 after full fine-tuning, since 16 bits would round updates away."""
     if record is None:
         return usual
     return None if record.method == "full" else getattr(torch, record.device["dtype"])
 
 
 def _prompts(engine: Engine, chosen: Sequence[Row], rows: Rows) -> list[Prompt]:
-    """What the model continues: the prompts of the ``chosen`` among ``rows``, or the beginnings of plain texts."""
+    """The prompts of the ``chosen`` rows, or the beginnings of plain texts."""
     encoder = engine.encoder(rows)
     if rows.kind == "text":
         return [Prompt(tuple(row.ids[:TEXT_PROMPT])) for row in encoder.encode(chosen, TEXT_PROMPT)]
@@ -175,7 +171,7 @@ def _prompts(engine: Engine, chosen: Sequence[Row], rows: Rows) -> list[Prompt]:
 
 
 def _answers(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
-    """The greedy answers to ``prompts``, which are generated in batches."""
+    """The greedy answers to ``prompts``, generated in batches."""
     answers = [""] * len(prompts)
     rooms = [answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS) for prompt in prompts]
     for room in set(rooms):
@@ -189,7 +185,7 @@ def _answers(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def _tokens_per_second(engine: Engine, prompts: Sequence[Prompt]) -> float | None:
-    """The speed of greedy answers that are generated one at a time; None where every answer is empty."""
+    """The speed of greedy answers generated one at a time; None without prompts, or where every answer is empty."""
     if not prompts:
         return None
     # The first call of this shape allocates and compiles.
@@ -202,8 +198,8 @@ def _tokens_per_second(engine: Engine, prompts: Sequence[Prompt]) -> float | Non
 
 
 def _merge_facts(job: Fields, engine: Engine, rows: Rows, prompts: Sequence[Prompt]) -> JsonObject:
-    """Merge the adapter in memory. Returns how logits and speed change, and how far each weight moved. ``prompts`` are
-    answered to take the time.
+    """Merge the adapter in memory. Returns the changes of logits and speed, and the relative change of each weight.
+    ``prompts`` are answered to measure the speed.
     """
     if job["method"] == "full":
         return {"merged": None, "update_norms": _full_norms(job, engine.model)}
@@ -244,7 +240,7 @@ def _ids(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
 
 @torch.no_grad()
 def _adapter_norms(model: nn.Module) -> dict[str, float]:
-    """The relative change of every adapted weight, merged in float32: rounding to 16 bits would look like an update."""
+    """The relative change of every adapted weight, merged in float32, since rounding to 16 bits would add to it."""
     from rankwise.adapters.base_layer import dense_weight, with_weight
     from rankwise.adapters.experts import AdaptedExperts, relative_updates
     from rankwise.adapters.layer import AdaptedLayer
@@ -257,7 +253,7 @@ def _adapter_norms(model: nn.Module) -> dict[str, float]:
             continue
         W = dense_weight(inner_module(wrapper)).float()
         if isinstance(wrapper, AdaptedLayer):
-            assert wrapper.at_work is not None, "the run's adapter is at work"
+            assert wrapper.at_work is not None, "the run's adapter is active"
             norms[name] = _relative(wrapper.at_work.merge(with_weight(wrapper.base_layer, W)), W)
         elif hasattr(wrapper.chosen(), "weight"):
             norms[name] = _relative(dense_weight(wrapper.chosen()).float(), W)
@@ -265,7 +261,7 @@ def _adapter_norms(model: nn.Module) -> dict[str, float]:
 
 
 def _relative(new: Tensor, W: Tensor) -> float:
-    """``||W' - W||_F / ||W||_F``, float32."""
+    """``||W' - W||_F / ||W||_F`` in float32."""
     return float((new - W).norm() / W.norm().clamp_min(1e-30))
 
 
@@ -283,7 +279,7 @@ def _full_norms(job: Fields, model: nn.Module) -> dict[str, float]:
 
 
 def answering(work: Callable[[], JsonObject], doing: str) -> int:
-    """Run ``work`` and print its document. Exit codes and errors are those of a verb of the command line."""
+    """Run ``work`` and print its JSON document. Exit codes and errors are those of the command line."""
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", RankwiseWarning)
     try:

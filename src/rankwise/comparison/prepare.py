@@ -1,6 +1,6 @@
 """``python -m rankwise.comparison.prepare JOB.json``: put bases and encoded rows into the cache before the first run.
 
-Then no run has to read a GGUF file, quantize or tokenize, and parallel runs do not do it twice.
+So a GGUF file is read, quantized and its data tokenized once, also for parallel runs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rankwise.training.setup import encode_data, load_for_training, quantization
 
 
 def prepare(job: Fields) -> JsonObject:
-    """``job``: ``runs``, the settings of one run of each method. Returns the kinds of base that were prepared."""
+    """Fill the cache. ``job["runs"]``: the settings of one run of each method. Returns the kinds of prepared bases."""
     made: list[str] = []
     for given in one_of_each_kind([TrainSettings.model_validate(settings) for settings in job["runs"]]):
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
         if made and not is_worth_keeping(source, quantization_for(given)):
             continue
         loaded = load_for_training(given)
-        # Rows of preferences are not kept.
+        # Rows of preferences are not cached.
         if not made and given.objective == "sft":
             encode_data(given, loaded.tokenizer, *read_data(given))
         made.append(given.method)

@@ -20,21 +20,21 @@ from rankwise.comparison.stages import beside
 from rankwise.errors import RunError
 from rankwise.foreign import JsonObject
 
-# Linux's prctl: which signal a process gets when its parent dies.
+# Linux's prctl option for the signal that a process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
-# In place of an exit code: the machine on which the step ran is gone.
+# Stands for the exit code of a step whose machine is gone.
 LOST = -1000
 
 
 def check_system() -> None:
-    """Raise RunError (RW599) where files have no locks, and processes no signals, as POSIX knows them."""
+    """Raise RunError (RW599) on a system without POSIX file locks and signals."""
     try:
         import fcntl  # noqa: F401
     except ImportError:
         raise RunError(
             "RW599",
-            f"rankwise compare starts and stops its runs as POSIX systems do, and this one ({sys.platform}) is none; "
-            "use Linux, macOS, or the Windows Subsystem for Linux (WSL).",
+            f"rankwise compare needs the file locks and signals of POSIX, which this system ({sys.platform}) does not "
+            "have; use Linux, macOS, or the Windows Subsystem for Linux (WSL).",
         ) from None
 
 
@@ -58,12 +58,12 @@ class Worker:
             self.process.send_signal(signal.SIGINT)
 
     def document(self) -> JsonObject:
-        """The JSON document that it printed; empty if it did not come that far."""
+        """The JSON document that the process printed; empty where it printed none."""
         return document_in(self.stdout)
 
 
 def document_in(stdout: Path) -> JsonObject:
-    """The JSON document in the output of a step; empty if it did not come that far."""
+    """The JSON document in the output of a step; empty where there is none."""
     try:
         found = json.loads(stdout.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -74,8 +74,8 @@ def document_in(stdout: Path) -> JsonObject:
 def start(module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> Worker:
     """Start ``python -m module arguments``. stdout goes to ``NAME.out``; stderr is appended to ``NAME.log``.
 
-    The process holds the lock of ``NAME.lock`` and receives no signals of the terminal: its parent decides when it
-    stops. Where that is possible, it is forked off a process that has loaded the libraries.
+    The process holds the lock of ``NAME.lock`` and gets no signals from the terminal: its parent decides when it stops.
+    Where possible, it is forked from a process that has loaded the libraries.
     """
     import fcntl
 
@@ -96,12 +96,12 @@ def start(module: str, arguments: Sequence[str], name: Path, environment: Mappin
             start_new_session=True,
             preexec_fn=_prepare,
         )
-    # Our copy of the lock is closed; the process's own keeps it.
+    # This process closes its copy of the lock; the started process keeps the lock.
     return Worker(process, time.monotonic(), stdout)
 
 
 def is_locked(name: Path) -> bool:
-    """Whether a process of an earlier call is still working on it."""
+    """Whether a process of an earlier call still holds the lock of ``NAME.lock``."""
     import fcntl
 
     with _lock_file(name) as lock:
@@ -117,8 +117,8 @@ def _lock_file(name: Path) -> IO[bytes]:
 
 
 def _prepare() -> None:
-    # A shell's background jobs ignore SIGINT, by which a run is asked to stop.
+    # Background jobs of a shell ignore SIGINT, with which a run is asked to stop.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
-        # SIGTERM, not SIGKILL: a run saves its step and ends.
+        # SIGTERM, not SIGKILL, so that a run saves its step.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,8 +1,8 @@
 """``compare --executor ray``: the steps of the runs as tasks of a Ray cluster, over a folder that all nodes share.
 
-Ray is the engine: it knows the nodes, places a task where its cores and cards are free, and notices lost nodes. A task
-starts the step's process as on one machine (`processes.start`) and returns its exit code. Everything else, outcomes and
-logs included, is in the comparison's folder, so that the same command goes on after the driver has died.
+Ray places a task on a node with free cores and GPUs, and detects lost nodes. A task starts the step's process as on one
+machine (`processes.start`) and returns its exit code. All results, outcomes and logs are in the comparison's folder, so
+that the same command continues after the driver has died.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from rankwise.foreign import JsonObject
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0
-# How long the head of a cluster may take to answer.
+# Timeout for the connection to the cluster's head node.
 ANSWER_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """A connected cluster. ``needs`` are the cores and cards of a step; ``places`` is how many steps fit at a time."""
+    """A connected cluster. ``needs``: the cores and GPUs of a step; ``places``: how many steps run at a time."""
 
     needs: Mapping[str, float]
     places: int
 
     def start(self, module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> RayWorker:
-        """`processes.start` on the node that Ray chooses."""
+        """Run `processes.start` on the node that Ray chooses."""
         import ray
 
-        # A lost step is not repeated by Ray: the runner starts the step again, from its last checkpoint.
+        # Ray does not repeat a lost step: the runner starts it again, from its last checkpoint.
         task = ray.remote(max_retries=0, **self.needs)(_step)
         reference = task.remote(module, list(arguments), str(name), dict(environment), os.getcwd())
         return RayWorker(reference, time.monotonic(), beside(name, ".out"))
@@ -55,7 +55,7 @@ class RayWorker:
     def poll(self) -> int | None:
         """The exit code, None while the step waits or runs, LOST if its node is gone.
 
-        Raises RunError (RW556) where a node does not see the comparison's folder.
+        Raises RunError (RW556) where a node cannot see the comparison's folder.
         """
         import ray
         from ray import exceptions
@@ -87,10 +87,10 @@ class RayWorker:
 def connect(address: str | None, device: str) -> Cluster:
     """Join the running cluster at ``address`` (default: RAY_ADDRESS, else the one on this machine).
 
-    A step takes one card and its share of the node's cores; on a cluster without cards, or with ``device`` "cpu", it
+    A step takes one GPU and its share of the node's cores; on a cluster without GPUs, or with ``device`` "cpu", it
     takes all cores of the smallest node. Raises RunError (RW555) without Ray or without a cluster.
     """
-    # Ray would report its use to its makers.
+    # Disables Ray's telemetry.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -99,7 +99,7 @@ def connect(address: str | None, device: str) -> Cluster:
     try:
         address = address or os.environ.get("RAY_ADDRESS")
         if address is not None and (port := address.rpartition(":")[2]).isdecimal():
-            # Ray itself would ask for minutes.
+            # Ray itself would retry for minutes.
             socket.create_connection((address.rpartition(":")[0], int(port)), ANSWER_SECONDS).close()
         ray.init(address or "auto", log_to_driver=False, ignore_reinit_error=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -116,11 +116,11 @@ def connect(address: str | None, device: str) -> Cluster:
 
 
 def _step(module: str, arguments: list[str], name: str, environment: dict[str, str], folder: str) -> int:
-    """Run one step on this node and return its exit code. A cancelled task is interrupted like a process by Ctrl-C."""
+    """Run one step on this node and return its exit code. Cancelling the task interrupts the step as Ctrl-C does."""
     place = Path(folder, name)
     if not place.parent.is_dir():
         raise FileNotFoundError(
-            f"the node {socket.gethostname()} does not see {place.parent}; give --output on a file system that all "
+            f"the node {socket.gethostname()} cannot see {place.parent}; give --output on a file system that all "
             "nodes share, under the same path"
         )
     os.chdir(folder)

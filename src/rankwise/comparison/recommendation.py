@@ -13,12 +13,12 @@ from rankwise.reports.numbers import byte_size, capital, duration, listed, plura
 from rankwise.reports.schema import Difference, Method, ParetoPoint, Recommendation
 from rankwise.serving import refusing
 
-# Servers take the adapters of LoRA and refuse these.
+# Methods whose adapters servers refuse; they load those of LoRA.
 REFUSED_BY_SERVERS = (*DORA, *BASELINES)
 
 
 def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoint]:
-    """The (quality, memory, time) of every method that has a value of the metric."""
+    """(quality, memory, time) of every method that has a value of the metric."""
     return [
         {
             "method": name,
@@ -32,10 +32,10 @@ def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoin
 
 
 def pareto_set(methods: Mapping[str, Method], metric: str, *, higher_is_better: bool) -> set[str]:
-    """The methods that no other one beats. To beat is to be nowhere worse in quality, memory and time, and better in
-    one.
+    """The methods that no other method dominates: none is at least as good in quality, memory and time, and better in
+    one of them.
 
-    Memory and time count only where the ranges over seeds do not overlap, as in the recommendation.
+    As in the recommendation, memory and time differ only where the ranges over seeds do not overlap.
     """
     sign = -1 if higher_is_better else 1
     names = [name for name, item in methods.items() if metric in item["mean"]]
@@ -62,8 +62,7 @@ def recommend(
 
     Cost is compared in this order: seconds of a run, peak memory, trained parameters, servers that take the adapter.
     Seconds and memory count only where the ranges over seeds do not overlap (``cheapest``). A pair with one common seed
-    (others failed, or none were asked for) cannot be tested. Such a pair is tied if it differs by less than ``margin``,
-    a share of the best value.
+    cannot be tested; it is tied if it differs by less than ``margin``, a share of the best value.
     """
     points = pareto_points(methods, metric)
     # Baselines are measured for comparison; their adapters neither merge nor load elsewhere.
@@ -98,11 +97,10 @@ def recommend(
 
 
 def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, list[str]]:
-    """The method of the lowest cost, and the reasons against the others in words.
+    """The method with the lowest cost, and the reasons against the others in words.
 
-    A method drops out if its lowest figure lies above the highest figure of another one. Noise of the clock therefore
-    decides nothing, and the order of the checks does not matter. ``names`` come best first; the first one left is
-    taken.
+    A method is dropped if its lowest figure is above the highest figure of another method, so that timing noise decides
+    nothing and the order of the checks does not matter. ``names`` are sorted, best first; the first one left is taken.
     """
     left = list(names)
     why: list[tuple[list[str], str, _Cost]] = []
@@ -118,7 +116,7 @@ def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, 
     chosen = left[0]
     said = [_against(out, least, cost, chosen) for out, least, cost in why]
     if len(left) > 1:
-        said.append(f"nothing in cost parts it from {listed(map(long_name, left[1:]))}, whose mean is worse")
+        said.append(f"its cost does not differ from that of {listed(map(long_name, left[1:]))}, whose mean is worse")
     if methods[chosen]["seeds"] < 2:
         said.insert(0, "one measurement of time has no range, so time does not count")
     return chosen, said
@@ -126,12 +124,12 @@ def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, 
 
 @dataclasses.dataclass(frozen=True)
 class _Cost:
-    """One kind of cost, with the words for one method and for several that cost more."""
+    """One kind of cost, with the phrases for one method and for several methods that cost more."""
 
     range_of: Callable[[str, Method], Range | None]
     one: str
     several: str
-    # Whether it is said beside which method.
+    # Whether the phrase names the method that it compares with.
     is_relative: bool = True
 
 
@@ -145,7 +143,7 @@ def _refusals(name: str, method: Method) -> Range:
     return is_refused, is_refused
 
 
-# In the order in which they decide.
+# The costs, in the order in which they decide.
 _COSTS = (
     _Cost(lambda _, method: seconds_range(method), "takes longer", "take longer"),
     _Cost(lambda _, method: memory_range(method), "needs more memory", "need more memory"),
@@ -192,7 +190,7 @@ def _is_tied(
 
 
 def _tested(a: str, b: str, metric: str, differences: Sequence[Difference]) -> Difference | None:
-    """The difference of the two methods, if at least two common seeds gave it an interval."""
+    """The difference of the two methods, if it has an interval (at least two common seeds); else None."""
     return next(
         (
             item
@@ -224,14 +222,12 @@ def _reason(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, 
     parts = [f"it is better than {listed(map(long_name, tested))}"] if tested else []
     if untested:
         names = listed(map(long_name, untested))
-        parts.append(f"on one seed, which cannot tell luck from merit, its figure is better than that of {names}")
+        parts.append(f"on one seed, which proves nothing, its figure is better than that of {names}")
     return listed(parts)
 
 
 def _ties(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, str | None]) -> str:
-    """The results of the tests for the best mean and each method that is not worse. The sentence's subject is
-    ``chosen``.
-    """
+    """The results of the tests against the best mean and each method that is not worse: a predicate of ``chosen``."""
     words = {
         "equivalent": "it is equivalent to",
         "cannot tell": "the runs cannot tell it from",

@@ -58,16 +58,16 @@ from rankwise.reports.schema import (
     Run,
 )
 
-# Of the files of a job in ``DIR/cells`` that are written whole.
+# Extensions of a job's files in ``DIR/cells`` that are written whole.
 ENDINGS = (".in", ".json", ".yaml")
 
 
 def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
-    """Run what is missing in ``given.output``, then write ``comparison.json`` and what it recommends.
+    """Run what is missing in ``given.output``, then write ``comparison.json`` and the recommended settings and adapter.
 
-    Raises ConfigError (RW165 to RW168, RW626, and what the objective of its runs raises), RunError: RW580 a folder of
-    other settings, RW581 a folder of something else, RW551 a file cannot be written, RW582 another call works in it,
-    RW584 no run finished, RW599 a system that is not POSIX; Interrupted (RW587).
+    Raises ConfigError (RW165 to RW168, RW182, RW626, and those of the runs' objective); RunError: RW580 a folder of
+    other settings, RW581 a folder of something else, RW551 a file that cannot be written, RW582 a folder in use, RW584
+    no run finished, RW589 a metric that was not measured, RW599 a system that is not POSIX; Interrupted (RW587).
     """
     check_compare(given)
     _check_objective(given)
@@ -99,7 +99,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
             return _conclude(given, plan, inputs, told, watcher, clock)
         finally:
             with suppress(OSError):
-                # The first error is the one to tell.
+                # The first error is the one to raise.
                 clock.keep(now=True)
 
 
@@ -114,15 +114,13 @@ def _announce(given: CompareSettings, inputs: Inputs, effect: MinimumDetectableE
     watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
     _warn_of_idle_options(given)
     if given.seeds < 2:
-        warn("RW585", "one seed cannot tell luck from merit: there will be no intervals and no verdicts; --seeds 3.")
+        warn("RW585", "one seed gives no intervals and no verdicts; give --seeds 3 or more.")
         return
     watcher.say(f"{_smallest(effect)}, assuming that {effect['assumption']}.")
 
 
 def _warn_of_idle_options(given: CompareSettings) -> None:
-    """Warn of options that have no effect on any of the methods. A run leaves out those without effect on its own
-    method.
-    """
+    """Warn (RW529) of options without effect on any of the methods. A run omits those without effect on its method."""
     methods = [variant_of(name)[0] for name in given.methods]
     without = [{name for names in idle_options(method).values() for name in names} for method in methods]
     common, defaults = set.intersection(*without), given.defaults()
@@ -130,7 +128,7 @@ def _warn_of_idle_options(given: CompareSettings) -> None:
     if idle:
         warn(
             "RW529",
-            f"{', '.join(idle)}: no effect with --methods {','.join(given.methods)}; no method of these uses it.",
+            f"{', '.join(idle)}: no effect with --methods {','.join(given.methods)}; none of these methods uses it.",
         )
 
 
@@ -142,7 +140,7 @@ def _smallest(effect: MinimumDetectableEffect) -> str:
 
 
 def _check_objective(given: CompareSettings) -> None:
-    """Refuse at once what each run would refuse by its objective."""
+    """Raise what each run would raise for its objective, before any run starts."""
     common = {**shared_training(given), "model": given.model, "data": given.data, "output": given.output}
     for method, options in map(variant_of, given.methods):
         settings = TrainSettings.model_validate({**common, **options, "method": method})
@@ -166,7 +164,7 @@ def _check_tasks(given: CompareSettings, inputs: Inputs) -> None:
 
 
 def _check_base(given: CompareSettings, plan: Plan, runs: Sequence[Run]) -> None:
-    """Raise RunError (RW580) where more runs would train another base than those that are done."""
+    """Raise RunError (RW580) where the base model's content differs from that of the finished runs."""
     before = {run["record"]["base_model"].get("sha256") for run in runs if run["record"] is not None} - {None}
     if not before or not jobs_left(plan):
         return
@@ -174,8 +172,8 @@ def _check_base(given: CompareSettings, plan: Plan, runs: Sequence[Run]) -> None
     if before != {model_hash(source)}:
         raise RunError(
             "RW580",
-            f"the runs in {given.output} trained another content of --model {given.model}; give the model as it was, "
-            "or another --output.",
+            f"the runs in {given.output} trained --model {given.model} with other weights; give the same model, or "
+            "another --output.",
         )
 
 
@@ -186,7 +184,7 @@ def _plan(given: CompareSettings) -> Plan:
         given.learning_rates,
         given.seeds,
         given.search_steps is not None,
-        # Rewards are measured against the base, so that of its own it has none.
+        # Rewards are relative to the base, so the base has none.
         base=given.objective == "sft" or bool(given.task),
         tasks=given.task,
         probed=given.minutes is not None,
@@ -319,21 +317,21 @@ def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Method]) 
         if run["status"] == "failed" and run["error"]:
             warn("RW588", f"{run['id']} failed: {run['error']['code']}: {run['error']['message']}")
         elif run["status"] == "interrupted":
-            warn("RW597", f"{run['id']} was interrupted, so it has no figures; the same command takes it up again.")
+            warn("RW597", f"{run['id']} was interrupted, so it has no figures; the same command continues it.")
         merged = run["merged"]
-        # A comparison of an older version did not judge it.
+        # Results of older versions lack this field.
         if merged and merged.get("is_more_than_rounding"):
             warn(
                 "RW589",
-                f"{run['id']}: merging moved a logit by {merged['max_logit_difference']:.3g}, and rounding alone by "
-                f"{merged['rounding_logit_difference']:.3g}: the merged model does not say the same.",
+                f"{run['id']}: merging changed a logit by {merged['max_logit_difference']:.3g}, and rounding alone by "
+                f"{merged['rounding_logit_difference']:.3g}: the merged model is not equivalent.",
             )
         if run["status"] == "finished" and run["error"]:
             warn("RW589", f"{run['id']} trained, but: {run['error']['code']}: {run['error']['message']}")
 
 
 def _warn_of_shared_steps(plan: Plan) -> None:
-    """Warn where the base's measurement or the cache failed: the report lacks something without them."""
+    """Warn (RW589) where the base's measurement or its preparation failed, and name what the report lacks."""
     for job, lacks in ((Job("measure", None), "figures of the base model"), (Job("prepare", None), "a prepared base")):
         outcome = stages.outcome_of(job, plan.output)
         if outcome is not None and outcome.error is not None:
@@ -341,19 +339,19 @@ def _warn_of_shared_steps(plan: Plan) -> None:
 
 
 def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
-    """Write the best run as an ordinary model to ``DIR/merged``. A 4-bit run merges onto its dequantized base."""
+    """Merge the best run into an ordinary model in ``DIR/merged``. A 4-bit run merges onto its dequantized base."""
     import subprocess
     import sys
 
     method, options = variant_of(run["method"])
     if method in ("full", *BASELINES):
-        warn("RW589", f"--merge: the result of {run['method']} is not an adapter that merges.")
+        warn("RW589", f"--merge: the result of {run['method']} is not an adapter that can be merged.")
         return None
     output = given.output
     discard_folder(output / MERGED_FOLDER)
     watcher.say("Merging the recommended adapter.")
     command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
-    # Pissa's adapter belongs on the original weights.
+    # A PiSSA adapter belongs on the original weights.
     command += ["--onto", "quantized"] if method in FOUR_BITS and options.get("init") != "pissa" else []
     command += ["--trust-remote-code"] if given.trust_remote_code else []
     done = subprocess.run([sys.executable, "-m", stages.CLI, *command], capture_output=True, text=True, check=False)
@@ -364,7 +362,7 @@ def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
 
 
 def _seconds(plan: Plan, clock: Clock) -> dict[str, float]:
-    """The seconds of all calls: total, in the processes of the steps, and in the comparison itself."""
+    """The seconds of all calls: in total, in the steps' processes, and in the comparison itself."""
     clock.keep(now=True)
     total = seconds_spent(plan.output)
     runs = stages.seconds_of_all(plan.output)
@@ -386,7 +384,7 @@ def command_line(given: CompareSettings) -> str:
 
 
 def _told(told: list[Message]) -> AbstractContextManager[None]:
-    """Show warnings as always, and keep ours for the report."""
+    """A context that shows warnings as usual and appends each RankwiseWarning to ``told``, for the report."""
 
     def tell(warning: RankwiseWarning) -> bool:
         told.append({"code": warning.code, "message": warning.message})

@@ -1,5 +1,5 @@
-"""Run a matrix of jobs: one process for each step, some in parallel. Each outcome is on disk before the next
-decision.
+"""Run a matrix of jobs: one process for each step, several in parallel. Each outcome is on disk before the next jobs
+are chosen.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rankwise.planning.hardware import this_machine
 from rankwise.records import write_json
 
 POLL_SECONDS = 0.2
-# How long a run may take to save its step once it has been asked to stop.
+# The time that a run has to save its step after it was asked to stop.
 STOP_SECONDS = 120.0
-# So often a step may lose its machine; then it counts as killed, and the rest goes on.
+# A step that loses its machine more often than this counts as killed, and the other steps continue.
 MOST_LOSSES = 3
 STATE_FILE = "state.json"
 
@@ -43,12 +43,12 @@ class Picture:
 
     running: Sequence[Running]
     done: int
-    # Jobs still to come, those in progress included.
+    # Number of remaining jobs, including those in progress.
     left: int
-    # None before anything has ended.
+    # None before any job has ended.
     seconds_left: float | None
     failed: int = 0
-    # Jobs of this call that were stopped on request; no job is counted twice.
+    # Number of jobs of this call that were stopped on request, which are in no other count.
     interrupted: int = 0
 
 
@@ -78,14 +78,14 @@ class Runner:
     # The module to run for a job and its arguments.
     command: Callable[[Job], tuple[str, list[str]]]
     total_steps: Callable[[Job], int]
-    # One per job at a time: which device, how many threads.
+    # The environment of each parallel slot: its device and number of threads.
     environments: Sequence[Mapping[str, str]]
     watcher: Watcher
     clock: Clock
     left: Callable[[], Sequence[Job]]
-    # What starts a step elsewhere than in a process of this machine.
+    # Starts a step elsewhere than in a process on this machine.
     start: Callable[[str, Sequence[str], Path, Mapping[str, str]], Started] | None = None
-    # Job -> its process and its slot.
+    # {job: (its process, its slot)}.
     running: dict[Job, tuple[Started, int]] = dataclasses.field(default_factory=dict)
     lost: Counter[Job] = dataclasses.field(default_factory=Counter)
     spent: list[tuple[Job, float]] = dataclasses.field(default_factory=list)
@@ -152,7 +152,7 @@ class Runner:
                 return
             code = -signal.SIGKILL
         if stopping and code:
-            # Asked to stop, a step ends in many ways: with code 1 where the signal met the start of Python itself.
+            # A step that was asked to stop may end with any code: with 1 if the signal came while Python started.
             code = -signal.SIGINT
         outcome = stages.outcome_from(job, self.output, code, worker.document(), round(worker.seconds(), 3))
         if outcome.is_interrupted:
@@ -162,7 +162,7 @@ class Runner:
             self.done += outcome.status == "finished"
             self.failed += outcome.status == "failed"
         if not (stopping and outcome.is_interrupted):
-            # Where only this step was interrupted, its outcome keeps this call from starting it again and again.
+            # Where only this step was interrupted, the outcome keeps this call from restarting it endlessly.
             stages.keep_outcome(job, self.output, outcome)
         self.watcher.ended(job, outcome, self.picture())
 
@@ -186,7 +186,7 @@ class Runner:
         return Picture(running, self.done, len(left), pace, self.failed, len(self.interrupted))
 
     def _seconds_left(self, left: Sequence[Job], running: Sequence[Running]) -> float | None:
-        """The seconds that the remaining jobs take at the pace so far, less those that the running ones have used."""
+        """The seconds that the remaining jobs take at the speed so far, minus those that the running ones have used."""
         if not self.spent:
             return None
         total = sum(map(self._usual_seconds, left))
@@ -194,7 +194,7 @@ class Runner:
         return max(0.0, total) / len(self.environments)
 
     def _usual_seconds(self, job: Job) -> float:
-        """The seconds of similar jobs so far. Trainings are scaled by their steps, because searches may have fewer."""
+        """The mean seconds of similar jobs so far, of trainings scaled by steps, since searches may be shorter."""
         alike = [(done, seconds) for done, seconds in self.spent if done.stage == job.stage]
         steps = sum(self.total_steps(done) for done, _ in alike)
         if alike and steps:
@@ -211,7 +211,7 @@ class Clock:
         self.path = output / STATE_FILE
         self.before = seconds_spent(output)
         self.started = self.kept = time.monotonic()
-        # Steps at a time.
+        # Number of steps that run at a time.
         self.lanes = 1
 
     def keep(self, *, now: bool = False) -> None:
@@ -229,7 +229,7 @@ def seconds_spent(output: Path) -> float:
 
 
 def environments(jobs: int, device: str) -> list[dict[str, str]]:
-    """The environment of each parallel job: its own device, or an equal part of a CPU's cores."""
+    """The environment of each parallel slot: its own device, or an equal part of the CPU's cores."""
     import os
 
     gpus = 0

@@ -1,4 +1,4 @@
-"""Decide what runs next from what is done: searches first, then seed after seed over all methods."""
+"""Choose the next jobs from the finished ones: searches first, then one seed after the other over all methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankwise.reports.schema import KEPT_ROWS_LOSS, RateSearch, SearchedRate
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The matrix: methods times learning rates, then methods times seeds."""
+    """The matrix of runs: methods times learning rates, then methods times seeds."""
 
     output: Path
     methods: tuple[str, ...]
@@ -25,23 +25,23 @@ class Plan:
     short: bool
     # Whether the unadapted model is evaluated too.
     base: bool = True
-    # What else each run and the base are evaluated on.
+    # Further tasks on which each run and the base are evaluated.
     tasks: tuple[str, ...] = ()
-    # Whether a short run of each method measured its steps first; without it a method has no length.
+    # Whether a short run of each method first measures the seconds of a step, from which its length follows.
     probed: bool = False
-    # Whether the run of the first seed searches for its rate, for all seeds.
+    # Whether the run of the first seed searches the rate for all seeds (--budget).
     halved: bool = False
 
 
 @dataclasses.dataclass
 class MethodState:
-    """How far one method has come."""
+    """The progress of one method."""
 
     search: RateSearch
     searched: bool
     final: list[Cell]
     skipped: dict[str, str] | None
-    # Not done yet, in order; of one cell only the next stage.
+    # Jobs not done yet, in order; for each cell only the next stage.
     waiting: list[Job]
 
 
@@ -50,13 +50,13 @@ def jobs_to_do(plan: Plan) -> list[Job]:
     states = {method: state_of(plan, method) for method in plan.methods}
     found = [job for state in states.values() if not state.searched for job in state.waiting]
     final = [job for state in states.values() if state.searched for job in state.waiting]
-    # Of one seed in the order of the methods, in which they stand already.
+    # The sort is stable: jobs of one seed keep the order of the methods.
     found += sorted(final, key=lambda job: job.cell.seed if job.cell else 0)
     return found + _open_jobs(plan, None)
 
 
 def jobs_left(plan: Plan) -> list[Job]:
-    """The remaining jobs. Before rates are chosen, those of final runs are placeholders."""
+    """The remaining jobs. Before the rates are chosen, the jobs of final runs are placeholders."""
     left: list[Job] = []
     for method in plan.methods:
         state = state_of(plan, method)
@@ -77,7 +77,7 @@ def jobs_left(plan: Plan) -> list[Job]:
 
 
 def possible_jobs(plan: Plan) -> Iterator[Job]:
-    """The jobs begun by earlier calls that this plan may lead to, for any choice of learning rates."""
+    """The jobs of earlier calls that this plan may need, for any choice of learning rates."""
     begun = {path.name.rpartition(".")[0] for path in (plan.output / "cells").glob("*")}
     cells: list[Cell | None] = [None]
     for method in plan.methods:
@@ -161,7 +161,7 @@ def _search(plan: Plan, cells: list[Cell]) -> RateSearch:
 
 
 def _halved(plan: Plan, cell: Cell) -> RateSearch:
-    """The search that a run began with; each rate with its loss in the first round, which all had."""
+    """The rate search of a run; each rate with its loss in the first round, in which all rates took part."""
     folder = cell.folder(plan.output)
     found = load_record(folder).rate_search if (folder / RUN_FILE).is_file() else None
     if found is None:

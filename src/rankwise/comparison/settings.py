@@ -1,4 +1,4 @@
-"""The options of ``rankwise compare``: its own, and those of ``rankwise train`` that are equal for all runs."""
+"""The options of ``rankwise compare``: its own, and those of ``rankwise train`` that all runs share."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from rankwise.options import LARGEST_NUMBER, MANY, Count, Names, Panel, Positive
 from rankwise.planning.sizes import parse_size
 from rankwise.reports.schema import EVAL_LOSS
 
-# What decides by default: of demonstrations, and of preferences.
+# {objective: the metric that decides by default}.
 USUAL_METRICS = {"sft": EVAL_LOSS, "dpo": "preference.reward_accuracy", "kto": "preference.reward_accuracy"}
 SHARED = (*PreferenceOptions.model_fields, *RunOptions.model_fields)
-# Of the options of `compare`, those that say what a run is; with the shared ones they must stay as they were.
+# Options of `compare` that define the runs. With the shared options they must not change when a comparison continues.
 SAME_RUNS = ("search_steps", "budget", "minutes", "memory_budget")
 
 
 def size_in_bytes(value: Any) -> Any:
-    """``24GB``, ``16GiB`` or a number of GB as bytes."""
+    """``24GB``, ``16GiB`` or a number of GB, in bytes."""
     return None if value is None else parse_size(value)
 
 
@@ -47,13 +47,13 @@ _recommended = functools.partial(option, Panel.RECOMMENDATION)
 
 
 def _usual_methods(given: Fields) -> tuple[str, ...]:
-    """All but the baselines; of preferences those whose base stays as it is, since it is the reference."""
+    """All methods except baselines; for preferences those with a frozen base, which is the reference."""
     left_out = BASELINES if given.get("objective", "sft") == "sft" else (*BASELINES, "full")
     return tuple(method for method in METHODS if method not in left_out)
 
 
 class CompareSettings(PreferenceOptions, RunOptions):
-    """What ``compare`` adds to the options of training."""
+    """The options of ``rankwise compare``."""
 
     model: Annotated[str, _model(MODEL, metavar="M")]
     data: Annotated[str, _model(TRAINING_DATA, metavar="D")]
@@ -173,7 +173,7 @@ class CompareSettings(PreferenceOptions, RunOptions):
 
 
 def check_compare(given: CompareSettings) -> None:
-    """Cross-field checks.
+    """Check options against each other.
 
     Raises ConfigError: RW165 unknown methods, RW166 duplicates of methods or rates, RW167 options that exclude
     each other, RW626 an objective that is not compared.
@@ -181,8 +181,8 @@ def check_compare(given: CompareSettings) -> None:
     if given.objective == "grpo":
         raise ConfigError(
             "RW626",
-            "--objective grpo is not compared: the evaluations of such a run keep mean rewards, and a verdict on two "
-            "methods needs the reward of each prompt. Train each method with `rankwise train`, then compare the "
+            "--objective grpo cannot be compared: its evaluations record mean rewards, and a verdict on two methods "
+            "needs the reward of each prompt. Train each method with `rankwise train`, then compare the "
             "adapters on one task with `rankwise evaluate --adapter A --adapter B`.",
         )
     try:
@@ -194,7 +194,7 @@ def check_compare(given: CompareSettings) -> None:
             f"one of {', '.join(VARIANTS)} to a method with an adapter.",
         ) from None
     if not known:
-        raise ConfigError("RW165", f"--methods names nothing; the methods are {', '.join(METHODS)}.")
+        raise ConfigError("RW165", f"--methods is empty; the methods are {', '.join(METHODS)}.")
     for name, values in (("--methods", given.methods), ("--learning-rates", given.learning_rates)):
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
@@ -202,16 +202,16 @@ def check_compare(given: CompareSettings) -> None:
     if not given.learning_rates or any(not 0 < rate < math.inf for rate in given.learning_rates):
         raise ConfigError("RW167", f"--learning-rates is {given.learning_rates}; give rates above 0.")
     if given.address is not None and given.executor != "ray":
-        raise ConfigError("RW167", "--address is that of a Ray cluster; add --executor ray.")
+        raise ConfigError("RW167", "--address names a Ray cluster; add --executor ray.")
     if given.minutes is not None and (given.max_steps is not None or given.search_steps is not None):
         raise ConfigError("RW167", "--minutes sets the steps of every run; leave --max-steps and --search-steps out.")
     if given.budget is not None and (given.search_steps is not None or len(given.learning_rates) < 2):
         raise ConfigError(
-            "RW167", "--budget is that of a search among several --learning-rates; give some, and no --search-steps."
+            "RW167", "--budget needs a search among several --learning-rates; give some, and no --search-steps."
         )
     if given.budget is not None and given.objective != "sft":
         raise ConfigError(
-            "RW167", f"--budget searches with demonstrations, and --objective is {given.objective}; leave it out."
+            "RW167", f"--budget needs --objective sft, and --objective is {given.objective}; leave --budget out."
         )
     measured = given.task if given.objective == "sft" else (PREFERENCE, *given.task)
     if given.metric != EVAL_LOSS and given.metric.partition(".")[0] not in measured:

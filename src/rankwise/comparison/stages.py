@@ -1,4 +1,4 @@
-"""The stages of a run, each a process, and the files that they leave. A restart learns from these what is done."""
+"""The stages of a run, each a process, and the files that they write, from which a restart learns what is done."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Stage = Literal["prepare", "probe", "train", "measure"]
 CLI = "rankwise.cli.main"
 MEASURE = "rankwise.comparison.measure"
 PREPARE = "rankwise.comparison.prepare"
-# What a measurement leaves in a run's folder, and its task that takes the evaluation data.
+# The file that a measurement writes into a run's folder.
 FACTS_FILE = "measured.json"
-# The tasks on the evaluation data themselves: of demonstrations, and of preferences.
+# The tasks on the evaluation data: for demonstrations, and for preferences.
 PERPLEXITY, PREFERENCE = OWN_TASKS = ("perplexity", "preference")
-# Short runs that only measure the seconds of a step.
+# Folder of the short runs that only measure the seconds of a step.
 PROBES_FOLDER = "probes"
-# Stands for a cell where the base is prepared, and where the unadapted model is evaluated.
+# Stands in place of a cell's name in jobs that prepare the base or evaluate the unadapted model.
 BASE = "base"
 KILLED = "RW583"
-# The plan says that the run cannot fit.
+# Error code of a run that does not fit according to the memory plan.
 TOO_LARGE = "RW562"
-# Kinds of errors that every seed of a method has, where they come before the first step.
+# Errors that, before the first step, every seed of a method would raise.
 OF_METHOD = ("ConfigError", "ModelError", "AdapterError", "QuantizationError")
 INTERRUPTED = "RW597"
 INTERRUPTED_CODES = ("RW540", "RW541", "RW542", "RW543", INTERRUPTED)
-# A disk that was full or failed says nothing of the run.
+# Error codes of a full or failed disk, which are no property of the run.
 OF_DISK = ("RW513", "RW514", "RW551")
 
 
@@ -43,14 +43,14 @@ class Outcome:
     status: Literal["finished", "failed"]
     seconds: float
     error: dict[str, str] | None = None
-    # It was cut off from outside, so that the next call takes it up again.
+    # Whether the stage was stopped from outside, so that the next call starts it again.
     again: bool = False
-    # A training that never began: the method cannot run here, and other seeds of it need no try.
+    # Whether training could not start: the method cannot run here, and its other seeds are skipped.
     cannot_run: bool = False
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether the stage was asked to stop; it is then neither done nor failed."""
+        """Whether the stage was asked to stop, and is neither done nor failed."""
         return self.error is not None and self.error["code"] in INTERRUPTED_CODES
 
 
@@ -71,7 +71,7 @@ class Job:
         return output / PROBES_FOLDER / self.id if self.stage == "probe" else self.cell.folder(output)
 
     def name(self, output: Path) -> Path:
-        """The path in ``DIR/cells`` of the job's files, without their endings."""
+        """The path of the job's files in ``DIR/cells``, without extension."""
         return output / "cells" / f"{self.id}.{self.stage}"
 
 
@@ -87,7 +87,7 @@ def outcome_of(job: Job, output: Path) -> Outcome | None:
         pass
     except (OSError, ValueError) as error:
         raise RunError(
-            "RW581", f"cannot read {path}: {reason_of(error)}; remove it, and the step is done again."
+            "RW581", f"cannot read {path}: {reason_of(error)}; remove the file, so that the step runs again."
         ) from None
     record = record_of(job.folder(output)) if job.stage in ("train", "probe") else None
     if record is not None and record.status == "finished":
@@ -109,7 +109,7 @@ def forget_outcome(job: Job, output: Path) -> None:
 
 
 def beside(name: Path, ending: str) -> Path:
-    """``NAME`` with an ending. Names contain dots, which ``with_suffix`` would cut."""
+    """``NAME`` with an extension. Names contain dots, at which ``with_suffix`` would cut."""
     return name.with_name(name.name + ending)
 
 
@@ -125,12 +125,12 @@ def train_arguments(job: Job, output: Path, settings: Fields) -> list[str]:
 
 
 def outcome_from(job: Job, output: Path, code: int, document: Fields, seconds: float) -> Outcome:
-    """What an exit code and the printed document mean."""
+    """The outcome of a stage, from its exit code and the document that it printed."""
     if code == 0:
         return Outcome("finished", seconds)
     found = document.get("error")
     if -code in (signal.SIGINT, signal.SIGTERM) or (code == Interrupted.exit_code and found is None):
-        message = f"{job.stage} of {job.id} was interrupted before it ended; the same command takes it up again."
+        message = f"{job.stage} of {job.id} was interrupted before it ended; the same command continues it."
         return Outcome("failed", seconds, {"code": INTERRUPTED, "message": message}, again=True)
     if code < 0 or not isinstance(found, Mapping):
         return Outcome("failed", seconds, _cut_off(job, output, code), again=code < 0)

@@ -1,11 +1,11 @@
-"""Intervals, paired differences and equivalence. Input and output are plain numbers; nothing here knows about runs.
+"""Intervals, paired differences and equivalence. Input and output are plain numbers, independent of runs.
 
 Legend: S seeds, n examples, G clusters of examples; ``d[s, i]`` is the difference of two methods on example i under
 seed s, ``w[i]`` the weight of the example (its tokens) with mean 1, ``h[g]`` the share of the weight in cluster g.
 
 The model of a paired difference is crossed: ``d[s, i] = delta + seed[s] + example[i] + rest[s, i]``, since every seed
-is evaluated on the same examples. Both the seeds and the examples are samples, so both are part of the error of
-``delta``. Leaving one of them out gives conclusions that do not repeat.
+is evaluated on the same examples. Both the seeds and the examples are samples, so both contribute to the error of
+``delta``. Without one of them, conclusions would not replicate.
 """
 
 from __future__ import annotations
@@ -24,41 +24,40 @@ Array = NDArray[np.float64]
 CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
 POWER = 0.8
-# Errors below this share of the values are rounding: two identical methods differ by nothing, for certain.
+# Standard errors below this share of the values are rounding errors and count as 0 (two identical methods).
 ROUNDING = 1e-12
-# p-values below 1e-60 are 0.
+# Natural logarithm of the smallest p-value, 1e-60; smaller ones count as 0.
 SMALLEST_LOG_P = -138.0
-# The skewness of a sample is smaller than that of its source, since few samples hold the tail. It is enlarged by this
-# factor: with less, intervals of 20 clusters of lognormal effects hold too seldom (benchmarks/interval_coverage.py).
+# A sample's skewness is multiplied by this factor, since it underestimates that of the population, whose tail few
+# samples hold. With less, intervals of 20 lognormal clusters undercover (benchmarks/interval_coverage.py).
 SKEWNESS_FACTOR = 1.5
 SIMULATED = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean and what its error is made of; without ``parts`` one value cannot tell its spread.
+    """A mean and the parts of its error. Without ``parts`` (one value) the spread is unknown.
 
     Its limits are ``mean -+ sqrt(sum over parts of reach(p, degrees)^2 * variance)``. The reach is Student's quantile
-    t; the sum is the modified large-sample interval of Graybill and Wang (1980), and with unequal reaches to both
-    sides that of Zou and Donner (2008). Intervals with Satterthwaite's degrees of freedom held too seldom with few
-    seeds.
+    t; the sum is the modified large-sample interval of Graybill and Wang (1980), and with different reaches to the two
+    sides that of Zou and Donner (2008). Intervals with Satterthwaite's degrees of freedom undercover with few seeds.
 
-    Where the values are skewed to the right, the mean is too low more often and by more than it is too high. The upper
-    limit then reaches further, by the cubic transformation of Hall (1992), with ``c`` the skewness of the mean:
+    For values skewed to the right, the sample mean is too low more often, and by more, than it is too high. The upper
+    limit is then further away, by the cubic transformation of Hall (1992), with ``c`` the skewness of the mean:
 
         reach = max(t, 3 / c * (1 - cbrt(1 - c * (t + c / 6))))
 
-    and the lower limit stays where Student's t has it. Skewed to the left it is the other way round.
+    and the lower limit is Student's. For values skewed to the left the sides are exchanged.
     """
 
     mean: float
     # (variance of the mean, degrees of freedom) of each source of error.
     parts: tuple[tuple[float, float], ...] = ()
-    # Of the mean, as far as it comes from the last part.
+    # Skewness of the mean, from the last part.
     skewness: float = 0.0
-    # Spread from seed to seed; for a difference the part that the examples do not explain.
+    # Standard deviation over seeds; for a difference, the part that the examples do not explain.
     seed_sd: float | None = None
-    # Error that comes from the choice of examples alone.
+    # Standard error from the choice of examples alone.
     example_se: float | None = None
     per_seed: tuple[float, ...] = ()
     clusters: int = 0
@@ -73,17 +72,17 @@ class Estimate:
         return self.mean - self._half(1 - confidence, -1), self.mean + self._half(1 - confidence, 1)
 
     def p_value(self) -> float | None:
-        """Two-sided, of the hypothesis that the mean is 0: the level at which the interval just reaches 0."""
+        """The two-sided p-value of "the mean is 0": the level at which the interval just reaches 0."""
         return self._level(abs(self.mean), -1 if self.mean > 0 else 1) if self.parts else None
 
     def equivalence_p(self, margin: float) -> float | None:
-        """TOST (Schuirmann 1987): the larger p-value of ``mean <= -margin`` and ``mean >= margin``."""
+        """TOST (Schuirmann 1987): the larger of the p-values of ``mean <= -margin`` and ``mean >= margin``."""
         if not self.parts:
             return None
         return max(self._beyond(margin + self.mean, -1), self._beyond(margin - self.mean, 1))
 
     def _beyond(self, gap: float, side: int) -> float:
-        """One-sided p-value of the hypothesis that the truth lies further than ``gap`` on that side of the mean."""
+        """The one-sided p-value of "the true value is more than ``gap`` away on this side of the mean"."""
         one_sided = self._level(abs(gap), side if gap > 0 else -side) / 2
         return one_sided if gap > 0 else 1 - one_sided
 
@@ -157,7 +156,7 @@ def paired_by_example(
     _check_finite(d, w)
     delta = d @ w / n
     sums = _cluster_sums(np.vstack([w * (d - delta[:, None]), w]) / n, clusters)
-    # Clusters without weight say nothing.
+    # Clusters without weight do not contribute.
     sums = sums[:, sums[-1] > 0]
     u, h = sums[:-1], sums[-1]
     G = len(h)
@@ -181,12 +180,12 @@ def paired_by_example(
 def _check_finite(*arrays: Array) -> None:
     if not all(np.isfinite(array).all() for array in arrays):
         raise RunError(
-            "RW598", "a figure to compare is not a finite number; leave out the run or the example that it comes from."
+            "RW598", "a value to compare is not a finite number; leave out the run or the example that it comes from."
         )
 
 
 def _cluster_sums(values: Array, clusters: Sequence[Hashable] | None) -> Array:
-    """(S, n) -> (S, G)."""
+    """Sums of ``values`` (S, n) over the examples of each cluster: (S, G)."""
     if clusters is None:
         return values
     numbers = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
@@ -212,13 +211,13 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def minimum_detectable_effect(
     parts: Sequence[tuple[float, float]], *, methods: int, margin: float = 0.0, skewness: float = 0.0
 ) -> float | None:
-    """Smallest true difference that is called better or worse four times in five; None without ``parts``.
+    """The smallest true difference that is called better or worse with 80 % power; None without ``parts``.
 
-    ``parts`` and ``skewness`` are those of Estimate, taken as true; a difference to either side is as likely. A
-    difference ``x`` is called better where it is above ``half(alpha / m)``, and not equivalent, which is above
-    ``margin - half(2 alpha)``. m is the middle one of Holm's divisors for one method that differs from all others.
-    With x = effect + sqrt(V) z, the effect sought is the 80 % quantile of the higher bound less sqrt(V) z, here of
-    20,000 draws (seed 0) of z and of the variances that a comparison would estimate.
+    ``parts`` and ``skewness`` are those of Estimate, taken as the true values; both signs are equally likely. A
+    difference ``x`` is called better where it is above ``half(alpha / m)`` and not equivalent, that is, above
+    ``margin - half(2 alpha)``. m is the median of Holm's divisors where one method differs from all others. With
+    x = effect + sqrt(V) z, the result is the 80 % quantile of (the higher bound - sqrt(V) z) over 20,000 draws (seed 0)
+    of z and of the variances that a comparison would estimate.
     """
     if not parts:
         return None
@@ -239,9 +238,9 @@ def spread_parts(
 ) -> tuple[tuple[float, float], ...]:
     """The (variance, degrees of freedom) parts of a difference's error for assumed spreads; none with one seed.
 
-    ``seed_sd`` is the spread of a method's metric over seeds. The two methods' difference varies over rows by
-    ``row_sd``, which is the same for every seed, and by ``rest_sd``, which each seed draws again. With ``rows`` of 0
-    the rows are not a sample.
+    ``seed_sd`` is the standard deviation of a method's metric over seeds. Over rows, the difference of two methods has
+    the standard deviation ``row_sd``, common to all seeds, and ``rest_sd``, independent for each seed. With ``rows`` of
+    0 the rows are not a sample.
     """
     if seeds < 2:
         return ()
@@ -250,7 +249,7 @@ def spread_parts(
 
 
 def pooled(estimates: Sequence[Estimate], seeds: int) -> Estimate:
-    """Measured differences as one estimate around 0: their mean parts and skewness, for the planned number of seeds."""
+    """One estimate around 0 with the mean parts and skewness of ``estimates``, for the planned number of seeds."""
     measured = [estimate for estimate in estimates if estimate.parts]
     if seeds < 2 or not measured:
         return Estimate(0.0)

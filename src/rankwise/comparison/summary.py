@@ -18,7 +18,7 @@ from rankwise.serving import served_in_short
 
 
 def scores_by_metric(output: Path, methods: Iterable[str], runs: Sequence[Run]) -> dict[str, dict[str, Scores]]:
-    """Metric -> method -> scores of its final runs. The runs' folders are relative to ``output``."""
+    """{metric: {method: scores of its final runs}}. The runs' folders are relative to ``output``."""
     final = {method: [run for run in finals_of(method, runs) if run["status"] == "finished"] for method in methods}
     found: dict[str, dict[str, Scores]] = {}
     for metric in metrics_of(runs):

@@ -1,4 +1,4 @@
-"""What every run is evaluated on: the evaluation data themselves, then the chosen tasks."""
+"""The tasks on which every run is evaluated: the evaluation data, then the chosen tasks."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def own_task(eval_data: str, settings: Fields) -> Perplexity | Preference:
 
 
 def make_tasks(names: Sequence[str], *, data: Sequence[str], limit: int | None) -> list[Task]:
-    """The tasks with their data. ``data``: TASK=FILE for tasks that need a file; ``limit``: the most examples of a
-    task.
+    """The tasks with their data. ``data``: TASK=FILE for tasks that need a file; ``limit``: the largest number of
+    examples of a task.
 
-    Raises what ``rankwise evaluate`` raises for tasks that do not exist or lack data or packages.
+    Raises what ``rankwise evaluate`` raises for tasks that do not exist, or lack data or packages.
     """
     others = tuple(name for name in dict.fromkeys(names) if name != PERPLEXITY)
-    # Data for no task are refused where there is no task either.
+    # Checked also without tasks, since data for a task that is not given are refused.
     split_data(tuple(data), others)
     return [make_task(name, EvaluateSettings(task=others, data=tuple(data), limit=limit)) for name in others]

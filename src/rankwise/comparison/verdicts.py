@@ -23,9 +23,9 @@ class Scores:
     ``clusters``: (n,) names of the groups (one source text, one question) that examples come from.
     """
 
-    # Seed -> value.
+    # {seed: value}.
     values: Mapping[int, float]
-    # Seed -> a value per example; empty for a metric of the whole corpus, such as BLEU.
+    # {seed: a value per example}; empty for a metric of the whole corpus, such as BLEU.
     examples: Mapping[int, Sequence[float]] = dataclasses.field(default_factory=dict)
     ids: Sequence[str] = ()
     weights: Sequence[float] | None = None
@@ -39,15 +39,15 @@ class _Pair:
     a: str
     b: str
     estimate: Estimate
-    # Whether examples were paired.
+    # Whether the estimate pairs examples.
     by_example: bool
-    # Examples or, where there are none, seeds.
+    # Number of examples or, where there are none, of seeds.
     count: int
     seeds: Sequence[int]
 
 
 def estimate_difference(a: Scores, b: Scores) -> tuple[Estimate, bool, int]:
-    """``a - b`` over the seeds that both have, whether examples could be paired, and their number."""
+    """(estimate of ``a - b`` over common seeds, whether examples were paired, number of examples or seeds)."""
     seeds = _common(a, b)
     by_example = bool(a.ids) and list(a.ids) == list(b.ids) and set(seeds) <= set(a.examples) & set(b.examples)
     if by_example:
@@ -65,9 +65,9 @@ def compare_all(
 ) -> list[Difference]:
     """Every pair of methods on one metric.
 
-    The margin of equivalence is ``relative_margin`` of the mean of all methods. Holm's correction is made over the
-    pairs for the tests of a difference, and once more for the tests of equivalence. So at most 5 % of comparisons call
-    any pair without a difference better or worse, and at most 5 % call any pair beyond the margin equivalent.
+    The margin of equivalence is ``relative_margin`` times the mean of all methods. Holm's correction over the pairs is
+    applied to the tests of a difference, and separately to the tests of equivalence. So at most 5 % of comparisons call
+    any equal pair better or worse, and at most 5 % call any pair beyond the margin equivalent.
     """
     means = [mean_of_seeds(list(item.values.values())).mean for item in scores.values()]
     margin = relative_margin * abs(sum(means) / len(means)) if means else 0.0
@@ -119,8 +119,7 @@ def verdict(
 ) -> Verdict:
     """The verdict on ``a - b``, from the point of view of ``a``, by p-values that are corrected over the pairs.
 
-    Equivalence comes first: a difference that surely exists and is surely smaller than the margin does not matter to
-    the user.
+    Equivalence comes first, since a significant difference that is significantly below the margin does not matter.
     """
     if equivalence_holm is not None and equivalence_holm < ALPHA:
         return "equivalent"
@@ -130,10 +129,10 @@ def verdict(
 
 
 def tie_groups(order: Sequence[str], differences: Sequence[Fields]) -> dict[str, str]:
-    """Letters for methods, best first in ``order``. Two methods that share a letter were not told apart (Piepho 2004).
+    """{method: its letters}, for methods in ``order``, best first. Methods that share a letter were not told apart.
 
-    Insert and absorb: start with one group of all; split it by every pair that differs; drop groups within others.
-    Where nothing could be tested, with one seed, no method has a letter.
+    Insert and absorb (Piepho 2004): start with one group of all methods, split it by every pair that differs, and drop
+    groups within others. Where nothing could be tested, with one seed, no method has a letter.
     """
     if differences and all(item["p_value"] is None for item in differences):
         return {}

@@ -1,8 +1,8 @@
-"""Processes forked off one that has loaded the libraries, so that a step of a comparison starts at once.
+"""Fork the steps of a comparison from a process that has imported the libraries, so that they start at once.
 
 Importing torch, transformers and trl takes most of the time of a short step. Python's fork server imports them once
-and forks for every step; a step is still a process of its own, with its own memory, its own end and its own lock. The
-server itself computes nothing, since a process that has used OpenMP threads or a card must not fork.
+and forks for every step; each step is still a separate process with its own memory, exit code and lock. The server
+computes nothing, since a process that has used OpenMP threads or a GPU must not fork.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from rankwise.planning.hardware import this_machine
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
-# What the steps import, and nothing that looks for a card.
+# The modules that the steps import; none of them probes for a GPU.
 PRELOADED = ("rankwise.cli.main", "rankwise.comparison.measure", "rankwise.comparison.prepare", "rankwise.training.run")
 
 
 def takes(module: str) -> bool:
-    """Whether steps of ``module`` are forked: on Linux, without a card, which no process may use across a fork."""
+    """Whether steps of ``module`` are forked: on Linux without a GPU, since CUDA does not survive a fork."""
     return module in PRELOADED and sys.platform == "linux" and this_machine().device_type == "cpu"
 
 
 @functools.cache
 def _server() -> ForkServerContext:
-    """The context of Python's fork server, which runs when this returns."""
-    # Not every system has it.
+    """The context of Python's fork server, which is running on return."""
+    # Not every system has this module.
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     kept = os.dup(2)
-    # What libraries say while they are imported is of no step.
+    # Output of imports belongs to no step.
     _redirect(Path(os.devnull), 0, 2)
     try:
         forkserver.ensure_running()
@@ -66,14 +66,14 @@ class Forked:
         environment: Mapping[str, str],
         prepare: Callable[[], None],
     ) -> None:
-        """``files``: stdout, stderr (behind what it holds), and the lock. On return all exist and the lock is held.
+        """``files``: stdout, stderr (appended to), and the lock. On return all exist and the lock is held.
 
-        Raises OSError where one cannot be opened.
+        Raises OSError where a file cannot be opened.
         """
         server = _server()
         ready, told = server.Pipe(duplex=False)
         surroundings = {**os.environ, **environment}
-        # Where this process ends early, a daemon gets SIGTERM: it saves its step and ends.
+        # A daemon process: if this process ends early, the step gets SIGTERM, saves and ends.
         self._process = server.Process(
             target=_work, args=(module, arguments, files, surroundings, os.getcwd(), told, prepare), daemon=True
         )
@@ -88,7 +88,7 @@ class Forked:
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code. Raises subprocess.TimeoutExpired where it still runs after so many seconds."""
+        """The exit code. Raises subprocess.TimeoutExpired where the step still runs after ``timeout`` seconds."""
         self._process.join(timeout)
         if (code := self.poll()) is None:
             raise subprocess.TimeoutExpired("a step of the comparison", timeout or 0.0)
@@ -110,10 +110,10 @@ def _work(
 ) -> None:
     import fcntl
 
-    # What the server has loaded stays: no collection need look through it, or copy its memory by doing so.
+    # The server's objects live on: the garbage collector should not scan them, which would copy their pages.
     gc.freeze()
     os.setsid()
-    # SIGINT ends this process from here on until the step begins.
+    # SIGINT ends this process until the step begins.
     prepare()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     out, log, lock = files
@@ -133,24 +133,24 @@ def _work(
     if "OMP_NUM_THREADS" in environment:
         import torch
 
-        # OpenMP has read the variable when it was loaded, in the server.
+        # OpenMP read the variable when it was loaded, which was in the server.
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     try:
-        # As Python sets it when it starts.
+        # Python's default handler.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         step = importlib.import_module(module)
         code = step.main(list(arguments))
-        # The work is done: a request to stop changes nothing any more.
+        # The work is done; a request to stop has no effect.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:
-        # Where nothing catches it, Python ends a process by the signal, but a child of its fork server with code 1.
+        # An uncaught KeyboardInterrupt would end a child of the fork server with code 1 instead of by the signal.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     sys.exit(code)
 
 
 def _end_with_parent() -> None:
-    """SIGTERM to this step once the process that asked for it is gone. The server lives as long as its steps."""
+    """Send SIGTERM to this step once the process that started it is gone. The server lives as long as its steps."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,6 +1,6 @@
-"""Will it fit? Peak memory of one training step, before anything is downloaded. No import of torch before it is needed.
+"""Predict the peak memory of a training step before anything is downloaded. torch is imported only where needed.
 
-``estimate`` answers from ``config.json`` alone, or, with ``exact=True``, by running the real step on fake tensors.
+``estimate`` uses ``config.json`` alone or, with ``exact=True``, runs the real step on fake tensors.
 """
 
 from rankwise.planning.estimate import estimate

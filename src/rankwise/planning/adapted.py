@@ -1,4 +1,4 @@
-"""Which modules of a shape an adapter changes and what it adds, by the rules of `rankwise.matching`. No torch.
+"""The modules of a shape that an adapter changes, and the parameters that it adds, by `rankwise.matching`. No torch.
 
 r rank, (in, out) of a layer; with enabled parts, n of p equal parts adapt.
 """
@@ -44,7 +44,7 @@ class Adapted:
 
     @property
     def rows(self) -> int:
-        """Output rows that adapt: out, or n out / p."""
+        """The number of adapted output rows: out, or n out / p."""
         out = self.module.outputs
         return out if self.parts is None else sum(self.parts) * (out // len(self.parts))
 
@@ -62,7 +62,7 @@ class Adapted:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedStack:
-    """One stack of experts that adapts: E of (out, in)."""
+    """One adapted stack of E experts (out, in)."""
 
     module: Module
     leaf: str
@@ -88,7 +88,7 @@ class AdaptedStack:
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """All that trains: low-rank pairs of modules and of stacked experts, modules trained whole, biases."""
+    """All trained parts: low-rank pairs of modules and of stacked experts, modules trained whole, biases."""
 
     adapted: tuple[Adapted, ...]
     whole: tuple[Module, ...]
@@ -106,7 +106,7 @@ class Adaptation:
 
 
 def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
-    """What ``add_adapter`` would do. Raises AdapterError, RW401 to RW404 and RW419, and warns (RW420), as it does."""
+    """What ``add_adapter`` would train. Raises AdapterError (RW401 to RW404, RW419) and warns (RW420) as it does."""
     names = _names(shape)
     check_targets(config, names)
     stacks = tuple(_stacks(shape, config))
@@ -127,7 +127,7 @@ def _stacks(shape: Shape, config: LoraConfig) -> Iterator[AdaptedStack]:
             continue
         if (reason := _obstacle(module, config)) is not None:
             raise AdapterError(
-                "RW419", f"target_parameters matches {name}, which no adapter can reach: {reason}; leave it out."
+                "RW419", f"target_parameters matches {name}, which cannot be adapted: {reason}; leave it out."
             )
         leaf = name.rpartition(".")[2]
         r = pattern_value(config.rank_pattern, name, config.r)

@@ -1,4 +1,4 @@
-"""The families of models that the closed form knows: which modules a config means. Imports no torch.
+"""The model families of the closed form, and the modules that follow from a config. Imports no torch.
 
 Module names are transformers', so that target_modules mean here what they mean on the model.
 """
@@ -25,7 +25,7 @@ class Line:
 
     family: str
     tied: bool = False
-    # Of q, k and v, where the config does not say; None: attention_bias of the config, on all four.
+    # Whether q, k and v have a bias; None: the config's attention_bias says so for q, k, v and o.
     qkv_bias: bool | None = None
     # A norm over each head (1), or over all heads together (2).
     qk_norm: Literal[0, 1, 2] = 0
@@ -35,11 +35,11 @@ class Line:
     # qkv_proj and gate_up_proj as in Phi-3.
     fused: bool = False
     experts: bool = False
-    # Attention as in Gemma 2, whose capped scores no kernel of torch's computes.
+    # Attention as in Gemma 2, whose soft-capped scores no kernel of torch supports.
     eager: bool = False
-    # Of the decoder in the model.
+    # Path of the decoder in the model.
     path: str = "model"
-    # transformers', for sizes that a config.json leaves out.
+    # transformers' defaults of sizes that a config.json may omit.
     defaults: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -96,11 +96,11 @@ class Experts:
 
 
 def decoder(given: ConfigFields, line: Line) -> Shape:
-    """A model of Llama's line."""
+    """The shape of a model that resembles Llama, except for the differences in ``line``."""
     fields, family, path = given.with_defaults(line.defaults), line.family, line.path
     h, layers, heads, V = fields.required("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     d = fields.count("head_dim", line.head_dim or h // heads)
-    # Written as null it means one for each head, whatever the family's default.
+    # null means one key-value head per head, whatever the family's default.
     is_null = given.config.get("num_key_value_heads", heads) is None
     groups = heads if is_null else fields.count("num_key_value_heads", line.kv_heads or heads)
     attention_bias = fields.flag("attention_bias", False)
@@ -162,12 +162,12 @@ WINDOWED = ("mistral", "gemma3_text", "gemma3")
 ALL_LAYERS_WINDOWED = ("mistral", "mixtral", "phi3", "qwen3_moe")
 # Families with a window only where ``use_sliding_window`` says so.
 ONLY_WHERE_USED = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3")
-# Of Gemma 3's layers so many have one that looks at all tokens.
+# One in GLOBAL_EVERY layers of Gemma 3 attends to all tokens.
 GLOBAL_EVERY = 6
 
 
 def _window(fields: ConfigFields, family: str, layers: int) -> tuple[int | None, float]:
-    """How far back layers look, and the share of those that do not look at all tokens; (None, 0) where all do."""
+    """(attention window, share of the layers that have it); (None, 0) where every layer attends to all tokens."""
     default = WINDOW if family in (*WINDOWED, *ONLY_WHERE_USED) else None
     if family in ONLY_WHERE_USED and not fields.flag("use_sliding_window", False):
         return None, 0.0

@@ -15,14 +15,14 @@ from rankwise.reports.numbers import byte_size
 
 DRY_RUN_ERROR = {"cpu": 0.08, "cuda": 0.05}
 CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
-# Of tensors against dry runs of a forward pass (tests/planning/test_evaluating.py); no evaluation was measured.
+# Error of an evaluation's tensors against dry runs (tests/planning/test_evaluating.py); no evaluation was measured.
 EVALUATION_ERROR = 0.20
-# What a step leaves in its libraries on a CPU (generated kernels, thread pools, the heap's ends): the measured growth
-# less the tensors was 47 to 60 MB over methods and checkpointing on the demo model.
+# Memory that a step leaves in libraries on a CPU (generated kernels, thread pools, ends of the heap): the measured
+# growth minus the tensors was 47 to 60 MB over methods and checkpointing on the demo model.
 CPU_LIBRARY_BYTES = 50 << 20
-# Shares of all gradients and of what is kept, all measured: see `heap_holes_bytes`.
+# Measured constants of `heap_holes_bytes`: shares of all gradients and of the saved tensors.
 HOLES_OF_PYTORCHS_STEP = 40 << 20
-# Keys and values that grow by a token leave their old place to what is smaller: measured 0.15 to 0.35 of all.
+# Share of unused memory between keys and values that grow by a token at a time: measured 0.15 to 0.35.
 HOLES_OF_GROWTH = 0.25
 HOLES_CHECKPOINTED, HOLES_OF_FULL, HOLES_OF_ADAPTERS, HOLES_ELSE = (0.2, 0.0), (0.1, 0.4), (0.5, 0.02), (0.5, 0.0)
 
@@ -33,7 +33,7 @@ class Found:
 
     # {phase: {term: bytes}}
     phases: Mapping[str, dict[str, int]]
-    # Parameters that train, and all that the model has without an adapter.
+    # Numbers of trained parameters, and of all parameters of the model without an adapter.
     trainable: int
     total: int
     # Bytes of all that trains, and of the optimizer's state that lives in the host's memory.
@@ -116,12 +116,12 @@ def with_images(workload: Workload, found: Found) -> Mapping[str, dict[str, int]
 
 
 def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:
-    """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the kept tensors.
+    """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the saved tensors.
 
-    A gradient seldom fits into the hole that an activation left, so gradients lie beside freed activations.
-    Checkpointing leaves fewer of them. Our adapters (`ops.cpu.memory`) and our checkpointing
-    (`acceleration.checkpointing`) leave almost no other holes. Full fine-tuning computes in PyTorch's own operations,
-    which leave one beside much of what a layer keeps. The shares are fitted to measured steps (glibc,
+    A gradient seldom fits into the hole that an activation left, so new memory is allocated beside freed activations.
+    Checkpointing leaves fewer of these holes. rankwise's adapters (`ops.cpu.memory`) and checkpointing
+    (`acceleration.checkpointing`) leave almost no others; PyTorch's own operations, in full fine-tuning, leave holes
+    beside much of what a layer saves. The shares are fitted to measured steps (glibc,
     `benchmarks/memory_plan.py`), also to adapters in bfloat16 and to full fine-tuning of two models with 128 to 4,096
     tokens a step.
     """
@@ -149,13 +149,12 @@ def _notes(workload: Workload, found: Found) -> list[str]:
     notes = []
     if found.max_positions is not None and workload.max_length > found.max_positions:
         notes.append(
-            f"rows of {workload.max_length:,} tokens are longer than the {found.max_positions:,} that the model was "
-            "made for"
+            f"rows of {workload.max_length:,} tokens are longer than the model's {found.max_positions:,} positions"
         )
     if workload.image_tokens and found.tower is None:
-        notes.append("of images their tokens alone are counted: the model's config names no sizes of a vision tower")
+        notes.append("images count by their tokens only: the sizes of the vision tower are not known from the config")
     if not workload.fast:
-        notes.append("PyTorch's own step is counted: no fused parts and kernels of ours")
+        notes.append("PyTorch's own step is counted, without fused operators")
     if found.elsewhere_bytes:
         size = byte_size(found.elsewhere_bytes)
         notes.append(f"{size} of optimizer state live in the host's memory ({workload.optimizer})")

@@ -1,4 +1,4 @@
-"""The pace of this machine, measured once and remembered: a few training steps on a small random Llama.
+"""The speed of this machine, measured once and stored: a few training steps on a small random Llama.
 
 The file is ``machine.json`` in the user's cache folder: ``$XDG_CACHE_HOME/rankwise`` or ``~/.cache/rankwise``
 (``%LOCALAPPDATA%\\\\rankwise`` on Windows, ``~/Library/Caches/rankwise`` on macOS).
@@ -26,9 +26,9 @@ from rankwise.planning.workload import Workload
 from rankwise.records import write_json
 
 FILE = "machine.json"
-# 1: of steps without the fused parts; 2: dequantization counted by its bytes alone.
+# Format 1 held steps without fused operators; format 2 counted dequantization by its bytes only.
 SCHEMA = 3
-# Two layers, wide enough that matrix products decide; two sizes of batch tell the pace from the bandwidth.
+# Two layers, wide enough that matrix products dominate; two batch sizes separate speed from bandwidth.
 SHAPES: dict[str, JsonObject] = {
     "cpu": {"hidden_size": 1024, "intermediate_size": 2752, "rows": (1, 4), "tokens": 256},
     "cuda": {"hidden_size": 4096, "intermediate_size": 11008, "rows": (1, 8), "tokens": 1024},
@@ -52,7 +52,7 @@ Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 
 @dataclasses.dataclass(frozen=True)
 class _Rates:
-    """The rates of one method, as the file holds them."""
+    """The measured rates of one method, as in the file."""
 
     flops_per_second: Rate
     bytes_per_second: Rate | None = None
@@ -60,9 +60,9 @@ class _Rates:
 
 @dataclasses.dataclass(frozen=True)
 class _Machine:
-    """What the file holds of one device and dtype."""
+    """The file's entry for one device and dtype."""
 
-    # Each as _Rates.
+    # {method: fields of _Rates}.
     methods: dict[str, JsonObject]
     date: str
     threads: int
@@ -93,7 +93,7 @@ def measured_pace(hardware: Hardware, method: str, dtype: str) -> Pace | None:
 def calibrate(
     hardware: Hardware, methods: Sequence[str], dtype: str, say: Callable[[str], None]
 ) -> dict[str, dict[str, float | None]]:
-    """Time each method on this machine, remember the figures, and give {method: {flops_per_second, ...}}."""
+    """Time each method on this machine, store the figures, and return {method: {flops_per_second, ...}}."""
     import torch
 
     results: dict[str, dict[str, float | None]] = {}
@@ -114,9 +114,9 @@ def calibrate(
 
 
 def solve(timings: Sequence[Timing]) -> tuple[float, float | None]:
-    """Pace F and bandwidth B with seconds = flops / F + bytes / B in both timings.
+    """(F, B) that solve  seconds = flops / F + bytes / B  for both timings.
 
-    Where no positive B solves this, the weights' traffic does not show, and the larger batch alone gives F.
+    Where no positive B solves this, the traffic of the weights is hidden: B is None, and the larger batch gives F.
     """
     small, large = timings[0], timings[-1]
     determinant = small.flops * large.traffic_bytes - large.flops * small.traffic_bytes
@@ -211,5 +211,5 @@ def _read() -> dict[str, _Machine]:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = reason_of(error)
-        warn("RW144", f"{path} cannot be read ({reason}), so its timings are passed over; --calibrate writes it anew.")
+        warn("RW144", f"{path} cannot be read ({reason}), so its timings are ignored; --calibrate writes it again.")
         return {}

@@ -12,7 +12,7 @@ from typing import Literal
 
 MemoryKind = Literal["gddr", "gddr-ecc", "hbm", "unified"]
 
-# Share of the nominal memory that torch can take, before the context of a process.
+# Share of the nominal memory that is available to torch, before the context of a process.
 #
 # From the totals in public out-of-memory reports: RTX 4090 23.52 to 23.65 of 24 GiB, RTX 5090 31.36 of 32; A10 21.99 of
 # 24 and L40 44.40 of 48 (ECC takes a sixteenth); A100 39.39 of 40. Apple's Metal recommends three quarters at most.
@@ -32,12 +32,12 @@ class Card:
     teraflops: float | None
     source: str
     has_bfloat16: bool = True
-    # Peak in float32 over the one in 16 bits, nearly: by the same sheets, of a group the smallest.
+    # Approximate ratio of the float32 peak to the 16-bit peak: the smallest of the card's group.
     float32_share: float = 1 / 2
 
     @property
     def usable_bytes(self) -> int:
-        """What torch reports as the card's total, nearly."""
+        """The approximate total memory that torch reports."""
         return int(self.memory_gib * 2**30 * VISIBLE_SHARE[self.kind])
 
 
@@ -60,12 +60,12 @@ def _cards(
 
 
 def _apple(chip: str, sizes: tuple[int, ...], bandwidth: float, teraflops: float | None) -> tuple[Card, ...]:
-    # These compute both alike.
+    # Apple's GPUs compute float32 as fast as 16 bits.
     return tuple(Card(f"{chip} {size}GB", size, "unified", bandwidth, teraflops, _APPLE, True, 1.0) for size in sizes)
 
 
 CARDS: tuple[Card, ...] = (
-    # Name, GiB, GB/s, TFLOP/s.
+    # (name, GiB, GB/s, TFLOP/s)
     *_cards(
         "gddr",
         _TURING,
@@ -192,7 +192,7 @@ CARDS: tuple[Card, ...] = (
     *_apple("Apple M2 Ultra", (64, 128, 192), 800, 27.2),
     *_apple("Apple M3", (8, 16, 24), 100, None),
     *_apple("Apple M3 Pro", (18, 36), 150, None),
-    # Of fewer cores, with a narrower bus.
+    # The variant with fewer cores and a narrower bus.
     *_apple("Apple M3 Max", (36, 96), 300, None),
     *_apple("Apple M3 Max", (48, 64, 128), 400, None),
     *_apple("Apple M3 Ultra", (96, 256, 512), 819, None),

@@ -1,6 +1,6 @@
-"""Ways to make a run smaller, each with what it saves and what it costs, and the cheapest that fit.
+"""Changes that make a run smaller, each with its saving and its cost, and the cheapest ones that fit.
 
-``costs``: 0 only time, 1 an approximation (4-bit weights, 8-bit states), 2 fewer trained parameters, 3 less text a row.
+``costs``: 0 only time, 1 an approximation (4-bit weights, 8-bit states), 2 fewer trained parameters, 3 shorter rows.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from rankwise.planning.rules import HOSTED, PAGED
 from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 
-# Seconds of one micro-batch; only ratios are taken.
+# (estimate, workload) -> seconds of one micro-batch; only ratios are used.
 Seconds = Callable[[MemoryEstimate, Workload], float]
 
 FOUR_BIT_OF = {"lora": "qlora", "dora": "qdora", "full": "lora"}
 # Share of the memory that a change must save to be shown.
 WORTHWHILE = 0.02
-# Combinations looked at before giving up.
+# Largest number of combinations that a search estimates.
 LARGEST_SEARCH = 400
 
 
 @dataclasses.dataclass(frozen=True)
 class SingleChange:
-    """One setting changed. ``group``: at most one step of a group in a combination."""
+    """One changed setting. A combination has at most one change of each ``group``."""
 
     group: str
     label: str
     costs: int
-    # As ``rankwise train`` takes them; "method" among them.
+    # Options of ``rankwise train``, including "method".
     settings: Fields
 
 
@@ -45,15 +45,15 @@ class Change:
     method: str
     workload: Workload
     estimate: MemoryEstimate
-    # Negative where it takes more.
+    # Negative where the change takes more memory.
     saved_bytes: int
-    # Of the same rows.
+    # Ratio of the times for the same rows.
     time_factor: float
     verdict: str
 
     @property
     def is_timed(self) -> bool:
-        """Whether ``time_factor`` covers the whole step: an optimizer on the host takes time that is not counted."""
+        """Whether ``time_factor`` covers the whole step; the time of an optimizer on the host is not counted."""
         return not any(step.settings.get("optimizer") == HOSTED for step in self.steps)
 
     @property
@@ -90,8 +90,8 @@ class Change:
 
 
 def possible_steps(method: str, workload: Workload, accumulation: int) -> list[SingleChange]:
-    """Every single change that makes this run smaller. Halving the batch doubles the accumulation, so the rows of a
-    step stay.
+    """Every single change that makes this run smaller. Halving the batch doubles the accumulation, so that the rows of
+    a step do not change.
     """
     return [
         *_batches(workload, accumulation),
@@ -168,14 +168,14 @@ def apply(steps: Sequence[SingleChange], method: str, workload: Workload) -> tup
     return settings.get("method", method), dataclasses.replace(workload, **fields)
 
 
-# For a run that was asked to take PyTorch's own step; a device on which ours does not run is offered no other.
+# Offered for a run with --no-fast on a device that supports the fused operators.
 FAST = SingleChange("fast", "--no-fast -> --fast", 0, {"fast": True})
 
 
 class Advisor:
-    """Prices changes of one run: ``method`` at ``workload`` with ``accumulation``, against ``memory_bytes``.
+    """Evaluates changes of a run (``method`` at ``workload`` with ``accumulation``) against ``memory_bytes``.
 
-    ``asked_slow``: the user gave --no-fast, and the advice may take it back.
+    ``asked_slow``: the user gave --no-fast, which the advice may revert.
     """
 
     def __init__(self, estimate: Estimator, seconds: Seconds, memory_bytes: int, *, asked_slow: bool = False) -> None:
@@ -211,9 +211,9 @@ class Advisor:
         groups: Container[str] | None = None,
         refused: Container[str] = (),
     ) -> list[Change]:
-        """Each useful change by itself. Of a group it is the first that fits, or else the one that saves most.
+        """Each useful single change: of each group the first that fits, or else the one that saves most.
 
-        ``groups``: those looked at, where an estimate is dear. ``refused``: methods that cannot be planned.
+        ``groups``: limits the groups, where estimates are slow. ``refused``: methods that cannot be planned.
         """
         steps = [
             step
@@ -230,9 +230,9 @@ class Advisor:
         return sorted(worthwhile, key=_price_of)
 
     def cheapest(self, method: str, workload: Workload, accumulation: int, count: int = 3) -> list[Change]:
-        """The ``count`` cheapest changes, or combinations of them, that fit, in the order of their cost.
+        """The ``count`` cheapest changes or combinations that fit, by increasing cost.
 
-        A combination that only adds to one already found is left out.
+        A combination that contains one already found is left out.
         """
         groups = _grouped(self._steps(method, workload, accumulation))
         found: list[Change] = []

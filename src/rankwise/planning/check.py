@@ -1,4 +1,4 @@
-"""Three real steps on this machine against the prediction for it."""
+"""Compare three real steps on this machine with the prediction for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankwise.reports.numbers import byte_size
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Predicted and measured bytes of the same step: tensors alone, without the device's context."""
+    """Predicted and measured bytes of the same step: of tensors only, without the device's context."""
 
     method: str
     device_type: str
@@ -45,9 +45,9 @@ def check_method(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Check:
-    """Run the steps with random weights in a process of its own, for several devices in as many.
+    """Run the steps with random weights in a separate process, or in one process for each device.
 
-    Raises ConfigError: RW134 where they would take more than ``memory_bytes``; RW133 as ``measure`` does.
+    Raises ConfigError: RW134 where the steps would take more than ``memory_bytes``; others as ``measure`` does.
     """
     predicted = estimate(model, method, workload, exact=exact, trust_remote_code=trust_remote_code, revision=revision)
     needed = max(predicted.peak_bytes, dense_bytes(predicted, workload))
@@ -73,12 +73,12 @@ def check_method(
 
 
 def dense_bytes(predicted: MemoryEstimate, workload: Workload) -> int:
-    """The bytes of the weights before they are quantized, which the check holds at first."""
+    """The bytes of the weights before quantization, which the check holds at first."""
     return predicted.total_parameters * DTYPE_BYTES[workload.dtype]
 
 
 def comparable(predicted: MemoryEstimate, device_type: str) -> int:
-    """The part of the prediction that the meter sees. torch's CUDA allocator sees neither the context nor unused
+    """The part of the prediction that the meter counts. torch's CUDA allocator counts neither the context nor unused
     segments.
     """
     return predicted.peak_bytes - (predicted.outside_bytes if device_type == "cuda" else 0)

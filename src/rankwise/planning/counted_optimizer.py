@@ -1,4 +1,4 @@
-"""Optimizers in a trace: torch's own where they run on fake tensors, else a stand-in that holds as many bytes."""
+"""Optimizers in a trace: torch's own where they run on fake tensors, else a stand-in of the same size."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rankwise.planning.workload import Workload
 
 
 def new_optimizer(workload: Workload, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as the device would run it (for a card in one kernel), or a stand-in for what torch does not have."""
+    """AdamW as the device runs it (fused on a GPU), or a stand-in for an optimizer that torch does not have."""
     if workload.optimizer == "adamw_torch":
         return torch.optim.AdamW(parameters, fused=workload.device_type == "cuda")
     return CountedOptimizer(parameters, workload.optimizer)
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that every step but the first finds."""
+    """Create the state that exists from the second step on."""
     if isinstance(optimizer, CountedOptimizer):
         optimizer.step()
         return
@@ -29,9 +29,7 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 class CountedOptimizer(torch.optim.Optimizer):
-    """Holds the state that the rule of ``name`` gives for each parameter. Its step holds the rule's copies for a
-    moment.
-    """
+    """Holds as many bytes of state for each parameter as the rule of ``name`` gives, and its copies during the step."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], name: str) -> None:
         super().__init__(parameters, {})

@@ -1,7 +1,4 @@
-"""What a CUDA card takes besides, and otherwise than, the tensors of a trace on the CPU. Imports no torch.
-
-Each term is named and small; none hides in a factor.
-"""
+"""Memory of a CUDA device that a trace on the CPU does not show. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ def rounded(size_bytes: int) -> int:
 
 
 def workspace_bytes() -> int:
-    """cuBLAS' workspace, out of torch's allocator: 32 MiB on Hopper, 8.1 MiB before; the larger is taken."""
+    """cuBLAS' workspace, from torch's allocator: 32 MiB on Hopper, 8.1 MiB before; the larger is taken."""
     return 32 * MIB
 
 

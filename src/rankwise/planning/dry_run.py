@@ -1,7 +1,7 @@
-"""The dry run: the real model takes its real training step on fake tensors, and every storage is counted.
+"""The dry run: the real model runs its real training step on fake tensors, and every storage is counted.
 
 It needs neither weights nor a GPU. The trace runs on the CPU, since a CPU build of torch aborts at a fake CUDA product;
-``planning.cuda`` names what a card does differently.
+``planning.cuda`` has the differences of a GPU.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def trace(
     fake: bool = True,
     loss: LossOf | None = None,
 ) -> MemoryEstimate:
-    """The same for a model on the meta device, which is used up.
+    """The peak of one step of a model on the meta device, which is consumed.
 
-    Without ``fake``, on real tensors of random values: the same count of what really happens, for tests. ``loss``: in
-    place of ``step.loss_of``, with its arguments.
+    Without ``fake``, the step runs on real tensors of random values, for tests. ``loss`` replaces ``step.loss_of`` and
+    takes its arguments. Raises ModelError (RW135, RW327) as ``dry_run`` does.
     """
     started = time.perf_counter() if started is None else started
     config = skeleton.config
-    # Eager experts ask for values that fake tensors do not have.
+    # Eager experts read values, which fake tensors do not have.
     if fake:
         choose_experts(config, "grouped_mm")
     total = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -95,8 +95,8 @@ def trace(
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     tracker.answers.true_counts |= _enabled_rows(skeleton, workload)
     way = selection.fakes_as(workload.device_type, triton=workload.triton, flash=workload.flash)
-    # The tracker says that a mask hides nothing: a single row has no padding, and a card's step needs no mask for it.
-    # Positions of packed rows hide something.
+    # Whether the tracker answers that a mask hides nothing: a single row has no padding, and a GPU's step needs no mask
+    # for padding. Packed rows need a mask.
     maskless = workload.sequences == 1 or (workload.device_type == "cuda" and workload.fast)
     maskless = maskless and not workload.packing
     masks = fake_masks_looked_at() if fake and maskless else nullcontext()
@@ -135,7 +135,7 @@ def trace(
 
 
 def shards_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """What FSDP2 shards, by name: where something is frozen, what trains is whole everywhere."""
+    """(name, tensor) of what FSDP2 shards: all tensors in full fine-tuning, else the frozen ones."""
     scales = ((name, scale) for name, scale in model.named_buffers() if name.endswith(".absmax"))
     parts = [*model.named_parameters(), *scales]
     return [(name, part) for name, part in parts if not part.requires_grad] or parts
@@ -185,7 +185,7 @@ def run_steps(
     flat: bool,
     loss: LossOf | None = None,
 ) -> None:
-    """Take a step under ``tracker``, which is active; it learns what each storage is for."""
+    """Run a step under the active ``tracker``, and tell it what each storage is for."""
     label_model(model, tracker)
     parameters = trained(model)
     batch, optimizer = make_batch(workload, flat=flat), new_optimizer(workload, parameters)
@@ -205,7 +205,7 @@ def run_steps(
 
 
 def label_model(model: nn.Module, tracker: StorageTracker) -> None:
-    """Say what the model's tensors are: 4-bit weights, other weights, adapters."""
+    """Label the model's tensors in ``tracker``: 4-bit weights, other weights, adapters."""
     codes = [
         *(layer.weight for _, layer in four_bit_layers(model)),
         *(stack.codes for _, stack in four_bit_stacks(model)),
@@ -234,7 +234,7 @@ def _explaining(model: PreTrainedModel) -> Iterator[None]:
     except RankwiseError:
         raise
     except Exception as error:
-        # Whatever a model's forward asks of tensors that have no values; the cause stays attached.
+        # A model's forward may raise anything on tensors without values; the cause is chained.
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             "RW327",

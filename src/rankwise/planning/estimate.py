@@ -28,8 +28,8 @@ def estimate(
 ) -> MemoryEstimate:
     """Peak memory of one step of ``method`` on ``model``: hub id, folder, GGUF file or demo; its weights are not read.
 
-    A model that was read for a plan brings its own ``trust_remote_code`` and revision. ``exact`` runs the real step on
-    fake tensors (seconds), until ``deadline`` by ``time.monotonic``; otherwise the closed form answers from the config.
+    A ``PlannedModel`` has its own ``trust_remote_code`` and revision. ``exact`` runs the real step on fake tensors
+    (seconds), at most until ``deadline`` (by ``time.monotonic``); otherwise the closed form uses the config.
 
     Raises ConfigError: RW130 for settings, RW131 for an unknown method, RW132 for an optimizer whose memory is not
     known; AdapterError: RW401 to RW404 and RW419 for targets; ModelError: RW135 after the deadline, RW325 ff. and as

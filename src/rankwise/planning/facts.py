@@ -1,6 +1,6 @@
-"""The facts of a model that decide the speed of training, from config.json or a GGUF header. Imports no torch.
+"""The facts of a model that determine the speed of training, from config.json or a GGUF header. Imports no torch.
 
-L layers, h width, V vocabulary, E experts of which e see a token.
+L layers, h width, V vocabulary, E experts, of which e process each token.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")
 
-# transformers' names of formats whose layers adapt (rankwise.adapters.foreign_layer).
+# transformers' names of quantized formats that support adapters (rankwise.adapters.foreign_layer).
 PACKED_FORMATS = ("gptq", "awq", "hqq", "torchao")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What ``quantization_config`` of a config.json says about the weights in the files."""
+    """The quantization of the weights in the files, from ``quantization_config`` in config.json."""
 
     # transformers' quant_method: gptq, fp8, bitsandbytes, ...
     format: str
-    # bitsandbytes' 4 bits, which training takes as they are.
+    # Whether the format is bitsandbytes' 4 bits, on which training can run directly.
     four_bit: bool = False
     double_quant: bool = False
-    # Of another library's packed weights that adapters train over: bits of a weight, weights that share a scale (0: a
-    # whole row or matrix).
+    # Of another library's format that supports adapters: bits of a weight, and number of weights that share a scale
+    # (0: a whole row or matrix).
     bits: int = 0
     group: int = 0
 
     @property
     def note(self) -> str:
-        """What the reader of a plan should know, whose rows count the original's weights."""
+        """A note for the plan, whose rows count the original, dense weights."""
         if self.bits:
             return (
-                f"the files hold weights in {self.bits} bits ({self.format}): lora and dora train over them as they "
-                "are, in these sizes; no other quantization can be laid over them (RW316), so that the sizes of qlora "
-                "and qdora are for the original"
+                f"the files hold weights in {self.bits} bits ({self.format}): lora and dora train over these weights, "
+                "with these sizes; they cannot be quantized again (RW316), so the sizes of qlora and qdora are for the "
+                "original"
             )
         if not self.four_bit:
             return (
-                f"the files hold weights quantized already ({self.format}), over which no other quantization can be "
-                "laid (RW316): these are the sizes for the original"
+                f"the files hold quantized weights ({self.format}), which cannot be quantized again (RW316): these are "
+                "the sizes for the original"
             )
         double = "with" if self.double_quant else "without"
         return (
@@ -80,7 +80,7 @@ def stored_quantization(config: Fields) -> Stored | None:
 
 
 def _packing(stored: Fields) -> tuple[int, int]:
-    """The bits and the group of another library's format; 0 where the config does not tell in a known way."""
+    """(bits, group size) of another library's format; 0 where the config does not give them in a known way."""
     text = json.dumps(stored, default=str)
     bits = re.search(r'"(?:w_?bit|n?bits)": (\d)|int(\d)_?weight', text, re.IGNORECASE)
     group = re.search(r'"(?:q_)?group_size": (\d+)', text)
@@ -89,7 +89,7 @@ def _packing(stored: Fields) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """Sizes of a model; 0 where the config does not tell."""
+    """Sizes of a model; 0 where the config does not give them."""
 
     layers: int
     width: int
@@ -97,25 +97,25 @@ class ModelFacts:
     head_is_tied: bool
     # Parameters of experts that a token does not visit: L (E - e) 3 h w with the width w of an expert.
     idle_expert_parameters: int = 0
-    # Of the experts those that a token visits: e / E.
+    # Share of the experts that process a token: e / E.
     visited_share: float = 1.0
     experts: int = 0
-    # Of a table of learned positions, which no row of tokens can outgrow; None: there is none.
+    # Rows of a table of learned positions, the longest possible row; None without such a table.
     position_rows: int | None = None
-    # How the files hold the weights, where they are quantized already.
+    # The quantization of the weights in the files, if any.
     stored: Stored | None = None
 
     @property
     def head_parameters(self) -> int:
-        """V h."""
+        """The parameters of the head: V h."""
         return self.vocabulary * self.width
 
     def matrix_parameters(self, total: int) -> int:
-        """Weights that multiply each token: all but an untied embedding table and the idle experts."""
+        """The weights that multiply each token: all except an untied embedding and the idle experts."""
         return max(0, self.read_parameters(total) - self.idle_expert_parameters)
 
     def read_parameters(self, total: int) -> int:
-        """Weights a micro-batch reads: all but an untied embedding table. Its tokens together visit all experts."""
+        """The weights that a micro-batch reads: all except an untied embedding. Its tokens together use all experts."""
         return max(0, total - (0 if self.head_is_tied else self.head_parameters))
 
 
@@ -126,13 +126,13 @@ class PlannedModel:
     source: ModelSource
     config: Fields
     facts: ModelFacts
-    # None: the closed form does not know the family.
+    # None where the closed form does not know the family.
     shape: Shape | None
     trust_remote_code: bool = False
 
     @property
     def place(self) -> str | Path:
-        """What loads it again. A local model has no revision to ask for."""
+        """The hub id or path from which the model can be loaded again."""
         return self.source.path if self.source.path is not None else self.source.name
 
     def known_shape(self) -> Shape:

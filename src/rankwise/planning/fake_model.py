@@ -22,17 +22,17 @@ from rankwise.planning.workload import Workload
 def materialize(
     model: nn.Module, dtype: torch.dtype, *, fill: bool = False, device: torch.device | str = "cpu"
 ) -> None:
-    """Turn a model on the meta device into one on ``device``, fake where a fake mode is active.
+    """Move a model from the meta device to ``device``, as fake tensors where a fake mode is active.
 
-    Floating parameters take ``dtype``, except those of modules that the model keeps in float32; buffers stay as they
-    are. Tied parameters stay tied. ``fill``: with small random values, and zero for what is not a floating number.
+    Floating parameters get ``dtype``, except in modules that the model keeps in float32; buffers keep their dtype. Tied
+    parameters stay tied. ``fill``: use small random values, and zero in tensors that are not floating.
     """
     keep = kept_in_float32(model)
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def remade(tensor: Tensor, wanted: torch.dtype) -> Any:
         if id(tensor) not in made:
-            # The old one stays alive beside the new one, so that no other tensor takes over its id.
+            # The reference to the old tensor keeps its id from being reused.
             made[id(tensor)] = (tensor, _empty_like(tensor, wanted, device, fill))
         return made[id(tensor)][1]
 
@@ -46,7 +46,7 @@ def materialize(
             if buffer is not None:
                 own_buffers(module)[name] = remade(buffer, buffer.dtype)
         for name, value in list(vars(module).items()):
-            # Some modules hold plain tensors beside their buffers, such as rotary embeddings' original frequencies.
+            # Some modules hold tensors that are not buffers, such as rotary embeddings' original frequencies.
             if isinstance(value, Tensor) and value.is_meta:
                 setattr(module, name, remade(value, value.dtype))
 
@@ -65,8 +65,8 @@ def weights_dtype(method: str, workload: Workload) -> torch.dtype:
 
 
 def prepare(model: PreTrainedModel, method: str, workload: Workload) -> bool:
-    """Quantize, add the adapter and, if asked to, make steps fast, as the trainer does; says whether it would lay rows
-    end to end."""
+    """Quantize, add the adapter and, with ``fast``, accelerate the model, as the trainer does. Returns whether the
+    trainer would concatenate rows."""
     from rankwise.adapters import add_adapter
     from rankwise.adapters.attached import DEFAULT_NAME, adapted_layers
     from rankwise.adapters.origin import Origin
@@ -80,7 +80,7 @@ def prepare(model: PreTrainedModel, method: str, workload: Workload) -> bool:
         model.requires_grad_(True)
     else:
         config = workload.lora_config(use_dora=method in DORA)
-        # How A and B start is decided by values, which are not here.
+        # Other initialisations need values, which fake tensors do not have.
         add_adapter(model, dataclasses.replace(config, init_lora_weights=True))
         for _, layer in adapted_layers(model, DEFAULT_NAME) if config.init.kind == "pissa" else ():
             pair = layer.adapter(DEFAULT_NAME)
@@ -102,7 +102,7 @@ def _accelerate(model: PreTrainedModel, workload: Workload) -> bool:
         if stands_for_card:
             use_card_attention(model)
         return False
-    # Autocast to float16 gives our attention on a CPU what it does not take.
+    # The CPU attention kernel does not support float16, to which autocast casts.
     if workload.dtype == "float16" and workload.device_type == "cpu":
         return False
     if is_fake(next(model.parameters())):
@@ -113,7 +113,7 @@ def _accelerate(model: PreTrainedModel, workload: Workload) -> bool:
 
 
 def drops_attention(model: PreTrainedModel) -> bool:
-    """Whether dropout on attention weights sends training past our kernel, to one that keeps them all: such rows are
-    not laid end to end, since that would take the square of all tokens."""
+    """Whether the model has dropout on attention weights. Training then uses a kernel that saves all weights, so rows
+    are not concatenated, which would need the square of all tokens."""
     config = model.config
     return any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop"))

@@ -1,4 +1,4 @@
-"""Whether a run fits, by how much, and the largest batch and longest row that fit. For any estimating function."""
+"""Whether a run fits, by how much, and the largest batch and longest row that fit, for any estimator."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ Verdict = Literal["fits", "tight", "too big"]
 
 MOST_ROWS = 4096
 MOST_TOKENS = 1 << 20
-# Of the dry runs that only serve to draw a line.
+# Tokens per row, and rows, of the dry runs between which ``Interpolating`` interpolates.
 LINE_TOKENS, LINE_ROWS = 512, (1, 8, 64, 512)
-UNCOUNTED_CACHE = "keys and values of the answers that are written together are not counted for this architecture"
-# Attention masks and the like grow faster than a line.
+UNCOUNTED_CACHE = "keys and values of the answers that are generated together are not counted for this architecture"
+# Error of a line: attention masks, for example, grow quadratically.
 LINE_ERROR = 0.15
 
 
 class Estimator(Protocol):
-    """Peak memory of a method on the model that is planned for."""
+    """(method, workload) -> peak memory on the planned model."""
 
     def __call__(self, method: str, workload: Workload) -> MemoryEstimate: ...
 
 
 class Remembering:
-    """An estimator that computes each question once. ``scale`` makes its answers meet a better estimate.
+    """An estimator that caches its results. ``anchor`` scales the results of a method to a better estimate.
 
-    A dry run takes seconds, a search asks dozens of times: the search runs on the closed form, scaled for each method
-    by the ratio of the two at the settings given.
+    A dry run takes seconds and a search needs dozens of estimates, so the search uses the closed form, scaled for each
+    method by the ratio of both at the given settings.
     """
 
     def __init__(self, estimate: Estimator) -> None:
@@ -39,7 +39,7 @@ class Remembering:
         self._scale: dict[str, float] = {}
 
     def anchor(self, method: str, workload: Workload, better: MemoryEstimate) -> None:
-        """Scale the answers for ``method`` so that the answer at ``workload`` is ``better``."""
+        """Scale the results for ``method`` so that the result at ``workload`` is ``better``."""
         own = self(method, workload)
         self._scale[method] = better.peak_bytes / max(1, own.peak_bytes)
         self._known = {key: value for key, value in self._known.items() if key[0] != method}
@@ -64,11 +64,11 @@ class Interpolating:
 
         max(P(1), line through P(a) and P(b))     in tokens
 
-    with the least a of ``LINE_ROWS`` whose peak lies in the forward or backward pass, and b the next. P(1) counts where
-    it lies in the optimizer's step, which no token makes larger: a line through two such points would never rise.
+    where a is the least of ``LINE_ROWS`` whose peak is in the forward or backward pass, and b the next. A peak in the
+    optimizer's step does not depend on the tokens, so a line through two such points would be constant.
 
-    For architectures that the closed form does not know: a search would otherwise take a dry run a question. Batch and
-    length ask for no further run; any other setting for two to four.
+    For architectures that the closed form does not know, a search would need a dry run for each estimate. Other batch
+    sizes and lengths need no further dry run, any other setting needs two to four.
     """
 
     def __init__(self, slow: Estimator) -> None:
@@ -76,7 +76,7 @@ class Interpolating:
         self._known: dict[tuple[str, str], tuple[MemoryEstimate, _Line]] = {}
 
     def __call__(self, method: str, workload: Workload) -> MemoryEstimate:
-        # What generation holds lies on no line through the tokens of a step.
+        # The memory of generation is not linear in the tokens of a step.
         one = dataclasses.replace(workload, batch_size=LINE_ROWS[0], max_length=LINE_TOKENS, written=0)
         key = (method, repr(one))
         if key not in self._known:
@@ -103,7 +103,7 @@ class Interpolating:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """Every term as a line through two points."""
+    """Every term as a linear function through two points."""
 
     low_tokens: int
     high_tokens: int
@@ -116,33 +116,33 @@ class _Line:
 
 
 def verdict_of(estimate: MemoryEstimate, memory_bytes: int) -> Verdict:
-    """``fits`` with the error to expect on top, ``tight`` only without it."""
+    """``fits`` if the peak plus its expected error fits, ``tight`` if only the peak fits, else ``too big``."""
     if estimate.peak_bytes > memory_bytes:
         return "too big"
     return "fits" if estimate.peak_bytes * (1 + estimate.error) <= memory_bytes else "tight"
 
 
 def fits(estimate: MemoryEstimate, memory_bytes: int) -> bool:
-    """Whether the peak as estimated is within the memory."""
+    """Whether the estimated peak is within the memory."""
     return estimate.peak_bytes <= memory_bytes
 
 
 def largest_batch(estimate: Estimator, method: str, workload: Workload, memory_bytes: int) -> int:
-    """The most rows a micro-batch whose peak is within the memory; 0 where one row is too much."""
+    """The largest micro-batch whose peak is within the memory; 0 where one row is too large."""
     return _largest(estimate, method, workload, memory_bytes, "batch_size", 1, MOST_ROWS)
 
 
 def longest_row(
     estimate: Estimator, method: str, workload: Workload, memory_bytes: int, *, most: int = MOST_TOKENS
 ) -> int:
-    """The most tokens a row at this batch size, ``most`` at most; 0 where even 2 are too many."""
+    """The longest row, up to ``most`` tokens, that fits at this batch size; 0 where even 2 tokens are too many."""
     return _largest(estimate, method, workload, memory_bytes, "max_length", 2, most)
 
 
 def _largest(
     estimate: Estimator, method: str, workload: Workload, memory_bytes: int, name: str, least: int, most: int
 ) -> int:
-    """The largest value of a field that fits. The peak grows with it, nearly along a line: secants, then halving."""
+    """The largest value of a field that fits, by secants and then bisection, since the peak grows almost linearly."""
 
     def spare(value: int) -> int:
         changed: dict[str, Any] = {name: value}
@@ -165,7 +165,7 @@ def _largest(
 
 
 def _first_too_big(spare: Callable[[int], int], start: int, most: int) -> tuple[int, int]:
-    """A value that is too big, found by doubling; or the most that is asked for."""
+    """A value that is too large, found by doubling, or ``most``."""
     value = min(start, most)
     left = spare(value)
     while left >= 0 and value < most:

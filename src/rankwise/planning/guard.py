@@ -1,4 +1,4 @@
-"""Plan a run that is about to start: report the peak, refuse what cannot fit, and advise when memory ran out."""
+"""Plan a run before it starts: report the predicted peak, refuse what cannot fit, and advise after out of memory."""
 
 from __future__ import annotations
 
@@ -23,18 +23,16 @@ from rankwise.planning.terms import PLANNED, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size, plural
 
-# A step that no run undercuts: what does not even fit so is refused before the weights are read.
+# The smallest possible step. A run for which even this does not fit is refused before the weights are read.
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 # Terms that are in memory before the first step.
 RESIDENT = ("weights_4bit", "weights", "adapters")
-# Where the memory ran out although the plan said it fits, a change counts as fitting below this share of the plan.
+# After memory ran out against the plan's prediction, a change counts as fitting below this share of the plan.
 AFTER_FAILURE = 0.85
 
 
 class Rows(Protocol):
-    """A micro-batch: rows, tokens of a row, the share of the tokens that have labels, and of a row's tokens those of
-    images.
-    """
+    """A micro-batch: rows, tokens of a row, the share of the tokens with labels, and a row's image tokens."""
 
     @property
     def rows(self) -> int: ...
@@ -51,11 +49,11 @@ class Rows(Protocol):
 
 class MemoryGuard:
     """A ``training.foresight.Foresight``. ``settings``: those of ``rankwise train``, by name. ``say`` prints a line;
-    ``own_memory`` gives the bytes that the process has now, as the meter of a CPU run counts them.
+    ``own_memory`` returns the bytes of the process now, as the meter of a CPU run counts them.
 
-    ``before_loading`` and ``before_training`` raise RunError (RW562) for a run that cannot fit, unless ``ignore``; then
-    they warn (RW563). A model whose memory cannot be predicted is warned of (RW564) and trains all the same; one that
-    cannot be fetched raises ModelError as ``fetch_model`` does: no run can start without it.
+    ``before_loading`` and ``before_training`` raise RunError (RW562) for a run that cannot fit, or warn (RW563) with
+    ``ignore``. Where memory cannot be predicted they warn (RW564), and the run starts. A model that cannot be fetched
+    raises ModelError as ``fetch_model`` does.
     """
 
     def __init__(
@@ -68,7 +66,7 @@ class MemoryGuard:
         sharers: int = 1,
     ) -> None:
         self.settings, self.say, self.own_memory, self.ignore = settings, say, own_memory, ignore
-        # Processes of this run on this machine: each has its part of a CPU's memory, and a card of its own.
+        # Number of the run's processes on this machine, which share a CPU's memory; each has its own GPU.
         self.sharers = sharers
         self.baseline_bytes = 0
         self.hardware: Hardware | None = None
@@ -87,14 +85,14 @@ class MemoryGuard:
         if self.hardware.device_type == "cpu":
             part = self.hardware.memory_bytes // self.sharers
             self.hardware = dataclasses.replace(self.hardware, memory_bytes=part)
-        # What the libraries have taken by now stays, and the meter of a CPU run counts it.
+        # The meter of a CPU run counts the memory that libraries have taken so far.
         self.baseline_bytes = self.own_memory() if self.hardware.device_type == "cpu" else 0
         self._fetched()
         try:
             self.workload = workload_of(self.settings, self.hardware)
             smallest = self._ask(dataclasses.replace(self.workload, **SMALLEST))  # type: ignore[arg-type]
         except AdapterError as error:
-            # The run itself says it better, with the names that the model has, once it is loaded.
+            # Once the model is loaded, the run raises a better message, with the model's names.
             self._refused_target, self.workload = error, None
             return
         except InputError as error:
@@ -105,28 +103,28 @@ class MemoryGuard:
             self._refuse(smallest, "even one row of 16 tokens")
 
     def before_training(self, batch: Rows, evaluation: Rows | None) -> int | None:
-        """Rows, tokens and trained_share of the largest micro-batch that will come, and of evaluations (None: there are
-        none). What takes more is predicted."""
+        """The predicted peak in bytes, for the larger of the largest micro-batch and the largest evaluation batch (None
+        without evaluations)."""
         if self._refused_target is not None:
             self._warn_of(self._refused_target)
         if self.workload is None or self.hardware is None:
             return None
         works = [_of_batch(self.workload, batch)]
         if evaluation is not None:
-            # Of rewards: as many answers as prompts are written together.
+            # An evaluation of rewards generates one answer to each prompt.
             written = evaluation.rows if self.workload.written else 0
             other = dataclasses.replace(self.workload, evaluation=True, written=written, prompts=written)
             works.append(_of_batch(other, evaluation))
         self.workload = max(works, key=lambda work: self._ask(work).peak_bytes)
         self.predicted = self._ask(self.workload)
         if self.hardware.device_type == "cpu":
-            # Loading leaves more behind than the model: tokenizer, data, and free heap, which the steps would take.
+            # Loading leaves more than the model: tokenizer, data, and free heap, which the steps could use.
             from rankwise.acceleration import give_back_freed_memory
 
             give_back_freed_memory()
             resident = sum(self.predicted.breakdown[term] for term in RESIDENT)
             self.baseline_bytes = max(self.baseline_bytes, self.own_memory() - resident)
-        # The weights are loaded by now: what is free is no measure any more, what was free before loading is.
+        # The weights are loaded by now, so the memory that was free before loading is the measure.
         verdict = verdict_of(self.predicted, self.hardware.memory_bytes)
         peak = self.baseline_bytes + comparable(self.predicted, self.hardware.device_type)
         self.say(self._sentence(peak, verdict))
@@ -135,7 +133,7 @@ class MemoryGuard:
         return peak
 
     def advice(self) -> str | None:
-        """The three cheapest changes that would fit, in words, after the memory ran out; None where none is known."""
+        """After the memory ran out: the three cheapest changes that would fit, in words; None where none is known."""
         if self.workload is None or self.hardware is None:
             return None
         limit = self.hardware.memory_bytes
@@ -144,10 +142,10 @@ class MemoryGuard:
         return self._cheapest(limit)
 
     def _warn_of(self, error: InputError) -> None:
-        warn("RW564", f"the memory of this run cannot be predicted, and it starts all the same: {error.message}")
+        warn("RW564", f"the memory of this run cannot be predicted, and the run starts without that: {error.message}")
 
     def _sentence(self, peak_bytes: int, verdict: str) -> str:
-        """``peak_bytes`` first: the number that the run holds against its measured peak at the end."""
+        """The prediction in words, ``peak_bytes`` first, which the run compares with its measured peak at the end."""
         assert self.predicted is not None
         assert self.workload is not None
         assert self.hardware is not None

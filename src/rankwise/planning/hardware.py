@@ -1,4 +1,4 @@
-"""The hardware of a plan: a named card, an amount of memory, or this machine. Imports torch only for a GPU."""
+"""The hardware of a plan: a named GPU, an amount of memory, or this machine. Imports torch only for a local GPU."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ VENDOR_WORDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One device and how much of it training may take. Bytes and bytes or FLOP per second."""
+    """One device and its memory for training, in bytes, bytes per second and FLOP per second."""
 
     kind: Kind
     name: str
     device_type: DeviceType
     memory_bytes: int
-    # None: unknown, taken as yes.
+    # None where unknown, which counts as True.
     has_bfloat16: bool | None
     bytes_per_second: float | None
-    # Peak, dense, in 16 bits.
+    # Dense 16-bit peak.
     flops_per_second: float | None
     source: str
-    # On the memory.
+    # A remark on the memory.
     note: str | None = None
     cores: int | None = None
     float32_flops_per_second: float | None = None
-    # Which of several cards a name was taken for, and how to name the others.
+    # The card that was assumed for an ambiguous name, and the names of the others.
     assumption: str | None = None
 
     @property
     def dtype(self) -> Literal["bfloat16", "float16", "float32"]:
-        """What ``--dtype auto`` comes to there."""
+        """The dtype that ``--dtype auto`` gives on the device."""
         if self.has_bfloat16 is not False:
             return "bfloat16"
         return "float16" if self.device_type == "cuda" else "float32"
@@ -63,9 +63,9 @@ class Hardware:
 
 
 def choose_hardware(gpu: str | None, memory: str | None) -> Hardware:
-    """The card named, with ``memory`` instead of its own where both are given; memory alone; or this machine.
+    """The named card (with ``memory`` in place of its own, if given), a device with ``memory``, or this machine.
 
-    Raises ConfigError: RW140 for a size, RW141 for a card that the table does not hold, naming the closest.
+    Raises ConfigError: RW140 for an invalid size, RW141 for an unknown card, with the closest names.
     """
     size = None if memory is None else parse_size(memory)
     if gpu is not None:
@@ -77,9 +77,9 @@ def choose_hardware(gpu: str | None, memory: str | None) -> Hardware:
 
 
 def find_card(name: str) -> tuple[Card, str | None]:
-    """The card of that name, and what was assumed where it may mean several: the one with the least memory and pace.
+    """(card, assumption). Of several cards that the name may mean, the one with the least memory and speed is assumed.
 
-    Vendor words, case, spaces and hyphens do not matter. Raises ConfigError (RW141).
+    Vendor words, case, spaces and hyphens are ignored. Raises ConfigError (RW141).
     """
     fitting = _fitting(name)
     card = min(fitting, key=lambda card: (card.memory_gib, card.teraflops or 0))
@@ -137,7 +137,7 @@ class _CardName:
 
 def _unknown_card(name: str, base: str) -> ConfigError:
     names = {_CardName.read(card.name).base: card.name for card in CARDS}
-    # A card without its suffix is closer than another with it: of a 4080 Ti the 4080, not the 4070 Ti.
+    # The same card without the suffix is closer than another with it: for a 4080 Ti the 4080, not the 4070 Ti.
     longer = [key for key in names if base and base in key]
     keys = [key for key in names if base.startswith(key) and len(key) > 3]
     keys += [key for key in [*difflib.get_close_matches(base, names, n=4, cutoff=0.5), *longer] if key not in keys]
@@ -168,7 +168,7 @@ def of_card(card: Card, assumption: str | None = None) -> Hardware:
 
 
 def this_machine() -> Hardware:
-    """The GPU that torch would train on, else the processor; with the memory that is free there now."""
+    """The GPU on which torch would train, else the CPU, with the memory that is free now."""
     if _may_have_gpu():
         found = _torch_device()
         if found is not None:
@@ -177,7 +177,7 @@ def this_machine() -> Hardware:
 
 
 def _may_have_gpu() -> bool:
-    """Whether importing torch to ask it is worth the seconds: its build and a driver are both there."""
+    """Whether torch's build and a driver suggest a GPU, so that importing torch is worth the seconds."""
     if platform.system() == "Darwin":
         return platform.machine() == "arm64"
     driver = any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/kfd", "/dev/dxg"))
@@ -210,10 +210,10 @@ def _cuda_device() -> Hardware:
 
     name = torch.cuda.get_device_name()
     free, total = torch.cuda.mem_get_info()
-    # What this process holds itself is its to use: the plan counts a context, and the allocator hands its blocks out.
+    # Memory of this process is available to it: the plan counts a context, and the allocator reuses its blocks.
     own = context_bytes() + torch.cuda.memory_reserved()
     try:
-        # Of two with one name, such as the RTX 3080, the memory tells which is here.
+        # Where two cards have one name, such as the RTX 3080, the memory decides.
         known = of_card(min(_fitting(name), key=lambda card: abs(card.usable_bytes - total)))
     except ConfigError:
         known = None
@@ -232,7 +232,7 @@ def _cuda_device() -> Hardware:
 
 
 def cpu_hardware() -> Hardware:
-    """The memory available to a process that is started now, and the processor."""
+    """This machine's CPU, with the memory that is available now."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -251,7 +251,7 @@ def cpu_hardware() -> Hardware:
 
 
 def _cgroup_limit() -> int:
-    """A container's limit; without one, no limit at all."""
+    """The memory limit of the container in bytes; a very large number without one."""
     try:
         return int(CGROUP_LIMIT.read_text())
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Take three real steps in a fresh process and measure their peak, to check a plan.
+"""Run three real steps in a new process and measure their peak, to check a plan.
 
-The weights are random, so that nothing is downloaded: memory does not depend on their values. Run as
-``python -m rankwise.planning.measure ORDER``, it takes one JSON object and writes one.
+The weights are random, since memory does not depend on their values, so nothing is downloaded. ``python -m
+rankwise.planning.measure ORDER`` takes one JSON object and prints one.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 STEPS = 3
 INTERVAL_SECONDS = 0.002
-# By the kernel, mostly because memory ran out; the second where a shell stands between.
+# Exit codes of a process that the kernel killed, mostly for lack of memory: directly, and through a shell.
 KILLED = (-9, 137)
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Three real steps. On the CPU ``peak_bytes`` is the growth of the process's anonymous memory over what its
-    libraries took before the model was made; on CUDA it is the peak of torch's allocator, without the context. Of
-    several processes it is that of the one with the most."""
+    """The measurement of three real steps. On the CPU ``peak_bytes`` is the growth of the process's anonymous memory
+    since before the model was made; on CUDA it is the peak of torch's allocator, without the context. With several
+    processes it is the largest value."""
 
     peak_bytes: int
     baseline_bytes: int
@@ -54,10 +54,10 @@ def measure(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Measurement:
-    """Peak memory of three real steps of random weights, in a process of its own for each device.
+    """The peak memory of three real steps with random weights, in a new process for each device.
 
-    Raises ConfigError (RW131) for an unknown method, (RW133) when a process ends without an answer, as it does when the
-    memory does not suffice.
+    Raises ConfigError: RW131 for an unknown method, RW133 where a process ends without a result, for example because
+    memory ran out.
     """
     if method not in PLANNED:
         raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
@@ -78,17 +78,17 @@ def measure(
 
 
 def _no_answer(code: int, stderr: str) -> ConfigError:
-    """The error's advice depends on the cause: smaller steps help only where memory ran out."""
+    """The error RW133. It advises smaller steps only where memory ran out."""
     lines = stderr.strip().splitlines() or ["no message"]
     # torch's launcher writes a report after the message of a process.
     last = next((line for line in lines if line.startswith(("[rank", "torch.", "RuntimeError"))), lines[-1])
     starved = code in KILLED or any(word in stderr for word in MEMORY_WORDS)
-    remedy = "the memory did not suffice: make the batch or the rows smaller" if starved else "correct what it says"
+    remedy = "memory ran out: make the batch or the rows smaller" if starved else "correct the cause"
     return ConfigError("RW133", f"the measured steps ended with code {code} ({last}); {remedy}.")
 
 
 def carry_out(order: JsonObject) -> Measurement:
-    """The work of the process: build the model, take the steps, measure."""
+    """The work of the process: build the model, run the steps, measure."""
     import torch
 
     from rankwise.acceleration import give_back_freed_memory, limit_generated_kernels
@@ -105,7 +105,7 @@ def carry_out(order: JsonObject) -> Measurement:
     if workload.devices > 1:
         _join(device)
     if strategy == "fsdp":
-        # It is in memory before the model is made, as libraries are.
+        # Imported before the model is made, so that it does not count.
         import torch.distributed.fsdp
     _warm_up(device, workload)
     baseline = _anonymous_bytes() if device == "cpu" else 0
@@ -114,7 +114,7 @@ def carry_out(order: JsonObject) -> Measurement:
     loss = None
     if strategy == "fsdp":
         shard(model, mesh_of_all(device), trains_all=method == "full")
-        # A run reads its rows alone, or gives back the rest as here.
+        # A run reads only its rows, or frees the rest as here.
         give_back_freed_memory()
     elif strategy == "ddp":
         loss = functools.partial(loss_of, call=torch.nn.parallel.DistributedDataParallel(model))
@@ -153,7 +153,7 @@ def _join(device: str) -> None:
 
 
 def _most(peak_bytes: int) -> int:
-    """The most of all processes."""
+    """The largest value of all processes."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -178,7 +178,7 @@ def _offloading(model: PreTrainedModel, workload: Workload) -> AbstractContextMa
 
 
 def _warm_up(device: str, workload: Workload) -> None:
-    """A small product, so that memory which libraries take once does not count as the model's."""
+    """Run a small product, so that memory that libraries allocate once does not count as the model's."""
     import torch
 
     x = torch.ones(64, 64, dtype=getattr(torch, workload.dtype), device=device, requires_grad=True)
@@ -186,7 +186,7 @@ def _warm_up(device: str, workload: Workload) -> None:
 
 
 def _real_optimizer(model: PreTrainedModel, workload: Workload) -> Optimizer:
-    """The optimizer of transformers' name, or our own. Raises ConfigError (RW132) if it cannot be made here."""
+    """The optimizer of transformers' name, or rankwise's. Raises ConfigError (RW132) if it cannot be made here."""
     import torch
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -203,7 +203,7 @@ def _real_optimizer(model: PreTrainedModel, workload: Workload) -> Optimizer:
 
 
 def _peak_of(steps: list[Callable[[], None]]) -> int:
-    """The highest anonymous memory seen while ``steps`` run, looked at every 2 ms from a thread of its own."""
+    """The highest anonymous memory while ``steps`` run, sampled every 2 ms in another thread."""
     seen, done = [_anonymous_bytes()], threading.Event()
 
     def watch() -> None:
@@ -222,7 +222,7 @@ def _peak_of(steps: list[Callable[[], None]]) -> int:
 
 
 def _anonymous_bytes() -> int:
-    """Anonymous resident memory of this process on Linux, its resident memory elsewhere."""
+    """The anonymous resident memory of this process in bytes; on systems other than Linux, all resident memory."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:
             for line in status:

@@ -23,17 +23,17 @@ TORCHAO_BLOCK = 256
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerRule:
-    """``state``: bytes that one tensor of a shape and element size needs; ``paged``: in memory that can leave the card.
+    """``state``: (shape, bytes per element) -> bytes; ``paged``: whether the state is in memory that can leave the GPU.
 
-    ``copies``: whether the step itself holds a copy of what trains for a moment (foreach does, fused does not).
+    ``copies``: whether the step holds a temporary copy of the trained tensors (foreach does, fused does not).
     """
 
     state: Callable[[Shape, int], int]
     paged: bool = False
-    # The whole state lives in the host's memory.
+    # Whether the whole state is in host memory.
     hosted: bool = False
     copies: bool = False
-    # bitsandbytes', which works on CUDA cards alone.
+    # Whether the optimizer is bitsandbytes', which supports CUDA only.
     cuda_only: bool = False
 
 
@@ -79,7 +79,7 @@ def one_moment_8bit(shape: Shape, element_bytes: int) -> int:
 
 
 def nothing(shape: Shape, element_bytes: int) -> int:
-    """Plain SGD keeps nothing."""
+    """0: plain SGD has no state."""
     return 0
 
 

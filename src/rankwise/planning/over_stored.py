@@ -1,4 +1,4 @@
-"""Memory over weights that the files hold quantized: another term for the weights, the rest as over dense ones."""
+"""Memory of training over weights that are stored quantized: only the term of the weights differs from dense ones."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rankwise.planning.fitting import Estimator
 from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import DTYPE_BYTES, Workload
 
-# Of its 4-bit checkpoints: transformers' configuration of them names no other.
+# The block size of bitsandbytes' 4-bit checkpoints in transformers.
 BITSANDBYTES_BLOCK = 64
-# Of a group of packed weights: its scale and its zero, in 16 bits each.
+# Bytes of a group's scale and zero point, 16 bits each.
 GROUP_BYTES = 4
 
 
 def over_stored(stored: Stored | None, ask: Estimator) -> Estimator:
-    """An estimator for training over the weights as they are stored: bitsandbytes' 4 bits, over which LoRA is QLoRA,
-    and other libraries' formats that adapters can train over. ``ask`` where weights are stored densely.
+    """An estimator for training over stored weights: bitsandbytes' 4 bits, over which LoRA is QLoRA, or other
+    libraries' formats that support adapters; ``ask`` itself for dense weights.
     """
     if stored is None or not (stored.four_bit or stored.bits):
         return ask

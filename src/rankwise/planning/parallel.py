@@ -1,6 +1,6 @@
 """The effect of DDP and FSDP2 on the memory of each device. Imports no torch.
 
-N devices; the batch is per device, so activations stay what they are.
+N devices; the batch size is per device, so activations do not change.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from rankwise.planning.terms import Traffic
 from rankwise.planning.workload import Workload
 
 WEIGHTS = ("weights_4bit", "weights")
-# FSDP2 gathers the next layer while one computes, and reduces one layer's gradients while the next makes its own.
+# FSDP2 gathers the next layer while one computes, and reduces a layer's gradients while the next computes its own.
 BLOCKS_AT_ONCE = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What FSDP2 gathers at once, in bytes: its tensors, and the gradients of those that train."""
+    """Bytes that FSDP2 gathers at once: of the tensors, and of the gradients of the trained ones."""
 
     tensor_bytes: int = 0
     gradient_bytes: int = 0
@@ -34,9 +34,9 @@ class Group:
 
 
 def layer_and_root(parts: Iterable[tuple[str, Group]]) -> tuple[Group, Group]:
-    """The bytes of the largest layer, and of everything outside of the layers, from (name, bytes) pairs.
+    """(bytes of the largest layer, bytes of everything outside of the layers), from (name, bytes) pairs.
 
-    A layer is what a number in the name tells apart: ``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``.
+    The layer is the part of a name up to its first number: ``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``.
     """
     groups: dict[str, Group] = {}
     for name, part in parts:
@@ -79,8 +79,8 @@ def per_device(
 
 
 def traffic(method: str, workload: Workload, *, weight_bytes: int, root_bytes: int, trained_bytes: int) -> Traffic:
-    """What the collectives of one of N devices send: (N - 1) / N of a tensor to gather it or to reduce it to shards,
-    and twice that to sum it.
+    """The bytes that the collectives of one of N devices send: (N - 1) / N of a tensor for a gather or a reduction to
+    shards, and twice that for an all-reduce.
 
     ddp sums the gradients, T bytes, once in a step. fsdp gathers the weights, W bytes, for each way through the layers,
     the root group R once: 2 W - R in a micro-batch. ``full`` reduces its gradients, of W bytes, in each micro-batch; an

@@ -1,4 +1,4 @@
-"""The answer of ``rankwise plan``: a row for each method, the recommendation, and the useful changes."""
+"""The result of ``rankwise plan``: a row for each method, the recommendation, and useful changes."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ from rankwise.planning.terms import TOO_SLOW, MemoryEstimate
 from rankwise.planning.workload import DeviceType, Workload, sides_of, written_of
 from rankwise.reports.numbers import byte_size
 
-# Written into every saved plan, given or not.
+# Options that every saved plan holds, given or not.
 DECIDED = (
     *("r", "target_modules", "batch_size", "gradient_accumulation", "max_length", "gradient_checkpointing"),
     *("activation_offloading", "optimizer"),
 )
-# What dry runs of one method may take of several: at first, and again where the others are done.
+# Time limits of the dry run of one among several methods: the first try, and a second after all others.
 EXACT_SECONDS = (60.0, 900.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodRow:
-    """One method at the given settings. Bytes, seconds."""
+    """One method at the given settings, in bytes and seconds."""
 
     estimate: MemoryEstimate
     verdict: Verdict
-    # Memory less peak: negative where it is too big.
+    # Memory minus peak; negative where the run does not fit.
     spare_bytes: int
-    # Rows of ``max_length``; 0: not one.
+    # Largest number of rows of ``max_length`` that fit; 0 where not one does.
     max_batch_size: int
-    # At the batch size asked for.
+    # Longest row that fits at the given batch size.
     longest_row_tokens: int
     tokens_per_second: float | None
-    # Of the whole run, where its length is known.
+    # Seconds of the whole run, where its length is known.
     seconds: float | None
-    # What a device of several sends in an optimizer step, and the bytes per second from which on that costs no time.
+    # Bytes that each of several devices sends in an optimizer step, and the bandwidth that hides this traffic.
     network_bytes: int
     network_bytes_per_second: float | None
 
@@ -97,9 +97,7 @@ class MethodRow:
 
 @dataclasses.dataclass(frozen=True)
 class Unplanned:
-    """A method that cannot be planned: the model or the settings do not take it, or its step cannot run without
-    values.
-    """
+    """A method that cannot be planned: the model or the settings do not support it, or its dry run fails."""
 
     method: str
     code: str
@@ -117,14 +115,14 @@ class Plan:
     hardware: Hardware
     workload: Workload
     accumulation: int
-    # One at least.
+    # At least one row.
     rows: tuple[MethodRow, ...]
     unplanned: tuple[Unplanned, ...]
     recommendation: Recommendation
-    # Of the recommended method (or of the first) at the settings asked for.
+    # Changes of the recommended method (or of the first) at the given settings.
     changes: tuple[Change, ...]
     changes_of: str
-    # Where the speeds come from; None: no figure is known.
+    # Source of the speeds; None where no figure is known.
     pace_basis: str | None
     run_tokens: int | None
 
@@ -145,7 +143,7 @@ class Plan:
 
 
 def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: None) -> Plan:
-    """The plan for these options. ``say`` is told how dry runs get on, a line for each method.
+    """The plan for these options. ``say`` is called with a line about each dry run.
 
     Raises ConfigError: RW116 an optimizer that cannot run there, RW130 to RW132 impossible settings, RW140 a size,
     RW141 a card, RW142 a method, RW143 no model; ModelError and QuantizationError as ``estimate`` does, where every
@@ -170,8 +168,8 @@ def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:
 
 
 def workload_of(settings: Fields, hardware: Hardware) -> Workload:
-    """One step with these options of ``train`` or ``plan``, every row of full length; of several processes that of one.
-    Its dtype is the one that the device would choose."""
+    """One step with these options of ``train`` or ``plan``, with all rows at full length; for several processes, the
+    step of one. The dtype is the one that ``--dtype auto`` gives on the device."""
     kind: DeviceType = "cuda" if hardware.device_type == "cuda" else "cpu"
     devices, objective = settings.get("devices") or 1, settings["objective"]
     answers = settings["batch_size"] * settings["gradient_accumulation"]
@@ -187,9 +185,9 @@ def workload_of(settings: Fields, hardware: Hardware) -> Workload:
 
 
 def on_device(workload: Workload, hardware: Hardware) -> Workload:
-    """The same where our fused parts and kernels do not run: an Apple GPU takes PyTorch's own step, counted as on a
-    CPU, whose memory it shares; a card of this machine without Triton its own gated MLPs. Cards that have bfloat16 and
-    those with flash attention are the same.
+    """The workload without operators that do not run on the device. An Apple GPU runs plain PyTorch, counted as on a
+    CPU, whose memory it shares; a GPU of this machine without Triton runs the model's own gated MLPs. A card has flash
+    attention where it has bfloat16.
     """
     if hardware.device_type == "mps":
         return dataclasses.replace(workload, fast=False)
@@ -200,7 +198,7 @@ def on_device(workload: Workload, hardware: Hardware) -> Workload:
 
 
 def is_slowed(fast: bool, hardware: Hardware) -> bool:
-    """Whether ``--no-fast`` alone keeps our parts and kernels away."""
+    """Whether only ``--no-fast`` prevents the fused operators."""
     return not fast and hardware.device_type != "mps"
 
 
@@ -214,9 +212,9 @@ def pace_of(hardware: Hardware, dtype: str) -> Callable[[str], Pace | None]:
 
 
 def ratio_pace_of(hardware: Hardware, methods: Sequence[str], dtype: str) -> Callable[[str], Pace]:
-    """The same for ratios of time between these methods, and the methods that advice may turn them into.
+    """A function from a method to its pace, for ratios of time between these methods and those that advice may suggest.
 
-    All paces are measured or all are assumed, since a measured pace over an assumed one says nothing.
+    All paces are measured or all are assumed, since the ratio of a measured and an assumed pace is meaningless.
     """
     measured = {method: measured_pace(hardware, method, dtype) for method in reachable(methods)}
     assumed = assumed_pace(hardware, dtype) or nominal_pace(dtype)
@@ -245,7 +243,7 @@ class _Planner:
         self.model = read_model(source, trust_remote_code=settings.trust_remote_code)
         self.facts = self.model.facts
         self._check_length()
-        # Each setting but batch and length costs two dry runs or more where the closed form does not answer.
+        # Without the closed form, each setting other than batch and length costs two dry runs or more.
         self.is_slow = settings.exact and self.model.shape is None
         self.estimate = Remembering(self._estimator())
         self.pace, self.ratio_pace = pace_of(hardware, work.dtype), ratio_pace_of(hardware, methods, work.dtype)
@@ -290,10 +288,10 @@ class _Planner:
             )
 
     def _rows(self) -> tuple[list[MethodRow], list[Unplanned]]:
-        """A row for each method that can be planned, and the reasons of the others. Where every method fails, the first
-        error is raised.
+        """(a row for each method that can be planned, the other methods with their reasons). Where every method fails,
+        the first error is raised.
 
-        With --exact a slow method waits until the others are done.
+        With --exact a method that exceeds its time limit is tried again after the others.
         """
         rows: dict[str, MethodRow] = {}
         errors: dict[str, ConfigError | ModelError | QuantizationError] = {}
@@ -335,7 +333,7 @@ class _Planner:
             return Interpolating(self._dry_run)
         self.model.known_shape()
         stored = self.facts.stored
-        # bitsandbytes' own sizes are those of the rows of qlora and qdora.
+        # Stored bitsandbytes weights have the sizes of the rows of qlora and qdora.
         return over_stored(stored if stored is not None and stored.bits else None, estimator_of(self.model))
 
     def _dry_run(self, method: str, workload: Workload) -> MemoryEstimate:
@@ -361,7 +359,7 @@ class _Planner:
         )
 
     def _narrow(self, is_within: bool) -> Workload:
-        """The given batch where it fits, else one row: the longest row of a batch that does not fit says nothing."""
+        """The workload with the given batch where it fits, else with one row, for which the longest row is searched."""
         return self.workload if is_within else dataclasses.replace(self.workload, batch_size=1)
 
     def _seconds(self, own: MemoryEstimate, workload: Workload) -> float:
@@ -379,7 +377,7 @@ class _Planner:
         return "; ".join(f"{', '.join(methods)}: {basis}" for basis, methods in found.items())
 
     def _given(self) -> JsonObject:
-        """The settings that the user gave, and those that every plan decides, in the words of ``rankwise train``."""
+        """The settings that the user gave and those in DECIDED, as options of ``rankwise train``."""
         decided = {*DECIDED, *(("double_quant",) if set(self.methods) & set(FOUR_BITS) else ())}
         named = [name for name in SHARED if name in self.settings.model_fields_set or name in decided]
         given = {name: getattr(self.settings, name) for name in named}
@@ -387,7 +385,7 @@ class _Planner:
 
 
 def run_tokens(settings: PlanSettings) -> int | None:
-    """Tokens of the whole run, rows taken at full length; None where neither its steps nor its rows are known."""
+    """The tokens of the whole run with rows of full length; None where neither its steps nor its rows are known."""
     step_rows = settings.batch_size * settings.gradient_accumulation * settings.devices
     if settings.max_steps is not None:
         return settings.max_steps * step_rows * settings.max_length

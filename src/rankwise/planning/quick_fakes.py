@@ -1,8 +1,8 @@
-"""Operations on fake tensors without the fake mode's bookkeeping.
+"""Operations on fake tensors without the fake mode's overhead.
 
-The fake mode looks each operation up in its cache, under a key of everything that a compiler could ask of the
-arguments. It runs our operators in Python without a cache. Both together take most of a dry run's time. Here results
-are remembered under a smaller key, with the same shapes and storages.
+The fake mode looks up each operation in its cache, under a key of everything that a compiler may need of the arguments,
+and runs custom operators in Python without a cache. Both take most of a dry run's time. Here results are cached under a
+smaller key, with the same shapes and storages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CPU = torch.device("cpu")
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-# They share the storage of their first argument; their meta kernels are quick.
+# Operations whose results share the storage of the first argument; their meta kernels are fast.
 VIEWS = frozenset(
     {
         _aten.alias.default,
@@ -51,11 +51,11 @@ VIEWS = frozenset(
         unsafe_view.default,
     }
 )
-# They give their first argument back.
+# Operations that return their first argument.
 IN_PLACE = frozenset(
     {_aten.add_.Tensor, _aten.addmm_.default, _aten.copy_.default, _aten.mul_.Tensor, _aten.zero_.default}
 )
-# Their results have storages of their own; so have those of all our operators.
+# Operations whose results have storages of their own, as those of all rankwise operators have.
 NEW = frozenset(
     {
         to_copy.default,
@@ -81,7 +81,7 @@ NEW = frozenset(
         _aten.zeros_like.default,
     }
 )
-# Of a list of tensors they make a list: {operation on lists: the same on one tensor}.
+# {operation on a list of tensors: the operation on one tensor}.
 EACH = {foreach_norm.Scalar: _aten.linalg_vector_norm.default, foreach_sqrt.default: _aten.sqrt.default}
 
 
@@ -94,7 +94,7 @@ class _Made:
 
 
 class QuickFakes:
-    """Remembers which result follows from which arguments: shapes, strides, dtypes and numbers."""
+    """Caches results (shapes, strides, dtypes) by their arguments (the same, and numbers)."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[object, ...], _Made | None] = {}
@@ -155,7 +155,7 @@ def _changes_a_list(func: OpOverload) -> bool:
 
 
 def _described(values: Iterable[object]) -> tuple[object, ...]:
-    """A key for the tensor. Raises TypeError for one that has values or is on another device."""
+    """A key for the arguments. Raises TypeError for a tensor that has values or is on another device."""
     return tuple(map(_description, values))
 
 
@@ -166,12 +166,12 @@ def _description(value: object) -> object:
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
         return _described(value)
-    # 1, 1.0 and True are equal and make different results.
+    # The type is part of the key, since 1, 1.0 and True are equal but give different results.
     return type(value), value
 
 
 def _made_from(result: Any, args: Args) -> Any:
-    """The tensor that a fresh result is made from; None if there is none, NotImplemented for any other result."""
+    """How to make a result anew; None where the result is None, NotImplemented for any other type."""
     if result is None:
         return None
     tensors = result if isinstance(result, tuple) else (result,)

@@ -1,4 +1,4 @@
-"""The recommendation: the method that the goal asks for, with the settings that make it fit at the least cost."""
+"""The recommendation: the first method for the goal that fits, with the settings that make it fit at the least cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.serving import served
 
-# Which method is tried first. Full fine-tuning is recommended only where nothing else was asked about.
+# {goal: order in which methods are tried}. Full fine-tuning is recommended only where no other method was given.
 ORDER = {
     "speed": ("lora", "qlora", "dora", "qdora", "full"),
     "quality": ("dora", "qdora", "lora", "qlora", "full"),
@@ -23,7 +23,7 @@ ORDER = {
 
 FOUR_BIT_SETTINGS = ("quant_type", "block_size", "double_quant")
 
-# What may change, the gentlest first; every method is tried before the next pass.
+# Groups of changes that are allowed in each pass, least invasive first. Every method is tried before the next pass.
 PASSES: tuple[frozenset[str], ...] = (
     frozenset({"batch", "checkpointing"}),
     frozenset({"batch", "checkpointing", "offloading", "optimizer"}),
@@ -33,19 +33,19 @@ PASSES: tuple[frozenset[str], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
-    """``settings`` are those of ``rankwise train`` that differ from its defaults or were asked for."""
+    """``settings`` are the options of ``rankwise train`` that differ from the defaults or were given."""
 
-    # None: nothing fits.
+    # None where nothing fits.
     method: str | None
     settings: JsonObject
-    # Of the recommended run, or of the smallest one where nothing fits.
+    # The estimate of the recommended run, or of the smallest one where nothing fits.
     estimate: MemoryEstimate
     workload: Workload
     time_factor: float
     reasons: tuple[Rule, ...]
-    # Where nothing fits: what the smallest run lacks.
+    # Where nothing fits: the memory that the smallest run lacks.
     missing_bytes: int = 0
-    # It fits only without the error to expect, and nothing smaller fits with it.
+    # Whether the run fits only without its expected error, and no smaller run fits with it.
     is_tight: bool = False
 
     @property
@@ -69,7 +69,7 @@ class Recommendation:
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-    """The user's wishes besides the step. ``given``: settings to be written back, with the changes added."""
+    """The user's wishes other than the step. ``given``: the settings to return, to which changes are added."""
 
     goal: str
     given: Fields
@@ -85,13 +85,13 @@ def recommend(
     wish: Wish,
     passes: Sequence[frozenset[str]] = PASSES,
 ) -> Recommendation:
-    """The first method in the goal's order that fits, with the fewest changes. Where none fits with its error, the
-    first that fits without it.
+    """The first method in the goal's order that fits, with the fewest changes. Where none fits with its expected error,
+    the first that fits without it.
     """
     accumulation = wish.accumulation
     order = [method for method in ORDER[wish.goal] if method in methods]
     gentle: dict[str, bool] = {}
-    # The last pass has hundreds of combinations; where the smallest of them is too big all are.
+    # The last pass has hundreds of combinations. Where the smallest run is too large, all of them are.
     runs = {method: _smallest(advisor, method, workload, accumulation, passes[-1]) for method in order}
     smallest = {method: run.estimate.peak_bytes for method, run in runs.items()}
     for verdict, allowed in itertools.product(("fits", "tight"), passes):
@@ -107,9 +107,7 @@ def recommend(
 def _fastest(
     advisor: Advisor, method: str, workload: Workload, accumulation: int, allowed: frozenset[str], verdict: str
 ) -> Change | None:
-    """Among the combinations with this verdict, the one that loses least quality, then the fastest; None where there
-    is none.
-    """
+    """The combination with this verdict that loses least quality, and among these the fastest; None without any."""
     found: list[Change] = []
     for steps in _combinations(method, workload, accumulation, allowed):
         change = advisor.price(steps, method, workload)
@@ -133,7 +131,7 @@ def _combinations(
 
 
 def _larger_batches(workload: Workload, accumulation: int) -> Iterator[SingleChange]:
-    """Fewer, larger micro-batches of the same rows: faster where there is room."""
+    """Fewer, larger micro-batches with the same rows per step, which are faster where they fit."""
     rows, times = workload.batch_size, accumulation
     while times > 1 and times % 2 == 0:
         rows, times = rows * 2, times // 2
@@ -175,7 +173,7 @@ def _smallest(advisor: Advisor, method: str, workload: Workload, accumulation: i
 
 
 def _nothing_fits(advisor: Advisor, smallest: Change) -> Recommendation:
-    """The memory that the smallest of all runs would take."""
+    """The recommendation where nothing fits, with the memory that the smallest run needs."""
     missing = max(0, smallest.estimate.peak_bytes - advisor.memory_bytes)
     own, work, time = smallest.estimate, smallest.workload, smallest.time_factor
     return Recommendation(None, {}, own, work, time, (), missing)

@@ -9,17 +9,17 @@ from __future__ import annotations
 from rankwise.config import DORA
 from rankwise.planning.step_facts import StepFacts
 
-# PyTorch's plain kernel keeps, for each score in float32: the weight, what dropout leaves of the weight, and its mask.
+# PyTorch's plain kernel saves three float32 numbers for each score: the weight, the weight after dropout, and the mask.
 DROPPED_SCORE_BYTES = 12
-# Copies of q, k and v of GPT-2 on a CPU that drops attention weights, each h wide.
+# Number of copies of width h of q, k and v that GPT-2 saves on a CPU with attention dropout.
 GPT2_CPU_COPIES = 5
-# What reads a layer's first norm, and what reads the norm before the MLP.
+# The modules that read a layer's first norm, and those that read the norm before the MLP.
 READ_FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 MLP_FIRST = ("gate_proj", "up_proj", "gate_up_proj")
 
 
 def layer_bytes(step: StepFacts) -> int:
-    """All that one layer keeps: norms, attention, MLP, adapters, and 16-bit copies of trained weights."""
+    """All that one layer saves: norms, attention, MLP, adapters, and 16-bit copies of trained weights."""
     if step.shape.family == "gpt2":
         per_token = _gpt2_per_token(step)
     elif step.is_full:
@@ -30,7 +30,7 @@ def layer_bytes(step: StepFacts) -> int:
 
 
 def unsaved_bytes(step: StepFacts) -> int:
-    """What the first layer does not keep: no gradient flows to the operations before the first adapter."""
+    """What the first layer does not save, since no gradient flows to operations before the first adapter."""
     shape = step.shape
     if step.is_full or shape.family == "gpt2" or step.has(*READ_FIRST, "embed_tokens", "input_layernorm"):
         return 0
@@ -51,7 +51,7 @@ def _kept_around_mlp(step: StepFacts) -> float:
 
 
 def _unsaved_of_mlp(step: StepFacts) -> float:
-    """Where only down_proj adapts, the MLP saves only down_proj's input, or what a fused MLP makes it from."""
+    """What the MLP does not save where only down_proj is adapted: all but down_proj's input, or its fused inputs."""
     alone = step.has("mlp.down_proj") and not step.has(*MLP_FIRST) and not step.shape.experts
     return 3 * step.s * step.shape.mlp if alone and not step.fused_mlp else 0
 
@@ -83,7 +83,7 @@ def _attention(step: StepFacts) -> float:
 
 
 def _kept_by_v(step: StepFacts) -> int:
-    """With a fused QKV projection v is a view, which keeps the projection's whole output alive."""
+    """The bytes that v keeps alive: with a fused QKV projection, v is a view of the projection's whole output."""
     return step.s * (step.shape.queries + step.shape.keys) if step.shape.fused_qkv else 0
 
 
@@ -240,5 +240,5 @@ def masks_bytes(step: StepFacts) -> int:
 
 
 def kept_twice_bytes(step: StepFacts) -> int:
-    """What a layer made again shares with its checkpoint: on a card the input of the first norm, where that is ours."""
+    """What a recomputed layer shares with its checkpoint: on a GPU the input of the first norm, if it is fused."""
     return step.stream_bytes if step.on_card and step.fused and not step.is_full else 0

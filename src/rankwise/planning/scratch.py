@@ -1,4 +1,4 @@
-"""Memory of CPU kernels that a trace does not see, by operation, and the memory that they keep between calls."""
+"""Memory inside CPU kernels that a trace cannot count, by operation, and memory that they keep between calls."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Scratch = Callable[[Args, Kwargs], int]
 
 
 def makes_dense(dtype: torch.dtype) -> bool:
-    """Whether products of ``dtype`` with a 4-bit weight make it dense: not where sums of products decode it."""
+    """Whether products of ``dtype`` with a 4-bit weight dequantize it first, instead of decoding it in the caches."""
     return not (native_on_cpu() and products.take(dtype))
 
 
 def dense_weight(args: Args, kwargs: Kwargs) -> int:
-    """A 4-bit product makes the dense weight in the dtype of its input, N K s bytes, in kept memory where it can."""
+    """The bytes N K s of the weight that a 4-bit product dequantizes to its input's dtype, 0 where memory is reused."""
     x, shape = args[0], args[3]
     if not makes_dense(x.dtype):
         return 0
@@ -33,7 +33,7 @@ def dense_weight(args: Args, kwargs: Kwargs) -> int:
 
 
 def copy_of(argument: int) -> Scratch:
-    """gloo works in a copy: of the result where it gathers, of the gradients where it reduces."""
+    """The bytes of gloo's copy: of the result of a gather, or of the gradients that are reduced."""
 
     def copied_bytes(args: Args, kwargs: Kwargs) -> int:
         return int(args[argument].nbytes)
@@ -50,7 +50,7 @@ SCRATCH: dict[str, Scratch] = {
 
 
 def lives_in_kept_memory(name: str, result: Tensor) -> bool:
-    """Whether an operation's result lies in memory that ``kept_memory`` stands for already."""
+    """Whether an operation's result lies in memory that ``kept_memory`` already counts."""
     return name == "rankwise::dequantize_4bit" and is_kept(result.nbytes)
 
 
@@ -62,7 +62,7 @@ def kept_memory(model: nn.Module) -> list[Tensor]:
     """
     kept = [copy for layer in model.modules() if isinstance(layer, Dora) for copy in _copies(layer)]
     dense = (holder for holder in four_bit_modules(model) if makes_dense(holder.dtype))
-    # Of stacked experts one after the other is made dense.
+    # Stacked experts are dequantized one after the other.
     sizes = [prod(holder.shape[-2:]) * holder.dtype.itemsize for holder in dense]
     largest = max(filter(is_kept, sizes), default=0)
     return [*kept, torch.empty(largest, dtype=torch.uint8)] if largest else kept

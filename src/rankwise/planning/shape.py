@@ -2,7 +2,7 @@
 
     module    path, kind, (in, out), bias     for every module that holds parameters
 
-So counts of parameters, of all or of those that an adapter adds, are exact by construction.
+So parameter counts, of the model or of an adapter, are exact by construction.
 h hidden width, f MLP width, V vocabulary, d head width, E experts.
 """
 
@@ -34,7 +34,7 @@ class Module:
     # Parameters of a norm or of plain tensors.
     extra: int = 0
 
-    # Of stacked experts, whose weights are among the plain ones: the shape of each tensor, (E, out, in).
+    # Shapes (E, out, in) of the stacked experts among the plain tensors.
     stacks: tuple[tuple[int, int, int], ...] = ()
 
     @property
@@ -77,42 +77,42 @@ class Shape:
     qk_norm: bool = False
     fused_qkv: bool = False
     norms_per_layer: int = 2
-    # Of the model itself, in its hidden states.
+    # The base model's dropout on hidden states.
     dropout: float = 0.0
-    # Of its attention weights.
+    # The base model's dropout on attention weights.
     attention_dropout: float = 0.0
     window: int | None = None
-    # Of the layers, those that look back at ``window`` tokens alone.
+    # Share of the layers whose attention is limited to a ``window`` of tokens.
     windowed_share: float = 0.0
-    # transformers computes its scores one operation after the other, with no kernel for attention.
+    # Whether attention is eager (one operation after the other) in transformers.
     eager: bool = False
-    # They pass a tanh.
+    # Whether attention scores pass a tanh.
     softcapped: bool = False
-    # So do the logits.
+    # Whether logits pass a tanh.
     capped_logits: bool = False
-    # Of a model that also sees: how the names of its language part begin, and its tower.
+    # Of a multimodal model: the name prefix of its language part, and its vision tower.
     text: str = ""
     tower: Tower | None = None
 
     @property
     def queries(self) -> int:
-        """heads d."""
+        """The width of the queries: heads d."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """Key-value heads times d."""
+        """The width of the keys: key-value heads times d."""
         return self.kv_heads * self.head_dim
 
     @property
     def parameters(self) -> int:
-        """The number of all parameters; tied ones count once."""
+        """The number of parameters; tied ones count once."""
         head = self.modules[-1].parameters if self.tied else 0
         return sum(module.parameters for module in self.modules) - head
 
 
 class ConfigFields:
-    """A config's fields. Missing and wrong ones are gathered and raised once."""
+    """A config's fields. Missing and wrong ones are collected and raised together."""
 
     def __init__(self, config: Fields, name: str) -> None:
         self.config, self.name = config, name
@@ -138,7 +138,7 @@ class ConfigFields:
         return [self.config[name] for name in names]
 
     def count(self, name: str, default: int) -> int:
-        """A whole number, or the default of transformers where it is not given."""
+        """An integer field, or ``default`` (transformers') where it is missing."""
         if self.config.get(name) is None:
             return default
         return self.required(name)[0]
@@ -160,7 +160,7 @@ class ConfigFields:
         return ConfigFields(found, f"{self.name} ({name})")
 
     def with_defaults(self, defaults: Fields) -> ConfigFields:
-        """The same fields, with these values for those that the config leaves out."""
+        """The same fields, with ``defaults`` for those that the config lacks."""
         given = {name: value for name, value in self.config.items() if value is not None}
         return ConfigFields({**defaults, **given}, self.name)
 
@@ -174,8 +174,8 @@ class ConfigFields:
         return float(value)
 
     def entries(self, name: str) -> list[Json]:
-        """A list, of layers or of a word for each; empty where the config leaves it out. Raises ModelError (RW326) for
-        anything else."""
+        """A list field (of layers, or of one value per layer); empty where it is missing. Raises ModelError (RW326) for
+        another type."""
         value = self.config.get(name)
         if value is not None and not isinstance(value, list):
             raise self._wrong(name, "a list")
@@ -183,9 +183,7 @@ class ConfigFields:
 
     @property
     def max_positions(self) -> int | None:
-        """The number of positions; None where the config has none. Raises ModelError (RW326) for anything but a
-        count.
-        """
+        """The number of positions; None where the config has none. Raises ModelError (RW326) for a wrong value."""
         names = ("max_position_embeddings", "n_positions")
         given = [name for name in names if self.config.get(name) is not None]
         return self.required(given[0])[0] if given else None
@@ -199,7 +197,7 @@ class ConfigFields:
 
 
 MOST_LAYERS = 10_000
-# Each layer becomes objects here: a config.json from anywhere must not fill the memory.
+# Each layer becomes objects, so an untrusted config.json must not name millions of them.
 LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 
 
@@ -231,7 +229,7 @@ GGUF_FAMILIES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "
 
 
 def gguf_config(source: ModelSource) -> JsonObject:
-    """A GGUF header in the words of config.json; the vocabulary and a tied head show in its tensors."""
+    """A GGUF header as fields of config.json; the vocabulary and a tied head come from its tensors."""
     assert source.path is not None
     header = read_gguf_header(source.path)
     family = header.metadata["general.architecture"]

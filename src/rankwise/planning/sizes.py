@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them. GB is 10^9 bytes, GiB is 2^30; the two differ by 7 %."""
+"""Parse and write amounts of memory. GB is 10^9 bytes, GiB is 2^30; the two differ by 7 %."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ UNITS = {
     "tib": 2**40,
 }
 
-# A number without a unit above this is not a count of GB that a machine has.
+# A larger number without a unit cannot mean GB.
 MOST_BARE = 100_000
 MOST_BYTES = 2**63
-# Of what a message repeats.
+# Largest number of characters of a value in a message.
 LONGEST_TEXT = 40
 
 _SIZE = re.compile(r"(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)\s*([kmgt]?i?b?)", re.IGNORECASE)
@@ -59,7 +59,7 @@ def parse_size(text: str | int | float) -> int:
 
 
 def _shortened(text: object) -> str:
-    """The value as given; of a very long value only the beginning."""
+    """The value as given, shortened to LONGEST_TEXT characters."""
     given = str(text)
     return repr(given if len(given) <= LONGEST_TEXT else f"{given[:LONGEST_TEXT]}...")
 

@@ -1,4 +1,4 @@
-"""The time of a micro-batch: what the device computes and moves, or what the host needs to launch it.
+"""The time of a micro-batch: of the device's computation and traffic, or of the host's kernel launches.
 
     seconds = max( FLOP / pace + bytes / bandwidth,  launches x seconds of a launch )
 
@@ -19,21 +19,21 @@ from rankwise.planning.workload import Workload
 # Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2).
 ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
-# Cautious: `rankwise plan --calibrate` gave 111 to 303 GFLOP/s for one core with bfloat16 instructions (docs/plan.md);
-# LoRA's steps with AVX2 alone come to 44 a core (docs/results/steps.md).
+# Conservative: `rankwise plan --calibrate` measured 111 to 303 GFLOP/s for one core with bfloat16 instructions
+# (docs/plan.md); LoRA's steps with AVX2 reach 44 GFLOP/s per core (docs/results/steps.md).
 ASSUMED_CPU_FLOPS_PER_CORE = {"bfloat16": 100e9, "float16": 40e9, "float32": 40e9}
 ASSUMED_CPU = {"bfloat16": "a Zen 4", "float16": "an AMD EPYC with AVX2", "float32": "an AMD EPYC with AVX2"}
 # PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
 HOST_LINK_BYTES_PER_SECOND = 20e9
-# Stands for a device without figures where only ratios of times are asked for.
+# The card whose figures replace those of an unknown device where only ratios of times are needed.
 NOMINAL_CARD = "RTX 4090"
-# Of a 4-bit weight with its scales.
+# Bytes of a 4-bit weight, with its scales.
 PACKED_BYTES = 0.53
-# Of the bandwidth that other traffic reaches, the share that dequantization reaches within a step.
+# The bandwidth of dequantization, as a share of that of other traffic.
 #
-# The lookup of codes and the scales keep it below the bandwidth: with this share the ratios of published LoRA and QLoRA
-# steps, which bitsandbytes' kernels made, are met on five cards (`tests/planning/test_published_times.py`). No card has
-# timed our own kernel yet.
+# Code lookups and scales make dequantization slower. With this share, the ratios of published LoRA and QLoRA steps with
+# bitsandbytes' kernels are met on five cards (`tests/planning/test_published_times.py`). rankwise's own kernel has not
+# been timed on a GPU yet.
 DEQUANTIZE_SHARE = 0.5
 # {method: (forward, backward)}: kernels that the host launches for a layer and micro-batch of our step, adapters on all
 # seven linear layers; without DoRA's gains, which are made once an optimizer step. `benchmarks/gpu_paper.py` counts
@@ -56,7 +56,7 @@ class Pace:
 
 
 def assumed_pace(hardware: Hardware, dtype: str) -> Pace | None:
-    """Shares of a data sheet, or of a measured core; None where no figure is known.
+    """The speed as a share of a data sheet, or of a measured CPU core; None where no figure is known.
 
     A device without instructions for bfloat16 computes it at the pace of float32.
     """
@@ -140,7 +140,7 @@ def launch_seconds(method: str, facts: ModelFacts, workload: Workload) -> float:
 
 
 def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:
-    """What the device takes for forward and backward of one micro-batch, with offloading."""
+    """The device's seconds for forward and backward pass of one micro-batch, including offloading."""
     method, frozen = estimate.method, estimate.total_parameters
     flops = workload.tokens * flops_per_token(method, facts, frozen, estimate.trainable_parameters, workload)
     seconds = flops / pace.flops_per_second
@@ -152,7 +152,7 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
 
 
 def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:
-    """Seconds of forward and backward of one micro-batch: the device's, or its host's where these are more."""
+    """The seconds of forward and backward pass of one micro-batch: the larger of the device's and the host's."""
     own = device_seconds(estimate, facts, workload, pace)
     return max(own, launch_seconds(estimate.method, facts, workload))
 
@@ -168,15 +168,15 @@ def _width(workload: Workload) -> float:
 
 
 def offloaded_bytes(facts: ModelFacts, workload: Workload) -> float:
-    """Activations that go to the host and come back: with checkpointing a block's input (2 h bytes a token), else about
-    seventeen such vectors (Korthikanti et al. 2022, 34 s b h bytes a layer, attention scores left out).
+    """The bytes of activations that are offloaded and fetched again: with checkpointing a block's input (2 h bytes a
+    token), else about 17 such vectors (Korthikanti et al. 2022: 34 s b h bytes a layer without attention scores).
     """
     vectors = 1 if workload.gradient_checkpointing else 17
     return 2.0 * workload.tokens * facts.layers * facts.width * 2 * vectors
 
 
 def nominal_pace(dtype: str) -> Pace:
-    """A pace for ratios of times on an unknown device."""
+    """A nominal speed, for ratios of times on an unknown device."""
     pace = assumed_pace(of_card(find_card(NOMINAL_CARD)[0]), dtype)
     assert pace is not None
     return pace
@@ -192,7 +192,7 @@ def hiding_bandwidth(
     if pace is None or workload.devices == 1:
         return None
     seconds = micro_batch_seconds(estimate, facts, workload, pace)
-    # Of as long passes: forward, the gradient of the input, that of the weight (full), and forward once more.
+    # Passes of equal length: forward, input gradients, weight gradients (full), and the recomputed forward.
     passes = _passes(workload) + (estimate.method == "full")
     beside = accumulation * seconds if workload.strategy == "fsdp" else (1 - 1 / passes) * seconds
     return estimate.network.of_step(accumulation) / beside

@@ -25,7 +25,7 @@ class StepFacts:
     shape: Shape
     method: str
     workload: Workload
-    # None: full fine-tuning.
+    # None for full fine-tuning.
     adaptation: Adaptation | None
 
     @classmethod
@@ -49,7 +49,7 @@ class StepFacts:
 
     @property
     def pair_element_bytes(self) -> int:
-        """Of A and B."""
+        """Bytes per element of A and B."""
         return 4 if self.workload.adapter_dtype == "float32" else self.base_element_bytes
 
     @functools.cached_property
@@ -59,7 +59,7 @@ class StepFacts:
 
     @functools.cached_property
     def adapted(self) -> frozenset[str]:
-        """Last names of the modules that adapt or train whole: q_proj, mlp.down_proj, ..."""
+        """Last name components of the modules that are adapted or train whole: q_proj, mlp.down_proj, ..."""
         if self.adaptation is None:
             return frozenset()
         modules = [item.module for item in self.adaptation.adapted] + list(self.adaptation.whole)
@@ -73,20 +73,19 @@ class StepFacts:
 
     @property
     def whole_head(self) -> bool:
-        """The output head trains as a whole beside adapters."""
+        """Whether the output head trains whole in addition to adapters."""
         return self.adaptation is not None and self.shape.modules[-1] in self.adaptation.whole
 
     @functools.cached_property
     def expert_ranks(self) -> tuple[float, float]:
-        """Ranks of the adapters on stacked experts, of the first and of the second product, on average over the
-        layers."""
+        """The ranks of the adapters on stacked experts, for the first and the second product, averaged over layers."""
         stacks = () if self.adaptation is None else self.adaptation.stacks
         first, second = (sum(x.r for x in stacks if x.leaf == leaf) / self.shape.layers for leaf in STACKS)
         return first, second
 
     @functools.cached_property
     def expert_share(self) -> float:
-        """Share of the layers whose experts adapt."""
+        """The share of the layers whose experts are adapted."""
         stacks = () if self.adaptation is None else self.adaptation.stacks
         return len({item.module.name for item in stacks}) / self.shape.layers
 
@@ -101,8 +100,8 @@ class StepFacts:
 
     @property
     def made_dense(self) -> list[int]:
-        """Bytes of each 4-bit weight as its product makes it dense, N K s; of stacked experts of one expert. None where
-        a CPU's sums of products decode weights in the caches."""
+        """The bytes N K s of each 4-bit weight that a product dequantizes (of a stack: of one expert). Empty where CPU
+        kernels decode weights in the caches."""
         if self.decodes_in_caches:
             return []
         return [prod(size[-2:]) * self.s for module in self.shape.modules for size in self.four_bit_weights(module)]
@@ -120,7 +119,7 @@ class StepFacts:
 
     @property
     def stream_bytes(self) -> int:
-        """The hidden states between two layers, T h s, or the gradient of them; in float32 for full fine-tuning."""
+        """The bytes T h s of the hidden states between two layers, or of their gradient; s = 4 in full fine-tuning."""
         return self.T * self.shape.hidden * (4 if self.is_full else self.s)
 
     @property
@@ -129,7 +128,7 @@ class StepFacts:
 
     @property
     def autocasts(self) -> bool:
-        """Full fine-tuning in 16 bits computes with copies of float32 weights."""
+        """Whether products use 16-bit copies of float32 weights (full fine-tuning in 16 bits)."""
         return self.is_full and self.s == 2
 
     @property
@@ -138,37 +137,37 @@ class StepFacts:
 
     @property
     def wide(self) -> bool:
-        """Our parts take float32 and bfloat16. In full fine-tuning they get one of these in any dtype."""
+        """Whether rankwise's operators support the dtype: float32 and bfloat16; full fine-tuning always uses these."""
         return self.is_full or self.workload.dtype != "float16"
 
     @property
     def native(self) -> bool:
-        """Whether the native library's parts run."""
+        """Whether the operators of the native library run."""
         return self.workload.fast and self.wide and not self.on_card and self.shape.family != "gpt2"
 
     @property
     def fused(self) -> bool:
-        """Norms, rotary positions and gated MLPs are ours: native ones on a CPU, Triton's on a card."""
+        """Whether norms, rotary positions and gated MLPs are fused: by the native library on a CPU, Triton on a GPU."""
         return (self.native or self.workload.has_triton_parts) and self.shape.family != "gpt2"
 
     @property
     def fused_mlp(self) -> bool:
-        """Phi-3's MLP stays PyTorch's, since gate and up are one projection there."""
+        """Whether the MLP is fused. Phi-3's is not, since gate and up are one projection there."""
         return self.fused and self.shape.family != "phi3"
 
     @property
     def keeps_read(self) -> bool:
-        """Whether adapters keep their input. They do not where one of our norms made it: that norm keeps its own input.
+        """Whether adapters save their input. They do not where a fused norm made it, which saves its own input.
 
         OLMo 2 has its norms after attention and MLP, so its adapters read no norm's output. In float16 adapters always
-        keep their input.
+        save their input.
         """
         return not self.fused or self.workload.dtype == "float16" or self.shape.family == "olmo2"
 
     @property
     def own_attention(self) -> bool:
-        """Rows reach it by their bounds, in evaluation too: our kernel on a CPU, flash attention on a card, for
-        16-bit weights and heads of FLASH_WIDTH columns at the most."""
+        """Whether attention takes concatenated rows by their bounds: rankwise's kernel on a CPU; on a GPU flash
+        attention, for 16-bit weights and heads of at most FLASH_WIDTH columns."""
         if not self.workload.fast or self.scores:
             return False
         dtype = "float32" if self.is_full else self.workload.dtype
@@ -179,45 +178,43 @@ class StepFacts:
 
     @property
     def trains_without_masks(self) -> bool:
-        """On a card a training step needs no mask for right padding."""
+        """Whether a training step needs no mask for right padding, as on a GPU."""
         return self.on_card and self.workload.fast and not self.workload.evaluation and not self.shape.eager
 
     @property
     def trl_head(self) -> bool:
-        """Whether a card computes the loss by trl's fused head: with --no-fast, a plain head and no label smoothing."""
+        """Whether a GPU computes the loss with trl's fused head: with --no-fast, a plain head, no label smoothing."""
         plain = not self.whole_head and "lm_head" not in self.adapted and not self.workload.label_smoothing
         return self.on_card and not self.workload.fast and not self.workload.evaluation and plain
 
     @property
     def four_bit_experts(self) -> bool:
-        """`rankwise.quantization.experts` computes one expert after the other."""
+        """Whether `rankwise.quantization.experts` computes 4-bit experts, one after the other."""
         return any(module.stacks and self.four_bit_weights(module) for module in self.shape.modules)
 
     @property
     def expert_adapters(self) -> bool:
-        """Experts adapt, so that `rankwise.ops.expert_lora` computes them."""
+        """Whether stacked experts are adapted, so that `rankwise.ops.expert_lora` computes them."""
         return self.expert_share > 0
 
     @property
     def routing_bytes(self) -> int:
-        """Bytes of an expert's weight for a token. Mixtral leaves these weights in float32."""
+        """The bytes of a routing weight of a token. Mixtral keeps routing weights in float32."""
         return 4 if self.shape.family == "mixtral" else self.s
 
     @property
     def drops_scores(self) -> bool:
-        """On a CPU, attention dropout runs in PyTorch's plain kernel, which keeps the weights."""
+        """Whether attention dropout runs in PyTorch's plain kernel, as on a CPU, which saves the attention weights."""
         return bool(self.shape.attention_dropout) and not self.on_card and not self.shape.eager
 
     @property
     def scores(self) -> bool:
-        """A layer keeps one number or several for each head and pair of positions."""
+        """Whether a layer saves numbers for each head and pair of positions."""
         return self.shape.eager or self.drops_scores
 
     @property
     def flat(self) -> bool:
-        """Whether the trainer lays the rows of a batch end to end in one: packed rows always, others where our
-        attention is in the model.
-        """
+        """Whether the trainer concatenates the rows of a batch: packed rows always, others with ``own_attention``."""
         return self.own_attention or self.packed
 
     @property
@@ -243,10 +240,10 @@ class StepFacts:
 
     @property
     def kept_keys(self) -> float:
-        """Width of the keys, and of the values, that attention keeps.
+        """The width of the keys, and of the values, that attention saves.
 
-        With a mask transformers repeats them for every head. Kernels take a single key head for all heads without a
-        copy; eager products copy it.
+        With a mask, transformers repeats keys and values for every head. A single key head is not copied, except by
+        eager attention.
         """
         shape = self.shape
         if self.own_attention or (shape.kv_heads == 1 and not shape.eager):
@@ -256,13 +253,13 @@ class StepFacts:
 
     @property
     def keeps_v(self) -> bool:
-        """Attention keeps v as its projection gave it, and no repeated copy."""
+        """Whether attention saves v as its projection returned it, without a repeated copy."""
         shape = self.shape
         return self.own_attention or shape.heads == shape.kv_heads or (not self.masked and not shape.eager)
 
     @property
     def norms_after(self) -> bool:
-        """Attention and MLP are each followed by a norm."""
+        """Whether a norm follows attention and MLP."""
         return self.shape.norms_per_layer == 4 or self.shape.family == "olmo2"
 
     def has(self, *names: str) -> bool:
@@ -271,16 +268,16 @@ class StepFacts:
 
 @functools.cache
 def computes_in_float32() -> bool:
-    """Whether our products and attention compute in float32 on this CPU, so that they take float32 beside bfloat16.
+    """Whether the native products and attention compute in float32 on this CPU, and so support float32 too.
 
-    csrc/common/level.cpp decides so; here it is decided without torch, whose import a plan avoids.
+    The same rule as csrc/common/level.cpp, without torch, which a plan does not import.
     """
     return _is_built() and "avx2" in cpu_flags() and not multiplies_pairs()
 
 
 @functools.cache
 def multiplies_pairs() -> bool:
-    """Whether our products multiply pairs of bfloat16 on this CPU."""
+    """Whether the native products multiply pairs of bfloat16 on this CPU."""
     return _is_built() and "avx512_bf16" in cpu_flags()
 
 

@@ -1,4 +1,4 @@
-"""The result of a memory plan and its terms. Imports no torch."""
+"""The result of a memory estimate and its terms. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rankwise.foreign import JsonObject
 
 Phase = Literal["forward", "backward", "optimizer", "generation"]
 
-# The code of a dry run that took longer than it was given.
+# Error code of a dry run that exceeded its time limit.
 TOO_SLOW = "RW135"
 
 PLANNED = ("full", "lora", "qlora", "dora", "qdora")
@@ -19,12 +19,12 @@ PLANNED = ("full", "lora", "qlora", "dora", "qdora")
 # weights_4bit  packed codes and their scales
 # weights       everything of the base that stays in 16 or 32 bits
 # adapters      A, B, magnitudes, and the row norms that DoRA keeps
-# gradients     of what trains
+# gradients     of the trained parameters
 # optimizer     its state, on the device
 # activations   saved in the forward pass for the backward pass
 # logits        logits, their float32 copy, their gradient and what the loss keeps
-# transient     short-lived buffers at the moment of the peak: dequantized weights, gradients on their way
-# overhead      what the device and its libraries take besides tensors
+# transient     short-lived buffers at the peak: dequantized weights, intermediate gradients
+# overhead      memory of the device and its libraries other than tensors
 TERMS = (
     "weights_4bit",
     "weights",
@@ -40,7 +40,7 @@ TERMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes that each of several devices sends to the others; it gets as many."""
+    """Bytes that each of several devices sends to the others; it receives as many."""
 
     micro_batch: int = 0
     # Once in an optimizer step.
@@ -59,20 +59,20 @@ class MemoryEstimate:
     # {term: bytes} over ``TERMS``, at the moment of the peak; they sum to ``peak_bytes``.
     breakdown: dict[str, int]
     trainable_parameters: int
-    # Without the adapter, tied weights once, 4-bit weights by their elements.
+    # Parameters without the adapter; tied weights count once, 4-bit weights by their elements.
     total_parameters: int
-    # Relative error to expect of ``peak_bytes``, as measured for this way of estimating.
+    # Expected relative error of ``peak_bytes``, as measured for this way of estimating.
     error: float
-    # A dry run of the real model, or the closed form.
+    # True for a dry run of the real model, False for the closed form.
     exact: bool
-    # Of the step, in which the peak lies.
+    # The phase of the step with the peak.
     phase: Phase = "backward"
     # The part of ``overhead`` that torch's allocator does not see: peak_bytes - outside_bytes is comparable with
     # torch.cuda.max_memory_allocated(), and with the growth of anonymous memory on a CPU.
     outside_bytes: int = 0
-    # What the reader should know: a length beyond the model's, states that live elsewhere, experts left dense.
+    # Remarks: a length beyond the model's positions, states in host memory, experts that stay dense.
     notes: tuple[str, ...] = ()
-    # That the estimate itself took.
+    # Duration of the estimate.
     seconds: float = 0.0
     network: Traffic = Traffic()
 

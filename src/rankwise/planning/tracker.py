@@ -1,8 +1,8 @@
-"""Count live storages, fake or real, up to a peak in bytes that is split into terms.
+"""Count live storages, fake or real, and split their peak in bytes into terms.
 
-Every operation passes a dispatch mode. A storage lives from the operation that first returns it until Python and
-autograd have both released it, which a weak reference tells. The clock counts these events. After the step it is known
-which storages were alive at the moment of the peak, and what each of them was for.
+A dispatch mode sees every operation. A storage lives from the operation that first returns it until Python and autograd
+have both released it, which a weak reference reports. The clock counts these events. After the step, the storages alive
+at the peak are known, and the purpose of each.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from rankwise.planning.quick_fakes import Args, Kwargs, QuickFakes
 from rankwise.planning.terms import TOO_SLOW
 
 NEVER = 1 << 62
-# Half of all that is asked of fake tensors: a fake tensor knows the answer itself.
+# Half of all calls on fake tensors, which can answer without dispatch.
 DEVICE_OF = torch.ops.prim.device.default
 Reference = weakref.ref[torch.UntypedStorage]
 
 
 @dataclasses.dataclass(slots=True)
 class Storage:
-    """One storage: size in bytes, life in events, and what it is for once that is known."""
+    """One storage: size in bytes, lifetime in events, and its term once that is known."""
 
     size_bytes: int
     born: int
     phase: str
-    # Made in a backward pass while gradients are recorded: checkpointing runs a block again.
+    # Whether it was made in a backward pass with gradients enabled: checkpointing recomputes a block.
     recomputing: bool
     as_logits: bool
     died: int = NEVER
@@ -56,10 +56,12 @@ class Storage:
 
 
 class StorageTracker(TorchDispatchMode):
-    """Sum of live storages. ``rounding``: of each storage, as the device's allocator does. ``vocabulary``: its size,
-    by which logits are known. ``scratch``: bytes that an operation takes while it runs, by its name. ``answers``: for
-    operations that ask for values. ``counted_before``: whether a result of a named operation lies in memory that is
-    counted already. An operation after ``deadline`` raises ModelError (RW135).
+    """Counts live storages.
+
+    ``rounding``: rounds each size as the device's allocator does. ``vocabulary``: the size by which logits are
+    recognised. ``scratch``: {operation: bytes that it takes while it runs}. ``answers``: results of operations that
+    read values. ``counted_before``: whether the result of a named operation lies in memory that is already counted. An
+    operation after ``deadline`` raises ModelError (RW135).
     """
 
     def __init__(
@@ -79,14 +81,14 @@ class StorageTracker(TorchDispatchMode):
         self.phase = "setup"
         self.clock = 0
         self.forward_ends: list[int] = []
-        # (clock, phase) of every beginning.
+        # (clock, phase) at the start of each phase.
         self.entered: list[tuple[int, str]] = []
         # {clock: the largest scratch memory of an operation then}.
         self.scratches: dict[int, int] = {}
         self.storages: list[Storage] = []
-        # While this is set, new storages live in another memory.
+        # While this is set, new storages are in host memory and do not count.
         self.hosted = False
-        # By time.monotonic(): no operation begins after it.
+        # A time of time.monotonic(), after which operations raise.
         self.deadline = math.inf
         self._known: dict[int, tuple[Reference, Storage]] = {}
 
@@ -94,14 +96,14 @@ class StorageTracker(TorchDispatchMode):
         self, func: OpOverload, types: Iterable[type], args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         if any(issubclass(kind, DTensor) for kind in types):
-            # It asks for the same of the part that this process has.
+            # A sharded tensor then runs the same operation on the part of this process.
             return NotImplemented
         if func is DEVICE_OF:
             return args[0].fake_device if is_fake(args[0]) else func(*args)
         if time.monotonic() > self.deadline:
             raise ModelError(
                 TOO_SLOW,
-                "the dry run took longer than it was given; plan without --exact, or with --method for this one alone, "
+                "the dry run exceeded its time limit; plan without --exact, or with --method for this method alone, "
                 "which has no limit.",
             )
         kwargs = kwargs or {}
@@ -120,7 +122,7 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def see(self, tensor: Tensor, term: str | None = None) -> None:
-        """Count the tensor's storage, unless it is counted; ``term`` says what it is for."""
+        """Count the tensor's storage, unless it is counted already; ``term`` is its purpose."""
         tensor = shard_of(tensor)
         storage = tensor.untyped_storage()
         key = storage_address(storage)
@@ -134,7 +136,7 @@ class StorageTracker(TorchDispatchMode):
             known[1].term = term
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage that is known got another size: it holds weights that are gathered and freed again."""
+        """Record the new size of a known storage, which holds weights that are gathered and freed again."""
         known = self._known.get(storage_address(storage))
         if known is None or known[0]() is not storage:
             return
@@ -162,7 +164,7 @@ class StorageTracker(TorchDispatchMode):
             del self._known[key]
 
     def enter(self, phase: str) -> None:
-        """Begin a phase: forward, backward or optimizer. The peak is searched from the first phase on."""
+        """Start a phase: forward, backward or optimizer. Peaks count from the first phase on."""
         if self.phase == "forward":
             self.forward_ends.append(self.clock)
         self.phase = phase
@@ -170,7 +172,7 @@ class StorageTracker(TorchDispatchMode):
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """Inside, new storages belong to another memory."""
+        """A context in which new storages belong to host memory."""
         before, self.hosted = self.hosted, True
         try:
             yield
@@ -182,7 +184,7 @@ class StorageTracker(TorchDispatchMode):
             self.see(tensor, term)
 
     def peaks(self) -> dict[str, dict[str, int]]:
-        """{phase: {term: bytes}} at the moment of each phase at which most is held."""
+        """{phase: {term: bytes}} at the peak of each phase."""
         changes = [0] * self.clock
         for storage in self.storages:
             changes[storage.born] += storage.size_bytes
@@ -214,7 +216,7 @@ class StorageTracker(TorchDispatchMode):
         return "activations" if self._is_saved(storage) or storage.recomputing else "transient"
 
     def _is_saved(self, storage: Storage) -> bool:
-        """Made in a forward pass and alive at its end."""
+        """Whether the storage was made in a forward pass and was alive at its end."""
         if storage.phase != "forward":
             return False
         pass_number = bisect.bisect_right(self.forward_ends, storage.born)
@@ -223,17 +225,17 @@ class StorageTracker(TorchDispatchMode):
 
 
 class Answers:
-    """The results of operations that ask for values, which fake tensors do not have.
+    """The results of operations that read values, which fake tensors do not have.
 
-    A number is 1 and a truth is True, since only bookkeeping asks for them (step counts, whether a gain has a zero,
-    whether a mask is one of ranges). ``true_counts``: how many flags of a tensor of that length are set, else all.
+    A number is 1 and a boolean is True, since only bookkeeping reads them (step counts, whether a gain has a zero,
+    whether a mask consists of ranges). ``true_counts``: {length of a boolean tensor: number of True}, else all are.
     """
 
     def __init__(self, true_counts: dict[int, int] | None = None) -> None:
         self.true_counts = true_counts or {}
 
     def __call__(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
-        """The answer, or NotImplemented for an operation that asks for no value."""
+        """The result, or NotImplemented for an operation that reads no value."""
         aten = torch.ops.aten
         if func is aten.index.Tensor and any(_is_flags(index) for index in args[1]):
             return func(args[0], self._as_indices(args[1]), **kwargs)
@@ -247,7 +249,7 @@ class Answers:
         if func is aten.nonzero.default:
             return args[0].new_empty((self._count(args[0]), args[0].dim()), dtype=torch.long)
         if func is grouped_mm.default and args[0].dtype is not torch.bfloat16:
-            # Its rule for shapes knows bfloat16 alone, its kernels know more.
+            # The operation's meta kernel accepts bfloat16 only, its real kernels accept more.
             return _grouped_product(*args, **kwargs)
         return NotImplemented
 

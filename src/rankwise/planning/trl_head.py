@@ -1,4 +1,4 @@
-"""trl's fused output head in a trace, by which `train` takes a card's loss where our own is not in the model.
+"""trl's fused output head in a trace; `train` uses it for the loss on a GPU where rankwise's is not in the model.
 
 N scored positions, h hidden width, V vocabulary.
 """
@@ -15,7 +15,7 @@ from rankwise.compat.torch import is_fake
 from rankwise.ops.selection import as_autocast
 from rankwise.planning.head import TRL_TILE
 
-# Sums over the vocabulary, in float32 for each position.
+# Number of float32 sums over the vocabulary for each position.
 SUMS = 7
 
 
@@ -31,7 +31,7 @@ def sum_of_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class Held(torch.autograd.Function):
-    """Logits are made in tiles, in the backward pass anew; gradients are summed up in float32."""
+    """Computes logits in tiles, again in the backward pass, and sums gradients in float32."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Held(torch.autograd.Function):
 
 
 def _tile(hidden: Tensor, weight: Tensor) -> None:
-    """The buffer of a tile's logits, and the rows and columns that make them in the dtype of the products."""
+    """Allocate a tile's logits, and its rows of hidden states and weights in the dtype of the products."""
     rows, columns = TRL_TILE
     given = as_autocast(hidden[:rows]), as_autocast(weight[:columns])
     given[0].new_empty(min(len(hidden), rows), columns)

@@ -28,26 +28,26 @@ class Workload(StepOptions):
     Raises ConfigError (RW130) with every wrong field in one message.
     """
 
-    # Of the base and of the computation; full fine-tuning keeps float32 weights beside it.
+    # Dtype of the base and of the computation; full fine-tuning also keeps float32 weights.
     dtype: Dtype = "bfloat16"
     device_type: DeviceType = "cuda"
     devices: Batch = 1
     # single: one device; ddp: a whole copy on each; fsdp: FSDP2, parameters sharded over the devices.
     strategy: Strategy = "single"
-    # Of a card: whether Triton is there, on which our gated MLPs run; torch for Linux brings it.
+    # On a GPU: whether Triton is installed, which the fused gated MLPs need; torch for Linux includes it.
     triton: bool = True
-    # Of a card: whether torch's flash attention runs there, which needs compute capability 8.0.
+    # On a GPU: whether torch's flash attention runs, which needs compute capability 8.0.
     flash: bool = True
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
     trained_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # Of the tokens of a row those that stand for images.
+    # Number of a row's tokens that stand for images.
     image_tokens: Whole = 0
-    # Sequences of a row: the two answers of a pair.
+    # Number of sequences in a row: 2 for a pair of answers.
     sides: Batch = 1
-    # A batch that saves nothing for a backward pass, as of an evaluation. The closed form alone counts it.
+    # Whether the batch saves nothing for a backward pass, as in an evaluation (closed form only).
     evaluation: bool = False
-    # Answers that are written together before the step, to ``max_length`` tokens with their prompts, and the prompts
-    # that they answer; 0: none are.
+    # Number of answers that are generated together before the step, each with its prompt up to ``max_length`` tokens,
+    # and number of their prompts; 0 without generation.
     written: Whole = 0
     prompts: Whole = 0
 
@@ -59,7 +59,7 @@ class Workload(StepOptions):
 
     @property
     def sequences(self) -> int:
-        """Per micro-batch and device."""
+        """The number of sequences of a micro-batch on one device."""
         return self.batch_size * self.sides
 
     @property
@@ -69,12 +69,12 @@ class Workload(StepOptions):
 
     @property
     def prompt_tokens(self) -> int:
-        """The tokens of a row that are not trained on, at least one."""
+        """The tokens of a row that are not trained, at least one."""
         return max(1, round(self.max_length * (1 - self.trained_share)))
 
     @property
     def has_triton_parts(self) -> bool:
-        """Whether a step on a card takes our parts that run on Triton."""
+        """Whether a step on a GPU uses the fused operators that need Triton."""
         return self.device_type == "cuda" and self.fast and self.triton
 
     @property
@@ -96,7 +96,7 @@ def written_of(objective: str, answers: int, generations: int | None, device_typ
 
 
 def _problems(workload: Workload) -> Iterator[str]:
-    """What the type of one field does not say."""
+    """Messages about values that the fields' types admit but that are not possible."""
     if workload.block_size not in BLOCK_SIZES:
         yield f"block_size is {workload.block_size!r} and must be one of {', '.join(map(str, BLOCK_SIZES))}"
     if workload.strategy == "single" and workload.devices != 1:

@@ -1,4 +1,4 @@
-"""GRPO's generation before a step: its memory at its highest, on fake tensors, and real answers to measure."""
+"""GRPO's generation before a step: its peak memory on fake tensors, and real generation for measurements."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ UNCOUNTED = "uncounted"
 
 
 def write_a_token(model: PreTrainedModel, method: str, workload: Workload, enter: Enter) -> None:
-    """The pass over the prompts, and the last token of the answers: generation holds most in one of them.
+    """Run the pass over the prompts and that of the last token, in one of which generation has its peak.
 
-    No run computes all tokens before the last at once, so that pass is in the phase ``UNCOUNTED``.
+    The pass that fills the cache up to the last token happens in no run, so it is in the phase ``UNCOUNTED``.
     """
     rows = workload.written
     if workload.device_type == "cpu":
@@ -46,7 +46,7 @@ def write_a_token(model: PreTrainedModel, method: str, workload: Workload, enter
 
 
 def write_answers(model: PreTrainedModel, method: str, workload: Workload) -> None:
-    """Answers of full length to random prompts."""
+    """Generate answers of full length to random prompts."""
     asked = torch.randint(3, 100, (workload.prompts, workload.prompt_tokens)).tolist()
     prompts = [
         Prompt(tuple(asked[number % len(asked)]), repeat=number // len(asked)) for number in range(workload.written)
@@ -73,7 +73,7 @@ def _writing(model: PreTrainedModel, method: str, workload: Workload) -> Iterato
 
 
 def _draw(model: PreTrainedModel, rows: int, tokens: int, cache: DynamicCache) -> None:
-    """The next token of each row, behind so many new ones and those in the cache."""
+    """Compute ``tokens`` new positions of each row after those in the cache, and draw the next token."""
     before = cache.get_seq_length()
     mask = torch.ones(rows, before + tokens, dtype=torch.long)
     if before and window_of(model) is None:
