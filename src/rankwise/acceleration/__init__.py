@@ -1,4 +1,4 @@
-"""Make a training step fast, beyond the adapters' own operators. Changes are made in place and can be undone."""
+"""Make training steps faster, in addition to the adapters' operators. Changes are in place and can be undone."""
 
 from rankwise.acceleration.allocator import (
     give_back_freed_memory,

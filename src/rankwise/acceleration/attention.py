@@ -1,12 +1,12 @@
 """Attention for training, registered with transformers under the name "rankwise".
 
-transformers' own mask function for sdpa makes the mask, so padding, packing and sliding windows mean what they mean
-there. On a CPU our kernel takes a mask in which every query sees one contiguous range of keys as that range. Rows laid
-end to end come without such a mask, as their bounds (`rankwise.acceleration.rows`): our kernel takes them as ranges on
-a CPU, torch's variable-length flash attention takes them on a card. Whatever is not covered goes to sdpa.
+transformers' mask function for sdpa makes the mask, so padding, packing and sliding windows have the same meaning. On a
+CPU, a mask in which every query sees one contiguous range of keys goes to the native kernel as ranges. Concatenated
+rows have bounds in place of a mask (`rankwise.acceleration.rows`): on a CPU the native kernel takes them as ranges, on
+a GPU torch's variable-length flash attention takes them. All other cases use sdpa.
 
 Legend: B rows, H heads, Hkv key-value heads, L positions, Lk keys, D width of a head; bounds (1, 1, 1, N + 1) int32 the
-cumulative lengths of N rows laid end to end.
+cumulative lengths of N concatenated rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 NAME = "rankwise"
 _UNKNOWN_TO_THE_KERNEL = ("position_bias", "softcap", "s_aux")
 
-# What torch's flash attention takes: compute capability and dtypes.
+# The least compute capability, and the dtypes, of torch's flash attention.
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -46,7 +46,7 @@ Ranges = tuple[Tensor, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of `attention`: whether bounds took the mask's place, and its sliding window."""
+    """A call of `attention`: whether it got bounds in place of a mask, and its sliding window."""
 
     by_bounds: bool
     window: int | None
@@ -57,7 +57,7 @@ _calls: list[Call] | None = None
 
 @contextmanager
 def noting() -> Iterator[list[Call]]:
-    """Within this context, the list that it gives records every call of `attention`."""
+    """A context that yields a list to which every call of `attention` is appended."""
     global _calls
     before, _calls = _calls, []
     try:
@@ -67,12 +67,12 @@ def noting() -> Iterator[list[Call]]:
 
 
 def as_mask(cumulative_lengths: Tensor) -> Tensor:
-    """Bounds of rows (N + 1,) int32 in the form that transformers hands to every layer as it is."""
+    """Bounds of rows (N + 1,) int32 as a 4-dimensional mask, which transformers passes to every layer unchanged."""
     return cumulative_lengths.to(torch.int32)[None, None, None]
 
 
 def ranges_as_mask(start: Tensor, end: Tensor) -> Tensor:
-    """The keys that each of T queries sees, (T,) both, in the same form: (1, 1, 2, T)."""
+    """The range of keys of each of T queries, (T,) both, as a 4-dimensional mask (1, 1, 2, T)."""
     return torch.stack([start, end]).to(torch.int32)[None, None]
 
 
@@ -92,46 +92,46 @@ def register() -> None:
 
 
 def obstacle(dtype: torch.dtype, like: Tensor, head_width: int = 64) -> str | None:
-    """Why our attention would not skip unseen keys for a model on the device of ``like``, or None."""
+    """Why attention would not skip masked keys for a model on the device of ``like``, or None."""
     if stands_on_card(like):
         return _card_obstacle(dtype, card_capability(like), head_width)
     if not like.is_cpu:
-        return "the device has fast attention of its own"
+        return "the device has fast attention already"
     q = torch.empty(1, 2, 1, head_width, dtype=dtype)
     return kernel.obstacle(q, q, q)
 
 
 def _card_obstacle(dtype: torch.dtype, capability: tuple[int, int], head_width: int) -> str | None:
     if dtype not in _FLASH_DTYPES:
-        return f"flash attention takes 16-bit numbers, and the model computes in {dtype}"
+        return f"flash attention needs a 16-bit dtype, and the model computes in {dtype}"
     if capability < _FLASH_CAPABILITY:
         return "flash attention needs compute capability 8.0, and this card has {}.{}".format(*capability)
     if head_width > FLASH_WIDTH or head_width % ALIGNED:
         return (
-            f"flash attention takes heads of up to {FLASH_WIDTH} columns in steps of {ALIGNED}, and these have "
+            f"flash attention needs head sizes up to {FLASH_WIDTH} in steps of {ALIGNED}, and these heads have "
             f"{head_width}"
         )
     if not {"window_size", "enable_gqa"} <= set(inspect.signature(varlen.varlen_attn).parameters):
-        return f"the flash attention of torch {torch.__version__} takes no sliding windows or grouped heads"
+        return f"the flash attention of torch {torch.__version__} does not support sliding windows or grouped heads"
     return None
 
 
 def config_obstacle(config: PreTrainedConfig) -> str | None:
-    """The feature of attention that a model's configuration asks for and the kernel does not compute, or None."""
+    """The feature of attention in a model's configuration that the kernel does not support, or None."""
     dropped = next((name for name in ("attention_dropout", "attn_pdrop") if getattr(config, name, 0)), None)
     if dropped is not None:
-        return f"it drops weights while training ({dropped} {getattr(config, dropped):g})"
+        return f"it has dropout on attention weights ({dropped} {getattr(config, dropped):g})"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its scores (attn_logit_softcapping)"
     return None
 
 
 def head_width(config: PreTrainedConfig) -> int:
-    """D of a configuration, 64 where it names neither a width nor heads."""
+    """D of a configuration, 64 where it has neither a head size nor a number of heads."""
     try:
         width = getattr(config, "head_dim", None)
     except RuntimeError:
-        # transformers', of a configuration whose layers differ in it.
+        # transformers raises this for a configuration whose layers differ in head size.
         width = None
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     return int(width or (hidden // heads if heads and hidden else 64))
@@ -149,7 +149,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (B, H, L, D), key and value (B, Hkv, Lk, D) -> (B, L, H, D)."""
-    # Rotary positions leave q and k in float32 beside a v in 16 bits; the kernel is asked about what it will get.
+    # Rotary positions leave q and k in float32 with a 16-bit v, so all are cast before the kernel is chosen.
     query, key, value = map(as_autocast, (query, key, value))
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     window = kwargs.get("sliding_window")
@@ -192,7 +192,7 @@ def _takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    """q (T, H, D), k and v (T, Hkv, D) -> (T, H, D). A window of W sees a token and the W - 1 before it."""
+    """q (T, H, D), k and v (T, Hkv, D) -> (T, H, D). A window of W covers a token and the W - 1 before it."""
     rows = bounds.flatten()
     sees = (-1 if window is None else window - 1, 0)
     grouped = q.shape[1] != k.shape[1]
@@ -204,7 +204,7 @@ def _flash(
 def _ranges(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    """start and end (B, L) of the keys that each query sees, (None, None) where plainly causal; None if no ranges."""
+    """start and end (B, L) of the keys that each query sees; (None, None) if causal; None if these are no ranges."""
     if mask is not None:
         return mask_ranges(mask)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -215,7 +215,7 @@ def _ranges(
     return zeros, torch.full(shape, key.shape[2], dtype=torch.int32)
 
 
-# The ranges found last, of which tensor (at which version) and window: every layer of a model asks for the same ones.
+# The last ranges, with the mask (and its version) and the window they belong to: every layer needs the same ones.
 _last: tuple[weakref.ref[Tensor], tuple[int, int | None], Ranges | None] | None = None
 
 
@@ -254,7 +254,8 @@ def bounds_as_mask(bounds: Tensor, length: int, window: int | None) -> Tensor:
     return ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]
 
 
-# Of a mask's rows. Of rows laid end to end the mask alone is the square of all tokens; its comparisons are three more.
+# Number of a mask's rows that are compared at once. For concatenated rows the mask is the square of all tokens, and the
+# comparisons need three times as much.
 ROWS_AT_ONCE = 512
 
 

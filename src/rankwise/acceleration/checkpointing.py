@@ -1,10 +1,10 @@
 """Gradient checkpointing that does not fragment a CPU's heap.
 
-torch's checkpointing records the graph of a block that it will run again. The graph's nodes, hundreds of small objects,
-lie between the large tensors that the block frees. For an aligned block, glibc needs a few bytes more than a hole of
-the same size, so the next block takes new memory: each block enlarges the heap by several times what is kept. Here a
-block first runs without a graph. Its output is copied, beside the other outputs, to memory that was taken before the
-first block ran: B L h elements, read and written once for each block.
+torch's checkpointing records the graph of a block that will be recomputed. The graph's nodes, hundreds of small
+objects, lie between the large tensors that the block frees. For an aligned allocation, glibc needs a few bytes more
+than a hole of the same size, so the next block takes new memory: each block enlarges the heap by several times what is
+kept. Here a block first runs without a graph. Its output is copied into memory that was allocated before the first
+block ran: B L h elements, read and written once for each block.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rankwise.compat.torch import Ctx, hooks_around, tree_iter
 from rankwise.compat.transformers import checkpointing_by, checkpointing_of, collects_outputs, is_collecting_hook
 from rankwise.ops.selection import is_traced
 
-# Of the options of torch's checkpointing: others ask for what only its own does.
+# The supported options of torch's checkpointing.
 UNDERSTOOD = {"use_reentrant", "preserve_rng_state"}
 
 
 class Places:
-    """Memory for the outputs of the blocks of one stack."""
+    """Memory for the outputs of the blocks of one model."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
@@ -51,7 +51,7 @@ class Places:
 
 
 def replace_checkpointing(model: nn.Module, undo: Undo) -> None:
-    """Use our checkpointing for every block that transformers may checkpoint."""
+    """Use this module's checkpointing for every block that transformers may checkpoint."""
     stacks: dict[str, list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and "forward" not in module.__dict__:
@@ -66,15 +66,13 @@ def _block_forward(self: GradientCheckpointingLayer, *args: Any, **kwargs: Any) 
     plain = class_forward(self)
     if not _can_run_again(self, args, kwargs):
         return plain(*args, **kwargs)
-    # transformers hands over the block as it runs without checkpointing, and what caches ask for is settled.
+    # transformers passes the block's function and has already handled caches.
     with checkpointing_by(self, functools.partial(_run, self, checkpointing_of(self))):
         return plain(*args, **kwargs)
 
 
 def _can_run_again(block: GradientCheckpointingLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a block's gradients depend on its hidden states and its own parameters alone, and nothing observes the
-    block.
-    """
+    """Whether a block's gradients depend only on its hidden states and own parameters, and no hook sees the block."""
     if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()) or is_traced():
         return False
     if "rankwise_place" not in block.__dict__:
@@ -110,14 +108,14 @@ def _run(block: Any, torchs: Callable[..., Any], function: Callable[..., Any], h
     out = _RunAgain.apply(lambda x: function(x, *args), [place], state, hidden, *trained)
     if out is not None:
         return out
-    # It gives more than one tensor, or one of another shape.
+    # The block returns more than one tensor, or one of another shape.
     del block.__dict__["rankwise_place"]
     with state.restored():
         return torchs(function, hidden, *args)
 
 
 class _State:
-    """The state besides its inputs on which a block's results depend, at the time of its first run."""
+    """The state other than its inputs on which a block's results depend, at the time of its first run."""
 
     def __init__(self, keeps_rng: bool) -> None:
         self.rng = torch.get_rng_state() if keeps_rng else None

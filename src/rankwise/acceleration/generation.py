@@ -1,8 +1,8 @@
 """Generate answers to many prompts by greedy decoding, sampling or beam search. Token ids in, token ids out.
 
-Greedy decoding takes the argmax at each step. Prompts of similar length share a batch, left-padded and with their own
-positions. Finished rows leave the batch. The common beginning of all prompts is computed once, and so is a prompt that
-is answered several times.
+Greedy decoding takes the argmax at each step. Prompts of similar length share a batch, left-padded, with positions from
+0. Finished rows are removed from the batch. A common prefix of all prompts is computed once, and so is a prompt that is
+answered several times.
 
 B rows, L tokens.
 """
@@ -28,9 +28,9 @@ from rankwise.foreign import JsonObject
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# A common beginning shorter than this is not worth a pass of its own.
+# A shorter common prefix is not worth a separate pass.
 SHARED_TOKENS = 32
-# Finished rows leave when at most this share of the batch still runs: each departure copies the cache.
+# Finished rows are removed when at most this share of the batch still runs, since a removal copies the cache.
 LEAVE_AT = 0.75
 
 
@@ -44,14 +44,14 @@ class Decoding:
     num_beams: int = 1
     # Beam search ranks by sum log p / length ** length_penalty.
     length_penalty: float = 1.0
-    # Counted within the answer, the prompt left out (so does the LoRA repository: an answer may copy from it).
+    # Within the answer only, as in the LoRA repository: an answer may copy n-grams from the prompt.
     no_repeat_ngram_size: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    # Answers that the model learns from: they keep the stop token that ended them; the rows of a batch draw at once,
-    # on the device, from all tokens, by uniform numbers that are drawn before; and what layers keep for their next call
-    # serves one with gradients too.
+    # Whether the model trains on the answers. They then keep their stop token; the rows of a batch are sampled together
+    # on the device, from all tokens, with uniform numbers drawn before; and tensors that layers cache can be used in
+    # calls with gradients.
     to_train_on: bool = False
 
 
@@ -63,7 +63,7 @@ class Prompt:
     repeat: int = 0
 
 
-# Whether the ids of an answer so far hold a stop string.
+# (token ids of an answer so far) -> whether they contain a stop string.
 Stopped = Callable[[list[int]], bool]
 
 
@@ -98,7 +98,7 @@ def batches_that_fit(
 def stop_ids_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, more: Iterable[int | None] = ()
 ) -> frozenset[int]:
-    """Tokens that end an answer: the tokenizer's, the model's, and ``more``."""
+    """The tokens that end an answer: those of the tokenizer, those of the model, and ``more``."""
     found = {tokenizer.eos_token_id, *more}
     for config in (getattr(model, "generation_config", None), model.config):
         ids = getattr(config, "eos_token_id", None)
@@ -128,12 +128,12 @@ class Generator:
         if self._prefix[1] is not None:
             return
         shared = min((common_length(prompts[0].ids, prompt.ids) for prompt in prompts), default=0)
-        # The last token of a prompt must be run with its batch: its logits are the first answer token.
+        # The last token of a prompt must run with its batch, since its logits give the first token of the answer.
         shared = min([shared, *(len(prompt.ids) - 1 for prompt in prompts)])
         if shared < SHARED_TOKENS or len(prompts) < 2 or self.decoding.num_beams > 1:
             return
         cache = DynamicCache(config=self.model.config)
-        # A layer with a window, or one that keeps a state, holds more than the keys and values that a row can copy.
+        # Caches of layers with a window or a recurrent state cannot be copied to rows.
         if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
             return
         beginning = prompts[0].ids[:shared]
@@ -145,7 +145,7 @@ class Generator:
         self._prefix = beginning, cache
 
     def answers(self, prompts: Sequence[Prompt], stopped: Stopped | None = None) -> list[list[int]]:
-        """The token ids of the answers, without stop tokens. Raises ModelError (RW323) where the model computes NaN."""
+        """The answers' token ids, without stop tokens unless ``to_train_on``. Raises ModelError (RW323) for NaN."""
         with torch.no_grad() if self.decoding.to_train_on else torch.inference_mode():
             if self.decoding.num_beams > 1:
                 return self._beam_search(prompts, stopped)
@@ -213,15 +213,15 @@ class Generator:
         return [-1 if row < 0 else token for row, token in zip(rows, tokens)]
 
     def _random(self, prompt: Prompt) -> torch.Generator | None:
-        """The random generator of a prompt. It depends on the prompt and the seed, and not on the batch."""
+        """The random generator of a prompt, which depends on the prompt and the seed only, not on the batch."""
         if self.decoding.temperature == 0:
             return None
-        # Hashed: torch's generator on the CPU takes 32 bits of a seed.
+        # Hashed, since torch's CPU generator uses only 32 bits of a seed.
         name = f"{self.decoding.seed} {prompt.repeat} {prompt.ids}"
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
 
     def _numbers(self, generators: Sequence[torch.Generator | None]) -> Tensor | None:
-        """Of answers to train on, the numbers that choose the tokens of each prompt (B, new tokens)."""
+        """For answers to train on, the uniform numbers that choose the tokens: (B, new tokens)."""
         if not self.decoding.to_train_on or self.decoding.temperature == 0:
             return None
         count = self.decoding.max_new_tokens
@@ -238,7 +238,7 @@ class Generator:
             max_new_tokens=self.decoding.max_new_tokens,
             num_beams=self.decoding.num_beams,
             length_penalty=self.decoding.length_penalty,
-            # Named, because what is left out comes from the model's own settings.
+            # Given explicitly, since omitted options come from the model's generation config.
             do_sample=False,
             repetition_penalty=1.0,
             early_stopping=False,
@@ -271,7 +271,7 @@ class _Running:
         if len(distinct) < len(asked) and any(prompt.repeat for prompt in prompts):
             asked = distinct
             place = {ids: number for number, ids in enumerate(asked)}
-            # Of each prompt the row that runs it in the first step.
+            # For each prompt, the row that computes it in the first step.
             self._owners = torch.tensor([place[prompt.ids] for prompt in prompts], device=model.device)
         if cache is not None and all(ids[:start] == beginning for ids in asked):
             self.cache = copy.deepcopy(cache)
@@ -281,13 +281,11 @@ class _Running:
         self.ids, mask = as_tensor([list(ids[start:]) for ids in asked], pad, model.device)
         self.positions = start + (mask.cumsum(-1) - 1).clamp(min=0)
         self.mask = torch.cat([mask.new_ones(len(asked), start), mask], dim=1)
-        # The number of the prompt in each row, -1 once it has stopped.
+        # The index of the prompt in each row, -1 once it has stopped.
         self.rows = list(range(len(prompts)))
 
     def spread(self, logits: Tensor) -> Tensor:
-        """The logits of each prompt; after the first step the cache, the mask and the positions have one row for
-        each prompt, too.
-        """
+        """The logits of each prompt. In the first step, also expand cache, mask and positions to a row per prompt."""
         if (owners := self._owners) is None:
             return logits
         self._owners = None
@@ -332,20 +330,20 @@ def repeating_tokens(answer: Sequence[int], size: int) -> list[int]:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    """A sample from softmax(logits / T), restricted to the likeliest tokens that make up ``top_p``."""
+    """A sample from softmax(logits / T), restricted to the most likely tokens whose probabilities sum to ``top_p``."""
     p, order = torch.softmax(logits.cpu() / temperature, -1).sort(descending=True)
-    # The likeliest token always stays: what stands before it sums to 0.
+    # The most likely token always stays, since the sum before it is 0.
     p[p.cumsum(-1) - p >= top_p] = 0
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
 
 def drawn(p: Tensor, numbers: Tensor) -> Tensor:
-    """Of each row of probabilities (B, V) the first token up to which they sum to more than a number (B,) in [0, 1).
+    """For each row of p (B, V), the first token at which the cumulative sum exceeds a number (B,) in [0, 1).
 
-    The sums take the place of the probabilities.
+    ``p`` is overwritten by its cumulative sums.
     """
     sums = p.cumsum_(-1)
-    # Rounding keeps the whole sum from 1.
+    # Because of rounding, the total may differ from 1.
     return torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True).squeeze(1).clamp(max=p.shape[-1] - 1)
 
 

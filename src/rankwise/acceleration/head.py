@@ -1,7 +1,7 @@
 """The output head of a causal model, and whether a loss from the head's input equals the model's own loss.
 
 A model may change its logits after the head (a softcap, a scale) and add to the loss (a balance of experts). Both are
-read from its configuration and checked by running the model with a head that answers known numbers.
+read from its configuration, and checked by running the model with a head that returns known numbers.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers.utils.generic import ModelOutput
 
-# Logits that the probing head answers: they tell identity, scale and softcap apart.
+# Logits that the head returns in the check; they distinguish identity, scale and softcap.
 PROBE = (-30.0, -3.0, -0.5, 0.0, 0.25, 2.0, 7.0, 40.0)
 PROBE_LABELS = (0, 3, IGNORED, 5, 1)
 # Names under which models and configurations keep the weight of the loss that balances experts.
 ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
-# A head that notes its input is one for all threads.
+# The head's forward is replaced for all threads, so only one thread at a time may do so.
 _one_at_a_time = RLock()
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The output head of a model, what happens to its logits, and what the model adds to their loss."""
+    """The output head of a model, the change to its logits, and the terms that the model adds to the loss."""
 
     module: nn.Module
     shape: LogitShape
@@ -57,7 +57,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def answering_head(model: nn.Module) -> Head | None:
-    """The head that makes the model's logits, found in one pass of two tokens. Its loss is not checked."""
+    """The head that gives the model's logits, found with one pass over two tokens. Its loss is not checked."""
     module = output_head(model)
     if module is None or not is_own(module) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return None
@@ -66,7 +66,7 @@ def answering_head(model: nn.Module) -> Head | None:
 
 
 def losing_head(model: nn.Module, head: Head) -> Head | None:
-    """``head`` where the model's own loss is the fused one, else None."""
+    """``head`` where the model's own loss equals the fused one, else None."""
     if not _loses_as(model, head):
         return None
     reports_routers = "output_router_logits" in inspect.signature(model.forward).parameters
@@ -76,10 +76,10 @@ def losing_head(model: nn.Module, head: Head) -> Head | None:
 
 
 def current_head(model: nn.Module) -> Head | None:
-    """The present head: adapters, merging and resizing put other modules in its place.
+    """The current head, since adapters, merging and resizing replace the module.
 
-    None where our loss no longer equals the model's, because the model has another loss function or its head has a
-    hook.
+    None where the fused loss no longer equals the model's, because the model has another loss function or its head has
+    a hook.
     """
     state = model.__dict__.get(ATTRIBUTE, {})
     head: Head | None = state.get("head")
@@ -98,7 +98,7 @@ def asks_for_routers(model: nn.Module, given: dict[str, Any]) -> bool:
 
 
 def with_router_loss(head: Head, loss: Tensor, outputs: ModelOutput) -> Tensor:
-    """Mixture-of-experts models add their balancing loss where it is asked for."""
+    """``loss`` plus the balancing loss of a mixture of experts, where the model returned one."""
     router = getattr(outputs, "aux_loss", None)
     if not isinstance(router, Tensor) or not head.router_weight:
         return loss
@@ -137,9 +137,7 @@ def answering(head: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterator[l
 
 
 def _configured_shape(model: nn.Module) -> LogitShape:
-    """The scale and soft cap that transformers' configurations name: Gemma's softcap, Granite's divisor, Cohere's
-    factor.
-    """
+    """The scale and softcap in a transformers configuration: Gemma's softcap, Granite's divisor, Cohere's factor."""
     config = _text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -152,7 +150,7 @@ def _text_config(model: nn.Module) -> PreTrainedConfig:
 
 
 def _answers_as(model: nn.Module, head: Head) -> bool:
-    """Whether the model's logits are ``head.shape`` of the head's answer. The head answers PROBE to find out."""
+    """Whether the model's logits are ``head.shape`` of the head's output, tested with a head that returns PROBE."""
 
     def answer(hidden: Tensor) -> Tensor:
         return torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device).expand(*hidden.shape[:-1], len(PROBE))
@@ -173,9 +171,9 @@ def _answers_as(model: nn.Module, head: Head) -> bool:
 
 
 def _loses_as(model: nn.Module, head: Head, **asked: bool) -> bool:
-    """Whether the model's own loss is that of label i + 1 at position i, with the balance of experts.
+    """Whether the model's own loss scores label i + 1 at position i, plus the balance of experts.
 
-    The head answers logits that differ at every position. Fake tensors have no values; there the loss is trusted.
+    The head returns logits that differ at every position. On fake tensors, which have no values, the result is True.
     """
     parameter = next(model.parameters())
     if is_fake(parameter):

@@ -33,15 +33,15 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def use_native_products(model: nn.Module) -> int:
-    """Use our products for frozen layers without an adapter, where that is faster. Returns the number of layers.
+    """Use the native products for frozen layers without an adapter, where they are faster. Returns the layers' number.
 
-    This is for evaluation and generation; ``optimize_for_training`` does the same for training.
+    For evaluation and generation; ``optimize_for_training`` does the same for training.
     """
     return replace_linears(model, Undo())
 
 
 def replace_linears(model: nn.Module, undo: Undo) -> int:
-    """Replace every frozen linear layer in bfloat16, where that is faster. Returns their number."""
+    """Replace every frozen linear layer in bfloat16, where that is faster. Returns the number of layers."""
     parameter = next(model.parameters())
     if not parameter.is_cpu or stands_on_card(parameter) or not is_slow_in_torch(torch.bfloat16):
         return 0

@@ -1,9 +1,8 @@
-"""Log-probabilities of given tokens without the (tokens x vocabulary) logits, for learning from preferences and
-rewards.
+"""Log-probabilities of given tokens without the (tokens x vocabulary) logits, for training on preferences and rewards.
 
-trl's trainers of preferences ask their model for them by ``model(..., labels=labels, fused_lm_head=True)``, and so does
-our trainer of rewards. Here such a call runs the model with an output head that only records its input, without padding
-where attention permits. Then it computes chunks of logits at scored positions alone.
+trl's preference trainers, and rankwise's reward trainer, call ``model(..., labels=labels, fused_lm_head=True)``. Here
+such a call runs the model with an output head that only records its input, without padding where attention permits.
+Then it computes chunks of logits, at scored positions only.
 
 Legend: B rows, L positions, T positions without padding, P scored positions of all rows, V vocabulary. A position is
 scored where the label after it is not -100.
@@ -38,28 +37,26 @@ Inputs = Mapping[str, Tensor | int]
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """How a model answers ``fused_lm_head=True``."""
+    """How a model computes a call with ``fused_lm_head=True``."""
 
-    # Rows are laid end to end, without padding.
+    # Whether rows are concatenated, without padding.
     flat: bool = False
-    # Besides, row i and row i + B / 2 share what both begin with: the prompt of a pair is computed once.
+    # Whether, in addition, rows i and i + B / 2 share their common prefix: the prompt of a pair is computed once.
     pairs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """The scores of each label but the first, (B, L - 1), under the names that trl's trainers read; 0 where the
-    label is -100.
-    """
+    """The scores of each label except the first, (B, L - 1), under trl's names; 0 where the label is -100."""
 
     log_probs: Tensor
-    # Their mean over all scored tokens, at each; without gradient.
+    # The mean entropy over all scored tokens, repeated at each of them; without gradient.
     entropy: Tensor | None
     aux_loss: Tensor | None
 
     @property
     def mean_logits(self) -> Tensor:
-        """Zeros: trl only logs the mean of the logits, which would cost one more pass over them."""
+        """Zeros, since trl only logs the mean of the logits, which would need another pass over them."""
         return torch.zeros_like(self.log_probs)
 
     @property
@@ -68,9 +65,9 @@ class TokenScores:
 
 
 def accept_scores(model: PreTrainedModel, asked: Asked) -> bool:
-    """Let an accelerated model answer ``model(..., labels=labels, fused_lm_head=True)`` with TokenScores.
+    """Let ``model(..., labels=labels, fused_lm_head=True)`` of an accelerated model return TokenScores.
 
-    Returns whether the model's output head can be computed separately. ``restore`` undoes this with everything else.
+    Returns whether the output head can be computed separately. ``restore`` undoes this with all other changes.
     """
     if current_head(model) is None:
         return False
@@ -87,15 +84,13 @@ def accept_scores(model: PreTrainedModel, asked: Asked) -> bool:
 
 
 def asked_of(model: nn.Module) -> Asked:
-    """The model's present way of answering."""
+    """The ``Asked`` with which the model currently computes such calls."""
     asked: Asked = model.__dict__[ATTRIBUTE]["asked"]
     return asked
 
 
 def _shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether the answers of a pair may be laid around their prompt. This is tried where every layer sees all
-    tokens.
-    """
+    """Whether the answers of a pair can be arranged around their prompt; tested where no layer has a window."""
     parameter = next(model.parameters())
     text = model.config.get_text_config()
     if attention_of(model.config) != attention.NAME or parameter.device.type != "cpu" or has_window(text):
@@ -152,7 +147,7 @@ def scores_of_logits(
     want_stats: bool,
     **more: Any,
 ) -> TokenScores:
-    """The same from whole logits: for a model that was not made fast, or whose head alone does not make its logits."""
+    """TokenScores from whole logits, for a model without acceleration, or whose logits are not just its head's."""
     scored = scored_positions(labels)
     inputs, places = _laid_out(asked, input_ids, attention_mask, scored)
     outputs = model(**inputs, **{**more, "use_cache": False})
@@ -198,9 +193,7 @@ def _laid_out(asked: Asked, input_ids: Tensor, attention_mask: Tensor, scored: T
 
 
 def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[Inputs, Tensor]:
-    """The tokens of all rows without padding as one row (1, T), each row from position 0; and the places of the
-    scored ones.
-    """
+    """All rows without padding as one row (1, T), positions from 0 in each; and the indices of scored positions."""
     kept = attention_mask.flatten().nonzero().squeeze(1)
     positions = (attention_mask.cumsum(1) - 1).flatten()
     lengths = attention_mask.sum(1)
@@ -218,17 +211,17 @@ def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tu
 
 
 def _pairs(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[Inputs, Tensor]:
-    """The same with the prompt of each pair once: its first answer backwards, the prompt, its second answer.
+    """As `_end_to_end`, with each pair's prompt once: the first answer reversed, the prompt, the second answer.
 
-    So each token still sees one range of keys: a token of the first answer from itself to the end of the prompt, any
-    other from the beginning of the prompt to itself. Rows (B, L), right-padded; the first half are the first answers.
+    So each token sees one range of keys: a token of the first answer from itself to the end of the prompt, any other
+    from the beginning of the prompt to itself. Rows (B, L) are right-padded; the first half are the first answers.
     """
     (B, L), device = input_ids.shape, input_ids.device
     first_scored = torch.full((B,), L, device=device).scatter_reduce(0, scored // L, scored % L, "amin")
     lengths = attention_mask.sum(1).tolist()
     differs = input_ids[: B // 2] != input_ids[B // 2 :]
     alike = torch.where(differs.any(1), differs.byte().argmax(1), L)
-    # The last token of the prompt is scored too: it says what each answer begins with.
+    # The last token of the prompt is scored too, since it predicts the first token of each answer.
     shared = torch.minimum(alike, first_scored.view(2, -1).amin(0) + 1).tolist()
     taken, slots = [], torch.zeros(B, L, dtype=torch.long)
     starts, ends, begin = [], [], 0

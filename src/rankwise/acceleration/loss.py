@@ -1,7 +1,7 @@
 """The language-model loss without the (tokens x vocabulary) logits, for any causal model of transformers.
 
-The model runs with an output head that only records its input. The loss is then computed from those hidden states,
-chunk by chunk, at scored positions alone.
+The model runs with an output head that only records its input. The loss is then computed from these hidden states,
+chunk by chunk, at scored positions only.
 
 Legend: B rows, L positions, P scored positions of all rows, V vocabulary. A position is scored where the label after it
 is not -100.
@@ -34,15 +34,14 @@ class LossOptions:
     """The options of the fused loss in ``model(..., loss_options=...)``."""
 
     label_smoothing: float = 0.0
-    # Count entropy and hits too.
+    # Also compute the entropy and the number of correct predictions.
     want_stats: bool = False
-    # The log-probability of each label too, of logits divided by the temperature; then no label is smoothed.
+    # Also compute each label's log-probability, of logits divided by the temperature, without label smoothing.
     want_log_probs: bool = False
     temperature: float = 1.0
-    # (P,) int64: `scored_positions` of the labels. Whoever gives them has checked the labels, and the device need not
-    # be waited for.
+    # (P,) int64: `scored_positions` of labels that the caller has checked, so that no wait for the device is needed.
     scored: Tensor | None = None
-    # The sums of each call. A list, because accelerate's autocast wrapper builds the model's output anew.
+    # The sums of each call. A list, since accelerate's autocast wrapper replaces the model's output object.
     found: list[LossSums] = dataclasses.field(default_factory=list)
 
 
@@ -64,9 +63,9 @@ def scored_positions(labels: Tensor) -> Tensor:
 def fused_loss(
     forward: Callable[..., Any], head: Head, inputs: dict[str, Any], labels: Tensor, options: LossOptions | None = None
 ) -> FusedLoss:
-    """Sum over scored positions of the cross-entropy of label i + 1 at position i; labels (B, L), -100 unscored.
+    """The sum over scored positions of the cross-entropy of label i + 1 at position i; labels (B, L), -100 unscored.
 
-    ``forward``: the model's own.
+    ``forward``: the model's own forward.
     """
     options = options or LossOptions()
     scored = scored_positions(labels) if options.scored is None else options.scored
@@ -82,12 +81,12 @@ def fused_loss(
 
 
 def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
-    """Let ``model(..., labels=labels)`` use the fused loss; its output then carries no logits."""
+    """Let ``model(..., labels=labels)`` use the fused loss; its output then has no logits."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward_with_labels(self, *args, **kwargs)
 
-    # The signature, of this model's family alone, tells the Trainer which columns the model takes.
+    # The Trainer reads the columns that the model accepts from its signature.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     replace_forward(model, forward, undo)
     state = model.__dict__.setdefault(ATTRIBUTE, Changes())
@@ -108,7 +107,7 @@ def forward_with_labels(self: nn.Module, *args: Any, loss_options: LossOptions |
         return plain(*args, **kwargs)
     labels, num_items = given.pop("labels"), given.pop("num_items_in_batch", None)
     given.pop("logits_to_keep", None)
-    # Whoever asks for a loss wants no cache of keys and values, which would also hide packed rows from the mask.
+    # A call for a loss needs no key-value cache, with which transformers would ignore packed rows in its mask.
     if "use_cache" in inspect.signature(plain).parameters and given.get("use_cache") is None:
         given["use_cache"] = False
     found = fused_loss(plain, head, given, labels, loss_options)
@@ -156,10 +155,10 @@ def sums_at(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -
 
 
 def _sums_through(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> LossSums:
-    """As above through the head itself, which may be adapted, quantized or trained; chunks are computed again for the
+    """The sums through the head module, which may be adapted, quantized or trained; chunks are recomputed in the
     backward pass."""
     vocabulary = max(1, int(getattr(head.module, "out_features", 1)))
-    # Small chunks on a card too: float32 copies take 16 bytes a logit, where a frozen head needs 2.
+    # Small chunks on a GPU too, since float32 copies take 16 bytes per logit, where a frozen head needs 2.
     rows = chunk_rows(vocabulary, 4, on_card=False)
     sums = []
     for piece, wanted in zip(hidden.split(rows), targets.split(rows)):

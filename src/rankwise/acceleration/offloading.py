@@ -1,8 +1,8 @@
-"""Offloaded activations that leave the card once, however often they are saved.
+"""Offload each activation once, however often it is saved.
 
-Norms and adapters save the hidden states, attention and the next adapter its output, DoRA and the gated product its
-factors. A tensor that is saved again within five saves trl's ``OffloadActivations`` does not move twice: it leaves the
-tensor on the card until the backward pass. Of a Llama of 8B that is 0.8 MB a token with LoRA, 2.9 MB with DoRA.
+Norms and adapters save the same hidden states, attention and the next adapter the same output, DoRA and the gated
+product the same factors. A tensor that is saved again within five saves stays on the GPU until the backward pass with
+trl's ``OffloadActivations``: for Llama 8B 0.8 MB per token with LoRA, 2.9 MB with DoRA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rankwise.compat.torch import storage_address, writes_to
 
 @dataclasses.dataclass(eq=False)
 class _Moved:
-    """One tensor that was moved: what the inner hook gave for it, and how often it is still to come back."""
+    """One offloaded tensor: the result of the inner hook, and the number of unpacks still to come."""
 
     packed: Any
     storage: weakref.ref[torch.UntypedStorage]
@@ -39,12 +39,12 @@ class _Save:
 
 
 class MovedOnce:
-    """Hooks around two others, ``pack`` and ``unpack``, which see each tensor once, under whatever view. It comes back
-    for the first that asks and stays until the last has it."""
+    """Hooks around two inner hooks, ``pack`` and ``unpack``, which see each tensor once, also through views. The first
+    unpack brings the tensor back, and it stays until the last one."""
 
     def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
         self._pack, self._unpack = pack, unpack
-        # They live as long as autograd's graph holds a save of theirs.
+        # An entry lives as long as autograd's graph holds a save of it.
         self._moved: weakref.WeakValueDictionary[tuple[Any, ...], _Moved] = weakref.WeakValueDictionary()
 
     def pack(self, tensor: Tensor) -> _Save:
@@ -65,7 +65,7 @@ class MovedOnce:
         moved.uses -= 1
         moved.back = tensor if moved.uses else None
         if tensor.is_cuda:
-            # Another stream brought it back, and may not take its memory again before this one has read it.
+            # Another stream copied the tensor back, and must not reuse its memory before this stream has read it.
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return tensor.as_strided(save.size, save.stride) if save.of_whole else tensor
 

@@ -1,4 +1,4 @@
-"""``optimize_for_training``: apply everything that makes a step fast, in place, and report it. It can be undone."""
+"""``optimize_for_training``: apply all accelerations of a training step in place, reversibly, and report them."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Acceleration:
-    """The changes to a model: counts of modules, and why some were left alone."""
+    """The changes to a model: counts of modules, and the reasons why some were not changed."""
 
-    # Groups of adapted layers that make one pass over their input.
+    # Number of groups of adapted layers that make one pass over their common input.
     shared_inputs: int = 0
     norms: int = 0
     mlps: int = 0
     ropes: int = 0
-    # Frozen layers without an adapter, whose products PyTorch makes without instructions for them.
+    # Number of frozen layers without an adapter, for whose products PyTorch has no fast instructions here.
     linears: int = 0
     attention: bool = False
     fused_loss: bool = False
@@ -73,26 +73,27 @@ class Acceleration:
 
 
 def optimize_for_training(model: nn.Module, *, keep_memory: bool = True) -> Acceleration:
-    """Make training steps of ``model`` fast, in place. Results stay the same up to rounding.
+    """Make training steps of ``model`` faster, in place. Results stay the same up to rounding.
 
-    Call it after ``add_adapter``. Shared inputs and the fused loss are for every device. Norms, rotary positions and
-    gated MLPs are fused on a CPU and, by Triton, on CUDA. Attention and the allocator concern CPUs. In a loop of your
-    own, ``model(input_ids=ids, labels=ids).loss`` is the fused loss; such an output carries no logits. Another call
-    starts over, and ``rankwise.acceleration.restore(model)`` undoes everything but the allocator's thresholds.
+    Call it after ``add_adapter``. Shared inputs and the fused loss apply to every device. Norms, rotary positions and
+    gated MLPs are fused on a CPU and, by Triton, on CUDA. Attention is replaced on CPUs, and on CUDA for concatenated
+    rows; the allocator's settings apply to CPUs. In your own loop, ``model(input_ids=ids, labels=ids).loss`` is the
+    fused loss, and that output has no logits. Another call starts over. ``rankwise.acceleration.restore(model)``
+    undoes everything except the allocator's thresholds.
 
     Args:
         model: A transformers model with an adapter.
         keep_memory: On a CPU with glibc, keep freed blocks for the next step instead of returning them to the system.
 
     Returns:
-        What was made fast, and what was left alone and why; ``print`` shows it.
+        The changes, and the reasons for parts that were not changed; ``print`` shows them in words.
     """
     restore(model)
     return optimize(model, Undo(), keep_memory=keep_memory)
 
 
 def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_loss: bool = True) -> Acceleration:
-    """``optimize_for_training`` of a plain model: appends undo steps to ``undo``, and rolls back on error."""
+    """``optimize_for_training`` of an unchanged model. Adds its undo steps to ``undo``, and rolls back on an error."""
     try:
         return _optimize(model, undo, keep_memory=keep_memory, fuse_loss=fuse_loss)
     except BaseException:
@@ -141,7 +142,7 @@ def restore(model: nn.Module) -> None:
     if state["of"]() is model:
         state["undo"]()
     else:
-        # A copy carries the record of the model it was copied from, whose changes are not its own to undo.
+        # A copy has the record of its original, whose changes must not be undone.
         _restore_copy(model)
 
 
@@ -158,12 +159,12 @@ def _restore_copy(model: Any) -> None:
 
 
 def fused_head(model: nn.Module) -> Head | None:
-    """The head whose loss is fused, if ``optimize_for_training`` found one and our loss still equals the model's."""
+    """The head of the fused loss, if ``optimize_for_training`` found one and the loss still equals the model's."""
     return current_head(model)
 
 
 def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
-    """Whether attention now skips keys that no query sees; where it does not, ``left`` gets the reason."""
+    """Use rankwise's attention. Returns whether it now skips masked keys; if not, ``left`` gets the reason."""
     config = getattr(model, "config", None)
     if config is None or attention_of(config) != "sdpa":
         return False
@@ -180,7 +181,7 @@ def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
         if replace_masks(model, mine, bounds=True) or not stands_on_card(parameter):
             undo.add(mine)
             return True
-        why_not = "its layers do not take the bounds of rows for a mask"
+        why_not = "its layers do not accept the bounds of rows as a mask"
         mine()
     if stands_on_card(parameter):
         replace_masks(model, undo, bounds=False)
@@ -192,14 +193,14 @@ def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
 def look_into(
     model: nn.Module, undo: Undo, left: list[str] | None = None, *, fuse_loss: bool = True
 ) -> tuple[Head | None, int]:
-    """Run two tokens through the model with fused parts.
+    """Run two tokens through the model, and set up the fused loss and shared inputs.
 
-    Returns the head whose loss can be fused, and the number of groups of adapted layers that now share their input.
-    ``left`` gets the reasons where there is none.
+    Returns the head whose loss can be fused, or None, and the number of groups of adapted layers that now share their
+    input. ``left`` gets the reasons where there is none.
     """
     left = [] if left is None else left
     seen: list[Seen] = []
-    # Nothing shares the head's input, and a head with hooks is not taken for one that can be left out.
+    # No layer shares the head's input, and a head with hooks would not be recognised as replaceable.
     layers = {name: layer for name, layer in adapted_layers(model) if layer is not output_head(model)}
     hooks = [layer.register_forward_hook(_noting(seen)) for layer in layers.values()]
     why_not = None
@@ -213,20 +214,20 @@ def look_into(
             hook.remove()
     head = None if head is None else losing_head(model, head)
     if fuse_loss and head is None:
-        left.append("the loss stays the model's own: it is not that of the next token, by the output head's logits")
+        left.append("the loss stays the model's own: it is not the next-token loss of the output head's logits")
     if why_not is not None and layers:
-        left.append(f"no layers share an input: the model could not be tried with token ids alone ({why_not})")
+        left.append(f"no layers share an input: the model could not be run with token ids alone ({why_not})")
     _trust_handbacks(seen, undo)
     shared = _share_inputs({layer: _block_of(name) for name, layer in layers.items()}, seen, undo)
     return head, shared
 
 
 def _share_inputs(blocks: dict[AdaptedLayer, str], seen: list[Seen], undo: Undo) -> int:
-    """Group the adapted layers of a block that were given the same tensor in the same gradient mode. Returns the number
-    of groups.
+    """Group the adapted layers of a block that got the same tensor in the same gradient mode. Returns the number of
+    groups.
 
-    Some models choose without gradients what they attend to. Groups do not span blocks, because checkpointing computes
-    a block's results again with its own block.
+    The gradient mode matters, since some models select what they attend to without gradients. Groups do not span
+    blocks, since checkpointing recomputes one block at a time.
     """
     groups: dict[tuple[int, bool, str], list[AdaptedLayer]] = {}
     for call in seen:
@@ -241,13 +242,13 @@ def _share_inputs(blocks: dict[AdaptedLayer, str], seen: list[Seen], undo: Undo)
 
 
 def _block_of(name: str) -> str:
-    """The part of a module's name up to its last number, ``model.layers.3``; without one, the module that holds it."""
+    """The part of a module's name up to its last number, ``model.layers.3``; without a number, the parent module."""
     numbered = re.match(r"(.*\.\d+)\.", name)
     return numbered[1] if numbered else name.rpartition(".")[0]
 
 
 def _trust_handbacks(seen: list[Seen], undo: Undo) -> None:
-    """Let layers drop their output where a later part promised to give it back."""
+    """Let DoRA layers not save their output where a later operation returns it in the backward pass."""
     for call in seen:
         handback = offered_by(call.y)
         adapter = call.layer.at_work
@@ -270,6 +271,6 @@ def _noting(seen: list[Seen]) -> Callable[[AdaptedLayer, tuple[Tensor, ...], Ten
 
 
 def _run_two_tokens(model: nn.Module) -> str | None:
-    """Why that failed, or None."""
+    """Run two tokens through the model. Returns why this failed, or None."""
     ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
     return probe(model, lambda: model(input_ids=ids, use_cache=False), grad=True)[1]

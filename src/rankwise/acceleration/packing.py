@@ -1,6 +1,6 @@
-"""Sequences with common beginnings, arranged so that no token is computed twice and there is almost no padding.
+"""Sequences with common prefixes, packed so that no token is computed twice and there is almost no padding.
 
-A ``Tree`` is a trie of token sequences. Its nodes lie in one row behind each other, several trees in a row:
+A ``Tree`` is a trie of token sequences. Its nodes are concatenated in a row, which may hold several trees:
 
     row      [context of q1 | its choice A | choice B | context of q2 | ...]
     position  0 1 2 3 4       5 6            5 6 7      0 1 2 ...
@@ -24,21 +24,21 @@ Ids = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """Tokens that follow each other, and the node they follow (-1 for a root)."""
+    """Consecutive tokens, and the index of their parent node (-1 for a root)."""
 
     ids: Ids
     parent: int
     # Position of the first token in its path.
     start: int
-    # Where its first token stands in the tree.
+    # Column of the first token in the tree.
     offset: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Sequences of one common beginning. ``paths[i]`` gives the tree's columns of sequence i, in order."""
+    """Sequences with common prefixes. ``paths[i]`` holds the columns of sequence i in the tree, in order."""
 
-    # Numbers of the sequences that were given.
+    # Indices of the tree's sequences among the given ones.
     members: tuple[int, ...]
     nodes: tuple[Node, ...]
     paths: tuple[tuple[int, ...], ...]
@@ -73,7 +73,7 @@ def _tree(group: Sequence[int], sequences: Sequence[Ids]) -> Tree:
     """A trie over lexicographically sorted sequences: each is attached to the path of the one before it."""
     nodes: list[Node] = []
     columns: list[tuple[int, ...]] = []
-    # Per sequence the (node, column) that computes each of its tokens.
+    # For each sequence, the (node, column) of each of its tokens.
     chains: list[list[tuple[int, int]]] = []
     before: Ids = ()
     for index in group:
@@ -91,7 +91,7 @@ def _tree(group: Sequence[int], sequences: Sequence[Ids]) -> Tree:
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens ``a`` and ``b`` have in common at their start."""
+    """The length of the common prefix of ``a`` and ``b``."""
     for index, (x, y) in enumerate(zip(a, b)):
         if x != y:
             return index
@@ -100,7 +100,7 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PackedRow:
-    """Trees in one row, each with the column it starts at."""
+    """Trees in one row, each with its first column."""
 
     trees: tuple[tuple[int, Tree], ...]
 
@@ -110,7 +110,7 @@ class PackedRow:
 
 
 def pack(trees: Iterable[Tree], capacity: int) -> list[PackedRow]:
-    """Rows of at most ``capacity`` tokens (or one tree), first-fit by falling length."""
+    """Rows of at most ``capacity`` tokens (or one tree), filled first-fit by decreasing length."""
     ordered = sorted(trees, key=lambda tree: (-tree.length, tree.nodes[0].ids, tree.members))
     rows: list[list[Tree]] = []
     free: list[int] = []
@@ -146,7 +146,7 @@ def batches_of(rows: Sequence[PackedRow], budget: int) -> Iterator[list[PackedRo
 
 
 def members_of(rows: Sequence[PackedRow]) -> tuple[int, ...]:
-    """Numbers of the sequences in these rows."""
+    """Indices of the sequences in these rows."""
     return tuple(member for row in rows for _, tree in row.trees for member in tree.members)
 
 
@@ -160,7 +160,7 @@ class PackedBatch:
 
 
 def lay_out(rows: Sequence[PackedRow], pad: int, device: torch.device | str) -> PackedBatch:
-    """Tensors of a batch. Padding attends to padding, so that no softmax is over nothing."""
+    """The tensors of a batch. Padding attends to padding, so that no softmax has an empty range."""
     width = max(row.length for row in rows)
     ids = torch.full((len(rows), width), pad)
     positions = torch.zeros((len(rows), width), dtype=torch.long)
@@ -184,7 +184,7 @@ def _lay_tree(tree: Tree, start: int, ids: Tensor, positions: Tensor, sees: Tens
         parent, upto = node.parent, node.start
         while parent >= 0:
             above = tree.nodes[parent]
-            # The node may hang from the middle of its parent: positions below ``upto`` belong to its path.
+            # A node may branch off inside its parent, whose positions below ``upto`` belong to its path.
             kept = min(len(above.ids), upto - above.start)
             sees[span, start + above.offset : start + above.offset + kept] = True
             parent, upto = above.parent, above.start

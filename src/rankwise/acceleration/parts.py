@@ -1,6 +1,6 @@
-"""Element-wise parts of a transformer with gradients by hand: RMSNorm, rotary positions, gated activations.
+"""Element-wise operations of a transformer with hand-written gradients: RMSNorm, rotary positions, gated activations.
 
-Each keeps only its input for the backward pass.  T = tokens, D = width.
+Each saves only its input for the backward pass.  T = tokens, D = width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rankwise.ops.normed import Normed, remember
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> Tensor:
     """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension, w frozen; see ``ops.elementwise.rms_norm``."""
     y, rstd = RmsNorm.apply(x, w, eps, offset, cast_first)
-    # If x needs no gradient the norm saves nothing, and whoever owns x may write to it: a branch keeps y instead.
+    # If x needs no gradient, the norm saves nothing and x may be overwritten, so that a branch must save y.
     if y.requires_grad:
         remember(y, Normed(x.detach(), w, rstd, eps, offset, cast_first))
     return y
@@ -57,7 +57,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rope(torch.autograd.Function):
-    """See ``rope``. With a handback, its result is kept (attention keeps it anyway) and rotated back into x."""
+    """See ``rope``. With a handback, the result is saved, as attention does anyway, and rotated back into x."""
 
     @staticmethod
     def forward(ctx: Ctx[Handback | None], x: Tensor, cos: Tensor, sin: Tensor, handback: Handback | None) -> Tensor:
@@ -75,7 +75,7 @@ class Rope(torch.autograd.Function):
         return elementwise.rope(dy, cos, sin, inverse=True), None, None, None
 
 
-# Of the cosines of a step, which all its layers share: their inverse angles.
+# {cosines of a step, which all layers share: their inverse angles}.
 _inverses: MutableMapping[Tensor, tuple[Tensor, tuple[int, int], tuple[Tensor, Tensor]]] = WeakTensorKeyDictionary()
 
 
@@ -90,8 +90,8 @@ def turned_back(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def inverse_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines by which rope's transpose is its inverse: of each pair of columns the inverse matrix,
-    ((cos_2, sin_1), (-sin_2, cos_1)) over the determinant, which is not 1 where angles are scaled."""
+    """Cosines and sines with which the transposed rope is the inverse: for each pair of columns the inverse matrix
+    ((cos_2, sin_1), (-sin_2, cos_1)) divided by the determinant, which is not 1 where angles are scaled."""
     dtype = torch.promote_types(cos.dtype, torch.float32)
     (cos_1, cos_2), (sin_1, sin_2) = (table.to(dtype).chunk(2, dim=-1) for table in (cos, sin))
     determinant = cos_1 * cos_2 + sin_1 * sin_2
@@ -118,5 +118,5 @@ class Glu(torch.autograd.Function):
 
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """No view: autograd lets nobody write to one that a Function gives."""
+    """``rows`` in the shape of ``like``, not as a view: autograd forbids writes to views that a Function returns."""
     return unsafe_view(rows, like.shape)

@@ -1,8 +1,8 @@
-"""``accelerate_peft``: our operators inside a model that PEFT adapted; parameters, state dict and results stay PEFT's.
+"""``accelerate_peft``: rankwise's operators in a model that PEFT adapted, with PEFT's parameters and results.
 
-Nothing of PEFT is imported: its layers are recognised by their attributes (lora_A, lora_B, scaling, base_layer). PEFT
-itself goes on computing everything beyond LoRA and DoRA over a linear layer: merged weights, several active adapters,
-mixed batches, other variants.
+PEFT is not imported: its layers are recognised by their attributes (lora_A, lora_B, scaling, base_layer). PEFT still
+computes everything other than LoRA and DoRA over a linear layer: merged weights, several active adapters, mixed
+batches, other variants.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ from rankwise.quantization.linear import Linear4bit, is_conv1d
 
 CARRIES = ("lora_A", "lora_B", "scaling", "lora_dropout", "base_layer", "lora_variant")
 DORA_VARIANT = "DoraLinearVariant"
-MISSING = "PEFT is not installed (`pip install 'rankwise[peft]'`), and get_peft_model makes such layers"
+MISSING = "PEFT is not installed (`pip install 'rankwise[peft]'`), and its get_peft_model makes such layers"
 
 
 def accelerate_peft(model: nn.Module) -> Acceleration:
-    """Make the LoRA and DoRA layers of a PEFT model fast, in place.
+    """Make the LoRA and DoRA layers of a PEFT model faster, in place.
 
-    Parameters and state dict stay as they are, so PEFT saves, loads, merges and switches adapters as before. With
-    dropout, DoRA drops on the low-rank path only, where PEFT computes the frozen product a second time.
-    ``rankwise.acceleration.restore(model)`` undoes it.
+    Parameters and state dict do not change, so PEFT saves, loads, merges and switches adapters as before. DoRA's
+    dropout acts on the low-rank path only, whereas PEFT computes the frozen product a second time.
+    ``rankwise.acceleration.restore(model)`` undoes the changes.
+
+    Returns:
+        The changes, as for ``optimize_for_training``.
 
     Raises:
-        AdapterError: RW416, the model has no LoRA layer of PEFT's over a linear layer.
+        AdapterError: RW416 where the model has no PEFT LoRA layer over a linear layer.
     """
     restore(model)
     undo = Undo()
     count = sum(_take_over(module, undo) for module in list(model.modules()))
     if count == 0:
-        # Asked for, not imported: only models that PEFT has adapted need it.
+        # PEFT is looked up, not imported, since only models that PEFT has adapted need it.
         is_there = importlib.util.find_spec("peft") is not None
         remedy = "give what get_peft_model returned" if is_there else MISSING
         raise AdapterError(
@@ -58,7 +61,7 @@ def _take_over(module: Any, undo: Undo) -> bool:
     if not all(hasattr(module, name) for name in CARRIES) or not is_free(module):
         return False
     base = _base_view(module.base_layer)
-    # Of a parameter PEFT adds B A to what is stored.
+    # For a single parameter, PEFT adds B A to the stored layout.
     if base is None or (is_conv1d(base) and hasattr(module, "parameter_name")):
         return False
     layer = AdaptedLayer(base)
@@ -75,7 +78,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _prepare(reference: weakref.ref[Any], layer: AdaptedLayer) -> bool:
-    """Give ``layer`` the adapter and the mode of PEFT's layer. Returns False where PEFT has to compute."""
+    """Update the adapter and the mode of ``layer`` from PEFT's layer. Returns False where PEFT has to compute."""
     module = reference()
     layer.active = None
     if module is None or module.__dict__.get(STAND_IN) is not layer:
@@ -89,7 +92,7 @@ def _prepare(reference: weakref.ref[Any], layer: AdaptedLayer) -> bool:
 
 
 def _sole_adapter(module: Any) -> str | None:
-    """The only active adapter, if it is one that our operators compute."""
+    """The name of the only active adapter, if rankwise's operators support it; else None."""
     if module.disable_adapters or module.merged:
         return None
     names = [name for name in module.active_adapters if name in module.lora_A]
@@ -132,7 +135,7 @@ def _parameters(module: Any, name: str) -> tuple[nn.Parameter, nn.Parameter, nn.
 
 
 def _adapter_over(module: Any, base: nn.Module, name: str) -> Lora | Dora:
-    """An adapter of ours that holds PEFT's parameters."""
+    """A rankwise adapter that holds PEFT's parameters."""
     (A, B, m), scaling = _parameters(module, name), module.scaling[name]
     kind = Lora if m is None else Dora
     adapter = kind(base, A.shape[0], scaling, dropout=_dropout(module, name), dtype=A.dtype, device="meta")
@@ -147,7 +150,7 @@ def _dropout(module: Any, name: str) -> float:
 
 
 def _base_view(base: nn.Module) -> nn.Module | None:
-    """The base layer, or for bitsandbytes' 4-bit layer one of ours over the same memory; None for any other kind."""
+    """The base layer, or for bitsandbytes' 4-bit layer a `Linear4bit` over the same memory; None for other classes."""
     state = getattr(getattr(base, "weight", None), "quant_state", None)
     if state is not None:
         return _four_bit_view(base, state)
@@ -167,7 +170,7 @@ def _four_bit_view(base: Any, state: Any) -> Linear4bit | None:
         dtype=state.dtype,
         device="meta",
     )
-    # quant_storage may pack the same bytes as 16- or 32-bit numbers.
+    # With quant_storage, the same bytes may be typed as 16- or 32-bit numbers.
     packed = base.weight.data.view(torch.uint8)
     if packed.numel() != layer.weight.numel() or not torch.is_tensor(state.absmax):
         return None

@@ -1,4 +1,4 @@
-"""Run a model once before training to learn something about it. An error is an answer, too."""
+"""Run a model once before training to test a property. An error of the model is a result, too."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Answer = TypeVar("Answer")
 
 
 def probe(model: nn.Module, ask: Callable[[], Answer], *, grad: bool = False) -> tuple[Answer | None, str | None]:
-    """The result of ``ask`` with the model in evaluation mode, or why the model cannot run it.
+    """(result of ``ask`` with the model in evaluation mode, None), or (None, why the model cannot run it).
 
-    ``grad``: with gradients recorded, as in a training step. Our own errors and out-of-memory errors are raised.
+    ``grad``: with gradients enabled, as in a training step. RankwiseErrors and out-of-memory errors are raised.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,7 +1,7 @@
-"""Find the element-wise parts of a model that have a fast version, and check that both give the same result.
+"""Find the element-wise modules of a model that have a fast version, and check that both give the same result.
 
-Nothing is assumed from a class's name alone: one instance of each class computes a random input both ways, and the fast
-version is used only where the results agree.
+A class's name alone proves nothing: one instance of each class computes a random input both ways, and the fast version
+is used only where the results agree.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from rankwise.compat.transformers import rotary_of, set_rotary
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
 from rankwise.ops.selection import is_traced, native_on_cpu, stands_on_card, takes_triton
 
-# Of the largest value, between a part and its twin.
+# Largest difference between a module and its fast version, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-# Attribute of another library's adapted layer: the layer of ours that computes in its place.
+# Attribute of another library's adapted layer that holds the rankwise layer computing in its place.
 STAND_IN = "rankwise_layer"
 # (offset, cast_first) of ops.elementwise.rms_norm, Llama's first.
 NORM_FORMS = ((0, True), (1, False), (0, False))
@@ -43,7 +43,7 @@ ACTIVATIONS = {
 
 
 def replace_norms(model: nn.Module, undo: Undo) -> int:
-    """Replace every RMSNorm that the fast version equals. Returns their number."""
+    """Replace every RMSNorm that equals the fast version. Returns their number."""
     norms = [module for module in model.modules() if _looks_like_norm(module)]
     forms: dict[type, tuple[int, bool] | None] = {}
     count = 0
@@ -95,11 +95,10 @@ def replace_ropes(model: nn.Module, undo: Undo) -> int:
 
 
 def _leaving(module_name: str, twin: FastRope, model: weakref.ref[nn.Module]) -> Callable[[], None]:
-    """Undo the replacement of a function that all models of a family share: the last model to undo it restores the
-    original.
+    """The undo step of replacing a function that all models of a family share. The last model to undo restores the
+    original function.
 
-    A model that is deleted without undoing changes nothing, because other models may be between a step and its
-    recomputation.
+    Deleting a model without undo restores nothing, since another model may be between a step and its recomputation.
     """
 
     def leave() -> None:
@@ -117,7 +116,7 @@ class FastRope:
 
     def __init__(self, original: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self.original = original
-        # The models that use it; one that is gone is not a user.
+        # The living models that use this function.
         self.users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __call__(
@@ -134,7 +133,7 @@ def _is_simple(x: Tensor, cos: Tensor) -> bool:
 
 
 def _runs(x: Tensor) -> bool:
-    """Whether we have a kernel for ``x``: in Triton, or in the native library, which has none for float16."""
+    """Whether there is a kernel for ``x``: in Triton, or in the native library, which has none for float16."""
     if is_traced() or x.dtype not in TOLERANCE:
         return False
     if stands_on_card(x):
@@ -210,7 +209,7 @@ def _mlp_agrees(module: Any, act: str) -> bool:
     if x is None:
         return False
     modes = [(part, part.training) for part in module.modules()]
-    # Training, as Seed-OSS and T5Gemma drop then; but for adapters, of which each call would draw its own mask.
+    # In training mode, since Seed-OSS and T5Gemma have dropout; except adapters, which would draw a mask in each call.
     module.train()
     for layer in (module.gate_proj, module.up_proj, module.down_proj):
         layer.eval()
@@ -225,7 +224,7 @@ def _mlp_agrees(module: Any, act: str) -> bool:
 
 
 def _mlp_dtype(module: nn.Module, base: Any) -> torch.dtype | None:
-    """The dtype of an MLP's input. 4-bit layers without an adapter have no parameter that tells it; the layers do."""
+    """The dtype of an MLP's input. 4-bit layers have no floating parameter, so their ``dtype`` attribute is read."""
     floating = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
     if base.weight.is_floating_point():
         return base.weight.dtype
@@ -240,7 +239,7 @@ def _rope_agrees(original: Callable[..., tuple[Tensor, Tensor]], like: Tensor) -
     cos, sin = (half.repeat(1, 1, 2) for half in angles)
     try:
         expected = original(q, k, cos, sin)
-    except Exception:  # noqa: BLE001  a function of another form is simply not replaced
+    except Exception:  # noqa: BLE001  a function with another interface is not replaced
         return False
     found = FastRope(original)(q, k, cos, sin)
     pairs = list(zip(found, expected)) if isinstance(expected, tuple) and len(expected) == 2 else []
@@ -248,7 +247,7 @@ def _rope_agrees(original: Callable[..., tuple[Tensor, Tensor]], like: Tensor) -
 
 
 def _random(like: Tensor, *shape: int) -> Tensor | None:
-    """Random numbers in a dtype and on a device that our kernels run on, or None."""
+    """Random numbers like ``like``, or None where its dtype and device have no kernels."""
     if not _runs(like):
         return None
     if is_fake(like):
@@ -258,7 +257,7 @@ def _random(like: Tensor, *shape: int) -> Tensor | None:
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest value. Fake tensors have no values; there the form is trusted."""
+    """The largest difference relative to the largest value; 0 on fake tensors, which have no values."""
     if is_fake(found) or is_fake(expected):
         return 0.0
     scale = expected.float().abs().max().clamp_min(1e-6)
@@ -266,7 +265,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Our adapted layers and those that replace another library's, with their names in the model."""
+    """(name, layer) of the adapted layers, including those that compute in place of another library's."""
     for name, module in model.named_modules():
         layer = module.__dict__.get(STAND_IN, module)
         if isinstance(layer, AdaptedLayer):

@@ -1,7 +1,7 @@
 """Replace the forward of single modules, and undo it.
 
-A replacement is a bound method on the instance, so that classes stay unchanged and a deep copy of the model has its
-own.
+A replacement is a bound method on the instance, so that classes stay unchanged and a deep copy of the model has its own
+methods.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ ATTRIBUTE = "rankwise_acceleration"
 
 
 class Changes(dict[str, Any]):
-    """The changes to a model, kept on the model itself."""
+    """The changes to a model, stored on the model."""
 
     def __reduce__(self) -> NoReturn:
         refuse_pickling()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Changes:
-        # The head is the copy's own; what undoes stays the first model's.
+        # The head is copied; the undo steps stay those of the original model.
         own = {name: copy.deepcopy(value, memo) for name, value in self.items() if name == "head"}
         return Changes({**self, **own})
 
 
 class Undo:
-    """The calls that restore a model, the newest change first."""
+    """The calls that restore a model, run in reverse order of the changes."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
@@ -47,7 +47,7 @@ class Undo:
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., object], undo: Undo, **notes: Any) -> None:
-    """Let ``module`` compute by ``forward(module, ...)``, which finds ``notes`` as attributes.
+    """Replace the forward of ``module`` by ``forward(module, ...)``, and set ``notes`` as attributes of the module.
 
     ``undo`` restores a forward that was on the instance before.
     """
@@ -76,14 +76,14 @@ def class_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def is_free(module: nn.Module) -> bool:
-    """Whether nothing prevents a replacement: no forward on the instance, and no hooks that must see the module's call.
+    """Whether the forward may be replaced: no forward on the instance, and no hooks, which need the module's call.
 
-    A forward that moves inputs from another device is no obstacle: `forward_before` runs it before ours.
+    A forward that only moves inputs between devices is no obstacle, since `forward_before` still runs it.
     """
     return ("forward" not in module.__dict__ or only_moves_inputs(module)) and not has_hooks(module)
 
 
 def forward_before(module: nn.Module) -> Callable[..., Any]:
-    """The forward that `replace_forward` found."""
+    """The forward that `replace_forward` replaced."""
     before, _ = module.__dict__.get(REPLACED, (None, ()))
     return class_forward(module) if before is None else before

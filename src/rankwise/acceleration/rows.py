@@ -1,9 +1,9 @@
-"""Rows laid end to end, separated by their bounds instead of by a mask over all pairs of tokens.
+"""Concatenated rows, separated by their bounds instead of by a mask over all pairs of tokens.
 
-The collator of packed and of padding-free rows says where each row begins (``cu_seq_lens_q``). From the positions
-transformers would make a (T, T) mask of them. Here the bounds of the rows take the mask's place: transformers hands a
-mask of four dimensions to every layer's attention as it is. A right-padded batch on a card needs no mask at all: under
-causal attention no token sees the padding behind it.
+The collator of packed and of padding-free rows gives the start of each row (``cu_seq_lens_q``). transformers would make
+a (T, T) mask from the positions. Here the bounds replace the mask, since transformers passes a 4-dimensional mask to
+every layer's attention unchanged. A right-padded batch on a GPU needs no mask at all: with causal attention no token
+sees the padding after it.
 
 Legend: T tokens of all rows together, N rows, bounds (1, 1, 1, N + 1) int32 the cumulative lengths of the rows.
 """
@@ -25,35 +25,35 @@ from rankwise.compat.torch import is_fake
 from rankwise.compat.transformers import names_windows
 from rankwise.ops.selection import stands_on_card
 
-# Of the rows that a model is tried with.
+# Lengths of the rows with which a model is tested.
 LENGTHS = (3, 4)
-# Of the largest logit.
+# Admitted difference, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 def flattening_obstacle(model: nn.Module) -> str | None:
-    """Why rows cannot be laid end to end, or None where they can.
+    """Why rows cannot be concatenated, or None where they can.
 
-    Two short rows are tried: their last logits in one row must equal those of the rows alone.
+    The test: the last logits of two short rows must be equal in one row and separately.
     """
     parameters = inspect.signature(type(model).forward).parameters
     missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
     if missing:
-        return f"the model takes no {missing[0]}"
+        return f"the model does not accept {missing[0]}"
     if is_fake(next(model.parameters())):
         return "a fake model's values cannot be compared"
     device = next(model.parameters()).device
     tried = [end_to_end(LENGTHS, device), *(end_to_end([length], device, row) for row, length in enumerate(LENGTHS))]
     logits, why_not = probe(model, lambda: [model(**given).logits[0] for given in tried])
     if logits is None:
-        return f"the model could not be tried with positions ({why_not})"
+        return f"the model could not be run with positions ({why_not})"
     together, *apart = logits
     last = together[torch.tensor(LENGTHS).cumsum(0) - 1]
-    return None if close(last, torch.stack([row[-1] for row in apart])) else "they get other logits than apart"
+    return None if close(last, torch.stack([row[-1] for row in apart])) else "they get other logits than separately"
 
 
 def end_to_end(lengths: Sequence[int], device: torch.device, first: int = 0) -> dict[str, Tensor | int]:
-    """What trl's padding-free collator gives for rows of these lengths: row i holds the ids i + 1, i + 2, ..."""
+    """The batch that trl's padding-free collator makes of rows of these lengths: row i has the ids i + 1, i + 2, ..."""
     ids = [torch.arange(row + 1, row + 1 + length) for row, length in enumerate(lengths, start=first)]
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
     return {
@@ -74,10 +74,10 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def replace_masks(model: nn.Module, undo: Undo, *, bounds: bool) -> bool:
-    """Let the model's decoder take the bounds of rows as a mask (where ``bounds``, which needs our attention), and on a
-    card no mask for right padding. Returns whether it does.
+    """Let the model's decoder use the bounds of rows as a mask (with ``bounds``, which needs rankwise's attention), and
+    on a GPU no mask for right padding. Returns whether it does.
 
-    Two short rows are tried: their logits must equal those under the model's own masks.
+    The test: the logits of two short rows must equal those under the model's own masks.
     """
     if not isinstance(model, PreTrainedModel) or not names_windows(model):
         return False
@@ -90,7 +90,7 @@ def replace_masks(model: nn.Module, undo: Undo, *, bounds: bool) -> bool:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return change(self, *args, **kwargs)
 
-    # Whoever reads the signature finds the class's own; a function for each model, since families differ in it.
+    # The class's signature stays visible. One function for each model, since signatures differ between families.
     forward.__signature__ = inspect.signature(type(decoder).forward)  # type: ignore[attr-defined]
     device = next(model.parameters()).device
     wanted = None if is_fake(next(model.parameters())) else _logits(model, device, bounds=bounds)
@@ -110,13 +110,13 @@ def _agrees(model: PreTrainedModel, device: torch.device, wanted: Tensor | None,
     if bounds and not (calls and all(call.by_bounds for call in calls)):
         return False
     if bounds and has_window(model.config) and not any(call.window for call in calls):
-        # Its layers do not say which of them have the window.
+        # The layers do not tell which of them have the window.
         return False
     return wanted is None or close(found, wanted)
 
 
 def _logits(model: nn.Module, device: torch.device, *, bounds: bool) -> Tensor | None:
-    """Logits of two rows, end to end or padded on the right; of padded rows those at real tokens."""
+    """The logits of two rows, concatenated or right-padded; of padded rows, those at real tokens."""
     if bounds:
         return probe(model, lambda: model(**end_to_end(LENGTHS, device)).logits)[0]
     width = max(LENGTHS)
@@ -153,9 +153,9 @@ def _forward_without_padding(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_superfluous(mask: Tensor) -> bool:
-    """Whether a mask (B, L) only hides right padding from a training step on a card. This waits for the card."""
+    """Whether a mask (B, L) only hides right padding, in a training step on a GPU. This waits for the GPU."""
     if mask.dim() != 2 or not torch.is_grad_enabled() or not stands_on_card(mask):
         return False
     kept = mask.bool()
-    # No row has a token behind its padding.
+    # No row has a token after its padding.
     return is_fake(mask) or bool((kept[:, :-1] | ~kept[:, 1:]).all())

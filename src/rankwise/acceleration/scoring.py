@@ -2,7 +2,7 @@
 
     score(context, continuation) = sum_t log p(y_t | context, y_<t),   greedy: whether each y_t is the argmax
 
-Equal to what lm-evaluation-harness computes pair by pair, up to float32 rounding. V vocabulary, P positions scored.
+Equal to lm-evaluation-harness, which scores pair by pair, up to float32 rounding. V vocabulary, P scored positions.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from rankwise.errors import ModelError, warn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A row's attention costs its length squared, and short rows waste room: little of either.
+# Tokens of a packed row: attention costs the square of its length, and short rows need more padding.
 ROW_TOKENS = 256
-# A tree may grow to so many tokens, or of the longest sequences: worked examples before all questions are shared then.
+# Largest number of tokens of a tree (or its longest sequence), so that few-shot examples are shared by all questions.
 TREE_TOKENS = 1024
 TREE_SEQUENCES = 3
-# Logits computed together: 128 MiB in float32.
+# Number of logits computed together: 128 MiB in float32.
 LOGITS_AT_ONCE = 1 << 25
-# Of a batch whose loss is wanted: an evaluation during training may not need more memory than a step.
+# The limits for a loss, since an evaluation during training must not need more memory than a step.
 LOSS_TOKENS, LOSS_LOGITS = 1024, 1 << 22
-# Names under which configurations say how many tokens their local layers see.
+# Names in configurations for the window of local layers.
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-# Root mean square over tokens of the error relative to 1 + |log p|. Rounding in bfloat16 is about 0.02 of it, and a
-# mask that the model does not honour is off by whole units.
+# Largest root mean square over tokens of the error relative to 1 + |log p|. Rounding in bfloat16 gives about 0.02; a
+# mask that the model ignores gives 1 or more.
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 0.1
-# Of a logit: the same sums in the same order, so that only a scaling or capping behind the head shows.
+# Largest difference of a logit. Sums and their order are the same, so only a scale or softcap after the head shows.
 HEAD_TOLERANCE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A sequence to run, its scored positions, and the wanted tokens after them."""
+    """A sequence to run, its scored positions, and the target tokens after them."""
 
     ids: Ids
     places: Ids
@@ -54,7 +54,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Log-likelihood of the wanted tokens, one by one, and how many of them were the likeliest."""
+    """The log-likelihood of each target token, and the number of target tokens that were the argmax."""
 
     tokens: tuple[float, ...]
     hits: int
@@ -65,16 +65,16 @@ class Score:
 
     @property
     def greedy(self) -> bool:
-        """Whether each wanted token was the likeliest."""
+        """Whether every target token was the argmax."""
         return self.hits == len(self.tokens)
 
 
 def target_of(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Target:
-    """The input that scores ``continuation``. A long input is cut on the left, as in lm-evaluation-harness."""
+    """The target that scores ``continuation``. A long input is truncated on the left, as in lm-evaluation-harness."""
     if not continuation:
         raise ValueError("an empty continuation has no likelihood")
     whole = tuple([*context, *continuation][-(max_length + 1) :])
-    # A continuation longer than the model is scored as far as it is visible.
+    # Of a continuation that is longer than the model's input, the visible part is scored.
     count = min(len(continuation), len(whole) - 1)
     return Target(whole[:-1], tuple(range(len(whole) - 1 - count, len(whole) - 1)), whole[-count:])
 
@@ -86,17 +86,17 @@ def trained_target(ids: Sequence[int], trained: Sequence[bool]) -> Target | None
 
 
 def loss_scorer(model: PreTrainedModel, *, max_rows: int | None = None, autocast: torch.dtype | None = None) -> Scorer:
-    """The scorer of every reported loss, in training and later.
+    """The scorer of every reported loss, in training and in evaluations.
 
-    In 16 bits a token's loss may round differently in another batch, so the batches depend on the rows alone.
+    In 16 bits, a token's loss may round differently in another batch, so the batches depend on the rows only.
     """
     return Scorer(model, budget=LOSS_TOKENS, max_rows=max_rows, logits_at_once=LOSS_LOGITS, autocast=autocast)
 
 
 class Scorer:
-    """Scores targets on one model. ``budget`` is the tokens of a batch, ``max_rows`` the rows at most.
+    """Scores targets on one model. ``budget``: tokens of a batch; ``max_rows``: largest number of its rows.
 
-    ``autocast``: the dtype that float32 weights are computed in, as a full fine-tuning does.
+    ``autocast``: the dtype in which float32 weights are computed, as in full fine-tuning.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Scorer:
         # Whether the rows of the last plan are packed.
         self.packs = False
         self.window = window_of(model)
-        # Whether packed rows are right on this model; found out on the first targets.
+        # Whether packed rows are correct on this model; tested on the first targets.
         self._packing: bool | None = None
         self._told = False
 
@@ -146,12 +146,12 @@ class Scorer:
         budget = self.budget
         if self.packs:
             longest = max(TREE_TOKENS, TREE_SEQUENCES * max(map(len, sequences)))
-            # A row no longer than the window of local layers is right for those that count columns, too.
+            # Within the window, packed rows are also correct for local layers that count columns instead of positions.
             longest = min(longest, self.window or longest)
             rows = pack(build_trees(sequences, longest=longest), ROW_TOKENS)
         else:
             rows = pack(_single_trees(sequences), 0)
-            # All positions get logits here.
+            # Here logits are computed at all positions.
             budget = min(budget, 4 * self.logits_at_once // _vocabulary(self.model))
         for batch in batches_of(rows, budget):
             step = self.max_rows or len(batch)
@@ -180,12 +180,12 @@ class Scorer:
             position = end
         return scores
 
-    # Without inference mode: what a layer keeps for its next call is used in training too.
+    # no_grad, not inference mode, since training uses what layers cache here.
     @torch.no_grad()
     def _log_p(
         self, rows: Sequence[PackedRow], places: Sequence[tuple[int, int]], wanted: Sequence[int]
     ) -> tuple[list[float], list[bool]]:
-        """The log-likelihood of the wanted token at each place (row, column), and whether it is the argmax."""
+        """The log-likelihood of the target token at each place (row, column), and whether it is the argmax."""
         batch = lay_out(rows, self.pad, self.model.device)
         where = torch.tensor(places, device=batch.ids.device)
         asked = torch.tensor(wanted, device=batch.ids.device)
@@ -209,7 +209,7 @@ class Scorer:
         return max(1, self.logits_at_once // _vocabulary(self.model)) if self.packs else 1 << 30
 
     def _packing_is_right(self, targets: Sequence[Target]) -> bool:
-        """Hold a packed row against the same sequences alone, once per model; say so (RW573) when it is not right."""
+        """Compare a packed row with the same sequences separately, once per model; warn (RW573) where they differ."""
         probe = _probe(targets)
         self.packs = False
         plain = self._all(probe)
@@ -224,19 +224,19 @@ class Scorer:
             warn(
                 "RW573",
                 f"{type(self.model).__name__} cannot score several sequences in one row ({problem}), so each gets a "
-                "row of its own: the results are the same, and it takes longer.",
+                "row of its own: the results are the same, but slower.",
             )
 
     def _window_problem(self, longest: int) -> str | None:
-        """Why packing is wrong for rows of this length: our mask shows a token its whole sequence, and some layers
-        should see less.
+        """Why packing is wrong for rows of this length, or None: the mask shows whole sequences, also to layers with a
+        window.
         """
         if self.window is None or self.window >= max(longest, ROW_TOKENS):
             return None
         return f"layers see {self.window:,} tokens, and a row has {max(longest, ROW_TOKENS):,}"
 
     def _measured_problem(self, probe: Sequence[Target], plain: Mapping[int, Score]) -> str | None:
-        """Why packing ``probe`` is wrong, or None. A foreign model may raise any error here."""
+        """Why packing ``probe`` is wrong, or None. The model may raise any error here."""
         self.packs = True
         try:
             longest = max(probe, key=lambda target: len(target.ids))
@@ -259,10 +259,10 @@ def no_number(model: PreTrainedModel) -> ModelError:
 
 
 def packing_problem(model: PreTrainedModel) -> str | None:
-    """Why rows of several sequences cannot be tried on this model, by its configuration; None where they can."""
+    """Why this model's configuration excludes rows of several sequences, or None."""
     config = model.config.get_text_config(decoder=True)
     if (name := attention_of(config)) not in ("sdpa", "eager", attention.NAME):
-        return f"attention {name} takes no mask of this kind"
+        return f"attention {name} does not support such a mask"
     return None
 
 
@@ -300,7 +300,7 @@ def _whole_logits(model: PreTrainedModel, ids: Tensor) -> Callable[[Tensor], Ten
 def _gathered(
     logits_of: Callable[[Tensor], Tensor], where: Tensor, wanted: Tensor, at_once: int
 ) -> tuple[list[float], list[bool]]:
-    # One context is asked for the first token of each of its choices: its logits are computed once.
+    # Several choices start at the end of one context, whose logits are computed once.
     distinct, inverse = torch.unique(where, dim=0, return_inverse=True)
     log_p, likeliest = torch.empty(len(wanted)), torch.empty(len(wanted), dtype=torch.bool)
     order = torch.argsort(inverse, stable=True)
@@ -323,7 +323,7 @@ def _single_trees(sequences: Sequence[Ids]) -> Iterable[Tree]:
 
 
 def _probe(targets: Sequence[Target]) -> list[Target]:
-    """A few short targets; two of them share a beginning where there are such."""
+    """A few short targets, two of them with a common prefix if there are any."""
     short = sorted({(len(target.ids), target.ids, target.places, target.wanted) for target in targets})[:64]
     pairs = [
         (a, b)
@@ -338,7 +338,7 @@ def _difference(plain: Mapping[int, Score], packed: Mapping[int, Score], dtype: 
     pairs = [(a, b) for key in plain for a, b in zip(plain[key].tokens, packed[key].tokens)]
     errors = [((a - b) / (1 + abs(a))) ** 2 for a, b in pairs]
     size = math.sqrt(math.fsum(errors) / max(1, len(errors)))
-    # Not a number is a difference too.
+    # NaN fails the comparison, and so counts as a difference.
     if size <= CHECK_TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE):
         return None
     return f"log-likelihoods differ by {size:.2g} of themselves"
@@ -346,7 +346,7 @@ def _difference(plain: Mapping[int, Score], packed: Mapping[int, Score], dtype: 
 
 @torch.no_grad()
 def _head_problem(model: PreTrainedModel, ids: Ids) -> str | None:
-    """Why the logits are not the output head on the last hidden states, or None."""
+    """Why the logits are not the output head's on the last hidden states, or None."""
     tokens = torch.tensor([ids], device=model.device)
     logits = model(input_ids=tokens, use_cache=False).logits.float()
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state

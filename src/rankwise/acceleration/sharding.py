@@ -1,6 +1,6 @@
-"""FSDP2 of a prepared model: each process keeps its rows of the weights, and a layer's are whole only while it runs.
+"""FSDP2 of a prepared model: each process keeps some rows of every weight, which are gathered while a layer runs.
 
-The memory plan traces the same over processes that are not there.
+The memory plan traces the same code over fake processes.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 
 def mesh_of_all(device_type: str) -> DeviceMesh:
-    """All processes, one beside the other."""
+    """A one-dimensional mesh of all processes."""
     import torch.distributed as dist
 
     return dist.device_mesh.init_device_mesh(device_type, (dist.get_world_size(),))
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh, *, trains_all: bool) -> None:
-    """Keep this process's rows of every weight that does not train, with ``trains_all`` of every weight.
+    """Shard every frozen weight, or every weight with ``trains_all``, by rows over the processes.
 
-    Raises ConfigError (RW148) for a model of unknown layers.
+    Raises ConfigError (RW148) for a model that does not declare its layers.
     """
     from torch.distributed.fsdp import fully_shard
 
     layers = decoder_layers(model)
     if not layers:
         raise ConfigError(
-            "RW148", f"--strategy fsdp shards by layer, and {type(model).__name__} does not say which; take ddp."
+            "RW148", f"--strategy fsdp shards by layer, and {type(model).__name__} does not declare layers; take ddp."
         )
     for module in model.modules():
-        # FSDP2 shards parameters alone.
+        # FSDP2 shards parameters only, so the scales become one.
         if (scales := own_buffers(module).pop("absmax", None)) is not None:
             module.register_parameter("absmax", nn.Parameter(scales, requires_grad=False))
 
     def is_apart(name: str, parameter: nn.Parameter) -> bool:
-        # Vectors stay whole: together they are less than a thousandth of a model.
+        # Vectors stay replicated: together they are less than a thousandth of a model.
         return parameter.requires_grad or (parameter.dim() < 2 and not name.endswith(".absmax"))
 
     apart = {parameter for name, parameter in model.named_parameters() if is_apart(name, parameter)}
@@ -55,7 +55,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, *, trains_all: bool) -> None
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Make each gradient the mean over all processes. FSDP2 has done so for shards."""
+    """Replace each gradient by its mean over all processes. For shards, FSDP2 has done this already."""
     import torch.distributed as dist
 
     grads = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]

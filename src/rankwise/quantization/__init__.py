@@ -49,6 +49,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rankwise.quantization' has no attribute {name!r}")
     if _HOMES[name] == "config":
-        # transformers must know the method before `from_pretrained` is given such a config.
+        # The method must be registered with transformers before `from_pretrained` gets such a config.
         importlib.import_module("rankwise.quantization.transformers_plugin").register()
     return getattr(importlib.import_module(f"rankwise.quantization.{_HOMES[name]}"), name)

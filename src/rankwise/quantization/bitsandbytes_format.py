@@ -1,6 +1,6 @@
-"""One 4-bit weight as bitsandbytes writes it, to and from the tensors of a `Linear4bit`, equal to the bit.
+"""Convert one 4-bit weight between bitsandbytes' format and the tensors of a `Linear4bit`, bit for bit.
 
-Stacked experts are written alike, as its ``nn.parametrize`` does: NAME is then a parameter of three dimensions.
+Stacked experts have the same format, as in bitsandbytes' ``nn.parametrize``: NAME is then a 3-dimensional parameter.
 
     NAME                                     uint8 (ceil(n / 2), 1)   codes, first element in the high nibble
     NAME.absmax                              float32 (blocks,); uint8 when double-quantized
@@ -8,7 +8,7 @@ Stacked experts are written alike, as its ``nn.parametrize`` does: NAME is then 
     NAME.nested_absmax, NAME.nested_quant_map  float32 (ceil(blocks / 256),), (256,)   double-quantized only
     NAME.quant_state.bitsandbytes__nf4       uint8: UTF-8 JSON {quant_type, blocksize, dtype, shape, nested_*}
 
-What is read is foreign: every size is derived from the JSON and compared before it is used.
+Files are untrusted: every size is derived from the JSON and compared before it is used.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def check_shape(name: str, stored: Sequence[int], wanted: Sequence[int]) -> None
 def to_bitsandbytes(name: str, weight: PackedWeight) -> dict[str, Tensor]:
     """The tensors of ``weight`` under bitsandbytes' names, ``NAME`` and ``NAME.*``."""
     codes = weight.codes.detach()
-    # Tables of one's own: safetensors refuses tensors that share memory.
+    # Each weight gets its own copy of the tables, since safetensors refuses tensors that share memory.
     tensors = {
         name: codes.reshape(-1, 1),
         f"{name}.absmax": weight.absmax.detach(),
@@ -99,10 +99,11 @@ def part_names(state: Mapping[str, Tensor], prefix: str) -> list[str]:
 
 
 def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> PackedWeight:
-    """The weight ``name`` in a state dict, checked.
+    """Read and check the weight ``name`` of a state dict.
 
     Raises:
-        QuantizationError: RW611, parts are missing, of the wrong size or contradict each other, or the JSON is broken.
+        QuantizationError: RW611 where parts are missing, have a wrong size or contradict each other, or the JSON is
+            invalid.
     """
     parts = {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}
     sizes = {part: _size(tensor) for part, tensor in parts.items()}
@@ -119,7 +120,7 @@ def _size(tensor: Tensor) -> tuple[str, int]:
 
 
 def state_part(name: str, sizes: Mapping[str, tuple[str, int]]) -> str:
-    """The name of the part that holds the JSON, of sane dtype and size; ``sizes`` as for ``check_sizes``."""
+    """The name of the part with the JSON, whose dtype and size are checked; ``sizes`` as for ``check_sizes``."""
     found = [part for part in sizes if part.startswith("quant_state.")]
     if len(found) != 1:
         raise _broken(name, f"has {len(found)} quant_state entries where one belongs")
@@ -132,7 +133,7 @@ def state_part(name: str, sizes: Mapping[str, tuple[str, int]]) -> str:
 
 
 def parse_state(name: str, part: str, text: bytes) -> StoredWeight:
-    """The JSON of one stored weight. Raises QuantizationError (RW611) that names the weight and the fault."""
+    """Parse the JSON of one stored weight. Raises QuantizationError (RW611), which names the weight and the fault."""
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -154,7 +155,7 @@ def parse_state(name: str, part: str, text: bytes) -> StoredWeight:
 
 def _shape(name: str, content: JsonObject) -> tuple[int, ...]:
     shape: Any = content.get("shape")
-    # Each by itself too: beside a zero the product says nothing.
+    # Each dimension is checked, since the product is small where one of them is 0.
     sizes = isinstance(shape, list) and len(shape) in (2, 3)
     sizes = sizes and all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in shape)
     if not sizes or math.prod(shape) > MAX_ELEMENTS:
@@ -169,7 +170,7 @@ def _offset(name: str, content: JsonObject) -> float | None:
     offset: Any = nested.get("nested_offset")
     if nested.get("nested_blocksize") != NESTED_BLOCK or nested.get("nested_dtype") != "float32":
         raise _broken(name, f"is double-quantized as {_short(nested)}: blocks of {NESTED_BLOCK} in float32 are known")
-    # NaN is not at most anything, and an int of hundreds of digits no float.
+    # Comparisons with NaN are False, and an int of hundreds of digits is out of range.
     if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
         raise _broken(name, f"has the nested_offset {_short(offset)}, which is not float32")
     return float(offset)

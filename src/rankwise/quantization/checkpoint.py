@@ -13,15 +13,15 @@ from rankwise.weights_file import TensorInfo, read_header
 
 _PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)", re.DOTALL)
 
-# Of the names of weights, and of stacked experts.
+# Endings of the names of weights, and of stacked experts.
 _ENDS = ("weight", "_proj")
 
 
 def stored_weights(files: Iterable[str | Path]) -> dict[str, StoredWeight]:
-    """Every 4-bit weight of a checkpoint, by the name of its codes; the parts of one may lie in several files.
+    """{name of the codes: 4-bit weight} of a checkpoint. The parts of a weight may be in several files.
 
     Raises:
-        QuantizationError: RW611, a file is damaged, or weights are incomplete or contradictory, all named at once.
+        QuantizationError: RW611 for a damaged file, or with all weights that are incomplete or contradictory.
     """
     tensors: dict[str, tuple[Path, TensorInfo]] = {}
     for file in map(Path, files):
@@ -48,12 +48,12 @@ def _grouped(tensors: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, dict[s
         if match:
             groups.setdefault(match[1], {})[match[2]] = _size(info)
         elif name.endswith(_ENDS) and info.dtype == "U8" and len(info.shape) == 2 and info.shape[1] == 1:
-            # Codes in bitsandbytes' shape: without their scales the group is reported as incomplete.
+            # The shape is that of bitsandbytes' codes. Without scales, the weight is reported as incomplete.
             groups.setdefault(name, {})
     for name, sizes in groups.items():
         if name in tensors:
             sizes[""] = _size(tensors[name][1])
-    # Another tensor may be called absmax.
+    # A tensor of another kind may be named absmax.
     return {
         name: sizes
         for name, sizes in groups.items()

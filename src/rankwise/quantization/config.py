@@ -14,7 +14,7 @@ from rankwise.foreign import Fields, JsonObject
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.codes import QUANT_TYPES
 
-# Our name among transformers' quantization methods. It is never written to a file: checkpoints are bitsandbytes'.
+# rankwise's name among transformers' quantization methods. Files never hold it: checkpoints are bitsandbytes'.
 METHOD = "rankwise_4bit"
 
 
@@ -33,19 +33,19 @@ class FourBitConfig(QuantizationConfigMixin):
     # Elements per scale along the row-major flattening: a power of two from 32 to 4096.
     block_size: int = 64
 
-    # Keep the scales themselves in 8 bits: 0.37 bits per parameter less (QLoRA, section 3).
+    # Store the scales in 8 bits, which saves 0.37 bits per parameter (QLoRA, section 3).
     double_quant: bool = False
 
-    # Modules that stay dense besides the output head: names, their beginnings or ends, or regular expressions.
+    # Modules, in addition to the output head, that stay dense: names, their beginnings or ends, or regular expressions.
     modules_to_not_convert: Sequence[str] | None = None
 
-    # The dtype of the products, a torch.dtype or its name; None: that of the activations.
+    # The dtype of the products, a torch.dtype or its name; None means that of the activations.
     compute_dtype: Any = None
 
-    # The dtype of the weights before, once a model is quantized: the compute dtype written to its config.json.
+    # Set when a model is quantized: the dtype of its dense weights, written to config.json as the compute dtype.
     weights_dtype: torch.dtype | None = field(default=None, init=False, repr=False, compare=False)
 
-    # The linear layers left dense, once a model is quantized: written to its config.json.
+    # Set when a model is quantized: the linear layers that stay dense, written to config.json.
     dense_modules: list[str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class FourBitConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: JsonObject, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The config of a ``to_loading_dict``: transformers' way to hand it to the loader."""
+        """The config from the result of ``to_loading_dict``; transformers calls this method in its loader."""
         given = {key: value for key, value in config_dict.items() if key not in ("quant_method", "quant_type")}
         quant_type = config_dict.get("quant_type", cls.quant_type)
         if quant_type not in CONFIGS:
@@ -71,9 +71,7 @@ class FourBitConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_loading_dict(self) -> JsonObject:
-        """The argument of ``from_dict``, as JSON only: for a model config whose checkpoint is to load into our
-        layers.
-        """
+        """The argument of ``from_dict`` as JSON, for a model config whose checkpoint is to load into `Linear4bit`."""
         return {
             "quant_method": METHOD,
             "quant_type": self.quant_type,
@@ -84,9 +82,7 @@ class FourBitConfig(QuantizationConfigMixin):
         }
 
     def to_dict(self) -> JsonObject:
-        """The entry of ``config.json``: the description by which transformers with bitsandbytes reads the
-        checkpoint.
-        """
+        """The ``quantization_config`` of ``config.json``, by which transformers and bitsandbytes read the checkpoint."""
         compute = self.compute_dtype or self.weights_dtype or torch.float32
         return {
             "quant_method": "bitsandbytes",
@@ -117,7 +113,7 @@ class Fp4Config(FourBitConfig):
     quant_type: ClassVar[str] = "fp4"
 
 
-# By the name of their type.
+# {name of the type: config}.
 CONFIGS: dict[str, type[FourBitConfig]] = {kind.quant_type: kind for kind in (Nf4Config, Fp4Config)}
 
 
@@ -131,7 +127,7 @@ def _names(names: Collection[str] | None) -> list[str] | None:
 
 
 def dtype_named(dtype: torch.dtype | str | None, what: str) -> torch.dtype | None:
-    """A torch.dtype from itself or its name (None stays None). Raises QuantizationError (RW605) that names ``what``."""
+    """A torch.dtype from a dtype or its name; None for None. Raises QuantizationError (RW605), which names ``what``."""
     if dtype is None:
         return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
@@ -146,9 +142,9 @@ def _name(dtype: torch.dtype | str) -> str:
 
 
 def rewrite_bitsandbytes_config(config: Fields) -> FourBitConfig | None:
-    """Our config for the quantization of a bitsandbytes checkpoint, so that it loads into `Linear4bit` layers.
+    """The FourBitConfig for a bitsandbytes checkpoint, with which it loads into `Linear4bit` layers.
 
-    ``config``: the content of ``config.json``, or its ``quantization_config`` alone. None where it describes no 4-bit
+    ``config``: the content of ``config.json``, or its ``quantization_config``. None where it does not describe a 4-bit
     checkpoint of bitsandbytes.
 
     Raises:
@@ -158,7 +154,7 @@ def rewrite_bitsandbytes_config(config: Fields) -> FourBitConfig | None:
     # load_in_4bit decides, as in transformers: old checkpoints have no quant_method.
     if not isinstance(stored, Mapping) or not (stored.get("load_in_4bit") or stored.get("_load_in_4bit")):
         return None
-    # transformers' defaults, for what the file leaves out.
+    # transformers' defaults for fields that the file lacks.
     quant_type = stored.get("bnb_4bit_quant_type", "fp4")
     if quant_type not in QUANT_TYPES:
         found = repr(quant_type)[:60]
@@ -171,8 +167,8 @@ def rewrite_bitsandbytes_config(config: Fields) -> FourBitConfig | None:
 
 
 def adopt_bitsandbytes_config(config: Any) -> FourBitConfig | None:
-    """Rewrite the quantization of a transformers config in place: ``from_pretrained(folder, config=config)`` then gives
-    `Linear4bit` layers from a bitsandbytes checkpoint, without bitsandbytes. None, and nothing changes, for others.
+    """Rewrite the quantization of a transformers config in place, so that ``from_pretrained(folder, config=config)``
+    gives `Linear4bit` layers from a bitsandbytes checkpoint. For other configs nothing changes, and None is returned.
     """
     stored = getattr(config, "quantization_config", None)
     ours = rewrite_bitsandbytes_config(stored) if isinstance(stored, Mapping) else None

@@ -1,13 +1,13 @@
-"""Experts stacked into one tensor, kept in 4 bits.
+"""Stacked experts in 4 bits.
 
     y_t = sum over the k experts e of token t of  p_te f_e(x_t),     f_e(x) = down_e(gate(up_e(x)))
 
-transformers keeps all experts' matrices of a kind as one parameter (E, N, K), and chooses by a name in the config how a
-layer computes with it. In 4 bits the parameter holds codes, scales stand beside it, and the name is ours: one expert's
-slice after the other goes through the 4-bit products, forward and backward, so that no expert is dense for longer than
-its product.
+transformers stores all experts' matrices of a kind as one parameter (E, N, K); a name in the config selects the
+implementation that computes with it. In 4 bits the parameter holds codes, a submodule holds the scales, and the name is
+rankwise's: 4-bit products compute one expert after the other, forward and backward, so that no expert is dense for
+longer than its product.
 
-Legend: E experts, k of them for a token, T tokens, S = T k; (N, K) one expert's matrix as it is stored: (out, in), or
+Legend: E experts, k of them for a token, T tokens, S = T k; (N, K) one expert's matrix as stored: (out, in), or
 (in, out) where the module is transposed; b block size.
 """
 
@@ -39,7 +39,7 @@ from rankwise.quantization.linear import (
     set_format,
 )
 
-# Our name among transformers' implementations of experts.
+# rankwise's name among transformers' implementations of experts.
 IMPLEMENTATION = "rankwise_4bit"
 SUFFIX = "_scales"
 LEAVES = ("gate_up_proj", "up_proj", "down_proj")
@@ -48,9 +48,9 @@ LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 class StackScales(nn.Module):
     """Scales and format of one 4-bit stack; its codes, uint8 (E, N K / 2), are a parameter of the experts module.
 
-    absmax: float32 (E N K / b,), of the whole stack as bitsandbytes has it; double-quantized uint8, beside
-    nested_absmax float32 (ceil(E N K / 256 b),) and offset float32 (). ``dtype``: that of the weights before, which
-    dequantizing gives; ``compute_dtype``: as in `Linear4bit`.
+    absmax: float32 (E N K / b,) for the whole stack, as in bitsandbytes; with double quantization uint8, with
+    nested_absmax float32 (ceil(E N K / 256 b),) and offset float32 (). ``dtype``: that of the dense weights, to which
+    the stack is dequantized; ``compute_dtype``: as in `Linear4bit`.
 
     Raises:
         QuantizationError: RW601 unknown type, RW602 bad block size, RW605 bad dtype.
@@ -83,9 +83,9 @@ class StackScales(nn.Module):
         return self.nested_absmax is not None
 
     def of_expert(self, index: int, codes: Tensor) -> PackedWeight:
-        """One expert's weight (N, K), whose ``codes`` (N K / 2,) are given.
+        """The packed weight (N, K) of expert ``index`` with these ``codes`` (N K / 2,).
 
-        Blocks of 256 scales may begin in one expert and end in another; then the scales become float32 first.
+        Where a block of 256 double-quantized scales spans two experts, the scales are converted to float32.
         """
         blocks = math.prod(self.shape[1:]) // self.block_size
         begin, end = index * blocks, (index + 1) * blocks
@@ -111,7 +111,7 @@ class StackScales(nn.Module):
         return self
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        """Load the scales. A wrong dtype is an error."""
+        """Load the scales. A wrong dtype is reported as an error (RW604)."""
         if not check_scale_dtypes(self, state, prefix, arguments[-1]):
             return
         super()._load_from_state_dict(state, prefix, *arguments)
@@ -133,7 +133,7 @@ class Stack:
         return getattr(self.experts, self.leaf + SUFFIX)
 
     def product(self, x: Tensor, index: int, *, transposed: bool) -> Tensor:
-        """``x W_e'^T`` of one expert, or ``x W_e'``; differentiable in x. Keeps nothing for backward."""
+        """``x W_e'^T`` of one expert, or ``x W_e'`` if ``transposed``; differentiable in x. Saves no dense weight."""
         x = as_autocast(x)
         if transforms_functions() or not (torch.is_grad_enabled() and x.requires_grad):
             return self.run(x, index, across=transposed)
@@ -145,12 +145,12 @@ class Stack:
 
     @property
     def packed(self) -> PackedWeight:
-        """W' of all experts, (E, N, K), as a value."""
+        """W' of all experts (E, N, K) as a `PackedWeight`."""
         return packed_of(self.scales, self.codes)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
-        """W' of all experts as a new tensor (E, N, K) of the scales' ``dtype``."""
+        """W' of all experts as a new tensor (E, N, K) in the scales' ``dtype``."""
         return ops.dequantize_weight(self.packed)
 
 
@@ -169,24 +169,24 @@ class _Product(torch.autograd.Function):
 def forward_4bit(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The function that transformers calls for experts under `IMPLEMENTATION`; ``self`` is the experts module.
 
-    hidden_states (T, H), top_k_index (T, k) of experts, top_k_weights (T, k) -> (T, H) in the dtype of hidden_states.
-    Equal to the eager implementation on the dequantized weights; differentiable in hidden_states and top_k_weights.
+    hidden_states (T, H), top_k_index (T, k) of expert indices, top_k_weights (T, k) -> (T, H) in hidden_states' dtype.
+    Equal to the eager implementation on dequantized weights; differentiable in hidden_states and top_k_weights.
     """
     return forward_by_expert(self, hidden_states, top_k_index, top_k_weights, product)
 
 
-# (experts module, name of a stack, index of an expert, its rows (t, K)) -> what its matrix gives (t, N).
+# (experts module, name of a stack, index of an expert, its rows (t, K)) -> product with its matrix (t, N).
 Product = Callable[[nn.Module, str, int, Tensor], Tensor]
 
 
 def forward_by_expert(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, multiply: Product
 ) -> Tensor:
-    """The same with the products of ``multiply``, one expert after the other."""
+    """As `forward_4bit`, with ``multiply`` for the products, one expert after the other."""
     k = top_k_index.shape[1]
     experts = top_k_index.reshape(-1)
     order = experts.argsort(stable=True)
-    # All rows of an expert, side by side: what is picked at once is put back at once, in backward too.
+    # Sorted by expert, so that rows are gathered and scattered in one operation, also in the backward pass.
     rows = hidden_states[order // k].split(rows_per_expert(experts, self.num_experts))
     parts = [_expert(self, index, x, multiply) for index, x in enumerate(rows) if x.shape[0]]
     del rows
@@ -205,7 +205,7 @@ def weighed(module: Any, outputs: Tensor, top_k_weights: Tensor, dtype: torch.dt
 
 
 def first_leaf(module: nn.Module) -> str:
-    """The name of the stack whose product comes first."""
+    """The name of the stack of the first product."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
@@ -243,10 +243,10 @@ def four_bit_stacks(model: nn.Module) -> Iterator[tuple[str, Stack]]:
 
 
 def foreign(experts: nn.Module, leaf: str) -> str | None:
-    """Why our code cannot compute with ``leaf``, or None for a stack of transformers' interface."""
+    """Why rankwise cannot compute with ``leaf``, or None for a stack with transformers' interface."""
     understood = all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "config"))
     if not understood or leaf not in LEAVES:
-        return f"{type(experts).__name__} does not compute through transformers' interface for experts"
+        return f"{type(experts).__name__} does not use transformers' interface for experts"
     if spreads_experts(experts):
         return "its experts are spread over devices"
     return None
@@ -269,7 +269,7 @@ def stack_tensors(weight: PackedWeight, name: str) -> dict[str, Tensor]:
 
 
 def put_stack(experts: nn.Module, leaf: str, scales: StackScales, codes: Tensor | None = None) -> Stack:
-    """Replace the dense parameter ``leaf`` by a 4-bit stack; without ``codes`` by an empty one, for loading."""
+    """Replace the dense parameter ``leaf`` by a 4-bit stack; without ``codes``, by an empty one for loading."""
     if codes is None:
         count, weights = scales.shape[0], math.prod(scales.shape[1:])
         codes = torch.empty(count, weights // 2, dtype=torch.uint8, device=scales.absmax.device)
@@ -280,7 +280,7 @@ def put_stack(experts: nn.Module, leaf: str, scales: StackScales, codes: Tensor 
 
 
 def quantize_stack(experts: nn.Module, leaf: str, *, compute_dtype: torch.dtype | None, **weight_format: Any) -> Stack:
-    """Make the dense parameter ``leaf`` (E, N, K) a 4-bit stack, in place.
+    """Replace the dense parameter ``leaf`` (E, N, K) by a 4-bit stack, in place.
 
     ``weight_format``: quant_type, block_size, double_quant. Raises QuantizationError RW603 for NaN or Inf.
     """
@@ -293,7 +293,7 @@ def quantize_stack(experts: nn.Module, leaf: str, *, compute_dtype: torch.dtype 
 
 
 def dequantize_stack(stack: Stack, dtype: torch.dtype | None = None) -> None:
-    """Replace the stack by its dense, frozen parameter, of ``dtype`` or its own."""
+    """Replace the stack by a dense, frozen parameter in ``dtype`` (default: the stack's)."""
     experts, W = stack.experts, stack.dequantize()
     delattr(experts, stack.leaf + SUFFIX)
     setattr(experts, stack.leaf, nn.Parameter(W if dtype is None else W.to(dtype), requires_grad=False))
@@ -302,9 +302,7 @@ def dequantize_stack(stack: Stack, dtype: torch.dtype | None = None) -> None:
 
 
 def _use_ours(experts: Any) -> None:
-    """Let this module use our experts, by a copy of its config. Other experts of the model keep their
-    implementation.
-    """
+    """Select rankwise's implementation in a copy of this module's config, so that other experts keep theirs."""
     if "dense_config" in experts.__dict__:
         return
     register_experts(IMPLEMENTATION, forward_4bit)

@@ -1,4 +1,4 @@
-"""Turn the linear layers and the stacked experts of a model in memory into 4-bit ones."""
+"""Quantize the linear layers and the stacked experts of a model in memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rankwise.quantization.targets import (
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What ``quantize`` did."""
+    """The result of ``quantize``."""
 
     # Names of the layers that are 4-bit now.
     layers: tuple[str, ...]
@@ -42,10 +42,10 @@ class QuantizationReport:
     # Stacked expert tensors that stay dense.
     experts: tuple[str, ...]
 
-    # Bytes of the quantized weights before ...
+    # Bytes of the dense weights before quantization.
     bytes_before: int
 
-    # ... and of codes and scales now.
+    # Bytes of their codes and scales.
     bytes_after: int
 
     def __str__(self) -> str:
@@ -60,17 +60,18 @@ class QuantizationReport:
 
 @torch.no_grad()
 def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
-    """Replace the linear layers of ``model`` by 4-bit ones, in place, one at a time; dense weights are freed at once.
+    """Replace the linear layers of ``model`` by 4-bit ones, in place, one at a time, freeing each dense weight.
 
-    Stacked experts are quantized too, and are then computed one expert at a time. The output head, embeddings and
-    ``config.modules_to_not_convert`` stay as they are. Afterwards transformers takes the model for a quantized one: it
-    trains with adapters, and ``save_pretrained`` writes bitsandbytes' format.
+    Stacked experts are quantized too, and then computed one expert at a time. The output head, embeddings and
+    ``config.modules_to_not_convert`` stay dense. transformers then regards the model as quantized: adapters can be
+    trained on it, and ``save_pretrained`` writes bitsandbytes' format.
 
     Raises:
-        QuantizationError: RW603 NaN or Inf in a weight (named), RW605 a weight of another dtype, RW610 nothing to
-            quantize, or the model is quantized or carries adapters. The model is then unchanged.
+        QuantizationError: RW603 for NaN or infinity in a weight, RW605 for a weight of another dtype, RW610 where
+            nothing can be quantized, or the model is quantized or has adapters, RW615 for another config. The model is
+            then unchanged.
 
-    Warns (RW613) of experts that cannot be 4-bit, and why.
+    Warns (RW613) of experts that cannot be quantized, with the reason.
     """
     _check_model(model, config)
     targets, stacks = target_names(model, config), target_stacks(model, config)
@@ -102,8 +103,8 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
 
 
 def _leave_fused_forwards(model: nn.Module) -> None:
-    """Make PyTorch's encoder call its layers: in evaluation mode it reads their weights itself, which fails for
-    4-bit ones.
+    """Make PyTorch's encoder layers call their linear layers. In evaluation mode they read the weights directly, which
+    fails for 4-bit ones.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(four_bit_modules(module)):
@@ -124,7 +125,7 @@ def _check_model(model: nn.Module, config: FourBitConfig) -> None:
     if getattr(getattr(model, "rankwise_adapters", None), "configs", None):
         raise QuantizationError(
             "RW610",
-            "the model carries adapters; quantize it first and add them then, or merge them with reversible=False.",
+            "the model has adapters; quantize it before adding adapters, or merge them with reversible=False.",
         )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
@@ -140,26 +141,26 @@ def _check_weights(model: nn.Module, names: list[str]) -> None:
     if wrong:
         raise QuantizationError(
             "RW605",
-            f"4 bits are made of float32, bfloat16 or float16, and not of the weights of {some_of(wrong)}: convert "
+            f"4-bit quantization takes float32, bfloat16 or float16, and not the weights of {some_of(wrong)}: convert "
             "them first, or name them in modules_to_not_convert.",
         )
     broken = [name for name, W in weights if not (W.is_meta or is_fake(W) or is_finite(W))]
     if broken:
         raise QuantizationError(
             "RW603",
-            f"NaN or infinity in the weights of {some_of(broken)}: 4 bits have no code for them. "
+            f"NaN or infinity in the weights of {some_of(broken)}: 4-bit types have no code for them. "
             "The checkpoint is damaged or the training that made it diverged; use another one.",
         )
 
 
 def is_finite(weight: Tensor) -> bool:
     """Whether the weight holds no NaN and no infinity."""
-    # One cheap pass, and a second one only where the sum itself overflowed or the weight is broken.
+    # One cheap pass, and a second one only where the sum overflows or the weight is not finite.
     return bool(weight.sum(dtype=torch.float32).isfinite()) or bool(weight.isfinite().all())
 
 
 def _mark(model: nn.Module, config: FourBitConfig) -> None:
-    """Mark the model as quantized for transformers: its Trainer, ``save_pretrained`` and ``dequantize`` ask for it."""
+    """Mark the model as quantized, for transformers' Trainer, ``save_pretrained`` and ``dequantize``."""
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is kept in 4 bits:  y = x W'^T + b,  W' = value[code] * absmax (QLoRA, section 3).
+"""A linear layer with a 4-bit weight:  y = x W'^T + b,  W' = value[code] * absmax (QLoRA, section 3).
 
 Legend: K = in features, N = out features, blocks = ceil(N K / block_size).
 """
@@ -24,12 +24,12 @@ class Linear4bit(nn.Module):
     """A frozen linear layer in NF4 or FP4.
 
     weight: uint8 parameter, (N, K / 2) where K is a multiple of the block, else (ceil(N K / 2), 1): two-dimensional, so
-    that FSDP2 shards it by row. absmax: float32 (blocks,); double-quantized it is uint8, beside nested_absmax float32
+    that FSDP2 shards it by row. absmax: float32 (blocks,); with double quantization uint8, with nested_absmax float32
     (ceil(blocks / 256),) and offset float32 (). bias: (N,) or None.
 
-    ``dtype`` is what ``dequantize`` gives, that of the weight before. The product runs in the dtype of x, or in
-    ``compute_dtype`` where one is set. ``to(torch.float16)`` and its like change ``dtype`` and the bias; the stored
-    codes and scales never change.
+    ``dtype`` is that of the dense weight, to which ``dequantize`` converts. The product runs in the dtype of x, or in
+    ``compute_dtype`` if set. Casts such as ``to(torch.float16)`` change ``dtype`` and the bias, never the stored codes
+    and scales.
     """
 
     bias: nn.Parameter | None
@@ -54,9 +54,9 @@ class Linear4bit(nn.Module):
         device: torch.device | str | None = None,
         was_conv1d: bool = False,
     ) -> None:
-        """An empty layer for loading; ``from_weight`` and ``from_linear`` make one with content.
+        """Make an empty layer for loading; ``from_weight`` and ``from_linear`` make one with a weight.
 
-        ``was_conv1d``: it stands for a transformers ``Conv1D``, which ``dense_layer`` will give back.
+        ``was_conv1d``: whether the layer replaces a transformers ``Conv1D``, which ``dense_layer`` then returns.
 
         Raises:
             QuantizationError: RW601 unknown type, RW602 bad block size, RW605 bad dtype.
@@ -78,7 +78,7 @@ class Linear4bit(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
-        """Take this format, with empty buffers for a weight of it."""
+        """Set the format, with empty buffers for a weight of this format."""
         set_format(self, quant_type, block_size, double_quant, dtype, device)
         codes = torch.empty(packed_shape(self.shape, block_size), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
@@ -94,10 +94,11 @@ class Linear4bit(nn.Module):
         double_quant: bool = False,
         compute_dtype: torch.dtype | None = None,
     ) -> Linear4bit:
-        """Quantize ``weight`` (N, K), float32, bfloat16 or float16; ``bias`` is taken over as it is.
+        """Quantize ``weight`` (N, K) of float32, bfloat16 or float16; ``bias`` is used unchanged.
 
         Raises:
-            QuantizationError: RW601, RW602, RW603 NaN or Inf in the weight, RW605, RW606 not a matrix.
+            QuantizationError: RW601 unknown type, RW602 bad block size, RW603 NaN or Inf in the weight, RW605 bad
+                dtype, RW606 not a matrix.
         """
         if weight.dim() != 2:
             raise QuantizationError("RW606", f"a weight of shape {tuple(weight.shape)} is not a matrix (out, in).")
@@ -118,7 +119,7 @@ class Linear4bit(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, **weight_format: Any) -> Linear4bit:
-        """The 4-bit twin of an ``nn.Linear`` or a transformers ``Conv1D``; keywords and errors of ``from_weight``."""
+        """Quantize an ``nn.Linear`` or a transformers ``Conv1D``; keywords and errors as for ``from_weight``."""
         weight = linear.get_parameter("weight").detach()
         bias = own_parameters(linear)["bias"]
         layer = cls.from_weight(weight.T if is_conv1d(linear) else weight, bias, **weight_format)
@@ -126,18 +127,18 @@ class Linear4bit(nn.Module):
         return layer.train(linear.training)
 
     def take(self, weight: PackedWeight) -> None:
-        """Take over the tensors of ``weight``, which has this layer's format."""
+        """Use the tensors of ``weight``, which must have this layer's format."""
         self.weight = nn.Parameter(weight.codes, requires_grad=False)
         self.absmax, self.nested_absmax, self.offset = weight.absmax, weight.nested_absmax, weight.offset
 
     @property
     def packed(self) -> PackedWeight:
-        """W' as a value, over this layer's tensors."""
+        """W' as a `PackedWeight` of this layer's tensors."""
         return packed_of(self, self.weight)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K) of the weight that the packed one stands for."""
+        """The shape (N, K) of the dense weight."""
         return self.out_features, self.in_features
 
     @property
@@ -145,7 +146,7 @@ class Linear4bit(nn.Module):
         return self.nested_absmax is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) -> (..., N), in the dtype of x (under autocast in autocast's)."""
+        """x (..., K) -> (..., N), in the dtype of x (under autocast, in autocast's dtype)."""
         return self._product(x, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
@@ -161,14 +162,14 @@ class Linear4bit(nn.Module):
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
-        """W' as a new tensor (N, K) of ``dtype``."""
+        """W' as a new tensor (N, K) in ``dtype``."""
         return ops.dequantize_weight(self.packed)
 
     @torch.no_grad()
     def dense_layer(self, weight: Tensor | None = None) -> nn.Module:
-        """The frozen layer that this one stands for: ``nn.Linear``, or ``Conv1D``, whose weight is (K, N).
+        """A frozen dense layer: ``nn.Linear``, or ``Conv1D`` (whose weight is (K, N)) if this layer replaced one.
 
-        ``weight``: (N, K) of any dtype in place of W', such as a merged one. The bias is this layer's, in that dtype.
+        ``weight``: (N, K) of any dtype, such as a merged one; default W'. The bias is cast to the weight's dtype.
         """
         W = self.dequantize() if weight is None else weight.detach()
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(W.dtype), requires_grad=False)
@@ -182,12 +183,12 @@ class Linear4bit(nn.Module):
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """||W'_n|| over K, float32 (N,), of W' in ``dtype``."""
+        """||W'_n|| over K in float32 (N,), for W' rounded to ``dtype``."""
         return ops.row_norms_4bit(self.packed)
 
     @torch.no_grad()
     def row_cross(self, A: Tensor, B: Tensor) -> Tensor:
-        """<W'_n A^T, B_n> for A (R, K) and B (N, R), float32 (N,), of W' in ``dtype``; no dense W' is made."""
+        """<W'_n A^T, B_n> for A (R, K), B (N, R) in float32 (N,), for W' rounded to ``dtype``, without a dense W'."""
         return ops.row_cross_4bit(self.packed, A, B)
 
     def extra_repr(self) -> str:
@@ -204,7 +205,7 @@ class Linear4bit(nn.Module):
         return self
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        """Takes this class's own names or bitsandbytes' (``weight.absmax``, ...); a wrong dtype is an error."""
+        """Load this class's keys or bitsandbytes' (``weight.absmax``, ...). A wrong dtype is reported as an error."""
         errors: list[str] = arguments[-1]
         try:
             if has_parts(state, prefix):
@@ -226,7 +227,7 @@ class Linear4bit(nn.Module):
 
 
 class Holder(Protocol):
-    """A module with the scales and the format of a 4-bit weight: a layer, or a module beside the codes of a stack."""
+    """A module with the scales and the format of a 4-bit weight: `Linear4bit` or `StackScales`."""
 
     absmax: Tensor
     nested_absmax: Tensor | None
@@ -248,7 +249,7 @@ def set_format(
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> None:
-    """Give a module of a ``shape`` the attributes of this format, and empty buffers for the scales of its weight."""
+    """Set the attributes of this format on ``holder``, and empty buffers for the scales of a weight of its shape."""
     check_type(quant_type, block_size)
     check_dtype(dtype, "the dtype of a 4-bit weight")
     holder.quant_type, holder.block_size, holder.dtype = quant_type, block_size, dtype
@@ -271,27 +272,27 @@ def packed_of(holder: Holder, codes: Tensor) -> PackedWeight:
 
 
 def computed_in(dtype: torch.dtype | None, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """``run(x)`` in ``dtype`` where one is set, returned in the dtype of x; under autocast in autocast's."""
+    """``run(x)`` computed in ``dtype`` if set, and cast to the dtype of x; under autocast, to autocast's dtype."""
     if dtype is None or dtype is x.dtype or torch.is_autocast_enabled(x.device.type):
         return run(x)
     return run(x.to(dtype)).to(x.dtype)
 
 
 def keeping_scales(holder: Holder, fn: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
-    """For ``Module._apply``: ``fn`` without its casts of the scales, and the dtype to which it casts the weights."""
+    """For ``Module._apply``: (``fn`` that moves but never casts scales, the dtype to which ``fn`` casts weights)."""
     scales = {id(scale) for name in SCALES if (scale := getattr(holder, name)) is not None}
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
-        # A cast would round the scales and with them every weight; only the move is carried out.
+        # A cast would round the scales, and with them every weight, so only the move is applied.
         return tensor.to(moved.device) if id(tensor) in scales and moved.dtype != tensor.dtype else moved
 
     return apply, fn(torch.empty(0, dtype=holder.dtype, device=holder.absmax.device)).dtype
 
 
 def check_scale_dtypes(holder: nn.Module, state: dict[str, Tensor], prefix: str, errors: list[str]) -> bool:
-    """Whether codes and scales in ``state`` have the dtypes of ``holder``; else an error (RW604) joins ``errors``."""
-    # copy_ would cast silently, and a cast code or scale is a wrong weight.
+    """Whether codes and scales in ``state`` have the dtypes of ``holder``; else an error (RW604) is appended."""
+    # copy_ would cast silently, and codes or scales after a cast give wrong weights.
     held = ((name, getattr(holder, name, None)) for name in ("weight", *SCALES))
     own = {prefix + name: tensor for name, tensor in held if tensor is not None}
     wrong = [
@@ -317,22 +318,22 @@ def _empty_conv1d(shape: tuple[int, int]) -> nn.Module:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the module is transformers' ``Conv1D``, a linear layer that stores its weight as (in, out)."""
-    # By name, so that a look at a layer does not import transformers.
+    # By name, so that transformers is not imported.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-# Subclasses of ``nn.Linear`` whose own forward is the same product, x W^T + b, by name as for ``Conv1D``.
+# Names of subclasses of ``nn.Linear`` whose own forward also computes x W^T + b.
 PLAIN_SUBCLASSES = frozenset({"FalconLinear"})
 
 
 def is_dense_linear(module: nn.Module) -> bool:
-    """Whether `Linear4bit` can replace the module: other subclasses may use their weight in their own way."""
+    """Whether `Linear4bit` can replace the module. Other subclasses of ``nn.Linear`` may use their weight otherwise."""
     is_plain = isinstance(module, nn.Linear) and type(module).__name__ in PLAIN_SUBCLASSES
     return type(module) is nn.Linear or is_plain or is_conv1d(module)
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer; of an embedding (vocabulary, width)."""
+    """(in, out) of a linear layer, or (vocabulary, width) of an embedding."""
     layer: Any = linear
     if isinstance(linear, nn.Embedding):
         return linear.num_embeddings, linear.embedding_dim
@@ -342,11 +343,11 @@ def features(linear: nn.Module) -> tuple[int, int]:
 
 
 def weight_count(parameter: Tensor) -> int:
-    """The number of weights in a parameter: two in each byte of a packed one."""
+    """The number of weights in a parameter; each byte of 4-bit codes holds two."""
     return parameter.numel() * (1 if parameter.dtype.is_floating_point else 2)
 
 
 def count_weights(model: nn.Module) -> int:
-    """The number of weights of a model, tied ones once, without the scales of 4-bit weights."""
+    """The number of weights of a model, without scales of 4-bit weights; tied ones count once."""
     named = model.named_parameters()
     return sum(weight_count(parameter) for name, parameter in named if not name.endswith(".absmax"))

@@ -12,7 +12,7 @@ from rankwise.quantization.linear import Linear4bit
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` at ``name``, under the hooks of the old one."""
+    """Replace the layer ``name`` by ``layer``, which gets the old one's hooks."""
     share_hooks(layer, model.get_submodule(name))
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
@@ -20,18 +20,18 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> int:
-    """Make every `Linear4bit` of ``model`` the dense layer it was, in place, with weight W', and 4-bit experts the
-    dense tensors they were; returns the count of both.
+    """Replace every `Linear4bit` of ``model`` and every 4-bit stack of experts by its dense values W', in place.
+    Returns their number.
 
-    ``dtype``: that of the new weights, or its name; None keeps each one's own. Raises QuantizationError (RW605) for an
-    unknown one.
+    ``dtype``: that of the new weights, or its name; None keeps each weight's own. Raises QuantizationError (RW605) for
+    an unknown dtype.
     """
     wanted = dtype_named(dtype, "dtype")
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Linear4bit):
             places.setdefault(id(module), []).append(name)
-    # By name, so that each layer is freed once it is replaced.
+    # A list of names holds no reference to the layers, so that each is freed once it is replaced.
     for names in places.values():
         layer = model.get_submodule(names[0])
         assert isinstance(layer, Linear4bit), "found by its class"
