@@ -45,9 +45,9 @@ class Head:
 
     module: nn.Module
     shape: LogitShape
-    # The model's own, with which ours was found to agree.
+    # The model's loss function, with which the fused loss was found to agree.
     loss_function: Callable[..., Tensor] | None = None
-    # Of the loss that balances experts; None where the model's own loss is another one when that is asked for.
+    # Factor of the loss that balances experts; None where the losses differ with router logits.
     router_weight: float | None = 0.0
 
 

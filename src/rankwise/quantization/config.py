@@ -82,7 +82,7 @@ class FourBitConfig(QuantizationConfigMixin):
         }
 
     def to_dict(self) -> JsonObject:
-        """The ``quantization_config`` of ``config.json``, by which transformers and bitsandbytes read the checkpoint."""
+        """The ``quantization_config`` of ``config.json``, by which transformers and bitsandbytes read it."""
         compute = self.compute_dtype or self.weights_dtype or torch.float32
         return {
             "quant_method": "bitsandbytes",
