@@ -137,10 +137,10 @@ def checked(kind: type[T], content: object) -> T:
     return kind(**{name: content[name] for name in model.model_fields if name in content})
 
 
-def wrong_fields(given: Any) -> list[str]:
+def wrong_fields(given: DataclassInstance) -> list[str]:
     """A message such as ``r is 0: input should be greater than or equal to 1`` for each field of a dataclass whose
     value breaks its annotated type or bounds."""
-    kind: Any = type(given)
+    kind = type(given)
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(kind)}
     try:
         _strict_model(kind).model_validate(values, strict=True, context="values")

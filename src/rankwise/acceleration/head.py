@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,7 @@ def current_head(model: nn.Module) -> Head | None:
     return head if all(map(bars_offloading, hooks)) else None
 
 
-def asks_for_routers(model: nn.Module, given: dict[str, Any]) -> bool:
+def asks_for_routers(model: nn.Module, given: Mapping[str, object]) -> bool:
     asked = given.get("output_router_logits")
     return bool(getattr(_text_config(model), "output_router_logits", False) if asked is None else asked)
 
@@ -146,7 +146,7 @@ def _configured_shape(model: nn.Module) -> LogitShape:
 
 def _text_config(model: nn.Module) -> PreTrainedConfig:
     config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "get_text_config", lambda: config)()
 
 
 def _answers_as(model: nn.Module, head: Head) -> bool:

@@ -31,7 +31,6 @@ from rankwise.acceleration.rows import close, has_window
 from rankwise.compat.transformers import attention_of
 from rankwise.constants import IGNORED
 
-# Of a model, by name.
 Inputs = Mapping[str, Tensor | int]
 
 

@@ -20,7 +20,6 @@ from torch.nn.functional import gelu, linear
 from rankwise.adapters.base_layer import weight_device
 from rankwise.errors import ConfigError
 
-# What a sublayer returns.
 Output = Tensor | tuple[Tensor | None, ...]
 # The names of a block's sublayers in transformers.
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -43,8 +41,8 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
         model.set_submodule(path, _merged(module))
     if _has_tied_rows(wrapped):
         # Head and embedding got the same rows, so they stay tied.
-        merged: Any = model
-        merged.get_output_embeddings().weight = merged.get_input_embeddings().weight
+        head, embedding = (getattr(model, f"get_{end}_embeddings")() for end in ("output", "input"))
+        head.weight = embedding.weight
     if changes_tied:
         state.tied_before_merge = _untie_head(model)
     state.merged = wrapped

@@ -6,8 +6,6 @@ of rank 2r at the same scale: s B A - s B_0 A_0 = s [B, -B_0] [A; A_0].
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -45,14 +43,14 @@ class Origin(nn.Module):
         rest = merged_weight(W, self.A, self.B, -self.scaling).to(getattr(base, "dtype", W.dtype))
         if not is_quantized(base):
             return with_weight(base, rest)
-        four_bit: Any = base
+        assert isinstance(base, Linear4bit), "the one quantized base that can be made again"
         layer = Linear4bit.from_weight(
-            rest.to(four_bit.weight.device),
-            four_bit.bias,
-            quant_type=four_bit.quant_type,
-            block_size=four_bit.block_size,
-            double_quant=four_bit.double_quant,
-            compute_dtype=four_bit.compute_dtype,
+            rest.to(base.weight.device),
+            base.bias,
+            quant_type=base.quant_type,
+            block_size=base.block_size,
+            double_quant=base.double_quant,
+            compute_dtype=base.compute_dtype,
         )
-        layer.was_conv1d = four_bit.was_conv1d
-        return layer.train(four_bit.training)
+        layer.was_conv1d = base.was_conv1d
+        return layer.train(base.training)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from rankwise.errors import ConfigError
 
-# Arguments by position and by name.
 Call = tuple[tuple[Tensor, ...], dict[str, Any]]
 # transformers 5.2x renames the argument.
 CACHE_NAMES = ("cache", "past_key_values")

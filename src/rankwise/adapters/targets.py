@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -32,8 +31,8 @@ def places_of(modules: Modules, head: nn.Module | None, text: nn.Module | None =
 
 def text_part(model: nn.Module) -> nn.Module | None:
     """The text decoder of a multimodal model; None for a model of text alone."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+    config = getattr(model, "config", None)
+    if getattr(config, "get_text_config", lambda: config)() is config:
         return None
     find = getattr(model, "get_decoder", None)
     return find() if callable(find) else None

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 
 def only_moves_inputs(module: nn.Module) -> bool:
     """Whether the forward on the instance is accelerate's, of a model over several devices (``device_map``), and does
     nothing but move the inputs to the module's device."""
-    hook: Any = module.__dict__.get("_hf_hook")
-    forward = module.__dict__.get("forward")
-    if not getattr(getattr(forward, "func", None), "__qualname__", "").startswith("add_hook_to_module."):
+    hook = module.__dict__.get("_hf_hook")
+    wrapper = getattr(module.__dict__.get("forward"), "func", None)
+    if hook is None or not getattr(wrapper, "__qualname__", "").startswith("add_hook_to_module."):
         return False
     return type(hook).__name__ == "AlignDevicesHook" and not hook.offload and not hook.io_same_device
 

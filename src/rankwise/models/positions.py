@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.foreign import Fields
 
@@ -30,8 +30,8 @@ def table_rows(model: nn.Module) -> int | None:
     """
     from torch import nn
 
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
     positions = getattr(text, "max_position_embeddings", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and _NAME.search(name.rpartition(".")[2]):

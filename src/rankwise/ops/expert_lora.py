@@ -135,7 +135,6 @@ def _forward(
     return y[inverse(order)], z, U_up, U_down
 
 
-# (rows, k, gate, up, down) of ``_forward``.
 Fixed = tuple[Rows, int, Callable[[Tensor], Tensor], ExpertBranch, ExpertBranch]
 Kept = tuple[Fixed, Callable[[], AbstractContextManager[None]]]
 
