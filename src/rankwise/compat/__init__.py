@@ -1,7 +1,7 @@
-"""Everything that uses private parts of other libraries: one file per library, with a reason for each name.
+"""All uses of private parts of other libraries: one file per library, with a reason for each name.
 
 Private names, patched modules and undocumented internals are used here and nowhere else
-(``tests/compat/test_private_names.py``). A canary in ``tests/compat`` says by name what a new version moved. What a
-subclass of a foreign class overrides stays in that class; ``tests/compat/test_overridden.py`` watches the base.
-This package imports no library by itself.
+(``tests/compat/test_private_names.py``). For each name, a canary in ``tests/compat`` fails when a new version moves it.
+Overrides stay in the subclasses of foreign classes; ``tests/compat/test_overridden.py`` watches their bases.
+Importing this package imports no other library.
 """

@@ -1,4 +1,4 @@
-"""The parts of accelerate that we use beside its public interface."""
+"""The private parts of accelerate that rankwise uses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from torch import nn
 
 
 def only_moves_inputs(module: nn.Module) -> bool:
-    """Whether the forward on the instance is accelerate's, of a model over several devices (``device_map``), and does
-    nothing but move the inputs to the module's device."""
+    """Whether the forward on the instance is accelerate's (``device_map`` over several devices) and only moves the
+    inputs to the module's device."""
     hook = module.__dict__.get("_hf_hook")
     wrapper = getattr(module.__dict__.get("forward"), "func", None)
     if hook is None or not getattr(wrapper, "__qualname__", "").startswith("add_hook_to_module."):

@@ -1,4 +1,4 @@
-"""The private parts of datasets that we use."""
+"""The private parts of datasets that rankwise uses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ HUB_SECONDS = 10
 
 @contextlib.contextmanager
 def hub_or_cache() -> Iterator[bool]:
-    """Whether the hub answers. If not, ``datasets`` uses its cache alone within this context.
+    """A context that yields whether the hub answers. If not, ``datasets`` uses only its cache inside.
 
-    ``datasets`` itself asks an unreachable hub again and again, for half a minute, and reads the environment variable
-    that forbids it only when it is imported: so its constant is patched.
+    ``datasets`` would retry an unreachable hub for half a minute. It reads the environment variable for offline use
+    only at import, so the constant is patched.
     """
     import datasets
     from huggingface_hub import constants, get_session

@@ -1,6 +1,6 @@
-"""The parts of lm-evaluation-harness that we use besides its command line and ``simple_evaluate``.
+"""The parts of lm-evaluation-harness that rankwise uses, other than its command line and ``simple_evaluate``.
 
-Its Python interface changes between minor versions. It is imported where a function needs it: that takes seconds.
+Its Python interface changes between minor versions. Functions import it when they need it, since that takes seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def task_files() -> dict[str, Path | None]:
 
 
 def built(spec: str, folder: Path | None = None) -> tuple[dict[str, Task], dict[str, Any]]:
-    """({name: task}, {name: group}) of a task's name, or of a YAML file in ``folder``; data sets are read."""
+    """({name: task}, {name: group}) for the name of a task or for a YAML file in ``folder``. Reads the data sets."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
@@ -33,19 +33,19 @@ def built(spec: str, folder: Path | None = None) -> tuple[dict[str, Task], dict[
 
 
 def own_shots(task: Task) -> int | None:
-    """How many worked examples the task's description asks for."""
+    """The number of few-shot examples in the task's description."""
     shots: int | None = task.get_config("num_fewshot")
     return shots
 
 
 def show_examples(task: Task, shots: int, seed: int) -> None:
-    """Let the task show ``shots`` worked examples, drawn as ``simple_evaluate`` draws them with ``seed``."""
+    """Let the task use ``shots`` few-shot examples, drawn as ``simple_evaluate`` draws them with ``seed``."""
     task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(seed=seed)
 
 
 def evaluated(model: LM, tasks: Mapping[str, Task], groups: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
-    """The harness' results with the sample of every question; ``simple_evaluate`` would build the tasks anew."""
+    """The harness' results with the sample of every question, without building the tasks again."""
     from lm_eval.evaluator import evaluate
 
     return evaluate(

@@ -1,7 +1,7 @@
-"""The private parts of torch that we use.
+"""The private parts of torch that rankwise uses.
 
-The functions that run before every operation are torch's own builtins under our names: with cold caches, looking each
-up in its module takes microseconds.
+Functions that run before every operation are torch's builtins under other names, since with cold caches a wrapper or a
+module lookup takes microseconds.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def mode_of(tensor: Tensor) -> FakeTensorMode | None:
 
 # --- sharded models ---
 
-# A tensor of which each process holds some rows is a DTensor, and a module whose weights FSDP2 gathers is of a class of
-# its own. Both are told by what they offer: torch.distributed.tensor takes seconds to load.
+# A sharded tensor is a DTensor, and a module whose weights FSDP2 gathers gets a new class. Both are recognised by their
+# attributes, since importing torch.distributed.tensor takes seconds.
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -52,12 +52,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor: the rows that it holds of a sharded one."""
+    """This process's rows of a sharded tensor, or the tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_of(tensor: Tensor) -> Tensor:
-    """The same without an operation that autograd or a dispatch mode would see."""
+    """As `own_part`, without an operation that autograd or a dispatch mode would see."""
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -80,8 +80,8 @@ def rows_of_all(rows: Tensor, like: Any) -> Tensor:
 
 @contextmanager
 def fake_processes(count: int) -> Iterator[Any]:
-    """Within this, the process is the first of ``count``, and their collectives give tensors without values; gives the
-    device mesh of them all."""
+    """A context in which this process is the first of ``count``, whose collectives return tensors without values.
+    Yields the mesh of all of them."""
     import torch.distributed as dist
 
     # They register what collectives make of fake tensors, and the backend.
@@ -98,8 +98,8 @@ def fake_processes(count: int) -> Iterator[Any]:
 def shards_seen(
     resized: Callable[[torch.UntypedStorage], None], apart: Callable[[], AbstractContextManager[None]]
 ) -> Iterator[None]:
-    """Within this, ``resized`` is told of each storage that gets another size, as FSDP2 frees and fills its weights;
-    the whole tensors from which DTensor learns shapes, and which no process has, are made within ``apart()``."""
+    """A context in which ``resized`` is called with each resized storage, as when FSDP2 frees and fills weights. The
+    whole tensors from which DTensor derives shapes, and which no process holds, are made within ``apart()``."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
     resize, learn = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
@@ -128,13 +128,13 @@ def begin_sharded(model: Any) -> None:
 
 
 def is_unit(module: nn.Module) -> bool:
-    """Whether FSDP2 gathers the weights of the module at once."""
+    """Whether the module is an FSDP2 unit, whose weights are gathered together."""
     return hasattr(type(module), "unshard")
 
 
 @contextmanager
 def gathered(model: Any, path: str) -> Iterator[None]:
-    """Within this context, every process holds the whole weights of the unit with the module at ``path``."""
+    """A context in which the weights of the unit with the module at ``path`` are gathered in every process."""
     if not is_unit(model):
         yield
         return
@@ -155,9 +155,9 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     return next(kind for kind in type(model).__mro__ if not hasattr(kind, "unshard"))
 
 
-# --- who must see an operation ---
+# --- modes that must see an operation ---
 
-# The innermost transform of torch.func: kernels of ours know nothing of its tensors.
+# The innermost transform of torch.func, whose tensors the kernels do not support.
 transform_interpreter = torch._C._functorch.peek_interpreter_stack
 
 _is_compiling = torch.compiler.is_compiling
@@ -167,7 +167,7 @@ _forward_ad = torch.autograd.forward_ad
 
 def is_watched() -> bool:
     """Whether a compiler, a tracer, a dispatch mode, a transform of ``torch.func`` or forward-mode differentiation must
-    see each operation, so that no kernel may run past the dispatcher."""
+    see each operation, so that no kernel may bypass the dispatcher."""
     return (
         _is_compiling()
         or _tracing_state() is not None
@@ -178,26 +178,26 @@ def is_watched() -> bool:
 
 
 def has_tangents() -> bool:
-    """Whether forward-mode differentiation is active: our gradients are for the backward pass alone."""
+    """Whether forward-mode differentiation is active, which the hand-written gradients do not support."""
     return _forward_ad._current_level >= 0
 
 
 @contextmanager
 def plain_tensors() -> Iterator[None]:
-    """Within this context, tensors are made without any transform, dispatch mode or inference mode: a table that a
-    process keeps must serve every later caller.
+    """A context in which tensors are created outside of any transform, dispatch mode or inference mode, so that every
+    later caller can use a cached table.
     """
     with torch.inference_mode(False), torch._C._DisableFuncTorch(), _disable_current_modes():
         yield
 
 
 def fake_mode() -> FakeTensorMode | None:
-    """The active fake mode or None. The dry run makes fake tensors itself, without the mode's slow bookkeeping."""
+    """The active fake mode or None. The dry run creates fake tensors itself, without the mode's overhead."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
 def in_backward_pass() -> bool:
-    """Whether autograd is running a backward pass, where checkpointing computes layers again."""
+    """Whether autograd is running a backward pass, in which checkpointing recomputes layers."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -215,14 +215,14 @@ def current_node() -> object:
 
 
 def storage_users(storage: torch.UntypedStorage) -> int:
-    """The number of tensors and storage objects that share the storage: kept memory is reused only when nothing else
-    uses it.
+    """The number of tensors and storage objects that share the storage. Cached memory is reused only where no other
+    object uses it.
     """
     return torch._C._storage_Use_Count(storage._cdata)
 
 
 def writes_to(tensor: Tensor) -> int:
-    """The number of in-place writes to the tensor; 0 where inference mode does not count them."""
+    """The version counter of the tensor (number of in-place writes); 0 for inference tensors, which have none."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -233,9 +233,9 @@ def viewed(tensor: Tensor) -> Tensor | None:
 
 # --- operators ---
 
-# A new shape of the same memory that autograd does not take for a view: whoever gets it may write to it in place.
+# Reshapes without autograd treating the result as a view, so that it may be written in place.
 unsafe_view = torch.ops.aten._unsafe_view
-# By what names the dry run meets a cast, a ``.item()``, a product of experts, a norm and a root of many tensors.
+# The operations of a cast, ``.item()``, a product of experts, and a norm and a root of many tensors, for the dry run.
 to_copy = torch.ops.aten._to_copy
 local_scalar = torch.ops.aten._local_scalar_dense
 grouped_mm = torch.ops.aten._grouped_mm
@@ -259,8 +259,8 @@ class Ctx(Protocol[Kept]):
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The live dictionary of a module's own parameters. ``named_parameters`` leaves out None and repeated ones, and
-    cannot be written to.
+    """The writable dictionary of a module's own parameters. ``named_parameters`` omits None and duplicates, and is
+    read-only.
     """
     return module._parameters
 
@@ -293,7 +293,7 @@ _HOOKS = (
 
 
 def share_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Put the hooks of ``old`` on ``new``, in the same collections: their handles still remove them."""
+    """Share the hook dictionaries of ``old`` with ``new``, so that the hooks' handles still remove them."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
 

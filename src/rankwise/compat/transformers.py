@@ -1,4 +1,4 @@
-"""The private parts of transformers that we use. transformers is imported where a function needs it."""
+"""The private parts of transformers that rankwise uses. Functions import transformers when they need it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def attention_of(config: PreTrainedConfig | None) -> str | None:
-    """The name of the attention implementation. transformers has a public way to set it, and none to read it."""
+    """The name of the attention implementation, which transformers can set publicly but not read."""
     return getattr(config, "_attn_implementation", None)
 
 
 def names_windows(model: nn.Module) -> bool:
-    """Whether the class promises what flash attention needs: layers pass their sliding windows to the attention
+    """Whether the class declares flash-attention support: its layers pass their sliding windows to the attention
     function instead of relying on a mask.
     """
     return getattr(model, "_supports_flash_attn", False)
@@ -39,16 +39,14 @@ def choose_experts(config: PreTrainedConfig, name: str) -> None:
 
 
 def register_experts(name: str, function: Callable[..., Tensor]) -> None:
-    """Make ``name`` an implementation of experts. transformers exports an interface for attention, and none for
-    experts.
-    """
+    """Register ``name`` as an implementation of experts, for which transformers exports no interface."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(name, function)
 
 
 def choose_experts_of_module(config: PreTrainedConfig, name: str) -> None:
-    """The same for the copy of a configuration that one module holds, without the setter's check of its parts."""
+    """As `choose_experts` for one module's copy of a configuration, without the setter's check of its parts."""
     config._experts_implementation_internal = name
 
 
@@ -62,11 +60,11 @@ def gate_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
     return getattr(experts, "_apply_gate" if experts.has_gate else "act_fn")
 
 
-# --- what a model says of its weights ---
+# --- a model's declarations about its weights ---
 
 
 def kept_in_float32(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules whose weights must not become float16, by the class alone."""
+    """The names of modules that the class keeps in float32 instead of float16."""
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
@@ -99,7 +97,7 @@ def mark_quantized(model: PreTrainedModel) -> None:
 
 
 def mark_initialized(module: nn.Module) -> None:
-    """Keep a family's own code from drawing random numbers for weights that are missing."""
+    """Keep transformers from initialising the module's missing weights with random numbers."""
     module._is_hf_initialized = True  # type: ignore[assignment]
 
 
@@ -139,7 +137,8 @@ def set_conversions(model: PreTrainedModel, conversions: list[WeightTransform]) 
 
 
 def forget_conversions(model: PreTrainedModel) -> None:
-    """As transformers does from 5.24 on when it dequantizes: dense stacks are saved as the family's files have them."""
+    """Drop the conversions, as transformers does from 5.24 on when it dequantizes, so that dense stacks are saved in
+    the family's format."""
     vars(model).pop("_weight_conversions", None)
 
 

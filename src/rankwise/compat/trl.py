@@ -1,4 +1,4 @@
-"""The private parts of trl that we use."""
+"""The private parts of trl that rankwise uses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, SupportsFloat
 
-# Of all of trl's trainers; it sends telemetry and writes cards.
+# The base class of trl's trainers, which sends telemetry and writes model cards.
 from trl.trainer.base_trainer import _BaseTrainer as TrlTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -16,8 +16,8 @@ __all__ = ["RepeatSampler", "TrlTrainer", "heads_by", "metrics_of"]
 
 @contextmanager
 def heads_by(kind: type[TrlTrainer], give: Callable[..., None]) -> Iterator[None]:
-    """While a trainer of trl's class ``kind`` is made, call ``give(model, ...)`` in place of the function that gives
-    policy and reference trl's own output head.
+    """A context in which trainers of trl's class ``kind`` call ``give(model, ...)`` instead of the function that puts
+    trl's output head on policy and reference.
     """
     module: Any = sys.modules[kind.__module__]
     before = module.add_fused_lm_head
@@ -35,7 +35,5 @@ class Metered(Protocol):
 
 
 def metrics_of(trainer: Metered, mode: str) -> dict[str, list[SupportsFloat]]:
-    """The values that the trainer averages and logs beside the loss, in mode "train" or "eval"; our own losses add
-    to them.
-    """
+    """{name: values} that the trainer averages and logs with the loss, in mode "train" or "eval"."""
     return trainer._metrics[mode]

@@ -1,4 +1,4 @@
-"""Hooks of trl's, known by where they were made: imports no trl."""
+"""Recognise trl's hooks by the module in which they were defined, without importing trl."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from collections.abc import Callable
 
 
 def bars_offloading(hook: Callable[..., object]) -> bool:
-    """Whether trl put the hook on an output head so that what the head saves is not offloaded. It looks at nothing."""
+    """Whether the hook is trl's on the output head, which only exempts the head's saved tensors from offloading."""
     return getattr(hook, "__module__", None) == "trl.models.activation_offloading"

@@ -1,4 +1,4 @@
-"""``rankwise export``: write an adapter for a server, in a folder that appears whole or not at all."""
+"""``rankwise export``: write an adapter for a server, into a folder that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What to write: for which server, and at which rank, or at the least rank within ``max_error``."""
+    """The export's options: the server, and the rank, or the error within which the least rank is taken."""
 
     target: str
     r: int | None = None
     max_error: float | None = None
-    # The model under a GGUF adapter; Ollama's Modelfile names it.
+    # The GGUF of the base under a GGUF adapter, which Ollama's Modelfile names.
     base_gguf: Path | None = None
-    # A chat template's file, which is copied beside the adapter.
+    # A chat template file to copy into the folder.
     template: Path | None = None
 
     def __post_init__(self) -> None:
@@ -56,11 +56,11 @@ class Wanted:
             )
         if self.target == "ollama" and self.base_gguf is None:
             raise ConfigError(
-                "RW737", "Ollama lays an adapter over a GGUF; give the base's with --base-gguf, or write --merged."
+                "RW737", "Ollama applies an adapter to a GGUF; give the base's with --base-gguf, or write --merged."
             )
 
     def converts(self, file: AdapterFile) -> bool:
-        """Whether the update has to be approximated: DoRA's has full rank, and a lower rank may be asked for."""
+        """Whether the update must be approximated: DoRA's has full rank, or a lower rank was requested."""
         largest = max((item.r * sum(item.parts or (1,)) for item in file.planned), default=0)
         lower = self.r is not None and self.r < largest
         return file.config.use_dora or self.max_error is not None or lower
@@ -68,7 +68,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """What was written, as in ``export.json``. ``conversion`` and ``likeness`` are None where nothing was lost."""
+    """The content of ``export.json``. ``conversion`` and ``likeness`` are None where the export is exact."""
 
     target: str
     base_model: str | None
@@ -100,24 +100,25 @@ def export_adapter(
     held_out: Sequence[Tensor] = (),
     base_gguf: str | Path | None = None,
 ) -> ExportReport:
-    """Write the model's active adapter in the form that a server reads.
+    """Write the model's active adapter in the format of a server.
 
-    LoRA is written exactly, with every scale folded into B. DoRA becomes a LoRA adapter that errs least.
+    LoRA is written exactly, with every scale folded into B. DoRA becomes the LoRA adapter with the least error.
 
     Args:
         model: A model with an active adapter.
         folder: The output folder.
         target: ``vllm``, ``sglang``, ``llama.cpp``, ``ollama`` or ``peft``.
         rank: The rank to write; a lower rank than the adapter's compresses it.
-        max_error: The least rank is taken whose relative error is below this (default 0.05 for DoRA).
-        rows: Token ids, each (T,), whose inputs to the layers define the error. Without rows the error is in
+        max_error: The largest relative error; the least rank within it is taken (default 0.05 for DoRA).
+        rows: Token ids, each (T,), whose inputs to the layers define the error. Without rows, the error is in
             Frobenius norm, which needs far higher ranks.
         held_out: Token ids, each (T,). Without ``rank`` the rank grows until their perplexity changes by at most 1 %.
         base_gguf: The GGUF model that a GGUF adapter is for; names and shapes are checked against it.
 
     Raises:
-        AdapterError: RW407 no adapter, RW730 trained weights that fit in no pair, RW731 a rank that the server cannot
-            take, RW732 an error that no rank keeps, RW734 experts of a higher rank, RW742 a tied embedding.
+        AdapterError: RW407 no adapter, RW730 trained weights outside of low-rank pairs, RW731 a rank that the server
+            does not support, RW732 an error that no rank reaches, RW734 experts of a higher rank, RW742 a tied
+            embedding.
         ConfigError: RW103, RW733, RW737, options that do not belong together.
         ModelError: RW740, RW741, RW743, a base that cannot be written as GGUF.
         RunError: RW532, RW551, RW582, an output folder that cannot be written.

@@ -41,7 +41,7 @@ DEFAULT_DENSITY = 0.5
 @dataclasses.dataclass(frozen=True)
 class Combination:
     """How adapters are combined. ``rank`` (svd): by default the adapters' largest. ``density`` (ties, dare_ties):
-    the share of entries to keep. ``seed`` (dare_ties): None takes torch's generator as it is."""
+    the share of entries to keep. ``seed`` (dare_ties): None uses torch's generator without seeding it."""
 
     weights: Sequence[float]
     way: Way = "linear"
@@ -73,17 +73,19 @@ def combine_adapters(
     rank: int | None = None,
     density: float | None = None,
 ) -> AdapterReport:
-    """Combine loaded adapters into a new one, which becomes active. It equals PEFT's ``add_weighted_adapter``.
+    """Combine loaded adapters into a new one, which becomes active, as PEFT's ``add_weighted_adapter`` does.
 
     Args:
         model: A model with several loaded LoRA adapters.
-        adapters: Their names.
-        weights: A factor for each of them.
-        name: The name of the result.
-        combine: How: ``linear``, ``cat``, ``svd``, ``ties`` or ``dare_ties`` (PEFT's ``combination_type``).
+        adapters: The names of the adapters to combine.
+        weights: A factor for each adapter.
+        name: The name of the new adapter.
+        combine: ``linear``, ``cat``, ``svd``, ``ties`` or ``dare_ties`` (PEFT's ``combination_type``).
         rank: The rank of the result of ``svd`` (PEFT's ``svd_rank``).
-        density: The share of values that ``ties`` and ``dare_ties`` keep. The random choice of ``dare_ties`` follows
-            torch's seed.
+        density: The share of values that ``ties`` and ``dare_ties`` keep; ``dare_ties`` draws with torch's generator.
+
+    Returns:
+        The modules of the new adapter, as ``add_adapter`` does.
 
     Raises:
         ConfigError: RW750, options that do not belong together.
@@ -99,7 +101,7 @@ def combine_adapters(
 def combine_folders(
     model: nn.Module, files: Sequence[AdapterFile], wanted: Combination, folder: Path, base_model: str | None
 ) -> int:
-    """Write adapters that were read as one PEFT folder, and give its rank. ``model`` may lie on the meta device."""
+    """Write the combination of adapters as one PEFT folder and return its rank. ``model`` may be on the meta device."""
     pairs, file = combined(model, files, wanted)
     write_portable(folder, model, file, pairs, base_model)
     return next(iter(pairs.values())).r

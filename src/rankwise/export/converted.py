@@ -1,11 +1,12 @@
-"""DoRA as LoRA of a given rank, with its error: dW' = P_R dW, the best of rank R for the layer's own inputs X.
+"""Convert DoRA to LoRA of a given rank, with its error: dW' = P_R dW, the best of rank R for the layer's inputs X.
 
 DoRA's dW = diag(g - 1) W + diag(g) s B A has full rank. Of all matrices of rank R, the one that minimises
 ||(dW' - dW) X||_F is U_R U_R^T dW, where U_R holds the R leading left-singular vectors of dW X (Eckart-Young on dW X):
 B' = U_R, A' = U_R^T dW. No split of R between the two terms does better. Without inputs X = I.
 
-The error over all layers says little of some of them: in SmolLM2 one layer, which writes the outliers of the residual
-stream, has 85 % of ||dW X||^2 and needs one direction. So the rank grows until held-out rows are as likely, too.
+The error over all layers says little about single layers: in SmolLM2 one layer, which writes the outliers of the
+residual stream, has 85 % of ||dW X||^2 and needs one direction. So the rank also grows until the perplexity of held-out
+rows is kept.
 
 Shapes: W, dW (out, in), X (T, in) for T tokens, U (out, R), A = U^T dW (R, in).
 """
@@ -33,24 +34,23 @@ from rankwise.export.pairs import Pair
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# To find the least rank, so many directions of each layer are kept at first, and then so many.
+# Number of directions of each layer that the search for the least rank computes: first, and where these do not suffice.
 RANKS_TRIED = (64, 512)
 MOST_TOKENS = 4096
 DEFAULT_ERROR = 0.05
-# How far the perplexity of held-out rows may be from the trained adapter's, relatively; more with a --max-error above
-# the default, in proportion.
+# Largest relative change of the held-out rows' perplexity; in proportion more with a --max-error above the default.
 PERPLEXITY_CHANGE = 0.01
 RANK_GROWTH = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What converting cost. Errors are relative: ||(dW' - dW) X|| / ||dW X||, or without inputs in Frobenius norm."""
+    """The error of a conversion, relative: ||(dW' - dW) X|| / ||dW X||, or without inputs in Frobenius norm."""
 
     r: int
     # The least rank within the error; `r` also keeps the perplexity of held-out rows.
     least_r: int
-    # Over all layers: the root of the ratio of the sums of squares.
+    # Over all layers: square root of the ratio of the sums of squares.
     error: float
     by_layer: Mapping[str, float]
     # Tokens in the inputs X; 0 for Frobenius norm.
@@ -59,8 +59,8 @@ class Conversion:
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
-    """The leading directions of one layer's update: U (out, q), A = U^T dW (q, in), and for every rank from 0 on the
-    squared error ||(dW' - dW) X||^2, which at rank 0 is ||dW X||^2."""
+    """The leading directions of one layer's update: U (out, q), A = U^T dW (q, in), and for every rank from 0 the
+    squared error ||(dW' - dW) X||^2, which is ||dW X||^2 at rank 0."""
 
     U: Tensor
     A: Tensor
@@ -125,8 +125,8 @@ def _refusal(best: float, largest: int, limit: float, *, is_weighed: bool) -> Ad
     if best > limit:
         why = f"differs from what was trained by a relative error of {best:.3g}, and --max-error allows {limit:g}"
     else:
-        why = f"changes the perplexity of rows that were set aside by more than the {allowed_change(limit):.1%} allowed"
-    advice = "" if is_weighed else "give --data (with the inputs of real rows far lower ranks do), "
+        why = f"changes the perplexity of held-out rows by more than the allowed {allowed_change(limit):.1%}"
+    advice = "" if is_weighed else "give --data (with the inputs of real rows far lower ranks suffice), "
     return AdapterError(
         "RW732",
         f"as LoRA of rank {largest} this adapter {why}; {advice}allow more with --max-error, or write a merged model "
@@ -136,8 +136,8 @@ def _refusal(best: float, largest: int, limit: float, *, is_weighed: bool) -> Ad
 
 @torch.no_grad()
 def update_of(layer: AdaptedLayer, name: str) -> Tensor:
-    """``dW = diag(g - 1) W + diag(g) s B A`` in float32, with g = 1 for LoRA: (out, in). After pissa W is what the base
-    holds, and s B_0 A_0, which was taken out of it, is subtracted."""
+    """``dW = diag(g - 1) W + diag(g) s B A`` in float32, with g = 1 for LoRA: (out, in). After pissa, W is the base's
+    rest, and s B_0 A_0, which was subtracted from the base, is subtracted from dW."""
     # A Lora, Dora or EmbeddingLora: what they share beyond the protocol.
     adapter: Any = layer.adapter(name)
     base = layer.base_layer
@@ -153,7 +153,7 @@ def update_of(layer: AdaptedLayer, name: str) -> Tensor:
 def inputs_of(
     model: PreTrainedModel, layers: Mapping[str, AdaptedLayer], rows: Sequence[Tensor]
 ) -> dict[str, list[Tensor]]:
-    """What each layer reads of the first ``MOST_TOKENS`` tokens, row by row: (t, in), of an embedding ids (t,)."""
+    """{layer: its inputs for the first ``MOST_TOKENS`` tokens, row by row}: (t, in), or ids (t,) of an embedding."""
     kept: dict[str, list[Tensor]] = {path: [] for path in layers}
     left = MOST_TOKENS
     with _watching(layers, kept):
@@ -169,7 +169,7 @@ def inputs_of(
 def _watching(layers: Mapping[str, AdaptedLayer], kept: Mapping[str, list[Tensor]]) -> Iterator[None]:
     def keep(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            # A view: layers that read one tensor keep it once.
+            # A view, so that layers that read one tensor share its memory.
             kept[path].append(given[0].detach().flatten(0, 1))
 
         return hook
@@ -185,7 +185,7 @@ def _watching(layers: Mapping[str, AdaptedLayer], kept: Mapping[str, list[Tensor
 def _directions(
     layers: Mapping[str, AdaptedLayer], name: str, inputs: Mapping[str, list[Tensor]], most: int
 ) -> dict[str, Directions]:
-    """By the layer's path, the ``most`` leading directions of its update on its inputs."""
+    """{layer's path: the ``most`` leading directions of its update on its inputs}."""
     found: dict[str, Directions] = {}
     read, R = 0, torch.empty(0)
     for path, layer in layers.items():
@@ -193,7 +193,8 @@ def _directions(
         if path in inputs and isinstance(layer.base_layer, nn.Embedding):
             Y = dW[:, torch.cat(inputs[path])]
         elif path in inputs:
-            # ||M X|| = ||M R^T|| for X^T = Q R: no more columns than dW has. q, k and v read one X, and gate and up.
+            # ||M X|| = ||M R^T|| for X^T = Q R, which has at most as many columns as dW. q, k and v share one X, and so
+            # do gate and up.
             if inputs[path][0].data_ptr() != read:
                 read = inputs[path][0].data_ptr()
                 R = torch.linalg.qr(torch.cat(inputs[path]).float(), mode="r").R
@@ -210,7 +211,7 @@ def _left_singular(Y: Tensor, most: int) -> tuple[Tensor, Tensor]:
     is_wide = Y.shape[0] <= Y.shape[1]
     energies, vectors = torch.linalg.eigh(Y @ Y.T if is_wide else Y.T @ Y)
     leading = vectors.flip(1)[:, :most]
-    # The columns of Y V are orthogonal but for rounding, of which those without energy consist.
+    # The columns of Y V are orthogonal up to rounding; QR repairs those of negligible norm.
     U = leading if is_wide else torch.linalg.qr(Y @ leading).Q
     return U.float(), energies.flip(0).clamp(min=0.0)
 

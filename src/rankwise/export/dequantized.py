@@ -1,4 +1,4 @@
-"""A bitsandbytes checkpoint read as the dense model it stands for, one tensor at a time."""
+"""Read a bitsandbytes checkpoint as a dense model, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class DequantizedWeights:
-    """`ShardedWeights` of the same files with every 4-bit weight as one dense tensor, of the dtype it was made from.
+    """`ShardedWeights` of the same files, with every 4-bit weight as one dense tensor in its original dtype.
 
     ``transposed`` names the weights that the dense model stores as (in, out). Raises QuantizationError (RW611) for a
     damaged checkpoint.

@@ -1,8 +1,8 @@
-"""A base's stacked experts changed as wholes, whatever tensors its files keep them in.
+"""Change a base's stacked experts as whole stacks, whatever tensors its files hold.
 
-Training quantizes the stack (E, N, K) that transformers makes of a layer's experts, with one mean over all its scales,
-and adapts it, with gate and up in one matrix; files mostly hold a tensor for each expert. So a stack is made as loading
-makes it, changed, and taken apart as saving does, both by transformers' own rules for the family.
+Training quantizes and adapts the stack (E, N, K) that transformers makes of a layer's experts, with one mean over all
+its scales, and with gate and up in one matrix; files mostly hold a tensor for each expert. So a stack is built as in
+loading, changed, and split as in saving, both by transformers' rules for the family.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rankwise.quantization.config import FourBitConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Stacks at a time: files go through a layer expert by expert, and so through two stacks at once.
+# Number of stacks in memory: files are ordered by expert within a layer, so two stacks are read together.
 KEPT = 2
 
 
@@ -36,7 +36,8 @@ class Weights(Protocol):
 
 
 def rounding(config: FourBitConfig, dtype: torch.dtype | None) -> Change:
-    """A stack rounded to 4 bits as training did. ``dtype``: that of the weights then; None: as they are stored."""
+    """The change that rounds a stack to 4 bits as in training. ``dtype``: that of the weights in training, None for the
+    stored one."""
 
     def rounded(W: Tensor) -> Tensor:
         W = W.to(dtype or W.dtype).contiguous()

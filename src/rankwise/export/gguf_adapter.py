@@ -1,4 +1,4 @@
-"""``adapter.gguf``: low-rank pairs as llama.cpp and Ollama lay them over a base.
+"""Write ``adapter.gguf``: low-rank pairs in the format of llama.cpp and Ollama.
 
 The loader computes W x + (alpha / r) B A x, with r read from each B; alpha = r makes that scale 1. In numpy's order
 lora_a is (r, in) and lora_b (out, r), of E experts (E, r, in) and (E, out, r), of an embedding (vocabulary, r) and
@@ -29,10 +29,9 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
 def gguf_pairs(model: PreTrainedModel, names: GgufNames, pairs: Pairs) -> dict[str, Pair]:
-    """By the GGUF's names and in its orders: lora_a and lora_b, as above.
+    """{name in the GGUF: (lora_a, lora_b) in the GGUF's row order}, with the shapes above.
 
-    Raises AdapterError (RW742) for what llama.cpp would not compute: an adapter on a head or an embedding that are
-    one tensor.
+    Raises AdapterError (RW742) for an adapter on a tied head or embedding, which llama.cpp would not compute.
     """
     found: dict[str, Pair] = {}
     modules = dict(base_modules(model))
@@ -54,8 +53,8 @@ def gguf_pairs(model: PreTrainedModel, names: GgufNames, pairs: Pairs) -> dict[s
 
 
 def check_base(base: Path, names: GgufNames, pairs: Pairs) -> GgufHeader:
-    """Hold the pairs against the GGUF that they will lie over. Raises ModelError: RW310 a damaged file, RW743 one of
-    another architecture, or without a tensor of that shape."""
+    """Check the pairs against the GGUF of their base. Raises ModelError: RW310 for a damaged file, RW743 for another
+    architecture or a tensor that is missing or has another shape."""
     header = read_gguf_header(base)
     found = header.metadata["general.architecture"]
     if found != names.architecture:

@@ -1,4 +1,4 @@
-"""Compare the answers of an exported adapter with those of the trained one, on rows that the export did not use."""
+"""Compare an exported adapter with the trained one, on rows that the export did not use."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Likeness:
     tokens: int
     largest_logit_difference: float
     mean_logit_difference: float
-    # Share of the tokens at which both find the same next token likeliest.
+    # Share of the tokens at which both have the same argmax.
     top1_agreement: float
     perplexity_base: float
     perplexity_adapter: float
@@ -50,7 +50,7 @@ class Likeness:
 def keeps_perplexity(
     model: PreTrainedModel, file: AdapterFile, name: str, rows: Sequence[Row], share: float
 ) -> Callable[[Pairs], bool]:
-    """Whether pairs keep the perplexity of ``rows`` within ``share`` of the trained adapter's, as a function of them.
+    """A function that tests whether pairs keep the perplexity of ``rows`` within ``share`` of the trained adapter's.
 
     |mean d| + 2 standard errors <= log(1 + share), where d are the differences of the labels' losses. The errors take
     at most half of that: few rows, or rounding to 16 bits, would otherwise refuse every rank.
@@ -67,14 +67,14 @@ def keeps_perplexity(
 
 @torch.no_grad()
 def likeness(model: PreTrainedModel, file: AdapterFile, name: str, pairs: Pairs, rows: Sequence[Row]) -> Likeness:
-    """The exported pairs beside the adapter ``name``, which is active."""
+    """Compare the exported pairs with the active adapter ``name``."""
     with _laid_over(model, file, name, pairs):
         return _compare(model, name, rows)
 
 
 @contextmanager
 def _laid_over(model: PreTrainedModel, file: AdapterFile, name: str, pairs: Pairs) -> Iterator[None]:
-    """Within this context the pairs are the active adapter instead of ``name``."""
+    """A context in which the pairs are the active adapter instead of ``name``."""
     attach_pairs(model, file, pairs, EXPORTED, trainable=False)
     try:
         yield

@@ -58,8 +58,8 @@ Onto = Literal["original", "quantized"]
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What was written, as in ``merge.json``: modules merged, onto which weights, whether tensor by tensor or through
-    memory, and what each way of merging costs."""
+    """The content of ``merge.json``: the merged modules, the weights they were merged into, whether tensor by tensor or
+    in memory, and the measured effect of each way of merging."""
 
     adapter: str
     base_model: str
@@ -80,15 +80,16 @@ def merge_to_folder(
     revision: str | None = None,
     verification: Fields | None = None,
 ) -> MergeReport:
-    """Write the base with the adapter folded in to ``output``, which appears whole or not at all, with its record.
+    """Write the base with the adapter merged to ``output``, which appears whole or not at all, with its record.
 
-    ``model`` is the base, by default the one that the adapter names, at the commit it was trained on. ``onto`` is
-    "quantized" to merge into the values that a 4-bit run trained on (each 4-bit layer dequantized), "original" into the
-    weights before quantization; ``trained_on`` is their format where the adapter's folder has no record of it. Raises
-    AdapterError when the adapter does not fit the base (RW414: it did not train on 4 bits), ModelError when the base
-    cannot be read or (RW309) holds no original weights, RunError (RW532) when ``output`` holds something, RW551 when it
-    cannot be written, RW582 when another process writes to it. Warns RW417
-    of another hub model than the adapter names, RW415 of weights that are not those of the training.
+    ``model`` is the base, by default the one that the adapter names, at the commit on which it was trained. ``onto``:
+    "quantized" merges into the dequantized values of the 4-bit layers on which a run trained, "original" into the
+    weights before quantization. ``trained_on`` is the 4-bit format, where the adapter's folder has no record of it.
+
+    Raises AdapterError where the adapter does not fit the base (RW414: it was not trained on 4 bits), ModelError where
+    the base cannot be read or (RW309) holds no original weights, RunError: RW532 where ``output`` is not empty, RW551
+    where it cannot be written, RW582 where another process writes to it. Warns RW417 of another hub model than the
+    adapter names, RW415 of other weights than in training.
     """
     with hold(output):
         refuse_to_overwrite(output)
@@ -117,12 +118,12 @@ def refuse_to_overwrite(output: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model to merge into, fetched; for a merge onto 4-bit values their format and the dtype that was quantized."""
+    """The fetched model to merge into; for a merge onto 4-bit values, their format and the dtype that was quantized."""
 
     source: ModelSource
     quantization: FourBitConfig | None
     dtype: torch.dtype | None
-    # The 4-bit values are those of the files, and none are made.
+    # Whether the files hold the 4-bit values, so that nothing is quantized here.
     stored: bool = False
     trust_remote_code: bool = False
 
@@ -271,16 +272,15 @@ def _weights(base: Base, skeleton: nn.Module) -> Weights:
 
 
 def _names_in_files(skeleton: nn.Module, weights: Weights) -> dict[str, str]:
-    """{parameter of the model: its name in the files}, which transformers may call otherwise there: without the base
-    model's prefix (GPT-2), or with other parts (Qwen2.5-VL)."""
+    """{parameter of the model: its name in the files}. The names may differ: without the base model's prefix (GPT-2),
+    or with other parts (Qwen2.5-VL)."""
     state = skeleton.state_dict()
     found = collected(skeleton, weights.names())
     return {parameter: name for name, parameter, made in found if made is None and parameter in state}
 
 
 def _stack_changes(skeleton: nn.Module, file: AdapterFile, base: Base) -> dict[str, Change]:
-    """What becomes of stacked experts, by the names of their parameters: rounded where they train in 4 bits, merged
-    where they adapt."""
+    """{parameter of stacked experts: its change}: rounded where it is 4-bit in training, merged where it is adapted."""
     config, pairs = base.quantization, scaled_pairs(skeleton, file)
     changes = {} if config is None else dict.fromkeys(target_stacks(skeleton, config), rounding(config, base.dtype))
     for item in file.planned:
@@ -295,7 +295,7 @@ def _stack_changes(skeleton: nn.Module, file: AdapterFile, base: Base) -> dict[s
 def _changes(
     skeleton: nn.Module, file: AdapterFile, names: Mapping[str, str], weights: Weights
 ) -> tuple[dict[str, Change], dict[str, tuple[str, Change]]]:
-    """What becomes of which tensor in the files, and tensors that are new there: {name: (made from, by)}."""
+    """({tensor in the files: its change}, {new tensor: (tensor from which it is made, change)})."""
     wanted: dict[str, Change] = {}
     pairs = scaled_pairs(skeleton, file)
     for item in file.planned:
@@ -334,7 +334,7 @@ def _check_shapes(skeleton: nn.Module, names: Mapping[str, str], weights: Weight
 def _after_quantization(
     skeleton: nn.Module, base: Base, config: FourBitConfig, names: Mapping[str, str], changes: Mapping[str, Change]
 ) -> dict[str, Change]:
-    """``changes`` with every layer that is 4-bit in training rounded to 4 bits first, adapted or not."""
+    """``changes``, preceded by rounding to 4 bits for every layer that is 4-bit in training, adapted or not."""
     result, rounded = dict(changes), rounding(config, base.dtype)
 
     def rounded_as_stored(W: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ def _after_quantization(
 def _replace_ends(
     wanted: dict[str, Change], skeleton: nn.Module, file: AdapterFile, tied: tuple[str, str] | None
 ) -> None:
-    """Embedding and head that PEFT saved beside an adapter: they take the base's place before anything is merged."""
+    """Let an embedding or head that PEFT saved with the adapter replace the base's, before anything is merged."""
     whole = {f"{PREFIX}{item.name}.weight" for item in file.planned if item.kind == "trained whole"}
     for key in sorted((file.tensors.keys() & end_weights(skeleton).keys()) - whole):
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -390,7 +390,7 @@ def _maker(
     def make(name: str) -> Tensor:
         origin, change = extra.get(name) or (name, changes.get(name, lambda tensor: tensor))
         tensor = weights.tensor(origin)
-        # Of fewer than 16 bits no numbers are summed, and none are merged.
+        # Dtypes of fewer than 16 bits cannot be summed, and are not merged.
         if tensor.is_floating_point() and tensor.itemsize > 1 and not is_finite(tensor):
             raise ModelError(
                 "RW323", f"the weights of {weights.folder} hold NaN or infinity in {origin}; get them again."
@@ -427,7 +427,7 @@ def _copy_files(folder: Path, output: Path, *, code: bool) -> None:
 
 
 def _copy_tokenizer(adapter: Path, output: Path) -> None:
-    """The run's own tokenizer files win over the base's: a chat template given at training belongs to the result."""
+    """Copy the run's tokenizer files over the base's, since they hold a chat template given for training."""
     for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*"):
         for path in adapter.glob(pattern):
             shutil.copyfile(path, output / path.name)

@@ -1,4 +1,4 @@
-"""The low-rank pairs of an adapter's file, and what they make of the base's weights.
+"""The low-rank pairs of an adapter's file, and the changes of the base's weights that they give.
 
 Shapes: W (out, in), A (r, in), B (out, r); of E stacked experts A (E, r, in) and B (E, out, r).
 """
@@ -37,12 +37,12 @@ class Pair:
         return Pair(F.pad(self.A, (0, 0, 0, more)), F.pad(self.B, (0, more)))
 
 
-# By the name of the module, or of the stack's parameter.
+# {name of the module, or of the stack's parameter: pair}.
 Pairs = Mapping[str, Pair]
 
 
 def folded_pairs(model: nn.Module, file: AdapterFile) -> dict[str, Pair]:
-    """The pairs of an adapter, scales folded into B; of DoRA's these are not the whole update. ``model`` may lie on
+    """The pairs of an adapter with scales folded into B, which for DoRA are not the whole update. ``model`` may be on
     the meta device."""
     return {name: Pair(pair.A, pair.B * s) for name, (pair, s) in scaled_pairs(model, file).items()}
 
@@ -65,17 +65,17 @@ def scaled_pairs(model: nn.Module, file: AdapterFile) -> dict[str, tuple[Pair, f
 
 
 def to_one_rank(pairs: Pairs, r: int | None = None) -> dict[str, Pair]:
-    """Padded with zeros to ``r``, by default to the largest rank."""
+    """The pairs, padded with zeros to rank ``r`` (default: the largest rank)."""
     largest = max(pair.r for pair in pairs.values())
     return {name: pair.padded(r or largest) for name, pair in pairs.items()}
 
 
-# What becomes of a weight.
+# A function from a weight to its new value.
 Change = Callable[[Tensor], Tensor]
 
 
 def merging(item: AdaptedModule, file: AdapterFile, scaled: tuple[Pair, float], order: Change | None = None) -> Change:
-    """``W + s B A``, or DoRA's, of a layer's weight W (out, in), whose rows are in ``order``."""
+    """The change W -> ``W + s B A``, or DoRA's, of a layer's weight W (out, in), whose rows are in ``order``."""
     (pair, s), m = scaled, file.tensors.get(f"{PREFIX}{item.name}.lora_magnitude_vector")
     B, rows = pair.B, None if item.parts is None else enabled_rows(item.parts, item.out_features)
     if order is not None:
@@ -84,10 +84,10 @@ def merging(item: AdaptedModule, file: AdapterFile, scaled: tuple[Pair, float], 
 
 
 def transposed(change: Change) -> Change:
-    """``change`` of a weight that is stored as its transpose."""
+    """``change`` applied to a weight that is stored transposed."""
     return lambda W: change(W.T).T
 
 
 def replaced_by(value: Tensor) -> Change:
-    """The trained value, as the weight is stored."""
+    """The change of a weight to the trained ``value``, in the weight's layout."""
     return lambda W: value.to(W.dtype).reshape(W.shape)

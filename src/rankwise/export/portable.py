@@ -1,6 +1,6 @@
-"""An adapter that every server reads: plain LoRA of one rank, with every scale folded into B.
+"""An adapter for any server: plain LoRA of one rank, with every scale folded into B.
 
-dW = s B A is written as A' = A and B' = s B with r' = lora_alpha' = R, so that each reader's scale is 1; A' and B' are
+dW = s B A is written as A' = A and B' = s B with r' = lora_alpha' = R, so that every reader's scale is 1; A' and B' are
 padded with zeros to the rank R of all modules. Shapes: A (r, in), B (out, r); of E stacked experts (E, r, in) and
 (E, out, r).
 """
@@ -36,14 +36,14 @@ from rankwise.serving import SERVERS, VLLM_RANKS
 
 
 def live_adapter(model: nn.Module, name: str | None) -> AdapterFile:
-    """An adapter of a living model (by default the active one), as if it had been read from a folder."""
+    """An adapter of a model in memory (by default the active one), as if it had been read from a folder."""
     state, name = state_and_name(model, name)
     return AdapterFile(state.configs[name], list(report(model, name).modules), adapter_tensors(model, name))
 
 
 def refuse_unserved(file: AdapterFile, target: str) -> None:
-    """Raise AdapterError: RW730 for trained weights that no low-rank pair can carry, and for experts' where the server
-    takes none; RW433 for LoftQ's."""
+    """Raise AdapterError: RW730 for trained weights outside of low-rank pairs, and for stacked experts where the server
+    does not support them; RW433 for LoftQ adapters."""
     if file.config.init.kind == "loftq":
         raise AdapterError(
             "RW433",
@@ -56,7 +56,7 @@ def refuse_unserved(file: AdapterFile, target: str) -> None:
         what = f"holds more than pairs ({some_of(whole)})" if whole else f"adapts the stacked experts {some_of(stacks)}"
         raise AdapterError(
             "RW730",
-            f"the adapter {what}, and {SERVERS[target].name} takes low-rank pairs of layers alone; write a merged "
+            f"the adapter {what}, and {SERVERS[target].name} supports low-rank pairs of layers only; write a merged "
             "model with --merged, or with rankwise merge.",
         )
 
@@ -66,15 +66,15 @@ def check_rank(r: int, target: str) -> None:
     if target == "vllm" and r > VLLM_RANKS[-1]:
         raise AdapterError(
             "RW731",
-            f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this adapter has {r}; give a lower --rank, whose error is "
-            "then stated, or write a merged model with --merged.",
+            f"vLLM supports ranks up to {VLLM_RANKS[-1]}, and this adapter has {r}; give a lower --rank, whose error "
+            "is then stated, or write a merged model with --merged.",
         )
 
 
 def attach_pairs(
     model: nn.Module, file: AdapterFile, pairs: Pairs, name: str, *, trainable: bool = True
 ) -> AdapterReport:
-    """Lay pairs of one rank over the model as the adapter ``name``, which is at work from then on."""
+    """Add pairs of one rank to the model as the adapter ``name``, which becomes active."""
     r = next(iter(pairs.values())).r
     planned = [
         dataclasses.replace(item, kind="LoRA", r=r, lora_alpha=r, parts=None) for item in file.planned if item.is_pair

@@ -1,7 +1,7 @@
-"""``rankwise export --verify``: the real server answers as the trained model does, and not as its base.
+"""``rankwise export --verify``: test that the real server answers as the trained model does, and not as its base.
 
-On the same tokens a server and we differ a little already without an adapter (other kernels, quantized activations).
-That difference is the yardstick: with the adapter it may be twice as large. Differences are means of absolute
+On the same tokens, a server and rankwise differ slightly even without an adapter (other kernels, quantized
+activations). With the adapter the difference may be twice as large. Differences are mean absolute differences of
 log-probabilities, in nats.
 """
 
@@ -38,7 +38,7 @@ EXACT = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A server that --verify can start: its module, and how to get it."""
+    """A server that --verify can start: its Python module, and the command that installs it."""
 
     module: str
     variable: str
@@ -57,7 +57,7 @@ PROGRAMS = {"llama.cpp": LLAMA, "ollama": LLAMA, "vllm": VLLM}
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """One model's greedy texts (ids), and its log-probabilities of the tokens that all models are asked about."""
+    """One model's greedy texts (ids), and its log-probabilities of the tokens that all models score."""
 
     texts: list[list[int]]
     logprobs: list[list[float]]
@@ -84,7 +84,7 @@ class Proof:
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What a server is to load: a model and an adapter of rank r over it, or a merged model and its base."""
+    """What a server loads: a model and an adapter of rank r over it, or a merged model and its base."""
 
     model: Path
     adapter: Path | None = None
@@ -113,7 +113,8 @@ def server_python(target: str, given: Path | None) -> str:
 
 
 def prove(target: str, python: str, model: PreTrainedModel, served: Served, prompts: list[list[int]]) -> Proof:
-    """Serve, ask, and compare with ``model``, whose adapter is at work. Raises RunError (RW738) unless they agree."""
+    """Start the server and compare it with ``model``, whose adapter is active. Raises RunError (RW738) where they
+    differ."""
     prompts = prompts[:PROMPTS]
     texts = [_greedy(model, prompt) for prompt in prompts]
     ours = Answers(texts, [_logprobs(model, *pair) for pair in zip(prompts, texts)])
@@ -190,7 +191,7 @@ def _ask(target: str, python: str, served: Served, prompts: list[list[int]], ans
 
 
 def run_server(python: str, job: JsonObject) -> JsonObject:
-    """Raises RunError (RW739) where the server fails, with the error that it said first."""
+    """Run the server's job and return its result. Raises RunError (RW739) with the server's first error."""
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(
             [python, str(SCRIPT)], input=json.dumps(job), stdout=subprocess.PIPE, stderr=log, text=True, check=False

@@ -1,4 +1,4 @@
-"""The effect of rounding to the model's dtype on its logits. It is the measure for how much a merge may move them."""
+"""The effect of rounding to the model's dtype on its logits, by which the effect of a merge is judged."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rankwise.compat.torch import own_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A merge adds one rounding of each weight to those of the products, and both models round: independent errors of one
-# size add up to less than twice it. The largest of other tokens' errors may be another twice as large.
+# A merge adds one rounding of each weight to those of the products, and both models round, so independent errors of
+# equal size add up to less than twice one. The largest error over other tokens may be twice as large again.
 ROUNDING_FACTOR = 4.0
 
 
 def is_more_than_rounding(difference: float, rounding: float) -> bool:
-    """Whether logits differ by more than the rounding of their model explains. Not a number is more."""
+    """Whether a difference of logits is larger than the model's rounding explains; True for NaN."""
     return not difference <= ROUNDING_FACTOR * rounding
 
 

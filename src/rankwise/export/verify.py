@@ -1,6 +1,6 @@
-"""Measure on a text how much of what was trained survives each way of merging.
+"""Measure on a text how each way of merging changes the trained model.
 
-The model that trained (adapter over its base, 4-bit or not) is the reference; every variant is compared with it by
+The reference is the trained model (adapter over its base, 4-bit or not); every variant is compared with it by
 perplexity and by the largest difference of a logit.
 """
 
@@ -40,7 +40,7 @@ CHUNK_TOKENS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to run the result. The logit difference is to the model as trained, over all tokens and vocabulary."""
+    """One way to run the result. The logit difference to the trained model is over all tokens and the vocabulary."""
 
     name: str
     perplexity: float
@@ -51,7 +51,7 @@ class Variant:
 class Verification:
     variants: tuple[Variant, ...]
     tokens: int
-    # Of the merges that can be written, the one whose logits stay closest to the model as trained.
+    # The writable merge whose logits are closest to those of the trained model.
     closest: Onto
     # Largest difference of a logit between a merged model and its own weights computed in the next wider dtype.
     rounding: float
@@ -113,7 +113,7 @@ def read_text(path: Path) -> str:
 
 
 def default_text() -> str:
-    """Summaries from the standard library's documentation: English that is on every machine."""
+    """Summaries from the standard library's documentation: English text that every machine has."""
     return "\n".join(f"{row.prompt}\n{row.completion}" for row in stdlib_rows("eval"))
 
 
@@ -121,7 +121,7 @@ def text_chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Te
     """The first tokens of a text, in pieces (1, t). Raises DataError: RW219 no tokenizer, RW220 a text too short."""
     if tokenizer is None:
         raise DataError(
-            "RW219", "the base comes without a tokenizer, so a text cannot be encoded to compare merges on."
+            "RW219", "the base has no tokenizer, so no text can be encoded to compare merges; add its tokenizer files."
         )
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS])
     chunks = [chunk[None] for chunk in ids.split(CHUNK_TOKENS) if len(chunk) > 1]
@@ -131,7 +131,7 @@ def text_chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Te
 
 
 class _Meter:
-    """Measures variants; the first one it sees is the reference for the logits of the others."""
+    """Measures variants. The first one is the reference for the logits of the others."""
 
     def __init__(self, ids: list[Tensor]) -> None:
         self.ids = ids

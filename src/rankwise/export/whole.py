@@ -1,4 +1,4 @@
-"""``rankwise export --merged``: the base with the adapter folded in, as a server reads whole models."""
+"""``rankwise export --merged``: write the base with the adapter merged, in the format of a server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rankwise.serving import SERVERS, served_whole
 
 @dataclasses.dataclass(frozen=True)
 class WholeModel:
-    """What to write: for which server, of which base, in which of GGUF's types."""
+    """The options: the server, the base, and the GGUF type."""
 
     target: str
     model: str | None = None

@@ -1,4 +1,4 @@
-"""The facts about a base model that a run's record keeps."""
+"""The facts about a base model in a run's record."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ if TYPE_CHECKING:
 
 
 def model_hash(model: str | ModelSource) -> str:
-    """SHA-256 of the model's weights: of a single file its own, otherwise of the sorted lines ``HASH  NAME``."""
+    """SHA-256 of the model's weights: that of a single file, or that of the sorted lines ``HASH  NAME``."""
     return sha256_of_files(weights_files(fetch_model(model)))
 
 
 def weights_files(source: ModelSource) -> list[Path]:
-    """The files whose tensors make up the model, of a source that lies on this machine.
-
-    Raises ModelError (RW305) for one that is missing.
-    """
+    """The weights files of a source on this machine. Raises ModelError (RW305) for a missing file."""
     assert source.path is not None
     if source.is_gguf:
         return [source.path]
@@ -31,7 +28,7 @@ def weights_files(source: ModelSource) -> list[Path]:
 
 
 def model_facts(model: PreTrainedModel, source: str | ModelSource) -> JsonObject:
-    """Name, place, hash, architecture, size and dtype of a loaded base model, before an adapter is added.
+    """The facts of a loaded base model without adapters.
 
     ``parameters`` counts tied weights once. Keys: name, kind, base_model, path, revision, sha256, architecture,
     model_type, parameters, dtype, quantization.
@@ -56,7 +53,7 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> JsonObject
 
 
 def _quantization(model: PreTrainedModel) -> JsonObject | None:
-    """The 4-bit format in full, since config.json's description of it leaves out the block size."""
+    """The complete 4-bit format; config.json's quantization_config lacks the block size."""
     config = getattr(model.config, "quantization_config", None)
     for method in ("to_loading_dict", "to_dict"):
         if hasattr(config, method):

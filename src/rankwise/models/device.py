@@ -20,7 +20,7 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}
 
 @dataclasses.dataclass(frozen=True)
 class DeviceChoice:
-    """A device by torch's name, the base model's dtype there, and why."""
+    """A device (torch's name), the base model's dtype on it, and the reason for both."""
 
     device: str
     dtype: torch.dtype
@@ -32,7 +32,8 @@ def choose_device(device: str | None = "auto", dtype: str | torch.dtype | None =
 
     ``device``: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps. ``dtype``: auto, bfloat16, float16, float32
     or a torch dtype. Automatic dtypes: bfloat16 where the hardware computes in it, else float16 on CUDA and float32
-    elsewhere. Under torchrun, CUDA is the card of LOCAL_RANK. Raises ModelError (RW312) for what is not there.
+    elsewhere. Under torchrun, CUDA is the GPU of LOCAL_RANK. Raises ModelError (RW312) for a device or dtype that is
+    not available.
     """
     chosen, why_device = _device(device or "auto")
     chosen_dtype, why_dtype = _dtype(dtype or "auto", chosen)
@@ -52,7 +53,7 @@ def _device(name: str) -> tuple[str, str]:
         return "cpu", "cpu: as asked"
     if name == "mps":
         if not torch.backends.mps.is_available():
-            raise ModelError("RW312", "the device mps was asked for, and torch finds no Apple GPU; use cpu or auto.")
+            raise ModelError("RW312", "the device mps was requested, and torch finds no Apple GPU; use cpu or auto.")
         return "mps", "mps: as asked"
     if name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit()):
         return _cuda(name)
@@ -65,7 +66,7 @@ def _cuda(name: str) -> tuple[str, str]:
     if not torch.cuda.is_available():
         build = "is built without CUDA" if torch.version.cuda is None else "finds no usable CUDA card"
         raise ModelError(
-            "RW312", f"the device {name} was asked for, and torch {torch.__version__} {build}; use cpu or auto."
+            "RW312", f"the device {name} was requested, and torch {torch.__version__} {build}; use cpu or auto."
         )
     index = int(name[5:] or 0) if ":" in name else int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count()
@@ -82,7 +83,7 @@ def _dtype(dtype: str | torch.dtype, device: str) -> tuple[torch.dtype, str]:
     if dtype == "auto":
         return _automatic_dtype(device)
     if dtype not in DTYPES:
-        raise ModelError("RW312", f"there is no training in {dtype!r}; give auto, {', '.join(DTYPES)}.")
+        raise ModelError("RW312", f"training in {dtype!r} is not possible; give auto, {', '.join(DTYPES)}.")
     if dtype == "bfloat16" and device.startswith("cuda") and not _cuda_has_bfloat16():
         raise ModelError("RW312", f"{device} does not compute in bfloat16; use float16 (with loss scaling) or float32.")
     return getattr(torch, dtype), f"{dtype}: as asked"
@@ -107,12 +108,12 @@ def _automatic_dtype(device: str) -> tuple[torch.dtype, str]:
 def _cuda_has_bfloat16() -> bool:
     import torch
 
-    # With emulation included, torch says yes for a T4, where it is many times slower.
+    # Without emulation, which torch offers on a T4 and which is many times slower.
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the processor has bfloat16 instructions. torch is asked where the kernel does not tell."""
+    """Whether the processor has bfloat16 instructions, according to the kernel or, where it does not tell, torch."""
     flags = cpu_flags()
     if flags:
         return bool(BF16_FLAGS & flags)
@@ -124,13 +125,13 @@ def cpu_has_bfloat16() -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """The processor's instruction sets by the kernel's names; empty where it does not tell."""
+    """The processor's instruction sets by the kernel's names; empty where the kernel does not list them."""
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpu_info(), re.MULTILINE)
     return set() if flags is None else set(flags.group(1).split())
 
 
 def cpu_info() -> str:
-    """What Linux says of the processor; empty on other systems."""
+    """The text of /proc/cpuinfo; empty on systems other than Linux."""
     try:
         return CPU_INFO.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -32,25 +32,25 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 
-# Families write -1 for a token that there is not.
+# Some families write -1 for a missing token.
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class FolderContent(NamedTuple):
-    """A sound model folder: its config and every weights file with its header."""
+    """A checked model folder: its config, and every weights file with its header."""
 
     config: JsonObject
     headers: dict[str, WeightsHeader]
 
 
 def check_folder(folder: Path, *, trust_remote_code: bool = False) -> FolderContent:
-    """The content of ``folder``, a causal language model in safetensors.
+    """Check and read ``folder``, a causal language model in safetensors.
 
-    Raises ModelError: RW302 no or unreadable config.json, or an adapter; RW303 unknown architecture; RW304 it needs its
-    own code; RW305 no weights or missing shards; RW306 damaged weights; RW307 pickled weights only. Warns RW320 when
-    the folder's own code is not used.
+    Raises ModelError: RW302 no or unreadable config.json, or an adapter; RW303 unknown architecture; RW304 a model that
+    needs its own code; RW305 no weights or missing shards; RW306 damaged weights; RW307 pickled weights only. Warns
+    RW320 where the folder's own code is not used.
     """
     config = read_config(folder)
     check_architecture(config, folder, trust_remote_code=trust_remote_code)
@@ -63,13 +63,13 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> FolderCont
 
 
 def read_config(folder: Path) -> JsonObject:
-    """``config.json`` of a model folder. Raises ModelError (RW302) that says what the folder is instead."""
+    """``config.json`` of a model folder. Raises ModelError (RW302), which says what the folder holds instead."""
     if not (folder / CONFIG_FILE).is_file():
         raise ModelError("RW302", f"{folder} {_what_it_is_instead(folder)}.")
     if (folder / ADAPTER_FILE).is_file():
         raise ModelError(
             "RW302",
-            f"{folder} holds a model and an adapter ({ADAPTER_FILE}) at once; move the adapter to a folder of its own.",
+            f"{folder} holds both a model and an adapter ({ADAPTER_FILE}); move the adapter to another folder.",
         )
     config = _read_object(folder / CONFIG_FILE)
     if not isinstance(config.get("model_type"), str | None):
@@ -82,9 +82,9 @@ def read_config(folder: Path) -> JsonObject:
 
 
 def _check_counts(config: Fields, folder: Path) -> None:
-    """Raise ModelError (RW302) for more layers or experts than a model has.
+    """Raise ModelError (RW302) for an impossible number of layers or experts, in the config or in those of its parts.
 
-    Each is built, one after the other, before any weight is read. Models of several parts have a config for each.
+    transformers builds all of them before any weight is read.
     """
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, value in part.items():
@@ -98,7 +98,7 @@ def _check_counts(config: Fields, folder: Path) -> None:
 
 @dataclasses.dataclass
 class _Generation:
-    """The part of ``generation_config.json`` that decides how a model answers."""
+    """The fields of ``generation_config.json`` that change how a model answers."""
 
     bos_token_id: TokenId | None = None
     pad_token_id: TokenId | None = None
@@ -144,7 +144,7 @@ def check_generation(folder: Path) -> None:
     try:
         checked(_Generation, read_object(path, error=ModelError, code="RW302"))
     except ValueError as problem:
-        raise ModelError("RW302", f"{path} cannot be followed: {problem}; correct it, or remove the file.") from None
+        raise ModelError("RW302", f"{path} cannot be used: {problem}; correct it, or remove the file.") from None
 
 
 def _what_it_is_instead(folder: Path) -> str:
@@ -158,12 +158,12 @@ def _what_it_is_instead(folder: Path) -> str:
 
 
 def _read_object(path: Path) -> JsonObject:
-    # Some families have infinities in their settings.
+    # The configs of some families hold infinities.
     return read_object(path, error=ModelError, code="RW302", constants=True)
 
 
 def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool) -> None:
-    """Raise ModelError RW303 or RW304 unless transformers can build a causal language model of this config."""
+    """Raise ModelError (RW303, RW304) unless transformers can build a causal language model from this config."""
     has_code = bool(config.get("auto_map"))
     if has_code and trust_remote_code:
         return
@@ -176,8 +176,8 @@ def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool)
     if has_code:
         raise ModelError(
             "RW304",
-            f"{folder} is a {model_type!r} model that runs on Python code of its own; read that code, and allow it "
-            "with --trust-remote-code (trust_remote_code=True).",
+            f"{folder} is a {model_type!r} model that needs Python code of its own; read that code, and allow it with "
+            "--trust-remote-code (trust_remote_code=True).",
         )
     import transformers
 
@@ -199,10 +199,10 @@ def _is_known(model_type: object) -> TypeGuard[str]:
 
 
 def auto_class(model_type: object) -> Any:
-    """transformers' class that loads such a model; None where it is no language model.
+    """transformers' auto class for such a model; None where it is no language model.
 
-    Some models that also see are causal language models to transformers (Gemma 3), others are not (Qwen2.5-VL). Both
-    write text from text.
+    transformers registers some multimodal models as causal language models (Gemma 3) and others not (Qwen2.5-VL). Both
+    generate text from text.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -211,7 +211,7 @@ def auto_class(model_type: object) -> Any:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    # Of a model with code of its own, which names its class itself.
+    # A model with its own code names its class itself.
     if not _is_known(model_type) or (kind := CONFIG_MAPPING[model_type]) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
     sees = {"text_config", "vision_config"} <= set(getattr(kind, "sub_configs", ()))
@@ -219,9 +219,9 @@ def auto_class(model_type: object) -> Any:
 
 
 def weights_names(folder: Path, config: Fields | None = None) -> list[str]:
-    """Names of the safetensors files that transformers would load, whether or not they exist.
+    """The names of the safetensors files that transformers would load, whether or not they exist.
 
-    Raises ModelError (RW305) when there are none, or one lies outside the folder.
+    Raises ModelError (RW305) where there are none, or a name leads out of the folder.
     """
     named = (config or {}).get("transformers_weights")
     if named is not None:
@@ -258,7 +258,7 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
 
 
 def _inside(folder: Path, name: str) -> str:
-    """``name`` when it is a plain file name: a path in a settings file never leaves its folder."""
+    """``name``, if it is a plain safetensors file name. Raises ModelError (RW305) otherwise."""
     if (
         Path(name).name != name
         or "\\" in name
@@ -281,7 +281,7 @@ def _check_index(folder: Path, headers: Mapping[str, WeightsHeader]) -> None:
     ]
     if absent:
         raise ModelError(
-            "RW305", f"{folder / INDEX_FILE} promises tensors that are not there: {some_of(absent)}; download it again."
+            "RW305", f"{folder / INDEX_FILE} names tensors that are missing: {some_of(absent)}; download it again."
         )
 
 

@@ -1,4 +1,4 @@
-"""Check the header of a GGUF file as hostile input, before readers that trust it see the file.
+"""Check the header of an untrusted GGUF file, before readers that do not check it open the file.
 
 A GGUF file: b"GGUF", u32 version, u64 tensors, u64 entries; the entries (key, type, value); the tensors (name, dims,
 type, offset); then the tensors' bytes from the next multiple of the alignment. Numbers are little-endian.
@@ -19,7 +19,7 @@ from rankwise.weights_file import Malformed
 STRING, ARRAY = 8, 9
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 MAX_DIMENSIONS = 8
-# Of an entry of the header; an array's is its length.
+# The value of a header entry; for an array, its length.
 Value = str | int | float
 
 
@@ -59,7 +59,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _Reader:
-    """Walks a header; every length is compared with the bytes that are left."""
+    """Reads a header; every length is compared with the number of remaining bytes."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.position = content, 0
@@ -106,7 +106,7 @@ class _Reader:
         return self.number(FORMATS[kind])
 
     def array(self, kind: int, count: int) -> int:
-        """Steps over an array; its length stands for it."""
+        """Skip an array and return its length."""
         if kind in FORMATS:
             self.skip(count * struct.calcsize("<" + FORMATS[kind]))
         elif kind == STRING:

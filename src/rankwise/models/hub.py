@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: one snapshot folder each, which passes the same checks as any folder."""
+"""Download models of the Hugging Face hub into snapshot folders, which get the same checks as any folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rankwise.errors import ModelError
 from rankwise.models.folder import INDEX_FILE, WEIGHTS_FILE, weights_names
 from rankwise.weights_file import PICKLE_SUFFIXES, pickle_refusal
 
-# Settings and tokenizers, from the top folder only: other folders hold copies for other runtimes.
+# Configs and tokenizers, from the top folder only, since other folders hold copies for other runtimes.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 CODE_FILES = ["*.py"]
 OTHER_FOLDERS = ["*/*"]
@@ -26,7 +26,7 @@ def download(repo: str, *, revision: str | None, code: bool, weights: bool) -> P
     if not weights:
         return folder
     names = weights_names(folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
-    # By commit, so that a push in between cannot mix two versions.
+    # Fetched by commit, so that a push in between cannot mix two versions.
     _snapshot(repo, folder.name, names)
     if not any((folder / name).exists() for name in names):
         _explain_absent_weights(repo, folder.name)
@@ -39,7 +39,7 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=OTHER_FOLDERS))
     except Exception as error:
-        # The client raises its own, httpx's and the system's exceptions; each becomes one sentence.
+        # The client raises its own exceptions, those of httpx and those of the system.
         raise _explained(error, repo, revision) from error
 
 

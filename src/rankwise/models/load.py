@@ -1,6 +1,6 @@
-"""Loading a base model: a folder, a hub id, a GGUF file (dequantized into an ordinary model) or the demo model.
+"""Load a base model: a folder, a hub id, a GGUF file (dequantized into an ordinary model) or the demo model.
 
-A model comes back in evaluation mode, complete (no tensor was made up), and saveable with ``save_pretrained``.
+The loaded model is in evaluation mode, complete (no tensor is newly initialised), and ``save_pretrained`` can save it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rankwise.quantization import FourBitConfig, Linear4bit
     from rankwise.quantization.experts import StackScales
 
-# transformers' names of formats whose layers have no gradient, and which it can read as dense weights.
+# transformers' names of formats whose layers have no gradient, and which transformers can load as dense weights.
 DEQUANTIZED_ON_LOADING = ("fp8", "mxfp4", "compressed-tensors")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 Model = str | os.PathLike[str] | ModelSource
@@ -75,7 +75,7 @@ def load_model(
     _check_finite(loaded, source)
     if quantization is not None:
         remember_originals(loaded, source, trust_remote_code=trust_remote_code)
-    # What adapters name as their base: a hub id or an absolute path, never a folder of the cache.
+    # The name under which adapters record their base: a hub id or an absolute path, never a cache folder.
     loaded.name_or_path = loaded.config.name_or_path = source.base_model
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if tokenizer is not None:
@@ -84,7 +84,7 @@ def load_model(
 
 
 def remember_originals(loaded: PreTrainedModel, source: ModelSource, *, trust_remote_code: bool) -> None:
-    """Let a quantized model return its original weights: adapters that start by PiSSA or LoftQ ask for them."""
+    """Let a quantized model load its original weights again, which the inits PiSSA and LoftQ need."""
     marked: Any = loaded
     marked.rankwise_originals = lambda: load_model(source, trust_remote_code=trust_remote_code)[0]
 
@@ -107,7 +107,7 @@ def load_tokenizer(
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
-        # Whatever transformers makes of a foreign folder; the cause stays attached.
+        # transformers may raise anything for such a folder; the cause is chained.
         raise ModelError("RW317", f"the tokenizer in {path} cannot be loaded: {reason_of(error)}.") from error
     _check_tokenizer(tokenizer, path)
     tokenizer.name_or_path = source.base_model
@@ -117,9 +117,9 @@ def load_tokenizer(
 def load_processor(
     model: Model, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
-    """What makes token ids and pixels of rows with images: the model's processor around ``tokenizer``.
+    """The model's processor with ``tokenizer``, which turns rows with images into token ids and pixels.
 
-    ``tokenizer`` itself where the model has none. Raises ConfigError (RW185) for one that cannot be loaded.
+    ``tokenizer`` itself where the model has no processor. Raises ConfigError (RW185) for one that cannot be loaded.
     """
     source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     path = _path(source)
@@ -131,11 +131,11 @@ def load_processor(
         with quiet():
             processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
-        # As for tokenizers; a missing package says which.
+        # transformers may raise anything; for a missing package, the message names it.
         raise ConfigError(
             "RW185",
-            f"the processor of images of {source.name} cannot be loaded: {reason_of(error)}. What it may lack is a "
-            'package: pip install "rankwise[vision]".',
+            f"the image processor of {source.name} cannot be loaded: {reason_of(error)}. A package may be missing: "
+            'pip install "rankwise[vision]".',
         ) from error
     if not hasattr(processor, "image_processor"):
         return tokenizer
@@ -183,9 +183,11 @@ def _load_folder(
 def _quantization_arguments(
     path: Path, content: FolderContent, quantization: QuantizationConfigMixin | None, trust_remote_code: bool
 ) -> Mapping[str, PreTrainedConfig | QuantizationConfigMixin | None]:
-    """The quantization arguments for transformers. A quantized checkpoint may meet a request for another format here.
+    """The quantization arguments for transformers. Raises ModelError (RW316) where a checkpoint's format excludes the
+    requested one.
 
-    A checkpoint of bitsandbytes becomes our 4-bit layers; a wish for 4 bits is granted by what it holds.
+    A bitsandbytes checkpoint loads into `Linear4bit` layers in its stored format, also if another 4-bit format is
+    requested.
     """
     from rankwise.quantization.transformers_plugin import register
 
@@ -216,7 +218,7 @@ def _quantization_arguments(
 
 
 def _read_densely(path: Path, config: PreTrainedConfig, stored: Fields) -> Mapping[str, PreTrainedConfig]:
-    """Let transformers dequantize what it can while it reads, and say so (RW179)."""
+    """Let transformers dequantize the weights while it loads them, and warn (RW179)."""
     method = stored.get("quant_method")
     if method not in DEQUANTIZED_ON_LOADING:
         return {}
@@ -230,8 +232,8 @@ def _read_densely(path: Path, config: PreTrainedConfig, stored: Fields) -> Mappi
 
 
 def _warn_of_another_format(model: PreTrainedModel, path: Path, asked: FourBitConfig) -> None:
-    """Warn (RW324) that the layers in the files have another format than asked for. config.json alone has no block
-    size.
+    """Warn (RW324) where the stored layers have another format than requested. Checked on the layers, since config.json
+    has no block size.
     """
     from rankwise.quantization.targets import four_bit_modules
 
@@ -262,7 +264,7 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
     # Before GgufConfig, transformers 5 always dequantized.
     has_config = hasattr(transformers, "GgufConfig")
     dequantized = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_config else {}
-    # An empty folder, since transformers would pick up an adapter_config.json beside the file.
+    # Loaded from an empty folder, since transformers would read an adapter_config.json next to the file.
     with tempfile.TemporaryDirectory() as nowhere, _explaining(source), quiet(), gguf_read_once():
         config = AutoConfig.from_pretrained(nowhere, gguf_file=str(path))
         model = _from_pretrained(
@@ -284,11 +286,11 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
 
 
 def _make_ordinary(model: PreTrainedModel) -> None:
-    """Remove the marks of a quantized model from a GGUF model, so that it trains and saves like any other."""
+    """Remove the attributes of a quantized model from a GGUF model, so that it trains and saves like any other."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-    # A title of the file, which would be written into config.json.
+    # The title in the file, which would be written to config.json.
     model.config.__dict__.pop("_model_name_or_path", None)
 
 
@@ -298,7 +300,7 @@ def _gguf_tokenizer(path: Path, source: ModelSource) -> PreTrainedTokenizerBase 
     if "tokenizer.ggml.tokens" not in read_gguf_header(path).metadata:
         return None
     try:
-        # The class that AutoTokenizer ends at, without its reading of the whole header (seconds).
+        # The class that AutoTokenizer would choose after reading the whole header, which takes seconds.
         with tempfile.TemporaryDirectory() as nowhere, quiet():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(nowhere, gguf_file=str(path.resolve()))
     except Exception as error:
@@ -310,7 +312,7 @@ def _gguf_tokenizer(path: Path, source: ModelSource) -> PreTrainedTokenizerBase 
 def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreTrainedModel:
     kind = None if source.is_gguf else read_config(Path(folder)).get("model_type")
     with _explaining(source), quiet():
-        # Wrong shapes are gathered and raised below, all at once.
+        # Wrong shapes are collected and raised together below.
         loaded = auto_class(kind).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
@@ -325,7 +327,7 @@ def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreT
     if info["unexpected_keys"]:
         warn(
             "RW318",
-            f"{source.name} holds tensors that the model has no place for: {some_of(sorted(info['unexpected_keys']))}.",
+            f"{source.name} holds tensors that the model does not have: {some_of(sorted(info['unexpected_keys']))}.",
         )
     return model
 
@@ -337,14 +339,14 @@ def _explaining(source: ModelSource) -> Iterator[None]:
     except RankwiseError:
         raise
     except Exception as error:
-        # Whatever transformers makes of foreign files; the cause stays attached.
+        # transformers may raise anything for such files; the cause is chained.
         raise ModelError("RW316", f"transformers cannot load {source.name}: {reason_of(error)}.") from error
 
 
 def _check_shapes(source: ModelSource, content: FolderContent, trust_remote_code: bool) -> None:
-    """Compare the headers with the config on a model without storage, before memory is taken.
+    """Compare the headers with the config's model on the meta device, before memory is allocated.
 
-    Only names that both have are compared: transformers renames and fuses some tensors while it loads.
+    Only common names are compared, since transformers renames and fuses some tensors while it loads.
     """
     if content.config.get("quantization_config") is not None:
         return
@@ -368,7 +370,7 @@ def _check_shapes(source: ModelSource, content: FolderContent, trust_remote_code
 
 
 def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
-    """Raise ModelError (RW323) for NaN or infinity in the weights. It takes one pass over them."""
+    """Raise ModelError (RW323) for NaN or infinity in the weights, in one pass over them."""
     import torch
 
     from rankwise.compat.torch import own_part
@@ -379,7 +381,7 @@ def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
         if type(held) is not torch.Tensor:
             # Another library's packed weight.
             continue
-        # The sum is not finite where an element is not: one cheap pass, and a second one only for suspects.
+        # Where an element is not finite, the sum is not: one cheap pass, and a second one only for such sums.
         suspicious = held.is_floating_point() and not torch.isfinite(held.sum())
         if suspicious and not torch.isfinite(held).all():
             broken.append(name)

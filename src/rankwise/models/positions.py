@@ -1,4 +1,4 @@
-"""Models with a table of learned positions, which cannot compute a row with more tokens than the table has rows."""
+"""Models with learned positions, which cannot compute more tokens per row than their table has rows."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rankwise.foreign import Fields
 if TYPE_CHECKING:
     from torch import nn
 
-# Decoders with such a table, by ``model_type``: what a config alone tells. Of a loaded model ``table_rows`` tells.
+# model_type of decoders with learned positions, for configs. For a loaded model ``table_rows`` finds the table.
 LEARNED = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt", "biogpt"})
 _NAME = re.compile(r"wpe|pos")
 
 
 def config_table_rows(config: Fields) -> int | None:
-    """The most tokens of a row, by a config.json; None where positions are computed, or the config does not say."""
+    """The largest number of tokens in a row, from a config.json; None where positions are computed or it is unknown."""
     if config.get("model_type") not in LEARNED:
         return None
     found = (config.get(name) for name in ("n_positions", "max_position_embeddings"))
@@ -24,9 +24,9 @@ def config_table_rows(config: Fields) -> int | None:
 
 
 def table_rows(model: nn.Module) -> int | None:
-    """The same for a model: an embedding that is named for positions and has as many rows as its config has positions.
+    """As `config_table_rows` for a model: the rows of an embedding that is named for positions and fits the config.
 
-    Tables of images and sounds have another number of rows. Offset (OPT) and padding (RoBERTa) rows belong to no token.
+    Tables for images and sounds have other sizes. Offset (OPT) and padding (RoBERTa) rows are not counted.
     """
     from torch import nn
 
@@ -42,10 +42,10 @@ def table_rows(model: nn.Module) -> int | None:
 
 
 def answer_room(model: nn.Module, prompt_tokens: int, wanted: int) -> int:
-    """The number of new tokens, at most ``wanted``, that a table of positions permits after a prompt; 0 for a prompt
+    """The number of new tokens, at most ``wanted``, that the learned positions permit after a prompt; 0 for a prompt
     that is too long.
 
-    n new tokens look up prompt + n - 1 positions: the last one is not read again.
+    n new tokens need prompt + n - 1 positions, since the last token is not fed back.
     """
     rows = table_rows(model)
     return wanted if rows is None else max(0, min(wanted, rows - prompt_tokens + 1))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' load report, whose content we raise or warn; progress bars only on a terminal."""
+    """Silence transformers' load report, whose content rankwise reports itself; progress bars only on a terminal."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -25,6 +25,6 @@ def quiet() -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """An exception as the rest of one sentence."""
+    """An exception's message on one line, to end a sentence."""
     text = " ".join(str(error).split()).rstrip(".")
     return (text if len(text) <= 300 else text[:297] + "...") or type(error).__name__

@@ -1,4 +1,4 @@
-"""A model without its weights: shapes and names on torch's meta device, in no memory."""
+"""A model without its weights: shapes and names on torch's meta device."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_skeleton(
     except ModelError:
         raise
     except Exception as error:
-        # Whatever transformers makes of a foreign config; the cause stays attached.
+        # transformers may raise anything for such a config; the cause is chained.
         raise ModelError(
             "RW303", f"transformers cannot build the model that {source.path} describes: {reason_of(error)}."
         ) from error

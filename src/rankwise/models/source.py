@@ -1,4 +1,4 @@
-"""The forms in which a user may name a model: a folder, a ``.gguf`` file, a hub id, or ``demo``."""
+"""The forms in which a user can name a model: a folder, a ``.gguf`` file, a hub id, or ``demo``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class ModelSource:
     """A model by kind and place; nothing has been read yet."""
 
     kind: Kind
-    # As the user gave it.
+    # The name as the user gave it.
     name: str
-    # The folder or the GGUF file; of a hub id its downloaded snapshot, None before ``fetch_model``.
+    # The folder or the GGUF file; for a hub id its downloaded snapshot, None before ``fetch_model``.
     path: Path | None
-    # What an adapter's `base_model_name_or_path` should say: a hub id or an absolute path.
+    # The value for an adapter's `base_model_name_or_path`: a hub id or an absolute path.
     base_model: str
     # The commit of a downloaded hub model.
     revision: str | None = None
@@ -41,9 +41,10 @@ class ModelSource:
 
 
 def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
-    """The source that ``model`` names, without any network.
+    """The source that ``model`` names, without network access.
 
-    Raises ModelError: RW301 it is neither a file, a folder nor a possible hub id; RW311 ``demo`` is not installed.
+    Raises ModelError: RW301 for a name that is neither a file, a folder nor a possible hub id; RW311 where ``demo`` is
+    not installed.
     """
     name = os.fspath(model)
     if name == DEMO:
@@ -66,17 +67,13 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
 
 
 def is_other_hub_model(model: str, named: object) -> bool:
-    """Whether ``model`` and the base that an adapter names are hub ids of two models. The name of a path says
-    nothing.
-    """
+    """Whether ``model`` and the base that an adapter names are different hub ids. Paths are not compared."""
     ids = _hub_id(model), _hub_id(named)
     return None not in ids and ids[0] != ids[1]
 
 
 def warns_of_other_hub_model(model: str, adapter: Path, config: Fields) -> bool:
-    """Whether an adapter's ``config`` names another hub model as its base than ``model``; a warning (RW417) then
-    says so.
-    """
+    """Whether an adapter's ``config`` names another hub model than ``model`` as its base; if so, warns (RW417)."""
     named = config.get("base_model_name_or_path")
     if not is_other_hub_model(model, named):
         return False
@@ -90,7 +87,7 @@ def warns_of_other_hub_model(model: str, adapter: Path, config: Fields) -> bool:
 
 
 def _hub_id(name: object) -> str | None:
-    """The hub id in lower case, because the hub ignores case."""
+    """The hub id in lower case, since the hub ignores case."""
     if name == DEMO:
         return DEMO_HUB_ID.casefold()
     if not isinstance(name, str) or not HUB_ID.fullmatch(name) or Path(name).expanduser().exists():
@@ -116,13 +113,13 @@ def fetch_model(
 ) -> ModelSource:
     """The model's source with its files on this machine: a hub id is downloaded, or found in the cache.
 
-    ``weights=False`` leaves the weights out. Code files come along only with ``trust_remote_code``. Raises ModelError
-    as ``resolve_model`` does, RW314 for a revision of something local, and RW313 to RW315 about the hub.
+    ``weights=False`` skips the weights; code files are downloaded only with ``trust_remote_code``. Raises ModelError as
+    ``resolve_model`` does, RW314 for a revision of a local model, and RW313 to RW315 for errors of the hub.
     """
     source = model if isinstance(model, ModelSource) else resolve_model(model)
     if source.kind != "hub":
         if revision is not None:
-            raise ModelError("RW314", f"a revision ({revision}) belongs to a hub model, and {source.name} is local.")
+            raise ModelError("RW314", f"revision {revision} needs a hub model, and {source.name} is local; leave it out.")
         return source
     from rankwise.models.hub import download
 

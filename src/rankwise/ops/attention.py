@@ -30,9 +30,9 @@ def attention(
 ) -> Tensor:
     """``softmax(where(start <= j < end, scale * q @ k.mT, -inf)) @ v``, per head: `reference`.
 
-    bfloat16 on a CPU, and float32 where that has AVX2 alone, runs in the native library (FlashAttention-2: memory
-    linear in the length, tiles that no query sees are skipped, backward keeps q, k, v, out and one float32 per query
-    and head). Everything else runs in ``scaled_dot_product_attention``; `obstacle` says why.
+    bfloat16 on a CPU, and float32 on a CPU with AVX2 only, runs in the native library (FlashAttention-2: memory is
+    linear in the length, fully masked tiles are skipped, backward saves q, k, v, out and one float32 per query and
+    head). All other cases run in ``scaled_dot_product_attention``; `obstacle` returns the reason.
 
     Args:
         q: (B, Lq, H, D), any strides; those of a projection's output need no copy.
@@ -54,7 +54,7 @@ def attention(
     choice = selection.forced()
     if choice == "reference":
         return reference(q, k, v, start, end, scale)
-    # A compiler cannot ask the library; the operator asks when it runs.
+    # A compiler cannot call the library; the operator checks when it runs.
     ask = native_attention.unfit if torch.compiler.is_compiling() else native_attention.obstacle
     why = ask(q, k, v, scale)
     if why is not None:
@@ -69,13 +69,13 @@ def attention(
 def reference(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, end: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """The same in plain PyTorch and float32 (float64 stays), with the whole (B, H, Lq, Lk) matrix of weights."""
+    """`attention` in plain PyTorch in float32 (float64 stays), with the whole (B, H, Lq, Lk) weights."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return reference_attention.attention_forward(q, k, v, start, end, scale)[0]
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str | None:
-    """Why `attention` runs these tensors in PyTorch's ``scaled_dot_product_attention``, or None where it does not."""
+    """Why `attention` uses PyTorch's ``scaled_dot_product_attention`` for these tensors, or None where it does not."""
     return native_attention.obstacle(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
@@ -85,7 +85,7 @@ def _watched(*tensors: Tensor) -> bool:
 
 
 class _Attention(torch.autograd.Function):
-    """The native kernel without PyTorch's dispatcher in between."""
+    """The native kernel, called without PyTorch's dispatcher."""
 
     @staticmethod
     def forward(
@@ -107,7 +107,7 @@ class _Attention(torch.autograd.Function):
 def _elsewhere(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float, why: str
 ) -> Tensor:
-    """PyTorch's own kernel. A warning, once in a process, says so where the native kernel was to be expected."""
+    """PyTorch's own kernel. Warns (RW608), once per process, where the native kernel was expected."""
     if q.device.type == "cpu" and q.dtype is torch.bfloat16:
         selection.say_once("RW608", f"attention runs in PyTorch's scaled_dot_product_attention, slowly: {why}")
     run = partial(functional.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
@@ -115,6 +115,6 @@ def _elsewhere(
     if start is None and end is None and q.shape[2] == k.shape[2]:
         return run(q, k, v, is_causal=True).transpose(1, 2)
     seen = reference_attention.visible(start, end, (q.shape[0], q.shape[2], k.shape[2]), q.device)[:, None]
-    # A query without keys would be NaN in some of PyTorch's kernels: it sees all, and its result is dropped.
+    # A query without keys would give NaN in some of PyTorch's kernels, so it sees all keys and its result is dropped.
     empty = ~seen.any(-1, keepdim=True)
     return run(q, k, v, attn_mask=seen | empty).masked_fill(empty, 0.0).transpose(1, 2)

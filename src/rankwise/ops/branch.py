@@ -12,7 +12,7 @@ from rankwise.ops import elementwise
 from rankwise.ops.four_bit import dequantize_weight, linear_4bit, linear_4bit_input_grad
 from rankwise.ops.packed_weight import PackedWeight
 
-# Of 4-bit kernels on any device: see `rankwise.ops.cpu.four_bit` and `rankwise.ops.triton.product`.
+# Rows up to which 4-bit kernels decode the weight: see `rankwise.ops.cpu.four_bit` and `rankwise.ops.triton.product`.
 _FEW_ROWS = 64
 
 
@@ -35,17 +35,17 @@ class Frozen:
         return linear_4bit_input_grad(dz, self.weight)
 
     def dense(self, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
-        """W; of 4 bits a new tensor of ``dtype``, each row times its ``gain`` (N,) where one is given."""
+        """W; for a 4-bit weight a new tensor of ``dtype``, whose rows are multiplied by ``gain`` (N,) if given."""
         return self.weight if isinstance(self.weight, Tensor) else dequantize_weight(self.weight, dtype, gain)
 
     def is_decoded_for(self, x: Tensor) -> bool:
-        """Whether W is of 4 bits and x (T, K) has so few rows that kernels multiply them without a dense W."""
+        """Whether W is 4-bit and x (T, K) has so few rows that kernels compute the product without a dense W."""
         return not isinstance(self.weight, Tensor) and x.shape[0] <= _FEW_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """One layer: its frozen weight and the trained tensors beside it. ``m`` and ``gain`` are None without DoRA."""
+    """One layer: its frozen weight and its trained tensors. ``m`` and ``gain`` are None without DoRA."""
 
     frozen: Frozen
     scale: float
@@ -54,7 +54,7 @@ class Branch:
     bias: Tensor | None = None
     m: Tensor | None = None  # (N,)
     gain: Tensor | None = None  # (N,) in float32: m / ||W + s B A||, no entry of m zero.
-    comes_back: bool = False  # What follows gives the output back in the backward pass: it is not kept.
+    comes_back: bool = False  # Whether a later operation returns the output in the backward pass (`ops.handback`).
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -67,7 +67,7 @@ class Dropout:
 
     p: float
     seed: int
-    # Rows of the same batch that other processes have before those of x.
+    # Number of rows of the same batch in processes of lower rank.
     rows_before: int = 0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -100,16 +100,16 @@ class Wanted:
 
 def grad_of_bias(dy: Tensor, branch: Branch) -> Tensor:
     """``sum_T dy`` (N,)."""
-    assert branch.bias is not None, "wanted of a branch that has it"
+    assert branch.bias is not None, "the branch has a bias"
     return dy.float().sum(0).to(branch.bias.dtype)
 
 
 def grad_of_m(dot: Tensor, dy: Tensor, branch: Branch) -> Tensor:
     """dm (N,) from ``dot = sum_T dy * y``."""
-    assert branch.m is not None, "wanted of a branch that has it"
+    assert branch.m is not None, "the branch has a magnitude"
     if branch.bias is not None:
         dot = dot - branch.bias.float() * dy.float().sum(0)
-    # y = g (...) carries dm only where m is not 0: of a row of norm 0, which m cannot scale, the gradient is 0.
+    # y is proportional to m, so dot / m is the gradient where m is not 0. For a row of norm 0, it is 0.
     m = branch.m.float()
     is_zero = m == 0
     return torch.where(is_zero, 0.0, dot / torch.where(is_zero, 1.0, m)).to(branch.m.dtype)

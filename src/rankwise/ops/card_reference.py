@@ -1,4 +1,4 @@
-"""The fused operators of a step on a card, in plain PyTorch: the specification of `rankwise.ops.triton.card`.
+"""The fused operators of a step on a GPU in plain PyTorch: the specification of `rankwise.ops.triton.card`.
 
 Legend: T = rows, K = in features, N = out features, R = rank.
 """
@@ -26,7 +26,7 @@ def low_rank_grads_(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dz = g * dy; dU <- scale dz B; dB = scale dz^T U; dm_n = sum_t dy_tn y_tn / m_n, 0 where m_n is 0.
 
-    ``folded``: B holds g B, dU = scale dy B, and nobody needs dz. Without m the sum itself is given.
+    ``folded``: B holds g B, dU = scale dy B, and dz is not needed. Without m, dm is the sum itself.
     """
     dz = dy if g is None or folded else (wide(dy) * g).to(dy.dtype)
     dU.copy_(scale * (wide(dz) @ wide(B)))
@@ -43,7 +43,7 @@ def row_norms(squared: Tensor, cross: Tensor, A: Tensor, B: Tensor, scale: float
     """``||W + scale B A||`` per row from ``squared`` = ||W||^2 and ``cross`` = <W A^T, B>: float32 (N,)."""
     A32, B32 = A.float(), B.float()
     update = ((B32 @ (A32 @ A32.T)) * B32).sum(dim=1)
-    # Rounding can leave a hair below zero where the update cancels a row.
+    # Rounding can give a value slightly below zero where the update cancels a row.
     return (squared + 2 * scale * cross + scale * scale * update).clamp_min(0).sqrt()
 
 

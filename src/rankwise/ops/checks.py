@@ -1,5 +1,4 @@
-"""Checks of arguments before a kernel for 4-bit weights or attention gets a pointer: types, dtypes, shapes, buffer
-sizes.
+"""Checks of arguments before kernels for 4-bit weights or attention get pointers: types, dtypes, shapes, buffer sizes.
 
 A function with the name of an operator checks all of its arguments. Legend: K = in features, N = out features.
 """
@@ -27,7 +26,7 @@ def check_type(quant_type: str, block_size: int) -> None:
     if block_size not in BLOCK_SIZES:
         raise QuantizationError(
             "RW602",
-            f"a block cannot have {block_size!r} elements: use a power of two "
+            f"the block size is {block_size!r}: use a power of two "
             f"from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} (64 is usual).",
         )
 

@@ -1,4 +1,4 @@
-"""The code tables of the 4-bit types and of double quantization: the only place where they are written down.
+"""The code tables of the 4-bit types and of double quantization, defined only here.
 
     w ≈ absmax * value[code]                       one absmax per block, one 4-bit code per element
     code = order[number of bounds below w/absmax]   bounds: midpoints of the sorted values
@@ -67,8 +67,8 @@ QUANT_TYPES = ("nf4", "fp4")
 
 
 def _kept(make: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
-    """Make a table once in a process. It is a plain tensor, even if the first caller is under a transform, a fake
-    mode or inference mode.
+    """Cache a table for the process. It is a plain tensor, even if the first caller is in a functional transform, a
+    fake mode or inference mode.
     """
 
     @cache

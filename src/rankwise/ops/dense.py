@@ -25,14 +25,14 @@ def input_grad_out(dy: Tensor, W: Tensor, out: Tensor) -> Tensor:
         from rankwise.ops.cpu import products
 
         factor = products.Factor.of(W.detach())
-        # On tiles, PyTorch's product is as fast where N is as large as a vocabulary.
+        # With AMX tiles, PyTorch's product is as fast for an N as large as a vocabulary.
         if factor is not None and products.replace_torch(dy.dtype):
             return products.add_products([products.Term(dy, factor, across=True)], out)
     return torch.mm(dy, W, out=out)
 
 
 def is_slow_in_torch(dtype: torch.dtype) -> bool:
-    """Whether the functions above take ``dtype`` and PyTorch's products have no instruction for it."""
+    """Whether the functions above support ``dtype`` and PyTorch's products have no instructions for it."""
     if not selection.native_on_cpu():
         return False
     from rankwise.ops.cpu import products

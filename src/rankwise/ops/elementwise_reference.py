@@ -1,4 +1,4 @@
-"""Element-wise parts of a training step in plain PyTorch: the specification that the native kernels are judged against.
+"""Element-wise operators of a training step in plain PyTorch: the specification of the native kernels.
 
 Legend: T = rows (all leading dimensions together), N and D = columns, R = rank, V = vocabulary, C = rows with logits;
 B, H, L = batch, heads, positions. float16 and bfloat16 are computed in float32 and rounded once at the end, unless the
@@ -18,7 +18,7 @@ from torch.nn import functional
 from rankwise.constants import IGNORED
 from rankwise.ops.elementwise_checks import check_targets, sum_dtype
 
-# Of a weight, held in float32 at a time.
+# Number of elements of a weight that are in float32 at a time.
 CHUNK_ELEMENTS = 1 << 22
 
 _WORD = 0xFFFFFFFF
@@ -84,7 +84,7 @@ def _slope(x: Tensor, act: str) -> Tensor:
         return s * (1 + x * (1 - s))
     if act == "gelu_tanh":
         k = 2 * math.sqrt(2 / math.pi)
-        # Past 1e4 the sigmoid is 0 or 1, and the factor must not become infinite.
+        # Beyond 1e4 the sigmoid is 0 or 1, and its factor must stay finite.
         square = x.square().clamp(max=1e4)
         s = (k * x * (1 + 0.044715 * square)).sigmoid()
         return s + x * s * (1 - s) * k * (1 + 3 * 0.044715 * square)
@@ -177,14 +177,14 @@ def row_chunks(N: int, K: int) -> list[slice]:
 
 
 def keep_mask(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
-    """Which elements dropout keeps, of the shape of x: a hash of (seed, flat index) at or above p 2^32.
+    """Which elements of x dropout keeps: those whose hash of (seed, flat index) is at least p 2^32.
 
     The hash is a 32-bit finaliser of xor-shifts and multiplications with the avalanche of Chris Wellons' lowbias32. The
     seed enters before it and again in its middle, so that the masks of two seeds are not permutations of each other.
     """
     index = torch.arange(x.numel(), device=x.device)
     before, middle = dropout_keys(seed, first)
-    # Elements from 2^32 on hash with other keys: the upper word of the index moves them.
+    # The upper word of the index changes the keys, so elements from 2^32 on have other hashes.
     upper = (index >> 32) * _GOLDEN
     h = ((index & _WORD) + before + upper) & _WORD
     h = _multiply(h ^ (h >> 16), 0x7FEB352D)
@@ -194,10 +194,10 @@ def keep_mask(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
 
 
 def dropout_keys(seed: int, first: int = 0) -> tuple[int, int]:
-    """The two 32-bit words that a 64-bit seed becomes.
+    """The two 32-bit keys of a 64-bit seed.
 
-    With ``first`` they make of the indices 0, 1, ... the mask of first, first + 1, ..., up to the next multiple of
-    2^32; behind it they make another mask.
+    With ``first``, the keys give the indices 0, 1, ... the mask of first, first + 1, ..., up to the next multiple of
+    2^32; beyond it the mask is another one.
     """
     low, high = seed & _WORD, (seed >> 32) & _WORD
     before = _mix(low + _mix(high + _GOLDEN))

@@ -26,7 +26,7 @@ from rankwise.ops.grouped import Rows, add_grouped, grouped, grouped_outer, inve
 
 
 class FrozenStack(Protocol):
-    """All experts' matrices W (E, N, K) of a kind, which never train, dense or packed."""
+    """All experts' frozen matrices W (E, N, K) of one kind, dense or packed."""
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         """``x W_e^T``, a new tensor: (S, K) -> (S, N)."""
@@ -50,7 +50,7 @@ class DenseStack:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertBranch:
-    """One of the two products. ``A`` and ``B`` are None where nothing adapts it."""
+    """One of the two products. ``A`` and ``B`` are None where it is not adapted."""
 
     frozen: FrozenStack
     bias: Tensor | None = None  # (E, N), frozen
@@ -71,12 +71,12 @@ class ExpertBranch:
     def backward(
         self, dz: Tensor, x: Callable[[], Tensor] | None, U: Tensor | None, rows: Rows, *, want_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dx, dA, dB), in the dtypes of what they belong to; dA only where x is given, dB where U is."""
+        """(dx, dA, dB) in the dtypes of x, A and B; dA only if x is given, dB only if U is."""
         if self.A is None or self.B is None:
             return self.frozen.input_grad(dz, rows) if want_dx else None, None, None
         dB = None if U is None else grouped_outer(dz, U, rows).mul_(self.scale).to(self.B.dtype)
         dU = grouped(dz, self.B.to(dz.dtype), rows).mul_(self.scale)
-        # x may be made for this product alone: it is gone before dx is there.
+        # x may be computed for this product only, so it is freed before dx is allocated.
         dA = None if x is None else grouped_outer(dU, x(), rows).to(self.A.dtype)
         if not want_dx:
             return None, dA, dB
@@ -92,7 +92,7 @@ class ExpertBranch:
 
 def _add_bias(y: Tensor, bias: Tensor, rows: Rows) -> None:
     if y.is_cuda:
-        # A copy of the rows' biases, and no wait for the card.
+        # Gathering the rows' biases needs no wait for the GPU.
         y += bias[rows.experts]
         return
     for index, mine in rows.slices():
@@ -109,9 +109,9 @@ def low_rank_experts(
 ) -> Tensor:
     """``f_e(x_t)`` of each token for each of its experts, in their order; differentiable in x, A and B.
 
-    x: (T, H) in the dtype of the frozen weights; experts: (T, k), whole numbers below ``count``; gate: from what comes
-    out of ``up`` to what goes into ``down``, a pure function of each row. Returns (T k, H). A and B may be kept in
-    float32 and are rounded to the dtype of x for the products.
+    x: (T, H) in the dtype of the frozen weights; experts: (T, k), integers below ``count``; gate: maps the output of
+    ``up`` to the input of ``down``, a pure function of each row. Returns (T k, H). A and B may be in float32, and are
+    rounded to the dtype of x for the products.
     """
     order = experts.reshape(-1).argsort(stable=True)
     rows = Rows(experts.reshape(-1)[order], count)
@@ -129,7 +129,7 @@ def _forward(
     up: ExpertBranch,
     down: ExpertBranch,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(y, what comes out of the first product, U of both)."""
+    """(y, output of the first product, U of both products)."""
     z, U_up = up.forward(x[order // k], rows)
     y, U_down = down.forward(gate(z), rows)
     return y[inverse(order)], z, U_up, U_down

@@ -1,9 +1,9 @@
-"""Products of rows that lie side by side by expert, each with its expert's matrix.
+"""Products of rows, sorted by expert, with their expert's matrix.
 
     y[rows of e] = x[rows of e] W_e          sum over e of the rows: G_e = a[rows of e]^T b[rows of e]
 
-Legend: E experts, S rows of all of them, (K, N) one expert's matrix. On a card and in bfloat16 one kernel does all
-experts (``torch.nn.functional.grouped_mm``) where it takes the strides; else there is a product for each.
+Legend: E experts, S rows of all experts, (K, N) one expert's matrix. On a GPU, in bfloat16, one kernel computes all
+experts (``torch.nn.functional.grouped_mm``) if it supports the strides; else there is one product per expert.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rankwise.compat.torch import is_fake
 
 ALIGNED_BYTES = 16
 # grouped_mm wants rows to begin at multiples of it.
-# An expert takes a trace milliseconds in each layer. What is kept of all rows stays the same; what lives for one expert
-# at a time is of 1/16 of them at most, as where tokens are spread less evenly.
+# Tracing one expert takes milliseconds in each layer, so a trace uses at most this number. Tensors over all rows keep
+# their size; those of one expert have at least 1/16 of the rows, as with less evenly routed tokens.
 MOST_TRACED = 16
 
 
@@ -52,7 +52,7 @@ class Rows:
 
     @functools.cached_property
     def sizes(self) -> list[int]:
-        """The number of rows of each expert. For a tensor on a card this waits for the card."""
+        """The number of rows of each expert. Waits for the GPU, if the tensor is there."""
         return rows_per_expert(self.experts, self.count)
 
     @functools.cached_property
@@ -101,7 +101,7 @@ def grouped_outer(a: Tensor, b: Tensor, rows: Rows) -> Tensor:
 
 
 def one_kernel(a: Tensor, b: Tensor) -> bool:
-    """Whether ``grouped_mm`` takes these two: on a card of compute capability 8.0 or more, in bfloat16, aligned."""
+    """Whether ``grouped_mm`` supports both: on a GPU of compute capability 8.0 or more, in bfloat16, aligned."""
     if not (a.is_cuda and a.dtype is b.dtype is torch.bfloat16 and hasattr(F, "grouped_mm")):
         return False
     return torch.cuda.get_device_capability(a.device) >= (8, 0) and are_aligned(a, b)

@@ -1,10 +1,10 @@
-"""Outputs of DoRA layers that need not be kept, because a later part gives them back in the backward pass.
+"""Outputs of DoRA layers that need not be saved, because a later operation returns them in the backward pass.
 
     q' = R y        y = R^-1 q'
 
-The gradient of a magnitude needs its layer's output y. Attention keeps q and k after rotary positions R. The backward
-pass of R rotates them back, right before the backward pass of the layer. A layer that gets nothing back computes its
-product again.
+The gradient of a magnitude needs its layer's output y. Attention saves q and k after rotary positions R. The backward
+pass of R rotates them back, right before the backward pass of the layer. A layer whose output is not returned
+recomputes its product.
 """
 
 from __future__ import annotations
@@ -16,34 +16,32 @@ from torch import Tensor
 
 from rankwise.compat.torch import WeakTensorKeyDictionary, viewed, writes_to
 
-# Of each output of a layer that lives. No attribute of the tensor: that would be saved with it.
+# {living output of a layer: its handback}. An attribute of the tensor would be saved with it.
 _offers: MutableMapping[Tensor, Handback] = WeakTensorKeyDictionary()
 
 
 @dataclasses.dataclass
 class Handback:
-    """The connection between a layer and a later part, for one output y in one forward pass."""
+    """The connection between a layer and a later operation, for one output y in one forward pass."""
 
-    # The layer does not keep y.
+    # Whether the layer does not save y.
     is_wanted: bool
-    # What follows will give y back.
+    # Whether the later operation will return y.
     is_promised: bool = False
     _rows: Tensor | None = None
 
     def give(self, rows: Tensor) -> None:
-        """Give y (T, N) back, in the backward pass."""
+        """Return y (T, N) to the layer, in the backward pass."""
         self._rows = rows
 
     def take(self) -> Tensor | None:
-        """y (T, N), or None where no part gave it back. Only the first call returns it, so that y is released as
-        early as possible.
-        """
+        """y (T, N), or None where it was not returned. Only the first call gives it, so that y is freed early."""
         rows, self._rows = self._rows, None
         return rows
 
 
 def offer(y: Tensor, handback: Handback) -> None:
-    """Attach a handback to y. A later part that finds it can promise to give y back."""
+    """Attach a handback to y. A later operation that finds it can promise to return y."""
     _offers[y] = handback
 
 
@@ -53,7 +51,7 @@ def offered_by(y: Tensor) -> Handback | None:
 
 
 def offered_with_heads(q: Tensor) -> Handback | None:
-    """What came with y (B, L, H D), of which q (B, H, L, D) shows all, head by head."""
+    """The handback of y (B, L, H D), if q (B, H, L, D) is a view of all of y, head by head; else None."""
     y = viewed(q)
     if y is None or q.transpose(1, 2).shape[:2] != y.shape[:2] or q.numel() != y.numel():
         return None

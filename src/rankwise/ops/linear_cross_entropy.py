@@ -1,10 +1,10 @@
-"""Cross-entropy of a frozen output head, in chunks of rows: the whole (T, V) logits never exist.
+"""Cross-entropy of a frozen output head in chunks of rows, so that the (T, V) logits are never stored as a whole.
 
     loss = sum_t CE(f(h_t W^T), target_t) / count        f(z) = cap * tanh(m z / cap), or m z without a cap
 
-Legend: T = positions, D = hidden size, V = vocabulary. The gradient of h is made in the same pass as the loss, while a
-chunk of logits is at hand, so the head's product runs once forward and once backward, as without chunks. That holds for
-the log-probability of each target too: row t of its gradient depends on h_t alone, and is scaled by dL/dlog p_t later.
+Legend: T = positions, D = hidden size, V = vocabulary. The gradient of h is computed in the forward pass, while a chunk
+of logits exists, so the head's product runs once forward and once backward, as without chunks. The same holds for each
+target's log-probability: row t of its gradient depends only on h_t, and is scaled by dL/dlog p_t in the backward pass.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class LogitShape:
 
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """Sums over the scored positions; only the loss is differentiable, and what it is the sum of."""
+    """Sums over the scored positions. Only ``loss`` and ``log_probs`` are differentiable."""
 
     loss: Tensor
     entropy: Tensor | None
-    # Positions whose likeliest token is the target.
+    # Number of positions whose argmax is the target.
     correct: Tensor | None
-    # (T,): log p of each target, where it was asked for. The loss is minus their sum.
+    # (T,): log p of each target, from ``linear_log_probs``. The loss is minus their sum.
     log_probs: Tensor | None = None
 
 
@@ -69,8 +69,8 @@ def linear_cross_entropy(
     float64 stays float64.
 
     hidden (T, D), weight (V, D) and bias (V,) in one dtype, targets (T,) int64; a target of -100 is not scored.
-    ``want_stats`` adds the entropy and the hits. ``checked``: the targets were checked before; on a card the check, one
-    for all chunks, waits for it.
+    ``want_stats`` adds the entropy and the number of correct predictions. ``checked``: the caller has checked the
+    targets; otherwise the check (one for all chunks) waits for a GPU.
 
     Raises:
         QuantizationError: RW621, a target is neither -100 nor in [0, V).
@@ -94,7 +94,7 @@ def linear_log_probs(
 ) -> LossSums:
     """``log_softmax(f(hidden @ weight.T + bias).float(), -1)`` at the targets, (T,), differentiable in hidden.
 
-    Arguments and errors as of ``linear_cross_entropy``; no target is -100.
+    Arguments and errors as for ``linear_cross_entropy``; no target may be -100.
     """
     if not checked:
         check_targets(targets, weight.shape[0], IGNORED)
@@ -134,7 +134,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Ctx[None], upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        # A scalar in float32: rounded to bfloat16 it would be off by up to 0.4 %, in every gradient alike.
+        # The factor is a float32 scalar: in bfloat16, rounding would change all gradients by up to 0.4 %.
         return grad * upstream, None, None, None, None, None, None
 
 
@@ -150,7 +150,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         want_stats: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Small chunks on a card too: the softmax's sum is taken in float32.
+        # Small chunks on a GPU too, since the softmax is in float32.
         wanted = chunk_rows(weight.shape[0], 4, on_card=False)
         log_probs, sums = [hidden.new_empty(0, dtype=_wide(hidden))], []
         for piece, logits in _chunks(hidden, weight, bias, wanted):
@@ -176,7 +176,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of ``hidden``, about ``wanted`` at once, and their logits, which are valid until the next chunk."""
+    """Yields (slice of about ``wanted`` rows, their logits); the logits are valid until the next chunk."""
     rows = max(1, min(len(hidden), wanted))
     scratch = hidden.new_empty(rows, weight.shape[0])
     for start in range(0, len(hidden), rows):
@@ -195,7 +195,7 @@ def _wide(hidden: Tensor) -> torch.dtype:
 def _score_(
     logits: Tensor, targets: Tensor, shape: LogitShape, label_smoothing: float, want_grad: bool, want_stats: bool
 ) -> tuple[Tensor | None, ...]:
-    """Loss, entropy and hits of a chunk. Where a gradient is wanted, it overwrites the logits."""
+    """Loss, entropy and number of correct predictions of a chunk. With ``want_grad`` the gradient overwrites logits."""
     return elementwise.cross_entropy_(
         logits,
         targets,
@@ -210,7 +210,7 @@ def _score_(
 
 
 def _totals(sums: Sequence[tuple[Tensor | None, ...]], hidden: Tensor) -> list[Tensor]:
-    """Loss, entropy and hits of all chunks."""
+    """The loss, entropy and number of correct predictions of all chunks."""
     return [_total(part, hidden) for part in zip(*sums)] if sums else [_total((), hidden) for _ in range(3)]
 
 

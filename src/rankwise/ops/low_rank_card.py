@@ -1,12 +1,12 @@
-"""The steps of `rankwise.ops.low_rank_linear` on a card, for rows of 16 bits: few launches, and dy read once for both
-gradients of a branch.
+"""The steps of `rankwise.ops.low_rank_linear` on a GPU for 16-bit rows, with few kernel launches; dy is read once for
+both gradients of a branch.
 
-A and B are the copies of `rankwise.ops.rounded`, whose ranks are filled up with zeros. A gain over a 4-bit weight goes
-into the scratch that decoding writes anyway and into B:
+A and B are the copies of `rankwise.ops.rounded`, whose ranks are padded with zeros. A gain over a 4-bit weight is
+multiplied into the dequantized weight, as it is written, and into B:
 
     y = x (g W)^T + s U (g B)^T + b        dx = sum_i dy_i (g_i W_i) + drop(dU A)        dU_i = s dy_i (g_i B_i)
 
-so that ``dz = g * dy`` is written for dense weights alone.
+so that ``dz = g * dy`` is written for dense weights only.
 
 Legend: T = rows of x, K = in features, N = out features, r = rank, R = the ranks of all branches together, R' with the
 zeros.
@@ -33,7 +33,7 @@ def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps:
 
 
 def _folded(branch: Branch, like: Tensor, rows: Tensor) -> Tensor | None:
-    """``g B``, rounded once, where a gain goes into a 4-bit weight, which few rows read packed."""
+    """``g B``, rounded once, where the gain is folded into a dequantized 4-bit weight; else None."""
     if branch.gain is None or isinstance(branch.frozen.weight, Tensor) or branch.frozen.is_decoded_for(rows):
         return None
     B = branch.B.detach()
@@ -47,7 +47,7 @@ class Steps:
     """The functions of `rankwise.ops.low_rank_plain`."""
 
     copies: Rounded
-    # Of each branch ``g B`` (N, r'), or None where no gain is folded in.
+    # For each branch ``g B`` (N, r'), or None where no gain is folded in.
     folded: Sequence[Tensor | None]
 
     def forward(self, rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:
@@ -97,7 +97,7 @@ class Steps:
         gained, start = self.folded[index], self.copies.columns[index].start
         B, columns = self.copies.B[index] if gained is None else gained, slice(start, start + self.copies.ranks[index])
         dU, U = (both[:, columns] for both in ranks)
-        # With a bias, y holds more than what m scales.
+        # With a bias, y is not proportional to m, and the bias must be subtracted first.
         m = None if branch.bias is not None or branch.m is None else branch.m.detach()
         dB, dm, dz = table.call(
             "low_rank_grads_", dU, dy, U, B[:, : dU.shape[1]], branch.scale, branch.gain, gained is not None, y, m
@@ -116,7 +116,7 @@ class Steps:
 
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, its sums of float32 not rounded. PyTorch's product of 16 bits can do that on a card alone."""
+    """``a b`` in float32. Only on a GPU, PyTorch's product of 16-bit tensors can return its float32 sums."""
     if a.is_cuda or is_fake(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

@@ -1,18 +1,18 @@
-"""Frozen products with low-rank branches, and their gradients by hand: the operator below LoRA, DoRA, QLoRA and QDoRA.
+"""Frozen products with low-rank branches and hand-written gradients: the operator of LoRA, DoRA, QLoRA and QDoRA.
 
     y_i = g_i * (W_i x + s_i B_i A_i drop(x)) + b_i        for layers i that read the same x
 
 Legend: T = rows of x, K = in features, N = out features, r = rank, R = the ranks of all layers together.
-With U = drop(x) [A_1; A_2; ...]^T (T, R) one pass over x serves every layer. Kept for the backward pass: x, or what a
-norm made it from (``ops.normed``), U, and of a layer with a gain its output, which mostly lives on anyway or is given
-back (``ops.handback``); where the model has written over it since, as Llama 4 and Gemma 3n do, it is made again. The
-gain g = m / ||W + s B A|| is a constant but for m (DoRA, section 4.3).
+With U = drop(x) [A_1; A_2; ...]^T (T, R), one pass over x serves every layer. Saved for the backward pass are x, or the
+tensors from which a norm made x (``ops.normed``), U, and the output of a layer with a gain, which mostly lives on
+anyway or is returned by a later operation (``ops.handback``). An output that the model has overwritten since, as
+Llama 4 and Gemma 3n do, is recomputed. In g = m / ||W + s B A|| only m is differentiated (DoRA, section 4.3).
 
     dz = g * dy     dU_i = s dz B     dB = s dz^T U_i     dA = dU^T drop(x)     dx = sum_i dz_i W_i + drop(dU A)
     dm = sum_T dy * (y - b) / m
 
-The steps themselves stand in ``low_rank_plain``, for bfloat16 on most x86 CPUs in ``cpu.low_rank``, and for 16 bits on
-a card in ``low_rank_card``.
+The steps are implemented in ``low_rank_plain``, for bfloat16 on most x86 CPUs in ``cpu.low_rank``, and for 16 bits on a
+GPU in ``low_rank_card``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None = None) -> tuple[Tensor, ...]:
     """``y_i`` (..., N_i) of every branch for one x (..., K); differentiable in x, A, B, bias and m.
 
-    x has the dtype of the frozen weights; A, B and m may be kept in float32 and are rounded to it for the products.
+    x has the dtype of the frozen weights; A, B and m may be in float32, and are rounded to x's dtype for the products.
     """
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     if not torch.is_grad_enabled():
@@ -58,7 +58,7 @@ def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | No
 
 
 def low_rank_linear_of_glu(gate: Tensor, up: Tensor, act: str, branch: Branch, dropout: Dropout | None) -> Tensor:
-    """``low_rank_linear(act(gate) * up)`` of one branch, without keeping the product: gate, up (..., K) -> (..., N)."""
+    """``low_rank_linear(act(gate) * up)`` of one branch, without saving the product: gate, up (..., K) -> (..., N)."""
     if not torch.is_grad_enabled():
         return low_rank_linear(elementwise.glu(gate, up, act), (branch,), dropout)[0]
     return LowRankLinearOfGlu.apply(branch, act, dropout, gate, up, *branch.tensors)
@@ -146,7 +146,7 @@ class LowRankLinearOfGlu(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """The results of a forward pass: the products ys (T, N_i), U (T, R), and the steps that made them and make the
+    """The results of a forward pass: the outputs ys (T, N_i), U (T, R), and the implementation that also runs the
     backward pass.
     """
 
@@ -155,8 +155,8 @@ class _Made:
     steps: Steps
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., N_i). No views: autograd forbids writing in place to a view that a Function returns, and Falcon adds to
-        its MLP's output in place."""
+        """The outputs (..., N_i). They are no views, since autograd forbids in-place writes to views that a Function
+        returns, and Falcon adds to its MLP's output in place."""
         return tuple(unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in self.ys)
 
 
@@ -192,7 +192,7 @@ KeptOutputs = Sequence[Tensor | None]
 
 
 def _trains_m(branches: Sequence[Branch]) -> list[bool]:
-    """Whether a magnitude trains; only then the backward pass needs the output."""
+    """Whether each branch's magnitude trains, in which case the backward pass needs the output."""
     return [branch.m is not None and branch.m.requires_grad for branch in branches]
 
 

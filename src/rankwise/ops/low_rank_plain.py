@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from rankwise.ops import elementwise
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
 
-# Up to so many rows of float32, PyTorch's small products are faster than the native addition of a low-rank branch.
+# Up to this number of float32 rows, PyTorch's small products are faster than the native low-rank addition.
 FEW_ROWS = 16
 
 # Dtypes of tensor cores, in which a product is rounded.
@@ -33,8 +33,8 @@ def output(rows: Tensor, U: Tensor, B: Tensor, branch: Branch) -> Tensor:
     gain, bias = branch.gain, branch.bias
     if rows.dtype not in HALF or branch.frozen.is_decoded_for(rows):
         return elementwise.low_rank_add_(branch.frozen.product(rows), U, B, branch.scale, gain, bias)
-    # A rounded product plus an update below half a unit in its last place rounds to the product: the update would be
-    # lost. So the product is added to the update, and both are summed in float32 and rounded once.
+    # An update below half a unit in the last place of an already rounded product would be lost. So both are summed in
+    # float32 and rounded once.
     y = torch.addmm(U.new_empty(()), U, B.T, beta=0, alpha=branch.scale)
     y.addmm_(rows, branch.frozen.dense(rows.dtype).T)
     if gain is None and bias is None:
@@ -43,12 +43,12 @@ def output(rows: Tensor, U: Tensor, B: Tensor, branch: Branch) -> Tensor:
 
 
 def are_few(x: Tensor) -> bool:
-    """Whether `of_few_rows` is faster for x (..., K): in generation, calls take longer than their work."""
+    """Whether `of_few_rows` is faster for x (..., K), as in generation, where call overhead dominates."""
     return x.is_cpu and x.dtype is torch.float32 and x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def of_few_rows(x: Tensor, branch: Branch) -> Tensor:
-    """The output (..., N) of one branch without dropout, in as few calls as can be; nothing is kept for gradients."""
+    """The output (..., N) of one branch without dropout, in as few calls as possible, without gradients."""
     A, B = branch.A, branch.B
     if not (A.dtype is B.dtype is x.dtype):
         A, B = A.to(x.dtype), B.to(x.dtype)

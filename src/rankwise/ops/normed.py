@@ -1,9 +1,9 @@
-"""What a low-rank branch keeps of its input for the backward pass: x, or the tensors from which an RMSNorm made x.
+"""What a low-rank branch saves of its input for the backward pass: x, or the tensors from which an RMSNorm made x.
 
     x = (h rstd) * w        dA = dU^T x = ((rstd * dU)^T h) * w
 
-A norm keeps h and rstd for its own gradient. A branch that reads x keeps the same two, and its dA is that of h, with
-scaled rows of dU and scaled columns of dA: x is neither kept nor computed again.
+A norm saves h and rstd for its own gradient. A branch that reads x saves the same two, and computes dA from h with
+scaled rows of dU and scaled columns of dA, so that x is neither saved nor recomputed.
 
 Legend: T = rows of x, K = columns, R = ranks.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from rankwise.compat.torch import WeakTensorKeyDictionary, writes_to
 from rankwise.ops import elementwise
 
-# Of each norm's output that lives, what it was made from. No attribute of the tensor: that would be saved with it.
+# {living output of a norm: the tensors from which it was made}. An attribute of the tensor would be saved with it.
 _made: MutableMapping[Tensor, tuple[Normed, int]] = WeakTensorKeyDictionary()
 
 # ``dU^T rows``: dU (T, R), rows (T, K) -> (R, K).
@@ -54,7 +54,7 @@ class Normed:
     cast_first: bool
 
     def rows(self) -> Tensor:
-        """x (T, K), computed again."""
+        """x (T, K), recomputed."""
         return elementwise.rms_norm(_rows(self.h), self.w, self.eps, self.offset, self.cast_first)[0]
 
     def grad_A(self, dU: Tensor, product: OfRows) -> Tensor:
@@ -67,15 +67,13 @@ Source = Plain | Normed
 
 
 def remember(x: Tensor, normed: Normed) -> None:
-    """Record that ``normed`` describes x, to which nobody has written yet. Not in float16, where rstd * dU may
-    overflow.
-    """
+    """Record that x is the output of ``normed``. Not in float16, where rstd * dU may overflow."""
     if x.dtype is not torch.float16:
         _made[x] = normed, writes_to(x)
 
 
 def source_of(x: Tensor) -> Source:
-    """What to keep of x: x itself where it is not a norm's output, or where it was written to since."""
+    """What to save of x: its norm's tensors, or x itself if it is no norm's output or was written to since."""
     normed, version = _made.get(x, (None, 0))
     return Plain(x) if normed is None or writes_to(x) != version else normed
 

@@ -1,4 +1,4 @@
-"""Four bits in plain PyTorch: the specification that every other implementation equals.
+"""4-bit weights in plain PyTorch: the specification that every other implementation equals.
 
 Legend: w weight, n its elements in row-major order; b a block of ``block_size`` consecutive elements (the last may be
 shorter); K = in features, N = out features, T = rows of x.
@@ -11,8 +11,8 @@ shorter); K = in features, N = out features, T = rows of x.
 Double quantization stores absmax itself in 8 bits: offset = mean(absmax), and per block of 256
 nested_absmax = max |absmax - offset|, so that absmax' = dynamic_map[code] * nested_absmax + offset.
 
-Equal to bitsandbytes 0.50 on CPU to the bit, and right where its dequantization is not (last dimension no multiple of
-the block). Arguments are checked by the public functions in ``rankwise.ops``.
+Equal to bitsandbytes 0.50 on CPU bit for bit, except where bitsandbytes dequantizes wrongly (last dimension not a
+multiple of the block). The public functions in ``rankwise.ops`` check the arguments.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from rankwise.ops.codes import (
 from rankwise.ops.elementwise_reference import row_chunks, row_cross
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 
-# Elements worked on at once: a multiple of every block size, so temporaries stay at a few MB whatever the weight.
+# Number of elements processed at once: a multiple of every block size, so that temporaries take a few MB.
 _CHUNK = 1 << 20
 
-# The least absmax that is inverted; the partial last block stores it too, as bitsandbytes does.
+# The least absmax that is inverted; as in bitsandbytes, a partial last block also stores it.
 _TINY = 1e-38
 
 
@@ -63,7 +63,7 @@ def _quantize_chunk(w: Tensor, quant_type: str, block_size: int, start: int) -> 
     full = w.numel() // block_size * block_size
     blocks, rest = w[:full].view(-1, block_size), w[full:]
     absmax = blocks.abs().amax(dim=1)
-    # bitsandbytes multiplies by the reciprocal in full blocks and divides in the last, partial one.
+    # As in bitsandbytes, full blocks are multiplied by the reciprocal, and a partial last block is divided.
     normal = (blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(1)).view(-1)
     if rest.numel():
         last = rest.abs().amax().clamp(min=_TINY)
@@ -97,7 +97,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     if not offset.isfinite():
-        # float32 cannot hold the sum of huge scales, and can their mean.
+        # The sum of huge scales may overflow float32, their mean does not.
         offset = absmax.double().mean().float()
     count, blocks = absmax.numel(), math.ceil(absmax.numel() / NESTED_BLOCK)
     centred = functional.pad(absmax - offset, (0, blocks * NESTED_BLOCK - count)).view(blocks, NESTED_BLOCK)

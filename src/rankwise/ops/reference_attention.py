@@ -45,7 +45,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dV = P^T dO, dS = P * (dO V^T - delta), delta = <dO, O>, dQ = scale dS K, dK = scale dS^T Q.
 
-    ``lse`` is float32, too coarse for float64 gradients: P is made from its own.
+    ``lse`` is float32, too coarse for float64 gradients, so P is recomputed with its own.
     """
     p, _ = _weights(q, k, start, end, scale)
     g, wide = grad.to(p.dtype), out.to(p.dtype)
@@ -63,7 +63,7 @@ def _weights(q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None, sca
     s = scale * torch.einsum("bihd,bjhd->bhij", _wide(q), _shared(k, q))
     s = s.masked_fill(~seen, float("-inf"))
     lse = s.logsumexp(-1)
-    # A row without keys would be exp(-inf + inf): any finite number in place of its lse gives the zeros it should have.
+    # A row without keys would be exp(-inf + inf). Any finite number in place of its lse gives zeros.
     return (s - lse.masked_fill(~seen.any(-1), 0.0)[..., None]).exp(), lse
 
 

@@ -1,9 +1,9 @@
-"""16-bit copies of A and B for the products of a card: made once an optimizer step, for all adapters in one launch.
+"""16-bit copies of A and B for products on a GPU, made once per optimizer step, for all adapters in one launch.
 
     A' = [A_1; A_2; ...] (R', K)        B_i' (N_i, r_i')
 
-Zeros fill each r up to a multiple of ALIGNED, so that every branch's columns of U = x A'^T are aligned for tensor
-cores, at rank 4 too.
+Each r is padded with zeros to a multiple of ALIGNED, so that every branch's columns of U = x A'^T are aligned for
+tensor cores, also at rank 4.
 
 Legend: K = in features, N = out features, r = rank, R = the ranks of all branches together; a prime: with the zeros.
 """
@@ -53,7 +53,7 @@ class _Copy:
     def __init__(self, tensors: Sequence[Tensor], whole: Tensor, parts: Sequence[Tensor]) -> None:
         self.of = [weakref.ref(tensor) for tensor in tensors]
         self.whole, self.parts = whole, parts
-        # Of nothing that was copied yet.
+        # The empty key marks a tensor that was not copied yet.
         self._keys: list[Key | None] = [()] * len(parts)
 
     def is_of(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -61,7 +61,7 @@ class _Copy:
         return len(found) == len(tensors) and all(map(operator.is_, found, tensors)) and self.whole.dtype is dtype
 
     def stale(self) -> list[tuple[Tensor, Tensor]]:
-        """(tensor, its place) for each outdated copy; from now on these copies count as current."""
+        """(tensor, its copy) of each outdated copy. From now on these copies count as current."""
         pairs = []
         for index, (reference, part) in enumerate(zip(self.of, self.parts)):
             tensor = reference()
@@ -76,13 +76,13 @@ class _Copy:
         return self.whole.device, self.whole.dtype, mode_of(self.whole)
 
 
-# By the first tensor of each; no attribute of the tensor, which would be saved with it.
+# {first tensor of a copy: the copy}. An attribute of the tensor would be saved with it.
 _kept: MutableMapping[Tensor, _Copy] = WeakTensorKeyDictionary()
 
 
 def rounded(branches: Sequence[Branch], dtype: torch.dtype) -> Rounded:
     """The copies in ``dtype``, brought up to date."""
-    # In this order: leaving inference mode turns gradients on.
+    # In this order, since leaving inference mode enables gradients.
     with torch.inference_mode(False), torch.no_grad():
         stacks = [[branch.A for branch in branches], *([branch.B] for branch in branches)]
         A, *Bs = (_copy(tensors, dtype, dim) for tensors, dim in zip(stacks, [0] + [1] * len(branches)))
@@ -96,7 +96,7 @@ def copies_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _copy(tensors: Sequence[Tensor], dtype: torch.dtype, dim: int) -> _Copy:
-    """The kept copy, or a new one without values yet; ranks lie along ``dim``."""
+    """The cached copy, or a new one without values; ranks are along ``dim``."""
     kept = _kept.get(tensors[0])
     if kept is not None and kept.is_of(tensors, dtype):
         return kept

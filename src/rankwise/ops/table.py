@@ -1,14 +1,14 @@
-"""The operators, one row each, and how a call finds its implementation.
+"""The table of operators, one row each, and the choice of a call's implementation.
 
-A row holds what the arguments must fulfil, which module runs on them, and what the results look like. The reference
-gives the schema by its annotations. The modules of the native library and of Triton have the same functions under the
+A row holds the check of the arguments, the choice of the module that runs, and the shapes of the results. The schema
+follows from the annotations of the reference. The modules of the native library and of Triton have functions of the
 same names.
 
-Plain tensors go straight to one of the modules: PyTorch's dispatcher would cost more than some of the kernels. Traced
-tensors (FakeTensor, ``torch.compile``) go through the operators of ``torch.ops.rankwise``, which are made from the rows
-here. A schema has no type for a 4-bit weight and no absent result: there a `PackedWeight` is its parts, and an absent
-result is an empty tensor. The operators are defined through ``torch.library.Library`` rather than the ``custom_op``
-decorator, whose wrapper costs a tenth of a single-row product.
+Calls with plain tensors go directly to one of the modules, since PyTorch's dispatcher would cost more than some of the
+kernels. Traced tensors (FakeTensor, ``torch.compile``) use the operators of ``torch.ops.rankwise``, which are made from
+the rows. A schema has no type for a 4-bit weight and no absent result: there a `PackedWeight` is given as its parts,
+and an absent result is an empty tensor. The operators are defined with ``torch.library.Library``, since the wrapper of
+the ``custom_op`` decorator takes a tenth of the time of a single-row product.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ _module = functools.cache(importlib.import_module)
 class Operator:
     """One row of the table. Its functions take all arguments of the operator."""
 
-    # Its function of the operator's name is the specification.
+    # The module whose function of the operator's name is the specification.
     reference: ModuleType
-    # Raises QuantizationError for arguments that do not fit.
+    # Raises QuantizationError for invalid arguments.
     check: Callable[..., None]
-    # The module whose function of the operator's name runs on these arguments.
+    # Returns the module whose function of the operator's name runs on these arguments.
     choose: Callable[..., ModuleType]
     # Empty tensors like the results; None for an operator that writes into its first argument and gives it back.
     results: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
     # Of several results those that these arguments leave out, by index.
     absent: Callable[..., set[int]] | None = None
-    # Whether an operator with results writes into its first argument too.
+    # Whether an operator with results also writes into its first argument.
     writes: bool = False
     # What autograd saves, and the gradients of the inputs. Without them the operator has none.
     gradient: tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]] | None = None

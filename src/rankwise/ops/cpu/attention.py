@@ -1,8 +1,8 @@
 """Attention on the native library, with the signatures of `rankwise.ops.reference_attention`.
 
-bfloat16 in and out, float32 sums; P and dS are rounded to bfloat16 for their products. On AVX2, which multiplies no
-bfloat16, float32 in and out too, and nothing between is rounded. Memory is linear in the length. Results do not depend
-on the number of threads.
+bfloat16 in and out, float32 sums; P and dS are rounded to bfloat16 for their products. With AVX2, which has no bfloat16
+products, also float32 in and out, without rounding in between. Memory is linear in the length. Results do not depend on
+the number of threads.
 
 Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, D size of a head.
 """
@@ -46,12 +46,12 @@ class _Attention(ctypes.Structure):
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """Why the native kernel cannot run on these tensors, in a sentence, or None where it can."""
+    """Why the native kernel cannot run on these tensors, as a sentence; None where it can."""
     return unfit(q, k, v, scale) or missing(q.dtype)
 
 
 def unfit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """The part of `obstacle` that depends on the tensors: all that a compiler can trace."""
+    """The part of `obstacle` that depends on the tensors, which a compiler can trace."""
     if q.device.type != "cpu":
         return f"the native kernel works on CPU tensors, and these are on {q.device}."
     if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPE):
@@ -69,7 +69,7 @@ def missing(dtype: torch.dtype) -> str | None:
     if why is None and not native.library().rw_attention_available():
         why = "it needs AVX2, which this CPU, this build or RANKWISE_CPU_LEVEL does not give."
     if why is None and dtype is torch.float32 and not native.library().rw_attention_takes_float32():
-        why = "where the CPU multiplies bfloat16 the native kernel works in that alone, and these are torch.float32."
+        why = "on a CPU with bfloat16 products the native kernel supports bfloat16 only, and these are torch.float32."
     return why
 
 
@@ -125,8 +125,8 @@ def _missing_library() -> str | None:
 def _call(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float
 ) -> tuple[tuple[Tensor | None, ...], _Attention]:
-    """The C view of the inputs, and the tensors whose memory it points to. Sizes were checked by
-    `rankwise.ops.checks.attention_forward`; once more, because a wrong one here would write outside."""
+    """(tensors that own the memory, C struct of the inputs). `rankwise.ops.checks.attention_forward` has checked the
+    sizes; they are checked again, since a wrong one would write out of bounds."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     start, end = (None if x is None else x.contiguous() for x in (start, end))
     (B, Lq, H, D), (_, Lk, Hkv, _) = q.shape, k.shape

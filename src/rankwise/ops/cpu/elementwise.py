@@ -1,4 +1,4 @@
-"""The element-wise parts of a training step on the native library, with the signatures of
+"""The element-wise operators of a training step on the native library, with the signatures of
 `rankwise.ops.elementwise_reference`: float32 and bfloat16, as exact as the reference.
 
 The callers in ``rankwise.ops.elementwise`` have checked types and shapes.
@@ -55,7 +55,7 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor
 def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """cross_n = <W_n A^T, B_n>, float32 (N,)."""
     if not W.is_contiguous():
-        # A transposed view, such as the weight of a Conv1D, would have to be copied whole.
+        # A transposed view, such as a Conv1D's weight, would need a copy of the whole weight.
         return reference.row_cross(W, A, B)
     A, B = A.float().contiguous(), B.float().contiguous()
     cross = torch.empty(W.shape[0], dtype=torch.float32)
@@ -135,7 +135,7 @@ def rope(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 def rope_(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """`rope` in place."""
-    # Memory that overlaps itself gets PyTorch's own error from copy_.
+    # For overlapping memory, copy_ raises PyTorch's own error.
     if q.stride(3) != 1 or 0 in q.stride():
         return q.copy_(rope(q, cos, sin, inverse))
     _turn(q, cos, sin, inverse, q, q.stride()[:3])

@@ -1,4 +1,4 @@
-"""Four bits on the native library, with the signatures of `rankwise.ops.reference` and the same results.
+"""4-bit weights on the native library, with the signatures of `rankwise.ops.reference` and the same results.
 
 Quantized and dequantized values equal the reference to the bit. Products use the same dequantized weight and sum in
 float32. The callers in ``rankwise.ops.table`` have checked types, shapes and buffer sizes.
@@ -28,8 +28,8 @@ from rankwise.ops.reference import dequantize_absmax, not_finite, quantize_absma
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Up to so many rows, decoding into registers and caches beats dequantizing the whole weight for a dense product
-# (measured).
+# Up to this number of rows, decoding into registers and caches is faster than dequantizing the whole weight for a dense
+# product (measured).
 _FEW_ROWS = 64
 
 _kept = threading.local()
@@ -71,7 +71,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
     T = math.prod(x.shape[:-1])
     if T > _FEW_ROWS:
         if products.take(x.dtype):
-            # The weight is decoded into caches instead of memory.
+            # This product decodes the weight into caches instead of memory.
             return _product(x, products.Factor(NativeWeight(weight), weight.shape[1]), N, across=False, bias=bias)
         return functional.linear(x, _dense(weight, x.dtype), bias)
     x, y = x.contiguous(), torch.empty((*x.shape[:-1], N), dtype=x.dtype)
@@ -92,7 +92,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
 
 def linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
     """dL/dx = dL/dy W'. grad (..., N) -> (..., K)."""
-    # Without tiles, PyTorch's bfloat16 product of even a few rows with a transposed matrix takes longer.
+    # Without AMX tiles, PyTorch's bfloat16 product with a transposed matrix is slower, even for a few rows.
     if products.replace_torch(grad.dtype) or (math.prod(grad.shape[:-1]) > _FEW_ROWS and products.take(grad.dtype)):
         return _product(grad, products.Factor(NativeWeight(weight), weight.shape[1]), weight.shape[1], across=True)
     return grad @ _dense(weight, grad.dtype)
@@ -134,14 +134,14 @@ def _dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def is_kept(size_bytes: int) -> bool:
-    """Whether a dense weight's memory is kept for the next one: the page faults of fresh memory cost ten times more
-    than dequantizing into it."""
+    """Whether a dense weight's memory is reused for the next one: page faults of new memory take ten times as long as
+    dequantizing."""
     return KEPT_BYTES[0] <= size_bytes <= KEPT_BYTES[1]
 
 
 def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
-    """An uninitialized tensor, where possible in this thread's kept storage. ``exact``: the storage has no spare
-    bytes."""
+    """An uninitialized tensor, where possible in this thread's cached storage. ``exact``: the storage must have no
+    spare bytes."""
     size, shape = math.prod(shape) * dtype.itemsize, tuple(shape)
     if not is_kept(size):
         return on_huge_pages(shape, dtype)
@@ -149,13 +149,13 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
     if kept is not None:
         storage: torch.UntypedStorage = _kept.storage
         fits = storage.nbytes() == size or (storage.nbytes() > size and not exact)
-        # The two are `_kept`'s own; one more: a tensor handed out earlier still lives in it.
+        # `_kept` itself has two references; a third one is a tensor that is still in use.
         if fits and storage_users(storage) == 2:
-            # With cold caches, setting a new tensor to the storage costs 0.1 ms, this a tenth.
+            # With cold caches, a new tensor over the storage takes 0.1 ms, resizing this one a tenth.
             if kept.shape != shape or kept.dtype is not dtype:
                 kept = _keep(lambda: torch.empty(0, dtype=dtype).set_(storage).resize_(shape))
             return kept.data
-        # The old memory goes first: both together would be the peak.
+        # The old memory is freed first, so that the peak does not hold both.
         del kept, storage
         _kept.tensor = _kept.storage = None
     return _keep(lambda: on_huge_pages(shape, dtype)).data

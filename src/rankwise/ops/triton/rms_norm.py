@@ -2,9 +2,9 @@
 
 Legend: T = rows, D = columns.
 
-A program takes one row, or several narrow ones, twice: once for the sum over its columns, and once, out of the cache,
-for what is written. The floor is the way from and to memory: 4 T D bytes forward and 6 T D backward in bfloat16, 8 with
-the gradient that comes past the norm.
+A program reads one row, or several narrow ones, twice: for the sum over its columns and, from the cache, for the
+output. The lower bound is the memory traffic: 4 T D bytes forward and 6 T D backward in bfloat16, 8 T D with a residual
+gradient.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Legend: B, H, L = batch, heads, positions; D = columns of a head, of which the first D' turn.
 
-The floor is the way from and to memory: 4 B H L D bytes in bfloat16; cos and sin are small beside them.
+The lower bound is the memory traffic: 4 B H L D bytes in bfloat16, without cos and sin, which are small.
 """
 
 from __future__ import annotations

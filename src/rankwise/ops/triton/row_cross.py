@@ -4,7 +4,7 @@ gain, which a second kernel makes of it.
 Legend: N = out features, K = in features, R = rank.
 
 The sum is linear in W's columns and in the ranks: programs take pieces of both, and their results are added in an order
-that the shape alone decides. The floor is the weight's way from memory: 2 N K bytes in bfloat16, for 4096 x 4096
+that depends on the shape only. The lower bound is the traffic of the weight: 2 N K bytes in bfloat16, for 4096 x 4096
 33.6 MB and 10 us at an H100's 3.35 TB/s; 0.56 N K packed in blocks of 64.
 
 Tensor cores multiply 16-bit numbers. A in float32 is the sum of three bfloat16 numbers, exact to 24 bits, so that
@@ -23,7 +23,7 @@ from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.triton.rows import dot_operand
 from rankwise.ops.triton.tile import DTYPE, buffers, decode, launching_on, power_of_two, round_to, row_tile
 
-# Weight rows and columns that a program treats at once, the columns that it goes through, and its warps.
+# Weight rows and columns that a program processes at once, all of its columns, and its warps.
 _ROWS, _COLUMNS, _RUN, _WARPS = 64, 64, 1024, 4
 # The same of a packed weight. Decoding takes registers: fewer rows.
 _PACKED_ROWS, _PACKED_COLUMNS = 16, 128
@@ -183,7 +183,7 @@ def gain_kernel(
             ).to(tl.float32)
             update += tl.sum(tl.dot(b_left.to(tl.float32), between, input_precision="ieee") * b_right, axis=1)
     norm = tl.load(squared + row, mask=in_rows, other=0.0) + 2 * scale * cross + scale * scale * update
-    # Rounding can leave a hair below zero where the update cancels a row; a row of norm 0 m cannot scale.
+    # Rounding can give a value slightly below zero where the update cancels a row. A row of norm 0 has gain 1.
     norm = tl.sqrt_rn(tl.maximum(norm, 0.0))
     factor = tl.load(m + row, mask=in_rows, other=0.0).to(tl.float32)
     tl.store(gain + row, tl.where(norm == 0.0, 1.0, factor / tl.where(norm == 0.0, 1.0, norm)), mask=in_rows)
@@ -224,7 +224,7 @@ def adapted_gain_4bit(
 
 
 def _cross(W: Tensor, A: Tensor, B: Tensor, gram: Tensor | None) -> Tensor:
-    """What the programs find, (pieces, N)."""
+    """The partial sums of the programs, (pieces, N)."""
     (N, K), R, ranks = W.shape, len(A), _ranks(A, W.dtype)
     W = W if W.stride(1) == 1 else W.contiguous()
     grid = (triton.cdiv(N, _ROWS), triton.cdiv(R, ranks), triton.cdiv(K, _RUN))

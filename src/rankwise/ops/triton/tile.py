@@ -1,6 +1,6 @@
-"""What every 4-bit kernel shares: reading codes and scales, rounding, and how kernels are launched.
+"""Functions that all 4-bit kernels share: reading codes and scales, rounding, and launching.
 
-Legend: a *span* is the run of ``SPAN`` elements that a kernel treats at once under one scale, a block or an equal part
+Legend: a *span* is a run of ``SPAN`` elements with one scale that a kernel processes at once, a block or an equal part
 of one; HALF = SPAN / 2 is its bytes. Element 2j of a span is the high nibble of byte j, element 2j + 1 the low one.
 
 Weight offsets are 64-bit: a weight may have more than 2^31 elements. Multiplication and addition are rounded one by one
@@ -23,7 +23,7 @@ from rankwise.errors import QuantizationError
 from rankwise.ops.codes import code_values, dynamic_map
 from rankwise.ops.packed_weight import PackedWeight
 
-# Decided where the kernels are decorated: from then on they are either interpreted or compiled.
+# Read when the kernels are decorated, which fixes whether they are interpreted or compiled.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 NESTED_BLOCK = tl.constexpr(constants.NESTED_BLOCK)
 
@@ -116,8 +116,8 @@ def power_of_two(count: int) -> int:
 
 
 def is_old(device: torch.device) -> bool:
-    """Whether the card's compute capability is below 8.0, such as a T4's 7.5: a block has 64 KB of shared memory, and
-    what Triton makes of a product takes no tensor cores.
+    """Whether the GPU's compute capability is below 8.0, such as a T4's 7.5: a block has 64 KB of shared memory, and
+    Triton's products do not use tensor cores.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
@@ -126,7 +126,7 @@ def launching_on(device: torch.device) -> AbstractContextManager[None]:
     """A context in which kernels run on ``device``: Triton launches on the current one, wherever its arguments are.
 
     Raises:
-        QuantizationError: RW607, a CPU tensor and kernels that were compiled for a card.
+        QuantizationError: RW607 for a CPU tensor with kernels that were compiled for a GPU.
     """
     if device.type == "cuda":
         return torch.cuda.device(device)
@@ -134,6 +134,6 @@ def launching_on(device: torch.device) -> AbstractContextManager[None]:
         return nullcontext()
     raise QuantizationError(
         "RW607",
-        f"the Triton kernels run on CUDA tensors and were given some on {device}: move the model to a CUDA device, "
+        f"the Triton kernels run on CUDA tensors and got tensors on {device}: move the model to a CUDA device, "
         "choose another implementation, or, for tests, set TRITON_INTERPRET=1 before Python starts.",
     )
