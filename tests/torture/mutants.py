@@ -4,8 +4,10 @@
 
 Every place that can be changed is listed; ``--seed`` draws ``--count`` of them. The source itself stays as it is: each
 mutant lies in a folder of links with one other file, and the tests run in a process forked from one that has imported
-the libraries, since importing them takes longer than most tests. cosmic-ray and mutmut know one command for all
-mutants. What ``--output`` holds of an earlier call is not tried again.
+the libraries, since importing them takes longer than most tests. A folder's tests run once without a mutant, to learn
+which of them execute which line (``tests-FOLDER.json`` beside ``--output``); tests that fail there are left out. A
+mutant then meets the tests that execute its line, the quick ones first, and after them everything else in their files.
+cosmic-ray and mutmut know one command for all mutants. What ``--output`` holds of an earlier call is not tried again.
 """
 
 from __future__ import annotations
@@ -24,20 +26,22 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import coverage
 import pytest
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 SOURCE = ROOT / "src" / "rankwise"
 FOLDERS = ("ops", "adapters", "training", "quantization", "data", "comparison", "export", "planning")
-# The tests that `make test` runs, first those that are quick.
+# The tests that `make test` runs.
 USUAL = "not grid and not families and not long and not browser"
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "safetensors.torch", "scipy.stats", "hypothesis", "peft")
-# Of a mutant that never ends.
-LONGEST_SECONDS = 900
+QUIETLY = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+# Of a folder's tests without a mutant.
+LONGEST_SECONDS = 3600
 
 OTHER = {
     ast.Lt: ast.LtE,
@@ -69,6 +73,7 @@ LEFT_ALONE = (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)
 class Mutant:
     path: Path
     line: int
+    last_line: int
     # What stood there and what stands there now, each in one line.
     what: str
     source: str
@@ -88,7 +93,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         for changed in changes(node):
             before = " ".join(content[first:last].decode().split())
             mutated = (content[:first] + changed.encode() + content[last:]).decode()
-            yield Mutant(path, node.lineno, f"{before} -> {changed}", mutated)  # type: ignore[attr-defined]
+            yield Mutant(path, node.lineno, node.end_lineno, f"{before} -> {changed}", mutated)  # type: ignore[attr-defined]
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -158,26 +163,109 @@ def linked(mutant: Mutant, folder: Path) -> Path:
     return folder
 
 
-def tests_of(path: Path) -> tuple[list[str], list[str]]:
-    """The test files of a module's folder: those that name the module, and the others."""
+@dataclasses.dataclass(frozen=True)
+class Tests:
+    """What a folder's tests do without a mutant."""
+
+    # Seconds of each test that passes, by its name.
+    seconds: dict[str, float]
+    # Of each file of the folder, the names of the tests that execute a line.
+    lines: dict[str, dict[str, list[str]]]
+
+    def reaching(self, mutant: Mutant) -> list[str]:
+        """The tests that execute one of a mutant's lines, the quick ones first."""
+        lines = self.lines.get(str(mutant.path.relative_to(SOURCE)), {})
+        names = {name for line in range(mutant.line, mutant.last_line + 1) for name in lines.get(str(line), ())}
+        return sorted(names & self.seconds.keys(), key=self.seconds.__getitem__)
+
+    def beside(self, mutant: Mutant) -> list[str]:
+        """The other tests of their files, and those of the files named as the module.
+
+        Of the tests that share a fixture of a module only the first counts as executing it, and no test executes a line
+        that runs in another process.
+        """
+        reaching = set(self.reaching(mutant))
+        files = {name.partition("::")[0] for name in reaching} | set(near(mutant.path))
+        return [name for name in self.seconds if name.partition("::")[0] in files and name not in reaching]
+
+
+class Recorder:
+    """A plugin of pytest that writes down which test executes which line."""
+
+    def __init__(self, folder: str) -> None:
+        self.coverage = coverage.Coverage(data_file=None, source=[str(SOURCE / folder)], config_file=False)
+        self.seconds: dict[str, float] = {}
+        self.failed: set[str] = set()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.coverage.switch_context(item.nodeid)
+        return (yield)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if not report.passed:
+            self.failed.add(report.nodeid)
+
+    def tests(self) -> Tests:
+        data = self.coverage.get_data()
+        lines: dict[str, dict[str, list[str]]] = {}
+        for file in data.measured_files():
+            named = lines[str(Path(file).resolve().relative_to(SOURCE))] = {}
+            for line, names in data.contexts_by_lineno(file).items():
+                named[str(line)] = [name for name in names if name]
+        return Tests({name: took for name, took in self.seconds.items() if name not in self.failed}, lines)
+
+
+class Chosen:
+    """A plugin of pytest that runs these tests alone, in this order."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.order = {name: place for place, name in enumerate(names)}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        chosen = [item for item in items if item.nodeid in self.order]
+        items[:] = sorted(chosen, key=lambda item: self.order[item.nodeid])
+
+
+def near(path: Path) -> list[str]:
+    """The test files of a module's folder that are named as the module or import it."""
     folder, name = path.relative_to(SOURCE).parts[0], path.stem
     dotted = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
     known = re.compile(rf"{re.escape(dotted)}\b|from {re.escape(dotted.rpartition('.')[0])} import [^\n]*\b{name}\b")
-    files = sorted((TESTS / folder).glob("test_*.py"))
-    near = [file for file in files if known.search(file.read_text(encoding="utf-8")) or file.stem == f"test_{name}"]
-    return [str(file) for file in near], [str(file) for file in files if file not in near]
+    files = sorted((TESTS / folder).rglob("test_*.py"))
+    found = [file for file in files if known.search(file.read_text(encoding="utf-8")) or file.stem == f"test_{name}"]
+    return [str(file.relative_to(ROOT)) for file in found]
 
 
-def rounds(path: Path) -> list[tuple[str, list[str]]]:
-    """(marks, files) of the runs against a mutant, the telling and quick ones first."""
-    near, others = tests_of(path)
-    return [(f"not slow and {USUAL}", near), (f"not slow and {USUAL}", others), (f"slow and {USUAL}", [*near, *others])]
+def tests_of(folder: str, output: Path) -> Tests:
+    """A folder's tests as they run without a mutant, from ``output`` where they are known."""
+    if not output.exists():
+        began = time.monotonic()
+        forked(lambda: record(folder, output), LONGEST_SECONDS, SOURCE.parent)
+        print(f"{folder}: its tests took {time.monotonic() - began:.0f} s without a mutant", flush=True)
+    tests = Tests(**json.loads(output.read_text()))
+    print(f"{folder}: {len(tests.seconds)} tests pass", flush=True)
+    return tests
 
 
-def outcome(package: Path, files: Sequence[str], seconds: float = LONGEST_SECONDS, marks: str = USUAL) -> str:
-    """ "killed", "survived" or "endless": of one run of these tests with the package that lies in ``package``."""
-    if not files:
-        return "survived"
+def record(folder: str, output: Path) -> int:
+    recorder = Recorder(folder)
+    recorder.coverage.start()
+    pytest.main([*QUIETLY, "-m", USUAL, str(TESTS / folder)], plugins=[recorder])
+    recorder.coverage.stop()
+    output.write_text(json.dumps(dataclasses.asdict(recorder.tests())))
+    return 0
+
+
+def run_tests(names: Sequence[str]) -> int:
+    files = list(dict.fromkeys(name.partition("::")[0] for name in names))
+    return int(pytest.main([*QUIETLY, "-x", "-m", USUAL, *files], plugins=[Chosen(names)]))
+
+
+def forked(call: Callable[[], int], seconds: float, package: Path) -> int | None:
+    """What a call returns in a process of its own that imports the package from here; None if it takes longer."""
     child = os.fork()
     if not child:
         os.setsid()
@@ -186,28 +274,36 @@ def outcome(package: Path, files: Sequence[str], seconds: float = LONGEST_SECOND
             os.dup2(quiet, stream)
         os.environ["PYTHONPATH"] = f"{package}{os.pathsep}{TESTS}"
         sys.path[:0] = [str(package)]
-        os._exit(int(pytest.main(["-x", "-q", "-m", marks, "-p", "no:cacheprovider", "-p", "no:xdist", *files])))
+        os._exit(call())
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            # 5: no test was chosen, as where all are of a long form.
-            return "survived" if os.waitstatus_to_exitcode(status) in (0, 5) else "killed"
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return "endless"
+    return None
 
 
-def tried(mutant: Mutant) -> tuple[str, float]:
+def outcome(package: Path, names: Sequence[str], seconds: float = LONGEST_SECONDS) -> str:
+    """ "killed", "survived" or "endless": of one run of these tests with the package that lies in ``package``."""
+    if not names:
+        return "survived"
+    code = forked(lambda: run_tests(names), seconds, package)
+    return "endless" if code is None else "survived" if code == 0 else "killed"
+
+
+def tried(mutant: Mutant, tests: Tests) -> tuple[str, float]:
     """What became of it, and after how many seconds."""
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="mutant-"))
     try:
         package = linked(mutant, folder)
         found = "survived"
-        for marks, files in rounds(mutant.path):
-            if (found := outcome(package, files, marks=marks)) != "survived":
+        for names in (tests.reaching(mutant), tests.beside(mutant)):
+            alone = sum(tests.seconds[name] for name in names)
+            if (found := outcome(package, names, 60 + 10 * alone)) != "survived":
                 break
         return found, time.monotonic() - began
     finally:
@@ -245,6 +341,7 @@ def main() -> None:
     counts = collections.Counter({"killed": 0, "endless": 0, "survived": 0})
     counts.update(line["outcome"] for line in known)
     done, end = {(line["place"], line["what"]) for line in known}, time.monotonic() + 60 * given.minutes
+    tests: dict[str, Tests] = {}
     print(f"{len(everything)} places, {len(drawn)} drawn with seed {given.seed}, {len(done)} of them done", flush=True)
     with output.open("a", encoding="utf-8") as file:
         for mutant in drawn:
@@ -253,7 +350,10 @@ def main() -> None:
                 continue
             if time.monotonic() > end:
                 break
-            found, seconds = tried(mutant)
+            folder = mutant.path.relative_to(SOURCE).parts[0]
+            if folder not in tests:
+                tests[folder] = tests_of(folder, output.parent / f"tests-{folder}.json")
+            found, seconds = tried(mutant, tests[folder])
             counts[found] += 1
             line = {"place": place, "what": mutant.what, "outcome": found, "seconds": round(seconds, 1)}
             file.write(json.dumps(line) + "\n")

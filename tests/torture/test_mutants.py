@@ -37,7 +37,7 @@ def test_each_place_is_changed_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_mutant_is_imported_in_place_of_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = mutants.SOURCE / "ops" / "codes.py"
-    package = mutants.linked(mutants.Mutant(path, 1, "", "changed = 1\n"), tmp_path)
+    package = mutants.linked(mutants.Mutant(path, 1, 1, "", "changed = 1\n"), tmp_path)
     assert (package / "rankwise" / "ops" / "codes.py").read_text() == "changed = 1\n"
     assert (package / "rankwise" / "ops" / "four_bit.py").samefile(mutants.SOURCE / "ops" / "four_bit.py")
     assert path.read_text() != "changed = 1\n"
@@ -46,6 +46,7 @@ def test_a_mutant_is_imported_in_place_of_the_module(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("text", "found"), [("def test_it(): assert 1", "survived"), ("def test_it(): assert 0", "killed")]
 )
-def test_what_the_tests_say_is_seen(text: str, found: str, tmp_path: Path) -> None:
+def test_what_the_tests_say_is_seen(text: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_one.py").write_text(text)
-    assert mutants.outcome(tmp_path, [str(tmp_path / "test_one.py")]) == found
+    monkeypatch.chdir(tmp_path)
+    assert mutants.outcome(tmp_path, ["test_one.py::test_it"]) == found
