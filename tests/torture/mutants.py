@@ -6,7 +6,7 @@ Every place that can be changed is listed; ``--seed`` draws ``--count`` of them.
 mutant lies in a folder of links with one other file, and the tests run in a process forked from one that has imported
 the libraries, since importing them takes longer than most tests. A folder's tests run once without a mutant, to learn
 which of them execute which line (``tests-FOLDER.json`` beside ``--output``); tests that fail there are left out. A
-mutant then meets the tests that execute its line, the quick ones first, and after them everything else in their files.
+mutant then meets the tests that execute its line, the quick ones first, and after them all others.
 cosmic-ray and mutmut know one command for all mutants. What ``--output`` holds of an earlier call is not tried again.
 """
 
@@ -178,15 +178,16 @@ class Tests:
         names = {name for line in range(mutant.line, mutant.last_line + 1) for name in lines.get(str(line), ())}
         return sorted(names & self.seconds.keys(), key=self.seconds.__getitem__)
 
-    def beside(self, mutant: Mutant) -> list[str]:
-        """The other tests of their files, and those of the files named as the module.
+    def others(self, mutant: Mutant) -> list[str]:
+        """All others: first those of files that execute or import the module, and of each part the quick ones.
 
-        Of the tests that share a fixture of a module only the first counts as executing it, and no test executes a line
-        that runs in another process.
+        Of the tests that share a fixture of a module only the first counts as executing it. Lines that run while a
+        module is imported, in another process or in Triton's interpreter count as executed by no test.
         """
-        reaching = set(self.reaching(mutant))
-        files = {name.partition("::")[0] for name in reaching} | set(near(mutant.path))
-        return [name for name in self.seconds if name.partition("::")[0] in files and name not in reaching]
+        lines = self.lines.get(str(mutant.path.relative_to(SOURCE)), {})
+        files = {name.partition("::")[0] for names in lines.values() for name in names} | set(near(mutant.path))
+        left = self.seconds.keys() - set(self.reaching(mutant))
+        return sorted(left, key=lambda name: (name.partition("::")[0] not in files, self.seconds[name]))
 
 
 class Recorder:
@@ -301,7 +302,7 @@ def tried(mutant: Mutant, tests: Tests) -> tuple[str, float]:
     try:
         package = linked(mutant, folder)
         found = "survived"
-        for names in (tests.reaching(mutant), tests.beside(mutant)):
+        for names in (tests.reaching(mutant), tests.others(mutant)):
             alone = sum(tests.seconds[name] for name in names)
             if (found := outcome(package, names, 60 + 10 * alone)) != "survived":
                 break
