@@ -241,8 +241,9 @@ def near(path: Path) -> list[str]:
 
 
 def tests_of(folder: str, output: Path) -> Tests:
-    """A folder's tests as they run without a mutant, from ``output`` where they are known."""
-    if not output.exists():
+    """A folder's tests as they run without a mutant, from ``output`` where it is newer than the source."""
+    changed = max(path.stat().st_mtime for path in (SOURCE / folder).rglob("*.py"))
+    if not output.exists() or output.stat().st_mtime < changed:
         began = time.monotonic()
         forked(lambda: record(folder, output), LONGEST_SECONDS, SOURCE.parent)
         print(f"{folder}: its tests took {time.monotonic() - began:.0f} s without a mutant", flush=True)
