@@ -30,6 +30,7 @@ def tiny(kind: str, **overrides: object):
 # What transformers does not read of a GGUF has its default: head sizes, GPT-2's positions, the experts' width.
 FAMILIES = {
     "llama": (tiny_llama, {}),
+    "tied": (lambda: tiny_llama(tie_word_embeddings=True), {}),
     "mistral": (lambda: tiny("mistral", head_dim=8, sliding_window=None), {}),
     "qwen2": (lambda: tiny("qwen2"), {}),
     "qwen3": (lambda: tiny("qwen3", head_dim=128), {}),
@@ -81,5 +82,9 @@ def saved(kind: str, folder: Path, **settings: object):
     model.save_pretrained(folder / "base")
     write_tokenizer(folder / "base")
     rw.add_adapter(model, rw.LoraConfig(**{"r": 3, "lora_alpha": 5, "init_lora_weights": False, **own, **settings}))
+    for name, parameter in rw.adapter_parameters(model).items():
+        if "magnitude" in name:
+            # A magnitude starts at the norm of the weight, which would hide that it is left out.
+            parameter.data.mul_(1 + 0.3 * torch.rand_like(parameter))
     rw.save_adapter(model, folder / "adapter", base_model=str(folder / "base"))
     return model
