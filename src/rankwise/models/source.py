@@ -119,7 +119,9 @@ def fetch_model(
     source = model if isinstance(model, ModelSource) else resolve_model(model)
     if source.kind != "hub":
         if revision is not None:
-            raise ModelError("RW314", f"revision {revision} needs a hub model, and {source.name} is local; leave it out.")
+            raise ModelError(
+                "RW314", f"revision {revision} is for hub models, and {source.name} is local; leave it out."
+            )
         return source
     from rankwise.models.hub import download
 
