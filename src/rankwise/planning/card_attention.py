@@ -5,8 +5,6 @@ B rows, H heads, Hkv key-value heads, L positions, D head width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -14,6 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from rankwise.compat.torch import Ctx
 from rankwise.compat.transformers import attention_of
 from rankwise.ops.selection import as_autocast
 
@@ -51,7 +50,7 @@ class _Kept(torch.autograd.Function):
     attention do; computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Ctx[None], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         B, H, L, _ = q.shape
         out = q.new_empty(B, L, H, v.shape[-1])
         ctx.save_for_backward(q, k, v, bias, out, q.new_empty(B, H, L, dtype=torch.float32))
@@ -59,6 +58,6 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx[None], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *_ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None

@@ -5,13 +5,11 @@ N scored positions, h hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.compat.torch import is_fake
+from rankwise.compat.torch import Ctx, is_fake
 from rankwise.ops.selection import as_autocast
 from rankwise.planning.head import TRL_TILE
 
@@ -34,7 +32,7 @@ class Held(torch.autograd.Function):
     """Computes logits in tiles, again in the backward pass, and sums gradients in float32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Ctx[None], hidden: Tensor, weight: Tensor) -> Tensor:
         sums = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(SUMS)]
         _tile(hidden, weight)
         ctx.save_for_backward(hidden, weight, sums[0], sums[1])
@@ -42,7 +40,7 @@ class Held(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx[None], grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *_ = ctx.saved_tensors
         needed = [x if wanted else None for x, wanted in zip((hidden, weight), ctx.needs_input_grad)]
         wide = [None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in needed]

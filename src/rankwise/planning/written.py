@@ -80,10 +80,7 @@ def _draw(model: PreTrainedModel, rows: int, tokens: int, cache: DynamicCache) -
         # Prompts differ in length, so that a token has a mask, for which keys and values are copied to every head.
         mask = mask.bool()[:, None, None]
     known = inspect.signature(model.forward).parameters
-    given: dict[str, DynamicCache | int] = {
-        "cache" if "cache" in known else "past_key_values": cache,
-        "use_cache": True,
-    }
+    given = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
     if "logits_to_keep" in known:
         given["logits_to_keep"] = 1
     output = model(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-from torch.optim.optimizer import ParamsT
 
 from rankwise.errors import ConfigError
 
@@ -27,7 +26,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: torch.optim.optimizer.ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
