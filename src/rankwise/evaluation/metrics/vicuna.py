@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from rankwise.errors import DataError, warn
 from rankwise.evaluation.metrics.files import no_duplicates, read_records
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, Json, JsonObject
 
 DECIMALS = 2
 # Judges are asked for 1 to 10, and a file may hold any scale from 0. Numbers near the largest float would add up to
@@ -75,13 +74,13 @@ def _percent(reference: float, system: float) -> float | None:
     return 100.0 * system / reference if reference else None
 
 
-def score_pair(score: Any) -> tuple[float, float] | None:
+def score_pair(score: Json) -> tuple[float, float] | None:
     """Two ratings from 0 to ``LARGEST_RATING``, or None for a failed rating."""
-    if not isinstance(score, Sequence) or isinstance(score, str) or len(score) != 2:
+    if not isinstance(score, Sequence) or len(score) != 2:
         return None
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in score):
-        return None
-    return (float(score[0]), float(score[1])) if all(0 <= value <= LARGEST_RATING for value in score) else None
+    numbers = [item for item in score if isinstance(item, int | float) and not isinstance(item, bool)]
+    ratings = [float(number) for number in numbers if 0 <= number <= LARGEST_RATING]
+    return (ratings[0], ratings[1]) if len(ratings) == 2 else None
 
 
 def _reference_first(number: int, row: Fields, reference_ids: Collection[str]) -> bool:
