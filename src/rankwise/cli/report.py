@@ -60,12 +60,7 @@ def _summarise(target: Path) -> Callable[..., JsonObject]:
 
 
 def _recommend(
-    document: Fields,
-    runs: list[Any],
-    methods: Fields,
-    differences: Sequence[Difference],
-    margin: float,
-    target: Path,
+    document: Fields, runs: list[Any], methods: Fields, differences: Sequence[Difference], margin: float, target: Path
 ) -> JsonObject:
     """The recommendation over all runs, with its settings written to ``target``."""
     from rankwise.comparison.collect import metrics_of

@@ -250,11 +250,7 @@ class RunTrainer(TrlTrainer):
         ranks.barrier()
 
     def _write_checkpoint(
-        self,
-        folder: Path,
-        states: Sequence[RandomStates],
-        weights: dict[str, Tensor] | None,
-        optimizer: StateDict,
+        self, folder: Path, states: Sequence[RandomStates], weights: dict[str, Tensor] | None, optimizer: StateDict
     ) -> None:
         self._save(str(folder), weights)
         save_state(folder, "optimizer", optimizer)
