@@ -20,7 +20,7 @@ from rankwise.errors import ConfigError, RunError
 from rankwise.options import Panel, Settings, option
 
 LOCALHOST = "127.0.0.1"
-# The name to log in with; the token is the password.
+# The login name; the token is the password.
 USER = "rankwise"
 _option = functools.partial(option, Panel.OTHER)
 
@@ -37,10 +37,10 @@ class BoardSettings(Settings):
 
 def run(settings: BoardSettings, output: Output) -> Document:
     if not settings.runs.is_dir():
-        raise RunError("RW797", f"there is no folder {settings.runs}; give the folder that your runs lie in.")
+        raise RunError("RW797", f"there is no folder {settings.runs}; give the folder that holds your runs.")
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("RW795", 'rankwise board needs Gradio; run pip install "rankwise[board]".')
-    # Read when Gradio is imported; it would report to its makers.
+    # Disables Gradio's telemetry; read when Gradio is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from rankwise.cli.board_page import build, serve
 
@@ -57,7 +57,7 @@ def run(settings: BoardSettings, output: Output) -> Document:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine reach the address."""
+    """Whether the address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

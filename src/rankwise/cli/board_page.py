@@ -1,4 +1,4 @@
-"""The page of ``rankwise board`` in Gradio: its parts, and the content of each when it is opened."""
+"""The Gradio page of ``rankwise board``: its parts and their content."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def build(root: Path) -> gr.Blocks:
 
 
 def _html(name: str) -> gr.HTML:
-    """A place for HTML from `rankwise.reports.board`, which brings its own style."""
+    """A component for HTML from `rankwise.reports.board`, which has its own style."""
     return gr.HTML(elem_id=name, apply_default_css=False)
 
 
@@ -92,7 +92,7 @@ def _chosen(root: Path, seen: gr.State) -> tuple[gr.Dropdown, gr.Dropdown]:
         functools.partial(_panels, root),
         [first, second],
         panels,
-        # What was chosen last is drawn last, also where a run writes at this moment.
+        # The last choice is drawn last, even if a run is writing meanwhile.
         trigger_mode="always_last",
         show_progress="hidden",
         api_visibility="private",
@@ -101,9 +101,9 @@ def _chosen(root: Path, seen: gr.State) -> tuple[gr.Dropdown, gr.Dropdown]:
 
 
 def _refresh(root: Path, first: str, second: str, comparison: str, adapter: str, seen: str) -> list[Any]:
-    """Menus, table and state of the folder, where something has changed since ``seen``; else nothing.
+    """Updates of menus, table and state, if the folder has changed since ``seen``; else no updates.
 
-    Menus change only with the names in them, because a new content closes a menu that is open.
+    Menus are updated only if their names change, since an update closes an open menu.
     """
     runs, comparisons = find(root)
     names = [run.name for run in runs]
@@ -125,7 +125,7 @@ def _refresh(root: Path, first: str, second: str, comparison: str, adapter: str,
 
 
 def _panels(root: Path, first: str, second: str) -> list[str]:
-    """HTML of two runs; a name that no run has gives nothing."""
+    """The HTML of two runs; empty for an unknown name."""
     found = {run.name: run for run in find(root)[0]}
     names = [name for name in (first, second) if name in found]
     panels = dict(zip(names, run_panels([found[name] for name in names])))
@@ -138,7 +138,7 @@ def _report(root: Path, name: str) -> str:
 
 
 def _chat(root: Path) -> gr.Dropdown:
-    """Base and tuned model answer the same messages, each in a conversation of its own."""
+    """The chat, in which base and tuned model answer the same messages, each in its own conversation."""
     adapter = gr.Dropdown([NONE], value=NONE, label="Tuned by the run", allow_custom_value=True)
     with gr.Row():
         books = [gr.Chatbot(label=name, render_markdown=False, min_width=320, height=360) for name in ("base", "tuned")]
@@ -174,18 +174,18 @@ _LOCK = threading.Lock()
 
 @functools.lru_cache(maxsize=1)
 def _speaker(adapter: Path, changed: int) -> Speaker:
-    """The model of a run. The last one is kept, since loading takes seconds and gigabytes."""
+    """The model of a run. Only the last one is cached, since loading takes seconds and gigabytes."""
     given = GenerateSettings.model_validate({"adapter": adapter})
     return load_speaker(given, base_model_name(adapter), record_of(adapter))[0]
 
 
 def _say(speaker: Speaker, messages: History) -> str:
-    # Without a chat template a model knows single prompts alone.
+    # Without a chat template, a model answers single prompts only.
     return speaker.say(Conversation(tuple(messages if speaker.wording.chat else messages[-1:])))
 
 
 def _plain(history: Sequence[Fields] | None) -> History:
-    """Messages as templates take them: Gradio gives the content as a list of parts."""
+    """Messages in the form of chat templates. Gradio gives the content as a list of parts."""
     return [{"role": item["role"], "content": _text(item["content"])} for item in history or []]
 
 

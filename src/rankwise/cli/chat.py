@@ -60,7 +60,7 @@ def _lines(output: Output) -> Iterator[str]:
     """The user's lines, without empty ones."""
     while True:
         try:
-            # `input` edits lines on a terminal; with --json what it shows must not reach the document.
+            # `input` allows line editing on a terminal; with --json its prompt must not reach the document.
             said = input("> " if output.is_terminal and sys.stdin.isatty() else "").strip()
         except EOFError:
             return
@@ -71,12 +71,12 @@ def _lines(output: Output) -> Iterator[str]:
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
-    """Prints an answer word by word as it is generated."""
+    """A streamer that prints an answer word by word as it is generated."""
     from transformers import TextStreamer
 
     class Printing(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            # A terminal obeys control characters, and a model may write them.
+            # A model may write control characters, which would act on the terminal.
             print(printable(text), end="\n" if stream_end else "", flush=True)
 
     return Printing(tokenizer, skip_prompt=True, skip_special_tokens=True)

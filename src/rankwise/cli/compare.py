@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rankwise.comparison.stages import Job, Outcome
     from rankwise.reports.schema import Comparison, Method
 
-# Columns of the table after the metric's: the figure's name in the record, and the heading.
+# {figure's name in the record: column heading} of the columns after the metric's.
 COSTS = {
     "learning_rate": "rate",
     "trainable_parameters": "trained",
@@ -55,7 +55,7 @@ class Lines:
 
 
 class Board(Lines):
-    """The runs in progress with their steps, redrawn; finished ones scroll by above."""
+    """A redrawn display of the runs in progress with their steps; finished runs are printed above it."""
 
     def __init__(self, output: Output) -> None:
         super().__init__(output)
@@ -94,7 +94,7 @@ def run(settings: CompareSettings, output: Output) -> Document:
 
 
 def report(comparison: Comparison, settings: CompareSettings, output: Output) -> None:
-    """The table, the verdicts, the recommendation, and the files."""
+    """Print the table, the verdicts, the recommendation, and the files."""
     output.line()
     output.console.print(table_of(comparison))
     for line in verdict_lines(comparison):
@@ -109,7 +109,7 @@ def report(comparison: Comparison, settings: CompareSettings, output: Output) ->
 
 
 def table_of(comparison: Comparison) -> Group:
-    """A row for each method, best first. Among methods with the same letter, none was found better."""
+    """A row for each method, best first. Methods with a common letter were not told apart."""
     metric, methods = comparison["primary_metric"], comparison["methods"]
     heading = metric_name(metric)
     known = {name: item for name, item in methods.items() if metric in item["mean"]}
@@ -126,7 +126,7 @@ def table_of(comparison: Comparison) -> Group:
 
 
 def _cells(item: Method, metric: str, has_intervals: bool) -> Iterator[str]:
-    """The figures as the report shows them."""
+    """The cells of a method's row, formatted as in the report."""
     yield item["group"] or ""
     yield cell(item, metric).text
     if has_intervals:
@@ -185,7 +185,7 @@ def _ended(job: Job, outcome: Outcome, picture: Picture) -> str:
     if outcome.status == "finished":
         what = f"{_doing(job)} took {duration(outcome.seconds)}"
     elif outcome.is_interrupted:
-        # Its own advice, --resume, is not what continues a comparison.
+        # The run's own advice, --resume, does not continue a comparison.
         what = f"{_doing(job)} was interrupted"
     else:
         error = outcome.error or {}

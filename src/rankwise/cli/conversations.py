@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A conversation that the model is to answer. A prompt is a conversation of one message."""
+    """A conversation for the model to answer. A prompt is a conversation of one message."""
 
     messages: tuple[Message, ...]
     tools: tuple[Fields, ...] | None = None
-    # How a message names it.
+    # Its name in messages.
     place: str = "the prompt"
 
     @property
@@ -35,11 +35,11 @@ class Conversation:
 
 
 def read_conversations(settings: GenerateSettings) -> list[Conversation]:
-    """Everything to answer, in order: prompts, those of the file, conversations.
+    """Everything to answer, in order: the prompts, the prompts of the file, the conversations.
 
     Raises ConfigError: RW124 where there is nothing to answer, RW125 for two readers of standard input, RW126 for a
-    system message that meets another. DataError: RW201, RW205 for a file that cannot be read, RW203 for what is no
-    prompt or conversation in it, RW204 for none.
+    second system message; DataError: RW201, RW202, RW205 for a file that cannot be read, RW203 for entries that are no
+    prompt or conversation, RW204 for an empty file.
     """
     sources = [*settings.prompt, *(str(path) for path in (settings.prompt_file, settings.messages) if path)]
     if sources.count(STDIN) > 1:
@@ -62,7 +62,7 @@ def _with_system(given: Conversation, system: str) -> Conversation:
 
 
 def _prompts(source: str) -> list[str]:
-    """One a line; of JSON lines each is a text or an object with a `prompt`."""
+    """The prompts of a file: one per line; in JSON lines each is a text or an object with a `prompt`."""
     kind = kind_of(Path(source))
     if kind not in (None, ".txt", ".jsonl") or source.endswith(".gz"):
         raise DataError("RW202", f"{source} is not a list of prompts; give one a line as text, or as .jsonl.")
@@ -78,7 +78,7 @@ def _prompt(record: Json) -> str:
 
 
 def _conversations(source: str) -> list[Conversation]:
-    """A JSON file holds one, or a list of them; JSON lines hold one each."""
+    """The conversations of a file: JSON with one or a list of them, or JSON lines with one per line."""
     name, text = _read(source)
     whole = _parsed(text)
     if isinstance(whole, BadRow) and not source.endswith(".json"):
@@ -102,7 +102,7 @@ def _conversation(place: str, record: Json) -> Conversation:
 
 
 def _read(source: str) -> tuple[str, str]:
-    """Name and text of a file, or of standard input."""
+    """(name, text) of a file or of standard input."""
     name = "standard input" if source == STDIN else source
     if source == STDIN and sys.stdin is None:
         raise DataError("RW201", "standard input is closed; give the prompts in a file or by --prompt TEXT.")
@@ -116,13 +116,13 @@ def _read(source: str) -> tuple[str, str]:
 
 
 def _lines(name: str, text: str) -> list[tuple[str, str]]:
-    """Places and lines; a text may hold Unicode's other line breaks."""
+    """(place, line) of each line. Only newlines separate lines, not Unicode's other line breaks."""
     lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
     return [(f"{name}, line {number}", line) for number, line in lines if line.strip()]
 
 
 def _parsed(text: str) -> Json | BadRow:
-    """JSON, or what is wrong with it."""
+    """The JSON value of ``text``, or a BadRow with the fault."""
     try:
         return parse_json(text)
     except ValueError as error:
@@ -139,7 +139,7 @@ def _checked(make: Callable[[Json], T], record: Json | BadRow, place: str) -> T 
 
 
 def _all_of(items: Sequence[T | BadRow], name: str) -> list[T]:
-    """Raise DataError where one is bad (RW203, the first three named), or there is none (RW204)."""
+    """The items. Raises DataError: RW203 with the first three bad ones, RW204 where there is none."""
     bad = [str(item) for item in items if isinstance(item, BadRow)]
     if bad:
         more = f"; {len(bad) - 3} more" if len(bad) > 3 else ""

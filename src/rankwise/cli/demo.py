@@ -1,6 +1,6 @@
 """``make demo``: plan, then compare four methods on the demo model and Python's own docstrings.
 
-Nothing is downloaded: the model lies in a package, the data are the docstrings of the standard library.
+Nothing is downloaded: the model is in a package, and the data are the docstrings of the standard library.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _compare_settings(settings: DemoSettings) -> CompareSettings:
         "learning_rates": (5e-4,),
         "max_steps": settings.max_steps,
         "eval_limit": settings.eval_limit,
-        # Once at the end: each evaluation takes as long as a step.
+        # Evaluated once at the end, since an evaluation takes as long as a step.
         "eval_steps": settings.max_steps,
         "max_length": 160,
     }

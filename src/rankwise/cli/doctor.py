@@ -1,4 +1,4 @@
-"""``rankwise doctor``: the machine, the libraries, which kernels run and why not others, and what to install."""
+"""``rankwise doctor``: report the machine, the libraries, the kernels that run, with reasons, and what to install."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rankwise.reports.numbers import byte_size, plural
 if TYPE_CHECKING:
     import torch
 
-# What a user gets from each extra of the package. The others are for working on rankwise itself.
+# {extra of the package: what it provides}, without the extras for developing rankwise.
 EXTRAS = {
     "eval": "rankwise score, and tasks of rankwise evaluate",
     "cuda": "optimizers and kernels for CUDA cards",
@@ -37,7 +37,7 @@ SWITCHES = ("RANKWISE_OPS", "RANKWISE_CPU_LEVEL", "TRITON_INTERPRET", "CUDA_VISI
 
 
 class DoctorSettings(Settings):
-    """The options of ``rankwise doctor``: only those that every verb has."""
+    """The options of ``rankwise doctor``: those common to all verbs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Library:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The implementation that runs for one family of operators on one device; ``why`` says why no faster one does."""
+    """The implementation that runs for one family of operators on one device; ``why``: why no faster one runs."""
 
     device: str
     family: str
@@ -62,7 +62,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A fault, or a possible improvement. Only a problem keeps rankwise from working."""
+    """A problem, which keeps rankwise from working, or a possible improvement."""
 
     code: str
     message: str
@@ -194,12 +194,12 @@ def _native_kernels() -> Iterator[Kernel]:
     else:
         yield Kernel("cpu", "attention", "PyTorch's own", missing)
     if not products.available():
-        why = "ours need AVX2, which this processor, this build or RANKWISE_CPU_LEVEL does not give."
+        why = "rankwise's need AVX2, which this processor, this build or RANKWISE_CPU_LEVEL does not have."
         yield Kernel("cpu", "products", "PyTorch's own", why)
     elif products.on_tiles():
         yield Kernel("cpu", "products", "native, AMX" if products.use_amx() else "native, AVX-512 BF16")
     else:
-        why = "this processor or build multiplies no bfloat16."
+        why = "this processor or build has no bfloat16 products."
         yield Kernel("cpu", "products", f"native in float32, {level}", why)
 
 
@@ -233,7 +233,7 @@ def _kernels_are_right(device: torch.device) -> bool:
     from rankwise.ops.packed_weight import PackedWeight
 
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).to(device)
-    # That plain PyTorch runs is said above.
+    # That plain PyTorch runs is reported above.
     with heard(lambda _: False):
         module = selection.module_for(device)
     codes, absmax = module.quantize_4bit(w)
@@ -244,7 +244,7 @@ def _kernels_are_right(device: torch.device) -> bool:
 
 
 def _extras() -> Iterator[tuple[str, JsonObject]]:
-    """{extra: what it gives, its packages that are missing, how to install them}."""
+    """(extra, {what it provides, its missing packages, how to install them})."""
     from rankwise.models.source import DEMO_INSTALL, DEMO_PACKAGE
 
     known = metadata.metadata("rankwise").get_all("Provides-Extra") or ()

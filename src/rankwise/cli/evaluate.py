@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rankwise.evaluation.run import Difference, Evaluation, Observer
 
 LINES_PER_TASK = 10
-# What a task asks about, where it is not a question.
+# {task: the unit that it counts} where the unit is not a question.
 UNITS = {"perplexity": "row", "e2e": "meaning representation"}
 
 
@@ -67,7 +67,7 @@ def watching(output: Output) -> Iterator[Observer]:
     if not output.is_terminal:
         yield PlainWatcher(output)
         return
-    # Not at the top: `rankwise --help` has no use for it.
+    # Imported here, since `rankwise --help` does not need it.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -111,7 +111,7 @@ def with_error(value: float, error: float | None) -> str:
 
 
 def print_task(output: Output, task: str, evaluation: Evaluation) -> None:
-    """Models side by side, and below them their paired differences."""
+    """Print the models side by side, and their paired differences below."""
     results = [(label, result) for label, result in evaluation.results if result.task == task]
     if not results:
         return

@@ -1,4 +1,4 @@
-"""``rankwise explain``: the section of a message's code, from the page that comes with the package."""
+"""``rankwise explain``: print the section about a code, from the page in the package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(settings: ExplainSettings, output: Output) -> Document:
     code = _code(settings.code, sections)
     title, text = sections[code]
     output.line(f"{code}: {title}", style="bold")
-    # What the page marks as bold stands between pairs of asterisks.
+    # Bold text of the page is between pairs of asterisks.
     parts = enumerate(f"\n{text}".split("**"))
     output.console.print(Text.assemble(*((part, "bold" if index % 2 else "") for index, part in parts)))
     return {"code": code, "title": title, "text": text}

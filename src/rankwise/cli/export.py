@@ -1,4 +1,4 @@
-"""``rankwise export``: write an adapter in a server's form, and say how much that changes."""
+"""``rankwise export``: write an adapter in a server's format, and report the error."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def _export_merged(settings: ExportSettings, output: Output) -> ExportReport:
 
 
 def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
-    """Export the adapter: from a model without weights where the update is written unchanged, else from the model as
-    trained.
+    """Export the adapter: with a model without weights where the update is written unchanged, else with the trained
+    model.
     """
     from rankwise.adapters.checkpoint import read_adapter
     from rankwise.export.adapter import TEMPLATE_FILE, Wanted, export_file, export_live
@@ -119,7 +119,7 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
 
 
 def warn_of_other_weights(source: ModelSource, target: str) -> None:
-    """Warn (RW628) where the server loads the hub's weights, and training read a GGUF made from them."""
+    """Warn (RW628) where training used a GGUF and the server loads the hub's original weights."""
     if source.kind == "demo" and SERVERS[target].form == "peft":
         warn(
             "RW628",
@@ -201,8 +201,8 @@ def _print_conversion(output: Output, report: ExportReport) -> None:
         return
     if conversion.r > conversion.least_r:
         output.line(
-            f"Rank {conversion.least_r} would keep the error of the update; rank {conversion.r} is the first that was "
-            "tried at which the rows that were set aside are as likely as before, too."
+            f"Rank {conversion.least_r} would keep the error of the update; rank {conversion.r} is the first tried "
+            "that also keeps the perplexity of the rows that were set aside."
         )
     output.line(
         f"On {likeness.tokens:,} tokens of rows that were set aside: logits differ by "

@@ -1,4 +1,4 @@
-"""``rankwise export --verify``: serve the export and the base with the real server, and keep the proof."""
+"""``rankwise export --verify``: serve the export and the base with the real server, and record the comparison."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _served(settings: ExportSettings, source: ModelSource, r: int, scratch: Path
 
 
 def _gguf_base(settings: ExportSettings, source: ModelSource, scratch: Path) -> Path:
-    """The base as a GGUF, for a merged model quantized as that is."""
+    """The base as a GGUF, quantized as the merged model is."""
     given = settings.base_gguf or (source.path if source.is_gguf else None)
     if given is not None and settings.quantize is None:
         return given

@@ -26,9 +26,7 @@ SHORTEST_PROMPT, LONGEST_PROMPT = 8, 256
 
 
 def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """The rows of `--data`, else the run's own, with some set aside for the comparison; without any, the built-in
-    text.
-    """
+    """The rows of `--data`, else those of the run, else the built-in text; some of them held out for the comparison."""
     record = record_of(adapter)
     options = {} if record is None else record.settings
     source = data or options.get("data")
@@ -63,7 +61,7 @@ def _encoded(adapter: Path, source: str, columns: Fields, tokenizer: PreTrainedT
 
 
 def prompts_of(rows: Rows, count: int) -> list[list[int]]:
-    """The tokens before the first label of ``count`` held-out rows; of rows without a prompt their first tokens."""
+    """The tokens before the first label of ``count`` held-out rows; for rows without a prompt, their first tokens."""
     found = []
     for row in [*rows.held_out][:count]:
         labels = row.labels.tolist()

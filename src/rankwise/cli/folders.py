@@ -1,4 +1,4 @@
-"""Recognise our kinds of folders where a user gives the wrong one."""
+"""Recognise rankwise's folders where a user gives the wrong kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rankwise.reports.schema import BEST_FOLDER, COMPARISON_FILE
 
 
 def refuse_comparisons(folders: Iterable[Path]) -> None:
-    """Raise RunError (RW560) for the folder of a comparison in place of a run's: its runs are inside it."""
+    """Raise RunError (RW560) for the folder of a comparison where a run's is expected."""
     for folder in folders:
         if (folder / COMPARISON_FILE).is_file() and not (folder / "adapter_config.json").is_file():
             best = folder / BEST_FOLDER

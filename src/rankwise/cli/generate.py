@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest with temperature 0, else drawn with a seed."""
+    """How the next token is chosen: the argmax with temperature 0, else sampled with a seed."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -44,7 +44,7 @@ class Answer:
     prompt: str
     base: str | None
     tuned: str | None
-    # The conversation that ends with the prompt, where there is more of it.
+    # The whole conversation, where it is longer than the prompt.
     messages: tuple[Fields, ...] | None = None
 
 
@@ -53,7 +53,7 @@ class Wording:
     """How a prompt becomes the model's input: through a chat template, or unchanged and followed by ``suffix``."""
 
     chat: bool
-    # Jinja text instead of the tokenizer's own.
+    # Jinja source that replaces the tokenizer's template.
     template: str | None = None
     suffix: str = ""
 
@@ -82,8 +82,8 @@ class Speaker:
             return Answer(asked.prompt, self.say(asked), tuned, messages)
 
     def say(self, asked: Conversation, streamer: BaseStreamer | None = None) -> str:
-        """The answer of the model in its present state; ``streamer``, one of transformers', gets the tokens as they
-        are generated.
+        """The answer of the model in its current state; ``streamer`` (transformers') gets the tokens as they are
+        generated.
         """
         import torch
 
@@ -139,7 +139,7 @@ class Speaker:
             text = chat_text(self.tokenizer, asked.messages, asked.tools, chat_template=template, place=asked.place)
         else:
             text = asked.prompt.removesuffix(self.wording.suffix) + self.wording.suffix
-        # A template writes the tokens of a beginning itself.
+        # A template writes the BOS token itself.
         encoded = self.tokenizer(text, add_special_tokens=not self.wording.chat, return_tensors="pt")
         return encoded.to(self.model.device)
 
@@ -230,7 +230,7 @@ def base_model_name(adapter: Path | None) -> str:
 
 
 def print_answer(output: Output, answer: Answer) -> None:
-    """Side by side on a terminal; otherwise a labelled line each, which greps and wraps well."""
+    """Print the answers side by side on a terminal, else as labelled lines."""
     if answer.base is not None and answer.tuned is not None:
         if output.is_terminal:
             output.console.print(side_by_side(answer))

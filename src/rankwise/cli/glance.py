@@ -1,4 +1,4 @@
-"""Refuse wrong paths before a verb loads torch and its relatives, which takes seconds."""
+"""Refuse wrong paths before a verb loads torch and transformers, which takes seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from rankwise.errors import ConfigError
 from rankwise.options import Settings, flag
 
-# Fields of text that name a hub id, or a path in which ~ stands for a home.
+# Text fields that hold a hub id, or a path in which ~ means a home folder.
 MAY_BE_PATHS = {"model", "data", "eval_data", "fewshot_data", "reference_answers"}
 
 
@@ -50,7 +50,7 @@ def _fault_of(given: Path | str) -> str | None:
             return None
         there = os.readlink(dangling)
         return f"leads over the link {dangling} to {there}, which does not exist; make it, or give another path"
-    # Whoever reads a named pipe waits for its writer, and a device may never end. `/dev/stdin` is a pipe too.
+    # Reading a named pipe waits for a writer, and a device may never end. /dev/stdin, a pipe too, is allowed.
     is_stream = stat.S_ISFIFO(mode) and path.parts[:2] == ("/", "dev")
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_stream:
         return None
@@ -58,9 +58,9 @@ def _fault_of(given: Path | str) -> str | None:
 
 
 def check_paths(*, model: str | None, data: Iterable[str | None] = (), output: Path | None = None) -> None:
-    """Raise the errors of reading them for missing files: DataError (RW201) or ModelError (RW301, RW302, RW311).
+    """Raise the errors that reading would raise for missing files: DataError (RW201), ModelError (RW301, RW302, RW311).
 
-    RunError (RW503) for an ``output`` that cannot be written.
+    Raises RunError (RW503) for an ``output`` that cannot be written.
     """
     from rankwise.data import check_there
     from rankwise.models.folder import read_config

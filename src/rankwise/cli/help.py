@@ -18,12 +18,12 @@ COMMON_OPTIONS = (
     ("--json", "One JSON document on stdout, everything else on stderr."),
     ("--help", "Show this text."),
 )
-# Wider labels put their choices on a line of their own.
+# The text of wider labels starts on a line of its own.
 WIDEST_LABEL = 29
 
 
 def verb_command(verb: Verb) -> type[TyperCommand]:
-    """A command class whose help is ours."""
+    """A typer command class with this module's help."""
 
     class VerbCommand(TyperCommand):
         def format_help(self, ctx: Any, formatter: object) -> None:

@@ -1,4 +1,4 @@
-"""``rankwise inspect``: the content of a folder, read from its headers, and whether an adapter fits a base."""
+"""``rankwise inspect``: describe a folder from its headers, and test whether an adapter fits a base."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Weights:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     size_bytes: int
-    # Weights in a tensor of 4-bit codes; 0 in its scales and tables, which are not parameters.
+    # {tensor: number of weights in its 4-bit codes}; 0 for scales and tables, which are not parameters.
     packed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -59,7 +59,7 @@ def run(settings: InspectSettings, output: Output) -> Document:
 
 
 def _describe(folder: Path) -> JsonObject:
-    """The description of a folder, by its kind. Raises RunError (RW560) when it is none of ours."""
+    """The description of a folder, by its kind. Raises RunError (RW560) for a folder of another kind."""
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
         raise RunError("RW560", f"{folder} {state}; give the folder of an adapter, a run or a model.")
@@ -164,7 +164,7 @@ def _packed(files: Sequence[Path]) -> dict[str, int]:
 def norms_of_b(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> JsonObject:
     """Frobenius norm of the B matrices per layer: sqrt of the sum of squares over the layer's modules.
 
-    B starts at zero, so a layer whose norm is 0 has learned nothing. A layer is the first number in a module's path.
+    B starts at zero, so a layer with norm 0 has learned nothing. A layer is the first number in a module's path.
     """
     import safetensors
 

@@ -25,9 +25,9 @@ INTERRUPTED = Interrupted.exit_code
 def launch(settings: TrainSettings, *, as_json: bool) -> None:
     """Train in ``settings.devices`` processes and wait for them. The processes print their own messages.
 
-    Raises typer.Exit with their code where they did not finish, RunError (RW704) where all were killed.
+    Raises typer.Exit with their exit code where they did not finish, RunError (RW704) where they were killed.
     """
-    # torch is loaded here and not with the command line.
+    # Imported here, so that the command line does not load torch.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -35,7 +35,7 @@ def launch(settings: TrainSettings, *, as_json: bool) -> None:
     assert settings.devices is not None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.devices)))
-    # A process that was asked to stop ends its step and saves: as long as the others would wait for it.
+    # A process that was asked to stop ends its step and saves, within the time that the others wait for it.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ranks.PATIENCE_SECONDS))
     config = LaunchConfig(
         min_nodes=1,
@@ -48,7 +48,7 @@ def launch(settings: TrainSettings, *, as_json: bool) -> None:
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
-    # The launcher tells what the processes have told already.
+    # The launcher would repeat the processes' messages.
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="rankwise-") as folder:
         file = Path(folder) / "train.yaml"
@@ -66,7 +66,7 @@ def _failure(codes: dict[int, int]) -> Exception:
     """The exception for the exit codes of the processes; a killed one has minus its signal's number."""
     told = [code for code in codes.values() if code > 0 and code != INTERRUPTED]
     lost = {number: code for number, code in codes.items() if code < 0}
-    # The launcher asks the others to end once one is lost: they were interrupted, and do not say why.
+    # Once a process is lost, the launcher interrupts the others, which then report no reason.
     if told or (not set(lost.values()) - {-signal.SIGTERM} and INTERRUPTED in codes.values()):
         return typer.Exit(told[0] if told else INTERRUPTED)
     killed = ", ".join(f"process {number} by {signal.Signals(-code).name}" for number, code in lost.items())

@@ -1,6 +1,6 @@
 """``rankwise``: the verbs, and the one place where every error becomes one line and an exit code.
 
-0 done, 2 a mistake in the input, 1 a fault of ours, 130 interrupted. Nothing imports torch before a verb runs.
+0 done, 2 a mistake in the input, 1 a bug of rankwise, 130 interrupted. Nothing imports torch before a verb runs.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ LIBRARIES = ("rankwise", "torch", "transformers", "trl", "datasets", "safetensor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code; every error has been reported by then."""
+    """Run one verb and return the exit code. Every error is reported before the return."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     as_json = "--json" in arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A name of a file that is not UTF-8 is shown with escapes, and stops nothing.
+            # A file name that is not UTF-8 is shown with escapes instead of raising.
             stream.reconfigure(errors="backslashreplace")
     _share_the_cores()
     try:
@@ -110,16 +110,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # ``rankwise ... | head``; the code is rich's.
         _give_up_stdout()
         return 1
-    except Exception as error:  # noqa: BLE001  the last net: whatever comes becomes one line
+    except Exception as error:  # noqa: BLE001  the last handler: any error becomes one line
         return _report(_as_ours(error), error, as_json=as_json)
 
 
 def _share_the_cores() -> None:
-    """Let PyTorch's waiting threads sleep soon, unless the user has chosen how they wait.
+    """Let PyTorch's waiting threads sleep soon, unless the user has set how they wait.
 
-    libgomp reads the variable when torch is loaded. By default a waiting thread spins 300,000 times, and no other
-    process has its core meanwhile. A LoRA step beside one busy process took 4.53 s and takes 3.61 s with 1,000; alone
-    it took 1.970 s and takes 1.963 s.
+    libgomp reads the variable when torch is loaded. By default a waiting thread spins 300,000 times, during which no
+    other process can use its core. With 1,000, a LoRA step beside one busy process takes 3.61 s instead of 4.53 s;
+    alone it takes 1.963 s instead of 1.970 s.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAIT_POLICIES):
         os.environ["GOMP_SPINCOUNT"] = "1000"
@@ -176,7 +176,7 @@ def _refuse_several_processes(verb: Verb) -> None:
     """Raise ConfigError (RW117) in each process of a launcher that started several: they would all write the same."""
     if verb is train.VERB and ranks.place() is not None:
         return
-    # Those that accelerate reads, and SLURM's where ranks were made of its tasks.
+    # The variables that accelerate reads, and SLURM's where its tasks are ranks.
     names = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
     if {"RANK", "LOCAL_RANK"} & set(os.environ):
         names.append("SLURM_NTASKS")
@@ -189,7 +189,7 @@ def _refuse_several_processes(verb: Verb) -> None:
             f"{verb.name} was started in several processes ({', '.join(several)}), and each would do the whole work "
             f"and write the same files; {how}, or unset these variables if there is one process.",
         )
-    # A variable of torchrun's that holds no number would end in an error of a library.
+    # Raises here for a variable of torchrun that holds no number, before a library does.
     ranks.place()
 
 
@@ -204,13 +204,13 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
         try:
             print_document({"error": {"code": error.code, "kind": type(error).__name__, "message": message}})
         except OSError:
-            # It may be stdout that cannot be written.
+            # The error may be that stdout cannot be written.
             _give_up_stdout()
     return error.exit_code
 
 
 def _as_ours(error: Exception) -> RankwiseError:
-    """The error that the user reads. Ours stay unchanged; usage, memory and file-system errors get a code and
+    """The error that the user reads. RankwiseErrors stay unchanged; usage, memory and file-system errors get a code and
     advice.
     """
     if isinstance(error, RankwiseError):
@@ -226,7 +226,7 @@ def _as_ours(error: Exception) -> RankwiseError:
 
 
 def _usage_sentence(error: Any) -> str:
-    """The parser's message, and where the options are listed."""
+    """The parser's message, and the command that lists the options."""
     sentence = _no_such_option(error) or " ".join(error.format_message().split()).rstrip(".")
     path = error.ctx.command_path if getattr(error, "ctx", None) else "rankwise"
     joint = "" if sentence.endswith("?") else ";"
@@ -234,7 +234,7 @@ def _usage_sentence(error: Any) -> str:
 
 
 def _no_such_option(error: Any) -> str | None:
-    """Our advice for an unknown option. The parser's own goes by letters alone: for --lr it is --help."""
+    """Advice for an unknown option. The parser's own compares letters only, and suggests --help for --lr."""
     given, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if context is None or not hasattr(error, "possibilities") or not isinstance(given, str):
         return None

@@ -1,4 +1,4 @@
-"""``rankwise merge``: fold an adapter into its base model and write an ordinary model folder."""
+"""``rankwise merge``: merge an adapter into its base model and write an ordinary model folder."""
 
 from __future__ import annotations
 

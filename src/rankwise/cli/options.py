@@ -26,18 +26,18 @@ METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """One word of the command line with its settings and its function. Importing it loads no heavy library."""
+    """A subcommand with its settings table and its function. Importing a verb loads no heavy library."""
 
     name: str
     settings: type[Settings]
-    # Gives the document of --json; None where another process writes it.
+    # Returns the document of --json; None where another process prints it.
     run: Callable[[Any, Output], Document | None]
     summary: str
     examples: Sequence[str]
     hidden: bool = False
-    # From the options that were given: settings that hold below them, in place of the defaults.
+    # (given options) -> settings of lower priority that replace the defaults.
     earlier: Callable[[Fields], Fields] | None = None
-    # The exit code of a document that tells of a mistake which stopped nothing.
+    # (document) -> exit code, for documents that report a mistake that stopped nothing.
     exit_code: Callable[[Document], int] = lambda _: 0
 
 
@@ -80,7 +80,7 @@ def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable
         from rankwise.settings_file import read_settings
 
         as_json, config = given.pop("json"), given.pop("config")
-        # An option that may be repeated comes as an empty list where it is not given.
+        # typer gives an empty list for a repeatable option that is not given.
         values = {
             options[name].flag.replace("-", "_"): tuple(value) or None if isinstance(value, list) else value
             for name, value in given.items()
@@ -102,7 +102,7 @@ def _option(name: str, field: FieldInfo) -> Option:
     kind: Literal["switch", "value", "repeated", "argument"] = "switch" if bool in types_ else "value"
     if extra["argument"] or extra["repeated"]:
         kind = "argument" if extra["argument"] else "repeated"
-    # A word of Python's cannot name a field, and is its alias: --for.
+    # A Python keyword cannot be a field's name, so it is the field's alias: --for.
     flag = (field.alias or name).replace("_", "-")
     metavar = str(extra["metavar"] or ("TEXT" if kind == "repeated" else _metavar(types_)))
     return Option(name, Panel(str(extra["panel"])), flag, metavar, _help(field), kind, bool(extra["repeated"]))

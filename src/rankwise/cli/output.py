@@ -20,7 +20,7 @@ from rich.markup import escape
 from rankwise.errors import RankwiseWarning, heard
 from rankwise.foreign import Fields, Json
 
-# What a verb gives back, and --json prints.
+# The result of a verb, which --json prints.
 Document = Fields
 
 DEBUG_VARIABLE = "RANKWISE_DEBUG"
@@ -35,19 +35,19 @@ QUIET_ENVIRONMENT = {
     "TQDM_DISABLE": "1",
 }
 
-# Of a message on a screen, in characters and in parts between semicolons.
+# Largest length of a printed message, in characters and in parts between semicolons.
 LONGEST_MESSAGE = 4000
 LONGEST_WORD = 400
 MOST_PROBLEMS = 20
 _LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
-# Of what goes into a file or another program, where no terminal has a width: every table fits.
+# Width of output into a file or another program, in which every table fits.
 PLAIN_WIDTH = 120
 
 
 class Output:
-    """``console`` is stdout, or stderr with ``--json``, so that stdout then holds the document alone."""
+    """``console`` is stdout, or stderr with ``--json``, so that stdout then holds only the document."""
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
@@ -57,7 +57,7 @@ class Output:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether this is a terminal or a notebook's cell, which can be redrawn; elsewhere lines are plain."""
+        """Whether the console is a terminal or a notebook cell, which can be redrawn."""
         if self.console.is_jupyter:
             # What rich redraws a cell with.
             return importlib.util.find_spec("ipywidgets") is not None
@@ -77,23 +77,23 @@ def debugging() -> bool:
 
 
 def print_document(document: Document, stream: TextIO | None = None) -> None:
-    """The one JSON document of ``--json``. A figure that is not a number is null: JSON has no NaN."""
+    """Print the JSON document of ``--json``. NaN and infinity become null, since JSON has neither."""
     text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    # Half a character, as names of files can hold it, becomes JSON's escape of it.
+    # A lone surrogate, which file names can hold, becomes a JSON escape.
     print(text.encode("utf-8", "backslashreplace").decode(), file=stream or sys.stdout, flush=True)
 
 
 def shortened(message: str) -> str:
-    """A message that fits on a screen. It keeps the first of many problems and both ends of long words, and says how
-    much was left out.
+    """The message shortened to fit on a screen: the first of many problems, both ends of long words, and the amount
+    that is left out.
 
-    The whole message is written to a temporary file, which is named.
+    The whole message is written to a temporary file, which the result names.
     """
     short = _LONG_WORD.sub(lambda word: _ends(word[0], LONGEST_WORD), message)
     problems = short.split("; ")
     if len(problems) > MOST_PROBLEMS:
         more = len(problems) - MOST_PROBLEMS
-        # The last one is what to do.
+        # The last part says what to do.
         short = "; ".join([*problems[: MOST_PROBLEMS - 1], f"... and {more:,} more; {problems[-1]}"])
     short = _ends(short, LONGEST_MESSAGE)
     if len(short) >= len(message):
@@ -129,7 +129,7 @@ def print_message(kind: str, code: str, text: str) -> str:
     """
     text = shortened(text)
     colour = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
-    # A terminal obeys control characters, and a hostile file's names may hold them.
+    # Names in untrusted files may hold control characters, which would act on the terminal.
     line = _CONTROL.sub("?", " ".join(part.strip() for part in text.splitlines()))
     Console(stderr=True, highlight=False).print(
         f"[{colour}]{kind} {code}[/]: {escape(line)}  [dim]\\[rankwise explain {code}][/]", soft_wrap=True

@@ -20,7 +20,7 @@ from rankwise.planning.settings import PlanSettings
 from rankwise.records import write_text
 from rankwise.reports.numbers import byte_size
 
-# Imported where they work: every --help waits for what stands above.
+# Imported where they are used, since imports at the top slow down every --help.
 if TYPE_CHECKING:
     from rankwise.planning.plan import Plan
     from rankwise.planning.recommend import Recommendation
@@ -31,18 +31,18 @@ def run(settings: PlanSettings, output: Output) -> Document:
     from rankwise.planning.plan import make_plan
 
     document: JsonObject = {}
-    # A plan may take minutes, and would be lost.
+    # Checked first, since a plan may take minutes.
     _check_place(settings.svg, "--svg")
     _check_place(settings.save, "--save")
     if settings.calibrate:
         document["calibration"] = _calibrate(settings, output)
         if settings.model is None:
             return document
-    # Dry runs tell how they get on, which a spinner would overwrite.
+    # Dry runs print their progress, which a spinner would overwrite.
     with contextlib.nullcontext() if settings.exact else output.waiting("planning"):
         plan = make_plan(settings, functools.partial(print, file=sys.stderr, flush=True))
     command = command_of(plan.recommendation, settings.save)
-    # Before anything is said: a reader who leaves early (`| head`) or a check that fails takes no file along.
+    # Written before anything is printed, so that a closed pipe (`| head`) or a failed check loses no file.
     written = _write(settings, plan)
     plan_view.show(plan, command, output)
     if settings.check:
@@ -52,7 +52,7 @@ def run(settings: PlanSettings, output: Output) -> Document:
 
 
 def command_of(recommendation: Recommendation, saved: Path | None) -> str | None:
-    """The ``rankwise train`` line that carries the recommendation out; None where nothing fits."""
+    """The ``rankwise train`` command of the recommendation; None where nothing fits."""
     if recommendation.method is None:
         return None
     own = _own_options(recommendation)
@@ -75,7 +75,7 @@ def differing(settings: Fields) -> JsonObject:
 
 
 def _write(settings: PlanSettings, plan: Plan) -> dict[str, str]:
-    """Write the files asked for. Where nothing fits there is nothing to save."""
+    """Write the requested files. Where nothing fits there is nothing to save."""
     written: dict[str, str] = {}
     if settings.svg is not None:
         from rankwise.cli import plan_view
@@ -137,7 +137,7 @@ def _calibrate(settings: PlanSettings, output: Output) -> JsonObject:
 
 
 def _check(settings: PlanSettings, plan: Plan, output: Output) -> JsonObject:
-    """Take three real steps on this machine: of the only method asked for, else of the recommended one."""
+    """Run three real steps on this machine, with the only requested method, else with the recommended one."""
     from rankwise.cli import plan_view
     from rankwise.planning.check import check_method
     from rankwise.planning.hardware import this_machine

@@ -1,4 +1,4 @@
-"""Watching a run: a live picture on a terminal, plain lines elsewhere. Both are observers of ``rankwise.training``."""
+"""Progress displays of a run: redrawn on a terminal, plain lines elsewhere. Both are observers of a run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class PlainProgress(_Warnings):
         self.output = output
         self.every = every
         self.of_rewards = of_rewards
-        # Losses of the steps since the last line.
+        # Losses of the steps since the last printed line.
         self.unsaid: list[float] = []
 
     def phase(self, text: str) -> None:
@@ -96,7 +96,7 @@ class PlainProgress(_Warnings):
 
 
 class LiveProgress(_Warnings):
-    """A redrawn picture of a few lines; samples and warnings scroll by above it."""
+    """A redrawn display of a few lines; samples and warnings are printed above it."""
 
     def __init__(self, output: Output, *, of_rewards: bool = False) -> None:
         super().__init__()

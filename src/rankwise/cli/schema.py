@@ -1,4 +1,4 @@
-"""``rankwise schema``: the content of a verb's ``--config`` file as JSON schema. Editors complete and check by it."""
+"""``rankwise schema``: the JSON schema of a verb's ``--config`` file, for completion and checks in editors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankwise.known_names import close_names
 from rankwise.options import Panel, Settings, option
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-# YAML 1.1, as the files are read, takes 2e-4 for text: a float needs a dot there. Settings take such text for a number.
+# In YAML 1.1, 2e-4 is text, since a float needs a dot. Settings convert such text to a number.
 NUMERIC_TEXT = {"type": "string", "pattern": r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"}
 
 

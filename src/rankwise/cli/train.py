@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from rankwise.planning.guard import MemoryGuard
     from rankwise.training.observer import Observer
 
+# Options that --resume does not take from the record: code of a model, for one, runs on explicit request only.
 NOT_OF_THE_RUN = {"output", "resume", "overwrite", "dry_run", "trust_remote_code"}
-# Code from elsewhere runs on explicit request alone, and a run folder may come from elsewhere.
 PATHS = ("model", "data", "eval_data", "chat_template", "adapter")
 
 
@@ -44,7 +44,7 @@ def settings_of_the_run(given: Fields) -> Fields:
     check_output(folder, resume=True, overwrite=given.get("overwrite") is True)
     known = set(TrainSettings.model_fields) - NOT_OF_THE_RUN
     if "epochs" in given:
-        # They would have no effect beside the run's own.
+        # The run's own max_steps would override the given epochs.
         known.discard("max_steps")
     settings = load_record(folder).settings
     _check_rewards(folder, settings, given)
@@ -80,7 +80,7 @@ def _check_data(settings: Fields) -> None:
 
 
 def _found_again(folder: Path, settings: Fields) -> dict[str, str]:
-    """Paths relative to the working directory in which the run was started, which its ``output`` reveals."""
+    """The run's relative paths, resolved in the directory in which it was started, which its ``output`` reveals."""
     place, output = folder.resolve(), Path(str(settings.get("output")))
     start = place
     for _ in output.parts:
@@ -92,12 +92,12 @@ def _found_again(folder: Path, settings: Fields) -> dict[str, str]:
 
 
 def run(settings: TrainSettings, output: Output) -> Document | None:
-    """The document of the run; None where another process prints it: one of the launched ones, or the writer."""
+    """Train. Returns the document of the run; None where another process (a launched one, or the writer) prints it."""
     from rankwise.training.output import check_output
 
     check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
     settings = continued(settings)
-    # Again in the run, which other programs start too; here it comes before torch is loaded.
+    # The run checks this again; here the check comes before torch is loaded.
     check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
     where = ranks.place()
     processes = settings.devices or 1
@@ -200,7 +200,7 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "rate", f"{rate(chosen)}, the best of {tried} in short runs of {steps} together"
     yield "speed", _speed(record)
     yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
-    # The baselines are there to be compared: `generate` loads none.
+    # `generate` does not load baselines.
     if record.method not in BASELINES:
         kind, compare = ("model", "") if record.method == "full" else ("adapter", " --compare")
         yield "try", f'rankwise generate --{kind} {folder} --prompt "..."{compare}'
@@ -212,7 +212,7 @@ def loss_sentence(folder: Path, record: RunRecord) -> str:
 
 
 def reward_sentence(folder: Path, record: RunRecord) -> str:
-    """The same for the mean reward. The evaluation loss is its negative."""
+    """As `loss_sentence` for the mean reward, of which the evaluation loss is the negative."""
     return _change(folder, record, "reward", -1, "training prompts")
 
 

@@ -1,4 +1,4 @@
-"""Training data: reading, checking, writing through a chat template, and tokenizing.
+"""Training data: read and check rows, format them with a chat template, and tokenize them.
 
 rows = read_rows("train.jsonl")                             # every row checked, bad ones named by line
 encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labels, and a report

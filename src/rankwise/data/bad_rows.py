@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rankwise.data.rows import Problem
 from rankwise.errors import DataError, warn
 
-# As ``skip_bad_rows``: the caller has no such option, and a message must not advise one.
+# Value of ``skip_bad_rows`` for callers without such an option, which a message must not advise.
 NEVER = -1
 NAMED = 3
 REMEDY = "Correct or remove these rows"
@@ -20,11 +20,11 @@ REMEDIES = {
 
 
 def check_bad_rows(problems: Sequence[Problem], total: int, *, allowed: int | None = NEVER, before: int = 0) -> None:
-    """Warn of bad rows (RW223) where ``allowed`` may be left out (None: any number) and good ones remain.
+    """Warn of bad rows (RW223) if at most ``allowed`` are bad (None: any number) and good rows remain.
 
-    ``total`` counts good and bad rows; ``before`` of the source had been left out already. The error advises the
-    option that leaves rows out, except where ``allowed`` is NEVER.
-    Raises DataError with the code of the first bad row where there are more than may be left out.
+    ``total`` counts good and bad rows; ``before``: number of rows of the source that were left out before. Raises
+    DataError with the code of the first bad row where more than ``allowed`` are bad. The message advises
+    --skip-bad-rows, except with NEVER.
     """
     if not problems:
         return
@@ -41,7 +41,7 @@ def check_bad_rows(problems: Sequence[Problem], total: int, *, allowed: int | No
 
 
 def listed(problems: Sequence[Problem]) -> str:
-    """``train.csv, line 3, line 7: why; line 9: why``: the source once, the first few rows."""
+    """The first few problems, with the source named once: ``train.csv, line 3, line 7: why; line 9: why``."""
     parts: list[str] = []
     source = None
     for why, alike in itertools.groupby(problems[:NAMED], key=lambda problem: problem.why):

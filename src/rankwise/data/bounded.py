@@ -1,4 +1,4 @@
-"""Run chat templates with bounded time and memory. They are foreign programs; Jinja's sandbox bounds neither."""
+"""Run chat templates with bounded time and memory. They are untrusted programs, and Jinja's sandbox limits neither."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from typing import Any, NoReturn
 from rankwise.errors import DataError
 from rankwise.foreign import Json, JsonObject
 
-# Of processor time, which a busy machine does not use up: so much, and with every item made a little more.
+# CPU time (independent of the machine's load) for a template: a constant, and more for each item and byte.
 SECONDS, SECONDS_AN_ITEM, SECONDS_A_BYTE = 5, 0.02, 5e-7
-# Of address space, besides what the process has already; a fork shares that.
+# Address space in addition to that of the process, which a fork shares.
 MEMORY_BYTES = 1 << 30
-# An exit status that no signal and no fault of Python's has.
+# An exit status that neither a signal nor an error of Python gives.
 OUT_OF_MEMORY = 77
 
 
 def bounded(items: Callable[[], Iterator[Json]], place: Callable[[int], str]) -> Iterator[Any]:
     """Yield the JSON values of ``items()``, computed in a forked process with limits of time and memory.
 
-    Only a process can be stopped in the middle of ``10**10**8``. Forking means that nothing has to be imported in it or
-    sent to it. Where there is no fork (Windows), there are no limits. ``place(n)`` names item ``n`` in messages.
+    Only a process can be stopped in the middle of ``10**10**8``. A forked process needs no imports and no input.
+    Systems without fork (Windows) have no limits. ``place(n)`` names item ``n`` in messages.
 
     Raises DataError as ``items`` does, and RW225 where a limit is reached.
     """
@@ -52,7 +52,7 @@ def bounded(items: Callable[[], Iterator[Json]], place: Callable[[int], str]) ->
         child = 0
     finally:
         if child:
-            # The caller has enough, or an item was an error.
+            # The caller stopped iterating, or an item was an error.
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     if status:
@@ -64,11 +64,11 @@ def _fork() -> int:
     # Tokenizers warn of a fork unless this is set. The child tokenizes nothing.
     named = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = named or "true"
-    # What a handler raises inside the fork's own hooks Python throws away, and a stop would go unheard.
+    # Python discards exceptions that signal handlers raise inside fork hooks, so signals are blocked meanwhile.
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         with warnings.catch_warnings():
-            # Python warns of a fork beside threads: locks that they hold stay locked. Templates take none.
+            # Python warns of forks in a process with threads, whose locks stay locked. Templates take no locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             return os.fork()
     except OSError as error:
@@ -109,7 +109,7 @@ def _messages(items: Callable[[], Iterator[Json]]) -> Iterator[JsonObject]:
         yield {"error": (error.code, error.message)}
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001  told by the parent, whose fault it is
+    except Exception:  # noqa: BLE001  reported by the parent
         yield {"fault": traceback.format_exc()}
 
 
@@ -125,11 +125,11 @@ def _limit() -> None:
     """SIGPROF ends this process when its CPU time is used up, and allocations above the memory limit fail."""
     import resource
 
-    # Collecting would touch, and so copy, all that the parent has.
+    # A garbage collection would touch, and so copy, the parent's memory.
     gc.freeze()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    # macOS has no such file and keeps to no such limit; there the length of the text is bounded alone.
+    # macOS has neither this file nor such a limit; there only the length of the text is bounded.
     with contextlib.suppress(OSError, ValueError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -146,4 +146,4 @@ def _excess(status: int) -> str:
         return f"the chat template ended its process by {signal.Signals(number).name}"
     if os.WEXITSTATUS(status) == OUT_OF_MEMORY:
         return f"the chat template takes more than {MEMORY_BYTES >> 30} GiB of memory for it"
-    return "the process of the chat template ended without a word"
+    return "the process of the chat template ended without a result"

@@ -1,4 +1,4 @@
-"""Which layout a source has, told by its columns, and its records as rows of this layout.
+"""Detect the layout of a source from its columns, and convert its records to rows.
 
 ``detect`` picks a ``Format`` from a record. ``rows_from_records`` turns every record into a ``Row``. It raises once for
 all bad records, with their places, or leaves them out.
@@ -28,7 +28,7 @@ from rankwise.data.image_formats import IMAGE_COLUMNS, IMAGE_FORMATS
 from rankwise.data.rows import HOLDS_IMAGES, Problem, Row, Rows, Unit, content_sha256
 from rankwise.errors import ConfigError, DataError, warn
 
-# Records of which the first that has a layout decides.
+# Number of first records in which a layout is searched.
 LOOKED_AT = 100
 
 
@@ -51,7 +51,7 @@ def detect(record: Record, source: str, columns: Columns, formats: Collection[Fo
     if formats is not None:
         remedy = "rename its columns"
     elif "chosen" in record and "rejected" in record:
-        remedy = "learn from pairs by --objective dpo or kto"
+        remedy = "train on pairs with --objective dpo or kto"
     raise DataError(
         "RW207", f"{source} has the columns {quoted(record)}, which is not a known layout ({names}); {remedy}."
     )
@@ -93,9 +93,9 @@ def rows_from_records(
 ) -> Rows:
     """Rows from ``(line, record)`` pairs, in the format of the first record that has one of ``formats``.
 
-    ``columns``: those of the prompt and the completion, where the user has named them. ``counted_in`` says what the
-    numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all of them) are left out and warned of
-    (RW223), as long as there are good ones; NEVER leaves out none and advises no option.
+    ``columns``: the prompt and the completion column, where the user has named them. ``counted_in``: what the line
+    numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all) are left out with a warning (RW223) if
+    good rows remain; NEVER leaves out none and advises no option.
 
     Raises DataError: RW203 naming the bad rows, RW204 when there is none, RW207 for unknown columns; ConfigError: RW182
     images for formats of text.
@@ -111,7 +111,7 @@ def rows_from_records(
     check_bad_rows(problems, len(records), allowed=skip_bad_rows)
     assert layout is not None, "without a record that shows the layout every row is bad"
     _tell_of_numbers([record for _, record in records], source, layout)
-    # Of other formats the rest of a record is read too.
+    # Other formats read all columns of a record.
     if not any(columns) and formats is None:
         _tell_of_unread([record for _, record in records], source, layout)
     return Rows(
@@ -137,7 +137,7 @@ def _convert(
             if layout is not None:
                 fields = layout.fields(record)
                 if layout.kind == "prompt" and layout.uses_template:
-                    # Beside a prompt, the name may also be that of a column of another meaning.
+                    # In a row with a prompt, a column of this name may have another meaning.
                     with contextlib.suppress(BadRow):
                         fields["tools"] = tools_of(record)
                 worse = fields.pop("rejected", None)
@@ -176,6 +176,6 @@ def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: For
     if found:
         warn(
             "RW227",
-            f"{source} is read as {layout.name}, and the model sees nothing of its other columns ({found}); if it "
-            "should, write them into the columns that are read.",
+            f"{source} is read as {layout.name}, and the model does not see its other columns ({found}); if it should, "
+            "write them into the columns that are read.",
         )

@@ -17,7 +17,7 @@ from rankwise.records import write_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Of the encoding: to be raised whenever the same rows give other ids or labels.
+# Version of the encoding, raised whenever the same rows give other ids or labels.
 VERSION = 3
 COLUMNS = ("ids", "labels", "ends")
 
@@ -50,7 +50,7 @@ def encode_rows_once(
         name=name,
         skip_bad_rows=skip_bad_rows,
     )
-    # Where the encoder left rows out, it has to say so again.
+    # Rows that the encoder left out need its warnings again, so they are encoded again.
     if path is not None and encoded.report.skipped_rows == len(rows.problems):
         cache.mkdir(parents=True, exist_ok=True)
         write_bytes(path, _stored(encoded))

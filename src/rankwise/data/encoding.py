@@ -1,8 +1,8 @@
-"""Rows to token ids and labels for trl's ``SFTTrainer``.
+"""Encode rows to token ids and labels for trl's ``SFTTrainer``.
 
-Legend: ``ids`` are a row's token ids, ``trained`` one truth value per id, ``labels`` the id where trained, else -100.
-A row is tokenized as one text. Where that would put one token across the border of prompt and answer, the pieces
-are tokenized apart, so that training sees the prompt's ids exactly as generation will.
+Legend: ``ids`` are a row's token ids, ``trained`` one boolean per id, ``labels`` the id where trained, else -100. A row
+is tokenized as one text. Where one token would cross the border of prompt and answer, the pieces are tokenized
+separately, so that the prompt's ids in training equal those in generation.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from pyarrow import ListArray
     from transformers import PreTrainedTokenizerBase
 
-# Rows are tokenized in batches, of which the first bound that is reached ends one.
+# Rows are tokenized in batches, each ended by the first of these bounds.
 ROWS_PER_BATCH = 2000
 CHARACTERS_PER_BATCH = 1 << 24
-# A longer text is tokenized only as far as max_length tokens reach, and so many more: what stands behind them
-# decides the last tokens of a text that is cut.
+# A longer text is tokenized only up to max_length tokens plus SPARE_TOKENS, since the following text affects the last
+# tokens before a cut.
 WHOLE_CHARACTERS, SPARE_TOKENS = 100_000, 256
 
 
@@ -42,28 +42,28 @@ class EncodingReport:
     """Counts and lengths of the encoded rows. Lengths are in tokens."""
 
     name: str
-    # Rows of the encoded data set: those read, less the dropped ones.
+    # Number of rows of the encoded data set: those read, minus the dropped ones.
     rows: int
-    # After truncation.
+    # Number of tokens after truncation.
     tokens: int
-    # Those of them that are in the loss.
+    # Number of tokens in the loss.
     trained_tokens: int
-    # Kept, but cut at max_length.
+    # Number of kept rows that were cut at max_length.
     truncated_rows: int
-    # Nothing to train on within max_length.
+    # Number of rows without a trained token within max_length.
     dropped_rows: int
-    # The lengths before truncation.
+    # Lengths before truncation.
     longest: int
     median_length: float
-    # How rows were written: "chat template (the tokenizer's)", "no template: prompt + completion", ...
+    # How rows were formatted: "chat template (the tokenizer's)", "no template: prompt + completion", ...
     template: str
-    # Kept rows with a stop token in the labels.
+    # Number of kept rows with a stop token in the labels.
     stop_token_rows: int
-    # Kept rows whose pieces were tokenized apart, because a token would have crossed from prompt to answer.
+    # Number of kept rows whose pieces were tokenized separately, since a token would have crossed prompt and answer.
     split_rows: int = 0
-    # Rows far longer than max_length: of their length only the beginning was counted, and the rest estimated.
+    # Number of rows far longer than max_length, whose length is partly estimated.
     estimated_rows: int = 0
-    # What the chat template does not write, in words: in how many rows.
+    # {part of rows that the chat template omits: number of rows}.
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     skipped_rows: int = 0
     # Bad rows that were left out: {"row", "code", "why"}.
@@ -85,12 +85,12 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """One row before truncation. Of a very long row only the beginning is here."""
+    """One row before truncation; of a very long row only the beginning."""
 
     ids: list[int]
     trained: list[bool]
     split: bool
-    # Tokens of the whole row.
+    # Number of tokens of the whole row.
     length: int
     estimated: bool = False
 
@@ -98,18 +98,18 @@ class EncodedRow:
 class Encoder(Protocol):
     """Tokenizes rows of one kind.
 
-    ``template`` names how the rows are written, and ``stop_ids`` are the tokens that end an answer.
+    ``template`` names how the rows are formatted; ``stop_ids`` are the tokens that end an answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
-    # What the template does not write, in words, with the number of rows.
+    # {part of rows that the template omits: number of rows}.
     left_out: Counter[str]
 
     def stop_ids(self) -> set[int]: ...
 
     def try_encode(self, rows: Sequence[Row], max_length: int | None = None) -> Iterator[EncodedRow | Problem]:
-        """Encode each row, or say why it cannot be. ``left_out`` counts anew."""
+        """Encode each row, or return the Problem with it. ``left_out`` is counted from 0."""
 
 
 class RowEncoder:
@@ -119,7 +119,7 @@ class RowEncoder:
         if rows.kind == "images":
             raise ConfigError("RW182", f"{rows.source} {HOLDS_IMAGES}")
         if tokenizer is None:
-            raise DataError("RW219", "the model comes without a tokenizer, so text cannot be encoded for it.")
+            raise DataError("RW219", "the model has no tokenizer, so text cannot be encoded; add its tokenizer files.")
         self.tokenizer = tokenizer
         self.template, self._render = renderer(rows, tokenizer, chat_template)
         self.left_out: Counter[str] = Counter()
@@ -138,7 +138,7 @@ class RowEncoder:
         return all_encoded(self, rows, max_length)
 
     def try_encode(self, rows: Sequence[Row], max_length: int | None = None) -> Iterator[EncodedRow | Problem]:
-        """Encode each row, or say why it cannot be. ``left_out`` counts what the template does not write."""
+        """Encode each row, or return the Problem with it. ``left_out`` counts parts that the template omits."""
         self.left_out = Counter()
         for batch in _batches(self._rendered(rows)):
             texts = [item for item in batch if isinstance(item, Rendered)]
@@ -153,7 +153,7 @@ class RowEncoder:
         if not isinstance(render, ChatRenderer):
             yield from (_rendered_or_not(render, row) for row in rows)
             return
-        # One process for all rows: templates are compiled, and conversations of one shape examined, once.
+        # One process for all rows, so that a template is compiled once, and conversations of one shape checked once.
         for message in bounded(
             lambda: map(functools.partial(_message, render), rows), lambda n: rows[min(n, len(rows) - 1)].place
         ):
@@ -169,7 +169,7 @@ class RowEncoder:
         ]
 
     def _beginning(self, item: Rendered, max_length: int) -> EncodedRow:
-        """Enough of a long row to give ``max_length`` ids; the whole row where its text makes few tokens."""
+        """The beginning of a long row that gives ``max_length`` ids, or the whole row where it has few tokens."""
         characters = WHOLE_CHARACTERS
         while characters < item.characters:
             [piece] = tokenize_segments(self._ids, [_cut(item.segments, characters)])
@@ -197,7 +197,7 @@ class RowEncoder:
 
 
 def _message(render: ChatRenderer, row: Row) -> JsonObject:
-    """A rendered row as JSON, which is what crosses from one process to the other."""
+    """A rendered row as JSON, for the transfer between processes."""
     item = _rendered_or_not(render, row)
     if isinstance(item, Problem):
         return {"problem": dataclasses.astuple(item)}
@@ -254,13 +254,14 @@ def encode_rows(
 ) -> Encoded:
     """Token ids and labels of all rows; only completions or assistant turns, each with its stop token, are trained.
 
-    ``chat_template`` is Jinja text and replaces the tokenizer's. Rows longer than ``max_length`` lose their end; a
-    row that then has nothing to train on is dropped. Both are counted, and warned of (RW215, RW216). Up to
-    ``skip_bad_rows`` bad rows (None: all), those that reading left out among them, are left out and warned of (RW223).
+    ``chat_template`` is Jinja source that replaces the tokenizer's. Rows longer than ``max_length`` are truncated, and
+    rows without a trained token are then dropped. Both are counted and warned of (RW215, RW216). Up to
+    ``skip_bad_rows`` bad rows (None: all), including those that reading left out, are left out with a warning (RW223).
 
-    Raises DataError: RW210 chat rows without a template, RW211 the template refuses a row, RW212 it does not tell
-    the assistant's text apart, RW213 no stop token, RW214 nothing left to train on, RW219 no tokenizer, RW221 the
-    template leaves out a part of a row, RW222 an answer is its stop token alone, RW225 a template without bounds.
+    Raises DataError: RW210 chat rows without a template, RW211 a template that refuses a row, RW212 a template that
+    does not separate the assistant's text, RW213 no stop token, RW214 no trained token, RW219 no tokenizer, RW221 a
+    template that omits a part of a row, RW222 an answer that is only its stop token, RW225 a template that exceeds its
+    time or memory. ConfigError: RW182 rows with images.
     """
     encoder = RowEncoder(rows, tokenizer, chat_template)
     return encode_by(encoder, rows, max_length=max_length, name=name, skip_bad_rows=skip_bad_rows)[0]
@@ -269,7 +270,7 @@ def encode_rows(
 def encode_by(
     encoder: Encoder, rows: Rows, *, max_length: int, name: str, skip_bad_rows: int | None
 ) -> tuple[Encoded, list[Row]]:
-    """``encode_rows`` by any encoder; and the rows that the data set holds."""
+    """(result of ``encode_rows`` with any encoder, the rows in the data set)."""
     table = _Table(max_length)
     problems, kept = [], []
     stop_ids: set[int] = set()
@@ -297,28 +298,25 @@ def all_encoded(encoder: Encoder, rows: Sequence[Row], max_length: int | None = 
 
 
 def warn_of_left_out(left_out: Mapping[str, int], total: int, source: str) -> None:
-    """Warn of parts that the template does not write and a row can do without.
-
-    These are unknown fields and the reasoning of earlier turns.
-    """
+    """Warn (RW226) of optional parts of rows that the template omits: unknown fields, reasoning of earlier turns."""
     if left_out:
         named = ", ".join(f"{name} (in {count:,})" for name, count in left_out.items())
         warn(
             "RW226",
             f"of the {total:,} rows of {source} the model does not see {named}; if it should, give a chat template "
-            "that writes it by --chat-template FILE.",
+            "that writes these with --chat-template FILE.",
             stacklevel=4,
         )
 
 
 def complain(report: EncodingReport, rows: Rows, max_length: int) -> None:
-    """Raise or warn as the report requires. Bad rows are handled elsewhere."""
+    """Raise RW214, or warn RW215 and RW216, according to the report. Bad rows are handled elsewhere."""
     warn_of_left_out(report.left_out, len(rows), rows.source)
     if report.rows == 0:
         raise DataError(
             "RW214",
             f"none of the {len(rows)} rows of {rows.source} has a token to train on within --max-length {max_length}"
-            f" (the median row has {report.median_length:.0f} tokens); raise it.",
+            f" (the median row has {report.median_length:.0f} tokens); raise --max-length.",
         )
     about = "about " if report.estimated_rows else ""
     if report.truncated_rows:
@@ -338,7 +336,7 @@ def complain(report: EncodingReport, rows: Rows, max_length: int) -> None:
 
 
 class Counts:
-    """What encoding counts while it goes over the rows, up to its report."""
+    """The counts of an encoding in progress, from which its report is made."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
@@ -376,7 +374,7 @@ class _Table:
         self.counts = Counts()
 
     def add(self, row: EncodedRow, stop_ids: set[int]) -> bool:
-        """Whether the row has something to train on; otherwise it is counted as dropped."""
+        """Add the row and return True, or count it as dropped where it has no trained token."""
         ids, trained = row.ids[: self.max_length], row.trained[: self.max_length]
         self.counts.lengths.append(row.length)
         self.counts.estimated += row.estimated
@@ -402,7 +400,7 @@ class _Table:
 
 
 def list_column(values: array[int], ends: array[int]) -> ListArray:
-    """Lists of int32 that lie end to end in ``values``; ``ends`` begins with 0."""
+    """A column of int32 lists, concatenated in ``values``; ``ends`` begins with 0."""
     import pyarrow
 
     flat = pyarrow.Array.from_buffers(pyarrow.int32(), len(values), [None, pyarrow.py_buffer(values)])
@@ -410,9 +408,9 @@ def list_column(values: array[int], ends: array[int]) -> ListArray:
 
 
 def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts in front of every text, such as a BOS token. They are found by tokenizing a text.
+    """The ids that the tokenizer puts before every text, such as a BOS token, found by tokenizing a text.
 
-    Ids at the end are added by us.
+    Ids at the end are added by the encoder.
     """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
@@ -428,7 +426,7 @@ Pieces = tuple[list[int], list[bool], bool]
 def tokenize_segments(
     tokenize: Callable[[list[str]], list[list[int]]], rows: Sequence[Sequence[Segment]]
 ) -> Iterator[Pieces]:
-    """For each row: its ids, which of them are trained, and whether its segments were tokenized apart.
+    """For each row: (ids, which of them are trained, whether its segments were tokenized separately).
 
     ``tokenize`` maps texts to ids without special tokens. It needs no offsets, so slow tokenizers work too.
     """

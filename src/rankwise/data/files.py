@@ -68,7 +68,7 @@ def read_file(path: Path, kind: str | None = None) -> FileContent:
     if kind == ".txt":
         pairs = bool(records) and all("context" in record for _, record in records if not isinstance(record, BadRow))
         formats = (E2E_LINES if pairs else TEXT,)
-    # Of an array, often written without a line break, a line says nothing.
+    # Arrays are often written without line breaks, so their records are counted by number.
     is_array = kind == ".json" and content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     unit: Unit = "row" if is_array or kind == ".parquet" else "line"
     return FileContent(records, hashlib.sha256(stored).hexdigest(), formats, unit)
@@ -122,7 +122,7 @@ def _json_record(line: str) -> Record | BadRow:
     except json.JSONDecodeError as error:
         return BadRow(f"expected one JSON object a line, found invalid JSON ({error.msg} at column {error.colno})")
     except (RecursionError, ValueError) as error:
-        # Nested too deeply, or a number of thousands of digits.
+        # The JSON is nested too deeply, or holds a number of thousands of digits.
         return BadRow(f"expected one JSON object a line, found JSON that cannot be read ({error})")
     return _as_record(record)
 
@@ -264,7 +264,7 @@ def _without_nulls(value: Json) -> Json:
 def _text_lines(path: Path, content: bytes) -> Numbered:
     lines = [(number, line) for number, line in enumerate(_decoded(path, content).split("\n"), 1) if line.strip()]
     pairs = [line.count(LINE_SEPARATOR) == 1 for _, line in lines]
-    # One line with the separator may be prose; where most lines have it, one without it is a mistake.
+    # A single line with the separator may be prose; where most lines have it, a line without it is a mistake.
     paired = sum(pairs) * 2 > len(lines)
     for (number, line), is_pair in zip(lines, pairs):
         if not paired:

@@ -1,4 +1,4 @@
-"""The layouts of training data that hold text alone, and the checks of a row."""
+"""The layouts of training data without images, and the checks of a row."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
 }
-# By which OpenAI's files and axolotl's say whether an answer is trained on. Here each one is.
+# Fields of OpenAI's and axolotl's files that say whether an answer is trained. Here every answer is.
 WEIGHTS = ("weight", "train", "training")
-# How a message calls a value that stands where text should.
+# {type: its name in messages}, for values in place of text.
 TYPE_NAMES: Mapping[type, str] = {
     bool: "the truth value",
     int: "the number",
@@ -36,7 +36,7 @@ TYPE_NAMES: Mapping[type, str] = {
 
 
 class BadRow(ValueError):
-    """What one record should have held, and what it holds."""
+    """A faulty record; the message says what was expected and what was found."""
 
     code = "RW203"
 
@@ -48,15 +48,15 @@ class Format:
     name: str
     kind: Kind
     columns: tuple[str, ...]
-    # Raises BadRow.
+    # Converts a record to the fields of a Row, or raises BadRow.
     fields: Callable[[Record], JsonObject]
     uses_template: bool = True
     separator: str = ""
-    # Columns that are read where they are there.
+    # Columns that are read if they exist.
     optional: tuple[str, ...] = ()
-    # What the first column holds, where that tells layouts of the same columns apart.
+    # Type of the first column's values, where it distinguishes layouts with the same columns.
     holds: type = object
-    # Columns that it needs too and that hold no text.
+    # Further required columns that hold no text.
     marks: tuple[str, ...] = ()
 
     def fits(self, record: Record) -> bool:
@@ -86,7 +86,7 @@ def text_field(record: Record, column: str) -> str:
 
 
 def encodable(text: str, place: str) -> str:
-    """The text unchanged. Raises BadRow for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    """The text unchanged. Raises BadRow for a lone surrogate, which JSON can hold and no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -259,7 +259,7 @@ E2E_LINES = Format(
     uses_template=False,
 )
 TEXT = Format("text (text)", "text", ("text",), _text, uses_template=False)
-# In order: a table with the columns of several takes the first.
+# Tried in this order: the first layout whose columns exist is used.
 FORMATS: Collection[Format] = (
     Format("chat (messages)", "chat", ("messages",), _messages, optional=("system",)),
     Format("chat (conversations)", "chat", ("conversations",), _sharegpt, optional=("system",)),

@@ -1,4 +1,4 @@
-"""The rows to evaluate on: how many of them, and which occur in the training rows."""
+"""The rows to evaluate on: limit their number, and find those that are also training rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def warn_of_overlap(train: Rows, evaluation: Rows) -> int:
         more = f"; and {len(twins) - NAMED_ROWS} more" if len(twins) > NAMED_ROWS else ""
         warn(
             "RW218",
-            f"{len(twins)} of {len(evaluation)} evaluation rows stand in the training data too, word for word "
+            f"{len(twins)} of {len(evaluation)} evaluation rows are also in the training data, word for word "
             f"({named}{more}); their loss says nothing about new text.",
             stacklevel=3,
         )

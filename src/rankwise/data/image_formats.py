@@ -1,4 +1,4 @@
-"""The layouts of rows with images, as TRL's documentation has them: a conversation beside a column of images."""
+"""The layouts of rows with images, as in TRL's documentation: a conversation and a column of images."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _part(part: object, place: str) -> dict[str, str]:
 
 
 IMAGE_COLUMNS = ("images", "image")
-# Before those of text, whose columns they hold too.
+# Tried before the text layouts, whose columns they include.
 IMAGE_FORMATS: Collection[Format] = tuple(
     Format(f"images ({', '.join((column, *rest))})", "images", rest, _with_images(column), marks=(column,))
     for column in IMAGE_COLUMNS
@@ -87,7 +87,7 @@ IMAGE_FORMATS: Collection[Format] = tuple(
 
 
 def with_files(rows: Rows, folder: Path) -> Rows:
-    """Rows whose paths of images begin at ``folder``, and whose hash covers the images that are there."""
+    """The rows with image paths relative to ``folder`` resolved, and a hash that covers the existing images."""
     digest, items = hashlib.sha256(rows.sha256.encode()), []
     for row in rows:
         images = tuple(str(folder / image) if isinstance(image, str) else image for image in row.images)

@@ -1,7 +1,7 @@
-"""Rows with images to token ids, by the model's processor and TRL's collator, which also makes the batches later.
+"""Encode rows with images to token ids with the model's processor and TRL's collator, which later makes the batches.
 
-The processor replaces each image by as many tokens as the model reads for it, so a row's length is known only once its
-images are read: here each is read once before training, and again for each batch.
+The processor replaces each image by the number of tokens that the model reads for it, so a row's length is known only
+after its images are read. Each image is read once before training, and again for each batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ImageEncoder:
-    """Tokenizes rows with images; what `RowEncoder` is for rows of text."""
+    """Tokenizes rows with images, as `RowEncoder` does rows of text."""
 
     def __init__(self, rows: Rows, processor: Any, chat_template: str | None) -> None:
         from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -30,8 +30,8 @@ class ImageEncoder:
         if not hasattr(processor, "image_processor"):
             raise ConfigError(
                 "RW184",
-                f"{rows.source} holds images, and the model has no processor for them; take a model that sees, or "
-                "remove the column of images.",
+                f"{rows.source} holds images, and the model has no processor for them; take a vision model, or remove "
+                "the column of images.",
             )
         if chat_template is not None:
             processor.chat_template = chat_template
@@ -48,7 +48,7 @@ class ImageEncoder:
         self._collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
 
     def stop_ids(self) -> set[int]:
-        """Special tokens: an answer is text, so those behind it are the template's."""
+        """The special tokens. An answer is text, so special tokens after it come from the template."""
         return set(self.tokenizer.all_special_ids)
 
     def try_encode(self, rows: Sequence[Row], max_length: int | None = None) -> Iterator[EncodedRow | Problem]:
@@ -79,8 +79,8 @@ def encode_images(
     name: str = "train",
     skip_bad_rows: int | None = NEVER,
 ) -> Encoded:
-    """``encode_rows`` of rows with images by the processor ``tokenizer``; the data set holds the rows for TRL's
-    collator too.
+    """``encode_rows`` for rows with images and the processor ``tokenizer``. The data set also holds the rows for TRL's
+    collator.
     """
     import datasets
 
@@ -90,7 +90,7 @@ def encode_images(
 
 
 def image_dataset(rows: Sequence[Row]) -> Dataset:
-    """The columns that TRL's collator takes; an image is read when its row is."""
+    """The columns for TRL's collator; an image is read when its row is accessed."""
     from datasets import Dataset, Features, Image, List, Value
 
     turns = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})

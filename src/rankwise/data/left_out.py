@@ -1,9 +1,8 @@
-"""Find the parts of a row that a chat template does not write, by rendering the row with and without marks.
+"""Find the parts of a row that a chat template omits, by rendering the row with and without marks.
 
 A marked copy of the conversation has a distinct number before and after each text. A number that is missing in the
-output stands for a text that the template leaves out. The answer for one conversation holds for all of the same shape.
-Where a row's own text lacks the words of a message, that row is rendered with marks too, because templates also look at
-the content.
+output shows that the template omits this text. The result holds for all conversations of the same shape. A row whose
+rendered text lacks the words of a message is also rendered with marks, since templates may depend on the content.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from rankwise.data.rows import Message
 from rankwise.errors import DataError
 from rankwise.foreign import Fields, Json, JsonObject
 
-# As transformers annotates them.
+# transformers' type of tools.
 Tools = list[Any] | None
-# Digits stay as they are in any case, in JSON and beside any word; nobody's data hold these by chance.
+# Digits survive changes of case, JSON and neighbouring words; no data hold these numbers by chance.
 FIRST_MARK = 73_190_284_600_000
-# Names of one thing: transformers gives the first two to every template.
+# Names for the reasoning of a message; transformers passes the first two to every template.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 CALLS = ("tool_calls", "function_call")
-# Besides what is asked for by itself: names and ids that many templates have no use for.
+# Fields that are checked separately, and names and ids that many templates do not use.
 UNWRITTEN = {"role", "content", "name", "id", "tool_call_id", *REASONING, *CALLS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Unwritten:
-    """What a template does not write, in words: parts that a row needs for training, and parts that it does not."""
+    """The parts that a template omits, in words: those required for training, and optional ones."""
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -94,7 +93,7 @@ def _ask(messages: Sequence[Message], tools: Tools, render: Callable[[Sequence[M
     try:
         text = render(copies, marked_tools)
     except DataError:
-        # A template that refuses the marks cannot be asked; the row itself it has written.
+        # A template that refuses the marks cannot be tested; it has rendered the row itself.
         return Unwritten()
     lost = dict.fromkeys(found for thing in things if (found := thing.lost_in(text)))
     return Unwritten(

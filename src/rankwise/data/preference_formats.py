@@ -24,12 +24,12 @@ from rankwise.data.rows import Message, Rows
 from rankwise.foreign import JsonObject
 
 SIDES = ("chosen", "rejected")
-# The numbers 1 and 0 equal them.
+# {mark: whether the answer is good}; the numbers 1 and 0 equal True and False.
 GOOD = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 
 
 class EqualSides(BadRow):
-    """A pair that prefers nothing."""
+    """A pair whose sides are equal."""
 
     code = "RW260"
 
@@ -56,7 +56,7 @@ def _texts(column: str) -> Callable[[Record], JsonObject]:
 
 
 def _implicit_texts(record: Record) -> JsonObject:
-    """The prompt is what both texts begin with; a space in front of the answers is theirs."""
+    """The fields of a pair with an implicit prompt: the common prefix of both texts, without a trailing space."""
     better, worse = (text_field(record, side) for side in SIDES)
     length = _common(better, worse)
     if better[:length].endswith(" "):
@@ -107,7 +107,7 @@ def _answer(record: Record, column: str) -> tuple[Message, ...]:
 
 
 def _common(first: str | tuple[Message, ...], second: str | tuple[Message, ...]) -> int:
-    """How many characters or messages both begin with."""
+    """The length of the common prefix, in characters or messages."""
     return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(first, second)))
 
 

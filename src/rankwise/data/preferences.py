@@ -1,7 +1,7 @@
-"""Preferences to token ids for trl's ``DPOTrainer`` and ``KTOTrainer``.
+"""Encode preferences to token ids for trl's ``DPOTrainer`` and ``KTOTrainer``.
 
-A side of a pair is encoded as a row of demonstrations is. Its completion is everything from the first token of the
-answer on: as in trl, what the template writes behind the answer belongs to it.
+A side of a pair is encoded like a row of demonstrations. Its completion is everything from the first token of the
+answer, including, as in trl, the text that the template writes after the answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# So many rows or more may be sorted by their labels.
+# From this number of rows, the order of labels is checked.
 SORTED = 16
 # The columns of trl's data sets: those of answers, and all of them by whether rows are pairs.
 ANSWER_IDS = ("chosen_ids", "rejected_ids", "completion_ids")
@@ -82,7 +82,7 @@ def _complain_of_labels(labels: Sequence[bool], source: str) -> None:
     longest = max(len(list(run)) for _, run in itertools.groupby(labels))
     if len(set(labels)) == 1:
         kind = "good" if labels[0] else "bad"
-        warn("RW262", f"all {len(labels)} answers of {source} are marked {kind}; KTO learns from good and bad ones.")
+        warn("RW262", f"all {len(labels)} answers of {source} are marked {kind}; KTO needs good and bad ones.")
     elif longest > len(labels) // 4 and len(labels) > SORTED:
         warn(
             "RW262",
@@ -108,7 +108,7 @@ class _Table:
         ids = [side.ids[: self.max_length] for side in sides]
         start = min(map(completion_start, sides))
         if len(ids) == 2:
-            # Odd templates write the prompt otherwise for another answer: the completions begin where they part.
+            # Some templates change the prompt with the answer: then the completions begin where the ids first differ.
             common = next((place for place, (a, b) in enumerate(zip(*ids)) if a != b), min(map(len, ids)))
             start = min(start, common)
         if any(completion_start(side) >= len(cut) for side, cut in zip(sides, ids)):

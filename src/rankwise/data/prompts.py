@@ -1,7 +1,7 @@
-"""Prompts that are to be answered: the layouts of their rows, and their token ids up to where an answer starts.
+"""Prompts for generation: the layouts of their rows, and their token ids up to the start of an answer.
 
-A row is a row of training data whose answer is PLACE, so that prompts are written as in training. What the data hold as
-the right answer is for rewards, as all other columns are.
+A row is a row of training data whose answer is PLACE, so that prompts are formatted as in training. The right answer in
+the data is for rewards, like all other columns.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _instruction(record: Record) -> JsonObject:
 
 
 def _messages(column: str) -> Callable[[Record], JsonObject]:
-    """A conversation that is to go on. The assistant's message at its end is the right answer."""
+    """A reader of a conversation to continue. An assistant's message at its end is the right answer."""
 
     def fields(record: Record) -> JsonObject:
         messages = conversation({**record, "messages": record[column]})
@@ -70,7 +70,7 @@ def _messages(column: str) -> Callable[[Record], JsonObject]:
 
 
 def _with_answer(record: Record, known: object) -> Fields:
-    """The record, and what it holds as the answer under a name that rewards look for."""
+    """The record, with the right answer under a name in which rewards look for it."""
     if isinstance(known, list) and known and isinstance(known[-1], Mapping):
         known = known[-1].get("content")
     has_one = any(name in record for name in ANSWERS)
@@ -96,7 +96,7 @@ PROMPTS: Collection[Format] = (
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """Tokens of a row at the most, and how many of them are the answer's."""
+    """The largest number of tokens of a row, and the part of it reserved for the answer."""
 
     max_length: int
     answer: int
@@ -115,8 +115,8 @@ def encode_prompts(
     name: str = "train",
     skip_bad_rows: int | None = None,
 ) -> Encoded:
-    """Columns ``input_ids``, a prompt's ids, and ``asked``, JSON of what rewards are given besides: ``{"prompt": ...,
-    "columns": {...}}``. Prompts that leave no room for an answer are left out, counted and warned of (RW782).
+    """Encode prompts: columns ``input_ids``, the ids, and ``asked``, JSON for the rewards: ``{"prompt": ..., "columns":
+    {...}}``. Prompts that leave no room for an answer are left out, counted and warned of (RW782).
 
     Raises DataError: RW780 where no prompt is left; otherwise as ``encode_rows``.
     """
@@ -143,7 +143,7 @@ def encode_prompts(
 
 
 def _asked(row: Row, names: Sequence[str]) -> str:
-    """As JSON, because a column may hold values of several kinds; each row has each column, as trl's rewards expect."""
+    """JSON, since a column may hold values of several types; each row has each column, as trl's rewards expect."""
     columns = row.columns or {}
     prompt = list(row.messages[: row.first_trained]) if row.kind == "chat" else row.prompt
     return json.dumps({"prompt": prompt, "columns": {name: columns.get(name) for name in names}}, default=str)

@@ -23,7 +23,7 @@ from rankwise.errors import DataError, one_line
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# owner/name, owner/name:configuration, owner/name:split, owner/name:configuration:split; each with a slice behind.
+# owner/name, owner/name:configuration, owner/name:split, owner/name:configuration:split; each may end with a slice.
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?::([\w.-]+))?(?::([\w.-]+))?(\[[^\[\]]*\])?")
 NAMED_FILES = 10
 SPLIT_WORDS = {
@@ -42,7 +42,7 @@ def read_rows(
     skip_bad_rows: int | None = NEVER,
     formats: Collection[Format] | None = None,
 ) -> Rows:
-    """All rows of ``source``, checked; up to ``skip_bad_rows`` bad ones (None: all) are left out, and warned of.
+    """Read and check all rows of ``source``; up to ``skip_bad_rows`` bad ones (None: all) are left out with a warning.
 
     ``source`` is a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz); a folder of such files or one that
     ``datasets`` saved; a hub id; or ``stdlib``, the demo set. A hub id may name a configuration, a split and a slice:
@@ -160,7 +160,7 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file name stands for: ``trainset.csv`` is train, ``dev.jsonl`` is validation."""
+    """The split in a file name: ``trainset.csv`` is train, ``dev.jsonl`` is validation."""
     for split, words in SPLIT_WORDS.items():
         if re.search(rf"(^|[^a-z])({'|'.join(words)})", name.lower()):
             return split

@@ -13,7 +13,7 @@ from rankwise.foreign import Fields
 Kind = Literal["chat", "prompt", "text", "images"]
 Unit = Literal["line", "row"]
 Message = Fields
-# Of an error RW182, behind the source.
+# The end of the error RW182, after the source.
 HOLDS_IMAGES = (
     "holds images, which `rankwise train` on demonstrations and `preview` alone read; give rows of text here, or leave "
     "the column of images out."
@@ -36,19 +36,19 @@ class Row:
     prompt: str = ""
     completion: str = ""
     text: str = ""
-    # Of the parts that are images, in their order: paths, or the bytes of a file.
+    # The images of the parts, in order: paths, or the bytes of a file.
     images: tuple[str | bytes, ...] = ()
-    # Functions a chat row offers; handed to the chat template.
+    # Tools of a chat row, which are passed to the chat template.
     tools: tuple[Fields, ...] | None = None
     # Assistant messages before this index belong to the prompt.
     first_trained: int = 0
     # What ``line`` counts: rows in JSON arrays, parquet and hub data.
     counted_in: Unit = "line"
-    # Of a prompt that is to be answered: the whole record, for rewards.
+    # For a prompt to be answered: the whole record, for rewards.
     columns: Fields | None = None
-    # Of a pair, of which this is the better answer: the worse one.
+    # For a pair, of which this is the better answer: the worse one.
     rejected: Row | None = None
-    # Of preferences: whether the answer is good.
+    # For marked answers: whether the answer is good.
     label: bool | None = None
 
     @property
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def sides(self) -> tuple[Row, ...]:
-        """The better and the worse answer of a pair; of any other row the row."""
+        """(better answer, worse answer) of a pair; (row,) of any other row."""
         return (self,) if self.rejected is None else (self, self.rejected)
 
     def content(self) -> str:
@@ -78,7 +78,7 @@ class Problem:
     # As of a Row.
     counted_in: Unit
     code: str
-    # No full stop at its end.
+    # The reason, without a final full stop.
     why: str
     # Among all rows of the source, from 0; None for a row that could be read.
     index: int | None = None
@@ -98,13 +98,13 @@ class Rows(Sequence[Row]):
     items: Sequence[Row]
     kind: Kind
     source: str
-    # Of the file's bytes; for a folder of its files' names and hashes; for hub and demo data of the rows.
+    # SHA-256 of the file's bytes; for a folder, of its files' names and hashes; for hub and demo data, of the rows.
     sha256: str
     # The columns that were recognised, for people: "Alpaca (instruction, input, output)".
     format: str
-    # False: prompt and completion are written one after the other even where the tokenizer has a chat template.
+    # Whether the tokenizer's chat template is used; if not, prompt and completion are concatenated.
     uses_template: bool = True
-    # Stands between prompt and completion where no chat template does.
+    # Text between prompt and completion without a chat template.
     separator: str = ""
     # Bad rows of the source, which are not among ``items``.
     problems: tuple[Problem, ...] = ()

@@ -1,9 +1,8 @@
-"""Rows as text: segments that are trained on and segments that are not.
+"""Format rows as text, in trained and untrained segments.
 
 With a chat template, the trained segments are the assistant's turns, each with its stop token. A template with ``{%
-generation %}`` marks says itself which text is the assistant's. For any other template a turn is the text that
-``messages[:i+1]`` adds to ``messages[:i]`` with the generation prompt. A template for which that does not hold is
-refused.
+generation %}`` marks defines the assistant's text. For any other template, a turn is the text that ``messages[:i+1]``
+adds to ``messages[:i]`` with the generation prompt. A template for which this does not hold is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 PROBE_ANSWER = "probed answer"
 LONGEST_FILE_BYTES = 1 << 20
-# A text longer than both is not the row's text any more: so many characters, and so many for each of the row's own.
+# A rendered text may have MOST_CHARACTERS, or MOST_GROWTH for each character of the row, whichever is more.
 MOST_CHARACTERS, MOST_GROWTH = 1 << 20, 20
 Span = tuple[int, int]
 
@@ -48,11 +47,11 @@ class Rendered:
     """A row before tokenization."""
 
     segments: tuple[Segment, ...]
-    # The tokenizer's own first token (a BOS, where it has one) goes in front: no template wrote it.
+    # Whether the tokenizer's BOS token, if it has one, is put before the text, since no template wrote it.
     opened: bool
-    # The tokenizer's end-of-sequence token goes behind and is trained on: the text does not end with a stop token.
+    # Whether the EOS token is appended and trained, since the text does not end with a stop token.
     closed: bool
-    # What the template does not write of the row and may leave out, in words.
+    # Optional parts of the row that the template omits, in words.
     left_out: tuple[str, ...] = ()
 
     @property
@@ -61,7 +60,7 @@ class Rendered:
 
 
 class RowRefused(DataError):
-    """This row cannot be written; others may be. The message does not name the row."""
+    """A row that cannot be formatted, while others may be. The message does not name the row."""
 
 
 def read_template(path: Path) -> str:
@@ -91,7 +90,7 @@ def read_template(path: Path) -> str:
 def renderer(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, chat_template: str | None
 ) -> tuple[str, Callable[[Row], Rendered]]:
-    """How rows of this kind are written for this tokenizer: the name of the way, and the function that writes a row.
+    """(name of the way in which rows of this kind are formatted for this tokenizer, function that formats a row).
 
     Raises DataError RW210 for chat rows without a template, RW213 where no stop token is known.
     """
@@ -142,7 +141,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        # By shapes of conversations.
+        # {shape of a conversation: omitted parts}.
         self._known: dict[Hashable, Unwritten] = {}
 
     def __call__(self, row: Row) -> Rendered:
@@ -358,7 +357,7 @@ def chat_text(
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Turn any error of a template into a refusal of the row. ``bounded`` handles memory."""
+    """Raise any error of a template as RowRefused. ``bounded`` handles memory."""
     import jinja2
 
     try:
@@ -367,12 +366,12 @@ def _refusals() -> Iterator[None]:
         raise
     except jinja2.TemplateSyntaxError as error:
         raise DataError("RW211", f"the chat template, line {error.lineno}: {one_line(error)}.") from None
-    except Exception as error:  # noqa: BLE001  a program may raise anything
+    except Exception as error:  # noqa: BLE001  a template may raise anything
         raise RowRefused("RW211", f"the chat template refuses it: {one_line(error)}") from None
 
 
 def _sane(text: str, messages: Sequence[Message], tools: Tools) -> str:
-    """The text unchanged. Raises DataError (RW225) where it is far longer than the row can explain."""
+    """The text unchanged. Raises DataError (RW225) where it is far too long for the row."""
     if len(text) > MOST_CHARACTERS and len(text) > MOST_GROWTH * characters((messages, tools)):
         raise DataError(
             "RW225",
