@@ -36,6 +36,24 @@ def test_one_document_on_stdout(rankwise, model_folder: Path, rows_file: Path):
     assert "perplexity on base: 12/12" in done.stderr
 
 
+def test_models_of_other_tokens_are_not_asked_as_one(rankwise, model_folder: Path, run_folder: Path, rows_file: Path):
+    """Each alone; the base answers as if nobody had added tokens."""
+    given = ("train", "--model", model_folder, "--data", rows_file, "--max-steps", 2, "--batch-size", 2, "--r", 2)
+    assert rankwise(*given, "--new-tokens", "What,It", "--output", "first").code == 0
+    assert rankwise(*given, "--new-tokens", "What,is", "--output", "second").code == 0
+    task = ("evaluate", "--task", "perplexity", "--data", rows_file, "--max-length", 64)
+    for others in (("--base",), ("--adapter", run_folder), ("--adapter", "second", "--no-base")):
+        done = rankwise(*task, "--adapter", "first", *others)
+        assert done.code != 0
+        assert "error RW151" in done.stderr
+        assert "first has What, It" in done.stderr
+    assert rankwise(*task, "--adapter", "first").code == 0
+    ask = ("generate", "--prompt", "What is 3?", "--max-new-tokens", 8, "--dtype", "float32", "--json")
+    [both] = rankwise(*ask, "--adapter", "first", "--compare").document["answers"]
+    [base] = rankwise(*ask, "--model", model_folder).document["answers"]
+    assert both["base"] == base["base"]
+
+
 def test_a_run_beside_its_base(rankwise, run_folder: Path, rows_file: Path, tmp_path: Path):
     output = tmp_path / "out"
     call = [

@@ -192,12 +192,18 @@ def _planned_rows(
 
 
 def make_room(model: nn.Module, config: LoraConfig) -> None:
-    """Resize the embedding and the head for the new tokens of a stored adapter, which holds their rows."""
+    """Resize the embedding and the head for the new tokens of a stored adapter, which holds their rows; those of the
+    base are zero.
+    """
     most = max((max(ids) for ids in config.token_rows.values()), default=-1)
     embedding = model_end(model, "input")
-    if embedding is not None and most >= embedding.get_parameter("weight").shape[0]:
-        resize: Callable[..., nn.Module] = model.resize_token_embeddings  # type: ignore[assignment]
-        resize(most + 1, mean_resizing=False)
+    if embedding is None or most < (before := embedding.get_parameter("weight").shape[0]):
+        return
+    resize: Callable[..., nn.Module] = model.resize_token_embeddings  # type: ignore[assignment]
+    resize(most + 1, mean_resizing=False)
+    for end in (model_end(model, "input"), model_end(model, "output")):
+        if end is not None:
+            end.get_parameter("weight").data[before:] = 0
 
 
 def attach(

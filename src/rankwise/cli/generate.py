@@ -67,6 +67,8 @@ class Speaker:
     wording: Wording
     adapted: bool
     sampling: Sampling
+    # Of the base, which does not know an adapter's new tokens.
+    base_tokenizer: PreTrainedTokenizerBase
 
     def answer(self, asked: Conversation, *, both: bool) -> Answer:
         """The tuned model's answer, or the base's where there is no adapter; with ``both``, both."""
@@ -79,7 +81,8 @@ class Speaker:
         if not both:
             return Answer(asked.prompt, None, tuned, messages)
         with adapter_disabled(self.model):
-            return Answer(asked.prompt, self.say(asked), tuned, messages)
+            base = dataclasses.replace(self, tokenizer=self.base_tokenizer).say(asked)
+        return Answer(asked.prompt, base, tuned, messages)
 
     def say(self, asked: Conversation, streamer: BaseStreamer | None = None) -> str:
         """The answer of the model in its current state; ``streamer`` (transformers') gets the tokens as they are
@@ -200,7 +203,9 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
     loaded = load_as_trained(name, adapters, options, named=settings.model is not None)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     wording = _wording(settings, record, loaded.tokenizer)
-    return Speaker(loaded.model, loaded.tokenizer, wording, settings.adapter is not None, sampling), loaded.device
+    adapted = settings.adapter is not None
+    speaker = Speaker(loaded.model, loaded.tokenizer, wording, adapted, sampling, loaded.base_tokenizer)
+    return speaker, loaded.device
 
 
 def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: PreTrainedTokenizerBase) -> Wording:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ class Loaded:
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    # Without the new tokens of an adapter.
+    base_tokenizer: PreTrainedTokenizerBase
     device: str
     adapters: tuple[str, ...]
 
@@ -82,14 +84,29 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
         raise ModelError(
             "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
         )
-    if adapters and read_folder(adapters[0])[0].token_rows:
-        # The run's own knows its new tokens.
-        tokenizer = tokenizer_of(adapters[0])
+    # The run's own knows its new tokens.
+    own = tokenizer_of(adapters[0]) if adapters and read_folder(adapters[0])[0].token_rows else tokenizer
     names = adapter_names(len(adapters))
     for adapter_name, adapter in zip(names, adapters):
         load_adapter(model, adapter, name=adapter_name, trainable=False)
     use_native_products(model.requires_grad_(False))
-    return Loaded(model.eval(), tokenizer, str(choice.device), names)
+    return Loaded(model.eval(), own, tokenizer, str(choice.device), names)
+
+
+def check_new_tokens(adapters: Sequence[Path], *, base: bool) -> None:
+    """Raise ConfigError (RW151) where one tokenizer does not suit all adapters, with ``base`` nor their base."""
+    from rankwise.adapters.checkpoint import read_folder
+
+    rows = {adapter: read_folder(adapter)[0].token_rows for adapter in adapters}
+    if len(adapters) + base < 2 or not any(rows.values()):
+        return
+    found = {str(adapter): _new_tokens(adapter, own) for adapter, own in rows.items()}
+    _same("new tokens", {**found, **({"the base": "none"} if base else {})}, "--no-base")
+
+
+def _new_tokens(adapter: Path, rows: Mapping[str | None, Sequence[int]]) -> str:
+    ids = sorted({token for own in rows.values() for token in own})
+    return ", ".join(tokenizer_of(adapter).convert_ids_to_tokens(ids)) if ids else "none"
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:

@@ -19,6 +19,7 @@ from rankwise.evaluation.errors_of_means import clusters_of
 from rankwise.evaluation.loading import (
     LoadOptions,
     base_of,
+    check_new_tokens,
     load_as_trained,
     load_settings,
     template_of,
@@ -148,6 +149,7 @@ class _Run:
         self.observer = observer
         self.name = settings.model or _base(settings.adapter)
         self.variants = variants_of(settings.adapter, settings.base)
+        check_new_tokens(settings.adapter, base=len(self.variants) > len(settings.adapter))
         observer.phase("Reading data")
         self.tasks = make_tasks(settings)
         # The user's chat template, else that of the training. None means the tokenizer's own.
