@@ -11,15 +11,12 @@ import stat
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import pydantic
 from pydantic_core import ErrorDetails
 
 from rankwise.errors import RankwiseError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 LARGEST_BYTES = 50_000_000
 DEEPEST = 64
@@ -33,7 +30,15 @@ Json = str | float | None | Sequence["Json"] | Mapping[str, "Json"]
 # A JSON object.
 JsonObject = dict[str, Any]
 Fields = Mapping[str, Any]
-T = TypeVar("T", bound="DataclassInstance")
+
+
+class Dataclass(Protocol):
+    """An instance of a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+T = TypeVar("T", bound=Dataclass)
 
 
 def read_json(path: Path, *, largest_bytes: int = LARGEST_BYTES, constants: bool = False) -> Any:
@@ -120,7 +125,7 @@ def reason_of(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
 
 
-def checked(kind: type[T], content: object) -> T:
+def checked(kind: type[T], content: Json) -> T:
     """``content`` as an instance of the dataclass ``kind``, with every field of its declared type.
 
     Fields that ``kind`` does not declare are dropped. Raises ValueError that names the first wrong field.
@@ -137,7 +142,7 @@ def checked(kind: type[T], content: object) -> T:
     return kind(**{name: content[name] for name in model.model_fields if name in content})
 
 
-def wrong_fields(given: DataclassInstance) -> list[str]:
+def wrong_fields(given: Dataclass) -> list[str]:
     """A message such as ``r is 0: input should be greater than or equal to 1`` for each field of a dataclass whose
     value breaks its annotated type or bounds."""
     kind = type(given)
@@ -173,7 +178,7 @@ def _place(location: Sequence[int | str], values: Fields) -> str:
 
 
 @functools.cache
-def _strict_model(kind: type[DataclassInstance]) -> type[pydantic.BaseModel]:
+def _strict_model(kind: type[Dataclass]) -> type[pydantic.BaseModel]:
     types = get_type_hints(kind, include_extras=True)
     fields: JsonObject = {}
     for field in dataclasses.fields(kind):
@@ -197,7 +202,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def _check_depth(content: object) -> None:
+def _check_depth(content: Json) -> None:
     level = [content] if isinstance(content, dict | list) else []
     for _ in range(DEEPEST):
         inner = (item for part in level for item in (part.values() if isinstance(part, dict) else part))
