@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import tiny_gpt2, tiny_llama
 from torch import Tensor
 
 import rankwise as rw
@@ -14,6 +13,7 @@ from rankwise.acceleration import attention
 from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of, scores_of_logits
 from rankwise.acceleration.optimize import optimize_for_training
 from rankwise.adapters import adapter_parameters
+from tiny_models import tiny_gpt2, tiny_llama
 
 LENGTHS, PROMPTS = (7, 11, 9, 6), (4, 5, 4, 5)
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tests.data.tiny_tokenizers import byte_tokenizer
-from tests.tiny_models import tiny_llama
+from tiny_tokenizers import byte_tokenizer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from rankwise.data import encode_preferences, preview_row, read_rows
 from rankwise.data.preference_formats import PREFERENCE_FORMATS, unpaired
 from rankwise.errors import DataError, RankwiseWarning
+from tiny_models import tiny_llama
 
 USER = {"role": "user", "content": "What is 2 + 2 ?"}
 FOUR, FIVE = ({"role": "assistant", "content": text} for text in ("4", "It is 5 ."))

@@ -245,7 +245,8 @@ def tests_of(folder: str, output: Path) -> Tests:
     changed = max(path.stat().st_mtime for path in (SOURCE / folder).rglob("*.py"))
     if not output.exists() or output.stat().st_mtime < changed:
         began = time.monotonic()
-        forked(lambda: record(folder, output), LONGEST_SECONDS, SOURCE.parent)
+        if forked(lambda: record(folder, output), LONGEST_SECONDS, SOURCE.parent) != 0:
+            raise SystemExit(f"the tests of {folder} cannot be run without a mutant: try `pytest tests/{folder}`")
         print(f"{folder}: its tests took {time.monotonic() - began:.0f} s without a mutant", flush=True)
     tests = Tests(**json.loads(output.read_text()))
     print(f"{folder}: {len(tests.seconds)} tests pass", flush=True)
@@ -255,10 +256,11 @@ def tests_of(folder: str, output: Path) -> Tests:
 def record(folder: str, output: Path) -> int:
     recorder = Recorder(folder)
     recorder.coverage.start()
-    pytest.main([*QUIETLY, "-m", USUAL, str(TESTS / folder)], plugins=[recorder])
+    code = pytest.main([*QUIETLY, "-m", USUAL, str(TESTS / folder)], plugins=[recorder])
     recorder.coverage.stop()
     output.write_text(json.dumps(dataclasses.asdict(recorder.tests())))
-    return 0
+    # 1: a test failed. Other codes say that none ran.
+    return 0 if code in (0, 1) else int(code)
 
 
 def run_tests(names: Sequence[str]) -> int:

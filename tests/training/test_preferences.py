@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tests.training.training_rows import WORDS, Recorder, storage_bytes
+from training_rows import WORDS, Recorder, storage_bytes
 from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
