@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from rankwise.data.rows import Row, Rows
 from rankwise.errors import warn
 
@@ -13,15 +15,15 @@ def limited(rows: Rows, limit: int | None) -> Rows:
     """The first ``limit`` rows (all for 0); by default EVAL_ROWS spread evenly, because files are often sorted."""
     if limit is not None:
         return rows[:limit] if limit else rows
-    step = max(1, len(rows) // EVAL_ROWS)
-    sample = rows[: step * EVAL_ROWS : step]
-    if len(sample) < len(rows):
-        warn(
-            "RW528",
-            f"each evaluation takes {len(sample)} of the {len(rows):,} rows of {rows.source}, spread evenly; "
-            "--eval-limit 0 takes all.",
-        )
-    return sample
+    if len(rows) <= EVAL_ROWS:
+        return rows
+    warn(
+        "RW528",
+        f"each evaluation takes {EVAL_ROWS} of the {len(rows):,} rows of {rows.source}, spread evenly; --eval-limit 0 "
+        "takes all.",
+    )
+    chosen = [rows.items[number * len(rows) // EVAL_ROWS] for number in range(EVAL_ROWS)]
+    return dataclasses.replace(rows, items=chosen)
 
 
 def warn_of_overlap(train: Rows, evaluation: Rows) -> int:
