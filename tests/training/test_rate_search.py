@@ -134,6 +134,28 @@ def test_a_search_that_was_stopped_continues(change: dict[str, Any], settings: A
     assert not noted.exists()
 
 
+def test_a_search_from_another_adapter_begins_anew(settings: Any, tmp_path: Path) -> None:
+    """Under the same name as that of the search that was stopped."""
+    adapter, judged = tmp_path / "adapter", []
+    judge = rate_search._loss_after
+
+    def stopped(trainer: Any, rows: Any) -> float | None:
+        judged.append(trainer.args.learning_rate)
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return judge(trainer, rows)
+
+    train(settings(output=adapter))
+    given = settings(**SHORT, adapter=adapter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rate_search, "_loss_after", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(given)
+        train(settings(output=adapter, overwrite=True, seed=1))
+        train(given)
+    assert judged[2:5] == [1e-3, 1e-2, 3e-2]
+
+
 def test_a_dry_run_searches_nothing(settings: Any, tmp_path: Path) -> None:
     watched = Recorder()
     record = train(settings(**SHORT, dry_run=True), watched)

@@ -28,6 +28,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.trainer_utils import SaveStrategy
 
+from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError, RunError
@@ -40,6 +41,7 @@ from rankwise.training.arguments import LED_BY_EVALUATIONS
 from rankwise.training.observer import Observer
 from rankwise.training.setup import Data
 from rankwise.training.spine import RunTrainer
+from rankwise.weights_file import sha256_of
 
 # One in KEPT rates of a round goes on to the next.
 KEPT = 3
@@ -130,7 +132,9 @@ def search(
     """
     training, held = kept_apart(data)
     path = given.output.with_name(f".{given.output.name}.rankwise-search")
-    described = given.model_dump(mode="json", exclude={"output", "overwrite", "ignore_plan"}), data.describe(), base
+    adapter = None if given.adapter is None else sha256_of(given.adapter / WEIGHTS_FILE)
+    settings = given.model_dump(mode="json", exclude={"output", "overwrite", "ignore_plan"})
+    described = settings, data.describe(), base, adapter
     noted = _noted(path, hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest())
     started = time.monotonic() - noted.seconds
     known = {(trial["learning_rate"], trial["steps"]): trial for trial in noted.trials}
