@@ -1,7 +1,7 @@
 // C interface of the native library. It is called through ctypes and knows nothing of torch.
 //
 // Legend: n elements in row-major order, b a block of block_size of them; T rows of x, K in features, N out features.
-// The caller has checked every size: see src/rankwise/ops/checks.py.
+// The caller has checked every size: see checks.py and elementwise_checks.py in src/rankwise/ops.
 #pragma once
 
 #include <stdint.h>
@@ -40,7 +40,7 @@ RW_EXPORT void rw_set_level(int level);
 // GOMP_parallel of the OpenMP runtime to share; null: threads are started per call.
 RW_EXPORT void rw_share_threads(void* gomp_parallel);
 
-// Asks for huge pages under fresh memory. A refusal changes times, not results.
+// Requests huge pages for memory that is not touched yet. If the system refuses, only the speed changes.
 RW_EXPORT void rw_use_huge_pages(void* data, int64_t bytes);
 
 // Returns -1, or the first block that holds NaN or Inf (packed and absmax are then garbage).

@@ -1,6 +1,5 @@
 // Attention where no instruction multiplies bfloat16: tiles are widened to float32, and P and dS are never rounded. The
-// algorithms are those of attention_forward.hpp and attention_backward.hpp. Type: the dtype of all tensors but lse,
-// bfloat16 or float32.
+// algorithms are those of forward.hpp and backward.hpp. Type: the dtype of all tensors but lse, bfloat16 or float32.
 #pragma once
 
 #include <cmath>
@@ -77,7 +76,7 @@ __attribute__((noinline)) void add_rows(const float* weights, int64_t row_stride
     }
 }
 
-// Rows of weights become P = e^(scale S - top); returns what the sums so far are worth under the new top.
+// Replaces rows of scores S by P = e^(scale S - top); returns the factor that rescales the sums so far to the new top.
 float weigh(const Ranges& ranges, int64_t i, int64_t key, Ranges::Span span, float scale, float* row, float& top,
             float& sum) {
     const int64_t from = 16 * span.from, to = 16 * span.to;

@@ -17,7 +17,7 @@ struct ForwardTile {
     float* sum;         // (kTile, 16), parts of sum_j 2^(s_ij - top_i)
 };
 
-// Weights of 4 queries and 16 C keys: P = 2^(S - top), with the factor that the sums so far need under the new top.
+// Weights of 4 queries and 16 C keys: P = 2^(S - top), and the factor that rescales the sums so far to the new top.
 template <int C>
 RW_INLINE void weigh(const ForwardTile& tile, int64_t g, int64_t key, bool whole, __m512 (&s)[kGroup][C],
                      __m512 (&shrink)[kGroup]) {

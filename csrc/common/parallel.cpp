@@ -21,8 +21,7 @@ struct Loop {
     void* context;
 };
 
-// Every thread takes the next task until none is left: it needs to know neither its number nor how many threads there
-// are.
+// Every thread takes the next task until none is left, so a thread needs neither its number nor the thread count.
 void work(void* data) {
     Loop& loop = *static_cast<Loop*>(data);
     for (int64_t task; (task = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;)

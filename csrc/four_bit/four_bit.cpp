@@ -24,8 +24,8 @@ void split(int64_t total, int64_t step, int threads, const Body& body) {
     });
 }
 
-// Items per task: several tasks per thread, so that a thread that is held up is helped out, but few, so that each walks
-// through memory as long as it can. At least `least`, and a multiple of it.
+// Items per task, a multiple of `least`. Each thread gets several tasks, so that others take over those of a delayed
+// thread, but few, so that each reads a long run of memory.
 int64_t task_step(int64_t total, int64_t least, int threads) {
     const int64_t step = ceil_div(ceil_div(total, 6 * int64_t{threads > 0 ? threads : 1}), least) * least;
     return step > least ? step : least;

@@ -32,7 +32,7 @@ struct Avx512 {
         return _mm512_mul_ps(_mm512_loadu_ps(value), _mm512_set1_ps(scale));
     }
 
-    // vcvtneps2bf16 rounds as we want but turns subnormal numbers to zero; products of such a scale are none.
+    // Whether a block with this scale has no subnormal weights: vcvtneps2bf16 would flush those to zero.
     static bool plain(float scale) {
         const uint32_t magnitude = bits_of(scale) & 0x7fffffffu;
         return magnitude - 0x0da24260u < 0x7f800000u - 0x0da24260u;  // 1e-30 <= |scale| < inf

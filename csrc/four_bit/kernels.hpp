@@ -45,10 +45,10 @@ struct FourBitKernels {
     int64_t (*group)(int dtype);
     // Whether `linear` reads bfloat16 x as it is.
     bool multiplies_bfloat16;
-    // Up to so many rows of x, `linear` decodes weights into registers.
+    // Maximum number of rows of x for which `linear` decodes weights into registers.
     int64_t fused_rows;
-    // Where a level has its own way for a single row of x, of float32 or bfloat16, else null: the same as `linear`, for
-    // x that `arrange_one_row` has put in order.
+    // `linear` for a single row of x, of float32 or bfloat16, that `arrange_one_row` has reordered; null where the
+    // level has no such kernel.
     void (*one_row)(const LinearJob& job, int64_t first, int64_t last);
     void (*arrange_one_row)(const void* x, int dtype, int64_t K, float* out);
 };

@@ -7,7 +7,7 @@
 namespace rankwise::RW_ISA {
 
 struct VectorUnit {
-    // Nothing to set up; with a constructor, so that a session that nobody reads is no warning.
+    // Nothing to set up. The constructor exists so that the compiler does not warn of an unused variable.
     struct Session {
         Session() {}
     };
@@ -58,7 +58,7 @@ struct VectorUnit {
             for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(sums + r * stride + 16 * v, sum[r][v]);
     }
 
-    // Sixteen sums at once: more would not hide more of what each waits for the one before it.
+    // Sixteen sums at once: more would not hide more of the latency between dependent additions.
     template <bool Add>
     static void multiply_panel(const Block& block, const uint32_t* b, bool narrow, float* sums, int64_t stride) {
         if (narrow) {

@@ -1,11 +1,10 @@
 // Sums of products where instructions multiply pairs of bfloat16: blocks of 32 rows by 32 columns over packed panels
-// that stay in the second-level cache. How a block is multiplied is the Unit's: on AMX tiles, or with AVX-512's dot
-// products of pairs.
+// that stay in the second-level cache. A Unit multiplies a block: on AMX tiles, or with AVX-512's dot products of
+// pairs.
 //
 // A Unit has a Session, which lives while a task multiplies, and
 //     multiply_panel<Add>(block, b, narrow, sums, stride): sums (32, 32), `stride` apart, = or += the block's rows
-//     times a panel. What lies
-//         past the rows is of no account, nor is the second half of each row of a narrow panel;
+//         times a panel. Sums past the rows, and the second half of each row of a narrow panel, are unspecified;
 //     multiply_pairs(left, right, steps, out): out (16 ranks, 64 columns) = sums over the steps of a chunk.
 #pragma once
 
@@ -76,8 +75,7 @@ static void pack_panels(const ProductJob& job, int64_t panel, int64_t end, int64
     }
 }
 
-// A panel's sums that wait to be rounded: done while the next panel is multiplied, on tiles without any use for the
-// vector units.
+// A panel's sums that wait to be rounded, while the next panel is multiplied: AMX leaves the vector units free for it.
 struct Waiting {
     int64_t row, rows, panel, stride;
     const float* sums;
@@ -155,8 +153,7 @@ static void product_of_pairs(const ProductJob& job, const ProductShare& share) {
     _mm_sfence();
 }
 
-// Asks for columns [first, last) of rows into the second-level cache, row by row: the order in which memory gives them
-// fastest.
+// Prefetches columns [first, last) of rows into the second-level cache, row by row, the fastest order for memory.
 static inline void prefetch_rows(const uint16_t* m, int64_t stride, int64_t rows, int64_t first, int64_t last) {
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = first; c < last; c += 32)

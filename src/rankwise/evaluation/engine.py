@@ -1,4 +1,4 @@
-"""A loaded model in the form that the tasks use: scoring, answering, encoding, and the size of a batch."""
+"""The interface between a loaded model and the tasks: scoring, answering, encoding, and batch sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rankwise.models.positions import table_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens of a batch that is scored: enough to keep the device busy.
+# Number of tokens in a batch that is scored: enough to keep the device busy.
 SCORING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 
 
@@ -32,11 +32,11 @@ class Engine:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     template: str | None = None
-    # Most sequences in a batch; None leaves it to budgets.
+    # Maximum number of sequences in a batch; None: as many as the budget of tokens admits.
     batch_size: int | None = None
-    # Whether the run made its model fast (rankwise.acceleration), as runs do by default.
+    # Whether the training run used rankwise.acceleration, as runs do by default.
     trained_fast: bool = True
-    # In which a full fine-tuning computed with its float32 weights.
+    # The autocast dtype of a full fine-tuning, whose weights are float32; None without autocast.
     autocast: torch.dtype | None = None
 
     @property
@@ -45,7 +45,7 @@ class Engine:
 
     @cached_property
     def max_length(self) -> int:
-        """The number of tokens that the model can see: the size of its position table, or the config's value."""
+        """The model's context length in tokens: the size of its position table, or the config's value."""
         rows = table_rows(self.model)
         if rows is not None:
             return rows
@@ -91,7 +91,7 @@ class Engine:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def encoder(self, rows: Rows) -> RowEncoder:
-        """Writes rows as training does."""
+        """The encoder that turns rows into token ids as training does."""
         return RowEncoder(rows, self.tokenizer, self.template)
 
     def prompt_ids(self, encoder: RowEncoder, rows: Sequence[Row]) -> list[tuple[int, ...]]:

@@ -1,6 +1,6 @@
-"""Our engine as a model of lm-evaluation-harness. Imported only where that package is needed.
+"""`Engine` as a model of lm-evaluation-harness. Imported only where that package is needed.
 
-Texts become ids exactly as in the harness' own HFLM. Our engine then scores and answers the requests.
+Texts become ids exactly as in the harness' own HFLM. The engine then scores and answers the requests.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class EngineLM(TemplateLM):
         return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        # Progress is shown by us.
+        # rankwise shows the progress.
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -114,7 +114,7 @@ class EngineLM(TemplateLM):
     def _generate(self, asked: Fields, prompts: Sequence[Prompt], keys: Sequence[str], before: int, total: int) -> None:
         decoding = self._decoding(asked)
         if decoding.max_new_tokens >= self.max_length:
-            # HFLM gives up here; elsewhere the prompt makes room for the answer, as it does there.
+            # HFLM fails here. In other cases it shortens the prompt to make room for the answer, and so does this.
             longest = max(len(prompt.ids) for prompt in prompts)
             decoding = with_room(decoding, self.max_length, longest, "lm-evaluation-harness")
         prompts = fitting(self.engine, prompts, decoding, "lm-evaluation-harness")

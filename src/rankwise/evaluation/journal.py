@@ -1,7 +1,7 @@
 """Predictions on disk during an evaluation. They are appended batch by batch, so that a kill loses at most one batch.
 
-A folder belongs to one evaluation: ``settings.json`` holds everything that its answers depend on, and a folder of
-another evaluation is refused. The batch size is not part of it.
+A folder belongs to one evaluation: ``settings.json`` holds everything that its answers depend on, except the batch
+size, and a folder of another evaluation is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Opened:
 def open_folder(folder: Path, identity: Fields, *, overwrite: bool) -> Opened:
     """Prepare ``folder`` for the evaluation that ``identity`` describes: create it, or continue in it.
 
-    Raises RunError (RW570), which names what differs, when the folder belongs to another evaluation.
+    Raises RunError: RW570 when the folder belongs to another evaluation, with what differs; RW571 when its settings
+    cannot be read.
     """
     remove_strays(folder, (IDENTITY_FILE, EXAMPLES_FILE, RESULT_FILE))
     known = _identity_in(folder)
@@ -56,7 +57,7 @@ def open_folder(folder: Path, identity: Fields, *, overwrite: bool) -> Opened:
             f"{folder} holds results of another evaluation ({different}); use another --output, or --overwrite.",
         )
     if overwrite:
-        # Not the identity, which is replaced: without it old answers would count as those of any evaluation.
+        # The identity is overwritten below, not deleted: a folder without one would pass as any evaluation's.
         for name in (RESULT_FILE, EXAMPLES_FILE, RESPONSES_FILE):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,8 +137,8 @@ class Responses:
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(
                     "RW571",
-                    f"{self.lines.path}, line {number}: no answer of ours ({reason_of(error)}); remove the file, or "
-                    "use --overwrite.",
+                    f"{self.lines.path}, line {number}: not an answer that evaluate wrote ({reason_of(error)}); remove "
+                    "the file, or use --overwrite.",
                 ) from None
 
     def append(self, responses: Fields) -> None:

@@ -50,7 +50,7 @@ OUT_OF_TEN = r"(?:[ \t]*/[ \t]*10)?"
 DECORATION = r"[ \t*_`\"'()\[\]]*"
 MARKS = re.compile(rf"^{DECORATION}({MARK}){OUT_OF_TEN}[ \t,;]+({MARK}){OUT_OF_TEN}{DECORATION}\.?\r?$", re.MULTILINE)
 HIGHEST_MARK = 10.0
-# Statuses that every further request would get too.
+# HTTP statuses that every further request would get, too.
 WRONG_ADDRESS = {401, 403, 404}
 TRY_AGAIN = {408, 409, 425, 429}
 LONGEST_PAUSE_SECONDS = 120.0
@@ -93,7 +93,7 @@ class Rating:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeClient:
-    """The judge's address and the limits of asking it. Raises ConfigError (RW156) for an address that is no URL."""
+    """Address of the judge, and limits on requests. Raises ConfigError (RW156) for an address that is not a URL."""
 
     # Base address of the API, such as https://api.openai.com/v1.
     url: str
@@ -103,7 +103,7 @@ class JudgeClient:
     max_tokens: int = 1024
     # Requests per rating, the first included.
     attempts: int = 5
-    # Before the second attempt; doubles with each, and waits as long as the server asks for.
+    # Pause before the second attempt. It doubles with each attempt, and is at least what the server asks for.
     pause_seconds: float = 1.0
     timeout_seconds: float = 120.0
     concurrency: int = 4
@@ -148,7 +148,7 @@ class JudgeCache:
 
     @staticmethod
     def key(endpoint: str, request: Fields, number: int) -> str:
-        """SHA-256 of what is sent where, and of which reply is meant: a useless one is kept, and the next asked for."""
+        """SHA-256 of the endpoint, the request, and ``number``: how many unusable replies to it there are already."""
         text = json.dumps([endpoint, request, number], sort_keys=True, ensure_ascii=True)
         return text_sha256(text, 64)
 
@@ -247,7 +247,7 @@ def _ask(
             try:
                 answer = _post(client, request)
             except DataError:
-                # Here and not where it is reported: this thread would begin with the next request before that.
+                # Set here and not where the error is reported, since this thread would start the next request first.
                 stop.set()
                 raise
             reply, problem = answer.reply, answer.problem

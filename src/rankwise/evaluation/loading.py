@@ -34,9 +34,7 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class LoadOptions:
-    """How to load a base. "auto" means as its adapters were trained; without a record, what suits the device, not
-    4-bit.
-    """
+    """How to load a base. "auto": as its adapters were trained; without a record, the device's dtype and not 4-bit."""
 
     dtype: str = "auto"
     # auto, none, nf4 or fp4.
@@ -62,7 +60,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
 
     limit_generated_kernels()
     for adapter in adapters:
-        # Before the base, which may take minutes.
+        # Checked before the base is loaded, which may take minutes.
         read_folder(adapter)
     if named:
         for adapter in adapters:
@@ -84,7 +82,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
         raise ModelError(
             "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
         )
-    # The run's own knows its new tokens.
+    # The run's tokenizer has its new tokens.
     own = tokenizer_of(adapters[0]) if adapters and read_folder(adapters[0])[0].token_rows else tokenizer
     names = adapter_names(len(adapters))
     for adapter_name, adapter in zip(names, adapters):
@@ -127,7 +125,7 @@ class LoadSettings:
 
     dtype: str
     quantization: str | None
-    # Of the base that the adapters name.
+    # Revision of the base that the adapters name.
     revision: str | None
 
 

@@ -28,7 +28,7 @@ class Example:
     # Empty where only the whole set has a score, as with BLEU.
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     references: Sequence[str] | None = None
-    # Questions about one source text share it: their scores are not independent.
+    # Questions about one source text have the same cluster: their scores are not independent.
     cluster: str | None = None
     # What the task needs to score again, such as the log-likelihood of each choice.
     details: Fields = dataclasses.field(default_factory=dict)
@@ -46,12 +46,12 @@ class TaskResult:
     model: str
     adapter: str | None
     metrics: Mapping[str, float]
-    # The metric that stands for the task.
+    # Name of the task's main metric.
     primary: str
     higher_is_better: Mapping[str, bool]
     # Clustered where questions share a source text; None where the metric has none.
     standard_errors: Mapping[str, float | None]
-    # Questions scored.
+    # Number of questions that were scored.
     count: int
     settings: Fields
     data_sha256: str | None
@@ -59,7 +59,7 @@ class TaskResult:
     wall_seconds: float
     # File of the predictions, beside the record.
     examples: str = EXAMPLES_FILE
-    # Source texts, where the standard errors are clustered.
+    # Number of clusters, where the standard errors are clustered.
     clusters: int | None = None
     # What a reader should know: metrics that could not be computed, answers that were empty.
     notes: Sequence[str] = ()
@@ -90,7 +90,7 @@ def read_examples(path: Path) -> Iterator[Example]:
     if not path.exists():
         return
     lines = path.read_bytes().split(b"\n")
-    # What stands behind the last line end has not been written whole.
+    # Text after the last newline is a line whose write was interrupted.
     for number, line in enumerate(lines[:-1], 1):
         try:
             yield checked(Example, parse_json(line, constants=True, halves=True))
@@ -98,5 +98,6 @@ def read_examples(path: Path) -> Iterator[Example]:
             reason = str(error)[:120]
             raise RunError(
                 "RW571",
-                f"{path}, line {number}: no prediction of ours ({reason}); remove the file, or use --overwrite.",
+                f"{path}, line {number}: not a prediction that evaluate wrote ({reason}); remove the file, or use "
+                "--overwrite.",
             ) from None

@@ -110,7 +110,7 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """``a - b`` on the same questions; the interval is the 95 % one."""
+    """``a - b`` on the same questions, with the 95 % interval."""
 
     task: str
     metric: str
@@ -134,11 +134,11 @@ class Evaluation:
 
 
 def evaluate(settings: EvaluateSettings, observer: Observer) -> Evaluation:
-    """Evaluate and leave DIR/TASK/{result.json,predictions.jsonl}, with several models DIR/LABEL/TASK/.
+    """Evaluate and write DIR/TASK/{result.json,predictions.jsonl}; with several models, DIR/LABEL/TASK/.
 
-    What the folder holds already is not done again. Raises InputError before the model is loaded where settings,
-    data or the folder are at fault; RunError: RW551 a file cannot be written, RW582 another process writes there;
-    Interrupted (RW572) after Ctrl-C, when every finished batch is on disk.
+    Results that the folder already holds are kept. Raises InputError for bad settings, data or folders before the model
+    is loaded; RunError: RW551 a file cannot be written, RW582 another process writes there; Interrupted (RW572)
+    after Ctrl-C, with every finished batch on disk.
     """
     return _Run(settings, observer).carry_out()
 
@@ -287,9 +287,7 @@ class _Run:
 
 
 def _warn_of_other_rows(task: Task, record: RunRecord | None) -> None:
-    """Warn (RW596) that the run's own loss is over other rows of the same data, which explains two different
-    figures.
-    """
+    """Warn (RW596) that the run's own loss is over other rows of the same data, so that the two losses differ."""
     known = {} if record is None else record.data.get("eval") or {}
     rows = task.describe().get("rows")
     if task.name != "perplexity" or known.get("sha256") != task.data_sha256 or known.get("rows") in (rows, None):

@@ -5,7 +5,7 @@ Everything else runs in plain PyTorch. `rankwise.ops.table` has a row for each f
 
 Legend: T = rows (all leading dimensions together), N and D = columns, R = rank, V = vocabulary, C = rows with logits;
 B, H, L = batch, heads, positions. bfloat16 is computed in float32 and rounded once, unless the formula says otherwise.
-Results depend neither on the number of threads nor on chance. Arguments that do not fit raise QuantizationError RW620.
+Results are deterministic and do not depend on the number of threads. Bad arguments raise QuantizationError RW620.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def low_rank_add_(
 ) -> Tensor:
     """``y <- g * (y + scale * u B^T) + bias`` in place: what LoRA and DoRA add to a frozen product.
 
-    y (T, N), u (T, R) and B (N, R) of one dtype; g (N,) float32; bias (N,). Rows of y and u may be apart.
+    y (T, N), u (T, R) and B (N, R) of one dtype; g (N,) float32; bias (N,). Rows of y and u need not be adjacent.
     """
     return call("low_rank_add_", y, u, B, scale, g, bias)
 
@@ -105,7 +105,7 @@ def cross_entropy_(
 
     logits (C, V); targets (C,) int64 -> loss float64 (); entropy ``-sum p log p`` float64 (), or None; correct int64
     (), the rows whose first largest logit is the target, or None. ``checked``: the targets were checked before; on a
-    card the check waits for it. A compiler sees no check; on a card a bad target then gives a loss of NaN.
+    GPU the check would synchronize. Compiled code does not check: on a GPU a bad target then gives a loss of NaN.
 
     Raises:
         QuantizationError: RW621, a target is neither -100 nor in [0, V).
@@ -144,7 +144,7 @@ def adapted_gain(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, sc
 
 
 def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
-    """``x * mask / (1 - p)``; the mask is a hash of (seed, flat index), so no one has to keep it.
+    """``x * mask / (1 - p)``; the mask is a hash of (seed, flat index), so that it need not be saved.
 
     x of any shape, 0 <= p < 1, any integer seed (its low 64 bits count) -> as x, contiguous. The mask depends on the
     number of elements before an element, not on the shape. ``first``: the number of elements before x, if x is a part

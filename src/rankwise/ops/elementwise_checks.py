@@ -1,5 +1,5 @@
-"""Checks of arguments before an element-wise kernel of `rankwise.ops.elementwise` gets a pointer; RW620 where they
-fail.
+"""Checks of arguments before an element-wise kernel of `rankwise.ops.elementwise` gets a pointer. Failures raise RW620,
+bad targets RW621.
 
 Legend: T = rows, N and D = columns, R = rank, V = vocabulary, C = rows with logits; B, H, L = batch, heads, positions.
 """

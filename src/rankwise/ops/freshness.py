@@ -32,7 +32,7 @@ class Kept:
         self._value: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
-        # What was computed from other tensors says nothing of a copy's, here or in another process.
+        # A copied module has other parameters, here or in another process, so its cache starts empty.
         return Kept, ()
 
     def get(self, trained: tuple[Tensor, ...], frozen: Key) -> Tensor | None:
@@ -59,11 +59,11 @@ def trained_key(tensor: Tensor) -> Key | None:
 
 
 def frozen_key(tensor: Tensor) -> Key:
-    """The identity of a frozen tensor and its storage, and its version."""
+    """(id of the tensor, weak reference to its storage, version counter)."""
     if transforms_functions():
-        # Tensors that it wraps have no storage, and nothing is kept.
+        # Tensors wrapped by torch.func have no storage, and nothing is cached for them.
         return id(tensor), 0, 0
-    # Weak, so that memory can go, and held, so that no later storage gets its address.
+    # The weak reference lets the memory be freed, and keeps the address from being reused by a later storage.
     return id(tensor), StorageWeakRef(tensor.untyped_storage()), writes_to(tensor)
 
 

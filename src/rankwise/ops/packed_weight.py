@@ -1,4 +1,4 @@
-"""One 4-bit weight as a value: its codes, its scales, and their format."""
+"""A 4-bit weight: its codes, its scales, and their format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PackedWeight:
     Legend: n = elements of W', blocks = ceil(n / block_size). Blocks run along the row-major flattening.
     """
 
-    # uint8, two codes a byte, the first in the high nibble. Two-dimensional: see `packed_shape`.
+    # uint8, two codes a byte, the first one in the high nibble; `packed_shape` gives the shape.
     codes: Tensor
     # float32 (blocks,); double-quantized uint8 (blocks,), with the two second-level tensors below.
     absmax: Tensor
@@ -30,7 +30,7 @@ class PackedWeight:
     nested_absmax: Tensor | None = None
     # float32 (), or None without double quantization.
     offset: Tensor | None = None
-    # The dtype of the weight before it was quantized, which dequantizing gives unless another one is asked for.
+    # The dtype of the weight before it was quantized: the default result of dequantizing.
     dtype: torch.dtype = torch.float32
 
     @property
@@ -69,7 +69,7 @@ def rows_are_blocks(shape: Sequence[int], block_size: int) -> bool:
 
 
 def packed_shape(shape: Sequence[int], block_size: int) -> tuple[int, int]:
-    """Shape of the codes: (N, K / 2) where rows consist of whole blocks, so that a row can be cut out; else
+    """Shape of the codes: (N, K / 2) where rows consist of whole blocks, so that rows can be sliced; else
     (ceil(n / 2), 1), as in bitsandbytes."""
     if rows_are_blocks(shape, block_size):
         return shape[0], shape[1] // 2

@@ -1,7 +1,7 @@
 """Which implementation runs: plain PyTorch, the native CPU library, or Triton.
 
-``auto`` takes the native library for CPU tensors and Triton for CUDA tensors. Where they are missing it takes plain
-PyTorch, and one message says so.
+``auto`` selects the native library for CPU tensors and Triton for CUDA tensors. Where these cannot run, it selects
+plain PyTorch and warns once (RW608).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _fakes_have_triton = _fakes_have_flash = True
 
 
 def set_implementation(name: str) -> None:
-    """Choose for the whole process: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
+    """Choose the implementation for the whole process: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
 
     The environment variable ``RANKWISE_OPS`` does the same before the first use. A forced implementation that cannot
-    run is an error at its first use; nothing else is taken in its place.
+    run raises RW607 at its first use; there is no fallback.
 
     Raises:
         QuantizationError: RW607, no such name.
@@ -71,30 +71,31 @@ def module_for(device: torch.device) -> ModuleType:
 
 
 def native_on_cpu() -> bool:
-    """Whether the native library works on CPU tensors."""
+    """Whether operators on CPU tensors run in the native library."""
     module = _modules.get("cpu") or module_for(torch.device("cpu"))
     return module.__name__ == _MODULES["native"]
 
 
 def transforms_functions() -> bool:
-    """Whether a transform of ``torch.func`` is at work: kernels and gradients by hand know nothing of its tensors."""
+    """Whether a ``torch.func`` transform is active: kernels and hand-written gradients cannot take its tensors."""
     return transform_interpreter() is not None
 
 
 def is_traced() -> bool:
-    """Whether a compiler or a transform of ``torch.func`` must see what is computed, operation by operation."""
+    """Whether a compiler or a ``torch.func`` transform traces the computation, and so must see plain operations."""
     return torch.compiler.is_compiling() or transforms_functions()
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """``x`` as autocast passes it to a product or to attention: in autocast's dtype where it is on."""
+    """``x`` as autocast passes it to a product or to attention: in autocast's dtype if autocast is on, unless x is
+    float64."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 def takes_native(tensor: Tensor) -> bool:
-    """Whether the native library works on this tensor: a plain one on a CPU, or a fake one in its place."""
+    """Whether the native library runs on this tensor: a plain CPU tensor, or a fake one within ``fakes_as("cpu")``."""
     known = type(tensor) in (Tensor, torch.nn.Parameter) or (_fakes_as == "cpu" and is_fake(tensor))
     return known and tensor.is_cpu and native_on_cpu() and not transforms_functions()
 
@@ -113,12 +114,12 @@ def fakes_as(device_type: str, *, triton: bool = True, flash: bool = True) -> It
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton kernels work on tensors of ``device``."""
+    """Whether operators on tensors of ``device`` run in Triton."""
     return module_for(device).__name__ == _MODULES["triton"]
 
 
 def takes_triton(tensor: Tensor) -> bool:
-    """Whether Triton kernels work on this tensor of a card, or on a fake CPU tensor that stands for one.
+    """Whether Triton kernels run on this CUDA tensor, or would run on the one that a fake CPU tensor stands for.
 
     A real CPU tensor counts only where Triton is forced, for its interpreter.
     """
@@ -128,13 +129,12 @@ def takes_triton(tensor: Tensor) -> bool:
 
 
 def stands_on_card(tensor: Tensor) -> bool:
-    """Whether the tensor is on a CUDA card, or is a fake tensor of a CPU that stands for one."""
+    """Whether the tensor is on a CUDA device, or is a fake CPU tensor that stands for such a tensor."""
     return tensor.is_cuda or (_fakes_as == "cuda" and is_fake(tensor))
 
 
 def card_capability(tensor: Tensor) -> tuple[int, int]:
-    """The compute capability of the tensor's card, or of the one that a fake tensor stands for: with flash attention
-    8.0, without 7.5."""
+    """The compute capability of the tensor's GPU. For a fake tensor: (8, 0) with flash attention, (7, 5) without."""
     if tensor.is_cuda:
         return torch.cuda.get_device_capability(tensor.device)
     return (8, 0) if _fakes_have_flash else (7, 5)

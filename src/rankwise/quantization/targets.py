@@ -1,4 +1,4 @@
-"""The layers that become 4-bit and those that stay dense, by the same rules for loaded and for loading models."""
+"""Which layers become 4-bit and which stay dense. The same rules hold for a model in memory and one being loaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def target_names(model: nn.Module, config: FourBitConfig) -> list[list[str]]:
     chosen: dict[nn.Module, list[str]] = {}
     left_out: set[nn.Module] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        # A weight that is not a parameter is made anew for every forward: normalized, pruned.
+        # A weight that is not a parameter is recomputed in each forward pass (weight norm, pruning).
         if is_dense_linear(module) and "weight" in own_parameters(module):
             chosen.setdefault(module, []).append(name)
             if module in tied or not is_converted(name, patterns):
@@ -93,7 +93,7 @@ def dense_linear_names(model: nn.Module) -> list[str]:
 
 
 def four_bit_modules(model: nn.Module) -> Iterator[Linear4bit | StackScales]:
-    """The modules with the scales and the format of 4-bit weights: linear layers, and stacked experts' scales."""
+    """The modules that hold the scales and format of 4-bit weights: linear layers, and scales of stacked experts."""
     for module in model.modules():
         if isinstance(module, Linear4bit | StackScales):
             yield module
@@ -106,18 +106,18 @@ def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:
 
 
 def expert_tensors(model: nn.Module) -> list[str]:
-    """Names of the three-dimensional weights of experts that are dense."""
+    """Names of the dense stacked experts: three-dimensional parameters with "expert" in their name."""
     return [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name.lower()]
 
 
 def target_stacks(model: nn.Module, config: FourBitConfig) -> list[str]:
-    """Names of the stacked experts to quantize: all that can be 4-bit but ``modules_to_not_convert``."""
+    """Names of the stacked experts to quantize: all that can be 4-bit, except ``modules_to_not_convert``."""
     return [name for name in _wanted_stacks(model, config) if _obstacle(model, name, config.block_size) is None]
 
 
 def _wanted_stacks(model: nn.Module, config: FourBitConfig) -> list[str]:
     patterns = [*dense_patterns(model), *(config.modules_to_not_convert or ())]
-    # An exclusion names the stack or its module.
+    # A pattern may exclude the parameter or its module.
     return [
         name
         for name in expert_tensors(model)
@@ -131,12 +131,12 @@ def _obstacle(model: nn.Module, name: str, block_size: int) -> str | None:
 
 
 def warn_about_experts(model: nn.Module, config: FourBitConfig, *, stored: bool = False) -> None:
-    """Warn (RW613) about experts that stay dense without being asked to. ``stored``: a checkpoint has decided."""
+    """Warn (RW613) of experts that stay dense though none of them is excluded. ``stored``: read from a checkpoint."""
     reasons: dict[str, list[str]] = {}
     for name in _wanted_stacks(model, config):
         reason = _obstacle(model, name, config.block_size)
         if reason is None and stored:
-            reason = "the checkpoint holds them so"
+            reason = "the checkpoint stores them dense"
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():

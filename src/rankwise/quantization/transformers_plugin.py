@@ -1,8 +1,9 @@
-"""transformers' view of our 4-bit models: quantize while shards stream in, read and write bitsandbytes' checkpoints.
+"""The quantizer that transformers calls: quantizes while shards load, reads and writes bitsandbytes checkpoints.
 
-``from_pretrained`` builds the model without storage and calls ``_process_model_before_weight_loading``, which puts
-empty layers in. Then it passes one weight at a time: dense ones to `QuantizeOperation`, the parts of 4-bit ones to
-`DeserializeOperation`. It turns exceptions of both into a report, so failures are gathered and raised at the end.
+``from_pretrained`` builds the model on the meta device and calls ``_process_model_before_weight_loading``, which
+replaces linear layers by empty 4-bit ones. It then passes dense weights to `QuantizeOperation` and the tensors of 4-bit
+weights to `DeserializeOperation`. transformers turns exceptions of both into a report, so they are collected and raised
+at the end.
 """
 
 from __future__ import annotations
@@ -62,14 +63,14 @@ from rankwise.quantization.targets import (
     warn_about_experts,
 )
 
-# Both say in which format a weight is stored.
+# Both have the fields quant_type, block_size and double_quant.
 Stored = StoredWeight | PackedWeight
-# What transformers has read of a checkpoint under one name.
+# What transformers passes to an operation for one name.
 Read = Tensor | list[Tensor]
 
 
 def register() -> None:
-    """Make the method known to transformers. `rankwise.quantization` does so when it hands out a config."""
+    """Register the method with transformers. `rankwise.quantization` calls this when ``FourBitConfig`` is imported."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(FourBitQuantizer)
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -77,7 +78,7 @@ def register() -> None:
 
 
 def mark_quantized(model: PreTrainedModel, config: FourBitConfig) -> None:
-    """Give a model that ``quantize`` changed the marks that ``from_pretrained`` would have left on it."""
+    """Set on a model that ``quantize`` changed the attributes that ``from_pretrained`` sets on a quantized model."""
     register()
     marked: Any = model
     quantizer = FourBitQuantizer(config, pre_quantized=False)
@@ -89,7 +90,7 @@ def mark_quantized(model: PreTrainedModel, config: FourBitConfig) -> None:
 
 
 def describe(model: nn.Module, config: FourBitConfig) -> None:
-    """Update what ``config.json`` will say about the layers."""
+    """Update the fields of ``config`` that describe the model's layers, as ``config.json`` stores them."""
     first = next(four_bit_modules(model), None)
     config.dense_modules = dense_linear_names(model)
     if first is not None:
@@ -97,14 +98,14 @@ def describe(model: nn.Module, config: FourBitConfig) -> None:
 
 
 class FourBitQuantizer(HfQuantizer):
-    """Answers transformers' questions while it loads, trains and saves one of our models."""
+    """The ``HfQuantizer`` of a 4-bit model, which transformers calls while it loads, trains and saves the model."""
 
     requires_calibration = False
     quantization_config: FourBitConfig
     serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}  # noqa: RUF012  (transformers' own)
 
     def __init__(self, quantization_config: FourBitConfig, **arguments: Any) -> None:
-        # A copy: what is learnt about this model must not show in the config of another one.
+        # A copy: `describe` writes facts about this model into it, and the caller may reuse the original.
         super().__init__(copy.copy(quantization_config), **arguments)
         self.failures: list[QuantizationError] = []
         self.loaded: set[str] = set()
@@ -127,7 +128,7 @@ class FourBitQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        # The Trainer knows adapters of PEFT only, and refuses a quantized model without them unless it hears this.
+        # The Trainer detects PEFT adapters only, and refuses a quantized model without one unless this is True.
         return True
 
     @property
@@ -143,13 +144,13 @@ class FourBitQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
-        """Put the readers of stored 4-bit experts first, under the model's names for them."""
+        """Add the conversions that read stored 4-bit experts before all others, with the model's names as targets."""
         found = super().update_weight_conversions(weight_conversions, model)
         return [*self._stack_conversions(model), *found] if self.pre_quantized else found
 
     def _stack_conversions(self, model: PreTrainedModel) -> list[WeightConverter]:
         stacks = [*expert_tensors(model), *(name for name, _ in four_bit_stacks(model))]
-        # The same last names in every layer: experts.gate_up_proj, experts.down_proj.
+        # The last two components are the same in every layer: experts.gate_up_proj, experts.down_proj.
         ends = sorted({".".join(name.split(".")[-2:]) for name in stacks})
         conversions = []
         for end in ends:
@@ -171,11 +172,14 @@ class FourBitQuantizer(HfQuantizer):
         return model
 
     def _prepare(self, model: PreTrainedModel, stored: dict[str, StoredWeight]) -> None:
-        """Put in empty layers in the stored formats. Weights that transformers renames are handled while loading
-        instead.
+        """Insert empty layers in the stored formats. Weights that transformers renames are handled during loading.
+
+        Raises QuantizationError RW611 where nothing is 4-bit, or a stored weight does not fit its layer.
         """
         if not stored:
-            raise QuantizationError("RW611", "config.json calls the checkpoint 4-bit, and it holds no 4-bit weight.")
+            raise QuantizationError(
+                "RW611", "config.json says that the checkpoint is 4-bit, but it holds no 4-bit weight."
+            )
         modules = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
         experts = set(expert_tensors(model))
         prefix = f"{model.base_model_prefix}."
@@ -192,7 +196,7 @@ class FourBitQuantizer(HfQuantizer):
                     break
 
     def _put_empty(self, model: PreTrainedModel, names: list[str], stored: Stored | None = None) -> Linear4bit:
-        """An empty `Linear4bit` in place of the dense layer; its weight follows."""
+        """Replace the dense layer by an empty `Linear4bit`, whose weight is loaded later; return the new layer."""
         linear = model.get_submodule(names[0])
         config = self.quantization_config
         layer = Linear4bit(
@@ -200,7 +204,7 @@ class FourBitQuantizer(HfQuantizer):
             quant_type=stored.quant_type if stored else config.quant_type,
             block_size=stored.block_size if stored else config.block_size,
             double_quant=stored.double_quant if stored else config.double_quant,
-            # The dtype that the model is loaded in: that of a merged layer must fit its neighbours.
+            # The dtype that the model is loaded in: a merged layer must have the dtype of its neighbours.
             dtype=linear.get_parameter("weight").dtype,
             compute_dtype=config.compute_dtype,
             device="meta",
@@ -215,8 +219,8 @@ class FourBitQuantizer(HfQuantizer):
         return layer
 
     def _put_empty_stack(self, model: PreTrainedModel, name: str, stored: Stored | None = None) -> StackScales:
-        """An empty stack in place of a dense tensor of experts. Raises QuantizationError RW611 for a stored one that
-        the model cannot take."""
+        """Replace a dense tensor of experts by an empty stack. Raises QuantizationError RW611 for a stored stack that
+        does not fit the model."""
         module, leaf = _owner(model, name)
         dense, config = model.get_parameter(name), self.quantization_config
         wanted = stored or config
@@ -234,13 +238,13 @@ class FourBitQuantizer(HfQuantizer):
             device="meta",
         )
         put_stack(module, leaf, scales)
-        # Else a family's own code draws normal numbers for codes that are missing, before we can say so.
+        # Otherwise transformers' initialization fills missing codes with random numbers before RW612 is raised.
         compat.mark_initialized(module)
         return scales
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         self._raise_failures(model)
-        # Its inverse would run while saving, where our own writer is at work.
+        # transformers would run the inverse conversions while saving, but `bitsandbytes_state` writes the tensors.
         conversions = compat.conversions_of(model) or []
         compat.set_conversions(model, [item for item in conversions if not _is_ours(item)])
         describe(model, self.quantization_config)
@@ -270,7 +274,7 @@ class FourBitQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config
             describe(model, self.quantization_config)
         else:
-            # Merged: config.json must not call it 4-bit. The quantizer stays, since unmerging brings the layers back.
+            # Merged: config.json must not say 4-bit. The quantizer stays, since unmerging restores the 4-bit layers.
             model.config.__dict__.pop("quantization_config", None)
         return state, {}
 
@@ -300,9 +304,7 @@ def bitsandbytes_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _keep_stacks_whole(model: PreTrainedModel) -> None:
-    """Keep 4-bit stacks whole: ``save_pretrained`` splits stacks as the family's checkpoints do, a tensor for each
-    expert.
-    """
+    """Remove conversions that would split 4-bit stacks: ``save_pretrained`` may write one tensor for each expert."""
     stacks = [name for name, _ in four_bit_stacks(model)]
     if not stacks:
         return
@@ -352,15 +354,15 @@ class QuantizeOperation(ConversionOps):
             found = ops.quantize_weight(weight, layer.quant_type, layer.block_size, double_quant)
         except QuantizationError as error:
             quantizer.failures.append(QuantizationError(error.code, f"{name}: {error.message}"))
-            # Loading goes on to its end, where the failures are raised.
+            # Loading continues; `_raise_failures` raises at its end.
             nothing = torch.zeros(shape, device=value.device)
             found = ops.quantize_weight(nothing, layer.quant_type, layer.block_size, double_quant)
         return found if shared is None else _scaled_with_others(found, shared)
 
 
 def _scaled_with_others(share: PackedWeight, layer: Linear4bit) -> PackedWeight:
-    """This process's rows of a weight that several processes quantize: its second-level scales are those of all
-    rows.
+    """This process's rows of a sharded weight, with second-level scales that are computed from the rows of all
+    processes.
     """
     blocks = layer.in_features // layer.block_size
     absmax = rows_of_all(share.absmax.view(len(share.codes), blocks), layer.weight).flatten()
@@ -371,16 +373,16 @@ def _scaled_with_others(share: PackedWeight, layer: Linear4bit) -> PackedWeight:
 
 
 class DeserializeOperation(ConversionOps):
-    """Turns the parts of a stored 4-bit weight into codes and scales; any other weight passes through, in its dtype.
+    """Turns the tensors of a stored 4-bit weight into codes and scales. Dense weights pass, cast to the model's dtype.
 
-    ``parts``: {pattern that finds a part: its name, of a layer's weight}, where the two differ.
+    ``parts``: {pattern that matches a tensor: the name that it would have for a linear layer}, where the two differ.
     """
 
     def __init__(self, hf_quantizer: FourBitQuantizer, parts: Mapping[str, str] = MappingProxyType({})) -> None:
         self.hf_quantizer, self.parts = hf_quantizer, parts
 
     def __deepcopy__(self, memo: dict[int, object]) -> DeserializeOperation:
-        # transformers copies the operation for every weight; what it finds must reach the one quantizer.
+        # transformers copies the operation for each weight; all copies must share one quantizer.
         return DeserializeOperation(self.hf_quantizer, self.parts)
 
     def convert(
@@ -423,8 +425,8 @@ class DeserializeOperation(ConversionOps):
 
 
 def _wanted_dtype(model: Any, name: str) -> torch.dtype:
-    """The dtype of a weight that passes through unchanged, which transformers leaves to this operation: the model's,
-    or that of its plan.
+    """The dtype of a weight that stays dense, which transformers does not cast here: the dtype plan's, where one of its
+    patterns matches, else the parameter's.
     """
     parameter = model.get_parameter_or_buffer(name)
     for pattern, dtype in compat.dtype_plan(model, model.config.dtype).items():

@@ -12,13 +12,13 @@ from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Tell, answer_in_batches
 
-# A stop string is looked for among so many of the last tokens.
+# Number of last tokens in which a stop string is searched.
 STOP_WINDOW_TOKENS = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question, in ids and in words."""
+    """A question, as token ids and as text."""
 
     id: str
     ids: tuple[int, ...]
@@ -37,7 +37,7 @@ def write_answers(
     task: str,
     finish: Callable[[Question, str], Example],
 ) -> list[Example]:
-    """The examples that ``finish`` makes of each question and its answer, in the order of the questions."""
+    """Answer ``questions``; return what ``finish`` makes of each question and answer, in the order of the questions."""
     longest = max((len(question.ids) for question in questions), default=0)
     decoding = with_room(decoding, engine.max_length, longest, task)
     prompts = fitting(engine, [Prompt(question.ids) for question in questions], decoding, task)
@@ -51,7 +51,7 @@ def write_answers(
 
 
 def writer(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding) -> Callable[[Sequence[int]], list[str]]:
-    """A function that writes the answers to a batch of ``prompts``, which are given to it by their numbers."""
+    """A function from a batch of indices into ``prompts`` to their answers."""
     generator = engine.generator(decoding)
 
     def ends(ids: list[int]) -> bool:
@@ -73,9 +73,8 @@ def before_stops(text: str, stop_strings: Sequence[str]) -> str:
 
 
 def with_room(decoding: Decoding, positions: int, longest: int, task: str) -> Decoding:
-    """``decoding`` with answers short enough that the longest prompt fits, or that take half of all positions.
-
-    A shortened answer is warned of (RW256). ``positions``: tokens that the model can see.
+    """``decoding`` with ``max_new_tokens`` cut to what the longest prompt leaves, but to no less than half of all
+    positions. Warns (RW256) where it is cut. ``positions``: the model's context length in tokens.
     """
     room = max(1, positions // 2, positions - longest)
     if longest + decoding.max_new_tokens <= positions or decoding.max_new_tokens <= room:
@@ -89,7 +88,7 @@ def with_room(decoding: Decoding, positions: int, longest: int, task: str) -> De
 
 
 def fitting(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, task: str) -> list[Prompt]:
-    """Prompts that leave room for the answer. Longer ones lose their beginning, which is warned of (RW254)."""
+    """Prompts that leave room for the answer. Longer ones lose their beginning, with a warning (RW254)."""
     room = max(1, engine.max_length - decoding.max_new_tokens)
     cut = sum(len(prompt.ids) > room for prompt in prompts)
     if cut:

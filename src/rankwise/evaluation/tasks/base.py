@@ -17,7 +17,7 @@ from rankwise.foreign import JsonObject
 if TYPE_CHECKING:
     from rankwise.evaluation.engine import Engine
 
-# Progress: questions done, of how many.
+# Reports progress: (questions done, questions in all).
 Tell = Callable[[int, int], None]
 
 
@@ -46,7 +46,7 @@ class Task(ABC):
         return {}
 
     def stands(self, result: TaskResult) -> bool:
-        """Whether a result with these settings is final."""
+        """Whether ``result``, made with these settings, is final, so that the task need not run again."""
         return True
 
     @property
@@ -67,7 +67,7 @@ class Task(ABC):
         return []
 
     def summarize(self, examples: Sequence[Example]) -> Summary:
-        """Metrics and their standard errors. Of most tasks each metric is the mean of the examples' scores."""
+        """Metrics and their standard errors. For most tasks each metric is the mean of the examples' scores."""
         clusters = clusters_of([example.cluster for example in examples])
         means = {
             name: mean_of([example.scores[name] for example in examples], clusters) for name in self.higher_is_better

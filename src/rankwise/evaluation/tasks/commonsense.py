@@ -26,7 +26,7 @@ from rankwise.evaluation.tasks.base import Task, Tell, warn_of_empty
 from rankwise.foreign import Fields, JsonObject
 
 NEW_TOKENS = 32
-# Their names in the LLM-Adapters repository, where they differ.
+# Names of the sets in the LLM-Adapters repository, where they differ from the tasks' names.
 FOLDERS = {"siqa": "social_i_qa", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 WORDS = {
     "boolq": ("true", "false"),
@@ -38,7 +38,7 @@ WORDS = {
     "arc_challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
     "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
 }
-# That project's template is indented; adapters trained with it have seen the blanks.
+# LLM-Adapters' template is indented, and adapters trained with it expect these blanks.
 INDENT = " " * 16
 
 
@@ -87,7 +87,7 @@ def _file_in(task: str, path: Path) -> Path | None:
 
 
 class Commonsense(Task):
-    """Answers in words. ``prompt_style``: ``llm-adapters`` is that project's template, ``trained`` ours."""
+    """Generated answers. ``prompt_style``: ``llm-adapters`` is that project's template, ``trained`` training's."""
 
     primary = "accuracy"
     higher_is_better = {"accuracy": True}  # noqa: RUF012  read-only
@@ -151,7 +151,7 @@ def extract_answer(task: str, text: str) -> str:
 def adapters_prompt(instruction: str, context: str = "") -> str:
     """Alpaca's prompt exactly as LLM-Adapters writes it, including its blanks."""
     given = ", paired with an input that provides further context" if context else ""
-    # A blank behind the sentence, without a context only: so it stands there.
+    # LLM-Adapters' template has a blank after this sentence only where there is no context.
     opening = (
         f"Below is an instruction that describes a task{given}. "
         f"Write a response that appropriately completes the request.{'' if context else ' '}"

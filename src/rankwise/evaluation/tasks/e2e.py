@@ -22,7 +22,7 @@ from rankwise.foreign import JsonObject
 
 # The LoRA repository's length of an answer.
 NEW_TOKENS = 64
-# Of the bootstrap, for metrics that sums over examples make: its standard error is known to about 5 %.
+# Resamples of the bootstrap for BLEU and NIST. They give the standard error to about 5 %.
 RESAMPLES = 200
 RESAMPLED = ("BLEU", "NIST")
 

@@ -28,7 +28,7 @@ from rankwise.foreign import JsonObject
 
 HUB = "openai/gsm8k:main"
 NEW_TOKENS = 256
-# The model goes on with a question of its own.
+# After its answer, a model may continue with a question of its own.
 STOPS = ("Question:", "Q:")
 
 

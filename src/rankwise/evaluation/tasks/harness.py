@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, by name. Prompts, filters and metrics are its own; our engine answers."""
+"""Tasks of lm-evaluation-harness, by name. Prompts, filters and metrics are the harness's; `EngineLM` answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FEWSHOT_SEED = 1234
 
 
 class HarnessTask(Task):
-    """``data`` replaces the hub's; ``num_fewshot`` None leaves the task's own number."""
+    """``data`` replaces the hub's data; with ``num_fewshot`` None the task's own number of examples is used."""
 
     higher_is_better: dict[str, bool]
 
@@ -71,7 +71,7 @@ class HarnessTask(Task):
 
     def _load(self, data: str | None, fewshot_data: str | None) -> tuple[dict[str, Any], dict[str, Any], str]:
         folder = Path(self._folder.name)
-        # Of the eight commonsense sets, whose names the harness has files under.
+        # The harness's file of one of the eight commonsense sets.
         yaml_file = harness_folder() / "tasks" / YAML_FILES.get(self.name, "-")
         if not yaml_file.is_file():
             spec = HARNESS_NAMES.get(self.name, self.name) if data is None else self.name
@@ -94,7 +94,7 @@ class HarnessTask(Task):
         return tasks, groups, sha256 or found
 
     def _built(self, spec: str, folder: Path | None = None) -> tuple[dict[str, Any], dict[str, Any], str]:
-        """Tasks, groups, and the hash of their questions. Any error of the foreign code becomes one line."""
+        """Tasks, groups, and the hash of their questions. Any error of the harness is raised as DataError (RW251)."""
         try:
             tasks, groups = lm_eval.built(spec, folder)
             documents = [dict(doc) for task in tasks.values() for doc in itertools.islice(task.eval_docs, self.limit)]

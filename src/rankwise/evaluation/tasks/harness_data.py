@@ -1,6 +1,6 @@
 """Local data for tasks of lm-evaluation-harness: rows in the set's own form, or LLM-Adapters rows converted to it.
 
-The prompts are the harness' own: a task is its YAML file with another place of the data.
+The prompts are the harness' own: a task is its YAML file with the data's location replaced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rankwise.errors import DataError
 from rankwise.evaluation.tasks.commonsense import Instructions, instructions_in
 from rankwise.foreign import Fields, JsonObject
 
-# Their names there, where they differ.
+# Names of the sets in the harness, where they differ from the tasks' names.
 HARNESS_NAMES = {"siqa": "social_iqa"}
 YAML_FILES = {
     "boolq": "super_glue/boolq/default.yaml",
@@ -91,7 +91,7 @@ def write_task(folder: Path, task: str, yaml_file: Path, docs: Mapping[str, Sequ
             "test_split": None,
         }
     if task in YAML_FILES and task != "winogrande":
-        # Some of the eight have no length-normalised accuracy there. The choices of WinoGrande share one continuation.
+        # Some of the harness's eight tasks lack length-normalised accuracy. WinoGrande's choices share a continuation.
         names = ("acc", "acc_norm")
         content["metric_list"] = [{"metric": n, "aggregation": "mean", "higher_is_better": True} for n in names]
     path = folder / "task.yaml"
@@ -141,7 +141,7 @@ def _openbookqa(instruction: str, answer: int) -> Doc:
 
 def _siqa(instruction: str, answer: int) -> Doc:
     text, choices = _choices(instruction, "Please choose the correct answer to the question:", "Answer")
-    # The harness writes "context question": where the border lies makes no difference.
+    # The harness joins "context question", so it does not matter where the two are split.
     context, _, question = text.partition(" ")
     named = dict(zip(("answerA", "answerB", "answerC"), choices))
     return {"context": context, "question": question, **named, "label": str(answer + 1)}

@@ -1,4 +1,4 @@
-"""The names of all tasks: ours from a list, lm-evaluation-harness' from its files. Imports neither it nor torch."""
+"""Names of all tasks: rankwise's from a list, lm-evaluation-harness's from its files. Imports neither it nor torch."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def _installed_harness() -> Path | None:
 
 
 def check_tasks(names: Iterable[str]) -> None:
-    """Raise ConfigError (RW154) for a name that is not ours and is in no file of lm-evaluation-harness.
+    """Raise ConfigError (RW154) for a name that is not in ``OWN`` and is in no file of lm-evaluation-harness.
 
-    This takes a fraction of the time in which the harness builds its list. RW153 where it is not installed. A name that
-    occurs somewhere may still not be a task; the harness reports that.
+    RW153 where the harness is not installed. This is much faster than the harness's own list of tasks. A name that
+    occurs in a file may still not be a task; the harness reports that.
     """
     for name in names:
         if name not in OWN:
@@ -58,15 +58,15 @@ def _check_foreign(name: str) -> None:
 
 
 def close_tasks(name: str, known: Iterable[str]) -> list[str]:
-    """At most three names like ``name``: the closest of ours, then of ``known``."""
+    """At most three names like ``name``: the closest of ``OWN``, then of ``known``."""
     ours = difflib.get_close_matches(name, OWN, n=1)
     return list(dict.fromkeys([*ours, *difflib.get_close_matches(name, sorted(known), n=3)]))[:3]
 
 
 def unknown_task(name: str, known: Iterable[str]) -> ConfigError:
-    """RW154, with what could have been meant."""
+    """The error RW154, which suggests similar names."""
     close = close_tasks(name, known)
     hint = f"; did you mean {' or '.join(close)}?" if close else "."
     return ConfigError(
-        "RW154", f"there is no task {name!r}; ours are {', '.join(OWN)}, and any of lm-evaluation-harness{hint}"
+        "RW154", f"there is no task {name!r}; give one of {', '.join(OWN)}, or any of lm-evaluation-harness{hint}"
     )

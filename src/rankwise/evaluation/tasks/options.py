@@ -23,7 +23,7 @@ WORDS: Mapping[Kind, str] = {
 }
 COMMONSENSE: tuple[Kind, ...] = ("generative", "loglikelihood")
 WITH_EXAMPLES: tuple[Kind, ...] = ("loglikelihood", "gsm8k", "other")
-# Options that are not here go with every task.
+# {option: the kinds of tasks that use it}. Options that are not here apply to every task.
 USED_BY: Mapping[str, tuple[Kind, ...]] = {
     "protocol": COMMONSENSE,
     "prompt_style": ("generative",),

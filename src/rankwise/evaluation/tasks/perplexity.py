@@ -117,7 +117,7 @@ def _example(row: Row, number: int, clusters: dict[str, str], log_p: Sequence[fl
 
 
 def _texts(row: Row) -> tuple[str, str]:
-    """What is asked and what is scored, in words."""
+    """The texts of the prompt and of the scored part."""
     if row.kind == "prompt":
         return row.prompt, row.completion
     if row.kind == "text":

@@ -27,7 +27,7 @@ from rankwise.foreign import JsonObject
 
 # A row of encoded preferences.
 Encoded = Mapping[str, Any]
-# Rows between two writes to the disk.
+# Number of rows between two writes to disk.
 ROWS_AT_ONCE = 16
 
 

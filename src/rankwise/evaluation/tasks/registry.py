@@ -14,7 +14,7 @@ from rankwise.foreign import JsonObject
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
 
-# Tasks that need --data, and what it is.
+# {task that needs --data: what the data are}.
 WHERE = {
     "perplexity": "any file of rows",
     "e2e": "testset_w_refs.csv of github.com/tuetschek/e2e-dataset",
@@ -37,7 +37,7 @@ def make_tasks(settings: EvaluateSettings) -> list[Task]:
 
 
 def kind_of(name: str, settings: EvaluateSettings) -> Kind:
-    """What the options of the task ``name`` are decided by. Raises DataError as reading a commonsense set does."""
+    """The kind of the task ``name``, which decides its options. Raises DataError as ``instructions_in`` does."""
     kinds: dict[str, Kind] = {"perplexity": "perplexity", "e2e": "e2e", "gsm8k": "gsm8k", "vicuna": "vicuna"}
     if name not in COMMONSENSE:
         return kinds.get(name, "other")

@@ -43,7 +43,7 @@ class Judge:
 
 
 class Vicuna(Task):
-    """``data`` holds ``question_id`` and ``text``. Ratings are bought once: ``judge.jsonl`` keeps every reply."""
+    """``data`` holds ``question_id`` and ``text``. Each rating is requested once: ``judge.jsonl`` keeps every reply."""
 
     name = "vicuna"
     primary = "mean"
@@ -94,7 +94,7 @@ class Vicuna(Task):
             ids = [engine.text_ids(GUANACO.format(text)) for _, text in self.asked]
             stops = GUANACO_STOPS
         else:
-            # The completion is a stand-in: only what stands in front of it is used.
+            # The completion is a placeholder: only the ids before it are used.
             items = [
                 Row("prompt", str(self.data), n, prompt=text, completion="-") for n, (_, text) in enumerate(self.asked)
             ]
@@ -154,7 +154,7 @@ class Vicuna(Task):
         }
 
     def _shares(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        r"""What each question adds to the error of a metric, linearised; of the orders that were rated.
+        r"""The linearised share of each question in the error of a metric, over the orders that were rated.
 
         reference_first, system_first: of m = 100 S / R,  u_q = 100 (s_q - S / R r_q) / R;   mean: the mean of both u_q
         """
