@@ -1,4 +1,4 @@
-"""Bytes that a pass holds for a moment besides what was saved. Imports no torch.
+"""Bytes of temporary tensors in a pass, besides what was saved. Imports no torch.
 
 The letters are those of `planning.step_facts`.
 """
@@ -29,8 +29,8 @@ def scores_backward_bytes(step: StepFacts) -> tuple[int, int]:
 
 
 def offloaded_scores_bytes(step: StepFacts) -> int:
-    """The same where only the attention weights come back from the host: the weights and two gradients in float32,
-    beside three gradients of the stream.
+    """Gradients in the scores' backward pass with offloading, where only the attention weights are fetched from the
+    host: the weights and two gradients in float32, beside three gradients of the stream.
     """
     return 12 * step.P + 3 * step.stream_bytes
 
@@ -53,13 +53,13 @@ def backward_bytes(step: StepFacts) -> int:
     if not step.is_full and not step.has("mlp.down_proj"):
         return step.T * s * (3 * f + h)
     less = (step.on_card and step.is_full) or (not step.fused_mlp and (step.on_card or again))
-    # With dropout the product that a fused MLP makes again is there twice.
+    # With dropout, the product that a fused MLP recomputes exists twice.
     dropped = f if step.fused_mlp and not step.is_full and step.workload.lora_dropout else 0
     return step.T * s * (2 * f + 2 * h if less else 4 * f + h + dropped)
 
 
 def _through_experts(step: StepFacts) -> int:
-    """The k experts of each token. Where experts adapt, values and gradients of the gate take five times its width."""
+    """The k experts of each token. In adapted experts, values and gradients of the gate take five times its width."""
     shape, s, again = step.shape, 4 if step.is_full else step.s, step.workload.gradient_checkpointing
     h, f, k = shape.hidden, shape.mlp, shape.experts_per_token
     if step.expert_adapters:
@@ -73,7 +73,7 @@ def _through_experts(step: StepFacts) -> int:
 
 
 def offloaded_backward_bytes(step: StepFacts) -> int:
-    """The same where saved tensors come back from the host, one at a time for the operation that asks for each.
+    """As `backward_bytes`, with offloading: saved tensors are fetched from the host, one operation at a time.
 
     Two tensors of the MLP and three gradients are held; six in all with DoRA's scaled gradients or where the product is
     computed again; seven through GPT-2's gelu. The transposed weight of stacked experts comes back too, since it is not
@@ -103,8 +103,8 @@ def brought_back_bytes(step: StepFacts) -> int:
 
 
 def weighing_bytes(step: StepFacts) -> int:
-    """Where the backward pass enters 4-bit experts: gradients of a token's k weighed outputs, two in the dtype of the
-    experts' weights and one in that of the outputs, and the gradient of their sum. What follows is one expert's share.
+    """Where the backward pass enters 4-bit experts: gradients of a token's k weighted outputs, two in the dtype of the
+    experts' weights and one in that of the outputs, and the gradient of their sum. Later operations hold one expert's.
     """
     s, wide = step.s, step.routing_bytes
     copies = 2 * wide + (s if wide != s else 0)
@@ -112,7 +112,7 @@ def weighing_bytes(step: StepFacts) -> int:
 
 
 def experts_forward_bytes(step: StepFacts) -> tuple[int, int]:
-    """Inside a layer's experts, on the way forward: (bytes held for a moment, bytes not saved yet).
+    """In a layer's experts, in the forward pass: (bytes of temporary tensors, bytes not saved yet).
 
     =============================  ============================================================  ==================
     experts                        held                                                          not saved yet

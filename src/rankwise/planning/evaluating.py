@@ -1,4 +1,4 @@
-"""Bytes that an evaluation's forward pass holds at its three heights, and generation at its end; nothing is saved for a
+"""Bytes that an evaluation's forward pass holds at its three peaks, and generation at its end. Nothing is saved for a
 backward pass.
 
 The letters are those of `planning.step_facts`. Imports no torch.
@@ -12,14 +12,14 @@ from rankwise.chunks import CACHE_BYTES
 from rankwise.planning import backward, head, saved
 from rankwise.planning.step_facts import StepFacts
 
-# Masks of truths, a byte for each pair of positions, while transformers joins them into one.
+# Number of boolean masks, a byte for each pair of positions, that exist while transformers combines them into one.
 MASKS_AT_ONCE = 3
 
 
 def forward_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
-    """{phase: {term: bytes}}: the masks when they are made, a layer, and the loss of a chunk.
+    """{phase: {term: bytes}} while masks are made, in a layer, and in the loss of a chunk.
 
-    ``unpacked``: a 4-bit weight that is made dense for its product.
+    ``unpacked``: bytes of the 4-bit weight that is dequantized for its product.
     """
     stream, masks, cast = step.stream_bytes, saved.masks_bytes(step), cast_bytes(step)
     made = max(masks, MASKS_AT_ONCE * step.T * step.row_tokens if step.masked else 0)
@@ -31,15 +31,15 @@ def forward_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
 
 
 def written_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
-    """{phase: {term: bytes}}: prompts when they are run, each once, and answers at their full length.
+    """{phase: {term: bytes}} of generation: while prompts are processed, and when answers have their full length.
 
-    These hold keys and values of all layers, and the logits of a token each, which are drawn from in float32.
+    Answers hold keys and values of all layers, and the float32 logits from which one token of each is sampled.
     """
     shape, work = step.shape, step.workload
     tokens = work.max_length * 2 * step.s
     rows = work.written
     if not step.on_card:
-        # As the batches are made: by the size of the weights.
+        # Batches of answers are sized by the bytes of the weights.
         row = work.max_length * 2 * (4 if step.is_full else step.s) * shape.keys * shape.layers
         rows = min(rows, max(1, CACHE_BYTES // row))
     prompts = min(work.prompts, rows)
@@ -51,7 +51,7 @@ def written_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
     return {
         "generation of prompts": {"transient": at_prompts + kept_of_prompts},
         "generation": {
-            # The keys, or values, of a layer grow by a copy.
+            # Appending to the keys, or values, of a layer copies them.
             "transient": rows * tokens * shape.keys * (2 * shape.layers + 1) // 2 + unpacked,
             "logits": rows * shape.vocabulary * (step.s + 3 * 4),
         },
@@ -59,8 +59,8 @@ def written_bytes(step: StepFacts, unpacked: int) -> dict[str, dict[str, int]]:
 
 
 def layer_bytes(step: StepFacts) -> int:
-    """A layer's norm and the larger of attention and MLP: gate, up, act(gate) and the product; five steps of GPT-2's
-    gelu; of experts what they keep in training, too. Of eager scores there is a copy while their softmax is made."""
+    """A layer's norm and the larger of attention and MLP. MLP: gate, up, act(gate) and the product; for GPT-2 five
+    steps of its gelu; for experts what they keep in training. Eager attention copies its scores for the softmax."""
     shape, s = step.shape, step.s
     attention = saved.attention_bytes(step) + (s * step.P if shape.eager else 0)
     if shape.experts:

@@ -1,4 +1,4 @@
-"""Bytes of the output head: logits on the way forward, its gradient on the way back. Imports no torch.
+"""Bytes of the output head: logits in the forward pass, its gradient in the backward pass. Imports no torch.
 
 The letters are those of `planning.step_facts`.
 """
@@ -13,7 +13,7 @@ TRL_TILE = (4096, 32768)
 
 
 def loss_bytes(step: StepFacts) -> int:
-    """Logits of a chunk of scored tokens. Through a head that trains they have float32 copies: 16 bytes each in all."""
+    """Logits of a chunk of scored tokens. If the head is trained, they have float32 copies: 16 bytes each in all."""
     V, scored = step.shape.vocabulary, step.workload.trained_tokens
     if step.trl_head:
         return _tile_bytes(step)
@@ -27,8 +27,8 @@ def loss_bytes(step: StepFacts) -> int:
 def _plain_loss_bytes(step: StepFacts) -> int:
     """All logits, their float32 copy, and the log-probabilities of the loss and of the entropy: s + 20 bytes each.
 
-    accelerate gives an autocast model's logits back in float32, from which the scored ones are picked: 4 bytes more. A
-    softcap keeps what its tanh gives: s more. Offloading takes away what is kept: that, and the loss's
+    accelerate converts an autocast model's logits to float32, from which the scored ones are selected: 4 bytes more. A
+    softcap saves the output of its tanh: s more. Offloading moves away what is saved: that output, and the loss's
     log-probabilities.
     """
     each = step.s + 20 + (4 if step.autocasts else 0)
@@ -40,7 +40,7 @@ def _plain_loss_bytes(step: StepFacts) -> int:
 
 
 def _tile_bytes(step: StepFacts) -> int:
-    """A tile of trl's head; full fine-tuning makes it of 16-bit copies."""
+    """A tile of trl's head, which full fine-tuning computes from 16-bit copies."""
     rows, columns = min(step.workload.trained_tokens, TRL_TILE[0]), TRL_TILE[1]
     copies = (rows + min(columns, step.shape.vocabulary)) * step.shape.hidden if step.autocasts else 0
     return step.s * (rows * columns + copies)
@@ -52,8 +52,8 @@ def weight_bytes(step: StepFacts) -> int:
 
 
 def first_gradient_bytes(step: StepFacts) -> int:
-    """What a head that trains holds as the backward pass begins: the gradient of a chunk, and the sum over chunks
-    before and after it is added. In full fine-tuning in 16 bits the sum's float32 copy is the most. trl's head sums the
+    """What a trained head holds when the backward pass begins: the gradient of a chunk, and the sum over chunks before
+    and after it is added. In full fine-tuning in 16 bits the sum's float32 copy is the largest. trl's head sums the
     hidden states' gradient in float32, beside a tile."""
     if step.trl_head:
         hidden = step.workload.trained_tokens * step.shape.hidden * 4
@@ -71,6 +71,6 @@ def gradient_bytes(step: StepFacts) -> int:
 
 
 def embedding_gradient_bytes(step: StepFacts) -> int:
-    """The last gradient of full fine-tuning, as large as the head's. Where the embedding is the head, too, both
-    gradients are there at that moment, beside their sum."""
+    """The last gradient of full fine-tuning, as large as the head's. If embedding and head are tied, both gradients
+    exist at that moment, beside their sum."""
     return 4 * step.shape.vocabulary * step.shape.hidden if step.is_full else 0

@@ -1,4 +1,4 @@
-"""The memory that each phase of a step adds to what is always held, by the closed form. Imports no torch.
+"""The memory that each phase of a step adds to what all phases hold, by the closed form. Imports no torch.
 
     forward     saved by all layers + logits
     backward    saved by all layers + what the last layer's gradients take (with checkpointing the input of each
@@ -25,7 +25,7 @@ class Moments:
     """The bytes held at each moment of one training step.
 
     ``gradients``: all gradients. ``copies``: the optimizer's copies of them. ``unpacked``: the largest 4-bit weight
-    that is made dense for its product.
+    that is dequantized for its product.
     """
 
     step: StepFacts
@@ -95,9 +95,7 @@ class Moments:
 
     @property
     def outside_then(self) -> int:
-        """The part of ``outside`` that is held in the backward pass: with checkpointing a layer's input and the
-        mask.
-        """
+        """The part of ``outside`` held in the backward pass: with checkpointing, a layer's input and the mask."""
         return self.step.stream_bytes + saved.masks_bytes(self.step) if self.again else 0
 
     @property
@@ -109,7 +107,7 @@ class Moments:
 
     @property
     def brought_back(self) -> int:
-        """What came from the host for one operation and stays until the next one has its own."""
+        """Offloaded tensors that were fetched for one operation and stay until the next one has fetched its own."""
         if not self.offloads:
             return 0
         return 2 * self.step.stream_bytes if self.again else backward.brought_back_bytes(self.step)

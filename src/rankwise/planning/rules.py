@@ -2,7 +2,7 @@
 mixed.
 
 ``evidence``: "published" rests on the source alone, "mixed" means that sources disagree, "computed" follows from the
-plan's own figures, "tried" was found out by trying.
+plan's own figures, "tried" comes from experiments.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Situation:
 
     method: str
     goal: str
-    # {method: whether some settings without loss make it fit}, for those planned for.
+    # {planned method: whether it fits with some settings that do not change its result}.
     fits: dict[str, bool]
-    # As ``rankwise train`` takes them.
+    # The recommended settings, by the names of ``rankwise train``.
     settings: JsonObject
     # Names among them that differ from what was asked for.
     changed: frozenset[str]
@@ -66,9 +66,9 @@ class Rule:
     """One line of advice."""
 
     name: str
-    # When it applies, in words.
+    # When the rule applies, as text.
     scenario: str
-    # The same for the program.
+    # The same condition as a function.
     when: Callable[[Situation], bool]
     reason: str
     source: str

@@ -1,7 +1,7 @@
-"""Bytes that the forward pass saves for the backward pass: of one layer, and outside of the layers. Imports no torch.
+"""Bytes that the forward pass saves for the backward pass: in one layer, and outside of the layers. Imports no torch.
 
 This module and `planning.backward` change when an operator changes; the letters are those of `planning.step_facts`.
-tests/planning/test_closed_form.py holds both against the dry run.
+tests/planning/test_closed_form.py compares both with the dry run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def unsaved_bytes(step: StepFacts) -> int:
 
 
 def _kept_around_mlp(step: StepFacts) -> float:
-    """The norms' part where only the MLP adapts: the input of its first layers, and the norm after the MLP."""
+    """The norms' part where only the MLP is adapted: the input of its first layers, and the norm after the MLP."""
     shape, s = step.shape, step.s
     if shape.experts:
         return 0
@@ -59,8 +59,8 @@ def _unsaved_of_mlp(step: StepFacts) -> float:
 def _norms(step: StepFacts) -> float:
     """Two or four RMSNorms. A fused norm keeps its input, h s; PyTorch's keeps a float32 copy.
 
-    Where adapters do not share the norm's input, its output is kept for them. Outputs of norms after attention and MLP
-    are only added, and not kept. Experts keep the tokens that they are given.
+    Where adapters do not share the norm's input, its output is saved for them. Outputs of norms after attention and MLP
+    are only added, and not saved. Experts save their input tokens.
     """
     shape, s = step.shape, step.s
     copy = s if step.fused else 4
@@ -88,12 +88,12 @@ def _kept_by_v(step: StepFacts) -> int:
 
 
 def attention_bytes(step: StepFacts) -> int:
-    """What a layer's attention holds: q, k, v, the output, its mask as numbers, its scores."""
+    """What a layer's attention holds: q, k, v, the output, its additive mask, its scores."""
     return round(step.T * _attention(step) + scores_bytes(step) + _mask(step))
 
 
 def _mask(step: StepFacts) -> int:
-    """PyTorch's attention turns the mask into numbers in each layer and keeps them: s for each pair of positions."""
+    """PyTorch's attention makes an additive mask in each layer and saves it: s for each pair of positions."""
     if step.own_attention or step.scores:
         return 0
     return round(step.masked * step.T * step.row_tokens * step.s)
@@ -137,11 +137,11 @@ def _mlp(step: StepFacts) -> float:
 
 
 def _experts(step: StepFacts) -> float:
-    """k copies of a token pass k experts. Kept are gate and up, act(gate), the outputs that are weighed, and the
-    router's scores.
+    """Each token is copied to k experts. Saved are gate and up, act(gate), the outputs before they are weighted, and
+    the router's scores.
 
-    Experts that train as a whole compute in float32 and keep inputs and products too: 16 f + 8 h bytes for each of the
-    k, as in dry runs of Mixtral and Qwen3-MoE.
+    Fully trained experts compute in float32 and save inputs and products too: 16 f + 8 h bytes for each of the k, as in
+    dry runs of Mixtral and Qwen3-MoE.
     """
     shape, s, k = step.shape, step.s, step.shape.experts_per_token
     routed: float = s * (3 * k * shape.mlp + max(1, k - 1) * shape.hidden)
@@ -154,9 +154,9 @@ def _experts(step: StepFacts) -> float:
 
 
 def _adapted_experts(step: StepFacts) -> float:
-    """gate and up, the tokens once, the outputs that are weighed, U of both products, and the order of the rows.
+    """gate and up, the tokens once, the outputs before weighting, U of both products, and the order of the rows.
 
-    An adapter on the expert that sees every token keeps the tokens itself.
+    An adapter on the shared expert, which sees every token, saves the tokens itself.
     """
     shape, s, k = step.shape, step.s, step.shape.experts_per_token
     tokens = shape.hidden if step.expert_ranks[0] and not step.has("gate_proj", "up_proj") else 0
@@ -165,9 +165,9 @@ def _adapted_experts(step: StepFacts) -> float:
 
 
 def _low_rank(step: StepFacts) -> float:
-    """``U = x A^T``: R s. DoRA also keeps the outputs that nothing else keeps or gives back.
+    """``U = x A^T``: R s. DoRA also saves those outputs that no other operation saves or restores (`ops.handback`).
 
-    Norms keep q and k, or rotary positions give them back, where attention keeps what was made of them and no copy.
+    Norms save q and k, or rotary positions restore them, where attention saves what was computed from them in place.
     """
     shape, s = step.shape, step.s
     own = s * step.ranks
@@ -188,14 +188,14 @@ def _low_rank(step: StepFacts) -> float:
 
 
 def cast_weights_bytes(step: StepFacts) -> float:
-    """Autocast keeps a 16-bit copy of every float32 weight that it multiplied with, but not of stacked experts."""
+    """Autocast keeps a 16-bit copy of every float32 weight in a product, but not of stacked experts."""
     shape = step.shape
     cast = step.layer_weights - 3 * shape.experts * shape.mlp * shape.hidden
     return cast * step.s if step.autocasts else 0
 
 
 def _full_per_token(step: StepFacts) -> float:
-    """Weights train, so that products keep their inputs: the outputs of two norms in float32; under autocast a 16-bit
+    """Weights are trained, so products save their inputs: the outputs of two norms in float32; under autocast a 16-bit
     copy of them for each layer that reads one."""
     shape, s = step.shape, step.s
     norms = shape.norms_per_layer * (8 * shape.hidden + 4)
@@ -232,7 +232,7 @@ def outside_layers_bytes(step: StepFacts) -> int:
 
 
 def masks_bytes(step: StepFacts) -> int:
-    """A byte for each pair of positions. Eager attention has two masks of numbers, in the dtype of the weights."""
+    """A byte for each pair of positions. Eager attention has two additive masks, in the dtype of the weights."""
     eager = 2 * (4 if step.is_full else step.s)
     if step.shape.eager:
         return step.T * step.row_tokens * eager

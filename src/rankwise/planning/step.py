@@ -1,4 +1,4 @@
-"""One training step as the trainer takes it, on fake or on real tensors.
+"""One training step, computed as the trainer computes it, on fake or on real tensors.
 
 B rows, L tokens a row, P positions of a row that are scored, V vocabulary.
 """
@@ -41,7 +41,7 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
     """Rows of full length. The last of several rows has one token of padding, as in batches of rows with different
     lengths.
 
-    ``flat``: the rows lie end to end in one row, separated by their bounds, where the trainer does so.
+    ``flat``: the rows are concatenated into one row with their bounds, in the cases where the trainer does so.
     """
     B, L = workload.sequences, workload.max_length
     P = workload.trained_tokens // B
@@ -66,12 +66,12 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
 
 
 def true_counts(workload: Workload) -> dict[int, int]:
-    """{length of a tensor of flags: how many are set}, for the flags over all positions that say which are scored."""
+    """{length of a mask of scored positions: number of true elements}, which a fake tensor cannot know."""
     return {workload.tokens: workload.trained_tokens}
 
 
 def autocast_dtype(method: str, workload: Workload) -> torch.dtype | None:
-    """The Trainer's mixed precision: full fine-tuning computes in 16 bits over float32 weights."""
+    """The Trainer's autocast dtype: full fine-tuning computes in 16 bits with float32 weights. None: no autocast."""
     return getattr(torch, workload.dtype) if method == "full" and workload.dtype != "float32" else None
 
 
@@ -95,7 +95,7 @@ def take_step(
     if is_unit(model):
         average_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    # All tensors at once where the optimizer takes them so: as on a card.
+    # foreach where the optimizer uses it, as on a GPU.
     nn.utils.clip_grad_norm_(trained, 1.0, foreach=optimizer.defaults.get("foreach"))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -105,7 +105,7 @@ def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None, *, cal
     """Mean cross-entropy over the scored positions, as the trainer computes it.
 
     The entropy and the accuracy that the trainer reports are computed too, because they take memory. ``call``: the
-    module of DDP around the model.
+    module to call instead of ``model``, such as DDP's wrapper.
     """
     with torch.autocast(batch.labels.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         if fused_head(model) is not None:
@@ -113,21 +113,21 @@ def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None, *, cal
             given = {"labels": batch.labels, "use_cache": False, "loss_options": options}
             return (call or model)(**batch.inputs, **given).loss
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        # As the trainer chooses where our loss is not there.
+        # The head that the trainer uses where rankwise's loss does not apply.
         if type(head) is nn.Linear and stands_on_card(batch.labels) and not batch.label_smoothing:
             decoder: Any = model.base_model
             hidden = decoder(**batch.inputs, use_cache=False).last_hidden_state
             wanted = batch.labels[:, batch.positions + 1].flatten()
             return trl_head.sum_of_losses(hidden[:, batch.positions].flatten(0, 1), head.weight, wanted)
         logits = _logits(model, batch, call or model)
-    # accelerate gives the outputs of an autocast model back in float32.
+    # accelerate converts the outputs of an autocast model to float32.
     return loss_from(logits if autocast is None else logits.float(), batch)
 
 
 def loss_from(logits: Tensor, batch: Batch) -> Tensor:
     """The loss from the model's own logits (B, P, V)."""
     V = logits.shape[-1]
-    # The trainer picks the scored ones by a mask: a copy of them all.
+    # The trainer selects the scored logits by a mask, which copies them.
     scored = torch.arange(logits.numel() // V, device=logits.device)
     chosen = logits.reshape(-1, V)[scored].float()
     wanted = batch.labels[:, batch.positions + 1].reshape(-1)

@@ -1,5 +1,5 @@
-"""What images add to a step: their pixels, and the frozen tower's forward pass, of which nothing is saved. Imports no
-torch.
+"""What images add to a step: their pixels, and the forward pass of the frozen vision tower, which saves nothing for a
+backward pass. Imports no torch.
 
 n patches, h width of the tower, f of its MLP, s bytes per element.
 """
@@ -16,11 +16,11 @@ ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """The sizes of the part that sees. A token of the language part stands for ``patches`` patches of an image."""
+    """The sizes of the vision tower. One image token of the language model stands for ``patches`` patches."""
 
     hidden: int
     mlp: int
-    # Pixel values of a patch.
+    # Number of pixel values of a patch.
     values: int
     patches: int
 
@@ -47,8 +47,8 @@ def _size(value: object) -> int:
 def image_terms(tower: Tower, workload: Workload) -> tuple[int, int]:
     """Bytes of the micro-batch's pixels, which live through the whole step, and of the tower's forward pass.
 
-    Pixels come in float32 and are cast once more. In an MLP of the tower live the stream, a normed copy and two tensors
-    of width f; on a CPU a third one, as measured:  n s (3 h + 2 f), or n s (3 h + 3 f).
+    Pixels are float32; the pass includes their copy in the model's dtype. An MLP of the tower holds the stream, a
+    normed copy and two tensors of width f; on a CPU a third one, as measured:  n s (3 h + 2 f + values) in all.
     """
     tokens = min(workload.image_tokens, workload.max_length)
     n, s = workload.batch_size * tokens * tower.patches, ELEMENT[workload.dtype]

@@ -1,5 +1,5 @@
-"""The element-wise operators of a training step on the native library, with the signatures of
-`rankwise.ops.elementwise_reference`: float32 and bfloat16, as exact as the reference.
+"""The element-wise operators of a training step in the native library, with the signatures and the precision of
+`rankwise.ops.elementwise_reference`: float32 and bfloat16.
 
 The callers in ``rankwise.ops.elementwise`` have checked types and shapes.
 

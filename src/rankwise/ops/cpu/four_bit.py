@@ -1,4 +1,4 @@
-"""4-bit weights on the native library, with the signatures of `rankwise.ops.reference` and the same results.
+"""4-bit operators in the native library, with the signatures of `rankwise.ops.reference` and the same results.
 
 Quantized and dequantized values equal the reference to the bit. Products use the same dequantized weight and sum in
 float32. The callers in ``rankwise.ops.table`` have checked types, shapes and buffer sizes.

@@ -1,8 +1,8 @@
-"""The steps of `rankwise.ops.low_rank_linear` on the native library: one sum of products for each output and each
+"""The steps of `rankwise.ops.low_rank_linear` in the native library: one sum of products for each output and each
 gradient.
 
 The low-rank branch is one more term beside the frozen weight, and DoRA's gain g is applied to the sums before they are
-rounded. On the way back g multiplies the rows of W and B, so ``dz = g * dy`` is never written:
+rounded. In the backward pass g multiplies the rows of W and B, so ``dz = g * dy`` is never stored:
 
     dx = sum_i dy_i (g_i W_i) + dU A        dU_i = dy_i (s g_i B_i)        dB_i = s g_i (dy_i^T U_i)
 
@@ -24,7 +24,7 @@ from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pa
 
 def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
     """The native steps for rows (T, K) through these branches; None if the native products cannot read the weights in
-    place, or do not pay.
+    place, or are not faster.
     """
     if len(branches) >= MOST_TERMS or not take(rows.dtype):
         return None
@@ -47,8 +47,8 @@ class Steps:
         """The outputs (T, N_i), and U = drop(x) [A_1; A_2; ...]^T (T, R)."""
         rows = _dense(rows)
         T, ranks = rows.shape[0], [branch.A.shape[0] for branch in branches]
-        # In float32, A and B say more than their rounded values, and U too: with it the errors of outputs and gradients
-        # are below those of the same branch computed in float32 and added to a rounded product.
+        # With A and B in float32, U keeps what rounding leaves. Outputs and gradients are then more exact than those
+        # of the same branch computed in float32 and added to a rounded product.
         are_floats = all(matrix.dtype is torch.float32 for branch in branches for matrix in (branch.A, branch.B))
         exact = are_floats and rows.dtype is torch.bfloat16
         U, rest = rows.new_empty(T, sum(ranks)), rows.new_empty(T, sum(ranks)) if exact else None
@@ -98,7 +98,7 @@ def _branch_grads(dy: Tensor, branch: Branch, y: Tensor | None, U: Tensor, want:
     dbias = grad_of_bias(dy, branch) if want.bias else None
     if not (want.B or want.m):
         return BranchGrads(bias=dbias)
-    # Of a y without a bias, dm comes out of the same pass.
+    # If y has no bias, the same pass gives dm.
     m = branch.m if want.m else None
     divisor = None if m is None or branch.bias is not None else m.float().contiguous()
     dB, dot = row_product(

@@ -1,7 +1,7 @@
-"""Loader of the native library that the package's build makes from csrc/.
+"""Loads the native library, which the build compiles from csrc/.
 
-It is a plain shared library with a C interface, so one binary serves every torch. Its loops run on torch's own OpenMP
-threads: two OpenMP runtimes in one process would spin on the same cores.
+The library has a C interface without torch, so one binary works with every torch. Its loops run on torch's own OpenMP
+threads, because the threads of two OpenMP runtimes in one process would compete for the same cores.
 """
 
 from __future__ import annotations
@@ -142,8 +142,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
 
 
 def _share_threads(loaded: ctypes.CDLL) -> None:
-    """Hand over the entry point of the OpenMP runtime that torch brought; without one the library starts threads per
-    call."""
+    """Pass the entry point of torch's OpenMP runtime to the library, which otherwise starts threads for each call."""
     folder = Path(torch.__file__).parent / "lib"
     names = [str(path) for pattern in ("libgomp*", "libomp*", "libiomp*") for path in sorted(folder.glob(pattern))]
     for name in [*names, "libgomp.so.1", "libomp.so", "libomp.dylib"]:

@@ -29,9 +29,7 @@ class NativeWeight:
         )
 
     def address(self) -> int:
-        """The address of the C view. FSDP moves a weight's storage between the passes, so it is read again each
-        time.
-        """
+        """The address of the C view. Each call updates its pointers, because FSDP moves weights between passes."""
         self.struct.packed, self.struct.absmax = self.buffers[0].data_ptr(), self.buffers[1].data_ptr()
         return ctypes.addressof(self.struct)
 

@@ -1,10 +1,10 @@
-"""Sums of products of matrices on the native library: a frozen weight and its low-rank branch in one pass.
+"""Sums of products of matrices in the native library: a frozen weight and its low-rank branch in one pass.
 
     out (T, N) = g * sum_i a_i W_i^T + b        with W_i dense, of 4 bits, or a small float32 matrix
 
-Summed in float32 and rounded once; a result depends on no number of threads. Where the processor multiplies pairs of
-bfloat16 (AMX, AVX-512 BF16) rows are bfloat16 and factors are rounded to it; with AVX2, where it does not, rows may be
-float32 too and everything is widened to it. See `take`.
+Sums are float32 and rounded once; results do not depend on the number of threads. Where the processor multiplies pairs
+of bfloat16 (AMX, AVX-512 BF16), rows are bfloat16 and factors are rounded to bfloat16. With AVX2, which cannot, rows
+may also be float32, and all operands are widened to float32. See `take`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rankwise.ops.packed_weight import PackedWeight
 
 MOST_TERMS = 16
 
-# Below so many rows others are faster: PyTorch's product than packing a weight for tiles, and than sums in float32 of a
-# weight of 4 bits the kernel that multiplies as it decodes; of float32 PyTorch's small products.
+# Number of rows from which sums of products are faster than PyTorch's product (bfloat16 on tiles; float32), or than the
+# kernel that multiplies while it decodes (4-bit weights, sums in float32).
 _LEAST_ROWS_OF_TILES, _LEAST_ROWS_OF_FOUR_BITS, _LEAST_ROWS_OF_FLOATS = 32, 4, 32
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1}
@@ -62,8 +62,8 @@ class Term:
     """``a W^T`` of a (T, K) and W (N, K), or, with ``across``, ``a W`` of a (T, N).
 
     ``gain`` float32, one per element that is summed over, and ``scale`` multiply W before it is rounded to bfloat16.
-    ``exact``: on tiles, a float32 W without ``across`` is not rounded but counts as the sum of two bfloat16 matrices.
-    ``a_rest`` (T, K), laid out as a, is what rounding a left, and counts too.
+    ``exact``: on tiles, a float32 W without ``across`` is not rounded but split into a sum of two bfloat16 matrices.
+    ``a_rest`` (T, K), laid out as a, is the rounding error of a, and is added to a.
     """
 
     a: Tensor
@@ -97,12 +97,13 @@ def pay(rows: Tensor, W: Factor) -> bool:
 
 
 def replace_torch(dtype: torch.dtype) -> bool:
-    """Whether they take rows of ``dtype`` for which PyTorch's own products have no instruction and are far slower."""
+    """Whether sums of products take rows of ``dtype``, while PyTorch's products have no instruction for it and are far
+    slower."""
     return dtype is torch.bfloat16 and take(dtype) and not on_tiles()
 
 
 def on_tiles() -> bool:
-    """Whether they multiply pairs of bfloat16 in tiles: with AMX or AVX-512 BF16."""
+    """Whether sums of products multiply pairs of bfloat16, with AMX or AVX-512 BF16."""
     return bool(library().rw_products_are_tiles())
 
 
@@ -112,7 +113,7 @@ def allow(allowed: bool) -> None:
 
 
 def use_amx() -> bool:
-    """Whether the tiles are those of AMX."""
+    """Whether sums of products run on AMX."""
     return bool(library().rw_products_use_amx())
 
 
@@ -131,7 +132,7 @@ def add_products(
     """out (T, N), rows dense, is overwritten with ``g * (sum of at most 16 terms) + bias``.
 
     Every a has out's dtype, which `take` admits, and dense rows; g and bias are float32 (N,). ``rest``, laid out as
-    out, takes what rounding it left. Fake tensors stay as they are.
+    out, is overwritten with the rounding error of out. Nothing is computed for fake tensors.
     """
     if is_fake(out):
         return out
@@ -157,8 +158,8 @@ def row_product(
 ) -> tuple[Tensor, Tensor | None]:
     """``scale * gain * q^T m`` (R, C), or its transpose, and ``sum_T m * y / divisor`` (C,) float32 where y is given.
 
-    q (T, R), m and y (T, C) of one dtype, which `take` admits, with dense rows; gain and divisor (C,) float32; where
-    divisor is 0 so is the quotient. ``dtype``, the result's, float32 or bfloat16.
+    q (T, R), m and y (T, C) of one dtype, which `take` admits, with dense rows; gain and divisor (C,) float32. Where
+    divisor is 0, the quotient is 0. ``dtype``: the dtype of the first result, float32 or bfloat16.
     """
     (T, R), C = q.shape, m.shape[1]
     out = torch.empty((C, R) if by_column else (R, C), dtype=dtype)

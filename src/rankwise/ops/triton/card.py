@@ -1,4 +1,4 @@
-"""The fused operators of a step on a card, on Triton, with the signatures of `rankwise.ops.card_reference`.
+"""The fused operators of a training step on a GPU, in Triton, with the signatures of `rankwise.ops.card_reference`.
 
 The callers in ``rankwise.ops.table`` have checked types and shapes.
 """

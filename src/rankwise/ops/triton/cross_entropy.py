@@ -1,10 +1,10 @@
-"""Cross-entropy of rows of logits, and its gradient in their place: two passes over each row.
+"""Cross-entropy of rows of logits, and its gradient written over the logits, in two passes over each row.
 
-Legend: C = rows with logits, V = vocabulary, x = logits, z = what softmax sees.
+Legend: C = rows with logits, V = vocabulary, x = logits, z = argument of softmax.
 
-The first pass keeps the largest z so far, M, and sums of exp(z - M), which shrink by exp(M - M') when a larger M'
-comes.
-The floor is one read and, with the gradient, another read and a write: 6 C V bytes in bfloat16.
+The first pass keeps the largest z so far, M, and sums of exp(z - M), which are multiplied by exp(M - M') when a larger
+M' is found.
+The lower bound is one read and, with the gradient, another read and a write: 6 C V bytes in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rankwise.ops.triton.tile import launching_on, power_of_two, round_to
 
 IGNORED_TARGET = tl.constexpr(IGNORED)
 
-# Logits of a row at once at the most, and how many each warp takes.
+# Maximum number of logits of a row that a program processes at once, and logits per warp.
 _COLUMNS, _PER_WARP = 4096, 256
 
 
@@ -60,7 +60,7 @@ def score(
     SMOOTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """M, sum exp(z - M), sum (z - M) exp(z - M), sum z, and whether another logit comes before the target's."""
+    """M, sum exp(z - M), sum (z - M) exp(z - M), sum z, and whether another logit is ranked before the target's."""
     wanted = tl.load(row + target).to(tl.float32)
     largest, total, moment, mass, wrong = -float("inf"), 0.0, 0.0, 0.0, 0
     for start in range(0, V, COLUMNS):
@@ -70,7 +70,7 @@ def score(
         z, _ = shaped(x, multiplier, softcap)
         z = tl.where(inside, z, -float("inf"))
         new = tl.maximum(largest, tl.max(z, axis=0))
-        # Without any finite logit so far, differences would be NaN.
+        # If no logit was finite so far, -inf - (-inf) would be NaN.
         base = tl.where(new == -float("inf"), 0.0, new)
         shrink, e = tl.exp(largest - base), tl.exp(z - base)
         if ENTROPY:
@@ -126,7 +126,7 @@ def cross_entropy_kernel(
     SMOOTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """The loss, entropy and hit of one row, and its gradient in place; zeros where the target is ignored.
+    """The loss, entropy and correctness of one row, and its gradient in place; zeros where the target is ignored.
 
     The loss of a target outside the vocabulary is NaN.
     """
@@ -172,7 +172,7 @@ def cross_entropy_(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(loss, entropy, correct) and the gradient in place, as `rankwise.ops.elementwise_reference.cross_entropy_`.
 
-    The targets are not checked, since that would wait for the card.
+    The targets are not checked, since that would synchronize with the GPU.
     """
     C, V = logits.shape
     losses = logits.new_empty(C, dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""Packed codes to a dense weight, double quantization folded in.
+"""Packed codes to a dense weight, with double quantization in the same kernel.
 
-A weight of n elements reads n / 2 bytes of codes and 4 (double-quantized: 1) bytes per block, and writes n elements:
-for bfloat16 and blocks of 64, 2.56 bytes per element. That traffic is the floor: 43 MB for 4096 x 4096, 13 us at an
-H100's 3.35 TB/s and 43 us at an RTX 4090's 1.0 TB/s.
+For a weight of n elements it reads n / 2 bytes of codes and 4 (double-quantized: 1) bytes per block, and writes n
+elements: for bfloat16 and blocks of 64, 2.56 bytes per element. This traffic is the lower bound: 43 MB for
+4096 x 4096, 13 us at an H100's 3.35 TB/s and 43 us at an RTX 4090's 1.0 TB/s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Dropout whose mask is a hash of the seed and the flat index, that of `rankwise.ops.elementwise_reference` to the bit.
 
-Words are passed to the kernels as signed 32-bit numbers and not specialised: each seed has other words, and none may
-cause a compilation.
+The words of a key are passed to the kernels as signed 32-bit numbers without specialization, so that a new seed does
+not cause a compilation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def keep_mask(
     start: tl.tensor, before: tl.tensor, middle: tl.tensor, threshold: tl.tensor, ELEMENTS: tl.constexpr
 ) -> tl.tensor:
     """Which of the ELEMENTS elements from ``start``, a multiple of ELEMENTS, are kept."""
-    # All have one upper word, which moves the keys of elements from 2^32 on.
+    # All these elements have one upper word of the index, which changes the keys from element 2^32 on.
     upper = (start >> 32).to(tl.uint32) * 0x9E3779B9
     index = start.to(tl.uint32) + tl.arange(0, ELEMENTS).to(tl.uint32)
     h = index + (before.to(tl.uint32) + upper)

@@ -1,11 +1,11 @@
-"""Four bits on Triton kernels, with the signatures of `rankwise.ops.reference` and the same results.
+"""4-bit operators in Triton, with the signatures of `rankwise.ops.reference` and the same results.
 
 Quantized and dequantized values equal the reference to the bit. Products use the same dequantized weight and sum in
 float32. The callers in ``rankwise.ops.table`` have checked types, shapes and buffer sizes.
 
-Up to 16 rows, products read the packed weight only. Larger ones dequantize it, for the time of one product, and leave
-the product to torch, which then costs less than tensor cores that wait for decoding. So does the input gradient, which
-dequantizes again: no dense weight is kept for backward. Weights whose rows are not whole blocks always take that way.
+Up to 16 rows, products read the packed weight only. With more rows, the weight is dequantized temporarily and torch
+multiplies, which costs less than tensor cores that wait for decoding. The input gradient dequantizes again, so no dense
+weight is kept for backward. Weights whose rows are not whole blocks are always dequantized.
 
 Legend: T = rows of x, K = in features, N = out features.
 """

@@ -1,9 +1,9 @@
-"""Gated activations, and their gradients without writing over anything: gate and up may be outputs that others keep.
+"""Gated activations and their gradients. Nothing is overwritten, because other functions may have saved gate and up.
 
 Legend: T = rows, N = columns.
 
-The floor is the tensors' way from and to memory: 6 T N bytes forward and 10 T N backward in bfloat16, 12 with the
-product that a layer behind needs again.
+The lower bound is the memory traffic: 6 T N bytes forward and 10 T N backward in bfloat16, 12 with the product, which
+the next layer's backward pass may need.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Legend: T = rows, N = columns, R = rank.
 
-The floor is y's way from and to memory, 4 T N bytes in bfloat16: 268 MB for 8192 x 8192, 80 us at an H100's 3.35 TB/s.
+The lower bound is reading and writing y, 4 T N bytes in bfloat16: 268 MB for 8192 x 8192, 80 us at an H100's 3.35 TB/s.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from rankwise.ops.triton.rows import as_rows, dot_operand, write_back
 from rankwise.ops.triton.tile import is_old, launching_on, power_of_two, round_to
 
-# (rows and columns of y per program, ranks multiplied at once at the most, warps). Without tensor cores a product takes
+# (rows and columns of y per program, maximum ranks multiplied at once, warps). Without tensor cores a product takes
 # more registers: twice the float32 tile spills.
 _HALF, _FLOAT = (64, 128, 64, 4), (64, 64, 32, 4)
-# On a T4, for whose tensor cores Triton makes no products: 16 bits take even more registers than float32.
+# On a T4, whose tensor cores Triton does not use: 16-bit products take even more registers than float32 ones.
 _OLD = (32, 64, 32, 4)
-# Ranks that tensor cores multiply.
+# Minimum number of ranks for tensor cores.
 _FEWEST = 16
 
 

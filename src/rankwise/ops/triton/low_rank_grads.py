@@ -1,13 +1,13 @@
 """The gradients of one low-rank branch, in one pass over dy: dU and dB; with a gain also dz, and dm from dy and y.
 
-A program goes down a run of rows in a block of columns. It keeps the block's dB, and writes the block's share of each
-row's dU. A second kernel adds the shares, in an order that the shape alone decides: no atomics, and the same bits every
-time.
+A program processes a run of rows in a block of columns. It accumulates the block's dB, and writes the block's share of
+each row's dU. A second kernel adds the shares without atomics, in an order that depends on the shape only, so results
+are deterministic.
 
 Legend: T = rows, N = columns, R = rank.
 
-The floor is dy's way from memory, 2 T N bytes in bfloat16, and as much for y and dz each. The shares come to 8 T R
-bytes for each block of columns and 8 N R for each run of rows, a tenth of it at R = 16.
+The lower bound is reading dy, 2 T N bytes in bfloat16, and as much for y and dz each. The shares take 8 T R bytes for
+each block of columns and 8 N R for each run of rows, a tenth of the lower bound at R = 16.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from rankwise.ops import card_reference
 from rankwise.ops.triton.rows import as_rows, dot_operand
 from rankwise.ops.triton.tile import is_old, launching_on, power_of_two, round_to
 
-# (rows and columns of dy that a program holds, ranks at once at the most, warps, stages). With a gain, y and dz take
+# (rows and columns of dy that a program holds, maximum ranks at once, warps, stages). With a gain, y and dz take
 # registers too; without tensor cores a product takes more.
 _HALF, _GAINED, _FLOAT = (32, 256, 64, 8, 2), (32, 128, 32, 4, 2), (32, 64, 32, 4, 1)
-# Ranks that tensor cores multiply.
+# Minimum number of ranks for tensor cores.
 _FEWEST = 16
-# Rows of a run, where that leaves enough programs for a large card, and the fewest.
+# Maximum and minimum rows of a run, and the number of programs aimed at.
 _LONGEST, _SHORTEST, _PROGRAMS = 2048, 128, 256
-# Numbers that a program of the second kernel makes, and its warps.
+# Number of results of a program of the second kernel, and its warps.
 _ELEMENTS, _SUM_WARPS = 512, 4
 
 
@@ -75,7 +75,7 @@ def low_rank_grads_kernel(
         if dz is not None:
             factor = tl.load(g + column, mask=in_columns, other=0.0)
             grad = round_to(grad.to(tl.float32) * factor[None, :], dz.dtype.element_ty)
-            # Of several ranges of ranks each writes the same.
+            # The programs of all ranges of ranks write the same values.
             tl.store(dz + row[:, None] * N + column[None, :], grad, mask=inside)
         share = tl.dot(dot_operand(grad), dot_operand(b), input_precision="ieee")
         dU_place = dU_shares + (block * T + row)[:, None] * R + rank[None, :]
@@ -135,14 +135,14 @@ def low_rank_sums_kernel(
         place = (program - of_dU - of_dB) * ELEMENTS + element
         total = sum_shares(dot_shares, place, place < N, runs, N)
         if m is not None:
-            # y carries dm only where m is not 0: of a row of norm 0, which m cannot scale, the gradient is 0.
+            # dm follows from y only where m is not 0. Where m is 0, the gradient is set to 0.
             divisor = tl.load(m + place, mask=place < N, other=1.0).to(tl.float32)
             total = tl.where(divisor == 0.0, 0.0, total / tl.where(divisor == 0.0, 1.0, divisor))
         tl.store(dm + place, total, mask=place < N)
 
 
 def grid(T: int, N: int, *, gained: bool) -> tuple[int, int]:
-    """How many blocks of columns of 16 bits there are, and how many rows a run has."""
+    """(number of blocks of columns of 16-bit values, number of rows of a run)."""
     return _grid(T, N, (_GAINED if gained else _HALF)[1])
 
 
@@ -169,7 +169,7 @@ def low_rank_grads_(
     dB = torch.empty((N, R), dtype=torch.float32, device=dy.device)
     dm = None if y is None else torch.empty(N, dtype=torch.float32, device=dy.device)
     dz = None if g is None or folded else torch.empty((T, N), dtype=dy.dtype, device=dy.device)
-    # A T4's shared memory holds the smaller tile alone.
+    # A T4's shared memory holds only the smaller tile.
     half = _HALF if dm is None and dz is None and not is_old(dy.device) else _GAINED
     ROWS, COLUMNS, most, warps, stages = _FLOAT if dy.dtype == torch.float32 else half
     dy, y, B, U = as_rows(dy), None if y is None else as_rows(y), as_rows(B), as_rows(U)

@@ -1,13 +1,13 @@
-"""Products of few rows with the packed weight: decoding, one to sixteen tokens at a time.
+"""Products of few rows with the packed weight, as in generation: one to sixteen tokens at a time.
 
 Legend: T = rows of x, K = in features, N = out features.
 
-The floor is the weight's way from memory: N K / 2 bytes of codes and 4 (double-quantized: 1) bytes per block; x and y
-hardly count. In blocks of 64 that is 0.56 bytes per weight against 2 in bfloat16. For a layer of 4096 x 4096: 9.4 MB,
+The lower bound is reading the weight: N K / 2 bytes of codes and 4 (double-quantized: 1) bytes per block; x and y are
+negligible. In blocks of 64 that is 0.56 bytes per weight against 2 in bfloat16. For a layer of 4096 x 4096: 9.4 MB,
 2.8 us at an H100's 3.35 TB/s and 9.4 us at an RTX 4090's 1.0 TB/s, against 10 and 33 us.
 
-W' is rounded to the dtype of x, as everywhere, so that decoding gives the logits that training saw; sums are float32.
-The elements 2j and 2j + 1 of a row are multiplied apart, which spares putting them back in order.
+W' is rounded to the dtype of x, as in all operators, so that generation gives the logits of training; sums are float32.
+The elements 2j and 2j + 1 of a row are multiplied separately, so that they need not be interleaved again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from rankwise.ops.triton.tile import (
     row_tile,
 )
 
-# Up to so many rows are multiplied here. It is also the least side of a tile that tensor cores take.
+# Maximum number of rows of x. It is also the minimum size of a tensor core's tile.
 FEW_ROWS = 16
 
 # (weight rows per program, elements of a row at once, warps): 16 bytes of codes per thread, the widest load there is.
 # Several rows of x: the fewest weight rows that tensor cores take, for many programs; 512 columns spill registers.
-# Compiled in one stage: Triton's pipeliner would send the look-ups of the 16 values through shared memory as well.
+# Compiled in one stage: Triton's pipeliner would also move the look-ups of the 16 values through shared memory.
 _ONE = (4, 1024, 4)
 _SEVERAL = (16, 256, 4)
-# On a T4, for whose tensor cores Triton makes no products, 256 columns spill registers too.
+# On a T4, whose tensor cores Triton does not use, 256 columns spill registers, too.
 _SEVERAL_OLD = (16, 64, 4)
 
 
@@ -80,7 +80,7 @@ def one_row_kernel(
         first = round_to(first, x.dtype.element_ty).to(tl.float32)
         second = round_to(second, x.dtype.element_ty).to(tl.float32)
         x_first, x_second = x_halves(x, spans, row_spans, SPAN)
-        # The next tile is on its way while this one is multiplied.
+        # The next tile is loaded while this one is multiplied.
         spans += SPANS
         pairs, scale = row_tile(
             rows, spans, N, row_spans, row_bytes, packed, absmax, nested_absmax, offset, dynamic_map, SPAN, BLOCK

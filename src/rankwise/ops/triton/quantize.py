@@ -27,7 +27,7 @@ def quantize_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
-    """The codes and scales of BLOCKS blocks. A block with NaN or Inf gets such a scale: the caller refuses it."""
+    """The codes and scales of BLOCKS blocks. A block with NaN or Inf gets a scale of NaN or Inf; the caller raises."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     element = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
     inside = block * BLOCK < n

@@ -1,5 +1,5 @@
-"""``sum_r (W A^T) * B`` per row, W dense or packed: what DoRA's norm needs of a frozen weight, read once; and DoRA's
-gain, which a second kernel makes of it.
+"""``sum_r (W A^T) * B`` per row, W dense or packed: the term of DoRA's norm that reads the frozen weight; and DoRA's
+gain, which a second kernel computes from it.
 
 Legend: N = out features, K = in features, R = rank.
 
@@ -25,12 +25,12 @@ from rankwise.ops.triton.tile import DTYPE, buffers, decode, launching_on, power
 
 # Weight rows and columns that a program processes at once, all of its columns, and its warps.
 _ROWS, _COLUMNS, _RUN, _WARPS = 64, 64, 1024, 4
-# The same of a packed weight. Decoding takes registers: fewer rows.
+# The same for a packed weight: fewer rows, because decoding takes registers.
 _PACKED_ROWS, _PACKED_COLUMNS = 16, 128
-# Ranks at once: the fewest that tensor cores take, and how many fit beside the rest; beside a dense weight fewer of an
-# A in float32, whose three parts are there at once.
+# Ranks at once: the minimum for tensor cores, the maximum, and the maximum for a dense weight with A in float32, whose
+# three parts are in registers together.
 _FEWEST, _MOST, _MOST_IN_PARTS = 16, 64, 32
-# Rows of the kernel of gains, its ranks at once at the most, and its warps.
+# Rows of a program of gain_kernel, its maximum ranks at once, and its warps.
 _GAIN_ROWS, _GAIN_RANKS, _GAIN_WARPS = 32, 32, 4
 
 
@@ -83,7 +83,7 @@ def row_cross_kernel(
         a = tl.load(a_place, mask=in_ranks[None, :] & (column < K)[:, None], other=0.0)
         product = add_product(w, a, product)
         if gram is not None:  # noqa: SIM102  (known when compiled; the other when it runs)
-            # One row of programs is enough.
+            # Only the first row of programs computes it.
             if tl.program_id(0) == 0:
                 wide = a.to(tl.float32)
                 squares = tl.dot(tl.trans(wide), wide, squares, input_precision="ieee")
@@ -255,7 +255,7 @@ def _cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) 
 
 
 def _gain(sums: Tensor, gram: Tensor, squared: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
-    """From the pieces (pieces, N) of the mixed term and those (pieces, R, R) of A A^T."""
+    """The gain (N,) from the pieces (pieces, N) of the mixed term and the pieces (pieces, R, R) of A A^T."""
     N, R = B.shape
     gain = torch.empty(N, dtype=torch.float32, device=B.device)
     with launching_on(gain.device):
@@ -273,6 +273,6 @@ def _gram(A: Tensor) -> Tensor:
 
 
 def _ranks(A: Tensor, of_weight: torch.dtype) -> int:
-    """Beside a dense weight."""
+    """Number of ranks at once, for a dense weight."""
     is_in_parts = A.dtype == torch.float32 and of_weight == torch.bfloat16
     return min(max(power_of_two(len(A)), _FEWEST), _MOST_IN_PARTS if is_in_parts else _MOST)

@@ -1,4 +1,4 @@
-"""Row norms of the dequantized weight, from its n / 2 bytes of codes and its scales: nothing dense is written."""
+"""Row norms of the dequantized weight, from its n / 2 bytes of codes and its scales; no dense weight is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.triton.tile import DTYPE, buffers, decode, launching_on, power_of_two, round_to, row_tile
 
-# Rows and elements of a row that a program treats at once, and its warps.
+# Rows, and elements of a row, that a program processes at once, and its warps.
 _ROWS, _COLUMNS, _WARPS = 4, 1024, 4
 
 

@@ -27,5 +27,5 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def write_back(rows: Tensor, x: Tensor) -> Tensor:
-    """x, which holds what was written into ``rows = as_rows(x)``."""
+    """x with the values of ``rows = as_rows(x)``, which are copied back where rows is not a view of x."""
     return x if rows.data_ptr() == x.data_ptr() else x.copy_(rows.view(x.shape))

@@ -1,7 +1,7 @@
 """The gradient through DoRA's gain, and of its magnitude, in one pass over dy and y.
 
-Sums go in two stages, within a run of rows and over the runs, in an order that the shape alone decides: no atomics, and
-the same bits every time.
+Sums take two stages without atomics, within a run of rows and over the runs, in an order that depends on the shape
+only, so results are deterministic.
 
 Legend: T = rows, N = columns.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from rankwise.ops.triton.rows import as_rows
 from rankwise.ops.triton.tile import launching_on, round_to
 
-# Rows and columns that a program treats at once, the rows that it goes through, and its warps.
+# Rows and columns that a program processes at once, all of its rows, and its warps.
 _ROWS, _COLUMNS, _RUN, _WARPS = 16, 128, 256, 4
 
 
