@@ -126,7 +126,7 @@ def _scored(
     inputs, places = _laid_out(asked_of(model), input_ids, attention_mask, scored)
     with answering(head.module, meaningless) as noted:
         outputs = class_forward(model)(**inputs, **{**more, "use_cache": False})
-    # Of a model over several devices, labels and hidden states may lie on two.
+    # In a model on several devices, labels and hidden states may be on different ones.
     hidden = noted[0].flatten(0, 1).index_select(0, places.to(noted[0].device))
     targets = labels.flatten().index_select(0, scored + 1).to(hidden.device)
     options = LossOptions(want_stats=want_stats, want_log_probs=True, temperature=temperature, scored=scored)

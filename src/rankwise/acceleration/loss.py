@@ -71,7 +71,7 @@ def fused_loss(
     scored = scored_positions(labels) if options.scored is None else options.scored
     with answering(head.module, meaningless) as noted:
         outputs = forward(**inputs)
-    # Of a model over several devices, labels and hidden states may lie on two.
+    # In a model on several devices, labels and hidden states may be on different ones.
     hidden = noted[0].flatten(0, 1).index_select(0, scored.to(noted[0].device))
     # The label behind a scored position stands in the same row.
     targets = labels.flatten().index_select(0, scored + 1).to(hidden.device)

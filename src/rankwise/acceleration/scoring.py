@@ -74,7 +74,7 @@ def target_of(context: Sequence[int], continuation: Sequence[int], max_length: i
     if not continuation:
         raise ValueError("an empty continuation has no likelihood")
     whole = tuple([*context, *continuation][-(max_length + 1) :])
-    # Of a continuation that is longer than the model's input, the visible part is scored.
+    # If a continuation is longer than the model's input, only the part within the input is scored.
     count = min(len(continuation), len(whole) - 1)
     return Target(whole[:-1], tuple(range(len(whole) - 1 - count, len(whole) - 1)), whole[-count:])
 

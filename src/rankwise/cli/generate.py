@@ -67,7 +67,7 @@ class Speaker:
     wording: Wording
     adapted: bool
     sampling: Sampling
-    # Of the base, which does not know an adapter's new tokens.
+    # The base's tokenizer, without the adapter's new tokens.
     base_tokenizer: PreTrainedTokenizerBase
 
     def answer(self, asked: Conversation, *, both: bool) -> Answer:

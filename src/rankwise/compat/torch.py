@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 
 Kept = TypeVar("Kept")
 
-# --- tensors that stand for others ---
+# --- fake and functional tensors ---
 
 # `FakeTensor`, `FakeTensorMode`: shapes without values, for the dry run. `TorchDispatchMode`: the dry run sees every
 # operation, an `OpOverload`. `in_kernel_invocation_manager`: a kernel sees a fake tensor as the meta tensor that it

@@ -296,7 +296,7 @@ def gguf_read_once() -> Iterator[None]:
     kept = {(module, name): getattr(module, name) for module, name in repeated}
     try:
         for (module, name), original in kept.items():
-            # Of tqdm, disable=None means: no bar without a terminal.
+            # In tqdm, disable=None means: no bar without a terminal.
             new = (
                 functools.partial(original, disable=True if os.environ.get("TQDM_DISABLE") else None)
                 if name == "tqdm"

@@ -40,11 +40,11 @@ class Preview:
     # Whether a stop token is trained on.
     stop_token: bool
     estimated: bool
-    # Of preferences: whether the answer is good.
+    # For preferences: whether the answer is good.
     label: bool | None = None
     # Where its images lie, or how large they are.
     images: tuple[str, ...] = ()
-    # Of a pair: its worse answer.
+    # For pairs: the worse answer.
     rejected: Preview | None = None
 
     @property

@@ -318,7 +318,7 @@ class ChatRenderer:
             raise RowRefused("RW212", "the chat template marks no assistant text in this row")
         before = -1
         for number, (start, end) in enumerate(spans, 1):
-            # Some templates mark the stop token by itself, right behind the answer.
+            # Some templates mark the stop token in a span of its own, right after the answer.
             is_answer = before < 0 or text[before:start].strip()
             if start < end and is_answer and not text[start:end].replace(self.stop or "\0", "").strip():
                 raise RowRefused("RW222", f"the assistant's turn {number} holds only its stop token")

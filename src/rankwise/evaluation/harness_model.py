@@ -145,7 +145,7 @@ class EngineLM(TemplateLM):
 
 
 def _repeats(requests: Sequence[Instance]) -> list[int]:
-    """How often each request occurred before. A repeated request is sampled anew."""
+    """How often each request occurred before. A repeated request gets a new sample."""
     seen: dict[str, int] = {}
     found = []
     for request in requests:

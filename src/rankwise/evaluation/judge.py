@@ -240,7 +240,7 @@ def _ask(
     for attempt in range(client.attempts):
         if stop.is_set():
             break
-        # Replies are counted apart from attempts: the n-th reply to a request is paid for once.
+        # Replies are counted separately from attempts, so that the n-th reply to a request is paid for once.
         key = JudgeCache.key(client.endpoint, request, useless)
         reply = cache.get(key)
         if reply is None:

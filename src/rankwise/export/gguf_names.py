@@ -100,5 +100,5 @@ def is_norm(name: str) -> bool:
 
 
 def weights_of(names: list[str]) -> Iterator[str]:
-    """Names of a transformers model's tensors that a GGUF holds: rotary tables and masks are made anew."""
+    """Names of a transformers model's tensors that a GGUF holds: not rotary tables and masks, which are recomputed."""
     return (name for name in names if not name.endswith((".inv_freq", ".attn.bias", ".attn.masked_bias")))

@@ -40,7 +40,7 @@ from rankwise.ops.packed_weight import PackedWeight, packed_shape
 
 PLAIN = (Tensor, torch.nn.Parameter)
 _NATIVE = (torch.float32, torch.bfloat16)
-# Of `PackedWeight.parts`, as a schema has them.
+# The arguments of `PackedWeight.parts` in the notation of a schema.
 _PARTS = {
     "codes": Tensor,
     "absmax": Tensor,
@@ -68,7 +68,7 @@ class Operator:
     choose: Callable[..., ModuleType]
     # Empty tensors like the results; None for an operator that writes into its first argument and gives it back.
     results: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
-    # Of several results those that these arguments leave out, by index.
+    # Indices of the results that are None with these arguments.
     absent: Callable[..., set[int]] | None = None
     # Whether an operator with results also writes into its first argument.
     writes: bool = False

@@ -1,4 +1,4 @@
-"""Turn the terms of a step into the plan: the device's overhead, several devices, notes. Imports no torch."""
+"""Combine the terms of a step into an estimate: the device's overhead, several devices, notes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ EVALUATION_ERROR = 0.20
 # Memory that a step leaves in libraries on a CPU (generated kernels, thread pools, ends of the heap): the measured
 # growth minus the tensors was 47 to 60 MB over methods and checkpointing on the demo model.
 CPU_LIBRARY_BYTES = 50 << 20
-# Measured constants of `heap_holes_bytes`: shares of all gradients and of the saved tensors.
+# Bytes of holes in every step of PyTorch's own operators (measured).
 HOLES_OF_PYTORCHS_STEP = 40 << 20
-# Share of unused memory between keys and values that grow by a token at a time: measured 0.15 to 0.35.
+# Share of unused memory between keys and values, which grow by one token at a time: measured 0.15 to 0.35.
 HOLES_OF_GROWTH = 0.25
+# Measured shares of `heap_holes_bytes`: (of all gradients, of the saved tensors).
 HOLES_CHECKPOINTED, HOLES_OF_FULL, HOLES_OF_ADAPTERS, HOLES_ELSE = (0.2, 0.0), (0.1, 0.4), (0.5, 0.02), (0.5, 0.0)
 
 
@@ -40,10 +41,10 @@ class Found:
     trained_bytes: int
     elsewhere_bytes: int
     max_positions: int | None
-    # What FSDP2 gathers at once: the largest layer, and all that lies outside of the layers.
+    # What FSDP2 gathers at once: the largest layer, and all parameters outside of the layers.
     layer: Group
     root: Group
-    # Of all that FSDP2 would shard.
+    # Bytes of all tensors that FSDP2 would shard.
     weight_bytes: int
     exact: bool
     # Whether the phases are those of one of several devices already.
@@ -116,7 +117,8 @@ def with_images(workload: Workload, found: Found) -> Mapping[str, dict[str, int]
 
 
 def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:
-    """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the saved tensors.
+    """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the saved tensors,
+    plus a constant without rankwise's fast operators.
 
     A gradient seldom fits into the hole that an activation left, so new memory is allocated beside freed activations.
     Checkpointing leaves fewer of these holes. rankwise's adapters (`ops.cpu.memory`) and checkpointing

@@ -1,4 +1,4 @@
-"""Attention as a CUDA card keeps it, for a trace on the CPU, whose own kernels keep other things.
+"""Attention that saves what it saves on a CUDA device, for a trace on the CPU, whose kernels save other tensors.
 
 B rows, H heads, Hkv key-value heads, L positions, D head width.
 """
@@ -34,7 +34,7 @@ def card_attention(
     """transformers' attention function: query (B, H, L, D), key and value (B, Hkv, L, D) -> (B, L, H, D).
 
     With a mask transformers repeats keys and values for every head (without one the kernel groups them), and torch
-    turns a mask of truths into numbers of the query's dtype, in every layer anew.
+    turns a boolean mask into an additive one of the query's dtype, again in every layer.
     """
     query, key, value = map(as_autocast, (query, key, value))
     bias = None
@@ -46,8 +46,8 @@ def card_attention(
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps q, k, v, the mask, the output and a float32 log-sum per head and position, as flash and memory-efficient
-    attention do; computes nothing."""
+    """Saves q, k, v, the mask, the output and a float32 log-sum per head and position, as flash and memory-efficient
+    attention do, without computing attention."""
 
     @staticmethod
     def forward(ctx: Ctx[None], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -39,7 +39,7 @@ class Stored:
     # Whether the format is bitsandbytes' 4 bits, on which training can run directly.
     four_bit: bool = False
     double_quant: bool = False
-    # Of another library's format that supports adapters: bits of a weight, and number of weights that share a scale
+    # For another library's format that supports adapters: bits of a weight, and number of weights that share a scale
     # (0: a whole row or matrix).
     bits: int = 0
     group: int = 0

@@ -14,7 +14,7 @@ from rankwise.acceleration import MovedOnce
 from rankwise.compat.torch import current_node, storage_address
 from rankwise.planning.tracker import StorageTracker
 
-# As trl's ``OffloadActivations`` has them: smaller tensors stay; after so many saves a tensor's copy is taken as done.
+# trl's ``OffloadActivations``: smaller tensors stay on the device; after this many saves a copy counts as finished.
 LEAST_BYTES, KEPT_SAVES = 1024, 5
 
 

@@ -30,7 +30,7 @@ from rankwise.compat.torch import (
 
 _aten = torch.ops.aten
 _CPU = torch.device("cpu")
-# What operations are called with.
+# Positional arguments of an operation.
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -87,14 +87,14 @@ EACH = {foreach_norm.Scalar: _aten.linalg_vector_norm.default, foreach_sqrt.defa
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """How a result is made; ``is_tuple``: the result is several tensors."""
+    """A function that creates a result; ``is_tuple``: the result is several tensors."""
 
     tensors: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
     is_tuple: bool
 
 
 class QuickFakes:
-    """Caches results (shapes, strides, dtypes) by their arguments (the same, and numbers)."""
+    """Caches results (shapes, strides, dtypes) under a key of their arguments (the same facts, and numbers)."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[object, ...], _Made | None] = {}
@@ -171,7 +171,7 @@ def _description(value: object) -> object:
 
 
 def _made_from(result: Any, args: Args) -> Any:
-    """How to make a result anew; None where the result is None, NotImplemented for any other type."""
+    """How to create such a result again; None where the result is None, NotImplemented for any other type."""
     if result is None:
         return None
     tensors = result if isinstance(result, tuple) else (result,)

@@ -90,7 +90,7 @@ class Shape:
     softcapped: bool = False
     # Whether logits pass a tanh.
     capped_logits: bool = False
-    # Of a multimodal model: the name prefix of its language part, and its vision tower.
+    # For a multimodal model: the name prefix of its language part, and its vision tower.
     text: str = ""
     tower: Tower | None = None
 

@@ -35,11 +35,11 @@ PACKED_BYTES = 0.53
 # bitsandbytes' kernels are met on five cards (`tests/planning/test_published_times.py`). rankwise's own kernel has not
 # been timed on a GPU yet.
 DEQUANTIZE_SHARE = 0.5
-# {method: (forward, backward)}: kernels that the host launches for a layer and micro-batch of our step, adapters on all
-# seven linear layers; without DoRA's gains, which are made once an optimizer step. `benchmarks/gpu_paper.py` counts
-# them, and tests/test_benchmarks.py keeps both together.
+# {method: (forward, backward)}: kernels that the host launches for one layer of a micro-batch, with adapters on all
+# seven linear layers, without DoRA's gains, which are computed once in an optimizer step. `benchmarks/gpu_paper.py`
+# counts them, and tests/test_benchmarks.py compares the two.
 LAUNCHES = {"lora": (26, 43), "dora": (33, 45), "qlora": (33, 50), "qdora": (40, 52)}
-# From Python: about 7 us for an operation of torch's, 25 us for a Triton kernel, and the bookkeeping of autograd.
+# Launching from Python takes about 7 us for a torch operation, 25 us for a Triton kernel, and autograd's bookkeeping.
 LAUNCH_SECONDS = 15e-6
 # DoRA's backward pass reads two tensors of a layer's output and writes one (ops.elementwise.scaled_grad).
 GAIN_TENSORS = 3
@@ -82,9 +82,9 @@ def assumed_pace(hardware: Hardware, dtype: str) -> Pace | None:
 def flops_per_token(method: str, facts: ModelFacts, frozen: int, trained: int, workload: Workload) -> float:
     """Forward 2 N, input gradients 2 N; ``full`` 2 N more for weight gradients; adapters 6 P; attention 3 * 2 L h S.
 
-    Checkpointing runs the forward pass of the blocks again: 2 (N - H), 2 P and 2 L h S more. A causal mask is taken to
-    halve the attention's 4 L h S. Where stacked experts adapt, all of P is taken to be theirs: a token meets those of
-    the experts that it visits.
+    Checkpointing runs the forward pass of the blocks again: 2 (N - H), 2 P and 2 L h S more. A causal mask is assumed
+    to halve the attention's 4 L h S. If stacked experts are adapted, all of P is assumed to be theirs: a token is
+    multiplied with those of the experts that it is routed to.
     """
     N, H = facts.matrix_parameters(frozen), facts.head_parameters
     P = 0 if method == "full" else trained * (facts.visited_share if workload.target_parameters else 1)
@@ -96,12 +96,12 @@ def flops_per_token(method: str, facts: ModelFacts, frozen: int, trained: int, w
 
 
 def weight_traffic_bytes(method: str, facts: ModelFacts, frozen: int, workload: Workload) -> float:
-    """Bytes that a micro-batch moves for the frozen weights, whatever its size: a pass forward, one backward, one more
-    with checkpointing. A pass reads W in w bytes; of 4-bit weights it first makes dense ones, W - H of them:
+    """Bytes that a micro-batch of any size moves for the frozen weights: a forward pass, a backward pass, one more with
+    checkpointing. A pass reads W in w bytes; if weights are 4-bit, it first dequantizes W - H of them:
 
         w W  +  (PACKED_BYTES + w) (W - H) / DEQUANTIZE_SHARE
 
-    The head stays dense. Dequantization counts for more than its bytes because it reaches less of the bandwidth.
+    The head stays dense. The bytes of dequantization are divided by the share of the bandwidth that it reaches.
     """
     W, passes, w = facts.read_parameters(frozen), _passes(workload), _width(workload)
     made_dense = max(0, W - facts.head_parameters) if method in FOUR_BITS else 0
@@ -111,8 +111,7 @@ def weight_traffic_bytes(method: str, facts: ModelFacts, frozen: int, workload: 
 def gain_traffic_bytes(method: str, facts: ModelFacts, estimate: MemoryEstimate, workload: Workload) -> float:
     """Bytes of DoRA's gain: 3 w T outputs backward, over the outputs of all adapted layers.
 
-    A layer as wide as it is long has P = (2 r + 1) outputs. The norms are new once in an optimizer step, which is not
-    counted.
+    A square layer has P = (2 r + 1) outputs. The norms are computed once in an optimizer step, which is not counted.
     """
     if method not in DORA or not facts.width:
         return 0.0
@@ -129,8 +128,8 @@ def traffic_bytes(estimate: MemoryEstimate, facts: ModelFacts, workload: Workloa
 
 
 def launch_seconds(method: str, facts: ModelFacts, workload: Workload) -> float:
-    """Seconds that the host of a card takes to launch a micro-batch, a lower bound for the micro-batch. 0 on a
-    processor. Full fine-tuning, which was not counted, takes LoRA's.
+    """Seconds that the host takes to launch a micro-batch's kernels on a GPU, a lower bound of its time; 0 on a CPU.
+    For full fine-tuning, whose kernels were not counted, LoRA's.
     """
     if workload.device_type != "cuda":
         return 0.0

@@ -102,7 +102,7 @@ def take_step(
 
 
 def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None, *, call: nn.Module | None = None) -> Tensor:
-    """Mean cross-entropy over the scored positions, as the trainer computes it.
+    """Mean cross-entropy over the scored positions, as the trainer computes it; with trl's head, its sum.
 
     The entropy and the accuracy that the trainer reports are computed too, because they take memory. ``call``: the
     module to call instead of ``model``, such as DDP's wrapper.

@@ -40,7 +40,7 @@ class Workload(StepOptions):
     flash: bool = True
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
     trained_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # Number of a row's tokens that stand for images.
+    # Number of image tokens in a row.
     image_tokens: Whole = 0
     # Number of sequences in a row: 2 for a pair of answers.
     sides: Batch = 1
@@ -90,7 +90,7 @@ def sides_of(objective: str) -> int:
 
 
 def written_of(objective: str, answers: int, generations: int | None, device_type: DeviceType) -> dict[str, int]:
-    """``Workload.written`` and ``prompts`` of a run with so many answers a step, ``generations`` to each prompt."""
+    """``Workload.written`` and ``prompts`` of a run with ``answers`` a step, ``generations`` for each prompt."""
     written = min(answers, WRITTEN_ROWS[device_type]) if objective == "grpo" else 0
     return {"written": written, "prompts": -(-written // (generations or GENERATIONS))}
 

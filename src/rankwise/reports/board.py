@@ -26,15 +26,15 @@ from rankwise.reports.schema import COMPARISON_FILE
 # Folders of a run or a comparison that hold no run.
 NOT_ENTERED = {"checkpoints", "cache", "cells", "merged"}
 DEEPEST = 5
-# A run whose files have not changed for so long has been killed, or its steps are very long.
+# If a run's files have not changed for this time, it was killed, or its steps are very long.
 SILENT_SECONDS = 120
-# Samples and warnings of a run that are shown, the newest.
+# Number of the newest samples and warnings of a run that are shown.
 MOST_TEXTS = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A run folder; ``name`` is its path below the board's folder. What could not be read is told in ``problem``."""
+    """A run folder; ``name`` is its path below the board's folder. ``problem`` says what could not be read."""
 
     name: str
     folder: Path
@@ -64,7 +64,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Curves over the steps: (class, name, points) each, and a level that they are held against."""
+    """Curves over the steps, as (class, name, points), and a level to compare them with."""
 
     title: str
     curves: Sequence[tuple[str, str, Sequence[Point]]]
@@ -101,7 +101,7 @@ def _found(name: str, folder: Path) -> Found:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """What changes with the file's content; zeros where there is none."""
+    """A key that changes when the file changes; zeros where there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -152,13 +152,13 @@ def overview(runs: Sequence[Found]) -> Markup:
 
 
 def comparison_panel(folder: Path) -> Markup:
-    """The whole report of a comparison, in a frame of its own that may ask for nothing and reach nothing."""
+    """The whole report of a comparison, in a sandboxed iframe."""
     try:
         report = page(load_comparison(folder))
     except RankwiseError as error:
         return Markup('<p class="caution">{}</p>').format(str(error))
     frame = '<iframe class="report" title="Report of {}" sandbox="allow-scripts" srcdoc="{}"></iframe>'
-    # The report as plain text, so that it is escaped into the attribute; Markup would be taken as it is.
+    # The report is passed as str, so that it is escaped in the attribute; Markup would not be.
     return Markup(frame).format(folder.name, str(report))
 
 
@@ -178,7 +178,7 @@ def _content(run: Found) -> JsonObject:
 
 
 def _figures(run: Found) -> dict[str, str]:
-    """What a run has come to so far, in words; a figure that it has not is empty."""
+    """The run's latest figures as text; a missing figure is empty."""
     record, losses = run.record, run.losses
     settings = {} if record is None else record.settings
     last = run.metrics[-1] if run.metrics else {}
@@ -233,7 +233,7 @@ def _frame(charts: Sequence[Chart]) -> Frame:
     last = max((step for points in curves for step, _ in points), default=1.0)
     limits = [chart.limit for chart in charts if chart.limit is not None]
     if len(charts[0].curves) > 1:
-        # A loss of the first steps would press together what comes after it.
+        # The losses of the first steps would compress the later ones.
         shown = [value for chart in charts for _, _, points in chart.curves[1:] for _, value in points]
         return Frame.of((0, max(last, 1)), robust_range(shown, []), 190)
     low, high = value_range([*(value for points in curves for _, value in points), *limits], air=0.1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rankwise.foreign import Fields
 
-# Peaks that lie closer are equal: the peak of a run is that of its largest batch, which another seed draws otherwise,
-# and the plan is not more exact.
+# Peaks that are closer count as equal: a run's peak is that of its largest batch, which depends on the seed, and the
+# plan is not more exact.
 MEMORY_TOLERANCE = 0.05
 
 Range = tuple[float, float]

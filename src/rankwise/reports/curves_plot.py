@@ -15,7 +15,7 @@ from rankwise.reports.numbers import plural, rate
 from rankwise.reports.scale import Point, robust_range, thinned
 
 HEIGHT = 190
-# Share of the steps that the scale of the losses does not look at, unless a curve has few points.
+# Share of the first steps that the scale of the losses ignores, unless a curve has few points.
 START, FEW_POINTS = 0.15, 4
 
 

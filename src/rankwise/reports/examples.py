@@ -15,7 +15,7 @@ from rankwise.reports.numbers import is_number, shortened, visible
 
 Outcome = Literal["won", "lost", "tied"]
 OUTCOMES: tuple[Outcome, ...] = ("won", "lost", "tied")
-# Of each outcome, method and task.
+# Number of examples that are shown for each outcome, method and task.
 SHOWN = 4
 LONGEST_TEXT = 1200
 # The task that scores the evaluation data itself, by the loss of each row.
@@ -164,7 +164,7 @@ def _example(key: str, base: Fields, prompt: Json, answers: Sequence[Answer], si
 
 
 def _outcome(before: float | None, after: float | None, sign: int) -> Outcome:
-    """Won, lost or tied. Scores that are equal to six digits tie, and so does an answer without a score."""
+    """Won, lost or tied. Scores that are equal to six digits are tied, and so are answers without a score."""
     if before is None or after is None:
         return "tied"
     gap = sign * (after - before)

@@ -25,9 +25,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 STYLE_FILE = TEMPLATES / "figure.css"
 # Pixels: a letter's mean width, the height of a line of text.
 LETTER, LINE = 7.2, 13.0
-# Of a document, in pixels: its width, and the margin on the left and on the right of its plot.
+# Pixels: the width of a document, and the margins on the left and on the right of its plot.
 WIDTH, LEFT, RIGHT = 800, 76, 132
-# One shape a method, so that nothing rests on colour alone: disc, square, diamond, triangles, cross, pentagon, bow tie.
+# A shape for each method, so that colour is not needed: disc, square, diamond, triangles, cross, pentagon, bow tie.
 MARKERS = (
     "M-4.6 0A4.6 4.6 0 1 1 4.6 0A4.6 4.6 0 1 1-4.6 0Z",
     "M-4.2-4.2H4.2V4.2H-4.2Z",

@@ -14,7 +14,7 @@ from rankwise.reports import schema
 from rankwise.reports.numbers import is_number
 from rankwise.reports.schema import COMPARISON_FILE, EVALUATION_FOLDER, SCHEMA
 
-# Of one file: a report is made from what a person reads, not from gigabytes.
+# Maximum bytes of one file: records are text for people, so a larger file is not a record.
 LARGEST_BYTES = 1 << 28
 EMPTY: dict[type, Json] = {dict: {}, list: [], str: "", bool: False}
 
@@ -37,7 +37,7 @@ class Comparison:
 
     document: Fields
     folder: Path
-    # Run id -> the comparison's folder that it lies in.
+    # Run id -> the folder of the comparison that holds the run.
     places: Mapping[str, Path]
 
     def __getitem__(self, key: str) -> Any:
@@ -49,7 +49,7 @@ class Comparison:
 
     @property
     def objective(self) -> str:
-        """What the runs learned from. Older comparisons, all of demonstrations, do not say so."""
+        """The objective of the runs. Older comparisons, all of demonstrations, do not record it."""
         return str(self["settings"].get("objective") or "sft")
 
     @property
@@ -65,7 +65,7 @@ class Comparison:
         return [run for run in self.finals if run["method"] == method]
 
     def is_higher_better(self, metric: str) -> bool:
-        """What the methods' records say; by default a loss is better when low and anything else when high."""
+        """As the methods' records say; by default lower is better for a loss, and higher for other metrics."""
         for facts in self["methods"].values():
             if metric in facts["higher_is_better"]:
                 return bool(facts["higher_is_better"][metric])
@@ -170,7 +170,7 @@ def read_answers(place: Path, task: str, result: Fields) -> list[Fields]:
 
 
 def _objects(path: Path) -> Iterator[Fields]:
-    """The JSON objects of a file with one per line. A line that a kill cut short ends them."""
+    """The JSON objects of a file with one per line. Stops at a line that was cut short by a kill."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:

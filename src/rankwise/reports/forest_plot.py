@@ -14,7 +14,7 @@ from rankwise.reports.numbers import difference, half_width, is_number, signific
 from rankwise.reports.scale import Scale, nice_ticks, tick_label
 
 ROW_HEIGHT = 34
-# Pixels: the strip where it is narrowest, and a digit.
+# Pixels: the minimum width of the strip, and the width of a digit.
 NARROW, LETTER = 230.0, 6.8
 TURNED = {"better": "worse", "worse": "better"}
 
@@ -82,7 +82,7 @@ def forest_row(pair: Pair, scale: Scale) -> Markup:
 
 
 def forest_axis(scale: Scale) -> Markup:
-    """With as many round values as have room for their labels on a narrow plot."""
+    """The axis, with as many round values as have room for their labels on a narrow plot."""
     for count in (6, 5, 4, 3):
         ticks = nice_ticks(scale.low, scale.high, count)
         texts = [tick_label(tick, ticks).replace("-", "\u2212") for tick in ticks]
@@ -92,7 +92,7 @@ def forest_axis(scale: Scale) -> Markup:
 
 
 def _margin(pair: Pair, scale: Scale) -> Markup:
-    """The band of differences that count as none."""
+    """The band of differences within the margin, which count as zero."""
     if not is_number(pair.margin):
         return Markup("")
     start, end = scale(-pair.margin), scale(pair.margin)

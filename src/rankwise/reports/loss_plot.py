@@ -29,7 +29,7 @@ LABEL_GAP = 17
 # Offsets of the kept step's note from the centre of its ring, the better one first.
 NOTE_BELOW = 26
 NOTE_OFFSETS = (NOTE_BELOW, -16, -32, 42, -48)
-# Free pixels that a note has around the curves.
+# Free pixels between a note and the curves.
 NOTE_GAP = 8
 LONGEST_NAME = 18
 

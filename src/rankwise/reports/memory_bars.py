@@ -14,7 +14,7 @@ from rankwise.reports.scale import Scale, nice_ticks, tick_label
 TOP, ROW, THICK = 112, 46, 26
 # Bars are cut at this multiple of the limit, so that one giant does not flatten the rest.
 MOST_OF_LIMIT = 2.5
-# A part that is less of the width, in per cent, is not drawn.
+# A part that takes less than this percentage of the width is not drawn.
 NARROWEST = 0.1
 LEGEND_LETTER = 6.7
 ARROW = "M0-13L11 0L0 13Z"
@@ -26,7 +26,7 @@ class MemoryBar:
 
     name: str
     parts: Mapping[str, int]
-    # Relative; drawn as a whisker at the end.
+    # Relative error, drawn as an error bar at the end.
     error: float = 0.0
 
     @property

@@ -46,12 +46,12 @@ RESULTS = {
     "predicted_peak_memory_bytes": "predicted peak memory in bytes",
     "wall_seconds": "seconds in all",
 }
-# What an evaluation loss is the negative of.
+# Names of the reward, whose negative is the evaluation loss of grpo.
 REWARDS = {
     "initial_eval_loss": "evaluation reward before training",
     "eval_loss": "evaluation reward of the weights kept",
 }
-# They name places on one machine, or stand elsewhere on the card.
+# Settings that name paths on one machine, or that another part of the card shows.
 LOCAL_SETTINGS = ("model", "data", "eval_data", "output", "resume", "overwrite", "chat_template", "adapter", "cache")
 
 
@@ -74,7 +74,7 @@ class Report(Protocol):
 def model_card(record: RunRecord, adapter_config: Fields | None = None, report: Report | None = None) -> str:
     """The card as Markdown with YAML front matter.
 
-    ``adapter_config``: the content of ``adapter_config.json``; without it the record's settings say the same.
+    ``adapter_config``: the content of ``adapter_config.json``; without it the record's settings are used.
     ``report`` adds the table of adapted modules. Raises KeyError for a method that has no name here.
     """
     config = adapter_config or _config_by_settings(record)
@@ -185,7 +185,7 @@ def _results(record: RunRecord) -> list[tuple[str, Json]]:
 
 
 def _settings(settings: Fields) -> list[tuple[str, Json]]:
-    # A reward's file lies on one machine.
+    # A reward's path is valid on one machine only; its file name is shown.
     rewards = [last_part(spec) if ".py:" in spec else spec for spec in settings.get("reward") or ()]
     known = {**settings, "reward": rewards or None}
     return [(name, value) for name, value in known.items() if value is not None and name not in LOCAL_SETTINGS]

@@ -76,5 +76,5 @@ def layer_and_kind(module: str) -> tuple[int | None, str]:
 
 
 def last_part(name: object) -> str:
-    """The last part of a path of any system or of a hub id; a name that ends nowhere stays whole."""
+    """The last component of a path of any system or of a hub id; a name without components is unchanged."""
     return PurePath(str(name).replace("\\", "/")).name or str(name)

@@ -20,11 +20,11 @@ from rankwise.reports.scale import nice_ticks, tick_label, value_range
 
 HEIGHT = 250
 RANGES = {"peak_memory_bytes": memory_range, "wall_seconds": seconds_range}
-# Width of the plot on a phone, in pixels: labels are placed so that they do not meet even there.
+# Width of the plot on a phone, in pixels. Labels are placed so that they do not overlap at this width.
 NARROW = 250.0
 # Places of a label, the better one first.
 PLACES = ((8, -7, "start"), (-8, -7, "end"), (8, 17, "start"), (-8, 17, "end"), (9, 4, "start"), (-9, 4, "end"))
-# Where points stand close: further off, at the end of a line from the point.
+# Places where points are close together: further away, joined to the point by a line.
 FAR = tuple((dx, dy, anchor) for dy in (-24, -38, -52, -66, 34) for dx, anchor in ((3, "start"), (-3, "end")))
 
 
@@ -37,7 +37,7 @@ class Spot:
     quality: float
     cost_range: Range
     quality_range: Range | None
-    # Costs within such ranges are equal; None where seeds tell no costs apart.
+    # Costs count as equal where these ranges overlap; None where there is no range over seeds.
     told_apart: Range | None = None
 
 

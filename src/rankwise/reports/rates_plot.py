@@ -21,7 +21,7 @@ from rankwise.reports.numbers import is_number, plural, rate, significant
 from rankwise.reports.scale import Point, spread, value_range
 
 HEIGHT = 190
-# Of the plot in a file of its own.
+# Pixels above the plot, and its height, in a file of its own.
 TOP, OWN_HEIGHT = 78, 260
 LABEL_GAP = 16
 
@@ -34,7 +34,7 @@ class _Line:
     name: str
     points: Sequence[Point]
     chosen: float | None = None
-    # A loss above this is drawn there.
+    # Losses above this are drawn at this height.
     top: float = math.inf
 
     def drawn(self, frame: Frame, label_y: float) -> Markup:
@@ -69,7 +69,7 @@ def search_svg(search: RateSearch, title: str) -> str:
     """The search of a run as one self-contained SVG. Rates that diverged have no point."""
     rounds = itertools.groupby(search["trials"], key=lambda trial: trial["steps"])
     found = [(steps, points) for steps, trials in rounds if (points := _points(list(trials), "loss"))]
-    # A rate that all but diverges would flatten the others: its point stands at the top.
+    # A nearly diverged loss would flatten the others, so its point is drawn at the top.
     top = 2 * min((loss for _, points in found for _, loss in points), default=1.0)
     last = len(found) - 1
     lines = [

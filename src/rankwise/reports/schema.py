@@ -20,7 +20,7 @@ BEST_FOLDER = "best"
 MERGED_FOLDER = "merged"
 EVALUATION_FOLDER = "evaluation"
 EVAL_LOSS = "eval_loss"
-# On training rows that a search of the learning rate kept from its short runs.
+# Loss on training rows that a search of the learning rate withheld from its short runs.
 KEPT_ROWS_LOSS = "kept_rows_loss"
 
 Phase = Literal["search", "final"]
@@ -69,7 +69,7 @@ class Run(TypedDict):
     record: JsonObject | None
     # TASK -> TaskResult.to_json(); ``examples`` in it is relative to ``folder``/evaluation/TASK.
     tasks: dict[str, JsonObject]
-    # Of the adapter's weights on disk; for ``full`` the whole model's.
+    # Size of the adapter's weights on disk; for ``full`` of the whole model's.
     adapter_bytes: int | None
     merged: MergedCheck | None
     # Module path -> 2-norm of its weight update relative to the weight, or of the update where that is not known.
@@ -112,7 +112,7 @@ class Method(TypedDict):
     # Letters of the tie groups that it is in ("a", "ab"): of two methods that share a letter neither was found better
     # on the primary metric. "a" is the best. None without a finished run.
     group: str | None
-    # Not beaten in quality, memory and time at once.
+    # Whether no method dominates it: none is as good in quality, memory and time, and better in one of them.
     pareto: bool
     # Where its result can be served, in words.
     serving: list[str]
@@ -139,7 +139,7 @@ class Difference(TypedDict):
     equivalence_p_holm: float | None
     margin: float
     verdict: Verdict
-    # Seeds' own component: standard deviation of the difference from seed to seed that examples do not explain.
+    # Standard deviation of the difference over seeds that examples do not explain.
     seed_sd: float | None
     # Standard error of the mean over examples, by clusters.
     example_se: float | None
@@ -159,7 +159,7 @@ class SearchedRate(TypedDict):
     metric: str
     # None: the run failed.
     value: float | None
-    # Of the run; in a search by halving, of the last short run at this rate.
+    # Steps of the run; in a search by halving, of the last short run at this rate.
     steps: int | None
     run: str
 
@@ -175,13 +175,13 @@ class RateSearch(TypedDict):
 class MinimumDetectableEffect(TypedDict):
     """The smallest true difference that 80 % of such comparisons would find, from the spreads of the finished runs.
 
-    Before the first run it follows from assumed spreads. With one seed nothing better is known.
+    Before the first run, and with one seed, it follows from assumed spreads.
     """
 
     metric: str
-    # As a share of the metric's value.
+    # The effect as a share of the metric's value.
     relative: float | None
-    # None as long as the spreads are assumed.
+    # The effect in the metric's unit; None as long as the spreads are assumed.
     absolute: float | None
     seeds: int
     comparisons: int
@@ -201,14 +201,14 @@ class Recommendation(TypedDict):
     method: str | None
     # One sentence with the method's name.
     reason: str
-    # The same without the name, for pages on which the name stands above it.
+    # The same without the name, for pages that show the name as a heading.
     why: str
     # ``recommended.yaml``, relative to the comparison's folder.
     config: str | None
     command: str | None
     # Id of the best run of the method.
     run: str | None
-    # Its folder, relative.
+    # ``best``, a copy of that run's folder; ``merged``, if it was merged. Relative to the comparison's folder.
     adapter: str | None
     merged: str | None
     goal: str

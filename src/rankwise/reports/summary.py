@@ -32,7 +32,7 @@ TWO_SEEDS = (
     "Two seeds tell little: the spread over seeds is known from two runs of each method, so intervals are wide and "
     "“cannot tell” is the usual verdict, also where a method is better; run with --seeds 3 or more."
 )
-# Warnings that a run failed, was left out or was interrupted: ``left_out`` says that of the runs themselves.
+# Warnings that a run failed, was left out or was interrupted, which ``left_out`` already reports.
 OF_RUNS = ("RW588", "RW597")
 FEW_SEEDS = {1: ONE_SEED, 2: TWO_SEEDS}
 
@@ -73,7 +73,7 @@ def most_seeds(methods: Fields) -> int:
 
 
 def caution(methods: Fields) -> str:
-    """What a reader must know about so few seeds; empty for three or more."""
+    """The caution about results of one or two seeds; empty for three or more."""
     return FEW_SEEDS.get(most_seeds(methods), "")
 
 
@@ -96,9 +96,9 @@ def data_title(comparison: Comparison) -> str:
 
 
 def verdict(comparison: Comparison) -> str:
-    """The sentence at the top: that of the recommendation, or that there is none."""
+    """The sentence at the top: the recommendation's reason, or that there is no recommendation."""
     recommendation = comparison["recommendation"]
-    # The method's name stands above the sentence already; older comparisons have no sentence without it.
+    # The heading already shows the method's name; older comparisons have no sentence without the name.
     told = str(recommendation.get("why") or recommendation.get("reason") or "").strip()
     if told:
         return visible(capital(told))

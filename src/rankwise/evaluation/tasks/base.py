@@ -56,7 +56,7 @@ class Task(ABC):
 
     @abstractmethod
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
-        """All examples, in the order of the data; ``folder`` keeps them as they come."""
+        """All examples, in the order of the data. Each batch is written to ``folder`` when it is finished."""
 
     def with_scores(self, examples: Sequence[Example]) -> Sequence[Example]:
         """``examples`` with scores that need the whole set. Most tasks score each answer at once."""
