@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from in_process import steps_in_this_process
 from rankwise.cli.compare import COSTS, Lines, table_of, verdict_lines
 from rankwise.cli.main import main
 from rankwise.cli.output import Output
+from rankwise.comparison import measure
 from rankwise.comparison.runner import Picture
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.records import load_record
@@ -67,6 +69,23 @@ def test_every_run_is_measured(comparison: dict[str, Any], folder: Path):
         assert all(norm > 0 for norm in run["update_norms"].values())
         assert len(run["update_norms"]) == 14
     assert comparison["base"]["tasks"]["perplexity"]["metrics"]["loss"] > 0
+
+
+def test_results_of_other_settings_go_before_a_measurement_can_fail(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job = json.loads((folder / "cells" / "lora-lr0.01-seed0.measure.in").read_text())
+    copy = shutil.copytree(job["folder"], tmp_path / "run")
+    result = copy / "evaluation" / "perplexity" / "result.json"
+
+    def fails(job: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(measure, "load_run", fails)
+    for changes, stays in (({}, True), ({"max_length": 32}, False)):
+        with pytest.raises(MemoryError):
+            measure.measure({**job, "folder": str(copy), **changes})
+        assert result.is_file() == stays
 
 
 def test_prompts_without_room_for_an_answer_take_no_time(

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from rankwise.disk import coded_error, hold, remove_strays
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
 from rankwise.evaluation import journal
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.record import TaskResult
 from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.answers import writer
 from rankwise.evaluation.tasks.base import Task
@@ -68,16 +67,21 @@ def _measure(job: Fields) -> JsonObject:
     own = own_task(job["eval_data"], job)
     tasks = make_tasks(job["tasks"], data=job["task_data"], limit=job["task_limit"])
     rows = own.rows
+    # Rewards are relative to the base, so the base has none.
+    is_reference = job["method"] is None and job["objective"] != "sft"
+    asked = tasks if is_reference else [own, *tasks]
+    # Before anything can fail, results of other settings go: they would pass for those of these.
+    places = {task.name: _open(task, folder) for task in asked}
     model, tokenizer = load_run(job)
     template = read_template(Path(job["chat_template"])) if job["chat_template"] else None
     engine = _engine(job, model, tokenizer, template)
     shown = range(0, len(rows), max(1, len(rows) // ANSWERED))[:ANSWERED]
     prompts = _prompts(engine, [rows[number] for number in shown], rows)
     answers = dict(zip(map(str, shown), _answers(engine, prompts)))
-    # Rewards are relative to the base, so the base has none.
-    is_reference = job["method"] is None and job["objective"] != "sft"
-    for task in tasks if is_reference else [own, *tasks]:
-        run_task(task, engine, folder, job, answers if task.name == PERPLEXITY else {})
+    adapter = None if job["method"] is None else folder
+    for task in asked:
+        given = answers if task.name == PERPLEXITY else {}
+        answer_task(task, engine, places[task.name], model=job["model"], adapter=adapter, answers=given)
     facts: JsonObject = {"merged": None, "update_norms": None}
     if job["method"] is not None:
         # The bytes of the adapter's file, or of the whole model's files.
@@ -100,18 +104,10 @@ def _engine(job: Fields, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     return Engine(model, tokenizer, template, trained_fast=fast, autocast=dtype if is_rounded else None)
 
 
-def run_task(task: Task, engine: Engine, folder: Path, job: Fields, answers: Mapping[str, str]) -> TaskResult:
-    """Run a task of ``rankwise evaluate`` on the loaded model, with the same files. ``answers``: {example: answer}."""
+def _open(task: Task, folder: Path) -> journal.Opened:
+    """Open the folder of a task. Outdated results, for which this step was started, are removed."""
     place = folder / EVALUATION_FOLDER / task.name
     settings = {"task": task.name, "data_sha256": task.data_sha256, "task_settings": task.describe()}
-    adapter = None if job["method"] is None else folder
-    opened = _open(place, settings)
-    result, _ = answer_task(task, engine, opened, model=job["model"], adapter=adapter, answers=answers)
-    return result
-
-
-def _open(place: Path, settings: Fields) -> journal.Opened:
-    """Open the folder of a task. Outdated results, for which this step was started, are removed."""
     try:
         return journal.open_folder(place, settings, overwrite=False)
     except RunError as error:
