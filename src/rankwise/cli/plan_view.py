@@ -281,7 +281,7 @@ def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def network_lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    """What a step sends, and the bandwidth from which on that costs no time."""
+    """The bytes that a step sends, and the bandwidth from which on sending them takes no extra time."""
     label = "network"
     for row in plan.rows:
         needed = row.network_bytes_per_second

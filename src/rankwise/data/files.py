@@ -37,7 +37,7 @@ class FileContent:
     records: Sequence[tuple[int, Record | BadRow]]
     sha256: str
     formats: tuple[Format, ...] | None = None
-    # What the numbers of ``records`` count.
+    # The unit of the numbers in ``records``: lines, rows, ...
     counted_in: Unit = "line"
 
 

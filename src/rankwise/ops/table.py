@@ -50,7 +50,7 @@ _PARTS = {
     "nested_absmax": Tensor | None,
     "offset": Tensor | None,
 }
-# What an operator of a schema gives, and what one takes.
+# Types of an operator's results, and of its arguments.
 Results = Tensor | tuple[Tensor, ...] | None
 Argument = Tensor | PackedWeight | Sequence[int] | torch.dtype | str | float | bool | None
 _module = functools.cache(importlib.import_module)

@@ -13,9 +13,9 @@ from rankwise.constants import IGNORED
 from rankwise.ops.elementwise_checks import check_targets
 
 KEY = "counted"
-# A micro-batch as the Trainer hands it on: tensors under transformers' names, and our counts of them.
+# A micro-batch as the Trainer passes it: tensors under transformers' names, and rankwise's counts of them.
 Batch = dict[str, Any]
-# What a step's loss is divided by: its trained tokens, or nothing.
+# The divisor of a step's loss: its number of trained tokens, or None.
 Items = Tensor | int | None
 Samples = tuple[list[Batch], Items]
 

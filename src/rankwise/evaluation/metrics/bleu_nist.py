@@ -149,7 +149,7 @@ def ngram_information(texts: Iterable[Words]) -> dict[tuple[str, ...], float]:
     for words in texts:
         counts.update(ngrams(words))
         total += len(words)
-    # Perl takes the text "0" for false, so a history of this one word is no history to the script.
+    # In Perl the text "0" is false, so mteval treats a history of this one word as no history.
     return {
         ngram: -math.log2(count / (counts[ngram[:-1]] if ngram[:-1] not in ((), ("0",)) else total))
         for ngram, count in counts.items()

@@ -21,7 +21,7 @@ DECIMALS = 4
 class E2eScores:
     """Scores of N predictions. BLEU, METEOR and ROUGE_L lie in [0, 1], CIDEr in [0, 10]; higher is better."""
 
-    # By the names in METRICS, unrounded; None where Java is missing.
+    # {name in METRICS: unrounded score}; None where Java is missing.
     metrics: Mapping[str, float | None]
     # METEOR, ROUGE_L and CIDEr of each prediction; empty where Java is missing. ROUGE_L and CIDEr are their means.
     per_example: Mapping[str, tuple[float, ...]]
@@ -85,7 +85,7 @@ def rouge_l_and_cider(
     res = {index: [text] for index, text in enumerate(predictions)}
     rouge = Rouge().compute_score(gts, res)[1].tolist()
     if not any(text.split() for group in references for text in group):
-        # Without a word in any reference its table of document frequencies is empty, which it does not allow for.
+        # If no reference has a word, the scorer's table of document frequencies is empty, and the scorer would fail.
         return rouge, [0.0] * len(predictions)
     return rouge, Cider().compute_score(gts, res)[1].tolist()
 

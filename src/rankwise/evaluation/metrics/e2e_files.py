@@ -21,7 +21,7 @@ from rankwise.quantization.listing import some_of
 
 JSON_SUFFIXES = (".jsonl", ".json")
 TABLE_SUFFIXES = (".tsv", ".csv")
-# A column is the one whose name begins so.
+# Patterns for the beginning of a column's name.
 CONTEXT_COLUMN = re.compile(r"mr|src|source|meaning|da|dial(ogue)?[_ .-]act", re.IGNORECASE)
 PREDICTION_COLUMN = re.compile(r"out|ref|sys", re.IGNORECASE)
 REFERENCE_COLUMN = re.compile(r"trg|tgt|target|ref|human", re.IGNORECASE)
@@ -31,7 +31,7 @@ REFERENCE_FIELDS = ("references", "ref", "reference", "completion", "target")
 MENDED = (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é"))
 SEPARATOR = "||"
 LONGEST_FIELD = 1 << 30
-# Attributes that the LoRA repository's files call otherwise.
+# Attributes with other names in the LoRA repository's files.
 RENAMED = (("eattype", "type"), ("pricerange", "price"))
 
 
@@ -189,7 +189,7 @@ def _from_table(path: Path, text: str, column: re.Pattern[str]) -> Texts:
     width = len(rows[0][1])
     context, value, start = _columns(path, rows[0][1], column)
     if value == width - 1:
-        # The end of a line is stripped, and with it the separator before an empty last column.
+        # Lines are stripped at their end, which removes the separator before an empty last column.
         rows = [(line, [*row, ""] if len(row) == width - 1 and context < len(row) else row) for line, row in rows]
     wrong = [line for line, row in rows if len(row) != width]
     if wrong:
@@ -242,7 +242,7 @@ def _joined(given: Texts, known: Groups) -> list[Sequence[str]]:
     place = {context: index for index, context in enumerate(known.contexts)}
     order = [place.get(context) for context in contexts]
     if None in order:
-        # The LoRA repository writes the same representations in another way.
+        # The LoRA repository writes meaning representations with other case, names and punctuation.
         loose = {_loosened(context or ""): index for index, context in enumerate(known.contexts)}
         if len(loose) == len(known.contexts):
             order = [loose.get(_loosened(context)) for context in contexts]

@@ -9,11 +9,11 @@ from rankwise.errors import DataError
 from rankwise.evaluation.metrics.java import TOKENIZER_JAR, java_program
 
 CLASS = "edu.stanford.nlp.process.PTBTokenizer"
-# Brackets come as -lrb- in lower case and so stay, there as here.
+# The tokenizer writes brackets as -lrb- in lower case, so neither coco-caption nor this module drops them.
 DROPPED = frozenset(
     ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";")
 )
-# What the tokenizer takes for the end of a line; texts and lines must stay in step.
+# Characters that the tokenizer treats as line ends: each text must stay one line.
 LINE_ENDS = re.compile("[\n\r\x0b\x0c\x85\u2028\u2029]")
 SECONDS = 600
 SECONDS_PER_TEXT = 0.05

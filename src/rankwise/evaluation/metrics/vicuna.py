@@ -19,7 +19,7 @@ DECIMALS = 2
 # Judges are asked for 1 to 10, and a file may hold any scale from 0. Numbers near the largest float would add up to
 # infinity.
 LARGEST_RATING = 1e6
-# What a rating that failed has for a score.
+# Score of a failed rating.
 FAILED = (-1.0, -1.0)
 
 

@@ -13,7 +13,7 @@ from rankwise.errors import ConfigError
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 OWN = ("perplexity", "e2e", *COMMONSENSE, "gsm8k", "vicuna")
 INSTALL = "pip install 'rankwise[eval]'"
-# What a YAML file of the harness calls itself.
+# The names of tasks, groups and tags in a YAML file of the harness.
 NAMED = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([\w.:-]+)""", re.MULTILINE)
 
 
