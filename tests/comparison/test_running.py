@@ -365,7 +365,7 @@ def test_more_runs_of_another_template_or_base_are_refused(tmp_path: Path, monke
     monkeypatch.setattr(run, "model_hash", lambda source: "of now")
     # Nothing is trained.
     compare(**options)
-    with pytest.raises(RunError, match="RW580.*another content of --model"):
+    with pytest.raises(RunError, match="RW580.*--model demo with other weights"):
         compare(**{**options, "seeds": 2})
     monkeypatch.setattr(run, "model_hash", lambda source: "of the runs")
     compare(**{**options, "seeds": 2})
