@@ -11,6 +11,7 @@ import pytest
 from data_files import jsonl, refusal
 
 from rankwise.data import read_rows
+from rankwise.errors import RankwiseWarning
 
 
 def test_folders_follow_the_split(tmp_path: Path) -> None:
@@ -21,6 +22,22 @@ def test_folders_follow_the_split(tmp_path: Path) -> None:
     assert "no file in" in refusal(tmp_path, split="extra")
     jsonl(tmp_path / "train-3.jsonl", {"mr": "a", "ref": "b"})
     assert refusal(tmp_path).startswith("RW209: the files in")
+
+
+def test_a_split_may_name_a_folder_of_files(tmp_path: Path) -> None:
+    for name in ("train/a", "train/deep/b", "test/a", "validation/a", "validation/test"):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        jsonl(path, {"text": name})
+    read = {split: [row.text for row in read_rows(tmp_path, split=split)] for split in ("train", "test")}
+    assert read == {"train": ["train/a", "train/deep/b"], "test": ["test/a", "validation/test"]}
+
+
+def test_files_of_no_split_are_named_where_others_have_one(tmp_path: Path) -> None:
+    for name in ("train", "letters", "test"):
+        jsonl(tmp_path / f"{name}.jsonl", {"text": name})
+    with pytest.warns(RankwiseWarning, match="^RW187: .* the others are left out: letters.jsonl. Name each"):
+        assert [row.text for row in read_rows(tmp_path)] == ["train"]
 
 
 def test_a_folder_without_the_split_says_how_much_it_holds_and_what_to_do(tmp_path: Path) -> None:

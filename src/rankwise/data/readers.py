@@ -18,7 +18,7 @@ from rankwise.data.formats import Columns, Format
 from rankwise.data.image_formats import with_files
 from rankwise.data.rows import Problem, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
-from rankwise.errors import DataError, one_line
+from rankwise.errors import DataError, one_line, warn
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -144,19 +144,34 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
     )
     if not files:
         raise DataError("RW204", f"{folder} holds no data file ({', '.join(KINDS)}, also .gz).")
-    by_split = {file: _split_of(file.name) for file in files}
+    by_split = {file: _split_of_file(file.relative_to(folder)) for file in files}
     if not any(by_split.values()):
         return files
     chosen = [file for file, name in by_split.items() if name == _split_of(split)]
     if not chosen:
-        names = ", ".join(str(file.relative_to(folder)) for file in files[:NAMED_FILES])
-        more = f", and {len(files) - NAMED_FILES} more" if len(files) > NAMED_FILES else ""
+        names = _some([str(file.relative_to(folder)) for file in files])
         raise DataError(
             "RW208",
-            f"no file in {folder} is named after the split {split!r}; it holds {names}{more}. Give the file that you "
+            f"no file in {folder} is named after the split {split!r}; it holds {names}. Give the file that you "
             f"mean instead of the folder, or name it after the split ({split}{kind_of(files[0])}).",
         )
+    if unnamed := [str(file.relative_to(folder)) for file, name in by_split.items() if name is None]:
+        warn(
+            "RW187",
+            f"{folder} has files named after splits, and the others are left out: {_some(unnamed)}. Name each after "
+            f"its split ({split}-more{kind_of(files[0])}), or give it alone.",
+        )
     return chosen
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
+    return ", ".join(names[:NAMED_FILES]) + more
+
+
+def _split_of_file(path: Path) -> str | None:
+    """The split that the file's name gives, or else its nearest folder's."""
+    return next(filter(None, map(_split_of, reversed(path.parts))), None)
 
 
 def _split_of(name: str) -> str | None:
