@@ -415,6 +415,39 @@ def test_conversations_end_before_the_answer(tmp_path: Path) -> None:
     assert caught.value.code == "RW203"
 
 
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        (("q", "a"), {"q": "2+2", "a": 4, "answer": "4"}),
+        (("q", "gone"), "RW207: asked.jsonl has the columns"),
+        ((None, "a"), "RW207: --completion-column goes with --prompt-column"),
+    ],
+)
+def test_a_named_completion_is_the_right_answer(columns: Any, found: Any, tmp_path: Path) -> None:
+    from rankwise.data import read_rows
+    from rankwise.data.prompts import prompt_formats
+
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"q": "2+2", "a": 4, "answer": "of another question"}))
+    if isinstance(found, dict):
+        [row] = read_rows(path, formats=prompt_formats(*columns))
+        assert row.columns == found
+    else:
+        with pytest.raises(RankwiseError, match=found):
+            read_rows(path, formats=prompt_formats(*columns))
+
+
+@pytest.mark.parametrize("row", [{"prompt": "2+2", "completion": 4}, {"instruction": "2+2", "output": 4}])
+def test_a_number_is_a_right_answer_too(row: Any, tmp_path: Path) -> None:
+    from rankwise.data import read_rows
+    from rankwise.data.prompts import PROMPTS
+
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps(row))
+    [found] = read_rows(path, formats=PROMPTS)
+    assert found.columns == {**row, "answer": "4"}
+
+
 def test_a_continued_adapter_is_its_own_reference(settings: Any, rewarded: Any, tmp_path: Path) -> None:
     sft = tmp_path / "sft"
     train(settings(output=sft, eval_data=None, eval_steps=None))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.data.bad_rows import check_bad_rows
 from rankwise.data.encoding import Counts, Encoded, RowEncoder
-from rankwise.data.formats import BadRow, Format, Record, conversation, text_field, tools_of
+from rankwise.data.formats import BadRow, Format, Record, conversation, is_number, text_field, tools_of
 from rankwise.data.rows import Problem, Row, Rows
 from rankwise.errors import DataError, warn
 from rankwise.foreign import Fields, JsonObject
@@ -27,10 +27,25 @@ ANSWERS = ("answer", "solution")
 
 
 def prompt_formats(prompt_column: str | None = None, completion_column: str | None = None) -> Collection[Format]:
-    """The layouts of prompts; the one of these columns where they are named."""
+    """The layouts of prompts; the one of these columns where they are named. Raises DataError (RW207) for a
+    ``completion_column`` alone.
+    """
     if prompt_column is None:
+        if completion_column is not None:
+            raise DataError("RW207", "--completion-column goes with --prompt-column; give both.")
         return PROMPTS
-    return (Format(f"prompts ({prompt_column})", "prompt", (prompt_column,), _text(prompt_column, completion_column)),)
+    columns = tuple(name for name in (prompt_column, completion_column) if name)
+    return (Format(f"prompts ({', '.join(columns)})", "prompt", columns, _named(prompt_column, completion_column)),)
+
+
+def _named(prompt: str, completion: str | None) -> Callable[[Record], JsonObject]:
+    """A reader of named columns. The named completion is the right answer, also where others look like one."""
+
+    def fields(record: Record) -> JsonObject:
+        known = {} if completion is None else {ANSWERS[0]: text_field(record, completion)}
+        return {"prompt": text_field(record, prompt), "completion": PLACE, "columns": {**record, **known}}
+
+    return fields
 
 
 def _text(prompt: str, completion: str | None) -> Callable[[Record], JsonObject]:
@@ -74,7 +89,8 @@ def _with_answer(record: Record, known: object) -> Fields:
     if isinstance(known, list) and known and isinstance(known[-1], Mapping):
         known = known[-1].get("content")
     has_one = any(name in record for name in ANSWERS)
-    return record if has_one or not isinstance(known, str) else {**record, ANSWERS[0]: known}
+    is_one = isinstance(known, str) or is_number(known)
+    return record if has_one or not is_one else {**record, ANSWERS[0]: str(known)}
 
 
 # In order, as those of training data.
