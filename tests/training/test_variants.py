@@ -17,6 +17,7 @@ from rankwise.adapters.trained_base import quantization_of
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.evaluation.loading import LoadOptions, load_as_trained
 from rankwise.records import load_record, read_metrics
+from rankwise.training.arguments import check_combinations
 from rankwise.training.rates import EMBEDDING_RATE, loraplus_groups
 from rankwise.training.run import train
 from tiny_models import tiny_llama
@@ -83,6 +84,14 @@ def test_a_pissa_over_four_bits_belongs_on_the_original_weights(settings: Any, t
     # At the start the largest part of each weight is exact.
     off = [abs(record.initial_eval_loss - dense.initial_eval_loss) for record in (pissa, plain)]
     assert off[0] < off[1]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "reduce_lr_on_plateau", "greedy"])
+def test_a_warm_up_needs_a_schedule_that_has_one(schedule: str, settings: Any) -> None:
+    given = settings(lr_scheduler_type=schedule, warmup_steps=0)
+    check_combinations(given)
+    with pytest.raises(ConfigError, match=r"RW112: --warmup-steps .* constant_with_warmup"):
+        check_combinations(given.model_copy(update={"warmup_steps": 2}))
 
 
 def test_loftq_needs_four_bits(settings: Any) -> None:

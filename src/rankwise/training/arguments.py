@@ -29,6 +29,8 @@ TENTH = 0.1
 SCHEDULES_WITH_PARAMETERS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
 NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
 LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
+# For these, transformers ignores the number of warm-up steps.
+WITHOUT_WARMUP = ("constant", *LED_BY_EVALUATIONS)
 
 
 def implementation_of(optimizer: str, device_type: str) -> str:
@@ -54,6 +56,12 @@ def check_combinations(given: TrainSettings) -> None:
         idle.append(f"--lr-scheduler-type {given.lr_scheduler_type}")
     if idle and given.eval_data is None:
         raise ConfigError("RW112", f"{', '.join(idle)}: needs evaluations; give --eval-data too.")
+    if given.warmup_steps and given.lr_scheduler_type in WITHOUT_WARMUP:
+        raise ConfigError(
+            "RW112",
+            f"--warmup-steps has no effect on --lr-scheduler-type {given.lr_scheduler_type}; leave it out, or take "
+            "constant_with_warmup.",
+        )
     kind = given.init.partition(":")[0]
     if kind == "eva" and given.objective != "sft":
         raise ConfigError(
