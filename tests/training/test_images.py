@@ -298,6 +298,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"images": [3]}, "expected paths or bytes"),
     ({"messages": [{"role": "user", "content": "w1"}]}, "expected one `assistant` message"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "w1"}]}, "video"),
+    ({"tools": [{"name": "f"}]}, "expected no `tools`"),
+    *(
+        ({"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", **change}]}, said)
+        for change, said in (
+            ({"content": [{"type": "text", "text": "w2"}, {"type": "image"}]}, "text alone in the answer"),
+            ({"weight": 0}, "only answers to train on, found the answer with `weight` 0"),
+            ({"reasoning_content": "w3"}, "no `reasoning_content` in message 2"),
+            ({"tool_calls": [{"name": "f"}]}, "no `tool_calls` in message 2"),
+        )
+    ),
 ]
 
 
@@ -307,6 +317,24 @@ def test_bad_rows_are_named(change: dict[str, Any], said: str, one: Path, given:
     write_lines(tmp_path / "rows.jsonl", [rows[0], {**rows[1], **change}, rows[2]])
     with pytest.raises(DataError, match=f"RW203.*rows.jsonl, line 2: .*{said}"):
         train(given(model=str(one), data=str(tmp_path / "rows.jsonl")))
+
+
+def test_named_columns_bring_their_images(tmp_path: Path) -> None:
+    row = {"image": "images/a.png", "q": "w1", "a": 4}
+    [found] = read_rows(write_lines(tmp_path / "rows.jsonl", [row]), prompt_column="q", completion_column="a")
+    same = {"image": "images/a.png", "prompt": "w1", "completion": 4}
+    [usual] = read_rows(write_lines(tmp_path / "usual.jsonl", [same]))
+    assert (found.kind, found.messages, found.images) == ("images", usual.messages, usual.images)
+    assert found.images == (str(tmp_path / "images/a.png"),)
+
+
+@pytest.mark.parametrize("names", [("question", "answer"), ("q", "a")])
+def test_images_that_come_later_are_not_passed_over(names: tuple[str, str], tmp_path: Path) -> None:
+    text = dict(zip(names, ("w1", "w2")))
+    path = write_lines(tmp_path / "rows.jsonl", [text, {**text, "image": "a.png"}])
+    named = {"prompt_column": "q", "completion_column": "a"} if "q" in names else {}
+    with pytest.warns(RankwiseWarning, match=r"RW227: .*`image` in 1 of 2 rows"):
+        assert len(read_rows(path, **named)) == 2
 
 
 REFUSED: list[dict[str, Any]] = [

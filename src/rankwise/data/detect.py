@@ -24,7 +24,7 @@ from rankwise.data.formats import (
     quoted,
     tools_of,
 )
-from rankwise.data.image_formats import IMAGE_COLUMNS, IMAGE_FORMATS
+from rankwise.data.image_formats import IMAGE_COLUMNS, IMAGE_FORMATS, image_format
 from rankwise.data.rows import HOLDS_IMAGES, Problem, Row, Rows, Unit, content_sha256
 from rankwise.errors import ConfigError, DataError, warn
 
@@ -78,6 +78,8 @@ def _named_columns(record: Record, source: str, prompt: str | None, completion: 
     missing = [column for column in (prompt, completion) if column not in record]
     if missing:
         raise DataError("RW207", f"{source} has no column {quoted(missing)}; its columns are {quoted(record)}.")
+    if image := next((name for name in IMAGE_COLUMNS if name in record.keys() - {prompt, completion}), None):
+        return image_format(image, (prompt, completion))
     return Format(f"columns ({prompt}, {completion})", "prompt", (prompt, completion), pair(prompt, completion))
 
 
@@ -104,7 +106,8 @@ def rows_from_records(
     if not records:
         raise DataError("RW204", f"{source} holds no rows; give a file with at least one example.")
     shown = [record for _, record in records if isinstance(record, Mapping)][:LOOKED_AT]
-    if formats is not None and any(name in record for record in shown for name in IMAGE_COLUMNS):
+    has_images = any(name in record for _, record in records if isinstance(record, Mapping) for name in IMAGE_COLUMNS)
+    if formats is not None and has_images:
         raise ConfigError("RW182", f"{source} {HOLDS_IMAGES}")
     layout = _first_layout(shown, source, columns, formats)
     rows, problems = _convert(records, source, layout, counted_in)
@@ -112,8 +115,8 @@ def rows_from_records(
     assert layout is not None, "without a record that shows the layout every row is bad"
     _tell_of_numbers([record for _, record in records], source, layout)
     # Other formats read all columns of a record.
-    if not any(columns) and formats is None:
-        _tell_of_unread([record for _, record in records], source, layout)
+    if formats is None:
+        _tell_of_unread([record for _, record in records], source, layout, named=any(columns))
     return Rows(
         items=rows,
         kind=layout.kind,
@@ -159,10 +162,11 @@ def _tell_of_numbers(records: Sequence[Record | BadRow], source: str, layout: Fo
         warn("RW224", f"{source} holds numbers ({found}); they are read as text, as a .csv would hold them.")
 
 
-def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: Format) -> None:
-    """Warn of columns that are not read and hold text. Numbers, single words and truth values count as notes.
+def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: Format, *, named: bool) -> None:
+    """Warn of columns that are not read and hold text or images. Numbers, single words and truth values count as notes.
 
-    Rows of another layout are reported as bad rows instead.
+    Rows of another layout are reported as bad rows instead. Beside columns that the user has ``named``, only images
+    count.
     """
     read = {*layout.columns, *layout.marks, *layout.optional, *(("tools",) if layout.uses_template else ())}
     counts = Counter(
@@ -170,7 +174,8 @@ def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: For
         for record in records
         if isinstance(record, Mapping) and all(column in record for column in layout.columns)
         for name, value in record.items()
-        if name not in read and value and (isinstance(value, list | dict) or " " in str(value).strip())
+        if name not in read and value
+        if name in IMAGE_COLUMNS or (not named and (isinstance(value, list | dict) or " " in str(value).strip()))
     )
     found = ", ".join(f"`{name}` in {count:,} of {len(records):,} rows" for name, count in counts.items() if count)
     if found:

@@ -201,11 +201,17 @@ def _message(message: object, place: str) -> Message:
     content = "" if is_call and message.get("content") is None else _content(message, place)
     if not content and not is_call and message["role"] in ("user", "assistant"):
         raise BadRow(f"expected text in `content` of {place}, found {found_in(message, 'content')}")
-    for key in WEIGHTS if message["role"] == "assistant" else ():
-        if message.get(key) is not None and not message[key]:
-            raise BadRow(f"expected only answers to train on, found {place} with `{key}` {json.dumps(message[key])}")
+    if message["role"] == "assistant":
+        check_weights(message, place)
     kept = {key: value for key, value in message.items() if value is not None and key not in ("tool_calls", *WEIGHTS)}
     return {**kept, "content": content, **({"tool_calls": calls} if calls else {})}
+
+
+def check_weights(message: Record, place: str) -> None:
+    """Raise BadRow for an answer that is marked as excluded from training."""
+    for key in WEIGHTS:
+        if message.get(key) is not None and not message[key]:
+            raise BadRow(f"expected only answers to train on, found {place} with `{key}` {json.dumps(message[key])}")
 
 
 def _content(message: Record, place: str) -> str:

@@ -7,28 +7,45 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from rankwise.data.formats import ROLES, BadRow, Format, Record, encodable
+from rankwise.data.formats import (
+    ROLES,
+    BadRow,
+    Format,
+    Record,
+    check_weights,
+    encodable,
+    is_number,
+    quoted,
+    tools_of,
+)
+from rankwise.data.left_out import CALLS, REASONING
 from rankwise.data.rows import Message, Rows
 from rankwise.foreign import JsonObject
 
 
-def _with_images(column: str) -> Callable[[Record], JsonObject]:
-    """A reader of rows with the images of ``column``: the conversation in parts, as TRL's collator takes it."""
+def _with_images(column: str, rest: tuple[str, ...]) -> Callable[[Record], JsonObject]:
+    """A reader of rows with the images of ``column``: the conversation in parts, as TRL's collator takes it.
+
+    ``rest``: the column of messages, or those of the prompt and the completion.
+    """
 
     def fields(record: Record) -> JsonObject:
         found = record.get(column) or []
         images = tuple(_image(item, column) for item in (found if isinstance(found, list) else [found]))
-        if "messages" in record:
-            messages = record["messages"]
-        else:
-            prompt, answer = (
-                [{"role": role, "content": record.get(name)}] if isinstance(record.get(name), str) else record.get(name)
-                for name, role in (("prompt", "user"), ("completion", "assistant"))
-            )
-            messages = [*prompt, *answer] if isinstance(prompt, list) and isinstance(answer, list) else None
+        if tools_of(record):
+            raise BadRow("expected no `tools` beside images, which the model would not see")
+        parts = [_as_messages(record.get(name), role) for name, role in zip(rest, ("user", "assistant"))]
+        messages = [message for part in parts for message in part] if all(parts) else None
         return {"messages": _in_parts(messages, len(images)), "images": images}
 
     return fields
+
+
+def _as_messages(value: object, role: str) -> list[object]:
+    """A list of messages, or a text as one message; empty for anything else."""
+    if isinstance(value, str) or is_number(value):
+        return [{"role": role, "content": str(value)}]
+    return value if isinstance(value, list) else []
 
 
 def _image(item: object, column: str) -> str | bytes:
@@ -57,6 +74,8 @@ def _in_parts(messages: object, images: int) -> tuple[Message, ...]:
         place, content = f"message {number}", message.get("content")
         if message["role"] not in ROLES:
             raise BadRow(f"expected one of {', '.join(ROLES)} as `role` of {place}, found {message['role']!r}")
+        if lost := [key for key in (*CALLS, *REASONING) if message.get(key)]:
+            raise BadRow(f"expected no {quoted(lost)} in {place} beside images, which the model would not see")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if is_plain and message["role"] == "user" and number == roles.index("user") + 1:
             parts = [{"type": "image"}] * images + list(parts or [])
@@ -64,6 +83,9 @@ def _in_parts(messages: object, images: int) -> tuple[Message, ...]:
     placed = sum(part["type"] == "image" for message in found for part in message["content"])
     if placed != images:
         raise BadRow(f"expected a part of the type `image` for each image, found {placed} for {images}")
+    check_weights(messages[-1], "the answer")
+    if any(part["type"] == "image" for part in found[-1]["content"]):
+        raise BadRow("expected text alone in the answer, found a part of the type `image`")
     if not any(part["text"].strip() for part in found[-1]["content"]):
         raise BadRow("expected text in the answer, found none to train on")
     return tuple(found)
@@ -77,12 +99,15 @@ def _part(part: object, place: str) -> dict[str, str]:
     return {"type": kind, "text": encodable(text, f"`content` of {place}")}
 
 
+def image_format(column: str, rest: tuple[str, ...]) -> Format:
+    """The layout of the images in ``column`` beside messages, or beside a prompt and a completion."""
+    return Format(f"images ({', '.join((column, *rest))})", "images", rest, _with_images(column, rest), marks=(column,))
+
+
 IMAGE_COLUMNS = ("images", "image")
 # Tried before the text layouts, whose columns they include.
 IMAGE_FORMATS: Collection[Format] = tuple(
-    Format(f"images ({', '.join((column, *rest))})", "images", rest, _with_images(column), marks=(column,))
-    for column in IMAGE_COLUMNS
-    for rest in (("messages",), ("prompt", "completion"))
+    image_format(column, rest) for column in IMAGE_COLUMNS for rest in (("messages",), ("prompt", "completion"))
 )
 
 
