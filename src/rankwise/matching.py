@@ -272,6 +272,13 @@ def warn_of_idle(config: LoraConfig, names: Names, adapted: Collection[str], *, 
         warn(NO_EFFECT, f"{'; '.join(dict(idle).values())}; what is named here has no effect.", stacklevel=3)
 
 
+def warn_of_no_bias(config: LoraConfig, biases: Collection[object]) -> None:
+    """Warn (RW420) where ``bias`` finds none to train."""
+    if config.bias != "none" and not biases:
+        where = "the model has no biases" if config.bias == "all" else "the adapted modules have no biases"
+        warn(NO_EFFECT, f"bias is {config.bias!r}, and {where}; it has no effect.", stacklevel=3)
+
+
 def _missing_targets(config: LoraConfig, names: Names) -> Iterator[tuple[str, str]]:
     """(setting, message with the names that match nothing and the closest names)."""
     yield from _missing_modules(config.target_modules, names)

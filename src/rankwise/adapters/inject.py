@@ -58,6 +58,7 @@ from rankwise.matching import (
     target_names,
     warn_of_experts,
     warn_of_idle,
+    warn_of_no_bias,
     warn_of_unread,
 )
 
@@ -101,8 +102,11 @@ def add_adapter(
     planned = plan_adapter(model, config, name)
     start = beginning(model, config, planned, originals, batches)
     if start is None:
-        return attach(model, config, planned, name)
-    return attach(model, start.config, start.planned, name, start=start)
+        done = attach(model, config, planned, name)
+    else:
+        done = attach(model, start.config, start.planned, name, start=start)
+    warn_of_no_bias(config, _biases(model, config, name))
+    return done
 
 
 def plan_adapter(

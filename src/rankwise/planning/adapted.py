@@ -24,6 +24,7 @@ from rankwise.matching import (
     target_names,
     warn_of_experts,
     warn_of_idle,
+    warn_of_no_bias,
 )
 from rankwise.planning.shape import Module, Shape
 
@@ -117,7 +118,9 @@ def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
     warn_of_experts(config, left_out(config, experts, experts, adapted_stacks, shape.parameters))
     warn_of_idle(config, names, [*(item.module.name for item in adapted), *adapted_stacks])
     whole = tuple(module for module in shape.modules if config.trains_whole(module.name))
-    return Adaptation(adapted, whole, tuple(_biases(shape, config, adapted, whole)), stacks)
+    biases = tuple(_biases(shape, config, adapted, whole))
+    warn_of_no_bias(config, biases)
+    return Adaptation(adapted, whole, biases, stacks)
 
 
 def _stacks(shape: Shape, config: LoraConfig) -> Iterator[AdaptedStack]:
