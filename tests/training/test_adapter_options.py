@@ -59,6 +59,16 @@ def test_biases_and_parts_of_a_fused_layer(bias: str, gpt2_folder: str, settings
     assert record.settings["enable_lora"] == {"c_attn": [True, False, True]}
 
 
+@pytest.mark.parametrize(("chosen", "dtype"), [("float32", torch.float32), ("base", torch.bfloat16)])
+def test_a_continued_adapter_trains_in_the_dtype_asked_for(
+    chosen: str, dtype: torch.dtype, settings: Any, tmp_path: Path
+) -> None:
+    short = {"dtype": "bfloat16", "max_steps": 2, "eval_steps": 2}
+    train(settings(**short, output=tmp_path / "first"))
+    train(settings(**short, adapter=tmp_path / "first", adapter_dtype=chosen))
+    assert {value.dtype for value in trained(tmp_path / "run").values()} == {dtype}
+
+
 def test_layers_need_a_list_of_targets(settings: Any) -> None:
     with pytest.raises(ConfigError, match="layers_to_transform") as caught:
         train(settings(layers_to_transform="1"))

@@ -57,7 +57,7 @@ def continue_adapter(model: nn.Module, given: TrainSettings, base_sha256: str) -
                 f"--adapter {given.adapter} was trained on another base than --model {given.model} (their sha256 "
                 "differ); give the model that its run.json names.",
             )
-    report = load_adapter(model, given.adapter)
+    report = load_adapter(model, given.adapter, adapter_dtype=given.adapter_dtype)
     if given.objective in ("dpo", "kto") or given.beta:
         keep_reference(model)
     return report.trainable_parameters
