@@ -91,13 +91,14 @@ def rows_from_records(
     columns: Columns = (None, None),
     counted_in: Unit = "line",
     skip_bad_rows: int | None = NEVER,
+    bad_before: int = 0,
     formats: Collection[Format] | None = None,
 ) -> Rows:
     """Rows from ``(line, record)`` pairs, in the format of the first record that has one of ``formats``.
 
     ``columns``: the prompt and the completion column, where the user has named them. ``counted_in``: what the line
-    numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all) are left out with a warning (RW223) if
-    good rows remain; NEVER leaves out none and advises no option.
+    numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all), less the ``bad_before`` of other files, are
+    left out with a warning (RW223) if good rows remain; NEVER leaves out none and advises no option.
 
     Raises DataError: RW203 naming the bad rows, RW204 when there is none, RW207 for unknown columns; ConfigError: RW182
     images for formats of text.
@@ -111,7 +112,7 @@ def rows_from_records(
         raise ConfigError("RW182", f"{source} {HOLDS_IMAGES}")
     layout = _first_layout(shown, source, columns, formats)
     rows, problems = _convert(records, source, layout, counted_in)
-    check_bad_rows(problems, len(records), allowed=skip_bad_rows)
+    check_bad_rows(problems, len(records), allowed=skip_bad_rows, before=bad_before)
     assert layout is not None, "without a record that shows the layout every row is bad"
     _tell_of_numbers([record for _, record in records], source, layout)
     # Other formats read all columns of a record.

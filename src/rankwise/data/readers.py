@@ -73,6 +73,8 @@ class _How:
     columns: Columns
     skip_bad_rows: int | None
     formats: Collection[Format] | None = None
+    # Bad rows in earlier files of the folder.
+    bad_before: int = 0
 
 
 def check_there(source: str | Path) -> None:
@@ -92,6 +94,7 @@ def _read_path(path: Path, name: str, how: _How) -> Rows:
         columns=how.columns,
         counted_in=content.counted_in,
         skip_bad_rows=how.skip_bad_rows,
+        bad_before=how.bad_before,
         formats=content.formats if how.formats is None else how.formats,
     )
     return with_files(rows, path.parent) if rows.kind == "images" else rows
@@ -119,10 +122,9 @@ def _read_folder(folder: Path, split: str, how: _How) -> Rows:
 def _read_files(folder: Path, files: Sequence[Path], how: _How) -> list[Rows]:
     """The rows of each file. ``skip_bad_rows`` counts the bad rows of all files together."""
     parts: list[Rows] = []
-    allowed = how.skip_bad_rows
     for file in files:
-        left = None if allowed is None else allowed - sum(len(part.problems) for part in parts)
-        parts.append(_read_path(file, str(file.relative_to(folder)), dataclasses.replace(how, skip_bad_rows=left)))
+        before = sum(len(part.problems) for part in parts)
+        parts.append(_read_path(file, str(file.relative_to(folder)), dataclasses.replace(how, bad_before=before)))
     return parts
 
 
