@@ -97,8 +97,8 @@ def rows_from_records(
     """Rows from ``(line, record)`` pairs, in the format of the first record that has one of ``formats``.
 
     ``columns``: the prompt and the completion column, where the user has named them. ``counted_in``: what the line
-    numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all), less the ``bad_before`` of other files, are
-    left out with a warning (RW223) if good rows remain; NEVER leaves out none and advises no option.
+    numbers count, for messages. Up to ``skip_bad_rows`` bad rows (None: all), less the ``bad_before`` of other files,
+    are left out with a warning (RW223) if good rows remain; NEVER leaves out none and advises no option.
 
     Raises DataError: RW203 naming the bad rows, RW204 when there is none, RW207 for unknown columns; ConfigError: RW182
     images for formats of text.
