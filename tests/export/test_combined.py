@@ -136,6 +136,24 @@ def test_what_makes_no_combination_is_refused(tmp_path, capsys, arguments, code)
     assert not (tmp_path / "both").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["--text", "rows.txt"], "--verify"),
+        (["--quantization", "nf4"], "--onto quantized"),
+        (["--no-double-quant"], "--quantization"),
+        (["--seed", "1"], "dare_ties"),
+        (["--seed", "1", "--combine", "cat"], "dare_ties"),
+    ],
+)
+def test_an_option_without_the_one_that_it_needs_is_refused(tmp_path, capsys, arguments, needed):
+    given = ["merge", "--adapter", str(tmp_path), *arguments, "--output", str(tmp_path / "merged"), "--json"]
+    assert main(given) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "RW753"
+    assert needed in error["message"]
+
+
 def test_dora_and_experts_are_never_dropped(tmp_path):
     model = tiny_llama()
     for name in "ab":

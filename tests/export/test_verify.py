@@ -62,6 +62,16 @@ def test_a_format_without_a_record_can_be_named(run, tmp_path, double_quant):
     assert bool((logits(merged) - trained).abs().max() < 1e-4) == double_quant
 
 
+@pytest.mark.parametrize("named", [("fp4", True), ("nf4", False)])
+def test_another_format_than_the_recorded_one_is_refused(run, tmp_path, named):
+    other = format_of(named[0], double_quant=named[1])
+    with pytest.raises(AdapterError, match="RW414: .* was trained on nf4 with double-quantized scales, not"):
+        merge_to_folder(run[0], tmp_path / "merged", onto="quantized", trained_on=other)
+    with pytest.raises(AdapterError, match="RW414"):
+        verify_merge(run[0], trained_on=other)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_merged_onto_the_quantized_the_values_are_those_of_the_dtype_that_trained(tmp_path):
     """Rounding float32 weights to 4 bits gives other values than rounding the bfloat16 ones that a run quantized."""
     tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")

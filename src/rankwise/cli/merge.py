@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rankwise.cli.folders import refuse_comparisons
@@ -64,8 +65,21 @@ def _check_options(settings: MergeSettings) -> None:
         idle = [name for name in ("onto", "quantization", "text") if getattr(settings, name) is not None]
         idle += ["verify"] if settings.verify else []
         why = "is of a merged model, and --combine writes an adapter; merge that afterwards"
-    if idle:
-        raise ConfigError("RW753", f"{', '.join(f'--{name}' for name in idle)} {why}.")
+    problems = [f"{', '.join(f'--{name}' for name in idle)} {why}"] if idle else list(_alone(settings))
+    if problems:
+        raise ConfigError("RW753", f"{'; '.join(problems)}.")
+
+
+def _alone(settings: MergeSettings) -> Iterator[str]:
+    """What is wrong with options that need another one, which is not given."""
+    if settings.text is not None and not settings.verify:
+        yield "--text is what --verify measures on; give --verify too"
+    if settings.quantization is not None and not settings.verify and settings.onto != "quantized":
+        yield "--quantization has no effect on a merge into original weights; give --onto quantized or --verify too"
+    if not settings.double_quant and settings.quantization is None:
+        yield "--no-double-quant describes the format of --quantization; give that too"
+    if settings.seed != settings.defaults()["seed"] and settings.combine != "dare_ties":
+        yield "--seed is of --combine dare_ties, which alone draws; leave it out"
 
 
 def _combine(settings: MergeSettings, output: Output) -> Document:

@@ -212,8 +212,21 @@ def _warn_of_another_base(adapter: Path, source: ModelSource) -> None:
         )
 
 
+def named_format(adapter: Path, given: FourBitConfig | None) -> FourBitConfig | None:
+    """The 4-bit format that the adapter's folder records, or else ``given``. Raises AdapterError (RW414) where they
+    differ.
+    """
+    recorded = quantization_of(adapter)
+    names = [(one.quant_type, one.double_quant) for one in (recorded, given) if one is not None]
+    if len(set(names)) > 1:
+        scales = ["single-quantized scales", "double-quantized scales"]
+        theirs, asked = (f"{kind} with {scales[double]}" for kind, double in names)
+        raise AdapterError("RW414", f"{adapter} was trained on {theirs}, not {asked}; leave --quantization out.")
+    return recorded or given
+
+
 def _trained_on(adapter: Path, given: FourBitConfig | None) -> FourBitConfig:
-    quantization = quantization_of(adapter) or given
+    quantization = named_format(adapter, given)
     if quantization is None:
         raise AdapterError(
             "RW414",

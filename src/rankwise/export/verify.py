@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rankwise.adapters import load_adapter, merge_adapter
-from rankwise.adapters.trained_base import dtype_of, quantization_of
+from rankwise.adapters.trained_base import dtype_of
 from rankwise.data import stdlib_rows
 from rankwise.errors import DataError
-from rankwise.export.merged import Onto, base_source, stored_quantization
+from rankwise.export.merged import Onto, base_source, named_format, stored_quantization
 from rankwise.export.rounding import rounding_cost
 from rankwise.models import load_model
 from rankwise.quantization.config import FourBitConfig
@@ -74,7 +74,7 @@ def verify_merge(
     """
     source = base_source(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
     stored, dtype = stored_quantization(source), dtype_of(adapter)
-    quantization = quantization_of(adapter) or trained_on if stored is None else None
+    quantization = named_format(adapter, trained_on) if stored is None else None
     load = functools.partial(load_model, source, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     model, tokenizer = load(quantization=quantization)
     ids = text_chunks(tokenizer, default_text() if text is None else text)
