@@ -389,6 +389,16 @@ def test_an_answer_that_is_not_to_be_trained_on_is_a_bad_row(excluded: dict[str,
     assert row.messages == tuple(CHAT["messages"])
 
 
+def test_a_field_that_an_object_names_twice_is_refused(tmp_path: Path) -> None:
+    twice = '{"prompt": "a", "completion": "b", "prompt": "c"}'
+    (tmp_path / "rows.jsonl").write_text(twice)
+    (tmp_path / "rows.json").write_text(f"[{twice}]")
+    assert "line 1: expected one JSON object a line, found JSON that cannot be read (`prompt` twice" in refusal(
+        tmp_path / "rows.jsonl"
+    )
+    assert refusal(tmp_path / "rows.json").startswith("RW206")
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("prompt,completion,completion\na,b,c\n", encoding="utf-8")
