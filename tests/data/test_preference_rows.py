@@ -51,6 +51,20 @@ def test_every_layout_gives_the_same_ids(layout: str, tmp_path: Path) -> None:
     assert found[1].report.rows == found[1].report.stop_token_rows == 1
 
 
+def test_both_sides_of_a_pair_see_the_tools(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", {**LAYOUTS["text"], "tools": [{"name": "add"}]})
+    [row] = read_rows(path, formats=PREFERENCE_FORMATS["dpo"])
+    assert row.rejected is not None
+    assert row.tools == row.rejected.tools == ({"name": "add"},)
+
+
+@pytest.mark.parametrize("layout", ["text", "implicit messages"])
+def test_a_column_that_pairs_do_not_read_is_named(layout: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", {**LAYOUTS[layout], "system": "Be brief."})
+    with pytest.warns(RankwiseWarning, match="RW227: .*`system` in 1 of 1 rows"):
+        read_rows(path, formats=PREFERENCE_FORMATS["dpo"])
+
+
 def test_texts_that_begin_alike_have_an_implicit_prompt(tmp_path: Path) -> None:
     pair = {"chosen": "Human: hi Assistant: hello", "rejected": "Human: hi Assistant: go away"}
     [row] = read_rows(written(tmp_path / "rows.jsonl", pair), formats=PREFERENCE_FORMATS["dpo"])

@@ -115,8 +115,8 @@ def rows_from_records(
     check_bad_rows(problems, len(records), allowed=skip_bad_rows, before=bad_before)
     assert layout is not None, "without a record that shows the layout every row is bad"
     _tell_of_numbers([record for _, record in records], source, layout)
-    # Other formats read all columns of a record.
-    if formats is None:
+    # Rewards read all columns of a record.
+    if rows[0].columns is None:
         _tell_of_unread([record for _, record in records], source, layout, named=any(columns))
     return Rows(
         items=rows,
@@ -144,7 +144,8 @@ def _convert(
                     # In a row with a prompt, a column of this name may have another meaning.
                     with contextlib.suppress(BadRow):
                         fields["tools"] = tools_of(record)
-                worse = fields.pop("rejected", None)
+                if (worse := fields.pop("rejected", None)) is not None and "tools" in fields:
+                    worse["tools"] = fields["tools"]
                 make = functools.partial(Row, layout.kind, source, line, counted_in=unit)
                 rows.append(make(**fields, rejected=None if worse is None else make(**worse)))
         except BadRow as bad:
