@@ -50,3 +50,9 @@ def test_read_rows_knows_it_by_name() -> None:
     assert read_rows("stdlib", split="eval").sha256 == stdlib_rows("eval").sha256
     with pytest.raises(DataError, match=r"RW208.*no split 'dev'"):
         read_rows("stdlib", split="dev")
+
+
+def test_columns_that_it_does_not_have_are_refused() -> None:
+    with pytest.raises(DataError, match="RW207: stdlib has no column `q`, `a`"):
+        read_rows("stdlib", prompt_column="q", completion_column="a")
+    assert len(read_rows("stdlib", prompt_column="prompt", completion_column="completion")) == len(read_rows("stdlib"))

@@ -56,7 +56,7 @@ def read_rows(
     """
     how = _How((prompt_column, completion_column), skip_bad_rows, formats)
     if str(source) == STDLIB:
-        return stdlib_rows(split, formats)
+        return stdlib_rows(split, formats, how.columns)
     check_there(source)
     path = Path(source).expanduser()
     if path.is_dir():

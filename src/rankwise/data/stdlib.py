@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from types import ModuleType
 
 from rankwise.data.detect import rows_from_records
-from rankwise.data.formats import Format, Record
+from rankwise.data.formats import Columns, Format, Record
 from rankwise.data.rows import Rows
 from rankwise.errors import DataError
 
@@ -48,12 +48,15 @@ xmlrpc.server zipapp zipfile zipimport zoneinfo
 """
 
 
-def stdlib_rows(split: str = "train", formats: Collection[Format] | None = None) -> Rows:
+def stdlib_rows(
+    split: str = "train", formats: Collection[Format] | None = None, columns: Columns = (None, None)
+) -> Rows:
     """A tenth of the rows is ``split="eval"`` and the rest is ``"train"``. The split is by hash, and no sentence is in
     both.
 
     The same Python gives the same rows in the same order. Raises DataError: RW208 unknown split, RW204 when Python runs
-    without docstrings (``-OO``), RW207 where ``formats`` have none for prompts with completions.
+    without docstrings (``-OO``), RW207 where ``formats`` have none for prompts with completions, or ``columns``
+    names others.
     """
     if split not in SPLITS:
         raise DataError("RW208", f"the demo data has no split {split!r}; it has train and eval.")
@@ -62,7 +65,7 @@ def stdlib_rows(split: str = "train", formats: Collection[Format] | None = None)
         for number, record in enumerate(_unique(), 1)
         if (hashlib.sha256(record["completion"].encode()).digest()[0] < EVAL_BYTES) == SPLITS[split]
     ]
-    return rows_from_records(records, STDLIB, formats=formats)
+    return rows_from_records(records, STDLIB, formats=formats, columns=columns)
 
 
 def _unique() -> Iterator[Record]:
