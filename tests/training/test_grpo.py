@@ -437,7 +437,10 @@ def test_a_named_completion_is_the_right_answer(columns: Any, found: Any, tmp_pa
             read_rows(path, formats=prompt_formats(*columns))
 
 
-@pytest.mark.parametrize("row", [{"prompt": "2+2", "completion": 4}, {"instruction": "2+2", "output": 4}])
+NUMBERS = [{"prompt": "2+2", "completion": 4}, {"instruction": "2+2", "input": " ", "output": 4}]
+
+
+@pytest.mark.parametrize("row", NUMBERS)
 def test_a_number_is_a_right_answer_too(row: Any, tmp_path: Path) -> None:
     from rankwise.data import read_rows
     from rankwise.data.prompts import PROMPTS

@@ -58,7 +58,7 @@ def _text(prompt: str, completion: str | None) -> Callable[[Record], JsonObject]
 
 def _instruction(record: Record) -> JsonObject:
     prompt, known = text_field(record, "instruction"), record.get("output", record.get("response"))
-    context = next((name for name in ("input", "context") if record.get(name)), None)
+    context = next((name for name in ("input", "context") if str(record.get(name) or "").strip()), None)
     if context is not None:
         prompt = f"{prompt}\n\n{text_field(record, context)}"
     return {"prompt": prompt, "completion": PLACE, "columns": _with_answer(record, known)}
