@@ -73,6 +73,14 @@ def test_a_tie_goes_to_the_shortest_runs_where_ranges_part():
     )
 
 
+def test_many_methods_are_counted_and_not_named():
+    names = ["lora", "lora+rslora", "lora+plus", "lora+pissa", "lora+eva", "dora", "qlora", "qdora"]
+    methods = {name: method(1.5 + place / 100, 6.0, 600 + 60 * place) for place, name in enumerate(names)}
+    assert choice("cannot tell", methods)["reason"].startswith(
+        "LoRA: the runs cannot tell it from 7 methods; 7 methods take longer ("
+    )
+
+
 def test_the_clock_decides_nothing_within_its_noise():
     """The issue's table: DoRA is 0.8 s of 9.8 faster, with the worse mean, more memory and more parameters."""
     methods = {
@@ -99,7 +107,7 @@ def test_memory_counts_where_it_really_parts_then_parameters_then_servers_then_t
     served = {"dora": method(1.4, 2.0, 600, parameters=10), "lora": method(1.5, 2.0, 600, parameters=10)}
     assert chosen(**served) == "lora: DoRA is refused by vLLM and SGLang"
     equal = {"lora": method(1.5, 2.0, 600), "qlora": method(1.4, 2.0, 600)}
-    assert chosen(**equal) == "qlora: nothing in cost parts it from LoRA, whose mean is worse"
+    assert chosen(**equal) == "qlora: its cost does not differ from that of LoRA, whose mean is worse"
 
 
 def test_one_measurement_of_time_does_not_count_and_that_is_said():

@@ -15,6 +15,8 @@ from rankwise.serving import refusing
 
 # Methods whose adapters servers refuse; they load those of LoRA.
 REFUSED_BY_SERVERS = (*DORA, *BASELINES)
+# The most methods that a sentence names; of more it gives the number.
+MOST_NAMED = 5
 
 
 def pareto_points(methods: Mapping[str, Method], metric: str) -> list[ParetoPoint]:
@@ -116,7 +118,7 @@ def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, 
     chosen = left[0]
     said = [_against(out, least, cost, chosen) for out, least, cost in why]
     if len(left) > 1:
-        said.append(f"its cost does not differ from that of {listed(map(long_name, left[1:]))}, whose mean is worse")
+        said.append(f"its cost does not differ from that of {_named(left[1:])}, whose mean is worse")
     if methods[chosen]["seeds"] < 2:
         said.insert(0, "one measurement of time has no range, so time does not count")
     return chosen, said
@@ -153,8 +155,12 @@ _COSTS = (
 
 
 def _against(out: Sequence[str], least: str, cost: _Cost, chosen: str) -> str:
-    text = f"{listed(map(long_name, out))} {cost.several if len(out) > 1 else cost.one}"
+    text = f"{_named(out)} {cost.several if len(out) > 1 else cost.one}"
     return text if least == chosen or not cost.is_relative else f"{text} than {long_name(least)}"
+
+
+def _named(names: Sequence[str]) -> str:
+    return listed(map(long_name, names)) if len(names) <= MOST_NAMED else f"{len(names)} methods"
 
 
 def _empty(metric: str, memory: int | None, hours: float | None, points: list[ParetoPoint]) -> Recommendation:
@@ -219,9 +225,9 @@ def _reason(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, 
         return f"{_ties(chosen, best, tied, verdicts)}; {', and '.join(why)}"
     tested = [name for name in sorted(verdicts) if verdicts[name] is not None]
     untested = [name for name in sorted(verdicts) if verdicts[name] is None]
-    parts = [f"it is better than {listed(map(long_name, tested))}"] if tested else []
+    parts = [f"it is better than {_named(tested)}"] if tested else []
     if untested:
-        names = listed(map(long_name, untested))
+        names = _named(untested)
         parts.append(f"on one seed, which proves nothing, its figure is better than that of {names}")
     return listed(parts)
 
@@ -236,7 +242,7 @@ def _ties(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, st
     if chosen != best:
         return f"{words[verdicts[chosen]]} {long_name(best)}, which has the best mean"
     groups = {text: [name for name in tied if name != best and verdicts[name] == key] for key, text in words.items()}
-    return listed(f"{text} {listed(map(long_name, names))}" for text, names in groups.items() if names)
+    return listed(f"{text} {_named(names)}" for text, names in groups.items() if names)
 
 
 def _failures(method: Method) -> str:
