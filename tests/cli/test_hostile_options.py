@@ -45,7 +45,7 @@ def said(rankwise, model_folder, rows_file, tmp_path, monkeypatch):
         ("? [a, b]\n: 1", "unhashable"),
         ("seed: 1\nseed: 2", "'seed' is given twice"),
         ("max-length: 8\nmax_length: 9", "twice"),
-        ("#" * (1 << 21), "larger than"),
+        ("#" * (1 << 21), "exceeds"),
         ("".join(f"{number}: 1\n" for number in range(20_000)) + "7: 1", "'7' is given twice"),
         ("seed: " + "1" * 5000, "does not fit its tag"),
     ],

@@ -257,7 +257,7 @@ def test_a_length_beyond_the_model_s_is_said(rankwise, model_folder):
     ("stored", "words"),
     [
         ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "4-bit weights already (bitsandbytes, with double"),
-        ({"quant_method": "fp8", "fmt": "e4m3"}, "quantized already (fp8), over which no other"),
+        ({"quant_method": "fp8", "fmt": "e4m3"}, "hold quantized weights (fp8), which cannot be quantized again"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "weights in 4 bits (gptq): lora and dora train over"),
     ],
 )

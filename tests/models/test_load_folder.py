@@ -137,7 +137,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 BAD = {
     "no config": (remove("config.json"), "RW302", "holds no config.json"),
     "an adapter": (become_adapter, "RW302", "is an adapter.*org/base"),
-    "a model and an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "RW302", "at once"),
+    "a model and an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "RW302", "both a model and an"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "RW302", "as JSON"),
     "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "RW302", "as JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "RW302", "not an object"),
@@ -166,7 +166,7 @@ BAD = {
     "index that lies": (
         shards(edit_index(lambda m: m.update(a=next(iter(m.values()))))),
         "RW305",
-        "promises tensors that are not there: a in",
+        "names tensors that are missing: a in",
     ),
 }
 

@@ -201,7 +201,7 @@ def test_longer_rows_and_larger_batches_take_more():
 
 def test_a_length_beyond_the_model_is_said():
     found = trace(skeleton("llama", **SMALL), "lora", Workload(batch_size=1, max_length=4096))
-    assert any("longer than the 2,048" in note for note in found.notes)
+    assert any("longer than the model's 2,048" in note for note in found.notes)
 
 
 def test_paged_states_wait_elsewhere_and_are_said():
