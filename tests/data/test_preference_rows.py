@@ -23,6 +23,7 @@ AS_MESSAGES = {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "messages": AS_MESSAGES,
     "messages, answers as text": {**AS_MESSAGES, "chosen": "4", "rejected": "It is 5 ."},
+    "whole conversations": {"prompt": [USER], "chosen": [USER, FOUR], "rejected": [USER, FIVE]},
     "implicit messages": {"chosen": [USER, FOUR], "rejected": [USER, FIVE]},
     "implicit messages beside a prompt": {"prompt": "2 + 2", "chosen": [USER, FOUR], "rejected": [USER, FIVE]},
     "a prompt as text": {"prompt": USER["content"], "chosen": [FOUR], "rejected": [FIVE]},

@@ -73,7 +73,7 @@ def _implicit_texts(record: Record) -> JsonObject:
 
 def _conversations(record: Record) -> JsonObject:
     prompt = message_list(record, "prompt")
-    better, worse = (_answer(record, side) for side in SIDES)
+    better, worse = (_behind(prompt, _answer(record, side)) for side in SIDES)
     return _pair_of(record, prompt, better, worse)
 
 
@@ -106,6 +106,11 @@ def _answer(record: Record, column: str) -> tuple[Message, ...]:
     return message_list(record, column)
 
 
+def _behind(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> tuple[Message, ...]:
+    """An answer without the prompt, which some data sets repeat in front of it."""
+    return answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
+
+
 def _common(first: str | tuple[Message, ...], second: str | tuple[Message, ...]) -> int:
     """The length of the common prefix, in characters or messages."""
     return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(first, second)))
@@ -120,7 +125,8 @@ def _marked_text(record: Record) -> JsonObject:
 
 
 def _marked_conversation(record: Record) -> JsonObject:
-    prompt, answer = message_list(record, "prompt"), _answer(record, "completion")
+    prompt = message_list(record, "prompt")
+    answer = _behind(prompt, _answer(record, "completion"))
     if not any(message["role"] == "assistant" for message in answer):
         raise BadRow("expected an `assistant` message in `completion`, found none")
     fields = {"messages": prompt + answer, "first_trained": len(prompt), "tools": tools_of(record)}
