@@ -9,6 +9,7 @@ import io
 import json
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
@@ -85,6 +86,15 @@ def parse_json(
         # A lone surrogate is not a character, and text that holds one cannot be encoded.
         json.dumps(found, ensure_ascii=False).encode("utf-8")
     return found
+
+
+def each_once(pairs: list[tuple[str, Json]]) -> JsonObject:
+    """An ``object_pairs_hook``. Raises ValueError for a key that occurs twice, of which Python would keep the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return content
 
 
 def unpacked(content: bytes) -> bytes:

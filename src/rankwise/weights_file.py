@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 from rankwise.errors import ModelError, RankwiseError
-from rankwise.foreign import Json, JsonObject, parse_json
+from rankwise.foreign import Json, JsonObject, each_once, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 2**62
@@ -132,20 +131,12 @@ def _refuse_other_formats(start: bytes) -> None:
 
 def _parse(text: bytes) -> JsonObject:
     try:
-        content = parse_json(text, pairs=_unique)
+        content = parse_json(text, pairs=each_once)
     except ValueError as problem:
         reason = " ".join(str(problem).split())[:120]
         raise Malformed(f"has a header that is not valid JSON ({reason}); {AGAIN}") from None
     if not isinstance(content, dict):
         raise Malformed(f"has a header that is a JSON {type(content).__name__} and not an object; {AGAIN}")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Json]]) -> JsonObject:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice!r} occurs twice")
     return content
 
 

@@ -21,6 +21,7 @@ from rankwise.acceleration.probe import probe
 from rankwise.acceleration.replace import ATTRIBUTE, class_forward
 from rankwise.adapters.base_layer import is_own
 from rankwise.compat.torch import hooks_around, is_fake
+from rankwise.compat.transformers import text_config
 from rankwise.compat.trl_hooks import bars_offloading
 from rankwise.constants import IGNORED
 from rankwise.ops.linear_cross_entropy import LogitShape
@@ -146,7 +147,7 @@ def _configured_shape(model: nn.Module) -> LogitShape:
 
 def _text_config(model: nn.Module) -> PreTrainedConfig:
     config: Any = getattr(model, "config", None)
-    return getattr(config, "get_text_config", lambda: config)()
+    return text_config(config)
 
 
 def _answers_as(model: nn.Module, head: Head) -> bool:

@@ -26,7 +26,7 @@ from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
 from rankwise.compat.accelerate import loads_weights
-from rankwise.compat.transformers import attention_of
+from rankwise.compat.transformers import attention_of, text_config
 from rankwise.ops.handback import offered_by
 from rankwise.ops.selection import stands_on_card
 
@@ -170,7 +170,7 @@ def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
         return False
     parameter = next(model.parameters())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     dtype, width = getattr(model, "dtype", dtype), attention.head_width(text)
     why_not = attention.config_obstacle(text) or attention.obstacle(dtype, parameter, width)
     mine = Undo()

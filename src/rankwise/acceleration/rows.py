@@ -22,7 +22,7 @@ from rankwise.acceleration import attention
 from rankwise.acceleration.probe import probe
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.compat.torch import is_fake
-from rankwise.compat.transformers import names_windows
+from rankwise.compat.transformers import names_windows, text_config
 from rankwise.ops.selection import stands_on_card
 
 # Lengths of the rows with which a model is tested.
@@ -129,7 +129,7 @@ def _logits(model: nn.Module, device: torch.device, *, bounds: bool) -> Tensor |
 
 def has_window(config: PreTrainedConfig) -> bool:
     """Whether some layers attend to a window of the tokens only."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     if getattr(text, "attention_chunk_size", None):
         return True
     return bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True)

@@ -64,8 +64,8 @@ from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import own_parameters
 from rankwise.errors import AdapterError, ConfigError, warn
 from rankwise.foreign import parse_json
+from rankwise.listing import some_of
 from rankwise.lora_config import AdapterDtype, LoraConfig
-from rankwise.quantization.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 BELONGS_ON_FOUR_BITS = "so it corrects the rounding of a 4-bit base, which dense weights do not have"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from rankwise.adapters.base_layer import foreign_format, is_adaptable, is_linear, why_not
+from rankwise.compat.transformers import text_config
 from rankwise.matching import Place, Places, matches
 from rankwise.quantization.linear import features
 
@@ -32,7 +33,7 @@ def places_of(modules: Modules, head: nn.Module | None, text: nn.Module | None =
 def text_part(model: nn.Module) -> nn.Module | None:
     """The text decoder of a multimodal model; None for a model of text alone."""
     config = getattr(model, "config", None)
-    if getattr(config, "get_text_config", lambda: config)() is config:
+    if text_config(config) is config:
         return None
     find = getattr(model, "get_decoder", None)
     return find() if callable(find) else None

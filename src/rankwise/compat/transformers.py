@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
     from transformers.core_model_loading import WeightTransform
 
+Config = TypeVar("Config", bound="PreTrainedConfig | None")
+
 # --- configurations ---
+
+
+def text_config(config: Config) -> Config:
+    """The configuration of the text part; one that is not transformers', or None, as it is."""
+    return getattr(config, "get_text_config", lambda: config)()
 
 
 def attention_of(config: PreTrainedConfig | None) -> str | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from rankwise.data.formats import E2E_LINES, TEXT, BadRow, Format, Record
 from rankwise.data.rows import Unit
 from rankwise.errors import DataError, one_line
-from rankwise.foreign import Json, JsonObject, unpacked
+from rankwise.foreign import Json, each_once, unpacked
 
 if TYPE_CHECKING:
     import pyarrow
@@ -118,22 +118,13 @@ def _json_lines(path: Path, content: bytes) -> Numbered:
 
 def _json_record(line: str) -> Record | BadRow:
     try:
-        record = json.loads(line, object_pairs_hook=_each_once)
+        record = json.loads(line, object_pairs_hook=each_once)
     except json.JSONDecodeError as error:
         return BadRow(f"expected one JSON object a line, found invalid JSON ({error.msg} at column {error.colno})")
     except (RecursionError, ValueError) as error:
         # The JSON is nested too deeply, names a field twice, or holds a number of thousands of digits.
         return BadRow(f"expected one JSON object a line, found JSON that cannot be read ({error})")
     return _as_record(record)
-
-
-def _each_once(fields: list[tuple[str, Json]]) -> JsonObject:
-    """An object of JSON. Raises ValueError for a name that it gives twice, of which Python would keep the last."""
-    found = dict(fields)
-    if len(found) < len(fields):
-        twice = next(name for name, count in Counter(name for name, _ in fields).items() if count > 1)
-        raise ValueError(f"`{twice}` twice in one object")
-    return found
 
 
 def _as_record(record: object) -> Record | BadRow:
@@ -164,7 +155,7 @@ def _skip(text: str, position: int) -> int:
 
 def _json_array(path: Path, text: str, start: int) -> Numbered:
     # Element by element, so that what stands before a fault is counted.
-    decode = json.JSONDecoder(object_pairs_hook=_each_once).raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=each_once).raw_decode
     position = _skip(text, start + 1)
     if text[position : position + 1] == "]":
         return

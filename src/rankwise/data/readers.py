@@ -19,6 +19,7 @@ from rankwise.data.image_formats import with_files
 from rankwise.data.rows import Problem, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
 from rankwise.errors import DataError, one_line, warn
+from rankwise.listing import some_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,7 +152,7 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
         return files
     chosen = [file for file, name in by_split.items() if name == _split_of(split)]
     if not chosen:
-        names = _some([str(file.relative_to(folder)) for file in files])
+        names = some_of([str(file.relative_to(folder)) for file in files], NAMED_FILES)
         raise DataError(
             "RW208",
             f"no file in {folder} is named after the split {split!r}; it holds {names}. Give the file that you "
@@ -160,15 +161,10 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
     if unnamed := [str(file.relative_to(folder)) for file, name in by_split.items() if name is None]:
         warn(
             "RW187",
-            f"{folder} has files named after splits, and the others are left out: {_some(unnamed)}. Name each after "
-            f"its split ({split}-more{kind_of(files[0])}), or give it alone.",
+            f"{folder} has files named after splits, and the others are left out: {some_of(unnamed, NAMED_FILES)}. "
+            f"Name each after its split ({split}-more{kind_of(files[0])}), or give it alone.",
         )
     return chosen
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f", and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
-    return ", ".join(names[:NAMED_FILES]) + more
 
 
 def _split_of_file(path: Path) -> str | None:

@@ -28,8 +28,8 @@ from rankwise.adapters.state import base_modules
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.export.pairs import Pair, scaled_pairs, to_one_rank
 from rankwise.export.portable import attach_pairs, live_adapter, write_portable
+from rankwise.listing import some_of
 from rankwise.lora_config import LoraConfig
-from rankwise.quantization.listing import some_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

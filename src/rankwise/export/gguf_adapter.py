@@ -18,8 +18,8 @@ from rankwise.disk import naming
 from rankwise.errors import AdapterError, ModelError
 from rankwise.export.gguf_names import GgufNames
 from rankwise.export.pairs import Pair, Pairs
+from rankwise.listing import some_of
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
-from rankwise.quantization.listing import some_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

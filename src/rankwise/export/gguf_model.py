@@ -29,9 +29,9 @@ from rankwise.export.gguf_names import GgufNames, Part, is_norm, weights_of
 from rankwise.export.merged import check_merged
 from rankwise.export.pairs import Change, merging, replaced_by, scaled_pairs, transposed
 from rankwise.export.shards import ShardedWeights
+from rankwise.listing import some_of
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.quantization.linear import is_conv1d
-from rankwise.quantization.listing import some_of
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType as Kind

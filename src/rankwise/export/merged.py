@@ -38,12 +38,12 @@ from rankwise.export.pairs import Change, merging, replaced_by, scaled_pairs, tr
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import ShardedWeights
 from rankwise.foreign import Fields
+from rankwise.listing import some_of
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
 from rankwise.models.folder import INDEX_FILE, read_config
 from rankwise.quantization.config import CONFIGS, FourBitConfig, rewrite_bitsandbytes_config
 from rankwise.quantization.in_place import is_finite
 from rankwise.quantization.linear import is_conv1d
-from rankwise.quantization.listing import some_of
 from rankwise.quantization.targets import target_names, target_stacks
 from rankwise.records import write_json
 

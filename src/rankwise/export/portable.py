@@ -29,8 +29,8 @@ from rankwise.adapters.saving import (
 from rankwise.adapters.state import base_modules, state_and_name
 from rankwise.errors import AdapterError
 from rankwise.export.pairs import Pairs
+from rankwise.listing import some_of
 from rankwise.lora_config import LoraConfig
-from rankwise.quantization.listing import some_of
 from rankwise.records import write_bytes, write_json
 from rankwise.serving import SERVERS, VLLM_RANKS
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rankwise.errors import ModelError, warn
 from rankwise.foreign import Fields, JsonObject, checked, read_object
-from rankwise.quantization.listing import some_of
+from rankwise.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 CONFIG_FILE = "config.json"

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from rankwise.compat.transformers import gguf_read_once
 from rankwise.errors import ConfigError, ModelError, RankwiseError, warn
 from rankwise.foreign import Fields
+from rankwise.listing import some_of
 from rankwise.models.device import choose_device
 from rankwise.models.folder import FolderContent, auto_class, check_folder, has_tokenizer, read_config
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.quiet import quiet, reason_of
 from rankwise.models.skeleton import load_skeleton
 from rankwise.models.source import ModelSource, fetch_model
-from rankwise.quantization.listing import some_of
 
 if TYPE_CHECKING:
     import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from rankwise.compat.transformers import text_config
 from rankwise.foreign import Fields
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def table_rows(model: nn.Module) -> int | None:
     from torch import nn
 
     config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", lambda: config)()
+    text = text_config(config)
     positions = getattr(text, "max_position_embeddings", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and _NAME.search(name.rpartition(".")[2]):

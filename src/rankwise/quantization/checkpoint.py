@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rankwise.errors import QuantizationError
+from rankwise.listing import some_of
 from rankwise.quantization.bitsandbytes_format import StoredWeight, check_sizes, parse_state, state_part
-from rankwise.quantization.listing import some_of
 from rankwise.weights_file import TensorInfo, read_header
 
 _PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)", re.DOTALL)

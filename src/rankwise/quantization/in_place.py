@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from rankwise.compat.torch import is_fake
 from rankwise.errors import QuantizationError
+from rankwise.listing import some_of
 from rankwise.ops.checks import DTYPES
 from rankwise.quantization.config import METHOD, FourBitConfig
 from rankwise.quantization.experts import quantize_stack
 from rankwise.quantization.linear import Linear4bit, is_conv1d
-from rankwise.quantization.listing import some_of
 from rankwise.quantization.replace import replace_layer
 from rankwise.quantization.targets import (
     dense_linear_names,

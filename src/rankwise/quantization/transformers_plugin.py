@@ -31,6 +31,7 @@ from rankwise import ops
 from rankwise.compat import transformers as compat
 from rankwise.compat.torch import is_sharded, own_parameters, own_part, own_rows, rows_of_all
 from rankwise.errors import QuantizationError
+from rankwise.listing import some_of
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.quantization.bitsandbytes_format import (
     PARTS,
@@ -51,7 +52,6 @@ from rankwise.quantization.experts import (
     stack_tensors,
 )
 from rankwise.quantization.linear import Linear4bit, features, is_conv1d, is_dense_linear
-from rankwise.quantization.listing import some_of
 from rankwise.quantization.replace import dequantize
 from rankwise.quantization.targets import (
     dense_linear_names,

@@ -15,8 +15,8 @@ from rankwise.adapters.baselines import has_baseline
 from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
 from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.errors import RunError, warn
+from rankwise.listing import some_of
 from rankwise.models.positions import table_rows
-from rankwise.quantization.listing import some_of
 from rankwise.training.checkpoints import check_space
 from rankwise.training.foresight import longest_row
 from rankwise.training.weights import checkpoint_bytes, trainable_tensors

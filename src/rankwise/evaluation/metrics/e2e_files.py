@@ -17,7 +17,7 @@ from pathlib import Path
 from rankwise.data.files import kind_of
 from rankwise.errors import DataError, warn
 from rankwise.evaluation.metrics.files import no_duplicates, read_records, read_text, shortened
-from rankwise.quantization.listing import some_of
+from rankwise.listing import some_of
 
 JSON_SUFFIXES = (".jsonl", ".json")
 TABLE_SUFFIXES = (".tsv", ".csv")

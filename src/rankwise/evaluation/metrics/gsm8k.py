@@ -9,7 +9,7 @@ from pathlib import Path
 from rankwise.errors import DataError, warn
 from rankwise.evaluation.metrics.files import Line, no_duplicates, read_records, shortened
 from rankwise.final_number import extract_answer
-from rankwise.quantization.listing import some_of
+from rankwise.listing import some_of
 
 
 @dataclasses.dataclass(frozen=True)
