@@ -73,13 +73,13 @@ def _check_options(settings: MergeSettings) -> None:
 def _alone(settings: MergeSettings) -> Iterator[str]:
     """What is wrong with options that need another one, which is not given."""
     if settings.text is not None and not settings.verify:
-        yield "--text is what --verify measures on; give --verify too"
+        yield "--text is the text for --verify; give --verify too"
     if settings.quantization is not None and not settings.verify and settings.onto != "quantized":
         yield "--quantization has no effect on a merge into original weights; give --onto quantized or --verify too"
     if not settings.double_quant and settings.quantization is None:
-        yield "--no-double-quant describes the format of --quantization; give that too"
+        yield "--no-double-quant is for --quantization; give --quantization too"
     if settings.seed != settings.defaults()["seed"] and settings.combine != "dare_ties":
-        yield "--seed is of --combine dare_ties, which alone draws; leave it out"
+        yield "--seed is for --combine dare_ties; leave it out"
 
 
 def _combine(settings: MergeSettings, output: Output) -> Document:
