@@ -393,8 +393,9 @@ def test_a_field_that_an_object_names_twice_is_refused(tmp_path: Path) -> None:
     twice = '{"prompt": "a", "completion": "b", "prompt": "c"}'
     (tmp_path / "rows.jsonl").write_text(twice)
     (tmp_path / "rows.json").write_text(f"[{twice}]")
-    assert "line 1: expected one JSON object a line, found JSON that cannot be read (`prompt` twice" in refusal(
-        tmp_path / "rows.jsonl"
+    assert (
+        "line 1: expected one JSON object a line, found JSON that cannot be read (the key 'prompt' occurs twice"
+        in refusal(tmp_path / "rows.jsonl")
     )
     assert refusal(tmp_path / "rows.json").startswith("RW206")
 

@@ -45,7 +45,7 @@ def test_a_folder_without_the_split_says_how_much_it_holds_and_what_to_do(tmp_pa
         jsonl(tmp_path / f"test-{number:02}.jsonl", {"text": "a"})
     message = refusal(tmp_path)
     assert message.startswith("RW208: ")
-    assert "test-09.jsonl, and 2 more. Give the file that you mean instead of the folder" in message
+    assert "test-09.jsonl and 2 more. Give the file that you mean instead of the folder" in message
     assert "(train.jsonl)" in message
 
 
