@@ -30,7 +30,7 @@ from rankwise.compat.torch import is_unit
 from rankwise.config import BASELINES, DORA, TrainSettings, check_objective, idle_options
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, heard, warn
-from rankwise.foreign import checked, read_json
+from rankwise.foreign import JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
 from rankwise.models import choose_device, model_facts
 from rankwise.options import flag
@@ -178,10 +178,79 @@ def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> Non
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What a run reads, before the model gets an adapter."""
+
+    learning: Learning
+    loaded: setup.LoadedBase
+    # The model as it was loaded, before it gets new tokens.
+    base: JsonObject
+    lora: LoraConfig
+    data: setup.Data
+    versions: dict[str, str]
+
+
 def _prepare(
     given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer, foresight: Foresight | None
 ) -> Session:
     """Read, load and check everything, without writing anything."""
+    inputs = _read(given, lora, observer, foresight)
+    learning, loaded, data = inputs.learning, inputs.loaded, inputs.data
+    described = data.describe()
+    _check_alike(inputs, described)
+    if mode == "resume":
+        output.check_same_inputs(given.output, described, inputs.base)
+    checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
+    trainable = _make_trainable(given, inputs, checkpoint)
+    accelerated = _accelerate(given, inputs)
+    _check_before_training(learning, given, loaded.model, data)
+    padded = _why_padded(given, loaded.model, accelerated) if data.processor is None else "pixels lie beside them"
+    make = functools.partial(_trainer, learning, loaded=loaded, checkpoint=checkpoint, padding_free=padded is None)
+    # Made before a search, for the run's length and memory, which do not depend on the learning rate.
+    trainer = make(
+        given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searched_rates else given, data
+    )
+    if given.strategy == "fsdp":
+        _shard(given, loaded, trainer)
+    if checkpoint is not None and not _same_length(given):
+        _check_length(given, checkpoint, trainer.total_steps)
+    # Batches differ between processes; the largest prediction is taken.
+    each = ranks.gathered(_predicted_peak(learning, given, trainer, foresight, flat=padded is None))
+    predicted = max((peak for peak in each if peak is not None), default=None)
+    searched = None
+    if given.searched_rates and not given.dry_run:
+        base_hash = inputs.base["sha256"]
+        searched = rate_search.search(given, data, loaded.model, trainer.total_steps, make, observer, base_hash)
+        given = rate_search.with_rate(given, searched)
+        trainer = make(given, data)
+    groups = _groups(given, loaded.model)
+    record = RunRecord(
+        method=given.method,
+        objective=given.objective,
+        seed=given.seed,
+        settings=given.model_dump(mode="json"),
+        predicted_peak_memory_bytes=predicted,
+        trainable_parameters=trainable,
+        total_parameters=count_weights(loaded.model),
+        base_model=inputs.base,
+        data=described,
+        devices=ranks.count(),
+        strategy=(given.strategy or "ddp") if ranks.count() > 1 else None,
+        learning_rates=None if groups is None else {group["group"]: group["lr"] for group in groups},
+        rate_search=searched,
+        frozen_bytes=max(ranks.gathered(frozen_bytes(loaded.model))),
+        versions=inputs.versions,
+        device=_device(given, loaded, accelerated, padded),
+    )
+    probe = setup.probe_of(data.train.dataset, loaded.device)
+    answer = None if given.sample_prompt is None else setup.answerer(given.sample_prompt, loaded, data)
+    extras = Extras(given.early_stopping, answer, probe)
+    saved = data.processor or loaded.tokenizer
+    return Session(given.output, mode, trainer, saved, checkpoint, record, extras, observer)
+
+
+def _read(given: TrainSettings, lora: LoraConfig, observer: Observer, foresight: Foresight | None) -> _Inputs:
     learning = learning_of(given)
     observer.phase("Reading data")
     rows, eval_rows, template = setup.read_data(given, learning.formats)
@@ -197,76 +266,53 @@ def _prepare(
     observer.phase("Encoding data")
     data = learning.encode(given, loaded.tokenizer, rows, eval_rows, template)
     preflight.check_positions(loaded.model, [one.dataset for one in data.sets])
-    described = data.describe()
-    versions = versions_of(PACKAGES)
+    return _Inputs(learning, loaded, base, lora, data, versions_of(PACKAGES))
+
+
+def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
+    """Refuse processes that read other data, another model, or have other versions of the libraries."""
     ranks.check_alike(
         {
             **{f"the sha256 of the {name} data": part["sha256"] for name, part in described.items()},
-            "the sha256 of the model": base["sha256"],
-            **{f"the version of {name}": version for name, version in versions.items()},
+            "the sha256 of the model": inputs.base["sha256"],
+            **{f"the version of {name}": version for name, version in inputs.versions.items()},
         }
     )
-    if mode == "resume":
-        output.check_same_inputs(given.output, described, base)
-    checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
-    if given.adapter is None:
-        trainable = setup.make_trainable(loaded.model, given, lora, data.train, checkpoint)
-    else:
-        trainable = continue_adapter(loaded.model, given, base["sha256"])
-    with looked_into(loaded.model):
-        is_fast = given.fast and given.method not in BASELINES and learning.takes_fast(loaded.model)
-        done = optimize_for_training(loaded.model) if is_fast else None
-    _check_before_training(learning, given, loaded.model, data)
-    padded = _why_padded(given, loaded.model, done) if data.processor is None else "pixels lie beside them"
-    make = functools.partial(_trainer, learning, loaded=loaded, checkpoint=checkpoint, padding_free=padded is None)
-    # Made before a search, for the run's length and memory, which do not depend on the learning rate.
-    trainer = make(
-        given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searched_rates else given, data
-    )
-    if given.strategy == "fsdp":
-        if not is_unit(loaded.model):
-            shard(loaded.model, mesh_of_all(loaded.device.type), trains_all=given.method == "full")
-        # evaluation_mode: accelerate then sets up mixed precision only, since DDP does not accept shards.
-        trainer.accelerator.prepare_model(loaded.model, evaluation_mode=True)
-    if checkpoint is not None and not _same_length(given):
-        _check_length(given, checkpoint, trainer.total_steps)
-    # Batches differ between processes; the largest prediction is taken.
-    each = ranks.gathered(_predicted_peak(learning, given, trainer, foresight, flat=padded is None))
-    predicted = max((peak for peak in each if peak is not None), default=None)
-    searched = None
-    if given.searched_rates and not given.dry_run:
-        searched = rate_search.search(given, data, loaded.model, trainer.total_steps, make, observer, base["sha256"])
-        given = rate_search.with_rate(given, searched)
-        trainer = make(given, data)
-    groups = _groups(given, loaded.model)
-    record = RunRecord(
-        method=given.method,
-        objective=given.objective,
-        seed=given.seed,
-        settings=given.model_dump(mode="json"),
-        predicted_peak_memory_bytes=predicted,
-        trainable_parameters=trainable,
-        total_parameters=count_weights(loaded.model),
-        base_model=base,
-        data=described,
-        devices=ranks.count(),
-        strategy=(given.strategy or "ddp") if ranks.count() > 1 else None,
-        learning_rates=None if groups is None else {group["group"]: group["lr"] for group in groups},
-        rate_search=searched,
-        frozen_bytes=max(ranks.gathered(frozen_bytes(loaded.model))),
-        versions=versions,
-        device={
-            **device_record(loaded.device, loaded.dtype, given.optimizer),
-            "reason": loaded.device_reason,
-            "acceleration": str(done) if done else "off (--no-fast)" if not given.fast else "off",
-            "rows": f"padded: {padded}" if padded else "laid end to end, without padding",
-        },
-    )
-    probe = setup.probe_of(data.train.dataset, loaded.device)
-    answer = None if given.sample_prompt is None else setup.answerer(given.sample_prompt, loaded, data)
-    extras = Extras(given.early_stopping, answer, probe)
-    saved = data.processor or loaded.tokenizer
-    return Session(given.output, mode, trainer, saved, checkpoint, record, extras, observer)
+
+
+def _make_trainable(given: TrainSettings, inputs: _Inputs, checkpoint: Checkpoint | None) -> int:
+    """Give the model the method's adapter, new or from ``--adapter``. Returns the number of trained parameters."""
+    model = inputs.loaded.model
+    if given.adapter is not None:
+        return continue_adapter(model, given, inputs.base["sha256"])
+    return setup.make_trainable(model, given, inputs.lora, inputs.data.train, checkpoint)
+
+
+def _accelerate(given: TrainSettings, inputs: _Inputs) -> Acceleration | None:
+    """Replace parts of the model by faster ones of ours; None where nothing may be replaced."""
+    model = inputs.loaded.model
+    with looked_into(model):
+        is_fast = given.fast and given.method not in BASELINES and inputs.learning.takes_fast(model)
+        return optimize_for_training(model) if is_fast else None
+
+
+def _shard(given: TrainSettings, loaded: setup.LoadedBase, trainer: RunTrainer) -> None:
+    if not is_unit(loaded.model):
+        shard(loaded.model, mesh_of_all(loaded.device.type), trains_all=given.method == "full")
+    # evaluation_mode: accelerate then sets up mixed precision only, since DDP does not accept shards.
+    trainer.accelerator.prepare_model(loaded.model, evaluation_mode=True)
+
+
+def _device(
+    given: TrainSettings, loaded: setup.LoadedBase, accelerated: Acceleration | None, padded: str | None
+) -> JsonObject:
+    """The record's entry on the device, and on what makes the run fast."""
+    return {
+        **device_record(loaded.device, loaded.dtype, given.optimizer),
+        "reason": loaded.device_reason,
+        "acceleration": str(accelerated) if accelerated else "off (--no-fast)" if not given.fast else "off",
+        "rows": f"padded: {padded}" if padded else "laid end to end, without padding",
+    }
 
 
 def _groups(given: TrainSettings, model: nn.Module) -> list[Group] | None:
@@ -276,14 +322,14 @@ def _groups(given: TrainSettings, model: nn.Module) -> list[Group] | None:
     return loraplus_groups(model, rate=given.rate, ratio=given.loraplus_ratio, weight_decay=given.weight_decay)
 
 
-def _why_padded(given: TrainSettings, model: nn.Module, done: Acceleration | None) -> str | None:
+def _why_padded(given: TrainSettings, model: nn.Module, accelerated: Acceleration | None) -> str | None:
     """Why rows are padded to one length, or None where they are concatenated without padding."""
     if given.packing:
         return "packing fills rows to one length"
     if given.neftune_noise_alpha is not None:
         return "NEFTune's noise depends on a row's length"
     # Over concatenated rows, attention is quadratic in their sum unless the kernel skips masked blocks, as ours does.
-    if done is None or not done.attention:
+    if accelerated is None or not accelerated.attention:
         return "the attention in use does not skip masked blocks"
     return flattening_obstacle(model)
 
