@@ -19,6 +19,7 @@ from rankwise.records import load_record
 from rankwise.training import rate_search
 from rankwise.training.rate_search import kept_apart, rounds
 from rankwise.training.run import train
+from rankwise.training.session import Session
 from rankwise.training.setup import Data
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
@@ -132,6 +133,21 @@ def test_a_search_that_was_stopped_continues(change: dict[str, Any], settings: A
     # Four in the first call; those that were done are not run again.
     assert len(runs) - 4 == len(straight.rate_search["trials"]) - (0 if change else 3)
     assert not noted.exists()
+
+
+def test_a_search_is_kept_until_the_run_has_recorded_it(settings: Any, tmp_path: Path) -> None:
+    given = settings(**SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "carry_out", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(given)
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rate_search, "_loss_after", lambda *_: runs.append(1))
+        record = train(given)
+    assert not runs
+    assert record.rate_search is not None
+    assert not (tmp_path / ".run.rankwise-search").exists()
 
 
 def test_a_search_from_another_adapter_begins_anew(settings: Any, tmp_path: Path) -> None:

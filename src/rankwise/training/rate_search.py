@@ -108,6 +108,11 @@ class _Noted:
     trials: list[RateTrial]
 
 
+def notes_of(output: Path) -> Path:
+    """The file of the finished short runs. It is needed until the run's record holds them."""
+    return output.with_name(f".{output.name}.rankwise-search")
+
+
 def _noted(path: Path, key: str) -> _Noted:
     """The short runs in ``path``, if the file is valid and of the same search; else none."""
     with suppress(OSError, ValueError):
@@ -131,7 +136,7 @@ def search(
     Raises ConfigError: RW175 for too few rows to hold some out, RW176 where every rate diverges.
     """
     training, held = kept_apart(data)
-    path = given.output.with_name(f".{given.output.name}.rankwise-search")
+    path = notes_of(given.output)
     adapter = None if given.adapter is None else sha256_of(given.adapter / WEIGHTS_FILE)
     settings = given.model_dump(mode="json", exclude={"output", "overwrite", "ignore_plan"})
     described = settings, data.describe(), base, adapter
@@ -162,8 +167,8 @@ def search(
         trials += tried
         scored = sorted((trial["loss"], trial["learning_rate"]) for trial in tried if trial["loss"] is not None)
         left = [rate for _, rate in scored]
-    path.unlink(missing_ok=True)
     if not left:
+        path.unlink(missing_ok=True)
         rates = ", ".join(map(spelled, given.searched_rates))
         raise ConfigError(
             "RW176",

@@ -23,6 +23,7 @@ from rankwise.training.metrics import MetricsFile, evaluated_rewards, evaluation
 from rankwise.training.observer import Observer
 from rankwise.training.old_run import OWN_FILES, clear_run
 from rankwise.training.preflight import GradientCheck
+from rankwise.training.rate_search import notes_of
 from rankwise.training.sharding import whole_weights
 from rankwise.training.spine import RunTrainer
 from rankwise.training.weights import weights_digest
@@ -100,6 +101,8 @@ class Session:
             self.record.files, self.record.rate_search = before.files, before.rate_search
         remove_strays(self.folder, {RUN_FILE, *OWN_FILES})
         self.record.save(self.folder)
+        if self.record.rate_search is not None:
+            notes_of(self.folder).unlink(missing_ok=True)
 
     def _carry_out(self) -> None:
         step = self.checkpoint.step if self.checkpoint else None
