@@ -128,12 +128,16 @@ def judged(value: float | None, goal: float | None, *, at_most: bool, digits: in
 
 
 def publish(output: Path, subject: str, run: Run, page: Callable[[list[Run]], list[str]], name: str = "") -> None:
-    """Write the run as OUTPUT/NAME.json, and the page of its subject from all runs there, into ``docs/results``.
+    """Write the run as OUTPUT/SUBJECT_NAME.json, and the page of its subject from all runs there, into ``docs/results``.
 
     With another OUTPUT than ``benchmarks/results`` the page lies there, too.
     """
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / f"{name or usual_name(subject, run)}.json", run)
+    stem = name or usual_name(subject, run)
+    # runs_of finds no other names.
+    if stem != subject and not stem.startswith(f"{subject}_"):
+        stem = f"{subject}_{stem}"
+    write_json(output / f"{stem}.json", run)
     lines = page(runs_of(subject, output))
     write_text((PAGES if output == FOLDER else output) / f"{subject}.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

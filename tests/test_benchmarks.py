@@ -180,6 +180,9 @@ def test_runs_of_other_processors_join_the_page_of_their_subject(tmp_path: Path)
     rows = [line for line in lines if line.startswith("| Intel")]
     named = ("AMX | bfloat16", "AVX2 | bfloat16", "AVX2 | float32")
     assert rows == [f"| Intel Xeon, {name} |" for name in named]
+    results.publish(tmp_path / "named", "subject", run("AMX", "float32"), page, "mine")
+    assert (tmp_path / "named" / "subject_mine.json").exists()
+    assert "| Intel Xeon, AMX | float32 |" in (tmp_path / "named" / "subject.md").read_text()
     assert lines[0] == "- **Intel Xeon, AMX** (2 cores, 2 threads), Python 3; torch 2: `python benchmarks/x.py`"
 
 
