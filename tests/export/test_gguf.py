@@ -13,12 +13,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_cases import FAMILIES, saved
+from gguf_cases import FAMILIES, saved, tiny, write_tokenizer
 
 import rankwise as rw
 from rankwise.adapters import adapter_disabled
 from rankwise.cli.main import main
-from rankwise.errors import AdapterError, ModelError, RunError
+from rankwise.errors import AdapterError, ConfigError, ModelError, RunError
+from rankwise.export.gguf_header import _prepends_space
 from rankwise.export.gguf_model import write_folder_gguf
 from rankwise.export.merged import merge_to_folder
 from rankwise.export.proof import LLAMA, Served, prove, run_server, server_python
@@ -103,6 +104,95 @@ def test_a_merge_into_a_gguf_is_the_merge_of_its_weights(tmp_path, kind):
     assert "output.weight" in read_gguf_header(tmp_path / "served" / "model.gguf").tensors
     loaded, _ = rw.load_model(tmp_path / "served" / "model.gguf")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-3)
+
+
+def test_a_merge_into_gemma_2_s_embedding_is_refused(tmp_path):
+    """llama.cpp reads no head of its own there, and does not load a file that has one."""
+    base = base_gguf(saved("gemma2", tmp_path, target_modules=["q_proj", "embed_tokens"]), tmp_path)
+    for given in (base, None):
+        with pytest.raises(ModelError, match=r"RW741.*gemma2 has no tensor for lm_head"):
+            export_merged(tmp_path / "adapter", tmp_path / "served", WholeModel("llama.cpp", base_gguf=given))
+
+
+def test_a_loftq_adapter_is_not_merged_into_a_gguf(tmp_path):
+    base = base_gguf(saved("llama", tmp_path), tmp_path)
+    model, _ = rw.load_model(tmp_path / "base", quantization=rw.Nf4Config())
+    rw.add_adapter(model, rw.LoraConfig(r=2, init_lora_weights="loftq"))
+    rw.save_adapter(model, tmp_path / "loftq", base_model=str(tmp_path / "base"))
+    with pytest.raises(AdapterError, match="RW433"):
+        export_merged(tmp_path / "loftq", tmp_path / "served", WholeModel("llama.cpp", base_gguf=base))
+
+
+def test_new_tokens_are_written_from_the_base_s_weights(tmp_path):
+    model = saved("llama", tmp_path, target_modules=["q_proj"], trainable_token_indices=[5, 9])
+    base = base_gguf(model, tmp_path)
+    export_merged(tmp_path / "adapter", tmp_path / "served", WholeModel("llama.cpp", str(base), kind="f32"))
+    torch.testing.assert_close(logits(rw.load_model(tmp_path / "served" / "model.gguf")[0]), logits(model))
+    with pytest.raises(ConfigError, match=r"RW735.*new tokens"):
+        export_merged(tmp_path / "adapter", tmp_path / "other", WholeModel("llama.cpp", base_gguf=base))
+
+
+def test_a_merge_keeps_the_alignment_of_its_base(tmp_path):
+    model = saved("llama", tmp_path)
+    reader = gguf.GGUFReader(base_gguf(model, tmp_path))
+    writer = gguf.GGUFWriter(tmp_path / "aligned.gguf", "llama")
+    writer.add_custom_alignment(256)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    wanted = WholeModel("llama.cpp", base_gguf=tmp_path / "aligned.gguf", kind="f32")
+    export_merged(tmp_path / "adapter", tmp_path / "served", wanted)
+    torch.testing.assert_close(logits(rw.load_model(tmp_path / "served" / "model.gguf")[0]), logits(model))
+
+
+def test_a_hub_base_is_merged_at_the_commit_of_the_adapter(tmp_path, monkeypatch):
+    saved("llama", tmp_path)
+    asked = []
+
+    def download(repo, *, revision, code, weights):
+        asked.append(revision)
+        commit = tmp_path / "commits" / (revision or "newest")
+        shutil.copytree(tmp_path / "base", commit, dirs_exist_ok=True)
+        return commit
+
+    monkeypatch.setattr("rankwise.models.hub.download", download)
+    wanted = WholeModel("llama.cpp", "org/base", revision="c0ffee")
+    export_merged(tmp_path / "adapter", tmp_path / "served", wanted)
+    assert set(asked) == {"c0ffee"}
+
+
+def test_the_part_of_a_head_that_rotates_is_written(tmp_path):
+    """llama.cpp rotates as many dimensions as the header says."""
+    model = tiny("phi3", partial_rotary_factor=0.5, hidden_size=64)
+    model.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    fields = gguf.GGUFReader(base_gguf(model, tmp_path)).fields
+    assert fields["phi3.rope.dimension_count"].contents() == 8
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "splits", "prefix"),
+    [
+        ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}, None, True),
+        (None, METASPACE | {"prepend_scheme": "first"}, True),
+        (None, METASPACE | {"prepend_scheme": "always"}, True),
+        (None, METASPACE | {"prepend_scheme": "never"}, False),
+        (None, METASPACE | {"add_prefix_space": False}, False),
+        ({"type": "Replace"}, {"type": "Split"}, False),
+    ],
+)
+def test_a_space_before_the_first_word_is_written_wherever_the_tokenizer_adds_it(normalizer, splits, prefix):
+    assert _prepends_space({"normalizer": normalizer, "pre_tokenizer": splits}) is prefix
 
 
 def test_a_type_is_for_tensors_that_are_not_quantized_yet(tmp_path):

@@ -63,18 +63,16 @@ def _sizes(names: GgufNames) -> dict[str, int | float]:
         found.pop(name, None)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if names.architecture != "gpt2":
-        found["rope.dimension_count"] = int(head_dim)
+        found["rope.dimension_count"] = int(head_dim * _rotary_parameters(config).get("partial_rotary_factor", 1.0))
     return {key: value for key, value in found.items() if isinstance(value, int | float) and value is not True}
 
 
 def _rotary(writer: GGUFWriter, config: PreTrainedConfig) -> dict[str, Tensor]:
     import gguf
 
-    parameters = getattr(config, "rope_parameters", None)
-    if not parameters:
+    own = _rotary_parameters(config)
+    if not own:
         return {}
-    # Gemma 3 rotates its sliding layers by a base of their own, which llama.cpp knows.
-    own = parameters.get("full_attention", parameters)
     kind, theta = own.get("rope_type", "default"), float(own["rope_theta"])
     writer.add_rope_freq_base(theta)
     if kind == "linear":
@@ -93,6 +91,12 @@ def _rotary(writer: GGUFWriter, config: PreTrainedConfig) -> dict[str, Tensor]:
             "that folder with llama.cpp's convert_hf_to_gguf.py.",
         )
     return {}
+
+
+def _rotary_parameters(config: PreTrainedConfig) -> JsonObject:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Gemma 3 rotates its sliding layers by a base of their own, which llama.cpp knows.
+    return dict(parameters.get("full_attention", parameters))
 
 
 def _add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
@@ -115,8 +119,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     if pieces:
         writer.add_tokenizer_model("llama")
         writer.add_token_scores(_scores(model, [text for text, _ in listed]))
-        prefix = "prepend" in str(document.get("normalizer")).lower()
-        writer.add_add_space_prefix(prefix)
+        writer.add_add_space_prefix(_prepends_space(document))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(document, folder))
@@ -133,10 +136,23 @@ def _scores(model: JsonObject, texts: list[str]) -> list[float]:
     return [-float(rank.get(text, 0 if len(text) == 1 else len(rank))) for text in texts]
 
 
+def _splitters(document: JsonObject) -> list[JsonObject]:
+    """The steps that split text before merging."""
+    stated = document.get("pre_tokenizer") or {}
+    return stated.get("pretokenizers") or [stated]
+
+
+def _prepends_space(document: JsonObject) -> bool:
+    """Whether a text gets a space before its first word: by the normalizer, or while it is split."""
+    splits = (part for part in _splitters(document) if part.get("type") == "Metaspace")
+    return "prepend" in str(document.get("normalizer")).lower() or any(
+        part.get("prepend_scheme", "always") != "never" and part.get("add_prefix_space", True) for part in splits
+    )
+
+
 def _pre_tokenizer(document: JsonObject, folder: Path) -> str:
     """llama.cpp's name of how text is split before merging. Raises ModelError (RW744) for one that is not known."""
-    stated = document.get("pre_tokenizer") or {}
-    parts = stated.get("pretokenizers") or [stated]
+    parts = _splitters(document)
     expressions = [str((part.get("pattern") or {}).get("Regex", "")) for part in parts]
     for wanted, name in PRE_TOKENIZERS.items():
         if any(wanted in text for text in expressions):

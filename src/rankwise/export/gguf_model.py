@@ -88,13 +88,15 @@ def write_merged_gguf(
     """The GGUF ``base`` with the adapter merged in: changed tensors in ``kind`` (default F16), and with a ``kind`` also
     those that are not quantized yet; all others are copied. ``template`` replaces the chat template.
 
-    Raises ModelError (RW310, RW743).
+    Raises ModelError (RW310, RW741, RW743).
     """
     names = GgufNames(model.config)
     header = check_base(base, names, {})
     changes = merged_changes(model, file, names)
     tied = HEAD not in header.tensors
     if tied and (EMBEDDING in changes or HEAD in changes):
+        # Raises for Gemma 2, which llama.cpp reads without a head of its own.
+        names.of("lm_head")
         changes.setdefault(HEAD, lambda W: W)
     missing = [name for name in changes if name not in header.tensors and name != HEAD]
     if missing:
@@ -114,6 +116,8 @@ def _rewrite(path: Path, base: Path, changes: Mapping[str, Change], kind: str | 
 
     reader = gguf.GGUFReader(base)
     writer = gguf.GGUFWriter(path, str(reader.fields[gguf.Keys.General.ARCHITECTURE].contents()))
+    # Its key is copied with the others.
+    writer.data_alignment = reader.alignment
     own = {gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE}
     if template is not None:
         own.add(gguf.Keys.Tokenizer.CHAT_TEMPLATE)

@@ -79,8 +79,8 @@ class GgufNames:
         if found is None:
             raise ModelError(
                 "RW741",
-                f"llama.cpp's {self.architecture} has no tensor for {name}; leave it out of the adapter, or merge with "
-                "rankwise merge.",
+                f"llama.cpp's {self.architecture} has no tensor for {name}; leave it, and what is tied to it, out of "
+                "the adapter, or merge with rankwise merge.",
             )
         return str(found)
 

@@ -41,15 +41,19 @@ def live_adapter(model: nn.Module, name: str | None) -> AdapterFile:
     return AdapterFile(state.configs[name], list(report(model, name).modules), adapter_tensors(model, name))
 
 
-def refuse_unserved(file: AdapterFile, target: str) -> None:
-    """Raise AdapterError: RW730 for trained weights outside of low-rank pairs, and for stacked experts where the server
-    does not support them; RW433 for LoftQ adapters."""
+def refuse_loftq(file: AdapterFile) -> None:
     if file.config.init.kind == "loftq":
         raise AdapterError(
             "RW433",
             f"the adapter started by loftq, {BELONGS_ON_FOUR_BITS}; write a merged model with rankwise merge --onto "
             "quantized.",
         )
+
+
+def refuse_unserved(file: AdapterFile, target: str) -> None:
+    """Raise AdapterError: RW730 for trained weights outside of low-rank pairs, and for stacked experts where the server
+    does not support them; RW433 for LoftQ adapters."""
+    refuse_loftq(file)
     whole = sorted(key.removeprefix(PREFIX) for key in file.tensors if ".lora_" not in key)
     stacks = [item.name for item in file.planned if item.experts is not None]
     if whole or (stacks and "experts" in SERVERS[target].refuses):

@@ -9,10 +9,12 @@ from pathlib import Path
 from rankwise.adapters.checkpoint import read_adapter
 from rankwise.data.files import read_text
 from rankwise.disk import hold, whole_folder
+from rankwise.errors import ConfigError
 from rankwise.export.adapter import RECORD_FILE, TEMPLATE_FILE, ExportReport
 from rankwise.export.gguf_model import MODEL_FILE, write_folder_gguf, write_merged_gguf
 from rankwise.export.merged import base_source, merge_to_folder, refuse_to_overwrite
 from rankwise.export.modelfile import MODELFILE, modelfile
+from rankwise.export.portable import refuse_loftq
 from rankwise.models import ModelSource, load_skeleton
 from rankwise.records import write_json, write_text
 from rankwise.serving import SERVERS, served_whole
@@ -64,13 +66,23 @@ def _write_gguf(adapter: Path, folder: Path, source: ModelSource, wanted: WholeM
     base = wanted.base_gguf or (source.path if source.is_gguf else None)
     skeleton = load_skeleton(source, trust_remote_code=wanted.trust_remote_code)
     file = read_adapter(skeleton, adapter)
-    if base is not None:
+    refuse_loftq(file)
+    # New tokens need a tokenizer that holds them, and that of a GGUF is copied.
+    if file.config.token_rows and wanted.base_gguf is not None:
+        raise ConfigError(
+            "RW735",
+            f"--base-gguf {base} has no place for the adapter's new tokens; leave it out, and the model is written "
+            "from the adapter's own base.",
+        )
+    if base is not None and not file.config.token_rows:
         given = adapter / TEMPLATE_FILE
         template = read_text(given) if given.is_file() else None
         write_merged_gguf(folder / MODEL_FILE, base, skeleton, file, wanted.kind, template)
         return len(file.planned)
     merged = folder / "merged"
-    merge_to_folder(adapter, merged, model=source.name, trust_remote_code=wanted.trust_remote_code)
+    merge_to_folder(
+        adapter, merged, model=source.name, revision=source.revision, trust_remote_code=wanted.trust_remote_code
+    )
     write_folder_gguf(folder / MODEL_FILE, merged, skeleton.config, wanted.kind)
     shutil.rmtree(merged)
     return len(file.planned)
