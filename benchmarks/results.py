@@ -128,7 +128,7 @@ def judged(value: float | None, goal: float | None, *, at_most: bool, digits: in
 
 
 def publish(output: Path, subject: str, run: Run, page: Callable[[list[Run]], list[str]], name: str = "") -> None:
-    """Write the run as OUTPUT/SUBJECT_NAME.json, and the page of its subject from all runs there, into ``docs/results``.
+    """Write the run as OUTPUT/SUBJECT_NAME.json, and the page of all runs of the subject into ``docs/results``.
 
     With another OUTPUT than ``benchmarks/results`` the page lies there, too.
     """
