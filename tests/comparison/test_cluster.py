@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from test_running import _real_stages, given, starts, without_times  # noqa: F40
 from in_process import steps_in_this_process
 from rankwise.comparison import processes, run
 from rankwise.comparison.processes import LOST
-from rankwise.comparison.ray_cluster import connect
+from rankwise.comparison.ray_cluster import RayWorker, connect
 from rankwise.errors import ConfigError, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
@@ -71,6 +72,42 @@ def test_without_a_cluster_nothing_is_written(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(RunError, match="RW555|Ray"):
         compare(**given(tmp_path, executor="ray", address="127.0.0.1:1"))
     assert not (tmp_path / "out").exists()
+
+
+class Fault(Exception):
+    cause = OSError("no folder")
+
+
+class NodeGone(Exception): ...
+
+
+@pytest.mark.parametrize(
+    ("found", "code"), [("3", 3), (TimeoutError(), -signal.SIGINT), (NodeGone(), LOST), (Fault(), None)]
+)
+def test_a_task_is_watched_and_stopped_through_ray(
+    found: Any, code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its reference alone; Ray's errors are exit codes, or one of the folder's."""
+    asked: list[object] = []
+
+    def get(reference: object) -> object:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    kinds = SimpleNamespace(TaskCancelledError=TimeoutError, RayTaskError=Fault, RayError=NodeGone)
+    ready = SimpleNamespace(wait=lambda these, timeout: (these if asked else [], []), get=get, cancel=asked.append)
+    ready.exceptions = kinds
+    monkeypatch.setitem(sys.modules, "ray", ready)
+    worker = RayWorker("task", time.monotonic(), tmp_path / "out")
+    assert worker.poll() is None
+    worker.stop()
+    assert asked == ["task"]
+    if code is not None:
+        assert worker.poll() == code
+        return
+    with pytest.raises(RunError, match="RW556.*no folder"):
+        worker.poll()
 
 
 @pytest.fixture

@@ -92,6 +92,12 @@ def test_each_method_runs_at_its_own_best_rate_and_nothing_runs_twice(tmp_path: 
     assert found["recommendation"]["method"] == "full"
     assert (tmp_path / "out" / found["recommendation"]["adapter"] / "run.json").is_file()
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == json.loads(json.dumps(found))
+    text = (tmp_path / "out" / found["recommendation"]["config"]).read_text()
+    assert text.startswith(f"# {found['recommendation']['reason']}\n")
+    settings = yaml.safe_load(text)
+    # In the order of `train --help`.
+    assert list(settings)[:2] == ["model", "data"]
+    assert (settings["method"], settings["max-steps"]) == ("full", 6)
 
 
 def test_the_comparison_itself_needs_no_torch():
@@ -198,6 +204,10 @@ def test_tasks_that_come_later_are_measured_on_the_runs_that_are_there(tmp_path:
     assert found["runs"][0]["tasks"]["e2e"]["metrics"] == {"accuracy": 50.0}
     again: Any = compare(**options)
     assert "e2e" not in again["runs"][0]["tasks"]
+    (tmp_path / "out" / found["runs"][0]["folder"] / "evaluation" / "e2e" / "result.json").unlink()
+    other = rows.rename(tmp_path / "others.csv")
+    moved: Any = compare(**options, task="e2e", task_data=f"e2e={other}")
+    assert moved["runs"][0]["tasks"]["e2e"] == found["runs"][0]["tasks"]["e2e"]
 
 
 def test_another_recommendation_takes_the_merged_model_of_the_old_one_away(tmp_path: Path):
@@ -236,6 +246,12 @@ def test_a_metric_that_no_task_gives_is_refused_before_the_runs(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"RW167.*e2e\.BLEU"):
         compare(**given(tmp_path, task="e2e", task_data=f"e2e={rows}", metric="e2e.bleu"))
     assert not (tmp_path / "out" / "started.txt").exists()
+
+
+def test_options_of_another_objective_are_refused_before_the_runs(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"RW760.*--beta does not apply to --objective sft"):
+        compare(**given(tmp_path, beta=0.3))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_memory_budget_gives_each_method_its_own_micro_batch(tmp_path: Path, demo_or_skip: str):

@@ -117,7 +117,7 @@ class Runner:
 
     def _name(self, job: Job) -> Path:
         name = job.name(self.output)
-        name.parent.mkdir(parents=True, exist_ok=True)
+        name.parent.mkdir(exist_ok=True)
         return name
 
     def _start(self, job: Job) -> None:

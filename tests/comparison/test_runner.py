@@ -1,0 +1,97 @@
+"""Which steps run at a time, what is shown of them, and the time that is counted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise.comparison import runner
+from rankwise.comparison.matrix import Cell
+from rankwise.comparison.runner import Clock, Runner, environments
+from rankwise.comparison.stages import Job
+
+
+class Watching:
+    def __init__(self) -> None:
+        self.pictures: list[Any] = []
+
+    def started(self, job: Job) -> None: ...
+    def ended(self, job: Job, outcome: object, picture: object) -> None: ...
+    def say(self, text: str) -> None: ...
+    def tick(self, picture: object) -> None:
+        self.pictures.append(picture)
+
+
+class Step:
+    """A step that ends at the second look at it."""
+
+    def __init__(self) -> None:
+        self.looks = itertools.count()
+
+    def poll(self) -> int | None:
+        return 0 if next(self.looks) else None
+
+    def seconds(self) -> float:
+        return 2.0
+
+    def stop(self) -> None: ...
+
+    def document(self) -> dict[str, Any]:
+        return {}
+
+
+def running(output: Path, *, steps: Any = lambda job: 0, places: int = 1) -> Runner:
+    watcher, clock = Watching(), Clock(output)
+    return Runner(output, lambda job: ("m", []), steps, [{}] * places, watcher, clock, list, lambda *_: Step())
+
+
+def test_a_step_is_shown_as_soon_as_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0)
+    jobs = [Job("measure", Cell("lora", 1e-4, seed)) for seed in (0, 1)]
+    carrying = running(tmp_path / "out")
+    carrying.carry_out(lambda: [job for job in jobs if not job.name(tmp_path / "out").with_suffix(".measure.json").exists()])
+    assert [item.job for picture in carrying.watcher.pictures for item in picture.running] == jobs
+
+
+def test_the_seconds_left_are_those_of_similar_steps_and_of_trainings_by_their_length(tmp_path: Path) -> None:
+    steps = {seed: 10 * (seed + 1) for seed in range(4)}
+    train, measure = ([Job(stage, Cell("lora", 1e-4, seed)) for seed in steps] for stage in ("train", "measure"))
+    carrying = running(tmp_path, steps=lambda job: steps[job.cell.seed] if job.stage == "train" else 0, places=2)
+    assert carrying._seconds_left(train, []) is None
+    # 30 steps took a minute, so that one takes two seconds.
+    carrying.spent = [(train[0], 15.0), (train[1], 45.0), (measure[0], 4.0), (measure[1], 8.0)]
+    left = [*train[2:], measure[3]]
+    whole = 2.0 * (30 + 40) + 6.0
+    assert carrying._seconds_left(left, []) == pytest.approx(whole / 2)
+    begun = [runner.Running(train[2], 50.0, 0, 30), runner.Running(measure[3], 99.0, 0, 0)]
+    assert carrying._seconds_left(left, begun) == pytest.approx((whole - 50 - 6) / 2)
+    # Of a stage that has not run yet, the mean of all others.
+    assert carrying._usual_seconds(Job("prepare", None)) == pytest.approx((15 + 45 + 4 + 8) / 4)
+
+
+def test_the_clock_writes_every_few_seconds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now)
+    clock, kept = Clock(tmp_path), []
+    for _ in range(20):
+        now += 1
+        clock.keep()
+        kept.append(json.loads(clock.path.read_text())["seconds"] if clock.path.exists() else 0)
+    assert kept == [*[0] * 5, *[6] * 6, *[12] * 6, *[18] * 3]
+    now += 1
+    clock.keep(now=True)
+    assert Clock(tmp_path).before == 21
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, "4"), (3, "2"), (8, "1"), (20, "1")])
+def test_steps_side_by_side_share_the_cores(jobs: int, threads: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert environments(jobs, "cpu") == [{} if threads is None else {"OMP_NUM_THREADS": threads}] * jobs
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environments(jobs, "cpu") == [{}] * jobs
