@@ -77,6 +77,16 @@ def test_time_and_memory_are_bounded(template: str, monkeypatch: pytest.MonkeyPa
     assert after.ru_utime - before.ru_utime < 1
 
 
+@pytest.mark.parametrize(("letters", "most"), [(0, 50), (1, 50), (2, 60), (9, 200)])
+def test_a_text_may_be_long_or_of_a_long_row(letters: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty characters for each of the row; tools that are not there count as one."""
+    monkeypatch.setattr(templates_module, "MOST_CHARACTERS", 50)
+    messages = [{"": "x" * letters}]
+    assert templates_module._sane("y" * most, messages, None) == "y" * most
+    with pytest.raises(DataError, match="RW225"):
+        templates_module._sane("y" * (most + 1), messages, None)
+
+
 def test_the_row_at_which_it_stopped_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded, "SECONDS", 1)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

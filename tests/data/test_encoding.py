@@ -419,6 +419,9 @@ def test_read_template(tmp_path: Path) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text(MARKED, encoding="utf-8")
     assert read_template(path) == MARKED
+    looped = "{% for m in messages %}{{ m.content }}{% if loop.last %}{% break %}{% endif %}{% continue %}{% endfor %}"
+    path.write_text(looped, encoding="utf-8")
+    assert read_template(path) == looped
     path.write_text("a\n{% for %}", encoding="utf-8")
     with pytest.raises(DataError, match=r"RW211: the chat template .*chat.jinja, line 2"):
         read_template(path)

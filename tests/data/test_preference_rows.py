@@ -134,8 +134,13 @@ def test_answers_of_one_label_are_warned_of(tmp_path: Path) -> None:
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
-    "no label": ("kto", {"prompt": "a", "completion": "b", "label": None}, "RW203"),
-    "a label of three values": ("kto", {"prompt": "a", "completion": "b", "label": 2}, "RW203"),
+    "no label": ("kto", {"prompt": "a", "completion": "b", "label": None}, "RW203: .*, found null"),
+    "a label of three values": (
+        "kto",
+        {"prompt": "a", "completion": "b", "label": 2},
+        "RW203: .*true or false in `label`, found the number '2'",
+    ),
+    "a label of words": ("kto", {"prompt": "a", "completion": "b", "label": "Good "}, 'RW203: .*found "good"'),
     "nothing in common": ("dpo", {"chosen": "yes", "rejected": "no"}, "RW203"),
     "equal conversations": ("dpo", {"chosen": [USER, FOUR], "rejected": [USER, FOUR]}, "RW260"),
     "no answer": ("dpo", {"prompt": [USER], "chosen": [USER], "rejected": [FIVE]}, "RW203"),
@@ -146,10 +151,9 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
-    objective, row, code = BAD[case]
-    with pytest.raises(DataError) as caught:
+    objective, row, said = BAD[case]
+    with pytest.raises(DataError, match=said):
         read_rows(written(tmp_path / "rows.jsonl", row), formats=PREFERENCE_FORMATS.get(objective))
-    assert caught.value.code == code
 
 
 def test_a_preview_has_both_sides(tmp_path: Path) -> None:

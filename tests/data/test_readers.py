@@ -327,6 +327,15 @@ def test_overlap_ignores_case_and_white_space() -> None:
         assert warn_of_overlap(train, evaluation) == 1
 
 
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (5, ""), (6, "; and 1 more"), (20, "; and 15 more")])
+def test_of_many_rows_in_both_sets_some_are_named(count: int, more: str) -> None:
+    rows = rows_from_records([(n, {"text": f"row {n}"}) for n in range(1, count + 1)], "rows")
+    with pytest.warns(RankwiseWarning) as told:
+        assert warn_of_overlap(rows, rows) == count
+    last = min(count, 5)
+    assert f"rows, line {last} is rows, line {last}{more});" in str(told[0].message)
+
+
 def test_all_of_e2e_reads_in_a_second_or_two(shared: Path) -> None:
     start = time.process_time()
     rows = read_rows(shared / "e2e/trainset.csv")

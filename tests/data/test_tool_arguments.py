@@ -51,3 +51,8 @@ def test_arguments_take_the_form_of_the_template(given, template, wanted, nested
 def test_what_is_no_object_stays(arguments):
     messages = [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}]
     assert suit_arguments(messages, lambda _: pytest.fail("nothing is asked")) is messages
+
+
+def test_a_call_without_an_object_that_names_its_function_stays():
+    messages = [{"role": "assistant", "content": "", "tool_calls": [{"function": "f"}]}]
+    assert suit_arguments(messages, lambda _: pytest.fail("nothing is asked")) is messages
