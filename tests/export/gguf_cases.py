@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -75,10 +76,12 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def saved(kind: str, folder: Path, **settings: object):
-    """The adapted model; its base lies in ``folder``/base and its adapter in ``folder``/adapter."""
+def saved(kind: str, folder: Path, *, changes: Mapping[str, object] | None = None, **settings: object):
+    """The adapted model; its base lies in ``folder``/base and its adapter in ``folder``/adapter. ``changes``: of its
+    config's fields."""
     make, own = FAMILIES[kind]
     model = make()
+    model.config.update(changes or {})
     model.save_pretrained(folder / "base")
     write_tokenizer(folder / "base")
     rw.add_adapter(model, rw.LoraConfig(**{"r": 3, "lora_alpha": 5, "init_lora_weights": False, **own, **settings}))

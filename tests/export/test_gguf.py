@@ -25,6 +25,7 @@ from rankwise.export.merged import merge_to_folder
 from rankwise.export.proof import LLAMA, Served, prove, run_server, server_python
 from rankwise.export.whole import WholeModel, export_merged
 from rankwise.models.gguf_file import read_gguf_header
+from rankwise.records import RunRecord
 from tiny_models import tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
@@ -62,6 +63,7 @@ def test_an_adapter_s_pairs_added_to_the_base_s_tensors_are_the_merged_model(tmp
     adapter = gguf.GGUFReader(tmp_path / "served" / "adapter.gguf")
     pairs = {tensor.name: np.array(tensor.data) for tensor in adapter.tensors}
     alpha = adapter.fields["adapter.lora.alpha"].contents()
+    assert adapter.fields["general.file_type"].contents() == gguf.LlamaFileType.ALL_F32
     patched = gguf.GGUFReader(shutil.copy(base, tmp_path / "patched.gguf"), "r+")
     for tensor in patched.tensors:
         if f"{tensor.name}.lora_a" in pairs:
@@ -71,6 +73,42 @@ def test_an_adapter_s_pairs_added_to_the_base_s_tensors_are_the_merged_model(tmp
     patched.data.flush()
     loaded, _ = rw.load_model(tmp_path / "patched.gguf")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("named", "wanted"), [({}, ("org/base", "c0ffee")), ({"model": "org/other", "revision": "v2"}, ("org/other", "v2"))]
+)
+def test_a_merged_gguf_is_made_of_the_commit_that_the_header_is_of(tmp_path, monkeypatch, named, wanted):
+    saved("llama", tmp_path)
+    base = (tmp_path / "base").rename(tmp_path / wanted[1])
+    facts = {"kind": "hub", "name": "org/base", "revision": "c0ffee"}
+    RunRecord("lora", 0, {"model": "org/base"}, base_model=facts).save(tmp_path / "adapter")
+    asked = []
+    monkeypatch.setattr(
+        "rankwise.models.hub.download", lambda repo, *, revision, **_: asked.append((repo, revision)) or base
+    )
+    export_merged(tmp_path / "adapter", tmp_path / "served", WholeModel("llama.cpp", **named))
+    assert set(asked) == {wanted}
+
+
+@pytest.mark.parametrize(
+    ("rope", "fields"),
+    [
+        ({"rope_type": "default"}, {}),
+        ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
+        ({"rope_type": "dynamic", "factor": 2.0}, None),
+    ],
+)
+def test_rotary_settings_are_written_or_refused(tmp_path, rope, fields):
+    model = saved("llama", tmp_path, changes={"rope_parameters": {"rope_theta": 5e5, **rope}})
+    if fields is None:
+        with pytest.raises(ModelError, match="RW745.*dynamic"):
+            base_gguf(model, tmp_path)
+        return
+    found = gguf.GGUFReader(base_gguf(model, tmp_path)).fields
+    assert found["llama.rope.freq_base"].contents() == 5e5
+    start = "llama.rope.scaling."
+    assert {name[len(start) :]: found[name].contents() for name in found if name.startswith(start)} == fields
 
 
 def test_a_gguf_base_keeps_its_header_and_untouched_tensors(tmp_path):
