@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.comparison import runner
+from rankwise.comparison import runner, stages
 from rankwise.comparison.matrix import Cell
 from rankwise.comparison.runner import Clock, Runner, environments
 from rankwise.comparison.stages import Job
@@ -53,8 +53,8 @@ def running(output: Path, *, steps: Any = lambda job: 0, places: int = 1) -> Run
 def test_a_step_is_shown_as_soon_as_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "POLL_SECONDS", 0)
     jobs = [Job("measure", Cell("lora", 1e-4, seed)) for seed in (0, 1)]
-    carrying = running(tmp_path / "out")
-    carrying.carry_out(lambda: [job for job in jobs if not job.name(tmp_path / "out").with_suffix(".measure.json").exists()])
+    carrying = running(tmp_path)
+    carrying.carry_out(lambda: [job for job in jobs if stages.outcome_of(job, tmp_path) is None])
     assert [item.job for picture in carrying.watcher.pictures for item in picture.running] == jobs
 
 

@@ -92,12 +92,6 @@ def test_each_method_runs_at_its_own_best_rate_and_nothing_runs_twice(tmp_path: 
     assert found["recommendation"]["method"] == "full"
     assert (tmp_path / "out" / found["recommendation"]["adapter"] / "run.json").is_file()
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == json.loads(json.dumps(found))
-    text = (tmp_path / "out" / found["recommendation"]["config"]).read_text()
-    assert text.startswith(f"# {found['recommendation']['reason']}\n")
-    settings = yaml.safe_load(text)
-    # In the order of `train --help`.
-    assert list(settings)[:2] == ["model", "data"]
-    assert (settings["method"], settings["max-steps"]) == ("full", 6)
 
 
 def test_the_comparison_itself_needs_no_torch():
@@ -208,6 +202,16 @@ def test_tasks_that_come_later_are_measured_on_the_runs_that_are_there(tmp_path:
     other = rows.rename(tmp_path / "others.csv")
     moved: Any = compare(**options, task="e2e", task_data=f"e2e={other}")
     assert moved["runs"][0]["tasks"]["e2e"] == found["runs"][0]["tasks"]["e2e"]
+
+
+def test_the_recommended_settings_are_those_of_the_best_run_in_their_usual_order(tmp_path: Path):
+    found: Any = compare(**given(tmp_path, methods="lora,full", learning_rates="2e-4", seeds=1))
+    text = (tmp_path / "out" / found["recommendation"]["config"]).read_text()
+    assert text.startswith(f"# {found['recommendation']['reason']}\n")
+    settings = yaml.safe_load(text)
+    assert list(settings)[:2] == ["model", "data"]
+    assert (settings["method"], settings["max-steps"]) == ("full", 6)
+    assert Path(settings["output"]).parent == tmp_path / "out"
 
 
 def test_another_recommendation_takes_the_merged_model_of_the_old_one_away(tmp_path: Path):
