@@ -7,7 +7,7 @@ import json
 import pytest
 
 from rankwise.errors import RankwiseWarning
-from rankwise.planning import calibration, fake_model
+from rankwise.planning import Workload, calibration, fake_model, step
 from rankwise.planning.calibration import SCHEMA, cache_folder, calibrate, measured_pace
 from rankwise.planning.hardware import cpu_hardware
 
@@ -57,6 +57,19 @@ def test_what_is_timed_is_the_step_of_the_trainer(monkeypatch):
     calibrate(cpu_hardware(), ("lora",), "float32", lambda _: None)
     assert all(done.fused_loss and done.shared_inputs for done in made)
     assert len(made) == len(TINY["rows"])
+
+
+def test_each_batch_size_is_timed_on_the_small_model(monkeypatch):
+    made = []
+    real = step.make_batch
+    monkeypatch.setattr(step, "make_batch", lambda work, *place, **how: made.append(work) or real(work, *place, **how))
+    calibrate(cpu_hardware(), ("lora",), "float32", lambda _: None)
+    assert [(work.batch_size, work.max_length, work.dtype) for work in made] == [(1, 16, "float32"), (2, 16, "float32")]
+    workload = Workload(batch_size=1, max_length=16, device_type="cpu", dtype="float32")
+    _, facts, estimate = calibration._prepared("lora", workload, "cpu", TINY)
+    V, h, f = calibration.VOCABULARY, TINY["hidden_size"], TINY["intermediate_size"]
+    assert (facts.layers, facts.width, facts.vocabulary) == (calibration.LAYERS, h, V)
+    assert estimate.total_parameters == 2 * V * h + facts.layers * (4 * h * h + 3 * f * h + 2 * h) + h
 
 
 def test_timings_of_older_steps_are_not_used(tmp_path):

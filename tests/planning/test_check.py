@@ -9,14 +9,41 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from rankwise.acceleration import MovedOnce
+from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError
 from rankwise.planning import MemoryEstimate, Workload, check
 from rankwise.planning.check import Check, check_method, comparable
-from rankwise.planning.measure import Measurement, _no_answer, _offloading
+from rankwise.planning.fake_model import prepare
+from rankwise.planning.measure import Measurement, _no_answer, _offloading, _warm_up
+from rankwise.planning.step import make_batch
+from tiny_models import tiny_llama
 
 
 def test_the_error_is_relative_to_what_was_measured():
     assert Check("lora", "cpu", 110, 100, False, (1.0,)).error == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"trained_share": 0.3}, {"batch_size": 1}, {"sides": 2}])
+def test_a_batch_scores_as_many_tokens_as_are_planned(settings, flat):
+    """By the model's own loss, which takes the labels one place on, and at the positions of a plain one."""
+    workload = Workload(**{"batch_size": 3, "max_length": 20, **settings})
+    batch = make_batch(workload, flat=flat)
+    assert int((batch.labels[:, 1:] != IGNORED).sum()) == workload.trained_tokens
+    wanted = batch.labels[:, batch.positions + 1]
+    assert wanted.numel() == workload.trained_tokens
+    assert (wanted != IGNORED).all()
+
+
+def test_a_frozen_model_trains_whole_in_full_fine_tuning():
+    model = tiny_llama().requires_grad_(False)
+    prepare(model, "full", Workload(device_type="cpu", dtype="float32"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_libraries_are_warm_before_anything_is_measured(dtype):
+    _warm_up("cpu", Workload(device_type="cpu", dtype=dtype))
 
 
 def test_on_cuda_the_allocator_does_not_see_the_context():

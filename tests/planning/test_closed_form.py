@@ -8,10 +8,11 @@ import itertools
 import pytest
 from planning_models import FAMILIES, config_of, skeleton
 
-from rankwise.planning import Workload
+from rankwise.planning import Workload, head, saved
 from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import trace
+from rankwise.planning.step_facts import StepFacts
 from tables import long, thinned
 
 GRID = [
@@ -131,6 +132,41 @@ def test_closed_form_of_mixed_precision_on_a_cpu(family):
 @thinned({"family,method": [("llama", "lora"), ("llama", "full"), ("gemma", "qdora")], "checkpointing": [False, True]})
 def test_closed_form_of_a_card_without_triton(family, method, checkpointing):
     assert -0.03 <= compared(family, method, step("cuda", checkpointing, 8, 1024, triton=False)) <= 0.08
+
+
+NARROW = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "changes"),
+    [
+        ("llama", "lora", {}),
+        ("llama", "dora", {"target_modules": ("o_proj", "down_proj")}),
+        ("llama", "full", {}),
+        ("qwen2", "lora", {"triton": False}),
+        ("qwen3", "dora", {}),
+        ("gemma", "lora", {"target_modules": ("q_proj",)}),
+        ("gemma3_text", "dora", {}),
+        ("olmo2", "dora", {}),
+        ("phi3", "dora", {}),
+    ],
+)
+def test_a_layer_more_keeps_what_it_does_in_the_dry_run(family, method, changes):
+    """To the byte of a token; what a GPU's allocator rounds up is less."""
+    workload = Workload(batch_size=2, max_length=256, **changes)
+    sizes = NARROW | {"num_key_value_heads": 1 if family == "gemma" else 2}
+    one, two = (
+        trace(skeleton(family, **sizes, num_hidden_layers=layers), method, workload).breakdown["activations"]
+        for layers in (1, 2)
+    )
+    layer = saved.layer_bytes(StepFacts.of(shape_of(config_of(family, **sizes, num_hidden_layers=2)), method, workload))
+    assert layer == pytest.approx(two - one, abs=2 * workload.tokens - 1)
+
+
+def test_what_a_step_does_without_takes_nothing():
+    step = StepFacts.of(shape_of(config_of("llama")), "lora", Workload(batch_size=2, max_length=64))
+    for found in (saved.scores_bytes, saved.cast_weights_bytes, head.first_gradient_bytes, head.gradient_bytes):
+        assert found(step) == 0, found
 
 
 @pytest.mark.grid

@@ -13,7 +13,9 @@ from rankwise.planning import MemoryEstimate, Workload
 from rankwise.planning.architectures import shape_of
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import trace
+from rankwise.planning.evaluating import cast_bytes, written_bytes
 from rankwise.planning.step import loss_of
+from rankwise.planning.step_facts import StepFacts
 
 SMALL = {
     "vocab_size": 1024,
@@ -75,6 +77,38 @@ def test_answers_hold_their_keys_and_values(family, method, device):
     # 64 rows of 512 tokens, 4 layers, keys and values of 2 heads of 32 in bfloat16.
     assert tensors(counted) > tensors(step) + 0.8 * 64 * 512 * 4 * 2 * 64 * 2
     assert tensors(found) == pytest.approx(tensors(counted), rel=found.error)
+
+
+def test_copies_of_autocast_are_of_every_weight_in_a_product():
+    shape = shape_of(config_of("llama", **SMALL))
+    table_and_norm = shape.vocabulary * shape.hidden + shape.hidden
+
+    def copies(method, dtype):
+        return cast_bytes(StepFacts.of(shape, method, Workload(dtype=dtype)))
+
+    assert copies("full", "bfloat16") == 2 * (shape.parameters - table_and_norm)
+    assert copies("full", "float32") == copies("lora", "bfloat16") == copies("qdora", "bfloat16") == 0
+
+
+@pytest.mark.parametrize("prompts", [1, 8])
+def test_a_layer_more_keeps_the_keys_and_values_of_all_prompts(prompts):
+    workload = Workload(batch_size=2, max_length=512, trained_share=0.5, written=16, prompts=prompts)
+
+    def at_prompts(layers):
+        step = StepFacts.of(shape_of(config_of("llama", **SMALL | {"num_hidden_layers": layers})), "lora", workload)
+        return written_bytes(step, 0)["generation of prompts"]["transient"]
+
+    # Keys and values of 2 heads of 32 in bfloat16.
+    assert at_prompts(5) - at_prompts(4) == prompts * workload.prompt_tokens * 2 * 64 * 2
+
+
+def test_answers_of_a_model_with_windows_keep_a_window_of_keys_and_values():
+    workload = Workload(batch_size=1, max_length=256, r=2, trained_share=0.5, written=32, prompts=4)
+    sizes = SMALL | {"num_hidden_layers": 2}
+    whole, windowed = (
+        tensors(trace(skeleton("mistral", **sizes, sliding_window=window), "lora", workload)) for window in (None, 16)
+    )
+    assert windowed < 0.95 * whole
 
 
 def test_many_prompts_at_once_are_the_most_that_an_evaluation_of_rewards_holds():

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rankwise.planning import MemoryEstimate, Workload
@@ -35,6 +35,8 @@ def bumpy(slope: int, bump: int, start: int):
 
 
 @settings(deadline=None, max_examples=100)
+@example(slope=3, bump=0, start=7, memory=10)
+@example(slope=3, bump=0, start=7, memory=9)
 @given(slope=st.integers(1, 50), bump=st.integers(0, 30), start=st.integers(0, 200), memory=st.integers(0, 2000))
 def test_the_largest_batch_is_that_of_brute_force(slope, bump, start, memory):
     """Two thousand rows are never within 2,000 bytes at a byte a row."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rankwise.planning import Workload
 from rankwise.planning.architectures import shape_of
+from rankwise.planning.assemble import CLOSED_FORM_ERROR, CPU_LIBRARY_BYTES, DRY_RUN_ERROR
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.weights import packed_bytes
 
@@ -56,6 +59,17 @@ def test_trainable_parameters_of_llama_3_2_3b(method, trainable):
 def test_full_fine_tuning_of_65b_takes_more_than_780_gb():
     """QLoRA, abstract, of 16-bit fine-tuning."""
     assert of_shape(shape_of(LLAMA_65B), "full", Workload(batch_size=1, max_length=512)).peak_bytes > 780e9
+
+
+def test_errors_are_those_that_the_docs_state():
+    text = (Path(__file__).parents[2] / "docs" / "cards.md").read_text(encoding="utf-8")
+    closed, dry = (f"{100 * errors['cuda']:.0f} %" for errors in (CLOSED_FORM_ERROR, DRY_RUN_ERROR))
+    assert f"the plan is within {closed} (`--exact`: {dry})" in text
+
+
+def test_libraries_of_a_cpu_take_what_was_measured():
+    """47 to 60 MB over methods and checkpointing, on the demo model."""
+    assert 47e6 < CPU_LIBRARY_BYTES < 60e6
 
 
 def test_gpt2_medium_with_lora_on_q_and_v_counts_what_loralib_does():

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from planning_models import FAMILIES, config_of, skeleton
+from transformers import AutoConfig
 
 from rankwise.adapters import add_adapter
 from rankwise.errors import AdapterError, ModelError
+from rankwise.models.folder import auto_class
 from rankwise.planning import Workload
 from rankwise.planning.adapted import adaptation
 from rankwise.planning.architectures import FAMILIES as KNOWN
@@ -110,6 +113,28 @@ def _outcome(count):
         return count()
     except AdapterError as error:
         return error.code
+
+
+LEFT_OUT = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings")
+
+
+def with_defaults(config):
+    return {
+        name: with_defaults(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in LEFT_OUT
+    }
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_a_config_leaves_out_is_what_transformers_takes(family):
+    config = with_defaults(config_of(family, hidden_size=2048, num_attention_heads=32, num_hidden_layers=1))
+    given = {name: value for name, value in config.items() if name != "model_type"}
+    with torch.device("meta"):
+        model = auto_class(family).from_config(AutoConfig.for_model(family, **given))
+    shape = shape_of(config)
+    assert shape.parameters == model.num_parameters()
+    assert shape.kv_heads == getattr(model.config.get_text_config(), "num_key_value_heads", 32)
 
 
 def test_an_unknown_architecture_is_named_and_sent_to_the_dry_run():

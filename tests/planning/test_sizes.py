@@ -52,5 +52,12 @@ def test_more_than_any_machine_has_is_refused_in_a_line(text):
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize(("letters", "said"), [(40, f"'{'x' * 40}'"), (41, f"'{'x' * 40}...'")])
+def test_of_a_long_text_the_beginning_is_shown(letters, said):
+    with pytest.raises(ConfigError) as caught:
+        parse_size("x" * letters)
+    assert f"the memory {said} is not a size" in caught.value.message
+
+
 def test_large_numbers_of_gigabytes_stay():
     assert parse_size("100000") == parse_size("100TB")

@@ -24,6 +24,7 @@ from rankwise.planning.speed import (
     flops_per_token,
     launch_seconds,
     micro_batch_seconds,
+    offloaded_bytes,
     weight_traffic_bytes,
 )
 from toy_memory import toy_estimate
@@ -111,8 +112,18 @@ def test_no_micro_batch_of_a_card_is_faster_than_its_launches():
     assert short == launch_seconds("lora", facts, SHORT) == pytest.approx(32 * 69 * 15e-6)
     again = dataclasses.replace(SHORT, gradient_checkpointing=True)
     assert launch_seconds("lora", facts, again) == pytest.approx(32 * (26 + 69) * 15e-6)
-    assert launch_seconds("qlora", facts, SHORT) > short
+    # As `benchmarks/gpu_paper.py` counts them; tests/test_gpu_benchmarks.py compares.
+    assert launch_seconds("qlora", facts, SHORT) == pytest.approx(32 * 83 * 15e-6)
+    assert launch_seconds("qdora", facts, again) == pytest.approx(32 * (40 + 92) * 15e-6)
     assert launch_seconds("lora", facts, dataclasses.replace(SHORT, device_type="cpu")) == 0
+
+
+def test_offloaded_bytes_go_over_and_come_back():
+    """Of each layer its input with checkpointing, else 34 s b h bytes (Korthikanti et al. 2022)."""
+    facts, plain = facts_of(LLAMA_7B), Workload(batch_size=3, max_length=100)
+    again = dataclasses.replace(plain, gradient_checkpointing=True)
+    assert offloaded_bytes(facts, plain) == 2 * 34 * 300 * 4096 * 32
+    assert offloaded_bytes(facts, again) == 2 * 2 * 300 * 4096 * 32
 
 
 def test_two_timings_give_back_pace_and_bandwidth():
@@ -170,7 +181,8 @@ def test_a_quotient_of_times_is_all_measured_or_all_assumed(monkeypatch):
 
 def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):
     """Of an architecture that the closed form does not know: by the stacked tensors."""
-    tensors = {"blk.0.ffn_up_exps.weight": (64, 32, 8), "blk.0.attn_q.weight": (64, 64), "output.weight": (64, 100)}
+    tensors = {"token_embd.weight": (64, 100), "output.weight": (64, 100), "blk.0.attn_q.weight": (64, 64)}
+    tensors["blk.0.ffn_up_exps.weight"] = (64, 32, 8)
     header = GgufHeader(
         {"general.architecture": "dbrx", "dbrx.expert_count": 8, "dbrx.expert_used_count": 2, "dbrx.block_count": 1},
         {name: GgufTensor(shape, 0, 0, 0) for name, shape in tensors.items()},
@@ -178,4 +190,12 @@ def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):
     for module in (facts_module, shape_module):
         monkeypatch.setattr(module, "read_gguf_header", lambda path: header)
     source = ModelSource("gguf", "m.gguf", Path("m.gguf"), "m.gguf")
-    assert facts_module.read_facts(source).idle_expert_parameters == 64 * 32 * 6
+    facts = facts_module.read_facts(source)
+    assert (facts.idle_expert_parameters, facts.vocabulary, facts.head_is_tied) == (64 * 32 * 6, 100, False)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_facts_of_an_unknown_family_are_those_of_its_config(nested):
+    config = {"num_hidden_layers": 3, "hidden_size": 64, "vocab_size": 100, "tie_word_embeddings": True}
+    facts = facts_of({"model_type": "unknown", **({"text_config": config} if nested else config)})
+    assert (facts.layers, facts.width, facts.vocabulary, facts.head_is_tied) == (3, 64, 100, True)

@@ -67,8 +67,8 @@ class Attention:
         yield Module(f"{path}.v_proj", "linear", h, k, self.qkv_bias)
         yield Module(f"{path}.o_proj", "linear", q, h, self.o_bias)
         if self.q_norm:
-            yield Module(f"{path}.q_norm", "norm", 0, 0, extra=self.q_norm)
-            yield Module(f"{path}.k_norm", "norm", 0, 0, extra=self.k_norm)
+            yield Module(f"{path}.q_norm", "norm", extra=self.q_norm)
+            yield Module(f"{path}.k_norm", "norm", extra=self.k_norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Experts:
 
     def modules(self, path: str, h: int) -> Iterator[Module]:
         """Stacked experts (E, 2 f, h) and (E, h, f), a router (E, h), and an expert that sees every token."""
-        yield Module(f"{path}.gate", "plain", 0, 0, extra=self.E * h)
+        yield Module(f"{path}.gate", "plain", extra=self.E * h)
         stacks = (self.E, 2 * self.f, h), (self.E, h, self.f)
-        yield Module(f"{path}.experts", "plain", 0, 0, extra=sum(map(prod, stacks)), stacks=stacks)
+        yield Module(f"{path}.experts", "plain", extra=sum(map(prod, stacks)), stacks=stacks)
         if self.shared:
             yield Module(f"{path}.shared_expert.gate_proj", "linear", h, self.shared)
             yield Module(f"{path}.shared_expert.up_proj", "linear", h, self.shared)
@@ -123,8 +123,8 @@ def decoder(given: ConfigFields, line: Line) -> Shape:
         modules += attention.modules(f"{layer}.self_attn")
         sparse = moe if moe is not None and index not in moe.dense_layers else None
         modules += sparse.modules(f"{layer}.mlp", h) if sparse else _mlp(f"{layer}.mlp", h, fields, line.fused)
-        modules += [Module(f"{layer}.{name}", "norm", 0, 0, extra=h) for name in _norm_names(line)]
-    modules += [Module(f"{path}.norm", "norm", 0, 0, extra=h), Module("lm_head", "linear", h, V)]
+        modules += [Module(f"{layer}.{name}", "norm", extra=h) for name in _norm_names(line)]
+    modules += [Module(f"{path}.norm", "norm", extra=h), Module("lm_head", "linear", h, V)]
     return Shape(
         family=family,
         hidden=h,
@@ -140,7 +140,7 @@ def decoder(given: ConfigFields, line: Line) -> Shape:
         experts=moe.E if moe else 0,
         experts_per_token=moe.k if moe else 0,
         shared_mlp=moe.shared if moe else 0,
-        qk_norm=line.qk_norm > 0,
+        qk_norms=(0, heads + groups, 2)[line.qk_norm],
         fused_qkv=line.fused,
         norms_per_layer=line.norms_per_layer,
         attention_dropout=fields.share("attention_dropout", 0.0),
@@ -281,8 +281,8 @@ def _siglip(path: str, fields: ConfigFields) -> Iterator[Module]:
 
 def _projector(fields: ConfigFields, h: int) -> Iterator[Module]:
     (eye,) = fields.required("hidden_size")
-    yield Module("model.multi_modal_projector", "plain", 0, 0, extra=eye * h)
-    yield Module("model.multi_modal_projector.mm_soft_emb_norm", "norm", 0, 0, extra=eye)
+    yield Module("model.multi_modal_projector", "plain", extra=eye * h)
+    yield Module("model.multi_modal_projector.mm_soft_emb_norm", "norm", extra=eye)
 
 
 def gpt2(fields: ConfigFields) -> Shape:

@@ -67,8 +67,8 @@ def _norms(step: StepFacts) -> float:
     own: float = shape.norms_per_layer * (shape.hidden * copy + 4)
     readers = [step.has(*READ_FIRST), step.has(*MLP_FIRST) and not shape.experts]
     own += shape.hidden * s * (sum(readers) * step.keeps_read + bool(shape.experts))
-    if shape.qk_norm:
-        own += (shape.queries + shape.keys) * copy + 4 * (shape.heads + shape.kv_heads)
+    if shape.qk_norms:
+        own += (shape.queries + shape.keys) * copy + 4 * shape.qk_norms
     return own
 
 
@@ -173,16 +173,16 @@ def _low_rank(step: StepFacts) -> float:
     own = s * step.ranks
     if step.method not in DORA:
         return own
-    normed_after = step.fused and step.norms_after
-    q_is_kept = step.fused and (shape.qk_norm or not step.scores)
-    k_is_kept = q_is_kept and (shape.qk_norm or step.kept_keys == shape.keys)
+    after = 0 if step.fused and step.norms_after else shape.hidden
+    q_is_kept = step.fused and (shape.qk_norms or not step.scores)
+    k_is_kept = q_is_kept and (shape.qk_norms or step.kept_keys == shape.keys)
     outputs = (
         ("q_proj", 0 if q_is_kept else shape.queries),
         ("k_proj", 0 if k_is_kept else shape.keys),
         ("v_proj", 0 if step.keeps_v else shape.keys),
         ("qkv_proj", 0 if step.keeps_v else shape.queries + 2 * shape.keys),
-        ("o_proj", 0 if normed_after else shape.hidden),
-        ("mlp.down_proj", 0 if normed_after else shape.hidden),
+        ("o_proj", after),
+        ("mlp.down_proj", after),
     )
     return own + s * sum(width for name, width in outputs if step.has(name))
 
@@ -199,8 +199,8 @@ def _full_per_token(step: StepFacts) -> float:
     copy of them for each layer that reads one."""
     shape, s = step.shape, step.s
     norms = shape.norms_per_layer * (8 * shape.hidden + 4)
-    if shape.qk_norm:
-        norms += 8 * (shape.queries + shape.keys) + 4 * (shape.heads + shape.kv_heads)
+    if shape.qk_norms:
+        norms += 8 * (shape.queries + shape.keys) + 4 * shape.qk_norms
     inputs = (5 if s == 2 and not shape.fused_qkv else 2) * shape.hidden * s
     attention = _attention(step) if step.drops_scores else 2 * s * (shape.queries + step.kept_keys) + 4 * shape.heads
     return norms + inputs + attention + _kept_by_v(step) + mlp_bytes(step)
@@ -211,9 +211,9 @@ def _gpt2_per_token(step: StepFacts) -> float:
     each. A CPU that drops attention weights keeps copies of q, k and v besides."""
     shape, s = step.shape, step.s
     h, f = shape.hidden, shape.mlp
-    own = s * ((8 if step.own_attention else 9) * h + 5 * f + step.ranks) + 4 * shape.heads + 24
+    own = s * ((8 if step.own_attention else 9) * h + 5 * f + step.ranks) + 4 * shape.heads
     if step.is_full:
-        own = 2 * (4 + s) * h + s * (5 * h + 5 * f) + 4 * shape.heads + 24
+        own = 2 * (4 + s) * h + s * (5 * h + 5 * f) + 4 * shape.heads
     elif step.method in DORA:
         own += s * 2 * h
     if shape.dropout:

@@ -28,8 +28,8 @@ class Module:
 
     name: str
     kind: Kind
-    inputs: int
-    outputs: int
+    inputs: int = 0
+    outputs: int = 0
     bias: bool = False
     # Parameters of a norm or of plain tensors.
     extra: int = 0
@@ -74,7 +74,8 @@ class Shape:
     experts_per_token: int = 0
     # Width of the expert that sees every token.
     shared_mlp: int = 0
-    qk_norm: bool = False
+    # Norms of q and k in a layer: one for each head, or two over all heads; or none.
+    qk_norms: int = 0
     fused_qkv: bool = False
     norms_per_layer: int = 2
     # The base model's dropout on hidden states.

@@ -1,0 +1,89 @@
+"""The plan of several methods, and the guard that asks it before a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planning_models import config_of
+
+from rankwise.config import TrainSettings
+from rankwise.errors import ConfigError, RankwiseWarning, RunError
+from rankwise.planning import guard
+from rankwise.planning.guard import MemoryGuard
+from rankwise.planning.hardware import cpu_hardware
+from rankwise.planning.plan import make_plan
+from rankwise.planning.settings import PlanSettings
+from rankwise.planning.terms import PLANNED
+from rankwise.settings_file import read_settings
+
+SMALL = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(config_of("llama", **SMALL, num_key_value_heads=2)))
+    return tmp_path
+
+
+def settings(model: Path, **given: Any) -> PlanSettings:
+    return read_settings(PlanSettings, None, {"model": str(model), "max_length": 64, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "methods"),
+    [("all", PLANNED), ("qlora,all", PLANNED), ("dora,lora", ("lora", "dora")), ("full", ("full",))],
+)
+def test_a_plan_has_a_row_for_each_method_that_was_asked_for(given: str, methods: tuple[str, ...], model: Path) -> None:
+    found = make_plan(settings(model, method=given, gpu="RTX 4090"))
+    assert (found.model, found.hardware.name) == (str(model), "RTX 4090")
+    assert tuple(row.estimate.method for row in found.rows) == methods
+    assert not found.unplanned
+    assert found.recommendation.method in methods
+    assert json.loads(json.dumps(found.to_json()))["model"] == str(model)
+
+
+@pytest.mark.parametrize("method", ["", "lore", "lora,lore"])
+def test_a_method_that_does_not_exist_is_refused(method: str, model: Path) -> None:
+    with pytest.raises(ConfigError, match="RW142"):
+        make_plan(settings(model, method=method))
+
+
+def test_of_a_known_family_other_settings_take_no_dry_runs(model: Path) -> None:
+    said: list[str] = []
+    found = make_plan(settings(model, method="lora", gpu="RTX 4090", exact=True), said.append)
+    assert [line.partition(" ")[0] for line in said] == ["dry", "lora:"]
+    assert found.rows[0].estimate.exact
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def of_so_many_bytes(count: int) -> None:
+        monkeypatch.setattr(guard, "cpu_hardware", lambda: dataclasses.replace(cpu_hardware(), memory_bytes=count))
+
+    return of_so_many_bytes
+
+
+def guarding(model: Path, **how: Any) -> MemoryGuard:
+    given = {**TrainSettings.defaults(), "model": str(model), "method": "lora", "device": "cpu"}
+    return MemoryGuard(given, lambda line: None, lambda: 0, **{"ignore": False, **how})
+
+
+def test_a_run_of_which_no_row_fits_is_refused_before_its_weights_are_read(model: Path, memory: Any) -> None:
+    memory(10**10)
+    guarding(model).before_loading()
+    memory(10**6)
+    with pytest.raises(RunError, match=r"RW562: this run cannot fit: even one row of 16 tokens takes .* 1\.00 MB"):
+        guarding(model).before_loading()
+    with pytest.warns(RankwiseWarning, match="RW563: .*even one row of 16 tokens .*--ignore-plan"):
+        guarding(model, ignore=True).before_loading()
+
+
+def test_processes_share_the_memory(model: Path, memory: Any) -> None:
+    memory(10**9)
+    guarding(model).before_loading()
+    with pytest.raises(RunError, match="RW562.* for each process"):
+        guarding(model, sharers=1000).before_loading()
