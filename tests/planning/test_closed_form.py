@@ -141,7 +141,7 @@ NARROW = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 320, "num
     ("family", "method", "changes"),
     [
         ("llama", "lora", {}),
-        ("llama", "dora", {"target_modules": ("o_proj", "down_proj")}),
+        ("llama", "dora", {"target_modules": ("q_proj", "o_proj", "down_proj")}),
         ("llama", "full", {}),
         ("qwen2", "lora", {"triton": False}),
         ("qwen3", "dora", {}),
