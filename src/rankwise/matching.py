@@ -22,8 +22,10 @@ LONGEST_MATCH_SECONDS = 0.5
 
 
 def matches(name: str, wanted: str | Sequence[str]) -> bool:
-    """Whether ``wanted`` selects ``name``: a string as a full-match regular expression, a list by whole names or their
-    ends after a dot.
+    """Whether ``wanted`` selects the module ``name``, by PEFT's rules.
+
+    A string is a regular expression that must match all of ``name``. A list holds whole names, or ends of names that
+    begin after a dot (``q_proj``).
     """
     if isinstance(wanted, str):
         return _match(wanted, name, regex.fullmatch) is not None

@@ -89,7 +89,11 @@ def _can_run_again(block: GradientCheckpointingLayer, args: tuple[Any, ...], kwa
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether a hook sees the module's call. transformers' own stay when no output is collected."""
+    """Whether a hook sees the module's call.
+
+    transformers leaves its hooks, which collect outputs, on the modules. Such a hook counts only while outputs are
+    collected.
+    """
     after_forward, *others = hooks_around(module)
     if any(others):
         return True

@@ -130,7 +130,7 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
 
 
 def fuse_parts(model: nn.Module, undo: Undo) -> tuple[int, int, int]:
-    """The numbers of norms, gated MLPs and rotary functions that were replaced."""
+    """Replace norms, gated MLPs and rotary functions by fused ones. Returns how many of each were replaced."""
     return replace_norms(model, undo), replace_mlps(model, undo), replace_ropes(model, undo)
 
 

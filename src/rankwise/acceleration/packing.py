@@ -146,7 +146,7 @@ def batches_of(rows: Sequence[PackedRow], budget: int) -> Iterator[list[PackedRo
 
 
 def members_of(rows: Sequence[PackedRow]) -> tuple[int, ...]:
-    """Indices of the sequences in these rows."""
+    """Indices of the sequences that were packed into these rows, in the order of the rows."""
     return tuple(member for row in rows for _, tree in row.trees for member in tree.members)
 
 

@@ -46,7 +46,7 @@ class ForeignLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The packed weight, by which caches tell whether the weight was replaced."""
+        """The packed weight as the library stores it. Caches compare it to notice that the weight was replaced."""
         name = next((name for name in PACKED if hasattr(self.layer, name)), "weight")
         found = getattr(self.layer, name)
         assert isinstance(found, Tensor), f"{name} of a quantized layer"

@@ -134,7 +134,7 @@ def is_unit(module: nn.Module) -> bool:
 
 @contextmanager
 def gathered(model: Any, path: str) -> Iterator[None]:
-    """A context in which the weights of the unit with the module at ``path`` are gathered in every process."""
+    """Context manager: gather the weights of the FSDP2 unit that holds the module at ``path``, in every process."""
     if not is_unit(model):
         yield
         return

@@ -237,9 +237,10 @@ def _parquet(path: Path, content: bytes) -> Numbered:
 
 
 def table_records(table: pyarrow.Table, source: str) -> Numbered:
-    """Numbered rows of a table, without the nulls that fill up objects whose fields differ.
+    """The rows of a table with their numbers, counted from 1.
 
-    Raises DataError (RW206), which names the column whose values Python cannot hold, or says that a name is not a text.
+    Arrow adds nulls so that all objects of a column have the same fields; these nulls are removed. Raises DataError
+    (RW206) if a column's name is not UTF-8, or if Python cannot hold a column's values (a date far away, for example).
     """
     columns = {}
     try:

@@ -85,7 +85,7 @@ def _messages(column: str) -> Callable[[Record], JsonObject]:
 
 
 def _with_answer(record: Record, known: object) -> Fields:
-    """The record, with the right answer under a name in which rewards look for it."""
+    """The record with the right answer ``known`` in a column that rewards read, unless it has such a column."""
     if isinstance(known, list) and known and isinstance(known[-1], Mapping):
         known = known[-1].get("content")
     has_one = any(name in record for name in ANSWERS)

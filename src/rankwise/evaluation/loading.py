@@ -45,11 +45,13 @@ class LoadOptions:
 
 
 def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *, named: bool = True) -> Loaded:
-    """Load the model ``name`` with frozen ``adapters``. The last one is active.
+    """Load the model ``name`` in the form on which the adapters were trained, and attach the adapters, frozen.
 
-    ``named``: the user named the model; otherwise its revision is the one trained on.
-    Raises ConfigError (RW151) when the adapters were trained on different bases, ModelError (RW322) without a
-    tokenizer, and what ``load_model`` and ``load_adapter`` raise. Warns RW417 of adapters of another hub model.
+    The last adapter is active. ``named`` says whether the user named the model. If not, ``name`` comes from the
+    adapter, and the model is loaded at the revision of the training.
+
+    Raises ConfigError (RW151) if the adapters were trained on different bases, ModelError (RW322) if there is no
+    tokenizer, and what ``load_model`` and ``load_adapter`` raise. Warns (RW417) if an adapter names another hub model.
     """
     from rankwise.acceleration import limit_generated_kernels, use_native_products
     from rankwise.adapters import load_adapter

@@ -75,7 +75,7 @@ def reference(
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str | None:
-    """Why `attention` uses PyTorch's ``scaled_dot_product_attention`` for these tensors, or None where it does not."""
+    """Why `attention` uses PyTorch's ``scaled_dot_product_attention`` here; None if the native kernel runs."""
     return native_attention.obstacle(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
 

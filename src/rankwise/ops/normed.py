@@ -79,12 +79,12 @@ def source_of(x: Tensor) -> Source:
 
 
 def tensors_of(source: Source) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Three tensors to save, from which `with_tensors` restores the source."""
+    """The tensors to hand to ``save_for_backward``: (x, None, None) or (h, w, rstd). `with_tensors` puts them back."""
     return (source.x, None, None) if isinstance(source, Plain) else (source.h, source.w, source.rstd)
 
 
 def without_tensors(source: Source) -> Source:
-    """The source without its tensors. autograd saves them, and notices when they change."""
+    """The source without its tensors, which ``save_for_backward`` keeps instead, so that autograd notices changes."""
     gone: Any = None
     if isinstance(source, Plain):
         return Plain(gone)

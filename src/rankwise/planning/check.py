@@ -45,9 +45,10 @@ def check_method(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Check:
-    """Run the steps with random weights in a separate process, or in one process for each device.
+    """Run three real training steps with random weights, and compare their peak memory with the predicted one.
 
-    Raises ConfigError: RW134 where the steps would take more than ``memory_bytes``; others as ``measure`` does.
+    The steps run in a separate process, or in one process for each device. Raises ConfigError (RW134) if the steps
+    would take more than ``memory_bytes``, and what ``measure`` raises.
     """
     predicted = estimate(model, method, workload, exact=exact, trust_remote_code=trust_remote_code, revision=revision)
     needed = max(predicted.peak_bytes, dense_bytes(predicted, workload))

@@ -48,12 +48,14 @@ class Rows(Protocol):
 
 
 class MemoryGuard:
-    """A ``training.foresight.Foresight``. ``settings``: those of ``rankwise train``, by name. ``say`` prints a line;
-    ``own_memory`` returns the bytes of the process now, as the meter of a CPU run counts them.
+    """Predicts a run's peak memory and refuses a run that cannot fit. Implements ``training.foresight.Foresight``.
 
-    ``before_loading`` and ``before_training`` raise RunError (RW562) for a run that cannot fit, or warn (RW563) with
-    ``ignore``. Where memory cannot be predicted they warn (RW564), and the run starts. A model that cannot be fetched
-    raises ModelError as ``fetch_model`` does.
+    ``settings`` are the settings of ``rankwise train``, by name. ``say`` prints a line. ``own_memory`` returns the
+    bytes that the process takes now, counted as a CPU run counts its peak.
+
+    ``before_loading`` and ``before_training`` raise RunError (RW562) if the run cannot fit; with ``ignore`` they warn
+    instead (RW563). They also warn if the memory cannot be predicted (RW564). ``before_loading`` raises ModelError if
+    the model's configuration cannot be fetched.
     """
 
     def __init__(

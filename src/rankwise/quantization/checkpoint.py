@@ -1,4 +1,4 @@
-"""The 4-bit weights of bitsandbytes' checkpoints, checked by their headers before anything is allocated."""
+"""Find the 4-bit weights in bitsandbytes' checkpoints, and check their sizes before anything is allocated."""
 
 from __future__ import annotations
 

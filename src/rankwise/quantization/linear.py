@@ -78,7 +78,7 @@ class Linear4bit(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
-        """Set the format, with empty buffers for a weight of this format."""
+        """Set the 4-bit format, and allocate uninitialized buffers for codes and scales in this format."""
         set_format(self, quant_type, block_size, double_quant, dtype, device)
         codes = torch.empty(packed_shape(self.shape, block_size), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)

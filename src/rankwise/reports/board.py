@@ -228,7 +228,7 @@ def _charts(run: Found) -> list[Chart]:
 
 
 def _frame(charts: Sequence[Chart]) -> Frame:
-    """The axes that all runs share in this chart."""
+    """The axes of one chart, wide enough for every run that is shown."""
     curves = [points for chart in charts for _, _, points in chart.curves]
     last = max((step for points in curves for step, _ in points), default=1.0)
     limits = [chart.limit for chart in charts if chart.limit is not None]
