@@ -87,12 +87,17 @@ def main() -> None:
     page = [
         "# Learning sums from a reward",
         "",
-        f"`python benchmarks/rewards.py --method {arguments.method} --steps {arguments.steps} --seeds "
-        f"{arguments.seeds}`: the 100 sums of two digits; a small Llama after {BEFORE} steps of demonstrations. "
-        "The reward is 1 for the right number, else 0; each step asks 8 sums, 16 times each. Means over the first and "
-        f"the last {SPAN} steps; greedy: the share of all sums that greedy answers get right. {versions}.",
+        f"A small Llama first learns the 100 sums of two digits from demonstrations, for {BEFORE} steps. Then it "
+        "trains with GRPO. The reward of an answer is 1 if its number is right, and 0 otherwise. Each step asks 8 sums "
+        "and draws 16 answers to each. *Greedy* is the share of all 100 sums that the model answers rightly without "
+        "sampling.",
         "",
-        f"| seed | reward, first {SPAN} steps | last {SPAN} | greedy, before | after |",
+        f"    python benchmarks/rewards.py --method {arguments.method} --steps {arguments.steps} "
+        f"--seeds {arguments.seeds}",
+        "",
+        f"{versions}.",
+        "",
+        f"| seed | mean reward, first {SPAN} steps | last {SPAN} steps | greedy, before GRPO | after |",
         "|---|---|---|---|---|",
         *rows,
     ]
