@@ -116,7 +116,7 @@ class StepOptions(AdapterOptions):
     # False: the step runs in plain PyTorch and transformers, without rankwise's kernels and fused losses.
     fast: Annotated[
         bool,
-        _device("rankwise's fused operators and CPU attention, no padding, memory kept between steps."),
+        _device("Use rankwise's fused operators and CPU attention, train without padding, keep memory between steps."),
     ] = True
 
     def lora_config(self, *, use_dora: bool) -> LoraConfig:
@@ -143,7 +143,7 @@ class TextOptions(Settings):
     ] = None
     prompt_column: Annotated[
         str | None,
-        option(Panel.TEXT, "Column with the prompt, for tables of other names."),
+        option(Panel.TEXT, "Column with the prompt, if the data's columns have names of their own."),
     ] = None
     completion_column: Annotated[str | None, option(Panel.TEXT, "Column with the completion.")] = None
 
@@ -178,7 +178,9 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
         _training("NEFTune: noise of X / sqrt(length x width) on the embeddings in training; 5 is usual."),
     ] = None
     max_grad_norm: Annotated[NotNegative, _training("Gradients are clipped to this norm; 0 switches it off.")] = 1.0
-    early_stopping: Annotated[Count | None, _training("Stop after N evaluations without a better loss.")] = None
+    early_stopping: Annotated[Count | None, _training("Stop after N evaluations in a row without a better loss.")] = (
+        None
+    )
 
     device: Annotated[Device, _device("Device; auto takes the fastest.")] = "auto"
     ignore_plan: Annotated[bool, _device("Train although the predicted memory is more than there is.")] = False
@@ -188,10 +190,10 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     eval_steps: Annotated[Count | None, _saving("Evaluate every N steps; default: a tenth of the run.")] = None
     eval_limit: Annotated[
         Whole | None,
-        _saving("Evaluate on the first N rows; 0: on all; default: on 256, spread evenly, where there are more."),
+        _saving("Evaluate on the first N rows; 0: on all rows. Default: on all, or on 256 evenly spread ones of more."),
     ] = None
     logging_steps: Annotated[
-        Count | None, _saving("Log every N steps; default: a tenth of the run, at most 10. First and last always.")
+        Count | None, _saving("Log every N steps, and the first and the last; default: a tenth of the run, at most 10.")
     ] = None
 
 
@@ -207,9 +209,7 @@ class PreferenceOptions(Settings):
     ] = "sft"
     beta: Annotated[
         Positive | None,
-        _objective(
-            "dpo, kto, grpo: how strongly the model is kept near its reference; default: 0.1, with grpo not at all."
-        ),
+        _objective("dpo, kto, grpo: how strongly the model is kept near its reference; default: 0.1, of grpo 0."),
     ] = None
     loss_type: Annotated[
         str | None,
@@ -230,7 +230,7 @@ class ObjectiveOptions(PreferenceOptions):
         BeforeValidator(text_list),
         _objective(
             "grpo: what scores an answer: FILE.py:NAME, a function in a Python file; or answer, format=REGEX, "
-            "length=N. May be given several times; their sum counts.",
+            "length=N. May be given several times; the rewards are added.",
             metavar="R",
             repeated=True,
         ),
@@ -241,9 +241,9 @@ class ObjectiveOptions(PreferenceOptions):
         _objective("grpo: a factor for each --reward, in their order; default: 1 each.", metavar="X,..."),
     ] = None
     num_generations: Annotated[
-        int | None, _objective("grpo: answers to a prompt, which are compared; default: 8.", ge=2, le=2**16)
+        int | None, _objective("grpo: answers to each prompt, compared with each other; default: 8.", ge=2, le=2**16)
     ] = None
-    max_completion_length: Annotated[Tokens | None, _objective("grpo: tokens of an answer; default: 256.")] = None
+    max_completion_length: Annotated[Tokens | None, _objective("grpo: longest answer, in tokens; default: 256.")] = None
     temperature: Annotated[
         WarmTemperature | None, _objective("grpo: answers are drawn at this temperature; default: 1.")
     ] = None
@@ -322,22 +322,30 @@ class TrainSettings(ObjectiveOptions, RunOptions):
         str | None,
         option(Panel.MODEL, "Evaluation data, in any of the same forms.", metavar="E"),
     ] = None
-    method: Annotated[Method, option(Panel.MODEL, "lora, qlora, dora, qdora, full, bottleneck or prefix.")] = "lora"
+    method: Annotated[
+        Method,
+        option(
+            Panel.MODEL, "LoRA; QLoRA (4-bit base); DoRA; QDoRA; all weights; or the baselines bottleneck and prefix."
+        ),
+    ] = "lora"
     adapter: Annotated[
         Path | None,
         option(
             Panel.MODEL,
-            "Train this adapter on: a run or PEFT folder. With --objective dpo or kto it is the reference too.",
+            "Continue to train this adapter: a run folder or a PEFT folder. With --objective dpo or kto, a frozen copy "
+            "of it is the reference.",
             metavar="A",
         ),
     ] = None
-    skip_bad_rows: Annotated[Whole, option(Panel.MODEL, "Leave out up to N bad rows of each file, and list them.")] = 0
+    skip_bad_rows: Annotated[
+        Whole, option(Panel.MODEL, "Leave out up to N bad rows of each file, and list them; with more, stop.")
+    ] = 0
 
     new_tokens: Annotated[
         str | None,
         _adapter(
-            "Tokens to add to the vocabulary, with commas between them, or a file with one a line; of embedding and "
-            "head only their rows train.",
+            "Tokens to add to the vocabulary: separated by commas, or a file with one token on each line. Of the "
+            "embedding and the head, only the rows of these tokens train.",
             metavar="FILE|A,B",
         ),
     ] = None
@@ -351,7 +359,9 @@ class TrainSettings(ObjectiveOptions, RunOptions):
     ] = 2e-4
     budget: Annotated[
         Positive | None,
-        _training("Steps of the search of --learning-rate auto, as a share of the run's; default: 1."),
+        _training(
+            "With --learning-rate auto: steps of all short runs together, as a share of the run's steps; default: 1."
+        ),
     ] = None
     seed: Annotated[Seed, _training("Seed of the adapter, the data order and dropout.")] = 0
     devices: Annotated[
@@ -366,7 +376,9 @@ class TrainSettings(ObjectiveOptions, RunOptions):
     ] = None
     cache: Annotated[
         Path | None,
-        _device("Keep the quantized base and the encoded rows in this folder, for other runs of the same."),
+        _device(
+            "Keep the quantized base and the encoded rows in this folder; later runs on the same inputs read them."
+        ),
     ] = None
 
     sample_prompt: Annotated[str | None, _saving("Prompt that the model answers at every evaluation.")] = None

@@ -42,7 +42,9 @@ class AdapterOptions:
     """The options of an adapter, which ``train``, ``compare`` and ``plan`` inherit."""
 
     # A is (r, in), B is (out, r).
-    r: Annotated[Rank, _adapter("Rank of the adapter; width of a bottleneck, length of a prefix.")] = 16
+    r: Annotated[Rank, _adapter("Rank of the adapter; for the method bottleneck its width, for prefix its length.")] = (
+        16
+    )
     # s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
     lora_alpha: Annotated[Positive, _adapter("Scale of the adapter: the update is multiplied by alpha / r.")] = 32
     # Dropout acts on the input of A alone, not on the input of the frozen W.
@@ -58,19 +60,23 @@ class AdapterOptions:
     target_parameters: Annotated[
         Names | None,
         _adapter(
-            "Stacked experts to adapt too, by parameter: mlp.experts.gate_up_proj,mlp.experts.down_proj; "
-            'with --target-modules "" only these.'
+            "Stacked experts to adapt as well, by parameter: mlp.experts.gate_up_proj,mlp.experts.down_proj. "
+            'With --target-modules "", only these are adapted.'
         ),
     ] = None
     # Names match as in target_modules.
-    exclude_modules: Annotated[Modules | None, _adapter("Module names to leave alone.")] = None
+    exclude_modules: Annotated[Modules | None, _adapter("Modules that get no adapter, by name.")] = None
     # The trained modules (a new output head, for example) are saved with the adapter. A tied head is untied.
-    modules_to_save: Annotated[Names | None, _adapter("Modules to train whole, comma-separated.")] = None
+    modules_to_save: Annotated[
+        Names | None, _adapter("Modules whose own weights train, without an adapter, comma-separated.")
+    ] = None
     # Kalajdzievski 2023.
     use_rslora: Annotated[bool, _adapter("Scale by alpha / sqrt(r).")] = False
     # float32 keeps A, B and m in full precision and rounds them to the layer's dtype in the product; base takes half
     # the adapter's memory, and loses small updates to rounding.
-    adapter_dtype: Annotated[AdapterDtype, _adapter("float32, or base for the base model's dtype.")] = "float32"
+    adapter_dtype: Annotated[
+        AdapterDtype, _adapter("Dtype of A and B: float32, or base for that of the base model.")
+    ] = "float32"
     bias: Annotated[Bias, _adapter("Biases of the base to train: none, all, or those of adapted layers.")] = "none"
     # It does not restrict a whole module name in target_modules.
     layers_to_transform: Annotated[

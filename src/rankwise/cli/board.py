@@ -30,7 +30,9 @@ class BoardSettings(Settings):
 
     runs: Annotated[Path, _option("Folder with runs and comparisons.", metavar="RUNS", argument=True)] = Path("runs")
     host: Annotated[
-        str, Field(min_length=1), _option("Address to serve on. Any but this machine's own asks for a password.")
+        str,
+        Field(min_length=1),
+        _option("Address to serve on. If other machines can reach it, the page asks for a password."),
     ] = LOCALHOST
     port: Annotated[int | None, _option("Port; default: the first free one from 7860.", ge=1, le=65535)] = None
 
@@ -68,6 +70,6 @@ VERB = Verb(
     name="board",
     settings=BoardSettings,
     run=run,
-    summary="Open a local page with runs, live: curves, memory, samples, comparisons, a chat with base and tuned.",
+    summary="Open a local page that shows runs live: curves, memory, samples, comparisons, a chat.",
     examples=("rankwise board", "rankwise board runs --port 8000"),
 )

@@ -312,7 +312,7 @@ VERB = Verb(
     name="doctor",
     settings=DoctorSettings,
     run=run,
-    summary="What this machine has: devices, libraries, which kernels run and why, what to install.",
+    summary="Say what this machine has: devices, libraries, which kernels run and why, what to install.",
     examples=("rankwise doctor", "rankwise doctor --json"),
     exit_code=lambda document: 0 if document["works"] else 2,
 )

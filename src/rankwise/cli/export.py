@@ -219,7 +219,7 @@ VERB = Verb(
     name="export",
     settings=ExportSettings,
     run=run,
-    summary="Write an adapter as vLLM, SGLang, llama.cpp, Ollama or PEFT reads it; DoRA as LoRA, with its error.",
+    summary="Write an adapter for vLLM, SGLang, llama.cpp, Ollama or PEFT; DoRA as LoRA, with its error.",
     examples=(
         "rankwise export --adapter runs/first --for vllm --output served",
         "rankwise export --adapter runs/dora --for llama.cpp --max-error 0.05 \\",

@@ -144,7 +144,7 @@ VERB = Verb(
     name="merge",
     settings=MergeSettings,
     run=run,
-    summary="Fold an adapter into its base: an ordinary model folder, no extra cost at inference.",
+    summary="Merge an adapter into its base, and write an ordinary model folder, which costs no more to run.",
     examples=(
         "rankwise merge --adapter runs/first --output merged",
         "rankwise merge --adapter runs/qlora --output merged --verify",

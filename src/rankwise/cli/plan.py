@@ -164,7 +164,7 @@ VERB = Verb(
     name="plan",
     settings=PlanSettings,
     run=run,
-    summary="What fits the memory, how fast it goes, which method to take: from config.json alone, no weights.",
+    summary="Say what fits the memory, how long training takes and which method to take. Reads no weights.",
     examples=(
         'rankwise plan --model meta-llama/Llama-3.1-8B --gpu "RTX 4090"',
         "rankwise plan --model demo --memory 24GB --max-length 2048 --save plan.yaml",

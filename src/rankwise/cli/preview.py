@@ -143,7 +143,7 @@ VERB = Verb(
     name="preview",
     settings=PreviewSettings,
     run=run,
-    summary="Show a row as the model sees it: template, trained tokens, lengths, truncation. Trains nothing.",
+    summary="Show a row as the model sees it: template, trained tokens, length, truncation. Trains nothing.",
     examples=(
         "rankwise preview --model demo --data rows.jsonl",
         "rankwise preview --model demo --data rows.jsonl --row 12 --max-length 256",

@@ -105,7 +105,7 @@ VERB = Verb(
     name="score",
     settings=ScoreSettings,
     run=run,
-    summary="Score texts that are there already: E2E, GSM8K, or a judge's Vicuna ratings. No model.",
+    summary="Score texts that you have already: E2E, GSM8K, or a judge's Vicuna ratings. Runs no model.",
     examples=(
         "rankwise score e2e --predictions out.tsv --references testset_w_refs.csv",
         "rankwise score gsm8k --predictions out.jsonl --references test.jsonl --json",

@@ -38,11 +38,11 @@ class PreviewSettings(ModelOptions, TextOptions):
         Literal["sft", "dpo", "kto", "grpo"],
         _option("sft: rows as `train` learns them; dpo, kto: preferences; grpo: prompts that are to be answered."),
     ] = "sft"
-    max_completion_length: Annotated[Tokens, _option("grpo: tokens of an answer.")] = 256
+    max_completion_length: Annotated[Tokens, _option("grpo: longest answer, in tokens.")] = 256
     row: Annotated[Whole | None, _option("Row to show, counted from 0; default: the first good one.")] = None
     max_length: Annotated[Length, _option("Tokens per row; longer rows are cut and counted.")] = 1024
     skip_bad_rows: Annotated[
-        Whole | None, _option("Stop where there are more bad rows, as `train` would; default: never.")
+        Whole | None, _option("Stop if a file has more than N bad rows, as `train` would; default: never.")
     ] = None
 
 
@@ -50,12 +50,14 @@ class SpeakingOptions(LoadingOptions):
     """The options of an answer, which ``generate`` and ``chat`` share."""
 
     adapter: Annotated[Path | None, _option("Run folder or PEFT adapter folder.", metavar="A")] = None
-    model: Annotated[str | None, _option(f"{MODEL} With --adapter: the base it was trained on.", metavar="M")] = None
+    model: Annotated[str | None, _option(f"{MODEL} Default: the base that the adapter names.", metavar="M")] = None
     system: Annotated[
         str | None, Field(min_length=1), _option("System message before each prompt and conversation.")
     ] = None
     temperature: Annotated[Temperature, _option("0: always the likeliest token; above 0: tokens are sampled.")] = 0.0
-    top_p: Annotated[float, _option("Sample from the likeliest tokens that make up this share.", gt=0, le=1)] = 1.0
+    top_p: Annotated[
+        float, _option("Sample from the likeliest tokens whose probabilities add up to this.", gt=0, le=1)
+    ] = 1.0
     seed: Annotated[Seed, _option("Seed of the sampling.")] = 0
     chat_template: Annotated[
         Path | None, _option("Jinja file that overrides the tokenizer's template.", metavar="FILE")
@@ -68,21 +70,27 @@ class GenerateSettings(SpeakingOptions):
     prompt: Annotated[
         tuple[str, ...],
         BeforeValidator(text_list),
-        _option("Text to answer; may be given several times; - reads one a line from standard input.", repeated=True),
+        _option(
+            "Text to answer; may be given several times. - reads prompts from standard input, one on each line.",
+            repeated=True,
+        ),
     ] = ()
     prompt_file: Annotated[
-        Path | None, _option("File with a prompt a line; .jsonl: texts, or their `prompt`.", metavar="FILE")
+        Path | None,
+        _option(
+            "File with one prompt on each line; in a .jsonl file a text, or an object with a `prompt`.", metavar="FILE"
+        ),
     ] = None
     messages: Annotated[
         Path | None,
         _option(
-            "Conversation to continue: a JSON list of {role, content}; .jsonl: one conversation a line.",
+            "Conversation to continue: a JSON list of {role, content}; in a .jsonl file one on each line.",
             metavar="FILE",
         ),
     ] = None
     compare: Annotated[bool, _option("Show base and tuned model side by side.")] = False
     max_new_tokens: Annotated[Tokens, _option("Longest answer, in tokens.")] = 128
-    raw: Annotated[bool, _option("Give the prompt as it is, without a chat template.")] = False
+    raw: Annotated[bool, _option("Give the model the prompt as it is, without a chat template.")] = False
 
 
 class ChatSettings(SpeakingOptions):
@@ -109,17 +117,19 @@ class MergeSettings(BaseOptions):
         BeforeValidator(text_list),
         _option("Run folder or PEFT adapter folder; with --combine several.", metavar="A", repeated=True, min_length=1),
     ]
-    output: Annotated[Path, _option("Folder to write the merged model to; a new or an empty one.", metavar="DIR")]
+    output: Annotated[Path, _option("Folder to write the merged model to. It must be new or empty.", metavar="DIR")]
     combine: Annotated[
         Literal["linear", "cat", "svd", "ties", "dare_ties"] | None,
-        _option("Write one adapter made of several, not a merged model; merge and export take it."),
+        _option("Combine several adapters into one adapter, and write that instead of a merged model."),
     ] = None
     weights: Annotated[
         tuple[Annotated[float, Field(le=LARGEST_NUMBER)], ...] | None,
         BeforeValidator(comma_list),
         _option("With --combine, a weight for each adapter: 0.7,0.3. Default: equal ones that sum to 1."),
     ] = None
-    rank: Annotated[Rank | None, _option("With --combine svd, the rank; default: the largest of theirs.")] = None
+    rank: Annotated[
+        Rank | None, _option("With --combine svd, the rank to write; default: the largest rank of the adapters.")
+    ] = None
     density: Annotated[
         float | None,
         _option("With --combine ties or dare_ties, the share of entries kept; default: 0.5.", gt=0, le=1),
@@ -128,17 +138,17 @@ class MergeSettings(BaseOptions):
     onto: Annotated[
         Literal["original", "quantized"] | None,
         _option(
-            "Weights to merge into: the original ones, or those that a 4-bit run trained on (dequantized). "
-            "Default: original, or with --verify whichever stays closer to the model as trained."
+            "Weights to merge into: the original ones, or the dequantized 4-bit weights on which the adapter was "
+            "trained. Default: original; with --verify, whichever stays closer to the trained model."
         ),
     ] = None
     quantization: Annotated[
         Literal["nf4", "fp4"] | None,
         _option(
-            "4-bit format that the adapter was trained on, if its folder does not say so; the folders of PEFT do not."
+            "4-bit format on which the adapter was trained; only needed if its folder does not say so, as with PEFT's."
         ),
     ] = None
-    double_quant: Annotated[bool, _option("Whether that format's scales were quantized again.")] = True
+    double_quant: Annotated[bool, _option("Whether the scales of that format were quantized, too.")] = True
     verify: Annotated[bool, _option("Measure how far each way of merging moves the model, and record it.")] = False
     text: Annotated[
         Path | None,
@@ -154,13 +164,13 @@ class ExportSettings(BaseOptions):
         Literal["vllm", "sglang", "llama.cpp", "ollama", "peft"],
         _option("Program that will read the export.", alias="for"),
     ]
-    output: Annotated[Path, _option("Folder to write to; a new or an empty one.", metavar="DIR")]
+    output: Annotated[Path, _option("Folder to write to. It must be new or empty.", metavar="DIR")]
     rank: Annotated[Rank | None, _option("Rank to write; default: the adapter's own.")] = None
     max_error: Annotated[
         float | None,
         _option(
-            "Largest relative error of the update. The smallest rank is written that keeps within it, and that keeps "
-            "the perplexity of rows set aside. Default for DoRA, whose update has full rank: 0.05.",
+            "Largest relative error of the update. The smallest rank is written that has no larger error and that "
+            "keeps the perplexity of held-out rows. Default for DoRA, whose update has full rank: 0.05.",
             gt=0,
             lt=1,
         ),
@@ -168,13 +178,20 @@ class ExportSettings(BaseOptions):
     data: Annotated[
         str | None, _option(f"Rows to measure that error on; default: the run's own. {DATA}", metavar="D")
     ] = None
-    merged: Annotated[bool, _option("Write the base with the adapter folded in, not the adapter.")] = False
+    merged: Annotated[bool, _option("Write the whole model with the adapter merged in, instead of the adapter.")] = (
+        False
+    )
     quantize: Annotated[
         Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None,
-        _option("With --merged, the type of weights in the GGUF that are changed or not quantized yet; default: f16."),
+        _option(
+            "With --merged, the GGUF type of weights that the adapter changes or that are not quantized; default: f16."
+        ),
     ] = None
     base_gguf: Annotated[Path | None, _option("GGUF of the base, for llama.cpp and Ollama.")] = None
-    verify: Annotated[bool, _option("Serve the result and its base, and compare with the model as trained.")] = False
+    verify: Annotated[
+        bool,
+        _option("Start the server on the export and on the base, and compare its answers with the trained model's."),
+    ] = False
     server_python: Annotated[Path | None, _option("Python that has xllamacpp or vLLM, for --verify.")] = None
 
 
@@ -188,4 +205,4 @@ class InspectSettings(Settings):
     """The options of ``rankwise inspect``."""
 
     folder: Annotated[Path, _option("Adapter, run or model folder.", metavar="FOLDER", argument=True)]
-    model: Annotated[str | None, _option("Base model; say whether the adapter fits it.", metavar="M")] = None
+    model: Annotated[str | None, _option("Base model: say whether the adapter fits it.", metavar="M")] = None

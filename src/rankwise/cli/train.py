@@ -244,7 +244,7 @@ VERB = Verb(
     name="train",
     settings=TrainSettings,
     run=run,
-    summary="Fine-tune a model on your data; leaves a run folder with the adapter, its record and the loss curve.",
+    summary="Fine-tune a model on your data, and write a run folder: adapter, record, loss curve.",
     examples=(
         "rankwise train --model demo --data rows.jsonl --output runs/first",
         "rankwise train --model demo --data train.csv --eval-data dev.csv \\",

@@ -58,21 +58,28 @@ class CompareSettings(PreferenceOptions, RunOptions):
     model: Annotated[str, _model(MODEL, metavar="M")]
     data: Annotated[str, _model(TRAINING_DATA, metavar="D")]
     output: Annotated[
-        Path, _model("Folder of the comparison; the same command continues what is in it.", metavar="DIR")
+        Path,
+        _model(
+            "Folder of the comparison. The same command, given again, continues an interrupted comparison.",
+            metavar="DIR",
+        ),
     ]
     eval_data: Annotated[
         str | None,
-        _model("Evaluation data; default: the data's own validation part, else a tenth of its prompts.", metavar="E"),
+        _model(
+            "Evaluation data; default: the validation part of the training data, or else a tenth of its prompts.",
+            metavar="E",
+        ),
     ] = None
     methods: Annotated[
         Names,
         _compared(
-            f"Methods to compare, of {', '.join(METHODS)}; variants as in qlora+loftq, of {', '.join(VARIANTS)}."
+            f"Methods to compare: {', '.join(METHODS)}. A + adds a variant, as in qlora+loftq: {', '.join(VARIANTS)}."
         ),
         Field(default_factory=_usual_methods),
     ]
     seeds: Annotated[
-        int, _compared("Runs per method, with the seeds 0, 1, ...; with one, no interval.", ge=1, le=1000)
+        int, _compared("Runs per method, with the seeds 0, 1, ...; a single run gives no interval.", ge=1, le=1000)
     ] = 3
     learning_rates: Annotated[
         tuple[Annotated[float, Field(le=LARGEST_NUMBER)], ...],
@@ -88,27 +95,29 @@ class CompareSettings(PreferenceOptions, RunOptions):
     budget: Annotated[
         Positive | None,
         _compared(
-            "Find each method's rate by short runs, judged on training rows; bad rates stop early. X: their steps "
-            "together, as a share of one run's. Default: every rate runs to its end."
+            "Find each method's rate by short runs that are judged on training rows, and stop bad rates early. X: the "
+            "steps of all short runs together, as a share of one run's steps. Default: every rate runs to its end."
         ),
     ] = None
     minutes: Annotated[
         float | None,
-        _compared("Equal time instead of equal steps: each run takes the steps that fit, as measured.", gt=0, le=MANY),
+        _compared(
+            "Equal time instead of equal steps: each run takes as many steps as fit, by a measurement.", gt=0, le=MANY
+        ),
     ] = None
     memory_budget: Annotated[
         Bytes | None,
         BeforeValidator(size_in_bytes),
         _compared(
-            "Equal memory instead of equal micro-batches: each method takes the largest micro-batch that is planned to "
-            "fit in so much; the rows of a step stay the same.",
+            "Equal memory instead of equal micro-batches: each method takes the largest micro-batch that by the plan "
+            "fits in SIZE; a step keeps its rows.",
             metavar="SIZE",
         ),
     ] = None
     jobs: Annotated[
         int | None,
         _compared(
-            "Runs at a time: one per device, or CPU processes. Default: 1; with Ray as many as the cluster holds.",
+            "Runs at a time: one per device, or CPU processes. Default: 1; with Ray, as many as the cluster holds.",
             ge=1,
             le=1000,
         ),
@@ -124,19 +133,23 @@ class CompareSettings(PreferenceOptions, RunOptions):
     task: Annotated[
         tuple[str, ...],
         BeforeValidator(task_list),
-        _measured("Also evaluate this task of `rankwise evaluate`; several times.", metavar="TASK", repeated=True),
+        _measured(
+            "Also evaluate this task of `rankwise evaluate`; may be given several times.", metavar="TASK", repeated=True
+        ),
     ] = ()
     task_data: Annotated[
         tuple[str, ...],
         BeforeValidator(text_list),
-        _measured("TASK=DATA, as in `rankwise evaluate`; several times.", metavar="TASK=D", repeated=True),
+        _measured(
+            "Data of a task, as in `rankwise evaluate`; may be given several times.", metavar="TASK=D", repeated=True
+        ),
     ] = ()
     task_limit: Annotated[Count | None, _measured("Examples per task.")] = None
     metric: Annotated[
         str,
         _measured(
-            "What decides: eval_loss, or TASK.METRIC such as e2e.BLEU; of dpo and kto also preference.reward_accuracy, "
-            "which is their default, and preference.reward_margin.",
+            "Metric that decides: eval_loss, or TASK.METRIC such as e2e.BLEU; for dpo and kto also "
+            "preference.reward_accuracy (their default) and preference.reward_margin.",
             metavar="NAME",
         ),
         Field(default_factory=lambda given: USUAL_METRICS.get(given.get("objective", "sft"), EVAL_LOSS)),
@@ -147,27 +160,31 @@ class CompareSettings(PreferenceOptions, RunOptions):
     ] = 0.01
     seed_sd: Annotated[
         float,
-        _measured("Spread over seeds, as a share of the metric, assumed before there are runs.", gt=0, lt=1),
+        _measured(
+            "Assumed standard deviation over seeds, as a share of the metric; used before there are runs.", gt=0, lt=1
+        ),
     ] = 0.005
     row_sd: Annotated[
         float,
         _measured(
-            "Spread from row to row of two methods' difference, as a share of the evaluation loss, assumed before "
-            "there are runs.",
+            "Assumed standard deviation over rows of the difference of two methods, as a share of the evaluation loss; "
+            "used before there are runs.",
             ge=0,
             lt=10,
         ),
     ] = 0.04
-    merged_check: Annotated[bool, _measured("Measure merged against unmerged: logits and generation speed.")] = True
+    merged_check: Annotated[
+        bool, _measured("Compare each merged model with the unmerged one: logits and generation speed.")
+    ] = True
 
     memory: Annotated[
         Bytes | None,
         BeforeValidator(size_in_bytes),
-        _recommended("Recommend only what trains in so much memory: 24GB.", metavar="SIZE"),
+        _recommended("Recommend only methods that train in this much memory, such as 24GB.", metavar="SIZE"),
     ] = None
     max_hours: Annotated[
         float | None,
-        _recommended("Recommend only what trains in so many hours.", gt=0, le=MANY),
+        _recommended("Recommend only methods that train in this many hours.", gt=0, le=MANY),
     ] = None
     merge: Annotated[bool, _recommended("Also write the recommended model merged.")] = False
 

@@ -21,7 +21,7 @@ class ScoreSettings(Settings):
         Path | None,
         option(
             Panel.OTHER,
-            "e2e: .tsv or .csv (MR, output), .jsonl, or a text a line; gsm8k: .jsonl with `prediction`.",
+            "e2e: .tsv or .csv (MR, output), .jsonl, or one text on each line; gsm8k: .jsonl with `prediction`.",
             metavar="FILE",
         ),
     ] = None

@@ -82,13 +82,13 @@ class EvaluateSettings(LoadingOptions):
         ),
     ] = ()
     base: Annotated[
-        bool | None, _measured("Evaluate the base model too; default: where several adapters are given.")
+        bool | None, _measured("Evaluate the base model, too; default: only if several adapters are given.")
     ] = None
     data: Annotated[
         tuple[str, ...],
         BeforeValidator(text_list),
         _measured(
-            "File, folder or hub id with the task's data; TASK=DATA where tasks have data of their own.",
+            "File, folder or hub id with the task's data; TASK=DATA gives one task data of its own.",
             metavar="[TASK=]D",
             repeated=True,
         ),
@@ -107,14 +107,14 @@ class EvaluateSettings(LoadingOptions):
         Protocol | None,
         _prompts(
             "Commonsense sets: generative (an answer is written and read) or loglikelihood (answers are scored). "
-            "Default: what the data are for."
+            "Default: the one that the form of the data belongs to."
         ),
     ] = None
     prompt_style: Annotated[
         PromptStyle,
         _prompts(
-            "Generative commonsense prompts: the template of the LLM-Adapters and DoRA papers, or as training writes "
-            "such rows."
+            "Prompts of the generative commonsense protocol: those of the LLM-Adapters and DoRA papers, or those that "
+            "`train` makes of such rows."
         ),
     ] = "llm-adapters"
     num_fewshot: Annotated[
@@ -122,7 +122,7 @@ class EvaluateSettings(LoadingOptions):
         _prompts("Worked examples in front of each question; default: gsm8k 8, others the task's own."),
     ] = None
     fewshot_data: Annotated[
-        str | None, _prompts("Where those examples come from: a file like that of --data.", metavar="D")
+        str | None, _prompts("Data that the worked examples are taken from, in the form of --data.", metavar="D")
     ] = None
 
     chat_template: Annotated[
@@ -135,18 +135,24 @@ class EvaluateSettings(LoadingOptions):
     ] = None
     num_beams: Annotated[
         Batch | None,
-        _decoding("Beam search; default: 1 (greedy), 4 for generative commonsense sets as in the papers."),
+        _decoding("Beams of beam search; default: 1 (greedy), or 4 for generative commonsense sets, as in the papers."),
     ] = None
     length_penalty: Annotated[
         float | None,
-        _decoding("Beam search divides by length to this power; default: 0.9 for e2e (LoRA paper), else 1."),
+        _decoding(
+            "Beam search divides a score by the length to this power; default: 0.9 for e2e (LoRA paper), else 1."
+        ),
     ] = None
     no_repeat_ngram_size: Annotated[
         Whole | None,
-        _decoding("No repeated n-gram in an answer; default: 4 for e2e with beams (LoRA paper), else 0."),
+        _decoding(
+            "Never repeat an n-gram of this size in an answer; default: 4 for e2e with beams (LoRA paper), else 0."
+        ),
     ] = None
     temperature: Annotated[Temperature, _decoding("vicuna: 0 takes the likeliest token; above 0 samples.")] = 0.0
-    top_p: Annotated[float, _decoding("vicuna: sample from the likeliest tokens of this share.", gt=0, le=1)] = 1.0
+    top_p: Annotated[
+        float, _decoding("vicuna: sample from the likeliest tokens whose probabilities add up to this.", gt=0, le=1)
+    ] = 1.0
     seed: Annotated[Seed, _decoding("Seed of the sampling.")] = 0
 
     max_length: Annotated[
@@ -160,7 +166,9 @@ class EvaluateSettings(LoadingOptions):
     judge_url: Annotated[
         str | None, _judge("vicuna: OpenAI-compatible endpoint that compares answers.", metavar="URL")
     ] = None
-    judge_model: Annotated[str | None, _judge("vicuna: name of the judging model there.", metavar="NAME")] = None
+    judge_model: Annotated[
+        str | None, _judge("vicuna: name of the judging model at that endpoint.", metavar="NAME")
+    ] = None
     judge_key_env: Annotated[
         str,
         _judge("vicuna: environment variable that holds the key.", metavar="VARIABLE"),
@@ -170,7 +178,7 @@ class EvaluateSettings(LoadingOptions):
     ] = None
 
     batch_size: Annotated[
-        Batch | None, _loading("Most sequences in a batch; default: as many as a budget of tokens admits.")
+        Batch | None, _loading("Largest batch, in sequences; default: as many as a fixed number of tokens holds.")
     ] = None
 
     def data_of(self, task: str) -> str | None:

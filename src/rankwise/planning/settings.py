@@ -34,9 +34,11 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     method: Annotated[Names, _model("lora, qlora, dora, qdora or full; several with commas; or all.")] = (ALL,)
     objective: Annotated[
         Literal["sft", "dpo", "kto", "grpo"],
-        _model("What `train` learns from. dpo: a pair is two rows; grpo: the keys and values of answers count too."),
+        _model(
+            "Objective of `train`. dpo: a pair counts as two rows; grpo: the keys and values of answers count, too."
+        ),
     ] = "sft"
-    goal: Annotated[Goal, _model("What decides where several methods fit: speed, quality or serving.")] = "speed"
+    goal: Annotated[Goal, _model("What decides if several methods fit: speed, quality or serving.")] = "speed"
 
     gpu: Annotated[str | None, _device("Card to plan for, by name; default: this machine.", metavar="NAME")] = None
     memory: Annotated[
@@ -46,7 +48,7 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
             metavar="SIZE",
         ),
     ] = None
-    devices: Annotated[Batch, _device("Number of such devices.")] = 1
+    devices: Annotated[Batch, _device("Number of devices of this kind.")] = 1
     strategy: Annotated[
         Literal["ddp", "fsdp"] | None,
         _device("With several devices: a copy on each (ddp) or shards (fsdp). Default: ddp."),
@@ -60,13 +62,15 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     ] = 0
     rows: Annotated[
         Count | None,
-        option(Panel.TRAINING, "Rows of training data, for the hours of the whole run."),
+        option(Panel.TRAINING, "Number of rows of training data; the plan then gives the hours of the whole run."),
     ] = None
 
     exact: Annotated[bool, _sure("Run the real step of the real model on fake tensors: slower, nearly exact.")] = False
-    check: Annotated[bool, _sure("Run three real steps here, on random weights, and compare.")] = False
+    check: Annotated[
+        bool, _sure("Run three real steps here, on random weights, and compare measured and predicted memory.")
+    ] = False
     calibrate: Annotated[bool, _sure("Time real steps on this machine and remember its speed.")] = False
-    svg: Annotated[Path | None, _file("Write the stacked bars as an SVG file.")] = None
+    svg: Annotated[Path | None, _file("Write the bars of memory as an SVG file.")] = None
     save: Annotated[Path | None, _file("Write the recommended settings for `rankwise train --config`.")] = None
 
     @property
