@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 from gguf_cases import FAMILIES, saved, tiny, write_tokenizer
+from transformers import AutoConfig
 
 import rankwise as rw
 from rankwise.adapters import adapter_disabled
 from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ConfigError, ModelError, RunError
+from rankwise.export.gguf_computed import check_computed
 from rankwise.export.gguf_header import _prepends_space
 from rankwise.export.gguf_model import write_folder_gguf
+from rankwise.export.gguf_names import GgufNames
 from rankwise.export.merged import merge_to_folder
 from rankwise.export.proof import LLAMA, Served, prove, run_server, server_python
 from rankwise.export.whole import WholeModel, export_merged
@@ -213,6 +216,51 @@ def test_the_part_of_a_head_that_rotates_is_written(tmp_path):
     write_tokenizer(tmp_path / "base")
     fields = gguf.GGUFReader(base_gguf(model, tmp_path)).fields
     assert fields["phi3.rope.dimension_count"].contents() == 8
+
+
+READ_FROM_THE_HEADER = {
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "global": ("gemma3_text", {"num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16}),
+    "caps": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0}),
+    "large": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 8, "num_hidden_layers": 46}),
+    "window": ("phi3", {"sliding_window": 4}),
+    "partial": ("phi3", {"partial_rotary_factor": 0.5, "hidden_size": 64}),
+    "heads": ("qwen3", {"head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("case", READ_FROM_THE_HEADER)
+def test_a_gguf_base_has_the_settings_of_its_header(tmp_path, case):
+    """transformers' reader leaves these at their defaults."""
+    kind, settings = READ_FROM_THE_HEADER[case]
+    model = tiny(kind, **settings)
+    if case == "global":
+        model.config.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+        model = type(model)(model.config).eval()
+    model.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    loaded, _ = rw.load_model(base_gguf(model, tmp_path))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
+
+
+OTHERWISE = {
+    "hidden_act=relu": ("llama", {"hidden_act": "relu"}),
+    "norm_topk_prob=False": ("qwen3_moe", {"norm_topk_prob": False}),
+    "use_sliding_window=True": ("qwen2", {"use_sliding_window": True}),
+    "query_pre_attn_scalar=144, which is 256": ("gemma2", {"query_pre_attn_scalar": 144}),
+    "layer_types": ("gemma3_text", {"layer_types": ["full_attention"] * 2}),
+    "rope_theta of 500": ("gemma3_text", {"rope_local_base_freq": 500}),
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(what):
+    kind, settings = OTHERWISE[what]
+    names = GgufNames(AutoConfig.for_model(kind, **settings))
+    with pytest.raises(ModelError, match=f"RW746.*{what}"):
+        check_computed(names.architecture, names.config)
+    usual = GgufNames(AutoConfig.for_model(kind, **({"norm_topk_prob": True} if "moe" in kind else {})))
+    check_computed(usual.architecture, usual.config)
 
 
 METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}

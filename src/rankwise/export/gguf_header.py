@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import ModelError
+from rankwise.export.gguf_computed import check_computed
 from rankwise.export.gguf_names import GgufNames
 from rankwise.foreign import JsonObject, read_object
 
@@ -40,8 +41,9 @@ LARGEST_BYTES = 64 << 20
 
 
 def write_header(writer: Any, names: GgufNames, folder: Path) -> dict[str, Tensor]:
-    """All metadata but the file's type; gives tensors that only GGUF has. Raises ModelError (RW744, RW745)."""
+    """All metadata but the file's type; gives tensors that only GGUF has. Raises ModelError: RW744 to RW746."""
     config = names.config
+    check_computed(names.architecture, config)
     for key, value in _sizes(names).items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"{names.architecture}.{key}", value)

@@ -177,7 +177,7 @@ def _kind_for(name: str, shape: tuple[int, ...], wanted: str, own: Kind | None =
 
 
 def write_folder_gguf(path: Path, folder: Path, config: PreTrainedConfig, kind: str | None) -> None:
-    """A merged model folder of transformers' as a GGUF. Raises ModelError: RW740, RW741, RW744, RW745."""
+    """A merged model folder of transformers' as a GGUF. Raises ModelError: RW740, RW741, RW744 to RW746."""
     import gguf
 
     names, weights = GgufNames(config), ShardedWeights(folder)

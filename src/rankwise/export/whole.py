@@ -36,7 +36,7 @@ def export_merged(adapter: Path, output: Path, wanted: WholeModel) -> ExportRepo
     """Write the merged model to ``output``, which appears whole or not at all: ``model.gguf`` for llama.cpp and Ollama,
     else an ordinary folder.
 
-    Raises what ``merge_to_folder`` raises; ModelError: RW740, RW741, RW743, RW744, RW745.
+    Raises what ``merge_to_folder`` raises; ModelError: RW740, RW741, RW743 to RW746.
     """
     commands = served_whole(wanted.target, str(output))
     if SERVERS[wanted.target].form == "peft":

@@ -19,6 +19,7 @@ from rankwise.foreign import Fields
 from rankwise.listing import some_of
 from rankwise.models.device import choose_device
 from rankwise.models.folder import FolderContent, auto_class, check_folder, has_tokenizer, read_config
+from rankwise.models.gguf_config import config_of_gguf
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.quiet import quiet, reason_of
 from rankwise.models.skeleton import load_skeleton
@@ -252,21 +253,14 @@ def _format_of(source: FourBitConfig | Linear4bit | StackScales) -> str:
 def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quantization: Any) -> PreTrainedModel:
     import torch
     import transformers
-    from transformers import AutoConfig
 
     path = _path(source).resolve()
-    header = read_gguf_header(path)
-    if "rope_freqs.weight" in header.tensors:
-        warn(
-            "RW321",
-            f"{path} holds rope_freqs.weight, which transformers ignores: long contexts may be encoded wrongly.",
-        )
     # Before GgufConfig, transformers 5 always dequantized.
     has_config = hasattr(transformers, "GgufConfig")
     dequantized = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_config else {}
     # Loaded from an empty folder, since transformers would read an adapter_config.json next to the file.
     with tempfile.TemporaryDirectory() as nowhere, _explaining(source), quiet(), gguf_read_once():
-        config = AutoConfig.from_pretrained(nowhere, gguf_file=str(path))
+        config = config_of_gguf(path)
         model = _from_pretrained(
             source,
             nowhere,

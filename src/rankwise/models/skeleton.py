@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from typing import TYPE_CHECKING
 
 from rankwise.compat.transformers import gguf_read_once
 from rankwise.errors import ModelError
 from rankwise.models.folder import auto_class, check_architecture, read_config
-from rankwise.models.gguf_file import read_gguf_header
+from rankwise.models.gguf_config import config_of_gguf
 from rankwise.models.quiet import quiet, reason_of
 from rankwise.models.source import ModelSource, fetch_model
 
@@ -46,11 +45,10 @@ def load_skeleton(
 
 
 def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
+    assert source.path is not None
+    if source.is_gguf:
+        with gguf_read_once():
+            return config_of_gguf(source.path)
     from transformers import AutoConfig
 
-    assert source.path is not None
-    if not source.is_gguf:
-        return AutoConfig.from_pretrained(str(source.path), trust_remote_code=trust_remote_code)
-    read_gguf_header(source.path)
-    with tempfile.TemporaryDirectory() as nowhere, gguf_read_once():
-        return AutoConfig.from_pretrained(nowhere, gguf_file=str(source.path.resolve()))
+    return AutoConfig.from_pretrained(str(source.path), trust_remote_code=trust_remote_code)

@@ -1,0 +1,60 @@
+"""What llama.cpp computes for each architecture without a key in the header that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rankwise.errors import ModelError
+from rankwise.listing import some_of
+from rankwise.models.gguf_config import query_scale
+
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+GATED = {"hidden_act": ("silu", "swish")}
+# {architecture: {setting of the config: its values that are computed so}}.
+COMPUTED: dict[str, dict[str, tuple[object, ...]]] = {
+    "gemma2": {"hidden_activation": TANH_GELU},
+    "gemma3": {"hidden_activation": TANH_GELU, "use_bidirectional_attention": (False,)},
+    "gpt2": {
+        "activation_function": TANH_GELU,
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+    },
+    "llama": GATED,
+    "phi3": GATED,
+    "qwen2": {**GATED, "use_sliding_window": (False,)},
+    "qwen3": {**GATED, "use_sliding_window": (False,)},
+    "qwen3moe": {**GATED, "use_sliding_window": (False,), "norm_topk_prob": (True,)},
+}
+# Every how many layers attention is not limited to a window.
+FULL_LAYERS = {"gemma2": 2, "gemma3": 6}
+# The base of the rotary positions in layers with a window.
+SLIDING_THETA = 10_000
+
+
+def check_computed(architecture: str, config: Any) -> None:
+    """Raise ModelError (RW746) for a model that llama.cpp would compute otherwise than transformers."""
+    if wrong := [*_otherwise(architecture, config)]:
+        raise ModelError(
+            "RW746",
+            f"llama.cpp's {architecture} computes without {some_of(wrong)}, so it would answer otherwise; merge with "
+            "rankwise merge, and serve that folder with transformers or vLLM.",
+        )
+
+
+def _otherwise(architecture: str, config: Any) -> Iterator[str]:
+    for name, values in COMPUTED[architecture].items():
+        if (value := getattr(config, name, values[0])) not in values:
+            yield f"{name}={value}"
+    if architecture not in FULL_LAYERS:
+        return
+    scale = query_scale(architecture, config)
+    if config.query_pre_attn_scalar != scale:
+        yield f"query_pre_attn_scalar={config.query_pre_attn_scalar}, which is {scale} there"
+    every = FULL_LAYERS[architecture]
+    full = [kind == "full_attention" for kind in config.layer_types]
+    if full != [number % every == 0 for number in range(1, len(full) + 1)]:
+        yield f"these layer_types: {every - 1} with a sliding window before each full one are there"
+    sliding = (config.rope_parameters or {}).get("sliding_attention") or {}
+    if sliding.get("rope_theta", SLIDING_THETA) != SLIDING_THETA:
+        yield f"a rope_theta of {sliding['rope_theta']:g} in layers with a sliding window"
