@@ -10,7 +10,7 @@ from rankwise.listing import some_of
 from rankwise.models.gguf_config import query_scale
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-GATED = {"hidden_act": ("silu", "swish")}
+GATED: dict[str, tuple[object, ...]] = {"hidden_act": ("silu", "swish")}
 # {architecture: {setting of the config: its values that are computed so}}.
 COMPUTED: dict[str, dict[str, tuple[object, ...]]] = {
     "gemma2": {"hidden_activation": TANH_GELU},
