@@ -59,7 +59,7 @@ def dequantize_gained_4bit(weight: PackedWeight, gain: Tensor, dtype: torch.dtyp
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype, gain: Tensor | None = None) -> Tensor:
     """W' = value[code] * absmax in ``dtype``, equal to the reference to the bit; ``gain``: of rows of whole blocks."""
-    out, n = torch.empty(tuple(weight.shape), dtype=dtype, device=weight.codes.device), weight.elements
+    out, n = weight.codes.new_empty(weight.shape, dtype=dtype), weight.elements
     if n == 0:
         return out
     with launching_on(out.device):

@@ -6,7 +6,6 @@ not cause a compilation.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -75,7 +74,7 @@ def dropout_add_kernel(
 
 def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
     """y_i = x_i / (1 - p) where the mask keeps it, else 0; i is the flat index of a contiguous x."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     _launch(dropout_kernel, x.contiguous(), y, p, dropout_keys(seed, first))
     return y
 

@@ -27,8 +27,8 @@ from rankwise.ops.triton import dequantize, product, quantize, row_cross, row_no
 def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
     """w, any shape -> packed uint8 (`packed_shape`), absmax float32 (blocks,)."""
     flat, n = w.detach().contiguous().view(-1), w.numel()
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32, device=w.device)
+    packed = w.new_empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = w.new_empty(math.ceil(n / block_size), dtype=torch.float32)
     whole = n // block_size * block_size
     quantize.quantize_blocks(flat[:whole], packed, absmax, quant_type, block_size)
     rest = flat[whole:]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -93,7 +92,7 @@ def glu_backward_kernel(
 
 def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """act(gate) * up."""
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = gate.new_empty(gate.shape)
     if out.numel() == 0:
         return out
     gates, ups = as_rows(gate), as_rows(up)
@@ -101,7 +100,7 @@ def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
     with launching_on(gate.device):
         glu_kernel[(T, triton.cdiv(N, _COLUMNS))](
             gates, ups, out, N, gates.stride(0), ups.stride(0),
-            ACT=act, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=True,
+            ACT=act, COLUMNS=_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
     return out
 
@@ -110,8 +109,8 @@ def glu_backward(
     dout: Tensor, gate: Tensor, up: Tensor, act: str, with_product: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dgate = dout up act'(gate); dup = dout act(gate); product = act(gate) up."""
-    d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    product = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if with_product else None
+    d_gate, d_up = (gate.new_empty(gate.shape) for _ in range(2))
+    product = gate.new_empty(gate.shape) if with_product else None
     if gate.numel() == 0:
         return d_gate, d_up, product
     douts, gates, ups = as_rows(dout), as_rows(gate), as_rows(up)
@@ -119,6 +118,6 @@ def glu_backward(
     with launching_on(gate.device):
         glu_backward_kernel[(T, triton.cdiv(N, _COLUMNS))](
             douts, gates, ups, d_gate, d_up, product, N, douts.stride(0), gates.stride(0), ups.stride(0),
-            ACT=act, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=True,
+            ACT=act, COLUMNS=_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
     return d_gate, d_up, product

@@ -166,9 +166,9 @@ def low_rank_grads_(
     (T, N), R = dy.shape, B.shape[1]
     if dy.numel() == 0 or R == 0:
         return card_reference.low_rank_grads_(dU, dy, U, B, scale, g, folded, y, m)
-    dB = torch.empty((N, R), dtype=torch.float32, device=dy.device)
-    dm = None if y is None else torch.empty(N, dtype=torch.float32, device=dy.device)
-    dz = None if g is None or folded else torch.empty((T, N), dtype=dy.dtype, device=dy.device)
+    dB = dy.new_empty((N, R), dtype=torch.float32)
+    dm = None if y is None else dy.new_empty(N, dtype=torch.float32)
+    dz = None if g is None or folded else dy.new_empty((T, N))
     # A T4's shared memory holds only the smaller tile.
     half = _HALF if dm is None and dz is None and not is_old(dy.device) else _GAINED
     ROWS, COLUMNS, most, warps, stages = _FLOAT if dy.dtype == torch.float32 else half
@@ -176,7 +176,7 @@ def low_rank_grads_(
     blocks, run = _grid(T, N, COLUMNS)
     runs, ranks = triton.cdiv(T, run), min(max(power_of_two(R), _FEWEST), most)
     dU_shares, dB_shares, dot_shares = (
-        torch.empty(size, dtype=torch.float32, device=dy.device)
+        dy.new_empty(size, dtype=torch.float32)
         for size in ((blocks, T, R), (runs, N, R), (runs if dm is not None else 0, N))
     )
     gain = None if g is None else g.contiguous()
@@ -184,12 +184,12 @@ def low_rank_grads_(
         low_rank_grads_kernel[(runs, blocks, triton.cdiv(R, ranks))](
             dy, y, None if dz is None else gain, U, B, dz, dU_shares, dB_shares, None if dm is None else dot_shares,
             T, N, R, dy.stride(0), 0 if y is None else y.stride(0), U.stride(0), B.stride(0),
-            RUN=run, RANKS=ranks, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            RUN=run, RANKS=ranks, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         counts = (T * R, N * R, 0 if dm is None else N)
         low_rank_sums_kernel[(sum(triton.cdiv(count, _ELEMENTS) for count in counts),)](
             dU_shares, dB_shares, dot_shares, gain if folded else None, None if m is None else m.contiguous(), dU, dB,
             dm, float(scale), T * R, N * R, N, R, dU.stride(0), blocks, runs,
-            ELEMENTS=_ELEMENTS, num_warps=_SUM_WARPS, enable_fp_fusion=True,
+            ELEMENTS=_ELEMENTS, num_warps=_SUM_WARPS,
         )  # fmt: skip
     return dB, dm, dz

@@ -111,16 +111,16 @@ def rms_norm_backward_kernel(
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> tuple[Tensor, Tensor]:
     """y = (offset + w) * (x rstd), with x rstd rounded first where ``cast_first``, and rstd."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     T, D = x.numel() // max(x.shape[-1], 1), x.shape[-1]
-    rstd = torch.empty(T, dtype=torch.float32, device=x.device)
+    rstd = x.new_empty(T, dtype=torch.float32)
     if x.numel() == 0:
         return y, rstd
     rows, tile = as_rows(x), _tile(D)
     with launching_on(x.device):
         rms_norm_kernel[(triton.cdiv(T, tile["ROWS"]),)](
             rows, w.contiguous(), y, rstd, T, D, rows.stride(0), float(eps),
-            OFFSET=offset, CAST_FIRST=cast_first, **tile, num_warps=_WARPS, enable_fp_fusion=True,
+            OFFSET=offset, CAST_FIRST=cast_first, **tile, num_warps=_WARPS,
         )  # fmt: skip
     return y, rstd
 
@@ -129,7 +129,7 @@ def rms_norm_backward(
     dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, offset: int, residual_grad: Tensor | None
 ) -> Tensor:
     """dx = rstd (h - x rstd^2 mean(h x)) + residual_grad, h = dy (offset + w)."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     if x.numel() == 0:
         return dx
     T, D = x.numel() // x.shape[-1], x.shape[-1]
@@ -139,7 +139,7 @@ def rms_norm_backward(
         rms_norm_backward_kernel[(triton.cdiv(T, tile["ROWS"]),)](
             dys, rows, w.contiguous(), rstd.contiguous(), past, dx, T, D,
             dys.stride(0), rows.stride(0), 0 if past is None else past.stride(0),
-            OFFSET=offset, **tile, num_warps=_WARPS, enable_fp_fusion=True,
+            OFFSET=offset, **tile, num_warps=_WARPS,
         )  # fmt: skip
     return dx
 

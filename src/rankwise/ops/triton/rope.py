@@ -7,7 +7,6 @@ The lower bound is the memory traffic: 4 B H L D bytes in bfloat16, without cos 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,7 +65,7 @@ def rope_kernel(
 def rope(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """(q_1 cos_1 - q_2 sin_1, q_2 cos_2 + q_1 sin_2) of the halves of the first D' columns; the others stay."""
     B, H, L, D = q.shape
-    out = torch.empty((B, L, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
+    out = q.new_empty((B, L, H, D)).transpose(1, 2)
     if cos.shape[-1] < D:
         return rope_(out.copy_(q), cos, sin, inverse)
     return _turn(q, cos, sin, out, inverse)
@@ -89,6 +88,6 @@ def _turn(q: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> Te
     with launching_on(q.device):
         rope_kernel[(B * L, triton.cdiv(H, heads))](
             q, cos, sin, out, H, L, half, *q.stride(), *out.stride(), cos.stride(0) if cos.shape[0] > 1 else 0,
-            INVERSE=inverse, HEADS=heads, HALF=columns, num_warps=_WARPS, enable_fp_fusion=True,
+            INVERSE=inverse, HEADS=heads, HALF=columns, num_warps=_WARPS,
         )  # fmt: skip
     return out

@@ -208,7 +208,7 @@ def adapted_gain(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, sc
     if W.numel() * len(A) == 0:
         return card_reference.adapted_gain(W, squared, A, B, m, scale)
     A, B, R, pieces = A.contiguous(), B.contiguous(), len(A), triton.cdiv(W.shape[1], _RUN)
-    gram = torch.empty((pieces, R, R), dtype=torch.float32, device=A.device) if _ranks(A, W.dtype) >= R else None
+    gram = A.new_empty((pieces, R, R), dtype=torch.float32) if _ranks(A, W.dtype) >= R else None
     sums = _cross(W, A, B, gram)
     return _gain(sums, _gram(A) if gram is None else gram, squared, B, m, scale)
 
@@ -228,12 +228,11 @@ def _cross(W: Tensor, A: Tensor, B: Tensor, gram: Tensor | None) -> Tensor:
     (N, K), R, ranks = W.shape, len(A), _ranks(A, W.dtype)
     W = W if W.stride(1) == 1 else W.contiguous()
     grid = (triton.cdiv(N, _ROWS), triton.cdiv(R, ranks), triton.cdiv(K, _RUN))
-    sums = torch.empty((grid[1] * grid[2], N), dtype=torch.float32, device=W.device)
+    sums = W.new_empty((grid[1] * grid[2], N), dtype=torch.float32)
     with launching_on(W.device):
         row_cross_kernel[grid](
             W, A, B, sums, gram, N, K, R, W.stride(0),
             RUN=_RUN, RANKS=ranks, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=2,
-            enable_fp_fusion=True,
         )  # fmt: skip
     return sums
 
@@ -244,7 +243,7 @@ def _cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) 
     span = min(weight.block_size, columns)
     run = max(_RUN, columns) // span
     grid = (triton.cdiv(N, _PACKED_ROWS), triton.cdiv(R, ranks), triton.cdiv(K // span, run))
-    sums = torch.empty((grid[1] * grid[2], N), dtype=torch.float32, device=A.device)
+    sums = A.new_empty((grid[1] * grid[2], N), dtype=torch.float32)
     with launching_on(A.device):
         row_cross_4bit_kernel[grid](
             *buffers(weight), A, B, sums, N, K // span, K // 2, R,
@@ -257,12 +256,11 @@ def _cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) 
 def _gain(sums: Tensor, gram: Tensor, squared: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
     """The gain (N,) from the pieces (pieces, N) of the mixed term and the pieces (pieces, R, R) of A A^T."""
     N, R = B.shape
-    gain = torch.empty(N, dtype=torch.float32, device=B.device)
+    gain = B.new_empty(N, dtype=torch.float32)
     with launching_on(gain.device):
         gain_kernel[(triton.cdiv(N, _GAIN_ROWS),)](
             sums, gram, squared.contiguous(), B, m.contiguous(), gain, float(scale), N, len(sums), len(gram),
             R=R, RANKS=min(max(power_of_two(R), _FEWEST), _GAIN_RANKS), ROWS=_GAIN_ROWS, num_warps=_GAIN_WARPS,
-            enable_fp_fusion=True,
         )  # fmt: skip
     return gain
 

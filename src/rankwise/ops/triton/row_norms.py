@@ -50,7 +50,7 @@ def row_norms_kernel(
 def row_norms(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """||W'_n|| over K, float32 (N,), of W' rounded to ``dtype``. Rows of W' consist of whole blocks."""
     N, K = weight.shape
-    norms = torch.empty(N, dtype=torch.float32, device=weight.codes.device)
+    norms = weight.codes.new_empty(N, dtype=torch.float32)
     if N == 0:
         return norms
     columns = min(_COLUMNS, power_of_two(K))

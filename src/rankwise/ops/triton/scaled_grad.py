@@ -55,13 +55,13 @@ def scaled_grad_kernel(
 
 def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor | None]:
     """dz = dy * g; dot_n = sum_t dy_tn y_tn."""
-    dz, N = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device), dy.shape[-1]
+    dz, N = dy.new_empty(dy.shape), dy.shape[-1]
     if dy.numel() == 0:
         return dz, None if y is None else torch.zeros(N, dtype=torch.float32, device=dy.device)
     grads, outputs = as_rows(dy), None if y is None else as_rows(y)
     T = len(grads)
     runs = triton.cdiv(T, _RUN)
-    sums = None if y is None else torch.empty((runs, N), dtype=torch.float32, device=dy.device)
+    sums = None if y is None else dy.new_empty((runs, N), dtype=torch.float32)
     with launching_on(dy.device):
         scaled_grad_kernel[(runs, triton.cdiv(N, _COLUMNS))](
             grads,
@@ -77,6 +77,5 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
             num_warps=_WARPS,
-            enable_fp_fusion=True,
         )
     return dz, None if sums is None else sums.sum(0)

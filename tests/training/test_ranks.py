@@ -1,4 +1,4 @@
-"""What several processes share and refuse, as far as no process has to be launched."""
+"""What several processes share and refuse. No process is launched."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import rankwise as rw
 from rankwise.acceleration.sharding import shard
-from rankwise.cli.launch import _failure, continued
 from rankwise.config import TrainSettings
-from rankwise.errors import ConfigError, Interrupted, RunError
-from rankwise.records import RunRecord
+from rankwise.errors import ConfigError, RunError
 from rankwise.training import ranks
 from rankwise.training.arguments import check_combinations
 from rankwise.training.batches import KEY, counted
@@ -52,6 +51,7 @@ def test_an_idle_process_learns_nothing_from_its_row() -> None:
 
 
 LAUNCHED = dict(zip(LAUNCHERS, ("1", "2", "1", "2", "localhost", "29500")))
+PLACE = ranks.Place(rank=1, count=2, local_rank=1, local_count=2)
 
 
 @pytest.fixture
@@ -67,32 +67,58 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_the_place_is_read_from_torchruns_environment(environment: Callable[..., None]) -> None:
     environment(**LAUNCHED)
-    assert ranks.place() == ranks.Place(rank=1, count=2, local_rank=1, local_count=2)
+    assert ranks.place() == PLACE
     assert not ranks.is_writer()
     environment(WORLD_SIZE="1", RANK="0")
     assert ranks.place() is None
     assert ranks.is_writer()
 
 
-@pytest.mark.parametrize(
-    ("verb", "changes", "words"),
-    [
-        ("train", {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
-        ("evaluate", {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
-        ("train", {"WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
-        ("train", {"MASTER_ADDR": ""}, "and not MASTER_ADDR"),
-        ("train", {"RANK": "2"}, "and RANK=2"),
-    ],
-)
-def test_a_broken_environment_is_one_clear_error(
-    verb: str, changes: dict[str, str], words: str, rankwise: Any, environment: Any, tmp_path: Path
-) -> None:
+BROKEN = [
+    ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+    ({"WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+    ({"MASTER_ADDR": ""}, "and not MASTER_ADDR"),
+    ({"RANK": "2"}, "and RANK=2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BROKEN, ids=str)
+def test_a_broken_environment_is_refused(changes: dict[str, str], words: str, environment: Callable[..., None]) -> None:
     environment(**{**LAUNCHED, **changes})
-    given = ("--model", "demo", "--data", "stdlib", "--output", tmp_path / "run")
-    done = rankwise(verb, *given, *(("--task", "perplexity") if verb == "evaluate" else ()))
-    assert done.code == 2
-    assert "RW136" in done.stderr
-    assert words in done.stderr
+    with pytest.raises(ConfigError, match=f"RW136.*{words}"):
+        ranks.place()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (dist.DistBackendError("no answer"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (KeyError("gloo"), False),
+    ],
+    ids=repr,
+)
+def test_errors_of_communication_alone_mean_that_a_process_is_lost(
+    error: Exception, is_lost: bool, environment: Callable[..., None]
+) -> None:
+    environment()
+    with pytest.raises(RunError if is_lost else type(error)) as caught, ranks._naming_lost_processes(PLACE):
+        raise error
+    if is_lost:
+        assert caught.value.message.startswith("process 1 of 2 has lost the others")
+
+
+def test_of_processes_that_fail_the_first_tells_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    assert ranks.is_first_to_tell()
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    for restart in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        assert [ranks.is_first_to_tell() for _ in range(3)] == [True, False, False]
 
 
 def settings(**changes: Any) -> TrainSettings:
@@ -156,35 +182,6 @@ def test_an_apple_gpu_is_one_device() -> None:
     with pytest.raises(ConfigError, match="RW139"):
         ranks.check_cards("mps", 2)
     ranks.check_cards("cpu", 64)
-
-
-def test_the_exit_code_is_that_of_the_process_that_failed() -> None:
-    assert _failure({0: 130, 1: 2}).exit_code == 2  # type: ignore[attr-defined]
-    assert _failure({0: 130, 1: 130}).exit_code == 130  # type: ignore[attr-defined]
-    assert _failure({0: -15, 1: 1}).exit_code == 1  # type: ignore[attr-defined]
-    assert _failure({0: -15, 1: 130}).exit_code == 130  # type: ignore[attr-defined]
-    lost = _failure({0: 130, 1: -9})
-    assert isinstance(lost, RunError)
-    assert "the processes were killed (process 1 by SIGKILL)" in lost.message
-    killed = _failure({0: -9, 1: -15})
-    assert isinstance(killed, RunError)
-    assert "process 0 by SIGKILL, process 1 by SIGTERM" in killed.message
-
-
-def test_a_restarted_process_resumes_what_the_last_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = settings(output=tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not continued(given).resume
-    run = RunRecord(method="lora", seed=0, settings={}, status="failed")
-    run.save(tmp_path)
-    assert continued(given).resume
-    run.status = "interrupted"
-    run.save(tmp_path)
-    with pytest.raises(Interrupted):
-        continued(given)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    with pytest.raises(ConfigError, match="RW147"):
-        continued(settings(output=tmp_path, overwrite=True))
 
 
 def test_padded_rows_are_widened_as_one_process_pads_them() -> None:

@@ -1,0 +1,63 @@
+"""The environment, the exit codes and the restarts of processes that a launcher starts. No process is launched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise.cli.launch import _failure, continued
+from rankwise.config import TrainSettings
+from rankwise.errors import ConfigError, Interrupted, RunError
+from rankwise.records import RunRecord
+from several import LAUNCHERS
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "words"),
+    [
+        ("train", {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+        ("evaluate", {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+        ("train", {"RANK": "2"}, "and RANK=2"),
+    ],
+)
+def test_a_broken_environment_is_one_clear_error(
+    verb: str, changes: dict[str, str], words: str, rankwise: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in zip(LAUNCHERS, ("1", "2", "1", "2", "localhost", "29500")):
+        monkeypatch.setenv(name, changes.get(name, value))
+    given = ("--model", "demo", "--data", "stdlib", "--output", tmp_path / "run")
+    done = rankwise(verb, *given, *(("--task", "perplexity") if verb == "evaluate" else ()))
+    assert done.code == 2
+    assert "RW136" in done.stderr
+    assert words in done.stderr
+
+
+def test_the_exit_code_is_that_of_the_process_that_failed() -> None:
+    assert _failure({0: 130, 1: 2}).exit_code == 2  # type: ignore[attr-defined]
+    assert _failure({0: 130, 1: 130}).exit_code == 130  # type: ignore[attr-defined]
+    assert _failure({0: -15, 1: 1}).exit_code == 1  # type: ignore[attr-defined]
+    assert _failure({0: -15, 1: 130}).exit_code == 130  # type: ignore[attr-defined]
+    lost = _failure({0: 130, 1: -9})
+    assert isinstance(lost, RunError)
+    assert "the processes were killed (process 1 by SIGKILL)" in lost.message
+    killed = _failure({0: -9, 1: -15})
+    assert isinstance(killed, RunError)
+    assert "process 0 by SIGKILL, process 1 by SIGTERM" in killed.message
+
+
+def test_a_restarted_process_resumes_what_the_last_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = TrainSettings(model="demo", data="stdlib", output=tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not continued(given).resume
+    run = RunRecord(method="lora", seed=0, settings={}, status="failed")
+    run.save(tmp_path)
+    assert continued(given).resume
+    run.status = "interrupted"
+    run.save(tmp_path)
+    with pytest.raises(Interrupted):
+        continued(given)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ConfigError, match="RW147"):
+        continued(given.model_copy(update={"overwrite": True}))
