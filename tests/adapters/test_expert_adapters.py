@@ -65,6 +65,13 @@ def test_identity_at_init_and_only_adapters_train(family, targets, four_bit):
     assert report.trainable_parameters == sum(parameter.numel() for parameter in ours.values())
 
 
+@pytest.mark.parametrize(("family", "targets"), CASES)
+def test_an_adapter_is_on_the_device_of_its_experts(family, targets):
+    model = base(family).to("meta")
+    rw.add_adapter(model, config(targets))
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize(("family", "targets"), CASES)
 def test_merged_equals_unmerged_and_unmerge_is_exact(family, targets, four_bit):

@@ -29,6 +29,13 @@ def test_identity_at_init(adapter, base, dtype):
 
 
 @pytest.mark.parametrize(("adapter", "base", "dtype"), CASES)
+def test_an_adapter_is_on_the_device_of_its_layers(adapter, base, dtype):
+    model, config = build(adapter, base, dtype)
+    rw.add_adapter(model.to("meta"), config)
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize(("adapter", "base", "dtype"), CASES)
 def test_only_adapter_parameters_train(adapter, base, dtype):
     model, config = build(adapter, base, dtype, init_lora_weights=False)
     report = rw.add_adapter(model, config)

@@ -20,8 +20,9 @@ Parts = Sequence[bool]
 
 def enabled_rows(parts: Parts, out_features: int, device: torch.device | None = None) -> Tensor:
     """The indices of the adapted rows: (n out/len(parts),)."""
-    part = torch.arange(out_features, device=device) // (out_features // len(parts))
-    return torch.tensor(parts, device=device)[part].nonzero().flatten()
+    # Without a data-dependent shape, so that a model without storage can be adapted, and no GPU is waited for.
+    rows = torch.arange(out_features, device=device).split(out_features // len(parts))
+    return torch.cat([mine for mine, enabled in zip(rows, parts) if enabled])
 
 
 def low_rank_product(x: Tensor, A: Tensor, B: Tensor, parts: Parts | None = None) -> Tensor:
