@@ -222,6 +222,7 @@ def test_a_trained_pissa_steps_aside_and_leaves(more):
     with rw.adapter_disabled(model):
         torch.testing.assert_close(logits(model), plain, rtol=1e-4, atol=1e-5)
     assert torch.equal(logits(model), trained)
+    assert not any("origin" in name for name in model.state_dict())
     rw.merge_adapter(model)
     torch.testing.assert_close(logits(model), trained, rtol=1e-4, atol=1e-5)
     rw.unmerge_adapter(model)

@@ -292,10 +292,13 @@ def test_a_run_says_what_it_was_rewarded_for(rewarded: Any, tmp_path: Path) -> N
 
 def test_evaluations_give_the_reward_of_greedy_answers(rewarded: Any, tmp_path: Path) -> None:
     held_out = str(write_prompts(tmp_path / "held-out.jsonl", 5))
-    record = train(rewarded(eval_data=held_out, eval_steps=3, save_steps=None))
+    given = {"reward": [f"{tmp_path}/rewards.py:many", "length=4"], "reward_weights": [1.0, 0.5]}
+    record = train(rewarded(eval_data=held_out, eval_steps=3, save_steps=None, **given))
     evaluations = [line for line in read_metrics(tmp_path / "run") if line.get("eval_loss") is not None]
     assert [line["step"] for line in evaluations] == [0, 3, 6]
-    assert all(line["eval_reward"] == pytest.approx(-line["eval_loss"]) for line in evaluations)
+    for line in evaluations:
+        assert line["eval_reward"] == pytest.approx(-line["eval_loss"])
+        assert line["eval_reward"] == pytest.approx(line["eval_reward_many"] + 0.5 * line["eval_reward_length"])
     best = min(evaluations[1:], key=lambda line: line["eval_loss"])
     assert record.kept_step == best["step"]
     assert record.kept_because == "highest reward of 2 evaluations"

@@ -104,10 +104,12 @@ def test_a_resumed_run_does_not_search_again(settings: Any, tmp_path: Path) -> N
     assert train(TrainSettings.model_validate(settings_then | {"resume": True})).eval_loss == resumed.eval_loss
 
 
-@pytest.mark.parametrize("change", [{}, {"r": 2}], ids=["the same", "another"])
-def test_a_search_that_was_stopped_continues(change: dict[str, Any], settings: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "taken"), [({"rank_pattern": {"v_proj": 3, "q_proj": 2}}, 3), ({"r": 2}, 0)], ids=["the same", "another"]
+)
+def test_a_search_that_was_stopped_continues(change: dict[str, Any], taken: int, settings: Any, tmp_path: Path) -> None:
     """After three of its six short runs; a search with other settings does not take them."""
-    given = settings(**SHORT)
+    given = settings(**SHORT, rank_pattern={"q_proj": 2, "v_proj": 3})
     straight = train(given.model_copy(update={**change, "output": tmp_path / "straight"}))
     runs = []
 
@@ -131,7 +133,7 @@ def test_a_search_that_was_stopped_continues(change: dict[str, Any], settings: A
     assert found.rate_search["trials"] == straight.rate_search["trials"]
     assert found.eval_loss == straight.eval_loss
     # Four in the first call; those that were done are not run again.
-    assert len(runs) - 4 == len(straight.rate_search["trials"]) - (0 if change else 3)
+    assert len(runs) - 4 == len(straight.rate_search["trials"]) - taken
     assert not noted.exists()
 
 

@@ -49,6 +49,19 @@ def test_run_folder_has_everything_and_no_pickle(method: str, settings: Any, tmp
     lines = list(read_metrics(folder))
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 8]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 4, 8]
+    assert [(line["step"], line["sample"]) for line in lines if "sample" in line] == list(
+        zip([0, 4, 8], watcher.samples)
+    )
+    # B starts at zero, and a full fine-tuning has none.
+    assert all(line["b_norm"] > 0 if method != "full" else "b_norm" not in line for line in lines if "loss" in line)
+    assert watcher.phases == ["Reading data", "Loading the model", "Encoding data", "Training", "Saving"]
+
+
+def test_the_record_says_whether_the_step_is_fast(settings: Any) -> None:
+    ways: list[dict[str, Any]] = [{}, {"fast": False}, {"method": "bottleneck"}]
+    found = [train(settings(dry_run=True, **changes)).device["acceleration"] for changes in ways]
+    assert found[1:] == ["off (--no-fast)", "off"]
+    assert "off" not in found[0]
 
 
 @pytest.mark.parametrize(("steps", "logged"), [(1, [1]), (7, [1, 2, 3, 4, 5, 6, 7]), (25, [1, *range(2, 26, 2), 25])])

@@ -258,6 +258,13 @@ def test_nothing_is_printed_sent_or_pickled(
     assert {Path(name).suffix for name in files} == {".json", ".safetensors"}
 
 
+def test_a_schedule_that_follows_evaluations_gets_each_of_them(make_trainer: Any) -> None:
+    schedule = {"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0}
+    trainer = make_trainer(eval_rows=5, eval_steps=2, max_steps=6, **schedule)
+    trainer.train()
+    assert trainer.lr_scheduler.last_epoch == 3
+
+
 def test_best_evaluation_is_saved_even_between_checkpoints(make_trainer: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", eval_rows=5, eval_steps=3, save_steps=100, max_steps=12)
     trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -22,8 +23,10 @@ def places_of(modules: Modules, head: nn.Module | None, text: nn.Module | None =
     """
     read = {id(module) for module in (() if text is None else text.modules())}
     return {
-        name: place_of(
-            module, is_head=module is head, is_unread=bool(read) and id(module) not in read and module is not head
+        name: dataclasses.replace(
+            place_of(module),
+            is_head=module is head,
+            is_unread=bool(read) and id(module) not in read and module is not head,
         )
         for name, module in modules.items()
         if name
@@ -39,19 +42,16 @@ def text_part(model: nn.Module) -> nn.Module | None:
     return find() if callable(find) else None
 
 
-def place_of(module: nn.Module, *, is_head: bool = False, is_unread: bool = False) -> Place:
+def place_of(module: nn.Module) -> Place:
+    """The place of a module of which nothing but itself is known."""
     adapts = is_adaptable(module)
-    outputs = features(module)[1] if adapts else 0
-    reason = "" if adapts else why_not(module)
     return Place(
         type(module).__name__,
         is_linear(module),
         adapts,
-        is_head,
-        outputs,
-        reason,
+        outputs=features(module)[1] if adapts else 0,
+        why_not="" if adapts else why_not(module),
         is_foreign=bool(foreign_format(module)),
-        is_unread=is_unread,
     )
 
 

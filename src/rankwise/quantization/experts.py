@@ -102,8 +102,10 @@ class StackScales(nn.Module):
         return found(absmax=absmax[begin - first * NESTED_BLOCK :])
 
     def extra_repr(self) -> str:
-        double = ", double_quant=True" if self.double_quant else ""
-        return f"{self.shape}, quant_type={self.quant_type}, block_size={self.block_size}{double}, dtype={self.dtype}"
+        return (
+            f"{self.shape}, quant_type={self.quant_type}, block_size={self.block_size}, "
+            f"double_quant={self.double_quant}, dtype={self.dtype}"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackScales:
         apply, self.dtype = keeping_scales(self, fn)

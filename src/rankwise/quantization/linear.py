@@ -192,10 +192,10 @@ class Linear4bit(nn.Module):
         return ops.row_cross_4bit(self.packed, A, B)
 
     def extra_repr(self) -> str:
-        double = ", double_quant=True" if self.double_quant else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"quant_type={self.quant_type}, block_size={self.block_size}{double}, dtype={self.dtype}"
+            f"quant_type={self.quant_type}, block_size={self.block_size}, double_quant={self.double_quant}, "
+            f"dtype={self.dtype}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:

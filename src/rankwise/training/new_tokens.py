@@ -56,5 +56,5 @@ def add_new_tokens(model: Any, tokenizer: Any, tokens: list[str], config: LoraCo
 def _start_rows(W: Tensor, before: int, ids: list[int], pieces: list[list[int]]) -> None:
     """Set the rows ``ids`` of W (vocabulary, dim) to the means of their pieces' rows, or of the first ``before`` rows
     where there are no pieces."""
-    for index, own in zip(ids, pieces, strict=True):
+    for index, own in zip(ids, pieces):
         W[index] = (W[own] if own else W[:before]).float().mean(dim=0)
