@@ -323,7 +323,7 @@ def test_reference_gradients() -> None:
 
 
 @pytest.mark.parametrize("ranges", RANGES)
-@pytest.mark.parametrize("shape", [(2, 30, 30, 4, 2, 20), (1, 9, 70, 3, 3, 64), (1, 12, 5, 2, 1, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 30, 30, 4, 2, 20), (1, 9, 64, 3, 3, 64), (1, 12, 5, 2, 1, 32)], ids=str)
 def test_other_dtypes_and_head_sizes_run_in_pytorch(shape: tuple[int, ...], ranges: Callable[..., Range]) -> None:
     tensors, seen = [x.double() for x in make(*shape)], ranges(*shape[:3])
     assert obstacle(*tensors[:3]) is not None

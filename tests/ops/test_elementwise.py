@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from rankwise import ops
 from rankwise.errors import QuantizationError
 from rankwise.ops import elementwise
 from rankwise.ops import elementwise_reference as reference
-from rankwise.ops.elementwise_checks import ACTIVATIONS
+from rankwise.ops.elementwise_checks import ACTIVATIONS, sum_dtype
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 ACTIVE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -215,6 +216,14 @@ def test_cross_entropy_and_gradient(chosen: str, smoothing: float, softcap: floa
     kept = torch.distributions.Categorical(logits=z[targets >= 0].detach())
     torch.testing.assert_close(entropy, kept.entropy().sum(), rtol=1e-6, atol=0)
     assert correct == (z.argmax(1) == targets).sum()
+
+
+def test_sums_of_apples_gpus_are_not_in_float64() -> None:
+    assert {kind: sum_dtype(SimpleNamespace(device=torch.device(kind))) for kind in ("cpu", "cuda", "mps")} == {
+        "cpu": torch.float64,
+        "cuda": torch.float64,
+        "mps": torch.float32,
+    }
 
 
 def test_dropout_keeps_its_share_and_forgets_nothing(chosen: str) -> None:

@@ -183,6 +183,14 @@ def test_rope(level: str, dtype: torch.dtype, table_dtype: torch.dtype, D: int, 
             assert elementwise.rope(q, cos, sin, inverse).transpose(1, 2).is_contiguous()
 
 
+def test_rope_in_place_needs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "rope", None)
+    cos, sin = torch.randn(2, 1, 5, 4)
+    for q in (torch.randn(2, 5, 3, 4).transpose(1, 2), torch.randn(2, 3, 5, 12)[..., 4:8]):
+        expected = reference.rope(q, cos, sin, False)
+        torch.testing.assert_close(elementwise.rope_(q, cos, sin, False), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("V", [1, 3, 16, 129, 1000, 4099])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

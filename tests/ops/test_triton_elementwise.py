@@ -57,8 +57,9 @@ def chosen(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.usefixtures("chosen")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_row_cross_without_triton(dtype: torch.dtype) -> None:
-    W, A, B = torch.randn(33, 50).to(dtype), torch.randn(5, 50), torch.randn(33, 5)
+@pytest.mark.parametrize("N", [33, 0])
+def test_row_cross_without_triton(N: int, dtype: torch.dtype) -> None:
+    W, A, B = torch.randn(N, 50).to(dtype), torch.randn(5, 50), torch.randn(N, 5)
     truth = ((W.double() @ A.double().T) * B.double()).sum(1)
     for weight in (W, W.T.contiguous().T):
         torch.testing.assert_close(elementwise.row_cross(weight, A, B).double(), truth, rtol=1e-5, atol=1e-4)

@@ -199,11 +199,12 @@ class FourBitQuantizer(HfQuantizer):
         """Replace the dense layer by an empty `Linear4bit`, whose weight is loaded later; return the new layer."""
         linear = model.get_submodule(names[0])
         config = self.quantization_config
+        wanted = stored or config
         layer = Linear4bit(
             *features(linear),
-            quant_type=stored.quant_type if stored else config.quant_type,
-            block_size=stored.block_size if stored else config.block_size,
-            double_quant=stored.double_quant if stored else config.double_quant,
+            quant_type=wanted.quant_type,
+            block_size=wanted.block_size,
+            double_quant=wanted.double_quant,
             # The dtype that the model is loaded in: a merged layer must have the dtype of its neighbours.
             dtype=linear.get_parameter("weight").dtype,
             compute_dtype=config.compute_dtype,
