@@ -24,6 +24,8 @@ import rankwise as rw
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.records import load_record, read_metrics
+from rankwise.training import ranks
+from rankwise.training.objectives.preferences import MarkedTrainer
 from rankwise.training.run import train
 from rankwise.training.setup import make_trainable
 
@@ -143,6 +145,18 @@ class Weighing(Recorder):
     def step(self, info: Any) -> None:
         super().step(info)
         self.bytes.append(storage_bytes())
+
+
+def test_the_kl_of_kto_is_a_mean_over_the_rows_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows here with a mean of 1.5, and one of 4 in another process."""
+    trainer = object.__new__(MarkedTrainer)
+    trainer.rows, reference = 2, torch.tensor([0.5, 1.5])
+    monkeypatch.setattr(KTOTrainer, "_compute_kl_logps", lambda *_: reference + torch.tensor([1.0, 2.0]))
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "_group", lambda: "two processes")
+    monkeypatch.setattr(ranks, "summed", lambda given: [mine + other for mine, other in zip(given, (4.0, 1.0))])
+    found = trainer._compute_kl_logps(torch.nn.Module(), {"ref_KL_logps": reference})
+    torch.testing.assert_close(found - reference, torch.full((2,), 7 / 3))
 
 
 @pytest.mark.parametrize("method", ["lora", "qdora"])
