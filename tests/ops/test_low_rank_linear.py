@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rankwise.ops import elementwise, quantize_weight, selection
+from rankwise.ops import dequantize_weight, elementwise, quantize_weight, selection
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.low_rank_linear import low_rank_linear, low_rank_linear_of_glu
 
@@ -141,6 +141,22 @@ def test_without_gradients_the_outputs_are_the_same(dora, adapters_in, shape) ->
         assert y.shape == exact.shape
         assert not y.requires_grad
         torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("T", [1, 17, 80])
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_packed_weight_computes_as_its_dense_self(T: int, dora: bool, graded: bool) -> None:
+    torch.manual_seed(0)
+    packed, x = quantize_weight(torch.randn(9, 64)), torch.randn(T, 64, requires_grad=graded)
+    gain = torch.rand(9) + 0.5 if dora else None
+    A, B = torch.randn(3, 64, requires_grad=graded), torch.randn(9, 3, requires_grad=graded)
+    found = []
+    for weight in (packed, dequantize_weight(packed, torch.float32)):
+        (y,) = low_rank_linear(x, [Branch(Frozen(weight), SCALE, A, B, gain=gain)])
+        found.append([y, *torch.autograd.grad(y.square().sum(), (x, A, B))] if graded else [y])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
 def test_an_unused_output_has_no_gradient_and_does_no_harm() -> None:

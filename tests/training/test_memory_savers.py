@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rankwise.errors import ConfigError
+from rankwise.training import spine
 from rankwise.training.memory_savers import OffloadedAdamW, check_memory_savers
 
 
@@ -76,3 +77,13 @@ def test_offloading_activations_needs_an_accelerator():
         check_memory_savers("adamw_torch", "cpu", activation_offloading=True)
     check_memory_savers("adamw_torch", "cuda", activation_offloading=True)
     check_memory_savers("adamw_offload", "cpu", activation_offloading=False)
+
+
+@pytest.mark.usefixtures("cpu_as_accelerator")
+def test_offloaded_activations_are_moved_once(make_trainer, monkeypatch):
+    moved = []
+    monkeypatch.setattr(spine, "move_once", moved.append)
+    trainer = make_trainer(activation_offloading=True)
+    assert moved == [trainer.maybe_activation_offload_context]
+    make_trainer()
+    assert len(moved) == 1

@@ -104,6 +104,7 @@ def test_best_checkpoint_is_kept_and_named(settings: Any, tmp_path: Path) -> Non
     losses = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
     best = min((step for step in losses if step > 0), key=losses.__getitem__)
     assert record.kept_step == best != 20
+    assert record.kept_because == "lowest loss of 10 evaluations"
     assert record.eval_loss == losses[best]
     kept = safetensors.torch.load_file(tmp_path / "run" / "checkpoints" / f"step-{best}" / "adapter_model.safetensors")
     final = safetensors.torch.load_file(tmp_path / "run" / "adapter_model.safetensors")

@@ -100,7 +100,7 @@ class PreferenceTrainer(RunTrainer):
         self.ref_model, self.precompute_ref_logps = None, True
         self.data_collator = functools.partial(_counting, self.data_collator)
         # Number of this process's rows in the current batch.
-        self.rows = 0
+        self.rows: int
         if ranks.count() > 1:
             # accelerate's gather needs equally many rows in each process, and truncates a short last batch.
             self.accelerator.gather = self.accelerator.gather_for_metrics = self._of_everyone
