@@ -179,3 +179,25 @@ for table in (codes.code_values("nf4", cpu), codes.code_bounds("nf4", cpu), code
 def test_tables_are_plain_whoever_asks_first() -> None:
     """In a process of its own, where nobody asked before."""
     subprocess.run([sys.executable, "-c", TABLES_ARE_PLAIN], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_tables_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    """transformers sets it while it loads a model."""
+    made = [(codes.dynamic_map, (CPU,)), (codes.dynamic_bins, (CPU,))]
+    tables = (codes.code_values, codes.code_bounds, codes.code_order)
+    made += [(table, (name, CPU)) for table in tables for name in codes.QUANT_TYPES]
+    usual = [table(*given) for table, given in made]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # Beside the cache.
+        found = [table.__wrapped__(*given) for table, given in made]
+        assert [codes.code_table.__wrapped__(name) for name in codes.QUANT_TYPES] == [
+            codes.code_table(name) for name in codes.QUANT_TYPES
+        ]
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(found, usual, strict=True):
+        assert one.dtype is other.dtype
+        assert torch.equal(one, other)
