@@ -169,6 +169,16 @@ def test_what_a_step_does_without_takes_nothing():
         assert found(step) == 0, found
 
 
+@pytest.mark.parametrize(("method", "dtype"), [("full", "bfloat16"), ("full", "float32"), ("lora", "bfloat16")])
+def test_autocast_keeps_a_copy_of_the_head(method, dtype):
+    def outside(vocabulary):
+        shape = shape_of(config_of("llama", vocab_size=vocabulary))
+        return saved.outside_layers_bytes(StepFacts.of(shape, method, Workload(dtype=dtype)))
+
+    copied = 2 * 1000 * 1024 if (method, dtype) == ("full", "bfloat16") else 0
+    assert outside(33000) - outside(32000) == copied
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize(("family", "method", "device", "checkpointing", "size"), WIDER)
 def test_closed_form_over_the_whole_grid(family, method, device, checkpointing, size):
@@ -289,6 +299,13 @@ def test_adapters_on_stacked_experts(family, method, device, modules, parameters
 def test_so_they_are_by_other_ways_of_training(changes):
     targets = {"target_modules": ("q_proj",), "target_parameters": (GATE_UP, DOWN)}
     assert -0.03 <= compared("mixtral", "lora", step("cuda", False, 4, 1024, **targets, **changes)) <= 0.08
+
+
+def test_adapted_experts_fetch_what_they_kept_in_the_hosts_memory():
+    """Their terms alone: a model of two layers, within a hundredth."""
+    targets = {"target_modules": ("q_proj",), "target_parameters": (GATE_UP, DOWN)}
+    workload = step("cuda", False, 4, 1024, **targets, activation_offloading=True)
+    assert abs(compared("mixtral", "lora", workload, num_hidden_layers=2)) <= 0.01
 
 
 def test_experts_that_adapt_in_one_layer():
