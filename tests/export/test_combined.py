@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import rankwise as rw
 from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ConfigError
+from rankwise.records import RunRecord
 from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
@@ -114,6 +115,24 @@ def test_the_command_writes_the_same_adapter(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["r"] == 8
     loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "both")
     torch.testing.assert_close(logits(loaded), logits(ours(paths, (0.7, 0.3), "cat", {})), rtol=1e-4, atol=1e-4)
+
+
+def test_how_the_base_of_a_combination_is_loaded_is_said(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    paths = folders(tmp_path, CASES["cat"][0])
+    for path in paths:
+        base = {"base_model": str(tmp_path / "base"), "quantization": rw.Nf4Config().to_loading_dict()}
+        record = RunRecord(method="qlora", seed=0, settings={"chat_template": "t.jinja"}, base_model=base)
+        record.save(path)
+        (path / "chat_template.jinja").write_text("{{ messages }}")
+    given = [part for path in paths for part in ("--adapter", str(path))]
+    assert main(["merge", *given, "--combine", "cat", "--output", str(tmp_path / "both")]) == 0
+    assert (tmp_path / "both" / "chat_template.jinja").read_text() == "{{ messages }}"
+    said = capsys.readouterr()
+    needed = f"--chat-template {tmp_path / 'both' / 'chat_template.jinja'} --quantization nf4"
+    assert f"{needed} --prompt" in said.out
+    assert "RW755" in said.err
+    assert needed in " ".join(said.err.split())
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,15 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import MergeSettings
 from rankwise.cli.tables import light_table, titled
-from rankwise.errors import ConfigError
-from rankwise.records import write_json
+from rankwise.errors import ConfigError, warn
+from rankwise.records import write_json, write_text
 from rankwise.reports.numbers import byte_size, plural
 
 COMBINED_FILE = "combined.json"
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rankwise.export.verify import Verification
     from rankwise.quantization.config import FourBitConfig
 
@@ -103,11 +105,37 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
             folder / COMBINED_FILE,
             {"adapters": [str(adapter) for adapter in settings.adapter], **dataclasses.asdict(wanted), "r": r},
         )
+        needed = _needed_to_load(settings, folder)
     parts = ", ".join(f"{weight:g} x {adapter}" for weight, adapter in zip(weights, settings.adapter))
     output.line(f"{'combined':<12}{parts} by {settings.combine}: an adapter of rank {r}")
     output.line(f"{'written':<12}{settings.output}")
-    output.line(f'{"try":<12}rankwise generate --adapter {settings.output} --prompt "..."')
+    output.line(f'{"try":<12}rankwise generate --adapter {settings.output}{needed} --prompt "..."')
     return {**dataclasses.asdict(wanted), "r": r, "base_model": source.base_model, "output": str(settings.output)}
+
+
+def _needed_to_load(settings: MergeSettings, folder: Path) -> str:
+    """The options that load the base as the adapters' runs did, with which the combination, which has no run's record,
+    must be given; warns of them (RW755). Writes the chat template that all runs were given into ``folder``."""
+    from rankwise.adapters.trained_base import quantization_of
+    from rankwise.evaluation.loading import template_of
+    from rankwise.export.adapter import TEMPLATE_FILE
+
+    formats = sorted({found.quant_type for one in settings.adapter if (found := quantization_of(one)) is not None})
+    templates = {text for one in settings.adapter if (text := template_of([one])) is not None}
+    if len(templates) == 1:
+        write_text(folder / TEMPLATE_FILE, templates.pop())
+        options = [f" --chat-template {settings.output / TEMPLATE_FILE}"]
+    else:
+        options = [" --chat-template FILE"] if templates else []
+    options += [f" --quantization {kind}" for kind in formats[:1]]
+    needed = "".join(options)
+    if needed:
+        warn(
+            "RW755",
+            f"the adapters were trained with{needed}, and no run's record tells it of their combination; give these "
+            "options with it.",
+        )
+    return needed
 
 
 def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: Output) -> Verification:
