@@ -285,7 +285,11 @@ class _Running:
         self.rows = list(range(len(prompts)))
 
     def spread(self, logits: Tensor) -> Tensor:
-        """The logits of each prompt. In the first step, also expand cache, mask and positions to a row per prompt."""
+        """One row of ``logits`` for each prompt.
+
+        The first step computes equal prompts once. It then copies their rows of the logits, the cache, the mask and the
+        positions to every prompt.
+        """
         if (owners := self._owners) is None:
             return logits
         self._owners = None

@@ -73,7 +73,7 @@ def _check_options(settings: MergeSettings) -> None:
 
 
 def _alone(settings: MergeSettings) -> Iterator[str]:
-    """What is wrong with options that need another one, which is not given."""
+    """A complaint for each option that has no effect because another option is not given."""
     if settings.text is not None and not settings.verify:
         yield "--text is the text for --verify; give --verify too"
     if settings.quantization is not None and not settings.verify and settings.onto != "quantized":

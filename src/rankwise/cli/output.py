@@ -47,7 +47,7 @@ PLAIN_WIDTH = 120
 
 
 class Output:
-    """``console`` is stdout, or stderr with ``--json``, so that stdout then holds only the document."""
+    """Where a verb prints: to stdout, or with ``--json`` to stderr, so that stdout holds the document alone."""
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json

@@ -10,7 +10,7 @@ HUB_SECONDS = 10
 
 @contextlib.contextmanager
 def hub_or_cache() -> Iterator[bool]:
-    """A context that yields whether the hub answers. If not, ``datasets`` uses only its cache inside.
+    """Context manager: yields whether the hub answers. If it does not, ``datasets`` uses only its cache inside.
 
     ``datasets`` would retry an unreachable hub for half a minute. It reads the environment variable for offline use
     only at import, so the constant is patched.

@@ -217,7 +217,7 @@ def _left_singular(Y: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _errors(layers: Iterable[Directions], largest: int) -> list[float]:
-    """The relative error of all these layers together at each rank from 0 to ``largest``."""
+    """The relative error of an export, over all ``layers`` together, at each rank from 0 to ``largest``."""
     padded = [F.pad(one.lost[: largest + 1], (0, max(0, largest + 1 - len(one.lost)))) for one in layers]
     lost = torch.stack(padded).sum(dim=0)
     return (lost / lost[0]).nan_to_num().sqrt().tolist()

@@ -17,7 +17,7 @@ _NAME = re.compile(r"wpe|pos")
 
 
 def config_table_rows(config: Fields) -> int | None:
-    """The largest number of tokens in a row, from a config.json; None where positions are computed or it is unknown."""
+    """The longest row, in tokens, of a model with learned positions, by its config.json; None for all other models."""
     if config.get("model_type") not in LEARNED:
         return None
     found = (config.get(name) for name in ("n_positions", "max_position_embeddings"))
@@ -25,9 +25,10 @@ def config_table_rows(config: Fields) -> int | None:
 
 
 def table_rows(model: nn.Module) -> int | None:
-    """As `config_table_rows` for a model: the rows of an embedding that is named for positions and fits the config.
+    """The longest row, in tokens, of a loaded model with learned positions; None if its positions are computed.
 
-    Tables for images and sounds have other sizes. Offset (OPT) and padding (RoBERTa) rows are not counted.
+    The table is the embedding whose name says positions and whose size is that of the config; tables for images and
+    sounds have other sizes. The extra rows of OPT (offset) and RoBERTa (padding) are not counted.
     """
     from torch import nn
 

@@ -101,7 +101,10 @@ def grouped_outer(a: Tensor, b: Tensor, rows: Rows) -> Tensor:
 
 
 def one_kernel(a: Tensor, b: Tensor) -> bool:
-    """Whether ``grouped_mm`` supports both: on a GPU of compute capability 8.0 or more, in bfloat16, aligned."""
+    """Whether ``torch.nn.functional.grouped_mm`` takes these factors.
+
+    It needs a GPU of compute capability 8.0 or more, bfloat16, and aligned rows.
+    """
     if not (a.is_cuda and a.dtype is b.dtype is torch.bfloat16 and hasattr(F, "grouped_mm")):
         return False
     return torch.cuda.get_device_capability(a.device) >= (8, 0) and are_aligned(a, b)
