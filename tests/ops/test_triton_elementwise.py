@@ -1,15 +1,13 @@
-"""Run `triton_elementwise_cases` in other processes, and what of it needs no Triton here."""
+"""Element-wise operators: which implementation a tensor gets, and what of Triton's cases needs no Triton."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triton_processes import run_cases
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
@@ -17,23 +15,9 @@ from rankwise.ops import elementwise, table
 
 triton = pytest.importorskip("triton")
 
-CASES = ("triton_elementwise_cases.py", "triton_adapter_cases.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPCHECKS = ("test_schema", "test_faketensor")
 compiling = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: kernels are not compiled")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chosen", ["not long", pytest.param("long", marks=pytest.mark.long)])
-@pytest.mark.parametrize("cases", CASES)
-def test_kernels_equal_the_reference_under_the_interpreter(cases: str, chosen: str, tmp_path: Path) -> None:
-    run_cases(cases, tmp_path, "1", chosen)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: compiled kernels cannot run here")
-@pytest.mark.parametrize("cases", CASES)
-def test_kernels_equal_the_reference_on_a_card(cases: str, tmp_path: Path) -> None:
-    run_cases(cases, tmp_path, "0", "long or not long")
 
 
 @compiling

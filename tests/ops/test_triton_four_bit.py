@@ -1,14 +1,12 @@
-"""Runs `triton_cases` in other processes: Triton decides when it is imported whether it interprets its kernels."""
+"""Which implementation of the 4-bit operators a tensor gets, and what forcing Triton says where it cannot run."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from triton_processes import run_cases
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
@@ -25,17 +23,6 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ops.set_implementation("auto")
     yield
     ops.set_implementation("auto")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chosen", ["not long", pytest.param("long", marks=pytest.mark.long)])
-def test_kernels_equal_the_reference_under_the_interpreter(chosen: str, tmp_path: Path) -> None:
-    run_cases("triton_cases.py", tmp_path, "1", chosen)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: compiled kernels cannot run here")
-def test_kernels_equal_the_reference_on_a_card(tmp_path: Path) -> None:
-    run_cases("triton_cases.py", tmp_path, "0", "long or not long")
 
 
 @pytest.mark.usefixtures("automatic")

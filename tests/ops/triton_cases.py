@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference. `test_triton_four_bit` runs this file in processes of its own.
+"""The Triton kernels against the reference. `test_triton_cases` runs this file in other processes.
 
 The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1 before Python starts), else a CUDA card.
 """
@@ -23,7 +23,8 @@ from tables import thinned
 
 # Of `rankwise.ops.triton`, whose kernels all run here.
 MODULES = ("dequantize", "product", "quantize", "row_norms")
-RAGGED = [(7,), (1, 1), (3, 5, 7), (9, 33), (130,), (2, 96), (5, 65)]
+# The last has more elements than a program, and ends in a partial block.
+RAGGED = [(7,), (1, 1), (3, 5, 7), (9, 33), (130,), (2, 96), (63, 66)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +67,7 @@ def test_triton_is_what_runs() -> None:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(
     ("shape", "block_size"),
-    [((4, 3 * block), block) for block in BLOCK_SIZES] + [(shape, 32) for shape in RAGGED] + [((0, 64), 64)],
+    [((3, block), block) for block in BLOCK_SIZES] + [(shape, 32) for shape in RAGGED] + [((0, 64), 64)],
 )
 def test_codes_scales_and_values_equal_the_reference(shape: tuple[int, ...], block_size: int, quant_type: str) -> None:
     for dtype in DTYPES:
@@ -129,9 +130,9 @@ def test_a_weight_that_is_not_finite_is_refused_and_the_place_named(value: float
 SIZES = [
     (9, 64, 64),
     (5, 192, 32),
-    (33, 320, 64),
+    (17, 320, 64),
     (3, 1536, 128),
-    (2, 8192, 4096),
+    (2, 4096, 2048),
     (1, 32, 32),
     (6, 80, 32),
     (5, 33, 64),
@@ -166,7 +167,7 @@ def test_a_row_of_x_that_is_not_finite_leaves_the_others_alone(dtype: torch.dtyp
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_a_row_of_every_block_size(block_size: int) -> None:
-    N, K = 3, 3 * block_size
+    N, K = 3, 2 * block_size
     packed = quantized(weight((N, K)), "nf4", block_size, True)
     w = reference.dequantize_4bit(packed, torch.bfloat16)
     for T in (1, 3):
@@ -177,7 +178,7 @@ def test_a_row_of_every_block_size(block_size: int) -> None:
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(
-    ("N", "K", "block_size"), [(7, 64, 64), (5, 1152, 128), (2, 8192, 4096), (6, 80, 32), (3, 7, 64), (0, 64, 64)]
+    ("N", "K", "block_size"), [(7, 64, 64), (5, 1152, 128), (2, 4096, 2048), (6, 80, 32), (3, 7, 64), (0, 64, 64)]
 )
 def test_row_norms_are_those_of_the_dequantized_weight(N: int, K: int, block_size: int, double: bool) -> None:
     for quant_type in ("nf4", "fp4"):
@@ -219,7 +220,8 @@ def test_backward_keeps_the_packed_buffers_and_nothing_dense() -> None:
 def test_random_shapes_blocks_and_types() -> None:
     draw = random.Random(0)
     for _ in range(25):
-        shape = tuple(draw.choice([1, 2, 3, 31, 32, 64, 65, 96]) for _ in range(draw.choice([1, 2, 2, 3])))
+        shape = tuple(draw.choice([1, 2, 3, 31, 32, 64, 65, 96]) for _ in range(draw.choice([1, 2])))
+        shape = (*draw.choice([(), (), (3,)]), *shape)
         quant_type, block_size = draw.choice(["nf4", "fp4"]), draw.choice(BLOCK_SIZES)
         dtype, double = draw.choice(DTYPES), draw.random() < 0.5
         w = weight(shape, draw.choice(DTYPES))

@@ -1,4 +1,4 @@
-"""Triton's element-wise operators against the reference. `test_triton_elementwise` runs this file in other processes.
+"""Triton's element-wise operators against the reference. `test_triton_cases` runs this file in other processes.
 
 The device is the CPU where Triton interprets its kernels (TRITON_INTERPRET=1 before Python starts), else a CUDA card.
 """
@@ -93,7 +93,7 @@ def test_low_rank_add_of_rank_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "N"), [(1, 1), (7, 130), (300, 40), (513, 3)])
+@pytest.mark.parametrize(("T", "N"), [(1, 1), (7, 130), (257, 3)])
 def test_scaled_grad(T: int, N: int, dtype: torch.dtype) -> None:
     dy, y, g = randn(T, N, dtype=dtype), randn(T, N, dtype=dtype), rand(N)
     dz, dot = elementwise.scaled_grad(dy, y, g)
@@ -197,17 +197,19 @@ def test_rms_norm_of_rows_that_are_apart() -> None:
     }
 )
 def test_rope(heads: int, D: int, turned: int, dtype: torch.dtype, inverse: bool) -> None:
-    for q in (randn(2, 5, heads, D, dtype=dtype).transpose(1, 2), randn(2, heads, D, 5, dtype=dtype).transpose(2, 3)):
-        for batches, table_dtype in ((1, dtype), (2, torch.float32)):
-            cos, sin = (randn(batches, 5, turned, dtype=table_dtype) for _ in range(2))
-            kept, truth = q.clone(), reference.rope(q.double(), cos.double(), sin.double(), inverse)
-            found, plain = elementwise.rope(q, cos, sin, inverse), reference.rope(q, cos, sin, inverse)
-            assert torch.equal(q, kept)
-            assert found.transpose(1, 2).is_contiguous()
-            assert_as_good(found, plain, truth)
-            in_place = q.clone()
-            assert elementwise.rope_(in_place, cos, sin, inverse) is in_place
-            assert torch.equal(in_place, found)
+    for q, batches, table_dtype in (
+        (randn(2, 3, heads, D, dtype=dtype).transpose(1, 2), 1, dtype),
+        (randn(2, heads, D, 3, dtype=dtype).transpose(2, 3), 2, torch.float32),
+    ):
+        cos, sin = (randn(batches, 3, turned, dtype=table_dtype) for _ in range(2))
+        kept, truth = q.clone(), reference.rope(q.double(), cos.double(), sin.double(), inverse)
+        found, plain = elementwise.rope(q, cos, sin, inverse), reference.rope(q, cos, sin, inverse)
+        assert torch.equal(q, kept)
+        assert found.transpose(1, 2).is_contiguous()
+        assert_as_good(found, plain, truth)
+        in_place = q.clone()
+        assert elementwise.rope_(in_place, cos, sin, inverse) is in_place
+        assert torch.equal(in_place, found)
 
 
 def test_rope_of_nothing_and_of_shared_memory() -> None:
@@ -231,11 +233,11 @@ def test_a_model_with_all_parts_computes_what_it_did(family: str, monkeypatch: p
     from rankwise.acceleration.replace import Undo
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    more = {"head_dim": 8, "num_hidden_layers": 2, "vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1}
+    more = {"head_dim": 8, "num_hidden_layers": 1, "vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1}
     config = AutoConfig.for_model(family, **sizes, **more, eos_token_id=2, attn_implementation="eager")
     model = AutoModelForCausalLM.from_config(config).to(DEVICE)
     rw.add_adapter(model, rw.LoraConfig(r=4, use_dora=True, init_lora_weights=False))
-    ids = torch.randint(3, 50, (2, 7), device=DEVICE)
+    ids = torch.randint(3, 50, (2, 3), device=DEVICE)
 
     def loss_and_grads() -> tuple[Tensor, list[Tensor]]:
         loss = model(input_ids=ids, labels=ids).loss
@@ -244,7 +246,7 @@ def test_a_model_with_all_parts_computes_what_it_did(family: str, monkeypatch: p
     expected, undo = loss_and_grads(), Undo()
     monkeypatch.setattr(recognise, "takes_triton", lambda x: True)
     norms, mlps, ropes = fuse_parts(model, undo)
-    assert (norms, mlps, ropes) == ({"llama": 5, "gemma2": 9, "qwen3": 9}[family], 2, 1)
+    assert (norms, mlps, ropes) == ({"llama": 3, "gemma2": 5, "qwen3": 5}[family], 1, 1)
     torch.testing.assert_close(loss_and_grads(), expected, rtol=1e-4, atol=1e-5)
     undo()
 
@@ -321,10 +323,9 @@ def test_cross_entropy_of_strided_rows_of_none_and_of_bad_targets() -> None:
             elementwise.cross_entropy_(randn(2, 10), torch.tensor([0, bad], device=DEVICE))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seed", [0, 1, 16, 2**31, 2**63 + 12345, -1])
+@pytest.mark.parametrize(("seed", "dtype"), zip([0, 1, 16, 2**31, 2**63 + 12345, -1], [*DTYPES, *DTYPES]))
 def test_dropout_equals_the_reference_to_the_bit(seed: int, dtype: torch.dtype) -> None:
-    for shape in ((1,), (7, 301), (3, 5, 200), (0, 4)):
+    for shape in ((1,), (7, 301), (0, 4)):
         x, dx = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
         for p in (0.0, 0.05, 0.5, 0.999):
             assert torch.equal(elementwise.dropout(x, p, seed), reference.dropout(x, p, seed))
