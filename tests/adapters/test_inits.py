@@ -17,6 +17,7 @@ from rankwise.adapters import adapter_tensors, load_tensors
 from rankwise.adapters.base_layer import dense_weight
 from rankwise.errors import AdapterError, ConfigError, RankwiseWarning
 from rankwise.export.merged import merge_to_folder
+from tables import thinned
 from tiny_models import tiny_gpt2, tiny_llama
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle here; install the extra `bench`")
@@ -74,9 +75,7 @@ def losses(model: nn.Module, count: int = 10) -> list[float]:
 # --- as PEFT has them ---
 
 
-@pytest.mark.parametrize("more", MORE)
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@thinned({"family": list(FAMILIES), "init": ["pissa", "pissa_niter_4"], "more": list(MORE)})
 def test_pissa_is_peft_s(family, init, more, monkeypatch):
     def seeded(*given, **options):
         torch.manual_seed(4)
@@ -110,9 +109,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return made
 
 
-@pytest.mark.parametrize("rho", [1.0, 2.0])
-@pytest.mark.parametrize("more", ["plain", "rslora", "ranks"])
-@pytest.mark.parametrize("family", FAMILIES)
+@thinned({"family": list(FAMILIES), "more": ["plain", "rslora", "ranks"], "rho": [1.0, 2.0]})
 def test_eva_is_peft_s(family, more, rho):
     given = settings(family, more, "eva")
     theirs = peft_of(FAMILIES[family](), **given, eva_config=peft.EvaConfig(rho=rho))

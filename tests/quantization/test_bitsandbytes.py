@@ -21,6 +21,7 @@ from rankwise.quantization import (
     quantize,
     rewrite_bitsandbytes_config,
 )
+from tables import thinned
 from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
@@ -66,9 +67,7 @@ def files_equal(a: Path, b: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize(("quant_type", "double"), KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("base", BUILD)
+@thinned({"base": list(BUILD), "dtype": [torch.float32, torch.bfloat16], "quant_type,double": KINDS})
 def test_both_write_the_same_file_and_read_each_other(bnb, base, dtype, quant_type, double, tmp_path):
     BUILD[base]().to(dtype).save_pretrained(tmp_path / "dense")
     settings = {"dtype": dtype, "device_map": {"": "cpu"}}

@@ -18,6 +18,7 @@ import rankwise as rw
 from rankwise.errors import QuantizationError, RankwiseWarning
 from rankwise.quantization import Fp4Config, Nf4Config, adopt_bitsandbytes_config, dequantize, quantize
 from rankwise.quantization.experts import StackScales, four_bit_stacks
+from tables import thinned
 from tiny_models import tiny_moe
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2], [7, 3, 3, 50, 41, 8, 22, 90]])
@@ -274,9 +275,7 @@ def test_it_generates_what_the_dense_one_does(family):
     assert torch.equal(model.generate(IDS, **settings), eager(model).generate(IDS, **settings))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@thinned({"family": FAMILIES, "dtype": [torch.float32, torch.bfloat16], "config": CONFIGS})
 def test_loading_equals_quantizing_afterwards_and_reloading_both(family, dtype, config, tmp_path):
     tiny_moe(family).to(dtype).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
 from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
+from tables import thinned
 from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2], [1, 7, 7, 8, 90, 41, 3, 2]])
@@ -18,10 +17,7 @@ BASES = {"llama": lambda: tiny_llama(attention_bias=True), "gpt2": tiny_gpt2}
 ADAPTERS = {"qlora": {}, "qdora": {"use_dora": True}, "rslora": {"use_rslora": True, "r": 6}}
 CONFIGS = {"nf4": Nf4Config(), "fp4-double": Fp4Config(block_size=32, double_quant=True)}
 DTYPES = (torch.float32, torch.bfloat16)
-CASES = [
-    pytest.param(*case, id="-".join(map(str, case))) for case in itertools.product(ADAPTERS, BASES, CONFIGS, DTYPES)
-]
-every_case = pytest.mark.parametrize(("adapter", "base", "config", "dtype"), CASES)
+every_case = thinned({"adapter": list(ADAPTERS), "base": list(BASES), "config": list(CONFIGS), "dtype": DTYPES})
 
 
 def build(adapter: str, base: str, config: str, dtype: torch.dtype, *, trained: bool) -> nn.Module:
