@@ -25,7 +25,7 @@ from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.records import load_record, read_metrics
 from rankwise.training import ranks
-from rankwise.training.objectives.preferences import MarkedTrainer
+from rankwise.training.objectives.preferences import MarkedTrainer, PreferenceTrainer
 from rankwise.training.run import train
 from rankwise.training.setup import make_trainable
 
@@ -192,6 +192,23 @@ def test_a_stopped_run_resumes_to_the_same_bits(objective: str, preferring: Any,
     first, second = map(safetensors.torch.load_file, files)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_reference_is_free_of_noise(objective: str, preferring: Any) -> None:
+    compute, found = PreferenceTrainer.reference_log_probs, []
+
+    def noted(*given: Any) -> torch.Tensor:
+        found.append(compute(*given))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "reference_log_probs", noted)
+        train(preferring(objective, max_steps=1))
+        train(preferring(objective, max_steps=1, overwrite=True, neftune_noise_alpha=30.0))
+    plain, noisy = found[: len(found) // 2], found[len(found) // 2 :]
+    assert plain
+    torch.testing.assert_close(noisy, plain)
 
 
 def test_held_out_rewards_rise_and_are_recorded(preferring: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ REFERENCE = "reference"
 
 
 def keep_reference(model: nn.Module) -> None:
-    """Keep a frozen copy of the active adapter, without dropout, which ``reference_at_work`` activates.
+    """Keep a frozen copy of the active adapter, which ``reference_at_work`` activates.
 
     Raises AdapterError (RW406) for an adapter that replaces parameters of the base (biases, or an embedding or head
     from its folder): the base holds one value of them.
@@ -29,21 +29,28 @@ def keep_reference(model: nn.Module) -> None:
     for _, module in wrappers(model):
         if name in module.adapters:
             module.adapters[REFERENCE] = copy.deepcopy(module.adapters[name]).requires_grad_(False)
-            for part in module.adapters[REFERENCE].modules():
-                if isinstance(part, nn.Dropout):
-                    part.p = 0.0
     state.configs[REFERENCE] = state.configs[name]
     state.inference_only.add(REFERENCE)
 
 
 @contextmanager
 def reference_at_work(model: nn.Module) -> Iterator[None]:
-    """A context in which the model computes as the reference does. Trained parameters do not change."""
+    """A context in which the model computes as the reference does: in evaluation mode, without dropout and NEFTune's
+    noise. Trained parameters do not change.
+    """
     state, name = state_and_name(model, None)
-    if REFERENCE not in state.configs:
-        with adapter_disabled(model):
+    training = model.training
+    model.eval()
+    try:
+        with _frozen_copy(model, name) if REFERENCE in state.configs else adapter_disabled(model):
             yield
-        return
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _frozen_copy(model: nn.Module, name: str) -> Iterator[None]:
+    """A context in which the frozen copy is active instead of the adapter ``name``."""
     _activate(model, REFERENCE)
     try:
         yield

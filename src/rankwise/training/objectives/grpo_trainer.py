@@ -187,14 +187,15 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         **_: object,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities and entropies (B, C) of the last C = ``logits_to_keep`` tokens, zero at padding."""
-        policy, as_reference = (self.model, _as_reference(self.model)) if model is REFERENCE else (model, nullcontext())
+        is_reference = model is REFERENCE
+        policy, at_work = (self.model, reference_at_work(self.model)) if is_reference else (model, nullcontext())
         labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
         labels[:, :-logits_to_keep] = IGNORED
         wanted: dict[str, Any] = {"temperature": self.temperature, "want_stats": compute_entropy}
         if compute_aux_loss:
             wanted["output_router_logits"] = True
         parts = zip(*(tensor.split(batch_size or len(labels)) for tensor in (labels, input_ids, attention_mask)))
-        with as_reference, self.accelerator.autocast():
+        with at_work, self.accelerator.autocast():
             found = [self._scores(policy, *part, **wanted) for part in parts]
         aux_losses = [each.aux_loss for each in found if each.aux_loss is not None]
         return (
@@ -279,9 +280,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _as_reference(model: nn.Module) -> Iterator[None]:
-    with _evaluating(model), reference_at_work(model):
-        yield
