@@ -9,17 +9,19 @@ import torch
 from families import MAKERS, family
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from rankwise import LoraConfig, add_adapter
 from rankwise.acceleration import checkpointing, optimize, optimize_for_training, restore
+from tiny_models import SIZES
 
 IDS = torch.randint(5, 90, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-def prepared(name: str, method: str = "lora", *, ours: bool = True, dropout: float = 0.1, **options):
+def prepared(name: str, method: str = "lora", *, ours=True, dropout: float = 0.1, targets="all-linear", **options):
     model = family(name)
     if method == "lora":
-        add_adapter(model, LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear"))
+        add_adapter(model, LoraConfig(r=4, lora_dropout=dropout, target_modules=targets))
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 nn.init.normal_(parameter, std=0.1)
@@ -184,6 +186,24 @@ def test_routers_that_count_in_the_loss_keep_their_gradients(monkeypatch):
     assert runs == []
     (wanted, theirs), (loss, own) = found
     assert torch.equal(loss, wanted)
+    assert all(torch.equal(own[key], theirs[key]) for key in theirs)
+
+
+def test_keys_and_values_of_an_earlier_block_keep_their_gradients(monkeypatch):
+    """Gemma 3n's blocks leave them in a container for later blocks."""
+    sizes = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["full_attention"] * 4, "head_dim": 8}
+    narrow = {"laurel_rank": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+    narrow |= {"altup_num_inputs": 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4}
+    config = Gemma3nTextConfig(**{**SIZES, **sizes, **narrow})
+    monkeypatch.setitem(MAKERS, "gemma3n", lambda: Gemma3nForCausalLM(config))
+    found = []
+    for ours in (False, True):
+        model = prepared("gemma3n", dropout=0.0, targets=["q_proj", "k_proj", "v_proj"], ours=ours)
+        # With it, an input of each block needs a gradient, which alone keeps torch's way.
+        model.disable_input_require_grads()
+        loss_of(model).backward()
+        found.append(gradients(model))
+    theirs, own = found
     assert all(torch.equal(own[key], theirs[key]) for key in theirs)
 
 

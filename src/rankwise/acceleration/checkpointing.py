@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,7 +72,10 @@ def _block_forward(self: GradientCheckpointingLayer, *args: Any, **kwargs: Any) 
 
 
 def _can_run_again(block: GradientCheckpointingLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a block's gradients depend only on its hidden states and own parameters, and no hook sees the block."""
+    """Whether a block's gradients depend only on its hidden states and own parameters, and no hook sees the block.
+
+    In a container, such as Gemma 3n's ``shared_kv_states``, a block may leave keys and values for later blocks.
+    """
     if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()) or is_traced():
         return False
     if "rankwise_place" not in block.__dict__:
@@ -84,6 +87,8 @@ def _can_run_again(block: GradientCheckpointingLayer, args: tuple[Any, ...], kwa
         return False
     others = tree_iter((args[1:], kwargs))
     if any(isinstance(other, Tensor) and other.requires_grad for other in others):
+        return False
+    if any(isinstance(given, MutableMapping) for given in (*args, *kwargs.values())):
         return False
     return not any(_is_watched(module) for module in block.modules() if module is not block)
 
