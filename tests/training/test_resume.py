@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from training_rows import Recorder
 from transformers import TrainerCallback
 
 from rankwise.adapters import adapter_parameters, has_adapter
+from rankwise.errors import Interrupted
 from rankwise.lora_config import LoraConfig
 from rankwise.training.checkpoints import list_checkpoints
+from rankwise.training.run import train
+from rankwise.training.state import load_state
 
 # Four rows a step: of 19 rows an epoch has five steps, so that the checkpoint lies in the second one.
 SHORT = {"max_steps": 12, "save_steps": 6, "rows": 19}
@@ -93,3 +97,14 @@ def test_resumed_cadence_is_that_of_the_new_settings(tmp_path: Path, make_traine
     again.resume(list_checkpoints(tmp_path / "run")[-1])
     assert [item.step for item in list_checkpoints(tmp_path / "run")] == [15, 16]
     assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [5, 10, 12, 14, 16]
+
+
+def test_a_schedule_follows_the_evaluation_that_a_stop_put_off(settings: Any, tmp_path: Path) -> None:
+    given = settings(lr_scheduler_type="reduce_lr_on_plateau", max_steps=4, eval_steps=2)
+    train(given.model_copy(update={"output": tmp_path / "straight"}))
+    with pytest.raises(Interrupted):
+        train(given, Recorder(stop_at=2))
+    train(given.model_copy(update={"resume": True}))
+    states = [load_state(tmp_path / name / "checkpoints" / "step-4", "scheduler") for name in ("straight", "run")]
+    assert states[0]["last_epoch"] == 2
+    assert states[0] == states[1]

@@ -214,15 +214,17 @@ class RunTrainer(TrlTrainer):
     def _evaluate(
         self, trial: object, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
+        # This evaluation was due when the run was interrupted. It may change the learning rate, and determine the best
+        # checkpoint.
+        was_due = skip_scheduler and self.state.global_step > 0
         try:
-            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not was_due)
         except EvaluationStopped:
             self.control.should_evaluate = False
             self.control.should_training_stop = True
             metrics_of(self, "eval").clear()
             return {"eval_loss": math.nan}
-        if skip_scheduler and self.state.global_step > 0:
-            # This evaluation was due when the run was interrupted, and may determine the best checkpoint.
+        if was_due:
             self._determine_best_metric(metrics, trial)
         return metrics
 
