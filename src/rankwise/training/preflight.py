@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from rankwise.adapters import adapter_parameters, has_adapter, load_adapter, remove_adapter
+from rankwise.adapters import adapter_config, adapter_parameters, has_adapter, load_adapter, remove_adapter
 from rankwise.adapters.baselines import has_baseline
 from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
 from rankwise.adapters.token_rows import KEY as TOKENS
@@ -128,9 +128,10 @@ def check_reload(model: nn.Module, folder: Path, probe: dict[str, Tensor]) -> No
 
     ``probe`` holds input_ids (1, L). The model keeps the reloaded adapter. Raises RunError (RW524).
     """
-    before = probe_logits(model, probe)
+    before, dtype = probe_logits(model, probe), adapter_config(model).adapter_dtype
     remove_adapter(model)
-    load_adapter(model, folder)
+    # In another dtype, the same numbers may give another sum.
+    load_adapter(model, folder, adapter_dtype=dtype)
     after = probe_logits(model, probe)
     difference = (before - after).abs().max().item()
     # On a CPU the logits must be equal bit for bit; elsewhere the order of sums may vary.
