@@ -206,7 +206,9 @@ def _ranges(
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """start and end (B, L) of the keys that each query sees; (None, None) if causal; None if these are no ranges."""
     if mask is not None:
-        return mask_ranges(mask)
+        found = mask_ranges(mask)
+        # One mask may stand for all rows of the batch.
+        return found and (found[0].expand(len(query), -1), found[1].expand(len(query), -1))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal:
         return (None, None) if query.shape[2] == key.shape[2] else None
