@@ -203,6 +203,10 @@ def test_logits_are_never_whole() -> None:
     assert output.logits is None
     # Without labels a model answers as ever.
     assert model(input_ids=batch()["input_ids"]).logits.shape == (3, 12, 97)
+    with torch.no_grad():
+        measured = model(**batch())
+    assert measured.logits.shape == (3, 12, 97)
+    torch.testing.assert_close(measured.loss, output.loss)
 
 
 def test_evaluation_has_the_same_loss() -> None:

@@ -81,7 +81,10 @@ def fused_loss(
 
 
 def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
-    """Let ``model(..., labels=labels)`` use the fused loss; its output then has no logits."""
+    """Let ``model(..., labels=labels)`` use the fused loss; its output then has no logits.
+
+    Without gradients, the output is the model's own, with logits: a Trainer computes its metrics from them.
+    """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward_with_labels(self, *args, **kwargs)
@@ -105,11 +108,13 @@ def forward_with_labels(self: nn.Module, *args: Any, loss_options: LossOptions |
     given = _by_name(plain, args, kwargs)
     if given.get("return_dict", True) is False or not _keeps_all(given.get("logits_to_keep", 0)):
         return plain(*args, **kwargs)
-    labels, num_items = given.pop("labels"), given.pop("num_items_in_batch", None)
-    given.pop("logits_to_keep", None)
     # A call for a loss needs no key-value cache, with which transformers would ignore packed rows in its mask.
     if "use_cache" in inspect.signature(plain).parameters and given.get("use_cache") is None:
         given["use_cache"] = False
+    if loss_options is None and not torch.is_grad_enabled():
+        return plain(**given)
+    labels, num_items = given.pop("labels"), given.pop("num_items_in_batch", None)
+    given.pop("logits_to_keep", None)
     found = fused_loss(plain, head, given, labels, loss_options)
     count = max(1, found.count) if num_items is None else torch.as_tensor(num_items, device=labels.device)
     loss = found.sums.loss / (count.to(found.sums.loss.device) if isinstance(count, Tensor) else count)

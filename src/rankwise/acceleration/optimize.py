@@ -78,8 +78,8 @@ def optimize_for_training(model: nn.Module, *, keep_memory: bool = True) -> Acce
     Call it after ``add_adapter``. Shared inputs and the fused loss apply to every device. Norms, rotary positions and
     gated MLPs are fused on a CPU and, by Triton, on CUDA. Attention is replaced on CPUs, and on CUDA for concatenated
     rows; the allocator's settings apply to CPUs. In your own loop, ``model(input_ids=ids, labels=ids).loss`` is the
-    fused loss, and that output has no logits. Another call starts over. ``rankwise.acceleration.restore(model)``
-    undoes everything except the allocator's thresholds.
+    fused loss, and that output has no logits, except without gradients. Another call starts over.
+    ``rankwise.acceleration.restore(model)`` undoes everything except the allocator's thresholds.
 
     Args:
         model: A transformers model with an adapter.
