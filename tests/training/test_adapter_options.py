@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_rows import Recorder
 
 from rankwise import Nf4Config, quantize
@@ -67,6 +68,36 @@ def test_a_continued_adapter_trains_in_the_dtype_asked_for(
     train(settings(**short, output=tmp_path / "first"))
     train(settings(**short, adapter=tmp_path / "first", adapter_dtype=chosen))
     assert {value.dtype for value in trained(tmp_path / "run").values()} == {dtype}
+
+
+def test_another_adapter_or_other_new_tokens_do_not_resume(settings: Any, tmp_path: Path) -> None:
+    """Under the same names as those with which the run was started."""
+    first, tokens = tmp_path / "first", tmp_path / "tokens.txt"
+    short = {"max_steps": 1, "eval_steps": None, "eval_data": None, "lr_scheduler_type": "constant"}
+    tokens.write_text("<yes>")
+    train(settings(**short, output=first, new_tokens=str(tokens)))
+    train(settings(**short, adapter=first))
+    tokens.write_text("<no>")
+    adapter = first / "adapter_model.safetensors"
+    save_file({key: 2 * value for key, value in load_file(adapter).items()}, adapter, {"format": "pt"})
+    longer = short | {"max_steps": 2, "resume": True}
+    with pytest.raises(RunError, match="RW508.*--adapter"):
+        train(settings(**longer, adapter=first))
+    with pytest.raises(RunError, match="RW508.*--new-tokens"):
+        train(settings(**longer, output=first, new_tokens=str(tokens)))
+
+
+def test_a_continued_adapter_keeps_its_tokens_and_template(settings: Any, tmp_path: Path) -> None:
+    rows, template = tmp_path / "rows.jsonl", tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }} </s> {% endfor %}")
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "<yes> w2"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    short = {"data": str(rows), "eval_data": None, "eval_steps": None, "max_steps": 1}
+    first = train(settings(**short, output=tmp_path / "first", new_tokens="<yes>", chat_template=template))
+    second = train(settings(**short, adapter=tmp_path / "first"))
+    used = [{key: run.data["train"][key] for key in ("tokens", "chat_template_sha256")} for run in (first, second)]
+    assert used[0] == used[1]
+    assert "<yes>" in (tmp_path / "run" / "tokenizer.json").read_text()
 
 
 def test_layers_need_a_list_of_targets(settings: Any) -> None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from rankwise.adapters.peft_config import read_config
 from rankwise.config import DEMO
-from rankwise.errors import AdapterError, RunError
+from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.foreign import Fields
 from rankwise.records import RUN_FILE, RunRecord, record_of
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from rankwise.quantization.config import FourBitConfig
 
@@ -70,6 +71,27 @@ def dtype_of(adapter: Path) -> torch.dtype | None:
 
     dtype = getattr(torch, str(_facts(adapter).get("dtype")), None)
     return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def tokenizer_with_rows(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The base's ``tokenizer``, or the one in the adapter's folder where the adapter has rows for new tokens."""
+    from rankwise.adapters.checkpoint import read_folder
+
+    rows = read_folder(adapter)[0].token_rows
+    has_new = any(token >= len(tokenizer) for ids in rows.values() for token in ids)
+    return tokenizer_of(adapter) if has_new else tokenizer
+
+
+def tokenizer_of(adapter: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in an adapter's folder. Raises ModelError (RW317)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(adapter))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            "RW317", f"the adapter in {adapter} has new tokens, and its tokenizer cannot be loaded: {error}."
+        ) from error
 
 
 def _named_by(record: RunRecord) -> str | None:

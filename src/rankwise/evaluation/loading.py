@@ -57,7 +57,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
     from rankwise.adapters import load_adapter
     from rankwise.adapters.checkpoint import read_folder
     from rankwise.adapters.peft_config import read_config
-    from rankwise.adapters.trained_base import revision_of
+    from rankwise.adapters.trained_base import revision_of, tokenizer_with_rows
     from rankwise.models import choose_device, load_model, warns_of_other_hub_model
 
     limit_generated_kernels()
@@ -84,8 +84,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
         raise ModelError(
             "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
         )
-    # The run's tokenizer has its new tokens.
-    own = tokenizer_of(adapters[0]) if adapters and read_folder(adapters[0])[0].token_rows else tokenizer
+    own = tokenizer_with_rows(adapters[0], tokenizer) if adapters else tokenizer
     names = adapter_names(len(adapters))
     for adapter_name, adapter in zip(names, adapters):
         load_adapter(model, adapter, name=adapter_name, trainable=False)
@@ -105,20 +104,10 @@ def check_new_tokens(adapters: Sequence[Path], *, base: bool) -> None:
 
 
 def _new_tokens(adapter: Path, rows: Mapping[str | None, Sequence[int]]) -> str:
+    from rankwise.adapters.trained_base import tokenizer_of
+
     ids = sorted({token for own in rows.values() for token in own})
     return ", ".join(tokenizer_of(adapter).convert_ids_to_tokens(ids)) if ids else "none"
-
-
-def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in an adapter's folder. Raises ModelError (RW317)."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            "RW317", f"the adapter in {folder} has new tokens, and its tokenizer cannot be loaded: {error}."
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from rankwise.records import record_of
 
 
 def with_adapters_options(given: TrainSettings) -> TrainSettings:
-    """The settings with the options of the adapter that ``--adapter`` names; unchanged without ``--adapter``.
+    """The settings with the options of the adapter that ``--adapter`` names, and the chat template of its run where one
+    was given; unchanged without ``--adapter``.
 
     Raises AdapterError (RW409, RW410) for an adapter that cannot be read, ConfigError (RW764) for options that differ
     from the adapter's, or for a method that does not train adapters of its kind.
@@ -39,6 +40,9 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
         raise ConfigError(
             "RW764", f"{', '.join(odd)}: --adapter {given.adapter} has its own value; leave the option out."
         )
+    record = record_of(given.adapter)
+    if given.chat_template is None and record is not None and record.settings.get("chat_template"):
+        own["chat_template"] = given.adapter / "chat_template.jinja"
     return given.model_copy(update=own)
 
 

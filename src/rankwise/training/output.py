@@ -155,17 +155,19 @@ def _given(value: object) -> str:
 def check_same_inputs(output: Path, data: Mapping[str, Fields], base_model: Fields) -> None:
     """Raise RunError (RW508) with every input whose content differs from that of the run in ``output``.
 
-    ``data`` and ``base_model`` are as in the record, and are compared by their sha256.
+    ``data`` and ``base_model`` are as in the record, and are compared by their sha256, where the older record has one.
     """
     before = load_record(output)
     pairs = {
         "--data": (before.data.get("train", {}), data["train"], "sha256"),
         "--chat-template": (before.data.get("train", {}), data["train"], "chat_template_sha256"),
         "--reward": (before.data.get("train", {}), data["train"], "rewards_sha256"),
+        "--adapter": (before.data.get("train", {}), data["train"], "adapter_sha256"),
+        "--new-tokens": (before.data.get("train", {}), data["train"], "new_tokens_sha256"),
         "--eval-data": (before.data.get("eval", {}), data.get("eval", {}), "sha256"),
         "--model": (before.base_model, base_model, "sha256"),
     }
-    changed = [name for name, (old, new, key) in pairs.items() if old.get(key) != new.get(key)]
+    changed = [name for name, (old, new, key) in pairs.items() if old.get(key) not in (None, new.get(key))]
     if changed:
         raise RunError(
             "RW508",

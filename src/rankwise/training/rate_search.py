@@ -28,11 +28,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.trainer_utils import SaveStrategy
 
-from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError, RunError
-from rankwise.foreign import checked, read_json
+from rankwise.foreign import Fields, checked, read_json
 from rankwise.records import RateSearch, RateTrial, load_record, write_json
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
@@ -41,7 +40,6 @@ from rankwise.training.arguments import LED_BY_EVALUATIONS
 from rankwise.training.observer import Observer
 from rankwise.training.setup import Data
 from rankwise.training.spine import RunTrainer
-from rankwise.weights_file import sha256_of
 
 # One in KEPT rates of a round goes on to the next.
 KEPT = 3
@@ -129,17 +127,17 @@ def search(
     steps: int,
     trainer_of: Callable[[TrainSettings, Data], RunTrainer],
     observer: Observer,
-    base: str,
+    inputs: Fields,
 ) -> RateSearch:
-    """Search the best rate for a run of ``steps``. The model's weights are restored. ``base``: the hash of its weights.
+    """Search the best rate for a run of ``steps``. The model's weights are restored. ``inputs``: the run's inputs, with
+    their hashes.
 
     Raises ConfigError: RW175 for too few rows to hold some out, RW176 where every rate diverges.
     """
     training, held = kept_apart(data)
     path = notes_of(given.output)
-    adapter = None if given.adapter is None else sha256_of(given.adapter / WEIGHTS_FILE)
     settings = given.model_dump(mode="json", exclude={"output", "overwrite", "ignore_plan"})
-    described = settings, data.describe(), base, adapter
+    described = settings, inputs
     noted = _noted(path, hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest())
     started = time.monotonic() - noted.seconds
     known = {(trial["learning_rate"], trial["steps"]): trial for trial in noted.trials}

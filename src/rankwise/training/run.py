@@ -198,6 +198,7 @@ def _prepare(
     inputs = _read(given, lora, observer, foresight)
     learning, loaded, data = inputs.learning, inputs.loaded, inputs.data
     described = data.describe()
+    described["train"] |= setup.other_hashes(given)
     _check_alike(inputs, described)
     if mode == "resume":
         output.check_same_inputs(given.output, described, inputs.base)
@@ -220,8 +221,8 @@ def _prepare(
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
     if given.searched_rates and not given.dry_run:
-        base_hash = inputs.base["sha256"]
-        searched = rate_search.search(given, data, loaded.model, trainer.total_steps, make, observer, base_hash)
+        hashed = {**described, "base": inputs.base["sha256"]}
+        searched = rate_search.search(given, data, loaded.model, trainer.total_steps, make, observer, hashed)
         given = rate_search.with_rate(given, searched)
         trainer = make(given, data)
     groups = _groups(given, loaded.model)

@@ -22,6 +22,8 @@ from rankwise.adapters.checkpoint import read_folder
 from rankwise.adapters.eva import MOST_BATCHES
 from rankwise.adapters.foreign_layer import dequantizer
 from rankwise.adapters.inject import attach
+from rankwise.adapters.saving import WEIGHTS_FILE
+from rankwise.adapters.trained_base import tokenizer_with_rows
 from rankwise.compat.transformers import before_weights
 from rankwise.config import BASELINES, FOUR_BITS, TrainSettings
 from rankwise.constants import IGNORED
@@ -38,8 +40,10 @@ from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.training import ranks
 from rankwise.training.arguments import mixed_precision
 from rankwise.training.checkpoints import Checkpoint
+from rankwise.training.new_tokens import new_tokens
 from rankwise.training.prepared import is_quantized, load_prepared
 from rankwise.training.sharding import shard_before_loading
+from rankwise.weights_file import sha256_of
 
 ANSWER_TOKENS = 64
 PROBE_TOKENS = 64
@@ -136,6 +140,16 @@ def encode_data(
     return Data(train, evaluation, rows, template, eval_rows)
 
 
+def other_hashes(given: TrainSettings) -> dict[str, str]:
+    """The sha256 of the files, other than data and base model, with which a run must be resumed."""
+    found = {}
+    if given.adapter is not None:
+        found["adapter_sha256"] = sha256_of(given.adapter / WEIGHTS_FILE)
+    if given.new_tokens is not None:
+        found["new_tokens_sha256"] = hashlib.sha256("\n".join(new_tokens(given.new_tokens)).encode()).hexdigest()
+    return found
+
+
 def quantization_for(given: TrainSettings) -> FourBitConfig | None:
     """The 4-bit config of the method, None where the base is dense. Defaults: NF4 with double quantization (QLoRA,
     section 3)."""
@@ -172,6 +186,8 @@ def load_for_training(given: TrainSettings) -> LoadedBase:
         )
     if tokenizer is None:
         raise ConfigError("RW115", f"{given.model} has no tokenizer, which training needs; add its tokenizer files.")
+    if given.adapter is not None:
+        tokenizer = tokenizer_with_rows(given.adapter, tokenizer)
     return LoadedBase(source, model, tokenizer, where, choice.dtype, precision, choice.reason)
 
 
