@@ -18,7 +18,7 @@ import rankwise as rw
 from rankwise.cli.export import warn_of_other_weights
 from rankwise.cli.export_rows import prompts_of, rows_of
 from rankwise.cli.words import printable
-from rankwise.errors import RankwiseWarning
+from rankwise.errors import DataError, RankwiseWarning
 from rankwise.models import ModelSource, load_model, load_tokenizer
 from rankwise.records import RunRecord
 
@@ -101,6 +101,27 @@ def test_rows_held_out_do_not_weigh_the_error(run_folder, model_folder, tmp_path
     for prompt, row in zip(prompts_of(rows, 3), rows.held_out):
         assert prompt == row.ids.tolist()[: len(prompt)]
         assert row.labels[len(prompt)] != -100
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+def test_rows_of_other_objectives_are_their_good_answers(run_folder, model_folder, tmp_path, objective):
+    folder = run_folder()
+    pairs = [{"prompt": f"what is {i}?", "chosen": "a b", "rejected": "c d"} for i in range(1, 30)]
+    marks = [
+        {"prompt": f"what is {i}?", "completion": "a b" if i % 2 else "c d", "label": i % 2 == 1} for i in range(30)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, marks if objective == "kto" else pairs)))
+    settings = {"model": str(model_folder), "data": str(tmp_path / "rows.jsonl")}
+    RunRecord("dora", 0, settings, objective=objective).save(folder)
+    tokenizer = load_tokenizer(str(model_folder))
+    if objective == "grpo":
+        with pytest.raises(DataError, match="RW207: .* give some with --data"):
+            rows_of(folder, None, tokenizer)
+        return
+    rows = rows_of(folder, None, tokenizer)
+    texts = [tokenizer.decode(ids) for ids in [*rows.inputs, *(row.ids for row in rows.held_out)]]
+    assert len(texts) == (15 if objective == "kto" else 29)
+    assert all("a b" in text and "c d" not in text for text in texts)
 
 
 @pytest.mark.parametrize(

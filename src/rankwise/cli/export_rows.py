@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 
 from rankwise.constants import IGNORED
 from rankwise.data import check_there, encode_rows, read_rows
+from rankwise.data.preference_formats import PREFERENCE_FORMATS
 from rankwise.errors import DataError
 from rankwise.evaluation.loading import max_length_of, template_of
 from rankwise.export.adapter import Rows
@@ -26,14 +28,23 @@ SHORTEST_PROMPT, LONGEST_PROMPT = 8, 256
 
 
 def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """The rows of `--data`, else those of the run, else the built-in text; some of them held out for the comparison."""
+    """The rows of `--data`, else those of the run, else the built-in text; some of them held out for the comparison.
+
+    Of a run on preferences, these are the good answers. Raises DataError (RW207) for a run on rewards, which has none.
+    """
     record = record_of(adapter)
     options = {} if record is None else record.settings
     source = data or options.get("data")
     if source is None or (data is None and not _is_there(str(source))):
         return Rows((), [Row(chunk[0], chunk[0]) for chunk in text_chunks(tokenizer, default_text())])
+    objective = "sft" if record is None or data is not None else record.objective
+    if objective == "grpo":
+        raise DataError(
+            "RW207", f"the run in {adapter} learned from rewards, and its rows hold no answers; give some with --data."
+        )
     given = ("prompt_column", "completion_column") if data is None else ()
-    return _encoded(adapter, str(source), {name: options.get(name) for name in given}, tokenizer)
+    columns = {name: options.get(name) for name in given}
+    return _encoded(adapter, str(source), {**columns, "formats": PREFERENCE_FORMATS.get(objective)}, tokenizer)
 
 
 def _is_there(source: str) -> bool:
@@ -44,8 +55,9 @@ def _is_there(source: str) -> bool:
     return True
 
 
-def _encoded(adapter: Path, source: str, columns: Fields, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    rows = read_rows(source, split="train", skip_bad_rows=None, **columns)
+def _encoded(adapter: Path, source: str, options: Fields, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    rows = read_rows(source, split="train", skip_bad_rows=None, **options)
+    rows = dataclasses.replace(rows, items=[row for row in rows if row.label is not False])
     encoded = encode_rows(
         rows[:: max(1, len(rows) // SAMPLED_ROWS)],
         tokenizer,
