@@ -281,6 +281,13 @@ def warn_of_no_bias(config: LoraConfig, biases: Collection[object]) -> None:
         warn(NO_EFFECT, f"bias is {config.bias!r}, and {where}; it has no effect.", stacklevel=3)
 
 
+def warn_of_no_dropout(config: LoraConfig, targets: Iterable[Place]) -> None:
+    """Warn (RW420) where all ``targets`` are embeddings, which take no dropout."""
+    if config.lora_dropout and not any(place.is_linear or place.is_foreign for place in targets):
+        text = f"lora_dropout is {config.lora_dropout:g}, and embeddings take none; it has no effect."
+        warn(NO_EFFECT, text, stacklevel=3)
+
+
 def _missing_targets(config: LoraConfig, names: Names) -> Iterator[tuple[str, str]]:
     """(setting, message with the names that match nothing and the closest names)."""
     yield from _missing_modules(config.target_modules, names)

@@ -49,6 +49,7 @@ REFUSED = [
 WARNED = [
     ({"bias": "all"}, ["bias is 'all', and the model has no biases"]),
     ({"bias": "lora_only"}, ["bias is 'lora_only', and the adapted modules have no biases"]),
+    ({"target_modules": ["embed_tokens"], "lora_dropout": 0.1}, ["lora_dropout is 0.1, and embeddings take none"]),
     ({"exclude_modules": ["lm_haed", "q_proj"]}, ["exclude_modules names 'lm_haed'", "did you mean lm_head?"]),
     ({"exclude_modules": r".*\.99\..*"}, [r"exclude_modules names '.*\\.99\\..*'"]),
     ({"rank_pattern": {"q_proj": 2, "w_proj": 3}}, ["rank_pattern names 'w_proj'"]),

@@ -59,6 +59,7 @@ from rankwise.matching import (
     warn_of_experts,
     warn_of_idle,
     warn_of_no_bias,
+    warn_of_no_dropout,
     warn_of_unread,
 )
 
@@ -134,6 +135,7 @@ def plan_adapter(
         warn_of_unread(config, places)
         _warn_of_foreign([modules[name] for name in targets])
         warn_of_experts(config, experts_left_out(modules, config, stacks))
+        warn_of_no_dropout(config, [places[name] for name in targets])
     planned = [planned_module(config, target, modules[target]) for target in targets]
     planned += [planned_stack(config, stack, modules) for stack in stacks]
     saved = module_names(modules, config.modules_to_save or ())

@@ -25,6 +25,7 @@ from rankwise.matching import (
     warn_of_experts,
     warn_of_idle,
     warn_of_no_bias,
+    warn_of_no_dropout,
 )
 from rankwise.planning.shape import Module, Shape
 
@@ -116,6 +117,8 @@ def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
     experts = {f"{item.name}.{leaf}": prod(size) for item in shape.modules for leaf, size in zip(STACKS, item.stacks)}
     adapted_stacks = [item.name for item in stacks]
     warn_of_experts(config, left_out(config, experts, experts, adapted_stacks, shape.parameters))
+    places = _places(shape)
+    warn_of_no_dropout(config, [places[item.module.name] for item in adapted])
     warn_of_idle(config, names, [*(item.module.name for item in adapted), *adapted_stacks])
     whole = tuple(module for module in shape.modules if config.trains_whole(module.name))
     biases = tuple(_biases(shape, config, adapted, whole))
