@@ -176,6 +176,11 @@ def test_neftune_is_noise_in_training_alone(settings: Any, tmp_path: Path) -> No
     assert "NEFTune" not in plain.device["rows"]
 
 
+def test_neftune_refuses_packed_rows(settings: Any) -> None:
+    with pytest.raises(ConfigError, match=r"RW112: --packing"):
+        check_combinations(settings(neftune_noise_alpha=5.0, packing=True))
+
+
 def test_an_adapted_embedding_is_a_group_of_its_own(settings: Any) -> None:
     record = train(settings(max_steps=2, eval_steps=2, target_modules="q_proj,embed_tokens", loraplus_ratio=2))
     assert record.learning_rates == {"lora_A": 1e-2, "lora_B": 2e-2, "embedding": EMBEDDING_RATE}

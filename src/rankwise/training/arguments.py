@@ -62,6 +62,12 @@ def check_combinations(given: TrainSettings) -> None:
             f"--warmup-steps has no effect on --lr-scheduler-type {given.lr_scheduler_type}; leave it out, or take "
             "constant_with_warmup.",
         )
+    if given.packing and given.neftune_noise_alpha is not None:
+        raise ConfigError(
+            "RW112",
+            "--packing lays rows end to end, and the noise of --neftune-noise-alpha depends on a row's length; leave "
+            "one of them out.",
+        )
     kind = given.init.partition(":")[0]
     if kind == "eva" and given.objective != "sft":
         raise ConfigError(
