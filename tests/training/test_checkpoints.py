@@ -130,8 +130,15 @@ def test_full_disk_is_said_before_writing(tmp_path: Path) -> None:
 def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
     for step in range(1, 6):
         save_checkpoint(tmp_path, step, write)
-    assert remove_old(tmp_path, keep=2, best_step=1) == [2, 3]
+    assert remove_old(tmp_path, keep=2, step=5, best_step=1) == [2, 3]
     assert [item.step for item in list_checkpoints(tmp_path)] == [1, 4, 5]
+
+
+def test_the_one_just_written_stays_beside_damaged_later_ones(tmp_path: Path) -> None:
+    for step in (10, 20, 15):
+        save_checkpoint(tmp_path, step, write)
+    assert remove_old(tmp_path, keep=1, step=15) == [10, 20]
+    assert [item.step for item in list_checkpoints(tmp_path)] == [15]
 
 
 def test_unfinished_ones_are_not_seen_and_are_cleared(tmp_path: Path) -> None:
@@ -148,7 +155,7 @@ def save_for_ever(folder: Path, said: Connection) -> None:
     for step in itertools.count(first):
         state = {"step": step, "value": torch.full((200_000,), float(step))}
         save_checkpoint(folder, step, lambda path, state=state: save_state(path, "optimizer", state))
-        remove_old(folder, 1)
+        remove_old(folder, 1, step)
         said.send(step)
 
 

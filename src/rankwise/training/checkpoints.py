@@ -129,10 +129,15 @@ def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Che
     return None
 
 
-def remove_old(run_folder: Path, keep: int, best_step: int | None = None) -> list[int]:
-    """Remove all checkpoints except the newest ``keep`` and the best one. Returns the removed steps."""
+def remove_old(run_folder: Path, keep: int, step: int, best_step: int | None = None) -> list[int]:
+    """Remove all checkpoints except the newest ``keep`` up to ``step`` and the best one. Returns the removed steps.
+
+    Later checkpoints than that of ``step``, just written, were damaged when the run was resumed from an earlier one.
+    """
     checkpoints = list_checkpoints(run_folder)
-    removed = [item for item in checkpoints[: max(0, len(checkpoints) - keep)] if item.step != best_step]
+    there = [item for item in checkpoints if item.step <= step]
+    kept = {best_step, *(item.step for item in there[-keep:])}
+    removed = [item for item in checkpoints if item.step not in kept]
     for checkpoint in removed:
         _discard(checkpoint.path)
     return [checkpoint.step for checkpoint in removed]

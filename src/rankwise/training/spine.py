@@ -247,7 +247,7 @@ class RunTrainer(TrlTrainer):
         if ranks.is_writer():
             write = functools.partial(self._write_checkpoint, states=states, weights=weights, optimizer=optimizer)
             save_checkpoint(self.run_folder, step, write, checkpoint_bytes(self.model))
-            remove_old(self.run_folder, self.checkpoint_limit, self.state.best_global_step)
+            remove_old(self.run_folder, self.checkpoint_limit, step, self.state.best_global_step)
         self.last_saved = step
         ranks.barrier()
 
