@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from rankwise.acceleration import optimize_for_training
 from rankwise.adapters import adapter_parameters, add_adapter
 from rankwise.config import check_objective
 from rankwise.data.encoding import RowEncoder
-from rankwise.errors import Interrupted, RankwiseError
+from rankwise.errors import Interrupted, RankwiseError, RunError
 from rankwise.lora_config import LoraConfig
 from rankwise.records import load_record, read_metrics
 from rankwise.training.foresight import MicroBatch
@@ -307,6 +308,16 @@ def test_evaluations_give_the_reward_of_greedy_answers(rewarded: Any, tmp_path: 
     train(rewarded(output=tmp_path / "watched", eval_data=held_out, eval_steps=2))
     rewards = [[x["reward"] for x in read_metrics(f) if "reward" in x] for f in (plain, tmp_path / "watched")]
     assert rewards[0] == rewards[1], "evaluations may not change a run"
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, 0.5]])
+def test_an_evaluation_weighs_answers_as_a_step_does(weights: list[float]) -> None:
+    """Where each reward scores some of the answers only, and one answer gets no score."""
+    nan, given = math.nan, SimpleNamespace(reward_weights=torch.tensor(weights))
+    scores = torch.tensor([[1.0, nan], [nan, 3.0], [nan, nan]])
+    assert float(GrpoTrainer._weighted(given, scores)) == (weights[0] + 3 * weights[1]) / 2  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="RW774: .* 1 evaluation answers"):
+        GrpoTrainer._weighted(given, scores[2:])  # type: ignore[arg-type]
 
 
 def test_the_plan_knows_how_many_answers_an_evaluation_writes(rewarded: Any) -> None:

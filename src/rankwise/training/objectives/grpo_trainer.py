@@ -34,7 +34,7 @@ from rankwise.acceleration.log_probs import Asked, TokenScores, accept_scores, s
 from rankwise.adapters.reference import reference_at_work
 from rankwise.compat.trl import RepeatSampler, heads_by, metrics_of
 from rankwise.constants import IGNORED
-from rankwise.errors import ConfigError, warn
+from rankwise.errors import ConfigError, RunError, warn
 from rankwise.foreign import JsonObject
 from rankwise.known_names import REFUSED
 from rankwise.training import ranks
@@ -242,12 +242,25 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
                 places = range(len(rows))[start : start + EVALUATED_AT_ONCE * ranks.count()]
                 rewards.append(self._rewards_of(rows, places))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        each = torch.cat(rewards).nanmean(0)
-        reward = float((each * self.reward_weights.to(each)).nansum())
+        scores = torch.cat(rewards)
+        reward, each = float(self._weighted(scores)), scores.nanmean(0)
         figures = {f"{metric_key_prefix}_reward": reward, f"{metric_key_prefix}_loss": -reward}
         for name, value in zip(self.reward_func_names, each.tolist(), strict=True):
             figures[f"{metric_key_prefix}_rewards/{name}/mean"] = value
         return EvalLoopOutput(np.empty(0), None, figures, len(rows))
+
+    def _weighted(self, scores: Tensor) -> Tensor:
+        """The mean over answers of the weighted sum of their scores (answers, reward functions), as in a step: a
+        function may score some answers only, and an answer without any score does not count. Raises RunError (RW774).
+        """
+        has_score = scores.isfinite().any(1)
+        if not has_score.any():
+            raise RunError(
+                "RW774",
+                f"no --reward gave a score for any of the {len(scores)} evaluation answers, all of which got None; let "
+                "one of them return numbers, or leave out --eval-data.",
+            )
+        return (scores * self.reward_weights.to(scores)).nansum(1)[has_score].mean()
 
     def _rewards_of(self, data: Dataset, places: range) -> Tensor:
         """Rewards (places, reward functions). Every process answers equally many prompts; the last may repeat."""
