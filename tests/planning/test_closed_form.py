@@ -143,6 +143,7 @@ NARROW = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 320, "num
         ("llama", "lora", {}),
         ("llama", "dora", {"target_modules": ("q_proj", "o_proj", "down_proj")}),
         ("llama", "full", {}),
+        ("llama", "lora", {"dtype": "float32"}),
         ("qwen2", "lora", {"triton": False}),
         ("qwen3", "dora", {}),
         ("gemma", "lora", {"target_modules": ("q_proj",)}),
