@@ -216,6 +216,7 @@ def test_cross_entropy_and_gradient(chosen: str, smoothing: float, softcap: floa
     kept = torch.distributions.Categorical(logits=z[targets >= 0].detach())
     torch.testing.assert_close(entropy, kept.entropy().sum(), rtol=1e-6, atol=0)
     assert correct == (z.argmax(1) == targets).sum()
+    assert elementwise.cross_entropy_(logits, targets)[1:] == (None, None)
 
 
 def test_sums_of_apples_gpus_are_not_in_float64() -> None:

@@ -306,6 +306,17 @@ class TestChoice:
             ops.quantize_4bit(torch.randn(4, 64))
 
 
+def test_fake_tensors_are_where_they_are_said_to_be() -> None:
+    real = torch.ones(2)
+    with FakeTensorMode():
+        fake = torch.ones(2)
+    for device in ("cpu", "cuda"):
+        with selection.fakes_as(device):
+            assert selection.stands_on_card(fake) is selection.takes_triton(fake) is (device == "cuda")
+            assert not selection.stands_on_card(real)
+    assert not selection.stands_on_card(fake)
+
+
 class TestBadInput:
     @pytest.mark.parametrize("quant_type", ["nf5", "", "NF4"])
     def test_type(self, quant_type: str) -> None:

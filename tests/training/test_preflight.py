@@ -10,10 +10,11 @@ import safetensors.torch
 import torch
 
 from rankwise.adapters import adapter_parameters, add_adapter, save_adapter
+from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.errors import RankwiseWarning, RunError
 from rankwise.lora_config import LoraConfig
 from rankwise.training.preflight import GradientCheck, check_disk, check_labels, check_reload, check_trainable
-from tiny_models import tiny_llama
+from tiny_models import tiny_llama, tiny_moe
 
 SOUND = {"tokens": 100, "trained_tokens": 40, "stop_rows": 8, "whole_texts": False, "source": "rows.jsonl"}
 
@@ -97,6 +98,27 @@ def test_a_without_gradient_after_b_moved_is_named() -> None:
     check.parameters[lost].grad = torch.zeros_like(check.parameters[lost])
     with pytest.raises(RunError, match=r"q_proj\.lora_A"):
         check.look(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "part"),
+    [
+        (tiny_llama, {"trainable_token_indices": [90]}, TOKENS),
+        (tiny_llama, {"target_modules": ["embed_tokens"]}, "lora_embedding_B"),
+        (lambda: tiny_moe("mixtral"), {"target_parameters": ["mlp.experts.down_proj"]}, ".experts."),
+    ],
+    ids=["tokens", "embedding", "experts"],
+)
+def test_what_a_batch_need_not_reach_may_wait(make: Any, settings: dict[str, Any], part: str) -> None:
+    model = make()
+    add_adapter(model, LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **settings}))
+    check = GradientCheck(model)
+    backward(model)
+    unreached = [key for key in check.parameters if part in key]
+    for key in unreached:
+        check.parameters[key].grad = torch.zeros_like(check.parameters[key])
+    check.look(1)
+    assert list(check.waiting) == unreached != []
 
 
 def test_overflow_waits_only_with_loss_scaling() -> None:
