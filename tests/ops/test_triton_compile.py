@@ -124,8 +124,10 @@ def test_no_seed_causes_a_compilation() -> None:
     assert [dropout._signed(word) for word in (0, 2**31 - 1, 2**31, 2**32 - 1)] == [0, 2**31 - 1, -(2**31), -1]
 
 
-def test_four_bit_kernels_are_launched_without_fused_sums() -> None:
-    """Equality to the bit depends on it."""
-    for name in gpu_kernels._packed_cases():
+def test_every_launch_says_whether_sums_are_fused() -> None:
+    """Triton's default changes with its version, and equality to the bit depends on it where weights are packed."""
+    exact = {launch.name for name in gpu_kernels._packed_cases() for launch in gpu_kernels.launches(name)}
+    exact |= {"dropout", "dropout_add"}
+    for name in gpu_kernels.cases():
         for launch in gpu_kernels.launches(name):
-            assert launch.keywords["enable_fp_fusion"] is False
+            assert launch.keywords["enable_fp_fusion"] is (launch.name not in exact), launch.name

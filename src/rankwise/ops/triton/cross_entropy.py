@@ -197,6 +197,7 @@ def cross_entropy_(
                 SMOOTH=label_smoothing != 0,
                 COLUMNS=columns,
                 num_warps=max(1, columns // _PER_WARP),
+                enable_fp_fusion=True,
             )
         write_back(rows, logits)
     entropy = None if entropies is None else entropies.double().sum()

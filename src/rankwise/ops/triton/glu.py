@@ -100,7 +100,7 @@ def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
     with launching_on(gate.device):
         glu_kernel[(T, triton.cdiv(N, _COLUMNS))](
             gates, ups, out, N, gates.stride(0), ups.stride(0),
-            ACT=act, COLUMNS=_COLUMNS, num_warps=_WARPS,
+            ACT=act, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -118,6 +118,6 @@ def glu_backward(
     with launching_on(gate.device):
         glu_backward_kernel[(T, triton.cdiv(N, _COLUMNS))](
             douts, gates, ups, d_gate, d_up, product, N, douts.stride(0), gates.stride(0), ups.stride(0),
-            ACT=act, COLUMNS=_COLUMNS, num_warps=_WARPS,
+            ACT=act, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return d_gate, d_up, product

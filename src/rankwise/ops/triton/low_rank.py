@@ -88,5 +88,6 @@ def low_rank_add_(y: Tensor, u: Tensor, B: Tensor, scale: float, g: Tensor | Non
             ROWS=row_tile,
             COLUMNS=column_tile,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
     return write_back(rows, y)

@@ -184,12 +184,12 @@ def low_rank_grads_(
         low_rank_grads_kernel[(runs, blocks, triton.cdiv(R, ranks))](
             dy, y, None if dz is None else gain, U, B, dz, dU_shares, dB_shares, None if dm is None else dot_shares,
             T, N, R, dy.stride(0), 0 if y is None else y.stride(0), U.stride(0), B.stride(0),
-            RUN=run, RANKS=ranks, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=warps, num_stages=stages,
+            RUN=run, RANKS=ranks, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
         counts = (T * R, N * R, 0 if dm is None else N)
         low_rank_sums_kernel[(sum(triton.cdiv(count, _ELEMENTS) for count in counts),)](
             dU_shares, dB_shares, dot_shares, gain if folded else None, None if m is None else m.contiguous(), dU, dB,
             dm, float(scale), T * R, N * R, N, R, dU.stride(0), blocks, runs,
-            ELEMENTS=_ELEMENTS, num_warps=_SUM_WARPS,
+            ELEMENTS=_ELEMENTS, num_warps=_SUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dB, dm, dz

@@ -120,7 +120,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) ->
     with launching_on(x.device):
         rms_norm_kernel[(triton.cdiv(T, tile["ROWS"]),)](
             rows, w.contiguous(), y, rstd, T, D, rows.stride(0), float(eps),
-            OFFSET=offset, CAST_FIRST=cast_first, **tile, num_warps=_WARPS,
+            OFFSET=offset, CAST_FIRST=cast_first, **tile, num_warps=_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return y, rstd
 
@@ -139,7 +139,7 @@ def rms_norm_backward(
         rms_norm_backward_kernel[(triton.cdiv(T, tile["ROWS"]),)](
             dys, rows, w.contiguous(), rstd.contiguous(), past, dx, T, D,
             dys.stride(0), rows.stride(0), 0 if past is None else past.stride(0),
-            OFFSET=offset, **tile, num_warps=_WARPS,
+            OFFSET=offset, **tile, num_warps=_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dx
 

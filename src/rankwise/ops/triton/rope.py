@@ -88,6 +88,6 @@ def _turn(q: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> Te
     with launching_on(q.device):
         rope_kernel[(B * L, triton.cdiv(H, heads))](
             q, cos, sin, out, H, L, half, *q.stride(), *out.stride(), cos.stride(0) if cos.shape[0] > 1 else 0,
-            INVERSE=inverse, HEADS=heads, HALF=columns, num_warps=_WARPS,
+            INVERSE=inverse, HEADS=heads, HALF=columns, num_warps=_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -233,6 +233,7 @@ def _cross(W: Tensor, A: Tensor, B: Tensor, gram: Tensor | None) -> Tensor:
         row_cross_kernel[grid](
             W, A, B, sums, gram, N, K, R, W.stride(0),
             RUN=_RUN, RANKS=ranks, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=2,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return sums
 
@@ -261,6 +262,7 @@ def _gain(sums: Tensor, gram: Tensor, squared: Tensor, B: Tensor, m: Tensor, sca
         gain_kernel[(triton.cdiv(N, _GAIN_ROWS),)](
             sums, gram, squared.contiguous(), B, m.contiguous(), gain, float(scale), N, len(sums), len(gram),
             R=R, RANKS=min(max(power_of_two(R), _FEWEST), _GAIN_RANKS), ROWS=_GAIN_ROWS, num_warps=_GAIN_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return gain
 

@@ -77,5 +77,6 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
             num_warps=_WARPS,
+            enable_fp_fusion=True,
         )
     return dz, None if sums is None else sums.sum(0)
