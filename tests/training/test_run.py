@@ -54,6 +54,10 @@ def test_run_folder_has_everything_and_no_pickle(method: str, settings: Any, tmp
     )
     # B starts at zero, and a full fine-tuning has none.
     assert all(line["b_norm"] > 0 if method != "full" else "b_norm" not in line for line in lines if "loss" in line)
+    # A checkpoint does not grow with the number of logged lines.
+    (saved,) = (folder / "checkpoints").glob("*8/trainer_state.json")
+    history = json.loads(saved.read_text())["log_history"]
+    assert [(line["step"], "eval_loss" in line) for line in history] == [(0, True), (4, True), (8, True)]
     assert watcher.phases == ["Reading data", "Loading the model", "Encoding data", "Training", "Saving"]
 
 

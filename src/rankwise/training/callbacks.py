@@ -125,6 +125,10 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         logs: JsonObject = more["logs"]
+        # Every checkpoint holds this history, of which only evaluations are read; metrics.jsonl has all lines.
+        history = state.log_history
+        if len(history) > 1 and "eval_loss" not in history[-2]:
+            del history[-2]
         if self.metrics is None:
             return
         if "eval_loss" in logs:
