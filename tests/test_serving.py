@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.serving import SERVERS, WORDS, refusing, served, traits_of, vllm_rank
+from rankwise.serving import SERVERS, WORDS, refusing, served, served_in_short, traits_of, vllm_rank
 
 PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
 FORMS = {"peft": "PEFT's folder", "gguf": "`adapter.gguf`"}
@@ -21,6 +21,14 @@ def test_the_page_has_the_table(target):
 
 def test_ranks_are_those_of_vllms_flag():
     assert [vllm_rank(r) for r in (1, 3, 16, 17, 512, 513)] == [1, 8, 16, 32, 512, None]
+
+
+def test_an_adapter_that_belongs_on_four_bits_has_no_server():
+    """An export of it is refused (RW433)."""
+    for places in (served("qlora", {"r": 8, "init": "loftq"}), served_in_short("qlora", {"r": 8, "init": "loftq"})):
+        assert places[0].startswith("PEFT")
+        assert places[-1] == "merged (`rankwise merge --onto quantized`): anywhere"
+        assert not any("export" in place or "vLLM" in place for place in places)
 
 
 def test_who_refuses_dora_is_said_from_the_table():

@@ -18,6 +18,9 @@ VLLM_DEFAULT_RANK = 16
 AS_IT_IS = "PEFT, as it is"
 GGUF = "llama.cpp and Ollama: `rankwise export --for llama.cpp`"
 ANYWHERE = "merged (`rankwise merge`): anywhere"
+# LoftQ corrects the rounding of a 4-bit base, and servers load dense ones.
+OF_LOFTQ = ("PEFT, over the 4-bit base", "no server, since it corrects the rounding of a 4-bit base")
+LOFTQ_ANYWHERE = "merged (`rankwise merge --onto quantized`): anywhere"
 DORA_AS_LORA = (
     "An export writes DoRA as plain LoRA and states the error. It takes the least rank at which the update differs by "
     "at most 5 % (`--max-error`) and the perplexity of held-out rows by at most 1 %."
@@ -93,6 +96,8 @@ def served(method: str, config: Fields) -> tuple[str, ...]:
     """How the result of ``method`` can be served, one line for each way: directly, by `rankwise export`, or merged."""
     if method in BASELINES:
         return BASELINES[method]
+    if config.get("init") == "loftq":
+        return *OF_LOFTQ, LOFTQ_ANYWHERE
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
     if any(trait in MERGED_ONLY for trait in traits):
         return AS_IT_IS, f"no server takes {_words(traits, MERGED_ONLY)} beside an adapter", ANYWHERE
@@ -106,6 +111,8 @@ def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
     """`served` in short, for a table cell: servers of the adapter, servers of its export, and merged."""
     if method in BASELINES:
         return BASELINES[method]
+    if config.get("init") == "loftq":
+        return "PEFT", LOFTQ_ANYWHERE
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
     if any(trait in (*MERGED_ONLY, "experts") for trait in traits):
         return "PEFT", "merged: anywhere"

@@ -216,3 +216,10 @@ def test_taking_back_no_fast_is_offered_where_it_was_given():
     other = Advisor(estimate, seconds, 10 * 10**9)
     assert not any("fast" in change.settings for change in other.cheapest("lora", slow, 1))
     TrainSettings.model_validate({"model": "m", "data": "d", "output": "o", **FAST.settings})
+
+
+def test_servers_are_told_of_every_setting_that_they_refuse_or_ignore():
+    whole, scaled = ({"modules_to_save": ("lm_head",)}, {"use_rslora": True})
+    places = [advise(100 * 10**9, workload=dataclasses.replace(WORK, **own)).serving for own in (whole, scaled)]
+    assert "no server takes `modules_to_save` beside an adapter" in places[0]
+    assert any("ignores rsLoRA's scale" in place for place in places[1])

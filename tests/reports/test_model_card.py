@@ -223,3 +223,11 @@ def test_unfinished_run_says_so() -> None:
 
     assert "interrupted" in model_card(interrupted, CONFIG)
     assert "interrupted" not in model_card(record(), CONFIG)
+
+
+def test_a_loftq_adapter_is_not_said_to_be_served_as_it_is() -> None:
+    run = record("qlora")
+    run.settings["init"] = "loftq"
+    text = model_card(run, {"r": 8, "lora_alpha": 16, "base_model_name_or_path": "org/base"})
+    assert "rankwise merge --onto quantized" in text
+    assert "as it is" not in text

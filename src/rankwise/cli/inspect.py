@@ -85,12 +85,10 @@ def _run(folder: Path) -> JsonObject:
 
 
 def _adapter(folder: Path) -> JsonObject:
-    from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config
-    from rankwise.weights_file import refuse_pickles
+    from rankwise.adapters.checkpoint import read_folder
+    from rankwise.adapters.peft_config import read_config
 
-    refuse_pickles(folder, error=AdapterError, code="RW409")
-    document = read_config(folder)
-    config = from_peft(document, folder / CONFIG_FILE)
+    config, document = read_folder(folder)[0], read_config(folder)
     path = folder / "adapter_model.safetensors"
     weights = _weights([path], AdapterError, "RW409")
     return {
@@ -111,7 +109,7 @@ def _adapter(folder: Path) -> JsonObject:
         "adapted_modules": len({name.partition(".lora_")[0] for name in weights.shapes if ".lora_" in name}),
         **weights.describe(),
         "norm_of_B": norms_of_b(path, weights.shapes),
-        "serving": list(served("dora" if config.use_dora else "lora", document)),
+        "serving": list(served("dora" if config.use_dora else "lora", {**document, "init": config.init.kind})),
     }
 
 

@@ -50,9 +50,7 @@ class Recommendation:
 
     @property
     def serving(self) -> tuple[str, ...]:
-        work = self.workload
-        asked = {"r": work.r, "rank_pattern": work.rank_pattern, "target_parameters": work.target_parameters}
-        return () if self.method is None else served(self.method, asked)
+        return () if self.method is None else served(self.method, dataclasses.asdict(self.workload))
 
     def to_json(self) -> JsonObject:
         return {

@@ -78,6 +78,9 @@ def model_card(record: RunRecord, adapter_config: Fields | None = None, report: 
     ``report`` adds the table of adapted modules. Raises KeyError for a method that has no name here.
     """
     config = adapter_config or _config_by_settings(record)
+    if record.settings.get("init") == "loftq":
+        # PEFT's file has no word for it.
+        config = {**config, "init": "loftq"}
     base = _base_model(record, config)
     sections = [
         _front_matter(record.method, base, config),
