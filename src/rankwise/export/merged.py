@@ -230,7 +230,7 @@ def _trained_on(adapter: Path, given: FourBitConfig | None) -> FourBitConfig:
     if quantization is None:
         raise AdapterError(
             "RW414",
-            f"{adapter} has no record of training on a 4-bit base; merge it with --onto original, or say with "
+            f"{adapter} has no record that it belongs on a 4-bit base; merge it with --onto original, or say with "
             "--quantization on which format it trained.",
         )
     return quantization
