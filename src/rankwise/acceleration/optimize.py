@@ -20,8 +20,9 @@ from rankwise.acceleration.linears import replace_linears
 from rankwise.acceleration.loss import accept_labels
 from rankwise.acceleration.probe import probe
 from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
-from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo, put_back
+from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo
 from rankwise.acceleration.rows import replace_masks
+from rankwise.adapters.base_layer import put_back
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput

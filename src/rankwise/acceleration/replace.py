@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from rankwise.adapters.base_layer import REPLACED, has_hooks
+from rankwise.adapters.base_layer import REPLACED, has_hooks, put_back
 from rankwise.adapters.shared_input import refuse_pickling
 from rankwise.compat.accelerate import only_moves_inputs
 
@@ -55,19 +55,6 @@ def replace_forward(module: nn.Module, forward: Callable[..., object], undo: Und
     module.__dict__.update(notes)
     module.forward = types.MethodType(forward, module)
     undo.add(lambda: put_back(module))
-
-
-def put_back(module: nn.Module) -> None:
-    """Undo ``replace_forward``; does nothing where the module's forward was not replaced."""
-    before, notes = module.__dict__.pop(REPLACED, (None, None))
-    if notes is None:
-        return
-    for name in notes:
-        module.__dict__.pop(name, None)
-    if before is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = before
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:

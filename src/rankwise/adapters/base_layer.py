@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.foreign_layer import PACKED, dequantizer
-from rankwise.compat.accelerate import only_moves_inputs
+from rankwise.compat.accelerate import hook_again, only_moves_inputs
 from rankwise.compat.torch import hooks_around, with_own_parts
 from rankwise.ops.freshness import Key, frozen_key
 from rankwise.quantization.linear import is_conv1d
@@ -148,6 +148,30 @@ def weight_key(base: nn.Module) -> Key:
     return *frozen_key(W), weight_dtype(base), W.device
 
 
+def put_back(module: nn.Module) -> None:
+    """Undo ``acceleration.replace.replace_forward``; does nothing where the module's forward was not replaced."""
+    before, notes = module.__dict__.pop(REPLACED, (None, None))
+    if notes is None:
+        return
+    for name in notes:
+        module.__dict__.pop(name, None)
+    if before is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = before
+
+
+def with_own_weights(base: nn.Module) -> nn.Module:
+    """A shallow copy whose parameters can be replaced. A forward on the instance is bound to ``base``, so that the copy
+    gets its own.
+    """
+    copied = copy.copy(base)
+    with_own_parts(copied)
+    put_back(copied)
+    hook_again(copied)
+    return copied
+
+
 def with_weight(base: nn.Module, W: Tensor) -> nn.Module:
     """A plain layer that holds W (out, in), with the class of ``base`` (``nn.Linear`` where it is quantized) and its
     bias.
@@ -155,8 +179,7 @@ def with_weight(base: nn.Module, W: Tensor) -> nn.Module:
     if is_quantized(base):
         layer: Any = base
         return layer.dense_layer(W) if hasattr(base, "dense_layer") else _linear(W, getattr(base, "bias", None))
-    plain = copy.copy(base)
-    with_own_parts(plain)
+    plain = with_own_weights(base)
     transposed = is_conv1d(base) or isinstance(base, nn.Embedding)
     plain.weight = nn.Parameter(W.T.contiguous() if transposed else W, requires_grad=False)
     return plain

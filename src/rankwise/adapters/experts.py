@@ -10,7 +10,6 @@ where the module is transposed.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankwise.adapters.base_layer import with_own_weights
 from rankwise.adapters.layer import OverBase
 from rankwise.adapters.low_rank import init_low_rank_, merged_weight
 from rankwise.adapters.operator import computes_in
-from rankwise.compat.torch import own_parameters, share_hooks, with_own_parts
+from rankwise.compat.torch import own_parameters, share_hooks
 from rankwise.compat.transformers import gate_of
 from rankwise.ops.expert_lora import DenseStack, ExpertBranch, FrozenStack, low_rank_experts
 from rankwise.ops.grouped import Rows
@@ -110,8 +110,7 @@ class ExpertsLora(nn.Module):
 
     def merge(self, base: nn.Module) -> nn.Module:
         """A module like ``base`` whose adapted stacks are dense and merged; ``base`` does not change."""
-        merged = copy.copy(base)
-        with_own_parts(merged)
+        merged: Any = with_own_weights(base)
         for leaf, lora in self.pairs():
             stack = stack_at(merged, leaf)
             if stack is not None:

@@ -18,3 +18,15 @@ def only_moves_inputs(module: nn.Module) -> bool:
 def loads_weights(module: nn.Module) -> bool:
     """Whether accelerate loads the module's weights for each call, from a CPU or a disk."""
     return getattr(module.__dict__.get("_hf_hook"), "offload", False)
+
+
+def hook_again(copied: nn.Module) -> None:
+    """Bind accelerate's forward of a shallow copy, which is bound to the original, to the copy."""
+    hook = copied.__dict__.get("_hf_hook")
+    if hook is None or loads_weights(copied):
+        return
+    from accelerate.hooks import add_hook_to_module
+
+    for name in ("_hf_hook", "_old_forward", "forward"):
+        copied.__dict__.pop(name, None)
+    add_hook_to_module(copied, hook)
