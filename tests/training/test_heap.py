@@ -126,33 +126,64 @@ print(json.dumps(found))
 """
 
 
-def answer_of(script, *arguments):
+# Imports once, and runs each script that it reads in a child, whose heap is as the imports left it.
+FORKS = """
+import json, os, sys, traceback
+import torch, torch.distributed
+from rankwise.acceleration import allocator
+from rankwise.ops import low_rank_linear
+from rankwise.training import meters
+
+for line in sys.stdin:
+    if os.fork() == 0:
+        script, *sys.argv[1:] = json.loads(line)
+        try:
+            exec(script, {"__name__": "__main__"})
+        except BaseException:
+            print(json.dumps({"failed": traceback.format_exc()}))
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def answer_of():
+    """What a script prints, in a process of its own."""
     without = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE_CAPACITY")}
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=without)
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=without) as forks:
+
+        def answer(script, *arguments):
+            print(json.dumps([script, *arguments]), file=forks.stdin, flush=True)
+            found = json.loads(forks.stdout.readline())
+            assert not (isinstance(found, dict) and "failed" in found), found["failed"]
+            return found
+
+        yield answer
+        forks.stdin.close()
 
 
-def test_holes_between_blocks_in_use_go_back_to_the_system():
+def test_holes_between_blocks_in_use_go_back_to_the_system(answer_of):
     sizes = answer_of(HOLES)
     assert sizes["freed"] > sizes["full"] - (20 << 20)
     assert sizes["given_back"] < sizes["full"] - (180 << 20)
 
 
-def test_products_of_ever_new_shapes_do_not_fill_the_heap():
+def test_products_of_ever_new_shapes_do_not_fill_the_heap(answer_of):
     grown, limited = answer_of(SHAPES, "as it is"), answer_of(SHAPES, "limited")
     if grown < 2 << 20:
         pytest.skip("this CPU's products keep no generated code")
     assert limited < grown / 4
 
 
-def test_threads_that_gather_keep_nothing_of_their_own():
+def test_threads_that_gather_keep_nothing_of_their_own(answer_of):
     """gloo copies what it gathers, here 16 MB, in one of its threads."""
     assert answer_of(GATHERS, "shared") < answer_of(GATHERS, "apart") - (12 << 20)
 
 
 @needs_products
-def test_what_a_layer_lets_go_is_used_again():
+def test_what_a_layer_lets_go_is_used_again(answer_of):
     """Blocks of the same size in turn, of which one is let go: no hole is left beside each that stays."""
     found = answer_of(LAYERS)
     assert {name for name, share in found.items() if not 0.9 < share < 1.2} == set(), found
