@@ -68,7 +68,7 @@ def test_norms_kept_in_eager_mode_are_not_taken_into_a_graph():
 
 def test_a_fused_projection_compiles():
     torch._dynamo.reset()
-    model = tiny_gpt2()
+    model = tiny_gpt2(n_layer=1)
     parts = {"c_attn": [True, False, True]}
     rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["c_attn"], enable_lora=parts, use_dora=True))
     compiled = torch.compile(model, backend="eager")
