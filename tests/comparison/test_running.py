@@ -199,9 +199,9 @@ def test_tasks_that_come_later_are_measured_on_the_runs_that_are_there(tmp_path:
     again: Any = compare(**options)
     assert "e2e" not in again["runs"][0]["tasks"]
     (tmp_path / "out" / found["runs"][0]["folder"] / "evaluation" / "e2e" / "result.json").unlink()
-    other = rows.rename(tmp_path / "others.csv")
-    moved: Any = compare(**options, task="e2e", task_data=f"e2e={other}")
-    assert moved["runs"][0]["tasks"]["e2e"] == found["runs"][0]["tasks"]["e2e"]
+    rows.write_text("mr,ref\nname[B],B is a place.\n")
+    changed: Any = compare(**options, task="e2e", task_data=f"e2e={rows}")
+    assert changed["runs"][0]["tasks"]["e2e"] == found["runs"][0]["tasks"]["e2e"]
 
 
 def test_the_recommended_settings_are_those_of_the_best_run_in_their_usual_order(tmp_path: Path):

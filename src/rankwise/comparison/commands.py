@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 from rankwise.comparison import stages
@@ -67,8 +66,9 @@ class Commands:
         now = self._measuring(job)
         added = set(now["tasks"]) - set(before.get("tasks", ()))
         checked = now["merged_check"] and not before.get("merged_check")
-        moved = dict(_data_of(before)) != dict(_data_of(now)) if not added else False
-        return bool(added or checked or moved) or any(before.get(name) != now[name] for name in MEASURED)
+        asked = before.get("questions", {})
+        changed = any(asked.get(task, sha256) != sha256 for task, sha256 in now["questions"].items())
+        return bool(added or checked or changed) or any(before.get(name) != now[name] for name in MEASURED)
 
     def _max_steps(self, job: Job) -> int | None:
         assert job.cell is not None
@@ -159,15 +159,10 @@ class Commands:
             "merged_check": self.given.merged_check,
             "tasks": list(self.given.task),
             "task_data": list(self.given.task_data),
+            "questions": self.inputs.questions,
             "task_limit": self.given.task_limit,
             **{name: self.shared[name] for name in names},
         }
-
-
-def _data_of(job: Fields) -> Iterator[tuple[str, str]]:
-    for item in job["task_data"]:
-        task, _, place = item.partition("=")
-        yield task, place
 
 
 def _model(name: str) -> str:

@@ -37,6 +37,8 @@ class Inputs:
     described: JsonObject
     train_rows: int
     eval_rows: int
+    # The sha256 of each task's questions.
+    questions: JsonObject = dataclasses.field(default_factory=dict)
 
 
 def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import shlex
 import shutil
@@ -82,7 +83,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         clock = Clock(given.output)
         try:
             inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
-            _check_tasks(given, inputs)
+            inputs = _with_tasks(given, inputs)
             check_adapter(given)
         except InputError:
             if is_new:
@@ -152,15 +153,16 @@ def _check_objective(given: CompareSettings) -> None:
             learning_of(settings)
 
 
-def _check_tasks(given: CompareSettings, inputs: Inputs) -> None:
+def _with_tasks(given: CompareSettings, inputs: Inputs) -> Inputs:
     """Check the tasks before hours of training: unknown tasks, missing data or packages, unknown metrics."""
-    own = own_task(inputs.evaluation, shared_training(given))
-    tasks = [own, *make_tasks(given.task, data=given.task_data, limit=given.task_limit)]
+    asked = make_tasks(given.task, data=given.task_data, limit=given.task_limit)
+    tasks = [own_task(inputs.evaluation, shared_training(given)), *asked]
     name, _, metric = given.metric.partition(".")
     known = next((list(task.higher_is_better) for task in tasks if task.name == name and name != PERPLEXITY), None)
     if name == PERPLEXITY or (known and metric not in known):
         choice = ", ".join([EVAL_LOSS, *(f"{name}.{item}" for item in known or ())])
         raise ConfigError("RW167", f"--metric is {given.metric!r}, which is not measured; there are {choice}.")
+    return dataclasses.replace(inputs, questions={task.name: task.data_sha256 for task in asked})
 
 
 def _check_base(given: CompareSettings, plan: Plan, runs: Sequence[Run]) -> None:
