@@ -17,11 +17,11 @@ import torch
 from training_rows import Recorder, snapshot, write_rows
 
 from rankwise.adapters import load_adapter
-from rankwise.errors import ConfigError, DataError, InputError, Interrupted, RankwiseWarning, RunError
+from rankwise.errors import ConfigError, DataError, InputError, Interrupted, RankwiseWarning, RunError, warn
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.training.observer import StepInfo
-from rankwise.training.run import train
+from rankwise.training.run import _told_warnings, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
 
@@ -330,6 +330,19 @@ def test_resuming_a_finished_run_changes_nothing(settings: Any, tmp_path: Path) 
 def test_resume_without_a_run(settings: Any) -> None:
     with pytest.raises(RunError, match="no run to resume"):
         train(settings(resume=True))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_warning_is_told_once(watched: bool) -> None:
+    watcher, told = Recorder(), []
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with _told_warnings(watcher if watched else None, told):
+            for _ in range(2):
+                warn("RW527", "stopped early")
+    assert [warning["code"] for warning in told] == ["RW527"]
+    assert watcher.warnings == ["RW527"] * watched
+    assert len(shown) == 1 - watched
 
 
 def test_damaged_checkpoint_is_said_and_the_older_one_used(settings: Any, tmp_path: Path) -> None:

@@ -65,6 +65,19 @@ def test_evaluation_loss_is_the_mean_over_tokens(head: str, make_trainer: Any) -
     assert found == pytest.approx(mean_loss(trainer.model, encoded_rows(7, seed=9)), rel=1e-6)
 
 
+def test_batches_are_scored_as_their_rows_are(make_trainer: Any) -> None:
+    """Of unequal lengths, after steps on the same rows, so that some tokens are hit."""
+    given = {"rows": 7, "batch_size": 3, "gradient_accumulation": 1, "max_steps": 12, "learning_rate": 0.1}
+    trainer = make_trainer(**given)
+    trainer.train()
+    rows = trainer.evaluate(encoded_rows(7))
+    trainer.evaluates_batches = True
+    batches = trainer.evaluate(encoded_rows(7))
+    for name in ("eval_loss", "eval_mean_token_accuracy"):
+        assert batches[name] == pytest.approx(rows[name], rel=1e-5)
+    assert 0 < rows["eval_mean_token_accuracy"] < 1
+
+
 # Rows per batch and batches per step, of the same eight rows.
 BATCHINGS = ((8, 1), (2, 4))
 ONE_STEP = {
