@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import end_to_end
+import families
 import four_bits
 import generation
 import memory_plan
@@ -28,6 +29,7 @@ SUBJECTS: dict[str, Callable[[list[results.Run]], list[str]]] = {
     "quantized_load": quantized_load.page,
     "generation": generation.page,
     "scaling": scaling.page,
+    "families": families.page,
 }
 
 

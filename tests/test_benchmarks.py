@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rankwise import ops
+from rankwise.export.gguf_names import ARCHITECTURES
+from rankwise.planning.architectures import FAMILIES
 from tiny_models import tiny_llama
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -24,6 +28,7 @@ sys.path.append(str(BENCHMARKS))
 
 import contenders  # noqa: E402
 import end_to_end  # noqa: E402
+import families  # noqa: E402
 import pages  # noqa: E402
 import quantized_load  # noqa: E402
 import replay_halving  # noqa: E402
@@ -154,6 +159,29 @@ def test_command_leaves_folders_of_the_machine_out(monkeypatch: pytest.MonkeyPat
 def test_a_page_is_what_its_runs_make(subject: str) -> None:
     """``python benchmarks/pages.py`` writes them again after a change of their layout."""
     assert (results.PAGES / f"{subject}.md").read_text(encoding="utf-8") == pages.text_of(subject)
+
+
+def test_the_page_of_families_names_all_that_are_there() -> None:
+    """`make families` writes it again after a change of the families that transformers, the plan or the export know."""
+    (run,) = results.runs_of("families", results.FOLDER)
+    found = run["outcomes"]
+    if run["versions"]["transformers"] == transformers.__version__:
+        assert found["trained"].keys() == found["merged"].keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    # gemma3 is exported as its text part, gemma3_text.
+    assert found["llama.cpp"].keys() == ARCHITECTURES.keys() - {"gemma3"}
+    text = (results.PAGES / "families.md").read_text(encoding="utf-8")
+    assert all(f"`{family}`" in text for family in [*found["trained"], *FAMILIES, *ARCHITECTURES])
+
+
+def test_families_are_read_from_the_outcomes_of_tests(tmp_path: Path) -> None:
+    case = '<testcase name="test_a_dry_run_plans_it[{}]">{}</testcase>'
+    skipped = '<skipped message="not  made small"/>'
+    cases = [case.format("llama", ""), case.format("gpt-sw3", skipped), '<testcase name="test_another[llama]"/>']
+    (tmp_path / "found.xml").write_text(f"<testsuite>{''.join(cases)}</testsuite>")
+    assert families.outcomes(tmp_path / "found.xml")["planned"] == {"llama": "", "gpt-sw3": "not made small"}
+    (tmp_path / "found.xml").write_text(f"<testsuite>{case.format('llama', '<failure/>')}</testsuite>")
+    with pytest.raises(ValueError, match="llama.* failed"):
+        families.outcomes(tmp_path / "found.xml")
 
 
 def test_runs_of_other_processors_join_the_page_of_their_subject(tmp_path: Path) -> None:
