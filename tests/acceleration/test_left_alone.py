@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import rankwise as rw
-from rankwise.acceleration import restore
+from rankwise.acceleration import linears, restore
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.shared_input import SharedInput
 from rankwise.errors import AdapterError
@@ -381,3 +382,22 @@ def test_modules_whose_weights_are_loaded_for_each_call_are_named() -> None:
     done = rw.optimize_for_training(model)
     assert any("modules stay slow: accelerate loads their weights" in line for line in done.left_alone)
     assert done.norms == 0
+
+
+@pytest.mark.parametrize("way", ["optimized", "dispatched"])
+def test_a_merged_layer_computes_with_its_own_weight(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not with that of the layer whose forward, replaced or accelerate's, it copied."""
+    monkeypatch.setattr(linears, "is_slow_in_torch", lambda dtype: True)
+    model, ids = tiny_llama().to(torch.bfloat16), torch.arange(3, 27).view(2, 12)
+    if way == "dispatched":
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                add_hook_to_module(module, AlignDevicesHook("cpu"))
+    rw.add_adapter(model, rw.LoraConfig(r=4, init_lora_weights=False))
+    if way == "optimized":
+        assert rw.optimize_for_training(model).linears
+    expected = model(ids).logits
+    rw.merge_adapter(model)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0.1)
+    # Else the family keeps the fast rotary positions until the model is collected.
+    restore(model)

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from families import MAKERS, family
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import rankwise as rw
 from marks import needs_avx2
-from rankwise.acceleration import flattening_obstacle, fused_head, linears, restore, use_native_products
+from rankwise.acceleration import flattening_obstacle, fused_head, restore, use_native_products
 from rankwise.acceleration.attention import attention as own_attention
 from rankwise.acceleration.attention import kernel, mask_ranges
 from rankwise.planning.tracker import StorageTracker
@@ -216,23 +215,6 @@ def test_evaluation_has_the_same_loss() -> None:
         expected = model(**inputs).loss.item()
         rw.optimize_for_training(model)
         assert model(**inputs).loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("way", ["optimized", "dispatched"])
-def test_a_merged_layer_computes_with_its_own_weight(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not with that of the layer whose forward, replaced or accelerate's, it copied."""
-    monkeypatch.setattr(linears, "is_slow_in_torch", lambda dtype: True)
-    model, ids = family("llama", torch.bfloat16).eval(), batch()["input_ids"]
-    if way == "dispatched":
-        for module in model.modules():
-            if type(module) is torch.nn.Linear:
-                add_hook_to_module(module, AlignDevicesHook("cpu"))
-    rw.add_adapter(model, rw.LoraConfig(r=4, init_lora_weights=False))
-    if way == "optimized":
-        assert rw.optimize_for_training(model).linears
-    expected = model(ids).logits
-    rw.merge_adapter(model)
-    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0.02)
 
 
 def test_a_batch_without_labels_has_loss_zero_and_gradients() -> None:
