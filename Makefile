@@ -71,7 +71,7 @@ compat: ## canaries and properties with the oldest and the newest admitted libra
 families: $(STAMP) ## every causal family of transformers, tiny: steps, plans, merges, GGUF; and their page (some minutes)
 	$(BIN)/python -m pytest -m "families or not families" tests/acceleration/test_every_family.py tests/export/test_gguf.py \
 		--junitxml=$(VENV)/families.xml
-	$(BIN)/python benchmarks/families.py $(VENV)/families.xml
+	$(BIN)/python benchmarks/tried_families.py $(VENV)/families.xml
 
 grid: $(STAMP) ## the memory plan's closed form against its dry run, 960 combinations (half an hour)
 	$(BIN)/python -m pytest -m grid

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.records import RunRecord, load_record, read_metrics
-from rankwise.reports import loss_svg
+from rankwise.reports.loss_plot import loss_svg
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 GENERATIONS = 10

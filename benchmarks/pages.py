@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import end_to_end
-import families
 import four_bits
 import generation
 import memory_plan
@@ -18,6 +17,7 @@ import quantized_load
 import results
 import scaling
 import steps
+import tried_families
 
 from rankwise.records import write_text
 
@@ -29,7 +29,7 @@ SUBJECTS: dict[str, Callable[[list[results.Run]], list[str]]] = {
     "quantized_load": quantized_load.page,
     "generation": generation.page,
     "scaling": scaling.page,
-    "families": families.page,
+    "families": tried_families.page,
 }
 
 

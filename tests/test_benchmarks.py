@@ -28,7 +28,6 @@ sys.path.append(str(BENCHMARKS))
 
 import contenders  # noqa: E402
 import end_to_end  # noqa: E402
-import families  # noqa: E402
 import pages  # noqa: E402
 import quantized_load  # noqa: E402
 import replay_halving  # noqa: E402
@@ -36,6 +35,7 @@ import results  # noqa: E402
 import scaling  # noqa: E402
 import steps  # noqa: E402
 import timing  # noqa: E402
+import tried_families  # noqa: E402
 
 WORDS = [f"w{index}" for index in range(90)]
 
@@ -178,10 +178,10 @@ def test_families_are_read_from_the_outcomes_of_tests(tmp_path: Path) -> None:
     skipped = '<skipped message="not  made small"/>'
     cases = [case.format("llama", ""), case.format("gpt-sw3", skipped), '<testcase name="test_another[llama]"/>']
     (tmp_path / "found.xml").write_text(f"<testsuite>{''.join(cases)}</testsuite>")
-    assert families.outcomes(tmp_path / "found.xml")["planned"] == {"llama": "", "gpt-sw3": "not made small"}
+    assert tried_families.outcomes(tmp_path / "found.xml")["planned"] == {"llama": "", "gpt-sw3": "not made small"}
     (tmp_path / "found.xml").write_text(f"<testsuite>{case.format('llama', '<failure/>')}</testsuite>")
     with pytest.raises(ValueError, match="llama.* failed"):
-        families.outcomes(tmp_path / "found.xml")
+        tried_families.outcomes(tmp_path / "found.xml")
 
 
 def test_runs_of_other_processors_join_the_page_of_their_subject(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def test_a_run_has_one_loss(
         done = rankwise(*call, "--output", tmp_path / "evaluation", "--json", "--device", "cpu")
         assert done.code == 0, done.stderr
         [result] = done.document["results"]
-        assert result["metrics"]["loss"] == pytest.approx(record.eval_loss, rel=1e-12)
+        # Without bfloat16 instructions, evaluate multiplies faster than --no-fast does, and rounds otherwise.
+        assert result["metrics"]["loss"] == pytest.approx(record.eval_loss, rel=1e-12 if fast else 1e-8)
 
 
 def _measured(folder: Path, model: Path, held_out: Path, method: str, dtype: str) -> float:

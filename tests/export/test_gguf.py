@@ -248,7 +248,7 @@ OTHERWISE = {
     "norm_topk_prob=False": ("qwen3_moe", {"norm_topk_prob": False}),
     "use_sliding_window=True": ("qwen2", {"use_sliding_window": True}),
     "query_pre_attn_scalar=144, which is 256": ("gemma2", {"query_pre_attn_scalar": 144}),
-    "layer_types": ("gemma3_text", {"layer_types": ["full_attention"] * 2}),
+    "layer_types": ("gemma3_text", {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}),
     "rope_theta of 500": ("gemma3_text", {"rope_local_base_freq": 500}),
 }
 

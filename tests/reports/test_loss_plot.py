@@ -12,9 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rankwise.reports import loss_svg
 from rankwise.reports.figure import LEFT, RIGHT, WIDTH
-from rankwise.reports.loss_plot import HEIGHT
+from rankwise.reports.loss_plot import HEIGHT, loss_svg
 from rankwise.reports.scale import nice_ticks, robust_range, smoothed, spread, tick_label, whole_ticks
 
 NAME = "{http://www.w3.org/2000/svg}"

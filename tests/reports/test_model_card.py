@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rankwise.records import RunRecord
-from rankwise.reports import model_card
+from rankwise.reports.model_card import model_card
 
 CONFIG = {"base_model_name_or_path": "org/base", "r": 8, "lora_alpha": 16, "use_dora": False, "bias": "none"}
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rankwise.cli.conversations import Conversation
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.generate import Speaker, base_model_name, load_speaker
 from rankwise.cli.glance import check_paths
@@ -44,6 +43,8 @@ def run(settings: ChatSettings, output: Output) -> Document:
 
 def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Fields]:
     """Answer line by line until the input ends. Returns the messages of the last conversation."""
+    from rankwise.cli.conversations import Conversation
+
     start: list[Fields] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
     for said in _lines(output):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.compat.torch import own_parameters
+from rankwise.compat.transformers import eager_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ def is_more_than_rounding(difference: float, rounding: float) -> bool:
 def rounding_cost(model: PreTrainedModel, ids: Sequence[Tensor]) -> float:
     """Largest difference of a logit between ``model`` and the same weights computed in the next wider dtype."""
     narrow = [_logits(model, one) for one in ids]
-    with _computing_wider(model):
+    with _computing_wider(model), eager_experts(model.config):
         wide = [_logits(model, one) for one in ids]
     return max((a - b).abs().max().item() for a, b in zip(narrow, wide))
 

@@ -1,7 +1,7 @@
 """The page of model families that were tried, from the outcomes of the tests that try them.
 
     make families                                    # runs the tests, then this
-    python benchmarks/families.py .venv/families.xml # the tests' outcomes, as pytest's --junitxml writes them
+    python benchmarks/tried_families.py .venv/families.xml # the tests' outcomes, as pytest's --junitxml writes them
 
 Writes benchmarks/results/families_cpu.json, and docs/results/families.md anew.
 """
