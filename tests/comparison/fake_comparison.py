@@ -6,10 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from rankwise.comparison import run, stages
 from rankwise.comparison.settings import CompareSettings
 from rankwise.settings_file import read_settings
+
+# What differs from call to call.
+TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds"}
 
 
 class Quiet:
@@ -24,6 +28,24 @@ def compare(*, watcher: Quiet | None = None, **given: object) -> object:
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     run.environments = lambda jobs, device: [{} for _ in range(jobs)]
     return run.compare(read_settings(CompareSettings, None, given), watcher or Quiet())
+
+
+def given(tmp_path: Path, name: str = "out", **changes: Any) -> dict[str, Any]:
+    data = tmp_path / "rows.jsonl"
+    if not data.exists():
+        rows = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(40)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"model": "demo", "data": str(data), "output": str(tmp_path / name), "methods": "lora,dora,full"}
+    return {**common, "learning_rates": "1e-4,2e-4,5e-4", "seeds": 2, "max_steps": 6, **changes}
+
+
+def without_times(value: Any, folder: Path) -> Any:
+    """The comparison as it would be at any time and in any folder."""
+    if isinstance(value, dict):
+        return {key: without_times(item, folder) for key, item in value.items() if key not in TIMES}
+    if isinstance(value, list):
+        return [without_times(item, folder) for item in value]
+    return value.replace(str(folder), "DIR") if isinstance(value, str) else value
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_comparison import Quiet, compare
-from test_running import _real_stages, given, starts, without_times  # noqa: F401  (a fixture)
+from fake_comparison import Quiet, compare, given, without_times
+from test_running import _real_stages, starts  # noqa: F401  (a fixture)
 
 from in_process import steps_in_this_process
 from rankwise.comparison import processes, run

