@@ -1,7 +1,7 @@
 """The page of model families that were tried, from the outcomes of the tests that try them.
 
-    make families                                    # runs the tests, then this
-    python benchmarks/tried_families.py .venv/families.xml # the tests' outcomes, as pytest's --junitxml writes them
+    make families                                           # runs the tests, then this
+    python benchmarks/tried_families.py .venv/families.xml  # the tests' outcomes, as pytest's --junitxml writes them
 
 Writes benchmarks/results/families_cpu.json, and docs/results/families.md anew.
 """
@@ -98,10 +98,7 @@ def outcomes(path: Path) -> dict[str, dict[str, str]]:
 def page(runs: list[results.Run]) -> list[str]:
     run = runs[0]
     found: dict[str, dict[str, str]] = run["outcomes"]
-    known = sorted(
-        FAMILIES.keys() | {name for check in CHECKS for name in found[check] if name not in found["trained"]}
-    )
-    known = sorted({*known, *found["GGUF"], *found["llama.cpp"]})
+    known = sorted({*FAMILIES, *found["GGUF"], *found["llama.cpp"]})
     others = sorted(found["trained"].keys() - set(known))
     whole = [family for family in others if not any(found[check][family] for check in OF_EVERY_FAMILY)]
     rest = [family for family in others if family not in whole]

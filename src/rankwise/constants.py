@@ -14,3 +14,5 @@ FLASH_WIDTH = 256
 ALIGNED = 8
 # The native library reuses the memory of dense weights between these sizes (bytes).
 KEPT_BYTES = (1 << 20, 256 << 20)
+# The chat template in the folder of a run or an exported adapter.
+TEMPLATE_FILE = "chat_template.jinja"

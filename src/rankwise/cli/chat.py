@@ -43,6 +43,7 @@ def run(settings: ChatSettings, output: Output) -> Document:
 
 def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Fields]:
     """Answer line by line until the input ends. Returns the messages of the last conversation."""
+    # Imports the formats of data, which the help of all verbs does not need.
     from rankwise.cli.conversations import Conversation
 
     start: list[Fields] = [] if system is None else [{"role": "system", "content": system}]

@@ -11,6 +11,7 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import ExportSettings
 from rankwise.cli.tables import light_table, titled
+from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, warn
 from rankwise.reports.numbers import plural
 from rankwise.serving import SERVERS
@@ -79,7 +80,7 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
     model.
     """
     from rankwise.adapters.checkpoint import read_adapter
-    from rankwise.export.adapter import TEMPLATE_FILE, Wanted, export_file, export_live
+    from rankwise.export.adapter import Wanted, export_file, export_live
     from rankwise.models import load_skeleton
 
     source = _source(settings)

@@ -12,6 +12,7 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import MergeSettings
 from rankwise.cli.tables import light_table, titled
+from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, warn
 from rankwise.records import write_json, write_text
 from rankwise.reports.numbers import byte_size, plural
@@ -114,11 +115,10 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
 
 
 def _needed_to_load(settings: MergeSettings, folder: Path) -> str:
-    """The options that load the base as the adapters' runs did, with which the combination, which has no run's record,
-    must be given; warns of them (RW755). Writes the chat template that all runs were given into ``folder``."""
+    """The options that load the base as the adapters' runs did. The combination has no run record that holds them, so
+    the user must give them: warns RW755. If all runs were given one chat template, it is written into ``folder``."""
     from rankwise.adapters.trained_base import quantization_of
     from rankwise.evaluation.loading import template_of
-    from rankwise.export.adapter import TEMPLATE_FILE
 
     formats = sorted({found.quant_type for one in settings.adapter if (found := quantization_of(one)) is not None})
     templates = {text for one in settings.adapter if (text := template_of([one])) is not None}
@@ -132,8 +132,8 @@ def _needed_to_load(settings: MergeSettings, folder: Path) -> str:
     if needed:
         warn(
             "RW755",
-            f"the adapters were trained with{needed}, and no run's record tells it of their combination; give these "
-            "options with it.",
+            f"the adapters were trained with{needed}, and the combined folder has no run record that says so; give "
+            "these options to generate, chat and evaluate.",
         )
     return needed
 

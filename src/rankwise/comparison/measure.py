@@ -53,7 +53,7 @@ def measure(job: Fields) -> JsonObject:
 
     ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
     objective, beta, prompt_column, completion_column, max_length, chat_template; merged_check; tasks, task_data,
-    task_limit.
+    task_limit. It also holds the hashes of the tasks' ``questions``, by which the runner sees that they changed.
     """
     torch.manual_seed(0)
     with hold(Path(job["folder"])):

@@ -154,7 +154,9 @@ def _check_objective(given: CompareSettings) -> None:
 
 
 def _with_tasks(given: CompareSettings, inputs: Inputs) -> Inputs:
-    """Check the tasks before hours of training: unknown tasks, missing data or packages, unknown metrics."""
+    """The inputs with the hashes of the tasks' questions. Checks the tasks before hours of training: unknown tasks,
+    missing data or packages, unknown metrics.
+    """
     asked = make_tasks(given.task, data=given.task_data, limit=given.task_limit)
     tasks = [own_task(inputs.evaluation, shared_training(given)), *asked]
     name, _, metric = given.metric.partition(".")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.config import TrainSettings
+from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, DataError, ModelError
 from rankwise.evaluation.journal import text_sha256
 from rankwise.foreign import JsonObject, read_json
@@ -181,7 +182,7 @@ def _records(adapters: Sequence[Path]) -> dict[str, RunRecord]:
 def _stored_template(folder: Path) -> str | None:
     """The template of the tokenizer saved in ``folder``: a file of its own, or a key in older versions."""
     try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
         pass
     except (OSError, ValueError):

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD_FILE = "export.json"
-TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from rankwise.adapters.checkpoint import read_adapter
+from rankwise.constants import TEMPLATE_FILE
 from rankwise.data.files import read_text
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import ConfigError
-from rankwise.export.adapter import RECORD_FILE, TEMPLATE_FILE, ExportReport
+from rankwise.export.adapter import RECORD_FILE, ExportReport
 from rankwise.export.gguf_model import MODEL_FILE, write_folder_gguf, write_merged_gguf
 from rankwise.export.merged import base_source, merge_to_folder, refuse_to_overwrite
 from rankwise.export.modelfile import MODELFILE, modelfile

@@ -48,8 +48,8 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     if ignored:
         warn(
             "RW321",
-            f"{path} holds {', '.join(ignored)}, which transformers ignores: rows are computed otherwise, long ones "
-            "above all.",
+            f"{path} holds {', '.join(ignored)}, which transformers ignores, so the model's outputs are wrong, most of "
+            "all for long rows; use the safetensors version.",
         )
     return config
 
@@ -78,7 +78,7 @@ def query_scale(architecture: str, config: Any) -> int:
 
 
 def _ignored(config: Any, own: Fields) -> list[str]:
-    """The settings that neither transformers nor `_complete` takes."""
+    """The settings of the header, in words, that neither transformers nor `_complete` reads."""
     found = []
     if (kind := own.get("rope.scaling.type", "none")) not in ("none", "linear"):
         found.append(f"the {kind} scaling of its positions")

@@ -7,6 +7,7 @@ from torch import nn
 from rankwise.adapters.checkpoint import load_adapter, read_folder
 from rankwise.adapters.reference import keep_reference
 from rankwise.config import DORA, TrainSettings
+from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError
 from rankwise.lora_config import ADAPTER
 from rankwise.options import flag
@@ -42,7 +43,7 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
         )
     record = record_of(given.adapter)
     if given.chat_template is None and record is not None and record.settings.get("chat_template"):
-        own["chat_template"] = given.adapter / "chat_template.jinja"
+        own["chat_template"] = given.adapter / TEMPLATE_FILE
     return given.model_copy(update=own)
 
 
