@@ -22,6 +22,7 @@ from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.training.observer import StepInfo
 from rankwise.training.run import _told_warnings, train
+from rankwise.training.trainer import RankwiseTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
 
@@ -411,6 +412,23 @@ def test_interrupt_during_the_first_evaluation_starts_anew_on_resume(settings: A
     assert train(settings(resume=True), watcher).status == "finished"
     assert "RW510" in watcher.warnings
     assert watcher.steps[0].step == 1
+
+
+def test_interrupt_during_a_later_evaluation_saves_the_step(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = RankwiseTrainer._row_scores
+
+    def interrupted(self: RankwiseTrainer, rows: Any) -> Any:
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return score(self, rows)
+
+    monkeypatch.setattr(RankwiseTrainer, "_row_scores", interrupted)
+    # No checkpoint is due at step 4.
+    with pytest.raises(Interrupted, match="stopped after step 4 of 8 and saved it"):
+        train(settings(save_steps=7))
+    assert (tmp_path / "run" / "checkpoints" / "step-4").is_dir()
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, 256), (0, 1000), (10, 10), (5000, 1000)])

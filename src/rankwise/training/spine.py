@@ -221,7 +221,8 @@ class RunTrainer(TrlTrainer):
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not was_due)
         except EvaluationStopped:
             self.control.should_evaluate = False
-            self.control.should_training_stop = True
+            # The step may not be one that is saved.
+            self.control.should_save = self.control.should_training_stop = True
             metrics_of(self, "eval").clear()
             return {"eval_loss": math.nan}
         if was_due:
