@@ -67,6 +67,13 @@ def test_no_cluster_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.code == "RW555"
 
 
+def test_a_cluster_without_cores_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = {"Alive": True, "Resources": {"CPU": 0.0}}
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=lambda *_, **__: None, nodes=lambda: [head]))
+    with pytest.raises(RunError, match="RW555: no node of the Ray cluster has cores"):
+        connect("auto", "cpu")
+
+
 def test_without_a_cluster_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(RunError, match="RW555|Ray"):

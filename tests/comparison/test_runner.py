@@ -14,6 +14,7 @@ from rankwise.comparison import runner, stages
 from rankwise.comparison.matrix import Cell
 from rankwise.comparison.runner import Clock, Runner, environments
 from rankwise.comparison.stages import Job
+from rankwise.errors import Interrupted
 
 
 class Watching:
@@ -56,6 +57,20 @@ def test_a_step_is_shown_as_soon_as_it_runs(tmp_path: Path, monkeypatch: pytest.
     carrying = running(tmp_path)
     carrying.carry_out(lambda: [job for job in jobs if stages.outcome_of(job, tmp_path) is None])
     assert [item.job for picture in carrying.watcher.pictures for item in picture.running] == jobs
+
+
+def test_a_step_that_does_not_stop_in_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "STOP_SECONDS", 0.01)
+    slow, carrying = Step(), running(tmp_path)
+    slow.poll = lambda: None  # type: ignore[method-assign]
+    carrying.start = lambda *_: slow
+
+    def interrupt(picture: object) -> None:
+        raise KeyboardInterrupt
+
+    carrying.watcher.tick = interrupt
+    with pytest.raises(Interrupted, match="RW587: stopped; lora-lr0.0001-seed0 had not saved the last step after 0.01"):
+        carrying.carry_out(lambda: [Job("train", Cell("lora", 1e-4, 0))])
 
 
 def test_the_seconds_left_are_those_of_similar_steps_and_of_trainings_by_their_length(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from planning_models import config_of
 
+from rankwise.cli.plan_view import heading
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, RankwiseWarning, RunError
-from rankwise.planning import guard
+from rankwise.planning import guard, hardware
 from rankwise.planning.guard import MemoryGuard
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.plan import make_plan
@@ -57,6 +58,22 @@ def test_of_a_known_family_other_settings_take_no_dry_runs(model: Path) -> None:
     found = make_plan(settings(model, method="lora", gpu="RTX 4090", exact=True), said.append)
     assert [line.partition(" ")[0] for line in said] == ["dry", "lora:"]
     assert found.rows[0].estimate.exact
+
+
+def test_processes_on_this_processor_share_its_memory_and_its_cores(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = dataclasses.replace(cpu_hardware(), memory_bytes=8 * 10**9, cores=4)
+    monkeypatch.setattr(hardware, "this_machine", lambda: machine)
+    one, four = (make_plan(settings(model, method="lora", devices=count)) for count in (1, 4))
+    assert (one.hardware.memory_bytes, four.hardware.memory_bytes) == (8 * 10**9, 2 * 10**9)
+    assert four.rows[0].tokens_per_second == pytest.approx(one.rows[0].tokens_per_second)
+    assert next(heading(four)).startswith(f"{model} on 4 processes of this machine")
+    assert ": 2.00 GB each (" in next(heading(four))
+    # Each has a card of its own.
+    one, four = (make_plan(settings(model, method="lora", devices=count, gpu="RTX 4090")) for count in (1, 4))
+    assert four.hardware == one.hardware
+    assert four.rows[0].tokens_per_second == pytest.approx(4 * (one.rows[0].tokens_per_second or 0))
 
 
 @pytest.fixture

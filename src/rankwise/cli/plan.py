@@ -140,11 +140,11 @@ def _check(settings: PlanSettings, plan: Plan, output: Output) -> JsonObject:
     """Run three real steps on this machine, with the only requested method, else with the recommended one."""
     from rankwise.cli import plan_view
     from rankwise.planning.check import check_method
-    from rankwise.planning.hardware import this_machine
+    from rankwise.planning.hardware import shared, this_machine
     from rankwise.planning.plan import workload_for
 
     method = settings.methods[0] if len(settings.methods) == 1 else plan.changes_of
-    hardware = plan.hardware if plan.hardware.kind == "machine" else this_machine()
+    hardware = plan.hardware if plan.hardware.kind == "machine" else shared(this_machine(), settings.devices)
     assert settings.model is not None
     with output.waiting(f"running three steps of {method}"):
         result = check_method(

@@ -67,8 +67,9 @@ def show(plan: Plan, command: str | None, output: Output) -> None:
 def heading(plan: Plan) -> Iterator[str]:
     work, hardware = plan.workload, plan.hardware
     note = f" ({hardware.note})" if hardware.note else ""
-    many = f"{work.devices} x " if work.devices > 1 else ""
-    yield f"{plan.model} on {many}{hardware.name}: {byte_size(hardware.memory_bytes)}{note}"
+    each = " each" if hardware.sharers > 1 else ""
+    many = "" if work.devices == 1 else f"{work.devices} {'processes of' if each else 'x'} "
+    yield f"{plan.model} on {many}{hardware.name}: {byte_size(hardware.memory_bytes)}{each}{note}"
     if hardware.assumption:
         yield hardware.assumption
     parts = [

@@ -107,6 +107,8 @@ def connect(address: str | None, device: str) -> Cluster:
         reason = str(error).splitlines()[0]
         raise RunError("RW555", f"no Ray cluster answers {at} ({reason}); start one: ray start --head.") from None
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not nodes:
+        raise RunError("RW555", "no node of the Ray cluster has cores; start one: ray start --address ADDRESS.")
     cards = [node for node in nodes if node.get("GPU")] if device != "cpu" else []
     if cards:
         needs = {"num_gpus": 1.0, "num_cpus": min(max(1.0, node["CPU"] // node["GPU"]) for node in cards)}

@@ -94,7 +94,9 @@ class Runner:
     interrupted: set[Job] = dataclasses.field(default_factory=set)
 
     def carry_out(self, next_jobs: Callable[[], list[Job]]) -> None:
-        """Run all jobs. Raises Interrupted (RW587) after Ctrl-C or SIGTERM, when every run has saved its step."""
+        """Run all jobs. After Ctrl-C or SIGTERM, give every run STOP_SECONDS to save its step, and raise Interrupted
+        (RW587).
+        """
         told = False
         try:
             while True:
@@ -111,9 +113,10 @@ class Runner:
                 self.clock.keep()
         except KeyboardInterrupt:
             self._stop()
-            raise Interrupted(
-                "RW587", f"stopped; every run has saved its last step, and the same command continues {self.output}."
-            ) from None
+            saved = "every run has saved its last step"
+            if late := ", ".join(job.id for job in self.running):
+                saved = f"{late} had not saved the last step after {STOP_SECONDS:g} seconds"
+            raise Interrupted("RW587", f"stopped; {saved}, and the same command continues {self.output}.") from None
 
     def _name(self, job: Job) -> Path:
         name = job.name(self.output)

@@ -47,14 +47,11 @@ def check_method(
 ) -> Check:
     """Run three real training steps with random weights, and compare their peak memory with the predicted one.
 
-    The steps run in a separate process, or in one process for each device. Raises ConfigError (RW134) if the steps
-    would take more than ``memory_bytes``, and what ``measure`` raises.
+    The steps run in a separate process, or in one process for each device. Raises ConfigError (RW134) if the steps of a
+    process would take more than ``memory_bytes``, and what ``measure`` raises.
     """
     predicted = estimate(model, method, workload, exact=exact, trust_remote_code=trust_remote_code, revision=revision)
     needed = max(predicted.peak_bytes, dense_bytes(predicted, workload))
-    if workload.device_type == "cpu":
-        # Every process has its part of the machine's memory.
-        needed *= workload.devices
     if needed > memory_bytes:
         raise ConfigError(
             "RW134",

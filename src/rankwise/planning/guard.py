@@ -15,7 +15,7 @@ from rankwise.planning.check import comparable
 from rankwise.planning.estimate import estimator_of
 from rankwise.planning.facts import read_model
 from rankwise.planning.fitting import Remembering, verdict_of
-from rankwise.planning.hardware import Hardware, cpu_hardware, this_machine
+from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
 from rankwise.planning.over_stored import over_stored
 from rankwise.planning.plan import is_slowed, ratio_pace_of, workload_of
 from rankwise.planning.speed import micro_batch_seconds
@@ -83,10 +83,8 @@ class MemoryGuard:
         if method not in PLANNED:
             warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")
             return
-        self.hardware = this_machine() if self.settings["device"] != "cpu" else cpu_hardware()
-        if self.hardware.device_type == "cpu":
-            part = self.hardware.memory_bytes // self.sharers
-            self.hardware = dataclasses.replace(self.hardware, memory_bytes=part)
+        machine = this_machine() if self.settings["device"] != "cpu" else cpu_hardware()
+        self.hardware = shared(machine, self.sharers)
         # The meter of a CPU run counts the memory that libraries have taken so far.
         self.baseline_bytes = self.own_memory() if self.hardware.device_type == "cpu" else 0
         self._fetched()

@@ -50,6 +50,8 @@ class Hardware:
     float32_flops_per_second: float | None = None
     # The card that was assumed for an ambiguous name, and the names of the others.
     assumption: str | None = None
+    # Number of processes of a run that share this processor; ``memory_bytes`` is the part of one.
+    sharers: int = 1
 
     @property
     def dtype(self) -> Literal["bfloat16", "float16", "float32"]:
@@ -74,6 +76,13 @@ def choose_hardware(gpu: str | None, memory: str | None) -> Hardware:
     if size is None:
         return this_machine()
     return Hardware("memory", "a card", "cuda", size, None, None, None, "as given")
+
+
+def shared(hardware: Hardware, processes: int) -> Hardware:
+    """What one of ``processes`` on this machine has: an equal part of the processor's memory, or a GPU of its own."""
+    if hardware.kind != "machine" or hardware.device_type != "cpu":
+        return hardware
+    return dataclasses.replace(hardware, memory_bytes=hardware.memory_bytes // processes, sharers=processes)
 
 
 def find_card(name: str) -> tuple[Card, str | None]:

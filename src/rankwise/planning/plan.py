@@ -27,7 +27,7 @@ from rankwise.planning.fitting import (
     longest_row,
     verdict_of,
 )
-from rankwise.planning.hardware import Hardware, choose_hardware
+from rankwise.planning.hardware import Hardware, choose_hardware, shared
 from rankwise.planning.optimizers import check_device
 from rankwise.planning.over_stored import over_stored
 from rankwise.planning.recommend import PASSES, Recommendation, Wish, recommend
@@ -152,7 +152,7 @@ def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: Non
     methods = settings.methods
     if settings.model is None:
         raise ConfigError("RW143", "--model is missing; give a hub id, a folder, a .gguf file, or demo.")
-    hardware = choose_hardware(settings.gpu, settings.memory)
+    hardware = shared(choose_hardware(settings.gpu, settings.memory), settings.devices)
     check_device(settings.optimizer, hardware.device_type, hardware.name)
     workload = workload_for(settings, hardware)
     source = fetch_model(
@@ -203,10 +203,11 @@ def is_slowed(fast: bool, hardware: Hardware) -> bool:
 
 
 def pace_of(hardware: Hardware, dtype: str) -> Callable[[str], Pace | None]:
-    """A function from a method to its pace: measured on this machine, or else a share of the data sheet."""
+    """A function from a method to one process's pace: measured on this machine, or else a share of the data sheet."""
 
     def pace(method: str) -> Pace | None:
-        return measured_pace(hardware, method, dtype) or assumed_pace(hardware, dtype)
+        whole = measured_pace(hardware, method, dtype) or assumed_pace(hardware, dtype)
+        return None if whole is None else whole.divided(hardware.sharers)
 
     return pace
 

@@ -54,6 +54,11 @@ class Pace:
     measured: bool
     basis: str
 
+    def divided(self, processes: int) -> Pace:
+        """The speed of one of several processes that share the device."""
+        bandwidth = None if self.bytes_per_second is None else self.bytes_per_second / processes
+        return dataclasses.replace(self, flops_per_second=self.flops_per_second / processes, bytes_per_second=bandwidth)
+
 
 def assumed_pace(hardware: Hardware, dtype: str) -> Pace | None:
     """The speed as a share of a data sheet, or of a measured CPU core; None where no figure is known.
