@@ -11,8 +11,11 @@ import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 
+from rankwise.acceleration.sharding import shard
 from rankwise.compat.torch import is_sharded
-from rankwise.training.sharding import sharded_state, whole, whole_state
+from rankwise.training.sharding import sharded_state, whole, whole_state, whole_weights
+from rankwise.training.weights import load_weights
+from tiny_models import tiny_llama
 
 
 @pytest.fixture
@@ -45,3 +48,20 @@ def test_an_optimizers_state_is_whole_and_comes_back(count: int, mesh: Any) -> N
         assert is_sharded(after[place]) == is_sharded(value)
         assert torch.equal(whole(after[place]), whole(value))
     optimizer.step()
+
+
+def test_weights_are_loaded_into_the_shards_after_an_answer(mesh: Any, tmp_path: Path) -> None:
+    """What lies outside of the layers stays gathered after a forward pass, until a backward pass."""
+    model, stored = tiny_llama().requires_grad_(True), tiny_llama()
+    with torch.no_grad():
+        for parameter in stored.parameters():
+            parameter += 1
+    stored.save_pretrained(tmp_path / "stored")
+    shard(model, mesh, trains_all=True)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2]]))
+    assert not is_sharded(model.lm_head.weight)
+    load_weights(model, tmp_path / "stored")
+    found = whole_weights(model)
+    assert found is not None
+    assert [name for name, value in stored.state_dict().items() if not torch.equal(found[name], value)] == []

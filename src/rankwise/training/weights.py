@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
 from rankwise.adapters.baselines import has_baseline, load_baseline_weights, save_baseline
 from rankwise.adapters.saving import WEIGHTS_FILE
-from rankwise.compat.torch import class_of, is_sharded, own_part, own_rows
+from rankwise.compat.torch import class_of, is_sharded, is_unit, own_part, own_rows
 from rankwise.errors import RunError
 from rankwise.training.checkpoints import check_no_pickles
 
@@ -75,6 +75,9 @@ def _load_model(model: nn.Module, folder: Path) -> None:
     # from_pretrained reads every layout that save_pretrained writes: split files, tied weights, renamed experts.
     stored: Any = class_of(model).from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[attr-defined]
     values = dict(stored.named_parameters())
+    for unit in filter(is_unit, model.modules()):
+        # After a forward pass without a backward pass, the model's parameters are gathered copies of its shards.
+        unit.reshard()  # type: ignore[operator]
     for name, parameter in model.named_parameters():
         if values[name].shape != parameter.shape:
             raise ValueError(f"{name} is {tuple(values[name].shape)} and the model has {tuple(parameter.shape)}")
