@@ -37,6 +37,8 @@ def launch(settings: TrainSettings, *, as_json: bool) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.devices)))
     # A process that was asked to stop ends its step and saves, within the time that the others wait for it.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ranks.PATIENCE_SECONDS))
+    # nohup lets a command ignore SIGHUP, and the launcher would end its processes at that signal all the same.
+    ignores_hangup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -46,6 +48,7 @@ def launch(settings: TrainSettings, *, as_json: bool) -> None:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGQUIT" + ("" if ignores_hangup else ",SIGHUP"),
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
     # The launcher would repeat the processes' messages.

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from device_runs import Runs, check_saved, differing, lines, needs_proc, record
 
+from rankwise.cli.launch import launch
+from rankwise.config import TrainSettings
 from several import LAUNCHERS, LONG
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -91,6 +93,30 @@ def test_devices_start_as_many_processes_and_end_as_they_do(
     notes = sorted((tmp_path / "notes").read_text().splitlines())
     assert [note.partition(": ")[0] for note in notes] == ["0 of 2", "1 of 2"]
     assert all("-m rankwise train --config" in note for note in notes)
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_signal_that_nohup_lets_a_command_ignore_ends_no_processes(
+    is_ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+
+    def starting(config: Any, program: str) -> Any:
+        started.append(config)
+        return lambda *command: None
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", starting)
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        launch(TrainSettings(model="M", data="D", output=tmp_path, devices=2), as_json=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        logging.disable(logging.NOTSET)
+    heeded = started[0].signals_to_handle.split(",")
+    assert {"SIGTERM", "SIGINT"} <= {*heeded}
+    assert ("SIGHUP" in heeded) is not is_ignored
 
 
 @needs_proc
