@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
 from rankwise.compat.transformers import use_one_device
-from rankwise.config import FOUR_BITS, TrainSettings
+from rankwise.config import DORA, FOUR_BITS, TrainSettings
 from rankwise.errors import ConfigError, one_line
 from rankwise.known_names import OPTIMIZERS, close_names
 from rankwise.options import flag
@@ -75,6 +75,9 @@ def check_combinations(given: TrainSettings) -> None:
             f"--init eva needs rows with labels, which --objective {given.objective} does not have; leave it out.",
         )
     whole = "--new-tokens" if given.new_tokens else f"--init {kind}" if kind not in ("default", "orthogonal") else ""
+    if given.enable_lora and given.method in DORA:
+        # The magnitudes of the other rows, which are saved too, are norms of the base's rows.
+        whole = f"--enable-lora with --method {given.method}"
     started = "--new-tokens" if given.new_tokens else f"--init {kind}" if kind != "default" else ""
     if started and given.adapter is not None:
         raise ConfigError("RW788", f"{started} starts an adapter, and --adapter continues one; leave one of them out.")

@@ -18,8 +18,8 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
     """The settings with the options of the adapter that ``--adapter`` names, and the chat template of its run where one
     was given; unchanged without ``--adapter``.
 
-    Raises AdapterError (RW409, RW410) for an adapter that cannot be read, ConfigError (RW764) for options that differ
-    from the adapter's, or for a method that does not train adapters of its kind.
+    Raises AdapterError (RW409, RW410) for an adapter that cannot be read, ConfigError: RW764 for options that differ
+    from the adapter's, or for a method that does not train adapters of its kind, RW788 for new tokens with shards.
     """
     if given.adapter is None:
         return given
@@ -30,6 +30,12 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
             "RW764",
             f"--adapter {given.adapter} is {kind}, which --method {given.method} does not train; give "
             f"{' or '.join(methods)}.",
+        )
+    if given.strategy == "fsdp" and config.token_rows:
+        raise ConfigError(
+            "RW788",
+            f"--adapter {given.adapter} has new tokens, which need whole weights, and --strategy fsdp does not read "
+            "these; take ddp.",
         )
     # The adapter's file does not hold the dtype in which it trained.
     own = {name: getattr(config, name) for name in ADAPTER if name != "adapter_dtype"}
