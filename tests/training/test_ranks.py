@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,15 @@ import torch.distributed as dist
 import rankwise as rw
 from rankwise.acceleration.sharding import shard
 from rankwise.config import TrainSettings
-from rankwise.errors import ConfigError, RunError
-from rankwise.training import ranks
+from rankwise.errors import ConfigError, RankwiseWarning, RunError
+from rankwise.training import ranks, run, setup
 from rankwise.training.arguments import check_combinations
 from rankwise.training.batches import KEY, counted
+from rankwise.training.checkpoints import save_checkpoint
+from rankwise.training.continued import with_adapters_options
+from rankwise.training.objectives.preferences import learning
+from rankwise.training.observer import SilentObserver
+from rankwise.training.ranks import check_alike
 from rankwise.training.shares import Shares, is_idle, masked, share, why_masks_differ, widened
 from several import LAUNCHERS
 from tiny_models import tiny_gpt2, tiny_llama
@@ -145,13 +151,28 @@ def test_options_that_do_not_go_with_the_processes_are_refused(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"init": "pissa"}, {"init": "loftq", "method": "qlora"}, {"init": "eva"}, {"new_tokens": "<a>,<b>"}],
+    [
+        {"init": "pissa"},
+        {"init": "loftq", "method": "qlora"},
+        {"init": "eva"},
+        {"new_tokens": "<a>,<b>"},
+        {"enable_lora": "c_attn=1:0:1", "method": "dora"},
+    ],
     ids=str,
 )
 def test_what_needs_whole_weights_is_refused_under_fsdp(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"RW788: --(init|new-tokens).*--strategy fsdp does not read"):
+    with pytest.raises(ConfigError, match=r"RW788: --(init|new-tokens|enable-lora).*--strategy fsdp does not read"):
         check_combinations(settings(strategy="fsdp", **changes))
     check_combinations(settings(strategy="ddp", **changes))
+
+
+def test_an_adapter_with_new_tokens_is_refused_under_fsdp(tmp_path: Path) -> None:
+    model = tiny_llama()
+    rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3]))
+    rw.save_adapter(model, tmp_path)
+    with_adapters_options(settings(adapter=tmp_path, strategy="ddp"))
+    with pytest.raises(ConfigError, match=r"RW788: --adapter .* has new tokens"):
+        with_adapters_options(settings(adapter=tmp_path, strategy="fsdp"))
 
 
 def test_a_model_of_unknown_layers_is_not_sharded() -> None:
@@ -192,3 +213,55 @@ def test_padded_rows_are_widened_as_one_process_pads_them() -> None:
     assert wide["attention_mask"].tolist() == [[1, 1, 0, 0]]
     assert wide["labels"].tolist() == [[-100, 6, -100, -100]]
     assert (wide[KEY].tokens, wide[KEY].scored.tolist()) == (2, [0])
+
+
+def test_every_file_that_the_processes_read_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"train": {"sha256": "a", "tokens": 3, "chat_template_sha256": "b", "rewards_sha256": "c"}}
+    inputs: Any = SimpleNamespace(base={"sha256": "d"}, versions={})
+    found: list[dict[str, object]] = []
+    monkeypatch.setattr(ranks, "check_alike", found.append)
+    run._check_alike(inputs, data)
+    for key in data["train"]:
+        run._check_alike(inputs, {"train": {**data["train"], key: "other"}})
+        # As another process would have it.
+        monkeypatch.setattr(ranks, "gathered", lambda value: [value, found[-1]])
+        with pytest.raises(RunError, match="RW700"):
+            check_alike(found[0])
+
+
+def test_all_resume_from_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save_checkpoint(tmp_path, 4, lambda folder: None)
+    assert run._checkpoint_to_resume(tmp_path) == checkpoint
+    monkeypatch.setattr(ranks, "gathered", lambda value: [value, dict.fromkeys(value, 2)])
+    with pytest.raises(RunError, match="RW700.* step of the last checkpoint is 2 in process 1 and 4 in process 0"):
+        run._checkpoint_to_resume(tmp_path)
+
+
+def test_what_only_another_process_warns_of_is_told_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [{"code": "RW573", "message": "as everywhere."}]
+    monkeypatch.setattr(ranks, "gathered", lambda value: [value, [*value, {"code": "RW563", "message": "too big."}]])
+    with pytest.warns(RankwiseWarning) as said:
+        run._tell_of_others(told)
+    assert [str(item.message) for item in said] == ["RW563: process 1: too big."]
+
+
+def test_no_process_loads_the_model_before_all_have_measured_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    plan: Any = SimpleNamespace(before_loading=lambda: calls.append("measured"))
+    monkeypatch.setattr(setup, "read_data", lambda *given: (SimpleNamespace(kind="text"), None, None))
+    monkeypatch.setattr(ranks, "barrier", lambda: calls.append("all have"))
+
+    def load(given: TrainSettings) -> Any:
+        assert calls == ["measured", "all have"]
+        raise KeyError("loaded")
+
+    monkeypatch.setattr(setup, "load_for_training", load)
+    with pytest.raises(KeyError, match="loaded"):
+        run._read(settings(), rw.LoraConfig(), SilentObserver(), plan)
+
+
+def test_the_answers_of_kto_are_compared_within_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    learning(settings(objective="kto", batch_size=2))
+    with pytest.raises(ConfigError, match="RW762.*--batch-size is 1"):
+        learning(settings(objective="kto", batch_size=1))

@@ -93,7 +93,16 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
             if _is_finished(settings):
                 return load_record(settings.output)
         session = _prepare(settings, mode, lora, observer or SilentObserver(), foresight)
+        _tell_of_others(told)
         return session.foreseen(told) if settings.dry_run else session.carry_out(started, told)
+
+
+def _tell_of_others(told: list[dict[str, str]]) -> None:
+    """In the writing process, give the warnings that only other processes have given, with the process's number."""
+    for number, theirs in enumerate(ranks.gathered(list(told))):
+        for warning in theirs if ranks.is_writer() else ():
+            if warning not in told:
+                warn(warning["code"], f"process {number}: {warning['message']}")
 
 
 @contextmanager
@@ -260,6 +269,8 @@ def _read(given: TrainSettings, lora: LoraConfig, observer: Observer, foresight:
     observer.phase("Loading the model")
     if foresight is not None:
         foresight.before_loading()
+        # No process loads the model before all have measured the free memory.
+        ranks.barrier()
     loaded = setup.load_for_training(given)
     base = model_facts(loaded.model, loaded.source)
     if given.new_tokens is not None and given.method not in ("full", *BASELINES):
@@ -271,10 +282,14 @@ def _read(given: TrainSettings, lora: LoraConfig, observer: Observer, foresight:
 
 
 def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
-    """Refuse processes that read other data, another model, or have other versions of the libraries."""
+    """Refuse processes that read other data, another model or other files, or have other versions of the libraries."""
+    others = {key: value for key, value in described["train"].items() if key.endswith("_sha256")}
     ranks.check_alike(
         {
             **{f"the sha256 of the {name} data": part["sha256"] for name, part in described.items()},
+            # Another tokenizer makes another number of tokens of the same rows.
+            **{f"the number of tokens of the {name} data": part["tokens"] for name, part in described.items()},
+            **{f"the sha256 of the {key.removesuffix('_sha256').replace('_', ' ')}": others[key] for key in others},
             "the sha256 of the model": inputs.base["sha256"],
             **{f"the version of {name}": version for name, version in inputs.versions.items()},
         }
@@ -363,6 +378,7 @@ def _predicted_peak(
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
     found = newest_valid(folder, lambda error: warn(error.code, f"{error.message} An older one is used."))
+    ranks.check_alike({"the step of the last checkpoint": found and found.step})
     if found is None:
         warn("RW510", f"the run in {folder} has no checkpoint yet, so it starts again from step 0.")
     return found

@@ -365,7 +365,8 @@ def _check_reference(given: TrainSettings) -> None:
             f"--objective {given.objective} needs the base as reference, which --method {given.method} changes or "
             "cannot restore; give lora, qlora, dora or qdora.",
         )
-    if given.objective == "kto" and given.batch_size * ranks.count() < 2:
+    # trl looks at the batch of one process.
+    if given.objective == "kto" and given.batch_size < 2:
         raise ConfigError(
             "RW762",
             "--objective kto compares each answer with the others of its batch, and --batch-size is 1; give 2 or more.",
