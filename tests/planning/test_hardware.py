@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import psutil
 import pytest
 
 from rankwise.errors import ConfigError
-from rankwise.planning import hardware
+from rankwise.planning import control_groups, hardware
 from rankwise.planning.cards import CARDS
-from rankwise.planning.hardware import choose_hardware, find_card
+from rankwise.planning.hardware import choose_hardware, cpu_hardware, find_card
 
 
 def test_every_card_is_found_by_its_own_name():
@@ -186,14 +187,48 @@ def test_by_default_this_machine(monkeypatch):
     assert found.cores >= 1
 
 
-def test_a_container_s_limit_counts(monkeypatch, tmp_path):
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(hardware, "CGROUP_LIMIT", limit)
+V1, V2 = control_groups.V1, control_groups.V2
+
+
+@pytest.mark.parametrize(
+    ("version", "own", "groups", "left"),
+    [
+        pytest.param(V2, "0::/", {"": (1000, 300, 50)}, 750, id="container"),
+        pytest.param(
+            V2, "0::/slurm/job/step", {"": None, "slurm/job": (1000, 300, 0), "slurm/job/step": None}, 700, id="slurm"
+        ),
+        pytest.param(V2, "0::/docker/1f", {"": (1000, 300, 0)}, 700, id="a path of the host"),
+        pytest.param(V2, "0::/a/b", {"a": (500, 600, 0), "a/b": (1000, 0, 0)}, 0, id="the tightest"),
+        pytest.param(V1, "4:cpu:/b\n3:memory:/a", {"a": (1000, 300, 50), "b": (10, 0, 0)}, 750, id="version 1"),
+        pytest.param(V2, "0::/", {"": None}, None, id="no limit"),
+    ],
+)
+def test_memory_limits_of_containers_and_jobs_count(monkeypatch, tmp_path, version, own, groups, left):
+    """Of each group: its limit, what it uses, and what of this the kernel frees first."""
+    monkeypatch.setattr(control_groups, "ROOT", tmp_path)
     monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
-    limit.write_text("1000000\n")
-    assert choose_hardware(None, None).memory_bytes == 1_000_000
-    limit.write_text("max\n")
-    assert choose_hardware(None, None).memory_bytes > 1_000_000
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(own + "\n")
+    for name, numbers in groups.items():
+        limit, usage, cached = numbers or ("max", 0, 0)
+        group = tmp_path / version.mount / name
+        group.mkdir(parents=True, exist_ok=True)
+        (group / version.limit).write_text(f"{limit}\n")
+        (group / version.usage).write_text(f"{usage}\n")
+        (group / "memory.stat").write_text(f"anon 7\n{version.freed_first} {cached}\n")
+    found = choose_hardware(None, None)
+    if left is None:
+        assert found.memory_bytes > 1_000_000
+        assert found.note.startswith("available now, of ")
+    else:
+        assert found.memory_bytes == left
+        assert found.note.startswith("left by the memory limit of this container or job, of ")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
+def test_only_cores_that_the_process_may_use_count(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    assert cpu_hardware().cores == 1
 
 
 @pytest.mark.parametrize("busy_gb", [0, 30])

@@ -32,9 +32,10 @@ def launch(settings: TrainSettings, *, as_json: bool) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from rankwise.models.device import usable_cores
+
     assert settings.devices is not None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.devices)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // settings.devices)))
     # A process that was asked to stop ends its step and saves, within the time that the others wait for it.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(ranks.PATIENCE_SECONDS))
     # nohup lets a command ignore SIGHUP, and the launcher would end its processes at that signal all the same.

@@ -16,6 +16,7 @@ from rankwise.comparison import processes, stages
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.errors import Interrupted
 from rankwise.foreign import JsonObject, read_json
+from rankwise.models.device import usable_cores
 from rankwise.planning.hardware import this_machine
 from rankwise.records import write_json
 
@@ -246,8 +247,7 @@ def environments(jobs: int, device: str) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": names[slot % len(names)]} if jobs > 1 else {} for slot in range(jobs)]
     if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
         return [{} for _ in range(jobs)]
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
-    return [{"OMP_NUM_THREADS": str(threads)} for _ in range(jobs)]
+    return [{"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} for _ in range(jobs)]
 
 
 def forget_unfinished(output: Path, jobs: Sequence[Job], *, retry: bool) -> None:

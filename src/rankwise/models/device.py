@@ -130,6 +130,11 @@ def cpu_flags() -> set[str]:
     return set() if flags is None else set(flags.group(1).split())
 
 
+def usable_cores() -> int:
+    """The number of logical CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_info() -> str:
     """The text of /proc/cpuinfo; empty on systems other than Linux."""
     try:

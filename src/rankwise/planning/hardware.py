@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -14,7 +13,8 @@ from typing import Literal
 
 from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject
-from rankwise.models.device import cpu_has_bfloat16, cpu_info
+from rankwise.models.device import cpu_has_bfloat16, cpu_info, usable_cores
+from rankwise.planning import control_groups
 from rankwise.planning.cards import CARDS, Card
 from rankwise.planning.cuda import context_bytes
 from rankwise.planning.sizes import parse_size
@@ -23,7 +23,6 @@ from rankwise.reports.numbers import byte_size
 Kind = Literal["card", "memory", "machine"]
 DeviceType = Literal["cpu", "cuda", "mps"]
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 VENDOR_WORDS = (
     *("nvidia", "geforce", "tesla", "quadro", "amd", "radeon", "instinct", "apple", "generation", "gpu", "blackwell"),
     *("server", "workstation", "edition", "one", "die"),
@@ -241,30 +240,24 @@ def _cuda_device() -> Hardware:
 
 
 def cpu_hardware() -> Hardware:
-    """This machine's CPU, with the memory that is available now."""
+    """This machine's CPU, with the memory that is available now to this process and the cores that it may use."""
     import psutil
 
-    memory = psutil.virtual_memory()
+    memory, left = psutil.virtual_memory(), control_groups.free_bytes()
+    limited = left < memory.available
     return Hardware(
         kind="machine",
         name=f"this machine ({cpu_name()})",
         device_type="cpu",
-        memory_bytes=min(memory.available, _cgroup_limit()),
+        memory_bytes=left if limited else memory.available,
         has_bfloat16=cpu_has_bfloat16(),
         bytes_per_second=None,
         flops_per_second=None,
         source="psutil",
-        note=f"available now, of {byte_size(memory.total)}",
-        cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        note=("left by the memory limit of this container or job" if limited else "available now")
+        + f", of {byte_size(memory.total)}",
+        cores=min(psutil.cpu_count(logical=False) or usable_cores(), usable_cores()),
     )
-
-
-def _cgroup_limit() -> int:
-    """The memory limit of the container in bytes; a very large number without one."""
-    try:
-        return int(CGROUP_LIMIT.read_text())
-    except (OSError, ValueError):
-        return 2**63
 
 
 def cpu_name() -> str:
