@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ sys.path.append(str(BENCHMARKS))
 
 import contenders  # noqa: E402
 import end_to_end  # noqa: E402
+import neighbours  # noqa: E402
 import pages  # noqa: E402
 import quantized_load  # noqa: E402
 import replay_halving  # noqa: E402
@@ -65,7 +67,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def run(script: str, arguments: list[str]) -> dict[str, Any]:
         answer = tmp_path / "answer.json"
-        modules = {"steps": steps, "end_to_end": end_to_end, "scaling": scaling}
+        modules = {"steps": steps, "end_to_end": end_to_end, "scaling": scaling, "neighbours": neighbours}
         modules[Path(script).stem].main([*arguments, "--answer", str(answer)])
         return {**json.loads(answer.read_text()), "process_peak_bytes": 1}
 
@@ -229,6 +231,21 @@ def test_steps_measures_and_writes(base: Path, tmp_path: Path) -> None:
     page = (output / "steps.md").read_text()
     assert "qdora" in page
     assert str(tmp_path) not in page + json.dumps(result)
+
+
+@pytest.mark.usefixtures("here")
+def test_neighbours_measures_and_writes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    options = ["--spins", "default", "7", "--busy", "1", "--batch", "1", "--length", "8", "--rounds", "1"]
+    neighbours.main([str(base), *options, "--output", str(tmp_path)])
+    result = json.loads(next(tmp_path.glob("neighbours_*.json")).read_text())
+    assert {spin: set(counts) for spin, counts in result["seconds"].items()} == {"default": {"0", "1"}, "7": {"0", "1"}}
+    assert set(result["seconds"]["7"]["1"]) == set(neighbours.SIDES)
+    page = (tmp_path / "neighbours.md").read_text()
+    assert "| as libgomp does by default | ours |" in page
+    assert "| GOMP_SPINCOUNT=7 | products |" in page
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_quantized_load_measures_and_writes(base: Path, tmp_path: Path) -> None:

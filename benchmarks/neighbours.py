@@ -1,0 +1,135 @@
+"""A LoRA step beside busy processes, in multiples of its time alone: ours, PEFT's, and the frozen products alone.
+
+    python benchmarks/neighbours.py [MODEL] [--spins default 1000 passive] [--busy 1 2] [--dtype float32]
+
+libgomp reads how long its threads spin when it is loaded, so each of ``--spins`` is a fresh process: a number is
+GOMP_SPINCOUNT, ``passive`` is OMP_WAIT_POLICY, and ``default`` sets neither. In it, all sides are called in turn, first
+alone and then beside each number of processes that only count; medians. Writes a JSON file into benchmarks/results, and
+docs/results/neighbours.md anew. Nothing else may run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import contenders
+import results
+import steps
+import timing
+import torch
+
+from rankwise.records import write_json
+
+SIDES = ("ours", "peft", "products")
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo", help="folder of a model, or demo")
+    parser.add_argument("--spins", nargs="+", default=["default", "1000", "passive"])
+    parser.add_argument("--busy", nargs="+", type=int, default=[1, 2], help="numbers of busy processes")
+    parser.add_argument("--batch", type=int, default=2, help="sequences")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each, all labelled")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=contenders.DTYPES, default="bfloat16", help="of the frozen weights")
+    parser.add_argument("--output", type=Path, default=results.FOLDER)
+    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    contenders.silence()
+    if given.answer is not None:
+        write_json(given.answer, measured(given))
+        return
+    options = ("--batch", given.batch, "--length", given.length, "--rounds", given.rounds, "--dtype", given.dtype)
+    shared = [*map(str, options), "--busy", *map(str, given.busy)]
+    found = {}
+    with contenders.model_folder(given.model) as folder:
+        for spin in given.spins:
+            print(f"{spin} ...", file=sys.stderr, flush=True)
+            for name in WAITING:
+                os.environ.pop(name, None)
+            os.environ.update(waiting(spin))
+            found[spin] = timing.in_fresh_process(__file__, [folder, *shared])["seconds"]
+    run = {
+        "command": results.command(),
+        "machine": results.machine(),
+        "versions": results.versions(),
+        "model": Path(given.model).name,
+        "batch": given.batch,
+        "length": given.length,
+        "dtype": given.dtype,
+        "seconds": found,
+    }
+    results.publish(given.output, "neighbours", run, results.sections(page))
+
+
+def waiting(spin: str) -> dict[str, str]:
+    if spin == "default":
+        return {}
+    return {"OMP_WAIT_POLICY": spin} if spin == "passive" else {"GOMP_SPINCOUNT": spin}
+
+
+def measured(given: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds of a call of each side, by the number of busy processes."""
+    models = {side: contenders.build(side, given.model, "lora", 0.0, given.dtype) for side in contenders.SIDES}
+    ids = steps.batch_of(models["ours"], given)
+    calls: dict[str, timing.Prepared] = {}
+    for side, model in models.items():
+        step = contenders.Step(model, ids)
+        calls[side] = (step, step.forget)
+    shapes = steps.dense_shapes(given.model)
+    calls["products"] = (timing.Floor(shapes, ids.numel(), dtype=getattr(torch, given.dtype)), timing.nothing)
+    found = {}
+    for count in (0, *given.busy):
+        with busy(count):
+            found[count] = timing.medians(timing.alternate(calls, given.rounds))
+    return {"seconds": found}
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def page(run: results.Run) -> list[str]:
+    counts = [count for count in next(iter(run["seconds"].values())) if count != "0"]
+    headings = ["threads wait", "side", "alone, s", *(f"beside {count}, times as long" for count in counts)]
+    return [
+        f"# A LoRA step beside busy processes: {run['model']}",
+        "",
+        *results.where_from([run]),
+        f"{run['batch']} rows of {run['length']} tokens, {run['dtype']}. *products* are the frozen products alone, by",
+        "PyTorch. On two cores, a fair share beside one or two busy processes would be 1.5 or 2 times the time alone.",
+        "",
+        *results.table(headings, [_line(*key, by_count) for key, by_count in _sides(run)]),
+        "",
+    ]
+
+
+def _sides(run: results.Run) -> Iterator[tuple[tuple[str, str], dict[str, float]]]:
+    for spin, by_count in run["seconds"].items():
+        for side in SIDES:
+            yield (spin, side), {count: medians[side] for count, medians in by_count.items()}
+
+
+def _line(spin: str, side: str, seconds: dict[str, float]) -> list[str]:
+    named = "=".join(*waiting(spin).items()) if waiting(spin) else "as libgomp does by default"
+    busy_ones = [value for count, value in seconds.items() if count != "0"]
+    return [named, side, results.number(seconds["0"], 3), *(results.number(x / seconds["0"]) for x in busy_ones)]
+
+
+if __name__ == "__main__":
+    main()
