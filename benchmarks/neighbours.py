@@ -1,11 +1,12 @@
-"""A LoRA step beside busy processes, in multiples of its time alone: ours, PEFT's, and the frozen products alone.
+"""A LoRA step beside busy processes, and on one core, in multiples of its time alone: ours, PEFT's, and the frozen
+products alone.
 
     python benchmarks/neighbours.py [MODEL] [--spins default 1000 passive] [--busy 1 2] [--dtype float32]
 
 libgomp reads how long its threads spin when it is loaded, so each of ``--spins`` is a fresh process: a number is
-GOMP_SPINCOUNT, ``passive`` is OMP_WAIT_POLICY, and ``default`` sets neither. In it, all sides are called in turn, first
-alone and then beside each number of processes that only count; medians. Writes a JSON file into benchmarks/results, and
-docs/results/neighbours.md anew. Nothing else may run on the machine.
+GOMP_SPINCOUNT, ``passive`` is OMP_WAIT_POLICY, and ``default`` sets neither. In it, all sides are called in turn: first
+alone, then beside each number of processes that only count, and last with all their threads moved to one core; medians.
+Writes a JSON file into benchmarks/results, and docs/results/neighbours.md anew. Nothing else may run on the machine.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from rankwise.records import write_json
 
 SIDES = ("ours", "peft", "products")
+ALONE = "alone"
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 
@@ -77,7 +79,7 @@ def waiting(spin: str) -> dict[str, str]:
 
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a call of each side, by the number of busy processes."""
+    """Median seconds of a call of each side: alone, beside busy processes, on one core."""
     models = {side: contenders.build(side, given.model, "lora", 0.0, given.dtype) for side in contenders.SIDES}
     ids = steps.batch_of(models["ours"], given)
     calls: dict[str, timing.Prepared] = {}
@@ -89,7 +91,9 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for count in (0, *given.busy):
         with busy(count):
-            found[count] = timing.medians(timing.alternate(calls, given.rounds))
+            found[f"beside {count}" if count else ALONE] = timing.medians(timing.alternate(calls, given.rounds))
+    with on_one_core():
+        found["on one core"] = timing.medians(timing.alternate(calls, given.rounds))
     return {"seconds": found}
 
 
@@ -104,31 +108,50 @@ def busy(count: int) -> Iterator[None]:
             process.wait()
 
 
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    cores = os.sched_getaffinity(0)
+    try:
+        _move_threads({min(cores)})
+        yield
+    finally:
+        _move_threads(cores)
+
+
+def _move_threads(cores: set[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)
+
+
 def page(run: results.Run) -> list[str]:
-    counts = [count for count in next(iter(run["seconds"].values())) if count != "0"]
-    headings = ["threads wait", "side", "alone, s", *(f"beside {count}, times as long" for count in counts)]
+    cases = [case for case in next(iter(run["seconds"].values())) if case != ALONE]
+    headings = ["threads wait", "side", "alone, s", *(f"{case}, times as long" for case in cases)]
     return [
         f"# A LoRA step beside busy processes: {run['model']}",
         "",
         *results.where_from([run]),
         f"{run['batch']} rows of {run['length']} tokens, {run['dtype']}. *products* are the frozen products alone, by",
-        "PyTorch. On two cores, a fair share beside one or two busy processes would be 1.5 or 2 times the time alone.",
+        "PyTorch. On two cores, a fair share beside one or two busy processes would be 1.5 or 2 times the time alone,",
+        "and 2 times on one core.",
         "",
-        *results.table(headings, [_line(*key, by_count) for key, by_count in _sides(run)]),
+        *results.table(headings, [_line(*key, by_case) for key, by_case in _sides(run)]),
         "",
     ]
 
 
 def _sides(run: results.Run) -> Iterator[tuple[tuple[str, str], dict[str, float]]]:
-    for spin, by_count in run["seconds"].items():
+    for spin, by_case in run["seconds"].items():
         for side in SIDES:
-            yield (spin, side), {count: medians[side] for count, medians in by_count.items()}
+            yield (spin, side), {case: medians[side] for case, medians in by_case.items()}
 
 
 def _line(spin: str, side: str, seconds: dict[str, float]) -> list[str]:
     named = "=".join(*waiting(spin).items()) if waiting(spin) else "as libgomp does by default"
-    busy_ones = [value for count, value in seconds.items() if count != "0"]
-    return [named, side, results.number(seconds["0"], 3), *(results.number(x / seconds["0"]) for x in busy_ones)]
+    alone = seconds[ALONE]
+    return [
+        *(named, side, results.number(alone, 3)),
+        *(results.number(value / alone) for case, value in seconds.items() if case != ALONE),
+    ]
 
 
 if __name__ == "__main__":

@@ -240,8 +240,10 @@ def test_neighbours_measures_and_writes(base: Path, tmp_path: Path, monkeypatch:
     options = ["--spins", "default", "7", "--busy", "1", "--batch", "1", "--length", "8", "--rounds", "1"]
     neighbours.main([str(base), *options, "--output", str(tmp_path)])
     result = json.loads(next(tmp_path.glob("neighbours_*.json")).read_text())
-    assert {spin: set(counts) for spin, counts in result["seconds"].items()} == {"default": {"0", "1"}, "7": {"0", "1"}}
-    assert set(result["seconds"]["7"]["1"]) == set(neighbours.SIDES)
+    cases = ["alone", "beside 1", "on one core"]
+    assert {spin: list(found) for spin, found in result["seconds"].items()} == {"default": cases, "7": cases}
+    assert set(result["seconds"]["7"]["on one core"]) == set(neighbours.SIDES)
+    assert len(os.sched_getaffinity(0)) == len(os.sched_getaffinity(os.getppid()))
     page = (tmp_path / "neighbours.md").read_text()
     assert "| as libgomp does by default | ours |" in page
     assert "| GOMP_SPINCOUNT=7 | products |" in page
