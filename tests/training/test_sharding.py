@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
+from transformers import LlamaForCausalLM
 
 from rankwise.acceleration.sharding import shard
-from rankwise.compat.torch import is_sharded
-from rankwise.training.sharding import sharded_state, whole, whole_state, whole_weights
+from rankwise.compat.torch import is_sharded, is_unit
+from rankwise.compat.transformers import before_weights
+from rankwise.training import ranks
+from rankwise.training.sharding import shard_before_loading, sharded_state, whole, whole_state, whole_weights
 from rankwise.training.weights import load_weights
 from tiny_models import tiny_llama
 
@@ -65,3 +69,31 @@ def test_weights_are_loaded_into_the_shards_after_an_answer(mesh: Any, tmp_path:
     found = whole_weights(model)
     assert found is not None
     assert [name for name, value in stored.state_dict().items() if not torch.equal(found[name], value)] == []
+
+
+# Names of whole modules, trains_all, number of processes, whether the head is the embedding: whether rows are read.
+TIED = {
+    "frozen": ((), False, 2, True, True),
+    "a head that trains": (("lm_head",), False, 2, True, False),
+    "a norm that trains": (("norm",), False, 2, True, True),
+    "a head of its own that trains": (("lm_head",), False, 2, False, True),
+    "all, of even rows": ((), True, 2, True, True),
+    "all, of uneven rows": ((), True, 3, True, False),
+    "all, of uneven rows, a head of its own": ((), True, 3, False, True),
+}
+
+
+@pytest.mark.parametrize("case", TIED.values(), ids=TIED)
+def test_what_trains_of_tied_weights_is_one_weight(
+    case: tuple[tuple[str, ...], bool, int, bool, bool], mesh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, trains_all, count, is_tied, by_rows = case
+    tiny_llama(vocab_size=98, tie_word_embeddings=is_tied).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(ranks, "count", lambda: count)
+    given: Any = {"device_type": "cpu", "trained_whole": names, "trains_all": trains_all}
+    with before_weights(functools.partial(shard_before_loading, **given)):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert is_unit(model) is by_rows
+    # What a trained head is copied from.
+    if names == ("lm_head",):
+        assert not is_sharded(model.lm_head.weight)

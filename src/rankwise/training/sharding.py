@@ -33,18 +33,31 @@ def shard_before_loading(
     """``shard`` a model on the meta device, so that only this process's rows of each weight are read.
 
     ``trained_whole``: modules_to_save, of which every process trains a whole copy. A model whose weights are not stored
-    row by row as it uses them stays unsharded, and is sharded after loading.
+    row by row as it uses them, or whose tied weights would be parted, stays unsharded, and is sharded after loading.
     """
     layers = (layer for _, layer in four_bit_layers(model))
     in_rows = all(layer.packed.rows_are_blocks and not layer.was_conv1d for layer in layers)
     if not in_rows or any(four_bit_stacks(model)) or is_converted_by_parts(model):
         return
-    model.requires_grad_(trains_all)
     modules = dict(model.named_modules())
-    for name in module_names(modules, trained_whole):
-        for parameter in modules[name].parameters():
+    trained = [modules[name] for name in module_names(modules, trained_whole)]
+    if _parts_tied_weights(model, trained, trains_all=trains_all):
+        return
+    model.requires_grad_(trains_all)
+    for module in trained:
+        for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
     shard(model, mesh_of_all(device_type), trains_all=trains_all)
+
+
+def _parts_tied_weights(model: PreTrainedModel, trained: Sequence[nn.Module], *, trains_all: bool) -> bool:
+    """Whether embedding and head, which loading ties, would be two weights for FSDP2: one of them would stay sharded
+    where the other trains whole, or would not see the optimizer's steps, where FSDP2 pads the rows of each.
+    """
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    ends: tuple[Any, ...] = model.get_input_embeddings(), model.get_output_embeddings()
+    return any(module in ends for module in trained) or (trains_all and len(ends[0].weight) % ranks.count() > 0)
 
 
 @contextmanager
