@@ -32,23 +32,22 @@ METHODS = {"lora": method(1.50, 6, 600), "qlora": method(1.51, 3, 900), "dora": 
 
 
 def differences(verdict: str, methods: Any) -> list[dict[str, Any]]:
-    """Of every pair; one without two common seeds has no interval."""
-    return [
-        {
-            "a": a,
-            "b": b,
-            "metric": "eval_loss",
-            "verdict": verdict if (known := min(methods[a]["seeds"], methods[b]["seeds"]) > 1) else "cannot tell",
-            "interval": [-1.0, 1.0] if known else None,
-        }
-        for a, b in itertools.combinations(methods, 2)
-    ]
+    """Of every pair, "better" said of the lower mean; one without two common seeds has no interval."""
+    found = []
+    for pair in itertools.combinations(methods, 2):
+        a, b = sorted(pair, key=lambda name: (methods[name]["mean"]["eval_loss"], name))
+        seeds = min(methods[a]["seeds"], methods[b]["seeds"])
+        known = {"verdict": verdict if seeds > 1 else "cannot tell", "interval": [-1.0, 1.0] if seeds > 1 else None}
+        found.append({"a": a, "b": b, "metric": "eval_loss", "seeds": seeds, **known})
+    return found
 
 
-def choice(verdict: str, methods: Any = METHODS, memory: float | None = None, hours: float | None = None) -> Any:
+def choice(
+    verdict: str, methods: Any = METHODS, memory: float | None = None, hours: float | None = None, pairs: Any = None
+) -> Any:
     return recommend(
         methods,
-        differences(verdict, methods),  # type: ignore[arg-type]
+        differences(verdict, methods) if pairs is None else pairs,
         metric="eval_loss",
         higher_is_better=False,
         margin=0.01,
@@ -162,6 +161,7 @@ def test_limits_come_first():
     nothing = choice("better", memory=1)
     assert nothing["method"] is None
     assert "QLoRA needs least memory" in nothing["reason"]
+    assert "LoRA needs least time" in choice("better", hours=0.1)["reason"]
 
 
 def test_one_seed_ties_within_the_margin_only():
@@ -183,9 +183,30 @@ def test_a_method_whose_seeds_failed_is_not_tied_by_ignorance():
     assert "2 of its 3 runs failed" in near["reason"]
 
 
+def test_the_best_mean_does_not_stand_against_a_test():
+    """DoRA's third seed failed, and LoRA's went badly: on the seeds that both have, LoRA is better."""
+    methods = {"lora": method(1.50, 6, 600), "dora": method(1.49, 6, 600, seeds=2)}
+    pair = {"a": "dora", "b": "lora", "metric": "eval_loss", "verdict": "worse", "interval": [0.01, 0.1], "seeds": 2}
+    found = choice("", methods, pairs=[pair])
+    assert found["reason"].startswith("LoRA: it is better than DoRA (")
+    assert found["ties"] == []
+    third = {**pair, "a": "qlora", "verdict": "cannot tell"}
+    found = choice("", {**methods, "qlora": method(1.51, 3, 500)}, pairs=[pair, third])
+    assert found["reason"].startswith("QLoRA: the runs cannot tell it from LoRA, which no test found worse; LoRA takes")
+
+
+def test_three_seeds_on_one_prompt_are_not_called_one_seed():
+    methods = {"lora": method(1.50, 6, 600), "dora": method(1.2, 6, 600)}
+    pairs = [{**item, "interval": None} for item in differences("cannot tell", methods)]
+    found = choice("", methods, pairs=pairs)
+    assert "on one evaluation row or prompt, which proves nothing, its figure is better than" in found["reason"]
+
+
 def test_a_baseline_is_not_recommended_beside_methods_of_use():
     methods = {**METHODS, "prefix": method(1.0, 1, 1)}
     assert choice("better", methods)["method"] == "dora"
+    alone = {name: methods[name] for name in ("prefix", "lora")}
+    assert choice("better", alone)["reason"].startswith("LoRA: it is the only one to choose from (")
 
 
 def test_the_pareto_set_holds_what_nothing_beats():

@@ -62,9 +62,12 @@ def recommend(
 ) -> Recommendation:
     """The best method within the limits. Of those that no test separates from it, the cheapest is taken.
 
+    The best one has the best mean of those that no test found worse. A test takes the seeds that both methods have, and
+    a mean all seeds of its method, so that the best mean of all may be of a method that a test found worse.
+
     Cost is compared in this order: seconds of a run, peak memory, trained parameters, servers that take the adapter.
-    Seconds and memory count only where the ranges over seeds do not overlap (``cheapest``). A pair with one common seed
-    cannot be tested; it is tied if it differs by less than ``margin``, a share of the best value.
+    Seconds and memory count only where the ranges over seeds do not overlap (``cheapest``). A pair without a test, as
+    with one common seed, is tied if it differs by less than ``margin``, a share of the best value.
     """
     points = pareto_points(methods, metric)
     # Baselines are measured for comparison; their adapters neither merge nor load elsewhere.
@@ -75,8 +78,12 @@ def recommend(
         nothing = _nothing_fits(points, memory_bytes, hours)
         return {**base, "reason": nothing, "why": nothing}
     quality = {point["method"]: -point["quality"] if higher_is_better else point["quality"] for point in fitting}
-    best = min(fitting, key=lambda point: (quality[point["method"]], point["method"]))
-    tied = [point for point in fitting if point is best or _is_tied(best, point, metric, margin, differences)]
+    beaten = _beaten([point["method"] for point in fitting], metric, differences)
+    unbeaten = [point for point in fitting if point["method"] not in beaten] or fitting
+    best = min(unbeaten, key=lambda point: (quality[point["method"]], point["method"]))
+    # A method with a better mean than the best one is beaten, so that no tie counts.
+    rivals = [point for point in fitting if quality[point["method"]] >= quality[best["method"]]]
+    tied = [point for point in rivals if point is best or _is_tied(best, point, metric, margin, differences)]
     names = sorted((point["method"] for point in tied), key=lambda name: (quality[name], name))
     chosen, why = cheapest(names, methods)
     verdicts = {
@@ -87,7 +94,12 @@ def recommend(
     }
     limits = _limits(memory_bytes, hours)
     where = f"of the {plural(len(fitting), 'method')} within {limits}" if limits else ""
-    told = f"{_reason(chosen, best['method'], names, verdicts, why)}{_figures(methods[chosen], metric)}"
+    if verdicts:
+        praise = "which has the best mean" if rivals == fitting else "which no test found worse"
+        reason = _reason(chosen, (best["method"], praise), names, verdicts, why, _untested(metric, differences))
+    else:
+        reason = "it is the only one to choose from" if len(points) > 1 else "it is the only method with a result"
+    told = f"{reason}{_figures(methods[chosen], metric)}"
     told += f"{_failures(methods[chosen])}."
     return {
         **base,
@@ -195,8 +207,21 @@ def _is_tied(
     return found["verdict"] in ("equivalent", "cannot tell")
 
 
+def _beaten(names: Sequence[str], metric: str, differences: Sequence[Difference]) -> set[str]:
+    """The methods that a test found worse than another one of ``names``."""
+    pairs = [item for item in differences if item["metric"] == metric and {item["a"], item["b"]} <= set(names)]
+    worse = {"better": "b", "worse": "a"}
+    return {item[worse[item["verdict"]]] for item in pairs if item["verdict"] in worse}  # type: ignore[literal-required]
+
+
+def _untested(metric: str, differences: Sequence[Difference]) -> str:
+    """Why a pair has no test: one seed in common, or evaluation rows of one prompt."""
+    found = [item for item in differences if item["metric"] == metric and item["interval"] is None]
+    return "on one evaluation row or prompt" if any(item["seeds"] > 1 for item in found) else "on one seed"
+
+
 def _tested(a: str, b: str, metric: str, differences: Sequence[Difference]) -> Difference | None:
-    """The difference of the two methods, if it has an interval (at least two common seeds); else None."""
+    """The difference of the two methods, if it has an interval; else None."""
     return next(
         (
             item
@@ -210,38 +235,53 @@ def _tested(a: str, b: str, metric: str, differences: Sequence[Difference]) -> D
 def _nothing_fits(points: Sequence[ParetoPoint], memory: int | None, hours: float | None) -> str:
     if not points:
         return "No run finished, so there is nothing to recommend."
-    least = min(points, key=lambda point: (point["peak_memory_bytes"] or math.inf, point["method"]))
+    least = min(
+        points,
+        key=lambda point: (
+            (point["peak_memory_bytes"] if memory else point["wall_seconds"]) or math.inf,
+            point["method"],
+        ),
+    )
     return (
-        f"No method stays within {_limits(memory, hours)}; {long_name(least['method'])} needs least memory "
-        f"({_cost(least['peak_memory_bytes'], least['wall_seconds'])})."
+        f"No method stays within {_limits(memory, hours)}; {long_name(least['method'])} needs least "
+        f"{'memory' if memory else 'time'} ({_cost(least['peak_memory_bytes'], least['wall_seconds'])})."
     )
 
 
-def _reason(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, str | None], why: Sequence[str]) -> str:
-    """The text after the name: the verdicts, then what decided where no verdict does."""
-    if not verdicts:
-        return "it is the only method with a result"
+def _reason(
+    chosen: str,
+    best: tuple[str, str],
+    tied: Sequence[str],
+    verdicts: Mapping[str, str | None],
+    why: Sequence[str],
+    untested: str,
+) -> str:
+    """The text after the name: the verdicts, then what decided where no verdict does. ``best``: its name and a clause
+    that says why it is the best.
+    """
     if len(tied) > 1:
-        return f"{_ties(chosen, best, tied, verdicts)}; {', and '.join(why)}"
-    tested = [name for name in sorted(verdicts) if verdicts[name] is not None]
-    untested = [name for name in sorted(verdicts) if verdicts[name] is None]
+        return f"{_ties(chosen, best, tied, verdicts, untested)}; {', and '.join(why)}"
+    tested = [name for name in sorted(verdicts) if verdicts[name] in ("better", "worse")]
+    others = [name for name in sorted(verdicts) if verdicts[name] is None]
     parts = [f"it is better than {_named(tested)}"] if tested else []
-    if untested:
-        names = _named(untested)
-        parts.append(f"on one seed, which proves nothing, its figure is better than that of {names}")
-    return listed(parts)
+    if others:
+        parts.append(f"{untested}, which proves nothing, its figure is better than that of {_named(others)}")
+    return listed(parts or ["no test found it worse than another method"])
 
 
-def _ties(chosen: str, best: str, tied: Sequence[str], verdicts: Mapping[str, str | None]) -> str:
+def _ties(
+    chosen: str, best: tuple[str, str], tied: Sequence[str], verdicts: Mapping[str, str | None], untested: str
+) -> str:
     """The results of the tests against the best mean and each method that is not worse: a predicate of ``chosen``."""
     words = {
         "equivalent": "it is equivalent to",
         "cannot tell": "the runs cannot tell it from",
-        None: "on one seed it lies within the margin of",
+        None: f"{untested} it lies within the margin of",
     }
-    if chosen != best:
-        return f"{words[verdicts[chosen]]} {long_name(best)}, which has the best mean"
-    groups = {text: [name for name in tied if name != best and verdicts[name] == key] for key, text in words.items()}
+    name_of_best, praise = best
+    if chosen != name_of_best:
+        return f"{words[verdicts[chosen]]} {long_name(name_of_best)}, {praise}"
+    groups = {text: [name for name in tied if name != chosen and verdicts[name] == key] for key, text in words.items()}
     return listed(f"{text} {_named(names)}" for text, names in groups.items() if names)
 
 
