@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 
@@ -66,6 +67,27 @@ def test_front_matter_of_full_fine_tuning() -> None:
 @pytest.mark.parametrize("base", ["a: b", "- x", 'quote " and \\ back', "#hash", "C:\\models\\llama", "ünï/code"])
 def test_awkward_names_stay_valid_yaml(base: str) -> None:
     assert front_matter(model_card(record(), CONFIG | {"base_model_name_or_path": base}))["base_model"] == base
+
+
+@pytest.mark.parametrize("base", ['a "b"', "C:\\new\\model", "ünï/code"])
+def test_awkward_names_stay_valid_python(base: str) -> None:
+    card = model_card(record("qlora", base_model={"name": base}), CONFIG | {"base_model_name_or_path": base})
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    texts = [node.value for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
+    assert texts.count(base) == len(blocks) == 2
+
+
+def test_what_markdown_would_interpret_is_escaped_in_cells() -> None:
+    made = record(warnings=[{"code": "RW1", "message": "the end is </s>"}])
+    made.settings |= {"new_tokens": ["<tool>"], "target_modules": ".*_proj|.*mlp.*", "kept_name": 1}
+    card = model_card(made, CONFIG)
+    for line in (
+        r"- RW1: the end is \</s\>",
+        r"| new_tokens | \<tool\> |",
+        r"| target_modules | .\*\_proj\|.\*mlp.\* |",
+        "| kept_name | 1 |",
+    ):
+        assert line in card, line
 
 
 def test_demo_names_the_model_on_the_hub() -> None:

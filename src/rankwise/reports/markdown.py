@@ -13,21 +13,24 @@ from rankwise.reports.forest_plot import pairs_of
 from rankwise.reports.naming import long_name, method_name, metric_name
 from rankwise.reports.numbers import capital, p_value, plural, significant, visible
 
-SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
+# An underscore within a word means nothing.
+SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
 
 
 def markdown(comparison: Comparison) -> str:
     """The report as headings, a table of methods, a table of differences, and one line for each other fact."""
     parts = [
-        f"# {_text(summary.title(comparison))}",
+        f"# {escaped(summary.title(comparison))}",
         _verdict(comparison),
-        _text(summary.caution(comparison["methods"])),
+        escaped(summary.caution(comparison["methods"])),
         "\n".join(
-            f"- {fact.title}: **{_text(fact.value)}** ({_text(fact.note)})" for fact in summary.trust(comparison)
+            f"- {fact.title}: **{escaped(fact.value)}** ({escaped(fact.note)})" for fact in summary.trust(comparison)
         ),
         section("Methods", _methods(comparison)),
         section("Differences", _differences(comparison)),
-        section("Learning rates stopped", "\n".join(f"- {_text(line)}" for line in summary.stopped_rates(comparison))),
+        section(
+            "Learning rates stopped", "\n".join(f"- {escaped(line)}" for line in summary.stopped_rates(comparison))
+        ),
         section("Answers against the base model", _answers(comparison)),
         section("Warnings, failures, what was left out", _messages(comparison)),
         section("To repeat it", _commands(comparison)),
@@ -38,7 +41,7 @@ def markdown(comparison: Comparison) -> str:
 def _verdict(comparison: Comparison) -> str:
     method = comparison["recommendation"].get("method")
     name = long_name(method) if method else "No recommendation"
-    return f"**{_text(capital(name))}.** {_text(summary.verdict(comparison))}"
+    return f"**{escaped(capital(name))}.** {escaped(summary.verdict(comparison))}"
 
 
 def _methods(comparison: Comparison) -> str:
@@ -52,7 +55,7 @@ def _methods(comparison: Comparison) -> str:
     ]
     better = "higher is better" if comparison.is_higher_better(comparison.metric) else "lower is better"
     note = f"{metric_name(comparison.metric)}: {better}. {summary.tie_note(comparison)}"
-    return f"{table(head, rows, _text)}\n\n{_text(note)}" if rows else ""
+    return f"{table(head, rows, escaped)}\n\n{escaped(note)}" if rows else ""
 
 
 def _differences(comparison: Comparison) -> str:
@@ -66,24 +69,24 @@ def _differences(comparison: Comparison) -> str:
     unit = f" in {comparison.unit}" if comparison.unit else ""
     note = f"{metric_name(comparison.metric)} of the first minus the second{unit}."
     margin = f" Within ±{significant(pairs[0].margin, 2)} they count as equivalent." if pairs[0].margin else ""
-    return f"{table(('pair', 'difference', 'verdict', 'p (Holm)'), rows, _text)}\n\n{_text(note + margin)}"
+    return f"{table(('pair', 'difference', 'verdict', 'p (Holm)'), rows, escaped)}\n\n{escaped(note + margin)}"
 
 
 def _answers(comparison: Comparison) -> str:
     return "\n".join(
-        f"- {_text(method_name(item.method))} on {_text(item.place)}: won {item.counts['won']}, "
+        f"- {escaped(method_name(item.method))} on {escaped(item.place)}: won {item.counts['won']}, "
         f"lost {item.counts['lost']}, tied {item.counts['tied']} of {plural(item.total, 'example')} "
-        f"by {_text(item.score)}"
+        f"by {escaped(item.score)}"
         for item in answers_of(comparison)
     )
 
 
 def _messages(comparison: Comparison) -> str:
     lines = [
-        f"- {item['kind']}: {_text(item['what'])}{' ' + item['code'] if item['code'] else ''}: {_text(item['why'])}"
+        f"- {item['kind']}: {escaped(item['what'])}{' ' + item['code'] if item['code'] else ''}: {escaped(item['why'])}"
         for item in summary.left_out(comparison)
     ]
-    lines += [f"- {_text(item['code'])}: {_text(item['message'])}" for item in summary.told_warnings(comparison)]
+    lines += [f"- {escaped(item['code'])}: {escaped(item['message'])}" for item in summary.told_warnings(comparison)]
     return "\n".join(lines)
 
 
@@ -105,6 +108,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Json]], as_text: Callable
     return "\n".join(lines) if rows else ""
 
 
-def _text(text: Json) -> str:
+def escaped(text: Json) -> str:
     """The text on one line, with every character escaped that Markdown or HTML would interpret."""
     return SPECIAL.sub(r"\\\1", " ".join(visible(text).split()))

@@ -6,6 +6,7 @@ Every figure comes from the run's record. Statements about other software carry 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
 from rankwise.foreign import Fields, Json
 from rankwise.records import RunRecord
-from rankwise.reports.markdown import section, table
+from rankwise.reports.markdown import escaped, section, table
 from rankwise.reports.naming import last_part
 from rankwise.reports.numbers import capital
 from rankwise.serving import DORA_AS_LORA, WORDS, served
@@ -130,7 +131,8 @@ def _front_matter(method: str, base: str, config: Fields) -> str:
 
 def _title(record: RunRecord, base: str) -> str:
     name = NAMES[record.method]
-    return f"{capital(name)} of {last_part(base)}" if record.method == "full" else f"{name} for {last_part(base)}"
+    model = escaped(last_part(base))
+    return f"{capital(name)} of {model}" if record.method == "full" else f"{name} for {model}"
 
 
 def _summary(record: RunRecord, base: str, config: Fields) -> str:
@@ -175,7 +177,7 @@ def _cell(value: Json) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value)
-    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")
+    return escaped(value)
 
 
 def _results(record: RunRecord) -> list[tuple[str, Json]]:
@@ -291,7 +293,7 @@ def _theirs(base: str, four_bit: FourBit | None) -> list[str]:
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+            f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)})",
             adapted,
         ]
     given = f"dtype=torch.{four_bit.dtype}, quantization_config=quantization"
@@ -301,7 +303,7 @@ def _theirs(base: str, four_bit: FourBit | None) -> list[str]:
         "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
         "",
         *four_bit.in_transformers(),
-        f'model = AutoModelForCausalLM.from_pretrained("{base}", {given})',
+        f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)}, {given})",
         adapted,
     ]
 
@@ -309,16 +311,21 @@ def _theirs(base: str, four_bit: FourBit | None) -> list[str]:
 def _ours(parts: Sequence[str], four_bit: FourBit | None = None) -> list[str]:
     model, *rest = parts
     if four_bit is None:
-        return ["import rankwise as rw", "", f'model, tokenizer = rw.load_model("{model}")', *rest]
+        return ["import rankwise as rw", "", f"model, tokenizer = rw.load_model({_quoted(model)})", *rest]
     given = f"dtype=torch.{four_bit.dtype}, quantization={four_bit.in_rankwise()}"
     return [
         "import torch",
         "",
         "import rankwise as rw",
         "",
-        f'model, tokenizer = rw.load_model("{model}", {given})',
+        f"model, tokenizer = rw.load_model({_quoted(model)}, {given})",
         *rest,
     ]
+
+
+def _quoted(name: str) -> str:
+    """A name or a path as a literal of Python."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _code(title: str, lines: Sequence[str]) -> str:
