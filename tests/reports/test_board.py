@@ -11,6 +11,7 @@ import pytest
 from board_folders import write_run
 from comparison_folders import HOSTILE, write_comparison
 
+from rankwise.records import load_record
 from rankwise.reports.board import comparison_panel, find, overview, run_panels
 
 
@@ -44,6 +45,17 @@ def test_a_panel_has_the_figures_the_charts_and_the_answers(tmp_path):
     assert 'class="limit"' in panel
     memory = panel.partition("Peak memory")[2].partition("</figure>")[0]
     assert 'class="tick">0.0<' in memory
+
+
+def test_rewards_are_not_called_losses(tmp_path):
+    folder = write_run(tmp_path / "first")
+    record = load_record(folder)
+    record.objective = "grpo"
+    record.save(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 0, "eval_loss": -0.25}\n{"step": 10, "eval_loss": -0.5}\n')
+    [panel] = run_panels(find(tmp_path)[0])
+    assert "reward 0.2500 → 0.5000 at step 10" in panel
+    assert "per token" not in panel
 
 
 def test_two_runs_share_their_scales(tmp_path):

@@ -44,6 +44,11 @@ def test_one_run_shows_both_losses_and_the_best_step() -> None:
     assert len([circle for circle in evaluations.iter(f"{NAME}circle") if circle.get("class") == "dot"]) == 5
 
 
+@pytest.mark.parametrize(("objective", "name"), [("sft", "loss per token"), ("dpo", "loss")])
+def test_the_axis_names_the_loss_of_the_objective(objective: str, name: str) -> None:
+    assert [text for text in texts(loss_svg(lines(), "t", objective=objective)) if text.startswith("loss")] == [name]
+
+
 def test_kept_step_may_be_another_than_the_lowest() -> None:
     assert "kept: step 20, 1.750" in texts(loss_svg(lines(), "t", kept_step=20))
 

@@ -16,9 +16,9 @@ from rankwise.foreign import Fields, JsonObject
 from rankwise.records import METRICS_FILE, RUN_FILE, RunRecord, load_record, read_metrics
 from rankwise.reports.figure import STYLE_FILE, TEMPLATES, Frame, group, line
 from rankwise.reports.folder import load_comparison
-from rankwise.reports.losses import Losses, points_of
+from rankwise.reports.losses import Losses, loss_name, points_of
 from rankwise.reports.naming import last_part, method_name
-from rankwise.reports.numbers import byte_size, duration, is_number, short_count, significant, visible
+from rankwise.reports.numbers import byte_size, capital, duration, is_number, short_count, significant, visible
 from rankwise.reports.page import page, rendered
 from rankwise.reports.scale import Point, robust_range, thinned, value_range
 from rankwise.reports.schema import COMPARISON_FILE
@@ -192,7 +192,7 @@ def _figures(run: Found) -> dict[str, str]:
     return {
         "step": step if run.metrics else "",
         "training loss": significant(losses.training[-1][1], 4) if losses.training else "",
-        "evaluation loss": _change(losses),
+        "evaluation loss": _change(losses, of_rewards=record is not None and record.objective == "grpo"),
         "speed": f"{significant(speed[-1][1])} tokens/s" if speed else "",
         "memory": f"{byte_size(memory[-1][1])}{against}" if memory else "",
         "training time": duration(seconds[-1][1]) if seconds else "",
@@ -201,22 +201,23 @@ def _figures(run: Found) -> dict[str, str]:
     }
 
 
-def _change(losses: Losses) -> str:
+def _change(losses: Losses, *, of_rewards: bool) -> str:
+    """From the first evaluation to the best one. ``of_rewards``: the losses are negative mean rewards."""
     if not losses.evaluation:
         return ""
-    first, best = losses.evaluation[0], losses.best
-    start = significant(first[1], 4)
-    return start if best is None else f"{start} → {significant(best[1], 4)} at step {best[0]:,.0f}"
+    sign, name = (-1, "reward ") if of_rewards else (1, "")
+    start, best = f"{name}{significant(sign * losses.evaluation[0][1], 4)}", losses.best
+    return start if best is None else f"{start} → {significant(sign * best[1], 4)} at step {best[0]:,.0f}"
 
 
 def _charts(run: Found) -> list[Chart]:
-    losses = run.losses
+    losses, objective = run.losses, "sft" if run.record is None else run.record.objective
     plan = None if run.record is None else run.record.predicted_peak_memory_bytes
     limit = plan / 1e9 if plan else None
     memory = [(step, value / 1e9) for step, value in points_of(run.metrics, "peak_memory_bytes")]
     return [
         Chart(
-            "Loss per token: training (line, smoothed) and evaluation (points)",
+            f"{capital(loss_name(objective))}: training (line, smoothed) and evaluation (points)",
             [("m0 training", "training", losses.training), ("m0 smooth", "smoothed", losses.smooth),
              ("m1 evaluation", "evaluation", losses.evaluation)],
         ),

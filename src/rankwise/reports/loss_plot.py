@@ -21,7 +21,7 @@ from rankwise.reports.figure import (
     place_text,
     tag,
 )
-from rankwise.reports.losses import Losses
+from rankwise.reports.losses import Losses, loss_name
 from rankwise.reports.scale import Point, robust_range, spread
 
 TOP, HEIGHT = 78, 310
@@ -39,11 +39,13 @@ def loss_svg(
     title: str,
     *,
     kept_step: int | None = None,
+    objective: str = "sft",
 ) -> str:
     """An SVG document of the lines of one ``metrics.jsonl``, or of ``{name: lines}`` to compare several runs.
 
     The logged training loss is drawn lightly under its moving average, evaluations are points, and a ring marks the
-    kept checkpoint (``kept_step``, by default the lowest evaluation). Lines without a loss are ignored.
+    kept checkpoint (``kept_step``, by default the lowest evaluation). Lines without a loss are ignored. ``objective``
+    says what the loss is.
     """
     if isinstance(metrics, Mapping):
         runs = {name: Losses.of(lines) for name, lines in metrics.items()}
@@ -51,7 +53,7 @@ def loss_svg(
         runs = {"": Losses.of(metrics, kept_step)}
     several = list(runs.values())
     frame = _frame(several)
-    parts = [frame.grid(5), frame.steps(6), *_axis_names()]
+    parts = [frame.grid(5), frame.steps(6), *_axis_names(loss_name(objective))]
     if len(several) > 1:
         parts += [
             _run(name, losses, (index % 8, index % 8), frame) for index, (name, losses) in enumerate(runs.items())
@@ -77,10 +79,10 @@ def _frame(runs: Sequence[Losses]) -> Frame:
     return Frame.of((0, max(last, 1)), (low, high), HEIGHT)
 
 
-def _axis_names() -> Iterator[Markup]:
+def _axis_names(loss: str) -> Iterator[Markup]:
     yield label(50, HEIGHT + 42, "optimizer step", "tick", anchor="middle")
     turned = f"translate({16 - LEFT} {HEIGHT / 2:.0f}) rotate(-90)"
-    yield tag("text", "loss per token", class_="tick", text_anchor="middle", transform=turned)
+    yield tag("text", loss, class_="tick", text_anchor="middle", transform=turned)
 
 
 def _run(name: str, losses: Losses, colours: tuple[int, int], frame: Frame) -> Markup:

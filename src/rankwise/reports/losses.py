@@ -9,6 +9,13 @@ from rankwise.foreign import Fields
 from rankwise.reports.numbers import is_number
 from rankwise.reports.scale import Point, smoothed
 
+# What the losses of a run are, by its objective. Those of the others are means over answers or pairs.
+NAMES = {"sft": "loss per token", "grpo": "loss; of evaluations the negative mean reward"}
+
+
+def loss_name(objective: str) -> str:
+    return NAMES.get(objective, "loss")
+
 
 @dataclasses.dataclass(frozen=True)
 class Losses:

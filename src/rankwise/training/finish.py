@@ -121,7 +121,7 @@ def prove_reload(model: nn.Module, output: Path, probe: dict[str, Tensor]) -> No
 def write_plot(output: Path, record: RunRecord) -> None:
     """Write ``loss.svg`` from ``metrics.jsonl``, and ``rates.svg`` where the learning rate was searched for."""
     title = f"{record.settings.get('model', '')}, {record.method}"
-    svg = loss_svg(list(read_metrics(output)), title=title, kept_step=record.kept_step)
+    svg = loss_svg(list(read_metrics(output)), title=title, kept_step=record.kept_step, objective=record.objective)
     write_text(output / PLOT_FILE, svg)
     if record.rate_search is not None:
         write_text(output / SEARCH_FILE, search_svg(record.rate_search, title))
