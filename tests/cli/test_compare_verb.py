@@ -115,6 +115,15 @@ def test_one_seed_is_said_to_tell_nothing(comparison: dict[str, Any]):
     assert "eval_loss" not in comparison["recommendation"]["reason"]
 
 
+def test_the_sign_of_a_difference_is_that_of_the_order_of_the_names():
+    item = {"a": "lora", "b": "dora", "metric": "eval_loss", "difference": 0.02, "interval": [0.01, 0.03]}
+    pairs = [{**item, "verdict": verdict} for verdict in ("worse", "cannot tell")]
+    assert list(verdict_lines({"primary_metric": "eval_loss", "differences": pairs})) == [  # type: ignore[typeddict-item]
+        "DoRA is better than LoRA: difference \u22120.020 (\u22120.030 to \u22120.010)",
+        "the runs cannot tell LoRA from DoRA: difference +0.020 (0.010 to 0.030)",
+    ]
+
+
 def test_console_and_report_show_the_same_digits(comparison: dict[str, Any], folder: Path):
     """With one seed nothing says how many digits are known, and both still agree."""
     console = Console(width=200, file=io.StringIO())

@@ -138,6 +138,7 @@ def _cells(item: Method, metric: str, has_intervals: bool) -> Iterator[str]:
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:
+    """A line for each pair. The difference is that of the method named first minus the other one."""
     for item in comparison["differences"]:
         if item["metric"] != comparison["primary_metric"]:
             continue
@@ -148,8 +149,9 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
             "equivalent": f"{a} and {b} are equivalent",
             "cannot tell": f"the runs cannot tell {a} from {b}",
         }[verdict]
-        interval = item["interval"]
-        text = difference(item["difference"], interval)[0]
+        sign = -1 if verdict == "worse" else 1
+        interval = sorted(sign * bound for bound in item["interval"]) if item["interval"] else None
+        text = difference(sign * item["difference"], interval)[0]
         yield f"{words}: difference {text} ({span(interval)})" if interval else f"{words}: difference {text}"
 
 
