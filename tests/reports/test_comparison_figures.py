@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 
 import numpy as np
@@ -20,6 +21,7 @@ from rankwise.reports.forest_plot import forest_scale, pairs_of
 from rankwise.reports.losses import Losses
 from rankwise.reports.naming import layer_and_kind, method_numbers, metric_name
 from rankwise.reports.norms_plot import norms_of
+from rankwise.reports.page import page
 from rankwise.reports.pareto_plot import Spot, pareto_front
 
 
@@ -69,6 +71,18 @@ def test_a_mean_has_the_digits_that_its_interval_supports(mean, interval, expect
 )
 def test_figures_as_people_write_them(function, value, text):
     assert function(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "text"),
+    [
+        (-0.0212, [-0.0293, -0.0131], ("\u22120.0212", "± 0.0081")),
+        (0.592, [0.0969, 2.611], ("+0.6", "(0.1 to 2.6)")),
+        (0.592, None, ("+0.59", "")),
+    ],
+)
+def test_an_interval_with_unequal_sides_is_written_out(value, interval, text):
+    assert numbers.difference(value, interval) == text
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e12, max_value=1e12), st.integers(1, 6))
@@ -188,6 +202,18 @@ def test_norms_are_means_over_seeds_by_layer(comparison):
     values = [run["update_norms"][module] for run in comparison.finals_of("lora")]
     assert norms.layers == 12
     assert norms.cells["q_proj", 3] == pytest.approx(sum(values) / 3)
+
+
+def test_norms_of_experts_are_averaged_and_those_outside_the_layers_are_told(tmp_path):
+    document = write_comparison(tmp_path)
+    for run in document["runs"]:
+        run["update_norms"] = {f"model.layers.0.experts.{number}.w1": 0.1 * number for number in (1, 3)}
+        run["update_norms"]["lm_head"] = 0.5
+    (tmp_path / "comparison.json").write_text(json.dumps(document))
+    comparison = load_comparison(tmp_path)
+    norms = norms_of(comparison, "lora")
+    assert norms.cells == {("w1", 0): pytest.approx(0.2)}
+    assert "outside the layers: lm_head 0.50" in page(comparison)
 
 
 def test_names():

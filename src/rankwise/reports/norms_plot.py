@@ -20,7 +20,9 @@ LONGEST_NAME = 11
 
 @dataclasses.dataclass(frozen=True)
 class Norms:
-    """The mean over seeds of the update's norm, by kind of module and layer. ``outside`` are modules in no layer."""
+    """The mean over seeds of the update's norm, by kind of module and layer; of modules of one kind in a layer, as of
+    experts, the mean. ``outside`` are modules in no layer.
+    """
 
     method: str
     cells: Mapping[tuple[str, int], float]
@@ -47,15 +49,15 @@ def norms_of(comparison: Comparison, method: str) -> Norms | None:
                 found[module].append(norm)
     if not found:
         return None
-    cells: dict[tuple[str, int], float] = {}
+    cells: dict[tuple[str, int], list[float]] = defaultdict(list)
     outside: dict[str, float] = {}
     for module, norms in found.items():
         layer, kind = layer_and_kind(module)
         if layer is None:
             outside[module] = fmean(norms)
         else:
-            cells[kind, layer] = fmean(norms)
-    return Norms(method, cells, outside)
+            cells[kind, layer] += norms
+    return Norms(method, {place: fmean(norms) for place, norms in cells.items()}, outside)
 
 
 def norms_svg(norms: Norms, number: int, largest: float) -> Markup:

@@ -68,13 +68,17 @@ def estimate(mean: Json, interval: Json) -> tuple[str, str]:
     return fixed(mean, decimals), f"±{THIN}{half:,.{decimals}f}"
 
 
-def difference(value: float, interval: Json) -> tuple[str, str]:
-    """``("−0.0212", "± 0.0081")``: as ``estimate``, with its sign; two digits where no interval can be given."""
+def difference(value: float, interval: Sequence[float] | None) -> tuple[str, str]:
+    """``("−0.0212", "± 0.0081")``: as ``estimate``, with its sign; two digits where no interval can be given.
+
+    An interval with unequal sides is written out: ``("+0.6", "(0.1 to 2.6)")``.
+    """
     half = half_width(interval)
-    if half is None:
+    if half is None or interval is None:
         return f"{'+' if value > 0 else ''}{significant(value, 2)}", ""
     decimals = decimals_for(half)
-    return signed(value, decimals), f"± {fixed(half, decimals)}"
+    is_even = abs(interval[0] + half - value) < 0.5 * 10**-decimals
+    return signed(value, decimals), f"± {fixed(half, decimals)}" if is_even else f"({span(interval)})"
 
 
 def span(interval: Sequence[float]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -18,6 +19,7 @@ from rankwise.reports.curves_plot import curve_panels, curves_of, is_cut
 from rankwise.reports.examples import OUTCOMES, answers_of
 from rankwise.reports.figure import MARKERS, STYLE_FILE, TEMPLATES, tag
 from rankwise.reports.folder import Comparison
+from rankwise.reports.losses import loss_name
 from rankwise.reports.naming import long_name, method_name, method_numbers, metric_name
 from rankwise.reports.norms_plot import norms_of, norms_svg
 from rankwise.reports.numbers import (
@@ -87,6 +89,7 @@ def _content(comparison: Comparison) -> JsonObject:
         "tie_note": summary.tie_note(comparison),
         "metric": metric_name(metric),
         "unit": comparison.unit,
+        "loss_name": loss_name(comparison.objective),
         "better": "higher is better" if comparison.is_higher_better(metric) else "lower is better",
         "metrics_table": _metrics_table(comparison),
         "forest": _forest(comparison),
@@ -126,7 +129,9 @@ def _recommendation(comparison: Comparison) -> JsonObject:
     if is_number(limits.get("hours")):
         parts.append(f"at most {duration(3600 * limits['hours'])}")
     keys = ("method", "config", "command", "adapter", "merged", "run")
-    return {**{key: visible(given[key]) if given.get(key) else "" for key in keys}, "limits": ", ".join(parts)}
+    texts = {key: visible(given[key]) if given.get(key) else "" for key in keys}
+    # A report of several folders names the whole path.
+    return {**texts, "limits": ", ".join(parts), "is_inside": not Path(texts["adapter"]).is_absolute()}
 
 
 def _metrics_table(comparison: Comparison) -> JsonObject:
@@ -242,7 +247,14 @@ def _curves(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
 def _norms(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
     found = [norms for name in comparison.ranked() if (norms := norms_of(comparison, name)) and norms.cells]
     largest = max((norms.largest for norms in found), default=0.0)
-    panels = [{"method": norms.method, "svg": norms_svg(norms, numbers[norms.method], largest)} for norms in found]
+    panels = [
+        {
+            "method": norms.method,
+            "svg": norms_svg(norms, numbers[norms.method], largest),
+            "outside": ", ".join(f"{visible(name)} {significant(value, 2)}" for name, value in norms.outside.items()),
+        }
+        for norms in found
+    ]
     return {"panels": panels, "largest": significant(largest, 2)}
 
 

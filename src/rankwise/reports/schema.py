@@ -127,7 +127,7 @@ class Difference(TypedDict):
     b: str
     metric: str
     difference: float
-    # None with one seed: then the seeds' share of the error is not known.
+    # None with one seed or one cluster: then its share of the error is not known.
     interval: list[float] | None
     standard_error: float | None
     p_value: float | None
@@ -232,7 +232,7 @@ class Comparison(TypedDict):
     model: JsonObject
     # {"train": {"source", "sha256", "rows"}, "eval": {...}, "overlap": rows of eval that stand in train}.
     data: JsonObject
-    # The metric that decides: learning rates, tie groups, recommendation.
+    # The metric that decides: tie groups, recommendation. Learning rates are chosen by the evaluation loss.
     primary_metric: str
     confidence: float
     # The unadapted model: {"tasks": {TASK: TaskResult.to_json()}, "folder": relative path | null}.
