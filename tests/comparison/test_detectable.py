@@ -37,6 +37,12 @@ def test_one_seed_promises_nothing():
     assert (effect["relative"], effect["absolute"]) == (None, None)
 
 
+def test_one_evaluation_row_promises_nothing_for_the_loss():
+    effect = detectable_effect(given(), {}, seeds=3, rows=1)
+    assert (effect["relative"], effect["absolute"]) == (None, None)
+    assert detectable_effect(given(metric="e2e.BLEU", task=("e2e",)), {}, seeds=3, rows=1)["relative"]
+
+
 def scores(draw: np.random.Generator, row_noise: float) -> Scores:
     losses = 2 + draw.normal(0, 0.01, (3, 1)) + draw.normal(0, row_noise, 200)
     values = dict(enumerate(losses.mean(1).tolist()))

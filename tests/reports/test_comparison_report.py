@@ -101,7 +101,26 @@ def test_pairs_without_two_common_seeds_are_not_called_tested(tmp_path):
         item.update(p_value=None, p_value_holm=None, interval=None, verdict="cannot tell")
     file.write_text(json.dumps(document))
     text = write_report(folder)[1].read_text()
-    assert "Tested: **Not at all** (no two methods have two finished seeds in common)" in text
+    assert "Tested: **Not at all** (the evaluation data hold a single row or prompt)" in text
+    for item in document["differences"]:
+        item["seeds"] = 1
+    file.write_text(json.dumps(document))
+    text = write_report(folder)[1].read_text()
+    assert "Tested: **Not at all** (no two methods share two finished seeds)" in text
+
+
+def test_an_assumed_spread_is_not_shown_as_a_measured_one(tmp_path):
+    def assume(document: dict) -> None:
+        document["minimum_detectable_effect"] |= {"absolute": None, "assumption": "runs vary by 0.5 %"}
+
+    page, _ = changed_report(tmp_path / "c", assume)
+    assert "in 80 % of such comparisons, assuming that runs vary by 0.5 %" in page.text
+
+
+def test_losses_of_preferences_are_not_of_tokens(tmp_path):
+    page, _ = changed_report(tmp_path / "c", lambda document: document["settings"].update(objective="dpo"))
+    assert "Loss against optimizer step" in page.text
+    assert "per token" not in page.text
 
 
 def changed_report(folder: Path, change: Callable[[dict], None]) -> tuple[Page, str]:
@@ -345,12 +364,13 @@ def test_the_verb_joins_folders_and_needs_no_torch(tmp_path):
     for name, seeds in (("a", (0, 1, 2)), ("b", (3, 4))):
         (tmp_path / name).mkdir()
         write_comparison(tmp_path / name, seeds=seeds, extras=False)
-    command = [sys.executable, "-c", WITHOUT_TORCH, "report", "a", "b", "--output", "joined", "--json"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, "report", "a", "b", "--output", "in one", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert said["files"] == ["joined/report.html", "joined/report.md", "joined/report.json"]
-    document = json.loads((tmp_path / "joined" / "report.json").read_text())
+    assert said["files"] == ["in one/report.html", "in one/report.md", "in one/report.json"]
+    assert said["recommendation"]["command"] == "rankwise train --config 'in one/recommended.yaml'"
+    document = json.loads((tmp_path / "in one" / "report.json").read_text())
     for name in METHODS:
         runs = [run for run in document["runs"] if run["method"] == name and run["phase"] == "final"]
         assert sorted(run["seed"] for run in runs) == [0, 1, 2, 3, 4]
@@ -358,7 +378,11 @@ def test_the_verb_joins_folders_and_needs_no_torch(tmp_path):
         assert document["methods"][name]["mean"]["eval_loss"] == pytest.approx(mean)
         assert document["methods"][name]["seeds"] == 5
     assert {item["seeds"] for item in document["differences"]} == {5}
-    assert (tmp_path / "joined" / "recommended.yaml").is_file()
+    assert document["minimum_detectable_effect"]["seeds"] == 5
+    # The folders differ in it.
+    assert "seeds" not in document["settings"]
+    assert "in the folder of the comparison" not in (tmp_path / "in one" / "report.html").read_text()
+    assert (tmp_path / "in one" / "recommended.yaml").is_file()
 
 
 def test_several_folders_need_an_output(tmp_path, monkeypatch, capsys):

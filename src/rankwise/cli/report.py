@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def _summarise(target: Path) -> Callable[..., JsonObject]:
     def summarise(document: Fields, place_of: Callable[[Fields], Path]) -> JsonObject:
         from rankwise.comparison import summary
         from rankwise.comparison.collect import metrics_of
+        from rankwise.comparison.detectable import measured_effect
 
         runs: list[Any] = [{**run, "folder": str(place_of(run).resolve())} for run in document["runs"]]
         better = metrics_of(runs)
@@ -54,7 +56,17 @@ def _summarise(target: Path) -> Callable[..., JsonObject]:
         metric = str(document["primary_metric"])
         methods = summary.ranked(methods, differences, metric, higher_is_better=better.get(metric, False))
         recommendation = _recommend(document, runs, methods, differences, margin, target)
-        return {"methods": methods, "differences": differences, "recommendation": recommendation}
+        known = scores.get(metric, {})
+        seeds = max((len(item.values) for item in known.values()), default=0)
+        return {
+            "methods": methods,
+            "differences": differences,
+            "recommendation": recommendation,
+            "minimum_detectable_effect": measured_effect(
+                known, metric, methods=len(methods), margin=margin, seeds=seeds
+            )
+            or {},
+        }
 
     return summarise
 
@@ -87,7 +99,7 @@ def _recommend(
     text = recommended_yaml(target, best["record"]["settings"], found["reason"])
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / RECOMMENDED_FILE, text)
-    command = f"rankwise train --config {target / RECOMMENDED_FILE}"
+    command = shlex.join(["rankwise", "train", "--config", str(target / RECOMMENDED_FILE)])
     place = {"config": RECOMMENDED_FILE, "command": command, "run": best["id"], "adapter": best["folder"]}
     return {**found, **place, "config_text": text}
 

@@ -240,9 +240,9 @@ def spread_parts(
 
     ``seed_sd`` is the standard deviation of a method's metric over seeds. Over rows, the difference of two methods has
     the standard deviation ``row_sd``, common to all seeds, and ``rest_sd``, independent for each seed. With ``rows`` of
-    0 the rows are not a sample.
+    0 the rows are not a sample; one row has no spread that could be estimated, as one seed has none.
     """
-    if seeds < 2:
+    if seeds < 2 or rows == 1:
         return ()
     by_seed = (2 * seed_sd**2 + (rest_sd**2 / rows if rows else 0.0)) / seeds
     return (by_seed, seeds - 1.0), *(((row_sd**2 / rows, rows - 1.0),) if rows > 1 else ())

@@ -9,7 +9,7 @@ from statistics import fmean
 from rankwise.errors import RunError, warn
 from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.reports.folder import Comparison, filled
-from rankwise.reports.numbers import is_number
+from rankwise.reports.numbers import is_number, plural
 
 Summarise = Callable[[Fields, Callable[[Fields], Path]], Fields]
 # Settings that may differ between the folders; with any other one they are no longer the same comparison.
@@ -69,6 +69,21 @@ def figures_of(runs: Sequence[Fields]) -> JsonObject:
     }
 
 
+def unlike_hardware(runs: Sequence[Fields]) -> str | None:
+    """What to warn of where the runs trained on several devices or numbers of threads; None where on one."""
+    devices = dict.fromkeys(_hardware((run["record"] or {}).get("device") or {}) for run in runs)
+    known = [device for device in devices if device]
+    if len(known) < 2:
+        return None
+    return f"the runs are of different hardware ({'; '.join(known)}): their times, speeds and memory differ."
+
+
+def _hardware(device: Fields) -> str:
+    threads = device.get("threads")
+    name = str(device.get("name") or device.get("type") or "")
+    return f"{name}, {plural(threads, 'thread')}" if isinstance(threads, int) else name
+
+
 def _known(items: Sequence[Fields], key: str) -> list[float]:
     return [value for item in items if is_number(value := item.get(key))]
 
@@ -81,17 +96,22 @@ def _joined(comparisons: Sequence[Comparison]) -> JsonObject:
         # A method that one machine skipped and another ran is not skipped.
         if name not in methods or (methods[name]["seeds"] == 0 and facts["seeds"]):
             methods[name] = facts
-    devices = dict.fromkeys(str(each["device"].get("name") or each["device"].get("type")) for each in comparisons)
-    if len(devices) > 1:
-        message = f"the runs are of different hardware ({', '.join(devices)}): their times, speeds and memory differ."
+    if (message := unlike_hardware([run for each in comparisons for run in each.finals])) is not None:
         warn("RW595", message)
         warnings["RW595", message] = {"code": "RW595", "message": message}
     order = dict.fromkeys(name for each in comparisons for name in each["methods"])
     seconds = {
         key: sum(each["seconds"].get(key) or 0.0 for each in comparisons) for key in ("total", "runs", "overhead")
     }
+    # What differs stands in the commands.
+    settings = {
+        key: value
+        for key, value in comparisons[0]["settings"].items()
+        if all(each["settings"].get(key) == value for each in comparisons)
+    }
     return {
         "command": "\n".join(dict.fromkeys(each["command"] for each in comparisons)),
+        "settings": settings,
         "created": max(each["created"] for each in comparisons),
         "warnings": list(warnings.values()),
         "learning_rates": rates,

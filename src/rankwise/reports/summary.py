@@ -154,7 +154,13 @@ def _test(comparison: Comparison) -> Fact | None:
         return Fact("Tested", "Not at all", "one seed cannot tell a difference from luck", True)
     tested = [item for item in items if item["p_value"] is not None]
     if not tested:
-        return Fact("Tested", "Not at all", "no two methods have two finished seeds in common", True)
+        is_single = any(item["seeds"] > 1 for item in items)
+        why = (
+            "the evaluation data hold a single row or prompt"
+            if is_single
+            else "no two methods share two finished seeds"
+        )
+        return Fact("Tested", "Not at all", why, True)
     paired = all(item["paired_by_example"] for item in tested)
     how = "Paired by example" if paired else "Paired by seed"
     note = f"{plural(len(tested), 'pair')}, Holm's correction, {percent(comparison['confidence'])} intervals"
@@ -202,6 +208,8 @@ def _detectable(comparison: Comparison) -> Fact | None:
     parts += [percent(relative)] if is_number(relative) else []
     power = effect.get("power")
     note = f"smallest true difference found in {percent(power)} of such comparisons" if is_number(power) else ""
+    if not is_number(absolute) and effect.get("assumption"):
+        note += f", assuming that {visible(effect.get('assumption'))}"
     return Fact("Can detect", parts[0], f"{parts[1]}; {note}" if len(parts) > 1 else note)
 
 
