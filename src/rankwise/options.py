@@ -87,10 +87,12 @@ class Settings(BaseModel):
     )
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """{option: default} of the options that have a default, as ``model_dump(mode="json")`` writes them."""
+    def defaults(cls, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """{option: default} of the options that have a default, as ``model_dump(mode="json")`` writes them; where it
+        depends on other options, the default beside those of ``given``.
+        """
         found = {
-            name: field.get_default(call_default_factory=True, validated_data={})
+            name: field.get_default(call_default_factory=True, validated_data=dict(given or {}))
             for name, field in cls.model_fields.items()
             if not field.is_required()
         }

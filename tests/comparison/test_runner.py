@@ -54,9 +54,12 @@ def running(output: Path, *, steps: Any = lambda job: 0, places: int = 1) -> Run
 def test_a_step_is_shown_as_soon_as_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "POLL_SECONDS", 0)
     jobs = [Job("measure", Cell("lora", 1e-4, seed)) for seed in (0, 1)]
-    carrying = running(tmp_path)
+    carrying, kept = running(tmp_path), []
+    monkeypatch.setattr(carrying.clock, "keep", kept.append)
     carrying.carry_out(lambda: [job for job in jobs if stages.outcome_of(job, tmp_path) is None])
     assert [item.job for picture in carrying.watcher.pictures for item in picture.running] == jobs
+    # A kill in the middle of a step loses none of its time.
+    assert kept == [2.0] * 4
 
 
 def test_a_step_that_does_not_stop_in_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,11 +99,33 @@ def test_the_clock_writes_every_few_seconds_alone(tmp_path: Path, monkeypatch: p
     for _ in range(20):
         now += 1
         clock.keep()
-        kept.append(json.loads(clock.path.read_text())["seconds"] if clock.path.exists() else 0)
+        kept.append(json.loads(clock.path.read_text())["total"] if clock.path.exists() else 0)
     assert kept == [*[0] * 5, *[6] * 6, *[12] * 6, *[18] * 3]
     now += 1
     clock.keep(now=True)
-    assert Clock(tmp_path).before == 21
+    assert Clock(tmp_path).before["total"] == 21
+
+
+def test_seconds_of_interrupted_steps_and_of_other_numbers_of_jobs_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call of 100 s whose step of 60 s is interrupted, then one of 30 s with two steps of 20 s side by side."""
+    now = time.monotonic()
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now)
+    for seconds, steps, lanes in ((100, [60.0], 1), (30, [20.0, 20.0], 2)):
+        carrying = running(tmp_path)
+        carrying.clock.lanes = lanes
+        for number, of_step in enumerate(steps):
+            step: Any = Step()
+            step.seconds = lambda of_step=of_step: of_step
+            job = Job("train", Cell("lora", 1e-4, number))
+            carrying.running[job] = step, 0
+            carrying._end(job, -2, stopping=True)
+        now += seconds
+        carrying.clock.keep(now=True)
+    assert Clock(tmp_path).before == {"total": 130, "runs": 100, "overhead": (100 - 60) + (30 - 20)}
+    (tmp_path / runner.STATE_FILE).write_text('{"seconds": 7.0}')
+    assert Clock(tmp_path).before == {"total": 7.0, "runs": 7.0, "overhead": 0.0}
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, "4"), (3, "2"), (8, "1"), (20, "1")])

@@ -111,7 +111,6 @@ class Runner:
                 if not self.running and not jobs:
                     return
                 self._wait()
-                self.clock.keep()
         except KeyboardInterrupt:
             self._stop()
             saved = "every run has saved its last step"
@@ -136,6 +135,7 @@ class Runner:
         """Wait until a process ends."""
         ticks = 0
         while True:
+            self.clock.keep(sum(worker.seconds() for worker, _ in self.running.values()))
             ended = [(job, code) for job, (worker, _) in self.running.items() if (code := worker.poll()) is not None]
             for job, code in ended:
                 self._end(job, code)
@@ -149,6 +149,8 @@ class Runner:
 
     def _end(self, job: Job, code: int, *, stopping: bool = False) -> None:
         worker, _ = self.running.pop(job)
+        seconds = round(worker.seconds(), 3)
+        self.clock.steps += seconds
         if code == processes.LOST:
             self.lost[job] += 1
             if self.lost[job] < MOST_LOSSES and not stopping:
@@ -158,7 +160,7 @@ class Runner:
         if stopping and code:
             # A step that was asked to stop may end with any code: with 1 if the signal came while Python started.
             code = -signal.SIGINT
-        outcome = stages.outcome_from(job, self.output, code, worker.document(), round(worker.seconds(), 3))
+        outcome = stages.outcome_from(job, self.output, code, worker.document(), seconds)
         if outcome.is_interrupted:
             self.interrupted.add(job)
         else:
@@ -208,7 +210,10 @@ class Runner:
 
 
 class Clock:
-    """Adds the seconds of this call to those of earlier ones in ``state.json``. A kill loses a few seconds."""
+    """Adds the seconds of this call to those of earlier ones in ``state.json``. A kill loses a few seconds.
+
+    The overhead of a call is the part of its time in which its lanes ran no step: ``total - steps / lanes``.
+    """
 
     def __init__(self, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
@@ -217,19 +222,32 @@ class Clock:
         self.started = self.kept = time.monotonic()
         # Number of steps that run at a time.
         self.lanes = 1
+        # Seconds of the steps of this call that have ended, interrupted and failed ones included.
+        self.steps = 0.0
 
-    def keep(self, *, now: bool = False) -> None:
+    def keep(self, running: float = 0.0, *, now: bool = False) -> None:
+        """``running``: the seconds so far of the steps in progress."""
         if now or time.monotonic() - self.kept > 5:
             self.kept = time.monotonic()
-            write_json(self.path, {"seconds": round(self.before + self.kept - self.started, 3)})
+            write_json(self.path, self.spent(running))
+
+    def spent(self, running: float = 0.0) -> dict[str, float]:
+        """The seconds of all calls: in total, in the steps' processes, and in the comparison itself."""
+        total, runs = time.monotonic() - self.started, self.steps + running
+        here = {"total": total, "runs": runs, "overhead": total - runs / self.lanes}
+        return {name: round(self.before[name] + value, 3) for name, value in here.items()}
 
 
-def seconds_spent(output: Path) -> float:
-    """The seconds of all calls on this folder so far."""
+def seconds_spent(output: Path) -> dict[str, float]:
+    """The seconds of all calls on this folder so far, as ``Clock.spent`` gives them."""
     try:
-        return float(read_json(output / STATE_FILE)["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
+        found = read_json(output / STATE_FILE)
+        # Older versions wrote the total alone.
+        total = found.get("seconds")
+        known = {"total": total, "runs": total, "overhead": 0.0, **found}
+        return {name: float(known[name]) for name in ("total", "runs", "overhead")}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return dict.fromkeys(("total", "runs", "overhead"), 0.0)
 
 
 def environments(jobs: int, device: str) -> list[dict[str, str]]:

@@ -99,11 +99,6 @@ def keep_outcome(job: Job, output: Path, outcome: Outcome) -> None:
     write_json(beside(job.name(output), ".json"), dataclasses.asdict(outcome))
 
 
-def seconds_of_all(output: Path) -> float:
-    """The seconds of every step that ended in this folder, including earlier calls."""
-    return sum(checked(Outcome, read_json(path)).seconds for path in (output / "cells").glob("*.json"))
-
-
 def forget_outcome(job: Job, output: Path) -> None:
     beside(job.name(output), ".json").unlink(missing_ok=True)
 
