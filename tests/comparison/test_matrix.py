@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.comparison.matrix import Cell, cell_settings, choose_rate, final_cells, planned_runs, search_cells
+from rankwise.comparison.run import command_line
 from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
@@ -84,6 +85,19 @@ def test_settings_that_cannot_be(changes, code):
     with pytest.raises(ConfigError) as caught:
         check_compare(settings(**changes))
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ""),
+        ({"objective": "dpo"}, "--objective dpo"),
+        ({"objective": "dpo", "metric": "eval_loss"}, "--objective dpo --metric eval_loss"),
+    ],
+)
+def test_the_command_repeats_the_comparison(changes, words):
+    usual = "rankwise compare --model demo --data rows.jsonl --output out"
+    assert sorted(command_line(settings(**changes)).split()) == sorted(f"{usual} {words}".split())
 
 
 @pytest.mark.parametrize(("text", "expected"), [("24GB", 24e9), ("1.5 GiB", 1.5 * 2**30), ("800MB", 8e8), (24, 24e9)])

@@ -161,7 +161,7 @@ def test_limits_come_first():
     nothing = choice("better", memory=1)
     assert nothing["method"] is None
     assert "QLoRA needs least memory" in nothing["reason"]
-    assert "LoRA needs least time" in choice("better", hours=0.1)["reason"]
+    assert "; LoRA needs least time" in choice("better", hours=0.1)["reason"]
 
 
 def test_one_seed_ties_within_the_margin_only():

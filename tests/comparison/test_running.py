@@ -305,6 +305,74 @@ def test_no_run_at_all_is_an_error(tmp_path: Path):
     assert "RW171" in caught.value.message
 
 
+def test_searches_that_finish_before_failing_runs_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import fake_stage
+
+    train = fake_stage.train
+
+    def failing(settings: dict[str, Any], *, resume: bool) -> int:
+        if settings["output"].endswith("-short"):
+            return train(settings, resume=resume)
+        return fake_stage.refuse("RW530", "RunError", "the loss is nan")
+
+    monkeypatch.setattr(fake_stage, "train", failing)
+    options = given(tmp_path, methods="lora", learning_rates="1e-4,2e-4", seeds=1, search_steps=2)
+    with pytest.raises(RunError, match="RW584: no run finished at the rate that its search chose: RW530"):
+        compare(**options)
+
+
+def test_options_without_effect_and_a_single_evaluation_row_are_said(tmp_path: Path):
+    changes = {"methods": "lora", "learning_rates": "2e-4", "search_steps": 3, "task_limit": 5, "eval_limit": 1}
+    found: Any = compare(**given(tmp_path, **changes))
+    assert [(item["code"], item["message"].partition(":")[0]) for item in found["warnings"]] == [
+        ("RW529", "--search-steps"),
+        ("RW529", "--task-limit"),
+        ("RW585", "one evaluation row gives no verdicts on eval_loss; give more --eval-data."),
+    ]
+
+
+def test_runs_without_a_finite_figure_are_named(tmp_path: Path):
+    options = given(tmp_path, methods="lora", learning_rates="2e-4")
+    first: Any = compare(**options)
+    runs = [tmp_path / "out" / run["folder"] for run in first["runs"]]
+    for folder in runs:
+        file = folder / "evaluation" / "perplexity" / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics": {"loss": float("nan")}}))
+        if folder == runs[0]:
+            found: Any = compare(**options)
+            assert (
+                "RW589",
+                f"{folder.name} trained, but has no finite eval_loss, so it does not count in its mean.",
+            ) in [(item["code"], item["message"]) for item in found["warnings"]]
+    with pytest.raises(RunError, match="RW589: no run has a finite value of --metric eval_loss"):
+        compare(**options)
+
+
+def test_runs_of_other_hardware_or_data_are_named(tmp_path: Path):
+    """The folder went to another machine, or the data changed while the runs went on."""
+    options = given(tmp_path, methods="lora,full", learning_rates="2e-4", seeds=1)
+    compare(**options)
+    for number, file in enumerate(sorted((tmp_path / "out" / "runs").glob("*/run.json"))):
+        device, data = {"name": "x86_64", "threads": 2 - number}, {"train": {"sha256": f"of version {number}"}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"device": device, "data": data}))
+    found: Any = compare(**options)
+    told = {item["code"]: item["message"] for item in found["warnings"]}
+    assert "different hardware (x86_64, 1 thread; x86_64, 2 threads)" in told["RW595"]
+    assert "the training data changed between the runs: full-lr0.0002-seed0 read another version" in told["RW591"]
+
+
+@pytest.mark.parametrize(("init", "words"), [("pissa:4", []), ("default", ["--onto", "quantized"])])
+def test_a_pissa_adapter_is_merged_into_the_original_weights(
+    init: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commands: list[list[str]] = []
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or done)
+    compare(**given(tmp_path, methods="qlora", learning_rates="2e-4", seeds=1, init=init, merge=True))
+    (command,) = commands
+    assert command[command.index(str(tmp_path / "out" / "merged")) + 1 :] == words
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("real_processes")
 @pytest.mark.parametrize("moment", [pytest.param(0.2, marks=pytest.mark.long), 1.5])
@@ -483,7 +551,6 @@ def test_the_jobs_of_earlier_calls_are_known_and_no_others(tmp_path: Path):
     for job in [*begun, stages.Job("train", Cell("dora", 1e-4, 0)), stages.Job("train", Cell("lora", 1e-4, 7))]:
         stages.keep_outcome(job, tmp_path, stages.Outcome("finished", 2.0))
     assert set(possible_jobs(plan)) == set(begun)
-    assert stages.seconds_of_all(tmp_path) == 10.0
 
 
 def test_a_system_without_locks_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

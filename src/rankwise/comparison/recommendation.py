@@ -210,8 +210,8 @@ def _is_tied(
 def _beaten(names: Sequence[str], metric: str, differences: Sequence[Difference]) -> set[str]:
     """The methods that a test found worse than another one of ``names``."""
     pairs = [item for item in differences if item["metric"] == metric and {item["a"], item["b"]} <= set(names)]
-    worse = {"better": "b", "worse": "a"}
-    return {item[worse[item["verdict"]]] for item in pairs if item["verdict"] in worse}  # type: ignore[literal-required]
+    apart = [item for item in pairs if item["verdict"] in ("better", "worse")]
+    return {item["b"] if item["verdict"] == "better" else item["a"] for item in apart}
 
 
 def _untested(metric: str, differences: Sequence[Difference]) -> str:

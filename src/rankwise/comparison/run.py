@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from functools import partial
 
 from rankwise.comparison import finish, stages
-from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks
+from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks, value_of
 from rankwise.comparison.commands import Commands
 from rankwise.comparison.detectable import detectable_effect
 from rankwise.comparison.folder import SETTINGS_FILE, check_folder, check_same
@@ -27,7 +27,6 @@ from rankwise.comparison.runner import (
     Watcher,
     environments,
     forget_unfinished,
-    seconds_spent,
 )
 from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of, state_of
 from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
@@ -42,6 +41,7 @@ from rankwise.models.describe import model_hash
 from rankwise.models.source import fetch_model
 from rankwise.options import flag, option_words
 from rankwise.records import write_json
+from rankwise.reports.merging import unlike_hardware
 from rankwise.reports.numbers import percent, plural, significant
 from rankwise.reports.schema import (
     BEST_FOLDER,
@@ -117,11 +117,16 @@ def _announce(given: CompareSettings, inputs: Inputs, effect: MinimumDetectableE
     if given.seeds < 2:
         warn("RW585", "one seed gives no intervals and no verdicts; give --seeds 3 or more.")
         return
+    if effect["relative"] is None and effect["absolute"] is None:
+        warn("RW585", f"one evaluation row gives no verdicts on {given.metric}; give more --eval-data.")
+        return
     watcher.say(f"{_smallest(effect)}, assuming that {effect['assumption']}.")
 
 
 def _warn_of_idle_options(given: CompareSettings) -> None:
-    """Warn (RW529) of options without effect on any of the methods. A run omits those without effect on its method."""
+    """Warn (RW529) of options without effect, here or on any of the methods. A run omits those without effect on its
+    method.
+    """
     methods = [variant_of(name)[0] for name in given.methods]
     without = [{name for names in idle_options(method).values() for name in names} for method in methods]
     common, defaults = set.intersection(*without), given.defaults()
@@ -131,6 +136,10 @@ def _warn_of_idle_options(given: CompareSettings) -> None:
             "RW529",
             f"{', '.join(idle)}: no effect with --methods {','.join(given.methods)}; none of these methods uses it.",
         )
+    if given.search_steps is not None and len(given.learning_rates) < 2:
+        warn("RW529", "--search-steps: no effect with one rate, which is not searched for; give more --learning-rates.")
+    if given.task_limit is not None and not given.task:
+        warn("RW529", "--task-limit: no effect without --task.")
 
 
 def _smallest(effect: MinimumDetectableEffect) -> str:
@@ -232,25 +241,31 @@ def _conclude(
     clock: Clock,
 ) -> Comparison:
     runs = collect_runs(plan)
-    if not any(run["status"] == "finished" for run in runs):
-        errors = [run["error"] for run in runs if run["error"] is not None]
+    final = [run for run in runs if run["phase"] == "final"]
+    finished = [run for run in final if run["status"] == "finished"]
+    if not finished:
+        errors = [run["error"] for run in final or runs if run["error"] is not None]
         reason = f"{errors[0]['code']}: {errors[0]['message']}" if errors else "nothing was started."
-        raise RunError("RW584", f"no run finished: {reason}")
+        at = " at the rate that its search chose" if any(run["status"] == "finished" for run in runs) else ""
+        raise RunError("RW584", f"no run finished{at}: {reason}")
     better = metrics_of(runs)
-    if given.metric not in better:
-        raise RunError("RW589", f"--metric {given.metric} was not measured; there are {', '.join(better)}.")
     scores = scores_by_metric(plan.output, plan.methods, runs)
+    if not scores.get(given.metric):
+        known = ", ".join(metric for metric, found in scores.items() if found) or "no figures at all"
+        raise RunError("RW589", f"no run has a finite value of --metric {given.metric}; there are {known}.")
     differences = all_differences(scores, better, given.margin)
     methods = all_methods(plan, runs, scores)
     methods = ranked(methods, differences, given.metric, higher_is_better=better[given.metric])
     _warn_of_edges_and_failures(runs, methods)
+    _warn_of_missing_values(finished, given.metric)
+    _warn_of_unlike_runs(finished)
     _warn_of_shared_steps(plan)
     found = _recommended(given, runs, methods, differences, watcher, higher_is_better=better[given.metric])
     seeds = max(len(item.values) for item in scores[given.metric].values())
     effect = detectable_effect(given, scores[given.metric], seeds=seeds, rows=inputs.eval_rows)
     if effect["absolute"] is not None:
         watcher.say(f"{_smallest(effect)}.")
-    first = next(run["record"] or {} for run in runs if run["status"] == "finished")
+    first = finished[0]["record"] or {}
     base = plan.output / stages.BASE
     comparison: Comparison = {
         "schema": SCHEMA,
@@ -271,7 +286,7 @@ def _conclude(
         "recommendation": found,
         "minimum_detectable_effect": effect,
         "learning_rates": {method: state_of(plan, method).search for method in plan.methods},
-        "seconds": _seconds(plan, clock),
+        "seconds": clock.spent(),
     }
     write_json(given.output / COMPARISON_FILE, comparison)
     return comparison
@@ -334,6 +349,33 @@ def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Method]) 
             warn("RW589", f"{run['id']} trained, but: {run['error']['code']}: {run['error']['message']}")
 
 
+def _warn_of_missing_values(finished: Sequence[Run], metric: str) -> None:
+    """Warn (RW589) of runs that count as seeds and have no finite value. A failed measurement has its own warning."""
+    for run in finished:
+        if run["error"] is None and value_of(run, metric) is None:
+            warn("RW589", f"{run['id']} trained, but has no finite {metric}, so it does not count in its mean.")
+
+
+def _warn_of_unlike_runs(finished: Sequence[Run]) -> None:
+    """Warn of runs on different hardware (RW595), and of runs that read different data (RW591): a file may change while
+    the runs go on.
+    """
+    if (message := unlike_hardware(finished)) is not None:
+        warn("RW595", message)
+    for part in ("train", "eval"):
+        found = {run["id"]: ((run["record"] or {}).get("data", {}).get(part) or {}).get("sha256") for run in finished}
+        read = {name: sha256 for name, sha256 in found.items() if sha256 is not None}
+        if len({*read.values()}) > 1:
+            first, *rest = read
+            others = ", ".join(name for name in rest if read[name] != read[first])
+            what = {"train": "training", "eval": "evaluation"}[part]
+            warn(
+                "RW591",
+                f"the {what} data changed between the runs: {others} read another version than {first}; compare again "
+                "in another --output.",
+            )
+
+
 def _warn_of_shared_steps(plan: Plan) -> None:
     """Warn (RW589) where the base's measurement or its preparation failed, and name what the report lacks."""
     for job, lacks in ((Job("measure", None), "figures of the base model"), (Job("prepare", None), "a prepared base")):
@@ -347,7 +389,7 @@ def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
     import subprocess
     import sys
 
-    method, options = variant_of(run["method"])
+    method = variant_of(run["method"])[0]
     if method in ("full", *BASELINES):
         warn("RW589", f"--merge: the result of {run['method']} is not an adapter that can be merged.")
         return None
@@ -356,7 +398,8 @@ def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
     watcher.say("Merging the recommended adapter.")
     command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
     # A PiSSA adapter belongs on the original weights.
-    command += ["--onto", "quantized"] if method in FOUR_BITS and options.get("init") != "pissa" else []
+    is_pissa = str((run["record"] or {})["settings"].get("init")).startswith("pissa")
+    command += ["--onto", "quantized"] if method in FOUR_BITS and not is_pissa else []
     command += ["--trust-remote-code"] if given.trust_remote_code else []
     done = subprocess.run([sys.executable, "-m", stages.CLI, *command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -365,19 +408,13 @@ def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
     return MERGED_FOLDER
 
 
-def _seconds(plan: Plan, clock: Clock) -> dict[str, float]:
-    """The seconds of all calls: in total, in the steps' processes, and in the comparison itself."""
-    clock.keep(now=True)
-    total = seconds_spent(plan.output)
-    runs = stages.seconds_of_all(plan.output)
-    return {"total": total, "runs": round(runs, 3), "overhead": round(total - runs / clock.lanes, 3)}
-
-
 def command_line(given: CompareSettings) -> str:
     """The command that repeats this comparison."""
     words = ["rankwise", "compare"]
-    defaults = given.defaults()
-    for name, value in given.model_dump(mode="json").items():
+    options = given.model_dump(mode="json")
+    # Some defaults depend on other options.
+    defaults = given.defaults(options)
+    for name, value in options.items():
         if value == defaults.get(name) or name in ("retry", "jobs", "executor", "address"):
             continue
         several = name in ("task", "task_data")
