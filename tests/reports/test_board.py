@@ -125,6 +125,12 @@ def test_nothing_hostile_is_markup(text, tmp_path):
         assert tag not in shown
 
 
+def test_a_comparison_that_cannot_be_shown_is_named(tmp_path):
+    rates = '{"unknown": {"tried": [{"learning_rate": 1e-4, "value": 1.0}, {"learning_rate": 2e-4, "value": 1.0}]}}'
+    (tmp_path / "comparison.json").write_text(f'{{"schema": 1, "learning_rates": {rates}}}')
+    assert "a part of the comparison is not as expected" in comparison_panel(tmp_path)
+
+
 def test_200_runs_are_read_once(tmp_path, monkeypatch):
     for index in range(200):
         write_run(tmp_path / f"run-{index}", steps=20)

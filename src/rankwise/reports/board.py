@@ -15,7 +15,7 @@ from rankwise.errors import RankwiseError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import METRICS_FILE, RUN_FILE, RunRecord, load_record, read_metrics
 from rankwise.reports.figure import STYLE_FILE, TEMPLATES, Frame, group, line
-from rankwise.reports.folder import load_comparison
+from rankwise.reports.folder import as_expected, load_comparison
 from rankwise.reports.losses import Losses, loss_name, points_of
 from rankwise.reports.naming import last_part, method_name
 from rankwise.reports.numbers import byte_size, capital, duration, is_number, short_count, significant, visible
@@ -154,7 +154,9 @@ def overview(runs: Sequence[Found]) -> Markup:
 def comparison_panel(folder: Path) -> Markup:
     """The whole report of a comparison, in a sandboxed iframe."""
     try:
-        report = page(load_comparison(folder))
+        comparison = load_comparison(folder)
+        with as_expected(comparison):
+            report = page(comparison)
     except RankwiseError as error:
         return Markup('<p class="caution">{}</p>').format(str(error))
     frame = '<iframe class="report" title="Report of {}" sandbox="allow-scripts" srcdoc="{}"></iframe>'

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rankwise.errors import RunError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import write_json, write_text
-from rankwise.reports.folder import Comparison, load_comparison
+from rankwise.reports.folder import Comparison, as_expected, load_comparison
 from rankwise.reports.markdown import markdown
 from rankwise.reports.merging import Summarise, merge
 from rankwise.reports.page import page
@@ -41,11 +40,8 @@ def write_reports(comparison: Comparison, output: Path) -> list[Path]:
 
     Raises RunError (RW593) when a part of the comparison has a form that cannot be shown.
     """
-    try:
+    with as_expected(comparison):
         html, text = page(comparison), markdown(comparison)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        place = comparison.folder
-        raise RunError("RW593", f"{place}: a part of the comparison is not as expected ({error!r}).") from error
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / HTML_FILE, html)
     write_text(output / MARKDOWN_FILE, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -145,6 +146,16 @@ def _over(defaults: Fields, given: Json, what: str) -> JsonObject:
         if is_number_like(result[key]) != is_number or not (is_number or isinstance(result[key], type(default))):
             raise ValueError(f"{key!r} of {what} is a {type(result[key]).__name__}")
     return result
+
+
+@contextlib.contextmanager
+def as_expected(comparison: Comparison) -> Iterator[None]:
+    """Raises RunError (RW593) where a part of the comparison has a form that cannot be shown."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        place = comparison.folder
+        raise RunError("RW593", f"{place}: a part of the comparison is not as expected ({error!r}).") from error
 
 
 def is_number_like(value: object) -> bool:
