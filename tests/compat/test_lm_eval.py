@@ -88,6 +88,29 @@ def test_load_builds_tasks_and_evaluate_answers_with_samples(task_file: Path):
     assert len(first["resps"]) == 4
 
 
+def test_tags_and_groups_say_whether_they_have_figures(task_file: Path):
+    folder = task_file.parent
+    task = json.loads(task_file.read_text())
+    task_file.write_text(json.dumps({**task, "tag": "both"}))
+    (folder / "other.yaml").write_text(json.dumps({**task, "task": "other", "tag": "both", "fewshot_split": None}))
+    group = {"group": "bare", "task": ["canary", "other"]}
+    (folder / "bare.yaml").write_text(json.dumps(group))
+    summed = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    (folder / "summed.yaml").write_text(json.dumps({**group, "group": "summed", **summed}))
+    names = ["canary", "other"]
+    for spec, figures, parts in (
+        ("canary", "canary", ["canary"]),
+        ("both", None, names),
+        ("bare", None, names),
+        ("summed", "summed", names),
+    ):
+        tasks, groups = compat.built(spec, folder)
+        assert compat.place_of_figures(tasks, groups) == (figures, parts)
+    assert [compat.has_examples(tasks[name]) for name in names] == [True, False]
+    assert all(map(compat.reads_json, tasks.values()))
+    assert "acc,none" in compat.evaluated(Guessing(), tasks, groups, limit=2)["results"]["summed"]
+
+
 def test_requests_carry_their_arguments_in_args():
     request = Instance(request_type="generate_until", doc={}, arguments=("text", {"until": ["."]}), idx=0)
     assert request.args == ("text", {"until": ["."]})

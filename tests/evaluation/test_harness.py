@@ -14,6 +14,7 @@ from rankwise.evaluation.journal import RESPONSES_FILE, Responses
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
 
+from rankwise.compat import lm_eval as compat
 from rankwise.evaluation.tasks.harness import HarnessTask
 
 
@@ -157,6 +158,42 @@ def test_worked_examples_that_would_not_be_shown_are_refused(data: Path):
         HarnessTask("arc_easy", data=None, fewshot_data=str(data), num_fewshot=2, limit=None)
     with pytest.raises(ConfigError, match="RW152.*--num-fewshot N"):
         arc_task(data, fewshot_data=str(data))
+
+
+def test_a_task_that_never_shows_examples_is_asked_for_none(data: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compat, "own_shots", lambda task: 0)
+    with pytest.raises(ConfigError, match="RW152.*--num-fewshot 2 has no effect on arc_easy"):
+        arc_task(data, num_fewshot=2, fewshot_data=str(data))
+    assert arc_task(data).describe()["num_fewshot"] == {"arc_easy": 0}
+
+
+def test_worked_examples_are_never_the_questions_themselves(data: Path, monkeypatch: pytest.MonkeyPatch):
+    """The harness takes them from the questions where the task has no other split."""
+    monkeypatch.setattr(compat, "own_shots", lambda task: 5)
+    with pytest.raises(ConfigError, match="RW152.*shows 5 worked examples; give --fewshot-data"):
+        arc_task(data)
+    assert arc_task(data, num_fewshot=0).describe()["num_fewshot"] == {"arc_easy": 0}
+
+
+def test_a_name_for_several_tasks_has_a_figure_or_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch):
+    built = compat.built
+
+    def twice(*given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        [task] = built(*given)[0].values()
+        return {"first": task, "second": task}, {}
+
+    monkeypatch.setattr(compat, "built", twice)
+    with pytest.raises(ConfigError, match="RW154.*stands for 2 tasks.*: first, second"):
+        arc_task(data)
+    monkeypatch.setattr(compat, "built", lambda *given: ({}, {}))
+    with pytest.raises(ConfigError, match="RW152.*several tasks, and --data holds those of one"):
+        arc_task(data)
+
+
+def test_data_that_a_task_would_not_read_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compat, "reads_json", lambda task: task.DATASET_PATH != "json")
+    with pytest.raises(ConfigError, match="RW152.*by code of its own; leave --data out"):
+        arc_task(data)
 
 
 def test_answers_longer_than_the_model_leave_room_for_the_prompt(tmp_path: Path):

@@ -20,6 +20,7 @@ from rankwise.evaluation.record import Example, TaskResult, load_result, read_ex
 from rankwise.evaluation.run import Evaluation, Observer, variants_of
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.answers import Question, with_room, write_answers
+from rankwise.evaluation.tasks.perplexity import Perplexity
 from rankwise.lora_config import LoraConfig
 from rankwise.records import RunRecord
 
@@ -29,6 +30,9 @@ E2E = "mr,ref\n" + "".join(
     for food in ("French", "Thai")
     for end in (".", ", as they say.")
 )
+
+
+METRICS = ("loss", "perplexity")
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +300,14 @@ def test_several_adapters_stand_beside_their_base(model: Path, adapters: list[Pa
     assert last.interval[0] < last.difference < last.interval[1]
     stored = json.loads((tmp_path / "out" / "differences.json").read_text())
     assert [item["difference"] for item in stored] == [d.difference for d in together.differences]
+
+
+def test_what_is_no_difference_of_the_metrics_is_not_given_as_one(model, adapters, rows, tmp_path, monkeypatch):
+    """The questions of the harness' perplexity tasks have log-likelihoods under the name ``perplexity``."""
+    of_losses = Perplexity.difference
+    monkeypatch.setattr(Perplexity, "difference", lambda *given: {name: of_losses(*given)["loss"] for name in METRICS})
+    given = settings(model, "perplexity", rows, tmp_path / "out", adapter=str(adapters[0]), base=True)
+    assert [found.metric for found in evaluate_all(given).differences] == ["loss"]
 
 
 def test_adapters_of_different_bases_are_refused(adapters: list[Path], rows: Path, tmp_path: Path):

@@ -38,6 +38,33 @@ def own_shots(task: Task) -> int | None:
     return shots
 
 
+def has_examples(task: Task) -> bool:
+    """Whether the task has few-shot examples besides its questions: a split of them, or a list.
+
+    Without, the harness takes other questions of the evaluation with their answers.
+    """
+    given = task.config.fewshot_config
+    return given.split is not None or given.samples is not None
+
+
+def reads_json(task: Task) -> bool:
+    """Whether the task reads JSON files, and not a data set that its own code names."""
+    return bool(task.DATASET_PATH == "json")
+
+
+def place_of_figures(tasks: Mapping[str, Task], groups: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """(the name under which ``evaluated`` gives the figures of all ``tasks``, the names that they consist of).
+
+    The first name is None for a tag and for a group without aggregates, whose tasks have only figures of their own.
+    """
+    # ``built`` puts the requested group before its own groups.
+    group = next(iter(groups.values()), None)
+    parts = list(tasks) if group is None else list(group.child_names)
+    if group is not None and group.has_aggregation:
+        return str(group.name), parts
+    return (next(iter(tasks)) if len(tasks) == 1 else None), parts
+
+
 def show_examples(task: Task, shots: int, seed: int) -> None:
     """Let the task use ``shots`` few-shot examples, drawn as ``simple_evaluate`` draws them with ``seed``."""
     task.set_config(key="num_fewshot", value=shots)

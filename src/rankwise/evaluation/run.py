@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -188,7 +189,8 @@ class _Run:
                 f"the evaluation was stopped; the answers so far are in {root}, and the same command goes on from there"
                 + ("." if self.settings.output else f" (--output {root} is its default)."),
             ) from None
-        differences = [item for task in self.tasks for item in self._differences(task, examples)]
+        metrics = {(label, result.task): result.metrics for label, result in results}
+        differences = [item for task in self.tasks for item in self._differences(task, examples, metrics)]
         if len(self.variants) > 1:
             remove_strays(root, [DIFFERENCES_FILE])
             write_json(root / DIFFERENCES_FILE, [item.to_json() for item in differences])
@@ -241,15 +243,22 @@ class _Run:
             enable_adapter(engine.model)
             set_adapter(engine.model, self.names[str(variant.adapter)])
 
-    def _differences(self, task: Task, examples: dict[tuple[str, str], list[Example]]) -> list[Difference]:
+    def _differences(
+        self,
+        task: Task,
+        examples: Mapping[tuple[str, str], list[Example]],
+        metrics: Mapping[tuple[str, str], Mapping[str, float]],
+    ) -> list[Difference]:
         """Each adapter against the base and against the adapters before it."""
         found = []
         for index, first in enumerate(self.variants):
             for second in self.variants[index + 1 :]:
-                means = task.difference(examples[second.label, task.name], examples[first.label, task.name])
+                a, b = (second.label, task.name), (first.label, task.name)
+                means = task.difference(examples[a], examples[b])
                 found += [
                     Difference(task.name, name, second.label, first.label, m.value, m.standard_error, m.interval)
                     for name, m in means.items()
+                    if _is_of(m.value, metrics[a].get(name), metrics[b].get(name))
                 ]
         return found
 
@@ -284,6 +293,14 @@ class _Run:
     def _folder(self, root: Path, label: str, task: str) -> Path:
         name = _as_name(task)
         return root / label / name if len(self.variants) > 1 else root / name
+
+
+def _is_of(difference: float, a: float | None, b: float | None) -> bool:
+    """Whether ``difference`` is that of the metrics ``a`` and ``b``.
+
+    It is not for metrics of the harness that are no means, such as a perplexity of questions with log-likelihoods.
+    """
+    return a is not None and b is not None and math.isclose(difference, a - b, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _warn_of_other_rows(task: Task, record: RunRecord | None) -> None:

@@ -21,6 +21,7 @@ from rankwise.evaluation.tasks.base import Summary, Task, Tell, difference_of_me
 from rankwise.evaluation.tasks.harness_data import HARNESS_NAMES, YAML_FILES, read_docs, write_task
 from rankwise.evaluation.tasks.names import harness_folder, unknown_task
 from rankwise.foreign import Fields, JsonObject
+from rankwise.listing import some_of
 
 # A field that several questions share names their source text: the first of these that does.
 SOURCE_FIELDS = ("passage", "context", "article", "paragraph", "story", "background", "goal", "ctx")
@@ -48,11 +49,6 @@ class HarnessTask(Task):
         self.name = name
         self.limit = limit
         self.num_fewshot = num_fewshot
-        if data is not None and num_fewshot and fewshot_data is None:
-            raise ConfigError(
-                "RW152",
-                f"--task {name} --num-fewshot {num_fewshot} with --data needs --fewshot-data F for the examples.",
-            )
         if fewshot_data is not None and data is None:
             raise ConfigError(
                 "RW152",
@@ -61,10 +57,8 @@ class HarnessTask(Task):
         self._fewshot_sha256: str | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="rankwise-")
         self.tasks, self.groups, self._hash = self._load(data, fewshot_data)
-        if fewshot_data is not None and not any(map(self._shots, self.tasks.values())):
-            raise ConfigError(
-                "RW152", f"--task {name} --fewshot-data needs --num-fewshot N: the task by itself shows no examples."
-            )
+        self._check_examples(data, fewshot_data)
+        self._figures = self._place_of_figures()
         self.higher_is_better = {}
         self.primary = "acc"
         self._aggregates: dict[str, float] = {}
@@ -81,6 +75,8 @@ class HarnessTask(Task):
             if data is None:
                 with hub_or_cache():
                     return self._built(spec)
+            if files[spec] is None:
+                raise self._several()
             yaml_file = Path(str(files[spec]))
         docs = None
         sha256 = None
@@ -91,7 +87,15 @@ class HarnessTask(Task):
                 docs["train"], self._fewshot_sha256 = read_docs(self.name, fewshot_data)
         path = write_task(folder, self.name, yaml_file, docs)
         tasks, groups, found = self._built(str(path), folder)
+        if not tasks:
+            raise self._several()
+        if data is not None and not all(map(lm_eval.reads_json, tasks.values())):
+            raise ConfigError("RW152", f"--task {self.name} reads its data by code of its own; leave --data out.")
         return tasks, groups, sha256 or found
+
+    def _several(self) -> ConfigError:
+        text = f"--task {self.name} stands for several tasks, and --data holds those of one; give the tasks by name."
+        return ConfigError("RW152", text)
 
     def _built(self, spec: str, folder: Path | None = None) -> tuple[dict[str, Any], dict[str, Any], str]:
         """Tasks, groups, and the hash of their questions. Any error of the harness is raised as DataError (RW251)."""
@@ -115,9 +119,42 @@ class HarnessTask(Task):
         return found | ({} if self._fewshot_sha256 is None else {"fewshot_sha256": self._fewshot_sha256})
 
     def _shots(self, task: Any) -> int:
-        own = lm_eval.own_shots(task)
+        return int(lm_eval.own_shots(task) or 0) if self.num_fewshot is None else self.num_fewshot
+
+    def _check_examples(self, data: str | None, fewshot_data: str | None) -> None:
+        """Raise ConfigError (RW152) where worked examples would not be shown, or would be the questions themselves."""
         # The harness never overrides a task that says 0.
-        return int(own or 0) if self.num_fewshot is None or own == 0 else self.num_fewshot
+        without = [name for name, task in self.tasks.items() if lm_eval.own_shots(task) == 0]
+        if self.num_fewshot and without:
+            raise ConfigError(
+                "RW152",
+                f"--num-fewshot {self.num_fewshot} has no effect on {some_of(without, 3)}: lm-evaluation-harness shows "
+                "no worked examples there; leave it out, or give other tasks by name.",
+            )
+        shots = {name: self._shots(task) for name, task in self.tasks.items()}
+        if fewshot_data is not None and not any(shots.values()):
+            raise ConfigError(
+                "RW152",
+                f"--task {self.name} --fewshot-data needs --num-fewshot N: the task by itself shows no examples.",
+            )
+        borrowed = [shots[name] for name, task in self.tasks.items() if shots[name] and not lm_eval.has_examples(task)]
+        if data is not None and fewshot_data is None and borrowed:
+            raise ConfigError(
+                "RW152",
+                f"--task {self.name} with --data shows {borrowed[0]} worked examples; give --fewshot-data F to take "
+                "them from, or --num-fewshot 0.",
+            )
+
+    def _place_of_figures(self) -> str:
+        """The name that holds the figures of all tasks. Raises ConfigError (RW154) where there is none."""
+        name, parts = lm_eval.place_of_figures(self.tasks, self.groups)
+        if name is None:
+            raise ConfigError(
+                "RW154",
+                f"{self.name} stands for {len(parts)} tasks and has no figure of its own; give the tasks by name: "
+                f"{some_of(parts, 8)}.",
+            )
+        return name
 
     @property
     def data_sha256(self) -> str:
@@ -136,8 +173,7 @@ class HarnessTask(Task):
 
     def _note(self, results: Fields) -> None:
         """Keep the aggregates of the requested task: a group's own, else the single task's."""
-        wanted = next(iter(self.groups), None) or next(iter(self.tasks))
-        found = {**results["results"].get(wanted, {}), **results.get("groups", {}).get(wanted, {})}
+        found = results["results"][self._figures]
         self._aggregates = {
             _metric_name(key): float(value)
             for key, value in found.items()

@@ -82,6 +82,7 @@ def write_task(folder: Path, task: str, yaml_file: Path, docs: Mapping[str, Sequ
             files[split] = str(folder / f"{split}.jsonl")
             Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         content |= {
+            "custom_dataset": None,
             "dataset_path": "json",
             "dataset_name": None,
             "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache"), "keep_in_memory": True},
