@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+from rankwise.cli.conversations import Conversation
+from rankwise.cli.generate import load_speaker
+from rankwise.cli.settings import GenerateSettings
 from rankwise.data import chat_text
 from rankwise.models import load_tokenizer
 
@@ -197,6 +200,28 @@ def test_the_tokens_are_those_of_the_template_alone(model_folder):
     messages = chat(("user", "Hi"))
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert tokenizer(chat_text(tokenizer, messages), add_special_tokens=False)["input_ids"] == ids
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(model_folder, monkeypatch, tmp_path):
+    """That is often another token than the tokenizer's end of a text."""
+    template = write(tmp_path / "t.jinja", "{% for m in messages %}{{ m['content'] }}<pad>{% endfor %}")
+    settings = GenerateSettings(model=str(model_folder), chat_template=template, device="cpu")
+    speaker, _ = load_speaker(settings, str(model_folder), None)
+    given = {}
+    monkeypatch.setattr(speaker.model, "generate", lambda **more: given.update(more) or more["input_ids"])
+    speaker.say(Conversation(tuple(chat(("user", "Hi")))))
+    assert given["eos_token_id"] == [0, 2]
+
+
+def test_the_models_own_generation_settings_change_no_answer(model_folder, rankwise, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    own = json.loads((folder / "generation_config.json").read_text())
+    write(folder / "generation_config.json", own | {"top_k": 1, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1})
+    for temperature in (0, 2):
+        rest = ("--prompt", "x", "--temperature", temperature, "--max-new-tokens", 12, "--json")
+        found = [rankwise("generate", "--model", name, *rest).document["answers"] for name in (model_folder, folder)]
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.csv", "p.parquet", "p.txt.gz"])

@@ -241,6 +241,7 @@ class Generator:
             # Given explicitly, since omitted options come from the model's generation config.
             do_sample=False,
             repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             early_stopping=False,
             eos_token_id=stop or None,
             pad_token_id=self.pad,

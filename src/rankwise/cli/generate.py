@@ -69,6 +69,8 @@ class Speaker:
     sampling: Sampling
     # The base's tokenizer, without the adapter's new tokens.
     base_tokenizer: PreTrainedTokenizerBase
+    # The tokens that end an answer.
+    stop_ids: frozenset[int]
 
     def answer(self, asked: Conversation, *, both: bool) -> Answer:
         """The tuned model's answer, or the base's where there is no adapter; with ``both``, both."""
@@ -95,15 +97,21 @@ class Speaker:
         inputs = self._encode(asked)
         length = inputs["input_ids"].shape[1]
         room = self._room(length)
+        # The rest is given too, since omitted options come from the model's generation config, and top_k is then 50.
         chosen: dict[str, float] = {"do_sample": False}
         if self.sampling.temperature > 0:
             torch.manual_seed(self.sampling.seed)
             chosen = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+            chosen |= {"top_k": 0, "min_p": 0.0}
         with torch.inference_mode():
             tokens = self.model.generate(
                 **inputs,
                 max_new_tokens=room,
+                eos_token_id=sorted(self.stop_ids) or None,
                 pad_token_id=self._pad_token(),
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                num_beams=1,
                 logits_processor=[only_numbers(self.model)],
                 streamer=streamer,
                 **chosen,
@@ -194,6 +202,7 @@ def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
 
 def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None) -> tuple[Speaker, str]:
     """The model with its adapter, on its device, and the name of the device."""
+    from rankwise.acceleration.generation import stop_ids_of
     from rankwise.evaluation.loading import LoadOptions, load_as_trained
 
     options = LoadOptions(
@@ -204,8 +213,17 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     wording = _wording(settings, record, loaded.tokenizer)
     adapted = settings.adapter is not None
-    speaker = Speaker(loaded.model, loaded.tokenizer, wording, adapted, sampling, loaded.base_tokenizer)
+    stops = stop_ids_of(loaded.model, loaded.tokenizer, _ends(wording, loaded.tokenizer))
+    speaker = Speaker(loaded.model, loaded.tokenizer, wording, adapted, sampling, loaded.base_tokenizer, stops)
     return speaker, loaded.device
+
+
+def _ends(wording: Wording, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The token by which the chat template ends a turn, which may not be the tokenizer's end of a text."""
+    from rankwise.data import Rows
+    from rankwise.data.encoding import RowEncoder
+
+    return RowEncoder(Rows((), "chat", "", "", ""), tokenizer, wording.template).stop_ids() if wording.chat else set()
 
 
 def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: PreTrainedTokenizerBase) -> Wording:
