@@ -15,25 +15,30 @@ SIGN_REACH = 12
 # Maximum length in characters. A model that repeats a digit writes longer numbers, and a Fraction of millions of
 # digits takes minutes.
 LONGEST_NUMBER = 1000
+# What may stand between a mark and its number: signs, no words.
+SIGNS = r"[^\w\n]{0,20}"
 # Where the text after ``A:`` itself names the answer by one of these phrases, the phrase decides.
-ANSWER = r"\bfinal answer\b|\banswer\s*(?:is|:|=)"
+ANSWER = rf"\bfinal answer\b(?:\s+[-\u2013](?=\s))?(?={SIGNS}\d)|\banswer\s*(?:is|:|=)"
 MARKERS = (
-    re.compile(r"####(?P<rest>[^\n]*)"),
+    # ``#### Step 2: add them`` and ``#### 2. Add them`` are headings.
+    re.compile(rf"####(?!{SIGNS}\d+[.):]\s+[^\W\d])(?={SIGNS}\d)(?P<rest>[^\n]*)"),
     re.compile(r"\\boxed\s*\{(?P<rest>[^{}\n]*)"),
     re.compile(rf"(?im:{ANSWER}|^\s*A:(?![^\n]*(?:{ANSWER})))(?P<rest>[^\n]*)"),
 )
 # The calculator annotations in GSM8K's solutions: 48/2 = <<48/2=24>>24.
 CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+# Separators of thousands in LaTeX: 1{,}200 and 1\,200.
+THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))")
 
 
 def extract_answer(text: str) -> Fraction | None:
     r"""The final number of ``text``, or None.
 
-    The first rule that matches decides: the number after ``####``; the one in ``\boxed{}``; the one after ``answer
-    is``, ``answer:`` or ``A:``, where the number after the line's last equals sign counts; the last number of the text.
-    Commas, currency signs, units and a final full stop are ignored.
+    The first rule that matches decides: the number directly after ``####``; the one in ``\boxed{}``; the one after
+    ``answer is``, ``answer:`` or ``A:``, where the number after the line's last equals sign counts, or directly after
+    ``final answer``; the last number of the text. Commas, currency signs, units and a final full stop are ignored.
     """
-    text = CALCULATOR.sub("", text)
+    text = THOUSANDS.sub(",", CALCULATOR.sub("", text))
     for marker in MARKERS:
         for found in marker.finditer(text):
             number = _first_number(found["rest"])
