@@ -27,6 +27,9 @@ ROW = {
 }
 
 
+STYLES = ("llm-adapters", "trained")
+
+
 @pytest.mark.parametrize(
     ("task", "text", "expected"),
     [
@@ -38,6 +41,7 @@ ROW = {
         ("hellaswag", "ending4", "ending4"),
         ("winogrande", "option1", "option1"),
         ("arc_challenge", "answer5 answer1", "answer5"),
+        ("siqa", "answer4 answer1", "answer4"),
         ("openbookqa", "Answer1", ""),
         ("openbookqa", "", ""),
     ],
@@ -126,7 +130,7 @@ def test_bad_rows_are_named(tmp_path: Path):
         read_docs("siqa", str(path))
 
 
-@pytest.mark.parametrize("style", ["llm-adapters", "trained"])
+@pytest.mark.parametrize("style", STYLES)
 def test_answers_are_written_scored_and_counted(tmp_path: Path, style: str):
     path = tmp_path / "test.json"
     path.write_text(json.dumps([ROW, {**ROW, "answer": "answer1"}]))
@@ -142,6 +146,17 @@ def test_answers_are_written_scored_and_counted(tmp_path: Path, style: str):
     summary = task.summarize(examples)
     assert summary.metrics == {"accuracy": 0.0}
     assert "hold none of" in summary.notes[-1]
+
+
+def test_an_answer_in_the_style_of_training_ends_where_the_template_ends_it(tmp_path: Path):
+    """That is often another token than the tokenizer's end of a text."""
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps([ROW]))
+    data = instructions_in("siqa", str(path))
+    assert data is not None
+    engine = byte_engine(template="{% for m in messages %}{{ m['content'] }}<s>{% endfor %}")
+    ends = {style: Commonsense("siqa", data, limit=None, prompt_style=style, decoding={}) for style in STYLES}
+    assert [task._prompts(engine)[2] for task in ends.values()] == [set(), {engine.tokenizer.bos_token_id}]
 
 
 def test_empty_answers_are_scored_and_warned_about(tmp_path: Path):

@@ -77,7 +77,7 @@ def _measure(job: Fields) -> JsonObject:
     engine = _engine(job, model, tokenizer, template)
     shown = range(0, len(rows), max(1, len(rows) // ANSWERED))[:ANSWERED]
     prompts = _prompts(engine, [rows[number] for number in shown], rows)
-    answers = dict(zip(map(str, shown), _answers(engine, prompts)))
+    answers = dict(zip(map(str, shown), _answers(engine, prompts, engine.encoder(rows).stop_ids())))
     adapter = None if job["method"] is None else folder
     for task in asked:
         given = answers if task.name == PERPLEXITY else {}
@@ -166,13 +166,13 @@ def _prompts(engine: Engine, chosen: Sequence[Row], rows: Rows) -> list[Prompt]:
     return [Prompt(ids) for ids in engine.prompt_ids(encoder, chosen)]
 
 
-def _answers(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
-    """The greedy answers to ``prompts``, generated in batches."""
+def _answers(engine: Engine, prompts: Sequence[Prompt], ends: set[int]) -> list[str]:
+    """The greedy answers to ``prompts``, generated in batches. ``ends``: tokens that end an answer in the rows."""
     answers = [""] * len(prompts)
     rooms = [answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS) for prompt in prompts]
     for room in set(rooms):
         numbers = [number for number, its in enumerate(rooms) if its == room]
-        asked, decoding = [prompts[number] for number in numbers], Decoding(room, engine.stop_ids())
+        asked, decoding = [prompts[number] for number in numbers], Decoding(room, engine.stop_ids(ends))
         write = writer(engine, asked, decoding)
         for batch in engine.batches(asked, decoding):
             for index, text in zip(batch, write(batch)):

@@ -38,6 +38,8 @@ WORDS = {
     "arc_challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
     "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
 }
+# LLM-Adapters reads five words from the answers of every set with such words.
+READ = dict.fromkeys(("siqa", "openbookqa"), WORDS["arc_easy"])
 # LLM-Adapters' template is indented, and adapters trained with it expect these blanks.
 INDENT = " " * 16
 
@@ -113,8 +115,8 @@ class Commonsense(Task):
         return self.data.sha256
 
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
-        decoding = Decoding(stop_ids=engine.stop_ids(), **self.decoding)
-        texts, ids = self._prompts(engine)
+        texts, ids, stops = self._prompts(engine)
+        decoding = Decoding(stop_ids=engine.stop_ids(stops), **self.decoding)
         clusters = _clusters(self.rows)
         questions = [
             Question(_unique_id(row, number), row_ids, text, (row["answer"],), cluster)
@@ -122,12 +124,14 @@ class Commonsense(Task):
         ]
         return write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=self._finish)
 
-    def _prompts(self, engine: Engine) -> tuple[list[str], list[tuple[int, ...]]]:
+    def _prompts(self, engine: Engine) -> tuple[list[str], list[tuple[int, ...]], set[int]]:
+        """Prompts as texts and as ids, and the tokens that end an answer in their style."""
         if self.prompt_style == "llm-adapters":
             texts = [adapters_prompt(row["instruction"], row.get("input") or "") for row in self.rows]
-            return texts, [engine.text_ids(text) for text in texts]
+            return texts, [engine.text_ids(text) for text in texts], set()
         rows = rows_from_records(list(enumerate(self.rows, 1)), self.data.source, sha256=self.data.sha256)
-        return [row.prompt for row in rows], engine.prompt_ids(engine.encoder(rows), rows.items)
+        encoder = engine.encoder(rows)
+        return [row.prompt for row in rows], engine.prompt_ids(encoder, rows.items), encoder.stop_ids()
 
     def _finish(self, question: Question, text: str) -> Example:
         right = extract_answer(self.name, text) == (question.references or ("",))[0]
@@ -144,7 +148,7 @@ class Commonsense(Task):
 
 def extract_answer(task: str, text: str) -> str:
     """The first answer word in ``text``, in lower case like the data; empty if there is none."""
-    found = re.search("|".join(WORDS[task]), text)
+    found = re.search("|".join(READ.get(task, WORDS[task])), text)
     return found.group() if found else ""
 
 
