@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from rankwise.cli.evaluate import print_task
+from rankwise.cli.output import Output
+from rankwise.evaluation.record import TaskResult
+from rankwise.evaluation.run import Evaluation
 from several import Nursery
 
 E2E = "mr,ref\n" + "".join(f'"name[{name}], area[river]","{name} is by the river."\n' for name in ("Aromi", "Zizzi"))
@@ -174,3 +178,16 @@ def _stop(several: Nursery, command: list[Any], predictions: Path, number: signa
     if number == signal.SIGINT:
         assert json.loads(done.stdout)["error"]["code"] == "RW572"
     assert 0 < predictions.read_bytes().count(b"\n") < ROWS
+
+
+def test_a_metric_of_one_model_and_every_note_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    def result(metrics: dict[str, float], *notes: str) -> TaskResult:
+        same = {"standard_errors": {}, "count": 3, "settings": {}, "data_sha256": None, "versions": {}}
+        up = dict.fromkeys(metrics, False)
+        return TaskResult("t", "m", None, metrics, "a", up, wall_seconds=0.0, notes=notes, **same)
+
+    results = [("base", result({"a": 1.0})), ("tuned", result({"a": 2.0, "b": 3.0}, "2 of 3 answers hold no number"))]
+    print_task(Output(), "t", Evaluation(tmp_path, results, []))
+    printed = capsys.readouterr().out
+    assert "b ↓" in printed
+    assert "  tuned: 2 of 3 answers hold no number\n" in printed

@@ -76,3 +76,10 @@ def test_without_examples_the_problem_is_asked_as_in_training(data: Path, tmp_pa
 def test_other_rows_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match="RW250.*`question` and `answer`"):
         read_problems(str(write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])))
+
+
+def test_answers_without_a_number_are_refused_before_the_model_is_loaded(data: Path):
+    write_lines(data, [*PROBLEMS, {"question": "How much?", "answer": "Nobody knows."}])
+    with pytest.raises(DataError, match='RW244.*"Nobody knows."'):
+        make(data, Worked())
+    assert len(make(data, Worked(), limit=6).rows) == 6

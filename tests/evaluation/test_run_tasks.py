@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,20 @@ def test_e2e_asks_each_meaning_representation_once(model: Path, tmp_path: Path):
     assert examples[0].references == ["Aromi serves French food.", "Aromi serves French food, as they say."]
 
 
+def test_metrics_that_lacked_java_are_computed_once_it_is_there(model: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "test.csv").write_text(E2E)
+    given = settings(model, "e2e", tmp_path / "test.csv", tmp_path / "out", max_new_tokens=2)
+    monkeypatch.setattr("rankwise.evaluation.metrics.e2e.missing_java", lambda: "no Java")
+    asked, answer_task = [], run.answer_task
+    monkeypatch.setattr(run, "answer_task", lambda *place, **more: asked.append(place) or answer_task(*place, **more))
+    for is_missing, calls in (("no Java", 1), ("no Java", 1), (None, 2)):
+        monkeypatch.setattr("rankwise.evaluation.tasks.e2e.missing_java", lambda missing=is_missing: missing)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RankwiseWarning)
+            evaluate(given)
+        assert len(asked) == calls
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_results_depend_neither_on_batches_nor_on_order(model: Path, tmp_path: Path, beams: int):
     lines = E2E.splitlines(keepends=True)
@@ -279,6 +295,14 @@ def test_another_evaluation_needs_another_folder(model: Path, rows: Path, tmp_pa
         evaluate(settings(model, "perplexity", rows, tmp_path / "out", limit=3))
     [result] = evaluate(settings(model, "perplexity", rows, tmp_path / "out", limit=3, overwrite=True))
     assert result.count == 3
+
+
+def test_the_same_weights_with_other_settings_are_another_model(model: Path, rows: Path, tmp_path: Path):
+    copied = shutil.copytree(model, tmp_path / "model")
+    evaluate(settings(copied, "perplexity", rows, tmp_path / "out"))
+    (copied / "chat_template.jinja").write_text(TEMPLATE)
+    with pytest.raises(RunError, match="RW570.*model_settings_sha256 was"):
+        evaluate(settings(copied, "perplexity", rows, tmp_path / "out"))
 
 
 def test_several_adapters_stand_beside_their_base(model: Path, adapters: list[Path], rows: Path, tmp_path: Path):

@@ -159,6 +159,9 @@ def test_questions_without_a_reference_answer_are_told(files, tmp_path: Path):
     reference = write_lines(tmp_path / "short.jsonl", REFERENCE[:1])
     with pytest.raises(DataError, match="RW252.*question 2"):
         task(files[0], Judge("http://x", "judge", "KEY", reference))
+    both = write_lines(tmp_path / "both.jsonl", [*REFERENCE, {**REFERENCE[0], "answer_id": "of another system"}])
+    with pytest.raises(DataError, match="RW234.*lines 1 and 4 have the same question_id"):
+        task(files[0], Judge("http://x", "judge", "KEY", both))
     twice = write_lines(tmp_path / "twice.jsonl", [QUESTIONS[0], QUESTIONS[0]])
     with pytest.raises(DataError, match="RW251.*twice"):
         task(twice)

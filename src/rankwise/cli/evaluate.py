@@ -121,14 +121,18 @@ def print_task(output: Output, task: str, evaluation: Evaluation) -> None:
     table.add_column("")
     for label, _ in results:
         table.add_column(label, justify="right")
-    for name in first.metrics:
+    higher = {name: up for _, result in results for name, up in result.higher_is_better.items()}
+    for name in dict.fromkeys(name for _, result in results for name in result.metrics):
         cells = [
             with_error(result.metrics[name], result.standard_errors.get(name)) if name in result.metrics else "-"
             for _, result in results
         ]
-        table.add_row(f"{name} {'↑' if first.higher_is_better.get(name, True) else '↓'}", *cells)
+        table.add_row(f"{name} {'↑' if higher.get(name, True) else '↓'}", *cells)
     output.console.print(titled(f"{task}: {counted(first)}{clustered}", table))
     _print_differences(output, [item for item in evaluation.differences if item.task == task])
+    for label, result in results:
+        for note in result.notes:
+            output.line(f"  {label}: {note}")
 
 
 def _print_differences(output: Output, differences: Sequence[Difference]) -> None:

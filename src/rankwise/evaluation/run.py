@@ -264,7 +264,7 @@ class _Run:
 
     def _identities(self) -> dict[tuple[str, str], JsonObject]:
         """Everything that the answers of each task depend on, by (label, task)."""
-        from rankwise.models import fetch_model, model_hash
+        from rankwise.models import fetch_model, model_hash, settings_hash
 
         given = self.settings
         computed = load_settings(given.adapter, _load_options(given))
@@ -273,6 +273,7 @@ class _Run:
         template = None if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
         common = {
             "model_sha256": model_hash(source),
+            "model_settings_sha256": settings_hash(source),
             "dtype": computed.dtype,
             "quantization": computed.quantization,
             "limit": given.limit,

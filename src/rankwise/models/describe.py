@@ -5,18 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankwise.constants import TEMPLATE_FILE
 from rankwise.foreign import JsonObject
-from rankwise.models.folder import existing_weights, read_config
+from rankwise.models.folder import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, existing_weights, read_config
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.weights_file import sha256_of_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Files that stand beside those of ``TOKENIZER_FILES``.
+TOKENIZER_PARTS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", TEMPLATE_FILE)
+
 
 def model_hash(model: str | ModelSource) -> str:
     """SHA-256 of the model's weights: that of a single file, or that of the sorted lines ``HASH  NAME``."""
     return sha256_of_files(weights_files(fetch_model(model)))
+
+
+def settings_hash(source: ModelSource) -> str | None:
+    """SHA-256 of the other files on which a model's answers depend: its configs and those of its tokenizer.
+
+    None for a GGUF, whose one file holds all.
+    """
+    if source.is_gguf:
+        return None
+    assert source.path is not None
+    files = [source.path / name for name in (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *TOKENIZER_PARTS)]
+    return sha256_of_files(file for file in files if file.is_file())
 
 
 def weights_files(source: ModelSource) -> list[Path]:

@@ -15,7 +15,8 @@ from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, mean_of, paired_difference
 from rankwise.evaluation.journal import text_sha256
 from rankwise.evaluation.metrics.e2e import METRICS, E2eScores, score_e2e
-from rankwise.evaluation.record import Example
+from rankwise.evaluation.metrics.java import missing_java
+from rankwise.evaluation.record import Example, TaskResult
 from rankwise.evaluation.tasks.answers import Question, write_answers
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, warn_of_empty
 from rankwise.foreign import JsonObject
@@ -51,6 +52,10 @@ class E2e(Task):
 
     def describe(self) -> JsonObject:
         return {**self.decoding, "meaning_representations": len(self.groups)}
+
+    def stands(self, result: TaskResult) -> bool:
+        """Metrics that Java was missing for are computed once it is there."""
+        return set(METRICS) <= set(result.metrics) or missing_java() is not None
 
     @property
     def data_sha256(self) -> str:

@@ -89,7 +89,10 @@ def _wei_examples(count: int) -> Worked:
 
 
 class Gsm8k(Task):
-    """``worked`` without pairs asks each problem bare, written as training writes such rows."""
+    """``worked`` without pairs asks each problem bare, written as training writes such rows.
+
+    Raises DataError (RW244) for an answer without a number.
+    """
 
     name = "gsm8k"
     primary = "accuracy"
@@ -98,6 +101,8 @@ class Gsm8k(Task):
     def __init__(self, problems: Rows, *, worked: Worked, limit: int | None, decoding: JsonObject) -> None:
         self.problems, self.worked, self.decoding = problems, worked, {"max_new_tokens": NEW_TOKENS, **decoding}
         self.rows: Sequence[Row] = problems.items[:limit]
+        for row in self.rows:
+            is_correct("", row.completion)
 
     def describe(self) -> JsonObject:
         return {**self.decoding, "num_fewshot": len(self.worked.pairs), "fewshot_sha256": self.worked.sha256}

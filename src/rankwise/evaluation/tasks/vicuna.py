@@ -16,7 +16,7 @@ from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, error_of_shares, mean_of, shares_of_ratio
 from rankwise.evaluation.journal import text_sha256
-from rankwise.evaluation.metrics.files import read_records
+from rankwise.evaluation.metrics.files import no_duplicates, read_records
 from rankwise.evaluation.record import Example, TaskResult
 from rankwise.evaluation.tasks.answers import Question, write_answers
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, warn_of_empty
@@ -231,11 +231,11 @@ def _read_questions(path: Path) -> list[tuple[str, str]]:
 
 
 def _read_answers(path: Path, asked: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """question_id -> (answer_id, text). Raises DataError (RW252) for questions without an answer."""
-    answers = {
-        row.text(path, "question_id"): (row.text(path, "answer_id"), row.text(path, "text"))
-        for row in read_records(path)
-    }
+    """question_id -> (answer_id, text). Raises DataError: RW234 two answers to a question, RW252 none to one."""
+    rows = read_records(path)
+    names = [row.text(path, "question_id") for row in rows]
+    no_duplicates(path, "question_id", names, [row.line for row in rows])
+    answers = {name: (row.text(path, "answer_id"), row.text(path, "text")) for name, row in zip(names, rows)}
     missing = [name for name, _ in asked if name not in answers]
     if missing:
         raise DataError(
