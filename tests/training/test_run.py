@@ -9,6 +9,7 @@ import signal
 import stat
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +18,15 @@ import torch
 from training_rows import Recorder, snapshot, write_rows
 
 from rankwise.adapters import load_adapter
+from rankwise.data import read_rows
 from rankwise.errors import ConfigError, DataError, InputError, Interrupted, RankwiseWarning, RunError, warn
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.training.observer import StepInfo
 from rankwise.training.run import _told_warnings, train
+from rankwise.training.setup import answerer
 from rankwise.training.trainer import RankwiseTrainer
+from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
 
@@ -60,6 +64,17 @@ def test_run_folder_has_everything_and_no_pickle(method: str, settings: Any, tmp
     history = json.loads(saved.read_text())["log_history"]
     assert [(line["step"], "eval_loss" in line) for line in history] == [(0, True), (4, True), (8, True)]
     assert watcher.phases == ["Reading data", "Loading the model", "Encoding data", "Training", "Saving"]
+
+
+def test_a_sample_ends_where_the_template_ends_a_turn(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """That is often another token than the tokenizer's end of a text."""
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <unk> {% endfor %}"
+    model, given = tiny_llama(), {}
+    monkeypatch.setattr(model, "generate", lambda **more: given.update(more) or more["input_ids"])
+    loaded: Any = SimpleNamespace(model=model, tokenizer=tokenizer)
+    data: Any = SimpleNamespace(rows=read_rows(write_rows(tmp_path / "rows.jsonl", 2)), template=None)
+    answerer("w1 w2", loaded, data)()
+    assert tokenizer.unk_token_id in given["eos_token_id"]
 
 
 def test_the_record_says_whether_the_step_is_fast(settings: Any) -> None:

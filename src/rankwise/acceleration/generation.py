@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # A shorter common prefix is not worth a separate pass.
 SHARED_TOKENS = 32
+# Greedy answers by transformers' generate. An omitted option would come from the model's generation_config.json.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 # Finished rows are removed when at most this share of the batch still runs, since a removal copies the cache.
 LEAVE_AT = 0.75
 
@@ -236,12 +238,8 @@ class Generator:
         stop = sorted(self.decoding.stop_ids)
         config = GenerationConfig(
             max_new_tokens=self.decoding.max_new_tokens,
-            num_beams=self.decoding.num_beams,
+            **{**GREEDY, "num_beams": self.decoding.num_beams},
             length_penalty=self.decoding.length_penalty,
-            # Given explicitly, since omitted options come from the model's generation config.
-            do_sample=False,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
             early_stopping=False,
             eos_token_id=stop or None,
             pad_token_id=self.pad,

@@ -17,7 +17,7 @@ from rankwise.cli.settings import GenerateSettings
 from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, RunError, warn
-from rankwise.foreign import Fields
+from rankwise.foreign import Fields, JsonObject
 from rankwise.records import RunRecord, record_of
 
 if TYPE_CHECKING:
@@ -92,16 +92,16 @@ class Speaker:
         """
         import torch
 
-        from rankwise.acceleration.generation import only_numbers
+        from rankwise.acceleration.generation import GREEDY, only_numbers
 
         inputs = self._encode(asked)
         length = inputs["input_ids"].shape[1]
         room = self._room(length)
-        # The rest is given too, since omitted options come from the model's generation config, and top_k is then 50.
-        chosen: dict[str, float] = {"do_sample": False}
+        chosen: JsonObject = dict(GREEDY)
         if self.sampling.temperature > 0:
             torch.manual_seed(self.sampling.seed)
-            chosen = {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+            chosen |= {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+            # Without these, top_k would be 50, or the model's own.
             chosen |= {"top_k": 0, "min_p": 0.0}
         with torch.inference_mode():
             tokens = self.model.generate(
@@ -109,9 +109,6 @@ class Speaker:
                 max_new_tokens=room,
                 eos_token_id=sorted(self.stop_ids) or None,
                 pad_token_id=self._pad_token(),
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                num_beams=1,
                 logits_processor=[only_numbers(self.model)],
                 streamer=streamer,
                 **chosen,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rankwise.acceleration.generation import GREEDY
 from rankwise.adapters import adapter_disabled
 from rankwise.errors import RunError
 from rankwise.foreign import JsonObject
@@ -161,9 +162,7 @@ def _difference(one: Answers, other: Answers) -> float:
 def _greedy(model: Any, prompt: list[int]) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
     mask = torch.ones_like(ids)
-    found = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-    )
+    found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, pad_token_id=0, **GREEDY)
     return [int(token) for token in found[0, len(prompt) :]]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
+from rankwise.acceleration.generation import GREEDY, stop_ids_of
 from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.attached import DEFAULT_NAME
 from rankwise.adapters.baselines import add_baseline
@@ -29,6 +30,7 @@ from rankwise.config import BASELINES, FOUR_BITS, TrainSettings
 from rankwise.constants import IGNORED
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
+from rankwise.data.encoding import RowEncoder
 from rankwise.data.formats import Format
 from rankwise.errors import ConfigError, RunError
 from rankwise.foreign import Fields, JsonObject
@@ -264,15 +266,18 @@ def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
             f"{table_rows(model):,}; give a shorter one.",
         )
 
+    stops = stop_ids_of(model, tokenizer, RowEncoder(data.rows, tokenizer, data.template).stop_ids())
+
     @torch.no_grad()
     def answer() -> str:
         on_device = {key: value.to(model.device) for key, value in ids.items()}
         output = model.generate(
             **on_device,
             max_new_tokens=room,
-            do_sample=False,
             use_cache=True,
+            eos_token_id=sorted(stops),
             pad_token_id=tokenizer.pad_token_id,
+            **GREEDY,
         )
         return str(tokenizer.decode(output[0, tokens:], skip_special_tokens=True)).strip()
 
