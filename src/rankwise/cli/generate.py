@@ -16,7 +16,7 @@ from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import GenerateSettings
 from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import printable
-from rankwise.errors import ConfigError, RunError, warn
+from rankwise.errors import ConfigError, DataError, RunError, warn
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import RunRecord, record_of
 
@@ -220,7 +220,15 @@ def _ends(wording: Wording, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     from rankwise.data import Rows
     from rankwise.data.encoding import RowEncoder
 
-    return RowEncoder(Rows((), "chat", "", "", ""), tokenizer, wording.template).stop_ids() if wording.chat else set()
+    if not wording.chat:
+        return set()
+    try:
+        return RowEncoder(Rows((), "chat", "", "", ""), tokenizer, wording.template).stop_ids()
+    except DataError as error:
+        # A template that writes no assistant's turn ends none. Other faults show when it writes the prompts.
+        if error.code not in ("RW211", "RW212", "RW213"):
+            raise
+        return set()
 
 
 def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: PreTrainedTokenizerBase) -> Wording:
