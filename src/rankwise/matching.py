@@ -19,6 +19,10 @@ from rankwise.options import ALL_LINEAR
 Value = TypeVar("Value")
 NO_EFFECT = "RW420"
 LONGEST_MATCH_SECONDS = 0.5
+# Why text never passes through a module.
+OUTSIDE_TEXT = "text does not pass there; to adapt such layers, select them by whole names or a regular expression"
+NO_ENCODER = "this attends to an encoder, which the model does not have"
+WEIGHT_ALONE = "the model's forward uses the weight and never calls the layer"
 
 
 def matches(name: str, wanted: str | Sequence[str]) -> bool:
@@ -148,9 +152,9 @@ class Place:
     why_not: str = ""
     # Whether this is a linear layer that another library quantized; "all-linear" includes it.
     is_foreign: bool = False
-    # Whether text never passes through the module, as in a vision tower. Only a whole name or a regular expression
-    # selects such a module.
-    is_unread: bool = False
+    # Why text never passes through the module, as in a vision tower; empty where it does. Only a whole name or a
+    # regular expression selects such a module.
+    unread: str = ""
 
 
 # {name: place}, in the model's order.
@@ -186,18 +190,15 @@ def target_names(config: LoraConfig, places: Places, model: str, *, may_be_none:
 
 
 def warn_of_unread(config: LoraConfig, places: Places) -> None:
-    """Warn (RW177) that layers of a vision tower, through which text never passes, get no adapter."""
-    everywhere = {
-        name: dataclasses.replace(place, is_unread=False) for name, place in places.items() if place.is_unread
-    }
-    names = [name for name, place in everywhere.items() if place.is_adaptable and _is_target(name, place, config)]
-    if names:
-        warn(
-            "RW177",
-            f"{len(names)} layers that text does not pass through get no adapter: {names[0]} and others of the vision "
-            "part; to adapt them, select them by whole names or a regular expression.",
-            stacklevel=3,
-        )
+    """Warn (RW177) that layers through which text never passes get no adapter."""
+    read = {name: dataclasses.replace(place, unread="") for name, place in places.items() if place.unread}
+    left_out: dict[str, list[str]] = {}
+    for name, place in read.items():
+        if place.is_adaptable and _is_target(name, place, config) and not _is_target(name, places[name], config):
+            left_out.setdefault(places[name].unread, []).append(name)
+    for reason, names in left_out.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warn("RW177", f"no adapter on {names[0]}{more}: {reason}.", stacklevel=3)
 
 
 def _is_target(name: str, place: Place, config: LoraConfig) -> bool:
@@ -207,12 +208,12 @@ def _is_target(name: str, place: Place, config: LoraConfig) -> bool:
     if config.trains_whole(name):
         return False
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        return (place.is_linear or place.is_foreign) and not place.is_head and not place.is_unread
+        return (place.is_linear or place.is_foreign) and not place.is_head and not place.unread
     # As in PEFT, layers_to_transform does not restrict a whole name.
     is_list = not isinstance(wanted, str)
     if is_list and name in wanted:
         return True
-    return matches(name, wanted) and is_in_layers(name, config) and not (is_list and place.is_unread)
+    return matches(name, wanted) and is_in_layers(name, config) and not (is_list and place.unread)
 
 
 def _nothing_matches(config: LoraConfig, places: Places, model: str) -> str:

@@ -47,7 +47,7 @@ from rankwise.adapters.state import (
     take_replaced,
     wrappers,
 )
-from rankwise.adapters.targets import module_names, places_of, text_part
+from rankwise.adapters.targets import module_names, places_of, unread_modules
 from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import gathered, own_parameters
 from rankwise.errors import AdapterError, warn
@@ -96,9 +96,9 @@ def add_adapter(
             one changes the base, RW408 while an adapter is merged, RW423 and RW425 to RW429 for an init that is not
             possible. The model is then unchanged.
 
-    Warns of layers outside the text part (RW177), of layers in another library's 4-bit format (RW178), of settings that
-    match nothing (RW420), of experts that "all-linear" leaves out (RW422), and of EVA directions that have not
-    converged (RW430).
+    Warns of layers that text does not pass through (RW177), of layers in another library's 4-bit format (RW178), of
+    settings that match nothing (RW420), of experts that "all-linear" leaves out (RW422), and of EVA directions that
+    have not converged (RW430).
     """
     planned = plan_adapter(model, config, name)
     start = beginning(model, config, planned, originals, batches)
@@ -126,8 +126,8 @@ def plan_adapter(
     stacks = parameter_names(modules, config)
     # With an empty list of target_modules the stacked experts alone are adapted.
     stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
-    # A PEFT file may hold an adapter on the vision part.
-    places = places_of(modules, model_end(model, "output"), None if is_foreign else text_part(model))
+    # A PEFT file may hold an adapter on what text does not pass through.
+    places = places_of(modules, model_end(model, "output"), {} if is_foreign else unread_modules(model, modules))
     targets = target_names(config, places, type(model).__name__, may_be_none=stacks_suffice)
     check_enable_lora(config, targets)
     warn_of_idle(config, there, [*targets, *stacks], targets=is_foreign)

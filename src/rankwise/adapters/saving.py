@@ -34,7 +34,7 @@ from rankwise.adapters.fused import enabled_rows, to_blocks
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.peft_config import CONFIG_FILE, scaled_alpha, to_peft
 from rankwise.adapters.state import AdapterState, base_modules, base_parameter, state_and_name
-from rankwise.adapters.targets import text_part
+from rankwise.adapters.targets import unread_modules
 from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.transformers import is_experts_family
@@ -343,13 +343,13 @@ def _plain(mapping: Fields) -> JsonObject:
 
 
 def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[AdaptedModule]) -> str | list[str]:
-    """PEFT's target_modules. "all-linear" becomes a list of names, and so does a list in a model with a vision part,
-    where an ending may also match the vision part.
+    """PEFT's target_modules. "all-linear" becomes a list of names, and so does a list in a model with layers that text
+    does not pass through, where an ending may also match such a layer.
     """
     wanted = config.target_modules or ()
     if isinstance(wanted, str) and wanted != "all-linear":
         return wanted
-    if not isinstance(wanted, str) and text_part(model) is None:
+    if not isinstance(wanted, str) and not unread_modules(model, dict(base_modules(model))):
         return sorted(wanted)
     names = [item.name for item in modules if item.experts is None]
     return names if config.exclude_modules else shortest_targets(model, names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -105,6 +106,16 @@ def is_converted(name: str, patterns: Sequence[str]) -> bool:
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
     """{pattern: dtype} of the weights that loading a model in ``dtype`` converts to another dtype."""
     return model._get_dtype_plan(dtype)
+
+
+def children_read_by_weight(module: nn.Module) -> tuple[str, ...]:
+    """The names of the children whose weights the module's forward uses without calling them, as it declares with
+    ``force_accelerate_hooks`` (Mamba's ``dt_proj``).
+    """
+    function = getattr(type(module), "forward", None)
+    if not inspect.isfunction(function):
+        return ()
+    return tuple(inspect.getclosurevars(function).nonlocals.get("child_module_names", ()))
 
 
 def mark_quantized(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from math import prod
 from rankwise.errors import AdapterError
 from rankwise.lora_config import LoraConfig
 from rankwise.matching import (
+    OUTSIDE_TEXT,
     Names,
     Place,
     Places,
@@ -187,7 +188,7 @@ def _places(shape: Shape) -> Places:
             item.is_adaptable,
             item is head,
             item.outputs,
-            is_unread=item is not head and not item.name.startswith(shape.text),
+            unread="" if item is head or item.name.startswith(shape.text) else OUTSIDE_TEXT,
         )
         for item in shape.modules
     }
