@@ -160,9 +160,10 @@ def test_rename_source_key_and_revert_weight_conversion_are_inverse(tmp_path: Pa
     stacks = {parameter: found for parameter, found in parts.items() if found[0][1] is not None}
     assert any("gate_up_proj" in parameter for parameter in stacks)
     for parameter, found in stacks.items():
-        whole = compat.converted(model, parameter, [(how, lambda name=name: tensors[name]) for name, how in found])
-        assert torch.equal(whole, model.get_parameter(parameter))
-        again = compat.taken_apart(model, parameter, whole)
+        made = compat.converted(model, parameter, [(how, lambda name=name: tensors[name]) for name, how in found])
+        assert list(made) == compat.made_together(parameter, found[0][1]) == [parameter]
+        assert torch.equal(made[parameter], model.get_parameter(parameter))
+        again = compat.taken_apart(model, made)
         assert {name: tensor.tolist() for name, tensor in again.items()} == {
             name: tensors[name].tolist() for name, _ in found
         }

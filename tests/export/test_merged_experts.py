@@ -69,6 +69,32 @@ def test_merged_onto_the_quantized_it_computes_what_was_trained(family, stacked,
     assert not torch.allclose(logits(onto_original), trained, atol=1e-3)
 
 
+FUSED = {
+    # q, k and v in one tensor, gate and up in another for a layer without experts, beside the experts' own.
+    "sarvam_moe": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "hrm_text": {"intermediate_size": 48, "num_hidden_layers": 2, "H_cycles": 1, "L_cycles": 1},
+}
+
+
+@pytest.mark.parametrize("onto", ["original", "quantized"])
+@pytest.mark.parametrize("family", FUSED)
+def test_layers_that_the_files_hold_fused(family, onto, tmp_path):
+    tiny_moe(family, **FUSED[family]).save_pretrained(tmp_path / "base")
+    quantization = CONFIG if onto == "quantized" else None
+    trained = train(tmp_path / "base", tmp_path / "run", quantization=quantization)
+    torch.testing.assert_close(
+        logits(merged(tmp_path / "run", tmp_path / "merged", onto)), trained, rtol=1e-4, atol=1e-4
+    )
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert {name: tensor.shape for name, tensor in before.items()} == {name: W.shape for name, W in after.items()}
+    assert any("qkv_proj" in name or "query_key_value" in name for name in after)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_onto_the_original_the_experts_are_the_originals(family, tmp_path):
     model = tiny_moe(family)
@@ -102,13 +128,13 @@ def test_no_more_than_a_layer_s_stacks_are_held(tmp_path, monkeypatch):
     tiny_moe("mixtral", num_hidden_layers=4).save_pretrained(tmp_path / "base")
     train(tmp_path / "base", tmp_path / "run", quantization=CONFIG)
     made = []
-    original = experts.StackedExperts._parts
+    original = experts.ConvertedParameters._parts
 
     def counting(self, stack):
         made.append((stack, len(self._made)))
         return original(self, stack)
 
-    monkeypatch.setattr(experts.StackedExperts, "_parts", counting)
+    monkeypatch.setattr(experts.ConvertedParameters, "_parts", counting)
     merge_to_folder(tmp_path / "run", tmp_path / "merged", onto="quantized")
     # Each stack once, and beside one other at most.
     assert len({stack for stack, _ in made}) == len(made) == 8

@@ -198,19 +198,27 @@ def collected(skeleton: Any, names: Iterable[str]) -> Iterator[tuple[str, str, C
         yield name, parameter, None if pattern is None else (owners[pattern], pattern)
 
 
-def converted(skeleton: Any, parameter: str, parts: Sequence[tuple[Conversion, Callable[[], Tensor]]]) -> Tensor:
-    """The parameter that loading makes of ``parts``."""
+def made_together(parameter: str, conversion: Conversion | None) -> list[str]:
+    """The parameters that a conversion makes, of which `collected` names the first."""
+    first, *others = [""] if conversion is None else conversion[0].target_patterns
+    return [parameter, *(parameter.replace(first, other, 1) for other in others)]
+
+
+def converted(
+    skeleton: Any, parameter: str, parts: Sequence[tuple[Conversion, Callable[[], Tensor]]]
+) -> dict[str, Tensor]:
+    """The parameters that loading makes of ``parts``, ``parameter`` first."""
     converter = copy.deepcopy(parts[0][0][0])
     for (_, pattern), read in parts:
         converter.add_tensor(parameter, parameter, pattern, read)
-    return next(iter(converter.convert(parameter, model=skeleton, config=skeleton.config).values()))
+    return converter.convert(parameter, model=skeleton, config=skeleton.config)
 
 
-def taken_apart(skeleton: PreTrainedModel, parameter: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that saving makes of a parameter, by their names in the files."""
+def taken_apart(skeleton: PreTrainedModel, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that saving makes of parameters, by their names in the files."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(skeleton, {parameter: tensor})
+    return revert_weight_conversion(skeleton, made)
 
 
 # --- loading ---

@@ -1,8 +1,9 @@
-"""Change a base's stacked experts as whole stacks, whatever tensors its files hold.
+"""Change parameters that transformers makes of other tensors in the files: stacked experts, and layers stored fused.
 
 Training quantizes and adapts the stack (E, N, K) that transformers makes of a layer's experts, with one mean over all
-its scales, and with gate and up in one matrix; files mostly hold a tensor for each expert. So a stack is built as in
-loading, changed, and split as in saving, both by transformers' rules for the family.
+its scales, and with gate and up in one matrix; files mostly hold a tensor for each expert. Other files hold one tensor
+for several layers (q, k and v). So parameters are made as in loading, changed, and taken apart as in saving, both by
+transformers' rules for the family.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from rankwise.compat.transformers import Conversion, collected, converted, taken_apart
+from rankwise.compat.transformers import Conversion, collected, converted, made_together, taken_apart
 from rankwise.errors import ModelError
 from rankwise.export.pairs import Change
 from rankwise.ops import dequantize_weight, quantize_weight
@@ -23,7 +24,7 @@ from rankwise.quantization.config import FourBitConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Number of stacks in memory: files are ordered by expert within a layer, so two stacks are read together.
+# Number of conversions in memory: files are ordered by expert within a layer, so two stacks are read together.
 KEPT = 2
 
 
@@ -46,9 +47,9 @@ def rounding(config: FourBitConfig, dtype: torch.dtype | None) -> Change:
     return rounded
 
 
-class StackedExperts:
-    """The tensors in the files that become stacks of ``skeleton``, a transformers model on the meta device, with what
-    becomes of each stack: {name of its parameter: change}.
+class ConvertedParameters:
+    """The tensors in the files of which loading makes parameters of ``skeleton``, a transformers model on the meta
+    device, with what becomes of each parameter: {its name: change}.
     """
 
     def __init__(self, skeleton: PreTrainedModel, weights: Weights, wanted: Mapping[str, Change]) -> None:
@@ -57,56 +58,57 @@ class StackedExperts:
         self._made: dict[str, dict[str, Tensor]] = {}
 
     def changes(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-        """(name in the files, what becomes of it). Raises ModelError (RW308) for stacks that the files do not hold; and
-        then, for one of which a part is missing, or is not there under the name that transformers gives it."""
-        missing = [stack for stack in self._wanted if stack not in self._sources]
+        """(name in the files, what becomes of it). Raises ModelError (RW308) for parameters that the files do not hold;
+        and then, for one of which a part is missing, or is not there under the name that transformers gives it."""
+        there = {one for first, parts in self._sources.items() for one in made_together(first, parts[0][1])}
+        missing = [parameter for parameter in self._wanted if parameter not in there]
         if missing:
             raise ModelError("RW308", f"the files hold no tensor for {', '.join(missing)}; give the whole model.")
-        for stack, parts in self._sources.items():
+        for first, parts in self._sources.items():
             for name, _ in parts:
-                yield name, partial(self._part, stack, name)
+                yield name, partial(self._part, first, name)
 
-    def _part(self, stack: str, name: str, stored: Tensor) -> Tensor:
-        if stack not in self._made:
+    def _part(self, first: str, name: str, stored: Tensor) -> Tensor:
+        if first not in self._made:
             while len(self._made) >= KEPT:
                 del self._made[next(iter(self._made))]
-            self._made[stack] = self._parts(stack)
-        found = self._made[stack].get(name)
+            self._made[first] = self._parts(first)
+        found = self._made[first].get(name)
         if found is None:
             raise ModelError(
                 "RW308",
-                f"the files hold {name} for {stack}, which transformers saves as {', '.join(self._made[stack])}; "
+                f"the files hold {name} for {first}, which transformers saves as {', '.join(self._made[first])}; "
                 "load the model and save it once.",
             )
         return found.to(stored.dtype)
 
-    def _parts(self, stack: str) -> dict[str, Tensor]:
-        parts = self._sources[stack]
+    def _parts(self, first: str) -> dict[str, Tensor]:
+        parts = self._sources[first]
         name, conversion = parts[0]
         if conversion is None:
-            return {name: self._changed(stack, self._weights.tensor(name))}
+            return {name: self._changed(first, self._weights.tensor(name))}
         readers = [(found, partial(self._weights.tensor, name)) for name, found in parts if found is not None]
-        whole = converted(self._skeleton, stack, readers)
-        return taken_apart(self._skeleton, stack, self._changed(stack, whole))
+        made = converted(self._skeleton, first, readers)
+        return taken_apart(self._skeleton, {parameter: self._changed(parameter, W) for parameter, W in made.items()})
 
-    def _changed(self, stack: str, W: Tensor) -> Tensor:
-        shape = self._skeleton.get_parameter(stack).shape
+    def _changed(self, parameter: str, W: Tensor) -> Tensor:
+        shape = self._skeleton.get_parameter(parameter).shape
         if W.shape != shape:
             raise ModelError(
                 "RW308",
-                f"the files hold {tuple(W.shape)} for {stack}, which is {tuple(shape)}; give the whole model.",
+                f"the files hold {tuple(W.shape)} for {parameter}, which is {tuple(shape)}; give the whole model.",
             )
-        return self._wanted[stack](W)
+        return self._wanted[parameter](W) if parameter in self._wanted else W
 
 
-# Name in the files; the conversion that takes the tensor, or None where it is the stack itself.
+# Name in the files; the conversion that takes the tensor, or None where it is the parameter itself.
 Part = tuple[str, Conversion | None]
 
 
-def _sources(skeleton: PreTrainedModel, names: Collection[str], stacks: set[str]) -> dict[str, list[Part]]:
-    """{stack: what it is made of}, in the order in which loading collects it."""
+def _sources(skeleton: PreTrainedModel, names: Collection[str], wanted: set[str]) -> dict[str, list[Part]]:
+    """{first parameter that a conversion makes: what it is made of}, in the order in which loading collects it."""
     found: dict[str, list[Part]] = {}
-    for name, stack, conversion in collected(skeleton, names) if stacks else ():
-        if stack in stacks:
-            found.setdefault(stack, []).append((name, conversion))
+    for name, first, conversion in collected(skeleton, names) if wanted else ():
+        if wanted.intersection(made_together(first, conversion)):
+            found.setdefault(first, []).append((name, conversion))
     return found

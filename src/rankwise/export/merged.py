@@ -33,7 +33,7 @@ from rankwise.compat.transformers import collected
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ModelError, RunError, warn
 from rankwise.export.dequantized import DequantizedWeights
-from rankwise.export.experts import StackedExperts, rounding
+from rankwise.export.experts import ConvertedParameters, rounding
 from rankwise.export.pairs import Change, merging, replaced_by, scaled_pairs, transposed
 from rankwise.export.safetensors_writer import bytes_of, write_safetensors
 from rankwise.export.shards import ShardedWeights
@@ -263,10 +263,13 @@ def _merge_streamed(base: Base, adapter: Path, output: Path) -> int:
     weights = _weights(base, skeleton)
     file = read_adapter(skeleton, adapter)
     names = _names_in_files(skeleton, weights)
-    changes, extra = _changes(skeleton, file, names, weights)
+    wanted, extra = _changes(skeleton, file, names)
     if base.quantization is not None:
-        changes = _after_quantization(skeleton, base, base.quantization, names, changes)
-    changes |= StackedExperts(skeleton, weights, _stack_changes(skeleton, file, base)).changes()
+        wanted = _after_quantization(skeleton, base, base.quantization, wanted)
+    as_stored = {parameter: names[parameter] for parameter in wanted if parameter in names}
+    _check_shapes(skeleton, as_stored, weights)
+    changes = {name: wanted.pop(parameter) for parameter, name in as_stored.items()}
+    changes |= ConvertedParameters(skeleton, weights, wanted | _stack_changes(skeleton, file, base)).changes()
     _copy_files(base.folder, output, code=base.trust_remote_code)
     _write_config(output, untied=bool(extra))
     _write_weights(weights, changes, extra, output)
@@ -306,9 +309,9 @@ def _stack_changes(skeleton: nn.Module, file: AdapterFile, base: Base) -> dict[s
 
 
 def _changes(
-    skeleton: nn.Module, file: AdapterFile, names: Mapping[str, str], weights: Weights
+    skeleton: nn.Module, file: AdapterFile, names: Mapping[str, str]
 ) -> tuple[dict[str, Change], dict[str, tuple[str, Change]]]:
-    """({tensor in the files: its change}, {new tensor: (tensor from which it is made, change)})."""
+    """({parameter: its change}, {new tensor: (tensor in the files from which it is made, change)})."""
     wanted: dict[str, Change] = {}
     pairs = scaled_pairs(skeleton, file)
     for item in file.planned:
@@ -329,11 +332,7 @@ def _changes(
     if tied is not None and any(parameter in wanted for parameter in tied):
         head, embedding = tied
         extra[head] = (names[embedding], wanted.pop(head, lambda tensor: tensor))
-    missing = [parameter for parameter in wanted if parameter not in names]
-    if missing:
-        raise ModelError("RW308", f"{weights.folder} holds no tensor for {', '.join(missing)}; give the whole model.")
-    _check_shapes(skeleton, {parameter: names[parameter] for parameter in wanted}, weights)
-    return {names[parameter]: change for parameter, change in wanted.items()}, extra
+    return wanted, extra
 
 
 def _check_shapes(skeleton: nn.Module, names: Mapping[str, str], weights: Weights) -> None:
@@ -345,18 +344,18 @@ def _check_shapes(skeleton: nn.Module, names: Mapping[str, str], weights: Weight
 
 
 def _after_quantization(
-    skeleton: nn.Module, base: Base, config: FourBitConfig, names: Mapping[str, str], changes: Mapping[str, Change]
+    skeleton: nn.Module, base: Base, config: FourBitConfig, wanted: Mapping[str, Change]
 ) -> dict[str, Change]:
-    """``changes``, preceded by rounding to 4 bits for every layer that is 4-bit in training, adapted or not."""
-    result, rounded = dict(changes), rounding(config, base.dtype)
+    """``wanted``, preceded by rounding to 4 bits for every layer that is 4-bit in training, adapted or not."""
+    result, rounded = dict(wanted), rounding(config, base.dtype)
 
     def rounded_as_stored(W: Tensor) -> Tensor:
         return rounded(W).to(W.dtype)
 
     for layer in target_names(skeleton, config):
-        name, is_stored_transposed = names[f"{layer[0]}.weight"], is_conv1d(skeleton.get_submodule(layer[0]))
+        parameter, is_stored_transposed = f"{layer[0]}.weight", is_conv1d(skeleton.get_submodule(layer[0]))
         first = transposed(rounded_as_stored) if is_stored_transposed else rounded_as_stored
-        result[name] = _after(first, changes.get(name))
+        result[parameter] = _after(first, wanted.get(parameter))
     return result
 
 
