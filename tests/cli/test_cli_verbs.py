@@ -176,6 +176,20 @@ def test_generate_base_answers_as_without_the_adapter(run_folder, model_folder, 
     assert alone["tuned"] is None
 
 
+def test_generate_says_that_the_limit_ended_an_answer(model_folder, rankwise, tmp_path):
+    asked = ("generate", "--prompt", "x", "--max-new-tokens", 1, "--model")
+    told = rankwise(*asked, model_folder)
+    assert "the answer ended at the limit of 1 token " in told.stderr
+    assert "the limit of" not in told.stdout
+    assert rankwise(*asked, model_folder, "--json").document["answers"][0]["cut_at"] == {"base": 1}
+    stops = shutil.copytree(model_folder, tmp_path / "stops")
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((stops / name).read_text())
+        (stops / name).write_text(json.dumps({**settings, "eos_token_id": list(range(259))}))
+    assert "the limit of" not in rankwise(*asked, stops).stderr
+    assert rankwise(*asked, stops, "--json").document["answers"][0]["cut_at"] == {}
+
+
 def test_generate_words_prompts_as_trained_wherever_it_runs(model_folder, rows_file, rankwise, tmp_path, monkeypatch):
     """The template lies in the run's folder: the file that training was given may have moved."""
     monkeypatch.chdir(tmp_path)

@@ -219,6 +219,7 @@ def test_a_chat_answers_as_generate_does(rankwise, model_folder, says):
         "content"
     ] == answer  # fmt: skip
     assert printable(answer) in told.stdout
+    assert "ended at the limit of 6 tokens" in told.stderr
 
 
 def test_a_chat_without_a_template_is_refused(rankwise, model_folder, tmp_path, says):

@@ -181,7 +181,7 @@ def _speaker(adapter: Path, changed: int) -> Speaker:
 
 def _say(speaker: Speaker, messages: History) -> str:
     # Without a chat template, a model answers single prompts only.
-    return speaker.say(Conversation(tuple(messages if speaker.wording.chat else messages[-1:])))
+    return speaker.say(Conversation(tuple(messages if speaker.wording.chat else messages[-1:]))).text
 
 
 def _plain(history: Sequence[Fields] | None) -> History:

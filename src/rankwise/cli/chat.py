@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rankwise.cli.folders import refuse_comparisons
-from rankwise.cli.generate import Speaker, base_model_name, load_speaker
+from rankwise.cli.generate import Speaker, base_model_name, load_speaker, note_cut
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
@@ -53,8 +53,10 @@ def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Fields]:
             messages = list(start)
             continue
         messages.append({"role": "user", "content": said})
-        answer = speaker.say(Conversation(tuple(messages)), _streamer(speaker.tokenizer))
-        messages.append({"role": "assistant", "content": answer})
+        said = speaker.say(Conversation(tuple(messages)), _streamer(speaker.tokenizer))
+        messages.append({"role": "assistant", "content": said.text})
+        if said.cut_at is not None:
+            note_cut(output, said.cut_at)
     return messages
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, DataError, RunError, warn
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import RunRecord, record_of
+from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -46,6 +48,16 @@ class Answer:
     tuned: str | None
     # The whole conversation, where it is longer than the prompt.
     messages: tuple[Fields, ...] | None = None
+    # {"base" or "tuned": number of tokens} of answers that reached the limit of new tokens without a stop token.
+    cut_at: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """A model's answer. ``cut_at``: the limit of new tokens, where it ended the answer; None where a stop token did."""
+
+    text: str
+    cut_at: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +88,20 @@ class Speaker:
         """The tuned model's answer, or the base's where there is no adapter; with ``both``, both."""
         from rankwise.adapters import adapter_disabled
 
-        messages = asked.messages if len(asked.messages) > 1 else None
-        if not self.adapted:
-            return Answer(asked.prompt, self.say(asked), None, messages)
-        tuned = self.say(asked)
-        if not both:
-            return Answer(asked.prompt, None, tuned, messages)
-        with adapter_disabled(self.model):
-            base = dataclasses.replace(self, tokenizer=self.base_tokenizer).say(asked)
-        return Answer(asked.prompt, base, tuned, messages)
+        said = {"tuned" if self.adapted else "base": self.say(asked)}
+        if self.adapted and both:
+            with adapter_disabled(self.model):
+                said["base"] = dataclasses.replace(self, tokenizer=self.base_tokenizer).say(asked)
+        texts = {name: one.text for name, one in said.items()}
+        return Answer(
+            asked.prompt,
+            texts.get("base"),
+            texts.get("tuned"),
+            asked.messages if len(asked.messages) > 1 else None,
+            {name: one.cut_at for name, one in said.items() if one.cut_at is not None},
+        )
 
-    def say(self, asked: Conversation, streamer: BaseStreamer | None = None) -> str:
+    def say(self, asked: Conversation, streamer: BaseStreamer | None = None) -> Said:
         """The answer of the model in its current state; ``streamer`` (transformers') gets the tokens as they are
         generated.
         """
@@ -112,8 +127,10 @@ class Speaker:
                 logits_processor=[only_numbers(self.model)],
                 streamer=streamer,
                 **chosen,
-            )
-        return str(self.tokenizer.decode(tokens[0, length:], skip_special_tokens=True)).strip()
+            )[0, length:].tolist()
+        is_cut = len(tokens) == room and tokens[-1] not in self.stop_ids
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return Said(text, room if is_cut else None)
 
     def _room(self, prompt_tokens: int) -> int:
         """The number of tokens for the answer. Raises RunError (RW533) for a prompt beyond the learned positions;
@@ -173,6 +190,10 @@ def run(settings: GenerateSettings, output: Output) -> Document:
     for asked in conversations:
         answers.append(speaker.answer(asked, both=settings.compare))
         print_answer(output, answers[-1])
+        # With --json the document says it.
+        cuts = {} if output.as_json else answers[-1].cut_at
+        for which, tokens in cuts.items():
+            note_cut(output, tokens, f"the {which} answer" if settings.compare else "the answer")
     return {
         "model": name,
         "adapter": str(settings.adapter) if settings.adapter else None,
@@ -270,6 +291,10 @@ def print_answer(output: Output, answer: Answer) -> None:
     output.line(printable(answer.prompt), style="bold")
     output.line(printable(text or ""))
     output.line()
+
+
+def note_cut(output: Output, tokens: int, which: str = "the answer") -> None:
+    output.note(f"{which} ended at the limit of {plural(tokens, 'token')} (--max-new-tokens), not at a stop token")
 
 
 def side_by_side(answer: Answer) -> Group:

@@ -71,6 +71,10 @@ class Output:
         """Print a line as it is: no markup, no wrapping that would break a path."""
         self.console.print(text, style=style, markup=False, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Print a line on stderr, so that stdout holds what a model says and nothing about it."""
+        Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)
+
 
 def debugging() -> bool:
     return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
