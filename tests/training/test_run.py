@@ -390,6 +390,13 @@ def test_exploding_loss_stops_with_the_step(settings: Any, tmp_path: Path) -> No
     assert load_record(tmp_path / "run").status == "failed"
 
 
+@pytest.mark.parametrize(("rate", "warns"), [(1.0, True), (1e-3, False)])
+def test_without_evaluations_a_risen_loss_is_told(rate: float, warns: bool, settings: Any) -> None:
+    given = {"eval_data": None, "eval_steps": None, "logging_steps": 1, "target_modules": ["lm_head"]}
+    told = train(settings(**given, learning_rate=rate, lr_scheduler_type="constant")).warnings
+    assert any("ended far above its start" in one["message"] for one in told) == warns
+
+
 def test_half_an_epoch_of_a_table_without_evaluation(settings: Any, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     with table.open("w", newline="") as file:

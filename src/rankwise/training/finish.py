@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from rankwise.training.weights import load_weights, save_weights
 PLOT_FILE = "loss.svg"
 SEARCH_FILE = "rates.svg"
 CARD_FILE = "README.md"
+# A rise of the training loss by this factor is more than the difference between batches.
+FAR_ABOVE = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,20 @@ def warn_if_worse(initial: float | None, kept: KeptStep, *, of_rewards: bool) ->
         "RW526",
         f"the evaluation {what}; try a lower --learning-rate, or check that the evaluation data is of the same kind.",
     )
+
+
+def warn_if_risen(losses: Sequence[float]) -> None:
+    """Warn (RW526) where the logged training losses end far above the first, for a run without evaluations.
+
+    Single batches differ, so all of the last quarter must lie above.
+    """
+    last = losses[-max(3, len(losses) // 4) :]
+    if len(losses) > len(last) and min(last) > FAR_ABOVE * losses[0] > 0:
+        warn(
+            "RW526",
+            f"the training loss ended far above its start ({losses[0]:.4f}; {min(last):.4f} or more in the last "
+            f"{len(last)} logged steps); try a lower --learning-rate, and give --eval-data to keep the best step.",
+        )
 
 
 def restore_kept(model: nn.Module, output: Path, kept: KeptStep, last_step: int) -> None:

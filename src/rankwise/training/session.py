@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from rankwise.compat.torch import is_unit
 from rankwise.disk import coded_errors, remove_strays
 from rankwise.errors import Interrupted, warn
-from rankwise.records import RUN_FILE, RunRecord, load_record, write_skipped_rows
+from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows
 from rankwise.training import callbacks, finish, output, ranks
 from rankwise.training.checkpoints import Checkpoint, remove_unfinished
 from rankwise.training.interrupt import Interrupt, interrupts
@@ -199,6 +199,8 @@ class Session:
         record.eval_rewards = evaluated_rewards(self.folder, kept.step)
         record.steps, record.kept_step, record.kept_because = state.global_step, kept.step, kept.because
         finish.warn_if_worse(record.initial_eval_loss, kept, of_rewards=self.of_rewards)
+        if kept.eval_loss is None and not self.of_rewards:
+            finish.warn_if_risen([line["loss"] for line in read_metrics(self.folder) if line.get("loss") is not None])
         if state.global_step < state.max_steps:
             warn("RW527", f"stopped early after step {state.global_step} of {state.max_steps}: no better evaluation.")
 
