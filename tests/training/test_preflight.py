@@ -14,6 +14,7 @@ from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.errors import RankwiseWarning, RunError
 from rankwise.lora_config import LoraConfig
 from rankwise.training.preflight import GradientCheck, check_disk, check_labels, check_reload, check_trainable
+from rankwise.training.run import train
 from tiny_models import tiny_llama, tiny_moe
 
 SOUND = {"tokens": 100, "trained_tokens": 40, "stop_rows": 8, "whole_texts": False, "source": "rows.jsonl"}
@@ -75,6 +76,21 @@ def test_gradient_check_waits_for_a_until_b_has_moved(use_dora: bool) -> None:
     backward(model)
     check.look(3)
     assert check.done
+
+
+def test_a_resumed_run_checks_what_has_not_passed(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    original = GradientCheck.look
+
+    def look(self: GradientCheck, step: int) -> None:
+        looks.append((step, {key.rpartition(".lora_")[2] for key in self.waiting}))
+        original(self, step)
+
+    monkeypatch.setattr(GradientCheck, "look", look)
+    given = {"eval_data": None, "eval_steps": None, "save_steps": 1, "lr_scheduler_type": "constant"}
+    for steps, resume in ((1, False), (3, True), (4, True)):
+        train(settings(**given, max_steps=steps, resume=resume))
+    assert looks == [(1, {"A.weight", "B.weight"}), (2, {"A.weight"})]
 
 
 def test_adapter_without_gradient_is_named() -> None:

@@ -21,7 +21,7 @@ from rankwise.errors import RunError, one_line, warn
 from rankwise.foreign import JsonObject
 from rankwise.training import ranks
 from rankwise.training.interrupt import Interrupt
-from rankwise.training.meters import MemoryMeter, StepClock
+from rankwise.training.meters import MemoryMeter, Progress, StepClock
 from rankwise.training.metrics import MetricsFile
 from rankwise.training.observer import Observer, StepInfo
 from rankwise.training.preflight import GradientCheck
@@ -169,14 +169,16 @@ class Watch(TrainerCallback):
 
 
 class CheckGradients(TrainerCallback):
-    """Runs ``GradientCheck`` until every adapter tensor has passed it."""
+    """Runs ``GradientCheck`` until every adapter tensor has passed it. A resumed run checks those that have not."""
 
-    def __init__(self, check: GradientCheck) -> None:
+    def __init__(self, check: GradientCheck, progress: Progress) -> None:
         self.check = check
+        self.progress = progress
 
     def on_pre_optimizer_step(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if not self.check.done:
             self.check.look(state.global_step + 1)
+            self.progress.unchecked = list(self.check.waiting)
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -30,6 +30,8 @@ class Progress:
     steps: int = 0
     # Sum of the losses of these steps.
     loss_sum: float = 0.0
+    # The adapter tensors that have not yet passed the check of gradients; None before the first step.
+    unchecked: list[str] | None = None
 
     @property
     def mean_loss(self) -> float | None:

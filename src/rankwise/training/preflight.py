@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import safetensors.torch
@@ -78,11 +78,19 @@ class GradientCheck:
 
     This is the first step for B and m. For A it is the first step after B has changed; with warm-up, one step later,
     since the first learning rate is 0. The tensors of an expert to which no token was routed may wait.
+    ``waiting``: the tensors that a resumed run has still to check; None for all.
     """
 
-    def __init__(self, model: nn.Module, *, overflow_is_normal: bool = False, silence_is_normal: bool = False) -> None:
-        self.waiting = dict(adapter_parameters(model)) if has_adapter(model) else {}
-        self.parameters = dict(self.waiting)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        overflow_is_normal: bool = False,
+        silence_is_normal: bool = False,
+        waiting: Collection[str] | None = None,
+    ) -> None:
+        self.parameters = dict(adapter_parameters(model)) if has_adapter(model) else {}
+        self.waiting = {key: value for key, value in self.parameters.items() if waiting is None or key in waiting}
         self.overflow_is_normal = overflow_is_normal
         # If so, steps in which no tensor has a gradient are ignored.
         self.silence_is_normal = silence_is_normal

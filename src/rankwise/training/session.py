@@ -166,10 +166,13 @@ class Session:
     def _add_callbacks(self, memory: MemoryMeter, interrupt: Interrupt) -> None:
         trainer = self.trainer
         check = GradientCheck(
-            trainer.model, overflow_is_normal=trainer.args.fp16, silence_is_normal=trainer.silence_is_normal
+            trainer.model,
+            overflow_is_normal=trainer.args.fp16,
+            silence_is_normal=trainer.silence_is_normal,
+            waiting=trainer.progress.unchecked,
         )
         trainer.add_callback(callbacks.Watch(trainer, self.metrics, memory, self.observer, self._tick))
-        trainer.add_callback(callbacks.CheckGradients(check))
+        trainer.add_callback(callbacks.CheckGradients(check, trainer.progress))
         if self.extras.answer is not None and (ranks.is_writer() or is_unit(trainer.model)):
             trainer.add_callback(callbacks.Sample(self.extras.answer, self.observer, self.metrics))
         if self.extras.early_stopping is not None:
