@@ -133,6 +133,12 @@ def test_how_the_base_of_a_combination_is_loaded_is_said(tmp_path, capsys):
     assert f"{needed} --prompt" in said.out
     assert "RW755" in said.err
     assert needed in " ".join(said.err.split())
+    base["quantization"] = rw.Fp4Config().to_loading_dict()
+    RunRecord(method="qlora", seed=0, base_model=base).save(paths[1])
+    assert main(["merge", *given, "--combine", "cat", "--output", str(tmp_path / "mixed")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{paths[0]} over nf4, {paths[1]} over fp4" in said
+    assert "--quantization FORMAT" in said
 
 
 @pytest.mark.parametrize(

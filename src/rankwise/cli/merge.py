@@ -120,20 +120,27 @@ def _needed_to_load(settings: MergeSettings, folder: Path) -> str:
     from rankwise.adapters.trained_base import quantization_of
     from rankwise.evaluation.loading import template_of
 
-    formats = sorted({found.quant_type for one in settings.adapter if (found := quantization_of(one)) is not None})
+    found = {one: quantization_of(one) for one in settings.adapter}
+    formats = {one: "16 bits" if config is None else config.quant_type for one, config in found.items()}
     templates = {text for one in settings.adapter if (text := template_of([one])) is not None}
     if len(templates) == 1:
         write_text(folder / TEMPLATE_FILE, templates.pop())
         options = [f" --chat-template {settings.output / TEMPLATE_FILE}"]
     else:
         options = [" --chat-template FILE"] if templates else []
-    options += [f" --quantization {kind}" for kind in formats[:1]]
+    differ = ""
+    if len(kinds := set(formats.values())) > 1:
+        options.append(" --quantization FORMAT")
+        each = ", ".join(f"{one} over {kind}" for one, kind in formats.items())
+        differ = f"; no base is that of all ({each}), so choose one"
+    elif kinds != {"16 bits"}:
+        options.append(f" --quantization {kinds.pop()}")
     needed = "".join(options)
     if needed:
         warn(
             "RW755",
             f"the adapters were trained with{needed}, and the combined folder has no run record that says so; give "
-            "these options to generate, chat and evaluate.",
+            f"these options to generate, chat and evaluate{differ}.",
         )
     return needed
 
