@@ -68,6 +68,20 @@ def test_peft_in_ours(family, settings, tmp_path):
     torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], r".*(q_proj|embed_tokens)"], ids=["names", "regex"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_head_that_peft_adapts_as_its_embedding(targets, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=targets, ensure_weight_tying=True, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(tiny_llama(tie_word_embeddings=True), config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = tiny_llama(tie_word_embeddings=True)
+    assert "lm_head" in [item.name for item in rw.load_adapter(ours, tmp_path).modules]
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_partly_adapted_fused_projection_in_peft(use_dora, use_rslora, tmp_path):

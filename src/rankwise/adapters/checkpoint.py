@@ -8,6 +8,7 @@ partly adapted fused projection is one LoRA of rank n r (see ``adapters.fused``)
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,6 +67,7 @@ from rankwise.errors import AdapterError, ConfigError, warn
 from rankwise.foreign import parse_json
 from rankwise.listing import some_of
 from rankwise.lora_config import AdapterDtype, LoraConfig
+from rankwise.matching import matches
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 BELONGS_ON_FOUR_BITS = "so it corrects the rounding of a 4-bit base, which dense weights do not have"
@@ -89,6 +91,8 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
     """
     folder = Path(folder)
     config, header = read_folder(folder)
+    if read_config(folder).get("ensure_weight_tying"):
+        config = _with_tied_head(model, config, header)
     make_room(model, config)
     planned = plan_adapter(model, config, name, is_foreign=True)
     _check_fit(model, config, planned, {key: info.shape for key, info in header.tensors.items()}, folder)
@@ -96,6 +100,18 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     _check_finite(tensors, folder)
     return AdapterFile(config, planned, tensors)
+
+
+def _with_tied_head(model: nn.Module, config: LoraConfig, header: WeightsHeader) -> LoraConfig:
+    """The configuration with the head, which PEFT's ``ensure_weight_tying`` adapts as the embedding without naming it;
+    the file holds a pair for each.
+    """
+    head, wanted = model_end(model, "output"), config.target_modules or ()
+    name = next((name for name, module in base_modules(model) if module is head), "")
+    if f"{PREFIX}{name}.lora_A.weight" not in header.tensors or matches(name, wanted):
+        return config
+    both = f"(?:{wanted})|{re.escape(name)}" if isinstance(wanted, str) else [*wanted, name]
+    return dataclasses.replace(config, target_modules=both)
 
 
 def read_folder(folder: Path) -> tuple[LoraConfig, WeightsHeader]:
