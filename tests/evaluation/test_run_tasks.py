@@ -179,8 +179,13 @@ def test_runs_with_different_templates_are_refused(tmp_path: Path):
     elsewhere = tmp_path
     assert template_of([]) is template_of([same]) is template_of([elsewhere]) is None
     assert template_of([first]) == template_of([same, first, elsewhere]) == "A"
-    with pytest.raises(ConfigError, match="RW151.*chat template.*--chat-template"):
-        template_of([first, second])
+    # As `export` and PEFT leave it: a template and no record.
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "chat_template.jinja").write_text("B")
+    assert template_of([tmp_path / "exported"]) == "B"
+    for other in (second, tmp_path / "exported"):
+        with pytest.raises(ConfigError, match="RW151.*chat template.*--chat-template"):
+            template_of([first, other])
     with pytest.raises(DataError, match="RW211.*lost"):
         template_of([lost])
 

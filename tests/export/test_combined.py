@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import rankwise as rw
 from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ConfigError
+from rankwise.evaluation.loading import template_of
 from rankwise.records import RunRecord
 from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
 
@@ -129,16 +130,17 @@ def test_how_the_base_of_a_combination_is_loaded_is_said(tmp_path, capsys):
     assert main(["merge", *given, "--combine", "cat", "--output", str(tmp_path / "both")]) == 0
     assert (tmp_path / "both" / "chat_template.jinja").read_text() == "{{ messages }}"
     said = capsys.readouterr()
-    needed = f"--chat-template {tmp_path / 'both' / 'chat_template.jinja'} --quantization nf4"
-    assert f"{needed} --prompt" in said.out
+    assert f"--adapter {tmp_path / 'both'} --quantization nf4 --prompt" in said.out
     assert "RW755" in said.err
-    assert needed in " ".join(said.err.split())
+    assert template_of([tmp_path / "both"]) == "{{ messages }}"
     base["quantization"] = rw.Fp4Config().to_loading_dict()
-    RunRecord(method="qlora", seed=0, base_model=base).save(paths[1])
+    RunRecord(method="qlora", seed=0, settings={}, base_model=base).save(paths[1])
     assert main(["merge", *given, "--combine", "cat", "--output", str(tmp_path / "mixed")]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert f"{paths[0]} over nf4, {paths[1]} over fp4" in said
-    assert "--quantization FORMAT" in said
+    # The second run was given no template.
+    assert "--chat-template FILE --quantization FORMAT" in said
+    assert not (tmp_path / "mixed" / "chat_template.jinja").exists()
 
 
 @pytest.mark.parametrize(

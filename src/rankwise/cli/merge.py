@@ -116,18 +116,18 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
 
 def _needed_to_load(settings: MergeSettings, folder: Path) -> str:
     """The options that load the base as the adapters' runs did. The combination has no run record that holds them, so
-    the user must give them: warns RW755. If all runs were given one chat template, it is written into ``folder``."""
+    the user must give them: warns RW755. If all runs were given one chat template, it is written into ``folder``, where
+    it is found.
+    """
     from rankwise.adapters.trained_base import quantization_of
     from rankwise.evaluation.loading import template_of
 
     found = {one: quantization_of(one) for one in settings.adapter}
     formats = {one: "16 bits" if config is None else config.quant_type for one, config in found.items()}
-    templates = {text for one in settings.adapter if (text := template_of([one])) is not None}
-    if len(templates) == 1:
-        write_text(folder / TEMPLATE_FILE, templates.pop())
-        options = [f" --chat-template {settings.output / TEMPLATE_FILE}"]
-    else:
-        options = [" --chat-template FILE"] if templates else []
+    templates = {template_of([one]) for one in settings.adapter}
+    options = [" --chat-template FILE"] if len(templates) > 1 else []
+    if not options and (template := templates.pop()) is not None:
+        write_text(folder / TEMPLATE_FILE, template)
     differ = ""
     if len(kinds := set(formats.values())) > 1:
         options.append(" --quantization FORMAT")

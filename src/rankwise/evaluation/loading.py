@@ -142,16 +142,21 @@ def base_of(adapters: Sequence[Path]) -> str:
 
 
 def template_of(adapters: Sequence[Path]) -> str | None:
-    """The chat template that the runs in ``adapters`` were given, as Jinja text from their folders.
+    """The chat template that the runs in ``adapters`` were given, as Jinja text from their folders; of a folder without
+    a record (an export, or PEFT's), the template there.
 
-    None where none was given: then the base's tokenizer has the template. Adapters without a record are ignored.
-    Raises ConfigError (RW151) when the runs were trained with different ones, DataError (RW211) when it is missing.
+    None where none was given: then the base's tokenizer has the template. Folders with neither record nor template are
+    ignored. Raises ConfigError (RW151) for different templates, DataError (RW211) when one is missing.
     """
     records = _records(adapters)
-    given = [name for name, record in records.items() if record.settings.get("chat_template")]
+    stored = {str(adapter): _stored_template(adapter) for adapter in adapters}
+    given = [
+        name
+        for name, text in stored.items()
+        if (records[name].settings.get("chat_template") if name in records else text is not None)
+    ]
     if not given:
         return None
-    stored = {name: _stored_template(Path(name)) for name in records}
     lost = next((name for name in given if stored[name] is None), None)
     if lost is not None:
         raise DataError(
@@ -159,7 +164,8 @@ def template_of(adapters: Sequence[Path]) -> str | None:
             f"cannot read the chat template that {lost} was trained with: its tokenizer files hold none that is text; "
             "give it with --chat-template FILE.",
         )
-    _same("chat template", {name: _short_hash(text) for name, text in stored.items()}, "--chat-template")
+    known = {name: _short_hash(text) for name, text in stored.items() if name in records or text is not None}
+    _same("chat template", known, "--chat-template")
     return stored[given[0]]
 
 
