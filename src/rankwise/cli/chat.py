@@ -53,10 +53,10 @@ def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Fields]:
             messages = list(start)
             continue
         messages.append({"role": "user", "content": said})
-        said = speaker.say(Conversation(tuple(messages)), _streamer(speaker.tokenizer))
-        messages.append({"role": "assistant", "content": said.text})
-        if said.cut_at is not None:
-            note_cut(output, said.cut_at)
+        answer = speaker.say(Conversation(tuple(messages)), _streamer(speaker.tokenizer))
+        messages.append({"role": "assistant", "content": answer.text})
+        if answer.cut_at is not None:
+            note_cut(output, answer.cut_at)
     return messages
 
 
