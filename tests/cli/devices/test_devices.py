@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -24,7 +25,7 @@ from device_runs import (
 )
 
 from several import Nursery
-from tiny_models import save_with_tokenizer, tiny_moe
+from tiny_models import save_with_tokenizer, tiny_llama, tiny_moe
 
 
 def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
@@ -70,14 +71,29 @@ REST = {
         2,
     ),
     "adapted experts, 4 under fsdp": (
-        ("--method", "qlora", "--target-parameters", "down_proj", "--model", "mixtral", "--strategy", "fsdp"),
+        ("--method", "qlora", "--target-parameters", "down_proj", "--strategy", "fsdp", "--model", "mixtral"),
         4,
     ),
     "adapted experts, 2 under ddp": (
-        ("--method", "lora", "--target-parameters", "down_proj", "--model", "mixtral", "--strategy", "ddp"),
+        ("--method", "lora", "--target-parameters", "down_proj", "--strategy", "ddp", "--model", "mixtral"),
+        2,
+    ),
+    # 259 rows, which the head shares.
+    "full, a tied head, 2 under fsdp": (("--method", "full", "--strategy", "fsdp", "--model", "tied"), 2),
+    "a trained head that was tied, 2 under fsdp": (
+        ("--method", "lora", "--modules-to-save", "lm_head", "--strategy", "fsdp", "--model", "tied"),
         2,
     ),
     "plain operators, 2 under fsdp": (("--method", "dora", "--no-fast", "--strategy", "fsdp"), 2),
+}
+
+
+# The models of cases that end with --model.
+OTHERS = {
+    "mixtral": functools.partial(tiny_moe, "mixtral", vocab_size=259),
+    "tied": functools.partial(
+        tiny_llama, vocab_size=259, hidden_size=64, intermediate_size=128, tie_word_embeddings=True
+    ),
 }
 
 
@@ -85,10 +101,10 @@ def check_case(
     case: tuple[tuple[str, ...], int], several: Nursery, given: list[str], model_folder: Path, folder: Path
 ) -> None:
     options, count = case
-    if "mixtral" in options:
-        experts = save_with_tokenizer(tiny_moe("mixtral", vocab_size=259), model_folder, folder / "experts")
-        given = [str(experts) if before == "--model" else item for before, item in zip(["", *given], given)]
-        options = tuple(item for item in options if item not in ("--model", "mixtral"))
+    if options[-2] == "--model":
+        other = save_with_tokenizer(OTHERS[options[-1]](), model_folder, folder / "other")
+        given = [str(other) if before == "--model" else item for before, item in zip(["", *given], given)]
+        options = options[:-2]
     alone = options[: options.index("--strategy")]
     # The head's vectors of a batch lie in one row where rows are packed: as many rows as processes.
     one = several.run(1, [*given, *alone, "--batch-size", BATCH, "--output", folder / "one"])
