@@ -50,3 +50,7 @@ def without_times(value: Any, folder: Path) -> Any:
 
 if __name__ == "__main__":
     compare(**json.loads(Path(sys.argv[1]).read_text()))
+
+
+def starts(folder: Path) -> list[str]:
+    return (folder / "started.txt").read_text().split()

@@ -16,8 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_comparison import Quiet, compare, given, without_times
-from test_running import _real_stages, starts  # noqa: F401  (a fixture)
+from fake_comparison import Quiet, compare, given, starts, without_times
 
 from in_process import steps_in_this_process
 from rankwise.comparison import processes, run
@@ -25,7 +24,10 @@ from rankwise.comparison.processes import LOST
 from rankwise.comparison.ray_cluster import RayWorker, connect
 from rankwise.errors import ConfigError, RunError
 
-pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning"),
+    pytest.mark.usefixtures("real_stages"),
+]
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
 

@@ -1,0 +1,29 @@
+"""Comparisons whose steps are stand-ins (``fake_stage.py``)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from in_process import steps_in_this_process
+from rankwise.comparison import run, stages
+
+
+@pytest.fixture
+def real_processes() -> None: ...
+
+
+@pytest.fixture
+def quick_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps run in this process, except in tests that ask for ``real_processes``."""
+    if "real_processes" not in request.fixturenames:
+        steps_in_this_process(monkeypatch)
+
+
+@pytest.fixture
+def real_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they were, after what ``fake_comparison.compare`` sets."""
+    for module, name in ((stages, "CLI"), (stages, "MEASURE"), (stages, "PREPARE"), (run, "environments")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))

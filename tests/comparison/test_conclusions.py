@@ -1,0 +1,120 @@
+"""The end of a comparison: what is recommended and merged, what is no result, and what is warned of."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_comparison import compare, given
+
+from rankwise.errors import RunError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning"),
+    pytest.mark.usefixtures("quick_steps", "real_stages"),
+]
+
+
+def test_another_recommendation_takes_the_merged_model_of_the_old_one_away(tmp_path: Path):
+    options = given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1)
+    compare(**options)
+    merged = tmp_path / "out" / "merged"
+    merged.mkdir()
+    assert compare(**options)["recommendation"]["merged"] == "merged"
+    found: Any = compare(**{**options, "methods": "lora,full"})
+    assert found["recommendation"]["method"] == "full"
+    assert found["recommendation"]["merged"] is None
+    assert not merged.exists()
+
+
+def test_the_recommended_settings_are_those_of_the_best_run_in_their_usual_order(tmp_path: Path):
+    found: Any = compare(**given(tmp_path, methods="lora,full", learning_rates="2e-4", seeds=1))
+    text = (tmp_path / "out" / found["recommendation"]["config"]).read_text()
+    assert text.startswith(f"# {found['recommendation']['reason']}\n")
+    settings = yaml.safe_load(text)
+    assert list(settings)[:2] == ["model", "data"]
+    assert (settings["method"], settings["max-steps"]) == ("full", 6)
+    assert Path(settings["output"]).parent == tmp_path / "out"
+
+
+def test_no_run_at_all_is_an_error(tmp_path: Path):
+    with pytest.raises(RunError) as caught:
+        compare(**given(tmp_path, methods="prefix", learning_rates="2e-4"))
+    assert caught.value.code == "RW584"
+    assert "RW171" in caught.value.message
+
+
+def test_searches_that_finish_before_failing_runs_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import fake_stage
+
+    train = fake_stage.train
+
+    def failing(settings: dict[str, Any], *, resume: bool) -> int:
+        if settings["output"].endswith("-short"):
+            return train(settings, resume=resume)
+        return fake_stage.refuse("RW530", "RunError", "the loss is nan")
+
+    monkeypatch.setattr(fake_stage, "train", failing)
+    options = given(tmp_path, methods="lora", learning_rates="1e-4,2e-4", seeds=1, search_steps=2)
+    with pytest.raises(RunError, match="RW584: no run finished at the rate that its search chose: RW530"):
+        compare(**options)
+
+
+def test_options_without_effect_and_a_single_evaluation_row_are_said(tmp_path: Path):
+    changes = {"methods": "lora", "learning_rates": "2e-4", "search_steps": 3, "task_limit": 5, "eval_limit": 1}
+    found: Any = compare(**given(tmp_path, **changes))
+    assert [(item["code"], item["message"].partition(":")[0]) for item in found["warnings"]] == [
+        ("RW529", "--search-steps"),
+        ("RW529", "--task-limit"),
+        ("RW585", "one evaluation row gives no verdicts on eval_loss; give more --eval-data."),
+    ]
+
+
+def test_runs_without_a_finite_figure_are_named(tmp_path: Path):
+    options = given(tmp_path, methods="lora", learning_rates="2e-4")
+    first: Any = compare(**options)
+    runs = [tmp_path / "out" / run["folder"] for run in first["runs"]]
+    for folder in runs:
+        file = folder / "evaluation" / "perplexity" / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics": {"loss": float("nan")}}))
+        if folder == runs[0]:
+            found: Any = compare(**options)
+            assert (
+                "RW589",
+                f"{folder.name} trained, but has no finite eval_loss, so it does not count in its mean.",
+            ) in [(item["code"], item["message"]) for item in found["warnings"]]
+    with pytest.raises(RunError, match="RW589: no run has a finite value of --metric eval_loss"):
+        compare(**options)
+
+
+def test_runs_of_other_hardware_or_data_are_named(tmp_path: Path):
+    """The folder went to another machine, or the data changed while the runs went on."""
+    options = given(tmp_path, methods="lora,full", learning_rates="2e-4", seeds=1)
+    compare(**options)
+    for number, file in enumerate(sorted((tmp_path / "out" / "runs").glob("*/run.json"))):
+        device, data = {"name": "x86_64", "threads": 2 - number}, {"train": {"sha256": f"of version {number}"}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"device": device, "data": data}))
+    found: Any = compare(**options)
+    told = {item["code"]: item["message"] for item in found["warnings"]}
+    assert "different hardware (x86_64, 1 thread; x86_64, 2 threads)" in told["RW595"]
+    assert "the training data changed between the runs: full-lr0.0002-seed0 read another version" in told["RW591"]
+
+
+@pytest.mark.parametrize(("init", "words"), [("pissa:4", []), ("default", ["--onto", "quantized"])])
+def test_a_pissa_adapter_is_merged_into_the_original_weights(
+    init: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commands: list[list[str]] = []
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or done)
+    compare(**given(tmp_path, methods="qlora", learning_rates="2e-4", seeds=1, init=init, merge=True))
+    (command,) = commands
+    assert command[command.index(str(tmp_path / "out" / "merged")) + 1 :] == words
