@@ -23,6 +23,7 @@ from rankwise.comparison.stages import FACTS_FILE, PERPLEXITY
 from rankwise.comparison.tasks import make_tasks, own_task
 from rankwise.config import BASELINES
 from rankwise.data import Rows, read_template
+from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row
 from rankwise.disk import coded_error, hold, remove_strays
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
@@ -76,8 +77,9 @@ def _measure(job: Fields) -> JsonObject:
     template = read_template(Path(job["chat_template"])) if job["chat_template"] else None
     engine = _engine(job, model, tokenizer, template)
     shown = range(0, len(rows), max(1, len(rows) // ANSWERED))[:ANSWERED]
-    prompts = _prompts(engine, [rows[number] for number in shown], rows)
-    answers = dict(zip(map(str, shown), _answers(engine, prompts, engine.encoder(rows).stop_ids())))
+    encoder = engine.encoder(rows)
+    prompts = _prompts(engine, encoder, [rows[number] for number in shown], is_text=rows.kind == "text")
+    answers = dict(zip(map(str, shown), _answers(engine, prompts, encoder.stop_ids())))
     adapter = None if job["method"] is None else folder
     for task in asked:
         given = answers if task.name == PERPLEXITY else {}
@@ -158,10 +160,9 @@ def _dtype(record: RunRecord | None, usual: torch.dtype) -> torch.dtype | None:
     return None if record.method == "full" else getattr(torch, record.device["dtype"])
 
 
-def _prompts(engine: Engine, chosen: Sequence[Row], rows: Rows) -> list[Prompt]:
+def _prompts(engine: Engine, encoder: RowEncoder, chosen: Sequence[Row], *, is_text: bool) -> list[Prompt]:
     """The prompts of the ``chosen`` rows, or the beginnings of plain texts."""
-    encoder = engine.encoder(rows)
-    if rows.kind == "text":
+    if is_text:
         return [Prompt(tuple(row.ids[:TEXT_PROMPT])) for row in encoder.encode(chosen, TEXT_PROMPT)]
     return [Prompt(ids) for ids in engine.prompt_ids(encoder, chosen)]
 

@@ -275,7 +275,7 @@ def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
             **on_device,
             max_new_tokens=room,
             use_cache=True,
-            eos_token_id=sorted(stops),
+            eos_token_id=sorted(stops) or None,
             pad_token_id=tokenizer.pad_token_id,
             **GREEDY,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from rankwise.errors import DataError, warn
@@ -34,10 +35,15 @@ class Gsm8kScores:
 
 def is_correct(prediction: str, reference: str) -> bool:
     """Whether both end in the same number: 18, 18.0, $18 and 18 eggs are equal. Raises DataError (RW244)."""
-    expected = extract_answer(reference)
-    if expected is None:
+    return extract_answer(prediction) == expected_number(reference)
+
+
+def expected_number(reference: str) -> Fraction:
+    """The final number of a reference. Raises DataError (RW244) where it has none."""
+    number = extract_answer(reference)
+    if number is None:
         raise DataError("RW244", f"the reference {shortened(reference)} holds no number to compare with.")
-    return extract_answer(prediction) == expected
+    return number
 
 
 def score_gsm8k(predictions: Sequence[str], references: Sequence[str]) -> Gsm8kScores:

@@ -18,7 +18,7 @@ from rankwise.data.rows import Row
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.journal import text_sha256
-from rankwise.evaluation.metrics.gsm8k import is_correct
+from rankwise.evaluation.metrics.gsm8k import expected_number, is_correct
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.answers import Question, write_answers
 from rankwise.evaluation.tasks.base import Task, Tell, warn_of_empty
@@ -102,7 +102,7 @@ class Gsm8k(Task):
         self.problems, self.worked, self.decoding = problems, worked, {"max_new_tokens": NEW_TOKENS, **decoding}
         self.rows: Sequence[Row] = problems.items[:limit]
         for row in self.rows:
-            is_correct("", row.completion)
+            expected_number(row.completion)
 
     def describe(self) -> JsonObject:
         return {**self.decoding, "num_fewshot": len(self.worked.pairs), "fewshot_sha256": self.worked.sha256}
