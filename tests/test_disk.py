@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankwise.disk import appending, coded_error, hold, whole_file, whole_folder
+from rankwise.disk import appending, coded_error, hold, is_of_device, whole_file, whole_folder
 from rankwise.errors import ConfigError, RankwiseWarning, RunError
 
 HOLDER = """
@@ -189,6 +189,25 @@ def write_half(context: Any, error: OSError) -> None:
         file.write(b"half")
         file.flush()
         raise error
+
+
+def test_an_error_of_the_device_is_known_behind_another_error() -> None:
+    def raised(error: Exception) -> BaseException:
+        def reading() -> None:
+            try:
+                raise error
+            except Exception:  # noqa: BLE001  whatever is given
+                raise RunError("RW501", "cannot read run.json") from None
+
+        with pytest.raises(RunError) as caught:
+            reading()
+        return caught.value
+
+    assert is_of_device(raised(OSError(errno.EIO, "Input/output error", "run.json")))
+    assert is_of_device(raised(RuntimeError("unable to mmap 16 bytes from file </a/b.safetensors>: x (12)")))
+    assert not is_of_device(raised(FileNotFoundError(errno.ENOENT, "No such file or directory", "run.json")))
+    assert not is_of_device(raised(ValueError("not JSON")))
+    assert not is_of_device(RunError("RW501", "cannot read run.json"))
 
 
 def test_a_file_is_whole_and_its_error_names_it(tmp_path: Path) -> None:

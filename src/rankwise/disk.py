@@ -28,6 +28,8 @@ REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
     errno.ENOTEMPTY: "move its contents away",
 }
+# Errors of a device, of its room or of handles; those of a wrong path or of missing rights are the user's.
+OF_DEVICE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM}
 CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
@@ -72,6 +74,16 @@ def coded_error(
     named = found.filename2 or found.filename or place or "a file or the standard output"
     remedy = REMEDIES.get(found.errno or 0, "check the disk and the path")
     return RunError("RW551", f"{_text(named)}: {(found.strerror or 'it cannot be used').lower()}; {remedy}, {then}.")
+
+
+def is_of_device(error: BaseException | None) -> bool:
+    """Whether a full or failed disk, or a lack of handles, is behind ``error`` or behind one that it replaced."""
+    while error is not None:
+        found = system_error(error)
+        if found is not None and found.errno in OF_DEVICE:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _text(name: object) -> str:

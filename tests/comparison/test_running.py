@@ -257,6 +257,14 @@ def test_what_the_disk_failed_to_keep_is_tried_again(code: str, again: bool, tmp
     assert (outcome.again, outcome.is_interrupted, outcome.cannot_run) == (again, False, False)
 
 
+@pytest.mark.parametrize("of_device", [True, False])
+def test_a_file_that_the_device_failed_to_read_is_read_again(of_device: bool, tmp_path: Path):
+    """Whatever the code of the error says: here, that the base's configuration is no JSON."""
+    told = {"code": "RW302", "kind": "ModelError", "message": "cannot read config.json", "of_device": of_device}
+    outcome = stages.outcome_from(stages.Job("train", Cell("lora", 1e-4, 0)), tmp_path, 2, {"error": told}, 1.0)
+    assert (outcome.again, outcome.cannot_run) == (of_device, not of_device)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("real_processes")
 @pytest.mark.parametrize("moment", [pytest.param(0.2, marks=pytest.mark.long), 1.5])

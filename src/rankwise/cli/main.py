@@ -46,7 +46,7 @@ from rankwise.cli.output import (
     print_message,
     stdout_for_the_document,
 )
-from rankwise.disk import coded_error
+from rankwise.disk import coded_error, is_of_device
 from rankwise.errors import (
     ConfigError,
     InternalError,
@@ -202,7 +202,8 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
     message = print_message(kind, error.code, error.message)
     if as_json:
         try:
-            print_document({"error": {"code": error.code, "kind": type(error).__name__, "message": message}})
+            told = {"code": error.code, "kind": type(error).__name__, "message": message}
+            print_document({"error": told | {"of_device": is_of_device(cause)}})
         except OSError:
             # The error may be that stdout cannot be written.
             _give_up_stdout()

@@ -25,7 +25,7 @@ from rankwise.config import BASELINES
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row
-from rankwise.disk import coded_error, hold, remove_strays
+from rankwise.disk import coded_error, hold, is_of_device, remove_strays
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
 from rankwise.evaluation import journal
 from rankwise.evaluation.engine import Engine
@@ -282,15 +282,17 @@ def answering(work: Callable[[], JsonObject], doing: str) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             document = work()
-    except RankwiseError as error:
-        print(json.dumps({"error": {"code": error.code, "message": error.message}}))
-        return error.exit_code
     except Exception as error:
         message = f"the memory of the device is full while {doing} ({error}); lower --batch-size."
-        coded = RunError("RW550", message) if is_out_of_memory(error) else coded_error(error)
+        coded: RankwiseError | None
+        if isinstance(error, RankwiseError):
+            coded = error
+        else:
+            coded = RunError("RW550", message) if is_out_of_memory(error) else coded_error(error)
         if coded is None:
             raise
-        print(json.dumps({"error": {"code": coded.code, "message": coded.message}}))
+        told = {"code": coded.code, "message": coded.message, "of_device": is_of_device(error)}
+        print(json.dumps({"error": told}))
         return coded.exit_code
     print(json.dumps(document))
     return 0

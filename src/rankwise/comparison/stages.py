@@ -132,7 +132,8 @@ def outcome_from(job: Job, output: Path, code: int, document: Fields, seconds: f
     error = {"code": str(found.get("code")), "message": str(found.get("message"))}
     stepped = any("loss" in line for line in read_metrics(job.folder(output)))
     cannot_run = job.stage == "train" and not stepped and (found.get("kind") in OF_METHOD or error["code"] == TOO_LARGE)
-    return Outcome("failed", seconds, error, error["code"] in (*INTERRUPTED_CODES, *OF_DISK), cannot_run)
+    again = error["code"] in (*INTERRUPTED_CODES, *OF_DISK) or found.get("of_device") is True
+    return Outcome("failed", seconds, error, again, cannot_run and not again)
 
 
 def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
