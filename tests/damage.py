@@ -75,6 +75,27 @@ def with_deep_nesting(draw: random.Random, text: str) -> str:
     return deep
 
 
+def with_many_parts(draw: random.Random, text: str) -> str:
+    """A value becomes some thousand values: readers may not take long over what is only long."""
+    content = json.loads(text)
+    paths = places(content)[1:]
+    if not paths or len(text) > 50_000:
+        return json.dumps([content, content])
+    *above, last = draw.choice(paths)
+    parent = content
+    for key in above:
+        parent = parent[key]
+    old = parent[last]
+    count = min(draw.choice([300, 5000]), 200_000 // len(json.dumps(old)))
+    names = [f"{draw.choice(['x', 'k.', '(a', 'layers.0.', '[b]*'])}{index}" for index in range(count)]
+    kind = draw.random()
+    if kind < 0.2 and isinstance(parent, dict):
+        parent |= dict.fromkeys(names, old)
+    else:
+        parent[last] = draw.choice([names, dict.fromkeys(names, old), [old] * len(names), list(range(len(names)))])
+    return json.dumps(content)
+
+
 def with_a_huge_number(draw: random.Random, text: str) -> str:
     content = json.loads(text)
     if isinstance(content, dict) and content:
@@ -95,8 +116,8 @@ def with_another_byte(draw: random.Random, content: bytes) -> bytes:
 
 
 def damaged_json(draw: random.Random, content: bytes) -> bytes:
-    by_text = [with_odd_value] * 6 + [with_deep_nesting, with_a_huge_number]
-    how = draw.choice([*by_text, cut, with_another_byte])
+    by_text = [with_odd_value] * 12 + [with_deep_nesting, with_a_huge_number] * 2 + [with_many_parts]
+    how = draw.choice([*by_text, *[cut, with_another_byte] * 2])
     if how in (cut, with_another_byte):
         return how(draw, content)
     return how(draw, content.decode()).encode()
@@ -139,6 +160,10 @@ def damaged_yaml(draw: random.Random, content: bytes) -> bytes:
         "? y",
         "on",
         "0x7fffffffffffffff",
+        str([f"x{index}" for index in range(3000)]),
+        "{" + ", ".join(f"k{index}: 1" for index in range(3000)) + "}",
+        "x" * 100_000,
+        "=1,".join(map(str, range(3000))),
     ]
     kind = draw.random()
     if kind < 0.8:

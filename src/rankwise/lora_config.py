@@ -127,6 +127,9 @@ class Init(NamedTuple):
     rho: float = 1.0
 
 
+# The most regular expressions of a configuration, and their characters: compiling more would take seconds.
+MOST_PATTERNS, LONGEST_PATTERNS = 500, 50_000
+_PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 _INIT = re.compile(
     r"(?P<kind>pissa|loftq|eva|orthogonal)"
     r"((?<=pissa)_niter_(?P<niter>\d{1,3})|(?<=eva)_rho_(?P<rho>[1-9]\d{0,2}(\.\d{1,6})?))?"
@@ -219,18 +222,30 @@ def _with_tuples(value: Any) -> Any:
 def _pattern_problems(config: LoraConfig) -> Iterator[str]:
     """A message for each regular expression that does not compile."""
     patterns = {name: getattr(config, name) for name in ("target_modules", "exclude_modules")}
-    named = [(f"{name} is {value!r}", value) for name, value in patterns.items() if isinstance(value, str)]
+    odd = [(f"{name} is {value!r}", value) for name, value in patterns.items() if isinstance(value, str)]
     layers = config.layers_pattern or ()
     # Compiled inside a group, as they are matched: inline flags such as (?i) fail only there.
     each = [layers] if isinstance(layers, str) else layers
-    named += [(f"layers_pattern has {value!r}", f"({value})") for value in each]
+    odd += [(f"layers_pattern has {value!r}", f"({value})") for value in each]
     for name in ("rank_pattern", "alpha_pattern"):
-        named += [(f"{name}[{key!r}] is set", f"({key})") for key in getattr(config, name)]
-    for described, pattern in named:
+        odd += [(f"{name}[{key!r}] is set", f"({key})") for key in getattr(config, name) if not is_plain(key)]
+    length = sum(len(pattern) for _, pattern in odd)
+    if len(odd) > MOST_PATTERNS or length > LONGEST_PATTERNS:
+        yield (
+            f"its {len(odd):,} regular expressions have {length:,} characters, and {MOST_PATTERNS:,} and "
+            f"{LONGEST_PATTERNS:,} are the most that are read; name modules in a list"
+        )
+        return
+    for described, pattern in odd:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             yield f"{described}, which is not a regular expression ({error})"
+
+
+def is_plain(pattern: str) -> bool:
+    """Whether a regular expression consists of letters, digits, ``_``, ``-`` and dots."""
+    return _PLAIN.fullmatch(pattern) is not None
 
 
 def _init_problems(config: LoraConfig) -> Iterator[str]:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import regex
 
 from rankwise.errors import AdapterError, warn
-from rankwise.lora_config import LoraConfig
+from rankwise.lora_config import MOST_PATTERNS, LoraConfig, is_plain
 from rankwise.options import ALL_LINEAR
 
 Value = TypeVar("Value")
 NO_EFFECT = "RW420"
 LONGEST_MATCH_SECONDS = 0.5
+# Names in a list that is searched name by name, and names in a message.
+FEW, MOST_NAMED = 16, 10
 # Why text never passes through a module.
 OUTSIDE_TEXT = "text does not pass there; to adapt such layers, select them by whole names or a regular expression"
 NO_ENCODER = "this attends to an encoder, which the model does not have"
@@ -33,23 +37,45 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     """
     if isinstance(wanted, str):
         return _match(wanted, name, regex.fullmatch) is not None
-    return any(name == key or name.endswith(f".{key}") for key in wanted)
+    if len(wanted) < FEW:
+        return any(name == key or name.endswith(f".{key}") for key in wanted)
+    return not _set_of(tuple(wanted)).isdisjoint(_endings(name))
+
+
+@functools.lru_cache(maxsize=8)
+def _set_of(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(names)
+
+
+def _endings(name: str) -> list[str]:
+    """``name``, and its ends that begin after a dot."""
+    parts = name.split(".")
+    return [".".join(parts[place:]) for place in range(len(parts))]
 
 
 def matches_pattern(key: str, name: str) -> bool:
     """Whether the expression ``(.*\\.)?(KEY)$`` matches ``name``, as in PEFT's rank_pattern and alpha_pattern."""
+    if is_plain(key):
+        # A configuration may give every module a key of its own. A dot stands for any character.
+        end = name[-len(key) :]
+        is_whole = len(end) == len(name) or name[-len(key) - 1] == "."
+        return is_whole and len(end) == len(key) and all(a in (b, ".") for a, b in zip(key, end))
     return _match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _match(pattern: str, name: str, how: Callable[..., Any] = regex.match) -> Any:
     """Match within a time limit, since the pattern may be untrusted. Raises AdapterError (RW401) where it cannot."""
     try:
-        return how(pattern, name, timeout=LONGEST_MATCH_SECONDS)
+        return how(_compiled(pattern), name, timeout=LONGEST_MATCH_SECONDS)
     except (TimeoutError, regex.error) as error:
         reason = f"takes more than {LONGEST_MATCH_SECONDS} s" if isinstance(error, TimeoutError) else f"fails ({error})"
         raise AdapterError(
             "RW401", f"the regular expression {pattern!r} {reason} on the name {name}; write it without nested repeats."
         ) from None
+
+
+# The library's own cache is smaller than the patterns that a configuration may have.
+_compiled = functools.lru_cache(maxsize=2 * MOST_PATTERNS)(regex.compile)
 
 
 def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
@@ -228,7 +254,7 @@ def _examples(places: Places) -> str:
 
 
 def _shown(wanted: str | Sequence[str] | None) -> str:
-    return repr(wanted) if isinstance(wanted, str) or wanted is None else repr(list(wanted))
+    return repr(wanted) if isinstance(wanted, str) or wanted is None else f"[{_listed(wanted)}]"
 
 
 def enabled_parts(config: LoraConfig, name: str, place: Place) -> tuple[bool, ...] | None:
@@ -326,8 +352,10 @@ def _missing_modules(wanted: str | Sequence[str] | None, names: Names) -> Iterat
 
 def _idle(config: LoraConfig, names: Names, adapted: Collection[str]) -> Iterator[tuple[str, str]]:
     wanted = config.exclude_modules
-    given = [wanted] if isinstance(wanted, str) else wanted or ()
-    nothing = [key for key in given if not any(matches(name, _as(wanted, key)) for name in names.modules)]
+    if isinstance(wanted, str):
+        nothing = [] if any(matches(name, wanted) for name in names.modules) else [wanted]
+    else:
+        nothing = _unmatched(wanted, names.modules)
     if nothing:
         hint = _close(nothing, names.adaptable) or _close(nothing, names.modules)
         text = f"exclude_modules names {_listed(nothing)}, which matches no module of the model"
@@ -348,21 +376,20 @@ def _idle(config: LoraConfig, names: Names, adapted: Collection[str]) -> Iterato
 
 
 def _unmatched(wanted: Sequence[str] | None, names: Collection[str]) -> list[str]:
-    return [key for key in wanted or () if not any(matches(name, [key]) for name in names)]
-
-
-def _as(wanted: object, key: str) -> str | list[str]:
-    return key if isinstance(wanted, str) else [key]
+    known = set(itertools.chain.from_iterable(map(_endings, names)))
+    return [key for key in wanted or () if key not in known]
 
 
 def _listed(items: Iterable[object]) -> str:
-    return ", ".join(map(repr, dict.fromkeys(items)))
+    named = list(dict.fromkeys(items))
+    more = f" and {len(named) - MOST_NAMED:,} more" if len(named) > MOST_NAMED else ""
+    return ", ".join(map(repr, named[:MOST_NAMED])) + more
 
 
 def _close(missing: Iterable[object], names: Iterable[str]) -> str:
     """``did you mean q_proj, v_proj?``, or an empty string."""
     known = {name.lower(): name for name in suffixes(names)}
-    last = [str(key).rpartition(".")[2].lower() for key in missing]
+    last = [str(key).rpartition(".")[2].lower() for key in itertools.islice(missing, MOST_NAMED)]
     close = [known[item] for key in last for item in difflib.get_close_matches(key, known, n=2, cutoff=0.5)]
     return f"did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
 

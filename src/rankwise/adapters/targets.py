@@ -85,5 +85,5 @@ def place_of(module: nn.Module) -> Place:
 
 def module_names(modules: Modules, wanted: Sequence[str]) -> list[str]:
     """The names of the modules that ``modules_to_save`` selects."""
-    found = [name for key in wanted for name in modules if name and matches(name, [key])]
-    return list(dict.fromkeys(found))
+    found = [name for name in modules if name and matches(name, wanted)]
+    return list(dict.fromkeys(name for key in wanted for name in found if matches(name, [key])))

@@ -1,0 +1,64 @@
+"""Names that an adapter's settings select: short ways give what PEFT's rules give, and many names cost little."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import time
+
+import pytest
+
+from rankwise.errors import ConfigError
+from rankwise.lora_config import LONGEST_PATTERNS, MOST_PATTERNS, LoraConfig
+from rankwise.matching import Names, matches, matches_pattern, warn_of_idle
+
+PARTS = ("q_proj", "q", "proj", "layers", "0", "10", "o-proj", "layersx0")
+
+
+def names() -> list[str]:
+    found = [".".join(parts) for count in (1, 2, 3) for parts in itertools.product(PARTS, repeat=count)]
+    return random.Random(0).sample(found, 150)
+
+
+def test_a_key_of_letters_and_dots_matches_as_the_expression_does():
+    keys = [*names(), "pr.j", "layers.0", ".", "..", "q_proj.", ".q_proj", "-proj"]
+    for key, name in itertools.product(keys, names()):
+        assert matches_pattern(key, name) == (re.match(rf"(.*\.)?({key})$", name) is not None), (key, name)
+
+
+def test_a_long_list_selects_what_its_names_select_one_by_one():
+    wanted = names()[:60]
+    for name in names():
+        assert matches(name, wanted) == any(re.fullmatch(rf"(.*\.)?{re.escape(key)}", name) for key in wanted), name
+
+
+def test_thousands_of_names_take_no_second():
+    many = [f"layer_{number}_proj" for number in range(20_000)]
+    settings = {"modules_to_save": many, "exclude_modules": many, "rank_pattern": dict.fromkeys(many, 4)}
+    there = Names(modules=names(), adaptable=names(), parameters=(), stacks=())
+    began = time.process_time()
+    config = LoraConfig(target_modules=["q_proj", *many], **settings)
+    with pytest.warns(UserWarning, match=r"'layer_9_proj' and 19,990 more") as caught:
+        warn_of_idle(config, there, ["q_proj"], targets=True)
+    assert all(len(str(warning.message)) < 3000 for warning in caught)
+    assert not any(matches(name, many) for name in 10 * names())
+    assert time.process_time() - began < 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "x" * (LONGEST_PATTERNS + 1)},
+        {"rank_pattern": {f"{number}.*": 2 for number in range(MOST_PATTERNS + 1)}},
+        {"layers_pattern": ["layers"] * (MOST_PATTERNS + 1)},
+    ],
+)
+def test_more_expressions_than_can_be_compiled_soon_are_refused(settings: dict[str, object]):
+    with pytest.raises(ConfigError, match=r"RW101: its [\d,]+ regular expressions have [\d,]+ characters, and 500 and"):
+        LoraConfig(**settings)
+
+
+def test_a_closing_bracket_too_many_is_no_regular_expression():
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        LoraConfig(rank_pattern={"a)": 2})
