@@ -4,8 +4,8 @@ products alone.
     python benchmarks/neighbours.py [MODEL] [--spins default 1000 passive] [--busy 1 2] [--dtype float32]
 
 libgomp reads how long its threads spin when it is loaded, so each of ``--spins`` is a fresh process: a number is
-GOMP_SPINCOUNT, ``passive`` is OMP_WAIT_POLICY, and ``default`` sets neither. In it, all sides are called in turn: first
-alone, then beside each number of processes that only count, and last with all their threads moved to one core; medians.
+GOMP_SPINCOUNT, ``passive`` is OMP_WAIT_POLICY, and ``default`` sets neither. In every round of it, all sides are called
+in turn alone, beside each number of processes that only count, and with all their threads moved to one core; medians.
 Writes a JSON file into benchmarks/results, and docs/results/neighbours.md anew. Nothing else may run on the machine.
 """
 
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rankwise.records import write_json
 
 SIDES = ("ours", "peft", "products")
 ALONE = "alone"
+COUNTING = "print(flush=True)\nwhile True: pass"
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 
@@ -88,19 +90,27 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         calls[side] = (step, step.forget)
     shapes = steps.dense_shapes(given.model)
     calls["products"] = (timing.Floor(shapes, ids.numel(), dtype=getattr(torch, given.dtype)), timing.nothing)
-    found = {}
-    for count in (0, *given.busy):
-        with busy(count):
-            found[f"beside {count}" if count else ALONE] = timing.medians(timing.alternate(calls, given.rounds))
-    with on_one_core():
-        found["on one core"] = timing.medians(timing.alternate(calls, given.rounds))
-    return {"seconds": found}
+    cases: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {ALONE: contextlib.nullcontext}
+    cases |= {f"beside {count}": functools.partial(busy, count) for count in given.busy}
+    cases["on one core"] = on_one_core
+    seconds: dict[str, dict[str, list[float]]] = {case: {side: [] for side in SIDES} for case in cases}
+    timing.alternate(calls, 1)
+    for _ in range(given.rounds):
+        for case, within in cases.items():
+            with within():
+                for side, (took,) in timing.alternate(calls, 1, warmup=0).items():
+                    seconds[case][side].append(took)
+    return {"seconds": {case: timing.medians(by_side) for case, by_side in seconds.items()}}
 
 
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    processes = [subprocess.Popen([sys.executable, "-c", COUNTING], stdout=subprocess.PIPE) for _ in range(count)]
     try:
+        for process in processes:
+            # A process that has said so is past its start.
+            assert process.stdout is not None
+            process.stdout.readline()
         yield
     finally:
         for process in processes:
