@@ -38,6 +38,7 @@ def differences(verdict: str, methods: Any) -> list[dict[str, Any]]:
         a, b = sorted(pair, key=lambda name: (methods[name]["mean"]["eval_loss"], name))
         seeds = min(methods[a]["seeds"], methods[b]["seeds"])
         known = {"verdict": verdict if seeds > 1 else "cannot tell", "interval": [-1.0, 1.0] if seeds > 1 else None}
+        known |= {"difference": methods[a]["mean"]["eval_loss"] - methods[b]["mean"]["eval_loss"], "p_value": None}
         found.append({"a": a, "b": b, "metric": "eval_loss", "seeds": seeds, **known})
     return found
 
@@ -190,9 +191,50 @@ def test_the_best_mean_does_not_stand_against_a_test():
     found = choice("", methods, pairs=[pair])
     assert found["reason"].startswith("LoRA: it is better than DoRA (")
     assert found["ties"] == []
-    third = {**pair, "a": "qlora", "verdict": "cannot tell"}
+    third = {**pair, "a": "qlora", "verdict": "cannot tell", "p_value": None}
     found = choice("", {**methods, "qlora": method(1.51, 3, 500)}, pairs=[pair, third])
     assert found["reason"].startswith("QLoRA: the runs cannot tell it from LoRA, which no test found worse; LoRA takes")
+
+
+def test_only_the_comparisons_with_the_best_are_corrected_for():
+    """Four methods: QLoRA is the cheapest, and its p-value of 0.016 is corrected for 3 comparisons, not for 6 pairs."""
+    methods = {**METHODS, "qlora": method(1.6, 3, 300), "qdora": method(1.61, 3, 300)}
+    pairs = differences("cannot tell", methods)
+    lora, dora = (
+        next(item for item in pairs if (item["a"], item["b"]) == (name, "qlora")) for name in ("lora", "dora")
+    )
+    assert choice("", methods, pairs=pairs)["method"] == "qlora"
+    lora["p_value"] = 0.017
+    assert choice("", methods, pairs=pairs)["method"] == "qlora"
+    lora["p_value"] = 0.016
+    found = choice("", methods, pairs=pairs)
+    assert found["method"] == "qdora"
+    assert found["ties"] == ["dora", "lora"]
+    assert "); QLoRA is worse than another method (p < 0.05, corrected for 3 comparisons)." in found["reason"]
+    # An equivalent one stays; and as b of a pair, or where higher is better, the other one is the worse.
+    assert choice("", methods, pairs=[{**item, "verdict": "equivalent"} for item in pairs])["method"] == "qlora"
+    turned = {**lora, "a": "qlora", "b": "lora", "difference": -lora["difference"]}
+    assert choice("", methods, pairs=[item if item is not lora else turned for item in pairs])["method"] == "qdora"
+    lora["difference"] = -lora["difference"]
+    assert choice("", methods, pairs=pairs)["method"] == "qlora"
+    lora["difference"], dora["p_value"] = -lora["difference"], 0.001
+    near = {name: methods[name] for name in ("lora", "qlora", "dora")}
+    for item in pairs:
+        if {item["a"], item["b"]} == {"lora", "dora"}:
+            item["p_value"] = 0.001
+    found = choice("", near, pairs=pairs)
+    assert found["reason"].startswith("DoRA: no test found it worse than another method (")
+    assert "LoRA and QLoRA are worse than another method (p < 0.05, corrected for 2 comparisons)" in found["reason"]
+    assert found["ties"] == []
+
+
+def test_tests_that_contradict_each_other_leave_no_method_out():
+    around = [("lora", "dora"), ("dora", "qlora"), ("qlora", "lora")]
+    pairs = [
+        {"a": a, "b": b, "metric": "eval_loss", "verdict": "better", "interval": [0.0, 0.1], "seeds": 2}
+        for a, b in around
+    ]
+    assert choice("", pairs=pairs)["reason"].startswith("DoRA: it is better than LoRA and QLoRA (")
 
 
 def test_three_seeds_on_one_prompt_are_not_called_one_seed():

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from rankwise.comparison.statistics import ALPHA
 from rankwise.config import BASELINES, DORA, variant_of
 from rankwise.reports.costs import Range, is_above, memory_range, seconds_range
 from rankwise.reports.naming import long_name, metric_in_sentence
@@ -62,8 +63,9 @@ def recommend(
 ) -> Recommendation:
     """The best method within the limits. Of those that no test separates from it, the cheapest is taken.
 
-    The best one has the best mean of those that no test found worse. A test takes the seeds that both methods have, and
-    a mean all seeds of its method, so that the best mean of all may be of a method that a test found worse.
+    A method that a test found worse than another one is out (``_out``). Of the others the best one has the best mean;
+    the best mean of all may be of a method that is out, since a test takes the seeds that both methods have, and a mean
+    all seeds of its method.
 
     Cost is compared in this order: seconds of a run, peak memory, trained parameters, servers that take the adapter.
     Seconds and memory count only where the ranges over seeds do not overlap (``cheapest``). A pair without a test, as
@@ -78,12 +80,10 @@ def recommend(
         nothing = _nothing_fits(points, memory_bytes, hours)
         return {**base, "reason": nothing, "why": nothing}
     quality = {point["method"]: -point["quality"] if higher_is_better else point["quality"] for point in fitting}
-    beaten = _beaten([point["method"] for point in fitting], metric, differences)
-    unbeaten = [point for point in fitting if point["method"] not in beaten] or fitting
-    best = min(unbeaten, key=lambda point: (quality[point["method"]], point["method"]))
-    # A method with a better mean than the best one is beaten, so that no tie counts.
-    rivals = [point for point in fitting if quality[point["method"]] >= quality[best["method"]]]
-    tied = [point for point in rivals if point is best or _is_tied(best, point, metric, margin, differences)]
+    out = _out(list(quality), metric, differences, higher_is_better=higher_is_better)
+    left = [point for point in fitting if point["method"] not in out]
+    best = min(left, key=lambda point: (quality[point["method"]], point["method"]))
+    tied = [point for point in left if point is best or _is_tied(best, point, metric, margin, differences)]
     names = sorted((point["method"] for point in tied), key=lambda name: (quality[name], name))
     chosen, why = cheapest(names, methods)
     verdicts = {
@@ -92,15 +92,19 @@ def recommend(
         if point is not best
         for found in [_tested(best["method"], point["method"], metric, differences)]
     }
+    # Those that are out although the verdict on their pair with the best one does not say so.
+    unsaid = sorted(name for name in out if verdicts[name] not in ("better", "worse"))
+    verdicts = {name: said for name, said in verdicts.items() if name not in unsaid}
     limits = _limits(memory_bytes, hours)
     where = f"of the {plural(len(fitting), 'method')} within {limits}" if limits else ""
-    if verdicts:
-        praise = "which has the best mean" if rivals == fitting else "which no test found worse"
+    if len(fitting) > 1:
+        has_best_mean = quality[best["method"]] == min(quality.values())
+        praise = "which has the best mean" if has_best_mean else "which no test found worse"
         reason = _reason(chosen, (best["method"], praise), names, verdicts, why, _untested(metric, differences))
     else:
         reason = "it is the only one to choose from" if len(points) > 1 else "it is the only method with a result"
     told = f"{reason}{_figures(methods[chosen], metric)}"
-    told += f"{_failures(methods[chosen])}."
+    told += f"{_worse_ones(unsaid, len(fitting) - 1)}{_failures(methods[chosen])}."
     return {
         **base,
         "method": chosen,
@@ -207,11 +211,22 @@ def _is_tied(
     return found["verdict"] in ("equivalent", "cannot tell")
 
 
-def _beaten(names: Sequence[str], metric: str, differences: Sequence[Difference]) -> set[str]:
-    """The methods that a test found worse than another one of ``names``."""
-    pairs = [item for item in differences if item["metric"] == metric and {item["a"], item["b"]} <= set(names)]
-    apart = [item for item in pairs if item["verdict"] in ("better", "worse")]
-    return {item["b"] if item["verdict"] == "better" else item["a"] for item in apart}
+def _out(names: Sequence[str], metric: str, differences: Sequence[Difference], *, higher_is_better: bool) -> set[str]:
+    """The methods that a test found worse than another one of ``names``.
+
+    The verdicts are corrected over all pairs of methods. To leave out a method by mistake that is the best of k, one of
+    its k - 1 own tests has to fail, so that here p < ALPHA / (k - 1) is enough too (multiple comparisons with the best,
+    Hsu 1984). Equivalent methods stay; where tests on different seeds contradict each other, all do.
+    """
+    found = set()
+    for item in differences:
+        if item["metric"] != metric or not {item["a"], item["b"]} <= set(names) or item["verdict"] == "equivalent":
+            continue
+        if item["verdict"] != "cannot tell":
+            found.add(item["b"] if item["verdict"] == "better" else item["a"])
+        elif item["p_value"] is not None and item["p_value"] * (len(names) - 1) < ALPHA:
+            found.add(item["b"] if (item["difference"] > 0) == higher_is_better else item["a"])
+    return found if len(found) < len(names) else set()
 
 
 def _untested(metric: str, differences: Sequence[Difference]) -> str:
@@ -283,6 +298,14 @@ def _ties(
         return f"{words[verdicts[chosen]]} {long_name(name_of_best)}, {praise}"
     groups = {text: [name for name in tied if name != chosen and verdicts[name] == key] for key, text in words.items()}
     return listed(f"{text} {_named(names)}" for text, names in groups.items() if names)
+
+
+def _worse_ones(names: Sequence[str], comparisons: int) -> str:
+    if not names:
+        return ""
+    verb = "is" if len(names) == 1 else "are"
+    tested = f"p < {ALPHA:.2g}, corrected for {comparisons} comparisons"
+    return f"; {_named(names)} {verb} worse than another method ({tested})"
 
 
 def _failures(method: Method) -> str:
