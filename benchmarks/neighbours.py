@@ -28,6 +28,7 @@ import timing
 import torch
 
 from rankwise.records import write_json
+from rankwise.reports.numbers import plural
 
 SIDES = ("ours", "peft", "products")
 ALONE = "alone"
@@ -140,9 +141,10 @@ def page(run: results.Run) -> list[str]:
         f"# A LoRA step beside busy processes: {run['model']}",
         "",
         *results.where_from([run]),
-        f"{run['batch']} rows of {run['length']} tokens, {run['dtype']}. *products* are the frozen products alone, by",
-        "PyTorch. On two cores, a fair share beside one or two busy processes would be 1.5 or 2 times the time alone,",
-        "and 2 times on one core.",
+        f"{plural(run['batch'], 'row')} of {run['length']} tokens, {run['dtype']}. *products* are the frozen products",
+        "alone, by PyTorch. On two cores, a fair share beside one or two busy processes would be 1.5 or 2 times the time",
+        "alone, and 2 times on one core. Where both share one core of the host, as in some virtual machines, one of them",
+        "does more than half of the work of both, so that all figures are lower.",
         "",
         *results.table(headings, [_line(*key, by_case) for key, by_case in _sides(run)]),
         "",
