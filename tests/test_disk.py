@@ -264,3 +264,21 @@ def test_nothing_is_appended_behind_a_link(tmp_path: Path) -> None:
 def test_a_folder_that_takes_no_files_is_an_error_and_no_endless_loop() -> None:
     with pytest.raises(RunError, match="RW551"), hold(Path("/proc/new")):
         pass
+
+
+def test_what_a_killed_process_left_of_a_file_goes_with_the_next_writing(tmp_path: Path) -> None:
+    """Not that of a file that nobody holds, whose other writer may be alive."""
+    run = tmp_path / "run"
+    run.mkdir()
+    left = {run / ".file.0123abcd", run / ".other.0123abcd"}
+    for path in left:
+        path.touch()
+
+    def names_after_writing() -> set[str]:
+        with whole_file(run / "file") as file:
+            file.write(b"new")
+        return {path.name for path in run.iterdir()}
+
+    assert names_after_writing() == {"file", ".file.0123abcd", ".other.0123abcd"}
+    with hold(run):
+        assert names_after_writing() == {"file", ".other.0123abcd"}

@@ -30,6 +30,8 @@ REMEDIES = {
 }
 # Errors of a device, of its room or of handles; those of a wrong path or of missing rights are the user's.
 OF_DEVICE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM}
+# {what this process holds: its number, since a forked process holds nothing}.
+_held: dict[Path, int] = {}
 CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
@@ -115,9 +117,11 @@ def hold(folder: Path) -> Iterator[None]:
     try:
         with coded_errors(place, "or use another folder"):
             handle, path = _locked(place)
+        _held[place] = os.getpid()
         try:
             yield
         finally:
+            _held.pop(place, None)
             try:
                 # Lock files are empty: one with content is somebody else's and stays.
                 if path is not None and os.fstat(handle).st_size == 0:
@@ -201,10 +205,14 @@ def _flock(handle: int, place: Path) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` that is flushed to disk and renamed to ``path`` at the end.
 
-    Readers see the old or the new content. After an error the temporary file is removed."""
+    Readers see the old or the new content. After an error the temporary file is removed. Where this process holds
+    ``path`` or a folder around it, what killed processes left of the same file is removed, too.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with naming(path):
+            if _is_held(path):
+                remove_strays(path.parent, [path.name])
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
@@ -216,6 +224,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _is_held(path: Path) -> bool:
+    place = Path(os.path.realpath(path))
+    return any(_held.get(one) == os.getpid() for one in (place, *place.parents))
 
 
 @contextlib.contextmanager

@@ -227,7 +227,9 @@ def test_mistakes_exit_with_2_and_say_what_to_do(plan, arguments, code, words):
 @pytest.mark.parametrize("option", ["--svg", "--save"])
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(plan, monkeypatch, tmp_path, option):
     monkeypatch.setattr("rankwise.planning.plan.make_plan", lambda *_: pytest.fail("planned all the same"))
-    for place in (tmp_path, tmp_path / "missing" / "file"):
+    (tmp_path / "plan.yaml").touch()
+    (tmp_path / "link").symlink_to("plan.yaml")
+    for place in (tmp_path, tmp_path / "missing" / "file", tmp_path / "link"):
         done = plan(option, place)
         assert done.code == 2
         assert "RW145" in done.stderr

@@ -84,11 +84,13 @@ def run(settings: CompareSettings, output: Output) -> Document:
     check_tasks(settings.task)
     check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
     from rankwise.comparison.run import compare
+    from rankwise.disk import hold
     from rankwise.reports.comparison import write_report
 
     with watching(output) as watcher:
         comparison = compare(settings, watcher)
-    write_report(settings.output)
+    with hold(settings.output):
+        write_report(settings.output)
     report(comparison, settings, output)
     return comparison
 

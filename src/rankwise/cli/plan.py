@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.config import TrainSettings
+from rankwise.disk import hold
 from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.options import option_words
@@ -80,10 +81,12 @@ def _write(settings: PlanSettings, plan: Plan) -> dict[str, str]:
     if settings.svg is not None:
         from rankwise.cli import plan_view
 
-        write_text(settings.svg, plan_view.svg(plan))
+        with hold(settings.svg):
+            write_text(settings.svg, plan_view.svg(plan))
         written["svg"] = str(settings.svg)
     if settings.save is not None and plan.recommendation.method is not None:
-        write_text(settings.save, as_yaml(plan))
+        with hold(settings.save):
+            write_text(settings.save, as_yaml(plan))
         written["saved"] = str(settings.save)
     return written
 
@@ -100,8 +103,10 @@ def _say_written(settings: PlanSettings, written: Mapping[str, str], output: Out
 def _check_place(path: Path | None, option: str) -> None:
     if path is None:
         return
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which does not exist"
+    # A link, such as /dev/stdout, would itself be replaced.
+    is_other = path.is_dir() or path.is_symlink()
+    if is_other or not path.parent.is_dir():
+        what = "is a folder or a link" if is_other else f"lies in {path.parent}, which does not exist"
         raise ConfigError("RW145", f"{option} {path} {what}; give the name of a file in a folder that exists.")
 
 
@@ -130,8 +135,10 @@ def _calibrate(settings: PlanSettings, output: Output) -> JsonObject:
     hardware = this_machine()
     dtype = hardware.dtype if settings.dtype == "auto" else settings.dtype
     output.line(f"timing {', '.join(settings.methods)} on {hardware.name} in {dtype}")
-    results = calibrate(hardware, settings.methods, dtype, output.line)
     path = cache_folder() / FILE
+    # Before the measurement, which takes minutes.
+    with hold(path):
+        results = calibrate(hardware, settings.methods, dtype, output.line)
     output.line(f"remembered in {path}\n")
     return {"device": hardware.name, "dtype": dtype, "methods": results, "file": str(path)}
 

@@ -25,7 +25,7 @@ from rankwise.config import BASELINES
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row
-from rankwise.disk import coded_error, hold, is_of_device, remove_strays
+from rankwise.disk import coded_error, hold, is_of_device
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
 from rankwise.evaluation import journal
 from rankwise.evaluation.engine import Engine
@@ -64,7 +64,6 @@ def measure(job: Fields) -> JsonObject:
 def _measure(job: Fields) -> JsonObject:
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    remove_strays(folder, [FACTS_FILE])
     own = own_task(job["eval_data"], job)
     tasks = make_tasks(job["tasks"], data=job["task_data"], limit=job["task_limit"])
     rows = own.rows

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from rankwise.data.bad_rows import NEVER
 from rankwise.data.encoding import Encoded, EncodingReport, _Table, complain, encode_rows
 from rankwise.data.rows import Rows
+from rankwise.disk import hold
+from rankwise.errors import RunError
 from rankwise.records import write_bytes
 
 if TYPE_CHECKING:
@@ -52,8 +54,13 @@ def encode_rows_once(
     )
     # Rows that the encoder left out need its warnings again, so they are encoded again.
     if path is not None and encoded.report.skipped_rows == len(rows.problems):
-        cache.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, _stored(encoded))
+        try:
+            with hold(path):
+                write_bytes(path, _stored(encoded))
+        except RunError as error:
+            # Another process writes the same rows.
+            if error.code != "RW582":
+                raise
     return encoded
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from rankwise.disk import appending, refuse_links, remove_strays
+from rankwise.disk import appending, refuse_links
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, read_examples
 from rankwise.foreign import Fields, Json, JsonObject, parse_json, read_json, reason_of
@@ -47,7 +47,6 @@ def open_folder(folder: Path, identity: Fields, *, overwrite: bool) -> Opened:
     Raises RunError: RW570 when the folder belongs to another evaluation, with what differs; RW571 when its settings
     cannot be read.
     """
-    remove_strays(folder, (IDENTITY_FILE, EXAMPLES_FILE, RESULT_FILE))
     known = _identity_in(folder)
     if known is not None and known != json.loads(json.dumps(identity, default=str)) and not overwrite:
         keys = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rankwise.data import read_template
-from rankwise.disk import coded_errors, hold, refuse_links, remove_strays
+from rankwise.disk import coded_errors, hold, refuse_links
 from rankwise.errors import AdapterError, ConfigError, Interrupted, warn
 from rankwise.evaluation import journal
 from rankwise.evaluation.errors_of_means import clusters_of
@@ -192,7 +192,6 @@ class _Run:
         metrics = {(label, result.task): result.metrics for label, result in results}
         differences = [item for task in self.tasks for item in self._differences(task, examples, metrics)]
         if len(self.variants) > 1:
-            remove_strays(root, [DIFFERENCES_FILE])
             write_json(root / DIFFERENCES_FILE, [item.to_json() for item in differences])
         return Evaluation(root, results, differences)
 

@@ -30,6 +30,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
+from rankwise.disk import remove_strays
 from rankwise.errors import ConfigError, RunError
 from rankwise.foreign import Fields, checked, read_json
 from rankwise.records import RateSearch, RateTrial, load_record, write_json
@@ -136,6 +137,7 @@ def search(
     """
     training, held = kept_apart(data)
     path = notes_of(given.output)
+    remove_strays(path.parent, [path.name])
     settings = given.model_dump(mode="json", exclude={"output", "overwrite", "ignore_plan"})
     described = settings, inputs
     noted = _noted(path, hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest())
