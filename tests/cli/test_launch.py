@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rankwise.cli.launch import _failure, continued
+from rankwise.cli.launch import LAUNCHER, _failure, continued, end_with_launcher
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import RunRecord
+from rankwise.training.interrupt import terminable
 from several import LAUNCHERS
 
 
@@ -61,3 +66,31 @@ def test_a_restarted_process_resumes_what_the_last_one_left(tmp_path: Path, monk
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ConfigError, match="RW147"):
         continued(given.model_copy(update={"overwrite": True}))
+
+
+OF_TWO = """
+import os, time
+from rankwise.cli.launch import LAUNCHER, end_with_launcher
+os.environ[LAUNCHER] = str(os.getpid())
+if not os.fork():
+    end_with_launcher()
+    print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_a_process_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment, began = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", OF_TWO], stdout=subprocess.PIPE, env=environment) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == b"ready\n"
+        launcher.kill()
+        # The end of the file comes when the launched process, too, is gone.
+        assert launcher.stdout.read() == b""
+    assert time.monotonic() - began < 50
+    # That of a process which was launched before.
+    monkeypatch.setenv(LAUNCHER, "0")
+    monkeypatch.setattr("rankwise.cli.launch.end_with_parent", lambda: None)
+    with pytest.raises(KeyboardInterrupt), terminable():
+        end_with_launcher()

@@ -17,9 +17,12 @@ from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import load_record, write_text
 from rankwise.training import ranks
+from rankwise.training.interrupt import end_with_parent
 from rankwise.training.output import holds_run
 
 INTERRUPTED = Interrupted.exit_code
+# The environment variable that gives launched processes the number of their launcher's process.
+LAUNCHER = "RANKWISE_LAUNCHER"
 
 
 def launch(settings: TrainSettings, *, as_json: bool) -> None:
@@ -58,12 +61,28 @@ def launch(settings: TrainSettings, *, as_json: bool) -> None:
         file = Path(folder) / "train.yaml"
         write_text(file, json.dumps(settings.model_dump(mode="json", exclude_unset=True), ensure_ascii=False))
         command = ("-m", "rankwise", "train", "--config", str(file), *(["--json"] if as_json else []))
+        os.environ[LAUNCHER] = str(os.getpid())
         try:
             elastic_launch(config, sys.executable)(*command)
         except SignalException:
             raise typer.Exit(INTERRUPTED) from None
         except ChildFailedError as error:
             raise _failure({number: failure.exitcode for number, failure in error.failures.items()}) from None
+        finally:
+            del os.environ[LAUNCHER]
+
+
+def end_with_launcher() -> None:
+    """In a process that ``launch`` started: end, with its step saved, when the launcher is killed. The processes are in
+    sessions of their own, so that nothing else would end them.
+    """
+    launcher = os.environ.pop(LAUNCHER, None)
+    if launcher is None:
+        return
+    end_with_parent()
+    if str(os.getppid()) != launcher:
+        # It was killed before.
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _failure(codes: dict[int, int]) -> Exception:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankwise.cli.glance import check_paths
-from rankwise.cli.launch import continued, launch
+from rankwise.cli.launch import continued, end_with_launcher, launch
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.cli.progress import watching
@@ -95,6 +95,7 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     """Train. Returns the document of the run; None where another process (a launched one, or the writer) prints it."""
     from rankwise.training.output import check_output
 
+    end_with_launcher()
     check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
     settings = continued(settings)
     # The run checks this again; here the check comes before torch is loaded.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -19,9 +18,8 @@ from rankwise.comparison import warm
 from rankwise.comparison.stages import beside
 from rankwise.errors import RunError
 from rankwise.foreign import JsonObject
+from rankwise.training.interrupt import end_with_parent
 
-# Linux's prctl option for the signal that a process gets when its parent dies.
-PR_SET_PDEATHSIG = 1
 # Stands for the exit code of a step whose machine is gone.
 LOST = -1000
 
@@ -119,6 +117,4 @@ def _lock_file(name: Path) -> IO[bytes]:
 def _prepare() -> None:
     # Background jobs of a shell ignore SIGINT, with which a run is asked to stop.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        # SIGTERM, not SIGKILL, so that a run saves its step.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
