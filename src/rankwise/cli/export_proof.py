@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from rankwise.cli.export_rows import prompts_of
 from rankwise.cli.settings import ExportSettings
 from rankwise.disk import discard_folder
-from rankwise.errors import RunError
 from rankwise.export.adapter import RECORD_FILE, ExportReport, Rows
 from rankwise.export.gguf_adapter import ADAPTER_FILE
 from rankwise.export.gguf_model import MODEL_FILE, requantize, write_folder_gguf
@@ -28,18 +27,19 @@ def proven(
 ) -> ExportReport:
     """``report`` with its proof, which is also written to the folder.
 
-    Raises RunError (RW738) where the server's answers differ from ``model``'s; the folder is then removed.
+    After an error the folder is removed. Raises RunError (RW738) where the server's answers differ from ``model``'s.
     """
-    python = server_python(settings.target, settings.server_python)
-    with tempfile.TemporaryDirectory(prefix="rankwise-verify-") as scratch:
-        served = _served(settings, source, report.r, Path(scratch))
-        try:
+    try:
+        python = server_python(settings.target, settings.server_python)
+        with tempfile.TemporaryDirectory(prefix="rankwise-verify-") as scratch:
+            served = _served(settings, source, report.r, Path(scratch))
             proof = prove(settings.target, python, model, served, prompts_of(rows, PROMPTS))
-        except RunError:
-            discard_folder(settings.output)
-            raise
-    report = dataclasses.replace(report, proof=proof)
-    write_json(settings.output / RECORD_FILE, dataclasses.asdict(report))
+        report = dataclasses.replace(report, proof=proof)
+        write_json(settings.output / RECORD_FILE, dataclasses.asdict(report))
+    except BaseException:
+        # So that the same command can be given again, and nothing unproven stays.
+        discard_folder(settings.output)
+        raise
     return report
 
 
