@@ -353,6 +353,22 @@ def test_a_full_stdout_is_no_traceback(words):
     assert "Traceback" not in done.stderr
 
 
+def test_a_full_stderr_keeps_the_exit_code():
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = [sys.executable, "-m", "rankwise.cli.main", "explain", "RW9999"]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stderr=full, env=environment, check=False).returncode == 2
+
+
+def test_ctrl_c_before_a_verb_begins_is_no_traceback(rankwise, monkeypatch):
+    monkeypatch.setattr(cli, "build_app", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    done = rankwise("explain", "RW203")
+    assert done.code == 130
+    assert done.stderr.startswith("interrupted RW543: ")
+
+
 def test_document_is_json(with_verb):
     done = with_verb(lambda settings, output: {"path": Path("x"), "pair": (1, 2)}, "--json")
     assert json.loads(done.stdout) == {"path": "x", "pair": [1, 2]}

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # ``rankwise ... | head``; the code is rich's.
         _give_up_stdout()
         return 1
-    except Exception as error:  # noqa: BLE001  the last handler: any error becomes one line
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last handler: any error becomes one line
         return _report(_as_ours(error), error, as_json=as_json)
 
 
@@ -199,7 +199,11 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
     if not ranks.is_first_to_tell():
         return error.exit_code
     kind = "interrupted" if isinstance(error, Interrupted) else "error"
-    message = print_message(kind, error.code, error.message)
+    try:
+        message = print_message(kind, error.code, error.message)
+    except OSError:
+        # The error may be that stderr cannot be written.
+        message = error.message
     if as_json:
         try:
             told = {"code": error.code, "kind": type(error).__name__, "message": message}
@@ -210,12 +214,15 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
     return error.exit_code
 
 
-def _as_ours(error: Exception) -> RankwiseError:
+def _as_ours(error: BaseException) -> RankwiseError:
     """The error that the user reads. RankwiseErrors stay unchanged; usage, memory and file-system errors get a code and
     advice.
     """
     if isinstance(error, RankwiseError):
         return error
+    if isinstance(error, KeyboardInterrupt):
+        # Outside of a verb and of the parser, which gives the exit code alone.
+        return Interrupted("RW543", "the command was stopped by Ctrl-C or SIGTERM.")
     if hasattr(error, "format_message"):
         return ConfigError("RW120", _usage_sentence(error))
     if is_out_of_memory(error):
