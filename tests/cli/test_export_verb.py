@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -49,6 +50,15 @@ def run_folder(model_folder, tmp_path):
 def logits(model):
     with torch.no_grad():
         return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_an_export_whose_proof_an_error_ends_does_not_stay(rankwise, run_folder, tmp_path, monkeypatch, error):
+    monkeypatch.setattr("rankwise.cli.export_proof.prove", lambda *_: (_ for _ in ()).throw(error))
+    words = ("--adapter", run_folder(), "--for", "vllm", "--verify", "--server-python", sys.executable)
+    done = rankwise("export", *words, "--output", tmp_path / "served")
+    assert "RW551" in done.stderr or "RW543" in done.stderr
+    assert not (tmp_path / "served").exists()
 
 
 def test_lora_is_exported_exactly(rankwise, run_folder, model_folder, tmp_path):
