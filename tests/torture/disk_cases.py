@@ -120,7 +120,9 @@ class Cases:
         for target in ("vllm", "llama.cpp"):
             self.must(self.export(target, target))
         self.must(self.export("vllm", "whole", "--merged"))
+        self.must(self.plan("planned"))
         self.must(self.compare("compared"))
+        self.must(self.report("reported"))
 
     def must(self, words: Sequence[object]) -> None:
         code, said = self.call(words)
@@ -165,6 +167,12 @@ class Cases:
         words = [word for name, value in given.items() for word in (f"--{name}", self.folder / value)]
         length = ["--methods", "lora", "--seeds", 1, "--learning-rates", 0.01, "--max-steps", 1, "--batch-size", 4]
         return ["compare", *words, *length, "--r", 2, "--device", "cpu", "--dtype", "float32"]
+
+    def plan(self, output: str) -> list[object]:
+        return ["plan", "--model", self.folder / "base", "--memory", "16GB", "--save", self.folder / output]
+
+    def report(self, output: str) -> list[object]:
+        return ["report", self.folder / "compared", "--output", self.folder / output]
 
     def sweep(self, verb: str, stride: int, first: int = 1) -> int:
         """The number of the call at which it succeeded."""
@@ -306,6 +314,8 @@ VERBS = {
         lambda: words,
         "whole/model.safetensors",
     ),
+    "plan": lambda case: (None, words := case.plan("made/out"), lambda: words, "planned"),
+    "report": lambda case: (None, words := case.report("made/out"), lambda: words, "reported/report.md"),
     # Its runs are steps of this process, so that their calls fail too.
     "compare": lambda case: (None, words := case.compare("made/out"), lambda: words, "compared/comparison.json"),
     # What is kept in the cache fails too, and what a failure leaves there is no other result.
