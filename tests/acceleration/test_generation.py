@@ -68,6 +68,16 @@ def test_beam_answers_do_not_depend_on_the_batch(make):
     assert together == [by_transformers(model, p, decoding, num_beams=4, length_penalty=0.9) for p in asked]
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_stop_string_ends_an_answer_as_a_stop_token_does(beams: int):
+    model, asked = tiny_llama(), prompts(6)
+    by_tokens = Generator(model, Decoding(8, STOPS, num_beams=beams)).answers(asked)
+    generator = Generator(model, Decoding(8, frozenset(), num_beams=beams))
+    for expected, answer in zip(by_tokens, generator.answers(asked, lambda ids: ids[-1] in STOPS)):
+        end = next((place for place, token in enumerate(answer) if token in STOPS), len(answer))
+        assert answer[:end] == expected
+
+
 def test_n_grams_are_counted_in_the_answer_alone():
     model, [prompt] = tiny_llama(), prompts(1)
     free = Generator(model, Decoding(30, frozenset())).answers([prompt])[0]

@@ -231,7 +231,7 @@ class Generator:
         return torch.stack(numbers).to(self.model.device)
 
     def _beam_search(self, prompts: Sequence[Prompt], stopped: Stopped | None) -> list[list[int]]:
-        """Beam search by transformers. Repeated n-grams are counted in the answer only."""
+        """Beam search by transformers. Repeated n-grams and stop strings count in the answer only."""
         from transformers import GenerationConfig
 
         ids, mask = as_tensor([list(prompt.ids) for prompt in prompts], self.pad, self.model.device)
@@ -248,7 +248,11 @@ class Generator:
         size, start = self.decoding.no_repeat_ngram_size, ids.shape[1]
         processors = [only_numbers(self.model)] + [_without_repeats(start, size)] * bool(size)
         tokens = self.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=[] if stopped is None else [_at_stops(start, stopped)],
         )
         return [_until(row, self.decoding.stop_ids) for row in tokens[:, start:].tolist()]
 
@@ -373,6 +377,13 @@ def _without_repeats(start: int, size: int) -> Callable[[Tensor, Tensor], Tensor
         return scores
 
     return process
+
+
+def _at_stops(start: int, stopped: Stopped) -> Callable[[Tensor, object], Tensor]:
+    def has_stopped(ids: Tensor, _: object) -> Tensor:
+        return torch.tensor([stopped(row) for row in ids[:, start:].tolist()], device=ids.device)
+
+    return has_stopped
 
 
 def _until(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
