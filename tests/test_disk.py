@@ -191,6 +191,17 @@ def write_half(context: Any, error: OSError) -> None:
         raise error
 
 
+@pytest.mark.parametrize("end", ["", "/weights"])
+def test_an_error_in_a_temporary_folder_names_the_final_one(end: str, tmp_path: Path) -> None:
+    def written() -> None:
+        with whole_folder(tmp_path / "out") as folder:
+            raise RuntimeError(f"unable to open file <{folder}{end}> in read-write mode: (28)")
+
+    with pytest.raises(RunError) as caught:
+        written()
+    assert caught.value.message.startswith(f"{tmp_path / 'out'}{end}: no space left on device;")
+
+
 def test_an_error_of_the_device_is_known_behind_another_error() -> None:
     def raised(error: Exception) -> BaseException:
         def reading() -> None:

@@ -75,7 +75,9 @@ def coded_error(
     # In an error of a copy, the first file name is the source and the second the target.
     named = found.filename2 or found.filename or place or "a file or the standard output"
     remedy = REMEDIES.get(found.errno or 0, "check the disk and the path")
-    return RunError("RW551", f"{_text(named)}: {(found.strerror or 'it cannot be used').lower()}; {remedy}, {then}.")
+    # A temporary folder is gone by now.
+    final = re.sub(rf"/\.([^/]+)\.partial-{TOKEN}(?=/|$)", r"/\1", _text(named))
+    return RunError("RW551", f"{final}: {(found.strerror or 'it cannot be used').lower()}; {remedy}, {then}.")
 
 
 def is_of_device(error: BaseException | None) -> bool:
@@ -296,20 +298,11 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
             os.rename(partial, output)
             is_in_place = True
             flush(output.parent)
-        except BaseException as error:
+        except BaseException:
             if is_in_place:
                 discard_folder(output)
             shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                _name_final(error, partial, output)
             raise
-
-
-def _name_final(error: OSError, partial: Path, output: Path) -> None:
-    """Replace the temporary path in an error by the final one."""
-    for name in ("filename", "filename2"):
-        if getattr(error, name) is not None:
-            setattr(error, name, _text(getattr(error, name)).replace(str(partial), str(output)))
 
 
 def discard_folder(folder: Path) -> None:
