@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from rankwise import disk
 from rankwise.errors import Interrupted, RunError
 from rankwise.records import load_record
 from rankwise.training import finish
@@ -79,3 +80,15 @@ def test_a_full_disk_at_the_end_is_said_and_made_good(
     assert caught.value.code == "RW513"
     assert load_record(tmp_path / "run").status == "failed"
     assert train(settings(max_steps=2, resume=True)).status == "finished"
+
+
+def test_a_run_that_could_not_begin_leaves_no_record_in_the_way(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fails once, after the record has its name; the advice is to give the same command again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "flush", stopping(disk.flush, 1, OSError(5, "Input/output error")))
+        with pytest.raises(RunError, match="RW551: .*give the same command again"):
+            train(settings(max_steps=1))
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert train(settings(max_steps=1)).status == "finished"

@@ -100,7 +100,14 @@ class Session:
             before = load_record(self.folder)
             self.record.files, self.record.rate_search = before.files, before.rate_search
         remove_strays(self.folder, {RUN_FILE, *OWN_FILES})
-        self.record.save(self.folder)
+        try:
+            self.record.save(self.folder)
+        except BaseException:
+            if self.mode == "new":
+                # The record of a run that has not begun would keep the same command from starting it.
+                with contextlib.suppress(OSError):
+                    (self.folder / RUN_FILE).unlink(missing_ok=True)
+            raise
         if self.record.rate_search is not None:
             notes_of(self.folder).unlink(missing_ok=True)
 
