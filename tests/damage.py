@@ -17,6 +17,14 @@ ODD_VALUES: tuple[Any, ...] = (
 )
 
 
+LONG_YAML = (
+    str([f"x{index}" for index in range(3000)]),
+    "{" + ", ".join(f"k{index}: 1" for index in range(3000)) + "}",
+    "x" * 100_000,
+    "=1,".join(map(str, range(3000))),
+)
+
+
 class TooSlowError(BaseException):
     """No Exception: nothing may catch it."""
 
@@ -160,14 +168,11 @@ def damaged_yaml(draw: random.Random, content: bytes) -> bytes:
         "? y",
         "on",
         "0x7fffffffffffffff",
-        str([f"x{index}" for index in range(3000)]),
-        "{" + ", ".join(f"k{index}: 1" for index in range(3000)) + "}",
-        "x" * 100_000,
-        "=1,".join(map(str, range(3000))),
     ]
     kind = draw.random()
     if kind < 0.8:
         index = draw.randrange(len(lines))
-        lines[index] = lines[index].partition(":")[0] + ": " + draw.choice(odd)
+        value = draw.choice(LONG_YAML) if kind < 0.01 else draw.choice(odd)
+        lines[index] = lines[index].partition(":")[0] + ": " + value
         return "\n".join(lines).encode()
     return (cut if kind < 0.9 else with_another_byte)(draw, content)
