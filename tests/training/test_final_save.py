@@ -82,13 +82,24 @@ def test_a_full_disk_at_the_end_is_said_and_made_good(
     assert train(settings(max_steps=2, resume=True)).status == "finished"
 
 
-def test_a_run_that_could_not_begin_leaves_no_record_in_the_way(
+def test_a_run_that_could_not_begin_is_not_called_running(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk fails once, after the record has its name; the advice is to give the same command again."""
-    with monkeypatch.context() as patch:
-        patch.setattr(disk, "flush", stopping(disk.flush, 1, OSError(5, "Input/output error")))
-        with pytest.raises(RunError, match="RW551: .*give the same command again"):
-            train(settings(max_steps=1))
+
+    def failing(**options: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "flush", stopping(disk.flush, 1, OSError(5, "Input/output error")))
+            with pytest.raises(RunError, match="RW551: .*give the same command again"):
+                train(settings(max_steps=1, **options))
+
+    failing()
     assert not (tmp_path / "run" / "run.json").exists()
-    assert train(settings(max_steps=1)).status == "finished"
+    train(settings(max_steps=1))
+    for options in ({"resume": True}, {"overwrite": True}):
+        record = load_record(tmp_path / "run")
+        record.status = "interrupted"
+        record.save(tmp_path / "run")
+        failing(**options)
+        assert load_record(tmp_path / "run").status == "failed"
+        assert train(settings(max_steps=1, **options)).status == "finished"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from rankwise.compat.torch import is_unit
 from rankwise.disk import coded_errors, remove_strays
-from rankwise.errors import Interrupted, warn
+from rankwise.errors import Interrupted, RunError, warn
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows
 from rankwise.training import callbacks, finish, output, ranks
 from rankwise.training.checkpoints import Checkpoint, remove_unfinished
@@ -103,13 +103,21 @@ class Session:
         try:
             self.record.save(self.folder)
         except BaseException:
-            if self.mode == "new":
-                # The record of a run that has not begun would keep the same command from starting it.
-                with contextlib.suppress(OSError):
-                    (self.folder / RUN_FILE).unlink(missing_ok=True)
+            self._take_back()
             raise
         if self.record.rate_search is not None:
             notes_of(self.folder).unlink(missing_ok=True)
+
+    def _take_back(self) -> None:
+        """Where the disk failed after the record had its name: remove that of a new run, which would keep the same
+        command from starting it; else say that the run failed.
+        """
+        with contextlib.suppress(OSError, RunError):
+            if self.mode == "new":
+                (self.folder / RUN_FILE).unlink(missing_ok=True)
+            elif load_record(self.folder).status == "running":
+                self.record.status = "failed"
+                self.record.save(self.folder)
 
     def _carry_out(self) -> None:
         step = self.checkpoint.step if self.checkpoint else None
