@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankwise.disk import appending, coded_error, hold, is_of_device, whole_file, whole_folder
+from rankwise.disk import appending, coded_error, hold, is_of_device, remove_tree, whole_file, whole_folder
 from rankwise.errors import ConfigError, RankwiseWarning, RunError
 
 HOLDER = """
@@ -189,6 +189,20 @@ def write_half(context: Any, error: OSError) -> None:
         file.write(b"half")
         file.flush()
         raise error
+
+
+def test_a_folder_that_could_not_be_read_once_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.open, iter(range(9))
+
+    def failing(*given: Any, **more: Any) -> int:
+        if next(calls) == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*given, **more)
+
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.setattr(os, "open", failing)
+    remove_tree(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("end", ["", "/weights"])

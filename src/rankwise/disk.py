@@ -301,8 +301,14 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
         except BaseException:
             if is_in_place:
                 discard_folder(output)
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_tree(partial)
             raise
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a temporary folder as far as the disk permits. What failed once is tried again."""
+    for _ in range(2):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def discard_folder(folder: Path) -> None:
@@ -311,7 +317,7 @@ def discard_folder(folder: Path) -> None:
         return
     doomed = _partial(folder)
     os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
 
 
 def _partial(output: Path) -> Path:
@@ -323,7 +329,7 @@ def _remove_partials(output: Path) -> None:
     known = re.compile(rf"\.{re.escape(output.name)}\.partial-{TOKEN}")
     for path in list(output.parent.iterdir()):
         if known.fullmatch(path.name) and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rankwise.disk import flush, flush_tree, follow_umask, system_error
+from rankwise.disk import flush, flush_tree, follow_umask, remove_tree, system_error
 from rankwise.errors import RunError
 from rankwise.foreign import read_json
 from rankwise.records import write_json
@@ -71,7 +71,7 @@ def temporary_folder(run_folder: Path, name: str, size_bytes: int = 0) -> Iterat
         try:
             yield temporary
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_tree(temporary)
 
 
 def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
@@ -147,7 +147,7 @@ def remove_unfinished(run_folder: Path) -> None:
     """Remove files that killed processes left in the checkpoint folder."""
     for path in (run_folder / FOLDER).glob(f"{TEMPORARY}*"):
         if _is_temporary(path):
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
 
 
 def foreign_items(run_folder: Path) -> list[str]:
@@ -264,4 +264,4 @@ def _discard(path: Path) -> None:
         return
     doomed = path.parent / f"{TEMPORARY}old-{path.name}-{os.getpid()}"
     os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)

@@ -71,9 +71,9 @@ class Session:
         if ranks.is_writer():
             with coded_errors(self.folder, "and give the same command again"):
                 self._open_folder()
-        ranks.check_same_file(self.folder / RUN_FILE)
         try:
             with coded_errors(self.folder, "and continue with --resume"):
+                ranks.check_same_file(self.folder / RUN_FILE)
                 self._carry_out()
         except Interrupted:
             self._close_early("interrupted")
