@@ -84,7 +84,7 @@ class RunRecord:
     # name, revision or file, sha256 of its weights, dtype, quantization.
     base_model: JsonObject = dataclasses.field(default_factory=dict)
     # Per file: path, sha256, rows, tokens, trained tokens, truncated and dropped rows.
-    data: JsonObject = dataclasses.field(default_factory=dict)
+    data: dict[str, JsonObject] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     device: JsonObject = dataclasses.field(default_factory=dict)
     # Number of processes that trained together, each on its own device. Speeds are totals over the processes; memory is

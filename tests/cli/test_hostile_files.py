@@ -346,9 +346,11 @@ def test_a_base_model_that_is_no_name_is_shown_as_it_is(rankwise, run_folder, tm
     assert "['x']" in done.stdout
 
 
-def test_a_record_of_other_types_is_named_by_field(tmp_path):
-    (tmp_path / "run.json").write_text('{"method": "lora", "seed": 0, "settings": {}, "base_model": []}')
-    with pytest.raises(RunError, match="RW501: .*base_model"):
+@pytest.mark.parametrize(("field", "value"), [("base_model", []), ("data", {"train": []}), ("data", {"eval": "x"})])
+def test_a_record_of_other_types_is_named_by_field(field, value, tmp_path):
+    record = {"method": "lora", "seed": 0, "settings": {}, field: value}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=f"RW501: .*{field}"):
         load_record(tmp_path)
 
 

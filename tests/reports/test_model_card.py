@@ -124,7 +124,8 @@ def test_data_settings_and_modules_are_tables() -> None:
 
 
 def test_a_bar_in_a_value_does_not_break_the_table() -> None:
-    card = model_card(record(warnings=[{"code": "RW218", "message": "a | b\nc"}], data={"source": "x|y"}), CONFIG)
+    told = [{"code": "RW218", "message": "a | b\nc"}]
+    card = model_card(record(warnings=told, data={"train": {"source": "x|y"}}), CONFIG)
 
     assert "x\\|y" in card
     assert "- RW218: a \\| b c" in card

@@ -196,14 +196,11 @@ def _settings(settings: Fields) -> list[tuple[str, Json]]:
     return [(name, value) for name, value in known.items() if value is not None and name not in LOCAL_SETTINGS]
 
 
-def _data(data: Fields) -> str:
-    """The data of the run: one column per file where the record keeps several, and only the last part of a path."""
-    files = {name: facts for name, facts in data.items() if isinstance(facts, Mapping)}
-    if not files:
-        return _table(("what", "value"), [(name, _place(name, value)) for name, value in data.items()])
-    fields = dict.fromkeys(field for facts in files.values() for field in facts)
-    rows = [(field, *(_place(field, facts.get(field, "")) for facts in files.values())) for field in fields]
-    return _table(("what", *files), rows)
+def _data(data: Mapping[str, Fields]) -> str:
+    """The data of the run: one column for each file, and only the last part of a path."""
+    fields = dict.fromkeys(field for facts in data.values() for field in facts)
+    rows = [(field, *(_place(field, facts.get(field, "")) for facts in data.values())) for field in fields]
+    return _table(("what", *data), rows)
 
 
 def _place(field: str, value: Json) -> Json:
