@@ -124,7 +124,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
         writer.add_add_space_prefix(_prepends_space(document))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pre_tokenizer(document, folder))
+        writer.add_tokenizer_pre(_pre_tokenizer(document))
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([int(kind) for _, kind in listed])
     special.add_to_gguf(writer, quiet=True)
@@ -152,7 +152,7 @@ def _prepends_space(document: JsonObject) -> bool:
     )
 
 
-def _pre_tokenizer(document: JsonObject, folder: Path) -> str:
+def _pre_tokenizer(document: JsonObject) -> str:
     """llama.cpp's name of how text is split before merging. Raises ModelError (RW744) for one that is not known."""
     parts = _splitters(document)
     expressions = [str((part.get("pattern") or {}).get("Regex", "")) for part in parts]
@@ -166,6 +166,7 @@ def _pre_tokenizer(document: JsonObject, folder: Path) -> str:
         return "gpt-2"
     raise ModelError(
         "RW744",
-        f"llama.cpp's name of the tokenizer in {folder} is not known here; merge with rankwise merge, and convert that "
-        "folder with llama.cpp's convert_hf_to_gguf.py, or give the model's own GGUF with --base-gguf.",
+        f"llama.cpp's name of this model's tokenizer, which splits text by {', '.join(map(str, kinds)) or 'nothing'}, "
+        "is not known here; merge with rankwise merge, and convert that folder with llama.cpp's convert_hf_to_gguf.py, "
+        "or give the model's own GGUF with --base-gguf.",
     )
