@@ -174,7 +174,7 @@ def write_gguf(draw: Draw, place: Path) -> None:
             return number(inner, "I") + number(count) + b"".join(value(inner) for _ in range(count) if inner != 9)
         return draw.randbytes({0: 1, 1: 1, 2: 2, 3: 2, 7: 1, 10: 8, 11: 8, 12: 8}.get(kind, 4))
 
-    keys = [b"general.architecture", *draw.sample([b"a", b"general.alignment", b"\xff", b"llama.block_count"], 2)]
+    keys = [b"general.architecture", *draw.sample([b"a", b"a", b"general.alignment", b"\xff", b"llama.block_count"], 2)]
     kinds = [8, *(draw.choice([0, 4, 5, 6, 7, 8, 9, 10, 12, 13]) for _ in keys[1:])]
     entries = b"".join(text(key) + number(kind, "I") + value(kind) for key, kind in zip(keys, kinds))
     tensors, offset = b"", 0
@@ -184,7 +184,7 @@ def write_gguf(draw: Draw, place: Path) -> None:
         kind = draw.choice([0, 1, 2, 8, 12, 30, 99])
         tensors += text(name) + number(len(shape), "I") + b"".join(map(number, shape))
         tensors += number(kind, "I") + number(offset)
-        offset += 128
+        offset += draw.choice([128, 128, 128, 0])
     start = b"GGUF" + number(3, "I") + number(len(names)) + number(len(keys))
     content = start + entries + tensors
     content += bytes(-len(content) % 32) + bytes(draw.choice([offset, 0, 4096]))

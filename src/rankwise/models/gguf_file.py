@@ -72,7 +72,13 @@ class _Reader:
         if version not in (2, 3):
             raise Malformed(f"is of GGUF version {version}, where 2 and 3 can be read; convert it again")
         tensor_count, entry_count = self.number("Q"), self.number("Q")
-        metadata = dict(self.entry() for _ in range(entry_count))
+        metadata: JsonObject = {}
+        for _ in range(entry_count):
+            key, value = self.entry()
+            if key in metadata:
+                # Readers differ in which one they take.
+                raise Malformed(f"holds the setting {key!r} twice; convert it again")
+            metadata[key] = value
         if not isinstance(metadata.get("general.architecture"), str):
             raise Malformed("does not name its architecture (general.architecture); convert it again")
         tensors = [self.tensor() for _ in range(tensor_count)]
@@ -145,6 +151,11 @@ class _Reader:
                     "download it again"
                 )
             tensors[name] = GgufTensor(shape, kind, offset, end)
+        position = 0
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if tensor.begin < position:
+                raise Malformed(f"stores {name!r} over another tensor's bytes; it is damaged, download it again")
+            position = tensor.end
         return tensors
 
     def data_start(self, alignment: Value) -> int:
