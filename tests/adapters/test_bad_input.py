@@ -11,6 +11,8 @@ from adapted_models import logits
 from safetensors.torch import load_file, save_file
 
 import rankwise as rw
+from rankwise.adapters.peft_config import from_peft
+from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.weights_file import read_header
 from tiny_models import tiny_gpt2, tiny_llama
@@ -156,6 +158,29 @@ def test_fields_that_change_the_result(folder, change):
 def test_harmless_unknown_fields_are_ignored(folder):
     edit_config(folder, qalora_group_size=16, peft_version="0.99.0", some_future_note=None, eva_config=None)
     rw.load_adapter(tiny_llama(), folder)
+
+
+def test_fields_left_out_have_pefts_defaults(folder):
+    document = json.loads((folder / "adapter_config.json").read_text())
+    del document["r"], document["lora_alpha"]
+    config = from_peft(document, folder)
+    assert (config.r, config.lora_alpha) == (8, 8)
+    with pytest.raises(AdapterError, match="lora_alpha is None"):
+        from_peft({**document, "lora_alpha": None}, folder)
+
+
+@pytest.mark.parametrize("name", ["layers.0.x.lora_B", f"layers.{'9' * 5000}.x.lora_B"])
+def test_inspect_reads_any_name_and_refuses_other_dtypes(folder, capsys, name):
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(2, 2)}))
+    assert main(["inspect", str(folder)]) == 0
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(2, 2, dtype=torch.uint8)}))
+    assert main(["inspect", str(folder)]) == 2
+    assert "error RW411" in capsys.readouterr().err
+
+
+def test_a_token_far_beyond_the_embedding(folder):
+    edit_config(folder, trainable_token_indices=[10**9])
+    fails(tiny_llama(), folder, "RW410", "the token 1,000,000,000")
 
 
 def test_bad_values_in_the_config(folder):

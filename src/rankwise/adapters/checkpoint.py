@@ -96,7 +96,6 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
     make_room(model, config)
     planned = plan_adapter(model, config, name, is_foreign=True)
     _check_fit(model, config, planned, {key: info.shape for key, info in header.tensors.items()}, folder)
-    _check_dtypes({key: info.dtype for key, info in header.tensors.items()}, folder)
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     _check_finite(tensors, folder)
     return AdapterFile(config, planned, tensors)
@@ -115,10 +114,11 @@ def _with_tied_head(model: nn.Module, config: LoraConfig, header: WeightsHeader)
 
 
 def read_folder(folder: Path) -> tuple[LoraConfig, WeightsHeader]:
-    """The configuration and the weights header of an adapter folder. Raises AdapterError (RW409, RW410)."""
+    """The configuration and the weights header of an adapter folder. Raises AdapterError (RW409, RW410, RW411)."""
     document = read_config(folder)
     refuse_pickles(folder, error=AdapterError, code="RW409")
     header = read_header(folder / WEIGHTS_FILE, error=AdapterError, code="RW409")
+    _check_dtypes({key: info.dtype for key, info in header.tensors.items()}, folder)
     return _with_parts(from_peft(document, folder / CONFIG_FILE), header.metadata), header
 
 

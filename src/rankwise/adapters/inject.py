@@ -199,12 +199,19 @@ def _planned_rows(
 
 def make_room(model: nn.Module, config: LoraConfig) -> None:
     """Resize the embedding and the head for the new tokens of a stored adapter, which holds their rows; those of the
-    base are zero.
+    base are zero. Raises AdapterError (RW410) for a token far beyond both, whose row would take any amount of memory.
     """
-    most = max((max(ids) for ids in config.token_rows.values()), default=-1)
+    ids = [index for rows in config.token_rows.values() for index in rows]
+    most = max(ids, default=-1)
     embedding = model_end(model, "input")
     if embedding is None or most < (before := embedding.get_parameter("weight").shape[0]):
         return
+    if most > 2 * before + len(ids):
+        raise AdapterError(
+            "RW410",
+            f"trainable_token_indices names the token {most:,}, and the embedding has {before:,} rows; give the base "
+            "model on which the adapter was trained.",
+        )
     resize: Callable[..., nn.Module] = model.resize_token_embeddings  # type: ignore[assignment]
     resize(most + 1, mean_resizing=False)
     for end in (model_end(model, "input"), model_end(model, "output")):

@@ -46,6 +46,9 @@ _FIXED_FIELDS: JsonObject = {
     "velora_config": None,
 }
 
+# PEFT's defaults of the fields whose defaults in `LoraConfig` are others.
+_PEFT_DEFAULTS: JsonObject = {"r": 8, "lora_alpha": 8}
+
 # Initialisations that leave the base's weights alone. Others (pissa, olora, corda, lora_ga, loftq, ...) change them.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -87,6 +90,8 @@ def from_peft(document: Fields, source: Path) -> LoraConfig:
             f"{source} sets {shown}, which changes what the adapter computes and is not supported; use PEFT.",
         )
     fields = {name: document[name] for name in _SHARED_FIELDS if document.get(name) is not None}
+    # A null here is refused below, as in PEFT.
+    fields |= {name: document.get(name, default) for name, default in _PEFT_DEFAULTS.items()}
     if fields.get("target_parameters"):
         # A PEFT file without target_modules adapts parameters alone.
         fields.setdefault("target_modules", ())

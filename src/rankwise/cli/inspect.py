@@ -170,7 +170,7 @@ def norms_of_b(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> JsonObject:
     with safetensors.safe_open(path, framework="pt") as file:
         for name in shapes:
             if re.search(r"\.lora_(embedding_)?B", name):
-                number = re.search(r"\.(\d+)\.", name)
+                number = re.search(r"\.(\d{1,9})\.", name)
                 squares[int(number[1]) if number else -1] += float(file.get_tensor(name).float().square().sum())
     layers = {layer: math.sqrt(value) for layer, value in sorted(squares.items())}
     return {
