@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from damage import limited
 from rankwise.errors import AdapterError, ModelError
 from rankwise.weights_file import MAX_HEADER_BYTES, read_header, refuse_pickles, sha256_of, sha256_of_files
 
@@ -94,6 +96,12 @@ def test_truncated_file_says_both_sizes(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match=f"is 1,234 bytes where its header promises {len(whole):,}; download it again"):
         read_header(path)
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with limited(10), pytest.raises(ModelError, match="is not a regular file"):
+        read_header(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 3, 7, 8, 20])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Iterable
 from math import prod
@@ -93,7 +94,11 @@ class Malformed(Exception):
 
 
 def _read_header(path: Path) -> WeightsHeader:
-    size_bytes = os.path.getsize(path)
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        # Opening a named pipe would block.
+        raise Malformed(f"is not a regular file; {AGAIN}")
+    size_bytes = status.st_size
     with open(path, "rb") as file:
         start = file.read(64)
         _refuse_other_formats(start)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.models import load_model, load_skeleton, load_tokenizer, model_facts, model_hash
@@ -159,6 +159,20 @@ BAD = {
         rf"{Q_PROJ} is \(3, 5\), expected \(32, 32\)",
     ),
     "far too small": (lambda f: edit_config(f, num_hidden_layers=40), "RW308", "describes .* parameters"),
+    "labels without end": (lambda f: edit_config(f, num_labels=10**9), "RW302", "num_labels = 1,000,000,000"),
+    "lists without end": (lambda f: edit_config(f, attention_types=[[["global"], 10**9]]), "RW302", "attention_types"),
+    "parts without end": (
+        lambda f: edit_config(f, text_config={"num_layers": 501}),
+        "RW302",
+        r"text_config\.num_layers",
+    ),
+    "tuples as outputs": (lambda f: edit_config(f, return_dict=False), "RW302", "return_dict to False"),
+    "a kernel's code": (lambda f: edit_config(f, attn_implementation={"": "a/b"}), "RW304", "kernel 'a/b'"),
+    "large and quantized": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}, vocab_size=2**31),
+        "RW308",
+        r"expected \(2147483648, 32\)",
+    ),
     "NaN": (lambda f: edit_weights(f, lambda t: t[Q_PROJ].fill_(float("nan"))), "RW323", Q_PROJ),
     "a shard missing": (shards(lambda f: min(f.glob("model-*")).unlink()), "RW305", "lacks 1 of"),
     "a shard outside": (shards(edit_index(lambda m: m.update(a="/etc/x.safetensors"))), "RW305", "of that folder"),
@@ -169,6 +183,16 @@ BAD = {
         "names tensors that are missing: a in",
     ),
 }
+
+
+def test_tables_of_any_size_are_refused(tmp_path: Path) -> None:
+    """GPT-J's positions are computed, and no weight says how many there are."""
+    config = AutoConfig.for_model("gptj", vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=8, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert load_model(tmp_path)[0].config.n_positions == 64
+    edit_config(tmp_path, n_positions=2**31)
+    with pytest.raises(ModelError, match=r"RW308: .* bytes of tables"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -21,13 +21,15 @@ from rankwise.models.gguf_file import read_gguf_header
 WIDTH, HIDDEN, VOCABULARY, HEADS = 32, 64, 97, 4
 
 
-def write_tiny(path: Path, *, tied: bool = True, extra: str | None = None, architecture: str = "llama") -> Path:
+def write_tiny(
+    path: Path, *, tied: bool = True, extra: str | None = None, architecture: str = "llama", width: int = HIDDEN
+) -> Path:
     """A one-layer Llama in Q8_0 with random weights and no tokenizer."""
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(1)
-    writer.add_feed_forward_length(HIDDEN)
+    writer.add_feed_forward_length(width)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -191,6 +193,16 @@ DAMAGE = {
         gguf_bytes([ARCHITECTURE, entry(b"general.alignment", 4, b"\0\0\0\0")]),
         "not a power of two",
     ),
+    "a setting twice": (gguf_bytes([ARCHITECTURE, ARCHITECTURE]), "'general.architecture' twice"),
+    "tensors over each other": (
+        gguf_bytes(
+            [ARCHITECTURE],
+            tensors=2,
+            tail=b"".join(text(name) + struct.pack("<IQIQ", 1, 8, 0, 0) for name in (b"a", b"b")) + b"\0" * 64,
+        ),
+        "over another tensor's bytes",
+    ),
+    "layers without end": (gguf_bytes([ARCHITECTURE, entry(b"llama.block_count", 4, b"\xff" * 4)]), "4,294,967,295"),
     "not UTF-8": (gguf_bytes([entry(b"\xff\xfe", 4, b"\0\0\0\0")]), "UTF-8"),
 }
 
@@ -205,6 +217,11 @@ def test_damage_is_one_sentence(name: str, tmp_path: Path) -> None:
         load_model(path)
     assert caught.value.code == "RW310"
     assert "model.gguf" in caught.value.message
+
+
+def test_sizes_beyond_the_tensors_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="RW308: .* describes 206,"):
+        load_model(write_tiny(tmp_path / "tiny.gguf", width=2**31 - 1))
 
 
 def test_a_truncated_file_is_refused(tiny: Path) -> None:

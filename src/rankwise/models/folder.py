@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeGuard
 
 from pydantic import Field
 
 from rankwise.errors import ModelError, warn
-from rankwise.foreign import Fields, JsonObject, checked, read_object
+from rankwise.foreign import Fields, Json, JsonObject, checked, read_object
 from rankwise.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 CONFIG_FILE = "config.json"
-MOST_PARTS = 10_000
-COUNTS = re.compile(r"(layers?|experts|blocks?)$|depth")
+# The most that transformers builds in a second; no model has as many.
+MOST_PARTS, MOST_EXPERTS = 500, 10_000
+# `attention_types` holds [[kinds, repeats], ...], `altup_num_inputs` counts matrices.
+COUNTS = re.compile(r"(layers?|blocks?|block_count|codebooks|quantizers|types|inputs|depth[^.]*)$")
+EXPERTS = re.compile(r"(experts|expert_count|labels)$")
 GENERATION_FILE = "generation_config.json"
 ADAPTER_FILE = "adapter_config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -31,6 +34,9 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tekken.json",
 )
+
+# Settings in which transformers takes a kernel of the hub by the name of its repository.
+KERNELS = re.compile(r"(^|\.)_?(attn|experts)_implementation(\.|$)")
 
 # Some families write -1 for a missing token.
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]
@@ -77,23 +83,34 @@ def read_config(folder: Path) -> JsonObject:
             "RW302",
             f"{folder / CONFIG_FILE} has the model_type {config['model_type']!r}, not a name; download it again.",
         )
-    _check_counts(config, folder)
+    check_values(config, folder / CONFIG_FILE)
     return config
 
 
-def _check_counts(config: Fields, folder: Path) -> None:
-    """Raise ModelError (RW302) for an impossible number of layers or experts, in the config or in those of its parts.
-
-    transformers builds all of them before any weight is read.
+def check_values(config: Fields, path: Path, code: str = "RW302") -> None:
+    """Raise ModelError (``code``) for an impossible number of layers, experts or labels, all of which transformers
+    builds before any weight is read, and for ``return_dict: false``, with which a model returns no names.
     """
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key, value in part.items():
-            if isinstance(value, int) and value > MOST_PARTS and COUNTS.search(key):
-                raise ModelError(
-                    "RW302",
-                    f"{folder / CONFIG_FILE} has {key} = {value:,}, and a model has at most {MOST_PARTS:,}; "
-                    "download it again.",
-                )
+    for key, value in _values(config):
+        most = MOST_EXPERTS if EXPERTS.search(key) else MOST_PARTS if COUNTS.search(key) else None
+        if most is not None and isinstance(value, int | float) and value > most:
+            raise ModelError(
+                code, f"{path} has {key} = {value:,}, and a model has at most {most:,}; download it again."
+            )
+        if key.rpartition(".")[2] == "return_dict" and not value:
+            raise ModelError(code, f"{path} sets {key} to {value!r}; remove this setting.")
+
+
+def _values(content: Json, key: str = "") -> Iterator[tuple[str, Json]]:
+    """Every (``KEY.KEY``, value) of a JSON document that is neither an object nor a list, whose values have its key."""
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            yield from _values(value, f"{key}.{name}" if key else name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _values(value, key)
+    else:
+        yield key, content
 
 
 @dataclasses.dataclass
@@ -165,8 +182,15 @@ def _read_object(path: Path) -> JsonObject:
 def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool) -> None:
     """Raise ModelError (RW303, RW304) unless transformers can build a causal language model from this config."""
     has_code = bool(config.get("auto_map"))
-    if has_code and trust_remote_code:
+    if trust_remote_code and has_code:
         return
+    kernels = [value for key, value in _values(config) if KERNELS.search(key) and "/" in str(value)]
+    if kernels and not trust_remote_code:
+        raise ModelError(
+            "RW304",
+            f"{folder} asks for the kernel {kernels[0]!r}, which is code of another repository; read that code, and "
+            "allow it with --trust-remote-code, or remove the setting from its config.json.",
+        )
     model_type = config.get("model_type")
     known = _is_known(model_type)
     if known and auto_class(model_type) is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import warn
 from rankwise.foreign import Fields
+from rankwise.models.folder import check_values
 from rankwise.models.gguf_file import read_gguf_header
 
 if TYPE_CHECKING:
@@ -36,11 +37,12 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
 
     header = read_gguf_header(path)
     architecture = str(header.metadata["general.architecture"])
+    start = f"{architecture}."
+    own = {key.removeprefix(start): value for key, value in header.metadata.items() if key.startswith(start)}
+    check_values(own, path, "RW310")
     # From an empty folder, since transformers would read an adapter_config.json next to the file.
     with tempfile.TemporaryDirectory() as nowhere:
         config: PreTrainedConfig = AutoConfig.from_pretrained(nowhere, gguf_file=str(path.resolve()))
-    start = f"{architecture}."
-    own = {key.removeprefix(start): value for key, value in header.metadata.items() if key.startswith(start)}
     ignored = sorted(name for name in header.tensors if name.startswith("rope_"))
     if architecture in ARCHITECTURES:
         _complete(config, architecture, own)

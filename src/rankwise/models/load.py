@@ -22,7 +22,7 @@ from rankwise.models.folder import FolderContent, auto_class, check_folder, has_
 from rankwise.models.gguf_config import config_of_gguf
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.quiet import quiet, reason_of
-from rankwise.models.skeleton import load_skeleton
+from rankwise.models.skeleton import load_skeleton, skeleton_of
 from rankwise.models.source import ModelSource, fetch_model
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # transformers' names of formats whose layers have no gradient, and which transformers can load as dense weights.
 DEQUANTIZED_ON_LOADING = ("fp8", "mxfp4", "compressed-tensors")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+# Of positions and masks, which some families compute from config.json.
+LARGEST_TABLES_BYTES = 100_000_000
 Model = str | os.PathLike[str] | ModelSource
 
 
@@ -165,16 +167,17 @@ def _load_folder(
 ) -> PreTrainedModel:
     path = _path(source)
     content = check_folder(path, trust_remote_code=trust_remote_code)
+    arguments = _quantization_arguments(path, content, quantization, trust_remote_code)
     _check_shapes(source, content, trust_remote_code)
-    arguments: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
+    placed: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     model = _from_pretrained(
         source,
         str(path),
         dtype="auto" if dtype is None else dtype,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
-        **_quantization_arguments(path, content, quantization, trust_remote_code),
         **arguments,
+        **placed,
     )
     if quantization is not None and content.config.get("quantization_config") is not None:
         _warn_of_another_format(model, path, quantization)
@@ -261,6 +264,8 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
     # Loaded from an empty folder, since transformers would read an adapter_config.json next to the file.
     with tempfile.TemporaryDirectory() as nowhere, _explaining(source), quiet(), gguf_read_once():
         config = config_of_gguf(path)
+        tensors = read_gguf_header(path).tensors.values()
+        _check_amount(source, skeleton_of(config), sum(prod(tensor.shape) for tensor in tensors))
         model = _from_pretrained(
             source,
             nowhere,
@@ -342,24 +347,34 @@ def _check_shapes(source: ModelSource, content: FolderContent, trust_remote_code
 
     Only common names are compared, since transformers renames and fuses some tensors while it loads.
     """
-    if content.config.get("quantization_config") is not None:
-        return
-    stored = {name: info.shape for header in content.headers.values() for name, info in header.tensors.items()}
+    stored = {name: info for header in content.headers.values() for name, info in header.tensors.items()}
     skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
     wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    # bitsandbytes stores 4-bit codes under the name of the weight.
     wrong = [
-        f"{name} is {stored[name]}, expected {shape}"
+        f"{name} is {stored[name].shape}, expected {shape}"
         for name, shape in wanted.items()
-        if name in stored and stored[name] != shape
+        if name in stored and stored[name].shape != shape and f"{name}.absmax" not in stored
     ]
     if wrong:
         raise ModelError("RW308", f"the weights of {source.path} do not fit its config.json: {some_of(wrong)}.")
-    held, needed = sum(map(prod, stored.values())), sum(map(prod, wanted.values()))
-    if needed > 2 * held:
+    if content.config.get("quantization_config") is None:
+        held = sum(prod(info.shape) for info in stored.values())
+    else:
+        # No format has less than a bit for a weight.
+        held = 8 * sum(info.end - info.begin for info in stored.values())
+    _check_amount(source, skeleton, held)
+
+
+def _check_amount(source: ModelSource, skeleton: PreTrainedModel, held: int) -> None:
+    """Raise ModelError (RW308) for a config with far more weights than its files, or with huge tables beside them."""
+    needed = sum(parameter.numel() for parameter in skeleton.parameters())
+    tables = sum(buffer.nbytes for buffer in skeleton.buffers())
+    if needed > 2 * held or tables > LARGEST_TABLES_BYTES + 4 * held:
         raise ModelError(
             "RW308",
-            f"config.json of {source.path} describes {needed:,} parameters, and its weights hold {held:,}; "
-            "get both again.",
+            f"the config of {source.path} describes {needed:,} parameters and {tables:,} bytes of tables, and its "
+            f"weights hold at most {held:,} numbers; get both again.",
         )
 
 

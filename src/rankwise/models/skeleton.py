@@ -29,12 +29,9 @@ def load_skeleton(
     assert source.path is not None
     if not source.is_gguf:
         check_architecture(read_config(source.path), source.path, trust_remote_code=trust_remote_code)
-    import torch
-
     try:
-        with torch.device("meta"), quiet():
-            config = _config(source, trust_remote_code)
-            return auto_class(config.model_type).from_config(config, trust_remote_code=trust_remote_code)
+        with quiet():
+            return skeleton_of(_config(source, trust_remote_code), trust_remote_code=trust_remote_code)
     except ModelError:
         raise
     except Exception as error:
@@ -42,6 +39,14 @@ def load_skeleton(
         raise ModelError(
             "RW303", f"transformers cannot build the model that {source.path} describes: {reason_of(error)}."
         ) from error
+
+
+def skeleton_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config, on the meta device. transformers may raise anything."""
+    import torch
+
+    with torch.device("meta"):
+        return auto_class(config.model_type).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
