@@ -126,6 +126,8 @@ def test_version_names_the_libraries(rankwise):
         (DataError("RW203", "line 3 has no prompt."), 2, "error RW203: line 3 has no prompt."),
         (Interrupted("RW540", "stopped after step 3."), 130, "interrupted RW540: stopped after step 3."),
         (KeyboardInterrupt(), 130, "interrupted RW543: "),
+        (Exception("WordPiece error"), 2, "error RW317: the tokenizer fails on a text: WordPiece error; "),
+        (type("PanicException", (BaseException,), {})("Onig"), 2, "error RW317: the tokenizer fails on a text: Onig; "),
         (RuntimeError("boom\nsecond line"), 1, "error RW900: a fault of rankwise: RuntimeError: boom; "),
         (MemoryError(), 2, "error RW550: "),
         (PermissionError(13, "Permission denied", "/somewhere"), 2, "error RW551: /somewhere: permission denied"),

@@ -274,6 +274,30 @@ def test_a_broken_tokenizer_is_an_error_and_none_is_none(folder: Path) -> None:
     assert caught.value.code == "RW317"
 
 
+def test_a_tokenizer_that_multiplies_a_text_is_refused(folder: Path) -> None:
+    save_tokenizer(folder, tokens=97)
+    path = folder / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    path.write_text(json.dumps({**whole, "normalizer": {"type": "Sequence", "normalizers": [doubling] * 2}}))
+    assert len(load_tokenizer(folder)) == 97
+    for part in (
+        {"normalizer": {"type": "Sequence", "normalizers": [doubling] * 40}},
+        {"post_processor": around(5000)},
+    ):
+        path.write_text(json.dumps({**whole, **part}))
+        with pytest.raises(ModelError, match=r"RW317: .* (5,000 tokens|1,099,511,627,776 times)"):
+            load_tokenizer(folder)
+
+
+def around(count: int) -> dict[str, object]:
+    """A post-processor that puts ``count`` tokens before a text."""
+    special = {"t1": {"id": "t1", "ids": [1] * count, "tokens": ["t1"] * count}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    single = [{"SpecialToken": {"id": "t1", "type_id": 0}}, text]
+    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+
+
 def save_tokenizer(folder: Path, tokens: int) -> None:
     vocabulary = {f"t{number}": number for number in range(tokens)}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="t0"))

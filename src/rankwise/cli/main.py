@@ -51,6 +51,7 @@ from rankwise.errors import (
     ConfigError,
     InternalError,
     Interrupted,
+    ModelError,
     RankwiseError,
     first_line,
     is_out_of_memory,
@@ -110,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # ``rankwise ... | head``; the code is rich's.
         _give_up_stdout()
         return 1
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last handler: any error becomes one line
+    except BaseException as error:
+        # The last handler: any error becomes one line.
+        if not isinstance(error, Exception | KeyboardInterrupt) and not _is_of_tokenizers(error):
+            raise
         return _report(_as_ours(error), error, as_json=as_json)
 
 
@@ -214,6 +218,11 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
     return error.exit_code
 
 
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """Whether the library tokenizers failed: it raises plain Exceptions, and Rust's panics, which are none."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
 def _as_ours(error: BaseException) -> RankwiseError:
     """The error that the user reads. RankwiseErrors stay unchanged; usage, memory and file-system errors get a code and
     advice.
@@ -229,6 +238,8 @@ def _as_ours(error: BaseException) -> RankwiseError:
         return out_of_memory(error)
     if (coded := coded_error(error)) is not None:
         return coded
+    if _is_of_tokenizers(error):
+        return ModelError("RW317", f"the tokenizer fails on a text: {first_line(error)}; download its files again.")
     advice = f"please report it with what {DEBUG_VARIABLE}=1 prints"
     return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {first_line(error)}; {advice}.")
 

@@ -6,6 +6,7 @@ The loaded model is in evaluation mode, complete (no tensor is newly initialised
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,8 @@ DEQUANTIZED_ON_LOADING = ("fp8", "mxfp4", "compressed-tensors")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # Of positions and masks, which some families compute from config.json.
 LARGEST_TABLES_BYTES = 100_000_000
+# Tokens that a tokenizer puts around a text, and times that it makes a text longer.
+MOST_ADDED = 1000
 Model = str | os.PathLike[str] | ModelSource
 
 
@@ -154,6 +157,25 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     if not isinstance(template, str | dict | None):
         kind = type(template).__name__
         raise ModelError("RW317", f"the tokenizer in {path} has a chat_template that is a {kind}; give Jinja text.")
+    added, growth = tokenizer.num_special_tokens_to_add(), _growth(tokenizer)
+    if added > MOST_ADDED or growth > MOST_ADDED:
+        raise ModelError(
+            "RW317",
+            f"the tokenizer in {path} adds {added:,} tokens to a text and makes it {growth:,.0f} times as long; its "
+            "tokenizer.json is damaged or hostile, download it again.",
+        )
+
+
+def _growth(tokenizer: Any) -> float:
+    """How many times as long the normalizers may make a text, one after the other."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    growth, rest = 1.0, [] if normalizer is None else [json.loads(normalizer.__getstate__())]
+    for item in rest:
+        rest += item.get("normalizers", ())
+        pattern = item.get("pattern") or {}
+        growth *= max(1.0, len(item.get("content", "")) / max(1, len(pattern.get("String", ""))))
+        growth *= max(1, len(item.get("prepend", "")))
+    return growth
 
 
 def _path(source: ModelSource) -> Path:
