@@ -157,7 +157,20 @@ def damaged_values(draw: random.Random, content: bytes) -> bytes:
 
 def damaged_yaml(draw: random.Random, content: bytes) -> bytes:
     lines = content.decode().splitlines()
-    odd = ["!!int ''", "&a [*a]", "2024-01-01", "[" * 300, "{" * 30, "!!binary x", "1e999", ".nan", "9" * 30, "-1", "~"]
+    odd = [
+        "0x" + "f" * 5000,
+        "!!int ''",
+        "&a [*a]",
+        "2024-01-01",
+        "[" * 300,
+        "{" * 30,
+        "!!binary x",
+        "1e999",
+        ".nan",
+        "9" * 30,
+        "-1",
+        "~",
+    ]
     odd += [
         "[a, [b]]",
         "{a: 1}",

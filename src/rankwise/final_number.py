@@ -23,7 +23,7 @@ MARKERS = (
     # ``#### Step 2: add them`` and ``#### 2. Add them`` are headings.
     re.compile(rf"####(?!{SIGNS}\d+[.):]\s+[^\W\d])(?={SIGNS}\d)(?P<rest>[^\n]*)"),
     re.compile(r"\\boxed\s*\{(?P<rest>[^{}\n]*)"),
-    re.compile(rf"(?im:{ANSWER}|^\s*A:(?![^\n]*(?:{ANSWER})))(?P<rest>[^\n]*)"),
+    re.compile(rf"(?im:{ANSWER}|^[^\S\n]*A:(?![^\n]*(?:{ANSWER})))(?P<rest>[^\n]*)"),
 )
 # The calculator annotations in GSM8K's solutions: 48/2 = <<48/2=24>>24.
 CALCULATOR = re.compile(r"<<[^<>\n]*>>")

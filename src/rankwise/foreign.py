@@ -23,8 +23,8 @@ LARGEST_BYTES = 50_000_000
 DEEPEST = 64
 # Maximum digits of an integer. Tokenizers write a maximum length of 10^30; integers above 10^308 fit in no float.
 LONGEST_NUMBER = 40
-# Gzip may unpack to this many bytes plus this many times its packed size. Text shrinks to a fifth, zeros 1,000 times.
-UNPACKED_BYTES, UNPACKED_TIMES = 200_000_000, 50
+# A packed file may hold this many bytes plus this many times its size. Text shrinks to a fifth, zeros 1,000 times.
+UNPACKED_BYTES, UNPACKED_TIMES = 1_000_000, 50
 
 # Any value of JSON, to read.
 Json = str | float | None | Sequence["Json"] | Mapping[str, "Json"]
@@ -81,7 +81,7 @@ def parse_json(
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    _check_depth(found)
+    check_depth(found)
     if not halves and ("\\ud" in text or "\\uD" in text):
         # A lone surrogate is not a character, and text that holds one cannot be encoded.
         json.dumps(found, ensure_ascii=False).encode("utf-8")
@@ -97,9 +97,14 @@ def each_once(pairs: list[tuple[str, Json]]) -> JsonObject:
     return content
 
 
+def most_unpacked(packed_bytes: int) -> int:
+    """The most bytes that a packed file of ``packed_bytes`` may hold."""
+    return UNPACKED_BYTES + UNPACKED_TIMES * packed_bytes
+
+
 def unpacked(content: bytes) -> bytes:
     """The content of gzip data. Raises ValueError with the reason: truncated, not gzip, or unpacks beyond the limit."""
-    limit = UNPACKED_BYTES + UNPACKED_TIMES * len(content)
+    limit = most_unpacked(len(content))
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
             found = file.read(limit + 1)
@@ -212,7 +217,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _check_depth(content: Json) -> None:
+def check_depth(content: Json) -> None:
+    """Raise ValueError for JSON of more levels than ``DEEPEST``, at which recursive functions would fail."""
     level = [content] if isinstance(content, dict | list) else []
     for _ in range(DEEPEST):
         inner = (item for part in level for item in (part.values() if isinstance(part, dict) else part))

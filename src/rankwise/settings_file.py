@@ -23,6 +23,7 @@ from rankwise.options import Settings, flag
 
 LARGEST_BYTES = 1 << 18
 DEEPEST = 16
+LONGEST_INTEGER = 200
 PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 _NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
@@ -117,12 +118,20 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _whole(loader: _PlainLoader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > LONGEST_INTEGER:
+        # Python neither prints nor quickly computes such numbers; YAML 1.1 has them in four bases and in base 60.
+        problem = f"an integer of {len(node.value):,} characters"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return loader.construct_yaml_int(node)
+
+
 _TAG = "tag:yaml.org,2002:"
 _PlainLoader.yaml_constructors = {
     tag: make
     for tag, make in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag.removeprefix(_TAG) in PLAIN
-}
+} | {f"{_TAG}int": _whole}
 _PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_TAG) in PLAIN]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()

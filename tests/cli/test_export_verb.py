@@ -232,6 +232,14 @@ def test_a_chat_answers_as_generate_does(rankwise, model_folder, says):
     assert "ended at the limit of 6 tokens" in told.stderr
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_chat_takes_utf8(errors, rankwise, model_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    done = rankwise("chat", "--model", model_folder)
+    assert done.code == 2
+    assert "error RW205: a line of standard input is not UTF-8" in done.stderr
+
+
 def test_a_chat_without_a_template_is_refused(rankwise, model_folder, tmp_path, says):
     shutil.copytree(model_folder, tmp_path / "plain")
     for name in ("chat_template.jinja",):

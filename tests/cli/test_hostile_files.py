@@ -27,6 +27,7 @@ from damage import (
 )
 from rankwise.cli.main import main
 from rankwise.errors import RunError
+from rankwise.evaluation.loading import max_length_of
 from rankwise.foreign import parse_json, read_json
 from rankwise.records import load_record, read_metrics
 from rankwise.training.checkpoints import MANIFEST, _write_manifest
@@ -352,6 +353,14 @@ def test_a_record_of_other_types_is_named_by_field(field, value, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match=f"RW501: .*{field}"):
         load_record(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["null", '"8"', "true", "-1", "1e3", "99999999999"])
+def test_a_length_of_rows_that_is_none_is_named(value, tmp_path):
+    record = f'{{"method": "lora", "seed": 0, "settings": {{"max_length": {value}}}}}'
+    (tmp_path / "run.json").write_text(record)
+    with pytest.raises(RunError, match="RW501: .*max_length"):
+        max_length_of([tmp_path])
 
 
 def test_a_damaged_line_of_metrics_is_named(tmp_path):

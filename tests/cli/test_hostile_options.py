@@ -47,7 +47,9 @@ def said(rankwise, model_folder, rows_file, tmp_path, monkeypatch):
         ("max-length: 8\nmax_length: 9", "twice"),
         ("#" * (1 << 21), "exceeds"),
         ("".join(f"{number}: 1\n" for number in range(20_000)) + "7: 1", "'7' is given twice"),
-        ("seed: " + "1" * 5000, "does not fit its tag"),
+        ("seed: " + "1" * 5000, "an integer of 5,000 characters"),
+        ("seed: 0x" + "f" * 5000, "an integer of 5,002 characters"),
+        ("seed: 1" + ":1" * 50_000, "an integer of 100,001 characters"),
     ],
 )
 def test_a_settings_file_is_plain_values(content, reason, said, tmp_path):

@@ -233,6 +233,24 @@ def test_many_bad_rows_make_one_message(tmp_path: Path) -> None:
     assert "and 3 more of 7 rows" in message
 
 
+def test_json_is_not_nested_without_end(tmp_path: Path) -> None:
+    for depth, fits in ((60, True), (70, False), (900, False)):
+        row = '{"text": "a", "note": ' + "[" * depth + "]" * depth + "}"
+        for name in ("rows.jsonl", "rows.json"):
+            (tmp_path / name).write_text(row if name.endswith("l") else f"[{row}]", encoding="utf-8")
+            if fits:
+                with pytest.warns(RankwiseWarning, match="RW227"):
+                    assert len(read_rows(tmp_path / name)) == 1
+            else:
+                assert "nested more than 64 levels deep" in refusal(tmp_path / name)
+
+
+def parquet_of_equal_rows() -> bytes:
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 300_000}), stream)
+    return stream.getvalue()
+
+
 def parquet_with_a_name_of_bytes() -> bytes:
     stream = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": ["b"]}), stream, store_schema=False)
@@ -249,6 +267,11 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     "no extension": ("rows", b"x", "RW202", "no extension"),
     "truncated gzip": ("rows.csv.gz", gzip.compress(b"mr,ref\n" * 99)[:-9], "RW206", "cut short or no gzip file"),
     "gzip bomb": ("rows.csv.gz", gzip.compress(b"0" * 300_000_000, 1), "RW206", "unpack to more than"),
+    "blank lines in gzip": ("rows.jsonl.gz", gzip.compress(b"\n" * 2_000_000), "RW206", "unpack to more than"),
+    "parquet bomb": ("rows.parquet", parquet_of_equal_rows(), "RW206", "unpack to more than"),
+    "two arrays": ("rows.json", b'[{"text": "a"}]\n[{"text": "b"}]', "RW206", "line 2: expected nothing after"),
+    "behind an empty array": ("rows.json", b'[]{"text": "a"}', "RW206", "expected nothing after"),
+    "no column": ("rows.json", b"[{}]", "RW207", "has the columns none"),
     "no gzip": ("rows.csv.gz", b"mr,ref\na,b\n", "RW206", "cut short or no gzip file"),
     "no parquet": ("rows.parquet", b"PAR1 not really", "RW206", "as parquet"),
     "parquet of bytes": ("rows.parquet", parquet_with_a_name_of_bytes(), "RW206", "is not UTF-8"),

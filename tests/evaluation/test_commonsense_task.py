@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from small_engines import byte_engine, nobody
 
@@ -127,6 +130,10 @@ def test_bad_rows_are_named(tmp_path: Path):
     path.write_text(json.dumps([{"question": "x"}]))
     assert instructions_in("siqa", str(path)) is None
     with pytest.raises(DataError, match="RW251.*missing"):
+        read_docs("siqa", str(path))
+    path = tmp_path / "test.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"when": [datetime.date(2024, 1, 1)]}), path)
+    with pytest.raises(DataError, match="RW251.*row 1: Object of type date is not JSON"):
         read_docs("siqa", str(path))
 
 

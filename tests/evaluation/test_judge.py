@@ -176,6 +176,7 @@ def test_equal_requests_are_sent_once(serve, tmp_path):
         (503, ""),
         (200, "<html>"),
         (200, '{"choices": []}'),
+        (200, "[" * 100_000),
         said("I like both."),
         said("1 2 3"),
         said(None),

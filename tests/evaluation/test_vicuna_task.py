@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -153,6 +154,13 @@ def test_a_difference_is_that_of_the_metrics_and_its_error_a_ratios(tmp_path: Pa
     alone = np.array([percent(a[rows]) for rows in samples]).std()
     assert summaries[0].standard_errors["mean"] == pytest.approx(alone, rel=0.15)
     assert all(summaries[0].standard_errors[name] > 0 for name in ("reference_first", "system_first"))
+
+
+def test_many_questions_are_read_in_little_time(tmp_path: Path):
+    questions = write_lines(tmp_path / "questions.jsonl", [{"question_id": n, "text": "?"} for n in range(20_000)])
+    began = time.process_time()
+    assert len(task(questions).asked) == 20_000
+    assert time.process_time() - began < 2
 
 
 def test_questions_without_a_reference_answer_are_told(files, tmp_path: Path):

@@ -120,6 +120,17 @@ def test_damage_is_named(kind: str, tmp_path: Path) -> None:
         newest_valid(tmp_path, lambda error: None)
 
 
+def test_a_manifest_names_no_files_elsewhere(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"")
+    checkpoint = save_checkpoint(tmp_path, 1, write)
+    facts = {"bytes": 0, "sha256": checkpoints.sha256_of(other)}
+    for name in (str(other), "../../other"):
+        (checkpoint.path / "manifest.json").write_text(json.dumps({"step": 1, "files": {name: facts}}))
+        with pytest.raises(RunError, match=r"RW515: .*manifest\.json is missing or cannot be read"):
+            check_checkpoint(checkpoint)
+
+
 def test_full_disk_is_said_before_writing(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="GB free") as caught:
         save_checkpoint(tmp_path, 1, write, size_bytes=10**18)

@@ -208,6 +208,14 @@ def test_a_foreign_run_json_is_no_record(content: str, old_run: Path) -> None:
     assert caught.value.code == "RW504"
 
 
+@pytest.mark.parametrize("settings", [{"report_to": 5}, {"report_to": None}])
+def test_settings_of_other_types_do_not_stop_it(settings: Any, old_run: Path) -> None:
+    record = load_record(old_run)
+    record.settings = settings
+    record.save(old_run)
+    assert check_output(old_run, resume=False, overwrite=True) == "overwrite"
+
+
 def test_unfinished_work_does_not_stop_it(old_run: Path) -> None:
     write(
         old_run, ("checkpoints/.tmp-step-5-abc_1/x", "checkpoints/.tmp-old-step-4-77/x", "checkpoints/.tmp-final-a/x")

@@ -13,7 +13,7 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import ChatSettings, GenerateSettings
 from rankwise.cli.words import printable
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, DataError
 from rankwise.foreign import Fields
 from rankwise.records import record_of
 
@@ -66,8 +66,12 @@ def _lines(output: Output) -> Iterator[str]:
         try:
             # `input` allows line editing on a terminal; with --json its prompt must not reach the document.
             said = input("> " if output.is_terminal and sys.stdin.isatty() else "").strip()
+            # Depending on the locale, Python reads a wrong byte as half a surrogate pair.
+            said.encode()
         except EOFError:
             return
+        except UnicodeError:
+            raise DataError("RW205", "a line of standard input is not UTF-8; send it as such.") from None
         if said == LEAVE:
             return
         if said:

@@ -53,7 +53,8 @@ def detect(record: Record, source: str, columns: Columns, formats: Collection[Fo
     elif "chosen" in record and "rejected" in record:
         remedy = "train on pairs with --objective dpo or kto"
     raise DataError(
-        "RW207", f"{source} has the columns {quoted(record)}, which is not a known layout ({names}); {remedy}."
+        "RW207",
+        f"{source} has the columns {quoted(record) or 'none'}, which is not a known layout ({names}); {remedy}.",
     )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from rankwise.data.formats import E2E_LINES, TEXT, BadRow, Format, Record
 from rankwise.data.rows import Unit
 from rankwise.errors import DataError, one_line
-from rankwise.foreign import Json, each_once, unpacked
+from rankwise.foreign import Json, check_depth, each_once, most_unpacked, unpacked
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,6 +27,8 @@ Numbered = Iterator[tuple[int, Record | BadRow]]
 # The csv module's own limit of 128 KiB is too short for documents in a table.
 LONGEST_FIELD_BYTES = 1 << 30
 LONGEST_HEADER = 100_000
+# Rows of a parquet file that are unpacked at once. Most writers store values of up to 1 MB once and refer to them.
+PARQUET_ROWS = 64
 LINE_SEPARATOR = "||"
 
 
@@ -111,9 +113,16 @@ def _decoded(path: Path, content: bytes) -> str:
 
 
 def _json_lines(path: Path, content: bytes) -> Numbered:
-    for number, line in enumerate(_decoded(path, content).split("\n"), 1):
-        if line.strip():
-            yield number, _json_record(line)
+    for number, line in _lines(_decoded(path, content)):
+        yield number, _json_record(line)
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of each line that is not blank. A list of all lines could need 100 times the memory of a file."""
+    number, before = 1, 0
+    for found in re.finditer(r"\S.*", text):
+        number, before = number + text.count("\n", before, found.start()), found.start()
+        yield number, text[text.rfind("\n", 0, before) + 1 : found.end()]
 
 
 def _json_record(line: str) -> Record | BadRow:
@@ -127,7 +136,11 @@ def _json_record(line: str) -> Record | BadRow:
     return _as_record(record)
 
 
-def _as_record(record: object) -> Record | BadRow:
+def _as_record(record: Json) -> Record | BadRow:
+    try:
+        check_depth(record)
+    except ValueError as error:
+        return BadRow(f"expected JSON that can be read, and {error}")
     if isinstance(record, dict):
         return record
     return BadRow(f"expected a JSON object with named fields, found {json.dumps(record, ensure_ascii=False)[:40]}")
@@ -158,6 +171,7 @@ def _json_array(path: Path, text: str, start: int) -> Numbered:
     decode = json.JSONDecoder(object_pairs_hook=each_once).raw_decode
     position = _skip(text, start + 1)
     if text[position : position + 1] == "]":
+        _check_end(path, text, position + 1)
         return
     for number in itertools.count(1):
         try:
@@ -174,12 +188,21 @@ def _json_array(path: Path, text: str, start: int) -> Numbered:
         position = _skip(text, position)
         mark = text[position : position + 1]
         if mark == "]":
+            _check_end(path, text, position + 1)
             return
         if mark != ",":
             at = text.count("\n", 0, position) + 1
             found = repr(mark) if mark else "the end of the file"
             raise DataError("RW206", f"{path}, line {at}: expected `,` or `]` in the JSON array, found {found}.")
         position = _skip(text, position + 1)
+
+
+def _check_end(path: Path, text: str, position: int) -> None:
+    """Raise DataError (RW206) where more than white space follows the array, such as a second array."""
+    position = _skip(text, position)
+    if position < len(text):
+        at, found = text.count("\n", 0, position) + 1, text[position]
+        raise DataError("RW206", f"{path}, line {at}: expected nothing after the JSON array, found {found!r}.")
 
 
 def _table(delimiters: str) -> Callable[[Path, bytes], Numbered]:
@@ -229,10 +252,25 @@ def _parquet(path: Path, content: bytes) -> Numbered:
     import pyarrow
     import pyarrow.parquet
 
+    limit, size, batches = most_unpacked(len(content)), 0, []
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        # A few bytes can stand for any number of equal values, so the table is not unpacked at once.
+        for batch in file.iter_batches(PARQUET_ROWS):
+            # A column of nulls has no bytes.
+            size += batch.nbytes + 8 * batch.num_rows
+            if size > limit:
+                raise DataError(
+                    "RW206",
+                    f"cannot unpack {path}: its {len(content):,} bytes unpack to more than {limit:,}; if that is "
+                    "intended, write its rows as .jsonl.",
+                )
+            batches.append(batch)
+        table = pyarrow.Table.from_batches(batches, file.schema_arrow)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError("RW206", f"cannot read {path} as parquet: {one_line(error)}.") from None
+    except UnicodeDecodeError as error:
+        raise _odd_name(str(path), error) from None
     yield from table_records(table, str(path))
 
 
@@ -246,7 +284,7 @@ def table_records(table: pyarrow.Table, source: str) -> Numbered:
     try:
         names = table.column_names
     except UnicodeDecodeError as error:
-        raise DataError("RW206", f"the name of a column of {source} is not UTF-8 ({error}); write it again.") from None
+        raise _odd_name(source, error) from None
     for name, column in zip(names, table.columns):
         try:
             columns[name] = [_without_nulls(value) for value in column.to_pylist()]
@@ -256,6 +294,10 @@ def table_records(table: pyarrow.Table, source: str) -> Numbered:
         yield number + 1, {name: values[number] for name, values in columns.items()}
 
 
+def _odd_name(source: str, error: UnicodeDecodeError) -> DataError:
+    return DataError("RW206", f"the name of a column of {source} is not UTF-8 ({error}); write it again.")
+
+
 def _without_nulls(value: Json) -> Json:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
@@ -263,7 +305,7 @@ def _without_nulls(value: Json) -> Json:
 
 
 def _text_lines(path: Path, content: bytes) -> Numbered:
-    lines = [(number, line) for number, line in enumerate(_decoded(path, content).split("\n"), 1) if line.strip()]
+    lines = list(_lines(_decoded(path, content)))
     pairs = [line.count(LINE_SEPARATOR) == 1 for _, line in lines]
     # A single line with the separator may be prose; where most lines have it, a line without it is a mistake.
     paired = sum(pairs) * 2 > len(lines)

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import TypeGuard
 
 from rankwise.data.rows import Kind, Message
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, JsonObject, parse_json
 
 Record = Fields
 Columns = tuple[str | None, str | None]
@@ -246,8 +246,8 @@ def tools_of(record: Record) -> tuple[Fields, ...] | None:
     tools = record.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
+            tools = parse_json(tools, constants=True)
+        except ValueError as error:
             raise BadRow(f"expected JSON or a list of objects in `tools`, found invalid JSON ({error})") from None
     if not tools:
         return None

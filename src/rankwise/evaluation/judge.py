@@ -311,7 +311,7 @@ def _post(client: JudgeClient, request: Fields) -> _Answer:
 
 def _content(body: bytes) -> _Answer:
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
+        content = parse_json(body, constants=True, halves=True)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
         return _Answer(problem=f"the endpoint answered no chat completion: {body[:80]!r}")
     return _Answer(reply=content if isinstance(content, str) else "")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.config import TrainSettings
 from rankwise.constants import TEMPLATE_FILE
-from rankwise.errors import ConfigError, DataError, ModelError
+from rankwise.errors import ConfigError, DataError, ModelError, RunError
 from rankwise.evaluation.journal import text_sha256
 from rankwise.foreign import JsonObject, read_json
-from rankwise.records import RunRecord, record_of
+from rankwise.options import LONGEST_ROW
+from rankwise.records import RUN_FILE, RunRecord, record_of
 
 if TYPE_CHECKING:
     import torch
@@ -172,10 +173,13 @@ def template_of(adapters: Sequence[Path]) -> str | None:
 def max_length_of(adapters: Sequence[Path]) -> int:
     """The tokens per row in the runs of ``adapters``; the default of training where none has a record.
 
-    Raises ConfigError (RW151) when they were trained with different ones.
+    Raises ConfigError (RW151) when they were trained with different ones, RunError (RW501) for one that is no length.
     """
     usual = int(TrainSettings.model_fields["max_length"].default)
-    lengths = {name: int(record.settings.get("max_length", usual)) for name, record in _records(adapters).items()}
+    lengths = {name: record.settings.get("max_length", usual) for name, record in _records(adapters).items()}
+    for name, found in lengths.items():
+        if type(found) is not int or not 2 <= found <= LONGEST_ROW:
+            raise RunError("RW501", f"{Path(name) / RUN_FILE} has the max_length {str(found)[:40]!r}; repair it.")
     _same("length of a row", lengths, "--max-length")
     return next(iter(lengths.values()), usual)
 

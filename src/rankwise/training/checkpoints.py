@@ -215,7 +215,8 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
         manifest = read_json(folder / MANIFEST)
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         # The names come from a file: they must not lead out of the folder, nor hold a NUL, which no path can.
-        return files if all("\0" not in name and ".." not in Path(name).parts for name in files) else None
+        odd = ("\0" in name or Path(name).is_absolute() or ".." in Path(name).parts for name in files)
+        return None if any(odd) else files
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

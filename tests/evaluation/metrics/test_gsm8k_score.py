@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -70,6 +71,12 @@ def test_equal_numbers_are_equal_however_they_are_written():
 def test_a_digit_that_is_repeated_without_end_is_no_number():
     """A fraction of five million digits would take minutes."""
     assert extract_answer("The answer is " + "9" * 5_000_000) is None
+
+
+def test_blank_lines_without_end_are_read_in_little_time():
+    began = time.process_time()
+    assert extract_answer("\n" * 50_000 + "A: 5, not 6") == 5
+    assert time.process_time() - began < 1
 
 
 def test_a_reference_without_a_number_is_refused():

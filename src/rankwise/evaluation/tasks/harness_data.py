@@ -63,6 +63,12 @@ def read_docs(task: str, data: str) -> tuple[list[Doc], str]:
         )
     docs = [dict(record) for _, record in content.records if not isinstance(record, BadRow)]
     for (line, _), doc in zip(content.records, docs):
+        try:
+            json.dumps(doc)
+        except TypeError as error:
+            raise DataError(
+                "RW251", f"{path}, {content.counted_in} {line}: {error}, and {task} takes text and numbers."
+            ) from None
         missing = [name for name in COLUMNS.get(task, ()) if name not in doc]
         if missing:
             raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -222,8 +223,8 @@ def _write_lines(path: Path, rows: Sequence[Fields]) -> None:
 
 def _read_questions(path: Path) -> list[tuple[str, str]]:
     rows = [(row.text(path, "question_id"), row.text(path, "text", "question")) for row in read_records(path)]
-    names = [name for name, _ in rows]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    counts = Counter(name for name, _ in rows)
+    twice = sorted(name for name, count in counts.items() if count > 1)
     if twice or not rows:
         problem = f"question_id {', '.join(twice)} twice" if twice else "no questions"
         raise DataError("RW251", f"{path} holds {problem}; give one line a question.")
