@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 PROBE_ANSWER = "probed answer"
-# Jinja takes up to 9 seconds for 1 MiB; the templates of known models have at most some 30 KB.
-LONGEST_FILE_BYTES = 1 << 18
+# Jinja takes up to 9 seconds to parse 1 MiB, and each process compiles it again. The templates of known models have at
+# most some 30 KB.
+LONGEST_FILE_BYTES = 1 << 17
 # A rendered text may have MOST_CHARACTERS, or MOST_GROWTH for each character of the row, whichever is more.
 MOST_CHARACTERS, MOST_GROWTH = 1 << 20, 20
 Span = tuple[int, int]
@@ -72,7 +73,7 @@ def read_template(path: Path) -> str:
         with path.open(encoding="utf-8") as file:
             text = file.read(LONGEST_FILE_BYTES + 1)
         if len(text) > LONGEST_FILE_BYTES:
-            raise DataError("RW211", f"{path} is longer than any chat template (256 KiB); give a Jinja file.")
+            raise DataError("RW211", f"{path} is longer than any chat template (128 KiB); give a Jinja file.")
         # transformers adds the generation tag to Jinja; for the parse alone it can go.
         plain = GENERATION_TAGS.sub("", text)
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
@@ -83,6 +84,9 @@ def read_template(path: Path) -> str:
         raise DataError("RW211", f"cannot read the chat template {path}: {reason}; give a Jinja file.") from None
     except jinja2.TemplateSyntaxError as error:
         raise DataError("RW211", f"the chat template {path}, line {error.lineno}: {error.message}.") from None
+    except ValueError as error:
+        # A number of thousands of digits.
+        raise DataError("RW211", f"the chat template {path} cannot be read ({error}); give a Jinja file.") from None
     except RecursionError:
         raise DataError("RW211", f"the chat template {path} is nested too deeply; give a Jinja file.") from None
     return text
