@@ -220,7 +220,9 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
 
 def _is_of_tokenizers(error: BaseException) -> bool:
     """Whether the library tokenizers failed: it raises plain Exceptions, and Rust's panics, which are none."""
-    return type(error) is Exception or type(error).__name__ == "PanicException"
+    frames = traceback.walk_tb(error.__traceback__)
+    is_plain = type(error) is Exception or type(error).__name__ == "PanicException"
+    return is_plain and any("tokeniz" in frame.f_code.co_filename for frame, _ in frames)
 
 
 def _as_ours(error: BaseException) -> RankwiseError:
