@@ -24,7 +24,7 @@ DEEPEST = 64
 # Maximum digits of an integer. Tokenizers write a maximum length of 10^30; integers above 10^308 fit in no float.
 LONGEST_NUMBER = 40
 # A packed file may hold this many bytes plus this many times its size. Text shrinks to a fifth, zeros 1,000 times.
-UNPACKED_BYTES, UNPACKED_TIMES = 1_000_000, 50
+UNPACKED_BYTES, UNPACKED_TIMES = 16_000_000, 50
 
 # Any value of JSON, to read.
 Json = str | float | None | Sequence["Json"] | Mapping[str, "Json"]
@@ -97,9 +97,9 @@ def each_once(pairs: list[tuple[str, Json]]) -> JsonObject:
     return content
 
 
-def most_unpacked(packed_bytes: int) -> int:
+def most_unpacked(packed_bytes: int, times: int = UNPACKED_TIMES) -> int:
     """The most bytes that a packed file of ``packed_bytes`` may hold."""
-    return UNPACKED_BYTES + UNPACKED_TIMES * packed_bytes
+    return UNPACKED_BYTES + times * packed_bytes
 
 
 def unpacked(content: bytes) -> bytes:

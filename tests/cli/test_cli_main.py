@@ -126,8 +126,7 @@ def test_version_names_the_libraries(rankwise):
         (DataError("RW203", "line 3 has no prompt."), 2, "error RW203: line 3 has no prompt."),
         (Interrupted("RW540", "stopped after step 3."), 130, "interrupted RW540: stopped after step 3."),
         (KeyboardInterrupt(), 130, "interrupted RW543: "),
-        (Exception("WordPiece error"), 2, "error RW317: the tokenizer fails on a text: WordPiece error; "),
-        (type("PanicException", (BaseException,), {})("Onig"), 2, "error RW317: the tokenizer fails on a text: Onig; "),
+        (Exception("boom"), 1, "error RW900: a fault of rankwise: Exception: boom; "),
         (RuntimeError("boom\nsecond line"), 1, "error RW900: a fault of rankwise: RuntimeError: boom; "),
         (MemoryError(), 2, "error RW550: "),
         (PermissionError(13, "Permission denied", "/somewhere"), 2, "error RW551: /somewhere: permission denied"),
@@ -146,6 +145,13 @@ def test_an_error_is_one_line_and_an_exit_code(error, code, start, with_verb):
     assert done.stderr.startswith(start)
     assert done.stderr.count("\n") == 1
     assert f"[rankwise explain {start.split()[1].rstrip(':')}]" in done.stderr
+
+
+@pytest.mark.parametrize("kind", [Exception, type("PanicException", (BaseException,), {})])
+def test_a_tokenizer_s_plain_exception_or_panic_is_coded(kind, with_verb):
+    fail = {}
+    exec(compile("def fail(*_, **__): raise kind('Onig')", "/lib/tokenizers/encode.py", "exec"), {"kind": kind}, fail)
+    assert with_verb(fail["fail"]).stderr.startswith("error RW317: the tokenizer fails on a text: Onig; ")
 
 
 def test_an_error_of_several_lines_is_joined(with_verb):

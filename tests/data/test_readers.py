@@ -267,7 +267,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     "no extension": ("rows", b"x", "RW202", "no extension"),
     "truncated gzip": ("rows.csv.gz", gzip.compress(b"mr,ref\n" * 99)[:-9], "RW206", "cut short or no gzip file"),
     "gzip bomb": ("rows.csv.gz", gzip.compress(b"0" * 300_000_000, 1), "RW206", "unpack to more than"),
-    "blank lines in gzip": ("rows.jsonl.gz", gzip.compress(b"\n" * 2_000_000), "RW206", "unpack to more than"),
+    "blank lines in gzip": ("rows.jsonl.gz", gzip.compress(b"\n" * 30_000_000), "RW206", "unpack to more than"),
     "parquet bomb": ("rows.parquet", parquet_of_equal_rows(), "RW206", "unpack to more than"),
     "two arrays": ("rows.json", b'[{"text": "a"}]\n[{"text": "b"}]', "RW206", "line 2: expected nothing after"),
     "behind an empty array": ("rows.json", b'[]{"text": "a"}', "RW206", "expected nothing after"),
@@ -292,6 +292,17 @@ def test_a_bad_file_makes_one_clear_error(tmp_path: Path, case: str) -> None:
     assert message.startswith(f"{code}: ")
     assert complaint in message
     assert name in message
+
+
+def test_a_prompt_that_all_rows_repeat_is_no_bomb(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    columns = {
+        "prompt": ["instructions " * 300] * 10_000,
+        "completion": [f"{n * 7919 % 10_007}" for n in range(10_000)],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert path.stat().st_size < 200_000
+    assert len(read_rows(path)) == 10_000
 
 
 def test_missing_files_are_not_taken_for_hub_names(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
     if as_json:
         try:
             told = {"code": error.code, "kind": type(error).__name__, "message": message}
-            print_document({"error": told | {"of_device": is_of_device(cause)}})
+            print_document({"error": told | ({"of_device": True} if is_of_device(cause) else {})})
         except OSError:
             # The error may be that stdout cannot be written.
             _give_up_stdout()

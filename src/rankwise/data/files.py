@@ -29,6 +29,8 @@ LONGEST_FIELD_BYTES = 1 << 30
 LONGEST_HEADER = 100_000
 # Rows of a parquet file that are unpacked at once. Most writers store values of up to 1 MB once and refer to them.
 PARQUET_ROWS = 64
+# A prompt of some KB that all rows repeat is stored once. A row costs this many bytes besides its values.
+PARQUET_TIMES, ROW_BYTES = 300, 200
 LINE_SEPARATOR = "||"
 
 
@@ -252,13 +254,12 @@ def _parquet(path: Path, content: bytes) -> Numbered:
     import pyarrow
     import pyarrow.parquet
 
-    limit, size, batches = most_unpacked(len(content)), 0, []
+    limit, size, batches = most_unpacked(len(content), PARQUET_TIMES), 0, []
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
         # A few bytes can stand for any number of equal values, so the table is not unpacked at once.
         for batch in file.iter_batches(PARQUET_ROWS):
-            # A column of nulls has no bytes.
-            size += batch.nbytes + 8 * batch.num_rows
+            size += batch.nbytes + ROW_BYTES * batch.num_rows
             if size > limit:
                 raise DataError(
                     "RW206",
