@@ -104,7 +104,8 @@ class Audited(Cases):
 
     def call(self, words: Sequence[object], fail_at: int = 0) -> tuple[int, str]:
         texts = [str(word) for word in words]
-        self.allowed = Path(texts[texts.index("--output") + 1]) if "--output" in texts else None
+        named = next((option for option in ("--output", "--save") if option in texts), None)
+        self.allowed = None if named is None else Path(texts[texts.index(named) + 1])
         self.faults, self.events = [], 0
         before = self.everything()
         self.watching = True
