@@ -15,8 +15,11 @@ ODD_VALUES: tuple[Any, ...] = (
     *("", "x", "\0", "\ud800", "../../x", "/dev/zero", "x" * 100_000, "(" * 50, "é", "1", "[", "float32", "auto"),
     *([], {}, [None], [-1, 5], ["x"], {"x": None}, {"": ""}, [[]], ["\0"], {"$tensor": "9"}, {"a": {"b": []}}),
 )
-
-
+ODD_YAML = (
+    *("!!int ''", "&a [*a]", "2024-01-01", "[" * 300, "{" * 30, "!!binary x", "1e999", ".nan", "9" * 30, "-1", "~"),
+    *("[a, [b]]", "{a: 1}", '"\\0"', '"\\uD800"', "!!python/name:os.system", "'x", "? y", "on", "0x7fffffffffffffff"),
+    "0x" + "f" * 5000,
+)
 LONG_YAML = (
     str([f"x{index}" for index in range(3000)]),
     "{" + ", ".join(f"k{index}: 1" for index in range(3000)) + "}",
@@ -157,35 +160,10 @@ def damaged_values(draw: random.Random, content: bytes) -> bytes:
 
 def damaged_yaml(draw: random.Random, content: bytes) -> bytes:
     lines = content.decode().splitlines()
-    odd = [
-        "0x" + "f" * 5000,
-        "!!int ''",
-        "&a [*a]",
-        "2024-01-01",
-        "[" * 300,
-        "{" * 30,
-        "!!binary x",
-        "1e999",
-        ".nan",
-        "9" * 30,
-        "-1",
-        "~",
-    ]
-    odd += [
-        "[a, [b]]",
-        "{a: 1}",
-        '"\\0"',
-        '"\\uD800"',
-        "!!python/name:os.system",
-        "'x",
-        "? y",
-        "on",
-        "0x7fffffffffffffff",
-    ]
     kind = draw.random()
     if kind < 0.8:
         index = draw.randrange(len(lines))
-        value = draw.choice(LONG_YAML) if kind < 0.01 else draw.choice(odd)
+        value = draw.choice(LONG_YAML if kind < 0.01 else ODD_YAML)
         lines[index] = lines[index].partition(":")[0] + ": " + value
         return "\n".join(lines).encode()
     return (cut if kind < 0.9 else with_another_byte)(draw, content)

@@ -232,8 +232,8 @@ def _pattern_problems(config: LoraConfig) -> Iterator[str]:
     length = sum(len(pattern) for _, pattern in odd)
     if len(odd) > MOST_PATTERNS or length > LONGEST_PATTERNS:
         yield (
-            f"its {len(odd):,} regular expressions have {length:,} characters, and {MOST_PATTERNS:,} and "
-            f"{LONGEST_PATTERNS:,} are the most that are read; name modules in a list"
+            f"the regular expressions are {len(odd):,} with {length:,} characters, and at most {MOST_PATTERNS:,} with "
+            f"{LONGEST_PATTERNS:,} are read; name the modules in a list"
         )
         return
     for described, pattern in odd:
