@@ -387,7 +387,6 @@ class TrainSettings(ObjectiveOptions, RunOptions):
         BeforeValidator(comma_list),
         _saving("Report to these trackers too: wandb, trackio, tensorboard, mlflow.", metavar="NAME,..."),
     ] = ()
-    tensorboard: Annotated[bool, _saving("The same as --report-to tensorboard.")] = False
     resume: Annotated[
         bool,
         _saving(
@@ -416,8 +415,7 @@ class TrainSettings(ObjectiveOptions, RunOptions):
 
     @property
     def trackers(self) -> list[str]:
-        more: tuple[Tracker, ...] = ("tensorboard",) if self.tensorboard else ()
-        return sorted({*self.report_to, *more})
+        return sorted(set(self.report_to))
 
 
 def logging_steps_of(steps: int) -> int:

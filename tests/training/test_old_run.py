@@ -54,7 +54,7 @@ def old_run(tmp_path: Path) -> Path:
     folder.mkdir()
     save_checkpoint(folder, 4, lambda temporary: (temporary / "optimizer.json").write_text("{}") and None)
     write(folder, ("metrics.jsonl", "loss.svg", "tokenizer.json"), "old")
-    RunRecord("lora", 0, {"model": "demo", "tensorboard": True}, files=["tokenizer.json"]).save(folder)
+    RunRecord("lora", 0, {"model": "demo", "report_to": ["tensorboard"]}, files=["tokenizer.json"]).save(folder)
     return folder
 
 
@@ -115,7 +115,7 @@ def test_nothing_behind_a_link_goes(kind: str, old_run: Path, tmp_path: Path) ->
     write(tmp_path, ("elsewhere/precious.txt", "elsewhere/below/precious.txt"))
     write(tmp_path, ("elsewhere/events.out.tfevents.1", "elsewhere/Jan31_23-59-59_HOST/events.out.tfevents.1"))
     (old_run / link).symlink_to(target, target_is_directory=True)
-    RunRecord("lora", 0, {"tensorboard": True}, files=[name, f"./{name}", f"{link}/../{name}"]).save(old_run)
+    RunRecord("lora", 0, {"report_to": ["tensorboard"]}, files=[name, f"./{name}", f"{link}/../{name}"]).save(old_run)
     before = snapshot(tmp_path / "elsewhere")
     clear_run(old_run)
     assert snapshot(tmp_path / "elsewhere") == before

@@ -45,11 +45,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     find_only_trackers_as(monkeypatch, object())
 
 
-@pytest.mark.parametrize("given", [{"report_to": ("trackio",)}, {"report_to": "wandb"}, {"tensorboard": True}])
-def test_a_tracker_gets_what_is_logged_and_the_run_is_the_same(given, settings, tmp_path, installed):
+@pytest.mark.parametrize("trackers", [("trackio",), "wandb", ("tensorboard",)])
+def test_a_tracker_gets_what_is_logged_and_the_run_is_the_same(trackers, settings, tmp_path, installed):
     plain = train(settings(output=tmp_path / "plain"))
     assert Recording.seen == []
-    told = train(settings(output=tmp_path / "told", **given))
+    told = train(settings(output=tmp_path / "told", report_to=trackers))
     ours = [line for line in read_metrics(tmp_path / "told") if "loss" in line]
     theirs = [logs for logs in Recording.seen if "loss" in logs]
     assert [(line["step"], line["loss"]) for line in ours] == [(logs["step"], logs["loss"]) for logs in theirs]

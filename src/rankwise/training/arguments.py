@@ -88,8 +88,6 @@ def check_combinations(given: TrainSettings) -> None:
             "RW112",
             f"--init loftq corrects 4-bit rounding, which --method {given.method} does not have; take qlora or qdora.",
         )
-    if given.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("RW112", '--tensorboard needs a package: pip install "rankwise[tensorboard]".')
     missing = [name for name in given.trackers if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(missing)

@@ -74,7 +74,7 @@ def _named_files(output: Path) -> list[Path]:
     record = read_old_run(output)
     names = {*OWN_FILES, *filter(_is_inside, record.files if record else ())}
     found = [output / name for name in sorted(names)]
-    if record and (record.settings.get("tensorboard") or "tensorboard" in str(record.settings.get("report_to"))):
+    if record and "tensorboard" in str(record.settings.get("report_to")):
         found += sorted(output.glob(EVENTS))
     return [path for path in found if os.path.lexists(path) and not _is_behind_link(output, path)]
 

@@ -35,7 +35,6 @@ MAY_CHANGE = {
     "eval_steps",
     "early_stopping",
     "sample_prompt",
-    "tensorboard",
     "report_to",
     "dry_run",
     "trust_remote_code",

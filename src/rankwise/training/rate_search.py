@@ -185,7 +185,6 @@ def _short_run(given: TrainSettings, rate: float, length: int, share: float) -> 
         "max_steps": length,
         "warmup_steps": round(given.warmup_steps * min(1.0, share)),
         "report_to": (),
-        "tensorboard": False,
     }
     return given.model_copy(update=changes)
 
