@@ -43,6 +43,9 @@ check: $(STAMP) ## style, types and layer directions only
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+budget: $(STAMP) ## lines, files, error codes and dependencies, beside their budget
+	$(BIN)/python dev/budget.py
+
 format: $(STAMP) ## fix style where a tool can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -184,5 +187,5 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-all check format compat families grid torture torture-files torture-disk \
+.PHONY: help setup demo test test-all check budget format compat families grid torture torture-files torture-disk \
 	torture-kills torture-length mutants browser bench showcase variants wheel docs clean
