@@ -26,7 +26,9 @@ $(STAMP): $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed ## plan and compare four methods on a small chat model, in minutes
-	$(BIN)/rankwise demo
+	$(BIN)/rankwise plan --model demo --method lora,qlora,dora,qdora --max-length 160
+	$(BIN)/rankwise compare --model demo --data stdlib --methods lora,qlora,dora,qdora --seeds 1 --max-length 160 \
+		--max-steps 12 --eval-steps 12 --eval-limit 24 --output runs/demo-comparison
 
 # Two tests at a time or more, each on one thread: threads of several processes would wait for each other.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
@@ -79,20 +81,16 @@ families: $(STAMP) ## every causal family of transformers, tiny: steps, plans, m
 grid: $(STAMP) ## the memory plan's closed form against its dry run, 960 combinations (half an hour)
 	$(BIN)/python -m pytest -m grid
 
-# Kills, faults and hostile files go on from another seed with SEED=N. 1,000,000 inputs: HOSTILE=41000.
+# SEED=N draws other moments.
 SEED ?= 1
-HOSTILE ?= 20000
 SHIM = $(VENV)/failing_disk.so
 TORTURED := PYTHONPATH=tests:tests/torture OMP_NUM_THREADS=1 $(BIN)/python tests/torture
 # Verbs and errors, each of which hits every call in turn.
 FAULTS := $(foreach verb,train resume overwrite cache merge export gguf whole evaluate compare plan report,$(foreach error,\
 	ENOSPC EIO EDQUOT EMFILE short SIGKILL read-EIO read-EMFILE,$(verb):$(error):1))
 
-torture: ## kills, a fault at every call, hostile files, a long run (some six hours)
-	$(MAKE) -k torture-files torture-disk torture-kills torture-length
-
-torture-files: $(STAMP)
-	$(TORTURED)/hostile.py --seed $(SEED) --count $(HOSTILE)
+torture: ## kills, and a fault at every call of the disk (some hours)
+	$(MAKE) -k torture-disk torture-kills
 
 torture-disk: $(SHIM)
 	rm -rf $(VENV)/torture/disk && mkdir -p $(VENV)/torture/disk
@@ -103,16 +101,10 @@ torture-kills: $(SHIM)
 	LD_PRELOAD=$(abspath $(SHIM)) $(TORTURED)/kills.py $(VENV)/torture/kills --seed $(SEED) --train 1000 --saves 100 \
 		--loading 50 --ranks 50 --merge 100 --export 100 --compare 100 --dpo 20 --kto 20 --grpo 20 --auto 20
 
-torture-length: $(STAMP)
-	$(TORTURED)/long_run.py $(VENV)/torture/length
-
 $(SHIM): tests/torture/failing_disk.c $(STAMP)
 	gcc -shared -fPIC -o $@ $< -ldl
 
-mutants: $(STAMP) ## 300 small faults planted in the source, each against its folder's tests (some hours)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/mutants.py --seed $(SEED) --count 300 --output $(VENV)/mutants.jsonl
-
-browser: $(STAMP) ## the comparison report and the board in a real browser (needs a `chromium` program)
+browser: $(STAMP) ## the comparison report in a real browser (needs a `chromium` program)
 	@command -v $${RANKWISE_CHROMIUM:-chromium} >/dev/null || { echo "needs Chromium; set RANKWISE_CHROMIUM"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
@@ -187,5 +179,5 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-all check budget format compat families grid torture torture-files torture-disk \
-	torture-kills torture-length mutants browser bench showcase variants wheel docs clean
+.PHONY: help setup demo test test-all check budget format compat families grid torture torture-disk \
+	torture-kills browser bench showcase variants wheel docs clean

@@ -1,5 +1,4 @@
-"""Builds csrc/ into one plain shared library inside the package, and copies the page of errors into it; everything
-else is in pyproject.toml.
+"""Builds csrc/ into one plain shared library inside the package; everything else is in pyproject.toml.
 
 No torch is needed: the library has a C interface and is called through ctypes, so a wheel serves every Python and
 every torch. Without a compiler the install succeeds, and the first use of the 4-bit functions says that plain PyTorch
@@ -18,12 +17,10 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 NAME = "rankwise.ops.cpu._native"
 FAMILIES = ("attention", "elementwise", "four_bit", "products")
-ERROR_PAGE = "docs/errors.md"
 # Besides the options of csrc/levels.txt.
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Icsrc"]
 # Set where a wheel is built to be given to others: then nothing may be missing from the library.
@@ -103,19 +100,7 @@ class TagForEveryPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-class CarryErrorPage(build_py):
-    """``rankwise explain`` prints sections of this page of the documentation; a checkout reads it where it lies."""
-
-    def run(self) -> None:
-        super().run()
-        if not self.editable_mode:
-            self.copy_file(ERROR_PAGE, str(Path(self.build_lib, "rankwise", "errors.md")))
-
-    def get_source_files(self) -> list[str]:
-        return [*super().get_source_files(), ERROR_PAGE]
-
-
-commands: dict[str, Any] = {"build_py": CarryErrorPage, "build_ext": BuildNative, "bdist_wheel": TagForEveryPython}
+commands: dict[str, Any] = {"build_ext": BuildNative, "bdist_wheel": TagForEveryPython}
 sources = [f"csrc/{name}.cpp" for name in (*PLAIN, *(f"{family}/kernels" for family in FAMILIES))]
 depends = [str(path) for path in (*sorted(Path("csrc").rglob("*.h*")), Path("csrc/levels.txt"))]
 setup(cmdclass=commands, ext_modules=[Extension(NAME, sources, depends=depends, optional=not STRICT)])

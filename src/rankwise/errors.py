@@ -13,7 +13,7 @@
     └── Interrupted                 exit 130: stopped by the user, after saving
     RankwiseWarning                 the same codes; the work continues
 
-A code is stable and has a section of its own in ``docs/errors.md``, which ``rankwise explain CODE`` prints.
+A code is stable and has a section of its own in ``docs/errors.md``.
 """
 
 from __future__ import annotations

@@ -146,9 +146,7 @@ def main_of(folder: Path) -> None:
         ["report", folder / "compared", "--output", folder / "report"],
         ["merge", "--adapter", run, "--adapter", run, "--combine", "linear", "--output", folder / "combined"],
         ["merge", "--adapter", folder / "cached", "--output", folder / "onto", "--verify", "--text", rows],
-        ["explain", "RW203"],
         ["doctor"],
-        ["schema", "train"],
     ):
         cases.must(words)
     learn_otherwise(cases)

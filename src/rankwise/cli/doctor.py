@@ -28,7 +28,6 @@ EXTRAS = {
     "cuda": "optimizers and kernels for CUDA cards",
     "vision": "rows with images",
     "peft": "rankwise.accelerate_peft",
-    "board": "rankwise board",
     "cluster": "rankwise compare --executor ray",
     "tensorboard": "train --report-to tensorboard",
 }

@@ -39,7 +39,7 @@ def verb_group(verbs: tuple[Verb, ...], summary: str, examples: tuple[str, ...])
         def format_help(self, ctx: object, formatter: object) -> None:
             console = _console()
             _print_head(console, "rankwise VERB [options]", summary, examples)
-            _print_rows(console, "Verbs", [(verb.name, verb.summary) for verb in verbs if not verb.hidden], 11)
+            _print_rows(console, "Verbs", [(verb.name, verb.summary) for verb in verbs], 11)
             rows = [("VERB --help", "The options of a verb."), ("--version", "Versions of rankwise and what it uses.")]
             # typer's own; --show-completion prints the script instead.
             rows.append(("--install-completion", "Complete verbs and options with Tab in this shell from now on."))

@@ -17,13 +17,10 @@ import typer
 from typer.main import get_command
 
 from rankwise.cli import (
-    board,
     chat,
     compare,
-    demo,
     doctor,
     evaluate,
-    explain,
     export,
     generate,
     inspect,
@@ -31,7 +28,6 @@ from rankwise.cli import (
     plan,
     preview,
     report,
-    schema,
     score,
     train,
 )
@@ -63,13 +59,12 @@ from rankwise.records import WAIT_POLICIES
 from rankwise.training import ranks
 from rankwise.training.interrupt import terminable
 
-_VERBS: tuple[Verb, ...] = (
+VERBS: tuple[Verb, ...] = (
     preview.VERB,
     plan.VERB,
     train.VERB,
     compare.VERB,
     report.VERB,
-    board.VERB,
     evaluate.VERB,
     generate.VERB,
     chat.VERB,
@@ -77,11 +72,8 @@ _VERBS: tuple[Verb, ...] = (
     export.VERB,
     inspect.VERB,
     score.VERB,
-    explain.VERB,
     doctor.VERB,
-    demo.VERB,
 )
-VERBS = (*_VERBS, schema.verb_of(_VERBS))
 SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA, QLoRA, DoRA and QDoRA."
 EXAMPLES = (
     "rankwise plan     --model demo --memory 16GB",
@@ -138,7 +130,7 @@ def build_app(verbs: Sequence[Verb] = VERBS) -> typer.Typer:
     app.callback()(_root)
     for verb in verbs:
         command = command_of(verb, functools.partial(_invoke, verb))
-        app.command(verb.name, cls=verb_command(verb), help=verb.summary, hidden=verb.hidden)(command)
+        app.command(verb.name, cls=verb_command(verb), help=verb.summary)(command)
     return app
 
 

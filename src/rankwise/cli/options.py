@@ -34,7 +34,6 @@ class Verb:
     run: Callable[[Any, Output], Document | None]
     summary: str
     examples: Sequence[str]
-    hidden: bool = False
     # (given options) -> settings of lower priority that replace the defaults.
     earlier: Callable[[Fields], Fields] | None = None
     # (document) -> exit code, for documents that report a mistake that stopped nothing.

@@ -128,16 +128,12 @@ def _without_nan(value: Json) -> Json:
 
 
 def print_message(kind: str, code: str, text: str) -> str:
-    """Print ``error RW104: ...  [rankwise explain RW104]`` as one line on stderr. Returns the printed part of
-    ``text``.
-    """
+    """Print ``error RW104: ...`` as one line on stderr. Returns the printed part of ``text``."""
     text = shortened(text)
     colour = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
     # Names in untrusted files may hold control characters, which would act on the terminal.
     line = _CONTROL.sub("?", " ".join(part.strip() for part in text.splitlines()))
-    Console(stderr=True, highlight=False).print(
-        f"[{colour}]{kind} {code}[/]: {escape(line)}  [dim]\\[rankwise explain {code}][/]", soft_wrap=True
-    )
+    Console(stderr=True, highlight=False).print(f"[{colour}]{kind} {code}[/]: {escape(line)}", soft_wrap=True)
     return text
 
 

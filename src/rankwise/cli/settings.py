@@ -195,12 +195,6 @@ class ExportSettings(BaseOptions):
     server_python: Annotated[Path | None, _option("Python that has xllamacpp or vLLM, for --verify.")] = None
 
 
-class ExplainSettings(Settings):
-    """The options of ``rankwise explain``."""
-
-    code: Annotated[str, _option("Code of a message, such as RW203.", metavar="CODE", argument=True)]
-
-
 class InspectSettings(Settings):
     """The options of ``rankwise inspect``."""
 
