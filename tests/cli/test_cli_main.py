@@ -110,7 +110,7 @@ def test_without_arguments_it_shows_the_verbs(rankwise):
     done = rankwise()
     assert done.code == 0
     for verb in cli.VERBS:
-        assert (f"  {verb.name} " in done.stdout)
+        assert f"  {verb.name} " in done.stdout
 
 
 def test_version_names_the_libraries(rankwise):
