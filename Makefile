@@ -147,15 +147,15 @@ showcase: $(STAMP) ## the comparisons shown in docs/results (about an hour each 
 	$(call pages,showcase/gsm8k,gsm8k)
 
 # LoRA's family and its 4-bit forms. Stop it at any moment: the same word goes on.
-FAMILY := lora,lora+rslora,lora+plus,lora+pissa,lora+eva,dora
-FAMILY_4BIT := qlora,qlora+rslora,qlora+plus,qlora+pissa,qlora+eva,qdora
+FAMILY := lora,lora+rslora,lora+plus,lora+pissa,dora
+FAMILY_4BIT := qlora,qlora+rslora,qlora+plus,qlora+pissa,qdora
 VARIANTS := $(SHOWN) --methods $(FAMILY),$(FAMILY_4BIT) --learning-rates 1e-4,3e-4,1e-3,3e-3,1e-2,3e-2 --budget 1 \
 	--max-steps 100
 # Rows of at most 350 characters, 381 of 999, which need no cut; and rows of half a batch, so that two quiet cores
 # without bfloat16 instructions end in two hours.
 SHORT := runs/variants/short.json
 
-variants: $(STAMP) ## twelve variants on E2E and on instructions, three seeds (hours on two quiet cores)
+variants: $(STAMP) ## ten variants on E2E and on instructions, three seeds (hours on two quiet cores)
 	$(BIN)/rankwise compare $(VARIANTS) --data $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv --max-length 128 \
 		--batch-size 8 --eval-limit 128 --eval-steps 50 --output runs/variants/e2e
 	$(call pages,variants/e2e,variants_e2e)

@@ -73,15 +73,15 @@ _objective = functools.partial(option, Panel.OBJECTIVE)
 
 
 def _peft_init(value: str) -> bool | str:
-    return True if value == "default" else value.replace("pissa:", "pissa_niter_").replace("eva:", "eva_rho_")
+    return True if value == "default" else value.replace("pissa:", "pissa_niter_")
 
 
 def _checked_init(value: str) -> str:
-    """Check ``--init``: ``pissa:4``, ``eva:2`` and the like, or PEFT's own names. Raises ValueError."""
+    """Check ``--init``: ``pissa:4`` and the like, or PEFT's own names. Raises ValueError."""
     try:
         init_of(_peft_init(value))
     except ValueError:
-        raise ValueError("give default, pissa, pissa:N, loftq, eva, eva:RHO (1 or more) or orthogonal") from None
+        raise ValueError("give default, pissa, pissa:N or loftq") from None
     return value
 
 
@@ -94,8 +94,7 @@ class StepOptions(AdapterOptions):
         str,
         AfterValidator(_checked_init),
         _adapter(
-            "How A and B start: default, pissa or pissa:N (N iterations of a fast SVD), loftq, eva or eva:RHO (ranks "
-            "redistributed, up to RHO times --r), orthogonal.",
+            "How A and B start: default, pissa or pissa:N (N iterations of a fast SVD), loftq.",
             metavar="INIT",
         ),
     ] = "default"
@@ -425,7 +424,7 @@ def logging_steps_of(steps: int) -> int:
 
 # {word: the options that it sets} for `rankwise compare --methods METHOD+WORD`.
 VARIANTS: dict[str, JsonObject] = {
-    **{kind: {"init": kind} for kind in ("pissa", "loftq", "eva", "orthogonal")},
+    **{kind: {"init": kind} for kind in ("pissa", "loftq")},
     # The ratio that the LoRA+ paper recommends.
     "plus": {"loraplus_ratio": 16.0},
     "rslora": {"use_rslora": True},

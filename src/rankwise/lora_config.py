@@ -119,21 +119,16 @@ ADAPTER = tuple(field.name for field in dataclasses.fields(AdapterOptions))
 class Init(NamedTuple):
     """How A and B start."""
 
-    # default, random, pissa, loftq, eva or orthogonal.
+    # default, random, pissa or loftq.
     kind: str
     # pissa: subspace iterations of a randomised SVD; None means an exact SVD.
     niter: int | None = None
-    # eva: redistribution may give a layer up to rho times its rank; 1 keeps the ranks.
-    rho: float = 1.0
 
 
 # The most regular expressions of a configuration, and their characters: compiling more would take seconds.
 MOST_PATTERNS, LONGEST_PATTERNS = 500, 50_000
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
-_INIT = re.compile(
-    r"(?P<kind>pissa|loftq|eva|orthogonal)"
-    r"((?<=pissa)_niter_(?P<niter>\d{1,3})|(?<=eva)_rho_(?P<rho>[1-9]\d{0,2}(\.\d{1,6})?))?"
-)
+_INIT = re.compile(r"(?P<kind>pissa|loftq)((?<=pissa)_niter_(?P<niter>\d{1,3}))?")
 
 
 def init_of(value: bool | str) -> Init:
@@ -142,9 +137,8 @@ def init_of(value: bool | str) -> Init:
         return Init("default" if value else "random")
     found = _INIT.fullmatch(value)
     if found is None:
-        raise ValueError("give true, false, pissa, pissa_niter_N, loftq, eva, eva_rho_X (1 or more) or orthogonal")
-    niter, rho = found["niter"], found["rho"]
-    return Init(found["kind"], None if niter is None else int(niter), 1.0 if rho is None else float(rho))
+        raise ValueError("give true, false, pissa, pissa_niter_N or loftq")
+    return Init(found["kind"], None if found["niter"] is None else int(found["niter"]))
 
 
 def _each_once(ids: Sequence[int]) -> Sequence[int]:
@@ -172,8 +166,7 @@ class LoraConfig(AdapterOptions):
     # Name of the module list whose indices layers_to_transform means, where it is not the first list in the path.
     layers_pattern: str | Sequence[str] | None = None
     # True: A is Kaiming-uniform and B zero, so that training starts at the base model. False: B is random (for tests).
-    # "pissa", "pissa_niter_N", "loftq", "eva" and "orthogonal" as in PEFT; "eva_rho_X" is PEFT's eva_config(rho=X), and
-    # "eva" alone keeps the ranks (rho=1). ``adapters.inits`` defines them.
+    # "pissa", "pissa_niter_N" and "loftq" as in PEFT. ``adapters.inits`` defines them.
     init_lora_weights: Annotated[bool | str, AfterValidator(init_of)] = True
     # Token ids whose embedding rows train, such as those of new tokens; all other rows stay frozen. A list applies to
     # the input embedding; a mapping gives {module: ids} of embeddings and heads. A tied head shares the trained rows.
@@ -258,10 +251,6 @@ def _init_problems(config: LoraConfig) -> Iterator[str]:
         for name, place in idle.items()
         if getattr(config, name)
     )
-    if config.init.kind == "orthogonal":
-        ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}}
-        odd = [f"{name} = {rank}" for name, rank in ranks.items() if rank % 2]
-        yield from (f"{given}, which halves the rank, and {item} is odd" for item in odd)
 
 
 def _target_problems(config: LoraConfig) -> Iterator[str]:

@@ -74,7 +74,7 @@ def test_a_tie_goes_to_the_shortest_runs_where_ranges_part():
 
 
 def test_many_methods_are_counted_and_not_named():
-    names = ["lora", "lora+rslora", "lora+plus", "lora+pissa", "lora+eva", "dora", "qlora", "qdora"]
+    names = ["lora", "lora+rslora", "lora+plus", "lora+pissa", "lora+loftq", "dora", "qlora", "qdora"]
     methods = {name: method(1.5 + place / 100, 6.0, 600 + 60 * place) for place, name in enumerate(names)}
     assert choice("cannot tell", methods)["reason"].startswith(
         "LoRA: the runs cannot tell it from 7 methods; 7 methods take longer ("

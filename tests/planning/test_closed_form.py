@@ -362,9 +362,9 @@ def test_pissa_s_first_pairs_are_counted(method: str) -> None:
     closed = [of_shape(shape, method, workload).peak_bytes for workload in (plain, pissa)]
     traced = [trace(skeleton("llama"), method, workload).peak_bytes for workload in (plain, pissa)]
     assert closed[1] - closed[0] == traced[1] - traced[0] > 0
-    others = [Workload(**given, init=init) for init in ("loftq", "eva:2", "orthogonal")]
-    assert {of_shape(shape, method, workload).peak_bytes for workload in others} == {closed[0]}
-    assert {trace(skeleton("llama"), method, workload).peak_bytes for workload in others} == {traced[0]}
+    loftq = Workload(**given, init="loftq")
+    assert of_shape(shape, method, loftq).peak_bytes == closed[0]
+    assert trace(skeleton("llama"), method, loftq).peak_bytes == traced[0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"dtype": "float32"}, {"dtype": "float16", "flash": False}])

@@ -340,7 +340,6 @@ def test_images_that_come_later_are_not_passed_over(names: tuple[str, str], tmp_
 REFUSED: list[dict[str, Any]] = [
     {"packing": True},
     {"learning_rate": "auto"},
-    {"init": "eva"},
     {"new_tokens": "<call>"},
     {"sample_prompt": "w1"},
     {"method": "full"},

@@ -154,7 +154,6 @@ def test_options_that_do_not_go_with_the_processes_are_refused(
     [
         {"init": "pissa"},
         {"init": "loftq", "method": "qlora"},
-        {"init": "eva"},
         {"new_tokens": "<a>,<b>"},
         {"enable_lora": "c_attn=1:0:1", "method": "dora"},
     ],

@@ -30,9 +30,6 @@ STARTS = [
     ("dora", "pissa"),
     ("qlora", "pissa"),
     ("qlora", "loftq"),
-    ("qdora", "eva"),
-    ("lora", "eva:2"),
-    ("lora", "orthogonal"),
 ]
 
 
@@ -62,10 +59,10 @@ def test_a_stopped_run_goes_on_to_the_bit(method: str, init: str, settings: Any,
     assert document["r"] == (8 if init.startswith("pissa") else 4)
 
 
-@pytest.mark.parametrize(("method", "init"), [("lora", "pissa"), ("dora", "pissa"), ("lora", "eva:2")])
-def test_peft_reads_the_run_on_the_original_base(method: str, init: str, settings: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_reads_the_run_on_the_original_base(method: str, settings: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="PEFT is the oracle here; install the extra `bench`")
-    record = train(settings(method=method, init=init))
+    record = train(settings(method=method, init="pissa"))
     base, _ = rw.load_model(str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run")
     model, _ = rw.load_model(str(tmp_path / "base"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
@@ -25,7 +25,6 @@ from rankwise.adapters.attached import (
 from rankwise.adapters.base_layer import is_quantized, weight_device, weight_dtype
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.embedding import EmbeddingLora
-from rankwise.adapters.eva import Batch
 from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
 from rankwise.adapters.foreign_layer import dequantizer, make_foreign, make_readable
 from rankwise.adapters.inits import Beginning, Pair, beginning
@@ -74,7 +73,6 @@ def add_adapter(
     *,
     name: str = DEFAULT_NAME,
     originals: nn.Module | None = None,
-    batches: Iterable[Batch] | None = None,
 ) -> AdapterReport:
     """Freeze the model, add a new adapter to its target modules in place, and make it the active one.
 
@@ -84,8 +82,6 @@ def add_adapter(
         name: The adapter's name among those of the model.
         originals: For ``init_lora_weights`` "pissa" and "loftq" over a 4-bit base, the model before quantization. By
             default the weights of a model that ``load_model`` quantized are read again.
-        batches: For "eva", training batches: dicts of input_ids (B, L) and, where there are any, attention_mask and
-            labels. They are repeated until the directions converge.
 
     Returns:
         The adapted modules and the experts that were left out; ``print`` shows them in words.
@@ -93,19 +89,15 @@ def add_adapter(
     Raises:
         AdapterError: RW401 to RW404, RW419, RW431 and RW432 for targets that are missing or cannot be adapted, RW434
             for token ids without a row, RW405 for a name that is taken or invalid, RW406 for a second adapter where
-            one changes the base, RW408 while an adapter is merged, RW423 and RW425 to RW429 for an init that is not
+            one changes the base, RW408 while an adapter is merged, RW423, RW425 and RW426 for an init that is not
             possible. The model is then unchanged.
 
     Warns of layers that text does not pass through (RW177), of layers in another library's 4-bit format (RW178), of
-    settings that match nothing (RW420), of experts that "all-linear" leaves out (RW422), and of EVA directions that
-    have not converged (RW430).
+    settings that match nothing (RW420), and of experts that "all-linear" leaves out (RW422).
     """
     planned = plan_adapter(model, config, name)
-    start = beginning(model, config, planned, originals, batches)
-    if start is None:
-        done = attach(model, config, planned, name)
-    else:
-        done = attach(model, start.config, start.planned, name, start=start)
+    start = beginning(model, config, planned, originals)
+    done = attach(model, config, planned, name, start=start)
     warn_of_no_bias(config, _biases(model, config, name))
     return done
 

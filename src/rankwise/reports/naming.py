@@ -20,8 +20,6 @@ NAMES = {
 VARIANTS = {
     "pissa": "PiSSA",
     "loftq": "LoftQ",
-    "eva": "EVA",
-    "orthogonal": "orthogonal",
     "plus": "LoRA+",
     "rslora": "rsLoRA",
 }
@@ -37,7 +35,7 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 
 def method_name(method: str) -> str:
-    """``lora+pissa`` -> LoRA (PiSSA); ``qlora+eva+plus`` -> QLoRA (EVA, LoRA+)."""
+    """``lora+pissa`` -> LoRA (PiSSA); ``qlora+pissa+plus`` -> QLoRA (PiSSA, LoRA+)."""
     name, *words = method.split("+")
     variants = ", ".join(VARIANTS.get(word) or visible(word) for word in words)
     return (NAMES.get(name) or visible(name)) + (f" ({variants})" if words else "")

@@ -69,16 +69,10 @@ def check_combinations(given: TrainSettings) -> None:
             "one of them out.",
         )
     kind = given.init.partition(":")[0]
-    if kind == "eva" and given.objective != "sft":
-        raise ConfigError(
-            "RW788",
-            f"--init eva needs rows with labels, which --objective {given.objective} does not have; leave it out.",
-        )
-    whole = "--new-tokens" if given.new_tokens else f"--init {kind}" if kind not in ("default", "orthogonal") else ""
+    started = whole = "--new-tokens" if given.new_tokens else f"--init {kind}" if kind != "default" else ""
     if given.enable_lora and given.method in DORA:
         # The magnitudes of the other rows, which are saved too, are norms of the base's rows.
         whole = f"--enable-lora with --method {given.method}"
-    started = "--new-tokens" if given.new_tokens else f"--init {kind}" if kind != "default" else ""
     if started and given.adapter is not None:
         raise ConfigError("RW788", f"{started} starts an adapter, and --adapter continues one; leave one of them out.")
     if whole and given.strategy == "fsdp":

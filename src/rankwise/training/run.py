@@ -301,7 +301,7 @@ def _make_trainable(given: TrainSettings, inputs: _Inputs, checkpoint: Checkpoin
     model = inputs.loaded.model
     if given.adapter is not None:
         return continue_adapter(model, given, inputs.base["sha256"])
-    return setup.make_trainable(model, given, inputs.lora, inputs.data.train, checkpoint)
+    return setup.make_trainable(model, given, inputs.lora, checkpoint)
 
 
 def _accelerate(given: TrainSettings, inputs: _Inputs) -> Acceleration | None:

@@ -5,29 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from rankwise.acceleration.generation import GREEDY, stop_ids_of
 from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.attached import DEFAULT_NAME
 from rankwise.adapters.baselines import add_baseline
-from rankwise.adapters.checkpoint import read_folder
-from rankwise.adapters.eva import MOST_BATCHES
 from rankwise.adapters.foreign_layer import dequantizer
 from rankwise.adapters.inject import attach
 from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.adapters.trained_base import tokenizer_with_rows
 from rankwise.compat.transformers import before_weights
 from rankwise.config import BASELINES, FOUR_BITS, TrainSettings
-from rankwise.constants import IGNORED
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.data.encoding import RowEncoder
@@ -194,12 +190,12 @@ def load_for_training(given: TrainSettings) -> LoadedBase:
 
 
 def make_trainable(
-    model: PreTrainedModel, given: TrainSettings, config: LoraConfig, rows: Encoded, checkpoint: Checkpoint | None
+    model: PreTrainedModel, given: TrainSettings, config: LoraConfig, checkpoint: Checkpoint | None
 ) -> int:
     """Add the method's adapter to the model, or for ``full`` unfreeze the model. Returns the number of trained
     parameters.
 
-    A resumed run does not compute EVA's directions and LoftQ's decomposition, which its ``checkpoint`` overwrites.
+    A resumed run does not compute LoftQ's decomposition, which its ``checkpoint`` overwrites.
     """
     set_seed(given.seed)
     if any(dequantizer(module) is not None for module in model.modules()):
@@ -217,28 +213,9 @@ def make_trainable(
         return sum(parameter.numel() for parameter in model.parameters())
     if given.method in BASELINES:
         return add_baseline(model, given.method, config.r)
-    if checkpoint is not None and config.init.kind in ("eva", "loftq", "orthogonal"):
-        if config.init.rho > 1:
-            stored = read_folder(checkpoint.path)[0]
-            moved = {name: getattr(stored, name) for name in ("target_modules", "rank_pattern", "alpha_pattern")}
-            config = dataclasses.replace(config, **moved)
+    if checkpoint is not None and config.init.kind == "loftq":
         return attach(model, config, plan_adapter(model, config), DEFAULT_NAME).trainable_parameters
-    batches = eva_batches(rows.dataset, given.batch_size, given.seed) if config.init.kind == "eva" else None
-    return add_adapter(model, config, batches=batches).trainable_parameters
-
-
-def eva_batches(dataset: Dataset, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Padded batches of encoded rows, in a random order of their own: input_ids, attention_mask and labels, (B, L)."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    for start in range(0, min(len(order), size * MOST_BATCHES), size):
-        rows = dataset[order[start : start + size]]
-        ids = [torch.tensor(row) for row in rows["input_ids"]]
-        labels = [torch.tensor(row, dtype=torch.long) for row in rows["labels"]]
-        yield {
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        }
+    return add_adapter(model, config).trainable_parameters
 
 
 def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:

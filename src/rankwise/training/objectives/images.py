@@ -53,8 +53,6 @@ def _refused(given: TrainSettings) -> Iterator[str]:
         yield "--packing"
     if given.searched_rates:
         yield f"--learning-rate {given.learning_rate}"
-    if given.init.startswith("eva"):
-        yield f"--init {given.init}"
     if given.new_tokens is not None:
         yield "--new-tokens"
     if given.sample_prompt is not None:
