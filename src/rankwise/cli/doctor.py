@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 EXTRAS = {
     "eval": "rankwise score, and tasks of rankwise evaluate",
     "cuda": "optimizers and kernels for CUDA cards",
-    "vision": "rows with images",
     "peft": "rankwise.accelerate_peft",
     "cluster": "rankwise compare --executor ray",
     "tensorboard": "train --report-to tensorboard",

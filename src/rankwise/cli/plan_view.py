@@ -74,7 +74,6 @@ def heading(plan: Plan) -> Iterator[str]:
         yield hardware.assumption
     parts = [
         f"batch {work.batch_size} x {work.max_length:,} tokens",
-        *([f"{work.image_tokens:,} of a row's for images"] if work.image_tokens else []),
         *([f"accumulation {plan.accumulation}"] if plan.accumulation > 1 else []),
         *(["packed"] if work.packing else []),
         work.dtype,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +21,15 @@ if TYPE_CHECKING:
 TRAINED_STYLE = "bold green"
 # Where there is no colour, trained text stands between these.
 OPEN, CLOSE = "[[", "]]"
-# A token several times in a row.
-REPEATED = re.compile(r"(<[^<>\s]+>)(?: ?\1){2,}")
 # Bad rows that are shown.
 NAMED_ROWS = 10
 
 
 def run(settings: PreviewSettings, output: Output) -> Document:
     from rankwise.data import encode_preferences, encode_rows, first_good_row, preview_row, read_rows, read_template
-    from rankwise.data.images import encode_images
     from rankwise.data.preference_formats import PREFERENCE_FORMATS
     from rankwise.data.prompts import Room, encode_prompts, prompt_formats
-    from rankwise.models import load_processor, load_tokenizer
+    from rankwise.models import load_tokenizer
 
     asks, prefers = settings.objective == "grpo", settings.objective in PREFERENCE_FORMATS
     layout: dict[str, Any] = {"formats": prompt_formats(**settings.columns)} if asks else settings.columns
@@ -42,18 +38,13 @@ def run(settings: PreviewSettings, output: Output) -> Document:
     rows = read_rows(settings.data, skip_bad_rows=settings.skip_bad_rows, **layout)
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code, revision=settings.revision)
-    sees = rows.kind == "images"
-    if sees and tokenizer is not None:
-        tokenizer = load_processor(
-            settings.model, tokenizer, trust_remote_code=settings.trust_remote_code, revision=settings.revision
-        )
     limits: dict[str, Any] = {"max_length": settings.max_length, "chat_template": template}
     if asks:
         room = Room(settings.max_length, settings.max_completion_length)
         encoded = encode_prompts(rows, tokenizer, room, chat_template=template, skip_bad_rows=settings.skip_bad_rows)
         report = encoded.report
     else:
-        encode = encode_images if sees else encode_preferences if prefers else encode_rows
+        encode = encode_preferences if prefers else encode_rows
         report = encode(rows, tokenizer, **limits, skip_bad_rows=settings.skip_bad_rows).report
     index = first_good_row(rows, report) if settings.row is None else settings.row
     preview = preview_row(rows, index, tokenizer, **limits, prompt_alone=asks)
@@ -72,7 +63,6 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
         share = f"each leaves {settings.max_completion_length} for an answer"
     for label, text in (
         *_sides(preview, settings.objective),
-        *([("images", ", ".join(preview.images))] if preview.images else []),
         ("format", preview.format),
         ("template", preview.template),
         ("data set", f"{plural(report.rows, 'row')}, {lengths}; {share}"),
@@ -130,8 +120,7 @@ def rendered(preview: Preview, *, marks: bool) -> Text:
     """The row's text; trained pieces green, or between brackets where there is no colour."""
     text = Text()
     for segment in preview.segments:
-        # The tokens of an image, by their number.
-        piece = REPEATED.sub(lambda found: f"{found[1]} x {found[0].count(found[1])}", printable(segment.text))
+        piece = printable(segment.text)
         if not segment.trained:
             text.append(piece, style="dim")
         else:

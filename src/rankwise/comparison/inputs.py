@@ -12,7 +12,6 @@ from rankwise.comparison.settings import CompareSettings
 from rankwise.config import BASELINES
 from rankwise.data import Row, Rows, limited, read_rows, warn_of_overlap
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
-from rankwise.data.rows import HOLDS_IMAGES
 from rankwise.errors import ConfigError, DataError, ModelError
 from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.lora_config import LoraConfig
@@ -53,8 +52,6 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
     layout = {**given.columns, "formats": PREFERENCE_FORMATS.get(given.objective)}
     folder = given.output / "data"
     rows = read_rows(given.data, split="train", **layout)
-    if rows.kind == "images":
-        raise ConfigError("RW182", f"{rows.source} {HOLDS_IMAGES}")
     held_out = _own_evaluation(given, rows, layout)
     train, how = _absolute(given.data), f"--eval-data {given.eval_data}" if given.eval_data else "its validation part"
     is_split = held_out is None

@@ -24,8 +24,7 @@ from rankwise.data.formats import (
     quoted,
     tools_of,
 )
-from rankwise.data.image_formats import IMAGE_COLUMNS, IMAGE_FORMATS, image_format
-from rankwise.data.rows import HOLDS_IMAGES, Problem, Row, Rows, Unit, content_sha256
+from rankwise.data.rows import Problem, Row, Rows, Unit, content_sha256
 from rankwise.errors import ConfigError, DataError, warn
 
 # Number of first records in which a layout is searched.
@@ -40,10 +39,9 @@ def detect(record: Record, source: str, columns: Columns, formats: Collection[Fo
     if any(columns):
         return _named_columns(record, source, *columns)
     known = FORMATS if formats is None else formats
-    found = next((layout for layout in IMAGE_FORMATS if formats is None and layout.fits(record)), None)
-    if found is None and formats is None and isinstance(record.get("prompt"), list) and "completion" in record:
+    if formats is None and isinstance(record.get("prompt"), list) and "completion" in record:
         return PROMPT_MESSAGES
-    found = found or next((layout for layout in known if layout.fits(record)), None)
+    found = next((layout for layout in known if layout.fits(record)), None)
     if found is not None:
         return found
     names = "; ".join(dict.fromkeys("/".join((*layout.columns, *layout.marks)) for layout in known))
@@ -79,8 +77,6 @@ def _named_columns(record: Record, source: str, prompt: str | None, completion: 
     missing = [column for column in (prompt, completion) if column not in record]
     if missing:
         raise DataError("RW207", f"{source} has no column {quoted(missing)}; its columns are {quoted(record)}.")
-    if image := next((name for name in IMAGE_COLUMNS if name in record.keys() - {prompt, completion}), None):
-        return image_format(image, (prompt, completion))
     return Format(f"columns ({prompt}, {completion})", "prompt", (prompt, completion), pair(prompt, completion))
 
 
@@ -102,15 +98,14 @@ def rows_from_records(
     are left out with a warning (RW223) if good rows remain; NEVER leaves out none and advises no option.
 
     Raises DataError: RW203 naming the bad rows, RW204 when there is none, RW207 for unknown columns; ConfigError: RW182
-    images for formats of text.
+    for images.
     """
     records = list(records)
     if not records:
         raise DataError("RW204", f"{source} holds no rows; give a file with at least one example.")
     shown = [record for _, record in records if isinstance(record, Mapping)][:LOOKED_AT]
-    has_images = any(name in record for _, record in records if isinstance(record, Mapping) for name in IMAGE_COLUMNS)
-    if formats is not None and has_images:
-        raise ConfigError("RW182", f"{source} {HOLDS_IMAGES}")
+    if any(name in record for _, record in records if isinstance(record, Mapping) for name in ("images", "image")):
+        raise ConfigError("RW182", f"{source} holds images, which rankwise does not read; remove their column.")
     layout = _first_layout(shown, source, columns, formats)
     rows, problems = _convert(records, source, layout, counted_in)
     check_bad_rows(problems, len(records), allowed=skip_bad_rows, before=bad_before)
@@ -166,10 +161,9 @@ def _tell_of_numbers(records: Sequence[Record | BadRow], source: str, layout: Fo
 
 
 def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: Format, *, named: bool) -> None:
-    """Warn of columns that are not read and hold text or images. Numbers, single words and truth values count as notes.
+    """Warn of columns that are not read and hold text. Numbers, single words and truth values count as notes.
 
-    Rows of another layout are reported as bad rows instead. Beside columns that the user has ``named``, only images
-    count.
+    Rows of another layout are reported as bad rows instead.
     """
     read = {*layout.columns, *layout.marks, *layout.optional, *(("tools",) if layout.uses_template else ())}
     counts = Counter(
@@ -178,7 +172,7 @@ def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: For
         if isinstance(record, Mapping) and all(column in record for column in layout.columns)
         for name, value in record.items()
         if name not in read and value
-        if name in IMAGE_COLUMNS or (not named and (isinstance(value, list | dict) or " " in str(value).strip()))
+        if isinstance(value, list | dict) or " " in str(value).strip()
     )
     found = ", ".join(f"`{name}` in {count:,} of {len(records):,} rows" for name, count in counts.items() if count)
     if found:

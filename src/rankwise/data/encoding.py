@@ -14,14 +14,14 @@ import statistics
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rankwise.constants import IGNORED
 from rankwise.data.bad_rows import NEVER, check_bad_rows
 from rankwise.data.bounded import bounded
-from rankwise.data.rows import HOLDS_IMAGES, Problem, Row, Rows
+from rankwise.data.rows import Problem, Row, Rows
 from rankwise.data.templates import ChatRenderer, Rendered, RowRefused, Segment, renderer
-from rankwise.errors import ConfigError, DataError, warn
+from rankwise.errors import DataError, warn
 from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
@@ -95,29 +95,10 @@ class EncodedRow:
     estimated: bool = False
 
 
-class Encoder(Protocol):
-    """Tokenizes rows of one kind.
-
-    ``template`` names how the rows are formatted; ``stop_ids`` are the tokens that end an answer.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    template: str
-    # {part of rows that the template omits: number of rows}.
-    left_out: Counter[str]
-
-    def stop_ids(self) -> set[int]: ...
-
-    def try_encode(self, rows: Sequence[Row], max_length: int | None = None) -> Iterator[EncodedRow | Problem]:
-        """Encode each row, or return the Problem with it. ``left_out`` is counted from 0."""
-
-
 class RowEncoder:
-    """Tokenizes rows of text."""
+    """Tokenizes rows. ``template`` names how they are formatted."""
 
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase | None, chat_template: str | None) -> None:
-        if rows.kind == "images":
-            raise ConfigError("RW182", f"{rows.source} {HOLDS_IMAGES}")
         if tokenizer is None:
             raise DataError("RW219", "the model has no tokenizer, so text cannot be encoded; add its tokenizer files.")
         self.tokenizer = tokenizer
@@ -261,14 +242,14 @@ def encode_rows(
     Raises DataError: RW210 chat rows without a template, RW211 a template that refuses a row, RW212 a template that
     does not separate the assistant's text, RW213 no stop token, RW214 no trained token, RW219 no tokenizer, RW221 a
     template that omits a part of a row, RW222 an answer that is only its stop token, RW225 a template that exceeds its
-    time or memory. ConfigError: RW182 rows with images.
+    time or memory.
     """
     encoder = RowEncoder(rows, tokenizer, chat_template)
     return encode_by(encoder, rows, max_length=max_length, name=name, skip_bad_rows=skip_bad_rows)[0]
 
 
 def encode_by(
-    encoder: Encoder, rows: Rows, *, max_length: int, name: str, skip_bad_rows: int | None
+    encoder: RowEncoder, rows: Rows, *, max_length: int, name: str, skip_bad_rows: int | None
 ) -> tuple[Encoded, list[Row]]:
     """(result of ``encode_rows`` with any encoder, the rows in the data set)."""
     table = _Table(max_length)
@@ -288,7 +269,7 @@ def encode_by(
     return Encoded(table.dataset(), report), kept
 
 
-def all_encoded(encoder: Encoder, rows: Sequence[Row], max_length: int | None = None) -> list[EncodedRow]:
+def all_encoded(encoder: RowEncoder, rows: Sequence[Row], max_length: int | None = None) -> list[EncodedRow]:
     """Token ids of some rows, at least up to ``max_length``. Raises DataError, which names the refused rows."""
     found = list(encoder.try_encode(rows, max_length))
     problems = [item for item in found if isinstance(item, Problem)]
@@ -343,7 +324,7 @@ class Counts:
         self.trained = self.truncated = self.dropped = self.stopped = self.split = self.estimated = 0
 
     def report(
-        self, name: str, encoder: Encoder, problems: Sequence[Problem], *, rows: int, tokens: int
+        self, name: str, encoder: RowEncoder, problems: Sequence[Problem], *, rows: int, tokens: int
     ) -> EncodingReport:
         """``rows`` and ``tokens`` are those that the data set holds."""
         return EncodingReport(

@@ -1,4 +1,4 @@
-"""The layouts of training data without images, and the checks of a row."""
+"""The layouts of training data, and the checks of a row."""
 
 from __future__ import annotations
 

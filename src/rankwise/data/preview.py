@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rankwise.data.bad_rows import check_bad_rows
-from rankwise.data.encoding import EncodedRow, Encoder, EncodingReport, all_encoded
-from rankwise.data.images import encoder_of
+from rankwise.data.encoding import EncodedRow, EncodingReport, RowEncoder, all_encoded
 from rankwise.data.preferences import completion_start
 from rankwise.data.rows import Row, Rows
 from rankwise.data.templates import Segment
@@ -42,8 +41,6 @@ class Preview:
     estimated: bool
     # For preferences: whether the answer is good.
     label: bool | None = None
-    # Where its images lie, or how large they are.
-    images: tuple[str, ...] = ()
     # For pairs: the worse answer.
     rejected: Preview | None = None
 
@@ -83,7 +80,7 @@ def preview_row(
     if not 0 <= index < total:
         raise DataError("RW217", f"{rows.source} has no row {index}; its {total} rows count from 0.")
     check_bad_rows([problem for problem in rows.problems if problem.index == index], 1)
-    encoder = encoder_of(rows, tokenizer, chat_template)
+    encoder = RowEncoder(rows, tokenizer, chat_template)
     row = rows[index - sum((problem.index or 0) < index for problem in rows.problems)]
     shown = _preview(rows, row, encoder, max_length, prompt_alone=prompt_alone)
     if row.rejected is None:
@@ -91,7 +88,7 @@ def preview_row(
     return dataclasses.replace(shown, rejected=_preview(rows, row.rejected, encoder, max_length))
 
 
-def _preview(rows: Rows, row: Row, encoder: Encoder, max_length: int, *, prompt_alone: bool = False) -> Preview:
+def _preview(rows: Rows, row: Row, encoder: RowEncoder, max_length: int, *, prompt_alone: bool = False) -> Preview:
     [encoded] = all_encoded(encoder, [row], max_length)
     if prompt_alone:
         length = encoded.trained.index(True)
@@ -115,7 +112,6 @@ def _preview(rows: Rows, row: Row, encoder: Encoder, max_length: int, *, prompt_
         stop_token=not encoder.stop_ids().isdisjoint(labels),
         estimated=encoded.estimated,
         label=row.label,
-        images=tuple(image if isinstance(image, str) else f"a file of {len(image):,} bytes" for image in row.images),
     )
 
 

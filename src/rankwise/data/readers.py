@@ -15,7 +15,6 @@ from rankwise.data.bad_rows import NEVER
 from rankwise.data.detect import rows_from_records
 from rankwise.data.files import KINDS, kind_of, read_file, table_records
 from rankwise.data.formats import Columns, Format
-from rankwise.data.image_formats import with_files
 from rankwise.data.rows import Problem, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
 from rankwise.errors import DataError, one_line, warn
@@ -88,7 +87,7 @@ def check_there(source: str | Path) -> None:
 
 def _read_path(path: Path, name: str, how: _How) -> Rows:
     content = read_file(path)
-    rows = rows_from_records(
+    return rows_from_records(
         content.records,
         name,
         sha256=content.sha256,
@@ -98,7 +97,6 @@ def _read_path(path: Path, name: str, how: _How) -> Rows:
         bad_before=how.bad_before,
         formats=content.formats if how.formats is None else how.formats,
     )
-    return with_files(rows, path.parent) if rows.kind == "images" else rows
 
 
 def _read_folder(folder: Path, split: str, how: _How) -> Rows:

@@ -10,22 +10,14 @@ from typing import Literal, overload
 
 from rankwise.foreign import Fields
 
-Kind = Literal["chat", "prompt", "text", "images"]
+Kind = Literal["chat", "prompt", "text"]
 Unit = Literal["line", "row"]
 Message = Fields
-# The end of the error RW182, after the source.
-HOLDS_IMAGES = (
-    "holds images, which `rankwise train` on demonstrations and `preview` alone read; give rows of text here, or leave "
-    "the column of images out."
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One example. ``chat`` fills messages, ``prompt`` fills prompt and completion, ``text`` fills text.
-
-    ``images`` fills messages, each of whose contents is a list of parts, and images; the last message is the answer.
-    """
+    """One example. ``chat`` fills messages, ``prompt`` fills prompt and completion, ``text`` fills text."""
 
     kind: Kind
     # Name of the file, hub data set or demo set.
@@ -36,8 +28,6 @@ class Row:
     prompt: str = ""
     completion: str = ""
     text: str = ""
-    # The images of the parts, in order: paths, or the bytes of a file.
-    images: tuple[str | bytes, ...] = ()
     # Tools of a chat row, which are passed to the chat template.
     tools: tuple[Fields, ...] | None = None
     # Assistant messages before this index belong to the prompt.
@@ -65,8 +55,7 @@ class Row:
         """All text of the row, for hashing and comparing."""
         turns = [f"{message['role']}\n{message.get('content') or ''}" for message in self.messages]
         worse = [] if self.rejected is None else [self.rejected.content()]
-        images = [image if isinstance(image, str) else hashlib.sha256(image).hexdigest() for image in self.images]
-        return "\n".join([*turns, *images, self.prompt + self.completion, self.text, *worse]).strip()
+        return "\n".join([*turns, self.prompt + self.completion, self.text, *worse]).strip()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

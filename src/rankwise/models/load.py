@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.transformers import gguf_read_once
-from rankwise.errors import ConfigError, ModelError, RankwiseError, warn
+from rankwise.errors import ModelError, RankwiseError, warn
 from rankwise.foreign import Fields
 from rankwise.listing import some_of
 from rankwise.models.device import choose_device
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 # transformers' names of formats whose layers have no gradient, and which transformers can load as dense weights.
 DEQUANTIZED_ON_LOADING = ("fp8", "mxfp4", "compressed-tensors")
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # Of positions and masks, which some families compute from config.json.
 LARGEST_TABLES_BYTES = 100_000_000
 # Tokens that a tokenizer puts around a text, and times that it makes a text longer.
@@ -118,35 +117,6 @@ def load_tokenizer(
     _check_tokenizer(tokenizer, path)
     tokenizer.name_or_path = source.base_model
     return tokenizer
-
-
-def load_processor(
-    model: Model, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False, revision: str | None = None
-) -> Any:
-    """The model's processor with ``tokenizer``, which turns rows with images into token ids and pixels.
-
-    ``tokenizer`` itself where the model has no processor. Raises ConfigError (RW185) for one that cannot be loaded.
-    """
-    source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    path = _path(source)
-    if source.is_gguf or not any((path / name).is_file() for name in PROCESSOR_FILES):
-        return tokenizer
-    from transformers import AutoProcessor
-
-    try:
-        with quiet():
-            processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # transformers may raise anything; for a missing package, the message names it.
-        raise ConfigError(
-            "RW185",
-            f"the image processor of {source.name} cannot be loaded: {reason_of(error)}. A package may be missing: "
-            'pip install "rankwise[vision]".',
-        ) from error
-    if not hasattr(processor, "image_processor"):
-        return tokenizer
-    processor.tokenizer = tokenizer
-    return processor
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

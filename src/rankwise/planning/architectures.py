@@ -14,7 +14,6 @@ from typing import Literal
 from rankwise.errors import ModelError
 from rankwise.foreign import Fields
 from rankwise.planning.shape import ConfigFields, Module, Shape
-from rankwise.planning.vision import tower_of
 
 Family = Callable[[ConfigFields], Shape]
 
@@ -245,8 +244,7 @@ def gemma3(fields: ConfigFields) -> Shape:
     tied = fields.flag("tie_word_embeddings", True)
     shape = decoder(text, dataclasses.replace(GEMMA3_TEXT, family="gemma3", path="model.language_model"))
     modules = (*_siglip("model.vision_tower", vision), *_projector(vision, shape.hidden), *shape.modules)
-    tower = tower_of({"mm_tokens_per_image": 256, **fields.config})
-    return dataclasses.replace(shape, modules=modules, tied=tied, text="model.language_model.", tower=tower)
+    return dataclasses.replace(shape, modules=modules, tied=tied, text="model.language_model.")
 
 
 def idefics3(fields: ConfigFields) -> Shape:
@@ -257,8 +255,7 @@ def idefics3(fields: ConfigFields) -> Shape:
     joint = Module("model.connector.modality_projection.proj", "linear", eyes * scale**2, shape.hidden)
     modules = (*_siglip("model.vision_model", vision), joint, *shape.modules)
     tied = fields.flag("tie_word_embeddings", False)
-    tower = tower_of({**fields.config, "vision_config": vision.config})
-    return dataclasses.replace(shape, modules=modules, tied=tied, text="model.text_model.", tower=tower)
+    return dataclasses.replace(shape, modules=modules, tied=tied, text="model.text_model.")
 
 
 def _siglip(path: str, fields: ConfigFields) -> Iterator[Module]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from rankwise.planning import cuda
 from rankwise.planning.parallel import Group, per_device, traffic
 from rankwise.planning.terms import TERMS, MemoryEstimate
-from rankwise.planning.vision import Tower, image_terms
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
 
@@ -49,7 +48,6 @@ class Found:
     exact: bool
     # Whether the phases are those of one of several devices already.
     is_share: bool = False
-    tower: Tower | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -58,7 +56,7 @@ def assembled(method: str, workload: Workload, found: Found, started: float) -> 
     ``time.perf_counter``.
     """
     shares = {}
-    for name, terms in with_images(workload, found).items():
+    for name, terms in found.phases.items():
         whole = {term: terms.get(term, 0) for term in TERMS}
         if name == "generation" and workload.device_type == "cpu":
             whole["transient"] += round(HOLES_OF_GROWTH * whole["transient"])
@@ -106,16 +104,6 @@ def assembled(method: str, workload: Workload, found: Found, started: float) -> 
     )
 
 
-def with_images(workload: Workload, found: Found) -> Mapping[str, dict[str, int]]:
-    """The phases with the pixels of their images, and the one in which the tower runs before the language part."""
-    if found.tower is None or not workload.image_tokens:
-        return found.phases
-    pixels, tower = image_terms(found.tower, workload)
-    phases = {name: {**terms, "transient": terms.get("transient", 0) + pixels} for name, terms in found.phases.items()}
-    before = dict.fromkeys(("activations", "logits", "gradients"), 0)
-    return {**phases, "forward of the tower": {**phases["forward"], **before, "transient": pixels + tower}}
-
-
 def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:
     """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the saved tensors,
     plus a constant without rankwise's fast operators.
@@ -153,8 +141,6 @@ def _notes(workload: Workload, found: Found) -> list[str]:
         notes.append(
             f"rows of {workload.max_length:,} tokens are longer than the model's {found.max_positions:,} positions"
         )
-    if workload.image_tokens and found.tower is None:
-        notes.append("images count by their tokens only: the sizes of the vision tower are not known from the config")
     if not workload.fast:
         notes.append("PyTorch's own step is counted, without fused operators")
     if found.elsewhere_bytes:

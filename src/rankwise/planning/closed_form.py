@@ -39,7 +39,6 @@ def of_shape(shape: Shape, method: str, workload: Workload) -> MemoryEstimate:
         root=root,
         weight_bytes=fixed["weights"] + fixed["weights_4bit"],
         exact=False,
-        tower=shape.tower,
         notes=notes_of(step),
     )
     return assembled(method, workload, found, started)

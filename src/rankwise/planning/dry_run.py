@@ -39,7 +39,6 @@ from rankwise.planning.scratch import SCRATCH, kept_memory, kept_norms, lives_in
 from rankwise.planning.step import LossOf, autocast_dtype, make_batch, take_step, true_counts
 from rankwise.planning.terms import MemoryEstimate
 from rankwise.planning.tracker import StorageTracker
-from rankwise.planning.vision import tower_of
 from rankwise.planning.workload import Workload
 from rankwise.planning.written import UNCOUNTED, write_a_token
 from rankwise.quantization.experts import four_bit_stacks
@@ -129,7 +128,6 @@ def trace(
         weight_bytes=sum(shards),
         exact=True,
         is_share=sharded,
-        tower=tower_of(config.to_dict()),
     )
     return assembled(method, workload, found, started)
 

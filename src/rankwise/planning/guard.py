@@ -32,7 +32,7 @@ AFTER_FAILURE = 0.85
 
 
 class Rows(Protocol):
-    """A micro-batch: rows, tokens of a row, the share of the tokens with labels, and a row's image tokens."""
+    """A micro-batch: rows, tokens of a row, and the share of the tokens with labels."""
 
     @property
     def rows(self) -> int: ...
@@ -42,9 +42,6 @@ class Rows(Protocol):
 
     @property
     def trained_share(self) -> float: ...
-
-    @property
-    def image_tokens(self) -> int: ...
 
 
 class MemoryGuard:
@@ -209,7 +206,6 @@ def _of_batch(workload: Workload, batch: Rows) -> Workload:
         workload,
         batch_size=batch.rows,
         max_length=max(2, batch.tokens),
-        image_tokens=batch.image_tokens,
         trained_share=trained,
     )
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSettings, check_objective
 from rankwise.errors import ConfigError
-from rankwise.options import Batch, Count, Names, Panel, Whole, option
+from rankwise.options import Batch, Count, Names, Panel, option
 from rankwise.planning.terms import PLANNED
 
 ALL = "all"
@@ -57,9 +57,6 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     trained_share: Annotated[
         float, Field(gt=0, le=1), option(Panel.TRAINING, "Share of the tokens that have labels.")
     ] = 1.0
-    image_tokens: Annotated[
-        Whole, option(Panel.TRAINING, "Of --max-length, the tokens that stand for images (`preview` shows them).")
-    ] = 0
     rows: Annotated[
         Count | None,
         option(Panel.TRAINING, "Number of rows of training data; the plan then gives the hours of the whole run."),
@@ -84,12 +81,6 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     def check_options(self) -> None:
         """Raise ConfigError for options that do not go together: RW130, and RW760 as ``check_objective`` does."""
         check_objective(self, self.objective)
-        if self.image_tokens >= self.max_length:
-            raise ConfigError(
-                "RW130",
-                f"--image-tokens is {self.image_tokens:,}, which are to be a part of the {self.max_length:,} of "
-                "--max-length; raise that, or lower this.",
-            )
         if self.strategy is not None and self.devices == 1:
             raise ConfigError(
                 "RW130", f"--strategy {self.strategy} is for several devices, and --devices is 1; add --devices N."

@@ -16,7 +16,6 @@ from rankwise.errors import ModelError
 from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.source import ModelSource
-from rankwise.planning.vision import Tower
 
 # conv1d: a linear layer stored transposed; plain: stacked experts and routers, which no adapter can wrap.
 Kind = Literal["linear", "conv1d", "embedding", "norm", "plain"]
@@ -91,9 +90,8 @@ class Shape:
     softcapped: bool = False
     # Whether logits pass a tanh.
     capped_logits: bool = False
-    # For a multimodal model: the name prefix of its language part, and its vision tower.
+    # For a multimodal model: the name prefix of its language part.
     text: str = ""
-    tower: Tower | None = None
 
     @property
     def queries(self) -> int:

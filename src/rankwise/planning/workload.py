@@ -40,8 +40,6 @@ class Workload(StepOptions):
     flash: bool = True
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
     trained_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # Number of image tokens in a row.
-    image_tokens: Whole = 0
     # Number of sequences in a row: 2 for a pair of answers.
     sides: Batch = 1
     # Whether the batch saves nothing for a backward pass, as in an evaluation (closed form only).

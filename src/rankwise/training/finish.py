@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import restore
 from rankwise.adapters import adapter_config, has_adapter, report
@@ -94,7 +94,7 @@ def restore_kept(model: nn.Module, output: Path, kept: KeptStep, last_step: int)
 
 def write_final(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    tokenizer: PreTrainedTokenizerBase,
     output: Path,
     announce: Callable[[list[str]], None],
     gathered: dict[str, Tensor] | None = None,

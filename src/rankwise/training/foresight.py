@@ -39,8 +39,6 @@ class MicroBatch:
     tokens: int
     # Share of all tokens that are in the loss.
     trained_share: float
-    # Number of a row's tokens that stand for images.
-    image_tokens: int = 0
 
 
 class Foresight(Protocol):

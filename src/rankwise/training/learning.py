@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from rankwise.config import TrainSettings
 from rankwise.data import Rows
@@ -37,7 +37,6 @@ class Learning:
     # Whether the rows have labels.
     has_labels: bool = True
     # Whether the fast operators were tested on such rows of this model; warns where they were not.
-    takes_fast: Callable[[PreTrainedModel], bool] = lambda model: True
     # The largest micro-batch (``flat``: of concatenated rows) and the largest evaluation batch, for the memory plan.
     largest_batch: Callable[..., MicroBatch] = largest_batch
     largest_evaluation: Callable[..., MicroBatch | None] = largest_evaluation

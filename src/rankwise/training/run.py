@@ -46,7 +46,7 @@ from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_mem
 from rankwise.training.meters import Progress, frozen_bytes
 from rankwise.training.metrics import evaluations
 from rankwise.training.new_tokens import add_new_tokens, new_tokens
-from rankwise.training.objectives import images, learning_of
+from rankwise.training.objectives import learning_of
 from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.provenance import PACKAGES, device_record
 from rankwise.training.rates import Chosen, Group, loraplus_groups, with_groups
@@ -215,7 +215,7 @@ def _prepare(
     trainable = _make_trainable(given, inputs, checkpoint)
     accelerated = _accelerate(given, inputs)
     _check_before_training(learning, given, loaded.model, data)
-    padded = _why_padded(given, loaded.model, accelerated) if data.processor is None else "pixels lie beside them"
+    padded = _why_padded(given, loaded.model, accelerated)
     make = functools.partial(_trainer, learning, loaded=loaded, checkpoint=checkpoint, padding_free=padded is None)
     # Made before a search, for the run's length and memory, which do not depend on the learning rate.
     trainer = make(
@@ -256,16 +256,13 @@ def _prepare(
     probe = setup.probe_of(data.train.dataset, loaded.device)
     answer = None if given.sample_prompt is None else setup.answerer(given.sample_prompt, loaded, data)
     extras = Extras(given.early_stopping, answer, probe)
-    saved = data.processor or loaded.tokenizer
-    return Session(given.output, mode, trainer, saved, checkpoint, record, extras, observer)
+    return Session(given.output, mode, trainer, loaded.tokenizer, checkpoint, record, extras, observer)
 
 
 def _read(given: TrainSettings, lora: LoraConfig, observer: Observer, foresight: Foresight | None) -> _Inputs:
     learning = learning_of(given)
     observer.phase("Reading data")
     rows, eval_rows, template = setup.read_data(given, learning.formats)
-    if rows.kind == "images":
-        learning = images.learning(given, eval_rows)
     observer.phase("Loading the model")
     if foresight is not None:
         foresight.before_loading()
@@ -308,7 +305,7 @@ def _accelerate(given: TrainSettings, inputs: _Inputs) -> Acceleration | None:
     """Replace parts of the model by faster ones of ours; None where nothing may be replaced."""
     model = inputs.loaded.model
     with looked_into(model):
-        is_fast = given.fast and given.method not in BASELINES and inputs.learning.takes_fast(model)
+        is_fast = given.fast and given.method not in BASELINES
         return optimize_for_training(model) if is_fast else None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from rankwise.compat.torch import is_unit
 from rankwise.disk import coded_errors, remove_strays
@@ -47,7 +47,7 @@ class Session:
     folder: Path
     mode: output.Mode
     trainer: RunTrainer
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
+    tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint | None
     record: RunRecord
     extras: Extras

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rankwise.acceleration.generation import GREEDY, stop_ids_of
 from rankwise.adapters import add_adapter, plan_adapter
@@ -59,8 +59,6 @@ class Data:
     eval_rows: Rows | None = None
     # Further entries of the record about the training data.
     notes: Fields = dataclasses.field(default_factory=dict)
-    # The processor of rows with images.
-    processor: ProcessorMixin | None = None
 
     @property
     def sets(self) -> list[Encoded]:

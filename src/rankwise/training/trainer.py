@@ -45,12 +45,11 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
     """Trains on demonstrations.
 
     ``label_smoothing`` acts on the training loss only, so that evaluation losses are comparable between runs.
-    ``evaluates_batches``: evaluate on the collator's batches, as rows with images need, instead of token ids alone.
     """
 
-    def __init__(self, *, label_smoothing: float = 0.0, evaluates_batches: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *, label_smoothing: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.label_smoothing, self.evaluates_batches = label_smoothing, evaluates_batches
+        self.label_smoothing = label_smoothing
         # Kept between evaluations: it tests once whether the model can score several rows concatenated.
         self._scorer: Scorer | None = None
         self.data_collator = Counting(self.data_collator, self.model.config.get_text_config().vocab_size)
@@ -167,25 +166,13 @@ class RankwiseTrainer(RunTrainer, SFTTrainer):
         rows: Dataset = dataloader.dataset
         self.start_evaluation()
         with undisturbed_random_states(), roots_gathered(self.model):
-            own = self._batch_scores(dataloader) if self.evaluates_batches else self._row_scores(rows)
+            own = self._row_scores(rows)
         everyone = list(itertools.chain.from_iterable(ranks.gathered(own)))
         count = sum(tokens for _, tokens, _ in everyone) or 1
         metrics_of(self, "eval")["mean_token_accuracy"].append(sum(hits for _, _, hits in everyone) / count)
         # The sum is exact, so it does not depend on the distribution of rows over processes.
         loss = -math.fsum(total for total, _, _ in everyone) / count
         return EvalLoopOutput(np.empty(0), None, {f"{metric_key_prefix}_loss": loss}, len(rows))
-
-    def _batch_scores(self, dataloader: DataLoader[Batch]) -> list[tuple[float, int, float]]:
-        """(log-probability, scored tokens, scored tokens that were the most likely ones) of each batch."""
-        noted, found = metrics_of(self, "eval"), []
-        for batch in dataloader:
-            count = len(batch[KEY].scored)
-            with torch.no_grad():
-                loss = float(self.compute_loss(self.model, batch))
-            found.append((-loss * count, count, float(noted["mean_token_accuracy"][-1]) * count))
-            noted.clear()
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        return found
 
     def _row_scores(self, rows: Dataset) -> list[tuple[float, int, float]]:
         """(log-probability, scored tokens, scored tokens that were the most likely ones) of each row."""

@@ -1,7 +1,6 @@
 """The objectives of a run. Each has a module, whose ``learning()`` returns the parts that depend on the objective:
 
     sft.py              demonstrations, by trl's SFTTrainer
-    images.py           demonstrations with images, by the same trainer and trl's collator
     preferences.py      pairs, by trl's DPOTrainer; answers marked good or bad, by trl's KTOTrainer
     grpo.py             rewards, by trl's GRPOTrainer
 
