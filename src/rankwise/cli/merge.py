@@ -61,7 +61,7 @@ def run(settings: MergeSettings, output: Output) -> Document:
 def _check_options(settings: MergeSettings) -> None:
     """Raise ConfigError (RW753) for several adapters without --combine, and for options without effect."""
     if settings.combine is None:
-        idle = [name for name in ("weights", "rank", "density") if getattr(settings, name) is not None]
+        idle = [name for name in ("weights", "rank") if getattr(settings, name) is not None]
         idle += ["adapter"] if len(settings.adapter) > 1 else []
         why = "goes with --combine, which makes one adapter of several"
     else:
@@ -81,8 +81,6 @@ def _alone(settings: MergeSettings) -> Iterator[str]:
         yield "--quantization has no effect on a merge into original weights; give --onto quantized or --verify too"
     if not settings.double_quant and settings.quantization is None:
         yield "--no-double-quant is for --quantization; give --quantization too"
-    if settings.seed != settings.defaults()["seed"] and settings.combine != "dare_ties":
-        yield "--seed is for --combine dare_ties; leave it out"
 
 
 def _combine(settings: MergeSettings, output: Output) -> Document:
@@ -95,7 +93,7 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
     assert settings.combine is not None, "asked for"
     count = len(settings.adapter)
     weights = settings.weights or (1 / count,) * count
-    wanted = Combination(weights, settings.combine, settings.rank, settings.density, settings.seed)
+    wanted = Combination(weights, settings.combine, settings.rank)
     base = settings.model or base_of(settings.adapter)
     source = fetch_model(base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     skeleton = load_skeleton(source, trust_remote_code=settings.trust_remote_code)

@@ -119,7 +119,7 @@ class MergeSettings(BaseOptions):
     ]
     output: Annotated[Path, _option("Folder to write the merged model to. It must be new or empty.", metavar="DIR")]
     combine: Annotated[
-        Literal["linear", "cat", "svd", "ties", "dare_ties"] | None,
+        Literal["linear", "cat", "svd"] | None,
         _option("Combine several adapters into one adapter, and write that instead of a merged model."),
     ] = None
     weights: Annotated[
@@ -130,11 +130,6 @@ class MergeSettings(BaseOptions):
     rank: Annotated[
         Rank | None, _option("With --combine svd, the rank to write; default: the largest rank of the adapters.")
     ] = None
-    density: Annotated[
-        float | None,
-        _option("With --combine ties or dare_ties, the share of entries kept; default: 0.5.", gt=0, le=1),
-    ] = None
-    seed: Annotated[Seed, _option("Seed of dare_ties.")] = 0
     onto: Annotated[
         Literal["original", "quantized"] | None,
         _option(

@@ -5,9 +5,6 @@ With weight w, scale s and pair (A, B) of each adapter, and for each module over
 - cat     A = [w s A; ...], B = [B, ...]: exactly the weighted sum of the updates; its rank is the sum of the ranks
 - svd     B = U_r S_r, A = V_r^T of the weighted sum  dW = sum w s B A: the closest of rank r
 - linear  A = sum sign(w) sqrt(|w| s) A, B = sum sqrt(|w| s) B: cheap, and not the sum of the updates
-- ties    as linear, but of each A and B only the largest share ``density``, and of those the entries whose sign most
-          have (Yadav et al. 2023, arXiv 2306.01708), averaged over the adapters that keep them
-- dare_ties  as ties, with a random share instead of the largest, scaled up (Yu et al. 2023, arXiv 2311.03099)
 """
 
 from __future__ import annotations
@@ -34,27 +31,21 @@ from rankwise.lora_config import LoraConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Way = Literal["linear", "cat", "svd", "ties", "dare_ties"]
-DEFAULT_DENSITY = 0.5
+Way = Literal["linear", "cat", "svd"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """How adapters are combined. ``rank`` (svd): by default the adapters' largest. ``density`` (ties, dare_ties):
-    the share of entries to keep. ``seed`` (dare_ties): None uses torch's generator without seeding it."""
+    """How adapters are combined. ``rank`` (svd): by default the adapters' largest."""
 
     weights: Sequence[float]
     way: Way = "linear"
     rank: int | None = None
-    density: float | None = None
-    seed: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
         if self.way not in get_args(Way):
             problems.append(f"there is no way {self.way!r} to combine; give one of {', '.join(get_args(Way))}")
-        if self.density is not None and (self.way not in ("ties", "dare_ties") or not 0 < self.density <= 1):
-            problems.append(f"a density of {self.density:g} goes with ties and dare_ties, from above 0 to 1")
         if self.rank is not None and (self.way != "svd" or self.rank < 1):
             problems.append(f"a rank ({self.rank}) is chosen for svd alone, from 1")
         if not all(math.isfinite(weight) for weight in self.weights):
@@ -71,7 +62,6 @@ def combine_adapters(
     name: str = "combined",
     combine: Way = "linear",
     rank: int | None = None,
-    density: float | None = None,
 ) -> AdapterReport:
     """Combine loaded adapters into a new one, which becomes active, as PEFT's ``add_weighted_adapter`` does.
 
@@ -80,9 +70,8 @@ def combine_adapters(
         adapters: The names of the adapters to combine.
         weights: A factor for each adapter.
         name: The name of the new adapter.
-        combine: ``linear``, ``cat``, ``svd``, ``ties`` or ``dare_ties`` (PEFT's ``combination_type``).
+        combine: ``linear``, ``cat`` or ``svd`` (PEFT's ``combination_type``).
         rank: The rank of the result of ``svd`` (PEFT's ``svd_rank``).
-        density: The share of values that ``ties`` and ``dare_ties`` keep; ``dare_ties`` draws with torch's generator.
 
     Returns:
         The modules of the new adapter, as ``add_adapter`` does.
@@ -93,7 +82,7 @@ def combine_adapters(
             weights, RW752 ranks that cannot be added.
     """
     files = [live_adapter(model, each) for each in adapters]
-    pairs, file = combined(model, files, Combination(weights, combine, rank, density))
+    pairs, file = combined(model, files, Combination(weights, combine, rank))
     check_name(model, file.config, name)
     return attach_pairs(model, file, pairs, name)
 
@@ -120,12 +109,9 @@ def combined(
     items = {item.name: item for file in files for item in file.planned}
     r = _rank(files, wanted)
     pairs = {}
-    with torch.random.fork_rng(devices=[], enabled=wanted.seed is not None):
-        if wanted.seed is not None:
-            torch.manual_seed(wanted.seed)
-        for path in [path for path, _ in base_modules(model) if path in items]:
-            here = [(*one[path], w) for one, w in zip(found, wanted.weights) if path in one]
-            pairs[path] = _pair(here, wanted, r, path)
+    for path in [path for path, _ in base_modules(model) if path in items]:
+        here = [(*one[path], w) for one, w in zip(found, wanted.weights) if path in one]
+        pairs[path] = _pair(here, wanted, r, path)
     planned = [items[path] for path in pairs]
     return to_one_rank(pairs, r), AdapterFile(LoraConfig(r=r, lora_alpha=r), planned, {})
 
@@ -172,29 +158,8 @@ def _pair(here: Sequence[Scaled], wanted: Combination, r: int, path: str) -> Pai
         )
     roots = [math.sqrt(abs(w) * s) for _, s, w in here]
     signed = [math.copysign(root, w) for root, (_, _, w) in zip(roots, here)]
-    A = _sum([pair.A for pair, _, _ in here], signed, wanted)
-    return Pair(A, _sum([pair.B for pair, _, _ in here], roots, wanted))
+    return Pair(_sum([pair.A for pair, _, _ in here], signed), _sum([pair.B for pair, _, _ in here], roots))
 
 
-def _sum(tensors: Sequence[Tensor], weights: Sequence[float], wanted: Combination) -> Tensor:
-    by_weight = torch.tensor(weights)[:, None, None]
-    if wanted.way == "linear":
-        return (torch.stack(list(tensors)) * by_weight).sum(dim=0)
-    density = wanted.density or DEFAULT_DENSITY
-    prune = _largest if wanted.way == "ties" else _random
-    kept = torch.stack([tensor if density >= 1 else prune(tensor, density) for tensor in tensors])
-    majority = torch.where(kept.sum(dim=0) >= 0, 1, -1)
-    agrees = kept.sign() == majority
-    return (kept * by_weight * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1.0)
-
-
-def _largest(tensor: Tensor, density: float) -> Tensor:
-    """The share ``density`` of the entries that are largest, zero elsewhere."""
-    chosen = torch.topk(tensor.abs().flatten(), int(density * tensor.numel())).indices
-    mask = torch.zeros(tensor.numel()).index_fill_(0, chosen, 1)
-    return tensor * mask.view_as(tensor)
-
-
-def _random(tensor: Tensor, density: float) -> Tensor:
-    """A random share ``density`` of the entries, scaled so that the mean stays."""
-    return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
+def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return (torch.stack(list(tensors)) * torch.tensor(weights)[:, None, None]).sum(dim=0)
