@@ -17,7 +17,7 @@ import pytest
 import rankwise
 
 SOURCE = Path(rankwise.__file__).parent
-PRIVATE = re.compile(r"_(?!_)\w*[^_]|_\w")
+PRIVATE = re.compile(r"_(?!_)\w+")
 # Undocumented, and changed without notice.
 INTERNAL_MODULES = (
     *("torch.multiprocessing.reductions", "torch.utils.weak"),

@@ -186,6 +186,12 @@ def test_version_is_shared_with_an_alias_that_holds_nothing():
     assert compat.writes_to(counter) == 1
 
 
+def test_foreach_copy_converts_dtypes_and_fills_views():
+    whole = torch.zeros(4, dtype=torch.bfloat16)
+    compat.copy_each([whole[:1], whole[1:3]], [torch.ones(1), torch.full((2,), 2.0)])
+    assert whole.tolist() == [1, 2, 2, 0]
+
+
 def test_base_is_what_a_view_shows():
     tensor = torch.zeros(2, 3)
     assert compat.viewed(tensor.view(3, 2).t()) is tensor

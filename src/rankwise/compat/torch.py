@@ -226,6 +226,11 @@ def writes_to(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """``target.copy_(source)`` for each pair, in as few launches as torch can."""
+    torch._foreach_copy_(targets, sources)
+
+
 def viewed(tensor: Tensor) -> Tensor | None:
     """The tensor of which ``tensor`` is a view, or None."""
     return tensor._base

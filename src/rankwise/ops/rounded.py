@@ -19,7 +19,7 @@ from collections.abc import Iterable, MutableMapping, Sequence
 import torch
 from torch import Tensor
 
-from rankwise.compat.torch import FakeTensorMode, WeakTensorKeyDictionary, mode_of
+from rankwise.compat.torch import FakeTensorMode, WeakTensorKeyDictionary, copy_each, mode_of
 from rankwise.constants import ALIGNED
 from rankwise.ops.branch import Branch
 from rankwise.ops.freshness import Key, trained_key
@@ -118,4 +118,4 @@ def _refresh(needed: Sequence[_Copy]) -> None:
         return
     place = needed[0].place
     pairs += [pair for copy in list(_kept.values()) if copy.place == place for pair in copy.stale()]
-    torch._foreach_copy_([part for part, _ in pairs], [tensor for _, tensor in pairs])
+    copy_each([part for part, _ in pairs], [tensor for _, tensor in pairs])
