@@ -1,8 +1,4 @@
-"""Settings from the command line and the YAML file of ``--config``, which is read within limits.
-
-The file may hold plain values, mappings and lists. Aliases are refused, since a few bytes of them can expand to
-gigabytes. A date is read as text, since no option is a date.
-"""
+"""Settings from the command line and the YAML file of ``--config``."""
 
 from __future__ import annotations
 
@@ -21,10 +17,6 @@ from rankwise.foreign import Fields, JsonObject, deepest_faults, fault
 from rankwise.known_names import OPTIONS, close_names
 from rankwise.options import Settings, flag
 
-LARGEST_BYTES = 1 << 18
-DEEPEST = 16
-LONGEST_INTEGER = 200
-PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 _NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -95,57 +87,21 @@ def _problem(item: ErrorDetails, kind: type[Settings]) -> str:
     return f"{name} is {item['input']!r}: {fault(item)}"
 
 
-class _PlainLoader(yaml.SafeLoader):
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", mark)
-        if self.depth >= DEEPEST:
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, f"nested more than {DEEPEST} levels deep", mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if len(set(keys)) < len(keys):
             [(twice, _)] = Counter(keys).most_common(1)
             raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def _whole(loader: _PlainLoader, node: yaml.ScalarNode) -> int:
-    if len(node.value) > LONGEST_INTEGER:
-        # Python neither prints nor quickly computes such numbers; YAML 1.1 has them in four bases and in base 60.
-        problem = f"an integer of {len(node.value):,} characters"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-    return loader.construct_yaml_int(node)
-
-
-_TAG = "tag:yaml.org,2002:"
-_PlainLoader.yaml_constructors = {
-    tag: make
-    for tag, make in yaml.SafeLoader.yaml_constructors.items()
-    if tag is None or tag.removeprefix(_TAG) in PLAIN
-} | {f"{_TAG}int": _whole}
-_PlainLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_TAG) in PLAIN]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
 def read_settings_file(file: Path) -> JsonObject:
     """``{key: value}``, keys with underscores. Raises ConfigError (RW102) for a file that cannot be read."""
     try:
-        with open(file, "rb") as stream:
-            text = stream.read(LARGEST_BYTES + 1)
-        if len(text) > LARGEST_BYTES:
-            raise ConfigError("RW102", f"the settings file {file} exceeds {LARGEST_BYTES:,} bytes; shorten it.")
-        content = yaml.load(text.decode("utf-8-sig"), _PlainLoader)
+        content = yaml.load(file.read_text(encoding="utf-8-sig"), _Loader)
     except FileNotFoundError:
         raise ConfigError("RW102", f"there is no settings file {file}; check the path of --config.") from None
     except UnicodeDecodeError:
@@ -153,8 +109,8 @@ def read_settings_file(file: Path) -> JsonObject:
     except OSError as error:
         reason = (error.strerror or "no reason given").lower()
         raise ConfigError("RW102", f"cannot read the settings file {file}: {reason}; give a file.") from None
-    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-        # An explicit tag on a value that it does not fit (`!!int ""`) raises any of these.
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        # A list as a key is a TypeError, and a tag that its value does not fit (`!!int x`) a ValueError.
         raise ConfigError("RW102", f"the settings file {file} is not YAML{_where(error)}; correct it there.") from None
     if content is None:
         return {}
@@ -169,8 +125,5 @@ def read_settings_file(file: Path) -> JsonObject:
 
 def _where(error: Exception) -> str:
     """The fault and its place: ``: mapping values are not allowed here, line 2, column 4``, where parsing stopped."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if problem is None and not isinstance(error, yaml.YAMLError):
-        problem = f"a value does not fit its tag ({type(error).__name__})"
-    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    return f": {problem}{place}" if problem else place
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    return f": {problem}" + (f", line {mark.line + 1}, column {mark.column + 1}" if mark else "")

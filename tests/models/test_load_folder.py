@@ -147,7 +147,7 @@ BAD = {
     "no language model": (lambda f: edit_config(f, model_type="t5"), "RW303", "not a causal language model"),
     "nonsense sizes": (lambda f: edit_config(f, hidden_size="many"), "RW303", "cannot build"),
     "no weights": (remove("model.safetensors"), "RW305", "holds no weights"),
-    "truncated": (truncate, "RW306", "where its header promises"),
+    "truncated": (truncate, "RW306", "not fully covered"),
     "pickle only": (only_pickle, "RW307", r"pytorch_model\.bin"),
     "pickle in disguise": (pickle_in_disguise, "RW306", "is a pickle"),
     "pickle named by config": (pickle_named_by_the_config, "RW305", "not a safetensors file"),

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from rankwise.errors import ModelError
 from rankwise.foreign import JsonObject
-from rankwise.weights_file import Malformed
 
 STRING, ARRAY = 8, 9
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -37,6 +36,10 @@ class GgufHeader(NamedTuple):
 
     metadata: JsonObject
     tensors: dict[str, GgufTensor]
+
+
+class Malformed(Exception):
+    """A malformed file. The message is the rest of a sentence that starts with the file's name."""
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
