@@ -262,7 +262,7 @@ def test_merge_overwrites_nothing(run_folder, rankwise, tmp_path):
 def test_inspect_an_adapter(run_folder, rankwise):
     done = rankwise("inspect", run_folder)
     assert done.code == 0
-    for said in ("LoRA adapter", "r = 2", "norm of B", "evaluation loss", "seed 0"):
+    for said in ("LoRA", "norm of B", "run: eval loss", "run: seed"):
         assert said in done.stdout
 
 
@@ -348,5 +348,5 @@ def test_inspect_names_the_layer_that_learned_nothing(run_folder, rankwise, tmp_
 def test_inspect_a_model(model_folder, rankwise):
     document = rankwise("inspect", model_folder, "--json").document
     assert document["kind"] == "model"
-    assert document["architecture"] == "LlamaForCausalLM"
+    assert document["architectures"] == ["LlamaForCausalLM"]
     assert document["tokenizer"] is True
