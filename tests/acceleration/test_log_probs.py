@@ -13,7 +13,7 @@ from rankwise.acceleration import attention
 from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of, scores_of_logits
 from rankwise.acceleration.optimize import optimize_for_training
 from rankwise.adapters import adapter_parameters
-from tiny_models import tiny_gpt2, tiny_llama
+from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
 
 LENGTHS, PROMPTS = (7, 11, 9, 6), (4, 5, 4, 5)
 
@@ -32,9 +32,9 @@ def pairs() -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": (ids * mask).masked_fill(~answers, -100)}
 
 
-def adapted(**options: Any) -> Any:
+def adapted(model: Any = None, **options: Any) -> Any:
     """Moved away from its base, and fast; attention is ours in float32 too, by torch's products."""
-    model = tiny_llama()
+    model = model or tiny_llama()
     rw.add_adapter(model, rw.LoraConfig(r=4, init_lora_weights=False, **options))
     model.train()
     attention.register()
@@ -123,4 +123,18 @@ def test_a_model_with_windows_shares_no_prompt() -> None:
     model = adapted()
     model.config.sliding_window = 4
     accept_scores(model, Asked(flat=True, pairs=True))
-    assert asked_of(model) == Asked(flat=True)
+    assert asked_of(model) == Asked(flat=True, apart="some layers have a window")
+
+
+@pytest.mark.parametrize("asked", [Asked(), Asked(flat=True), Asked(flat=True, pairs=True)], ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_balancing_loss_is_that_of_the_padded_rows(family: str, asked: Asked) -> None:
+    """A prompt that two answers share counts twice, as in trl."""
+    model, batch = adapted(tiny_moe(family)), pairs()
+    assert accept_scores(model, asked)
+    assert ("balancing loss" in (asked_of(model).apart or "")) is asked.pairs
+    given = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
+    expected = type(model).forward(model, batch["input_ids"], **given).aux_loss
+    found = model(**batch, output_router_logits=True, fused_lm_head=True)
+    torch.testing.assert_close(found.aux_loss, expected)
+    assert torch.allclose(found.log_probs, wanted(model, batch)[0], atol=2e-5)

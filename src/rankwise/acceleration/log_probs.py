@@ -42,6 +42,8 @@ class Asked:
     flat: bool = False
     # Whether, in addition, rows i and i + B / 2 share their common prefix: the prompt of a pair is computed once.
     pairs: bool = False
+    # Why pairs that may share their prompts do not.
+    apart: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +78,8 @@ def accept_scores(model: PreTrainedModel, asked: Asked) -> bool:
 
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
-    if asked.pairs and not _shares_prompts(model):
-        asked = dataclasses.replace(asked, pairs=False)
+    if asked.pairs and (apart := _sharing_obstacle(model)):
+        asked = dataclasses.replace(asked, pairs=False, apart=apart)
     model.__dict__[ATTRIBUTE]["asked"] = asked
     return True
 
@@ -88,12 +90,15 @@ def asked_of(model: nn.Module) -> Asked:
     return asked
 
 
-def _shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether the answers of a pair can be arranged around their prompt; tested where no layer has a window."""
-    parameter = next(model.parameters())
+def _sharing_obstacle(model: PreTrainedModel) -> str | None:
+    """Why the answers of a pair cannot be arranged around their prompt, or None; tested where no layer has a window."""
     text = model.config.get_text_config()
-    if attention_of(model.config) != attention.NAME or parameter.device.type != "cpu" or has_window(text):
-        return False
+    if attention_of(model.config) != attention.NAME or next(model.parameters()).device.type != "cpu":
+        return "the attention in use takes no ranges of keys"
+    if has_window(text):
+        return "some layers have a window"
+    if hasattr(text, "output_router_logits"):
+        return "the balancing loss of its experts counts the tokens of both rows"
     ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 3, 5, 6]])
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     labels = ids.masked_fill((torch.arange(5) < 3) | (mask == 0), IGNORED)
@@ -105,8 +110,10 @@ def _shares_prompts(model: PreTrainedModel) -> bool:
             found.append(_scored(model, labels, ids, mask, want_stats=False).log_probs)
         return found
 
-    found, _ = probe(model, scores)
-    return found is not None and close(*found)
+    found, why_not = probe(model, scores)
+    if found is None:
+        return f"the model could not be run with ranges of keys ({why_not})"
+    return None if close(*found) else "they get other log-probabilities than separately"
 
 
 def _scored(

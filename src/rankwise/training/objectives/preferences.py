@@ -118,7 +118,10 @@ class PreferenceTrainer(RunTrainer):
     def loss_in_words(self) -> str:
         if not self.own_scores:
             return "trl's fused head"
-        return f"own log-probabilities, in chunks{', of prompts shared by both answers' if self.shares_prompts else ''}"
+        asked, words = asked_of(self.model), "own log-probabilities, in chunks"
+        if asked.apart:
+            return f"{words}; a prompt is computed for each of its answers: {asked.apart}"
+        return f"{words}, of prompts shared by both answers" if asked.pairs else words
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         """The data set, unchanged: its rows are encoded, truncated and counted already."""
