@@ -12,7 +12,9 @@ import torch
 from tiny_tokenizers import (
     CHATML,
     CLOSED,
+    ENDED_TWICE,
     MARKED,
+    MARKED_BEYOND,
     UNSTABLE,
     WITH_BOS,
     WITHOUT_STOP,
@@ -212,6 +214,31 @@ def test_the_stop_token_is_the_templates_not_the_tokenizers() -> None:
     encoded = encode_rows(rows(chat("no?", "no")), tokenizer, max_length=256)
     assert trained_text(tokenizer, encoded.dataset[0]) == "no<|im_end|>"
     assert encoded.report.stop_token_rows == 1
+
+
+@pytest.mark.parametrize("template", [ENDED_TWICE, ENDED_TWICE.replace("content }}{% if", "content }}\n{% if")])
+def test_of_several_special_tokens_the_last_one_ends_an_answer(template: str) -> None:
+    tokenizer = byte_tokenizer(chat_template=template, eos_token="</s>")
+    encoded = encode_rows(ROWS["chat"][:1], tokenizer, max_length=256)
+    answers = trained_text(tokenizer, encoded.dataset[0]).replace("\n", "")
+    assert answers == "yes<|im_end|></s>no, not near<|im_end|></s>"
+    assert RowEncoder(ROWS["chat"], tokenizer, None).stop_ids() == {tokenizer.eos_token_id}
+    assert not encoded.report.left_out
+
+
+def test_a_templates_own_marks_win() -> None:
+    tokenizer = byte_tokenizer(chat_template=MARKED_BEYOND)
+    [example] = encode_rows(ROWS["chat"][:1], tokenizer, max_length=256).dataset
+    assert trained_text(tokenizer, example) == "yes<|im_end|>\n</s>no, not near<|im_end|>\n</s>"
+
+
+def test_answers_that_no_stop_token_ends_are_named() -> None:
+    tokenizer = byte_tokenizer(chat_template=WITHOUT_STOP, eos_token="</s>")
+    with pytest.warns(
+        RankwiseWarning, match="RW226: of the 2 rows .* a stop token after answers before the last .in 1"
+    ):
+        encode_rows(ROWS["chat"], tokenizer, max_length=256)
+    assert not encode_rows(ROWS["prompt"], tokenizer, max_length=256).report.left_out
 
 
 @pytest.fixture

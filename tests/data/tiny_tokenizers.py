@@ -16,6 +16,14 @@ MARKED = (
     "{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Ends an answer with two special tokens, as Cohere2's does.
+ENDED_TWICE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% if message.role == 'assistant' %}<|im_end|>{% endif %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Marks its own end of an answer, which is not what follows every answer.
+MARKED_BEYOND = MARKED.replace("{% endgeneration %}", "<|im_end|>\n</s>{% endgeneration %}")
 # Writes every answer but the last in another way.
 UNSTABLE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"

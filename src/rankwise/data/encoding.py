@@ -14,7 +14,7 @@ import statistics
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.constants import IGNORED
 from rankwise.data.bad_rows import NEVER, check_bad_rows
@@ -111,8 +111,7 @@ class RowEncoder:
         if isinstance(chat, ChatRenderer) and "stop" not in vars(chat):
             [chat.stop] = bounded(lambda: iter([chat.stop]), lambda _: "a sample exchange")
         stop = chat.stop if isinstance(chat, ChatRenderer) else None
-        token: Any = self.tokenizer.eos_token_id if stop is None else self.tokenizer.convert_tokens_to_ids(stop)
-        return {token}
+        return {self.tokenizer.eos_token_id if stop is None else self._ids([stop])[0][-1]}
 
     def encode(self, rows: Sequence[Row], max_length: int | None = None) -> list[EncodedRow]:
         """Token ids of some rows, at least up to ``max_length``. Raises DataError, which names the refused rows."""

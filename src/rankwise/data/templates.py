@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 PROBE_ANSWER = "probed answer"
+UNENDED = "a stop token after answers before the last"
 # Jinja takes up to 9 seconds to parse 1 MiB, and each process compiles it again. The templates of known models have at
 # most some 30 KB.
 LONGEST_FILE_BYTES = 1 << 17
@@ -139,8 +141,8 @@ def _plain_pair(row: Row, *, separator: str, eos_token: str) -> Rendered:
 class ChatRenderer:
     """Writes rows through a chat template.
 
-    ``stop`` is the special token that ends an assistant's turn, if there is one. Only processes started by ``bounded``
-    may call a renderer, or read ``stop`` for the first time.
+    ``stop`` is what ends an assistant's turn, if anything does: a special token, or several in a row, of which the last
+    is the stop token. Only processes started by ``bounded`` may call a renderer, or read ``stop`` for the first time.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
@@ -168,34 +170,38 @@ class ChatRenderer:
             first = row.first_trained
             start = len(self._before(text, messages, tools, first)) if first else 0
             spans = [span for span in marked if span[1] > start]
-        spans = self._whole_turns(text, spans)
+        spans = self._whole_turns(text, spans, are_marked=marked is not None)
         self._check_turns(text, spans)
         closed = self.stop is None and spans[-1][1] == len(text)
-        return Rendered(_segments(text, spans), opened=False, closed=closed, left_out=lost.optional)
+        # A template may mark several spans of one turn.
+        answers = sum(message["role"] == "assistant" for message in messages[row.first_trained :])
+        ended = sum(text[start:end].rstrip().endswith(self._specials) for start, end in spans[:-1])
+        unended = (UNENDED,) if ended < min(answers, len(spans)) - 1 else ()
+        return Rendered(_segments(text, spans), opened=False, closed=closed, left_out=(*lost.optional, *unended))
 
     @functools.cached_property
     def stop(self) -> str | None:
-        """The first special token that the template writes after an assistant's text."""
+        """The first special tokens that the template writes after an assistant's text, wherever the text stands."""
         probe: list[Message] = [
             {"role": "user", "content": "question"},
             {"role": "assistant", "content": PROBE_ANSWER},
-        ]
+        ] * 2
         try:
             text = self._render(probe, None, generation_prompt=False)
         except RowRefused as error:
             raise DataError(error.code, f"a sample exchange: {error.message}.") from None
-        if PROBE_ANSWER not in text:
+        _, *behind = text.split(PROBE_ANSWER)
+        if not behind:
             raise DataError(
                 "RW212",
                 "the chat template leaves the assistant's text out (those of vision models want another form of "
                 "message); give one for plain text by --chat-template FILE.",
             )
-        added = self.tokenizer.added_tokens_decoder.values()
-        specials = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
-        ends = sorted(specials, key=len, reverse=True)
-        found = re.search("|".join(map(re.escape, ends)), text.rpartition(PROBE_ANSWER)[2]) if ends else None
-        if found:
-            return found.group()
+        runs = list(map(self._first_specials, behind))
+        # After the last answer a token may close the conversation, and after any other the next turn opens.
+        common = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*runs))
+        if found := "".join(tokens[0] for tokens in common) or "".join(runs[-1][:1]):
+            return found
         if self.tokenizer.eos_token is None:
             raise DataError(
                 "RW213",
@@ -203,6 +209,18 @@ class ChatRenderer:
                 "not learn to stop; set `eos_token` in its tokenizer_config.json.",
             )
         return None
+
+    @functools.cached_property
+    def _specials(self) -> tuple[str, ...]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        found = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        return tuple(sorted(found, key=len, reverse=True))
+
+    def _first_specials(self, text: str) -> list[str]:
+        """The special tokens that directly follow each other where the first one stands."""
+        one = "|".join(map(re.escape, self._specials))
+        run = re.search(f"(?:{one})+", text)
+        return re.findall(one, run.group()) if run else []
 
     def _template(self, tools: Tools) -> str:
         try:
@@ -298,22 +316,23 @@ class ChatRenderer:
         before = self._render(messages[:index], tools, generation_prompt=True)
         return _prefix(before, text, index)
 
-    def _whole_turns(self, text: str, spans: Sequence[Span]) -> list[Span]:
+    def _whole_turns(self, text: str, spans: Sequence[Span], *, are_marked: bool) -> list[Span]:
         """Each span extended to its stop token. Some templates write the stop token outside their generation marks."""
         turns: list[Span] = []
         for start, end in spans:
             free = max(start, turns[-1][1]) if turns else start
             if free < end or not turns:
-                turns.append((free, self._turn_end(text, free, end)))
+                turns.append((free, self._turn_end(text, free, end, is_marked=are_marked)))
         return turns
 
-    def _turn_end(self, text: str, start: int, end: int) -> int:
+    def _turn_end(self, text: str, start: int, end: int, *, is_marked: bool) -> int:
         """The end of the turn's stop token. The model never generates what the template writes after it."""
         if self.stop is None:
             return end
         inside = text.rfind(self.stop, start, end)
         if inside >= 0:
-            return inside + len(self.stop)
+            # The template's own marks win.
+            return end if is_marked else inside + len(self.stop)
         behind = end + len(text[end:]) - len(text[end:].lstrip())
         return behind + len(self.stop) if text.startswith(self.stop, behind) else end
 
