@@ -11,6 +11,7 @@ from rankwise.cli.generate import Speaker, base_model_name, load_speaker, note_c
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
+from rankwise.cli.repetition import repeated
 from rankwise.cli.settings import ChatSettings, GenerateSettings
 from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, DataError
@@ -56,7 +57,7 @@ def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Fields]:
         answer = speaker.say(Conversation(tuple(messages)), _streamer(speaker.tokenizer))
         messages.append({"role": "assistant", "content": answer.text})
         if answer.cut_at is not None:
-            note_cut(output, answer.cut_at)
+            note_cut(output, answer.cut_at, repeated(answer.text))
     return messages
 
 

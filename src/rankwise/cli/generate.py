@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
+from rankwise.cli.repetition import cause, repeated
 from rankwise.cli.settings import GenerateSettings
 from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import printable
@@ -50,6 +51,8 @@ class Answer:
     messages: tuple[Fields, ...] | None = None
     # {"base" or "tuned": number of tokens} of answers that reached the limit of new tokens without a stop token.
     cut_at: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # {"base" or "tuned": phrase} of those that repeat a phrase up to the limit.
+    repeats: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Speaker:
             texts.get("tuned"),
             asked.messages if len(asked.messages) > 1 else None,
             {name: one.cut_at for name, one in said.items() if one.cut_at is not None},
+            {name: phrase for name, one in said.items() if one.cut_at and (phrase := repeated(one.text))},
         )
 
     def say(self, asked: Conversation, streamer: BaseStreamer | None = None) -> Said:
@@ -193,14 +197,29 @@ def run(settings: GenerateSettings, output: Output) -> Document:
         # With --json the document says it.
         cuts = {} if output.as_json else answers[-1].cut_at
         for which, tokens in cuts.items():
-            note_cut(output, tokens, f"the {which} answer" if settings.compare else "the answer")
+            phrase = answers[-1].repeats.get(which)
+            note_cut(output, tokens, phrase, f"the {which} answer" if settings.compare else "the answer")
+    symptom = None if settings.adapter is None else _symptom(answers, settings.adapter)
+    if symptom and not output.as_json:
+        output.note(symptom)
     return {
         "model": name,
         "adapter": str(settings.adapter) if settings.adapter else None,
         "device": device,
         "chat_template": speaker.wording.chat,
         "answers": [dataclasses.asdict(answer) for answer in answers],
+        "symptom": symptom,
     }
+
+
+def _symptom(answers: Sequence[Answer], adapter: Path) -> str | None:
+    """Why the tuned model repeats itself, if it does, and what to do."""
+    repeating = [answer.repeats for answer in answers if "tuned" in answer.repeats]
+    if not repeating:
+        return None
+    if all("base" in repeats for repeats in repeating):
+        return "the base repeats itself too; sample with --temperature 0.7"
+    return cause(adapter)
 
 
 def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
@@ -293,8 +312,9 @@ def print_answer(output: Output, answer: Answer) -> None:
     output.line()
 
 
-def note_cut(output: Output, tokens: int, which: str = "the answer") -> None:
-    output.note(f"{which} ended at the limit of {plural(tokens, 'token')} (--max-new-tokens), not at a stop token")
+def note_cut(output: Output, tokens: int, phrase: str | None, which: str = "the answer") -> None:
+    how = "not at a stop token" if phrase is None else f"repeating {printable(phrase)!r}"
+    output.note(f"{which} ended at the limit of {plural(tokens, 'token')} (--max-new-tokens), {how}")
 
 
 def side_by_side(answer: Answer) -> Group:
