@@ -41,6 +41,9 @@ def none(completions, **kwargs):
 
 def wrong(completions, **kwargs):
     return [1.0]
+
+def unscored(completions, **kwargs):
+    return [None for _ in completions]
 """
 ARGUMENTS: dict[str, Any] = {
     "use_cpu": True,
@@ -339,6 +342,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown reward": ({"reward": ["correct"]}, "RW770"),
     "a function that is not there": ({"reward": ["FILE:absent"]}, "RW771"),
     "a wrong count": ({"reward": ["FILE:wrong"]}, "RW773"),
+    "no score at all": ({"reward": ["FILE:unscored"]}, "RW774"),
     "answers of one prompt in two steps": ({"num_generations": 3}, "RW775"),
     "more weights than rewards": ({"reward_weights": [1.0, 2.0]}, "RW775"),
     "no room for prompts": ({"max_completion_length": 16}, "RW775"),
@@ -376,10 +380,12 @@ def test_another_reward_does_not_continue_a_run(rewarded: Any, tmp_path: Path) -
     assert caught.value.code == "RW508"
 
 
-def test_rewards_that_are_all_equal_are_said(rewarded: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "warnings"), [(2, 1), (11, 2)])
+def test_rewards_that_are_all_equal_are_said(steps: int, warnings: int, rewarded: Any, tmp_path: Path) -> None:
+    """After some steps, and at the end."""
     watcher = Recorder()
-    train(rewarded(reward=[f"{tmp_path}/rewards.py:none"], max_steps=11, beta=None), watcher)
-    assert watcher.warnings.count("RW778") == 1
+    train(rewarded(reward=[f"{tmp_path}/rewards.py:none"], max_steps=steps, beta=None), watcher)
+    assert watcher.warnings.count("RW778") == warnings
     assert all(info.grad_norm == 0 for info in watcher.steps)
 
 

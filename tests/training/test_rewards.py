@@ -38,6 +38,9 @@ def nan(completions, **kwargs):
 def words_themselves(completions, **kwargs):
     return list(completions)
 
+def digits(completions, **kwargs):
+    return "12"
+
 def too_few(completions, **kwargs):
     return [1.0]
 
@@ -143,6 +146,7 @@ def test_built_in_rewards_read_messages():
         ("raises_for_several", "RW772", ["one at a time", "a batch of answers"]),
         ("nan", "RW774", ["nan", "'b c'", "'q'"]),
         ("words_themselves", "RW774", ["not a finite number", "'a'"]),
+        ("digits", "RW774", ["'1', which is not a finite number"]),
         ("too_few", "RW773", ["a list of 1 for 2 answers"]),
         ("one_number", "RW773", ["a float for 2 answers"]),
         ("exits", "RW772", ["SystemExit"]),

@@ -180,6 +180,9 @@ class CheckGradients(TrainerCallback):
             self.check.look(state.global_step + 1)
             self.progress.unchecked = list(self.check.waiting)
 
+    def on_train_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        self.check.end(state.global_step)
+
 
 class StopOnInterrupt(TrainerCallback):
     """After an interrupt in any process, saves at the end of the step, or stops the evaluation."""

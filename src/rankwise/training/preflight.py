@@ -120,6 +120,15 @@ class GradientCheck:
             )
         self.waiting = {key: self.waiting[key] for key in silent}
 
+    def end(self, steps: int) -> None:
+        """Warn (RW778) where the steps that ``silence_is_normal`` let pass were all of the run's."""
+        if self.silence_is_normal and steps and 0 < len(self.waiting) == len(self.parameters):
+            warn(
+                "RW778",
+                f"in none of the {steps} steps did any adapter tensor receive a gradient, so the adapter is as it was "
+                "before; give a reward that differs between the answers to one prompt, or easier prompts.",
+            )
+
     def _may_wait(self, key: str) -> bool:
         # A batch may hold none of the new tokens, or no token whose column of A has changed.
         if ".experts." in key or key.endswith(TOKENS) or "lora_embedding_B" in key:

@@ -125,7 +125,8 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         self._prompt_ids = [row["input_ids"] for row in inputs]
         prompts = self._ask([row["asked"] for row in inputs])
         found: Batch = super()._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
-        self._note_silence(metrics_of(self, "train")["frac_reward_zero_std"][-1] == 1)
+        figures = metrics_of(self, "train")
+        self._note_silence(math.isnan(figures["reward"][-1]), figures["frac_reward_zero_std"][-1] == 1)
         return found
 
     def _ask(self, rows: Sequence[str]) -> list[Said]:
@@ -134,8 +135,15 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         self._columns = [one["columns"] for one in asked]
         return [one["prompt"] for one in asked]
 
-    def _note_silence(self, is_silent: bool) -> None:
-        self._silent_steps = self._silent_steps + 1 if is_silent else -(10**9)
+    def _note_silence(self, is_unscored: bool, is_equal: bool) -> None:
+        """Raise RunError (RW774) where no answer of the first step has a score; warn (RW778) of equal rewards."""
+        if is_unscored and not self._silent_steps:
+            raise RunError(
+                "RW774",
+                "no --reward gave a score for any answer of the first step, all of which got None; let one of them "
+                "return numbers.",
+            )
+        self._silent_steps = self._silent_steps + 1 if is_unscored or is_equal else -(10**9)
         if self._silent_steps == SILENT_STEPS:
             warn(
                 "RW778",

@@ -110,7 +110,8 @@ class Reward:
         if value is None:
             return None
         try:
-            number = float(value)
+            # float would read text, too.
+            number = math.nan if isinstance(value, str | bytes) else float(value)
         except Exception:  # noqa: BLE001  a tensor raises RuntimeError, an integer OverflowError
             number = math.nan
         if not math.isfinite(number):
