@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,9 +199,11 @@ def run(settings: GenerateSettings, output: Output) -> Document:
         for which, tokens in cuts.items():
             phrase = answers[-1].repeats.get(which)
             note_cut(output, tokens, phrase, f"the {which} answer" if settings.compare else "the answer")
-    symptom = None if settings.adapter is None else _symptom(answers, settings.adapter)
-    if symptom and not output.as_json:
-        output.note(symptom)
+    symptom = None
+    if settings.adapter and (repeating := [answer.repeats for answer in answers if "tuned" in answer.repeats]):
+        symptom = cause(settings.adapter, base_too=all("base" in repeats for repeats in repeating))
+        if not output.as_json:
+            output.note(symptom)
     return {
         "model": name,
         "adapter": str(settings.adapter) if settings.adapter else None,
@@ -210,16 +212,6 @@ def run(settings: GenerateSettings, output: Output) -> Document:
         "answers": [dataclasses.asdict(answer) for answer in answers],
         "symptom": symptom,
     }
-
-
-def _symptom(answers: Sequence[Answer], adapter: Path) -> str | None:
-    """Why the tuned model repeats itself, if it does, and what to do."""
-    repeating = [answer.repeats for answer in answers if "tuned" in answer.repeats]
-    if not repeating:
-        return None
-    if all("base" in repeats for repeats in repeating):
-        return "the base repeats itself too; sample with --temperature 0.7"
-    return cause(adapter)
 
 
 def _check_chat(settings: GenerateSettings, wording: Wording) -> None:

@@ -23,16 +23,21 @@ def repeated(text: str) -> str | None:
     return None
 
 
-def cause(adapter: Path) -> str:
-    """What the losses beside an adapter say about answers that repeat themselves, and what to do."""
+def cause(adapter: Path, *, base_too: bool) -> str:
+    """Why an adapter's answers repeat themselves, as far as the losses beside it tell, and what to do.
+
+    ``base_too``: the base's answers do so, too.
+    """
+    if base_too:
+        return "the base repeats itself too; sample with --temperature 0.7"
     record, lines = record_of(adapter), list(read_metrics(adapter))
     kind = next((name for name in ("eval_loss", "loss") if sum(line.get(name) is not None for line in lines) > 1), None)
     if record is None or record.objective != "sft" or kind is None:
         return "an adapter that repeats itself was trained too little, or its run diverged; see its losses"
     losses = [line[kind] for line in lines if line.get(kind) is not None]
-    first, middle = losses[0], losses[len(losses) // 2]
-    # A run keeps the step with the best evaluation.
-    last = min(losses) if kind == "eval_loss" else losses[-1]
+    first, middle, last = losses[0], losses[len(losses) // 2], losses[-1]
+    if kind == "eval_loss" and record.eval_loss is not None:
+        last = record.eval_loss
     went = f"its {'evaluation' if kind == 'eval_loss' else 'training'} loss went from {first:.2f} to {last:.2f}"
     if max(losses) > FAR_ABOVE * first or last >= first:
         return f"the run diverged: {went}, and up to {max(losses):.2f}; train with a lower --learning-rate"
