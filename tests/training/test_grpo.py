@@ -227,13 +227,6 @@ def test_it_writes_and_learns_in_turn(changed: dict[str, Any], tokenizer: Any, t
     assert trainer.model.training
 
 
-def test_vllm_and_continuous_batching_are_refused(tokenizer: Any, tmp_path: Path) -> None:
-    for option in ("use_vllm", "use_transformers_continuous_batching"):
-        with pytest.raises(RankwiseError, match=option) as caught:
-            ours(tokenizer, tmp_path, **{option: True})
-        assert caught.value.code == "RW776"
-
-
 # --- whole runs ---
 
 

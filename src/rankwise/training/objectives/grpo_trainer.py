@@ -34,9 +34,8 @@ from rankwise.acceleration.log_probs import Asked, TokenScores, accept_scores, s
 from rankwise.adapters.reference import reference_at_work
 from rankwise.compat.trl import RepeatSampler, heads_by, metrics_of
 from rankwise.constants import IGNORED
-from rankwise.errors import ConfigError, RunError, warn
+from rankwise.errors import RunError, warn
 from rankwise.foreign import JsonObject
-from rankwise.known_names import REFUSED
 from rankwise.training import ranks
 from rankwise.training.batches import Batch, Items
 from rankwise.training.objectives.rewards import Reward, Said
@@ -90,7 +89,6 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
     shown = SHOWN
 
     def __init__(self, *, rewards: Sequence[Reward], stop_ids: frozenset[int], **kwargs: Any) -> None:
-        _check(kwargs["args"])
         # trl would replace the output head by its own.
         with heads_by(GRPOTrainer, lambda *_, **__: None):
             super().__init__(reward_funcs=list(rewards), **kwargs)
@@ -283,13 +281,6 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         return self._calculate_rewards([], prompts, completions, answers)[: len(places)]
-
-
-def _check(arguments: GrpoArguments) -> None:
-    """Raise ConfigError (RW776) for ways of generation that ignore the adapter or lose its small updates."""
-    for name, reason in REFUSED.items():
-        if getattr(arguments, name):
-            raise ConfigError("RW776", f"{name} is refused: {reason}; leave it out.")
 
 
 @contextmanager
