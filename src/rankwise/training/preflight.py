@@ -125,8 +125,8 @@ class GradientCheck:
         if self.silence_is_normal and steps and 0 < len(self.waiting) == len(self.parameters):
             warn(
                 "RW778",
-                f"in none of the {steps} steps did any adapter tensor receive a gradient, so the adapter is as it was "
-                "before; give a reward that differs between the answers to one prompt, or easier prompts.",
+                "no adapter tensor received a gradient in any step of the run, so the adapter is as it was before; "
+                "give a reward that differs between the answers to one prompt, or easier prompts.",
             )
 
     def _may_wait(self, key: str) -> bool:
