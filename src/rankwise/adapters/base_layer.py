@@ -118,6 +118,12 @@ def dense_weight(base: nn.Module) -> Tensor:
     return W.T if is_conv1d(base) or isinstance(base, nn.Embedding) else W
 
 
+def scaled_rows(base: nn.Module, rows: Tensor) -> Tensor:
+    """``rows`` times the constant by which some embeddings multiply theirs: a tensor (Gemma) or a float (Bart)."""
+    scale = getattr(base, "embed_scale", None)
+    return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+
+
 def frozen_product(base: nn.Module, x: Tensor) -> Tensor:
     """``W x`` without the bias: (..., out)."""
     if is_own(base):

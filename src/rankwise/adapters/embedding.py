@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.base_layer import dense_weight
+from rankwise.adapters.base_layer import dense_weight, scaled_rows
 from rankwise.adapters.lora import empty_pair
 from rankwise.adapters.low_rank import adapted_row_norms, gain, merged_weight, row_norms_squared
 
@@ -50,10 +50,9 @@ class EmbeddingLora(nn.Module):
 
     def over(self, base: nn.Module, ids: Tensor, y: Tensor) -> Tensor:
         """``g * (y + s B A[:, ids])`` for y = E[ids]."""
-        low = F.linear(F.embedding(ids, self.lora_A.T.to(y.dtype)), self.lora_B.to(y.dtype))
-        # Gemma's embedding multiplies its rows by a constant, which applies to the update too.
-        scale = getattr(base, "embed_scale", None)
-        low = low if scale is None else low * scale.to(low.dtype)
+        # As in the base, the padding token gets no gradient.
+        columns = F.embedding(ids, self.lora_A.T.to(y.dtype), padding_idx=base.padding_idx)  # type: ignore[arg-type]
+        low = scaled_rows(base, F.linear(columns, self.lora_B.to(y.dtype)))
         if self.magnitude is None:
             return torch.add(y, low, alpha=self.scaling)
         g = gain(self.magnitude, self.row_norms(base))

@@ -132,7 +132,30 @@ def plan_adapter(
     planned += [planned_stack(config, stack, modules) for stack in stacks]
     saved = module_names(modules, config.modules_to_save or ())
     planned += [AdaptedModule(item, "trained whole", *whole_features(modules[item]), 0, 0) for item in saved]
-    return planned + _planned_rows(model, config, modules, {item.name for item in planned})
+    planned += _planned_rows(model, config, modules, {item.name for item in planned})
+    _check_beside(model, planned)
+    return planned
+
+
+def _check_beside(model: nn.Module, planned: Sequence[AdaptedModule]) -> None:
+    """Raise AdapterError (RW406) where one adapter trains a module whole and another adapts it or a part of it."""
+    asked = {item.path: item.kind == "trained whole" for item in planned}
+    head, embedding = model_end(model, "output"), model_end(model, "input")
+    if any(item.kind == "new tokens" for item in planned) and head is not None and embedding is not None:
+        # A tied head gets the rows too.
+        tied = head.weight is embedding.weight
+        asked |= {path: False for path, module in base_modules(model) if tied and module is head}
+    for path, module in wrappers(model):
+        was_whole = isinstance(module, TrainedCopy)
+        for own, is_whole in asked.items():
+            same, inside, around = own == path, own.startswith(f"{path}."), path.startswith(f"{own}.")
+            if (same and is_whole != was_whole) or (inside and was_whole) or (around and is_whole):
+                raise AdapterError(
+                    "RW406",
+                    f"one adapter trains {path if was_whole else own} whole (modules_to_save) and another adapts "
+                    f"{own if was_whole else path}, which one model cannot hold; remove the other with "
+                    "rankwise.remove_adapter, or load this one into a model of its own.",
+                )
 
 
 def _warn_of_foreign(targets: Sequence[nn.Module]) -> None:
@@ -387,11 +410,10 @@ def _biases(model: nn.Module, config: LoraConfig, name: str) -> dict[str, nn.Par
     if config.bias == "none":
         return {}
     adapted = {path for path, _ in adapted_layers(model, name)}
-    whole = tuple(path for path, _ in trained_copies(model, name))
     found = {}
     for path, module in base_modules(model):
         bias = own_parameters(module).get("bias")
-        if bias is not None and path not in whole and (config.bias == "all" or path in adapted):
+        if bias is not None and not config.trains_whole(path) and (config.bias == "all" or path in adapted):
             found[f"{path}.bias"] = bias
     return found
 

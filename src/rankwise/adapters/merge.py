@@ -7,7 +7,7 @@ from torch import nn
 
 from rankwise.adapters.base_layer import with_weight
 from rankwise.adapters.experts import AdaptedExperts
-from rankwise.adapters.inject import enable_adapter
+from rankwise.adapters.inject import disable_adapter, enable_adapter
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
 from rankwise.adapters.state import Wrapper, adapter_state, inner_module, model_end, state_and_name, wrappers
 from rankwise.adapters.token_rows import TokenRows
@@ -28,17 +28,25 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
             restores every weight bit for bit. False frees their memory and drops all adapters.
 
     Raises:
-        AdapterError: RW407 where there is no adapter, RW408 where one is merged already.
+        AdapterError: RW407 where there is no adapter, RW408 where one is merged already. The model is then unchanged.
     """
     state, _ = state_and_name(model, None)
+    was_disabled = state.disabled
     enable_adapter(model)
     wrapped = list(wrappers(model))
+    try:
+        # All before the first is replaced, so that a merge that fails leaves the model as it was.
+        merged = [_merged(module) for _, module in wrapped]
+    except BaseException:
+        if was_disabled:
+            disable_adapter(model)
+        raise
     # The output head or the embedding gets a weight of its own where it is merged.
     ends = model_end(model, "output"), model_end(model, "input")
-    touches_ends = any(inner_module(module) is end for _, module in wrapped for end in ends)
+    touches_ends = any(inner_module(module) is end for _, module in wrapped if module.active for end in ends)
     changes_tied = touches_ends and not _has_tied_rows(wrapped)
-    for path, module in wrapped:
-        model.set_submodule(path, _merged(module))
+    for (path, _), plain in zip(wrapped, merged, strict=True):
+        model.set_submodule(path, plain)
     if _has_tied_rows(wrapped):
         # Head and embedding got the same rows, so they stay tied.
         head, embedding = (getattr(model, f"get_{end}_embeddings")() for end in ("output", "input"))

@@ -231,7 +231,8 @@ def adapter_tensors(
     if state.configs[name].init.kind == "pissa":
         tensors |= _on_first_weights(model, name, tensors)
     for path, copy in trained_copies(model, name):
-        tensors |= {f"{PREFIX}{path}.{key}": value.detach() for key, value in copy.adapters[name].named_buffers()}
+        buffers, stored = copy.adapters[name].named_buffers(), copy.original.state_dict()
+        tensors |= {f"{PREFIX}{path}.{key}": value.detach() for key, value in buffers if key in stored}
     replaced = _replaced_tensors(model, state, name)
     tensors = replaced | tensors if is_at_work(state, name) else tensors | replaced
     return {key: tensors[key].cpu().contiguous() for key in sorted(tensors)}

@@ -94,6 +94,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, Wrapper | ForeignLinear):
             inside = f"{path}."
         yield path, unwrapped(module)
+        if isinstance(module, TrainedCopy):
+            yield from ((f"{path}.{name}", part) for name, part in base_modules(module.original) if name)
 
 
 def base_parameter(model: nn.Module, key: str) -> nn.Parameter:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.base_layer import stored_weight
+from rankwise.adapters.base_layer import scaled_rows, stored_weight
 
 KEY = "token_adapter.trainable_tokens_delta"
 
@@ -35,6 +35,9 @@ class TokenRows(nn.Module):
         )
         self.register_buffer("ids", chosen, persistent=False)
         self.register_buffer("place", place, persistent=False)
+        # As in the base, an embedding's row for the padding token gets no gradient.
+        padding = getattr(base, "padding_idx", None)
+        self.padding = ids.index(padding) if padding in ids else None
         # Rows of a tied head are saved with the embedding.
         self.is_tied = rows is not None
         self.rows = nn.Parameter(E[chosen].float()) if rows is None else rows
@@ -46,10 +49,7 @@ class TokenRows(nn.Module):
             bias = getattr(base, "bias", None)
             return y.index_copy(-1, self.ids, (own if bias is None else own + bias[self.ids]).to(y.dtype))
         place = self.place[x]
-        own = F.embedding(place.clamp_min(0), self.rows).to(y.dtype)
-        # Gemma's embedding multiplies its rows by a constant.
-        scale = getattr(base, "embed_scale", None)
-        own = own if scale is None else own * scale.to(own.dtype)
+        own = scaled_rows(base, F.embedding(place.clamp_min(0), self.rows, padding_idx=self.padding).to(y.dtype))
         return torch.where((place >= 0)[..., None], own, y)
 
     def effective_weight(self, base: nn.Module) -> Tensor:
