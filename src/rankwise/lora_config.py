@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -66,7 +67,8 @@ class AdapterOptions:
     ] = None
     # Names match as in target_modules.
     exclude_modules: Annotated[Modules | None, _adapter("Modules that get no adapter, by name.")] = None
-    # The trained modules (a new output head, for example) are saved with the adapter. A tied head is untied.
+    # The trained modules (a new output head, for example) are saved with the adapter. A tied head is untied. A name
+    # stands for every module whose name ends in it, as in PEFT, not only after a dot.
     modules_to_save: Annotated[
         Names | None, _adapter("Modules whose own weights train, without an adapter, comma-separated.")
     ] = None
@@ -200,9 +202,11 @@ class LoraConfig(AdapterOptions):
         return float(lora_alpha / r**0.5 if self.use_rslora else lora_alpha / r)
 
     def trains_whole(self, path: str) -> bool:
-        """Whether ``modules_to_save`` names the module at ``path`` or one that contains it."""
-        parts = f".{path}."
-        return any(f".{key}." in parts for key in self.modules_to_save or ())
+        """Whether ``modules_to_save`` names the module at ``path`` or one that contains it. A key is any end of a name,
+        as in PEFT: ``norm`` stands for ``input_layernorm`` too.
+        """
+        keys = tuple(self.modules_to_save or ())
+        return any(name.endswith(keys) for name in itertools.accumulate(path.split("."), "{}.{}".format))
 
 
 def _with_tuples(value: Any) -> Any:
@@ -256,6 +260,8 @@ def _init_problems(config: LoraConfig) -> Iterator[str]:
 def _target_problems(config: LoraConfig) -> Iterator[str]:
     if config.target_modules is not None and len(config.target_modules) == 0 and not config.target_parameters:
         yield 'target_modules is empty; give a list of names, a regular expression, or "all-linear"'
+    if "" in (config.modules_to_save or ()):
+        yield "modules_to_save holds an empty name, in which every module's name ends; leave it out"
     # As in PEFT, stacked experts take LoRA alone.
     if config.target_parameters is not None and config.use_dora:
         yield "use_dora is set with target_parameters, and stacked experts take LoRA alone; leave one of the two out"

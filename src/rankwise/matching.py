@@ -326,7 +326,8 @@ def _missing_targets(config: LoraConfig, names: Names) -> Iterator[tuple[str, st
             f"target_parameters names {_listed(missing)}, which matches no parameter of the model, neither whole nor "
             f"at its end after a dot ({hint or 'it has no stacked experts'})",
         )
-    if missing := _unmatched(config.modules_to_save, names.modules):
+    lines = "\n".join([*names.modules, ""])
+    if missing := [key for key in config.modules_to_save or () if f"{key}\n" not in lines]:
         hint = _close(missing, names.modules)
         text = f"modules_to_save names {_listed(missing)}, which is not in the model"
         yield "modules_to_save", f"{text} ({hint})" if hint else text

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -70,6 +70,8 @@ from rankwise.lora_config import AdapterDtype, LoraConfig
 from rankwise.matching import matches
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
+# Tensors of the embedding or the head that PEFT stores under the names of its own modules too.
+COPIES = re.compile(r"\.(modules_to_save|original_module)\.[^.]+$|\.lora_magnitude_vector\.weight$")
 BELONGS_ON_FOUR_BITS = "so it corrects the rounding of a 4-bit base, which dense weights do not have"
 
 
@@ -80,34 +82,58 @@ class AdapterFile:
     config: LoraConfig
     planned: list[AdaptedModule]
     tensors: dict[str, Tensor]
+    # Whether it changes the vocabulary: by rows for new tokens, or by an embedding and a head of another size.
+    has_new_tokens: bool = False
 
 
 def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME) -> AdapterFile:
     """Read and check a PEFT folder for ``model``, which may be on the meta device.
 
-    The model does not change, except that its embedding grows for new tokens of the adapter. Raises AdapterError: RW409
-    for files that cannot be read, RW410 for an unsupported configuration, RW411 with every tensor that does not fit
-    this model, RW412 for values that are not finite, and those of ``add_adapter``.
+    The model does not change, except that embedding and head get the adapter's number of tokens. Raises AdapterError:
+    RW409 for files that cannot be read, RW410 for an unsupported configuration, RW411 with every tensor that does not
+    fit this model, RW412 for values that are not finite, and those of ``add_adapter``.
     """
     folder = Path(folder)
     config, header = read_folder(folder)
+    found = {_our_name(key): info.shape for key, info in header.tensors.items()}
     if read_config(folder).get("ensure_weight_tying"):
-        config = _with_tied_head(model, config, header)
-    make_room(model, config)
+        config = _with_tied_head(model, config, found)
+    resized = make_room(model, config, _stored_tokens(model, found))
     planned = plan_adapter(model, config, name, is_foreign=True)
-    _check_fit(model, config, planned, {key: info.shape for key, info in header.tensors.items()}, folder)
-    tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    wanted = _check_fit(model, config, planned, found, folder)
+    stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    tensors = {_our_name(key): tensor for key, tensor in stored.items() if _our_name(key) in wanted}
     _check_finite(tensors, folder)
-    return AdapterFile(config, planned, tensors)
+    return AdapterFile(config, planned, tensors, resized or bool(config.token_rows))
 
 
-def _with_tied_head(model: nn.Module, config: LoraConfig, header: WeightsHeader) -> LoraConfig:
+def changes_vocabulary(model: nn.Module, folder: Path) -> bool:
+    """``AdapterFile.has_new_tokens``, from the header alone. The model, on the meta device, is resized."""
+    config, header = read_folder(folder)
+    found = {_our_name(key): info.shape for key, info in header.tensors.items()}
+    return make_room(model, config, _stored_tokens(model, found)) or bool(config.token_rows)
+
+
+def _our_name(key: str) -> str:
+    """The key under which rankwise knows a tensor: the base of an embedding whose rows train is a base like others."""
+    return key.replace(".token_adapter.base_layer.", ".base_layer.")
+
+
+def _stored_tokens(model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The number of tokens of the embedding and the head in an adapter's file; None where it does not hold both."""
+    ends = {key: weight for key, weight in end_tensors(model).items() if weight.dim() > 1}
+    stored = {id(weight): found[key][0] for key, weight in ends.items() if key in found}
+    tokens = {*stored.values()}
+    return tokens.pop() if len(tokens) == 1 and stored.keys() == {id(weight) for weight in ends.values()} else None
+
+
+def _with_tied_head(model: nn.Module, config: LoraConfig, found: Collection[str]) -> LoraConfig:
     """The configuration with the head, which PEFT's ``ensure_weight_tying`` adapts as the embedding without naming it;
     the file holds a pair for each.
     """
     head, wanted = model_end(model, "output"), config.target_modules or ()
     name = next((name for name, module in base_modules(model) if module is head), "")
-    if f"{PREFIX}{name}.lora_A.weight" not in header.tensors or matches(name, wanted):
+    if f"{PREFIX}{name}.lora_A.weight" not in found or matches(name, wanted):
         return config
     both = f"(?:{wanted})|{re.escape(name)}" if isinstance(wanted, str) else [*wanted, name]
     return dataclasses.replace(config, target_modules=both)
@@ -141,7 +167,7 @@ def load_adapter(
 
     Raises:
         AdapterError: RW409 to RW412 for a folder that cannot be read or does not fit, and those of ``add_adapter``. The
-            model is then unchanged, except that its embedding may have grown for new tokens.
+            model is then unchanged, except that embedding and head may have been resized for the adapter's tokens.
 
     Warns (RW433) of LoftQ's adapter over a base that is not 4-bit.
     """
@@ -253,10 +279,10 @@ def _own_ranks(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> di
 
 def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: AdapterState, name: str) -> None:
     """Let an embedding or a head from the adapter's folder replace the base's while the adapter is active."""
-    trained_whole = {f"{PREFIX}{path}.weight" for path, _ in trained_copies(model, name)}
+    trained_whole = tuple(f"{PREFIX}{path}." for path, _ in trained_copies(model, name))
     at_work = is_at_work(state, name)
-    for key, weight in end_weights(model).items():
-        if key not in tensors or key in trained_whole or torch.equal(tensors[key].to(weight), weight):
+    for key, weight in end_tensors(model).items():
+        if key not in tensors or key.startswith(trained_whole) or torch.equal(tensors[key].to(weight), weight):
             continue
         plain = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         if at_work:
@@ -266,11 +292,17 @@ def _load_end_weights(model: nn.Module, tensors: Mapping[str, Tensor], state: Ad
             enable_adapter(model)
 
 
-def end_weights(model: nn.Module) -> dict[str, Tensor]:
-    """{key: weight} of the base's embedding and output head, under the keys with which PEFT saves them."""
+def end_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """{key: weight or bias} of the base's embedding and output head, under the keys with which PEFT saves them."""
     ends = model_end(model, "input"), model_end(model, "output")
-    weights = {path: module.weight for path, module in base_modules(model) if any(module is end for end in ends)}
-    return {f"{PREFIX}{path}.{way}weight": W for path, W in weights.items() for way in ("", "base_layer.")}  # type: ignore[misc]
+    paths = {path: module for path, module in base_modules(model) if any(module is end for end in ends)}
+    return {
+        f"{PREFIX}{path}.{way}{leaf}": value
+        for path, module in paths.items()
+        for leaf in ("weight", "bias")
+        if isinstance(value := getattr(module, leaf, None), Tensor)
+        for way in ("", "base_layer.")
+    }
 
 
 def _compact(key: str, tensor: Tensor, layer: AdaptedLayer, name: str) -> Tensor:
@@ -307,23 +339,39 @@ def _check_fit(
     planned: list[AdaptedModule],
     found: Mapping[str, tuple[int, ...]],
     folder: Path,
-) -> None:
+) -> Collection[str]:
+    """The keys of the tensors to read. Raises AdapterError (RW411)."""
     wanted = _expected_shapes(model, config, planned)
     problems = [f"{key} is missing" for key in wanted if key not in found]
-    ends = {key: tuple(weight.shape) for key, weight in end_weights(model).items() if key in found}
-    wanted = {**wanted, **ends}
-    problems += [f"{key} has no place in the model" for key in found if key not in wanted]
-    problems += [
-        f"{key} is {found[key]} and the model needs {shape}"
-        for key, shape in wanted.items()
-        if key in found and found[key] != shape
-    ]
+    ends = {key: tuple(value.shape) for key, value in end_tensors(model).items()}
+    wanted |= {key: shape for key, shape in ends.items() if key in found}
+    unread = _not_read(model, found)
+    problems += [f"{key} has no place in the model" for key in found if key not in wanted and key not in unread]
+    wrong = [key for key, shape in wanted.items() if key in found and found[key] != shape]
+    problems += [f"{key} is {found[key]} and the model needs {wanted[key]}" for key in wrong]
     if problems:
+        of_ends = {key.rpartition(".")[0] for key in ends}
+        resized = any(key.startswith(f"{end}.") for key in wrong for end in of_ends)
         raise AdapterError(
             "RW411",
             f"the adapter in {folder} was made for another base than this {type(model).__name__}: "
-            f"{len(problems)} of its tensors do not fit: {'; '.join(problems)}.",
+            f"{len(problems)} of its tensors do not fit: {'; '.join(problems)}."
+            + " If tokens were added to the base, give the base with its embedding and head resized."
+            * resized,
         )
+    return wanted.keys()
+
+
+def _not_read(model: nn.Module, found: Collection[str]) -> set[str]:
+    """Keys that need no place: what PEFT's ``save_embedding_layers`` stores twice, and buffers that are computed."""
+    state, head, embedding = model.state_dict(), model_end(model, "output"), model_end(model, "input")
+    unread = {key for key in found if COPIES.search(key)}
+    for path, module in base_modules(model):
+        if module is head and embedding is not None and head.weight is embedding.weight:
+            unread.add(f"{PREFIX}{path}.{TOKENS}")
+        buffers = (f"{path}.{name}" for name, _ in module.named_buffers(recurse=False))
+        unread |= {f"{PREFIX}{name}" for name in buffers if name not in state}
+    return unread
 
 
 def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[AdaptedModule]) -> dict[str, tuple[int, ...]]:

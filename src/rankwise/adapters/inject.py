@@ -212,26 +212,39 @@ def _planned_rows(
     return planned
 
 
-def make_room(model: nn.Module, config: LoraConfig) -> None:
-    """Resize the embedding and the head for the new tokens of a stored adapter, which holds their rows; those of the
-    base are zero. Raises AdapterError (RW410) for a token far beyond both, whose row would take any amount of memory.
+def make_room(model: nn.Module, config: LoraConfig, stored: int | None = None) -> bool:
+    """Resize embedding and head for a stored adapter, and say whether that was needed: to the ``stored`` number of
+    tokens, where its file holds both, or else for its new tokens, whose rows it holds. Rows of the base are then zero.
+
+    Raises AdapterError: RW410 for a token far beyond both, whose row would take any amount of memory, RW406 where
+    another adapter changes the embedding or the head.
     """
     ids = [index for rows in config.token_rows.values() for index in rows]
-    most = max(ids, default=-1)
-    embedding = model_end(model, "input")
-    if embedding is None or most < (before := embedding.get_parameter("weight").shape[0]):
-        return
-    if most > 2 * before + len(ids):
+    embedding, head = model_end(model, "input"), model_end(model, "output")
+    before = 0 if embedding is None else embedding.get_parameter("weight").shape[0]
+    tokens = stored or max([before, *(index + 1 for index in ids)])
+    if embedding is None or tokens == before:
+        return False
+    if stored is None and tokens > 2 * before + len(ids):
         raise AdapterError(
             "RW410",
-            f"trainable_token_indices names the token {most:,}, and the embedding has {before:,} rows; give the base "
-            "model on which the adapter was trained.",
+            f"trainable_token_indices names the token {tokens - 1:,}, and the embedding has {before:,} rows; give the "
+            "base model on which the adapter was trained.",
+        )
+    replaced = getattr(model, "rankwise_adapters", AdapterState()).base_values
+    if replaced or any(inner_module(module) in (embedding, head) for _, module in wrappers(model)):
+        raise AdapterError(
+            "RW406",
+            f"the adapter needs {tokens:,} tokens, the model has {before:,}, and another adapter changes its "
+            "embedding, head or biases; load this one first, or into a model of its own.",
         )
     resize: Callable[..., nn.Module] = model.resize_token_embeddings  # type: ignore[assignment]
-    resize(most + 1, mean_resizing=False)
+    resize(tokens, mean_resizing=False)
     for end in (model_end(model, "input"), model_end(model, "output")):
-        if end is not None:
-            end.get_parameter("weight").data[before:] = 0
+        for value in () if end is None else own_parameters(end).values():
+            if value is not None:
+                value.data[before:] = 0
+    return True
 
 
 def attach(

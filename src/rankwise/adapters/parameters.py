@@ -29,7 +29,9 @@ def parameter_names(modules: Modules, config: LoraConfig) -> list[str]:
         name, reason = next(iter(reasons.items()))
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise AdapterError(
-            "RW419", f"target_parameters matches {name}{more}, which cannot be adapted: {reason}; leave it out."
+            "RW419",
+            f"target_parameters matches {name}{more}, which cannot be adapted: {reason}; leave it out, or merge an "
+            "adapter that PEFT trained so in PEFT.",
         )
     return [name for name, _, _ in found]
 
@@ -71,8 +73,8 @@ def _named(modules: Modules) -> Iterator[tuple[str, nn.Module, str]]:
 def _obstacle(name: str, module: nn.Module, leaf: str, config: LoraConfig) -> str | None:
     parameter = module.get_parameter(leaf)
     if stack_at(module, leaf) is None and parameter.dim() != 3:
-        shape = tuple(parameter.shape)
-        return f"its shape is {shape}, not that of stacked experts (linear layers go into target_modules)"
+        kind = f"a weight of shape {tuple(parameter.shape)} of a {type(module).__name__}"
+        return f"it is {kind}, and rankwise adapts linear layers (target_modules) and stacked experts"
     if (reason := foreign(module, leaf)) is not None:
         return reason
     if leaf not in (first_leaf(module), "down_proj"):

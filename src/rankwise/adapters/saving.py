@@ -136,12 +136,18 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
         found |= stack_parameters(path, stacks_of(experts, name))
     for path, copy in trained_copies(model, name):
         found |= {f"{PREFIX}{path}.{key}": value for key, value in copy.adapters[name].named_parameters()}
-    adapted = {path for path, _ in adapted_layers(model, name)}
-    for key in state.replaced.get(name, {}):
-        path, _, leaf = key.rpartition(".")
-        if leaf == "bias":
-            found[f"{PREFIX}{path}{'.base_layer' if path in adapted else ''}.bias"] = base_parameter(model, key)
-    return found
+    trained = state.replaced.get(name, {}) if state.configs[name].bias != "none" else ()
+    biases = [key for key in trained if key.endswith(".bias")]
+    return found | {_key_of_base(model, name, key): base_parameter(model, key) for key in biases}
+
+
+def _key_of_base(model: nn.Module, name: str, key: str) -> str:
+    """The key in PEFT's file of a parameter of the base that the adapter replaces."""
+    path, _, leaf = key.rpartition(".")
+    layer = dict(adapted_layers(model, name)).get(path)
+    is_rows = layer is not None and isinstance(layer.adapter(name), TokenRows)
+    inner = "" if layer is None else ".token_adapter.base_layer" if is_rows else ".base_layer"
+    return f"{PREFIX}{path}{inner}.{leaf}"
 
 
 def save_adapter(
@@ -287,14 +293,11 @@ def is_at_work(state: AdapterState, name: str) -> bool:
 
 def _replaced_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
     """{key in PEFT's file: the adapter's value} of replaced base parameters, read from the base while active."""
-    adapted = {path for path, _ in adapted_layers(model, name)}
     at_work = is_at_work(state, name)
-    tensors = {}
-    for key, kept in state.replaced.get(name, {}).items():
-        path, _, leaf = key.rpartition(".")
-        value = base_parameter(model, key).detach() if at_work else kept
-        tensors[f"{PREFIX}{path}{'.base_layer' if path in adapted else ''}.{leaf}"] = value
-    return tensors
+    return {
+        _key_of_base(model, name, key): base_parameter(model, key).detach() if at_work else kept
+        for key, kept in state.replaced.get(name, {}).items()
+    }
 
 
 def tensor_keys(path: str, base: nn.Module, magnitude: bool) -> dict[str, str]:

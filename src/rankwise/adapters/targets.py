@@ -10,7 +10,7 @@ from torch import nn
 
 from rankwise.adapters.base_layer import foreign_format, is_adaptable, is_linear, is_quantized, why_not
 from rankwise.compat.transformers import children_read_by_weight, text_config
-from rankwise.matching import NO_ENCODER, OUTSIDE_TEXT, WEIGHT_ALONE, Place, Places, matches
+from rankwise.matching import NO_ENCODER, OUTSIDE_TEXT, WEIGHT_ALONE, Place, Places
 from rankwise.quantization.linear import features
 
 # {name: module} as ``named_modules`` gives them, the model itself under the empty name.
@@ -85,5 +85,5 @@ def place_of(module: nn.Module) -> Place:
 
 def module_names(modules: Modules, wanted: Sequence[str]) -> list[str]:
     """The names of the modules that ``modules_to_save`` selects."""
-    found = [name for name in modules if name and matches(name, wanted)]
-    return list(dict.fromkeys(name for key in wanted for name in found if matches(name, [key])))
+    found = [name for name in modules if name.endswith(tuple(wanted))]
+    return list(dict.fromkeys(name for key in wanted for name in found if name.endswith(key)))

@@ -74,12 +74,17 @@ def dtype_of(adapter: Path) -> torch.dtype | None:
 
 
 def tokenizer_with_rows(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The base's ``tokenizer``, or the one in the adapter's folder where the adapter has rows for new tokens."""
+    """The base's ``tokenizer``, or the one in the adapter's folder where the adapter has rows for new tokens, or where
+    that one knows more tokens.
+    """
     from rankwise.adapters.checkpoint import read_folder
 
     rows = read_folder(adapter)[0].token_rows
     has_new = any(token >= len(tokenizer) for ids in rows.values() for token in ids)
-    return tokenizer_of(adapter) if has_new else tokenizer
+    if not has_new and not (adapter / "tokenizer_config.json").is_file():
+        return tokenizer
+    own = tokenizer_of(adapter)
+    return own if has_new or len(own) > len(tokenizer) else tokenizer
 
 
 def tokenizer_of(adapter: Path) -> PreTrainedTokenizerBase:

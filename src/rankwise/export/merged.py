@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from rankwise.adapters import load_adapter, merge_adapter, peft_config
 from rankwise.adapters.checkpoint import (
     BELONGS_ON_FOUR_BITS,
     AdapterFile,
-    end_weights,
+    changes_vocabulary,
+    end_tensors,
     read_adapter,
     read_folder,
 )
@@ -46,6 +47,9 @@ from rankwise.quantization.in_place import is_finite
 from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.targets import target_names, target_stacks
 from rankwise.records import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 CODE = "*.py"
@@ -97,10 +101,10 @@ def merge_to_folder(
         base = _base(adapter, source, onto, trained_on, trust_remote_code)
         _warn_of_another_base(adapter, source)
         # A GGUF's tensors have other names and packings; it goes through memory as an ordinary model.
-        # So do new tokens, for which embedding and head grow.
+        # So do new tokens, for which embedding and head change their size.
         # So do layers of other libraries, which dequantize themselves.
         is_ordinary = not source.is_gguf and foreign_quantization(source) is None
-        streams = is_ordinary and not read_folder(adapter)[0].token_rows
+        streams = is_ordinary and not changes_vocabulary(_skeleton(base), adapter)
         merge = _merge_streamed if streams else _merge_in_memory
         with whole_folder(output) as folder:
             count = merge(base, adapter, folder)
@@ -258,8 +262,12 @@ def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
     return len(report.modules)
 
 
+def _skeleton(base: Base) -> PreTrainedModel:
+    return load_skeleton(base.source, trust_remote_code=base.trust_remote_code)
+
+
 def _merge_streamed(base: Base, adapter: Path, output: Path) -> int:
-    skeleton = load_skeleton(base.source, trust_remote_code=base.trust_remote_code)
+    skeleton = _skeleton(base)
     weights = _weights(base, skeleton)
     file = read_adapter(skeleton, adapter)
     names = _names_in_files(skeleton, weights)
@@ -363,8 +371,10 @@ def _replace_ends(
     wanted: dict[str, Change], skeleton: nn.Module, file: AdapterFile, tied: tuple[str, str] | None
 ) -> None:
     """Let an embedding or head that PEFT saved with the adapter replace the base's, before anything is merged."""
-    whole = {f"{PREFIX}{item.name}.weight" for item in file.planned if item.kind == "trained whole"}
-    for key in sorted((file.tensors.keys() & end_weights(skeleton).keys()) - whole):
+    whole = tuple(f"{PREFIX}{item.name}." for item in file.planned if item.kind == "trained whole")
+    for key in sorted(file.tensors.keys() & end_tensors(skeleton).keys()):
+        if key.startswith(whole):
+            continue
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         put = replaced_by(file.tensors[key])
         wanted[name] = _after(put, wanted.get(name))

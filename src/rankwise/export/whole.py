@@ -69,13 +69,13 @@ def _write_gguf(adapter: Path, folder: Path, source: ModelSource, wanted: WholeM
     file = read_adapter(skeleton, adapter)
     refuse_loftq(file)
     # New tokens need a tokenizer that holds them, and that of a GGUF is copied.
-    if file.config.token_rows and wanted.base_gguf is not None:
+    if file.has_new_tokens and wanted.base_gguf is not None:
         raise ConfigError(
             "RW735",
             f"--base-gguf {base} has no place for the adapter's new tokens; leave it out, and the model is written "
             "from the adapter's own base.",
         )
-    if base is not None and not file.config.token_rows:
+    if base is not None and not file.has_new_tokens:
         given = adapter / TEMPLATE_FILE
         template = read_text(given) if given.is_file() else None
         write_merged_gguf(folder / MODEL_FILE, base, skeleton, file, wanted.kind, template)

@@ -1,0 +1,110 @@
+"""Two adapters of any kinds in one model: both work, saved and merged, or nothing changes and the second is refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapted_models import logits
+from torch import nn
+
+import rankwise as rw
+from rankwise.adapters import merge
+from rankwise.errors import AdapterError
+from tiny_models import tiny_moe
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["q_proj"]},
+    "embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "head": {"target_modules": ["lm_head"]},
+    "rows": {"target_modules": ["v_proj"], "trainable_token_indices": [5, 9]},
+    "stacks": {"target_modules": (), "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]},
+    "whole head": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    "whole embedding": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+    "whole attention": {"target_modules": ["lm_head"], "modules_to_save": ["layers.0.self_attn"]},
+    "whole experts": {"target_modules": ["v_proj"], "modules_to_save": ["experts"]},
+}
+# What one adapter trains whole, and the kinds that adapt it or a part of it.
+CLASHES = {
+    "whole head": {"head", "rows", "whole attention"},
+    "whole embedding": {"embedding", "rows"},
+    "whole attention": {"lora", "rows", "whole head", "whole embedding", "whole experts"},
+    "whole experts": {"stacks", "whole attention"},
+}
+
+
+def base() -> nn.Module:
+    return tiny_moe("mixtral", tie_word_embeddings=True)
+
+
+def add(model: nn.Module, kind: str, name: str) -> None:
+    rw.add_adapter(model, rw.LoraConfig(r=3, lora_alpha=8, **KINDS[kind]), name=name)
+    torch.manual_seed(len(name))
+    with torch.no_grad():
+        for parameter in rw.adapter_parameters(model).values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def everything(model: Any) -> tuple[Any, ...]:
+    """What a refusal and an undone merge must leave as it was."""
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    tied = model.config.tie_word_embeddings, model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    state = copy.deepcopy(model.state_dict())
+    return kinds, tied, list(state), [*state.values(), logits(model)]
+
+
+def assert_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+    assert one[:-1] == other[:-1]
+    assert all(map(torch.equal, one[-1], other[-1]))
+
+
+@pytest.mark.parametrize(("one", "two"), itertools.product(KINDS, KINDS))
+def test_every_pair_works_or_is_refused(one: str, two: str, tmp_path: Path) -> None:
+    model = base()
+    add(model, one, "one")
+    before = everything(model)
+    if two in CLASHES.get(one, ()) or one in CLASHES.get(two, ()):
+        with pytest.raises(AdapterError, match=r"RW406.*whole"):
+            add(model, two, "two")
+        assert_same(everything(model), before)
+        return
+    add(model, two, "two")
+    for name in ("one", "two"):
+        rw.set_adapter(model, name)
+        expected, unmerged = logits(model), everything(model)
+        rw.save_adapter(model, tmp_path / name)
+        ours = base()
+        rw.load_adapter(ours, tmp_path / name)
+        assert torch.equal(logits(ours), expected)
+        theirs = peft.PeftModel.from_pretrained(base(), tmp_path / name).eval()
+        torch.testing.assert_close(logits(theirs), expected, rtol=1e-5, atol=2e-5)
+        rw.merge_adapter(model)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
+        rw.unmerge_adapter(model)
+        assert_same(everything(model), unmerged)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_merge_that_fails_leaves_the_model_as_it_was(disabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base()
+    add(model, "lora", "one")
+    if disabled:
+        rw.adapters.disable_adapter(model)
+    before, calls = everything(model), itertools.count()
+
+    def fails_in_the_second_layer(base: nn.Module, W: torch.Tensor) -> nn.Module:
+        if next(calls):
+            raise MemoryError
+        return nn.Linear(W.shape[1], W.shape[0])
+
+    monkeypatch.setattr(merge, "with_weight", fails_in_the_second_layer)
+    with pytest.raises(MemoryError):
+        rw.merge_adapter(model)
+    assert_same(everything(model), before)
+    monkeypatch.undo()
+    rw.merge_adapter(model)
