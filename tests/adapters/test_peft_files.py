@@ -45,6 +45,7 @@ def made(kind: Any, config: Any, **sizes: Any) -> Callable[[], nn.Module]:
 BASES: dict[str, Callable[[], Any]] = {
     "llama": tiny_llama,
     "tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "padded": lambda: tiny_llama(vocab_size=104, tie_word_embeddings=True),
     "gpt2": tiny_gpt2,
     "gemma": made(Gemma3ForCausalLM, Gemma3TextConfig, num_key_value_heads=2, head_dim=8, **SIZES),
     "phi": made(PhiForCausalLM, PhiConfig, **SIZES),
@@ -60,7 +61,7 @@ STORED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "added tokens, tied": ("tied", 101, {}),
     "added tokens, scaled": ("gemma", 101, {}),
     "added tokens, biased head": ("phi", 101, {}),
-    "fewer tokens": ("tied", 93, {}),
+    "fewer tokens": ("padded", 97, {}),
     "added tokens that train whole": ("llama", 101, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "added tokens that train whole, tied": ("tied", 101, {"modules_to_save": ["embed_tokens"]}),
     "added tokens whose rows train": ("llama", 101, {"trainable_token_indices": [98, 99]}),
@@ -87,7 +88,7 @@ PLAIN: dict[str, tuple[str, int, dict[str, Any]]] = {
 def grown(base: str, tokens: int) -> Any:
     model = BASES[base]()
     torch.manual_seed(3)
-    if tokens != 97:
+    if tokens != model.config.vocab_size:
         model.resize_token_embeddings(tokens, mean_resizing=False)
     return model
 
