@@ -1,8 +1,11 @@
-"""Several adapters at once: mixed in one batch by name, and one put into another's tensors."""
+"""Several adapters at once: mixed in one batch by name, put into one another's tensors, and side by side in a model."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -10,8 +13,10 @@ import torch
 import torch._dynamo
 from adapted_models import IDS, logits
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
+from torch import nn
 
 import rankwise as rw
+from rankwise.adapters import merge
 from rankwise.errors import AdapterError
 from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
 
@@ -206,3 +211,94 @@ def test_another_shape_is_refused_and_nothing_changes(tmp_path, settings):
         rw.hotswap_adapter(model, tmp_path / "other")
     assert torch.equal(logits(model), before)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "head": {"target_modules": ["lm_head"]},
+    "rows": {"target_modules": ["v_proj"], "trainable_token_indices": [5, 9]},
+    "stacks": {"target_modules": (), "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]},
+    "whole head": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    "whole embedding": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+    "whole attention": {"target_modules": ["lm_head"], "modules_to_save": ["layers.0.self_attn"]},
+    "whole experts": {"target_modules": ["v_proj"], "modules_to_save": ["experts"]},
+}
+# What one adapter trains whole, and the kinds that adapt it or a part of it.
+CLASHES = {
+    "whole head": {"head", "rows", "whole attention"},
+    "whole embedding": {"embedding", "rows"},
+    "whole attention": {"rows", "whole head", "whole embedding", "whole experts"},
+    "whole experts": {"stacks", "whole attention"},
+}
+
+
+def tied_mixture() -> nn.Module:
+    return tiny_moe("mixtral", tie_word_embeddings=True)
+
+
+def add(model: nn.Module, kind: str, name: str) -> None:
+    rw.add_adapter(model, rw.LoraConfig(r=3, lora_alpha=8, **KINDS[kind]), name=name)
+    torch.manual_seed(len(name))
+    with torch.no_grad():
+        for parameter in rw.adapter_parameters(model).values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def everything(model: Any) -> tuple[Any, ...]:
+    """What a refusal and an undone merge must leave as it was."""
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    tied = model.config.tie_word_embeddings, model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    state = copy.deepcopy(model.state_dict())
+    return kinds, tied, list(state), [*state.values(), logits(model)]
+
+
+def assert_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+    assert one[:-1] == other[:-1]
+    assert all(map(torch.equal, one[-1], other[-1]))
+
+
+@pytest.mark.parametrize(("one", "two"), itertools.product(KINDS, KINDS))
+def test_every_pair_works_or_is_refused(one: str, two: str, tmp_path: Path) -> None:
+    model = tied_mixture()
+    add(model, one, "one")
+    before = everything(model)
+    if two in CLASHES.get(one, ()) or one in CLASHES.get(two, ()):
+        with pytest.raises(AdapterError, match=r"RW406.*whole"):
+            add(model, two, "two")
+        assert_same(everything(model), before)
+        return
+    add(model, two, "two")
+    for name in ("one", "two"):
+        rw.set_adapter(model, name)
+        expected, unmerged = logits(model), everything(model)
+        rw.save_adapter(model, tmp_path / name)
+        ours = tied_mixture()
+        rw.load_adapter(ours, tmp_path / name)
+        assert torch.equal(logits(ours), expected)
+        rw.merge_adapter(model)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
+        rw.unmerge_adapter(model)
+        assert_same(everything(model), unmerged)
+    theirs = peft.PeftModel.from_pretrained(tied_mixture(), tmp_path / "two").eval()
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_merge_that_fails_leaves_the_model_as_it_was(disabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tied_mixture()
+    add(model, "rows", "one")
+    if disabled:
+        rw.adapters.disable_adapter(model)
+    before, calls = everything(model), itertools.count()
+
+    def fails_in_the_second_layer(_: nn.Module, W: torch.Tensor) -> nn.Module:
+        if next(calls):
+            raise MemoryError
+        return nn.Linear(W.shape[1], W.shape[0])
+
+    monkeypatch.setattr(merge, "with_weight", fails_in_the_second_layer)
+    with pytest.raises(MemoryError):
+        rw.merge_adapter(model)
+    assert_same(everything(model), before)
+    monkeypatch.undo()
+    rw.merge_adapter(model)

@@ -63,32 +63,6 @@ def test_only_the_rows_train(base):
     assert torch.equal(logits(model), logits(plain))
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_the_folder_reads_in_peft_and_here(base, tmp_path):
-    peft = pytest.importorskip("peft", reason="PEFT is the oracle here; install the extra `bench`")
-    model = with_rows(base)
-    step(model, 0.05)
-    rw.save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(BASES[base](), tmp_path)
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
-    again = BASES[base]()
-    rw.load_adapter(again, tmp_path)
-    assert torch.equal(logits(again), logits(model))
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_what_peft_trained_reads_here(base, tmp_path):
-    peft = pytest.importorskip("peft", reason="PEFT is the oracle here; install the extra `bench`")
-    targets = ["c_attn"] if base == "gpt2" else ["q_proj"]
-    config = peft.LoraConfig(r=4, target_modules=targets, trainable_token_indices=ROWS[base], task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(BASES[base](), config)
-    step(theirs, 0.05)
-    theirs.save_pretrained(tmp_path)
-    model = BASES[base]()
-    rw.load_adapter(model, tmp_path)
-    torch.testing.assert_close(logits(model), logits(theirs.eval()), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("base", ["llama", "llama-tied"])
 def test_loading_makes_room_and_merging_to_a_folder_keeps_it(base, tmp_path):
     BASES[base]().save_pretrained(tmp_path / "base")

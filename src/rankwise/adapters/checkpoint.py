@@ -59,6 +59,7 @@ from rankwise.adapters.state import (
     model_end,
     replace_parameter,
     state_and_name,
+    tied_head,
 )
 from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.adapters.token_rows import TokenRows
@@ -105,13 +106,6 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
     tensors = {_our_name(key): tensor for key, tensor in stored.items() if _our_name(key) in wanted}
     _check_finite(tensors, folder)
     return AdapterFile(config, planned, tensors, resized or bool(config.token_rows))
-
-
-def changes_vocabulary(model: nn.Module, folder: Path) -> bool:
-    """``AdapterFile.has_new_tokens``, from the header alone. The model, on the meta device, is resized."""
-    config, header = read_folder(folder)
-    found = {_our_name(key): info.shape for key, info in header.tensors.items()}
-    return make_room(model, config, _stored_tokens(model, found)) or bool(config.token_rows)
 
 
 def _our_name(key: str) -> str:
@@ -364,11 +358,9 @@ def _check_fit(
 
 def _not_read(model: nn.Module, found: Collection[str]) -> set[str]:
     """Keys that need no place: what PEFT's ``save_embedding_layers`` stores twice, and buffers that are computed."""
-    state, head, embedding = model.state_dict(), model_end(model, "output"), model_end(model, "input")
-    unread = {key for key in found if COPIES.search(key)}
+    state = model.state_dict()
+    unread = {key for key in found if COPIES.search(key)} | {f"{PREFIX}{tied_head(model)}.{TOKENS}"}
     for path, module in base_modules(model):
-        if module is head and embedding is not None and head.weight is embedding.weight:
-            unread.add(f"{PREFIX}{path}.{TOKENS}")
         buffers = (f"{path}.{name}" for name, _ in module.named_buffers(recurse=False))
         unread |= {f"{PREFIX}{name}" for name in buffers if name not in state}
     return unread

@@ -44,6 +44,7 @@ from rankwise.adapters.state import (
     replace_parameter,
     state_and_name,
     take_replaced,
+    tied_head,
     wrappers,
 )
 from rankwise.adapters.targets import module_names, places_of, unread_modules
@@ -139,23 +140,24 @@ def plan_adapter(
 
 def _check_beside(model: nn.Module, planned: Sequence[AdaptedModule]) -> None:
     """Raise AdapterError (RW406) where one adapter trains a module whole and another adapts it or a part of it."""
+    there = {path: isinstance(module, TrainedCopy) for path, module in wrappers(model)}
     asked = {item.path: item.kind == "trained whole" for item in planned}
-    head, embedding = model_end(model, "output"), model_end(model, "input")
-    if any(item.kind == "new tokens" for item in planned) and head is not None and embedding is not None:
-        # A tied head gets the rows too.
-        tied = head.weight is embedding.weight
-        asked |= {path: False for path, module in base_modules(model) if tied and module is head}
-    for path, module in wrappers(model):
-        was_whole = isinstance(module, TrainedCopy)
-        for own, is_whole in asked.items():
-            same, inside, around = own == path, own.startswith(f"{path}."), path.startswith(f"{own}.")
-            if (same and is_whole != was_whole) or (inside and was_whole) or (around and is_whole):
-                raise AdapterError(
-                    "RW406",
-                    f"one adapter trains {path if was_whole else own} whole (modules_to_save) and another adapts "
-                    f"{own if was_whole else path}, which one model cannot hold; remove the other with "
-                    "rankwise.remove_adapter, or load this one into a model of its own.",
-                )
+    if any(item.kind == "new tokens" for item in planned) and (head := tied_head(model)):
+        asked[head] = False
+    clashes = [
+        (whole, path)
+        for one, other in ((asked, there), (there, asked))
+        for whole in (path for path, is_whole in one.items() if is_whole)
+        for path, is_whole in other.items()
+        if path.startswith(f"{whole}.") or (path == whole and not is_whole)
+    ]
+    if clashes:
+        whole, path = clashes[0]
+        raise AdapterError(
+            "RW406",
+            f"one adapter trains {whole} whole (modules_to_save) and another adapts {path}, which one model cannot "
+            "hold; remove the other with rankwise.remove_adapter, or load this one into a model of its own.",
+        )
 
 
 def _warn_of_foreign(targets: Sequence[nn.Module]) -> None:
@@ -436,13 +438,12 @@ def _add_rows(model: nn.Module, item: AdaptedModule, name: str) -> None:
     layer = _wrap(model, item.name, AdaptedLayer)
     own = TokenRows(layer.base_layer, list(item.tokens))
     layer.adapters[name] = own.train(layer.training)
-    head = model_end(model, "output")
-    layer.is_head = layer.base_layer is head
-    if head is None or layer.is_head or head.weight is not layer.base_layer.weight:
+    layer.is_head = layer.base_layer is model_end(model, "output")
+    head = tied_head(model)
+    if head is None or layer.base_layer is not model_end(model, "input"):
         return
-    path = next(path for path, module in base_modules(model) if module is head)
-    tied = _wrap(model, path, AdaptedLayer)
-    tied.adapters[name] = TokenRows(head, list(item.tokens), own.rows).train(tied.training)
+    tied = _wrap(model, head, AdaptedLayer)
+    tied.adapters[name] = TokenRows(tied.base_layer, list(item.tokens), own.rows).train(tied.training)
     tied.is_head = True
 
 

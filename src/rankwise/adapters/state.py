@@ -84,6 +84,15 @@ def model_end(model: nn.Module, which: Literal["input", "output"]) -> nn.Module 
     return None if found is None else unwrapped(found)
 
 
+def tied_head(model: nn.Module) -> str | None:
+    """The path of the output head that shares the embedding's weight; None where there is none."""
+    head, embedding = model_end(model, "output"), model_end(model, "input")
+    weight = getattr(embedding, "weight", None)
+    if head is embedding or weight is None or getattr(head, "weight", None) is not weight:
+        return None
+    return next(path for path, module in base_modules(model) if module is head)
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules as they were before any wrapping, under the names they had."""
     # named_modules is depth-first: the modules inside a wrapper follow it.

@@ -21,7 +21,6 @@ from rankwise.adapters import load_adapter, merge_adapter, peft_config
 from rankwise.adapters.checkpoint import (
     BELONGS_ON_FOUR_BITS,
     AdapterFile,
-    changes_vocabulary,
     end_tensors,
     read_adapter,
     read_folder,
@@ -104,10 +103,15 @@ def merge_to_folder(
         # So do new tokens, for which embedding and head change their size.
         # So do layers of other libraries, which dequantize themselves.
         is_ordinary = not source.is_gguf and foreign_quantization(source) is None
-        streams = is_ordinary and not changes_vocabulary(_skeleton(base), adapter)
-        merge = _merge_streamed if streams else _merge_in_memory
+        streams = is_ordinary
+        if is_ordinary:
+            skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
+            file = read_adapter(skeleton, adapter)
+            streams = not file.has_new_tokens
         with whole_folder(output) as folder:
-            count = merge(base, adapter, folder)
+            count = (
+                _merge_streamed(base, skeleton, file, folder) if streams else _merge_in_memory(base, adapter, folder)
+            )
             _copy_tokenizer(adapter, folder)
             report = MergeReport(str(adapter), source.name, count, onto, streams, verification)
             write_json(folder / RECORD_FILE, dataclasses.asdict(report))
@@ -262,14 +266,8 @@ def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
     return len(report.modules)
 
 
-def _skeleton(base: Base) -> PreTrainedModel:
-    return load_skeleton(base.source, trust_remote_code=base.trust_remote_code)
-
-
-def _merge_streamed(base: Base, adapter: Path, output: Path) -> int:
-    skeleton = _skeleton(base)
+def _merge_streamed(base: Base, skeleton: PreTrainedModel, file: AdapterFile, output: Path) -> int:
     weights = _weights(base, skeleton)
-    file = read_adapter(skeleton, adapter)
     names = _names_in_files(skeleton, weights)
     wanted, extra = _changes(skeleton, file, names)
     if base.quantization is not None:
