@@ -280,7 +280,8 @@ def test_it_computes_the_same_here_saved_again_and_merged(case: str, tmp_path: P
     rw.save_adapter(model, tmp_path / "again")
     ours = BASES[base]()
     rw.load_adapter(ours, tmp_path / "again")
-    torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=2e-5)
+    # An embedding that differs from the base's in its size alone is not stored again.
+    torch.testing.assert_close(logits(ours)[..., :tokens], expected, rtol=1e-5, atol=2e-5)
     again = peft.PeftModel.from_pretrained(grown(base, tokens), tmp_path / "again").eval()
     torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=2e-5)
     rw.merge_adapter(model)
