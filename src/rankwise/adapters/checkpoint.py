@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -36,7 +36,6 @@ from rankwise.adapters.inject import (
     attach,
     disable_adapter,
     enable_adapter,
-    make_room,
     plan_adapter,
     remove_adapter,
 )
@@ -56,10 +55,12 @@ from rankwise.adapters.saving import (
 from rankwise.adapters.state import (
     AdapterState,
     base_modules,
+    inner_module,
     model_end,
     replace_parameter,
     state_and_name,
     tied_head,
+    wrappers,
 )
 from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.adapters.token_rows import TokenRows
@@ -99,7 +100,7 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
     found = {_our_name(key): info.shape for key, info in header.tensors.items()}
     if read_config(folder).get("ensure_weight_tying"):
         config = _with_tied_head(model, config, found)
-    resized = make_room(model, config, _stored_tokens(model, found))
+    resized = _make_room(model, config, _stored_tokens(model, found))
     planned = plan_adapter(model, config, name, is_foreign=True)
     wanted = _check_fit(model, config, planned, found, folder)
     stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
@@ -119,6 +120,41 @@ def _stored_tokens(model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> in
     stored = {id(weight): found[key][0] for key, weight in ends.items() if key in found}
     tokens = {*stored.values()}
     return tokens.pop() if len(tokens) == 1 and stored.keys() == {id(weight) for weight in ends.values()} else None
+
+
+def _make_room(model: nn.Module, config: LoraConfig, stored: int | None) -> bool:
+    """Resize embedding and head for a stored adapter, and say whether that was needed: to the ``stored`` number of
+    tokens, where its file holds both, or else for its new tokens, whose rows it holds. Rows of the base are then zero.
+
+    Raises AdapterError: RW410 for a token far beyond both, whose row would take any amount of memory, RW406 where
+    another adapter changes the embedding or the head.
+    """
+    ids = [index for rows in config.token_rows.values() for index in rows]
+    embedding, head = model_end(model, "input"), model_end(model, "output")
+    before = 0 if embedding is None else embedding.get_parameter("weight").shape[0]
+    tokens = stored or max([before, *(index + 1 for index in ids)])
+    if embedding is None or tokens == before:
+        return False
+    if stored is None and tokens > 2 * before + len(ids):
+        raise AdapterError(
+            "RW410",
+            f"trainable_token_indices names the token {tokens - 1:,}, and the embedding has {before:,} rows; give the "
+            "base model on which the adapter was trained.",
+        )
+    replaced = getattr(model, "rankwise_adapters", AdapterState()).base_values
+    if replaced or any(inner_module(module) in (embedding, head) for _, module in wrappers(model)):
+        raise AdapterError(
+            "RW406",
+            f"the adapter needs {tokens:,} tokens, the model has {before:,}, and another adapter changes its "
+            "embedding, head or biases; load this one first, or into a model of its own.",
+        )
+    resize: Callable[..., nn.Module] = model.resize_token_embeddings  # type: ignore[assignment]
+    resize(tokens, mean_resizing=False)
+    for end in (model_end(model, "input"), model_end(model, "output")):
+        for value in () if end is None else own_parameters(end).values():
+            if value is not None:
+                value.data[before:] = 0
+    return True
 
 
 def _with_tied_head(model: nn.Module, config: LoraConfig, found: Collection[str]) -> LoraConfig:

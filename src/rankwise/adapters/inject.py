@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
@@ -212,41 +212,6 @@ def _planned_rows(
             )
         planned.append(planned_tokens(fits[0], modules[fits[0]], ids))
     return planned
-
-
-def make_room(model: nn.Module, config: LoraConfig, stored: int | None = None) -> bool:
-    """Resize embedding and head for a stored adapter, and say whether that was needed: to the ``stored`` number of
-    tokens, where its file holds both, or else for its new tokens, whose rows it holds. Rows of the base are then zero.
-
-    Raises AdapterError: RW410 for a token far beyond both, whose row would take any amount of memory, RW406 where
-    another adapter changes the embedding or the head.
-    """
-    ids = [index for rows in config.token_rows.values() for index in rows]
-    embedding, head = model_end(model, "input"), model_end(model, "output")
-    before = 0 if embedding is None else embedding.get_parameter("weight").shape[0]
-    tokens = stored or max([before, *(index + 1 for index in ids)])
-    if embedding is None or tokens == before:
-        return False
-    if stored is None and tokens > 2 * before + len(ids):
-        raise AdapterError(
-            "RW410",
-            f"trainable_token_indices names the token {tokens - 1:,}, and the embedding has {before:,} rows; give the "
-            "base model on which the adapter was trained.",
-        )
-    replaced = getattr(model, "rankwise_adapters", AdapterState()).base_values
-    if replaced or any(inner_module(module) in (embedding, head) for _, module in wrappers(model)):
-        raise AdapterError(
-            "RW406",
-            f"the adapter needs {tokens:,} tokens, the model has {before:,}, and another adapter changes its "
-            "embedding, head or biases; load this one first, or into a model of its own.",
-        )
-    resize: Callable[..., nn.Module] = model.resize_token_embeddings  # type: ignore[assignment]
-    resize(tokens, mean_resizing=False)
-    for end in (model_end(model, "input"), model_end(model, "output")):
-        for value in () if end is None else own_parameters(end).values():
-            if value is not None:
-                value.data[before:] = 0
-    return True
 
 
 def attach(

@@ -136,9 +136,8 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
         found |= stack_parameters(path, stacks_of(experts, name))
     for path, copy in trained_copies(model, name):
         found |= {f"{PREFIX}{path}.{key}": value for key, value in copy.adapters[name].named_parameters()}
-    trained = state.replaced.get(name, {}) if state.configs[name].bias != "none" else ()
-    biases = [key for key in trained if key.endswith(".bias")]
-    return found | {_key_of_base(model, name, key): base_parameter(model, key) for key in biases}
+    kept = state.replaced.get(name, {}) if state.configs[name].bias != "none" else ()
+    return found | {_key_of_base(model, name, key): base_parameter(model, key) for key in kept if key.endswith("bias")}
 
 
 def _key_of_base(model: nn.Module, name: str, key: str) -> str:
