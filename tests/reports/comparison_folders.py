@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rankwise.comparison import summary
+from rankwise.comparison.collect import metrics_of
+from rankwise.comparison.detectable import Spreads
 
 METHODS = ("lora", "qlora", "dora", "qdora")
 RATES = (1e-4, 2e-4, 5e-4)
@@ -27,8 +29,6 @@ SERVED = (
     ["PEFT, as it is", "vLLM, as it is", "SGLang, as it is", "merged (`rankwise merge`): anywhere"],
     ["PEFT, as it is", "vLLM: `rankwise export --for vllm`, since it refuses DoRA's magnitudes"],
 )
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}
-# Student's t at 97.5 %, by degrees of freedom.
 HOSTILE = (
     "</script><script>window.hacked = true</script>",
     '<img src=x onerror="window.hacked=true"> \'quoted\' "twice" & &amp; {{ 7 * 7 }} {% raw %}',
@@ -54,7 +54,7 @@ def write_comparison(
     if extras:
         runs += [_failed(seeds[0]), _skipped(seeds[0])]
     base = _evaluate(folder / "base", None, random.Random(99), hostile)
-    document = {
+    document: dict[str, Any] = {
         "schema": 1,
         "command": f"rankwise compare --model demo --data trainset.csv --methods {','.join(methods)} "
         f"--seeds {len(seeds)} --learning-rates 1e-4,2e-4,5e-4 --task e2e --max-steps 200 --output {folder.name}",
@@ -79,18 +79,7 @@ def write_comparison(
         "base": {"tasks": {"e2e": base}, "folder": "base"},
         "warnings": [{"code": "RW218", "message": HOSTILE[0] if hostile else "3 of 256 evaluation rows are in train."}],
         "runs": runs,
-        "methods": {name: _method(name, runs, folder) for name in methods},
-        "differences": [d for metric in ("eval_loss", "e2e.BLEU") for d in _differences(methods, runs, metric)],
-        "recommendation": _recommendation(methods, seeds, hostile),
-        "minimum_detectable_effect": {
-            "metric": "eval_loss",
-            "relative": 0.011 if len(seeds) > 1 else None,
-            "absolute": 0.014 if len(seeds) > 1 else None,
-            "seeds": len(seeds),
-            "comparisons": math.comb(len(methods), 2),
-            "power": 0.8,
-            "assumption": "a spread of 0.4 % from seed to seed, as measured on the demo model",
-        },
+        **_conclusions(folder, methods, runs),
         "learning_rates": {name: _search(name, runs) for name in methods},
         "seconds": {"total": 3480.0, "runs": 3391.0, "overhead": 89.0},
     }
@@ -144,6 +133,7 @@ def _run(folder: Path, name: str, rate: float, seed: int, phase: str, hostile: b
         "learning_rate": rate,
         "phase": phase,
         "status": "finished",
+        "alone": True,
         "error": None,
         "folder": f"runs/{place.name}",
         "record": record,
@@ -234,133 +224,39 @@ def _example(index: int, bleu: float | None, draw: random.Random, hostile: bool)
     }
 
 
-def _finals(runs: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    return [run for run in runs if run["method"] == name and run["phase"] == "final" and run["record"]]
-
-
-def _values(runs: Sequence[Mapping[str, Any]], name: str, metric: str) -> dict[str, float]:
-    if metric == "eval_loss":
-        return {str(run["seed"]): run["record"]["eval_loss"] for run in _finals(runs, name)}
-    task, _, figure = metric.partition(".")
-    return {str(run["seed"]): run["tasks"][task]["metrics"][figure] for run in _finals(runs, name)}
-
-
-def interval(values: Sequence[float]) -> list[float] | None:
-    """95 % t-interval of the mean."""
-    if len(values) < 2:
-        return None
-    half = T_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return [statistics.mean(values) - half, statistics.mean(values) + half]
-
-
-def _method(name: str, runs: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
-    finals = _finals(runs, name)
-    metrics = ("eval_loss", "e2e.BLEU", "e2e.ROUGE-L", "e2e.CIDEr")
-    values = {metric: _values(runs, name, metric) for metric in metrics}
-    several = len(finals) > 1
-
-    def mean(key: str) -> float:
-        return statistics.mean(run["record"][key] for run in finals)
-
-    return {
-        "mean": {metric: statistics.mean(found.values()) for metric, found in values.items()},
-        "interval": {metric: interval(list(found.values())) for metric, found in values.items()},
-        "seed_sd": {m: statistics.stdev(found.values()) if several else None for m, found in values.items()},
-        "per_seed": values,
-        "higher_is_better": {metric: metric != "eval_loss" for metric in metrics},
-        "seeds": len(finals),
-        "failed": 0,
-        "learning_rate": 2e-4,
-        "learning_rate_at_edge": name == "qdora",
-        "tokens_per_second": mean("tokens_per_second"),
-        "examples_per_second": mean("examples_per_second"),
-        "peak_memory_bytes": max(run["record"]["peak_memory_bytes"] for run in finals),
-        "predicted_peak_memory_bytes": finals[0]["record"]["predicted_peak_memory_bytes"],
-        "wall_seconds": mean("wall_seconds"),
-        "trainable_parameters": finals[0]["record"]["trainable_parameters"],
-        "adapter_bytes": 19_600_000,
-        "group": {"dora": "a", "lora": "a", "qdora": "b"}.get(name, "b"),
-        "pareto": name in ("lora", "qlora", "dora"),
-        "serving": SERVED[name.endswith("dora")],
-        "skipped": None,
+def _conclusions(folder: Path, methods: Sequence[str], runs: Sequence[Any]) -> dict[str, Any]:
+    """As the comparison itself draws them."""
+    better, scores = metrics_of(runs), summary.scores_by_metric(folder, methods, runs)
+    figures = {
+        name: {
+            **summary.method_figures(name, runs, scores, better),
+            "learning_rate": 2e-4,
+            "learning_rate_at_edge": name == "qdora",
+            "serving": SERVED[name.endswith("dora")],
+            "skipped": None,
+        }
+        for name in methods
     }
+    spreads = Spreads(scores["eval_loss"], metric="eval_loss", margin=0.01, rows=256, seed_sd=0.005, row_sd=0.0)
+    found: Any = summary.conclusions(figures, scores, better, spreads, memory_bytes=4_000_000_000, hours=None)
+    best = f"{found['recommendation']['method']}-lr0.0002-seed{min(run['seed'] for run in runs)}"
+    command = "rankwise train --config recommended.yaml --output runs/final"
+    found["recommendation"] |= {"config": "recommended.yaml", "command": command, "run": best, "adapter": f"runs/{best}"}
+    return found
 
 
 def _empty(*, failed: int = 0, skipped: str | None = None) -> dict[str, Any]:
     figures = ("learning_rate", "tokens_per_second", "examples_per_second", "peak_memory_bytes", "wall_seconds")
-    more = ("predicted_peak_memory_bytes", "trainable_parameters", "adapter_bytes", "group")
+    more = ("predicted_peak_memory_bytes", "trainable_parameters", "adapter_bytes", "verdict")
     return {
-        **{key: {} for key in ("mean", "interval", "seed_sd", "per_seed", "higher_is_better")},
+        **{key: {} for key in ("mean", "interval", "seed_sd", "per_seed", "higher_is_better", "ranges", "costs")},
         **dict.fromkeys((*figures, *more)),
         "seeds": 0,
         "failed": failed,
         "learning_rate_at_edge": False,
-        "pareto": False,
+        "alone": True,
         "serving": [],
         "skipped": skipped,
-    }
-
-
-def _differences(methods: Sequence[str], runs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
-    return [_difference(a, b, runs, metric) for a, b in itertools.combinations(methods, 2)]
-
-
-def _difference(a: str, b: str, runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    first, second = _values(runs, a, metric), _values(runs, b, metric)
-    gaps = {seed: first[seed] - second[seed] for seed in first if seed in second}
-    mean, bounds = statistics.mean(gaps.values()), interval(list(gaps.values()))
-    margin = 0.01 if metric == "eval_loss" else 1.0
-    sign = -1 if metric == "eval_loss" else 1
-    if bounds is None:
-        verdict = "cannot tell"
-    elif bounds[0] > -margin and bounds[1] < margin:
-        verdict = "equivalent"
-    elif bounds[0] > 0 or bounds[1] < 0:
-        verdict = "better" if sign * mean > 0 else "worse"
-    else:
-        verdict = "cannot tell"
-    return {
-        "a": a,
-        "b": b,
-        "metric": metric,
-        "difference": mean,
-        "interval": bounds,
-        "standard_error": None if bounds is None else (bounds[1] - bounds[0]) / 2 / T_975[len(gaps) - 1],
-        "p_value": None if bounds is None else 0.02,
-        "p_value_holm": None if bounds is None else 0.04,
-        "equivalence_p": None if bounds is None else 0.3,
-        "equivalence_p_holm": None if bounds is None else 0.6,
-        "margin": margin,
-        "verdict": verdict,
-        "seed_sd": None if bounds is None else statistics.stdev(gaps.values()),
-        "example_se": 0.002,
-        "pairs": 256 if metric == "eval_loss" else EXAMPLES,
-        "clusters": 256,
-        "seeds": len(gaps),
-        "per_seed": gaps,
-        "paired_by_example": metric == "eval_loss",
-    }
-
-
-def _recommendation(methods: Sequence[str], seeds: Sequence[int], hostile: bool) -> dict[str, Any]:
-    best = "dora" if "dora" in methods else methods[0]
-    reason = (
-        "DoRA and LoRA cannot be told apart on evaluation loss (1.281 and 1.285), both beat the 4-bit methods, "
-        "and DoRA has the lowest mean within your limits."
-    )
-    return {
-        "method": best,
-        "reason": HOSTILE[0] if hostile else reason,
-        "config": "recommended.yaml",
-        "command": "rankwise train --config recommended.yaml --output runs/final",
-        "run": f"{best}-lr0.0002-seed{seeds[0]}",
-        "adapter": f"runs/{best}-lr0.0002-seed{seeds[0]}",
-        "merged": None,
-        "goal": "best quality",
-        "metric": "eval_loss",
-        "limits": {"memory_bytes": 4e9, "hours": None},
-        "ties": [name for name in ("lora",) if name in methods and name != best],
-        "pareto": [],
     }
 
 
@@ -397,6 +293,7 @@ def _without_record(method: str, seed: int, status: str, code: str, message: str
         "learning_rate": 1e-4,
         "phase": "final",
         "status": status,
+        "alone": True,
         "error": {"code": code, "message": message},
         "folder": f"runs/{method}-lr0.0001-seed{seed}",
         "record": None,

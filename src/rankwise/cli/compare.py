@@ -17,14 +17,17 @@ from rankwise.cli.output import Document, Output
 from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import duration
 from rankwise.comparison.settings import CompareSettings, check_compare
+from rankwise.reports import folder, summary
+from rankwise.reports.forest_plot import pairs_of, with_best
 from rankwise.reports.naming import method_name, metric_name
-from rankwise.reports.numbers import difference, plural, span
-from rankwise.reports.summary import caution, cell
+from rankwise.reports.numbers import plural, span
+from rankwise.reports.summary import caution
+from rankwise.reports.words import heading, headline
 
 if TYPE_CHECKING:
     from rankwise.comparison.runner import Picture
     from rankwise.comparison.stages import Job, Outcome
-    from rankwise.reports.schema import Comparison, Method
+    from rankwise.reports.schema import Method
 
 # {figure's name in the record: column heading} of the columns after the metric's.
 COSTS = {
@@ -86,88 +89,85 @@ def run(settings: CompareSettings, output: Output) -> Document:
     from rankwise.comparison.run import compare
     from rankwise.disk import hold
     from rankwise.reports.comparison import write_report
+    from rankwise.reports.folder import load_comparison
 
     with watching(output) as watcher:
         comparison = compare(settings, watcher)
     with hold(settings.output):
         write_report(settings.output)
-    report(comparison, settings, output)
+    report(load_comparison(settings.output), output)
     return comparison
 
 
-def report(comparison: Comparison, settings: CompareSettings, output: Output) -> None:
+def report(comparison: folder.Comparison, output: Output) -> None:
     """Print the table, the verdicts, the recommendation, and the files."""
     output.line()
     output.console.print(table_of(comparison))
     for line in verdict_lines(comparison):
         output.line(line)
-    found = comparison["recommendation"]
     if text := caution(comparison["methods"]):
         output.line(text)
     output.line()
-    output.line(found["reason"], style="bold")
-    for label, text in _places(comparison, settings):
+    output.line(f"{heading(comparison.document)}. {headline(comparison.document)}", style="bold")
+    for label, text in _places(comparison):
         output.line(f"{label:<12}{text}")
 
 
-def table_of(comparison: Comparison) -> Group:
-    """A row for each method, best first. Methods with a common letter were not told apart."""
-    metric, methods = comparison["primary_metric"], comparison["methods"]
-    heading = metric_name(metric)
-    known = {name: item for name, item in methods.items() if metric in item["mean"]}
-    has_intervals = any(item["interval"].get(metric) for item in known.values())
-    better = any(item["higher_is_better"].get(metric) for item in known.values())
-    title = f"{heading}, mean over seeds" + (" and 95 % interval" if has_intervals else " (one seed: no interval)")
+def table_of(comparison: folder.Comparison) -> Group:
+    """A row for each method, best first."""
+    metric, methods = comparison.metric, comparison["methods"]
+    title = metric_name(metric)
+    has_intervals = any(item["interval"].get(metric) for item in methods.values())
+    above = f"{title}, mean over seeds" + (" and 95 % interval" if has_intervals else " (one seed: no interval)")
     table = light_table()
+    columns = {"verdict": dict(summary.columns(comparison))["verdict"].lower(), metric: title}
     interval = ("interval",) if has_intervals else ()
-    for name in ("method", "", heading, *interval, *COSTS.values()):
-        table.add_column(name, justify="left" if name in ("method", "") else "right", no_wrap=True)
-    for name in sorted(known, key=lambda name: known[name]["mean"][metric], reverse=better):
-        table.add_row(method_name(name), *_cells(known[name], metric, has_intervals))
-    return titled(title, table)
+    for name in ("method", columns["verdict"], title, *interval, *COSTS.values()):
+        table.add_column(name, justify="left" if name in ("method", columns["verdict"]) else "right", no_wrap=True)
+    for name in comparison.with_result():
+        table.add_row(method_name(name), *_cells(methods[name], metric, has_intervals))
+    return titled(above, table)
 
 
 def _cells(item: Method, metric: str, has_intervals: bool) -> Iterator[str]:
     """The cells of a method's row, formatted as in the report."""
-    yield item["group"] or ""
-    yield cell(item, metric).text
+    yield summary.cell(item, "verdict").text
+    yield summary.cell(item, metric).text
     if has_intervals:
         interval = item["interval"].get(metric)
         yield span(interval) if interval else "(one seed)"
     for key in COSTS:
-        found = cell(item, key)
+        found = summary.cell(item, key)
         yield f"{found.text}{'!' if found.note == 'edge' else ''}"
 
 
-def verdict_lines(comparison: Comparison) -> Iterator[str]:
-    """A line for each pair. The difference is that of the method named first minus the other one."""
-    for item in comparison["differences"]:
-        if item["metric"] != comparison["primary_metric"]:
-            continue
-        a, b, verdict = method_name(item["a"]), method_name(item["b"]), item["verdict"]
-        words = {
-            "better": f"{a} is better than {b}",
-            "worse": f"{b} is better than {a}",
-            "equivalent": f"{a} and {b} are equivalent",
-            "cannot tell": f"the runs cannot tell {a} from {b}",
-        }[verdict]
-        sign = -1 if verdict == "worse" else 1
-        interval = sorted(sign * bound for bound in item["interval"]) if item["interval"] else None
-        text = difference(sign * item["difference"], interval)[0]
-        yield f"{words}: difference {text} ({span(interval)})" if interval else f"{words}: difference {text}"
+def verdict_lines(comparison: folder.Comparison) -> Iterator[str]:
+    """A line for each method against the best. The difference is that of the method named first minus the other one."""
+    words = {
+        "better": "{} is better than {}",
+        "worse": "{} is worse than {}",
+        "equivalent": "{} and {} are equivalent",
+        "cannot tell": "the runs cannot tell {} from {}",
+        "not tuned": "{} or {} is not tuned",
+    }
+    for pair in with_best(comparison, pairs_of(comparison, comparison.metric)):
+        names = words[pair.verdict].format(method_name(pair.a), method_name(pair.b))
+        yield f"{names}: difference {pair.text}"
 
 
-def _places(comparison: Comparison, settings: CompareSettings) -> Iterator[tuple[str, str]]:
-    found, folder = comparison["recommendation"], settings.output
-    yield "record", str(folder / "comparison.json")
-    if (folder / "report.html").is_file():
-        yield "report", str(folder / "report.html")
+def _places(comparison: folder.Comparison) -> Iterator[tuple[str, str]]:
+    found, place = comparison["recommendation"], comparison.folder
+    yield "record", str(place / "comparison.json")
+    if (place / "report.html").is_file():
+        yield "report", str(place / "report.html")
+    if found["deciding"]:
+        yield "to decide", found["deciding"]["command"]
     if found["command"]:
         yield "train again", found["command"]
     if found["adapter"]:
-        yield "adapter", str(folder / found["adapter"])
+        yield "adapter", str(place / found["adapter"])
     if found["merged"]:
-        yield "merged", str(folder / found["merged"])
+        yield "merged", str(place / found["merged"])
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from rankwise.cli.words import one_line
 from rankwise.disk import hold
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import check_writable
-from rankwise.reports.schema import Difference
+from rankwise.reports.schema import Recommendation
 from rankwise.reports.settings import ReportSettings, output_of
+from rankwise.reports.words import headline
 
 
 def run(settings: ReportSettings, output: Output) -> Document:
@@ -29,11 +30,11 @@ def run(settings: ReportSettings, output: Output) -> Document:
             files = write_report(settings.folders[0], target)
         else:
             files = merged_report(settings.folders, target, _summarise(target))
-    found = read_object(target / JSON_FILE)["recommendation"]
-    output.line(f"{'verdict':<12}{one_line(str(found.get('reason') or 'none'))}")
+    found = read_object(target / JSON_FILE)
+    output.line(f"{'verdict':<12}{one_line(headline(found))}")
     for path in files:
         output.line(f"{'written':<12}{path}")
-    return {"files": [str(path) for path in files], "recommendation": found}
+    return {"files": [str(path) for path in files], "recommendation": found["recommendation"]}
 
 
 def _summarise(target: Path) -> Callable[..., JsonObject]:
@@ -42,61 +43,44 @@ def _summarise(target: Path) -> Callable[..., JsonObject]:
     def summarise(document: Fields, place_of: Callable[[Fields], Path]) -> JsonObject:
         from rankwise.comparison import summary
         from rankwise.comparison.collect import metrics_of
-        from rankwise.comparison.detectable import measured_effect
+        from rankwise.comparison.detectable import Spreads
 
         runs: list[Any] = [{**run, "folder": str(place_of(run).resolve())} for run in document["runs"]]
         better = metrics_of(runs)
         scores = summary.scores_by_metric(Path(), document["methods"], runs)
-        margin = float(document["settings"].get("margin") or 0.01)
-        differences = summary.all_differences(scores, better, margin)
         methods: JsonObject = {}
         for name, facts in document["methods"].items():
             figures = summary.method_figures(name, runs, scores, better)
             methods[name] = {**facts, **figures, "skipped": None if figures["seeds"] else facts["skipped"]}
-        metric = str(document["primary_metric"])
-        methods = summary.ranked(methods, differences, metric, higher_is_better=better.get(metric, False))
-        recommendation = _recommend(document, runs, methods, differences, margin, target)
-        known = scores.get(metric, {})
-        seeds = max((len(item.values) for item in known.values()), default=0)
-        return {
-            "methods": methods,
-            "differences": differences,
-            "recommendation": recommendation,
-            "minimum_detectable_effect": measured_effect(
-                known, metric, methods=len(methods), margin=margin, seeds=seeds
-            )
-            or {},
-        }
+        metric, settings = str(document["primary_metric"]), document["settings"]
+        spreads = Spreads(
+            scores.get(metric, {}),
+            metric=metric,
+            margin=document["recommendation"]["margin"],
+            rows=(document["data"].get("eval") or {}).get("rows") or 0,
+            **{name: settings.get(name) or 0.0 for name in ("seed_sd", "row_sd")},
+        )
+        limits = document["recommendation"]["limits"]
+        found = summary.conclusions(
+            methods, scores, better, spreads, memory_bytes=limits["memory_bytes"], hours=limits["hours"]
+        )
+        higher = better.get(metric, False)
+        return {**found, "recommendation": _with_files(found["recommendation"], runs, target, higher_is_better=higher)}
 
     return summarise
 
 
-def _recommend(
-    document: Fields, runs: list[Any], methods: Fields, differences: Sequence[Difference], margin: float, target: Path
-) -> JsonObject:
+def _with_files(found: Recommendation, runs: list[Any], target: Path, *, higher_is_better: bool) -> JsonObject:
     """The recommendation over all runs, with its settings written to ``target``."""
-    from rankwise.comparison.collect import metrics_of
     from rankwise.comparison.finish import best_run, recommended_yaml
-    from rankwise.comparison.recommendation import recommend
     from rankwise.records import write_text
     from rankwise.reports.schema import RECOMMENDED_FILE
 
-    metric = str(document["primary_metric"])
-    higher = metrics_of(runs).get(metric, False)
-    limits = document["recommendation"].get("limits") or {}
-    found = recommend(
-        methods,
-        differences,
-        metric=metric,
-        higher_is_better=higher,
-        margin=margin,
-        memory_bytes=limits.get("memory_bytes"),
-        hours=limits.get("hours"),
-    )
-    best = best_run(runs, found["method"], metric, higher_is_better=higher) if found["method"] else None
+    method = found["method"]
+    best = best_run(runs, method, found["metric"], higher_is_better=higher_is_better) if method else None
     if best is None or not best["record"]:
         return {**found}
-    text = recommended_yaml(target, best["record"]["settings"], found["reason"])
+    text = recommended_yaml(target, best["record"]["settings"])
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / RECOMMENDED_FILE, text)
     command = shlex.join(["rankwise", "train", "--config", str(target / RECOMMENDED_FILE)])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rankwise.comparison.matrix import Cell
 from rankwise.comparison.schedule import Plan, jobs_of, state_of
-from rankwise.comparison.stages import FACTS_FILE, INTERRUPTED_CODES, OWN_TASKS, PERPLEXITY, Job, outcome_of
+from rankwise.comparison.stages import FACTS_FILE, INTERRUPTED_CODES, OWN_TASKS, PERPLEXITY, Job, Outcome, outcome_of
 from rankwise.comparison.verdicts import Scores
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, read_examples
@@ -36,7 +36,8 @@ def collect_runs(plan: Plan) -> list[Run]:
 def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None) -> Run:
     folder = cell.folder(plan.output)
     record = _record(folder)
-    error, finished = _error(plan, cell)
+    error, trained = _error(plan, cell)
+    finished = trained is not None and trained.status == "finished"
     facts = read_json(folder / FACTS_FILE)
     known = record or {}
     stopped = error is not None and error["code"] in INTERRUPTED_CODES
@@ -48,6 +49,7 @@ def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None
         "learning_rate": cell.learning_rate or known.get("settings", {}).get("learning_rate"),
         "phase": phase,
         "status": status,
+        "alone": trained is not None and trained.alone,
         "error": error,
         "folder": folder.relative_to(plan.output).as_posix(),
         "record": record,
@@ -71,12 +73,12 @@ def _record(folder: Path) -> JsonObject | None:
     return {**record, "settings": settings}
 
 
-def _error(plan: Plan, cell: Cell) -> tuple[Message | None, bool]:
-    """(error of any stage of the cell, whether its training finished)."""
+def _error(plan: Plan, cell: Cell) -> tuple[Message | None, Outcome | None]:
+    """(error of any stage of the cell, the outcome of its training)."""
     trained, measured = (outcome_of(job, plan.output) for job in jobs_of(cell))
     errors = [outcome.error for outcome in (trained, measured) if outcome is not None and outcome.error is not None]
     error: Message | None = {"code": errors[0]["code"], "message": errors[0]["message"]} if errors else None
-    return error, trained is not None and trained.status == "finished"
+    return error, trained
 
 
 def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, JsonObject]:

@@ -37,7 +37,7 @@ def best_run(runs: Sequence[Run], method: str, metric: str, *, higher_is_better:
 def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
     """Write ``recommended.yaml`` and ``best``, and return the recommendation with their paths."""
     record = run["record"] or {}
-    write_text(output / RECOMMENDED_FILE, recommended_yaml(output, record["settings"], found["reason"]))
+    write_text(output / RECOMMENDED_FILE, recommended_yaml(output, record["settings"]))
     with whole_folder(output / BEST_FOLDER, replace=True) as folder:
         left_out = shutil.ignore_patterns(*LEFT_OUT)
         shutil.copytree(output / run["folder"], folder, ignore=left_out, dirs_exist_ok=True)
@@ -64,7 +64,7 @@ def forget_other_results(output: Path, run: str | None) -> None:
         (output / RECOMMENDED_FILE).unlink(missing_ok=True)
 
 
-def recommended_yaml(output: Path, settings: Fields, reason: str) -> str:
+def recommended_yaml(output: Path, settings: Fields) -> str:
     """The run's settings, without those at their defaults, and with an output folder of its own."""
     import yaml
 
@@ -76,4 +76,4 @@ def recommended_yaml(output: Path, settings: Fields, reason: str) -> str:
     }
     kept["method"] = settings["method"]
     kept["output"] = str(output.resolve() / "recommended")
-    return f"# {reason}\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000)
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000)

@@ -166,17 +166,20 @@ def _prompts(engine: Engine, encoder: RowEncoder, chosen: Sequence[Row], *, is_t
     return [Prompt(ids) for ids in engine.prompt_ids(encoder, chosen)]
 
 
-def _answers(engine: Engine, prompts: Sequence[Prompt], ends: set[int]) -> list[str]:
-    """The greedy answers to ``prompts``, generated in batches. ``ends``: tokens that end an answer in the rows."""
-    answers = [""] * len(prompts)
+def _answers(engine: Engine, prompts: Sequence[Prompt], ends: set[int]) -> list[tuple[str, bool]]:
+    """The greedy answers to ``prompts``, generated in batches, each with whether the limit of tokens ended it.
+
+    ``ends``: tokens that end an answer in the rows.
+    """
+    answers = [("", False)] * len(prompts)
     rooms = [answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS) for prompt in prompts]
     for room in set(rooms):
         numbers = [number for number, its in enumerate(rooms) if its == room]
         asked, decoding = [prompts[number] for number in numbers], Decoding(room, engine.stop_ids(ends))
         write = writer(engine, asked, decoding)
         for batch in engine.batches(asked, decoding):
-            for index, text in zip(batch, write(batch)):
-                answers[numbers[index]] = text.strip()
+            for index, (text, is_cut) in zip(batch, write(batch)):
+                answers[numbers[index]] = text.strip(), is_cut
     return answers
 
 

@@ -13,13 +13,12 @@ from functools import partial
 from rankwise.comparison import finish, stages
 from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks, value_of
 from rankwise.comparison.commands import Commands
-from rankwise.comparison.detectable import detectable_effect
+from rankwise.comparison.detectable import Spreads, wider_rates
 from rankwise.comparison.folder import SETTINGS_FILE, check_folder, check_same
 from rankwise.comparison.inputs import Inputs, check_adapter, prepare_inputs
 from rankwise.comparison.matrix import planned_runs
 from rankwise.comparison.processes import check_system
 from rankwise.comparison.ray_cluster import Cluster, connect
-from rankwise.comparison.recommendation import recommend
 from rankwise.comparison.runner import (
     STATE_FILE,
     Clock,
@@ -32,17 +31,19 @@ from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_j
 from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
 from rankwise.comparison.stages import PERPLEXITY, Job
 from rankwise.comparison.statistics import CONFIDENCE
-from rankwise.comparison.summary import all_differences, all_methods, ranked, scores_by_metric
+from rankwise.comparison.summary import all_methods, conclusions, scores_by_metric
 from rankwise.comparison.tasks import make_tasks, own_task
+from rankwise.comparison.verdicts import Scores
 from rankwise.config import BASELINES, FOUR_BITS, TrainSettings, check_objective, idle_options, variant_of
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
+from rankwise.foreign import JsonObject
 from rankwise.models.describe import model_hash
 from rankwise.models.source import fetch_model
 from rankwise.options import flag, option_words
 from rankwise.records import write_json
 from rankwise.reports.merging import unlike_hardware
-from rankwise.reports.numbers import percent, plural, significant
+from rankwise.reports.numbers import plural
 from rankwise.reports.schema import (
     BEST_FOLDER,
     COMPARISON_FILE,
@@ -51,13 +52,14 @@ from rankwise.reports.schema import (
     RECOMMENDED_FILE,
     SCHEMA,
     Comparison,
-    Difference,
+    DecidingRun,
     Message,
     Method,
     MinimumDetectableEffect,
     Recommendation,
     Run,
 )
+from rankwise.reports.words import smallest_found
 
 # Extensions of a job's files in ``DIR/cells`` that are written whole.
 ENDINGS = (".in", ".json", ".yaml")
@@ -93,7 +95,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         runs = collect_runs(plan)
         _check_base(given, plan, runs)
         before = scores_by_metric(plan.output, plan.methods, runs).get(given.metric, {})
-        effect = detectable_effect(given, before, seeds=given.seeds, rows=inputs.eval_rows)
+        effect = _spreads(given, before, inputs).effect(given.seeds, len(given.methods) - 1)
         _announce(given, inputs, effect, watcher)
         try:
             _carry_out(given, plan, inputs, watcher, clock, cluster)
@@ -120,7 +122,7 @@ def _announce(given: CompareSettings, inputs: Inputs, effect: MinimumDetectableE
     if effect["relative"] is None and effect["absolute"] is None:
         warn("RW585", f"one evaluation row gives no verdicts on {given.metric}; give more --eval-data.")
         return
-    watcher.say(f"{_smallest(effect)}, assuming that {effect['assumption']}.")
+    watcher.say(smallest_found(effect))
 
 
 def _warn_of_idle_options(given: CompareSettings) -> None:
@@ -142,11 +144,17 @@ def _warn_of_idle_options(given: CompareSettings) -> None:
         warn("RW529", "--task-limit: no effect without --task.")
 
 
-def _smallest(effect: MinimumDetectableEffect) -> str:
-    found = f"Smallest difference that {100 * effect['power']:g} % of such comparisons find"
-    absolute = "" if effect["absolute"] is None else f"{significant(effect['absolute'], 2)} of {effect['metric']}"
-    relative = "" if effect["relative"] is None else f"{percent(effect['relative'])} of {effect['metric']}"
-    return f"{found}: {' = '.join(part for part in (absolute, relative) if part)}"
+def _spreads(given: CompareSettings, scores: Mapping[str, Scores], inputs: Inputs) -> Spreads:
+    # For preferences, the loss is only known as a mean.
+    by_row = given.row_sd if (given.objective, given.metric) == ("sft", EVAL_LOSS) else 0.0
+    return Spreads(
+        scores,
+        metric=given.metric,
+        margin=given.margin,
+        rows=inputs.eval_rows,
+        seed_sd=given.seed_sd,
+        row_sd=by_row,
+    )
 
 
 def _check_objective(given: CompareSettings) -> None:
@@ -253,18 +261,15 @@ def _conclude(
     if not scores.get(given.metric):
         known = ", ".join(metric for metric, found in scores.items() if found) or "no figures at all"
         raise RunError("RW589", f"no run has a finite value of --metric {given.metric}; there are {known}.")
-    differences = all_differences(scores, better, given.margin)
     methods = all_methods(plan, runs, scores)
-    methods = ranked(methods, differences, given.metric, higher_is_better=better[given.metric])
     _warn_of_edges_and_failures(runs, methods)
     _warn_of_missing_values(finished, given.metric)
     _warn_of_unlike_runs(finished)
     _warn_of_shared_steps(plan)
-    found = _recommended(given, runs, methods, differences, watcher, higher_is_better=better[given.metric])
-    seeds = max(len(item.values) for item in scores[given.metric].values())
-    effect = detectable_effect(given, scores[given.metric], seeds=seeds, rows=inputs.eval_rows)
-    if effect["absolute"] is not None:
-        watcher.say(f"{_smallest(effect)}.")
+    spreads = _spreads(given, scores[given.metric], inputs)
+    found = conclusions(methods, scores, better, spreads, memory_bytes=given.memory, hours=given.max_hours)
+    recommendation = _with_files(given, runs, found["recommendation"], watcher, higher_is_better=better[given.metric])
+    recommendation["deciding"] = _deciding_run(given, methods, recommendation, spreads)
     first = finished[0]["record"] or {}
     base = plan.output / stages.BASE
     comparison: Comparison = {
@@ -281,10 +286,8 @@ def _conclude(
         "base": {"tasks": read_tasks(base, plan.tasks), "folder": stages.BASE if base.is_dir() else None},
         "warnings": list({(item["code"], item["message"]): item for item in told}.values()),
         "runs": runs,
-        "methods": methods,
-        "differences": differences,
-        "recommendation": found,
-        "minimum_detectable_effect": effect,
+        **found,
+        "recommendation": recommendation,
         "learning_rates": {method: state_of(plan, method).search for method in plan.methods},
         "seconds": clock.spent(),
     }
@@ -292,25 +295,10 @@ def _conclude(
     return comparison
 
 
-def _recommended(
-    given: CompareSettings,
-    runs: list[Run],
-    methods: Mapping[str, Method],
-    differences: Sequence[Difference],
-    watcher: Watcher,
-    *,
-    higher_is_better: bool,
+def _with_files(
+    given: CompareSettings, runs: list[Run], found: Recommendation, watcher: Watcher, *, higher_is_better: bool
 ) -> Recommendation:
     """The recommendation, with the files of its best run in the folder."""
-    found = recommend(
-        methods,
-        differences,
-        metric=given.metric,
-        higher_is_better=higher_is_better,
-        margin=given.margin,
-        memory_bytes=given.memory,
-        hours=given.max_hours,
-    )
     method = found["method"]
     best = method and finish.best_run(runs, method, given.metric, higher_is_better=higher_is_better)
     finish.forget_other_results(given.output, best["id"] if best else None)
@@ -319,6 +307,43 @@ def _recommended(
         if given.merge:
             found["merged"] = _merge(given, best, watcher)
     return found
+
+
+def _deciding_run(
+    given: CompareSettings, methods: Mapping[str, Method], found: Recommendation, spreads: Spreads
+) -> DecidingRun | None:
+    """The cheapest comparison that decides what ``found`` leaves open; None if nothing is open or no run decides it."""
+    if found["decided"] or found["best"] is None:
+        return None
+    names = [name for name in given.methods if name in (found["best"], *found["open"])]
+    rates = wider_rates(methods, names, given.learning_rates)
+    every_rate = (*given.learning_rates, *rates)
+    # With --budget, other rates are another search, and so another comparison.
+    anew, short = bool(rates and given.budget), given.search_steps is not None
+    tried = len(every_rate) if given.budget is None else 1
+    choice = spreads.deciding(given.seeds, len(names), tried, short=short, anew=anew)
+    if choice is None:
+        return None
+    runs, factor, seeds = choice
+    changes: JsonObject = {"methods": tuple(names), "seeds": seeds, "learning_rates": every_rate}
+    rows = spreads.rows * factor
+    if factor > 1:
+        changes |= {"eval_limit": rows} if given.eval_limit else {"eval_data": "MORE-ROWS"}
+    if factor > 1 or anew:
+        changes["output"] = given.output.with_name(f"{given.output.name}-2")
+    else:
+        # A method that is not tuned may take a new rate, on all seeds.
+        again = sum(methods[name]["learning_rate_at_edge"] for name in names) * (given.seeds - 1) if rates else 0
+        runs += len(names) * len(rates) + again
+    command = command_line(given.model_copy(update=changes))
+    return {
+        "methods": names,
+        "seeds": seeds,
+        "rows": rows,
+        "learning_rates": rates,
+        "runs": runs,
+        "command": command,
+    }
 
 
 def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Method]) -> None:
@@ -338,8 +363,7 @@ def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Method]) 
         elif run["status"] == "interrupted":
             warn("RW597", f"{run['id']} was interrupted, so it has no figures; the same command continues it.")
         merged = run["merged"]
-        # Results of older versions lack this field.
-        if merged and merged.get("is_more_than_rounding"):
+        if merged and merged["is_more_than_rounding"]:
             warn(
                 "RW589",
                 f"{run['id']}: merging changed a logit by {merged['max_logit_difference']:.3g}, and rounding alone by "

@@ -160,7 +160,8 @@ class Runner:
         if stopping and code:
             # A step that was asked to stop may end with any code: with 1 if the signal came while Python started.
             code = -signal.SIGINT
-        outcome = stages.outcome_from(job, self.output, code, worker.document(), seconds)
+        found = stages.outcome_from(job, self.output, code, worker.document(), seconds)
+        outcome = dataclasses.replace(found, alone=len(self.environments) == 1)
         if outcome.is_interrupted:
             self.interrupted.add(job)
         else:
@@ -242,11 +243,8 @@ def seconds_spent(output: Path) -> dict[str, float]:
     """The seconds of all calls on this folder so far, as ``Clock.spent`` gives them."""
     try:
         found = read_json(output / STATE_FILE)
-        # Older versions wrote the total alone.
-        total = found.get("seconds")
-        known = {"total": total, "runs": total, "overhead": 0.0, **found}
-        return {name: float(known[name]) for name in ("total", "runs", "overhead")}
-    except (OSError, ValueError, AttributeError, TypeError):
+        return {name: float(found[name]) for name in ("total", "runs", "overhead")}
+    except (OSError, ValueError, LookupError, TypeError):
         return dict.fromkeys(("total", "runs", "overhead"), 0.0)
 
 

@@ -47,6 +47,8 @@ class Outcome:
     again: bool = False
     # Whether training could not start: the method cannot run here, and its other seeds are skipped.
     cannot_run: bool = False
+    # Whether no other step could run beside it; not known after a kill.
+    alone: bool = False
 
     @property
     def is_interrupted(self) -> bool:

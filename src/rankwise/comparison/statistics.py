@@ -197,36 +197,25 @@ def _no_rounding(error: float, values: Array) -> float:
     return 0.0 if error <= ROUNDING * float(np.max(np.abs(values), initial=0.0)) else error
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm (1979): the k-th smallest of m p-values times m - k + 1, made monotone, at most 1. None stays None."""
-    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
-    corrected: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, index) in enumerate(known):
-        largest = max(largest, min(1.0, p * (len(known) - rank)))
-        corrected[index] = largest
-    return corrected
-
-
 def minimum_detectable_effect(
-    parts: Sequence[tuple[float, float]], *, methods: int, margin: float = 0.0, skewness: float = 0.0
+    parts: Sequence[tuple[float, float]], *, comparisons: int, margin: float = 0.0, skewness: float = 0.0
 ) -> float | None:
     """The smallest true difference that is called better or worse with 80 % power; None without ``parts``.
 
     ``parts`` and ``skewness`` are those of Estimate, taken as the true values; both signs are equally likely. A
     difference ``x`` is called better where it is above ``half(alpha / m)`` and not equivalent, that is, above
-    ``margin - half(2 alpha)``. m is the median of Holm's divisors where one method differs from all others. With
-    x = effect + sqrt(V) z, the result is the 80 % quantile of (the higher bound - sqrt(V) z) over 20,000 draws (seed 0)
-    of z and of the variances that a comparison would estimate.
+    ``margin - half(2 alpha / m)``, with m = ``comparisons``. With x = effect + sqrt(V) z, the result is the 80 %
+    quantile of (the higher bound - sqrt(V) z) over 20,000 draws (seed 0) of z and of the variances that a comparison
+    would estimate.
     """
     if not parts:
         return None
     draw = np.random.default_rng(0)
     V, degrees = np.array(parts, dtype=np.float64).T
     z = draw.standard_normal(SIMULATED)
-    m = max(1.0, math.comb(methods, 2) - (methods - 2) / 2)
+    m = max(1, comparisons)
     estimated = V * draw.chisquare(degrees, (SIMULATED, len(V))) / degrees
-    t_different, t_equivalent = (-special.stdtrit(degrees, level) for level in (ALPHA / 2 / m, ALPHA))
+    t_different, t_equivalent = (-special.stdtrit(degrees, level / m) for level in (ALPHA / 2, ALPHA))
     to_the_tail = np.append(t_different[:-1], _reach(t_different[-1], skewness))
     not_equivalent = margin - np.sqrt(estimated @ t_equivalent**2)
     needed = [np.maximum(np.sqrt(estimated @ t**2), not_equivalent) for t in (t_different, to_the_tail)]
@@ -248,13 +237,20 @@ def spread_parts(
     return (by_seed, seeds - 1.0), *(((row_sd**2 / rows, rows - 1.0),) if rows > 1 else ())
 
 
-def pooled(estimates: Sequence[Estimate], seeds: int) -> Estimate:
-    """One estimate around 0 with the mean parts and skewness of ``estimates``, for the planned number of seeds."""
+def pooled(estimates: Sequence[Estimate], seeds: int, rows_factor: int = 1) -> Estimate:
+    """One estimate around 0 with the mean parts and skewness of ``estimates``, for a number of seeds and for
+    ``rows_factor`` times their rows. More rows leave only the part of the spread over seeds that is not of rows.
+    """
     measured = [estimate for estimate in estimates if estimate.parts]
     if seeds < 2 or not measured:
         return Estimate(0.0)
-    by_seed = float(np.mean([item.parts[0][0] * len(item.per_seed) for item in measured])) / seeds
+    whole = [item.parts[0][0] * len(item.per_seed) for item in measured]
+    of_seed = [min((item.seed_sd or 0.0) ** 2, total) for item, total in zip(measured, whole)]
+    by_seed = float(np.mean([own + (total - own) / rows_factor for own, total in zip(of_seed, whole)])) / seeds
     rows = [item.parts[1] for item in measured if len(item.parts) > 1]
-    by_row = [(float(np.mean([variance for variance, _ in rows])), min(degrees for _, degrees in rows))] if rows else []
-    skewness = float(np.mean([abs(item.skewness) for item in measured]))
+    by_row = []
+    if rows:
+        variance = float(np.mean([variance for variance, _ in rows])) / rows_factor
+        by_row = [(variance, min(degrees for _, degrees in rows) * rows_factor)]
+    skewness = float(np.mean([abs(item.skewness) for item in measured])) / math.sqrt(rows_factor)
     return Estimate(0.0, ((by_seed, seeds - 1.0), *by_row), skewness)

@@ -1,4 +1,4 @@
-"""``comparison.json`` from the runs: means, intervals, differences, groups, recommendation."""
+"""``comparison.json`` from the runs: means, intervals, differences, verdicts, recommendation."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rankwise.comparison.collect import metrics_of, scores_of
-from rankwise.comparison.recommendation import pareto_set
+from rankwise.comparison.detectable import Spreads
+from rankwise.comparison.recommendation import comparable_costs, recommend
 from rankwise.comparison.schedule import Plan, state_of
 from rankwise.comparison.statistics import mean_of_seeds
-from rankwise.comparison.verdicts import Scores, compare_all, tie_groups
+from rankwise.comparison.verdicts import Scores, compare_all
 from rankwise.config import variant_of
 from rankwise.foreign import Fields, JsonObject
 from rankwise.reports.merging import figures_of
-from rankwise.reports.schema import Difference, Method, Run
+from rankwise.reports.schema import Conclusions, Method, Run
 from rankwise.serving import served_in_short
 
 
@@ -31,18 +32,8 @@ def finals_of(method: str, runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run["method"] == method and run["phase"] == "final"]
 
 
-def all_differences(
-    scores: Mapping[str, Mapping[str, Scores]], better: Mapping[str, bool], margin: float
-) -> list[Difference]:
-    return [
-        difference
-        for metric, methods in scores.items()
-        for difference in compare_all(metric, methods, higher_is_better=better[metric], relative_margin=margin)
-    ]
-
-
 def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, Method]:
-    """A row of the table for each method, including the skipped ones. ``ranked`` adds groups and the Pareto set."""
+    """A row of the table for each method, including the skipped ones. ``conclusions`` adds costs and verdicts."""
     better = metrics_of(runs)
     found: dict[str, Method] = {}
     for name in plan.methods:
@@ -51,8 +42,8 @@ def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[st
             **method_figures(name, runs, scores, better),  # type: ignore[typeddict-item]
             "learning_rate": state.search["chosen"] if state.final else None,
             "learning_rate_at_edge": state.search["at_edge"],
-            "group": None,
-            "pareto": False,
+            "costs": {},
+            "verdict": None,
             "serving": list(served_in_short(variant_of(name)[0], settings_of(name, runs))),
             "skipped": f"{state.skipped['code']}: {state.skipped['message']}" if state.skipped else None,
         }
@@ -85,12 +76,43 @@ def settings_of(name: str, runs: Sequence[Run]) -> Fields:
     return next(((run["record"] or {}).get("settings") or {} for run in finals_of(name, runs)), {})
 
 
-def ranked(
-    methods: Mapping[str, Method], differences: Sequence[Difference], metric: str, *, higher_is_better: bool
-) -> dict[str, Method]:
-    """The methods with their tie groups and whether they are in the Pareto set."""
-    best = pareto_set(methods, metric, higher_is_better=higher_is_better)
-    known = [name for name, item in methods.items() if metric in item["mean"]]
-    order = sorted(known, key=lambda name: methods[name]["mean"][metric], reverse=higher_is_better)
-    groups = tie_groups(order, [item for item in differences if item["metric"] == metric])
-    return {name: {**item, "group": groups.get(name), "pareto": name in best} for name, item in methods.items()}
+def conclusions(
+    methods: Mapping[str, Method],
+    scores: Mapping[str, Mapping[str, Scores]],
+    better: Mapping[str, bool],
+    spreads: Spreads,
+    *,
+    memory_bytes: int | None,
+    hours: float | None,
+) -> Conclusions:
+    """The differences, the methods with their costs and verdicts, and the recommendation, by ``spreads.metric``."""
+    metric, margin = spreads.metric, spreads.margin
+    untuned = {name for name, item in methods.items() if item["learning_rate_at_edge"]}
+    differences = [
+        difference
+        for name, found in scores.items()
+        for difference in compare_all(
+            name, found, higher_is_better=better[name], relative_margin=margin, untuned=untuned
+        )
+    ]
+    scored = scores.get(metric, {})
+    seeds = max((len(item.values) for item in scored.values()), default=0)
+    effect = spreads.effect(seeds, len(scored.keys() - untuned) - 1)
+    costs = comparable_costs(methods)
+    methods = {name: {**item, "costs": costs[name]} for name, item in methods.items()}
+    recommendation, verdicts = recommend(
+        methods,
+        differences,
+        metric=metric,
+        higher_is_better=better.get(metric, False),
+        margin=margin,
+        detectable=effect["relative"],
+        memory_bytes=memory_bytes,
+        hours=hours,
+    )
+    return {
+        "methods": {name: {**item, "verdict": verdicts.get(name)} for name, item in methods.items()},
+        "differences": differences,
+        "recommendation": recommendation,
+        "minimum_detectable_effect": effect,
+    }

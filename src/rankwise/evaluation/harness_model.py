@@ -121,7 +121,7 @@ class EngineLM(TemplateLM):
         write, known = writer(self.engine, prompts, decoding), self.responses.known
         for batch in self.engine.batches(prompts, decoding):
             if not all(keys[index] in known for index in batch):
-                self.responses.append(dict(zip((keys[index] for index in batch), write(batch))))
+                self.responses.append({keys[index]: text for index, (text, _) in zip(batch, write(batch))})
             self.tell(before + sum(key in known for key in keys), total)
 
     def _decoding(self, asked: Fields) -> Decoding:

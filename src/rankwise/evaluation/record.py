@@ -32,10 +32,12 @@ class Example:
     cluster: str | None = None
     # What the task needs to score again, such as the log-likelihood of each choice.
     details: Fields = dataclasses.field(default_factory=dict)
+    # Whether the limit of tokens ended the prediction.
+    is_cut: bool = False
 
     def to_json(self) -> JsonObject:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields if self.details else {key: value for key, value in fields.items() if key != "details"}
+        return {key: value for key, value in fields.items() if value or key not in ("details", "is_cut")}
 
 
 @dataclasses.dataclass(frozen=True)

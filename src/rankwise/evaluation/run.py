@@ -62,17 +62,18 @@ def answer_task(
     *,
     model: str,
     adapter: Path | None,
-    answers: Mapping[str, str] | None = None,
+    answers: Mapping[str, tuple[str, bool]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TaskResult, list[Example]]:
     """Run ``task`` on a loaded model and write its result and predictions to ``place``.
 
-    ``answers``: predictions by example that replace the task's own, which then asks nothing.
+    ``answers``: {id of an example: (prediction, whether it is cut)}, which replace the task's own.
     """
     started = time.monotonic()
     found = task.run(engine, place.folder, progress)
     if answers:
-        found = [dataclasses.replace(item, prediction=answers.get(item.id, item.prediction)) for item in found]
+        given = {item.id: answers.get(item.id, (item.prediction, item.is_cut)) for item in found}
+        found = [dataclasses.replace(item, prediction=given[item.id][0], is_cut=given[item.id][1]) for item in found]
     found = list(task.with_scores(found))
     journal.rewrite(place.folder, found)
     summary, clusters = task.summarize(found), clusters_of([example.cluster for example in found])

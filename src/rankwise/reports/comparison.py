@@ -51,16 +51,11 @@ def write_reports(comparison: Comparison, output: Path) -> list[Path]:
 
 def report_json(comparison: Comparison) -> JsonObject:
     """The report for programs. ``runs`` holds the record of each run and its place in the comparison."""
-    recommendation = comparison["recommendation"]
-    order = ("method", "reason", "config")
     return {
         "runs": [_flat(run) for run in comparison["runs"]],
         "methods": comparison["methods"],
         "differences": comparison["differences"],
-        "recommendation": {
-            **{key: recommendation.get(key) for key in order},
-            **{key: value for key, value in recommendation.items() if key != "config_text"},
-        },
+        "recommendation": {key: value for key, value in comparison["recommendation"].items() if key != "config_text"},
         **{key: comparison[key] for key in ("primary_metric", "minimum_detectable_effect", "learning_rates", "base")},
         **{key: comparison[key] for key in ("command", "created", "settings", "model", "data", "versions", "device")},
         "warnings": comparison["warnings"],

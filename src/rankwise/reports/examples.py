@@ -1,6 +1,7 @@
-"""Answers of the adapted models beside the base model's: won, lost or tied, by the task's own score of each example.
+"""Answers of the adapted models beside the base model's, by the task's own score of each example.
 
-The examples shown are not chosen by hand: they are spread evenly over those of each outcome.
+Where answers are right or wrong, that is said; otherwise a score is higher or lower, which is no judgement of an
+answer. The examples shown are not chosen by hand: they are spread evenly over those of each outcome.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from typing import Literal
 
 from rankwise.foreign import Fields, Json
 from rankwise.reports.folder import Comparison
-from rankwise.reports.numbers import is_number, shortened, visible
+from rankwise.reports.numbers import is_number, shortened, significant, visible
 
-Outcome = Literal["won", "lost", "tied"]
-OUTCOMES: tuple[Outcome, ...] = ("won", "lost", "tied")
+# How the method's score compares with the base model's.
+Change = Literal["better", "worse", "same"]
+RIGHT_OR_WRONG: dict[Change, str] = {"better": "now right", "worse": "now wrong", "same": "as right or wrong as before"}
 # Number of examples that are shown for each outcome, method and task.
 SHOWN = 4
 LONGEST_TEXT = 1200
+# Stands at the end of an answer that its limit of tokens ended.
+CUT = " … (cut at the limit of tokens)"
 # The task that scores the evaluation data itself, by the loss of each row.
 EVALUATION_ROWS = "perplexity"
 LOSSES = ("loss", "perplexity", "nll", "ter", "wer")
@@ -30,6 +34,8 @@ class Answer:
     method: str | None
     text: str
     score: float | None
+    # The score in words: ``loss 1.23``, or whether the answer is right.
+    judgement: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +48,9 @@ class Example:
     base: Answer
     answer: Answer
     other: Answer | None
-    outcome: Outcome
+    change: Change
+    # In words: ``lower loss``, ``now right``.
+    outcome: str
 
     @property
     def is_changed(self) -> bool:
@@ -57,8 +65,8 @@ class Answers:
     method: str
     other: str | None
     run: str
-    score: str
-    counts: Mapping[Outcome, int]
+    # {outcome in words: examples of it}.
+    counts: Mapping[str, int]
     unchanged: int
     shown: tuple[Example, ...]
 
@@ -126,20 +134,29 @@ def _compare(
     common = [key for key in base if key in rows[method]]
     if score is None or not common or not _has_text(rows[method]):
         return None
-    sign = 1 if _is_higher_better(result, score) else -1
+    higher = _is_higher_better(result, score)
     rival = rows[other] if other else {}
+    scored = [_scores(row).get(score) for side in (base, rows[method]) for row in side.values()]
+    is_right = set(scored) <= {0, 1}
+    words = RIGHT_OR_WRONG if is_right else _score_words(visible(score), higher=higher)
     examples = []
     for key in common:
-        answers = [_answer(None, base[key], score), _answer(method, rows[method][key], score)]
-        answers += [_answer(other, rival[key], score)] if key in rival else []
-        examples.append(_example(key, base[key], rows[method][key].get("prompt"), answers, sign))
-    kept = {outcome: [item for item in examples if item.outcome == outcome] for outcome in OUTCOMES}
+        sides = [(None, base[key]), (method, rows[method][key])]
+        sides += [(other, rival[key])] if key in rival else []
+        answers = [_answer(name, row, score, higher, is_right=is_right) for name, row in sides]
+        examples.append(_example(key, base[key], rows[method][key].get("prompt"), answers, words, higher))
+    kept = {change: [item for item in examples if item.change == change] for change in words}
     shown = [item for found in kept.values() for item in evenly(_changed_first(found), SHOWN)]
     run = shown_run(comparison, method)
-    counts = {outcome: len(found) for outcome, found in kept.items()}
+    counts = {words[change]: len(found) for change, found in kept.items()}
     unchanged = sum(bool(item.answer.text) and not item.is_changed for item in examples)
     name = visible(run["id"]) if run else ""
-    return Answers(visible(task), method, other, name, visible(score), counts, unchanged, tuple(shown))
+    return Answers(visible(task), method, other, name, counts, unchanged, tuple(shown))
+
+
+def _score_words(score: str, *, higher: bool) -> dict[Change, str]:
+    better, worse = ("higher", "lower") if higher else ("lower", "higher")
+    return {"better": f"{better} {score}", "worse": f"{worse} {score}", "same": f"same {score}"}
 
 
 def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
@@ -148,10 +165,13 @@ def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
     return [item for item in answered if item.is_changed] or answered
 
 
-def _example(key: str, base: Fields, prompt: Json, answers: Sequence[Answer], sign: int) -> Example:
+def _example(
+    key: str, base: Fields, prompt: Json, answers: Sequence[Answer], words: Mapping[Change, str], higher: bool
+) -> Example:
     """An example from ``answers``: the base's, the method's, and where there is one the other method's."""
     before, after, *others = answers
     references = base.get("references") or ()
+    change = _change(before.score, after.score, 1 if higher else -1)
     return Example(
         key,
         _clean(base.get("prompt") or prompt or ""),
@@ -159,23 +179,27 @@ def _example(key: str, base: Fields, prompt: Json, answers: Sequence[Answer], si
         before,
         after,
         next(iter(others), None),
-        _outcome(before.score, after.score, sign),
+        change,
+        words[change],
     )
 
 
-def _outcome(before: float | None, after: float | None, sign: int) -> Outcome:
-    """Won, lost or tied. Scores that are equal to six digits are tied, and so are answers without a score."""
+def _change(before: float | None, after: float | None, sign: int) -> Change:
+    """Scores that are equal to six digits are the same, and so are answers without a score."""
     if before is None or after is None:
-        return "tied"
+        return "same"
     gap = sign * (after - before)
     if abs(gap) <= 1e-6 * max(abs(before), abs(after)):
-        return "tied"
-    return "won" if gap > 0 else "lost"
+        return "same"
+    return "better" if gap > 0 else "worse"
 
 
-def _answer(method: str | None, row: Fields, score: str) -> Answer:
+def _answer(method: str | None, row: Fields, score: str, higher: bool, *, is_right: bool) -> Answer:
     value = _scores(row).get(score)
-    return Answer(method, _clean(_text(row)), value if is_number(value) else None)
+    if not is_number(value):
+        return Answer(method, _clean(_text(row)), None, "")
+    right = "right" if (value == 1) == higher else "wrong"
+    return Answer(method, _clean(_text(row)), value, right if is_right else f"{visible(score)} {significant(value, 3)}")
 
 
 def _has_text(rows: Mapping[str, Fields]) -> bool:
@@ -183,7 +207,7 @@ def _has_text(rows: Mapping[str, Fields]) -> bool:
 
 
 def _text(row: Fields) -> str:
-    return str(row.get("prediction") or "")
+    return str(row.get("prediction") or "") + CUT * bool(row.get("is_cut"))
 
 
 def _clean(text: Json) -> str:

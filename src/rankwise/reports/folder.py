@@ -14,6 +14,7 @@ from rankwise.records import read_metrics
 from rankwise.reports import schema
 from rankwise.reports.numbers import is_number
 from rankwise.reports.schema import COMPARISON_FILE, EVALUATION_FOLDER, SCHEMA
+from rankwise.reports.words import unit_of
 
 # Maximum bytes of one file: records are text for people, so a larger file is not a record.
 LARGEST_BYTES = 1 << 28
@@ -50,13 +51,13 @@ class Comparison:
 
     @property
     def objective(self) -> str:
-        """The objective of the runs. Older comparisons, all of demonstrations, do not record it."""
+        """The objective of the runs."""
         return str(self["settings"].get("objective") or "sft")
 
     @property
     def unit(self) -> str:
         """The unit of the primary metric."""
-        return "nats per token" if (self.objective, self.metric) == ("sft", schema.EVAL_LOSS) else ""
+        return unit_of(self.document)
 
     @property
     def finals(self) -> list[Fields]:

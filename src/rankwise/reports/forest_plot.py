@@ -1,4 +1,4 @@
-"""The forest plot: one row for each pair of methods, with a dot for each seed, the mean, its interval, the margin."""
+"""The forest plot: each method against the best, with a dot for each seed, the mean, its interval, the margin."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 
-from rankwise.foreign import Fields
+from rankwise.foreign import Fields, Json
 from rankwise.reports.figure import across, dot, line, plot, strip_axis, tag
 from rankwise.reports.folder import Comparison
 from rankwise.reports.numbers import difference, half_width, is_number, significant
@@ -53,6 +53,11 @@ def pairs_of(comparison: Comparison, metric: str) -> list[Pair]:
     found = [_pair(item, higher) for item in comparison["differences"] if item["metric"] == metric]
     last = len(ranks)
     return sorted(found, key=lambda pair: (ranks.get(pair.a, last), ranks.get(pair.b, last)))
+
+
+def with_best(comparison: Comparison, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs of the best method, which the verdicts are about."""
+    return [pair for pair in pairs if comparison["recommendation"].get("best") in (pair.a, pair.b)]
 
 
 def forest_scale(pairs: Iterable[Pair]) -> Scale:
@@ -113,11 +118,15 @@ def _pair(item: Fields, higher: bool) -> Pair:
         (low_high[0], low_high[1]) if low_high else None,
         item["margin"] if is_number(item["margin"]) else None,
         TURNED.get(verdict, verdict) if is_turned else verdict,
-        item["p_value_holm"],
-        item["equivalence_p_holm"],
+        _corrected(item["p_value"], item["comparisons"]),
+        _corrected(item["equivalence_p"], item["comparisons"]),
         item["seed_sd"],
         int(item["pairs"] or 0),
         int(item["seeds"] or 0),
         {seed: sign * value for seed, value in item["per_seed"].items() if is_number(value)},
         bool(item["paired_by_example"]),
     )
+
+
+def _corrected(p_value: Json, comparisons: int) -> float | None:
+    return min(1.0, p_value * comparisons) if is_number(p_value) else None

@@ -9,9 +9,10 @@ from rankwise.foreign import Json
 from rankwise.reports import summary
 from rankwise.reports.examples import answers_of
 from rankwise.reports.folder import Comparison
-from rankwise.reports.forest_plot import pairs_of
-from rankwise.reports.naming import long_name, method_name, metric_name
-from rankwise.reports.numbers import capital, p_value, plural, significant, visible
+from rankwise.reports.forest_plot import pairs_of, with_best
+from rankwise.reports.naming import method_name, metric_name
+from rankwise.reports.numbers import listed, p_value, plural, significant, visible
+from rankwise.reports.words import heading, headline
 
 # An underscore within a word means nothing.
 SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
@@ -21,7 +22,7 @@ def markdown(comparison: Comparison) -> str:
     """The report as headings, a table of methods, a table of differences, and one line for each other fact."""
     parts = [
         f"# {escaped(summary.title(comparison))}",
-        _verdict(comparison),
+        f"**{escaped(heading(comparison.document))}.** {escaped(headline(comparison.document))}",
         escaped(summary.caution(comparison["methods"])),
         "\n".join(
             f"- {fact.title}: **{escaped(fact.value)}** ({escaped(fact.note)})" for fact in summary.trust(comparison)
@@ -38,12 +39,6 @@ def markdown(comparison: Comparison) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _verdict(comparison: Comparison) -> str:
-    method = comparison["recommendation"].get("method")
-    name = long_name(method) if method else "No recommendation"
-    return f"**{escaped(capital(name))}.** {escaped(summary.verdict(comparison))}"
-
-
 def _methods(comparison: Comparison) -> str:
     head = ["Method", *(heading for _, heading in summary.columns(comparison))]
     rows = [
@@ -54,12 +49,12 @@ def _methods(comparison: Comparison) -> str:
         for row in summary.rows(comparison)
     ]
     better = "higher is better" if comparison.is_higher_better(comparison.metric) else "lower is better"
-    note = f"{metric_name(comparison.metric)}: {better}. {summary.tie_note(comparison)}"
+    note = f"{metric_name(comparison.metric)}: {better}. {summary.verdict_note(comparison)}"
     return f"{table(head, rows, escaped)}\n\n{escaped(note)}" if rows else ""
 
 
 def _differences(comparison: Comparison) -> str:
-    pairs = pairs_of(comparison, comparison.metric)
+    pairs = with_best(comparison, pairs_of(comparison, comparison.metric))
     rows = [
         [f"{method_name(pair.a)} vs {method_name(pair.b)}", pair.text, pair.verdict, p_value(pair.p_value)]
         for pair in pairs
@@ -69,14 +64,14 @@ def _differences(comparison: Comparison) -> str:
     unit = f" in {comparison.unit}" if comparison.unit else ""
     note = f"{metric_name(comparison.metric)} of the first minus the second{unit}."
     margin = f" Within ±{significant(pairs[0].margin, 2)} they count as equivalent." if pairs[0].margin else ""
-    return f"{table(('pair', 'difference', 'verdict', 'p (Holm)'), rows, escaped)}\n\n{escaped(note + margin)}"
+    return f"{table(('pair', 'difference', 'verdict', 'p (corrected)'), rows, escaped)}\n\n{escaped(note + margin)}"
 
 
 def _answers(comparison: Comparison) -> str:
     return "\n".join(
-        f"- {escaped(method_name(item.method))} on {escaped(item.place)}: won {item.counts['won']}, "
-        f"lost {item.counts['lost']}, tied {item.counts['tied']} of {plural(item.total, 'example')} "
-        f"by {escaped(item.score)}"
+        f"- {escaped(method_name(item.method))} on {escaped(item.place)}: "
+        f"{escaped(listed(f'{count} {outcome}' for outcome, count in item.counts.items()))} "
+        f"of {plural(item.total, 'example')}"
         for item in answers_of(comparison)
     )
 
@@ -91,7 +86,8 @@ def _messages(comparison: Comparison) -> str:
 
 
 def _commands(comparison: Comparison) -> str:
-    commands = [comparison["command"], comparison["recommendation"].get("command")]
+    found = comparison["recommendation"]
+    commands = [comparison["command"], (found.get("deciding") or {}).get("command"), found.get("command")]
     text = "\n".join(visible(command) for command in commands if command)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}\n{text}\n{fence}" if text else ""

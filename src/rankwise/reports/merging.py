@@ -62,6 +62,7 @@ def figures_of(runs: Sequence[Fields]) -> JsonObject:
     return {
         "seeds": len(good),
         "failed": sum(run["status"] == "failed" for run in runs),
+        "alone": all(run["alone"] for run in good),
         **{key: fmean(values) if values else None for key, values in means.items()},
         **{key: max(values, default=None) for key, values in largest.items()},
         "adapter_bytes": max(_known(good, "adapter_bytes"), default=None),

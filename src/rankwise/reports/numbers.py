@@ -120,6 +120,11 @@ def rate(value: Json) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+def is_above(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
+    """Whether the whole range ``a`` lies above ``b``. An unknown range is never above another."""
+    return a is not None and b is not None and a[0] > b[1]
+
+
 def p_value(value: Json) -> str:
     if not is_number(value):
         return NONE

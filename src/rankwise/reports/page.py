@@ -16,11 +16,11 @@ from markupsafe import Markup
 from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.reports import forest_plot, memory_plot, pareto_plot, summary
 from rankwise.reports.curves_plot import curve_panels, curves_of, is_cut
-from rankwise.reports.examples import OUTCOMES, answers_of
+from rankwise.reports.examples import answers_of
 from rankwise.reports.figure import MARKERS, STYLE_FILE, TEMPLATES, tag
 from rankwise.reports.folder import Comparison
 from rankwise.reports.losses import loss_name
-from rankwise.reports.naming import long_name, method_name, method_numbers, metric_name
+from rankwise.reports.naming import method_name, method_numbers, metric_name
 from rankwise.reports.norms_plot import norms_of, norms_svg
 from rankwise.reports.numbers import (
     byte_size,
@@ -35,10 +35,9 @@ from rankwise.reports.numbers import (
     visible,
 )
 from rankwise.reports.rates_plot import rates_svg
+from rankwise.reports.words import heading, headline
 
 TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
-# Rows of the forest plot that stand open; the rest can be unfolded.
-MOST_PAIRS = 10
 
 
 def page(comparison: Comparison) -> str:
@@ -79,14 +78,14 @@ def _content(comparison: Comparison) -> JsonObject:
         "model": summary.model_title(comparison),
         "data": summary.data_title(comparison),
         "created": str(comparison["created"])[:10],
-        "verdict": summary.verdict(comparison),
+        "verdict": headline(comparison.document),
         "recommendation": _recommendation(comparison),
         "caution": summary.caution(comparison["methods"]),
         "has_one_seed": summary.seeds_of(comparison) == 1,
         "trust": summary.trust(comparison),
         "columns": summary.columns(comparison),
         "rows": summary.rows(comparison),
-        "tie_note": summary.tie_note(comparison),
+        "verdict_note": summary.verdict_note(comparison),
         "metric": metric_name(metric),
         "unit": comparison.unit,
         "loss_name": loss_name(comparison.objective),
@@ -99,16 +98,13 @@ def _content(comparison: Comparison) -> JsonObject:
         "norms": _norms(comparison, numbers),
         "merged": _merged(comparison),
         "answers": answers_of(comparison),
-        "outcomes": OUTCOMES,
         "warnings": summary.told_warnings(comparison),
         "left_out": summary.left_out(comparison),
         "runs": _runs(comparison),
         "reproduce": _reproduce(comparison),
         "swatch": lambda name: _swatch(name, numbers),
         "method_name": method_name,
-        "long_name": long_name,
         "metric_name": metric_name,
-        "significant": significant,
         "plural": plural,
     }
 
@@ -131,7 +127,9 @@ def _recommendation(comparison: Comparison) -> JsonObject:
     keys = ("method", "config", "command", "adapter", "merged", "run")
     texts = {key: visible(given[key]) if given.get(key) else "" for key in keys}
     # A report of several folders names the whole path.
-    return {**texts, "limits": ", ".join(parts), "is_inside": not Path(texts["adapter"]).is_absolute()}
+    texts["deciding"] = visible((given.get("deciding") or {}).get("command") or "")
+    more = {"heading": heading(comparison.document), "decided": given.get("decided")}
+    return {**texts, **more, "limits": ", ".join(parts), "is_inside": not Path(texts["adapter"]).is_absolute()}
 
 
 def _metrics_table(comparison: Comparison) -> JsonObject:
@@ -149,20 +147,19 @@ def _metrics_table(comparison: Comparison) -> JsonObject:
 
 
 def _forest(comparison: Comparison) -> JsonObject:
-    pairs = forest_plot.pairs_of(comparison, comparison.metric)
+    pairs = forest_plot.with_best(comparison, forest_plot.pairs_of(comparison, comparison.metric))
     scale = forest_plot.forest_scale(pairs)
-    drawn = [{"pair": pair, "strip": forest_plot.forest_row(pair, scale), "p": p_value(pair.p_value)} for pair in pairs]
-    tested = sum(is_number(pair.p_value) for pair in pairs)
     everything = [
         pair for metric in summary.all_metrics(comparison) for pair in forest_plot.pairs_of(comparison, metric)
     ]
     margin = pairs[0].margin if pairs else None
     return {
-        "open": drawn[:MOST_PAIRS],
-        "folded": drawn[MOST_PAIRS:],
+        "rows": [
+            {"pair": pair, "strip": forest_plot.forest_row(pair, scale), "p": p_value(pair.p_value)} for pair in pairs
+        ],
         "axis": forest_plot.forest_axis(scale),
         "margin": significant(margin, 2) if margin else "",
-        "corrected": tested if tested > 1 else 0,
+        "corrected": max((item["comparisons"] for item in comparison["differences"]), default=0),
         "all": [
             {
                 "pair": pair,
@@ -287,7 +284,7 @@ def _merged(comparison: Comparison) -> list[dict[str, str]]:
 
 
 def _merge_judgement(checks: Sequence[Fields]) -> str:
-    """What rounding costs, and whether merging costs more. Older comparisons did not measure it."""
+    """What rounding costs, and whether merging costs more."""
     found = [check.get("is_more_than_rounding") for check in checks]
     if any(found):
         return "more than rounding"

@@ -11,15 +11,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rankwise.reports.costs import Range, is_above, memory_range, seconds_range
 from rankwise.reports.figure import Box, Frame, group, label, line, marker, place_text, text_box
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import method_name
-from rankwise.reports.numbers import half_width, is_number
+from rankwise.reports.numbers import half_width, is_above, is_number
 from rankwise.reports.scale import nice_ticks, tick_label, value_range
 
 HEIGHT = 250
-RANGES = {"peak_memory_bytes": memory_range, "wall_seconds": seconds_range}
+Range = tuple[float, float]
 # Width of the plot on a phone, in pixels. Labels are placed so that they do not overlap at this width.
 NARROW = 250.0
 # Places of a label, the better one first.
@@ -37,19 +36,19 @@ class Spot:
     quality: float
     cost_range: Range
     quality_range: Range | None
-    # Costs count as equal where these ranges overlap; None where there is no range over seeds.
+    # Costs count as equal where these ranges overlap; None where they cannot be compared.
     told_apart: Range | None = None
 
 
 def spots_of(comparison: Comparison, cost: str, scale: float) -> list[Spot]:
-    """The methods that have both figures. ``cost`` is a key of ``RANGES``, and is divided by ``scale``."""
+    """The methods that have both figures. ``cost`` is a name of a cost, and is divided by ``scale``."""
     found = []
     for name in comparison.with_result():
         facts = comparison["methods"][name]
         if not is_number(facts[cost]):
             continue
         low, high = facts["ranges"].get(cost) or (facts[cost], facts[cost])
-        told_apart = RANGES[cost](facts)
+        told_apart = facts["costs"].get(cost)
         found.append(
             Spot(
                 name,

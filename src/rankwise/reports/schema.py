@@ -3,7 +3,7 @@
 Times are in seconds, memory and sizes in bytes, speeds in tokens per second. A figure that was not measured is null.
 A *metric* is ``eval_loss`` (nats per trained token, lower is better; of preferences their own loss) or ``TASK.METRIC``
 (``e2e.BLEU``, ``preference.reward_accuracy``). Differences are ``a - b`` in the metric's own unit; a verdict is about
-``a``: "better" says that ``a`` is better than ``b``.
+``a``: "better" says that ``a`` is better than ``b``. Verdicts are fields; ``words.py`` puts them into sentences.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ KEPT_ROWS_LOSS = "kept_rows_loss"
 
 Phase = Literal["search", "final"]
 Status = Literal["finished", "failed", "interrupted", "skipped"]
-Verdict = Literal["better", "worse", "equivalent", "cannot tell"]
-Goal = Literal["best quality", "within limits"]
+# "not tuned": the best learning rate of one of the two lies at the edge of those tried.
+Verdict = Literal["better", "worse", "equivalent", "cannot tell", "not tuned"]
+# The costs that decide between equal methods, in this order; "mean" is the metric itself.
+CostName = Literal["wall_seconds", "peak_memory_bytes", "trainable_parameters", "servers", "mean"]
 
 
 class Message(TypedDict):
@@ -61,6 +63,8 @@ class Run(TypedDict):
     # "search": tried a learning rate that was not chosen; "final": counts for the method's figures.
     phase: Phase
     status: Status
+    # Whether no other step could run beside it, so that its time can be compared.
+    alone: bool
     # Why it failed, was interrupted or was skipped.
     error: Message | None
     # Relative to the comparison's folder, with forward slashes.
@@ -79,6 +83,17 @@ class Run(TypedDict):
     peak_memory_bytes: int | None
     predicted_peak_memory_bytes: int | None
     wall_seconds: float | None
+
+
+class MethodVerdict(TypedDict):
+    """A method against the best one on the primary metric: the verdict of their difference."""
+
+    verdict: Verdict | Literal["best"]
+    against: str
+    # Corrected for ``comparisons``; None without a test.
+    p_value: float | None
+    # The tuned methods but one: only these comparisons can call the best method worse (Hsu 1984).
+    comparisons: int
 
 
 class Method(TypedDict):
@@ -107,13 +122,15 @@ class Method(TypedDict):
     wall_seconds: float | None
     # "wall_seconds", "peak_memory_bytes" -> [lowest, highest] over the final runs.
     ranges: dict[str, list[float]]
+    # Whether its runs took place with no other beside them.
+    alone: bool
+    # COST -> [lowest, highest], in which costs are compared; a cost that cannot be compared is missing. Variants that
+    # compute the same share a range.
+    costs: dict[CostName, list[float]]
+    # None without a result.
+    verdict: MethodVerdict | None
     trainable_parameters: int | None
     adapter_bytes: int | None
-    # Letters of the tie groups that it is in ("a", "ab"): of two methods that share a letter neither was found better
-    # on the primary metric. "a" is the best. None without a finished run.
-    group: str | None
-    # Whether no method dominates it: none is as good in quality, memory and time, and better in one of them.
-    pareto: bool
     # Where its result can be served, in words.
     serving: list[str]
     # Why it was not run.
@@ -131,12 +148,10 @@ class Difference(TypedDict):
     interval: list[float] | None
     standard_error: float | None
     p_value: float | None
-    # Corrected over all pairs of the metric by Holm's method.
-    p_value_holm: float | None
-    # Larger p-value of the two one-sided tests against ``margin``, uncorrected.
+    # Larger p-value of the two one-sided tests against ``margin``.
     equivalence_p: float | None
-    # Corrected over all pairs of the metric by Holm's method; decides whether they are called equivalent.
-    equivalence_p_holm: float | None
+    # Both p-values are multiplied by this number before they decide; here they are uncorrected.
+    comparisons: int
     margin: float
     verdict: Verdict
     # Standard deviation of the difference over seeds that examples do not explain.
@@ -186,23 +201,51 @@ class MinimumDetectableEffect(TypedDict):
     seeds: int
     comparisons: int
     power: float
-    # The spread that was assumed, and where it comes from.
-    assumption: str
+    # {"seed_sd", "row_sd"} as shares of the metric (0: rows are no sample), where they were assumed.
+    assumed: dict[str, float] | None
 
 
-class ParetoPoint(TypedDict):
-    method: str
-    quality: float
-    peak_memory_bytes: float | None
-    wall_seconds: float | None
+class DecidingCost(TypedDict):
+    """A cost for which methods were not taken: their range lies above that of ``than``."""
+
+    cost: CostName
+    methods: list[str]
+    than: str
+
+
+class DecidingRun(TypedDict):
+    """The comparison with the fewest further runs that would decide."""
+
+    methods: list[str]
+    seeds: int
+    # Evaluation rows.
+    rows: int
+    # Rates to try that were not tried yet.
+    learning_rates: list[float]
+    # Training runs that are not done yet.
+    runs: int
+    command: str
 
 
 class Recommendation(TypedDict):
+    # The method to take; as long as nothing is decided, the best so far.
     method: str | None
-    # One sentence with the method's name.
-    reason: str
-    # The same without the name, for pages that show the name as a heading.
-    why: str
+    decided: bool
+    # The method with which the others are compared, and the other methods from which it was chosen.
+    best: str | None
+    candidates: list[str]
+    # Candidates that count as equal to the best one; costs decide between them.
+    equals: list[str]
+    # Methods that may be better than the best one: too few data, or not tuned.
+    open: list[str]
+    costs: list[DecidingCost]
+    # None where it is decided, or where no run of reasonable size would decide.
+    deciding: DecidingRun | None
+    metric: str
+    # Differences below this share of the metric do not matter to the user.
+    margin: float
+    # {"memory_bytes", "hours"}: the user's limits.
+    limits: dict[str, float | None]
     # ``recommended.yaml``, relative to the comparison's folder.
     config: str | None
     command: str | None
@@ -211,16 +254,18 @@ class Recommendation(TypedDict):
     # ``best``, a copy of that run's folder; ``merged``, if it was merged. Relative to the comparison's folder.
     adapter: str | None
     merged: str | None
-    goal: str
-    metric: str
-    # {"memory_bytes", "hours"}: the user's limits.
-    limits: dict[str, float | None]
-    # Other methods that no test found worse.
-    ties: list[str]
-    pareto: list[ParetoPoint]
 
 
-class Comparison(TypedDict):
+class Conclusions(TypedDict):
+    """What follows from the runs."""
+
+    methods: dict[str, Method]
+    differences: list[Difference]
+    recommendation: Recommendation
+    minimum_detectable_effect: MinimumDetectableEffect
+
+
+class Comparison(Conclusions):
     schema: int
     command: str
     settings: JsonObject
@@ -232,17 +277,13 @@ class Comparison(TypedDict):
     model: JsonObject
     # {"train": {"source", "sha256", "rows"}, "eval": {...}, "overlap": rows of eval that stand in train}.
     data: JsonObject
-    # The metric that decides: tie groups, recommendation. Learning rates are chosen by the evaluation loss.
+    # The metric that decides: verdicts, recommendation. Learning rates are chosen by the evaluation loss.
     primary_metric: str
     confidence: float
     # The unadapted model: {"tasks": {TASK: TaskResult.to_json()}, "folder": relative path | null}.
     base: JsonObject
     warnings: list[Message]
     runs: list[Run]
-    methods: dict[str, Method]
-    differences: list[Difference]
-    recommendation: Recommendation
-    minimum_detectable_effect: MinimumDetectableEffect
     learning_rates: dict[str, RateSearch]
     # {"total", "runs", "overhead"}: of all invocations together.
     seconds: dict[str, float]

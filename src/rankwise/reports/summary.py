@@ -1,4 +1,4 @@
-"""The words of the report: the verdict, how far it can be trusted, and the rows of its tables."""
+"""How far a report can be trusted, and the rows of its tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import last_part, long_name, method_name, metric_in_sentence, metric_name
 from rankwise.reports.numbers import (
     byte_size,
-    capital,
     duration,
     estimate,
     is_number,
@@ -23,6 +22,7 @@ from rankwise.reports.numbers import (
     visible,
 )
 from rankwise.reports.schema import KEPT_ROWS_LOSS
+from rankwise.reports.words import assumed, detectable
 
 ONE_SEED = (
     "One seed: no interval can be given, and no difference can be called real. "
@@ -34,6 +34,8 @@ TWO_SEEDS = (
 )
 # Warnings that a run failed, was left out or was interrupted, which ``left_out`` already reports.
 OF_RUNS = ("RW588", "RW597")
+# Verdicts as their column is sorted.
+ORDER = ("better", "best", "equivalent", "cannot tell", "not tuned", "worse")
 FEW_SEEDS = {1: ONE_SEED, 2: TWO_SEEDS}
 
 
@@ -95,18 +97,6 @@ def data_title(comparison: Comparison) -> str:
     return visible(last_part(source))
 
 
-def verdict(comparison: Comparison) -> str:
-    """The sentence at the top: the recommendation's reason, or that there is no recommendation."""
-    recommendation = comparison["recommendation"]
-    # The heading already shows the method's name; older comparisons have no sentence without the name.
-    told = str(recommendation.get("why") or recommendation.get("reason") or "").strip()
-    if told:
-        return visible(capital(told))
-    if recommendation.get("method"):
-        return f"Take {long_name(recommendation['method'])}."
-    return "No method can be recommended: no run finished."
-
-
 def trust(comparison: Comparison) -> list[Fact]:
     """The facts that say how far to trust the report, from what was run to the hardware."""
     facts = [_learned(comparison), _seeds(comparison), _evaluated(comparison), _test(comparison), _tuning(comparison)]
@@ -163,7 +153,8 @@ def _test(comparison: Comparison) -> Fact | None:
         return Fact("Tested", "Not at all", why, True)
     paired = all(item["paired_by_example"] for item in tested)
     how = "Paired by example" if paired else "Paired by seed"
-    note = f"{plural(len(tested), 'pair')}, Holm's correction, {percent(comparison['confidence'])} intervals"
+    count = plural(tested[0]["comparisons"], "comparison")
+    note = f"corrected for {count} with the best method, {percent(comparison['confidence'])} intervals"
     return Fact("Tested", how, note)
 
 
@@ -201,16 +192,12 @@ def stopped_rates(comparison: Comparison) -> list[str]:
 
 def _detectable(comparison: Comparison) -> Fact | None:
     effect = comparison["minimum_detectable_effect"]
-    relative, absolute = effect.get("relative"), effect.get("absolute")
-    if not is_number(relative) and not is_number(absolute):
+    size = detectable(effect, comparison.unit)
+    if not size:
         return None
-    parts = [f"{significant(absolute, 2)} {comparison.unit}".strip()] if is_number(absolute) else []
-    parts += [percent(relative)] if is_number(relative) else []
-    power = effect.get("power")
-    note = f"smallest true difference found in {percent(power)} of such comparisons" if is_number(power) else ""
-    if not is_number(absolute) and effect.get("assumption"):
-        note += f", assuming that {visible(effect.get('assumption'))}"
-    return Fact("Can detect", parts[0], f"{parts[1]}; {note}" if len(parts) > 1 else note)
+    why = assumed(effect)
+    note = f"smallest true difference found in {percent(effect['power'])} of such comparisons"
+    return Fact("Can detect", size, f"{note}, {why}" if why else note)
 
 
 def _hardware(comparison: Comparison) -> Fact | None:
@@ -219,13 +206,18 @@ def _hardware(comparison: Comparison) -> Fact | None:
         return None
     threads = device.get("threads")
     more = [str(device.get("dtype") or ""), plural(int(threads), "thread") if is_number(threads) else ""]
+    more += [] if all(run["alone"] for run in comparison.finals) else ["runs side by side: no times are compared"]
     name = visible(device.get("name") or device.get("type") or "unknown")
     return Fact("Hardware", name, ", ".join(part for part in [str(device.get("type") or ""), *more] if part))
 
 
 def columns(comparison: Comparison) -> list[tuple[str, str]]:
     """The (key, heading) pairs of the table: the primary metric, each task's own metric, then the costs."""
-    found = [("group", "Tie group"), (comparison.metric, metric_name(comparison.metric))]
+    best = comparison["recommendation"].get("best")
+    found = [
+        ("verdict", f"Against {method_name(best)}" if best else "Verdict"),
+        (comparison.metric, metric_name(comparison.metric)),
+    ]
     for metric in shown_metrics(comparison):
         found.append((metric, metric_name(metric)))
     return [
@@ -257,8 +249,6 @@ def rows(comparison: Comparison) -> list[Row]:
     chosen = comparison["recommendation"].get("method")
     keys = [key for key, _ in columns(comparison)]
     methods = comparison["methods"]
-    if seeds_of(comparison) < 2:
-        methods = {name: {**facts, "group": None} for name, facts in methods.items()}
     return [
         Row(name, name == chosen, tuple(cell(methods[name], key) for key in keys)) for name in comparison.with_result()
     ]
@@ -275,8 +265,9 @@ FORMATS = {
 
 def cell(facts: Fields, key: str) -> Cell:
     """The figure ``key`` of a method as a cell."""
-    if key == "group":
-        return Cell(str(facts["group"] or "–"), str(facts["group"] or "~"))
+    if key == "verdict":
+        said = (facts["verdict"] or {}).get("verdict", "–")
+        return Cell(said, ORDER.index(said) if said in ORDER else len(ORDER))
     if key == "serving":
         places = [visible(place) for place in facts["serving"]]
         return Cell("; ".join(places) or "–", len(places))
@@ -292,12 +283,13 @@ def cell(facts: Fields, key: str) -> Cell:
     return Cell(text, mean if is_number(mean) else None, note)
 
 
-def tie_note(comparison: Comparison) -> str:
+def verdict_note(comparison: Comparison) -> str:
+    best = comparison["recommendation"].get("best")
+    if not best or seeds_of(comparison) < 2:
+        return "Verdicts need at least two seeds."
+    told = f"Verdicts compare each method with {long_name(best)} on {metric_in_sentence(comparison.metric)}."
     return (
-        f"Among methods that share a letter in the tie group, none was found better on "
-        f"{metric_in_sentence(comparison.metric)}: each pair is “equivalent” or “cannot tell”."
-        if seeds_of(comparison) > 1
-        else "Tie groups need at least two seeds."
+        f"{told} “Not tuned”: the best rate lies at the edge of those tried, so the method is neither better nor worse."
     )
 
 

@@ -44,24 +44,36 @@ def write_answers(
     write = writer(engine, prompts, decoding)
 
     def answer(batch: Sequence[int]) -> list[Example]:
-        return [finish(questions[index], text) for index, text in zip(batch, write(batch))]
+        return [
+            dataclasses.replace(finish(questions[index], text), is_cut=is_cut)
+            for index, (text, is_cut) in zip(batch, write(batch))
+        ]
 
     ids = [question.id for question in questions]
     return answer_in_batches(ids, engine.batches(prompts, decoding), answer, folder, tell)
 
 
-def writer(engine: Engine, prompts: Sequence[Prompt], decoding: Decoding) -> Callable[[Sequence[int]], list[str]]:
-    """A function from a batch of indices into ``prompts`` to their answers."""
+def writer(
+    engine: Engine, prompts: Sequence[Prompt], decoding: Decoding
+) -> Callable[[Sequence[int]], list[tuple[str, bool]]]:
+    """A function from a batch of indices into ``prompts`` to their answers, each with whether the limit of tokens ended
+    it.
+    """
     generator = engine.generator(decoding)
 
     def ends(ids: list[int]) -> bool:
         tail = engine.decode(ids[-STOP_WINDOW_TOKENS:])
         return any(stop in tail for stop in decoding.stop_strings)
 
-    def write(batch: Sequence[int]) -> list[str]:
+    def write(batch: Sequence[int]) -> list[tuple[str, bool]]:
         generator.share(prompts)
         answers = generator.answers([prompts[index] for index in batch], ends if decoding.stop_strings else None)
-        return [before_stops(engine.decode(ids), decoding.stop_strings) for ids in answers]
+        texts = [engine.decode(ids) for ids in answers]
+        whole = [before_stops(text, decoding.stop_strings) for text in texts]
+        return [
+            (shown, len(ids) >= decoding.max_new_tokens and shown == text)
+            for shown, text, ids in zip(whole, texts, answers)
+        ]
 
     return write
 

@@ -18,6 +18,7 @@ from rankwise.evaluation.journal import text_sha256
 from rankwise.evaluation.record import Example
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, answer_in_batches
 from rankwise.foreign import JsonObject
+from rankwise.reports.numbers import shortened
 
 if TYPE_CHECKING:
     from rankwise.acceleration.scoring import Target
@@ -112,8 +113,8 @@ def _columns(examples: Sequence[Example]) -> tuple[list[str] | None, list[float]
 def _example(row: Row, number: int, clusters: dict[str, str], log_p: Sequence[float]) -> Example:
     asked, said = _texts(row)
     scores = {"loss": -math.fsum(log_p) / len(log_p), "tokens": len(log_p)}
-    references = [said[:SHOWN_CHARACTERS]] if said else None
-    return Example(str(number), asked[:SHOWN_CHARACTERS], "", scores, references, clusters.get(asked))
+    references = [shortened(said, SHOWN_CHARACTERS)] if said else None
+    return Example(str(number), shortened(asked, SHOWN_CHARACTERS), "", scores, references, clusters.get(asked))
 
 
 def _texts(row: Row) -> tuple[str, str]:

@@ -1,0 +1,204 @@
+"""The verdicts of a comparison in sentences: the one place that turns their fields into words, at each rendering.
+
+``document`` is the content of ``comparison.json`` or ``report.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rankwise.foreign import Fields
+from rankwise.reports.naming import long_name, metric_in_sentence
+from rankwise.reports.numbers import (
+    byte_size,
+    capital,
+    duration,
+    is_number,
+    listed,
+    percent,
+    plural,
+    rate,
+    significant,
+    visible,
+)
+from rankwise.reports.schema import EVAL_LOSS
+from rankwise.serving import refusing
+
+# The most methods that a sentence names; of more it gives the number.
+MOST_NAMED = 5
+# {cost: predicates of one method and of several that cost more than METHOD}.
+COSTS = {
+    "wall_seconds": ("takes longer than {}", "take longer than {}"),
+    "peak_memory_bytes": ("needs more memory than {}", "need more memory than {}"),
+    "trainable_parameters": ("trains more parameters than {}", "train more parameters than {}"),
+    "servers": (f"is refused by {refusing('dora')}", f"are refused by {refusing('dora')}"),
+    "mean": ("costs the same and has the worse mean", "cost the same and have the worse mean"),
+}
+NO_TIME = "runs took place side by side or only once, so their times are not compared"
+
+
+def heading(document: Fields) -> str:
+    """``LoRA``, ``LoRA, not decided`` or ``No recommendation``."""
+    found = document["recommendation"]
+    if not found.get("method"):
+        return "No recommendation"
+    return capital(long_name(found["method"])) + ("" if found["decided"] else ", not decided")
+
+
+def headline(document: Fields) -> str:
+    """The recommendation and its reasons."""
+    found = document["recommendation"]
+    if not found.get("method"):
+        return _nothing(document)
+    sentences = [*_verdicts(document), *_open(document), *_costs(document), *_untuned(document), *_deciding(found)]
+    return " ".join(f"{capital(sentence)}." for sentence in sentences)
+
+
+def unit_of(document: Fields) -> str:
+    """The unit of the primary metric."""
+    objective = document["settings"].get("objective") or "sft"
+    return "nats per token" if (objective, document["primary_metric"]) == ("sft", EVAL_LOSS) else ""
+
+
+def detectable(effect: Fields, unit: str) -> str:
+    """``0.014 nats per token (1.1 %)``; empty where nothing could be seen."""
+    absolute, relative = effect.get("absolute"), effect.get("relative")
+    share = percent(relative) if is_number(relative) else ""
+    if not is_number(absolute):
+        return share
+    return f"{significant(absolute, 2)} {unit}".strip() + (f" ({share})" if share else "")
+
+
+def assumed(effect: Fields) -> str:
+    """The spreads that were assumed; empty where they were measured."""
+    given, metric = effect.get("assumed"), visible(effect.get("metric"))
+    if not given:
+        return ""
+    rows = f"two methods' difference by {percent(given['row_sd'])} from row to row (--row-sd)"
+    return (
+        f"assuming that runs that differ only in the seed vary by {percent(given['seed_sd'])} of {metric} (--seed-sd), "
+        f"and {rows if given['row_sd'] else 'there are examples enough'}"
+    )
+
+
+def smallest_found(effect: Fields) -> str:
+    """What a comparison will see, before its first run."""
+    why = assumed(effect) or "as runs vary that are finished"
+    size = detectable(effect, f"of {effect['metric']}")
+    of = "" if is_number(effect["absolute"]) else f" of {effect['metric']}"
+    return f"Smallest difference that {percent(effect['power'])} of such comparisons find: {size}{of}, {why}."
+
+
+def named(names: Sequence[str]) -> str:
+    return listed(map(long_name, names)) if len(names) <= MOST_NAMED else f"{len(names)} methods"
+
+
+def _of(document: Fields, *verdicts: str, among: Sequence[str] | None = None) -> list[str]:
+    """The methods with one of these verdicts, in the order of the document."""
+    chosen = document["methods"] if among is None else among
+    return [name for name in chosen if (document["methods"][name]["verdict"] or {}).get("verdict") in verdicts]
+
+
+def _verdicts(document: Fields) -> list[str]:
+    """What is known of the recommended method."""
+    found, methods = document["recommendation"], document["methods"]
+    method, best = found["method"], found["best"]
+    limits = _limits(found["limits"])
+    inside = f"of the {plural(len(found['candidates']), 'method')} within {limits}, " if limits else ""
+    about = f"{inside}{long_name(method)}{_figures(methods[method], document['primary_metric'])}"
+    others = [name for name, item in methods.items() if item["verdict"] and name != best]
+    equals = [name for name in found["equals"] if name != method]
+    if not others:
+        told = "is the only method with a result"
+    elif not found["decided"]:
+        told = "is the best so far" if method == best else f"counts as equal to {long_name(best)}, the best so far"
+    elif method != best:
+        told = f"counts as equal to {long_name(best)}, the best one"
+    else:
+        told = f"counts as equal to {named(equals)}" if equals else "is the best one"
+    worse, better = _of(document, "worse"), _of(document, "better")
+    sentences = [about + " " + told]
+    if worse:
+        verb = "is" if len(worse) == 1 else "are"
+        sentences.append(f"{named(worse)} {verb} worse than {long_name(best)}")
+    if better:
+        why = f"beyond {limits}" if limits else "for comparison only"
+        sentences.append(f"{named(better)}, {why}, {'is' if len(better) == 1 else 'are'} better")
+    return sentences + _failures(methods[method], method)
+
+
+def _open(document: Fields) -> list[str]:
+    """What the comparison could have seen, and which methods it could not tell apart."""
+    found, effect = document["recommendation"], document["minimum_detectable_effect"]
+    unsure, best = _of(document, "cannot tell", among=found["open"]), long_name(found["best"])
+    size = detectable(effect, unit_of(document))
+    seen = f"could detect a difference of {size}" if size else "could detect no difference"
+    if not unsure:
+        others = any(item["verdict"] and name != found["best"] for name, item in document["methods"].items())
+        return [f"the comparison {seen}"] if others else []
+    margin = f"a difference matters from {percent(found['margin'])} on (--margin)"
+    return [f"the runs cannot tell {named(unsure)} from {best}: the comparison {seen}, and {margin}"]
+
+
+def _costs(document: Fields) -> list[str]:
+    found, methods = document["recommendation"], document["methods"]
+    said = []
+    for item in found["costs"]:
+        predicate = COSTS[item["cost"]][len(item["methods"]) > 1]
+        said.append(f"{named(item['methods'])} {predicate.format(long_name(item['than']))}")
+    equal = [found["best"], *found["equals"]]
+    if said and not all("wall_seconds" in methods[name]["costs"] for name in equal):
+        said.append(NO_TIME)
+    return said
+
+
+def _untuned(document: Fields) -> list[str]:
+    names = _of(document, "not tuned")
+    if not names:
+        return []
+    subject, their = ("is", "its best rate lies") if len(names) == 1 else ("are", "their best rates lie")
+    return [f"{named(names)} {subject} not tuned: {their} at the edge of those tried"]
+
+
+def _deciding(found: Fields) -> list[str]:
+    """The run that would decide; its command is shown by itself."""
+    if found["decided"]:
+        return []
+    run = found["deciding"]
+    if run is None:
+        return ["more seeds, more evaluation rows or a larger --margin may decide it"]
+    rates = f", also at {listed(map(rate, run['learning_rates']))}" if run["learning_rates"] else ""
+    size = f"{plural(run['seeds'], 'seed')} and {plural(run['rows'], 'evaluation row')}"
+    more = plural(run["runs"], "more run")
+    return [f"the cheapest run that would decide it: {named(run['methods'])} on {size}{rates}, {more}"]
+
+
+def _nothing(document: Fields) -> str:
+    found, metric = document["recommendation"], document["primary_metric"]
+    limits = found.get("limits") or {}
+    methods = {name: item for name, item in document["methods"].items() if metric in item["mean"]}
+    if not methods:
+        return "No run finished, so there is nothing to recommend."
+    key = "peak_memory_bytes" if limits.get("memory_bytes") else "wall_seconds"
+    least = min(methods, key=lambda name: (methods[name][key] or float("inf"), name))
+    return (
+        f"No method stays within {_limits(limits)}; {long_name(least)} needs least "
+        f"{'memory' if limits.get('memory_bytes') else 'time'}{_figures(methods[least], metric)}."
+    )
+
+
+def _failures(item: Fields, name: str) -> list[str]:
+    failed = item["failed"]
+    return [f"{failed} of the {failed + item['seeds']} runs of {long_name(name)} failed"] if failed else []
+
+
+def _limits(limits: Fields) -> str:
+    memory, hours = limits.get("memory_bytes"), limits.get("hours")
+    return " and ".join([byte_size(memory)] * bool(memory) + [f"{hours:g} h"] * bool(hours))
+
+
+def _figures(item: Fields, metric: str) -> str:
+    memory, seconds = item["peak_memory_bytes"], item["wall_seconds"]
+    peak = byte_size(memory) if memory else "memory not measured"
+    time = "time not measured" if seconds is None else f"{duration(seconds)} a run"
+    return f" ({metric_in_sentence(metric)} {significant(item['mean'][metric], 4)}, {peak}, {time})"
