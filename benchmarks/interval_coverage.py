@@ -145,7 +145,9 @@ def measured(cell: Cell, times: int) -> list[str]:
         equivalent.append(any(apart and said == "equivalent" for apart, said in at_margin))
         # Skewed effects make it harder to tell on one side, so both are asked, by turns.
         sign = 1 if number % 4 else -1
-        effect = minimum_detectable_effect(pilot.parts, methods=cell.methods, margin=error, skewness=pilot.skewness)
+        effect = minimum_detectable_effect(
+            pilot.parts, comparisons=cell.methods - 1, margin=error, skewness=pilot.skewness
+        )
         assert effect is not None
         right = "better" if sign > 0 else "worse"
         found += [said == right for apart, said in verdicts(simulated(draw, cell, sign * effect), error) if apart]

@@ -38,7 +38,6 @@ def test_another_recommendation_takes_the_merged_model_of_the_old_one_away(tmp_p
 def test_the_recommended_settings_are_those_of_the_best_run_in_their_usual_order(tmp_path: Path):
     found: Any = compare(**given(tmp_path, methods="lora,full", learning_rates="2e-4", seeds=1))
     text = (tmp_path / "out" / found["recommendation"]["config"]).read_text()
-    assert text.startswith(f"# {found['recommendation']['reason']}\n")
     settings = yaml.safe_load(text)
     assert list(settings)[:2] == ["model", "data"]
     assert (settings["method"], settings["max-steps"]) == ("full", 6)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rankwise.comparison.detectable import detectable_effect
+from rankwise.comparison.detectable import Spreads, wider_rates
+from rankwise.comparison.run import _spreads
 from rankwise.comparison.settings import CompareSettings
 from rankwise.comparison.verdicts import Scores
 
@@ -17,14 +19,22 @@ def given(methods: str = "lora,dora", **more: Any) -> Any:
     return CompareSettings(model="demo", data="x.csv", output=Path("out"), methods=methods, **more)
 
 
+def spreads(given: Any, scores: Any, rows: int) -> Spreads:
+    return _spreads(given, scores, SimpleNamespace(eval_rows=rows))
+
+
+def detectable_effect(given: Any, scores: Any, *, seeds: int, rows: int) -> Any:
+    return spreads(given, scores, rows).effect(seeds, len(given.methods) - 1)
+
+
 def test_rows_are_counted_for_the_loss_and_not_for_a_metric_of_a_task():
     few, many = (detectable_effect(given(seeds=5), {}, seeds=5, rows=rows)["relative"] for rows in (50, 5000))
     assert few > 1.3 * many
-    assert "--row-sd" in detectable_effect(given(), {}, seeds=3, rows=50)["assumption"]
+    assert detectable_effect(given(), {}, seeds=3, rows=50)["assumed"] == {"seed_sd": 0.005, "row_sd": 0.04}
     task = given(metric="e2e.BLEU", task=("e2e",))
     effects = [detectable_effect(task, {}, seeds=5, rows=rows) for rows in (50, 5000)]
     assert effects[0] == effects[1]
-    assert "examples enough" in effects[0]["assumption"]
+    assert effects[0]["assumed"]["row_sd"] == 0
 
 
 def test_no_effect_below_the_margin_is_promised():
@@ -55,7 +65,7 @@ def test_finished_runs_replace_what_is_assumed():
     small, large = (detectable_effect(given(), found, seeds=3, rows=200) for found in (quiet, noisy))
     assert large["absolute"] > 1.5 * small["absolute"]
     assert large["relative"] == pytest.approx(large["absolute"] / 2, rel=0.05)
-    assert "finished ones" in large["assumption"]
+    assert large["assumed"] is None
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -66,10 +76,35 @@ def test_more_methods_need_a_larger_difference(measured):
         detectable_effect(given(methods), found, seeds=3, rows=200)
         for methods in ("lora,dora", "lora,dora,qlora,qdora,full")
     )
-    assert (two["comparisons"], five["comparisons"]) == (1, 10)
-    assert five["relative"] > 1.2 * two["relative"]
+    assert (two["comparisons"], five["comparisons"]) == (1, 4)
+    assert five["relative"] > 1.1 * two["relative"]
 
 
 def test_methods_without_a_common_seed_measure_nothing():
     apart = {"lora": Scores({0: 1.0, 1: 1.1}), "dora": Scores({2: 1.0})}
     assert detectable_effect(given(), apart, seeds=3, rows=200) == detectable_effect(given(), {}, seeds=3, rows=200)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_run_that_would_decide_detects_the_margin_and_no_cheaper_one_does(measured):
+    draw = np.random.default_rng(0)
+    found = {name: scores(draw, 0.2) for name in ("lora", "dora")} if measured else {}
+    known = spreads(given(margin=0.005), found, 200)
+    seeds, methods, rates = 3, 2, 3
+    assert known.effect(seeds, 1)["relative"] > 0.005
+    runs, factor, count = known.deciding(seeds, methods, rates, short=False, anew=False)
+    assert known.smallest(count, 1, factor) <= 0.005 * known.level
+    assert known.smallest(count - 1, 1, factor) > 0.005 * known.level or count == 3
+    assert runs == (methods * (count - seeds) if factor == 1 else methods * (rates + count - 1))
+
+
+def test_noise_that_no_run_of_reasonable_size_overcomes_is_not_promised():
+    assert spreads(given(margin=1e-6, seed_sd=0.5), {}, 100).deciding(3, 2, 3, short=False, anew=False) is None
+
+
+def test_rates_to_try_lie_beyond_the_edge():
+    methods: Any = {
+        name: {"learning_rate": rate, "learning_rate_at_edge": rate != 3e-4}
+        for name, rate in (("low", 1e-4), ("middle", 3e-4), ("high", 1e-3))
+    }
+    assert wider_rates(methods, list(methods), (3e-4, 1e-4, 1e-3)) == [3.3e-5, 3.3e-3]

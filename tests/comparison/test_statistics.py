@@ -8,7 +8,6 @@ from scipy import stats
 
 from rankwise.comparison.statistics import (
     Estimate,
-    holm,
     mean_of_seeds,
     minimum_detectable_effect,
     paired_by_example,
@@ -107,11 +106,6 @@ def test_a_single_seed_gives_no_interval():
     assert estimate.example_se > 0
 
 
-def test_holm_corrects_by_rank_and_stays_monotone():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, None, 0.9]) == [1.0, None, 1.0]
-
-
 def test_equivalence_is_two_one_sided_tests():
     estimate = Estimate(0.02, ((0.0004, 9.0),))
     lower = stats.t.sf((0.02 + 0.1) / 0.02, 9)
@@ -128,7 +122,7 @@ def test_the_minimum_detectable_effect_is_found_four_times_in_five(seeds, row_sd
     """Where rows dominate, and where it lies near the margin of equivalence."""
     draw = np.random.default_rng(5)
     parts = spread_parts(seed_sd=0.01, seeds=seeds, row_sd=row_sd, rows=200, rest_sd=rest_sd)
-    effect = minimum_detectable_effect(parts, methods=2, margin=margin)
+    effect = minimum_detectable_effect(parts, comparisons=1, margin=margin)
     found = 0
     for _ in range(400):
         d = effect + draw.normal(0, 0.01 * 2**0.5, (seeds, 1)) + draw.normal(0, row_sd, 200)
@@ -138,17 +132,17 @@ def test_the_minimum_detectable_effect_is_found_four_times_in_five(seeds, row_sd
     assert 0.74 < found / 400 < 0.88
 
 
-@pytest.mark.parametrize(("methods", "divisor"), [(2, 1), (3, 2.5), (5, 8.5)])
-def test_the_minimum_detectable_effect_counts_the_comparisons(methods, divisor):
-    """With degrees of freedom without end the reach is the normal quantile at Holm's middle divisor."""
-    expected = stats.norm.isf(0.025 / divisor) + stats.norm.ppf(0.8)
-    assert minimum_detectable_effect([(1.0, 1e7)], methods=methods) == pytest.approx(expected, rel=0.02)
+@pytest.mark.parametrize("comparisons", [1, 2, 4])
+def test_the_minimum_detectable_effect_counts_the_comparisons(comparisons):
+    """With degrees of freedom without end the reach is the normal quantile."""
+    expected = stats.norm.isf(0.025 / comparisons) + stats.norm.ppf(0.8)
+    assert minimum_detectable_effect([(1.0, 1e7)], comparisons=comparisons) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_minimum_detectable_effect_needs_two_seeds_and_does_not_go_below_the_margin():
-    assert minimum_detectable_effect(spread_parts(seed_sd=1.0, seeds=1), methods=2) is None
+    assert minimum_detectable_effect(spread_parts(seed_sd=1.0, seeds=1), comparisons=1) is None
     tiny = spread_parts(seed_sd=1e-6, seeds=10, row_sd=1e-5, rows=100)
-    assert minimum_detectable_effect(tiny, methods=2, margin=0.1) == pytest.approx(0.1, rel=1e-3)
+    assert minimum_detectable_effect(tiny, comparisons=1, margin=0.1) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_measured_spreads_give_the_effect_that_the_true_ones_give():
@@ -156,8 +150,8 @@ def test_measured_spreads_give_the_effect_that_the_true_ones_give():
     d = draw.normal(0, 0.02, (40, 30, 1)) + draw.normal(0, 0.3, (40, 1, 400)) + draw.normal(0, 0.1, (40, 30, 400))
     measured = pooled([paired_by_example(item, np.zeros_like(item)) for item in d], seeds=5).parts
     expected = spread_parts(seed_sd=0.02 / 2**0.5, seeds=5, row_sd=0.3, rows=400, rest_sd=0.1)
-    assert minimum_detectable_effect(measured, methods=3) == pytest.approx(
-        minimum_detectable_effect(expected, methods=3), rel=0.05
+    assert minimum_detectable_effect(measured, comparisons=2) == pytest.approx(
+        minimum_detectable_effect(expected, comparisons=2), rel=0.05
     )
 
 

@@ -241,7 +241,12 @@ def _conclusions(folder: Path, methods: Sequence[str], runs: Sequence[Any]) -> d
     found: Any = summary.conclusions(figures, scores, better, spreads, memory_bytes=4_000_000_000, hours=None)
     best = f"{found['recommendation']['method']}-lr0.0002-seed{min(run['seed'] for run in runs)}"
     command = "rankwise train --config recommended.yaml --output runs/final"
-    found["recommendation"] |= {"config": "recommended.yaml", "command": command, "run": best, "adapter": f"runs/{best}"}
+    found["recommendation"] |= {
+        "config": "recommended.yaml",
+        "command": command,
+        "run": best,
+        "adapter": f"runs/{best}",
+    }
     return found
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rankwise.reports import figure, numbers, pareto_plot
 from rankwise.reports.curves_plot import Curve, curve_panels
-from rankwise.reports.examples import OUTCOMES, answers_of, evenly
+from rankwise.reports.examples import answers_of, evenly
 from rankwise.reports.figure import MARKERS
 from rankwise.reports.folder import load_comparison
 from rankwise.reports.forest_plot import forest_scale, pairs_of
@@ -163,28 +163,44 @@ def test_what_is_not_drawn_takes_no_room_in_the_panels():
 
 def test_outcomes_follow_the_scores_and_add_up(comparison):
     answers = answers_of(comparison)
-    assert answers[0].method == "dora"
+    assert answers[0].method == comparison["recommendation"]["method"]
     assert {item.method for item in answers} == {"lora", "qlora", "dora", "qdora"}
     for item in answers:
         assert item.total == 60
         assert item.other != item.method
-        assert all(item.counts[outcome] for outcome in OUTCOMES)
+        assert list(item.counts) == ["higher BLEU", "lower BLEU", "same BLEU"]
+        assert all(item.counts.values())
         for example in item.shown:
             gap = example.answer.score - example.base.score
-            assert example.outcome == ("won" if gap > 0 else "lost" if gap < 0 else "tied")
+            assert example.change == ("better" if gap > 0 else "worse" if gap < 0 else "same")
 
 
-def test_with_losses_the_lower_score_wins(tmp_path):
-    import json
-
+def test_a_lower_loss_is_called_that_and_right_answers_right(tmp_path):
     write_comparison(tmp_path)
-    document = json.loads((tmp_path / "comparison.json").read_text())
-    before = {item.method: item.counts for item in answers_of(load_comparison(tmp_path))}
+    file = tmp_path / "comparison.json"
+    document = json.loads(file.read_text())
+    before = next(item.counts for item in answers_of(load_comparison(tmp_path)) if item.method == "dora")
     document["base"]["tasks"]["e2e"]["higher_is_better"]["BLEU"] = False
-    (tmp_path / "comparison.json").write_text(json.dumps(document))
-    after = {item.method: item.counts for item in answers_of(load_comparison(tmp_path))}
-    assert before["dora"]["won"] == after["dora"]["lost"]
-    assert before["dora"]["tied"] == after["dora"]["tied"]
+    file.write_text(json.dumps(document))
+    after = next(item.counts for item in answers_of(load_comparison(tmp_path)) if item.method == "dora")
+    assert after == before
+    assert list(after) == ["lower BLEU", "higher BLEU", "same BLEU"]
+    document["base"]["tasks"]["e2e"]["higher_is_better"]["BLEU"] = True
+    file.write_text(json.dumps(document))
+    for rows in tmp_path.rglob("predictions.jsonl"):
+        found = [json.loads(line) for line in rows.read_text().splitlines()]
+        for row in found:
+            row |= {"scores": {"BLEU": float(row["scores"]["BLEU"] > 50)}, "is_cut": True}
+        rows.write_text("".join(json.dumps(row) + "\n" for row in found))
+    item = next(item for item in answers_of(load_comparison(tmp_path)) if item.method == "dora")
+    assert list(item.counts) == ["now right", "now wrong", "as right or wrong as before"]
+    assert {answer.judgement for example in item.shown for answer in (example.base, example.answer)} == {
+        "right",
+        "wrong",
+    }
+    assert all(example.answer.text.endswith("(cut at the limit of tokens)") for example in item.shown)
+    html = page(load_comparison(tmp_path))
+    assert not re.search(r"\b(won|lost)\b", html)
 
 
 @given(st.integers(0, 200), st.integers(1, 20))
@@ -246,7 +262,7 @@ def palettes() -> list[dict[str, str]]:
 def test_every_text_colour_has_contrast(palette):
     """WCAG AA: 4.5 : 1 for text, on the page and on the row of the recommended method."""
     names = [f"m{index}" for index in range(len(MARKERS))]
-    for name in ("ink", "quiet", "accent", "won", "lost", "tied", *names):
+    for name in ("ink", "quiet", "accent", "good", "bad", "muted", *names):
         assert contrast(palette[name], palette["page"]) >= 4.5, name
         assert contrast(palette[name], palette["chosen"]) >= 4.5, name
     assert contrast(palette["ink"], palette["caution"]) >= 4.5

@@ -43,7 +43,7 @@ def _methods(comparison: Comparison) -> str:
     head = ["Method", *(heading for _, heading in summary.columns(comparison))]
     rows = [
         [
-            f"{method_name(row.method)}{' (recommended)' if row.is_recommended else ''}",
+            f"{method_name(row.method)}{f' ({row.mark})' if row.mark else ''}",
             *(f"{cell.text} {cell.note}".strip() for cell in row.cells),
         ]
         for row in summary.rows(comparison)

@@ -35,7 +35,7 @@ TWO_SEEDS = (
 # Warnings that a run failed, was left out or was interrupted, which ``left_out`` already reports.
 OF_RUNS = ("RW588", "RW597")
 # Verdicts as their column is sorted.
-ORDER = ("better", "best", "equivalent", "cannot tell", "not tuned", "worse")
+ORDER = ("better", "best", "equivalent", "cannot tell", "not tuned", "worse", "")
 FEW_SEEDS = {1: ONE_SEED, 2: TWO_SEEDS}
 
 
@@ -61,7 +61,8 @@ class Cell:
 @dataclasses.dataclass(frozen=True)
 class Row:
     method: str
-    is_recommended: bool
+    # ``recommended`` or ``best so far``; empty for the other methods.
+    mark: str
     cells: tuple[Cell, ...]
 
 
@@ -246,11 +247,12 @@ def all_metrics(comparison: Comparison) -> list[str]:
 
 def rows(comparison: Comparison) -> list[Row]:
     """Methods with a result, the best first."""
-    chosen = comparison["recommendation"].get("method")
+    found, methods = comparison["recommendation"], comparison["methods"]
+    mark = {found.get("method"): "recommended" if found.get("decided") else "best so far"}
     keys = [key for key, _ in columns(comparison)]
-    methods = comparison["methods"]
     return [
-        Row(name, name == chosen, tuple(cell(methods[name], key) for key in keys)) for name in comparison.with_result()
+        Row(name, mark.get(name, ""), tuple(cell(methods[name], key) for key in keys))
+        for name in comparison.with_result()
     ]
 
 
@@ -266,8 +268,8 @@ FORMATS = {
 def cell(facts: Fields, key: str) -> Cell:
     """The figure ``key`` of a method as a cell."""
     if key == "verdict":
-        said = (facts["verdict"] or {}).get("verdict", "–")
-        return Cell(said, ORDER.index(said) if said in ORDER else len(ORDER))
+        said = (facts["verdict"] or {}).get("verdict", "")
+        return Cell("–" if said in ("best", "") else said, ORDER.index(said))
     if key == "serving":
         places = [visible(place) for place in facts["serving"]]
         return Cell("; ".join(places) or "–", len(places))

@@ -114,8 +114,11 @@ def _verdicts(document: Fields) -> list[str]:
         told = "is the best so far" if method == best else f"counts as equal to {long_name(best)}, the best so far"
     elif method != best:
         told = f"counts as equal to {long_name(best)}, the best one"
+    elif equals:
+        told = f"counts as equal to {named(equals)}"
     else:
-        told = f"counts as equal to {named(equals)}" if equals else "is the best one"
+        edges = any(methods[name]["learning_rate_at_edge"] for name in others)
+        told = "is the best of the tuned methods" if edges else "is the best one"
     worse, better = _of(document, "worse"), _of(document, "better")
     sentences = [about + " " + told]
     if worse:
@@ -153,11 +156,13 @@ def _costs(document: Fields) -> list[str]:
 
 
 def _untuned(document: Fields) -> list[str]:
-    names = _of(document, "not tuned")
+    names = [name for name, item in document["methods"].items() if item["verdict"] and item["learning_rate_at_edge"]]
     if not names:
         return []
     subject, their = ("is", "its best rate lies") if len(names) == 1 else ("are", "their best rates lie")
-    return [f"{named(names)} {subject} not tuned: {their} at the edge of those tried"]
+    better = [name for name in names if name in document["recommendation"]["open"]]
+    more = f", and {named(better)} may be better" if better else ""
+    return [f"{named(names)} {subject} not tuned: {their} at the edge of those tried{more}"]
 
 
 def _deciding(found: Fields) -> list[str]:
@@ -166,7 +171,7 @@ def _deciding(found: Fields) -> list[str]:
         return []
     run = found["deciding"]
     if run is None:
-        return ["more seeds, more evaluation rows or a larger --margin may decide it"]
+        return ["more seeds, evaluation rows or learning rates, or a larger --margin, may decide it"]
     rates = f", also at {listed(map(rate, run['learning_rates']))}" if run["learning_rates"] else ""
     size = f"{plural(run['seeds'], 'seed')} and {plural(run['rows'], 'evaluation row')}"
     more = plural(run["runs"], "more run")
@@ -194,7 +199,8 @@ def _failures(item: Fields, name: str) -> list[str]:
 
 def _limits(limits: Fields) -> str:
     memory, hours = limits.get("memory_bytes"), limits.get("hours")
-    return " and ".join([byte_size(memory)] * bool(memory) + [f"{hours:g} h"] * bool(hours))
+    parts = [byte_size(memory) if memory else "", f"{hours:g} h" if hours else ""]
+    return " and ".join(part for part in parts if part)
 
 
 def _figures(item: Fields, metric: str) -> str:
