@@ -12,8 +12,8 @@ from rankwise.comparison import run, stages
 from rankwise.comparison.settings import CompareSettings
 from rankwise.settings_file import read_settings
 
-# What differs from call to call.
-TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds"}
+# What differs from call to call. After a kill nobody knows what ran beside a run.
+TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds", "alone", "costs"}
 
 
 class Quiet:

@@ -124,8 +124,6 @@ def test_seconds_of_interrupted_steps_and_of_other_numbers_of_jobs_count(
         now += seconds
         carrying.clock.keep(now=True)
     assert Clock(tmp_path).before == {"total": 130, "runs": 100, "overhead": (100 - 60) + (30 - 20)}
-    (tmp_path / runner.STATE_FILE).write_text('{"seconds": 7.0}')
-    assert Clock(tmp_path).before == {"total": 7.0, "runs": 7.0, "overhead": 0.0}
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, "4"), (3, "2"), (8, "1"), (20, "1")])

@@ -374,6 +374,8 @@ def test_jobs_side_by_side_give_the_same_comparison(tmp_path: Path):
     first, second = without_times(one, tmp_path / "one"), without_times(two, tmp_path / "two")
     assert first["settings"].pop("jobs") != second["settings"].pop("jobs")
     assert first == second
+    assert [{run["alone"] for run in found["runs"]} for found in (one, two)] == [{True}, {False}]
+    assert ["wall_seconds" in found["methods"]["lora"]["costs"] for found in (one, two)] == [True, False]
 
 
 @pytest.mark.usefixtures("real_processes")

@@ -79,7 +79,7 @@ def test_every_section_is_there(tmp_path):
     for words in (
         "could detect a difference of",
         "3 seeds",
-        "Paired by example",
+        "Paired by seed",
         "x86_64",
         "nats per token",
     ):
