@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_comparison import compare, given
+from fake_comparison import compare, given, starts
 
 from rankwise.errors import RunError
 
@@ -42,6 +43,20 @@ def test_the_recommended_settings_are_those_of_the_best_run_in_their_usual_order
     assert list(settings)[:2] == ["model", "data"]
     assert (settings["method"], settings["max-steps"]) == ("full", 6)
     assert Path(settings["output"]).parent == tmp_path / "out"
+
+
+def test_the_run_that_would_decide_continues_the_comparison_as_it_says(tmp_path: Path):
+    first: Any = compare(**given(tmp_path, methods="lora,dora"))
+    wanted = first["recommendation"]["deciding"]
+    assert not first["recommendation"]["decided"]
+    words = shlex.split(wanted["command"])[2:]
+    options = {name.strip("-").replace("-", "_"): value for name, value in zip(words[::2], words[1::2])}
+    before = len(starts(tmp_path / "out"))
+    found: Any = compare(**options)
+    assert len(starts(tmp_path / "out")) - before == wanted["runs"] > 0
+    assert found["methods"]["lora"]["seeds"] == wanted["seeds"]
+    effects = [item["minimum_detectable_effect"]["relative"] for item in (found, first)]
+    assert effects[0] < effects[1]
 
 
 def test_no_run_at_all_is_an_error(tmp_path: Path):
