@@ -20,23 +20,15 @@ from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.reports import folder, summary
 from rankwise.reports.forest_plot import pairs_of, with_best
 from rankwise.reports.naming import method_name, metric_name
-from rankwise.reports.numbers import plural, span
-from rankwise.reports.summary import caution
+from rankwise.reports.numbers import plural
 from rankwise.reports.words import heading, headline
 
 if TYPE_CHECKING:
     from rankwise.comparison.runner import Picture
     from rankwise.comparison.stages import Job, Outcome
-    from rankwise.reports.schema import Method
 
-# {figure's name in the record: column heading} of the columns after the metric's.
-COSTS = {
-    "learning_rate": "rate",
-    "trainable_parameters": "trained",
-    "peak_memory_bytes": "memory",
-    "tokens_per_second": "tokens/s",
-    "wall_seconds": "time",
-}
+# Columns of the report that a terminal has no room for.
+LEFT_OUT = ("adapter_bytes", "serving")
 
 
 class Lines:
@@ -105,8 +97,6 @@ def report(comparison: folder.Comparison, output: Output) -> None:
     output.console.print(table_of(comparison))
     for line in verdict_lines(comparison):
         output.line(line)
-    if text := caution(comparison["methods"]):
-        output.line(text)
     output.line()
     output.line(f"{heading(comparison.document)}. {headline(comparison.document)}", style="bold")
     for label, text in _places(comparison):
@@ -114,31 +104,16 @@ def report(comparison: folder.Comparison, output: Output) -> None:
 
 
 def table_of(comparison: folder.Comparison) -> Group:
-    """A row for each method, best first."""
-    metric, methods = comparison.metric, comparison["methods"]
-    title = metric_name(metric)
-    has_intervals = any(item["interval"].get(metric) for item in methods.values())
-    above = f"{title}, mean over seeds" + (" and 95 % interval" if has_intervals else " (one seed: no interval)")
+    """A row for each method, best first, with the cells of the report."""
+    columns = [item for item in summary.columns(comparison) if item[0] not in LEFT_OUT]
     table = light_table()
-    columns = {"verdict": dict(summary.columns(comparison))["verdict"].lower(), metric: title}
-    interval = ("interval",) if has_intervals else ()
-    for name in ("method", columns["verdict"], title, *interval, *COSTS.values()):
-        table.add_column(name, justify="left" if name in ("method", columns["verdict"]) else "right", no_wrap=True)
+    table.add_column("method", no_wrap=True)
+    for key, heading_ in columns:
+        table.add_column(heading_.lower(), justify="left" if key == "verdict" else "right", no_wrap=True)
     for name in comparison.with_result():
-        table.add_row(method_name(name), *_cells(methods[name], metric, has_intervals))
-    return titled(above, table)
-
-
-def _cells(item: Method, metric: str, has_intervals: bool) -> Iterator[str]:
-    """The cells of a method's row, formatted as in the report."""
-    yield summary.cell(item, "verdict").text
-    yield summary.cell(item, metric).text
-    if has_intervals:
-        interval = item["interval"].get(metric)
-        yield span(interval) if interval else "(one seed)"
-    for key in COSTS:
-        found = summary.cell(item, key)
-        yield f"{found.text}{'!' if found.note == 'edge' else ''}"
+        cells = [summary.cell(comparison["methods"][name], key) for key, _ in columns]
+        table.add_row(method_name(name), *(f"{found.text} {found.note}".strip() for found in cells))
+    return titled(f"{metric_name(comparison.metric)}, mean over seeds", table)
 
 
 def verdict_lines(comparison: folder.Comparison) -> Iterator[str]:
@@ -157,17 +132,10 @@ def verdict_lines(comparison: folder.Comparison) -> Iterator[str]:
 
 def _places(comparison: folder.Comparison) -> Iterator[tuple[str, str]]:
     found, place = comparison["recommendation"], comparison.folder
-    yield "record", str(place / "comparison.json")
-    if (place / "report.html").is_file():
-        yield "report", str(place / "report.html")
-    if found["deciding"]:
-        yield "to decide", found["deciding"]["command"]
-    if found["command"]:
-        yield "train again", found["command"]
-    if found["adapter"]:
-        yield "adapter", str(place / found["adapter"])
-    if found["merged"]:
-        yield "merged", str(place / found["merged"])
+    yield from (("record", str(place / "comparison.json")), ("report", str(place / "report.html")))
+    commands = (("to decide", (found["deciding"] or {}).get("command")), ("train again", found["command"]))
+    folders = ((name, place / found[name] if found[name] else None) for name in ("adapter", "merged"))
+    yield from ((label, str(text)) for label, text in (*commands, *folders) if text)
 
 
 @contextlib.contextmanager

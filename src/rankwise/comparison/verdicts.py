@@ -69,7 +69,14 @@ def compare_all(
             continue
         estimate, by_example, count = estimate_difference(scores[a], scores[b])
         interval, p, equivalence_p = estimate.interval(), estimate.p_value(), estimate.equivalence_p(margin)
-        said = verdict(estimate.mean, p, equivalence_p, comparisons, higher_is_better=higher_is_better)
+        said: Verdict = "cannot tell"
+        if {a, b} & set(untuned):
+            said = "not tuned"
+        # A significant difference that is significantly below the margin does not matter.
+        elif equivalence_p is not None and equivalence_p * comparisons < ALPHA:
+            said = "equivalent"
+        elif p is not None and p * comparisons < ALPHA:
+            said = "better" if (estimate.mean > 0) == higher_is_better else "worse"
         found.append(
             {
                 "a": a,
@@ -82,7 +89,7 @@ def compare_all(
                 "equivalence_p": equivalence_p,
                 "comparisons": comparisons,
                 "margin": margin,
-                "verdict": "not tuned" if {a, b} & set(untuned) else said,
+                "verdict": said,
                 "seed_sd": estimate.seed_sd,
                 "example_se": estimate.example_se,
                 "pairs": count,
@@ -93,17 +100,3 @@ def compare_all(
             }
         )
     return found
-
-
-def verdict(
-    difference: float, p: float | None, equivalence_p: float | None, comparisons: int, *, higher_is_better: bool
-) -> Verdict:
-    """The verdict on ``a - b``, from the point of view of ``a``.
-
-    Equivalence comes first, since a significant difference that is significantly below the margin does not matter.
-    """
-    if equivalence_p is not None and equivalence_p * comparisons < ALPHA:
-        return "equivalent"
-    if p is not None and p * comparisons < ALPHA:
-        return "better" if (difference > 0) == higher_is_better else "worse"
-    return "cannot tell"

@@ -6,31 +6,17 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, get_origin, get_type_hints, is_typeddict
+from typing import Any
 
 from rankwise.errors import RunError
-from rankwise.foreign import Fields, Json, JsonObject, parse_json, read_json
+from rankwise.foreign import Fields, parse_json, read_json
 from rankwise.records import read_metrics
-from rankwise.reports import schema
 from rankwise.reports.numbers import is_number
 from rankwise.reports.schema import COMPARISON_FILE, EVALUATION_FOLDER, SCHEMA
 from rankwise.reports.words import unit_of
 
 # Maximum bytes of one file: records are text for people, so a larger file is not a record.
 LARGEST_BYTES = 1 << 28
-EMPTY: dict[type, Json] = {dict: {}, list: [], str: "", bool: False}
-
-
-def _defaults(kind: type, **given: Json) -> JsonObject:
-    """The values for a part of ``kind`` that is missing: ``given``, an empty one of its type, or None."""
-    hints = get_type_hints(kind).items()
-    return {key: {} if is_typeddict(hint) else EMPTY.get(get_origin(hint) or hint) for key, hint in hints} | given
-
-
-TOP = _defaults(schema.Comparison, primary_metric=schema.EVAL_LOSS, confidence=0.95)
-RUN = _defaults(schema.Run, seed=0, phase="final", status="finished")
-METHOD = _defaults(schema.Method, seeds=0, failed=0)
-DIFFERENCE = _defaults(schema.Difference, metric=schema.EVAL_LOSS, verdict="cannot tell", pairs=0, seeds=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +87,7 @@ class Comparison:
 
 
 def load_comparison(folder: Path) -> Comparison:
-    """Read ``comparison.json`` of the folder. Missing parts that a report needs are filled with "not measured".
+    """Read ``comparison.json`` of the folder.
 
     Raises RunError: RW592 no comparison here, RW593 it cannot be read.
     """
@@ -110,43 +96,17 @@ def load_comparison(folder: Path) -> Comparison:
         state = f"holds no {COMPARISON_FILE}" if folder.is_dir() else "is not a folder"
         raise RunError("RW592", f"{folder} {state}; give a folder that `rankwise compare` wrote (its --output).")
     try:
-        document = filled(read_object(path))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError("RW593", f"cannot read {path} as a comparison: {error}.") from None
-    return Comparison(document, folder, {run["id"]: folder for run in document["runs"]})
+        document = read_object(path)
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {document['schema']!r}, and this version reads {SCHEMA}")
+        return Comparison(document, folder, {run["id"]: folder for run in document["runs"]})
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise RunError("RW593", f"cannot read {path} as a comparison: {error!r}.") from None
 
 
 def read_object(path: Path) -> Any:
     """The content of a JSON file. Raises ValueError for a file that is not JSON or is too large to be a record."""
     return read_json(path, largest_bytes=LARGEST_BYTES, constants=True)
-
-
-def filled(content: Json) -> JsonObject:
-    """``content`` with every part that a report reads. Raises ValueError for another kind of file."""
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not an object")
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"its schema is {content.get('schema')!r}, and this version reads {SCHEMA}")
-    document = _over(TOP, content, "the file")
-    document["runs"] = [_over(RUN, run, "a run") for run in document["runs"]]
-    document["differences"] = [_over(DIFFERENCE, item, "a difference") for item in document["differences"]]
-    document["methods"] = {name: _over(METHOD, facts, name) for name, facts in document["methods"].items()}
-    return document
-
-
-def _over(defaults: Fields, given: Json, what: str) -> JsonObject:
-    """``given`` laid over ``defaults``. Each part must have the type of its default."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{what} is a {type(given).__name__}, not an object")
-    result = {**defaults, **given}
-    for key, default in defaults.items():
-        if default is None:
-            continue
-        result[key] = default if result[key] is None else result[key]
-        is_number = is_number_like(default)
-        if is_number_like(result[key]) != is_number or not (is_number or isinstance(result[key], type(default))):
-            raise ValueError(f"{key!r} of {what} is a {type(result[key]).__name__}")
-    return result
 
 
 @contextlib.contextmanager
@@ -157,10 +117,6 @@ def as_expected(comparison: Comparison) -> Iterator[None]:
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         place = comparison.folder
         raise RunError("RW593", f"{place}: a part of the comparison is not as expected ({error!r}).") from error
-
-
-def is_number_like(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def inside(folder: Path, relative: str) -> Path:

@@ -23,7 +23,6 @@ def markdown(comparison: Comparison) -> str:
     parts = [
         f"# {escaped(summary.title(comparison))}",
         f"**{escaped(heading(comparison.document))}.** {escaped(headline(comparison.document))}",
-        escaped(summary.caution(comparison["methods"])),
         "\n".join(
             f"- {fact.title}: **{escaped(fact.value)}** ({escaped(fact.note)})" for fact in summary.trust(comparison)
         ),

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from rankwise.errors import RunError, warn
 from rankwise.foreign import Fields, Json, JsonObject
-from rankwise.reports.folder import Comparison, filled
+from rankwise.reports.folder import Comparison
 from rankwise.reports.numbers import is_number, plural
 
 Summarise = Callable[[Fields, Callable[[Fields], Path]], Fields]
@@ -46,7 +46,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
                 continue
             runs[run["id"]], places[run["id"]] = run, comparison.folder
     document = {**first.document, "runs": list(runs.values()), **_joined(comparisons)}
-    return Comparison(filled(document), first.folder, places)
+    return Comparison(document, first.folder, places)
 
 
 def figures_of(runs: Sequence[Fields]) -> JsonObject:

@@ -80,7 +80,6 @@ def _content(comparison: Comparison) -> JsonObject:
         "created": str(comparison["created"])[:10],
         "verdict": headline(comparison.document),
         "recommendation": _recommendation(comparison),
-        "caution": summary.caution(comparison["methods"]),
         "has_one_seed": summary.seeds_of(comparison) == 1,
         "trust": summary.trust(comparison),
         "columns": summary.columns(comparison),

@@ -22,21 +22,11 @@ from rankwise.reports.numbers import (
     visible,
 )
 from rankwise.reports.schema import KEPT_ROWS_LOSS
-from rankwise.reports.words import assumed, detectable
 
-ONE_SEED = (
-    "One seed: no interval can be given, and no difference can be called real. "
-    "Another seed alone may turn the order around; run with --seeds 3 or more to find out."
-)
-TWO_SEEDS = (
-    "Two seeds tell little: the spread over seeds is known from two runs of each method, so intervals are wide and "
-    "“cannot tell” is the usual verdict, also where a method is better; run with --seeds 3 or more."
-)
 # Warnings that a run failed, was left out or was interrupted, which ``left_out`` already reports.
 OF_RUNS = ("RW588", "RW597")
 # Verdicts as their column is sorted.
 ORDER = ("better", "best", "equivalent", "cannot tell", "not tuned", "worse", "")
-FEW_SEEDS = {1: ONE_SEED, 2: TWO_SEEDS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +58,7 @@ class Row:
 
 def seeds_of(comparison: Comparison) -> int:
     """The largest number of seeds that a method finished with."""
-    return most_seeds(comparison["methods"])
-
-
-def most_seeds(methods: Fields) -> int:
-    return max((int(facts["seeds"] or 0) for facts in methods.values()), default=0)
-
-
-def caution(methods: Fields) -> str:
-    """The caution about results of one or two seeds; empty for three or more."""
-    return FEW_SEEDS.get(most_seeds(methods), "")
+    return max((int(facts["seeds"] or 0) for facts in comparison["methods"].values()), default=0)
 
 
 def title(comparison: Comparison) -> str:
@@ -101,7 +82,7 @@ def data_title(comparison: Comparison) -> str:
 def trust(comparison: Comparison) -> list[Fact]:
     """The facts that say how far to trust the report, from what was run to the hardware."""
     facts = [_learned(comparison), _seeds(comparison), _evaluated(comparison), _test(comparison), _tuning(comparison)]
-    return [fact for fact in [*facts, _detectable(comparison), _hardware(comparison)] if fact is not None]
+    return [fact for fact in [*facts, _hardware(comparison)] if fact is not None]
 
 
 def _learned(comparison: Comparison) -> Fact | None:
@@ -189,16 +170,6 @@ def stopped_rates(comparison: Comparison) -> list[str]:
         if tried:
             lines.append(f"{method_name(name)}: {', '.join(stopped)}; {rate(search['chosen'])} was taken")
     return lines
-
-
-def _detectable(comparison: Comparison) -> Fact | None:
-    effect = comparison["minimum_detectable_effect"]
-    size = detectable(effect, comparison.unit)
-    if not size:
-        return None
-    why = assumed(effect)
-    note = f"smallest true difference found in {percent(effect['power'])} of such comparisons"
-    return Fact("Can detect", size, f"{note}, {why}" if why else note)
 
 
 def _hardware(comparison: Comparison) -> Fact | None:

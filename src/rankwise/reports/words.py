@@ -69,34 +69,24 @@ def detectable(effect: Fields, unit: str) -> str:
     return f"{significant(absolute, 2)} {unit}".strip() + (f" ({share})" if share else "")
 
 
-def assumed(effect: Fields) -> str:
-    """The spreads that were assumed; empty where they were measured."""
-    given, metric = effect.get("assumed"), visible(effect.get("metric"))
-    if not given:
-        return ""
-    rows = f"two methods' difference by {percent(given['row_sd'])} from row to row (--row-sd)"
-    return (
-        f"assuming that runs that differ only in the seed vary by {percent(given['seed_sd'])} of {metric} (--seed-sd), "
-        f"and {rows if given['row_sd'] else 'there are examples enough'}"
-    )
-
-
 def smallest_found(effect: Fields) -> str:
     """What a comparison will see, before its first run."""
-    why = assumed(effect) or "as runs vary that are finished"
-    size = detectable(effect, f"of {effect['metric']}")
-    of = "" if is_number(effect["absolute"]) else f" of {effect['metric']}"
-    return f"Smallest difference that {percent(effect['power'])} of such comparisons find: {size}{of}, {why}."
+    metric, why = visible(effect["metric"]), "as runs vary that are finished"
+    if given := effect["assumed"]:
+        rows = f"two methods' difference by {percent(given['row_sd'])} from row to row (--row-sd)"
+        why = f"assuming that runs that differ only in the seed vary by {percent(given['seed_sd'])} of {metric} "
+        why += f"(--seed-sd), and {rows if given['row_sd'] else 'there are examples enough'}"
+    size = detectable(effect, f"of {metric}") + ("" if is_number(effect["absolute"]) else f" of {metric}")
+    return f"Smallest difference that {percent(effect['power'])} of such comparisons find: {size}, {why}."
 
 
 def named(names: Sequence[str]) -> str:
     return listed(map(long_name, names)) if len(names) <= MOST_NAMED else f"{len(names)} methods"
 
 
-def _of(document: Fields, *verdicts: str, among: Sequence[str] | None = None) -> list[str]:
-    """The methods with one of these verdicts, in the order of the document."""
-    chosen = document["methods"] if among is None else among
-    return [name for name in chosen if (document["methods"][name]["verdict"] or {}).get("verdict") in verdicts]
+def _of(document: Fields, verdict: str) -> list[str]:
+    """The methods with this verdict."""
+    return [name for name, item in document["methods"].items() if (item["verdict"] or {}).get("verdict") == verdict]
 
 
 def _verdicts(document: Fields) -> list[str]:
@@ -133,14 +123,14 @@ def _verdicts(document: Fields) -> list[str]:
 def _open(document: Fields) -> list[str]:
     """What the comparison could have seen, and which methods it could not tell apart."""
     found, effect = document["recommendation"], document["minimum_detectable_effect"]
-    unsure, best = _of(document, "cannot tell", among=found["open"]), long_name(found["best"])
+    unsure = [name for name in found["open"] if name in _of(document, "cannot tell")]
     size = detectable(effect, unit_of(document))
-    seen = f"could detect a difference of {size}" if size else "could detect no difference"
+    seen = f"the comparison could detect a difference of {size}, four times in five"
+    seen = seen if size else "the comparison is too small to detect any difference"
     if not unsure:
-        others = any(item["verdict"] and name != found["best"] for name, item in document["methods"].items())
-        return [f"the comparison {seen}"] if others else []
+        return [seen] if sum(item["verdict"] is not None for item in document["methods"].values()) > 1 else []
     margin = f"a difference matters from {percent(found['margin'])} on (--margin)"
-    return [f"the runs cannot tell {named(unsure)} from {best}: the comparison {seen}, and {margin}"]
+    return [f"the runs cannot tell {named(unsure)} from {long_name(found['best'])}: {seen}, and {margin}"]
 
 
 def _costs(document: Fields) -> list[str]:
