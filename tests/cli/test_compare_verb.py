@@ -63,6 +63,10 @@ def test_every_run_is_measured(comparison: dict[str, Any], folder: Path):
         # Row by row, on the same rows, with the same loss as the trainer's own evaluation.
         assert tasks["perplexity"]["metrics"]["loss"] == pytest.approx(record["eval_loss"], rel=1e-4)
         assert tasks["perplexity"]["count"] == comparison["data"]["eval"]["rows"]
+        lines = (folder / run["folder"] / "evaluation" / "perplexity" / "predictions.jsonl").read_text().splitlines()
+        answers = [row for row in map(json.loads, lines) if row["prediction"]]
+        # The random model rarely ends an answer by itself.
+        assert any(row.get("is_cut") for row in answers)
         assert run["adapter_bytes"] == (folder / run["folder"] / "adapter_model.safetensors").stat().st_size
         assert run["merged"]["max_logit_difference"] < 1e-3
         assert run["merged"]["rounding_logit_difference"] > 0

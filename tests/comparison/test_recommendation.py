@@ -138,6 +138,7 @@ def test_the_clock_decides_nothing_within_its_noise_and_nothing_beside_other_run
     beside = choice("equivalent", {name: {**item, "alone": False} for name, item in methods.items()})
     assert beside["method"] == "lora"
     assert beside["said"].endswith("Runs took place side by side or only once, so their times are not compared.")
+    assert "wall_seconds" not in comparable_costs({"lora": method(2.7, 1, 60, seeds=1)})["lora"]
 
 
 @pytest.mark.parametrize("variant", ["plus", "rslora"])

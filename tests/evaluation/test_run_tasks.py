@@ -14,6 +14,7 @@ from small_engines import byte_engine, byte_model, nobody, save_byte_model, writ
 
 from rankwise.acceleration.generation import Decoding
 from rankwise.adapters import add_adapter, save_adapter
+from rankwise.data.rows import Row
 from rankwise.disk import hold
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
 from rankwise.evaluation import run
@@ -22,7 +23,7 @@ from rankwise.evaluation.record import Example, TaskResult, load_result, read_ex
 from rankwise.evaluation.run import Evaluation, Observer, variants_of
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.answers import Question, with_room, write_answers
-from rankwise.evaluation.tasks.perplexity import Perplexity
+from rankwise.evaluation.tasks.perplexity import Perplexity, _example
 from rankwise.lora_config import LoraConfig
 from rankwise.records import RunRecord
 
@@ -442,3 +443,10 @@ def test_one_evaluation_at_a_time(model: Path, rows: Path, tmp_path: Path):
     with hold(tmp_path / "out"), pytest.raises(RunError, match="RW582"):
         evaluate(settings(model, "perplexity", rows, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_cut_for_show_says_so():
+    row = Row("prompt", "rows.jsonl", 1, prompt="a" * 600, completion="b" * 501)
+    example = _example(row, 0, {}, [-1.0])
+    assert example.prompt.endswith("a… (100 more characters)")
+    assert example.references[0].endswith("b… (1 more characters)")
