@@ -100,18 +100,18 @@ def test_examples_are_filtered_by_method_and_outcome(opened):
     page = opened()
     tally = page.locator(".answers:visible .tally").inner_text()
     assert tally.startswith("DoRA")
-    for outcome in ("won", "lost", "tied"):
+    for outcome, words in (("better", "higher BLEU"), ("worse", "lower BLEU"), ("same", "same BLEU")):
         page.locator(f'.choices button[data-value="{outcome}"]').click()
         shown = page.locator(".example:visible")
         assert shown.count() > 0
         kinds = {shown.nth(index).get_attribute("data-outcome") for index in range(shown.count())}
         assert kinds == {outcome}
-        assert int(re.search(rf"{outcome} (\d+)", tally)[1]) >= shown.count()
+        assert int(re.search(rf"(\d+) {words}", tally)[1]) >= shown.count()
     page.locator(".choices button", has_text=re.compile("^QLoRA")).click()
     assert page.locator(".answers:visible .tally").inner_text().startswith("QLoRA")
     page.locator(".choices button", has_text=re.compile("^All")).click()
     outcomes = page.locator(".example:visible").evaluate_all("all => all.map((one) => one.dataset.outcome)")
-    assert set(outcomes) == {"won", "lost", "tied"}
+    assert set(outcomes) == {"better", "worse", "same"}
 
 
 def test_nothing_of_a_hostile_text_runs(opened):
