@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import transformers
+from families import small_config, without_dropout
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -28,39 +29,6 @@ from rankwise.planning.dry_run import trace
 
 pytestmark = pytest.mark.families
 
-WIDTHS = {
-    32: "hidden_size n_embd d_model word_embed_proj_dim",
-    48: "intermediate_size n_inner d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim",
-    24: "moe_intermediate_size shared_expert_intermediate_size",
-    16: "q_lora_rank kv_lora_rank sliding_window",
-    8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim",
-    4: "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads num_experts "
-    "num_local_experts n_routed_experts",
-    2: "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers num_key_value_heads "
-    "num_experts_per_tok eos_token_id",
-    64: "max_position_embeddings n_positions",
-    97: "vocab_size vocab_size_per_layer_input",
-    1: "n_group topk_group first_k_dense_replace bos_token_id",
-    0: "pad_token_id",
-}
-SMALL = {name: width for width, names in WIDTHS.items() for name in names.split()}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
-SPECIAL: dict[str, dict[str, Any]] = {
-    "bamba": MAMBA,
-    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
-    "gemma3n_text": {
-        "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "activation_sparsity_pattern": [0.0, 0.0],
-    },
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8},
-    "ministral": {"head_dim": 8},
-}
 LEFT_OUT = {
     "bailing_hybrid": "its settings, made small, do not fit each other",
     "big_bird": "attends to blocks drawn at random",
@@ -76,17 +44,6 @@ NEEDS_VALUES = {"jetmoe"}
 WELL_KNOWN = FAMILIES.keys() - {"gemma3"}
 # Parameters: what stays larger however small its settings are.
 LARGEST = 60_000_000
-
-
-def small_config(family: str) -> Any:
-    """Raises whatever a family's configuration has against being small."""
-    plain = transformers.CONFIG_MAPPING[family]().get_text_config()
-    had = plain.to_dict()
-    chosen = {name: width for name, width in SMALL.items() if had.get(name) is not None}
-    heads = had.get("num_key_value_heads")
-    if heads is not None and heads in (1, had.get("num_attention_heads")):
-        chosen["num_key_value_heads"] = 1 if heads == 1 else chosen["num_attention_heads"]
-    return type(plain)(**{**chosen, **SPECIAL.get(family, {})})
 
 
 def leave_out(family: str, reason: str) -> NoReturn:
@@ -109,12 +66,7 @@ def tiny(family: str, device: str = "cpu") -> Any:
             model = kind(small_config(family))
     except Exception as error:  # noqa: BLE001
         leave_out(family, f"not made small: {type(error).__name__}: {error}")
-    model.train()
-    for module in model.modules():
-        for field in [name for name in vars(module) if name == "p" or "dropout" in name]:
-            if isinstance(getattr(module, field), float):
-                setattr(module, field, 0.0)
-    return model
+    return without_dropout(model.train())
 
 
 def loss_and_gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
