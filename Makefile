@@ -81,7 +81,12 @@ families: $(STAMP) ## every causal family of transformers, tiny: steps, plans, m
 grid: $(STAMP) ## the memory plan's closed form against its dry run, 960 combinations (half an hour)
 	$(BIN)/python -m pytest -m grid
 
-# SEED=N draws other moments.
+COUNT ?= 1000
+
+differential: $(STAMP) ## COUNT=1000 random cases from SEED=1 on against PEFT and trl (some minutes)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/differential/test_differential.py --seed $(SEED) --count $(COUNT)
+
+# SEED=N draws other moments, or other cases.
 SEED ?= 1
 SHIM = $(VENV)/failing_disk.so
 TORTURED := PYTHONPATH=tests:tests/torture OMP_NUM_THREADS=1 $(BIN)/python tests/torture
@@ -179,5 +184,5 @@ docs: $(STAMP) ## the documentation as HTML
 clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test test-all check budget format compat families grid torture torture-disk \
+.PHONY: help setup demo test test-all check budget format compat families differential grid torture torture-disk \
 	torture-kills browser bench showcase variants wheel docs clean

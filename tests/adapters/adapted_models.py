@@ -29,16 +29,6 @@ def step(model: nn.Module, rate: float = 0.1) -> None:
                 parameter.grad = None
 
 
-def assert_peft_reads(model: nn.Module, base: Callable[[], nn.Module], peft: Any, folder: Path) -> None:
-    """What ``model`` has trained gives the same logits in PEFT, unmerged and merged."""
-    rw.save_adapter(model, folder)
-    theirs = peft.PeftModel.from_pretrained(base(), folder)
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
-    merged = theirs.merge_and_unload()
-    rw.merge_adapter(model)
-    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=2e-5)
-
-
 def read_from_peft(theirs: nn.Module, base: Callable[[], nn.Module], folder: Path) -> nn.Module:
     """A model of ours with the adapter of PEFT's, whose logits are the same."""
     theirs.save_pretrained(folder)

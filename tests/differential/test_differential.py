@@ -40,18 +40,15 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.kto_config import KTOConfig
-from trl.trainer.kto_trainer import KTOTrainer
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import rankwise as rw
 from acceleration.families import small_config, without_dropout
 from rankwise.acceleration import attention
 from rankwise.acceleration.rows import flattening_obstacle
 from rankwise.adapters import adapter_tensors, load_tensors
+from rankwise.compat.transformers import attention_of
 from rankwise.errors import RankwiseError
 from rankwise.quantization import dequantize
 from rankwise.training.objectives.preferences import MarkedArguments, MarkedTrainer, PairArguments, PairTrainer
@@ -73,7 +70,7 @@ FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
     *("gpt2", "gpt_neox", "gptj", "codegen", "gpt_bigcode", "opt", "bloom", "falcon", "cohere", "cohere2", "olmo"),
     *("olmo2", "olmoe", "stablelm", "starcoder2", "granite", "mpt", "biogpt", "xglm", "glm4", "helium", "smollm3"),
-    *("exaone4", "seed_oss", "ernie4_5"),
+    *("exaone4", "seed_oss", "ernie4_5", "gpt_oss", "qwen2_moe"),
 )
 LOSSES: dict[str, tuple[dict[str, Any], ...]] = {
     "sft": ({},),
@@ -82,6 +79,12 @@ LOSSES: dict[str, tuple[dict[str, Any], ...]] = {
         {"loss_type": "robust", "label_smoothing": 0.2},
     ),
     "kto": ({"loss_type": "kto"}, {"loss_type": "kto", "desirable_weight": 1.5}, {"loss_type": "apo_zero_unpaired"}),
+}
+# {loss: trl's trainer with its arguments, and ours}.
+TRAINERS: dict[str, Any] = {
+    "sft": ((SFTTrainer, SFTConfig), (RankwiseTrainer, SFTConfig)),
+    "dpo": ((DPOTrainer, DPOConfig), (PairTrainer, PairArguments)),
+    "kto": ((KTOTrainer, KTOConfig), (MarkedTrainer, MarkedArguments)),
 }
 # What ours is known to get wrong; no case is drawn of it.
 KEPT_AWAY: dict[str, Callable[[Case, Places], bool]] = {
@@ -162,7 +165,7 @@ def some(draw: Draw, names: list[str]) -> list[str]:
 
 
 def patterns(draw: Draw, at: Places) -> dict[str, int]:
-    name = draw.choice(at.linear)
+    name = draw.choice(at.linear + at.stacks)
     ways = [leaf(name), name.partition(".")[2], rf".*\.0\..*{leaf(name)}"]
     # PEFT's file sorts them, and the first that matches counts.
     return {key: draw.randint(1, 9) for key in sorted(draw.sample(ways, draw.randint(1, 2)))}
@@ -191,6 +194,7 @@ FIELDS: list[tuple[float, Callable[[Draw, Places], dict[str, Any]]]] = [
     (0.2, lambda draw, at: {"layers_to_transform": draw.choice([0, [at.layers - 1], list(range(at.layers))])}),
     (0.2, lambda draw, at: {"exclude_modules": draw.choice([[draw.choice(at.linear)], r".*\.0\..*"])}),
     (0.5, lambda draw, at: {"target_parameters": some(draw, at.stacks)} if at.stacks else {}),
+    (0.2, lambda draw, at: {"target_parameters": some(draw, at.stacks), "target_modules": []} if at.stacks else {}),
 ]
 
 
@@ -198,15 +202,17 @@ def draw_adapter(draw: Draw, at: Places) -> dict[str, Any]:
     adapter: dict[str, Any] = {"r": draw.randint(1, 8), "lora_alpha": draw.randint(1, 16)}
     # Of a mixture's targets PEFT takes the last names alone, of a regular expression too.
     forms = list(TARGETS)[:4] if at.stacks else list(TARGETS)
-    targets = adapter["target_modules"] = TARGETS[draw.choice(forms)](draw, at)
+    adapter["target_modules"] = TARGETS[draw.choice(forms)](draw, at)
     for share, field in FIELDS:
         if draw.random() < share:
             adapter |= field(draw, at)
     # What one of the two libraries refuses.
+    targets = adapter["target_modules"]
     if isinstance(targets, str):
         adapter.pop("layers_to_transform", None)
-    if "use_dora" in adapter:
-        adapter.pop("target_parameters", None)
+    if "target_parameters" in adapter:
+        adapter.pop("use_dora", None)
+        adapter.pop("exclude_modules", None)
     if {leaf(at.embedding), leaf(at.head)} & {*targets, *adapter.get("modules_to_save", [])}:
         adapter.pop("trainable_token_indices", None)
     if {*targets} & {*adapter.get("modules_to_save", [])}:
@@ -346,13 +352,9 @@ class Side:
 
 
 def theirs(case: Case, model: Any) -> Side:
-    kind, arguments = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig), "kto": (KTOTrainer, KTOConfig)}[
-        case.loss
-    ]
-
     @functools.cache
     def trainer() -> Any:
-        made = make_trainer(kind, arguments, case, model)
+        made = make_trainer(*TRAINERS[case.loss][0], case, model)
         if "ref" in model.peft_config:
             # A copy of the adapter as it is; here the base is the reference.
             model.delete_adapter("ref")
@@ -377,18 +379,12 @@ def theirs(case: Case, model: Any) -> Side:
 
 
 def ours(case: Case, model: Any) -> Side:
-    kind, arguments = {
-        "sft": (RankwiseTrainer, SFTConfig),
-        "dpo": (PairTrainer, PairArguments),
-        "kto": (MarkedTrainer, MarkedArguments),
-    }[case.loss]
-
     @functools.cache
     def trainer_and_layout() -> tuple[Any, bool]:
         flat = False
         if case.fast:
             rw.optimize_for_training(model)
-            if case.flat and attention.config_obstacle(model.config) is None:
+            if case.flat and attention_of(model.config) == "sdpa" and not attention.config_obstacle(model.config):
                 # Also in float32, in which it is not chosen.
                 attention.register()
                 model.set_attn_implementation(attention.NAME)
@@ -396,7 +392,7 @@ def ours(case: Case, model: Any) -> Side:
         if case.checkpointing and model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable()
         own = {} if case.loss == "sft" else {"flat": flat, "disable_dropout": False}
-        return make_trainer(kind, arguments, case, model, **own), flat
+        return make_trainer(*TRAINERS[case.loss][1], case, model, **own), flat
 
     def loss() -> Tensor:
         trainer, flat = trainer_and_layout()
@@ -514,7 +510,7 @@ def check_written(model: Any, case: Case, oracle: Any, folder: Path) -> None:
     assert not odd, f"other values of {odd}"
     own, wanted = (peft.LoraConfig.from_pretrained(folder / side).to_dict() for side in ("ours", "theirs"))
     # Whether targets in another form are the same targets, the tensors say.
-    free = {"target_modules", "init_lora_weights", "peft_version", "fan_in_fan_out"}
+    free = {"target_modules", "target_parameters", "init_lora_weights", "peft_version", "fan_in_fan_out"}
     differing = {
         key: (own[key], wanted[key]) for key in wanted.keys() - free if (own[key] or None) != (wanted[key] or None)
     }
