@@ -86,8 +86,8 @@ TRAINERS: dict[str, Any] = {
     "dpo": ((DPOTrainer, DPOConfig), (PairTrainer, PairArguments)),
     "kto": ((KTOTrainer, KTOConfig), (MarkedTrainer, MarkedArguments)),
 }
-# What ours is known to get wrong; no case is drawn of it. Rows have no token below LEAST_ID, since the padding token, 0,
-# trains its row of an adapted embedding here.
+# What ours is known to get wrong; no case is drawn of it. Rows have no token below LEAST_ID: the padding token, 0,
+# trains its row of an adapted embedding here, which it does not in PEFT.
 LEAST_ID = 3
 KEPT_AWAY: dict[str, Callable[[Case, Places], bool]] = {
     "Gemma's embedding trained whole": lambda case, at: "gemma" in case.family and leaf(at.embedding) in saved(case),
