@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import IDS, assert_peft_reads, logits, read_from_peft, step
+from adapted_models import IDS, logits, read_from_peft, step
 from torch import nn
 from transformers import (
     BartConfig,
@@ -31,59 +31,13 @@ from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle here; install the extra `bench`")
 
-LLAMA = {
-    "lora": {"target_modules": ["q_proj", "v_proj"]},
-    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
-    "rslora": {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "r": 5},
-    "patterns": {
-        "target_modules": ["q_proj", "v_proj", "up_proj"],
-        "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 6},
-        "alpha_pattern": {"up_proj": 3},
-    },
-    "whole_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "bias_all": {"target_modules": ["q_proj"], "bias": "all"},
-    "bias_lora_only": {"target_modules": ["q_proj"], "bias": "lora_only", "use_dora": True},
-    "regex": {"target_modules": r".*layers\.1\..*_proj"},
-    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0]},
-    "layers_and_a_whole_name": {
-        "target_modules": ["q_proj", "model.layers.1.self_attn.v_proj"],
-        "layers_to_transform": [0],
-    },
-    "excluded": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
-    "all_linear": {"target_modules": "all-linear", "use_dora": True},
-    "head": {"target_modules": ["lm_head", "q_proj"]},
-    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
-    "embedding_dora": {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
-}
-GPT2 = {
-    "lora": {"target_modules": ["c_attn", "c_fc"]},
-    "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
-}
-CASES = [("llama", LLAMA[name]) for name in LLAMA] + [("gpt2", GPT2[name]) for name in GPT2]
-CASE_IDS = [f"llama-{name}" for name in LLAMA] + [f"gpt2-{name}" for name in GPT2]
 
-
-def base(family: str) -> torch.nn.Module:
-    return tiny_llama(attention_bias=True) if family == "llama" else tiny_gpt2()
-
-
-@pytest.mark.parametrize(("family", "settings"), CASES, ids=CASE_IDS)
-def test_ours_in_peft(family, settings, tmp_path):
-    model = base(family)
-    rw.add_adapter(model, rw.LoraConfig(**{"r": 3, "lora_alpha": 8, **settings}))
-    step(model)
-    assert_peft_reads(model, lambda: base(family), peft, tmp_path)
-
-
-@pytest.mark.parametrize(("family", "settings"), CASES, ids=CASE_IDS)
-def test_peft_in_ours(family, settings, tmp_path):
-    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 8, "init_lora_weights": False, **settings}, task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(base(family), config)
+def test_a_module_trained_whole_beside_all_biases(tmp_path):
+    """PEFT's file holds the bias of the module three times."""
+    config = peft.LoraConfig(r=2, target_modules=["c_fc"], modules_to_save=["ln_2"], bias="all", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(tiny_gpt2(), config)
     step(theirs, rate=0.05)
-    model = read_from_peft(theirs, lambda: base(family), tmp_path)
-    rw.save_adapter(model, tmp_path / "again")
-    again = peft.PeftModel.from_pretrained(base(family), tmp_path / "again")
-    torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-5, atol=2e-5)
+    read_from_peft(theirs, tiny_gpt2, tmp_path)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], r".*(q_proj|embed_tokens)"], ids=["names", "regex"])
@@ -128,30 +82,6 @@ def test_a_partly_adapted_fused_projection_in_peft(use_dora, use_rslora, tmp_pat
     torch.testing.assert_close(logits(ours), logits(model), rtol=0, atol=0)
     rw.merge_adapter(ours)
     assert torch.equal(ours.transformer.h[0].attn.c_attn.weight[:, 32:64], frozen_k)
-
-
-def test_gradients_and_losses_equal_pefts_over_fifty_steps(tmp_path):
-    for settings in ({"target_modules": "all-linear"}, {"target_modules": "all-linear", "use_dora": True}):
-        theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, lora_alpha=8, **settings))
-        theirs.save_pretrained(tmp_path)
-        model = tiny_llama()
-        rw.load_adapter(model, tmp_path)
-        curves = [_train(each, steps=50) for each in (model, theirs)]
-        torch.testing.assert_close(curves[0], curves[1], rtol=1e-4, atol=0)
-        assert curves[0][-1] < curves[0][0] - 0.5
-
-
-def _train(model: torch.nn.Module, steps: int) -> torch.Tensor:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=5e-3, weight_decay=0.0)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return torch.tensor(losses)
 
 
 def test_transformers_loads_our_folder(tmp_path):

@@ -86,18 +86,11 @@ TRAINERS: dict[str, Any] = {
     "dpo": ((DPOTrainer, DPOConfig), (PairTrainer, PairArguments)),
     "kto": ((KTOTrainer, KTOConfig), (MarkedTrainer, MarkedArguments)),
 }
-# What ours is known to get wrong; no case is drawn of it. Rows have no token below LEAST_ID: the padding token, 0,
-# trains its row of an adapted embedding here, which it does not in PEFT.
-LEAST_ID = 3
+# What is not drawn: what ours gets wrong or refuses, and the frozen bias that PEFT stores with an adapted head.
 KEPT_AWAY: dict[str, Callable[[Case, Places], bool]] = {
-    "Gemma's embedding trained whole": lambda case, at: "gemma" in case.family and leaf(at.embedding) in saved(case),
-    "a constant embedding scale": lambda case, at: case.family in ("biogpt", "xglm") and case.ends,
     "preferences of mixtures": lambda case, at: bool(at.stacks) and case.loss != "sft",
-    "a head with a bias": lambda case, at: at.head_has_bias and leaf(at.head) in case.adapter["target_modules"],
-    "modules_to_save by ending": lambda case, at: any(
-        name.endswith(key) and leaf(name) != key for key in saved(case) for name in at.names
-    ),
     "a mixture's router": lambda case, at: bool(at.stacks) and case.adapter["target_modules"] == "all-linear",
+    "a head with a bias": lambda case, at: at.head_has_bias and leaf(at.head) in case.adapter["target_modules"],
 }
 
 
@@ -143,7 +136,6 @@ class Places:
         self.embedding, self.head = (next(name for name, one in modules.items() if one is end) for end in ends)
         self.is_tied = ends[0].weight is ends[1].weight
         self.head_has_bias = ends[1].bias is not None
-        self.names = list(modules)
         self.linear = [
             name for name, one in modules.items() if isinstance(one, nn.Linear | Conv1D) and name != self.head
         ]
@@ -225,7 +217,7 @@ def draw_adapter(draw: Draw, at: Places) -> dict[str, Any]:
 
 def draw_rows(draw: Draw, loss: str) -> list[Row]:
     def ids(least: int, most: int) -> list[int]:
-        return [draw.randrange(LEAST_ID, 97) for _ in range(draw.randint(least, most))]
+        return [draw.randrange(97) for _ in range(draw.randint(least, most))]
 
     rows: list[Row] = []
     for number in range(draw.randint(2 if loss == "kto" else 1, 4)):
@@ -485,12 +477,21 @@ def check_written(model: Any, case: Case, oracle: Any, folder: Path) -> None:
     assert torch.equal(logits_of(read, case), logits_of(oracle, case)), "PEFT computes something else with our folder"
 
 
+def _as_one(tensors: Numbers, order: Numbers) -> Numbers:
+    return {"all": torch.cat([tensors[key].flatten() for key in order])}
+
+
 def check_errors(
     own: dict[str, Numbers], reference: dict[str, Numbers], exact: dict[str, Numbers], dtype: torch.dtype
 ) -> None:
     problems = []
     for name, numbers in exact.items():
         assert own[name].keys() == numbers.keys(), f"{name}: {sorted(own[name].keys() ^ numbers.keys())}"
+        if dtype is torch.bfloat16 and numbers:
+            # Of a single tensor the order is a matter of luck.
+            own[name], reference[name], numbers = (
+                _as_one(side, numbers) for side in (own[name], reference[name], numbers)
+            )
         least = LEAST_SHARE * max((float(value.norm()) for value in numbers.values()), default=0.0)
         for key, value in numbers.items():
             error, allowed = (float((side[name][key] - value).norm()) for side in (own, reference))
