@@ -88,7 +88,6 @@ TRAINERS: dict[str, Any] = {
 }
 # What is not drawn: what ours gets wrong or refuses, and the frozen bias that PEFT stores with an adapted head.
 KEPT_AWAY: dict[str, Callable[[Case, Places], bool]] = {
-    "preferences of mixtures": lambda case, at: bool(at.stacks) and case.loss != "sft",
     "a mixture's router": lambda case, at: bool(at.stacks) and case.adapter["target_modules"] == "all-linear",
     "a head with a bias": lambda case, at: at.head_has_bias and leaf(at.head) in case.adapter["target_modules"],
 }
