@@ -184,9 +184,14 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     device: Annotated[Device, _device("Device; auto takes the fastest.")] = "auto"
     ignore_plan: Annotated[bool, _device("Train although the predicted memory is more than there is.")] = False
 
-    save_steps: Annotated[Count | None, _saving("Checkpoint every N steps; default: at each evaluation.")] = None
+    save_steps: Annotated[
+        Count | None, _saving("Checkpoint every N steps; default: --eval-steps, else a tenth of the run.")
+    ] = None
     save_total_limit: Annotated[Count, _saving("Checkpoints to keep, in addition to the best one.")] = 2
-    eval_steps: Annotated[Count | None, _saving("Evaluate every N steps; default: a tenth of the run.")] = None
+    eval_steps: Annotated[
+        Count | None,
+        _saving("Evaluate every N steps; default: a tenth of the run, or rarer for a fifth of its time at most."),
+    ] = None
     eval_limit: Annotated[
         Whole | None,
         _saving("Evaluate on the first N rows; 0: on all rows. Default: on all, or on 256 evenly spread ones of more."),
@@ -292,11 +297,6 @@ def check_objective(given: Settings, objective: Objective) -> None:
         )
 
 
-# The learning rates that `--learning-rate auto` tries: for adapters, and for full fine-tuning.
-ADAPTER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-FULL_RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-
-
 def _checked_search(value: str) -> str:
     """Check that the text is ``auto``, or ``auto:`` and at least two different rates. Raises ValueError."""
     word, colon, given = value.partition(":")
@@ -349,17 +349,17 @@ class TrainSettings(ObjectiveOptions, RunOptions):
         ),
     ] = None
     learning_rate: Annotated[
-        Positive | Annotated[str, Field(pattern="^auto(:.+)?$"), AfterValidator(_checked_search)],
+        Positive | Annotated[str, Field(pattern="^auto(:.+)?$"), AfterValidator(_checked_search)] | None,
         _training(
-            "Peak learning rate; auto, or auto:RATE,RATE,..., finds it by short runs before training, judged on "
-            "training rows that these runs do not see.",
+            "Peak learning rate; default: by the model's width and the method. auto tries three around the default, "
+            "and auto:RATE,RATE,... others, in short runs judged on training rows that these do not see.",
             metavar="X|auto",
         ),
-    ] = 2e-4
+    ] = None
     budget: Annotated[
         Positive | None,
         _training(
-            "With --learning-rate auto: steps of all short runs together, as a share of the run's steps; default: 1."
+            "With --learning-rate auto: steps of all short runs together, as a share of the run's steps; default: 0.25."
         ),
     ] = None
     seed: Annotated[Seed, _training("Seed of the adapter, the data order and dropout.")] = 0
@@ -398,19 +398,20 @@ class TrainSettings(ObjectiveOptions, RunOptions):
 
     @property
     def rate(self) -> float:
-        """``learning_rate`` as a number, once the search of ``auto`` has found it."""
-        assert not isinstance(self.learning_rate, str), "the rate has been searched for"
+        """``learning_rate`` as a number: the given one, the default, or the one that the search found."""
+        assert isinstance(self.learning_rate, float), "the rate is not known yet"
         return self.learning_rate
 
     @property
+    def searches(self) -> bool:
+        """Whether short runs find the learning rate."""
+        return isinstance(self.learning_rate, str)
+
+    @property
     def searched_rates(self) -> tuple[float, ...]:
-        """The rates that ``--learning-rate auto`` tries, lowest first; empty where a rate is given."""
-        if not isinstance(self.learning_rate, str):
-            return ()
-        _, _, given = self.learning_rate.partition(":")
-        if given:
-            return tuple(sorted(float(rate) for rate in comma_list(given)))
-        return FULL_RATES if self.method == "full" else ADAPTER_RATES
+        """The rates that ``--learning-rate auto:RATE,...`` names, lowest first."""
+        _, _, given = str(self.learning_rate).partition(":")
+        return tuple(sorted(float(rate) for rate in comma_list(given)))
 
     @property
     def trackers(self) -> list[str]:

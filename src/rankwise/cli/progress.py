@@ -77,6 +77,9 @@ class PlainProgress(_Warnings):
     def phase(self, text: str) -> None:
         self.output.line(f"{text} ...")
 
+    def note(self, text: str) -> None:
+        self.output.line(text)
+
     def step(self, info: StepInfo) -> None:
         """Print a line. Its loss is that of the same step in ``metrics.jsonl``."""
         self.unsaid.append(info.loss)
@@ -107,6 +110,9 @@ class LiveProgress(_Warnings):
 
     def phase(self, text: str) -> None:
         self.phase_name = text
+
+    def note(self, text: str) -> None:
+        self.output.line(text)
 
     def step(self, info: StepInfo) -> None:
         self.history.add(info)

@@ -39,7 +39,7 @@ class Commands:
             return stages.CLI, stages.train_arguments(job, self.plan.output, self._training(job))
         path = stages.beside(job.name(self.plan.output), ".in")
         if job.stage == "prepare":
-            cells = [Cell(method, self.plan.rates[0], 0) for method in self.plan.methods]
+            cells = [Cell(method, self.plan.rates[method][0], 0) for method in self.plan.methods]
             # The settings of one run of each method.
             write_json(path, {"runs": [self._cell_settings(cell, None) for cell in cells]})
             return stages.PREPARE, [str(path)]
@@ -106,7 +106,7 @@ class Commands:
         settings = cell_settings(cell, self.plan.output, shared, inputs, steps)
         if cell.learning_rate is not None:
             return settings
-        rates = ",".join(map(repr, self.plan.rates))
+        rates = ",".join(map(repr, self.plan.rates[cell.method]))
         return settings | {"learning_rate": f"auto:{rates}", "budget": self.given.budget}
 
     def _batch(self, method: str) -> JsonObject:

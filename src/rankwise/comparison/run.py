@@ -28,22 +28,24 @@ from rankwise.comparison.runner import (
     forget_unfinished,
 )
 from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of, state_of
-from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
+from rankwise.comparison.settings import CompareSettings, check_compare, has_one_rate, shared_training
 from rankwise.comparison.stages import PERPLEXITY, Job
 from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.summary import all_methods, conclusions, scores_by_metric
 from rankwise.comparison.tasks import make_tasks, own_task
 from rankwise.comparison.verdicts import Scores
 from rankwise.config import BASELINES, FOUR_BITS, TrainSettings, check_objective, idle_options, variant_of
+from rankwise.default_rate import default_rate, rates_around
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject
 from rankwise.models.describe import model_hash
 from rankwise.models.source import fetch_model
 from rankwise.options import flag, option_words
+from rankwise.planning.facts import read_facts
 from rankwise.records import write_json
 from rankwise.reports.merging import unlike_hardware
-from rankwise.reports.numbers import plural
+from rankwise.reports.numbers import plural, rate
 from rankwise.reports.schema import (
     BEST_FOLDER,
     COMPARISON_FILE,
@@ -87,16 +89,17 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
             inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
             inputs = _with_tasks(given, inputs)
             check_adapter(given)
+            rates = _rates(given)
         except InputError:
             if is_new:
                 shutil.rmtree(given.output)
             raise
-        plan = _plan(given)
+        plan = _plan(given, rates)
         runs = collect_runs(plan)
         _check_base(given, plan, runs)
         before = scores_by_metric(plan.output, plan.methods, runs).get(given.metric, {})
         effect = _spreads(given, before, inputs).effect(given.seeds, len(given.methods) - 1)
-        _announce(given, inputs, effect, watcher)
+        _announce(given, plan, inputs, effect, watcher)
         try:
             _carry_out(given, plan, inputs, watcher, clock, cluster)
             return _conclude(given, plan, inputs, told, watcher, clock)
@@ -106,14 +109,18 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
                 clock.keep(now=True)
 
 
-def _announce(given: CompareSettings, inputs: Inputs, effect: MinimumDetectableEffect, watcher: Watcher) -> None:
-    short = given.search_steps is not None
-    tried = len(given.learning_rates) if given.budget is None else 1
-    runs = planned_runs(len(given.methods), tried, given.seeds, short=short)
-    methods, rates = plural(len(given.methods), "method"), plural(len(given.learning_rates), "learning rate")
+def _announce(
+    given: CompareSettings, plan: Plan, inputs: Inputs, effect: MinimumDetectableEffect, watcher: Watcher
+) -> None:
+    each = len(plan.rates[plan.methods[0]])
+    runs = planned_runs(len(plan.methods), 1 if plan.halved else each, given.seeds, short=plan.short)
+    methods, rates = plural(len(plan.methods), "method"), plural(each, "learning rate")
     halved = "" if given.budget is None else f" in short runs of {given.budget:g} times a run's steps"
     seeds = plural(given.seeds, "seed")
     watcher.say(f"{plural(runs, 'run')}: {methods}, {rates} on seed 0{halved}, {seeds} at each method's best.")
+    if given.learning_rates is None:
+        grids = "; ".join(f"{method} {', '.join(map(rate, grid))}" for method, grid in plan.rates.items())
+        watcher.say(f"Learning rates around the defaults for this width (--learning-rates to change): {grids}.")
     watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
     _warn_of_idle_options(given)
     if given.seeds < 2:
@@ -138,7 +145,7 @@ def _warn_of_idle_options(given: CompareSettings) -> None:
             "RW529",
             f"{', '.join(idle)}: no effect with --methods {','.join(given.methods)}; none of these methods uses it.",
         )
-    if given.search_steps is not None and len(given.learning_rates) < 2:
+    if given.search_steps is not None and has_one_rate(given):
         warn("RW529", "--search-steps: no effect with one rate, which is not searched for; give more --learning-rates.")
     if given.task_limit is not None and not given.task:
         warn("RW529", "--task-limit: no effect without --task.")
@@ -198,11 +205,24 @@ def _check_base(given: CompareSettings, plan: Plan, runs: Sequence[Run]) -> None
         )
 
 
-def _plan(given: CompareSettings) -> Plan:
+def _rates(given: CompareSettings) -> dict[str, tuple[float, ...]]:
+    """{method: the rates that it tries}: the given ones, or three around its default."""
+    if given.learning_rates is not None:
+        return dict.fromkeys(given.methods, given.learning_rates)
+    source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code, weights=False)
+    width, shared = read_facts(source).width, shared_training(given)
+    known = {name: variant_of(name) for name in given.methods}
+    return {
+        name: rates_around(default_rate(width, {**shared, **options, "method": method}))
+        for name, (method, options) in known.items()
+    }
+
+
+def _plan(given: CompareSettings, rates: Mapping[str, tuple[float, ...]]) -> Plan:
     return Plan(
         given.output,
         tuple(given.methods),
-        given.learning_rates,
+        rates,
         given.seeds,
         given.search_steps is not None,
         # Rewards are relative to the base, so the base has none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rankwise.comparison.matrix import Cell, choose_rate, final_cells, search_cells
@@ -19,7 +19,8 @@ class Plan:
 
     output: Path
     methods: tuple[str, ...]
-    rates: tuple[float, ...]
+    # {method: the rates that it tries}.
+    rates: Mapping[str, tuple[float, ...]]
     seeds: int
     # Whether the searches are shorter than the final runs.
     short: bool
@@ -65,7 +66,7 @@ def jobs_left(plan: Plan) -> list[Job]:
         cells = state.final
         if not state.searched:
             left += state.waiting
-            cells = final_cells(method, plan.rates[0], plan.seeds)
+            cells = final_cells(method, plan.rates[method][0], plan.seeds)
             if plan.halved:
                 cells[0] = Cell(method, None, 0)
             # A search at full length is the final run of its seed.
@@ -81,15 +82,15 @@ def possible_jobs(plan: Plan) -> Iterator[Job]:
     begun = {path.name.rpartition(".")[0] for path in (plan.output / "cells").glob("*")}
     cells: list[Cell | None] = [None]
     for method in plan.methods:
-        cells += [Cell(method, None, 0)] if plan.halved else search_cells(method, plan.rates, short=plan.short)
-        cells += [cell for rate in plan.rates for cell in final_cells(method, rate, plan.seeds)]
+        cells += [Cell(method, None, 0)] if plan.halved else search_cells(method, plan.rates[method], short=plan.short)
+        cells += [cell for rate in plan.rates[method] for cell in final_cells(method, rate, plan.seeds)]
     jobs = (job for cell in dict.fromkeys(cells) for job in jobs_of(cell))
     return (job for job in jobs if job.name(plan.output).name in begun)
 
 
 def state_of(plan: Plan, method: str) -> MethodState:
     """The state of a method, read from disk, so that it is the same after a kill."""
-    search = [Cell(method, None, 0)] if plan.halved else search_cells(method, plan.rates, short=plan.short)
+    search = [Cell(method, None, 0)] if plan.halved else search_cells(method, plan.rates[method], short=plan.short)
     if (failed := _failed_probe(plan, method)) is not None:
         return MethodState(_search(plan, search), True, [], failed, [])
     jobs = [Job("train", cell) for cell in search]
@@ -101,7 +102,7 @@ def state_of(plan: Plan, method: str) -> MethodState:
     if open_jobs:
         return MethodState(_search(plan, search), False, [], None, open_jobs)
     found = _search(plan, search)
-    rate = found["chosen"] if search else plan.rates[0]
+    rate = found["chosen"] if search else plan.rates[method][0]
     if rate is None:
         return MethodState(found, True, [], None, [])
     cells = final_cells(method, rate, plan.seeds)
@@ -117,7 +118,7 @@ def state_of(plan: Plan, method: str) -> MethodState:
 
 def probe_of(plan: Plan, method: str) -> Job:
     """The short run that measures the seconds of a method's step."""
-    return Job("probe", Cell(method, plan.rates[0], 0))
+    return Job("probe", Cell(method, plan.rates[method][0], 0))
 
 
 def _failed_probe(plan: Plan, method: str) -> dict[str, str] | None:

@@ -82,12 +82,14 @@ class CompareSettings(PreferenceOptions, RunOptions):
         int, _compared("Runs per method, with the seeds 0, 1, ...; a single run gives no interval.", ge=1, le=1000)
     ] = 3
     learning_rates: Annotated[
-        tuple[Annotated[float, Field(le=LARGEST_NUMBER)], ...],
+        tuple[Annotated[float, Field(le=LARGEST_NUMBER)], ...] | None,
         BeforeValidator(comma_list),
         _compared(
-            "Rates that every method tries on seed 0; the best by evaluation loss runs on all seeds.", metavar="X,..."
+            "Rates that every method tries on seed 0; the best by evaluation loss runs on all seeds. Default: for each "
+            "method three, around the default of `train`.",
+            metavar="X,...",
         ),
-    ] = (2e-4,)
+    ] = None
     search_steps: Annotated[
         Count | None,
         _compared("Steps of the runs that try a learning rate; default: as many as the final runs."),
@@ -212,17 +214,18 @@ def check_compare(given: CompareSettings) -> None:
         ) from None
     if not known:
         raise ConfigError("RW165", f"--methods is empty; the methods are {', '.join(METHODS)}.")
-    for name, values in (("--methods", given.methods), ("--learning-rates", given.learning_rates)):
+    rates = given.learning_rates
+    for name, values in (("--methods", given.methods), ("--learning-rates", rates or ())):
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
             raise ConfigError("RW166", f"{name} names {', '.join(twice)} more than once; name each once.")
-    if not given.learning_rates or any(not 0 < rate < math.inf for rate in given.learning_rates):
-        raise ConfigError("RW167", f"--learning-rates is {given.learning_rates}; give rates above 0.")
+    if rates is not None and (not rates or any(not 0 < rate < math.inf for rate in rates)):
+        raise ConfigError("RW167", f"--learning-rates is {rates}; give rates above 0.")
     if given.address is not None and given.executor != "ray":
         raise ConfigError("RW167", "--address names a Ray cluster; add --executor ray.")
     if given.minutes is not None and (given.max_steps is not None or given.search_steps is not None):
         raise ConfigError("RW167", "--minutes sets the steps of every run; leave --max-steps and --search-steps out.")
-    if given.budget is not None and (given.search_steps is not None or len(given.learning_rates) < 2):
+    if given.budget is not None and (given.search_steps is not None or has_one_rate(given)):
         raise ConfigError(
             "RW167", "--budget needs a search among several --learning-rates; give some, and no --search-steps."
         )
@@ -237,6 +240,11 @@ def check_compare(given: CompareSettings) -> None:
             f"--metric is {given.metric!r}, which no --task measures; it is {USUAL_METRICS[given.objective]} or "
             "TASK.METRIC.",
         )
+
+
+def has_one_rate(given: CompareSettings) -> bool:
+    """Whether the methods run at one given rate, without a search."""
+    return given.learning_rates is not None and len(given.learning_rates) == 1
 
 
 def shared_training(given: CompareSettings) -> JsonObject:

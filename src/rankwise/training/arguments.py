@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -23,8 +24,11 @@ from rankwise.training.memory_savers import OFFLOADED
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
-# Default interval of evaluations and checkpoints, as a share of the run.
+# Default interval of checkpoints, and the shortest of evaluations, as a share of the run.
 TENTH = 0.1
+# An evaluation is at most this share of the run's time in all, where a row costs half of what it costs in training: its
+# forward pass alone.
+EVALUATING, ROW_COST = 0.2, 0.5
 # Schedules that need parameters for which `rankwise train` has no options.
 SCHEDULES_WITH_PARAMETERS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
 NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
@@ -40,6 +44,20 @@ def implementation_of(optimizer: str, device_type: str) -> str:
     if optimizer == OFFLOADED:
         return "adamw_torch"
     return "adamw_torch_fused" if (optimizer, device_type) == ("adamw_torch", "cuda") else optimizer
+
+
+def evaluation_steps_of(steps: int, rows: int, eval_rows: int) -> int:
+    """The default of ``eval_steps`` for ``steps`` steps of ``rows`` rows, from what evaluations and steps cost: as many
+    evaluations as fit into their share of the run, but one before the first step, one after the last, and at most ten
+    more than the first. Counted in rows, not in seconds, so that a run evaluates at the same steps on every machine.
+    """
+    affordable = int(steps * rows * EVALUATING / (1 - EVALUATING) / (eval_rows * ROW_COST))
+    return math.ceil(steps / min(10, max(1, affordable - 1)))
+
+
+def follows_evaluations(given: TrainSettings) -> bool:
+    """Whether the run's course depends on its evaluations, which then come at every tenth whatever they cost."""
+    return given.early_stopping is not None or given.lr_scheduler_type in LED_BY_EVALUATIONS
 
 
 def check_names(given: TrainSettings) -> None:
@@ -141,7 +159,8 @@ def sft_arguments(given: TrainSettings, around: Surroundings) -> SFTConfig:
 def run_arguments(kind: type[Arguments], given: TrainSettings, around: Surroundings, **own: Any) -> Arguments:
     """The Trainer's arguments that all objectives share, together with the objective's ``own``.
 
-    Intervals that are None become a tenth of the run (for logging at most 10 steps), once its length is known.
+    Intervals that are None become a tenth of the run (for logging at most 10 steps), once its length is known; that of
+    evaluations becomes longer where these are costly (``evaluation_steps_of``).
     """
     with warnings.catch_warnings():
         # transformers renames gradient_checkpointing in 5.2x; the old name works in every version we admit.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -99,6 +100,8 @@ class Watch(TrainerCallback):
         # ``b_norm`` at the last logged step.
         self.b_norm: float | None = None
         self.best = math.inf
+        # Seconds of each evaluation so far.
+        self.evaluations: list[float] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         self.best = min((entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry), default=math.inf)
@@ -138,6 +141,7 @@ class Watch(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         loss = more["metrics"]["eval_loss"]
+        self.evaluations.append(more["metrics"].get("eval_runtime", 0.0))
         self.observer.evaluation(state.global_step, loss, loss < self.best)
         self.best = min(self.best, loss)
 
@@ -163,9 +167,16 @@ class Watch(TrainerCallback):
             grad_norm=self.trainer.last_grad_norm,
             learning_rate=self.rate,
             b_norm=self.b_norm,
-            seconds_left=self.clock.seconds_left(state.max_steps - state.global_step),
+            seconds_left=self.clock.seconds_left(state.max_steps - state.global_step) + self._evaluating_left(state),
             figures=self.trainer.step_figures,
         )
+
+    def _evaluating_left(self, state: TrainerState) -> float:
+        """The seconds of the evaluations to come, the one of this step among them where it is due."""
+        if not self.evaluations:
+            return 0.0
+        due = math.ceil(state.max_steps / state.eval_steps) - (state.global_step - 1) // state.eval_steps
+        return due * statistics.fmean(self.evaluations)
 
 
 class CheckGradients(TrainerCallback):

@@ -36,6 +36,9 @@ class Observer(Protocol):
     def phase(self, text: str) -> None:
         """A new phase begins: ``Reading data``, ``Training``, ..."""
 
+    def note(self, text: str) -> None:
+        """A line to keep, such as a default that was chosen."""
+
     def step(self, info: StepInfo) -> None:
         """An optimizer step is done."""
 
@@ -53,6 +56,8 @@ class SilentObserver:
     """Shows nothing."""
 
     def phase(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def step(self, info: StepInfo) -> None: ...
 

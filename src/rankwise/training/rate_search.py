@@ -26,10 +26,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.trainer_utils import SaveStrategy
 
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
+from rankwise.default_rate import default_rate, rates_around, reason_of
 from rankwise.disk import remove_strays
 from rankwise.errors import ConfigError, RunError
 from rankwise.foreign import Fields, checked, read_json
@@ -44,6 +46,8 @@ from rankwise.training.spine import RunTrainer
 
 # One in KEPT rates of a round goes on to the next.
 KEPT = 3
+# Steps of all short runs together, as a share of the run's.
+USUAL_BUDGET = 0.25
 # The largest number of held-out rows, and their largest share of all rows.
 MOST_ROWS, SHARE = 64, 0.1
 LEAST_ROWS = 4
@@ -53,7 +57,7 @@ DIVERGED = ("RW530", "RW531")
 
 def check_search(given: TrainSettings) -> None:
     """Raise ConfigError: RW173 for --budget without a search, RW174 for a run that does not support the search."""
-    if not given.searched_rates:
+    if not given.searches:
         if given.budget is not None:
             raise ConfigError("RW173", "--budget needs a search of the learning rate; add --learning-rate auto.")
         return
@@ -75,17 +79,36 @@ def with_rate(given: TrainSettings, found: RateSearch) -> TrainSettings:
     return given.model_copy(update={"learning_rate": found["chosen"], "budget": None})
 
 
+def with_default_rate(given: TrainSettings, model: PreTrainedModel, observer: Observer) -> TrainSettings:
+    """The settings with the rate, or the three to search among, that follow from the model's width."""
+    if given.learning_rate not in (None, "auto"):
+        return given
+    width, options = getattr(model.config.get_text_config(), "hidden_size", 0), given.model_dump()
+    rate = default_rate(width, options)
+    if given.searches:
+        rates = ",".join(map(repr, rates_around(rate)))
+        return given.model_copy(update={"learning_rate": f"auto:{rates}"})
+    observer.note(f"learning rate {spelled(rate)} ({reason_of(width, options)}; --learning-rate to change)")
+    return given.model_copy(update={"learning_rate": rate})
+
+
 def with_found_rate(given: TrainSettings) -> TrainSettings:
-    """The settings of a resumed run with the rate that its search found. Raises RunError (RW507) for another search."""
-    found = load_record(given.output).rate_search
-    if found is None or not given.searched_rates:
+    """The settings of a resumed run with the run's own rate, where it is its default or was searched for. Raises
+    RunError (RW507) for another search.
+    """
+    record = load_record(given.output)
+    found = record.rate_search
+    if given.learning_rate is None:
+        return given.model_copy(update={"learning_rate": record.settings["learning_rate"]})
+    if found is None or not given.searches:
         return given
     before = sorted({trial["learning_rate"] for trial in found["trials"]}), found.get("budget", given.budget)
-    if before != (list(given.searched_rates), given.budget):
+    if before != (list(given.searched_rates) or before[0], given.budget):
         raise RunError(
             "RW507",
             f"the run in {given.output} tried the rates {', '.join(map(spelled, before[0]))} with --budget "
-            f"{before[1] or 1:g}, and another search is asked for; resume without --learning-rate and --budget.",
+            f"{before[1] or USUAL_BUDGET:g}, and another search is asked for; resume without --learning-rate and "
+            "--budget.",
         )
     return with_rate(given, found)
 
@@ -146,7 +169,7 @@ def search(
     left: Sequence[float] = given.searched_rates
     start = {parameter: parameter.detach().to("cpu", copy=True) for parameter in _trained(model)}
     trials: list[RateTrial] = []
-    for count, length in rounds(len(left), round(steps * (given.budget or 1.0))):
+    for count, length in rounds(len(left), round(steps * (given.budget or USUAL_BUDGET))):
         left = left[:count]
         if len(left) < 2:
             # All other rates diverged.

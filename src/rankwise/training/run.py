@@ -37,7 +37,14 @@ from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
 from rankwise.records import RunRecord, check_writable, load_record, versions_of
 from rankwise.training import output, preflight, ranks, rate_search, setup
-from rankwise.training.arguments import Surroundings, check_combinations, check_names, check_optimizer
+from rankwise.training.arguments import (
+    Surroundings,
+    check_combinations,
+    check_names,
+    check_optimizer,
+    evaluation_steps_of,
+    follows_evaluations,
+)
 from rankwise.training.checkpoints import Checkpoint, newest_valid
 from rankwise.training.continued import continue_adapter, with_adapters_options
 from rankwise.training.foresight import Foresight
@@ -206,6 +213,7 @@ def _prepare(
     """Read, load and check everything, without writing anything."""
     inputs = _read(given, lora, observer, foresight)
     learning, loaded, data = inputs.learning, inputs.loaded, inputs.data
+    given = rate_search.with_default_rate(given, loaded.model, observer)
     described = data.describe()
     described["train"] |= setup.other_hashes(given)
     _check_alike(inputs, described)
@@ -219,7 +227,7 @@ def _prepare(
     make = functools.partial(_trainer, learning, loaded=loaded, checkpoint=checkpoint, padding_free=padded is None)
     # Made before a search, for the run's length and memory, which do not depend on the learning rate.
     trainer = make(
-        given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searched_rates else given, data
+        given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searches else given, data
     )
     if given.strategy == "fsdp":
         _shard(given, loaded, trainer)
@@ -229,7 +237,7 @@ def _prepare(
     each = ranks.gathered(_predicted_peak(learning, given, trainer, foresight, flat=padded is None))
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
-    if given.searched_rates and not given.dry_run:
+    if given.searches and not given.dry_run:
         hashed = {**described, "base": inputs.base["sha256"]}
         searched = rate_search.search(given, data, loaded.model, trainer.total_steps, make, observer, hashed)
         given = rate_search.with_rate(given, searched)
@@ -330,7 +338,7 @@ def _device(
 
 def _groups(given: TrainSettings, model: nn.Module) -> list[Group] | None:
     """LoRA+'s parameter groups; None where all parameters have one learning rate."""
-    if given.loraplus_ratio is None or given.searched_rates or not has_adapter(model):
+    if given.loraplus_ratio is None or given.searches or not has_adapter(model):
         return None
     return loraplus_groups(model, rate=given.rate, ratio=given.loraplus_ratio, weight_decay=given.weight_decay)
 
@@ -417,7 +425,11 @@ def _trainer(
         "progress": _progress_of(checkpoint),
         "optimizer_cls_and_kwargs": chosen,
     }
-    return learning.trainer(given, data, common)
+    trainer = learning.trainer(given, data, common)
+    if data.evaluation is not None and not (given.eval_steps or follows_evaluations(given)):
+        rows = given.batch_size * given.gradient_accumulation * ranks.count()
+        arguments.eval_steps = evaluation_steps_of(trainer.total_steps, rows, len(data.evaluation.dataset))
+    return trainer
 
 
 def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:
