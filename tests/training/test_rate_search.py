@@ -14,6 +14,7 @@ from training_rows import Recorder, encoded_rows
 
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
+from rankwise.default_rate import default_rate
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import load_record
 from rankwise.training import rate_search
@@ -21,6 +22,7 @@ from rankwise.training.rate_search import kept_apart, rounds
 from rankwise.training.run import train
 from rankwise.training.session import Session
 from rankwise.training.setup import Data
+from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
 SHORT = {"learning_rate": "auto:1e-3,1e-2,3e-2,1e-1", "budget": 2}
@@ -238,4 +240,21 @@ def test_rates_as_they_are_written() -> None:
 
     assert rates(learning_rate="auto:1e-2, 3e-4") == (3e-4, 1e-2)
     assert rates(learning_rate="3e-4") == ()
-    assert max(rates(learning_rate="auto", method="full")) < max(rates(learning_rate="auto"))
+
+
+@pytest.mark.parametrize("learning_rate", [None, "auto"])
+def test_a_rate_that_was_not_given_follows_from_the_width(learning_rate: str | None, settings: Any) -> None:
+    given, watcher = settings(learning_rate=learning_rate, max_steps=12), Recorder()
+    record = train(given, watcher)
+    usual = default_rate("llama", tiny_llama().config.hidden_size, given.model_dump())
+    if learning_rate is None:
+        assert record.settings["learning_rate"] == usual.rate
+        assert watcher.notes == [f"learning rate {usual}"]
+    else:
+        assert record.rate_search is not None
+        trials = record.rate_search["trials"]
+        assert [trial["learning_rate"] for trial in trials] == list(usual.around)
+        assert sum(trial["steps"] for trial in trials) <= 6
+    # A longer run that is resumed keeps the rate.
+    again = train(given.model_copy(update={"resume": True, "max_steps": 14}))
+    assert again.settings["learning_rate"] == record.settings["learning_rate"]

@@ -41,6 +41,7 @@ class Recorder:
 
     def __init__(self, stop_at: int | None = None, number: int = signal.SIGINT) -> None:
         self.phases: list[str] = []
+        self.notes: list[str] = []
         self.steps: list[StepInfo] = []
         self.evaluations: list[tuple[int, float, bool]] = []
         self.samples: list[str] = []
@@ -49,6 +50,9 @@ class Recorder:
 
     def phase(self, text: str) -> None:
         self.phases.append(text)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def step(self, info: StepInfo) -> None:
         self.steps.append(info)

@@ -200,6 +200,8 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
         )
         return
     yield "take", f"{advice.method}, {settings_sentence(plan)}"
+    if plan.rate is not None:
+        yield "", f"learning rate {plan.rate}"
     if advice.is_tight:
         yield "tight", tight_sentence(plan)
     for index, rule in enumerate(advice.reasons):

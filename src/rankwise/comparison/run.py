@@ -35,14 +35,14 @@ from rankwise.comparison.summary import all_methods, conclusions, scores_by_metr
 from rankwise.comparison.tasks import make_tasks, own_task
 from rankwise.comparison.verdicts import Scores
 from rankwise.config import BASELINES, FOUR_BITS, TrainSettings, check_objective, idle_options, variant_of
-from rankwise.default_rate import default_rate, rates_around
+from rankwise.default_rate import default_rate
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject
 from rankwise.models.describe import model_hash
 from rankwise.models.source import fetch_model
 from rankwise.options import flag, option_words
-from rankwise.planning.facts import read_facts
+from rankwise.planning.facts import read_model
 from rankwise.records import write_json
 from rankwise.reports.merging import unlike_hardware
 from rankwise.reports.numbers import plural, rate
@@ -120,7 +120,7 @@ def _announce(
     watcher.say(f"{plural(runs, 'run')}: {methods}, {rates} on seed 0{halved}, {seeds} at each method's best.")
     if given.learning_rates is None:
         grids = "; ".join(f"{method} {', '.join(map(rate, grid))}" for method, grid in plan.rates.items())
-        watcher.say(f"Learning rates around the defaults for this width (--learning-rates to change): {grids}.")
+        watcher.say(f"Learning rates around the defaults for this model (--learning-rates to change): {grids}.")
     watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
     _warn_of_idle_options(given)
     if given.seeds < 2:
@@ -209,12 +209,12 @@ def _rates(given: CompareSettings) -> dict[str, tuple[float, ...]]:
     """{method: the rates that it tries}: the given ones, or three around its default."""
     if given.learning_rates is not None:
         return dict.fromkeys(given.methods, given.learning_rates)
-    source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code, weights=False)
-    width, shared = read_facts(source).width, shared_training(given)
-    known = {name: variant_of(name) for name in given.methods}
+    options: JsonObject = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
+    model = read_model(fetch_model(given.model, **options, weights=False))
+    shared, known = shared_training(given), {name: variant_of(name) for name in given.methods}
     return {
-        name: rates_around(default_rate(width, {**shared, **options, "method": method}))
-        for name, (method, options) in known.items()
+        name: default_rate(model.family, model.facts.width, {**shared, **changes, "method": method}).around
+        for name, (method, changes) in known.items()
     }
 
 

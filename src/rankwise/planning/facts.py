@@ -131,6 +131,11 @@ class PlannedModel:
     trust_remote_code: bool = False
 
     @property
+    def family(self) -> str:
+        """transformers' ``model_type``; empty where the config has none."""
+        return str(self.config.get("model_type") or "")
+
+    @property
     def place(self) -> str | Path:
         """The hub id or path from which the model can be loaded again."""
         return self.source.path if self.source.path is not None else self.source.name

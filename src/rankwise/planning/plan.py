@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from rankwise.config import FOUR_BITS
+from rankwise.default_rate import DefaultRate, default_rate
 from rankwise.errors import ConfigError, ModelError, QuantizationError, RankwiseError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.models.source import ModelSource, fetch_model
@@ -125,6 +126,8 @@ class Plan:
     # Source of the speeds; None where no figure is known.
     pace_basis: str | None
     run_tokens: int | None
+    # The default of ``--learning-rate`` for the recommended method; None where the config gives no width.
+    rate: DefaultRate | None
 
     def to_json(self) -> JsonObject:
         return {
@@ -139,6 +142,7 @@ class Plan:
             "changes": {"method": self.changes_of, "steps": [change.to_json() for change in self.changes]},
             "pace": self.pace_basis,
             "run_tokens": self.run_tokens,
+            "learning_rate": self.rate and self.rate._asdict(),
         }
 
 
@@ -276,7 +280,12 @@ class _Planner:
             changes_of=subject,
             pace_basis=self._pace_basis(),
             run_tokens=run_tokens(self.settings),
+            rate=self._rate(subject) if self.facts.width else None,
         )
+
+    def _rate(self, method: str) -> DefaultRate:
+        options = {"method": method, "objective": self.settings.objective}
+        return default_rate(self.model.family, self.facts.width, options)
 
     def _check_length(self) -> None:
         """Raise ConfigError (RW130) for rows that are longer than the model's positions."""

@@ -31,7 +31,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
-from rankwise.default_rate import default_rate, rates_around, reason_of
+from rankwise.default_rate import default_rate
 from rankwise.disk import remove_strays
 from rankwise.errors import ConfigError, RunError
 from rankwise.foreign import Fields, checked, read_json
@@ -80,16 +80,15 @@ def with_rate(given: TrainSettings, found: RateSearch) -> TrainSettings:
 
 
 def with_default_rate(given: TrainSettings, model: PreTrainedModel, observer: Observer) -> TrainSettings:
-    """The settings with the rate, or the three to search among, that follow from the model's width."""
+    """The settings with the default rate of this model, or with the three rates around it to search among."""
     if given.learning_rate not in (None, "auto"):
         return given
-    width, options = getattr(model.config.get_text_config(), "hidden_size", 0), given.model_dump()
-    rate = default_rate(width, options)
+    config = model.config.get_text_config()
+    usual = default_rate(model.config.model_type, getattr(config, "hidden_size", 0), given.model_dump())
     if given.searches:
-        rates = ",".join(map(repr, rates_around(rate)))
-        return given.model_copy(update={"learning_rate": f"auto:{rates}"})
-    observer.note(f"learning rate {spelled(rate)} ({reason_of(width, options)}; --learning-rate to change)")
-    return given.model_copy(update={"learning_rate": rate})
+        return given.model_copy(update={"learning_rate": f"auto:{','.join(map(repr, usual.around))}"})
+    observer.note(f"learning rate {usual}")
+    return given.model_copy(update={"learning_rate": usual.rate})
 
 
 def with_found_rate(given: TrainSettings) -> TrainSettings:
