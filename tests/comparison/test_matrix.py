@@ -77,7 +77,7 @@ def test_a_run_gets_the_options_that_its_method_uses():
         ({"learning_rates": "1e-4,-1"}, "RW167"),
         ({"minutes": 1, "max_steps": 5}, "RW167"),
         ({"metric": "e2e.BLEU"}, "RW167"),
-        ({"budget": 1}, "RW167"),
+        ({"budget": 1, "learning_rates": "1e-4"}, "RW167"),
         ({"budget": 1, "learning_rates": "1e-4,2e-4", "search_steps": 3}, "RW167"),
     ],
 )

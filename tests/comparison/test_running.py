@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -26,6 +27,7 @@ from in_process import steps_in_this_process
 from rankwise.comparison import run, stages
 from rankwise.comparison.matrix import Cell
 from rankwise.comparison.schedule import Plan, possible_jobs
+from rankwise.default_rate import default_rate
 from rankwise.errors import ConfigError, Interrupted, RankwiseWarning, RunError
 from rankwise.reports.comparison import write_report
 
@@ -54,6 +56,17 @@ def test_each_method_runs_at_its_own_best_rate_and_nothing_runs_twice(tmp_path: 
     assert found["recommendation"]["method"] == "full"
     assert (tmp_path / "out" / found["recommendation"]["adapter"] / "run.json").is_file()
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == json.loads(json.dumps(found))
+
+
+def test_without_rates_each_method_tries_three_around_its_default(tmp_path: Path):
+    LlamaConfig(hidden_size=64).save_pretrained(tmp_path / "base")
+    options = given(tmp_path, methods="lora,lora+plus,full", learning_rates=None, model=str(tmp_path / "base"))
+    found: Any = compare(**options)
+    for name, options in {"lora": {}, "lora+plus": {"loraplus_ratio": 16.0}, "full": {"method": "full"}}.items():
+        usual = default_rate("llama", 64, {"method": "lora", "objective": "sft", **options})
+        tried = found["learning_rates"][name]["tried"]
+        assert [item["learning_rate"] for item in tried] == list(usual.around)
+        assert len({run["seed"] for run in found["runs"] if run["method"] == name}) == 2
 
 
 def test_the_comparison_itself_needs_no_torch():
@@ -435,7 +448,8 @@ def test_interrupted_steps_are_neither_done_nor_failed(tmp_path: Path, monkeypat
 
 def test_the_jobs_of_earlier_calls_are_known_and_no_others(tmp_path: Path):
     """A method whose name or rate has the signs of a file name is not a riddle: nothing is read from names."""
-    plan = Plan(tmp_path, ("lora", "my-lr1-seed2"), (1e-4, 2e-4), 2, True)
+    methods = ("lora", "my-lr1-seed2")
+    plan = Plan(tmp_path, methods, dict.fromkeys(methods, (1e-4, 2e-4)), 2, True)
     begun = [
         stages.Job("train", Cell("my-lr1-seed2", 1e-4, 0, True)),
         stages.Job("measure", Cell("lora", 2e-4, 1)),

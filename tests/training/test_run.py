@@ -22,6 +22,8 @@ from rankwise.data import read_rows
 from rankwise.errors import ConfigError, DataError, InputError, Interrupted, RankwiseWarning, RunError, warn
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
+from rankwise.training.arguments import evaluation_steps_of
+from rankwise.training.meters import StepClock
 from rankwise.training.observer import StepInfo
 from rankwise.training.run import _told_warnings, train
 from rankwise.training.setup import answerer
@@ -89,6 +91,32 @@ def test_a_short_run_has_a_curve(steps: int, logged: list[int], settings: Any, t
     train(settings(max_steps=steps, logging_steps=None, eval_data=None, eval_steps=None))
     lines = list(read_metrics(tmp_path / "run"))
     assert [line["step"] for line in lines if line.get("loss") is not None] == logged
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows", "eval_rows", "evaluated"),
+    [
+        (30, 8, 256, [30]),
+        (38, 8, 24, [8, 16, 24, 32, 38]),
+        (200, 8, 256, [100, 200]),
+        (1000, 8, 256, range(100, 1001, 100)),
+    ],
+    ids=str,
+)
+def test_evaluations_take_a_fifth_of_a_run_at_most(steps: int, rows: int, eval_rows: int, evaluated: Any) -> None:
+    interval = evaluation_steps_of(steps, rows, eval_rows)
+    assert [*range(interval, steps, interval), steps] == list(evaluated)
+
+
+@pytest.mark.parametrize(("changes", "evaluated"), [({}, [0, 8]), ({"early_stopping": 9}, range(9))], ids=str)
+def test_a_run_evaluates_as_often_as_it_can_afford_and_counts_it_in_the_time_left(
+    changes: Any, evaluated: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepClock, "seconds_left", lambda self, steps: 0.0)
+    watcher = Recorder()
+    train(settings(eval_steps=None, **changes), watcher)
+    assert [step for step, _, _ in watcher.evaluations] == list(evaluated)
+    assert all(info.seconds_left > 0 for info in watcher.steps)
 
 
 def test_full_fine_tuning_in_mixed_precision(settings: Any) -> None:
