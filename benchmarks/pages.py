@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import default_rates
 import end_to_end
 import four_bits
 import generation
@@ -30,6 +31,7 @@ SUBJECTS: dict[str, Callable[[list[results.Run]], list[str]]] = {
     "generation": generation.page,
     "scaling": scaling.page,
     "families": tried_families.page,
+    "default_rates": default_rates.page,
 }
 
 

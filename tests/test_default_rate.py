@@ -24,6 +24,8 @@ def given(**options: Any) -> dict[str, Any]:
         ("llama", 576, {"method": "full"}, 1.3e-4),
         ("llama", 576, {"objective": "dpo"}, 6.6e-5),
         ("llama", 576, {"loraplus_ratio": 16.0}, 8.3e-5),
+        ("llama", 576, {"init": "pissa:4"}, 2.6e-4),
+        ("llama", 576, {"use_rslora": True}, 6.6e-4),
     ],
 )
 def test_the_default_follows_from_the_model_the_method_and_the_objective(

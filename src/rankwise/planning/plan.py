@@ -284,8 +284,7 @@ class _Planner:
         )
 
     def _rate(self, method: str) -> DefaultRate:
-        options = {"method": method, "objective": self.settings.objective}
-        return default_rate(self.model.family, self.facts.width, options)
+        return default_rate(self.model.family, self.facts.width, {**dict(self.settings), "method": method})
 
     def _check_length(self) -> None:
         """Raise ConfigError (RW130) for rows that are longer than the model's positions."""
