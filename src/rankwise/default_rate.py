@@ -19,9 +19,8 @@ BASE, ADAPTERS, REFERENCE_WIDTH = 5e-5, 10, 2000
 LLAMA, SMALL = 0.781, 0.0775
 # TRL's defaults: 2e-5 for SFT, and 1e-6 for DPO, KTO and GRPO.
 OF_PREFERENCES = 1 / 20
-# Fitted on our own grids (docs/results/default_rates.md): {how A and B start: factor}, and rsLoRA's factor.
-OF_STARTS = {"pissa": 1 / 5, "eva": 1 / 5}
-OF_RSLORA = 1 / 2
+# Fitted on our own grids (docs/results/default_rates.md).
+OF_PISSA, OF_RSLORA = 1 / 5, 1 / 2
 # Neighbours in a grid of rates.
 HALF_DECADE = 10**0.5
 
@@ -50,13 +49,12 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
     reasons = [f"{family} of width {width:,}"]
     power = LLAMA if family == "llama" or width >= REFERENCE_WIDTH else SMALL
     rate = BASE * ADAPTERS * (REFERENCE_WIDTH / width) ** power
-    start = str(settings.get("init")).partition(":")[0]
     # LoRA+: the rate is A's; B's, ``ratio`` times as high, is that of LoRA.
     ratio = settings.get("loraplus_ratio")
     factors = {
         "all weights": 1 / ADAPTERS if settings["method"] == "full" else None,
         settings["objective"]: OF_PREFERENCES if settings["objective"] != "sft" else None,
-        start: OF_STARTS.get(start),
+        "PiSSA": OF_PISSA if str(settings.get("init")).startswith("pissa") else None,
         "rsLoRA": OF_RSLORA if settings.get("use_rslora") else None,
         "LoRA+": 1 / ratio if ratio else None,
     }
