@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from rankwise.training.run import train
 FILE = results.FOLDER / "default_rates_all.json"
 BEFORE = 2e-4
 Grid = dict[str, Any]
+# A grid, its default rate, that rate's regret, and that of 2e-4.
+Judged = tuple[Grid, float, float, float | None]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,7 +80,12 @@ def _loss(given: argparse.Namespace, rate: float, options: dict[str, int]) -> fl
 
 def page(runs: list[results.Run]) -> list[str]:
     (run,) = runs
-    judged = [(grid, default_of(grid), regret(grid, default_of(grid)), regret(grid, BEFORE)) for grid in run["grids"]]
+    judged: list[Judged] = []
+    for grid in run["grids"]:
+        rate = default_of(grid)
+        own = regret(grid, rate)
+        assert own is not None
+        judged.append((grid, rate, own, regret(grid, BEFORE)))
     lines = [
         "# The default learning rate on grids of rates",
         "",
@@ -92,24 +99,24 @@ def page(runs: list[results.Run]) -> list[str]:
     return lines
 
 
-def _table(judged: Sequence[tuple[Grid, float, float, float]]) -> list[str]:
+def _table(judged: Sequence[Judged]) -> list[str]:
     headings = ("model, width", "data", "method", "steps x rows", "best rate", "default", "regret", "of 2e-4")
     rows = []
     for grid, rate, own, before in judged:
         best = min(grid["losses"], key=lambda tried, losses=grid["losses"]: losses[tried])
         size = f"{grid['steps']} x {grid['batch']}"
         name = f"{grid['model']}, {grid['width']:,}"
-        regrets = (f"{own:.1%}", f"{before:.1%}")
+        regrets = (f"{own:.1%}", "not tried" if before is None else f"{before:.1%}")
         rows.append((name, grid["data"], grid["method"], size, best, spelled(rate), *regrets))
     return results.table(headings, rows)
 
 
-def _summary(judged: Sequence[tuple[Grid, float, float, float]]) -> str:
-    def figures(each: Callable[[tuple[Grid, float, float, float]], float]) -> str:
-        found = [each(item) for item in judged]
+def _summary(judged: Sequence[Judged]) -> str:
+    def figures(found: Sequence[float]) -> str:
         return f"median {statistics.median(found):.1%}, worst {max(found):.1%}"
 
-    return f"{len(judged)} grids. Default: {figures(lambda item: item[2])}. 2e-4: {figures(lambda item: item[3])}."
+    before = [item[3] for item in judged if item[3] is not None]
+    return f"{len(judged)} grids. Default: {figures([item[2] for item in judged])}. 2e-4: {figures(before)}."
 
 
 def default_of(grid: Grid) -> float:
@@ -117,17 +124,14 @@ def default_of(grid: Grid) -> float:
     return default_rate(grid["family"], grid["width"], {"objective": "sft", **changes, "method": method}).rate
 
 
-def regret(grid: Grid, rate: float) -> float:
+def regret(grid: Grid, rate: float) -> float | None:
+    """None for a rate beyond the grid."""
     losses = {float(tried): loss for tried, loss in grid["losses"].items()}
-    return _between(losses, rate) / min(losses.values()) - 1
-
-
-def _between(losses: Mapping[float, float], rate: float) -> float:
-    """The loss at ``rate``; beyond the grid that at its edge."""
-    low = max((tried for tried in losses if tried <= rate), default=min(losses))
-    high = min((tried for tried in losses if tried >= rate), default=max(losses))
-    share = math.log(rate / low) / math.log(high / low) if low < rate < high else float(rate >= high)
-    return (1 - share) * losses[low] + share * losses[high]
+    if not min(losses) <= rate <= max(losses):
+        return None
+    low, high = max(tried for tried in losses if tried <= rate), min(tried for tried in losses if tried >= rate)
+    share = math.log(rate / low) / math.log(high / low) if low < high else 0.0
+    return ((1 - share) * losses[low] + share * losses[high]) / min(losses.values()) - 1
 
 
 if __name__ == "__main__":
