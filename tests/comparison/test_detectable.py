@@ -107,4 +107,4 @@ def test_rates_to_try_lie_beyond_the_edge():
         name: {"learning_rate": rate, "learning_rate_at_edge": rate != 3e-4}
         for name, rate in (("low", 1e-4), ("middle", 3e-4), ("high", 1e-3))
     }
-    assert wider_rates(methods, list(methods), (3e-4, 1e-4, 1e-3)) == [3.3e-5, 3.3e-3]
+    assert wider_rates(methods, list(methods), dict.fromkeys(methods, (3e-4, 1e-4, 1e-3))) == [3.3e-5, 3.3e-3]

@@ -85,11 +85,13 @@ class Spreads:
         return any(len(estimate.parts) > 1 for estimate in self.estimates)
 
 
-def wider_rates(methods: Mapping[str, Method], names: Sequence[str], rates: Sequence[float]) -> list[float]:
+def wider_rates(
+    methods: Mapping[str, Method], names: Sequence[str], grids: Mapping[str, Sequence[float]]
+) -> list[float]:
     """For each of ``names`` that is not tuned, the next rate beyond the edge at which its best one lies."""
     found: set[float] = set()
-    grid = sorted(rates)
     for name in names:
+        grid = sorted(grids[name])
         if methods[name]["learning_rate_at_edge"]:
             edge, next_to_it = (grid[0], grid[1]) if methods[name]["learning_rate"] == grid[0] else (grid[-1], grid[-2])
             found.add(float(f"{edge * edge / next_to_it:.2g}"))

@@ -289,7 +289,7 @@ def _conclude(
     spreads = _spreads(given, scores[given.metric], inputs)
     found = conclusions(methods, scores, better, spreads, memory_bytes=given.memory, hours=given.max_hours)
     recommendation = _with_files(given, runs, found["recommendation"], watcher, higher_is_better=better[given.metric])
-    recommendation["deciding"] = _deciding_run(given, methods, recommendation, spreads)
+    recommendation["deciding"] = _deciding_run(given, plan, methods, recommendation, spreads)
     first = finished[0]["record"] or {}
     base = plan.output / stages.BASE
     comparison: Comparison = {
@@ -330,14 +330,15 @@ def _with_files(
 
 
 def _deciding_run(
-    given: CompareSettings, methods: Mapping[str, Method], found: Recommendation, spreads: Spreads
+    given: CompareSettings, plan: Plan, methods: Mapping[str, Method], found: Recommendation, spreads: Spreads
 ) -> DecidingRun | None:
     """The cheapest comparison that decides what ``found`` leaves open; None if nothing is open or no run decides it."""
     if found["decided"] or found["best"] is None:
         return None
     names = [name for name in given.methods if name in (found["best"], *found["open"])]
-    rates = wider_rates(methods, names, given.learning_rates)
-    every_rate = (*given.learning_rates, *rates)
+    rates = wider_rates(methods, names, plan.rates)
+    # The default grids of the methods may differ, and one option holds them all.
+    every_rate = tuple(dict.fromkeys([*(rate for name in names for rate in plan.rates[name]), *rates]))
     # With --budget, other rates are another search, and so another comparison.
     anew, short = bool(rates and given.budget), given.search_steps is not None
     tried = len(every_rate) if given.budget is None else 1
@@ -345,7 +346,9 @@ def _deciding_run(
     if choice is None:
         return None
     runs, factor, seeds = choice
-    changes: JsonObject = {"methods": tuple(names), "seeds": seeds, "learning_rates": every_rate}
+    changes: JsonObject = {"methods": tuple(names), "seeds": seeds}
+    if rates or given.learning_rates:
+        changes["learning_rates"] = every_rate
     rows = spreads.rows * factor
     if factor > 1:
         changes |= {"eval_limit": rows} if given.eval_limit else {"eval_data": "MORE-ROWS"}
