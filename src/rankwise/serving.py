@@ -143,14 +143,14 @@ def _words(traits: Sequence[Trait], among: Sequence[Trait]) -> str:
 
 
 def served_by(target: str, folder: str, base: str, r: int) -> tuple[str, ...]:
-    """The commands that serve the ``folder`` written by `rankwise export --for TARGET`, over the model ``base``."""
+    """The commands that serve the ``folder`` that `rankwise export --for TARGET` wrote, over ``base``, a model or a GGUF."""
     name = Path(folder).name
     flag = f" --max-lora-rank {vllm_rank(r)}" if r > VLLM_DEFAULT_RANK else ""
     commands = {
         "peft": (f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")',),
         "vllm": (f"vllm serve {base} --enable-lora --lora-modules {name}={folder}{flag}",),
         "sglang": (f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={folder}",),
-        "llama.cpp": (f"llama-server --model BASE.gguf --lora {folder}/adapter.gguf",),
+        "llama.cpp": (f"llama-server --model {base} --lora {folder}/adapter.gguf",),
         "ollama": (f"ollama create {name} --file {folder}/Modelfile", f"ollama run {name}"),
     }
     return commands[target]

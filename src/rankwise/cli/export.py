@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
 
 from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.glance import check_paths
@@ -18,7 +20,7 @@ from rankwise.serving import SERVERS
 
 if TYPE_CHECKING:
     from rankwise.evaluation.loading import Loaded
-    from rankwise.export.adapter import ExportReport, Rows
+    from rankwise.export.adapter import ExportReport, Prove, Rows
     from rankwise.models import ModelSource
 
 SHOWN_LAYERS = 8
@@ -70,9 +72,9 @@ def _export_merged(settings: ExportSettings, output: Output) -> ExportReport:
         settings.revision,
         settings.trust_remote_code,
     )
+    prove = _prover(settings, output, _source(settings)) if settings.verify else None
     with output.waiting("merging"):
-        report = export_merged(settings.adapter, settings.output, wanted)
-    return _proven(settings, output, report) if settings.verify else report
+        return export_merged(settings.adapter, settings.output, wanted, prove)
 
 
 def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
@@ -96,6 +98,7 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
     warn_of_other_weights(source, settings.target)
     skeleton = load_skeleton(source, trust_remote_code=settings.trust_remote_code)
     file = read_adapter(skeleton, settings.adapter)
+    wanted.check(skeleton, file)
     converts = wanted.converts(file)
     if settings.data is not None and not converts and not settings.verify:
         raise ConfigError(
@@ -105,8 +108,8 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
         )
     if not converts:
         skeleton.name_or_path = source.base_model
-        report = export_file(skeleton, file, settings.output, wanted)
-        return _proven(settings, output, report) if settings.verify else report
+        prove = _prover(settings, output, source) if settings.verify else None
+        return export_file(skeleton, file, settings.output, wanted, prove)
     loaded, rows = _load(settings, source.name, output)
     if not rows.inputs:
         warn(
@@ -114,9 +117,9 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
             f"{settings.adapter} leads to no rows (they are not recorded, or not here any more), so the error of the "
             "conversion is in Frobenius norm, which takes far higher ranks than real inputs do; give --data.",
         )
+    prove = _prover(settings, output, source, (loaded, rows)) if settings.verify else None
     with output.waiting("converting, and comparing with the adapter as trained"):
-        report = export_live(loaded.model, settings.output, wanted, rows)
-    return _proven(settings, output, report, loaded.model, rows) if settings.verify else report
+        return export_live(loaded.model, settings.output, wanted, rows, prove)
 
 
 def warn_of_other_weights(source: ModelSource, target: str) -> None:
@@ -138,17 +141,19 @@ def _source(settings: ExportSettings) -> ModelSource:
     )
 
 
-def _proven(
-    settings: ExportSettings, output: Output, report: ExportReport, model: Any = None, rows: Rows | None = None
-) -> ExportReport:
-    from rankwise.cli.export_proof import proven
+def _prover(
+    settings: ExportSettings, output: Output, source: ModelSource, ready: tuple[Loaded, Rows] | None = None
+) -> Prove:
+    """What --verify does before the export gets its name; ``ready``: the trained model and its rows, if loaded."""
 
-    source = _source(settings)
-    if rows is None:
-        loaded, rows = _load(settings, source.name, output)
-        model = loaded.model
-    with output.waiting(f"asking {SERVERS[settings.target].name}"):
-        return proven(settings, model, source, report, rows)
+    def prove(folder: Path, report: ExportReport) -> ExportReport:
+        from rankwise.cli.export_proof import proven
+
+        loaded, rows = ready or _load(settings, source.name, output)
+        with output.waiting(f"asking {SERVERS[settings.target].name}"):
+            return proven(settings, folder, loaded.model, source, report, rows)
+
+    return prove
 
 
 def _load(settings: ExportSettings, name: str, output: Output) -> tuple[Loaded, Rows]:
@@ -173,7 +178,7 @@ def _print(output: Output, settings: ExportSettings, report: ExportReport) -> No
         proof = report.proof
         output.line(
             f"{'proven':<12}{proof.server} differs from the trained model by {proof.difference:.3g} nats a token over "
-            f"{proof.tokens:,} tokens (without the adapter by {proof.base_difference:.3g}); of {proof.prompts} texts "
+            f"{proof.tokens:,} tokens (at most {proof.bound:.3g} by {proof.reason}); of {proof.prompts} texts "
             f"{proof.equal_texts} equal the trained model's, and {proof.changed_texts} differ from the base's"
         )
     for index, command in enumerate(report.commands):
@@ -195,8 +200,10 @@ def _print_conversion(output: Output, report: ExportReport) -> None:
         table.add_row(
             f"... {len(worst) - SHOWN_LAYERS} more, which {RECORD_FILE} lists", f"<= {worst[SHOWN_LAYERS][1]:.4f}"
         )
+    table.add_row("median layer", f"{median(conversion.by_layer.values()):.4f}")
     table.add_row("all layers", f"{conversion.error:.4f}")
-    norm = f"on the inputs of {conversion.tokens:,} tokens" if conversion.tokens else "in Frobenius norm"
+    where = f"on {conversion.tokens:,} tokens" + (" of rows that were set aside" if likeness is not None else "")
+    norm = where if conversion.tokens else "in Frobenius norm"
     output.console.print(titled(f"the update as LoRA of rank {conversion.r}: its error {norm}", table))
     if likeness is None:
         return

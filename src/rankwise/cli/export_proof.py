@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 
 from rankwise.cli.export_rows import prompts_of
 from rankwise.cli.settings import ExportSettings
-from rankwise.disk import discard_folder
-from rankwise.export.adapter import RECORD_FILE, ExportReport, Rows
+from rankwise.export.adapter import ExportReport, Rows
 from rankwise.export.gguf_adapter import ADAPTER_FILE
 from rankwise.export.gguf_model import MODEL_FILE, requantize, write_folder_gguf
 from rankwise.export.proof import PROMPTS, Served, prove, server_python
 from rankwise.models import ModelSource, load_model
-from rankwise.records import write_json
 from rankwise.serving import SERVERS
 
 if TYPE_CHECKING:
@@ -23,32 +21,38 @@ if TYPE_CHECKING:
 
 
 def proven(
-    settings: ExportSettings, model: PreTrainedModel, source: ModelSource, report: ExportReport, rows: Rows
+    settings: ExportSettings,
+    folder: Path,
+    model: PreTrainedModel,
+    source: ModelSource,
+    report: ExportReport,
+    rows: Rows,
 ) -> ExportReport:
-    """``report`` with its proof, which is also written to the folder.
+    """``report`` on the export in ``folder`` with its proof. Raises RunError (RW738) where there is none."""
 
-    After an error the folder is removed. Raises RunError (RW738) where the server's answers differ from ``model``'s.
-    """
-    try:
-        python = server_python(settings.target, settings.server_python)
-        with tempfile.TemporaryDirectory(prefix="rankwise-verify-") as scratch:
-            served = _served(settings, source, report.r, Path(scratch))
-            proof = prove(settings.target, python, model, served, prompts_of(rows, PROMPTS))
-        report = dataclasses.replace(report, proof=proof)
-        write_json(settings.output / RECORD_FILE, dataclasses.asdict(report))
-    except BaseException:
-        # So that the same command can be given again, and nothing unproven stays.
-        discard_folder(settings.output)
-        raise
-    return report
+    def again() -> PreTrainedModel:
+        import torch
+
+        from rankwise.adapters import load_adapter
+
+        loaded, _ = load_model(source, dtype=torch.float32, trust_remote_code=settings.trust_remote_code)
+        load_adapter(loaded, settings.adapter, trainable=False)
+        return loaded.eval()
+
+    python = server_python(settings.target, settings.server_python)
+    lost = 0.0 if report.likeness is None else report.likeness.difference
+    with tempfile.TemporaryDirectory(prefix="rankwise-verify-") as scratch:
+        served = _served(settings, folder, source, report.r, Path(scratch))
+        proof = prove(settings.target, python, model, served, prompts_of(rows, PROMPTS), again, lost)
+    return dataclasses.replace(report, proof=proof)
 
 
-def _served(settings: ExportSettings, source: ModelSource, r: int, scratch: Path) -> Served:
+def _served(settings: ExportSettings, folder: Path, source: ModelSource, r: int, scratch: Path) -> Served:
     is_gguf = SERVERS[settings.target].form == "gguf"
     base = _gguf_base(settings, source, scratch) if is_gguf else _folder_base(source, scratch)
     if settings.merged:
-        return Served(base, merged=settings.output / MODEL_FILE if is_gguf else settings.output)
-    return Served(base, settings.output / ADAPTER_FILE if is_gguf else settings.output, r)
+        return Served(base, merged=folder / MODEL_FILE if is_gguf else folder)
+    return Served(base, folder / ADAPTER_FILE if is_gguf else folder, r)
 
 
 def _gguf_base(settings: ExportSettings, source: ModelSource, scratch: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,20 @@ class Wanted:
                 "RW737", "Ollama applies an adapter to a GGUF; give the base's with --base-gguf, or write --merged."
             )
 
+    def check(self, model: PreTrainedModel, file: AdapterFile) -> None:
+        """Raise what export raises for an adapter that the server or --base-gguf does not take, before anything is
+        converted. ``model`` may be on the meta device."""
+        refuse_unserved(file, self.target)
+        pairs = folded_pairs(model, file)
+        # The rank of a conversion is not known yet.
+        largest = max((pair.r for pair in pairs.values()), default=0)
+        check_rank(self.r or (0 if self.converts(file) else largest), self.target)
+        if SERVERS[self.target].form == "gguf":
+            names = GgufNames(model.config)
+            renamed = gguf_pairs(model, names, pairs)
+            if self.base_gguf is not None:
+                check_base(self.base_gguf, names, renamed)
+
     def converts(self, file: AdapterFile) -> bool:
         """Whether the update must be approximated: DoRA's has full rank, or a lower rank was requested."""
         largest = max((item.r * sum(item.parts or (1,)) for item in file.planned), default=0)
@@ -78,6 +92,10 @@ class ExportReport:
     commands: tuple[str, ...]
     # With --verify.
     proof: Proof | None = None
+
+
+# What --verify does with the folder before it gets its name: it returns the report with the proof, or raises.
+Prove = Callable[[Path, ExportReport], ExportReport]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +129,8 @@ def export_adapter(
         max_error: The largest relative error; the least rank within it is taken (default 0.05 for DoRA).
         rows: Token ids, each (T,), whose inputs to the layers define the error. Without rows, the error is in
             Frobenius norm, which needs far higher ranks.
-        held_out: Token ids, each (T,). Without ``rank`` the rank grows until their perplexity changes by at most 1 %.
+        held_out: Token ids, each (T,), on which the error is measured; ``rows``, which choose the directions, give too
+            small a one. Without ``rank`` the rank grows until their perplexity changes by at most 1 %.
         base_gguf: The GGUF model that a GGUF adapter is for; names and shapes are checked against it.
 
     Raises:
@@ -123,28 +142,30 @@ def export_adapter(
         RunError: RW532, RW551, RW582, an output folder that cannot be written.
     """
     wanted = Wanted(target, rank, max_error, None if base_gguf is None else Path(base_gguf))
+    wanted.check(model, live_adapter(model, None))
     return export_live(model, Path(folder), wanted, Rows(rows, [Row(ids, ids) for ids in held_out]))
 
 
-def export_live(model: PreTrainedModel, folder: Path, wanted: Wanted, rows: Rows) -> ExportReport:
+def export_live(
+    model: PreTrainedModel, folder: Path, wanted: Wanted, rows: Rows, prove: Prove | None = None
+) -> ExportReport:
     """As ``export_adapter``, with a comparison on held-out rows where something is converted."""
     _, name = state_and_name(model, None)
     file = live_adapter(model, name)
     with hold(folder):
         refuse_to_overwrite(folder)
-        refuse_unserved(file, wanted.target)
         pairs, conversion = _low_rank(model, name, file, wanted, rows)
         compared = likeness(model, file, name, pairs, rows.held_out) if conversion and rows.held_out else None
-        return _write(folder, model, file, wanted, pairs, conversion, compared)
+        return _write(folder, model, file, wanted, pairs, prove, conversion, compared)
 
 
-def export_file(skeleton: PreTrainedModel, file: AdapterFile, folder: Path, wanted: Wanted) -> ExportReport:
+def export_file(
+    skeleton: PreTrainedModel, file: AdapterFile, folder: Path, wanted: Wanted, prove: Prove | None = None
+) -> ExportReport:
     """Export an adapter's tensors from its file, with a model without weights. Nothing is converted."""
     with hold(folder):
         refuse_to_overwrite(folder)
-        refuse_unserved(file, wanted.target)
-        pairs = to_one_rank(folded_pairs(skeleton, file), wanted.r)
-        return _write(folder, skeleton, file, wanted, pairs)
+        return _write(folder, skeleton, file, wanted, to_one_rank(folded_pairs(skeleton, file), wanted.r), prove)
 
 
 def _low_rank(
@@ -168,7 +189,8 @@ def _low_rank(
         def keeps(pairs: dict[str, Pair]) -> bool:
             return keeps_these(to_one_rank({**stacks, **pairs}))
 
-    pairs, conversion = convert(model, name, rows.inputs, r=wanted.r, max_error=wanted.max_error, keeps=keeps)
+    held_out = [row.ids for row in rows.held_out]
+    pairs, conversion = convert(model, name, rows.inputs, held_out, r=wanted.r, max_error=wanted.max_error, keeps=keeps)
     return to_one_rank({**stacks, **pairs}, max(least, conversion.r)), conversion
 
 
@@ -178,13 +200,14 @@ def _write(
     file: AdapterFile,
     wanted: Wanted,
     pairs: Mapping[str, Pair],
+    prove: Prove | None,
     conversion: Conversion | None = None,
     compared: Likeness | None = None,
 ) -> ExportReport:
     r = next(iter(pairs.values())).r
-    check_rank(r, wanted.target)
     base = getattr(model, "name_or_path", None) or None
-    commands = served_by(wanted.target, str(folder), base or "BASE", r)
+    served = wanted.base_gguf or "BASE.gguf" if SERVERS[wanted.target].form == "gguf" else base or "BASE"
+    commands = served_by(wanted.target, str(folder), str(served), r)
     result = ExportReport(wanted.target, base, r, len(pairs), conversion, compared, commands)
     with whole_folder(folder) as partial:
         if SERVERS[wanted.target].form == "gguf":
@@ -193,6 +216,8 @@ def _write(
             write_portable(partial, model, file, pairs, base)
         if wanted.template is not None:
             shutil.copyfile(wanted.template, partial / wanted.template.name)
+        if prove is not None:
+            result = prove(partial, result)
         write_json(partial / RECORD_FILE, dataclasses.asdict(result))
     return result
 
@@ -201,10 +226,7 @@ def _write_gguf(
     folder: Path, model: PreTrainedModel, wanted: Wanted, pairs: Mapping[str, Pair], base: str | None
 ) -> None:
     names = GgufNames(model.config)
-    renamed = gguf_pairs(model, names, pairs)
-    if wanted.base_gguf is not None:
-        check_base(wanted.base_gguf, names, renamed)
-    write_adapter(folder / ADAPTER_FILE, names, renamed, base)
+    write_adapter(folder / ADAPTER_FILE, names, gguf_pairs(model, names, pairs), base)
     if wanted.target == "ollama" and wanted.base_gguf is not None:
         base_gguf = wanted.base_gguf.resolve()
         write_text(folder / MODELFILE, modelfile(base_gguf, named=str(base_gguf), adapter=f"./{ADAPTER_FILE}"))

@@ -6,7 +6,7 @@ B' = U_R, A' = U_R^T dW. No split of R between the two terms does better. Withou
 
 The error over all layers says little about single layers: in SmolLM2 one layer, which writes the outliers of the
 residual stream, has 85 % of ||dW X||^2 and needs one direction. So the rank also grows until the perplexity of held-out
-rows is kept.
+rows is kept. On the rows that chose U the error is too small by a factor of two or more, so it is measured on others.
 
 Shapes: W, dW (out, in), X (T, in) for T tokens, U (out, R), A = U^T dW (R, in).
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Number of directions of each layer that the search for the least rank computes: first, and where these do not suffice.
 RANKS_TRIED = (64, 512)
-MOST_TOKENS = 4096
+MOST_TOKENS, MOST_HELD_OUT_TOKENS = 4096, 2048
 DEFAULT_ERROR = 0.05
 # Largest relative change of the held-out rows' perplexity; in proportion more with a --max-error above the default.
 PERPLEXITY_CHANGE = 0.01
@@ -53,14 +53,14 @@ class Conversion:
     # Over all layers: square root of the ratio of the sums of squares.
     error: float
     by_layer: Mapping[str, float]
-    # Tokens in the inputs X; 0 for Frobenius norm.
+    # Tokens of the inputs X on which the error is measured; 0 for Frobenius norm.
     tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
     """The leading directions of one layer's update: U (out, q), A = U^T dW (q, in), and for every rank from 0 the
-    squared error ||(dW' - dW) X||^2, which is ||dW X||^2 at rank 0."""
+    squared error ||(dW' - dW) X||^2, which is ||dW X||^2 at rank 0; X did not choose U where other rows are given."""
 
     U: Tensor
     A: Tensor
@@ -75,6 +75,7 @@ def convert(
     model: PreTrainedModel,
     name: str,
     rows: Sequence[Tensor],
+    held_out: Sequence[Tensor] = (),
     *,
     r: int | None,
     max_error: float | None,
@@ -83,28 +84,28 @@ def convert(
     """Convert the layers of the active adapter ``name`` to pairs of one rank.
 
     The rank is ``r``, or the smallest one within ``max_error`` (default 0.05). From there on, it is the first one that
-    ``keeps`` accepts. The inputs of ``rows`` (token ids) weigh the error.
+    ``keeps`` accepts. The inputs of ``rows`` (token ids) choose the directions, and those of ``held_out`` measure the
+    error; without ``held_out`` those of ``rows`` do.
 
     Raises AdapterError (RW732) if no rank up to the largest one is accepted.
     """
     layers = dict(adapted_layers(model, name))
-    inputs = inputs_of(model, layers, rows) if rows else {}
+    inputs = inputs_of(model, layers, rows, MOST_TOKENS) if rows else {}
+    measured = inputs_of(model, layers, held_out, MOST_HELD_OUT_TOKENS) if rows and held_out else {}
     limit = max_error if max_error is not None else (DEFAULT_ERROR if r is None else math.inf)
-    largest, tried = r or RANKS_TRIED[-1], 0
+    tried = 0
     for most in RANKS_TRIED if r is None else (r,):
-        found = _directions(layers, name, inputs, most)
-        errors = _errors(found.values(), largest)
-        least = next((one for one in range(r or 1, largest + 1) if errors[one] <= limit), None)
-        if least is None:
-            break
+        found = _directions(layers, name, inputs, measured, most)
+        errors = _errors(found.values(), most)
+        least = next((one for one in range(r or 1, most + 1) if errors[one] <= limit), most + 1)
         for chosen in _grown(max(least, tried + 1), most):
             pairs = {path: one.pair(chosen) for path, one in found.items()}
             if keeps is None or keeps(pairs):
                 by_layer = {path: _errors([one], chosen)[chosen] for path, one in found.items()}
-                tokens = min(MOST_TOKENS, sum(map(len, rows)))
+                tokens = sum(map(len, next(iter((measured or inputs).values()), ())))
                 return pairs, Conversion(chosen, least, errors[chosen], by_layer, tokens)
             tried = chosen
-    raise _refusal(errors[largest], largest, limit, is_weighed=bool(rows))
+    raise _refusal(errors[most], most, limit, is_weighed=bool(rows))
 
 
 def allowed_change(max_error: float | None) -> float:
@@ -151,11 +152,11 @@ def update_of(layer: AdaptedLayer, name: str) -> Tensor:
 
 
 def inputs_of(
-    model: PreTrainedModel, layers: Mapping[str, AdaptedLayer], rows: Sequence[Tensor]
+    model: PreTrainedModel, layers: Mapping[str, AdaptedLayer], rows: Sequence[Tensor], most: int
 ) -> dict[str, list[Tensor]]:
-    """{layer: its inputs for the first ``MOST_TOKENS`` tokens, row by row}: (t, in), or ids (t,) of an embedding."""
+    """{layer: its inputs for the first ``most`` tokens, row by row}: (t, in), or ids (t,) of an embedding."""
     kept: dict[str, list[Tensor]] = {path: [] for path in layers}
-    left = MOST_TOKENS
+    left = most
     with _watching(layers, kept):
         for row in rows:
             model(input_ids=row[None, :left].to(model.device), use_cache=False)
@@ -183,9 +184,13 @@ def _watching(layers: Mapping[str, AdaptedLayer], kept: Mapping[str, list[Tensor
 
 
 def _directions(
-    layers: Mapping[str, AdaptedLayer], name: str, inputs: Mapping[str, list[Tensor]], most: int
+    layers: Mapping[str, AdaptedLayer],
+    name: str,
+    inputs: Mapping[str, list[Tensor]],
+    measured: Mapping[str, list[Tensor]],
+    most: int,
 ) -> dict[str, Directions]:
-    """{layer's path: the ``most`` leading directions of its update on its inputs}."""
+    """{layer's path: the ``most`` leading directions of its update on its inputs, with the error on ``measured``}."""
     found: dict[str, Directions] = {}
     read, R = 0, torch.empty(0)
     for path, layer in layers.items():
@@ -200,7 +205,12 @@ def _directions(
                 R = torch.linalg.qr(torch.cat(inputs[path]).float(), mode="r").R
             Y = dW @ R.T
         U, energies = _left_singular(Y.double(), most)
-        lost = energies.sum() - F.pad(energies.cumsum(dim=0), (1, 0))
+        total = energies.sum()
+        if path in measured:
+            X = torch.cat(measured[path])
+            Y = (dW[:, X] if isinstance(layer.base_layer, nn.Embedding) else dW @ X.float().T).double()
+            total, energies = Y.square().sum(), (U.double().T @ Y).square().sum(dim=1)
+        lost = total - F.pad(energies.cumsum(dim=0), (1, 0))
         found[path] = Directions(U.cpu(), (U.T @ dW).cpu(), lost.clamp(min=0.0).cpu())
     return found
 
@@ -218,6 +228,6 @@ def _left_singular(Y: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 def _errors(layers: Iterable[Directions], largest: int) -> list[float]:
     """The relative error of an export, over all ``layers`` together, at each rank from 0 to ``largest``."""
-    padded = [F.pad(one.lost[: largest + 1], (0, max(0, largest + 1 - len(one.lost)))) for one in layers]
-    lost = torch.stack(padded).sum(dim=0)
+    # A layer smaller than the rank has all of its directions.
+    lost = torch.stack([one.lost[torch.arange(largest + 1).clamp(max=len(one.lost) - 1)] for one in layers]).sum(dim=0)
     return (lost / lost[0]).nan_to_num().sqrt().tolist()

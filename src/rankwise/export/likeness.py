@@ -44,6 +44,8 @@ class Likeness:
     perplexity_base: float
     perplexity_adapter: float
     perplexity_exported: float
+    # Mean difference of a label's log-probability, in nats.
+    difference: float
 
 
 @torch.no_grad()
@@ -100,7 +102,12 @@ def _compare(model: PreTrainedModel, name: str, rows: Sequence[Row]) -> Likeness
         for found, logits in zip(losses, (base, trained, exported)):
             found.append(_loss(logits, row))
     return Likeness(
-        tokens, largest, total / tokens, agreed / tokens, *(float(torch.cat(one).mean().exp()) for one in losses)
+        tokens,
+        largest,
+        total / tokens,
+        agreed / tokens,
+        *(float(torch.cat(one).mean().exp()) for one in losses),
+        float((torch.cat(losses[1]) - torch.cat(losses[2])).abs().mean()),
     )
 
 

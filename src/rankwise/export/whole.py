@@ -11,7 +11,7 @@ from rankwise.constants import TEMPLATE_FILE
 from rankwise.data.files import read_text
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import ConfigError
-from rankwise.export.adapter import RECORD_FILE, ExportReport
+from rankwise.export.adapter import RECORD_FILE, ExportReport, Prove
 from rankwise.export.gguf_model import MODEL_FILE, write_folder_gguf, write_merged_gguf
 from rankwise.export.merged import base_source, merge_to_folder, refuse_to_overwrite
 from rankwise.export.modelfile import MODELFILE, modelfile
@@ -33,34 +33,32 @@ class WholeModel:
     trust_remote_code: bool = False
 
 
-def export_merged(adapter: Path, output: Path, wanted: WholeModel) -> ExportReport:
+def export_merged(adapter: Path, output: Path, wanted: WholeModel, prove: Prove | None = None) -> ExportReport:
     """Write the merged model to ``output``, which appears whole or not at all: ``model.gguf`` for llama.cpp and Ollama,
     else an ordinary folder.
 
     Raises what ``merge_to_folder`` raises; ModelError: RW740, RW741, RW743 to RW746.
     """
-    commands = served_whole(wanted.target, str(output))
-    if SERVERS[wanted.target].form == "peft":
-        merged = merge_to_folder(
-            adapter,
-            output,
-            model=wanted.model,
-            revision=wanted.revision,
-            trust_remote_code=wanted.trust_remote_code,
-        )
-        return ExportReport(wanted.target, merged.base_model, 0, merged.merged_modules, None, None, commands)
     with hold(output):
         refuse_to_overwrite(output)
-        source = base_source(
-            adapter, wanted.model, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
-        )
         with whole_folder(output) as folder:
-            modules = _write_gguf(adapter, folder, source, wanted)
-            if wanted.target == "ollama":
-                write_text(folder / MODELFILE, modelfile(folder / MODEL_FILE, named=f"./{MODEL_FILE}"))
-            result = ExportReport(wanted.target, source.base_model, 0, modules, None, None, commands)
+            result = _written(adapter, folder, wanted, served_whole(wanted.target, str(output)))
+            if prove is not None:
+                result = prove(folder, result)
             write_json(folder / RECORD_FILE, dataclasses.asdict(result))
     return result
+
+
+def _written(adapter: Path, folder: Path, wanted: WholeModel, commands: tuple[str, ...]) -> ExportReport:
+    loading = {"revision": wanted.revision, "trust_remote_code": wanted.trust_remote_code}
+    if SERVERS[wanted.target].form == "peft":
+        merged = merge_to_folder(adapter, folder, model=wanted.model, **loading)
+        return ExportReport(wanted.target, merged.base_model, 0, merged.merged_modules, None, None, commands)
+    source = base_source(adapter, wanted.model, **loading)
+    modules = _write_gguf(adapter, folder, source, wanted)
+    if wanted.target == "ollama":
+        write_text(folder / MODELFILE, modelfile(folder / MODEL_FILE, named=f"./{MODEL_FILE}"))
+    return ExportReport(wanted.target, source.base_model, 0, modules, None, None, commands)
 
 
 def _write_gguf(adapter: Path, folder: Path, source: ModelSource, wanted: WholeModel) -> int:

@@ -61,11 +61,13 @@ def check_search(given: TrainSettings) -> None:
         if given.budget is not None:
             raise ConfigError("RW173", "--budget needs a search of the learning rate; add --learning-rate auto.")
         return
-    if given.objective != "sft" or ranks.count() > 1:
+    wrong = [f"--objective {given.objective}"] if given.objective != "sft" else []
+    wrong += [f"{ranks.count()} processes"] if ranks.count() > 1 else []
+    if wrong:
         raise ConfigError(
             "RW174",
-            f"--learning-rate auto needs --objective sft and one process, and this run has --objective "
-            f"{given.objective} and {ranks.count()} processes; give the rate.",
+            f"--learning-rate auto needs --objective sft and one process, and this run has {' and '.join(wrong)}; give "
+            "the rate.",
         )
     if given.lr_scheduler_type in LED_BY_EVALUATIONS:
         raise ConfigError(
