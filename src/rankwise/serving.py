@@ -143,7 +143,7 @@ def _words(traits: Sequence[Trait], among: Sequence[Trait]) -> str:
 
 
 def served_by(target: str, folder: str, base: str, r: int) -> tuple[str, ...]:
-    """The commands that serve the ``folder`` that `rankwise export --for TARGET` wrote, over ``base``, a model or a GGUF."""
+    """The commands that serve what `rankwise export --for TARGET` wrote to ``folder``, over ``base``."""
     name = Path(folder).name
     flag = f" --max-lora-rank {vllm_rank(r)}" if r > VLLM_DEFAULT_RANK else ""
     commands = {

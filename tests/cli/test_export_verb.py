@@ -13,15 +13,16 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.cli.export import warn_of_other_weights
 from rankwise.cli.export_rows import prompts_of, rows_of
 from rankwise.cli.words import printable
 from rankwise.errors import DataError, RankwiseWarning
+from rankwise.export.gguf_model import write_folder_gguf
 from rankwise.models import ModelSource, load_model, load_tokenizer
-from rankwise.records import RunRecord
+from rankwise.records import RunRecord, load_record
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
 
@@ -47,6 +48,11 @@ def run_folder(model_folder, tmp_path):
     return make
 
 
+def gguf_of(folder, place):
+    write_folder_gguf(place / "base.gguf", folder, AutoConfig.from_pretrained(folder), "f16")
+    return place / "base.gguf"
+
+
 def logits(model):
     with torch.no_grad():
         return model(input_ids=IDS).logits
@@ -54,11 +60,53 @@ def logits(model):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_an_export_whose_proof_an_error_ends_does_not_stay(rankwise, run_folder, tmp_path, monkeypatch, error):
-    monkeypatch.setattr("rankwise.cli.export_proof.prove", lambda *_: (_ for _ in ()).throw(error))
+    there = []
+
+    def prove(*_):
+        # A kill would leave no more than this.
+        there.append((tmp_path / "served").exists())
+        raise error
+
+    monkeypatch.setattr("rankwise.cli.export_proof.prove", prove)
     words = ("--adapter", run_folder(), "--for", "vllm", "--verify", "--server-python", sys.executable)
-    done = rankwise("export", *words, "--output", tmp_path / "served")
-    assert "RW551" in done.stderr or "RW543" in done.stderr
+    for more in ((), ("--merged",)):
+        done = rankwise("export", *words, *more, "--output", tmp_path / "served")
+        assert "RW551" in done.stderr or "RW543" in done.stderr
+        assert not (tmp_path / "served").exists()
+    assert there == [False, False]
+
+
+def test_over_another_base_than_trained_on_there_is_nothing_to_prove(rankwise, run_folder, model_folder, tmp_path):
+    run = run_folder()
+    record = load_record(run)
+    record.base_model = {"sha256": "of other weights"}
+    record.save(run)
+    words = ("--adapter", run, "--model", model_folder, "--for", "vllm", "--verify", "--server-python", sys.executable)
+    assert "error RW738: nothing can be proven" in rankwise("export", *words, "--output", tmp_path / "served").stderr
     assert not (tmp_path / "served").exists()
+
+
+@pytest.mark.parametrize("case", ["architecture", "rank", "rows"])
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    rankwise, run_folder, gpt2_folder, tmp_path, monkeypatch, case
+):
+    monkeypatch.setattr("rankwise.evaluation.loading.load_as_trained", lambda *_, **__: pytest.fail("loaded"))
+    given = ["export", "--adapter", run_folder(use_dora=True), "--output", tmp_path / "served"]
+    if case == "architecture":
+        done = rankwise(*given, "--for", "llama.cpp", "--base-gguf", gguf_of(gpt2_folder, tmp_path))
+    elif case == "rank":
+        done = rankwise(*given, "--for", "vllm", "--rank", 600)
+    else:
+        (tmp_path / "rows.jsonl").write_text("{")
+        done = rankwise(*given, "--for", "vllm")
+    assert {"architecture": "RW743", "rank": "RW731", "rows": "RW203"}[case] in done.stderr
+    assert not (tmp_path / "served").exists()
+
+
+def test_the_command_names_the_gguf_that_was_given(rankwise, run_folder, model_folder, tmp_path):
+    base = gguf_of(model_folder, tmp_path)
+    given = ("--adapter", run_folder(), "--for", "llama.cpp", "--base-gguf", base, "--output", tmp_path / "out")
+    assert f"llama-server --model {base} --lora {tmp_path}/out/adapter.gguf" in rankwise("export", *given).stdout
 
 
 def test_lora_is_exported_exactly(rankwise, run_folder, model_folder, tmp_path):
@@ -82,7 +130,7 @@ def test_dora_says_what_its_conversion_costs(rankwise, run_folder, tmp_path):
     given = ("export", "--adapter", run, "--for", "vllm", "--output", tmp_path / "served", "--max-error", 0.3)
     shown = rankwise(*given)
     assert shown.code == 0
-    for words in ("relative error", "all layers", "on the inputs of", "rows that were set aside", "Perplexity: base"):
+    for words in ("relative error", "median layer", "all layers", "of rows that were set aside", "Perplexity: base"):
         assert words in shown.stdout
     assert "RW736" not in shown.stderr
     document = json.loads((tmp_path / "served" / "export.json").read_text())

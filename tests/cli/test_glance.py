@@ -17,6 +17,7 @@ CASES = [
     ("RW201", ("train", "--model", "M", "--data", "gone.jsonl", "--output", "out")),
     ("RW201", ("train", "--model", "M", "--data", "D", "--eval-data", "gone.csv", "--output", "out")),
     ("RW301", ("train", "--model", "./gone", "--data", "D", "--output", "out")),
+    ("RW301", ("train", "--model", "qwen3", "--data", "D", "--output", "out")),
     ("RW302", ("train", "--model", "empty", "--data", "D", "--output", "out")),
     ("RW201", ("compare", "--model", "M", "--data", "gone.jsonl", "--output", "out")),
     ("RW301", ("compare", "--model", "./gone", "--data", "D", "--output", "out")),
@@ -34,6 +35,20 @@ CASES = [
     ("RW504", ("train", "--model", "M", "--data", "D", "--output", "M")),
     ("RW505", ("train", "--model", "M", "--data", "D", "--output", "out", "--resume")),
     ("RW506", ("train", "--model", "M", "--data", "D", "--output", "a run", "--resume", "--overwrite")),
+]
+OTHER_BASE = ("--model", "GPT2", "--adapter", "RUN")
+BEFORE_DATA = [
+    ("RW312", ("train", "--model", "M", "--device", "mps")),
+    ("RW401", ("train", "--model", "M", "--target-modules", "nope")),
+    ("RW411", ("train", *OTHER_BASE)),
+    ("RW312", ("compare", "--model", "M", "--device", "mps")),
+    ("RW401", ("compare", "--model", "M", "--target-modules", "nope")),
+    ("RW312", ("evaluate", "--model", "M", "--task", "perplexity", "--device", "mps")),
+    ("RW411", ("evaluate", *OTHER_BASE, "--task", "perplexity")),
+    ("RW411", ("generate", *OTHER_BASE, "--prompt", "Hello")),
+    ("RW411", ("merge", *OTHER_BASE)),
+    ("RW411", ("merge", *OTHER_BASE, "--verify")),
+    ("RW411", ("export", *OTHER_BASE, "--for", "vllm")),
 ]
 RUN = """
 import contextlib, io, json, sys
@@ -101,3 +116,18 @@ def test_the_module_runs_as_the_program_does():
     done = python("-m", "rankwise", "--version")
     assert done.returncode == 0
     assert done.stdout.startswith("rankwise ")
+
+
+@pytest.mark.parametrize(("code", "words"), BEFORE_DATA)
+def test_what_the_model_s_config_decides_is_said_before_data_and_weights_are_read(
+    rankwise, model_folder, gpt2_folder, run_folder, tmp_path, monkeypatch, code, words
+):
+    (tmp_path / "bad.jsonl").write_text("{")
+    monkeypatch.setattr("rankwise.models.load._check_finite", lambda *_: pytest.fail("the weights were read"))
+    places = {"M": model_folder, "GPT2": gpt2_folder, "RUN": run_folder}
+    given = [places.get(word, word) for word in words]
+    given += ["--data", tmp_path / "bad.jsonl"] if words[0] not in ("generate", "merge") else []
+    given += ["--output", tmp_path / "out"] if words[0] != "generate" else []
+    done = rankwise(*given)
+    assert f"error {code}" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -45,8 +45,7 @@ def test_a_folder_without_the_split_says_how_much_it_holds_and_what_to_do(tmp_pa
         jsonl(tmp_path / f"test-{number:02}.jsonl", {"text": "a"})
     message = refusal(tmp_path)
     assert message.startswith("RW208: ")
-    assert "test-09.jsonl and 2 more. Give the file that you mean instead of the folder" in message
-    assert "(train.jsonl)" in message
+    assert f"test-09.jsonl and 2 more. To read one of them, give --data {tmp_path}/test-00.jsonl." in message
 
 
 def test_a_folder_without_data_says_so(tmp_path: Path) -> None:
@@ -61,7 +60,9 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": part, "test": part.select([1])}).save_to_disk(tmp_path / "two")
     assert [row.text for row in read_rows(tmp_path / "one")] == ["a", "b"]
     assert [row.text for row in read_rows(tmp_path / "two", split="test")] == ["b"]
-    assert "it has train, test" in refusal(tmp_path / "two", split="dev")
+    message = refusal(tmp_path / "two", split="validation")
+    assert message.endswith(f"it holds train, test. To read one of them, give --eval-data {tmp_path}/two/train.")
+    assert [row.text for row in read_rows(tmp_path / "two" / "train")] == ["a", "b"]
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

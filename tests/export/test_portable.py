@@ -196,14 +196,22 @@ def measured_error(model, folder, given) -> float:
     return (lost / whole) ** 0.5
 
 
-def test_the_stated_error_is_the_error_and_its_rank_the_least(tmp_path):
+@pytest.mark.parametrize("held_out", [(), "others"])
+def test_the_stated_error_is_that_of_rows_set_aside_and_its_rank_the_least(tmp_path, held_out):
     model = trained_dora()
-    report = rw.export_adapter(model, tmp_path / "served", target="vllm", max_error=0.2, rows=rows())
-    assert 0 < report.conversion.error <= 0.2
-    assert report.conversion.tokens == 600
-    assert measured_error(model, tmp_path / "served", rows()) == pytest.approx(report.conversion.error, rel=1e-3)
-    lower = rw.export_adapter(model, tmp_path / "lower", target="vllm", rank=report.r - 1, rows=rows())
-    assert lower.conversion.error > 0.2
+    # Few rows to choose from, so that the error on others is larger.
+    others = rows(5, seed=1)
+    given = {"target": "vllm", "rows": rows(3), "held_out": others if held_out else ()}
+    report = rw.export_adapter(model, tmp_path / "served", max_error=0.4, **given)
+    measured = {
+        name: measured_error(model, tmp_path / "served", those) for name, those in (("", rows(3)), ("o", others))
+    }
+    assert measured[""] < 0.9 * measured["o"]
+    assert report.conversion.error == pytest.approx(measured["o" if held_out else ""], rel=1e-3)
+    assert report.conversion.tokens == sum(map(len, others if held_out else rows(3)))
+    assert report.conversion.error <= 0.4
+    lower = rw.export_adapter(model, tmp_path / "lower", rank=report.conversion.least_r - 1, **given)
+    assert lower.conversion.error > 0.4
 
 
 def sharp_llama():

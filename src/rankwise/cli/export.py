@@ -19,7 +19,8 @@ from rankwise.reports.numbers import plural
 from rankwise.serving import SERVERS
 
 if TYPE_CHECKING:
-    from rankwise.evaluation.loading import Loaded
+    from transformers import PreTrainedModel
+
     from rankwise.export.adapter import ExportReport, Prove, Rows
     from rankwise.models import ModelSource
 
@@ -110,16 +111,17 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
         skeleton.name_or_path = source.base_model
         prove = _prover(settings, output, source) if settings.verify else None
         return export_file(skeleton, file, settings.output, wanted, prove)
-    loaded, rows = _load(settings, source.name, output)
+    rows = _rows(settings, source)
     if not rows.inputs:
         warn(
             "RW736",
             f"{settings.adapter} leads to no rows (they are not recorded, or not here any more), so the error of the "
             "conversion is in Frobenius norm, which takes far higher ranks than real inputs do; give --data.",
         )
-    prove = _prover(settings, output, source, (loaded, rows)) if settings.verify else None
+    model = _load(settings, source, output)
+    prove = _prover(settings, output, source, rows, model) if settings.verify else None
     with output.waiting("converting, and comparing with the adapter as trained"):
-        return export_live(loaded.model, settings.output, wanted, rows, prove)
+        return export_live(model, settings.output, wanted, rows, prove)
 
 
 def warn_of_other_weights(source: ModelSource, target: str) -> None:
@@ -134,36 +136,56 @@ def warn_of_other_weights(source: ModelSource, target: str) -> None:
 
 
 def _source(settings: ExportSettings) -> ModelSource:
+    from rankwise.cli.export_proof import check_base
     from rankwise.export.merged import base_source
 
-    return base_source(
+    source = base_source(
         settings.adapter, settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
+    if settings.verify:
+        check_base(settings.adapter, source)
+    return source
 
 
 def _prover(
-    settings: ExportSettings, output: Output, source: ModelSource, ready: tuple[Loaded, Rows] | None = None
+    settings: ExportSettings,
+    output: Output,
+    source: ModelSource,
+    rows: Rows | None = None,
+    model: PreTrainedModel | None = None,
 ) -> Prove:
-    """What --verify does before the export gets its name; ``ready``: the trained model and its rows, if loaded."""
+    """What --verify does before the export gets its name; ``rows`` and ``model``: those of training, if loaded."""
+    from rankwise.cli.export_proof import proven
+
+    asked = rows or _rows(settings, source)
 
     def prove(folder: Path, report: ExportReport) -> ExportReport:
-        from rankwise.cli.export_proof import proven
-
-        loaded, rows = ready or _load(settings, source.name, output)
+        trained = model or _load(settings, source, output)
         with output.waiting(f"asking {SERVERS[settings.target].name}"):
-            return proven(settings, folder, loaded.model, source, report, rows)
+            return proven(settings, folder, trained, source, report, asked)
 
     return prove
 
 
-def _load(settings: ExportSettings, name: str, output: Output) -> tuple[Loaded, Rows]:
+def _rows(settings: ExportSettings, source: ModelSource) -> Rows:
+    from rankwise.adapters.trained_base import tokenizer_with_rows
     from rankwise.cli.export_rows import rows_of
+    from rankwise.evaluation.loading import needed_tokenizer
+    from rankwise.models.load import load_tokenizer
+
+    found = load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
+    tokenizer = needed_tokenizer(found, source.name)
+    return rows_of(settings.adapter, settings.data, tokenizer_with_rows(settings.adapter, tokenizer))
+
+
+def _load(settings: ExportSettings, source: ModelSource, output: Output) -> PreTrainedModel:
     from rankwise.evaluation.loading import LoadOptions, load_as_trained
 
     with output.waiting("loading the model as it was trained"):
         options = LoadOptions(trust_remote_code=settings.trust_remote_code, revision=settings.revision)
-        loaded = load_as_trained(name, (settings.adapter,), options, named=settings.model is not None)
-    return loaded, rows_of(settings.adapter, settings.data, loaded.tokenizer)
+        loaded = load_as_trained(source.name, (settings.adapter,), options, named=settings.model is not None)
+    found: PreTrainedModel = loaded.model
+    return found
 
 
 def _print(output: Output, settings: ExportSettings, report: ExportReport) -> None:

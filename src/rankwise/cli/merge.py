@@ -95,7 +95,8 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
     weights = settings.weights or (1 / count,) * count
     wanted = Combination(weights, settings.combine, settings.rank)
     base = settings.model or base_of(settings.adapter)
-    source = fetch_model(base, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    remote = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    source = fetch_model(base, **remote, weights=False)
     skeleton = load_skeleton(source, trust_remote_code=settings.trust_remote_code)
     files = [read_adapter(skeleton, adapter) for adapter in settings.adapter]
     with hold(settings.output), whole_folder(settings.output) as folder:

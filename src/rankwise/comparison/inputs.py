@@ -15,6 +15,7 @@ from rankwise.data.preference_formats import PREFERENCE_FORMATS
 from rankwise.errors import ConfigError, DataError, ModelError
 from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.lora_config import LoraConfig
+from rankwise.models.device import choose_device
 from rankwise.models.source import fetch_model
 from rankwise.planning.facts import read_facts
 from rankwise.records import write_text
@@ -74,20 +75,24 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
     return Inputs(train, evaluation, described, len(rows), len(part))
 
 
-def check_adapter(given: CompareSettings) -> None:
-    """Check adapter settings against the model before hours of training, with the errors and warnings of
-    ``add_adapter``: settings that name missing modules, and those that leave out a mixture's experts.
+def check_model(given: CompareSettings) -> None:
+    """Check device, model and adapter settings before data are read and before hours of training, with the errors and
+    warnings of ``add_adapter``: settings that name missing modules, and those that leave out a mixture's experts.
 
-    Raises AdapterError as ``plan_adapter`` does, and ModelError where the model does not exist.
+    Raises AdapterError as ``plan_adapter`` does, and ModelError where the model or the device does not exist.
     """
+    if given.device not in ("auto", "cpu") and given.executor == "local":
+        # Its import of torch takes seconds.
+        choose_device(given.device)
     config, usual = given.lora_config(use_dora=False), LoraConfig()
     asked = any(getattr(config, name) != getattr(usual, name) for name in NAMING)
+    remote: JsonObject = {"trust_remote_code": given.trust_remote_code, "revision": given.revision}
+    source = fetch_model(given.model, **remote, weights=False)
     if not set(given.methods) - {"full", *BASELINES}:
         return
-    remote: JsonObject = {"trust_remote_code": given.trust_remote_code, "revision": given.revision}
     if not asked:
         try:
-            is_mixture = read_facts(fetch_model(given.model, **remote, weights=False)).experts > 0
+            is_mixture = read_facts(source).experts > 0
         except ModelError:
             # The runs report what is wrong with the model.
             return
@@ -96,7 +101,7 @@ def check_adapter(given: CompareSettings) -> None:
     from rankwise.adapters import plan_adapter
     from rankwise.models import load_skeleton
 
-    plan_adapter(load_skeleton(given.model, **remote), config)
+    plan_adapter(load_skeleton(source, trust_remote_code=given.trust_remote_code), config)
 
 
 def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:

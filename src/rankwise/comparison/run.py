@@ -15,7 +15,7 @@ from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks, va
 from rankwise.comparison.commands import Commands
 from rankwise.comparison.detectable import Spreads, wider_rates
 from rankwise.comparison.folder import SETTINGS_FILE, check_folder, check_same
-from rankwise.comparison.inputs import Inputs, check_adapter, prepare_inputs
+from rankwise.comparison.inputs import Inputs, check_model, prepare_inputs
 from rankwise.comparison.matrix import planned_runs
 from rankwise.comparison.processes import check_system
 from rankwise.comparison.ray_cluster import Cluster, connect
@@ -86,9 +86,9 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         remove_strays(given.output, (SETTINGS_FILE, STATE_FILE, COMPARISON_FILE, RECOMMENDED_FILE))
         clock = Clock(given.output)
         try:
+            check_model(given)
             inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
             inputs = _with_tasks(given, inputs)
-            check_adapter(given)
             rates = _rates(given)
         except InputError:
             if is_new:

@@ -150,12 +150,7 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
         return files
     chosen = [file for file, name in by_split.items() if name == _split_of(split)]
     if not chosen:
-        names = some_of([str(file.relative_to(folder)) for file in files], NAMED_FILES)
-        raise DataError(
-            "RW208",
-            f"no file in {folder} is named after the split {split!r}; it holds {names}. Give the file that you "
-            f"mean instead of the folder, or name it after the split ({split}{kind_of(files[0])}).",
-        )
+        raise _no_split(folder, split, [str(file.relative_to(folder)) for file in files])
     if unnamed := [str(file.relative_to(folder)) for file, name in by_split.items() if name is None]:
         warn(
             "RW187",
@@ -163,6 +158,15 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
             f"Name each after its split ({split}-more{kind_of(files[0])}), or give it alone.",
         )
     return chosen
+
+
+def _no_split(folder: Path, split: str, held: Sequence[str]) -> DataError:
+    option = {"train": "--data ", "validation": "--eval-data "}.get(split, "")
+    return DataError(
+        "RW208",
+        f"{folder} has no split {split!r}; it holds {some_of(held, NAMED_FILES)}. To read one of them, give "
+        f"{option}{folder / held[0]}.",
+    )
 
 
 def _split_of_file(path: Path) -> str | None:
@@ -187,7 +191,7 @@ def _read_saved(folder: Path, split: str, how: _How) -> Rows:
         raise DataError("RW206", f"cannot read {folder} as a saved data set: {one_line(error)}.") from None
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise DataError("RW208", f"{folder} has no split {split!r}; it has {', '.join(loaded)}.")
+            raise _no_split(folder, split, list(loaded))
         loaded = loaded[split]
     return _from_dataset(loaded, folder.name, how)
 

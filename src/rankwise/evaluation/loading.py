@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.config import TrainSettings
 from rankwise.constants import TEMPLATE_FILE
-from rankwise.errors import ConfigError, DataError, ModelError, RunError
+from rankwise.errors import ConfigError, DataError, ModelError, RunError, heard
 from rankwise.evaluation.journal import text_sha256
 from rankwise.foreign import JsonObject, read_json
 from rankwise.options import LONGEST_ROW
@@ -57,41 +57,66 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
     """
     from rankwise.acceleration import limit_generated_kernels, use_native_products
     from rankwise.adapters import load_adapter
-    from rankwise.adapters.checkpoint import read_folder
     from rankwise.adapters.peft_config import read_config
-    from rankwise.adapters.trained_base import revision_of, tokenizer_with_rows
+    from rankwise.adapters.trained_base import tokenizer_with_rows
     from rankwise.models import choose_device, load_model, warns_of_other_hub_model
 
     limit_generated_kernels()
-    for adapter in adapters:
-        # Checked before the base is loaded, which may take minutes.
-        read_folder(adapter)
+    revision = check_fit(name, adapters, options, named=named)
     if named:
         for adapter in adapters:
             warns_of_other_hub_model(name, adapter, read_config(adapter))
     choice = choose_device(options.device)
-    keeps_revision = options.revision is not None or named or not adapters
     model, tokenizer = load_model(
         name,
         dtype=_dtype(options.dtype, adapters, choice.dtype),
         device=str(choice.device),
         quantization=_quantization(options.quantization, adapters),
         trust_remote_code=options.trust_remote_code,
-        revision=options.revision if keeps_revision else revision_of(adapters[0]),
+        revision=revision,
     )
     if options.quantization == "none" and getattr(model, "hf_quantizer", None) is not None:
         # The files themselves hold 4-bit weights.
         model = model.dequantize()
-    if tokenizer is None:
-        raise ModelError(
-            "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
-        )
+    tokenizer = needed_tokenizer(tokenizer, name)
     own = tokenizer_with_rows(adapters[0], tokenizer) if adapters else tokenizer
     names = adapter_names(len(adapters))
     for adapter_name, adapter in zip(names, adapters):
         load_adapter(model, adapter, name=adapter_name, trainable=False)
     use_native_products(model.requires_grad_(False))
     return Loaded(model.eval(), own, tokenizer, str(choice.device), names)
+
+
+def check_fit(name: str, adapters: Sequence[Path], options: LoadOptions, *, named: bool) -> str | None:
+    """Raise what needs neither weights nor data: a device or model that is not there, adapters that do not fit.
+
+    Returns the revision of the model to load.
+    """
+    from rankwise.adapters.checkpoint import read_adapter, read_folder
+    from rankwise.adapters.trained_base import revision_of
+    from rankwise.models import choose_device, fetch_model, load_skeleton
+
+    for adapter in adapters:
+        read_folder(adapter)
+    choose_device(options.device)
+    keeps = options.revision is not None or named or not adapters
+    revision = options.revision if keeps else revision_of(adapters[0])
+    remote = options.trust_remote_code
+    source = fetch_model(name, revision=revision, trust_remote_code=remote, weights=False)
+    # Loading gives the warnings again.
+    with heard(lambda warning: False):
+        for adapter in adapters:
+            read_adapter(load_skeleton(source, trust_remote_code=remote), adapter)
+    return revision
+
+
+def needed_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer. Raises ModelError (RW322) where the model ``name`` has none."""
+    if tokenizer is None:
+        raise ModelError(
+            "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
+        )
+    return tokenizer
 
 
 def check_new_tokens(adapters: Sequence[Path], *, base: bool) -> None:

@@ -20,6 +20,7 @@ from rankwise.evaluation.errors_of_means import clusters_of
 from rankwise.evaluation.loading import (
     LoadOptions,
     base_of,
+    check_fit,
     check_new_tokens,
     load_as_trained,
     load_settings,
@@ -152,6 +153,7 @@ class _Run:
         self.name = settings.model or _base(settings.adapter)
         self.variants = variants_of(settings.adapter, settings.base)
         check_new_tokens(settings.adapter, base=len(self.variants) > len(settings.adapter))
+        check_fit(self.name, settings.adapter, _load_options(settings), named=settings.model is not None)
         observer.phase("Reading data")
         self.tasks = make_tasks(settings)
         # The user's chat template, else that of the training. None means the tokenizer's own.

@@ -31,7 +31,7 @@ from rankwise.adapters.saving import PREFIX
 from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
 from rankwise.compat.transformers import collected
 from rankwise.disk import hold, whole_folder
-from rankwise.errors import AdapterError, ModelError, RunError, warn
+from rankwise.errors import AdapterError, ModelError, RunError, heard, warn
 from rankwise.export.dequantized import DequantizedWeights
 from rankwise.export.experts import ConvertedParameters, rounding
 from rankwise.export.pairs import Change, merging, replaced_by, scaled_pairs, transposed
@@ -144,10 +144,17 @@ class Base:
 def base_source(
     adapter: Path, model: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> ModelSource:
-    """The base to merge into, its files on this machine: ``model``, or the one the adapter was trained on."""
+    """The base to merge into, its files on this machine: ``model``, or the one the adapter was trained on.
+
+    Raises what ``read_adapter`` raises for an adapter that does not fit, before the weights are fetched.
+    """
     if model is None:
         model, revision = base_model_of(adapter), revision or revision_of(adapter)
-    return fetch_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    # Merging gives the warnings again.
+    with heard(lambda warning: False):
+        read_adapter(load_skeleton(source, trust_remote_code=trust_remote_code), adapter)
+    return fetch_model(source, trust_remote_code=trust_remote_code)
 
 
 def stored_quantization(source: ModelSource) -> FourBitConfig | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from rankwise.config import DEMO
 from rankwise.errors import ModelError
 from rankwise.models.folder import INDEX_FILE, WEIGHTS_FILE, weights_names
 from rankwise.weights_file import PICKLE_SUFFIXES, pickle_refusal
@@ -46,8 +44,7 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
 def _explained(error: Exception, repo: str, revision: str | None) -> ModelError:
     from huggingface_hub import constants, errors
 
-    meant = f"; did you mean {DEMO}?" if difflib.get_close_matches(repo, [DEMO]) else ""
-    missing_folder = f"(and there is no folder {repo}{meant})"
+    missing_folder = f"(and there is no folder {repo})"
     if isinstance(error, errors.GatedRepoError):
         return ModelError(
             "RW315",

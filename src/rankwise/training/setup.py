@@ -18,6 +18,7 @@ from rankwise.acceleration.generation import GREEDY, stop_ids_of
 from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.attached import DEFAULT_NAME
 from rankwise.adapters.baselines import add_baseline
+from rankwise.adapters.checkpoint import read_adapter
 from rankwise.adapters.foreign_layer import dequantizer
 from rankwise.adapters.inject import attach
 from rankwise.adapters.saving import WEIGHTS_FILE
@@ -28,10 +29,10 @@ from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_r
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.formats import Format
-from rankwise.errors import ConfigError, RunError
+from rankwise.errors import ConfigError, RunError, heard
 from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import LoraConfig
-from rankwise.models import ModelSource, choose_device, fetch_model
+from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton
 from rankwise.models.describe import weights_files
 from rankwise.models.positions import answer_room, table_rows
 from rankwise.quantization.config import CONFIGS, FourBitConfig
@@ -152,6 +153,21 @@ def quantization_for(given: TrainSettings) -> FourBitConfig | None:
     if given.method not in FOUR_BITS:
         return None
     return CONFIGS[given.quant_type](block_size=given.block_size, double_quant=given.double_quant)
+
+
+def check_model(given: TrainSettings, config: LoraConfig) -> None:
+    """Raise what the model's config alone decides: a model that is not there, an adapter that does not fit it."""
+    remote = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
+    source = fetch_model(given.model, **remote, weights=False)
+    if given.method in ("full", *BASELINES):
+        return
+    skeleton = load_skeleton(source, trust_remote_code=given.trust_remote_code)
+    # The loaded model gives the warnings again.
+    with heard(lambda warning: False):
+        if given.adapter is not None:
+            read_adapter(skeleton, given.adapter)
+        else:
+            plan_adapter(skeleton, config)
 
 
 def load_for_training(given: TrainSettings) -> LoadedBase:
