@@ -40,15 +40,15 @@ OTHER_BASE = ("--model", "GPT2", "--adapter", "RUN")
 BEFORE_DATA = [
     ("RW312", ("train", "--model", "M", "--device", "mps")),
     ("RW401", ("train", "--model", "M", "--target-modules", "nope")),
-    ("RW411", ("train", *OTHER_BASE)),
+    ("RW401", ("train", *OTHER_BASE)),
     ("RW312", ("compare", "--model", "M", "--device", "mps")),
     ("RW401", ("compare", "--model", "M", "--target-modules", "nope")),
     ("RW312", ("evaluate", "--model", "M", "--task", "perplexity", "--device", "mps")),
-    ("RW411", ("evaluate", *OTHER_BASE, "--task", "perplexity")),
-    ("RW411", ("generate", *OTHER_BASE, "--prompt", "Hello")),
-    ("RW411", ("merge", *OTHER_BASE)),
-    ("RW411", ("merge", *OTHER_BASE, "--verify")),
-    ("RW411", ("export", *OTHER_BASE, "--for", "vllm")),
+    ("RW401", ("evaluate", *OTHER_BASE, "--task", "perplexity")),
+    ("RW401", ("generate", *OTHER_BASE, "--prompt", "Hello")),
+    ("RW401", ("merge", *OTHER_BASE)),
+    ("RW401", ("merge", *OTHER_BASE, "--verify")),
+    ("RW401", ("export", *OTHER_BASE, "--for", "vllm")),
 ]
 RUN = """
 import contextlib, io, json, sys

@@ -19,7 +19,7 @@ def test_folders_follow_the_split(tmp_path: Path) -> None:
         jsonl(tmp_path / f"{name}.jsonl", {"text": name})
     assert [row.text for row in read_rows(tmp_path)] == ["train-1", "train-2"]
     assert [row.place for row in read_rows(tmp_path, split="validation")] == ["valid.jsonl, line 1"]
-    assert "no file in" in refusal(tmp_path, split="extra")
+    assert "has no split" in refusal(tmp_path, split="extra")
     jsonl(tmp_path / "train-3.jsonl", {"mr": "a", "ref": "b"})
     assert refusal(tmp_path).startswith("RW209: the files in")
 

@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -18,6 +19,7 @@ import rankwise as rw
 from rankwise.adapters import adapter_disabled
 from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ConfigError, ModelError, RunError
+from rankwise.export.formats import round_as_served
 from rankwise.export.merged import merge_to_folder
 from rankwise.export.proof import LLAMA, Served, prove, run_server, server_python
 from rankwise.export.whole import WholeModel, export_merged
@@ -275,6 +277,12 @@ needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason=f"{LLAMA.variab
 PROMPTS = [[1, 5, 9, 14, 33, 60], [1, 44, 3, 8, 20, 21, 22]]
 
 
+def as_served(model, served):
+    rounded = copy.deepcopy(model)
+    round_as_served(rounded, served.merged or served.model, is_merged=served.merged is not None)
+    return rounded
+
+
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_llama_cpp_answers_as_the_trained_model(tmp_path, kind):
@@ -287,7 +295,7 @@ def test_llama_cpp_answers_as_the_trained_model(tmp_path, kind):
         Served(base, tmp_path / "served" / "adapter.gguf", 3),
         Served(base, merged=tmp_path / "whole" / "model.gguf"),
     ):
-        proof = prove("llama.cpp", python, model, served, PROMPTS, lambda: copy.deepcopy(model))
+        proof = prove("llama.cpp", python, model, served, PROMPTS, partial(as_served, model, served))
         assert proof.difference < proof.bound < 1e-2 < proof.effect
 
 
@@ -302,14 +310,14 @@ def test_an_adapter_of_another_scale_or_without_effect_does_not_pass(tmp_path):
     file.fields["adapter.lora.alpha"].parts[-1][0] *= 2
     file.data.flush()
     with pytest.raises(RunError, match="RW738: not proven.*more than the"):
-        prove("llama.cpp", python, model, Served(base, path, 3), PROMPTS, lambda: copy.deepcopy(model))
+        prove("llama.cpp", python, model, Served(base, path, 3), PROMPTS, partial(as_served, model, Served(base)))
     with torch.no_grad():
         for parameter in rw.adapter_parameters(model).values():
             parameter.zero_()
     file.fields["adapter.lora.alpha"].parts[-1][0] = 1e-9
     file.data.flush()
     with pytest.raises(RunError, match="RW738: not proven.*answers as without"):
-        prove("llama.cpp", python, model, Served(base, path, 3), PROMPTS, lambda: copy.deepcopy(model))
+        prove("llama.cpp", python, model, Served(base, path, 3), PROMPTS, partial(as_served, model, Served(base)))
 
 
 def test_a_server_that_is_not_there_is_named_with_how_to_get_it(monkeypatch, tmp_path):

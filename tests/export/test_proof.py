@@ -64,7 +64,7 @@ def test_a_model_is_rounded_to_the_weights_that_the_file_holds(trained, tmp_path
     model, load = trained
     base = base_gguf(model, tmp_path, kind)
     rounded, wanted = load(tmp_path / "base"), load(base).state_dict()
-    round_as_served(rounded, base, is_merged=False)
+    round_as_served(rounded, base)
     for name, value in rounded.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-6)
 
@@ -76,7 +76,7 @@ def test_another_base_of_the_same_architecture_is_not_proven(trained, tmp_path, 
 
     def ask(target, python, served, prompts, texts):
         server = load(served.model)
-        round_as_served(server, served.model, is_merged=False)
+        round_as_served(server, served.model)
         adapted = [_logprobs(server, *pair) for pair in zip(prompts, texts)]
         with adapter_disabled(server):
             base = [_logprobs(server, *pair) for pair in zip(prompts, texts)]
@@ -89,13 +89,14 @@ def test_another_base_of_the_same_architecture_is_not_proven(trained, tmp_path, 
 
     monkeypatch.setattr("rankwise.export.proof._ask", ask)
     base, wrong = base_gguf(model, tmp_path, kind), tmp_path / "wrong.gguf"
-    proof = prove("llama.cpp", "", model, Served(base), PROMPTS, lambda: load(tmp_path / "base"))
+    rounded = load(tmp_path / "base")
+    round_as_served(rounded, base)
+    proof = prove("llama.cpp", "", model, Served(base), PROMPTS, lambda: rounded)
     assert 0 < proof.difference <= proof.bound
     other, _ = rw.load_model(tmp_path / "base", dtype=torch.float32)
     for parameter in other.parameters():
         parameter.data += 0.05 * parameter.std() * torch.randn_like(parameter)
     other.save_pretrained(tmp_path / "base")
     write_folder_gguf(wrong, tmp_path / "base", other.config, kind)
-    first = load(base)
     with pytest.raises(RunError, match="RW738: not proven"):
-        prove("llama.cpp", "", model, Served(wrong), PROMPTS, lambda: first)
+        prove("llama.cpp", "", model, Served(wrong), PROMPTS, lambda: rounded)

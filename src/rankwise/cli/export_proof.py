@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from rankwise.adapters import load_adapter
 from rankwise.adapters.peft_config import read_config
 from rankwise.adapters.trained_base import sha256_of_base
 from rankwise.cli.export_rows import prompts_of
 from rankwise.cli.settings import ExportSettings
 from rankwise.errors import RunError
 from rankwise.export.adapter import ExportReport, Rows
+from rankwise.export.formats import round_as_served
 from rankwise.export.gguf_adapter import ADAPTER_FILE
 from rankwise.export.gguf_model import MODEL_FILE, requantize, write_folder_gguf
 from rankwise.export.proof import PROMPTS, Served, prove, server_python
@@ -45,22 +50,23 @@ def proven(
     rows: Rows,
 ) -> ExportReport:
     """``report`` on the export in ``folder`` with its proof. Raises RunError (RW738) where there is none."""
-
-    def again() -> PreTrainedModel:
-        import torch
-
-        from rankwise.adapters import load_adapter
-
-        loaded, _ = load_model(source, dtype=torch.float32, trust_remote_code=settings.trust_remote_code)
-        load_adapter(loaded, settings.adapter, trainable=False)
-        return loaded.eval()
-
     python = server_python(settings.target, settings.server_python)
     lost = 0.0 if report.likeness is None else report.likeness.difference
     with tempfile.TemporaryDirectory(prefix="rankwise-verify-") as scratch:
         served = _served(settings, folder, source, report.r, Path(scratch))
-        proof = prove(settings.target, python, model, served, prompts_of(rows, PROMPTS), again, lost)
+        as_served = partial(_rounded, settings, source, served)
+        proof = prove(settings.target, python, model, served, prompts_of(rows, PROMPTS), as_served, lost)
     return dataclasses.replace(report, proof=proof)
+
+
+def _rounded(settings: ExportSettings, source: ModelSource, served: Served) -> PreTrainedModel:
+    """The trained model over its original weights in float32, rounded as the server's files are."""
+    model, _ = load_model(source, dtype=torch.float32, trust_remote_code=settings.trust_remote_code)
+    load_adapter(model, settings.adapter, trainable=False)
+    trained_on = source.path if source.is_gguf else None
+    files, is_merged = served.merged or served.model, served.merged is not None
+    round_as_served(model, files, trained_on=trained_on, is_merged=is_merged)
+    return model.eval()
 
 
 def _served(settings: ExportSettings, folder: Path, source: ModelSource, r: int, scratch: Path) -> Served:

@@ -24,7 +24,6 @@ import torch
 
 from rankwise.acceleration.generation import GREEDY
 from rankwise.errors import RunError
-from rankwise.export.formats import round_as_served
 from rankwise.foreign import JsonObject
 from rankwise.serving import vllm_rank
 
@@ -128,20 +127,20 @@ def prove(
     model: PreTrainedModel,
     served: Served,
     prompts: list[list[int]],
-    again: Callable[[], PreTrainedModel],
+    as_served: Callable[[], PreTrainedModel],
     conversion: float = 0.0,
 ) -> Proof:
     """Start the server and compare it with ``model``, whose adapter is active.
 
-    ``again`` loads the model over its original weights in float32, with the adapter; ``conversion``: what a conversion
-    lost, in nats a token. Raises RunError (RW738) where they differ by more than the bound.
+    ``as_served`` loads the model again, rounded by ``round_as_served``; ``conversion``: what a conversion lost, in nats
+    a token. Raises RunError (RW738) where they differ by more than the bound.
     """
     prompts = prompts[:PROMPTS]
     texts = [_greedy(model, prompt) for prompt in prompts]
     ours = Answers(texts, [_logprobs(model, *pair) for pair in zip(prompts, texts)])
-    rounded = again()
-    round_as_served(rounded, served.merged or served.model, is_merged=served.merged is not None)
+    rounded = as_served()
     foreseen = Answers(texts, [_logprobs(rounded, *pair) for pair in zip(prompts, texts)])
+    # The server needs its memory.
     del rounded
     told = _ask(target, python, served, prompts, texts)
     base, adapted = (Answers(**told[name]) for name in ("base", "adapted"))

@@ -93,9 +93,8 @@ def _likely(name: str) -> str:
     if difflib.get_close_matches(name, [DEMO]):
         return f"did you mean {DEMO}?"
     plain = {one: re.sub("[^a-z0-9]", "", one.rpartition("/")[2].lower()) for one in LIKELY_IDS}
-    wanted = re.sub("[^a-z0-9]", "", name.lower())
     # With its version, or else by its family.
-    for part in (wanted, re.match("[a-z]*", wanted)[0]):  # type: ignore[index]
+    for part in (re.sub("[^a-z0-9]", "", name.lower()), re.split("[^a-z]", name.lower())[0]):
         if part and (found := [one for one, words in plain.items() if words.startswith(part)]):
             return f"did you mean {' or '.join(found[:3])}?"
     return f"give a folder, a .gguf file, a hub id such as {DEMO_HUB_ID}, or {DEMO}."
