@@ -19,9 +19,9 @@ import rankwise as rw
 from rankwise.adapters import adapter_disabled
 from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ConfigError, ModelError, RunError
-from rankwise.export.formats import round_as_served
 from rankwise.export.merged import merge_to_folder
 from rankwise.export.proof import LLAMA, Served, prove, run_server, server_python
+from rankwise.export.rounding import round_as_served
 from rankwise.export.whole import WholeModel, export_merged
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.records import RunRecord

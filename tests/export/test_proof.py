@@ -11,9 +11,9 @@ from gguf_cases import base_gguf, saved
 import rankwise as rw
 from rankwise.adapters import adapter_disabled
 from rankwise.errors import RunError
-from rankwise.export.formats import round_as_served
 from rankwise.export.gguf_model import write_folder_gguf
 from rankwise.export.proof import Answers, Proof, Served, _difference, _judge, _logprobs, prove
+from rankwise.export.rounding import round_as_served
 
 PROVEN = Proof(
     "server", 2, 24, difference=0.05, rounding=0.02, conversion=0.02, bound=0.06, effect=0.9, equal_texts=2,

@@ -17,10 +17,10 @@ from rankwise.cli.export_rows import prompts_of
 from rankwise.cli.settings import ExportSettings
 from rankwise.errors import RunError
 from rankwise.export.adapter import ExportReport, Rows
-from rankwise.export.formats import round_as_served
 from rankwise.export.gguf_adapter import ADAPTER_FILE
 from rankwise.export.gguf_model import MODEL_FILE, requantize, write_folder_gguf
 from rankwise.export.proof import PROMPTS, Served, prove, server_python
+from rankwise.export.rounding import round_as_served
 from rankwise.models import ModelSource, load_model, model_hash
 from rankwise.models.source import is_other_hub_model
 from rankwise.serving import SERVERS

@@ -1,23 +1,43 @@
-"""The effect of rounding to the model's dtype on its logits, by which the effect of a merge is judged."""
+"""The effect of rounding on a model's outputs: to its dtype, by which the effect of a merge is judged, and to the
+formats of a server's files, by which the server is judged.
+
+llama.cpp multiplies weights in blocks with inputs in 8-bit blocks, and other weights with inputs in 16 bits; beside
+float32 weights it keeps keys and values in F16. vLLM computes in 16 bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters import merge_adapter
+from rankwise.adapters.state import base_modules, model_end
 from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import eager_experts
+from rankwise.errors import RunError
+from rankwise.export.gguf_adapter import EMBEDDING, HEAD
+from rankwise.export.gguf_names import GgufNames
+from rankwise.models.folder import read_config
+from rankwise.models.gguf_file import read_gguf_header
+from rankwise.quantization.linear import is_conv1d
 
 if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType as Kind
     from transformers import PreTrainedModel
 
 # A merge adds one rounding of each weight to those of the products, and both models round, so independent errors of
 # equal size add up to less than twice one. The largest error over other tokens may be twice as large again.
 ROUNDING_FACTOR = 4.0
+WHOLE = {"F32": torch.float16, "F16": torch.float16, "BF16": torch.bfloat16}
+# The formats in blocks that gguf writes. Others lose no more than the first one here with at most as many bits.
+WRITTEN = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 
 
 def is_more_than_rounding(difference: float, rounding: float) -> bool:
@@ -66,3 +86,81 @@ def _computing_wider(model: nn.Module) -> Iterator[None]:
 
 def _wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
+@torch.no_grad()
+def round_as_served(
+    model: PreTrainedModel, files: Path, *, trained_on: Path | None = None, is_merged: bool = False
+) -> None:
+    """Round a float32 model with an adapter, weights and inputs, to the formats of a server's GGUF or folder, in place.
+
+    ``trained_on``: the GGUF from which the base was read; ``is_merged``: ``files`` hold the adapter, so that W + dW is
+    rounded and not W. Raises RunError (RW738) for a format whose rounding is not known.
+    """
+    if is_merged:
+        merge_adapter(model, reversible=False)
+    kind_of = _kinds(model, files, trained_on)
+    for path, module in list(base_modules(model)):
+        for name, W in own_parameters(module).items():
+            if W is not None and W.dim() > 1 and W.is_floating_point():
+                kind, is_copied = kind_of(f"{path}.{name}", module)
+                if not is_copied:
+                    W.data = _rounded(W.T, kind, files).T if is_conv1d(module) else _rounded(W, kind, files)
+                model.get_submodule(path).register_forward_pre_hook(partial(_round_inputs, kind))
+
+
+def _kinds(
+    model: PreTrainedModel, files: Path, trained_on: Path | None
+) -> Callable[[str, nn.Module], tuple[Kind, bool]]:
+    """A function from a parameter and its module to its format in ``files``, and whether it is a copy of the GGUF that
+    was trained on: formats that gguf does not write can be nothing else."""
+    from gguf import GGMLQuantizationType
+
+    if files.is_dir():
+        config = read_config(files)
+        is_half = "float16" in (config.get("dtype"), config.get("torch_dtype"))
+        return lambda *_: (GGMLQuantizationType["F16" if is_half else "BF16"], False)
+    tensors, names, head = read_gguf_header(files).tensors, GgufNames(model.config), model_end(model, "output")
+    before = {} if trained_on is None else read_gguf_header(trained_on).tensors
+
+    def kind_of(key: str, module: nn.Module) -> tuple[Kind, bool]:
+        name = EMBEDDING if module is head and HEAD not in tensors else names.of(key)[0].name
+        kind = GGMLQuantizationType(tensors[name].ggml_type)
+        is_copied = kind.name not in (*WHOLE, *WRITTEN) and name in before and before[name].ggml_type == kind
+        return kind, is_copied
+
+    return kind_of
+
+
+def _rounded(W: Tensor, kind: Kind, files: Path) -> Tensor:
+    """W (..., out, in) in ``kind`` and back in float32."""
+    import gguf
+
+    if kind.name in WHOLE:
+        return W if kind.name == "F32" else W.to(WHOLE[kind.name]).float()
+
+    def bits(kind: Kind) -> float:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        return 8 * block_bytes / block
+
+    written = [other for name in WRITTEN if bits(other := gguf.GGMLQuantizationType[name]) <= bits(kind)]
+    if not written:
+        raise RunError(
+            "RW738",
+            f"nothing is proven: {files} holds weights in {kind.name}, for whose rounding there is no bound; give a "
+            "file of at least 4.5 bits a weight.",
+        )
+    found = gguf.dequantize(gguf.quantize(np.ascontiguousarray(W.numpy()), written[0]), written[0])
+    return torch.from_numpy(found).view(W.shape)
+
+
+def _round_inputs(kind: Kind, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    import gguf
+
+    if not given or not given[0].is_floating_point():
+        return given
+    if kind.name in WHOLE:
+        return (given[0].to(WHOLE[kind.name]).float(), *given[1:])
+    blocks = given[0].unflatten(-1, (-1, gguf.GGML_QUANT_SIZES[kind][0]))
+    step = (blocks.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((blocks / step).round().mul(step).flatten(-2), *given[1:])

