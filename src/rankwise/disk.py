@@ -75,8 +75,10 @@ def coded_error(
     # In an error of a copy, the first file name is the source and the second the target.
     named = found.filename2 or found.filename or place or "a file or the standard output"
     remedy = REMEDIES.get(found.errno or 0, "check the disk and the path")
-    # A temporary folder is gone by now.
-    final = re.sub(rf"/\.([^/]+)\.partial-{TOKEN}(?=/|$)", r"/\1", _text(named))
+    final = _text(named)
+    # A temporary folder, of which an export has one in another, is gone by now.
+    for _ in range(2):
+        final = re.sub(rf"/\.([^/]+)\.partial-{TOKEN}(?=/|$)", r"/\1", final)
     return RunError("RW551", f"{final}: {(found.strerror or 'it cannot be used').lower()}; {remedy}, {then}.")
 
 
