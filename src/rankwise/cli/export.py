@@ -136,14 +136,13 @@ def warn_of_other_weights(source: ModelSource, target: str) -> None:
 
 
 def _source(settings: ExportSettings) -> ModelSource:
-    from rankwise.cli.export_proof import check_base
-    from rankwise.export.merged import base_source
+    from rankwise.export.merged import base_source, check_trained_base
 
     source = base_source(
         settings.adapter, settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
     if settings.verify:
-        check_base(settings.adapter, source)
+        check_trained_base(settings.adapter, source)
     return source
 
 

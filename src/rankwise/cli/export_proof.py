@@ -11,34 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankwise.adapters import load_adapter
-from rankwise.adapters.peft_config import read_config
-from rankwise.adapters.trained_base import sha256_of_base
 from rankwise.cli.export_rows import prompts_of
 from rankwise.cli.settings import ExportSettings
-from rankwise.errors import RunError
 from rankwise.export.adapter import ExportReport, Rows
 from rankwise.export.gguf_adapter import ADAPTER_FILE
 from rankwise.export.gguf_model import MODEL_FILE, requantize, write_folder_gguf
 from rankwise.export.proof import PROMPTS, Served, prove, server_python
 from rankwise.export.rounding import round_as_served
-from rankwise.models import ModelSource, load_model, model_hash
-from rankwise.models.source import is_other_hub_model
+from rankwise.models import ModelSource, load_model
 from rankwise.serving import SERVERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def check_base(adapter: Path, source: ModelSource) -> None:
-    """Raise RunError (RW738) for a base other than the one trained on, over which there is no trained model."""
-    trained = sha256_of_base(adapter)
-    named = read_config(adapter).get("base_model_name_or_path")
-    if is_other_hub_model(source.name, named) or (trained is not None and trained != model_hash(source)):
-        raise RunError(
-            "RW738",
-            f"nothing can be proven: {source.name} does not hold the weights that {adapter} was trained on; leave "
-            "--model out, or export without --verify.",
-        )
 
 
 def proven(

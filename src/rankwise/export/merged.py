@@ -41,6 +41,7 @@ from rankwise.foreign import Fields
 from rankwise.listing import some_of
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
 from rankwise.models.folder import INDEX_FILE, read_config
+from rankwise.models.source import is_other_hub_model
 from rankwise.quantization.config import CONFIGS, FourBitConfig, rewrite_bitsandbytes_config
 from rankwise.quantization.in_place import is_finite
 from rankwise.quantization.linear import is_conv1d
@@ -212,6 +213,17 @@ def _base(
         return Base(source, None, None, trust_remote_code=trust_remote_code)
     quantization = None if stored is not None else _trained_on(adapter, trained_on)
     return Base(source, quantization, dtype_of(adapter), stored is not None, trust_remote_code)
+
+
+def check_trained_base(adapter: Path, source: ModelSource) -> None:
+    """Raise RunError (RW738) for a base other than the one trained on, over which there is no trained model."""
+    trained, named = sha256_of_base(adapter), peft_config.read_config(adapter).get("base_model_name_or_path")
+    if is_other_hub_model(source.name, named) or (trained is not None and trained != model_hash(source)):
+        raise RunError(
+            "RW738",
+            f"nothing can be proven: {source.name} does not hold the weights that {adapter} was trained on; leave "
+            "--model out, or export without --verify.",
+        )
 
 
 def _warn_of_another_base(adapter: Path, source: ModelSource) -> None:
