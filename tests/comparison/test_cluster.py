@@ -72,6 +72,7 @@ def test_no_cluster_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cluster_without_cores_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     head = {"Alive": True, "Resources": {"CPU": 0.0}}
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=lambda *_, **__: None, nodes=lambda: [head]))
+    monkeypatch.setitem(sys.modules, "ray._private", SimpleNamespace(worker=SimpleNamespace()))
     with pytest.raises(RunError, match="RW555: no node of the Ray cluster has cores"):
         connect("auto", "cpu")
 
@@ -137,7 +138,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @needs_ray
 @pytest.mark.slow
 def test_a_killed_node_changes_nothing_in_the_report(
-    two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cluster, second = two_nodes
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
@@ -145,6 +146,7 @@ def test_a_killed_node_changes_nothing_in_the_report(
     kwargs = {"learning_rates": "2e-4", "methods": "lora,full"}
     found: Any = compare(watcher=watcher, **given(tmp_path, "ray", executor="ray", **kwargs))
     assert watcher.lost
+    assert "state-dump" not in "".join(capfd.readouterr())
     local: Any = compare(**given(tmp_path, "local", **kwargs))
     assert set(starts(tmp_path / "ray")) == set(starts(tmp_path / "local"))
     assert without_times(found["methods"], tmp_path / "ray") == without_times(local["methods"], tmp_path / "local")

@@ -18,6 +18,7 @@ from typing import Any
 
 from rankwise.comparison import processes
 from rankwise.comparison.stages import beside
+from rankwise.compat.ray import print_no_raylet_logs
 from rankwise.errors import RunError
 from rankwise.foreign import JsonObject
 
@@ -101,6 +102,7 @@ def connect(address: str | None, device: str) -> Cluster:
         if address is not None and (port := address.rpartition(":")[2]).isdecimal():
             # Ray itself would retry for minutes.
             socket.create_connection((address.rpartition(":")[0], int(port)), ANSWER_SECONDS).close()
+        print_no_raylet_logs()
         ray.init(address or "auto", log_to_driver=False, ignore_reinit_error=True)
     except (OSError, ValueError, RuntimeError) as error:
         at = f"at {address}" if address else "on this machine"
