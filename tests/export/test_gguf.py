@@ -278,9 +278,8 @@ PROMPTS = [[1, 5, 9, 14, 33, 60], [1, 44, 3, 8, 20, 21, 22]]
 
 
 def as_served(model, served):
-    rounded = copy.deepcopy(model)
-    round_as_served(rounded, served.merged or served.model, is_merged=served.merged is not None)
-    return rounded
+    files, is_merged = served.merged or served.model, served.merged is not None
+    return round_as_served(copy.deepcopy(model), files, is_merged=is_merged)
 
 
 @needs_llama_cpp
@@ -296,7 +295,7 @@ def test_llama_cpp_answers_as_the_trained_model(tmp_path, kind):
         Served(base, merged=tmp_path / "whole" / "model.gguf"),
     ):
         proof = prove("llama.cpp", python, model, served, PROMPTS, partial(as_served, model, served))
-        assert proof.difference < proof.bound < 1e-2 < proof.effect
+        assert proof.unexplained < proof.bound < 1e-2 < proof.effect
 
 
 @needs_llama_cpp
@@ -309,7 +308,7 @@ def test_an_adapter_of_another_scale_or_without_effect_does_not_pass(tmp_path):
     file = gguf.GGUFReader(path, "r+")
     file.fields["adapter.lora.alpha"].parts[-1][0] *= 2
     file.data.flush()
-    with pytest.raises(RunError, match="RW738: not proven.*more than the"):
+    with pytest.raises(RunError, match="RW738: not proven.*not explained"):
         prove("llama.cpp", python, model, Served(base, path, 3), PROMPTS, partial(as_served, model, Served(base)))
     with torch.no_grad():
         for parameter in rw.adapter_parameters(model).values():

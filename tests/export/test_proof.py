@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rankwise.export.proof import Answers, Proof, Served, _difference, _judge, _
 from rankwise.export.rounding import round_as_served
 
 PROVEN = Proof(
-    "server", 2, 24, difference=0.05, rounding=0.02, conversion=0.02, bound=0.06, effect=0.9, equal_texts=2,
+    "server", 2, 24, difference=0.3, rounding=0.2, unexplained=0.05, bound=0.06, effect=0.9, equal_texts=2,
     changed_texts=1,
 )  # fmt: skip
 PROMPTS = [[1, 5, 9, 14, 33, 60], [1, 44, 3, 8, 20, 21, 22]]
@@ -28,15 +29,15 @@ def judged(**changes: float) -> None:
 
 def test_a_server_may_differ_by_the_bound() -> None:
     judged()
-    judged(difference=0.06)
-    words = r"RW738: not proven.*0\.061 nats a token over 24 tokens, more than the 0\.06 of twice the rounding.*0\.02"
+    judged(unexplained=0.06)
+    words = r"RW738: not proven.* by 0\.3 nats a token over 24 tokens.* makes 0\.2; 0\.061 are not .* 0\.06 may be"
     with pytest.raises(RunError, match=words):
-        judged(difference=0.061)
+        judged(unexplained=0.061)
     with pytest.raises(RunError, match="RW738"):
-        judged(difference=float("nan"))
+        judged(unexplained=float("nan"))
 
 
-@pytest.mark.parametrize("without", [{"changed_texts": 0}, {"effect": 0.05}, {"effect": 0.01}])
+@pytest.mark.parametrize("without", [{"changed_texts": 0}, {"effect": 0.3}, {"effect": 0.01}])
 def test_a_server_that_answers_as_without_the_adapter_proves_nothing(without: dict[str, float]) -> None:
     with pytest.raises(RunError, match=r"RW738: not proven.*answers as without"):
         judged(**without)
@@ -63,9 +64,9 @@ def trained(tmp_path):
 def test_a_model_is_rounded_to_the_weights_that_the_file_holds(trained, tmp_path, kind) -> None:
     model, load = trained
     base = base_gguf(model, tmp_path, kind)
-    rounded, wanted = load(tmp_path / "base"), load(base).state_dict()
-    round_as_served(rounded, base)
-    for name, value in rounded.state_dict().items():
+    rounded, wanted = round_as_served(load(tmp_path / "base"), base), load(base).state_dict()
+    assert rounded.is_known
+    for name, value in rounded.model.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-6)
 
 
@@ -76,7 +77,7 @@ def test_another_base_of_the_same_architecture_is_not_proven(trained, tmp_path, 
 
     def ask(target, python, served, prompts, texts):
         server = load(served.model)
-        round_as_served(server, served.model)
+        round_as_served(server, served.model).compute()
         adapted = [_logprobs(server, *pair) for pair in zip(prompts, texts)]
         with adapter_disabled(server):
             base = [_logprobs(server, *pair) for pair in zip(prompts, texts)]
@@ -89,14 +90,15 @@ def test_another_base_of_the_same_architecture_is_not_proven(trained, tmp_path, 
 
     monkeypatch.setattr("rankwise.export.proof._ask", ask)
     base, wrong = base_gguf(model, tmp_path, kind), tmp_path / "wrong.gguf"
-    rounded = load(tmp_path / "base")
-    round_as_served(rounded, base)
-    proof = prove("llama.cpp", "", model, Served(base), PROMPTS, lambda: rounded)
-    assert 0 < proof.difference <= proof.bound
+    rounded = partial(round_as_served, model=load(tmp_path / "base"), files=base)
+    proof = prove("llama.cpp", "", model, Served(base), PROMPTS, rounded)
+    assert proof.unexplained <= proof.bound
+    assert proof.rounding > 0
+    rounded = partial(round_as_served, model=load(tmp_path / "base"), files=base)
     other, _ = rw.load_model(tmp_path / "base", dtype=torch.float32)
     for parameter in other.parameters():
-        parameter.data += 0.05 * parameter.std() * torch.randn_like(parameter)
+        parameter.data += 0.02 * parameter.std() * torch.randn_like(parameter)
     other.save_pretrained(tmp_path / "base")
     write_folder_gguf(wrong, tmp_path / "base", other.config, kind)
     with pytest.raises(RunError, match="RW738: not proven"):
-        prove("llama.cpp", "", model, Served(wrong), PROMPTS, lambda: rounded)
+        prove("llama.cpp", "", model, Served(wrong), PROMPTS, rounded)

@@ -196,12 +196,7 @@ def _print(output: Output, settings: ExportSettings, report: ExportReport) -> No
     output.line(f"{'exported':<12}{settings.adapter} for {name}: {plural(report.modules, 'module')} {how}")
     output.line(f"{'written':<12}{settings.output}")
     if report.proof is not None:
-        proof = report.proof
-        output.line(
-            f"{'proven':<12}{proof.server} differs from the trained model by {proof.difference:.3g} nats a token over "
-            f"{proof.tokens:,} tokens (at most {proof.bound:.3g} by {proof.reason}); of {proof.prompts} texts "
-            f"{proof.equal_texts} equal the trained model's, and {proof.changed_texts} differ from the base's"
-        )
+        output.line(f"{'proven':<12}{report.proof}")
     for index, command in enumerate(report.commands):
         output.line(f"{'serve' if not index else '':<12}{command}")
 

@@ -17,7 +17,7 @@ from rankwise.export.adapter import ExportReport, Rows
 from rankwise.export.gguf_adapter import ADAPTER_FILE
 from rankwise.export.gguf_model import MODEL_FILE, requantize, write_folder_gguf
 from rankwise.export.proof import PROMPTS, Served, prove, server_python
-from rankwise.export.rounding import round_as_served
+from rankwise.export.rounding import AsServed, round_as_served
 from rankwise.models import ModelSource, load_model
 from rankwise.serving import SERVERS
 
@@ -43,14 +43,13 @@ def proven(
     return dataclasses.replace(report, proof=proof)
 
 
-def _rounded(settings: ExportSettings, source: ModelSource, served: Served) -> PreTrainedModel:
+def _rounded(settings: ExportSettings, source: ModelSource, served: Served) -> AsServed:
     """The trained model over its original weights in float32, rounded as the server's files are."""
     model, _ = load_model(source, dtype=torch.float32, trust_remote_code=settings.trust_remote_code)
     load_adapter(model, settings.adapter, trainable=False)
     trained_on = source.path if source.is_gguf else None
     files, is_merged = served.merged or served.model, served.merged is not None
-    round_as_served(model, files, trained_on=trained_on, is_merged=is_merged)
-    return model.eval()
+    return round_as_served(model.eval(), files, trained_on=trained_on, is_merged=is_merged)
 
 
 def _served(settings: ExportSettings, folder: Path, source: ModelSource, r: int, scratch: Path) -> Served:

@@ -1,8 +1,11 @@
 """``rankwise export --verify``: test that the real server answers as the trained model does, and not as its base.
 
-A server rounds to the formats of its files. The same rounding is measured in rankwise on the same tokens, and the
-server may differ by twice that, since its roundings are others of the same size. What a conversion lost on held-out
-rows is added. Differences are mean absolute differences of log-probabilities, in nats.
+A server rounds to the formats of its files, and while it computes. rankwise rounds the trained model likewise, and
+measures on the same tokens what the rounding while computing changes. From that model the server may differ by twice
+that, since its own roundings are others of the same size. Where the files hold formats that rankwise cannot write,
+such as K-quants, their weights are not known: then the server is compared with the trained model, and all rounding
+counts. What a conversion lost on held-out rows is added. Differences are mean absolute differences of
+log-probabilities, in nats.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 
 from rankwise.acceleration.generation import GREEDY
 from rankwise.errors import RunError
+from rankwise.export.rounding import AsServed
 from rankwise.foreign import JsonObject
 from rankwise.serving import vllm_rank
 
@@ -69,13 +73,13 @@ class Proof:
     server: str
     prompts: int
     tokens: int
-    # Between server and rankwise, with the adapter.
+    # Between the server and the trained model.
     difference: float
-    # Between rankwise and itself with the rounding of the server's formats.
+    # Between the trained model and itself with the rounding of the server's formats.
     rounding: float
-    # On held-out rows between the adapter as trained and as converted.
-    conversion: float
-    # The largest difference of a server that computes what was exported.
+    # Between the server and that rounded model; or the trained model, where the files' weights are not known.
+    unexplained: float
+    # The largest of that for a server that computes what was exported.
     bound: float
     # Between the server's answers with and without the adapter.
     effect: float
@@ -84,11 +88,13 @@ class Proof:
     # Greedy answers that differ from the base's.
     changed_texts: int
 
-    @property
-    def reason(self) -> str:
-        """What the bound consists of."""
-        also = f", and the conversion's {self.conversion:.3g}" if self.conversion else ""
-        return f"twice the rounding of its formats, {self.rounding:.3g}{also}"
+    def __str__(self) -> str:
+        return (
+            f"{self.server} differs from the trained model by {self.difference:.3g} nats a token over {self.tokens:,} "
+            f"tokens, where the rounding of its formats makes {self.rounding:.3g}; {self.unexplained:.3g} are not "
+            f"explained, and {self.bound:.3g} may be; of {self.prompts} texts {self.equal_texts} equal the trained "
+            f"model's, and {self.changed_texts} differ from the base's"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,32 +133,34 @@ def prove(
     model: PreTrainedModel,
     served: Served,
     prompts: list[list[int]],
-    as_served: Callable[[], PreTrainedModel],
+    as_served: Callable[[], AsServed],
     conversion: float = 0.0,
 ) -> Proof:
     """Start the server and compare it with ``model``, whose adapter is active.
 
-    ``as_served`` loads the model again, rounded by ``round_as_served``; ``conversion``: what a conversion lost, in nats
-    a token. Raises RunError (RW738) where they differ by more than the bound.
+    ``as_served`` loads the model again, and rounds it; ``conversion``: what a conversion lost, in nats a token.
+    Raises RunError (RW738) where they differ by more than the bound.
     """
     prompts = prompts[:PROMPTS]
     texts = [_greedy(model, prompt) for prompt in prompts]
     ours = Answers(texts, [_logprobs(model, *pair) for pair in zip(prompts, texts)])
     rounded = as_served()
-    foreseen = Answers(texts, [_logprobs(rounded, *pair) for pair in zip(prompts, texts)])
+    exact = Answers(texts, [_logprobs(rounded.model, *pair) for pair in zip(prompts, texts)])
+    rounded.compute()
+    foreseen = Answers(texts, [_logprobs(rounded.model, *pair) for pair in zip(prompts, texts)])
+    rounding, noise, is_known = _difference(foreseen, ours), _difference(foreseen, exact), rounded.is_known
     # The server needs its memory.
     del rounded
     told = _ask(target, python, served, prompts, texts)
     base, adapted = (Answers(**told[name]) for name in ("base", "adapted"))
-    rounding = _difference(foreseen, ours)
     proof = Proof(
         told["version"],
         len(prompts),
         sum(map(len, texts)),
         _difference(adapted, ours),
         rounding,
-        conversion,
-        TIMES_THE_ROUNDING * rounding + conversion,
+        _difference(adapted, foreseen if is_known else ours),
+        TIMES_THE_ROUNDING * (noise if is_known else rounding) + conversion,
         _difference(adapted, base),
         sum(a == b for a, b in zip(adapted.texts, texts)),
         sum(a != b for a, b in zip(adapted.texts, base.texts)),
@@ -162,21 +170,13 @@ def prove(
 
 
 def _judge(proof: Proof) -> None:
-    found = (
-        f"not proven: {proof.server} differs from the trained model by {proof.difference:.3g} nats a token over "
-        f"{proof.tokens} tokens"
-    )
-    if not proof.difference <= proof.bound:
-        raise RunError(
-            "RW738",
-            f"{found}, more than the {proof.bound:.3g} of {proof.reason}; {proof.equal_texts} of {proof.prompts} texts "
-            "are equal; check that the server's base is the one trained on.",
-        )
+    if not proof.unexplained <= proof.bound:
+        raise RunError("RW738", f"not proven: {proof}. Check that the server's base is the one trained on.")
     if not proof.changed_texts or proof.effect <= proof.difference:
         raise RunError(
             "RW738",
-            f"{found}, and with the adapter it answers as without: {proof.changed_texts} of {proof.prompts} texts "
-            f"change, by {proof.effect:.3g} nats a token; train longer, or give other --data.",
+            f"not proven: {proof}. It answers as without the adapter, which changes {proof.effect:.3g} nats a token; "
+            "train longer, or give other --data.",
         )
 
 

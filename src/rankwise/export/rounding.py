@@ -2,7 +2,7 @@
 formats of a server's files, by which the server is judged.
 
 llama.cpp multiplies weights in blocks with inputs in 8-bit blocks, and other weights with inputs in 16 bits; beside
-float32 weights it keeps keys and values in F16. vLLM computes in 16 bits.
+float32 weights it keeps keys and values in F16. vLLM computes all in 16 bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -88,25 +88,47 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
+class AsServed(NamedTuple):
+    """A model with its adapter in float32, the weights rounded as in a server's files.
+
+    ``compute`` lets it round as the server computes, too. ``is_known``: gguf's own rounding made the files, so that the
+    weights are the files' own.
+    """
+
+    model: PreTrainedModel
+    compute: Callable[[], object]
+    is_known: bool
+
+
 @torch.no_grad()
 def round_as_served(
     model: PreTrainedModel, files: Path, *, trained_on: Path | None = None, is_merged: bool = False
-) -> None:
-    """Round a float32 model with an adapter, weights and inputs, to the formats of a server's GGUF or folder, in place.
+) -> AsServed:
+    """Round a float32 model with an adapter to the formats of a server's GGUF or folder, in place.
 
     ``trained_on``: the GGUF from which the base was read; ``is_merged``: ``files`` hold the adapter, so that W + dW is
     rounded and not W. Raises RunError (RW738) for a format whose rounding is not known.
     """
     if is_merged:
         merge_adapter(model, reversible=False)
-    kind_of = _kinds(model, files, trained_on)
+    kind_of, kinds, are_known = _kinds(model, files, trained_on), [], True
     for path, module in list(base_modules(model)):
         for name, W in own_parameters(module).items():
             if W is not None and W.dim() > 1 and W.is_floating_point():
                 kind, is_copied = kind_of(f"{path}.{name}", module)
                 if not is_copied:
                     W.data = _rounded(W.T, kind, files).T if is_conv1d(module) else _rounded(W, kind, files)
-                model.get_submodule(path).register_forward_pre_hook(partial(_round_inputs, kind))
+                are_known &= is_copied or kind.name in (*WHOLE, *WRITTEN)
+                kinds.append((model.get_submodule(path), kind))
+
+    def compute() -> None:
+        if files.is_dir():
+            model.to(WHOLE[kinds[0][1].name])
+        else:
+            for module, kind in kinds:
+                module.register_forward_pre_hook(partial(_round_inputs, kind))
+
+    return AsServed(model, compute, are_known)
 
 
 def _kinds(
