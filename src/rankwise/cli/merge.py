@@ -14,6 +14,7 @@ from rankwise.cli.settings import MergeSettings
 from rankwise.cli.tables import light_table, titled
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, warn
+from rankwise.foreign import JsonObject
 from rankwise.records import write_json, write_text
 from rankwise.reports.numbers import byte_size, plural
 
@@ -95,7 +96,7 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
     weights = settings.weights or (1 / count,) * count
     wanted = Combination(weights, settings.combine, settings.rank)
     base = settings.model or base_of(settings.adapter)
-    remote = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    remote: JsonObject = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     source = fetch_model(base, **remote, weights=False)
     skeleton = load_skeleton(source, trust_remote_code=settings.trust_remote_code)
     files = [read_adapter(skeleton, adapter) for adapter in settings.adapter]

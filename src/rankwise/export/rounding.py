@@ -111,7 +111,8 @@ def round_as_served(
     """
     if is_merged:
         merge_adapter(model, reversible=False)
-    kind_of, kinds, are_known = _kinds(model, files, trained_on), [], True
+    kind_of, are_known = _kinds(model, files, trained_on), True
+    kinds: list[tuple[nn.Module, Kind]] = []
     for path, module in list(base_modules(model)):
         for name, W in own_parameters(module).items():
             if W is not None and W.dim() > 1 and W.is_floating_point():

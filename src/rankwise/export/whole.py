@@ -16,6 +16,7 @@ from rankwise.export.gguf_model import MODEL_FILE, write_folder_gguf, write_merg
 from rankwise.export.merged import base_source, merge_to_folder, refuse_to_overwrite
 from rankwise.export.modelfile import MODELFILE, modelfile
 from rankwise.export.portable import refuse_loftq
+from rankwise.foreign import JsonObject
 from rankwise.models import ModelSource, load_skeleton
 from rankwise.records import write_json, write_text
 from rankwise.serving import SERVERS, served_whole
@@ -50,7 +51,7 @@ def export_merged(adapter: Path, output: Path, wanted: WholeModel, prove: Prove 
 
 
 def _written(adapter: Path, folder: Path, wanted: WholeModel, commands: tuple[str, ...]) -> ExportReport:
-    loading = {"revision": wanted.revision, "trust_remote_code": wanted.trust_remote_code}
+    loading: JsonObject = {"revision": wanted.revision, "trust_remote_code": wanted.trust_remote_code}
     if SERVERS[wanted.target].form == "peft":
         merged = merge_to_folder(adapter, folder, model=wanted.model, **loading)
         return ExportReport(wanted.target, merged.base_model, 0, merged.merged_modules, None, None, commands)

@@ -157,7 +157,7 @@ def quantization_for(given: TrainSettings) -> FourBitConfig | None:
 
 def check_model(given: TrainSettings, config: LoraConfig) -> None:
     """Raise what the model's config alone decides: a model that is not there, an adapter that does not fit it."""
-    remote = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
+    remote: JsonObject = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
     source = fetch_model(given.model, **remote, weights=False)
     if given.method in ("full", *BASELINES):
         return
