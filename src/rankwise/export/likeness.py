@@ -101,14 +101,9 @@ def _compare(model: PreTrainedModel, name: str, rows: Sequence[Row]) -> Likeness
         tokens += len(row.ids)
         for found, logits in zip(losses, (base, trained, exported)):
             found.append(_loss(logits, row))
-    return Likeness(
-        tokens,
-        largest,
-        total / tokens,
-        agreed / tokens,
-        *(float(torch.cat(one).mean().exp()) for one in losses),
-        float((torch.cat(losses[1]) - torch.cat(losses[2])).abs().mean()),
-    )
+    lost = float((torch.cat(losses[1]) - torch.cat(losses[2])).abs().mean())
+    base_perplexity, *others = (float(torch.cat(one).mean().exp()) for one in losses)
+    return Likeness(tokens, largest, total / tokens, agreed / tokens, base_perplexity, others[0], others[1], lost)
 
 
 def _losses(model: PreTrainedModel, rows: Sequence[Row]) -> Tensor:

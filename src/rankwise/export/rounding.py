@@ -124,7 +124,7 @@ def round_as_served(
 
     def compute() -> None:
         if files.is_dir():
-            model.to(WHOLE[kinds[0][1].name])
+            nn.Module.to(model, WHOLE[kinds[0][1].name])
         else:
             for module, kind in kinds:
                 module.register_forward_pre_hook(partial(_round_inputs, kind))
