@@ -452,12 +452,5 @@ def test_read_template(tmp_path: Path) -> None:
     path.write_text("a\n{% for %}", encoding="utf-8")
     with pytest.raises(DataError, match=r"RW211: the chat template .*chat.jinja, line 2"):
         read_template(path)
-    for content, said in (
-        ("{{ " + "9" * 5000 + " }}", "4300 digits"),
-        ("x" * 300_000, "longer than any chat template"),
-    ):
-        path.write_text(content, encoding="utf-8")
-        with pytest.raises(DataError, match=f"RW211: .*{said}"):
-            read_template(path)
     with pytest.raises(DataError, match="RW211: cannot read"):
         read_template(tmp_path / "nothing.jinja")

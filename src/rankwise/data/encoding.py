@@ -8,7 +8,6 @@ separately, so that the prompt's ids in training equal those in generation.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import statistics
 from array import array
@@ -18,11 +17,9 @@ from typing import TYPE_CHECKING
 
 from rankwise.constants import IGNORED
 from rankwise.data.bad_rows import NEVER, check_bad_rows
-from rankwise.data.bounded import bounded
 from rankwise.data.rows import Problem, Row, Rows
 from rankwise.data.templates import ChatRenderer, Rendered, RowRefused, Segment, renderer
 from rankwise.errors import DataError, warn
-from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,10 +104,7 @@ class RowEncoder:
         self._opening = _opening_ids(tokenizer)
 
     def stop_ids(self) -> set[int]:
-        chat = self._render
-        if isinstance(chat, ChatRenderer) and "stop" not in vars(chat):
-            [chat.stop] = bounded(lambda: iter([chat.stop]), lambda _: "a sample exchange")
-        stop = chat.stop if isinstance(chat, ChatRenderer) else None
+        stop = self._render.stop if isinstance(self._render, ChatRenderer) else None
         return {self.tokenizer.eos_token_id if stop is None else self._ids([stop])[0][-1]}
 
     def encode(self, rows: Sequence[Row], max_length: int | None = None) -> list[EncodedRow]:
@@ -120,24 +114,13 @@ class RowEncoder:
     def try_encode(self, rows: Sequence[Row], max_length: int | None = None) -> Iterator[EncodedRow | Problem]:
         """Encode each row, or return the Problem with it. ``left_out`` counts parts that the template omits."""
         self.left_out = Counter()
-        for batch in _batches(self._rendered(rows)):
+        for batch in _batches(_rendered_or_not(self._render, row) for row in rows):
             texts = [item for item in batch if isinstance(item, Rendered)]
             encoded = iter(self._encode_batch(texts, max_length))
             for item in batch:
                 if isinstance(item, Rendered):
                     self.left_out.update(item.left_out)
                 yield next(encoded) if isinstance(item, Rendered) else item
-
-    def _rendered(self, rows: Sequence[Row]) -> Iterator[Rendered | Problem]:
-        render = self._render
-        if not isinstance(render, ChatRenderer):
-            yield from (_rendered_or_not(render, row) for row in rows)
-            return
-        # One process for all rows, so that a template is compiled once, and conversations of one shape checked once.
-        for message in bounded(
-            lambda: map(functools.partial(_message, render), rows), lambda n: rows[min(n, len(rows) - 1)].place
-        ):
-            yield _from_message(message, render)
 
     def _encode_batch(self, batch: Sequence[Rendered], max_length: int | None) -> list[EncodedRow]:
         long = {place for place, item in enumerate(batch) if max_length and item.characters > WHOLE_CHARACTERS}
@@ -174,23 +157,6 @@ class RowEncoder:
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
         ids = dict(zip(distinct, self.tokenizer(distinct, verbose=False, **options)["input_ids"]))
         return [ids[text] for text in texts]
-
-
-def _message(render: ChatRenderer, row: Row) -> JsonObject:
-    """A rendered row as JSON, for the transfer between processes."""
-    item = _rendered_or_not(render, row)
-    if isinstance(item, Problem):
-        return {"problem": dataclasses.astuple(item)}
-    segments = [(segment.text, segment.trained) for segment in item.segments]
-    return {"segments": segments, "closed": item.closed, "left_out": item.left_out, "stop": render.stop}
-
-
-def _from_message(message: JsonObject, render: ChatRenderer) -> Rendered | Problem:
-    if "problem" in message:
-        return Problem(*message["problem"])
-    render.stop = message["stop"]
-    segments = tuple(Segment(*segment) for segment in message["segments"])
-    return Rendered(segments, opened=False, closed=message["closed"], left_out=tuple(message["left_out"]))
 
 
 def _rendered_or_not(render: Callable[[Row], Rendered], row: Row) -> Rendered | Problem:
@@ -240,8 +206,7 @@ def encode_rows(
 
     Raises DataError: RW210 chat rows without a template, RW211 a template that refuses a row, RW212 a template that
     does not separate the assistant's text, RW213 no stop token, RW214 no trained token, RW219 no tokenizer, RW221 a
-    template that omits a part of a row, RW222 an answer that is only its stop token, RW225 a template that exceeds its
-    time or memory.
+    template that omits a part of a row, RW222 an answer that is only its stop token.
     """
     encoder = RowEncoder(rows, tokenizer, chat_template)
     return encode_by(encoder, rows, max_length=max_length, name=name, skip_bad_rows=skip_bad_rows)[0]

@@ -17,8 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.data.bounded import bounded
-from rankwise.data.left_out import Tools, Unwritten, characters, left_out
+from rankwise.data.left_out import Tools, Unwritten, left_out
 from rankwise.data.rows import Message, Row, Rows
 from rankwise.data.tool_arguments import suit_arguments
 from rankwise.errors import DataError, one_line
@@ -30,11 +29,6 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 PROBE_ANSWER = "probed answer"
 UNENDED = "a stop token after answers before the last"
-# Jinja takes up to 9 seconds to parse 1 MiB, and each process compiles it again. The templates of known models have at
-# most some 30 KB.
-LONGEST_FILE_BYTES = 1 << 17
-# A rendered text may have MOST_CHARACTERS, or MOST_GROWTH for each character of the row, whichever is more.
-MOST_CHARACTERS, MOST_GROWTH = 1 << 20, 20
 Span = tuple[int, int]
 
 
@@ -72,10 +66,7 @@ def read_template(path: Path) -> str:
     import jinja2
 
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST_FILE_BYTES + 1)
-        if len(text) > LONGEST_FILE_BYTES:
-            raise DataError("RW211", f"{path} is longer than any chat template (128 KiB); give a Jinja file.")
+        text = path.read_text(encoding="utf-8")
         # transformers adds the generation tag to Jinja; for the parse alone it can go.
         plain = GENERATION_TAGS.sub("", text)
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
@@ -86,11 +77,6 @@ def read_template(path: Path) -> str:
         raise DataError("RW211", f"cannot read the chat template {path}: {reason}; give a Jinja file.") from None
     except jinja2.TemplateSyntaxError as error:
         raise DataError("RW211", f"the chat template {path}, line {error.lineno}: {error.message}.") from None
-    except ValueError as error:
-        # A number of thousands of digits.
-        raise DataError("RW211", f"the chat template {path} cannot be read ({error}); give a Jinja file.") from None
-    except RecursionError:
-        raise DataError("RW211", f"the chat template {path} is nested too deeply; give a Jinja file.") from None
     return text
 
 
@@ -142,7 +128,7 @@ class ChatRenderer:
     """Writes rows through a chat template.
 
     ``stop`` is what ends an assistant's turn, if anything does: a special token, or several in a row, of which the last
-    is the stop token. Only processes started by ``bounded`` may call a renderer, or read ``stop`` for the first time.
+    is the stop token. transformers runs templates in Jinja's sandbox, without limits of time or memory.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
@@ -237,7 +223,7 @@ class ChatRenderer:
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
-            return _sane(str(text), messages, tools)
+            return _encodable(str(text))
 
     def _marked(self, template: str, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -252,7 +238,7 @@ class ChatRenderer:
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
-            return _sane(texts[0], messages, tools), spans[0]
+            return _encodable(texts[0]), spans[0]
 
     def _grown_spans(self, text: str, messages: Sequence[Message], tools: Tools, first_trained: int) -> list[Span]:
         """The spans of the answers, found by rendering the conversation up to each of them.
@@ -359,29 +345,24 @@ def chat_text(
 ) -> str:
     """The conversation up to the point where an answer would start.
 
-    Raises DataError RW211, RW221, RW225 with ``place``.
+    Raises DataError RW211, RW221 with ``place``.
     """
     render = functools.partial(ChatRenderer(tokenizer, chat_template)._render, generation_prompt=True)
     offered = list(tools) if tools else None
-
-    def texts() -> Iterator[str]:
-        try:
-            asked = suit_arguments(messages, functools.partial(render, tools=offered))
-            text = render(asked, offered)
-            lost = left_out(asked, offered, text, {}, render)
-            if lost.required:
-                raise RowRefused("RW221", f"the chat template leaves out {', '.join(lost.required)}")
-            yield text
-        except RowRefused as error:
-            raise DataError(error.code, f"{place}: {error.message}.") from None
-
-    [found] = bounded(texts, lambda _: place)
-    return str(found)
+    try:
+        asked = suit_arguments(messages, functools.partial(render, tools=offered))
+        text = render(asked, offered)
+        lost = left_out(asked, offered, text, {}, render)
+        if lost.required:
+            raise RowRefused("RW221", f"the chat template leaves out {', '.join(lost.required)}")
+    except RowRefused as error:
+        raise DataError(error.code, f"{place}: {error.message}.") from None
+    return text
 
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Raise any error of a template as RowRefused. ``bounded`` handles memory."""
+    """Raise any error of a template but a lack of memory as RowRefused."""
     import jinja2
 
     try:
@@ -394,14 +375,8 @@ def _refusals() -> Iterator[None]:
         raise RowRefused("RW211", f"the chat template refuses it: {one_line(error)}") from None
 
 
-def _sane(text: str, messages: Sequence[Message], tools: Tools) -> str:
-    """The text unchanged. Raises DataError (RW225) where it is far too long for the row."""
-    if len(text) > MOST_CHARACTERS and len(text) > MOST_GROWTH * characters((messages, tools)):
-        raise DataError(
-            "RW225",
-            f"the chat template makes {len(text):,} characters of a conversation of {characters((messages, tools)):,}; "
-            "give another template by --chat-template FILE.",
-        )
+def _encodable(text: str) -> str:
+    """The text unchanged. Raises UnicodeEncodeError for a lone surrogate, which is not a character."""
     text.encode()
     return text
 
