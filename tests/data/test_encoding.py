@@ -318,7 +318,7 @@ def test_renderings_do_not_grow_with_the_conversation(
         ),
         ("{{ messages[0].content + 1 }}", chat("a", "b"), "RW211", "line 1: the chat template refuses it"),
         ("{{ bos_token }}", {"prompt": "a", "completion": "b"}, "RW221", "leaves out the `content` of message 1"),
-        (CHATML.replace("message.content", "''"), chat("a", "b"), "RW221", "leaves out the `content` of message 1"),
+        (CHATML.replace("message.content", "''"), chat("a", "b"), "RW221", "leaves out the `content` of message 2"),
         (
             CHATML + "{% generation %}{% endgeneration %}x",
             {"prompt": "a", "completion": "b"},

@@ -81,13 +81,13 @@ def test_tools_and_calls_that_a_template_uses_are_rendered() -> None:
             WITH_TOOLS.replace("{{ call.function.arguments | tojson }}", ""),
             (ASKED, CALLED, RESULT, SAID),
             [TOOL],
-            "leaves out part of `tool_calls` of message 2. Give",
+            "leaves out `tool_calls` of message 2. Give",
         ),
         (
             WITH_TOOLS.replace("in message.tool_calls", "in (message.tool_calls or [])[:1]"),
             (ASKED, {**CALLED, "tool_calls": [CALL, CALL]}),
             [TOOL],
-            "leaves out `tool_calls` of message 2. Give",
+            "`tool_calls` of message 2. Give",
         ),
         (WITH_TOOLS.replace("in tools", "in tools[:1]"), (ASKED, SAID), [TOOL, TOOL], "leaves out `tools`. Give"),
         # "4" stands in the answer too.
@@ -100,10 +100,10 @@ def test_tools_and_calls_that_a_template_uses_are_rendered() -> None:
         ),
         (without(CHATML, "user"), (ASKED, SAID), None, "leaves out the `content` of message 1"),
         (
-            CHATML.replace("message.content", "message.content[:20]"),
+            CHATML.replace("message.content", "message.content[:5]"),
             (ASKED, SAID),
             None,
-            "leaves out part of the `content`",
+            "leaves out the `content` of message 2",
         ),
         (
             CHATML,
@@ -116,7 +116,7 @@ def test_tools_and_calls_that_a_template_uses_are_rendered() -> None:
             LAST_THOUGHT,
             (ASKED, {**SAID, "content": "<t>so</t>It is 4."}),
             None,
-            "leaves out part of the `content` of message 2",
+            "leaves out the `content` of message 2",
         ),
         (MARKED, (ASKED, CALLED, RESULT, SAID), [TOOL], "leaves out `tools`, `tool_calls` of message 2. Give"),
     ],
@@ -193,8 +193,13 @@ def test_a_drop_that_depends_on_the_words_is_found() -> None:
     [
         (
             LAST_THOUGHT,
-            (ASKED, {**SAID, "reasoning_content": "4"}, ASKED, {**SAID, "reasoning_content": "so 4"}),
+            (ASKED, {**SAID, "reasoning_content": "2 + 2"}, ASKED, {**SAID, "reasoning_content": "so 4"}),
             "the `reasoning_content` of earlier answers (in 1)",
+        ),
+        (
+            LAST_THOUGHT,
+            (ASKED, {**SAID, "content": "<t>2 + 2</t>It is 4."}, ASKED, SAID),
+            "part of the `content` of earlier answers (in 1)",
         ),
         (CHATML, (ASKED, {**SAID, "mood": 0}), "`mood` (in 1)"),
         (CHATML, (ASKED, {**SAID, "thoughts": {"why": "so"}}), "`thoughts` (in 1)"),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.data.left_out import Tools, Unwritten, left_out
+from rankwise.data.left_out import Tools, left_out
 from rankwise.data.rows import Message, Row, Rows
 from rankwise.data.tool_arguments import suit_arguments
 from rankwise.errors import DataError, one_line
@@ -134,8 +134,6 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        # {shape of a conversation: omitted parts}.
-        self._known: dict[Hashable, Unwritten] = {}
 
     def __call__(self, row: Row) -> Rendered:
         tools = list(row.tools) if row.tools else None
@@ -147,7 +145,7 @@ class ChatRenderer:
             text, marked = self._marked(template, messages, tools)
         else:
             text = self._render(messages, tools, generation_prompt=False)
-        lost = left_out(messages, tools, text, self._known, functools.partial(self._render, generation_prompt=False))
+        lost = left_out(messages, tools, text)
         if lost.required:
             raise RowRefused("RW221", f"the chat template leaves out {', '.join(lost.required)}")
         if marked is None:
@@ -352,7 +350,7 @@ def chat_text(
     try:
         asked = suit_arguments(messages, functools.partial(render, tools=offered))
         text = render(asked, offered)
-        lost = left_out(asked, offered, text, {}, render)
+        lost = left_out(asked, offered, text)
         if lost.required:
             raise RowRefused("RW221", f"the chat template leaves out {', '.join(lost.required)}")
     except RowRefused as error:

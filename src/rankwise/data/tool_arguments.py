@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 
+from rankwise.data.left_out import function_of
 from rankwise.data.rows import Message
 from rankwise.errors import DataError
 from rankwise.foreign import Fields, Json
@@ -40,7 +41,7 @@ def _is_misread(messages: Sequence[Message], text: str) -> bool:
 
 def _forms(message: Message) -> list[tuple[Json, Json]]:
     """The arguments of each call, and the other form of them. Calls without an object of arguments are left out."""
-    return [forms for call in message.get("tool_calls") or () if (forms := _both(_function(call).get("arguments")))]
+    return [forms for call in message.get("tool_calls") or () if (forms := _both(function_of(call).get("arguments")))]
 
 
 def _both(arguments: Json) -> tuple[Json, Json] | None:
@@ -60,17 +61,11 @@ def _in_the_other_form(message: Message) -> Message:
 
 
 def _changed(call: Fields) -> Fields:
-    forms = _both(_function(call).get("arguments"))
+    forms = _both(function_of(call).get("arguments"))
     if forms is None:
         return call
-    changed = {**_function(call), "arguments": forms[1]}
+    changed = {**function_of(call), "arguments": forms[1]}
     return {**call, "function": changed} if "function" in call else changed
-
-
-def _function(call: Fields) -> Fields:
-    """The part that names the function: the call itself, or its `function` field in OpenAI's form."""
-    inner = call.get("function", call)
-    return inner if isinstance(inner, Mapping) else {}
 
 
 def _json(value: Json) -> str:
