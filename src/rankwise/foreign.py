@@ -1,14 +1,10 @@
-"""Read untrusted files within limits: the size, depth, digits and characters of JSON, and the unpacked size of gzip."""
+"""Read untrusted JSON: no NaN, no lone surrogates, no repeated keys, and every field of its declared type."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
-import io
 import json
-import stat
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +14,6 @@ import pydantic
 from pydantic_core import ErrorDetails
 
 from rankwise.errors import RankwiseError
-
-LARGEST_BYTES = 50_000_000
-DEEPEST = 64
-# Maximum digits of an integer. Tokenizers write a maximum length of 10^30; integers above 10^308 fit in no float.
-LONGEST_NUMBER = 40
-# A packed file may hold this many bytes plus this many times its size. Text shrinks to a fifth, zeros 1,000 times.
-UNPACKED_BYTES, UNPACKED_TIMES = 16_000_000, 50
 
 # Any value of JSON, to read.
 Json = str | float | None | Sequence["Json"] | Mapping[str, "Json"]
@@ -42,19 +31,9 @@ class Dataclass(Protocol):
 T = TypeVar("T", bound=Dataclass)
 
 
-def read_json(path: Path, *, largest_bytes: int = LARGEST_BYTES, constants: bool = False) -> Any:
-    """The content of a JSON file.
-
-    Raises OSError, or ValueError with the reason: not a regular file, too large, or one of ``parse_json``.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        # Reading a named pipe would block.
-        raise ValueError("it is not a regular file")
-    with open(path, "rb") as file:
-        content = file.read(largest_bytes + 1)
-    if len(content) > largest_bytes:
-        raise ValueError(f"it is larger than {largest_bytes:,} bytes")
-    return parse_json(content, constants=constants)
+def read_json(path: Path, *, constants: bool = False) -> Any:
+    """The content of a JSON file. Raises OSError, or ValueError with one of the reasons of ``parse_json``."""
+    return parse_json(path.read_bytes(), constants=constants)
 
 
 def parse_json(
@@ -81,7 +60,6 @@ def parse_json(
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    check_depth(found)
     if not halves and ("\\ud" in text or "\\uD" in text):
         # A lone surrogate is not a character, and text that holds one cannot be encoded.
         json.dumps(found, ensure_ascii=False).encode("utf-8")
@@ -97,37 +75,10 @@ def each_once(pairs: list[tuple[str, Json]]) -> JsonObject:
     return content
 
 
-def most_unpacked(packed_bytes: int, times: int = UNPACKED_TIMES) -> int:
-    """The most bytes that a packed file of ``packed_bytes`` may hold."""
-    return UNPACKED_BYTES + times * packed_bytes
-
-
-def unpacked(content: bytes) -> bytes:
-    """The content of gzip data. Raises ValueError with the reason: truncated, not gzip, or unpacks beyond the limit."""
-    limit = most_unpacked(len(content))
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-            found = file.read(limit + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"it is cut short or no gzip file ({error})") from None
-    if len(found) > limit:
-        raise ValueError(
-            f"its {len(content):,} bytes unpack to more than {limit:,}; if that is intended, give the unpacked file"
-        )
-    return found
-
-
-def read_object(
-    path: Path,
-    *,
-    error: type[RankwiseError],
-    code: str,
-    constants: bool = False,
-    largest_bytes: int = LARGEST_BYTES,
-) -> JsonObject:
+def read_object(path: Path, *, error: type[RankwiseError], code: str, constants: bool = False) -> JsonObject:
     """The object in a JSON file. Raises ``error(code)``, whose message names the file and the fault."""
     try:
-        content = read_json(path, constants=constants, largest_bytes=largest_bytes)
+        content = read_json(path, constants=constants)
     except (OSError, ValueError) as problem:
         raise error(code, f"cannot read {path} as JSON ({reason_of(problem)}); get it again.") from None
     if not isinstance(content, dict):
@@ -204,25 +155,14 @@ def _strict_model(kind: type[Dataclass]) -> type[pydantic.BaseModel]:
     return pydantic.create_model(kind.__name__, **fields)
 
 
-def _whole(digits: str) -> int:
-    if len(digits) > LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(digits):,} digits")
-    return int(digits)
+def _whole(text: str) -> int:
+    # Above 10^308 no float holds it.
+    _finite(text)
+    return int(text)
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not float("-inf") < number < float("inf"):
-        raise ValueError(f"{text[:LONGEST_NUMBER]} is not a finite number")
+        raise ValueError(f"{text[:40]} is not a finite number")
     return number
-
-
-def check_depth(content: Json) -> None:
-    """Raise ValueError for JSON of more levels than ``DEEPEST``, at which recursive functions would fail."""
-    level = [content] if isinstance(content, dict | list) else []
-    for _ in range(DEEPEST):
-        inner = (item for part in level for item in (part.values() if isinstance(part, dict) else part))
-        level = [item for item in inner if isinstance(item, dict | list)]
-        if not level:
-            return
-    raise ValueError(f"it is nested more than {DEEPEST} levels deep")

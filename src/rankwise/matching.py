@@ -9,18 +9,16 @@ import dataclasses
 import difflib
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
-
-import regex
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from rankwise.errors import AdapterError, warn
-from rankwise.lora_config import MOST_PATTERNS, LoraConfig, is_plain
+from rankwise.lora_config import LoraConfig, is_plain
 from rankwise.options import ALL_LINEAR
 
 Value = TypeVar("Value")
 NO_EFFECT = "RW420"
-LONGEST_MATCH_SECONDS = 0.5
 # Names in a list that is searched name by name, and names in a message.
 FEW, MOST_NAMED = 16, 10
 # Why text never passes through a module.
@@ -36,7 +34,7 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     begin after a dot (``q_proj``).
     """
     if isinstance(wanted, str):
-        return _match(wanted, name, regex.fullmatch) is not None
+        return _compiled(wanted).fullmatch(name) is not None
     if len(wanted) < FEW:
         return any(name == key or name.endswith(f".{key}") for key in wanted)
     return not _set_of(tuple(wanted)).isdisjoint(_endings(name))
@@ -60,22 +58,11 @@ def matches_pattern(key: str, name: str) -> bool:
         end = name[-len(key) :]
         is_whole = len(end) == len(name) or name[-len(key) - 1] == "."
         return is_whole and len(end) == len(key) and all(a in (b, ".") for a, b in zip(key, end))
-    return _match(rf"(.*\.)?({key})$", name) is not None
-
-
-def _match(pattern: str, name: str, how: Callable[..., Any] = regex.match) -> Any:
-    """Match within a time limit, since the pattern may be untrusted. Raises AdapterError (RW401) where it cannot."""
-    try:
-        return how(_compiled(pattern), name, timeout=LONGEST_MATCH_SECONDS)
-    except (TimeoutError, regex.error) as error:
-        reason = f"takes more than {LONGEST_MATCH_SECONDS} s" if isinstance(error, TimeoutError) else f"fails ({error})"
-        raise AdapterError(
-            "RW401", f"the regular expression {pattern!r} {reason} on the name {name}; write it without nested repeats."
-        ) from None
+    return _compiled(rf"(.*\.)?({key})$").match(name) is not None
 
 
 # The library's own cache is smaller than the patterns that a configuration may have.
-_compiled = functools.lru_cache(maxsize=2 * MOST_PATTERNS)(regex.compile)
+_compiled = functools.lru_cache(maxsize=1000)(re.compile)
 
 
 def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
@@ -412,7 +399,7 @@ def _layer_of(name: str, config: LoraConfig) -> int | None:
 
 def _index_in(pattern: str, name: str) -> int | None:
     # The first index in the path is the layer's; a later one may be an expert's.
-    found = _match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
+    found = _compiled(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.").match(name)
     return int(found["index"]) if found else None
 
 

@@ -13,7 +13,6 @@ from rankwise.foreign import Fields, JsonObject, read_object
 from rankwise.lora_config import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
-LARGEST_BYTES = 4 << 20
 
 _SHARED_FIELDS = (
     "r",
@@ -107,7 +106,7 @@ def read_config(folder: Path) -> JsonObject:
         raise AdapterError("RW409", f"there is no folder {folder}; give the folder of an adapter.")
     if not (folder / CONFIG_FILE).exists():
         raise AdapterError("RW409", f"{folder} holds no {CONFIG_FILE}; give the folder of an adapter.")
-    return read_object(folder / CONFIG_FILE, error=AdapterError, code="RW409", largest_bytes=LARGEST_BYTES)
+    return read_object(folder / CONFIG_FILE, error=AdapterError, code="RW409")
 
 
 def scaled_alpha(config: LoraConfig) -> Callable[[float, int], float]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import codecs
 import csv
 import dataclasses
+import gzip
 import hashlib
 import io
 import itertools
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 from rankwise.data.formats import E2E_LINES, TEXT, BadRow, Format, Record
 from rankwise.data.rows import Unit
 from rankwise.errors import DataError, one_line
-from rankwise.foreign import Json, check_depth, each_once, most_unpacked, unpacked
+from rankwise.foreign import Json, each_once
 
 if TYPE_CHECKING:
     import pyarrow
@@ -26,11 +28,6 @@ if TYPE_CHECKING:
 Numbered = Iterator[tuple[int, Record | BadRow]]
 # The csv module's own limit of 128 KiB is too short for documents in a table.
 LONGEST_FIELD_BYTES = 1 << 30
-LONGEST_HEADER = 100_000
-# Rows of a parquet file that are unpacked at once. Most writers store values of up to 1 MB once and refer to them.
-PARQUET_ROWS = 64
-# A prompt of some KB that all rows repeat is stored once. A row costs this many bytes besides its values.
-PARQUET_TIMES, ROW_BYTES = 300, 200
 LINE_SEPARATOR = "||"
 
 
@@ -94,9 +91,9 @@ def _unpacked(path: Path, stored: bytes) -> bytes:
     if path.suffix.lower() != ".gz":
         return stored
     try:
-        return unpacked(stored)
-    except ValueError as error:
-        raise DataError("RW206", f"cannot unpack {path}: {error}.") from None
+        return gzip.decompress(stored)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError("RW206", f"cannot unpack {path}: it is cut short or no gzip file ({error}).") from None
 
 
 def _decoded(path: Path, content: bytes) -> str:
@@ -139,10 +136,6 @@ def _json_record(line: str) -> Record | BadRow:
 
 
 def _as_record(record: Json) -> Record | BadRow:
-    try:
-        check_depth(record)
-    except ValueError as error:
-        return BadRow(f"expected JSON that can be read, and {error}")
     if isinstance(record, dict):
         return record
     return BadRow(f"expected a JSON object with named fields, found {json.dumps(record, ensure_ascii=False)[:40]}")
@@ -212,8 +205,8 @@ def _table(delimiters: str) -> Callable[[Path, bytes], Numbered]:
 
     def read(path: Path, content: bytes) -> Numbered:
         text = _decoded(path, content)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text, delimiters), strict=True)
         previous_limit = csv.field_size_limit(LONGEST_FIELD_BYTES)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text, delimiters), strict=True)
         try:
             yield from _table_rows(path, reader)
         except csv.Error as error:
@@ -228,7 +221,7 @@ def _table(delimiters: str) -> Callable[[Path, bytes], Numbered]:
 
 def _delimiter(text: str, delimiters: str) -> str:
     """The first delimiter that occurs in the header. Spreadsheets write ``;`` where the decimal sign is a comma."""
-    header = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")[:LONGEST_HEADER]
+    header = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")
     return next((mark for mark in delimiters if len(next(csv.reader([header], delimiter=mark))) > 1), delimiters[0])
 
 
@@ -254,20 +247,8 @@ def _parquet(path: Path, content: bytes) -> Numbered:
     import pyarrow
     import pyarrow.parquet
 
-    limit, size, batches = most_unpacked(len(content), PARQUET_TIMES), 0, []
     try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
-        # A few bytes can stand for any number of equal values, so the table is not unpacked at once.
-        for batch in file.iter_batches(PARQUET_ROWS):
-            size += batch.nbytes + ROW_BYTES * batch.num_rows
-            if size > limit:
-                raise DataError(
-                    "RW206",
-                    f"cannot unpack {path}: its {len(content):,} bytes unpack to more than {limit:,}; if that is "
-                    "intended, write its rows as .jsonl.",
-                )
-            batches.append(batch)
-        table = pyarrow.Table.from_batches(batches, file.schema_arrow)
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(content)).read()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError("RW206", f"cannot read {path} as parquet: {one_line(error)}.") from None
     except UnicodeDecodeError as error:

@@ -37,7 +37,6 @@ PRE_TOKENIZERS = {
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*": "llama-bpe",
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*": "qwen2",
 }
-LARGEST_BYTES = 64 << 20
 
 
 def write_header(writer: Any, names: GgufNames, folder: Path) -> dict[str, Tensor]:
@@ -104,9 +103,7 @@ def _rotary_parameters(config: PreTrainedConfig) -> JsonObject:
 def _add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     import gguf
 
-    document = read_object(
-        folder / "tokenizer.json", error=ModelError, code="RW744", largest_bytes=LARGEST_BYTES, constants=True
-    )
+    document = read_object(folder / "tokenizer.json", error=ModelError, code="RW744", constants=True)
     model = document.get("model") or {}
     tokens: dict[int, tuple[str, int]] = {}
     pieces = bool(model.get("byte_fallback"))

@@ -15,9 +15,6 @@ from rankwise.reports.numbers import is_number
 from rankwise.reports.schema import COMPARISON_FILE, EVALUATION_FOLDER, SCHEMA
 from rankwise.reports.words import unit_of
 
-# Maximum bytes of one file: records are text for people, so a larger file is not a record.
-LARGEST_BYTES = 1 << 28
-
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -105,8 +102,8 @@ def load_comparison(folder: Path) -> Comparison:
 
 
 def read_object(path: Path) -> Any:
-    """The content of a JSON file. Raises ValueError for a file that is not JSON or is too large to be a record."""
-    return read_json(path, largest_bytes=LARGEST_BYTES, constants=True)
+    """The content of a JSON file. Raises ValueError for a file that is not JSON."""
+    return read_json(path, constants=True)
 
 
 @contextlib.contextmanager
@@ -134,7 +131,7 @@ def read_answers(place: Path, task: str, result: Fields) -> list[Fields]:
     """The examples of one evaluation, one object each; none when the file no longer exists."""
     name = str(result.get("examples") or "predictions.jsonl")
     path = inside(inside(place, f"{EVALUATION_FOLDER}/{task}"), name)
-    return list(_objects(path)) if path.is_file() and path.stat().st_size <= LARGEST_BYTES else []
+    return list(_objects(path)) if path.is_file() else []
 
 
 def _objects(path: Path) -> Iterator[Fields]:
