@@ -38,28 +38,16 @@ CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno
 def system_error(error: BaseException) -> OSError | None:
     """The OSError behind ``error``, or None.
 
-    Libraries written in Rust (tokenizers, safetensors), torch, numpy and ``shutil.copytree`` raise exceptions of their
-    own, which hold the operating system's error as text only.
+    Libraries written in Rust (tokenizers, safetensors) and ``shutil.copytree`` raise exceptions of their own, which
+    hold the operating system's error as text only. Of these, errors of a disk and of handles count, not of networks.
     """
     if isinstance(error, RankwiseError | ConnectionError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return error if error.errno > 0 else None
-    if hidden := re.fullmatch("No such file or directory: (.+)", str(error)):
-        # safetensors gives this message for every file that it cannot open, whatever the reason.
-        return OSError(errno.EIO, "cannot be opened", hidden[1])
-    if mapped := re.search(r"unable to .*file <(.+)>.*\((\d+)\)", str(error)):
-        return OSError(int(mapped[2]), os.strerror(int(mapped[2])), mapped[1])
-    if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
-        # numpy's tofile, which gguf uses to write, does not give the reason.
-        return OSError(errno.ENOSPC, "the write stopped short")
-    found = re.search(r"(\(os error |\[Errno )(\d+)", str(error))
-    if found is None:
-        return None
-    number = int(found[2])
-    # In exceptions of other types, and in those of Python itself, the number may be that of a network error.
-    is_rusts = isinstance(error, OSError) and found[1] == "(os error "
-    return OSError(number, os.strerror(number)) if is_rusts or number in (*REMEDIES, errno.EIO) else None
+    found = re.search(r"(?:\(os error |\[Errno )(\d+)", str(error))
+    number = int(found[1]) if found else 0
+    return OSError(number, os.strerror(number)) if number in (*REMEDIES, errno.EIO) else None
 
 
 def coded_error(
@@ -245,6 +233,16 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and (error.filename is None or path.name in os.path.basename(_text(error.filename))):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+@contextlib.contextmanager
+def naming_by_numpy(path: Path) -> Iterator[None]:
+    """As ``naming``, where numpy writes, which does not say why it could not write all."""
+    with naming(path):
+        try:
+            yield
+        except OSError as error:
+            raise error if error.errno else OSError(errno.ENOSPC, "the write stopped short") from None
 
 
 @contextlib.contextmanager

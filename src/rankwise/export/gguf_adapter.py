@@ -7,6 +7,7 @@ lora_a is (r, in) and lora_b (out, r), of E experts (E, r, in) and (E, out, r), 
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from rankwise.adapters.state import base_modules
-from rankwise.disk import naming
+from rankwise.disk import naming_by_numpy
 from rankwise.errors import AdapterError, ModelError
 from rankwise.export.gguf_names import GgufNames
 from rankwise.export.pairs import Pair, Pairs
@@ -89,10 +90,7 @@ def write_adapter(path: Path, names: GgufNames, pairs: Pairs, base_name: str | N
     for name, pair in pairs.items():
         for side, tensor in (("a", pair.A), ("b", pair.B)):
             writer.add_tensor(f"{name}.lora_{side}", np.ascontiguousarray(tensor.float().numpy()))
-    with naming(path):
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+    with naming_by_numpy(path), closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()

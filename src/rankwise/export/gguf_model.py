@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,7 +22,7 @@ from rankwise.adapters.checkpoint import AdapterFile
 from rankwise.adapters.experts import merged_stack
 from rankwise.adapters.saving import PREFIX
 from rankwise.adapters.state import base_modules
-from rankwise.disk import naming
+from rankwise.disk import naming_by_numpy
 from rankwise.errors import ModelError
 from rankwise.export.gguf_adapter import EMBEDDING, HEAD, check_base
 from rankwise.export.gguf_header import write_header
@@ -229,15 +230,12 @@ def _write(writer: GGUFWriter, path: Path, tensors: Iterator[Planned]) -> None:
         size_bytes = prod(item.shape) // block * block_bytes
         # Any dtype but uint8 leaves the shape as it is.
         writer.add_tensor_info(item.name, item.shape, np.dtype(np.float32), size_bytes, item.kind)
-    with naming(path):
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for item in planned:
-                data = item.make()
-                if isinstance(data, Tensor):
-                    data = gguf.quantize(np.ascontiguousarray(data.float().numpy()), item.kind)
-                writer.write_tensor_data(data)
-        finally:
-            writer.close()
+    with naming_by_numpy(path), closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for item in planned:
+            data = item.make()
+            if isinstance(data, Tensor):
+                data = gguf.quantize(np.ascontiguousarray(data.float().numpy()), item.kind)
+            writer.write_tensor_data(data)
