@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from damage import limited
 from rankwise.errors import AdapterError, ModelError
 from rankwise.weights_file import read_header, refuse_pickles, sha256_of, sha256_of_files
 
@@ -80,12 +78,6 @@ def test_a_truncated_file(kept_bytes: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:kept_bytes])
     with pytest.raises(ModelError, match="is damaged or no safetensors file"):
         read_header(path)
-
-
-def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "model.safetensors")
-    with limited(10), pytest.raises(ModelError, match="holds no"):
-        read_header(tmp_path / "model.safetensors")
 
 
 def test_pickle_under_a_safetensors_name_is_refused(tmp_path: Path) -> None:

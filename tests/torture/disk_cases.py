@@ -2,7 +2,7 @@
 
     LD_PRELOAD=failing_disk.so python disk_cases.py FOLDER VERB:ERROR:STRIDE...
 
-ERROR is a name of errno, `short` for half of a write, or SIGKILL; behind `read-` it hits reading and not writing.
+ERROR is a name of errno, `short` for half of a write, or SIGKILL.
 
 Each verb is called with its first failing call at 1, 1 + STRIDE, ... while it has so many, or from another call on with
 VERB:ERROR:STRIDE:FIRST. Prints what went wrong.
@@ -58,29 +58,22 @@ class Cases:
             return self.killed(words, fail_at), ""
         said = io.StringIO()
         if fail_at:
-            name = self.error.removeprefix("read-")
-            # What is read lies beside the output too: the base, the adapter, the rows.
-            below = f"{self.folder}/" if self.reads else f"{self.folder}/made/"
-            last = int(name in LASTING)
-            self.library.disk_fail(below.encode(), fail_at, getattr(errno, name, 0), last, int(self.reads))
+            below, last = f"{self.folder}/made/", int(self.error in LASTING)
+            self.library.disk_fail(below.encode(), fail_at, getattr(errno, self.error, 0), last)
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
                 code = main([str(word) for word in words])
         finally:
             if fail_at:
                 self.seen = self.library.disk_calls()
-                self.library.disk_fail(b"", 0, 0, 0, 0)
+                self.library.disk_fail(b"", 0, 0, 0)
         return code, said.getvalue()
-
-    @property
-    def reads(self) -> bool:
-        return self.error.startswith("read-")
 
     def killed(self, words: Sequence[object], at_call: int) -> int:
         """The exit code of a process that is killed at that call, or 0 where it has fewer."""
         child = os.fork()
         if not child:
-            self.library.disk_fail(f"{self.folder}/made/".encode(), at_call, -signal.SIGKILL, 0, 0)
+            self.library.disk_fail(f"{self.folder}/made/".encode(), at_call, -signal.SIGKILL, 0)
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             os._exit(main([str(word) for word in words]))
@@ -204,8 +197,7 @@ class Cases:
             pass
         elif code != 2 or "RW900" in said or "error RW" not in said:
             self.problems.append(f"{where}: exit code {code}: {said}")
-        elif ".partial-" in said or (not self.reads and str(self.output.parent) not in said):
-            # A library that reads does not always say which file it read.
+        elif ".partial-" in said or str(self.output.parent) not in said:
             self.problems.append(f"{where}: it does not name the file: {said}")
         self.check_files(where, said)
         code, said = self.call(again())
@@ -235,7 +227,7 @@ class Cases:
             if not is_kept and self.error not in {*LASTING, "SIGKILL"}:
                 self.problems.append(f"{where}: the record says {status}")
             knows_how = any(words in said for words in ("--resume", "the same command", "rankwise-lock"))
-            if self.error != "SIGKILL" and not self.reads and not knows_how:
+            if self.error != "SIGKILL" and not knows_how:
                 self.problems.append(f"{where}: no advice to resume: {said}")
         for checkpoint in list_checkpoints(self.output):
             check_checkpoint(checkpoint)

@@ -1,5 +1,4 @@
-/* Preloaded, makes the n-th call that changes a file below one folder fail, or the n-th that reads one, and those after
-   it where that is asked for.
+/* Preloaded, makes the n-th call that changes a file below one folder fail, and those after it where that is asked for.
 
    gcc -shared -fPIC -o failing_disk.so failing_disk.c -ldl */
 #define _GNU_SOURCE
@@ -11,17 +10,16 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/types.h>
 #include <unistd.h>
 
 static char folder[PATH_MAX];
-static int at_call, number, lasting, reads, seen;
+static int at_call, number, lasting, seen;
 
 /* Failures begin with the call `n` (0: none). `error` 0 writes half of what was asked, below 0 it is a signal. */
-void disk_fail(const char *below, int n, int error, int last, int of_reads) {
+void disk_fail(const char *below, int n, int error, int last) {
     snprintf(folder, sizeof folder, "%s", below);
-    at_call = n, number = error, lasting = last, reads = of_reads, seen = 0;
+    at_call = n, number = error, lasting = last, seen = 0;
 }
 
 int disk_calls(void) { return seen; }
@@ -48,18 +46,15 @@ static int fails_at(int dir, const char *path) {
     return fails;
 }
 
-static int change_fails(int dir, const char *path) { return !reads && number && fails_at(dir, path); }
-static int read_fails(int dir, const char *path) { return reads && fails_at(dir, path); }
+static int change_fails(int dir, const char *path) { return number && fails_at(dir, path); }
 
 #define REAL(name) static __typeof__(&name) real; if (!real) real = (__typeof__(real))dlsym(RTLD_NEXT, #name)
-#define CALL(fails, type, name, parameters, dir, path, ...) \
+#define CHANGE(type, name, parameters, dir, path, ...) \
     type name parameters { \
         REAL(name); \
-        if (fails(dir, path)) { errno = number; return (type)-1; } \
+        if (change_fails(dir, path)) { errno = number; return (type)-1; } \
         return real(__VA_ARGS__); \
     }
-#define CHANGE(...) CALL(change_fails, __VA_ARGS__)
-#define READ(...) CALL(read_fails, __VA_ARGS__)
 #define WRITES (O_WRONLY | O_RDWR | O_CREAT)
 #define OPEN(name, parameters, dir, ...) \
     int name parameters { \
@@ -68,7 +63,7 @@ static int read_fails(int dir, const char *path) { return reads && fails_at(dir,
         va_start(list, flags); \
         mode_t mode = flags & O_CREAT ? va_arg(list, mode_t) : 0; \
         va_end(list); \
-        if (flags & WRITES ? change_fails(dir, path) : read_fails(dir, path)) { errno = number; return -1; } \
+        if (flags & WRITES && change_fails(dir, path)) { errno = number; return -1; } \
         return real(__VA_ARGS__); \
     }
 
@@ -84,21 +79,10 @@ CHANGE(ssize_t, sendfile, (int out, int in, off_t *offset, size_t count), out, N
 CHANGE(ssize_t, sendfile64, (int out, int in, off_t *offset, size_t count), out, NULL, out, in, offset, count)
 CHANGE(ssize_t, copy_file_range, (int in, off64_t *a, int out, off64_t *b, size_t count, unsigned int flags), out, NULL,
        in, a, out, b, count, flags)
-READ(ssize_t, read, (int file, void *data, size_t count), file, NULL, file, data, count)
-READ(ssize_t, pread, (int file, void *data, size_t count, off_t offset), file, NULL, file, data, count, offset)
-READ(ssize_t, pread64, (int file, void *data, size_t count, off64_t offset), file, NULL, file, data, count, offset)
-#define MAP(name, offset_type) \
-    void *name(void *at, size_t length, int access, int flags, int file, offset_type offset) { \
-        REAL(name); \
-        if (file >= 0 && read_fails(file, NULL)) { errno = number; return MAP_FAILED; } \
-        return real(at, length, access, flags, file, offset); \
-    }
-MAP(mmap, off_t)
-MAP(mmap64, off64_t)
 
 ssize_t write(int file, const void *data, size_t count) {
     REAL(write);
-    if (!reads && fails_at(file, NULL)) {
+    if (fails_at(file, NULL)) {
         if (!number) return real(file, data, count > 1 ? count / 2 : count);
         errno = number;
         return -1;

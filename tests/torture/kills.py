@@ -77,7 +77,7 @@ class Killer:
         for stream in (1, 2):
             os.dup2(said, stream)
         if at_call:
-            self.cases.library.disk_fail(f"{self.folder}/made/".encode(), at_call, -signal.SIGKILL, 0, 0)
+            self.cases.library.disk_fail(f"{self.folder}/made/".encode(), at_call, -signal.SIGKILL, 0)
         os._exit(main([str(word) for word in words]))
 
     def ended(self, child: int, seconds: float = LONG_SECONDS) -> int | None:

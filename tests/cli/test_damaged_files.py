@@ -1,0 +1,176 @@
+"""A download that was cut short, and a page in the place of a file: one coded line that is no fault of ours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from rankwise.errors import RunError
+from rankwise.evaluation.loading import max_length_of
+from rankwise.foreign import parse_json
+from rankwise.records import load_record, read_metrics
+from rankwise.training.checkpoints import _write_manifest
+from reports.comparison_folders import write_comparison
+
+TRAIN = ("--max-steps", 2, "--save-steps", 1, "--logging-steps", 1, "--batch-size", 2, "--r", 2)
+PAGE = b"<!DOCTYPE html><html><body>404: not found</body></html>\n"
+
+
+@pytest.fixture(scope="module")
+def sharded(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded") / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    LlamaForCausalLM.from_pretrained(model_folder).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compared") / "comparison"
+    write_comparison(folder)
+    return folder
+
+
+# Fixture, file in it, and the verb that reads it.
+GENERATE = ("generate", "--prompt", "Hi", "--max-new-tokens", 2)
+CASES = (
+    ("run_folder", "run.json", (*GENERATE, "--adapter")),
+    ("run_folder", "adapter_config.json", (*GENERATE, "--adapter")),
+    ("run_folder", "adapter_model.safetensors", (*GENERATE, "--adapter")),
+    ("model_folder", "tokenizer_config.json", (*GENERATE, "--model")),
+    ("model_folder", "config.json", (*GENERATE, "--model")),
+    ("model_folder", "model.safetensors", (*GENERATE, "--model")),
+    ("model_folder", "tokenizer.json", (*GENERATE, "--model")),
+    ("model_folder", "generation_config.json", (*GENERATE, "--model")),
+    ("sharded", "model.safetensors.index.json", (*GENERATE, "--model")),
+    ("compared", "comparison.json", ("report",)),
+)
+
+
+@pytest.mark.parametrize("damage", ["cut", "page"])
+@pytest.mark.parametrize(("source", "name", "verb"), CASES, ids=[name for _, name, _ in CASES])
+def test_a_damaged_file_is_refused_by_code(source, name, verb, damage, request, rankwise, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(request.getfixturevalue(source), folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(PAGE if damage == "page" else content[: len(content) // 2])
+    done = rankwise(*verb, folder)
+    assert done.code == 2, done.stderr
+    assert "error RW" in done.stderr
+    assert "RW550" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["random.json", "optimizer.safetensors", "scheduler.json", "trainer_state.json", "adapter_model.safetensors"],
+)
+def test_a_damaged_checkpoint_is_refused_by_code(name, rankwise, model_folder, rows_file, tmp_path):
+    words = ["train", "--model", model_folder, "--data", rows_file, "--output", tmp_path / "run", *TRAIN]
+    assert rankwise(*words).code == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-2")
+    (tmp_path / "run" / "checkpoints" / "step-1" / name).write_bytes(PAGE)
+    # As if the page had been saved.
+    _write_manifest(tmp_path / "run" / "checkpoints" / "step-1", 1)
+    done = rankwise(*words, "--resume")
+    assert done.code == 2, done.stderr
+    assert "error RW" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["generate", "merge", "evaluate"])
+def test_a_missing_shard(verb, rankwise, sharded, run_folder, rows_file, tmp_path):
+    shutil.copytree(sharded, tmp_path / "model")
+    sorted((tmp_path / "model").glob("*.safetensors"))[1].unlink()
+    given = {
+        "generate": ("--prompt", "Hi"),
+        "merge": ("--adapter", run_folder, "--output", tmp_path / "out"),
+        "evaluate": ("--task", "perplexity", "--data", rows_file, "--output", tmp_path / "out"),
+    }
+    done = rankwise(verb, "--model", tmp_path / "model", *given[verb])
+    assert done.code == 2
+    assert "error RW305: " in done.stderr or "error RW306: " in done.stderr
+    assert "-of-0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", [-1, 5]),
+        ("modules_to_save", [None]),
+        ("rank_pattern", {"(?i)q_proj": "x"}),
+        ("use_dora", "yes"),
+    ],
+)
+def test_an_adapter_setting_of_another_type_is_named(field, value, rankwise, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    path = tmp_path / "run" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    done = rankwise("inspect", tmp_path / "run")
+    assert done.code == 2
+    assert "error RW410: " in done.stderr
+    assert field in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff", "utf-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": NaN}', "nan"),
+        (b'{"a": 1e999}', "not a finite number"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not a finite number"),
+        (b'"\\ud800"', "surrogates"),
+    ],
+)
+def test_json_holds_finite_numbers_and_characters(content, reason):
+    with pytest.raises(ValueError) as caught:
+        parse_json(content)
+    assert reason in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(("field", "value"), [("base_model", []), ("data", {"train": []})])
+def test_a_record_of_other_types_is_named_by_field(field, value, tmp_path):
+    record = {"method": "lora", "seed": 0, "settings": {}, field: value}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=f"RW501: .*{field}"):
+        load_record(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["null", '"8"', "-1", "99999999999"])
+def test_a_length_of_rows_that_is_none_is_named(value, tmp_path):
+    record = f'{{"method": "lora", "seed": 0, "settings": {{"max_length": {value}}}}}'
+    (tmp_path / "run.json").write_text(record)
+    with pytest.raises(RunError, match="RW501: .*max_length"):
+        max_length_of([tmp_path])
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2}\n{"step": 2, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    path.write_bytes(b'{"step": 1, "loss": 2}\n\xff\n{"step": 2, "loss": 1}\n')
+    with pytest.raises(RunError, match="RW501: .*line 2"):
+        list(read_metrics(tmp_path))
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate"])
+def test_a_model_that_computes_nan_says_so(verb, rankwise, model_folder, rows_file, tmp_path):
+    """Its weights are sound: a number in the configuration is not."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((model_folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "factor": 0, "rope_theta": 10000.0}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    given = {
+        "generate": ("--prompt", "Hi"),
+        "evaluate": ("--task", "perplexity", "--data", rows_file, "--output", tmp_path / "out"),
+    }
+    done = rankwise(verb, "--model", tmp_path / "model", *given[verb])
+    assert done.code == 2
+    assert "error RW323: " in done.stderr
