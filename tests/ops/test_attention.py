@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from precision import assert_as_exact
 from rankwise import ops
 from rankwise.errors import QuantizationError, RankwiseWarning
 from rankwise.ops import reference_attention, selection
@@ -114,16 +115,6 @@ def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tens
         *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen | empty, enable_gqa=True
     )
     return out.masked_fill(empty, 0).transpose(1, 2)
-
-
-def assert_as_exact(found: list[Tensor], peer: list[Tensor], exact: list[Tensor]) -> None:
-    """No further from float64 than PyTorch's own is, but for a rounding of the result; of float32 a few."""
-    rounding = 2.0**-9 if found[0].dtype is torch.bfloat16 else 2.0**-21
-    for name, ours, theirs, true in zip(("out", "dq", "dk", "dv"), found, peer, exact):
-        error, allowed = (ours.double() - true).norm(), (theirs.double() - true).norm()
-        assert error <= 1.1 * allowed + rounding * true.norm() + 1e-30, (name, float(error), float(allowed))
-        worst, bound = (ours.double() - true).abs().max(), (theirs.double() - true).abs().max()
-        assert worst <= 2 * bound + 4 * rounding * true.abs().max() + 1e-30, (name, float(worst), float(bound))
 
 
 @pytest.fixture

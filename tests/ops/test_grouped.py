@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from precision import assert_as_exact
 from rankwise.ops import grouped as operators
 from rankwise.ops.grouped import Rows, add_grouped, are_aligned, grouped, grouped_outer, inverse
 
@@ -31,25 +32,24 @@ def factors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_meet_the_matrix_of_their_expert(way, dtype):
     x, W, y = factors(dtype)
-    rows = Rows(EXPERTS, E)
-    expected = torch.stack([row @ W[index] for row, index in zip(x, EXPERTS)])
-    close = {"rtol": 2e-2, "atol": 5e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(grouped(x, W, rows), expected, **close)
+    rows, before = Rows(EXPERTS, E), y.clone()
+    plain, exact = (
+        torch.stack([row.to(of) @ W[n].to(of) for row, n in zip(x, EXPERTS)]) for of in (dtype, torch.float64)
+    )
     transposed = W.transpose(1, 2).contiguous().transpose(1, 2)
-    torch.testing.assert_close(grouped(x, transposed, rows), expected, **close)
-    before = y.clone()
+    assert_as_exact([grouped(x, W, rows), grouped(x, transposed, rows)], [plain] * 2, [exact] * 2)
     assert add_grouped(y, x, W, rows, 0.5) is y
-    torch.testing.assert_close(y, before + 0.5 * expected, **close)
+    assert_as_exact([y], [before + 0.5 * plain], [before.double() + 0.5 * exact])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_outer_products_of_each_expert_s_rows(way, dtype):
     x, _, y = factors(dtype)
     found = grouped_outer(x, y, Rows(EXPERTS, E))
-    close = {"rtol": 2e-2, "atol": 5e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    for index in range(E):
-        mine = index == EXPERTS
-        torch.testing.assert_close(found[index], x[mine].T @ y[mine], **close)
+    plain, exact = (
+        [x[n == EXPERTS].T.to(of) @ y[n == EXPERTS].to(of) for n in range(E)] for of in (dtype, torch.float64)
+    )
+    assert_as_exact(list(found), plain, exact)
     assert not found[1].any()
 
 

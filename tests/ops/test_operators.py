@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from precision import assert_as_exact
 from rankwise import ops
 from rankwise.errors import QuantizationError, RankwiseWarning
 from rankwise.ops import card_reference, elementwise_reference, reference, reference_attention, selection, table
@@ -97,15 +98,14 @@ def test_linear_and_gradients(chosen: str, dtype: torch.dtype, nested: bool, row
     x = torch.randn(*rows, 128).to(dtype).requires_grad_()
     bias.requires_grad_()
     y = ops.linear_4bit(x, weight, bias)
-    expected = functional.linear(x, W, bias)
-    grad = torch.randn_like(expected)
-    found = torch.autograd.grad(y, (x, bias), grad)
-    wanted = torch.autograd.grad(expected, (x, bias), grad)
-    # Sums of 128 products of about 1.
-    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 128 * torch.finfo(dtype).eps}
-    torch.testing.assert_close(y, expected, **tolerance)
-    for one, other in zip(found, wanted):
-        torch.testing.assert_close(one, other, **tolerance)
+    grad = torch.randn_like(y)
+
+    def in_torch(of: torch.dtype) -> list[torch.Tensor]:
+        leaves = [part.detach().to(of, copy=True).requires_grad_() for part in (x, bias)]
+        y = functional.linear(leaves[0], W.to(of), leaves[1])
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(of))]
+
+    assert_as_exact([y, *torch.autograd.grad(y, (x, bias), grad)], in_torch(dtype), in_torch(torch.float64))
 
 
 def test_second_derivative() -> None:
@@ -168,7 +168,7 @@ def test_autocast_and_bias_dtype() -> None:
         y = ops.linear_4bit(x, weight, bias)
         expected = functional.linear(x, W, bias)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.1)
+    assert_as_exact([y], [expected], [functional.linear(x.double(), W.double(), bias.double())])
 
 
 def test_inputs_that_are_not_contiguous(chosen: str) -> None:

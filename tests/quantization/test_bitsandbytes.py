@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import rankwise as rw
+from precision import assert_as_exact
 from rankwise.errors import QuantizationError
 from rankwise.quantization import (
     Fp4Config,
@@ -91,10 +93,9 @@ def test_both_write_the_same_file_and_read_each_other(bnb, base, dtype, quant_ty
         expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
         assert torch.equal(read_by_us.get_submodule(name).dequantize(), expected)
         assert torch.equal(mine.get_submodule(name).dequantize(), expected)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     assert torch.equal(logits(read_by_us), logits(mine))
-    torch.testing.assert_close(logits(read_by_peer), logits(mine), **tolerance)
-    torch.testing.assert_close(logits(peer), logits(mine), **tolerance)
+    exact = logits(copy.deepcopy(mine).double())
+    assert_as_exact([logits(mine)] * 2, [logits(peer), logits(read_by_peer)], [exact] * 2)
 
 
 def test_ragged_rows_are_right_where_bitsandbytes_is_wrong(bnb, tmp_path):

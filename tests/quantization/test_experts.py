@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 
 import rankwise as rw
+from precision import assert_as_exact
 from rankwise.errors import QuantizationError, RankwiseWarning
 from rankwise.quantization import Fp4Config, Nf4Config, adopt_bitsandbytes_config, dequantize, quantize
 from rankwise.quantization.experts import StackScales, four_bit_stacks
@@ -49,6 +50,12 @@ def quantized(family: str, config=None, dtype: torch.dtype = torch.float32, **se
     model = tiny_moe(family, **settings).to(dtype)
     quantize(model, config or Nf4Config())
     return model
+
+
+def given_to(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, two experts for each, and their weights: a whole model may send a rounded token elsewhere."""
+    index = torch.stack([torch.randperm(experts.num_experts)[:2] for _ in range(40)])
+    return torch.randn(40, 32), index, torch.rand(40, 2)
 
 
 @pytest.fixture
@@ -157,24 +164,23 @@ def test_in_bfloat16_the_error_is_no_larger_than_eager_s(family):
     dense = eager(half)
     experts = next(module for module in half.modules() if hasattr(module, "has_gate"))
     theirs = next(module for module in dense.modules() if hasattr(module, "has_gate"))
-    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-    index = torch.stack([torch.randperm(experts.num_experts)[:2] for _ in range(40)])
-    weights = torch.rand(40, 2)
+    x, index, weights = given_to(experts)
+    x = x.bfloat16()
     wanted = copy.deepcopy(theirs).float()(x.float(), index, weights)
-    ours = (experts(x, index, weights).float() - wanted).abs().max()
-    assert experts(x, index, weights).dtype is torch.bfloat16
-    assert ours <= 1.05 * (theirs(x, index, weights).float() - wanted).abs().max() + 1e-3
+    assert_as_exact([experts(x, index, weights)], [theirs(x, index, weights)], [wanted])
 
 
 def test_autocast_and_a_compute_dtype_are_heeded():
-    model = quantized("gpt_oss")
-    expected = eager(model)
+    model, in_half = quantized("gpt_oss"), quantized("gpt_oss", Nf4Config(compute_dtype=torch.bfloat16))
+    ours, half, theirs = (each.model.layers[0].mlp.experts for each in (model, in_half, eager(model)))
+    x, index, weights = given_to(ours)
+    exact = ours(x, index, weights)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = logits(model), logits(expected)
-    torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
-    in_half = quantized("gpt_oss", Nf4Config(compute_dtype=torch.bfloat16))
-    assert logits(in_half).dtype is torch.float32
-    assert 0 < (logits(in_half) - logits(model)).abs().max() < 0.05
+        found, plain = ours(x, index, weights), theirs(x, index, weights)
+    in_bfloat16 = half(x, index, weights)
+    assert in_bfloat16.dtype is torch.float32
+    assert not torch.equal(in_bfloat16, exact)
+    assert_as_exact([found, in_bfloat16], [plain] * 2, [exact] * 2, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
