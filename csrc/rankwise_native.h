@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 enum rw_dtype { RW_FLOAT32 = 0, RW_BFLOAT16 = 1, RW_FLOAT16 = 2 };
-enum rw_level_number { RW_PORTABLE = 0, RW_AVX2 = 1, RW_AVX512 = 2 };
+enum rw_level_number { RW_PORTABLE = 0, RW_AVX2 = 1, RW_AVX512 = 2, RW_AVX512_BF16 = 3, RW_AMX = 4 };
 
 // w'_i = value[code_i] * absmax_b, or with nested_absmax: absmax_b = dynamic_map[absmax[b]] * nested_absmax[b / 256] +
 // offset.
@@ -79,9 +79,6 @@ typedef struct rw_attention {
 // it has not.
 RW_EXPORT int rw_attention_available(void);
 RW_EXPORT int rw_attention_takes_float32(void);
-// Whether heads whose size is a multiple of 32 run on AMX, and a switch for it: 0 keeps to AVX-512.
-RW_EXPORT int rw_attention_uses_amx(void);
-RW_EXPORT void rw_attention_allow_amx(int allowed);
 
 // out (B, Lq, H, D) = softmax(scale q k^T) v; lse float (B, H, Lq), the logarithm of the sum of exponentials. A query
 // that sees no key gets zeros and -inf.
@@ -161,9 +158,6 @@ RW_EXPORT int rw_products_available(void);
 // own bfloat16 products find no instruction either.
 RW_EXPORT int rw_products_are_tiles(void);
 RW_EXPORT void rw_products_allow(int allowed);
-// Whether they run on AMX, and a switch for it: 0 keeps to AVX-512.
-RW_EXPORT int rw_products_use_amx(void);
-RW_EXPORT void rw_products_allow_amx(int allowed);
 
 // out (T, N) = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what rounding to
 // bfloat16 left, as out lies, or null. dtype, of every a, of out and of rest: bfloat16 or, without tiles, float32.

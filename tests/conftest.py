@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
+from marks import LEVELS
 from rankwise.ops.cpu import native
 from tiny_models import tiny_gpt2, tiny_llama
 
@@ -81,12 +82,25 @@ def gpt2() -> GPT2LMHeadModel:
     return tiny_gpt2()
 
 
+def at_level(name: str | None) -> Iterator[str | None]:
+    before = native.level() if name else None
+    if name:
+        native.set_level(name)
+    yield name
+    if before:
+        native.set_level(before)
+
+
+@pytest.fixture(params=LEVELS or (None,))
+def level(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """Each instruction set of the native library that this processor has, or None once where there is no library."""
+    yield from at_level(request.param)
+
+
 @pytest.fixture
-def avx2() -> Iterator[None]:
+def avx2() -> Iterator[str | None]:
     """The native library as on a processor with AVX2 and no more."""
-    native.set_level("avx2")
-    yield
-    native.set_level(None)
+    yield from at_level("avx2")
 
 
 @pytest.fixture

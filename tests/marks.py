@@ -8,13 +8,14 @@ from rankwise.evaluation.metrics.java import missing_java
 from rankwise.ops import selection
 from rankwise.ops.cpu import native, products
 
+# The instruction sets of the native library that this processor has, from slow to fast.
+LEVELS = native.LEVELS[: native.library().rw_best_level() + 1] if native.obstacle() is None else ()
+
 needs_products = pytest.mark.skipif(
     not (selection.native_on_cpu() and products.available()), reason="this CPU and build have no sums of products"
 )
 
-needs_avx2 = pytest.mark.skipif(
-    not (selection.native_on_cpu() and native.library().rw_best_level() > 0), reason="this CPU and build have no AVX2"
-)
+needs_avx2 = pytest.mark.skipif("avx2" not in LEVELS, reason="this CPU and build have no AVX2")
 
 _MISSING_JAVA = missing_java()
 # It starts a process: asked once.

@@ -1,5 +1,4 @@
 // The C interface of attention: cuts the work into shares.
-#include <atomic>
 #include <memory>
 
 #include "common/level.hpp"
@@ -14,13 +13,10 @@ using namespace rankwise;
 // up in the end. Not a function of the number of threads: the result must not be either.
 constexpr int64_t kBackwardShares = 8;
 
-// A switch for tests.
-std::atomic<bool> amx_allowed{true};
-
 // For heads of size D, or null.
 const AttentionKernels* kernels(int64_t D) {
     const Level& current = level();
-    return current.attention_on_amx && amx_allowed && D % 32 == 0 ? current.attention_on_amx : current.attention;
+    return current.attention_on_amx && D % 32 == 0 ? current.attention_on_amx : current.attention;
 }
 
 Heads heads(const rw_heads& x) { return {x.data, x.batch, x.token, x.head}; }
@@ -52,10 +48,6 @@ extern "C" {
 int rw_attention_available(void) { return level().attention != nullptr; }
 
 int rw_attention_takes_float32(void) { return rw_attention_available() && level().attention->takes_float32; }
-
-int rw_attention_uses_amx(void) { return level().attention_on_amx && amx_allowed; }
-
-void rw_attention_allow_amx(int allowed) { amx_allowed = allowed != 0; }
 
 void rw_attention_forward(const rw_attention* a, void* out, float* lse, int threads) {
     const AttentionForward call = {job_of(*a), out, lse};

@@ -27,7 +27,7 @@ RW_FAMILIES(amx)
 
 namespace {
 
-constexpr int kInterface = 8;
+constexpr int kInterface = 9;
 
 #if defined(RW_HAS_amx) && defined(__linux__)
 // Whether the processor has the instructions and the system gives this process their registers.
@@ -41,34 +41,32 @@ bool amx_is_usable() {
 #endif
 
 struct Levels {
-    Level at[3];
+    Level at[RW_AMX + 1];
     int best = RW_PORTABLE;
 
     Levels() {
-        Level made = {&portable::four_bit, &portable::elementwise, nullptr, nullptr, nullptr, nullptr};
-        at[RW_PORTABLE] = at[RW_AVX2] = at[RW_AVX512] = made;
+        at[RW_PORTABLE] = {&portable::four_bit, &portable::elementwise, nullptr, nullptr, nullptr};
 #ifdef RW_HAS_avx2
         __builtin_cpu_init();
         if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
             return;
-        made = {&avx2::four_bit, &avx2::elementwise, &avx2::attention, nullptr, &avx2::products, nullptr};
-        at[RW_AVX2] = at[RW_AVX512] = made, best = RW_AVX2;
+        at[best = RW_AVX2] = {&avx2::four_bit, &avx2::elementwise, &avx2::attention, nullptr, &avx2::products};
 #ifdef RW_HAS_avx512
         if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return;
         if (!__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) return;
         // Attention and products stay AVX2's where AVX-512 cannot multiply bfloat16.
-        made.four_bit = &avx512::four_bit, made.elementwise = &avx512::elementwise;
+        at[best = RW_AVX512] = {&avx512::four_bit, &avx512::elementwise, &avx2::attention, nullptr, &avx2::products};
 #ifdef RW_HAS_avx512_bf16
-        if (__builtin_cpu_supports("avx512bf16")) {
-            made = {&avx512_bf16::four_bit,  &avx512_bf16::elementwise,
-                    &avx512_bf16::attention, nullptr,
-                    &avx512_bf16::products,  nullptr};
+        if (!__builtin_cpu_supports("avx512bf16")) return;
+        const Level with_bf16 = {&avx512_bf16::four_bit, &avx512_bf16::elementwise, &avx512_bf16::attention, nullptr,
+                                 &avx512_bf16::products};
+        at[best = RW_AVX512_BF16] = with_bf16;
 #if defined(RW_HAS_amx) && defined(__linux__)
-            if (amx_is_usable()) made.attention_on_amx = &amx::attention, made.products_on_amx = &amx::products;
+        if (!amx_is_usable()) return;
+        at[best = RW_AMX] = with_bf16;
+        at[RW_AMX].attention_on_amx = &amx::attention, at[RW_AMX].products = &amx::products;
 #endif
-        }
 #endif
-        at[RW_AVX512] = made, best = RW_AVX512;
 #endif
 #endif
     }

@@ -13,7 +13,7 @@ struct Level {
     const ElementwiseKernels* elementwise;
     // The others are null where a level has none. On AMX: for heads whose size is a multiple of 32.
     const AttentionKernels *attention, *attention_on_amx;
-    const ProductKernels *products, *products_on_amx;
+    const ProductKernels* products;
 };
 
 // That of rw_level().

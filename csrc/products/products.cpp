@@ -14,8 +14,8 @@ using namespace rankwise;
 constexpr int64_t kKeptRows = 2048;
 constexpr int64_t kLeastRows = 128;
 
-// Switches for tests.
-std::atomic<bool> allowed{true}, amx_allowed{true};
+// A switch for tests.
+std::atomic<bool> allowed{true};
 
 // Whether tiles can be read from rows at this distance: the rows have whole steps, and the stride causes no cache-set
 // conflicts.
@@ -104,9 +104,7 @@ int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
 }  // namespace
 
 const ProductKernels* rankwise::current_products() {
-    if (!allowed) return nullptr;
-    const Level& current = level();
-    return current.products_on_amx && amx_allowed ? current.products_on_amx : current.products;
+    return allowed ? level().products : nullptr;
 }
 
 extern "C" {
@@ -116,10 +114,6 @@ int rw_products_available(void) { return current_products() != nullptr; }
 int rw_products_are_tiles(void) { return current_products() != nullptr && current_products()->layout.reads_tiles; }
 
 void rw_products_allow(int allow) { allowed = allow != 0; }
-
-int rw_products_use_amx(void) { return current_products() && current_products() == level().products_on_amx; }
-
-void rw_products_allow_amx(int allow) { amx_allowed = allow != 0; }
 
 void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g, const float* bias,
                  void* out, void* rest, int64_t out_stride, int threads) {

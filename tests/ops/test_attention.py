@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from marks import LEVELS, needs_avx2
 from precision import assert_as_exact
 from rankwise import ops
 from rankwise.errors import QuantizationError, RankwiseWarning
@@ -26,9 +27,6 @@ Range = tuple[Tensor | None, Tensor | None]
 _EXAMPLE = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16)
 WHY = obstacle(_EXAMPLE, _EXAMPLE, _EXAMPLE)
 needs_native = pytest.mark.skipif(WHY is not None, reason=f"no native attention: {WHY}")
-_FLOATS = _EXAMPLE.float()
-WHY_NOT_FLOATS = obstacle(_FLOATS, _FLOATS, _FLOATS)
-needs_floats = pytest.mark.skipif(WHY_NOT_FLOATS is not None, reason=f"no native attention: {WHY_NOT_FLOATS}")
 
 # (B, Lq, Lk, H, Hkv, D): odd lengths, one query, tiles of 64 and beyond, heads that share keys, all kinds of head size.
 SHAPES = [
@@ -124,27 +122,17 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: plain(*sizes, **options).fill_(float("nan")))
 
 
-@pytest.fixture(params=["amx", "avx512", "avx2"])
-def products(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whose instructions multiply: AMX where the processor has it, AVX-512 alone, and AVX2."""
-    library = native.library()
-    if request.param == "avx512" and native.level() != "avx512":
-        pytest.skip("this processor has no AVX-512")
-    if request.param == "avx2":
-        request.getfixturevalue("avx2")
-    library.rw_attention_allow_amx(int(request.param == "amx"))
-    if request.param == "amx" and not library.rw_attention_uses_amx():
-        pytest.skip("this processor has no AMX")
-    yield
-    library.rw_attention_allow_amx(1)
+# AVX-512 without bfloat16 has the attention of AVX2.
+with_attention = pytest.mark.parametrize(
+    "level", [name for name in LEVELS if name not in ("portable", "avx512")] or [None], indirect=True
+)
 
 
 @needs_native
+@with_attention
 @pytest.mark.parametrize("ranges", RANGES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_exact_as_pytorch(
-    poisoned: None, products: None, shape: tuple[int, ...], ranges: Callable[..., Range]
-) -> None:
+def test_as_exact_as_pytorch(poisoned: None, level: str, shape: tuple[int, ...], ranges: Callable[..., Range]) -> None:
     tensors, seen = make(*shape), ranges(*shape[:3])
     found = results(attention, tensors, seen)
     assert all(x.isfinite().all() for x in found)
@@ -152,7 +140,8 @@ def test_as_exact_as_pytorch(
     assert_as_exact(found, results(masked_sdpa, tensors, seen), exact)
 
 
-@needs_floats
+@needs_avx2
+@pytest.mark.usefixtures("avx2")
 @pytest.mark.parametrize("ranges", RANGES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float32_is_as_exact_as_pytorch(poisoned: None, shape: tuple[int, ...], ranges: Callable[..., Range]) -> None:

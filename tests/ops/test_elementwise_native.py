@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from marks import LEVELS
 from rankwise.constants import IGNORED
 from rankwise.errors import QuantizationError
 from rankwise.ops import elementwise_reference as reference
@@ -18,18 +19,10 @@ if native.obstacle() is not None:
 
 from rankwise.ops.cpu import elementwise
 
-LEVELS = native.LEVELS[: native.library().rw_best_level() + 1]
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(0, 5), (1, 1), (1, 33), (3, 16), (5, 7), (9, 64), (70, 130), (131, 257)]
 # Float32's rounding along a sum or a polynomial, relative to the largest number in sight.
 FLOAT32 = 1e-6
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest):
-    native.set_level(request.param)
-    yield request.param
-    native.set_level(None)
 
 
 @pytest.fixture(autouse=True)

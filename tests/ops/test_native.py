@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from marks import LEVELS
 from rankwise.errors import QuantizationError
 from rankwise.ops import reference
 from rankwise.ops.cpu import native
@@ -25,14 +26,6 @@ from rankwise.ops.cpu import four_bit
 
 MAPS = Path("/proc/self/maps")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = native.LEVELS[: native.library().rw_best_level() + 1]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest):
-    native.set_level(request.param)
-    yield request.param
-    native.set_level(None)
 
 
 @pytest.fixture

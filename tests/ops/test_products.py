@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from marks import needs_products
+from marks import LEVELS, needs_products
 from rankwise import ops
 from rankwise.ops import low_rank_linear as operator
-from rankwise.ops import low_rank_plain, selection
+from rankwise.ops import low_rank_plain
 from rankwise.ops.branch import Branch, Dropout, Frozen
-from rankwise.ops.cpu import low_rank, native, products
+from rankwise.ops.cpu import low_rank, products
 from rankwise.ops.dense import input_grad_out, linear_out
 from rankwise.ops.low_rank_linear import low_rank_linear
 
@@ -25,23 +25,14 @@ SHAPES = [(1, 1, 1), (1, 40, 577), (7, 33, 50), (16, 96, 1600), (33, 40, 50), (6
 SHAPES += [(100, 70, 2048), (700, 577, 1000), (40, 16, 650), (50, 48, 90), (33, 40, 8300)]
 
 
-@pytest.fixture(scope="module", autouse=True, params=["best", "avx512", "avx2"])
-def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The processor's own instructions; AVX-512 where those are AMX; AVX2, which multiplies in float32, where it is
-    another level."""
-    if request.param == "avx512":
-        if not selection.native_on_cpu() or not products.use_amx():
-            pytest.skip("this processor has no AMX that would have to be left out")
-        products.allow_amx(False)
-    if request.param == "avx2":
-        if not selection.native_on_cpu() or native.level() in ("avx2", "portable"):
-            pytest.skip("AVX2 is the best level, or missing")
-        native.set_level("avx2")
-    yield
-    if request.param == "avx512":
-        products.allow_amx(True)
-    if request.param == "avx2":
-        native.set_level(None)
+# AVX-512 without bfloat16 has those of AVX2.
+WITH_PRODUCTS = [name for name in LEVELS if name not in ("portable", "avx512")]
+pytestmark = pytest.mark.parametrize("level", WITH_PRODUCTS or [None], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _at_a_level(level: str | None) -> None:
+    """First of all fixtures."""
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 import rankwise as rw
 from rankwise.adapters.low_rank import adapted_row_norms, row_norms_squared
 from rankwise.ops import elementwise
-from rankwise.ops.cpu import native
 
 SHAPES = [(1, 1, 1), (5, 7, 3), (33, 65, 4), (16, 64, 16), (130, 100, 9), (0, 8, 2)]
-LEVELS = native.LEVELS if native.obstacle() is None else ()
-
-
-@pytest.fixture(params=LEVELS or [None])
-def level(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    if request.param is None:
-        yield None
-        return
-    if LEVELS.index(request.param) > native.library().rw_best_level():
-        pytest.skip(f"this CPU lacks {request.param}")
-    native.set_level(request.param)
-    yield request.param
-    native.set_level(None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

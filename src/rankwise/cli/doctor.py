@@ -113,9 +113,8 @@ def _kernels() -> Iterator[tuple[str, str]]:
         return
     level, best = native.level(), native.LEVELS[native.library().rw_best_level()]
     yield "cpu", level if level == best else f"{level} by RANKWISE_CPU_LEVEL; this processor can run {best}"
-    tiles = "AMX" if products.use_amx() else "AVX-512 BF16"
-    slower = f"float32, {level}: no bfloat16 products in this processor or build"
-    yield "products", (tiles if products.on_tiles() else slower) if products.available() else "PyTorch's own: no AVX2"
+    slower = f"float32, {level}: no bfloat16 products at this level"
+    yield "products", (level if products.on_tiles() else slower) if products.available() else "PyTorch's own: no AVX2"
     missing = attention.missing(torch.bfloat16 if products.on_tiles() else torch.float32)
     yield "attention", level if missing is None else f"PyTorch's own: {missing}"
 

@@ -16,9 +16,9 @@ import torch
 from rankwise.errors import QuantizationError
 
 # From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON.
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
-_INTERFACE = 8
+_INTERFACE = 9
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and run "
     "`pip install --force-reinstall --no-deps --no-binary rankwise rankwise`, or `pip install -e .` in a source tree."
@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL:
 
 
 def level() -> str:
-    """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"portable"``."""
+    """The instruction set in use, of ``LEVELS``."""
     return LEVELS[library().rw_level()]
 
 
@@ -115,8 +115,6 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rw_row_norms_4bit": (None, [w, n, n, i, p, i]),
         "rw_attention_available": (i, []),
         "rw_attention_takes_float32": (i, []),
-        "rw_attention_uses_amx": (i, []),
-        "rw_attention_allow_amx": (None, [i]),
         "rw_attention_forward": (None, [p, p, p, i]),
         "rw_attention_backward": (None, [p, p, p, p, p, p, p, i]),
         "rw_low_rank_add": (None, [p, n, p, n, p, x, p, p, n, n, n, i, i]),
@@ -131,8 +129,6 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rw_products_available": (i, []),
         "rw_products_are_tiles": (i, []),
         "rw_products_allow": (None, [i]),
-        "rw_products_use_amx": (i, []),
-        "rw_products_allow_amx": (None, [i]),
         "rw_products": (None, [p, i, i, n, n, p, p, p, p, n, i]),
         "rw_row_product": (None, [i, p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]),
     }

@@ -112,16 +112,6 @@ def allow(allowed: bool) -> None:
     library().rw_products_allow(allowed)
 
 
-def use_amx() -> bool:
-    """Whether sums of products run on AMX."""
-    return bool(library().rw_products_use_amx())
-
-
-def allow_amx(allowed: bool) -> None:
-    """Allow AMX, or AVX-512 only, for the whole process: for tests."""
-    library().rw_products_allow_amx(allowed)
-
-
 def add_products(
     terms: Sequence[Term],
     out: Tensor,

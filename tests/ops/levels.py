@@ -1,23 +1,18 @@
-"""Every operator of the CPU at every instruction-set level, and runs that go on at another level.
+"""Every operator of the CPU at every instruction-set level.
 
-    python tests/torture/levels.py FOLDER
+    python tests/ops/levels.py
 
-Prints two tables: the largest error of each operator against float64, by level, and the largest difference of a loss
-after a run was resumed at another level.
+Prints a table: the largest error of each operator against float64, by level.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from disk_cases import Cases
 from torch import Tensor
 
 from rankwise import ops
@@ -25,7 +20,6 @@ from rankwise.ops import card_reference, table
 from rankwise.ops.branch import Branch, Frozen
 from rankwise.ops.cpu import native
 from rankwise.ops.low_rank_linear import low_rank_linear
-from rankwise.records import read_metrics
 
 LEVELS = native.LEVELS[: native.library().rw_best_level() + 1] if native.obstacle() is None else ()
 DTYPES = (torch.float32, torch.bfloat16)
@@ -38,8 +32,6 @@ SUM = 2e-6
 ROUNDINGS = {"attention_forward": 2, "attention_backward": 3}
 # Held against the reference, which has no float64 for them.
 OF_CODES = ("quantize_4bit", "quantize_absmax", "dequantize_4bit", "dequantize_absmax", "row_norms_4bit")
-# Of the loss after a run went on at another level.
-LOSS_SHARE = 1e-3
 
 Given = tuple[Any, ...]
 
@@ -179,47 +171,7 @@ def bound(name: str, reference: float, dtype: torch.dtype) -> float:
     return reference + ROUNDINGS.get(name, 1) * torch.finfo(dtype).eps / 2 + SUM
 
 
-class Runs(Cases):
-    """A run of six steps, and what becomes of its loss when its second half runs at another level."""
-
-    def prepare_base(self) -> None:
-        super().prepare_base()
-        texts = [" ".join(self.words[(n + 7 * i) % 90] for i in range(20)) for n in range(24)]
-        rows = [{"prompt": f"{self.words[n]} ", "completion": text} for n, text in enumerate(texts)]
-        (self.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def words_of(self, output: str, method: str, dtype: str, *more: str) -> list[object]:
-        # Of an option that is given twice the last one counts.
-        length = ("--max-steps", 6, "--save-steps", 3, "--eval-steps", 3, "--logging-steps", 1, "--batch-size", 8)
-        return [*self.train(output, "--method", method), *length, "--learning-rate", 0.01, "--dtype", dtype, *more]
-
-    def losses(self, folder: str) -> list[float]:
-        lines = list(read_metrics(self.folder / folder))
-        return [line[key] for line in lines for key in ("loss", "eval_loss") if key in line and line["step"] > 3]
-
-    def differences(self, method: str, dtype: str, levels: tuple[str, str]) -> float:
-        """The largest relative difference of a loss of the last three steps: begun at ``levels[0]``, resumed at
-        ``levels[1]``, against one that stayed."""
-        name = f"{method}-{dtype}-{levels[0]}"
-        try:
-            native.set_level(levels[0])
-            if not (self.folder / name).exists():
-                self.must(self.words_of(name, method, dtype))
-            shutil.copytree(self.folder / name, self.folder / "moved")
-            record = json.loads((self.folder / "moved" / "run.json").read_text())
-            (self.folder / "moved" / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
-            shutil.rmtree(self.folder / "moved" / "checkpoints" / "step-6")
-            native.set_level(levels[1])
-            self.must(self.words_of("moved", method, dtype, "--resume"))
-            stayed, moved = self.losses(name), self.losses("moved")
-        finally:
-            native.set_level(None)
-            shutil.rmtree(self.folder / "moved", ignore_errors=True)
-        assert len(stayed) == len(moved) == 4
-        return max(abs(one - other) / one for one, other in zip(stayed, moved))
-
-
-def main(folder: Path) -> int:
+def main() -> int:
     torch.set_num_threads(1)
     print(f"| operator | reference | {' | '.join(LEVELS)} |\n|---|{'---|' * (1 + len(LEVELS))}")
     beyond = 0
@@ -229,17 +181,9 @@ def main(folder: Path) -> int:
             beyond += sum(found[level] > bound(name, found["reference"], dtype) for level in LEVELS)
         cells = [" / ".join(f"{found[column]:.1e}" for found in both) for column in ("reference", *LEVELS)]
         print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
-    runs = Runs(folder)
-    runs.prepare_base()
-    for method, dtype in (("lora", "float32"), ("qdora", "bfloat16")):
-        for pair in ((one, other) for one in LEVELS for other in LEVELS if one != other):
-            difference = runs.differences(method, dtype, pair)
-            beyond += difference > LOSS_SHARE
-            print(f"{method} in {dtype}, begun at {pair[0]}, resumed at {pair[1]}: {difference:.1e}", flush=True)
     print(f"{beyond} beyond their bounds")
     return int(beyond > 0)
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-    sys.exit(main(Path(sys.argv[1]).resolve()))
+    sys.exit(main())
