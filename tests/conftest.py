@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,13 @@ def at_level(name: str | None) -> Iterator[str | None]:
 def level(request: pytest.FixtureRequest) -> Iterator[str | None]:
     """Each instruction set of the native library that this processor has, or None once where there is no library."""
     yield from at_level(request.param)
+
+
+@pytest.fixture
+def some_level(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """One of these, another for each case of a table."""
+    levels = LEVELS or (None,)
+    yield from at_level(levels[zlib.crc32(request.node.nodeid.encode()) % len(levels)])
 
 
 @pytest.fixture

@@ -11,6 +11,10 @@ from rankwise.ops.cpu import native, products
 # The instruction sets of the native library that this processor has, from slow to fast.
 LEVELS = native.LEVELS[: native.library().rw_best_level() + 1] if native.obstacle() is None else ()
 
+at_every_level = pytest.mark.usefixtures("level")
+# For tables, whose cases take turns.
+at_some_level = pytest.mark.usefixtures("some_level")
+
 needs_products = pytest.mark.skipif(
     not (selection.native_on_cpu() and products.available()), reason="this CPU and build have no sums of products"
 )

@@ -16,6 +16,7 @@ import torch
 
 from rankwise import ops
 from rankwise.planning.speed import LAUNCHES
+from tables import long
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytest.importorskip("peft", reason="the benchmarks compare with PEFT: pip install 'rankwise[bench]'")
@@ -100,6 +101,7 @@ def runs(process: psutil.Process) -> bool:
 ONE_LAYER = ["--device", "cpu", "--tiny", "--sections", "layers", "--methods", "lora", "dora"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("automatic")
 def test_gpu_saves_each_row_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, results = [*ONE_LAYER, "--output", str(tmp_path)], tmp_path / "gpu.json"
@@ -185,7 +187,7 @@ GOALS = {"lora": 80, "dora": 95, "qlora": 88, "qdora": 113}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", GOALS)
+@pytest.mark.parametrize("method", ["dora", "qlora", *long(["lora"], ["qdora"])])
 def test_a_step_on_a_card_starts_no_more_than_it_must(method: str) -> None:
     """The page and the plan's time say the same."""
     row = gpu_paper.row(method, "padded")
@@ -208,6 +210,7 @@ def test_llama_shapes_are_the_known_ones() -> None:
     assert counts["8B"] == 8_030_261_248 - 4096 * (2 * 32 + 1) - 128256 * 4096
 
 
+@pytest.mark.long
 def test_gpu_needs_no_installation_and_no_pydantic() -> None:
     """In a process that cannot see the installed package, trl, datasets, typer, rich or pydantic."""
     code = f"""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import rankwise as rw
+from marks import at_every_level
 from precision import assert_as_exact
 from rankwise.acceleration import linears, restore
 from rankwise.adapters.layer import AdaptedLayer
@@ -385,6 +386,7 @@ def test_modules_whose_weights_are_loaded_for_each_call_are_named() -> None:
     assert done.norms == 0
 
 
+@at_every_level
 @pytest.mark.parametrize("way", ["optimized", "dispatched"])
 def test_a_merged_layer_computes_with_its_own_weight(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not with that of the layer whose forward, replaced or accelerate's, it copied."""

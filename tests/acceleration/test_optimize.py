@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import rankwise as rw
-from marks import needs_avx2
+from marks import at_every_level, at_some_level, needs_avx2
 from rankwise.acceleration import flattening_obstacle, fused_head, restore, use_native_products
 from rankwise.acceleration.attention import attention as own_attention
 from rankwise.acceleration.attention import kernel, mask_ranges
@@ -63,6 +63,7 @@ def error(found: tuple[float, dict[str, Tensor]], exact: tuple[float, dict[str, 
     return float(sum(d.norm() ** 2 for d, _ in pairs) / sum(g.norm() ** 2 for _, g in pairs)) ** 0.5
 
 
+@at_some_level
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_loss_and_gradients_stay(name: str, use_dora: bool) -> None:
@@ -319,6 +320,7 @@ def test_looking_for_ranges_takes_no_more_than_the_mask() -> None:
     assert sum(tracker.peaks()["forward"].values()) < 2 * causal.nbytes
 
 
+@at_every_level
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
 def test_bfloat16_is_as_close_to_float32_as_before(name: str) -> None:
     model, inputs = adapted(name, torch.bfloat16, init_lora_weights=True), batch()

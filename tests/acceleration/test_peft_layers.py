@@ -12,7 +12,7 @@ from families import family
 from torch import Tensor
 
 import rankwise as rw
-from marks import needs_products
+from marks import at_every_level, needs_products
 from rankwise.acceleration import restore
 from rankwise.errors import AdapterError
 
@@ -61,6 +61,7 @@ def test_same_results_parameters_and_state_dict(name: str, use_dora: bool) -> No
 
 
 @needs_products
+@at_every_level
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_bfloat16_is_no_further_from_float32_than_pefts(use_dora: bool) -> None:
     """Root mean squares over models and batches: of one alone the order is a matter of luck. PEFT computes the low-rank

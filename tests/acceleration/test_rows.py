@@ -14,7 +14,7 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankwise as rw
-from marks import needs_avx2
+from marks import at_every_level, needs_avx2
 from rankwise.acceleration import attention, restore, rows
 from rankwise.acceleration.replace import Undo
 from rankwise.acceleration.rows import end_to_end, replace_masks
@@ -61,6 +61,7 @@ def by_segments(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, _: Tensor, most: in
     return torch.cat(parts)
 
 
+@at_every_level
 @pytest.mark.parametrize("name", WITH_BOUNDS)
 def test_bounds_mean_what_masks_mean(name: str) -> None:
     given = end_to_end(LENGTHS, torch.device("cpu"))

@@ -11,6 +11,7 @@ from adapted_models import IDS, logits, step
 from torch import nn
 
 import rankwise as rw
+from marks import at_every_level
 from precision import assert_as_exact
 from rankwise.adapters import experts as adapted
 from rankwise.errors import AdapterError, ConfigError, RankwiseWarning
@@ -151,6 +152,7 @@ def test_checkpointing_repeats_the_same_step(family, four_bit, reentrant):
         torch.testing.assert_close(value, plain[key], rtol=0, atol=0)
 
 
+@at_every_level
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_it_is_no_worse_than_autograd(family, four_bit, monkeypatch):

@@ -12,9 +12,12 @@ from adapter_table import ADAPTERS, BASES, CASES, build
 from torch import nn
 
 import rankwise as rw
+from marks import at_some_level
 from precision import assert_as_exact, merged_in_float64
 from rankwise.errors import AdapterError
 from tiny_models import tiny_gpt2
+
+pytestmark = at_some_level
 
 
 @pytest.mark.parametrize(("adapter", "base", "dtype"), CASES)

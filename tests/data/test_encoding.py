@@ -30,6 +30,7 @@ from rankwise.data import Rows, encode_rows, preview_row, read_template, rows_fr
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.templates import ChatRenderer
 from rankwise.errors import DataError, RankwiseWarning
+from tables import thinned
 
 # Writes a number of its own in front of each answer, so that none stands as another one does.
 SAYS_ITS_NUMBER = CHATML.replace("<|im_start|>{{ message", "<|im_start|>{{ loop.index0 }} {{ message").replace(
@@ -356,8 +357,7 @@ def test_truncation_is_counted_and_said() -> None:
     assert messages[1].startswith("RW216: 1 of 3 rows of rows.jsonl were left out")
 
 
-@pytest.mark.parametrize("kind", ["chat", "prompt", "text", "long prompt"])
-@pytest.mark.parametrize("habit", TOKENIZERS)
+@thinned({"habit": list(TOKENIZERS), "kind": ["chat", "prompt", "text", "long prompt"]})
 def test_of_a_long_row_only_the_beginning_is_tokenized(habit: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     long = "the answer is yes, near\n\nthe river  of  ratings; Ünïcode and " * 400
     data = {
@@ -422,8 +422,7 @@ def test_batches_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> No
     assert once.report == again.report
 
 
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("habit", TOKENIZERS)
+@thinned({"habit": list(TOKENIZERS), "kind": list(ROWS)})
 def test_a_preview_shows_what_is_encoded(habit: str, kind: str) -> None:
     tokenizer = TOKENIZERS[habit]()
     preview = preview_row(ROWS[kind], 0, tokenizer, max_length=512)

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from marks import at_some_level
 from rankwise.chunks import CARD_TILE, chunk_rows
 from rankwise.ops import linear_cross_entropy as chunked
 from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy, linear_log_probs
+
+pytestmark = at_some_level
 
 SHAPES = (LogitShape(), LogitShape(0.5), LogitShape(1.3, 2.0))
 TARGETS = torch.tensor([1, -100, 3, 10, 0])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from marks import at_every_level
 from rankwise.ops import dequantize_weight, elementwise, quantize_weight, selection
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.low_rank_linear import low_rank_linear, low_rank_linear_of_glu
@@ -143,6 +144,7 @@ def test_without_gradients_the_outputs_are_the_same(dora, adapters_in, shape) ->
         torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-6)
 
 
+@at_every_level
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("T", [1, 17, 80])
 @pytest.mark.parametrize("graded", [False, True])
@@ -214,6 +216,7 @@ def on_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "takes_triton", lambda _: True)
 
 
+@at_every_level
 @pytest.mark.parametrize("card", [False, True])
 def test_bfloat16_is_no_worse_than_plain_bfloat16(card: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if card:
@@ -239,6 +242,7 @@ def test_bfloat16_is_no_worse_than_plain_bfloat16(card: bool, monkeypatch: pytes
     assert errors(fast=True) <= 1.25 * errors(fast=False)
 
 
+@at_every_level
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("four_bits", [False, True])
 @pytest.mark.parametrize("way", ["native", "plain", "card"])

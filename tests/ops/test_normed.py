@@ -12,6 +12,7 @@ from test_low_rank_linear import branches, plain, trained
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from marks import at_every_level
 from rankwise.acceleration.parts import rms_norm
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.low_rank_linear import low_rank_linear
@@ -63,6 +64,7 @@ def test_equals_autograd(dora: bool, p: float, offset: int) -> None:
     assert_gradients(low_rank_linear(x, made, dropout), exact, [h, *trained(made)], 1e-6)
 
 
+@at_every_level
 def test_equals_autograd_on_the_native_library() -> None:
     made = branches(torch.float32, dora=True, bias=False)
     h, w = torch.randn(64, 5, requires_grad=True), torch.randn(5)
@@ -158,6 +160,7 @@ def test_outputs_that_are_written_over_are_made_again_from_the_norm(checkpointed
         torch.testing.assert_close(grad, grad0, rtol=1e-6, atol=1e-6)
 
 
+@at_every_level
 def test_bfloat16_is_no_worse_than_with_the_norms_output() -> None:
     errors = torch.tensor([bfloat16_errors(seed) for seed in range(10)])
     ours, with_output = errors.mean(dim=0)

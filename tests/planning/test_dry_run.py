@@ -21,6 +21,7 @@ from rankwise.planning.closed_form import fixed_terms
 from rankwise.planning.dry_run import trace
 from rankwise.planning.step_facts import StepFacts
 from rankwise.planning.tracker import StorageTracker
+from tables import thinned
 
 SMALL = {
     "vocab_size": 1024,
@@ -34,8 +35,7 @@ SMALL = {
 STEP = {"batch_size": 2, "max_length": 48, "r": 8, "device_type": "cpu"}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora", "qdora"])
+@thinned({"method": ["full", "lora", "qlora", "dora", "qdora"], "checkpointing": [False, True]})
 def test_fake_steps_hold_what_real_ones_do(method, checkpointing):
     workload = Workload(gradient_checkpointing=checkpointing, **STEP)
     fake = trace(skeleton("llama", **SMALL), method, workload)
@@ -78,8 +78,7 @@ def test_fused_projections_of_which_parts_adapt():
     assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@thinned({"family": ["mixtral", "qwen3_moe"], "checkpointing": [False, True]})
 def test_4_bit_experts_hold_what_real_ones_do(family, checkpointing):
     """Where each token visits all experts: a trace spreads tokens evenly, while the tokens of a test are all alike."""
     sizes = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 4}
@@ -93,9 +92,7 @@ def test_4_bit_experts_hold_what_real_ones_do(family, checkpointing):
     assert fake.breakdown["weights_4bit"] + fake.breakdown["weights"] < 0.5 * dense.breakdown["weights"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@thinned({"family": ["mixtral", "qwen3_moe"], "method": ["lora", "qlora"], "checkpointing": [False, True]})
 def test_experts_that_adapt_hold_what_real_ones_do(family, method, checkpointing):
     sizes = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 4}
     targets = {"target_parameters": ("experts.gate_up_proj", "experts.down_proj")}

@@ -16,6 +16,7 @@ from rankwise.planning.dry_run import trace
 from rankwise.planning.evaluating import cast_bytes, written_bytes
 from rankwise.planning.step import loss_of
 from rankwise.planning.step_facts import StepFacts
+from tables import thinned
 
 SMALL = {
     "vocab_size": 1024,
@@ -46,8 +47,7 @@ DENSE = [(family, method) for family in ("llama", "qwen3", "gemma2", "gpt2") for
 MIXTURES = [("qwen3_moe", "lora"), ("qwen3_moe", "qdora")]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(("family", "method"), [*DENSE, *MIXTURES])
+@thinned({"family,method": [*DENSE, *MIXTURES], "device": ["cpu", "cuda"]})
 def test_an_evaluation_holds_what_its_forward_pass_does(family, method, device):
     changes = SMALL | CHANGES.get(family, {})
     workload = Workload(batch_size=4, max_length=512, r=8, device_type=device)
@@ -65,8 +65,7 @@ def test_it_takes_less_than_training_on_the_same_rows(method):
     assert evaluated.peak_bytes < of_shape(shape, method, workload).peak_bytes
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "qdora"), ("qwen3", "lora")])
+@thinned({"family,method": [("llama", "lora"), ("llama", "qdora"), ("qwen3", "lora")], "device": ["cpu", "cuda"]})
 def test_answers_hold_their_keys_and_values(family, method, device):
     """Of many answers and a small step generation is the peak, in the closed form and in the dry run."""
     workload = Workload(batch_size=1, max_length=512, r=8, device_type=device, trained_share=0.5)

@@ -15,6 +15,7 @@ from rankwise.planning.parallel import Group, layer_and_root, per_device, traffi
 from rankwise.planning.step_facts import StepFacts
 from rankwise.planning.terms import Traffic
 from rankwise.planning.weights import sharding_groups
+from tables import long
 
 SMALL = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "head_dim": 32}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -134,7 +135,7 @@ def test_more_devices_hold_no_less_of_the_adapter(exact):
     assert alone.network == Traffic()
 
 
-@pytest.mark.parametrize("method", ["full", "qdora"])
+@pytest.mark.parametrize("method", ["qdora", *long(["full"])])
 def test_a_thousand_processes_that_are_not_there_are_traced(method):
     """What FSDP2 itself keeps of the real model, and gathers."""
     size = SMALL | {"vocab_size": 1 << 16, "num_hidden_layers": 3}

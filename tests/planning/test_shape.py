@@ -20,6 +20,7 @@ from rankwise.planning import Workload
 from rankwise.planning.adapted import adaptation
 from rankwise.planning.architectures import FAMILIES as KNOWN
 from rankwise.planning.architectures import shape_of
+from tables import thinned
 
 ADAPTERS = [
     {},
@@ -51,8 +52,7 @@ def test_every_known_family_is_tested():
     assert set(KNOWN) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen2_moe", "gemma3", "smolvlm"])
+@thinned({"family": ["llama", "gpt2", "phi3", "qwen2_moe", "gemma3", "smolvlm"], "use_dora": [False, True]})
 def test_trainable_parameters_are_those_of_add_adapter(family, use_dora):
     for settings in ADAPTERS:
         if use_dora and "enable_lora" in settings:

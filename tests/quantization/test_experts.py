@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 
 import rankwise as rw
+from marks import at_every_level
 from precision import assert_as_exact
 from rankwise.errors import QuantizationError, RankwiseWarning
 from rankwise.quantization import Fp4Config, Nf4Config, adopt_bitsandbytes_config, dequantize, quantize
@@ -156,6 +157,7 @@ def test_gradients_of_torch_func_are_the_same(family):
     torch.testing.assert_close(torch.func.grad(loss)(embedding.detach()), grad, rtol=1e-4, atol=1e-6)
 
 
+@at_every_level
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_the_error_is_no_larger_than_eager_s(family):
     exact = quantized(family)

@@ -12,10 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from marks import at_some_level
 from rankwise import ops
 from rankwise.errors import QuantizationError
 from rankwise.quantization import Linear4bit
 from rankwise.quantization.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
+
+pytestmark = at_some_level
 
 SHAPES = [(128, 48), (64, 1), (96, 33), (7, 5), (31, 3)]  # (in, out)
 FORMATS = [

@@ -8,10 +8,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
+from marks import at_some_level
 from precision import assert_as_exact, merged_in_float64
 from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
 from tables import thinned
 from tiny_models import tiny_gpt2, tiny_llama
+
+pytestmark = at_some_level
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2], [1, 7, 7, 8, 90, 41, 3, 2]])
 BASES = {"llama": lambda: tiny_llama(attention_bias=True), "gpt2": tiny_gpt2}

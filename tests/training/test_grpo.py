@@ -30,6 +30,7 @@ from rankwise.training.objectives import learning_of
 from rankwise.training.objectives.grpo_trainer import GrpoArguments, GrpoTrainer
 from rankwise.training.objectives.rewards import Reward
 from rankwise.training.run import train
+from tables import thinned
 from tiny_models import tiny_llama
 
 REWARDS = """
@@ -155,8 +156,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GrpoTrainer, "_generate_single_turn", told)
 
 
-@pytest.mark.parametrize(("fast", "flat"), [(True, True), (True, False), (False, False)])
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@thinned({"loss_type": ["dapo", "grpo"], "fast,flat": [(True, True), (True, False), (False, False)]})
 @pytest.mark.filterwarnings("ignore")
 def test_steps_are_those_of_trl_and_peft(
     fixed: None, fast: bool, flat: bool, loss_type: str, tokenizer: Any, tmp_path: Path

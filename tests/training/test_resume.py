@@ -10,12 +10,15 @@ import torch
 from training_rows import Recorder
 from transformers import TrainerCallback
 
+from marks import at_some_level
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.errors import Interrupted
 from rankwise.lora_config import LoraConfig
 from rankwise.training.checkpoints import list_checkpoints
 from rankwise.training.run import train
 from rankwise.training.state import load_state
+
+pytestmark = at_some_level
 
 # Four rows a step: of 19 rows an epoch has five steps, so that the checkpoint lies in the second one.
 SHORT = {"max_steps": 12, "save_steps": 6, "rows": 19}
