@@ -187,7 +187,7 @@ GOALS = {"lora": 80, "dora": 95, "qlora": 88, "qdora": 113}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dora", "qlora", *long(["lora"], ["qdora"])])
+@pytest.mark.parametrize("method", ["dora", "qlora", *long([("lora",), ("qdora",)])])
 def test_a_step_on_a_card_starts_no_more_than_it_must(method: str) -> None:
     """The page and the plan's time say the same."""
     row = gpu_paper.row(method, "padded")

@@ -75,7 +75,7 @@ def test_a_fused_projection_compiles():
     torch.testing.assert_close(compiled(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("adapter", ["dora", *long(["lora"])])
+@pytest.mark.parametrize("adapter", ["dora", *long([("lora",)])])
 def test_an_optimized_model_compiles_within_the_limit(adapter):
     # Where a graph breaks, transformers' cache has a guard of its own for each layer.
     model = tiny_llama(num_hidden_layers=10, use_cache=False)

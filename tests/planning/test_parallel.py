@@ -135,7 +135,7 @@ def test_more_devices_hold_no_less_of_the_adapter(exact):
     assert alone.network == Traffic()
 
 
-@pytest.mark.parametrize("method", ["qdora", *long(["full"])])
+@pytest.mark.parametrize("method", ["qdora", *long([("full",)])])
 def test_a_thousand_processes_that_are_not_there_are_traced(method):
     """What FSDP2 itself keeps of the real model, and gathers."""
     size = SMALL | {"vocab_size": 1 << 16, "num_hidden_layers": 3}
