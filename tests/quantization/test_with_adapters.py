@@ -14,8 +14,6 @@ from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
 from tables import thinned
 from tiny_models import tiny_gpt2, tiny_llama
 
-pytestmark = at_some_level
-
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2], [1, 7, 7, 8, 90, 41, 3, 2]])
 BASES = {"llama": lambda: tiny_llama(attention_bias=True), "gpt2": tiny_gpt2}
 ADAPTERS = {"qlora": {}, "qdora": {"use_dora": True}, "rslora": {"use_rslora": True, "r": 6}}
@@ -42,6 +40,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=IDS).logits.float()
 
 
+@at_some_level
 @every_case
 def test_a_new_adapter_changes_nothing(adapter, base, config, dtype):
     model = build(adapter, base, config, dtype, trained=False)
@@ -77,6 +76,7 @@ def test_evaluation_agrees_with_training(adapter, base, config, dtype):
     assert torch.equal(logits(model.eval()), with_gradients)
 
 
+@at_some_level
 @every_case
 def test_merging_gives_plain_layers_that_say_the_same(adapter, base, config, dtype):
     model = build(adapter, base, config, dtype, trained=True)
@@ -93,6 +93,7 @@ def test_merging_gives_plain_layers_that_say_the_same(adapter, base, config, dty
     assert torch.equal(logits(model), before)
 
 
+@at_some_level
 @every_case
 def test_an_adapter_goes_through_a_file_exactly(adapter, base, config, dtype, tmp_path):
     model = build(adapter, base, config, dtype, trained=True)
