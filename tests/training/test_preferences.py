@@ -28,7 +28,6 @@ from rankwise.training import ranks
 from rankwise.training.objectives.preferences import MarkedTrainer, PreferenceTrainer
 from rankwise.training.run import train
 from rankwise.training.setup import make_trainable
-from tables import thinned
 
 # trl's names and ours.
 COMPARED = {"loss": "loss", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected"}
