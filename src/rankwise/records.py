@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired
 
-# On Python 3.11, pydantic does not accept typing.TypedDict.
+# On Python 3.11, pydantic does not accept typing.TypedDict, and brings this one.
 from typing_extensions import TypedDict
 
 from rankwise.disk import whole_file

@@ -23,8 +23,8 @@ from rankwise.comparison.stages import Job, Outcome
 from rankwise.records import load_record
 from rankwise.reports import summary
 from rankwise.reports.folder import load_comparison
-from rankwise.reports.forest_plot import pairs_of
 from rankwise.reports.naming import method_name
+from rankwise.reports.plotted import pairs_of
 from rankwise.reports.words import headline
 
 pytestmark = pytest.mark.slow

@@ -15,9 +15,9 @@ from rankwise.comparison.recommendation import TURNED, comparable_costs, recomme
 from rankwise.comparison.summary import conclusions
 from rankwise.comparison.verdicts import Scores
 from rankwise.reports.folder import Comparison
-from rankwise.reports.forest_plot import pairs_of, with_best
 from rankwise.reports.naming import long_name
 from rankwise.reports.numbers import capital
+from rankwise.reports.plotted import pairs_of, with_best
 from rankwise.reports.summary import cell
 from rankwise.reports.words import MOST_NAMED, heading, headline
 

@@ -18,9 +18,9 @@ from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import duration
 from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.reports import folder, summary
-from rankwise.reports.forest_plot import pairs_of, with_best
 from rankwise.reports.naming import method_name, metric_name
 from rankwise.reports.numbers import plural
+from rankwise.reports.plotted import pairs_of, with_best
 from rankwise.reports.words import heading, headline
 
 if TYPE_CHECKING:

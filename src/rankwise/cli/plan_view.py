@@ -15,8 +15,8 @@ from rankwise.cli.words import parameter_count
 from rankwise.config import FOUR_BITS
 from rankwise.planning.cards import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
-from rankwise.reports.memory_bars import MemoryBar, memory_svg
 from rankwise.reports.numbers import byte_size
+from rankwise.reports.plots import MemoryBar, memory_svg
 
 if TYPE_CHECKING:
     from rankwise.planning import MemoryEstimate, Workload

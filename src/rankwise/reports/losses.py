@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from rankwise.foreign import Fields
 from rankwise.reports.numbers import is_number
-from rankwise.reports.scale import Point, smoothed
+
+Point = tuple[float, float]
 
 # What the losses of a run are, by its objective. Those of the others are means over answers or pairs.
 NAMES = {"sft": "loss per token", "grpo": "loss; of evaluations the negative mean reward"}
@@ -52,3 +53,14 @@ def points_of(rows: Iterable[Fields], key: str) -> list[Point]:
     """The (step, value) pairs of ``key``. Lines without a step or without a finite value are left out."""
     found = [(row.get("step"), row.get(key)) for row in rows]
     return [(float(step), float(value)) for step, value in found if is_number(step) and is_number(value)]
+
+
+def smoothed(values: Sequence[float], span: float) -> list[float]:
+    """An exponential moving average over about ``span`` values, corrected for its start."""
+    keep = 1 - 2 / (max(span, 1.0) + 1)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        result.append(total / weight)
+    return result

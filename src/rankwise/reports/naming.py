@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import PurePath
@@ -47,11 +48,10 @@ def long_name(method: str) -> str:
 
 
 def method_numbers(methods: Iterable[str]) -> dict[str, int]:
-    """A number for each method, which chooses its colour and shape. Known methods always have the same number."""
-    numbers = {name: index for index, name in enumerate(NAMES)}
-    for name in methods:
-        numbers.setdefault(name, len(numbers))
-    return numbers
+    """A number for each method, which chooses its colour and shape. The methods of NAMES keep theirs everywhere."""
+    found = {name: number for number, name in enumerate(NAMES) if name in methods}
+    free = (number for number in itertools.count() if number not in [*found.values()])
+    return found | {name: next(free) for name in methods if name not in NAMES}
 
 
 def metric_name(metric: str) -> str:

@@ -14,14 +14,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from rankwise.foreign import Fields, Json, JsonObject
-from rankwise.reports import forest_plot, memory_plot, pareto_plot, summary
-from rankwise.reports.curves_plot import curve_panels, curves_of, is_cut
+from rankwise.reports import plots, summary
 from rankwise.reports.examples import answers_of
-from rankwise.reports.figure import MARKERS, STYLE_FILE, TEMPLATES, tag
 from rankwise.reports.folder import Comparison
 from rankwise.reports.losses import loss_name
 from rankwise.reports.naming import method_name, method_numbers, metric_name
-from rankwise.reports.norms_plot import norms_of, norms_svg
 from rankwise.reports.numbers import (
     byte_size,
     capital,
@@ -34,16 +31,18 @@ from rankwise.reports.numbers import (
     significant,
     visible,
 )
-from rankwise.reports.rates_plot import rates_svg
+from rankwise.reports.plotted import curves_of, norms_of, pairs_of, spots_of, with_best
 from rankwise.reports.words import heading, headline
 
+TEMPLATES = Path(__file__).parent / "templates"
 TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def page(comparison: Comparison) -> str:
     """The report as HTML. Everything that comes from a file is escaped, figures included."""
     script = Markup((TEMPLATES / "report.js").read_text(encoding="utf-8"))
-    style = Markup("\n".join(path.read_text(encoding="utf-8") for path in (STYLE_FILE, TEMPLATES / "report.css")))
+    dark = f"@media screen and (prefers-color-scheme: dark) {{ {plots.DARK} }}\n"
+    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8") + dark)
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"script-src 'sha256-{_sha256(script)}'"
@@ -94,25 +93,18 @@ def _content(comparison: Comparison) -> JsonObject:
         "tradeoffs": _tradeoffs(comparison, numbers),
         "memory": _memory(comparison, numbers),
         **_curves(comparison, numbers),
-        "norms": _norms(comparison, numbers),
+        "norms": _norms(comparison),
         "merged": _merged(comparison),
         "answers": answers_of(comparison),
         "warnings": summary.told_warnings(comparison),
         "left_out": summary.left_out(comparison),
         "runs": _runs(comparison),
         "reproduce": _reproduce(comparison),
-        "swatch": lambda name: _swatch(name, numbers),
+        "swatch": lambda name: plots.swatch(numbers.get(name, 0)),
         "method_name": method_name,
         "metric_name": metric_name,
         "plural": plural,
     }
-
-
-def _swatch(method: str, numbers: Mapping[str, int]) -> Markup:
-    """The shape of the method in its colour, shown before its name."""
-    number = numbers.get(method, 0)
-    path = tag("path", d=MARKERS[number % len(MARKERS)], class_="mark")
-    return tag("svg", path, class_=f"swatch m{number}", viewBox="-7 -7 14 14", aria_hidden="true")
 
 
 def _recommendation(comparison: Comparison) -> JsonObject:
@@ -146,17 +138,11 @@ def _metrics_table(comparison: Comparison) -> JsonObject:
 
 
 def _forest(comparison: Comparison) -> JsonObject:
-    pairs = forest_plot.with_best(comparison, forest_plot.pairs_of(comparison, comparison.metric))
-    scale = forest_plot.forest_scale(pairs)
-    everything = [
-        pair for metric in summary.all_metrics(comparison) for pair in forest_plot.pairs_of(comparison, metric)
-    ]
+    pairs = with_best(comparison, pairs_of(comparison, comparison.metric))
+    everything = [pair for metric in summary.all_metrics(comparison) for pair in pairs_of(comparison, metric)]
     margin = pairs[0].margin if pairs else None
     return {
-        "rows": [
-            {"pair": pair, "strip": forest_plot.forest_row(pair, scale), "p": p_value(pair.p_value)} for pair in pairs
-        ],
-        "axis": forest_plot.forest_axis(scale),
+        "svg": plots.forest(pairs) if pairs else "",
         "margin": significant(margin, 2) if margin else "",
         "corrected": max((item["comparisons"] for item in comparison["differences"]), default=0),
         "all": [
@@ -173,26 +159,22 @@ def _forest(comparison: Comparison) -> JsonObject:
     }
 
 
-def _tradeoffs(comparison: Comparison, numbers: Mapping[str, int]) -> list[JsonObject]:
+def _tradeoffs(comparison: Comparison, numbers: Mapping[str, int]) -> list[Markup]:
     limits = comparison["recommendation"].get("limits") or {}
-    hours = limits.get("hours")
     seconds = [run["record"]["wall_seconds"] for run in comparison.finals if _seconds(run)]
     longest = max(seconds, default=0.0)
     unit, size = next((item for item in TIME_UNITS if longest > 2 * item[1]), TIME_UNITS[-1])
-    limit_time = hours * 3600 / size if is_number(hours) else None
+    limit_time = 3600 * limits["hours"] / size if is_number(limits.get("hours")) else None
     limit_memory = limits["memory_bytes"] / 1e9 if is_number(limits.get("memory_bytes")) else None
-    wanted = [
-        ("peak_memory_bytes", 1e9, "Peak memory, GB", limit_memory),
-        ("wall_seconds", size, f"Time a run, {unit}", limit_time),
-    ]
-    higher = comparison.is_higher_better(comparison.metric)
+    metric = metric_name(comparison.metric)
     found = []
-    for key, scale, axis, limit in wanted:
-        spots = pareto_plot.spots_of(comparison, key, scale)
-        if spots:
-            name = f"{metric_name(comparison.metric)} against {axis[0].lower()}{axis[1:]}"
-            svg = pareto_plot.pareto_svg(spots, numbers, name, higher_is_better=higher, limit=limit)
-            found.append({"svg": svg, "axis": axis})
+    for key, scale, axis, limit in (
+        ("peak_memory_bytes", 1e9, "peak memory, GB", limit_memory),
+        ("wall_seconds", size, f"time a run, {unit}", limit_time),
+    ):
+        if spots := spots_of(comparison, key, scale):
+            better = {"higher_is_better": comparison.is_higher_better(comparison.metric)}
+            found.append(plots.quality_against_cost(spots, numbers, axis, metric, **better, limit=limit))
     return found
 
 
@@ -203,50 +185,42 @@ def _seconds(run: Fields) -> bool:
 def _memory(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
     limit = (comparison["recommendation"].get("limits") or {}).get("memory_bytes")
     methods = comparison["methods"]
-    shown = [name for name in comparison.ranked() if is_number(methods[name]["peak_memory_bytes"])]
-    predicted = any(is_number(methods[name]["predicted_peak_memory_bytes"]) for name in shown)
-    scale = memory_plot.memory_scale(comparison, limit)
-    lines = [
-        {
-            "method": name,
-            "strip": memory_plot.memory_row(methods[name], numbers[name], scale, limit),
-            "measured": byte_size(methods[name]["peak_memory_bytes"]),
-            "error": memory_plot.prediction_error(methods[name]),
-        }
-        for name in shown
-    ]
+    shown = {name: methods[name] for name in comparison.ranked() if is_number(methods[name]["peak_memory_bytes"])}
     return {
-        "rows": lines,
-        "axis": memory_plot.memory_axis(scale),
-        "predicted": predicted,
+        "svg": plots.memory(shown, numbers, limit if is_number(limit) else None) if shown else "",
+        "predicted": any(is_number(facts["predicted_peak_memory_bytes"]) for facts in shown.values()),
         "has_limit": is_number(limit),
     }
 
 
 def _curves(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
     curves = curves_of(comparison)
-    order = [*comparison.ranked()]
-    methods = [name for name in order if any(curve.method == name for curve in curves)]
-    panels = [
-        {"method": name, "svg": svg, "note": plural(sum(c.method == name and c.is_final for c in curves), "final run")}
-        for name, svg in zip(methods, curve_panels(curves, order, numbers) if curves else [])
-    ]
+    limits = plots.curve_limits(curves)
+    panels = []
+    for name in comparison.ranked():
+        own = [curve for curve in curves if curve.method == name]
+        finals = [curve for curve in own if curve.is_final]
+        best = min((curve.losses.best[1] for curve in finals if curve.losses.best), default=None)
+        note = plural(len(finals), "final run") + (f", best {best:.3f}" if best is not None else "")
+        if own:
+            svg = plots.curve_panel(name, numbers[name], curves, limits)
+            panels.append({"method": name, "svg": svg, "note": note})
     return {
         "curves": panels,
-        "is_cut": is_cut(curves),
+        "is_cut": any(loss > limits[1] for curve in curves for _, loss in curve.evaluation),
         "has_search": any(not curve.is_final for curve in curves),
-        "rates": rates_svg(comparison, numbers),
+        "rates": plots.rates(comparison["learning_rates"], numbers),
         "stopped": summary.stopped_rates(comparison),
     }
 
 
-def _norms(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
+def _norms(comparison: Comparison) -> JsonObject:
     found = [norms for name in comparison.ranked() if (norms := norms_of(comparison, name)) and norms.cells]
     largest = max((norms.largest for norms in found), default=0.0)
     panels = [
         {
             "method": norms.method,
-            "svg": norms_svg(norms, numbers[norms.method], largest),
+            "svg": plots.norms_panel(norms, largest),
             "outside": ", ".join(f"{visible(name)} {significant(value, 2)}" for name, value in norms.outside.items()),
         }
         for norms in found

@@ -19,9 +19,8 @@ from rankwise.compat.torch import is_unit
 from rankwise.disk import flush, flush_tree, follow_umask, refuse_links
 from rankwise.errors import warn
 from rankwise.records import RunRecord, read_metrics, write_text
-from rankwise.reports.loss_plot import loss_svg
 from rankwise.reports.model_card import model_card
-from rankwise.reports.rates_plot import search_svg
+from rankwise.reports.plots import loss_svg, search_svg
 from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint, temporary_folder
 from rankwise.training.preflight import check_file, check_reload
 from rankwise.training.weights import load_weights, save_weights
