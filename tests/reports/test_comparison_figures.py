@@ -1,4 +1,4 @@
-"""The numbers, the pairs, the Pareto line, the examples and the colours of the comparison report."""
+"""The numbers, the pairs, the Pareto line and the examples of the comparison report."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ import itertools
 import json
 import re
 
-import numpy as np
 import pytest
 from comparison_folders import write_comparison
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.reports import figure, numbers, pareto_plot
-from rankwise.reports.curves_plot import Curve, curve_panels
+from rankwise.reports import numbers
 from rankwise.reports.examples import answers_of, evenly
-from rankwise.reports.figure import MARKERS
 from rankwise.reports.folder import load_comparison
-from rankwise.reports.forest_plot import forest_scale, pairs_of
-from rankwise.reports.losses import Losses
 from rankwise.reports.naming import layer_and_kind, method_numbers, metric_name
-from rankwise.reports.norms_plot import norms_of
 from rankwise.reports.page import page
-from rankwise.reports.pareto_plot import Spot, pareto_front
+from rankwise.reports.plotted import Spot, norms_of, pairs_of, pareto_front
 
 
 @pytest.fixture
@@ -111,13 +105,6 @@ def test_in_every_pair_the_better_mean_stands_first(comparison):
             assert pair.verdict != "worse"
 
 
-def test_the_scale_of_the_forest_holds_every_interval_and_zero(comparison):
-    pairs = pairs_of(comparison, "eval_loss")
-    scale = forest_scale(pairs)
-    for value in [0.0, *(bound for pair in pairs for bound in pair.interval)]:
-        assert 0 < scale(value) < 100
-
-
 points = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12)
 
 
@@ -151,14 +138,6 @@ def test_costs_that_ranges_do_not_part_let_nothing_onto_the_pareto_line():
     # One seed: no range, so the better figure alone counts.
     once = [Spot(spot.method, spot.cost, spot.quality, spot.cost_range, None) for spot in (better, apart)]
     assert pareto_front(once, higher_is_better=False) == once[:1]
-
-
-def test_what_is_not_drawn_takes_no_room_in_the_panels():
-    """Of runs that tried another learning rate the training loss is not drawn: a bad rate must not press the rest."""
-    final = Curve("lora", 0, 1e-4, True, Losses([(1, 2.0), (10, 1.0)], [(0, 2.0), (10, 1.0)], 10))
-    tried = Curve("lora", 0, 1e-1, False, Losses([(10, 90.0)], [(0, 2.0), (10, 1.5)], 10))
-    without = Curve("lora", 0, 1e-1, False, Losses([], [(0, 2.0), (10, 1.5)], 10))
-    assert curve_panels([final, tried], ["lora"], {"lora": 0}) == curve_panels([final, without], ["lora"], {"lora": 0})
 
 
 def test_outcomes_follow_the_scores_and_add_up(comparison):
@@ -236,95 +215,6 @@ def test_names():
     assert metric_name("e2e.BLEU") == "BLEU on e2e"
     assert layer_and_kind("transformer.h.11.attn.c_attn") == (11, "c_attn")
     assert layer_and_kind("lm_head") == (None, "lm_head")
-    assert method_numbers(["mine", "dora"])["dora"] == method_numbers(["lora"])["dora"]
-    assert len(set(method_numbers(["mine", "yours"]).values())) == 9
-
-
-def luminance(colour: str) -> float:
-    """WCAG 2.2 relative luminance of ``#rrggbb``."""
-    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    r, g, b = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-
-def contrast(a: str, b: str) -> float:
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-def palettes() -> list[dict[str, str]]:
-    css = figure.STYLE_FILE.read_text(encoding="utf-8")
-    blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
-    return [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in blocks]
-
-
-@pytest.mark.parametrize("palette", palettes(), ids=["light", "dark", "print"])
-def test_every_text_colour_has_contrast(palette):
-    """WCAG AA: 4.5 : 1 for text, on the page and on the row of the recommended method."""
-    names = [f"m{index}" for index in range(len(MARKERS))]
-    for name in ("ink", "quiet", "accent", "good", "bad", "muted", *names):
-        assert contrast(palette[name], palette["page"]) >= 4.5, name
-        assert contrast(palette[name], palette["chosen"]) >= 4.5, name
-    assert contrast(palette["ink"], palette["caution"]) >= 4.5
-
-
-# Machado, Oliveira and Fernandes (2009), severity 1: linear RGB as a dichromat sees it.
-VISION = {
-    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
-    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
-    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
-}
-TO_CONE = (
-    (0.4122214708, 0.5363325363, 0.0514459929),
-    (0.2119034982, 0.6806995451, 0.1073969566),
-    (0.0883024619, 0.2817188376, 0.6299787005),
-)
-TO_LAB = (
-    (0.2104542553, 0.7936177850, -0.0040720468),
-    (1.9779984951, -2.4285922050, 0.4505937099),
-    (0.0259040371, 0.7827717662, -0.8086757660),
-)
-# Ottosson's Oklab, in which a distance of 0.02 is about the least that is seen.
-
-
-def seen(colour: str, vision: str) -> np.ndarray:
-    """Oklab of ``colour`` as somebody with this vision sees it."""
-    rgb = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return np.array(TO_LAB) @ np.cbrt(np.array(TO_CONE) @ np.clip(np.array(VISION[vision]) @ linear, 0, 1))
-
-
-@pytest.mark.parametrize("vision", VISION)
-@pytest.mark.parametrize("palette", palettes(), ids=["light", "dark", "print"])
-def test_methods_are_told_apart_without_normal_colour_vision(palette, vision):
-    """Far apart for the four methods, and more than the least that is seen for all; their shapes differ besides."""
-    lab = [seen(palette[f"m{index}"], vision) for index in range(7)]
-    distances = {(a, b): np.linalg.norm(lab[a] - lab[b]) for a in range(7) for b in range(a)}
-    assert min(value for (a, _), value in distances.items() if a < 4) > 0.1
-    assert min(distances.values()) > 0.05
-
-
-CLOSE = {"full": (220, 220), "dora": (59, 217), "lora": (38, 217), "qdora": (60, 213), "qlora": (35, 212)}
-# Cost and quality in pixels of the plot on a phone; with the bottleneck at (40, 207), as a real comparison had them.
-
-
-def test_names_of_points_that_stand_close_do_not_meet():
-    spots = [
-        Spot(name, float(x), float(-y), (float(x), float(x)), None)
-        for name, (x, y) in {**CLOSE, "bottleneck": (40, 207), "prefix": (30, 73)}.items()
-    ]
-    shapes = {spot.method: index for index, spot in enumerate(spots)}
-    svg = pareto_plot.pareto_svg(spots, shapes, "plot", higher_is_better=True)
-    names = re.findall(
-        r'<text x="([\d.]+)%" y="([\d.]+)" dx="(-?[\d.]+)" text-anchor="(\w+)" class="name halo">(\w+)<', svg
-    )
-    assert len(names) == len(spots)
-    boxes = []
-    for x, y, dx, anchor, text in names:
-        width = figure.LETTER * len(text)
-        left = float(x) / 100 * pareto_plot.NARROW + float(dx) - (width if anchor == "end" else 0)
-        boxes.append((left, float(y) - 10, left + width, float(y)))
-    for a, b in itertools.combinations(boxes, 2):
-        assert min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1])
-    # A name that had to go further off is tied to its point.
-    assert svg.count('class="lead"') >= 1
+    assert method_numbers(["mine", "dora"])["dora"] == method_numbers(["dora"])["dora"]
+    twelve = method_numbers(["qdora", *map(str, range(11))])
+    assert sorted(twelve.values()) == list(range(12)), "each has a colour of its own"

@@ -61,19 +61,6 @@ def test_nothing_is_wider_than_the_screen(opened, width):
         assert reaching_out == []
 
 
-@pytest.mark.parametrize("width", [320, 360, 1280])
-def test_no_pair_of_the_forest_touches_its_figure(opened, width):
-    page = opened(width)
-    touching = page.evaluate(
-        """() => [...document.querySelectorAll(".forest-row:not(.axis-row)")].filter((row) => {
-            const name = [...row.querySelectorAll(".pair .name")].pop().getBoundingClientRect();
-            const figure = row.querySelector(".figure").getBoundingClientRect();
-            return figure.width && figure.left < name.right + 6 && figure.top < name.bottom - 6;
-        }).map((row) => row.textContent)"""
-    )
-    assert touching == []
-
-
 def figures(page, column: str) -> list[float]:
     cells = page.locator(f'table.methods td[data-label="{column}"]')
     return [float(cells.nth(index).get_attribute("data-sort")) for index in range(cells.count())]

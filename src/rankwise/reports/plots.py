@@ -38,26 +38,26 @@ STYLE_FILE = Path(__file__).parent / "templates" / "plots.mplstyle"
 # Pixels: the width of a plot in a report, of one whose rows have names, and of one in a file of its own.
 PANEL, ROWS, OWN = 400, 440, 640
 # Letters of a name beside a row, and of both names and the result above a row of the forest.
-LONGEST_NAME, LETTERS = 26, 68
+LONGEST_NAME, LETTERS = 26, 70
 INK = "#010203"
 # (In light mode, in dark mode) of each method, told apart without full colour vision, and the first four in grey too.
 # With the markers any 156 methods differ.
 COLOURS = (
-    ("#4a62e3", "#88c2ff"),
-    ("#a16001", "#ed9767"),
-    ("#124a1e", "#bdf7b9"),
-    ("#652c7c", "#b06ee0"),
-    ("#4e5764", "#a9afb4"),
-    ("#7a5300", "#f8d645"),
-    ("#9a2c49", "#cc706f"),
-    ("#156d89", "#76f0fa"),
-    ("#f155be", "#fca9c3"),
-    ("#2b8080", "#057f63"),
-    ("#9b9707", "#9484fe"),
-    ("#7152a6", "#acc871"),
+    ("#2f62f5", "#6fabf2"),
+    ("#c47a16", "#ffb347"),
+    ("#174a14", "#cff5b8"),
+    ("#862a98", "#a457f2"),
+    ("#ab5f81", "#e674b3"),
+    ("#9385de", "#e5b4ec"),
+    ("#29a460", "#06e4a8"),
+    ("#1900cd", "#6877b6"),
+    ("#d72710", "#f83f27"),
+    ("#20760b", "#039c1d"),
+    ("#f243bf", "#fd02c9"),
+    ("#95043e", "#8ca562"),
 )
 LIMIT = ("#b03a12", "#f59a6b")
-MARKERS = "osD^vP*X<>pdh"
+MARKERS = "osD^vPX<>pdh*"
 # Red, green and blue of the norms, readable on both backgrounds.
 HEAT = (0.19, 0.5, 0.82)
 DARK = "".join(
@@ -111,7 +111,7 @@ def svg_of(figure: Figure, description: str) -> Markup:
     box = re.findall('viewBox="[^"]*"', head)[0]
     body = re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", _plain_tag, body).strip()).replace(INK, "currentColor")
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    root = f'<svg {names} {box} role="img" aria-label="{escape(description)}">'
+    root = f'<svg {names} {box} role="img" aria-label="{escape(visible(description))}">'
     return Markup(f"{root}{OWN_STYLE if figure.get_suptitle() else ''}{body}")
 
 
@@ -149,26 +149,30 @@ def swatch(number: int) -> Markup:
 @_drawn
 def forest(pairs: Sequence[Pair]) -> tuple[Figure, str]:
     """Each method against the best, with a dot for each seed, the mean, its interval, and the margin."""
-    figure, axes = _axes(ROWS, 46 + 44 * len(pairs))
+    names = [f"{_short(method_name(pair.a))} vs {_short(method_name(pair.b))}" for pair in pairs]
+    results = [f"{pair.text}  {pair.verdict}" for pair in pairs]
+    # Pixels: a second line of text where names and result do not fit on one.
+    second = 14 if any(len(name + result) > LETTERS for name, result in zip(names, results)) else 0
+    pitch = 44 + second
+    figure, axes = _axes(ROWS, 30 + pitch * len(pairs))
     axes.grid(False)
     across = axes.get_yaxis_transform()
     for row, pair in enumerate(pairs):
-        top, middle, bottom = row - 0.18, row + 0.08, row + 0.44
+        top = row * pitch
+        weight = "bold" if pair.verdict in ("better", "equivalent") else "normal"
+        axes.text(0, top + 11, names[row], transform=across)
+        axes.text(1, top + 11 + second, results[row], transform=across, ha="right", weight=weight)
+        middle, band = top + second + 27, (top + second + 16, top + second + 42)
         if pair.margin is not None:
-            axes.fill_betweenx((top, bottom), -pair.margin, pair.margin, color=INK, alpha=0.1, linewidth=0)
-        axes.vlines(0, top, bottom, color=INK, alpha=0.5, linewidth=1)
+            axes.fill_betweenx(band, -pair.margin, pair.margin, color=INK, alpha=0.1, linewidth=0)
+        axes.vlines(0, *band, color=INK, alpha=0.5, linewidth=1)
         seeds = list(pair.per_seed.values())
-        axes.plot(seeds, [row + 0.31] * len(seeds), "o", color=INK, alpha=0.5, markersize=4)
+        axes.plot(seeds, [middle + 10] * len(seeds), "o", color=INK, alpha=0.5, markersize=4)
         if pair.interval is not None:
             axes.hlines(middle, *pair.interval, color=INK, linewidth=1.8)
         if pair.difference is not None:
             axes.plot(pair.difference, middle, "o", color=INK, markersize=8)
-        result = f"{pair.text}  {pair.verdict}"
-        a, b = (_short(method_name(name), (LETTERS - len(result)) // 2) for name in (pair.a, pair.b))
-        axes.text(0, row - 0.32, f"{a} vs {b}", transform=across)
-        weight = "bold" if pair.verdict in ("better", "equivalent") else "normal"
-        axes.text(1, row - 0.32, result, transform=across, ha="right", weight=weight)
-    axes.set_ylim(len(pairs) - 0.4, -0.75)
+    axes.set_ylim(pitch * len(pairs), 0)
     axes.set_yticks([])
     axes.margins(x=0.06)
     axes.locator_params(axis="x", nbins=6)
@@ -313,9 +317,9 @@ def loss_svg(lines: Iterable[Fields], title: str, *, kept_step: int | None = Non
 
 @_drawn
 def _losses(losses: Losses, title: str, name: str) -> tuple[Figure, str]:
-    ends = [("training", losses.smooth, losses.smooth[-1:]), ("evaluation", losses.evaluation, [losses.best])]
-    told = [f"{what} {points[0][1]:.3f} → {end[1]:.3f}" for what, points, (*_, end) in ends if points and end]
-    caption = "; ".join(told) or "nothing to compare was logged"
+    ends = (("training", losses.smooth, None), ("evaluation", losses.evaluation, losses.best))
+    told = [f"{what} {points[0][1]:.3f} → {(end or points[-1])[1]:.3f}" for what, points, end in ends if points]
+    caption = "; ".join(told) or "nothing was logged"
     figure, axes = _axes(OWN, 420, title, caption)
     training, evaluation = colour(0), colour(1)
     if losses.training:

@@ -1,0 +1,305 @@
+"""Plots are valid SVG with room for their text, the same twice, readable in light and dark and by colour-blind eyes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+import subprocess
+import sys
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from rankwise.reports import plots
+from rankwise.reports.losses import Losses, smoothed
+from rankwise.reports.page import TEMPLATES
+from rankwise.reports.plots import COLOURS, INK, LIMIT, MARKERS, MemoryBar, loss_svg, memory_svg
+from rankwise.reports.plotted import Curve, Norms, Pair, Spot
+
+NAME = "{http://www.w3.org/2000/svg}"
+GB = 10**9
+METHODS = [
+    *("lora", "qlora", "dora", "qdora", "full", "lora+pissa", "qlora+loftq", "lora+rslora", "lora+plus"),
+    *("qdora+pissa+plus", "qlora+pissa+plus", "$x$ </svg><script> & a name without an end"),
+]
+NUMBERS = {name: number for number, name in enumerate(METHODS)}
+RATES = (1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 4e-4, 1e-3, 3e-2)
+
+
+def pair(number: int) -> Pair:
+    interval = (-0.02 - 0.01 * number, 0.012)
+    seeds = {str(seed): 0.01 * seed - 0.02 for seed in range(3)}
+    names = (METHODS[10], METHODS[number])
+    return Pair(*names, "eval_loss", -0.0114, interval, 0.01, "cannot tell", 0.5, 0.5, 0.01, 3, 3, seeds, False)
+
+
+def spot(number: int) -> Spot:
+    cost = 2 + 0.01 * (number % 5)
+    return Spot(METHODS[number], cost, 1.3 + 0.001 * number, (cost - 0.1, cost + 0.1), (1.29, 1.32))
+
+
+def curve(number: int, points: int = 9) -> Curve:
+    losses = [(10.0 * step, 2 + number / 10 + math.exp(-step)) for step in range(points)]
+    return Curve(METHODS[number], True, Losses(losses[1:], losses, 20))
+
+
+def figures_of_memory(number: int) -> dict[str, int]:
+    return {"peak_memory_bytes": GB * (number + 1), "predicted_peak_memory_bytes": GB * (number + 2)}
+
+
+def tried(number: int) -> dict[str, Any]:
+    trials = [{"learning_rate": x, "value": 2 + number / 100 + abs(math.log10(x) + 4)} for x in RATES]
+    return {"tried": trials, "chosen": 1e-4}
+
+
+def lines(count: int = 20) -> list[dict[str, Any]]:
+    trained = [{"step": step, "loss": 1 + 2 / step} for step in range(1, count + 1)]
+    return [*trained, *({"step": step, "eval_loss": 1.5 + abs(step - 15) / 20} for step in range(0, count + 1, 5))]
+
+
+def search() -> Any:
+    trials = [{"learning_rate": x, "steps": 10, "loss": 9.0 if x > 1e-3 else 2 - x} for x in RATES]
+    return {"trials": [*trials, {"learning_rate": 1e-4, "steps": 20, "loss": 1.9}], "chosen": 1e-4, "rows": 64}
+
+
+ALL = range(len(METHODS))
+BARS = [
+    MemoryBar("lora", {"weights": 10 * GB, "activations": 6 * GB}, 0.08),
+    MemoryBar("<script>", {"weights": 900 * GB}),
+]
+TITLE = "a $x$ </svg><script> title\x00 \u202e"
+PLOTS = {
+    "forest": lambda: plots.forest([pair(number) for number in ALL if number != 10]),
+    "forest of short names": lambda: plots.forest([dataclasses.replace(pair(0), a="dora", interval=(-0.02, -0.0028))]),
+    "cost": lambda: plots.quality_against_cost(
+        [spot(number) for number in ALL], NUMBERS, "peak memory, GB", "loss", higher_is_better=False, limit=2.2
+    ),
+    "memory": lambda: plots.memory({METHODS[number]: figures_of_memory(number) for number in ALL}, NUMBERS, 4e9),
+    "curves": lambda: plots.curve_panel("dora", 2, [curve(number) for number in ALL], (1.9, 3.0)),
+    "rates": lambda: plots.rates({METHODS[number]: tried(number) for number in ALL}, NUMBERS),
+    "norms": lambda: plots.norms_panel(Norms("lora", {("gate_up_proj_all", n): n / 80 for n in range(80)}, {}), 1.0),
+    "loss of a run": lambda: loss_svg(lines(), TITLE),
+    "search of a run": lambda: plots.search_svg(search(), TITLE),
+    "plan": lambda: memory_svg(BARS, TITLE, "a caption " * 20, 12 * GB, "a card with a $name$ that goes on and on"),
+}
+every_plot = pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures behind the plots drawn in a test."""
+    found: list[Any] = []
+    write = plots.svg_of
+    monkeypatch.setattr(plots, "svg_of", lambda figure, *more: (found.append(figure), write(figure, *more))[1])
+    return found
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{NAME}text")]
+
+
+@every_plot
+def test_it_is_valid_described_and_the_same_twice(draw):
+    svg = draw()
+    root = ElementTree.fromstring(svg)
+    assert root.get("role") == "img"
+    assert root.get("aria-label")
+    assert root.get("width") is None, "it scales"
+    assert draw() == svg
+    assert texts(svg)
+    assert not list(root.iter(f"{NAME}script"))
+    assert "currentColor" in svg
+    assert INK not in svg
+    assert {item.get("href", "#")[0] for item in root.iter()} == {"#"}
+
+
+@every_plot
+def test_no_text_meets_another_or_leaves_the_plot(draw, figures):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    draw()
+    (figure,) = figures
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,) = figure.axes
+    outside = {
+        label
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+        for label in (tick.label1, tick.label2)
+    }
+    shown = [item for item in figure.findobj(Text) if item.get_visible() and item.get_text() and item not in outside]
+    boxes = [(item.get_text(), item.get_window_extent(canvas.get_renderer()).padded(-0.6)) for item in shown]
+    for text, box in boxes:
+        assert figure.bbox.x0 - 1 <= box.x0, text
+        assert box.x1 <= figure.bbox.x1 + 1, text
+    for (a, box), (b, other) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(other), f"{a!r} meets {b!r}"
+
+
+@pytest.mark.parametrize("name", ["forest", "memory"])
+def test_every_method_is_named(name):
+    said = " ".join(texts(PLOTS[name]()))
+    for method in METHODS[:11]:
+        assert plots.method_name(method) in said
+
+
+def test_methods_differ_in_colour_and_shape():
+    assert len(COLOURS) == 12
+    assert len({plots.swatch(number) for number in range(len(COLOURS) * len(MARKERS))}) == 156
+
+
+@pytest.mark.parametrize(("points", "joined"), [(2, False), (3, True)])
+def test_two_points_are_no_curve(points, joined, figures):
+    plots.curve_panel("lora", 0, [curve(0, points)], (1.9, 3.2))
+    styles = {line.get_linestyle() for line in figures[0].axes[0].lines if len(line.get_xdata()) == points}
+    assert (styles == {"-"}) is joined
+
+
+def test_learning_rates_stand_on_a_logarithmic_axis_at_the_rates_tried(figures):
+    svg = PLOTS["search of a run"]()
+    assert figures[0].axes[0].get_xscale() == "log"
+    assert {"1e-5", "1e-4", "10 steps", "20 steps"} <= set(texts(svg))
+    assert plots.rates({"lora": {"tried": tried(0)["tried"][:1]}}, NUMBERS) is None
+
+
+def test_a_rate_that_nearly_diverged_does_not_flatten_the_others(figures):
+    PLOTS["search of a run"]()
+    assert figures[0].axes[0].get_ylim()[1] < 3
+
+
+def test_the_loss_of_a_run_names_its_losses_and_the_kept_step():
+    assert {"training, smoothed", "evaluation", "kept: step 15, 1.500", "loss per token"} <= set(
+        texts(loss_svg(lines(), "t"))
+    )
+    assert {"kept: step 20, 1.750", "loss"} <= set(texts(loss_svg(lines(), "t", kept_step=20, objective="dpo")))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"step": 1, "loss": 2.0}],
+        [{"step": 0, "eval_loss": 2.0}],
+        [{"step": 1, "loss": None}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 1.0}],
+        [{"step": step, "loss": 2.0} for step in range(5)],
+        [{"step": 1, "loss": 1e9}, {"step": 2, "loss": 1e-9}],
+        [{"step": 1, "sample": "text"}, {"loss": 3.0}],
+    ],
+)
+def test_odd_input_gives_a_plot(rows, recwarn):
+    root = ElementTree.fromstring(loss_svg(rows, "<odd> & 'quoted'"))
+    assert "nan" not in ElementTree.tostring(root, encoding="unicode").lower()
+    assert not recwarn.list
+
+
+def test_a_spike_does_not_flatten_the_curve(figures):
+    """Only its moving average is shown in full."""
+    loss_svg([{"step": step, "loss": 500.0 if step == 50 else 1 + step % 2} for step in range(400)], "t")
+    assert figures[0].axes[0].get_ylim()[1] < 50
+
+
+def test_smoothing_starts_at_the_first_value_and_follows_a_constant():
+    assert smoothed([4.0, 4.0, 4.0], 10) == pytest.approx([4.0] * 3)
+    assert smoothed([2.0, 8.0], 5)[0] == 2.0
+
+
+def test_what_is_not_drawn_takes_no_room_in_the_panels():
+    """Of runs that tried another learning rate the training loss is not drawn: a bad rate must not press the rest."""
+    final = Curve("lora", True, Losses([(1, 2.0), (10, 1.0)], [(0, 2.0), (10, 1.0)], 10))
+    bad = Curve("lora", False, Losses([(10, 90.0)], [(0, 2.0), (10, 1.5)], 10))
+    without = Curve("lora", False, Losses([], [(0, 2.0), (10, 1.5)], 10))
+    assert plots.curve_limits([final, bad]) == plots.curve_limits([final, without])
+
+
+def test_bars_are_in_proportion_and_a_giant_is_cut_and_says_its_size(figures):
+    svg = PLOTS["plan"]()
+    (axes,) = figures[0].axes
+    weights, giant, activations, _ = axes.patches
+    assert weights.get_width() / activations.get_width() == pytest.approx(10 / 6)
+    assert giant.get_width() > axes.get_xlim()[1]
+    assert {"900 GB", "16.0 GB ±8 %"} <= set(texts(svg))
+    assert any(text.endswith("12.0 GB") for text in texts(svg))
+
+
+def test_only_drawing_imports_matplotlib():
+    imports = "import sys, rankwise.reports.page, rankwise.cli.main"
+    code = f"{imports}; sys.exit(bool({{'torch', 'matplotlib'}} & set(sys.modules)))"
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2 relative luminance of ``#rrggbb``."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    r, g, b = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(a: str, b: str) -> float:
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1: linear RGB as a dichromat sees it.
+VISION = {
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+    "grey": ((0.2126, 0.7152, 0.0722),) * 3,
+}
+TO_CONE = (
+    (0.4122214708, 0.5363325363, 0.0514459929),
+    (0.2119034982, 0.6806995451, 0.1073969566),
+    (0.0883024619, 0.2817188376, 0.6299787005),
+)
+TO_LAB = (
+    (0.2104542553, 0.7936177850, -0.0040720468),
+    (1.9779984951, -2.4285922050, 0.4505937099),
+    (0.0259040371, 0.7827717662, -0.8086757660),
+)
+# Ottosson's Oklab, in which a distance of 0.02 is about the least that is seen.
+
+
+def seen(colour: str, vision: str) -> np.ndarray:
+    """Oklab of ``colour`` as somebody with this vision sees it."""
+    rgb = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return np.array(TO_LAB) @ np.cbrt(np.array(TO_CONE) @ np.clip(np.array(VISION[vision]) @ linear, 0, 1))
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_methods_are_told_apart_without_normal_colour_vision(mode, vision):
+    """The four methods are far apart, in grey too; all twelve differ by more than the least that colour-blind eyes see.
+
+    In grey the shapes tell the others apart.
+    """
+    lab = [seen(pair[mode], vision) for pair in COLOURS]
+    distances = {(a, b): np.linalg.norm(lab[a] - lab[b]) for a in range(12) for b in range(a)}
+    assert min(value for (a, _), value in distances.items() if a < 4) > (0.07 if vision == "grey" else 0.1)
+    assert vision == "grey" or min(distances.values()) > 0.05
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_every_text_colour_of_a_report_has_contrast(mode):
+    """WCAG AA: 4.5 : 1 for text, on the page and on the row of the recommended method."""
+    blocks = re.findall(r":root \{(.*?)\}", (TEMPLATES / "report.css").read_text(encoding="utf-8"), re.DOTALL)
+    palette = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[mode]))
+    for name in ("ink", "quiet", "accent", "good", "bad", "muted"):
+        assert contrast(palette[name], palette["page"]) >= 4.5, name
+        assert contrast(palette[name], palette["chosen"]) >= 4.5, name
+    assert contrast(palette["ink"], palette["caution"]) >= 4.5
+
+
+@pytest.mark.parametrize(("mode", "page"), [(0, "#ffffff"), (1, "#12161b")], ids=["light", "dark"])
+def test_marks_stand_out_from_the_page(mode, page):
+    """WCAG 1.4.11: 3 : 1 for what a graphic needs."""
+    for colours in (*COLOURS, LIMIT):
+        assert contrast(colours[mode], page) >= 3, colours
