@@ -78,7 +78,7 @@ import sys
 from rankwise.cli.main import VERBS, main
 for words in [[], *([verb.name] for verb in VERBS)]:
     code = main([*words, "--help"])
-    heavy = {"torch", "transformers", "datasets", "trl", "numpy"} & set(sys.modules)
+    heavy = {"torch", "transformers", "datasets", "trl", "numpy", "matplotlib"} & set(sys.modules)
     if code or heavy:
         sys.exit(f"{words}: {code} {heavy}")
 """

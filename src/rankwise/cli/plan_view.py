@@ -16,7 +16,7 @@ from rankwise.config import FOUR_BITS
 from rankwise.planning.cards import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
 from rankwise.reports.numbers import byte_size
-from rankwise.reports.plots import MemoryBar, memory_svg
+from rankwise.reports.plots import memory_svg
 
 if TYPE_CHECKING:
     from rankwise.planning import MemoryEstimate, Workload
@@ -294,7 +294,7 @@ def network_lines(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def svg(plan: Plan) -> str:
     """The stacked bars against the card's line."""
-    rows = [MemoryBar(row.estimate.method, grouped(row.estimate.breakdown), row.estimate.error) for row in plan.rows]
+    rows = [(row.estimate.method, grouped(row.estimate.breakdown), row.estimate.error) for row in plan.rows]
     work = plan.workload
     caption = f"batch {work.batch_size} x {work.max_length:,} tokens, r {work.r}, {work.dtype}, {work.optimizer}"
     if work.gradient_checkpointing:

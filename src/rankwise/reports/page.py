@@ -207,7 +207,7 @@ def _curves(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
             panels.append({"method": name, "svg": svg, "note": note})
     return {
         "curves": panels,
-        "is_cut": any(loss > limits[1] for curve in curves for _, loss in curve.evaluation),
+        "is_cut": any(loss > limits[1] for curve in curves for _, loss in curve.losses.evaluation),
         "has_search": any(not curve.is_final for curve in curves),
         "rates": plots.rates(comparison["learning_rates"], numbers),
         "stopped": summary.stopped_rates(comparison),

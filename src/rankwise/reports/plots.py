@@ -6,7 +6,6 @@ other colours in dark mode. A plot scales with its place. matplotlib is imported
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 import itertools
@@ -139,7 +138,7 @@ def swatch(number: int) -> Markup:
     """The shape of method ``number`` in its colour, shown before its name."""
     from matplotlib.markers import MarkerStyle
 
-    style = MarkerStyle(marker(number))
+    style: Any = MarkerStyle(marker(number))
     shape = style.get_path().transformed(style.get_transform().scale(12))
     outlines = ("L".join(f"{x:.1f} {-y:.1f}" for x, y in polygon) for polygon in shape.to_polygons(closed_only=False))
     path = f'<path d="{"".join(f"M{outline}Z" for outline in outlines)}" style="fill: {colour(number)}"/>'
@@ -201,8 +200,7 @@ def quality_against_cost(
     low, high = axes.get_xlim()
     if limit is not None and low < limit < high + 0.5 * (high - low):
         axes.axvline(limit, color=LIMIT[0], linestyle="--", linewidth=1.3)
-        place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "right"}
-        axes.annotate("your limit", (limit, 1), (-4, -9), **place)
+        axes.text(limit, 1, "your limit ", transform=axes.get_xaxis_transform(), ha="right", va="top")
         high = max(high, limit + 0.03 * (high - low))
     front = pareto_front(spots, higher_is_better=higher_is_better)
     x, y = [spot.cost for spot in front], [spot.quality for spot in front]
@@ -252,7 +250,7 @@ def curve_limits(curves: Sequence[Curve]) -> Range:
     return _limits(
         loss
         for curve in curves
-        for points in (curve.training, curve.evaluation)
+        for points in (curve.training, curve.losses.evaluation)
         for step, loss in points
         if step >= START * last or len(points) < FEW_POINTS
     )
@@ -274,12 +272,12 @@ def curve_panel(method: str, number: int, curves: Sequence[Curve], limits: Range
     for curve in curves:
         if curve.method != method:
             if curve.is_final:
-                _line(axes, curve.evaluation, color=INK, alpha=0.16, linewidth=1, zorder=1)
+                _line(axes, curve.losses.evaluation, color=INK, alpha=0.16, linewidth=1, zorder=1)
         elif not curve.is_final:
-            _line(axes, curve.evaluation, color=shade, alpha=0.75, linewidth=1.1, linestyle="--")
+            _line(axes, curve.losses.evaluation, color=shade, alpha=0.75, linewidth=1.1, linestyle="--")
         else:
             _line(axes, curve.training, color=shade, alpha=0.5, linewidth=1)
-            _line(axes, curve.evaluation, color=shade, marker="o", markersize=3.5)
+            _line(axes, curve.losses.evaluation, color=shade, marker="o", markersize=3.5)
             _ring(axes, curve.losses.best, shade)
     _step_axis(axes, max(curve.losses.last_step for curve in curves), limits)
     return figure, f"Loss against step of {method_name(method)}"
@@ -300,8 +298,8 @@ def _ring(axes: Axes, point: Point | None, shade: str, label: str | None = None)
 def _step_axis(axes: Axes, last: float, limits: Range) -> None:
     room = 0.03 * max(last, 1)
     axes.set(xlim=(-room, max(last, 1) + room), ylim=limits, xlabel="optimizer step")
-    axes.locator_params(axis="both", nbins=5, steps=[1, 2, 2.5, 5, 10])
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(nbins=5, steps=[1, 2, 2.5, 5, 10])
+    axes.locator_params(axis="x", integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
@@ -412,23 +410,13 @@ def norms_panel(norms: Norms, largest: float) -> tuple[Figure, str]:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.set_yticks(range(len(kinds)), [_short(kind, 14) for kind in kinds])
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("layer")
     return figure, f"Norms of the updates of {method_name(norms.method)}"
 
 
-@dataclasses.dataclass(frozen=True)
-class MemoryBar:
-    """One row: parts in drawing order, in bytes."""
-
-    name: str
-    parts: Mapping[str, int]
-    # Relative error, drawn as an error bar at the end.
-    error: float = 0.0
-
-    @property
-    def peak_bytes(self) -> int:
-        return sum(self.parts.values())
+# Name, parts in drawing order in bytes, and the relative error, drawn at the end.
+MemoryBar = tuple[str, Mapping[str, int], float]
 
 
 @_drawn
@@ -437,25 +425,27 @@ def memory_svg(
 ) -> tuple[Figure, str]:
     """Stacked bars from top to bottom as a file, with a line at ``limit_bytes`` and the peak at the right."""
     figure, axes = _axes(OWN, 150 + 40 * len(bars), title, caption)
-    largest = max((bar.peak_bytes * (1 + bar.error) for bar in bars), default=1)
+    peaks = [sum(parts.values()) for _, parts, _ in bars]
+    largest = max((peak * (1 + error) for peak, (_, _, error) in zip(peaks, bars)), default=1)
     edge = max(min(largest, MOST_OF_LIMIT * limit_bytes), 1.08 * limit_bytes)
     unit, unit_name = (1e9, "GB") if edge >= 0.9995e9 else (1e6, "MB")
     starts = [0.0] * len(bars)
-    for number, name in enumerate(dict.fromkeys(name for bar in bars for name in bar.parts)):
-        sizes = [bar.parts.get(name, 0) / unit for bar in bars]
+    for number, name in enumerate(dict.fromkeys(name for _, parts, _ in bars for name in parts)):
+        sizes = [parts.get(name, 0) / unit for _, parts, _ in bars]
         axes.barh(range(len(bars)), sizes, 0.6, starts, color=colour(number), label=name)
         starts = [start + size for start, size in zip(starts, sizes)]
     limit = f"{_short(visible(limit_name))}: {byte_size(limit_bytes)}"
     axes.axvline(limit_bytes / unit, color=LIMIT[0], linestyle="--", label=limit)
-    for row, bar in enumerate(bars):
-        if bar.peak_bytes > edge:
+    for row, (peak, (_, _, error)) in enumerate(zip(peaks, bars)):
+        if peak > edge:
             axes.plot(edge / unit, row, ">", color=INK, clip_on=False)
-        elif bar.error:
-            axes.errorbar(starts[row], row, xerr=starts[row] * bar.error, color=INK, capsize=4, linewidth=1.4)
-    sizes_told = [byte_size(bar.peak_bytes) for bar in bars]
-    errors = [f" ±{100 * bar.error:.0f} %" if bar.error else "" for bar in bars]
-    _rows(axes, [bar.name for bar in bars], [size + error for size, error in zip(sizes_told, errors)])
+        elif error:
+            axes.errorbar(peak / unit, row, xerr=peak / unit * error, color=INK, capsize=4, linewidth=1.4)
+    errors = [f" ±{100 * error:.0f} %" if error else "" for _, _, error in bars]
+    told = [byte_size(peak) + error for peak, error in zip(peaks, errors)]
+    names = [name for name, _, _ in bars]
+    _rows(axes, names, told)
     axes.set(xlim=(0, edge / unit), xlabel=f"peak memory, {unit_name}")
     figure.legend(loc="outside lower left", ncols=4)
-    peaks = ", ".join(f"{bar.name} {size}" for bar, size in zip(bars, sizes_told))
-    return figure, f"{title}: peak memory: {peaks}; the line stands at {byte_size(limit_bytes)}"
+    bars_told = ", ".join(map(" ".join, zip(names, told)))
+    return figure, f"{title}: peak memory: {bars_told}; the line stands at {byte_size(limit_bytes)}"

@@ -153,10 +153,6 @@ class Curve:
     def training(self) -> Sequence[Point]:
         return self.losses.smooth if self.is_final else []
 
-    @property
-    def evaluation(self) -> Sequence[Point]:
-        return self.losses.evaluation
-
 
 def curves_of(comparison: Comparison) -> list[Curve]:
     """The curves of all runs that left metrics, failed ones included."""
