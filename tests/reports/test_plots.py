@@ -80,6 +80,7 @@ PLOTS = {
     ),
     "memory": lambda: plots.memory({METHODS[number]: figures_of_memory(number) for number in ALL}, NUMBERS, 4e9),
     "curves": lambda: plots.curve_panel("dora", 2, [curve(number) for number in ALL], (1.9, 3.0)),
+    "a bar": lambda: plots.memory({"lora": figures_of_memory(0)}, NUMBERS, None),
     "rates": lambda: plots.rates({METHODS[number]: tried(number) for number in ALL}, NUMBERS),
     "norms": lambda: plots.norms_panel(Norms("lora", {("gate_up_proj_all", n): n / 80 for n in range(80)}, {}), 1.0),
     "loss of a run": lambda: loss_svg(lines(), TITLE),
@@ -103,7 +104,7 @@ def texts(svg: str) -> list[str]:
 
 
 @every_plot
-def test_it_is_valid_described_and_the_same_twice(draw):
+def test_it_is_valid_described_and_the_same_twice(draw, recwarn):
     svg = draw()
     root = ElementTree.fromstring(svg)
     assert root.get("role") == "img"
@@ -115,6 +116,7 @@ def test_it_is_valid_described_and_the_same_twice(draw):
     assert "currentColor" in svg
     assert INK not in svg
     assert {item.get("href", "#")[0] for item in root.iter()} == {"#"}
+    assert not recwarn.list
 
 
 @every_plot

@@ -286,7 +286,7 @@ def curve_panel(method: str, number: int, curves: Sequence[Curve], limits: Range
 def _line(axes: Axes, points: Sequence[Point], **style: Any) -> None:
     """A curve; the points alone where there are too few for one."""
     if len(points) <= FEW:
-        style = {"marker": "o", **style, "linestyle": "none"}
+        style = {"marker": "o", "markersize": 4, **style, "linestyle": "none"}
     axes.plot([x for x, _ in points], [y for _, y in points], **style)
 
 
@@ -377,7 +377,7 @@ def _rates(lines: Sequence[RateLine], loss: str, title: str = "", caption: str =
     low, top = _limits(value for value in values if value <= 2 * min(values))
     for number, name, points, chosen in lines:
         shown = [(x, min(y, top)) for x, y in points]
-        style = {"color": colour(number), "marker": marker(number), "label": name}
+        style = {"color": colour(number), "marker": marker(number), "label": name, "markersize": 7}
         _line(axes, shown, linewidth=1.3, clip_on=False, **style)
         _ring(axes, next((point for point in shown if point[0] == chosen), None), colour(number))
     axes.set(ylim=(low, top), xscale="log", xlabel="learning rate", ylabel=loss)
@@ -403,7 +403,7 @@ def _apart(rates: Iterable[float]) -> list[float]:
 def norms_panel(norms: Norms, largest: float) -> tuple[Figure, str]:
     """How much each layer changed: rows are kinds of modules, columns are layers, and full colour is ``largest``."""
     kinds = norms.kinds
-    figure, axes = _axes(PANEL, 34 + 17 * len(kinds))
+    figure, axes = _axes(PANEL, 40 + 17 * len(kinds))
     shares = [[norms.cells.get((kind, layer), 0) / (largest or 1) for layer in range(norms.layers)] for kind in kinds]
     cells = [[(*HEAT, 0.04 + 0.96 * share if share else 0) for share in row] for row in shares]
     axes.imshow(cells, aspect="auto", interpolation="none")
