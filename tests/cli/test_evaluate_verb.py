@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+import guest_task
 from rankwise.cli.evaluate import print_task
 from rankwise.cli.output import Output
 from rankwise.evaluation.record import TaskResult
 from rankwise.evaluation.run import Evaluation
 from several import Nursery
 
-E2E = "mr,ref\n" + "".join(f'"name[{name}], area[river]","{name} is by the river."\n' for name in ("Aromi", "Zizzi"))
 # Of an evaluation that is stopped, a batch each.
 ROWS = 240
 
@@ -87,16 +87,19 @@ def test_a_run_beside_its_base(rankwise, run_folder: Path, rows_file: Path, tmp_
     assert json.loads((run_folder / "run.json").read_text())["eval_loss"] == pytest.approx(losses[0], rel=0.02)
 
 
-def test_several_tasks_with_data_of_their_own(rankwise, model_folder: Path, rows_file: Path, tmp_path: Path):
-    (tmp_path / "test.csv").write_text(E2E)
+def test_several_tasks_with_data_of_their_own(
+    rankwise, model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    guest_task.install(monkeypatch)
+    (tmp_path / "lines.txt").write_text("one\nthree\n")
     done = rankwise(
-        "evaluate", "--model", model_folder, "--task", "perplexity,e2e", "--data", rows_file, "--data", "e2e=test.csv",
-        "--max-new-tokens", 4, "--output", "out", "--json",
+        "evaluate", "--model", model_folder, "--task", "perplexity,lengths", "--data", rows_file, "--set", "longest=4",
+        "--data", "lengths=lines.txt", "--output", "out", "--json",
     )  # fmt: skip
     assert done.code == 0, done.stderr
     assert [(result["task"], result["count"]) for result in done.document["results"]] == [
         ("perplexity", 12),
-        ("e2e", 2),
+        ("lengths", 2),
     ]
 
 
@@ -111,12 +114,10 @@ def test_settings_come_from_a_file_too(rankwise, model_folder: Path, rows_file: 
     [
         (["--task", "perplexity"], "RW122"),
         (["--model", "MODEL", "--task", "perplexity"], "RW150"),
-        (["--model", "MODEL", "--task", "e2e", "--data", "nowhere.csv"], "RW201"),
-        (["--model", "MODEL", "--task", "gsm8k", "--data", "ROWS"], "RW250"),
+        (["--model", "MODEL", "--task", "perplexity", "--data", "nowhere.csv"], "RW201"),
         (["--model", "MODEL"], "RW103"),
-        (["--model", "MODEL", "--task", "perplexity", "--data", "ROWS", "--max-new-tokens", "4"], "RW152"),
+        (["--model", "MODEL", "--task", "perplexity", "--data", "ROWS", "--num-fewshot", "4"], "RW152"),
         (["--model", "MODEL", "--task", "perplexity", "--data", "ROWS", "--data", "ROWS"], "RW152"),
-        (["--model", "MODEL", "--task", "piqa", "--protocol", "generative"], "RW150"),
     ],
 )
 def test_mistakes_are_one_line_with_a_code(rankwise, model_folder: Path, rows_file: Path, arguments, code):

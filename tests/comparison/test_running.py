@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_comparison import Quiet, compare, given, starts, without_times
 
+import guest_task
 from in_process import steps_in_this_process
 from rankwise.comparison import run, stages
 from rankwise.comparison.matrix import Cell
@@ -162,21 +163,22 @@ def test_more_seeds_add_to_what_is_there(tmp_path: Path):
     assert len(starts(tmp_path / "out")) == len(set(starts(tmp_path / "out"))) == len(found["runs"]) == 4
 
 
-def test_tasks_that_come_later_are_measured_on_the_runs_that_are_there(tmp_path: Path):
+def test_tasks_that_come_later_are_measured_on_the_runs_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    guest_task.install(monkeypatch)
     options = given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1)
     compare(**options)
     count = len(starts(tmp_path / "out"))
     rows = tmp_path / "meanings.csv"
     rows.write_text("mr,ref\nname[A],A is a place.\n")
-    found: Any = compare(**options, task="e2e", task_data=f"e2e={rows}")
+    found: Any = compare(**options, task="lengths", task_data=f"lengths={rows}")
     assert len(starts(tmp_path / "out")) == count
-    assert found["runs"][0]["tasks"]["e2e"]["metrics"] == {"accuracy": 50.0}
+    assert found["runs"][0]["tasks"]["lengths"]["metrics"] == {"accuracy": 50.0}
     again: Any = compare(**options)
-    assert "e2e" not in again["runs"][0]["tasks"]
-    (tmp_path / "out" / found["runs"][0]["folder"] / "evaluation" / "e2e" / "result.json").unlink()
+    assert "lengths" not in again["runs"][0]["tasks"]
+    (tmp_path / "out" / found["runs"][0]["folder"] / "evaluation" / "lengths" / "result.json").unlink()
     rows.write_text("mr,ref\nname[B],B is a place.\n")
-    changed: Any = compare(**options, task="e2e", task_data=f"e2e={rows}")
-    assert changed["runs"][0]["tasks"]["e2e"] == found["runs"][0]["tasks"]["e2e"]
+    changed: Any = compare(**options, task="lengths", task_data=f"lengths={rows}")
+    assert changed["runs"][0]["tasks"]["lengths"] == found["runs"][0]["tasks"]["lengths"]
 
 
 def test_a_refused_call_leaves_the_data_alone(tmp_path: Path):
@@ -197,11 +199,12 @@ def test_what_a_killed_write_left_is_no_stranger(tmp_path: Path):
     assert compare(**given(tmp_path, methods="lora", learning_rates="2e-4", seeds=1))["runs"]
 
 
-def test_a_metric_that_no_task_gives_is_refused_before_the_runs(tmp_path: Path):
+def test_a_metric_that_no_task_gives_is_refused_before_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    guest_task.install(monkeypatch)
     rows = tmp_path / "meanings.csv"
     rows.write_text("mr,ref\nname[A],A is a place.\n")
-    with pytest.raises(ConfigError, match=r"RW167.*e2e\.BLEU"):
-        compare(**given(tmp_path, task="e2e", task_data=f"e2e={rows}", metric="e2e.bleu"))
+    with pytest.raises(ConfigError, match=r"RW167.*lengths\.BLEU"):
+        compare(**given(tmp_path, task="lengths", task_data=f"lengths={rows}", metric="lengths.BLEU"))
     assert not (tmp_path / "out" / "started.txt").exists()
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from small_engines import arc_docs, byte_engine, nobody, write_lines
 
 from rankwise.errors import ConfigError, DataError, RankwiseWarning
 from rankwise.evaluation.journal import RESPONSES_FILE, Responses
+from small_engines import arc_docs, byte_engine, nobody, write_lines
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
 
 from rankwise.compat import lm_eval as compat
 from rankwise.evaluation.tasks.harness import HarnessTask
+from rankwise.evaluation.tasks.harness_data import read_docs
 
 
 def arc_task(data: Path, **options: Any) -> HarnessTask:
@@ -215,3 +219,13 @@ def test_unknown_names_and_missing_examples_are_told(data: Path):
         arc_task(data, num_fewshot=3)
     with pytest.raises(DataError, match="RW251.*answerKey"):
         arc_task(write_lines(data.parent / "bad.jsonl", [{"question": "x", "choices": {}}]))
+
+
+def test_rows_that_are_not_the_sets_are_named(tmp_path: Path):
+    path = write_lines(tmp_path / "test.jsonl", [{"question": "x"}])
+    with pytest.raises(DataError, match="RW251.*missing"):
+        read_docs("siqa", str(path))
+    path = tmp_path / "test.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"when": [datetime.date(2024, 1, 1)]}), path)
+    with pytest.raises(DataError, match="RW251.*row 1: Object of type date is not JSON"):
+        read_docs("siqa", str(path))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_engines import byte_engine, byte_model, nobody, save_byte_model, write_lines
 
 from rankwise.acceleration.generation import Decoding
 from rankwise.adapters import add_adapter, save_adapter
@@ -26,14 +24,7 @@ from rankwise.evaluation.tasks.answers import Question, with_room, write_answers
 from rankwise.evaluation.tasks.perplexity import Perplexity, _example
 from rankwise.lora_config import LoraConfig
 from rankwise.records import RunRecord
-
-E2E = "mr,ref\n" + "".join(
-    f'"name[{name}], food[{food}]","{name} serves {food} food{end}"\n'
-    for name in ("Aromi", "Zizzi", "The Mill")
-    for food in ("French", "Thai")
-    for end in (".", ", as they say.")
-)
-
+from small_engines import byte_engine, byte_model, nobody, save_byte_model, write_lines
 
 METRICS = ("loss", "perplexity")
 
@@ -225,53 +216,6 @@ def test_text_is_scored_whole(model: Path, tmp_path: Path):
     assert result.clusters is None
 
 
-def test_e2e_asks_each_meaning_representation_once(model: Path, tmp_path: Path):
-    (tmp_path / "test.csv").write_text(E2E)
-    [result] = evaluate(settings(model, "e2e", tmp_path / "test.csv", tmp_path / "out", max_new_tokens=8))
-    assert result.count == 6
-    assert {"BLEU", "NIST"} <= set(result.metrics)
-    examples = list(read_examples(tmp_path / "out" / "e2e" / "predictions.jsonl"))
-    assert examples[0].prompt == "name[Aromi], food[French]"
-    assert examples[0].references == ["Aromi serves French food.", "Aromi serves French food, as they say."]
-
-
-def test_metrics_that_lacked_java_are_computed_once_it_is_there(model: Path, tmp_path: Path, monkeypatch):
-    (tmp_path / "test.csv").write_text(E2E)
-    given = settings(model, "e2e", tmp_path / "test.csv", tmp_path / "out", max_new_tokens=2)
-    monkeypatch.setattr("rankwise.evaluation.metrics.e2e.missing_java", lambda: "no Java")
-    asked, answer_task = [], run.answer_task
-    monkeypatch.setattr(run, "answer_task", lambda *place, **more: asked.append(place) or answer_task(*place, **more))
-    for is_missing, calls in (("no Java", 1), ("no Java", 1), (None, 2)):
-        monkeypatch.setattr("rankwise.evaluation.tasks.e2e.missing_java", lambda missing=is_missing: missing)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RankwiseWarning)
-            evaluate(given)
-        assert len(asked) == calls
-
-
-@pytest.mark.parametrize("beams", [1, 2])
-def test_results_depend_neither_on_batches_nor_on_order(model: Path, tmp_path: Path, beams: int):
-    lines = E2E.splitlines(keepends=True)
-    (tmp_path / "a.csv").write_text(E2E)
-    (tmp_path / "b.csv").write_text("".join([lines[0], *lines[:0:-1]]))
-    written = []
-    for number, (name, size) in enumerate([("a", None), ("a", 1), ("b", None)]):
-        given = settings(
-            model,
-            "e2e",
-            tmp_path / f"{name}.csv",
-            tmp_path / str(number),
-            max_new_tokens=6,
-            batch_size=size,
-            num_beams=beams,
-        )
-        evaluate(given)
-        written.append(
-            {e.prompt: e.prediction for e in read_examples(tmp_path / str(number) / "e2e" / "predictions.jsonl")}
-        )
-    assert written[0] == written[1] == written[2]
-
-
 def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(model: Path, rows: Path, tmp_path: Path):
     whole = settings(model, "perplexity", rows, tmp_path / "whole", batch_size=1)
     part = settings(model, "perplexity", rows, tmp_path / "part", batch_size=1)
@@ -371,9 +315,8 @@ def test_without_an_output_a_folder_is_named_by_the_settings(model: Path, rows: 
     [
         ({"data": ()}, ConfigError, "RW150.*--data"),
         ({"task": ("perplexity", "perplexity")}, ConfigError, "RW152.*twice"),
-        ({"task": ("e2e",)}, DataError, "RW201"),
+        ({}, DataError, "RW201"),
         ({"model": None}, ConfigError, "RW122"),
-        ({"task": ("vicuna",), "judge_url": "http://x"}, ConfigError, "RW152.*together"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(model: Path, tmp_path: Path, change, kind, message):
@@ -381,12 +324,6 @@ def test_mistakes_are_told_before_the_model_is_loaded(model: Path, tmp_path: Pat
     with pytest.raises(kind, match=message):
         evaluate(given)
     assert not (tmp_path / "out").exists()
-
-
-def test_e2e_takes_prompt_rows_only(model: Path, tmp_path: Path):
-    (tmp_path / "text.txt").write_text("just text\n")
-    with pytest.raises(DataError, match="RW250.*`mr` and `ref`"):
-        evaluate(settings(model, "e2e", tmp_path / "text.txt", tmp_path / "out"))
 
 
 def test_the_observer_sees_every_question(model: Path, rows: Path, tmp_path: Path):

@@ -151,7 +151,6 @@ def main_of(folder: Path) -> None:
         cases.must(words)
     learn_otherwise(cases)
     talk(cases)
-    score(cases)
     serve(cases)
 
 
@@ -169,13 +168,6 @@ def talk(cases: Audited) -> None:
     given = ["--adapter", cases.folder / "finished", "--chat-template", template, "--max-new-tokens", 2]
     sys.stdin = io.StringIO("w1 w2\nw3\n")
     cases.must(["chat", *given])
-
-
-def score(cases: Audited) -> None:
-    predictions, references = cases.folder / "said.jsonl", cases.folder / "right.jsonl"
-    predictions.write_text('{"prediction": "it is 4"}\n')
-    references.write_text('{"answer": "2 + 2 #### 4"}\n')
-    cases.must(["score", "gsm8k", "--predictions", predictions, "--references", references])
 
 
 def serve(cases: Audited) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LINES_PER_TASK = 10
 # {task: the unit that it counts} where the unit is not a question.
-UNITS = {"perplexity": "row", "e2e": "meaning representation"}
+UNITS = {"perplexity": "row"}
 
 
 class PlainWatcher:
@@ -147,7 +147,7 @@ VERB = Verb(
     name="evaluate",
     settings=EvaluateSettings,
     run=run,
-    summary="Measure a model and its adapters on tasks: perplexity, E2E, commonsense, GSM8K, Vicuna, lm-eval.",
+    summary="Measure a model and its adapters on tasks: perplexity, lm-evaluation-harness, and those installed beside.",
     examples=(
         "rankwise evaluate --adapter runs/first --task perplexity --data held-out.jsonl",
         "rankwise evaluate --adapter lora --adapter dora --task e2e --data test.csv",

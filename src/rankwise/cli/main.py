@@ -28,7 +28,6 @@ from rankwise.cli import (
     plan,
     preview,
     report,
-    score,
     train,
 )
 from rankwise.cli.help import verb_command, verb_group
@@ -71,7 +70,6 @@ VERBS: tuple[Verb, ...] = (
     merge.VERB,
     export.VERB,
     inspect.VERB,
-    score.VERB,
     doctor.VERB,
 )
 SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA, QLoRA, DoRA and QDoRA."

@@ -6,6 +6,8 @@ encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labe
 
 from rankwise.data.detect import rows_from_records
 from rankwise.data.encoding import Encoded, EncodingReport, encode_rows
+from rankwise.data.files import kind_of, read_file, read_text
+from rankwise.data.formats import BadRow
 from rankwise.data.held_out import limited, warn_of_overlap
 from rankwise.data.preferences import encode_preferences
 from rankwise.data.preview import Preview, first_good_row, preview_row
@@ -15,6 +17,7 @@ from rankwise.data.stdlib import stdlib_rows
 from rankwise.data.templates import Segment, chat_text, read_template
 
 __all__ = [
+    "BadRow",
     "Encoded",
     "EncodingReport",
     "Preview",
@@ -26,10 +29,13 @@ __all__ = [
     "encode_preferences",
     "encode_rows",
     "first_good_row",
+    "kind_of",
     "limited",
     "preview_row",
+    "read_file",
     "read_rows",
     "read_template",
+    "read_text",
     "rows_from_records",
     "stdlib_rows",
     "warn_of_overlap",

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 DIFFERENCES_FILE = "differences.json"
 DEFAULT_FOLDER = Path("evaluations")
 # Libraries that could change a result.
-PACKAGES = ("rankwise", "torch", "transformers", "tokenizers", "datasets", "lm-eval", "pycocoevalcap", "numpy")
+PACKAGES = ("rankwise", "torch", "transformers", "tokenizers", "datasets", "lm-eval", "numpy")
 
 
 class Observer(Protocol):
@@ -89,7 +89,7 @@ def answer_task(
         count=len(found),
         settings=settings_of(task, place.identity),
         data_sha256=task.data_sha256,
-        versions=versions_of(PACKAGES),
+        versions=versions_of((*PACKAGES, *task.packages)),
         wall_seconds=time.monotonic() - started,
         clusters=None if clusters is None else len(set(clusters)),
         notes=summary.notes,

@@ -11,22 +11,7 @@ from pydantic import BeforeValidator
 
 from rankwise.config import Device, Dtype, ModelOptions
 from rankwise.errors import ConfigError
-from rankwise.options import (
-    Batch,
-    Count,
-    Length,
-    Panel,
-    Seed,
-    Temperature,
-    Tokens,
-    Whole,
-    comma_list,
-    option,
-    text_list,
-)
-
-Protocol = Literal["generative", "loglikelihood"]
-PromptStyle = Literal["llm-adapters", "trained"]
+from rankwise.options import Batch, Count, Length, Panel, Whole, comma_list, option, text_list
 
 
 def task_list(value: Any) -> Any:
@@ -39,8 +24,6 @@ def task_list(value: Any) -> Any:
 
 _measured = functools.partial(option, Panel.MEASURED)
 _prompts = functools.partial(option, Panel.PROMPTS)
-_decoding = functools.partial(option, Panel.DECODING)
-_judge = functools.partial(option, Panel.JUDGE)
 _loading = functools.partial(option, Panel.LOADING)
 
 
@@ -63,8 +46,8 @@ class EvaluateSettings(LoadingOptions):
         tuple[str, ...],
         BeforeValidator(task_list),
         _measured(
-            "perplexity, e2e, boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, gsm8k, "
-            "vicuna, or any task of lm-evaluation-harness; may be given several times.",
+            "perplexity, any task of lm-evaluation-harness, or with `rankwise-article` e2e, gsm8k and vicuna; may be "
+            "given several times.",
             metavar="NAME",
             repeated=True,
             min_length=1,
@@ -102,24 +85,19 @@ class EvaluateSettings(LoadingOptions):
     ] = None
     limit: Annotated[Count | None, _measured("Only the first N questions of each task.")] = None
     overwrite: Annotated[bool, _measured("Replace the results in --output.")] = False
+    set: Annotated[
+        tuple[str, ...],
+        BeforeValidator(text_list),
+        _measured(
+            "Option of a task that is not lm-evaluation-harness's; may be given several times.",
+            metavar="NAME=VALUE",
+            repeated=True,
+        ),
+    ] = ()
 
-    protocol: Annotated[
-        Protocol | None,
-        _prompts(
-            "Commonsense sets: generative (an answer is written and read) or loglikelihood (answers are scored). "
-            "Default: the one that the form of the data belongs to."
-        ),
-    ] = None
-    prompt_style: Annotated[
-        PromptStyle,
-        _prompts(
-            "Prompts of the generative commonsense protocol: those of the LLM-Adapters and DoRA papers, or those that "
-            "`train` makes of such rows."
-        ),
-    ] = "llm-adapters"
     num_fewshot: Annotated[
         Whole | None,
-        _prompts("Worked examples in front of each question; default: gsm8k 8, others the task's own."),
+        _prompts("Worked examples in front of each question; default: the task's own number."),
     ] = None
     fewshot_data: Annotated[
         str | None, _prompts("Data that the worked examples are taken from, in the form of --data.", metavar="D")
@@ -129,32 +107,6 @@ class EvaluateSettings(LoadingOptions):
         Path | None, _prompts("Jinja file that overrides the tokenizer's template.", metavar="FILE")
     ] = None
 
-    max_new_tokens: Annotated[
-        Tokens | None,
-        _decoding("Longest answer, in tokens; default: the task's own."),
-    ] = None
-    num_beams: Annotated[
-        Batch | None,
-        _decoding("Beams of beam search; default: 1 (greedy), or 4 for generative commonsense sets, as in the papers."),
-    ] = None
-    length_penalty: Annotated[
-        float | None,
-        _decoding(
-            "Beam search divides a score by the length to this power; default: 0.9 for e2e (LoRA paper), else 1."
-        ),
-    ] = None
-    no_repeat_ngram_size: Annotated[
-        Whole | None,
-        _decoding(
-            "Never repeat an n-gram of this size in an answer; default: 4 for e2e with beams (LoRA paper), else 0."
-        ),
-    ] = None
-    temperature: Annotated[Temperature, _decoding("vicuna: 0 takes the likeliest token; above 0 samples.")] = 0.0
-    top_p: Annotated[
-        float, _decoding("vicuna: sample from the likeliest tokens whose probabilities add up to this.", gt=0, le=1)
-    ] = 1.0
-    seed: Annotated[Seed, _decoding("Seed of the sampling.")] = 0
-
     max_length: Annotated[
         Length | None,
         option(Panel.PERPLEXITY, "perplexity: tokens per row; default: as the adapters were trained, else 1024."),
@@ -162,20 +114,6 @@ class EvaluateSettings(LoadingOptions):
 
     prompt_column: Annotated[str | None, option(Panel.PERPLEXITY, "perplexity: column with the prompt.")] = None
     completion_column: Annotated[str | None, option(Panel.PERPLEXITY, "perplexity: column with the completion.")] = None
-
-    judge_url: Annotated[
-        str | None, _judge("vicuna: OpenAI-compatible endpoint that compares answers.", metavar="URL")
-    ] = None
-    judge_model: Annotated[
-        str | None, _judge("vicuna: name of the judging model at that endpoint.", metavar="NAME")
-    ] = None
-    judge_key_env: Annotated[
-        str,
-        _judge("vicuna: environment variable that holds the key.", metavar="VARIABLE"),
-    ] = "OPENAI_API_KEY"
-    reference_answers: Annotated[
-        str | None, _judge("vicuna: the reference system's answers (JSONL).", metavar="FILE")
-    ] = None
 
     batch_size: Annotated[
         Batch | None, _loading("Largest batch, in sequences; default: as many as a fixed number of tokens holds.")

@@ -36,6 +36,8 @@ class Task(ABC):
     name: str
     primary: str
     higher_is_better: Mapping[str, bool]
+    # Distributions whose versions the record names, besides those that every task uses.
+    packages: Sequence[str] = ()
 
     @abstractmethod
     def describe(self) -> JsonObject:

@@ -1,4 +1,4 @@
-"""Local data for tasks of lm-evaluation-harness: rows in the set's own form, or LLM-Adapters rows converted to it.
+"""Local data for tasks of lm-evaluation-harness: rows in the set's own form.
 
 The prompts are the harness' own: a task is its YAML file with the data's location replaced.
 """
@@ -6,14 +6,13 @@ The prompts are the harness' own: a task is its YAML file with the data's locati
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rankwise.data.files import kind_of, read_file
 from rankwise.data.formats import BadRow
 from rankwise.errors import DataError
-from rankwise.evaluation.tasks.commonsense import Instructions, instructions_in
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import JsonObject
 
 # Names of the sets in the harness, where they differ from the tasks' names.
 HARNESS_NAMES = {"siqa": "social_iqa"}
@@ -37,18 +36,14 @@ COLUMNS = {
     "arc_challenge": ("question", "choices", "answerKey"),
     "openbookqa": ("question_stem", "choices", "answerKey"),
 }
-LETTERS = "ABCDE"
 Doc = JsonObject
 
 
 def read_docs(task: str, data: str) -> tuple[list[Doc], str]:
     """Rows of ``data`` as the harness' task expects them, and the sha256 of the file.
 
-    Raises DataError: RW251 for rows that are not the set's, RW252 where LLM-Adapters' rows have lost what is needed.
+    Raises DataError (RW251) for rows that are not the set's.
     """
-    adapters = instructions_in(task, data) if task in YAML_FILES else None
-    if adapters is not None:
-        return [_restored(task, row, adapters, line) for line, row in enumerate(adapters.rows, 1)], adapters.sha256
     path = Path(data).expanduser()
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if kind_of(file) and task in file.name.lower())
@@ -105,71 +100,3 @@ def write_task(folder: Path, task: str, yaml_file: Path, docs: Mapping[str, Sequ
     # JSON is YAML.
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
     return path
-
-
-def _restored(task: str, row: Fields, source: Instructions, line: int) -> Doc:
-    if task not in RESTORERS:
-        lost = "the passages" if task == "boolq" else "the capitals of the original"
-        raise DataError(
-            "RW252",
-            f"{source.source} is LLM-Adapters' {task}, which has lost {lost}; give the original set for "
-            "--protocol loglikelihood, or use --protocol generative.",
-        )
-    try:
-        return RESTORERS[task](row["instruction"], int(row["answer"][-1]) - 1)
-    except (ValueError, IndexError) as error:
-        raise DataError("RW251", f"{source.source}, row {line}: {error}.") from None
-
-
-def _choices(instruction: str, opening: str, word: str, between: str = " ") -> tuple[str, list[str]]:
-    """The question and the texts of the choices in an instruction of LLM-Adapters, blanks as they are."""
-    body, end, _ = instruction.rpartition("\n\nAnswer format:")
-    question, start, rest = body.removeprefix(f"{opening} ").partition(f"\n\n{word}1: ")
-    if not end or not start or not body.startswith(opening):
-        raise ValueError(f"expected {opening!r}, a question and {word}1, found {instruction[:60]!r}")
-    texts, number = [], 2
-    while f"{between}{word}{number}: " in rest:
-        text, _, rest = rest.partition(f"{between}{word}{number}: ")
-        texts.append(text)
-        number += 1
-    return question, [*texts, rest]
-
-
-def _arc(instruction: str, answer: int) -> Doc:
-    question, texts = _choices(instruction, "Please choose the correct answer to the question:", "Answer")
-    labels = list(LETTERS[: len(texts)])
-    return {"question": question, "choices": {"text": texts, "label": labels}, "answerKey": labels[answer]}
-
-
-def _openbookqa(instruction: str, answer: int) -> Doc:
-    doc = _arc(instruction, answer)
-    return {"question_stem": doc.pop("question"), **doc}
-
-
-def _siqa(instruction: str, answer: int) -> Doc:
-    text, choices = _choices(instruction, "Please choose the correct answer to the question:", "Answer")
-    # The harness joins "context question", so it does not matter where the two are split.
-    context, _, question = text.partition(" ")
-    named = dict(zip(("answerA", "answerB", "answerC"), choices))
-    return {"context": context, "question": question, **named, "label": str(answer + 1)}
-
-
-def _piqa(instruction: str, answer: int) -> Doc:
-    goal, texts = _choices(instruction, "Please choose the correct solution to the question:", "Solution", "\n\n")
-    return {"goal": goal, "sol1": texts[0], "sol2": texts[1], "label": answer}
-
-
-def _winogrande(instruction: str, answer: int) -> Doc:
-    opening = "Please choose the correct answer to fill in the blank to complete the given sentence:"
-    sentence, texts = _choices(instruction, opening, "Option")
-    return {"sentence": sentence, "option1": texts[0], "option2": texts[1], "answer": str(answer + 1)}
-
-
-RESTORERS: Mapping[str, Callable[[str, int], Doc]] = {
-    "arc_easy": _arc,
-    "arc_challenge": _arc,
-    "openbookqa": _openbookqa,
-    "siqa": _siqa,
-    "piqa": _piqa,
-    "winogrande": _winogrande,
-}

@@ -1,4 +1,6 @@
-"""Names of all tasks: rankwise's from a list, lm-evaluation-harness's from its files. Imports neither it nor torch."""
+"""Names of all tasks: rankwise's from a list, those of other distributions from their entry points, and those of
+lm-evaluation-harness from its files. Imports none of them, nor torch.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rankwise.errors import ConfigError
+from rankwise.evaluation.tasks import guests
 
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-OWN = ("perplexity", "e2e", *COMMONSENSE, "gsm8k", "vicuna")
+OWN = ("perplexity", *COMMONSENSE, *guests.ARTICLE)
 INSTALL = "pip install 'rankwise[eval]'"
 # The names of tasks, groups and tags in a YAML file of the harness.
 NAMED = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([\w.:-]+)""", re.MULTILINE)
@@ -31,12 +34,21 @@ def _installed_harness() -> Path | None:
 
 
 def check_tasks(names: Iterable[str]) -> None:
-    """Raise ConfigError (RW154) for a name that is not in ``OWN`` and is in no file of lm-evaluation-harness.
+    """Raise ConfigError (RW154) for a name that is not in ``OWN``, not installed, and in no file of
+    lm-evaluation-harness.
 
-    RW153 where the harness is not installed. This is much faster than the harness's own list of tasks. A name that
-    occurs in a file may still not be a task; the harness reports that.
+    RW153 where the harness or a task's distribution is not installed. This is much faster than the harness's own list
+    of tasks. A name that occurs in a file may still not be a task; the harness reports that.
     """
     for name in names:
+        if name in guests.entries():
+            continue
+        if name in guests.ARTICLE:
+            raise ConfigError(
+                "RW153",
+                f"--task {name} is part of rankwise-article, which is not installed; run `{guests.INSTALL_ARTICLE}` in "
+                "a copy of rankwise's repository.",
+            )
         if name not in OWN:
             _check_foreign(name)
 
@@ -58,8 +70,8 @@ def _check_foreign(name: str) -> None:
 
 
 def close_tasks(name: str, known: Iterable[str]) -> list[str]:
-    """At most three names like ``name``: the closest of ``OWN``, then of ``known``."""
-    ours = difflib.get_close_matches(name, OWN, n=1)
+    """At most three names like ``name``: the closest of ours and of those installed, then of ``known``."""
+    ours = difflib.get_close_matches(name, dict.fromkeys((*OWN, *guests.entries())), n=1)
     return list(dict.fromkeys([*ours, *difflib.get_close_matches(name, sorted(known), n=3)]))[:3]
 
 

@@ -1,0 +1,110 @@
+"""``python -m rankwise_article score``: score existing texts, without a model and without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rankwise.errors import RankwiseError, RankwiseWarning, heard, warn
+from rankwise.foreign import JsonObject
+
+LABEL_WIDTH = 18
+# What a scorer returns: lines of (label, text) for people, and the document of --json.
+Scored = tuple[list[tuple[str, str]], JsonObject]
+
+
+def _e2e(given: argparse.Namespace) -> Scored:
+    from rankwise_article.e2e_files import read_e2e
+    from rankwise_article.e2e_scores import METRICS, ON_JAVA, score_e2e
+
+    predictions, references = read_e2e(given.predictions, given.references)
+    scores = score_e2e(predictions, references)
+    if scores.missing:
+        warn("RA236", f"{', '.join(ON_JAVA)} are left out: {scores.missing}.")
+    document = scores.to_json()
+    lines = [("predictions", f"{scores.count:,} texts against {sum(map(len, references)):,} references")]
+    values = {name: document[name] for name in METRICS}
+    lines += [(name, "not computed" if value is None else f"{value:.4f}") for name, value in values.items()]
+    return lines, document
+
+
+def _gsm8k(given: argparse.Namespace) -> Scored:
+    from rankwise_article.gsm8k_scores import read_gsm8k, score_gsm8k
+
+    scores = score_gsm8k(*read_gsm8k(given.predictions, given.references))
+    lines = [("correct", f"{scores.correct:,} of {scores.total:,}  ({scores.correct / scores.total:.2%})")]
+    if scores.unanswered:
+        lines.append(("without a number", f"{scores.unanswered:,}"))
+    return lines, scores.to_json()
+
+
+def _vicuna(given: argparse.Namespace) -> Scored:
+    from rankwise_article.vicuna_scores import read_vicuna, relative_score, warn_of_failed
+
+    score = relative_score(*read_vicuna(given.ratings, given.reference_answers))
+    warn_of_failed(score)
+    document = score.to_json()
+    lines = [("ratings", f"{score.count:,} used, {score.failed:,} failed")]
+    for name in ("reference_first", "system_first", "mean"):
+        value = document[name]
+        none = "none: no rating, or none but 0 for the reference"
+        lines.append((name.replace("_", " "), none if value is None else f"{value:.2f} % of the reference"))
+    return lines, document
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rankwise_article", description=__doc__)
+    verbs = parser.add_subparsers(required=True)
+    benchmarks = verbs.add_parser("score", help="score texts that you have already").add_subparsers(required=True)
+    files: Mapping[str, tuple[Callable[[argparse.Namespace], Scored], Mapping[str, str]]] = {
+        "e2e": (
+            _e2e,
+            {
+                "predictions": ".tsv or .csv (MR, output), .jsonl, or one text on each line",
+                "references": ".csv or .tsv (mr, ref), `context||reference` lines, or groups",
+            },
+        ),
+        "gsm8k": (_gsm8k, {"predictions": ".jsonl with `prediction`", "references": ".jsonl with `answer`"}),
+        "vicuna": (
+            _vicuna,
+            {
+                "ratings": "a judge's ratings, .jsonl; may be given several times",
+                "reference_answers": "answers of the reference system, .jsonl with `answer_id`",
+            },
+        ),
+    }
+    for name, (score, options) in files.items():
+        benchmark = benchmarks.add_parser(name)
+        benchmark.set_defaults(score=score)
+        benchmark.add_argument("--json", action="store_true", help="print one JSON document")
+        for option, text in options.items():
+            action = "append" if option == "ratings" else "store"
+            flag = f"--{option.replace('_', '-')}"
+            benchmark.add_argument(flag, type=Path, required=True, action=action, metavar="FILE", help=text)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+
+    def tell(warning: RankwiseWarning) -> bool:
+        print(f"warning {warning.code}: {warning.message}", file=sys.stderr)
+        return False
+
+    try:
+        with heard(tell):
+            lines, document = given.score(given)
+    except RankwiseError as error:
+        print(f"error {error.code}: {error.message}", file=sys.stderr)
+        if given.json:
+            print(json.dumps({"error": {"code": error.code, "message": error.message}}))
+        return error.exit_code
+    print(json.dumps(document) if given.json else "\n".join(f"{label:<{LABEL_WIDTH}}{text}" for label, text in lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

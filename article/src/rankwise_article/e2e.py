@@ -1,0 +1,157 @@
+"""E2E NLG: one description for each meaning representation, scored against all references of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rankwise.data import Rows
+from rankwise.errors import DataError, warn
+from rankwise.evaluation import (
+    Decoding,
+    Engine,
+    Example,
+    Mean,
+    Question,
+    Summary,
+    Task,
+    TaskResult,
+    Tell,
+    mean_of,
+    paired_difference,
+    text_sha256,
+    warn_of_empty,
+    write_answers,
+)
+from rankwise.foreign import JsonObject
+from rankwise_article.e2e_scores import METRICS, E2eScores, score_e2e
+from rankwise_article.java import missing_java
+
+# The LoRA repository's length of an answer.
+NEW_TOKENS = 64
+# Resamples of the bootstrap for BLEU and NIST. They give the standard error to about 5 %.
+RESAMPLES = 200
+RESAMPLED = ("BLEU", "NIST")
+
+
+class E2e(Task):
+    """``rows`` of prompt (meaning representation) and completion (reference); equal prompts are one question.
+
+    ``num_beams`` 10, ``length_penalty`` 0.9 and ``no_repeat_ngram_size`` 4 are the LoRA paper's (table 11).
+    """
+
+    name = "e2e"
+    primary = "BLEU"
+    packages = ("rankwise-article", "pycocoevalcap")
+    higher_is_better = dict.fromkeys(METRICS, True)
+
+    def __init__(self, rows: Rows, *, limit: int | None, decoding: JsonObject) -> None:
+        if rows.kind != "prompt":
+            raise DataError(
+                "RA250",
+                f"e2e takes rows of `mr` and `ref` (or context||reference lines), and {rows.source} "
+                f"holds {rows.format}.",
+            )
+        self.rows = rows
+        self.groups = grouped(rows, limit)
+        self.decoding = {"max_new_tokens": NEW_TOKENS, **decoding}
+        self._scores: dict[tuple[str, ...], E2eScores] = {}
+
+    def describe(self) -> JsonObject:
+        return {**self.decoding, "meaning_representations": len(self.groups)}
+
+    def stands(self, result: TaskResult) -> bool:
+        """Metrics that Java was missing for are computed once it is there."""
+        return set(METRICS) <= set(result.metrics) or missing_java() is not None
+
+    @property
+    def data_sha256(self) -> str:
+        return self.rows.sha256
+
+    def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
+        encoder = engine.encoder(self.rows)
+        firsts = [self.rows[numbers[0]] for numbers in self.groups.values()]
+        ids = engine.prompt_ids(encoder, firsts)
+        questions = [
+            Question(
+                text_sha256(prompt, 16), row_ids, prompt.rstrip("\n"), tuple(self.rows[n].completion for n in numbers)
+            )
+            for (prompt, numbers), row_ids in zip(self.groups.items(), ids)
+        ]
+        decoding = Decoding(stop_ids=engine.stop_ids(encoder.stop_ids()), **self.decoding)
+        return write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
+
+    def with_scores(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """METEOR, ROUGE_L and CIDEr of each answer; CIDEr weighs words by the whole set of references."""
+        scores = self._scored(examples).per_example
+        return [
+            dataclasses.replace(example, scores={name: values[index] for name, values in scores.items()})
+            for index, example in enumerate(examples)
+        ]
+
+    def summarize(self, examples: Sequence[Example]) -> Summary:
+        scores = self._scored(examples)
+        notes = warn_of_empty(self.name, examples)
+        if scores.missing:
+            warn("RA255", f"e2e: without METEOR, ROUGE_L and CIDEr: {scores.missing}")
+            notes.append(scores.missing)
+        errors: dict[str, float | None] = {}
+        for name in METRICS:
+            if name in RESAMPLED:
+                errors[name] = _spread(_resampled(scores, name, len(examples)))
+            elif name in scores.per_example:
+                # METEOR of a corpus is not a mean: the error is that of the mean of its examples' scores.
+                errors[name] = mean_of(scores.per_example[name]).standard_error
+        present = {name: value for name, value in scores.metrics.items() if value is not None}
+        return Summary(present, {name: errors[name] for name in present}, notes)
+
+    def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
+        """The difference of each metric. BLEU and NIST take a bootstrap's error, the others that of the paired
+        differences.
+        """
+        of_a, of_b = self._scored(a), self._scored(b)
+        found: dict[str, Mean] = {}
+        for name in METRICS:
+            values = of_a.metrics[name], of_b.metrics[name]
+            if values[0] is None or values[1] is None:
+                continue
+            if name in RESAMPLED:
+                differences = _resampled(of_a, name, len(a)) - _resampled(of_b, name, len(b))
+                found[name] = Mean(values[0] - values[1], _spread(differences), len(a))
+            else:
+                paired = paired_difference(of_a.per_example[name], of_b.per_example[name])
+                found[name] = Mean(values[0] - values[1], paired.standard_error, len(a))
+        return found
+
+    def _scored(self, examples: Sequence[Example]) -> E2eScores:
+        texts = tuple(example.prediction for example in examples)
+        if texts not in self._scores:
+            self._scores[texts] = score_e2e(texts, [list(example.references or ()) for example in examples])
+        return self._scores[texts]
+
+
+def grouped(rows: Rows, limit: int | None) -> dict[str, list[int]]:
+    """Numbers of the rows of each distinct prompt, in the order of the data; the first ``limit`` prompts."""
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.prompt, []).append(number)
+    return dict(list(groups.items())[:limit])
+
+
+def _finish(question: Question, text: str) -> Example:
+    # References are single lines; the scorers read a line an answer.
+    return Example(question.id, question.prompt, " ".join(text.split()), {}, question.references)
+
+
+def _resampled(scores: E2eScores, name: str, count: int) -> np.ndarray:
+    """The metric on resamples of the examples, the same ones for every system of ``count`` examples."""
+    metric: Callable[[np.ndarray], float] = getattr(scores.statistics, name.lower())
+    random = np.random.default_rng(0)
+    return np.array([metric(random.integers(0, count, count)) for _ in range(RESAMPLES)])
+
+
+def _spread(values: np.ndarray) -> float | None:
+    return float(values.std(ddof=1)) if len(values) > 1 else None

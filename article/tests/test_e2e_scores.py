@@ -1,0 +1,140 @@
+"""The official scores of the challenge's systems, and what happens where Java is missing or fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from needs import needs_java
+from rankwise.errors import DataError
+from rankwise_article import java
+from rankwise_article.bleu_nist import mteval_statistics
+from rankwise_article.e2e_files import read_e2e
+from rankwise_article.e2e_scores import METRICS, ON_JAVA, score_e2e
+from rankwise_article.ptb import ptb_tokenize
+
+SYSTEMS = ("adapt", "harv", "slug", "tgen", "tr2", "tuda")
+
+
+def official(shared: Path, system: str) -> dict[str, float]:
+    scores = json.loads((shared / "e2e" / "expected_scores.json").read_text())["scores"][system]
+    return {name: round(scores.get(f"{name}_pl", scores.get(name)), 4) for name in METRICS}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_bleu_and_nist_are_the_official_ones(system, shared):
+    texts = read_e2e(shared / "e2e" / "systems" / f"{system}.tsv", shared / "e2e" / "testset_w_refs.csv")
+    statistics = mteval_statistics(*texts)
+    expected = official(shared, system)
+    assert (round(statistics.bleu(), 4), round(statistics.nist(), 4)) == (expected["BLEU"], expected["NIST"])
+
+
+@needs_java
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "system", [*SYSTEMS[:2], *(pytest.param(name, marks=pytest.mark.long) for name in SYSTEMS[2:])]
+)
+def test_all_five_are_the_official_ones(system, shared):
+    texts = read_e2e(shared / "e2e" / "systems" / f"{system}.tsv", shared / "e2e" / "testset_w_refs.csv")
+    scores = score_e2e(*texts)
+    assert scores.to_json() == {**official(shared, system), "count": 630}
+    assert {name: len(scores.per_example[name]) for name in ON_JAVA} == dict.fromkeys(ON_JAVA, 630)
+
+
+@needs_java
+def test_a_line_in_is_a_line_out_whatever_it_holds():
+    texts = ["", "The U.S.", 'says "hi"', "a\u2028b\x0cc\rd", "", "£20 Café", "don't (stop)", ""]
+    expected = ["", "the u.s.", "says hi", "a b c d", "", "# 20 café", "do n't -lrb- stop -rrb-", ""]
+    assert ptb_tokenize(texts) == expected
+
+
+@needs_java
+def test_empty_predictions_are_scored():
+    scores = score_e2e(["", "The Mill is a pub."], [["The Mill is cheap."], ["The Mill is a pub."]])
+    assert scores.empty == 1
+    assert scores.per_example["METEOR"][0] == 0
+    assert scores.per_example["METEOR"][1] == pytest.approx(1)
+    assert 0 < scores.metrics["BLEU"] < 1
+
+
+def test_without_java_the_others_are_computed(monkeypatch):
+    monkeypatch.setattr(java, "_java", lambda: None)
+    scores = score_e2e(["a b c d e"], [["a b c d e"]])
+    assert scores.metrics == {"BLEU": 1.0, "NIST": pytest.approx(2.3219, abs=1e-4), **dict.fromkeys(ON_JAVA)}
+    assert scores.missing
+    assert "install" in scores.missing
+    assert scores.to_json()["METEOR"] is None
+
+
+def test_without_the_extra_the_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(java, "PACKAGE", "no_such_package")
+    assert "pip install pycocoevalcap" in str(score_e2e(["a"], [["a"]]).missing)
+
+
+def fake_java(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A ``java`` that runs ``script`` unless it is asked for its version."""
+    path = folder / "java"
+    path.write_text(f'#!/bin/sh\ncase "$*" in *-version*) exit 0;; esac\n{script}\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(java, "_java", lambda: str(path))
+    monkeypatch.setattr(java, "_file", lambda name: folder / "java")
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo 'java.lang.OutOfMemoryError: heap' >&2; exit 3", "exit code 3: java.lang.OutOfMemoryError"),
+        ("exit 1", "it said nothing"),
+        ("cat", "gave 2 lines for 3 texts"),
+        ("exec sleep 60", "stopped before its work was done"),
+    ],
+)
+def test_a_failing_program_is_one_clear_error(script, said, tmp_path, monkeypatch):
+    fake_java(tmp_path, monkeypatch, "head -n 2" if script == "cat" else script)
+    monkeypatch.setattr("rankwise_article.ptb.SECONDS", 1)
+    with pytest.raises(DataError, match=said) as caught:
+        score_e2e(["a"], [["a", "b", "c"]])
+    assert caught.value.code == "RA237"
+
+
+def test_meteor_that_dies_half_way_is_one_clear_error(tmp_path, monkeypatch):
+    from rankwise_article.meteor import meteor
+
+    fake_java(tmp_path, monkeypatch, "read line; echo 1.0 2.0; read line; exit 9")
+    with pytest.raises(DataError, match="METEOR stopped.*exit code 9"):
+        meteor(["a"] * 3, [["a"]] * 3)
+
+
+@needs_java
+def test_nothing_is_left_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    beside = {path: sorted(os.listdir(path)) for path in (java._file(java.TOKENIZER_JAR).parent,)}
+    started = []
+    popen = subprocess.Popen
+
+    def noted(*arguments, **named):
+        started.append(popen(*arguments, **named))
+        return started[-1]
+
+    monkeypatch.setattr(java.subprocess, "Popen", noted)
+    score_e2e(["The Mill is a pub."], [["The Mill is a pub."]])
+    assert started
+    assert all(process.poll() is not None for process in started)
+    assert not list(tmp_path.iterdir())
+    assert {path: sorted(os.listdir(path)) for path in beside} == beside
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "code"),
+    [(["a"], [["a"], ["b"]], "RA232"), ([], [], "RA239"), (["a"], [[""]], "RA233")],
+)
+def test_what_cannot_be_scored_is_refused(predictions, references, code):
+    with pytest.raises(DataError) as caught:
+        score_e2e(predictions, references)
+    assert caught.value.code == code

@@ -1,1 +1,0 @@
-"""Metrics of existing texts. They need no model and no torch."""
