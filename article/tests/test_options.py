@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import rankwise.adapters
 import rankwise.data
 import rankwise.evaluation
 from rankwise.errors import ConfigError
@@ -108,8 +109,9 @@ def test_rows_of_llm_adapters_are_asked_as_those_of_the_set(shared: Path):
 
 
 def test_only_what_the_core_exports_is_used():
-    """The names that `rankwise.evaluation` and `rankwise.data` export, and modules of the base."""
-    exported = {"rankwise.evaluation": rankwise.evaluation.__all__, "rankwise.data": rankwise.data.__all__}
+    """The names that `rankwise.adapters`, `.data` and `.evaluation` export, and modules of the base."""
+    rooms = (rankwise.adapters, rankwise.data, rankwise.evaluation)
+    exported = {room.__name__: room.__all__ for room in rooms}
     for path in SOURCE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             module = getattr(node, "module", None) or ""

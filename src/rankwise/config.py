@@ -16,8 +16,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -44,18 +45,18 @@ from rankwise.options import (
     text_list,
 )
 
-Method = Literal["lora", "qlora", "dora", "qdora", "full", "bottleneck", "prefix"]
 QuantType = Literal["nf4", "fp4"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Objective = Literal["sft", "dpo", "kto", "grpo"]
 Tracker = Literal["wandb", "trackio", "tensorboard", "mlflow"]
 
-METHODS: tuple[str, ...] = get_args(Method)
+ADAPTERS = ("lora", "qlora", "dora", "qdora")
+METHODS = (*ADAPTERS, "full")
+# Entry points of this group are methods of other distributions. Nothing merges or serves their results.
+METHODS_GROUP = "rankwise.methods"
 FOUR_BITS = ("qlora", "qdora")
 DORA = ("dora", "qdora")
-# Baselines from the papers: `compare` measures them, and they cannot be merged into the base.
-BASELINES = ("bottleneck", "prefix")
 
 # The model that `demo` stands for, and its name on the hub.
 DEMO = "demo"
@@ -322,9 +323,12 @@ class TrainSettings(ObjectiveOptions, RunOptions):
         option(Panel.MODEL, "Evaluation data, in any of the same forms.", metavar="E"),
     ] = None
     method: Annotated[
-        Method,
+        str,
+        AfterValidator(lambda name: _known_method(name)),
         option(
-            Panel.MODEL, "LoRA; QLoRA (4-bit base); DoRA; QDoRA; all weights; or the baselines bottleneck and prefix."
+            Panel.MODEL,
+            "LoRA; QLoRA (4-bit base); DoRA; QDoRA; all weights; or a method of another package.",
+            metavar="|".join(METHODS),
         ),
     ] = "lora"
     adapter: Annotated[
@@ -432,6 +436,22 @@ VARIANTS: dict[str, JsonObject] = {
 }
 
 
+def is_own(method: str) -> bool:
+    """Whether the method, with variants or without, is one of rankwise's and not of another distribution."""
+    return method.partition("+")[0] in METHODS
+
+
+def is_known(method: str) -> bool:
+    return method in METHODS or bool(entry_points(group=METHODS_GROUP, name=method))
+
+
+def _known_method(name: str) -> str:
+    if not is_known(name):
+        installed = (entry.name for entry in entry_points(group=METHODS_GROUP))
+        raise ValueError(f"give {', '.join((*METHODS, *installed))}")
+    return name
+
+
 def variant_of(name: str) -> tuple[str, JsonObject]:
     """Split ``lora+pissa`` into the method and the options of `rankwise train` that its words set.
 
@@ -439,7 +459,7 @@ def variant_of(name: str) -> tuple[str, JsonObject]:
     effect on the method.
     """
     method, *words = name.split("+")
-    if method not in METHODS:
+    if not is_known(method):
         raise ValueError(f"{method!r} is not a method")
     options: JsonObject = {}
     idle = {option for names in idle_options(method).values() for option in names}
@@ -465,8 +485,8 @@ def idle_options(method: str) -> dict[str, tuple[str, ...]]:
         idle["only qlora and qdora make 4-bit weights"] = ("quant_type", "block_size", "double_quant")
     if method == "full":
         idle["it trains all weights and adds no adapter"] = (*ADAPTER, *OF_ADAPTERS)
-    if method in BASELINES:
-        idle["of the adapter's options this baseline takes --r alone"] = tuple(
+    if method not in METHODS:
+        idle["of the adapter's options this method takes --r alone"] = tuple(
             name for name in (*ADAPTER, *OF_ADAPTERS) if name != "r"
         )
     return idle

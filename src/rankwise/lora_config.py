@@ -43,9 +43,7 @@ class AdapterOptions:
     """The options of an adapter, which ``train``, ``compare`` and ``plan`` inherit."""
 
     # A is (r, in), B is (out, r).
-    r: Annotated[Rank, _adapter("Rank of the adapter; for the method bottleneck its width, for prefix its length.")] = (
-        16
-    )
+    r: Annotated[Rank, _adapter("Rank of the adapter; for a method of another package its size.")] = 16
     # s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
     lora_alpha: Annotated[Positive, _adapter("Scale of the adapter: the update is multiplied by alpha / r.")] = 32
     # Dropout acts on the input of A alone, not on the input of the frozen W.

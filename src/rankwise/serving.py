@@ -25,11 +25,9 @@ DORA_AS_LORA = (
     "An export writes DoRA as plain LoRA and states the error. It takes the least rank at which the update differs by "
     "at most 5 % (`--max-error`) and the perplexity of held-out rows by at most 1 %."
 )
-BASELINES = {
-    "full": ("any server of the base model: the result is an ordinary model",),
-    "bottleneck": ("no server: a baseline, measured for comparison",),
-    "prefix": (AS_IT_IS,),
-}
+FULL = ("any server of the base model: the result is an ordinary model",)
+OF_ANOTHER = ("no server: a method of another package, measured for comparison",)
+OWN = ("lora", "qlora", "dora", "qdora")
 
 Trait = Literal["dora", "rslora", "rank_pattern", "alpha_pattern", "experts", "bias", "modules_to_save"]
 WORDS: dict[Trait, str] = {
@@ -94,8 +92,8 @@ def vllm_rank(r: int) -> int | None:
 
 def served(method: str, config: Fields) -> tuple[str, ...]:
     """How the result of ``method`` can be served, one line for each way: directly, by `rankwise export`, or merged."""
-    if method in BASELINES:
-        return BASELINES[method]
+    if method.partition("+")[0] not in OWN:
+        return FULL if method == "full" else OF_ANOTHER
     if config.get("init") == "loftq":
         return *OF_LOFTQ, LOFTQ_ANYWHERE
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
@@ -109,8 +107,8 @@ def served(method: str, config: Fields) -> tuple[str, ...]:
 
 def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
     """`served` in short, for a table cell: servers of the adapter, servers of its export, and merged."""
-    if method in BASELINES:
-        return BASELINES[method]
+    if method.partition("+")[0] not in OWN:
+        return FULL if method == "full" else OF_ANOTHER
     if config.get("init") == "loftq":
         return "PEFT", LOFTQ_ANYWHERE
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})

@@ -7,7 +7,13 @@ import os
 import pytest
 
 from in_process import steps_in_this_process
+from rankwise import config
 from rankwise.comparison import run, stages
+
+
+@pytest.fixture(autouse=True)
+def _methods_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "is_known", lambda name: name in (*config.METHODS, "bottleneck", "prefix"))
 
 
 @pytest.fixture

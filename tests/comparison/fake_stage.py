@@ -41,7 +41,7 @@ def train(settings: dict[str, Any], *, resume: bool) -> int:
     if (folder / "run.json").exists() != resume:
         return refuse("RW502", "RunError", "the folder and --resume do not fit")
     if method == "prefix":
-        return refuse("RW171", "ConfigError", "not on this model")
+        return refuse("RW181", "ConfigError", "not on this model")
     folder.mkdir(parents=True, exist_ok=True)
     record = (
         load_record(folder)

@@ -63,7 +63,7 @@ def test_no_run_at_all_is_an_error(tmp_path: Path):
     with pytest.raises(RunError) as caught:
         compare(**given(tmp_path, methods="prefix", learning_rates="2e-4"))
     assert caught.value.code == "RW584"
-    assert "RW171" in caught.value.message
+    assert "RW181" in caught.value.message
 
 
 def test_searches_that_finish_before_failing_runs_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

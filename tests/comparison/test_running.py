@@ -122,7 +122,7 @@ def test_the_report_says_which_rates_were_stopped_and_when(tmp_path: Path):
 
 def test_a_method_that_cannot_run_is_skipped_in_its_search(tmp_path: Path):
     found: Any = compare(**given(tmp_path, **{**HALVED, "methods": "lora,prefix,qdora"}))
-    assert found["methods"]["prefix"]["skipped"].startswith("RW171")
+    assert found["methods"]["prefix"]["skipped"].startswith("RW181")
     assert {run["id"]: run["status"] for run in found["runs"] if run["method"] != "lora"} == {
         "prefix-auto-seed0": "skipped",
         "qdora-auto-seed0": "failed",
@@ -234,9 +234,9 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path: Path):
     assert "signal (9)" in next(run for run in found["runs"] if run["method"] == "bottleneck")["error"]["message"]
     assert status["qdora-lr0.0002-seed0"] == ("failed", "RW530")
     # A method that cannot run here is not tried on every seed.
-    assert status["prefix-lr0.0002-seed0"] == ("skipped", "RW171")
+    assert status["prefix-lr0.0002-seed0"] == ("skipped", "RW181")
     assert "prefix-lr0.0002-seed1" not in status
-    assert found["methods"]["prefix"]["skipped"].startswith("RW171")
+    assert found["methods"]["prefix"]["skipped"].startswith("RW181")
     assert found["methods"]["qdora"]["failed"] == 2
     assert found["recommendation"]["method"] == "lora"
 

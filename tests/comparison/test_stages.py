@@ -25,12 +25,12 @@ def test_a_signal_from_outside_interrupts_a_step_and_does_not_fail_it(code: int,
 @pytest.mark.parametrize(
     ("code", "kind", "steps", "expected"),
     [
-        ("RW171", "ConfigError", 0, True),
+        ("RW181", "ConfigError", 0, True),
         ("RW401", "AdapterError", 0, True),
         ("RW562", "RunError", 0, True),
         ("RW502", "RunError", 0, False),
         ("RW201", "DataError", 0, False),
-        ("RW171", "ConfigError", 1, False),
+        ("RW181", "ConfigError", 1, False),
     ],
 )
 def test_a_method_cannot_run_where_training_never_began(

@@ -139,9 +139,6 @@ def test_four_bit_options_without_four_bits_are_said(settings: Any) -> None:
     [
         ("full", {"target_modules": ("q_proj",), "r": 4, "bias": "all"}, "--r, --target-modules, --bias"),
         ("full", {"bias": "all", "modules_to_save": ("lm_head",)}, "--r, --modules-to-save, --bias"),
-        ("prefix", {"r": 4, "lora_dropout": 0.1}, "--lora-dropout"),
-        ("bottleneck", {"r": 4, "target_modules": "q_proj"}, "--target-modules"),
-        ("prefix", {"r": 4}, ""),
     ],
 )
 def test_adapter_options_that_the_method_does_not_use_are_said(

@@ -2,6 +2,7 @@
 
 from rankwise.adapters.attached import AdaptedModule, AdapterReport, adapter_config, has_adapter, report
 from rankwise.adapters.checkpoint import hotswap_adapter, load_adapter, load_tensors
+from rankwise.adapters.guests import MethodType
 from rankwise.adapters.inject import (
     adapter_disabled,
     add_adapter,
@@ -18,6 +19,7 @@ from rankwise.adapters.saving import adapter_parameters, adapter_tensors, save_a
 __all__ = [
     "AdaptedModule",
     "AdapterReport",
+    "MethodType",
     "adapter_config",
     "adapter_disabled",
     "adapter_parameters",

@@ -13,7 +13,7 @@ from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
 from rankwise.cli.progress import watching
 from rankwise.cli.words import duration, parameter_count
-from rankwise.config import BASELINES, TrainSettings
+from rankwise.config import METHODS, TrainSettings
 from rankwise.errors import ConfigError, DataError, is_out_of_memory, out_of_memory
 from rankwise.foreign import Fields
 from rankwise.options import flag
@@ -201,8 +201,8 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "rate", f"{rate(chosen)}, the best of {tried} in short runs of {steps} together"
     yield "speed", _speed(record)
     yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
-    # `generate` does not load baselines.
-    if record.method not in BASELINES:
+    # `generate` does not load methods of other distributions.
+    if record.method in METHODS:
         kind, compare = ("model", "") if record.method == "full" else ("adapter", " --compare")
         yield "try", f'rankwise generate --{kind} {folder} --prompt "..."{compare}'
 

@@ -14,7 +14,7 @@ from rankwise.comparison.runner import steps_of
 from rankwise.comparison.schedule import Plan, probe_of
 from rankwise.comparison.settings import CompareSettings, shared_training
 from rankwise.comparison.stages import Job
-from rankwise.config import BASELINES, variant_of
+from rankwise.config import is_own, variant_of
 from rankwise.errors import warn
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import write_json
@@ -113,7 +113,7 @@ class Commands:
         """With --memory-budget, the largest micro-batch that the plan says fits. The rows of a step do not change."""
         if self.given.memory_budget is None:
             return {}
-        if method in BASELINES:
+        if not is_own(method):
             warn("RW564", f"there is no memory plan for {method}; it keeps --batch-size {self.shared['batch_size']}.")
             return {}
         rows = self.shared["batch_size"] * self.shared["gradient_accumulation"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rankwise.comparison.settings import CompareSettings
-from rankwise.config import BASELINES
+from rankwise.config import ADAPTERS
 from rankwise.data import Row, Rows, limited, read_rows, warn_of_overlap
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
 from rankwise.errors import ConfigError, DataError, ModelError
@@ -88,7 +88,7 @@ def check_model(given: CompareSettings) -> None:
     asked = any(getattr(config, name) != getattr(usual, name) for name in NAMING)
     remote: JsonObject = {"trust_remote_code": given.trust_remote_code, "revision": given.revision}
     source = fetch_model(given.model, **remote, weights=False)
-    if not set(given.methods) - {"full", *BASELINES}:
+    if not {name.partition("+")[0] for name in given.methods} & {*ADAPTERS}:
         return
     if not asked:
         try:

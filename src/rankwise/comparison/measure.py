@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.comparison.stages import FACTS_FILE, PERPLEXITY
 from rankwise.comparison.tasks import make_tasks, own_task
-from rankwise.config import BASELINES
+from rankwise.config import METHODS, is_own
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row
@@ -99,7 +99,7 @@ def _engine(job: Fields, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if job["method"] is None:
         return Engine(model, tokenizer, template)
     record = load_record(Path(job["folder"]))
-    fast = record.settings.get("fast") is not False and record.method not in BASELINES
+    fast = record.settings.get("fast") is not False and record.method in METHODS
     dtype = getattr(torch, record.device["dtype"])
     is_rounded = record.method == "full" and dtype != torch.float32
     return Engine(model, tokenizer, template, trained_fast=fast, autocast=dtype if is_rounded else None)
@@ -120,7 +120,7 @@ def _open(task: Task, folder: Path) -> journal.Opened:
 def load_run(job: Fields) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(trained model of a run in evaluation mode, tokenizer); the base where the job has no method."""
     from rankwise.adapters import load_adapter
-    from rankwise.adapters.baselines import load_baseline
+    from rankwise.adapters.guests import method_type
     from rankwise.adapters.trained_base import quantization_of
     from rankwise.models import choose_device, fetch_model
     from rankwise.training.prepared import load_prepared
@@ -145,8 +145,8 @@ def load_run(job: Fields) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     assert tokenizer is not None, "the run's rows were encoded by it"
     if whole:
         model.requires_grad_(True)
-    elif record is not None and record.method in BASELINES:
-        load_baseline(model, folder)
+    elif record is not None and record.method not in METHODS:
+        method_type(record.method).load(model, folder)
     elif record is not None:
         load_adapter(model, folder, trainable=False)
     return model.eval(), tokenizer
@@ -202,7 +202,7 @@ def _merge_facts(job: Fields, engine: Engine, rows: Rows, prompts: Sequence[Prom
     """
     if job["method"] == "full":
         return {"merged": None, "update_norms": _full_norms(job, engine.model)}
-    if job["method"] in BASELINES:
+    if not is_own(job["method"]):
         return {"merged": None, "update_norms": None}
     from rankwise.adapters import merge_adapter
 

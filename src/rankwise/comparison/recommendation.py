@@ -9,12 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from rankwise.config import BASELINES, DORA, variant_of
+from rankwise.config import DORA, is_own, variant_of
 from rankwise.reports.numbers import is_above
 from rankwise.reports.schema import CostName, DecidingCost, Difference, Method, MethodVerdict, Recommendation, Verdict
 
-# Methods whose adapters servers refuse; they load those of LoRA.
-REFUSED_BY_SERVERS = (*DORA, *BASELINES)
 # Words of a variant that change a rate or a scale, and no computation.
 SAME_COMPUTE = ("plus", "rslora")
 # Peaks that are closer count as equal: a run's peak is that of its largest batch, which depends on the seed, and the
@@ -45,8 +43,8 @@ def comparable_costs(methods: Mapping[str, Method]) -> dict[str, dict[CostName, 
 
 
 def _own_costs(name: str, method: Method) -> dict[str, list[float]]:
-    ranges, parameters, is_refused = method["ranges"], method["trainable_parameters"], variant_of(name)[0]
-    costs = {"servers": [float(is_refused in REFUSED_BY_SERVERS)] * 2}
+    ranges, parameters, method_alone = method["ranges"], method["trainable_parameters"], variant_of(name)[0]
+    costs = {"servers": [float(method_alone in DORA or not is_own(name))] * 2}
     if method["alone"] and method["seeds"] > 1 and "wall_seconds" in ranges:
         costs["wall_seconds"] = ranges["wall_seconds"]
     if "peak_memory_bytes" in ranges:
@@ -79,7 +77,7 @@ def recommend(
     sign = -1 if higher_is_better else 1
     means = {name: sign * item["mean"][metric] for name, item in methods.items() if metric in item["mean"]}
     # Baselines are measured for comparison; their adapters neither merge nor load elsewhere.
-    usable = [name for name in means if name not in BASELINES] or list(means)
+    usable = [name for name in means if is_own(name)] or list(means)
     fitting = [name for name in usable if _fits(methods[name], memory_bytes, hours)]
     candidates = [name for name in fitting if not methods[name]["learning_rate_at_edge"]] or fitting
     found: Recommendation = {

@@ -34,7 +34,7 @@ from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.summary import all_methods, conclusions, scores_by_metric
 from rankwise.comparison.tasks import make_tasks, own_task
 from rankwise.comparison.verdicts import Scores
-from rankwise.config import BASELINES, FOUR_BITS, TrainSettings, check_objective, idle_options, variant_of
+from rankwise.config import ADAPTERS, FOUR_BITS, TrainSettings, check_objective, idle_options, variant_of
 from rankwise.default_rate import default_rate
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
@@ -437,7 +437,7 @@ def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
     import sys
 
     method = variant_of(run["method"])[0]
-    if method in ("full", *BASELINES):
+    if method not in ADAPTERS:
         warn("RW589", f"--merge: the result of {run['method']} is not an adapter that can be merged.")
         return None
     output = given.output

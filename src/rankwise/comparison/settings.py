@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from rankwise.comparison.stages import PREFERENCE
 from rankwise.config import (
-    BASELINES,
+    ADAPTERS,
     METHODS,
     MODEL,
     TRAINING_DATA,
@@ -47,9 +47,8 @@ _recommended = functools.partial(option, Panel.RECOMMENDATION)
 
 
 def _usual_methods(given: Fields) -> tuple[str, ...]:
-    """All methods except baselines; for preferences those with a frozen base, which is the reference."""
-    left_out = BASELINES if given.get("objective", "sft") == "sft" else (*BASELINES, "full")
-    return tuple(method for method in METHODS if method not in left_out)
+    """All of rankwise's methods; for preferences those with a frozen base, which is the reference."""
+    return METHODS if given.get("objective", "sft") == "sft" else ADAPTERS
 
 
 class CompareSettings(PreferenceOptions, RunOptions):

@@ -15,8 +15,6 @@ NAMES = {
     "dora": "DoRA",
     "qdora": "QDoRA",
     "full": "Full",
-    "bottleneck": "Bottleneck",
-    "prefix": "Prefix",
 }
 VARIANTS = {
     "pissa": "PiSSA",
@@ -24,7 +22,7 @@ VARIANTS = {
     "plus": "LoRA+",
     "rslora": "rsLoRA",
 }
-LONG_NAMES = {"full": "full fine-tuning", "bottleneck": "bottleneck adapters", "prefix": "prefix tuning"}
+LONG_NAMES = {"full": "full fine-tuning"}
 METRICS = {
     "eval_loss": "Evaluation loss",
     "perplexity.loss": "Loss",

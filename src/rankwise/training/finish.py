@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import restore
 from rankwise.adapters import adapter_config, has_adapter, report
-from rankwise.adapters.baselines import has_baseline
+from rankwise.adapters.guests import guest_of
 from rankwise.adapters.peft_config import CONFIG_FILE
 from rankwise.compat.torch import is_unit
 from rankwise.disk import flush, flush_tree, follow_umask, refuse_links
@@ -143,8 +143,8 @@ def write_plot(output: Path, record: RunRecord) -> None:
 
 
 def write_card(model: nn.Module, output: Path, record: RunRecord) -> None:
-    """Write the model card ``README.md``. Baselines get none, since they are not meant to be shared."""
-    if has_baseline(model):
+    """Write the model card ``README.md``. Methods of other distributions get none."""
+    if guest_of(model) is not None:
         return
     adapted = has_adapter(model)
     config = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8")) if adapted else None

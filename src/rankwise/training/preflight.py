@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from rankwise.adapters import adapter_config, adapter_parameters, has_adapter, load_adapter, remove_adapter
-from rankwise.adapters.baselines import has_baseline
+from rankwise.adapters.guests import guest_of
 from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
 from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.errors import RunError, warn
@@ -62,7 +62,7 @@ def check_positions(model: nn.Module, datasets: Iterable[Dataset]) -> None:
 
 def check_trainable(model: nn.Module, method: str) -> None:
     """Raise RunError (RW522) where no parameter trains, or the method needs an adapter and the model has none."""
-    if method != "full" and not has_adapter(model) and not has_baseline(model):
+    if method != "full" and not has_adapter(model) and guest_of(model) is None:
         raise RunError("RW522", f"--method {method} needs an adapter, and the model has none; call add_adapter first.")
     if not trainable_tensors(model):
         raise RunError("RW522", "no parameter of the model trains; check --target-modules.")

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, SupportsFloat, TypeVar
 
-from rankwise.config import BASELINES, TrainSettings
+from rankwise.config import METHODS, TrainSettings
 from rankwise.errors import ConfigError, RunError
 
 T = TypeVar("T")
@@ -141,7 +141,7 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
                 f"--strategy {settings.strategy} is for several processes, and this is one; give --devices N too.",
             )
         return
-    if settings.method in BASELINES:
+    if settings.method not in METHODS:
         raise ConfigError("RW146", f"--method {settings.method} trains in one process; leave --devices out.")
     if settings.objective == "grpo" and settings.strategy == "fsdp":
         raise ConfigError(

@@ -27,7 +27,7 @@ from rankwise.acceleration import (
 from rankwise.acceleration.sharding import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.compat.torch import is_unit
-from rankwise.config import BASELINES, DORA, TrainSettings, check_objective, idle_options
+from rankwise.config import ADAPTERS, DORA, METHODS, TrainSettings, check_objective, idle_options
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
@@ -279,7 +279,7 @@ def _read(given: TrainSettings, lora: LoraConfig, observer: Observer, foresight:
         ranks.barrier()
     loaded = setup.load_for_training(given)
     base = model_facts(loaded.model, loaded.source)
-    if given.new_tokens is not None and given.method not in ("full", *BASELINES):
+    if given.new_tokens is not None and given.method in ADAPTERS:
         lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(given.new_tokens), lora)
     observer.phase("Encoding data")
     data = learning.encode(given, loaded.tokenizer, rows, eval_rows, template)
@@ -314,7 +314,7 @@ def _accelerate(given: TrainSettings, inputs: _Inputs) -> Acceleration | None:
     """Replace parts of the model by faster ones of ours; None where nothing may be replaced."""
     model = inputs.loaded.model
     with looked_into(model):
-        is_fast = given.fast and given.method not in BASELINES
+        is_fast = given.fast and given.method in METHODS
         return optimize_for_training(model) if is_fast else None
 
 

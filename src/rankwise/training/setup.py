@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from rankwise.acceleration.generation import GREEDY, stop_ids_of
 from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.attached import DEFAULT_NAME
-from rankwise.adapters.baselines import add_baseline
 from rankwise.adapters.checkpoint import read_adapter
 from rankwise.adapters.foreign_layer import dequantizer
+from rankwise.adapters.guests import add_by
 from rankwise.adapters.inject import attach
 from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.adapters.trained_base import tokenizer_with_rows
 from rankwise.compat.transformers import before_weights
-from rankwise.config import BASELINES, FOUR_BITS, TrainSettings
+from rankwise.config import FOUR_BITS, METHODS, TrainSettings
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.data.encoding import RowEncoder
@@ -225,8 +225,8 @@ def make_trainable(
     if given.method == "full":
         model.requires_grad_(True)
         return sum(parameter.numel() for parameter in model.parameters())
-    if given.method in BASELINES:
-        return add_baseline(model, given.method, config.r)
+    if given.method not in METHODS:
+        return add_by(given.method, model, config.r)
     if checkpoint is not None and config.init.kind == "loftq":
         return attach(model, config, plan_adapter(model, config), DEFAULT_NAME).trainable_parameters
     return add_adapter(model, config).trainable_parameters

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
-from rankwise.adapters.baselines import has_baseline, load_baseline_weights, save_baseline
+from rankwise.adapters.guests import guest_of
 from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.compat.torch import class_of, is_sharded, is_unit, own_part, own_rows
 from rankwise.errors import RunError
@@ -20,14 +20,14 @@ from rankwise.training.checkpoints import check_no_pickles
 
 
 def save_weights(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | None = None) -> None:
-    """Write the active adapter, the baseline, or the whole model where there is neither (method full).
+    """Write the active adapter, what another distribution added, or the whole model (method full).
 
     ``gathered``: the state of a model whose shards train (``sharding.whole_weights``).
     """
     if has_adapter(model):
         save_adapter(model, folder)
-    elif has_baseline(model):
-        save_baseline(model, folder)
+    elif (guest := guest_of(model)) is not None:
+        guest.save(model, folder)
     else:
         model.save_pretrained(folder, state_dict=gathered)  # type: ignore[operator]
 
@@ -41,8 +41,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     try:
         if has_adapter(model):
             load_tensors(model, safetensors.torch.load_file(folder / WEIGHTS_FILE))
-        elif has_baseline(model):
-            load_baseline_weights(model, folder)
+        elif (guest := guest_of(model)) is not None:
+            guest.load_weights(model, folder)
         else:
             _load_model(model, folder)
     except (OSError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:

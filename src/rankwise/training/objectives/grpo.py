@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import stop_ids_of
 from rankwise.chunks import WRITTEN_ROWS
-from rankwise.config import BASELINES, GENERATIONS, TrainSettings
+from rankwise.config import ADAPTERS, GENERATIONS, TrainSettings
 from rankwise.data import Rows
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.prompts import Room, encode_prompts, prompt_formats
@@ -78,7 +78,7 @@ def _check(given: TrainSettings) -> None:
             f"--max-completion-length {_new_tokens(given)} leaves no room for a prompt within --max-length "
             f"{given.max_length}, which counts prompt and answer; raise --max-length or lower the other.",
         )
-    if given.beta and (given.method == "full" or given.method in BASELINES):
+    if given.beta and given.method not in ADAPTERS:
         raise ConfigError(
             "RW777",
             f"--beta {given.beta:g} keeps the model near its reference, the base without adapter, and --method "

@@ -33,7 +33,7 @@ from trl.trainer.utils import add_fused_lm_head
 from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of
 from rankwise.adapters.reference import reference_at_work
 from rankwise.compat.trl import TrlTrainer, heads_by, metrics_of
-from rankwise.config import BASELINES, BETA, LOSS_TYPES, OBJECTIVE_OPTIONS, SMOOTHED, TrainSettings
+from rankwise.config import ADAPTERS, BETA, LOSS_TYPES, OBJECTIVE_OPTIONS, SMOOTHED, TrainSettings
 from rankwise.constants import IGNORED
 from rankwise.data import Rows, encode_preferences
 from rankwise.data.preference_formats import PREFERENCE_FORMATS, unpaired
@@ -362,7 +362,7 @@ def _check_loss(given: TrainSettings) -> None:
 
 
 def _check_reference(given: TrainSettings) -> None:
-    if given.method == "full" or given.method in BASELINES:
+    if given.method not in ADAPTERS:
         raise ConfigError(
             "RW762",
             f"--objective {given.objective} needs the base as reference, which --method {given.method} changes or "

@@ -1,4 +1,4 @@
-"""Add the two baselines that are not low-rank adapters to a model, save them and load them.
+"""The baselines ``bottleneck`` and ``prefix`` as methods of ``rankwise train`` and ``rankwise compare``.
 
 ``prefix`` is saved in PEFT's format: ``prompt_embeddings`` (P, 2 * layers * heads * head size), the keys and values of
 each layer in turn. PEFT has no bottleneck adapters; they are saved as one tensor per parameter, and their
@@ -7,20 +7,21 @@ each layer in turn. PEFT has no bottleneck adapters; they are saved as one tenso
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.bottleneck import add_bottleneck
-from rankwise.adapters.peft_config import CONFIG_FILE, read_config
-from rankwise.adapters.prefix import Prefix, add_prefix
-from rankwise.adapters.saving import WEIGHTS_FILE
-from rankwise.errors import AdapterError, ConfigError
-from rankwise.foreign import JsonObject
+from rankwise.adapters import MethodType
+from rankwise.errors import ConfigError
+from rankwise.foreign import JsonObject, read_json
 from rankwise.records import write_bytes, write_json
+from rankwise_article.bottleneck import add_bottleneck
+from rankwise_article.prefix import Prefix, add_prefix
 
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # The attribute of the model that holds the trained module, so that it is among the model's parameters.
 ATTRIBUTE = "rankwise_baseline"
 TYPES = {"prefix": "PREFIX_TUNING", "bottleneck": "BOTTLENECK"}
@@ -37,8 +38,8 @@ def add_baseline(model: nn.Module, method: str, size: int) -> int:
     return sum(parameter.numel() for parameter in part.parameters())
 
 
-def has_baseline(model: nn.Module) -> bool:
-    return hasattr(model, ATTRIBUTE)
+def _add(method: str, model: nn.Module, size: int) -> int:
+    return add_baseline(model, method, size)
 
 
 def save_baseline(model: nn.Module, folder: Path) -> None:
@@ -59,16 +60,16 @@ def save_baseline(model: nn.Module, folder: Path) -> None:
 
 
 def load_baseline(model: nn.Module, folder: Path) -> None:
-    """Add the baseline in ``folder`` to the model, frozen. Raises ConfigError (RW172) where there is none, or it does
+    """Add the baseline in ``folder`` to the model, frozen. Raises ConfigError (RA172) where there is none, or it does
     not fit.
     """
     try:
-        config = read_config(folder)
+        config = read_json(folder / CONFIG_FILE)
         method = {name: method for method, name in TYPES.items()}[config["peft_type"]]
         size = int(config["num_virtual_tokens" if method == "prefix" else "width"])
-    except (AdapterError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            "RW172", f"{folder} holds no bottleneck or prefix adapter ({error!r}); give the folder of a run."
+            "RA172", f"{folder} holds no bottleneck or prefix adapter ({error!r}); give the folder of a run."
         ) from None
     add_baseline(model, method, size)
     load_baseline_weights(model, folder)
@@ -77,7 +78,7 @@ def load_baseline(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def load_baseline_weights(model: nn.Module, folder: Path) -> None:
-    """Copy the tensors that ``save_baseline`` wrote into the model's parameters. Raises ConfigError (RW172) where they
+    """Copy the tensors that ``save_baseline`` wrote into the model's parameters. Raises ConfigError (RA172) where they
     do not fit.
     """
     part = getattr(model, ATTRIBUTE)
@@ -86,7 +87,7 @@ def load_baseline_weights(model: nn.Module, folder: Path) -> None:
     shapes = [{key: tuple(value.shape) for key, value in group.items()} for group in (tensors, wanted)]
     if shapes[0] != shapes[1]:
         odd = sorted({key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key)})
-        raise ConfigError("RW172", f"the tensors in {folder} do not fit this model: {', '.join(odd[:5])}.")
+        raise ConfigError("RA172", f"the tensors in {folder} do not fit this model: {', '.join(odd[:5])}.")
     if isinstance(part, Prefix):
         layers, heads, length, size = part.keys.shape
         pairs = tensors["prompt_embeddings"].view(length, layers, 2, heads, size).permute(2, 1, 3, 0, 4)
@@ -118,3 +119,9 @@ def _prefix_config(prefix: Prefix) -> JsonObject:
         "prefix_projection": False,
         "token_dim": heads * size,
     }
+
+
+BOTTLENECK, PREFIX = (
+    MethodType(functools.partial(_add, method), save_baseline, load_baseline_weights, load_baseline)
+    for method in ("bottleneck", "prefix")
+)

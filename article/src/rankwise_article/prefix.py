@@ -47,7 +47,7 @@ class Prefix(nn.Module):
 def add_prefix(model: nn.Module, length: int) -> Prefix:
     """Freeze ``model`` and put a prefix of ``length`` positions before every text that it reads.
 
-    The initial tokens are drawn with torch's generator. Raises ConfigError (RW171) for a model whose cache does not
+    The initial tokens are drawn with torch's generator. Raises ConfigError (RA171) for a model whose cache does not
     hold keys and values of one shape in every layer and, in a forward pass of training, for one with gradient
     checkpointing, which drops caches.
     """
@@ -75,7 +75,7 @@ def _initial(model: Any, length: int) -> tuple[Tensor, Tensor]:
     shapes = {tuple(key.shape) if isinstance(key, Tensor) else () for key, _ in pairs}
     if len(shapes) != 1 or () in shapes or next(iter(shapes))[2] != length:
         raise ConfigError(
-            "RW171",
+            "RA171",
             f"prefix tuning needs keys and values of equal shapes in every layer, and {type(model).__name__} keeps "
             "something else; use lora.",
         )
@@ -101,7 +101,7 @@ def _in_front(prefix: Prefix) -> Callable[[nn.Module, tuple[Tensor, ...], dict[s
 
         if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
             raise ConfigError(
-                "RW171",
+                "RA171",
                 "prefix tuning passes its prefix as a cache, which gradient checkpointing drops; train without "
                 "--gradient-checkpointing.",
             )

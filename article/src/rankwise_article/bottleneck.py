@@ -10,6 +10,7 @@ trains the layer norms; here the base stays frozen, as in Pfeiffer et al. 2021. 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from rankwise.adapters.base_layer import weight_device
 from rankwise.errors import ConfigError
 
 Output = Tensor | tuple[Tensor | None, ...]
@@ -47,12 +47,12 @@ class Bottleneck(nn.Module):
 def add_bottleneck(model: nn.Module, width: int) -> nn.ModuleDict:
     """Freeze ``model`` and add two bottlenecks to every block. Returns {sublayer's path with "/" for ".": bottleneck}.
 
-    Raises ConfigError (RW170) for a model whose blocks have no sublayers of known names.
+    Raises ConfigError (RA170) for a model whose blocks have no sublayers of known names.
     """
     found = list(sublayers(model))
     if not found:
         raise ConfigError(
-            "RW170",
+            "RA170",
             f"bottleneck adapters need blocks with attention and feed-forward sublayers, and {type(model).__name__} "
             f"has none named {', '.join((*ATTENTION, *FEED_FORWARD))}; use lora.",
         )
@@ -60,7 +60,7 @@ def add_bottleneck(model: nn.Module, width: int) -> nn.ModuleDict:
     model.requires_grad_(False)
     bottlenecks = nn.ModuleDict()
     for path, module in found:
-        bottleneck = Bottleneck(d, width, weight_device(module))
+        bottleneck = Bottleneck(d, width, next(itertools.chain(module.parameters(), module.buffers())).device)
         bottlenecks[path.replace(".", "/")] = bottleneck
         module.register_forward_hook(_after(bottleneck))
     return bottlenecks
