@@ -24,7 +24,7 @@ from rankwise.adapters.inject import attach
 from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.adapters.trained_base import tokenizer_with_rows
 from rankwise.compat.transformers import before_weights
-from rankwise.config import FOUR_BITS, METHODS, TrainSettings
+from rankwise.config import ADAPTERS, FOUR_BITS, METHODS, TrainSettings
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoded_cache import encode_rows_once
 from rankwise.data.encoding import RowEncoder
@@ -159,7 +159,7 @@ def check_model(given: TrainSettings, config: LoraConfig) -> None:
     """Raise what the model's config alone decides: a model that is not there, an adapter that does not fit it."""
     remote: JsonObject = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
     source = fetch_model(given.model, **remote, weights=False)
-    if given.method in ("full", *BASELINES):
+    if given.method not in ADAPTERS:
         return
     skeleton = load_skeleton(source, trust_remote_code=given.trust_remote_code)
     # The loaded model gives the warnings again.
