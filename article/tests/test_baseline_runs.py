@@ -13,6 +13,7 @@ import torch
 from rankwise.cli.main import main
 from rankwise.config import TrainSettings
 from rankwise.errors import Interrupted, RankwiseWarning
+from rankwise.evaluation.record import load_result
 from rankwise.records import load_record
 from rankwise.training.observer import SilentObserver
 from rankwise.training.run import train
@@ -73,7 +74,7 @@ def test_options_that_it_does_not_use_are_said(given: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.slow
-def test_they_are_compared(given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_they_are_compared_on_a_task(given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = {name: value for name, value in given.items() if name not in ("device", "learning_rate")}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += [
@@ -86,8 +87,11 @@ def test_they_are_compared(given: dict[str, Any], tmp_path: Path, capsys: pytest
         "--output",
         str(tmp_path / "out"),
     ]
+    (tmp_path / "e2e.csv").write_text("mr,ref\nname[A],A is a pub.\n")
+    words += ["--task", "e2e", "--task-data", f"e2e={tmp_path / 'e2e.csv'}"]
     assert main(["compare", *words]) == 0
     for method in ("prefix", "bottleneck"):
         folders = list((tmp_path / "out" / "runs").glob(f"{method}-*"))
         assert {load_record(folder).status for folder in folders} == {"finished"}
+        assert "BLEU" in load_result(folders[0] / "evaluation" / "e2e").metrics
     assert "LoRA" in capsys.readouterr().out
