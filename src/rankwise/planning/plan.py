@@ -142,7 +142,7 @@ class Plan:
             "changes": {"method": self.changes_of, "steps": [change.to_json() for change in self.changes]},
             "pace": self.pace_basis,
             "run_tokens": self.run_tokens,
-            "learning_rate": self.rate and self.rate._asdict(),
+            "learning_rate": self.rate and {"rate": self.rate.rate, "reason": self.rate.reason},
         }
 
 
