@@ -29,6 +29,7 @@ sys.path.append(str(BENCHMARKS))
 
 import contenders  # noqa: E402
 import end_to_end  # noqa: E402
+import memory_plan  # noqa: E402
 import neighbours  # noqa: E402
 import pages  # noqa: E402
 import quantized_load  # noqa: E402
@@ -161,6 +162,13 @@ def test_command_leaves_folders_of_the_machine_out(monkeypatch: pytest.MonkeyPat
 def test_a_page_is_what_its_runs_make(subject: str) -> None:
     """``python benchmarks/pages.py`` writes them again after a change of their layout."""
     assert (results.PAGES / f"{subject}.md").read_text(encoding="utf-8") == pages.text_of(subject)
+
+
+def test_the_printed_interval_holds_nearly_all_measured_runs() -> None:
+    """And it is not wide for nothing: without its constant, or without its share of the peak, it fails."""
+    rows = [row for run in results.runs_of("memory_runs", results.FOLDER) for row in run["runs"]]
+    assert len(rows) >= 30
+    assert sum(map(memory_plan.is_inside, rows)) >= 0.95 * len(rows)
 
 
 def test_the_page_of_families_names_all_that_are_there() -> None:

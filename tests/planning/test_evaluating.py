@@ -11,6 +11,7 @@ from planning_models import config_of, skeleton
 
 from rankwise.planning import MemoryEstimate, Workload
 from rankwise.planning.architectures import shape_of
+from rankwise.planning.assemble import EVALUATION_ERROR
 from rankwise.planning.closed_form import of_shape
 from rankwise.planning.dry_run import trace
 from rankwise.planning.evaluating import cast_bytes, written_bytes
@@ -54,7 +55,7 @@ def test_an_evaluation_holds_what_its_forward_pass_does(family, method, device):
     found = of_shape(shape_of(config_of(family, **changes)), method, dataclasses.replace(workload, evaluation=True))
     counted = trace(skeleton(family, **changes), method, workload, loss=forward_only)
     assert counted.phase == found.phase == "forward"
-    assert tensors(found) == pytest.approx(tensors(counted), rel=found.error)
+    assert tensors(found) == pytest.approx(tensors(counted), rel=EVALUATION_ERROR)
 
 
 @pytest.mark.parametrize("method", ["lora", "qdora", "full"])
@@ -75,7 +76,7 @@ def test_answers_hold_their_keys_and_values(family, method, device):
     assert counted.phase == found.phase == "generation"
     # 64 rows of 512 tokens, 4 layers, keys and values of 2 heads of 32 in bfloat16.
     assert tensors(counted) > tensors(step) + 0.8 * 64 * 512 * 4 * 2 * 64 * 2
-    assert tensors(found) == pytest.approx(tensors(counted), rel=found.error)
+    assert tensors(found) == pytest.approx(tensors(counted), rel=EVALUATION_ERROR)
 
 
 def test_copies_of_autocast_are_of_every_weight_in_a_product():

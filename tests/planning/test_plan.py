@@ -20,6 +20,7 @@ from rankwise.planning.plan import make_plan
 from rankwise.planning.settings import PlanSettings
 from rankwise.planning.terms import PLANNED
 from rankwise.settings_file import read_settings
+from rankwise.training.foresight import MicroBatch
 
 SMALL = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
 
@@ -104,3 +105,16 @@ def test_processes_share_the_memory(model: Path, memory: Any) -> None:
     guarding(model).before_loading()
     with pytest.raises(RunError, match="RW562.* for each process"):
         guarding(model, sharers=1000).before_loading()
+
+
+def test_weights_in_mapped_files_are_not_taken_from_what_the_process_has(model: Path, memory: Any) -> None:
+    """The meter counts them beside the process's own memory, and so does the prediction."""
+    memory(10**10)
+    batch, mapped, others = MicroBatch(1, 16, 1.0), 10**6, 10**9
+    found = []
+    for own, of_files in ((others + mapped, 0), (others, mapped)):
+        guarded = guarding(model)
+        guarded.before_loading()
+        guarded.own_memory = lambda own=own: own
+        found.append(guarded.before_training(batch, None, of_files))
+    assert found[0] == found[1]

@@ -12,10 +12,13 @@ from rankwise.planning.terms import TERMS, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
 
-DRY_RUN_ERROR = {"cpu": 0.08, "cuda": 0.05}
-CLOSED_FORM_ERROR = {"cpu": 0.15, "cuda": 0.10}
+# Half the printed interval, as a share of the peak.
+DRY_RUN_ERROR = {"cpu": 0.05, "cuda": 0.05}
+CLOSED_FORM_ERROR = {"cpu": 0.10, "cuda": 0.10}
 # Error of an evaluation's tensors against dry runs (tests/planning/test_evaluating.py); no evaluation was measured.
 EVALUATION_ERROR = 0.20
+# On a CPU, what the interval has besides, whatever the model: libraries, threads and the ends of the heap.
+CPU_PROCESS_ERROR_BYTES = 50 * 10**6
 # Memory that a step leaves in libraries on a CPU (generated kernels, thread pools, ends of the heap): the measured
 # growth minus the tensors was 47 to 60 MB over methods and checkpointing on the demo model.
 CPU_LIBRARY_BYTES = 50 << 20
@@ -81,14 +84,15 @@ def assembled(method: str, workload: Workload, found: Found, started: float) -> 
     else:
         kept_bytes = max(terms.get("activations", 0) for terms in found.phases.values())
         terms["overhead"] += CPU_LIBRARY_BYTES + heap_holes_bytes(method, workload, found.trained_bytes, kept_bytes)
-    errors = DRY_RUN_ERROR if found.exact else CLOSED_FORM_ERROR
+    peak = sum(terms.values())
+    error = error_bytes(peak, workload.device_type, exact=found.exact, evaluation=workload.evaluation)
     return MemoryEstimate(
         method=method,
-        peak_bytes=sum(terms.values()),
+        peak_bytes=peak,
         breakdown=terms,
         trainable_parameters=found.trainable,
         total_parameters=found.total,
-        error=EVALUATION_ERROR if workload.evaluation else errors[workload.device_type],
+        error=error / peak,
         exact=found.exact,
         phase=name.split()[0],  # type: ignore[arg-type]
         outside_bytes=outside,
@@ -102,6 +106,12 @@ def assembled(method: str, workload: Workload, found: Found, started: float) -> 
             trained_bytes=found.trained_bytes,
         ),
     )
+
+
+def error_bytes(peak_bytes: int, device_type: str, *, exact: bool, evaluation: bool = False) -> int:
+    """Half the printed interval. Whole runs on a CPU lie inside (`benchmarks/memory_plan.py --runs`)."""
+    share = EVALUATION_ERROR if evaluation else (DRY_RUN_ERROR if exact else CLOSED_FORM_ERROR)[device_type]
+    return round(share * peak_bytes) + (CPU_PROCESS_ERROR_BYTES if device_type == "cpu" else 0)
 
 
 def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:

@@ -94,9 +94,9 @@ class MemoryGuard:
         if verdict_of(smallest, self.hardware.memory_bytes) == "too big":
             self._refuse(smallest, "even one row of 16 tokens")
 
-    def before_training(self, batch: Rows, evaluation: Rows | None) -> int | None:
+    def before_training(self, batch: Rows, evaluation: Rows | None, mapped_bytes: int) -> int | None:
         """The predicted peak in bytes, for the larger of the largest micro-batch and the largest evaluation batch (None
-        without evaluations)."""
+        without evaluations). ``mapped_bytes``: of weights in mapped files, which the meter adds to the process's."""
         if self.workload is None or self.hardware is None:
             return None
         works = [_of_batch(self.workload, batch)]
@@ -113,7 +113,7 @@ class MemoryGuard:
 
             give_back_freed_memory()
             resident = sum(self.predicted.breakdown[term] for term in RESIDENT)
-            self.baseline_bytes = max(self.baseline_bytes, self.own_memory() - resident)
+            self.baseline_bytes = max(self.baseline_bytes, self.own_memory() + mapped_bytes - resident)
         # The weights are loaded by now, so the memory that was free before loading is the measure.
         verdict = verdict_of(self.predicted, self.hardware.memory_bytes)
         peak = self.baseline_bytes + comparable(self.predicted, self.hardware.device_type)

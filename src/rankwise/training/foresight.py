@@ -47,8 +47,9 @@ class Foresight(Protocol):
     def before_loading(self) -> None:
         """Called before the model is loaded."""
 
-    def before_training(self, batch: MicroBatch, evaluation: MicroBatch | None) -> int | None:
-        """Called when everything is loaded and encoded, with the largest micro-batches of training and of evaluation.
+    def before_training(self, batch: MicroBatch, evaluation: MicroBatch | None, mapped_bytes: int) -> int | None:
+        """Called when everything is loaded and encoded, with the largest micro-batches of training and of evaluation,
+        and the bytes of the weights that lie in mapped files.
 
         Returns the expected peak in bytes, as the run's ``MemoryMeter`` measures it.
         """

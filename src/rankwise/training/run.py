@@ -50,7 +50,7 @@ from rankwise.training.continued import continue_adapter, with_adapters_options
 from rankwise.training.foresight import Foresight
 from rankwise.training.learning import Learning
 from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
-from rankwise.training.meters import Progress, frozen_bytes
+from rankwise.training.meters import Progress, frozen_bytes, mapped_bytes
 from rankwise.training.metrics import evaluations
 from rankwise.training.new_tokens import add_new_tokens, new_tokens
 from rankwise.training.objectives import learning_of
@@ -379,7 +379,7 @@ def _predicted_peak(
     batch = learning.largest_batch(trainer, flat=flat)
     if given.packing:
         batch = dataclasses.replace(batch, rows=given.batch_size, tokens=given.max_length)
-    return foresight.before_training(batch, learning.largest_evaluation(trainer))
+    return foresight.before_training(batch, learning.largest_evaluation(trainer), mapped_bytes(trainer.model))
 
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
