@@ -38,7 +38,8 @@ def test_fsdp_shards_what_lasts_and_gathers_two_layers_and_the_root():
     assert found["transient"] == 1000 + 2 * (100 + 10) + (70 + 7)
 
 
-def test_gloo_moves_a_layer_in_a_copy_of_its_own():
+@pytest.mark.parametrize(("layer", "root"), [(Group(100, 110), ROOT), (ROOT, Group(100, 110))])
+def test_gloo_moves_the_largest_group_in_a_copy_of_its_own(layer, root):
     for phase in ("forward", "backward", "optimizer"):
         card, cpu = (
             per_device(
@@ -46,8 +47,8 @@ def test_gloo_moves_a_layer_in_a_copy_of_its_own():
                 "full",
                 Workload(devices=4, strategy="fsdp", device_type=kind),
                 phase=phase,
-                layer=Group(100, 110),
-                root=ROOT,
+                layer=layer,
+                root=root,
                 trained_bytes=50,
             )
             for kind in ("cuda", "cpu")

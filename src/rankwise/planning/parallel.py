@@ -55,7 +55,7 @@ def per_device(
     ddp: everything is there, and the gradients (``trained_bytes``) once more, in the buckets that are reduced. fsdp:
     weights are sharded, of ``full`` gradients and states too; whole at a time are two layers, and from the first layer
     to the last the root group, which is what lies outside of the layers (embedding, last norm, head): 2 layer + root,
-    with their gradients on the way back. gloo, on CPUs, gathers or reduces one layer more in a copy of its own. The
+    with their gradients on the way back. gloo, on CPUs, gathers or reduces a group in a copy of its own. The
     optimizer of ``full`` steps on shards alone, so that its copies are sharded too. An adapter's gradients are summed
     in one tensor of all, before the optimizer steps.
     """
@@ -70,10 +70,12 @@ def per_device(
             ceil(terms["transient"] / workload.devices) if method == "full" else max(terms["transient"], trained_bytes)
         )
         return {**terms, **sharded, "transient": own}
-    whole, moved = BLOCKS_AT_ONCE * layer.tensor_bytes + root.tensor_bytes, layer.tensor_bytes
+    whole = BLOCKS_AT_ONCE * layer.tensor_bytes + root.tensor_bytes
+    # The heap keeps what a step freed, so the root's copy, though made early, adds to the layers' peak.
+    moved = max(layer.tensor_bytes, root.tensor_bytes)
     if phase == "backward":
         whole += BLOCKS_AT_ONCE * layer.gradient_bytes + root.gradient_bytes
-        moved = max(moved, layer.gradient_bytes)
+        moved = max(moved, layer.gradient_bytes, root.gradient_bytes)
     whole += moved if workload.device_type == "cpu" else 0
     return {**terms, **sharded, "transient": terms["transient"] + whole}
 
