@@ -165,7 +165,6 @@ def test_a_page_is_what_its_runs_make(subject: str) -> None:
 
 
 def test_the_printed_interval_holds_nearly_all_measured_runs() -> None:
-    """And it is not wide for nothing: without its constant, or without its share of the peak, it fails."""
     rows = [row for run in results.runs_of("memory_runs", results.FOLDER) for row in run["runs"]]
     assert len(rows) >= 30
     assert sum(map(memory_plan.is_inside, rows)) >= 0.95 * len(rows)
