@@ -1,4 +1,4 @@
-"""``rankwise export`` and ``rankwise chat`` by the command line."""
+"""``rankwise export`` and ``rankwise generate --chat`` by the command line."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def says(monkeypatch):
 
 def test_a_conversation_keeps_its_history(rankwise, model_folder, says):
     says("hello", "", "and then?")
-    given = ("chat", "--model", model_folder, "--max-new-tokens", 4, "--system", "be brief", "--json")
+    given = ("generate", "--chat", "--model", model_folder, "--max-new-tokens", 4, "--system", "be brief", "--json")
     messages = rankwise(*given).document["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     says("hello", "/new", "other", "/exit", "never read")
@@ -269,13 +269,12 @@ def test_a_conversation_keeps_its_history(rankwise, model_folder, says):
 
 def test_a_chat_answers_as_generate_does(rankwise, model_folder, says):
     says("hello")
-    told = rankwise("chat", "--model", model_folder, "--max-new-tokens", 6)
+    told = rankwise("generate", "--chat", "--model", model_folder, "--max-new-tokens", 6)
     asked = ("generate", "--model", model_folder, "--max-new-tokens", 6, "--prompt", "hello", "--json")
     answer = rankwise(*asked).document["answers"][0]["base"]
     says("hello")
-    assert rankwise("chat", "--model", model_folder, "--max-new-tokens", 6, "--json").document["messages"][1][
-        "content"
-    ] == answer  # fmt: skip
+    given = ("generate", "--chat", "--model", model_folder, "--max-new-tokens", 6, "--json")
+    assert rankwise(*given).document["messages"][1]["content"] == answer
     assert printable(answer) in told.stdout
     assert "ended at the limit of 6 tokens" in told.stderr
 
@@ -283,7 +282,7 @@ def test_a_chat_answers_as_generate_does(rankwise, model_folder, says):
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_a_chat_takes_utf8(errors, rankwise, model_folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
-    done = rankwise("chat", "--model", model_folder)
+    done = rankwise("generate", "--chat", "--model", model_folder)
     assert done.code == 2
     assert "error RW205: a line of standard input is not UTF-8" in done.stderr
 
@@ -296,5 +295,6 @@ def test_a_chat_without_a_template_is_refused(rankwise, model_folder, tmp_path, 
     stored = json.loads(config.read_text())
     stored.pop("chat_template", None)
     config.write_text(json.dumps(stored))
+    assert "RW121" in rankwise("generate", "--chat", "--model", model_folder, "--prompt", "hello").stderr
     says("hello")
-    assert "RW754" in rankwise("chat", "--model", tmp_path / "plain").stderr
+    assert "RW754" in rankwise("generate", "--chat", "--model", tmp_path / "plain").stderr

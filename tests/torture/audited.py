@@ -167,7 +167,7 @@ def talk(cases: Audited) -> None:
     template.write_text(CHAT)
     given = ["--adapter", cases.folder / "finished", "--chat-template", template, "--max-new-tokens", 2]
     sys.stdin = io.StringIO("w1 w2\nw3\n")
-    cases.must(["chat", *given])
+    cases.must(["generate", "--chat", *given])
 
 
 def serve(cases: Audited) -> None:

@@ -18,8 +18,8 @@ HERE = Path(__file__).parent
 SECRET = "hf_SecretOfTheEnvironment0123456789"
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "GH_TOKEN")
 # Verbs and how often `audited.py` calls them.
-AUDITED = {"train": 5, "merge": 3, "evaluate": 1, "export": 4, "compare": 2, "preview": 1, "plan": 2, "generate": 1}
-AUDITED |= {"inspect": 1, "report": 2, "doctor": 1, "chat": 1}
+AUDITED = {"train": 5, "merge": 3, "evaluate": 1, "export": 4, "compare": 2, "preview": 1, "plan": 2, "generate": 2}
+AUDITED |= {"inspect": 1, "report": 2, "doctor": 1}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""``rankwise chat``: talk to a model in the terminal, turn by turn, through its chat template."""
+"""``rankwise generate --chat``: talk to a model in the terminal, turn by turn, through its chat template."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rankwise.cli.folders import refuse_comparisons
-from rankwise.cli.generate import Speaker, base_model_name, load_speaker, note_cut
-from rankwise.cli.glance import check_paths
-from rankwise.cli.options import Verb
-from rankwise.cli.output import Document, Output
+from rankwise.cli.generate import Speaker, note_cut
+from rankwise.cli.output import Output
 from rankwise.cli.repetition import repeated
-from rankwise.cli.settings import ChatSettings, GenerateSettings
+from rankwise.cli.settings import GenerateSettings
 from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, DataError
 from rankwise.foreign import Fields
-from rankwise.records import record_of
+from rankwise.options import flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -24,26 +21,26 @@ if TYPE_CHECKING:
 FORGET, LEAVE = "/new", "/exit"
 
 
-def run(settings: ChatSettings, output: Output) -> Document:
-    refuse_comparisons([settings.adapter] if settings.adapter is not None else [])
-    check_paths(model=settings.model)
-    record = record_of(settings.adapter)
-    name = settings.model or base_model_name(settings.adapter)
-    with output.waiting(f"loading {name}"):
-        speaker, device = load_speaker(GenerateSettings(**settings.model_dump()), name, record)
+def talk(settings: GenerateSettings, speaker: Speaker, who: str, output: Output) -> list[Fields]:
+    """Talk with ``who`` until the input ends. Returns the messages of the last conversation.
+
+    Raises ConfigError: RW121 for options of single prompts, RW754 without a chat template.
+    """
+    given = [name for name in ("prompt", "prompt_file", "messages", "compare", "raw") if getattr(settings, name)]
+    if given:
+        raise ConfigError("RW121", f"--chat answers the lines that you type; leave out {', '.join(map(flag, given))}.")
     if not speaker.wording.chat:
         raise ConfigError(
             "RW754",
-            f"a conversation needs a chat template, and {settings.adapter or name} has none; give one with "
-            "--chat-template FILE, or ask single prompts with rankwise generate.",
+            f"a conversation needs a chat template, and {who} has none; give one with --chat-template FILE, or ask "
+            "single prompts without --chat.",
         )
-    output.line(f"{settings.adapter or name} on {device}; {FORGET} begins anew, {LEAVE} or Ctrl-D ends.", style="dim")
-    messages = _talk(speaker, settings.system, output)
-    return {"model": name, "adapter": str(settings.adapter) if settings.adapter else None, "messages": messages}
+    output.line(f"{who}; {FORGET} begins anew, {LEAVE} or Ctrl-D ends.", style="dim")
+    return _talk(speaker, settings.system, output)
 
 
 def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Fields]:
-    """Answer line by line until the input ends. Returns the messages of the last conversation."""
+    """Answer line by line."""
     # Imports the formats of data, which the help of all verbs does not need.
     from rankwise.cli.conversations import Conversation
 
@@ -89,12 +86,3 @@ def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
             print(printable(text), end="\n" if stream_end else "", flush=True)
 
     return Printing(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-VERB = Verb(
-    name="chat",
-    settings=ChatSettings,
-    run=run,
-    summary="Talk to a tuned model, or a base model, in the terminal.",
-    examples=("rankwise chat --adapter runs/first", 'rankwise chat --model demo --system "Be brief."'),
-)

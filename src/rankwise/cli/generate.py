@@ -186,9 +186,14 @@ def run(settings: GenerateSettings, output: Output) -> Document:
     name = settings.model or base_model_name(settings.adapter)
     from rankwise.cli.conversations import read_conversations
 
-    conversations = read_conversations(settings)
+    conversations = [] if settings.chat else read_conversations(settings)
     with output.waiting(f"loading {name}"):
         speaker, device = load_speaker(settings, name, record)
+    if settings.chat:
+        from rankwise.cli.chat import talk
+
+        messages = talk(settings, speaker, f"{settings.adapter or name} on {device}", output)
+        return {"model": name, "adapter": str(settings.adapter) if settings.adapter else None, "messages": messages}
     answers = []
     _check_chat(settings, speaker.wording)
     for asked in conversations:
@@ -327,5 +332,6 @@ VERB = Verb(
         'rankwise generate --adapter runs/first --prompt "Hello" --compare',
         "rankwise generate --adapter runs/first --prompt-file questions.txt --json",
         'rankwise generate --model demo --messages chat.json --system "Be brief."',
+        "rankwise generate --adapter runs/first --chat",
     ),
 )

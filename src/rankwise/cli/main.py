@@ -17,7 +17,6 @@ import typer
 from typer.main import get_command
 
 from rankwise.cli import (
-    chat,
     compare,
     doctor,
     evaluate,
@@ -66,7 +65,6 @@ VERBS: tuple[Verb, ...] = (
     report.VERB,
     evaluate.VERB,
     generate.VERB,
-    chat.VERB,
     merge.VERB,
     export.VERB,
     inspect.VERB,

@@ -46,8 +46,8 @@ class PreviewSettings(ModelOptions, TextOptions):
     ] = None
 
 
-class SpeakingOptions(LoadingOptions):
-    """The options of an answer, which ``generate`` and ``chat`` share."""
+class GenerateSettings(LoadingOptions):
+    """The options of ``rankwise generate``."""
 
     adapter: Annotated[Path | None, _option("Run folder or PEFT adapter folder.", metavar="A")] = None
     model: Annotated[str | None, _option(f"{MODEL} Default: the base that the adapter names.", metavar="M")] = None
@@ -62,10 +62,6 @@ class SpeakingOptions(LoadingOptions):
     chat_template: Annotated[
         Path | None, _option("Jinja file that overrides the tokenizer's template.", metavar="FILE")
     ] = None
-
-
-class GenerateSettings(SpeakingOptions):
-    """The options of ``rankwise generate``."""
 
     prompt: Annotated[
         tuple[str, ...],
@@ -88,15 +84,10 @@ class GenerateSettings(SpeakingOptions):
             metavar="FILE",
         ),
     ] = None
+    chat: Annotated[bool, _option("Talk turn by turn: answer each line that you type.")] = False
     compare: Annotated[bool, _option("Show base and tuned model side by side.")] = False
     max_new_tokens: Annotated[Tokens, _option("Longest answer, in tokens.")] = 128
     raw: Annotated[bool, _option("Give the model the prompt as it is, without a chat template.")] = False
-
-
-class ChatSettings(SpeakingOptions):
-    """The options of ``rankwise chat``: those of ``generate`` that make sense in a conversation."""
-
-    max_new_tokens: Annotated[Tokens, _option("Longest answer, in tokens.")] = 512
 
 
 class BaseOptions(ModelOptions):
