@@ -6,9 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rankwise.cli.generate import Speaker, note_cut
 from rankwise.cli.output import Output
-from rankwise.cli.repetition import repeated
+from rankwise.cli.repetition import note_cut, repeated
 from rankwise.cli.settings import GenerateSettings
 from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, DataError
@@ -17,6 +16,8 @@ from rankwise.options import flag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TextStreamer
+
+    from rankwise.cli.generate import Speaker
 
 FORGET, LEAVE = "/new", "/exit"
 

@@ -14,14 +14,13 @@ from rankwise.cli.folders import refuse_comparisons
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output
-from rankwise.cli.repetition import cause, repeated
+from rankwise.cli.repetition import cause, note_cut, repeated
 from rankwise.cli.settings import GenerateSettings
 from rankwise.cli.tables import light_table, titled
 from rankwise.cli.words import printable
 from rankwise.errors import ConfigError, DataError, RunError, warn
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import RunRecord, record_of
-from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -307,11 +306,6 @@ def print_answer(output: Output, answer: Answer) -> None:
     output.line(printable(answer.prompt), style="bold")
     output.line(printable(text or ""))
     output.line()
-
-
-def note_cut(output: Output, tokens: int, phrase: str | None, which: str = "the answer") -> None:
-    how = "not at a stop token" if phrase is None else f"repeating {printable(phrase)!r}"
-    output.note(f"{which} ended at the limit of {plural(tokens, 'token')} (--max-new-tokens), {how}")
 
 
 def side_by_side(answer: Answer) -> Group:

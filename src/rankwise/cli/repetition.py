@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rankwise.cli.output import Output
+from rankwise.cli.words import printable
 from rankwise.records import read_metrics, record_of
+from rankwise.reports.numbers import plural
 
 # The longest phrase that is looked for, how often it must stand at the end, and the characters that this must fill.
 PHRASE, TIMES, FILLED = 120, 4, 40
@@ -44,3 +47,8 @@ def cause(adapter: Path, *, base_too: bool) -> str:
     if SETTLED * middle <= last <= SHARE * first:
         return f"{went} and settled; ask in the form of the training rows, or sample with --temperature 0.7"
     return f"the run was too short: {went}; raise --max-steps or --epochs, or --learning-rate (auto finds one)"
+
+
+def note_cut(output: Output, tokens: int, phrase: str | None, which: str = "the answer") -> None:
+    how = "not at a stop token" if phrase is None else f"repeating {printable(phrase)!r}"
+    output.note(f"{which} ended at the limit of {plural(tokens, 'token')} (--max-new-tokens), {how}")
