@@ -129,7 +129,7 @@ def _open(document: Fields) -> list[str]:
     seen = seen if size else "the comparison is too small to detect any difference"
     if not unsure:
         return [seen] if sum(item["verdict"] is not None for item in document["methods"].values()) > 1 else []
-    margin = f"a difference matters from {percent(found['margin'])} on (--margin)"
+    margin = f"differences from {percent(found['margin'])} on count (--margin)"
     return [f"the runs cannot tell {named(unsure)} from {long_name(found['best'])}: {seen}, and {margin}"]
 
 
