@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject
 from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig, init_of
 from rankwise.options import (
@@ -40,7 +39,6 @@ from rankwise.options import (
     WarmTemperature,
     Whole,
     comma_list,
-    flag,
     option,
     text_list,
 )
@@ -254,48 +252,8 @@ class ObjectiveOptions(PreferenceOptions):
     ] = None
 
 
-# {objective: the options that apply to it but not to every objective}.
-OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
-    "sft": ("label_smoothing", "packing", "prompt_column", "completion_column", "activation_offloading"),
-    "dpo": ("beta", "loss_type", "label_smoothing", "activation_offloading"),
-    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", "activation_offloading"),
-    "grpo": (
-        "beta",
-        "loss_type",
-        "reward",
-        "reward_weights",
-        "num_generations",
-        "max_completion_length",
-        "temperature",
-        "prompt_column",
-        "completion_column",
-    ),
-}
-# {objective: trl's names of its losses, the default first}.
-LOSS_TYPES = {
-    "dpo": (
-        *("sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-    ),
-    "kto": ("kto", "apo_zero_unpaired"),
-}
-# trl's defaults: beta of dpo and kto, and the number of answers to a prompt of grpo.
-BETA, GENERATIONS = 0.1, 8
-# The losses of dpo that --label-smoothing changes.
-SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
-
-
-def check_objective(given: Settings, objective: Objective) -> None:
-    """Raise ConfigError (RW760) for options that were set and do not apply to ``objective``."""
-    own, defaults = OBJECTIVE_OPTIONS[objective], given.defaults()
-    others = sorted({name for names in OBJECTIVE_OPTIONS.values() for name in names} - set(own))
-    idle = [flag(name) for name in others if name in defaults and getattr(given, name) != defaults[name]]
-    if idle:
-        raise ConfigError(
-            "RW760",
-            f"{', '.join(idle)} does not apply to --objective {objective}, which takes "
-            f"{', '.join(map(flag, own)) or 'none'}; leave it out, or give another objective.",
-        )
+# trl's defaults: beta of dpo and kto; answers to a prompt and their tokens of grpo.
+BETA, GENERATIONS, MAX_COMPLETION_LENGTH = 0.1, 8, 256
 
 
 def _checked_search(value: str) -> str:

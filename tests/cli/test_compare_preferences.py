@@ -126,10 +126,10 @@ def test_what_decides_and_which_methods_there_are_follow_from_the_objective():
     ("options", "code"),
     [
         (["--objective", "grpo"], "RW626"),
-        (["--objective", "dpo", "--methods", "lora,full"], "RW762"),
+        (["--objective", "dpo", "--methods", "lora,full"], "RW112"),
         (["--objective", "dpo", "--loss-type", "kto"], "RW763"),
-        (["--objective", "dpo", "--packing"], "RW760"),
-        (["--beta", 0.3], "RW760"),
+        (["--objective", "dpo", "--packing"], "RW112"),
+        (["--beta", 0.3], "RW112"),
         (["--metric", "preference.reward_margin"], "RW167"),
         (["--objective", "dpo", "--metric", "preference.loss"], "RW167"),
         (["--objective", "kto", "--eval-data", "GOOD"], "RW627"),

@@ -96,7 +96,7 @@ def test_the_command_starts_as_many_processes_as_were_planned_for(plan, tmp_path
 def test_a_strategy_for_one_device_is_a_mistake(plan):
     done = plan("--memory", ENOUGH, "--strategy", "fsdp")
     assert done.code == 2
-    assert "RW130" in done.stderr
+    assert "RW112" in done.stderr
     assert "--devices N" in done.stderr
 
 
@@ -391,4 +391,4 @@ def test_packed_rows_of_a_card_without_flash_attention_take_masks(plan):
 def test_packing_is_refused_where_train_refuses_it(plan):
     done = plan("--gpu", "L4", "--packing", "--objective", "dpo")
     assert done.code == 2
-    assert "RW760" in done.stderr
+    assert "RW112" in done.stderr

@@ -84,7 +84,7 @@ def test_a_resumed_run_takes_no_python_file_from_its_folder(train, rankwise, tmp
         (["--use-vllm"], "RW120", ["no such option: --use-vllm, because", "without the adapter"]),
         (["--reward", "none.py:right"], "RW771", ["no file none.py"]),
         (["--reward", "answer", "--temperature", 0], "RW103", ["temperature"]),
-        (["--reward", "answer", "--objective", "sft"], "RW760", ["--reward", "--num-generations"]),
+        (["--reward", "answer", "--objective", "sft"], "RW112", ["--reward", "--num-generations"]),
     ],
 )
 def test_what_is_refused_has_a_reason(train, given, code, words):
@@ -126,9 +126,9 @@ def test_two_processes_answer_and_learn_as_one_does(several, model_folder, promp
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--strategy", "fsdp"], "RW779: --objective grpo does not go with --strategy fsdp"),
-        (["--loss-type", "bnpo"], "RW785: --loss-type bnpo is a mean over the tokens of a batch"),
-        (["--num-generations", 3], "RW775: a step has --batch-size 4 x --gradient-accumulation 1 x 2 processes = 8"),
+        (["--strategy", "fsdp"], "RW112: --objective grpo does not go with --strategy fsdp"),
+        (["--loss-type", "bnpo"], "RW112: --loss-type bnpo is a loss over a whole batch"),
+        (["--num-generations", 3], "RW112: A step has --batch-size 4 x --gradient-accumulation 1 x 2 processes = 8"),
     ],
 )
 def test_what_several_processes_cannot_learn_is_refused(given, words, several, model_folder, prompts, tmp_path):
@@ -144,7 +144,7 @@ def test_what_does_not_train_is_not_planned(rankwise, model_folder):
     assert rankwise(*command, "--strategy", "ddp").code == 0
     refused = rankwise(*command, "--strategy", "fsdp")
     assert refused.code == 2
-    assert "RW130: --objective grpo does not train with --strategy fsdp" in " ".join(refused.stderr.split())
+    assert "RW112: --objective grpo does not go with --strategy fsdp" in " ".join(refused.stderr.split())
 
 
 def test_the_plan_counts_the_answers(rankwise, model_folder):

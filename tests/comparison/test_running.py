@@ -209,7 +209,7 @@ def test_a_metric_that_no_task_gives_is_refused_before_the_runs(tmp_path: Path, 
 
 
 def test_options_of_another_objective_are_refused_before_the_runs(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"RW760.*--beta does not apply to --objective sft"):
+    with pytest.raises(ConfigError, match=r"RW112.*--beta does not apply to --objective sft"):
         compare(**given(tmp_path, beta=0.3))
     assert not (tmp_path / "out").exists()
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import rankwise as rw
 from rankwise.acceleration import optimize_for_training
 from rankwise.adapters import adapter_parameters, add_adapter
-from rankwise.config import check_objective
+from rankwise.conflicts import check_objective
 from rankwise.data.encoding import RowEncoder
 from rankwise.errors import Interrupted, RankwiseError, RunError
 from rankwise.lora_config import LoraConfig
@@ -336,14 +336,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a function that is not there": ({"reward": ["FILE:absent"]}, "RW771"),
     "a wrong count": ({"reward": ["FILE:wrong"]}, "RW773"),
     "no score at all": ({"reward": ["FILE:unscored"]}, "RW774"),
-    "answers of one prompt in two steps": ({"num_generations": 3}, "RW775"),
-    "more weights than rewards": ({"reward_weights": [1.0, 2.0]}, "RW775"),
-    "no room for prompts": ({"max_completion_length": 16}, "RW775"),
+    "answers of one prompt in two steps": ({"num_generations": 3}, "RW112"),
+    "more weights than rewards": ({"reward_weights": [1.0, 2.0]}, "RW112"),
+    "no room for prompts": ({"max_completion_length": 16}, "RW112"),
     "fewer prompts than a step asks": ({"batch_size": 32}, "RW775"),
-    "a reference for full fine-tuning": ({"method": "full"}, "RW777"),
+    "a reference for full fine-tuning": ({"method": "full"}, "RW112"),
     "no prompt that fits": ({"max_completion_length": 15}, "RW780"),
-    "an unknown loss": ({"loss_type": "sigmoid"}, "RW783"),
-    "an option of another objective": ({"packing": True}, "RW760"),
+    "an unknown loss": ({"loss_type": "sigmoid"}, "RW763"),
+    "an option of another objective": ({"packing": True}, "RW112"),
 }
 
 
@@ -359,7 +359,7 @@ def test_bad_input_is_one_error(case: str, rewarded: Any, tmp_path: Path) -> Non
 
 
 def test_offloading_is_refused_where_trls_trainer_has_none(rewarded: Any) -> None:
-    with pytest.raises(RankwiseError, match="RW760: --activation-offloading does not apply to --objective grpo"):
+    with pytest.raises(RankwiseError, match="RW112: --activation-offloading does not apply to --objective grpo"):
         check_objective(rewarded(activation_offloading=True), "grpo")
 
 

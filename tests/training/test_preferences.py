@@ -238,14 +238,14 @@ def test_a_bad_pair_is_named_by_its_row(case: str, preferring: Any, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        ({"objective": "sft", "beta": 0.1}, "RW760"),
-        ({"objective": "dpo", "desirable_weight": 2.0}, "RW760"),
-        ({"objective": "dpo", "packing": True}, "RW760"),
-        ({"objective": "dpo", "label_smoothing": 0.1}, "RW760"),
-        ({"objective": "kto", "batch_size": 1}, "RW762"),
-        ({"objective": "dpo", "method": "full"}, "RW762"),
+        ({"objective": "sft", "beta": 0.1}, "RW112"),
+        ({"objective": "dpo", "desirable_weight": 2.0}, "RW112"),
+        ({"objective": "dpo", "packing": True}, "RW112"),
+        ({"objective": "dpo", "label_smoothing": 0.1}, "RW112"),
+        ({"objective": "kto", "batch_size": 1}, "RW112"),
+        ({"objective": "dpo", "method": "full"}, "RW112"),
         ({"objective": "dpo", "loss_type": "kto"}, "RW763"),
-        ({"objective": "dpo", "loss_type": "exo_pair"}, "RW763"),
+        ({"objective": "dpo", "loss_type": "exo_pair"}, "RW112"),
     ],
 )
 def test_an_option_has_its_effect_or_is_refused(options: dict[str, Any], code: str, settings: Any) -> None:

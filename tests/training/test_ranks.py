@@ -14,13 +14,12 @@ import torch.distributed as dist
 import rankwise as rw
 from rankwise.acceleration.sharding import shard
 from rankwise.config import TrainSettings
+from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, RankwiseWarning, RunError
 from rankwise.training import ranks, run, setup
-from rankwise.training.arguments import check_combinations
 from rankwise.training.batches import KEY, counted
 from rankwise.training.checkpoints import save_checkpoint
 from rankwise.training.continued import with_adapters_options
-from rankwise.training.objectives.preferences import learning
 from rankwise.training.observer import SilentObserver
 from rankwise.training.ranks import check_alike
 from rankwise.training.shares import Shares, is_idle, masked, share, why_masks_differ, widened
@@ -136,9 +135,9 @@ def settings(**changes: Any) -> TrainSettings:
     [
         ({"devices": 2}, 4, "RW137"),
         ({"devices": 2}, 1, "RW137"),
-        ({"strategy": "ddp"}, 1, "RW138"),
-        ({"method": "prefix"}, 2, "RW146"),
-        ({"strategy": "fsdp", "method": "full", "optimizer": "adafactor"}, 2, "RW160"),
+        ({"strategy": "ddp"}, 1, "RW112"),
+        ({"method": "prefix"}, 2, "RW112"),
+        ({"strategy": "fsdp", "method": "full", "optimizer": "adafactor"}, 2, "RW112"),
     ],
 )
 def test_options_that_do_not_go_with_the_processes_are_refused(
@@ -160,9 +159,9 @@ def test_options_that_do_not_go_with_the_processes_are_refused(
     ids=str,
 )
 def test_what_needs_whole_weights_is_refused_under_fsdp(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"RW788: --(init|new-tokens|enable-lora).*--strategy fsdp does not read"):
-        check_combinations(settings(strategy="fsdp", **changes))
-    check_combinations(settings(strategy="ddp", **changes))
+    with pytest.raises(ConfigError, match=r"RW112: --(init|new-tokens|enable-lora).*--strategy fsdp does not read"):
+        check_conflicts(settings(strategy="fsdp", **changes), 2)
+    check_conflicts(settings(strategy="ddp", **changes), 2)
 
 
 def test_an_adapter_with_new_tokens_is_refused_under_fsdp(tmp_path: Path) -> None:
@@ -170,7 +169,7 @@ def test_an_adapter_with_new_tokens_is_refused_under_fsdp(tmp_path: Path) -> Non
     rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3]))
     rw.save_adapter(model, tmp_path)
     with_adapters_options(settings(adapter=tmp_path, strategy="ddp"))
-    with pytest.raises(ConfigError, match=r"RW788: --adapter .* has new tokens"):
+    with pytest.raises(ConfigError, match=r"RW112: --adapter .* has new tokens"):
         with_adapters_options(settings(adapter=tmp_path, strategy="fsdp"))
 
 
@@ -259,8 +258,7 @@ def test_no_process_loads_the_model_before_all_have_measured_the_free_memory(mon
         run._read(settings(), rw.LoraConfig(), SilentObserver(), plan)
 
 
-def test_the_answers_of_kto_are_compared_within_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    learning(settings(objective="kto", batch_size=2))
-    with pytest.raises(ConfigError, match="RW762.*--batch-size is 1"):
-        learning(settings(objective="kto", batch_size=1))
+def test_the_answers_of_kto_are_compared_within_each_process() -> None:
+    check_conflicts(settings(objective="kto", batch_size=2), 2)
+    with pytest.raises(ConfigError, match="RW112.*--batch-size is 1"):
+        check_conflicts(settings(objective="kto", batch_size=1), 2)

@@ -206,9 +206,9 @@ def test_the_rows_that_judge_are_of_prompts_that_no_short_run_sees() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"budget": 1}, ConfigError, "RW173"),
-    ({"learning_rate": "auto", "objective": "dpo"}, ConfigError, "RW174"),
-    ({"learning_rate": "auto", "lr_scheduler_type": "greedy"}, ConfigError, "RW174"),
+    ({"budget": 1}, ConfigError, "RW112"),
+    ({"learning_rate": "auto", "objective": "dpo"}, ConfigError, "RW112"),
+    ({"learning_rate": "auto", "lr_scheduler_type": "greedy"}, ConfigError, "RW112"),
     ({"learning_rate": "auto:1e20,1e25", "max_grad_norm": 0}, ConfigError, "RW176"),
 ]
 

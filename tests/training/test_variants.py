@@ -14,10 +14,10 @@ from training_rows import Recorder
 
 import rankwise as rw
 from rankwise.adapters.trained_base import quantization_of
+from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.evaluation.loading import LoadOptions, load_as_trained
 from rankwise.records import load_record, read_metrics
-from rankwise.training.arguments import check_combinations
 from rankwise.training.rates import EMBEDDING_RATE, loraplus_groups
 from rankwise.training.run import train
 from tiny_models import tiny_llama
@@ -86,9 +86,9 @@ def test_a_pissa_over_four_bits_belongs_on_the_original_weights(settings: Any, t
 @pytest.mark.parametrize("schedule", ["constant", "reduce_lr_on_plateau", "greedy"])
 def test_a_warm_up_needs_a_schedule_that_has_one(schedule: str, settings: Any) -> None:
     given = settings(lr_scheduler_type=schedule, warmup_steps=0)
-    check_combinations(given)
+    check_conflicts(given, 1)
     with pytest.raises(ConfigError, match=r"RW112: --warmup-steps .* constant_with_warmup"):
-        check_combinations(given.model_copy(update={"warmup_steps": 2}))
+        check_conflicts(given.model_copy(update={"warmup_steps": 2}), 1)
 
 
 def test_loftq_needs_four_bits(settings: Any) -> None:
@@ -175,7 +175,7 @@ def test_neftune_is_noise_in_training_alone(settings: Any, tmp_path: Path) -> No
 
 def test_neftune_refuses_packed_rows(settings: Any) -> None:
     with pytest.raises(ConfigError, match=r"RW112: --packing"):
-        check_combinations(settings(neftune_noise_alpha=5.0, packing=True))
+        check_conflicts(settings(neftune_noise_alpha=5.0, packing=True), 1)
 
 
 def test_an_adapted_embedding_is_a_group_of_its_own(settings: Any) -> None:

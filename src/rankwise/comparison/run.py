@@ -34,7 +34,8 @@ from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.summary import all_methods, conclusions, scores_by_metric
 from rankwise.comparison.tasks import make_tasks, own_task
 from rankwise.comparison.verdicts import Scores
-from rankwise.config import ADAPTERS, FOUR_BITS, TrainSettings, check_objective, idle_options, variant_of
+from rankwise.config import ADAPTERS, FOUR_BITS, TrainSettings, idle_options, variant_of
+from rankwise.conflicts import check_conflicts
 from rankwise.default_rate import default_rate
 from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
@@ -75,7 +76,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
     no run finished, RW589 a metric that was not measured, RW599 a system that is not POSIX; Interrupted (RW587).
     """
     check_compare(given)
-    _check_objective(given)
+    _check_settings(given)
     check_system()
     cluster = connect(given.address, given.device) if given.executor == "ray" else None
     told: list[Message] = []
@@ -164,17 +165,13 @@ def _spreads(given: CompareSettings, scores: Mapping[str, Scores], inputs: Input
     )
 
 
-def _check_objective(given: CompareSettings) -> None:
-    """Raise what each run would raise for its objective, before any run starts."""
-    common = {**shared_training(given), "model": given.model, "data": given.data, "output": given.output}
+def _check_settings(given: CompareSettings) -> None:
+    """Raise what each run would raise for its settings, before any run starts."""
+    inputs = {"model": given.model, "data": given.data, "eval_data": given.data, "output": given.output}
+    common = {**shared_training(given), **inputs}
     for method, options in map(variant_of, given.methods):
         settings = TrainSettings.model_validate({**common, **options, "method": method})
-        check_objective(settings, settings.objective)
-        if given.objective != "sft":
-            # Its import takes seconds.
-            from rankwise.training.objectives import learning_of
-
-            learning_of(settings)
+        check_conflicts(settings, processes=1)
 
 
 def _with_tasks(given: CompareSettings, inputs: Inputs) -> Inputs:

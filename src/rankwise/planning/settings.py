@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSettings, check_objective
+from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSettings
+from rankwise.conflicts import check_objective, check_sharing
 from rankwise.errors import ConfigError
 from rankwise.options import Batch, Count, Names, Panel, option
 from rankwise.planning.terms import PLANNED
@@ -79,14 +80,9 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
         return PLANNED if ALL in self.method else tuple(name for name in PLANNED if name in self.method)
 
     def check_options(self) -> None:
-        """Raise ConfigError for options that do not go together: RW130, and RW760 as ``check_objective`` does."""
+        """Raise ConfigError (RW112) for options that do not go together."""
         check_objective(self, self.objective)
-        if self.strategy is not None and self.devices == 1:
-            raise ConfigError(
-                "RW130", f"--strategy {self.strategy} is for several devices, and --devices is 1; add --devices N."
-            )
-        if (self.objective, self.strategy) == ("grpo", "fsdp"):
-            raise ConfigError("RW130", "--objective grpo does not train with --strategy fsdp (RW779); take ddp.")
+        check_sharing(self.objective, self.strategy, self.devices)
 
 
 # Options that `rankwise train` has too: --save writes those that were given or chosen. It adds the method itself.

@@ -16,10 +16,10 @@ from transformers.training_args import OptimizerNames
 from trl.trainer.sft_config import SFTConfig
 
 from rankwise.compat.transformers import use_one_device
-from rankwise.config import DORA, FOUR_BITS, TrainSettings
+from rankwise.config import TrainSettings
+from rankwise.conflicts import LED_BY_EVALUATIONS
 from rankwise.errors import ConfigError, one_line
 from rankwise.known_names import OPTIMIZERS, close_names
-from rankwise.options import flag
 from rankwise.training.memory_savers import OFFLOADED
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -31,10 +31,6 @@ TENTH = 0.1
 EVALUATING, ROW_COST = 0.2, 0.5
 # Schedules that need parameters for which `rankwise train` has no options.
 SCHEDULES_WITH_PARAMETERS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
-NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
-LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
-# For these, transformers ignores the number of warm-up steps.
-WITHOUT_WARMUP = ("constant", *LED_BY_EVALUATIONS)
 
 
 def implementation_of(optimizer: str, device_type: str) -> str:
@@ -61,45 +57,11 @@ def follows_evaluations(given: TrainSettings) -> bool:
 
 
 def check_names(given: TrainSettings) -> None:
-    """Raise ConfigError: RW110 for an optimizer, RW111 for a schedule that transformers does not have."""
+    """Raise ConfigError: RW110 for an optimizer, RW111 for a schedule that transformers does not have, RW794 for a
+    tracker whose package is missing."""
     _check_name("RW110", "--optimizer", given.optimizer, [*(item.value for item in OptimizerNames), OFFLOADED])
     schedules = {item.value for item in SchedulerType} - SCHEDULES_WITH_PARAMETERS
     _check_name("RW111", "--lr-scheduler-type", given.lr_scheduler_type, schedules)
-
-
-def check_combinations(given: TrainSettings) -> None:
-    """Raise ConfigError (RW112) for options that have no effect without another option or a package."""
-    idle = [flag(name) for name in NEED_EVALUATIONS if getattr(given, name) is not None]
-    if given.lr_scheduler_type in LED_BY_EVALUATIONS:
-        idle.append(f"--lr-scheduler-type {given.lr_scheduler_type}")
-    if idle and given.eval_data is None:
-        raise ConfigError("RW112", f"{', '.join(idle)}: needs evaluations; give --eval-data too.")
-    if given.warmup_steps and given.lr_scheduler_type in WITHOUT_WARMUP:
-        raise ConfigError(
-            "RW112",
-            f"--warmup-steps has no effect on --lr-scheduler-type {given.lr_scheduler_type}; leave it out, or take "
-            "constant_with_warmup.",
-        )
-    if given.packing and given.neftune_noise_alpha is not None:
-        raise ConfigError(
-            "RW112",
-            "--packing lays rows end to end, and the noise of --neftune-noise-alpha depends on a row's length; leave "
-            "one of them out.",
-        )
-    kind = given.init.partition(":")[0]
-    started = whole = "--new-tokens" if given.new_tokens else f"--init {kind}" if kind != "default" else ""
-    if given.enable_lora and given.method in DORA:
-        # The magnitudes of the other rows, which are saved too, are norms of the base's rows.
-        whole = f"--enable-lora with --method {given.method}"
-    if started and given.adapter is not None:
-        raise ConfigError("RW788", f"{started} starts an adapter, and --adapter continues one; leave one of them out.")
-    if whole and given.strategy == "fsdp":
-        raise ConfigError("RW788", f"{whole} needs whole weights, which --strategy fsdp does not read; take ddp.")
-    if given.init == "loftq" and given.method not in FOUR_BITS:
-        raise ConfigError(
-            "RW112",
-            f"--init loftq corrects 4-bit rounding, which --method {given.method} does not have; take qlora or qdora.",
-        )
     missing = [name for name in given.trackers if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(missing)

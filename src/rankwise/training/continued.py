@@ -19,7 +19,7 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
     was given; unchanged without ``--adapter``.
 
     Raises AdapterError (RW409, RW410) for an adapter that cannot be read, ConfigError: RW764 for options that differ
-    from the adapter's, or for a method that does not train adapters of its kind, RW788 for new tokens with shards.
+    from the adapter's, or for a method that does not train adapters of its kind, RW112 for new tokens with shards.
     """
     if given.adapter is None:
         return given
@@ -33,7 +33,7 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
         )
     if given.strategy == "fsdp" and config.token_rows:
         raise ConfigError(
-            "RW788",
+            "RW112",
             f"--adapter {given.adapter} has new tokens, which need whole weights, and --strategy fsdp does not read "
             "these; take ddp.",
         )

@@ -18,7 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, SupportsFloat, TypeVar
 
-from rankwise.config import METHODS, TrainSettings
+from rankwise.config import TrainSettings
+from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, RunError
 
 T = TypeVar("T")
@@ -29,8 +30,6 @@ PATIENCE_SECONDS = 600
 FILE_SECONDS = 35
 # Environment variables of torchrun, all integers.
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-# Optimizers of torch that work element by element, so that they update shards correctly.
-ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +121,7 @@ def joined(device_type: str) -> Iterator[None]:
 
 
 def check_processes(settings: TrainSettings, processes: int) -> None:
-    """Raise ConfigError for options that do not fit the number of processes: RW137 --devices, RW138 --strategy with one
-    process, RW146 a method that trains in one process only, RW160 an optimizer that may not support shards, RW779
-    rewards with shards."""
+    """Raise ConfigError: RW137 where there are more or fewer processes than --devices, RW112 for other conflicts."""
     where = place()
     if settings.devices is not None and settings.devices != processes:
         start = f"the launcher has started {processes} processes" if where else "this is one process"
@@ -134,27 +131,7 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
             else "start them with the program `rankwise train`"
         )
         raise ConfigError("RW137", f"--devices is {settings.devices}, and {start}; {remedy}.")
-    if processes == 1:
-        if settings.strategy is not None:
-            raise ConfigError(
-                "RW138",
-                f"--strategy {settings.strategy} is for several processes, and this is one; give --devices N too.",
-            )
-        return
-    if settings.method not in METHODS:
-        raise ConfigError("RW146", f"--method {settings.method} trains in one process; leave --devices out.")
-    if settings.objective == "grpo" and settings.strategy == "fsdp":
-        raise ConfigError(
-            "RW779",
-            "--objective grpo does not go with --strategy fsdp, with which all processes must run each layer equally "
-            "often, since their answers differ in length; take --strategy ddp.",
-        )
-    if settings.strategy == "fsdp" and settings.method == "full" and settings.optimizer not in ELEMENTWISE:
-        raise ConfigError(
-            "RW160",
-            f"--strategy fsdp with --method full trains shards, and --optimizer {settings.optimizer} may need whole "
-            f"weights; take {', '.join(ELEMENTWISE)}, or --strategy ddp.",
-        )
+    check_conflicts(settings, processes)
 
 
 def check_cards(device_type: str, processes: int) -> None:

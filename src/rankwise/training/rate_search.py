@@ -38,8 +38,6 @@ from rankwise.foreign import Fields, checked, read_json
 from rankwise.records import RateSearch, RateTrial, load_record, write_json
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
-from rankwise.training import ranks
-from rankwise.training.arguments import LED_BY_EVALUATIONS
 from rankwise.training.observer import Observer
 from rankwise.training.setup import Data
 from rankwise.training.spine import RunTrainer
@@ -53,28 +51,6 @@ MOST_ROWS, SHARE = 64, 0.1
 LEAST_ROWS = 4
 # The error codes of a diverging run.
 DIVERGED = ("RW530", "RW531")
-
-
-def check_search(given: TrainSettings) -> None:
-    """Raise ConfigError: RW173 for --budget without a search, RW174 for a run that does not support the search."""
-    if not given.searches:
-        if given.budget is not None:
-            raise ConfigError("RW173", "--budget needs a search of the learning rate; add --learning-rate auto.")
-        return
-    wrong = [f"--objective {given.objective}"] if given.objective != "sft" else []
-    wrong += [f"{ranks.count()} processes"] if ranks.count() > 1 else []
-    if wrong:
-        raise ConfigError(
-            "RW174",
-            f"--learning-rate auto needs --objective sft and one process, and this run has {' and '.join(wrong)}; give "
-            "the rate.",
-        )
-    if given.lr_scheduler_type in LED_BY_EVALUATIONS:
-        raise ConfigError(
-            "RW174",
-            f"--lr-scheduler-type {given.lr_scheduler_type} follows evaluations, and the short runs of "
-            "--learning-rate auto have none; give a rate, or another schedule.",
-        )
 
 
 def with_rate(given: TrainSettings, found: RateSearch) -> TrainSettings:

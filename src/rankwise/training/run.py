@@ -27,7 +27,7 @@ from rankwise.acceleration import (
 from rankwise.acceleration.sharding import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.compat.torch import is_unit
-from rankwise.config import ADAPTERS, DORA, METHODS, TrainSettings, check_objective, idle_options
+from rankwise.config import ADAPTERS, DORA, METHODS, TrainSettings, idle_options
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
@@ -39,7 +39,6 @@ from rankwise.records import RunRecord, check_writable, load_record, versions_of
 from rankwise.training import output, preflight, ranks, rate_search, setup
 from rankwise.training.arguments import (
     Surroundings,
-    check_combinations,
     check_names,
     check_optimizer,
     evaluation_steps_of,
@@ -133,9 +132,6 @@ def _check_settings(given: TrainSettings) -> LoraConfig:
     check_names(given)
     device_type = torch.device(choose_device(given.device, given.dtype).device).type
     check_memory_savers(given.optimizer, device_type, activation_offloading=given.activation_offloading)
-    check_combinations(given)
-    check_objective(given, given.objective)
-    rate_search.check_search(given)
     _warn_of_idle_options(given)
     # Raises for an invalid 4-bit format before anything is read.
     setup.quantization_for(given)

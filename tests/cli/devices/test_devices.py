@@ -182,7 +182,7 @@ def test_a_loss_over_a_batch_is_refused_in_several_processes(
     several: Nursery, given: list[str], tmp_path: Path
 ) -> None:
     options = ["--objective", "dpo", "--loss-type", "aot", "--output", tmp_path / "run"]
-    check_failed(several.run(2, [*given, *options]), "RW785: --loss-type aot compares the pairs")
+    check_failed(several.run(2, [*given, *options]), "RW112: --loss-type aot is a loss over a whole batch")
 
 
 def test_the_record_is_that_of_both(runs: Runs) -> None:

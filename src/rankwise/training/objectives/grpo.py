@@ -1,7 +1,7 @@
 """Training on rewards: GRPO (Shao et al. 2024, arXiv 2402.03300).
 
 The model answers each prompt several times, each answer is scored, and answers that score above the mean of their group
-become more likely. This module checks settings; the trainer is in grpo_trainer.py, and the scoring in rewards.py.
+become more likely. The trainer is in grpo_trainer.py, and the scoring in rewards.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import stop_ids_of
 from rankwise.chunks import WRITTEN_ROWS
-from rankwise.config import ADAPTERS, GENERATIONS, TrainSettings
+from rankwise.config import GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings
 from rankwise.data import Rows
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.prompts import Room, encode_prompts, prompt_formats
@@ -29,14 +29,17 @@ from rankwise.training.objectives.grpo_trainer import EVALUATED_AT_ONCE, GrpoArg
 from rankwise.training.objectives.rewards import BUILT_IN, Reward, read_rewards
 from rankwise.training.setup import Data
 
-# Defaults of the options.
-NEW_TOKENS, TEMPERATURE, LOSS = 256, 1.0, "dapo"
-LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
+# Defaults of the other options.
+TEMPERATURE, LOSS = 1.0, "dapo"
 
 
 def learning(given: TrainSettings) -> Learning:
-    """The parts of a run on rewards. Raises ConfigError as ``_check`` and ``read_rewards`` do."""
-    _check(given)
+    """The parts of a run on rewards. Raises ConfigError: RW770 without a reward, and as ``read_rewards`` does."""
+    if not given.reward:
+        raise ConfigError(
+            "RW770",
+            f"--objective grpo needs --reward: FILE.py:NAME, a function in a Python file, or one of {BUILT_IN}.",
+        )
     rewards = read_rewards(given.reward or ())
     return Learning(
         functools.partial(_encode, rewards=rewards),
@@ -49,58 +52,13 @@ def learning(given: TrainSettings) -> Learning:
     )
 
 
-def _check(given: TrainSettings) -> None:
-    """Raise ConfigError: RW770 without a reward, RW775 for numbers that do not fit together, RW777 for a reference that
-    would be a second model, RW783 for an unknown loss, RW785 for a loss over a batch in several processes."""
-    if not given.reward:
-        raise ConfigError(
-            "RW770",
-            f"--objective grpo needs --reward: FILE.py:NAME, a function in a Python file, or one of {BUILT_IN}.",
-        )
-    if given.reward_weights is not None and len(given.reward_weights) != len(given.reward):
-        raise ConfigError(
-            "RW775",
-            f"--reward-weights has {len(given.reward_weights)} factors and there are {len(given.reward)} rewards; give "
-            "one for each.",
-        )
-    answers, group = _answers(given), given.num_generations or GENERATIONS
-    if answers % group:
-        processes = f" x {ranks.count()} processes" if ranks.count() > 1 else ""
-        raise ConfigError(
-            "RW775",
-            f"a step has --batch-size {given.batch_size} x --gradient-accumulation {given.gradient_accumulation}"
-            f"{processes} = {answers} answers, which is not a multiple of --num-generations {group}: all answers to a "
-            "prompt belong to one step; change one of these numbers.",
-        )
-    if _new_tokens(given) >= given.max_length:
-        raise ConfigError(
-            "RW775",
-            f"--max-completion-length {_new_tokens(given)} leaves no room for a prompt within --max-length "
-            f"{given.max_length}, which counts prompt and answer; raise --max-length or lower the other.",
-        )
-    if given.beta and given.method not in ADAPTERS:
-        raise ConfigError(
-            "RW777",
-            f"--beta {given.beta:g} keeps the model near its reference, the base without adapter, and --method "
-            f"{given.method} would need a second model for that; leave --beta out, or take lora, qlora, dora or qdora.",
-        )
-    if given.loss_type is not None and given.loss_type not in LOSSES:
-        raise ConfigError("RW783", f"--loss-type {given.loss_type} does not exist for grpo; give {', '.join(LOSSES)}.")
-    if given.loss_type == "bnpo" and ranks.count() > 1:
-        raise ConfigError(
-            "RW785",
-            f"--loss-type bnpo is a mean over the tokens of a batch, and {ranks.count()} processes have batches of "
-            "their own; leave --devices out, or give another loss.",
-        )
-
-
 def _answers(given: TrainSettings) -> int:
     """The number of answers of a step, over all processes."""
     return given.batch_size * given.gradient_accumulation * ranks.count()
 
 
 def _new_tokens(given: TrainSettings) -> int:
-    return given.max_completion_length or NEW_TOKENS
+    return given.max_completion_length or MAX_COMPLETION_LENGTH
 
 
 def _arguments(given: TrainSettings, around: Surroundings) -> GrpoArguments:

@@ -33,11 +33,12 @@ from trl.trainer.utils import add_fused_lm_head
 from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of
 from rankwise.adapters.reference import reference_at_work
 from rankwise.compat.trl import TrlTrainer, heads_by, metrics_of
-from rankwise.config import ADAPTERS, BETA, LOSS_TYPES, OBJECTIVE_OPTIONS, SMOOTHED, TrainSettings
+from rankwise.config import BETA, TrainSettings
+from rankwise.conflicts import OBJECTIVE_OPTIONS
 from rankwise.constants import IGNORED
 from rankwise.data import Rows, encode_preferences
 from rankwise.data.preference_formats import PREFERENCE_FORMATS, unpaired
-from rankwise.errors import ConfigError, RunError
+from rankwise.errors import RunError
 from rankwise.training import ranks
 from rankwise.training.arguments import Surroundings, run_arguments
 from rankwise.training.batches import Batch, Items, Samples
@@ -64,7 +65,6 @@ REWARDS = {
 }
 SHOWN = {"rewards/margins": "margin", "rewards/accuracies": "accuracy", "kl": "KL"}
 # Losses that are not a mean over pairs.
-WITHIN_BATCHES = ("aot", "aot_unpaired", "sft")
 # Figures of trl that would need another pass over the logits.
 UNKNOWN = ("logits/chosen", "logits/rejected", "mean_token_accuracy")
 
@@ -297,11 +297,7 @@ class MarkedArguments(KTOConfig):
 
 
 def learning(given: TrainSettings) -> Learning:
-    """The parts of a run on preferences. Raises ConfigError: RW760 for label smoothing without effect, RW762 for a
-    method or batch size that the objective does not support, RW763 for an unknown loss, RW785 for a loss over a batch
-    in several processes."""
-    _check_loss(given)
-    _check_reference(given)
+    """The parts of a run on preferences."""
     return Learning(
         _encode,
         _arguments,
@@ -336,41 +332,3 @@ def _arguments(given: TrainSettings, around: Surroundings) -> PairArguments | Ma
 
 def _trainer(given: TrainSettings, data: Data, common: Common) -> PreferenceTrainer:
     return (PairTrainer if given.objective == "dpo" else MarkedTrainer)(**common)
-
-
-def _check_loss(given: TrainSettings) -> None:
-    known = LOSS_TYPES[given.objective]
-    loss = given.loss_type or known[0]
-    if loss not in known:
-        raise ConfigError(
-            "RW763", f"--loss-type {loss} does not exist for --objective {given.objective}; give {', '.join(known)}."
-        )
-    if given.label_smoothing and loss not in SMOOTHED:
-        raise ConfigError(
-            "RW760",
-            f"--label-smoothing has no effect on --loss-type {loss}; leave it out, or give one of "
-            f"{', '.join(SMOOTHED)}.",
-        )
-    if loss in WITHIN_BATCHES and ranks.count() > 1:
-        raise ConfigError(
-            "RW785",
-            f"--loss-type {loss} compares the pairs of a batch with each other, and {ranks.count()} processes have "
-            "batches of their own; leave --devices out, or give another loss.",
-        )
-    if loss == "exo_pair" and not given.label_smoothing:
-        raise ConfigError("RW763", "--loss-type exo_pair needs --label-smoothing above 0; its paper uses 0.001.")
-
-
-def _check_reference(given: TrainSettings) -> None:
-    if given.method not in ADAPTERS:
-        raise ConfigError(
-            "RW762",
-            f"--objective {given.objective} needs the base as reference, which --method {given.method} changes or "
-            "cannot restore; give lora, qlora, dora or qdora.",
-        )
-    # trl looks at the batch of one process.
-    if given.objective == "kto" and given.batch_size < 2:
-        raise ConfigError(
-            "RW762",
-            "--objective kto compares each answer with the others of its batch, and --batch-size is 1; give 2 or more.",
-        )

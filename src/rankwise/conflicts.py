@@ -1,0 +1,214 @@
+"""Options of `rankwise train` that do not go together. Everything here follows from the settings alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from rankwise.config import (
+    ADAPTERS,
+    DORA,
+    FOUR_BITS,
+    GENERATIONS,
+    MAX_COMPLETION_LENGTH,
+    METHODS,
+    Objective,
+    TrainSettings,
+)
+from rankwise.errors import ConfigError
+from rankwise.options import Settings, flag
+
+# {objective: the options that apply to it but not to every objective}.
+OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
+    "sft": ("label_smoothing", "packing", "prompt_column", "completion_column", "activation_offloading"),
+    "dpo": ("beta", "loss_type", "label_smoothing", "activation_offloading"),
+    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", "activation_offloading"),
+    "grpo": (
+        "beta",
+        "loss_type",
+        "reward",
+        "reward_weights",
+        "num_generations",
+        "max_completion_length",
+        "temperature",
+        "prompt_column",
+        "completion_column",
+    ),
+}
+# {objective: trl's names of its losses, the default first}.
+LOSS_TYPES: Mapping[Objective, tuple[str, ...]] = {
+    "dpo": (
+        *("sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+    "grpo": ("dapo", "grpo", "dr_grpo", "bnpo"),
+}
+# The losses that --label-smoothing changes, and those over a whole batch, of which each process has a part.
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+WITHIN_BATCHES = ("aot", "aot_unpaired", "sft", "bnpo")
+NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
+LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
+# For these, transformers ignores the number of warm-up steps.
+WITHOUT_WARMUP = ("constant", *LED_BY_EVALUATIONS)
+# Optimizers that compute the same on shards as on whole weights.
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+
+
+def check_conflicts(given: TrainSettings, processes: int) -> None:
+    """Raise ConfigError (RW112) with all conflicts of a run in so many processes; RW763 for an unknown loss."""
+    check_objective(given, given.objective)
+    losses = LOSS_TYPES.get(given.objective, ())
+    if given.loss_type is not None and given.loss_type not in losses:
+        raise ConfigError(
+            "RW763",
+            f"--loss-type {given.loss_type} does not exist for --objective {given.objective}; give "
+            f"{', '.join(losses)}.",
+        )
+    check_sharing(given.objective, given.strategy, processes)
+    found = [*_of_steps(given), *_of_search(given, processes), *_of_processes(given, processes)]
+    if given.objective in ("dpo", "kto"):
+        found += _of_preferences(given)
+    elif given.objective == "grpo":
+        found += _of_rewards(given, processes)
+    if found:
+        raise ConfigError("RW112", " ".join(found))
+
+
+def check_objective(given: Settings, objective: Objective) -> None:
+    """Raise ConfigError (RW112) for options that were set and do not apply to ``objective``."""
+    own, defaults = OBJECTIVE_OPTIONS[objective], given.defaults()
+    others = sorted({name for names in OBJECTIVE_OPTIONS.values() for name in names} - set(own))
+    idle = [flag(name) for name in others if name in defaults and getattr(given, name) != defaults[name]]
+    if idle:
+        raise ConfigError(
+            "RW112",
+            f"{', '.join(idle)} does not apply to --objective {objective}, which takes "
+            f"{', '.join(map(flag, own)) or 'none'}; leave it out, or give another objective.",
+        )
+
+
+def check_sharing(objective: Objective, strategy: str | None, processes: int) -> None:
+    """Raise ConfigError (RW112) for a ``--strategy`` that does not go with the objective or the number of processes."""
+    if strategy is not None and processes == 1:
+        raise ConfigError(
+            "RW112", f"--strategy {strategy} is for several processes, and this is one; give --devices N too."
+        )
+    if (objective, strategy) == ("grpo", "fsdp"):
+        raise ConfigError(
+            "RW112",
+            "--objective grpo does not go with --strategy fsdp, with which all processes must run each layer equally "
+            "often, since their answers differ in length; take --strategy ddp.",
+        )
+
+
+def _of_steps(given: TrainSettings) -> Iterator[str]:
+    led = f"--lr-scheduler-type {given.lr_scheduler_type}"
+    idle = [flag(name) for name in NEED_EVALUATIONS if getattr(given, name) is not None]
+    idle += [led] if given.lr_scheduler_type in LED_BY_EVALUATIONS else []
+    if idle and given.eval_data is None:
+        yield f"{', '.join(idle)}: needs evaluations; give --eval-data too."
+    if given.warmup_steps and given.lr_scheduler_type in WITHOUT_WARMUP:
+        yield f"--warmup-steps has no effect on {led}; leave it out, or take constant_with_warmup."
+    if given.packing and given.neftune_noise_alpha is not None:
+        yield (
+            "--packing lays rows end to end, and the noise of --neftune-noise-alpha depends on a row's length; leave "
+            "one of them out."
+        )
+    if given.init == "loftq" and given.method not in FOUR_BITS:
+        yield f"--init loftq corrects 4-bit rounding, which --method {given.method} does not have; take qlora or qdora."
+    if given.adapter is not None and (started := _started(given)):
+        yield f"{started} starts an adapter, and --adapter continues one; leave one of them out."
+
+
+def _started(given: TrainSettings) -> str:
+    """The option that changes how an adapter starts, or an empty string."""
+    kind = given.init.partition(":")[0]
+    return "--new-tokens" if given.new_tokens else f"--init {kind}" if kind != "default" else ""
+
+
+def _of_search(given: TrainSettings, processes: int) -> Iterator[str]:
+    if not given.searches:
+        if given.budget is not None:
+            yield "--budget needs a search of the learning rate; add --learning-rate auto."
+        return
+    wrong = [f"--objective {given.objective}"] if given.objective != "sft" else []
+    wrong += [f"{processes} processes"] if processes > 1 else []
+    if wrong:
+        yield (
+            f"--learning-rate auto needs --objective sft and one process, and this run has {' and '.join(wrong)}; give "
+            "the rate."
+        )
+    if given.lr_scheduler_type in LED_BY_EVALUATIONS:
+        yield (
+            f"--lr-scheduler-type {given.lr_scheduler_type} follows evaluations, and the short runs of "
+            "--learning-rate auto have none; give a rate, or another schedule."
+        )
+
+
+def _of_preferences(given: TrainSettings) -> Iterator[str]:
+    loss = given.loss_type or LOSS_TYPES[given.objective][0]
+    if given.label_smoothing and loss not in SMOOTHED:
+        yield (
+            f"--label-smoothing has no effect on --loss-type {loss}; leave it out, or give one of "
+            f"{', '.join(SMOOTHED)}."
+        )
+    if loss == "exo_pair" and not given.label_smoothing:
+        yield "--loss-type exo_pair needs --label-smoothing above 0; its paper uses 0.001."
+    if given.method not in ADAPTERS:
+        yield (
+            f"--objective {given.objective} needs the base as reference, which --method {given.method} changes or "
+            "cannot restore; give lora, qlora, dora or qdora."
+        )
+    # Of one process.
+    if given.objective == "kto" and given.batch_size < 2:
+        yield (
+            "--objective kto compares each answer with the others of its batch, and --batch-size is 1; give 2 or more."
+        )
+
+
+def _of_rewards(given: TrainSettings, processes: int) -> Iterator[str]:
+    weights, rewards = given.reward_weights, given.reward or ()
+    if weights is not None and len(weights) != len(rewards):
+        yield f"--reward-weights has {len(weights)} factors and there are {len(rewards)} rewards; give one for each."
+    answers = given.batch_size * given.gradient_accumulation * processes
+    group, longest = given.num_generations or GENERATIONS, given.max_completion_length or MAX_COMPLETION_LENGTH
+    if answers % group:
+        shared = f" x {processes} processes" if processes > 1 else ""
+        yield (
+            f"A step has --batch-size {given.batch_size} x --gradient-accumulation {given.gradient_accumulation}"
+            f"{shared} = {answers} answers, which is not a multiple of --num-generations {group}: all answers to a "
+            "prompt belong to one step; change one of these numbers."
+        )
+    if longest >= given.max_length:
+        yield (
+            f"--max-completion-length {longest} leaves no room for a prompt within --max-length {given.max_length}, "
+            "which counts prompt and answer; raise --max-length or lower the other."
+        )
+    if given.beta and given.method not in ADAPTERS:
+        yield (
+            f"--beta {given.beta:g} keeps the model near its reference, the base without adapter, and --method "
+            f"{given.method} would need a second model for that; leave --beta out, or take lora, qlora, dora or qdora."
+        )
+
+
+def _of_processes(given: TrainSettings, processes: int) -> Iterator[str]:
+    if processes > 1 and given.method not in METHODS:
+        yield f"--method {given.method} trains in one process; leave --devices out."
+    if processes > 1 and given.loss_type in WITHIN_BATCHES:
+        yield (
+            f"--loss-type {given.loss_type} is a loss over a whole batch, and {processes} processes have batches of "
+            "their own; leave --devices out, or give another loss."
+        )
+    if given.strategy != "fsdp":
+        return
+    whole = _started(given)
+    if given.enable_lora and given.method in DORA:
+        # The magnitudes of the other rows, which are saved too, are norms of the base's rows.
+        whole = f"--enable-lora with --method {given.method}"
+    if whole:
+        yield f"{whole} needs whole weights, which --strategy fsdp does not read; take ddp."
+    if given.method == "full" and given.optimizer not in ELEMENTWISE:
+        yield (
+            f"--strategy fsdp with --method full trains shards, and --optimizer {given.optimizer} may need whole "
+            f"weights; take {', '.join(ELEMENTWISE)}, or --strategy ddp."
+        )
