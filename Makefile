@@ -134,6 +134,9 @@ wheel: $(STAMP) ## sdist and wheel in dist/, the library and its manylinux tag i
 	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist dist/raw/*.whl
 	mv dist/raw/*.tar.gz dist && rm -r dist/raw
 
+article: $(STAMP) ## the article's figures: run what is behind them, render article/LEDGER.md
+	$(BIN)/python -m rankwise_article ledger article/ledger.toml --output article/LEDGER.md
+
 docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(BIN)/sphinx-build -W -q docs docs/_build
@@ -142,4 +145,4 @@ clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: help setup demo test test-all check budget format compat families differential grid torture torture-disk \
-	torture-kills browser bench wheel docs clean
+	torture-kills browser bench wheel article docs clean

@@ -1,4 +1,4 @@
-"""``python -m rankwise_article score``: score existing texts, without a model and without torch."""
+"""``python -m rankwise_article``: score texts, convert loralib's adapters, show and check the article's ledger."""
 
 from __future__ import annotations
 
@@ -55,9 +55,37 @@ def _vicuna(given: argparse.Namespace) -> Scored:
     return lines, document
 
 
+def _convert(given: argparse.Namespace) -> Scored:
+    from rankwise_article.converter import convert
+
+    parts = [part == "1" for part in given.parts.split(":")]
+    document = convert(given.file, given.output, given.model, given.lora_alpha, parts)
+    return [(label.replace("_", " "), str(value)) for label, value in document.items()], document
+
+
+def _ledger(given: argparse.Namespace) -> Scored:
+    from rankwise_article.ledger import ledger
+
+    return ledger(given.file, given.output, every=given.every)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rankwise_article", description=__doc__)
     verbs = parser.add_subparsers(required=True)
+    converts = verbs.add_parser("convert", help="write an adapter that loralib saved (.pt) as a PEFT folder")
+    converts.set_defaults(run=_convert)
+    converts.add_argument("file", type=Path)
+    converts.add_argument("--model", required=True, help="the base: hub id or folder; its shapes are compared")
+    converts.add_argument("--output", type=Path, required=True, help="PEFT folder to write")
+    converts.add_argument("--lora-alpha", type=float, required=True, help="the file does not hold it; 32 on E2E")
+    converts.add_argument("--parts", default="1:0:1", help="adapted parts of fused layers; default: q and v of q, k, v")
+    ledgers = verbs.add_parser("ledger", help="run the commands behind the article's figures and render the ledger")
+    ledgers.set_defaults(run=_ledger)
+    ledgers.add_argument("file", type=Path, help="ledger.toml")
+    ledgers.add_argument("--output", type=Path, help="Markdown page to write")
+    ledgers.add_argument("--every", action="store_true", help="run the commands that take hours or a card too")
+    for verb in (converts, ledgers):
+        verb.add_argument("--json", action="store_true", help="print one JSON document")
     benchmarks = verbs.add_parser("score", help="score texts that you have already").add_subparsers(required=True)
     files: Mapping[str, tuple[Callable[[argparse.Namespace], Scored], Mapping[str, str]]] = {
         "e2e": (
@@ -78,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, (score, options) in files.items():
         benchmark = benchmarks.add_parser(name)
-        benchmark.set_defaults(score=score)
+        benchmark.set_defaults(run=score)
         benchmark.add_argument("--json", action="store_true", help="print one JSON document")
         for option, text in options.items():
             action = "append" if option == "ratings" else "store"
@@ -96,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         with heard(tell):
-            lines, document = given.score(given)
+            lines, document = given.run(given)
     except RankwiseError as error:
         print(f"error {error.code}: {error.message}", file=sys.stderr)
         if given.json:

@@ -1,7 +1,7 @@
 """The memory tables of docs/memory.md: LLaMA's four sizes, weights only and whole training steps, as Markdown.
 
-    python benchmarks/memory_tables.py            # closed form, seconds
-    python benchmarks/memory_tables.py --exact    # dry run of every step, minutes
+    python article/benchmarks/memory_tables.py            # closed form, seconds
+    python article/benchmarks/memory_tables.py --exact    # dry run of every step, minutes
 
 Only shapes are needed: the script writes a config.json for each size (Touvron et al. 2023, table 2) and plans with it.
 """

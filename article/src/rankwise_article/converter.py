@@ -1,0 +1,80 @@
+"""loralib's ``.pt`` files as PEFT adapters: what ``lora.lora_state_dict`` saves, as in the LoRA paper's releases.
+
+A ``.pt`` file is a pickle. ``torch.load(weights_only=True)`` admits tensors and plain containers alone.
+
+loralib's ``MergedLinear`` holds a pair for each enabled part of a fused projection: A (n r, in), B (n out/parts, r).
+PEFT holds one pair of rank n r with a block-structured B (out, n r), and n times alpha for the same scale alpha / r.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rankwise.adapters.checkpoint import read_adapter
+from rankwise.adapters.fused import to_blocks
+from rankwise.adapters.peft_config import to_peft
+from rankwise.disk import whole_folder
+from rankwise.errors import AdapterError
+from rankwise.lora_config import LoraConfig
+from rankwise.models import load_skeleton
+
+# GPT-2's c_attn holds q, k and v, of which the paper's runs adapt q and v.
+PARTS = (True, False, True)
+
+
+def convert(path: Path, output: Path, model: str, alpha: float, parts: Sequence[bool] = PARTS) -> dict[str, object]:
+    """Write ``path`` as a PEFT folder, checked against ``model``. loralib's files do not hold ``alpha``.
+
+    Raises AdapterError: RA260 for a file that is not loralib's, RW411 for shapes that the model does not have.
+    """
+    pairs = _pairs(path)
+    ranks = {B.shape[1] for _, B in pairs.values()}
+    fused = {name: sum(parts) if A.shape[0] == sum(parts) * B.shape[1] else 1 for name, (A, B) in pairs.items()}
+    if len(ranks) > 1 or any(A.shape[0] != fused[name] * B.shape[1] for name, (A, B) in pairs.items()):
+        raise AdapterError(
+            "RA260", f"{path} holds pairs of A and B whose ranks differ; --parts says which parts adapt."
+        )
+    r, skeleton, tensors = ranks.pop(), load_skeleton(model), {}
+    for name, (A, B) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = to_blocks(
+            B, parts if fused[name] > 1 else None
+        ).contiguous()
+    widest = max(fused.values())
+    config = LoraConfig(
+        r=widest * r,
+        lora_alpha=widest * alpha,
+        rank_pattern={name: r for name, count in fused.items() if count < widest},
+        alpha_pattern={name: alpha for name, count in fused.items() if count < widest},
+    )
+    conv1d = type(dict(skeleton.named_modules()).get(next(iter(pairs)))).__name__ == "Conv1D"
+    targets = sorted({name.rpartition(".")[2] for name in pairs})
+    with whole_folder(output) as folder:
+        document = to_peft(config, targets, model, conv1d)
+        (folder / "adapter_config.json").write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        read_adapter(skeleton, folder)
+    return {"output": str(output), "modules": len(pairs), "r": r, "lora_alpha": alpha}
+
+
+def _pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """{module: (A, B)}. Raises AdapterError (RA260)."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model_state_dict", state)
+        found = {key.removeprefix("module."): value.float() for key, value in state.items()}
+    except (OSError, pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
+        raise AdapterError("RA260", f"{path} is no state of loralib's adapters: {str(error)[:200]}") from None
+    names = sorted({key.removesuffix(".lora_A") for key in found if key.endswith(".lora_A")})
+    wanted = {f"{name}.lora_{end}" for name in names for end in "AB"}
+    if not names or wanted != set(found) or any(value.dim() != 2 for value in found.values()):
+        other = ", ".join(sorted(wanted ^ set(found))[:3])
+        raise AdapterError("RA260", f"{path} holds other tensors than pairs of lora_A and lora_B: {other or 'none'}.")
+    return {name: (found[f"{name}.lora_A"], found[f"{name}.lora_B"]) for name in names}
