@@ -11,7 +11,6 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired
 
 # On Python 3.11, pydantic does not accept typing.TypedDict, and brings this one.
 from typing_extensions import TypedDict
@@ -47,8 +46,8 @@ class RateSearch(TypedDict):
     rows: int
     seconds: float
     trials: list[RateTrial]
-    # As given; records of older versions do not say.
-    budget: NotRequired[float | None]
+    # As given.
+    budget: float | None
 
 
 @dataclasses.dataclass

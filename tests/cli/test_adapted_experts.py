@@ -45,7 +45,7 @@ def test_from_training_to_the_merged_model(rankwise, experts_folder, rows_file, 
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["trainable_parameters"] == 2 * 8 * 2 * (32 + 64 + 32 + 32)
     done = rankwise("inspect", tmp_path / "run", "--model", experts_folder, "--json")
-    assert done.document["fits"]["fits"]
+    assert done.document["fits"]["shapes"]
     assert done.document["target_parameters"] == ["experts.gate_up_proj", "experts.down_proj"]
     assert done.document["norm_of_B"]["total"] > 0
     done = rankwise("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged", "--verify", "--json")

@@ -242,18 +242,14 @@ def test_preview_of_a_row_that_is_not_there(refuses, model_folder, rows_file):
 
 
 def test_inspect_what_is_no_folder(refuses, tmp_path):
-    refuses("RW560", "inspect", tmp_path / "none", said="does not exist")
+    refuses("RW560", "inspect", tmp_path / "none", said="no files")
     (tmp_path / "file").write_text("x")
-    refuses("RW560", "inspect", tmp_path / "file", said="is a file")
+    refuses("RW560", "inspect", tmp_path / "file", said="no files")
 
 
 def test_inspect_a_folder_of_something_else(refuses, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     refuses("RW560", "inspect", tmp_path, said="thesis.tex")
-
-
-def test_inspect_a_model_against_a_model(refuses, model_folder):
-    refuses("RW561", "inspect", model_folder, "--model", model_folder)
 
 
 @pytest.mark.parametrize(

@@ -40,29 +40,8 @@ def packed_run(packed_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_inspect_counts_weights_and_not_bytes(packed_folder, model_folder, rankwise):
-    packed = rankwise("inspect", packed_folder, "--json").document
-    dense = rankwise("inspect", model_folder, "--json").document
-    assert packed["quantization"] == "bitsandbytes"
-    assert packed["parameters"] == dense["parameters"]
-    assert packed["tensors"] > dense["tensors"]
-
-
-def test_inspect_names_a_damaged_weight(packed_folder, rankwise):
-    from safetensors.torch import load_file, save_file
-
-    file = packed_folder / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["model.layers.0.mlp.up_proj.weight.absmax"]
-    save_file(tensors, file, metadata={"format": "pt"})
-    done = rankwise("inspect", packed_folder)
-    assert done.code == 2
-    assert "RW611" in done.stderr
-    assert "model.layers.0.mlp.up_proj.weight" in done.stderr
-
-
 def test_inspect_says_whether_an_adapter_fits_a_4_bit_base(packed_run, packed_folder, rankwise):
-    assert rankwise("inspect", packed_run, "--model", packed_folder, "--json").document["fits"]["fits"] is True
+    assert rankwise("inspect", packed_run, "--model", packed_folder, "--json").document["fits"]["shapes"] is True
 
 
 @pytest.mark.parametrize(("wish", "four_bit"), [("auto", True), ("none", False)])
@@ -159,15 +138,6 @@ def test_a_mixture_of_experts_from_training_to_a_merged_model(moe_folder, rows_f
         found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(input_ids=ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert rankwise("generate", "--adapter", run, "--prompt", "Hi", "--max-new-tokens", 2).code == 0
-
-
-def test_inspect_counts_the_weights_of_4_bit_experts(moe_folder, rankwise, tmp_path):
-    model, _ = load_model(str(moe_folder), quantization=Nf4Config(double_quant=True))
-    model.save_pretrained(tmp_path / "packed")
-    packed = rankwise("inspect", tmp_path / "packed", "--json").document
-    dense = rankwise("inspect", moe_folder, "--json").document
-    assert packed["parameters"] == dense["parameters"]
-    assert packed["quantization"] == "bitsandbytes"
 
 
 def test_a_plan_of_qlora_holds_experts_in_4_bits(moe_folder, rankwise):

@@ -247,7 +247,7 @@ def test_an_adapter_of_another_base_is_refused(rankwise, run_folder, gpt2_folder
 
 
 def test_inspect_says_who_serves_it(rankwise, run_folder):
-    found = rankwise("inspect", run_folder(use_dora=True), "--json").document["serving"]
+    found = rankwise("inspect", run_folder(use_dora=True), "--json").document["served_by"]
     assert any("export --for vllm" in place and "DoRA" in place for place in found)
 
 

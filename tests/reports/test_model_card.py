@@ -205,18 +205,6 @@ FORMATS = {
         "rw.Fp4Config(block_size=32)",
         "float16",
     ),
-    "of older records": (
-        {
-            "dtype": "float32",
-            "quantization": {
-                "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_use_double_quant": True,
-                "bnb_4bit_compute_dtype": "float32",
-            },
-        },
-        *DOUBLE,
-        "float32",
-    ),
 }
 
 

@@ -13,8 +13,7 @@ from training_rows import Recorder
 
 from rankwise import Nf4Config, quantize
 from rankwise.errors import ConfigError, QuantizationError, RunError
-from rankwise.records import RunRecord, load_record
-from rankwise.training.output import check_same_run
+from rankwise.records import load_record
 from rankwise.training.run import train
 from tiny_models import tiny_gpt2, tiny_llama
 
@@ -158,12 +157,3 @@ def test_lora_on_a_checkpoint_of_four_bits_is_recorded(settings: Any, tokenizer:
     record = load_record(tmp_path / "run")
     assert record.method == "lora"
     assert record.base_model["quantization"]["quant_type"] == "nf4"
-
-
-def test_a_run_from_before_an_option_existed_resumes_with_its_default(tmp_path: Path) -> None:
-    RunRecord("lora", 0, {"r": 4}).save(tmp_path)
-    given = {"r": 4, "bias": "none", "lr_scheduler_type": "linear"}
-    defaults = {"bias": "none", "lr_scheduler_type": "linear"}
-    check_same_run(tmp_path, given, defaults)
-    with pytest.raises(RunError, match="--bias was 'none' and is 'all'"):
-        check_same_run(tmp_path, given | {"bias": "all"}, defaults)

@@ -54,15 +54,12 @@ def quantization_of(adapter: Path) -> FourBitConfig | None:
     stored = None if record is None else record.base_model.get("quantization")
     if record is None or not stored or str(record.settings.get("init", "")).startswith("pissa"):
         return None
-    from rankwise.quantization.config import METHOD, FourBitConfig, rewrite_bitsandbytes_config
+    from rankwise.quantization.config import METHOD, FourBitConfig
 
-    if not isinstance(stored, Mapping):
+    if not isinstance(stored, Mapping) or stored.get("quant_method") != METHOD:
         raise RunError("RW501", f"{adapter / RUN_FILE} describes the 4-bit base as {str(stored)[:60]!r}; repair it.")
-    if stored.get("quant_method") == METHOD:
-        found: FourBitConfig = FourBitConfig.from_dict(dict(stored))
-        return found
-    # Older records hold the quantization_config of config.json, which is bitsandbytes'.
-    return rewrite_bitsandbytes_config(stored)
+    found: FourBitConfig = FourBitConfig.from_dict(dict(stored))
+    return found
 
 
 def dtype_of(adapter: Path) -> torch.dtype | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -29,34 +28,29 @@ def run(settings: DoctorSettings, output: Output) -> Document:
 
     with output.waiting("looking at this machine"):
         parts = {"machine": dict(_machine()), "libraries": dict(_libraries()), "kernels": dict(_kernels())}
-        findings = [*_of_libraries(), *_of_kernels()]
+        findings = list(_findings())
     for title, rows in parts.items():
         output.line(title.capitalize(), style="bold")
         print_lines(list(rows.items()), output)
         output.line()
     output.line("What to do", style="bold")
     print_lines(findings or [("", "nothing: all that rankwise has works here.")], output)
-    return {
-        **parts,
-        "findings": [{"code": code, "message": message} for code, message in findings],
-        "works": not any(code == "RW790" for code, _ in findings),
-    }
+    return {**parts, "findings": [{"code": code, "message": message} for code, message in findings]}
 
 
 def _machine() -> Iterator[tuple[str, str]]:
-    import psutil
     import torch
 
     from rankwise.models import choose_device
     from rankwise.planning.hardware import cpu_hardware, cpu_name
 
     hardware = cpu_hardware()
-    python = platform.python_version()
-    yield "system", f"{platform.system()} {platform.release()} on {platform.machine()}, Python {python}"
+    yield "system", f"{platform.system()} on {platform.machine()}, Python {platform.python_version()}"
     yield "processor", f"{cpu_name()}, {plural(hardware.cores or 1, 'core')}"
-    total = psutil.virtual_memory().total
-    yield "memory", f"{byte_size(hardware.memory_bytes)} available now, of {byte_size(total)}"
-    yield "disk", f"{byte_size(shutil.disk_usage(os.curdir).free)} free in this folder"
+    yield (
+        "free",
+        f"{byte_size(hardware.memory_bytes)} of memory, {byte_size(shutil.disk_usage('.').free)} of disk",
+    )
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         yield f"card {index}", f"{card.name}, {byte_size(card.total_memory)}, capability {card.major}.{card.minor}"
@@ -66,21 +60,16 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _libraries() -> Iterator[tuple[str, str]]:
-    from rankwise.models.source import DEMO_INSTALL, DEMO_PACKAGE
-
     yield "rankwise", metadata.version("rankwise")
-    yield "needed", ", ".join(f"{name} {version or '(missing)'}" for name, _, version, _ in _requirements())
+    yield "needed", ", ".join(f"{name} {version or '(missing)'}" for name, version, _ in _requirements())
     for extra in metadata.metadata("rankwise").get_all("Provides-Extra") or ():
+        missing = ", ".join(name for name, _, wanted in _requirements(extra) if wanted)
         if extra not in OURS:
-            missing = [name for name, _, _, fits in _requirements(extra) if not fits]
-            install = f'{", ".join(missing)} missing: pip install "rankwise[{extra}]"'
-            yield extra, install if missing else "installed"
-    found = importlib.util.find_spec(DEMO_PACKAGE)
-    yield "demo", "installed" if found else f"the model of --model demo is missing: {DEMO_INSTALL}"
+            yield extra, f'{missing} missing: pip install "rankwise[{extra}]"' if missing else "installed"
 
 
-def _requirements(extra: str = "") -> Iterator[tuple[str, str, str | None, bool]]:
-    """(name, range, installed version, whether it fits) of what rankwise needs, or of what ``extra`` adds."""
+def _requirements(extra: str = "") -> Iterator[tuple[str, str | None, str]]:
+    """(name, installed version, what to install where that does not fit) of rankwise itself, or of ``extra`` alone."""
     from packaging.requirements import Requirement
 
     for one in map(Requirement, metadata.requires("rankwise") or ()):
@@ -91,13 +80,7 @@ def _requirements(extra: str = "") -> Iterator[tuple[str, str, str | None, bool]
             except metadata.PackageNotFoundError:
                 version = None
             fits = version is not None and one.specifier.contains(version, prereleases=True)
-            yield one.name, str(one.specifier), version, fits
-
-
-def _of_libraries() -> Iterator[tuple[str, str]]:
-    wrong = [f'"{name}{needs}"' for name, needs, _, fits in _requirements() if not fits]
-    if wrong:
-        yield "RW790", f"rankwise needs other libraries than are installed; run pip install {' '.join(wrong)}."
+            yield one.name, version, "" if fits else f'"{one.name}{one.specifier}"'
 
 
 def _kernels() -> Iterator[tuple[str, str]]:
@@ -119,23 +102,21 @@ def _kernels() -> Iterator[tuple[str, str]]:
     yield "attention", level if missing is None else f"PyTorch's own: {missing}"
 
 
-def _of_kernels() -> Iterator[tuple[str, str]]:
+def _findings() -> Iterator[tuple[str, str]]:
     import torch
 
     from rankwise.ops import selection
     from rankwise.ops.cpu import native
 
+    if wanted := [wanted for _, _, wanted in _requirements() if wanted]:
+        yield "RW790", f"rankwise needs other libraries than are installed; run pip install {' '.join(wanted)}."
     cards = torch.cuda.is_available()
     for obstacle in (native.obstacle(), selection.obstacle("triton", "cuda") if cards else None):
         if obstacle is not None:
             yield "RW608", f"4-bit products run in plain PyTorch, slowly: {obstacle}"
     if shutil.which("nvidia-smi") is not None and not cards:
-        build = "is built without CUDA" if torch.version.cuda is None else "finds no card that it can use"
-        yield (
-            "RW791",
-            f"NVIDIA's driver is installed and torch {torch.__version__} {build}, so no card is used; install the "
-            "build for your CUDA version: https://pytorch.org/get-started/locally.",
-        )
+        text = f"NVIDIA's driver is installed and torch {torch.__version__} uses no card; install torch's build for it"
+        yield "RW791", f"{text}: https://pytorch.org/get-started/locally."
 
 
 VERB = Verb(
@@ -144,5 +125,5 @@ VERB = Verb(
     run=run,
     summary="Say what this machine has: devices, libraries, which kernels run and why, what to install.",
     examples=("rankwise doctor", "rankwise doctor --json"),
-    exit_code=lambda document: 0 if document["works"] else 2,
+    exit_code=lambda document: 2 if any(found["code"] == "RW790" for found in document["findings"]) else 0,
 )

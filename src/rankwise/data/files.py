@@ -8,7 +8,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import re
 import zlib
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankwise.data.formats import E2E_LINES, TEXT, BadRow, Format, Record
+from rankwise.data.formats import BadRow, Record
 from rankwise.data.rows import Unit
 from rankwise.errors import DataError, one_line
 from rankwise.foreign import Json, each_once
@@ -28,16 +27,14 @@ if TYPE_CHECKING:
 Numbered = Iterator[tuple[int, Record | BadRow]]
 # The csv module's own limit of 128 KiB is too short for documents in a table.
 LONGEST_FIELD_BYTES = 1 << 30
-LINE_SEPARATOR = "||"
 
 
 @dataclasses.dataclass(frozen=True)
 class FileContent:
-    """A parsed file. ``formats`` holds the format that the kind of file decides (text files), else it is None."""
+    """A parsed file."""
 
     records: Sequence[tuple[int, Record | BadRow]]
     sha256: str
-    formats: tuple[Format, ...] | None = None
     # The unit of the numbers in ``records``: lines, rows, ...
     counted_in: Unit = "line"
 
@@ -65,14 +62,10 @@ def read_file(path: Path, kind: str | None = None) -> FileContent:
     stored = _stored(path)
     content = _unpacked(path, stored)
     records = list(KINDS[kind](path, content))
-    formats = None
-    if kind == ".txt":
-        pairs = bool(records) and all("context" in record for _, record in records if not isinstance(record, BadRow))
-        formats = (E2E_LINES if pairs else TEXT,)
     # Arrays are often written without line breaks, so their records are counted by number.
     is_array = kind == ".json" and content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     unit: Unit = "row" if is_array or kind == ".parquet" else "line"
-    return FileContent(records, hashlib.sha256(stored).hexdigest(), formats, unit)
+    return FileContent(records, hashlib.sha256(stored).hexdigest(), unit)
 
 
 def read_text(path: Path) -> str:
@@ -144,60 +137,20 @@ def _as_record(record: Json) -> Record | BadRow:
 def _json(path: Path, content: bytes) -> Numbered:
     """The records of a JSON array of objects. Many ``.json`` files hold one object per line; these are read too."""
     text = _decoded(path, content)
-    start = _skip(text, 0)
-    if start == len(text):
-        return
-    if text[start] != "[":
+    if text.lstrip()[:1] != "[":
         yield from _json_lines(path, content)
         return
-    yield from _json_array(path, text, start)
-
-
-_BLANK = re.compile(r"[ \t\r\n]*")
-
-
-def _skip(text: str, position: int) -> int:
-    match = _BLANK.match(text, position)
-    return match.end() if match else position
-
-
-def _json_array(path: Path, text: str, start: int) -> Numbered:
-    # Element by element, so that what stands before a fault is counted.
-    decode = json.JSONDecoder(object_pairs_hook=each_once).raw_decode
-    position = _skip(text, start + 1)
-    if text[position : position + 1] == "]":
-        _check_end(path, text, position + 1)
-        return
-    for number in itertools.count(1):
-        try:
-            element, position = decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                "RW206",
-                f"{path}, line {error.lineno}: expected a JSON array of objects, found invalid JSON "
-                f"({error.msg} at column {error.colno}).",
-            ) from None
-        except (RecursionError, ValueError) as error:
-            raise DataError("RW206", f"{path}, row {number}: JSON that cannot be read ({error}).") from None
-        yield number, _as_record(element)
-        position = _skip(text, position)
-        mark = text[position : position + 1]
-        if mark == "]":
-            _check_end(path, text, position + 1)
-            return
-        if mark != ",":
-            at = text.count("\n", 0, position) + 1
-            found = repr(mark) if mark else "the end of the file"
-            raise DataError("RW206", f"{path}, line {at}: expected `,` or `]` in the JSON array, found {found}.")
-        position = _skip(text, position + 1)
-
-
-def _check_end(path: Path, text: str, position: int) -> None:
-    """Raise DataError (RW206) where more than white space follows the array, such as a second array."""
-    position = _skip(text, position)
-    if position < len(text):
-        at, found = text.count("\n", 0, position) + 1, text[position]
-        raise DataError("RW206", f"{path}, line {at}: expected nothing after the JSON array, found {found!r}.")
+    try:
+        elements = json.loads(text, object_pairs_hook=each_once)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            "RW206",
+            f"{path}, line {error.lineno}: expected a JSON array of objects, found invalid JSON ({error.msg} at column "
+            f"{error.colno}).",
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise DataError("RW206", f"{path}: JSON that cannot be read ({error}).") from None
+    yield from ((number, _as_record(element)) for number, element in enumerate(elements, 1))
 
 
 def _table(delimiters: str) -> Callable[[Path, bytes], Numbered]:
@@ -287,18 +240,13 @@ def _without_nulls(value: Json) -> Json:
 
 
 def _text_lines(path: Path, content: bytes) -> Numbered:
+    """Texts, or the pairs of LoRA's E2E files: ``name : A | food : B||A serves B .``"""
     lines = list(_lines(_decoded(path, content)))
-    pairs = [line.count(LINE_SEPARATOR) == 1 for _, line in lines]
-    # A single line with the separator may be prose; where most lines have it, a line without it is a mistake.
-    paired = sum(pairs) * 2 > len(lines)
-    for (number, line), is_pair in zip(lines, pairs):
-        if not paired:
-            yield number, {"text": line.rstrip("\r")}
-        elif is_pair:
-            context, reference = line.split(LINE_SEPARATOR)
-            yield number, {"context": context, "reference": reference}
-        else:
-            yield number, BadRow(f"expected context{LINE_SEPARATOR}reference, found {line[:40]!r}")
+    # A single line with the separator may be prose.
+    paired = sum("||" in line for _, line in lines) * 2 > len(lines)
+    for number, line in lines:
+        mr, _, ref = line.partition("||")
+        yield number, {"mr": mr, "ref": ref} if paired else {"text": line.rstrip("\r")}
 
 
 KINDS: dict[str, Callable[[Path, bytes], Numbered]] = {

@@ -126,16 +126,9 @@ def _alpaca(context: str, answer: str) -> Callable[[Record], JsonObject]:
     return fields
 
 
-def _line_pair(prompt: str, completion: str) -> Callable[[Record], JsonObject]:
-    """A reader of data-to-text rows: the prompt is one line and ends with a newline."""
-
-    def fields(record: Record) -> JsonObject:
-        return {
-            "prompt": text_field(record, prompt).strip() + "\n",
-            "completion": text_field(record, completion).strip(),
-        }
-
-    return fields
+def _data_to_text(record: Record) -> JsonObject:
+    """The prompt is one line and ends with a newline."""
+    return {"prompt": text_field(record, "mr").strip() + "\n", "completion": text_field(record, "ref").strip()}
 
 
 def _text(record: Record) -> JsonObject:
@@ -257,14 +250,6 @@ def tools_of(record: Record) -> tuple[Fields, ...] | None:
 
 
 PROMPT_MESSAGES = Format("chat (prompt, completion as messages)", "chat", ("prompt", "completion"), _prompt_messages)
-E2E_LINES = Format(
-    "data-to-text lines (context||reference)",
-    "prompt",
-    ("context", "reference"),
-    _line_pair("context", "reference"),
-    uses_template=False,
-)
-TEXT = Format("text (text)", "text", ("text",), _text, uses_template=False)
 # Tried in this order: the first layout whose columns exist is used.
 FORMATS: Collection[Format] = (
     Format("chat (messages)", "chat", ("messages",), _messages, optional=("system",)),
@@ -288,6 +273,6 @@ FORMATS: Collection[Format] = (
         optional=("context",),
     ),
     Format("question and answer", "prompt", ("question", "answer"), pair("question", "answer"), separator="\n"),
-    Format("E2E (mr, ref)", "prompt", ("mr", "ref"), _line_pair("mr", "ref"), uses_template=False),
-    TEXT,
+    Format("E2E (mr, ref)", "prompt", ("mr", "ref"), _data_to_text, uses_template=False),
+    Format("text (text)", "text", ("text",), _text, uses_template=False),
 )

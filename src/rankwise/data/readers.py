@@ -95,7 +95,7 @@ def _read_path(path: Path, name: str, how: _How) -> Rows:
         counted_in=content.counted_in,
         skip_bad_rows=how.skip_bad_rows,
         bad_before=how.bad_before,
-        formats=content.formats if how.formats is None else how.formats,
+        formats=how.formats,
     )
 
 

@@ -247,10 +247,7 @@ class FourBit:
 
 
 def _four_bit(record: RunRecord) -> FourBit | None:
-    """The 4-bit format of the base according to the record, or what the method implies where the record does not say.
-
-    Older records have bitsandbytes' form.
-    """
+    """The base's 4-bit format by the record, or what the method implies where the record does not say."""
     facts = record.base_model
     stored = facts.get("quantization")
     if str(record.settings.get("init", "")).startswith("pissa"):
@@ -258,11 +255,11 @@ def _four_bit(record: RunRecord) -> FourBit | None:
         return None
     if not stored:
         return FourBit() if record.method in FOUR_BITS else None
-    compute = stored.get("compute_dtype") or stored.get("bnb_4bit_compute_dtype")
+    compute = stored.get("compute_dtype")
     dtype = str(facts.get("dtype") or compute or "bfloat16")
     return FourBit(
-        str(stored.get("quant_type") or stored.get("bnb_4bit_quant_type") or "nf4"),
-        bool(stored.get("double_quant", stored.get("bnb_4bit_use_double_quant"))),
+        str(stored.get("quant_type") or "nf4"),
+        bool(stored.get("double_quant")),
         int(stored.get("block_size") or 64),
         dtype,
         str(compute or dtype),

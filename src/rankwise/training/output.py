@@ -94,12 +94,12 @@ def holds_run(output: Path) -> bool:
     return read_old_run(output) is not None
 
 
-def check_same_run(output: Path, settings: Fields, defaults: Fields) -> None:
+def check_same_run(output: Path, settings: Fields) -> None:
     """Raise RunError (RW507) with every setting in which a resumed run differs from the run in ``output``.
 
-    ``check_length`` compares the length. ``defaults`` are the values of settings that are missing in an older record.
+    ``check_length`` compares the length.
     """
-    before = {**defaults, **load_record(output).settings}
+    before = load_record(output).settings
     free = MAY_CHANGE | COMPARED_BY_CONTENT | {*LENGTH}
     changed = [
         f"{flag(name)} was {_given(before.get(name))} and is {_given(value)}"
@@ -154,7 +154,7 @@ def _given(value: object) -> str:
 def check_same_inputs(output: Path, data: Mapping[str, Fields], base_model: Fields) -> None:
     """Raise RunError (RW508) with every input whose content differs from that of the run in ``output``.
 
-    ``data`` and ``base_model`` are as in the record, and are compared by their sha256, where the older record has one.
+    ``data`` and ``base_model`` are as in the record, and are compared by their sha256.
     """
     before = load_record(output)
     pairs = {

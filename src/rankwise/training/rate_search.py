@@ -79,7 +79,7 @@ def with_found_rate(given: TrainSettings) -> TrainSettings:
         return given.model_copy(update={"learning_rate": record.settings["learning_rate"]})
     if found is None or not given.searches:
         return given
-    before = sorted({trial["learning_rate"] for trial in found["trials"]}), found.get("budget", given.budget)
+    before = sorted({trial["learning_rate"] for trial in found["trials"]}), found["budget"]
     if before != (list(given.searched_rates) or before[0], given.budget):
         raise RunError(
             "RW507",

@@ -94,7 +94,7 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
             settings = rate_search.with_found_rate(settings)
         lora = _check_settings(settings)
         if mode == "resume":
-            output.check_same_run(settings.output, settings.model_dump(mode="json"), settings.defaults())
+            output.check_same_run(settings.output, settings.model_dump(mode="json"))
             output.check_same_processes(settings.output, ranks.count())
             if _is_finished(settings):
                 return load_record(settings.output)
