@@ -59,8 +59,8 @@ def _run(command: str, folder: Path) -> tuple[int, str]:
 
 
 def _fault(row: Row, told: tuple[int, str]) -> str:
-    """Why a row does not hold, or an empty string: each number of ``ours`` has to be one that the command printed, rounded.
-    A test prints no figures.
+    """Why a row does not hold, or an empty string: each number of ``ours`` has to be among those that the command
+    printed, rounded to as many digits. A test prints no figures.
     """
     code, text = told
     if code:
