@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from rankwise.comparison import processes
+from rankwise.comparison import pool
 from rankwise.comparison.stages import beside
 
 
 def steps_in_this_process(patch: pytest.MonkeyPatch, *, but: Sequence[str] = ()) -> None:
     """Comparisons start no processes any more, except for steps whose arguments begin with a word of ``but``."""
-    in_new_one = processes.start
+    in_new_one = pool.start
 
-    def start(module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> Any:
+    def start(module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> pool.Call:
         if arguments[0] in but:
             return in_new_one(module, arguments, name, environment)
-        began, stdout = time.monotonic(), beside(name, ".out")
-        with stdout.open("w") as out, contextlib.redirect_stdout(out), warnings.catch_warnings():
+        with beside(name, ".out").open("w") as out, contextlib.redirect_stdout(out), warnings.catch_warnings():
             # Its warnings are its own: a process would have printed them.
             warnings.showwarning = lambda *_, **__: None
             code = importlib.import_module(module).main(list(arguments))
-        return processes.Worker(SimpleNamespace(poll=lambda: code), began, stdout)  # type: ignore[arg-type]
+        return pool.Call(lambda: code, lambda: None)
 
-    patch.setattr(processes, "start", start)
+    patch.setattr(pool, "start", start)

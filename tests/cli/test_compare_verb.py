@@ -18,7 +18,7 @@ from rankwise.cli.compare import LEFT_OUT, Lines, table_of, verdict_lines
 from rankwise.cli.main import main
 from rankwise.cli.output import Output
 from rankwise.comparison import measure
-from rankwise.comparison.runner import Picture
+from rankwise.comparison.pool import Picture
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.records import load_record
 from rankwise.reports import summary

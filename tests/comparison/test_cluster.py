@@ -6,7 +6,6 @@ import importlib.util
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_comparison import Quiet, compare, given, starts, without_times
 
 from in_process import steps_in_this_process
-from rankwise.comparison import processes, run
-from rankwise.comparison.processes import LOST
-from rankwise.comparison.ray_cluster import RayWorker, connect
+from rankwise.comparison import pool, run
+from rankwise.comparison.pool import LOST, connect
 from rankwise.errors import ConfigError, RunError
 
 pytestmark = [
@@ -38,8 +36,8 @@ def unreliable(losses: int) -> Any:
     def start(module: str, arguments: list[str], name: Path, environment: dict[str, str]) -> Any:
         if name.name.startswith("lora") and name.name.endswith("seed0.train") and left["losses"]:
             left["losses"] -= 1
-            return processes.Worker(SimpleNamespace(poll=lambda: LOST), time.monotonic(), name)  # type: ignore[arg-type]
-        return processes.start(module, arguments, name, environment)
+            return pool.Call(lambda: LOST, lambda: None)
+        return pool.start(module, arguments, name, environment)
 
     return SimpleNamespace(places=2, start=start)
 
@@ -106,18 +104,17 @@ def test_a_task_is_watched_and_stopped_through_ray(
         return found
 
     kinds = SimpleNamespace(TaskCancelledError=TimeoutError, RayTaskError=Fault, RayError=NodeGone)
-    ready = SimpleNamespace(wait=lambda these, timeout: (these if asked else [], []), get=get, cancel=asked.append)
-    ready.exceptions = kinds
-    monkeypatch.setitem(sys.modules, "ray", ready)
-    worker = RayWorker("task", time.monotonic(), tmp_path / "out")
-    assert worker.poll() is None
-    worker.stop()
+    task = SimpleNamespace(remote=lambda *_: "task")
+    ray = SimpleNamespace(get=get, cancel=asked.append, exceptions=kinds, remote=lambda **_: lambda function: task)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    call = pool.Cluster({}, 1).start("module", [], tmp_path / "out", {})
+    call.stop()
     assert asked == ["task"]
     if code is not None:
-        assert worker.poll() == code
+        assert call.wait() == code
         return
     with pytest.raises(RunError, match="RW556.*no folder"):
-        worker.poll()
+        call.wait()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from rankwise.reports.plotted import pairs_of, with_best
 from rankwise.reports.words import heading, headline
 
 if TYPE_CHECKING:
-    from rankwise.comparison.runner import Picture
+    from rankwise.comparison.pool import Picture
     from rankwise.comparison.stages import Job, Outcome
 
 # Columns of the report that a terminal has no room for.

@@ -10,7 +10,7 @@ from rankwise.comparison import stages
 from rankwise.comparison.collect import read_json
 from rankwise.comparison.inputs import Inputs
 from rankwise.comparison.matrix import Cell, cell_settings
-from rankwise.comparison.runner import steps_of
+from rankwise.comparison.pool import steps_of
 from rankwise.comparison.schedule import Plan, probe_of
 from rankwise.comparison.settings import CompareSettings, shared_training
 from rankwise.comparison.stages import Job

@@ -17,13 +17,14 @@ from rankwise.comparison.detectable import Spreads, wider_rates
 from rankwise.comparison.folder import SETTINGS_FILE, check_folder, check_same
 from rankwise.comparison.inputs import Inputs, check_model, prepare_inputs
 from rankwise.comparison.matrix import planned_runs
-from rankwise.comparison.processes import check_system
-from rankwise.comparison.ray_cluster import Cluster, connect
-from rankwise.comparison.runner import (
+from rankwise.comparison.pool import (
     STATE_FILE,
     Clock,
-    Runner,
+    Cluster,
+    Pool,
     Watcher,
+    check_system,
+    connect,
     environments,
     forget_unfinished,
 )
@@ -247,10 +248,10 @@ def _carry_out(
     slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, given.device)
     start = cluster.start if cluster else None
     clock.lanes = len(slots)
-    runner = Runner(plan.output, commands.of, commands.steps, slots, watcher, clock, lambda: jobs_left(plan), start)
+    pool = Pool(plan.output, commands.of, commands.steps, slots, watcher, clock, lambda: jobs_left(plan), start)
     for group in (first, probes):
-        runner.carry_out(partial(_open_jobs, group, plan))
-    runner.carry_out(lambda: jobs_to_do(plan))
+        pool.carry_out(partial(_open_jobs, group, plan))
+    pool.carry_out(lambda: jobs_to_do(plan))
 
 
 def _open_jobs(jobs: Sequence[Job], plan: Plan) -> list[Job]:

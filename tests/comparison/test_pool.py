@@ -2,71 +2,63 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rankwise.comparison import runner, stages
+from rankwise.comparison import pool, stages
 from rankwise.comparison.matrix import Cell
-from rankwise.comparison.runner import Clock, Runner, environments
+from rankwise.comparison.pool import Clock, Pool, environments
 from rankwise.comparison.stages import Job
+from rankwise.disk import hold
 from rankwise.errors import Interrupted
 
 
 class Watching:
+    """Remembers what it sees, and lets the steps end once it has seen them run."""
+
     def __init__(self) -> None:
         self.pictures: list[Any] = []
+        self.seen = threading.Event()
 
-    def started(self, job: Job) -> None: ...
+    def started(self, job: Job) -> None:
+        self.seen.clear()
+
     def ended(self, job: Job, outcome: object, picture: object) -> None: ...
     def say(self, text: str) -> None: ...
     def tick(self, picture: object) -> None:
         self.pictures.append(picture)
+        self.seen.set()
 
 
-class Step:
-    """A step that ends at the second look at it."""
-
-    def __init__(self) -> None:
-        self.looks = itertools.count()
-
-    def poll(self) -> int | None:
-        return 0 if next(self.looks) else None
-
-    def seconds(self) -> float:
-        return 2.0
-
-    def stop(self) -> None: ...
-
-    def document(self) -> dict[str, Any]:
-        return {}
-
-
-def running(output: Path, *, steps: Any = lambda job: 0, places: int = 1) -> Runner:
+def of_steps(output: Path, *, steps: Any = lambda job: 0, places: int = 1, stop: Any = None) -> Pool:
     watcher, clock = Watching(), Clock(output)
-    return Runner(output, lambda job: ("m", []), steps, [{}] * places, watcher, clock, list, lambda *_: Step())
+    call = pool.Call(lambda: 0 if watcher.seen.wait(60) else 1, stop or (lambda: None))
+    return Pool(output, lambda job: ("m", []), steps, [{}] * places, watcher, clock, list, lambda *_: call)
 
 
 def test_a_step_is_shown_as_soon_as_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "POLL_SECONDS", 0)
     jobs = [Job("measure", Cell("lora", 1e-4, seed)) for seed in (0, 1)]
-    carrying, kept = running(tmp_path), []
+    carrying, kept = of_steps(tmp_path), []
     monkeypatch.setattr(carrying.clock, "keep", kept.append)
     carrying.carry_out(lambda: [job for job in jobs if stages.outcome_of(job, tmp_path) is None])
     assert [item.job for picture in carrying.watcher.pictures for item in picture.running] == jobs
     # A kill in the middle of a step loses none of its time.
-    assert kept == [2.0] * 4
+    assert all(seconds > 0 for seconds in kept)
+    assert len(kept) == 2
 
 
-def test_a_step_that_does_not_stop_in_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "STOP_SECONDS", 0.01)
-    slow, carrying = Step(), running(tmp_path)
-    slow.poll = lambda: None  # type: ignore[method-assign]
-    carrying.start = lambda *_: slow
+def test_a_step_that_does_not_stop_in_time_is_named_and_stopped_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "STOP_SECONDS", 0.01)
+    asked: list[str] = []
+    carrying = of_steps(tmp_path, stop=lambda: asked.append("to stop"))
 
     def interrupt(picture: object) -> None:
         raise KeyboardInterrupt
@@ -74,19 +66,38 @@ def test_a_step_that_does_not_stop_in_time_is_named(tmp_path: Path, monkeypatch:
     carrying.watcher.tick = interrupt
     with pytest.raises(Interrupted, match="RW587: stopped; lora-lr0.0001-seed0 had not saved the last step after 0.01"):
         carrying.carry_out(lambda: [Job("train", Cell("lora", 1e-4, 0))])
+    assert asked == ["to stop"] * 2
+    carrying.watcher.seen.set()
+
+
+def test_a_step_of_an_earlier_call_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "TICK_SECONDS", 0.01)
+    job = Job("train", Cell("lora", 1e-4, 0))
+    carrying, said = of_steps(tmp_path), []
+    earlier = contextlib.ExitStack()
+    earlier.enter_context(hold(job.folder(tmp_path)))
+
+    def say(text: str) -> None:
+        said.append((text, dict(carrying.running)))
+        earlier.close()
+
+    carrying.watcher.say = say
+    carrying.carry_out(lambda: [] if stages.outcome_of(job, tmp_path) else [job])
+    assert said == [("A run of an earlier call is still saving; waiting for it.", {})]
+    assert stages.outcome_of(job, tmp_path).status == "finished"
 
 
 def test_the_seconds_left_are_those_of_similar_steps_and_of_trainings_by_their_length(tmp_path: Path) -> None:
     steps = {seed: 10 * (seed + 1) for seed in range(4)}
     train, measure = ([Job(stage, Cell("lora", 1e-4, seed)) for seed in steps] for stage in ("train", "measure"))
-    carrying = running(tmp_path, steps=lambda job: steps[job.cell.seed] if job.stage == "train" else 0, places=2)
+    carrying = of_steps(tmp_path, steps=lambda job: steps[job.cell.seed] if job.stage == "train" else 0, places=2)
     assert carrying._seconds_left(train, []) is None
     # 30 steps took a minute, so that one takes two seconds.
     carrying.spent = [(train[0], 15.0), (train[1], 45.0), (measure[0], 4.0), (measure[1], 8.0)]
     left = [*train[2:], measure[3]]
     whole = 2.0 * (30 + 40) + 6.0
     assert carrying._seconds_left(left, []) == pytest.approx(whole / 2)
-    begun = [runner.Running(train[2], 50.0, 0, 30), runner.Running(measure[3], 99.0, 0, 0)]
+    begun = [pool.Running(train[2], 50.0, 0, 30), pool.Running(measure[3], 99.0, 0, 0)]
     assert carrying._seconds_left(left, begun) == pytest.approx((whole - 50 - 6) / 2)
     # Of a stage that has not run yet, the mean of all others.
     assert carrying._usual_seconds(Job("prepare", None)) == pytest.approx((15 + 45 + 4 + 8) / 4)
@@ -94,7 +105,7 @@ def test_the_seconds_left_are_those_of_similar_steps_and_of_trainings_by_their_l
 
 def test_the_clock_writes_every_few_seconds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
-    monkeypatch.setattr(runner.time, "monotonic", lambda: now)
+    monkeypatch.setattr(pool.time, "monotonic", lambda: now)
     clock, kept = Clock(tmp_path), []
     for _ in range(20):
         now += 1
@@ -111,15 +122,13 @@ def test_seconds_of_interrupted_steps_and_of_other_numbers_of_jobs_count(
 ) -> None:
     """A call of 100 s whose step of 60 s is interrupted, then one of 30 s with two steps of 20 s side by side."""
     now = time.monotonic()
-    monkeypatch.setattr(runner.time, "monotonic", lambda: now)
+    monkeypatch.setattr(pool.time, "monotonic", lambda: now)
     for seconds, steps, lanes in ((100, [60.0], 1), (30, [20.0, 20.0], 2)):
-        carrying = running(tmp_path)
+        carrying = of_steps(tmp_path)
         carrying.clock.lanes = lanes
         for number, of_step in enumerate(steps):
-            step: Any = Step()
-            step.seconds = lambda of_step=of_step: of_step
             job = Job("train", Cell("lora", 1e-4, number))
-            carrying.running[job] = step, 0
+            carrying.running[job] = pool.Started(0, pool.Call(int, int), now - of_step)
             carrying._end(job, -2, stopping=True)
         now += seconds
         carrying.clock.keep(now=True)

@@ -1,0 +1,458 @@
+"""Carry out the steps of a comparison, several at a time: each is a process of its own, here or on a Ray cluster.
+
+The outcome of each step is on disk before the next ones are chosen. A kill of the comparison, of a step or of a node
+of the cluster loses nothing that had ended, and a training goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from rankwise.comparison import stages
+from rankwise.comparison.stages import Job, Outcome, beside
+from rankwise.compat.ray import print_no_raylet_logs
+from rankwise.disk import hold
+from rankwise.errors import Interrupted, RunError, heard
+from rankwise.foreign import JsonObject, read_json
+from rankwise.models.device import usable_cores
+from rankwise.planning.hardware import this_machine
+from rankwise.records import read_metrics, write_json
+from rankwise.training.interrupt import end_with_parent
+
+TICK_SECONDS = 1.0
+# The time that a run has to save its step after it was asked to stop.
+STOP_SECONDS = 120.0
+# A step that loses its machine more often than this counts as killed, and the other steps continue.
+MOST_LOSSES = 3
+# Stands for the exit code of a step whose machine is gone.
+LOST = -1000
+# Timeout for the connection to the head node of a Ray cluster.
+ANSWER_SECONDS = 10.0
+STATE_FILE = "state.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A step in progress.
+
+    ``wait`` returns its exit code, negative where a signal ended it. ``stop`` asks it to save and exit, as Ctrl-C
+    would, and the second time to exit at once.
+    """
+
+    wait: Callable[[], int]
+    stop: Callable[[], object]
+
+
+# Starts ``python -m module arguments`` with a name for its files and its own environment variables.
+Start = Callable[[str, Sequence[str], Path, Mapping[str, str]], Call]
+
+
+def start(module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> Call:
+    """Start a step on this machine. stdout goes to ``NAME.out``; stderr is appended to ``NAME.log``.
+
+    The process gets no signals from the terminal: its parent decides when it stops.
+    """
+    with open(beside(name, ".out"), "wb") as out, open(beside(name, ".log"), "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=log,
+            env={**os.environ, **environment},
+            start_new_session=True,
+            preexec_fn=_prepare,
+        )
+    return Call(process.wait, partial(process.send_signal, signal.SIGINT))
+
+
+def _prepare() -> None:
+    # Background jobs of a shell ignore SIGINT, with which a run is asked to stop.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()
+
+
+def check_system() -> None:
+    """Raise RunError (RW599) on a system without POSIX file locks and signals."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        raise RunError(
+            "RW599",
+            f"rankwise compare needs the file locks and signals of POSIX, which this system ({sys.platform}) does not "
+            "have; use Linux, macOS, or the Windows Subsystem for Linux (WSL).",
+        ) from None
+
+
+def environments(jobs: int, device: str) -> list[dict[str, str]]:
+    """The environment of each parallel slot: its own device, or an equal part of the CPU's cores."""
+    gpus = 0
+    if device == "cuda" or (device == "auto" and this_machine().device_type == "cuda"):
+        import torch
+
+        gpus = torch.cuda.device_count()
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(index) for index in range(gpus)]
+        return [{"CUDA_VISIBLE_DEVICES": names[slot % len(names)]} if jobs > 1 else {} for slot in range(jobs)]
+    if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+        return [{} for _ in range(jobs)]
+    return [{"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} for _ in range(jobs)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A connected Ray cluster. ``needs``: the cores and GPUs of a step; ``places``: how many steps run at a time."""
+
+    needs: Mapping[str, float]
+    places: int
+
+    def start(self, module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> Call:
+        """As `start`, on the node that Ray chooses."""
+        import ray
+
+        # Ray does not repeat a lost step: the runner starts it again, from its last checkpoint.
+        task = ray.remote(max_retries=0, **self.needs)(_on_node)
+        reference = task.remote(module, list(arguments), str(name), dict(environment), os.getcwd())
+        return Call(partial(_code_of, reference), partial(ray.cancel, reference))
+
+
+def connect(address: str | None, device: str) -> Cluster:
+    """Join the running cluster at ``address`` (default: RAY_ADDRESS, else the one on this machine).
+
+    A step takes one GPU and its share of the node's cores; on a cluster without GPUs, or with ``device`` "cpu", it
+    takes all cores of the smallest node. Raises RunError (RW555) without Ray or without a cluster.
+    """
+    # Disables Ray's telemetry.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise RunError("RW555", "--executor ray needs Ray; install it: pip install 'rankwise[cluster]'.") from None
+    try:
+        address = address or os.environ.get("RAY_ADDRESS")
+        if address is not None and (port := address.rpartition(":")[2]).isdecimal():
+            # Ray itself would retry for minutes.
+            socket.create_connection((address.rpartition(":")[0], int(port)), ANSWER_SECONDS).close()
+        print_no_raylet_logs()
+        ray.init(address or "auto", log_to_driver=False, ignore_reinit_error=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        at = f"at {address}" if address else "on this machine"
+        reason = str(error).splitlines()[0]
+        raise RunError("RW555", f"no Ray cluster answers {at} ({reason}); start one: ray start --head.") from None
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not nodes:
+        raise RunError("RW555", "no node of the Ray cluster has cores; start one: ray start --address ADDRESS.")
+    cards = [node for node in nodes if node.get("GPU")] if device != "cpu" else []
+    if cards:
+        needs = {"num_gpus": 1.0, "num_cpus": min(max(1.0, node["CPU"] // node["GPU"]) for node in cards)}
+        return Cluster(needs, int(sum(node["GPU"] for node in cards)))
+    cores = min(node["CPU"] for node in nodes)
+    return Cluster({"num_cpus": cores}, int(sum(node["CPU"] // cores for node in nodes)))
+
+
+def _code_of(reference: Any) -> int:
+    """The exit code of a task, LOST if its node or its worker is gone.
+
+    Raises RunError (RW556) where a node cannot see the comparison's folder.
+    """
+    import ray
+    from ray import exceptions
+
+    try:
+        return int(ray.get(reference))
+    except exceptions.TaskCancelledError:
+        return -signal.SIGINT
+    except exceptions.RayTaskError as error:
+        raise RunError("RW556", f"{str(error.cause) or error}.") from None
+    except exceptions.RayError:
+        return LOST
+
+
+def _on_node(module: str, arguments: list[str], name: str, environment: dict[str, str], folder: str) -> int:
+    """Run one step on this node and return its exit code. Cancelling the task interrupts the step as Ctrl-C does."""
+    place = Path(folder, name)
+    if not place.parent.is_dir():
+        raise FileNotFoundError(
+            f"the node {socket.gethostname()} cannot see {place.parent}; give --output on a file system that all "
+            "nodes share, under the same path"
+        )
+    os.chdir(folder)
+    call = start(module, arguments, Path(name), environment)
+    try:
+        return call.wait()
+    except KeyboardInterrupt:
+        call.stop()
+        return call.wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A job in progress, for the display. ``step`` and ``total`` are 0 for jobs without steps."""
+
+    job: Job
+    seconds: float
+    step: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """The state of the whole matrix at one moment."""
+
+    running: Sequence[Running]
+    done: int
+    # Number of remaining jobs, including those in progress.
+    left: int
+    # None before any job has ended.
+    seconds_left: float | None
+    failed: int = 0
+    # Number of jobs of this call that were stopped on request, which are in no other count.
+    interrupted: int = 0
+
+
+class Watcher(Protocol):
+    """The interface of a progress display."""
+
+    def started(self, job: Job) -> None: ...
+    def ended(self, job: Job, outcome: Outcome, picture: Picture) -> None: ...
+    def tick(self, picture: Picture) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A step in progress, its place, and since when it runs."""
+
+    slot: int
+    call: Call
+    began: float
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+@dataclasses.dataclass
+class Pool:
+    """Carries out the jobs of ``next_jobs`` until it returns none."""
+
+    output: Path
+    # The module to run for a job and its arguments.
+    command: Callable[[Job], tuple[str, list[str]]]
+    total_steps: Callable[[Job], int]
+    # The environment of each parallel slot: its device and number of threads.
+    environments: Sequence[Mapping[str, str]]
+    watcher: Watcher
+    clock: Clock
+    left: Callable[[], Sequence[Job]]
+    # Starts a step elsewhere than on this machine.
+    start: Start | None = None
+    running: dict[Job, Started] = dataclasses.field(default_factory=dict)
+    futures: dict[Future[int], Job] = dataclasses.field(default_factory=dict)
+    lost: Counter[Job] = dataclasses.field(default_factory=Counter)
+    spent: list[tuple[Job, float]] = dataclasses.field(default_factory=list)
+    done: int = 0
+    failed: int = 0
+    interrupted: set[Job] = dataclasses.field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        (self.output / "cells").mkdir(exist_ok=True)
+        # A thread for each slot, which waits for the step there.
+        self.threads = ThreadPoolExecutor(len(self.environments))
+
+    def carry_out(self, next_jobs: Callable[[], list[Job]]) -> None:
+        """Run all jobs. After Ctrl-C or SIGTERM, give every run STOP_SECONDS to save its step, and raise Interrupted
+        (RW587).
+        """
+        told = False
+        try:
+            while True:
+                jobs = [job for job in next_jobs() if job not in self.running]
+                if not self.running and not jobs:
+                    return
+                for job in jobs:
+                    if len(self.running) == len(self.environments):
+                        break
+                    if not _is_held(job.folder(self.output)):
+                        self._start(job)
+                    elif not told:
+                        told = True
+                        self.watcher.say("A run of an earlier call is still saving; waiting for it.")
+                self._wait()
+        except KeyboardInterrupt:
+            self._stop()
+            saved = "every run has saved its last step"
+            if late := ", ".join(job.id for job in self.running):
+                saved = f"{late} had not saved the last step after {STOP_SECONDS:g} seconds"
+            raise Interrupted("RW587", f"stopped; {saved}, and the same command continues {self.output}.") from None
+        finally:
+            for step in self.running.values():
+                step.call.stop()
+
+    def _start(self, job: Job) -> None:
+        slot = min({*range(len(self.environments))} - {step.slot for step in self.running.values()})
+        module, arguments = self.command(job)
+        call = (self.start or start)(module, arguments, job.name(self.output), self.environments[slot])
+        self.running[job] = Started(slot, call, time.monotonic())
+        self.futures[self.threads.submit(call.wait)] = job
+        self.watcher.started(job)
+
+    def _wait(self) -> None:
+        """Wait until a step ends."""
+        if not self.running:
+            time.sleep(TICK_SECONDS)
+            return
+        timeout = 0.0
+        while not self._end_those(timeout):
+            self.clock.keep(sum(step.seconds() for step in self.running.values()))
+            self.watcher.tick(self.picture())
+            timeout = TICK_SECONDS
+
+    def _end_those(self, timeout: float, *, stopping: bool = False) -> bool:
+        """Record the steps that end within ``timeout`` seconds, which stops at the first; whether there was one."""
+        ended, _ = wait(self.futures, timeout, FIRST_COMPLETED)
+        for future in ended:
+            self._end(self.futures.pop(future), future.result(), stopping=stopping)
+        return bool(ended)
+
+    def _end(self, job: Job, code: int, *, stopping: bool = False) -> None:
+        seconds = round(self.running.pop(job).seconds(), 3)
+        self.clock.steps += seconds
+        if code == LOST:
+            self.lost[job] += 1
+            if self.lost[job] < MOST_LOSSES and not stopping:
+                self.watcher.say(f"{job.id}: its machine is gone; the step starts again on another one.")
+                return
+            code = -signal.SIGKILL
+        if stopping and code:
+            # A step that was asked to stop may end with any code: with 1 if the signal came while Python started.
+            code = -signal.SIGINT
+        told = document_in(beside(job.name(self.output), ".out"))
+        found = stages.outcome_from(job, self.output, code, told, seconds)
+        outcome = dataclasses.replace(found, alone=len(self.environments) == 1)
+        if outcome.is_interrupted:
+            self.interrupted.add(job)
+        else:
+            self.spent.append((job, outcome.seconds))
+            self.done += outcome.status == "finished"
+            self.failed += outcome.status == "failed"
+        if not (stopping and outcome.is_interrupted):
+            # Where only this step was interrupted, the outcome keeps this call from restarting it endlessly.
+            stages.keep_outcome(job, self.output, outcome)
+        self.watcher.ended(job, outcome, self.picture())
+
+    def _stop(self) -> None:
+        for step in self.running.values():
+            step.call.stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.futures and (left := deadline - time.monotonic()) > 0:
+            self._end_those(left, stopping=True)
+
+    def picture(self) -> Picture:
+        running = [
+            Running(job, step.seconds(), stages.last_step(job.folder(self.output)), self.total_steps(job))
+            for job, step in self.running.items()
+        ]
+        left = [job for job in self.left() if job not in self.interrupted]
+        pace = self._seconds_left(left, running)
+        return Picture(running, self.done, len(left), pace, self.failed, len(self.interrupted))
+
+    def _seconds_left(self, left: Sequence[Job], running: Sequence[Running]) -> float | None:
+        """The seconds that the remaining jobs take at the speed so far, minus those that the running ones have used."""
+        if not self.spent:
+            return None
+        total = sum(map(self._usual_seconds, left))
+        total -= sum(min(item.seconds, self._usual_seconds(item.job)) for item in running)
+        return max(0.0, total) / len(self.environments)
+
+    def _usual_seconds(self, job: Job) -> float:
+        """The mean seconds of similar jobs so far, of trainings scaled by steps, since searches may be shorter."""
+        alike = [(done, seconds) for done, seconds in self.spent if done.stage == job.stage]
+        steps = sum(self.total_steps(done) for done, _ in alike)
+        if alike and steps:
+            return self.total_steps(job) * sum(seconds for _, seconds in alike) / steps
+        usual = [seconds for _, seconds in alike or self.spent]
+        return sum(usual) / len(usual)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process, which an earlier call started, still writes to ``folder``."""
+    try:
+        with heard(lambda warning: False), hold(folder):
+            return False
+    except RunError as error:
+        if error.code != "RW582":
+            raise
+        return True
+
+
+def document_in(stdout: Path) -> JsonObject:
+    """The JSON document in the output of a step; empty where there is none."""
+    try:
+        found = json.loads(stdout.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Clock:
+    """Adds the seconds of this call to those of earlier ones in ``state.json``. A kill loses a few seconds.
+
+    The overhead of a call is the part of its time in which its lanes ran no step: ``total - steps / lanes``.
+    """
+
+    def __init__(self, output: Path) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        self.path = output / STATE_FILE
+        self.before = seconds_spent(output)
+        self.started = self.kept = time.monotonic()
+        # Number of steps that run at a time.
+        self.lanes = 1
+        # Seconds of the steps of this call that have ended, interrupted and failed ones included.
+        self.steps = 0.0
+
+    def keep(self, running: float = 0.0, *, now: bool = False) -> None:
+        """``running``: the seconds so far of the steps in progress."""
+        if now or time.monotonic() - self.kept > 5:
+            self.kept = time.monotonic()
+            write_json(self.path, self.spent(running))
+
+    def spent(self, running: float = 0.0) -> dict[str, float]:
+        """The seconds of all calls: in total, in the steps' processes, and in the comparison itself."""
+        total, runs = time.monotonic() - self.started, self.steps + running
+        here = {"total": total, "runs": runs, "overhead": total - runs / self.lanes}
+        return {name: round(self.before[name] + value, 3) for name, value in here.items()}
+
+
+def seconds_spent(output: Path) -> dict[str, float]:
+    """The seconds of all calls on this folder so far, as ``Clock.spent`` gives them."""
+    try:
+        found = read_json(output / STATE_FILE)
+        return {name: float(found[name]) for name in ("total", "runs", "overhead")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return dict.fromkeys(("total", "runs", "overhead"), 0.0)
+
+
+def forget_unfinished(output: Path, jobs: Sequence[Job], *, retry: bool) -> None:
+    """Let interrupted jobs run again, and with ``retry`` all failed ones too."""
+    for job in jobs:
+        outcome = stages.outcome_of(job, output)
+        if outcome is not None and outcome.status == "failed" and (retry or outcome.again):
+            stages.forget_outcome(job, output)
+
+
+def steps_of(folder: Path) -> list[tuple[int, float]]:
+    """The (step, seconds of training so far) pairs that a run has logged."""
+    return [(line["step"], line["train_seconds"]) for line in read_metrics(folder) if "train_seconds" in line]
