@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.comparison.matrix import search_cells
+from rankwise.comparison.stages import search_cells
 from rankwise.foreign import read_json
 from rankwise.records import read_metrics
 from rankwise.training.rate_search import rounds

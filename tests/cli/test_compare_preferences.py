@@ -11,9 +11,9 @@ import pytest
 
 from in_process import steps_in_this_process
 from rankwise.cli.main import main
-from rankwise.comparison.collect import value_of
-from rankwise.comparison.measure import measure
+from rankwise.comparison.results import value_of
 from rankwise.comparison.settings import CompareSettings, check_compare
+from rankwise.comparison.steps import measure
 from rankwise.config import BETA
 from rankwise.records import load_record
 from rankwise.settings_file import read_settings

@@ -17,7 +17,7 @@ from in_process import steps_in_this_process
 from rankwise.cli.compare import LEFT_OUT, Lines, table_of, verdict_lines
 from rankwise.cli.main import main
 from rankwise.cli.output import Output
-from rankwise.comparison import measure
+from rankwise.comparison import steps
 from rankwise.comparison.pool import Picture
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.records import load_record
@@ -87,10 +87,10 @@ def test_results_of_other_settings_go_before_a_measurement_can_fail(
     def fails(job: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(measure, "load_run", fails)
+    monkeypatch.setattr(steps, "load_run", fails)
     for changes, stays in (({}, True), ({"max_length": 32}, False)):
         with pytest.raises(MemoryError):
-            measure.measure({**job, "folder": str(copy), **changes})
+            steps.measure({**job, "folder": str(copy), **changes})
         assert result.is_file() == stays
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.comparison.measure import measure
+from rankwise.comparison.steps import measure
 from rankwise.records import load_record, read_metrics
 
 CASES = [(method, "bfloat16", True) for method in ("lora", "dora", "qlora", "qdora", "full")]

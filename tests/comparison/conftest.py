@@ -30,6 +30,6 @@ def quick_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def real_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they were, after what ``fake_comparison.compare`` sets."""
-    for module, name in ((stages, "CLI"), (stages, "MEASURE"), (stages, "PREPARE"), (run, "environments")):
+    for module, name in ((stages, "CLI"), (stages, "STEPS"), (run, "environments")):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))

@@ -24,7 +24,7 @@ class Quiet:
 
 
 def compare(*, watcher: Quiet | None = None, **given: object) -> object:
-    stages.CLI = stages.MEASURE = stages.PREPARE = "fake_stage"
+    stages.CLI = stages.STEPS = "fake_stage"
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     run.environments = lambda jobs, device: [{} for _ in range(jobs)]
     return run.compare(read_settings(CompareSettings, None, given), watcher or Quiet())

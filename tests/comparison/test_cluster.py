@@ -6,7 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +113,7 @@ def test_a_task_is_watched_and_stopped_through_ray(
     if code is not None:
         assert call.wait() == code
         return
-    with pytest.raises(RunError, match="RW556.*no folder"):
+    with pytest.raises(RunError, match="RW555.*no folder"):
         call.wait()
 
 
@@ -124,7 +124,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     # The nodes keep the environment of their start.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.3")
+    monkeypatch.setenv("FAKE_STEP_SECONDS", "0.6")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = cluster.add_node(num_cpus=1)
     yield cluster, second
@@ -134,12 +134,13 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @needs_ray
 @pytest.mark.slow
-def test_a_killed_node_changes_nothing_in_the_report(
-    two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("what", ["node", "worker"])
+def test_a_killed_node_or_worker_changes_nothing_in_the_report(
+    what: str, two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cluster, second = two_nodes
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    watcher = NodeKiller(cluster, second)
+    watcher = Killer((lambda: cluster.remove_node(second, allow_graceful=False)) if what == "node" else kill_a_worker)
     kwargs = {"learning_rates": "2e-4", "methods": "lora,full"}
     found: Any = compare(watcher=watcher, **given(tmp_path, "ray", executor="ray", **kwargs))
     assert watcher.lost
@@ -149,16 +150,22 @@ def test_a_killed_node_changes_nothing_in_the_report(
     assert without_times(found["methods"], tmp_path / "ray") == without_times(local["methods"], tmp_path / "local")
 
 
-class NodeKiller(Quiet):
-    """Kills the second node once two trainings run."""
+def kill_a_worker() -> None:
+    """One of the processes that hold Ray's tasks, by the name that Ray gives it."""
+    lines = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+    os.kill(int(next(number for number, line in lines.items() if line.startswith(b"ray::_on_node"))), signal.SIGKILL)
 
-    def __init__(self, cluster: Any, node: Any) -> None:
-        self.cluster, self.node, self.lost = cluster, node, False
+
+class Killer(Quiet):
+    """Kills once two trainings run."""
+
+    def __init__(self, kill: Callable[[], object]) -> None:
+        self.kill, self.is_over, self.lost = kill, False, False
 
     def tick(self, picture: Any) -> None:
-        if self.node is not None and sum(item.step > 0 for item in picture.running) == 2:
-            self.cluster.remove_node(self.node, allow_graceful=False)
-            self.node = None
+        if not self.is_over and sum(item.step > 0 for item in picture.running) == 2:
+            self.is_over = True
+            self.kill()
 
     def say(self, text: str) -> None:
         self.lost |= "its machine is gone" in text

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankwise.comparison.detectable import Spreads, wider_rates
-from rankwise.comparison.run import _spreads
+from rankwise.comparison.conclusion import spreads_of
 from rankwise.comparison.settings import CompareSettings
-from rankwise.comparison.verdicts import Scores
+from rankwise.comparison.verdicts import Scores, Spreads, wider_rates
 
 
 def given(methods: str = "lora,dora", **more: Any) -> Any:
@@ -20,7 +19,7 @@ def given(methods: str = "lora,dora", **more: Any) -> Any:
 
 
 def spreads(given: Any, scores: Any, rows: int) -> Spreads:
-    return _spreads(given, scores, SimpleNamespace(eval_rows=rows))
+    return spreads_of(given, scores, SimpleNamespace(eval_rows=rows))
 
 
 def detectable_effect(given: Any, scores: Any, *, seeds: int, rows: int) -> Any:

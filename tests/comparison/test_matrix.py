@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.comparison.matrix import Cell, cell_settings, choose_rate, final_cells, planned_runs, search_cells
-from rankwise.comparison.run import command_line
+from rankwise.comparison.conclusion import command_line
 from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
+from rankwise.comparison.stages import Cell, cell_settings, choose_rate, final_cells, planned_runs, search_cells
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
 from rankwise.settings_file import read_settings
@@ -72,8 +72,8 @@ def test_a_run_gets_the_options_that_its_method_uses():
     [
         ({"methods": "lora,lore"}, "RW165"),
         ({"methods": ""}, "RW165"),
-        ({"methods": "lora,dora,lora"}, "RW166"),
-        ({"learning_rates": "1e-4,0.0001"}, "RW166"),
+        ({"methods": "lora,dora,lora"}, "RW167"),
+        ({"learning_rates": "1e-4,0.0001"}, "RW167"),
         ({"learning_rates": "1e-4,-1"}, "RW167"),
         ({"minutes": 1, "max_steps": 5}, "RW167"),
         ({"metric": "e2e.BLEU"}, "RW167"),

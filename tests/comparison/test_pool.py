@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from rankwise.comparison import pool, stages
-from rankwise.comparison.matrix import Cell
 from rankwise.comparison.pool import Clock, Pool, environments
-from rankwise.comparison.stages import Job
+from rankwise.comparison.stages import Cell, Job
 from rankwise.disk import hold
 from rankwise.errors import Interrupted
 

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from rankwise.comparison.detectable import Spreads
-from rankwise.comparison.recommendation import TURNED, comparable_costs, recommend
-from rankwise.comparison.summary import conclusions
-from rankwise.comparison.verdicts import Scores
+from rankwise.comparison.results import conclusions
+from rankwise.comparison.verdicts import TURNED, Scores, Spreads, comparable_costs, recommend
 from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import long_name
 from rankwise.reports.numbers import capital

@@ -26,8 +26,8 @@ from fake_comparison import Quiet, compare, given, starts, without_times
 import guest_task
 from in_process import steps_in_this_process
 from rankwise.comparison import run, stages
-from rankwise.comparison.matrix import Cell
 from rankwise.comparison.schedule import Plan, possible_jobs
+from rankwise.comparison.stages import Cell
 from rankwise.default_rate import default_rate
 from rankwise.errors import ConfigError, Interrupted, RankwiseWarning, RunError
 from rankwise.reports.comparison import write_report

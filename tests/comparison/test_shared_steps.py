@@ -13,9 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import rankwise as rw
-from rankwise.comparison import prepare as prepare_module
-from rankwise.comparison.measure import measure
-from rankwise.comparison.prepare import prepare
+from rankwise.comparison import steps
+from rankwise.comparison.steps import measure, prepare
 from rankwise.records import RunRecord
 from tiny_models import tiny_llama
 
@@ -72,11 +71,11 @@ def test_rows_are_encoded_once_and_each_kind_of_base_is_prepared(
     objective: str, encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[str] = []
-    monkeypatch.setattr(prepare_module, "fetch_model", lambda *_, **__: None)
-    monkeypatch.setattr(prepare_module, "is_worth_keeping", lambda source, quantization: quantization is not None)
-    monkeypatch.setattr(prepare_module, "load_for_training", lambda given: SimpleNamespace(tokenizer=None))
-    monkeypatch.setattr(prepare_module, "read_data", lambda given: ())
-    monkeypatch.setattr(prepare_module, "encode_data", lambda given, *_: found.append(given.method))
+    monkeypatch.setattr(steps, "fetch_model", lambda *_, **__: None)
+    monkeypatch.setattr(steps, "is_worth_keeping", lambda source, quantization: quantization is not None)
+    monkeypatch.setattr(steps, "load_for_training", lambda given: SimpleNamespace(tokenizer=None))
+    monkeypatch.setattr(steps, "read_data", lambda given: ())
+    monkeypatch.setattr(steps, "encode_data", lambda given, *_: found.append(given.method))
     common = {"model": "demo", "data": "rows.jsonl", "output": "out", "objective": objective}
     runs = [{**common, "method": method} for method in ("lora", "dora", "qlora", "qdora", "full")]
     assert prepare({"runs": runs}) == {"prepared": ["lora", "qlora"]}

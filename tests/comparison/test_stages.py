@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.comparison import stages
-from rankwise.comparison.matrix import Cell
+from rankwise.comparison.stages import Cell
 from rankwise.errors import RunError
 
 

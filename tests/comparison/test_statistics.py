@@ -235,9 +235,9 @@ def test_what_is_not_a_number_is_refused(wrong):
     d = skewed(0)
     d[1, 3] = wrong
     for call in (lambda: paired_by_example(d, np.zeros_like(d)), lambda: mean_of_seeds([1.0, wrong])):
-        with pytest.raises(RunError, match="RW598"):
+        with pytest.raises(RunError, match="RW589"):
             call()
-    with pytest.raises(RunError, match="RW598"):
+    with pytest.raises(RunError, match="RW589"):
         paired_by_example(np.ones((2, 2)), np.zeros((2, 2)), weights=[1.0, wrong])
 
 

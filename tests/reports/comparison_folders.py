@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.comparison import summary
-from rankwise.comparison.collect import metrics_of
-from rankwise.comparison.detectable import Spreads
+from rankwise.comparison import results
+from rankwise.comparison.results import metrics_of
+from rankwise.comparison.verdicts import Spreads
 
 METHODS = ("lora", "qlora", "dora", "qdora")
 RATES = (1e-4, 2e-4, 5e-4)
@@ -226,10 +226,10 @@ def _example(index: int, bleu: float | None, draw: random.Random, hostile: bool)
 
 def _conclusions(folder: Path, methods: Sequence[str], runs: Sequence[Any]) -> dict[str, Any]:
     """As the comparison itself draws them."""
-    better, scores = metrics_of(runs), summary.scores_by_metric(folder, methods, runs)
+    better, scores = metrics_of(runs), results.scores_by_metric(folder, methods, runs)
     figures = {
         name: {
-            **summary.method_figures(name, runs, scores, better),
+            **results.method_figures(name, runs, scores, better),
             "learning_rate": 2e-4,
             "learning_rate_at_edge": name == "qdora",
             "serving": SERVED[name.endswith("dora")],
@@ -238,7 +238,7 @@ def _conclusions(folder: Path, methods: Sequence[str], runs: Sequence[Any]) -> d
         for name in methods
     }
     spreads = Spreads(scores["eval_loss"], metric="eval_loss", margin=0.01, rows=256, seed_sd=0.005, row_sd=0.0)
-    found: Any = summary.conclusions(figures, scores, better, spreads, memory_bytes=4_000_000_000, hours=None)
+    found: Any = results.conclusions(figures, scores, better, spreads, memory_bytes=4_000_000_000, hours=None)
     best = f"{found['recommendation']['method']}-lr0.0002-seed{min(run['seed'] for run in runs)}"
     command = "rankwise train --config recommended.yaml --output runs/final"
     found["recommendation"] |= {

@@ -41,16 +41,16 @@ def _summarise(target: Path) -> Callable[..., JsonObject]:
     """The function by which the comparison itself summarises runs, for runs in several folders."""
 
     def summarise(document: Fields, place_of: Callable[[Fields], Path]) -> JsonObject:
-        from rankwise.comparison import summary
-        from rankwise.comparison.collect import metrics_of
-        from rankwise.comparison.detectable import Spreads
+        from rankwise.comparison import results
+        from rankwise.comparison.results import metrics_of
+        from rankwise.comparison.verdicts import Spreads
 
         runs: list[Any] = [{**run, "folder": str(place_of(run).resolve())} for run in document["runs"]]
         better = metrics_of(runs)
-        scores = summary.scores_by_metric(Path(), document["methods"], runs)
+        scores = results.scores_by_metric(Path(), document["methods"], runs)
         methods: JsonObject = {}
         for name, facts in document["methods"].items():
-            figures = summary.method_figures(name, runs, scores, better)
+            figures = results.method_figures(name, runs, scores, better)
             methods[name] = {**facts, **figures, "skipped": None if figures["seeds"] else facts["skipped"]}
         metric, settings = str(document["primary_metric"]), document["settings"]
         spreads = Spreads(
@@ -61,7 +61,7 @@ def _summarise(target: Path) -> Callable[..., JsonObject]:
             **{name: settings.get(name) or 0.0 for name in ("seed_sd", "row_sd")},
         )
         limits = document["recommendation"]["limits"]
-        found = summary.conclusions(
+        found = results.conclusions(
             methods, scores, better, spreads, memory_bytes=limits["memory_bytes"], hours=limits["hours"]
         )
         higher = better.get(metric, False)
@@ -72,7 +72,7 @@ def _summarise(target: Path) -> Callable[..., JsonObject]:
 
 def _with_files(found: Recommendation, runs: list[Any], target: Path, *, higher_is_better: bool) -> JsonObject:
     """The recommendation over all runs, with its settings written to ``target``."""
-    from rankwise.comparison.finish import best_run, recommended_yaml
+    from rankwise.comparison.conclusion import best_run, recommended_yaml
     from rankwise.records import write_text
     from rankwise.reports.schema import RECOMMENDED_FILE
 

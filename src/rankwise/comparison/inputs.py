@@ -1,4 +1,4 @@
-"""The data of a comparison: one training set and one evaluation set, the same for every run."""
+"""What all runs share: the folder with its settings, the data, and the tasks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,137 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rankwise.comparison.settings import CompareSettings
-from rankwise.config import ADAPTERS
-from rankwise.data import Row, Rows, limited, read_rows, warn_of_overlap
+from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareSettings
+from rankwise.comparison.stages import PERPLEXITY
+from rankwise.config import ADAPTERS, BETA
+from rankwise.data import Row, Rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.preference_formats import PREFERENCE_FORMATS
-from rankwise.errors import ConfigError, DataError, ModelError
-from rankwise.foreign import Fields, Json, JsonObject
+from rankwise.disk import refuse_links
+from rankwise.errors import ConfigError, DataError, ModelError, RunError
+from rankwise.evaluation.settings import EvaluateSettings, split_data
+from rankwise.evaluation.tasks.registry import make_task
+from rankwise.foreign import Fields, Json, JsonObject, checked, read_json, reason_of
 from rankwise.lora_config import LoraConfig
 from rankwise.models.device import choose_device
 from rankwise.models.source import fetch_model
+from rankwise.options import flag
 from rankwise.planning.facts import read_facts
-from rankwise.records import write_text
+from rankwise.records import write_json, write_text
+from rankwise.reports.schema import BEST_FOLDER, MERGED_FOLDER
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.tasks.base import Task
+    from rankwise.evaluation.tasks.perplexity import Perplexity
+    from rankwise.evaluation.tasks.preference import Preference
+
+
+SETTINGS_FILE = "settings.json"
+# Settings that do not change what is learned, as in a resumed run.
+NEUTRAL = {"device", "ignore_plan", "logging_steps", "save_steps", "save_total_limit", "trust_remote_code"}
+# The files in a folder before the first run. Hidden files are locks, or left by a killed write.
+OURS = {SETTINGS_FILE, "data"}
+# The folders of a comparison, without the cache, whose content is never removed.
+FOLDERS = ("base", BEST_FOLDER, "cells", "data", MERGED_FOLDER, "probes", "runs")
+
+
+def check_folder(output: Path) -> None:
+    """Raise RunError: RW581 for a folder with files not of a comparison, RW554 for links in the place of folders."""
+    if output.exists() and not output.is_dir():
+        raise RunError("RW581", f"--output {output} is a file; give a folder.")
+    refuse_links(output, FOLDERS)
+    if (output / SETTINGS_FILE).is_file() or not output.is_dir():
+        return
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in OURS and path.name[0] != ".")
+    if foreign:
+        raise RunError(
+            "RW581",
+            f"{output} holds files that are not of a comparison ({', '.join(foreign[:5])}); give a new or empty "
+            "--output.",
+        )
+
+
+@dataclasses.dataclass
+class _Identity:
+    """The recorded settings on which the runs of a folder depend."""
+
+    options: JsonObject
+    data: dict[str, str]
+
+
+def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
+    """Record the settings on which the runs of this folder depend, or compare them with the recorded ones.
+
+    Methods, seeds, learning rates and tasks may be added, since finished runs stay valid. Raises RunError: RW580 with
+    every other setting that differs, RW581 where the record cannot be read.
+    """
+    now = json.loads(json.dumps(_identity(given, data)))
+    path = output / SETTINGS_FILE
+    if not path.is_file():
+        write_json(path, now)
+        return
+    try:
+        before = checked(_Identity, read_json(path))
+    except (OSError, ValueError) as error:
+        raise RunError("RW581", f"cannot read {path}: {reason_of(error)}; give another --output.") from None
+    changed = [
+        f"{flag(name)} was {before.options.get(name)!r} and is {value!r}"
+        for name, value in now["options"].items()
+        if name not in NEUTRAL and before.options.get(name, value) != value
+    ]
+    changed += [
+        f"the content of {label} is another"
+        for label, digest in now["data"].items()
+        if before.data.get(label, digest) != digest
+    ]
+    if changed:
+        raise RunError(
+            "RW580",
+            f"the comparison in {output} was started with other settings: {'; '.join(changed)}; give the same ones, "
+            "or another --output.",
+        )
+
+
+def _identity(given: CompareSettings, data: Fields) -> JsonObject:
+    options = given.model_dump(mode="json")
+    # With --budget, the rates are part of one run, which other rates would change.
+    names = ("model", *SAME_RUNS, *SHARED, *(("learning_rates",) if given.budget else ()))
+    content = {"--data": data["train"]["sha256"], "--eval-data": data["eval"]["sha256"]}
+    if given.chat_template is not None:
+        content["--chat-template"] = hashlib.sha256(read_template(given.chat_template).encode()).hexdigest()
+    return {"options": {name: options[name] for name in names}, "data": content}
+
+
+def own_task(eval_data: str, settings: Fields) -> Perplexity | Preference:
+    """The loss of demonstrations, or the rewards of preferences.
+
+    ``settings``: objective, beta, max_length, prompt_column and completion_column. Raises DataError as the readers do,
+    and as ``Preference``.
+    """
+    columns = {name: settings[name] for name in ("prompt_column", "completion_column")}
+    formats = PREFERENCE_FORMATS.get(settings["objective"])
+    rows = read_rows(eval_data, split="validation", formats=formats, **columns)
+    if formats is None:
+        from rankwise.evaluation.tasks.perplexity import Perplexity
+
+        return Perplexity(rows, max_length=settings["max_length"])
+    from rankwise.evaluation.tasks.preference import Preference
+
+    return Preference(rows, max_length=settings["max_length"], beta=settings["beta"] or BETA)
+
+
+def make_tasks(names: Sequence[str], *, data: Sequence[str], limit: int | None) -> list[Task]:
+    """The tasks with their data. ``data``: TASK=FILE for tasks that need a file; ``limit``: the largest number of
+    examples of a task.
+
+    Raises what ``rankwise evaluate`` raises for tasks that do not exist, or lack data or packages.
+    """
+    others = tuple(name for name in dict.fromkeys(names) if name != PERPLEXITY)
+    # Checked also without tasks, since data for a task that is not given are refused.
+    split_data(tuple(data), others)
+    return [make_task(name, EvaluateSettings(task=others, data=tuple(data), limit=limit)) for name in others]
+
 
 EVAL_SHARE = 0.1
 # Adapter settings that name parts of the model.

@@ -166,7 +166,7 @@ def connect(address: str | None, device: str) -> Cluster:
 def _code_of(reference: Any) -> int:
     """The exit code of a task, LOST if its node or its worker is gone.
 
-    Raises RunError (RW556) where a node cannot see the comparison's folder.
+    Raises RunError (RW555) where a node cannot see the comparison's folder.
     """
     import ray
     from ray import exceptions
@@ -176,7 +176,7 @@ def _code_of(reference: Any) -> int:
     except exceptions.TaskCancelledError:
         return -signal.SIGINT
     except exceptions.RayTaskError as error:
-        raise RunError("RW556", f"{str(error.cause) or error}.") from None
+        raise RunError("RW555", f"{str(error.cause) or error}.") from None
     except exceptions.RayError:
         return LOST
 

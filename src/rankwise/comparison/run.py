@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import shlex
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
+from pathlib import Path
 
-from rankwise.comparison import finish, stages
-from rankwise.comparison.collect import collect_runs, metrics_of, read_tasks, value_of
-from rankwise.comparison.commands import Commands
-from rankwise.comparison.detectable import Spreads, wider_rates
-from rankwise.comparison.folder import SETTINGS_FILE, check_folder, check_same
-from rankwise.comparison.inputs import Inputs, check_model, prepare_inputs
-from rankwise.comparison.matrix import planned_runs
+from rankwise.comparison import stages
+from rankwise.comparison.conclusion import conclude, spreads_of
+from rankwise.comparison.inputs import (
+    SETTINGS_FILE,
+    Inputs,
+    check_folder,
+    check_model,
+    check_same,
+    make_tasks,
+    own_task,
+    prepare_inputs,
+)
 from rankwise.comparison.pool import (
     STATE_FILE,
     Clock,
@@ -27,40 +32,31 @@ from rankwise.comparison.pool import (
     connect,
     environments,
     forget_unfinished,
+    steps_of,
 )
-from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of, state_of
+from rankwise.comparison.results import collect_runs, read_json, scores_by_metric
+from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of
 from rankwise.comparison.settings import CompareSettings, check_compare, has_one_rate, shared_training
-from rankwise.comparison.stages import PERPLEXITY, Job
-from rankwise.comparison.statistics import CONFIDENCE
-from rankwise.comparison.summary import all_methods, conclusions, scores_by_metric
-from rankwise.comparison.tasks import make_tasks, own_task
-from rankwise.comparison.verdicts import Scores
-from rankwise.config import ADAPTERS, FOUR_BITS, TrainSettings, idle_options, variant_of
+from rankwise.comparison.stages import PERPLEXITY, Cell, Job, cell_settings, planned_runs
+from rankwise.config import TrainSettings, idle_options, is_own, variant_of
 from rankwise.conflicts import check_conflicts
 from rankwise.default_rate import default_rate
-from rankwise.disk import coded_errors, discard_folder, hold, remove_strays
+from rankwise.disk import coded_errors, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
-from rankwise.foreign import JsonObject
+from rankwise.foreign import Fields, JsonObject
 from rankwise.models.describe import model_hash
 from rankwise.models.source import fetch_model
-from rankwise.options import flag, option_words
+from rankwise.options import flag
 from rankwise.planning.facts import read_model
 from rankwise.records import write_json
-from rankwise.reports.merging import unlike_hardware
-from rankwise.reports.numbers import plural, rate
+from rankwise.reports.numbers import byte_size, plural, rate
 from rankwise.reports.schema import (
-    BEST_FOLDER,
     COMPARISON_FILE,
     EVAL_LOSS,
-    MERGED_FOLDER,
     RECOMMENDED_FILE,
-    SCHEMA,
     Comparison,
-    DecidingRun,
     Message,
-    Method,
     MinimumDetectableEffect,
-    Recommendation,
     Run,
 )
 from rankwise.reports.words import smallest_found
@@ -100,11 +96,11 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         runs = collect_runs(plan)
         _check_base(given, plan, runs)
         before = scores_by_metric(plan.output, plan.methods, runs).get(given.metric, {})
-        effect = _spreads(given, before, inputs).effect(given.seeds, len(given.methods) - 1)
+        effect = spreads_of(given, before, inputs).effect(given.seeds, len(given.methods) - 1)
         _announce(given, plan, inputs, effect, watcher)
         try:
             _carry_out(given, plan, inputs, watcher, clock, cluster)
-            return _conclude(given, plan, inputs, told, watcher, clock)
+            return conclude(given, plan, inputs, told, watcher, clock)
         finally:
             with suppress(OSError):
                 # The first error is the one to raise.
@@ -151,19 +147,6 @@ def _warn_of_idle_options(given: CompareSettings) -> None:
         warn("RW529", "--search-steps: no effect with one rate, which is not searched for; give more --learning-rates.")
     if given.task_limit is not None and not given.task:
         warn("RW529", "--task-limit: no effect without --task.")
-
-
-def _spreads(given: CompareSettings, scores: Mapping[str, Scores], inputs: Inputs) -> Spreads:
-    # For preferences, the loss is only known as a mean.
-    by_row = given.row_sd if (given.objective, given.metric) == ("sft", EVAL_LOSS) else 0.0
-    return Spreads(
-        scores,
-        metric=given.metric,
-        margin=given.margin,
-        rows=inputs.eval_rows,
-        seed_sd=given.seed_sd,
-        row_sd=by_row,
-    )
 
 
 def _check_settings(given: CompareSettings) -> None:
@@ -258,217 +241,6 @@ def _open_jobs(jobs: Sequence[Job], plan: Plan) -> list[Job]:
     return [job for job in jobs if stages.outcome_of(job, plan.output) is None]
 
 
-def _conclude(
-    given: CompareSettings,
-    plan: Plan,
-    inputs: Inputs,
-    told: list[Message],
-    watcher: Watcher,
-    clock: Clock,
-) -> Comparison:
-    runs = collect_runs(plan)
-    final = [run for run in runs if run["phase"] == "final"]
-    finished = [run for run in final if run["status"] == "finished"]
-    if not finished:
-        errors = [run["error"] for run in final or runs if run["error"] is not None]
-        reason = f"{errors[0]['code']}: {errors[0]['message']}" if errors else "nothing was started."
-        at = " at the rate that its search chose" if any(run["status"] == "finished" for run in runs) else ""
-        raise RunError("RW584", f"no run finished{at}: {reason}")
-    better = metrics_of(runs)
-    scores = scores_by_metric(plan.output, plan.methods, runs)
-    if not scores.get(given.metric):
-        known = ", ".join(metric for metric, found in scores.items() if found) or "no figures at all"
-        raise RunError("RW589", f"no run has a finite value of --metric {given.metric}; there are {known}.")
-    methods = all_methods(plan, runs, scores)
-    _warn_of_edges_and_failures(runs, methods)
-    _warn_of_missing_values(finished, given.metric)
-    _warn_of_unlike_runs(finished)
-    _warn_of_shared_steps(plan)
-    spreads = _spreads(given, scores[given.metric], inputs)
-    found = conclusions(methods, scores, better, spreads, memory_bytes=given.memory, hours=given.max_hours)
-    recommendation = _with_files(given, runs, found["recommendation"], watcher, higher_is_better=better[given.metric])
-    recommendation["deciding"] = _deciding_run(given, plan, methods, recommendation, spreads)
-    first = finished[0]["record"] or {}
-    base = plan.output / stages.BASE
-    comparison: Comparison = {
-        "schema": SCHEMA,
-        "command": command_line(given),
-        "settings": given.model_dump(mode="json"),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": first.get("versions", {}),
-        "device": first.get("device", {}),
-        "model": first.get("base_model", {}),
-        "data": inputs.described,
-        "primary_metric": given.metric,
-        "confidence": CONFIDENCE,
-        "base": {"tasks": read_tasks(base, plan.tasks), "folder": stages.BASE if base.is_dir() else None},
-        "warnings": list({(item["code"], item["message"]): item for item in told}.values()),
-        "runs": runs,
-        **found,
-        "recommendation": recommendation,
-        "learning_rates": {method: state_of(plan, method).search for method in plan.methods},
-        "seconds": clock.spent(),
-    }
-    write_json(given.output / COMPARISON_FILE, comparison)
-    return comparison
-
-
-def _with_files(
-    given: CompareSettings, runs: list[Run], found: Recommendation, watcher: Watcher, *, higher_is_better: bool
-) -> Recommendation:
-    """The recommendation, with the files of its best run in the folder."""
-    method = found["method"]
-    best = method and finish.best_run(runs, method, given.metric, higher_is_better=higher_is_better)
-    finish.forget_other_results(given.output, best["id"] if best else None)
-    if best:
-        found = finish.hand_over(given.output, found, best)
-        if given.merge:
-            found["merged"] = _merge(given, best, watcher)
-    return found
-
-
-def _deciding_run(
-    given: CompareSettings, plan: Plan, methods: Mapping[str, Method], found: Recommendation, spreads: Spreads
-) -> DecidingRun | None:
-    """The cheapest comparison that decides what ``found`` leaves open; None if nothing is open or no run decides it."""
-    if found["decided"] or found["best"] is None:
-        return None
-    names = [name for name in given.methods if name in (found["best"], *found["open"])]
-    rates = wider_rates(methods, names, plan.rates)
-    # The default grids of the methods may differ, and one option holds them all.
-    every_rate = tuple(dict.fromkeys([*(rate for name in names for rate in plan.rates[name]), *rates]))
-    # With --budget, other rates are another search, and so another comparison.
-    anew, short = bool(rates and given.budget), given.search_steps is not None
-    tried = len(every_rate) if given.budget is None else 1
-    choice = spreads.deciding(given.seeds, len(names), tried, short=short, anew=anew)
-    if choice is None:
-        return None
-    runs, factor, seeds = choice
-    changes: JsonObject = {"methods": tuple(names), "seeds": seeds}
-    if rates or given.learning_rates:
-        changes["learning_rates"] = every_rate
-    rows = spreads.rows * factor
-    if factor > 1:
-        changes |= {"eval_limit": rows} if given.eval_limit else {"eval_data": "MORE-ROWS"}
-    if factor > 1 or anew:
-        changes["output"] = given.output.with_name(f"{given.output.name}-2")
-    else:
-        # A method that is not tuned may take a new rate, on all seeds.
-        again = sum(methods[name]["learning_rate_at_edge"] for name in names) * (given.seeds - 1) if rates else 0
-        runs += len(names) * len(rates) + again
-    command = command_line(given.model_copy(update=changes))
-    return {
-        "methods": names,
-        "seeds": seeds,
-        "rows": rows,
-        "learning_rates": rates,
-        "runs": runs,
-        "command": command,
-    }
-
-
-def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Method]) -> None:
-    edges = [name for name, item in methods.items() if item["learning_rate_at_edge"]]
-    if edges:
-        warn(
-            "RW586",
-            f"the best learning rate of {', '.join(edges)} lies at the edge of those tried; its true optimum may lie "
-            "beyond, so add a rate there with --learning-rates.",
-        )
-    for name, item in methods.items():
-        if item["skipped"]:
-            warn("RW588", f"{name} was left out: {item['skipped']}")
-    for run in runs:
-        if run["status"] == "failed" and run["error"]:
-            warn("RW588", f"{run['id']} failed: {run['error']['code']}: {run['error']['message']}")
-        elif run["status"] == "interrupted":
-            warn("RW597", f"{run['id']} was interrupted, so it has no figures; the same command continues it.")
-        merged = run["merged"]
-        if merged and merged["is_more_than_rounding"]:
-            warn(
-                "RW589",
-                f"{run['id']}: merging changed a logit by {merged['max_logit_difference']:.3g}, and rounding alone by "
-                f"{merged['rounding_logit_difference']:.3g}: the merged model is not equivalent.",
-            )
-        if run["status"] == "finished" and run["error"]:
-            warn("RW589", f"{run['id']} trained, but: {run['error']['code']}: {run['error']['message']}")
-
-
-def _warn_of_missing_values(finished: Sequence[Run], metric: str) -> None:
-    """Warn (RW589) of runs that count as seeds and have no finite value. A failed measurement has its own warning."""
-    for run in finished:
-        if run["error"] is None and value_of(run, metric) is None:
-            warn("RW589", f"{run['id']} trained, but has no finite {metric}, so it does not count in its mean.")
-
-
-def _warn_of_unlike_runs(finished: Sequence[Run]) -> None:
-    """Warn of runs on different hardware (RW595), and of runs that read different data (RW591): a file may change while
-    the runs go on.
-    """
-    if (message := unlike_hardware(finished)) is not None:
-        warn("RW595", message)
-    for part in ("train", "eval"):
-        found = {run["id"]: ((run["record"] or {}).get("data", {}).get(part) or {}).get("sha256") for run in finished}
-        read = {name: sha256 for name, sha256 in found.items() if sha256 is not None}
-        if len({*read.values()}) > 1:
-            first, *rest = read
-            others = ", ".join(name for name in rest if read[name] != read[first])
-            what = {"train": "training", "eval": "evaluation"}[part]
-            warn(
-                "RW591",
-                f"the {what} data changed between the runs: {others} read another version than {first}; compare again "
-                "in another --output.",
-            )
-
-
-def _warn_of_shared_steps(plan: Plan) -> None:
-    """Warn (RW589) where the base's measurement or its preparation failed, and name what the report lacks."""
-    for job, lacks in ((Job("measure", None), "figures of the base model"), (Job("prepare", None), "a prepared base")):
-        outcome = stages.outcome_of(job, plan.output)
-        if outcome is not None and outcome.error is not None:
-            warn("RW589", f"the comparison lacks {lacks}: {outcome.error['code']}: {outcome.error['message']}")
-
-
-def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
-    """Merge the best run into an ordinary model in ``DIR/merged``. A 4-bit run merges onto its dequantized base."""
-    import subprocess
-    import sys
-
-    method = variant_of(run["method"])[0]
-    if method not in ADAPTERS:
-        warn("RW589", f"--merge: the result of {run['method']} is not an adapter that can be merged.")
-        return None
-    output = given.output
-    discard_folder(output / MERGED_FOLDER)
-    watcher.say("Merging the recommended adapter.")
-    command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
-    # A PiSSA adapter belongs on the original weights.
-    is_pissa = str((run["record"] or {})["settings"].get("init")).startswith("pissa")
-    command += ["--onto", "quantized"] if method in FOUR_BITS and not is_pissa else []
-    command += ["--trust-remote-code"] if given.trust_remote_code else []
-    done = subprocess.run([sys.executable, "-m", stages.CLI, *command], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        warn("RW589", f"--merge failed: {done.stderr.strip()[-500:]}")
-        return None
-    return MERGED_FOLDER
-
-
-def command_line(given: CompareSettings) -> str:
-    """The command that repeats this comparison."""
-    words = ["rankwise", "compare"]
-    options = given.model_dump(mode="json")
-    # Some defaults depend on other options.
-    defaults = given.defaults(options)
-    for name, value in options.items():
-        if value == defaults.get(name) or name in ("retry", "jobs", "executor", "address"):
-            continue
-        several = name in ("task", "task_data")
-        in_bytes = name in ("memory", "memory_budget")
-        for item in value if several else [f"{value}B" if in_bytes else value]:
-            words += option_words(name, item)
-    return shlex.join(words)
-
-
 def _told(told: list[Message]) -> AbstractContextManager[None]:
     """A context that shows warnings as usual and appends each RankwiseWarning to ``told``, for the report."""
 
@@ -477,3 +249,154 @@ def _told(told: list[Message]) -> AbstractContextManager[None]:
         return True
 
     return heard(tell)
+
+
+# Optimizer steps of the run that measures how many fit into --minutes; the first, which allocates, is not counted.
+PROBE_STEPS = 6
+# Settings, other than the tasks, on which the results of a measurement depend.
+MEASURED = ("task_limit", "eval_data", "max_length", "chat_template", "dtype")
+
+
+class Commands:
+    """Makes the command of a job."""
+
+    def __init__(self, given: CompareSettings, plan: Plan, inputs: Inputs) -> None:
+        self.given, self.plan, self.inputs = given, plan, inputs
+        self.shared = shared_training(given)
+        self.batches = {method: self._batch(method) for method in plan.methods}
+
+    def of(self, job: Job) -> tuple[str, list[str]]:
+        if job.stage in ("train", "probe"):
+            return stages.CLI, stages.train_arguments(job, self.plan.output, self._training(job))
+        path = stages.beside(job.name(self.plan.output), ".in")
+        if job.stage == "prepare":
+            cells = [Cell(method, self.plan.rates[method][0], 0) for method in self.plan.methods]
+            # The settings of one run of each method.
+            write_json(path, {"runs": [self._cell_settings(cell, None) for cell in cells]})
+            return stages.STEPS, [str(path)]
+        write_json(path, self._measuring(job))
+        return stages.STEPS, [str(path)]
+
+    def steps(self, job: Job) -> int:
+        """The number of optimizer steps of a training, for the progress display and the time left."""
+        if job.cell is None or job.stage not in ("train", "probe"):
+            return 0
+        steps = self._max_steps(job)
+        if steps is not None:
+            return steps
+        batch = self.shared["batch_size"] * self.shared["gradient_accumulation"]
+        return max(1, math.ceil(self.inputs.train_rows / batch) * math.ceil(self.shared["epochs"]))
+
+    def is_outdated(self, job: Job) -> bool:
+        """Whether a finished step must run again because this call asks for other methods or tasks."""
+        before = read_json(stages.beside(job.name(self.plan.output), ".in"))
+        if job.stage == "prepare":
+            return [run["method"] for run in before.get("runs", [])] != list(self.plan.methods)
+        if job.stage != "measure" or not before:
+            return False
+        now = self._measuring(job)
+        added = set(now["tasks"]) - set(before.get("tasks", ()))
+        checked = now["merged_check"] and not before.get("merged_check")
+        asked = before.get("questions", {})
+        changed = any(asked.get(task, sha256) != sha256 for task, sha256 in now["questions"].items())
+        return bool(added or checked or changed) or any(before.get(name) != now[name] for name in MEASURED)
+
+    def _max_steps(self, job: Job) -> int | None:
+        assert job.cell is not None
+        if job.stage == "probe":
+            return PROBE_STEPS
+        if job.cell.short:
+            return self.given.search_steps
+        if self.given.minutes is not None:
+            return self._steps_in_time(job.cell.method)
+        return self.shared["max_steps"]
+
+    def _steps_in_time(self, method: str) -> int:
+        seen = steps_of(probe_of(self.plan, method).folder(self.plan.output))
+        if len(seen) < 2:
+            # The method's probe has not run yet, or it failed, and then the method has no runs.
+            return PROBE_STEPS
+        (first, start), (last, end) = seen[0], seen[-1]
+        assert self.given.minutes is not None
+        return max(1, int(self.given.minutes * 60 * (last - first) / (end - start)))
+
+    def _training(self, job: Job) -> JsonObject:
+        assert job.cell is not None
+        settings = self._cell_settings(job.cell, self._max_steps(job))
+        if job.stage != "probe":
+            return settings
+        return settings | {
+            "output": str(job.folder(self.plan.output)),
+            "logging_steps": 1,
+            **dict.fromkeys(("eval_data", "eval_limit", "eval_steps", "early_stopping", "save_steps")),
+        }
+
+    def _cell_settings(self, cell: Cell, steps: int | None) -> JsonObject:
+        inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
+        shared = {**self.shared, **self.batches[cell.method], "eval_limit": 0, "cache": str(self._cache())}
+        settings = cell_settings(cell, self.plan.output, shared, inputs, steps)
+        if cell.learning_rate is not None:
+            return settings
+        rates = ",".join(map(repr, self.plan.rates[cell.method]))
+        return settings | {"learning_rate": f"auto:{rates}", "budget": self.given.budget}
+
+    def _batch(self, method: str) -> JsonObject:
+        """With --memory-budget, the largest micro-batch that the plan says fits. The rows of a step do not change."""
+        if self.given.memory_budget is None:
+            return {}
+        if not is_own(method):
+            warn("RW565", f"there is no memory plan for {method}; it keeps --batch-size {self.shared['batch_size']}.")
+            return {}
+        rows = self.shared["batch_size"] * self.shared["gradient_accumulation"]
+        sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+        for again in (False, True):
+            for size in sizes:
+                changes = {"batch_size": size, "gradient_accumulation": rows // size, "gradient_checkpointing": again}
+                if self._peak_bytes(method, changes) <= self.given.memory_budget:
+                    return changes
+        warn(
+            "RW565",
+            f"{method} does not fit in --memory-budget {byte_size(self.given.memory_budget)}, even one row at "
+            "a time with --gradient-checkpointing; it still runs, and its measured memory is in the report.",
+        )
+        return {"batch_size": 1, "gradient_accumulation": rows, "gradient_checkpointing": True}
+
+    def _peak_bytes(self, method: str, changes: Fields) -> int:
+        from rankwise.planning.estimate import estimate
+        from rankwise.planning.hardware import cpu_hardware, this_machine
+        from rankwise.planning.plan import workload_of
+
+        base, options = variant_of(method)
+        settings = {**self.shared, **changes, **options, "method": base}
+        hardware = cpu_hardware() if settings["device"] == "cpu" else this_machine()
+        workload = dataclasses.replace(workload_of(settings, hardware), max_length=self.shared["max_length"])
+        return estimate(_model(self.given.model), base, workload).peak_bytes
+
+    def _cache(self) -> Path:
+        """The cache folder with prepared base models and encoded rows."""
+        return self.plan.output.resolve() / "cache"
+
+    def _measuring(self, job: Job) -> JsonObject:
+        names = (
+            *("max_length", "chat_template", "dtype", "device", "trust_remote_code", "revision"),
+            *("objective", "beta", "prompt_column", "completion_column"),
+        )
+        return {
+            "folder": str(job.folder(self.plan.output)),
+            "model": _model(self.given.model),
+            "cache": str(self._cache()),
+            "method": variant_of(job.cell.method)[0] if job.cell else None,
+            "eval_data": self.inputs.evaluation,
+            "merged_check": self.given.merged_check,
+            "tasks": list(self.given.task),
+            "task_data": list(self.given.task_data),
+            "questions": self.inputs.questions,
+            "task_limit": self.given.task_limit,
+            **{name: self.shared[name] for name in names},
+        }
+
+
+def _model(name: str) -> str:
+    """The model as the user wrote it, a path as an absolute one."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != "demo" and path.exists() else name

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rankwise.comparison.matrix import Cell, choose_rate, final_cells, search_cells
-from rankwise.comparison.stages import Job, Outcome, outcome_of
+from rankwise.comparison.stages import Cell, Job, Outcome, choose_rate, final_cells, outcome_of, search_cells
 from rankwise.errors import RunError
 from rankwise.records import RUN_FILE, RunRecord, load_record
 from rankwise.reports.schema import KEPT_ROWS_LOSS, RateSearch, SearchedRate

@@ -10,16 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from rankwise.comparison.stages import PREFERENCE
-from rankwise.config import (
-    ADAPTERS,
-    METHODS,
-    MODEL,
-    TRAINING_DATA,
-    VARIANTS,
-    PreferenceOptions,
-    RunOptions,
-    variant_of,
-)
+from rankwise.config import ADAPTERS, METHODS, MODEL, TRAINING_DATA, VARIANTS, PreferenceOptions, RunOptions, variant_of
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.foreign import Fields, JsonObject
@@ -193,8 +184,8 @@ class CompareSettings(PreferenceOptions, RunOptions):
 def check_compare(given: CompareSettings) -> None:
     """Check options against each other.
 
-    Raises ConfigError: RW165 unknown methods, RW166 duplicates of methods or rates, RW167 options that exclude
-    each other, RW626 an objective that is not compared.
+    Raises ConfigError: RW165 unknown methods, RW167 duplicates, and options that exclude each other,
+    RW626 an objective that is not compared.
     """
     if given.objective == "grpo":
         raise ConfigError(
@@ -217,7 +208,7 @@ def check_compare(given: CompareSettings) -> None:
     for name, values in (("--methods", given.methods), ("--learning-rates", rates or ())):
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
-            raise ConfigError("RW166", f"{name} names {', '.join(twice)} more than once; name each once.")
+            raise ConfigError("RW167", f"{name} names {', '.join(twice)} more than once; name each once.")
     if rates is not None and (not rates or any(not 0 < rate < math.inf for rate in rates)):
         raise ConfigError("RW167", f"--learning-rates is {rates}; give rates above 0.")
     if given.address is not None and given.executor != "ray":

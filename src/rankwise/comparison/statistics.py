@@ -115,7 +115,7 @@ def _reach(t: float, skewness: float) -> float:
 def mean_of_seeds(values: Sequence[float]) -> Estimate:
     """Mean over seeds; its error is ``sd / sqrt(S)`` with S - 1 degrees of freedom.
 
-    Raises RunError RW598: values that are not finite.
+    Raises RunError RW589: values that are not finite.
     """
     array = np.asarray(values, dtype=np.float64)
     _check_finite(array)
@@ -146,7 +146,7 @@ def paired_by_example(
     of clusters (Carter, Schnepel and Steigerwald 2017) less one, within 0.3 of the degrees of Bell and McCaffrey (2002)
     for 20 clusters of Zipf sizes. With one seed only ``example_se`` is known, and there is no interval.
 
-    Raises RunError RW598: values that are not finite.
+    Raises RunError RW589: values that are not finite.
     """
     d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     S, n = d.shape
@@ -180,7 +180,7 @@ def paired_by_example(
 def _check_finite(*arrays: Array) -> None:
     if not all(np.isfinite(array).all() for array in arrays):
         raise RunError(
-            "RW598", "a value to compare is not a finite number; leave out the run or the example that it comes from."
+            "RW589", "a value to compare is not a finite number; leave out the run or the example that it comes from."
         )
 
 

@@ -1,17 +1,38 @@
-"""From paired differences to verdicts.
-
-A pair is better (or worse), equivalent, or the runs cannot tell: a test that finds no difference does not prove that
-there is none. A method whose best learning rate lies at the edge of the grid is not tuned, and gets no other verdict.
-"""
+"""From paired differences to verdicts, the smallest difference that is found, and one recommendation."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from statistics import fmean
+from typing import get_args
 
-from rankwise.comparison.statistics import ALPHA, Estimate, mean_of_seeds, paired_by_example
-from rankwise.reports.schema import Difference, Verdict
+from rankwise.comparison.stages import planned_runs
+from rankwise.comparison.statistics import (
+    ALPHA,
+    POWER,
+    Estimate,
+    mean_of_seeds,
+    minimum_detectable_effect,
+    paired_by_example,
+    pooled,
+    spread_parts,
+)
+from rankwise.config import DORA, is_own, variant_of
+from rankwise.reports.numbers import is_above
+from rankwise.reports.schema import (
+    CostName,
+    DecidingCost,
+    Difference,
+    Method,
+    MethodVerdict,
+    MinimumDetectableEffect,
+    Recommendation,
+    Verdict,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,3 +121,234 @@ def compare_all(
             }
         )
     return found
+
+
+# The largest comparison that is proposed: seeds, and factors of the evaluation rows.
+MOST_SEEDS = 64
+ROW_FACTORS = tuple(2**power for power in range(11))
+
+
+class Spreads:
+    """The spreads over seeds and rows from which detectable differences follow."""
+
+    def __init__(
+        self, scores: Mapping[str, Scores], *, metric: str, margin: float, rows: int, seed_sd: float, row_sd: float
+    ) -> None:
+        """``scores``: {method: its scores on ``metric``}. Where no two of them have an interval, the spreads are
+        assumed: ``seed_sd`` and ``row_sd``, as shares of the metric.
+        """
+        self.metric, self.margin, self.rows = metric, margin, rows
+        pairs = itertools.combinations(scores.values(), 2)
+        common = [(a, b) for a, b in pairs if a.values.keys() & b.values.keys()]
+        self.estimates = [found for a, b in common if (found := estimate_difference(a, b)[0]).parts]
+        self.assumed = None if self.estimates else {"seed_sd": seed_sd, "row_sd": row_sd}
+        values = [value for item in scores.values() for value in item.values.values()]
+        self.level = abs(fmean(values)) if self.estimates else 1.0
+
+    def smallest(self, seeds: int, comparisons: int, rows_factor: int = 1) -> float | None:
+        """The smallest difference found, in the metric's unit or, where spreads are assumed, as a share of it."""
+        spread = pooled(self.estimates, seeds, rows_factor)
+        if self.assumed is not None:
+            rows = self.rows * rows_factor if self.assumed["row_sd"] else 0
+            spread = Estimate(0.0, spread_parts(seeds=seeds, rows=rows, **self.assumed))
+        margin = self.margin * self.level
+        return minimum_detectable_effect(spread.parts, comparisons=comparisons, margin=margin, skewness=spread.skewness)
+
+    def effect(self, seeds: int, comparisons: int) -> MinimumDetectableEffect:
+        found = self.smallest(seeds, comparisons)
+        return {
+            "metric": self.metric,
+            "relative": found / self.level if found is not None and self.level else None,
+            "absolute": None if self.assumed else found,
+            "seeds": seeds,
+            "comparisons": comparisons,
+            "power": POWER,
+            "assumed": self.assumed,
+        }
+
+    def deciding(self, seeds: int, methods: int, rates: int, *, short: bool, anew: bool) -> tuple[int, int, int] | None:
+        """(further runs, factor of the rows, seeds) of the cheapest comparison of ``methods`` methods that detects a
+        difference of the margin; None where even the largest does not.
+
+        More seeds continue the comparison; more rows, and with ``anew`` all changes, need another one with its own
+        search over ``rates``.
+        """
+
+        def is_enough(count: int) -> bool:
+            found = self.smallest(count, methods - 1, factor)
+            return found is not None and found <= self.margin * self.level
+
+        choices = []
+        for factor in ROW_FACTORS if self._has_rows() else (1,):
+            continues = factor == 1 and not anew
+            counts = range(max(2, seeds) if continues else 3, MOST_SEEDS + 1)
+            place = bisect.bisect_left(counts, True, key=is_enough)
+            if place < len(counts):
+                runs = planned_runs(methods, rates, counts[place], short=short)
+                choices.append((methods * (counts[place] - seeds) if continues else runs, factor, counts[place]))
+        return min(choices, default=None)
+
+    def _has_rows(self) -> bool:
+        if self.assumed is not None:
+            return bool(self.assumed["row_sd"])
+        return any(len(estimate.parts) > 1 for estimate in self.estimates)
+
+
+def wider_rates(
+    methods: Mapping[str, Method], names: Sequence[str], grids: Mapping[str, Sequence[float]]
+) -> list[float]:
+    """For each of ``names`` that is not tuned, the next rate beyond the edge at which its best one lies."""
+    found: set[float] = set()
+    for name in names:
+        grid = sorted(grids[name])
+        if methods[name]["learning_rate_at_edge"]:
+            edge, next_to_it = (grid[0], grid[1]) if methods[name]["learning_rate"] == grid[0] else (grid[-1], grid[-2])
+            found.add(float(f"{edge * edge / next_to_it:.2g}"))
+    return sorted(found)
+
+
+# Words of a variant that change a rate or a scale, and no computation.
+SAME_COMPUTE = ("plus", "rslora")
+# Peaks that are closer count as equal: a run's peak is that of its largest batch, which depends on the seed, and the
+# plan is not more exact.
+MEMORY_TOLERANCE = 0.05
+TURNED: dict[Verdict, Verdict] = {"better": "worse", "worse": "better"}
+
+
+def comparable_costs(methods: Mapping[str, Method]) -> dict[str, dict[CostName, list[float]]]:
+    """{method: {cost: its [lowest, highest] over the seeds}}. A cost that cannot be compared is left out: time of one
+    run, or of runs that others ran beside; memory or parameters that are not known.
+
+    Methods that compute the same, such as LoRA and LoRA+, share a range: only noise parts their times.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in methods:
+        alike.setdefault("+".join(word for word in name.split("+") if word not in SAME_COMPUTE), []).append(name)
+    found: dict[str, dict[CostName, list[float]]] = {}
+    for names in alike.values():
+        costs = [_own_costs(name, methods[name]) for name in names]
+        shared = {
+            cost: [min(own[cost][0] for own in known), max(own[cost][1] for own in known)]
+            for cost in get_args(CostName)
+            if (known := [own for own in costs if cost in own])
+        }
+        found |= dict.fromkeys(names, shared)
+    return found
+
+
+def _own_costs(name: str, method: Method) -> dict[str, list[float]]:
+    ranges, parameters, method_alone = method["ranges"], method["trainable_parameters"], variant_of(name)[0]
+    costs = {"servers": [float(method_alone in DORA or not is_own(name))] * 2}
+    if method["alone"] and method["seeds"] > 1 and "wall_seconds" in ranges:
+        costs["wall_seconds"] = ranges["wall_seconds"]
+    if "peak_memory_bytes" in ranges:
+        low, high = ranges["peak_memory_bytes"]
+        costs["peak_memory_bytes"] = [low / (1 + MEMORY_TOLERANCE), high]
+    if parameters is not None:
+        costs["trainable_parameters"] = [parameters, parameters]
+    return costs
+
+
+def recommend(
+    methods: Mapping[str, Method],
+    differences: Sequence[Difference],
+    *,
+    metric: str,
+    higher_is_better: bool,
+    margin: float,
+    detectable: float | None,
+    memory_bytes: int | None,
+    hours: float | None,
+) -> tuple[Recommendation, dict[str, MethodVerdict]]:
+    """The recommendation, and the verdict on each method against the best one.
+
+    The best one is chosen from the tuned methods within the limits: it has the best mean of those that no test found
+    worse. (The best mean may be of a method that a test found worse: a test takes the seeds that both methods have.)
+    The cheapest of the best one and its equals is taken. Methods that the runs cannot tell from the best one are its
+    equals if the comparison could have seen a difference that matters: ``detectable`` is at most ``margin``, both
+    shares of the metric. Otherwise nothing is decided.
+    """
+    sign = -1 if higher_is_better else 1
+    means = {name: sign * item["mean"][metric] for name, item in methods.items() if metric in item["mean"]}
+    # Baselines are measured for comparison; their adapters neither merge nor load elsewhere.
+    usable = [name for name in means if is_own(name)] or list(means)
+    fitting = [name for name in usable if _fits(methods[name], memory_bytes, hours)]
+    candidates = [name for name in fitting if not methods[name]["learning_rate_at_edge"]] or fitting
+    found: Recommendation = {
+        "method": None,
+        "decided": False,
+        "best": None,
+        "candidates": candidates,
+        "equals": [],
+        "open": [],
+        "costs": [],
+        "deciding": None,
+        "metric": metric,
+        "margin": margin,
+        "limits": {"memory_bytes": memory_bytes, "hours": hours},
+        "config": None,
+        "command": None,
+        "run": None,
+        "adapter": None,
+        "merged": None,
+    }
+    if not candidates:
+        return found, {}
+    pairs = [item for item in differences if item["metric"] == metric]
+    inside = [item for item in pairs if {item["a"], item["b"]} <= set(candidates)]
+    lost = {item["a"] for item in inside if item["verdict"] == "worse"}
+    lost |= {item["b"] for item in inside if item["verdict"] == "better"}
+    best = min(candidates, key=lambda name: (name in lost, means[name], name))
+    comparisons = max((item["comparisons"] for item in pairs), default=1)
+    verdicts = {name: _against(name, best, pairs, comparisons) for name in means}
+    if methods[best]["learning_rate_at_edge"]:
+        verdicts[best]["verdict"] = "not tuned"
+    can_see = detectable is not None and detectable <= margin
+    equals, unsure = [], []
+    for name in sorted(set(fitting) - {best}, key=lambda name: (means[name], name)):
+        said, p_value = verdicts[name]["verdict"], verdicts[name]["p_value"]
+        if said == "equivalent" or (said == "cannot tell" and can_see and p_value is not None):
+            equals.append(name)
+        elif said == "cannot tell" or (said == "not tuned" and (name in candidates or means[name] < means[best])):
+            unsure.append(name)
+    method, costs = cheapest([best, *equals], methods)
+    found |= {"method": method, "decided": not unsure, "best": best, "equals": equals, "open": unsure, "costs": costs}
+    return found, verdicts
+
+
+def _against(name: str, best: str, pairs: Sequence[Difference], comparisons: int) -> MethodVerdict:
+    said: MethodVerdict = {"verdict": "cannot tell", "against": best, "p_value": None, "comparisons": comparisons}
+    if name == best:
+        return {**said, "verdict": "best"}
+    for item in pairs:
+        if {item["a"], item["b"]} == {name, best}:
+            said["verdict"] = item["verdict"] if item["a"] == name else TURNED.get(item["verdict"], item["verdict"])
+            said["p_value"] = None if item["p_value"] is None else min(1.0, item["p_value"] * comparisons)
+    return said
+
+
+def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, list[DecidingCost]]:
+    """The method with the lowest cost, and the costs for which the others were dropped.
+
+    A method is dropped if its lowest figure is above the highest figure of another method, so that timing noise decides
+    nothing and the order of the checks does not matter. ``names`` are sorted, best first; the first one left is taken.
+    """
+    left = list(names)
+    decided: list[DecidingCost] = []
+    for cost in get_args(CostName):
+        known = {name: methods[name]["costs"][cost] for name in left if cost in methods[name]["costs"]}
+        if not known:
+            continue
+        least = min(known, key=lambda name: (known[name][1], left.index(name)))
+        out = [name for name in known if is_above(known[name], known[least])]
+        if out:
+            decided.append({"cost": cost, "methods": out, "than": least})
+            left = [name for name in left if name not in out]
+    if left[1:]:
+        decided.append({"cost": "mean", "methods": left[1:], "than": left[0]})
+    return left[0], decided
+
+
+def _fits(method: Method, memory: int | None, hours: float | None) -> bool:
+    enough = memory is None or (method["peak_memory_bytes"] or math.inf) <= memory
+    return enough and (hours is None or (method["wall_seconds"] or math.inf) <= hours * 3600)

@@ -1,7 +1,8 @@
-"""``python -m rankwise.comparison.measure JOB.json``: measure a finished run in one process that loads the model once.
+"""``python -m rankwise.comparison.steps JOB.json``: the steps of a comparison beside training, each in a process.
 
-It measures the loss of every evaluation row, the tasks, some answers, the effect of merging, and the relative change of
-each weight.
+*Prepare* puts bases and encoded rows into the cache before the first run, so a GGUF file is read, quantized and its
+data tokenized once, also for parallel runs. *Measure* loads a finished run once, and measures the loss of every
+evaluation row, the tasks, some answers, the effect of merging, and the relative change of each weight.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import Decoding, Prompt
+from rankwise.comparison.inputs import make_tasks, own_task
 from rankwise.comparison.stages import FACTS_FILE, PERPLEXITY
-from rankwise.comparison.tasks import make_tasks, own_task
-from rankwise.config import METHODS, is_own
+from rankwise.config import METHODS, TrainSettings, is_own
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row
@@ -34,9 +35,12 @@ from rankwise.evaluation.tasks.answers import writer
 from rankwise.evaluation.tasks.base import Task
 from rankwise.export.rounding import is_more_than_rounding, rounding_cost
 from rankwise.foreign import Fields, JsonObject
+from rankwise.models import fetch_model
 from rankwise.models.positions import answer_room
 from rankwise.records import RunRecord, load_record, write_json
 from rankwise.reports.schema import EVALUATION_FOLDER, MergedCheck
+from rankwise.training.prepared import is_worth_keeping
+from rankwise.training.setup import encode_data, load_for_training, quantization_for, read_data
 
 # Number of evenly spread rows to which the model's answers are recorded, for people to read.
 ANSWERED = 12
@@ -300,8 +304,35 @@ def answering(work: Callable[[], JsonObject], doing: str) -> int:
     return 0
 
 
+def prepare(job: Fields) -> JsonObject:
+    """Fill the cache. ``job["runs"]``: the settings of one run of each method. Returns the kinds of prepared bases."""
+    made: list[str] = []
+    for given in one_of_each_kind([TrainSettings.model_validate(settings) for settings in job["runs"]]):
+        source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
+        if made and not is_worth_keeping(source, quantization_for(given)):
+            continue
+        loaded = load_for_training(given)
+        # Rows of preferences are not cached.
+        if not made and given.objective == "sft":
+            encode_data(given, loaded.tokenizer, *read_data(given))
+        made.append(given.method)
+        del loaded
+    return {"prepared": made}
+
+
+def one_of_each_kind(runs: Sequence[TrainSettings]) -> list[TrainSettings]:
+    """One run of each kind of base. Runs that start from the same base in the same dtype share it."""
+    kinds: dict[tuple[bool, bool], TrainSettings] = {}
+    for given in runs:
+        kinds.setdefault((quantization_for(given) is not None, given.method == "full"), given)
+    return list(kinds.values())
+
+
 def main(argv: list[str]) -> int:
-    return answering(lambda: measure(json.loads(Path(argv[0]).read_text(encoding="utf-8"))), "measuring")
+    job = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    if "runs" in job:
+        return answering(lambda: prepare(job), "preparing")
+    return answering(lambda: measure(job), "measuring")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,332 @@
+"""The end of a comparison: ``comparison.json``, recommended settings, the best run, and the merged model."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rankwise.comparison import stages
+from rankwise.comparison.inputs import Inputs
+from rankwise.comparison.pool import Clock, Watcher
+from rankwise.comparison.results import (
+    all_methods,
+    collect_runs,
+    conclusions,
+    metrics_of,
+    read_json,
+    read_tasks,
+    scores_by_metric,
+    value_of,
+)
+from rankwise.comparison.schedule import Plan, state_of
+from rankwise.comparison.settings import CompareSettings
+from rankwise.comparison.stages import Job
+from rankwise.comparison.statistics import CONFIDENCE
+from rankwise.comparison.verdicts import Scores, Spreads, wider_rates
+from rankwise.config import ADAPTERS, FOUR_BITS, TrainSettings, variant_of
+from rankwise.disk import discard_folder, whole_folder
+from rankwise.errors import RunError, warn
+from rankwise.foreign import Fields, JsonObject
+from rankwise.options import option_words
+from rankwise.records import write_json, write_text
+from rankwise.reports.merging import unlike_hardware
+from rankwise.reports.schema import (
+    BEST_FOLDER,
+    COMPARISON_FILE,
+    EVAL_LOSS,
+    MERGED_FOLDER,
+    RECOMMENDED_FILE,
+    SCHEMA,
+    Comparison,
+    DecidingRun,
+    Message,
+    Method,
+    Recommendation,
+    Run,
+)
+
+
+def conclude(
+    given: CompareSettings,
+    plan: Plan,
+    inputs: Inputs,
+    told: list[Message],
+    watcher: Watcher,
+    clock: Clock,
+) -> Comparison:
+    runs = collect_runs(plan)
+    final = [run for run in runs if run["phase"] == "final"]
+    finished = [run for run in final if run["status"] == "finished"]
+    if not finished:
+        errors = [run["error"] for run in final or runs if run["error"] is not None]
+        reason = f"{errors[0]['code']}: {errors[0]['message']}" if errors else "nothing was started."
+        at = " at the rate that its search chose" if any(run["status"] == "finished" for run in runs) else ""
+        raise RunError("RW584", f"no run finished{at}: {reason}")
+    better = metrics_of(runs)
+    scores = scores_by_metric(plan.output, plan.methods, runs)
+    if not scores.get(given.metric):
+        known = ", ".join(metric for metric, found in scores.items() if found) or "no figures at all"
+        raise RunError("RW589", f"no run has a finite value of --metric {given.metric}; there are {known}.")
+    methods = all_methods(plan, runs, scores)
+    _warn_of_edges_and_failures(runs, methods)
+    _warn_of_missing_values(finished, given.metric)
+    _warn_of_unlike_runs(finished)
+    _warn_of_shared_steps(plan)
+    spreads = spreads_of(given, scores[given.metric], inputs)
+    found = conclusions(methods, scores, better, spreads, memory_bytes=given.memory, hours=given.max_hours)
+    recommendation = _with_files(given, runs, found["recommendation"], watcher, higher_is_better=better[given.metric])
+    recommendation["deciding"] = _deciding_run(given, plan, methods, recommendation, spreads)
+    first = finished[0]["record"] or {}
+    base = plan.output / stages.BASE
+    comparison: Comparison = {
+        "schema": SCHEMA,
+        "command": command_line(given),
+        "settings": given.model_dump(mode="json"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": first.get("versions", {}),
+        "device": first.get("device", {}),
+        "model": first.get("base_model", {}),
+        "data": inputs.described,
+        "primary_metric": given.metric,
+        "confidence": CONFIDENCE,
+        "base": {"tasks": read_tasks(base, plan.tasks), "folder": stages.BASE if base.is_dir() else None},
+        "warnings": list({(item["code"], item["message"]): item for item in told}.values()),
+        "runs": runs,
+        **found,
+        "recommendation": recommendation,
+        "learning_rates": {method: state_of(plan, method).search for method in plan.methods},
+        "seconds": clock.spent(),
+    }
+    write_json(given.output / COMPARISON_FILE, comparison)
+    return comparison
+
+
+def spreads_of(given: CompareSettings, scores: Mapping[str, Scores], inputs: Inputs) -> Spreads:
+    """The spreads of ``scores`` on the deciding metric, or those that the user assumes."""
+    # For preferences, the loss is only known as a mean.
+    by_row = given.row_sd if (given.objective, given.metric) == ("sft", EVAL_LOSS) else 0.0
+    return Spreads(
+        scores,
+        metric=given.metric,
+        margin=given.margin,
+        rows=inputs.eval_rows,
+        seed_sd=given.seed_sd,
+        row_sd=by_row,
+    )
+
+
+def _with_files(
+    given: CompareSettings, runs: list[Run], found: Recommendation, watcher: Watcher, *, higher_is_better: bool
+) -> Recommendation:
+    """The recommendation, with the files of its best run in the folder."""
+    method = found["method"]
+    best = method and best_run(runs, method, given.metric, higher_is_better=higher_is_better)
+    forget_other_results(given.output, best["id"] if best else None)
+    if best:
+        found = hand_over(given.output, found, best)
+        if given.merge:
+            found["merged"] = _merge(given, best, watcher)
+    return found
+
+
+def _deciding_run(
+    given: CompareSettings, plan: Plan, methods: Mapping[str, Method], found: Recommendation, spreads: Spreads
+) -> DecidingRun | None:
+    """The cheapest comparison that decides what ``found`` leaves open; None if nothing is open or no run decides it."""
+    if found["decided"] or found["best"] is None:
+        return None
+    names = [name for name in given.methods if name in (found["best"], *found["open"])]
+    rates = wider_rates(methods, names, plan.rates)
+    # The default grids of the methods may differ, and one option holds them all.
+    every_rate = tuple(dict.fromkeys([*(rate for name in names for rate in plan.rates[name]), *rates]))
+    # With --budget, other rates are another search, and so another comparison.
+    anew, short = bool(rates and given.budget), given.search_steps is not None
+    tried = len(every_rate) if given.budget is None else 1
+    choice = spreads.deciding(given.seeds, len(names), tried, short=short, anew=anew)
+    if choice is None:
+        return None
+    runs, factor, seeds = choice
+    changes: JsonObject = {"methods": tuple(names), "seeds": seeds}
+    if rates or given.learning_rates:
+        changes["learning_rates"] = every_rate
+    rows = spreads.rows * factor
+    if factor > 1:
+        changes |= {"eval_limit": rows} if given.eval_limit else {"eval_data": "MORE-ROWS"}
+    if factor > 1 or anew:
+        changes["output"] = given.output.with_name(f"{given.output.name}-2")
+    else:
+        # A method that is not tuned may take a new rate, on all seeds.
+        again = sum(methods[name]["learning_rate_at_edge"] for name in names) * (given.seeds - 1) if rates else 0
+        runs += len(names) * len(rates) + again
+    command = command_line(given.model_copy(update=changes))
+    return {
+        "methods": names,
+        "seeds": seeds,
+        "rows": rows,
+        "learning_rates": rates,
+        "runs": runs,
+        "command": command,
+    }
+
+
+def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Method]) -> None:
+    edges = [name for name, item in methods.items() if item["learning_rate_at_edge"]]
+    if edges:
+        warn(
+            "RW586",
+            f"the best learning rate of {', '.join(edges)} lies at the edge of those tried; its true optimum may lie "
+            "beyond, so add a rate there with --learning-rates.",
+        )
+    for name, item in methods.items():
+        if item["skipped"]:
+            warn("RW588", f"{name} was left out: {item['skipped']}")
+    for run in runs:
+        if run["status"] == "failed" and run["error"]:
+            warn("RW588", f"{run['id']} failed: {run['error']['code']}: {run['error']['message']}")
+        elif run["status"] == "interrupted":
+            warn("RW597", f"{run['id']} was interrupted, so it has no figures; the same command continues it.")
+        merged = run["merged"]
+        if merged and merged["is_more_than_rounding"]:
+            warn(
+                "RW589",
+                f"{run['id']}: merging changed a logit by {merged['max_logit_difference']:.3g}, and rounding alone by "
+                f"{merged['rounding_logit_difference']:.3g}: the merged model is not equivalent.",
+            )
+        if run["status"] == "finished" and run["error"]:
+            warn("RW589", f"{run['id']} trained, but: {run['error']['code']}: {run['error']['message']}")
+
+
+def _warn_of_missing_values(finished: Sequence[Run], metric: str) -> None:
+    """Warn (RW589) of runs that count as seeds and have no finite value. A failed measurement has its own warning."""
+    for run in finished:
+        if run["error"] is None and value_of(run, metric) is None:
+            warn("RW589", f"{run['id']} trained, but has no finite {metric}, so it does not count in its mean.")
+
+
+def _warn_of_unlike_runs(finished: Sequence[Run]) -> None:
+    """Warn of runs on different hardware (RW595), and of runs that read different data (RW591): a file may change while
+    the runs go on.
+    """
+    if (message := unlike_hardware(finished)) is not None:
+        warn("RW595", message)
+    for part in ("train", "eval"):
+        found = {run["id"]: ((run["record"] or {}).get("data", {}).get(part) or {}).get("sha256") for run in finished}
+        read = {name: sha256 for name, sha256 in found.items() if sha256 is not None}
+        if len({*read.values()}) > 1:
+            first, *rest = read
+            others = ", ".join(name for name in rest if read[name] != read[first])
+            what = {"train": "training", "eval": "evaluation"}[part]
+            warn(
+                "RW591",
+                f"the {what} data changed between the runs: {others} read another version than {first}; compare again "
+                "in another --output.",
+            )
+
+
+def _warn_of_shared_steps(plan: Plan) -> None:
+    """Warn (RW589) where the base's measurement or its preparation failed, and name what the report lacks."""
+    for job, lacks in ((Job("measure", None), "figures of the base model"), (Job("prepare", None), "a prepared base")):
+        outcome = stages.outcome_of(job, plan.output)
+        if outcome is not None and outcome.error is not None:
+            warn("RW589", f"the comparison lacks {lacks}: {outcome.error['code']}: {outcome.error['message']}")
+
+
+def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
+    """Merge the best run into an ordinary model in ``DIR/merged``. A 4-bit run merges onto its dequantized base."""
+    import subprocess
+    import sys
+
+    method = variant_of(run["method"])[0]
+    if method not in ADAPTERS:
+        warn("RW589", f"--merge: the result of {run['method']} is not an adapter that can be merged.")
+        return None
+    output = given.output
+    discard_folder(output / MERGED_FOLDER)
+    watcher.say("Merging the recommended adapter.")
+    command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
+    # A PiSSA adapter belongs on the original weights.
+    is_pissa = str((run["record"] or {})["settings"].get("init")).startswith("pissa")
+    command += ["--onto", "quantized"] if method in FOUR_BITS and not is_pissa else []
+    command += ["--trust-remote-code"] if given.trust_remote_code else []
+    done = subprocess.run([sys.executable, "-m", stages.CLI, *command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        warn("RW589", f"--merge failed: {done.stderr.strip()[-500:]}")
+        return None
+    return MERGED_FOLDER
+
+
+def command_line(given: CompareSettings) -> str:
+    """The command that repeats this comparison."""
+    words = ["rankwise", "compare"]
+    options = given.model_dump(mode="json")
+    # Some defaults depend on other options.
+    defaults = given.defaults(options)
+    for name, value in options.items():
+        if value == defaults.get(name) or name in ("retry", "jobs", "executor", "address"):
+            continue
+        several = name in ("task", "task_data")
+        in_bytes = name in ("memory", "memory_budget")
+        for item in value if several else [f"{value}B" if in_bytes else value]:
+            words += option_words(name, item)
+    return shlex.join(words)
+
+
+LEFT_OUT = ("checkpoints", "evaluation", "runs")
+NOT_SETTINGS = {"output", "cache", "resume", "overwrite"}
+
+
+def best_run(runs: Sequence[Run], method: str, metric: str, *, higher_is_better: bool) -> Run | None:
+    """The final run of the method with the best value."""
+    final = [run for run in runs if run["method"] == method and run["phase"] == "final" and run["status"] == "finished"]
+    scored = [(value, run) for run in final if (value := value_of(run, metric)) is not None]
+    if not scored:
+        return None
+    return (max if higher_is_better else min)(scored, key=lambda item: item[0])[1]
+
+
+def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
+    """Write ``recommended.yaml`` and ``best``, and return the recommendation with their paths."""
+    record = run["record"] or {}
+    write_text(output / RECOMMENDED_FILE, recommended_yaml(output, record["settings"]))
+    with whole_folder(output / BEST_FOLDER, replace=True) as folder:
+        left_out = shutil.ignore_patterns(*LEFT_OUT)
+        shutil.copytree(output / run["folder"], folder, ignore=left_out, dirs_exist_ok=True)
+    return {
+        **found,
+        "config": RECOMMENDED_FILE,
+        "command": shlex.join(["rankwise", "train", "--config", str(output / RECOMMENDED_FILE)]),
+        "run": run["id"],
+        "adapter": BEST_FOLDER,
+        "merged": MERGED_FOLDER if (output / MERGED_FOLDER).is_dir() else None,
+    }
+
+
+def forget_other_results(output: Path, run: str | None) -> None:
+    """Remove the recommended files of an earlier call if they are of another run, so that its merged model is not
+    mistaken for this run's.
+    """
+    before = read_json(output / COMPARISON_FILE).get("recommendation", {}).get("run")
+    if before == run and run is not None:
+        return
+    discard_folder(output / MERGED_FOLDER)
+    if run is None:
+        discard_folder(output / BEST_FOLDER)
+        (output / RECOMMENDED_FILE).unlink(missing_ok=True)
+
+
+def recommended_yaml(output: Path, settings: Fields) -> str:
+    """The run's settings, without those at their defaults, and with an output folder of its own."""
+    import yaml
+
+    defaults = TrainSettings.defaults()
+    kept = {
+        name.replace("_", "-"): settings[name]
+        for name in ("model", "data", *defaults)
+        if name in settings and name not in NOT_SETTINGS and settings[name] != defaults.get(name)
+    }
+    kept["method"] = settings["method"]
+    kept["output"] = str(output.resolve() / "recommended")
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000)
