@@ -77,7 +77,7 @@ def found_rate(record: RunRecord, rates: list[float]) -> None:
     ranked = sorted(rates, key=lambda rate: abs(rate - 2e-4))
     trials: list[Any] = [{"learning_rate": rate, "steps": 2, "loss": 2.5 + abs(rate - 2e-4)} for rate in rates]
     trials += [{"learning_rate": rate, "steps": 6, "loss": 2.2 + abs(rate - 2e-4)} for rate in ranked[:2]]
-    record.rate_search = {"chosen": ranked[0], "rows": 4, "seconds": 1.0, "trials": trials}
+    record.rate_search = {"chosen": ranked[0], "budget": 1.0, "rows": 4, "seconds": 1.0, "trials": trials}
     record.settings |= {"learning_rate": ranked[0], "budget": None}
 
 
