@@ -19,8 +19,7 @@ import rankwise as rw
 from marks import at_every_level
 from precision import assert_as_exact
 from rankwise.acceleration import linears, restore
-from rankwise.adapters.layer import AdaptedLayer
-from rankwise.adapters.shared_input import SharedInput
+from rankwise.adapters.layer import AdaptedLayer, SharedInput
 from rankwise.errors import AdapterError
 from tiny_models import tiny_llama
 

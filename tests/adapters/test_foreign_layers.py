@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rankwise as rw
-from rankwise.adapters.foreign_layer import ForeignLinear, make_dense
+from rankwise.adapters.base_layer import ForeignLinear, make_dense
 from rankwise.errors import RankwiseWarning
 
 SCALE = 1 / 64

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from rankwise.adapters import adapter_parameters, add_adapter, save_adapter
-from rankwise.adapters.token_rows import KEY as TOKENS
+from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.errors import RankwiseWarning, RunError
 from rankwise.lora_config import LoraConfig
 from rankwise.training.preflight import GradientCheck, check_disk, check_labels, check_reload, check_trainable

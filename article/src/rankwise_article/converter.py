@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.adapters.checkpoint import read_adapter
-from rankwise.adapters.fused import to_blocks
+from rankwise.adapters.low_rank import to_blocks
 from rankwise.adapters.peft_config import to_peft
 from rankwise.disk import whole_folder
 from rankwise.errors import AdapterError

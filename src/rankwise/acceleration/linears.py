@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
-from rankwise.adapters.operator import computes_in
+from rankwise.adapters.low_rank import computes_in
 from rankwise.compat.torch import Ctx
 from rankwise.ops.dense import input_grad_out, is_slow_in_torch, linear_out
 from rankwise.ops.selection import is_traced, stands_on_card

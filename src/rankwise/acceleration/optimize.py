@@ -24,8 +24,7 @@ from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo
 from rankwise.acceleration.rows import replace_masks
 from rankwise.adapters.base_layer import put_back
 from rankwise.adapters.dora import Dora
-from rankwise.adapters.layer import AdaptedLayer
-from rankwise.adapters.shared_input import SharedInput
+from rankwise.adapters.layer import AdaptedLayer, SharedInput
 from rankwise.compat.accelerate import loads_weights
 from rankwise.compat.transformers import attention_of, text_config
 from rankwise.ops.handback import offered_by

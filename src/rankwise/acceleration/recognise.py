@@ -19,7 +19,7 @@ from rankwise.adapters.base_layer import has_hooks
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import Lora
-from rankwise.adapters.operator import branch_of, drawn_dropout
+from rankwise.adapters.low_rank import branch_of, drawn_dropout
 from rankwise.compat.torch import is_fake
 from rankwise.compat.transformers import rotary_of, set_rotary
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu

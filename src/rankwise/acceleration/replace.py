@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from rankwise.adapters.base_layer import REPLACED, has_hooks, put_back
-from rankwise.adapters.shared_input import refuse_pickling
+from rankwise.adapters.layer import refuse_pickling
 from rankwise.compat.accelerate import only_moves_inputs
 
 ATTRIBUTE = "rankwise_acceleration"

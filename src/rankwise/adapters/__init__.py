@@ -1,6 +1,5 @@
 """Low-rank adapters: LoRA and DoRA on any base layer, with PEFT's names and file format."""
 
-from rankwise.adapters.attached import AdaptedModule, AdapterReport, adapter_config, has_adapter, report
 from rankwise.adapters.checkpoint import hotswap_adapter, load_adapter, load_tensors
 from rankwise.adapters.guests import MethodType
 from rankwise.adapters.inject import (
@@ -15,6 +14,7 @@ from rankwise.adapters.inject import (
 )
 from rankwise.adapters.merge import merge_adapter, unmerge_adapter
 from rankwise.adapters.saving import adapter_parameters, adapter_tensors, save_adapter
+from rankwise.adapters.state import AdaptedModule, AdapterReport, adapter_config, has_adapter, report
 
 __all__ = [
     "AdaptedModule",

@@ -16,14 +16,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.attached import (
-    DEFAULT_NAME,
-    AdaptedModule,
-    AdapterReport,
-    adapted_layers,
-    report,
-    trained_copies,
-)
 from rankwise.adapters.base_layer import is_quantized
 from rankwise.adapters.experts import (
     from_peft_A,
@@ -31,7 +23,6 @@ from rankwise.adapters.experts import (
     ordered_stacks,
     peft_keys,
 )
-from rankwise.adapters.fused import enabled_rows, from_blocks
 from rankwise.adapters.inject import (
     attach,
     disable_adapter,
@@ -40,6 +31,9 @@ from rankwise.adapters.inject import (
     remove_adapter,
 )
 from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.lora import KEY as TOKENS
+from rankwise.adapters.lora import TokenRows
+from rankwise.adapters.low_rank import enabled_rows, from_blocks
 from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config
 from rankwise.adapters.saving import (
     INIT_KEY,
@@ -53,17 +47,21 @@ from rankwise.adapters.saving import (
     tensor_keys,
 )
 from rankwise.adapters.state import (
+    DEFAULT_NAME,
+    AdaptedModule,
+    AdapterReport,
     AdapterState,
+    adapted_layers,
     base_modules,
     inner_module,
     model_end,
     replace_parameter,
+    report,
     state_and_name,
     tied_head,
+    trained_copies,
     wrappers,
 )
-from rankwise.adapters.token_rows import KEY as TOKENS
-from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import own_parameters
 from rankwise.errors import AdapterError, ConfigError, warn
 from rankwise.foreign import parse_json

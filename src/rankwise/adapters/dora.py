@@ -9,17 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.base_layer import dense_weight, frozen_product, weight_key
-from rankwise.adapters.fused import Parts, enabled_rows, to_blocks
 from rankwise.adapters.lora import LowRankPair
 from rankwise.adapters.low_rank import (
+    Parts,
     adapted_row_norms,
+    branch_of,
+    drawn_dropout,
+    enabled_rows,
     gain,
     init_low_rank_,
     merged_weight,
     row_norms,
     row_norms_squared,
+    to_blocks,
 )
-from rankwise.adapters.operator import branch_of, drawn_dropout
 from rankwise.ops.elementwise import adapted_gain
 from rankwise.ops.four_bit import adapted_gain_4bit
 from rankwise.ops.freshness import Kept, Key, frozen_key

@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import with_own_weights
 from rankwise.adapters.layer import OverBase
-from rankwise.adapters.low_rank import init_low_rank_, merged_weight
-from rankwise.adapters.operator import computes_in
+from rankwise.adapters.low_rank import computes_in, init_low_rank_, merged_weight
 from rankwise.compat.torch import own_parameters, share_hooks
 from rankwise.compat.transformers import gate_of
 from rankwise.ops.expert_lora import DenseStack, ExpertBranch, FrozenStack, low_rank_experts

@@ -18,9 +18,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.attached import AdaptedModule
 from rankwise.adapters.base_layer import dense_weight, is_quantized, weight_device
-from rankwise.adapters.state import base_modules
+from rankwise.adapters.state import AdaptedModule, base_modules
 from rankwise.errors import AdapterError
 from rankwise.lora_config import Init, LoraConfig
 from rankwise.quantization.linear import Linear4bit

@@ -9,46 +9,53 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from rankwise.adapters.attached import (
+from rankwise.adapters.base_layer import (
+    dequantizer,
+    is_quantized,
+    make_foreign,
+    make_readable,
+    weight_device,
+    weight_dtype,
+)
+from rankwise.adapters.dora import Dora
+from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
+from rankwise.adapters.inits import Beginning, Pair, beginning
+from rankwise.adapters.layer import AdaptedLayer, Origin, OverBase, TrainedCopy
+from rankwise.adapters.lora import EmbeddingLora, Lora, TokenRows
+from rankwise.adapters.saving import SavePretrained
+from rankwise.adapters.select import (
+    experts_left_out,
+    module_names,
+    names_in,
+    parameter_names,
+    places_of,
+    unread_modules,
+)
+from rankwise.adapters.state import (
     DEFAULT_NAME,
     AdaptedModule,
     AdapterReport,
+    AdapterState,
     adapted_experts,
     adapted_layers,
-    planned_module,
-    planned_stack,
-    planned_tokens,
-    report,
-    trained_copies,
-    whole_features,
-)
-from rankwise.adapters.base_layer import is_quantized, weight_device, weight_dtype
-from rankwise.adapters.dora import Dora
-from rankwise.adapters.embedding import EmbeddingLora
-from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
-from rankwise.adapters.foreign_layer import dequantizer, make_foreign, make_readable
-from rankwise.adapters.inits import Beginning, Pair, beginning
-from rankwise.adapters.layer import AdaptedLayer, OverBase, TrainedCopy
-from rankwise.adapters.lora import Lora
-from rankwise.adapters.origin import Origin
-from rankwise.adapters.parameters import experts_left_out, names_in, parameter_names
-from rankwise.adapters.saving import SavePretrained
-from rankwise.adapters.state import (
-    AdapterState,
     adapter_state,
     base_modules,
     base_parameter,
     inner_module,
     model_end,
+    planned_module,
+    planned_stack,
+    planned_tokens,
     put_replaced,
     replace_parameter,
+    report,
     state_and_name,
     take_replaced,
     tied_head,
+    trained_copies,
+    whole_features,
     wrappers,
 )
-from rankwise.adapters.targets import module_names, places_of, unread_modules
-from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.torch import gathered, own_parameters
 from rankwise.errors import AdapterError, warn
 from rankwise.lora_config import LoraConfig

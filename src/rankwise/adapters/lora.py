@@ -1,4 +1,11 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1):  y = W x + b + s B A drop(x)."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1):  y = W x + b + s B A drop(x).
+
+On an embedding, as a linear layer over one-hot ids x with W = E^T, so that  A x = A[:, ids]: ids (...),
+E (vocabulary, dim), lora_A (r, vocabulary), lora_B (dim, r), magnitude (dim,).
+
+Some rows of an embedding train whole (PEFT's ``trainable_token_indices``):  E'[i_k] = R[k], and E' = E elsewhere, with
+R (n, dim), i (n,) token ids. A tied head shares R; its bias stays frozen.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.base_layer import dense_weight
-from rankwise.adapters.fused import Parts, low_rank_product, to_blocks
-from rankwise.adapters.low_rank import init_low_rank_, merged_weight
-from rankwise.adapters.operator import branch_of, drawn_dropout
+from rankwise.adapters.base_layer import dense_weight, scaled_rows, stored_weight
+from rankwise.adapters.low_rank import (
+    Parts,
+    adapted_row_norms,
+    branch_of,
+    drawn_dropout,
+    gain,
+    init_low_rank_,
+    low_rank_product,
+    merged_weight,
+    row_norms_squared,
+    to_blocks,
+)
 from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.quantization.linear import features
 
@@ -101,3 +117,120 @@ def empty_pair(
     A = torch.empty(count * r, in_features, dtype=dtype, device=device)
     B = torch.empty(rows, r, dtype=dtype, device=device)
     return nn.Parameter(A), nn.Parameter(B)
+
+
+class EmbeddingLora(nn.Module):
+    """y = g * (E[ids] + s B A[:, ids]), with g = 1 for LoRA and m / ||W + s B A|| for DoRA. No dropout, as in PEFT."""
+
+    parts: None = None
+    dropout = 0.0
+
+    def __init__(
+        self,
+        base: nn.Embedding,
+        r: int,
+        scaling: float,
+        *,
+        use_dora: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.r, self.scaling = r, scaling
+        self.lora_A, self.lora_B = empty_pair(base, r, None, dtype, device)
+        self.magnitude: nn.Parameter | None = None
+        if use_dora:
+            self.magnitude = nn.Parameter(torch.empty(base.embedding_dim, dtype=torch.float32, device=device))
+
+    def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
+        """A = 0 and B ~ N(0, 1), as loralib and PEFT initialise an embedding; both random without ``zero_b``."""
+        nn.init.zeros_(self.lora_A) if zero_b else nn.init.normal_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+        if self.magnitude is not None:
+            with torch.no_grad():
+                self.magnitude.copy_(self.row_norms(base))
+
+    def forward(self, base: nn.Module, ids: Tensor) -> Tensor:
+        return self.over(base, ids, base(ids))
+
+    def over(self, base: nn.Module, ids: Tensor, y: Tensor) -> Tensor:
+        """``g * (y + s B A[:, ids])`` for y = E[ids]."""
+        # As in the base, the padding token gets no gradient.
+        columns = F.embedding(ids, self.lora_A.T.to(y.dtype), padding_idx=base.padding_idx)  # type: ignore[arg-type]
+        low = scaled_rows(base, F.linear(columns, self.lora_B.to(y.dtype)))
+        if self.magnitude is None:
+            return torch.add(y, low, alpha=self.scaling)
+        g = gain(self.magnitude, self.row_norms(base))
+        y = torch.addcmul(y, y, (g - 1).to(y.dtype))
+        return torch.addcmul(y, low, (g * self.scaling).to(y.dtype))
+
+    @torch.no_grad()
+    def row_norms(self, base: nn.Module) -> Tensor:
+        W = dense_weight(base)
+        return adapted_row_norms(W, row_norms_squared(W), self.lora_A, self.lora_B, self.scaling)
+
+    def merge(self, base: nn.Module) -> Tensor:
+        """``g * (W + s B A)`` as a new tensor (dim, vocabulary) in the base's dtype."""
+        m = None if self.magnitude is None else self.magnitude.detach()
+        return merged_weight(dense_weight(base), self.lora_A.detach(), self.full_B(), self.scaling, m)
+
+    def full_B(self) -> Tensor:
+        return self.lora_B.detach()
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}"
+
+
+KEY = "token_adapter.trainable_tokens_delta"
+
+
+class TokenRows(nn.Module):
+    """The trained rows over an embedding or over the linear layer of an output head, which is not a submodule."""
+
+    scaling = 1.0
+    dropout = 0.0
+    parts: None = None
+    magnitude: None = None
+    ids: Tensor
+    place: Tensor
+
+    def __init__(self, base: nn.Module, ids: list[int], rows: nn.Parameter | None = None) -> None:
+        """``rows``: for a tied head, the embedding's rows; by default a float32 copy of the base's rows."""
+        super().__init__()
+        E = stored_weight(base).detach()
+        chosen = torch.tensor(ids, device=E.device)
+        # {token id: index of its trained row}, -1 for all other tokens.
+        place = torch.full((len(E),), -1, device=E.device).index_copy_(
+            0, chosen, torch.arange(len(ids), device=E.device)
+        )
+        self.register_buffer("ids", chosen, persistent=False)
+        self.register_buffer("place", place, persistent=False)
+        # As in the base, an embedding's row for the padding token gets no gradient.
+        padding = getattr(base, "padding_idx", None)
+        self.padding = ids.index(padding) if padding in ids else None
+        # Rows of a tied head are saved with the embedding.
+        self.is_tied = rows is not None
+        self.rows = nn.Parameter(E[chosen].float()) if rows is None else rows
+
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        y = base(x)
+        if not isinstance(base, nn.Embedding):
+            own = F.linear(x, self.rows.to(x.dtype))
+            bias = getattr(base, "bias", None)
+            return y.index_copy(-1, self.ids, (own if bias is None else own + bias[self.ids]).to(y.dtype))
+        place = self.place[x]
+        own = scaled_rows(base, F.embedding(place.clamp_min(0), self.rows, padding_idx=self.padding).to(y.dtype))
+        return torch.where((place >= 0)[..., None], own, y)
+
+    def effective_weight(self, base: nn.Module) -> Tensor:
+        """E' with gradients to R: (vocabulary, dim) in the base's dtype."""
+        E = stored_weight(base)
+        return E.detach().index_copy(0, self.ids, self.rows.to(E.dtype))
+
+    def merge(self, base: nn.Module) -> Tensor:
+        """E' as a new tensor in the layout of ``dense_weight``: (dim, vocabulary) of an embedding, else E's own."""
+        merged = self.effective_weight(base).detach()
+        return merged.T if isinstance(base, nn.Embedding) else merged
+
+    def extra_repr(self) -> str:
+        return f"{len(self.ids)} of {len(self.place)} tokens"

@@ -1,18 +1,36 @@
 """The algebra that LoRA and DoRA share, as functions of plain tensors.
 
 Shapes: x (..., in), W (out, in), A (r, in), B (out, r), m (out,), g (out,).  Scale: s = lora_alpha / r.
+
+Fused projections of which only some parts adapt (loralib's ``MergedLinear(enable_lora=[True, False, True])``): the
+``out`` rows of W form ``len(parts)`` equal parts, and each of the n enabled parts has a low-rank pair of its own.
+A (n r, in) and B (n out/len(parts), r) stack these pairs. This equals one LoRA of rank n r with the same A and a
+block-structured B (out, n r), which is zero where a row and a column belong to different parts. PEFT's file holds that
+LoRA, with lora_alpha n times as large (sqrt(n) times with rsLoRA), so that the scale is the same.
+
+The operator of hand-written gradients (`ops.low_rank_linear`) applies to whole layers over a frozen dense, transposed
+(Conv1D) or 4-bit weight, in that weight's dtype. All other cases (partly adapted fused projections, autocast to another
+dtype, compiled graphs, base weights that train) compute the same formulas with autograd, in ``lora.py`` and
+``dora.py``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from rankwise.adapters.base_layer import is_own, stored_weight
+from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.card_reference import gain as gain
 from rankwise.ops.card_reference import row_norms as row_norms
 from rankwise.ops.elementwise import row_cross
+from rankwise.ops.selection import is_traced
+from rankwise.quantization.linear import Linear4bit, is_conv1d
 
 # Number of elements of W that a norm or a merge converts to float32 at a time.
 CHUNK_ELEMENTS = 1 << 24
@@ -65,3 +83,143 @@ def row_chunks(W: Tensor) -> list[slice]:
     """Slices over the rows of W, each of at most CHUNK_ELEMENTS elements (but at least one row)."""
     rows = max(1, CHUNK_ELEMENTS // max(1, W.shape[1]))
     return [slice(start, start + rows) for start in range(0, W.shape[0], rows)] or [slice(0, 0)]
+
+
+# Whether each of the equal parts is adapted. None stands for a layer that is adapted as a whole.
+Parts = Sequence[bool]
+
+
+def enabled_rows(parts: Parts, out_features: int, device: torch.device | None = None) -> Tensor:
+    """The indices of the adapted rows: (n out/len(parts),)."""
+    # Without a data-dependent shape, so that a model without storage can be adapted, and no GPU is waited for.
+    rows = torch.arange(out_features, device=device).split(out_features // len(parts))
+    return torch.cat([mine for mine, enabled in zip(rows, parts) if enabled])
+
+
+def low_rank_product(x: Tensor, A: Tensor, B: Tensor, parts: Parts | None = None) -> Tensor:
+    """``B A x`` in x's dtype: (..., out); with parts, ``B_i A_i x`` for every enabled part i and zero for the others.
+
+    A and B may have a higher precision than x.
+    """
+    if parts is None:
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+    count = sum(parts)
+    low = F.linear(x, A.to(x.dtype)).unflatten(-1, (count, -1))
+    pairs = B.to(x.dtype).unflatten(0, (count, -1))
+    pieces = iter(torch.einsum("...nr,nor->n...o", low, pairs))
+    zero = x.new_zeros(*x.shape[:-1], pairs.shape[1])
+    return torch.cat([next(pieces) if enabled else zero for enabled in parts], dim=-1)
+
+
+def to_blocks(B: Tensor, parts: Parts | None) -> Tensor:
+    """B (n p, r) as the block-structured matrix (len(parts) p, n r) of one LoRA of rank n r; without parts, B."""
+    if parts is None:
+        return B
+    count = sum(parts)
+    size, r = B.shape[0] // count, B.shape[1]
+    blocks = B.new_zeros(len(parts) * size, count * r)
+    for column, part in enumerate(index for index, enabled in enumerate(parts) if enabled):
+        rows = slice(part * size, (part + 1) * size)
+        blocks[rows, column * r : (column + 1) * r] = B[column * size : (column + 1) * size]
+    return blocks
+
+
+def from_blocks(blocks: Tensor, parts: Parts) -> Tensor | None:
+    """The inverse of ``to_blocks``, or None where an entry outside the blocks is not zero."""
+    count = sum(parts)
+    size, r = blocks.shape[0] // len(parts), blocks.shape[1] // count
+    enabled = [part for part, on in enumerate(parts) if on]
+    pieces = [
+        blocks[part * size : (part + 1) * size, column * r : (column + 1) * r] for column, part in enumerate(enabled)
+    ]
+    B = torch.cat(pieces)
+    return B if torch.equal(to_blocks(B, parts), blocks) else None
+
+
+SEEDS = 1 << 31
+
+
+class Batch:
+    """The micro-batch in progress, whose rows (tokens) several processes may share."""
+
+    # Rows in processes of lower rank. A plain attribute, so that recomputation in autograd's threads reads it too.
+    rows_before = 0
+
+
+BATCH = Batch()
+
+
+class Adapter(Protocol):
+    """An adapter of one base layer: a pair A (r, in), B (out, r) and, in DoRA, a magnitude m for each output row.
+
+    The base is not a submodule of the adapter: methods take it as an argument.
+    """
+
+    scaling: float
+    training: bool
+
+    @property
+    def lora_A(self) -> nn.Parameter: ...
+    @property
+    def lora_B(self) -> nn.Parameter: ...
+    @property
+    def parts(self) -> Parts | None: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def magnitude(self) -> nn.Parameter | None: ...
+    def merge(self, base: nn.Module) -> Tensor: ...
+    def over(self, base: nn.Module, x: Tensor, y: Tensor) -> Tensor: ...
+
+
+class LinearAdapter(Adapter, Protocol):
+    """An adapter of a linear layer, which the operator can compute."""
+
+    # Whether the next operation returns the layer's output in the backward pass (`ops.handback`).
+    comes_back: bool
+
+    def fixed_gain(self, base: nn.Module) -> Tensor | None: ...
+    def effective_weight(self, base: nn.Module) -> Tensor: ...
+
+
+def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
+    """The weight of ``base`` as the operator's argument, or None where the operator does not apply."""
+    W = stored_weight(base)
+    if is_traced() or W.requires_grad or not computes_in(x.dtype, x.device) or not is_own(base):
+        return None
+    if W.device != x.device:
+        return None
+    if type(base) is Linear4bit:
+        computes_as = base.compute_dtype or x.dtype
+        return Frozen(base.packed) if base.dtype is x.dtype is computes_as else None
+    if W.dtype is not x.dtype:
+        return None
+    if type(base) is nn.Linear:
+        return Frozen(W)
+    return Frozen(W.T) if is_conv1d(base) else None
+
+
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of ``dtype`` stay in that dtype: without autocast, or with autocast to it."""
+    kind = device.type
+    return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == dtype
+
+
+def branch_of(adapter: LinearAdapter, base: nn.Module, x: Tensor) -> Branch | None:
+    """The operator's argument for one adapted layer, or None where the operator does not apply."""
+    frozen = frozen_weight(base, x) if adapter.parts is None else None
+    if frozen is None:
+        return None
+    m = adapter.magnitude
+    gain = adapter.fixed_gain(base)
+    if m is not None and gain is None:
+        return None
+    A, B, bias = adapter.lora_A, adapter.lora_B, getattr(base, "bias", None)
+    return Branch(frozen, adapter.scaling, A, B, bias, m, gain, adapter.comes_back)
+
+
+def drawn_dropout(p: float, training: bool) -> Dropout | None:
+    """Dropout with a seed from torch's generator, so that the run's seed fixes it and a recomputation repeats it."""
+    if not training or p == 0:
+        return None
+    return Dropout(p, int(torch.randint(SEEDS, ())), BATCH.rows_before)

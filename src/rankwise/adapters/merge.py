@@ -9,8 +9,8 @@ from rankwise.adapters.base_layer import with_weight
 from rankwise.adapters.experts import AdaptedExperts
 from rankwise.adapters.inject import disable_adapter, enable_adapter
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
+from rankwise.adapters.lora import TokenRows
 from rankwise.adapters.state import Wrapper, adapter_state, inner_module, model_end, state_and_name, wrappers
-from rankwise.adapters.token_rows import TokenRows
 from rankwise.compat.transformers import tie_weights_as
 from rankwise.errors import AdapterError
 

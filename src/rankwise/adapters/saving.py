@@ -20,23 +20,26 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.attached import (
-    AdaptedModule,
-    adapted_experts,
-    adapted_layers,
-    report,
-    stacks_of,
-    trained_copies,
-)
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.experts import StackLora, peft_A, peft_B, peft_keys
-from rankwise.adapters.fused import enabled_rows, to_blocks
 from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.lora import KEY as TOKENS
+from rankwise.adapters.lora import TokenRows
+from rankwise.adapters.low_rank import enabled_rows, to_blocks
 from rankwise.adapters.peft_config import CONFIG_FILE, scaled_alpha, to_peft
-from rankwise.adapters.state import AdapterState, base_modules, base_parameter, state_and_name
-from rankwise.adapters.targets import unread_modules
-from rankwise.adapters.token_rows import KEY as TOKENS
-from rankwise.adapters.token_rows import TokenRows
+from rankwise.adapters.select import unread_modules
+from rankwise.adapters.state import (
+    AdaptedModule,
+    AdapterState,
+    adapted_experts,
+    adapted_layers,
+    base_modules,
+    base_parameter,
+    report,
+    stacks_of,
+    state_and_name,
+    trained_copies,
+)
 from rankwise.compat.transformers import is_experts_family
 from rankwise.errors import AdapterError, warn
 from rankwise.foreign import Fields, JsonObject

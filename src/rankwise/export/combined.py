@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.attached import AdapterReport
 from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile
 from rankwise.adapters.inject import check_name
-from rankwise.adapters.state import base_modules
+from rankwise.adapters.state import AdapterReport, base_modules
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.export.pairs import Pair, scaled_pairs, to_one_rank
 from rankwise.export.portable import attach_pairs, live_adapter, write_portable

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.attached import adapted_layers
 from rankwise.adapters.base_layer import dense_weight
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.low_rank import gain
+from rankwise.adapters.state import adapted_layers
 from rankwise.errors import AdapterError
 from rankwise.export.pairs import Pair
 

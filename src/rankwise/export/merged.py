@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter, merge_adapter, peft_config
+from rankwise.adapters.base_layer import make_dense
 from rankwise.adapters.checkpoint import (
     BELONGS_ON_FOUR_BITS,
     AdapterFile,
@@ -26,7 +27,6 @@ from rankwise.adapters.checkpoint import (
     read_folder,
 )
 from rankwise.adapters.experts import merged_stack
-from rankwise.adapters.foreign_layer import make_dense
 from rankwise.adapters.saving import PREFIX
 from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
 from rankwise.compat.transformers import collected

@@ -12,13 +12,11 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.attached import AdaptedModule
 from rankwise.adapters.checkpoint import AdapterFile, stack_keys
 from rankwise.adapters.experts import from_peft_A, from_peft_B
-from rankwise.adapters.fused import enabled_rows
-from rankwise.adapters.low_rank import merged_weight
+from rankwise.adapters.low_rank import enabled_rows, merged_weight
 from rankwise.adapters.saving import PREFIX, tensor_keys
-from rankwise.adapters.state import base_modules
+from rankwise.adapters.state import AdaptedModule, base_modules
 
 
 @dataclasses.dataclass(frozen=True)

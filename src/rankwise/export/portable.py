@@ -13,7 +13,6 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
-from rankwise.adapters.attached import AdapterReport, report
 from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, load_tensors, stack_keys
 from rankwise.adapters.experts import peft_A, peft_B
 from rankwise.adapters.inject import attach
@@ -26,7 +25,7 @@ from rankwise.adapters.saving import (
     shortest_targets,
     tensor_keys,
 )
-from rankwise.adapters.state import base_modules, state_and_name
+from rankwise.adapters.state import AdapterReport, base_modules, report, state_and_name
 from rankwise.errors import AdapterError
 from rankwise.export.pairs import Pairs
 from rankwise.listing import some_of

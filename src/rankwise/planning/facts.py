@@ -26,7 +26,7 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")
 
-# transformers' names of quantized formats that support adapters (rankwise.adapters.foreign_layer).
+# transformers' names of quantized formats that support adapters (rankwise.adapters.base_layer).
 PACKED_FORMATS = ("gptq", "awq", "hqq", "torchao")
 
 

@@ -68,8 +68,8 @@ def prepare(model: PreTrainedModel, method: str, workload: Workload) -> bool:
     """Quantize, add the adapter and, with ``fast``, accelerate the model, as the trainer does. Returns whether the
     trainer would concatenate rows."""
     from rankwise.adapters import add_adapter
-    from rankwise.adapters.attached import DEFAULT_NAME, adapted_layers
-    from rankwise.adapters.origin import Origin
+    from rankwise.adapters.layer import Origin
+    from rankwise.adapters.state import DEFAULT_NAME, adapted_layers
     from rankwise.quantization import quantize
     from rankwise.quantization.config import CONFIGS
 

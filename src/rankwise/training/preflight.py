@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rankwise.adapters import adapter_config, adapter_parameters, has_adapter, load_adapter, remove_adapter
 from rankwise.adapters.guests import guest_of
+from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
-from rankwise.adapters.token_rows import KEY as TOKENS
 from rankwise.errors import RunError, warn
 from rankwise.listing import some_of
 from rankwise.models.positions import table_rows

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from rankwise.adapters.embedding import EmbeddingLora
+from rankwise.adapters.lora import EmbeddingLora
 from rankwise.errors import ConfigError
 
 EMBEDDING_RATE = 1e-6

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rankwise.acceleration.generation import GREEDY, stop_ids_of
 from rankwise.adapters import add_adapter, plan_adapter
-from rankwise.adapters.attached import DEFAULT_NAME
+from rankwise.adapters.base_layer import dequantizer
 from rankwise.adapters.checkpoint import read_adapter
-from rankwise.adapters.foreign_layer import dequantizer
 from rankwise.adapters.guests import add_by
 from rankwise.adapters.inject import attach
 from rankwise.adapters.saving import WEIGHTS_FILE
+from rankwise.adapters.state import DEFAULT_NAME
 from rankwise.adapters.trained_base import tokenizer_with_rows
 from rankwise.compat.transformers import before_weights
 from rankwise.config import ADAPTERS, FOUR_BITS, METHODS, TrainSettings

@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 from transformers import PreTrainedModel
 
 from rankwise.acceleration.sharding import mesh_of_all, shard
-from rankwise.adapters.targets import module_names
+from rankwise.adapters.select import module_names
 from rankwise.compat.torch import begin_sharded, is_sharded, is_unit, own_rows
 from rankwise.compat.transformers import is_converted_by_parts
 from rankwise.quantization.experts import four_bit_stacks

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rankwise.acceleration.loss import scored_positions
 from rankwise.adapters.base_layer import is_own, stored_weight
 from rankwise.adapters.layer import AdaptedLayer
-from rankwise.adapters.operator import Adapter
+from rankwise.adapters.low_rank import Adapter
 from rankwise.constants import IGNORED
 from rankwise.quantization.linear import Linear4bit, is_conv1d
 from rankwise.training import ranks

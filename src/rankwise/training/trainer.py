@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rankwise.acceleration import LossOptions, fused_head
 from rankwise.acceleration.scoring import Score, Scorer, loss_scorer
-from rankwise.adapters.operator import BATCH
+from rankwise.adapters.low_rank import BATCH
 from rankwise.compat.torch import is_unit
 from rankwise.compat.transformers import pair_with_next_labels
 from rankwise.compat.trl import metrics_of
