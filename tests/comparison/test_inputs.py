@@ -15,7 +15,7 @@ from rankwise.comparison.inputs import prepare_inputs
 from rankwise.comparison.settings import CompareSettings
 from rankwise.config import TrainSettings
 from rankwise.data import read_rows
-from rankwise.data.preference_formats import PREFERENCE_FORMATS
+from rankwise.data.preferences import PREFERENCE_FORMATS
 from rankwise.data.rows import Row
 from rankwise.errors import ConfigError, RankwiseWarning
 from rankwise.settings_file import read_settings

@@ -9,7 +9,7 @@ import pytest
 from tiny_tokenizers import byte_tokenizer
 
 from rankwise.data import encode_rows, preview_row, read_rows
-from rankwise.data.encoded_cache import encode_rows_once
+from rankwise.data.encoding import encode_rows_once
 from rankwise.errors import DataError, RankwiseWarning
 
 GOOD = '{"prompt": "a", "completion": "b"}'

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rankwise.data.tool_arguments import suit_arguments
+from rankwise.data.templates import suit_arguments
 from rankwise.errors import DataError
 
 OBJECT = {"city": "Pär's"}

@@ -12,7 +12,7 @@ import torch
 from training_rows import snapshot, write_rows
 
 from rankwise.data import encode_rows, read_rows
-from rankwise.data.encoded_cache import encode_rows_once
+from rankwise.data.encoding import encode_rows_once
 from rankwise.disk import hold
 from rankwise.models import fetch_model, model_facts
 from rankwise.quantization.config import Fp4Config, Nf4Config

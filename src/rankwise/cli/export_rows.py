@@ -10,7 +10,7 @@ import torch
 
 from rankwise.constants import IGNORED
 from rankwise.data import check_there, encode_rows, read_rows
-from rankwise.data.preference_formats import PREFERENCE_FORMATS
+from rankwise.data.preferences import PREFERENCE_FORMATS
 from rankwise.errors import DataError
 from rankwise.evaluation.loading import max_length_of, template_of
 from rankwise.export.adapter import Rows

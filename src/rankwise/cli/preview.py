@@ -27,7 +27,7 @@ NAMED_ROWS = 10
 
 def run(settings: PreviewSettings, output: Output) -> Document:
     from rankwise.data import encode_preferences, encode_rows, first_good_row, preview_row, read_rows, read_template
-    from rankwise.data.preference_formats import PREFERENCE_FORMATS
+    from rankwise.data.preferences import PREFERENCE_FORMATS
     from rankwise.data.prompts import Room, encode_prompts, prompt_formats
     from rankwise.models import load_tokenizer
 

@@ -13,7 +13,7 @@ from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareSettings
 from rankwise.comparison.stages import PERPLEXITY
 from rankwise.config import ADAPTERS, BETA
 from rankwise.data import Row, Rows, limited, read_rows, read_template, warn_of_overlap
-from rankwise.data.preference_formats import PREFERENCE_FORMATS
+from rankwise.data.preferences import PREFERENCE_FORMATS
 from rankwise.disk import refuse_links
 from rankwise.errors import ConfigError, DataError, ModelError, RunError
 from rankwise.evaluation.settings import EvaluateSettings, split_data

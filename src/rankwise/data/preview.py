@@ -7,10 +7,9 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rankwise.data.bad_rows import check_bad_rows
 from rankwise.data.encoding import EncodedRow, EncodingReport, RowEncoder, all_encoded
 from rankwise.data.preferences import completion_start
-from rankwise.data.rows import Row, Rows
+from rankwise.data.rows import Row, Rows, check_bad_rows
 from rankwise.data.templates import Segment
 from rankwise.errors import DataError
 

@@ -11,10 +11,9 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rankwise.data.bad_rows import check_bad_rows
 from rankwise.data.encoding import Counts, Encoded, RowEncoder
 from rankwise.data.formats import BadRow, Format, Record, conversation, is_number, text_field, tools_of
-from rankwise.data.rows import Problem, Row, Rows
+from rankwise.data.rows import Problem, Row, Rows, check_bad_rows
 from rankwise.errors import DataError, warn
 from rankwise.foreign import Fields, JsonObject
 

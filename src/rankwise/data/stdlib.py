@@ -12,8 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from types import ModuleType
 
-from rankwise.data.detect import rows_from_records
-from rankwise.data.formats import Columns, Format, Record
+from rankwise.data.formats import Columns, Format, Record, rows_from_records
 from rankwise.data.rows import Rows
 from rankwise.errors import DataError
 

@@ -3,6 +3,12 @@
 With a chat template, the trained segments are the assistant's turns, each with its stop token. A template with ``{%
 generation %}`` marks defines the assistant's text. For any other template, a turn is the text that ``messages[:i+1]``
 adds to ``messages[:i]`` with the generation prompt. A template for which this does not hold is refused.
+
+Tool-call arguments get the form that a chat template expects: an object, or its JSON text. A template for objects
+quotes and escapes a text (Qwen 2.5, Llama 3.1) or refuses it. A template for texts writes an object as Python does, or
+refuses it (DeepSeek).
+
+A row of which the template omits a part is refused: each part's words must stand in the rendered text.
 """
 
 from __future__ import annotations
@@ -13,14 +19,13 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.data.left_out import Tools, left_out
 from rankwise.data.rows import Message, Row, Rows
-from rankwise.data.tool_arguments import suit_arguments
 from rankwise.errors import DataError, one_line
+from rankwise.foreign import Fields, Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -410,3 +415,139 @@ def _segments(text: str, spans: Sequence[Span]) -> tuple[Segment, ...]:
         position = end
     segments.append(Segment(text[position:], False))
     return tuple(segment for segment in segments if segment.text)
+
+
+def suit_arguments(messages: Sequence[Message], render: Callable[[Sequence[Message]], str]) -> Sequence[Message]:
+    """The conversation with its arguments in the form that the template writes as JSON, if there is one."""
+    if not any(_forms(message) for message in messages):
+        return messages
+    others = [_in_the_other_form(message) for message in messages]
+    try:
+        fits = not _is_misread(messages, render(messages))
+    except DataError:
+        fits = False
+    if fits:
+        return messages
+    try:
+        return messages if _is_misread(others, render(others)) else others
+    except DataError:
+        return messages
+
+
+def _is_misread(messages: Sequence[Message], text: str) -> bool:
+    """Whether the template has quoted and escaped a text, or written an object in Python's spelling."""
+    given = [arguments for message in messages for arguments, _ in _forms(message)]
+    wrong = [_json(item) if isinstance(item, str) else str(item) for item in given]
+    return any(spelt in text for item, spelt in zip(given, wrong) if spelt != _json(item) or isinstance(item, str))
+
+
+def _forms(message: Message) -> list[tuple[Json, Json]]:
+    """The arguments of each call, and the other form of them. Calls without an object of arguments are left out."""
+    return [forms for call in message.get("tool_calls") or () if (forms := _both(function_of(call).get("arguments")))]
+
+
+def _both(arguments: Json) -> tuple[Json, Json] | None:
+    if isinstance(arguments, Mapping):
+        return arguments, _json(arguments)
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) else None
+    except (ValueError, RecursionError):
+        return None
+    return (arguments, parsed) if isinstance(parsed, Mapping) else None
+
+
+def _in_the_other_form(message: Message) -> Message:
+    if not _forms(message):
+        return message
+    return {**message, "tool_calls": [_changed(call) for call in message["tool_calls"]]}
+
+
+def _changed(call: Fields) -> Fields:
+    forms = _both(function_of(call).get("arguments"))
+    if forms is None:
+        return call
+    changed = {**function_of(call), "arguments": forms[1]}
+    return {**call, "function": changed} if "function" in call else changed
+
+
+def _json(value: Json) -> str:
+    # As the filter tojson of transformers' templates writes it.
+    return json.dumps(value, ensure_ascii=False)
+
+
+# transformers' type of tools.
+Tools = list[Any] | None
+# Names for the reasoning of a message; transformers passes the first two to every template.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+CALLS = ("tool_calls", "function_call")
+# Fields that are checked separately, and names and ids that many templates do not use.
+UNWRITTEN = {"role", "content", "name", "id", "tool_call_id", *REASONING, *CALLS}
+# Templates trim and indent, and write text as JSON.
+REWRITTEN = re.compile(r"\\[nrt]|[\s\\]")
+# What may stand between reasoning inside the ``content`` and the answer.
+END_OF_THOUGHT = re.compile(r"</[^<>]*>|\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unwritten:
+    """The parts that a template omits, in words: those required for training, and optional ones."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+def left_out(messages: Sequence[Message], tools: Tools, text: str) -> Unwritten:
+    """The parts of a conversation whose words are missing in its ``text``.
+
+    A required part must occur as often as in all required parts together, since a short one can stand in another.
+    """
+    written = _plain(text)
+    required: list[tuple[str, str]] = []
+    optional: list[tuple[str, str]] = []
+    for name, is_required, value in _parts(messages, tools, written):
+        (required if is_required else optional).extend((name, words) for words in map(_plain, _texts(value)) if words)
+    expected = "\0".join(words for _, words in required if words in written)
+    lost = [name for name, words in required if written.count(words) < max(1, expected.count(words))]
+    spare = [name for name, words in optional if words not in written]
+    return Unwritten(tuple(dict.fromkeys(lost)), tuple(dict.fromkeys(spare)))
+
+
+def _parts(messages: Sequence[Message], tools: Tools, written: str) -> Iterator[tuple[str, bool, Json]]:
+    """(name, whether it is required, value) of each part. Templates may drop the reasoning of earlier answers."""
+    yield from (("`tools`", True, function_of(tool).get("name")) for tool in tools or ())
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for index, message in enumerate(messages):
+        place, is_earlier = f"of message {index + 1}", index in answers[:-1]
+        content = message["content"]
+        answer = END_OF_THOUGHT.split(content.strip())[-1]
+        if is_earlier and _plain(content) not in written and _plain(answer) in written:
+            yield "part of the `content` of earlier answers", False, content
+            content = answer
+        yield f"the `content` {place}", True, content
+        if thought := next((key for key in REASONING if message.get(key)), None):
+            whose = "of earlier answers" if is_earlier else place
+            yield f"the `{thought}` {whose}", not is_earlier, message[thought]
+        for key in CALLS:
+            calls = message.get(key) or ()
+            for call in [calls] if isinstance(calls, Mapping) else calls:
+                yield f"`{key}` {place}", True, [function_of(call).get(part) for part in ("name", "arguments")]
+        yield from ((f"`{key}`", False, message[key]) for key in message if key not in UNWRITTEN)
+
+
+def function_of(call: Json) -> Fields:
+    """The part that names the function: the call itself, or its `function` field in OpenAI's form."""
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _texts(value: Json) -> Iterator[str]:
+    """All texts and numbers in a value of JSON. Templates spell true and null in several ways."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield str(value)
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+def _plain(text: str) -> str:
+    return REWRITTEN.sub("", text)

@@ -26,8 +26,7 @@ from rankwise.adapters.trained_base import tokenizer_with_rows
 from rankwise.compat.transformers import before_weights
 from rankwise.config import ADAPTERS, FOUR_BITS, METHODS, TrainSettings
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
-from rankwise.data.encoded_cache import encode_rows_once
-from rankwise.data.encoding import RowEncoder
+from rankwise.data.encoding import RowEncoder, encode_rows_once
 from rankwise.data.formats import Format
 from rankwise.errors import ConfigError, RunError, heard
 from rankwise.foreign import Fields, JsonObject

@@ -37,7 +37,7 @@ from rankwise.config import BETA, TrainSettings
 from rankwise.conflicts import OBJECTIVE_OPTIONS
 from rankwise.constants import IGNORED
 from rankwise.data import Rows, encode_preferences
-from rankwise.data.preference_formats import PREFERENCE_FORMATS, unpaired
+from rankwise.data.preferences import PREFERENCE_FORMATS, unpaired
 from rankwise.errors import RunError
 from rankwise.training import ranks
 from rankwise.training.arguments import Surroundings, run_arguments
