@@ -102,7 +102,7 @@ def test_the_recorded_commit_is_used(verb, run_folder, model_folder, rankwise, t
         asked.append((repo, revision))
         return model_folder
 
-    monkeypatch.setattr("rankwise.models.hub.download", download)
+    monkeypatch.setattr("rankwise.models.source.download", download)
     rest = ("--prompt", "Hi") if verb == "generate" else ("--output", tmp_path / "merged")
     assert rankwise(verb, "--adapter", tmp_path / "run", *rest).code == 0
     assert asked[0] == ("org/base", "c0ffee")

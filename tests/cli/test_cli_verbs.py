@@ -318,7 +318,7 @@ def test_shapes_that_fit_are_not_yet_the_same_model(
 ):
     """``given`` None is the model's folder, whose name says nothing."""
     adapter = renamed_base(run_folder, tmp_path / "adapter", named)
-    monkeypatch.setattr("rankwise.models.hub.download", lambda *_, **__: model_folder)
+    monkeypatch.setattr("rankwise.models.source.download", lambda *_, **__: model_folder)
     model = ("--model", given or model_folder)
     prompt = ("--prompt", "Hi", "--max-new-tokens", 1)
     for call in (("generate", *prompt), ("merge", "--output", tmp_path / "merged")):

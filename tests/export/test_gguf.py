@@ -73,7 +73,7 @@ def test_a_merged_gguf_is_made_of_the_commit_that_the_header_is_of(tmp_path, mon
     RunRecord("lora", 0, {"model": "org/base"}, base_model=facts).save(tmp_path / "adapter")
     asked = []
     monkeypatch.setattr(
-        "rankwise.models.hub.download", lambda repo, *, revision, **_: asked.append((repo, revision)) or base
+        "rankwise.models.source.download", lambda repo, *, revision, **_: asked.append((repo, revision)) or base
     )
     export_merged(tmp_path / "adapter", tmp_path / "served", WholeModel("llama.cpp", **named))
     assert set(asked) == {wanted}
@@ -168,7 +168,7 @@ def test_a_hub_base_is_merged_at_the_commit_of_the_adapter(tmp_path, monkeypatch
         shutil.copytree(tmp_path / "base", commit, dirs_exist_ok=True)
         return commit
 
-    monkeypatch.setattr("rankwise.models.hub.download", download)
+    monkeypatch.setattr("rankwise.models.source.download", download)
     wanted = WholeModel("llama.cpp", "org/base", revision="c0ffee")
     export_merged(tmp_path / "adapter", tmp_path / "served", wanted)
     assert set(asked) == {"c0ffee"}

@@ -197,7 +197,7 @@ def test_the_recorded_commit_of_a_hub_model_is_fetched(trained, tmp_path, monkey
         asked.append((repo, revision, code))
         return base
 
-    monkeypatch.setattr("rankwise.models.hub.download", download)
+    monkeypatch.setattr("rankwise.models.source.download", download)
     merge_to_folder(adapter, tmp_path / "first", trust_remote_code=True)
     assert asked[0] == ("org/base", "c0ffee", True)
     asked.clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankwise.models.positions import LEARNED, answer_room, config_table_rows, table_rows
+from rankwise.models.load import LEARNED, answer_room, config_table_rows, table_rows
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 97}
 OTHERS = {

@@ -139,7 +139,7 @@ class Speaker:
         """The number of tokens for the answer. Raises RunError (RW533) for a prompt beyond the learned positions;
         warns (RW256) where they shorten the answer.
         """
-        from rankwise.models.positions import answer_room, table_rows
+        from rankwise.models.load import answer_room, table_rows
 
         wanted = self.sampling.max_new_tokens
         room, name = answer_room(self.model, prompt_tokens, wanted), type(self.model).__name__

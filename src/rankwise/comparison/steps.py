@@ -36,7 +36,7 @@ from rankwise.evaluation.tasks.base import Task
 from rankwise.export.rounding import is_more_than_rounding, rounding_cost
 from rankwise.foreign import Fields, JsonObject
 from rankwise.models import fetch_model
-from rankwise.models.positions import answer_room
+from rankwise.models.load import answer_room
 from rankwise.records import RunRecord, load_record, write_json
 from rankwise.reports.schema import EVALUATION_FOLDER, MergedCheck
 from rankwise.training.prepared import is_worth_keeping

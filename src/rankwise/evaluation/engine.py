@@ -15,7 +15,7 @@ from rankwise.acceleration.generation import Decoding, Generator, Prompt, batche
 from rankwise.acceleration.scoring import Scorer, loss_scorer
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row, Rows
-from rankwise.models.positions import table_rows
+from rankwise.models.load import table_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

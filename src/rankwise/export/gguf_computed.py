@@ -7,7 +7,7 @@ from typing import Any
 
 from rankwise.errors import ModelError
 from rankwise.listing import some_of
-from rankwise.models.gguf_config import query_scale
+from rankwise.models.gguf_file import query_scale
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 GATED: dict[str, tuple[object, ...]] = {"hidden_act": ("silu", "swish")}

@@ -6,8 +6,7 @@ Nothing here imports torch or transformers before a function needs it.
 from rankwise.config import DEMO_HUB_ID
 from rankwise.models.describe import model_facts, model_hash, settings_hash
 from rankwise.models.device import DeviceChoice, choose_device
-from rankwise.models.load import load_model, load_tokenizer
-from rankwise.models.skeleton import load_skeleton
+from rankwise.models.load import load_model, load_skeleton, load_tokenizer
 from rankwise.models.source import (
     ModelSource,
     fetch_model,

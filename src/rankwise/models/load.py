@@ -1,6 +1,8 @@
 """Load a base model: a folder, a hub id, a GGUF file (dequantized into an ordinary model) or the demo model.
 
 The loaded model is in evaluation mode, complete (no tensor is newly initialised), and ``save_pretrained`` can save it.
+
+A skeleton is a model without its weights: shapes and names on torch's meta device.
 """
 
 from __future__ import annotations
@@ -8,22 +10,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.compat.transformers import gguf_read_once
+from rankwise.compat.transformers import gguf_read_once, text_config
 from rankwise.errors import ModelError, RankwiseError, warn
 from rankwise.foreign import Fields
 from rankwise.listing import some_of
 from rankwise.models.device import choose_device
-from rankwise.models.folder import FolderContent, auto_class, check_folder, has_tokenizer, read_config
-from rankwise.models.gguf_config import config_of_gguf
-from rankwise.models.gguf_file import read_gguf_header
+from rankwise.models.folder import (
+    FolderContent,
+    auto_class,
+    check_architecture,
+    check_folder,
+    has_tokenizer,
+    read_config,
+)
+from rankwise.models.gguf_file import config_of_gguf, read_gguf_header
 from rankwise.models.quiet import quiet, reason_of
-from rankwise.models.skeleton import load_skeleton, skeleton_of
 from rankwise.models.source import ModelSource, fetch_model
 
 if TYPE_CHECKING:
@@ -33,6 +41,12 @@ if TYPE_CHECKING:
 
     from rankwise.quantization import FourBitConfig, Linear4bit
     from rankwise.quantization.experts import StackScales
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # transformers' names of formats whose layers have no gradient, and which transformers can load as dense weights.
 DEQUANTIZED_ON_LOADING = ("fp8", "mxfp4", "compressed-tensors")
@@ -400,3 +414,88 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             "RW319",
             f"the tokenizer of {source.name} knows {len(tokenizer):,} tokens and the model {rows:,}; the rest fail.",
         )
+
+
+def load_skeleton(
+    model: str | os.PathLike[str] | ModelSource, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedModel:
+    """The causal language model that ``model`` describes, on the meta device; its weights need not be there.
+
+    Raises ModelError: as ``fetch_model`` does; RW302 to RW304 and RW310 for a config that describes no such model.
+    """
+    source = model
+    if not isinstance(source, ModelSource) or source.path is None:
+        source = fetch_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    assert source.path is not None
+    if not source.is_gguf:
+        check_architecture(read_config(source.path), source.path, trust_remote_code=trust_remote_code)
+    try:
+        with quiet():
+            return skeleton_of(_config(source, trust_remote_code), trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
+    except Exception as error:
+        # transformers may raise anything for such a config; the cause is chained.
+        raise ModelError(
+            "RW303", f"transformers cannot build the model that {source.path} describes: {reason_of(error)}."
+        ) from error
+
+
+def skeleton_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config, on the meta device. transformers may raise anything."""
+    import torch
+
+    with torch.device("meta"):
+        return auto_class(config.model_type).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
+    assert source.path is not None
+    if source.is_gguf:
+        with gguf_read_once():
+            return config_of_gguf(source.path)
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(source.path), trust_remote_code=trust_remote_code)
+
+
+# model_type of decoders with learned positions, for configs. For a loaded model ``table_rows`` finds the table.
+LEARNED = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt", "biogpt"})
+_NAME = re.compile(r"wpe|pos")
+
+
+def config_table_rows(config: Fields) -> int | None:
+    """The longest row, in tokens, of a model with learned positions, by its config.json; None for all other models."""
+    if config.get("model_type") not in LEARNED:
+        return None
+    found = (config.get(name) for name in ("n_positions", "max_position_embeddings"))
+    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def table_rows(model: nn.Module) -> int | None:
+    """The longest row, in tokens, of a loaded model with learned positions; None if its positions are computed.
+
+    The table is the embedding whose name says positions and whose size is that of the config; tables for images and
+    sounds have other sizes. The extra rows of OPT (offset) and RoBERTa (padding) are not counted.
+    """
+    from torch import nn
+
+    config = getattr(model, "config", None)
+    text = text_config(config)
+    positions = getattr(text, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _NAME.search(name.rpartition(".")[2]):
+            rows = module.num_embeddings - (getattr(module, "offset", None) or 0)
+            if rows == positions:
+                return rows - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def answer_room(model: nn.Module, prompt_tokens: int, wanted: int) -> int:
+    """The number of new tokens, at most ``wanted``, that the learned positions permit after a prompt; 0 for a prompt
+    that is too long.
+
+    n new tokens need prompt + n - 1 positions, since the last token is not fed back.
+    """
+    rows = table_rows(model)
+    return wanted if rows is None else max(0, min(wanted, rows - prompt_tokens + 1))

@@ -15,7 +15,7 @@ from pathlib import Path
 from rankwise.foreign import Fields
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
-from rankwise.models.positions import config_table_rows
+from rankwise.models.load import config_table_rows
 from rankwise.models.source import ModelSource
 from rankwise.planning.architectures import FAMILIES, shape_of
 from rankwise.planning.shape import Shape, gguf_config

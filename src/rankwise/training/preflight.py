@@ -16,7 +16,7 @@ from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
 from rankwise.errors import RunError, warn
 from rankwise.listing import some_of
-from rankwise.models.positions import table_rows
+from rankwise.models.load import table_rows
 from rankwise.training.checkpoints import check_space
 from rankwise.training.foresight import longest_row
 from rankwise.training.weights import checkpoint_bytes, trainable_tensors

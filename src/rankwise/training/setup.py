@@ -33,7 +33,7 @@ from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton
 from rankwise.models.describe import weights_files
-from rankwise.models.positions import answer_room, table_rows
+from rankwise.models.load import answer_room, table_rows
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.training import ranks
 from rankwise.training.arguments import mixed_precision

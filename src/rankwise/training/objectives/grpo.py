@@ -19,7 +19,7 @@ from rankwise.data import Rows
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.prompts import Room, encode_prompts, prompt_formats
 from rankwise.errors import ConfigError
-from rankwise.models.positions import table_rows
+from rankwise.models.load import table_rows
 from rankwise.options import flag
 from rankwise.training import ranks
 from rankwise.training.arguments import Surroundings, run_arguments
