@@ -26,8 +26,8 @@ import timing
 from rankwise.data.files import read_file
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.harness_model import EngineLM
-from rankwise.evaluation.journal import Responses
 from rankwise.evaluation.loading import LoadOptions, load_as_trained
+from rankwise.evaluation.record import Responses
 from rankwise.evaluation.tasks.harness import HarnessTask
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}

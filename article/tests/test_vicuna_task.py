@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from rankwise.errors import DataError, RankwiseWarning
-from rankwise.evaluation.journal import rewrite
-from rankwise.evaluation.record import Example
+from rankwise.evaluation.record import Example, rewrite
 from rankwise_article.vicuna import Judge, Vicuna
 from small_engines import byte_engine, nobody, write_lines
 

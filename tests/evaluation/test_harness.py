@@ -12,14 +12,13 @@ import pyarrow.parquet
 import pytest
 
 from rankwise.errors import ConfigError, DataError, RankwiseWarning
-from rankwise.evaluation.journal import RESPONSES_FILE, Responses
+from rankwise.evaluation.record import RESPONSES_FILE, Responses
 from small_engines import arc_docs, byte_engine, nobody, write_lines
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra eval)")
 
 from rankwise.compat import lm_eval as compat
-from rankwise.evaluation.tasks.harness import HarnessTask
-from rankwise.evaluation.tasks.harness_data import read_docs
+from rankwise.evaluation.tasks.harness import HarnessTask, read_docs
 
 
 def arc_task(data: Path, **options: Any) -> HarnessTask:

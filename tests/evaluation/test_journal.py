@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 
 from rankwise.errors import RunError
-from rankwise.evaluation.journal import Journal, Responses, open_folder, rewrite
-from rankwise.evaluation.record import EXAMPLES_FILE, Example, TaskResult, load_result, read_examples
+from rankwise.evaluation.record import (
+    EXAMPLES_FILE,
+    Example,
+    Journal,
+    Responses,
+    TaskResult,
+    load_result,
+    open_folder,
+    read_examples,
+    rewrite,
+)
 from rankwise.evaluation.tasks.base import answer_in_batches
 
 EXAMPLES = [Example(str(n), f"p{n} é", f"answer {n}\nwith lines", {"accuracy": float(n % 2)}) for n in range(5)]

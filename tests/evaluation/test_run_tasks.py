@@ -20,7 +20,7 @@ from rankwise.evaluation.loading import template_of
 from rankwise.evaluation.record import Example, TaskResult, load_result, read_examples
 from rankwise.evaluation.run import Evaluation, Observer, variants_of
 from rankwise.evaluation.settings import EvaluateSettings
-from rankwise.evaluation.tasks.answers import Question, with_room, write_answers
+from rankwise.evaluation.tasks.base import Question, with_room, write_answers
 from rankwise.evaluation.tasks.perplexity import Perplexity, _example
 from rankwise.lora_config import LoraConfig
 from rankwise.records import RunRecord

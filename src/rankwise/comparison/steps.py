@@ -28,11 +28,10 @@ from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row
 from rankwise.disk import coded_error, hold, is_of_device
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
-from rankwise.evaluation import journal
 from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.record import Opened, open_folder
 from rankwise.evaluation.run import answer_task
-from rankwise.evaluation.tasks.answers import writer
-from rankwise.evaluation.tasks.base import Task
+from rankwise.evaluation.tasks.base import Task, writer
 from rankwise.export.rounding import is_more_than_rounding, rounding_cost
 from rankwise.foreign import Fields, JsonObject
 from rankwise.models import fetch_model
@@ -109,16 +108,16 @@ def _engine(job: Fields, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     return Engine(model, tokenizer, template, trained_fast=fast, autocast=dtype if is_rounded else None)
 
 
-def _open(task: Task, folder: Path) -> journal.Opened:
+def _open(task: Task, folder: Path) -> Opened:
     """Open the folder of a task. Outdated results, for which this step was started, are removed."""
     place = folder / EVALUATION_FOLDER / task.name
     settings = {"task": task.name, "data_sha256": task.data_sha256, "task_settings": task.describe()}
     try:
-        return journal.open_folder(place, settings, overwrite=False)
+        return open_folder(place, settings, overwrite=False)
     except RunError as error:
         if error.code != "RW570":
             raise
-        return journal.open_folder(place, settings, overwrite=True)
+        return open_folder(place, settings, overwrite=True)
 
 
 def load_run(job: Fields) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -12,37 +12,33 @@ if TYPE_CHECKING:
     from rankwise.acceleration.generation import Decoding
     from rankwise.evaluation.engine import Engine
     from rankwise.evaluation.errors_of_means import Mean, error_of_shares, mean_of, paired_difference, shares_of_ratio
-    from rankwise.evaluation.journal import Lines, text_sha256
-    from rankwise.evaluation.record import Example, TaskResult
+    from rankwise.evaluation.record import Example, Lines, TaskResult, text_sha256
     from rankwise.evaluation.settings import EvaluateSettings
-    from rankwise.evaluation.tasks.answers import Question, write_answers
-    from rankwise.evaluation.tasks.base import Summary, Task, Tell, warn_of_empty
-    from rankwise.evaluation.tasks.guests import TaskType
-    from rankwise.evaluation.tasks.names import harness_folder
-    from rankwise.evaluation.tasks.registry import harness_task
+    from rankwise.evaluation.tasks.base import Question, Summary, Task, Tell, warn_of_empty, write_answers
+    from rankwise.evaluation.tasks.registry import TaskType, harness_folder, harness_task
 
 _HOMES = {
     "Decoding": "rankwise.acceleration.generation",
     "Engine": "rankwise.evaluation.engine",
     "EvaluateSettings": "rankwise.evaluation.settings",
     "Example": "rankwise.evaluation.record",
-    "Lines": "rankwise.evaluation.journal",
+    "Lines": "rankwise.evaluation.record",
     "Mean": "rankwise.evaluation.errors_of_means",
-    "Question": "rankwise.evaluation.tasks.answers",
+    "Question": "rankwise.evaluation.tasks.base",
     "Summary": "rankwise.evaluation.tasks.base",
     "Task": "rankwise.evaluation.tasks.base",
     "TaskResult": "rankwise.evaluation.record",
-    "TaskType": "rankwise.evaluation.tasks.guests",
+    "TaskType": "rankwise.evaluation.tasks.registry",
     "Tell": "rankwise.evaluation.tasks.base",
     "error_of_shares": "rankwise.evaluation.errors_of_means",
-    "harness_folder": "rankwise.evaluation.tasks.names",
+    "harness_folder": "rankwise.evaluation.tasks.registry",
     "harness_task": "rankwise.evaluation.tasks.registry",
     "mean_of": "rankwise.evaluation.errors_of_means",
     "paired_difference": "rankwise.evaluation.errors_of_means",
     "shares_of_ratio": "rankwise.evaluation.errors_of_means",
-    "text_sha256": "rankwise.evaluation.journal",
+    "text_sha256": "rankwise.evaluation.record",
     "warn_of_empty": "rankwise.evaluation.tasks.base",
-    "write_answers": "rankwise.evaluation.tasks.answers",
+    "write_answers": "rankwise.evaluation.tasks.base",
 }
 
 __all__ = [

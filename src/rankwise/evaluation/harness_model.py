@@ -17,9 +17,8 @@ from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.acceleration.packing import members_of
 from rankwise.acceleration.scoring import Target, target_of
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.journal import Responses, json_sha256
-from rankwise.evaluation.tasks.answers import fitting, with_room, writer
-from rankwise.evaluation.tasks.base import Tell
+from rankwise.evaluation.record import Responses, json_sha256
+from rankwise.evaluation.tasks.base import Tell, fitting, with_room, writer
 from rankwise.foreign import Fields
 
 # HFLM's default length of an answer.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rankwise.config import TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, DataError, ModelError, RunError, heard
-from rankwise.evaluation.journal import text_sha256
+from rankwise.evaluation.record import text_sha256
 from rankwise.foreign import JsonObject, read_json
 from rankwise.options import LONGEST_ROW
 from rankwise.records import RUN_FILE, RunRecord, record_of

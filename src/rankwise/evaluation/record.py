@@ -1,17 +1,26 @@
 """The records of an evaluation, to and from JSON. Imports no torch.
 
 ``DIR/TASK/result.json`` is one ``TaskResult``; ``predictions.jsonl`` beside it has one ``Example`` per line.
+
+Predictions on disk during an evaluation. They are appended batch by batch, so that a kill loses at most one batch.
+
+A folder belongs to one evaluation: ``settings.json`` holds everything that its answers depend on, except the batch
+size, and a folder of another evaluation is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from rankwise.disk import appending, refuse_links
 from rankwise.errors import RunError
-from rankwise.foreign import Fields, JsonObject, checked, parse_json, read_json, reason_of
-from rankwise.records import write_json
+from rankwise.foreign import Fields, Json, JsonObject, checked, parse_json, read_json, reason_of
+from rankwise.records import write_bytes, write_json
 
 RESULT_FILE = "result.json"
 EXAMPLES_FILE = "predictions.jsonl"
@@ -103,3 +112,129 @@ def read_examples(path: Path) -> Iterator[Example]:
                 f"{path}, line {number}: not a prediction that evaluate wrote ({reason}); remove the file, or use "
                 "--overwrite.",
             ) from None
+
+
+IDENTITY_FILE = "settings.json"
+RESPONSES_FILE = "responses.jsonl"
+
+
+def text_sha256(text: str, length: int = 12) -> str:
+    """The first digits of a text's sha256, in names of questions and of their clusters."""
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def json_sha256(value: Json) -> str:
+    """sha256 over sorted JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A folder that belongs to the evaluation which ``identity`` describes."""
+
+    folder: Path
+    identity: Fields
+
+
+def open_folder(folder: Path, identity: Fields, *, overwrite: bool) -> Opened:
+    """Prepare ``folder`` for the evaluation that ``identity`` describes: create it, or continue in it.
+
+    Raises RunError: RW570 when the folder belongs to another evaluation, with what differs; RW571 when its settings
+    cannot be read.
+    """
+    known = _identity_in(folder)
+    if known is not None and known != json.loads(json.dumps(identity, default=str)) and not overwrite:
+        keys = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
+        different = "; ".join(f"{key} was {_short(known.get(key))}, now {_short(identity.get(key))}" for key in keys)
+        raise RunError(
+            "RW570",
+            f"{folder} holds results of another evaluation ({different}); use another --output, or --overwrite.",
+        )
+    if overwrite:
+        # The identity is overwritten below, not deleted: a folder without one would pass as any evaluation's.
+        for name in (RESULT_FILE, EXAMPLES_FILE, RESPONSES_FILE):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / IDENTITY_FILE, identity)
+    return Opened(folder, identity)
+
+
+def _identity_in(folder: Path) -> JsonObject | None:
+    path = folder / IDENTITY_FILE
+    try:
+        found = read_json(path, constants=True)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(
+            "RW571", f"cannot read {path}: {reason_of(error)}; remove the folder, or use --overwrite."
+        ) from None
+
+
+def _short(value: Json) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Lines:
+    """An append-only file of JSON lines. A last line that was cut short is removed when the file is opened."""
+
+    def __init__(self, path: Path) -> None:
+        refuse_links(path.parent, [path.name])
+        self.path = path
+        content = path.read_bytes() if path.exists() else b""
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+
+    def append(self, records: Iterable[Fields]) -> None:
+        """Append all ``records`` in one write. They are on disk when this returns."""
+        text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+        with appending(self.path) as file:
+            file.write(text.encode("utf-8", errors="backslashreplace"))
+
+
+class Journal:
+    """The predictions of one task, by id."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lines = Lines(folder / EXAMPLES_FILE)
+        self.done: dict[str, Example] = {example.id: example for example in read_examples(self.lines.path)}
+
+    def append(self, examples: Iterable[Example]) -> None:
+        """Keep the predictions of a batch. Known predictions are not changed."""
+        new = [example for example in examples if example.id not in self.done]
+        self.lines.append(example.to_json() for example in new)
+        self.done.update((example.id, example) for example in new)
+
+
+def rewrite(folder: Path, examples: Iterable[Example]) -> None:
+    """Write the predictions of a finished task in the order of the data."""
+    text = "".join(json.dumps(example.to_json(), ensure_ascii=False, default=str) + "\n" for example in examples)
+    write_bytes(folder / EXAMPLES_FILE, text.encode("utf-8", errors="backslashreplace"))
+
+
+class Responses:
+    """Answers to requests of lm-evaluation-harness, by the sha256 of the request."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lines = Lines(folder / RESPONSES_FILE)
+        self.known: JsonObject = {}
+        lines = self.lines.path.read_bytes().split(b"\n") if self.lines.path.exists() else []
+        for number, line in enumerate(filter(None, lines), 1):
+            try:
+                record = parse_json(line, constants=True, halves=True)
+                self.known[record["request"]] = record["response"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(
+                    "RW571",
+                    f"{self.lines.path}, line {number}: not an answer that evaluate wrote ({reason_of(error)}); remove "
+                    "the file, or use --overwrite.",
+                ) from None
+
+    def append(self, responses: Fields) -> None:
+        self.lines.append({"request": key, "response": value} for key, value in responses.items())
+        self.known.update(responses)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Protocol
 from rankwise.data import read_template
 from rankwise.disk import coded_errors, hold, refuse_links
 from rankwise.errors import AdapterError, ConfigError, Interrupted, warn
-from rankwise.evaluation import journal
 from rankwise.evaluation.errors_of_means import clusters_of
 from rankwise.evaluation.loading import (
     LoadOptions,
@@ -26,7 +25,18 @@ from rankwise.evaluation.loading import (
     load_settings,
     template_of,
 )
-from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, Example, TaskResult, load_result, read_examples
+from rankwise.evaluation.record import (
+    EXAMPLES_FILE,
+    RESULT_FILE,
+    Example,
+    Opened,
+    TaskResult,
+    json_sha256,
+    load_result,
+    open_folder,
+    read_examples,
+    rewrite,
+)
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.registry import make_tasks
 from rankwise.foreign import Fields, JsonObject
@@ -59,7 +69,7 @@ class Observer(Protocol):
 def answer_task(
     task: Task,
     engine: Engine,
-    place: journal.Opened,
+    place: Opened,
     *,
     model: str,
     adapter: Path | None,
@@ -76,7 +86,7 @@ def answer_task(
         given = {item.id: answers.get(item.id, (item.prediction, item.is_cut)) for item in found}
         found = [dataclasses.replace(item, prediction=given[item.id][0], is_cut=given[item.id][1]) for item in found]
     found = list(task.with_scores(found))
-    journal.rewrite(place.folder, found)
+    rewrite(place.folder, found)
     summary, clusters = task.summarize(found), clusters_of([example.cluster for example in found])
     result = TaskResult(
         task=task.name,
@@ -165,7 +175,7 @@ class _Run:
     def carry_out(self) -> Evaluation:
         identities = self._identities()
         content = {"|".join(key): value for key, value in identities.items()}
-        name = f"{_as_name(Path(self.name).name)}-{journal.json_sha256(content)[:10]}"
+        name = f"{_as_name(Path(self.name).name)}-{json_sha256(content)[:10]}"
         root = self.settings.output or DEFAULT_FOLDER / name
         with hold(root), coded_errors(root, "and the same command goes on with the answers so far"):
             return self._evaluate(root, identities)
@@ -175,7 +185,7 @@ class _Run:
         parts = [folder.relative_to(root) for folder in folders.values()]
         refuse_links(root, {str(path) for part in parts for path in (part, *part.parents[:-1])})
         places = {
-            key: journal.open_folder(folders[key], identity, overwrite=self.settings.overwrite)
+            key: open_folder(folders[key], identity, overwrite=self.settings.overwrite)
             for key, identity in identities.items()
         }
         results, examples = [], {}
@@ -198,7 +208,7 @@ class _Run:
             write_json(root / DIFFERENCES_FILE, [item.to_json() for item in differences])
         return Evaluation(root, results, differences)
 
-    def _result(self, task: Task, variant: Variant, place: journal.Opened) -> tuple[TaskResult, list[Example]]:
+    def _result(self, task: Task, variant: Variant, place: Opened) -> tuple[TaskResult, list[Example]]:
         if (place.folder / RESULT_FILE).is_file():
             known = load_result(place.folder)
             examples = list(read_examples(place.folder / EXAMPLES_FILE))

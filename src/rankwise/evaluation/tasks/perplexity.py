@@ -14,8 +14,7 @@ from rankwise.data import Rows
 from rankwise.data.rows import Row
 from rankwise.errors import DataError, warn
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
-from rankwise.evaluation.journal import text_sha256
-from rankwise.evaluation.record import Example
+from rankwise.evaluation.record import Example, text_sha256
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, answer_in_batches
 from rankwise.foreign import JsonObject
 from rankwise.reports.numbers import shortened

@@ -20,8 +20,7 @@ from rankwise.data import Rows, encode_preferences
 from rankwise.data.preferences import ANSWER_IDS
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.journal import text_sha256
-from rankwise.evaluation.record import Example
+from rankwise.evaluation.record import Example, text_sha256
 from rankwise.evaluation.tasks.base import Task, Tell, answer_in_batches
 from rankwise.foreign import JsonObject
 
