@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rankwise.cli.help import COMMON_OPTIONS
-from rankwise.cli.main import VERBS
+from rankwise.cli.main import COMMON_OPTIONS, VERBS
 from rankwise.cli.options import Verb, panels_of
 
 HEAD = """# Command line

@@ -1,4 +1,9 @@
-"""Constants that several packages share. Imports nothing."""
+"""Constants that several packages share. Imports nothing.
+
+The number of rows in a chunk of the loss and in a batch of generated answers.
+
+Imports no torch, so that the memory plan can use it.
+"""
 
 from __future__ import annotations
 
@@ -16,3 +21,26 @@ ALIGNED = 8
 KEPT_BYTES = (1 << 20, 256 << 20)
 # The chat template in the folder of a run or an exported adapter.
 TEMPLATE_FILE = "chat_template.jinja"
+
+
+# Bytes of a chunk's logits on a CPU: few enough to stay near its caches, enough rows for an efficient product.
+CHUNK_BYTES = 32 << 20
+# The least number of rows of a chunk on a CPU.
+SMALLEST_CHUNK = 16
+# On a GPU a chunk is a whole number of matrix-product tiles, enough to occupy every multiprocessor. Each chunk reads
+# the head's weight twice, so a chunk takes as many rows as fit into these bytes, within the row bounds below.
+CARD_CHUNK_BYTES = 512 << 20
+CARD_TILE = 256
+CARD_ROWS = (1024, 2048)
+# The largest number of answers generated together.
+WRITTEN_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
+# Bytes of their key-value cache on a CPU. On a GPU the limit is a quarter of the free memory.
+CACHE_BYTES = 1 << 30
+
+
+def chunk_rows(vocabulary: int, element_size: int, *, on_card: bool) -> int:
+    """The number of rows whose logits make a chunk."""
+    if not on_card:
+        return max(SMALLEST_CHUNK, CHUNK_BYTES // (vocabulary * element_size))
+    least, most = CARD_ROWS
+    return min(most, max(least, CARD_CHUNK_BYTES // (vocabulary * element_size) // CARD_TILE * CARD_TILE))

@@ -14,13 +14,15 @@
     RankwiseWarning                 the same codes; the work continues
 
 A code is stable and has a section of its own in ``docs/errors.md``.
+
+Long lists in one sentence of a message. Imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -127,3 +129,13 @@ def out_of_memory(error: BaseException, changes: str | None = None) -> RunError:
 def warn(code: str, message: str, *, stacklevel: int = 2) -> None:
     """Report a problem that does not stop the work. The command line prints it; Python code can filter it."""
     warnings.warn(RankwiseWarning(code, message), stacklevel=stacklevel + 1)
+
+
+def some_of(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
+    """The first ``limit`` of ``items``, and the number of the others."""
+    listed = list(items)
+    shown = separator.join(listed[:limit])
+    if len(listed) <= limit:
+        return shown
+    joint = " and " if separator == ", " else f"{separator}and "
+    return f"{shown}{joint}{len(listed) - limit:,} more"

@@ -79,11 +79,6 @@ def test_the_whole_4_bit_format_is_kept(config, stored, tmp_path):
         assert found == config
 
 
-def test_older_records_describe_it_as_bitsandbytes_does(tmp_path):
-    found = quantization_of(folder_of(tmp_path, "base", quantization=Nf4Config(double_quant=True).to_dict()))
-    assert (found.quant_type, found.double_quant, found.block_size) == ("nf4", True, 64)
-
-
 @pytest.mark.parametrize(
     ("stored", "kind", "code"),
     [

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.cli.export import warn_of_other_weights
-from rankwise.cli.export_rows import prompts_of, rows_of
-from rankwise.cli.words import printable
+from rankwise.cli.export_proof import prompts_of, rows_of
+from rankwise.cli.output import printable
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.export.gguf_model import write_folder_gguf
 from rankwise.models import ModelSource, load_model, load_tokenizer

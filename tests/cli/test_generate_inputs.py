@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from rankwise.cli.conversations import Conversation
-from rankwise.cli.generate import load_speaker
+from rankwise.cli.generate import Conversation, load_speaker
 from rankwise.cli.settings import GenerateSettings
 from rankwise.data import chat_text
 from rankwise.models import load_tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.cli.launch import LAUNCHER, _failure, continued, end_with_launcher
+from rankwise.cli.train import LAUNCHER, _failure, continued, end_with_launcher
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import RunRecord
@@ -70,7 +70,7 @@ def test_a_restarted_process_resumes_what_the_last_one_left(tmp_path: Path, monk
 
 OF_TWO = """
 import os, time
-from rankwise.cli.launch import LAUNCHER, end_with_launcher
+from rankwise.cli.train import LAUNCHER, end_with_launcher
 os.environ[LAUNCHER] = str(os.getpid())
 if not os.fork():
     end_with_launcher()
@@ -91,6 +91,6 @@ def test_a_process_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> No
     assert time.monotonic() - began < 50
     # That of a process which was launched before.
     monkeypatch.setenv(LAUNCHER, "0")
-    monkeypatch.setattr("rankwise.cli.launch.end_with_parent", lambda: None)
+    monkeypatch.setattr("rankwise.cli.train.end_with_parent", lambda: None)
     with pytest.raises(KeyboardInterrupt), terminable():
         end_with_launcher()

@@ -11,10 +11,8 @@ import re
 import pytest
 from rich.console import Console
 
-from rankwise.cli.output import Output
-from rankwise.cli.progress import LiveProgress, PlainProgress
-from rankwise.cli.sparkline import BARS, sparkline
-from rankwise.cli.words import duration, parameter_count, printable
+from rankwise.cli.output import Output, duration, parameter_count, printable
+from rankwise.cli.progress import BARS, LiveProgress, PlainProgress, sparkline
 from rankwise.records import WAIT_POLICIES, read_metrics
 from rankwise.reports.numbers import byte_size
 from rankwise.training.observer import StepInfo

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.cli.generate import Said, Speaker
-from rankwise.cli.repetition import cause, repeated
+from rankwise.cli.generate import Said, Speaker, cause, repeated
 from rankwise.records import RunRecord
 
 

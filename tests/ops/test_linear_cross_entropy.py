@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marks import at_some_level
-from rankwise.chunks import CARD_TILE, chunk_rows
+from rankwise.constants import CARD_TILE, chunk_rows
 from rankwise.ops import linear_cross_entropy as chunked
 from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy, linear_log_probs
 

@@ -15,8 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rankwise.data import kind_of
-from rankwise.errors import DataError, warn
-from rankwise.listing import some_of
+from rankwise.errors import DataError, some_of, warn
 from rankwise_article.files import no_duplicates, read_records, read_text, shortened
 
 JSON_SUFFIXES = (".jsonl", ".json")

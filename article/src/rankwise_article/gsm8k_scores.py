@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from rankwise.errors import DataError, warn
+from rankwise.errors import DataError, some_of, warn
 from rankwise.final_number import extract_answer
-from rankwise.listing import some_of
 from rankwise_article.files import Line, no_duplicates, read_records, shortened
 
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rankwise.acceleration.packing import common_length
 from rankwise.acceleration.scoring import no_number
-from rankwise.chunks import CACHE_BYTES, WRITTEN_ROWS
+from rankwise.constants import CACHE_BYTES, WRITTEN_ROWS
 from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from transformers.utils.generic import ModelOutput
 from rankwise.acceleration.head import Head, answering, asks_for_routers, current_head, with_router_loss
 from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo, class_forward, replace_forward
 from rankwise.adapters.low_rank import computes_in
-from rankwise.chunks import chunk_rows
-from rankwise.constants import IGNORED
+from rankwise.constants import IGNORED, chunk_rows
 from rankwise.ops.linear_cross_entropy import LossSums, linear_cross_entropy, linear_log_probs
 from rankwise.ops.selection import is_traced
 

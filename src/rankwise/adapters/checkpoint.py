@@ -63,9 +63,8 @@ from rankwise.adapters.state import (
     wrappers,
 )
 from rankwise.compat.torch import own_parameters
-from rankwise.errors import AdapterError, ConfigError, warn
+from rankwise.errors import AdapterError, ConfigError, some_of, warn
 from rankwise.foreign import parse_json
-from rankwise.listing import some_of
 from rankwise.lora_config import AdapterDtype, LoraConfig
 from rankwise.matching import matches
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles

@@ -13,9 +13,7 @@ from rich.text import Text
 
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Document, Output
-from rankwise.cli.tables import light_table, titled
-from rankwise.cli.words import duration
+from rankwise.cli.output import Document, Output, duration, light_table, titled
 from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.reports import folder, summary
 from rankwise.reports.naming import method_name, metric_name

@@ -6,11 +6,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rankwise.cli.folders import refuse_comparisons
-from rankwise.cli.glance import check_paths
+from rankwise.cli.glance import check_paths, refuse_comparisons
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Document, Output
-from rankwise.cli.tables import light_table, titled
+from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.reports.numbers import plural
 

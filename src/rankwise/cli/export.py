@@ -7,12 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from rankwise.cli.folders import refuse_comparisons
-from rankwise.cli.glance import check_paths
+from rankwise.cli.glance import check_paths, refuse_comparisons
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Document, Output
+from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.cli.settings import ExportSettings
-from rankwise.cli.tables import light_table, titled
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, warn
 from rankwise.reports.numbers import plural
@@ -168,7 +166,7 @@ def _prover(
 
 def _rows(settings: ExportSettings, source: ModelSource) -> Rows:
     from rankwise.adapters.trained_base import tokenizer_with_rows
-    from rankwise.cli.export_rows import rows_of
+    from rankwise.cli.export_proof import rows_of
     from rankwise.evaluation.loading import needed_tokenizer
     from rankwise.models.load import load_tokenizer
 

@@ -1,4 +1,7 @@
-"""``rankwise export --verify``: serve the export and the base with the real server, and record the comparison."""
+"""``rankwise export --verify``: serve the export and the base with the real server, and record the comparison.
+
+Rows weight errors, compare models, and ask a server.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,29 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankwise.adapters import load_adapter
-from rankwise.cli.export_rows import prompts_of
 from rankwise.cli.settings import ExportSettings
+from rankwise.constants import IGNORED
+from rankwise.data import check_there, encode_rows, read_rows
+from rankwise.data.preferences import PREFERENCE_FORMATS
+from rankwise.errors import DataError
+from rankwise.evaluation.loading import max_length_of, template_of
 from rankwise.export.adapter import ExportReport, Rows
 from rankwise.export.gguf_adapter import ADAPTER_FILE
 from rankwise.export.gguf_model import MODEL_FILE, requantize, write_folder_gguf
+from rankwise.export.likeness import Row
 from rankwise.export.proof import PROMPTS, Served, prove, server_python
 from rankwise.export.rounding import AsServed, round_as_served
+from rankwise.export.verify import default_text, text_chunks
+from rankwise.foreign import Fields
 from rankwise.models import ModelSource, load_model
+from rankwise.records import record_of
 from rankwise.serving import SERVERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def proven(
@@ -86,3 +100,63 @@ def _folder_base(source: ModelSource, scratch: Path) -> Path:
     if tokenizer is not None:
         tokenizer.save_pretrained(scratch / "base")
     return scratch / "base"
+
+
+SAMPLED_ROWS = 400
+HELD_OUT_ROWS = 40
+SHORTEST_PROMPT, LONGEST_PROMPT = 8, 256
+
+
+def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """The rows of `--data`, else those of the run, else the built-in text; some of them held out for the comparison.
+
+    Of a run on preferences, these are the good answers. Raises DataError (RW207) for a run on rewards, which has none.
+    """
+    record = record_of(adapter)
+    options = {} if record is None else record.settings
+    source = data or options.get("data")
+    if source is None or (data is None and not _is_there(str(source))):
+        return Rows((), [Row(chunk[0], chunk[0]) for chunk in text_chunks(tokenizer, default_text())])
+    objective = "sft" if record is None or data is not None else record.objective
+    if objective == "grpo":
+        raise DataError(
+            "RW207", f"the run in {adapter} learned from rewards, and its rows hold no answers; give some with --data."
+        )
+    given = ("prompt_column", "completion_column") if data is None else ()
+    columns = {name: options.get(name) for name in given}
+    return _encoded(adapter, str(source), {**columns, "formats": PREFERENCE_FORMATS.get(objective)}, tokenizer)
+
+
+def _is_there(source: str) -> bool:
+    try:
+        check_there(source)
+    except DataError:
+        return False
+    return True
+
+
+def _encoded(adapter: Path, source: str, options: Fields, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    rows = read_rows(source, split="train", skip_bad_rows=None, **options)
+    rows = dataclasses.replace(rows, items=[row for row in rows if row.label is not False])
+    encoded = encode_rows(
+        rows[:: max(1, len(rows) // SAMPLED_ROWS)],
+        tokenizer,
+        max_length=max_length_of([adapter]),
+        chat_template=template_of([adapter]),
+        skip_bad_rows=None,
+    )
+    found = [Row(torch.tensor(item["input_ids"]), torch.tensor(item["labels"])) for item in encoded.dataset]
+    step = max(2, len(found) // HELD_OUT_ROWS)
+    held_out = found[::step] if len(found) > 1 else found
+    inputs = [row.ids for index, row in enumerate(found) if index % step or len(found) == 1]
+    return Rows(inputs, held_out)
+
+
+def prompts_of(rows: Rows, count: int) -> list[list[int]]:
+    """The tokens before the first label of ``count`` held-out rows; for rows without a prompt, their first tokens."""
+    found = []
+    for row in [*rows.held_out][:count]:
+        labels = row.labels.tolist()
+        start = next((index for index, label in enumerate(labels) if label != IGNORED), len(labels))
+        found.append(row.ids.tolist()[: start if start >= SHORTEST_PROMPT else SHORTEST_PROMPT][-LONGEST_PROMPT:])
+    return found

@@ -1,32 +1,37 @@
-"""``rankwise generate``: answer prompts with a base model, a tuned one, or both side by side."""
+"""``rankwise generate``: answer prompts with a base model, a tuned one, or both side by side.
+
+Prompts and conversations come from options, files and standard input. Answers that repeat themselves up to the limit of
+new tokens are noted. With ``--chat``, a user talks to a model turn by turn, through its chat template.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Group
 from rich.text import Text
 
-from rankwise.cli.folders import refuse_comparisons
-from rankwise.cli.glance import check_paths
+from rankwise.cli.glance import check_paths, refuse_comparisons
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Document, Output
-from rankwise.cli.repetition import cause, note_cut, repeated
+from rankwise.cli.output import Document, Output, light_table, printable, titled
 from rankwise.cli.settings import GenerateSettings
-from rankwise.cli.tables import light_table, titled
-from rankwise.cli.words import printable
+from rankwise.data.files import kind_of
+from rankwise.data.formats import BadRow, conversation, text_field, tools_of
+from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError, RunError, warn
-from rankwise.foreign import Fields, JsonObject
-from rankwise.records import RunRecord, record_of
+from rankwise.foreign import Fields, Json, JsonObject, parse_json
+from rankwise.options import flag
+from rankwise.records import RunRecord, read_metrics, record_of
+from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer
     from transformers.generation.streamers import BaseStreamer
-
-    from rankwise.cli.conversations import Conversation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,14 +188,11 @@ def run(settings: GenerateSettings, output: Output) -> Document:
     check_paths(model=settings.model)
     record = record_of(settings.adapter)
     name = settings.model or base_model_name(settings.adapter)
-    from rankwise.cli.conversations import read_conversations
 
     conversations = [] if settings.chat else read_conversations(settings)
     with output.waiting(f"loading {name}"):
         speaker, device = load_speaker(settings, name, record)
     if settings.chat:
-        from rankwise.cli.chat import talk
-
         messages = talk(settings, speaker, f"{settings.adapter or name} on {device}", output)
         return {"model": name, "adapter": str(settings.adapter) if settings.adapter else None, "messages": messages}
     answers = []
@@ -329,3 +331,248 @@ VERB = Verb(
         "rankwise generate --adapter runs/first --chat",
     ),
 )
+
+
+STDIN = "-"
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A conversation for the model to answer. A prompt is a conversation of one message."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Fields, ...] | None = None
+    # Its name in messages.
+    place: str = "the prompt"
+
+    @property
+    def prompt(self) -> str:
+        return str(self.messages[-1]["content"])
+
+
+def read_conversations(settings: GenerateSettings) -> list[Conversation]:
+    """Everything to answer, in order: the prompts, the prompts of the file, the conversations.
+
+    Raises ConfigError: RW124 where there is nothing to answer, RW125 for two readers of standard input, RW126 for a
+    second system message; DataError: RW201, RW202, RW205 for a file that cannot be read, RW203 for entries that are no
+    prompt or conversation, RW204 for an empty file.
+    """
+    sources = [*settings.prompt, *(str(path) for path in (settings.prompt_file, settings.messages) if path)]
+    if sources.count(STDIN) > 1:
+        raise ConfigError("RW125", "standard input (-) can be read once; give the rest by files or --prompt TEXT.")
+    prompts = [text for given in settings.prompt for text in (_prompts(STDIN) if given == STDIN else [given])]
+    prompts += _prompts(str(settings.prompt_file)) if settings.prompt_file else []
+    found = [Conversation(({"role": "user", "content": text},)) for text in prompts]
+    found += _conversations(str(settings.messages)) if settings.messages else []
+    if not found:
+        options = "--prompt TEXT, --prompt-file FILE or --messages FILE"
+        raise ConfigError("RW124", f"there is nothing to answer; give {options}.")
+    return [_with_system(one, settings.system) for one in found] if settings.system is not None else found
+
+
+def _with_system(given: Conversation, system: str) -> Conversation:
+    if any(message["role"] == "system" for message in given.messages):
+        text = f"{given.place} has a system message of its own; leave --system or that message out."
+        raise ConfigError("RW126", text)
+    return dataclasses.replace(given, messages=({"role": "system", "content": system}, *given.messages))
+
+
+def _prompts(source: str) -> list[str]:
+    """The prompts of a file: one per line; in JSON lines each is a text or an object with a `prompt`."""
+    kind = kind_of(Path(source))
+    if kind not in (None, ".txt", ".jsonl") or source.endswith(".gz"):
+        raise DataError("RW202", f"{source} is not a list of prompts; give one a line as text, or as .jsonl.")
+    name, text = _read(source)
+    lines = _lines(name, text)
+    if not source.endswith(".jsonl"):
+        return _all_of([line for _, line in lines], name)
+    return _all_of([_checked(_prompt, _parsed(line), place) for place, line in lines], name)
+
+
+def _prompt(record: Json) -> str:
+    return text_field(record if isinstance(record, dict) else {"prompt": record}, "prompt")
+
+
+def _conversations(source: str) -> list[Conversation]:
+    """The conversations of a file: JSON with one or a list of them, or JSON lines with one per line."""
+    name, text = _read(source)
+    whole = _parsed(text)
+    if isinstance(whole, BadRow) and not source.endswith(".json"):
+        items = [(place, _parsed(line)) for place, line in _lines(name, text)]
+    elif isinstance(whole, list) and not any(isinstance(item, dict) and "role" in item for item in whole):
+        items = [(f"{name}, conversation {number}", item) for number, item in enumerate(whole, 1)]
+    else:
+        items = [(name, whole)]
+    made = [_checked(functools.partial(_conversation, place), item, place) for place, item in items]
+    return _all_of(made, name)
+
+
+def _conversation(place: str, record: Json) -> Conversation:
+    if not isinstance(record, list | dict):
+        raise BadRow(f"expected a list of messages or an object with `messages`, found {str(record)[:40]!r}")
+    record = {"messages": record} if isinstance(record, list) else record
+    messages = conversation(record)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise BadRow(f"expected a `user` or `tool` message to answer at the end, found `{messages[-1]['role']}`")
+    return Conversation(messages, tools_of(record), place)
+
+
+def _read(source: str) -> tuple[str, str]:
+    """(name, text) of a file or of standard input."""
+    name = "standard input" if source == STDIN else source
+    if source == STDIN and sys.stdin is None:
+        raise DataError("RW201", "standard input is closed; give the prompts in a file or by --prompt TEXT.")
+    try:
+        content = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
+        return name, content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError("RW205", f"{name} is not UTF-8 (byte {error.start}); save it as such.") from None
+    except OSError as error:
+        raise DataError("RW201", f"cannot open {name}: {error.strerror or error}.") from None
+
+
+def _lines(name: str, text: str) -> list[tuple[str, str]]:
+    """(place, line) of each line. Only newlines separate lines, not Unicode's other line breaks."""
+    lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
+    return [(f"{name}, line {number}", line) for number, line in lines if line.strip()]
+
+
+def _parsed(text: str) -> Json | BadRow:
+    """The JSON value of ``text``, or a BadRow with the fault."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        return BadRow(f"invalid JSON ({error})")
+
+
+def _checked(make: Callable[[Json], T], record: Json | BadRow, place: str) -> T | BadRow:
+    try:
+        if isinstance(record, BadRow):
+            raise record
+        return make(record)
+    except BadRow as error:
+        return BadRow(f"{place}: {error}")
+
+
+def _all_of(items: Sequence[T | BadRow], name: str) -> list[T]:
+    """The items. Raises DataError: RW203 with the first three bad ones, RW204 where there is none."""
+    bad = [str(item) for item in items if isinstance(item, BadRow)]
+    if bad:
+        more = f"; {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise DataError("RW203", f"{'; '.join(bad[:3])}{more}. Correct or remove these.")
+    if not items:
+        raise DataError("RW204", f"{name} holds nothing to answer; give at least one prompt or conversation.")
+    return [item for item in items if not isinstance(item, BadRow)]
+
+
+# The longest phrase that is looked for, how often it must stand at the end, and the characters that this must fill.
+PHRASE, TIMES, FILLED = 120, 4, 40
+# A loss has settled if it ends below SHARE of the first one and, in the second half of the run, keeps SETTLED of its
+# value. It has jumped if it was ever FAR_ABOVE the first one.
+SHARE, SETTLED, FAR_ABOVE = 0.5, 0.95, 1.5
+
+
+def repeated(text: str) -> str | None:
+    """The word or short phrase that ``text`` repeats up to its end, which may cut the last one; None without one."""
+    for size in range(1, PHRASE + 1):
+        end = text[-max(TIMES * size, FILLED) :]
+        if len(end) >= max(TIMES * size, FILLED) and end[size:] == end[:-size]:
+            # From the beginning of a word.
+            return (2 * end[:size])[end[:size].find(" ") + 1 :][:size].strip()
+    return None
+
+
+def cause(adapter: Path, *, base_too: bool) -> str:
+    """Why an adapter's answers repeat themselves, as far as the losses beside it tell, and what to do.
+
+    ``base_too``: the base's answers do so, too.
+    """
+    if base_too:
+        return "the base repeats itself too; sample with --temperature 0.7"
+    record, lines = record_of(adapter), list(read_metrics(adapter))
+    kind = next((name for name in ("eval_loss", "loss") if sum(line.get(name) is not None for line in lines) > 1), None)
+    if record is None or record.objective != "sft" or kind is None:
+        return "an adapter that repeats itself was trained too little, or its run diverged; see its losses"
+    losses = [line[kind] for line in lines if line.get(kind) is not None]
+    first, middle, last = losses[0], losses[len(losses) // 2], losses[-1]
+    if kind == "eval_loss" and record.eval_loss is not None:
+        last = record.eval_loss
+    went = f"its {'evaluation' if kind == 'eval_loss' else 'training'} loss went from {first:.2f} to {last:.2f}"
+    if max(losses) > FAR_ABOVE * first or last >= first:
+        return f"the run diverged: {went}, and up to {max(losses):.2f}; train with a lower --learning-rate"
+    if SETTLED * middle <= last <= SHARE * first:
+        return f"{went} and settled; ask in the form of the training rows, or sample with --temperature 0.7"
+    return f"the run was too short: {went}; raise --max-steps or --epochs, or --learning-rate (auto finds one)"
+
+
+def note_cut(output: Output, tokens: int, phrase: str | None, which: str = "the answer") -> None:
+    how = "not at a stop token" if phrase is None else f"repeating {printable(phrase)!r}"
+    output.note(f"{which} ended at the limit of {plural(tokens, 'token')} (--max-new-tokens), {how}")
+
+
+FORGET, LEAVE = "/new", "/exit"
+
+
+def talk(settings: GenerateSettings, speaker: Speaker, who: str, output: Output) -> list[Fields]:
+    """Talk with ``who`` until the input ends. Returns the messages of the last conversation.
+
+    Raises ConfigError: RW121 for options of single prompts, RW754 without a chat template.
+    """
+    given = [name for name in ("prompt", "prompt_file", "messages", "compare", "raw") if getattr(settings, name)]
+    if given:
+        raise ConfigError("RW121", f"--chat answers the lines that you type; leave out {', '.join(map(flag, given))}.")
+    if not speaker.wording.chat:
+        raise ConfigError(
+            "RW754",
+            f"a conversation needs a chat template, and {who} has none; give one with --chat-template FILE, or ask "
+            "single prompts without --chat.",
+        )
+    output.line(f"{who}; {FORGET} begins anew, {LEAVE} or Ctrl-D ends.", style="dim")
+    return _talk(speaker, settings.system, output)
+
+
+def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Fields]:
+    """Answer line by line."""
+    start: list[Fields] = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(start)
+    for said in _typed(output):
+        if said == FORGET:
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": said})
+        answer = speaker.say(Conversation(tuple(messages)), _streamer(speaker.tokenizer))
+        messages.append({"role": "assistant", "content": answer.text})
+        if answer.cut_at is not None:
+            note_cut(output, answer.cut_at, repeated(answer.text))
+    return messages
+
+
+def _typed(output: Output) -> Iterator[str]:
+    """The user's lines, without empty ones."""
+    while True:
+        try:
+            # `input` allows line editing on a terminal; with --json its prompt must not reach the document.
+            said = input("> " if output.is_terminal and sys.stdin.isatty() else "").strip()
+            # Depending on the locale, Python reads a wrong byte as half a surrogate pair.
+            said.encode()
+        except EOFError:
+            return
+        except UnicodeError:
+            raise DataError("RW205", "a line of standard input is not UTF-8; send it as such.") from None
+        if said == LEAVE:
+            return
+        if said:
+            yield said
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
+    """A streamer that prints an answer word by word as it is generated."""
+    from transformers import TextStreamer
+
+    class Printing(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            # A model may write control characters, which would act on the terminal.
+            print(printable(text), end="\n" if stream_end else "", flush=True)
+
+    return Printing(tokenizer, skip_prompt=True, skip_special_tokens=True)

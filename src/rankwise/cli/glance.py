@@ -1,4 +1,7 @@
-"""Refuse wrong paths before a verb loads torch and transformers, which takes seconds."""
+"""Refuse wrong paths before a verb loads torch and transformers, which takes seconds.
+
+rankwise's own folders are recognised where a user gives the wrong kind.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, RunError
 from rankwise.options import Settings, flag
+from rankwise.reports.schema import BEST_FOLDER, COMPARISON_FILE
 
 # Text fields that hold a hub id, or a path in which ~ means a home folder.
 MAY_BE_PATHS = {"model", "data", "eval_data", "fewshot_data", "reference_answers"}
@@ -77,3 +81,12 @@ def check_paths(*, model: str | None, data: Iterable[str | None] = (), output: P
     found = resolve_model(model)
     if found.kind == "folder" and found.path is not None:
         read_config(found.path)
+
+
+def refuse_comparisons(folders: Iterable[Path]) -> None:
+    """Raise RunError (RW560) for the folder of a comparison where a run's is expected."""
+    for folder in folders:
+        if (folder / COMPARISON_FILE).is_file() and not (folder / "adapter_config.json").is_file():
+            best = folder / BEST_FOLDER
+            where = f"give the run that it recommends, {best}" if best.is_dir() else f"give one of {folder / 'runs'}"
+            raise RunError("RW560", f"{folder} is the folder of a comparison; {where}.")

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from rankwise.cli.folders import refuse_comparisons
+from rankwise.cli.glance import refuse_comparisons
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output, shortened
 from rankwise.cli.settings import InspectSettings

@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rankwise.cli.folders import refuse_comparisons
-from rankwise.cli.glance import check_paths
+from rankwise.cli.glance import check_paths, refuse_comparisons
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Document, Output
+from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.cli.settings import MergeSettings
-from rankwise.cli.tables import light_table, titled
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, warn
 from rankwise.foreign import JsonObject

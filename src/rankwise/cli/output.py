@@ -1,4 +1,7 @@
-"""The output of a verb: text for people on the console, or the one document of ``--json`` for programs."""
+"""The output of a verb: text for people on the console, or the one document of ``--json`` for programs.
+
+Numbers are written as people read them. Tables have no lines, a dim head, and the title above.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from rankwise.errors import RankwiseWarning, heard
 from rankwise.foreign import Fields, Json
@@ -175,3 +180,40 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def duration(seconds: float) -> str:
+    """``0:42``, ``3:07``, ``2:15:00``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def parameter_count(count: int) -> str:
+    """``4,884,480 (4.9M)``; small counts without the short form."""
+    for limit, unit in ((1e9, "B"), (1e6, "M")):
+        if count >= limit:
+            return f"{count:,} ({count / limit:.3g}{unit})"
+    return f"{count:,}"
+
+
+def one_line(text: str, limit: int = 240) -> str:
+    """``text`` without line breaks and control characters, cut at ``limit`` characters."""
+    joined = printable(" ".join(text.split()))
+    return joined if len(joined) <= limit else f"{joined[: limit - 3]}..."
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters made visible: foreign text must not steer the terminal."""
+    codes = {ord(character) for character in text if character not in "\n\t" and not character.isprintable()}
+    return text.translate({code: chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}" for code in codes})
+
+
+def light_table(*, gap: int = 2, expand: bool = False) -> Table:
+    """An empty table with ``gap`` blanks between its columns, as wide as its content unless ``expand``."""
+    return Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim", expand=expand)
+
+
+def titled(title: str, table: Table) -> Group:
+    """A table with its title above: rich would wrap a title at the width of the table."""
+    return Group(Text(title, style="bold"), table)

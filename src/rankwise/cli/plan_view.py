@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.cli.output import Output
-from rankwise.cli.tables import light_table
-from rankwise.cli.words import parameter_count
+from rankwise.cli.output import Output, light_table, parameter_count
 from rankwise.config import FOUR_BITS
 from rankwise.planning.cards import CARDS
 from rankwise.planning.speed import NOMINAL_CARD

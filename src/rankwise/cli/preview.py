@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Document, Output
+from rankwise.cli.output import Document, Output, light_table, printable
 from rankwise.cli.settings import PreviewSettings
-from rankwise.cli.tables import light_table
-from rankwise.cli.words import printable
 from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:

@@ -1,4 +1,7 @@
-"""Progress displays of a run: redrawn on a terminal, plain lines elsewhere. Both are observers of a run."""
+"""Progress displays of a run: redrawn on a terminal, plain lines elsewhere. Both are observers of a run.
+
+A loss curve is one line of text.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -16,9 +19,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.cli.output import Output, print_message
-from rankwise.cli.sparkline import position, sparkline
-from rankwise.cli.words import duration, one_line
+from rankwise.cli.output import Output, duration, one_line, print_message
 from rankwise.config import logging_steps_of
 from rankwise.reports.numbers import byte_size
 
@@ -197,3 +198,32 @@ def _figures_line(info: StepInfo) -> Text:
     if info.b_norm is not None:
         parts.append(f"norm of B {info.b_norm:.3g}")
     return Text("  ".join(parts), style="dim", no_wrap=True, overflow="ellipsis")
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """``values`` as at most ``width`` bars; several values that share a bar are averaged, NaN is a gap."""
+    bins = [sum(chunk) / len(chunk) for chunk in _chunks(values, width)]
+    finite = [value for value in bins if math.isfinite(value)]
+    if not finite:
+        return ""
+    low, high = min(finite), max(finite)
+    span = (high - low) or 1.0
+    last = len(BARS) - 1
+    return "".join(BARS[round((value - low) / span * last)] if math.isfinite(value) else " " for value in bins)
+
+
+def position(index: int, count: int, width: int) -> int:
+    """The column of the sparkline in which value ``index`` of ``count`` stands."""
+    return index if count <= width else min(width - 1, index * width // count)
+
+
+def _chunks(values: Sequence[float], width: int) -> list[Sequence[float]]:
+    if len(values) <= width:
+        return [[value] for value in values]
+    groups: list[list[float]] = [[] for _ in range(width)]
+    for index, value in enumerate(values):
+        groups[position(index, len(values), width)].append(value)
+    return list(groups)

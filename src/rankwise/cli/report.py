@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.cli.options import Verb
-from rankwise.cli.output import Document, Output
-from rankwise.cli.words import one_line
+from rankwise.cli.output import Document, Output, one_line
 from rankwise.disk import hold
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import check_writable

@@ -18,8 +18,7 @@ from rankwise.data.files import KINDS, kind_of, read_file, table_records
 from rankwise.data.formats import Columns, Format, rows_from_records
 from rankwise.data.rows import NEVER, Problem, Row, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
-from rankwise.errors import DataError, one_line, warn
-from rankwise.listing import some_of
+from rankwise.errors import DataError, one_line, some_of, warn
 
 if TYPE_CHECKING:
     from datasets import Dataset

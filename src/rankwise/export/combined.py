@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile
 from rankwise.adapters.inject import check_name
 from rankwise.adapters.state import AdapterReport, base_modules
-from rankwise.errors import AdapterError, ConfigError
+from rankwise.errors import AdapterError, ConfigError, some_of
 from rankwise.export.pairs import Pair, scaled_pairs, to_one_rank
 from rankwise.export.portable import attach_pairs, live_adapter, write_portable
-from rankwise.listing import some_of
 from rankwise.lora_config import LoraConfig
 
 if TYPE_CHECKING:

@@ -16,10 +16,9 @@ from torch import nn
 
 from rankwise.adapters.state import base_modules
 from rankwise.disk import naming_by_numpy
-from rankwise.errors import AdapterError, ModelError
+from rankwise.errors import AdapterError, ModelError, some_of
 from rankwise.export.gguf_names import GgufNames
 from rankwise.export.pairs import Pair, Pairs
-from rankwise.listing import some_of
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 
 if TYPE_CHECKING:

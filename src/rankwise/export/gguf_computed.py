@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rankwise.errors import ModelError
-from rankwise.listing import some_of
+from rankwise.errors import ModelError, some_of
 from rankwise.models.gguf_file import query_scale
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")

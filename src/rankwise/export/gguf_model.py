@@ -23,14 +23,13 @@ from rankwise.adapters.experts import merged_stack
 from rankwise.adapters.saving import PREFIX
 from rankwise.adapters.state import base_modules
 from rankwise.disk import naming_by_numpy
-from rankwise.errors import ModelError
+from rankwise.errors import ModelError, some_of
 from rankwise.export.gguf_adapter import EMBEDDING, HEAD, check_base
 from rankwise.export.gguf_header import write_header
 from rankwise.export.gguf_names import GgufNames, Part, is_norm, weights_of
 from rankwise.export.merged import check_merged
 from rankwise.export.pairs import Change, merging, replaced_by, scaled_pairs, transposed
 from rankwise.export.shards import ShardedWeights
-from rankwise.listing import some_of
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.quantization.linear import is_conv1d
 

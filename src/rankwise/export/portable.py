@@ -26,9 +26,8 @@ from rankwise.adapters.saving import (
     tensor_keys,
 )
 from rankwise.adapters.state import AdapterReport, base_modules, report, state_and_name
-from rankwise.errors import AdapterError
+from rankwise.errors import AdapterError, some_of
 from rankwise.export.pairs import Pairs
-from rankwise.listing import some_of
 from rankwise.lora_config import LoraConfig
 from rankwise.records import write_bytes, write_json
 from rankwise.serving import SERVERS, VLLM_RANKS

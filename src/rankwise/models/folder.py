@@ -10,9 +10,8 @@ from typing import Annotated, Any, NamedTuple, TypeGuard
 
 from pydantic import Field
 
-from rankwise.errors import ModelError, warn
+from rankwise.errors import ModelError, some_of, warn
 from rankwise.foreign import Fields, Json, JsonObject, checked, read_object
-from rankwise.listing import some_of
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 CONFIG_FILE = "config.json"

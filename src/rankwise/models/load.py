@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.transformers import gguf_read_once, text_config
-from rankwise.errors import ModelError, RankwiseError, warn
+from rankwise.errors import ModelError, RankwiseError, some_of, warn
 from rankwise.foreign import Fields
-from rankwise.listing import some_of
 from rankwise.models.device import choose_device
 from rankwise.models.folder import (
     FolderContent,

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankwise.chunks import chunk_rows
 from rankwise.compat.torch import Ctx
-from rankwise.constants import IGNORED
+from rankwise.constants import IGNORED, chunk_rows
 from rankwise.ops import elementwise
 from rankwise.ops.dense import input_grad_out, linear_out
 from rankwise.ops.elementwise_checks import check_targets, sum_dtype

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rankwise.chunks import CACHE_BYTES
+from rankwise.constants import CACHE_BYTES
 from rankwise.planning import backward, head, saved
 from rankwise.planning.step_facts import StepFacts
 

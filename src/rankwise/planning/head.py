@@ -5,7 +5,7 @@ The letters are those of `planning.step_facts`.
 
 from __future__ import annotations
 
-from rankwise.chunks import chunk_rows
+from rankwise.constants import chunk_rows
 from rankwise.planning.step_facts import StepFacts
 
 # Rows and columns of a tile of logits of trl's head (trl.kernels.chunked_logprob).

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rankwise.chunks import WRITTEN_ROWS
 from rankwise.config import GENERATIONS, StepOptions
-from rankwise.constants import BLOCK_SIZES
+from rankwise.constants import BLOCK_SIZES, WRITTEN_ROWS
 from rankwise.errors import ConfigError
 from rankwise.foreign import wrong_fields
 from rankwise.options import Batch, Whole

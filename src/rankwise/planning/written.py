@@ -19,7 +19,7 @@ from rankwise.acceleration.generation import (
     drawn,
 )
 from rankwise.acceleration.scoring import window_of
-from rankwise.chunks import CACHE_BYTES
+from rankwise.constants import CACHE_BYTES
 from rankwise.planning.step import Enter, autocast_dtype
 from rankwise.planning.workload import Workload
 

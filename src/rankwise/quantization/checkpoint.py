@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rankwise.errors import QuantizationError
-from rankwise.listing import some_of
+from rankwise.errors import QuantizationError, some_of
 from rankwise.quantization.bitsandbytes_format import StoredWeight, check_sizes, parse_state, state_part
 from rankwise.weights_file import TensorInfo, read_header
 

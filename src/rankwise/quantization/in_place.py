@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.compat.torch import is_fake
-from rankwise.errors import QuantizationError
-from rankwise.listing import some_of
+from rankwise.errors import QuantizationError, some_of
 from rankwise.ops.checks import DTYPES
 from rankwise.quantization.config import METHOD, FourBitConfig
 from rankwise.quantization.experts import quantize_stack

@@ -30,8 +30,7 @@ from transformers.quantizers.base import HfQuantizer
 from rankwise import ops
 from rankwise.compat import transformers as compat
 from rankwise.compat.torch import is_sharded, own_parameters, own_part, own_rows, rows_of_all
-from rankwise.errors import QuantizationError
-from rankwise.listing import some_of
+from rankwise.errors import QuantizationError, some_of
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.quantization.bitsandbytes_format import (
     PARTS,

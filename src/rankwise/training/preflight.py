@@ -14,8 +14,7 @@ from rankwise.adapters import adapter_config, adapter_parameters, has_adapter, l
 from rankwise.adapters.guests import guest_of
 from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
-from rankwise.errors import RunError, warn
-from rankwise.listing import some_of
+from rankwise.errors import RunError, some_of, warn
 from rankwise.models.load import table_rows
 from rankwise.training.checkpoints import check_space
 from rankwise.training.foresight import longest_row

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from device_runs import Runs, check_saved, differing, lines, needs_proc, record
 
-from rankwise.cli.launch import launch
+from rankwise.cli.train import launch
 from rankwise.config import TrainSettings
 from several import LAUNCHERS, LONG
 
@@ -84,7 +84,7 @@ def test_devices_start_as_many_processes_and_end_as_they_do(
     fake.write_text(FAKE)
     fake.chmod(0o755)
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    monkeypatch.setattr("rankwise.cli.launch.sys.executable", str(fake))
+    monkeypatch.setattr("rankwise.cli.train.sys.executable", str(fake))
     for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     done = rankwise(*given, "--devices", 2, "--output", tmp_path / "run")

@@ -20,14 +20,13 @@ from rankwise.compat.datasets import hub_or_cache
 from rankwise.data.files import kind_of, read_file
 from rankwise.data.formats import BadRow
 from rankwise.data.rows import content_sha256
-from rankwise.errors import ConfigError, DataError, one_line
+from rankwise.errors import ConfigError, DataError, one_line, some_of
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of
 from rankwise.evaluation.record import Example, Responses, text_sha256
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, difference_of_means
 from rankwise.evaluation.tasks.registry import harness_folder, unknown_task
 from rankwise.foreign import Fields, JsonObject
-from rankwise.listing import some_of
 
 # A field that several questions share names their source text: the first of these that does.
 SOURCE_FIELDS = ("passage", "context", "article", "paragraph", "story", "background", "goal", "ctx")

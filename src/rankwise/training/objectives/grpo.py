@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import stop_ids_of
-from rankwise.chunks import WRITTEN_ROWS
 from rankwise.config import GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings
+from rankwise.constants import WRITTEN_ROWS
 from rankwise.data import Rows
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.prompts import Room, encode_prompts, prompt_formats
