@@ -28,6 +28,8 @@ from rankwise.reports.numbers import rate as spelled
 from rankwise.training.run import train
 
 FILE = results.FOLDER / "default_rates_all.json"
+# Grids of a source on the page.
+MOST_ROWS = 6
 BEFORE = 2e-4
 Grid = dict[str, Any]
 # A grid, its default rate, that rate's regret, and that of 2e-4.
@@ -91,11 +93,13 @@ def page(runs: list[results.Run]) -> list[str]:
         "",
         *results.where_from(runs),
         "Regret: how far the evaluation loss at a rate lies above that at the best rate of its grid. It is read on the "
-        "straight line between the two rates that were tried beside it, over the logarithm of the rate.",
+        "straight line between the two rates that were tried beside it, over the logarithm of the rate. The grids with "
+        "the largest regrets are listed; the runs' file has all.",
     ]
     for source in dict.fromkeys(grid["source"] for grid in run["grids"]):
         here = [item for item in judged if item[0]["source"] == source]
-        lines += ["", f"## {source}", "", *_table(here), "", _summary(here)]
+        worst = sorted(here, key=lambda item: item[2], reverse=True)[:MOST_ROWS]
+        lines += ["", f"## {source}", "", *_table(worst), "", _summary(here)]
     return lines
 
 

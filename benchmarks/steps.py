@@ -204,27 +204,19 @@ def ratios(row: dict[str, Any], tokens: int) -> dict[str, float]:
 
 
 def page(runs: list[results.Run]) -> list[str]:
-    rows = [(run, row) for run in runs for row in run["rows"]]
     return [
         f"# Training steps of {runs[0]['model']}: ours, PEFT's, and the frozen products alone",
         "",
         *results.where_from(runs),
-        f"r = {contenders.R} on all linear layers, every token labelled; adapters in float32 on both sides. Goals, of "
-        "bfloat16 on a processor with products for it, in brackets.",
+        f"r = {contenders.R} on all linear layers, every token labelled; adapters in float32 on both sides. In "
+        "brackets what is wanted, of bfloat16 on a processor with products for it.",
         "",
-        *times(rows),
+        *results.table(HEADINGS, [cells(run, row) for run in runs for row in run["rows"]]),
         "",
-        "Seconds of forward and backward, medians of alternating rounds; then with AdamW's step inside, after which "
-        "DoRA's norms are new. The floor is every frozen product of the model, forward and input gradient, once. These "
-        'steps share a process in which freed memory is kept, PEFT\'s too; "alone" is each side, with its optimizer, '
-        "in a process of its own.",
-        "",
-        *memory(rows),
-        "",
-        "MB (10^6 bytes). Saved: distinct storages that autograd keeps, parameters and buffers left out. Peak: "
-        "anonymous memory during steps with AdamW, and over the process's life, each side in a process of its own.",
-        "",
-        *products(rows),
+        "*Of the floor*: seconds of forward and backward, medians of alternating rounds, as a multiple of every frozen "
+        "product of the model, forward and input gradient, once. *With AdamW*: the same with the optimizer's step. "
+        "*Saved*: distinct storages that autograd keeps, parameters and buffers left out. *Peak*: anonymous memory "
+        "during steps with AdamW, each side in a process of its own.",
     ]
 
 
@@ -239,59 +231,23 @@ def named(row: dict[str, Any]) -> str:
     return str(row["method"]) + (f", dropout {row['dropout']:g}" if row["dropout"] else "")
 
 
-def against(row: dict[str, Any], key: str, *, at_most: bool = True) -> str:
-    """A ratio beside its goal."""
-    goals = GOALS.get((row["method"], row["dropout"]), {})
-    return results.judged(row["ratios"].get(key), goals.get(key), at_most=at_most)
+HEADINGS = (
+    *("processor", "dtype", "tokens", "method", "s a step", "of the floor", "times as fast as PEFT", "with AdamW"),
+    *("saved MB", "of PEFT's", "peak MB", "of PEFT's"),
+)
 
 
-ABOUT = ("processor", "dtype", "tokens", "method")
-
-
-def times(rows: list[tuple[results.Run, dict[str, Any]]]) -> list[str]:
-    plain = ("floor", "PEFT", "ours", "ours / floor", "ours / our LoRA", "times as fast as PEFT", "tokens/s")
-    headings = (*ABOUT, *plain, "with AdamW: PEFT", "ours", "ours / floor", "times as fast", "alone: times as fast")
-    cells = []
-    for run, row in rows:
-        step, full = timing.medians(row["seconds"]), timing.medians(row["seconds_with_optimizer"])
-        found = row["ratios"]
-        cells.append(
-            [
-                *(*about(run), named(row), *(results.number(step[key], 3) for key in ("floor", "peft", "ours"))),
-                *(against(row, "floor"), against(row, "of our LoRA"), against(row, "faster", at_most=False)),
-                *(results.number(found["tokens_per_second"], 0), *(f"{full[key]:.3f}" for key in ("peft", "ours"))),
-                *(results.number(found[f"{key}, with optimizer"]) for key in ("floor", "faster")),
-                results.number(found["faster, alone"]),
-            ]
-        )
-    return results.table(headings, cells)
-
-
-def memory(rows: list[tuple[results.Run, dict[str, Any]]]) -> list[str]:
-    columns = ("saved: PEFT", "ours", "ours / PEFT", "peak: PEFT", "ours", "ours / PEFT", "life: PEFT", "ours")
-    cells = []
-    for run, row in rows:
-        saved, peak, life = (
-            [results.number(row[key][side] / 1e6, 0) for side in ("peft", "ours")]
-            for key in ("saved_bytes", "peak_memory_bytes", "process_peak_bytes")
-        )
-        cells.append([*about(run), named(row), *saved, against(row, "saved"), *peak, against(row, "memory"), *life])
-    return results.table((*ABOUT, *columns), cells)
-
-
-def products(rows: list[tuple[results.Run, dict[str, Any]]]) -> list[str]:
-    """Operations, which are the same wherever the same is trained: of each batch and dtype once a method."""
-    cells: dict[tuple[str, ...], list[str]] = {}
-    for run, row in rows:
-        counts = (row["floor_flops"], row["flops"]["peft"], row["flops"]["ours"])
-        if None not in counts:
-            names = (*about(run)[1:], named(row))
-            cells.setdefault(names, [*names, *(results.number(count / 1e9, 1) for count in counts)])
-    note = (
-        "10^9 operations of a step by torch's counter, with our products made by plain PyTorch and attention by torch: "
-        "it does not see native kernels. Where such a step takes minutes they are not counted."
-    )
-    return [*results.table((*ABOUT[1:], "floor", "PEFT", "ours"), cells.values()), "", note]
+def cells(run: results.Run, row: dict[str, Any]) -> list[str]:
+    goals, found = GOALS.get((row["method"], row["dropout"]), {}), row["ratios"]
+    wanted = {key: f" ({goals[key]:g})" if key in goals else "" for key in ("floor", "faster", "saved", "memory")}
+    ratio = {key: results.number(found.get(key)) + wanted[key] for key in wanted}
+    megabytes = [results.number(row[key]["ours"] / 1e6, 0) for key in ("saved_bytes", "peak_memory_bytes")]
+    seconds = results.number(timing.medians(row["seconds"])["ours"], 3)
+    faster = results.number(found["faster, with optimizer"])
+    return [
+        *(*about(run), named(row), seconds, ratio["floor"], ratio["faster"], faster),
+        *(megabytes[0], ratio["saved"], megabytes[1], ratio["memory"]),
+    ]
 
 
 if __name__ == "__main__":

@@ -137,10 +137,7 @@ def page(runs: list[results.Run]) -> list[str]:
         "",
         "*not made small*: the test could not build a small model of the family, so nothing was tried.",
         "",
-        *results.table(
-            ("family", *OF_EVERY_FAMILY, "why"),
-            [(f"`{family}`", *_cells(family, found, OF_EVERY_FAMILY), _why(family, found)) for family in rest],
-        ),
+        "; ".join(f"`{family}`: {_why(family, found)}" for family in rest) + ".",
     ]
 
 
@@ -153,8 +150,8 @@ def _cells(family: str, found: dict[str, dict[str, str]], checks: Sequence[str])
 
 
 def _why(family: str, found: dict[str, Any]) -> str:
-    reasons = dict.fromkeys(found[check][family] for check in OF_EVERY_FAMILY if found[check][family])
-    return "; ".join(reason.replace("|", "\\|").replace("<", "&lt;")[:160] for reason in reasons)
+    reasons = dict.fromkeys(found[check][family].partition(":")[0] for check in OF_EVERY_FAMILY if found[check][family])
+    return ", ".join(reasons)
 
 
 if __name__ == "__main__":

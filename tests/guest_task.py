@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rankwise.evaluation import Engine, EvaluateSettings, Example, Task, TaskType, Tell
-from rankwise.evaluation.tasks import registry
+from rankwise.evaluation.tasks import names
 from rankwise.foreign import JsonObject
 from rankwise.options import Count, Settings
 
@@ -57,4 +57,4 @@ LENGTHS = TaskType(_make, LengthOptions, _uses, "a file of lines")
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """``lengths`` as the only installed task of another distribution."""
-    patch.setattr(registry, "entries", lambda: {"lengths": SimpleNamespace(load=lambda: LENGTHS)})
+    patch.setattr(names, "entries", lambda: {"lengths": SimpleNamespace(load=lambda: LENGTHS)})

@@ -11,7 +11,7 @@ from rich.console import Console
 from rankwise import cli
 from rankwise.cli.output import light_table, titled
 
-MODULES = [path for path in sorted(Path(cli.__file__).parent.glob("*.py")) if path.name != "tables.py"]
+MODULES = [path for path in sorted(Path(cli.__file__).parent.glob("*.py")) if path.name != "output.py"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

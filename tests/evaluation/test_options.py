@@ -10,7 +10,7 @@ import pytest
 import guest_task
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import EvaluateSettings
-from rankwise.evaluation.tasks import registry
+from rankwise.evaluation.tasks import names
 from rankwise.evaluation.tasks.registry import check_options, make_tasks
 
 
@@ -61,14 +61,14 @@ def test_a_task_of_another_distribution_gets_its_data_and_options(tmp_path: Path
     (tmp_path / "lines.txt").write_text("one\nthree\nfour\n")
     given = settings("lengths", data=f"lengths={tmp_path / 'lines.txt'}", set=["longest=4"], limit=2)
     [task] = make_tasks(given)
-    registry.check_tasks(given.task)
+    names.check_tasks(given.task)
     assert task.describe() == {"longest": 4}
     assert task.summarize(task.run(None, tmp_path, lambda *_: None)).metrics == {"accuracy": 0.5}  # type: ignore[arg-type]
 
 
 def test_the_articles_tasks_are_told_by_the_command_that_installs_them():
     with pytest.raises(ConfigError, match=r"RW153.*rankwise-article.*`pip install ./article`"):
-        registry.check_tasks(["perplexity", "e2e"])
+        names.check_tasks(["perplexity", "e2e"])
 
 
 def test_data_of_one_task_stand_beside_data_for_all():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.errors import ConfigError
-from rankwise.evaluation.tasks import registry
+from rankwise.evaluation.tasks import names
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir(parents=True)
     (folder / "medtext.yaml").write_text("task: medtext_perplexity\ntag: medical\n", encoding="utf-8")
     (folder / "_group.yaml").write_text("group: 'mmlu'\ntask:\n  - mmlu_anatomy\n", encoding="utf-8")
-    monkeypatch.setattr(registry, "_installed_harness", lambda: tmp_path)
+    monkeypatch.setattr(names, "_installed_harness", lambda: tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -25,16 +25,16 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_closest_are_named_ours_first(harness: None, name: str, meant: str):
     with pytest.raises(ConfigError, match=rf"RW154.*did you mean {meant}\?"):
-        registry.check_tasks(["perplexity", name])
+        names.check_tasks(["perplexity", name])
 
 
 def test_what_stands_in_a_file_is_left_to_the_harness(harness: None):
-    registry.check_tasks(["piqa", "medtext_perplexity", "medical", "mmlu", "mmlu_anatomy"])
+    names.check_tasks(["piqa", "medtext_perplexity", "medical", "mmlu", "mmlu_anatomy"])
 
 
 def test_without_the_harness_a_slip_of_ours_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registry, "_installed_harness", lambda: None)
+    monkeypatch.setattr(names, "_installed_harness", lambda: None)
     with pytest.raises(ConfigError, match=r"RW154.*did you mean gsm8k\?"):
-        registry.check_tasks(["gsm8"])
+        names.check_tasks(["gsm8"])
     with pytest.raises(ConfigError, match=r"RW153.*rankwise\[eval\]"):
-        registry.check_tasks(["truthfulqa_mc1"])
+        names.check_tasks(["truthfulqa_mc1"])

@@ -23,7 +23,6 @@ import gpu_kernels  # noqa: E402
 
 # The cards that most users have.
 OFTEN = (86, 89, 90)
-PAGE = BENCHMARKS.parent / "docs" / "results" / "gpu-kernels.md"
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +46,7 @@ def compiled(name: str, architecture: int, *, aligned: bool = True) -> list[Any]
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "architecture"), on_cards())
 def test_every_kernel_compiles_without_spilling(name: str, architecture: int) -> None:
-    for kernel in checked_against_the_page(name, architecture):
+    for kernel in compiled(name, architecture):
         found = gpu_kernels.usage(kernel)
         assert found.spilled == 0, found
         assert found.shared <= gpu_kernels.SHARED[architecture], found
@@ -57,43 +56,17 @@ def test_every_kernel_compiles_without_spilling(name: str, architecture: int) ->
 @pytest.mark.parametrize("architecture", gpu_kernels.CARDS)
 @pytest.mark.parametrize("name", gpu_kernels.cases())
 def test_every_kernel_compiles_as_the_page_says_and_for_odd_sizes(name: str, architecture: int) -> None:
-    assert checked_against_the_page(name, architecture)
+    assert compiled(name, architecture)
     assert compiled(name, architecture, aligned=False)
 
 
-def test_every_kernel_has_a_case_and_a_row_of_the_page() -> None:
+def test_every_kernel_has_a_case() -> None:
     launched = {(name, launch.name) for name in gpu_kernels.cases() for launch in gpu_kernels.launches(name)}
     kernels = {name for module in gpu_kernels.MODULES for name in vars(module) if name.endswith("_kernel")}
     assert {f"{kernel}_kernel" for _, kernel in launched} == kernels
     folder = Path(gpu_kernels.row_cross.__file__).parent
     in_files = {name for path in folder.glob("*.py") for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
     assert in_files == kernels
-    assert {cells[0] for cells in table()} == {f"{name} ({kernel})" for name, kernel in launched}
-
-
-def test_on_the_page_nothing_spills_or_takes_too_much_shared_memory() -> None:
-    """What the page says is true if no kernel's cell has changed, on the card where it is compiled."""
-    for cells in table():
-        for architecture in OFTEN:
-            assert re.fullmatch(r"\d+ / [\d.]+", cells[1 + list(gpu_kernels.CARDS).index(architecture)]), cells
-
-
-def checked_against_the_page(name: str, architecture: int) -> list[Any]:
-    """The kernels, each as its cell of the page says. Another Triton gives other registers than the page's."""
-    kernels = compiled(name, architecture)
-    if f"(Triton {triton.__version__})" in PAGE.read_text(encoding="utf-8"):
-        rows = {cells[0]: cells[1:] for cells in table()}
-        column = list(gpu_kernels.CARDS).index(architecture)
-        for launch, kernel in zip(gpu_kernels.launches(name, architecture), kernels, strict=True):
-            found = gpu_kernels.cell(gpu_kernels.usage(kernel), architecture)
-            assert found == rows[f"{name} ({launch.name})"][column], "run benchmarks/gpu_kernels.py again"
-    return kernels
-
-
-def table() -> list[list[str]]:
-    """The page's rows."""
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:] if "---" not in line]
 
 
 @pytest.mark.parametrize("name", ["dequantize", "dequantize double"])

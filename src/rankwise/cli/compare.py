@@ -71,7 +71,7 @@ class Board(Lines):
 
 
 def run(settings: CompareSettings, output: Output) -> Document:
-    from rankwise.evaluation.tasks.registry import check_tasks
+    from rankwise.evaluation.tasks.names import check_tasks
 
     check_compare(settings)
     check_tasks(settings.task)

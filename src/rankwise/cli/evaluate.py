@@ -74,7 +74,7 @@ def watching(output: Output) -> Iterator[Observer]:
 
 
 def run(settings: EvaluateSettings, output: Output) -> Document:
-    from rankwise.evaluation.tasks.registry import check_tasks
+    from rankwise.evaluation.tasks.names import check_tasks
 
     refuse_comparisons(settings.adapter)
     check_tasks(settings.task)

@@ -267,10 +267,6 @@ def _give_up_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 COMMON_OPTIONS = (
     ("--config FILE.yaml", "Options from a file whose keys are the long options; the command line wins."),
     ("--json", "One JSON document on stdout, everything else on stderr."),
@@ -349,3 +345,7 @@ def _add_row(table: Table, label: str, text: str) -> None:
         shown = Text.assemble((name, "cyan"))
         text = f"{metavar}\n{text}"
     table.add_row(shown, Text(text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rankwise.evaluation.record import Example, Lines, TaskResult, text_sha256
     from rankwise.evaluation.settings import EvaluateSettings
     from rankwise.evaluation.tasks.base import Question, Summary, Task, Tell, warn_of_empty, write_answers
-    from rankwise.evaluation.tasks.registry import TaskType, harness_folder, harness_task
+    from rankwise.evaluation.tasks.names import TaskType, harness_folder
+    from rankwise.evaluation.tasks.registry import harness_task
 
 _HOMES = {
     "Decoding": "rankwise.acceleration.generation",
@@ -28,10 +29,10 @@ _HOMES = {
     "Summary": "rankwise.evaluation.tasks.base",
     "Task": "rankwise.evaluation.tasks.base",
     "TaskResult": "rankwise.evaluation.record",
-    "TaskType": "rankwise.evaluation.tasks.registry",
+    "TaskType": "rankwise.evaluation.tasks.names",
     "Tell": "rankwise.evaluation.tasks.base",
     "error_of_shares": "rankwise.evaluation.errors_of_means",
-    "harness_folder": "rankwise.evaluation.tasks.registry",
+    "harness_folder": "rankwise.evaluation.tasks.names",
     "harness_task": "rankwise.evaluation.tasks.registry",
     "mean_of": "rankwise.evaluation.errors_of_means",
     "paired_difference": "rankwise.evaluation.errors_of_means",

@@ -25,7 +25,7 @@ from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of
 from rankwise.evaluation.record import Example, Responses, text_sha256
 from rankwise.evaluation.tasks.base import Summary, Task, Tell, difference_of_means
-from rankwise.evaluation.tasks.registry import harness_folder, unknown_task
+from rankwise.evaluation.tasks.names import harness_folder, unknown_task
 from rankwise.foreign import Fields, JsonObject
 
 # A field that several questions share names their source text: the first of these that does.

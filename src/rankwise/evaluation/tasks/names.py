@@ -1,0 +1,149 @@
+"""Names of all tasks: rankwise's from a list, those of other distributions from their entry points, and those of
+lm-evaluation-harness from its files. Imports none of them, nor torch.
+
+Tasks of other distributions: an entry point of the group ``rankwise.tasks`` names a task and gives its TaskType.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+
+from rankwise.errors import ConfigError
+from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.foreign import deepest_faults, fault
+from rankwise.options import Settings
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.tasks.base import Task
+
+GROUP = "rankwise.tasks"
+# Tasks of the distribution `rankwise-article`, for the message where it is not installed.
+ARTICLE = ("e2e", "gsm8k", "vicuna")
+INSTALL_ARTICLE = "pip install ./article"
+COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+OWN = ("perplexity", *COMMONSENSE, *ARTICLE)
+INSTALL = "pip install 'rankwise[eval]'"
+# The names of tasks, groups and tags in a YAML file of the harness.
+NAMED = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([\w.:-]+)""", re.MULTILINE)
+
+
+def harness_folder() -> Path:
+    """The folder of the installed lm-evaluation-harness, which is not imported. Raises ConfigError (RW153)."""
+    found = _installed_harness()
+    if found is None:
+        raise ConfigError("RW153", f"this task needs lm-evaluation-harness, which is not installed; run `{INSTALL}`.")
+    return found
+
+
+def _installed_harness() -> Path | None:
+    spec = importlib.util.find_spec("lm_eval")
+    return next((Path(place) for place in (spec.submodule_search_locations or ())), None) if spec else None
+
+
+def check_tasks(names: Iterable[str]) -> None:
+    """Raise ConfigError (RW154) for a name that is not in ``OWN``, not installed, and in no file of
+    lm-evaluation-harness.
+
+    RW153 where the harness or a task's distribution is not installed. This is much faster than the harness's own list
+    of tasks. A name that occurs in a file may still not be a task; the harness reports that.
+    """
+    for name in names:
+        if name in entries():
+            continue
+        if name in ARTICLE:
+            raise ConfigError(
+                "RW153",
+                f"--task {name} is part of rankwise-article, which is not installed; run `{INSTALL_ARTICLE}` in "
+                "a copy of rankwise's repository.",
+            )
+        if name not in OWN:
+            _check_foreign(name)
+
+
+def _check_foreign(name: str) -> None:
+    folder = _installed_harness()
+    if folder is None:
+        if close_tasks(name, ()):
+            raise unknown_task(name, ())
+        harness_folder()
+        return
+    known: set[str] = set()
+    for file in (folder / "tasks").rglob("*.yaml"):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if name in text:
+            return
+        known.update(NAMED.findall(text))
+    raise unknown_task(name, known)
+
+
+def close_tasks(name: str, known: Iterable[str]) -> list[str]:
+    """At most three names like ``name``: the closest of ours and of those installed, then of ``known``."""
+    ours = difflib.get_close_matches(name, dict.fromkeys((*OWN, *entries())), n=1)
+    return list(dict.fromkeys([*ours, *difflib.get_close_matches(name, sorted(known), n=3)]))[:3]
+
+
+def unknown_task(name: str, known: Iterable[str]) -> ConfigError:
+    """The error RW154, which suggests similar names."""
+    close = close_tasks(name, known)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "."
+    return ConfigError(
+        "RW154", f"there is no task {name!r}; give one of {', '.join(OWN)}, or any of lm-evaluation-harness{hint}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskType:
+    """How tasks of a name are made. ``make`` and ``uses`` take the name, the settings and the validated ``options``."""
+
+    make: Callable[[str, EvaluateSettings, Any], Task]
+    # The task's own options, which `--set NAME=VALUE` gives.
+    options: type[Settings]
+    # The names of options, its own and those that not every task uses, which it uses with these settings.
+    uses: Callable[[str, EvaluateSettings, Any], Collection[str]]
+    # What --data must hold; None where the task needs no --data.
+    data: str | None = None
+
+
+@functools.cache
+def entries() -> Mapping[str, EntryPoint]:
+    """The installed entry points by the name of their task. Nothing is imported."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def task_type(name: str) -> TaskType | None:
+    return entries()[name].load() if name in entries() else None
+
+
+def own_options(kind: TaskType, settings: EvaluateSettings) -> Settings:
+    """What ``--set`` gives of the options of ``kind``. Raises ConfigError (RW103) for a wrong value."""
+    given = {name: value for name, value in given_by_set(settings).items() if name in kind.options.model_fields}
+    try:
+        return kind.options.model_validate(given)
+    except pydantic.ValidationError as error:
+        problems = (f"--set {item['loc'][0]} is {item['input']!r}: {fault(item)}" for item in deepest_faults(error))
+        raise ConfigError("RW103", f"{'; '.join(dict.fromkeys(problems))}.") from None
+
+
+def given_by_set(settings: EvaluateSettings) -> dict[str, str]:
+    """{name: value} of ``--set NAME=VALUE``. Raises ConfigError (RW103) for text without ``=``, or a name given
+    twice.
+    """
+    found: dict[str, str] = {}
+    for item in settings.set:
+        name, equals, value = item.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name in found:
+            problem = "twice" if equals else "without a value"
+            raise ConfigError("RW103", f"--set gives {name} {problem}; write --set NAME=VALUE once for each option.")
+        found[name] = value.strip()
+    return found
