@@ -17,12 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankwise.adapters.checkpoint import read_adapter
-from rankwise.adapters.low_rank import to_blocks
-from rankwise.adapters.peft_config import to_peft
+from rankwise.adapters import load_adapter
 from rankwise.disk import whole_folder
 from rankwise.errors import AdapterError
-from rankwise.lora_config import LoraConfig
 from rankwise.models import load_skeleton
 
 # GPT-2's c_attn holds q, k and v, of which the paper's runs adapt q and v.
@@ -41,27 +38,37 @@ def convert(path: Path, output: Path, model: str, alpha: float, parts: Sequence[
         raise AdapterError(
             "RA260", f"{path} holds pairs of A and B whose ranks differ; --parts says which parts adapt."
         )
-    r, skeleton, tensors = ranks.pop(), load_skeleton(model), {}
+    r, widest, skeleton = ranks.pop(), max(fused.values()), load_skeleton(model)
+    tensors = {}
     for name, (A, B) in pairs.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = to_blocks(
-            B, parts if fused[name] > 1 else None
-        ).contiguous()
-    widest = max(fused.values())
-    config = LoraConfig(
-        r=widest * r,
-        lora_alpha=widest * alpha,
-        rank_pattern={name: r for name, count in fused.items() if count < widest},
-        alpha_pattern={name: alpha for name, count in fused.items() if count < widest},
-    )
-    conv1d = type(dict(skeleton.named_modules()).get(next(iter(pairs)))).__name__ == "Conv1D"
-    targets = sorted({name.rpartition(".")[2] for name in pairs})
+        tensors[f"base_model.model.{name}.lora_B.weight"] = _blocks(B, parts) if fused[name] > 1 else B.contiguous()
+    narrow = [name for name, count in fused.items() if count < widest]
+    document = {
+        "alpha_pattern": dict.fromkeys(narrow, alpha),
+        "base_model_name_or_path": model,
+        "bias": "none",
+        "fan_in_fan_out": type(dict(skeleton.named_modules()).get(next(iter(pairs)))).__name__ == "Conv1D",
+        "inference_mode": True,
+        "lora_alpha": widest * alpha,
+        "peft_type": "LORA",
+        "r": widest * r,
+        "rank_pattern": dict.fromkeys(narrow, r),
+        "target_modules": sorted({name.rpartition(".")[2] for name in pairs}),
+        "task_type": "CAUSAL_LM",
+    }
     with whole_folder(output) as folder:
-        document = to_peft(config, targets, model, conv1d)
         (folder / "adapter_config.json").write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        read_adapter(skeleton, folder)
+        load_adapter(skeleton, folder)
     return {"output": str(output), "modules": len(pairs), "r": r, "lora_alpha": alpha}
+
+
+def _blocks(B: Tensor, parts: Sequence[bool]) -> Tensor:
+    """B (n p, r) as the block-structured matrix (parts p, n r): zero where row and column are of different parts."""
+    blocks = iter(torch.block_diag(*B.chunk(sum(parts))).chunk(sum(parts)))
+    size, width = B.shape[0] // sum(parts), sum(parts) * B.shape[1]
+    return torch.cat([next(blocks) if enabled else B.new_zeros(size, width) for enabled in parts])
 
 
 def _pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
