@@ -39,14 +39,13 @@ CHECKS = {
         "are those of the adapted model",
     ),
     "GGUF": (
-        "test_transformers_reads_a_merged_gguf_as_the_model_that_was_trained",
-        "`export --for llama.cpp --merged` writes a GGUF file; transformers loads it, and the logits are those of the "
+        "test_an_adapter_s_pairs_added_to_the_base_s_tensors_are_the_merged_model",
+        "`export --for llama.cpp` writes an adapter; its pairs, added to the tensors of the base's GGUF, give the "
         "adapted model",
     ),
     "llama.cpp": (
         "test_llama_cpp_answers_as_the_trained_model",
-        "llama.cpp itself loads the exported adapter and the merged GGUF file, and gives the log-probabilities of the "
-        "adapted model",
+        "llama.cpp itself loads the exported adapter, and gives the log-probabilities of the adapted model",
     ),
 }
 OF_EVERY_FAMILY = ("trained", "planned", "merged")

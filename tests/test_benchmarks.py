@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rankwise import ops
-from rankwise.export.gguf_names import ARCHITECTURES
+from rankwise.export.gguf import ARCHITECTURES
 from rankwise.planning.architectures import FAMILIES
 from tiny_models import tiny_llama
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         unmerge_adapter,
     )
     from rankwise.export.adapter import export_adapter
-    from rankwise.export.combined import combine_adapters
+    from rankwise.export.pairs import combine_adapters
     from rankwise.lora_config import LoraConfig
     from rankwise.models import load_model
     from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
@@ -42,7 +42,7 @@ _HOMES = {
     "adapter_disabled": "rankwise.adapters",
     "adapter_parameters": "rankwise.adapters",
     "add_adapter": "rankwise.adapters",
-    "combine_adapters": "rankwise.export.combined",
+    "combine_adapters": "rankwise.export.pairs",
     "disable_adapter": "rankwise.adapters",
     "enable_adapter": "rankwise.adapters",
     "export_adapter": "rankwise.export.adapter",

@@ -17,6 +17,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
 AS_IT_IS = "PEFT, as it is"
 GGUF = "llama.cpp and Ollama: `rankwise export --for llama.cpp`"
+MODEL_FILE = "model.gguf"
 ANYWHERE = "merged (`rankwise merge`): anywhere"
 # LoftQ corrects the rounding of a 4-bit base, and servers load dense ones.
 OF_LOFTQ = ("PEFT, over the 4-bit base", "no server, since it corrects the rounding of a 4-bit base")
@@ -144,24 +145,23 @@ def served_by(target: str, folder: str, base: str, r: int) -> tuple[str, ...]:
     """The commands that serve what `rankwise export --for TARGET` wrote to ``folder``, over ``base``."""
     name = Path(folder).name
     flag = f" --max-lora-rank {vllm_rank(r)}" if r > VLLM_DEFAULT_RANK else ""
-    commands = {
+    return {
         "peft": (f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")',),
         "vllm": (f"vllm serve {base} --enable-lora --lora-modules {name}={folder}{flag}",),
         "sglang": (f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={folder}",),
         "llama.cpp": (f"llama-server --model {base} --lora {folder}/adapter.gguf",),
         "ollama": (f"ollama create {name} --file {folder}/Modelfile", f"ollama run {name}"),
-    }
-    return commands[target]
+    }[target]
 
 
 def served_whole(target: str, folder: str) -> tuple[str, ...]:
-    """The commands that serve a merged model in ``folder``."""
+    """The commands that serve a merged model in ``folder``; llama.cpp's own converter makes its GGUF."""
     name = Path(folder).name
-    commands = {
+    convert = f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/{MODEL_FILE}"
+    return {
         "peft": (f'AutoModelForCausalLM.from_pretrained("{folder}")',),
         "vllm": (f"vllm serve {folder}",),
         "sglang": (f"python -m sglang.launch_server --model-path {folder}",),
-        "llama.cpp": (f"llama-server --model {folder}/model.gguf",),
-        "ollama": (f"ollama create {name} --file {folder}/Modelfile", f"ollama run {name}"),
-    }
-    return commands[target]
+        "llama.cpp": (convert, f"llama-server --model {folder}/{MODEL_FILE}"),
+        "ollama": (convert, f"ollama create {name} --file {folder}/Modelfile", f"ollama run {name}"),
+    }[target]

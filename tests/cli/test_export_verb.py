@@ -13,14 +13,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import rankwise as rw
+from gguf_writer import write_folder_gguf
 from rankwise.cli.export import warn_of_other_weights
 from rankwise.cli.export_proof import prompts_of, rows_of
 from rankwise.cli.output import printable
 from rankwise.errors import DataError, RankwiseWarning
-from rankwise.export.gguf_model import write_folder_gguf
 from rankwise.models import ModelSource, load_model, load_tokenizer
 from rankwise.records import RunRecord, load_record
 
@@ -49,8 +49,7 @@ def run_folder(model_folder, tmp_path):
 
 
 def gguf_of(folder, place):
-    write_folder_gguf(place / "base.gguf", folder, AutoConfig.from_pretrained(folder), "f16")
-    return place / "base.gguf"
+    return write_folder_gguf(place / "base.gguf", folder, "f16")
 
 
 def logits(model):
@@ -185,8 +184,8 @@ def test_rows_of_other_objectives_are_their_good_answers(run_folder, model_folde
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        (("--for", "vllm", "--quantize", "q8_0"), "RW735"),
-        (("--for", "llama.cpp", "--quantize", "q8_0"), "RW735"),
+        (("--for", "llama.cpp", "--merged", "--verify"), "RW735"),
+        (("--for", "llama.cpp", "--merged", "--base-gguf", "x.gguf"), "RW735"),
         (("--for", "vllm", "--base-gguf", "x.gguf"), "RW735"),
         (("--for", "vllm", "--merged", "--rank", "3"), "RW735"),
         (("--for", "vllm", "--server-python", "/bin/sh"), "RW735"),
@@ -237,6 +236,23 @@ def test_a_merged_export_for_vllm_is_an_ordinary_folder(rankwise, run_folder, tm
     rw.load_adapter(adapted, run)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("target", "serves"), [("llama.cpp", "llama-server --model"), ("ollama", "ollama create")])
+def test_a_merged_export_for_llama_cpp_names_its_converter(rankwise, run_folder, tmp_path, target, serves):
+    given = ("--adapter", run_folder(), "--for", target, "--merged", "--output", tmp_path / "served", "--json")
+    convert, serve, *_ = rankwise("export", *given).document["commands"]
+    assert convert.endswith(f"convert_hf_to_gguf.py {tmp_path}/served --outfile {tmp_path}/served/model.gguf")
+    assert serve.startswith(serves)
+    assert (tmp_path / "served" / "model.safetensors").is_file()
+    assert (tmp_path / "served" / "Modelfile").exists() == (target == "ollama")
+
+
+def test_a_proof_by_llama_cpp_needs_the_base_s_gguf(rankwise, run_folder, tmp_path):
+    given = ("--for", "llama.cpp", "--verify", "--server-python", sys.executable, "--output", tmp_path / "served")
+    done = rankwise("export", "--adapter", run_folder(), *given)
+    assert "RW737" in done.stderr
+    assert not (tmp_path / "served").exists()
 
 
 def test_an_adapter_of_another_base_is_refused(rankwise, run_folder, gpt2_folder, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rankwise as rw
-from rankwise.export.gguf_model import write_folder_gguf
+from gguf_writer import write_folder_gguf
 from tiny_models import SIZES, tiny_gpt2, tiny_llama, tiny_moe
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
@@ -100,6 +100,5 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-def base_gguf(model, folder: Path, kind: str = "f32") -> Path:
-    write_folder_gguf(folder / "base.gguf", folder / "base", model.config, kind)
-    return folder / "base.gguf"
+def base_gguf(folder: Path, kind: str = "f32") -> Path:
+    return write_folder_gguf(folder / "base.gguf", folder / "base", kind)

@@ -142,7 +142,7 @@ def test_how_the_base_of_a_combination_is_loaded_is_said(tmp_path, capsys):
         ([], "RW753"),
         (["--combine", "linear", "--weights", "1"], "RW750"),
         (["--combine", "cat", "--rank", "2"], "RW750"),
-        (["--combine", "linear"], "RW752"),
+        (["--combine", "linear"], "RW751"),
         (["--combine", "cat", "--verify"], "RW753"),
     ],
 )

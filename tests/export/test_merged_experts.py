@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.errors import ModelError
-from rankwise.export.dequantized import DequantizedWeights
 from rankwise.export.merged import merge_to_folder
+from rankwise.export.weights import DequantizedWeights
 from rankwise.models import load_model, model_facts, resolve_model
 from rankwise.quantization import Nf4Config, quantize
 from rankwise.records import RunRecord
@@ -123,18 +123,18 @@ def test_a_base_that_is_4_bit_on_disk(family, tmp_path):
 
 
 def test_no_more_than_a_layer_s_stacks_are_held(tmp_path, monkeypatch):
-    from rankwise.export import experts
+    from rankwise.export import weights
 
     tiny_moe("mixtral", num_hidden_layers=4).save_pretrained(tmp_path / "base")
     train(tmp_path / "base", tmp_path / "run", quantization=CONFIG)
     made = []
-    original = experts.ConvertedParameters._parts
+    original = weights.ConvertedParameters._parts
 
     def counting(self, stack):
         made.append((stack, len(self._made)))
         return original(self, stack)
 
-    monkeypatch.setattr(experts.ConvertedParameters, "_parts", counting)
+    monkeypatch.setattr(weights.ConvertedParameters, "_parts", counting)
     merge_to_folder(tmp_path / "run", tmp_path / "merged", onto="quantized")
     # Each stack once, and beside one other at most.
     assert len({stack for stack, _ in made}) == len(made) == 8

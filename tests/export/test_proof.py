@@ -10,11 +10,11 @@ import torch
 from gguf_cases import base_gguf, saved
 
 import rankwise as rw
+from gguf_writer import write_folder_gguf
 from rankwise.adapters import adapter_disabled
 from rankwise.errors import RunError
-from rankwise.export.gguf_model import write_folder_gguf
 from rankwise.export.proof import Answers, Proof, Served, _difference, _judge, _logprobs, prove
-from rankwise.export.rounding import round_as_served
+from rankwise.export.verify import round_as_served
 
 PROVEN = Proof(
     "server", 2, 24, difference=0.3, rounding=0.2, unexplained=0.05, bound=0.06, effect=0.9, equal_texts=2,
@@ -62,8 +62,8 @@ def trained(tmp_path):
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_a_model_is_rounded_to_the_weights_that_the_file_holds(trained, tmp_path, kind) -> None:
-    model, load = trained
-    base = base_gguf(model, tmp_path, kind)
+    _, load = trained
+    base = base_gguf(tmp_path, kind)
     rounded, wanted = round_as_served(load(tmp_path / "base"), base), load(base).state_dict()
     assert rounded.is_known
     for name, value in rounded.model.state_dict().items():
@@ -89,7 +89,7 @@ def test_another_base_of_the_same_architecture_is_not_proven(trained, tmp_path, 
         }
 
     monkeypatch.setattr("rankwise.export.proof._ask", ask)
-    base, wrong = base_gguf(model, tmp_path, kind), tmp_path / "wrong.gguf"
+    base, wrong = base_gguf(tmp_path, kind), tmp_path / "wrong.gguf"
     rounded = partial(round_as_served, model=load(tmp_path / "base"), files=base)
     proof = prove("llama.cpp", "", model, Served(base), PROMPTS, rounded)
     assert proof.unexplained <= proof.bound
@@ -99,6 +99,6 @@ def test_another_base_of_the_same_architecture_is_not_proven(trained, tmp_path, 
     for parameter in other.parameters():
         parameter.data += 0.02 * parameter.std() * torch.randn_like(parameter)
     other.save_pretrained(tmp_path / "base")
-    write_folder_gguf(wrong, tmp_path / "base", other.config, kind)
+    write_folder_gguf(wrong, tmp_path / "base", kind)
     with pytest.raises(RunError, match="RW738: not proven"):
         prove("llama.cpp", "", model, Served(wrong), PROMPTS, rounded)

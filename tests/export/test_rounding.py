@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rankwise.adapters import add_adapter, merge_adapter
-from rankwise.export.rounding import is_more_than_rounding, rounding_cost
+from rankwise.export.verify import is_more_than_rounding, rounding_cost
 from rankwise.lora_config import LoraConfig
 from tiny_models import tiny_llama
 

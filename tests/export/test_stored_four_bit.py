@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.errors import ModelError, RankwiseWarning
-from rankwise.export.dequantized import DequantizedWeights
 from rankwise.export.merged import merge_to_folder
 from rankwise.export.verify import REFERENCE, REQUANTIZED, verify_merge
+from rankwise.export.weights import DequantizedWeights
 from rankwise.models import load_model, model_facts, resolve_model
 from rankwise.quantization import Fp4Config, Nf4Config, quantize
 from rankwise.records import RunRecord

@@ -42,17 +42,15 @@ def run(settings: ExportSettings, output: Output) -> Document:
 
 def _check_options(settings: ExportSettings) -> None:
     """Raise ConfigError (RW735) for options without effect."""
-    is_gguf = SERVERS[settings.target].form == "gguf"
+    is_gguf, why, idle = SERVERS[settings.target].form == "gguf", "", []
     if settings.merged:
-        why = "a merged model is exact"
-        names = ("rank", "max_error") if settings.verify else ("rank", "max_error", "data")
+        why = "a merged model is written whole, from its original weights"
+        names = ("rank", "max_error", "base_gguf") if settings.verify else ("rank", "max_error", "base_gguf", "data")
         idle = [name for name in names if getattr(settings, name) is not None]
-    else:
-        why = "it is the type of a merged GGUF, which --merged writes"
-        idle = ["quantize"] if settings.quantize is not None else []
-    if not is_gguf and not idle:
-        why = f"{SERVERS[settings.target].name} reads no GGUF"
-        idle = [name for name in ("quantize", "base_gguf") if getattr(settings, name) is not None]
+        if is_gguf and settings.verify:
+            why, idle = "the GGUF of a merged model is made afterwards, by llama.cpp's converter", ["verify"]
+    elif not is_gguf and settings.base_gguf is not None:
+        why, idle = f"{SERVERS[settings.target].name} reads no GGUF", ["base_gguf"]
     if settings.server_python is not None and not settings.verify and not idle:
         why, idle = "no server is started without --verify", ["server_python"]
     if idle:
@@ -61,19 +59,13 @@ def _check_options(settings: ExportSettings) -> None:
 
 
 def _export_merged(settings: ExportSettings, output: Output) -> ExportReport:
-    from rankwise.export.whole import WholeModel, export_merged
+    from rankwise.export.adapter import export_merged
 
-    wanted = WholeModel(
-        settings.target,
-        settings.model,
-        settings.base_gguf,
-        settings.quantize,
-        settings.revision,
-        settings.trust_remote_code,
-    )
+    names = ("model", "revision", "trust_remote_code")
+    loading = {name: getattr(settings, name) for name in names}
     prove = _prover(settings, output, _source(settings)) if settings.verify else None
     with output.waiting("merging"):
-        return export_merged(settings.adapter, settings.output, wanted, prove)
+        return export_merged(settings.adapter, settings.output, settings.target, prove, **loading)
 
 
 def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
@@ -153,7 +145,10 @@ def _prover(
 ) -> Prove:
     """What --verify does before the export gets its name; ``rows`` and ``model``: those of training, if loaded."""
     from rankwise.cli.export_proof import proven
+    from rankwise.export.proof import gguf_under
 
+    if SERVERS[settings.target].form == "gguf":
+        gguf_under(settings.base_gguf, source)
     asked = rows or _rows(settings, source)
 
     def prove(folder: Path, report: ExportReport) -> ExportReport:

@@ -21,12 +21,10 @@ from rankwise.data.preferences import PREFERENCE_FORMATS
 from rankwise.errors import DataError
 from rankwise.evaluation.loading import max_length_of, template_of
 from rankwise.export.adapter import ExportReport, Rows
-from rankwise.export.gguf_adapter import ADAPTER_FILE
-from rankwise.export.gguf_model import MODEL_FILE, requantize, write_folder_gguf
-from rankwise.export.likeness import Row
-from rankwise.export.proof import PROMPTS, Served, prove, server_python
-from rankwise.export.rounding import AsServed, round_as_served
-from rankwise.export.verify import default_text, text_chunks
+from rankwise.export.converted import Row
+from rankwise.export.gguf import ADAPTER_FILE
+from rankwise.export.proof import PROMPTS, Served, gguf_under, prove, server_python
+from rankwise.export.verify import AsServed, default_text, round_as_served, text_chunks
 from rankwise.foreign import Fields
 from rankwise.models import ModelSource, load_model
 from rankwise.records import record_of
@@ -67,28 +65,10 @@ def _rounded(settings: ExportSettings, source: ModelSource, served: Served) -> A
 
 
 def _served(settings: ExportSettings, folder: Path, source: ModelSource, r: int, scratch: Path) -> Served:
-    is_gguf = SERVERS[settings.target].form == "gguf"
-    base = _gguf_base(settings, source, scratch) if is_gguf else _folder_base(source, scratch)
-    if settings.merged:
-        return Served(base, merged=folder / MODEL_FILE if is_gguf else folder)
-    return Served(base, folder / ADAPTER_FILE if is_gguf else folder, r)
-
-
-def _gguf_base(settings: ExportSettings, source: ModelSource, scratch: Path) -> Path:
-    """The base as a GGUF, quantized as the merged model is."""
-    given = settings.base_gguf or (source.path if source.is_gguf else None)
-    if given is not None and settings.quantize is None:
-        return given
-    made = scratch / "base.gguf"
-    if given is not None:
-        requantize(made, given, settings.quantize)
-    else:
-        assert source.path is not None, "a fetched model lies on this machine"
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=settings.trust_remote_code)
-        write_folder_gguf(made, source.path, config, settings.quantize)
-    return made
+    if SERVERS[settings.target].form == "gguf":
+        return Served(gguf_under(settings.base_gguf, source), folder / ADAPTER_FILE, r)
+    base = _folder_base(source, scratch)
+    return Served(base, merged=folder) if settings.merged else Served(base, folder, r)
 
 
 def _folder_base(source: ModelSource, scratch: Path) -> Path:

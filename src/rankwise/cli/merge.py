@@ -86,7 +86,7 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
     from rankwise.adapters.checkpoint import read_adapter
     from rankwise.disk import hold, whole_folder
     from rankwise.evaluation.loading import base_of
-    from rankwise.export.combined import Combination, combine_folders
+    from rankwise.export.pairs import Combination, combine_folders
     from rankwise.models import fetch_model, load_skeleton
 
     assert settings.combine is not None, "asked for"
@@ -144,8 +144,8 @@ def _needed_to_load(settings: MergeSettings, folder: Path) -> str:
 
 
 def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: Output) -> Verification:
-    from rankwise.export.rounding import is_more_than_rounding
-    from rankwise.export.verify import read_text, verify_merge
+    from rankwise.data import read_text
+    from rankwise.export.verify import is_more_than_rounding, verify_merge
 
     text = None if settings.text is None else read_text(settings.text)
     with output.waiting("measuring each way of merging"):

@@ -167,12 +167,6 @@ class ExportSettings(BaseOptions):
     merged: Annotated[bool, _option("Write the whole model with the adapter merged in, instead of the adapter.")] = (
         False
     )
-    quantize: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None,
-        _option(
-            "With --merged, the GGUF type of weights that the adapter changes or that are not quantized; default: f16."
-        ),
-    ] = None
     base_gguf: Annotated[Path | None, _option("GGUF of the base, for llama.cpp and Ollama.")] = None
     verify: Annotated[
         bool,

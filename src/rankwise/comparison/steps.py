@@ -32,7 +32,7 @@ from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.record import Opened, open_folder
 from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task, writer
-from rankwise.export.rounding import is_more_than_rounding, rounding_cost
+from rankwise.export.verify import is_more_than_rounding, rounding_cost
 from rankwise.foreign import Fields, JsonObject
 from rankwise.models import fetch_model
 from rankwise.models.load import answer_room

@@ -1,4 +1,4 @@
-"""``rankwise export``: write an adapter for a server, into a folder that appears whole or not at all."""
+"""``rankwise export``: write an adapter for a server, or merged, into a folder that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,17 +14,21 @@ from rankwise.adapters.checkpoint import AdapterFile
 from rankwise.adapters.state import state_and_name
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ConfigError
-from rankwise.export.converted import Conversion, allowed_change, convert
-from rankwise.export.gguf_adapter import ADAPTER_FILE, check_base, gguf_pairs, write_adapter
-from rankwise.export.gguf_names import GgufNames
-from rankwise.export.likeness import Likeness, Row, keeps_perplexity, likeness
-from rankwise.export.merged import refuse_to_overwrite
-from rankwise.export.modelfile import MODELFILE, modelfile
-from rankwise.export.pairs import Pair, folded_pairs, to_one_rank
-from rankwise.export.portable import check_rank, live_adapter, refuse_unserved, write_portable
+from rankwise.export.converted import Conversion, Likeness, Row, allowed_change, convert, keeps_perplexity, likeness
+from rankwise.export.gguf import ADAPTER_FILE, MODELFILE, GgufNames, check_base, gguf_pairs, modelfile, write_adapter
+from rankwise.export.merged import merge_to_folder, refuse_to_overwrite
+from rankwise.export.pairs import (
+    Pair,
+    check_rank,
+    folded_pairs,
+    live_adapter,
+    refuse_unserved,
+    to_one_rank,
+    write_portable,
+)
 from rankwise.export.proof import Proof
 from rankwise.records import write_json, write_text
-from rankwise.serving import SERVERS, served_by
+from rankwise.serving import MODEL_FILE, SERVERS, served_by, served_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +50,7 @@ class Wanted:
 
     def __post_init__(self) -> None:
         if self.target not in SERVERS:
-            raise ConfigError("RW733", f"there is no export for {self.target!r}; give one of {', '.join(SERVERS)}.")
+            raise ConfigError("RW103", f"there is no export for {self.target!r}; give one of {', '.join(SERVERS)}.")
         if (self.r is not None and self.r < 1) or (self.max_error is not None and not 0 < self.max_error < 1):
             raise ConfigError(
                 "RW103",
@@ -135,10 +139,9 @@ def export_adapter(
 
     Raises:
         AdapterError: RW407 no adapter, RW730 trained weights outside of low-rank pairs, RW731 a rank that the server
-            does not support, RW732 an error that no rank reaches, RW734 experts of a higher rank, RW742 a tied
-            embedding.
-        ConfigError: RW103, RW733, RW737, options that do not belong together.
-        ModelError: RW740, RW741, RW743, a base that cannot be written as GGUF.
+            or the adapter's experts do not support, RW732 an error that no rank reaches, RW742 a tied embedding.
+        ConfigError: RW103, RW737, options that do not belong together.
+        ModelError: RW740, RW743, a base that cannot be written as GGUF.
         RunError: RW532, RW551, RW582, an output folder that cannot be written.
     """
     wanted = Wanted(target, rank, max_error, None if base_gguf is None else Path(base_gguf))
@@ -168,6 +171,25 @@ def export_file(
         return _write(folder, skeleton, file, wanted, to_one_rank(folded_pairs(skeleton, file), wanted.r), prove)
 
 
+def export_merged(adapter: Path, output: Path, target: str, prove: Prove | None = None, **loading: Any) -> ExportReport:
+    """Write the merged model as an ordinary folder, with the commands that make of it what the server reads.
+
+    ``loading``: model, revision and trust_remote_code, as for ``merge_to_folder``, whose errors are raised.
+    """
+    with hold(output):
+        refuse_to_overwrite(output)
+        with whole_folder(output) as folder:
+            merged = merge_to_folder(adapter, folder, **loading)
+            if target == "ollama":
+                write_text(folder / MODELFILE, f"FROM ./{MODEL_FILE}\n")
+            commands = served_whole(target, str(output))
+            result = ExportReport(target, merged.base_model, 0, merged.merged_modules, None, None, commands)
+            if prove is not None:
+                result = prove(folder, result)
+            write_json(folder / RECORD_FILE, dataclasses.asdict(result))
+    return result
+
+
 def _low_rank(
     model: PreTrainedModel, name: str, file: AdapterFile, wanted: Wanted, rows: Rows
 ) -> tuple[dict[str, Pair], Conversion | None]:
@@ -178,7 +200,7 @@ def _low_rank(
     least = max((pair.r for pair in stacks.values()), default=0)
     if wanted.r is not None and least > wanted.r:
         raise AdapterError(
-            "RW734",
+            "RW731",
             f"the adapter's stacked experts keep their rank of {least}, and --rank is {wanted.r}; give one that is not "
             "below theirs.",
         )

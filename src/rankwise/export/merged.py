@@ -19,24 +19,22 @@ from torch import Tensor, nn
 
 from rankwise.adapters import load_adapter, merge_adapter, peft_config
 from rankwise.adapters.base_layer import make_dense
-from rankwise.adapters.checkpoint import (
-    BELONGS_ON_FOUR_BITS,
-    AdapterFile,
-    end_tensors,
-    read_adapter,
-    read_folder,
-)
+from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, end_tensors, read_adapter, read_folder
 from rankwise.adapters.experts import merged_stack
 from rankwise.adapters.saving import PREFIX
 from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
 from rankwise.compat.transformers import collected
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ModelError, RunError, heard, some_of, warn
-from rankwise.export.dequantized import DequantizedWeights
-from rankwise.export.experts import ConvertedParameters, rounding
 from rankwise.export.pairs import Change, merging, replaced_by, scaled_pairs, transposed
-from rankwise.export.safetensors_writer import bytes_of, write_safetensors
-from rankwise.export.shards import ShardedWeights
+from rankwise.export.weights import (
+    ConvertedParameters,
+    DequantizedWeights,
+    ShardedWeights,
+    bytes_of,
+    rounding,
+    write_safetensors,
+)
 from rankwise.foreign import Fields
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
 from rankwise.models.folder import INDEX_FILE, read_config

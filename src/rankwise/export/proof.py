@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rankwise.acceleration.generation import GREEDY
-from rankwise.errors import RunError
-from rankwise.export.rounding import AsServed
+from rankwise.errors import ConfigError, RunError
+from rankwise.export.verify import AsServed
 from rankwise.foreign import JsonObject
+from rankwise.models import ModelSource
 from rankwise.serving import vllm_rank
 
 if TYPE_CHECKING:
@@ -127,6 +128,18 @@ def server_python(target: str, given: Path | None) -> str:
             f"--server-python or {program.variable}.",
         )
     return str(python)
+
+
+def gguf_under(given: Path | None, source: ModelSource) -> Path:
+    """The GGUF over which llama.cpp loads an adapter: the given one, or the base. Raises ConfigError (RW737)."""
+    found = given or (source.path if source.is_gguf else None)
+    if found is None:
+        raise ConfigError(
+            "RW737",
+            f"--verify serves the adapter over a GGUF of {source.name}; give it with --base-gguf (llama.cpp's "
+            "convert_hf_to_gguf.py makes one).",
+        )
+    return found
 
 
 def prove(

@@ -1,6 +1,10 @@
-"""Measure on a text how each way of merging changes the trained model.
+"""What rounding and merging change in a model's outputs.
 
-The reference is the trained model (adapter over its base, 4-bit or not); every variant is compared with it by
+A merge is judged by the effect of rounding to the model's dtype, and a server by that of rounding to the formats of its
+files. llama.cpp multiplies weights in blocks with inputs in 8-bit blocks, and other weights with inputs in 16 bits;
+beside float32 weights it keeps keys and values in F16. vLLM computes all in 16 bits.
+
+``merge --verify`` compares every way of merging with the trained model (adapter over its base, 4-bit or not), by
 perplexity and by the largest difference of a logit.
 """
 
@@ -10,25 +14,194 @@ import copy
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rankwise.adapters import load_adapter, merge_adapter
+from rankwise.adapters.state import base_modules, model_end
 from rankwise.adapters.trained_base import dtype_of
+from rankwise.compat.torch import own_parameters
+from rankwise.compat.transformers import eager_experts
 from rankwise.data import stdlib_rows
-from rankwise.errors import DataError
+from rankwise.errors import DataError, RunError
+from rankwise.export.gguf import EMBEDDING, HEAD, GgufNames
 from rankwise.export.merged import Onto, base_source, named_format, stored_quantization
-from rankwise.export.rounding import rounding_cost
 from rankwise.models import load_model
+from rankwise.models.folder import read_config
+from rankwise.models.gguf_file import read_gguf_header
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.in_place import quantize
+from rankwise.quantization.linear import is_conv1d
 
 if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType as Kind
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# A merge adds one rounding of each weight to those of the products, and both models round, so independent errors of
+# equal size add up to less than twice one. The largest error over other tokens may be twice as large again.
+ROUNDING_FACTOR = 4.0
+WHOLE = {"F32": torch.float16, "F16": torch.float16, "BF16": torch.bfloat16}
+# The formats in blocks that gguf writes. Others lose no more than the first one here with at most as many bits.
+WRITTEN = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+
+
+def is_more_than_rounding(difference: float, rounding: float) -> bool:
+    """Whether a difference of logits is larger than the model's rounding explains; True for NaN."""
+    return not difference <= ROUNDING_FACTOR * rounding
+
+
+@torch.no_grad()
+def rounding_cost(model: PreTrainedModel, ids: Sequence[Tensor]) -> float:
+    """Largest difference of a logit between ``model`` and the same weights computed in the next wider dtype."""
+    narrow = [_logits(model, one) for one in ids]
+    with _computing_wider(model), eager_experts(model.config):
+        wide = [_logits(model, one) for one in ids]
+    return max((a - b).abs().max().item() for a, b in zip(narrow, wide))
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.double()
+
+
+@contextmanager
+def _computing_wider(model: nn.Module) -> Iterator[None]:
+    """A context in which each module's weights are widened for its call and then restored. The model is not copied."""
+    kept: dict[nn.Module, dict[str, Tensor]] = {}
+
+    def widen(module: nn.Module, _: object) -> None:
+        kept[module] = {name: value.data for name, value in own_parameters(module).items() if value is not None}
+        for name, value in kept[module].items():
+            if value.is_floating_point():
+                module.get_parameter(name).data = value.to(_wider(value.dtype))
+
+    def put_back(module: nn.Module, _: object, __: object) -> None:
+        for name, value in kept.pop(module).items():
+            module.get_parameter(name).data = value
+
+    owners = [module for module in model.modules() if any(p is not None for p in own_parameters(module).values())]
+    hooks = [module.register_forward_pre_hook(widen) for module in owners]
+    hooks += [module.register_forward_hook(put_back, always_call=True) for module in owners]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
+class AsServed(NamedTuple):
+    """A model with its adapter in float32, the weights rounded as in a server's files.
+
+    ``compute`` lets it round as the server computes, too. ``is_known``: gguf's own rounding made the files, so that the
+    weights are the files' own.
+    """
+
+    model: PreTrainedModel
+    compute: Callable[[], object]
+    is_known: bool
+
+
+@torch.no_grad()
+def round_as_served(
+    model: PreTrainedModel, files: Path, *, trained_on: Path | None = None, is_merged: bool = False
+) -> AsServed:
+    """Round a float32 model with an adapter to the formats of a server's GGUF or folder, in place.
+
+    ``trained_on``: the GGUF from which the base was read; ``is_merged``: ``files`` hold the adapter, so that W + dW is
+    rounded and not W. Raises RunError (RW738) for a format whose rounding is not known.
+    """
+    if is_merged:
+        merge_adapter(model, reversible=False)
+    kind_of, are_known = _kinds(model, files, trained_on), True
+    kinds: list[tuple[nn.Module, Kind]] = []
+    for path, module in list(base_modules(model)):
+        for name, W in own_parameters(module).items():
+            if W is not None and W.dim() > 1 and W.is_floating_point():
+                kind, is_copied = kind_of(f"{path}.{name}", module)
+                if not is_copied:
+                    W.data = _rounded(W.T, kind, files).T if is_conv1d(module) else _rounded(W, kind, files)
+                are_known &= is_copied or kind.name in (*WHOLE, *WRITTEN)
+                kinds.append((model.get_submodule(path), kind))
+
+    def compute() -> None:
+        if files.is_dir():
+            nn.Module.to(model, WHOLE[kinds[0][1].name])
+        else:
+            for module, kind in kinds:
+                module.register_forward_pre_hook(partial(_round_inputs, kind))
+
+    return AsServed(model, compute, are_known)
+
+
+def _kinds(
+    model: PreTrainedModel, files: Path, trained_on: Path | None
+) -> Callable[[str, nn.Module], tuple[Kind, bool]]:
+    """A function from a parameter and its module to its format in ``files``, and whether it is a copy of the GGUF that
+    was trained on: formats that gguf does not write can be nothing else."""
+    from gguf import GGMLQuantizationType
+
+    if files.is_dir():
+        config = read_config(files)
+        is_half = "float16" in (config.get("dtype"), config.get("torch_dtype"))
+        return lambda *_: (GGMLQuantizationType["F16" if is_half else "BF16"], False)
+    tensors, names, head = read_gguf_header(files).tensors, GgufNames(model.config), model_end(model, "output")
+    before = {} if trained_on is None else read_gguf_header(trained_on).tensors
+
+    def kind_of(key: str, module: nn.Module) -> tuple[Kind, bool]:
+        name = EMBEDDING if module is head and HEAD not in tensors else names.of(key)[0].name
+        kind = GGMLQuantizationType(tensors[name].ggml_type)
+        is_copied = kind.name not in (*WHOLE, *WRITTEN) and name in before and before[name].ggml_type == kind
+        return kind, is_copied
+
+    return kind_of
+
+
+def _rounded(W: Tensor, kind: Kind, files: Path) -> Tensor:
+    """W (..., out, in) in ``kind`` and back in float32."""
+    import gguf
+
+    if kind.name in WHOLE:
+        return W if kind.name == "F32" else W.to(WHOLE[kind.name]).float()
+
+    def bits(kind: Kind) -> float:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        return 8 * block_bytes / block
+
+    written = [other for name in WRITTEN if bits(other := gguf.GGMLQuantizationType[name]) <= bits(kind)]
+    if not written:
+        raise RunError(
+            "RW738",
+            f"nothing is proven: {files} holds weights in {kind.name}, for whose rounding there is no bound; give a "
+            "file of at least 4.5 bits a weight.",
+        )
+    found = gguf.dequantize(gguf.quantize(np.ascontiguousarray(W.numpy()), written[0]), written[0])
+    return torch.from_numpy(found).view(W.shape)
+
+
+def _round_inputs(kind: Kind, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    import gguf
+
+    if not given or not given[0].is_floating_point():
+        return given
+    if kind.name in WHOLE:
+        return (given[0].to(WHOLE[kind.name]).float(), *given[1:])
+    blocks = given[0].unflatten(-1, (-1, gguf.GGML_QUANT_SIZES[kind][0]))
+    step = (blocks.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((blocks / step).round().mul(step).flatten(-2), *given[1:])
+
 
 REFERENCE = "adapter, as trained"
 MERGED_ONTO: dict[str, Onto] = {"merged onto the original": "original", "merged onto the dequantized": "quantized"}
@@ -70,7 +243,7 @@ def verify_merge(
 
     ``base``: by default the one that the adapter names; ``trained_on``: its 4-bit format in training, where the folder
     has no record. A base that is 4-bit on disk has no original form to measure.
-    Raises DataError (RW220) for a text that is too short, and what loading model and adapter raises.
+    Raises DataError (RW219) for a text that is too short, and what loading model and adapter raises.
     """
     source = base_source(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
     stored, dtype = stored_quantization(source), dtype_of(adapter)
@@ -102,23 +275,13 @@ def verify_merge(
     return Verification(tuple(variants), sum(chunk.numel() for chunk in ids), MERGED_ONTO[closest.name], rounding)
 
 
-def read_text(path: Path) -> str:
-    """A text file in UTF-8. Raises DataError: RW201 it cannot be opened, RW205 another encoding."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError("RW201", f"cannot open {path}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError("RW205", f"{path} is not UTF-8 (byte {error.start}); convert it with iconv.") from None
-
-
 def default_text() -> str:
     """Summaries from the standard library's documentation: English text that every machine has."""
     return "\n".join(f"{row.prompt}\n{row.completion}" for row in stdlib_rows("eval"))
 
 
 def text_chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Tensor]:
-    """The first tokens of a text, in pieces (1, t). Raises DataError: RW219 no tokenizer, RW220 a text too short."""
+    """The first tokens of a text, in pieces (1, t). Raises DataError (RW219) where there are none."""
     if tokenizer is None:
         raise DataError(
             "RW219", "the base has no tokenizer, so no text can be encoded to compare merges; add its tokenizer files."
@@ -126,7 +289,7 @@ def text_chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Te
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS])
     chunks = [chunk[None] for chunk in ids.split(CHUNK_TOKENS) if len(chunk) > 1]
     if not chunks:
-        raise DataError("RW220", f"the text to compare merges on has {len(ids)} tokens; give one of a few sentences.")
+        raise DataError("RW219", f"the text to compare merges on has {len(ids)} tokens; give one of a few sentences.")
     return chunks
 
 
