@@ -22,7 +22,7 @@ from rankwise.comparison.pool import Picture
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.records import load_record
 from rankwise.reports import summary
-from rankwise.reports.folder import load_comparison
+from rankwise.reports.comparison import load_comparison
 from rankwise.reports.naming import method_name
 from rankwise.reports.plotted import pairs_of
 from rankwise.reports.words import headline

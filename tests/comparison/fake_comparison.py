@@ -27,7 +27,7 @@ def compare(*, watcher: Quiet | None = None, **given: object) -> object:
     stages.CLI = stages.STEPS = "fake_stage"
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     run.environments = lambda jobs, device: [{} for _ in range(jobs)]
-    return run.compare(read_settings(CompareSettings, None, given), watcher or Quiet())
+    return run.compare(read_settings(CompareSettings, None, given), watcher or Quiet()).document
 
 
 def given(tmp_path: Path, name: str = "out", **changes: Any) -> dict[str, Any]:

@@ -116,22 +116,19 @@ def test_the_clock_writes_every_few_seconds_alone(tmp_path: Path, monkeypatch: p
     assert Clock(tmp_path).before["total"] == 21
 
 
-def test_seconds_of_interrupted_steps_and_of_other_numbers_of_jobs_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seconds_of_interrupted_steps_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of 100 s whose step of 60 s is interrupted, then one of 30 s with two steps of 20 s side by side."""
     now = time.monotonic()
     monkeypatch.setattr(pool.time, "monotonic", lambda: now)
-    for seconds, steps, lanes in ((100, [60.0], 1), (30, [20.0, 20.0], 2)):
+    for seconds, steps in ((100, [60.0]), (30, [20.0, 20.0])):
         carrying = of_steps(tmp_path)
-        carrying.clock.lanes = lanes
         for number, of_step in enumerate(steps):
             job = Job("train", Cell("lora", 1e-4, number))
             carrying.running[job] = pool.Started(0, pool.Call(int, int), now - of_step)
             carrying._end(job, -2, stopping=True)
         now += seconds
         carrying.clock.keep(now=True)
-    assert Clock(tmp_path).before == {"total": 130, "runs": 100, "overhead": (100 - 60) + (30 - 20)}
+    assert Clock(tmp_path).before == {"total": 130, "runs": 100}
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, "4"), (3, "2"), (8, "1"), (20, "1")])

@@ -12,7 +12,7 @@ import pytest
 
 from rankwise.comparison.results import conclusions
 from rankwise.comparison.verdicts import TURNED, Scores, Spreads, comparable_costs, recommend
-from rankwise.reports.folder import Comparison
+from rankwise.reports.comparison import Comparison
 from rankwise.reports.naming import long_name
 from rankwise.reports.numbers import capital
 from rankwise.reports.plotted import pairs_of, with_best

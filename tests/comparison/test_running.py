@@ -30,7 +30,7 @@ from rankwise.comparison.schedule import Plan, possible_jobs
 from rankwise.comparison.stages import Cell
 from rankwise.default_rate import default_rate
 from rankwise.errors import ConfigError, Interrupted, RankwiseWarning, RunError
-from rankwise.reports.comparison import write_report
+from rankwise.reports.report import write_report
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning"),

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.reports import numbers
+from rankwise.reports.comparison import load_comparison
 from rankwise.reports.examples import answers_of, evenly
-from rankwise.reports.folder import load_comparison
 from rankwise.reports.naming import layer_and_kind, method_numbers, metric_name
 from rankwise.reports.page import page
 from rankwise.reports.plotted import Spot, norms_of, pairs_of, pareto_front

@@ -17,11 +17,10 @@ import pytest
 from comparison_folders import HOSTILE, METHODS, write_comparison
 
 from rankwise.errors import RankwiseWarning, RunError
-from rankwise.reports.comparison import write_report
-from rankwise.reports.folder import load_comparison
-from rankwise.reports.merging import merge
+from rankwise.reports.comparison import load_comparison
 from rankwise.reports.naming import method_name
 from rankwise.reports.numbers import visible
+from rankwise.reports.report import merge, write_report
 from rankwise.reports.words import headline
 
 SECTIONS = (

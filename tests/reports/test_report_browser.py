@@ -10,7 +10,7 @@ import re
 import pytest
 from comparison_folders import write_comparison
 
-from rankwise.reports.comparison import write_report
+from rankwise.reports.report import write_report
 
 pytestmark = pytest.mark.browser
 

@@ -15,7 +15,8 @@ from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output, duration, light_table, titled
 from rankwise.comparison.settings import CompareSettings, check_compare
-from rankwise.reports import folder, summary
+from rankwise.reports import summary
+from rankwise.reports.comparison import Comparison
 from rankwise.reports.naming import method_name, metric_name
 from rankwise.reports.numbers import plural
 from rankwise.reports.plotted import pairs_of, with_best
@@ -78,18 +79,17 @@ def run(settings: CompareSettings, output: Output) -> Document:
     check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
     from rankwise.comparison.run import compare
     from rankwise.disk import hold
-    from rankwise.reports.comparison import write_report
-    from rankwise.reports.folder import load_comparison
+    from rankwise.reports.report import write_reports
 
     with watching(output) as watcher:
         comparison = compare(settings, watcher)
     with hold(settings.output):
-        write_report(settings.output)
-    report(load_comparison(settings.output), output)
-    return comparison
+        write_reports(comparison, settings.output)
+    report(comparison, output)
+    return comparison.document
 
 
-def report(comparison: folder.Comparison, output: Output) -> None:
+def report(comparison: Comparison, output: Output) -> None:
     """Print the table, the verdicts, the recommendation, and the files."""
     output.line()
     output.console.print(table_of(comparison))
@@ -101,7 +101,7 @@ def report(comparison: folder.Comparison, output: Output) -> None:
         output.line(f"{label:<12}{text}")
 
 
-def table_of(comparison: folder.Comparison) -> Group:
+def table_of(comparison: Comparison) -> Group:
     """A row for each method, best first, with the cells of the report."""
     columns = [item for item in summary.columns(comparison) if item[0] not in LEFT_OUT]
     table = light_table()
@@ -114,7 +114,7 @@ def table_of(comparison: folder.Comparison) -> Group:
     return titled(f"{metric_name(comparison.metric)}, mean over seeds", table)
 
 
-def verdict_lines(comparison: folder.Comparison) -> Iterator[str]:
+def verdict_lines(comparison: Comparison) -> Iterator[str]:
     """A line for each method against the best. The difference is that of the method named first minus the other one."""
     words = {
         "better": "{} is better than {}",
@@ -128,7 +128,7 @@ def verdict_lines(comparison: folder.Comparison) -> Iterator[str]:
         yield f"{names}: difference {pair.text}"
 
 
-def _places(comparison: folder.Comparison) -> Iterator[tuple[str, str]]:
+def _places(comparison: Comparison) -> Iterator[tuple[str, str]]:
     found, place = comparison["recommendation"], comparison.folder
     yield from (("record", str(place / "comparison.json")), ("report", str(place / "report.html")))
     commands = (("to decide", (found["deciding"] or {}).get("command")), ("train again", found["command"]))

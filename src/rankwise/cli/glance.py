@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rankwise.errors import ConfigError, RunError
 from rankwise.options import Settings, flag
-from rankwise.reports.schema import BEST_FOLDER, COMPARISON_FILE
+from rankwise.reports.comparison import BEST_FOLDER, COMPARISON_FILE
 
 # Text fields that hold a hub id, or a path in which ~ means a home folder.
 MAY_BE_PATHS = {"model", "data", "eval_data", "fewshot_data", "reference_answers"}

@@ -12,14 +12,14 @@ from rankwise.cli.output import Document, Output, one_line
 from rankwise.disk import hold
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import check_writable
-from rankwise.reports.schema import Recommendation
+from rankwise.reports.comparison import Recommendation
 from rankwise.reports.settings import ReportSettings, output_of
 from rankwise.reports.words import headline
 
 
 def run(settings: ReportSettings, output: Output) -> Document:
-    from rankwise.reports.comparison import JSON_FILE, merged_report, write_report
-    from rankwise.reports.folder import read_object
+    from rankwise.reports.comparison import read_object
+    from rankwise.reports.report import JSON_FILE, merged_report, write_report
 
     target = output_of(settings)
     if settings.output is not None:
@@ -73,7 +73,7 @@ def _with_files(found: Recommendation, runs: list[Any], target: Path, *, higher_
     """The recommendation over all runs, with its settings written to ``target``."""
     from rankwise.comparison.conclusion import best_run, recommended_yaml
     from rankwise.records import write_text
-    from rankwise.reports.schema import RECOMMENDED_FILE
+    from rankwise.reports.comparison import RECOMMENDED_FILE
 
     method = found["method"]
     best = best_run(runs, method, found["metric"], higher_is_better=higher_is_better) if method else None

@@ -32,8 +32,7 @@ from rankwise.errors import RunError, warn
 from rankwise.foreign import Fields, JsonObject
 from rankwise.options import option_words
 from rankwise.records import write_json, write_text
-from rankwise.reports.merging import unlike_hardware
-from rankwise.reports.schema import (
+from rankwise.reports.comparison import (
     BEST_FOLDER,
     COMPARISON_FILE,
     EVAL_LOSS,
@@ -42,21 +41,19 @@ from rankwise.reports.schema import (
     SCHEMA,
     Comparison,
     DecidingRun,
+    Document,
     Message,
     Method,
     Recommendation,
     Run,
+    unlike_hardware,
 )
 
 
 def conclude(
-    given: CompareSettings,
-    plan: Plan,
-    inputs: Inputs,
-    told: list[Message],
-    watcher: Watcher,
-    clock: Clock,
+    given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Message], watcher: Watcher, clock: Clock
 ) -> Comparison:
+    """Write what follows from the runs into the folder, and return it. Raises RunError: RW584, RW589."""
     runs = collect_runs(plan)
     final = [run for run in runs if run["phase"] == "final"]
     finished = [run for run in final if run["status"] == "finished"]
@@ -81,7 +78,7 @@ def conclude(
     recommendation["deciding"] = _deciding_run(given, plan, methods, recommendation, spreads)
     first = finished[0]["record"] or {}
     base = plan.output / stages.BASE
-    comparison: Comparison = {
+    document: Document = {
         "schema": SCHEMA,
         "command": command_line(given),
         "settings": given.model_dump(mode="json"),
@@ -100,8 +97,8 @@ def conclude(
         "learning_rates": {method: state_of(plan, method).search for method in plan.methods},
         "seconds": clock.spent(),
     }
-    write_json(given.output / COMPARISON_FILE, comparison)
-    return comparison
+    write_json(given.output / COMPARISON_FILE, {**document})
+    return Comparison({**document}, given.output)
 
 
 def spreads_of(given: CompareSettings, scores: Mapping[str, Scores], inputs: Inputs) -> Spreads:

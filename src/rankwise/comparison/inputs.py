@@ -25,7 +25,7 @@ from rankwise.models.source import fetch_model
 from rankwise.options import flag
 from rankwise.planning.facts import read_facts
 from rankwise.records import write_json, write_text
-from rankwise.reports.schema import BEST_FOLDER, MERGED_FOLDER
+from rankwise.reports.comparison import BEST_FOLDER, MERGED_FOLDER
 
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task

@@ -408,18 +408,13 @@ def document_in(stdout: Path) -> JsonObject:
 
 
 class Clock:
-    """Adds the seconds of this call to those of earlier ones in ``state.json``. A kill loses a few seconds.
-
-    The overhead of a call is the part of its time in which its lanes ran no step: ``total - steps / lanes``.
-    """
+    """Adds the seconds of this call to those of earlier ones in ``state.json``. A kill loses a few seconds."""
 
     def __init__(self, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         self.path = output / STATE_FILE
         self.before = seconds_spent(output)
         self.started = self.kept = time.monotonic()
-        # Number of steps that run at a time.
-        self.lanes = 1
         # Seconds of the steps of this call that have ended, interrupted and failed ones included.
         self.steps = 0.0
 
@@ -430,9 +425,8 @@ class Clock:
             write_json(self.path, self.spent(running))
 
     def spent(self, running: float = 0.0) -> dict[str, float]:
-        """The seconds of all calls: in total, in the steps' processes, and in the comparison itself."""
-        total, runs = time.monotonic() - self.started, self.steps + running
-        here = {"total": total, "runs": runs, "overhead": total - runs / self.lanes}
+        """The seconds of all calls: in total, and in the steps' processes."""
+        here = {"total": time.monotonic() - self.started, "runs": self.steps + running}
         return {name: round(self.before[name] + value, 3) for name, value in here.items()}
 
 
@@ -440,9 +434,9 @@ def seconds_spent(output: Path) -> dict[str, float]:
     """The seconds of all calls on this folder so far, as ``Clock.spent`` gives them."""
     try:
         found = read_json(output / STATE_FILE)
-        return {name: float(found[name]) for name in ("total", "runs", "overhead")}
+        return {name: float(found[name]) for name in ("total", "runs")}
     except (OSError, ValueError, LookupError, TypeError):
-        return dict.fromkeys(("total", "runs", "overhead"), 0.0)
+        return dict.fromkeys(("total", "runs"), 0.0)
 
 
 def forget_unfinished(output: Path, jobs: Sequence[Job], *, retry: bool) -> None:

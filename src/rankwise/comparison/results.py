@@ -25,8 +25,17 @@ from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, read_examples
 from rankwise.foreign import Fields, JsonObject, read_object
 from rankwise.records import record_of
-from rankwise.reports.merging import figures_of
-from rankwise.reports.schema import EVAL_LOSS, EVALUATION_FOLDER, Conclusions, Message, Method, Phase, Run, Status
+from rankwise.reports.comparison import (
+    EVAL_LOSS,
+    EVALUATION_FOLDER,
+    Conclusions,
+    Message,
+    Method,
+    Phase,
+    Run,
+    Status,
+    figures_of,
+)
 from rankwise.serving import served_in_short
 
 

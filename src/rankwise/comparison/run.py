@@ -49,8 +49,7 @@ from rankwise.models.source import fetch_model
 from rankwise.options import flag
 from rankwise.planning.facts import read_model
 from rankwise.records import write_json
-from rankwise.reports.numbers import byte_size, plural, rate
-from rankwise.reports.schema import (
+from rankwise.reports.comparison import (
     COMPARISON_FILE,
     EVAL_LOSS,
     RECOMMENDED_FILE,
@@ -59,6 +58,7 @@ from rankwise.reports.schema import (
     MinimumDetectableEffect,
     Run,
 )
+from rankwise.reports.numbers import byte_size, plural, rate
 from rankwise.reports.words import smallest_found
 
 # Extensions of a job's files in ``DIR/cells`` that are written whole.
@@ -230,7 +230,6 @@ def _carry_out(
             stages.forget_outcome(job, plan.output)
     slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, given.device)
     start = cluster.start if cluster else None
-    clock.lanes = len(slots)
     pool = Pool(plan.output, commands.of, commands.steps, slots, watcher, clock, lambda: jobs_left(plan), start)
     for group in (first, probes):
         pool.carry_out(partial(_open_jobs, group, plan))

@@ -9,7 +9,7 @@ from pathlib import Path
 from rankwise.comparison.stages import Cell, Job, Outcome, choose_rate, final_cells, outcome_of, search_cells
 from rankwise.errors import RunError
 from rankwise.records import RUN_FILE, RunRecord, load_record
-from rankwise.reports.schema import KEPT_ROWS_LOSS, RateSearch, SearchedRate
+from rankwise.reports.comparison import KEPT_ROWS_LOSS, RateSearch, SearchedRate
 
 
 @dataclasses.dataclass(frozen=True)

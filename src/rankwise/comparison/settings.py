@@ -16,7 +16,7 @@ from rankwise.evaluation.settings import task_list
 from rankwise.foreign import Fields, JsonObject
 from rankwise.options import LARGEST_NUMBER, MANY, Count, Names, Panel, Positive, comma_list, option, text_list
 from rankwise.planning.sizes import parse_size
-from rankwise.reports.schema import EVAL_LOSS
+from rankwise.reports.comparison import EVAL_LOSS
 
 # {objective: the metric that decides by default}.
 USUAL_METRICS = {"sft": EVAL_LOSS, "dpo": "preference.reward_accuracy", "kto": "preference.reward_accuracy"}

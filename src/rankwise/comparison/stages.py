@@ -13,7 +13,7 @@ from rankwise.config import idle_options, variant_of
 from rankwise.errors import Interrupted, RunError
 from rankwise.foreign import Fields, JsonObject, checked, read_json, reason_of
 from rankwise.records import RUN_FILE, read_metrics, record_of, write_json, write_text
-from rankwise.reports.schema import RUNS_FOLDER
+from rankwise.reports.comparison import RUNS_FOLDER
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from rankwise.foreign import Fields, JsonObject
 from rankwise.models import fetch_model
 from rankwise.models.load import answer_room
 from rankwise.records import RunRecord, load_record, write_json
-from rankwise.reports.schema import EVALUATION_FOLDER, MergedCheck
+from rankwise.reports.comparison import EVALUATION_FOLDER, MergedCheck
 from rankwise.training.prepared import is_worth_keeping
 from rankwise.training.setup import encode_data, load_for_training, quantization_for, read_data
 

@@ -22,8 +22,7 @@ from rankwise.comparison.statistics import (
     spread_parts,
 )
 from rankwise.config import DORA, is_own, variant_of
-from rankwise.reports.numbers import is_above
-from rankwise.reports.schema import (
+from rankwise.reports.comparison import (
     CostName,
     DecidingCost,
     Difference,
@@ -33,6 +32,7 @@ from rankwise.reports.schema import (
     Recommendation,
     Verdict,
 )
+from rankwise.reports.numbers import is_above
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from rankwise.foreign import Fields, Json
-from rankwise.reports.folder import Comparison
+from rankwise.reports.comparison import Comparison
 from rankwise.reports.numbers import is_number, shortened, significant, visible
 
 # How the method's score compares with the base model's.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from rankwise.foreign import Json
 from rankwise.reports import summary
+from rankwise.reports.comparison import Comparison
 from rankwise.reports.examples import answers_of
-from rankwise.reports.folder import Comparison
 from rankwise.reports.naming import method_name, metric_name
 from rankwise.reports.numbers import listed, p_value, plural, significant, visible
 from rankwise.reports.plotted import pairs_of, with_best

@@ -15,8 +15,8 @@ from markupsafe import Markup
 
 from rankwise.foreign import Fields, Json, JsonObject
 from rankwise.reports import plots, summary
+from rankwise.reports.comparison import Comparison
 from rankwise.reports.examples import answers_of
-from rankwise.reports.folder import Comparison
 from rankwise.reports.losses import loss_name
 from rankwise.reports.naming import method_name, method_numbers, metric_name
 from rankwise.reports.numbers import (

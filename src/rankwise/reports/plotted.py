@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from rankwise.foreign import Fields, Json
-from rankwise.reports.folder import Comparison
+from rankwise.reports.comparison import Comparison
 from rankwise.reports.losses import Losses, Point
 from rankwise.reports.naming import layer_and_kind
 from rankwise.reports.numbers import difference, half_width, is_above, is_number

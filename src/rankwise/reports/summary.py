@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from rankwise.foreign import Fields, Json
-from rankwise.reports.folder import Comparison
+from rankwise.reports.comparison import KEPT_ROWS_LOSS, Comparison
 from rankwise.reports.naming import last_part, long_name, method_name, metric_in_sentence, metric_name
 from rankwise.reports.numbers import (
     byte_size,
@@ -21,7 +21,6 @@ from rankwise.reports.numbers import (
     significant,
     visible,
 )
-from rankwise.reports.schema import KEPT_ROWS_LOSS
 
 # Warnings that a run failed, was left out or was interrupted, which ``left_out`` already reports.
 OF_RUNS = ("RW588", "RW597")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rankwise.foreign import Fields
+from rankwise.reports.comparison import unit_of
 from rankwise.reports.naming import long_name, metric_in_sentence
 from rankwise.reports.numbers import (
     byte_size,
@@ -21,7 +22,6 @@ from rankwise.reports.numbers import (
     significant,
     visible,
 )
-from rankwise.reports.schema import EVAL_LOSS
 from rankwise.serving import refusing
 
 # The most methods that a sentence names; of more it gives the number.
@@ -52,12 +52,6 @@ def headline(document: Fields) -> str:
         return _nothing(document)
     sentences = [*_verdicts(document), *_open(document), *_costs(document), *_untuned(document), *_deciding(found)]
     return " ".join(f"{capital(sentence)}." for sentence in sentences)
-
-
-def unit_of(document: Fields) -> str:
-    """The unit of the primary metric."""
-    objective = document["settings"].get("objective") or "sft"
-    return "nats per token" if (objective, document["primary_metric"]) == ("sft", EVAL_LOSS) else ""
 
 
 def detectable(effect: Fields, unit: str) -> str:

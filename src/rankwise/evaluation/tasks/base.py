@@ -1,7 +1,4 @@
-"""The interface of a task, and what most tasks share.
-
-Generate texts for prompts: what the generating tasks share.
-"""
+"""The interface of a task, and what most tasks share: generating texts for prompts."""
 
 from __future__ import annotations
 
@@ -11,14 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.errors import warn
-from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of, paired_difference
 from rankwise.evaluation.record import Example, Journal, TaskResult
 from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
+    from rankwise.acceleration.generation import Decoding, Prompt
     from rankwise.evaluation.engine import Engine
 
 # Reports progress: (questions done, questions in all).
@@ -155,6 +151,9 @@ def write_answers(
     """Answer ``questions``; return what ``finish`` makes of each question and answer, in the order of the questions."""
     longest = max((len(question.ids) for question in questions), default=0)
     decoding = with_room(decoding, engine.max_length, longest, task)
+    # The tasks' own module is read without torch.
+    from rankwise.acceleration.generation import Prompt
+
     prompts = fitting(engine, [Prompt(question.ids) for question in questions], decoding, task)
     write = writer(engine, prompts, decoding)
 

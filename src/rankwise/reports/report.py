@@ -1,30 +1,76 @@
-"""Join several folders of the same comparison, which ran on several machines by seeds, rates or methods."""
+"""The report of a comparison, or of several folders joined: ``report.html``, ``report.md`` and ``report.json``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from rankwise.errors import RunError, warn
 from rankwise.foreign import Fields, Json, JsonObject
-from rankwise.reports.folder import Comparison
-from rankwise.reports.numbers import is_number, plural
+from rankwise.records import write_json, write_text
+from rankwise.reports.comparison import Comparison, as_expected, load_comparison, unlike_hardware
+from rankwise.reports.markdown import markdown
+from rankwise.reports.page import page
+
+HTML_FILE, MARKDOWN_FILE, JSON_FILE = "report.html", "report.md", "report.json"
+
+
+def write_report(folder: Path, output: Path | None = None) -> list[Path]:
+    """Write the three reports of the comparison in ``folder`` to ``output`` (default: the folder itself).
+
+    Returns their paths: HTML, Markdown, JSON. Raises RunError: RW592 no comparison here, RW593 it cannot be read.
+    """
+    return write_reports(load_comparison(folder), output or folder)
+
+
+def merged_report(folders: Sequence[Path], output: Path, summarise: Summarise) -> list[Path]:
+    """Write one report of several folders of the same comparison.
+
+    ``summarise(document, place_of_run)`` computes methods, differences and the recommendation of the joined runs again.
+
+    Raises RunError: RW592, RW593 as ``write_report``; RW594 the folders are of different comparisons.
+    """
+    joined = merge([load_comparison(folder) for folder in folders])
+    document = {**joined.document, **summarise(joined.document, joined.place_of)}
+    return write_reports(Comparison(document, joined.folder, joined.places), output)
+
+
+def write_reports(comparison: Comparison, output: Path) -> list[Path]:
+    """The three files, each whole or not at all.
+
+    Raises RunError (RW593) when a part of the comparison has a form that cannot be shown.
+    """
+    with as_expected(comparison):
+        html, text = page(comparison), markdown(comparison)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / HTML_FILE, html)
+    write_text(output / MARKDOWN_FILE, text)
+    write_json(output / JSON_FILE, report_json(comparison))
+    return [output / name for name in (HTML_FILE, MARKDOWN_FILE, JSON_FILE)]
+
+
+def report_json(comparison: Comparison) -> JsonObject:
+    """The report for programs. ``runs`` holds the record of each run and its place in the comparison."""
+    return {
+        "runs": [_flat(run) for run in comparison["runs"]],
+        "methods": comparison["methods"],
+        "differences": comparison["differences"],
+        "recommendation": {key: value for key, value in comparison["recommendation"].items() if key != "config_text"},
+        **{key: comparison[key] for key in ("primary_metric", "minimum_detectable_effect", "learning_rates", "base")},
+        **{key: comparison[key] for key in ("command", "created", "settings", "model", "data", "versions", "device")},
+        "warnings": comparison["warnings"],
+    }
+
+
+def _flat(run: Fields) -> JsonObject:
+    """The fields of the record, overridden by what the comparison says of the run."""
+    record = run["record"] or {}
+    return {**record, **{key: value for key, value in run.items() if key != "record" and value is not None}}
+
 
 Summarise = Callable[[Fields, Callable[[Fields], Path]], Fields]
 # Settings that may differ between the folders; with any other one they are no longer the same comparison.
-FREE = (
-    "seeds",
-    "methods",
-    "learning_rates",
-    "output",
-    "jobs",
-    "retry",
-    "merge",
-    "memory",
-    "max_hours",
-    "device",
-)
+FREE = ("seeds", "methods", "learning_rates", "output", "jobs", "retry", "merge", "memory", "max_hours", "device")
 
 
 def merge(comparisons: Sequence[Comparison]) -> Comparison:
@@ -49,46 +95,6 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
     return Comparison(document, first.folder, places)
 
 
-def figures_of(runs: Sequence[Fields]) -> JsonObject:
-    """The figures of one method from its final runs: means, and the largest memory."""
-    good = [run for run in runs if run["status"] == "finished"]
-    records = [run["record"] or {} for run in good]
-    means = {key: _known(records, key) for key in ("tokens_per_second", "examples_per_second", "wall_seconds")}
-    largest = {
-        key: _known(records, key)
-        for key in ("peak_memory_bytes", "predicted_peak_memory_bytes", "trainable_parameters")
-    }
-    costs = {key: _known(records, key) for key in ("wall_seconds", "peak_memory_bytes")}
-    return {
-        "seeds": len(good),
-        "failed": sum(run["status"] == "failed" for run in runs),
-        "alone": all(run["alone"] for run in good),
-        **{key: fmean(values) if values else None for key, values in means.items()},
-        **{key: max(values, default=None) for key, values in largest.items()},
-        "adapter_bytes": max(_known(good, "adapter_bytes"), default=None),
-        "ranges": {key: [min(values), max(values)] for key, values in costs.items() if values},
-    }
-
-
-def unlike_hardware(runs: Sequence[Fields]) -> str | None:
-    """What to warn of where the runs trained on several devices or numbers of threads; None where on one."""
-    devices = dict.fromkeys(_hardware((run["record"] or {}).get("device") or {}) for run in runs)
-    known = [device for device in devices if device]
-    if len(known) < 2:
-        return None
-    return f"the runs are of different hardware ({'; '.join(known)}): their times, speeds and memory differ."
-
-
-def _hardware(device: Fields) -> str:
-    threads = device.get("threads")
-    name = str(device.get("name") or device.get("type") or "")
-    return f"{name}, {plural(threads, 'thread')}" if isinstance(threads, int) else name
-
-
-def _known(items: Sequence[Fields], key: str) -> list[float]:
-    return [value for item in items if is_number(value := item.get(key))]
-
-
 def _joined(comparisons: Sequence[Comparison]) -> JsonObject:
     warnings = {(item.get("code"), item.get("message")): item for each in comparisons for item in each["warnings"]}
     rates = {name: search for each in reversed(comparisons) for name, search in each["learning_rates"].items()}
@@ -101,9 +107,7 @@ def _joined(comparisons: Sequence[Comparison]) -> JsonObject:
         warn("RW595", message)
         warnings["RW595", message] = {"code": "RW595", "message": message}
     order = dict.fromkeys(name for each in comparisons for name in each["methods"])
-    seconds = {
-        key: sum(each["seconds"].get(key) or 0.0 for each in comparisons) for key in ("total", "runs", "overhead")
-    }
+    seconds = {key: sum(each["seconds"].get(key) or 0.0 for each in comparisons) for key in ("total", "runs")}
     # What differs stands in the commands.
     settings = {
         key: value
