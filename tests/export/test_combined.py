@@ -158,7 +158,7 @@ def test_what_makes_no_combination_is_refused(tmp_path, capsys, arguments, code)
 @pytest.mark.parametrize(
     ("arguments", "needed"),
     [
-        (["--text", "rows.txt"], "--verify"),
+        (["--data", "rows.jsonl"], "--verify"),
         (["--quantization", "nf4"], "--onto quantized"),
         (["--no-double-quant"], "--quantization"),
     ],

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.errors import AdapterError
+from rankwise.export.converted import Row
 from rankwise.export.merged import format_of, merge_to_folder
 from rankwise.export.verify import REFERENCE, verify_merge
 from rankwise.models import load_model, model_facts, resolve_model
@@ -117,3 +118,17 @@ def test_verify_measures_every_way(run, tmp_path, monkeypatch):
     assert smallest < by_name["merged onto the original"].largest_logit_difference
     assert smallest < by_name["merged, then 4-bit again"].largest_logit_difference
     assert all(variant.perplexity > 1 for variant in result.variants)
+
+
+def test_the_gain_that_is_left_is_measured_on_trained_tokens(run, tmp_path, monkeypatch):
+    """The labels are what the trained model answers, so the adapter gains over the base, and rounding costs some."""
+    folder, trained = run
+    monkeypatch.setattr("rankwise.export.verify.text_chunks", lambda tokenizer, text: [IDS])
+    labels = torch.cat([torch.tensor([-100]), trained[0, :-1].argmax(dim=-1)])
+    monkeypatch.setattr("rankwise.export.verify.Row", lambda ids, _: Row(ids, labels))
+    result = verify_merge(folder, str(tmp_path / "base"))
+    left = {variant.name: variant.gain_left for variant in result.variants}
+    assert result.tokens == len(labels) - 1
+    assert left[REFERENCE] == 1
+    assert left["merged onto the dequantized"] == pytest.approx(1, abs=1e-3)
+    assert left["merged, then 4-bit again"] < left["merged onto the dequantized"]

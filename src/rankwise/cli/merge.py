@@ -13,7 +13,7 @@ from rankwise.cli.settings import MergeSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, warn
 from rankwise.foreign import JsonObject
-from rankwise.records import write_json, write_text
+from rankwise.records import record_of, write_json, write_text
 from rankwise.reports.numbers import byte_size, plural
 
 COMBINED_FILE = "combined.json"
@@ -64,7 +64,7 @@ def _check_options(settings: MergeSettings) -> None:
         idle += ["adapter"] if len(settings.adapter) > 1 else []
         why = "goes with --combine, which makes one adapter of several"
     else:
-        idle = [name for name in ("onto", "quantization", "text") if getattr(settings, name) is not None]
+        idle = [name for name in ("onto", "quantization", "data") if getattr(settings, name) is not None]
         idle += ["verify"] if settings.verify else []
         why = "is of a merged model, and --combine writes an adapter; merge that afterwards"
     problems = [f"{', '.join(f'--{name}' for name in idle)} {why}"] if idle else list(_alone(settings))
@@ -74,8 +74,8 @@ def _check_options(settings: MergeSettings) -> None:
 
 def _alone(settings: MergeSettings) -> Iterator[str]:
     """A complaint for each option that has no effect because another option is not given."""
-    if settings.text is not None and not settings.verify:
-        yield "--text is the text for --verify; give --verify too"
+    if settings.data is not None and not settings.verify:
+        yield "--data gives the rows for --verify; give --verify too"
     if settings.quantization is not None and not settings.verify and settings.onto != "quantized":
         yield "--quantization has no effect on a merge into original weights; give --onto quantized or --verify too"
     if not settings.double_quant and settings.quantization is None:
@@ -144,15 +144,17 @@ def _needed_to_load(settings: MergeSettings, folder: Path) -> str:
 
 
 def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: Output) -> Verification:
-    from rankwise.data import read_text
+    from rankwise.cli.export_proof import rows_of
     from rankwise.export.verify import is_more_than_rounding, verify_merge
 
-    text = None if settings.text is None else read_text(settings.text)
+    (adapter,) = settings.adapter
+    record = record_of(adapter)
+    data = settings.data or (None if record is None else record.settings.get("eval_data"))
     with output.waiting("measuring each way of merging"):
         verification = verify_merge(
-            settings.adapter[0],
+            adapter,
             settings.model,
-            text=text,
+            rows=lambda tokenizer: rows_of(adapter, data, tokenizer).held_out,
             trained_on=trained_on,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
@@ -160,15 +162,21 @@ def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: O
     table = light_table()
     table.add_column("way")
     table.add_column("perplexity", justify="right")
+    table.add_column("gain left", justify="right")
     table.add_column("largest logit difference", justify="right")
     table.add_column("explained by")
     for variant in verification.variants:
         difference, rounding = variant.largest_logit_difference, verification.rounding
         cause = "more than rounding" if is_more_than_rounding(difference, rounding) else "rounding"
         table.add_row(
-            variant.name, f"{variant.perplexity:.3f}", f"{difference:.3g}", cause if difference else "the reference"
+            variant.name,
+            f"{variant.perplexity:.3f}",
+            "" if variant.gain_left is None else f"{variant.gain_left:.0%}",
+            f"{difference:.3g}",
+            cause if difference else "the reference",
         )
-    output.console.print(titled(f"on {verification.tokens:,} tokens", table))
+    output.console.print(titled(f"on {verification.tokens:,} trained tokens", table))
+    output.line(f"The base alone has a perplexity of {verification.base_perplexity:.3f}.")
     output.line(f"Rounding to the model's dtype alone moves a logit by up to {verification.rounding:.3g}.")
     return verification
 

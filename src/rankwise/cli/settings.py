@@ -136,9 +136,9 @@ class MergeSettings(BaseOptions):
     ] = None
     double_quant: Annotated[bool, _option("Whether the scales of that format were quantized, too.")] = True
     verify: Annotated[bool, _option("Measure how far each way of merging moves the model, and record it.")] = False
-    text: Annotated[
-        Path | None,
-        _option("Text file to measure on with --verify; default: a built-in text.", metavar="FILE"),
+    data: Annotated[
+        str | None,
+        _option(f"Rows to measure on with --verify; default: the run's own. {DATA}", metavar="D"),
     ] = None
 
 

@@ -30,16 +30,19 @@ from rankwise.adapters.state import base_modules, model_end
 from rankwise.adapters.trained_base import dtype_of
 from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import eager_experts
+from rankwise.constants import IGNORED
 from rankwise.data import stdlib_rows
 from rankwise.errors import DataError, RunError
+from rankwise.export.converted import Row
 from rankwise.export.gguf import EMBEDDING, HEAD, GgufNames
 from rankwise.export.merged import Onto, base_source, named_format, stored_quantization
 from rankwise.models import load_model
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
-from rankwise.quantization.config import FourBitConfig
+from rankwise.quantization.config import FourBitConfig, Nf4Config
 from rankwise.quantization.in_place import quantize
 from rankwise.quantization.linear import is_conv1d
+from rankwise.quantization.targets import target_names
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType as Kind
@@ -216,14 +219,19 @@ class Variant:
     """One way to run the result. The logit difference to the trained model is over all tokens and the vocabulary."""
 
     name: str
+    # Over the trained tokens of the rows.
     perplexity: float
     largest_logit_difference: float
+    # The part of the adapter's gain in loss over the base that is left; None where the adapter gains nothing.
+    gain_left: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
     variants: tuple[Variant, ...]
+    # Trained tokens that were measured.
     tokens: int
+    base_perplexity: float
     # The writable merge whose logits are closest to those of the trained model.
     closest: Onto
     # Largest difference of a logit between a merged model and its own weights computed in the next wider dtype.
@@ -234,25 +242,29 @@ def verify_merge(
     adapter: Path,
     base: str | None = None,
     *,
-    text: str | None = None,
+    rows: Callable[[PreTrainedTokenizerBase], Sequence[Row]] | None = None,
     trained_on: FourBitConfig | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Verification:
     """Load the base as it was trained and in its original form, merge, and measure. Memory: one model at a time.
 
-    ``base``: by default the one that the adapter names; ``trained_on``: its 4-bit format in training, where the folder
-    has no record. A base that is 4-bit on disk has no original form to measure.
-    Raises DataError (RW219) for a text that is too short, and what loading model and adapter raises.
+    ``base``: by default the one that the adapter names; ``rows`` gives the rows to measure on from the tokenizer, by
+    default a built-in text; ``trained_on``: the 4-bit format in training, where the folder has none. A base that is
+    4-bit on disk has no original form to measure. Raises what loading model and adapter raises.
     """
     source = base_source(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
     stored, dtype = stored_quantization(source), dtype_of(adapter)
     quantization = named_format(adapter, trained_on) if stored is None else None
     load = functools.partial(load_model, source, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     model, tokenizer = load(quantization=quantization)
-    ids = text_chunks(tokenizer, default_text() if text is None else text)
+    if rows is None or tokenizer is None:
+        measure = _Meter([Row(chunk[0], chunk[0]) for chunk in text_chunks(tokenizer, default_text())])
+    else:
+        measure = _Meter(rows(tokenizer))
+    ids = [row.ids[None] for row in measure.rows]
+    measure.base_loss, _ = measure.loss(model, compares=False)
     load_adapter(model, adapter)
-    measure = _Meter(ids)
     variants = [measure(REFERENCE, model)]
     quantizer = getattr(model, "hf_quantizer", None)
     four_bit: FourBitConfig | None = None if quantizer is None else copy.copy(quantizer.quantization_config)
@@ -270,9 +282,14 @@ def verify_merge(
         merge_adapter(model, reversible=False)
         variants.insert(1, measure("merged onto the original", model))
         rounding = rounding_cost(model, ids)
+        four = Nf4Config(double_quant=True)
+        if four_bit is None and target_names(model, four):
+            quantize(model, four)
+            variants.append(measure(REQUANTIZED, model))
     written = [variant for variant in variants if variant.name in MERGED_ONTO]
     closest = min(written, key=lambda variant: variant.largest_logit_difference)
-    return Verification(tuple(variants), sum(chunk.numel() for chunk in ids), MERGED_ONTO[closest.name], rounding)
+    found = tuple(variants)
+    return Verification(found, measure.tokens, math.exp(measure.base_loss), MERGED_ONTO[closest.name], rounding)
 
 
 def default_text() -> str:
@@ -294,24 +311,38 @@ def text_chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Te
 
 
 class _Meter:
-    """Measures variants. The first one is the reference for the logits of the others."""
+    """Measures variants on the same rows. The first one is the reference for the logits of the others."""
 
-    def __init__(self, ids: list[Tensor]) -> None:
-        self.ids = ids
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = [row for row in rows if (row.labels[1:] != IGNORED).any()]
+        self.tokens = sum(int((row.labels[1:] != IGNORED).sum()) for row in self.rows)
         self.reference: list[Tensor] = []
+        self.base_loss = self.trained_loss = math.nan
 
     @torch.inference_mode()
     def __call__(self, name: str, model: PreTrainedModel) -> Variant:
+        loss, largest = self.loss(model)
+        gain = self.base_loss - self.trained_loss
+        return Variant(name, math.exp(loss), largest, (self.base_loss - loss) / gain if gain > 0 else None)
+
+    @torch.inference_mode()
+    def loss(self, model: PreTrainedModel, *, compares: bool = True) -> tuple[float, float]:
+        """(mean loss of a trained token, largest difference of a logit from the reference)."""
         model.eval()
-        total, count, largest = 0.0, 0, 0.0
-        seen = []
-        for index, chunk in enumerate(self.ids):
-            logits = model(input_ids=chunk).logits[0].float()
-            total += cross_entropy(logits[:-1], chunk[0, 1:], reduction="sum").item()
-            count += chunk.shape[1] - 1
-            if self.reference:
-                largest = max(largest, (logits - self.reference[index]).abs().max().item())
-            else:
-                seen.append(logits)
-        self.reference = self.reference or seen
-        return Variant(name, math.exp(total / count), largest)
+        total, largest, kept = 0.0, 0.0, 0
+        is_reference = compares and not self.reference
+        for index, row in enumerate(self.rows):
+            trained = row.labels[1:] != IGNORED
+            logits = model(input_ids=row.ids[None]).logits[0, :-1][trained].float()
+            total += cross_entropy(logits, row.labels[1:][trained], reduction="sum").item()
+            # The logits of a vocabulary take 200 kB a token.
+            if is_reference and kept < MAX_TOKENS:
+                self.reference.append(logits[: MAX_TOKENS - kept].clone())
+                kept += len(logits)
+            elif compares and index < len(self.reference):
+                before = self.reference[index]
+                largest = max(largest, (logits[: len(before)] - before).abs().max().item())
+        loss = total / self.tokens
+        if is_reference:
+            self.trained_loss = loss
+        return loss, largest
