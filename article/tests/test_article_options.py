@@ -43,7 +43,7 @@ def settings(task: str, *options: str, **more: Any) -> EvaluateSettings:
     ],
 )
 def test_an_option_that_nothing_uses_is_refused(task: str, options: list[str], more: dict[str, Any], said: str):
-    with pytest.raises(ConfigError, match=f"RW152.*would ignore {said}"):
+    with pytest.raises(ConfigError, match=f"RW112.*would ignore {said}"):
         check_options(settings(task, *options, **more))
 
 
@@ -68,7 +68,7 @@ def test_options_without_their_partner_are_refused(tmp_path: Path):
         ("vicuna", ["judge_url=http://x"], {}, "together"),
         ("gsm8k", [], {"num_fewshot": 0, "fewshot_data": str(problems)}, "--num-fewshot is 0"),
     ):
-        with pytest.raises(ConfigError, match=f"RW152.*{said}"):
+        with pytest.raises(ConfigError, match=f"RW112.*{said}"):
             make_tasks(settings(task, *options, data=str(problems), **more))
     with pytest.raises(ConfigError, match="RW150.*rows of LLM-Adapters.*no data were given"):
         make_tasks(settings("piqa", "protocol=generative"))

@@ -178,7 +178,7 @@ def target_names(config: LoraConfig, places: Places, model: str, *, may_be_none:
     """The names of the modules to adapt. ``model`` is the model's name in messages.
 
     Raises AdapterError: RW401 where nothing matches (unless ``may_be_none``), RW402 for a match that is neither a
-    linear layer nor an embedding, RW431 for a layer that cannot be adapted, RW432 for one in another library's format.
+    linear layer nor an embedding, and for a layer that cannot be adapted, such as one in another library's format.
     """
     matched = [name for name, place in places.items() if _is_target(name, place, config)]
     if not matched and not may_be_none:
@@ -189,8 +189,8 @@ def target_names(config: LoraConfig, places: Places, model: str, *, may_be_none:
         shown = f"{named[0]} ({places[named[0]].kind})" + (f" and {len(named) - 1} more" if len(named) > 1 else "")
         if places[named[0]].is_foreign:
             remedy = "give the dense checkpoint, which --method qlora quantizes while it loads"
-            raise AdapterError("RW432", f"{shown} {reason}; {remedy}, or adapt other modules.")
-        raise AdapterError("RW431", f"{shown} {reason}; name linear layers, such as {_examples(places)}.")
+            raise AdapterError("RW402", f"{shown} {reason}; {remedy}, or adapt other modules.")
+        raise AdapterError("RW402", f"{shown} {reason}; name linear layers, such as {_examples(places)}.")
     if wrong:
         kinds = ", ".join(f"{name} ({places[name].kind})" for name in wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -271,11 +271,10 @@ def check_enable_lora(config: LoraConfig, names: Collection[str]) -> None:
 
 
 def check_targets(config: LoraConfig, names: Names) -> None:
-    """Raise AdapterError with all targets that match nothing: RW404 if all are in ``modules_to_save``, else RW401."""
+    """Raise AdapterError (RW401) with all targets that match nothing."""
     problems = dict(_missing_targets(config, names))
     if problems:
-        code = "RW404" if set(problems) == {"modules_to_save"} else "RW401"
-        raise AdapterError(code, f"{'; '.join(problems.values())}.")
+        raise AdapterError("RW401", f"{'; '.join(problems.values())}.")
 
 
 def warn_of_idle(config: LoraConfig, names: Names, adapted: Collection[str], *, targets: bool = False) -> None:

@@ -57,7 +57,7 @@ def fails(model, folder, code: str, *parts: str) -> None:
         ({"target_modules": ["Q_PROJ"]}, "RW401", "did you mean q_proj"),
         ({"target_modules": "nothing.*"}, "RW401", "adapters fit layers that end in embed_tokens, q_proj"),
         ({"target_modules": ["mlp"]}, "RW402", "model.layers.0.mlp (LlamaMLP)"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, "RW404", "lm_head"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, "RW401", "lm_head"),
         ({"target_modules": ["q_proj"], "enable_lora": {"c_attn": [True]}}, "RW403", "c_attn"),
         ({"target_modules": ["q_proj"], "enable_lora": {"q_proj": [True] * 5}}, "RW403", "32 output rows"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "RW401", "layers_to_transform"),

@@ -32,7 +32,7 @@ class Mixed(nn.Module):
     ],
 )
 def test_what_no_adapter_fits_is_refused_with_its_reason(target: str, reason: str) -> None:
-    with pytest.raises(AdapterError, match=rf"RW431.*{target}.*{reason}"):
+    with pytest.raises(AdapterError, match=rf"RW402.*{target}.*{reason}"):
         rw.add_adapter(Mixed(), rw.LoraConfig(r=2, target_modules=[target]))
 
 
@@ -78,6 +78,6 @@ def of_subclass() -> nn.Linear:
 @pytest.mark.parametrize("targets", ["all-linear", ["0"], r"\d"])
 def test_what_another_library_quantized_is_refused(layer, named, targets) -> None:
     model = nn.Sequential(layer(), nn.Linear(8, 8))
-    with pytest.raises(AdapterError, match=rf"RW432.*{named}"):
+    with pytest.raises(AdapterError, match=rf"RW402.*{named}"):
         rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=targets))
     rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["1"]))

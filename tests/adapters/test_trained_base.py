@@ -84,7 +84,7 @@ def test_the_whole_4_bit_format_is_kept(config, stored, tmp_path):
     [
         ("nf4", RunError, "RW501"),
         (Nf4Config().to_loading_dict() | {"bits": 3}, QuantizationError, "RW615.*bits"),
-        (Nf4Config().to_loading_dict() | {"quant_type": "nf5"}, QuantizationError, "RW601"),
+        (Nf4Config().to_loading_dict() | {"quant_type": "nf5"}, QuantizationError, "RW615"),
     ],
 )
 def test_a_description_that_is_none(stored, kind, code, tmp_path):

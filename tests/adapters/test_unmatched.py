@@ -33,7 +33,7 @@ REFUSED = [
     ),
     ("llama", {"target_parameters": ["mlp.experts.w1"]}, "RW401", ["'mlp.experts.w1'", "it has no stacked experts"]),
     ("qwen3_moe", {"target_parameters": [STACK, "w1"]}, "RW401", ["'w1'", f"its stacked experts are {STACK}"]),
-    ("llama", {"modules_to_save": ["lm_head", "lm_haed"]}, "RW404", ["'lm_haed'", "did you mean lm_head?"]),
+    ("llama", {"modules_to_save": ["lm_head", "lm_haed"]}, "RW401", ["'lm_haed'", "did you mean lm_head?"]),
     (
         "qwen3_moe",
         {

@@ -225,7 +225,7 @@ def test_an_adapter_for_another_base_lists_every_tensor(verb, refuses, adapter, 
 
 
 def test_generate_with_nothing_to_generate_with(refuses):
-    refuses("RW122", "generate", "--prompt", "x")
+    refuses("RW121", "generate", "--prompt", "x")
 
 
 def test_compare_without_an_adapter(refuses, model_folder):
@@ -234,7 +234,7 @@ def test_compare_without_an_adapter(refuses, model_folder):
 
 def test_generate_without_a_tokenizer(refuses, model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
-    refuses("RW322", "generate", "--model", tmp_path / "model", "--prompt", "x")
+    refuses("RW115", "generate", "--model", tmp_path / "model", "--prompt", "x")
 
 
 def test_preview_of_a_row_that_is_not_there(refuses, model_folder, rows_file):

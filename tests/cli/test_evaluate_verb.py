@@ -112,12 +112,12 @@ def test_settings_come_from_a_file_too(rankwise, model_folder: Path, rows_file: 
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["--task", "perplexity"], "RW122"),
+        (["--task", "perplexity"], "RW121"),
         (["--model", "MODEL", "--task", "perplexity"], "RW150"),
         (["--model", "MODEL", "--task", "perplexity", "--data", "nowhere.csv"], "RW201"),
         (["--model", "MODEL"], "RW103"),
-        (["--model", "MODEL", "--task", "perplexity", "--data", "ROWS", "--num-fewshot", "4"], "RW152"),
-        (["--model", "MODEL", "--task", "perplexity", "--data", "ROWS", "--data", "ROWS"], "RW152"),
+        (["--model", "MODEL", "--task", "perplexity", "--data", "ROWS", "--num-fewshot", "4"], "RW112"),
+        (["--model", "MODEL", "--task", "perplexity", "--data", "ROWS", "--data", "ROWS"], "RW112"),
     ],
 )
 def test_mistakes_are_one_line_with_a_code(rankwise, model_folder: Path, rows_file: Path, arguments, code):

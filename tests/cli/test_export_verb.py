@@ -184,11 +184,11 @@ def test_rows_of_other_objectives_are_their_good_answers(run_folder, model_folde
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        (("--for", "llama.cpp", "--merged", "--verify"), "RW735"),
-        (("--for", "llama.cpp", "--merged", "--base-gguf", "x.gguf"), "RW735"),
-        (("--for", "vllm", "--base-gguf", "x.gguf"), "RW735"),
-        (("--for", "vllm", "--merged", "--rank", "3"), "RW735"),
-        (("--for", "vllm", "--server-python", "/bin/sh"), "RW735"),
+        (("--for", "llama.cpp", "--merged", "--verify"), "RW112"),
+        (("--for", "llama.cpp", "--merged", "--base-gguf", "x.gguf"), "RW112"),
+        (("--for", "vllm", "--base-gguf", "x.gguf"), "RW112"),
+        (("--for", "vllm", "--merged", "--rank", "3"), "RW112"),
+        (("--for", "vllm", "--server-python", "/bin/sh"), "RW112"),
         (("--for", "vllm", "--data", "rows.jsonl"), "RW201"),
         (("--for", "ollama"), "RW737"),
         (("--for", "sglang", "--verify"), "RW739"),
@@ -206,7 +206,7 @@ def test_options_without_effect_are_refused(rankwise, run_folder, tmp_path, opti
 def test_rows_are_refused_where_nothing_is_converted(rankwise, run_folder, tmp_path):
     run = run_folder()
     given = ("--for", "vllm", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "served")
-    assert "RW735" in rankwise("export", "--adapter", run, *given).stderr
+    assert "RW112" in rankwise("export", "--adapter", run, *given).stderr
 
 
 def test_a_server_that_loads_other_weights_than_were_trained_is_warned_of():
@@ -313,4 +313,4 @@ def test_a_chat_without_a_template_is_refused(rankwise, model_folder, tmp_path, 
     config.write_text(json.dumps(stored))
     assert "RW121" in rankwise("generate", "--chat", "--model", model_folder, "--prompt", "hello").stderr
     says("hello")
-    assert "RW754" in rankwise("generate", "--chat", "--model", tmp_path / "plain").stderr
+    assert "RW121" in rankwise("generate", "--chat", "--model", tmp_path / "plain").stderr

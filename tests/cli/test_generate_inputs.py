@@ -130,7 +130,7 @@ def test_a_base_model_has_no_place_for_a_conversation(rankwise, gpt2_folder, mod
     for more in (("--system", "x", "--prompt", "y"), ("--messages", file)):
         for model in (("--model", plain), ("--model", model_folder, "--raw")):
             done = rankwise("generate", *model, *more)
-            assert (done.code, f"error RW127: only a chat template can write {more[0]}, and" in done.stderr) == (
+            assert (done.code, f"error RW121: only a chat template can write {more[0]}, and" in done.stderr) == (
                 2,
                 True,
             )
@@ -151,12 +151,12 @@ def test_a_base_model_has_no_place_for_a_conversation(rankwise, gpt2_folder, mod
         ([chat(("user", "a")), chat(("user", ""))], "RW203", "conversation 2: expected text"),
         ([{"role": "user", "content": "a"}, 3], "RW203", "as message 2"),
         ({"messages": chat(("user", "a")), "tools": 3}, "RW203", "`tools`"),
-        (chat(("system", "own"), ("user", "a")), "RW126", "system message of its own"),
+        (chat(("system", "own"), ("user", "a")), "RW121", "system message of its own"),
     ],
 )
 def test_what_is_no_conversation_is_named(content, code, said, generate, tmp_path):
     file = write(tmp_path / "a.json", content)
-    done = generate("--messages", file, *(("--system", "x") if code == "RW126" else ()))
+    done = generate("--messages", file, *(("--system", "x") if code == "RW121" else ()))
     assert done.code == 2
     assert done.stderr.startswith(f"error {code}: {file}")
     assert said in done.stderr
@@ -174,10 +174,10 @@ def test_bad_lines_are_named_together(generate, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        ((), "RW124"),
-        (("--system", "x"), "RW124"),
-        (("--prompt", "-", "--prompt", "-"), "RW125"),
-        (("--prompt", "-", "--messages", "-"), "RW125"),
+        ((), "RW121"),
+        (("--system", "x"), "RW121"),
+        (("--prompt", "-", "--prompt", "-"), "RW121"),
+        (("--prompt", "-", "--messages", "-"), "RW121"),
         (("--prompt", "-"), "RW204"),
         (("--prompt-file", "{tmp}/none.txt"), "RW201"),
         (("--messages", "{tmp}"), "RW201"),

@@ -24,7 +24,7 @@ CASES = [
     ("RW165", ("compare", "--model", "M", "--data", "D", "--methods", "loar", "--output", "out")),
     ("RW154", ("compare", "--model", "M", "--data", "D", "--task", "perplexty", "--output", "out")),
     ("RW301", ("generate", "--model", "./gone", "--prompt", "Hello")),
-    ("RW122", ("generate", "--prompt", "Hello")),
+    ("RW121", ("generate", "--prompt", "Hello")),
     ("RW301", ("evaluate", "--model", "./gone", "--task", "perplexity", "--data", "D")),
     ("RW503", ("train", "--model", "M", "--data", "D", "--output", "below a file")),
     ("RW503", ("compare", "--model", "M", "--data", "D", "--output", "below a file")),
@@ -34,7 +34,7 @@ CASES = [
     ("RW502", ("train", "--model", "M", "--data", "D", "--output", "a run")),
     ("RW504", ("train", "--model", "M", "--data", "D", "--output", "M")),
     ("RW505", ("train", "--model", "M", "--data", "D", "--output", "out", "--resume")),
-    ("RW506", ("train", "--model", "M", "--data", "D", "--output", "a run", "--resume", "--overwrite")),
+    ("RW112", ("train", "--model", "M", "--data", "D", "--output", "a run", "--resume", "--overwrite")),
 ]
 OTHER_BASE = ("--model", "GPT2", "--adapter", "RUN")
 BEFORE_DATA = [

@@ -64,7 +64,7 @@ def test_a_restarted_process_resumes_what_the_last_one_left(tmp_path: Path, monk
     with pytest.raises(Interrupted):
         continued(given)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    with pytest.raises(ConfigError, match="RW147"):
+    with pytest.raises(ConfigError, match="RW112"):
         continued(given.model_copy(update={"overwrite": True}))
 
 

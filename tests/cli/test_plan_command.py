@@ -208,7 +208,7 @@ def test_by_default_the_machine_it_runs_on(plan, monkeypatch):
     [
         (("--gpu", "RTX 4095"), "RW141", "RTX 4090"),
         (("--memory", "24 bananas"), "RW140", "24GiB"),
-        (("--method", "lora,mora"), "RW142", "mora"),
+        (("--method", "lora,mora"), "RW131", "mora"),
         (("--batch-size", "0"), "RW103", "--batch-size"),
         (("--max-length", "1"), "RW103", "--max-length"),
         (("--r", "0"), "RW103", "--r"),

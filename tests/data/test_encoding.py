@@ -29,7 +29,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from rankwise.data import Rows, encode_rows, preview_row, read_template, rows_from_records
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.templates import ChatRenderer
-from rankwise.errors import DataError, RankwiseWarning
+from rankwise.errors import ConfigError, DataError, RankwiseWarning
 from tables import thinned
 
 # Writes a number of its own in front of each answer, so that none stands as another one does.
@@ -407,7 +407,7 @@ def test_nothing_left_to_train_on_is_an_error() -> None:
 
 
 def test_no_tokenizer_and_no_stop_token_are_errors() -> None:
-    with pytest.raises(DataError, match="RW219"):
+    with pytest.raises(ConfigError, match="RW115"):
         encode_rows(ROWS["prompt"], None, max_length=64)
     with pytest.raises(DataError, match="RW213"):
         encode_rows(ROWS["text"], byte_tokenizer(eos_token=None), max_length=64)

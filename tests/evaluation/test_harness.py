@@ -157,15 +157,15 @@ def test_other_worked_examples_are_another_evaluation(data: Path, tmp_path: Path
 
 
 def test_worked_examples_that_would_not_be_shown_are_refused(data: Path):
-    with pytest.raises(ConfigError, match="RW152.*needs --data"):
+    with pytest.raises(ConfigError, match="RW112.*needs --data"):
         HarnessTask("arc_easy", data=None, fewshot_data=str(data), num_fewshot=2, limit=None)
-    with pytest.raises(ConfigError, match="RW152.*--num-fewshot N"):
+    with pytest.raises(ConfigError, match="RW112.*--num-fewshot N"):
         arc_task(data, fewshot_data=str(data))
 
 
 def test_a_task_that_never_shows_examples_is_asked_for_none(data: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compat, "own_shots", lambda task: 0)
-    with pytest.raises(ConfigError, match="RW152.*--num-fewshot 2 has no effect on arc_easy"):
+    with pytest.raises(ConfigError, match="RW112.*--num-fewshot 2 has no effect on arc_easy"):
         arc_task(data, num_fewshot=2, fewshot_data=str(data))
     assert arc_task(data).describe()["num_fewshot"] == {"arc_easy": 0}
 
@@ -173,7 +173,7 @@ def test_a_task_that_never_shows_examples_is_asked_for_none(data: Path, monkeypa
 def test_worked_examples_are_never_the_questions_themselves(data: Path, monkeypatch: pytest.MonkeyPatch):
     """The harness takes them from the questions where the task has no other split."""
     monkeypatch.setattr(compat, "own_shots", lambda task: 5)
-    with pytest.raises(ConfigError, match="RW152.*shows 5 worked examples; give --fewshot-data"):
+    with pytest.raises(ConfigError, match="RW112.*shows 5 worked examples; give --fewshot-data"):
         arc_task(data)
     assert arc_task(data, num_fewshot=0).describe()["num_fewshot"] == {"arc_easy": 0}
 
@@ -189,13 +189,13 @@ def test_a_name_for_several_tasks_has_a_figure_or_is_refused(data: Path, monkeyp
     with pytest.raises(ConfigError, match="RW154.*stands for 2 tasks.*: first, second"):
         arc_task(data)
     monkeypatch.setattr(compat, "built", lambda *given: ({}, {}))
-    with pytest.raises(ConfigError, match="RW152.*several tasks, and --data holds those of one"):
+    with pytest.raises(ConfigError, match="RW112.*several tasks, and --data holds those of one"):
         arc_task(data)
 
 
 def test_data_that_a_task_would_not_read_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compat, "reads_json", lambda task: task.DATASET_PATH != "json")
-    with pytest.raises(ConfigError, match="RW152.*by code of its own; leave --data out"):
+    with pytest.raises(ConfigError, match="RW112.*by code of its own; leave --data out"):
         arc_task(data)
 
 
@@ -214,7 +214,7 @@ def test_answers_longer_than_the_model_leave_room_for_the_prompt(tmp_path: Path)
 def test_unknown_names_and_missing_examples_are_told(data: Path):
     with pytest.raises(ConfigError, match=r"RW154.*hellaswag"):
         HarnessTask("helaswag", data=None, fewshot_data=None, num_fewshot=None, limit=None)
-    with pytest.raises(ConfigError, match="RW152.*--fewshot-data"):
+    with pytest.raises(ConfigError, match="RW112.*--fewshot-data"):
         arc_task(data, num_fewshot=3)
     with pytest.raises(DataError, match="RW251.*answerKey"):
         arc_task(write_lines(data.parent / "bad.jsonl", [{"question": "x", "choices": {}}]))

@@ -103,9 +103,9 @@ def test_a_result_goes_to_disk_and_back(tmp_path: Path):
     again = load_result(tmp_path)
     assert json.dumps(again.to_json()) == json.dumps(result.to_json())
     (tmp_path / "result.json").write_text("{}")
-    with pytest.raises(RunError, match="RW574"):
+    with pytest.raises(RunError, match="RW571"):
         load_result(tmp_path)
-    with pytest.raises(RunError, match="RW574"):
+    with pytest.raises(RunError, match="RW571"):
         load_result(tmp_path / "nowhere")
 
 

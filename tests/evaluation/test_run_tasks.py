@@ -314,9 +314,9 @@ def test_without_an_output_a_folder_is_named_by_the_settings(model: Path, rows: 
     ("change", "kind", "message"),
     [
         ({"data": ()}, ConfigError, "RW150.*--data"),
-        ({"task": ("perplexity", "perplexity")}, ConfigError, "RW152.*twice"),
+        ({"task": ("perplexity", "perplexity")}, ConfigError, "RW112.*twice"),
         ({}, DataError, "RW201"),
-        ({"model": None}, ConfigError, "RW122"),
+        ({"model": None}, ConfigError, "RW121"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(model: Path, tmp_path: Path, change, kind, message):

@@ -139,11 +139,11 @@ def test_how_the_base_of_a_combination_is_loaded_is_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        ([], "RW753"),
+        ([], "RW112"),
         (["--combine", "linear", "--weights", "1"], "RW750"),
         (["--combine", "cat", "--rank", "2"], "RW750"),
         (["--combine", "linear"], "RW751"),
-        (["--combine", "cat", "--verify"], "RW753"),
+        (["--combine", "cat", "--verify"], "RW112"),
     ],
 )
 def test_what_makes_no_combination_is_refused(tmp_path, capsys, arguments, code):
@@ -167,7 +167,7 @@ def test_an_option_without_the_one_that_it_needs_is_refused(tmp_path, capsys, ar
     given = ["merge", "--adapter", str(tmp_path), *arguments, "--output", str(tmp_path / "merged"), "--json"]
     assert main(given) == 2
     error = json.loads(capsys.readouterr().out)["error"]
-    assert error["code"] == "RW753"
+    assert error["code"] == "RW112"
     assert needed in error["message"]
 
 

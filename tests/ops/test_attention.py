@@ -400,7 +400,7 @@ def test_misfits_are_one_error() -> None:
         (q, k, v, bound.long()),
         (q, k, v, None, bound[:, :7]),
     ):
-        with pytest.raises(QuantizationError, match="RW622.*it got q"):
+        with pytest.raises(QuantizationError, match="RW606.*it got q"):
             attention(*arguments)
 
 

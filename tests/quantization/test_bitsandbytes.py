@@ -238,8 +238,8 @@ def test_only_4_bit_bitsandbytes_configs_are_rewritten():
 @pytest.mark.parametrize(
     ("setting", "code"),
     [
-        ({"bnb_4bit_quant_type": "int4"}, "RW601"),
-        ({"bnb_4bit_quant_type": ["nf4"]}, "RW601"),
+        ({"bnb_4bit_quant_type": "int4"}, "RW615"),
+        ({"bnb_4bit_quant_type": ["nf4"]}, "RW615"),
         ({"bnb_4bit_compute_dtype": "int8"}, "RW605"),
         ({"bnb_4bit_compute_dtype": "load"}, "RW605"),
         ({"llm_int8_skip_modules": "lm_head"}, "RW615"),

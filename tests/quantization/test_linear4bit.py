@@ -149,12 +149,12 @@ def test_a_state_of_the_wrong_dtype_is_refused(name):
     layer = Linear4bit.from_linear(linear(128, 48))
     state = layer.state_dict()
     state[name] = state[name].bfloat16()
-    with pytest.raises(RuntimeError, match=f"RW604.*{name} is torch.bfloat16"):
+    with pytest.raises(RuntimeError, match=f"RW606.*{name} is torch.bfloat16"):
         Linear4bit(128, 48, bias=True).load_state_dict(state)
 
 
 def test_a_dense_state_is_refused():
-    with pytest.raises(RuntimeError, match="RW604"):
+    with pytest.raises(RuntimeError, match="RW606"):
         Linear4bit(128, 48, bias=True).load_state_dict(linear(128, 48).state_dict())
 
 
@@ -214,10 +214,10 @@ def test_fsdp2_shards_it_by_row_and_computes_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        ({"quant_type": "int4"}, "RW601"),
-        ({"block_size": 48}, "RW602"),
-        ({"block_size": 16}, "RW602"),
-        ({"block_size": 8192}, "RW602"),
+        ({"quant_type": "int4"}, "RW615"),
+        ({"block_size": 48}, "RW615"),
+        ({"block_size": 16}, "RW615"),
+        ({"block_size": 8192}, "RW615"),
         ({"dtype": torch.int8}, "RW605"),
     ],
 )

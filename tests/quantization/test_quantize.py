@@ -226,12 +226,12 @@ def test_weights_of_another_dtype_are_named_and_nothing_changes():
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        ({"block_size": 63}, "RW602"),
-        ({"block_size": 16}, "RW602"),
-        ({"block_size": 8192}, "RW602"),
-        ({"block_size": 64.0}, "RW602"),
-        ({"block_size": "64"}, "RW602"),
-        ({"block_size": True}, "RW602"),
+        ({"block_size": 63}, "RW615"),
+        ({"block_size": 16}, "RW615"),
+        ({"block_size": 8192}, "RW615"),
+        ({"block_size": 64.0}, "RW615"),
+        ({"block_size": "64"}, "RW615"),
+        ({"block_size": True}, "RW615"),
         ({"double_quant": 1}, "RW615"),
         ({"modules_to_not_convert": "lm_head"}, "RW615"),
         ({"modules_to_not_convert": [3]}, "RW615"),

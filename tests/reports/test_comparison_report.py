@@ -302,9 +302,9 @@ def test_a_file_that_is_no_comparison_is_refused(tmp_path, content):
 
 
 def test_a_folder_without_a_comparison_is_refused(tmp_path):
-    with pytest.raises(RunError, match="RW592"):
+    with pytest.raises(RunError, match="RW593"):
         write_report(tmp_path)
-    with pytest.raises(RunError, match="RW592"):
+    with pytest.raises(RunError, match="RW593"):
         write_report(tmp_path / "nowhere")
 
 
@@ -375,7 +375,7 @@ def test_several_folders_need_an_output(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     assert main(["report", "a", "b"]) == 2
-    assert "RW180" in capsys.readouterr().err
+    assert "RW112" in capsys.readouterr().err
 
 
 def test_one_folder_keeps_its_own_figures(tmp_path, capsys):

@@ -30,7 +30,7 @@ def test_masked_labels_and_missing_stop_tokens_are_refused() -> None:
     assert caught.value.code == "RW521"
     with pytest.raises(RunError, match="stop token") as caught:
         check_labels(**{**SOUND, "stop_rows": 0})  # type: ignore[arg-type]
-    assert caught.value.code == "RW525"
+    assert caught.value.code == "RW213"
     with pytest.warns(RankwiseWarning, match="stop token"):
         check_labels(**{**SOUND, "stop_rows": 0, "whole_texts": True})  # type: ignore[arg-type]
 

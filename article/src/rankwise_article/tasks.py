@@ -69,7 +69,7 @@ def _make_e2e(name: str, settings: EvaluateSettings, options: E2eOptions) -> Tas
 
     searches = options.num_beams > 1
     if options.length_penalty is not None and not searches:
-        raise ConfigError("RW152", "--set length_penalty goes with --set num_beams above 1; leave it out.")
+        raise ConfigError("RW112", "--set length_penalty goes with --set num_beams above 1; leave it out.")
     penalty, ngram = (LORA_BEAM_PENALTY, LORA_NGRAM) if searches else (1.0, 0)
     decoding = _decoding(
         options,
@@ -89,7 +89,7 @@ def _make_gsm8k(name: str, settings: EvaluateSettings, options: Gsm8kOptions) ->
 
     shots = 8 if settings.num_fewshot is None else settings.num_fewshot
     if shots == 0 and settings.fewshot_data is not None:
-        raise ConfigError("RW152", "--fewshot-data goes with worked examples, and --num-fewshot is 0; leave one out.")
+        raise ConfigError("RW112", "--fewshot-data goes with worked examples, and --num-fewshot is 0; leave one out.")
     problems = read_problems(settings.data_of(name))
     return Gsm8k(
         problems,
@@ -155,7 +155,7 @@ def _make_vicuna(name: str, settings: EvaluateSettings, options: VicunaOptions) 
         judge = Judge(options.judge_url, options.judge_model, options.judge_key_env, options.reference_answers)
     elif options.judge_url or options.judge_model or options.reference_answers:
         raise ConfigError(
-            "RW152", "the judge needs --set judge_url=, --set judge_model= and --set reference_answers= together."
+            "RW112", "the judge needs --set judge_url=, --set judge_model= and --set reference_answers= together."
         )
     decoding = _decoding(options, temperature=options.temperature, top_p=options.top_p, seed=options.seed)
     return Vicuna(Path(_data(name, settings)), limit=settings.limit, decoding=decoding, judge=judge)

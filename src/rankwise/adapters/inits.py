@@ -59,7 +59,7 @@ def beginning(
 ) -> Beginning | None:
     """Check and compute what ``config.init`` needs; None for "default" and "random".
 
-    Raises AdapterError: RW423 for a rank above that of a layer's weight, RW425 without the original weights, RW426
+    Raises AdapterError: RW426 for a rank above that of a layer's weight, without the original weights, and
     where no target can use the init.
     """
     init = config.init
@@ -108,7 +108,7 @@ def _check_ranks(init: Init, taking: list[AdaptedModule]) -> None:
     small = [f"{item.name} has {room[item.name]} for r = {item.r}" for item in taking if item.r > room[item.name]]
     if small:
         raise AdapterError(
-            "RW423",
+            "RW426",
             f"{init.kind} needs as many singular vectors as the rank, and {len(small)} layers have fewer ({small[0]}); "
             "lower --r, or give those layers another rank with --rank-pattern.",
         )
@@ -125,7 +125,7 @@ def _original_layers(model: nn.Module, packed: list[str], originals: nn.Module |
     missing = [name for name in packed if name not in modules or is_quantized(modules[name])]
     if missing:
         raise AdapterError(
-            "RW425",
+            "RW426",
             f"the weights before quantization are needed and unknown for {len(missing)} layers "
             f"({missing[0]}); give the dense model as add_adapter(originals=), or load the 4-bit one with load_model "
             "from dense files.",

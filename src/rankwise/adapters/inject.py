@@ -95,9 +95,9 @@ def add_adapter(
         The adapted modules and the experts that were left out; ``print`` shows them in words.
 
     Raises:
-        AdapterError: RW401 to RW404, RW419, RW431 and RW432 for targets that are missing or cannot be adapted, RW434
+        AdapterError: RW401, RW402 and RW419 for targets that are missing or cannot be adapted, RW434
             for token ids without a row, RW405 for a name that is taken or invalid, RW406 for a second adapter where
-            one changes the base, RW408 while an adapter is merged, RW423, RW425 and RW426 for an init that is not
+            one changes the base, RW408 while an adapter is merged, RW426 for an init that is not
             possible. The model is then unchanged.
 
     Warns of layers that text does not pass through (RW177), of layers in another library's 4-bit format (RW178), of

@@ -41,7 +41,7 @@ def run(settings: ExportSettings, output: Output) -> Document:
 
 
 def _check_options(settings: ExportSettings) -> None:
-    """Raise ConfigError (RW735) for options without effect."""
+    """Raise ConfigError (RW112) for options without effect."""
     is_gguf, why, idle = SERVERS[settings.target].form == "gguf", "", []
     if settings.merged:
         why = "a merged model is written whole, from its original weights"
@@ -55,7 +55,7 @@ def _check_options(settings: ExportSettings) -> None:
         why, idle = "no server is started without --verify", ["server_python"]
     if idle:
         named = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
-        raise ConfigError("RW735", f"{named} would have no effect: {why}; leave it out.")
+        raise ConfigError("RW112", f"{named} would have no effect: {why}; leave it out.")
 
 
 def _export_merged(settings: ExportSettings, output: Output) -> ExportReport:
@@ -93,7 +93,7 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
     converts = wanted.converts(file)
     if settings.data is not None and not converts and not settings.verify:
         raise ConfigError(
-            "RW735",
+            "RW112",
             "--data weighs the error of a conversion and gives --verify its prompts, and this adapter is written "
             "exactly; leave it out, or ask for a conversion with --max-error or a lower --rank.",
         )

@@ -221,7 +221,7 @@ def run(settings: GenerateSettings, output: Output) -> Document:
 
 
 def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
-    """Raise ConfigError (RW127) for options that need a chat template where there is none."""
+    """Raise ConfigError (RW121) for options that need a chat template where there is none."""
     idle = [f"--{name}" for name in ("system", "messages") if getattr(settings, name) is not None]
     if not idle or wording.chat:
         return
@@ -229,7 +229,7 @@ def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
     why = f"{settings.adapter} was trained without one" if trained else "the model has none"
     why, away = ("--raw asks for none", "--raw") if settings.raw else (why, "them")
     raise ConfigError(
-        "RW127",
+        "RW121",
         f"only a chat template can write {' and '.join(idle)}, and {why}; leave out {away}, or give the model's "
         "template with --chat-template FILE.",
     )
@@ -287,9 +287,9 @@ def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: Pr
 
 
 def base_model_name(adapter: Path | None) -> str:
-    """The base an adapter was trained on. Raises ConfigError (RW122) without one, AdapterError (RW413) if unnamed."""
+    """The base an adapter was trained on. Raises ConfigError (RW121) without one, AdapterError (RW413) if unnamed."""
     if adapter is None:
-        raise ConfigError("RW122", "there is nothing to generate with; give --model M, --adapter FOLDER or both.")
+        raise ConfigError("RW121", "there is nothing to generate with; give --model M, --adapter FOLDER or both.")
     from rankwise.adapters.trained_base import base_model_of
 
     return base_model_of(adapter)
@@ -354,27 +354,27 @@ class Conversation:
 def read_conversations(settings: GenerateSettings) -> list[Conversation]:
     """Everything to answer, in order: the prompts, the prompts of the file, the conversations.
 
-    Raises ConfigError: RW124 where there is nothing to answer, RW125 for two readers of standard input, RW126 for a
+    Raises ConfigError: RW121 where there is nothing to answer, RW121 for two readers of standard input, RW121 for a
     second system message; DataError: RW201, RW202, RW205 for a file that cannot be read, RW203 for entries that are no
     prompt or conversation, RW204 for an empty file.
     """
     sources = [*settings.prompt, *(str(path) for path in (settings.prompt_file, settings.messages) if path)]
     if sources.count(STDIN) > 1:
-        raise ConfigError("RW125", "standard input (-) can be read once; give the rest by files or --prompt TEXT.")
+        raise ConfigError("RW121", "standard input (-) can be read once; give the rest by files or --prompt TEXT.")
     prompts = [text for given in settings.prompt for text in (_prompts(STDIN) if given == STDIN else [given])]
     prompts += _prompts(str(settings.prompt_file)) if settings.prompt_file else []
     found = [Conversation(({"role": "user", "content": text},)) for text in prompts]
     found += _conversations(str(settings.messages)) if settings.messages else []
     if not found:
         options = "--prompt TEXT, --prompt-file FILE or --messages FILE"
-        raise ConfigError("RW124", f"there is nothing to answer; give {options}.")
+        raise ConfigError("RW121", f"there is nothing to answer; give {options}.")
     return [_with_system(one, settings.system) for one in found] if settings.system is not None else found
 
 
 def _with_system(given: Conversation, system: str) -> Conversation:
     if any(message["role"] == "system" for message in given.messages):
         text = f"{given.place} has a system message of its own; leave --system or that message out."
-        raise ConfigError("RW126", text)
+        raise ConfigError("RW121", text)
     return dataclasses.replace(given, messages=({"role": "system", "content": system}, *given.messages))
 
 
@@ -517,14 +517,14 @@ FORGET, LEAVE = "/new", "/exit"
 def talk(settings: GenerateSettings, speaker: Speaker, who: str, output: Output) -> list[Fields]:
     """Talk with ``who`` until the input ends. Returns the messages of the last conversation.
 
-    Raises ConfigError: RW121 for options of single prompts, RW754 without a chat template.
+    Raises ConfigError: RW121 for options of single prompts, RW121 without a chat template.
     """
     given = [name for name in ("prompt", "prompt_file", "messages", "compare", "raw") if getattr(settings, name)]
     if given:
         raise ConfigError("RW121", f"--chat answers the lines that you type; leave out {', '.join(map(flag, given))}.")
     if not speaker.wording.chat:
         raise ConfigError(
-            "RW754",
+            "RW121",
             f"a conversation needs a chat template, and {who} has none; give one with --chat-template FILE, or ask "
             "single prompts without --chat.",
         )

@@ -58,7 +58,7 @@ def run(settings: MergeSettings, output: Output) -> Document:
 
 
 def _check_options(settings: MergeSettings) -> None:
-    """Raise ConfigError (RW753) for several adapters without --combine, and for options without effect."""
+    """Raise ConfigError (RW112) for several adapters without --combine, and for options without effect."""
     if settings.combine is None:
         idle = [name for name in ("weights", "rank") if getattr(settings, name) is not None]
         idle += ["adapter"] if len(settings.adapter) > 1 else []
@@ -69,7 +69,7 @@ def _check_options(settings: MergeSettings) -> None:
         why = "is of a merged model, and --combine writes an adapter; merge that afterwards"
     problems = [f"{', '.join(f'--{name}' for name in idle)} {why}"] if idle else list(_alone(settings))
     if problems:
-        raise ConfigError("RW753", f"{'; '.join(problems)}.")
+        raise ConfigError("RW112", f"{'; '.join(problems)}.")
 
 
 def _alone(settings: MergeSettings) -> Iterator[str]:

@@ -45,7 +45,7 @@ PATHS = ("model", "data", "eval_data", "chat_template", "adapter")
 def settings_of_the_run(given: Fields) -> Fields:
     """With --resume: the settings in ``run.json`` of --output, so that no option has to be repeated.
 
-    Raises RunError (RW503 to RW506) where the folder holds no run to resume, DataError (RW201) for missing data, and
+    Raises RunError (RW503 to RW505) where the folder holds no run to resume, DataError (RW201) for missing data, and
     ConfigError (RW770) where a Python file of its rewards is not given again.
     """
     if given.get("resume") is not True or not isinstance(given.get("output"), str):
@@ -350,11 +350,11 @@ def _failure(codes: dict[int, int]) -> Exception:
 def continued(settings: TrainSettings) -> TrainSettings:
     """The settings of a process that torchrun has restarted (--max-restarts): it resumes from the last checkpoint.
 
-    Raises ConfigError (RW147) for --overwrite, which would remove that; Interrupted (RW543) for a run that was stopped.
+    Raises ConfigError (RW112) for --overwrite, which would remove that; Interrupted (RW543) for a run that was stopped.
     """
     if settings.overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0:
         raise ConfigError(
-            "RW147",
+            "RW112",
             "--overwrite and torchrun's --max-restarts do not go together: each restart would remove what the last one "
             f"had trained; remove {settings.output} yourself, or leave one of the two out.",
         )

@@ -24,7 +24,7 @@ from rankwise.constants import IGNORED
 from rankwise.data.rows import NEVER, Problem, Row, Rows, check_bad_rows
 from rankwise.data.templates import ChatRenderer, Rendered, RowRefused, Segment, renderer
 from rankwise.disk import hold
-from rankwise.errors import DataError, RunError, warn
+from rankwise.errors import ConfigError, DataError, RunError, warn
 from rankwise.records import write_bytes
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class RowEncoder:
 
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase | None, chat_template: str | None) -> None:
         if tokenizer is None:
-            raise DataError("RW219", "the model has no tokenizer, so text cannot be encoded; add its tokenizer files.")
+            raise ConfigError("RW115", "the model has no tokenizer to encode text with; add its tokenizer files.")
         self.tokenizer = tokenizer
         self.template, self._render = renderer(rows, tokenizer, chat_template)
         self.left_out: Counter[str] = Counter()
@@ -214,7 +214,7 @@ def encode_rows(
     ``skip_bad_rows`` bad rows (None: all), including those that reading left out, are left out with a warning (RW223).
 
     Raises DataError: RW210 chat rows without a template, RW211 a template that refuses a row, RW212 a template that
-    does not separate the assistant's text, RW213 no stop token, RW214 no trained token, RW219 no tokenizer, RW221 a
+    does not separate the assistant's text, RW213 no stop token, RW214 no trained token, RW115 no tokenizer, RW221 a
     template that omits a part of a row, RW222 an answer that is only its stop token.
     """
     encoder = RowEncoder(rows, tokenizer, chat_template)

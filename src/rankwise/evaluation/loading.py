@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.config import TrainSettings
 from rankwise.constants import TEMPLATE_FILE
-from rankwise.errors import ConfigError, DataError, ModelError, RunError, heard
+from rankwise.errors import ConfigError, DataError, RunError, heard
 from rankwise.evaluation.record import text_sha256
 from rankwise.foreign import JsonObject, read_json
 from rankwise.options import LONGEST_ROW
@@ -52,7 +52,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
     The last adapter is active. ``named`` says whether the user named the model. If not, ``name`` comes from the
     adapter, and the model is loaded at the revision of the training.
 
-    Raises ConfigError (RW151) if the adapters were trained on different bases, ModelError (RW322) if there is no
+    Raises ConfigError (RW151) if the adapters were trained on different bases, ConfigError (RW115) if there is no
     tokenizer, and what ``load_model`` and ``load_adapter`` raise. Warns (RW417) if an adapter names another hub model.
     """
     from rankwise.acceleration import limit_generated_kernels, use_native_products
@@ -111,10 +111,10 @@ def check_fit(name: str, adapters: Sequence[Path], options: LoadOptions, *, name
 
 
 def needed_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer. Raises ModelError (RW322) where the model ``name`` has none."""
+    """The tokenizer. Raises ConfigError (RW115) where the model ``name`` has none."""
     if tokenizer is None:
-        raise ModelError(
-            "RW322", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
+        raise ConfigError(
+            "RW115", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
         )
     return tokenizer
 

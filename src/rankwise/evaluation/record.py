@@ -83,14 +83,14 @@ class TaskResult:
 
 
 def load_result(folder: Path) -> TaskResult:
-    """The record in ``folder``. Raises RunError (RW574) when it is missing or cannot be read."""
+    """The record in ``folder``. Raises RunError (RW571) when it is missing or cannot be read."""
     path = folder / RESULT_FILE
     try:
         return checked(TaskResult, read_json(path, constants=True))
     except FileNotFoundError:
-        raise RunError("RW574", f"{folder} holds no {RESULT_FILE}; give a folder that evaluate has written.") from None
+        raise RunError("RW571", f"{folder} holds no {RESULT_FILE}; give a folder that evaluate has written.") from None
     except (OSError, ValueError) as error:
-        raise RunError("RW574", f"cannot read {path} as the result of an evaluation: {reason_of(error)}.") from None
+        raise RunError("RW571", f"cannot read {path} as the result of an evaluation: {reason_of(error)}.") from None
 
 
 def read_examples(path: Path) -> Iterator[Example]:

@@ -351,7 +351,7 @@ def _as_name(text: str) -> str:
 
 def _base(adapters: Sequence[Path]) -> str:
     if not adapters:
-        raise ConfigError("RW122", "there is nothing to evaluate; give --model M, --adapter FOLDER or both.")
+        raise ConfigError("RW121", "there is nothing to evaluate; give --model M, --adapter FOLDER or both.")
     return base_of(adapters)
 
 

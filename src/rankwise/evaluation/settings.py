@@ -128,7 +128,7 @@ class EvaluateSettings(LoadingOptions):
 def split_data(data: tuple[str, ...], tasks: tuple[str, ...]) -> tuple[Mapping[str, str], str | None]:
     """``("e2e=a.csv", "b.jsonl")`` -> ({"e2e": "a.csv"}, "b.jsonl"). A path with ``=`` stays one.
 
-    Raises ConfigError (RW152) where two are given for the same tasks, or one for none of them.
+    Raises ConfigError (RW112) where two are given for the same tasks, or one for none of them.
     """
     named: dict[str, str] = {}
     common: list[str] = []
@@ -137,13 +137,13 @@ def split_data(data: tuple[str, ...], tasks: tuple[str, ...]) -> tuple[Mapping[s
         if not equals or name not in tasks:
             common.append(item)
         elif name in named:
-            raise ConfigError("RW152", f"--data {name}= is given twice, {named[name]} and {place}; give one.")
+            raise ConfigError("RW112", f"--data {name}= is given twice, {named[name]} and {place}; give one.")
         else:
             named[name] = place
     if len(common) > 1:
         raise ConfigError(
-            "RW152", f"--data is given {len(common)} times for all tasks ({', '.join(common)}); give one, or TASK=DATA."
+            "RW112", f"--data is given {len(common)} times for all tasks ({', '.join(common)}); give one, or TASK=DATA."
         )
     if common and set(tasks) <= set(named):
-        raise ConfigError("RW152", f"--data {common[0]} is for no task: each has data of its own. Leave it out.")
+        raise ConfigError("RW112", f"--data {common[0]} is for no task: each has data of its own. Leave it out.")
     return named, next(iter(common), None)

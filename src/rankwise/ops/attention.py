@@ -45,7 +45,7 @@ def attention(
         (B, Lq, H, D) in the dtype of q, contiguous where the native kernel ran.
 
     Raises:
-        QuantizationError: RW622, shapes, dtypes or devices that do not fit together; RW607, the native kernel was
+        QuantizationError: RW606, shapes, dtypes or devices that do not fit together; RW607, the native kernel was
             forced (`rankwise.ops.set_implementation`) and cannot run.
     """
     q, k, v = map(selection.as_autocast, (q, k, v))

@@ -20,12 +20,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_type(quant_type: str, block_size: int) -> None:
-    """Raise QuantizationError RW601 or RW602 for a format that does not exist."""
+    """Raise QuantizationError RW615 for a format that does not exist."""
     if quant_type not in QUANT_TYPES:
-        raise QuantizationError("RW601", f"there is no 4-bit type {quant_type!r}: use one of {', '.join(QUANT_TYPES)}.")
+        raise QuantizationError("RW615", f"there is no 4-bit type {quant_type!r}: use one of {', '.join(QUANT_TYPES)}.")
     if block_size not in BLOCK_SIZES:
         raise QuantizationError(
-            "RW602",
+            "RW615",
             f"the block size is {block_size!r}: use a power of two "
             f"from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} (64 is usual).",
         )
@@ -66,7 +66,7 @@ def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> None:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float | None
 ) -> None:
-    """Raise QuantizationError RW622, all mismatches at once, unless the arguments fit together."""
+    """Raise QuantizationError RW606, all mismatches at once, unless the arguments fit together."""
     good = q.dim() == k.dim() == 4 and k.shape == v.shape and q.dtype == k.dtype == v.dtype
     good = good and q.device == k.device == v.device and q.is_floating_point()
     good = good and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
@@ -80,14 +80,14 @@ def attention_forward(
             f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in named.items() if x is not None
         )
         raise QuantizationError(
-            "RW622",
+            "RW606",
             "attention needs q (B, Lq, H, D), k and v (B, Lk, Hkv, D) of one dtype, H a multiple of Hkv, start and end "
             f"(B, Lq) int32, all on one device; it got {found}.",
         )
 
 
 def check_weight(weight: PackedWeight) -> None:
-    """Raise QuantizationError RW604, all mismatches at once, unless the tensors hold a weight of that shape."""
+    """Raise QuantizationError RW606, all mismatches at once, unless the tensors hold a weight of that shape."""
     check_type(weight.quant_type, weight.block_size)
     codes, absmax, shape, _, block_size, nested_absmax, offset = weight.parts
     n = math.prod(shape)
@@ -107,16 +107,16 @@ def check_weight(weight: PackedWeight) -> None:
 
 
 def check_absmax(absmax: Tensor) -> None:
-    """Raise QuantizationError RW604 or RW605 unless ``absmax`` is float32 (blocks,)."""
+    """Raise QuantizationError RW606 or RW605 unless ``absmax`` is float32 (blocks,)."""
     if absmax.dtype is not torch.float32:
         raise QuantizationError("RW605", f"absmax is {absmax.dtype}: double quantization takes float32.")
     if absmax.dim() != 1:
         shape = tuple(absmax.shape)
-        raise QuantizationError("RW604", f"absmax has shape {shape}: double quantization takes (blocks,).")
+        raise QuantizationError("RW606", f"absmax has shape {shape}: double quantization takes (blocks,).")
 
 
 def check_codes(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:
-    """Raise QuantizationError RW604, all mismatches at once, unless these are double-quantized scales (blocks,)."""
+    """Raise QuantizationError RW606, all mismatches at once, unless these are double-quantized scales (blocks,)."""
     nested = -(-codes.numel() // NESTED_BLOCK)
     wanted = ((codes, "codes", codes.numel(), torch.uint8), (nested_absmax, "nested_absmax", nested, torch.float32))
     faults = [
@@ -129,7 +129,7 @@ def check_codes(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:
     if not codes.device == nested_absmax.device == offset.device:
         faults.append("they are on different devices")
     if faults:
-        raise QuantizationError("RW604", f"these are not double-quantized scales: {'; '.join(faults)}.")
+        raise QuantizationError("RW606", f"these are not double-quantized scales: {'; '.join(faults)}.")
 
 
 def check_matrix(shape: Sequence[int]) -> None:
@@ -188,7 +188,7 @@ def _mismatch(weight: PackedWeight) -> QuantizationError:
     if len(devices) > 1:
         faults.append(f"the buffers are on different devices ({', '.join(sorted(devices))})")
     return QuantizationError(
-        "RW604",
+        "RW606",
         f"the buffers do not hold a 4-bit weight of shape {tuple(shape)} in blocks of {block_size}: "
         f"{'; '.join(faults)}. The checkpoint is truncated or its parts belong to different weights.",
     )

@@ -5,7 +5,7 @@ Everything else runs in plain PyTorch. `rankwise.ops.table` has a row for each f
 
 Legend: T = rows (all leading dimensions together), N and D = columns, R = rank, V = vocabulary, C = rows with logits;
 B, H, L = batch, heads, positions. bfloat16 is computed in float32 and rounded once, unless the formula says otherwise.
-Results are deterministic and do not depend on the number of threads. Bad arguments raise QuantizationError RW620.
+Results are deterministic and do not depend on the number of threads. Bad arguments raise QuantizationError RW606.
 """
 
 from __future__ import annotations

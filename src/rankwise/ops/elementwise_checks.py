@@ -1,4 +1,4 @@
-"""Checks of arguments before an element-wise kernel of `rankwise.ops.elementwise` gets a pointer. Failures raise RW620,
+"""Checks of arguments before an element-wise kernel of `rankwise.ops.elementwise` gets a pointer. Failures raise RW606,
 bad targets RW621.
 
 Legend: T = rows, N and D = columns, R = rank, V = vocabulary, C = rows with logits; B, H, L = batch, heads, positions.
@@ -89,7 +89,7 @@ def glu_backward(dout: Tensor, gate: Tensor, up: Tensor, act: str, want_product:
 
 def _glu(gate: Tensor, up: Tensor, act: str, dout: Tensor | None) -> None:
     if act not in ACTIVATIONS:
-        raise QuantizationError("RW620", f"there is no activation {act!r}: use one of {', '.join(ACTIVATIONS)}.")
+        raise QuantizationError("RW606", f"there is no activation {act!r}: use one of {', '.join(ACTIVATIONS)}.")
     if gate.dim() == 0 or not _same(gate, up) or (dout is not None and not _same(gate, dout)):
         raise _misfit("glu needs tensors of one shape (T, N) and dtype", gate=gate, up=up, dout=dout)
 
@@ -115,7 +115,7 @@ def cross_entropy_(
         raise _misfit("cross_entropy_ needs logits (C, V) and targets (C,) int64", logits=logits, targets=targets)
     if not 0 <= label_smoothing <= 1 or not multiplier > 0 or (softcap is not None and not softcap > 0):
         raise QuantizationError(
-            "RW620",
+            "RW606",
             f"cross_entropy_ needs a label smoothing in [0, 1], a softcap and a multiplier above 0; it got "
             f"{label_smoothing}, {softcap} and {multiplier}.",
         )
@@ -127,7 +127,7 @@ def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> None:
 
 def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int, first: int = 0) -> None:
     if not 0 <= p < 1:
-        raise QuantizationError("RW620", f"dropout cannot drop with probability {p}: use a number in [0, 1).")
+        raise QuantizationError("RW606", f"dropout cannot drop with probability {p}: use a number in [0, 1).")
     if not _same(dx, z):
         raise _misfit("dropout_add_ needs dx and z of one shape and dtype", dx=dx, z=z)
 
@@ -216,7 +216,7 @@ def _misfit(needs: str, **tensors: Tensor | None) -> QuantizationError:
         for name, tensor in tensors.items()
         if tensor is not None
     )
-    return QuantizationError("RW620", f"{needs}, all on one device; it got {found}.")
+    return QuantizationError("RW606", f"{needs}, all on one device; it got {found}.")
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:

@@ -41,7 +41,7 @@ def dequantize_weight(weight: PackedWeight, dtype: torch.dtype | None = None, ga
     With ``gain`` (N,) float32, each row of W' (N, K) is multiplied by its gain before it is rounded.
 
     Raises:
-        QuantizationError: RW601, RW602, RW605, and RW604 when the tensors do not hold a weight of that shape.
+        QuantizationError: RW605, RW615, and RW606 when the tensors do not hold a weight of that shape.
     """
     dtype = dtype or weight.dtype
     name, more = ("dequantize_4bit", (dtype,)) if gain is None else ("dequantize_gained_4bit", (gain, dtype))
@@ -63,7 +63,7 @@ def quantize_4bit(w: Tensor, quant_type: str = "nf4", block_size: int = 64) -> t
         else (ceil(n / 2), 1); and absmax float32 (blocks,).
 
     Raises:
-        QuantizationError: RW601 unknown type, RW602 bad block size, RW603 NaN or Inf in w, RW605 bad dtype.
+        QuantizationError: RW615 unknown type or bad block size, RW603 NaN or Inf in w, RW605 bad dtype.
     """
     return _ops.quantize_4bit(w, quant_type, block_size)
 
@@ -89,7 +89,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absmax' = dynamic_map[codes] * nested_absmax + offset, with one nested_absmax per 256 blocks (QLoRA, section 3).
 
     Raises:
-        QuantizationError: RW604 another shape, RW605 another dtype.
+        QuantizationError: RW606 another shape, RW605 another dtype.
     """
     return _ops.quantize_absmax(absmax)
 
@@ -98,7 +98,7 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> T
     """The float32 (blocks,) scales of a double-quantized weight.
 
     Raises:
-        QuantizationError: RW604 when the buffers do not belong together.
+        QuantizationError: RW606 when the buffers do not belong together.
     """
     return _ops.dequantize_absmax(codes, nested_absmax, offset)
 
@@ -110,7 +110,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
     for ``functional.linear``. A bias of another dtype is cast to that of x.
 
     Raises:
-        QuantizationError: RW601, RW602, RW604, RW605, and RW606 when x, bias and weight do not fit together.
+        QuantizationError: RW605, RW615, and RW606 when x, bias and weight do not fit together.
     """
     x = as_autocast(x)
     if bias is not None and bias.dtype is not x.dtype:
@@ -129,7 +129,7 @@ def linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
     """dx = dy W', with W' rounded to the dtype of dy. dy (..., N) -> dx (..., K), in the dtype of dy.
 
     Raises:
-        QuantizationError: RW601, RW602, RW604, RW605, and RW606 when dy and weight do not fit together.
+        QuantizationError: RW605, RW615, and RW606 when dy and weight do not fit together.
     """
     if _transformed():
         check_rows(grad, weight.shape, 0, weight.codes.device)
@@ -141,7 +141,7 @@ def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype | None = None) -> Te
     """||W'_n|| over K, float32 (N,), of W' rounded to ``dtype`` or the weight's own; the sum is kept in float32.
 
     Raises:
-        QuantizationError: RW601, RW602, RW604, RW605, and RW606 when the weight is not a matrix (N, K).
+        QuantizationError: RW605, RW615, and RW606 when the weight is not a matrix (N, K).
     """
     return _ops.row_norms_4bit(*weight.parts, dtype or weight.dtype)
 
@@ -151,7 +151,7 @@ def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtyp
     W' is made where its rows are whole blocks.
 
     Raises:
-        QuantizationError: RW601, RW602, RW604, RW605, and RW620 when A, B and weight do not fit together.
+        QuantizationError: RW605, RW615, and RW606 when A, B and weight do not fit together.
     """
     dtype = dtype or weight.dtype
     # Called at every optimizer step for every layer: past the dispatcher where nothing traces.
@@ -164,7 +164,7 @@ def adapted_gain_4bit(weight: PackedWeight, squared: Tensor, A: Tensor, B: Tenso
     """`rankwise.ops.elementwise.adapted_gain` of W' in the weight's dtype.
 
     Raises:
-        QuantizationError: RW601, RW602, RW604, RW605, and RW620 when the arguments do not fit together.
+        QuantizationError: RW605, RW615, and RW606 when the arguments do not fit together.
     """
     if _nothing_watches(weight.codes, squared):
         return table.run("adapted_gain_4bit", weight, squared, A, B, m, scale, weight.dtype)

@@ -109,7 +109,7 @@ class Adaptation:
 
 
 def adaptation(shape: Shape, config: LoraConfig) -> Adaptation:
-    """What ``add_adapter`` would train. Raises AdapterError (RW401 to RW404, RW419) and warns (RW420) as it does."""
+    """What ``add_adapter`` would train. Raises AdapterError (RW401 to RW403, RW419) and warns (RW420) as it does."""
     names = _names(shape)
     check_targets(config, names)
     stacks = tuple(_stacks(shape, config))

@@ -20,7 +20,7 @@ from rankwise.planning.workload import Workload
 
 
 def of_shape(shape: Shape, method: str, workload: Workload) -> MemoryEstimate:
-    """The peak of one step. Raises AdapterError: RW401 to RW404 and RW419 for targets; ConfigError: RW132 for an
+    """The peak of one step. Raises AdapterError: RW401 to RW403 and RW419 for targets; ConfigError: RW132 for an
     optimizer whose memory is not known."""
     started = time.perf_counter()
     step = StepFacts.of(shape, method, workload)

@@ -32,7 +32,7 @@ def estimate(
     (seconds), at most until ``deadline`` (by ``time.monotonic``); otherwise the closed form uses the config.
 
     Raises ConfigError: RW130 for settings, RW131 for an unknown method, RW132 for an optimizer whose memory is not
-    known; AdapterError: RW401 to RW404 and RW419 for targets; ModelError: RW135 after the deadline, RW325 ff. and as
+    known; AdapterError: RW401 to RW403 and RW419 for targets; ModelError: RW135 after the deadline, RW325 ff. and as
     ``fetch_model`` and ``load_skeleton`` do.
     """
     if method not in PLANNED:

@@ -150,7 +150,7 @@ def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: Non
     """The plan for these options. ``say`` is called with a line about each dry run.
 
     Raises ConfigError: RW116 an optimizer that cannot run there, RW130 to RW132 impossible settings, RW140 a size,
-    RW141 a card, RW142 a method, RW143 no model; ModelError and QuantizationError as ``estimate`` does, where every
+    RW141 a card, RW131 a method, RW143 no model; ModelError and QuantizationError as ``estimate`` does, where every
     method fails so.
     """
     methods = settings.methods

@@ -23,7 +23,7 @@ class FourBitConfig(QuantizationConfigMixin):
     """The common part of `Nf4Config` and `Fp4Config`; use one of them.
 
     Raises:
-        QuantizationError: RW602 block size, RW605 compute dtype, RW615 anything else of the wrong kind.
+        QuantizationError: RW605 compute dtype, RW615 anything else of the wrong kind.
     """
 
     quant_type: ClassVar[str] = ""
@@ -50,7 +50,7 @@ class FourBitConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         if type(self.block_size) is not int:
-            raise QuantizationError("RW602", f"block_size is {self.block_size!r}: use a whole number, 64 is usual.")
+            raise QuantizationError("RW615", f"block_size is {self.block_size!r}: use a whole number, 64 is usual.")
         check_type(self.quant_type, self.block_size)
         if type(self.double_quant) is not bool:
             raise QuantizationError("RW615", f"double_quant is {self.double_quant!r}: use True or False.")
@@ -63,7 +63,7 @@ class FourBitConfig(QuantizationConfigMixin):
         given = {key: value for key, value in config_dict.items() if key not in ("quant_method", "quant_type")}
         quant_type = config_dict.get("quant_type", cls.quant_type)
         if quant_type not in CONFIGS:
-            raise QuantizationError("RW601", f"there is no 4-bit type {quant_type!r}: use nf4 or fp4.")
+            raise QuantizationError("RW615", f"there is no 4-bit type {quant_type!r}: use nf4 or fp4.")
         unknown = given.keys() - {item.name for item in fields(cls) if item.init}
         if unknown:
             raise QuantizationError("RW615", f"a 4-bit config has no {', '.join(sorted(unknown))}.")
@@ -148,7 +148,7 @@ def rewrite_bitsandbytes_config(config: Fields) -> FourBitConfig | None:
     checkpoint of bitsandbytes.
 
     Raises:
-        QuantizationError: RW601 unknown ``bnb_4bit_quant_type``, RW605 unknown ``bnb_4bit_compute_dtype``.
+        QuantizationError: RW615 unknown ``bnb_4bit_quant_type``, RW605 unknown ``bnb_4bit_compute_dtype``.
     """
     stored = config.get("quantization_config", config)
     # load_in_4bit decides, as in transformers: old checkpoints have no quant_method.
@@ -158,7 +158,7 @@ def rewrite_bitsandbytes_config(config: Fields) -> FourBitConfig | None:
     quant_type = stored.get("bnb_4bit_quant_type", "fp4")
     if quant_type not in QUANT_TYPES:
         found = repr(quant_type)[:60]
-        raise QuantizationError("RW601", f"the checkpoint's bnb_4bit_quant_type is {found}: use nf4 or fp4.")
+        raise QuantizationError("RW615", f"the checkpoint's bnb_4bit_quant_type is {found}: use nf4 or fp4.")
     return CONFIGS[quant_type](
         double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)),
         modules_to_not_convert=stored.get("llm_int8_skip_modules"),

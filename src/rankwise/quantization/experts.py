@@ -53,7 +53,7 @@ class StackScales(nn.Module):
     the stack is dequantized; ``compute_dtype``: as in `Linear4bit`.
 
     Raises:
-        QuantizationError: RW601 unknown type, RW602 bad block size, RW605 bad dtype.
+        QuantizationError: RW615 unknown type or bad block size, RW605 bad dtype.
     """
 
     absmax: Tensor
@@ -113,7 +113,7 @@ class StackScales(nn.Module):
         return self
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        """Load the scales. A wrong dtype is reported as an error (RW604)."""
+        """Load the scales. A wrong dtype is reported as an error (RW606)."""
         if not check_scale_dtypes(self, state, prefix, arguments[-1]):
             return
         super()._load_from_state_dict(state, prefix, *arguments)

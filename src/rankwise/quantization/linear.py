@@ -59,7 +59,7 @@ class Linear4bit(nn.Module):
         ``was_conv1d``: whether the layer replaces a transformers ``Conv1D``, which ``dense_layer`` then returns.
 
         Raises:
-            QuantizationError: RW601 unknown type, RW602 bad block size, RW605 bad dtype.
+            QuantizationError: RW615 unknown type or bad block size, RW605 bad dtype.
         """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -97,7 +97,7 @@ class Linear4bit(nn.Module):
         """Quantize ``weight`` (N, K) of float32, bfloat16 or float16; ``bias`` is used unchanged.
 
         Raises:
-            QuantizationError: RW601 unknown type, RW602 bad block size, RW603 NaN or Inf in the weight, RW605 bad
+            QuantizationError: RW615 unknown type or bad block size, RW603 NaN or Inf in the weight, RW605 bad
                 dtype, RW606 not a matrix.
         """
         if weight.dim() != 2:
@@ -291,7 +291,7 @@ def keeping_scales(holder: Holder, fn: Callable[[Tensor], Tensor]) -> tuple[Call
 
 
 def check_scale_dtypes(holder: nn.Module, state: dict[str, Tensor], prefix: str, errors: list[str]) -> bool:
-    """Whether codes and scales in ``state`` have the dtypes of ``holder``; else an error (RW604) is appended."""
+    """Whether codes and scales in ``state`` have the dtypes of ``holder``; else an error (RW606) is appended."""
     # copy_ would cast silently, and codes or scales after a cast give wrong weights.
     held = ((name, getattr(holder, name, None)) for name in ("weight", *SCALES))
     own = {prefix + name: tensor for name, tensor in held if tensor is not None}
@@ -301,7 +301,7 @@ def check_scale_dtypes(holder: nn.Module, state: dict[str, Tensor], prefix: str,
         if name in state and state[name].dtype is not tensor.dtype
     ]
     if wrong:
-        errors.append(str(QuantizationError("RW604", f"the state does not fit a 4-bit layer: {'; '.join(wrong)}.")))
+        errors.append(str(QuantizationError("RW606", f"the state does not fit a 4-bit layer: {'; '.join(wrong)}.")))
     return not wrong
 
 

@@ -376,12 +376,12 @@ def unit_of(document: Fields) -> str:
 def load_comparison(folder: Path) -> Comparison:
     """Read ``comparison.json`` of the folder.
 
-    Raises RunError: RW592 no comparison here, RW593 it cannot be read.
+    Raises RunError: RW593 no comparison here, RW593 it cannot be read.
     """
     path = folder / COMPARISON_FILE
     if not path.is_file():
         state = f"holds no {COMPARISON_FILE}" if folder.is_dir() else "is not a folder"
-        raise RunError("RW592", f"{folder} {state}; give a folder that `rankwise compare` wrote (its --output).")
+        raise RunError("RW593", f"{folder} {state}; give a folder that `rankwise compare` wrote (its --output).")
     try:
         document = read_object(path)
         if document["schema"] != SCHEMA:

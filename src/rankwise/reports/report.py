@@ -18,7 +18,7 @@ HTML_FILE, MARKDOWN_FILE, JSON_FILE = "report.html", "report.md", "report.json"
 def write_report(folder: Path, output: Path | None = None) -> list[Path]:
     """Write the three reports of the comparison in ``folder`` to ``output`` (default: the folder itself).
 
-    Returns their paths: HTML, Markdown, JSON. Raises RunError: RW592 no comparison here, RW593 it cannot be read.
+    Returns their paths: HTML, Markdown, JSON. Raises RunError: RW593 no comparison here, RW593 it cannot be read.
     """
     return write_reports(load_comparison(folder), output or folder)
 
@@ -28,7 +28,7 @@ def merged_report(folders: Sequence[Path], output: Path, summarise: Summarise) -
 
     ``summarise(document, place_of_run)`` computes methods, differences and the recommendation of the joined runs again.
 
-    Raises RunError: RW592, RW593 as ``write_report``; RW594 the folders are of different comparisons.
+    Raises RunError: RW593 as ``write_report``; RW594 the folders are of different comparisons.
     """
     joined = merge([load_comparison(folder) for folder in folders])
     document = {**joined.document, **summarise(joined.document, joined.place_of)}

@@ -37,10 +37,10 @@ class ReportSettings(Settings):
 
 
 def output_of(settings: ReportSettings) -> Path:
-    """Where the report goes. Raises ConfigError (RW180) for several folders without ``--output``."""
+    """Where the report goes. Raises ConfigError (RW112) for several folders without ``--output``."""
     if settings.output is not None:
         return settings.output
     if len(settings.folders) > 1:
         count = len(settings.folders)
-        raise ConfigError("RW180", f"the report of {count} folders belongs in none of them; give --output DIR.")
+        raise ConfigError("RW112", f"the report of {count} folders belongs in none of them; give --output DIR.")
     return settings.folders[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.disk import refuse_links, strays
-from rankwise.errors import RunError
+from rankwise.errors import ConfigError, RunError
 from rankwise.foreign import Fields
 from rankwise.options import flag
 from rankwise.records import RUN_FILE, check_writable, load_record
@@ -51,12 +51,12 @@ LENGTH_FREE = (*CONSTANT, "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
     """Check whether a run may use this folder, and return how. Nothing is written.
 
-    Raises RunError: RW502 for a folder with a run, RW503 for a folder that cannot be written, RW504 for a folder with
-    other files and no run, or with other files under the names of the run to overwrite, RW505 for nothing to resume,
-    RW506 for both options at once, RW554 for a link in the place of the checkpoint folder.
+    Raises ConfigError RW112 for both options at once; RunError: RW502 for a folder with a run, RW503 for a folder that
+    cannot be written, RW504 for a folder with other files and no run, or with other files under the names of the run to
+    overwrite, RW505 for nothing to resume, RW554 for a link in the place of the checkpoint folder.
     """
     if resume and overwrite:
-        raise RunError("RW506", "--resume continues the old run and --overwrite replaces it; give one of them.")
+        raise ConfigError("RW112", "--resume continues the old run and --overwrite replaces it; give one of them.")
     check_writable(output)
     refuse_links(output, [FOLDER])
     there = holds_run(output)

@@ -14,7 +14,7 @@ from rankwise.adapters import adapter_config, adapter_parameters, has_adapter, l
 from rankwise.adapters.guests import guest_of
 from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
-from rankwise.errors import RunError, some_of, warn
+from rankwise.errors import DataError, RunError, some_of, warn
 from rankwise.models.load import table_rows
 from rankwise.training.checkpoints import check_space
 from rankwise.training.foresight import longest_row
@@ -25,8 +25,8 @@ def check_labels(*, tokens: int, trained_tokens: int, stop_rows: int, whole_text
     """Check that there are trained tokens, and stop tokens among them.
 
     ``stop_rows``: number of rows with a stop token in the labels; ``whole_texts``: the rows are plain texts, which
-    need no stop token. Raises RunError: RW521 where no token is trained, RW525 where no row has a stop token (of whole
-    texts a warning).
+    need no stop token. Raises RunError RW521 where no token is trained, DataError RW213 where no row has a
+    stop token (of whole texts a warning).
     """
     if not trained_tokens:
         raise RunError(
@@ -41,8 +41,8 @@ def check_labels(*, tokens: int, trained_tokens: int, stop_rows: int, whole_text
         "cut, or use a chat template that trains the end of the turn."
     )
     if not whole_texts:
-        raise RunError("RW525", text)
-    warn("RW525", text)
+        raise DataError("RW213", text)
+    warn("RW213", text)
 
 
 def check_positions(model: nn.Module, datasets: Iterable[Dataset]) -> None:

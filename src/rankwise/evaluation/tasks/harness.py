@@ -56,7 +56,7 @@ class HarnessTask(Task):
         self.num_fewshot = num_fewshot
         if fewshot_data is not None and data is None:
             raise ConfigError(
-                "RW152",
+                "RW112",
                 f"--task {name} --fewshot-data needs --data too: with the hub's questions go the hub's own examples.",
             )
         self._fewshot_sha256: str | None = None
@@ -95,12 +95,12 @@ class HarnessTask(Task):
         if not tasks:
             raise self._several()
         if data is not None and not all(map(lm_eval.reads_json, tasks.values())):
-            raise ConfigError("RW152", f"--task {self.name} reads its data by code of its own; leave --data out.")
+            raise ConfigError("RW112", f"--task {self.name} reads its data by code of its own; leave --data out.")
         return tasks, groups, sha256 or found
 
     def _several(self) -> ConfigError:
         text = f"--task {self.name} stands for several tasks, and --data holds those of one; give the tasks by name."
-        return ConfigError("RW152", text)
+        return ConfigError("RW112", text)
 
     def _built(self, spec: str, folder: Path | None = None) -> tuple[dict[str, Any], dict[str, Any], str]:
         """Tasks, groups, and the hash of their questions. Any error of the harness is raised as DataError (RW251)."""
@@ -127,25 +127,25 @@ class HarnessTask(Task):
         return int(lm_eval.own_shots(task) or 0) if self.num_fewshot is None else self.num_fewshot
 
     def _check_examples(self, data: str | None, fewshot_data: str | None) -> None:
-        """Raise ConfigError (RW152) where worked examples would not be shown, or would be the questions themselves."""
+        """Raise ConfigError (RW112) where worked examples would not be shown, or would be the questions themselves."""
         # The harness never overrides a task that says 0.
         without = [name for name, task in self.tasks.items() if lm_eval.own_shots(task) == 0]
         if self.num_fewshot and without:
             raise ConfigError(
-                "RW152",
+                "RW112",
                 f"--num-fewshot {self.num_fewshot} has no effect on {some_of(without, 3)}: lm-evaluation-harness shows "
                 "no worked examples there; leave it out, or give other tasks by name.",
             )
         shots = {name: self._shots(task) for name, task in self.tasks.items()}
         if fewshot_data is not None and not any(shots.values()):
             raise ConfigError(
-                "RW152",
+                "RW112",
                 f"--task {self.name} --fewshot-data needs --num-fewshot N: the task by itself shows no examples.",
             )
         borrowed = [shots[name] for name, task in self.tasks.items() if shots[name] and not lm_eval.has_examples(task)]
         if data is not None and fewshot_data is None and borrowed:
             raise ConfigError(
-                "RW152",
+                "RW112",
                 f"--task {self.name} with --data shows {borrowed[0]} worked examples; give --fewshot-data F to take "
                 "them from, or --num-fewshot 0.",
             )

@@ -20,16 +20,16 @@ BY_HARNESS = ("num_fewshot", "fewshot_data")
 
 
 def make_tasks(settings: EvaluateSettings) -> list[Task]:
-    """The requested tasks with their data. Raises as ``make_task``, and RW152 for an option that no task uses."""
+    """The requested tasks with their data. Raises as ``make_task``, and RW112 for an option that no task uses."""
     duplicates = sorted({name for name in settings.task if settings.task.count(name) > 1})
     if duplicates:
-        raise ConfigError("RW152", f"--task {', '.join(duplicates)} is given twice; once is enough.")
+        raise ConfigError("RW112", f"--task {', '.join(duplicates)} is given twice; once is enough.")
     check_options(settings)
     return [make_task(name, settings) for name in settings.task]
 
 
 def check_options(settings: EvaluateSettings) -> None:
-    """Raise ConfigError (RW152) for options that none of the tasks uses."""
+    """Raise ConfigError (RW112) for options that none of the tasks uses."""
     fields, own = EvaluateSettings.model_fields, given_by_set(settings)
     given = [name for name in (*BY_PERPLEXITY, *BY_HARNESS) if getattr(settings, name) != fields[name].default]
     if not given and not own:
@@ -39,7 +39,7 @@ def check_options(settings: EvaluateSettings) -> None:
     ignored += [f"--set {name}{_close(name, used)}" for name in own if name not in used]
     if ignored:
         raise ConfigError(
-            "RW152", f"--task {', '.join(settings.task)} would ignore {' and '.join(ignored)}; leave it out."
+            "RW112", f"--task {', '.join(settings.task)} would ignore {' and '.join(ignored)}; leave it out."
         )
 
 
@@ -61,7 +61,7 @@ def _close(name: str, used: Collection[str]) -> str:
 def make_task(name: str, settings: EvaluateSettings) -> Task:
     """The task ``name`` with its data read.
 
-    Raises ConfigError: RW150 data that must be given, RW152 options that do not go together, RW153 a missing package,
+    Raises ConfigError: RW150 data that must be given, RW112 options that do not go together, RW153 a missing package,
     RW154 no such task; DataError (RW251) for data that do not fit.
     """
     data, kind = settings.data_of(name), task_type(name)
