@@ -261,7 +261,7 @@ def page(runs: list[results.Run]) -> list[str]:
     headings = (
         *("processor", "dtype", "steps", "method", "examples/s: TRL + PEFT", "ours", "times as fast"),
         *("loss: base", "TRL + PEFT", "ours", "ours / peer's LoRA"),
-        *("peak MB: TRL + PEFT", "ours", "ours / peer", "process MB: TRL + PEFT", "ours"),
+        *("peak MB: TRL + PEFT", "ours", "ours / peer"),
     )
     first = runs[0]
     return [
@@ -277,9 +277,8 @@ def page(runs: list[results.Run]) -> list[str]:
         *(line for run in runs for line in other_tokens(run)),
         "Examples per second of the training steps. Loss per labelled token over rows of the evaluation data, "
         f"{', '.join(dict.fromkeys(str(run['eval_rows']) for run in runs))} of them, by one evaluator. Peak: anonymous "
-        "memory while training, and what the model maps of its file. Process: anonymous memory of its whole life, "
-        "without such pages. The peer's gradient checkpointing is off, its precision the "
-        "one above, its other options are TRL's defaults.",
+        "memory while training, and what the model maps of its file. The peer's gradient checkpointing is off, its "
+        "precision the one above, its other options are TRL's defaults.",
     ]
 
 
@@ -303,7 +302,7 @@ def other_tokens(run: results.Run) -> list[str]:
 def cells(row: dict[str, Any], lora: float | None) -> list[str]:
     speed = {side: row[side]["examples"] / row[side]["train_seconds"] for side in ("ours", "peer")}
     loss, method = row["eval_loss"], row["method"]
-    peak, life = ({side: row[side][key] for side in speed} for key in ("peak_memory_bytes", "process_peak_bytes"))
+    peak = {side: row[side]["peak_memory_bytes"] for side in speed}
     return [
         *(method, *(results.number(speed[side]) for side in ("peer", "ours"))),
         results.judged(speed["ours"] / speed["peer"], GOAL_FASTER, at_most=False),
@@ -311,7 +310,6 @@ def cells(row: dict[str, Any], lora: float | None) -> list[str]:
         results.judged(None if lora is None else loss["ours"] / lora, GOAL_LOSS, at_most=True, digits=3),
         *(results.number(peak[side] / 1e6, 0) for side in ("peer", "ours")),
         results.judged(peak["ours"] / peak["peer"], GOAL_MEMORY[method], at_most=True),
-        *(results.number(life[side] / 1e6, 0) for side in ("peer", "ours")),
     ]
 
 

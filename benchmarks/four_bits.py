@@ -242,17 +242,11 @@ def page(runs: list[results.Run]) -> list[str]:
         "",
         *results.table(("operation", "than", "wanted", *names), promises(runs)),
         "",
-        "Milliseconds, medians of alternating rounds, and of processes where there are several:",
+        "Milliseconds, medians of rounds and of processes:",
         "",
-        *results.table(("operation", "contender", *names), side_by_side(runs, "milliseconds", "{:,.3f}")),
+        *results.table(("operation", *names), ours(runs)),
         "",
-        "Dequantization beside the memory's limit, process by process, the one with the fastest memory first:",
-        "",
-        *dequantization(runs),
-        "",
-        "Largest error against float64, over the largest result:",
-        "",
-        *results.table(("rows", "contender", *names), side_by_side(runs, "largest_relative_error", "{:.1e}")),
+        "The runs' files have all contenders, each process, and errors against float64.",
     ]
 
 
@@ -268,30 +262,9 @@ def promises(runs: list[results.Run]) -> Iterator[list[str]]:
         yield [row, peer, f"{bound:.2f}", *cells]
 
 
-def side_by_side(runs: list[results.Run], key: str, form: str) -> Iterator[list[str]]:
-    """A line for each operation and contender, a cell a run; empty where a run had no such contender."""
-    pairs = dict.fromkeys((row, name) for run in runs for row, found in run[key].items() for name in found)
-    for row, name in sorted(pairs, key=lambda pair: list(runs[0][key]).index(pair[0])):
-        found = [run[key].get(row, {}).get(name) for run in runs]
-        yield [row, name, *("" if value is None else form.format(value) for value in found)]
-
-
-def dequantization(runs: list[results.Run]) -> list[str]:
-    headings = ("processor", "ours, ms", "store", "copy", "bitsandbytes", "times faster", "of a copy's rate")
-    lines = []
-    for run in runs:
-        for one in sorted(run["processes"], key=lambda one: _dequantize(one).get("store to kept memory", 0.0)):
-            times, share = _dequantize(one), one["dequantize_share_of_copy_bandwidth"]
-            names = ("ours", "store to kept memory", "copy to kept memory", "bitsandbytes")
-            cells = [results.number(value) for value in map(times.get, names)]
-            faster = results.number(times["bitsandbytes"] / times["ours"], 1)
-            lines.append([results.processor(run), *cells, faster, f"{100 * share:.0f} %"])
-    return results.table(headings, lines)
-
-
-def _dequantize(process: dict[str, Any]) -> dict[str, float]:
-    found: dict[str, float] = process["milliseconds"]["dequantize"]
-    return found
+def ours(runs: list[results.Run]) -> Iterator[list[str]]:
+    for row in runs[0]["milliseconds"]:
+        yield [row, *(f"{run['milliseconds'][row]['ours']:,.3f}" for run in runs)]
 
 
 def main() -> None:

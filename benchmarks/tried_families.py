@@ -136,7 +136,7 @@ def page(runs: list[results.Run]) -> list[str]:
         "",
         "*not made small*: the test could not build a small model of the family, so nothing was tried.",
         "",
-        "; ".join(f"`{family}`: {_why(family, found)}" for family in rest) + ".",
+        *(f"- {why}: {', '.join(names)}" for why, names in _by_reason(rest, found).items()),
     ]
 
 
@@ -148,9 +148,14 @@ def _cells(family: str, found: dict[str, dict[str, str]], checks: Sequence[str])
     return ["yes" if found[check].get(family) == "" else "" for check in checks]
 
 
-def _why(family: str, found: dict[str, Any]) -> str:
-    reasons = dict.fromkeys(found[check][family].partition(":")[0] for check in OF_EVERY_FAMILY if found[check][family])
-    return ", ".join(reasons)
+def _by_reason(families: Sequence[str], found: dict[str, Any]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for family in families:
+        reasons = dict.fromkeys(
+            found[check][family].partition(":")[0] for check in OF_EVERY_FAMILY if found[check][family]
+        )
+        names.setdefault(", ".join(reasons), []).append(f"`{family}`")
+    return names
 
 
 if __name__ == "__main__":
