@@ -11,7 +11,7 @@ import torch
 
 from rankwise.adapters import adapter_parameters, add_adapter, save_adapter
 from rankwise.adapters.lora import KEY as TOKENS
-from rankwise.errors import RankwiseWarning, RunError
+from rankwise.errors import DataError, RankwiseWarning, RunError
 from rankwise.lora_config import LoraConfig
 from rankwise.training.preflight import GradientCheck, check_disk, check_labels, check_reload, check_trainable
 from rankwise.training.run import train
@@ -28,7 +28,7 @@ def test_masked_labels_and_missing_stop_tokens_are_refused() -> None:
     with pytest.raises(RunError, match=r"none of the 100 label tokens in rows.jsonl.*--max-length") as caught:
         check_labels(**{**SOUND, "trained_tokens": 0})  # type: ignore[arg-type]
     assert caught.value.code == "RW521"
-    with pytest.raises(RunError, match="stop token") as caught:
+    with pytest.raises(DataError, match="stop token") as caught:
         check_labels(**{**SOUND, "stop_rows": 0})  # type: ignore[arg-type]
     assert caught.value.code == "RW213"
     with pytest.warns(RankwiseWarning, match="stop token"):
