@@ -32,7 +32,7 @@ from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import eager_experts
 from rankwise.constants import IGNORED
 from rankwise.data import stdlib_rows
-from rankwise.errors import DataError, RunError
+from rankwise.errors import ConfigError, RunError
 from rankwise.export.converted import Row
 from rankwise.export.gguf import EMBEDDING, HEAD, GgufNames
 from rankwise.export.merged import Onto, base_source, named_format, stored_quantization
@@ -298,15 +298,15 @@ def default_text() -> str:
 
 
 def text_chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Tensor]:
-    """The first tokens of a text, in pieces (1, t). Raises DataError (RW219) where there are none."""
+    """The first tokens of a text, in pieces (1, t). Raises ConfigError (RW115) where there are none."""
     if tokenizer is None:
-        raise DataError(
-            "RW219", "the base has no tokenizer, so no text can be encoded to compare merges; add its tokenizer files."
+        raise ConfigError(
+            "RW115", "the base has no tokenizer, so no text can be encoded to compare merges; add its tokenizer files."
         )
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS])
     chunks = [chunk[None] for chunk in ids.split(CHUNK_TOKENS) if len(chunk) > 1]
     if not chunks:
-        raise DataError("RW219", f"the text to compare merges on has {len(ids)} tokens; give one of a few sentences.")
+        raise ConfigError("RW115", f"the text to compare merges on has {len(ids)} tokens; give one of a few sentences.")
     return chunks
 
 
