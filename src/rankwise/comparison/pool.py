@@ -269,14 +269,14 @@ class Pool:
 
     def __post_init__(self) -> None:
         (self.output / "cells").mkdir(exist_ok=True)
-        # A thread for each slot, which waits for the step there.
-        self.threads = ThreadPoolExecutor(len(self.environments))
 
     def carry_out(self, next_jobs: Callable[[], list[Job]]) -> None:
         """Run all jobs. After Ctrl-C or SIGTERM, give every run STOP_SECONDS to save its step, and raise Interrupted
         (RW587).
         """
         told = False
+        # A thread for each slot, which waits for the step there.
+        self.threads = ThreadPoolExecutor(len(self.environments))
         try:
             while True:
                 jobs = [job for job in next_jobs() if job not in self.running]
@@ -300,6 +300,7 @@ class Pool:
         finally:
             for step in self.running.values():
                 step.call.stop()
+            self.threads.shutdown(wait=False)
 
     def _start(self, job: Job) -> None:
         slot = min({*range(len(self.environments))} - {step.slot for step in self.running.values()})
@@ -310,12 +311,11 @@ class Pool:
         self.watcher.started(job)
 
     def _wait(self) -> None:
-        """Wait until a step ends."""
+        """Wait until a step ends, or a moment where none runs."""
         if not self.running:
             time.sleep(TICK_SECONDS)
-            return
         timeout = 0.0
-        while not self._end_those(timeout):
+        while self.running and not self._end_those(timeout):
             self.clock.keep(sum(step.seconds() for step in self.running.values()))
             self.watcher.tick(self.picture())
             timeout = TICK_SECONDS
