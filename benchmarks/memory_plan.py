@@ -29,10 +29,9 @@ import contenders
 import results
 
 from rankwise.planning import PLANNED, Workload, estimate, measure
-from rankwise.planning.assemble import error_bytes
-from rankwise.planning.check import comparable
-from rankwise.planning.hardware import this_machine
-from rankwise.planning.sizes import parse_size
+from rankwise.planning.extend import error_bytes
+from rankwise.planning.hardware import parse_size, this_machine
+from rankwise.planning.real_steps import comparable
 from rankwise.records import write_json
 
 GOAL = 0.08
@@ -96,17 +95,14 @@ def row_of(name: str, model: str, method: str, batch: int, length: int, again: b
     workload = Workload(
         batch_size=batch, max_length=length, gradient_checkpointing=again, device_type=kind, dtype=dtype
     )
-    closed, dry = (estimate(model, method, workload, exact=exact) for exact in (False, True))
+    predicted = estimate(model, method, workload)
     measured = measure(model, method, workload)
     return {
         "model": name,
         "method": method,
         "checkpointing": again,
         "measured_bytes": measured.peak_bytes,
-        "dry_run_bytes": comparable(dry, kind),
-        "closed_form_bytes": comparable(closed, kind),
-        "dry_run_seconds": dry.seconds,
-        "closed_form_seconds": closed.seconds,
+        "predicted_bytes": comparable(predicted, kind),
     }
 
 
@@ -262,18 +258,11 @@ def page(runs: list[results.Run]) -> list[str]:
 
 def steps_table(runs: list[results.Run]) -> list[str]:
     headings = ("processor", "dtype", "model", "method", "checkpointing", "measured")
-    predicted = ("dry run", "off by", "closed form", "off by")
-    slowest = {
-        key: max(row[f"{key}_seconds"] for run in runs for row in run["rows"]) for key in ("dry_run", "closed_form")
-    }
+    rows = [[*results.row_name(run), *cells(row)] for run in runs for row in run["rows"]]
     return [
-        *results.table(
-            (*headings, *predicted), [[*results.row_name(run), *cells(row)] for run in runs for row in run["rows"]]
-        ),
+        *results.table((*headings, "predicted", "off by"), rows),
         "",
-        "MB (10^6 bytes): what three steps with AdamW take beyond the libraries, r = 16 on all linear layers. "
-        f"The slowest dry run took {slowest['dry_run']:.1f} s, the slowest closed form "
-        f"{slowest['closed_form']:.2f} s.",
+        "MB (10^6 bytes): what three steps with AdamW take beyond the libraries, r = 16 on all linear layers.",
         "",
     ]
 
@@ -295,7 +284,7 @@ def runs_section(run: results.Run) -> list[str]:
 
 def interval_bytes(row: dict[str, Any]) -> int:
     """Half of the interval that such a run prints."""
-    return error_bytes(row["training_bytes"], "cpu", exact=False)
+    return error_bytes(row["training_bytes"], "cpu")
 
 
 def is_inside(row: dict[str, Any]) -> bool:
@@ -310,12 +299,11 @@ def run_cells(row: dict[str, Any]) -> list[str]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    measured, dry, closed = (row[f"{key}_bytes"] for key in ("measured", "dry_run", "closed_form"))
-    off = [f"{100 * (found / measured - 1):+.1f} %" for found in (dry, closed)]
-    missed = "" if abs(dry / measured - 1) <= GOAL else f" (within {GOAL:.0%}: missed)".replace("%", " %")
-    sizes = [f"{size / 1e6:,.0f}" for size in (measured, dry, closed)]
-    checkpointing = "yes" if row["checkpointing"] else "no"
-    return [row["model"], row["method"], checkpointing, sizes[0], sizes[1], off[0] + missed, sizes[2], off[1]]
+    measured, predicted = row["measured_bytes"], row["predicted_bytes"]
+    off = predicted / measured - 1
+    missed = "" if abs(off) <= GOAL else f" (within {GOAL:.0%}: missed)".replace("%", " %")
+    sizes = [f"{size / 1e6:,.0f}" for size in (measured, predicted)]
+    return [row["model"], row["method"], "yes" if row["checkpointing"] else "no", *sizes, f"{100 * off:+.1f} %{missed}"]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import results
 
 from rankwise.errors import RunError
 from rankwise.export.proof import server_python
-from rankwise.planning.architectures import FAMILIES
 
 # A check, the test that makes it for each family, and what it says when it passes.
 CHECKS = {
@@ -30,8 +29,8 @@ CHECKS = {
         "without gradient checkpointing",
     ),
     "planned": (
-        "test_a_dry_run_plans_it",
-        "a dry run (`plan --exact`) counts the memory of a step on a CPU and on a card",
+        "test_a_trace_plans_it",
+        "a trace (`plan`) counts the memory of a step on a CPU and on a card",
     ),
     "merged": (
         "test_a_merged_folder_is_the_adapted_model",
@@ -97,7 +96,7 @@ def outcomes(path: Path) -> dict[str, dict[str, str]]:
 def page(runs: list[results.Run]) -> list[str]:
     run = runs[0]
     found: dict[str, dict[str, str]] = run["outcomes"]
-    known = sorted({*FAMILIES, *found["GGUF"], *found["llama.cpp"]})
+    known = sorted({*found["GGUF"], *found["llama.cpp"]})
     others = sorted(found["trained"].keys() - set(known))
     whole = [family for family in others if not any(found[check][family] for check in OF_EVERY_FAMILY)]
     rest = [family for family in others if family not in whole]
@@ -122,11 +121,11 @@ def page(runs: list[results.Run]) -> list[str]:
         "vLLM served adapters of the demo model alone. SGLang and Ollama were not run "
         "([serving](../serving.md#proof)).",
         "",
-        "## Families that the plan or the export knows by name",
+        "## Families that the export knows by name",
         "",
-        "*formula*: `rankwise plan` computes the memory without a dry run. An empty cell was not tried.",
+        "An empty cell was not tried.",
         "",
-        *results.table(("family", "formula", *CHECKS), [_row(family, found) for family in known]),
+        *results.table(("family", *CHECKS), [_row(family, found) for family in known]),
         "",
         f"## {len(whole)} other families that were trained, planned and merged",
         "",
@@ -141,7 +140,7 @@ def page(runs: list[results.Run]) -> list[str]:
 
 
 def _row(family: str, found: dict[str, dict[str, str]]) -> tuple[str, ...]:
-    return (f"`{family}`", "yes" if family in FAMILIES else "", *_cells(family, found, tuple(CHECKS)))
+    return (f"`{family}`", *_cells(family, found, tuple(CHECKS)))
 
 
 def _cells(family: str, found: dict[str, dict[str, str]], checks: Sequence[str]) -> list[str]:

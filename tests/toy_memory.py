@@ -1,10 +1,9 @@
-"""An estimator with a formula simple enough to check by hand, in place of the closed form."""
+"""An estimator with a formula simple enough to check by hand, in place of traces."""
 
 from __future__ import annotations
 
 from rankwise.config import FOUR_BITS
-from rankwise.planning import MemoryEstimate, Workload
-from rankwise.planning.terms import TERMS
+from rankwise.planning import TERMS, MemoryEstimate, Workload
 
 WEIGHTS = 10**9
 PER_TOKEN = 10**6
@@ -21,4 +20,4 @@ def toy_estimate(method: str, workload: Workload) -> MemoryEstimate:
     activations //= FEWER if workload.gradient_checkpointing else 1
     activations //= 2 if workload.activation_offloading else 1
     breakdown = dict.fromkeys(TERMS, 0) | {"weights": weights, "adapters": adapters, "activations": activations}
-    return MemoryEstimate(method, sum(breakdown.values()), breakdown, 1000 * workload.r, WEIGHTS // 2, ERROR, False)
+    return MemoryEstimate(method, sum(breakdown.values()), breakdown, 1000 * workload.r, WEIGHTS // 2, ERROR)

@@ -1,14 +1,12 @@
 """The memory tables of docs/memory.md: LLaMA's four sizes, weights only and whole training steps, as Markdown.
 
-    python article/benchmarks/memory_tables.py            # closed form, seconds
-    python article/benchmarks/memory_tables.py --exact    # dry run of every step, minutes
+    python article/benchmarks/memory_tables.py
 
 Only shapes are needed: the script writes a config.json for each size (Touvron et al. 2023, table 2) and plans with it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -69,14 +67,11 @@ def print_table(title: str, cells: dict[str, dict[str, int]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exact", action="store_true", help="dry runs instead of the closed form")
-    exact = parser.parse_args().exact
     with tempfile.TemporaryDirectory() as folder:
         places = {name: write_config(Path(folder), name) for name in SHAPES}
         for index, (title, workload) in enumerate(STEPS.items()):
             found = {
-                name: {method: estimate(place, method, workload, exact=exact) for method in METHODS}
+                name: {method: estimate(place, method, workload) for method in METHODS}
                 for name, place in places.items()
             }
             if index == 0:

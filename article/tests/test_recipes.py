@@ -15,7 +15,7 @@ from rankwise.config import DORA, TrainSettings
 from rankwise.models import load_skeleton
 from rankwise.planning import Workload, estimate
 from rankwise.planning.hardware import choose_hardware
-from rankwise.planning.plan import workload_of
+from rankwise.planning.workload import workload_of
 from rankwise.quantization.targets import four_bit_layers
 from rankwise.settings_file import read_settings
 from rankwise.training.setup import quantization_for

@@ -11,8 +11,6 @@ from adapted_models import logits, step
 
 import rankwise as rw
 from rankwise.errors import AdapterError, ConfigError, RankwiseWarning
-from rankwise.planning.adapted import adaptation
-from rankwise.planning.architectures import shape_of
 from tiny_models import tiny_llama, tiny_moe
 
 STACK = "mlp.experts.gate_up_proj"
@@ -77,15 +75,13 @@ def said(action) -> list[str]:
 
 
 @pytest.mark.parametrize(("family", "settings", "code", "parts"), REFUSED)
-def test_targets_in_vain_are_refused_by_the_model_and_by_the_plan(family, settings, code, parts):
+def test_targets_in_vain_are_refused(family, settings, code, parts):
     model, config = model_of(family), rw.LoraConfig(r=2, **settings)
-    shape = shape_of(model.config.to_dict())
-    for action in (lambda: rw.add_adapter(model, config), lambda: adaptation(shape, config)):
-        with pytest.raises(AdapterError) as caught:
-            action()
-        assert caught.value.code == code
-        for part in parts:
-            assert part in caught.value.message, caught.value.message
+    with pytest.raises(AdapterError) as caught:
+        rw.add_adapter(model, config)
+    assert caught.value.code == code
+    for part in parts:
+        assert part in caught.value.message, caught.value.message
     assert not hasattr(model, "rankwise_adapters")
 
 
@@ -96,7 +92,6 @@ def test_other_settings_in_vain_are_said_in_one_warning(settings, parts):
     assert message.startswith("RW420")
     for part in parts:
         assert part in message
-    assert said(lambda: adaptation(shape_of(model.config.to_dict()), config)) == [message]
 
 
 def test_settings_that_all_name_something_are_not_warned_of():
@@ -115,20 +110,17 @@ def test_settings_that_all_name_something_are_not_warned_of():
 
 
 def test_a_pattern_matches_whole_names_behind_a_dot_as_in_peft():
-    """`proj` is not the end of `q_proj`, for the adapters as for the plan."""
+    """`proj` is not the end of `q_proj`."""
     model = tiny_llama()
     patterns = {"rank_pattern": {"proj": 2, "self_attn.v_proj": 3}, "alpha_pattern": {"proj": 4}}
     config = rw.LoraConfig(r=5, target_modules=["q_proj", "v_proj"], **patterns)
     messages = said(lambda: rw.add_adapter(model, config))
     assert "rank_pattern names 'proj'" in " ".join(messages)
     assert "alpha_pattern names 'proj'" in " ".join(messages)
-    planned = []
-    assert said(lambda: planned.append(adaptation(shape_of(model.config.to_dict()), config))) == messages
     parameters = rw.adapter_parameters(model)
     ranks = {key: value.shape[0] for key, value in parameters.items() if "lora_A" in key}
     assert sorted(ranks.values()) == [3, 3, 5, 5]
     assert all((rank == 3) == ("v_proj" in key) for key, rank in ranks.items())
-    assert sorted(item.r for item in planned[0].adapted) == [3, 3, 5, 5]
     peft = pytest.importorskip("peft")
     theirs = peft.get_peft_model(
         tiny_llama(), peft.LoraConfig(r=5, target_modules=["q_proj", "v_proj"], **patterns, task_type="CAUSAL_LM")

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rankwise.cli.main import main
-from rankwise.planning import calibration
 from several import Nursery, nursery
 from tiny_models import save_with_tokenizer, tiny_gpt2
 
@@ -47,9 +46,11 @@ def rankwise(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 
 @pytest.fixture
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No timings of this machine, and none left on it."""
-    monkeypatch.setattr(calibration, "cache_folder", lambda: tmp_path / "cache")
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No timings of this machine, and none left on it; traces are kept for all tests."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    (folder / "rankwise" / "machine.json").unlink(missing_ok=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 @pytest.fixture

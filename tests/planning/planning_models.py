@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from rankwise.models.folder import auto_class
+from rankwise.models.load import skeleton_of
+from rankwise.planning import MemoryEstimate, Workload
+from rankwise.planning.extend import assembled, cut_of, layers_path, traced, with_layers
+from rankwise.planning.trace import Traced
 
 COMMON = {
     "vocab_size": 32000,
@@ -75,3 +81,27 @@ def skeleton(family: str, **changes: Any) -> PreTrainedModel:
     config.pop("model_type")
     with torch.device("meta"):
         return auto_class(family).from_config(AutoConfig.for_model(family, **config))
+
+
+def trace(model: PreTrainedModel, method: str, workload: Workload, *, fake: bool = True, **more: Any) -> MemoryEstimate:
+    """The estimate from one trace of all layers."""
+
+    def whole(_: Sequence[int]) -> Traced:
+        return Traced(copy.deepcopy(model), method, workload, fake=fake, **more)
+
+    return assembled(method, workload, traced(model, method, workload, None, whole))
+
+
+def extended(model: PreTrainedModel, method: str, workload: Workload) -> MemoryEstimate:
+    """The estimate from traces of a few layers; of a model that has too few, from one of all."""
+    path = layers_path(model)
+
+    def part(numbers: Sequence[int]) -> Traced:
+        return Traced(with_layers(model, path, numbers), method, workload, layers=path)
+
+    return assembled(method, workload, traced(model, method, workload, cut_of(model), part))
+
+
+def of_config(config: dict[str, Any], method: str, workload: Workload) -> MemoryEstimate:
+    """The estimate for a config.json's content."""
+    return extended(skeleton_of(AutoConfig.for_model(**config)), method, workload)

@@ -17,8 +17,7 @@ from rankwise.planning import guard, hardware
 from rankwise.planning.guard import MemoryGuard
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.plan import make_plan
-from rankwise.planning.settings import PlanSettings
-from rankwise.planning.terms import PLANNED
+from rankwise.planning.workload import PLANNED, PlanSettings
 from rankwise.settings_file import read_settings
 from rankwise.training.foresight import MicroBatch
 
@@ -52,13 +51,6 @@ def test_a_plan_has_a_row_for_each_method_that_was_asked_for(given: str, methods
 def test_a_method_that_does_not_exist_is_refused(method: str, model: Path) -> None:
     with pytest.raises(ConfigError, match="RW131"):
         make_plan(settings(model, method=method))
-
-
-def test_of_a_known_family_other_settings_take_no_dry_runs(model: Path) -> None:
-    said: list[str] = []
-    found = make_plan(settings(model, method="lora", gpu="RTX 4090", exact=True), said.append)
-    assert [line.partition(" ")[0] for line in said] == ["dry", "lora:"]
-    assert found.rows[0].estimate.exact
 
 
 def test_processes_on_this_processor_share_its_memory_and_its_cores(

@@ -12,13 +12,11 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from planning_models import of_config
 
 from rankwise.planning import Workload, speed
-from rankwise.planning.architectures import shape_of
-from rankwise.planning.closed_form import of_shape
-from rankwise.planning.facts import facts_of
 from rankwise.planning.hardware import choose_hardware
-from rankwise.planning.speed import assumed_pace, device_seconds, micro_batch_seconds
+from rankwise.planning.speed import assumed_pace, device_seconds, facts_of, micro_batch_seconds
 
 TOLERANCE, MEDIAN = 0.20, 0.05
 """Of the quotient QLoRA / LoRA, of every run and in the median of all."""
@@ -132,7 +130,7 @@ def predicted(run: Run) -> float:
     assert pace is not None
     for method, host in HOST_SECONDS.items():
         with patch.object(speed, "DEQUANTIZE_SHARE", run.share):
-            own = device_seconds(of_shape(shape_of(run.config), method, run.workload), facts, run.workload, pace)
+            own = device_seconds(of_config(run.config, method, run.workload), facts, run.workload, pace)
         found[method] = max(own, facts.layers * run.passes * host)
     return found["qlora"] / found["lora"]
 
@@ -142,7 +140,7 @@ def ours(run: Run, method: str) -> float:
     pace, facts = assumed_pace(choose_hardware(run.card, None), "bfloat16"), facts_of(run.config)
     assert pace is not None
     four, wide = (
-        micro_batch_seconds(of_shape(shape_of(run.config), name, run.workload), facts, run.workload, pace)
+        micro_batch_seconds(of_config(run.config, name, run.workload), facts, run.workload, pace)
         for name in (method, "lora")
     )
     return four / wide

@@ -6,21 +6,17 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from planning_models import FAMILIES, config_of
 
 from rankwise.models.gguf_file import GgufHeader, GgufTensor
 from rankwise.models.source import ModelSource
-from rankwise.planning import Workload, plan
-from rankwise.planning import facts as facts_module
-from rankwise.planning import shape as shape_module
-from rankwise.planning.architectures import shape_of
-from rankwise.planning.calibration import Timing, solve
-from rankwise.planning.facts import facts_of
+from rankwise.planning import Workload, plan, speed
 from rankwise.planning.hardware import choose_hardware, cpu_hardware
+from rankwise.planning.real_steps import Timing, solve
 from rankwise.planning.speed import (
     DEQUANTIZE_SHARE,
     Pace,
     assumed_pace,
+    facts_of,
     flops_per_token,
     launch_seconds,
     micro_batch_seconds,
@@ -158,16 +154,6 @@ def test_float32_is_slower_and_so_is_bfloat16_without_instructions():
     assert assumed_pace(cpu, "float32").flops_per_second < assumed_pace(cpu, "bfloat16").flops_per_second
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_facts_of_a_known_family_are_those_of_its_shape(family):
-    """Also where the config leaves the tied head to transformers' default."""
-    config = config_of(family)
-    facts, shape = facts_of(config), shape_of(config)
-    assert (facts.layers, facts.width, facts.head_is_tied) == (shape.layers, shape.hidden, shape.tied)
-    config.pop("tie_word_embeddings", None)
-    assert facts_of(config).head_is_tied == shape_of(config).tied
-
-
 def test_a_quotient_of_times_is_all_measured_or_all_assumed(monkeypatch):
     """A measured pace over an assumed one would be no price of a change."""
     paces = {"lora": Pace(1e9, None, True, ""), "qlora": Pace(2e9, None, True, "")}
@@ -180,17 +166,15 @@ def test_a_quotient_of_times_is_all_measured_or_all_assumed(monkeypatch):
 
 
 def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):
-    """Of an architecture that the closed form does not know: by the stacked tensors."""
+    """By the stacked tensors."""
     tensors = {"token_embd.weight": (64, 100), "output.weight": (64, 100), "blk.0.attn_q.weight": (64, 64)}
     tensors["blk.0.ffn_up_exps.weight"] = (64, 32, 8)
     header = GgufHeader(
         {"general.architecture": "dbrx", "dbrx.expert_count": 8, "dbrx.expert_used_count": 2, "dbrx.block_count": 1},
         {name: GgufTensor(shape, 0, 0, 0) for name, shape in tensors.items()},
     )
-    for module in (facts_module, shape_module):
-        monkeypatch.setattr(module, "read_gguf_header", lambda path: header)
-    source = ModelSource("gguf", "m.gguf", Path("m.gguf"), "m.gguf")
-    facts = facts_module.read_facts(source)
+    monkeypatch.setattr(speed, "read_gguf_header", lambda path: header)
+    facts = speed.read_model(ModelSource("gguf", "m.gguf", Path("m.gguf"), "m.gguf")).facts
     assert (facts.idle_expert_parameters, facts.vocabulary, facts.head_is_tied) == (64 * 32 * 6, 100, False)
 
 

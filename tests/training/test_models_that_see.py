@@ -138,4 +138,4 @@ def test_a_plan_counts_what_trains(seeing: Path) -> None:
     workload = Workload(batch_size=2, max_length=16, r=4)
     with pytest.warns(RankwiseWarning, match="RW177"):
         trained = rw.add_adapter(model, rw.LoraConfig(r=4)).trainable_parameters
-    assert estimate(str(seeing), "lora", workload, exact=True).trainable_parameters == trained
+    assert estimate(str(seeing), "lora", workload).trainable_parameters == trained

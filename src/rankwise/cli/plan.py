@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import shlex
 import sys
@@ -17,14 +16,14 @@ from rankwise.disk import hold
 from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.options import option_words
-from rankwise.planning.settings import PlanSettings
+from rankwise.planning.workload import PlanSettings
 from rankwise.records import write_text
 from rankwise.reports.numbers import byte_size
 
 # Imported where they are used, since imports at the top slow down every --help.
 if TYPE_CHECKING:
+    from rankwise.planning.advice import Recommendation
     from rankwise.planning.plan import Plan
-    from rankwise.planning.recommend import Recommendation
 
 
 def run(settings: PlanSettings, output: Output) -> Document:
@@ -39,9 +38,7 @@ def run(settings: PlanSettings, output: Output) -> Document:
         document["calibration"] = _calibrate(settings, output)
         if settings.model is None:
             return document
-    # Dry runs print their progress, which a spinner would overwrite.
-    with contextlib.nullcontext() if settings.exact else output.waiting("planning"):
-        plan = make_plan(settings, functools.partial(print, file=sys.stderr, flush=True))
+    plan = make_plan(settings, functools.partial(print, file=sys.stderr, flush=True))
     command = command_of(plan.recommendation, settings.save)
     # Written before anything is printed, so that a closed pipe (`| head`) or a failed check loses no file.
     written = _write(settings, plan)
@@ -129,8 +126,9 @@ def as_yaml(plan: Plan) -> str:
 
 
 def _calibrate(settings: PlanSettings, output: Output) -> JsonObject:
-    from rankwise.planning.calibration import FILE, cache_folder, calibrate
+    from rankwise.planning.extend import cache_folder
     from rankwise.planning.hardware import this_machine
+    from rankwise.planning.real_steps import FILE, calibrate
 
     hardware = this_machine()
     dtype = hardware.dtype if settings.dtype == "auto" else settings.dtype
@@ -146,9 +144,9 @@ def _calibrate(settings: PlanSettings, output: Output) -> JsonObject:
 def _check(settings: PlanSettings, plan: Plan, output: Output) -> JsonObject:
     """Run three real steps on this machine, with the only requested method, else with the recommended one."""
     from rankwise.cli import plan_view
-    from rankwise.planning.check import check_method
     from rankwise.planning.hardware import shared, this_machine
-    from rankwise.planning.plan import workload_for
+    from rankwise.planning.real_steps import check_method
+    from rankwise.planning.workload import workload_for
 
     method = settings.methods[0] if len(settings.methods) == 1 else plan.changes_of
     hardware = plan.hardware if plan.hardware.kind == "machine" else shared(this_machine(), settings.devices)
@@ -159,7 +157,6 @@ def _check(settings: PlanSettings, plan: Plan, output: Output) -> JsonObject:
             method,
             workload_for(settings, hardware),
             hardware.memory_bytes,
-            exact=settings.exact,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
         )

@@ -11,16 +11,16 @@ from rich.text import Text
 
 from rankwise.cli.output import Output, light_table, parameter_count
 from rankwise.config import FOUR_BITS
-from rankwise.planning.cards import CARDS
+from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
 from rankwise.reports.numbers import byte_size
 from rankwise.reports.plots import memory_svg
 
 if TYPE_CHECKING:
     from rankwise.planning import MemoryEstimate, Workload
-    from rankwise.planning.changes import Change
-    from rankwise.planning.check import Check
+    from rankwise.planning.advice import Change
     from rankwise.planning.plan import MethodRow, Plan
+    from rankwise.planning.real_steps import Check
 
 # Column -> terms of the breakdown. "trained": adapters (in ``full``: nothing), gradients and optimizer states.
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -68,8 +68,6 @@ def heading(plan: Plan) -> Iterator[str]:
     each = " each" if hardware.sharers > 1 else ""
     many = "" if work.devices == 1 else f"{work.devices} {'processes of' if each else 'x'} "
     yield f"{plan.model} on {many}{hardware.name}: {byte_size(hardware.memory_bytes)}{each}{note}"
-    if hardware.assumption:
-        yield hardware.assumption
     parts = [
         f"batch {work.batch_size} x {work.max_length:,} tokens",
         *([f"accumulation {plan.accumulation}"] if plan.accumulation > 1 else []),
@@ -246,10 +244,7 @@ def settings_sentence(plan: Plan) -> str:
 
 def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "", ""
-    first = plan.rows[0].estimate
-    quick = "closed form, from the config alone; --exact runs the real step"
-    how = "a dry run of the real step" if first.exact else quick
-    yield "peak", f"{how}; ± is the error to expect. Every row is taken to be full."
+    yield "peak", "a trace of the real step, without weights; ± is the error to expect. Every row is taken to be full."
     if plan.pace_basis is None:
         yield (
             "time",
@@ -310,14 +305,13 @@ def grouped(breakdown: Mapping[str, int]) -> dict[str, int]:
 
 def check_lines(check: Check) -> Iterator[tuple[str, str]]:
     """Predicted against measured."""
-    kind = "dry run" if check.exact else "closed form"
     where = "torch's allocator" if check.device_type == "cuda" else "growth of the process's anonymous memory"
     many = f"the most of {check.devices} processes, " if check.devices > 1 else ""
     yield "", ""
     yield (
         "check",
         f"{check.method}, three real steps here ({many}{check.device_type}, random weights): predicted "
-        f"{byte_size(check.predicted_bytes)} ({kind}), measured {byte_size(check.measured_bytes)} ({where}): "
+        f"{byte_size(check.predicted_bytes)}, measured {byte_size(check.measured_bytes)} ({where}): "
         f"{check.error:+.1%}".replace("%", " %"),
     )
     seconds = sorted(check.step_seconds)[len(check.step_seconds) // 2]

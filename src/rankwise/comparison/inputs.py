@@ -23,7 +23,7 @@ from rankwise.lora_config import LoraConfig
 from rankwise.models.device import choose_device
 from rankwise.models.source import fetch_model
 from rankwise.options import flag
-from rankwise.planning.facts import read_facts
+from rankwise.planning.speed import read_model
 from rankwise.records import write_json, write_text
 from rankwise.reports.comparison import BEST_FOLDER, MERGED_FOLDER
 
@@ -211,7 +211,7 @@ def check_model(given: CompareSettings) -> None:
         return
     if not asked:
         try:
-            is_mixture = read_facts(source).experts > 0
+            is_mixture = read_model(source).facts.experts > 0
         except ModelError:
             # The runs report what is wrong with the model.
             return

@@ -47,7 +47,7 @@ from rankwise.foreign import Fields, JsonObject
 from rankwise.models.describe import model_hash
 from rankwise.models.source import fetch_model
 from rankwise.options import flag
-from rankwise.planning.facts import read_model
+from rankwise.planning.speed import read_model
 from rankwise.records import write_json
 from rankwise.reports.comparison import (
     COMPARISON_FILE,
@@ -361,9 +361,9 @@ class Commands:
         return {"batch_size": 1, "gradient_accumulation": rows, "gradient_checkpointing": True}
 
     def _peak_bytes(self, method: str, changes: Fields) -> int:
-        from rankwise.planning.estimate import estimate
+        from rankwise.planning import estimate
         from rankwise.planning.hardware import cpu_hardware, this_machine
-        from rankwise.planning.plan import workload_of
+        from rankwise.planning.workload import workload_of
 
         base, options = variant_of(method)
         settings = {**self.shared, **changes, **options, "method": base}

@@ -15,7 +15,7 @@ from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.foreign import Fields, JsonObject
 from rankwise.options import LARGEST_NUMBER, MANY, Count, Names, Panel, Positive, comma_list, option, text_list
-from rankwise.planning.sizes import parse_size
+from rankwise.planning.hardware import parse_size
 from rankwise.reports.comparison import EVAL_LOSS
 
 # {objective: the metric that decides by default}.

@@ -1,11 +1,7 @@
-"""Predict the peak memory of a training step before anything is downloaded. torch is imported only where needed.
+"""Predict the peak memory of a training step before anything is downloaded. torch is imported only where needed."""
 
-``estimate`` uses ``config.json`` alone or, with ``exact=True``, runs the real step on fake tensors.
-"""
-
-from rankwise.planning.estimate import estimate
-from rankwise.planning.measure import Measurement, measure
-from rankwise.planning.terms import PLANNED, TERMS, MemoryEstimate
-from rankwise.planning.workload import Workload
+from rankwise.planning.extend import TERMS, MemoryEstimate, estimate
+from rankwise.planning.real_steps import Measurement, measure
+from rankwise.planning.workload import PLANNED, Workload
 
 __all__ = ["PLANNED", "TERMS", "Measurement", "MemoryEstimate", "Workload", "estimate", "measure"]

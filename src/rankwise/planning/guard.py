@@ -10,23 +10,22 @@ from rankwise.errors import InputError, RunError, warn
 from rankwise.foreign import Fields
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.options import option_words
-from rankwise.planning.changes import Advisor, Change
-from rankwise.planning.check import comparable
-from rankwise.planning.estimate import estimator_of
-from rankwise.planning.facts import read_model
-from rankwise.planning.fitting import Remembering, verdict_of
+from rankwise.planning.advice import LADDER, Advisor, Change, verdict_of
+from rankwise.planning.extend import Estimator, MemoryEstimate, Traces, over_stored
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
-from rankwise.planning.over_stored import over_stored
-from rankwise.planning.plan import is_slowed, ratio_pace_of, workload_of
-from rankwise.planning.speed import micro_batch_seconds
-from rankwise.planning.terms import PLANNED, MemoryEstimate
-from rankwise.planning.workload import Workload
+from rankwise.planning.plan import ratio_pace_of
+from rankwise.planning.real_steps import comparable
+from rankwise.planning.speed import micro_batch_seconds, read_model
+from rankwise.planning.workload import PLANNED, Workload, workload_of
 from rankwise.reports.numbers import byte_size, plural
 
 # The smallest possible step. A run for which even this does not fit is refused before the weights are read.
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 # Terms that are in memory before the first step.
 RESIDENT = ("weights_4bit", "weights", "adapters")
+# Of what a first step takes for libraries (`extend.CPU_LIBRARY_BYTES`), loading has brought this much already: the
+# median of 22 runs with adapters.
+LOADED_LIBRARY_BYTES = 30 * 10**6
 # After memory ran out against the plan's prediction, a change counts as fitting below this share of the plan.
 AFTER_FAILURE = 0.85
 
@@ -72,7 +71,7 @@ class MemoryGuard:
         self.workload: Workload | None = None
         self.predicted: MemoryEstimate | None = None
         self._source: ModelSource | None = None
-        self._estimate: Remembering | None = None
+        self._estimate: Estimator | None = None
 
     def before_loading(self) -> None:
         method = self.settings["method"]
@@ -113,6 +112,8 @@ class MemoryGuard:
 
             give_back_freed_memory()
             resident = sum(self.predicted.breakdown[term] for term in RESIDENT)
+            if self.settings["method"] != "full":
+                resident += LOADED_LIBRARY_BYTES
             self.baseline_bytes = max(self.baseline_bytes, self.own_memory() + mapped_bytes - resident)
         # The weights are loaded by now, so the memory that was free before loading is the measure.
         verdict = verdict_of(self.predicted, self.hardware.memory_bytes)
@@ -123,7 +124,7 @@ class MemoryGuard:
         return peak
 
     def advice(self) -> str | None:
-        """After the memory ran out: the three cheapest changes that would fit, in words; None where none is known."""
+        """After the memory ran out: the changes that would fit, in words; None where none is known."""
         if self.workload is None or self.hardware is None:
             return None
         limit = self.hardware.memory_bytes
@@ -159,26 +160,28 @@ class MemoryGuard:
             warn("RW563", f"by the plan this run cannot fit: {there}; it starts because of --ignore-plan.")
             return
         changes = self._cheapest(self.hardware.memory_bytes)
-        advice = f"what would fit, the cheapest first: {changes}" if changes else "no change of settings makes it fit"
+        advice = f"what would fit: {changes}" if changes else "no change of settings makes it fit"
         raise RunError("RW562", f"this run cannot fit: {there}; {advice}. --ignore-plan trains all the same.")
 
     def _cheapest(self, memory_bytes: int) -> str | None:
         assert self.workload is not None
         assert self.hardware is not None
-        asked_slow = is_slowed(self.settings["fast"], self.hardware)
-        advisor = Advisor(self._asker(), self._seconds, memory_bytes, asked_slow=asked_slow)
-        accumulation = self.settings["gradient_accumulation"]
-        changes = advisor.cheapest(self.settings["method"], self.workload, accumulation)
+        advisor = Advisor(self._asker(), self._seconds, memory_bytes)
+        run = self.settings["method"], self.workload, self.settings["gradient_accumulation"]
+        changes = [change for change in advisor.singles(*run) if change.verdict == "fits"]
+        if not changes:
+            change = advisor.climbed(*run, LADDER)
+            changes = [change] if change is not None else []
         return "; ".join(f"({index}) {_described(change)}" for index, change in enumerate(changes, 1)) or None
 
     def _ask(self, workload: Workload) -> MemoryEstimate:
         return self._asker()(self.settings["method"], workload)
 
-    def _asker(self) -> Remembering:
+    def _asker(self) -> Estimator:
         if self._estimate is None:
             model = read_model(self._fetched())
             self.facts = model.facts
-            self._estimate = Remembering(over_stored(self.facts.stored, estimator_of(model)))
+            self._estimate = over_stored(self.facts.stored, Traces(model, self.say))
         return self._estimate
 
     def _fetched(self) -> ModelSource:
@@ -211,9 +214,5 @@ def _in_words(workload: Workload) -> str:
 
 def _described(change: Change) -> str:
     """``--batch-size 4 --gradient-accumulation 2: 12.1 GB, +2 % time``."""
-    options = " ".join(_option(name, value) for name, value in change.settings.items())
+    options = " ".join(word for name, value in change.settings.items() for word in option_words(name, value))
     return f"{options}: {byte_size(change.estimate.peak_bytes)}, {change.time_words}"
-
-
-def _option(name: str, value: object) -> str:
-    return "--fast in place of --no-fast" if name == "fast" else " ".join(option_words(name, value))

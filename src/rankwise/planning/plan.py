@@ -3,55 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import math
-import time
 from collections.abc import Callable, Sequence
 
 from rankwise.config import FOUR_BITS
 from rankwise.default_rate import DefaultRate, default_rate
-from rankwise.errors import ConfigError, ModelError, QuantizationError, RankwiseError
-from rankwise.foreign import Fields, JsonObject
+from rankwise.errors import ConfigError, ModelError, QuantizationError
+from rankwise.foreign import JsonObject
 from rankwise.models.source import ModelSource, fetch_model
-from rankwise.planning.calibration import measured_pace
-from rankwise.planning.changes import Advisor, Change, reachable
-from rankwise.planning.estimate import estimate, estimator_of
-from rankwise.planning.facts import read_model
-from rankwise.planning.fitting import (
+from rankwise.planning.advice import (
     MOST_TOKENS,
-    Estimator,
-    Interpolating,
-    Remembering,
+    Advisor,
+    Change,
+    Recommendation,
     Verdict,
-    fits,
+    Wish,
     largest_batch,
     longest_row,
+    reachable,
+    recommend,
     verdict_of,
 )
+from rankwise.planning.extend import MemoryEstimate, Traces, over_stored
 from rankwise.planning.hardware import Hardware, choose_hardware, shared
-from rankwise.planning.optimizers import check_device
-from rankwise.planning.over_stored import over_stored
-from rankwise.planning.recommend import PASSES, Recommendation, Wish, recommend
-from rankwise.planning.settings import SHARED, PlanSettings
+from rankwise.planning.real_steps import measured_pace
 from rankwise.planning.speed import (
     Pace,
     assumed_pace,
     hiding_bandwidth,
     micro_batch_seconds,
     nominal_pace,
+    read_model,
     tokens_per_second,
 )
-from rankwise.planning.terms import TOO_SLOW, MemoryEstimate
-from rankwise.planning.workload import DeviceType, Workload, sides_of, written_of
-from rankwise.reports.numbers import byte_size
+from rankwise.planning.workload import SHARED, PlanSettings, Workload, check_device, run_tokens, workload_for
 
 # Options that every saved plan holds, given or not.
 DECIDED = (
     *("r", "target_modules", "batch_size", "gradient_accumulation", "max_length", "gradient_checkpointing"),
     *("activation_offloading", "optimizer"),
 )
-# Time limits of the dry run of one among several methods: the first try, and a second after all others.
-EXACT_SECONDS = (60.0, 900.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +54,8 @@ class MethodRow:
     spare_bytes: int
     # Largest number of rows of ``max_length`` that fit; 0 where not one does.
     max_batch_size: int
-    # Longest row that fits at the given batch size.
-    longest_row_tokens: int
+    # Where not one row fits: the longest single row that does.
+    longest_row_tokens: int | None
     tokens_per_second: float | None
     # Seconds of the whole run, where its length is known.
     seconds: float | None
@@ -90,7 +80,6 @@ class MethodRow:
             "seconds": self.seconds,
             "network_bytes": self.network_bytes,
             "network_bytes_per_second": self.network_bytes_per_second,
-            "exact": own.exact,
             "phase": own.phase,
             "notes": list(own.notes),
         }
@@ -98,7 +87,7 @@ class MethodRow:
 
 @dataclasses.dataclass(frozen=True)
 class Unplanned:
-    """A method that cannot be planned: the model or the settings do not support it, or its dry run fails."""
+    """A method that cannot be planned: the model or the settings do not support it, or its step cannot be traced."""
 
     method: str
     code: str
@@ -147,7 +136,7 @@ class Plan:
 
 
 def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: None) -> Plan:
-    """The plan for these options. ``say`` is called with a line about each dry run.
+    """The plan for these options. ``say`` is called with a line about each trace that takes longer than a second.
 
     Raises ConfigError: RW116 an optimizer that cannot run there, RW130 to RW132 impossible settings, RW140 a size,
     RW141 a card, RW131 a method, RW143 no model; ModelError and QuantizationError as ``estimate`` does, where every
@@ -163,47 +152,6 @@ def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: Non
         settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code, weights=False
     )
     return _Planner(settings, source, hardware, methods, workload, say).plan()
-
-
-def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:
-    """The step to estimate. Raises ConfigError as ``PlanSettings.check_options`` and ``Workload`` do."""
-    settings.check_options()
-    return workload_of(dict(settings), hardware)
-
-
-def workload_of(settings: Fields, hardware: Hardware) -> Workload:
-    """One step with these options of ``train`` or ``plan``, with all rows at full length; for several processes, the
-    step of one. The dtype is the one that ``--dtype auto`` gives on the device."""
-    kind: DeviceType = "cuda" if hardware.device_type == "cuda" else "cpu"
-    devices, objective = settings.get("devices") or 1, settings["objective"]
-    answers = settings["batch_size"] * settings["gradient_accumulation"]
-    fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings} | {
-        "devices": devices,
-        "strategy": (settings.get("strategy") or "ddp") if devices > 1 else "single",
-        "dtype": hardware.dtype if settings["dtype"] == "auto" else settings["dtype"],
-        "device_type": kind,
-        "sides": sides_of(objective),
-        **written_of(objective, answers, settings.get("num_generations"), kind),
-    }
-    return on_device(Workload(**fields), hardware)
-
-
-def on_device(workload: Workload, hardware: Hardware) -> Workload:
-    """The workload without operators that do not run on the device. An Apple GPU runs plain PyTorch, counted as on a
-    CPU, whose memory it shares; a GPU of this machine without Triton runs the model's own gated MLPs. A card has flash
-    attention where it has bfloat16.
-    """
-    if hardware.device_type == "mps":
-        return dataclasses.replace(workload, fast=False)
-    if hardware.device_type != "cuda":
-        return workload
-    triton = hardware.kind != "machine" or importlib.util.find_spec("triton") is not None
-    return dataclasses.replace(workload, triton=triton, flash=hardware.has_bfloat16 is not False)
-
-
-def is_slowed(fast: bool, hardware: Hardware) -> bool:
-    """Whether only ``--no-fast`` prevents the fused operators."""
-    return not fast and hardware.device_type != "mps"
 
 
 def pace_of(hardware: Hardware, dtype: str) -> Callable[[str], Pace | None]:
@@ -227,11 +175,6 @@ def ratio_pace_of(hardware: Hardware, methods: Sequence[str], dtype: str) -> Cal
     return known.__getitem__ if len(known) == len(measured) else lambda method: assumed
 
 
-def is_late(error: RankwiseError) -> bool:
-    """Whether a dry run stopped because of its time limit."""
-    return error.code == TOO_SLOW
-
-
 class _Planner:
     def __init__(
         self,
@@ -243,31 +186,24 @@ class _Planner:
         say: Callable[[str], None],
     ) -> None:
         self.settings, self.source, self.hardware, self.methods = settings, source, hardware, methods
-        self.workload, self.say = work, say if settings.exact else lambda _: None
-        self.deadline = math.inf
+        self.workload = work
         self.model = read_model(source, trust_remote_code=settings.trust_remote_code)
         self.facts = self.model.facts
         self._check_length()
-        # Without the closed form, each setting other than batch and length costs two dry runs or more.
-        self.is_slow = settings.exact and self.model.shape is None
-        self.estimate = Remembering(self._estimator())
+        stored = self.facts.stored
+        # Stored bitsandbytes weights have the sizes of the rows of qlora and qdora.
+        self.estimate = over_stored(stored if stored is not None and stored.bits else None, Traces(self.model, say))
         self.pace, self.ratio_pace = pace_of(hardware, work.dtype), ratio_pace_of(hardware, methods, work.dtype)
-        asked_slow = is_slowed(settings.fast, hardware)
-        self.advisor = Advisor(self.estimate, self._seconds, hardware.memory_bytes, asked_slow=asked_slow)
 
     def plan(self) -> Plan:
         rows, unplanned = self._rows()
-        self.methods = [row.estimate.method for row in rows]
+        methods = [row.estimate.method for row in rows]
         accumulation = self.settings.gradient_accumulation
-        passes = PASSES[:1] if self.is_slow else PASSES
-        if self.is_slow:
-            self.say("dry runs of other settings ...")
-        wish = Wish(self.settings.goal, self._given(), accumulation, is_mixture=self.facts.experts > 0)
-        recommendation = recommend(self.advisor, self.methods, self.workload, wish, passes)
-        subject = recommendation.method or recommendation.estimate.method
-        cheap = PASSES[0] if self.is_slow else None
         refused = {item.method for item in unplanned}
-        changes = self.advisor.singles(subject, self.workload, accumulation, cheap, refused)
+        advisor = Advisor(self.estimate, self._seconds, self.hardware.memory_bytes, refused)
+        wish = Wish(self.settings.goal, self._given(methods), accumulation, is_mixture=self.facts.experts > 0)
+        recommendation = recommend(advisor, methods, self.workload, wish)
+        subject = recommendation.method or recommendation.estimate.method
         return Plan(
             model=self.source.name,
             hardware=self.hardware,
@@ -276,9 +212,9 @@ class _Planner:
             rows=tuple(rows),
             unplanned=tuple(unplanned),
             recommendation=recommendation,
-            changes=tuple(changes),
+            changes=tuple(advisor.singles(subject, self.workload, accumulation)),
             changes_of=subject,
-            pace_basis=self._pace_basis(),
+            pace_basis=self._pace_basis(methods),
             run_tokens=run_tokens(self.settings),
             rate=self._rate(subject) if self.facts.width else None,
         )
@@ -299,85 +235,45 @@ class _Planner:
     def _rows(self) -> tuple[list[MethodRow], list[Unplanned]]:
         """(a row for each method that can be planned, the other methods with their reasons). Where every method fails,
         the first error is raised.
-
-        With --exact a method that exceeds its time limit is tried again after the others.
         """
-        rows: dict[str, MethodRow] = {}
-        errors: dict[str, ConfigError | ModelError | QuantizationError] = {}
-        left = list(self.methods)
-        for seconds in EXACT_SECONDS if self.settings.exact and len(left) > 1 else (math.inf,):
-            for method in left:
-                self.deadline = time.monotonic() + seconds
-                errors.pop(method, None)
-                try:
-                    rows[method] = self._planned(method)
-                except (ConfigError, ModelError, QuantizationError) as error:
-                    errors[method] = error
-                    self.say(
-                        f"{method}: {error.code} after {seconds:.0f} s" if is_late(error) else f"{method}: {error}"
-                    )
-            left = [method for method in self.methods if method in errors and is_late(errors[method])]
-        self.deadline = math.inf
-        failed = [(method, errors[method]) for method in self.methods if method in errors]
+        rows, errors = [], []
+        for method in self.methods:
+            try:
+                rows.append(self._row(method))
+            except (ConfigError, ModelError, QuantizationError) as error:
+                errors.append((method, error))
         if not rows:
-            raise failed[0][1]
-        unplanned = [Unplanned(method, error.code, error.message) for method, error in failed]
-        return [rows[method] for method in self.methods if method in rows], unplanned
-
-    def _planned(self, method: str) -> MethodRow:
-        """The row of one method; with --exact by its dry run."""
-        if not self.settings.exact:
-            return self._row(method)
-        self.say(f"dry run of {method} ...")
-        started = time.monotonic()
-        self.estimate.anchor(method, self.workload, self._dry_run(method, self.workload))
-        row = self._row(method)
-        took = time.monotonic() - started
-        self.say(f"{method}: {byte_size(row.estimate.peak_bytes)}, {row.verdict} ({took:.1f} s)")
-        return row
-
-    def _estimator(self) -> Estimator:
-        """The closed form; with --exact, for an architecture that it does not know, lines through dry runs."""
-        if self.is_slow:
-            return Interpolating(self._dry_run)
-        self.model.known_shape()
-        stored = self.facts.stored
-        # Stored bitsandbytes weights have the sizes of the rows of qlora and qdora.
-        return over_stored(stored if stored is not None and stored.bits else None, estimator_of(self.model))
-
-    def _dry_run(self, method: str, workload: Workload) -> MemoryEstimate:
-        return estimate(self.model, method, workload, exact=True, deadline=self.deadline)
+            raise errors[0][1]
+        return rows, [Unplanned(method, error.code, error.message) for method, error in errors]
 
     def _row(self, method: str) -> MethodRow:
         memory, own = self.hardware.memory_bytes, self.estimate(method, self.workload)
         pace = tokens_per_second(own, self.facts, self.workload, self.pace(method))
         tokens, accumulation = run_tokens(self.settings), self.settings.gradient_accumulation
-        is_within = fits(own, memory)
-        most = self.facts.position_rows or MOST_TOKENS
-        stored = self.facts.stored
+        stored, most = self.facts.stored, self.facts.position_rows or MOST_TOKENS
+        rows, single = largest_batch(self.estimate, method, self.workload, memory), None
+        if not rows:
+            one = dataclasses.replace(self.workload, batch_size=1)
+            single = longest_row(self.estimate, method, one, memory, most=most)
         return MethodRow(
             estimate=own if stored is None else dataclasses.replace(own, notes=(*own.notes, stored.note)),
             verdict=verdict_of(own, memory),
             spare_bytes=memory - own.peak_bytes,
-            max_batch_size=largest_batch(self.estimate, method, self.workload, memory),
-            longest_row_tokens=longest_row(self.estimate, method, self._narrow(is_within), memory, most=most),
+            max_batch_size=rows,
+            longest_row_tokens=single,
             tokens_per_second=pace,
             seconds=tokens / pace if pace and tokens else None,
             network_bytes=own.network.of_step(accumulation),
             network_bytes_per_second=hiding_bandwidth(own, self.facts, self.workload, self.pace(method), accumulation),
         )
 
-    def _narrow(self, is_within: bool) -> Workload:
-        """The workload with the given batch where it fits, else with one row, for which the longest row is searched."""
-        return self.workload if is_within else dataclasses.replace(self.workload, batch_size=1)
-
     def _seconds(self, own: MemoryEstimate, workload: Workload) -> float:
         return micro_batch_seconds(own, self.facts, workload, self.ratio_pace(own.method))
 
-    def _pace_basis(self) -> str | None:
+    def _pace_basis(self, methods: Sequence[str]) -> str | None:
         """The sources of the rows' speeds, by method where they differ."""
         found: dict[str, list[str]] = {}
-        for method in self.methods:
+        for method in methods:
             pace = self.pace(method)
             if pace is not None:
                 found.setdefault(pace.basis, []).append(method)
@@ -385,19 +281,9 @@ class _Planner:
             return next(iter(found), None)
         return "; ".join(f"{', '.join(methods)}: {basis}" for basis, methods in found.items())
 
-    def _given(self) -> JsonObject:
+    def _given(self, methods: Sequence[str]) -> JsonObject:
         """The settings that the user gave and those in DECIDED, as options of ``rankwise train``."""
-        decided = {*DECIDED, *(("double_quant",) if set(self.methods) & set(FOUR_BITS) else ())}
+        decided = {*DECIDED, *(("double_quant",) if set(methods) & set(FOUR_BITS) else ())}
         named = [name for name in SHARED if name in self.settings.model_fields_set or name in decided]
         given = {name: getattr(self.settings, name) for name in named}
         return {"model": self.settings.model} | given
-
-
-def run_tokens(settings: PlanSettings) -> int | None:
-    """The tokens of the whole run with rows of full length; None where neither its steps nor its rows are known."""
-    step_rows = settings.batch_size * settings.gradient_accumulation * settings.devices
-    if settings.max_steps is not None:
-        return settings.max_steps * step_rows * settings.max_length
-    if settings.rows is not None:
-        return math.ceil(settings.rows * settings.epochs) * settings.max_length
-    return None

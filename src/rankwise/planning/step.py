@@ -1,29 +1,221 @@
-"""One training step, computed as the trainer computes it, on fake or on real tensors.
+"""The model and the step that a plan traces, as a run prepares and computes them, on fake or on real tensors.
 
-B rows, L tokens a row, P positions of a row that are scored, V vocabulary.
+B rows, L tokens a row, P positions of a row that are scored, V vocabulary, H heads, Hkv key-value heads, D head width.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from rankwise.acceleration import LossOptions, fused_head
+from rankwise.acceleration import (
+    LossOptions,
+    MovedOnce,
+    flattening_obstacle,
+    fused_head,
+    give_back_freed_memory,
+    optimize_for_training,
+)
+from rankwise.acceleration.generation import (
+    Decoding,
+    Generator,
+    Prompt,
+    batches_that_fit,
+    cache_bytes_per_token,
+    drawn,
+)
+from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
 from rankwise.acceleration.sharding import average_gradients
-from rankwise.compat.torch import is_unit
-from rankwise.constants import IGNORED
-from rankwise.ops.selection import stands_on_card
-from rankwise.planning import trl_head
-from rankwise.planning.workload import Workload
+from rankwise.compat.torch import (
+    Ctx,
+    current_node,
+    is_fake,
+    is_unit,
+    own_buffers,
+    own_parameters,
+    own_part,
+    storage_address,
+)
+from rankwise.compat.transformers import attention_of, kept_in_float32
+from rankwise.config import DORA, FOUR_BITS
+from rankwise.constants import CACHE_BYTES, IGNORED
+from rankwise.ops.selection import as_autocast
+from rankwise.planning.workload import Workload, rule_of, state_bytes
 
 Enter = Callable[[str], None]
-LossOf = Callable[[nn.Module, "Batch", torch.dtype | None], Tensor]
+Elsewhere = Callable[[], AbstractContextManager[None]]
+CARD_ATTENTION = "rankwise_card"
+# Offloading leaves smaller tensors on the device; after this many saves a copy counts as finished.
+LEAST_BYTES, KEPT_SAVES = 1024, 5
+# A phase whose memory no run takes.
+UNCOUNTED = "uncounted"
+
+
+# --- the model ---
+
+
+def materialize(
+    model: nn.Module, dtype: torch.dtype, *, fill: bool = False, device: torch.device | str = "cpu"
+) -> None:
+    """Move a model from the meta device to ``device``, as fake tensors where a fake mode is active.
+
+    Floating parameters get ``dtype``, except in modules that the model keeps in float32; buffers keep their dtype. Tied
+    parameters stay tied. ``fill``: use small random values, and zero in tensors that are not floating.
+    """
+    keep = kept_in_float32(model)
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def remade(tensor: Tensor, wanted: torch.dtype) -> Any:
+        if id(tensor) not in made:
+            # The reference to the old tensor keeps its id from being reused.
+            made[id(tensor)] = (tensor, _empty_like(tensor, wanted, device, fill))
+        return made[id(tensor)][1]
+
+    for path, module in model.named_modules():
+        for name, parameter in own_parameters(module).items():
+            if parameter is not None:
+                full = f"{path}.{name}"
+                wanted = torch.float32 if any(part in full.split(".") for part in keep) else dtype
+                own_parameters(module)[name] = remade(parameter, wanted)
+        for name, buffer in own_buffers(module).items():
+            if buffer is not None:
+                own_buffers(module)[name] = remade(buffer, buffer.dtype)
+        for name, value in list(vars(module).items()):
+            # Some modules hold tensors that are not buffers, such as rotary embeddings' original frequencies.
+            if isinstance(value, Tensor) and value.is_meta:
+                setattr(module, name, remade(value, value.dtype))
+
+
+@torch.no_grad()
+def _empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | str, fill: bool) -> Tensor:
+    new = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device)
+    if fill:
+        new = new.normal_(std=0.02) if new.is_floating_point() else new.zero_()
+    return nn.Parameter(new, requires_grad=new.is_floating_point()) if isinstance(tensor, nn.Parameter) else new
+
+
+def weights_dtype(method: str, workload: Workload) -> torch.dtype:
+    """The dtype of the base. Full fine-tuning keeps float32 weights, because 16 bits would lose small updates."""
+    return torch.float32 if method == "full" else getattr(torch, workload.dtype)
+
+
+def prepare(model: PreTrainedModel, method: str, workload: Workload) -> bool:
+    """Quantize, add the adapter and, with ``fast``, accelerate the model, as a run does. Returns whether the run
+    concatenates the rows of a batch whose attention takes their bounds."""
+    from rankwise.adapters import add_adapter
+    from rankwise.adapters.layer import Origin
+    from rankwise.adapters.state import DEFAULT_NAME, adapted_layers
+    from rankwise.quantization import quantize
+    from rankwise.quantization.config import CONFIGS
+
+    if method in FOUR_BITS:
+        kind = CONFIGS[workload.quant_type]
+        quantize(model, kind(block_size=workload.block_size, double_quant=workload.double_quant))
+    if method == "full":
+        model.requires_grad_(True)
+    else:
+        config = workload.lora_config(use_dora=method in DORA)
+        # Other initialisations need values, which fake tensors do not have.
+        add_adapter(model, dataclasses.replace(config, init_lora_weights=True))
+        for _, layer in adapted_layers(model, DEFAULT_NAME) if config.init.kind == "pissa" else ():
+            pair = layer.adapter(DEFAULT_NAME)
+            layer.origin = Origin(pair.lora_A.detach().clone(), pair.lora_B.detach().clone(), pair.scaling)
+    if workload.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # transformers renames it in 5.2x; the old name works in every version that we admit.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable()
+    flat = _accelerate(model, workload)
+    model.train()
+    return flat
+
+
+def _accelerate(model: PreTrainedModel, workload: Workload) -> bool:
+    done = optimize_for_training(model) if workload.fast else None
+    stands_for_card = workload.device_type == "cuda" and next(model.parameters()).device.type == "cpu"
+    if done is None or not done.attention:
+        if stands_for_card:
+            use_card_attention(model)
+        return False
+    # The CPU attention kernel does not support float16, to which autocast casts.
+    if workload.dtype == "float16" and workload.device_type == "cpu":
+        return False
+    if is_fake(next(model.parameters())):
+        # flattening_obstacle compares values; here the signature decides.
+        names = inspect.signature(type(model).forward).parameters
+        return {"position_ids", "logits_to_keep"} <= set(names) and not drops_attention(model)
+    return flattening_obstacle(model) is None and not drops_attention(model)
+
+
+def drops_attention(model: PreTrainedModel) -> bool:
+    """Whether the model has dropout on attention weights. Training then uses a kernel that saves all weights, so rows
+    are not concatenated, which would need the square of all tokens."""
+    config = model.config
+    return any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
+
+
+# --- attention of a card ---
+
+
+def use_card_attention(model: PreTrainedModel) -> None:
+    """Replace torch's scaled_dot_product_attention in the model by the functions of this module."""
+    if attention_of(model.config) != "sdpa":
+        return
+    AttentionInterface.register(CARD_ATTENTION, card_attention)
+    AttentionMaskInterface.register(CARD_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(CARD_ATTENTION)
+
+
+def card_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query (B, H, L, D), key and value (B, Hkv, L, D) -> (B, L, H, D).
+
+    With a mask transformers repeats keys and values for every head (without one the kernel groups them), and torch
+    turns a boolean mask into an additive one of the query's dtype, again in every layer.
+    """
+    query, key, value = map(as_autocast, (query, key, value))
+    bias = None
+    if attention_mask is not None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        bias = torch.empty(attention_mask.shape, dtype=query.dtype, device=query.device)
+    return _Kept.apply(query, key, value, bias), None
+
+
+class _Kept(torch.autograd.Function):
+    """Saves q, k, v, the mask, the output and a float32 log-sum per head and position, as flash and memory-efficient
+    attention do, without computing attention."""
+
+    @staticmethod
+    def forward(ctx: Ctx[None], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        B, H, L, _ = q.shape
+        out = q.new_empty(B, L, H, v.shape[-1])
+        ctx.save_for_backward(q, k, v, bias, out, q.new_empty(B, H, L, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Ctx[None], grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+# --- the batch and its loss ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +233,7 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
     """Rows of full length. The last of several rows has one token of padding, as in batches of rows with different
     lengths.
 
-    ``flat``: the rows are concatenated into one row with their bounds, in the cases where the trainer does so.
+    ``flat``: the rows are concatenated into one row with their bounds, in the cases where a run does so.
     """
     B, L = workload.sequences, workload.max_length
     P = workload.trained_tokens // B
@@ -71,8 +263,14 @@ def true_counts(workload: Workload) -> dict[int, int]:
 
 
 def autocast_dtype(method: str, workload: Workload) -> torch.dtype | None:
-    """The Trainer's autocast dtype: full fine-tuning computes in 16 bits with float32 weights. None: no autocast."""
+    """The dtype of autocast: full fine-tuning computes in 16 bits with float32 weights. None: no autocast."""
     return getattr(torch, workload.dtype) if method == "full" and workload.dtype != "float32" else None
+
+
+def begin_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """The gradients that earlier micro-batches of a step have left."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def take_step(
@@ -81,18 +279,19 @@ def take_step(
     batch: Batch,
     enter: Enter,
     autocast: torch.dtype | None,
-    loss: LossOf | None = None,
+    *,
+    averages: bool = False,
 ) -> None:
-    """Forward, backward, clipping, optimizer. ``enter`` is called when a phase begins; ``loss`` replaces
-    ``loss_of``.
+    """Forward, backward, clipping, optimizer. ``enter`` is called when a phase begins. ``averages``: over the gradients
+    of all processes, as of shards.
     """
     enter("forward")
-    value = (loss or loss_of)(model, batch, autocast)
+    value = loss_of(model, batch, autocast)
     enter("backward")
     value.backward()
     del value
     enter("optimizer")
-    if is_unit(model):
+    if averages or is_unit(model):
         average_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     # foreach where the optimizer uses it, as on a GPU.
@@ -101,33 +300,22 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None, *, call: nn.Module | None = None) -> Tensor:
-    """Mean cross-entropy over the scored positions, as the trainer computes it; with trl's head, its sum.
-
-    The entropy and the accuracy that the trainer reports are computed too, because they take memory. ``call``: the
-    module to call instead of ``model``, such as DDP's wrapper.
-    """
+def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
+    """Mean cross-entropy over the scored positions, with the entropy and the accuracy that a run reports."""
     with torch.autocast(batch.labels.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         if fused_head(model) is not None:
             options = LossOptions(label_smoothing=batch.label_smoothing, want_stats=True)
             given = {"labels": batch.labels, "use_cache": False, "loss_options": options}
-            return (call or model)(**batch.inputs, **given).loss
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        # The head that the trainer uses where rankwise's loss does not apply.
-        if type(head) is nn.Linear and stands_on_card(batch.labels) and not batch.label_smoothing:
-            decoder: Any = model.base_model
-            hidden = decoder(**batch.inputs, use_cache=False).last_hidden_state
-            wanted = batch.labels[:, batch.positions + 1].flatten()
-            return trl_head.sum_of_losses(hidden[:, batch.positions].flatten(0, 1), head.weight, wanted)
-        logits = _logits(model, batch, call or model)
-    # accelerate converts the outputs of an autocast model to float32.
+            return model(**batch.inputs, **given).loss
+        logits = _logits(model, batch)
+    # The outputs of an autocast model become float32.
     return loss_from(logits if autocast is None else logits.float(), batch)
 
 
 def loss_from(logits: Tensor, batch: Batch) -> Tensor:
     """The loss from the model's own logits (B, P, V)."""
     V = logits.shape[-1]
-    # The trainer selects the scored logits by a mask, which copies them.
+    # The scored logits are selected by a mask, which copies them.
     scored = torch.arange(logits.numel() // V, device=logits.device)
     chosen = logits.reshape(-1, V)[scored].float()
     wanted = batch.labels[:, batch.positions + 1].reshape(-1)
@@ -136,11 +324,11 @@ def loss_from(logits: Tensor, batch: Batch) -> Tensor:
     return total / wanted.numel()
 
 
-def _logits(model: nn.Module, batch: Batch, call: nn.Module) -> Tensor:
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
     """(B, P, V), or (B, L, V) of a model that cannot leave positions out, cut to (B, P, V)."""
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     kept = {"logits_to_keep": batch.positions} if keeps else {}
-    logits: Tensor = call(**batch.inputs, use_cache=False, **kept).logits
+    logits: Tensor = model(**batch.inputs, use_cache=False, **kept).logits
     return logits if keeps else logits[:, batch.positions]
 
 
@@ -149,3 +337,181 @@ def _entropy_and_accuracy(logits: Tensor, wanted: Tensor) -> None:
     log_p = F.log_softmax(logits, dim=-1)
     -(log_p.exp() * log_p).sum(-1).mean()
     (logits.argmax(-1) == wanted).float().mean()
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, workload: Workload, autocast: torch.dtype | None) -> None:
+    """The pass of ``acceleration.scoring.loss_scorer`` over one batch: packed rows under a mask, logits in chunks."""
+    B, L = workload.sequences, workload.max_length
+    ids, mask = torch.ones(B, L, dtype=torch.long), torch.ones(B, 1, L, L, dtype=torch.bool)
+    head, V = model.get_output_embeddings(), model.config.get_text_config().vocab_size
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        hidden = hidden_states(model, ids, torch.arange(L).expand(B, -1), mask).flatten(0, 1)
+        rows = min(workload.trained_tokens, max(1, LOSS_LOGITS // V))
+        # The first chunk's logits live until the second's are made.
+        for _ in range(min(2, -(-workload.trained_tokens // rows))):
+            logits = head(hidden[torch.arange(rows)]).float()
+            logits.logsumexp(-1)
+            logits.argmax(-1)
+
+
+# --- optimizers ---
+
+
+def new_optimizer(workload: Workload, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as the device runs it (fused on a GPU), or a stand-in for an optimizer that torch does not have."""
+    if workload.optimizer == "adamw_torch":
+        return torch.optim.AdamW(parameters, fused=workload.device_type == "cuda")
+    return CountedOptimizer(parameters, workload.optimizer)
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the state that exists from the second step on."""
+    if isinstance(optimizer, CountedOptimizer):
+        optimizer.step()
+        return
+    for parameter in (item for group in optimizer.param_groups for item in group["params"]):
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.ones(()), **moments}
+
+
+class CountedOptimizer(torch.optim.Optimizer):
+    """Holds as many bytes of state for each parameter as the rule of ``name`` gives, and its copies during the step."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], name: str) -> None:
+        super().__init__(parameters, {})
+        self.name = name
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        copies = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._keep(parameter)
+                if rule_of(self.name).copies:
+                    copies.append(torch.empty_like(parameter))
+
+    def _keep(self, parameter: torch.Tensor) -> None:
+        size, _ = state_bytes(self.name, [(tuple(own_part(parameter).shape), parameter.element_size())])
+        if size and not self.state[parameter]:
+            self.state[parameter]["bytes"] = torch.empty(size, dtype=torch.uint8)
+
+
+# --- activation offloading ---
+
+
+class Offloading:
+    """What activation offloading holds on the card: parameters, the last few tensors while they are copied, and
+    in the backward pass those of a node until the next one has its own."""
+
+    def __init__(self, elsewhere: Elsewhere, model: nn.Module) -> None:
+        self.elsewhere = elsewhere
+        self.parameters = {storage_address(p.untyped_storage()) for p in model.parameters()}
+        self.saves = itertools.count(1)
+        # {number of a save: its tensor}
+        self.waiting: dict[int, Tensor] = {}
+        self.node: object = None
+        self.back: list[Tensor] = []
+        self.back_before: list[Tensor] = []
+
+    def pack(self, tensor: Tensor) -> tuple[int, Tensor]:
+        """(0, the tensor), or the number of the save and the copy in the host's memory."""
+        number = next(self.saves)
+        if tensor.nbytes < LEAST_BYTES or storage_address(tensor.untyped_storage()) in self.parameters:
+            return 0, tensor
+        self.waiting = {save: held for save, held in self.waiting.items() if save > number - KEPT_SAVES}
+        whole = 0 in tensor.stride() or (tensor.is_contiguous() and not tensor.storage_offset())
+        self.waiting[number] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        with self.elsewhere():
+            return number, tensor.clone()
+
+    def unpack(self, packed: tuple[int, Tensor]) -> Tensor:
+        number, tensor = packed
+        if not number:
+            return tensor
+        if number in self.waiting:
+            return self.waiting[number]
+        self.waiting.clear()
+        if (node := current_node()) is not self.node:
+            self.node, self.back, self.back_before = node, [], self.back
+        self.back.append(tensor.clone())
+        return self.back[-1]
+
+
+@contextmanager
+def offloaded(elsewhere: Elsewhere, model: nn.Module) -> Iterator[None]:
+    """Within this, a step's saved tensors are offloaded as a run does it. New storages within ``elsewhere`` are in the
+    host's memory."""
+    held = Offloading(elsewhere, model)
+    once = MovedOnce(held.pack, held.unpack)
+    with saved_tensors_hooks(once.pack, once.unpack):
+        yield
+
+
+# --- generation ---
+
+
+def write_a_token(model: PreTrainedModel, method: str, workload: Workload, enter: Enter) -> None:
+    """Run the pass over the prompts and that of the last token, in one of which generation has its peak.
+
+    The pass that fills the cache up to the last token happens in no run, so it is in the phase ``UNCOUNTED``.
+    """
+    rows = workload.written
+    if workload.device_type == "cpu":
+        rows = min(rows, max(1, CACHE_BYTES // (cache_bytes_per_token(model) * workload.max_length)))
+    with _writing(model, method, workload):
+        enter("generation")
+        _draw(model, min(workload.prompts, rows), workload.prompt_tokens, DynamicCache(config=model.config))
+        cache = DynamicCache(config=model.config)
+        enter(UNCOUNTED)
+        _draw(model, rows, workload.max_length - 1, cache)
+        enter("generation")
+        _draw(model, rows, 1, cache)
+
+
+def write_answers(model: PreTrainedModel, method: str, workload: Workload) -> None:
+    """Generate answers of full length to random prompts."""
+    asked = torch.randint(3, 100, (workload.prompts, workload.prompt_tokens)).tolist()
+    prompts = [
+        Prompt(tuple(asked[number % len(asked)]), repeat=number // len(asked)) for number in range(workload.written)
+    ]
+    new_tokens = max(1, workload.max_length - workload.prompt_tokens)
+    decoding = Decoding(new_tokens, frozenset(), temperature=1.0, to_train_on=True)
+    give_back_freed_memory()
+    with _writing(model, method, workload):
+        for batch in batches_that_fit(model, prompts, decoding):
+            Generator(model, decoding).answers([prompts[index] for index in batch])
+    give_back_freed_memory()
+
+
+@contextmanager
+def _writing(model: PreTrainedModel, method: str, workload: Workload) -> Iterator[None]:
+    dtype, training = autocast_dtype(method, workload), model.training
+    model.eval()
+    with (
+        torch.no_grad(),
+        torch.autocast(model.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
+        yield
+    model.train(training)
+
+
+def _draw(model: PreTrainedModel, rows: int, tokens: int, cache: DynamicCache) -> None:
+    """Compute ``tokens`` new positions of each row after those in the cache, and draw the next token."""
+    before = cache.get_seq_length()
+    mask = torch.ones(rows, before + tokens, dtype=torch.long)
+    if before and window_of(model) is None:
+        # Prompts differ in length, so that a token has a mask, for which keys and values are copied to every head.
+        mask = mask.bool()[:, None, None]
+    known = inspect.signature(model.forward).parameters
+    given = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
+    if "logits_to_keep" in known:
+        given["logits_to_keep"] = 1
+    output = model(
+        input_ids=torch.ones(rows, tokens, dtype=torch.long),
+        attention_mask=mask,
+        position_ids=torch.arange(before, before + tokens).expand(rows, -1),
+        **given,
+    )
+    logits = output.logits[:, -1].float()
+    drawn(torch.softmax(logits / 1.0, -1), torch.rand(rows))

@@ -9,36 +9,51 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import math
-import time
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rankwise.compat.torch import (
+    FakeTensor,
+    FakeTensorMode,
     OpOverload,
     TorchDispatchMode,
+    fake_mode,
+    foreach_norm,
+    foreach_sqrt,
     grouped_mm,
+    in_kernel_invocation_manager,
     is_fake,
     local_scalar,
     shard_of,
     storage_address,
+    to_copy,
     tree_iter,
+    unsafe_view,
 )
-from rankwise.errors import ModelError
-from rankwise.planning.quick_fakes import Args, Kwargs, QuickFakes
-from rankwise.planning.terms import TOO_SLOW
 
 NEVER = 1 << 62
 # Half of all calls on fake tensors, which can answer without dispatch.
 DEVICE_OF = torch.ops.prim.device.default
 Reference = weakref.ref[torch.UntypedStorage]
+# Positional arguments of an operation.
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Terms = dict[str, int]
+
+
+class Place(NamedTuple):
+    """A part of a step: its phase, and the number of the layer that it starts with, or -1 before the first layer."""
+
+    phase: str
+    layer: int = -1
 
 
 @dataclasses.dataclass(slots=True)
@@ -60,8 +75,7 @@ class StorageTracker(TorchDispatchMode):
 
     ``rounding``: rounds each size as the device's allocator does. ``vocabulary``: the size by which logits are
     recognised. ``scratch``: {operation: bytes that it takes while it runs}. ``answers``: results of operations that
-    read values. ``counted_before``: whether the result of a named operation lies in memory that is already counted. An
-    operation after ``deadline`` raises ModelError (RW135).
+    read values. ``counted_before``: whether the result of a named operation lies in memory that is already counted.
     """
 
     def __init__(
@@ -81,15 +95,13 @@ class StorageTracker(TorchDispatchMode):
         self.phase = "setup"
         self.clock = 0
         self.forward_ends: list[int] = []
-        # (clock, phase) at the start of each phase.
-        self.entered: list[tuple[int, str]] = []
+        # (clock, place) at the start of each part of the step.
+        self.entered: list[tuple[int, Place]] = []
         # {clock: the largest scratch memory of an operation then}.
         self.scratches: dict[int, int] = {}
         self.storages: list[Storage] = []
         # While this is set, new storages are in host memory and do not count.
         self.hosted = False
-        # A time of time.monotonic(), after which operations raise.
-        self.deadline = math.inf
         self._known: dict[int, tuple[Reference, Storage]] = {}
 
     def __torch_dispatch__(
@@ -100,12 +112,6 @@ class StorageTracker(TorchDispatchMode):
             return NotImplemented
         if func is DEVICE_OF:
             return args[0].fake_device if is_fake(args[0]) else func(*args)
-        if time.monotonic() > self.deadline:
-            raise ModelError(
-                TOO_SLOW,
-                "the dry run exceeded its time limit; plan without --exact, or with --method for this method alone, "
-                "which has no limit.",
-            )
         kwargs = kwargs or {}
         result = self.answers(func, args, kwargs)
         if result is NotImplemented:
@@ -168,7 +174,19 @@ class StorageTracker(TorchDispatchMode):
         if self.phase == "forward":
             self.forward_ends.append(self.clock)
         self.phase = phase
-        self.entered.append((self.clock, phase))
+        self.mark()
+
+    def mark(self, layer: int = -1) -> None:
+        """Start a part of the phase."""
+        self.entered.append((self.clock, Place(self.phase, layer)))
+
+    def restart(self) -> None:
+        """Forget what happened; what is still alive was there before the next step."""
+        self.storages = [storage for storage in self.storages if storage.died == NEVER]
+        self.clock, self.phase = len(self.storages), "setup"
+        for clock, storage in enumerate(self.storages):
+            storage.born, storage.phase, storage.recomputing = clock, "setup", False
+        self.entered, self.forward_ends, self.scratches = [], [], {}
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
@@ -183,25 +201,26 @@ class StorageTracker(TorchDispatchMode):
         for tensor in tensors:
             self.see(tensor, term)
 
-    def peaks(self) -> dict[str, dict[str, int]]:
-        """{phase: {term: bytes}} at the peak of each phase."""
+    def peaks(self) -> dict[Place, Terms]:
+        """{place: {term: bytes}} at the peak of each part of the step."""
         changes = [0] * self.clock
         for storage in self.storages:
             changes[storage.born] += storage.size_bytes
             if storage.died != NEVER:
                 changes[storage.died] -= storage.size_bytes
+        # held[c]: after every event before c, with the memory inside of the operation then.
         held = [0, *accumulate(changes)]
-        # held[c]: after every event before c.
+        for clock, size in self.scratches.items():
+            held[clock] += size
         ends = [clock for clock, _ in self.entered[1:]] + [self.clock]
-        best: dict[str, tuple[int, int]] = {}
-        for (begin, phase), end in zip(self.entered, ends, strict=True):
-            clock = max(range(begin, end + 1), key=lambda at: held[at] + self.scratches.get(at, 0))
-            found = held[clock] + self.scratches.get(clock, 0), clock
-            best[phase] = max(best.get(phase, found), found, key=lambda item: item[0])
-        return {phase: self._terms_at(clock, self.scratches.get(clock, 0)) for phase, (_, clock) in best.items()}
+        best: dict[Place, int] = {}
+        for (begin, place), end in zip(self.entered, ends, strict=True):
+            clock = max(range(begin, end + 1), key=held.__getitem__)
+            best[place] = max(best.get(place, clock), clock, key=held.__getitem__)
+        return {place: self._terms_at(clock, self.scratches.get(clock, 0)) for place, clock in best.items()}
 
-    def _terms_at(self, clock: int, scratch_bytes: int) -> dict[str, int]:
-        totals: dict[str, int] = {"transient": scratch_bytes}
+    def _terms_at(self, clock: int, scratch_bytes: int) -> Terms:
+        totals: Terms = {"transient": scratch_bytes}
         for storage in self.storages:
             if storage.born < clock <= storage.died:
                 term = self._term(storage)
@@ -275,3 +294,169 @@ def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: objec
 
 def _is_flags(index: object) -> TypeGuard[Tensor]:
     return isinstance(index, Tensor) and index.dtype is torch.bool and is_fake(index)
+
+
+# --- operations without the fake mode's overhead ---
+#
+# The fake mode looks up each operation in its cache, under a key of everything that a compiler may need of the
+# arguments, and runs custom operators in Python without a cache. Both take most of a trace's time. Here results are
+# cached under a smaller key, with the same shapes and storages.
+
+_aten = torch.ops.aten
+_CPU = torch.device("cpu")
+
+# Operations whose results share the storage of the first argument; their meta kernels are fast.
+VIEWS = frozenset(
+    {
+        _aten.alias.default,
+        _aten.detach.default,
+        _aten.expand.default,
+        _aten.permute.default,
+        _aten.slice.Tensor,
+        _aten.split.Tensor,
+        _aten.split_with_sizes.default,
+        _aten.t.default,
+        _aten.transpose.int,
+        _aten.unsqueeze.default,
+        _aten.view.default,
+        unsafe_view.default,
+    }
+)
+# Operations that return their first argument.
+IN_PLACE = frozenset(
+    {_aten.add_.Tensor, _aten.addmm_.default, _aten.copy_.default, _aten.mul_.Tensor, _aten.zero_.default}
+)
+# Operations whose results have storages of their own, as those of all rankwise operators have.
+NEW = frozenset(
+    {
+        to_copy.default,
+        _aten.add.Tensor,
+        _aten.cat.default,
+        _aten.clamp_min.default,
+        _aten.clone.default,
+        _aten.div.Tensor,
+        _aten.empty.memory_format,
+        _aten.empty_like.default,
+        _aten.eq.Scalar,
+        _aten.linalg_vector_norm.default,
+        _aten.mm.default,
+        _aten.mul.Tensor,
+        _aten.new_empty.default,
+        _aten.ones.default,
+        _aten.pow.Tensor_Scalar,
+        _aten.scalar_tensor.default,
+        _aten.sqrt.default,
+        _aten.sum.dim_IntList,
+        _aten.where.self,
+        _aten.zeros.default,
+        _aten.zeros_like.default,
+    }
+)
+# {operation on a list of tensors: the operation on one tensor}.
+EACH = {foreach_norm.Scalar: _aten.linalg_vector_norm.default, foreach_sqrt.default: _aten.sqrt.default}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A function that creates a result; ``is_tuple``: the result is several tensors."""
+
+    tensors: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    is_tuple: bool
+
+
+class QuickFakes:
+    """Caches results (shapes, strides, dtypes) under a key of their arguments (the same facts, and numbers)."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[object, ...], _Made | None] = {}
+
+    def __call__(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
+        """The result, or NotImplemented where the fake mode must compute it."""
+        mode = fake_mode()
+        if mode is None:
+            return NotImplemented
+        if func in IN_PLACE and _is_fake_on_cpu(args[0]):
+            return args[0]
+        if func in VIEWS and _is_fake_on_cpu(args[0]):
+            with in_kernel_invocation_manager(mode):
+                made = func(*args, **kwargs)
+            return _fake(made, mode) if isinstance(made, Tensor) else [_fake(item, mode) for item in made]
+        if func in EACH:
+            return self._of_each(EACH[func], args, kwargs)
+        if _changes_a_list(func) and all(map(_is_fake_on_cpu, args[0])):
+            return None
+        if func not in NEW and func.namespace != "rankwise":
+            return NotImplemented
+        return self._remembered(mode, func, args, kwargs)
+
+    def _of_each(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
+        made = []
+        for tensor in args[0]:
+            result = self(func, (tensor, *args[1:]), kwargs)
+            if result is NotImplemented:
+                return NotImplemented
+            made.append(result)
+        return made
+
+    def _remembered(self, mode: FakeTensorMode, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
+        try:
+            key = (func, _described(args), _described(kwargs.items()))
+            is_known = key in self._seen
+        except TypeError:
+            return NotImplemented
+        if not is_known:
+            result = func(*args, **kwargs)
+            made = _made_from(result, args)
+            if made is not NotImplemented:
+                self._seen[key] = made
+            return result
+        made = self._seen[key]
+        if made is None:
+            return None
+        with in_kernel_invocation_manager(mode):
+            tensors = [
+                torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in made.tensors
+            ]
+        fakes = tuple(_fake(tensor, mode) for tensor in tensors)
+        return fakes if made.is_tuple else fakes[0]
+
+
+def _changes_a_list(func: OpOverload) -> bool:
+    return func.namespace == "aten" and re.fullmatch(r"_foreach_\w+_", func.overloadpacket.__name__) is not None
+
+
+def _described(values: Iterable[object]) -> tuple[object, ...]:
+    """A key for the arguments. Raises TypeError for a tensor that has values or is on another device."""
+    return tuple(map(_description, values))
+
+
+def _description(value: object) -> object:
+    if isinstance(value, Tensor):
+        if not _is_fake_on_cpu(value):
+            raise TypeError
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return _described(value)
+    # The type is part of the key, since 1, 1.0 and True are equal but give different results.
+    return type(value), value
+
+
+def _made_from(result: Any, args: Args) -> Any:
+    """How to create such a result again; None where the result is None, NotImplemented for any other type."""
+    if result is None:
+        return None
+    tensors = result if isinstance(result, tuple) else (result,)
+    given = {storage_address(item.untyped_storage()) for item in args if isinstance(item, Tensor)}
+    if not all(
+        _is_fake_on_cpu(tensor) and storage_address(tensor.untyped_storage()) not in given for tensor in tensors
+    ):
+        return NotImplemented
+    return _Made(tuple((item.shape, item.stride(), item.dtype) for item in tensors), isinstance(result, tuple))
+
+
+def _is_fake_on_cpu(value: object) -> bool:
+    return isinstance(value, FakeTensor) and value.fake_device == _CPU
+
+
+def _fake(made: Tensor, mode: FakeTensorMode) -> Tensor:
+    return FakeTensor(mode, made, _CPU)

@@ -1,18 +1,107 @@
-"""The settings of a training step on which its memory depends. Imports no torch."""
+"""What a plan is asked: the options of ``rankwise plan``, one training step as a ``Workload``, and what each optimizer
+keeps. Imports no torch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Annotated, Literal
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from rankwise.config import GENERATIONS, StepOptions
+from rankwise.config import GENERATIONS, LengthOptions, ModelOptions, StepOptions, TrainSettings
+from rankwise.conflicts import check_objective, check_sharing
 from rankwise.constants import BLOCK_SIZES, WRITTEN_ROWS
 from rankwise.errors import ConfigError
-from rankwise.foreign import wrong_fields
-from rankwise.options import Batch, Whole
+from rankwise.foreign import Fields, wrong_fields
+from rankwise.options import Batch, Count, Names, Panel, Whole, option
+
+if TYPE_CHECKING:
+    from rankwise.planning.hardware import Hardware
+
+PLANNED = ("full", "lora", "qlora", "dora", "qdora")
+
+ALL = "all"
+Goal = Literal["speed", "quality", "serving"]
+
+_model = functools.partial(option, Panel.MODEL)
+_device = functools.partial(option, Panel.DEVICE)
+_sure = functools.partial(option, Panel.SURE)
+_file = functools.partial(option, Panel.FILES, metavar="FILE")
+
+
+class PlanSettings(ModelOptions, LengthOptions, StepOptions):
+    """The options of ``rankwise plan``. Every row is taken to be ``max_length`` tokens long."""
+
+    model: Annotated[
+        str | None,
+        _model(
+            "Hub id, folder, .gguf file, or `demo`; its weights are not read (--calibrate needs none).", metavar="M"
+        ),
+    ] = None
+    method: Annotated[Names, _model("lora, qlora, dora, qdora or full; several with commas; or all.")] = (ALL,)
+    objective: Annotated[
+        Literal["sft", "dpo", "kto", "grpo"],
+        _model(
+            "Objective of `train`. dpo: a pair counts as two rows; grpo: the keys and values of answers count, too."
+        ),
+    ] = "sft"
+    goal: Annotated[Goal, _model("What decides if several methods fit: speed, quality or serving.")] = "speed"
+
+    gpu: Annotated[str | None, _device("Card to plan for, by name; default: this machine.", metavar="NAME")] = None
+    memory: Annotated[
+        str | None,
+        _device(
+            "Memory to plan for: 24GB (10^9 bytes), 24GiB (2^30), 24 (GB). With --gpu, it replaces the card's.",
+            metavar="SIZE",
+        ),
+    ] = None
+    devices: Annotated[Batch, _device("Number of devices of this kind.")] = 1
+    strategy: Annotated[
+        Literal["ddp", "fsdp"] | None,
+        _device("With several devices: a copy on each (ddp) or shards (fsdp). Default: ddp."),
+    ] = None
+
+    trained_share: Annotated[
+        float, Field(gt=0, le=1), option(Panel.TRAINING, "Share of the tokens that have labels.")
+    ] = 1.0
+    rows: Annotated[
+        Count | None,
+        option(Panel.TRAINING, "Number of rows of training data; the plan then gives the hours of the whole run."),
+    ] = None
+
+    check: Annotated[
+        bool, _sure("Run three real steps here, on random weights, and compare measured and predicted memory.")
+    ] = False
+    calibrate: Annotated[bool, _sure("Time real steps on this machine and remember its speed.")] = False
+    svg: Annotated[Path | None, _file("Write the bars of memory as an SVG file.")] = None
+    save: Annotated[Path | None, _file("Write the recommended settings for `rankwise train --config`.")] = None
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods to plan for. Raises ConfigError (RW131) for one that does not exist."""
+        if not self.method or set(self.method) - {*PLANNED, ALL}:
+            given, known = ",".join(self.method), ", ".join(PLANNED)
+            raise ConfigError("RW131", f"--method is {given!r}; give {known}, several with commas, or all.")
+        return PLANNED if ALL in self.method else tuple(name for name in PLANNED if name in self.method)
+
+    def check_options(self) -> None:
+        """Raise ConfigError (RW112) for options that do not go together."""
+        check_objective(self, self.objective)
+        check_sharing(self.objective, self.strategy, self.devices)
+
+
+# Options that `rankwise train` has too: --save writes those that were given or chosen. It adds the method itself.
+SHARED = tuple(name for name in PlanSettings.model_fields if name in TrainSettings.model_fields and name != "method")
+
+
+# --- one step ---
 
 Strategy = Literal["single", "ddp", "fsdp"]
 DeviceType = Literal["cpu", "cuda"]
@@ -41,8 +130,10 @@ class Workload(StepOptions):
     trained_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     # Number of sequences in a row: 2 for a pair of answers.
     sides: Batch = 1
-    # Whether the batch saves nothing for a backward pass, as in an evaluation (closed form only).
+    # Whether the batch saves nothing for a backward pass, as in an evaluation.
     evaluation: bool = False
+    # Whether gradients of earlier micro-batches of the step are there already.
+    accumulates: bool = False
     # Number of answers that are generated together before the step, each with its prompt up to ``max_length`` tokens,
     # and number of their prompts; 0 without generation.
     written: Whole = 0
@@ -103,3 +194,194 @@ def _problems(workload: Workload) -> Iterator[str]:
             "activation_offloading moves activations out of an accelerator's own memory, which neither a processor nor "
             "an Apple GPU has; take gradient_checkpointing"
         )
+
+
+def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:
+    """The step to estimate. Raises ConfigError as ``PlanSettings.check_options`` and ``Workload`` do."""
+    settings.check_options()
+    return workload_of(dict(settings), hardware)
+
+
+def workload_of(settings: Fields, hardware: Hardware) -> Workload:
+    """One step with these options of ``train`` or ``plan``, with all rows at full length; for several processes, the
+    step of one. The dtype is the one that ``--dtype auto`` gives on the device."""
+    kind: DeviceType = "cuda" if hardware.device_type == "cuda" else "cpu"
+    devices, objective = settings.get("devices") or 1, settings["objective"]
+    answers = settings["batch_size"] * settings["gradient_accumulation"]
+    fields = {name: settings[name] for name in Workload.__dataclass_fields__ if name in settings} | {
+        "devices": devices,
+        "strategy": (settings.get("strategy") or "ddp") if devices > 1 else "single",
+        "dtype": hardware.dtype if settings["dtype"] == "auto" else settings["dtype"],
+        "device_type": kind,
+        "sides": sides_of(objective),
+        "accumulates": settings["gradient_accumulation"] > 1,
+        **written_of(objective, answers, settings.get("num_generations"), kind),
+    }
+    return on_device(Workload(**fields), hardware)
+
+
+def on_device(workload: Workload, hardware: Hardware) -> Workload:
+    """The workload without operators that do not run on the device. An Apple GPU runs plain PyTorch, counted as on a
+    CPU, whose memory it shares; a GPU of this machine without Triton runs the model's own gated MLPs. A card has flash
+    attention where it has bfloat16.
+    """
+    if hardware.device_type == "mps":
+        return dataclasses.replace(workload, fast=False)
+    if hardware.device_type != "cuda":
+        return workload
+    triton = hardware.kind != "machine" or importlib.util.find_spec("triton") is not None
+    return dataclasses.replace(workload, triton=triton, flash=hardware.has_bfloat16 is not False)
+
+
+def run_tokens(settings: PlanSettings) -> int | None:
+    """The tokens of the whole run with rows of full length; None where neither its steps nor its rows are known."""
+    step_rows = settings.batch_size * settings.gradient_accumulation * settings.devices
+    if settings.max_steps is not None:
+        return settings.max_steps * step_rows * settings.max_length
+    if settings.rows is not None:
+        return math.ceil(settings.rows * settings.epochs) * settings.max_length
+    return None
+
+
+# --- optimizers: n elements in a tensor, s bytes each ---
+
+Shape = tuple[int, ...]
+
+# bitsandbytes keeps smaller tensors' states in 32 bits.
+EIGHT_BIT_LEAST = 4096
+EIGHT_BIT_BLOCK = 256
+# bitsandbytes keeps smaller tensors' states on the device.
+PAGED_LEAST = 100_000
+TORCHAO_BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerRule:
+    """``state``: (shape, bytes per element) -> bytes; ``paged``: whether the state is in memory that can leave the GPU.
+
+    ``copies``: whether the step holds a temporary copy of the trained tensors (foreach does, fused does not).
+    """
+
+    state: Callable[[Shape, int], int]
+    paged: bool = False
+    # Whether the whole state is in host memory.
+    hosted: bool = False
+    copies: bool = False
+    # Whether the optimizer is bitsandbytes', which supports CUDA only.
+    cuda_only: bool = False
+
+
+def two_moments(shape: Shape, element_bytes: int) -> int:
+    """AdamW: m and v in the parameter's dtype, and a step count of 4 bytes: 2 n s + 4."""
+    return 2 * prod(shape) * element_bytes + 4
+
+
+def two_moments_8bit(shape: Shape, element_bytes: int) -> int:
+    """bitsandbytes' 8-bit AdamW: 2 n bytes and 2 float32 scales per 256; below 4096 elements 2 moments in float32."""
+    n = prod(shape)
+    if n < EIGHT_BIT_LEAST:
+        return 8 * n
+    return 2 * n + 2 * 4 * -(-n // EIGHT_BIT_BLOCK)
+
+
+def two_moments_32bit(shape: Shape, element_bytes: int) -> int:
+    """bitsandbytes' 32-bit AdamW: both moments in float32, whatever the parameter: 8 n."""
+    return 8 * prod(shape)
+
+
+def two_moments_torchao(bits: int) -> Callable[[Shape, int], int]:
+    """torchao's AdamW of few bits: 2 n bits / 8 and 2 float32 scales per block; small or odd tensors in their dtype."""
+
+    def state(shape: Shape, element_bytes: int) -> int:
+        n = prod(shape)
+        if n < EIGHT_BIT_LEAST or n % TORCHAO_BLOCK:
+            return 2 * n * element_bytes + 4
+        return 2 * n * bits // 8 + 2 * 4 * (n // TORCHAO_BLOCK) + 4
+
+    return state
+
+
+def one_moment(shape: Shape, element_bytes: int) -> int:
+    """Momentum or Lion: n s."""
+    return prod(shape) * element_bytes
+
+
+def one_moment_8bit(shape: Shape, element_bytes: int) -> int:
+    """bitsandbytes' 8-bit Lion or RMSprop: n bytes and a float32 scale per 256."""
+    n = prod(shape)
+    return 4 * n if n < EIGHT_BIT_LEAST else n + 4 * -(-n // EIGHT_BIT_BLOCK)
+
+
+def nothing(shape: Shape, element_bytes: int) -> int:
+    """0: plain SGD has no state."""
+    return 0
+
+
+def adafactor(shape: Shape, element_bytes: int) -> int:
+    """Adafactor, in float32: of a matrix the row and column means of the squares, of a vector all squares."""
+    if len(shape) < 2:
+        return 4 * prod(shape)
+    return 4 * (prod(shape[:-1]) + prod(shape[:-2]) * shape[-1])
+
+
+RULES: dict[str, OptimizerRule] = {
+    # AdamW tensor by tensor holds sqrt(v) of each.
+    "adamw_torch": OptimizerRule(two_moments, copies=True),
+    "adamw_torch_fused": OptimizerRule(two_moments),
+    "adamw_offload": OptimizerRule(two_moments, hosted=True),
+    "adamw_torch_8bit": OptimizerRule(two_moments_torchao(8)),
+    "adamw_torch_4bit": OptimizerRule(two_moments_torchao(4)),
+    "adamw_8bit": OptimizerRule(two_moments_8bit, cuda_only=True),
+    "adamw_bnb_8bit": OptimizerRule(two_moments_8bit, cuda_only=True),
+    "paged_adamw_8bit": OptimizerRule(two_moments_8bit, paged=True, cuda_only=True),
+    "paged_adamw_32bit": OptimizerRule(two_moments_32bit, paged=True, cuda_only=True),
+    "paged_adamw": OptimizerRule(two_moments_32bit, paged=True, cuda_only=True),
+    "lion_32bit": OptimizerRule(one_moment, cuda_only=True),
+    "lion_8bit": OptimizerRule(one_moment_8bit, cuda_only=True),
+    "paged_lion_32bit": OptimizerRule(one_moment, paged=True, cuda_only=True),
+    "paged_lion_8bit": OptimizerRule(one_moment_8bit, paged=True, cuda_only=True),
+    "rmsprop": OptimizerRule(one_moment, copies=True),
+    "rmsprop_bnb": OptimizerRule(one_moment, cuda_only=True),
+    "rmsprop_bnb_8bit": OptimizerRule(one_moment_8bit, cuda_only=True),
+    "rmsprop_bnb_32bit": OptimizerRule(one_moment, cuda_only=True),
+    "sgd": OptimizerRule(nothing),
+    "adagrad": OptimizerRule(one_moment, copies=True),
+    "adafactor": OptimizerRule(adafactor, copies=True),
+}
+
+
+def copies_on(device_type: str, optimizer: str) -> bool:
+    """Whether a step holds a copy of each tensor; on a card torch's AdamW runs fused, without."""
+    return rule_of(optimizer).copies and (device_type, optimizer) != ("cuda", "adamw_torch")
+
+
+def rule_of(optimizer: str) -> OptimizerRule:
+    """The memory rule of an optimizer. Raises ConfigError (RW132) if it is not known."""
+    if optimizer not in RULES:
+        raise ConfigError(
+            "RW132",
+            f"the memory of the optimizer {optimizer!r} is not known; plan with one of {', '.join(RULES)}.",
+        )
+    return RULES[optimizer]
+
+
+def check_device(optimizer: str, device_type: str, name: str) -> None:
+    """Raise ConfigError (RW116) for an optimizer that ``rankwise train`` refuses on the device called ``name``."""
+    if rule_of(optimizer).cuda_only and device_type != "cuda":
+        raise ConfigError(
+            "RW116",
+            f"--optimizer {optimizer} runs on CUDA cards only, and this plan is for {name}; take adamw_torch, or "
+            "adamw_offload, which keeps the optimizer's state in CPU memory.",
+        )
+
+
+def state_bytes(optimizer: str, shapes: Iterable[tuple[Shape, int]]) -> tuple[int, int]:
+    """(bytes on the device, bytes elsewhere) of the state for tensors of (shape, bytes per element)."""
+    rule, here, elsewhere = rule_of(optimizer), 0, 0
+    for shape, element_bytes in shapes:
+        size = rule.state(shape, element_bytes)
+        if rule.hosted or (rule.paged and prod(shape) >= PAGED_LEAST):
+            elsewhere += size
+        else:
+            here += size
+    return here, elsewhere

@@ -1,4 +1,4 @@
-"""Changes with their prices, and the one recommendation."""
+"""The largest batch that fits, the ladder of changes with their prices, and the one recommendation."""
 
 from __future__ import annotations
 
@@ -7,22 +7,35 @@ import itertools
 import re
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from rankwise.config import TrainSettings
-from rankwise.planning import Workload
-from rankwise.planning.changes import FAST, Advisor, possible_steps
-from rankwise.planning.recommend import ORDER, Wish, recommend
-from rankwise.planning.rules import RULES, Situation
-from rankwise.planning.terms import PLANNED
+from rankwise.planning import PLANNED, TERMS, MemoryEstimate, Workload
+from rankwise.planning.advice import (
+    LADDER,
+    ORDER,
+    ROW_UNIT,
+    RULES,
+    Advisor,
+    Situation,
+    Wish,
+    ladder,
+    largest_batch,
+    longest_row,
+    recommend,
+    verdict_of,
+)
 from toy_memory import PER_TOKEN, WEIGHTS, toy_estimate
 
+SHORT = Workload(batch_size=4, max_length=128, r=8)
 WORK = Workload(batch_size=8, max_length=1024, r=16)
 GIVEN = {"model": "m", "r": 16, "target_modules": "all-linear", "batch_size": 8, "gradient_accumulation": 1}
 
 
 def seconds(estimate, workload):
     """A second a thousand tokens and a tenth a micro-batch; recomputing costs half as much again."""
-    factor = (1.5 if workload.gradient_checkpointing else 1.0) * (3.0 if workload.activation_offloading else 1.0)
+    factor = 1.5 if workload.gradient_checkpointing else 1.0
     return factor * workload.tokens / 1000 + 0.1 + (0.05 if estimate.method in ("qlora", "qdora") else 0)
 
 
@@ -80,7 +93,7 @@ def test_what_is_recommended_fits_with_its_error_unless_it_says_that_it_does_not
 
 def test_a_run_that_is_only_tight_is_recommended_and_said_to_be():
     """Rather than that nothing fits where a row of the table does."""
-    least = Workload(batch_size=1, max_length=16, r=8, gradient_checkpointing=True, activation_offloading=True)
+    least = Workload(batch_size=1, max_length=16, r=8, gradient_checkpointing=True)
     memory = toy_estimate("lora", least).peak_bytes
     advice = advise(memory, methods=("lora",), workload=least)
     assert (advice.method, advice.is_tight, advice.missing_bytes) == ("lora", True, 0)
@@ -101,48 +114,23 @@ def test_where_nothing_fits_the_lack_is_that_of_the_smallest_run():
     assert advice.missing_bytes == advice.estimate.peak_bytes - 10**8 > 0
 
 
-def test_room_is_used_for_larger_micro_batches():
-    advice = advise(100 * 10**9, workload=Workload(batch_size=1, max_length=1024, r=16), accumulation=8)
-    assert (advice.settings["batch_size"], advice.settings["gradient_accumulation"]) == (8, 1)
-    names = {rule.name for rule in advice.reasons}
-    assert "larger-batches" in names
-    assert "accumulation" not in names
-
-
 def test_smaller_micro_batches_are_explained_as_such():
     names = {rule.name for rule in advise(WEIGHTS + 5 * 1024 * PER_TOKEN).reasons}
     assert "accumulation" in names
-    assert "larger-batches" not in names
 
 
-@pytest.mark.parametrize(("optimizer", "rule"), [("paged_adamw_8bit", "paged"), ("adamw_offload", "hosted")])
-def test_each_optimizer_that_saves_memory_has_its_own_reason(optimizer, rule):
-    situation = Situation("full", "speed", {}, {"optimizer": optimizer}, frozenset({"optimizer"}))
-    assert {found.name for found in RULES if found.when(situation)} & {"paged", "hosted"} == {rule}
-
-
-def test_a_time_that_is_not_counted_is_no_zero():
-    steps = [step for step in possible_steps("full", WORK, 1) if step.settings.get("optimizer") == "adamw_offload"]
-    change = advisor(10**9).price(steps, "full", WORK)
-    assert change.time_factor == 1
-    assert not change.is_timed
-    assert "not counted" in change.time_words
-    assert "%" not in change.time_words
-
-
-def test_the_cheapest_changes_fit_and_stand_in_the_order_of_their_cost():
-    for memory in (9 * 10**9, 5 * 10**9, 3 * 10**9, 13 * 10**8):
-        changes = advisor(memory).cheapest("lora", WORK, 1)
-        assert changes
-        assert all(change.verdict == "fits" for change in changes)
-        assert [change.costs for change in changes] == sorted(change.costs for change in changes)
-        for cheap, dear in itertools.pairwise(changes):
-            assert cheap.costs < dear.costs or cheap.time_factor <= dear.time_factor
-
-
-def test_one_change_is_enough_where_one_is():
-    first = advisor(6 * 10**9).cheapest("lora", WORK, 1)[0]
-    assert first.settings == {"batch_size": 4, "gradient_accumulation": 2}
+def test_the_ladder_is_climbed_no_higher_than_it_must_be():
+    """Checkpointing, half the batch, 8-bit states, four bits, shorter rows; every step costs what it costs."""
+    steps = list(dict.fromkeys(step.name for step in ladder("lora", WORK, 1)))
+    assert steps == ["checkpointing", "batch", "optimizer", "method", "length"]
+    costs = [step.costs for step in ladder("lora", WORK, 1)]
+    assert costs == sorted(costs)
+    climbed = [advisor(memory).climbed("lora", WORK, 1, LADDER) for memory in (20e9, 7e9, 1.6e9, 0.9e9, 0.4e9, 1e8)]
+    taken = [None if change is None else [step.name for step in change.steps] for change in climbed]
+    assert taken == [[], steps[1:2], steps[:2], steps[:4], steps, None]
+    for change in climbed[:-1]:
+        assert change.verdict == "fits"
+        assert change.estimate == toy_estimate(change.method, change.workload)
 
 
 def test_prices_are_those_of_the_estimates():
@@ -153,7 +141,7 @@ def test_prices_are_those_of_the_estimates():
 
 def test_every_change_is_made_of_options_that_train_has():
     for method in PLANNED:
-        for step in possible_steps(method, WORK, 1):
+        for step in ladder(method, WORK, 1):
             TrainSettings.model_validate({"model": "m", "data": "d", "output": "o", **step.settings})
 
 
@@ -203,23 +191,65 @@ def test_no_reason_calls_the_base_16_bit():
     assert not any("16-bit base" in rule.reason for rule in RULES)
 
 
-def test_taking_back_no_fast_is_offered_where_it_was_given():
-    def estimate(method, workload):
-        found = toy_estimate(method, workload)
-        return found if workload.fast else dataclasses.replace(found, peak_bytes=2 * found.peak_bytes)
-
-    slow = dataclasses.replace(WORK, fast=False)
-    asked = Advisor(estimate, seconds, 10 * 10**9, asked_slow=True)
-    assert asked.cheapest("lora", slow, 1)[0].steps == (FAST,)
-    assert (FAST,) in [change.steps for change in asked.singles("lora", slow, 1)]
-    # An Apple GPU takes PyTorch's own step whatever was asked.
-    other = Advisor(estimate, seconds, 10 * 10**9)
-    assert not any("fast" in change.settings for change in other.cheapest("lora", slow, 1))
-    TrainSettings.model_validate({"model": "m", "data": "d", "output": "o", **FAST.settings})
-
-
 def test_servers_are_told_of_every_setting_that_they_refuse_or_ignore():
     whole, scaled = ({"modules_to_save": ("lm_head",)}, {"use_rslora": True})
     places = [advise(100 * 10**9, workload=dataclasses.replace(WORK, **own)).serving for own in (whole, scaled)]
     assert "no server takes `modules_to_save` beside an adapter" in places[0]
     assert any("ignores rsLoRA's scale" in place for place in places[1])
+
+
+# --- the largest batch, against a search by brute force ---
+
+
+def bumpy(slope: int, bump: int, start: int):
+    """Monotone, not linear: steps of allocations."""
+
+    def estimate(method: str, workload: Workload) -> MemoryEstimate:
+        peak = start + slope * workload.batch_size + bump * (workload.batch_size // 5) ** 2
+        return MemoryEstimate(method, peak, dict.fromkeys(TERMS, 0), 0, 0, 0.0)
+
+    return estimate
+
+
+@settings(deadline=None, max_examples=100)
+@example(slope=3, bump=0, start=7, memory=10)
+@example(slope=3, bump=0, start=7, memory=9)
+@given(slope=st.integers(1, 50), bump=st.integers(0, 30), start=st.integers(0, 200), memory=st.integers(0, 2000))
+def test_the_largest_batch_is_that_of_brute_force(slope, bump, start, memory):
+    """Two thousand rows are never within 2,000 bytes at a byte a row."""
+    estimate = bumpy(slope, bump, start)
+
+    def fits(rows: int) -> bool:
+        return estimate("lora", dataclasses.replace(SHORT, batch_size=rows)).peak_bytes <= memory
+
+    fitting = list(itertools.takewhile(fits, range(1, 2002)))
+    assert largest_batch(estimate, "lora", SHORT, memory) == max(fitting, default=0)
+
+
+def test_few_questions_are_asked():
+    asked = []
+
+    def counting(method, workload):
+        asked.append(workload)
+        return toy_estimate(method, workload)
+
+    assert largest_batch(counting, "lora", SHORT, 20 * 10**9) > 100
+    assert len(asked) < 6
+
+
+def test_the_longest_row_is_the_last_whole_unit_that_fits():
+    memory = 8 * 10**9
+    tokens = longest_row(toy_estimate, "lora", SHORT, memory)
+    longest = dataclasses.replace(SHORT, max_length=tokens)
+    assert toy_estimate("lora", longest).peak_bytes <= memory
+    assert toy_estimate("lora", dataclasses.replace(longest, max_length=tokens + ROW_UNIT)).peak_bytes > memory
+
+
+def test_nothing_fits_in_nothing():
+    assert largest_batch(toy_estimate, "lora", SHORT, 1000) == 0
+    assert longest_row(toy_estimate, "lora", SHORT, 1000) == 0
+
+
+@pytest.mark.parametrize(("memory", "verdict"), [(1050, "fits"), (1049, "tight"), (1000, "tight"), (999, "too big")])
+def test_tight_is_what_only_fits_without_the_error(memory, verdict):
+    assert verdict_of(MemoryEstimate("lora", 1000, {}, 0, 0, 0.05), memory) == verdict

@@ -1,0 +1,604 @@
+"""The peak of a step of the whole model, from traces of the same model with a few of its layers.
+
+Between two consecutive hooks (embedding, a layer's forward pass, head, a layer's backward pass, optimizer) the highest
+bytes are linear in the number of layers n, counted in whole periods where layers alternate:
+
+    peak(n) = max over the parts of a step of  a + b n
+
+so two traces give all a and b. Results are kept on disk, and torch is imported only where a trace is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from rankwise.errors import ConfigError
+from rankwise.foreign import JsonObject, read_json
+from rankwise.models.device import cpu_flags
+from rankwise.models.source import fetch_model
+from rankwise.planning import hardware
+from rankwise.planning.speed import PlannedModel, Stored, read_model
+from rankwise.planning.workload import DTYPE_BYTES, PLANNED, Workload, rule_of
+from rankwise.records import write_json
+from rankwise.reports.numbers import byte_size
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from rankwise.planning.trace import Traced
+    from rankwise.planning.tracker import Place, Terms
+
+Phase = Literal["forward", "backward", "optimizer", "generation"]
+FOUR_BIT_OF = {"lora": "qlora", "dora": "qdora", "full": "lora"}
+
+# The terms of a breakdown, in the order in which a bar shows them.
+#
+# weights_4bit  packed codes and their scales
+# weights       everything of the base that stays in 16 or 32 bits
+# adapters      A, B, magnitudes, and the row norms that DoRA keeps
+# gradients     of the trained parameters
+# optimizer     its state, on the device
+# activations   saved in the forward pass for the backward pass
+# logits        logits, their float32 copy, their gradient and what the loss keeps
+# transient     short-lived buffers at the peak: dequantized weights, intermediate gradients
+# overhead      memory of the device and its libraries other than tensors
+TERMS = (
+    "weights_4bit",
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "transient",
+    "overhead",
+)
+# Numbers of parameters, layers or calls in the names of targets: q_proj and fc1 are in every layer, layers.3 is not.
+NAMES_A_LAYER = re.compile(r"(?<![a-zA-Z_0-9])\d|\[|\\d")
+# Attributes of a layer that number it.
+NUMBERS = re.compile(r"idx|index|layer_id|layer_number|number")
+# Prepared models that are kept for other batches and lengths.
+PREPARED = 12
+
+# Half the printed interval, as a share of the peak, and on a CPU what libraries, threads and the ends of the heap add.
+ERROR, CPU_PROCESS_ERROR_BYTES = 0.05, 50 * 10**6
+# Memory that a step leaves in libraries on a CPU (generated kernels, thread pools, ends of the heap).
+CPU_LIBRARY_BYTES = 50 << 20
+# Bytes of holes in every step of PyTorch's own operators (measured).
+HOLES_OF_PYTORCHS_STEP = 40 << 20
+# Share of unused memory between keys and values, which grow by one token at a time: measured 0.15 to 0.35.
+HOLES_OF_GROWTH = 0.25
+# Measured shares of `heap_holes_bytes`: (of all gradients, of the saved tensors).
+HOLES_CHECKPOINTED, HOLES_OF_FULL, HOLES_OF_ADAPTERS, HOLES_ELSE = (0.2, 0.0), (0.1, 0.4), (0.5, 0.02), (0.5, 0.0)
+
+# FSDP2 gathers the next layer while one computes, and reduces a layer's gradients while the next computes its own.
+BLOCKS_AT_ONCE = 2
+WEIGHTS = ("weights_4bit", "weights")
+# The block size of bitsandbytes' 4-bit checkpoints in transformers.
+BITSANDBYTES_BLOCK = 64
+# Bytes of a group's scale and zero point, 16 bits each.
+GROUP_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Bytes that each of several devices sends to the others; it receives as many."""
+
+    micro_batch: int = 0
+    # Once in an optimizer step.
+    step: int = 0
+
+    def of_step(self, accumulation: int) -> int:
+        return accumulation * self.micro_batch + self.step
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Peak memory of a training step on one device, in bytes: what the process needs beyond an idle interpreter with
+    its libraries, at its highest instant."""
+
+    method: str
+    peak_bytes: int
+    # {term: bytes} over ``TERMS``, at the moment of the peak; they sum to ``peak_bytes``.
+    breakdown: dict[str, int]
+    trainable_parameters: int
+    # Parameters without the adapter; tied weights count once, 4-bit weights by their elements.
+    total_parameters: int
+    # Expected relative error of ``peak_bytes``.
+    error: float
+    # The phase of the step with the peak.
+    phase: Phase = "backward"
+    # The part of ``overhead`` that torch's allocator does not see: peak_bytes - outside_bytes is comparable with
+    # torch.cuda.max_memory_allocated(), and with the growth of anonymous memory on a CPU.
+    outside_bytes: int = 0
+    # Remarks: a length beyond the model's positions, states in host memory.
+    notes: tuple[str, ...] = ()
+    network: Traffic = Traffic()
+
+    def to_json(self) -> JsonObject:
+        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+
+
+class Estimator(Protocol):
+    """(method, workload) -> peak memory on the planned model."""
+
+    def __call__(self, method: str, workload: Workload) -> MemoryEstimate: ...
+
+
+def estimate(
+    model: str | os.PathLike[str],
+    method: str,
+    workload: Workload | None = None,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> MemoryEstimate:
+    """Peak memory of one step of ``method`` on ``model``: hub id, folder, GGUF file or demo; its weights are not read.
+
+    Raises ConfigError: RW130 for settings, RW131 for an unknown method, RW132 for an optimizer whose memory is not
+    known; AdapterError: RW401 to RW403 and RW419 for targets; ModelError: RW327 where the step cannot be traced, and as
+    ``fetch_model`` and ``load_skeleton`` do.
+    """
+    source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    return Traces(read_model(source, trust_remote_code=trust_remote_code))(method, workload or Workload())
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A traced step of the whole model, as it is kept on disk."""
+
+    # {phase: {term: bytes}} at its highest instant.
+    phases: dict[str, Terms]
+    # As ``Traced.sizes``.
+    sizes: dict[str, int]
+    # Parameters of the model without an adapter.
+    total: int
+    max_positions: int | None
+
+
+class Traces:
+    """An estimator for one model. ``say`` is called with a line about a trace that takes longer than a second."""
+
+    def __init__(self, model: PlannedModel, say: Callable[[str], None] = lambda _: None) -> None:
+        self.model, self.say = model, say
+        self._prepared: dict[tuple[str, str, int], Traced] = {}
+
+    def __call__(self, method: str, workload: Workload) -> MemoryEstimate:
+        if method not in PLANNED:
+            raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
+        rule_of(workload.optimizer)
+        key = f"{method} {json.dumps(dataclasses.asdict(workload), sort_keys=True, default=str)}"
+        if key not in self._kept:
+            with _told(self.say, f"tracing {method} at {workload.batch_size} x {workload.max_length:,} tokens ..."):
+                self._kept[key] = dataclasses.asdict(self._trace(method, workload))
+            self._keep()
+        return assembled(method, workload, Found(**self._kept[key]))
+
+    @functools.cached_property
+    def _file(self) -> Path:
+        return cache_folder() / "traces" / f"{_hash_of(self.model)}.json"
+
+    @functools.cached_property
+    def _kept(self) -> JsonObject:
+        try:
+            return read_json(self._file)
+        except (OSError, ValueError):
+            return {}
+
+    def _keep(self) -> None:
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._file, self._kept)
+        except OSError:
+            # A folder that cannot be written costs the next plan its traces.
+            self.say(f"traces cannot be kept in {self._file.parent}")
+
+    @functools.cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        from rankwise.models import load_skeleton
+
+        return load_skeleton(self.model.source, trust_remote_code=self.model.trust_remote_code)
+
+    def _trace(self, method: str, workload: Workload) -> Found:
+        if workload.strategy == "fsdp" and _is_in_a_group():
+            # A run with its own group of processes cannot have another of fake ones.
+            alone = self._trace(method, dataclasses.replace(workload, strategy="single", devices=1))
+            return _sharded(alone, method, workload)
+        names_a_layer = any(NAMES_A_LAYER.search(name) for name in _names(workload))
+        cut = None if names_a_layer else cut_of(self._skeleton)
+        return traced(self._skeleton, method, workload, cut, functools.partial(self._model_of, method, workload))
+
+    def _model_of(self, method: str, workload: Workload, numbers: Sequence[int]) -> Traced:
+        """The model with these layers, prepared for this or for another batch."""
+        from rankwise.planning.trace import Traced
+
+        batch = {"batch_size": 1, "max_length": 2, "trained_share": 1.0, "evaluation": False, "accumulates": False}
+        general = dataclasses.replace(workload, **batch, written=0, prompts=0)  # type: ignore[arg-type]
+        key = method, repr(general), len(numbers)
+        if workload.strategy == "fsdp" or key not in self._prepared:
+            while len(self._prepared) >= PREPARED:
+                del self._prepared[next(iter(self._prepared))]
+            path = layers_path(self._skeleton)
+            made = Traced(with_layers(self._skeleton, path, numbers), method, general, layers=path)
+            if workload.strategy == "fsdp":
+                return made
+            self._prepared[key] = made
+        return self._prepared[key]
+
+
+def traced(
+    skeleton: PreTrainedModel,
+    method: str,
+    workload: Workload,
+    cut: Cut | None,
+    model_of: Callable[[Sequence[int]], Traced],
+) -> Found:
+    """The step of the whole model: from two traces of a few layers, or without ``cut`` from one of all."""
+    config = skeleton.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", 0)
+    parts: list[dict[tuple[Any, ...], Terms]] = []
+    sizes: list[dict[str, int]] = []
+    for number in (cut.smaller, cut.larger) if cut else (count,):
+        model = model_of(cut.kept(number) if cut else range(count))
+        found = model.peaks(workload)
+        parts.append(cut.named(found, number) if cut else {tuple(place): terms for place, terms in found.items()})
+        sizes.append(model.sizes())
+        model.close()
+    extended = functools.partial(_extended, periods=cut.periods_beyond if cut else 0)
+    phases: dict[str, Terms] = {}
+    for place in parts[0].keys() & parts[-1].keys():
+        terms = extended(parts[0][place], parts[-1][place])
+        phase = place[0]
+        phases[phase] = max(phases.get(phase, {}), terms, key=lambda held: sum(held.values()))
+    return Found(
+        phases=phases,
+        sizes=extended(sizes[0], sizes[-1]),
+        total=sum(parameter.numel() for parameter in skeleton.parameters()),
+        max_positions=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def _extended(smaller: Mapping[str, int], larger: Mapping[str, int], periods: int) -> dict[str, int]:
+    """Each value with so many periods of layers more than ``larger`` has, which has one more than ``smaller``."""
+    names = dict.fromkeys((*smaller, *larger))
+    return {name: larger.get(name, 0) + periods * (larger.get(name, 0) - smaller.get(name, 0)) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Layers to keep of ``count``, of which those after the first ``prefix`` repeat with ``period``."""
+
+    count: int
+    prefix: int
+    period: int
+
+    @property
+    def smaller(self) -> int:
+        """The number of layers of the smaller model: beside the prefix a first one, a period and a last one at least,
+        and whole periods fewer than in the model."""
+        least = self.prefix + self.period + 2
+        return least + (self.count - least) % self.period
+
+    @property
+    def larger(self) -> int:
+        return self.smaller + self.period
+
+    @property
+    def periods_beyond(self) -> int:
+        return (self.count - self.larger) // self.period
+
+    def kept(self, number: int) -> list[int]:
+        """``number`` layers, without whole periods in the middle."""
+        first = self.prefix + self.period + 1
+        return [*range(first), *range(self.count - number + first, self.count)]
+
+    def named(self, found: Mapping[Place, Terms], number: int) -> dict[tuple[Any, ...], Terms]:
+        """The parts of a step of ``number`` layers by where they are from the front and from the end; in the middle
+        between these, bytes lie between theirs."""
+        named: dict[tuple[Any, ...], Terms] = {}
+        for place, terms in found.items():
+            if place.layer <= self.prefix + self.period:
+                named[place.phase, "front", place.layer] = terms
+            if place.layer >= number - 1 - self.period:
+                named[place.phase, "end", number - place.layer] = terms
+        return named
+
+
+def cut_of(model: PreTrainedModel) -> Cut | None:
+    """The smallest cut whose two models have fewer layers together than the model; None where there is none."""
+    path = layers_path(model)
+    if path is None:
+        return None
+    layers: Any = model.get_submodule(path)
+    of_config = list(_layer_lists(model).values())
+    kinds = [(*_kind(layer), *(str(values[number]) for values in of_config)) for number, layer in enumerate(layers)]
+    count, cuts = len(kinds), []
+    for period in range(1, count // 2 + 1):
+        breaks = (number + 1 for number in range(count - period) if kinds[number] != kinds[number + period])
+        cuts.append(Cut(count, max(breaks, default=0), period))
+    best = min(cuts, key=lambda cut: cut.smaller + cut.larger, default=None)
+    return best if best is not None and best.smaller + best.larger < count else None
+
+
+def _kind(layer: nn.Module) -> Iterator[object]:
+    """What makes two layers alike: their modules, shapes and settings."""
+    for name, module in layer.named_modules():
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | str | None) and not NUMBERS.search(key)
+        }
+        shapes = [(key, tuple(value.shape)) for key, value in module.named_parameters(recurse=False)]
+        yield name, type(module), str(sorted(settings.items())), str(shapes)
+
+
+def _layer_lists(model: PreTrainedModel) -> dict[str, list[Any]]:
+    """The settings of the model that are lists with an entry for each layer."""
+    config: Any = model.config.get_text_config()
+    count = config.num_hidden_layers
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    return {name: list(value) for name, value in lists.items() if len(value) == count}
+
+
+def layers_path(model: PreTrainedModel) -> str | None:
+    """The name of the decoder's list of layers; None where not exactly one list has as many modules as the config has
+    layers."""
+    from torch import nn
+
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return outer[0] if len(outer) == 1 else None
+
+
+def with_layers(model: PreTrainedModel, path: str | None, numbers: Sequence[int]) -> PreTrainedModel:
+    """A copy of a model on the meta device with these of the layers at ``path``."""
+    from rankwise.compat.torch import own_modules
+
+    layers: Any = model.get_submodule(path) if path is not None else ()
+    if len(numbers) == len(layers) or path is None:
+        return copy.deepcopy(model)
+    lists, held, every = _layer_lists(model), own_modules(layers), dict(own_modules(layers))
+    held.clear()
+    held.update({str(new): every[str(old)] for new, old in enumerate(numbers)})
+    try:
+        made = copy.deepcopy(model)
+    finally:
+        held.clear()
+        held.update(every)
+    config: Any = made.config.get_text_config()
+    config.num_hidden_layers = len(numbers)
+    for name, values in lists.items():
+        setattr(config, name, [values[number] for number in numbers])
+    kept: Any = made.get_submodule(path)
+    for number, layer in enumerate(kept):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = number
+    return made
+
+
+def _names(workload: Workload) -> Iterator[str]:
+    """All names of modules, and numbers of layers, in the settings."""
+    for name in (
+        *("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform"),
+        *("rank_pattern", "alpha_pattern", "enable_lora"),
+    ):
+        given = getattr(workload, name)
+        yield from [given] if isinstance(given, str) else map(str, given or ())
+
+
+# --- the estimate of a device ---
+
+
+def assembled(method: str, workload: Workload, found: Found) -> MemoryEstimate:
+    """The estimate of one device, for the phase in which it holds most."""
+    sizes, shares = found.sizes, {}
+    for name, terms in found.phases.items():
+        whole = {term: terms.get(term, 0) for term in TERMS}
+        if name == "generation" and workload.device_type == "cpu":
+            whole["transient"] += round(HOLES_OF_GROWTH * whole["transient"])
+        shares[name] = whole
+    name, terms = max(shares.items(), key=lambda item: sum(item[1].values()))
+    outside = 0
+    if workload.device_type == "cuda":
+        outside = hardware.context_bytes() + hardware.fragmentation_bytes(sum(terms.values()))
+        terms["overhead"] += outside + hardware.workspace_bytes()
+    else:
+        kept_bytes = max(terms.get("activations", 0) for terms in found.phases.values())
+        terms["overhead"] += CPU_LIBRARY_BYTES + heap_holes_bytes(method, workload, sizes["trained_bytes"], kept_bytes)
+    peak = sum(terms.values())
+    return MemoryEstimate(
+        method=method,
+        peak_bytes=peak,
+        breakdown=terms,
+        trainable_parameters=sizes["trainable"],
+        total_parameters=found.total,
+        error=error_bytes(peak, workload.device_type) / peak,
+        phase=name,  # type: ignore[arg-type]
+        outside_bytes=outside,
+        notes=tuple(_notes(method, workload, found)),
+        network=traffic(method, workload, sizes),
+    )
+
+
+def error_bytes(peak_bytes: int, device_type: str) -> int:
+    """Half the printed interval. Whole runs on a CPU lie inside (`benchmarks/memory_plan.py --runs`)."""
+    return round(ERROR * peak_bytes) + (CPU_PROCESS_ERROR_BYTES if device_type == "cpu" else 0)
+
+
+def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:
+    """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the saved tensors,
+    plus a constant without rankwise's fast operators.
+
+    A gradient seldom fits into the hole that an activation left, so new memory is allocated beside freed activations.
+    Checkpointing leaves fewer of these holes. rankwise's adapters (`ops.cpu.memory`) and checkpointing
+    (`acceleration.checkpointing`) leave almost no others; PyTorch's own operations, in full fine-tuning, leave holes
+    beside much of what a layer saves. The shares are fitted to measured steps (glibc,
+    `benchmarks/memory_plan.py`), also to adapters in bfloat16 and to full fine-tuning of two models with 128 to 4,096
+    tokens a step.
+    """
+    of_gradients, of_kept = _hole_shares(method, workload)
+    always = 0 if workload.fast else HOLES_OF_PYTORCHS_STEP
+    return always + round(of_gradients * trained_bytes + of_kept * kept_bytes)
+
+
+def _hole_shares(method: str, workload: Workload) -> tuple[float, float]:
+    if workload.gradient_checkpointing:
+        return HOLES_CHECKPOINTED
+    if not workload.fast:
+        return HOLES_ELSE
+    return HOLES_OF_FULL if method == "full" else HOLES_OF_ADAPTERS
+
+
+def _notes(method: str, workload: Workload, found: Found) -> Iterator[str]:
+    if found.max_positions is not None and workload.max_length > found.max_positions:
+        yield f"rows of {workload.max_length:,} tokens are longer than the model's {found.max_positions:,} positions"
+    if method == "full":
+        yield "full fine-tuning keeps float32 weights, gradients and moments: 16 bytes per parameter"
+    if not workload.fast:
+        yield "PyTorch's own step is counted, without fused operators"
+    if found.sizes["elsewhere_bytes"]:
+        size = byte_size(found.sizes["elsewhere_bytes"])
+        yield f"{size} of optimizer state live in the host's memory ({workload.optimizer})"
+
+
+# --- several devices ---
+
+
+def _is_in_a_group() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def _sharded(found: Found, method: str, workload: Workload) -> Found:
+    """What one of N devices holds with fsdp of a step that was traced alone.
+
+    Weights are sharded, of ``full`` gradients and states too; whole at a time are two layers, and from the first layer
+    to the last the root group, which is what lies outside of the layers (embedding, last norm, head): 2 layer + root,
+    in the backward pass of ``full`` with their gradients. gloo, on CPUs, gathers or reduces a group in a copy of its
+    own. The optimizer of ``full`` steps on shards alone; an adapter's gradients are summed in one tensor of all, before
+    the optimizer steps.
+    """
+    sizes, full = found.sizes, method == "full"
+    layer, root = sizes["layer_bytes"], sizes["root_bytes"]
+    phases: dict[str, Terms] = {}
+    for phase, terms in found.phases.items():
+        names = (*WEIGHTS, "gradients", "optimizer") if full else WEIGHTS
+        shards = {name: ceil(terms.get(name, 0) / workload.devices) for name in names}
+        transient = terms.get("transient", 0)
+        if phase == "optimizer":
+            transient = ceil(transient / workload.devices) if full else max(transient, sizes["trained_bytes"])
+        else:
+            gathered = BLOCKS_AT_ONCE * layer + root
+            copied = max(layer, root) if workload.device_type == "cpu" else 0
+            transient += gathered * (2 if full and phase == "backward" else 1) + copied
+        phases[phase] = {**terms, **shards, "transient": transient}
+    return dataclasses.replace(found, phases=phases)
+
+
+def traffic(method: str, workload: Workload, sizes: Mapping[str, int]) -> Traffic:
+    """The bytes that the collectives of one of N devices send: (N - 1) / N of a tensor for a gather or a reduction to
+    shards, and twice that for an all-reduce.
+
+    ddp sums the gradients, T bytes, once in a step. fsdp gathers the weights, W bytes, for each way through the layers,
+    the root group R once: 2 W - R in a micro-batch. ``full`` reduces its gradients, of W bytes, in each micro-batch; an
+    adapter's are summed once in a step.
+    """
+    share, weights = (workload.devices - 1) / workload.devices, sizes["weight_bytes"]
+    gathered = 2 * weights - sizes["root_bytes"] if workload.strategy == "fsdp" else 0
+    if gathered and method == "full":
+        return Traffic(round(share * (gathered + weights)))
+    return Traffic(round(share * gathered), round(2 * share * sizes["trained_bytes"]))
+
+
+# --- weights that are stored quantized ---
+
+
+def over_stored(stored: Stored | None, ask: Estimator) -> Estimator:
+    """An estimator for training over stored weights: bitsandbytes' 4 bits, over which LoRA is QLoRA, or other
+    libraries' formats that support adapters; ``ask`` itself for dense weights.
+    """
+    if stored is None or not (stored.four_bit or stored.bits):
+        return ask
+
+    def asked(method: str, workload: Workload) -> MemoryEstimate:
+        if not stored.four_bit:
+            return _over_foreign(stored, ask, method, workload)
+        same = dataclasses.replace(workload, double_quant=stored.double_quant, block_size=BITSANDBYTES_BLOCK)
+        found = ask(method if method == "full" else FOUR_BIT_OF.get(method, method), same)
+        return dataclasses.replace(found, method=method)
+
+    return asked
+
+
+def _over_foreign(stored: Stored, ask: Estimator, method: str, workload: Workload) -> MemoryEstimate:
+    """The weights that QLoRA would quantize take ``bits`` each, and a scale and a zero per group."""
+    dense = ask(method, workload)
+    if method == "full" or method not in FOUR_BIT_OF:
+        return dense
+    linear = dense.breakdown["weights"] - ask(FOUR_BIT_OF[method], workload).breakdown["weights"]
+    count = linear // DTYPE_BYTES[workload.dtype]
+    packed = ceil(count * stored.bits / 8) + GROUP_BYTES * ceil(count / (stored.group or count or 1))
+    changed = {
+        **dense.breakdown,
+        "weights": dense.breakdown["weights"] - linear,
+        "weights_4bit": dense.breakdown["weights_4bit"] + packed,
+    }
+    return dataclasses.replace(dense, breakdown=changed, peak_bytes=dense.peak_bytes - linear + packed)
+
+
+# --- on disk ---
+
+
+def cache_folder() -> Path:
+    """The folder for the user's caches on this system."""
+    if platform.system() == "Windows":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif platform.system() == "Darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rankwise"
+
+
+def _hash_of(model: PlannedModel) -> str:
+    """What a trace depends on beside method and workload: the model, the libraries, this code and the processor."""
+    code = max(path.stat().st_mtime_ns for path in Path(__file__).parents[1].rglob("*.py"))
+    described = [
+        model.identity,
+        model.trust_remote_code,
+        [version(name) for name in ("rankwise", "torch", "transformers")],
+        [code, sorted(flag for flag in cpu_flags() if flag.startswith("avx"))],
+    ]
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _told(say: Callable[[str], None], line: str) -> Iterator[None]:
+    """``say`` the line once this has taken a second."""
+    timer = threading.Timer(1.0, say, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
