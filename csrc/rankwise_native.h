@@ -135,7 +135,15 @@ RW_EXPORT int64_t rw_cross_entropy(void* logits, int64_t stride, const int64_t* 
 RW_EXPORT void rw_dropout(const void* z, void* out, int add, float factor, uint32_t threshold, uint32_t before,
                           uint32_t middle, int64_t n, int dtype, int threads);
 
-// One term of a sum of products: a W^T, or, with `across`, a W.
+// How a term is multiplied in 8 bits. Its a is what rw_quantize_rows made; its weight, bfloat16 or of 4 bits, is
+// rounded to bytes while it is packed: W_q = round(W * by_column * by_row). The sums are exact.
+typedef struct rw_eight_bit {
+    const float* a_scale;             // (T), readable up to a multiple of 32 rows
+    const float *by_row, *by_column;  // of the weight as it lies
+    const float* out_scale;           // (N), times the sums
+} rw_eight_bit;
+
+// One term of a sum of products: a W^T, or, with `across`, a W. Terms in 8 bits come before the others.
 typedef struct rw_term {
     const void* a;  // (T, length) of the call's dtype, rows a_stride apart
     int64_t a_stride;
@@ -149,15 +157,21 @@ typedef struct rw_term {
     int across;
     const void* a_rest;  // what rounding a to bfloat16 left, as a lies, or null; only with exact
     int exact;  // on tiles a float32 w without `across` counts as two bfloat16 numbers, its rounded value and the rest
+    const rw_eight_bit* eight_bit;  // or null
 } rw_term;
 
 // Whether the current level has sums of products; the functions below must not be called where it has not. And a switch
 // for them.
 RW_EXPORT int rw_products_available(void);
-// Whether they multiply tiles of bfloat16 pairs, and nothing else; otherwise they compute in float32, where PyTorch's
-// own bfloat16 products find no instruction either.
+// Whether they multiply tiles of bfloat16 pairs, and 8 bits; otherwise they compute in float32, where PyTorch's own
+// bfloat16 products find no instruction either.
 RW_EXPORT int rw_products_are_tiles(void);
 RW_EXPORT void rw_products_allow(int allowed);
+
+// q (T, K) = round(x * factor / scale) + 128, scale (T) = max |x * factor| / 127 of each row of x (T, K), bfloat16.
+// q_stride is a multiple of 64 bytes.
+RW_EXPORT void rw_quantize_rows(const void* x, int64_t x_stride, const float* factor, int64_t T, int64_t K, uint8_t* q,
+                                int64_t q_stride, float* scale, int threads);
 
 // out (T, N) = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what rounding to
 // bfloat16 left, as out lies, or null. dtype, of every a, of out and of rest: bfloat16 or, without tiles, float32.

@@ -27,7 +27,7 @@ RW_FAMILIES(amx)
 
 namespace {
 
-constexpr int kInterface = 9;
+constexpr int kInterface = 10;
 
 #if defined(RW_HAS_amx) && defined(__linux__)
 // Whether the processor has the instructions and the system gives this process their registers.
@@ -35,7 +35,7 @@ bool amx_is_usable() {
     constexpr long request_permission = 0x1023, tile_data = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const unsigned needed = (1u << 22) | (1u << 24);  // AMX-BF16, AMX-TILE
+    const unsigned needed = (1u << 22) | (1u << 24) | (1u << 25);  // AMX-BF16, AMX-TILE, AMX-INT8
     return (d & needed) == needed && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 #endif
@@ -57,7 +57,7 @@ struct Levels {
         // Attention and products stay AVX2's where AVX-512 cannot multiply bfloat16.
         at[best = RW_AVX512] = {&avx512::four_bit, &avx512::elementwise, &avx2::attention, nullptr, &avx2::products};
 #ifdef RW_HAS_avx512_bf16
-        if (!__builtin_cpu_supports("avx512bf16")) return;
+        if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return;
         const Level with_bf16 = {&avx512_bf16::four_bit, &avx512_bf16::elementwise, &avx512_bf16::attention, nullptr,
                                  &avx512_bf16::products};
         at[best = RW_AVX512_BF16] = with_bf16;

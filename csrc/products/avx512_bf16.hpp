@@ -35,15 +35,43 @@ struct VectorUnit {
         }
     }
 
+    template <bool Add>
+    static __attribute__((noinline)) void multiply_bytes(const PairSegment& segment, const ByteColumns& columns,
+                                                         const uint32_t* panel, int64_t rows, float* sums,
+                                                         int64_t stride) {
+        for (int64_t row = 0; row < rows; row += 8) {
+            __m512i sum[8][2];
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; ++r)
+                for (int v = 0; v < 2; ++v) sum[r][v] = _mm512_load_si512(columns.start + 16 * v);
+            const uint16_t* a = segment.a + row * segment.stride;
+            const uint32_t* b = panel;
+            for (int64_t left = segment.pairs; left > 0; left -= kPairs, b += kStepWords - kTileWords)
+                for (int64_t quad = 0; quad < kPairs && quad < left; ++quad, a += 2, b += 16) {
+                    const __m512i low = _mm512_load_si512(b), high = _mm512_load_si512(b + kTileWords);
+#pragma GCC unroll 8
+                    for (int r = 0; r < 8; ++r) {
+                        const __m512i x = to_all(a + r * segment.stride);
+                        sum[r][0] = add_quads(sum[r][0], x, low), sum[r][1] = add_quads(sum[r][1], x, high);
+                    }
+                }
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; ++r)
+                for (int v = 0; v < 2; ++v)
+                    store_byte_sums<Add>(sum[r][v], segment.a_scale[row + r], columns.scale + 16 * v,
+                                         sums + (row + r) * stride + 16 * v);
+        }
+    }
+
     template <bool Add, int Rows, int Vectors>
-    static __attribute__((noinline)) void multiply_rows(const Block& block, int64_t row, const uint32_t* b, float* sums,
-                                                        int64_t stride) {
+    static __attribute__((noinline)) void multiply_rows(const Block& block, int first, int64_t row, const uint32_t* b,
+                                                        float* sums, int64_t stride) {
         __m512 sum[Rows][Vectors];
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r)
             for (int v = 0; v < Vectors; ++v)
                 sum[r][v] = Add ? _mm512_loadu_ps(sums + r * stride + 16 * v) : _mm512_setzero_ps();
-        for (int i = 0; i < block.count; ++i) {
+        for (int i = first; i < block.count; ++i) {
             const PairSegment& segment = block.segments[i];
             const uint16_t* a = segment.a + row * segment.stride;
             int64_t left = segment.pairs;
@@ -60,13 +88,14 @@ struct VectorUnit {
 
     // Sixteen sums at once: more would not hide more of the latency between dependent additions.
     template <bool Add>
-    static void multiply_panel(const Block& block, const uint32_t* b, bool narrow, float* sums, int64_t stride) {
+    static void multiply_panel(const Block& block, int first, const uint32_t* b, bool narrow, float* sums,
+                               int64_t stride) {
         if (narrow) {
             for (int64_t row = 0; row < block.rows; row += 16)
-                multiply_rows<Add, 16, 1>(block, row, b, sums + row * stride, stride);
+                multiply_rows<Add, 16, 1>(block, first, row, b, sums + row * stride, stride);
         } else {
             for (int64_t row = 0; row < block.rows; row += 8)
-                multiply_rows<Add, 8, 2>(block, row, b, sums + row * stride, stride);
+                multiply_rows<Add, 8, 2>(block, first, row, b, sums + row * stride, stride);
         }
     }
 

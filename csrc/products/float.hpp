@@ -1,18 +1,15 @@
 // Sums of products where no instruction multiplies bfloat16: everything is widened to float32 and multiplied by fused
 // multiply-adds, so that weights, factors and what rounding left of a row count unrounded. Blocks of 6 rows by two
-// vectors of columns, over packed strips that stay in the second-level cache. D: the dtype of the rows; float32 ones
-// are read where they lie.
+// vectors of columns, over packed strips that stay in the second-level cache. D: the dtype of the rows.
 #pragma once
 
 #include "common/multiply_float.hpp"
 #include "common/scratch.hpp"
-#include "products/dots.hpp"
 #include "products/terms.hpp"
 
 namespace rankwise::RW_ISA {
 namespace {
 
-constexpr int64_t kStripsOfPanel = kPanel / kStrip;
 constexpr int64_t kPieceElements = 256;  // of a row that is decoded or converted before it is packed
 
 // Rows of the weight are columns of the result: a strip of them, [from, to) of what is summed over.
@@ -21,9 +18,6 @@ void pack_strip_of_outputs(const FloatSegment& segment, int64_t N, int64_t n, fl
     struct Owner {};
     const rw_term& term = *segment.term;
     const int64_t count = N - n < kStrip ? N - n : kStrip;
-    if (is_plain(term) && count == kStrip && segment.length() % W == 0)
-        return transpose_strip(static_cast<const float*>(term.w) + n * term.w_stride + segment.from, term.w_stride,
-                               segment.length(), strip);
     float* rows = scratch<Owner, float, 0>(kStrip * kPieceElements);
     std::memset(rows + count * kPieceElements, 0, static_cast<std::size_t>((kStrip - count) * kPieceElements * 4));
     for (int64_t k = segment.from; k < segment.to; k += kPieceElements) {
@@ -40,7 +34,6 @@ void pack_strips_across(const FloatSegment& segment, int64_t n, int64_t columns,
     const rw_term& term = *segment.term;
     float* fetched = scratch<Owner, float, 0>(columns + kStrip);
     std::memset(fetched + columns, 0, sizeof(float) * kStrip);
-    const bool in_place = is_plain(term) && columns % kStrip == 0;
     for (int64_t k = segment.from; k < segment.to; ++k, strips += kStrip) {
         if (!term.packed) {
             // Each row may lie in another page, where the hardware's own prefetching ends.
@@ -48,12 +41,11 @@ void pack_strips_across(const FloatSegment& segment, int64_t n, int64_t columns,
             const char* ahead = static_cast<const char*>(term.w) + ((k + 8) * term.w_stride + n) * size;
             for (int64_t i = 0; i < columns * size; i += 64) __builtin_prefetch(ahead + i);
         }
-        const float* row = in_place ? static_cast<const float*>(term.w) + k * term.w_stride + n : fetched;
-        if (!in_place) fetch_floats<D>(term, k, n, columns, fetched);
+        fetch_floats<D>(term, k, n, columns, fetched);
         float* to = strips;
         for (int64_t c = 0; c < columns; c += kStrip, to += strip_floats) {
-            store<RW_FLOAT32>(to, 0, load<RW_FLOAT32>(row, c));
-            store<RW_FLOAT32>(to, W, load<RW_FLOAT32>(row, c + W));
+            store<RW_FLOAT32>(to, 0, load<RW_FLOAT32>(fetched, c));
+            store<RW_FLOAT32>(to, W, load<RW_FLOAT32>(fetched, c + W));
         }
     }
 }
@@ -71,30 +63,6 @@ void pack_strips(const FloatSegments& segments, int64_t N, int64_t n, int64_t en
     }
 }
 
-// The rows of a block in one segment, `stride` apart.
-struct LeftRows {
-    const float* rows;
-    int64_t stride, length;
-};
-
-// Rows [row, row + count) of every segment. Widened ones lie end to end in `wide` and are one; returns how many there
-// are.
-template <int D>
-int left_rows(const FloatSegments& segments, int64_t row, int64_t count, float* wide, LeftRows* left) {
-    if constexpr (D == RW_FLOAT32) {
-        for (int i = 0; i < segments.count; ++i) {
-            const rw_term& term = *segments.of[i].term;
-            left[i] = {static_cast<const float*>(term.a) + row * term.a_stride + segments.of[i].from, term.a_stride,
-                       segments.of[i].length()};
-        }
-        return segments.count;
-    } else {
-        widen_rows<D>(segments, row, count, wide, segments.length);
-        left[0] = {wide, segments.length, segments.length};
-        return 1;
-    }
-}
-
 // One block of at most kBlockRows rows against the strips of columns [n, end). Sums are kept in `kept` but for the last
 // steps.
 template <int D>
@@ -102,9 +70,7 @@ struct BlockOfRows {
     const ProductJob* job;
     int64_t row, n, end, length;
     bool is_first, is_last;
-    const LeftRows* left;
-    int parts;
-    const float* strips;
+    const float *rows, *strips;
     float* kept;  // (rows, strips * kStrip)
     int64_t kept_stride;
 
@@ -115,9 +81,7 @@ struct BlockOfRows {
             Floats sums[Rows][2] = {};
             float* at = kept + (c - n);
             if (!is_first) load_sums<Rows>(at, kept_stride, sums);
-            const float* part = strip;
-            for (int i = 0; i < parts; part += left[i].length * kStrip, ++i)
-                multiply_add<Rows>(left[i].rows, left[i].stride, 1, part, kStrip, left[i].length, sums);
+            multiply_add<Rows>(rows, length, 1, strip, kStrip, length, sums);
             if (!is_last) {
                 store_sums<Rows>(sums, at, kept_stride);
                 continue;
@@ -140,34 +104,24 @@ struct BlockOfRows {
 template <int D>
 void product_of_rows(const ProductJob& job, const ProductShare& share) {
     struct Owner {};
-    if (is_few_rows(job)) return product_of_dots<D>(job, share);
     int64_t steps = 0;
     for (int i = 0; i < job.count; ++i) steps += job.terms[i].steps;
     const int64_t at_once = job.steps_at_once, n = share.first * kPanel,
                   end = share.last * kPanel < job.N ? share.last * kPanel : job.N;
     const int64_t width = (end - n + kStrip - 1) / kStrip * kStrip, rows = share.to - share.from;
     float* strips = scratch<Owner, float, 0>(width * at_once * kFloatStep);
-    float* wide = D == RW_FLOAT32 ? nullptr : scratch<Owner, float, 1>(kBlockRows * at_once * kFloatStep);
+    float* wide = scratch<Owner, float, 1>(kBlockRows * at_once * kFloatStep);
     float* kept = at_once >= steps ? nullptr : scratch<Owner, float, 2>(rows * width);
     for (int64_t first = 0; first < steps; first += at_once) {
         const FloatSegments segments(job, first, first + at_once < steps ? first + at_once : steps);
         pack_strips<D>(segments, job.N, n, end, strips);
         for (int64_t row = share.from; row < share.to; row += kBlockRows) {
             const int64_t count = share.to - row < kBlockRows ? share.to - row : kBlockRows;
-            LeftRows left[kMostTerms];
-            const int parts = left_rows<D>(segments, row, count, wide, left);
-            const BlockOfRows<D> block = {&job,
-                                          row,
-                                          n,
-                                          end,
-                                          segments.length,
-                                          first == 0,
-                                          first + at_once >= steps,
-                                          left,
-                                          parts,
-                                          strips,
-                                          kept + (row - share.from) * width,
-                                          width};
+            widen_rows<D>(segments, row, count, wide, segments.length);
+            float* sums = kept + (row - share.from) * width;
+            const bool is_last = first + at_once >= steps;
+            const BlockOfRows<D> block = {&job, row,    n,    end,  segments.length, !first, is_last,
+                                          wide, strips, sums, width};
             with_rows(count, [&](auto rows_of_block) { block.template multiply<decltype(rows_of_block)::value>(); });
         }
     }

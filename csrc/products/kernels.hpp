@@ -12,8 +12,8 @@
 namespace rankwise {
 
 constexpr int64_t kPanel = 32;
-// Elements in a row of a tile.
-constexpr int64_t kTileStep = 32;
+// Elements in a row of a tile, and of 8 bits.
+constexpr int64_t kTileStep = 32, kByteStep = 64;
 constexpr int64_t kRowBlock = 32;
 // An exact term becomes two.
 constexpr int64_t kMostTerms = 32;
@@ -27,6 +27,7 @@ struct ProductTerm {
     const uint16_t* a;  // for tiles: rows of whole steps
     int64_t a_stride;
     int64_t steps;
+    int64_t words;   // of 16 bits in a row of a: elements, or pairs of bytes
     int64_t period;  // elements of a row of the weight, which repeat up to the source's length
     bool is_rest;    // of the weight what rounding it to bfloat16 leaves
 };
@@ -84,11 +85,14 @@ struct ProductKernels {
     // Columns [first, last) of a chunk of rows.
     void (*row_product)(const RowProductJob& job, int64_t chunk, int64_t first, int64_t last);
     void (*finish_row_product)(const RowProductJob& job, int64_t first, int64_t last);
+    ProductLayout layout;
+    // `rw_quantize_rows` of T rows on one thread, or null where terms cannot be in 8 bits.
+    void (*quantize_rows)(const uint16_t* x, int64_t x_stride, const float* factor, int64_t T, int64_t K, uint8_t* q,
+                          int64_t q_stride, float* scale) = nullptr;
     // `FourBitKernels::linear` for at most kFewRowsOfTiles rows of bfloat16 in groups of 64, apart, as `pack_few_rows`
     // leaves them. Or null.
-    void (*few_rows)(const LinearJob& job, int64_t first, int64_t last);
-    void (*pack_few_rows)(const uint16_t* arranged, int64_t T, int64_t K, uint32_t* packed);
-    ProductLayout layout;
+    void (*few_rows)(const LinearJob& job, int64_t first, int64_t last) = nullptr;
+    void (*pack_few_rows)(const uint16_t* arranged, int64_t T, int64_t K, uint32_t* packed) = nullptr;
 };
 
 // Those of the current level, or null where it has none or they are switched off.

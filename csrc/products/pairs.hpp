@@ -3,12 +3,14 @@
 // pairs.
 //
 // A Unit has a Session, which lives while a task multiplies, and
-//     multiply_panel<Add>(block, b, narrow, sums, stride): sums (32, 32), `stride` apart, = or += the block's rows
-//         times a panel. Sums past the rows, and the second half of each row of a narrow panel, are unspecified;
+//     multiply_panel<Add>(block, first, b, narrow, sums, stride): sums (32, 32), `stride` apart, = or += the block's
+//         rows of segments [first, ...) times a panel. Sums past the rows, and the second half of each row of a narrow
+//         panel, are unspecified;
+//     multiply_bytes<Add>(segment, columns, b, rows, sums, stride): the same of one segment of bytes;
 //     multiply_pairs(left, right, steps, out): out (16 ranks, 64 columns) = sums over the steps of a chunk.
 #pragma once
 
-#include "products/pack.hpp"
+#include "products/pack_bytes.hpp"
 
 namespace rankwise::RW_ISA {
 
@@ -18,7 +20,8 @@ constexpr int64_t kStreamElements = int64_t{1} << 18;
 struct PairSegment {
     const uint16_t* a;
     int64_t stride, steps;
-    int64_t pairs;  // of its elements: the last step may have fewer than the others
+    int64_t pairs;         // of its words: the last step may have fewer than the others
+    const float* a_scale;  // of the rows, or null where they are not bytes
 };
 
 struct Block {
@@ -40,9 +43,10 @@ static Block block_at(const ProductJob& job, int64_t row, int64_t rows, int64_t 
                       to = last - begin < term.steps ? last - begin : term.steps;
         if (from >= to) continue;
         PairSegment& segment = block.segments[block.count++];
-        const int64_t end = to * kTileStep < term.source.length ? to * kTileStep : term.source.length;
+        const int64_t end = to * kTileStep < term.words ? to * kTileStep : term.words;
+        const rw_eight_bit* bytes = term.source.eight_bit;
         segment = {term.a + row * term.a_stride + from * kTileStep, term.a_stride, to - from,
-                   (end - from * kTileStep + 1) / 2};
+                   (end - from * kTileStep + 1) / 2, bytes ? bytes->a_scale + row : nullptr};
         if (rows == kRowBlock) continue;
         const int64_t length = segment.steps * kTileStep;
         for (int64_t r = 0; r < kRowBlock; ++r) {
@@ -56,9 +60,9 @@ static Block block_at(const ProductJob& job, int64_t row, int64_t rows, int64_t 
     return block;
 }
 
-// Panels [panel, end) of the weights of all terms in steps [first, last).
+// Panels [panel, end) of the weights of all terms in steps [first, last). columns: (panels, terms).
 static void pack_panels(const ProductJob& job, int64_t panel, int64_t end, int64_t first, int64_t last,
-                        uint32_t* packed) {
+                        uint32_t* packed, ByteColumns* columns) {
     const int64_t panel_words = (last - first) * kStepWords;
     int64_t begin = 0;
     for (int i = 0; i < job.count; begin += job.terms[i].steps, ++i) {
@@ -67,7 +71,9 @@ static void pack_panels(const ProductJob& job, int64_t panel, int64_t end, int64
                       to = last - begin < term.steps ? last - begin : term.steps;
         if (from >= to) continue;
         uint32_t* out = packed + (begin + from - first) * kStepWords;
-        if (term.source.across) {
+        if (term.source.eight_bit) {
+            pack_bytes(term.source, panel, end, from, to, out, panel_words, columns++, job.count);
+        } else if (term.source.across) {
             pack_across(term.source, job.N, panel, end, from, to, out, panel_words);
         } else {
             for (int64_t p = panel; p < end; ++p, out += panel_words) pack_outputs(term, job.N, p, from, to, out);
@@ -107,9 +113,32 @@ static inline void store_panel(const ProductJob& job, const Waiting& done) {
     }
 }
 
-template <class Unit, bool First, bool Last>
+// to = or += totals * a_scale * scale, of 16 columns.
+template <bool Add>
+static inline void store_byte_sums(__m512i totals, float a_scale, const float* scale, float* to) {
+    const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(a_scale), _mm512_load_ps(scale)),
+                 value = _mm512_mul_ps(_mm512_cvtepi32_ps(totals), factor);
+    _mm512_storeu_ps(to, Add ? _mm512_add_ps(value, _mm512_loadu_ps(to)) : value);
+}
+
+// Segments of bytes, then the others.
+template <class Unit>
+static inline void multiply_block(const Block& block, const ByteColumns* columns, const uint32_t* b, bool narrow,
+                                  bool add, float* sums, int64_t stride) {
+    int i = 0;
+    for (; i < block.count && block.segments[i].a_scale; b += block.segments[i++].steps * kStepWords, add = true) {
+        const auto multiply = add ? Unit::template multiply_bytes<true> : Unit::template multiply_bytes<false>;
+        multiply(block.segments[i], columns[i], b, block.rows, sums, stride);
+    }
+    if (i == block.count) return;
+    if (add) Unit::template multiply_panel<true>(block, i, b, narrow, sums, stride);
+    else Unit::template multiply_panel<false>(block, i, b, narrow, sums, stride);
+}
+
+template <class Unit>
 static void multiply_panels(const ProductJob& job, const ProductShare& share, int64_t first, int64_t last,
-                            const uint32_t* packed, float* kept, uint16_t* edge) {
+                            bool is_first, bool is_last, const uint32_t* packed, const ByteColumns* columns,
+                            float* kept, uint16_t* edge) {
     alignas(64) float sums[2][kRowBlock * kPanel];
     const int64_t panel_words = (last - first) * kStepWords, width = (share.last - share.first) * kPanel;
     Waiting waiting = {0, 0, 0, 0, nullptr};
@@ -119,16 +148,18 @@ static void multiply_panels(const ProductJob& job, const ProductShare& share, in
         const Block block = block_at(job, row, rows, first, last, edge);
         const uint32_t* b = packed;
         for (int64_t panel = share.first; panel < share.last; ++panel, b += panel_words) {
-            float* to = First && Last ? sums[next] : kept + (row - share.from) * width + (panel - share.first) * kPanel;
-            const int64_t stride = First && Last ? kPanel : width;
-            Unit::template multiply_panel<!First>(block, b, is_narrow(job.N - panel * kPanel), to, stride);
-            if (!Last) continue;
+            float* to =
+                is_first && is_last ? sums[next] : kept + (row - share.from) * width + (panel - share.first) * kPanel;
+            const int64_t stride = is_first && is_last ? kPanel : width;
+            multiply_block<Unit>(block, columns + (panel - share.first) * job.count, b,
+                                 is_narrow(job.N - panel * kPanel), !is_first, to, stride);
+            if (!is_last) continue;
             store_panel(job, waiting);
             waiting = {row, rows, panel, stride, to};
             next = 1 - next;
         }
     }
-    if (Last) store_panel(job, waiting);
+    if (is_last) store_panel(job, waiting);
 }
 
 template <class Unit>
@@ -139,16 +170,14 @@ static void product_of_pairs(const ProductJob& job, const ProductShare& share) {
     for (int i = 0; i < job.count; ++i) steps += job.terms[i].steps;
     const int64_t at_once = job.steps_at_once, panels = share.last - share.first;
     uint32_t* packed = scratch<Owner, uint32_t, 0>(panels * at_once * kStepWords);
+    ByteColumns* columns = scratch<Owner, ByteColumns, 3>(panels * job.count);
     uint16_t* edge = scratch<Owner, uint16_t, 1>(kRowBlock * at_once * kTileStep);
     const int64_t row_blocks = (share.to - share.from + kRowBlock - 1) / kRowBlock;
     float* kept = at_once == steps ? nullptr : scratch<Owner, float, 2>(row_blocks * kRowBlock * panels * kPanel);
     for (int64_t first = 0; first < steps; first += at_once) {
         const int64_t last = first + at_once < steps ? first + at_once : steps;
-        pack_panels(job, share.first, share.last, first, last, packed);
-        if (first == 0 && last == steps) multiply_panels<Unit, true, true>(job, share, first, last, packed, kept, edge);
-        else if (first == 0) multiply_panels<Unit, true, false>(job, share, first, last, packed, kept, edge);
-        else if (last == steps) multiply_panels<Unit, false, true>(job, share, first, last, packed, kept, edge);
-        else multiply_panels<Unit, false, false>(job, share, first, last, packed, kept, edge);
+        pack_panels(job, share.first, share.last, first, last, packed, columns);
+        multiply_panels<Unit>(job, share, first, last, first == 0, last == steps, packed, columns, kept, edge);
     }
     _mm_sfence();
 }

@@ -31,7 +31,9 @@ int64_t padded_stride(int64_t length) {
 }
 
 // Whether a term's rows are copied: to where tiles can be read from, or beside what their rounding left.
-bool is_copied(const rw_term& term) { return term.a_rest || !is_readable(term.length, term.a_stride); }
+bool is_copied(const rw_term& term) {
+    return !term.eight_bit && (term.a_rest || !is_readable(term.length, term.a_stride));
+}
 
 // Rows [first, last) of a, and of what its rounding left, side by side.
 void copy_rows(const rw_term& term, int64_t first, int64_t last, int64_t stride, uint16_t* out) {
@@ -59,9 +61,11 @@ int prepare_for_tiles(const rw_term* terms, int count, int64_t T, int threads, P
     for (int i = 0; i < count; ++i) {
         const rw_term& term = terms[i];
         ProductTerm& whole = prepared[made++];
-        whole = {term, static_cast<const uint16_t*>(term.a), term.a_stride, 0, term.length, false};
-        whole.source.length = length_of(term);
-        whole.steps = ceil_div(whole.source.length, kTileStep);
+        const auto* a = static_cast<const uint16_t*>(term.a);
+        const int64_t length = length_of(term), words = term.eight_bit ? ceil_div(length, 2) : length;
+        const int64_t stride = term.eight_bit ? term.a_stride / 2 : term.a_stride;
+        whole = {term, a, stride, ceil_div(words, kTileStep), words, term.length, false};
+        whole.source.length = length;
         if (is_copied(term)) {
             const int64_t stride = padded_stride(whole.source.length), per_task = ceil_div(int64_t{1} << 17, stride);
             parallel(ceil_div(T, per_task), threads, [&](int64_t task) {
@@ -74,17 +78,19 @@ int prepare_for_tiles(const rw_term* terms, int count, int64_t T, int threads, P
         // What of a row lies past the term's own length meets zeros of the packed weight.
         ProductTerm& rest = prepared[made++];
         rest = whole;
-        rest.source.length = term.length, rest.steps = ceil_div(term.length, kTileStep), rest.is_rest = true;
+        rest.source.length = rest.words = term.length;
+        rest.steps = ceil_div(term.length, kTileStep), rest.is_rest = true;
     }
     return made;
 }
 
 // Terms as they are.
 int prepare(const rw_term* terms, int count, int64_t step, ProductTerm* prepared) {
-    for (int i = 0; i < count; ++i)
-        prepared[i] = {terms[i],          static_cast<const uint16_t*>(terms[i].a),
-                       terms[i].a_stride, ceil_div(terms[i].length, step),
-                       terms[i].length,   false};
+    for (int i = 0; i < count; ++i) {
+        const int64_t length = terms[i].length;
+        const auto* a = static_cast<const uint16_t*>(terms[i].a);
+        prepared[i] = {terms[i], a, terms[i].a_stride, ceil_div(length, step), length, length, false};
+    }
     return count;
 }
 
@@ -103,9 +109,7 @@ int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
 
 }  // namespace
 
-const ProductKernels* rankwise::current_products() {
-    return allowed ? level().products : nullptr;
-}
+const ProductKernels* rankwise::current_products() { return allowed ? level().products : nullptr; }
 
 extern "C" {
 
@@ -114,6 +118,16 @@ int rw_products_available(void) { return current_products() != nullptr; }
 int rw_products_are_tiles(void) { return current_products() != nullptr && current_products()->layout.reads_tiles; }
 
 void rw_products_allow(int allow) { allowed = allow != 0; }
+
+void rw_quantize_rows(const void* x, int64_t x_stride, const float* factor, int64_t T, int64_t K, uint8_t* q,
+                      int64_t q_stride, float* scale, int threads) {
+    const int64_t per_task = ceil_div(int64_t{1} << 16, K);
+    parallel(ceil_div(T, per_task), threads, [&](int64_t task) {
+        const int64_t t = task * per_task, count = T - t < per_task ? T - t : per_task;
+        current_products()->quantize_rows(static_cast<const uint16_t*>(x) + t * x_stride, x_stride, factor, count, K,
+                                          q + t * q_stride, q_stride, scale + t);
+    });
+}
 
 void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g, const float* bias,
                  void* out, void* rest, int64_t out_stride, int threads) {

@@ -15,8 +15,6 @@ constexpr int64_t kFloatStep = 8;
 struct FloatSegment {
     const rw_term* term;
     int64_t from, to, at;
-
-    RW_INLINED int64_t length() const { return to - from; }
 };
 
 struct FloatSegments {
@@ -38,11 +36,6 @@ struct FloatSegments {
         }
     }
 };
-
-// Whether a term's weight can be read where it lies.
-bool is_plain(const rw_term& term) {
-    return !term.packed && term.w_dtype == RW_FLOAT32 && !term.gain && term.scale == 1.0f;
-}
 
 // Elements [column, column + count) of a row of the weight, times scale and gain. Of 4 bits it is rounded to D.
 template <int D>

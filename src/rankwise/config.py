@@ -45,6 +45,7 @@ from rankwise.options import (
 
 QuantType = Literal["nf4", "fp4"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Products = Literal["auto", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Objective = Literal["sft", "dpo", "kto", "grpo"]
 Tracker = Literal["wandb", "trackio", "tensorboard", "mlflow"]
@@ -181,6 +182,13 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     )
 
     device: Annotated[Device, _device("Device; auto takes the fastest.")] = "auto"
+    products: Annotated[
+        Products,
+        _device(
+            "Frozen products of adapted layers: int8 (8 bits), bfloat16 (the base's dtype), or auto: int8 where it was "
+            "shown to train as well and is at least 1.2 times as fast."
+        ),
+    ] = "auto"
     ignore_plan: Annotated[bool, _device("Train although the predicted memory is more than there is.")] = False
 
     save_steps: Annotated[

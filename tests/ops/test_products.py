@@ -275,11 +275,10 @@ def test_a_branch_whose_output_nobody_used() -> None:
 
 @needs_products
 def test_few_rows_and_weights_with_gaps_take_separate_steps() -> None:
-    """Few rows repay no packing: of tiles, or of four bits; the dense kernel of AVX2 packs nothing for them."""
+    """Few rows repay no packing."""
     made = two_branches(dora=False, bias=False, dtype=torch.float32)
-    of_few = operator._steps(rounded(3, 80), made)
-    assert of_few is low_rank_plain if products.on_tiles() else isinstance(of_few, low_rank.Steps)
-    assert operator._steps(random(3, 80), made) is low_rank_plain, "PyTorch's products of few float32 rows are faster"
+    assert operator._steps(rounded(3, 80), made) is low_rank_plain
+    assert operator._steps(random(3, 80), made) is low_rank_plain
     four_bits = [dataclasses.replace(made[0], frozen=Frozen(ops.quantize_weight(rounded(96, 128))))]
     assert operator._steps(rounded(3, 128), four_bits) is low_rank_plain
     assert isinstance(operator._steps(rounded(40, 128), four_bits), low_rank.Steps)

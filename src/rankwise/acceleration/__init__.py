@@ -9,7 +9,14 @@ from rankwise.acceleration.allocator import (
 from rankwise.acceleration.linears import use_native_products
 from rankwise.acceleration.loss import LossOptions
 from rankwise.acceleration.offloading import MovedOnce, move_once
-from rankwise.acceleration.optimize import Acceleration, fused_head, optimize_for_training, restore
+from rankwise.acceleration.optimize import (
+    Acceleration,
+    calibrate_products,
+    choose_products,
+    fused_head,
+    optimize_for_training,
+    restore,
+)
 from rankwise.acceleration.peft_layers import accelerate_peft
 from rankwise.acceleration.rows import flattening_obstacle
 
@@ -18,6 +25,8 @@ __all__ = [
     "LossOptions",
     "MovedOnce",
     "accelerate_peft",
+    "calibrate_products",
+    "choose_products",
     "flattening_obstacle",
     "fused_head",
     "give_back_freed_memory",

@@ -26,6 +26,7 @@ from rankwise.adapters.low_rank import (
     row_norms_squared,
     to_blocks,
 )
+from rankwise.ops.eight_bit import EightBit
 from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.quantization.linear import features
 
@@ -53,6 +54,8 @@ class LowRankPair(nn.Module):
         # A module, so that code that disables dropout (trl's for DPO and GRPO) finds it. It is never called.
         self.lora_dropout = nn.Dropout(dropout)
         self.lora_A, self.lora_B = empty_pair(base, r, parts, dtype, device)
+        # Set by rankwise.acceleration.
+        self.eight_bit: EightBit | None = None
 
     @property
     def dropout(self) -> float:

@@ -28,6 +28,7 @@ from rankwise.adapters.base_layer import is_own, stored_weight
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.card_reference import gain as gain
 from rankwise.ops.card_reference import row_norms as row_norms
+from rankwise.ops.eight_bit import EightBit
 from rankwise.ops.elementwise import row_cross
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import Linear4bit, is_conv1d
@@ -177,6 +178,8 @@ class LinearAdapter(Adapter, Protocol):
 
     # Whether the next operation returns the layer's output in the backward pass (`ops.handback`).
     comes_back: bool
+    # Where the frozen products of training are in 8 bits. Evaluation computes as servers do.
+    eight_bit: EightBit | None
 
     def fixed_gain(self, base: nn.Module) -> Tensor | None: ...
     def effective_weight(self, base: nn.Module) -> Tensor: ...
@@ -210,6 +213,8 @@ def branch_of(adapter: LinearAdapter, base: nn.Module, x: Tensor) -> Branch | No
     frozen = frozen_weight(base, x) if adapter.parts is None else None
     if frozen is None:
         return None
+    if adapter.training and adapter.eight_bit is not None:
+        frozen = Frozen(frozen.weight, adapter.eight_bit)
     m = adapter.magnitude
     gain = adapter.fixed_gain(base)
     if m is not None and gain is None:

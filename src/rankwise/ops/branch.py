@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankwise.ops import elementwise
+from rankwise.ops.eight_bit import EightBit, Scales, input_grad
 from rankwise.ops.four_bit import dequantize_weight, linear_4bit, linear_4bit_input_grad
 from rankwise.ops.packed_weight import PackedWeight
 
@@ -21,6 +22,13 @@ class Frozen:
     """A weight W (N, K) that never trains: dense, a transposed view of a dense one, or in 4 bits."""
 
     weight: Tensor | PackedWeight
+    # Where its products are in 8 bits.
+    eight_bit: EightBit | None = None
+
+    @property
+    def scales(self) -> Scales | None:
+        """The scales of 8-bit products; None where products are in the dtype of the rows."""
+        return None if self.eight_bit is None else self.eight_bit.scales(self)
 
     def product(self, x: Tensor) -> Tensor:
         """``x W^T``, a new tensor: x (T, K) -> (T, N)."""
@@ -28,6 +36,9 @@ class Frozen:
 
     def add_input_grad(self, dz: Tensor, dx: Tensor | None, gain: Tensor | None = None) -> Tensor:
         """``dx + dz W``, in place where dx (T, K) is given: dz (T, N) -> (T, K). ``gain``: see `dense`."""
+        if (scales := self.scales) is not None:
+            made = input_grad(dz, self.dense(dz.dtype), scales, gain)
+            return made.to(dz.dtype) if dx is None else dx.add_(made)
         if dx is not None:
             return dx.addmm_(dz, self.dense(dz.dtype, gain))
         if isinstance(self.weight, Tensor) or gain is not None:

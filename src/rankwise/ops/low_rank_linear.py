@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankwise.compat.torch import Ctx, unsafe_view, writes_to
-from rankwise.ops import elementwise, low_rank_card, low_rank_plain, normed, selection
+from rankwise.ops import eight_bit, elementwise, low_rank_card, low_rank_plain, normed, selection
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted
 from rankwise.ops.handback import Handback, offer
 
@@ -162,6 +162,7 @@ class _Made:
 
 def _forward(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> _Made:
     rows = _rows(x)
+    eight_bit.calibrate(rows, [branch.frozen for branch in branches])
     steps = _steps(rows, branches)
     ys, U = steps.forward(rows, branches, dropout)
     return _Made(ys, U, steps)
@@ -173,7 +174,8 @@ def _steps(rows: Tensor, branches: Sequence[Branch]) -> Steps:
         from rankwise.ops.cpu import low_rank
 
         return low_rank.steps_for(rows, branches) or low_rank_plain
-    if rows.dtype in low_rank_plain.HALF and selection.takes_triton(rows):
+    in_bytes = any(branch.frozen.eight_bit for branch in branches)
+    if rows.dtype in low_rank_plain.HALF and selection.takes_triton(rows) and not in_bytes:
         return low_rank_card.steps_for(rows, branches)
     return low_rank_plain
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rankwise.ops import elementwise
+from rankwise.ops import eight_bit, elementwise
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
 
 # Up to this number of float32 rows, PyTorch's small products are faster than the native low-rank addition.
@@ -31,6 +31,10 @@ def forward(rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -
 def output(rows: Tensor, U: Tensor, B: Tensor, branch: Branch) -> Tensor:
     """``g * (x W^T + s U B^T) + b``: (T, N)."""
     gain, bias = branch.gain, branch.bias
+    if (scales := branch.frozen.scales) is not None:
+        y = eight_bit.product(rows, branch.frozen.dense(rows.dtype), scales)
+        bias = None if bias is None else bias.float()
+        return elementwise.low_rank_add_(y, U.float(), B.float(), branch.scale, gain, bias).to(rows.dtype)
     if rows.dtype not in HALF or branch.frozen.is_decoded_for(rows):
         return elementwise.low_rank_add_(branch.frozen.product(rows), U, B, branch.scale, gain, bias)
     # An update below half a unit in the last place of an already rounded product would be lost. So both are summed in

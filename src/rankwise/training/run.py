@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 
 from rankwise.acceleration import (
     Acceleration,
+    choose_products,
     flattening_obstacle,
     grow_segments,
     limit_generated_kernels,
@@ -28,6 +30,7 @@ from rankwise.acceleration.sharding import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.compat.torch import is_unit
 from rankwise.config import ADAPTERS, DORA, METHODS, TrainSettings, idle_options
+from rankwise.conflicts import takes_eight_bit
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
@@ -217,7 +220,7 @@ def _prepare(
         output.check_same_inputs(given.output, described, inputs.base)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     trainable = _make_trainable(given, inputs, checkpoint)
-    accelerated = _accelerate(given, inputs)
+    accelerated = _accelerate(given, inputs, observer)
     _check_before_training(learning, given, loaded.model, data)
     padded = _why_padded(given, loaded.model, accelerated)
     make = functools.partial(_trainer, learning, loaded=loaded, checkpoint=checkpoint, padding_free=padded is None)
@@ -306,12 +309,22 @@ def _make_trainable(given: TrainSettings, inputs: _Inputs, checkpoint: Checkpoin
     return setup.make_trainable(model, given, inputs.lora, checkpoint)
 
 
-def _accelerate(given: TrainSettings, inputs: _Inputs) -> Acceleration | None:
+def _accelerate(given: TrainSettings, inputs: _Inputs, observer: Observer) -> Acceleration | None:
     """Replace parts of the model by faster ones of ours; None where nothing may be replaced."""
     model = inputs.loaded.model
+    if not given.fast or given.method not in METHODS:
+        return None
+    products: Literal["bfloat16", "int8"] = "bfloat16"
+    if given.products == "int8":
+        products = "int8"
+    elif given.products == "auto" and takes_eight_bit(given):
+        products, why = choose_products(model)
+        observer.note(f"frozen products: {products} ({why})")
     with looked_into(model):
-        is_fast = given.fast and given.method in METHODS
-        return optimize_for_training(model) if is_fast else None
+        done = optimize_for_training(model, products=products)
+    if products == "int8":
+        setup.calibrate(model, inputs.data.train.dataset, given.max_length)
+    return done
 
 
 def _shard(given: TrainSettings, loaded: setup.LoadedBase, trainer: RunTrainer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from rankwise.acceleration import calibrate_products
 from rankwise.acceleration.generation import GREEDY, stop_ids_of
 from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.base_layer import dequantizer
@@ -45,6 +46,7 @@ from rankwise.weights_file import sha256_of
 
 ANSWER_TOKENS = 64
 PROBE_TOKENS = 64
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,9 +278,19 @@ def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
 
 def probe_of(dataset: Dataset, device: torch.device) -> dict[str, Tensor]:
     """The first training row, at most 64 tokens: input_ids (1, L)."""
-    row = dataset[0]
-    ids = [token for name in ("input_ids", "prompt_ids", "chosen_ids", "completion_ids") for token in row.get(name, ())]
-    return {"input_ids": torch.tensor([ids[:PROBE_TOKENS]], device=device)}
+    return {"input_ids": torch.tensor([_ids(dataset[0])[:PROBE_TOKENS]], device=device)}
+
+
+def _ids(row: Mapping[str, Any]) -> list[int]:
+    names = ("input_ids", "prompt_ids", "chosen_ids", "completion_ids")
+    return [token for name in names for token in row.get(name, ())]
+
+
+def calibrate(model: PreTrainedModel, dataset: Dataset, max_length: int) -> None:
+    """`calibrate_products` from the first training rows, end to end."""
+    rows = dataset.select(range(min(CALIBRATION_ROWS, len(dataset))))
+    ids = [token for row in rows for token in _ids(row)][: min(max_length, CALIBRATION_TOKENS)]
+    calibrate_products(model, torch.tensor([ids], device=model.device))
 
 
 def _described(rows: Rows, encoded: Encoded) -> JsonObject:

@@ -19,7 +19,19 @@ from torch import Tensor
 
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
 from rankwise.ops.cpu.memory import OF_OUTPUTS, roomy
-from rankwise.ops.cpu.products import MOST_TERMS, Factor, Term, add_products, pay, row_product, take
+from rankwise.ops.cpu.products import (
+    MOST_TERMS,
+    Factor,
+    InBytes,
+    Term,
+    add_products,
+    on_tiles,
+    pay,
+    quantize_rows,
+    row_product,
+    take,
+)
+from rankwise.ops.eight_bit import Scales
 
 
 def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
@@ -28,13 +40,14 @@ def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
     """
     if len(branches) >= MOST_TERMS or not take(rows.dtype):
         return None
-    factors = []
+    factors, of_bytes = [], []
     for branch in branches:
-        factor = Factor.of(branch.frozen.weight)
-        if factor is None or not pay(rows, factor):
+        factor, scales = Factor.of(branch.frozen.weight), branch.frozen.scales
+        if factor is None or not (pay(rows, factor) if scales is None else on_tiles()):
             return None
         factors.append(factor)
-    return Steps(factors)
+        of_bytes.append(scales)
+    return Steps(factors, of_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +55,8 @@ class Steps:
     """The functions of `rankwise.ops.low_rank_plain`, with the frozen weights in the native library's form."""
 
     factors: Sequence[Factor]
+    # Of weights whose products are in 8 bits.
+    scales: Sequence[Scales | None]
 
     def forward(self, rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:
         """The outputs (T, N_i), and U = drop(x) [A_1; A_2; ...]^T (T, R)."""
@@ -54,12 +69,21 @@ class Steps:
         U, rest = rows.new_empty(T, sum(ranks)), rows.new_empty(T, sum(ranks)) if exact else None
         add_products([Term(_dropped(rows, dropout), _stacked_A(branches), exact=exact)], U, rest=rest)
         rests = [None] * len(ranks) if rest is None else rest.split(ranks, dim=1)
-        ys = []
-        for branch, factor, U_i, rest_i in zip(branches, self.factors, U.split(ranks, dim=1), rests):
+        ys, made = [], {}
+        for branch, factor, scales, U_i, rest_i in zip(
+            branches, self.factors, self.scales, U.split(ranks, dim=1), rests
+        ):
             low_rank = Term(U_i, _factor(branch.B), scale=branch.scale, exact=exact, a_rest=rest_i)
             bias = None if branch.bias is None else branch.bias.float()
             y = roomy((T, branch.B.shape[0]), rows.dtype, OF_OUTPUTS)
-            ys.append(add_products([Term(rows, factor), low_rank], y, branch.gain, bias))
+            frozen = Term(rows, factor)
+            if scales is not None:
+                # Weights that were calibrated together share their channel scales.
+                if id(scales.channel) not in made:
+                    made[id(scales.channel)] = quantize_rows(rows, scales.per_channel)
+                q, a = made[id(scales.channel)]
+                frozen = Term(q, factor, in_bytes=InBytes(a, scales, factor, across=False))
+            ys.append(add_products([frozen, low_rank], y, branch.gain, bias))
         return ys, U
 
     def backward(
@@ -77,7 +101,7 @@ class Steps:
         dys = [None if dy is None else _dense(dy) for dy in dys]
         dU = torch.zeros_like(U) if any(dy is None for dy in dys) else torch.empty_like(U)
         grads, terms, first = [], [], 0
-        for dy, branch, factor, y, want in zip(dys, branches, self.factors, ys, wanted):
+        for dy, branch, factor, scales, y, want in zip(dys, branches, self.factors, self.scales, ys, wanted):
             columns = slice(first, first + branch.A.shape[0])
             first = columns.stop
             if dy is None:
@@ -86,7 +110,11 @@ class Steps:
             B = Term(dy, _factor(branch.B), across=True, gain=branch.gain, scale=branch.scale)
             add_products([B], dU[:, columns])
             grads.append(_branch_grads(dy, branch, y, U[:, columns], want))
-            terms.append(Term(dy, factor, across=True, gain=branch.gain))
+            if scales is None or not want_dx:
+                terms.append(Term(dy, factor, across=True, gain=branch.gain))
+            else:
+                q, b = quantize_rows(dy, scales.row if branch.gain is None else scales.row * branch.gain)
+                terms.append(Term(q, factor, across=True, in_bytes=InBytes(b, scales, factor, across=True)))
         return dU, _grad_x(terms, dU, branches, dropout) if want_dx else None, grads
 
     def grad_A(self, dU: Tensor, rows: Tensor, dropout: Dropout | None) -> Tensor:

@@ -18,7 +18,7 @@ from rankwise.errors import QuantizationError
 # From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON.
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
-_INTERFACE = 9
+_INTERFACE = 10
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and run "
     "`pip install --force-reinstall --no-deps --no-binary rankwise rankwise`, or `pip install -e .` in a source tree."
@@ -129,6 +129,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rw_products_available": (i, []),
         "rw_products_are_tiles": (i, []),
         "rw_products_allow": (None, [i]),
+        "rw_quantize_rows": (None, [p, n, p, n, n, p, n, p, i]),
         "rw_products": (None, [p, i, i, n, n, p, p, p, p, n, i]),
         "rw_row_product": (None, [i, p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]),
     }

@@ -1,0 +1,88 @@
+"""Steps with frozen products in 8 bits beside those in bfloat16, PEFT's, and the frozen bfloat16 products alone.
+
+    python benchmarks/eight_bits.py                        # the demo model, every method
+    python benchmarks/eight_bits.py MODEL --methods lora   # a folder of any model; some methods
+    python benchmarks/eight_bits.py --no-peft --rounds 15  # ours alone, on a busy machine
+
+One process calls all contenders in turn. The seconds are those of the calling thread: set OMP_NUM_THREADS=1 on a busy
+machine, where waiting for other programs then does not count. Prints medians and minima of the rounds; writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import contenders
+import results
+import steps
+import timing
+import torch
+
+import rankwise as rw
+
+PRODUCTS = ("bfloat16", "int8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo", help="folder of a model, or demo")
+    parser.add_argument("--methods", nargs="+", choices=contenders.METHODS, default=list(contenders.METHODS))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=contenders.DTYPES, default="bfloat16")
+    parser.add_argument("--no-peft", action="store_true")
+    given = parser.parse_args()
+    contenders.silence()
+    print(f"`{results.command()}` on {results.machine()['processor']}\n")
+    rows = []
+    with contenders.model_folder(given.model) as folder:
+        for method in given.methods:
+            seconds = measure(folder, method, given)
+            for middle in (statistics.median, min):
+                took = {name: middle(values) for name, values in seconds.items()}
+                against_peft = [f"{took['peft'] / took[name]:.2f}" if "peft" in took else "" for name in PRODUCTS]
+                ratios = [f"{took[name] / took['floor']:.2f}" for name in PRODUCTS]
+                rows.append([method, middle.__name__, f"{took['floor']:.3f}", *ratios, *against_peft])
+            gc.collect()
+    headings = ["method", "of rounds", "floor, s", *(f"{name} / floor" for name in PRODUCTS)]
+    headings += [f"{name}: times as fast as PEFT" for name in PRODUCTS]
+    print("\n".join(results.table(headings, rows)))
+
+
+def measure(folder: str, method: str, given: argparse.Namespace) -> dict[str, list[float]]:
+    dtype = getattr(torch, given.dtype)
+    calls: dict[str, Any] = {"floor": timing.Floor(steps.dense_shapes(folder), given.batch * given.length, dtype=dtype)}
+    for products in PRODUCTS:
+        model = contenders.adapted(folder, method, 0.0, dtype)
+        model.train()
+        rw.optimize_for_training(model, products=products)
+        calls[products] = contenders.Step(model, steps.batch_of(model, given))
+    if not given.no_peft:
+        model = contenders.peft(folder, method, 0.0, dtype)
+        calls["peft"] = contenders.Step(model, steps.batch_of(model, given))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(given.rounds + 1):
+        for name, call in calls.items():
+            took = _seconds(call)
+            if number:
+                seconds[name].append(took)
+    return seconds
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.thread_time()
+    call()
+    took = time.thread_time() - start
+    if isinstance(call, contenders.Step):
+        call.forget()
+    return took
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Products of frozen weights in 8 bits, in plain PyTorch: the specification of the native ones.
+
+    W_q = round(W c / w)     w = max_k |W c| / 127          x_q = round(x / c / a)    a = max_k |x / c| / 127
+    W x ~ a w (W_q x_q)                                     d_q = round(dz w / b)     b = max_n |dz w| / 127
+    W^T dz ~ b (W_q^T d_q) / c
+
+Sums are exact integers. The channel scales c_k = sqrt(max |x_k| / max |W_k|) take the outliers of the input into the
+weight (SmoothQuant, arXiv 2211.10438, equation 4 with alpha = 0.5); without them a few channels of x leave no bits to
+the others.
+
+Legend: x (T, K), W (N, K), dz (T, N); c (K,), w (N,), a and b (T,). All scales are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rankwise.ops.elementwise_reference import row_chunks
+from rankwise.ops.freshness import Key, frozen_key
+from rankwise.ops.packed_weight import PackedWeight
+
+if TYPE_CHECKING:
+    from rankwise.ops.branch import Frozen
+
+LARGEST = 127
+# A row whose largest number is smaller counts as zero, since its quotients would overflow.
+_TINY = 1e-30
+# Channels that were silent in the rows of calibration count as this part of the average channel.
+_LEAST_PART = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """c (K,) and w (N,) of one weight, and their reciprocals."""
+
+    channel: Tensor
+    row: Tensor
+    per_channel: Tensor
+    per_row: Tensor
+
+    @classmethod
+    def of(cls, W: Tensor, channel: Tensor) -> Scales:
+        """The scales of W (N, K) for channel scales (K,)."""
+        most = [(W[rows].float() * channel).abs().amax(dim=1) for rows in row_chunks(*W.shape)]
+        row = torch.cat(most).clamp(min=_TINY) / LARGEST
+        return cls(channel, row, 1 / channel, 1 / row)
+
+
+class EightBit:
+    """The scales of one frozen weight. The first rows that reach it give the channel scales, which then stay."""
+
+    def __init__(self, channel: Tensor | None = None) -> None:
+        self.channel = channel
+        self._scales: Scales | None = None
+        self._key: Key = ()
+
+    def __reduce__(self) -> tuple[type[EightBit], tuple[Tensor | None]]:
+        return EightBit, (self.channel,)
+
+    def scales(self, frozen: Frozen) -> Scales | None:
+        """None before `calibrate`."""
+        if self.channel is None:
+            return None
+        W = frozen.weight
+        key = frozen_key(W.codes if isinstance(W, PackedWeight) else W)
+        if self._scales is None or self._key[1:] != key[1:]:
+            dtype = torch.bfloat16 if isinstance(W, PackedWeight) else W.dtype
+            self._scales, self._key = Scales.of(frozen.dense(dtype).detach(), self.channel), key
+        return self._scales
+
+
+def calibrate(rows: Tensor, weights: Sequence[Frozen]) -> None:
+    """Give channel scales from rows (T, K) to those weights that have none yet; all of them get the same."""
+    new = [(weight.eight_bit, weight) for weight in weights if weight.eight_bit and weight.eight_bit.channel is None]
+    if not new:
+        return
+    of_weights = [weight.dense(rows.dtype).detach().abs().amax(dim=0) for _, weight in new]
+    channel = channel_scales(rows.detach().abs().amax(dim=0).float(), torch.stack(of_weights).amax(dim=0).float())
+    for eight_bit, _ in new:
+        eight_bit.channel = channel
+
+
+def channel_scales(of_rows: Tensor, of_weight: Tensor) -> Tensor:
+    """``sqrt(max |x_k| / max |W_k|)`` from the two maxima (K,)."""
+    of_rows, of_weight = (most.clamp(min=_TINY + _LEAST_PART * most.mean()) for most in (of_rows, of_weight))
+    return (of_rows / of_weight).sqrt()
+
+
+def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (T, K) = round(x factor / scale), and scale = max |x factor| / 127, (T,)."""
+    z = x.float() * factor
+    most = z.abs().amax(dim=1)
+    inverse = torch.where(most < _TINY, 0.0, LARGEST / most)
+    return (z * inverse[:, None]).round().to(torch.int8), torch.where(most < _TINY, 0.0, most / LARGEST)
+
+
+def quantize_weight(W: Tensor, scales: Scales) -> Tensor:
+    """W_q int8 (N, K)."""
+    return (W.float() * scales.channel * scales.per_row[:, None]).round().to(torch.int8)
+
+
+def product(x: Tensor, W: Tensor, scales: Scales) -> Tensor:
+    """``x W^T`` in float32: (T, N)."""
+    q, a = quantize_rows(x, scales.per_channel)
+    return integer_product(q, quantize_weight(W, scales).T) * (a[:, None] * scales.row)
+
+
+def input_grad(dz: Tensor, W: Tensor, scales: Scales, gain: Tensor | None = None) -> Tensor:
+    """``(dz gain) W`` in float32: dz (T, N) -> (T, K)."""
+    q, b = quantize_rows(dz, scales.row if gain is None else scales.row * gain)
+    return integer_product(q, quantize_weight(W, scales)) * (b[:, None] * scales.per_channel)
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of int8 matrices as float32, from exact sums."""
+    # cuBLAS takes more than 16 rows and multiples of 8.
+    if (a.is_cuda and (a.shape[0] <= 16 or any(size % 8 for size in (*a.shape, b.shape[1])))) or not torch_is_exact():
+        return (a.double() @ b.double()).float()
+    return torch._int_mm(a, b).float()
+
+
+@functools.cache
+def torch_is_exact() -> bool:
+    """Whether torch's products of int8 are exact: on CPUs without VNNI they saturate in 16 bits."""
+    ones = torch.full((64, 64), LARGEST, dtype=torch.int8)
+    return bool((torch._int_mm(ones, ones) == 64 * LARGEST**2).all())

@@ -1,0 +1,157 @@
+"""Frozen products in 8 bits: exact sums, gradients beside bfloat16's own error, and what stays in full precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import rankwise as rw
+from marks import LEVELS
+from rankwise.acceleration import calibrate_products, choose_products, restore
+from rankwise.acceleration.recognise import adapted_layers
+from rankwise.ops import dequantize_weight, eight_bit, quantize_weight
+from rankwise.ops.branch import Branch, Frozen
+from rankwise.ops.cpu import native, products
+from rankwise.ops.low_rank_linear import low_rank_linear
+from tiny_models import tiny_llama
+
+TILES = ("avx512_bf16", "amx")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def signs(*shape: int) -> Tensor:
+    return torch.where(random(*shape) > 0, 127, -127).to(torch.int8)
+
+
+@pytest.fixture(params=[*TILES, "plain"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A level with native 8-bit products, or plain PyTorch."""
+    if request.param != "plain" and request.param not in LEVELS:
+        pytest.skip(f"this CPU and build have no {request.param}")
+    before = None if native.obstacle() else native.level()
+    rw.ops.set_implementation("reference" if request.param == "plain" else "native")
+    if request.param != "plain":
+        native.set_level(request.param)
+    yield str(request.param)
+    rw.ops.set_implementation("auto")
+    if before is not None:
+        native.set_level(before)
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("shape", [(1, 32, 32), (33, 96, 160), (40, 64, 9024), (257, 608, 224)])
+def test_sums_of_the_largest_bytes_are_exact(way: str, shape: tuple[int, int, int], across: bool) -> None:
+    T, N, K = shape
+    x, W = signs(T, K), signs(K, N) if across else signs(N, K)
+    exact = x.double() @ (W.double() if across else W.double().T)
+    if way == "plain":
+        assert torch.equal(eight_bit.integer_product(x, W if across else W.T).double(), exact)
+        return
+    factor = products.Factor.of(W.bfloat16())
+    q = torch.zeros(T, -(-K // 64) * 64, dtype=torch.uint8)[:, :K]
+    q.copy_((x.int() + 128).to(torch.uint8))
+    ones = torch.ones(max(N, K, -(-T // 32) * 32))
+    assert factor is not None
+    scales = products.InBytes(ones, eight_bit.Scales(ones, ones, ones, ones), factor, across=across)
+    y = torch.full((T, N), torch.nan, dtype=torch.bfloat16)
+    products.add_products([products.Term(q, factor, across, in_bytes=scales)], y)
+    assert torch.equal(y, exact.bfloat16())
+
+
+def branches(dora: bool, four_bits: bool, dtype: torch.dtype) -> list[Branch]:
+    made = []
+    for N in (96, 160):
+        W = random(N, 224).to(dtype) / 15
+        weight = quantize_weight(W) if four_bits else W
+        B, A, m = (random(*shape).mul(0.1).requires_grad_() for shape in ((N, 4), (4, 224), (N,)))
+        gain = random(N, seed=1).abs() + 0.5 if dora else None
+        made.append(Branch(Frozen(weight, eight_bit.EightBit()), 0.5, A, B, None, m if dora else None, gain))
+    return made
+
+
+def results(made: list[Branch], x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    ys = low_rank_linear(x, made)
+    sum((y * random(*y.shape).to(y.dtype)).sum() for y in ys).backward()
+    grads = [tensor.grad for branch in made for tensor in branch.tensors if tensor is not None]
+    return [tensor.detach() for tensor in (*ys, x.grad, *grads) if tensor is not None]
+
+
+def in_float64(branch: Branch) -> Branch:
+    W = branch.frozen.weight
+    dense = W if isinstance(W, Tensor) else dequantize_weight(W, torch.bfloat16)
+    A, B, m = (None if t is None else t.detach().double().requires_grad_() for t in (branch.A, branch.B, branch.m))
+    assert A is not None
+    assert B is not None
+    return dataclasses.replace(branch, frozen=Frozen(dense.double()), A=A, B=B, m=m)
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_errors_beside_bfloat16(way: str, dora: bool, four_bits: bool) -> None:
+    """Outputs and dx err by the rounding to 127 steps; gradients of A and B read x and dy as they are."""
+    x = (random(70, 224) * (1 + 20 * (random(224, seed=1) > 1.5))).bfloat16()
+    made = branches(dora, four_bits, torch.bfloat16)
+    exact = results([in_float64(branch) for branch in made], x.double())
+    found = results(made, x)
+    as_they_are = [
+        dataclasses.replace(one, frozen=Frozen(one.frozen.weight)) for one in branches(dora, four_bits, x.dtype)
+    ]
+    for index, (mine, plain, true) in enumerate(zip(found, results(as_they_are, x), exact)):
+        error, bfloat16 = (float((tensor.double() - true).norm() / true.norm()) for tensor in (mine, plain))
+        is_product = index < 3 or (dora and index in (5, 8))
+        assert error <= bfloat16 + (0.03 if is_product else 1e-3), (index, error, bfloat16)
+
+
+def test_channel_scales_take_outliers() -> None:
+    x, W = random(64, 256), random(96, 256)
+    x[:, 7] *= 100
+
+    def error(channel: Tensor) -> float:
+        y = eight_bit.product(x, W, eight_bit.Scales.of(W, channel))
+        return float((y - x @ W.T).norm() / (x @ W.T).norm())
+
+    scaled = error(eight_bit.channel_scales(x.abs().amax(0), W.abs().amax(0)))
+    assert scaled < error(torch.ones(256)) / 2
+
+
+def test_only_training_is_in_eight_bits_and_can_be_undone() -> None:
+    model = tiny_llama(hidden_size=64, intermediate_size=96).bfloat16()
+    rw.add_adapter(model, rw.LoraConfig(r=4, init_lora_weights=False))
+    ids = torch.arange(3, 40)[None]
+    rw.optimize_for_training(model.train())
+    training, evaluating = model(input_ids=ids, labels=ids).loss, model.eval()(input_ids=ids).logits
+    done = rw.optimize_for_training(model.train(), products="int8")
+    assert done.eight_bit == 7 * model.config.num_hidden_layers
+    in_bytes = model(input_ids=ids, labels=ids).loss
+    assert in_bytes != training
+    assert in_bytes.item() == pytest.approx(training.item(), rel=0.01)
+    assert torch.equal(model.eval()(input_ids=ids).logits, evaluating)
+    restore(model)
+    assert all(layer.at_work.eight_bit is None for _, layer in adapted_layers(model))
+
+
+def test_calibration_depends_on_the_base_alone() -> None:
+    found = []
+    for seed in (0, 1):
+        model = tiny_llama(hidden_size=64, intermediate_size=96).bfloat16()
+        torch.manual_seed(seed)
+        rw.add_adapter(model, rw.LoraConfig(r=4, init_lora_weights=False))
+        rw.optimize_for_training(model.train(), products="int8")
+        calibrate_products(model, torch.arange(3, 40)[None])
+        found.append([layer.at_work.eight_bit.channel for _, layer in adapted_layers(model)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    q, k, v = found[0][:3]
+    assert q is k is v
+
+
+def test_auto_asks_for_a_known_family_and_a_faster_processor() -> None:
+    assert choose_products(tiny_llama().float())[0] == "bfloat16"
+    assert choose_products(torch.nn.Linear(2, 2).bfloat16())[0] == "bfloat16"
