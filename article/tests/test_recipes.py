@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
@@ -27,6 +28,18 @@ MODELS: dict[str, PretrainedConfig] = {
     "openai-community/gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20, architectures=["GPT2LMHeadModel"]),
     "yahma/llama-7b-hf": LlamaConfig(architectures=["LlamaForCausalLM"]),
     "huggyllama/llama-7b": LlamaConfig(architectures=["LlamaForCausalLM"]),
+    "meta-llama/Llama-2-7b-hf": LlamaConfig(architectures=["LlamaForCausalLM"]),
+    **{
+        f"huggyllama/llama-{size}": LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 128,
+            num_key_value_heads=width // 128,
+        )
+        for size, width, mlp, layers in (("13b", 5120, 13824, 40), ("30b", 6656, 17920, 60), ("65b", 8192, 22016, 80))
+    },
 }
 HIDDEN, MLP, LAYERS = 4096, 11008, 32
 # LLaMA-7B. q, k, v are square; up and gate go out to the MLP, down comes back from it.
@@ -38,13 +51,25 @@ def dora_parameters(r: int) -> int:
     return LAYERS * (r * (3 * SQUARE + 2 * WIDE) + 3 * HIDDEN + MLP + HIDDEN)
 
 
+def qlora_parameters(config: PretrainedConfig) -> int:
+    """A and B of rank 64 on q, k, v, o (square), gate, up and down."""
+    return (
+        config.num_hidden_layers * 64 * (8 * config.hidden_size + 3 * (config.hidden_size + config.intermediate_size))
+    )
+
+
 TRAINABLE = {
     # r (in + out) for query and value each.
     "lora-e2e-gpt2-medium": 24 * 2 * 4 * (1024 + 1024),
     "lora-e2e-gpt2-large": 36 * 2 * 4 * (1280 + 1280),
     "dora-commonsense-llama-7b-r16": dora_parameters(16),
     "dora-commonsense-llama-7b-r32": dora_parameters(32),
-    "qlora-guanaco-7b": LAYERS * 64 * (4 * SQUARE + 3 * WIDE),
+    "qlora-guanaco-7b": qlora_parameters(MODELS["huggyllama/llama-7b"]),
+    "qlora-guanaco-13b": qlora_parameters(MODELS["huggyllama/llama-13b"]),
+    "qlora-guanaco-33b": qlora_parameters(MODELS["huggyllama/llama-30b"]),
+    "qlora-guanaco-65b": qlora_parameters(MODELS["huggyllama/llama-65b"]),
+    # A magnitude for each output row besides.
+    "qdora-orca-math-llama-2-7b": qlora_parameters(MODELS["huggyllama/llama-7b"]) + LAYERS * (5 * HIDDEN + 2 * MLP),
 }
 
 
@@ -67,7 +92,7 @@ def test_a_recipe_builds(file, tmp_path):
     model = load_skeleton(tmp_path)
     if (four_bits := quantization_for(settings)) is not None:
         rw.quantize(model, four_bits)
-        assert len(list(four_bit_layers(model))) == 7 * LAYERS
+        assert len(list(four_bit_layers(model))) == 7 * model.config.num_hidden_layers
     rw.add_adapter(model, settings.lora_config(use_dora=settings.method in DORA))
     trainable = sum(p.numel() for p in rw.adapter_parameters(model).values())
     assert trainable == TRAINABLE[file.stem]
@@ -100,17 +125,33 @@ def test_the_papers_hyperparameters():
     for r, rate in ((16, 2e-4), (32, 1e-4)):
         dora = settings_of(RECIPES / f"dora-commonsense-llama-7b-r{r}.yaml")
         assert (dora.r, dora.lora_alpha, dora.learning_rate, dora.batch_size) == (r, 2 * r, rate, 16)
-    qlora = settings_of(RECIPES / "qlora-guanaco-7b.yaml")
-    assert qlora.batch_size * qlora.gradient_accumulation == 16
-    assert (qlora.quant_type, qlora.double_quant, qlora.optimizer) == ("nf4", True, "paged_adamw_32bit")
+    for size, rate in (("7b", 2e-4), ("13b", 2e-4), ("33b", 1e-4), ("65b", 1e-4)):
+        qlora = settings_of(RECIPES / f"qlora-guanaco-{size}.yaml")
+        assert qlora.learning_rate == rate
+        assert qlora.batch_size * qlora.gradient_accumulation == 16
+        assert (qlora.quant_type, qlora.double_quant, qlora.optimizer) == ("nf4", True, "paged_adamw_32bit")
 
 
-def test_commonsense_rows_become_texts(tmp_path):
-    spec = importlib.util.spec_from_file_location("prepare_commonsense", RECIPES / "prepare_commonsense.py")
+def script_of(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     assert spec
     assert spec.loader
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_math_problems_become_prompts_and_answers(tmp_path):
+    rows = [{"question": f"{n} + 1?", "answer": f"{n + 1}"} for n in range(7)]
+    script_of("prepare_orca_math").main(rows, tmp_path, 4, 2)
+    texts = [(tmp_path / f"{name}.jsonl").read_text() for name in ("train", "validation")]
+    found = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    assert [row["completion"] for part in found for row in part] == ["1", "2", "3", "4", "5", "6"]
+    assert found[1][0]["prompt"] == "###Question:\n4 + 1?\n###Answer:\n"
+
+
+def test_commonsense_rows_become_texts(tmp_path):
+    script = script_of("prepare_commonsense")
     rows = [{"instruction": f"Is {n} even?", "input": "", "output": "the correct answer is true"} for n in range(130)]
     (tmp_path / "all.json").write_text(json.dumps(rows))
     script.main(tmp_path / "all.json", tmp_path / "out")
