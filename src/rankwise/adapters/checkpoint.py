@@ -46,6 +46,7 @@ from rankwise.adapters.saving import (
     is_at_work,
     tensor_keys,
 )
+from rankwise.adapters.select import matches
 from rankwise.adapters.state import (
     DEFAULT_NAME,
     AdaptedModule,
@@ -66,7 +67,6 @@ from rankwise.compat.torch import own_parameters
 from rankwise.errors import AdapterError, ConfigError, some_of, warn
 from rankwise.foreign import parse_json
 from rankwise.lora_config import AdapterDtype, LoraConfig
-from rankwise.matching import matches
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 # Tensors of the embedding or the head that PEFT stores under the names of its own modules too.

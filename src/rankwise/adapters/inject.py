@@ -24,12 +24,20 @@ from rankwise.adapters.layer import AdaptedLayer, Origin, OverBase, TrainedCopy
 from rankwise.adapters.lora import EmbeddingLora, Lora, TokenRows
 from rankwise.adapters.saving import SavePretrained
 from rankwise.adapters.select import (
+    check_enable_lora,
+    check_targets,
     experts_left_out,
     module_names,
     names_in,
     parameter_names,
     places_of,
+    target_names,
     unread_modules,
+    warn_of_experts,
+    warn_of_idle,
+    warn_of_no_bias,
+    warn_of_no_dropout,
+    warn_of_unread,
 )
 from rankwise.adapters.state import (
     DEFAULT_NAME,
@@ -59,16 +67,6 @@ from rankwise.adapters.state import (
 from rankwise.compat.torch import gathered, own_parameters
 from rankwise.errors import AdapterError, warn
 from rankwise.lora_config import LoraConfig
-from rankwise.matching import (
-    check_enable_lora,
-    check_targets,
-    target_names,
-    warn_of_experts,
-    warn_of_idle,
-    warn_of_no_bias,
-    warn_of_no_dropout,
-    warn_of_unread,
-)
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
 # PEFT's name for rows of a batch that use no adapter.

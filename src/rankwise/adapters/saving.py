@@ -27,7 +27,7 @@ from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.adapters.lora import TokenRows
 from rankwise.adapters.low_rank import enabled_rows, to_blocks
 from rankwise.adapters.peft_config import CONFIG_FILE, scaled_alpha, to_peft
-from rankwise.adapters.select import unread_modules
+from rankwise.adapters.select import matches, suffixes, unread_modules
 from rankwise.adapters.state import (
     AdaptedModule,
     AdapterState,
@@ -44,7 +44,6 @@ from rankwise.compat.transformers import is_experts_family
 from rankwise.errors import AdapterError, warn
 from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import LoraConfig
-from rankwise.matching import matches, suffixes
 from rankwise.quantization.linear import is_conv1d
 from rankwise.records import write_bytes, write_json
 

@@ -15,11 +15,10 @@ from rankwise.adapters.base_layer import ForeignLinear
 from rankwise.adapters.experts import AdaptedExperts, StackLora, stack_shape
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
 from rankwise.adapters.lora import TokenRows
-from rankwise.adapters.select import experts_left_out, place_of
+from rankwise.adapters.select import LeftOut, enabled_parts, experts_left_out, pattern_value, place_of
 from rankwise.compat.torch import own_parameters
 from rankwise.errors import AdapterError
 from rankwise.lora_config import LoraConfig
-from rankwise.matching import LeftOut, enabled_parts, pattern_value
 from rankwise.quantization.linear import count_weights, features
 
 Wrapper = AdaptedLayer | AdaptedExperts | TrainedCopy

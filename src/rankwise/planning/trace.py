@@ -23,10 +23,10 @@ from rankwise.acceleration.sharding import shard
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import is_linear
 from rankwise.adapters.dora import Dora
+from rankwise.adapters.select import matches
 from rankwise.compat.torch import FakeTensorMode, fake_processes, shards_seen
 from rankwise.compat.transformers import choose_experts, fake_masks_looked_at
 from rankwise.errors import ModelError, RankwiseError
-from rankwise.matching import matches
 from rankwise.ops import selection
 from rankwise.ops.cpu import products
 from rankwise.ops.cpu.four_bit import is_kept

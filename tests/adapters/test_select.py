@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from rankwise.adapters.select import Names, matches, matches_pattern, warn_of_idle
 from rankwise.errors import ConfigError
 from rankwise.lora_config import LoraConfig
-from rankwise.matching import Names, matches, matches_pattern, warn_of_idle
 
 PARTS = ("q_proj", "q", "proj", "layers", "0", "10", "o-proj", "layersx0")
 
