@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.comparison.stages import search_cells
+from rankwise.comparison.stages import Cell
 from rankwise.foreign import read_json
 from rankwise.records import read_metrics
 from rankwise.training.rate_search import rounds
@@ -47,7 +47,7 @@ def replayed(curves: Mapping[float, Curve], steps: int, budget: float) -> tuple[
 
 
 def of_method(folder: Path, method: str, rates: Sequence[float], steps: int, budget: float) -> dict[str, Any]:
-    curves = {cell.learning_rate: curve_of(cell.folder(folder)) for cell in search_cells(method, rates, short=False)}
+    curves = {rate: curve_of(Cell(method, rate, 0).folder(folder)) for rate in sorted(rates)}
     final = {rate: min(losses) for rate, (_, losses) in curves.items()}
     best = min(final, key=lambda rate: final[rate])
     chosen, taken = replayed(curves, steps, budget)

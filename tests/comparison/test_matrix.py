@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rankwise.comparison.conclusion import command_line
+from rankwise.comparison.schedule import Plan
 from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
-from rankwise.comparison.stages import Cell, cell_settings, choose_rate, final_cells, planned_runs, search_cells
+from rankwise.comparison.stages import Cell, cell_settings, choose_rate, planned_runs
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
 from rankwise.settings_file import read_settings
@@ -20,12 +21,10 @@ def settings(**changes: object) -> CompareSettings:
 
 
 def test_the_chosen_rate_is_the_best_and_its_run_is_not_repeated():
-    search = search_cells("lora", (1e-4, 2e-4, 5e-4), short=False)
-    final = final_cells("lora", 2e-4, 3)
-    assert len({*search, *final}) == planned_runs(1, 3, 3, short=False) == 5
-    short = search_cells("lora", (1e-4, 2e-4, 5e-4), short=True)
-    assert len({*short, *final}) == planned_runs(1, 3, 3, short=True) == 6
-    assert search_cells("lora", (1e-4,), short=False) == []
+    for short, runs in ((False, 5), (True, 6)):
+        plan = Plan(Path(), ("lora",), {"lora": (1e-4, 2e-4, 5e-4)}, 3, short)
+        assert len({*plan.search("lora"), *plan.final("lora", 2e-4)}) == planned_runs(1, 3, 3, short=short) == runs
+    assert Plan(Path(), ("lora",), {"lora": (1e-4,)}, 3, False).search("lora") == []
     assert planned_runs(4, 1, 1, short=False) == 4
 
 

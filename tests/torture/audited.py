@@ -148,7 +148,7 @@ def main_of(folder: Path) -> None:
         ["inspect", run],
         ["report", folder / "compared", "--output", folder / "report"],
         ["merge", "--adapter", run, "--adapter", run, "--combine", "linear", "--output", folder / "combined"],
-        ["merge", "--adapter", folder / "cached", "--output", folder / "onto", "--verify", "--text", rows],
+        ["merge", "--adapter", folder / "cached", "--output", folder / "onto", "--verify"],
         ["doctor"],
     ):
         cases.must(words)

@@ -45,10 +45,7 @@ def collect_runs(plan: Plan) -> list[Run]:
     for method in plan.methods:
         state = state_of(plan, method)
         final = {cell.id for cell in state.final}
-        searched = [Cell(method, item["learning_rate"], 0, plan.short) for item in state.search["tried"]]
-        if plan.halved:
-            searched = [Cell(method, None, 0)]
-        for cell in dict.fromkeys([*searched, *state.final]):
+        for cell in dict.fromkeys([*plan.search(method), *state.final]):
             if outcome_of(Job("train", cell), plan.output) is not None:
                 runs.append(_run(plan, cell, "final" if cell.id in final else "search", state.skipped))
     return runs

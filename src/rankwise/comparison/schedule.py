@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rankwise.comparison.stages import Cell, Job, Outcome, choose_rate, final_cells, outcome_of, search_cells
+from rankwise.comparison.stages import Cell, Job, Outcome, choose_rate, outcome_of
 from rankwise.errors import RunError
 from rankwise.records import RUN_FILE, RunRecord, load_record
 from rankwise.reports.comparison import KEPT_ROWS_LOSS, RateSearch, SearchedRate
@@ -31,6 +31,17 @@ class Plan:
     probed: bool = False
     # Whether the run of the first seed searches the rate for all seeds (--budget).
     halved: bool = False
+
+    def search(self, method: str) -> list[Cell]:
+        """The runs that try a method's rates, all on seed 0: none for one rate; with ``halved`` one that searches."""
+        if self.halved:
+            return [Cell(method, None, 0)]
+        rates = sorted(self.rates[method])
+        return [Cell(method, rate, 0, self.short) for rate in rates] if rates[1:] else []
+
+    def final(self, method: str, rate: float) -> list[Cell]:
+        """The final runs. After a search at full length the run of seed 0 exists already and is not repeated."""
+        return [Cell(method, None if self.halved and not seed else rate, seed) for seed in range(self.seeds)]
 
 
 @dataclasses.dataclass
@@ -65,9 +76,7 @@ def jobs_left(plan: Plan) -> list[Job]:
         cells = state.final
         if not state.searched:
             left += state.waiting
-            cells = final_cells(method, plan.rates[method][0], plan.seeds)
-            if plan.halved:
-                cells[0] = Cell(method, None, 0)
+            cells = plan.final(method, plan.rates[method][0])
             # A search at full length is the final run of its seed.
             left += [Job("train", cell) for cell in cells[0 if plan.short else 1 :]]
             left += [Job("measure", cell) for cell in cells]
@@ -81,15 +90,14 @@ def possible_jobs(plan: Plan) -> Iterator[Job]:
     begun = {path.name.rpartition(".")[0] for path in (plan.output / "cells").glob("*")}
     cells: list[Cell | None] = [None]
     for method in plan.methods:
-        cells += [Cell(method, None, 0)] if plan.halved else search_cells(method, plan.rates[method], short=plan.short)
-        cells += [cell for rate in plan.rates[method] for cell in final_cells(method, rate, plan.seeds)]
+        cells += [*plan.search(method), *(cell for rate in plan.rates[method] for cell in plan.final(method, rate))]
     jobs = (job for cell in dict.fromkeys(cells) for job in jobs_of(cell))
     return (job for job in jobs if job.name(plan.output).name in begun)
 
 
 def state_of(plan: Plan, method: str) -> MethodState:
     """The state of a method, read from disk, so that it is the same after a kill."""
-    search = [Cell(method, None, 0)] if plan.halved else search_cells(method, plan.rates[method], short=plan.short)
+    search = plan.search(method)
     if (failed := _failed_probe(plan, method)) is not None:
         return MethodState(_search(plan, search), True, [], failed, [])
     jobs = [Job("train", cell) for cell in search]
@@ -104,9 +112,7 @@ def state_of(plan: Plan, method: str) -> MethodState:
     rate = found["chosen"] if search else plan.rates[method][0]
     if rate is None:
         return MethodState(found, True, [], None, [])
-    cells = final_cells(method, rate, plan.seeds)
-    if plan.halved:
-        cells[0] = search[0]
+    cells = plan.final(method, rate)
     first = Job("train", cells[0])
     reason = _skip_reason(outcome_of(first, plan.output))
     waiting = [] if reason else [job for cell in cells for job in _open_jobs(plan, cell)[:1]]

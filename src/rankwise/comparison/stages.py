@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -34,18 +34,6 @@ class Cell:
 
     def folder(self, output: Path) -> Path:
         return output / RUNS_FOLDER / self.id
-
-
-def search_cells(method: str, rates: Sequence[float], *, short: bool) -> list[Cell]:
-    """The runs that try a method's learning rates, all on seed 0; none if there is only one rate."""
-    if len(rates) == 1:
-        return []
-    return [Cell(method, rate, 0, short) for rate in sorted(rates)]
-
-
-def final_cells(method: str, rate: float, seeds: int) -> list[Cell]:
-    """The final runs. After searches at full length the run of seed 0 exists already and is not repeated."""
-    return [Cell(method, rate, seed) for seed in range(seeds)]
 
 
 def planned_runs(methods: int, rates: int, seeds: int, *, short: bool) -> int:
