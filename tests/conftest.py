@@ -12,7 +12,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from marks import LEVELS
@@ -109,11 +108,3 @@ def some_level(request: pytest.FixtureRequest) -> Iterator[str | None]:
 def avx2() -> Iterator[str | None]:
     """The native library as on a processor with AVX2 and no more."""
     yield from at_level("avx2")
-
-
-@pytest.fixture
-def cpu_as_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For trl's ``OffloadActivations``, which moves activations from the accelerator to the host."""
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))
-    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
-    monkeypatch.setattr(torch.cpu.Stream, "synchronize", lambda self: None, raising=False)

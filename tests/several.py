@@ -28,7 +28,7 @@ LONG = 500
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOADED = (
     *("rankwise.training.run", "rankwise.planning.guard", "rankwise.cli.progress"),
-    *("torch.distributed.fsdp", "torch.distributed.tensor", "trl.trainer.sft_trainer"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor"),
     "transformers.models.llama.modeling_llama",
 )
 GRACE_SECONDS = 30

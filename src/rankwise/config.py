@@ -48,7 +48,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Products = Literal["auto", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Objective = Literal["sft", "dpo", "kto", "grpo"]
-Tracker = Literal["wandb", "trackio", "tensorboard", "mlflow"]
+Tracker = Literal["wandb", "trackio", "tensorboard"]
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
 METHODS = (*ADAPTERS, "full")
@@ -354,7 +354,7 @@ class TrainSettings(ObjectiveOptions, RunOptions):
     report_to: Annotated[
         tuple[Tracker, ...],
         BeforeValidator(comma_list),
-        _saving("Report to these trackers too: wandb, trackio, tensorboard, mlflow.", metavar="NAME,..."),
+        _saving("Report to these trackers too: wandb, trackio, tensorboard.", metavar="NAME,..."),
     ] = ()
     resume: Annotated[
         bool,

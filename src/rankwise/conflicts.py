@@ -34,18 +34,14 @@ OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
         "completion_column",
     ),
 }
-# {objective: trl's names of its losses, the default first}.
+# {objective: its losses, the default first; trl's names}.
 LOSS_TYPES: Mapping[Objective, tuple[str, ...]] = {
-    "dpo": (
-        *("sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-    ),
+    "dpo": ("sigmoid", "ipo", "hinge", "robust", "apo_zero"),
     "kto": ("kto", "apo_zero_unpaired"),
     "grpo": ("dapo", "grpo", "dr_grpo", "bnpo"),
 }
-# The losses that --label-smoothing changes, and those over a whole batch, of which each process has a part.
-SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
-WITHIN_BATCHES = ("aot", "aot_unpaired", "sft", "bnpo")
+# The losses that --label-smoothing changes.
+SMOOTHED = ("robust",)
 NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
 LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 # For these, transformers ignores the number of warm-up steps.
@@ -160,8 +156,6 @@ def _of_preferences(given: TrainSettings) -> Iterator[str]:
             f"--label-smoothing has no effect on --loss-type {loss}; leave it out, or give one of "
             f"{', '.join(SMOOTHED)}."
         )
-    if loss == "exo_pair" and not given.label_smoothing:
-        yield "--loss-type exo_pair needs --label-smoothing above 0; its paper uses 0.001."
     if given.method not in ADAPTERS:
         yield (
             f"--objective {given.objective} needs the base as reference, which --method {given.method} changes or "
@@ -202,11 +196,6 @@ def _of_rewards(given: TrainSettings, processes: int) -> Iterator[str]:
 def _of_processes(given: TrainSettings, processes: int) -> Iterator[str]:
     if processes > 1 and given.method not in METHODS:
         yield f"--method {given.method} trains in one process; leave --devices out."
-    if processes > 1 and given.loss_type in WITHIN_BATCHES:
-        yield (
-            f"--loss-type {given.loss_type} is a loss over a whole batch, and {processes} processes have batches of "
-            "their own; leave --devices out, or give another loss."
-        )
     if given.strategy != "fsdp":
         return
     whole = _started(given)

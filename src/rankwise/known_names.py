@@ -38,13 +38,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "num-generations": ("group-size", "num-samples"),
     "max-completion-length": ("max-new-tokens",),
 }
-# {option of trl's GRPO that rankwise does not have: the reason}.
-REFUSED: dict[str, str] = {
-    "use_vllm": "trl gives vLLM the parameters by name, so vLLM would generate without the adapter, or would read "
-    "4-bit weights as dense ones",
-    "use_transformers_continuous_batching": "for this option trl casts the trained model to 16 bits, which loses small "
-    "updates of the adapter",
-}
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw_torch": ("adam", "adamw", "adamw_hf"),
     "adamw_bnb_8bit": ("adam8bit", "adamw8bit", "adam_8bit"),

@@ -1,20 +1,20 @@
-"""Offloaded activations leave a card once: with trl's own class, which runs on a CPU here."""
+"""Offloaded activations leave a card once; a CPU stands for the card."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from trl.models.activation_offloading import OffloadActivations
 
 import rankwise as rw
-from rankwise.acceleration import MovedOnce, move_once
+from rankwise.acceleration import MovedOnce, offloaded
+from rankwise.acceleration.offloading import Offloaded
 from tiny_models import tiny_gpt2, tiny_llama
-
-LEAST_BYTES = 1024
 
 
 class Branching(nn.Module):
@@ -49,46 +49,56 @@ def loss_of(model: Any, given: Any) -> Any:
     return model(given) if isinstance(model, Branching) else model(input_ids=given, labels=given, use_cache=False).loss
 
 
-def trls(model: nn.Module) -> OffloadActivations:
-    context = OffloadActivations(use_pin_memory=False)
-    context.update_model_params(model)
-    return context
+class Stream:
+    """A stream of the CPU, where everything runs in order."""
+
+    def __init__(self) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self) -> None: ...
 
 
-def step(
-    model: Any, x: torch.Tensor, context: Any
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Gradients, what was moved and what stayed, parameters aside; under ``context``, trl's or what is around it."""
+def step(model: Any, x: torch.Tensor, context: Any) -> list[torch.Tensor]:
+    """The loss and the gradients."""
     model.zero_grad()
     torch.manual_seed(1)
     with context:
         loss = loss_of(model, x)
-        entries = list(context.tracker.values())
         loss.backward()
-    stayed = [tensor for tensor, moved, *_ in entries if not moved and tensor.nbytes >= LEAST_BYTES]
-    ours = {parameter.data_ptr() for parameter in model.parameters()}
-    stayed = [tensor for tensor in stayed if tensor.untyped_storage().data_ptr() not in ours]
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return [loss.detach(), *grads], [tensor for tensor, moved, *_ in entries if moved], stayed
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(Stream=Stream, current_stream=Stream, stream=lambda _: nullcontext())
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.usefixtures("cpu_as_accelerator")
-def test_nothing_stays_and_gradients_are_the_same(name: str) -> None:
+@pytest.mark.usefixtures("streams")
+def test_activations_leave_once_and_gradients_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     make, given = MODELS[name]
     model, x = make(), given()
-    plain, moved, stayed = step(model, x, trls(model))
-    # If trl moves what is saved twice, this module has no work left.
-    assert stayed
-    context = trls(model)
-    move_once(context)
-    found, moved_now, stay_now = step(model, x, context)
-    assert not stay_now
-    assert len(moved_now) <= len(moved) + len({tensor.untyped_storage().data_ptr() for tensor in stayed})
-    assert all(map(torch.equal, found, plain))
+    plain = step(model, x, nullcontext())
+    made: list[Offloaded] = []
+    packs: list[tuple[int, int]] = []
+    pack = Offloaded.pack
+
+    def noted(self: Offloaded, tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
+        made.append(self)
+        number, packed = pack(self, tensor)
+        packs.append((number, tensor.nbytes))
+        return number, packed
+
+    monkeypatch.setattr(Offloaded, "pack", noted)
     for _ in range(2):
-        assert all(map(torch.equal, step(model, x, context)[0], plain))
+        assert all(map(torch.equal, step(model, x, offloaded(model)), plain))
+    assert sum(number > 0 for number, _ in packs) > 2
+    assert not made[-1].waiting
 
 
 def test_what_is_written_between_two_saves_is_moved_twice() -> None:

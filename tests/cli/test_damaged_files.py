@@ -68,7 +68,7 @@ def test_a_damaged_file_is_refused_by_code(source, name, verb, damage, request, 
 
 @pytest.mark.parametrize(
     "name",
-    ["random.json", "optimizer.safetensors", "scheduler.json", "trainer_state.json", "adapter_model.safetensors"],
+    ["random.json", "optimizer.safetensors", "scheduler.json", "progress.json", "adapter_model.safetensors"],
 )
 def test_a_damaged_checkpoint_is_refused_by_code(name, rankwise, model_folder, rows_file, tmp_path):
     words = ["train", "--model", model_folder, "--data", rows_file, "--output", tmp_path / "run", *TRAIN]

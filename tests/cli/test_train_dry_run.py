@@ -71,8 +71,6 @@ def test_what_a_run_refuses_it_refuses(command, rankwise, tmp_path):
 
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
 def test_a_run_refused_late_leaves_no_folder(option, command, rankwise, tmp_path, monkeypatch):
-    """transformers' Trainer makes the folder before the plan of the first step is known."""
-
     def refuse(self, batch, evaluation, mapped_bytes):
         raise RunError("RW562", "this run cannot fit.")
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 from pathlib import Path
 
-import accelerate
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, Trainer, TrainingArguments, masking_utils
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
@@ -238,34 +236,6 @@ def test_gguf_reader_names_and_bars_are_patched_and_put_back():
     assert (gguf.GGUFReader, gguf.get_tensor_name_map, loader.tqdm) == before
 
 
-def test_n_gpu_is_what_n_gpu_reads(tmp_path: Path):
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    arguments._n_gpu = 4
-    compat.use_one_device(arguments)
-    assert arguments.n_gpu == 1
-
-
-@pytest.fixture
-def trainer(llama: LlamaForCausalLM, tmp_path: Path) -> Trainer:
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", learning_rate=0.25)
-    return Trainer(llama, arguments)
-
-
-def test_get_learning_rate_is_that_of_the_next_step(trainer: Trainer):
-    trainer.create_optimizer_and_scheduler(4)
-    assert compat.learning_rate_of(trainer) == 0.25
-    trainer.optimizer.step()
-    trainer.lr_scheduler.step()
-    assert compat.learning_rate_of(trainer) == pytest.approx(0.1875)
-
-
-def test_loss_shifts_labels_is_an_attribute_that_the_trainer_sets(trainer: Trainer):
-    assert isinstance(trainer._loss_shifts_labels, bool)
-    trainer._loss_shifts_labels = False
-    compat.pair_with_next_labels(trainer)
-    assert trainer._loss_shifts_labels
-
-
 def test_supports_flash_attn_is_said_by_the_class(llama: LlamaForCausalLM):
     assert compat.names_windows(llama)
     assert not compat.names_windows(nn.Module())
@@ -275,12 +245,19 @@ def test__no_split_modules_names_the_decoder_layers():
     assert len(compat.decoder_layers(tiny_llama())) == 2
 
 
-def test_a_model_prepared_for_evaluation_is_not_wrapped_again():
-    source = inspect.getsource(accelerate.Accelerator.prepare_model)
-    assert '"_is_accelerate_prepared", False' in source
-    model = nn.Linear(2, 2)
-    accelerate.Accelerator(cpu=True).prepare_model(model, evaluation_mode=True)
-    assert model._is_accelerate_prepared
+def test_is_accelerate_available_keeps_from_pretrained_from_a_device_and_from_gguf(tmp_path: Path, monkeypatch):
+    from transformers import modeling_utils
+    from transformers.integrations import accelerate as asker
+
+    tiny_llama().save_pretrained(tmp_path)
+    for module in (modeling_utils, asker):
+        monkeypatch.setattr(module, "is_accelerate_available", lambda: False)
+    for given in ({"device_map": {"": "cpu"}}, {"gguf_file": "none"}):
+        with pytest.raises(ValueError, match="accelerate"):
+            LlamaForCausalLM.from_pretrained(tmp_path, **given)
+    with compat.without_accelerate():
+        assert LlamaForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}).device.type == "cpu"
+    assert not asker.is_accelerate_available()
 
 
 def test__load_pretrained_model_comes_after_the_layers_and_before_the_weights(tmp_path: Path):

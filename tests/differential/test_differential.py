@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import rankwise as rw
 from acceleration.families import small_config, without_dropout
@@ -51,8 +50,9 @@ from rankwise.adapters import adapter_tensors, load_tensors
 from rankwise.compat.transformers import attention_of
 from rankwise.errors import RankwiseError
 from rankwise.quantization import dequantize
-from rankwise.training.objectives.preferences import MarkedArguments, MarkedTrainer, PairArguments, PairTrainer
-from rankwise.training.trainer import RankwiseTrainer
+from rankwise.training.loop import KEY, Loss
+from rankwise.training.preferences import Preferences, Scoring
+from rankwise.training.sft import Demonstrations, counted, end_to_end
 
 Draw = random.Random
 Row = dict[str, Any]
@@ -80,11 +80,11 @@ LOSSES: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "kto": ({"loss_type": "kto"}, {"loss_type": "kto", "desirable_weight": 1.5}, {"loss_type": "apo_zero_unpaired"}),
 }
-# {loss: trl's trainer with its arguments, and ours}.
+# {loss: trl's trainer with its arguments}.
 TRAINERS: dict[str, Any] = {
-    "sft": ((SFTTrainer, SFTConfig), (RankwiseTrainer, SFTConfig)),
-    "dpo": ((DPOTrainer, DPOConfig), (PairTrainer, PairArguments)),
-    "kto": ((KTOTrainer, KTOConfig), (MarkedTrainer, MarkedArguments)),
+    "sft": (SFTTrainer, SFTConfig),
+    "dpo": (DPOTrainer, DPOConfig),
+    "kto": (KTOTrainer, KTOConfig),
 }
 # What is not drawn: what ours gets wrong or refuses, and the frozen bias that PEFT stores with an adapted head.
 KEPT_AWAY: dict[str, Callable[[Case, Places], bool]] = {
@@ -354,24 +354,31 @@ def merged(model: Any, case: Case) -> Any:
     return model if is_untied(case) else copy.deepcopy(model).merge_and_unload()
 
 
+def objective_of(model: Any, case: Case) -> tuple[Any, bool]:
+    """Our objective, and whether its rows are laid end to end."""
+    rows, flat = Dataset.from_list(case.rows), False
+    if case.fast:
+        rw.optimize_for_training(model)
+        if case.flat and attention_of(model.config) == "sdpa" and not attention.config_obstacle(model.config):
+            # Also in float32, in which it is not chosen.
+            attention.register()
+            model.set_attn_implementation(attention.NAME)
+            flat = flattening_obstacle(model) is None
+    if case.checkpointing and model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if case.loss == "sft":
+        return Demonstrations(model, rows, None, pad=0, size=len(rows), seed=0, flat=flat), flat
+    options = {"beta": 0.1, "max_length": 1024, "loss_type": case.loss, **case.options}
+    scoring = Scoring(model, flat=flat, pairs=case.loss == "dpo")
+    return Preferences(scoring, rows, None, pad=0, size=len(rows), seed=0, **options), flat
+
+
 def trainer_of(model: Any, case: Case) -> tuple[Any, bool]:
-    """trl's trainer for PEFT's model, ours for ours, and whether its rows are laid end to end."""
-    kind, arguments = TRAINERS[case.loss][0 if is_peft(model) else 1]
-    own, flat = dict(case.options), False
-    if not is_peft(model):
-        if case.fast:
-            rw.optimize_for_training(model)
-            if case.flat and attention_of(model.config) == "sdpa" and not attention.config_obstacle(model.config):
-                # Also in float32, in which it is not chosen.
-                attention.register()
-                model.set_attn_implementation(attention.NAME)
-                flat = flattening_obstacle(model) is None
-        if case.checkpointing and model.supports_gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        own |= {} if case.loss == "sft" else {"flat": flat, "disable_dropout": False}
+    """trl's trainer for PEFT's model."""
+    kind, arguments = TRAINERS[case.loss]
     folder = str(Path(tempfile.gettempdir()) / "differential")
     given = arguments(
-        output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", **own
+        output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", **case.options
     )
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
@@ -380,7 +387,7 @@ def trainer_of(model: Any, case: Case) -> tuple[Any, bool]:
     if "ref" in getattr(model, "peft_config", ()):
         # trl's copy of the adapter as it is; here the base is the reference.
         model.delete_adapter("ref")
-    return trainer, flat
+    return trainer, False
 
 
 def loss_of(model: Any, case: Case, made: Callable[[], tuple[Any, bool]]) -> Tensor:
@@ -388,14 +395,17 @@ def loss_of(model: Any, case: Case, made: Callable[[], tuple[Any, bool]]) -> Ten
         # trl refuses an adapted head.
         router = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
         return model(**padded(case.rows, case.padding), **router, use_cache=False).loss
-    trainer, flat = made()
+    maker, flat = made()
     if case.loss != "sft":
-        batch = trainer.data_collator(case.rows)
-    elif flat:
-        batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(case.rows)
+        collate = maker.data_collator if is_peft(model) else maker.collate
+        batch = collate(list(maker.train_dataset if is_peft(model) else maker.rows))
     else:
-        batch = padded(case.rows, case.padding)
-    return trainer.compute_loss(model, batch)
+        batch = end_to_end(case.rows) if flat else padded(case.rows, case.padding)
+    if is_peft(model):
+        return maker.compute_loss(model, batch)
+    batch.setdefault(KEY, counted(batch) if case.loss == "sft" else None)
+    found: Loss = maker.loss(model, batch)
+    return found.sum / batch[KEY].targets + (0 if found.aux is None else found.aux)
 
 
 def once(tensors: Numbers) -> Numbers:
@@ -515,7 +525,7 @@ def run_case(case: Case, folder: Path) -> None:
     load_tensors(new, once(load_file(folder / "theirs" / WEIGHTS)))
     for model in (loaded, new):
         check_written(model, case, oracle, folder)
-    own = measured(loaded, case, lambda: trainer_of(loaded, case))
+    own = measured(loaded, case, lambda: objective_of(loaded, case))
     by_trl = functools.cache(lambda: trainer_of(oracle, case))
     check_errors(own, measured(oracle, case, by_trl), in_float64(oracle, case, by_trl), case.dtype)
 

@@ -8,8 +8,7 @@ import torch
 from rankwise.errors import ConfigError
 from rankwise.planning.step import new_optimizer
 from rankwise.planning.workload import RULES, Workload, check_device
-from rankwise.training.arguments import implementation_of
-from rankwise.training.memory_savers import check_memory_savers
+from rankwise.training.optimizers import check_memory_savers, implementation_of
 
 
 def refuses(check, *arguments, **more) -> bool:

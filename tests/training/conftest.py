@@ -6,20 +6,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training_rows import WORDS, encoded_rows, write_rows
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from rankwise.adapters import add_adapter
 from rankwise.config import TrainSettings
 from rankwise.lora_config import LoraConfig
-from rankwise.training.arguments import Surroundings, sft_arguments
-from rankwise.training.run import train
-from rankwise.training.trainer import RankwiseTrainer
+from rankwise.training.checkpoints import Checkpoint
+from rankwise.training.learning import make_loop
+from rankwise.training.loop import Loop
+from rankwise.training.meters import MemoryMeter
+from rankwise.training.run import learning_of, progress_of, train
+from rankwise.training.setup import LoadedBase
+from rankwise.training.watch import Watch
 from tiny_models import tiny_llama
 
 
@@ -55,25 +61,25 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-TrainerMaker = Callable[..., RankwiseTrainer]
+LoopMaker = Callable[..., Loop]
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainerMaker:
-    """A trainer over the tiny model; keyword arguments override the defaults of any of its parts."""
+def loop_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> LoopMaker:
+    """A loop over the tiny model; keyword arguments override the defaults of any of its parts."""
 
     def make(
         folder: Path | None = None,
         *,
         lora: LoraConfig | None = LoraConfig(r=4, lora_dropout=0.1),  # noqa: B008  (frozen)
-        model: LlamaForCausalLM | None = None,
-        rows: int = 37,
-        eval_rows: int = 0,
-        trainer: dict[str, Any] | None = None,
+        model: Any = None,
+        rows: int | Dataset = 37,
+        eval_rows: int | Dataset = 0,
         precision: str = "no",
-        padding_free: bool = False,
+        flat: bool = False,
+        resumed: Checkpoint | None = None,
         **arguments: Any,
-    ) -> RankwiseTrainer:
+    ) -> Loop:
         model = model or tiny_llama()
         torch.manual_seed(7)
         if lora is not None:
@@ -92,25 +98,37 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainerM
             **arguments,
         }
         settings = TrainSettings(model="M", data="D", output=folder or tmp_path / "run", **given)
-        return RankwiseTrainer(
-            model=model,
-            args=sft_arguments(
-                settings,
-                Surroundings(
-                    device_type="cpu",
-                    precision=precision,
-                    evaluates=eval_rows > 0,
-                    eval_on_start=False,
-                    padding_free=padding_free,
-                ),
-            ),
-            processing_class=tokenizer,
-            train_dataset=encoded_rows(rows),
-            eval_dataset=encoded_rows(eval_rows, seed=9) if eval_rows else None,
-            **(trainer or {}),
+        train, held_out = (
+            SimpleNamespace(dataset=encoded_rows(given, seed) if isinstance(given, int) else given)
+            for given, seed in ((rows, 0), (eval_rows, 9))
+        )
+        data: Any = SimpleNamespace(train=train, evaluation=held_out if len(held_out.dataset) else None)
+        device = torch.device("cpu")
+        base = LoadedBase(None, model, tokenizer, device, torch.float32, precision, "a test")  # type: ignore[arg-type]
+        return make_loop(
+            settings,
+            data,
+            learning=learning_of(settings),
+            base=base,
+            flat=flat,
+            progress=partial(progress_of, resumed),
+            is_evaluated=True,
         )
 
     return make
+
+
+def fit(loop: Loop, checkpoint: Checkpoint | None = None, **parts: Any) -> Loop:
+    memory, options = MemoryMeter("cpu"), loop.options
+    loop.fit(Watch(loop.model, loop.progress, memory, options.total_steps, options.eval_steps, **parts), checkpoint)
+    return loop
+
+
+def evaluate(loop: Loop, rows: Dataset | None = None) -> dict[str, float]:
+    loop.objective.eval_rows = loop.objective.eval_rows if rows is None else rows
+    loop.model.eval()
+    with torch.no_grad():
+        return loop.objective.evaluate(loop.model, lambda: None)
 
 
 @pytest.fixture

@@ -12,117 +12,108 @@ import torch
 from datasets import Dataset
 from training_rows import encoded_rows
 
+from conftest import fit
 from rankwise.training.foresight import MicroBatch, coming_batches, largest_batch, largest_evaluation, largest_scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-MakeTrainer = Callable[..., Any]
+LoopMaker = Callable[..., Any]
 
 
-def with_rows(
-    make_trainer: MakeTrainer, lengths: list[int], eval_lengths: list[int] | None = None, **given: Any
-) -> Any:
-    """A trainer over rows of these lengths, of which two tokens are prompt."""
+def with_rows(loop_of: LoopMaker, lengths: list[int], eval_lengths: list[int] | None = None, **given: Any) -> Any:
+    """A loop over rows of these lengths, of which two tokens are prompt."""
 
     def rows(counts: list[int]) -> Dataset:
         ids = [[4 + row % 80] * count for row, count in enumerate(counts)]
         return Dataset.from_dict({"input_ids": ids, "labels": [[-100, -100, *row[2:]] for row in ids]})
 
-    trainer = make_trainer(**given)
-    trainer.train_dataset = rows(lengths)
-    trainer.eval_dataset = None if eval_lengths is None else rows(eval_lengths)
-    return trainer
+    return loop_of(rows=rows(lengths), eval_rows=0 if eval_lengths is None else rows(eval_lengths), **given)
 
 
 @pytest.mark.parametrize(
     ("rows", "length"),
     [(37, {"max_steps": 3}), (37, {"max_steps": 25}), (37, {"max_steps": None, "epochs": 1.5}), (3, {"max_steps": 4})],
 )
-@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
 def test_the_batches_foreseen_are_those_that_come(
-    make_trainer: MakeTrainer, rows: int, length: dict[str, Any], padding_free: bool
+    loop_of: LoopMaker, rows: int, length: dict[str, Any], flat: bool
 ) -> None:
     """Over several epochs, the short batch at the end of each and the accumulation it cuts off included."""
-    trainer = make_trainer(rows=rows, padding_free=padding_free, **length)
-    tables = list(coming_batches(trainer))
+    loop = loop_of(rows=rows, flat=flat, **length)
+    tables = list(coming_batches(loop))
     foreseen = [[row for row in batch if row >= 0] for table in tables for batch in table.tolist()]
     came: list[list[int]] = []
-    real = trainer.training_step
+    real = loop.objective.loss
 
-    def step(model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
-        came.append(sorted(inputs["input_ids"].flatten().tolist()))
-        return real(model, inputs, *rest, **more)
+    def loss(model: Any, batch: dict[str, Any]) -> Any:
+        came.append(sorted(batch["input_ids"].flatten().tolist()))
+        return real(model, batch)
 
-    trainer.training_step = step
-    trainer.train()
+    loop.objective.loss = loss  # type: ignore[method-assign]
+    fit(loop)
     ids = encoded_rows(rows)["input_ids"]
-    pad = trainer.processing_class.pad_token_id
 
     def tokens(batch: list[int]) -> list[int]:
-        padding = 0 if padding_free else sum(max(len(ids[row]) for row in batch) - len(ids[each]) for each in batch)
-        return sorted([*(token for row in batch for token in ids[row]), *[pad] * padding])
+        padding = 0 if flat else sum(max(len(ids[row]) for row in batch) - len(ids[each]) for each in batch)
+        return sorted([*(token for row in batch for token in ids[row]), *[0] * padding])
 
     assert came == [tokens(batch) for batch in foreseen]
 
 
-def test_looking_ahead_draws_nothing(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer()
+def test_looking_ahead_draws_nothing(loop_of: LoopMaker) -> None:
+    loop = loop_of()
     before = torch.random.get_rng_state()
-    first = [table.tolist() for table in coming_batches(trainer)]
-    assert [table.tolist() for table in coming_batches(trainer)] == first
+    first = [table.tolist() for table in coming_batches(loop)]
+    assert [table.tolist() for table in coming_batches(loop)] == first
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def first_batches(make_trainer: MakeTrainer, count: int, steps: int) -> np.ndarray:
+def first_batches(loop_of: LoopMaker, count: int, steps: int) -> np.ndarray:
     """Row numbers of the steps of a run over ``count`` rows, one micro-batch each."""
-    trainer = with_rows(make_trainer, [4] * count, max_steps=steps, gradient_accumulation=1, batch_size=2)
-    return np.concatenate(list(coming_batches(trainer)))
+    loop = with_rows(loop_of, [4] * count, max_steps=steps, gradient_accumulation=1, batch_size=2)
+    return np.concatenate(list(coming_batches(loop)))
 
 
-def test_a_longest_row_that_never_comes_is_not_planned_for(make_trainer: MakeTrainer) -> None:
+def test_a_longest_row_that_never_comes_is_not_planned_for(loop_of: LoopMaker) -> None:
     """400 tokens among rows of 10: three steps of two rows do not reach it, a whole epoch does."""
-    drawn = first_batches(make_trainer, 40, 3)
+    drawn = first_batches(loop_of, 40, 3)
     never = next(row for row in range(40) if row not in drawn)
     lengths = [10 if row != never else 400 for row in range(40)]
     lengths[drawn[1, 0]] = 20
-    short = with_rows(make_trainer, lengths, max_steps=3, gradient_accumulation=1, batch_size=2)
+    short = with_rows(loop_of, lengths, max_steps=3, gradient_accumulation=1, batch_size=2)
     assert largest_batch(short, flat=False) == MicroBatch(2, 20, (18 + 8) / 40)
     assert largest_batch(short, flat=True) == MicroBatch(2, 15, (18 + 8) / 30)
-    whole = with_rows(make_trainer, lengths, max_steps=20, gradient_accumulation=1, batch_size=2)
+    whole = with_rows(loop_of, lengths, max_steps=20, gradient_accumulation=1, batch_size=2)
     assert largest_batch(whole, flat=False).tokens == 400
 
 
-def test_of_padded_rows_the_longest_decides_and_of_rows_laid_end_to_end_their_sum(make_trainer: MakeTrainer) -> None:
-    drawn = first_batches(make_trainer, 40, 3)
+def test_of_padded_rows_the_longest_decides_and_of_rows_laid_end_to_end_their_sum(loop_of: LoopMaker) -> None:
+    drawn = first_batches(loop_of, 40, 3)
     lengths = [4] * 40
     for row, length in zip(drawn[:2].flatten().tolist(), (30, 4, 19, 19)):
         lengths[row] = length
-    trainer = with_rows(make_trainer, lengths, max_steps=3, gradient_accumulation=1, batch_size=2)
-    assert largest_batch(trainer, flat=False).tokens == 30
-    assert largest_batch(trainer, flat=True) == MicroBatch(2, 19, 34 / 38)
+    loop = with_rows(loop_of, lengths, max_steps=3, gradient_accumulation=1, batch_size=2)
+    assert largest_batch(loop, flat=False).tokens == 30
+    assert largest_batch(loop, flat=True) == MicroBatch(2, 19, 34 / 38)
 
 
-def test_an_evaluation_is_foreseen_as_it_is_laid_out(make_trainer: MakeTrainer) -> None:
+def test_an_evaluation_is_foreseen_as_it_is_laid_out(loop_of: LoopMaker) -> None:
     """Several rows lie in one, the last token of each is only asked for, and the micro-batch plays no part."""
-    trainer = with_rows(make_trainer, [5] * 9, [3, 9, 20, 4, 30], batch_size=2)
-    assert largest_evaluation(trainer) == MicroBatch(1, 61, 56 / 61)
-    assert largest_evaluation(with_rows(make_trainer, [5] * 9, [200] * 40)) == MicroBatch(5, 199, 198 / 199)
-    assert largest_evaluation(with_rows(make_trainer, [5] * 9)) is None
+    loop = with_rows(loop_of, [5] * 9, [3, 9, 20, 4, 30], batch_size=2)
+    assert largest_evaluation(loop) == MicroBatch(1, 61, 56 / 61)
+    assert largest_evaluation(with_rows(loop_of, [5] * 9, [200] * 40)) == MicroBatch(5, 199, 198 / 199)
+    assert largest_evaluation(with_rows(loop_of, [5] * 9)) is None
 
 
 def preferring(train: dict[str, list[int]], evaluation: dict[str, list[int]] | None, *, flat: bool) -> Any:
-    """What is asked of a trainer of preferences, two rows a batch; columns by their lengths."""
+    """What is asked of a loop of preferences, two rows a batch; columns by their lengths."""
 
     def rows(columns: dict[str, list[int]]) -> Dataset:
         return Dataset.from_dict({name: [[1] * count for count in counts] for name, counts in columns.items()})
 
-    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
-    return SimpleNamespace(
-        args=SimpleNamespace(flat=flat, **sizes),
-        shares_prompts=flat,
-        train_dataset=rows(train),
-        eval_dataset=None if evaluation is None else rows(evaluation),
-    )
+    scoring = SimpleNamespace(asked=SimpleNamespace(flat=flat), shares_prompts=flat)
+    eval_rows = None if evaluation is None else rows(evaluation)
+    return SimpleNamespace(objective=SimpleNamespace(scoring=scoring, rows=rows(train), eval_rows=eval_rows, size=2))
 
 
 def test_mismatched_answers_of_kto_are_foreseen() -> None:

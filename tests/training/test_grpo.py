@@ -20,16 +20,17 @@ from transformers import PreTrainedTokenizerFast
 import rankwise as rw
 from rankwise.acceleration import optimize_for_training
 from rankwise.adapters import adapter_parameters, add_adapter
-from rankwise.conflicts import check_objective
+from rankwise.conflicts import LOSS_TYPES, check_objective
 from rankwise.data.encoding import RowEncoder
-from rankwise.errors import Interrupted, RankwiseError, RunError
+from rankwise.errors import Interrupted, RankwiseError
 from rankwise.lora_config import LoraConfig
 from rankwise.records import load_record, read_metrics
 from rankwise.training.foresight import MicroBatch
-from rankwise.training.objectives import learning_of
-from rankwise.training.objectives.grpo_trainer import GrpoArguments, GrpoTrainer
-from rankwise.training.objectives.rewards import Reward
-from rankwise.training.run import train
+from rankwise.training.grpo import Reward, RewardedAnswers
+from rankwise.training.loop import KEY, Batch
+from rankwise.training.losses import advantages
+from rankwise.training.preferences import Scoring
+from rankwise.training.run import learning_of, train
 from tables import thinned
 from tiny_models import tiny_llama
 
@@ -46,27 +47,8 @@ def wrong(completions, **kwargs):
 def unscored(completions, **kwargs):
     return [None for _ in completions]
 """
-ARGUMENTS: dict[str, Any] = {
-    "use_cpu": True,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "num_generations": 4,
-    "max_completion_length": 6,
-    "temperature": 0.8,
-    "max_steps": 4,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "seed": 3,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-}
-# Enough for 20 steps in one epoch: the next has another order than trl's.
-COUNT = 40
-COMPARED = ("loss", "grad_norm", "kl", "reward", "reward_std", "entropy", "completions/mean_length")
+WIDTH = 4
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def write_prompts(path: Path, count: int = 6) -> Path:
@@ -76,7 +58,7 @@ def write_prompts(path: Path, count: int = 6) -> Path:
 
 
 def asked(tokenizer: PreTrainedTokenizerFast, count: int) -> tuple[list[str], Dataset]:
-    """Prompts as text, and as our trainer takes them."""
+    """Prompts as text, and as rows."""
     prompts = [" ".join(WORDS[(7 * i + 3 * j) % 90] for j in range(2 + i % 3)) for i in range(count)]
     rows = [
         {"input_ids": tokenizer(prompt)["input_ids"], "asked": json.dumps({"prompt": prompt, "columns": {}})}
@@ -85,7 +67,7 @@ def asked(tokenizer: PreTrainedTokenizerFast, count: int) -> tuple[list[str], Da
     return prompts, Dataset.from_list(rows)
 
 
-def told(self: Any, prompt_ids: Sequence[Sequence[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
+def told(prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
     """In the place of generation: one to six tokens that depend on the prompt and on its turn."""
     seen: Counter[tuple[int, ...]] = Counter()
     answers = []
@@ -93,27 +75,35 @@ def told(self: Any, prompt_ids: Sequence[Sequence[int]], *_: Any, **__: Any) -> 
         draw = random.Random(f"{ids} {seen[ids]}")
         answers.append([draw.randrange(4, 94) for _ in range(draw.randrange(0, 6))] + [2])
         seen[ids] += 1
-    return answers, None
+    return answers
 
 
 def count_words(completions: Sequence[str], **_: Any) -> list[float]:
     return [sum(int(word[1:]) for word in text.split()) % 7 / 7 for text in completions]
 
 
-def ours(tokenizer: Any, folder: Path, *, fast: bool = True, flat: bool = False, **changed: Any) -> GrpoTrainer:
+def objective_of(tokenizer: Any, *, fast: bool = True, flat: bool = False, **changed: Any) -> RewardedAnswers:
+    """Two prompts a step, four answers to each, in two micro-batches."""
     model = changed.pop("model", None) or tiny_llama()
     torch.manual_seed(7)
-    lora = changed.pop("lora", LoraConfig(r=4, lora_alpha=8, init_lora_weights=False))
-    add_adapter(model, lora)
+    add_adapter(model, changed.pop("lora", LoraConfig(r=4, lora_alpha=8, init_lora_weights=False)))
     if fast:
         optimize_for_training(model)
-    return GrpoTrainer(
-        rewards=[Reward("count_words", "count_words", changed.pop("function", count_words))],
+    return RewardedAnswers(
+        Scoring(model, flat=flat, pairs=False, temperature=0.8),
+        asked(tokenizer, 6)[1],
+        None,
+        tokenizer=tokenizer,
+        rewards=[Reward("count_words", "count_words", count_words)],
+        weights=[1.0],
         stop_ids=frozenset({2}),
-        model=model,
-        args=GrpoArguments(str(folder), padding_free=flat, **{**ARGUMENTS, "reference_beta": 0.2, **changed}),
-        processing_class=tokenizer,
-        train_dataset=asked(tokenizer, COUNT)[1],
+        size=WIDTH,
+        asked=2,
+        group=WIDTH,
+        longest=6,
+        seed=3,
+        temperature=0.8,
+        **changed,
     )
 
 
@@ -122,109 +112,134 @@ def theirs(tokenizer: Any, folder: Path, adapter: dict[str, torch.Tensor], **cha
     import peft
     from trl import GRPOConfig, GRPOTrainer
 
+    arguments = {
+        "use_cpu": True,
+        "per_device_train_batch_size": WIDTH,
+        "gradient_accumulation_steps": 2,
+        "num_generations": WIDTH,
+        "max_completion_length": 6,
+        "temperature": 0.8,
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
     trainer = GRPOTrainer(
         model=tiny_llama(),
         reward_funcs=count_words,
-        args=GRPOConfig(str(folder), **{**ARGUMENTS, "beta": 0.2, **changed}),
+        args=GRPOConfig(str(folder), **arguments, **changed),
         processing_class=tokenizer,
-        train_dataset=Dataset.from_dict({"prompt": asked(tokenizer, COUNT)[0]}),
+        train_dataset=Dataset.from_dict({"prompt": asked(tokenizer, 6)[0]}),
         peft_config=peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
     )
     for key, value in adapter.items():
         trainer.model.get_parameter(key.replace(".weight", ".default.weight")).data.copy_(value)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
     return trainer
 
 
-def batches_of(trainer: Any) -> list[torch.Tensor]:
-    """Filled while it trains: advantages, and the reference's log-probabilities of the answers' tokens."""
-    plain, noted = trainer._generate_and_score_completions, []
-
-    def note(inputs: Any) -> Any:
-        batch = plain(inputs)
-        noted.extend([batch["advantages"], batch["ref_per_token_logps"] * batch["completion_mask"]])
-        return batch
-
-    trainer._generate_and_score_completions = note
-    return noted
+def step_of(objective: RewardedAnswers) -> list[Batch]:
+    batches = [objective.collate([objective.rows[row] for row in rows]) for rows in objective.order(0)[:2]]
+    return objective.prepare(batches, 0)
 
 
-@pytest.fixture
-def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trl import GRPOTrainer
-
-    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", told)
-    monkeypatch.setattr(GrpoTrainer, "_generate_single_turn", told)
-
-
-@thinned({"loss_type": ["dapo", "grpo"], "fast,flat": [(True, True), (True, False), (False, False)]})
+@thinned(
+    {"loss_type": LOSS_TYPES["grpo"], "beta": [0.2, 0.0], "fast,flat": [(True, True), (True, False), (False, False)]}
+)
 @pytest.mark.filterwarnings("ignore")
-def test_steps_are_those_of_trl_and_peft(
-    fixed: None, fast: bool, flat: bool, loss_type: str, tokenizer: Any, tmp_path: Path
+def test_losses_and_gradients_are_those_of_trl(
+    fast: bool, flat: bool, beta: float, loss_type: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"loss_type": loss_type, "max_steps": 20}
-    mine = ours(tokenizer, tmp_path / "ours", fast=fast, flat=flat, **given)
-    start = {key: value.detach().clone() for key, value in adapter_parameters(mine.model).items()}
-    found = batches_of(mine)
-    mine.train()
-    # Made only now, because making a trainer seeds the order within a step.
-    other = theirs(tokenizer, tmp_path / "theirs", start, **given)
-    expected = batches_of(other)
-    other.train()
-    assert len(found) == 40
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    logs = [[entry for entry in trainer.state.log_history if "loss" in entry] for trainer in (mine, other)]
-    for step, (a, b) in enumerate(zip(*logs, strict=True), 1):
-        for figure in COMPARED:
-            assert a[figure] == pytest.approx(b[figure], rel=1e-3 if step > 3 else 1e-4, abs=1e-5), (step, figure)
-    assert abs(logs[0][0]["kl"]) > 1e-3
-    assert abs(logs[0][0]["grad_norm"]) > 1e-3
+    from trl import GRPOTrainer
+    from trl.trainer.utils import split_tensor_dict
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda _, ids, *__, **___: (told(ids), None))
+    monkeypatch.setattr(RewardedAnswers, "_written", lambda _, rows, *__: told([row["input_ids"] for row in rows]))
+    mine = objective_of(tokenizer, fast=fast, flat=flat, loss_type=loss_type, beta=beta)
+    model = mine.scoring.model.train()
+    batches = step_of(mine)
+    found = [mine.loss(model, batch) for batch in batches]
+    targets = sum(batch[KEY].targets for batch in batches)
+    loss = sum(one.sum for one in found) / targets
+    loss.backward()
+    adapter = adapter_parameters(model)
+
+    other = theirs(tokenizer, tmp_path, adapter, loss_type=loss_type, beta=beta)
+    prompts = asked(tokenizer, 6)[0]
+    order = [row for rows in mine.order(0)[:2] for row in rows]
+    whole = other._generate_and_score_completions([{"prompt": prompts[row]} for row in order])
+    parts = split_tensor_dict(whole, 2)
+    expected = sum(other._compute_loss(other.model, part) for part in parts)
+    expected.backward()
+    advantage = torch.cat([batch["advantages"] for batch in batches])
+    torch.testing.assert_close(advantage, whole["advantages"], **TOLERANCE)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    for key, value in adapter.items():
+        grad = other.model.get_parameter(key.replace(".weight", ".default.weight")).grad
+        torch.testing.assert_close(value.grad, grad, **TOLERANCE)
+    assert max(float(value.grad.abs().max()) for value in adapter.values()) > 1e-3
+    figures, logged = batches[0]["figures"], other._metrics["train"]
+    for ours, name in (("reward", "reward"), ("completion_tokens", "completions/mean_length")):
+        total, weight = figures[ours]
+        assert total / weight == pytest.approx(logged[name][-1], rel=1e-6)
+    if beta:
+        sums = [float(sum(one.figures["kl"][part] for one in found)) for part in (0, 1)]
+        counts = [float(part["completion_mask"].sum()) for part in parts]
+        mean = sum(kl * count for kl, count in zip(logged["kl"], counts, strict=True)) / sum(counts)
+        assert sums[0] / sums[1] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.5)])
+def test_answers_without_a_score_teach_nothing(weights: tuple[float, float], tokenizer: Any) -> None:
+    """As in trl, where each reward scores some of the answers only."""
+    from trl.trainer.utils import nanstd
+
+    nan, objective = math.nan, objective_of(tokenizer)
+    objective.weights = weights
+    rewards = objective._weighted(
+        [[1.0, nan], [nan, 3.0], [nan, nan], [0.5, 2.0], [nan, nan], [nan, nan], [nan, nan], [1, nan]]
+    )
+    torch.testing.assert_close(rewards[:2], torch.tensor([weights[0], 3 * weights[1]]))
+    groups = rewards.view(2, WIDTH)
+    expected = (groups - groups.nanmean(1, keepdim=True)) / (nanstd(groups, dim=1)[:, None] + 1e-4)
+    torch.testing.assert_close(advantages(rewards, WIDTH), expected.nan_to_num().flatten())
+    assert advantages(rewards, WIDTH)[[2, 4, 5, 6, 7]].tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_no_second_base_appears(four_bit: bool, tokenizer: Any, tmp_path: Path) -> None:
+def test_no_second_base_appears(four_bit: bool, tokenizer: Any) -> None:
     model = tiny_llama(hidden_size=64, intermediate_size=64)
     if four_bit:
         rw.quantize(model, rw.Nf4Config())
-    seen: list[int] = []
-
-    def watching(completions: Sequence[str], **_: Any) -> list[float]:
-        seen.append(storage_bytes())
-        return count_words(completions)
-
     # Others' models may still be alive.
-    base = storage_bytes()
-    trainer = ours(tokenizer, tmp_path, model=model, lora=LoraConfig(r=1), function=watching, max_steps=2)
+    before = storage_bytes()
+    objective = objective_of(tokenizer, model=model, lora=LoraConfig(r=1, init_lora_weights=False), beta=0.2)
+    for batch in step_of(objective):
+        objective.loss(model, batch).sum.backward()
     adapter = sum(value.nbytes for value in adapter_parameters(model).values())
-    reference = trainer.ref_model
-    trainer.train()
-    assert reference is not None
-    assert len(seen) == 2
-    assert max(seen) - base - adapter < 0.02 * sum(value.nbytes for value in model.parameters())
+    assert storage_bytes() - before - adapter < 0.02 * sum(value.nbytes for value in model.parameters())
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"lora": LoraConfig(r=4, use_dora=True, lora_dropout=0.1)},
-        {"gradient_checkpointing": True},
+        {"lora": LoraConfig(r=4, use_dora=True, lora_dropout=0.1, init_lora_weights=False)},
         {"flat": True},
         {"fast": False},
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_it_writes_and_learns_in_turn(changed: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+def test_it_writes_and_learns_in_turn(changed: dict[str, Any], tokenizer: Any) -> None:
     """What generation leaves behind in layers must not keep gradients away."""
-    trainer = ours(tokenizer, tmp_path, **changed)
-    before = {key: value.detach().clone() for key, value in adapter_parameters(trainer.model).items()}
-    trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == 4
-    assert all(entry["grad_norm"] > 0 for entry in logged)
-    after = adapter_parameters(trainer.model)
-    assert all(not torch.equal(before[key], after[key]) for key in before)
-    assert trainer.model.training
+    objective = objective_of(tokenizer, beta=0.2, **changed)
+    model = objective.scoring.model.train()
+    for _ in range(2):
+        for batch in step_of(objective):
+            objective.loss(model, batch).sum.backward()
+        assert model.training
+        assert all(value.grad.any() for value in adapter_parameters(model).values())
+        model.zero_grad()
 
 
 # --- whole runs ---
@@ -306,35 +321,25 @@ def test_evaluations_give_the_reward_of_greedy_answers(rewarded: Any, tmp_path: 
     assert rewards[0] == rewards[1], "evaluations may not change a run"
 
 
-@pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, 0.5]])
-def test_an_evaluation_weighs_answers_as_a_step_does(weights: list[float]) -> None:
-    """Where each reward scores some of the answers only, and one answer gets no score."""
-    nan, given = math.nan, SimpleNamespace(reward_weights=torch.tensor(weights))
-    scores = torch.tensor([[1.0, nan], [nan, 3.0], [nan, nan]])
-    assert float(GrpoTrainer._weighted(given, scores)) == (weights[0] + 3 * weights[1]) / 2  # type: ignore[arg-type]
-    with pytest.raises(RunError, match="RW774: .* 1 evaluation answers"):
-        GrpoTrainer._weighted(given, scores[2:])  # type: ignore[arg-type]
-
-
 def test_the_plan_knows_how_many_answers_an_evaluation_writes(rewarded: Any) -> None:
     """One to each prompt, though a step writes fewer; of many at most those that are written together."""
     prompts = {"input_ids": [[1] * count for count in (3, 5, 4)]}
 
-    def trainer(rows: Dataset | None) -> Any:
-        arguments = SimpleNamespace(device=torch.device("cpu"))
-        return SimpleNamespace(eval_dataset=rows, max_completion_length=6, args=arguments)
+    def loop(rows: Dataset | None) -> Any:
+        objective = SimpleNamespace(eval_rows=rows, longest=6)
+        return SimpleNamespace(objective=objective, model=SimpleNamespace(device=torch.device("cpu")))
 
     largest = learning_of(rewarded()).largest_evaluation
-    assert largest(trainer(Dataset.from_dict(prompts))) == MicroBatch(3, 11, 6 / 11)
-    assert largest(trainer(Dataset.from_dict({"input_ids": 50 * prompts["input_ids"]}))) == MicroBatch(64, 11, 6 / 11)
-    assert largest(trainer(None)) is None
+    assert largest(loop(Dataset.from_dict(prompts))) == MicroBatch(3, 11, 6 / 11)
+    assert largest(loop(Dataset.from_dict({"input_ids": 50 * prompts["input_ids"]}))) == MicroBatch(64, 11, 6 / 11)
+    assert largest(loop(None)) is None
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no reward": ({"reward": None}, "RW770"),
     "an unknown reward": ({"reward": ["correct"]}, "RW770"),
     "a function that is not there": ({"reward": ["FILE:absent"]}, "RW771"),
-    "a wrong count": ({"reward": ["FILE:wrong"]}, "RW773"),
+    "a wrong count": ({"reward": ["FILE:wrong"]}, "RW774"),
     "no score at all": ({"reward": ["FILE:unscored"]}, "RW774"),
     "answers of one prompt in two steps": ({"num_generations": 3}, "RW112"),
     "more weights than rewards": ({"reward_weights": [1.0, 2.0]}, "RW112"),

@@ -5,12 +5,11 @@ import os
 import platform
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from marks import needs_products
-from rankwise.training import callbacks
+from rankwise.training import watch
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
@@ -20,12 +19,12 @@ class Process:
 
     def __init__(self, monkeypatch, sizes):
         self.sizes, self.given_back = iter(sizes), []
-        self.callback = callbacks.GiveBackHoles(lambda: next(self.sizes))
-        monkeypatch.setattr(callbacks, "give_back_freed_memory", lambda: self.given_back.append(self.step))
+        self.holes = watch.Holes(lambda: next(self.sizes))
+        monkeypatch.setattr(watch, "give_back_freed_memory", lambda: self.given_back.append(self.step))
 
     def run(self, steps):
         for self.step in range(steps):
-            self.callback.on_step_end(SimpleNamespace(), None, SimpleNamespace())
+            self.holes.end_step()
         return self.given_back
 
 

@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from rankwise.errors import ConfigError
-from rankwise.training import spine
-from rankwise.training.memory_savers import OffloadedAdamW, check_memory_savers
+from rankwise.planning.optimizers import RULES
+from rankwise.training.optimizers import (
+    NAMES,
+    SCHEDULES,
+    OffloadedAdamW,
+    check_memory_savers,
+    make_optimizer,
+    make_schedule,
+)
+from tiny_models import tiny_llama
 
 
 def _steps(optimizer_class, model, count: int) -> torch.optim.Optimizer:
@@ -79,11 +87,47 @@ def test_offloading_activations_needs_an_accelerator():
     check_memory_savers("adamw_offload", "cpu", activation_offloading=False)
 
 
-@pytest.mark.usefixtures("cpu_as_accelerator")
-def test_offloaded_activations_are_moved_once(make_trainer, monkeypatch):
-    moved = []
-    monkeypatch.setattr(spine, "move_once", moved.append)
-    trainer = make_trainer(activation_offloading=True)
-    assert moved == [trainer.maybe_activation_offload_context]
-    make_trainer()
-    assert len(moved) == 1
+def test_every_planned_optimizer_can_be_had():
+    assert set(NAMES) == set(RULES)
+
+
+TORCHS = ["adamw_torch", "adamw_torch_fused", "adamw_offload", "sgd", "adagrad", "rmsprop", "adafactor"]
+
+
+@pytest.mark.parametrize("name", TORCHS)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_optimizers_are_those_of_the_trainer(name, decay, tmp_path):
+    pytest.importorskip("accelerate", reason="the Trainer is the oracle here; install the extra `bench`")
+    from transformers import Trainer, TrainingArguments
+
+    ours = tiny_llama()
+    theirs = copy.deepcopy(ours)
+    same = {"learning_rate": 1e-2, "weight_decay": decay, "optim": "adamw_torch" if name == "adamw_offload" else name}
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **same)
+    optimizers = (
+        make_optimizer(name, ours, rate=1e-2, weight_decay=decay),
+        Trainer(theirs, arguments).create_optimizer(),
+    )
+    for model, optimizer in zip((ours, theirs), optimizers):
+        for _ in range(3):
+            model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_schedules_are_those_of_transformers(name, warmup):
+    from transformers import get_scheduler
+
+    optimizers = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1) for _ in range(2)]
+    ours = make_schedule(name, optimizers[0], warmup, 9)
+    theirs = get_scheduler(name, optimizers[1], warmup, 9)
+    assert type(ours) is type(theirs)
+    for _ in range(9 if hasattr(ours, "lr_lambdas") else 0):
+        assert ours.get_last_lr() == theirs.get_last_lr()
+        for optimizer, schedule in zip(optimizers, (ours, theirs)):
+            optimizer.step()
+            schedule.step()

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from training_rows import snapshot
-from transformers.integrations.integration_utils import default_logdir
 
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, RunError
@@ -81,12 +80,10 @@ def test_only_what_the_record_names_goes(old_run: Path) -> None:
 
 
 def test_tensorboard_files_go_by_their_names(old_run: Path) -> None:
-    events = f"{default_logdir()}/events.out.tfevents.123.host.0"
-    write(old_run, (events, "runs/Jan01_00-00-00_host/mine.txt", "runs/Jan01_00-00-00_host/events.out.tfevents.9"))
+    write(old_run, ("tensorboard/events.out.tfevents.123.host.0", "tensorboard/mine.txt"))
     assert list(old_run.glob(EVENTS))
     clear_run(old_run)
-    assert [path.name for path in (old_run / "runs").rglob("*") if path.is_file()] == ["mine.txt"]
-    assert not (old_run / events).parent.exists()
+    assert [path.name for path in (old_run / "tensorboard").iterdir()] == ["mine.txt"]
 
 
 def test_a_record_cannot_name_files_elsewhere(old_run: Path, tmp_path: Path) -> None:
@@ -102,8 +99,7 @@ LINKED = {
     "a link in a folder": ("a/link", "a/link/precious.txt"),
     "a folder below a link": ("link", "link/below/precious.txt"),
     "a link to the folder above": ("up", "up/elsewhere/precious.txt"),
-    "the folder of TensorBoard": ("runs", "Jan31_23-59-59_HOST/events.out.tfevents.1"),
-    "a TensorBoard run": ("runs/Jan31_23-59-59_HOST", "events.out.tfevents.1"),
+    "the folder of TensorBoard": ("tensorboard", "events.out.tfevents.1"),
 }
 
 
@@ -113,7 +109,7 @@ def test_nothing_behind_a_link_goes(kind: str, old_run: Path, tmp_path: Path) ->
     target = tmp_path if kind.endswith("above") else tmp_path / "elsewhere"
     (old_run / link).parent.mkdir(exist_ok=True)
     write(tmp_path, ("elsewhere/precious.txt", "elsewhere/below/precious.txt"))
-    write(tmp_path, ("elsewhere/events.out.tfevents.1", "elsewhere/Jan31_23-59-59_HOST/events.out.tfevents.1"))
+    write(tmp_path, ("elsewhere/events.out.tfevents.1",))
     (old_run / link).symlink_to(target, target_is_directory=True)
     RunRecord("lora", 0, {"report_to": ["tensorboard"]}, files=[name, f"./{name}", f"{link}/../{name}"]).save(old_run)
     before = snapshot(tmp_path / "elsewhere")

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,12 +26,18 @@ from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.records import load_record, read_metrics
 from rankwise.training import ranks
-from rankwise.training.objectives.preferences import MarkedTrainer, PreferenceTrainer
+from rankwise.training.loop import KEY, Counted
+from rankwise.training.preferences import Preferences, Scoring
 from rankwise.training.run import train
 from rankwise.training.setup import make_trainable
 
 # trl's names and ours.
-COMPARED = {"loss": "loss", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected"}
+COMPARED = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected",
+}
 SHORT = {"learning_rate": 3e-3, "lr_scheduler_type": "constant", "max_steps": 20, "logging_steps": 1, "batch_size": 4}
 
 
@@ -101,29 +108,42 @@ def by_trl(given: TrainSettings, tokenizer: Any, folder: Path, **own: Any) -> li
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize(
-    ("objective", "options", "fast"),
-    [("dpo", {"loss_type": "ipo", "beta": 0.3}, True), ("kto", {"desirable_weight": 1.5}, False)],
-    ids=["ipo", "kto"],
-)
-def test_losses_rewards_and_margins_equal_trls(
+EVERY_LOSS = [
+    ("dpo", {"loss_type": "sigmoid"}),
+    ("dpo", {"loss_type": "ipo", "beta": 0.3}),
+    ("dpo", {"loss_type": "hinge"}),
+    ("dpo", {"loss_type": "robust", "label_smoothing": 0.2}),
+    ("dpo", {"loss_type": "apo_zero"}),
+    ("kto", {"loss_type": "kto", "desirable_weight": 1.5}),
+    ("kto", {"loss_type": "apo_zero_unpaired", "undesirable_weight": 0.5}),
+]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("fast", [True, False], ids=["end to end", "padded"])
+@pytest.mark.parametrize(("objective", "options"), EVERY_LOSS, ids=[options["loss_type"] for _, options in EVERY_LOSS])
+def test_losses_rewards_and_gradients_equal_trls(
     objective: str,
     options: dict[str, Any],
     fast: bool,
+    accumulation: int,
     preferring: Any,
     tokenizer: Any,
     tmp_path: Path,
 ) -> None:
-    given = preferring(objective, fast=fast, **options)
-    theirs = by_trl(given, tokenizer, tmp_path / "oracle", **options)
+    given = preferring(objective, fast=fast, gradient_accumulation=accumulation, max_steps=4, **options)
+    own = {"gradient_accumulation_steps": accumulation, **options}
+    theirs = by_trl(given, tokenizer, tmp_path / "oracle", **own)
     train(given)
     ours = [line for line in read_metrics(given.output) if "loss" in line]
-    assert len(ours) == len(theirs) == 20
+    assert len(ours) == len(theirs) == 4
     for step, (own, wanted) in enumerate(zip(ours, theirs), 1):
         for name, key in COMPARED.items():
-            if name in wanted:
-                tolerance = 1e-4 if step <= 3 else 1e-3
-                assert own[key] == pytest.approx(wanted[name], rel=tolerance, abs=tolerance * 1e-2), (step, name)
+            # Of several micro-batches trl logs the mean of their means over good answers, we the mean over all of them.
+            if name in wanted and (objective == "dpo" or accumulation == 1 or "/" not in name):
+                # The steps after the first magnify what rounding did to the weights.
+                tolerance = 1e-6 if step == 1 else 1e-4
+                assert own[key] == pytest.approx(wanted[name], rel=tolerance, abs=tolerance), (step, name)
     assert ours[-1]["loss"] != ours[0]["loss"]
 
 
@@ -141,14 +161,13 @@ class Weighing(Recorder):
 
 def test_the_kl_of_kto_is_a_mean_over_the_rows_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows here with a mean of 1.5, and one of 4 in another process."""
-    trainer = object.__new__(MarkedTrainer)
-    trainer.rows, reference = 2, torch.tensor([0.5, 1.5])
-    monkeypatch.setattr(KTOTrainer, "_compute_kl_logps", lambda *_: reference + torch.tensor([1.0, 2.0]))
+    scores = SimpleNamespace(log_probs=torch.tensor([[1.0, 0.5], [3.0, 0.5]]))
+    scoring: Any = SimpleNamespace(scores=lambda *_: scores, reference=lambda *_: torch.tensor([[0.5], [1.5]]))
+    objective = Preferences(scoring, Dataset.from_dict({}), None, 0, 2, 0, "apo_zero_unpaired", 0.1, 16)
     monkeypatch.setattr(ranks, "count", lambda: 2)
     monkeypatch.setattr(ranks, "_group", lambda: "two processes")
     monkeypatch.setattr(ranks, "summed", lambda given: [mine + other for mine, other in zip(given, (4.0, 1.0))])
-    found = trainer._compute_kl_logps(torch.nn.Module(), {"ref_KL_logps": reference})
-    torch.testing.assert_close(found - reference, torch.full((2,), 7 / 3))
+    assert objective._z({KEY: Counted(2, 8, 2)}) == pytest.approx(7 / 3)
 
 
 @pytest.mark.parametrize("method", ["lora", "qdora"])
@@ -188,14 +207,14 @@ def test_a_stopped_run_resumes_to_the_same_bits(objective: str, preferring: Any,
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_the_reference_is_free_of_noise(objective: str, preferring: Any) -> None:
-    compute, found = PreferenceTrainer.reference_log_probs, []
+    compute, found = Scoring.reference, []
 
     def noted(*given: Any) -> torch.Tensor:
         found.append(compute(*given))
         return found[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreferenceTrainer, "reference_log_probs", noted)
+        patch.setattr(Scoring, "reference", noted)
         train(preferring(objective, max_steps=1))
         train(preferring(objective, max_steps=1, overwrite=True, neftune_noise_alpha=30.0))
     plain, noisy = found[: len(found) // 2], found[len(found) // 2 :]
@@ -245,7 +264,7 @@ def test_a_bad_pair_is_named_by_its_row(case: str, preferring: Any, tmp_path: Pa
         ({"objective": "kto", "batch_size": 1}, "RW112"),
         ({"objective": "dpo", "method": "full"}, "RW112"),
         ({"objective": "dpo", "loss_type": "kto"}, "RW763"),
-        ({"objective": "dpo", "loss_type": "exo_pair"}, "RW112"),
+        ({"objective": "dpo", "loss_type": "exo_pair"}, "RW763"),
     ],
 )
 def test_an_option_has_its_effect_or_is_refused(options: dict[str, Any], code: str, settings: Any) -> None:

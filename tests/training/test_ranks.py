@@ -17,42 +17,26 @@ from rankwise.config import TrainSettings
 from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, RankwiseWarning, RunError
 from rankwise.training import ranks, run, setup
-from rankwise.training.batches import KEY, counted
 from rankwise.training.checkpoints import save_checkpoint
 from rankwise.training.continued import with_adapters_options
+from rankwise.training.loop import KEY
 from rankwise.training.observer import SilentObserver
 from rankwise.training.ranks import check_alike
-from rankwise.training.shares import Shares, is_idle, masked, share, why_masks_differ, widened
+from rankwise.training.sft import counted, why_masks_differ, widened
 from several import LAUNCHERS
 from tiny_models import tiny_gpt2, tiny_llama
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-@pytest.mark.parametrize("rows", [1, 5, 8, 23, 24])
-def test_the_shares_are_the_batches_of_one_process(rows: int, count: int) -> None:
-    size = 2
-    each = [list(Shares(range(rows), size, count, rank)) for rank in range(count)]
-    assert len({len(batches) for batches in each}) == 1
-    idle = [is_idle(rows, size, count, rank) for rank in range(count)]
-    taken = []
-    for batches in zip(*each):
-        last = batches[-1] is each[-1][-1]
-        real = [batch for rank, batch in enumerate(batches) if not (last and idle[rank])]
-        taken += [row for batch in real for row in batch]
-        assert all(1 <= len(batch) <= size for batch in batches)
-    assert taken == list(range(rows))
-
-
-def test_parts_are_as_even_as_can_be() -> None:
-    parts = [share(list(range(7)), 3, rank) for rank in range(3)]
-    assert parts == [[0, 1, 2], [3, 4], [5, 6]]
-
-
-def test_an_idle_process_learns_nothing_from_its_row() -> None:
-    assert is_idle(5, 2, 2, 1)
-    batch = masked({"labels": torch.tensor([[1, 2]]), "input_ids": torch.tensor([[1, 2]])})
-    assert batch["labels"].eq(-100).all()
-    assert (batch[KEY].tokens, batch[KEY].examples, len(batch[KEY].scored)) == (0, 0, 0)
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_shares_are_as_even_as_can_be(rows: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: count)
+    parts = []
+    for rank in range(count):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        parts.append(ranks.share(list(range(rows))))
+    assert [row for part in parts for row in part] == list(range(rows))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 LAUNCHED = dict(zip(LAUNCHERS, ("1", "2", "1", "2", "localhost", "29500")))

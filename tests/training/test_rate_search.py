@@ -115,11 +115,11 @@ def test_a_search_that_was_stopped_continues(change: dict[str, Any], taken: int,
     straight = train(given.model_copy(update={**change, "output": tmp_path / "straight"}))
     runs = []
 
-    def counted(trainer: Any, rows: Any) -> float | None:
-        runs.append(trainer.args.learning_rate)
+    def counted(loop: Any, rows: Any) -> float | None:
+        runs.append(loop.make_optimizer.keywords["rate"])
         if len(runs) == 4:
             raise KeyboardInterrupt
-        return judge(trainer, rows)
+        return judge(loop, rows)
 
     judge = rate_search._loss_after
     with pytest.MonkeyPatch.context() as patch:
@@ -159,11 +159,11 @@ def test_a_search_from_another_adapter_begins_anew(settings: Any, tmp_path: Path
     adapter, judged = tmp_path / "adapter", []
     judge = rate_search._loss_after
 
-    def stopped(trainer: Any, rows: Any) -> float | None:
-        judged.append(trainer.args.learning_rate)
+    def stopped(loop: Any, rows: Any) -> float | None:
+        judged.append(loop.make_optimizer.keywords["rate"])
         if len(judged) == 2:
             raise KeyboardInterrupt
-        return judge(trainer, rows)
+        return judge(loop, rows)
 
     train(settings(output=adapter))
     given = settings(**SHORT, adapter=adapter)

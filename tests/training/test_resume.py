@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from training_rows import Recorder
-from transformers import TrainerCallback
+from training_rows import Recorder, StopAfter
 
+from conftest import fit
 from marks import at_some_level
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.errors import Interrupted
 from rankwise.lora_config import LoraConfig
+from rankwise.records import read_metrics
 from rankwise.training.checkpoints import list_checkpoints
+from rankwise.training.metrics import MetricsFile
 from rankwise.training.run import train
 from rankwise.training.state import load_state
 
@@ -41,15 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            control.should_training_stop = control.should_save = True
-
-
 def weights(model: Any) -> dict[str, torch.Tensor]:
     named = adapter_parameters(model) if has_adapter(model) else dict(model.named_parameters())
     return {name: value.detach().clone() for name, value in named.items()}
@@ -57,49 +50,47 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
-def test_resumed_run_is_bit_identical(case: str, tmp_path: Path, make_trainer: Any) -> None:
+def test_resumed_run_is_bit_identical(case: str, tmp_path: Path, loop_of: Any) -> None:
     given = SHORT | CASES[case]
-    straight = make_trainer(tmp_path / "straight", **given)
+    straight = loop_of(tmp_path / "straight", **given)
     before = weights(straight.model)
-    straight.train()
+    fit(straight)
     stopped = tmp_path / "straight"
     if case == PLAIN or "eval_rows" in given:
         stopped = tmp_path / "stopped"
-        first = make_trainer(stopped, **given)
-        first.add_callback(StopAt(6))
-        first.train()
+        first = loop_of(stopped, **given)
+        fit(first, interrupt=StopAfter(first.progress, 6))
     checkpoint = next(found for found in list_checkpoints(stopped) if found.step == 6)
-    second = make_trainer(tmp_path / "resumed", **given)
-    second.resume(checkpoint)
+    second = fit(loop_of(tmp_path / "resumed", **given, resumed=checkpoint), checkpoint)
 
     expected, found = weights(straight.model), weights(second.model)
-    assert second.state.global_step == 12
+    assert second.progress.steps == 12
     assert any(not torch.equal(expected[name], before[name]) for name in expected)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-def test_evaluations_do_not_change_the_training(tmp_path: Path, make_trainer: Any) -> None:
-    plain = make_trainer(tmp_path / "plain")
-    plain.train()
-    watched = make_trainer(tmp_path / "watched", eval_rows=5, eval_steps=3)
-    watched.train()
+def test_evaluations_do_not_change_the_training(tmp_path: Path, loop_of: Any) -> None:
+    plain = fit(loop_of(tmp_path / "plain"))
+    watched = fit(loop_of(tmp_path / "watched", eval_rows=5, eval_steps=3))
     expected, found = weights(plain.model), weights(watched.model)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_resuming_the_last_step_trains_no_further(tmp_path: Path, make_trainer: Any) -> None:
-    make_trainer(tmp_path / "run").train()
-    again = make_trainer(tmp_path / "run")
-    again.resume(list_checkpoints(tmp_path / "run")[-1])
-    assert again.state.global_step == 20
+def test_resuming_the_last_step_trains_no_further(tmp_path: Path, loop_of: Any) -> None:
+    fit(loop_of(tmp_path / "run"))
+    last = list_checkpoints(tmp_path / "run")[-1]
+    assert fit(loop_of(tmp_path / "run", resumed=last), last).progress.steps == 20
 
 
-def test_resumed_cadence_is_that_of_the_new_settings(tmp_path: Path, make_trainer: Any) -> None:
-    make_trainer(tmp_path / "run", max_steps=10, lr_scheduler_type="constant").train()
-    again = make_trainer(tmp_path / "run", max_steps=16, lr_scheduler_type="constant", save_steps=3, logging_steps=2)
-    again.resume(list_checkpoints(tmp_path / "run")[-1])
-    assert [item.step for item in list_checkpoints(tmp_path / "run")] == [15, 16]
-    assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [5, 10, 12, 14, 16]
+def test_resumed_cadence_is_that_of_the_new_settings(tmp_path: Path, loop_of: Any) -> None:
+    folder, given = tmp_path / "run", {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    folder.mkdir()
+    fit(loop_of(folder, max_steps=10, **given), metrics=MetricsFile(folder))
+    last = list_checkpoints(folder)[-1]
+    again = loop_of(folder, max_steps=16, save_steps=3, logging_steps=2, resumed=last, **given)
+    fit(again, last, metrics=MetricsFile(folder, resume_step=10))
+    assert [item.step for item in list_checkpoints(folder)] == [15, 16]
+    assert [line["step"] for line in read_metrics(folder)] == [1, 5, 10, 12, 14, 16]
 
 
 def test_a_schedule_follows_the_evaluation_that_a_stop_put_off(settings: Any, tmp_path: Path) -> None:

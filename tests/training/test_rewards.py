@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rankwise.errors import RankwiseError
-from rankwise.training.objectives.rewards import Reward, read_rewards
+from rankwise.training.grpo import read_rewards
 
 FILE = """
 import math
@@ -78,7 +78,6 @@ GIVEN: dict[str, Any] = {
     "completion_ids": [[5], [6, 7, 8]],
     "target": ["a", "x"],
     "answer": ["2 + 2 = 4 #### 4", "#### 7"],
-    "trainer_state": object(),
 }
 
 
@@ -147,12 +146,12 @@ def test_built_in_rewards_read_messages():
         ("nan", "RW774", ["nan", "'b c'", "'q'"]),
         ("words_themselves", "RW774", ["not a finite number", "'a'"]),
         ("digits", "RW774", ["'1', which is not a finite number"]),
-        ("too_few", "RW773", ["a list of 1 for 2 answers"]),
-        ("one_number", "RW773", ["a float for 2 answers"]),
+        ("too_few", "RW774", ["returned [1.0] for 2 answers"]),
+        ("one_number", "RW774", ["returned 1.0 for 2 answers"]),
         ("exits", "RW772", ["SystemExit"]),
         ("odd", "RW772", ["Odd"]),
         ("raises_later", "RW772", ["ZeroDivisionError"]),
-        ("endless", "RW773", ["a longer list for 2 answers"]),
+        ("endless", "RW774", ["returned [1.0, 1.0, 1.0] for 2 answers"]),
         ("huge", "RW774", ["10000"]),
         ("several", "RW774", ["[1.0, 2.0]"]),
         ("number", "RW771", ["not a function", "words, right"]),
@@ -197,11 +196,3 @@ def test_the_right_answer_must_be_there():
     assert caught.value.code == "RW781"
     assert refused("answer", answer=["4", "none"]).code == "RW781"
     assert reward(**without, solution=["so 4", "5"], completion="x") == [0.0, 0.0]
-
-
-def test_trl_logs_a_reward_by_its_name(file):
-    from trl.trainer.utils import get_callable_name
-
-    [reward] = read_rewards([f"{file}:words"])
-    assert isinstance(reward, Reward)
-    assert get_callable_name(reward) == "words"

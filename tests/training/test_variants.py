@@ -18,7 +18,7 @@ from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.evaluation.loading import LoadOptions, load_as_trained
 from rankwise.records import load_record, read_metrics
-from rankwise.training.rates import EMBEDDING_RATE, loraplus_groups
+from rankwise.training.optimizers import EMBEDDING_RATE, loraplus_groups
 from rankwise.training.run import train
 from tiny_models import tiny_llama
 
@@ -142,13 +142,6 @@ def test_lora_plus_in_the_record_and_in_the_steps(settings: Any, tmp_path: Path)
     # AdamW's first steps are about the rate.
     assert 6 < moved[0] / moved[1] < 10
     assert next(line["learning_rate"] for line in read_metrics(tmp_path / "run") if "learning_rate" in line) == 1e-3
-
-
-def test_lora_plus_refuses_an_optimizer_of_its_own_groups() -> None:
-    from rankwise.training.rates import with_groups
-
-    with pytest.raises(ConfigError, match="RW786"):
-        with_groups((torch.optim.AdamW, {"lr": 1.0, "params": []}), [])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_offload", "sgd"])

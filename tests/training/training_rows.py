@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rankwise.training.meters import Progress
 from rankwise.training.observer import StepInfo
 
 WORDS = [f"w{index}" for index in range(90)]
@@ -67,6 +68,17 @@ class Recorder:
 
     def warning(self, code: str, text: str) -> None:
         self.warnings.append(code)
+
+
+class StopAfter:
+    """An interrupt that comes during a step."""
+
+    def __init__(self, progress: Progress, step: int) -> None:
+        self.progress, self.step = progress, step
+
+    @property
+    def requested(self) -> bool:
+        return self.progress.steps >= self.step
 
 
 def storage_bytes() -> int:

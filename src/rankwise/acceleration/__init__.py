@@ -8,7 +8,7 @@ from rankwise.acceleration.allocator import (
 )
 from rankwise.acceleration.linears import use_native_products
 from rankwise.acceleration.loss import LossOptions
-from rankwise.acceleration.offloading import MovedOnce, move_once
+from rankwise.acceleration.offloading import MovedOnce, offloaded
 from rankwise.acceleration.optimize import (
     Acceleration,
     calibrate_products,
@@ -32,7 +32,7 @@ __all__ = [
     "give_back_freed_memory",
     "grow_segments",
     "limit_generated_kernels",
-    "move_once",
+    "offloaded",
     "optimize_for_training",
     "restore",
     "share_one_heap",

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -111,6 +110,9 @@ def _card_obstacle(dtype: torch.dtype, capability: tuple[int, int], head_width: 
             f"flash attention needs head sizes up to {FLASH_WIDTH} in steps of {ALIGNED}, and these heads have "
             f"{head_width}"
         )
+    # Its module imports torch's compiler, which takes a second.
+    from torch.nn.attention import varlen
+
     if not {"window_size", "enable_gqa"} <= set(inspect.signature(varlen.varlen_attn).parameters):
         return f"the flash attention of torch {torch.__version__} does not support sliding windows or grouped heads"
     return None
@@ -193,6 +195,8 @@ def _flash(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
     """q (T, H, D), k and v (T, Hkv, D) -> (T, H, D). A window of W covers a token and the W - 1 before it."""
+    from torch.nn.attention import varlen
+
     rows = bounds.flatten()
     sees = (-1 if window is None else window - 1, 0)
     grouped = q.shape[1] != k.shape[1]

@@ -22,7 +22,6 @@ from rankwise.acceleration.replace import ATTRIBUTE, class_forward
 from rankwise.adapters.base_layer import is_own
 from rankwise.compat.torch import hooks_around, is_fake
 from rankwise.compat.transformers import text_config
-from rankwise.compat.trl_hooks import bars_offloading
 from rankwise.constants import IGNORED
 from rankwise.ops.linear_cross_entropy import LogitShape
 
@@ -89,8 +88,7 @@ def current_head(model: nn.Module) -> Head | None:
         state["head"] = head = None if found is None else losing_head(model, found)
     if head is None or head.loss_function != getattr(model, "loss_function", None):
         return None
-    hooks = (hook for kind in hooks_around(head.module) for hook in kind.values())
-    return head if all(map(bars_offloading, hooks)) else None
+    return None if any(hooks_around(head.module)) else head
 
 
 def asks_for_routers(model: nn.Module, given: Mapping[str, object]) -> bool:

@@ -1,8 +1,7 @@
 """Log-probabilities of given tokens without the (tokens x vocabulary) logits, for training on preferences and rewards.
 
-trl's preference trainers, and rankwise's reward trainer, call ``model(..., labels=labels, fused_lm_head=True)``. Here
-such a call runs the model with an output head that only records its input, without padding where attention permits.
-Then it computes chunks of logits, at scored positions only.
+``model(..., labels=labels, fused_lm_head=True)`` runs the model with an output head that only records its input,
+without padding where attention permits. Then it computes chunks of logits, at scored positions only.
 
 Legend: B rows, L positions, T positions without padding, P scored positions of all rows, V vocabulary. A position is
 scored where the label after it is not -100.
@@ -48,21 +47,12 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """The scores of each label except the first, (B, L - 1), under trl's names; 0 where the label is -100."""
+    """The scores of each label except the first, (B, L - 1); 0 where the label is -100."""
 
     log_probs: Tensor
     # The mean entropy over all scored tokens, repeated at each of them; without gradient.
     entropy: Tensor | None
     aux_loss: Tensor | None
-
-    @property
-    def mean_logits(self) -> Tensor:
-        """Zeros, since trl only logs the mean of the logits, which would need another pass over them."""
-        return torch.zeros_like(self.log_probs)
-
-    @property
-    def is_top1(self) -> Tensor:
-        return torch.zeros_like(self.log_probs, dtype=torch.bool)
 
 
 def accept_scores(model: PreTrainedModel, asked: Asked) -> bool:

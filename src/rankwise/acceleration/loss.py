@@ -40,7 +40,7 @@ class LossOptions:
     temperature: float = 1.0
     # (P,) int64: `scored_positions` of labels that the caller has checked, so that no wait for the device is needed.
     scored: Tensor | None = None
-    # The sums of each call. A list, since accelerate's autocast wrapper replaces the model's output object.
+    # The sums of each call.
     found: list[LossSums] = dataclasses.field(default_factory=list)
 
 

@@ -29,7 +29,7 @@ from rankwise.adapters.layer import AdaptedLayer, SharedInput
 from rankwise.adapters.lora import Lora
 from rankwise.adapters.low_rank import frozen_weight
 from rankwise.compat.accelerate import loads_weights
-from rankwise.compat.transformers import attention_of, text_config
+from rankwise.compat.transformers import attention_of, checkpoints_in_forward, text_config
 from rankwise.ops.branch import Frozen
 from rankwise.ops.dense import eight_bit_pays
 from rankwise.ops.eight_bit import EightBit, calibrate
@@ -160,8 +160,10 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
     if slow := sum(map(loads_weights, model.modules())):
         left.append(f"{slow} modules stay slow: accelerate loads their weights for each call")
     head, shared_inputs = look_into(model, undo, left, fuse_loss=fuse_loss)
-    if on_cpu:
+    if on_cpu and checkpoints_in_forward():
         replace_checkpointing(model, undo)
+    elif on_cpu:
+        left.append("checkpointing stays torch's: before transformers 5.23, it is done around a block's forward")
     done = Acceleration(
         shared_inputs=shared_inputs,
         norms=norms,

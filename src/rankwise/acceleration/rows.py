@@ -53,7 +53,7 @@ def flattening_obstacle(model: nn.Module) -> str | None:
 
 
 def end_to_end(lengths: Sequence[int], device: torch.device, first: int = 0) -> dict[str, Tensor | int]:
-    """The batch that trl's padding-free collator makes of rows of these lengths: row i has the ids i + 1, i + 2, ..."""
+    """The batch that training makes of rows of these lengths: row i has the ids i + 1, i + 2, ..."""
     ids = [torch.arange(row + 1, row + 1 + length) for row, length in enumerate(lengths, start=first)]
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
     return {

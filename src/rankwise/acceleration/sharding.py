@@ -58,7 +58,12 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by its mean over all processes. For shards, FSDP2 has done this already."""
     import torch.distributed as dist
 
-    grads = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
+    replicated = [parameter for parameter in parameters if not is_sharded(parameter)]
+    for parameter in replicated:
+        if parameter.grad is None:
+            # Another process may have routed tokens to this expert.
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad for parameter in replicated if parameter.grad is not None]
     if not grads:
         return
     flat = torch.cat([grad.flatten().float() for grad in grads])

@@ -63,7 +63,7 @@ from rankwise.adapters.state import (
     trained_copies,
     wrappers,
 )
-from rankwise.compat.torch import own_parameters
+from rankwise.compat.torch import own_parameters, uncompiled
 from rankwise.errors import AdapterError, ConfigError, some_of, warn
 from rankwise.foreign import parse_json
 from rankwise.lora_config import AdapterDtype, LoraConfig
@@ -220,9 +220,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, *, name: str | None = 
     Raises AdapterError: RW407, RW408, RW623 for other modules, ranks or kind, and those of ``load_adapter``; the
     adapter is then unchanged.
     """
-    from accelerate.utils import extract_model_from_parallel
-
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = uncompiled(model)
     state, name = state_and_name(model, name)
     file = read_adapter(model, folder, f"{name}_swapped_in")
     here, there = report(model, name).modules, file.planned

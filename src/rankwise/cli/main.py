@@ -57,7 +57,7 @@ from rankwise.errors import (
     is_out_of_memory,
     out_of_memory,
 )
-from rankwise.known_names import OPTIONS, REFUSED, close_names
+from rankwise.known_names import OPTIONS, close_names
 from rankwise.options import Settings
 from rankwise.records import WAIT_POLICIES
 from rankwise.training import ranks
@@ -85,7 +85,7 @@ EXAMPLES = (
     "rankwise merge    --adapter runs/first --output merged",
     "rankwise export   --adapter runs/first --for vllm --output served",
 )
-LIBRARIES = ("rankwise", "torch", "transformers", "trl", "datasets", "safetensors")
+LIBRARIES = ("rankwise", "torch", "transformers", "datasets", "safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -253,8 +253,6 @@ def _no_such_option(error: Any) -> str | None:
     given, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if context is None or not hasattr(error, "possibilities") or not isinstance(given, str):
         return None
-    if (reason := REFUSED.get(given.lstrip("-").replace("-", "_"))) is not None:
-        return f"no such option: {given}, because {reason}"
     known = {flag.lstrip("-") for option in context.command.params for flag in option.opts if flag.startswith("--")}
     close = close_names(given.lstrip("-").replace("_", "-"), known, OPTIONS, cutoff=0.6)
     return f"no such option: {given}" + (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -14,7 +15,7 @@ from rankwise.cli.settings import PreviewSettings
 from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
-    from rankwise.data import EncodingReport, Preview
+    from rankwise.data import Encoded, EncodingReport, Preview
 
 TRAINED_STYLE = "bold green"
 # Where there is no colour, trained text stands between these.
@@ -26,7 +27,7 @@ NAMED_ROWS = 10
 def run(settings: PreviewSettings, output: Output) -> Document:
     from rankwise.data import encode_preferences, encode_rows, first_good_row, preview_row, read_rows, read_template
     from rankwise.data.preferences import PREFERENCE_FORMATS
-    from rankwise.data.prompts import Room, encode_prompts, prompt_formats
+    from rankwise.data.prompts import encode_prompts, prompt_formats
     from rankwise.models import load_tokenizer
 
     asks, prefers = settings.objective == "grpo", settings.objective in PREFERENCE_FORMATS
@@ -37,13 +38,10 @@ def run(settings: PreviewSettings, output: Output) -> Document:
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code, revision=settings.revision)
     limits: dict[str, Any] = {"max_length": settings.max_length, "chat_template": template}
+    encode: Callable[..., Encoded] = encode_preferences if prefers else encode_rows
     if asks:
-        room = Room(settings.max_length, settings.max_completion_length)
-        encoded = encode_prompts(rows, tokenizer, room, chat_template=template, skip_bad_rows=settings.skip_bad_rows)
-        report = encoded.report
-    else:
-        encode = encode_preferences if prefers else encode_rows
-        report = encode(rows, tokenizer, **limits, skip_bad_rows=settings.skip_bad_rows).report
+        encode = functools.partial(encode_prompts, room=settings.max_completion_length)
+    report = encode(rows, tokenizer, **limits, skip_bad_rows=settings.skip_bad_rows).report
     index = first_good_row(rows, report) if settings.row is None else settings.row
     preview = preview_row(rows, index, tokenizer, **limits, prompt_alone=asks)
     _print(output, preview, report, settings)

@@ -1,6 +1,10 @@
-"""The private parts of accelerate that rankwise uses."""
+"""Recognise accelerate's hooks, which stand on the modules of a model on several devices, without importing it."""
 
 from __future__ import annotations
+
+import functools
+import types
+from typing import Any
 
 from torch import nn
 
@@ -25,8 +29,6 @@ def hook_again(copied: nn.Module) -> None:
     hook = copied.__dict__.get("_hf_hook")
     if hook is None or loads_weights(copied):
         return
-    from accelerate.hooks import add_hook_to_module
-
-    for name in ("_hf_hook", "_old_forward", "forward"):
-        copied.__dict__.pop(name, None)
-    add_hook_to_module(copied, hook)
+    module: Any = copied
+    module._old_forward = types.MethodType(type(copied).forward, copied)
+    module.forward = functools.partial(module.forward.func, copied)

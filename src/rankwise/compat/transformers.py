@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.core_model_loading import WeightTransform
 
 Config = TypeVar("Config", bound="PreTrainedConfig | None")
@@ -106,6 +107,13 @@ def is_converted(name: str, patterns: Sequence[str]) -> bool:
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
     """{pattern: dtype} of the weights that loading a model in ``dtype`` converts to another dtype."""
     return model._get_dtype_plan(dtype)
+
+
+def read_as_given(model: Any, names: Iterable[str]) -> None:
+    """Let loading read the weights ``names`` in the dtype that the model is loaded in, as it does from 5.23 on; before,
+    it casts them to the dtype of the parameters, which holds codes."""
+    before, ours = model._get_dtype_plan, [f"^{re.escape(name)}$" for name in names]
+    model._get_dtype_plan = lambda dtype: {**before(dtype), **dict.fromkeys(ours, dtype)}
 
 
 def children_read_by_weight(module: nn.Module) -> tuple[str, ...]:
@@ -232,6 +240,24 @@ def is_converted_by_parts(model: PreTrainedModel) -> bool:
 
 
 @contextlib.contextmanager
+def without_accelerate() -> Iterator[None]:
+    """Within this context, ``from_pretrained`` reads GGUF and loads to one device where accelerate is not installed: it
+    refuses both without accelerate, and uses nothing of it."""
+    from transformers import modeling_utils
+    from transformers.integrations import accelerate
+
+    askers: list[Any] = [modeling_utils, accelerate]
+    before = askers[0].is_accelerate_available
+    for asker in askers:
+        asker.is_accelerate_available = lambda *_: True
+    try:
+        yield
+    finally:
+        for asker in askers:
+            asker.is_accelerate_available = before
+
+
+@contextlib.contextmanager
 def before_weights(prepare: Callable[[PreTrainedModel], None]) -> Iterator[None]:
     """Within this context, ``from_pretrained`` passes each model to ``prepare`` before it reads weights.
 
@@ -284,6 +310,13 @@ def rotary_of(module_name: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
 def set_rotary(module_name: str, function: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """Replace the function: the modeling code calls it as a global name, and no option chooses it."""
     setattr(sys.modules[module_name], ROTARY, function)
+
+
+def checkpoints_in_forward() -> bool:
+    """Whether a block under gradient checkpointing calls the function within its forward, as from 5.23 on."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" not in vars(GradientCheckpointingLayer)
 
 
 def checkpointing_of(block: Any) -> Callable[..., Any]:
@@ -346,29 +379,10 @@ def gguf_read_once() -> Iterator[None]:
             setattr(module, name, original)
 
 
-# --- the Trainer ---
+# --- layers ---
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers that transformers would not split between devices; none for a model that does not name their class."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def learning_rate_of(trainer: Trainer) -> float:
-    """The learning rate of the step in progress, for any kind of schedule."""
-    return trainer._get_learning_rate()
-
-
-def use_one_device(arguments: TrainingArguments) -> None:
-    """Without torchrun, train on one device: transformers would wrap several visible GPUs in DataParallel, which trl
-    refuses.
-    """
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-
-
-def pair_with_next_labels(trainer: Trainer) -> None:
-    """Declare that label i + 1 belongs to position i, whatever the model's own loss does: trained tokens are counted
-    so.
-    """
-    trainer._loss_shifts_labels = True

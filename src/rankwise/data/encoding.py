@@ -1,4 +1,4 @@
-"""Encode rows to token ids and labels for trl's ``SFTTrainer``.
+"""Encode rows to token ids and labels.
 
 Legend: ``ids`` are a row's token ids, ``trained`` one boolean per id, ``labels`` the id where trained, else -100. A row
 is tokenized as one text. Where one token would cross the border of prompt and answer, the pieces are tokenized

@@ -1,4 +1,4 @@
-"""Encode preferences to token ids for trl's ``DPOTrainer`` and ``KTOTrainer``.
+"""Encode preferences to token ids.
 
 A side of a pair is encoded like a row of demonstrations. Its completion is everything from the first token of the
 answer, including, as in trl, the text that the template writes after the answer.

@@ -6,7 +6,6 @@ the data is for rewards, like all other columns.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -109,29 +108,18 @@ PROMPTS: Collection[Format] = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Room:
-    """The largest number of tokens of a row, and the part of it reserved for the answer."""
-
-    max_length: int
-    answer: int
-
-    @property
-    def prompt(self) -> int:
-        return self.max_length - self.answer
-
-
 def encode_prompts(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase | None,
-    room: Room,
+    max_length: int,
     *,
+    room: int,
     chat_template: str | None = None,
     name: str = "train",
     skip_bad_rows: int | None = None,
 ) -> Encoded:
     """Encode prompts: columns ``input_ids``, the ids, and ``asked``, JSON for the rewards: ``{"prompt": ..., "columns":
-    {...}}``. Prompts that leave no room for an answer are left out, counted and warned of (RW782).
+    {...}}``. Prompts without ``room`` for an answer of so many tokens are left out, counted and warned of (RW782).
 
     Raises DataError: RW780 where no prompt is left; otherwise as ``encode_rows``.
     """
@@ -146,13 +134,13 @@ def encode_prompts(
             continue
         ids = item.ids[: item.trained.index(True)]
         counts.lengths.append(len(ids))
-        if len(ids) > room.prompt:
+        if len(ids) > max_length - room:
             counts.dropped += 1
         else:
             kept.append({"input_ids": ids, "asked": _asked(row, names)})
             tokens += len(ids)
     check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
-    _tell_of_long(rows, len(counts.lengths), len(kept), room)
+    _tell_of_long(rows, len(counts.lengths), len(kept), max_length, room)
     bad = [*rows.problems, *problems]
     return Encoded(Dataset.from_list(kept), counts.report(name, encoder, bad, rows=len(kept), tokens=tokens))
 
@@ -164,16 +152,16 @@ def _asked(row: Row, names: Sequence[str]) -> str:
     return json.dumps({"prompt": prompt, "columns": {name: columns.get(name) for name in names}}, default=str)
 
 
-def _tell_of_long(rows: Rows, count: int, kept: int, room: Room) -> None:
+def _tell_of_long(rows: Rows, count: int, kept: int, max_length: int, room: int) -> None:
     if not kept:
         raise DataError(
             "RW780",
-            f"none of the {count:,} prompts of {rows.source} fits into the {room.prompt:,} tokens that --max-length "
-            f"{room.max_length} leaves beside {room.answer} of an answer; raise --max-length.",
+            f"none of the {count:,} prompts of {rows.source} fits into the {max_length - room:,} tokens that "
+            f"--max-length {max_length} leaves beside {room} of an answer; raise --max-length.",
         )
     if kept < count:
         warn(
             "RW782",
-            f"{count - kept:,} of {count:,} prompts of {rows.source} have more than the {room.prompt:,} tokens that "
-            f"--max-length {room.max_length} leaves beside {room.answer} of an answer; they are left out.",
+            f"{count - kept:,} of {count:,} prompts of {rows.source} have more than the {max_length - room:,} tokens "
+            f"that --max-length {max_length} leaves beside {room} of an answer; they are left out.",
         )

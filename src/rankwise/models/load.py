@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.compat.transformers import gguf_read_once, text_config
+from rankwise.compat.transformers import gguf_read_once, text_config, without_accelerate
 from rankwise.errors import ModelError, RankwiseError, some_of, warn
 from rankwise.foreign import Fields
 from rankwise.models.device import choose_device
@@ -315,7 +315,7 @@ def _gguf_tokenizer(path: Path, source: ModelSource) -> PreTrainedTokenizerBase 
 
 def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreTrainedModel:
     kind = None if source.is_gguf else read_config(Path(folder)).get("model_type")
-    with _explaining(source), quiet():
+    with _explaining(source), quiet(), without_accelerate():
         # Wrong shapes are collected and raised together below.
         loaded = auto_class(kind).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments

@@ -166,6 +166,8 @@ class FourBitQuantizer(HfQuantizer):
                 self._put_empty(model, names)
             for name in stacks:
                 self._put_empty_stack(model, name)
+            layers = [f"{name}.weight" for name, _ in four_bit_layers(model)]
+            compat.read_as_given(model, [*layers, *(name for name, _ in four_bit_stacks(model))])
         elif checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             self._prepare(model, stored_weights(checkpoint_files))
         return model

@@ -1,1 +1,1 @@
-"""Training on trl's trainers: atomic checkpoints without pickles, exact resume, and checks that raise errors."""
+"""Training: a loop for every objective, atomic checkpoints without pickles, exact resume, checks that raise errors."""

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from datasets import Dataset
 
 from rankwise.acceleration.packing import members_of
-from rankwise.acceleration.scoring import loss_scorer
+from rankwise.acceleration.scoring import Target, loss_scorer, trained_target
 from rankwise.constants import IGNORED
 from rankwise.data.preferences import ANSWER_IDS
 from rankwise.foreign import Fields
-from rankwise.training.loss import evaluation_targets
-from rankwise.training.state import undisturbed_random_states
+from rankwise.training import ranks
 
 if TYPE_CHECKING:
-    from rankwise.training.objectives.preferences import PreferenceTrainer
-    from rankwise.training.spine import RunTrainer
+    from rankwise.training.loop import Loop
 
 ROWS_AT_ONCE = 10_000
 # The columns of KTO's mismatched answers (answers to another prompt of the batch).
@@ -55,19 +52,20 @@ class Foresight(Protocol):
         """
 
 
-def largest_batch(trainer: RunTrainer, *, flat: bool) -> MicroBatch:
+def largest_batch(loop: Loop, *, flat: bool) -> MicroBatch:
     """The largest micro-batch of the run; ``flat``: rows are concatenated, not padded."""
-    shared = flat and getattr(trainer, "shares_prompts", False)
-    lengths = _lengths(trainer.train_dataset, shared=shared)
-    return _largest(trainer.train_dataset, lengths, coming_batches(trainer), flat=flat)
+    objective: Any = loop.objective
+    shared = flat and hasattr(objective, "scoring") and objective.scoring.shares_prompts
+    lengths = _lengths(objective.rows, shared=shared)
+    return _largest(objective.rows, lengths, coming_batches(loop), flat=flat)
 
 
-def largest_evaluation(trainer: RunTrainer) -> MicroBatch | None:
+def largest_evaluation(loop: Loop) -> MicroBatch | None:
     """The largest batch of an evaluation; None without evaluations."""
-    if trainer.eval_dataset is None:
+    if loop.objective.eval_rows is None:
         return None
-    targets = evaluation_targets(trainer.eval_dataset)
-    scorer = loss_scorer(trainer.model)
+    targets = evaluation_targets(loop.objective.eval_rows)
+    scorer = loss_scorer(loop.model)
     scorer.packs = True
     batches = [(len(rows), max(row.length for row in rows), rows) for rows in scorer.batches(targets)]
     count, tokens, rows = max(batches, key=lambda batch: batch[0] * batch[1], default=(1, 1, []))
@@ -75,44 +73,44 @@ def largest_evaluation(trainer: RunTrainer) -> MicroBatch | None:
     return MicroBatch(count, tokens, min(1.0, max(asked, 1) / (count * tokens)))
 
 
-def largest_scoring(trainer: PreferenceTrainer) -> MicroBatch | None:
+def largest_scoring(loop: Loop) -> MicroBatch | None:
     """The largest batch of preferences that is scored without gradients; None where there is none.
 
     These are the batches of evaluations, with rows in the order of the data, and the mismatched answers that KTO scores
     in every step.
     """
-    flat, found = trainer.args.flat, []
-    sets = (trainer.train_dataset, trainer.args.per_device_train_batch_size, MISMATCHED)
-    more = (trainer.eval_dataset, trainer.args.per_device_eval_batch_size)
-    for dataset, size, answers in (sets, (*more, MISMATCHED), (*more, ANSWER_IDS)):
+    objective: Any = loop.objective
+    scoring, found = objective.scoring, []
+    sets = ((objective.rows, MISMATCHED), (objective.eval_rows, MISMATCHED), (objective.eval_rows, ANSWER_IDS))
+    for dataset, answers in sets:
         if dataset is not None and not {*answers}.isdisjoint(dataset.column_names):
-            lengths = _lengths(dataset, shared=flat and trainer.shares_prompts, answers=answers)
-            found.append(_largest(dataset, lengths, [_table(np.arange(len(dataset)), size)], flat=flat))
+            lengths = _lengths(dataset, shared=scoring.shares_prompts, answers=answers)
+            batches = [[*range(start, start + objective.size)] for start in range(0, len(dataset), objective.size)]
+            batches[-1] = [*range(batches[-1][0], len(dataset))]
+            found.append(_largest(dataset, lengths, [_table(batches)], flat=scoring.asked.flat))
     return max(found, key=lambda batch: batch.rows * batch.tokens, default=None)
 
 
-def coming_batches(trainer: RunTrainer) -> Iterator[np.ndarray]:
-    """Yields, for each epoch, the row numbers of the micro-batches of its steps: (batches, rows).
-
-    The order is that of the Trainer's sampler, which the seed fixes; -1 fills up a shorter last batch.
-    """
-    arguments = trainer.args
-    with undisturbed_random_states():
-        loader = trainer.get_train_dataloader()
-        steps_an_epoch = math.ceil(len(loader) / arguments.gradient_accumulation_steps)
-        left = trainer.total_steps
-        for epoch in itertools.count():
-            loader.set_epoch(epoch)
-            order = np.array(list(itertools.chain.from_iterable(loader.batch_sampler)))
-            yield _table(order, arguments.per_device_train_batch_size)[: left * arguments.gradient_accumulation_steps]
-            left -= steps_an_epoch
-            if left <= 0:
-                return
+def evaluation_targets(dataset: Dataset) -> list[Target]:
+    """The scored tokens of an evaluation's encoded rows. A row whose only trained token is its first has none."""
+    trained = ([label != IGNORED for label in row] for row in dataset["labels"])
+    return [target for target in map(trained_target, dataset["input_ids"], trained) if target is not None]
 
 
-def _table(rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """Row numbers by batch: (batches, batch_size)."""
-    return np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1).reshape(-1, batch_size)
+def coming_batches(loop: Loop) -> Iterator[np.ndarray]:
+    """Yields, for each epoch, the row numbers of this process's micro-batches: (batches, rows), -1 in shorter ones."""
+    left = loop.options.total_steps * loop.options.accumulation
+    for epoch in range(math.ceil(loop.options.total_steps / loop.steps_an_epoch)):
+        order = loop.objective.order(epoch)[:left]
+        yield _table(order)
+        left -= loop.steps_an_epoch * loop.options.accumulation
+
+
+def _table(batches: Sequence[list[int]]) -> np.ndarray:
+    """The row numbers of this process's parts of ``batches``: (batches, rows)."""
+    parts = [ranks.share(batch) or batch[:1] for batch in batches]
+    widest = max(map(len, parts))
+    return np.array([[*part, *[-1] * (widest - len(part))] for part in parts])
 
 
 def _largest(dataset: Dataset, sides: np.ndarray, tables: Iterable[np.ndarray], *, flat: bool) -> MicroBatch:

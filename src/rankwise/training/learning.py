@@ -1,23 +1,40 @@
-"""The parts of a run that differ between objectives."""
+"""The parts of a run that follow from its settings: what is learned, and the loop with its options and optimizer."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+import functools
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from rankwise.config import TrainSettings
-from rankwise.data import Rows
+from rankwise.acceleration import offloaded
+from rankwise.config import BETA, TrainSettings, logging_steps_of
+from rankwise.conflicts import LED_BY_EVALUATIONS, LOSS_TYPES
+from rankwise.data import Rows, encode_preferences
 from rankwise.data.formats import Format
-from rankwise.training.arguments import Surroundings
-from rankwise.training.foresight import MicroBatch, largest_batch, largest_evaluation
-from rankwise.training.setup import Data
-from rankwise.training.spine import RunTrainer
+from rankwise.data.preferences import PREFERENCE_FORMATS, unpaired
+from rankwise.training import ranks
+from rankwise.training.foresight import MicroBatch, largest_batch, largest_evaluation, largest_scoring
+from rankwise.training.loop import Loop, Objective, Options
+from rankwise.training.meters import Progress
+from rankwise.training.optimizers import make_optimizer
+from rankwise.training.preferences import Preferences, Scoring
+from rankwise.training.setup import Data, LoadedBase, encode_data
+from rankwise.training.sft import Demonstrations, draws_one_mask, packed
 
-# What every trainer takes: model, args, data sets, tokenizer, progress.
-Common = Mapping[str, Any]
+# Default interval of checkpoints, and the shortest of evaluations, as a share of the run.
+TENTH = 0.1
+# An evaluation is at most this share of the run's time in all, where a row costs half of what it costs in training: its
+# forward pass alone.
+EVALUATING, ROW_COST = 0.2, 0.5
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # (settings, tokenizer, training rows, evaluation rows, chat template's source) -> encoded data.
 Encode = Callable[[TrainSettings, PreTrainedTokenizerBase, Rows, Rows | None, str | None], Data]
 
@@ -28,15 +45,156 @@ class Learning:
 
     # Encodes rows to token ids.
     encode: Encode
-    # Makes the arguments of the trainer's class.
-    arguments: Callable[[TrainSettings, Surroundings], TrainingArguments]
-    # Makes the trainer from the settings, the data and what every trainer takes.
-    trainer: Callable[[TrainSettings, Data, Common], RunTrainer]
+    # (settings, data, base, whether rows may be laid end to end) -> the objective.
+    objective: Callable[[TrainSettings, Data, LoadedBase, bool], Objective]
     # The data formats of the objective; None for those of demonstrations.
     formats: Collection[Format] | None = None
     # Whether the rows have labels.
     has_labels: bool = True
-    # Whether the fast operators were tested on such rows of this model; warns where they were not.
     # The largest micro-batch (``flat``: of concatenated rows) and the largest evaluation batch, for the memory plan.
     largest_batch: Callable[..., MicroBatch] = largest_batch
-    largest_evaluation: Callable[..., MicroBatch | None] = largest_evaluation
+    largest_evaluation: Callable[[Loop], MicroBatch | None] = largest_evaluation
+
+
+def learning_from_answers(objective: str) -> Learning:
+    """The parts of ``sft``, ``dpo`` or ``kto``."""
+    if objective == "sft":
+        return Learning(encode_data, _demonstrations)
+    return Learning(
+        _encode_preferences,
+        _preferences,
+        formats=PREFERENCE_FORMATS[objective],
+        largest_evaluation=largest_scoring,
+    )
+
+
+def _demonstrations(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Demonstrations:
+    rows = data.train.dataset
+    return Demonstrations(
+        base.model,
+        packed(rows, given.max_length, given.seed) if given.packing else rows,
+        data.evaluation and data.evaluation.dataset,
+        pad=int(base.tokenizer.pad_token_id or 0),
+        size=given.batch_size * ranks.count(),
+        seed=given.seed,
+        flat=flat or given.packing,
+        label_smoothing=given.label_smoothing,
+        autocast=PRECISIONS.get(base.precision),
+        shares_masks=draws_one_mask(base.model, has_noise=given.neftune_noise_alpha is not None),
+    )
+
+
+def _encode_preferences(
+    given: TrainSettings, tokenizer: PreTrainedTokenizerBase, rows: Rows, eval_rows: Rows | None, template: str | None
+) -> Data:
+    if given.objective == "kto":
+        rows, eval_rows = unpaired(rows), None if eval_rows is None else unpaired(eval_rows)
+    return encode_data(given, tokenizer, rows, eval_rows, template, encode_preferences)
+
+
+def _preferences(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Preferences:
+    return Preferences(
+        Scoring(base.model, flat=flat, pairs=given.objective == "dpo"),
+        data.train.dataset,
+        data.evaluation and data.evaluation.dataset,
+        pad=int(base.tokenizer.pad_token_id or 0),
+        size=given.batch_size * ranks.count(),
+        seed=given.seed,
+        loss_type=given.loss_type or LOSS_TYPES[given.objective][0],
+        beta=given.beta or BETA,
+        max_length=given.max_length,
+        label_smoothing=given.label_smoothing,
+        desirable_weight=given.desirable_weight or 1.0,
+        undesirable_weight=given.undesirable_weight or 1.0,
+        autocast=PRECISIONS.get(base.precision),
+    )
+
+
+def make_loop(
+    given: TrainSettings,
+    data: Data,
+    *,
+    learning: Learning,
+    base: LoadedBase,
+    flat: bool,
+    progress: Callable[[], Progress] = Progress,
+    is_evaluated: bool = False,
+) -> Loop:
+    """A run's loop. ``flat``: rows may be laid end to end; ``is_evaluated``: a resumed run needs no evaluation at its
+    start."""
+    objective = learning.objective(given, data, base, flat)
+    if given.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # transformers renames the method in 5.2x; the old name works in every version we admit.
+            warnings.simplefilter("ignore", FutureWarning)
+            base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    micro_batches = len(objective.order(0))
+    total = given.max_steps or math.ceil(given.epochs * max(1, math.ceil(micro_batches / given.gradient_accumulation)))
+    evaluates = data.evaluation is not None
+    eval_steps = given.eval_steps or math.ceil(total * TENTH)
+    if data.evaluation is not None and not (given.eval_steps or _follows_evaluations(given)):
+        rows = given.batch_size * given.gradient_accumulation * ranks.count()
+        eval_steps = evaluation_steps_of(total, rows, len(data.evaluation.dataset))
+    options = Options(
+        total_steps=total,
+        accumulation=given.gradient_accumulation,
+        schedule=given.lr_scheduler_type,
+        warmup_steps=given.warmup_steps,
+        max_grad_norm=given.max_grad_norm,
+        seed=given.seed,
+        same_draws=getattr(objective, "shares_masks", False),
+        logging_steps=given.logging_steps or logging_steps_of(total),
+        eval_steps=eval_steps if evaluates else None,
+        save_steps=given.save_steps or given.eval_steps or math.ceil(total * TENTH),
+        evaluates_first=evaluates and not is_evaluated,
+        early_stopping=given.early_stopping,
+        autocast=PRECISIONS.get(base.precision),
+        checkpoint_limit=given.save_total_limit,
+    )
+    optimizer = functools.partial(
+        make_optimizer,
+        given.optimizer,
+        base.model,
+        rate=given.rate,
+        weight_decay=given.weight_decay,
+        loraplus_ratio=given.loraplus_ratio,
+    )
+    around = functools.partial(
+        _around_step, base.model, given.neftune_noise_alpha, offloads=given.activation_offloading
+    )
+    return Loop(base.model, objective, options, optimizer, progress(), given.output, around)
+
+
+def evaluation_steps_of(steps: int, rows: int, eval_rows: int) -> int:
+    """The default of ``eval_steps`` for ``steps`` steps of ``rows`` rows, from what evaluations and steps cost: as many
+    evaluations as fit into their share of the run, but one before the first step, one after the last, and at most ten
+    more than the first. Counted in rows, not in seconds, so that a run evaluates at the same steps on every machine.
+    """
+    affordable = int(steps * rows * EVALUATING / (1 - EVALUATING) / (eval_rows * ROW_COST))
+    return math.ceil(steps / min(10, max(1, affordable - 1)))
+
+
+def _follows_evaluations(given: TrainSettings) -> bool:
+    """Whether the run's course depends on its evaluations, which then come at every tenth whatever they cost."""
+    return given.early_stopping is not None or given.lr_scheduler_type in LED_BY_EVALUATIONS
+
+
+@contextlib.contextmanager
+def _around_step(model: Any, noise_alpha: float | None, *, offloads: bool) -> Iterator[None]:
+    """NEFTune's noise on the embeddings (Jain et al. 2023, arXiv 2310.05914), and activations in CPU memory.
+
+    noise ~ U(-a, a),  a = alpha / sqrt(length x width)
+    """
+
+    def noisy(module: nn.Module, _: object, output: Tensor) -> Tensor:
+        if not module.training or noise_alpha is None:
+            return output
+        bound = float(noise_alpha / torch.tensor(output.size(1) * output.size(2)).sqrt())
+        return output + torch.zeros_like(output).uniform_(-bound, bound)
+
+    with contextlib.ExitStack() as stack:
+        if noise_alpha is not None:
+            stack.callback(model.get_input_embeddings().register_forward_hook(noisy).remove)
+        if offloads:
+            stack.enter_context(offloaded(model))
+        yield

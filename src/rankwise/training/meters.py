@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 import os
 import threading
 import time
@@ -32,6 +33,34 @@ class Progress:
     loss_sum: float = 0.0
     # The adapter tensors that have not yet passed the check of gradients; None before the first step.
     unchecked: list[str] | None = None
+    # The run's length, and the steps between its evaluations, when this was saved.
+    total_steps: int = 0
+    eval_steps: int | None = None
+    # The evaluation with the lowest loss after a step; the lowest loss of all, that before training among them, and the
+    # number of evaluations since.
+    best_step: int | None = None
+    best_loss: float | None = None
+    lowest_loss: float | None = None
+    evaluations_since_lowest: int = 0
+
+    def take(self, loss: float, tokens: int, examples: int) -> None:
+        """Count a finished step."""
+        self.steps += 1
+        self.loss_sum += loss
+        self.tokens += tokens
+        self.examples += examples
+
+    def evaluated(self, loss: float) -> bool:
+        """Note an evaluation. Returns whether it is the best after a step."""
+        self.evaluations_since_lowest += 1
+        if math.isnan(loss):
+            return False
+        if self.lowest_loss is None or loss < self.lowest_loss:
+            self.lowest_loss, self.evaluations_since_lowest = loss, 0
+        if not self.steps or (self.best_loss is not None and loss >= self.best_loss):
+            return False
+        self.best_step, self.best_loss = self.steps, loss
+        return True
 
     @property
     def mean_loss(self) -> float | None:

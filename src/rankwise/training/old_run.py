@@ -19,8 +19,8 @@ OWN_FILES = (
 NOT_NAMED = (FOLDER, RUN_FILE)
 # The status of a run that --overwrite has begun to remove.
 REPLACED = "replaced"
-# TensorBoard's files, in the folder that transformers names: runs/Jan31_23-59-59_HOST.
-EVENTS = "runs/*_*-*-*_*/events.out.tfevents.*"
+# TensorBoard's files.
+EVENTS = "tensorboard/events.out.tfevents.*"
 
 
 def read_old_run(output: Path) -> RunRecord | None:

@@ -10,10 +10,10 @@ import torch
 from rankwise.acceleration import grow_segments
 from rankwise.foreign import JsonObject
 from rankwise.records import WAIT_POLICIES
-from rankwise.training.arguments import implementation_of
+from rankwise.training.optimizers import implementation_of
 
 # Libraries whose version can change a result.
-PACKAGES = ("rankwise", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
+PACKAGES = ("rankwise", "torch", "transformers", "datasets", "safetensors", "tokenizers")
 
 
 def device_record(device: torch.device, dtype: torch.dtype, optimizer: str) -> JsonObject:

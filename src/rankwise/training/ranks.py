@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -178,6 +178,13 @@ def _naming_lost_processes(where: Place) -> Iterator[None]:
         ) from error
 
 
+def share(rows: list[int]) -> list[int]:
+    """This process's part of ``rows``, split as evenly as possible, longer parts first."""
+    size, longer = divmod(len(rows), count())
+    start = rank() * size + min(rank(), longer)
+    return rows[start : start + size + (rank() < longer)]
+
+
 def gathered(value: T) -> list[T]:
     """The ``value`` of every process, by rank."""
     group = _group()
@@ -211,6 +218,13 @@ def mean(values: Sequence[SupportsFloat], weight: float) -> list[SupportsFloat]:
 def agreed(wish: bool) -> bool:
     """Whether ``wish`` is true in any process."""
     return summed([float(wish)])[0] > 0
+
+
+def same_values(tensors: Iterable[Any]) -> None:
+    """Give every process the values of ``tensors`` in process 0, where they were made on its own device."""
+    group = _group()
+    for tensor in tensors if group is not None else ():
+        group.broadcast(tensor.detach(), 0)
 
 
 def barrier() -> None:

@@ -27,7 +27,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import SaveStrategy
 
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
@@ -38,9 +37,11 @@ from rankwise.foreign import Fields, checked, read_json
 from rankwise.records import RateSearch, RateTrial, load_record, write_json
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
+from rankwise.training.loop import Loop
+from rankwise.training.meters import MemoryMeter
 from rankwise.training.observer import Observer
 from rankwise.training.setup import Data
-from rankwise.training.spine import RunTrainer
+from rankwise.training.watch import Watch
 
 # One in KEPT rates of a round goes on to the next.
 KEPT = 3
@@ -126,7 +127,7 @@ def search(
     data: Data,
     model: nn.Module,
     steps: int,
-    trainer_of: Callable[[TrainSettings, Data], RunTrainer],
+    loop_of: Callable[[TrainSettings, Data], Loop],
     observer: Observer,
     inputs: Fields,
 ) -> RateSearch:
@@ -157,7 +158,7 @@ def search(
             trial = known.get((rate, length))
             if trial is None:
                 short = _short_run(given, rate, length, length / steps)
-                loss = _loss_after(trainer_of(short, training), held)
+                loss = _loss_after(loop_of(short, training), held)
                 trial = {"learning_rate": rate, "steps": length, "loss": loss}
                 _put_back(start)
                 noted.trials.append(trial)
@@ -216,24 +217,19 @@ def kept_apart(data: Data) -> tuple[Data, Dataset]:
     return dataclasses.replace(data, train=train, evaluation=None), data.train.dataset.select(sorted(held))
 
 
-def _loss_after(trainer: RunTrainer, rows: Dataset) -> float | None:
+def _loss_after(loop: Loop, rows: Dataset) -> float | None:
     """Train, and return the loss on ``rows``; None where the run diverges. Nothing is written."""
-    trainer.args.save_strategy = SaveStrategy.NO
-    attributes = vars(trainer.model)
-    before = dict(attributes)
+    loop.options = dataclasses.replace(loop.options, save_steps=None)
     try:
-        trainer.train()
-        loss = float(trainer.evaluate(rows)["eval_loss"])
+        loop.fit(Watch(loop.model, loop.progress, MemoryMeter(loop.model.device.type), loop.options.total_steps))
+        loop.model.eval()
+        loop.objective.eval_rows = rows
+        with torch.no_grad():
+            loss = loop.objective.evaluate(loop.model, lambda: None)["eval_loss"]
     except RunError as error:
         if error.code not in DIVERGED:
             raise
         loss = math.nan
-        if trainer.neftune_noise_alpha is not None:
-            # A training that ends early leaves its noise hook on the embedding, and the next would add another.
-            trainer.neftune_hook_handle.remove()
-    # In mixed precision accelerate wraps the model's forward, and the next trainer would wrap it again.
-    attributes.clear()
-    attributes.update(before)
     return loss if math.isfinite(loss) else None
 
 

@@ -40,29 +40,21 @@ from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
 from rankwise.records import RunRecord, check_writable, load_record, versions_of
 from rankwise.training import output, preflight, ranks, rate_search, setup
-from rankwise.training.arguments import (
-    Surroundings,
-    check_names,
-    check_optimizer,
-    evaluation_steps_of,
-    follows_evaluations,
-)
 from rankwise.training.checkpoints import Checkpoint, newest_valid
 from rankwise.training.continued import continue_adapter, with_adapters_options
 from rankwise.training.foresight import Foresight
-from rankwise.training.learning import Learning
-from rankwise.training.memory_savers import OFFLOADED, OffloadedAdamW, check_memory_savers
+from rankwise.training.learning import Learning, learning_from_answers, make_loop
+from rankwise.training.loop import PROGRESS_FILE, Loop
 from rankwise.training.meters import Progress, frozen_bytes, mapped_bytes
 from rankwise.training.metrics import evaluations
 from rankwise.training.new_tokens import add_new_tokens, new_tokens
-from rankwise.training.objectives import learning_of
 from rankwise.training.observer import Observer, SilentObserver
+from rankwise.training.optimizers import Group, check_memory_savers, check_names, loraplus_groups, make_schedule
 from rankwise.training.provenance import PACKAGES, device_record
-from rankwise.training.rates import Chosen, Group, loraplus_groups, with_groups
-from rankwise.training.session import Extras, Session
+from rankwise.training.session import Session
 from rankwise.training.sharding import looked_into
-from rankwise.training.spine import PROGRESS_FILE, STATE_FILE, RunTrainer
-from rankwise.training.state import TrainerFacts, reading_state
+from rankwise.training.state import reading_state
+from rankwise.training.trackers import check_installed
 
 
 def train(settings: TrainSettings, observer: Observer | None = None, foresight: Foresight | None = None) -> RunRecord:
@@ -125,7 +117,7 @@ def _held(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # The Trainer creates the folder before all checks are done. An empty one is removed.
+            # An empty folder is removed.
             if is_new:
                 with suppress(OSError):
                     folder.rmdir()
@@ -135,6 +127,7 @@ def _check_settings(given: TrainSettings) -> LoraConfig:
     check_names(given)
     device_type = torch.device(choose_device(given.device, given.dtype).device).type
     check_memory_savers(given.optimizer, device_type, activation_offloading=given.activation_offloading)
+    check_installed(given.trackers)
     _warn_of_idle_options(given)
     # Raises for an invalid 4-bit format before anything is read.
     setup.quantization_for(given)
@@ -176,14 +169,14 @@ def _same_length(given: TrainSettings) -> bool:
 
 def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> None:
     """Refuse a length that the run cannot have, and warn (RW544) how a schedule that depends on the length changes."""
-    before, schedule = _state_of(checkpoint).max_steps, given.lr_scheduler_type
+    before, schedule = progress_of(checkpoint).total_steps, given.lr_scheduler_type
     output.check_length(given.output, done=checkpoint.step, before=before, now=now, schedule=schedule)
     if now == before or schedule in output.LENGTH_FREE:
         return
 
     def rate(total: int) -> float:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=given.rate)
-        factor = transformers.get_scheduler(schedule, optimizer, given.warmup_steps, total).lr_lambdas[0]
+        factor = make_schedule(schedule, optimizer, given.warmup_steps, total).lr_lambdas[0]
         return given.rate * float(factor(checkpoint.step))
 
     warn(
@@ -223,24 +216,29 @@ def _prepare(
     accelerated = _accelerate(given, inputs, observer)
     _check_before_training(learning, given, loaded.model, data)
     padded = _why_padded(given, loaded.model, accelerated)
-    make = functools.partial(_trainer, learning, loaded=loaded, checkpoint=checkpoint, padding_free=padded is None)
-    # Made before a search, for the run's length and memory, which do not depend on the learning rate.
-    trainer = make(
-        given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searches else given, data
+    make = functools.partial(
+        make_loop,
+        learning=learning,
+        base=loaded,
+        flat=padded is None,
+        progress=functools.partial(progress_of, checkpoint),
+        is_evaluated=_is_evaluated(given.output, checkpoint),
     )
-    if given.strategy == "fsdp":
-        _shard(given, loaded, trainer)
+    # Made before a search, for the run's length and memory, which do not depend on the learning rate.
+    loop = make(given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searches else given, data)
+    if given.strategy == "fsdp" and not is_unit(loaded.model):
+        shard(loaded.model, mesh_of_all(loaded.device.type), trains_all=given.method == "full")
     if checkpoint is not None and not _same_length(given):
-        _check_length(given, checkpoint, trainer.total_steps)
+        _check_length(given, checkpoint, loop.options.total_steps)
     # Batches differ between processes; the largest prediction is taken.
-    each = ranks.gathered(_predicted_peak(learning, given, trainer, foresight, flat=padded is None))
+    each = ranks.gathered(_predicted_peak(learning, given, loop, foresight, flat=padded is None))
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
     if given.searches and not given.dry_run:
         hashed = {**described, "base": inputs.base["sha256"]}
-        searched = rate_search.search(given, data, loaded.model, trainer.total_steps, make, observer, hashed)
+        searched = rate_search.search(given, data, loaded.model, loop.options.total_steps, make, observer, hashed)
         given = rate_search.with_rate(given, searched)
-        trainer = make(given, data)
+        loop = make(given, data)
     groups = _groups(given, loaded.model)
     record = RunRecord(
         method=given.method,
@@ -262,8 +260,18 @@ def _prepare(
     )
     probe = setup.probe_of(data.train.dataset, loaded.device)
     answer = None if given.sample_prompt is None else setup.answerer(given.sample_prompt, loaded, data)
-    extras = Extras(given.early_stopping, answer, probe)
-    return Session(given.output, mode, trainer, loaded.tokenizer, checkpoint, record, extras, observer)
+    return Session(
+        given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, answer, probe, given.trackers
+    )
+
+
+def learning_of(given: TrainSettings) -> Learning:
+    """The parts of the run's objective. Raises ConfigError for a reward that cannot be had."""
+    if given.objective != "grpo":
+        return learning_from_answers(given.objective)
+    from rankwise.training.grpo import learning
+
+    return learning(given)
 
 
 def _read(given: TrainSettings, lora: LoraConfig, observer: Observer, foresight: Foresight | None) -> _Inputs:
@@ -327,13 +335,6 @@ def _accelerate(given: TrainSettings, inputs: _Inputs, observer: Observer) -> Ac
     return done
 
 
-def _shard(given: TrainSettings, loaded: setup.LoadedBase, trainer: RunTrainer) -> None:
-    if not is_unit(loaded.model):
-        shard(loaded.model, mesh_of_all(loaded.device.type), trains_all=given.method == "full")
-    # evaluation_mode: accelerate then sets up mixed precision only, since DDP does not accept shards.
-    trainer.accelerator.prepare_model(loaded.model, evaluation_mode=True)
-
-
 def _device(
     given: TrainSettings, loaded: setup.LoadedBase, accelerated: Acceleration | None, padded: str | None
 ) -> JsonObject:
@@ -380,15 +381,15 @@ def _check_before_training(learning: Learning, given: TrainSettings, model: nn.M
 
 
 def _predicted_peak(
-    learning: Learning, given: TrainSettings, trainer: RunTrainer, foresight: Foresight | None, *, flat: bool
+    learning: Learning, given: TrainSettings, loop: Loop, foresight: Foresight | None, *, flat: bool
 ) -> int | None:
     """The predicted peak in bytes, over training and evaluation; None without a plan. Packed rows count as full."""
     if foresight is None:
         return None
-    batch = learning.largest_batch(trainer, flat=flat)
+    batch = learning.largest_batch(loop, flat=flat)
     if given.packing:
         batch = dataclasses.replace(batch, rows=given.batch_size, tokens=given.max_length)
-    return foresight.before_training(batch, learning.largest_evaluation(trainer), mapped_bytes(trainer.model))
+    return foresight.before_training(batch, learning.largest_evaluation(loop), mapped_bytes(loop.model))
 
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
@@ -399,73 +400,26 @@ def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
     return found
 
 
-def _trainer(
-    learning: Learning,
-    given: TrainSettings,
-    data: setup.Data,
-    *,
-    loaded: setup.LoadedBase,
-    checkpoint: Checkpoint | None,
-    padding_free: bool,
-) -> RunTrainer:
-    evaluates = data.evaluation is not None
-    around = Surroundings(
-        device_type=loaded.device.type,
-        precision=loaded.precision,
-        evaluates=evaluates,
-        eval_on_start=evaluates and not _is_evaluated(given.output, checkpoint),
-        padding_free=padding_free,
-    )
-    arguments = learning.arguments(given, around)
-    check_optimizer(arguments, loaded.model)
-    chosen: Chosen | None = None
-    if given.optimizer == OFFLOADED:
-        chosen = OffloadedAdamW, {"lr": given.rate, "weight_decay": given.weight_decay}
-    if (groups := _groups(given, loaded.model)) is not None:
-        chosen = with_groups(
-            chosen or transformers.Trainer.get_optimizer_cls_and_kwargs(arguments, loaded.model), groups
-        )
-    common = {
-        "model": loaded.model,
-        "args": arguments,
-        "processing_class": loaded.tokenizer,
-        "train_dataset": data.train.dataset,
-        "eval_dataset": data.evaluation.dataset if data.evaluation else None,
-        "save_total_limit": given.save_total_limit,
-        "progress": _progress_of(checkpoint),
-        "optimizer_cls_and_kwargs": chosen,
-    }
-    trainer = learning.trainer(given, data, common)
-    if data.evaluation is not None and not (given.eval_steps or follows_evaluations(given)):
-        rows = given.batch_size * given.gradient_accumulation * ranks.count()
-        arguments.eval_steps = evaluation_steps_of(trainer.total_steps, rows, len(data.evaluation.dataset))
-    return trainer
-
-
 def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:
     """Whether a resumed run needs no evaluation at its start: its step was evaluated, or no evaluation was due."""
     if checkpoint is None:
         return False
-    state = _state_of(checkpoint)
-    due = checkpoint.step % state.eval_steps == 0 or checkpoint.step >= state.max_steps
+    progress = progress_of(checkpoint)
+    if progress.eval_steps is None:
+        return False
+    due = checkpoint.step % progress.eval_steps == 0 or checkpoint.step >= progress.total_steps
     return not due or checkpoint.step in evaluations(folder)
 
 
-def _state_of(checkpoint: Checkpoint) -> TrainerFacts:
-    """The Trainer's state in a checkpoint. Raises RunError (RW511) where the Trainer could not continue from it."""
-    with reading_state(checkpoint.path, "trainer"):
-        state = checked(TrainerFacts, read_json(checkpoint.path / STATE_FILE, constants=True))
-        transformers.TrainerState.load_from_json(str(checkpoint.path / STATE_FILE))
-        if state.global_step != checkpoint.step or state.eval_steps <= 0:
-            raise ValueError(f"it is of step {state.global_step}, evaluated every {state.eval_steps}")
-    return state
-
-
-def _progress_of(checkpoint: Checkpoint | None) -> Progress:
+def progress_of(checkpoint: Checkpoint | None) -> Progress:
+    """A checkpoint's progress. Raises RunError (RW511) where the run could not continue from it."""
     if checkpoint is None:
         return Progress()
     with reading_state(checkpoint.path, "progress"):
-        return checked(Progress, read_json(checkpoint.path / PROGRESS_FILE, constants=True))
+        progress = checked(Progress, read_json(checkpoint.path / PROGRESS_FILE, constants=True))
+        if progress.steps != checkpoint.step or progress.eval_steps == 0:
+            raise ValueError(f"it is of step {progress.steps}, evaluated every {progress.eval_steps}")
+    return progress
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import calibrate_products
 from rankwise.acceleration.generation import GREEDY, stop_ids_of
@@ -37,11 +37,11 @@ from rankwise.models.describe import weights_files
 from rankwise.models.load import answer_room, table_rows
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.training import ranks
-from rankwise.training.arguments import mixed_precision
 from rankwise.training.checkpoints import Checkpoint
 from rankwise.training.new_tokens import new_tokens
 from rankwise.training.prepared import is_quantized, load_prepared
 from rankwise.training.sharding import shard_before_loading
+from rankwise.training.state import seed_all
 from rankwise.weights_file import sha256_of
 
 ANSWER_TOKENS = 64
@@ -86,7 +86,7 @@ class LoadedBase:
     device: torch.device
     # The dtype in which the model computes.
     dtype: torch.dtype
-    # "no", "bf16" or "fp16": the Trainer's mixed precision.
+    # "no", "bf16" or "fp16": mixed precision.
     precision: str
     device_reason: str
 
@@ -201,7 +201,27 @@ def load_for_training(given: TrainSettings) -> LoadedBase:
         raise ConfigError("RW115", f"{given.model} has no tokenizer, which training needs; add its tokenizer files.")
     if given.adapter is not None:
         tokenizer = tokenizer_with_rows(given.adapter, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return LoadedBase(source, model, tokenizer, where, choice.dtype, precision, choice.reason)
+
+
+def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, str]:
+    """The dtype of the model's weights, and the mixed precision: "no", "bf16" or "fp16".
+
+    An adapter trains in float32 over a base in ``dtype``. A full fine-tuning keeps float32 weights, since small
+    updates would vanish in 16 bits, and computes in ``dtype``. float16 needs loss scaling: ConfigError (RW113) on a
+    device without it.
+    """
+    if dtype == torch.float16:
+        if device_type == "cpu":
+            raise ConfigError(
+                "RW113", "--dtype float16 needs loss scaling, which CPUs do not have; use bfloat16 or float32."
+            )
+        return (torch.float32 if method == "full" else dtype), "fp16"
+    if method == "full" and dtype == torch.bfloat16:
+        return torch.float32, "bf16"
+    return dtype, "no"
 
 
 def make_trainable(
@@ -212,17 +232,13 @@ def make_trainable(
 
     A resumed run does not compute LoftQ's decomposition, which its ``checkpoint`` overwrites.
     """
-    set_seed(given.seed)
-    if any(dequantizer(module) is not None for module in model.modules()):
-        if given.method not in ("lora", "dora"):
-            raise ConfigError(
-                "RW181",
-                f"{given.model} holds weights that another library quantized, which --method {given.method} does not "
-                "support; take lora or dora, or the dense checkpoint.",
-            )
-        # The Trainer refuses a quantized model unless it has PEFT's adapters.
-        marked: Any = model
-        marked.is_quantized = False
+    seed_all(given.seed)
+    if given.method not in ("lora", "dora") and any(dequantizer(module) is not None for module in model.modules()):
+        raise ConfigError(
+            "RW181",
+            f"{given.model} holds weights that another library quantized, which --method {given.method} does not "
+            "support; take lora or dora, or the dense checkpoint.",
+        )
     if given.method == "full":
         model.requires_grad_(True)
         return sum(parameter.numel() for parameter in model.parameters())

@@ -7,7 +7,6 @@ have (tuples, keys that are not text, infinities) are objects whose key starts w
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -40,19 +39,6 @@ STATE_ERRORS = (
     RuntimeError,
     safetensors.SafetensorError,
 )
-
-
-@dataclasses.dataclass
-class TrainerFacts:
-    """The fields of the Trainer's state that rankwise reads."""
-
-    epoch: float
-    global_step: int
-    max_steps: int
-    eval_steps: float
-    log_history: list[JsonObject]
-    best_metric: float | None = None
-    best_global_step: int | None = None
 
 
 def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
@@ -142,6 +128,13 @@ def _kind(value: object) -> type:
     """The type of a value, with one type for all numbers and None."""
     is_number = value is None or (isinstance(value, int | float | np.number) and not isinstance(value, bool))
     return float if is_number else type(value)
+
+
+def seed_all(seed: int) -> None:
+    """Seed every generator that training draws from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def random_states() -> RandomStates:

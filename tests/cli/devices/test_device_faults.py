@@ -54,33 +54,38 @@ def test_shards_that_train_continue_to_the_bit(several: Nursery, given: list[str
 FAULTS = {
     "a loss that is not finite in one process": (
         """
-from rankwise.training.trainer import RankwiseTrainer
-compute = RankwiseTrainer.compute_loss
-def broken(self, *args, **more):
-    return compute(self, *args, **more) * (float("nan") if rank == 1 and self.state.global_step == 2 else 1)
-RankwiseTrainer.compute_loss = broken
+import dataclasses
+from rankwise.training.sft import Demonstrations
+prepare, compute = Demonstrations.prepare, Demonstrations.loss
+def noted(self, batches, step):
+    self.step = step
+    return prepare(self, batches, step)
+def broken(self, *args):
+    found = compute(self, *args)
+    return dataclasses.replace(found, sum=found.sum * (float("nan") if rank == 1 and self.step == 2 else 1))
+Demonstrations.prepare, Demonstrations.loss = noted, broken
 """,
         ("RW530: the loss is nan at step 3",),
     ),
     "a full disk where the writer writes": (
         """
 import errno
-from rankwise.training import spine
+from rankwise.training import loop
 def full(*args, **more):
     raise OSError(errno.ENOSPC, "No space left on device")
-spine.save_state = full
+loop.save_state = full
 """,
         ("RW513", "free some space"),
     ),
     "an error in one process": (
         """
-from rankwise.training.trainer import RankwiseTrainer
-step = RankwiseTrainer.training_step
-def broken(self, *args, **more):
-    if rank == 1 and self.state.global_step == 2:
+from rankwise.training.sft import Demonstrations
+prepare = Demonstrations.prepare
+def broken(self, batches, step):
+    if rank == 1 and step == 2:
         raise MemoryError
-    return step(self, *args, **more)
-RankwiseTrainer.training_step = broken
+    return prepare(self, batches, step)
+Demonstrations.prepare = broken
 """,
         ("RW550",),
     ),

@@ -17,7 +17,6 @@ from device_runs import (
     STEPS,
     Runs,
     check_alike,
-    check_failed,
     differing,
     lines,
     record,
@@ -178,13 +177,6 @@ def test_preferences_are_learnt_from_shards(objective: str, several: Nursery, gi
     check_preferences((("--objective", objective, "--method", "qdora"), "fsdp", 2), several, given, tmp_path)
 
 
-def test_a_loss_over_a_batch_is_refused_in_several_processes(
-    several: Nursery, given: list[str], tmp_path: Path
-) -> None:
-    options = ["--objective", "dpo", "--loss-type", "aot", "--output", tmp_path / "run"]
-    check_failed(several.run(2, [*given, *options]), "RW112: --loss-type aot is a loss over a whole batch")
-
-
 def test_the_record_is_that_of_both(runs: Runs) -> None:
     one, two = record(runs.one), record(runs.two)
     assert (two["devices"], two["strategy"], one["devices"], one["strategy"]) == (2, "ddp", 1, None)
@@ -238,20 +230,21 @@ def test_a_sharded_run_reads_its_rows_and_is_the_unsharded_one(
 
 # As on a card: losses are scaled by torch's scaler, here that for CPUs. Gradients of process 1 overflow at OVERFLOWS.
 FLOAT16 = """
-import accelerate, torch
+import functools, torch
 from rankwise.training import setup
-from rankwise.training.trainer import RankwiseTrainer
-begin, compute = accelerate.Accelerator.__init__, RankwiseTrainer.compute_loss
-def scaled(self, *given, **more):
-    begin(self, *given, **more)
-    self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=1024.0)
-def overflowing(self, *given, **more):
-    loss = compute(self, *given, **more)
-    if (rank, self.state.global_step) == (1, OVERFLOWS) and loss.requires_grad:
-        loss.register_hook(lambda grad: grad * float("inf"))
-    return loss
+from rankwise.training.sft import Demonstrations
+prepare, compute = Demonstrations.prepare, Demonstrations.loss
+def noted(self, batches, step):
+    self.step = step
+    return prepare(self, batches, step)
+def overflowing(self, *given):
+    found = compute(self, *given)
+    if (rank, self.step) == (1, OVERFLOWS):
+        found.sum.register_hook(lambda grad: grad * float("inf"))
+    return found
+torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=1024.0)
 setup.mixed_precision = lambda method, dtype, kind: (torch.float32 if method == "full" else dtype, "fp16")
-accelerate.Accelerator.__init__, RankwiseTrainer.compute_loss = scaled, overflowing
+Demonstrations.prepare, Demonstrations.loss = noted, overflowing
 """
 
 

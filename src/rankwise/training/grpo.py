@@ -1,0 +1,544 @@
+"""Training on rewards: GRPO (Shao et al. 2024, arXiv 2402.03300).
+
+A step asks some prompts. The model writes a group of answers to each, rewards score them, and answers that score above
+the mean of their group become likelier. All answers of a step, of all processes, have a place: those of one process are
+written and scored as if it had written all of them. The losses are in losses.py.
+
+Legend: B answers of a micro-batch, L positions of prompts and answers, R rewards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import re
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.acceleration import give_back_freed_memory
+from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit, stop_ids_of
+from rankwise.config import GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings
+from rankwise.conflicts import LOSS_TYPES
+from rankwise.constants import WRITTEN_ROWS
+from rankwise.data import Rows
+from rankwise.data.encoding import RowEncoder
+from rankwise.data.prompts import ANSWERS, encode_prompts, prompt_formats
+from rankwise.data.rows import Message
+from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, first_line, warn
+from rankwise.final_number import extract_answer
+from rankwise.models.load import table_rows
+from rankwise.options import flag
+from rankwise.training import ranks
+from rankwise.training.foresight import MicroBatch, longest_row
+from rankwise.training.learning import PRECISIONS, Learning
+from rankwise.training.loop import KEY, Batch, Counted, Figures, Loop, Loss, Row, shuffled
+from rankwise.training.losses import NORMALISED, advantages, of_rewards
+from rankwise.training.preferences import Scoring
+from rankwise.training.setup import Data, LoadedBase, encode_data
+from rankwise.training.sft import pad_right
+from rankwise.weights_file import sha256_of
+
+# A reward function, called with keyword arguments that are columns by name.
+Function = Callable[..., Any]
+Given = Mapping[str, Any]
+# A prompt or an answer.
+Said = str | Sequence[Message]
+BUILT_IN = "answer, format=REGEX, length=N"
+FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:]+)")
+# The arguments besides ``completions`` and the columns of the data.
+OTHERS = {"prompts", "completion_ids"}
+# Largest number of characters of a prompt or an answer in a message.
+SHOWN = 80
+# An evaluation checks after this number of prompts whether the user has stopped it.
+EVALUATED_AT_ONCE = 64
+# Number of first steps with equal rewards after which the run warns (RW778).
+SILENT_STEPS = 10
+
+
+def learning(given: TrainSettings) -> Learning:
+    """The parts of a run on rewards. Raises ConfigError: RW770 without a reward, and as ``read_rewards`` does."""
+    if not given.reward:
+        raise ConfigError(
+            "RW770",
+            f"--objective grpo needs --reward: FILE.py:NAME, a function in a Python file, or one of {BUILT_IN}.",
+        )
+    rewards = read_rewards(given.reward)
+    return Learning(
+        functools.partial(_encode, rewards=rewards),
+        functools.partial(_objective, rewards=rewards),
+        formats=prompt_formats(**given.columns),
+        has_labels=False,
+        largest_batch=_largest_batch,
+        largest_evaluation=_largest_evaluation,
+    )
+
+
+def _encode(
+    given: TrainSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    eval_rows: Rows | None,
+    template: str | None,
+    *,
+    rewards: Sequence[Reward],
+) -> Data:
+    room = given.max_completion_length or MAX_COMPLETION_LENGTH
+    data = encode_data(given, tokenizer, rows, eval_rows, template, functools.partial(encode_prompts, room=room))
+    hashes = [reward.sha256 for reward in rewards if reward.sha256 is not None]
+    notes = {"rewards_sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()} if hashes else {}
+    return dataclasses.replace(data, notes=notes)
+
+
+def _objective(
+    given: TrainSettings, data: Data, base: LoadedBase, flat: bool, *, rewards: Sequence[Reward]
+) -> RewardedAnswers:
+    """Raises ConfigError (RW775) for prompts that the model has no positions for, or that do not fill a step."""
+    model, tokenizer, prompts = base.model, base.tokenizer, data.train.dataset
+    longest_answer = given.max_completion_length or MAX_COMPLETION_LENGTH
+    longest, places = longest_row(prompts) + longest_answer, table_rows(model)
+    if places is not None and longest > places:
+        raise ConfigError(
+            "RW775",
+            f"the longest prompt and {flag('max_completion_length')} make {longest:,} tokens, and this "
+            f"{type(model).__name__} has learned positions for {places:,}; give --max-length {places} or less.",
+        )
+    size, group = given.batch_size * ranks.count(), given.num_generations or GENERATIONS
+    asked = size * given.gradient_accumulation // group
+    if asked > len(prompts):
+        raise ConfigError(
+            "RW775",
+            f"a step takes {asked} prompts and there are {len(prompts)}; lower --batch-size or "
+            "--gradient-accumulation, or raise --num-generations.",
+        )
+    temperature = given.temperature or 1.0
+    return RewardedAnswers(
+        Scoring(model, flat=flat, pairs=False, temperature=temperature),
+        prompts,
+        data.evaluation and data.evaluation.dataset,
+        tokenizer=tokenizer,
+        rewards=rewards,
+        weights=given.reward_weights or (1.0,) * len(rewards),
+        stop_ids=stop_ids_of(model, tokenizer, RowEncoder(data.rows, tokenizer, data.template).stop_ids()),
+        size=size,
+        asked=asked,
+        group=group,
+        longest=longest_answer,
+        seed=given.seed,
+        temperature=temperature,
+        loss_type=given.loss_type or LOSS_TYPES["grpo"][0],
+        beta=given.beta or 0.0,
+        autocast=PRECISIONS.get(base.precision),
+    )
+
+
+def _largest_batch(loop: Loop, *, flat: bool) -> MicroBatch:
+    """The largest possible micro-batch: answers of full length to the longest prompt."""
+    objective: Any = loop.objective
+    tokens = longest_row(objective.rows) + objective.longest
+    return MicroBatch(objective.size // ranks.count(), tokens, objective.longest / tokens)
+
+
+def _largest_evaluation(loop: Loop) -> MicroBatch | None:
+    """The largest possible evaluation batch: one answer of full length to each prompt."""
+    objective: Any = loop.objective
+    if objective.eval_rows is None:
+        return None
+    tokens = longest_row(objective.eval_rows) + objective.longest
+    rows = min(len(objective.eval_rows), EVALUATED_AT_ONCE, WRITTEN_ROWS[loop.model.device.type])
+    return MicroBatch(rows, tokens, objective.longest / tokens)
+
+
+@dataclasses.dataclass
+class RewardedAnswers:
+    """The objective grpo. Rows hold ``input_ids``, the tokens of a prompt, and ``asked``, JSON with the ``prompt`` and
+    the other ``columns`` as rewards get them."""
+
+    scoring: Scoring
+    rows: Dataset
+    eval_rows: Dataset | None
+    tokenizer: PreTrainedTokenizerBase
+    rewards: Sequence[Reward]
+    # A factor for each reward.
+    weights: Sequence[float]
+    # Tokens that end an answer.
+    stop_ids: frozenset[int]
+    # Answers of a micro-batch of all processes.
+    size: int
+    # Prompts of a step, and answers to each.
+    asked: int
+    group: int
+    # Most tokens of an answer.
+    longest: int
+    seed: int
+    temperature: float = 1.0
+    loss_type: str = "dapo"
+    beta: float = 0.0
+    # The dtype of mixed precision.
+    autocast: torch.dtype | None = None
+
+    shown: ClassVar = {"reward": "reward", "kl": "KL", "completion_tokens": "answer tokens"}
+    # Where all answers to a prompt get the same reward, all gradients are zero.
+    silence_is_normal: ClassVar = True
+
+    def __post_init__(self) -> None:
+        self.pad = int(self.tokenizer.pad_token_id or 0)
+        # Number of first steps in which nothing was learned; below 0 once something was.
+        self._silent_steps = 0.0
+
+    @property
+    def in_words(self) -> str:
+        return self.scoring.in_words
+
+    def order(self, epoch: int) -> list[list[int]]:
+        """Each prompt as often as it is answered. The last prompts that do not fill a step are left out."""
+        steps = shuffled(len(self.rows), self.asked, self.seed + epoch)
+        rows = [row for step in steps if len(step) == self.asked for row in step for _ in range(self.group)]
+        return [rows[start : start + self.size] for start in range(0, len(rows), self.size)]
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        return {"prompts": rows, KEY: Counted(0, 0, 0)}
+
+    # --- a step ---
+
+    def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
+        """Write the answers of a step, score them, and lay them out."""
+        prompts = [row for batch in batches for row in batch["prompts"]]
+        own = ranks.share([*range(self.size)])
+        places = [start * self.size + place for start in range(len(batches)) for place in own]
+        answers = self._written(prompts, places, self.temperature, self.seed << 32 | step)
+        found = zip(places, self._scored(prompts, answers), map(len, answers), map(self._is_cut, answers))
+        everyone = sorted(itertools.chain.from_iterable(ranks.gathered([*found])))
+        _, scores, lengths, cut = map(list, zip(*everyone))
+        rewards = self._weighted(scores)
+        advantage = advantages(rewards, self.group).to(self.scoring.model.device)
+        is_equal = [len({*group[~group.isnan()].tolist()}) < 2 for group in rewards.split(self.group)]
+        self._note_silence(step, is_unscored=bool(rewards.isnan().all()), is_equal=all(is_equal))
+        figures = {
+            **{name: (mean, 1) for name, mean in self._means(scores, rewards).items()},
+            "equal_rewards": (sum(is_equal), len(is_equal)),
+            "completion_tokens": (sum(lengths), len(lengths)),
+            "cut_completions": (sum(cut), len(cut)),
+        }
+        made = []
+        for start in range(0, len(prompts), len(own)):
+            part, first = slice(start, start + len(own)), start // len(own) * self.size
+            rows = [row["input_ids"] for row in prompts[part]]
+            batch = self._laid_out(rows, answers[part], sum(lengths[first : first + self.size]))
+            made.append({**batch, "advantages": advantage[places[part]], "figures": {} if start else figures})
+        return made
+
+    def _written(self, rows: Sequence[Row], places: Sequence[int], temperature: float, seed: int) -> list[list[int]]:
+        """The token ids of one answer to each prompt, with the stop token that ended it. Samples depend on the seed and
+        on an answer's place in the step."""
+        model: Any = self.scoring.model
+        prompts = [Prompt(tuple(row["input_ids"]), repeat=place) for row, place in zip(rows, places)]
+        decoding = Decoding(self.longest, self.stop_ids, temperature=temperature, seed=seed, to_train_on=True)
+        answers: list[list[int]] = [[] for _ in prompts]
+        # Training steps and generation allocate different sizes, so neither would reuse the other's freed memory.
+        give_back_freed_memory()
+        with _evaluating(model), torch.autocast(model.device.type, self.autocast, enabled=self.autocast is not None):
+            generator = Generator(model, decoding, pad=self.pad)
+            for batch in batches_that_fit(model, prompts, decoding):
+                for index, ids in zip(batch, generator.answers([prompts[index] for index in batch])):
+                    answers[index] = ids
+        give_back_freed_memory()
+        return answers
+
+    def _is_cut(self, answer: Sequence[int]) -> bool:
+        return not answer or answer[-1] not in self.stop_ids
+
+    def _scored(self, rows: Sequence[Row], answers: list[list[int]]) -> list[list[float]]:
+        """The values of all rewards (R,) for each answer, NaN for None."""
+        asked = [json.loads(row["asked"]) for row in rows]
+        prompts = [one["prompt"] for one in asked]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        columns = {name: [one["columns"][name] for one in asked] for name in asked[0]["columns"]}
+        given = {"prompts": prompts, "completions": completions, "completion_ids": answers, **columns}
+        found = [[math.nan if value is None else value for value in reward(**given)] for reward in self.rewards]
+        return [list(values) for values in zip(*found, strict=True)]
+
+    def _weighted(self, scores: Sequence[Sequence[float]]) -> Tensor:
+        """The weighted sum of each answer's scores, of which some may be missing; NaN where all are."""
+        values, weights = torch.tensor(scores), torch.tensor(self.weights)
+        return (values * weights).nansum(1).masked_fill(values.isnan().all(1), math.nan)
+
+    def _means(self, scores: Sequence[Sequence[float]], rewards: Tensor) -> dict[str, float]:
+        """Means over the answers that have a score, by their names in metrics.jsonl."""
+        names = ["reward", *(f"reward_{reward.name}" for reward in self.rewards)]
+        columns = dict(zip(names, [rewards, *torch.tensor(scores).T], strict=True))
+        return {name: float(column.nanmean()) for name, column in columns.items() if not column.isnan().all()}
+
+    def _note_silence(self, step: int, *, is_unscored: bool, is_equal: bool) -> None:
+        """Raise RunError (RW774) where no answer of the first step has a score; warn (RW778) of equal rewards."""
+        if is_unscored and step == 0:
+            raise RunError(
+                "RW774",
+                "no --reward gave a score for any answer of the first step, all of which got None; let one of them "
+                "return numbers.",
+            )
+        self._silent_steps = self._silent_steps + 1 if is_equal else -math.inf
+        if self._silent_steps == SILENT_STEPS:
+            warn(
+                "RW778",
+                f"in the first {SILENT_STEPS} steps all answers to a prompt got the same reward, so nothing was "
+                "learned; check the reward with `rankwise generate`, raise --temperature or --num-generations, or "
+                "begin with easier prompts.",
+            )
+
+    def _laid_out(self, prompts: list[list[int]], answers: list[list[int]], together: int) -> Batch:
+        """Prompts and answers (B, L), padded on the right, with the weight of each answer's tokens. ``together``: the
+        tokens of the answers of all processes."""
+        ids = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers)]
+        is_answer = [(torch.arange(len(row)) >= len(prompt)).long() for row, prompt in zip(ids, prompts)]
+        weights, targets = NORMALISED[self.loss_type]([*map(len, answers)], self.longest, together)
+        tensors = {
+            "input_ids": pad_right(ids, self.pad),
+            "attention_mask": pad_right([torch.ones_like(row) for row in ids], 0),
+            "completion_mask": pad_right(is_answer, 0),
+            "weights": torch.tensor(weights)[:, None],
+        }
+        batch: Batch = {name: tensor.to(self.scoring.model.device) for name, tensor in tensors.items()}
+        return {**batch, KEY: Counted(targets, sum(map(len, ids)), len(ids))}
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
+        mask = batch["completion_mask"][:, 1:]
+        reference = self.scoring.reference(batch) if self.beta else None
+        scores = self.scoring.scores(batch, want_stats=True)
+        losses, kl = of_rewards(scores.log_probs, reference, batch["advantages"][:, None], self.beta)
+        figures: Figures = {**batch["figures"], **self.scoring.figures(batch, scores)}
+        if kl is not None:
+            figures = {**figures, "kl": ((kl.detach() * mask).sum(), mask.sum())}
+        return Loss((losses * mask * batch["weights"]).sum(), self.scoring.balance(scores), figures)
+
+    def means(self, figures: dict[str, float]) -> dict[str, float]:
+        return figures
+
+    # --- evaluation ---
+
+    def evaluate(self, model: PreTrainedModel, pause: Callable[[], None]) -> dict[str, float]:
+        """The mean reward of one greedy answer to each prompt; the loss is its negative. Raises RunError (RW774)."""
+        rows = self.eval_rows
+        assert rows is not None
+        scores: list[list[float]] = []
+        for start in range(0, len(rows), EVALUATED_AT_ONCE * ranks.count()):
+            own = ranks.share([*range(len(rows))][start : start + EVALUATED_AT_ONCE * ranks.count()])
+            asked = [rows[place] for place in own]
+            found = self._scored(asked, self._written(asked, own, 0.0, self.seed)) if own else []
+            scores += itertools.chain.from_iterable(ranks.gathered(found))
+            pause()
+        rewards = self._weighted(scores)
+        if rewards.isnan().all():
+            raise RunError(
+                "RW774",
+                f"no --reward gave a score for any of the {len(scores)} evaluation answers, all of which got None; let "
+                "one of them return numbers, or leave out --eval-data.",
+            )
+        means = self._means(scores, rewards)
+        return {"eval_loss": -means["reward"], **{f"eval_{name}": mean for name, mean in means.items()}}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which the model is in evaluation mode; its former mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+# --- rewards ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """One ``--reward``. ``sha256`` is the hash of its file, which must be the same when a run resumes."""
+
+    spec: str
+    name: str
+    function: Function
+    sha256: str | None = None
+
+    def __call__(self, *, prompts: Sequence[Said], completions: Sequence[Said], **columns: Any) -> list[float | None]:
+        """A number or None for each completion.
+
+        Raises RunError: RW772 where the function raises, RW774 where it does not return a finite number or None for
+        each completion.
+        """
+        given = {"prompts": prompts, "completions": completions, **columns}
+        count = len(completions)
+        try:
+            found = self._called(given)
+            # The result may be an endless generator.
+            values = list(itertools.islice(found, count + 1)) if isinstance(found, Iterable) else found
+        except RankwiseError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise self._raised(given, error) from error
+        if not isinstance(values, list) or len(values) != count:
+            raise RunError(
+                "RW774",
+                f"the reward {self.spec} returned {reprlib.repr(values)} for {count} answers; let it return a list "
+                "with one number for each of `completions`.",
+            )
+        return [self._number(value, given, place) for place, value in enumerate(values)]
+
+    def _called(self, given: Given) -> Any:
+        """The function's result. Unlike in trl, a function without ``**kwargs`` gets only the arguments it names."""
+        taken = inspect.signature(self.function).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+            given = {name: given[name] for name in (parameter.name for parameter in taken) if name in given}
+        found = self.function(**given)
+        return asyncio.run(found) if inspect.iscoroutine(found) else found
+
+    def _raised(self, given: Given, error: BaseException) -> RunError:
+        """RunError RW772, with the first sample for which the function raises alone, else for the whole batch."""
+        count, where = len(given["completions"]), "a batch of answers"
+        for place in range(count):
+            one = {name: values[place : place + 1] for name, values in given.items()}
+            try:
+                self._called(one)
+            except (Exception, SystemExit) as alone:  # noqa: BLE001  user code may raise anything
+                error, where = alone, _sample(given, place)
+                break
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return RunError(
+            "RW772", f"the reward {self.spec} raised {reason}, on {where}; let it return a number for every answer."
+        )
+
+    def _number(self, value: Any, given: Given, place: int) -> float | None:
+        if value is None:
+            return None
+        try:
+            # float would read text, too.
+            number = math.nan if isinstance(value, str | bytes) else float(value)
+        except Exception:  # noqa: BLE001  a tensor raises RuntimeError, an integer OverflowError
+            number = math.nan
+        if not math.isfinite(number):
+            raise RunError(
+                "RW774",
+                f"the reward {self.spec} returned {reprlib.repr(value)}, which is not a finite number, for "
+                f"{_sample(given, place)}; let it return a number, or None for no score.",
+            )
+        return number
+
+
+def read_rewards(specs: Sequence[str]) -> list[Reward]:
+    """The rewards that ``--reward`` names. Runs the code of the named files.
+
+    Raises ConfigError: RW770 for a value that is neither a function in a file nor built in, RW771 for a file or a
+    function that is missing, does not load, or cannot be called.
+    """
+    rewards = [_read(spec) for spec in specs]
+    names = [reward.name for reward in rewards]
+    # Names must be unique, since each is one figure in the metrics.
+    return [
+        dataclasses.replace(reward, name=f"{reward.name}_{place}") if names.count(reward.name) > 1 else reward
+        for place, reward in enumerate(rewards, 1)
+    ]
+
+
+def _read(spec: str) -> Reward:
+    if file := FILE.fullmatch(spec):
+        return _from_file(spec, Path(file["path"]).expanduser(), file["name"])
+    kind, _, value = spec.partition("=")
+    if spec == "answer":
+        return Reward(spec, "answer", answer)
+    if kind == "format" and value:
+        try:
+            return Reward(spec, "format", functools.partial(format_, pattern=re.compile(value)))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError("RW770", f"--reward {spec} holds no valid regular expression ({error}).") from None
+    if kind == "length" and re.fullmatch(r"0*[1-9]\d{0,8}", value):
+        return Reward(spec, "length", functools.partial(length, tokens=int(value)))
+    raise ConfigError(
+        "RW770", f"--reward {spec} is neither FILE.py:NAME, a function in a Python file, nor built in: {BUILT_IN}."
+    )
+
+
+def _from_file(spec: str, path: Path, name: str) -> Reward:
+    if not path.is_file():
+        raise ConfigError("RW771", f"--reward {spec}: there is no file {path}; check the path.")
+    module_spec = importlib.util.spec_from_file_location(f"rankwise_reward_{path.stem}", path)
+    assert module_spec is not None, "its name ends with .py"
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    # dataclasses and pickle look a module up in sys.modules.
+    sys.modules[module_spec.name] = module
+    try:
+        module_spec.loader.exec_module(module)
+        function = getattr(module, name, None)
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError("RW771", f"--reward {spec}: {path} does not load ({reason}); correct it.") from error
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        what = f"has no {name}" if function is None else f"holds {name}, which is not a function"
+        raise ConfigError("RW771", f"--reward {spec}: {path} {what}; its functions are {', '.join(there) or 'none'}.")
+    return Reward(spec, name, function, sha256_of(path))
+
+
+def answer(completions: Sequence[Said], **columns: Any) -> list[float]:
+    """1 where the final number of an answer, by GSM8K's rules, equals that of the row's own answer; else 0.
+
+    Raises DataError (RW781) where the data have no column with the right answer, or one holds no number.
+    """
+    column = next((name for name in ANSWERS if name in columns), None)
+    if column is None:
+        there = ", ".join(sorted(set(columns) - OTHERS)) or "none besides the prompts"
+        raise DataError(
+            "RW781",
+            f"--reward answer compares with a column {' or '.join(ANSWERS)}, and the data have {there}; rename the "
+            "one with the right answer.",
+        )
+    wanted = [extract_answer(str(reference)) for reference in columns[column]]
+    for reference, number in zip(columns[column], wanted):
+        if number is None:
+            raise DataError("RW781", f"--reward answer found no number in `{column}`: {str(reference)[:SHOWN]!r}.")
+    return [float(extract_answer(text_of(one)) == number) for one, number in zip(completions, wanted)]
+
+
+def format_(completions: Sequence[Said], *, pattern: re.Pattern[str]) -> list[float]:
+    """1 where ``pattern`` is found in an answer, else 0."""
+    return [float(pattern.search(text_of(one)) is not None) for one in completions]
+
+
+def length(completion_ids: Sequence[Sequence[int]], *, tokens: int) -> list[float]:
+    """min(1, max(0, 2 - length / N)): 1 for answers of at most N tokens, falling linearly to 0 at 2 N tokens."""
+    return [min(1.0, max(0.0, 2 - len(ids) / tokens)) for ids in completion_ids]
+
+
+def text_of(completion: Said) -> str:
+    """A completion's text. It is a list of messages where the prompt is one."""
+    return completion if isinstance(completion, str) else "".join(str(part["content"]) for part in completion)
+
+
+def _sample(given: Given, place: int) -> str:
+    prompt, completion = (given[name][place] for name in ("prompts", "completions"))
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return f"the answer {_short(text_of(completion))} to the prompt {_short(asked)}"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")

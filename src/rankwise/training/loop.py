@@ -1,0 +1,405 @@
+"""The training loop: micro-batches, loss, backward, all-reduce, clip, optimizer, schedule, log, evaluate, save, stop.
+
+    theta <- theta - optimizer(clip(grad))        grad = sum over micro-batches and processes of d loss_sum / targets
+
+What is learned is an ``Objective``: it lays out rows, and gives the sum of a micro-batch's losses and their number. All
+processes run the same steps on their own parts of each micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import Optimizer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from rankwise.acceleration.sharding import average_gradients
+from rankwise.compat.torch import is_sharded, set_last_rates
+from rankwise.conflicts import LED_BY_EVALUATIONS
+from rankwise.errors import RunError
+from rankwise.records import write_json
+from rankwise.training import ranks
+from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
+from rankwise.training.meters import Progress
+from rankwise.training.optimizers import make_schedule
+from rankwise.training.sharding import sharded_state, whole, whole_state, whole_weights
+from rankwise.training.state import (
+    check_optimizer_state,
+    check_random_states,
+    load_state,
+    random_states,
+    reading_state,
+    save_state,
+    seed_all,
+    set_random_states,
+    undisturbed_random_states,
+)
+from rankwise.training.watch import EvaluationStopped, Step, Watch
+from rankwise.training.weights import checkpoint_bytes, load_weights, save_weights
+
+PROGRESS_FILE = "progress.json"
+KEY = "counted"
+# An encoded row; a micro-batch: tensors under the model's names, and its ``Counted`` under KEY.
+Row = dict[str, Any]
+Batch = dict[str, Any]
+# A sum and the weight that it is divided by: values on the device are read once a step.
+Figures = Mapping[str, tuple[Tensor | float, Tensor | float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What a micro-batch holds, counted while its tensors are on the host, so that nothing waits for a GPU."""
+
+    # The number that the sum of losses is divided by: trained tokens, pairs, answers.
+    targets: float
+    # Number of tokens that are not padding.
+    tokens: int
+    examples: int
+    # The result of `scored_positions`: (P,) int64, on the device of the labels; of demonstrations only.
+    scored: Tensor | None = None
+    # Number of tokens, padding included, that processes of lower rank have in the same micro-batch.
+    rows_before: int = 0
+
+    def to(self, *to: Any, **how: Any) -> Counted:
+        """Move to a device like a tensor."""
+        return dataclasses.replace(self, scored=None if self.scored is None else self.scored.to(*to, **how))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The loss of one micro-batch."""
+
+    # The sum over the micro-batch's targets.
+    sum: Tensor
+    # The balancing loss of experts times its coefficient: a mean over micro-batches, not over targets.
+    aux: Tensor | None = None
+    # {name in metrics.jsonl: (sum, weight)}.
+    figures: Figures = dataclasses.field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What is learned."""
+
+    rows: Dataset
+    eval_rows: Dataset | None
+
+    @property
+    def shown(self) -> Mapping[str, str]:
+        """{name in metrics.jsonl: words} of the figures to show at each step."""
+
+    @property
+    def silence_is_normal(self) -> bool:
+        """Whether all gradients of a step may be zero."""
+
+    @property
+    def in_words(self) -> str:
+        """How the loss is computed, for the record."""
+
+    def order(self, epoch: int) -> list[list[int]]:
+        """The row numbers of each micro-batch of an epoch, of all processes together."""
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """A micro-batch on the host, with its ``Counted``."""
+
+    def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
+        """The micro-batches of one optimizer step, on the device, before any of them runs. ``step`` were taken."""
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss: ...
+
+    def means(self, figures: dict[str, float]) -> dict[str, float]:
+        """The means of figures, with those that follow from them."""
+
+    def evaluate(self, model: PreTrainedModel, pause: Callable[[], None]) -> dict[str, float]:
+        """The evaluation's figures by their names in metrics.jsonl, ``eval_loss`` first. Calls ``pause`` between
+        batches, which raises ``EvaluationStopped`` where the user has asked to stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How long and how a run trains, and how often it logs, evaluates and saves."""
+
+    total_steps: int
+    accumulation: int
+    schedule: str
+    warmup_steps: int
+    max_grad_norm: float
+    seed: int
+    # Whether several processes draw the same random numbers, as parts of one process's dropout masks.
+    same_draws: bool
+    logging_steps: int
+    # None: it does not evaluate, or save.
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    evaluates_first: bool = False
+    # Stop after so many evaluations without a lower loss.
+    early_stopping: int | None = None
+    # The dtype of mixed precision; None where everything computes in the dtype of the weights.
+    autocast: torch.dtype | None = None
+    checkpoint_limit: int = 2
+
+
+@dataclasses.dataclass
+class Loop:
+    """Trains the parameters of ``model`` that require gradients, and writes checkpoints into ``folder``."""
+
+    model: PreTrainedModel
+    objective: Objective
+    options: Options
+    # Called when the parameters have their final form, shards or not.
+    make_optimizer: Callable[[], Optimizer]
+    progress: Progress
+    folder: Path
+    # Makes a context for each step, such as one that offloads activations.
+    around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def __post_init__(self) -> None:
+        self.micro_batches = len(self.objective.order(0))
+        self.steps_an_epoch = max(1, math.ceil(self.micro_batches / self.options.accumulation))
+        self.stopping = False
+        self.progress.total_steps, self.progress.eval_steps = self.options.total_steps, self.options.eval_steps
+
+    def fit(self, watch: Watch, checkpoint: Checkpoint | None = None) -> None:
+        """Train to the last step, or until the user or early stopping asks to stop.
+
+        Raises RunError: RW530 for a loss that is not finite, RW531 for such gradients.
+        """
+        model, objective, options, progress = self.model, self.objective, self.options, self.progress
+        # Every process draws its own dropout masks, unless all of them draw those of one process.
+        seed_all((options.seed + (0 if options.same_draws else ranks.rank())) % 2**32)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        ranks.same_values([parameter for parameter in trained if not is_sharded(parameter)])
+        self.optimizer = optimizer = self.make_optimizer()
+        self.scheduler = make_schedule(options.schedule, optimizer, options.warmup_steps, options.total_steps)
+        # float16 has too few exponents for small gradients.
+        self.scaler = scaler = torch.amp.GradScaler(model.device.type, enabled=options.autocast == torch.float16)
+        states = None if checkpoint is None else self._load(checkpoint)
+        self.saved = None if checkpoint is None else checkpoint.step
+        model.zero_grad()
+        if options.evaluates_first and self._evaluate(watch) and progress.steps:
+            self.saved = None
+            self.save()
+        logged = Step()
+        for epoch in itertools.count(progress.steps // self.steps_an_epoch):
+            if self.stopping or progress.steps >= options.total_steps:
+                return
+            for batches in self._steps(epoch, states):
+                watch.begin_step()
+                model.train()
+                batches = objective.prepare([on_device(batch, model.device) for batch in batches], progress.steps)
+                (targets,) = ranks.summed([math.fsum(batch[KEY].targets for batch in batches)])
+                step = Step()
+                with self.around_step():
+                    for batch in batches:
+                        with torch.autocast(model.device.type, options.autocast, enabled=options.autocast is not None):
+                            found = objective.loss(model, batch)
+                        loss = found.sum / max(targets, 1)
+                        if ranks.count() > 1:
+                            # The mean over processes becomes the sum; a process without rows adds nothing.
+                            loss = loss * (ranks.count() if batch[KEY].targets else 0)
+                        if found.aux is not None:
+                            loss = loss + found.aux / len(batches)
+                        scaler.scale(loss).backward()
+                        step.add(loss.detach(), batch[KEY], found.figures)
+                if ranks.count() > 1:
+                    average_gradients(trained)
+                scaler.unscale_(optimizer)
+                norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+                if options.max_grad_norm:
+                    clip_grads_with_norm_(trained, options.max_grad_norm, norm)
+                # The only wait for the device in a step.
+                step.read(whole(norm))
+                self._check(step)
+                watch.check_gradients()
+                step.rate = float(optimizer.param_groups[0]["lr"])
+                scaler.step(optimizer)
+                scaler.update()
+                # The scaler skips a step whose gradients overflowed float16, and lowers its scale.
+                if math.isfinite(step.norm) and options.schedule not in LED_BY_EVALUATIONS:
+                    self.scheduler.step()
+                model.zero_grad()
+                progress.take(step.loss, step.tokens, step.examples)
+                logged.take(step)
+                is_last = progress.steps >= options.total_steps
+                is_logged = is_last or progress.steps == 1 or progress.steps % options.logging_steps == 0
+                asked = watch.end_step(step, self._means(step), is_logged=is_logged)
+                if is_logged:
+                    now = {"learning_rate": step.rate, "grad_norm": step.norm, "epoch": self._epochs()}
+                    watch.log({"loss": logged.loss, **now, **self._means(logged)})
+                    logged = Step()
+                self.stopping = asked or is_last
+                is_best = False
+                if options.eval_steps and not asked and (is_last or progress.steps % options.eval_steps == 0):
+                    is_best = self._evaluate(watch)
+                if options.save_steps and (self.stopping or is_best or progress.steps % options.save_steps == 0):
+                    self.save()
+                if self.stopping:
+                    return
+            states = None
+
+    def _steps(self, epoch: int, states: Any) -> Iterator[list[Batch]]:
+        """The micro-batches of this process, step by step, from the present step to the end of the epoch."""
+        taken = (self.progress.steps - epoch * self.steps_an_epoch) * self.options.accumulation
+        order = self.objective.order(epoch)[taken:]
+        parts = [ranks.share(rows) for rows in order]
+        loader = DataLoader(
+            self.objective.rows,
+            # Where an epoch ends with fewer rows than processes, those without take part with the first row.
+            batch_sampler=[own or rows[:1] for own, rows in zip(parts, order)],
+            collate_fn=self.objective.collate,
+            pin_memory=self.model.device.type == "cuda",
+        )
+        # A loader draws a number when it starts: of a step in mid-epoch the states were saved after that.
+        if states is not None and not taken:
+            set_random_states(states)
+        batches = zip(iter(loader), parts)
+        if states is not None and taken:
+            set_random_states(states)
+        while step := list(itertools.islice(batches, self.options.accumulation)):
+            yield [batch if own else without_rows(batch) for batch, own in step]
+
+    def _check(self, step: Step) -> None:
+        number = self.progress.steps + 1
+        if not math.isfinite(step.loss):
+            raise RunError(
+                "RW530",
+                f"the loss is {step.loss} at step {number}; lower --learning-rate"
+                + (", or train with --dtype bfloat16 or float32." if self.scaler.is_enabled() else "."),
+            )
+        if math.isfinite(step.norm):
+            return
+        if not self.scaler.is_enabled():
+            raise RunError(
+                "RW531",
+                f"the gradient norm is {step.norm} at step {number}, so that step was not taken; lower --learning-rate "
+                "or --max-grad-norm.",
+            )
+        if self.scaler.get_scale() < 1:
+            raise RunError(
+                "RW531",
+                f"the gradients overflow float16 at step {number} even at a loss scale below 1; lower --learning-rate, "
+                "or train with --dtype float32.",
+            )
+
+    def _means(self, step: Step) -> dict[str, float]:
+        return self.objective.means({name: total / weight for name, (total, weight) in step.figures.items() if weight})
+
+    def _epochs(self) -> float:
+        """The passes over the data so far."""
+        epoch, steps = divmod(self.progress.steps, self.steps_an_epoch)
+        return epoch + min(1.0, steps * self.options.accumulation / self.micro_batches)
+
+    # --- evaluation ---
+
+    def _evaluate(self, watch: Watch) -> bool:
+        """Evaluate, and return whether no earlier evaluation had a lower loss; that before the first step does not
+        count."""
+        progress, patience = self.progress, self.options.early_stopping
+        self.model.eval()
+        started = time.perf_counter()
+        try:
+            with torch.no_grad(), undisturbed_random_states():
+                found = self.objective.evaluate(self.model, watch.pause)
+        except EvaluationStopped:
+            self.stopping = True
+            return False
+        loss, seconds = found["eval_loss"], round(time.perf_counter() - started, 4)
+        watch.evaluation({**found, "seconds": seconds, "epoch": self._epochs()}, seconds)
+        is_best = progress.evaluated(loss)
+        if progress.steps and self.options.schedule in LED_BY_EVALUATIONS:
+            self.scheduler.step(loss)
+        if progress.steps and patience is not None and progress.evaluations_since_lowest >= patience:
+            self.stopping = True
+        return is_best
+
+    # --- checkpoints ---
+
+    def save(self) -> None:
+        """Write a checkpoint, of which the newest and the best are kept. Every process must call this."""
+        progress = self.progress
+        if self.saved == progress.steps:
+            return
+        # Each process has its own random states and its own peak memory.
+        states = ranks.gathered(random_states())
+        progress.peak_memory_bytes = max(ranks.gathered(progress.peak_memory_bytes))
+        weights, optimizer = whole_weights(self.model), whole_state(self.optimizer)
+
+        def write(folder: Path) -> None:
+            save_weights(self.model, folder, weights)
+            save_state(folder, "optimizer", optimizer)
+            save_state(folder, "scheduler", self.scheduler.state_dict())
+            if self.scaler.is_enabled():
+                save_state(folder, "scaler", self.scaler.state_dict())
+            for rank, state in enumerate(states):
+                save_state(folder, _random_file(rank), state)
+            write_json(folder / PROGRESS_FILE, dataclasses.asdict(progress))
+
+        if ranks.is_writer():
+            save_checkpoint(self.folder, progress.steps, write, checkpoint_bytes(self.model))
+            remove_old(self.folder, self.options.checkpoint_limit, progress.steps, progress.best_step)
+        self.saved = progress.steps
+        ranks.barrier()
+
+    def _load(self, checkpoint: Checkpoint) -> Any:
+        """Load everything but the progress, which was read before. Returns the random states."""
+        folder, random = checkpoint.path, _random_file(ranks.rank())
+        load_weights(self.model, folder)
+        state = load_state(folder, "optimizer")
+        with reading_state(folder, "optimizer"):
+            check_optimizer_state(state, self.optimizer)
+            self.optimizer.load_state_dict(sharded_state(state, self.optimizer))
+        self.scheduler.load_state_dict(load_state(folder, "scheduler", like=self.scheduler.state_dict()))
+        self._follow_schedule()
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(load_state(folder, "scaler", like=self.scaler.state_dict()))
+        states = load_state(folder, random)
+        with reading_state(folder, random):
+            check_random_states(states)
+        return states
+
+    def _follow_schedule(self) -> None:
+        """Set the next step's learning rate from this run's length, since the checkpoint may be of a shorter run."""
+        scheduler = self.scheduler
+        if isinstance(scheduler, LambdaLR):
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+            set_last_rates(scheduler, rates)
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+
+def shuffled(rows: int, size: int, seed: int) -> list[list[int]]:
+    """Row numbers in random order, by micro-batches of ``size``."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [order[start : start + size] for start in range(0, rows, size)]
+
+
+def without_rows(batch: Batch) -> Batch:
+    """A batch with which a process takes part in a step without contributing to it."""
+    return {**batch, KEY: dataclasses.replace(batch[KEY], targets=0, tokens=0, examples=0)}
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``."""
+    movable = (Tensor, Counted)
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, movable) else value
+        for name, value in batch.items()
+    }
+
+
+def _random_file(rank: int) -> str:
+    """The file name of a process's random states in a checkpoint."""
+    return f"random-{rank}" if rank else "random"

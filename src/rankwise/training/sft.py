@@ -1,0 +1,352 @@
+"""Training on demonstrations: predict each token of an answer from the tokens before it.
+
+B rows, L positions, T tokens of all rows laid end to end, P positions that are trained on.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import inspect
+import itertools
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from rankwise.acceleration import LossOptions, fused_head
+from rankwise.acceleration.loss import scored_positions
+from rankwise.acceleration.scoring import Score, Scorer, loss_scorer
+from rankwise.adapters.base_layer import is_own, stored_weight
+from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.low_rank import BATCH, Adapter
+from rankwise.compat.torch import is_unit
+from rankwise.constants import IGNORED
+from rankwise.errors import warn
+from rankwise.ops.elementwise_checks import check_targets
+from rankwise.ops.linear_cross_entropy import LossSums
+from rankwise.quantization.linear import Linear4bit, is_conv1d
+from rankwise.training import ranks
+from rankwise.training.foresight import evaluation_targets
+from rankwise.training.loop import KEY, Batch, Counted, Loss, Row, shuffled
+from rankwise.training.losses import cross_entropy
+from rankwise.training.sharding import roots_gathered
+
+# Rows that are packed together, as in trl.
+PACKED_AT_ONCE = 1000
+
+
+@dataclasses.dataclass
+class Demonstrations:
+    """The objective sft. ``flat``: the rows of a micro-batch are laid end to end, not padded.
+
+    ``label_smoothing`` acts on the training loss only, so that evaluation losses are comparable between runs.
+    """
+
+    model: PreTrainedModel
+    rows: Dataset
+    eval_rows: Dataset | None
+    pad: int
+    # Rows of a micro-batch of all processes.
+    size: int
+    seed: int
+    flat: bool = False
+    label_smoothing: float = 0.0
+    # The dtype of mixed precision.
+    autocast: torch.dtype | None = None
+    # Whether all processes draw the parts of one process's dropout masks.
+    shares_masks: bool = False
+
+    shown: ClassVar[Mapping[str, str]] = {}
+    silence_is_normal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        # Kept between evaluations: it tests once whether the model can score several rows concatenated.
+        self._scorer: Scorer | None = None
+        self.vocabulary = self.model.config.get_text_config().vocab_size
+        # The chunked loss of rankwise.acceleration, which computes two products with the head in a step.
+        self.own_loss = fused_head(self.model) is not None
+
+    @property
+    def in_words(self) -> str:
+        return "own, in chunks" if self.own_loss else "own logits at trained positions"
+
+    def order(self, epoch: int) -> list[list[int]]:
+        return shuffled(len(self.rows), self.size, self.seed + epoch)
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """Raises QuantizationError (RW621) for a label that is not a token number."""
+        batch = end_to_end(rows) if self.flat else padded(rows, self.pad)
+        check_targets(batch["labels"].flatten(), self.vocabulary, IGNORED)
+        return {**batch, KEY: counted(batch)}
+
+    def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
+        if not self.shares_masks:
+            return batches
+        everyone = ranks.gathered([tuple(batch["input_ids"].shape) for batch in batches])
+        return [self._placed(batch, shapes) for batch, *shapes in zip(batches, *everyone)]
+
+    def _placed(self, batch: Batch, shapes: list[tuple[int, int]]) -> Batch:
+        """The batch with the number of tokens in processes of lower rank; padded rows get the length that they would
+        have in one process."""
+        if not self.flat:
+            longest = max(length for _, length in shapes)
+            shapes = [(rows, longest) for rows, _ in shapes]
+            batch = widened(batch, longest, self.pad)
+        before = sum(rows * length for rows, length in shapes[: ranks.rank()])
+        return {**batch, KEY: dataclasses.replace(batch[KEY], rows_before=before)}
+
+    # --- loss ---
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
+        found: Counted = batch[KEY]
+        assert found.scored is not None, "counted by collate"
+        BATCH.rows_before = found.rows_before
+        given = {name: value for name, value in batch.items() if name != KEY} | {"use_cache": False}
+        coefficient = router_coefficient(model)
+        if coefficient:
+            given["output_router_logits"] = True
+        if self._takes_own_loss():
+            options = LossOptions(label_smoothing=self.label_smoothing, want_stats=True, scored=found.scored)
+            outputs = model(**given, loss_options=options)
+            sums = options.found[-1]
+        else:
+            sums, outputs = sums_of_logits(model, given, self.label_smoothing)
+        assert sums.entropy is not None, "asked for"
+        assert sums.correct is not None, "asked for"
+        positions = len(found.scored)
+        figures = {"entropy": (sums.entropy, positions), "token_accuracy": (sums.correct, positions)}
+        aux = getattr(outputs, "aux_loss", None) if coefficient else None
+        if aux is None:
+            return Loss(sums.loss, figures=figures)
+        return Loss(sums.loss, coefficient * aux, {**figures, "aux_loss": (aux.detach(), 1)})
+
+    def _takes_own_loss(self) -> bool:
+        if self.own_loss and fused_head(self.model) is None:
+            self.own_loss = False
+            warn(
+                "RW520",
+                "the output head got a hook, or the model another loss, since training began; from now on the loss is "
+                "computed from the model's own logits, which takes more memory.",
+            )
+        return self.own_loss
+
+    def means(self, figures: dict[str, float]) -> dict[str, float]:
+        return figures
+
+    # --- evaluation ---
+
+    def evaluate(self, model: PreTrainedModel, pause: Callable[[], None]) -> dict[str, float]:
+        """The mean loss over the trained tokens of the evaluation's rows, as ``rankwise evaluate`` computes it."""
+        assert self.eval_rows is not None
+        with roots_gathered(model):
+            own = self._row_scores(self.eval_rows, pause)
+        everyone = list(itertools.chain.from_iterable(ranks.gathered(own)))
+        count = sum(tokens for _, tokens, _ in everyone) or 1
+        # The sum is exact, so it does not depend on the distribution of rows over processes.
+        loss = -math.fsum(total for total, _, _ in everyone) / count
+        return {"eval_loss": loss, "eval_token_accuracy": sum(hits for _, _, hits in everyone) / count}
+
+    def _row_scores(self, rows: Dataset, pause: Callable[[], None]) -> list[tuple[float, int, float]]:
+        """(log-probability, scored tokens, scored tokens that were the most likely ones) of each row."""
+        targets = evaluation_targets(rows)
+        scores: dict[int, Score] = {}
+        if self._scorer is None:
+            # 16-bit weights compute in their own dtype, without autocast.
+            autocast = self.autocast if self.model.dtype == torch.float32 else None
+            self._scorer = loss_scorer(self.model, autocast=autocast)
+        batches = self._scorer.plan(targets)
+        # Several processes take the batches in turn, in lockstep, so that all of them can stop at the same batch.
+        for start in range(0, len(batches), ranks.count()):
+            turn = start + ranks.rank()
+            if turn < len(batches):
+                scores |= self._scorer.score_batch(batches[turn], targets)
+            elif is_unit(self.model):
+                # A sharded model needs every process in each forward pass, also one without a batch left.
+                self._scorer.score_batch(batches[start], targets)
+            pause()
+        return [(score.total, len(score.tokens), score.hits) for score in scores.values()]
+
+
+def router_coefficient(model: PreTrainedModel) -> float:
+    """The factor of the balancing loss of a model's experts; 0 for a model without."""
+    config = model.config.get_text_config()
+    return float(getattr(config, "router_aux_loss_coef", 0.0)) if hasattr(config, "output_router_logits") else 0.0
+
+
+def sums_of_logits(model: PreTrainedModel, inputs: Batch, label_smoothing: float) -> tuple[LossSums, Any]:
+    """The sums over trained positions, and the model's outputs, from one forward pass through the model's own head: at
+    positions that any row trains on, where the model supports logits_to_keep.
+
+    ``inputs`` holds labels (B, L), -100 where nothing is trained; position i is scored on label i + 1.
+    """
+    trained = inputs["labels"][:, 1:] != IGNORED
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    positions = trained.any(dim=0).nonzero().squeeze(1) if keeps else None
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    outputs = model(**given, **({} if positions is None else {"logits_to_keep": positions}))
+    logits = outputs.logits[:, :-1] if positions is None else outputs.logits
+    chosen = trained if positions is None else trained[:, positions]
+    return cross_entropy(logits[chosen], inputs["labels"][:, 1:][trained], label_smoothing), outputs
+
+
+# --- micro-batches ---
+
+
+def padded(rows: Sequence[Row], pad: int) -> Batch:
+    """Rows (B, L), padded on the right."""
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    return {
+        "input_ids": pad_right(ids, pad),
+        "labels": pad_right([torch.tensor(row["labels"]) for row in rows], IGNORED),
+        "attention_mask": pad_right([torch.ones_like(row) for row in ids], 0),
+    }
+
+
+def pad_right(rows: Sequence[Tensor], value: int) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def end_to_end(rows: Sequence[Row]) -> Batch:
+    """Rows, or packed rows with their ``seq_lengths``, as one row (1, T) without padding, with the bounds between them
+    for attention, and each token's row for short convolutions. No row's first token is trained on.
+    """
+    lengths = torch.tensor(list(itertools.chain.from_iterable(_lengths(row) for row in rows)))
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    labels = torch.tensor(list(itertools.chain.from_iterable(row["labels"] for row in rows)))
+    labels[bounds[:-1].long()] = IGNORED
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.tensor(list(itertools.chain.from_iterable(row["input_ids"] for row in rows)))[None],
+        "labels": labels[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths)[None],
+    }
+
+
+def _lengths(row: Row) -> list[int]:
+    return row["seq_lengths"] if "seq_lengths" in row else [len(row["input_ids"])]
+
+
+def counted(batch: Batch) -> Counted:
+    """The counts of a batch: rows (B, L) with an attention mask, or rows end to end (1, T)."""
+    if "attention_mask" in batch:
+        tokens, examples = int(batch["attention_mask"].sum()), len(batch["input_ids"])
+    else:
+        tokens, examples = batch["input_ids"].numel(), len(batch["cu_seq_lens_q"]) - 1
+    scored = scored_positions(batch["labels"])
+    return Counted(len(scored), tokens, examples, scored)
+
+
+def widened(batch: Batch, length: int, pad: int) -> Batch:
+    """A batch of rows (B, L), padded further to ``length``."""
+    fills = {"input_ids": pad, "labels": IGNORED}
+    missing = length - batch["input_ids"].shape[1]
+    if not missing:
+        return batch
+    wide = {
+        name: F.pad(value, (0, missing), value=fills.get(name, 0)) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+    return {**wide, KEY: dataclasses.replace(batch[KEY], scored=scored_positions(wide["labels"]))}
+
+
+def packed(rows: Dataset, length: int, seed: int) -> Dataset:
+    """Rows of at most ``length`` tokens that hold several of the shuffled ``rows`` each: the longest first, each into
+    the fullest row with room for it (best fit decreasing). ``seq_lengths`` holds the lengths within a row.
+    """
+    rows = rows.select_columns(["input_ids", "labels"]).shuffle(seed=seed)
+    made: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+    for start in range(0, len(rows), PACKED_AT_ONCE):
+        part = rows[start : start + PACKED_AT_ONCE]
+        for members in _bins([len(ids) for ids in part["input_ids"]], length):
+            for name in ("input_ids", "labels"):
+                made[name].append(list(itertools.chain.from_iterable(part[name][member] for member in members)))
+            made["seq_lengths"].append([len(part["input_ids"][member]) for member in members])
+    return Dataset.from_dict(made).shuffle(seed=seed)
+
+
+def _bins(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """The indices of ``lengths`` in each bin. Of bins with equal room, the one that got it first is filled first."""
+    bins: list[list[int]] = []
+    # {room left: bins}, and the rooms in order.
+    by_room: dict[int, deque[list[int]]] = defaultdict(deque)
+    rooms: list[int] = []
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        place = bisect.bisect_left(rooms, lengths[index])
+        left = rooms[place] if place < len(rooms) else room
+        if place < len(rooms):
+            chosen = by_room[left].popleft()
+            if not by_room[left]:
+                del rooms[place]
+        else:
+            bins.append(chosen := [])
+        chosen.append(index)
+        if left := left - lengths[index]:
+            if not by_room[left]:
+                bisect.insort(rooms, left)
+            by_room[left].append(chosen)
+    return bins
+
+
+# --- dropout masks of several processes ---
+
+
+def adapters_at_work(model: nn.Module) -> Iterator[tuple[AdaptedLayer, Adapter]]:
+    """(layer, its active adapter) of the adapted layers."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer) and module.at_work is not None:
+            yield module, module.at_work
+
+
+def draws_one_mask(model: PreTrainedModel, *, has_noise: bool) -> bool:
+    """Whether the adapters have dropout and each of several processes can draw its part of a single process's masks.
+    Warns (RW784) where it cannot."""
+    if ranks.count() == 1 or not any(adapter.dropout for _, adapter in adapters_at_work(model)):
+        return False
+    reason = "NEFTune draws its noise from the same generator" if has_noise else why_masks_differ(model)
+    if reason is not None:
+        warn_of_other_masks(model, reason)
+    return reason is None
+
+
+def warn_of_other_masks(model: nn.Module, reason: str) -> None:
+    """Warn (RW784) where the adapters of several processes have dropout, and each draws its own masks."""
+    if ranks.count() > 1 and any(adapter.dropout for _, adapter in adapters_at_work(model)):
+        warn(
+            "RW784",
+            f"the dropout masks of {ranks.count()} processes differ from those of one: {reason}; every process "
+            "draws its own masks, from the seed and its rank.",
+        )
+
+
+def why_masks_differ(model: PreTrainedModel) -> str | None:
+    """Why dropout masks of one process cannot be divided among several, or None where they can.
+
+    The operator's mask is a hash of a seed, equal in all processes, and of the position in the whole batch. Any other
+    mask is drawn element by element, and depends on the number of rows of a process.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p and not name.endswith("lora_dropout"):
+            return f"the base model has dropout ({name})"
+    if getattr(model.config.get_text_config(), "attention_dropout", 0):
+        return "the base model has dropout (attention_dropout)"
+    for layer, adapter in adapters_at_work(model):
+        base = layer.base_layer
+        if layer.is_head:
+            return "the output head is adapted, and it gets the trained tokens only"
+        is_whole = adapter.parts is None and is_own(base) and not stored_weight(base).requires_grad
+        if adapter.dropout and not (is_whole and (type(base) in (nn.Linear, Linear4bit) or is_conv1d(base))):
+            return f"the fast operator does not support every adapted layer (here a {type(base).__name__})"
+    return None
