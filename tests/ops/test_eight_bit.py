@@ -122,6 +122,13 @@ def test_channel_scales_take_outliers() -> None:
     assert scaled < error(torch.ones(256)) / 2
 
 
+def test_bytes_of_a_weight_do_not_wrap() -> None:
+    """Scales from W in bfloat16, which rounds the largest element down."""
+    W = torch.tensor([[1.0 + 2**-8 - 2**-12, -0.5]])
+    scales = eight_bit.Scales.of(W.bfloat16(), torch.ones(2))
+    assert eight_bit.quantize_weight(W * 1.001, scales).tolist() == [[127, -64]]
+
+
 def test_only_training_is_in_eight_bits_and_can_be_undone() -> None:
     model = tiny_llama(hidden_size=64, intermediate_size=96).bfloat16()
     rw.add_adapter(model, rw.LoraConfig(r=4, init_lora_weights=False))

@@ -102,7 +102,9 @@ def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_weight(W: Tensor, scales: Scales) -> Tensor:
     """W_q int8 (N, K)."""
-    return (W.float() * scales.channel * scales.per_row[:, None]).round().to(torch.int8)
+    # The scales of a 4-bit weight are those of W in bfloat16: in float32 the largest element may round to 128.
+    q = (W.float() * scales.channel * scales.per_row[:, None]).round()
+    return q.clamp_(-LARGEST, LARGEST).to(torch.int8)
 
 
 def product(x: Tensor, W: Tensor, scales: Scales) -> Tensor:
