@@ -130,9 +130,6 @@ class MemoryEstimate:
     notes: tuple[str, ...] = ()
     network: Traffic = Traffic()
 
-    def to_json(self) -> JsonObject:
-        return {**dataclasses.asdict(self), "notes": list(self.notes)}
-
 
 class Estimator(Protocol):
     """(method, workload) -> peak memory on the planned model."""
@@ -205,14 +202,16 @@ class Traces:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._file, self._kept)
         except OSError:
-            # A folder that cannot be written costs the next plan its traces.
             self.say(f"traces cannot be kept in {self._file.parent}")
 
     @functools.cached_property
     def _skeleton(self) -> PreTrainedModel:
         from rankwise.models import load_skeleton
 
-        return load_skeleton(self.model.source, trust_remote_code=self.model.trust_remote_code)
+        skeleton = load_skeleton(self.model.source, trust_remote_code=self.model.trust_remote_code)
+        # What is stored quantized, `over_stored` counts.
+        vars(skeleton.config).pop("quantization_config", None)
+        return skeleton
 
     def _trace(self, method: str, workload: Workload) -> Found:
         if workload.strategy == "fsdp" and _is_in_a_group():
