@@ -22,10 +22,8 @@ from rankwise.lora_config import LoraConfig
 from rankwise.training.checkpoints import Checkpoint
 from rankwise.training.learning import make_loop
 from rankwise.training.loop import Loop
-from rankwise.training.meters import MemoryMeter
 from rankwise.training.run import learning_of, progress_of, train
 from rankwise.training.setup import LoadedBase
-from rankwise.training.watch import Watch
 from tiny_models import tiny_llama
 
 
@@ -116,19 +114,6 @@ def loop_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> LoopMaker:
         )
 
     return make
-
-
-def fit(loop: Loop, checkpoint: Checkpoint | None = None, **parts: Any) -> Loop:
-    memory, options = MemoryMeter("cpu"), loop.options
-    loop.fit(Watch(loop.model, loop.progress, memory, options.total_steps, options.eval_steps, **parts), checkpoint)
-    return loop
-
-
-def evaluate(loop: Loop, rows: Dataset | None = None) -> dict[str, float]:
-    loop.objective.eval_rows = loop.objective.eval_rows if rows is None else rows
-    loop.model.eval()
-    with torch.no_grad():
-        return loop.objective.evaluate(loop.model, lambda: None)
 
 
 @pytest.fixture

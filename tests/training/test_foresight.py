@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from training_rows import encoded_rows
+from training_rows import encoded_rows, fit
 
-from conftest import fit
 from rankwise.training.foresight import MicroBatch, coming_batches, largest_batch, largest_evaluation, largest_scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

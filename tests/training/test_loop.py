@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from training_rows import encoded_rows
+from training_rows import encoded_rows, evaluate, fit
 
-from conftest import evaluate, fit
 from rankwise.acceleration import optimize_for_training, restore
 from rankwise.adapters import add_adapter
 from rankwise.errors import RankwiseWarning, RunError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rankwise.errors import ConfigError
-from rankwise.planning.optimizers import RULES
+from rankwise.planning.workload import RULES
 from rankwise.training.optimizers import (
     NAMES,
     SCHEDULES,

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from training_rows import Recorder, StopAfter
+from training_rows import Recorder, StopAfter, fit
 
-from conftest import fit
 from marks import at_some_level
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.errors import Interrupted

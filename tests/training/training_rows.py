@@ -8,14 +8,18 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rankwise.training.meters import Progress
+from rankwise.training.checkpoints import Checkpoint
+from rankwise.training.loop import Loop
+from rankwise.training.meters import MemoryMeter, Progress
 from rankwise.training.observer import StepInfo
+from rankwise.training.watch import Watch
 
 WORDS = [f"w{index}" for index in range(90)]
 
@@ -68,6 +72,19 @@ class Recorder:
 
     def warning(self, code: str, text: str) -> None:
         self.warnings.append(code)
+
+
+def fit(loop: Loop, checkpoint: Checkpoint | None = None, **parts: Any) -> Loop:
+    memory, options = MemoryMeter("cpu"), loop.options
+    loop.fit(Watch(loop.model, loop.progress, memory, options.total_steps, options.eval_steps, **parts), checkpoint)
+    return loop
+
+
+def evaluate(loop: Loop, rows: Dataset | None = None) -> dict[str, float]:
+    loop.objective.eval_rows = loop.objective.eval_rows if rows is None else rows
+    loop.model.eval()
+    with torch.no_grad():
+        return loop.objective.evaluate(loop.model, lambda: None)
 
 
 class StopAfter:

@@ -37,8 +37,6 @@ from rankwise.training.meters import Progress
 from rankwise.training.optimizers import make_schedule
 from rankwise.training.sharding import sharded_state, whole, whole_state, whole_weights
 from rankwise.training.state import (
-    check_optimizer_state,
-    check_random_states,
     load_state,
     random_states,
     reading_state,
@@ -354,20 +352,15 @@ class Loop:
 
     def _load(self, checkpoint: Checkpoint) -> Any:
         """Load everything but the progress, which was read before. Returns the random states."""
-        folder, random = checkpoint.path, _random_file(ranks.rank())
+        folder = checkpoint.path
         load_weights(self.model, folder)
-        state = load_state(folder, "optimizer")
-        with reading_state(folder, "optimizer"):
-            check_optimizer_state(state, self.optimizer)
-            self.optimizer.load_state_dict(sharded_state(state, self.optimizer))
-        self.scheduler.load_state_dict(load_state(folder, "scheduler", like=self.scheduler.state_dict()))
-        self._follow_schedule()
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(load_state(folder, "scaler", like=self.scaler.state_dict()))
-        states = load_state(folder, random)
-        with reading_state(folder, random):
-            check_random_states(states)
-        return states
+        with reading_state(folder, "training"):
+            self.optimizer.load_state_dict(sharded_state(load_state(folder, "optimizer"), self.optimizer))
+            self.scheduler.load_state_dict(load_state(folder, "scheduler"))
+            self._follow_schedule()
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(load_state(folder, "scaler"))
+        return load_state(folder, _random_file(ranks.rank()))
 
     def _follow_schedule(self) -> None:
         """Set the next step's learning rate from this run's length, since the checkpoint may be of a shorter run."""

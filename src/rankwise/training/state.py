@@ -55,21 +55,18 @@ def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_state(folder: Path, name: str, like: Mapping[str, Any] | None = None) -> Any:
-    """Read what ``save_state`` wrote; tensors are on the CPU. The state must have the form of ``like``, if given.
+def load_state(folder: Path, name: str) -> Any:
+    """Read what ``save_state`` wrote; tensors are on the CPU.
 
-    Raises RunError: RW512 for a folder that holds pickles, RW511 for files that are missing, damaged, do not belong
-    together or hold a state of another form.
+    Raises RunError: RW512 for a folder that holds pickles, RW511 for files that are missing, damaged or do not belong
+    together.
     """
     check_no_pickles(folder)
     with reading_state(folder, name):
         document = read_json(folder / f"{name}.json")
         path = folder / f"{name}.safetensors"
         tensors = safetensors.torch.load_file(path) if path.exists() else {}
-        state = _decode(document, tensors)
-        if like is not None:
-            _check_form(state, like, name)
-        return state
+        return _decode(document, tensors)
 
 
 @contextmanager
@@ -82,52 +79,6 @@ def reading_state(folder: Path, name: str) -> Iterator[None]:
         raise RunError(
             "RW511", f"cannot read the {name} state in {folder}: {reason}; resume from an older checkpoint."
         ) from None
-
-
-def check_optimizer_state(state: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where groups or moments have another form than those of ``optimizer``."""
-    wanted = optimizer.state_dict()
-    _check_form(state.get("param_groups"), wanted["param_groups"], "param_groups")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            shape = parameters[index].shape
-            if name.startswith("exp_avg") and "_sq_" not in name and getattr(value, "shape", None) != shape:
-                raise ValueError(f"{name} of parameter {index} is not of the shape {tuple(shape)}")
-
-
-def check_random_states(states: Any) -> None:
-    """Raise ValueError for states of another form than ``random_states`` gives, except CUDA's, checked when set."""
-    now = random_states()
-    always = ("python", "numpy", "cpu")
-    _check_form({name: states.get(name) for name in always}, {name: now[name] for name in always}, "random")
-    if not 0 <= states["numpy"][2] <= len(now["numpy"][1]):
-        raise ValueError(f"the position of NumPy's generator is {states['numpy'][2]}")
-
-
-def _check_form(found: Any, wanted: object, place: str) -> None:
-    """Raise ValueError where ``found`` and ``wanted`` differ in keys, lengths, types, dtypes or shapes of tensors."""
-    if isinstance(wanted, Tensor) and isinstance(found, Tensor):
-        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-            raise ValueError(f"{place} is {found.dtype} of {tuple(found.shape)}, not {tuple(wanted.shape)}")
-    elif isinstance(wanted, dict) and isinstance(found, dict):
-        if found.keys() != wanted.keys():
-            raise ValueError(f"{place} has other keys than this run's")
-        for key, value in wanted.items():
-            _check_form(found[key], value, f"{place}[{key!r}]")
-    elif isinstance(wanted, list | tuple) and type(found) is type(wanted):
-        if len(found) != len(wanted):
-            raise ValueError(f"{place} has {len(found)} entries, not {len(wanted)}")
-        for index, value in enumerate(wanted):
-            _check_form(found[index], value, f"{place}[{index}]")
-    elif _kind(found) != _kind(wanted):
-        raise ValueError(f"{place} is a {type(found).__name__}, not a {type(wanted).__name__}")
-
-
-def _kind(value: object) -> type:
-    """The type of a value, with one type for all numbers and None."""
-    is_number = value is None or (isinstance(value, int | float | np.number) and not isinstance(value, bool))
-    return float if is_number else type(value)
 
 
 def seed_all(seed: int) -> None:
