@@ -83,7 +83,7 @@ def main() -> None:
         data = write_sums(place / "sums.jsonl")
         model = base(place, data)
         rows = [row(*rewarded(place, model, data, seed, arguments)) for seed in range(arguments.seeds)]
-    versions = ", ".join(f"{name} {number}" for name, number in results.versions(("rankwise", "torch", "trl")).items())
+    versions = ", ".join(f"{name} {number}" for name, number in results.versions(("rankwise", "torch")).items())
     page = [
         "# Learning sums from a reward",
         "",

@@ -367,3 +367,8 @@ def test_a_sharded_module_is_of_a_class_of_its_own_and_whole_while_gathered():
         assert compat.is_sharded(model[0].weight)
     finally:
         distributed.destroy_process_group()
+
+
+def test__int_mm_multiplies_int8_in_int32():
+    ones = torch.full((32, 32), 127, dtype=torch.int8)
+    assert (compat.int_mm(ones, ones) == 32 * 127**2).all()

@@ -246,6 +246,8 @@ local_scalar = torch.ops.aten._local_scalar_dense
 grouped_mm = torch.ops.aten._grouped_mm
 foreach_norm = torch.ops.aten._foreach_norm
 foreach_sqrt = torch.ops.aten._foreach_sqrt
+# The product of int8 matrices in int32.
+int_mm = torch._int_mm
 
 
 class Ctx(Protocol[Kept]):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rankwise.compat.torch import int_mm
 from rankwise.ops.elementwise_reference import row_chunks
 from rankwise.ops.freshness import Key, frozen_key
 from rankwise.ops.packed_weight import PackedWeight
@@ -124,11 +125,11 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     # cuBLAS takes more than 16 rows and multiples of 8.
     if (a.is_cuda and (a.shape[0] <= 16 or any(size % 8 for size in (*a.shape, b.shape[1])))) or not torch_is_exact():
         return (a.double() @ b.double()).float()
-    return torch._int_mm(a, b).float()
+    return int_mm(a, b).float()
 
 
 @functools.cache
 def torch_is_exact() -> bool:
     """Whether torch's products of int8 are exact: on CPUs without VNNI they saturate in 16 bits."""
     ones = torch.full((64, 64), LARGEST, dtype=torch.int8)
-    return bool((torch._int_mm(ones, ones) == 64 * LARGEST**2).all())
+    return bool((int_mm(ones, ones) == 64 * LARGEST**2).all())

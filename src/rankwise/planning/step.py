@@ -38,6 +38,7 @@ from rankwise.acceleration.generation import (
     cache_bytes_per_token,
     drawn,
 )
+from rankwise.acceleration.offloading import KEPT_SAVES, LEAST_BYTES
 from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
 from rankwise.acceleration.sharding import average_gradients
 from rankwise.compat.torch import (
@@ -59,8 +60,6 @@ from rankwise.planning.workload import Workload, rule_of, state_bytes
 Enter = Callable[[str], None]
 Elsewhere = Callable[[], AbstractContextManager[None]]
 CARD_ATTENTION = "rankwise_card"
-# Offloading leaves smaller tensors on the device; after this many saves a copy counts as finished.
-LEAST_BYTES, KEPT_SAVES = 1024, 5
 # A phase whose memory no run takes.
 UNCOUNTED = "uncounted"
 
@@ -417,10 +416,11 @@ class Offloading:
     def pack(self, tensor: Tensor) -> tuple[int, Tensor]:
         """(0, the tensor), or the number of the save and the copy in the host's memory."""
         number = next(self.saves)
-        if tensor.nbytes < LEAST_BYTES or storage_address(tensor.untyped_storage()) in self.parameters:
+        is_parameter = storage_address(tensor.untyped_storage()) in self.parameters
+        if is_parameter or tensor.nbytes < LEAST_BYTES or 0 in tensor.stride():
             return 0, tensor
         self.waiting = {save: held for save, held in self.waiting.items() if save > number - KEPT_SAVES}
-        whole = 0 in tensor.stride() or (tensor.is_contiguous() and not tensor.storage_offset())
+        whole = tensor.is_contiguous() and not tensor.storage_offset()
         self.waiting[number] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
         with self.elsewhere():
             return number, tensor.clone()

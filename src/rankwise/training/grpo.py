@@ -21,14 +21,13 @@ import math
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import give_back_freed_memory
@@ -61,8 +60,6 @@ Given = Mapping[str, Any]
 Said = str | Sequence[Message]
 BUILT_IN = "answer, format=REGEX, length=N"
 FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:]+)")
-# The arguments besides ``completions`` and the columns of the data.
-OTHERS = {"prompts", "completion_ids"}
 # Largest number of characters of a prompt or an answer in a message.
 SHOWN = 80
 # An evaluation checks after this number of prompts whether the user has stopped it.
@@ -222,7 +219,8 @@ class RewardedAnswers:
         own = ranks.share([*range(self.size)])
         places = [start * self.size + place for start in range(len(batches)) for place in own]
         answers = self._written(prompts, places, self.temperature, self.seed << 32 | step)
-        found = zip(places, self._scored(prompts, answers), map(len, answers), map(self._is_cut, answers))
+        is_cut = [answer[-1] not in self.stop_ids for answer in answers]
+        found = zip(places, self._scored(prompts, answers), map(len, answers), is_cut)
         everyone = sorted(itertools.chain.from_iterable(ranks.gathered([*found])))
         _, scores, lengths, cut = map(list, zip(*everyone))
         rewards = self._weighted(scores)
@@ -252,16 +250,16 @@ class RewardedAnswers:
         answers: list[list[int]] = [[] for _ in prompts]
         # Training steps and generation allocate different sizes, so neither would reuse the other's freed memory.
         give_back_freed_memory()
-        with _evaluating(model), torch.autocast(model.device.type, self.autocast, enabled=self.autocast is not None):
+        is_training = model.training
+        model.eval()
+        with torch.autocast(model.device.type, self.autocast, enabled=self.autocast is not None):
             generator = Generator(model, decoding, pad=self.pad)
             for batch in batches_that_fit(model, prompts, decoding):
                 for index, ids in zip(batch, generator.answers([prompts[index] for index in batch])):
                     answers[index] = ids
+        model.train(is_training)
         give_back_freed_memory()
         return answers
-
-    def _is_cut(self, answer: Sequence[int]) -> bool:
-        return not answer or answer[-1] not in self.stop_ids
 
     def _scored(self, rows: Sequence[Row], answers: list[list[int]]) -> list[list[float]]:
         """The values of all rewards (R,) for each answer, NaN for None."""
@@ -355,17 +353,6 @@ class RewardedAnswers:
             )
         means = self._means(scores, rewards)
         return {"eval_loss": -means["reward"], **{f"eval_{name}": mean for name, mean in means.items()}}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in which the model is in evaluation mode; its former mode is restored."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 # --- rewards ---
@@ -506,7 +493,7 @@ def answer(completions: Sequence[Said], **columns: Any) -> list[float]:
     """
     column = next((name for name in ANSWERS if name in columns), None)
     if column is None:
-        there = ", ".join(sorted(set(columns) - OTHERS)) or "none besides the prompts"
+        there = ", ".join(sorted(set(columns) - {"prompts", "completion_ids"})) or "none besides the prompts"
         raise DataError(
             "RW781",
             f"--reward answer compares with a column {' or '.join(ANSWERS)}, and the data have {there}; rename the "
