@@ -9,6 +9,8 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
@@ -120,3 +122,11 @@ def save_with_tokenizer(model: PreTrainedModel, tokenizer_folder: Path, folder: 
     for file in tokenizer_folder.glob("token*"):
         shutil.copy(file, folder)
     return folder
+
+
+def tiny_bert(seed: int = 0, **overrides: object) -> BertModel:
+    """A two-layer BERT of random weights, without dropout: an encoder with learned positions and a pooler."""
+    settings = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "eos_token_id")}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(seed)
+    return BertModel(BertConfig(**{**settings, **dropout, **overrides})).eval()

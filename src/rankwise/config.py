@@ -47,7 +47,7 @@ QuantType = Literal["nf4", "fp4"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Products = Literal["auto", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Objective = Literal["sft", "dpo", "kto", "grpo"]
+Objective = Literal["sft", "dpo", "kto", "grpo", "classify"]
 Tracker = Literal["wandb", "trackio", "tensorboard"]
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
@@ -215,7 +215,7 @@ class PreferenceOptions(Settings):
         Objective,
         _objective(
             "What to learn from. sft: demonstrations; dpo: pairs of a better and a worse answer; kto: answers marked "
-            "good or bad; grpo: rewards."
+            "good or bad; grpo: rewards; classify: texts with labels."
         ),
     ] = "sft"
     beta: Annotated[

@@ -33,6 +33,7 @@ OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
         "prompt_column",
         "completion_column",
     ),
+    "classify": ("activation_offloading",),
 }
 # {objective: its losses, the default first; trl's names}.
 LOSS_TYPES: Mapping[Objective, tuple[str, ...]] = {
@@ -46,6 +47,7 @@ NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt
 LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 # For these, transformers ignores the number of warm-up steps.
 WITHOUT_WARMUP = ("constant", *LED_BY_EVALUATIONS)
+NOT_OF_LABELS = ("chat_template", "sample_prompt", "new_tokens", "cache")
 # Optimizers that compute the same on shards as on whole weights.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
@@ -66,6 +68,8 @@ def check_conflicts(given: TrainSettings, processes: int) -> None:
         found += _of_preferences(given)
     elif given.objective == "grpo":
         found += _of_rewards(given, processes)
+    elif given.objective == "classify":
+        found += _of_labels(given)
     if found:
         raise ConfigError("RW112", " ".join(found))
 
@@ -166,6 +170,16 @@ def _of_preferences(given: TrainSettings) -> Iterator[str]:
         yield (
             "--objective kto compares each answer with the others of its batch, and --batch-size is 1; give 2 or more."
         )
+
+
+def _of_labels(given: TrainSettings) -> Iterator[str]:
+    idle = [flag(name) for name in NOT_OF_LABELS if getattr(given, name) is not None]
+    if idle:
+        yield f"{', '.join(idle)} does not go with --objective classify, whose rows and answers are not of chats."
+    if given.strategy == "fsdp":
+        yield "--objective classify trains its head whole, and --strategy fsdp shards it; take ddp."
+    if given.method not in METHODS:
+        yield f"--objective classify takes {', '.join(METHODS)}, and not --method {given.method}."
 
 
 def _of_rewards(given: TrainSettings, processes: int) -> Iterator[str]:

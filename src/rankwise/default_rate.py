@@ -53,7 +53,7 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
     ratio = settings.get("loraplus_ratio")
     factors = {
         "all weights": 1 / ADAPTERS if settings["method"] == "full" else None,
-        settings["objective"]: OF_PREFERENCES if settings["objective"] != "sft" else None,
+        settings["objective"]: OF_PREFERENCES if settings["objective"] not in ("sft", "classify") else None,
         "PiSSA": OF_PISSA if str(settings.get("init")).startswith("pissa") else None,
         "rsLoRA": OF_RSLORA if settings.get("use_rslora") else None,
         "LoRA+": 1 / ratio if ratio else None,

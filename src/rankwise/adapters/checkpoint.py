@@ -64,6 +64,7 @@ from rankwise.adapters.state import (
     wrappers,
 )
 from rankwise.compat.torch import own_parameters, uncompiled
+from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import AdapterError, ConfigError, some_of, warn
 from rankwise.foreign import parse_json
 from rankwise.lora_config import AdapterDtype, LoraConfig
@@ -95,6 +96,10 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
     folder = Path(folder)
     config, header = read_folder(folder)
     found = {_our_name(key): info.shape for key, info in header.tensors.items()}
+    if heads_of_labels(model) and config.modules_to_save:
+        # PEFT names the usual heads, whichever of them the model has.
+        there = [name for name in config.modules_to_save if any(path.endswith(name) for path, _ in base_modules(model))]
+        config = dataclasses.replace(config, modules_to_save=there)
     if read_config(folder).get("ensure_weight_tying"):
         config = _with_tied_head(model, config, found)
     resized = _make_room(model, config, _stored_tokens(model, found))

@@ -13,6 +13,8 @@ from rankwise.foreign import Fields, JsonObject, read_object
 from rankwise.lora_config import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
+# PEFT's task_type of a model with a head of labels.
+LABELS_TASK = "SEQ_CLS"
 
 _SHARED_FIELDS = (
     "r",

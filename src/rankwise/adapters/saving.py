@@ -26,7 +26,7 @@ from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.adapters.lora import TokenRows
 from rankwise.adapters.low_rank import enabled_rows, to_blocks
-from rankwise.adapters.peft_config import CONFIG_FILE, scaled_alpha, to_peft
+from rankwise.adapters.peft_config import CONFIG_FILE, LABELS_TASK, scaled_alpha, to_peft
 from rankwise.adapters.select import matches, suffixes, unread_modules
 from rankwise.adapters.state import (
     AdaptedModule,
@@ -40,9 +40,10 @@ from rankwise.adapters.state import (
     state_and_name,
     trained_copies,
 )
-from rankwise.compat.transformers import is_experts_family
+from rankwise.compat.transformers import heads_of_labels, is_experts_family
 from rankwise.errors import AdapterError, warn
 from rankwise.foreign import Fields, JsonObject
+from rankwise.labels import Labels, labels_of_head
 from rankwise.lora_config import LoraConfig
 from rankwise.quantization.linear import is_conv1d
 from rankwise.records import write_bytes, write_json
@@ -53,6 +54,8 @@ PARTS_KEY = "rankwise.enable_lora"
 # Metadata key for "loftq" adapters, which belong on 4-bit weights. In PEFT's own field, "loftq" would make PEFT
 # initialise the adapter again.
 INIT_KEY = "rankwise.init"
+# Metadata key for the names of labels, which PEFT's files do not hold.
+LABELS_KEY = "rankwise.labels"
 # Fields of fused projections, stored in the metadata because PEFT's fields cannot express them.
 PARTS_FIELDS = ("enable_lora", "rank_pattern", "alpha_pattern")
 # The folder name of a transformers Trainer's checkpoint.
@@ -189,10 +192,18 @@ def save_adapter(
     metadata = {"format": "pt"}
     if config.init.kind == "loftq":
         metadata[INIT_KEY] = config.init.kind
+    if heads_of_labels(model):
+        document["task_type"] = LABELS_TASK
+        metadata[LABELS_KEY] = json.dumps(labels_of(model).to_json())
     if config.enable_lora:
         metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name, state_dict), metadata))
     write_json(folder / CONFIG_FILE, document)
+
+
+def labels_of(model: Any) -> Labels:
+    """The labels of a model that answers with labels."""
+    return labels_of_head(model.config.id2label, model.config.problem_type)
 
 
 def _warn_of_former_experts(model: nn.Module, adapted: list[str]) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankwise.adapters.peft_config import read_config
+from rankwise.adapters.peft_config import LABELS_TASK, read_config
 from rankwise.config import DEMO
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.foreign import Fields
+from rankwise.labels import Labels, labels_of_head, read_labels
 from rankwise.records import RUN_FILE, RunRecord, record_of
 
 if TYPE_CHECKING:
@@ -60,6 +61,28 @@ def quantization_of(adapter: Path) -> FourBitConfig | None:
         raise RunError("RW501", f"{adapter / RUN_FILE} describes the 4-bit base as {str(stored)[:60]!r}; repair it.")
     found: FourBitConfig = FourBitConfig.from_dict(dict(stored))
     return found
+
+
+def labels_of(adapter: Path) -> Labels | None:
+    """The labels with which an adapter answers, from its file or from the size of its head; None for one that writes
+    text. Raises AdapterError (RW410) for a folder from which they do not follow.
+    """
+    from rankwise.adapters.checkpoint import read_folder
+    from rankwise.adapters.saving import LABELS_KEY
+
+    if read_config(adapter).get("task_type") != LABELS_TASK:
+        return None
+    _, header = read_folder(adapter)
+    if (text := header.metadata.get(LABELS_KEY)) is not None:
+        try:
+            return read_labels(text)
+        except (ValueError, TypeError) as error:
+            raise AdapterError("RW410", f"the labels in the metadata of {adapter} cannot be used: {error}.") from None
+    # The last of a head's matrices has a row for each label.
+    rows = [info.shape[0] for key, info in header.tensors.items() if key.endswith(".weight") and ".lora_" not in key]
+    if not rows:
+        raise AdapterError("RW410", f"{adapter} is of task_type {LABELS_TASK} and holds no head (modules_to_save).")
+    return labels_of_head({place: f"LABEL_{place}" for place in range(min(rows))}, None)
 
 
 def dtype_of(adapter: Path) -> torch.dtype | None:

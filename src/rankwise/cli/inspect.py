@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import defaultdict
@@ -106,10 +107,12 @@ def _fit(folder: Path, model: str) -> JsonObject:
     """Whether the adapter fits ``model``; only shapes are compared, on a model without weights."""
     from rankwise.adapters.checkpoint import read_adapter
     from rankwise.adapters.peft_config import read_config
-    from rankwise.models import is_other_hub_model, load_skeleton
+    from rankwise.adapters.trained_base import labels_of
+    from rankwise.models import fetch_model, is_other_hub_model, load_skeleton
 
     try:
-        read_adapter(load_skeleton(model), folder)
+        source = dataclasses.replace(fetch_model(model, weights=False), labels=labels_of(folder))
+        read_adapter(load_skeleton(source), folder)
     except AdapterError as error:
         return {"shapes": False, "code": error.code, "reason": error.message}
     named = read_config(folder).get("base_model_name_or_path")

@@ -29,9 +29,15 @@ def run(settings: MergeSettings, output: Output) -> Document:
     refuse_comparisons(settings.adapter)
     check_paths(model=settings.model, output=settings.output)
     _check_options(settings)
+    from rankwise.adapters.trained_base import labels_of
     from rankwise.export.merged import format_of, merge_to_folder, refuse_to_overwrite
 
     refuse_to_overwrite(settings.output)
+    if (settings.verify or settings.combine) and any(labels_of(one) for one in settings.adapter):
+        raise ConfigError(
+            "RW112",
+            "--verify and --combine measure and add adapters that write text, and this one answers with labels.",
+        )
     if settings.combine is not None:
         return _combine(settings, output)
     (adapter,) = settings.adapter
@@ -53,7 +59,10 @@ def run(settings: MergeSettings, output: Output) -> Document:
     modules = plural(report.merged_modules, "module")
     output.line(f"{'merged':<12}{adapter} into {report.base_model}, {report.onto} weights: {modules}")
     output.line(f"{'written':<12}{settings.output}  ({byte_size(size)}, an ordinary transformers model)")
-    output.line(f'{"try":<12}rankwise generate --model {settings.output} --prompt "..."')
+    verb = f'generate --model {settings.output} --prompt "..."'
+    if labels_of(adapter) is not None:
+        verb = f"predict --model {settings.output} --data D"
+    output.line(f"{'try':<12}rankwise {verb}")
     return {**dataclasses.asdict(report), "output": str(settings.output), "size_bytes": size}
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from rankwise.cli.options import Verb
 from rankwise.cli.output import Document, Output, light_table, printable
 from rankwise.cli.settings import PreviewSettings
+from rankwise.errors import DataError
 from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def run(settings: PreviewSettings, output: Output) -> Document:
     from rankwise.data.prompts import encode_prompts, prompt_formats
     from rankwise.models import load_tokenizer
 
+    if settings.objective == "classify":
+        return _of_labels(settings, output)
     asks, prefers = settings.objective == "grpo", settings.objective in PREFERENCE_FORMATS
     layout: dict[str, Any] = {"formats": prompt_formats(**settings.columns)} if asks else settings.columns
     if prefers:
@@ -47,6 +50,44 @@ def run(settings: PreviewSettings, output: Output) -> Document:
     _print(output, preview, report, settings)
     return {
         "row": dataclasses.asdict(preview) | {"index": index, "truncated": preview.truncated},
+        "data": dataclasses.asdict(report) | {"source": rows.source, "max_length": settings.max_length},
+    }
+
+
+def _of_labels(settings: PreviewSettings, output: Output) -> Document:
+    """A text with its label, and how many rows have each label."""
+    from rankwise.data import read_rows
+    from rankwise.data.labels import LABELLED, encode_labelled, label_counts, labels_in
+    from rankwise.evaluation.loading import needed_tokenizer
+    from rankwise.models import load_tokenizer
+
+    rows = read_rows(settings.data, skip_bad_rows=settings.skip_bad_rows, formats=LABELLED)
+    labels = labels_in(rows)
+    remote = settings.model_dump(include={"trust_remote_code", "revision"})
+    tokenizer = needed_tokenizer(load_tokenizer(settings.model, **remote), settings.model)
+    index = settings.row or 0
+    if index >= len(rows):
+        raise DataError("RW217", f"{rows.source} has no row {index}; its {len(rows)} rows count from 0.")
+    row = rows[index]
+    encoded = encode_labelled(rows, tokenizer, labels, max_length=settings.max_length)
+    report, counts = encoded.report, label_counts(rows, labels)
+    ids = encoded.dataset[index]["input_ids"]
+    label = ", ".join(row.target) if isinstance(row.target, tuple) else row.target
+    shares = ", ".join(f"{name} {count:,} ({count / len(rows):.1%})" for name, count in counts.items())
+    lengths = f"median {report.median_length:,.0f} tokens, longest {report.longest:,}"
+    for name, text in (
+        ("row", f"{row.place}: {plural(len(ids), 'token')}"),
+        ("label", label),
+        ("labels", shares or "numbers"),
+        ("data set", f"{plural(report.rows, 'row')}, {lengths}"),
+        ("truncation", f"{report.truncated_rows:,} cut at --max-length {settings.max_length}"),
+        *(("bad rows", bad) for bad in _bad_rows(report)),
+    ):
+        output.line(f"{name:<12}{text}")
+    output.line(f"\n{printable(str(tokenizer.decode(ids)))}")
+    return {
+        "row": {"place": row.place, "text": row.text, "label": row.target, "ids": ids},
+        "labels": {**labels.to_json(), "counts": counts},
         "data": dataclasses.asdict(report) | {"source": rows.source, "max_length": settings.max_length},
     }
 

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rankwise.config import MODEL, ModelOptions, TextOptions
+from rankwise.config import MODEL, ModelOptions, Objective, TextOptions
 from rankwise.evaluation.settings import LoadingOptions
 from rankwise.options import (
     LARGEST_NUMBER,
+    Batch,
     Length,
     Panel,
     Rank,
@@ -35,8 +36,11 @@ class PreviewSettings(ModelOptions, TextOptions):
     model: Annotated[str, option(Panel.MODEL, MODEL, metavar="M")]
     data: Annotated[str, option(Panel.MODEL, DATA, metavar="D")]
     objective: Annotated[
-        Literal["sft", "dpo", "kto", "grpo"],
-        _option("sft: rows as `train` learns them; dpo, kto: preferences; grpo: prompts that are to be answered."),
+        Objective,
+        _option(
+            "sft: rows as `train` learns them; dpo, kto: preferences; grpo: prompts that are to be answered; classify: "
+            "texts with labels."
+        ),
     ] = "sft"
     max_completion_length: Annotated[Tokens, _option("grpo: longest answer, in tokens.")] = 256
     row: Annotated[Whole | None, _option("Row to show, counted from 0; default: the first good one.")] = None
@@ -88,6 +92,19 @@ class GenerateSettings(LoadingOptions):
     compare: Annotated[bool, _option("Show base and tuned model side by side.")] = False
     max_new_tokens: Annotated[Tokens, _option("Longest answer, in tokens.")] = 128
     raw: Annotated[bool, _option("Give the model the prompt as it is, without a chat template.")] = False
+
+
+class PredictSettings(LoadingOptions):
+    """The options of ``rankwise predict``."""
+
+    data: Annotated[str, _option(f"Rows with a `text`, and perhaps a `label`. {DATA}", metavar="D")]
+    adapter: Annotated[Path | None, _option("Run folder or PEFT adapter folder.", metavar="A")] = None
+    model: Annotated[
+        str | None, _option("A model with a head of labels, or the base of the adapter, by its default.", metavar="M")
+    ] = None
+    batch_size: Annotated[Batch, _option("Rows answered at once.")] = 16
+    max_length: Annotated[Length | None, _option("Tokens per row; default: as in training.")] = None
+    skip_bad_rows: Annotated[Whole, _option("Leave out up to N bad rows; with more, stop.")] = 0
 
 
 class BaseOptions(ModelOptions):

@@ -26,6 +26,7 @@ from rankwise.cli.progress import watching
 from rankwise.config import METHODS, TrainSettings
 from rankwise.errors import ConfigError, DataError, Interrupted, RunError, is_out_of_memory, out_of_memory
 from rankwise.foreign import Fields
+from rankwise.labels import MEASURES
 from rankwise.options import flag
 from rankwise.records import RunRecord, load_record, read_metrics, write_text
 from rankwise.reports.numbers import byte_size, plural, rate
@@ -127,7 +128,8 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     try:
         watched = watching(output, every=settings.logging_steps, of_rewards=settings.objective == "grpo")
         with watched if ranks.is_writer() else _unwatched() as observer:
-            record = train(settings, observer, guard)
+            # The memory plan knows language models only.
+            record = train(settings, observer, None if settings.objective == "classify" else guard)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -204,6 +206,9 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
             "rewards",
             f"{accuracy:.1%} of the evaluation pairs have the better answer ahead, by {margin:.3g} on average",
         )
+    agreement = {name: record.eval_rewards.get(name) for name in MEASURES[:-1]}
+    if found := [f"{name} {value:.3f}" for name, value in agreement.items() if value is not None]:
+        yield "answers", f"{', '.join(found)} on the evaluation data"
     if record.trainable_parameters is not None and record.total_parameters:
         yield "trained", trained_share(record)
     if record.rate_search is not None:
@@ -214,7 +219,9 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     yield "speed", _speed(record)
     yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
     # `generate` does not load methods of other distributions.
-    if record.method in METHODS:
+    if record.objective == "classify":
+        yield "try", f"rankwise predict --{'model' if record.method == 'full' else 'adapter'} {folder} --data D"
+    elif record.method in METHODS:
         kind, compare = ("model", "") if record.method == "full" else ("adapter", " --compare")
         yield "try", f'rankwise generate --{kind} {folder} --prompt "..."{compare}'
 

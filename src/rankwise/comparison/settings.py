@@ -187,6 +187,10 @@ def check_compare(given: CompareSettings) -> None:
     Raises ConfigError: RW165 unknown methods, RW167 duplicates, and options that exclude each other,
     RW626 an objective that is not compared.
     """
+    if given.objective == "classify":
+        raise ConfigError(
+            "RW626", "--objective classify cannot be compared yet; train each method with `rankwise train`."
+        )
     if given.objective == "grpo":
         raise ConfigError(
             "RW626",

@@ -33,6 +33,15 @@ def attention_of(config: PreTrainedConfig | None) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
+def heads_of_labels(model: nn.Module) -> list[str]:
+    """The modules beside the layers of a model that answers with labels; empty for any other model."""
+    kinds = (kind.__name__ for kind in type(model).__mro__)
+    if not any(name.endswith("ForSequenceClassification") for name in kinds):
+        return []
+    body = getattr(model, "base_model_prefix", "")
+    return [name for name, part in model.named_children() if name != body and any(True for _ in part.parameters())]
+
+
 def names_windows(model: nn.Module) -> bool:
     """Whether the class declares flash-attention support: its layers pass their sliding windows to the attention
     function instead of relying on a mask.

@@ -14,6 +14,7 @@ from typing import Literal, overload
 
 from rankwise.errors import DataError, warn
 from rankwise.foreign import Fields
+from rankwise.labels import Target
 
 Kind = Literal["chat", "prompt", "text"]
 Unit = Literal["line", "row"]
@@ -45,6 +46,8 @@ class Row:
     rejected: Row | None = None
     # For marked answers: whether the answer is good.
     label: bool | None = None
+    # For a text with a label: that.
+    target: Target | None = None
 
     @property
     def place(self) -> str:

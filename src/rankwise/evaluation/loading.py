@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.config import TrainSettings
 from rankwise.constants import TEMPLATE_FILE
-from rankwise.errors import ConfigError, DataError, RunError, heard
+from rankwise.errors import ConfigError, DataError, ModelError, RunError, heard
 from rankwise.evaluation.record import text_sha256
 from rankwise.foreign import JsonObject, read_json
+from rankwise.labels import labels_of_head
 from rankwise.options import LONGEST_ROW
 from rankwise.records import RUN_FILE, RunRecord, record_of
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from rankwise.models import ModelSource
     from rankwise.quantization.config import FourBitConfig
 
 
@@ -44,6 +46,8 @@ class LoadOptions:
     device: str = "auto"
     trust_remote_code: bool = False
     revision: str | None = None
+    # Whether the model answers with labels, or else writes text.
+    labels: bool = False
 
 
 def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *, named: bool = True) -> Loaded:
@@ -59,21 +63,22 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
     from rankwise.adapters import load_adapter
     from rankwise.adapters.peft_config import read_config
     from rankwise.adapters.trained_base import tokenizer_with_rows
-    from rankwise.models import choose_device, load_model, warns_of_other_hub_model
+    from rankwise.models import choose_device, fetch_model, load_model, warns_of_other_hub_model
 
     limit_generated_kernels()
     revision = check_fit(name, adapters, options, named=named)
+    source = fetch_model(name, revision=revision, trust_remote_code=options.trust_remote_code)
+    source = with_labels(source, adapters) if options.labels else source
     if named:
         for adapter in adapters:
             warns_of_other_hub_model(name, adapter, read_config(adapter))
     choice = choose_device(options.device)
     model, tokenizer = load_model(
-        name,
+        source,
         dtype=_dtype(options.dtype, adapters, choice.dtype),
         device=str(choice.device),
         quantization=_quantization(options.quantization, adapters),
         trust_remote_code=options.trust_remote_code,
-        revision=revision,
     )
     if options.quantization == "none" and getattr(model, "hf_quantizer", None) is not None:
         # The files themselves hold 4-bit weights.
@@ -93,21 +98,42 @@ def check_fit(name: str, adapters: Sequence[Path], options: LoadOptions, *, name
     Returns the revision of the model to load.
     """
     from rankwise.adapters.checkpoint import read_adapter, read_folder
-    from rankwise.adapters.trained_base import revision_of
+    from rankwise.adapters.trained_base import labels_of, revision_of
     from rankwise.models import choose_device, fetch_model, load_skeleton
 
     for adapter in adapters:
         read_folder(adapter)
+        if (labels_of(adapter) is not None) != options.labels:
+            does = "writes text, and `rankwise generate`" if options.labels else "has labels, and `rankwise predict`"
+            raise ConfigError("RW112", f"the adapter in {adapter} {does} answers with it.")
     choose_device(options.device)
     keeps = options.revision is not None or named or not adapters
     revision = options.revision if keeps else revision_of(adapters[0])
     remote = options.trust_remote_code
     source = fetch_model(name, revision=revision, trust_remote_code=remote, weights=False)
+    source = with_labels(source, adapters) if options.labels else source
     # Loading gives the warnings again.
     with heard(lambda warning: False):
         for adapter in adapters:
             read_adapter(load_skeleton(source, trust_remote_code=remote), adapter)
     return revision
+
+
+def with_labels(source: ModelSource, adapters: Sequence[Path]) -> ModelSource:
+    """The source with the labels of the first adapter, or else those of its own head.
+
+    Raises ModelError (RW303) for a model without such a head.
+    """
+    from rankwise.adapters.trained_base import labels_of
+    from rankwise.models.folder import answers_labels, read_config
+
+    if adapters:
+        return dataclasses.replace(source, labels=labels_of(adapters[0]))
+    config = read_config(source.path) if source.path is not None and not source.is_gguf else {}
+    names = config.get("id2label")
+    if not answers_labels(config) or not isinstance(names, dict):
+        raise ModelError("RW303", f"{source.name} has no head of labels; give an adapter that `train` made, too.")
+    return dataclasses.replace(source, labels=labels_of_head(names, config.get("problem_type")))
 
 
 def needed_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:

@@ -22,7 +22,14 @@ from rankwise.adapters.base_layer import make_dense
 from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, end_tensors, read_adapter, read_folder
 from rankwise.adapters.experts import merged_stack
 from rankwise.adapters.saving import PREFIX
-from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
+from rankwise.adapters.trained_base import (
+    base_model_of,
+    dtype_of,
+    labels_of,
+    quantization_of,
+    revision_of,
+    sha256_of_base,
+)
 from rankwise.compat.transformers import collected
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ModelError, RunError, heard, some_of, warn
@@ -99,13 +106,14 @@ def merge_to_folder(
         _warn_of_another_base(adapter, source)
         # A GGUF's tensors have other names and packings; it goes through memory as an ordinary model.
         # So do new tokens, for which embedding and head change their size.
+        # So does a head of labels, for which the base's files have no tensor.
         # So do layers of other libraries, which dequantize themselves.
         is_ordinary = not source.is_gguf and foreign_quantization(source) is None
         streams = is_ordinary
         if is_ordinary:
             skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
             file = read_adapter(skeleton, adapter)
-            streams = not file.has_new_tokens
+            streams = not file.has_new_tokens and source.labels is None
         with whole_folder(output) as folder:
             count = (
                 _merge_streamed(base, skeleton, file, folder) if streams else _merge_in_memory(base, adapter, folder)
@@ -149,6 +157,7 @@ def base_source(
     if model is None:
         model, revision = base_model_of(adapter), revision or revision_of(adapter)
     source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    source = dataclasses.replace(source, labels=labels_of(adapter))
     # Merging gives the warnings again.
     with heard(lambda warning: False):
         read_adapter(load_skeleton(source, trust_remote_code=trust_remote_code), adapter)

@@ -50,15 +50,15 @@ class FolderContent(NamedTuple):
     headers: dict[str, WeightsHeader]
 
 
-def check_folder(folder: Path, *, trust_remote_code: bool = False) -> FolderContent:
-    """Check and read ``folder``, a causal language model in safetensors.
+def check_folder(folder: Path, *, trust_remote_code: bool = False, labelled: bool = False) -> FolderContent:
+    """Check and read ``folder``, a causal language model in safetensors; ``labelled``: one that takes a head of labels.
 
     Raises ModelError: RW302 no or unreadable config.json, or an adapter; RW303 unknown architecture; RW304 a model that
     needs its own code; RW305 no weights or missing shards; RW306 damaged weights; RW307 pickled weights only. Warns
     RW320 where the folder's own code is not used.
     """
     config = read_config(folder)
-    check_architecture(config, folder, trust_remote_code=trust_remote_code)
+    check_architecture(config, folder, trust_remote_code=trust_remote_code, labelled=labelled)
     check_generation(folder)
     refuse_pickles(folder)
     names = existing_weights(folder, config)
@@ -178,8 +178,15 @@ def _read_object(path: Path) -> JsonObject:
     return read_object(path, error=ModelError, code="RW302", constants=True)
 
 
-def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool) -> None:
-    """Raise ModelError (RW303, RW304) unless transformers can build a causal language model from this config."""
+def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool, labelled: bool = False) -> None:
+    """Raise ModelError (RW303, RW304) unless transformers can build a causal language model from this config, or with
+    ``labelled`` one with a head of labels."""
+    if not labelled and answers_labels(config):
+        raise ModelError(
+            "RW303",
+            f"{folder} answers with labels and writes no text; `rankwise predict --model` answers with it, and `train "
+            "--objective classify` trains it.",
+        )
     has_code = bool(config.get("auto_map"))
     if trust_remote_code and has_code:
         return
@@ -192,7 +199,7 @@ def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool)
         )
     model_type = config.get("model_type")
     known = _is_known(model_type)
-    if known and auto_class(model_type) is not None:
+    if known and auto_class(model_type, labelled=labelled) is not None:
         if has_code:
             warn("RW320", f"{folder} brings code of its own, which is not run: transformers' own {model_type} is used.")
         return
@@ -206,7 +213,10 @@ def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool)
 
     if known:
         raise ModelError(
-            "RW303", f"{folder} is a {model_type!r} model, which is not a causal language model; give one that is."
+            "RW303",
+            f"{folder} is a {model_type!r} model, which "
+            f"{'takes no head of labels' if labelled else 'is not a causal language model'}; give one that "
+            f"{'does' if labelled else 'is'}.",
         )
     raise ModelError(
         "RW303",
@@ -221,18 +231,29 @@ def _is_known(model_type: object) -> TypeGuard[str]:
     return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
-def auto_class(model_type: object) -> Any:
-    """transformers' auto class for such a model; None where it is no language model.
+def answers_labels(config: Fields) -> bool:
+    """Whether the config is of a model with a head of labels."""
+    names = config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
+
+
+def auto_class(model_type: object, *, labelled: bool = False) -> Any:
+    """transformers' auto class for such a model, ``labelled`` for one with a head of labels; None where there is none.
 
     transformers registers some multimodal models as causal language models (Gemma 3) and others not (Qwen2.5-VL). Both
     generate text from text.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     )
+
+    if labelled:
+        takes = not _is_known(model_type) or CONFIG_MAPPING[model_type] in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        return AutoModelForSequenceClassification if takes else None
 
     # A model with its own code names its class itself.
     if not _is_known(model_type) or (kind := CONFIG_MAPPING[model_type]) in MODEL_FOR_CAUSAL_LM_MAPPING:

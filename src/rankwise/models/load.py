@@ -8,6 +8,7 @@ A skeleton is a model without its weights: shapes and names on torch's meta devi
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -17,12 +18,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.compat.transformers import gguf_read_once, text_config, without_accelerate
+from rankwise.compat.transformers import gguf_read_once, heads_of_labels, text_config, without_accelerate
 from rankwise.errors import ModelError, RankwiseError, some_of, warn
 from rankwise.foreign import Fields
+from rankwise.labels import NUMBER, Labels, labels_of_head
 from rankwise.models.device import choose_device
 from rankwise.models.folder import (
     FolderContent,
+    answers_labels,
     auto_class,
     check_architecture,
     check_folder,
@@ -65,10 +68,11 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model, or a source's model with its head of labels, and its tokenizer.
 
     Args:
-        model: A hub id, a folder, a ``.gguf`` file, or ``"demo"``.
+        model: A hub id, a folder, a ``.gguf`` file, or ``"demo"``. A ``ModelSource`` with labels gets a head for them,
+            new and random where the files hold none.
         dtype: The dtype of the weights. None keeps the stored one (float32 for GGUF); ``"auto"`` takes bfloat16 where
             the device computes in it.
         device: None loads to the CPU, as transformers does; ``"auto"`` takes the fastest device.
@@ -91,6 +95,8 @@ def load_model(
     else:
         loaded = _load_folder(source, wanted, choice.device, quantization, trust_remote_code)
     _check_finite(loaded, source)
+    if source.labels is not None:
+        _keep_heads_exact(loaded)
     if quantization is not None:
         remember_originals(loaded, source, trust_remote_code=trust_remote_code)
     # The name under which adapters record their base: a hub id or an absolute path, never a cache folder.
@@ -98,7 +104,22 @@ def load_model(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if tokenizer is not None:
         _check_vocabulary(loaded, tokenizer, source)
+    if source.labels is not None and tokenizer is not None:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # A decoder's head reads the last token that is no padding.
+        loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return loaded, tokenizer
+
+
+def _keep_heads_exact(model: nn.Module) -> None:
+    """Let the head compute in float32: it trains whole, and steps are lost in 16 bits."""
+    for head in map(model.get_submodule, heads_of_labels(model)):
+        head.float().register_forward_pre_hook(_in_float32)
+
+
+def _in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return inputs[0].float(), *inputs[1:]
 
 
 def remember_originals(loaded: PreTrainedModel, source: ModelSource, *, trust_remote_code: bool) -> None:
@@ -171,8 +192,11 @@ def _load_folder(
     source: ModelSource, dtype: torch.dtype | None, device: str, quantization: Any, trust_remote_code: bool
 ) -> PreTrainedModel:
     path = _path(source)
-    content = check_folder(path, trust_remote_code=trust_remote_code)
-    arguments = _quantization_arguments(path, content, quantization, trust_remote_code)
+    content = check_folder(path, trust_remote_code=trust_remote_code, labelled=source.labels is not None)
+    arguments = dict(_quantization_arguments(path, content, quantization, trust_remote_code))
+    if source.labels is not None:
+        _check_same_labels(content.config, source)
+        arguments["config"] = _with_labels(arguments.get("config") or _config(source, trust_remote_code), source.labels)
     _check_shapes(source, content, trust_remote_code)
     placed: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     model = _from_pretrained(
@@ -187,6 +211,29 @@ def _load_folder(
     if quantization is not None and content.config.get("quantization_config") is not None:
         _warn_of_another_format(model, path, quantization)
     return model
+
+
+def _check_same_labels(config: Fields, source: ModelSource) -> None:
+    """Raise ModelError (RW308) where the files hold a head of other labels; names that transformers made are none."""
+    labels, stored = source.labels, config.get("id2label")
+    if labels is None or not answers_labels(config) or not isinstance(stored, dict) or labels.problem == NUMBER:
+        return
+    named = labels_of_head(stored, None).names
+    if named != labels.names and not all(name.startswith("LABEL_") for name in named):
+        raise ModelError(
+            "RW308",
+            f"{source.name} has a head for the labels {some_of(named)}, and these are {some_of(labels.names)}; name "
+            "the labels of the data as the model does, or give the model without that head.",
+        )
+
+
+def _with_labels(config: Any, labels: Labels) -> PreTrainedConfig:
+    """A copy of the config for a model with a head of these labels."""
+    config = copy.deepcopy(config)
+    config.id2label = dict(enumerate(labels.names))
+    config.label2id = {name: place for place, name in enumerate(labels.names)}
+    config.problem_type = labels.problem
+    return config
 
 
 def _quantization_arguments(
@@ -280,6 +327,8 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
             **dequantized,
         )
     _make_ordinary(model)
+    if source.labels is not None:
+        model = _with_head(model, source.labels)
     if device != "cpu":
         model.to(device)  # type: ignore[arg-type]
     if quantization is not None:
@@ -287,6 +336,16 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
 
         quantize(model, quantization)
     return model
+
+
+def _with_head(model: Any, labels: Labels) -> PreTrainedModel:
+    """A language model's layers under a new head of labels; raises ModelError (RW303) where there is no such class."""
+    kind = auto_class(model.config.model_type, labelled=True)
+    if kind is None:
+        raise ModelError("RW303", f"a {model.config.model_type!r} model takes no head of labels; give one that does.")
+    found = kind.from_config(_with_labels(model.config, labels), dtype=model.dtype)
+    setattr(found, found.base_model_prefix, model.base_model)
+    return found.eval()
 
 
 def _make_ordinary(model: PreTrainedModel) -> None:
@@ -317,18 +376,20 @@ def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreT
     kind = None if source.is_gguf else read_config(Path(folder)).get("model_type")
     with _explaining(source), quiet(), without_accelerate():
         # Wrong shapes are collected and raised together below.
-        loaded = auto_class(kind).from_pretrained(
+        loaded = auto_class(kind, labelled=source.labels is not None and not source.is_gguf).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     model, info = loaded
-    problems = sorted(f"{name} is missing" for name in info["missing_keys"])
+    # A head of labels may be new, and then takes the place of another.
+    heads = tuple(f"{name}." for name in heads_of_labels(model))
+    problems = sorted(f"{name} is missing" for name in info["missing_keys"] if not name.startswith(heads))
     problems += sorted(
         f"{name} is {tuple(got)}, expected {tuple(wanted)}" for name, got, wanted in info["mismatched_keys"]
     )
     problems += list(info["error_msgs"])
     if problems:
         raise ModelError("RW308", f"the weights of {source.name} do not fit its config: {some_of(problems)}.")
-    if info["unexpected_keys"]:
+    if info["unexpected_keys"] and not heads:
         warn(
             "RW318",
             f"{source.name} holds tensors that the model does not have: {some_of(sorted(info['unexpected_keys']))}.",
@@ -418,7 +479,7 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def load_skeleton(
     model: str | os.PathLike[str] | ModelSource, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedModel:
-    """The causal language model that ``model`` describes, on the meta device; its weights need not be there.
+    """The model that ``model`` describes, on the meta device; its weights need not be there.
 
     Raises ModelError: as ``fetch_model`` does; RW302 to RW304 and RW310 for a config that describes no such model.
     """
@@ -427,10 +488,13 @@ def load_skeleton(
         source = fetch_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     assert source.path is not None
     if not source.is_gguf:
-        check_architecture(read_config(source.path), source.path, trust_remote_code=trust_remote_code)
+        labelled = source.labels is not None
+        check_architecture(
+            read_config(source.path), source.path, trust_remote_code=trust_remote_code, labelled=labelled
+        )
     try:
         with quiet():
-            return skeleton_of(_config(source, trust_remote_code), trust_remote_code=trust_remote_code)
+            return skeleton_of(_config(source, trust_remote_code), source.labels, trust_remote_code=trust_remote_code)
     except ModelError:
         raise
     except Exception as error:
@@ -440,12 +504,16 @@ def load_skeleton(
         ) from error
 
 
-def skeleton_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton_of(
+    config: PreTrainedConfig, labels: Labels | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of a config, on the meta device. transformers may raise anything."""
     import torch
 
+    config = config if labels is None else _with_labels(config, labels)
     with torch.device("meta"):
-        return auto_class(config.model_type).from_config(config, trust_remote_code=trust_remote_code)
+        kind = auto_class(config.model_type, labelled=labels is not None)
+        return kind.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:

@@ -16,6 +16,7 @@ from typing import Literal
 from rankwise.config import DEMO, DEMO_HUB_ID
 from rankwise.errors import ModelError, warn
 from rankwise.foreign import Fields
+from rankwise.labels import Labels
 from rankwise.models.folder import INDEX_FILE, WEIGHTS_FILE, weights_names
 from rankwise.weights_file import PICKLE_SUFFIXES, pickle_refusal
 
@@ -49,6 +50,8 @@ class ModelSource:
     base_model: str
     # The commit of a downloaded hub model.
     revision: str | None = None
+    # The labels of the head with which it is loaded; None: as a language model.
+    labels: Labels | None = None
 
     @property
     def is_gguf(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from rankwise.compat.torch import own_parameters
-from rankwise.compat.transformers import dense_by_default, is_converted
+from rankwise.compat.transformers import dense_by_default, heads_of_labels, is_converted
 from rankwise.errors import QuantizationError, warn
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.experts import StackScales, obstacle
@@ -63,7 +63,7 @@ def dense_patterns(model: nn.Module) -> list[str]:
         find = getattr(model, "get_output_embeddings", None)
         head = find() if callable(find) else None
         found = [name for name, module in model.named_modules() if head is not None and module is head]
-    return sorted({*found, *HEAD_NAMES})
+    return sorted({*found, *HEAD_NAMES, *heads_of_labels(model)})
 
 
 def _check_patterns(model: nn.Module, config: FourBitConfig) -> None:

@@ -30,6 +30,7 @@ LEARNED_FROM = {
     "dpo": " from pairs of a better and a worse answer (DPO), against {reference} as the reference",
     "kto": " from answers marked good or bad (KTO), against {reference} as the reference",
     "grpo": " from rewards (GRPO)",
+    "classify": " to answer texts with labels",
 }
 # Fields of the record, in the order of the card.
 RESULTS = {
@@ -84,7 +85,7 @@ def model_card(record: RunRecord, adapter_config: Fields | None = None, report: 
         config = {**config, "init": "loftq"}
     base = _base_model(record, config)
     sections = [
-        _front_matter(record.method, base, config),
+        _front_matter(record, base, config),
         f"# {_title(record, base)}",
         _summary(record, base, config),
         section("Results", _table(("what", "value"), _results(record))),
@@ -112,10 +113,10 @@ def _base_model(record: RunRecord, config: Fields) -> str:
     return DEMO_HUB_ID if name == DEMO else name
 
 
-def _front_matter(method: str, base: str, config: Fields) -> str:
+def _front_matter(record: RunRecord, base: str, config: Fields) -> str:
     import yaml
 
-    full = method == "full"
+    full = record.method == "full"
     tags = ["rankwise", *([] if full else ["lora", f"base_model:adapter:{base}"])]
     if config.get("use_dora"):
         tags.insert(2, "dora")
@@ -123,7 +124,7 @@ def _front_matter(method: str, base: str, config: Fields) -> str:
         "base_model": base,
         "base_model_relation": "finetune" if full else "adapter",
         "library_name": "transformers" if full else "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if record.objective == "classify" else "text-generation",
         "tags": tags,
     }
     return "---\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000) + "---"
@@ -268,6 +269,8 @@ def _four_bit(record: RunRecord) -> FourBit | None:
 
 def _loading(record: RunRecord, base: str) -> str:
     ours = record.base_model.get("name") or record.settings.get("model") or base
+    if record.objective == "classify":
+        return _loading_labels(record, base)
     if record.method == "full":
         theirs = [
             "from transformers import AutoModelForCausalLM",
@@ -278,6 +281,18 @@ def _loading(record: RunRecord, base: str) -> str:
     four_bit = _four_bit(record)
     adapted = _ours([str(ours), 'rw.load_adapter(model, "FOLDER")'], four_bit)
     return _code("In PEFT", _theirs(base, four_bit)) + "\n\n" + _code("In rankwise", adapted)
+
+
+def _loading_labels(record: RunRecord, base: str) -> str:
+    name = "AutoModelForSequenceClassification"
+    theirs = [f"from transformers import {name}", "", f'model = {name}.from_pretrained("FOLDER")']
+    if record.method != "full":
+        count = len(record.data["train"]["labels"]["names"])
+        load = f"model = {name}.from_pretrained({_quoted(base)}, num_labels={count})"
+        adapted = 'model = PeftModel.from_pretrained(model, "FOLDER")'
+        theirs = ["from peft import PeftModel", theirs[0], "", load, adapted]
+    kind, library = ("model", "transformers") if record.method == "full" else ("adapter", "PEFT")
+    return _code(f"In {library}", theirs) + f"\n\nIn rankwise: `rankwise predict --{kind} FOLDER --data D`."
 
 
 def _theirs(base: str, four_bit: FourBit | None) -> list[str]:

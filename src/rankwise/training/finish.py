@@ -68,6 +68,16 @@ def warn_if_worse(initial: float | None, kept: KeptStep, *, of_rewards: bool) ->
     )
 
 
+def warn_of_one_label(measured: Mapping[str, float | None]) -> None:
+    """Warn (RW262) where a model of labels gives all evaluation rows the same one."""
+    if measured.get("labels_answered") == 1:
+        warn(
+            "RW262",
+            "the model answers every evaluation row with the same label; train longer or at another --learning-rate, "
+            "and look at the number of rows of each label with `rankwise preview --objective classify`.",
+        )
+
+
 def warn_if_risen(losses: Sequence[float]) -> None:
     """Warn (RW526) where the logged training losses end far above the first, for a run without evaluations.
 

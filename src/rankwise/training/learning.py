@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.acceleration import offloaded
+from rankwise.adapters.trained_base import labels_of
 from rankwise.config import BETA, TrainSettings, logging_steps_of
 from rankwise.conflicts import LED_BY_EVALUATIONS, LOSS_TYPES
 from rankwise.data import Rows, encode_preferences
 from rankwise.data.formats import Format
+from rankwise.data.labels import LABELLED, encode_labelled, label_counts, labels_in
 from rankwise.data.preferences import PREFERENCE_FORMATS, unpaired
+from rankwise.errors import ConfigError, some_of
+from rankwise.labels import Labels
 from rankwise.training import ranks
 from rankwise.training.foresight import MicroBatch, largest_batch, largest_evaluation, largest_scoring
+from rankwise.training.labels import Classification
 from rankwise.training.loop import Loop, Objective, Options
 from rankwise.training.meters import Progress
 from rankwise.training.optimizers import make_optimizer
@@ -47,6 +52,8 @@ class Learning:
     encode: Encode
     # (settings, data, base, whether rows may be laid end to end) -> the objective.
     objective: Callable[[TrainSettings, Data, LoadedBase, bool], Objective]
+    # The labels of the training rows, where the objective answers with labels.
+    labels_of: Callable[[TrainSettings, Rows], Labels] | None = None
     # The data formats of the objective; None for those of demonstrations.
     formats: Collection[Format] | None = None
     # Whether the rows have labels.
@@ -57,9 +64,11 @@ class Learning:
 
 
 def learning_from_answers(objective: str) -> Learning:
-    """The parts of ``sft``, ``dpo`` or ``kto``."""
+    """The parts of ``sft``, ``dpo``, ``kto`` or ``classify``."""
     if objective == "sft":
         return Learning(encode_data, _demonstrations)
+    if objective == "classify":
+        return Learning(_encode_labelled, _classification, _labels, formats=LABELLED, has_labels=False)
     return Learning(
         _encode_preferences,
         _preferences,
@@ -106,6 +115,50 @@ def _preferences(given: TrainSettings, data: Data, base: LoadedBase, flat: bool)
         label_smoothing=given.label_smoothing,
         desirable_weight=given.desirable_weight or 1.0,
         undesirable_weight=given.undesirable_weight or 1.0,
+        autocast=PRECISIONS.get(base.precision),
+    )
+
+
+def _labels(given: TrainSettings, rows: Rows) -> Labels:
+    """The labels of the rows. Raises ConfigError (RW764) where the adapter to continue answers with others."""
+    labels = labels_in(rows)
+    theirs = None if given.adapter is None else labels_of(given.adapter)
+    if given.adapter is not None and theirs != labels:
+        has = "writes text" if theirs is None else f"answers with {some_of(theirs.names)} ({theirs.problem})"
+        raise ConfigError(
+            "RW764",
+            f"--adapter {given.adapter} {has}, and the labels of {rows.source} are {some_of(labels.names)} "
+            f"({labels.problem}); give data with its labels, or leave --adapter out.",
+        )
+    return labels
+
+
+def _encode_labelled(
+    given: TrainSettings, tokenizer: PreTrainedTokenizerBase, rows: Rows, eval_rows: Rows | None, template: str | None
+) -> Data:
+    labels = labels_in(rows)
+    encode = functools.partial(
+        encode_labelled,
+        tokenizer=tokenizer,
+        labels=labels,
+        max_length=given.max_length,
+        skip_bad_rows=given.skip_bad_rows,
+    )
+    evaluation = None if eval_rows is None else encode(eval_rows, name="eval")
+    notes = {"labels": {**labels.to_json(), "counts": label_counts(rows, labels)}}
+    return Data(encode(rows), evaluation, rows, template, eval_rows, notes)
+
+
+def _classification(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Classification:
+    # No keys and values are kept for a next token.
+    base.model.config.use_cache = False
+    return Classification(
+        data.train.dataset,
+        data.evaluation and data.evaluation.dataset,
+        labels_in(data.rows),
+        pad=int(base.tokenizer.pad_token_id or 0),
+        size=given.batch_size * ranks.count(),
+        seed=given.seed,
         autocast=PRECISIONS.get(base.precision),
     )
 

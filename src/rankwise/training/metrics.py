@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rankwise.disk import appending
 from rankwise.foreign import Fields
+from rankwise.labels import MEASURES
 from rankwise.records import METRICS_FILE, read_metrics, write_text
 
 
@@ -31,11 +32,11 @@ def evaluations(folder: Path) -> dict[int, float]:
 
 
 def evaluated_rewards(folder: Path, step: int) -> dict[str, float | None]:
-    """The rewards of the evaluation after ``step``, under their names in the lines of training steps."""
+    """The rewards of the evaluation after ``step``, or its measures of labels, under their names without ``eval_``."""
     lines = (line for line in read_metrics(folder) if line["step"] == step and "eval_loss" in line)
     last = max(lines, key=len, default={})
     found = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
-    return {name: value for name, value in found.items() if name.startswith(("reward", "log_prob", "kl"))}
+    return {name: value for name, value in found.items() if name.startswith(("reward", "log_prob", "kl", *MEASURES))}
 
 
 def _line(values: Fields) -> str:

@@ -276,16 +276,22 @@ def learning_of(given: TrainSettings) -> Learning:
 
 def _read(given: TrainSettings, lora: LoraConfig, observer: Observer, foresight: Foresight | None) -> _Inputs:
     learning = learning_of(given)
-    setup.check_model(given, lora)
+    if learning.labels_of is None:
+        setup.check_model(given, lora)
     observer.phase("Reading data")
     rows, eval_rows, template = setup.read_data(given, learning.formats)
+    labels = None
+    if learning.labels_of is not None:
+        labels = learning.labels_of(given, rows)
+        setup.check_model(given, lora, labels)
     observer.phase("Loading the model")
     if foresight is not None:
         foresight.before_loading()
         # No process loads the model before all have measured the free memory.
         ranks.barrier()
-    loaded = setup.load_for_training(given)
+    loaded = setup.load_for_training(given, labels)
     base = model_facts(loaded.model, loaded.source)
+    lora = setup.with_heads(loaded.model, lora)
     if given.new_tokens is not None and given.method in ADAPTERS:
         lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(given.new_tokens), lora)
     observer.phase("Encoding data")
@@ -358,6 +364,8 @@ def _why_padded(given: TrainSettings, model: nn.Module, accelerated: Acceleratio
     """Why rows are padded to one length, or None where they are concatenated without padding."""
     if given.packing:
         return "packing fills rows to one length"
+    if given.objective == "classify":
+        return "a head of labels reads the last token of each row"
     if given.neftune_noise_alpha is not None:
         return "NEFTune's noise depends on a row's length"
     # Over concatenated rows, attention is quadratic in their sum unless the kernel skips masked blocks, as ours does.

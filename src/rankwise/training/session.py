@@ -223,6 +223,7 @@ class Session:
         record.initial_eval_loss, record.eval_loss = initial_eval_loss, kept.eval_loss
         record.eval_rewards = evaluated_rewards(self.folder, kept.step)
         record.steps, record.kept_step, record.kept_because = progress.steps, kept.step, kept.because
+        finish.warn_of_one_label(record.eval_rewards)
         finish.warn_if_worse(record.initial_eval_loss, kept, of_rewards=self.of_rewards)
         if kept.eval_loss is None and not self.of_rewards:
             finish.warn_if_risen([line["loss"] for line in read_metrics(self.folder) if line.get("loss") is not None])

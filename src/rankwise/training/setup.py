@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import calibrate_products
@@ -24,13 +24,14 @@ from rankwise.adapters.inject import attach
 from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.adapters.state import DEFAULT_NAME
 from rankwise.adapters.trained_base import tokenizer_with_rows
-from rankwise.compat.transformers import before_weights
+from rankwise.compat.transformers import before_weights, heads_of_labels
 from rankwise.config import ADAPTERS, FOUR_BITS, METHODS, TrainSettings
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoding import RowEncoder, encode_rows_once
 from rankwise.data.formats import Format
 from rankwise.errors import ConfigError, RunError, heard
 from rankwise.foreign import Fields, JsonObject
+from rankwise.labels import Labels
 from rankwise.lora_config import LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton
 from rankwise.models.describe import weights_files
@@ -156,10 +157,10 @@ def quantization_for(given: TrainSettings) -> FourBitConfig | None:
     return CONFIGS[given.quant_type](block_size=given.block_size, double_quant=given.double_quant)
 
 
-def check_model(given: TrainSettings, config: LoraConfig) -> None:
+def check_model(given: TrainSettings, config: LoraConfig, labels: Labels | None = None) -> None:
     """Raise what the model's config alone decides: a model that is not there, an adapter that does not fit it."""
     remote: JsonObject = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
-    source = fetch_model(given.model, **remote, weights=False)
+    source = dataclasses.replace(fetch_model(given.model, **remote, weights=False), labels=labels)
     if given.method not in ADAPTERS:
         return
     skeleton = load_skeleton(source, trust_remote_code=given.trust_remote_code)
@@ -168,16 +169,26 @@ def check_model(given: TrainSettings, config: LoraConfig) -> None:
         if given.adapter is not None:
             read_adapter(skeleton, given.adapter)
         else:
-            plan_adapter(skeleton, config)
+            plan_adapter(skeleton, with_heads(skeleton, config))
 
 
-def load_for_training(given: TrainSettings) -> LoadedBase:
-    """Load the base model to its device in the dtype that the method needs. With --strategy fsdp, only this process's
-    rows are read where the file format permits it."""
+def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The configuration that also trains the model's head of labels, whole."""
+    heads = heads_of_labels(model)
+    return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), *heads)) if heads else config
+
+
+def load_for_training(given: TrainSettings, labels: Labels | None = None) -> LoadedBase:
+    """Load the base model to its device in the dtype that the method needs, with a head of ``labels``. With --strategy
+    fsdp, only this process's rows are read where the file format permits it."""
     choice = choose_device(given.device, given.dtype)
     where = torch.device(choice.device)
     weights, precision = mixed_precision(given.method, choice.dtype, where.type)
     source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
+    source = dataclasses.replace(source, labels=labels)
+    if labels is not None:
+        # A new head is random.
+        seed_all(given.seed)
     quantization = quantization_for(given)
     by_rows: AbstractContextManager[None] = nullcontext()
     if given.strategy == "fsdp" and not is_quantized(source) and (given.cache is None or quantization is None):

@@ -1,0 +1,42 @@
+"""Answers of models with a head of labels.
+
+B rows, L positions, C labels; z logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rankwise.foreign import Fields
+from rankwise.labels import NUMBER, SEVERAL, SINGLE, Problem
+
+INPUTS = ("input_ids", "token_type_ids")
+
+
+def laid_out(rows: Sequence[Fields], pad: int) -> dict[str, Tensor]:
+    """The model's inputs (B, L), padded on the right: a decoder's head reads the last token that is no padding."""
+    found = {name: [torch.tensor(row[name]) for row in rows] for name in INPUTS if name in rows[0]}
+    found["attention_mask"] = [torch.ones_like(ids) for ids in found["input_ids"]]
+    return {
+        name: pad_sequence(values, batch_first=True, padding_value=pad if name == "input_ids" else 0)
+        for name, values in found.items()
+    }
+
+
+def chosen(logits: Tensor, problem: Problem) -> list[Any]:
+    """The answers of logits (B, C) in the form of ``Labels.number``: argmax z; z > 0 for each label; z itself."""
+    if problem == NUMBER:
+        return [float(z) for z in logits[:, 0]]
+    if problem == SEVERAL:
+        return [[float(z > 0) for z in row] for row in logits.tolist()]
+    return [int(place) for place in logits.argmax(-1)]
+
+
+def probabilities(logits: Tensor, problem: Problem) -> Tensor:
+    """softmax z of one label, sigma(z) of several: (B, C) float32."""
+    return logits.float().softmax(-1) if problem == SINGLE else logits.float().sigmoid()

@@ -1,0 +1,111 @@
+"""``rankwise predict``: answer texts with the labels on which a model was trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rankwise.cli.glance import check_paths
+from rankwise.cli.options import Verb
+from rankwise.cli.output import Document, Output, light_table, printable
+from rankwise.cli.settings import PredictSettings
+from rankwise.errors import ConfigError, warn
+from rankwise.labels import MEASURES, measures
+from rankwise.reports.numbers import plural
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.loading import Loaded
+
+# Of a text in the table.
+SHOWN_CHARACTERS = 60
+# From this number of rows on, one label for all of them is told.
+MANY = 20
+
+
+def run(settings: PredictSettings, output: Output) -> Document:
+    check_paths(model=settings.model, data=(settings.data, None))
+    if settings.adapter is None and settings.model is None:
+        raise ConfigError("RW121", "there is nothing to answer with; give --adapter A, or --model M with a head.")
+    from rankwise.adapters.saving import labels_of
+    from rankwise.data import read_rows
+    from rankwise.data.labels import UNANSWERED, encode_labelled
+    from rankwise.evaluation.loading import LoadOptions, base_of, load_as_trained, max_length_of
+
+    adapters = [] if settings.adapter is None else [settings.adapter]
+    rows = read_rows(settings.data, split="test", skip_bad_rows=settings.skip_bad_rows, formats=UNANSWERED)
+    given = settings.model_dump(include={"dtype", "quantization", "device", "trust_remote_code", "revision"})
+    options, named = LoadOptions(**given, labels=True), settings.model is not None
+    with output.waiting("loading the model"):
+        loaded = load_as_trained(settings.model or base_of(adapters), adapters, options, named=named)
+    labels = labels_of(loaded.model)
+    length = settings.max_length or max_length_of(adapters)
+    encoded = encode_labelled(
+        rows, loaded.tokenizer, labels, max_length=length, name="data", skip_bad_rows=settings.skip_bad_rows
+    )
+    table = encoded.dataset.to_list()
+    with output.waiting("answering"):
+        answers, shares = answered(loaded, table, settings.batch_size)
+    bad = {problem["row"] for problem in encoded.report.skipped}
+    kept = [row for row in rows if row.place not in bad]
+    found: list[dict[str, Any]] = []
+    for row, answer, share in zip(kept, answers, shares, strict=True):
+        each = {} if share is None else {"probabilities": dict(zip(labels.names, share))}
+        likely = {} if share is None or isinstance(answer, list) else {"probability": share[answer]}
+        found.append({"row": row.place, "text": row.text, "label": labels.words(answer), **likely, **each})
+    known = [place for place, row in enumerate(table) if row["label"] is not None]
+    targets, theirs = [table[place]["label"] for place in known], [answers[place] for place in known]
+    agreement = measures(targets, theirs, labels.problem) if known else {}
+    if len(answers) >= MANY and len({str(answer) for answer in answers}) == 1:
+        warn("RW262", f"the model answers all {len(answers)} rows with the same label ({found[0]['label']}).")
+    _print(output, found)
+    if known:
+        figures = ", ".join(f"{name} {agreement[name]:.4f}" for name in MEASURES[:-1] if name in agreement)
+        output.line(f"{figures} on {plural(len(known), 'row')} with labels")
+    return {"predictions": found, "measures": agreement, "labels": list(labels.names)}
+
+
+def answered(loaded: Loaded, rows: list[dict[str, Any]], size: int) -> tuple[list[Any], list[list[float] | None]]:
+    """The answers, and the probability of each label; None of numbers. Rows of similar lengths go together."""
+    import torch
+
+    from rankwise.acceleration.labels import chosen, laid_out, probabilities
+    from rankwise.adapters.saving import labels_of
+    from rankwise.labels import NUMBER
+
+    model, problem = loaded.model, labels_of(loaded.model).problem
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
+    answers: list[Any] = [None] * len(rows)
+    shares: list[list[float] | None] = [None] * len(rows)
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        batch = laid_out([rows[place] for place in places], int(loaded.tokenizer.pad_token_id or 0))
+        with torch.no_grad():
+            logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits.float()
+        likely = None if problem == NUMBER else probabilities(logits, problem).tolist()
+        for index, (place, answer) in enumerate(zip(places, chosen(logits, problem))):
+            answers[place], shares[place] = answer, None if likely is None else likely[index]
+    return answers, shares
+
+
+def _print(output: Output, found: list[dict[str, Any]]) -> None:
+    table = light_table()
+    table.add_column("label")
+    table.add_column("probability", justify="right")
+    table.add_column("text")
+    for one in found:
+        label = ", ".join(one["label"]) if isinstance(one["label"], list) else one["label"]
+        shown = f"{label:.4f}" if isinstance(label, float) else printable(label)
+        share = f"{one['probability']:.4f}" if "probability" in one else ""
+        table.add_row(shown, share, printable(" ".join(one["text"].split()))[:SHOWN_CHARACTERS])
+    output.console.print(table)
+
+
+VERB = Verb(
+    name="predict",
+    settings=PredictSettings,
+    run=run,
+    summary="Answer texts with the labels on which an adapter was trained, and measure the answers where labels are.",
+    examples=(
+        "rankwise predict --adapter runs/labels --data texts.jsonl",
+        "rankwise predict --adapter runs/labels --data test.jsonl --json > answers.json",
+    ),
+)

@@ -1,0 +1,175 @@
+"""Answers that are labels: every kind of label and method trains, and files and logits are PEFT's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn import metrics as sklearn
+from transformers import AutoModelForSequenceClassification
+
+from conftest import make_tokenizer
+from rankwise.adapters import load_adapter
+from rankwise.adapters.trained_base import labels_of
+from rankwise.cli import predict, preview
+from rankwise.cli.output import Output
+from rankwise.cli.settings import PredictSettings, PreviewSettings
+from rankwise.config import TrainSettings
+from rankwise.errors import RankwiseError
+from rankwise.evaluation.loading import LoadOptions, load_as_trained
+from rankwise.export.merged import merge_to_folder
+from rankwise.labels import NUMBER, SEVERAL, SINGLE, Labels, measures
+from rankwise.models import ModelSource, load_model
+from rankwise.records import RunRecord
+from rankwise.training.run import train
+from tiny_models import tiny_bert, tiny_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning")
+BASES = {"decoder": tiny_llama, "encoder": tiny_bert}
+KINDS: dict[str, tuple[Any, ...]] = {SINGLE: ("no", "yes"), SEVERAL: (["a"], ["a", "b"]), NUMBER: (0.5, 2)}
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def write(path: Path, labels: tuple[Any, ...], count: int = 32) -> Path:
+    """Texts that begin with w0 have the first label, those that begin with w1 the second."""
+    draw = random.Random(0)
+    rows = [
+        {"text": " ".join([f"w{place % 2}", *(f"w{draw.randrange(2, 90)}" for _ in range(3))]), "label": label}
+        for place, label in enumerate(labels[place % len(labels)] for place in range(count))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    def make(base: str = "decoder", kind: str = SINGLE, name: str = "run", **changes: Any) -> RunRecord:
+        folder = tmp_path / base
+        if not folder.exists():
+            BASES[base]().save_pretrained(folder)
+            make_tokenizer().save_pretrained(folder)
+        rows = str(write(tmp_path / f"{kind}.jsonl", KINDS[kind]))
+        given = {"model": str(folder), "data": rows, "eval_data": rows, "output": tmp_path / name, "r": 4}
+        given |= {"objective": "classify", "max_steps": 24, "batch_size": 8, "learning_rate": 2e-2, "max_length": 16}
+        given |= {"device": "cpu", "dtype": "float32", "lora_alpha": 8, **changes}
+        return train(TrainSettings.model_validate(given))
+
+    return make
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+def plain(folder: Path, count: int) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=count)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_reads_our_folders_and_we_read_those_of_peft(base: str, method: str, run: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    record = run(base, method=method)
+    assert record.eval_rewards["accuracy"] == 1
+    ours = load_as_trained(str(tmp_path / base), [tmp_path / "run"], LoadOptions(labels=True)).model
+    theirs = peft.PeftModel.from_pretrained(plain(tmp_path / base, 2), tmp_path / "run")
+    assert theirs.peft_config["default"].task_type == "SEQ_CLS"
+    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=0)
+
+    targets = ["q_proj"] if base == "decoder" else ["query"]
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=4, target_modules=targets, use_dora=method == "dora", init_lora_weights=False
+    )
+    made = peft.get_peft_model(plain(tmp_path / base, 3), config)
+    made.save_pretrained(tmp_path / "peft")
+    source = ModelSource("folder", base, tmp_path / base, base, labels=labels_of(tmp_path / "peft"))
+    model = load_model(source)[0]
+    load_adapter(model, tmp_path / "peft")
+    torch.testing.assert_close(logits(model), logits(made), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("base", "method"), [("decoder", "qlora"), ("encoder", "qdora"), ("encoder", "full")])
+def test_fast_and_plain_steps_agree(base: str, method: str, run: Any) -> None:
+    records = [run(base, method=method, name=str(fast), fast=fast, max_steps=3) for fast in (True, False)]
+    assert records[0].eval_loss == pytest.approx(records[1].eval_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [SEVERAL, NUMBER])
+def test_several_labels_and_numbers_are_learned_merged_and_predicted(kind: str, run: Any, tmp_path: Path) -> None:
+    record = run("decoder", kind, max_steps=60)
+    assert record.eval_loss < 0.2 * record.initial_eval_loss
+    merge_to_folder(tmp_path / "run", tmp_path / "merged")
+    answers = []
+    for model in ({"adapter": tmp_path / "run"}, {"model": str(tmp_path / "merged")}):
+        given = PredictSettings(data=record.settings["data"], dtype="float32", **model)
+        answers.append(predict.run(given, Output(as_json=True)))
+    assert answers[0]["measures"] == pytest.approx(record.eval_rewards, rel=1e-4)
+    for one, other in zip(answers[0]["predictions"], answers[1]["predictions"]):
+        assert one["label"] == pytest.approx(other["label"], abs=1e-4)
+
+
+def test_a_continued_run_keeps_the_head(run: Any, tmp_path: Path) -> None:
+    first = run()
+    again = run(name="again", adapter=tmp_path / "run", max_steps=1, learning_rate=1e-6)
+    assert again.initial_eval_loss == pytest.approx(first.eval_loss, rel=1e-5)
+    with pytest.raises(RankwiseError, match="answers with no, yes") as error:
+        run("decoder", NUMBER, name="other", adapter=tmp_path / "run")
+    assert error.value.code == "RW764"
+
+
+@pytest.mark.parametrize(
+    ("labels", "code"),
+    [
+        (("a", "a"), "RW214"),
+        (("a", 1), "RW203"),
+        (("a", None), "RW203"),
+        (("a", {}), "RW203"),
+    ],
+)
+def test_labels_that_cannot_be_learned(labels: tuple[Any, ...], code: str, run: Any, tmp_path: Path) -> None:
+    with pytest.raises(RankwiseError) as error:
+        run(data=str(write(tmp_path / "bad.jsonl", labels)))
+    assert error.value.code == code
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_labels_and_heads_of_others_are_refused(run: Any, tmp_path: Path) -> None:
+    with pytest.raises(RankwiseError, match="known labels .no, yes., found 'maybe'"):
+        run(eval_data=str(write(tmp_path / "other.jsonl", ("no", "maybe"))))
+    run(method="full", max_steps=1)
+    source = ModelSource("folder", "run", tmp_path / "run", "run")
+    with pytest.raises(RankwiseError, match="has a head for the labels no, yes") as error:
+        load_model(dataclasses.replace(source, labels=Labels(("a", "b"))))
+    assert error.value.code == "RW308"
+    with pytest.raises(RankwiseError, match="answers with labels"):
+        load_model(source)
+
+
+def test_text_is_not_written_with_labels(run: Any, tmp_path: Path) -> None:
+    run(max_steps=1)
+    with pytest.raises(RankwiseError, match="rankwise predict"):
+        load_as_trained(str(tmp_path / "decoder"), [tmp_path / "run"], LoadOptions())
+
+
+def test_preview_counts_labels(run: Any, tmp_path: Path) -> None:
+    run(max_steps=1)
+    data = write(tmp_path / "rows.jsonl", ("a", "a", "b"), 30)
+    given = PreviewSettings(model=str(tmp_path / "decoder"), data=str(data), objective="classify")
+    assert preview.run(given, Output(as_json=True))["labels"]["counts"] == {"a": 20, "b": 10}
+
+
+def test_measures_are_those_of_sklearn() -> None:
+    draw = random.Random(0)
+    one, other = ([draw.randrange(3) for _ in range(50)] for _ in range(2))
+    found = measures(one, other, SINGLE)
+    assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(one, other))
+    assert found["f1"] == pytest.approx(sklearn.f1_score(one, other, average="macro"))
+    assert found["mcc"] == pytest.approx(sklearn.matthews_corrcoef(one, other))
+    assert measures([1.0, 2.0, 4.0], [2.0, 4.0, 8.0], NUMBER) == {"pearson": pytest.approx(1)}
