@@ -158,6 +158,13 @@ def test_text_is_not_written_with_labels(run: Any, tmp_path: Path) -> None:
         load_as_trained(str(tmp_path / "decoder"), [tmp_path / "run"], LoadOptions())
 
 
+def test_texts_beyond_the_learned_positions_are_cut(run: Any, tmp_path: Path) -> None:
+    run("encoder", max_steps=1)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "w1 " * 80}))
+    given = PredictSettings(adapter=tmp_path / "run", data=str(tmp_path / "long.jsonl"), max_length=100)
+    assert len(predict.run(given, Output(as_json=True))["predictions"]) == 1
+
+
 def test_preview_counts_labels(run: Any, tmp_path: Path) -> None:
     run(max_steps=1)
     data = write(tmp_path / "rows.jsonl", ("a", "a", "b"), 30)

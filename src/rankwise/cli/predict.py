@@ -29,6 +29,7 @@ def run(settings: PredictSettings, output: Output) -> Document:
     from rankwise.data import read_rows
     from rankwise.data.labels import UNANSWERED, encode_labelled
     from rankwise.evaluation.loading import LoadOptions, base_of, load_as_trained, max_length_of
+    from rankwise.models.load import table_rows
 
     adapters = [] if settings.adapter is None else [settings.adapter]
     rows = read_rows(settings.data, split="test", skip_bad_rows=settings.skip_bad_rows, formats=UNANSWERED)
@@ -38,6 +39,7 @@ def run(settings: PredictSettings, output: Output) -> Document:
         loaded = load_as_trained(settings.model or base_of(adapters), adapters, options, named=named)
     labels = labels_of(loaded.model)
     length = settings.max_length or max_length_of(adapters)
+    length = min(length, table_rows(loaded.model) or length)
     encoded = encode_labelled(
         rows, loaded.tokenizer, labels, max_length=length, name="data", skip_bad_rows=settings.skip_bad_rows
     )
