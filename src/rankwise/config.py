@@ -346,9 +346,13 @@ class TrainSettings(ObjectiveOptions, RunOptions):
     cache: Annotated[
         Path | None,
         _device(
-            "Keep the quantized base and the encoded rows in this folder; later runs on the same inputs read them."
+            "Keep the prepared base and the encoded rows in this folder; later runs on the same inputs read them. "
+            "Without it, a CPU keeps the prepared base in the user's cache."
         ),
     ] = None
+    mmap: Annotated[
+        bool, _device("On a CPU, read frozen weights from mapped files; --no-mmap copies them into memory.")
+    ] = True
 
     sample_prompt: Annotated[str | None, _saving("Prompt that the model answers at every evaluation.")] = None
     report_to: Annotated[

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -303,6 +304,17 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
                 discard_folder(output)
             remove_tree(partial)
             raise
+
+
+def cache_folder() -> Path:
+    """The folder for the user's caches on this system."""
+    if platform.system() == "Windows":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif platform.system() == "Darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rankwise"
 
 
 def remove_tree(folder: Path) -> None:

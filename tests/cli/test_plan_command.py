@@ -339,7 +339,8 @@ def test_a_reader_who_leaves_early_takes_no_file_along(model_folder, tmp_path):
         )
     finally:
         os.close(write_end)
-    assert done.stderr == ""
+    # Besides a line that says what is traced, where that takes a second.
+    assert all(line.startswith("tracing") for line in done.stderr.splitlines())
     assert picture.read_text().startswith("<svg")
     assert yaml.safe_load(saved.read_text())["method"] == "lora"
 

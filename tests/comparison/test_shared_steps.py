@@ -72,7 +72,7 @@ def test_rows_are_encoded_once_and_each_kind_of_base_is_prepared(
 ) -> None:
     found: list[str] = []
     monkeypatch.setattr(steps, "fetch_model", lambda *_, **__: None)
-    monkeypatch.setattr(steps, "is_worth_keeping", lambda source, quantization: quantization is not None)
+    monkeypatch.setattr(steps, "needs_preparation", lambda source, quantization: quantization is not None)
     monkeypatch.setattr(steps, "load_for_training", lambda given: SimpleNamespace(tokenizer=None))
     monkeypatch.setattr(steps, "read_data", lambda given: ())
     monkeypatch.setattr(steps, "encode_data", lambda given, *_: found.append(given.method))

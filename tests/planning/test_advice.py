@@ -250,6 +250,17 @@ def test_nothing_fits_in_nothing():
     assert longest_row(toy_estimate, "lora", SHORT, 1000) == 0
 
 
-@pytest.mark.parametrize(("memory", "verdict"), [(1050, "fits"), (1049, "tight"), (1000, "tight"), (999, "too big")])
-def test_tight_is_what_only_fits_without_the_error(memory, verdict):
-    assert verdict_of(MemoryEstimate("lora", 1000, {}, 0, 0, 0.05), memory) == verdict
+@pytest.mark.parametrize(
+    ("memory", "mapped", "verdict"),
+    [
+        (1050, 0, "fits"),
+        (1049, 0, "tight"),
+        (1000, 0, "tight"),
+        (999, 0, "too big"),
+        (999, 400, "from disk"),
+        (600, 400, "from disk"),
+        (599, 400, "too big"),
+    ],
+)
+def test_tight_is_what_only_fits_without_the_error(memory, mapped, verdict):
+    assert verdict_of(MemoryEstimate("lora", 1000, {}, 0, 0, 0.05), memory, mapped) == verdict

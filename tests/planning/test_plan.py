@@ -79,7 +79,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def guarding(model: Path, **how: Any) -> MemoryGuard:
     given = {**TrainSettings.defaults(), "model": str(model), "method": "lora", "device": "cpu"}
-    return MemoryGuard(given, lambda line: None, lambda: 0, **{"ignore": False, **how})
+    return MemoryGuard(given, **{"say": lambda line: None, "own_memory": lambda: 0, "ignore": False, **how})
 
 
 def test_a_run_of_which_no_row_fits_is_refused_before_its_weights_are_read(model: Path, memory: Any) -> None:
@@ -90,6 +90,25 @@ def test_a_run_of_which_no_row_fits_is_refused_before_its_weights_are_read(model
         guarding(model).before_loading()
     with pytest.warns(RankwiseWarning, match="RW563: .*even one row of 16 tokens .*--ignore-plan"):
         guarding(model, ignore=True).before_loading()
+
+
+def test_a_run_may_need_less_memory_than_its_base(model: Path, memory: Any) -> None:
+    memory(10**10)
+    guarded = guarding(model)
+    guarded.before_loading()
+    batch = MicroBatch(1, 16, 1.0)
+    guarded.before_training(batch, None, 0)
+    assert guarded.predicted is not None
+    mapped = guarded.predicted.breakdown["weights"]
+    memory(guarded.predicted.peak_bytes - 1)
+    told: list[str] = []
+    guarded = guarding(model, say=told.append)
+    guarded.before_loading()
+    guarded.before_training(batch, None, mapped)
+    assert "from disk" in told[-2]
+    assert "read again from the disk in each step" in told[-1]
+    with pytest.raises(RunError, match="RW562"):
+        guarded.before_training(batch, None, 0)
 
 
 def test_processes_share_the_memory(model: Path, memory: Any) -> None:

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from rankwise.constants import IGNORED
+from rankwise.disk import cache_folder
 from rankwise.errors import ConfigError, RankwiseWarning
 from rankwise.planning import MemoryEstimate, Workload, extend, real_steps
-from rankwise.planning.extend import cache_folder
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.real_steps import (
     SCHEMA,

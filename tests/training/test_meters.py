@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rankwise.training.meters import MemoryMeter, anonymous_memory_bytes, mapped_bytes
+from rankwise.errors import ModelError
+from rankwise.models.mapped import MappedFiles
+from rankwise.training.meters import MemoryMeter, anonymous_memory_bytes
 
 SIZE = 1000
 
@@ -19,10 +21,17 @@ SIZE = 1000
 def test_frozen_weights_in_a_mapped_file_count(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(SIZE, SIZE)}, tmp_path / "w.safetensors")
     model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE, bias=False)).requires_grad_(False)
-    assert mapped_bytes(model) == 0
+    assert MappedFiles(model).bytes == 0
     model[1].weight = nn.Parameter(load_file(tmp_path / "w.safetensors")["weight"], requires_grad=False)
-    in_file = mapped_bytes(model)
-    assert 4 * SIZE * SIZE <= in_file <= 4 * SIZE * SIZE + 4096
+    files = MappedFiles(model)
+    in_file = files.bytes
+    assert in_file == 4 * SIZE * SIZE
     with MemoryMeter("cpu", mapped=in_file) as memory:
         assert memory.now() == pytest.approx(anonymous_memory_bytes() + in_file, abs=2e6)
-    assert mapped_bytes(model.requires_grad_(True)) == 0, "what trains is written to, and then no file's any more"
+    assert MappedFiles(model.requires_grad_(True)).bytes == 0, "what trains is written to, and then no file's any more"
+    (tmp_path / "w.safetensors").rename(tmp_path / "moved")
+    files.check()
+    with (tmp_path / "moved").open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(ModelError, match="RW305.*was changed"):
+        files.check()

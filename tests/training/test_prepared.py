@@ -1,9 +1,11 @@
-"""What ``--cache`` keeps is what would have been made again: models and rows to the bit, and what is said of them."""
+"""A prepared base and kept rows are what would have been made again, to the bit, and what is said of them."""
 
 from __future__ import annotations
 
 import copy
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +17,26 @@ from rankwise.data import encode_rows, read_rows
 from rankwise.data.encoding import encode_rows_once
 from rankwise.disk import hold
 from rankwise.models import fetch_model, model_facts
+from rankwise.models.prepared import load_prepared
 from rankwise.quantization.config import Fp4Config, Nf4Config
-from rankwise.training.prepared import load_prepared
 from rankwise.training.run import train
 
 IDS = torch.tensor([[5, 9, 13, 40]])
 
 
-def loaded(folder: Path, cache: Path | None, quantization: Any, dtype: torch.dtype = torch.float32) -> Any:
+def loaded(
+    folder: Path, cache: Path | None, quantization: Any, dtype: torch.dtype = torch.float32, mapped: bool = True
+) -> Any:
     source = fetch_model(str(folder))
     options = {"dtype": dtype, "device": "cpu", "quantization": copy.copy(quantization), "trust_remote_code": False}
-    return load_prepared(source, cache=cache, **options)[0]
+    return load_prepared(source, cache=cache, mapped=mapped, **options)[0]
 
 
 @pytest.mark.parametrize(
     "quantization", [Nf4Config(double_quant=True), Nf4Config(double_quant=False), Fp4Config(block_size=32)]
 )
-def test_a_kept_base_is_the_same_model(model_folder: Path, tmp_path: Path, quantization: Any):
-    fresh = loaded(model_folder, None, quantization)
+def test_a_prepared_base_is_the_same_model(model_folder: Path, tmp_path: Path, quantization: Any):
+    fresh = loaded(model_folder, None, quantization, mapped=False)
     first = loaded(model_folder, tmp_path / "cache", quantization)
     again = loaded(model_folder, tmp_path / "cache", quantization)
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -48,10 +52,13 @@ def test_what_a_kill_left_goes_and_another_process_is_not_disturbed(model_folder
     loaded(model_folder, cache, Nf4Config())
     (folder,) = cache.iterdir()
     folder.rename(cache / f".{folder.name}.partial-0a1b2c3d")
-    with hold(folder):
-        loaded(model_folder, cache, Nf4Config())
-        assert not folder.exists()
-    loaded(model_folder, cache, Nf4Config())
+    with ThreadPoolExecutor() as threads:
+        with hold(folder):
+            waiting = threads.submit(loaded, model_folder, cache, Nf4Config())
+            time.sleep(0.5)
+            assert not folder.exists()
+            assert not waiting.done()
+        waiting.result()
     assert list(cache.iterdir()) == [folder]
 
 

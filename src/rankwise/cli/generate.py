@@ -189,9 +189,12 @@ def run(settings: GenerateSettings, output: Output) -> Document:
     record = record_of(settings.adapter)
     name = settings.model or base_model_name(settings.adapter)
 
+    from rankwise.models.mapped import MappedFiles
+
     conversations = [] if settings.chat else read_conversations(settings)
     with output.waiting(f"loading {name}"):
         speaker, device = load_speaker(settings, name, record)
+    files = MappedFiles(speaker.model)
     if settings.chat:
         messages = talk(settings, speaker, f"{settings.adapter or name} on {device}", output)
         return {"model": name, "adapter": str(settings.adapter) if settings.adapter else None, "messages": messages}
@@ -199,6 +202,7 @@ def run(settings: GenerateSettings, output: Output) -> Document:
     _check_chat(settings, speaker.wording)
     for asked in conversations:
         answers.append(speaker.answer(asked, both=settings.compare))
+        files.check()
         print_answer(output, answers[-1])
         # With --json the document says it.
         cuts = {} if output.as_json else answers[-1].cut_at
@@ -241,7 +245,12 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
     from rankwise.evaluation.loading import LoadOptions, load_as_trained
 
     options = LoadOptions(
-        settings.dtype, settings.quantization, settings.device, settings.trust_remote_code, settings.revision
+        settings.dtype,
+        settings.quantization,
+        settings.device,
+        settings.trust_remote_code,
+        settings.revision,
+        settings.mmap,
     )
     adapters = () if settings.adapter is None else (settings.adapter,)
     loaded = load_as_trained(name, adapters, options, named=settings.model is not None)

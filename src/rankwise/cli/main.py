@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import io
 import os
@@ -98,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A file name that is not UTF-8 is shown with escapes instead of raising.
             stream.reconfigure(errors="backslashreplace")
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        # A mapped file that was cut ends the process by a signal, which says nothing by itself.
+        faulthandler.enable(sys.__stderr__)
     _share_the_cores()
     try:
         with only_our_messages():

@@ -126,7 +126,7 @@ def as_yaml(plan: Plan) -> str:
 
 
 def _calibrate(settings: PlanSettings, output: Output) -> JsonObject:
-    from rankwise.planning.extend import cache_folder
+    from rankwise.disk import cache_folder
     from rankwise.planning.hardware import this_machine
     from rankwise.planning.real_steps import FILE, calibrate
 

@@ -32,7 +32,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "overhead": ("overhead",),
 }
 MARKS = (("█", "blue"), ("▓", "magenta"), ("▒", "yellow"), ("▚", "green"), ("░", "red"), ("·", "dim"))
-VERDICT_STYLES = {"fits": "green", "tight": "yellow", "too big": "red"}
+VERDICT_STYLES = {"fits": "green", "tight": "yellow", "from disk": "yellow", "too big": "red"}
 WIDEST_BAR = 60
 APPLE = (
     "an Apple GPU has none of our kernels: adapters, losses, attention, norms and MLPs run as PyTorch's own operations "
@@ -245,6 +245,8 @@ def settings_sentence(plan: Plan) -> str:
 def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield "peak", "a trace of the real step, without weights; ± is the error to expect. Every row is taken to be full."
+    if any(row.verdict == "from disk" for row in plan.rows):
+        yield "from disk", "fits without the base's weights, which a CPU maps from files and reads again in each step."
     if plan.pace_basis is None:
         yield (
             "time",

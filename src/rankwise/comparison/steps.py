@@ -36,9 +36,9 @@ from rankwise.export.verify import is_more_than_rounding, rounding_cost
 from rankwise.foreign import Fields, JsonObject
 from rankwise.models import fetch_model
 from rankwise.models.load import answer_room
+from rankwise.models.prepared import needs_preparation
 from rankwise.records import RunRecord, load_record, write_json
 from rankwise.reports.comparison import EVALUATION_FOLDER, MergedCheck
-from rankwise.training.prepared import is_worth_keeping
 from rankwise.training.setup import encode_data, load_for_training, quantization_for, read_data
 
 # Number of evenly spread rows to which the model's answers are recorded, for people to read.
@@ -126,7 +126,7 @@ def load_run(job: Fields) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from rankwise.adapters.guests import method_type
     from rankwise.adapters.trained_base import quantization_of
     from rankwise.models import choose_device, fetch_model
-    from rankwise.training.prepared import load_prepared
+    from rankwise.models.prepared import load_prepared
 
     folder, method = Path(job["folder"]), job["method"]
     record = load_record(folder) if method is not None else None
@@ -308,7 +308,7 @@ def prepare(job: Fields) -> JsonObject:
     made: list[str] = []
     for given in one_of_each_kind([TrainSettings.model_validate(settings) for settings in job["runs"]]):
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
-        if made and not is_worth_keeping(source, quantization_for(given)):
+        if made and not needs_preparation(source, quantization_for(given)):
             continue
         loaded = load_for_training(given)
         # Rows of preferences are not cached.

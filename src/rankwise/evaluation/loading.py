@@ -46,6 +46,8 @@ class LoadOptions:
     device: str = "auto"
     trust_remote_code: bool = False
     revision: str | None = None
+    # Whether weights on a CPU are mapped from files.
+    mapped: bool = True
     # Whether the model answers with labels, or else writes text.
     labels: bool = False
 
@@ -63,7 +65,8 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
     from rankwise.adapters import load_adapter
     from rankwise.adapters.peft_config import read_config
     from rankwise.adapters.trained_base import tokenizer_with_rows
-    from rankwise.models import choose_device, fetch_model, load_model, warns_of_other_hub_model
+    from rankwise.models import choose_device, fetch_model, warns_of_other_hub_model
+    from rankwise.models.prepared import load_prepared
 
     limit_generated_kernels()
     revision = check_fit(name, adapters, options, named=named)
@@ -73,12 +76,13 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
         for adapter in adapters:
             warns_of_other_hub_model(name, adapter, read_config(adapter))
     choice = choose_device(options.device)
-    model, tokenizer = load_model(
+    model, tokenizer = load_prepared(
         source,
         dtype=_dtype(options.dtype, adapters, choice.dtype),
         device=str(choice.device),
         quantization=_quantization(options.quantization, adapters),
         trust_remote_code=options.trust_remote_code,
+        mapped=options.mapped,
     )
     if options.quantization == "none" and getattr(model, "hf_quantizer", None) is not None:
         # The files themselves hold 4-bit weights.

@@ -82,6 +82,7 @@ def answer_task(
     """
     started = time.monotonic()
     found = task.run(engine, place.folder, progress)
+    engine.files.check()
     if answers:
         given = {item.id: answers.get(item.id, (item.prediction, item.is_cut)) for item in found}
         found = [dataclasses.replace(item, prediction=given[item.id][0], is_cut=given[item.id][1]) for item in found]
@@ -356,7 +357,9 @@ def _base(adapters: Sequence[Path]) -> str:
 
 
 def _load_options(given: EvaluateSettings) -> LoadOptions:
-    return LoadOptions(given.dtype, given.quantization, given.device, given.trust_remote_code, given.revision)
+    return LoadOptions(
+        given.dtype, given.quantization, given.device, given.trust_remote_code, given.revision, given.mmap
+    )
 
 
 def _adapter_hash(folder: Path) -> str:

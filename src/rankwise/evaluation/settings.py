@@ -37,6 +37,9 @@ class LoadingOptions(ModelOptions):
         Literal["auto", "none", "nf4", "fp4"], _loading("4-bit layers or not; auto: as the adapter was trained.")
     ] = "auto"
     device: Annotated[Device, _loading("Device; auto takes the fastest.")] = "auto"
+    mmap: Annotated[bool, _loading("On a CPU, read weights from mapped files; --no-mmap copies them into memory.")] = (
+        True
+    )
 
 
 class EvaluateSettings(LoadingOptions):

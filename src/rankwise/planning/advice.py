@@ -23,7 +23,7 @@ from rankwise.planning.extend import FOUR_BIT_OF, Estimator, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.serving import refusing, served
 
-Verdict = Literal["fits", "tight", "too big"]
+Verdict = Literal["fits", "tight", "from disk", "too big"]
 Evidence = Literal["published", "mixed", "computed", "tried"]
 # (estimate, workload) -> seconds of one micro-batch; only ratios are used.
 Seconds = Callable[[MemoryEstimate, Workload], float]
@@ -47,10 +47,17 @@ PER_TOKEN = ("activations", "logits", "transient")
 # --- whether a run fits ---
 
 
-def verdict_of(estimate: MemoryEstimate, memory_bytes: int) -> Verdict:
-    """``fits`` if the peak plus its expected error fits, ``tight`` if only the peak fits, else ``too big``."""
+def mapped_weights(estimate: MemoryEstimate, device_type: str) -> int:
+    """The bytes of frozen weights that a CPU maps from files, which the system may drop and read again."""
+    is_mapped = device_type == "cpu" and estimate.method != "full"
+    return estimate.breakdown["weights"] + estimate.breakdown["weights_4bit"] if is_mapped else 0
+
+
+def verdict_of(estimate: MemoryEstimate, memory_bytes: int, mapped_bytes: int = 0) -> Verdict:
+    """``fits`` if the peak plus its expected error fits, ``tight`` if only the peak fits, ``from disk`` if it fits
+    without its ``mapped_bytes`` only, else ``too big``."""
     if estimate.peak_bytes > memory_bytes:
-        return "too big"
+        return "from disk" if estimate.peak_bytes - mapped_bytes <= memory_bytes else "too big"
     return "fits" if estimate.peak_bytes * (1 + estimate.error) <= memory_bytes else "tight"
 
 

@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rankwise.disk import cache_folder
 from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject, read_json
 from rankwise.models.device import cpu_flags
@@ -566,17 +566,6 @@ def _over_foreign(stored: Stored, ask: Estimator, method: str, workload: Workloa
 
 
 # --- on disk ---
-
-
-def cache_folder() -> Path:
-    """The folder for the user's caches on this system."""
-    if platform.system() == "Windows":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif platform.system() == "Darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "rankwise"
 
 
 def _hash_of(model: PlannedModel) -> str:

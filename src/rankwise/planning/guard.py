@@ -10,7 +10,7 @@ from rankwise.errors import InputError, RunError, warn
 from rankwise.foreign import Fields
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.options import option_words
-from rankwise.planning.advice import LADDER, Advisor, Change, verdict_of
+from rankwise.planning.advice import LADDER, Advisor, Change, Verdict, mapped_weights, verdict_of
 from rankwise.planning.extend import Estimator, MemoryEstimate, Traces, over_stored
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
 from rankwise.planning.plan import ratio_pace_of
@@ -90,7 +90,7 @@ class MemoryGuard:
             self._warn_of(error)
             self.workload = None
             return
-        if verdict_of(smallest, self.hardware.memory_bytes) == "too big":
+        if self._verdict(smallest) == "too big":
             self._refuse(smallest, "even one row of 16 tokens")
 
     def before_training(self, batch: Rows, evaluation: Rows | None, mapped_bytes: int) -> int | None:
@@ -116,9 +116,12 @@ class MemoryGuard:
                 resident += LOADED_LIBRARY_BYTES
             self.baseline_bytes = max(self.baseline_bytes, self.own_memory() + mapped_bytes - resident)
         # The weights are loaded by now, so the memory that was free before loading is the measure.
-        verdict = verdict_of(self.predicted, self.hardware.memory_bytes)
+        verdict = self._verdict(self.predicted, mapped_bytes)
         peak = self.baseline_bytes + comparable(self.predicted, self.hardware.device_type)
         self.say(self._sentence(peak, verdict))
+        if verdict == "from disk":
+            weights = mapped_weights(self.predicted, self.hardware.device_type)
+            self.say(f"the base's {byte_size(weights)} are mapped and read again from the disk in each step")
         if verdict == "too big":
             self._refuse(self.predicted, f"a batch of {_in_words(self.workload)}")
         return peak
@@ -147,6 +150,13 @@ class MemoryGuard:
             f"predicted peak {byte_size(peak_bytes)} ±{error:.0%}{own}{counted}, for "
             f"{_in_words(self.workload)}; there are {self._memory}: {verdict}"
         ).replace("%", " %")
+
+    def _verdict(self, estimate: MemoryEstimate, mapped_bytes: int | None = None) -> Verdict:
+        """``mapped_bytes``: None before the model is loaded, when all that can be mapped is taken to be."""
+        assert self.hardware is not None
+        most = mapped_weights(estimate, self.hardware.device_type) if self.settings["mmap"] else 0
+        mapped = most if mapped_bytes is None else min(most, mapped_bytes)
+        return verdict_of(estimate, self.hardware.memory_bytes, mapped)
 
     @property
     def _memory(self) -> str:

@@ -19,6 +19,7 @@ from rankwise.planning.advice import (
     Wish,
     largest_batch,
     longest_row,
+    mapped_weights,
     reachable,
     recommend,
     verdict_of,
@@ -257,7 +258,7 @@ class _Planner:
             single = longest_row(self.estimate, method, one, memory, most=most)
         return MethodRow(
             estimate=own if stored is None else dataclasses.replace(own, notes=(*own.notes, stored.note)),
-            verdict=verdict_of(own, memory),
+            verdict=verdict_of(own, memory, mapped_weights(own, self.hardware.device_type)),
             spare_bytes=memory - own.peak_bytes,
             max_batch_size=rows,
             longest_row_tokens=single,

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import pydantic
 
+from rankwise.disk import cache_folder
 from rankwise.errors import ConfigError, InternalError, warn
 from rankwise.foreign import JsonObject, checked, read_json, reason_of
-from rankwise.planning.extend import MemoryEstimate, cache_folder, estimate
+from rankwise.planning.extend import MemoryEstimate, estimate
 from rankwise.planning.hardware import Hardware
 from rankwise.planning.speed import Pace, facts_of, flops_per_token, traffic_bytes
 from rankwise.planning.workload import DTYPE_BYTES, PLANNED, Workload

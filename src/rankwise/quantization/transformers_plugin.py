@@ -8,13 +8,17 @@ at the end.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -66,6 +70,34 @@ from rankwise.quantization.targets import (
 Stored = StoredWeight | PackedWeight
 # What transformers passes to an operation for one name.
 Read = Tensor | list[Tensor]
+
+# The file of ``codes_in_file``, while its context is open.
+_codes_file: ContextVar[Path | None] = ContextVar("codes_file", default=None)
+
+
+@contextlib.contextmanager
+def codes_in_file(path: Path) -> Iterator[None]:
+    """Within this context, codes and scales of weights that are quantized while they load are views of the file
+    ``path``, so that a process holds one weight at a time. The file is removed at the end."""
+    token = _codes_file.set(path)
+    try:
+        yield
+    finally:
+        _codes_file.reset(token)
+        path.unlink(missing_ok=True)
+
+
+def _in_file(tensor: Tensor) -> Tensor:
+    path = _codes_file.get()
+    if path is None:
+        return tensor
+    with path.open("ab") as file:
+        # Aligned for every dtype.
+        file.write(bytes(-file.tell() % 64))
+        start = file.tell()
+        tensor.numpy().tofile(file)
+    array = tensor.numpy()
+    return torch.from_numpy(np.memmap(path, array.dtype, "c", start, array.shape))
 
 
 def register() -> None:
@@ -359,7 +391,9 @@ class QuantizeOperation(ConversionOps):
             # Loading continues; `_raise_failures` raises at its end.
             nothing = torch.zeros(shape, device=value.device)
             found = ops.quantize_weight(nothing, layer.quant_type, layer.block_size, double_quant)
-        return found if shared is None else _scaled_with_others(found, shared)
+        if shared is not None:
+            return _scaled_with_others(found, shared)
+        return dataclasses.replace(found, codes=_in_file(found.codes), absmax=_in_file(found.absmax))
 
 
 def _scaled_with_others(share: PackedWeight, layer: Linear4bit) -> PackedWeight:

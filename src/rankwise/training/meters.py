@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import math
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.compat.torch import own_part
 
@@ -154,31 +153,6 @@ def frozen_bytes(model: nn.Module) -> int:
     """The bytes of frozen parameters and buffers in this process."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(own_part(tensor).nbytes for tensor in tensors if not tensor.requires_grad)
-
-
-def mapped_bytes(model: nn.Module) -> int:
-    """The bytes of the model's frozen tensors in memory-mapped files (on Linux): safetensors loaded without a cast.
-
-    Trained tensors do not count: writing to them makes their pages anonymous memory.
-    """
-    try:
-        lines = Path(f"/proc/{os.getpid()}/maps").read_text().splitlines()
-    except OSError:
-        return 0
-    # ``7f00-7f80 rw-p 00000000 08:02 135522 /file``: no file where the inode is 0.
-    fields = [line.split(maxsplit=5) for line in lines]
-    files = sorted(tuple(int(end, 16) for end in field[0].split("-")) for field in fields if field[4] != "0")
-    starts = [start for start, _ in files]
-    found = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        held = own_part(tensor.detach())
-        # Tensor subclasses of other libraries (packed weights) may have no storage of their own.
-        if type(held) is Tensor and held.device.type == "cpu" and not tensor.requires_grad:
-            storage = held.untyped_storage()
-            place = bisect.bisect_right(starts, storage.data_ptr()) - 1
-            if place >= 0 and storage.data_ptr() < files[place][1]:
-                found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
 
 
 def anonymous_memory_bytes() -> int:

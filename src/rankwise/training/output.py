@@ -22,6 +22,7 @@ Mode = Literal["new", "resume", "overwrite"]
 # Settings that do not change what is learned, so that a resumed run may change them.
 MAY_CHANGE = {
     "cache",
+    "mmap",
     "output",
     "resume",
     "overwrite",

@@ -36,6 +36,7 @@ from rankwise.errors import RankwiseWarning, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
 from rankwise.models import choose_device, model_facts
+from rankwise.models.mapped import MappedFiles
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
 from rankwise.records import RunRecord, check_writable, load_record, versions_of
@@ -45,7 +46,7 @@ from rankwise.training.continued import continue_adapter, with_adapters_options
 from rankwise.training.foresight import Foresight
 from rankwise.training.learning import Learning, learning_from_answers, make_loop
 from rankwise.training.loop import PROGRESS_FILE, Loop
-from rankwise.training.meters import Progress, frozen_bytes, mapped_bytes
+from rankwise.training.meters import Progress, frozen_bytes
 from rankwise.training.metrics import evaluations
 from rankwise.training.new_tokens import add_new_tokens, new_tokens
 from rankwise.training.observer import Observer, SilentObserver
@@ -397,7 +398,7 @@ def _predicted_peak(
     batch = learning.largest_batch(loop, flat=flat)
     if given.packing:
         batch = dataclasses.replace(batch, rows=given.batch_size, tokens=given.max_length)
-    return foresight.before_training(batch, learning.largest_evaluation(loop), mapped_bytes(loop.model))
+    return foresight.before_training(batch, learning.largest_evaluation(loop), MappedFiles(loop.model).bytes)
 
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:

@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from rankwise.compat.torch import is_unit
 from rankwise.disk import coded_errors, remove_strays
 from rankwise.errors import Interrupted, RunError, warn
+from rankwise.models.mapped import MappedFiles
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows
 from rankwise.training import finish, output, ranks
 from rankwise.training.checkpoints import Checkpoint, remove_unfinished
 from rankwise.training.interrupt import Interrupt, interrupts
 from rankwise.training.loop import Loop
-from rankwise.training.meters import MemoryMeter, mapped_bytes
+from rankwise.training.meters import MemoryMeter
 from rankwise.training.metrics import MetricsFile, evaluated_rewards, evaluations
 from rankwise.training.observer import Observer
 from rankwise.training.old_run import OWN_FILES, clear_run
@@ -151,13 +152,14 @@ class Session:
         """Train. Returns the interruption if the user asked to stop, else None."""
         loop, progress = self.loop, self.loop.progress
         interrupt = Interrupt(self.observer.phase)
-        meter = MemoryMeter(loop.model.device.type, progress.peak_memory_bytes, mapped_bytes(loop.model))
+        files = MappedFiles(loop.model)
+        meter = MemoryMeter(loop.model.device.type, progress.peak_memory_bytes, files.bytes)
         names = self.trackers if ranks.is_writer() else ()
         trackers = Trackers(names, self.folder, self.record.settings, self.record.predicted_peak_memory_bytes)
         with meter as memory, interrupts(interrupt), trackers:
             at = "" if self.checkpoint is None else f", resuming from step {self.checkpoint.step}"
             self.observer.phase(f"Training{at}")
-            watch = self._watch(memory, interrupt, trackers)
+            watch = self._watch(memory, interrupt, trackers, files)
             try:
                 loop.fit(watch, self.checkpoint)
             except BaseException:
@@ -179,7 +181,7 @@ class Session:
             f"train --resume --output {self.folder}`.",
         )
 
-    def _watch(self, memory: MemoryMeter, interrupt: Interrupt, trackers: Trackers) -> Watch:
+    def _watch(self, memory: MemoryMeter, interrupt: Interrupt, trackers: Trackers, files: MappedFiles) -> Watch:
         loop = self.loop
         answers = ranks.is_writer() or is_unit(loop.model)
         return Watch(
@@ -201,6 +203,7 @@ class Session:
                 waiting=loop.progress.unchecked,
             ),
             answer=self.answer if answers else None,
+            files=files,
         )
 
     def _is_evaluated(self) -> bool:

@@ -36,11 +36,11 @@ from rankwise.lora_config import LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton
 from rankwise.models.describe import weights_files
 from rankwise.models.load import answer_room, table_rows
+from rankwise.models.prepared import is_quantized, load_prepared
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.training import ranks
 from rankwise.training.checkpoints import Checkpoint
 from rankwise.training.new_tokens import new_tokens
-from rankwise.training.prepared import is_quantized, load_prepared
 from rankwise.training.sharding import shard_before_loading
 from rankwise.training.state import seed_all
 from rankwise.weights_file import sha256_of
@@ -207,6 +207,7 @@ def load_for_training(given: TrainSettings, labels: Labels | None = None) -> Loa
             quantization=quantization,
             trust_remote_code=given.trust_remote_code,
             cache=given.cache,
+            mapped=given.mmap,
         )
     if tokenizer is None:
         raise ConfigError("RW115", f"{given.model} has no tokenizer, which training needs; add its tokenizer files.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rankwise.acceleration import give_back_freed_memory
 from rankwise.adapters import adapter_parameters, has_adapter
+from rankwise.models.mapped import MappedFiles
 from rankwise.training import ranks
 from rankwise.training.interrupt import Interrupt
 from rankwise.training.meters import MemoryMeter, Progress, StepClock
@@ -99,6 +100,8 @@ class Watch:
     check: GradientCheck | None = None
     # Returns the model's answer to a fixed prompt.
     answer: Callable[[], str] | None = None
+    # The files from which frozen weights are mapped.
+    files: MappedFiles | None = None
 
     def __post_init__(self) -> None:
         self.clock = StepClock(self.progress)
@@ -112,7 +115,9 @@ class Watch:
         self.clock.start()
 
     def check_gradients(self) -> None:
-        """Check each adapter tensor until it has passed. A resumed run checks those that have not."""
+        """Check each adapter tensor until it has passed (a resumed run: those that have not), and the mapped files."""
+        if self.files is not None:
+            self.files.check()
         if self.check is not None and not self.check.done:
             self.check.look(self.progress.steps + 1)
             self.progress.unchecked = list(self.check.waiting)
