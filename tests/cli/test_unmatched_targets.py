@@ -20,12 +20,9 @@ def call(rankwise, model_folder, rows_file, tmp_path):
     return verb
 
 
-@pytest.mark.parametrize("exact", [[], ["--exact"]], ids=["closed", "exact"])
 @pytest.mark.parametrize("name", ["train", "plan", "compare"])
-def test_targets_in_vain_end_every_verb(call, tmp_path, name, exact):
-    if exact and name != "plan":
-        pytest.skip("an option of plan")
-    done = call(name, *IN_VAIN, *exact)
+def test_targets_in_vain_end_every_verb(call, tmp_path, name):
+    done = call(name, *IN_VAIN)
     assert done.code == 2
     assert "RW401" in done.stderr
     assert "'nope'" in done.stderr

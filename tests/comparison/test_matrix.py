@@ -44,7 +44,7 @@ def test_ids_tell_cells_apart():
 
 def test_every_option_of_train_is_shared_or_has_its_counterpart():
     own = {"model", "data", "eval_data", "output", "method", "learning_rate", "budget", "seed"}
-    without = {"cache", "sample_prompt", "report_to", "skip_bad_rows", "devices", "strategy"}
+    without = {"cache", "mmap", "sample_prompt", "report_to", "skip_bad_rows", "devices", "strategy"}
     without |= {"resume", "overwrite", "dry_run", "new_tokens", "adapter", "reward"}
     without |= {"reward_weights", "num_generations", "temperature", "max_completion_length"}
     shared = shared_training(settings())

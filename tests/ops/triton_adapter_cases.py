@@ -162,6 +162,8 @@ def test_low_rank_grads(T: int, N: int, R: int, dtype: torch.dtype) -> None:
 
 
 class Dense:
+    eight_bit = scales = None
+
     def __init__(self, W: Tensor) -> None:
         self.W = W
 

@@ -7,10 +7,11 @@ import json
 
 import pytest
 
+from rankwise import disk
 from rankwise.constants import IGNORED
 from rankwise.disk import cache_folder
 from rankwise.errors import ConfigError, RankwiseWarning
-from rankwise.planning import MemoryEstimate, Workload, extend, real_steps
+from rankwise.planning import MemoryEstimate, Workload, real_steps
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.real_steps import (
     SCHEMA,
@@ -108,7 +109,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "rows": (1, 2), "tokens": 1
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(extend.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(disk.platform, "system", lambda: "Linux")
     monkeypatch.setattr(real_steps, "SHAPES", {"cpu": TINY, "cuda": TINY})
     measured = Measurement(90, 5, (0.3, 0.1, 0.2), "cpu", 100, 10_000)
     monkeypatch.setattr(real_steps, "measure", lambda *_: measured)

@@ -24,6 +24,7 @@ from disk_cases import Cases
 
 from in_process import steps_in_this_process
 from rankwise.cli import export_proof
+from rankwise.disk import cache_folder
 
 PATHS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "open")
 FORBIDDEN = ("pickle.find_class", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto")
@@ -87,7 +88,7 @@ class Audited(Cases):
             return
         self.events += 1
         path = os.path.abspath(os.fsdecode(place))
-        if path.startswith(NO_FILES):
+        if path.startswith(NO_FILES) or Path(path).is_relative_to(cache_folder()):
             return
         if os.path.dirname(path).startswith(tempfile.gettempdir()) and SCRATCH in path:
             return
@@ -162,6 +163,12 @@ def learn_otherwise(cases: Audited) -> None:
     pairs = cases.folder / "pairs.jsonl"
     for objective in ("dpo", "kto", "grpo"):
         cases.must(cases.learn(objective, f"by-{objective}"))
+    labelled = cases.folder / "labelled.jsonl"
+    labelled.write_text("".join(f'{{"text": "w{n} w4", "label": "{n % 2}"}}\n' for n in range(8)))
+    cases.must(
+        cases.train("by-labels", "--objective", "classify", "--data", str(labelled), "--eval-data", str(labelled))
+    )
+    cases.must(["predict", "--adapter", cases.folder / "by-labels", "--data", labelled])
     cases.must([*cases.compare("by-pairs"), "--objective", "dpo", "--data", pairs, "--eval-data", pairs])
 
 

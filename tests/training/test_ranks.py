@@ -235,7 +235,7 @@ def test_no_process_loads_the_model_before_all_have_measured_the_free_memory(mon
     monkeypatch.setattr(setup, "read_data", lambda *given: (SimpleNamespace(kind="text"), None, None))
     monkeypatch.setattr(ranks, "barrier", lambda: calls.append("all have"))
 
-    def load(given: TrainSettings) -> Any:
+    def load(given: TrainSettings, labels: Any) -> Any:
         assert calls == ["measured", "all have"]
         raise KeyError("loaded")
 

@@ -66,7 +66,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
     from rankwise.adapters.peft_config import read_config
     from rankwise.adapters.trained_base import tokenizer_with_rows
     from rankwise.models import choose_device, fetch_model, warns_of_other_hub_model
-    from rankwise.models.prepared import load_prepared
+    from rankwise.models.prepared import load_prepared, user_cache
 
     limit_generated_kernels()
     revision = check_fit(name, adapters, options, named=named)
@@ -82,6 +82,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
         device=str(choice.device),
         quantization=_quantization(options.quantization, adapters),
         trust_remote_code=options.trust_remote_code,
+        cache=user_cache(str(choice.device), mapped=options.mapped),
         mapped=options.mapped,
     )
     if options.quantization == "none" and getattr(model, "hf_quantizer", None) is not None:

@@ -36,6 +36,11 @@ VERSION = 2
 WAIT_SECONDS = 0.2
 
 
+def user_cache(device: str, *, mapped: bool) -> Path | None:
+    """Where prepared bases are kept when no folder is named: in the user's cache, for a CPU that maps them."""
+    return cache_folder() / "bases" if mapped and device == "cpu" else None
+
+
 def load_prepared(
     source: ModelSource,
     *,
@@ -43,17 +48,15 @@ def load_prepared(
     device: str,
     quantization: FourBitConfig | None,
     trust_remote_code: bool,
-    cache: Path | None = None,
+    cache: Path | None,
     mapped: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """(model, tokenizer) of ``load_model``, bit for bit the same, with weights mapped from files where ``mapped``.
 
-    A base that needs preparation is kept in ``cache``, by default the user's cache on a CPU; the first call fills it.
+    A base that needs preparation is kept in ``cache`` where one is given; the first call fills it.
     Raises RunError (RW551, RW552) where that cannot be written, and what ``load_model`` raises.
     """
     arguments: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    if cache is None and mapped and device == "cpu":
-        cache = cache_folder() / "bases"
     if cache is None or not needs_preparation(source, quantization):
         model, tokenizer = load_model(source, quantization=quantization, **arguments)
     else:

@@ -25,8 +25,9 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rankwise.config import DORA
 from rankwise.disk import cache_folder
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, RankwiseWarning, heard, warn
 from rankwise.foreign import JsonObject, read_json
 from rankwise.models.device import cpu_flags
 from rankwise.models.source import fetch_model
@@ -166,13 +167,19 @@ class Found:
     # Parameters of the model without an adapter.
     total: int
     max_positions: int | None
+    # {code: message} of warnings about the adapter.
+    told: dict[str, str]
 
 
 class Traces:
-    """An estimator for one model. ``say`` is called with a line about a trace that takes longer than a second."""
+    """An estimator for one model. ``say`` is called with a line about a trace that takes longer than a second, and
+    ``warns`` says whether warnings about adapters are given, each once; a run gives them itself."""
 
-    def __init__(self, model: PlannedModel, say: Callable[[str], None] = lambda _: None) -> None:
-        self.model, self.say = model, say
+    def __init__(
+        self, model: PlannedModel, say: Callable[[str], None] = lambda _: None, *, warns: bool = False
+    ) -> None:
+        self.model, self.say, self.warns = model, say, warns
+        self._told: set[str] = set()
         self._prepared: dict[tuple[str, str, int], Traced] = {}
 
     def __call__(self, method: str, workload: Workload) -> MemoryEstimate:
@@ -184,7 +191,12 @@ class Traces:
             with _told(self.say, f"tracing {method} at {workload.batch_size} x {workload.max_length:,} tokens ..."):
                 self._kept[key] = dataclasses.asdict(self._trace(method, workload))
             self._keep()
-        return assembled(method, workload, Found(**self._kept[key]))
+        found = Found(**self._kept[key])
+        for code, message in found.told.items():
+            if self.warns and code not in self._told:
+                self._told.add(code)
+                warn(code, message)
+        return assembled(method, workload, found)
 
     @functools.cached_property
     def _file(self) -> Path:
@@ -220,7 +232,22 @@ class Traces:
             return _sharded(alone, method, workload)
         names_a_layer = any(NAMES_A_LAYER.search(name) for name in _names(workload))
         cut = None if names_a_layer else cut_of(self._skeleton)
-        return traced(self._skeleton, method, workload, cut, functools.partial(self._model_of, method, workload))
+        found = traced(self._skeleton, method, workload, cut, functools.partial(self._model_of, method, workload))
+        return dataclasses.replace(found, told=self._warnings_of(method, workload))
+
+    def _warnings_of(self, method: str, workload: Workload) -> dict[str, str]:
+        from rankwise.adapters import plan_adapter
+
+        told: dict[str, str] = {}
+
+        def hear(warning: RankwiseWarning) -> bool:
+            told[warning.code] = warning.message
+            return False
+
+        if method != "full":
+            with heard(hear):
+                plan_adapter(self._skeleton, workload.lora_config(use_dora=method in DORA))
+        return told
 
     def _model_of(self, method: str, workload: Workload, numbers: Sequence[int]) -> Traced:
         """The model with these layers, prepared for this or for another batch."""
@@ -269,6 +296,7 @@ def traced(
         sizes=extended(sizes[0], sizes[-1]),
         total=sum(parameter.numel() for parameter in skeleton.parameters()),
         max_positions=getattr(config, "max_position_embeddings", None),
+        told={},
     )
 
 

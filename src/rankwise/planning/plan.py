@@ -193,7 +193,9 @@ class _Planner:
         self._check_length()
         stored = self.facts.stored
         # Stored bitsandbytes weights have the sizes of the rows of qlora and qdora.
-        self.estimate = over_stored(stored if stored is not None and stored.bits else None, Traces(self.model, say))
+        self.estimate = over_stored(
+            stored if stored is not None and stored.bits else None, Traces(self.model, say, warns=True)
+        )
         self.pace, self.ratio_pace = pace_of(hardware, work.dtype), ratio_pace_of(hardware, methods, work.dtype)
 
     def plan(self) -> Plan:

@@ -36,7 +36,7 @@ from rankwise.lora_config import LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton
 from rankwise.models.describe import weights_files
 from rankwise.models.load import answer_room, table_rows
-from rankwise.models.prepared import is_quantized, load_prepared
+from rankwise.models.prepared import is_quantized, load_prepared, user_cache
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.training import ranks
 from rankwise.training.checkpoints import Checkpoint
@@ -199,6 +199,7 @@ def load_for_training(given: TrainSettings, labels: Labels | None = None) -> Loa
         names, trains_all = given.modules_to_save or (), given.method == "full"
         shard = functools.partial(shard_before_loading, device_type=where.type, trained_whole=names)
         by_rows = before_weights(functools.partial(shard, trains_all=trains_all))
+    reads_rows = not isinstance(by_rows, nullcontext)
     with by_rows:
         model, tokenizer = load_prepared(
             source,
@@ -206,7 +207,8 @@ def load_for_training(given: TrainSettings, labels: Labels | None = None) -> Loa
             device=choice.device,
             quantization=quantization,
             trust_remote_code=given.trust_remote_code,
-            cache=given.cache,
+            # A prepared base holds whole weights.
+            cache=given.cache if reads_rows else given.cache or user_cache(choice.device, mapped=given.mmap),
             mapped=given.mmap,
         )
     if tokenizer is None:
