@@ -3,7 +3,7 @@
     python benchmarks/default_rates.py MODEL train.jsonl eval.jsonl --name e2e --rates 2e-4,6e-4,1.3e-3,3e-3
 
 Trains once at each rate, and adds the grid to those in benchmarks/results, where grids of our reports and of
-tinker-cookbook's sweep lie too. Makes docs/results/default_rates.md anew.
+tinker-cookbook's sweep lie too. Makes benchmarks/results/default_rates.md anew.
 """
 
 from __future__ import annotations

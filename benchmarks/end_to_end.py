@@ -6,7 +6,7 @@
 Both train the same base on the same rows, as often, with the same rank, dropout, learning rate and seed, each in a
 process of its own, and both adapters are then scored by one evaluator. Examples per second count the training steps
 alone: loading, tokenizing and evaluating are left out. Writes a JSON file into benchmarks/results, and
-docs/results/end_to_end.md anew.
+benchmarks/results/end_to_end.md anew.
 
 The peer runs with TRL's defaults, but for what is named above and gradient checkpointing, which is off on both sides.
 """

@@ -6,7 +6,7 @@ Each round times every contender of a row once, so that a busy moment of the mac
 reported, of the rounds and then of the processes. Where a virtual machine's cores lie decides how fast memory is and
 may change between two processes: hence several, and a row that only stores as many bytes as dequantizing does. The
 float32 layer is there because PyTorch's bfloat16 products are far slower on CPUs without instructions for them.
-Writes a JSON file into benchmarks/results, and docs/results/four_bits.md anew.
+Writes a JSON file into benchmarks/results, and four_bits.md beside it anew.
 
 Legend: T = rows of x, K = in features, N = out features.
 """

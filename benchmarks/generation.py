@@ -3,7 +3,7 @@
     python benchmarks/generation.py [--dtype float32] [--batch 1] [--rounds 5]
 
 The demo model, greedy, r = 16 on all linear layers; every contender in every round, medians. Writes a JSON file into
-benchmarks/results, and docs/results/generation.md anew.
+benchmarks/results, and generation.md beside it anew.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ alone. Times are multiples of all frozen matrix products, timed in the same roun
 Every job runs in a process of its own under a time limit, so that nothing that fails takes down what follows. Its
 result is saved as soon as it is there, in benchmarks/results/gpu.json. After ``--seconds`` no job begins; the same
 command goes on where it stopped, with the same card, versions and sources. Each call prints the table of all that is
-there and writes docs/results/gpu.md.
+there and writes benchmarks/results/gpu.md.
 Exit code 1 when a check fails, 3 when something is left to do. ``--device cpu --tiny`` tries the script itself, on
 shapes without meaning.
 """
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = Results(given.output / "gpu.json", about(given))
     left = do_all(wanted.first(), kept, end, side_by_side=1 if given.device == "cpu" else SIDE_BY_SIDE)
     left += do_all(wanted.rows(), kept, end)
-    failed = gpu_page.publish(kept.content, given.output, results.PAGES if given.output == results.FOLDER else None)
+    failed = gpu_page.publish(kept.content, given.output)
     if left:
         say(f"{left} jobs are left: run the same command again")
     return 1 if failed else 3 if left else 0

@@ -23,12 +23,12 @@ Done = dict[str, Any]
 Found = list[tuple[Job, Done]]
 
 
-def publish(content: dict[str, Any], output: Path, page: Path | None) -> list[str]:
-    """Write and print the page, beside the results where ``page`` is None; gives the checks that failed."""
+def publish(content: dict[str, Any], output: Path) -> list[str]:
+    """Write and print the page; gives the checks that failed."""
     done = [(Job.of(one["job"]), one["found"]) for one in content["jobs"].values()]
     failed = failed_checks(done)
     text = "\n".join(markdown(content["about"], done, failed)) + "\n"
-    write_text((page or output) / "gpu.md", text)
+    write_text(output / "gpu.md", text)
     print(text)
     return failed
 

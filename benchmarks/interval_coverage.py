@@ -2,7 +2,7 @@
 
     python benchmarks/interval_coverage.py
 
-writes ``docs/results/interval_coverage.md``. Each of m methods has S seeds on n rows in G clusters:
+writes ``benchmarks/results/interval_coverage.md``. Each of m methods has S seeds on n rows in G clusters:
 
     loss[m, s, i] = 2 + gap[m] + seed[m, s] + method x row[m, i] + rest[m, s, i]
 
@@ -161,7 +161,7 @@ def measured(cell: Cell, times: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=1000, help="simulated comparisons a row; half for columns 3 and 4")
-    parser.add_argument("--output", type=Path, default=results.PAGES)
+    parser.add_argument("--output", type=Path, default=results.FOLDER)
     given = parser.parse_args()
     rows = []
     for cell in CELLS:

@@ -8,7 +8,7 @@
 
 Each measurement takes three real steps of random weights in a process of its own: on a CPU the growth of its anonymous
 memory, on CUDA the peak of torch's allocator. ``--runs`` compares both figures of run.json instead. Writes a JSON file
-into benchmarks/results, and docs/results/memory.md anew.
+into benchmarks/results, and memory.md beside it anew.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ products alone.
 libgomp reads how long its threads spin when it is loaded, so each of ``--spins`` is a fresh process: a number is
 GOMP_SPINCOUNT, ``passive`` is OMP_WAIT_POLICY, and ``default`` sets neither. In every round of it, all sides are called
 in turn alone, beside each number of processes that only count, and with all their threads moved to one core; medians.
-Writes a JSON file into benchmarks/results, and docs/results/neighbours.md anew. Nothing else may run on the machine.
+Writes a JSON file into benchmarks/results, and neighbours.md beside it anew. Nothing else may run on the machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make the pages of docs/results again from the runs in benchmarks/results, without measuring anything.
+"""Make the pages in benchmarks/results again from the runs in benchmarks/results, without measuring anything.
 
     python benchmarks/pages.py
 
@@ -41,4 +41,4 @@ def text_of(subject: str) -> str:
 
 if __name__ == "__main__":
     for name in SUBJECTS:
-        write_text(results.PAGES / f"{name}.md", text_of(name))
+        write_text(results.FOLDER / f"{name}.md", text_of(name))

@@ -6,7 +6,7 @@
 A pair is a text of E2E for its meaning and the text of another meaning that shares its name. Both sides train the same
 base on the same pairs, as often, each in a process of its own. Pairs per second count the training steps alone. The
 peer runs with TRL's defaults, but for what both are given and gradient checkpointing, which is off on both sides.
-Writes a JSON file into benchmarks/results, and docs/results/preferences.md anew.
+Writes a JSON file into benchmarks/results, and preferences.md beside it anew.
 """
 
 from __future__ import annotations

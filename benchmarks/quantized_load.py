@@ -3,7 +3,7 @@
     python benchmarks/quantized_load.py                 # the demo model, as bfloat16 safetensors; a minute
     python benchmarks/quantized_load.py --model FOLDER
 
-Writes a JSON file into benchmarks/results, and docs/results/quantized_load.md anew.
+Writes a JSON file into benchmarks/results, and quantized_load.md beside it anew.
 """
 
 from __future__ import annotations

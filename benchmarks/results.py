@@ -1,6 +1,6 @@
 """Where results lie and what each says about its origin.
 
-A run of a benchmark is one JSON file in ``benchmarks/results``; ``docs/results/SUBJECT.md`` is made from all runs of a
+A run of a benchmark is one JSON file in ``benchmarks/results``; ``SUBJECT.md`` beside it is made from all runs of a
 subject, a processor a column or a row.
 """
 
@@ -20,7 +20,6 @@ import torch
 from rankwise.records import write_json, write_text
 
 FOLDER = Path(__file__).parent / "results"
-PAGES = Path(__file__).parents[1] / "docs" / "results"
 # Of x86 processors what decides the speed of products, the fastest first: the name, and the flag of /proc/cpuinfo.
 INSTRUCTIONS = {"AMX": "amx_bf16", "AVX-512 BF16": "avx512_bf16", "AVX-512": "avx512f", "AVX2": "avx2"}
 
@@ -128,10 +127,7 @@ def judged(value: float | None, goal: float | None, *, at_most: bool, digits: in
 
 
 def publish(output: Path, subject: str, run: Run, page: Callable[[list[Run]], list[str]], name: str = "") -> None:
-    """Write the run as OUTPUT/SUBJECT_NAME.json, and the page of all runs of the subject into ``docs/results``.
-
-    With another OUTPUT than ``benchmarks/results`` the page lies there, too.
-    """
+    """Write the run as OUTPUT/SUBJECT_NAME.json, and OUTPUT/SUBJECT.md, the page of all runs of the subject."""
     output.mkdir(parents=True, exist_ok=True)
     stem = name or usual_name(subject, run)
     # runs_of finds no other names.
@@ -139,7 +135,7 @@ def publish(output: Path, subject: str, run: Run, page: Callable[[list[Run]], li
         stem = f"{subject}_{stem}"
     write_json(output / f"{stem}.json", run)
     lines = page(runs_of(subject, output))
-    write_text((PAGES if output == FOLDER else output) / f"{subject}.md", "\n".join(lines) + "\n")
+    write_text(output / f"{subject}.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -3,7 +3,7 @@
     python benchmarks/rewards.py [--steps 60 --seeds 2 --method lora]
 
 The model is a Llama of two layers that has learned the sums for so few steps that it is right only at times. Writes
-docs/results/rewards.md.
+benchmarks/results/rewards.md.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
         "|---|---|---|---|---|",
         *rows,
     ]
-    write_text(results.PAGES / "rewards.md", "\n".join(page) + "\n")
+    write_text(results.FOLDER / "rewards.md", "\n".join(page) + "\n")
     print("\n".join(rows))
 
 

@@ -5,7 +5,7 @@
 
 Lengths: one sequence a step, all tokens labelled, and attention of the same shape timed in the same rounds, so that its
 share, which grows with the length, can be taken off. Vocabularies: a Llama of random weights and small width, each size
-in a process of its own. Writes a JSON file into benchmarks/results, and docs/results/scaling.md
+in a process of its own. Writes a JSON file into benchmarks/results, and scaling.md beside it
 anew.
 
 Legend: B = sequences, L = tokens of each, H = heads, D = width of a head.

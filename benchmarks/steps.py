@@ -7,7 +7,7 @@
 
 For each method one fresh process calls our step, PEFT's and the floor in turn and takes medians; then the same with the
 optimizer's step inside, where DoRA's norms are due. Peak memory is measured with each side in a process of its own,
-optimizer included. Writes a JSON file into benchmarks/results and docs/results/steps.md anew. What glibc's thresholds
+optimizer included. Writes a JSON file into benchmarks/results, and steps.md beside it anew. What glibc's thresholds
 give us (freed memory is kept) holds for the whole process, so in the timings PEFT has it too; "alone" is each side in
 its own process.
 """

@@ -3,7 +3,7 @@
     make families                                           # runs the tests, then this
     python benchmarks/tried_families.py .venv/families.xml  # the tests' outcomes, as pytest's --junitxml writes them
 
-Writes benchmarks/results/families_cpu.json, and docs/results/families.md anew.
+Writes benchmarks/results/families_cpu.json, and families.md beside it anew.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def page(runs: list[results.Run]) -> list[str]:
         "*Tried* means: tests build a model of the family's class in transformers, with about two small layers and "
         "**random weights**, and run it on a CPU. So this page says that rankwise fits the family's code. It does not "
         "say how well a real model of the family learns: of real models, only `demo` was trained (SmolLM2-135M, a "
-        "Llama; [benchmarks](../benchmarks.md)). Models that see images have "
-        "[tests of their own](../adapters.md#models-that-also-see).",
+        "Llama; [benchmarks](../../docs/benchmarks.md)). Models that see images have "
+        "[tests of their own](../../docs/adapters.md#models-that-also-see).",
         "",
         *results.table(
             ("check", "what it says", "families that passed"),
@@ -119,7 +119,7 @@ def page(runs: list[results.Run]) -> list[str]:
         ),
         "",
         "vLLM served adapters of the demo model alone. SGLang and Ollama were not run "
-        "([serving](../serving.md#proof)).",
+        "([serving](../../docs/serving.md#proof)).",
         "",
         "## Families that the export knows by name",
         "",

@@ -160,7 +160,7 @@ def test_command_leaves_folders_of_the_machine_out(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("subject", pages.SUBJECTS)
 def test_a_page_is_what_its_runs_make(subject: str) -> None:
     """``python benchmarks/pages.py`` writes them again after a change of their layout."""
-    assert (results.PAGES / f"{subject}.md").read_text(encoding="utf-8") == pages.text_of(subject)
+    assert (results.FOLDER / f"{subject}.md").read_text(encoding="utf-8") == pages.text_of(subject)
 
 
 def test_the_printed_interval_holds_nearly_all_measured_runs() -> None:
@@ -177,7 +177,7 @@ def test_the_page_of_families_names_all_that_are_there() -> None:
         assert found["trained"].keys() == found["merged"].keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
     # gemma3 is exported as its text part, gemma3_text.
     assert found["llama.cpp"].keys() == ARCHITECTURES.keys() - {"gemma3"}
-    text = (results.PAGES / "families.md").read_text(encoding="utf-8")
+    text = (results.FOLDER / "families.md").read_text(encoding="utf-8")
     assert all(f"`{family}`" in text for family in [*found["trained"], *ARCHITECTURES.keys() - {"gemma3"}])
 
 

@@ -19,7 +19,7 @@ BASE, ADAPTERS, REFERENCE_WIDTH = 5e-5, 10, 2000
 LLAMA, SMALL = 0.781, 0.0775
 # TRL's defaults: 2e-5 for SFT, and 1e-6 for DPO, KTO and GRPO.
 OF_PREFERENCES = 1 / 20
-# Fitted on our own grids (docs/results/default_rates.md).
+# Fitted on our own grids (benchmarks/results/default_rates.md).
 OF_PISSA, OF_RSLORA = 1 / 5, 1 / 2
 # Neighbours in a grid of rates.
 HALF_DECADE = 10**0.5

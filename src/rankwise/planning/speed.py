@@ -215,7 +215,7 @@ def _number(config: Fields, names: tuple[str, ...]) -> int:
 ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
 # Conservative: `rankwise plan --calibrate` measured 111 to 303 GFLOP/s for one core with bfloat16 instructions
-# (docs/plan.md); LoRA's steps with AVX2 reach 44 GFLOP/s per core (docs/results/steps.md).
+# (docs/plan.md); LoRA's steps with AVX2 reach 44 GFLOP/s per core (benchmarks/results/steps.md).
 ASSUMED_CPU_FLOPS_PER_CORE = {"bfloat16": 100e9, "float16": 40e9, "float32": 40e9}
 ASSUMED_CPU = {"bfloat16": "a Zen 4", "float16": "an AMD EPYC with AVX2", "float32": "an AMD EPYC with AVX2"}
 # PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
