@@ -58,8 +58,8 @@ def examples() -> dict[str, tuple[Any, ...]]:
         "rope": (q, tables, tables, False),
         "rope_": (q.clone(), tables, tables, True),
         "cross_entropy_": (x.clone(), targets, 0.5, 0.1, 30.0, 2.0, True, True, True),
-        "dropout": (x, 0.3, 7, 12),
-        "dropout_add_": (x.clone(), y, 0.3, 7, 12),
+        "dropout": (x, 0.3, 7),
+        "dropout_add_": (x.clone(), y, 0.3, 7),
     }
 
 
@@ -239,20 +239,6 @@ def test_dropout_keeps_its_share_and_forgets_nothing(chosen: str) -> None:
     assert (kept.mean(1) - (1 - p)).abs().max() < 5 * deviation / 500**0.5
     assert torch.equal(elementwise.dropout_add_(x.clone(), x, p, 11), x + y)
     assert torch.equal(elementwise.dropout(x.view(-1), p, 11), y.view(-1))
-
-
-def test_dropout_of_a_part_is_the_part_of_the_dropout(chosen: str) -> None:
-    x, seed = torch.randn(30, 70), -5
-    whole, sums = elementwise.dropout(x, 0.4, seed), elementwise.dropout_add_(x.clone(), x, 0.4, seed)
-    assert torch.equal(elementwise.dropout(x[11:], 0.4, seed, 11 * 70), whole[11:])
-    assert torch.equal(elementwise.dropout_add_(x[11:].clone(), x[11:], 0.4, seed, 11 * 70), sums[11:])
-
-
-def test_the_index_of_a_part_has_an_upper_word() -> None:
-    """2^32 elements are too many to draw; that the keys move with them can be seen."""
-    x, far = torch.ones(1 << 12), 1 << 32
-    assert torch.equal(elementwise.dropout(x[5:], 0.5, 3, far + 5), elementwise.dropout(x, 0.5, 3, far)[5:])
-    assert not torch.equal(elementwise.dropout(x, 0.5, 3, far), elementwise.dropout(x, 0.5, 3))
 
 
 @pytest.mark.parametrize("other", [12, 11 + (1 << 32), 11 ^ (1 << 63), -11])

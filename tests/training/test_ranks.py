@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 import rankwise as rw
@@ -19,12 +18,10 @@ from rankwise.errors import ConfigError, RankwiseWarning, RunError
 from rankwise.training import ranks, run, setup
 from rankwise.training.checkpoints import save_checkpoint
 from rankwise.training.continued import with_adapters_options
-from rankwise.training.loop import KEY
 from rankwise.training.observer import SilentObserver
 from rankwise.training.ranks import check_alike
-from rankwise.training.sft import counted, why_masks_differ, widened
 from several import LAUNCHERS
-from tiny_models import tiny_gpt2, tiny_llama
+from tiny_models import tiny_llama
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -166,37 +163,10 @@ def test_a_model_of_unknown_layers_is_not_sharded() -> None:
         shard(model, None, trains_all=False)  # type: ignore[arg-type]
 
 
-def test_masks_of_other_draws_are_not_divided() -> None:
-    model = tiny_llama()
-    rw.add_adapter(model, rw.LoraConfig(r=2, lora_dropout=0.1))
-    assert why_masks_differ(model) is None
-    model.config.attention_dropout = 0.1
-    assert "attention_dropout" in str(why_masks_differ(model))
-    model.config.attention_dropout = 0.0
-    model.model.norm.dropout = torch.nn.Dropout(0.1)
-    assert "model.norm.dropout" in str(why_masks_differ(model))
-    fused = tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    rw.add_adapter(fused, rw.LoraConfig(r=2, lora_dropout=0.1, enable_lora={"c_attn": [True, False, True]}))
-    assert "the fast operator does not support" in str(why_masks_differ(fused))
-    head = tiny_llama()
-    rw.add_adapter(head, rw.LoraConfig(r=2, lora_dropout=0.1, target_modules=["lm_head"]))
-    assert "the output head" in str(why_masks_differ(head))
-
-
 def test_an_apple_gpu_is_one_device() -> None:
     with pytest.raises(ConfigError, match="RW139"):
         ranks.check_cards("mps", 2)
     ranks.check_cards("cpu", 64)
-
-
-def test_padded_rows_are_widened_as_one_process_pads_them() -> None:
-    batch = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 1]])}
-    batch["labels"] = torch.tensor([[-100, 6]])
-    wide = widened({**batch, KEY: counted(batch)}, 4, 9)
-    assert wide["input_ids"].tolist() == [[5, 6, 9, 9]]
-    assert wide["attention_mask"].tolist() == [[1, 1, 0, 0]]
-    assert wide["labels"].tolist() == [[-100, 6, -100, -100]]
-    assert (wide[KEY].tokens, wide[KEY].scored.tolist()) == (2, [0])
 
 
 def test_every_file_that_the_processes_read_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,16 +140,6 @@ def from_blocks(blocks: Tensor, parts: Parts) -> Tensor | None:
 SEEDS = 1 << 31
 
 
-class Batch:
-    """The micro-batch in progress, whose rows (tokens) several processes may share."""
-
-    # Rows in processes of lower rank. A plain attribute, so that recomputation in autograd's threads reads it too.
-    rows_before = 0
-
-
-BATCH = Batch()
-
-
 class Adapter(Protocol):
     """An adapter of one base layer: a pair A (r, in), B (out, r) and, in DoRA, a magnitude m for each output row.
 
@@ -227,4 +217,4 @@ def drawn_dropout(p: float, training: bool) -> Dropout | None:
     """Dropout with a seed from torch's generator, so that the run's seed fixes it and a recomputation repeats it."""
     if not training or p == 0:
         return None
-    return Dropout(p, int(torch.randint(SEEDS, ())), BATCH.rows_before)
+    return Dropout(p, int(torch.randint(SEEDS, ())))

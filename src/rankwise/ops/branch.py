@@ -78,16 +78,14 @@ class Dropout:
 
     p: float
     seed: int
-    # Number of rows of the same batch in processes of lower rank.
-    rows_before: int = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """``drop(x)`` of x (T, K)."""
-        return elementwise.dropout(x, self.p, self.seed, self.rows_before * x.shape[-1])
+        return elementwise.dropout(x, self.p, self.seed)
 
     def add_(self, dx: Tensor, z: Tensor) -> Tensor:
         """``dx + drop(z)`` of z (T, K), in place."""
-        return elementwise.dropout_add_(dx, z, self.p, self.seed, self.rows_before * z.shape[-1])
+        return elementwise.dropout_add_(dx, z, self.p, self.seed)
 
 
 @dataclasses.dataclass

@@ -143,16 +143,15 @@ def adapted_gain(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, sc
     return call("adapted_gain", W, squared, A, B, m, scale)
 
 
-def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """``x * mask / (1 - p)``; the mask is a hash of (seed, flat index), so that it need not be saved.
 
     x of any shape, 0 <= p < 1, any integer seed (its low 64 bits count) -> as x, contiguous. The mask depends on the
-    number of elements before an element, not on the shape. ``first``: the number of elements before x, if x is a part
-    of a larger tensor. The mask is then that of the larger tensor, up to a multiple of 2^32 that lies within x.
+    number of elements before an element, not on the shape.
     """
-    return call("dropout", x, p, seed, first)
+    return call("dropout", x, p, seed)
 
 
-def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
+def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
     """``dx <- dx + z * mask / (1 - p)`` in place, with the mask of `dropout`: dx and z of one shape and dtype."""
-    return call("dropout_add_", dx, z, p, seed, first)
+    return call("dropout_add_", dx, z, p, seed)

@@ -121,11 +121,11 @@ def cross_entropy_(
         )
 
 
-def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> None:
+def dropout(x: Tensor, p: float, seed: int) -> None:
     dropout_add_(x, x, p, seed)
 
 
-def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int, first: int = 0) -> None:
+def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> None:
     if not 0 <= p < 1:
         raise QuantizationError("RW606", f"dropout cannot drop with probability {p}: use a number in [0, 1).")
     if not _same(dx, z):

@@ -153,14 +153,14 @@ def cross_entropy_(
     return loss, entropy, correct
 
 
-def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """y_i = x_i / (1 - p) where `keep_mask`, else 0; i is the flat index of a contiguous x."""
-    return torch.where(keep_mask(x, p, seed, first), wide(x) * (1 / (1 - p)), 0.0).to(x.dtype)
+    return torch.where(keep_mask(x, p, seed), wide(x) * (1 / (1 - p)), 0.0).to(x.dtype)
 
 
-def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
+def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
     """dx_i <- dx_i + z_i / (1 - p) where `keep_mask`."""
-    return dx.copy_(torch.where(keep_mask(z, p, seed, first), wide(dx) + wide(z) * (1 / (1 - p)), wide(dx)))
+    return dx.copy_(torch.where(keep_mask(z, p, seed), wide(dx) + wide(z) * (1 / (1 - p)), wide(dx)))
 
 
 def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -176,14 +176,14 @@ def row_chunks(N: int, K: int) -> list[slice]:
     return [slice(start, min(start + rows, N)) for start in range(0, N, rows)]
 
 
-def keep_mask(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
+def keep_mask(x: Tensor, p: float, seed: int) -> Tensor:
     """Which elements of x dropout keeps: those whose hash of (seed, flat index) is at least p 2^32.
 
     The hash is a 32-bit finaliser of xor-shifts and multiplications with the avalanche of Chris Wellons' lowbias32. The
     seed enters before it and again in its middle, so that the masks of two seeds are not permutations of each other.
     """
     index = torch.arange(x.numel(), device=x.device)
-    before, middle = dropout_keys(seed, first)
+    before, middle = dropout_keys(seed)
     # The upper word of the index changes the keys, so elements from 2^32 on have other hashes.
     upper = (index >> 32) * _GOLDEN
     h = ((index & _WORD) + before + upper) & _WORD
@@ -193,16 +193,11 @@ def keep_mask(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
     return ((h ^ (h >> 16)) >= dropout_threshold(p)).view(x.shape)
 
 
-def dropout_keys(seed: int, first: int = 0) -> tuple[int, int]:
-    """The two 32-bit keys of a 64-bit seed.
-
-    With ``first``, the keys give the indices 0, 1, ... the mask of first, first + 1, ..., up to the next multiple of
-    2^32; beyond it the mask is another one.
-    """
+def dropout_keys(seed: int) -> tuple[int, int]:
+    """The two 32-bit keys of a 64-bit seed."""
     low, high = seed & _WORD, (seed >> 32) & _WORD
     before = _mix(low + _mix(high + _GOLDEN))
-    middle, upper = _mix(before ^ low ^ 0x5BD1E995), (first >> 32) * _GOLDEN
-    return (before + first + upper) & _WORD, (middle + upper) & _WORD
+    return before, _mix(before ^ low ^ 0x5BD1E995)
 
 
 def dropout_threshold(p: float) -> int:

@@ -32,7 +32,7 @@ from rankwise.training.meters import Progress
 from rankwise.training.optimizers import make_optimizer
 from rankwise.training.preferences import Preferences, Scoring
 from rankwise.training.setup import Data, LoadedBase, encode_data
-from rankwise.training.sft import Demonstrations, draws_one_mask, packed
+from rankwise.training.sft import Demonstrations, packed
 
 # Default interval of checkpoints, and the shortest of evaluations, as a share of the run.
 TENTH = 0.1
@@ -89,7 +89,6 @@ def _demonstrations(given: TrainSettings, data: Data, base: LoadedBase, flat: bo
         flat=flat or given.packing,
         label_smoothing=given.label_smoothing,
         autocast=PRECISIONS.get(base.precision),
-        shares_masks=draws_one_mask(base.model, has_noise=given.neftune_noise_alpha is not None),
     )
 
 
@@ -195,7 +194,6 @@ def make_loop(
         warmup_steps=given.warmup_steps,
         max_grad_norm=given.max_grad_norm,
         seed=given.seed,
-        same_draws=getattr(objective, "shares_masks", False),
         logging_steps=given.logging_steps or logging_steps_of(total),
         eval_steps=eval_steps if evaluates else None,
         save_steps=given.save_steps or given.eval_steps or math.ceil(total * TENTH),

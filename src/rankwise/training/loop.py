@@ -68,8 +68,6 @@ class Counted:
     examples: int
     # The result of `scored_positions`: (P,) int64, on the device of the labels; of demonstrations only.
     scored: Tensor | None = None
-    # Number of tokens, padding included, that processes of lower rank have in the same micro-batch.
-    rows_before: int = 0
 
     def to(self, *to: Any, **how: Any) -> Counted:
         """Move to a device like a tensor."""
@@ -135,8 +133,6 @@ class Options:
     warmup_steps: int
     max_grad_norm: float
     seed: int
-    # Whether several processes draw the same random numbers, as parts of one process's dropout masks.
-    same_draws: bool
     logging_steps: int
     # None: it does not evaluate, or save.
     eval_steps: int | None = None
@@ -175,8 +171,8 @@ class Loop:
         Raises RunError: RW530 for a loss that is not finite, RW531 for such gradients.
         """
         model, objective, options, progress = self.model, self.objective, self.options, self.progress
-        # Every process draws its own dropout masks, unless all of them draw those of one process.
-        seed_all((options.seed + (0 if options.same_draws else ranks.rank())) % 2**32)
+        # Every process draws its own dropout masks.
+        seed_all((options.seed + ranks.rank()) % 2**32)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ranks.same_values([parameter for parameter in trained if not is_sharded(parameter)])
         self.optimizer = optimizer = self.make_optimizer()

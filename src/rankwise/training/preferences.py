@@ -25,7 +25,7 @@ from rankwise.constants import IGNORED
 from rankwise.training import ranks
 from rankwise.training.loop import KEY, Batch, Counted, Figures, Loss, Row, on_device, shuffled, without_rows
 from rankwise.training.losses import MARKED_LOSSES, PAIR_LOSSES, Pairs
-from rankwise.training.sft import pad_right, router_coefficient, warn_of_other_masks
+from rankwise.training.sft import pad_right, router_coefficient
 
 
 class Scoring:
@@ -37,7 +37,6 @@ class Scoring:
             # As in trl, dropout of the base is disabled; the adapter's dropout is the user's choice.
             if isinstance(module, nn.Dropout) and not name.endswith("lora_dropout"):
                 module.p = 0.0
-        warn_of_other_masks(model, "masks are divided with --objective sft only")
         self.asked = Asked(flat=flat, pairs=flat and pairs)
         self.is_own = accept_scores(model, self.asked)
 

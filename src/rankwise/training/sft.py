@@ -11,7 +11,7 @@ import inspect
 import itertools
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,15 +24,11 @@ from transformers import PreTrainedModel
 from rankwise.acceleration import LossOptions, fused_head
 from rankwise.acceleration.loss import scored_positions
 from rankwise.acceleration.scoring import Score, Scorer, loss_scorer
-from rankwise.adapters.base_layer import is_own, stored_weight
-from rankwise.adapters.layer import AdaptedLayer
-from rankwise.adapters.low_rank import BATCH, Adapter
 from rankwise.compat.torch import is_unit
 from rankwise.constants import IGNORED
 from rankwise.errors import warn
 from rankwise.ops.elementwise_checks import check_targets
 from rankwise.ops.linear_cross_entropy import LossSums
-from rankwise.quantization.linear import Linear4bit, is_conv1d
 from rankwise.training import ranks
 from rankwise.training.foresight import evaluation_targets
 from rankwise.training.loop import KEY, Batch, Counted, Loss, Row, shuffled
@@ -61,8 +57,6 @@ class Demonstrations:
     label_smoothing: float = 0.0
     # The dtype of mixed precision.
     autocast: torch.dtype | None = None
-    # Whether all processes draw the parts of one process's dropout masks.
-    shares_masks: bool = False
 
     shown: ClassVar[Mapping[str, str]] = {}
     silence_is_normal: ClassVar[bool] = False
@@ -88,27 +82,13 @@ class Demonstrations:
         return {**batch, KEY: counted(batch)}
 
     def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
-        if not self.shares_masks:
-            return batches
-        everyone = ranks.gathered([tuple(batch["input_ids"].shape) for batch in batches])
-        return [self._placed(batch, shapes) for batch, *shapes in zip(batches, *everyone)]
-
-    def _placed(self, batch: Batch, shapes: list[tuple[int, int]]) -> Batch:
-        """The batch with the number of tokens in processes of lower rank; padded rows get the length that they would
-        have in one process."""
-        if not self.flat:
-            longest = max(length for _, length in shapes)
-            shapes = [(rows, longest) for rows, _ in shapes]
-            batch = widened(batch, longest, self.pad)
-        before = sum(rows * length for rows, length in shapes[: ranks.rank()])
-        return {**batch, KEY: dataclasses.replace(batch[KEY], rows_before=before)}
+        return batches
 
     # --- loss ---
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
         found: Counted = batch[KEY]
         assert found.scored is not None, "counted by collate"
-        BATCH.rows_before = found.rows_before
         given = {name: value for name, value in batch.items() if name != KEY} | {"use_cache": False}
         coefficient = router_coefficient(model)
         if coefficient:
@@ -249,19 +229,6 @@ def counted(batch: Batch) -> Counted:
     return Counted(len(scored), tokens, examples, scored)
 
 
-def widened(batch: Batch, length: int, pad: int) -> Batch:
-    """A batch of rows (B, L), padded further to ``length``."""
-    fills = {"input_ids": pad, "labels": IGNORED}
-    missing = length - batch["input_ids"].shape[1]
-    if not missing:
-        return batch
-    wide = {
-        name: F.pad(value, (0, missing), value=fills.get(name, 0)) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-    return {**wide, KEY: dataclasses.replace(batch[KEY], scored=scored_positions(wide["labels"]))}
-
-
 def packed(rows: Dataset, length: int, seed: int) -> Dataset:
     """Rows of at most ``length`` tokens that hold several of the shuffled ``rows`` each: the longest first, each into
     the fullest row with room for it (best fit decreasing). ``seq_lengths`` holds the lengths within a row.
@@ -298,55 +265,3 @@ def _bins(lengths: Sequence[int], room: int) -> list[list[int]]:
                 bisect.insort(rooms, left)
             by_room[left].append(chosen)
     return bins
-
-
-# --- dropout masks of several processes ---
-
-
-def adapters_at_work(model: nn.Module) -> Iterator[tuple[AdaptedLayer, Adapter]]:
-    """(layer, its active adapter) of the adapted layers."""
-    for module in model.modules():
-        if isinstance(module, AdaptedLayer) and module.at_work is not None:
-            yield module, module.at_work
-
-
-def draws_one_mask(model: PreTrainedModel, *, has_noise: bool) -> bool:
-    """Whether the adapters have dropout and each of several processes can draw its part of a single process's masks.
-    Warns (RW784) where it cannot."""
-    if ranks.count() == 1 or not any(adapter.dropout for _, adapter in adapters_at_work(model)):
-        return False
-    reason = "NEFTune draws its noise from the same generator" if has_noise else why_masks_differ(model)
-    if reason is not None:
-        warn_of_other_masks(model, reason)
-    return reason is None
-
-
-def warn_of_other_masks(model: nn.Module, reason: str) -> None:
-    """Warn (RW784) where the adapters of several processes have dropout, and each draws its own masks."""
-    if ranks.count() > 1 and any(adapter.dropout for _, adapter in adapters_at_work(model)):
-        warn(
-            "RW784",
-            f"the dropout masks of {ranks.count()} processes differ from those of one: {reason}; every process "
-            "draws its own masks, from the seed and its rank.",
-        )
-
-
-def why_masks_differ(model: PreTrainedModel) -> str | None:
-    """Why dropout masks of one process cannot be divided among several, or None where they can.
-
-    The operator's mask is a hash of a seed, equal in all processes, and of the position in the whole batch. Any other
-    mask is drawn element by element, and depends on the number of rows of a process.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p and not name.endswith("lora_dropout"):
-            return f"the base model has dropout ({name})"
-    if getattr(model.config.get_text_config(), "attention_dropout", 0):
-        return "the base model has dropout (attention_dropout)"
-    for layer, adapter in adapters_at_work(model):
-        base = layer.base_layer
-        if layer.is_head:
-            return "the output head is adapted, and it gets the trained tokens only"
-        is_whole = adapter.parts is None and is_own(base) and not stored_weight(base).requires_grad
-        if adapter.dropout and not (is_whole and (type(base) in (nn.Linear, Linear4bit) or is_conv1d(base))):
-            return f"the fast operator does not support every adapted layer (here a {type(base).__name__})"
-    return None

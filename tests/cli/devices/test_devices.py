@@ -35,7 +35,7 @@ def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
 # Name: options, processes.
 CASES = {
     "full under fsdp": (("--method", "full", "--strategy", "fsdp"), 2),
-    "dropout, 4 under ddp": (("--method", "dora", "--lora-dropout", "0.3", "--strategy", "ddp"), 4),
+    "dora, 4 under ddp": (("--method", "dora", "--strategy", "ddp"), 4),
 }
 METHODS = ("lora", "dora", "qlora", "qdora", "full")
 REST = {
@@ -44,14 +44,11 @@ REST = {
     for strategy in ("ddp", "fsdp")
     for count in (2, 4)
 } | {
-    "dropout, checkpointing, 4-bit, 2 under fsdp": (
-        ("--method", "qlora", "--lora-dropout", "0.3", "--gradient-checkpointing", "--strategy", "fsdp"),
+    "checkpointing, 4-bit, 2 under fsdp": (
+        ("--method", "qlora", "--gradient-checkpointing", "--strategy", "fsdp"),
         2,
     ),
-    "dropout, packed rows, 2 under ddp": (
-        ("--method", "lora", "--lora-dropout", "0.3", "--packing", "--strategy", "ddp"),
-        2,
-    ),
+    "packed rows, 2 under ddp": (("--method", "lora", "--packing", "--strategy", "ddp"), 2),
     "packed rows, checkpointing, a trained head, 4 under fsdp": (
         (
             *("--method", "lora", "--packing", "--gradient-checkpointing"),

@@ -183,18 +183,18 @@ def cross_entropy_(
     return loss, entropy, torch.tensor(int(sums[2])) if want_correct else None
 
 
-def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """y_i = x_i / (1 - p) where the hash of (seed, i) is at least p 2^32, else 0."""
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
-    _drop(x, y, p, dropout_keys(seed, first), add=False)
+    _drop(x, y, p, dropout_keys(seed), add=False)
     return y
 
 
-def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
+def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
     """dx_i <- dx_i + z_i / (1 - p) where `dropout` keeps."""
     out = dx.contiguous()
-    _drop(z.contiguous(), out, p, dropout_keys(seed, first), add=True)
+    _drop(z.contiguous(), out, p, dropout_keys(seed), add=True)
     return dx if out is dx else dx.copy_(out)
 
 

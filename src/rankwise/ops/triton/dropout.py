@@ -72,17 +72,17 @@ def dropout_add_kernel(
     tl.store(dx + element, round_to(total, dx.dtype.element_ty), mask=element < n)
 
 
-def dropout(x: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """y_i = x_i / (1 - p) where the mask keeps it, else 0; i is the flat index of a contiguous x."""
     y = x.new_empty(x.shape)
-    _launch(dropout_kernel, x.contiguous(), y, p, dropout_keys(seed, first))
+    _launch(dropout_kernel, x.contiguous(), y, p, dropout_keys(seed))
     return y
 
 
-def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int, first: int = 0) -> Tensor:
+def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
     """dx_i <- dx_i + z_i / (1 - p) where the mask keeps z_i."""
     out = dx.contiguous()
-    _launch(dropout_add_kernel, out, z.contiguous(), p, dropout_keys(seed, first))
+    _launch(dropout_add_kernel, out, z.contiguous(), p, dropout_keys(seed))
     return dx if out is dx else dx.copy_(out)
 
 
