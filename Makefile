@@ -141,8 +141,11 @@ docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(BIN)/sphinx-build -W -q docs docs/_build
 
+docs-check: $(STAMP) ## run the commands and the Python of every page (half an hour)
+	$(PYTEST) -m "long or not long" tests/test_docs.py
+
 clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: help setup demo test test-all check budget format compat families differential grid torture torture-disk \
-	torture-kills browser bench wheel article docs clean
+	torture-kills browser bench wheel article docs docs-check clean
