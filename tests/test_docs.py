@@ -45,6 +45,7 @@ PYTHON_BLOCK = re.compile(
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n\n)?(?P<text>(?: {4}[^\n]*\n\n*)+)", re.MULTILINE)
 # The first word of a line that a command prints: its label.
 LABEL = re.compile(r"^ {4}([a-z]+):? ", re.MULTILINE)
+FIGURE = re.compile(r"\d[\d,.]*\d")
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a in range(8) for b in range(4)]
 # What the pages call files of the reader's own, made small.
 FILES: dict[str, list[dict[str, object]]] = {
@@ -141,6 +142,22 @@ def test_every_link_has_a_target() -> None:
 def test_the_picture_of_the_rooms_is_fresh() -> None:
     rooms = runpy.run_path(str(ROOT / "docs" / "_ext" / "rooms.py"))
     assert (ROOT / "docs" / "architecture.svg").read_text() == rooms["picture"](ROOT / "pyproject.toml")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/trained-models.md", "docs/hyperparameters.md"])
+def test_figures_are_those_of_the_results(name: str) -> None:
+    """In a table that links to results in its head, or row by row, each figure of three digits stands in them."""
+    page, found = ROOT / name, 0
+    for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
+        head, *rows = table.splitlines()
+        for row in rows:
+            links = [link for link in LINK.findall(head + row) if "benchmarks/results/" in link]
+            cells = [cell for cell in row.split("|") if re.fullmatch(r"[\d., %]+", cell)]
+            figures = {figure for figure in FIGURE.findall(" ".join(cells)) if len(re.sub(r"\D", "", figure)) > 2}
+            if links:
+                found += len(figures)
+                assert not figures - set(FIGURE.findall((page.parent / links[0]).read_text())), (name, row)
+    assert found >= 5
 
 
 @pytest.mark.long

@@ -5,7 +5,7 @@
 m is 10 for adapters and 1 for all weights, and p is 0.781 for Llamas (*LoRA Without Regret*, Thinking Machines, 2025;
 tinker-cookbook's ``hyperparam_utils.py``). For Qwens the latter has 0.0775. Every other family gets the p with the
 lower rate, which is 0.781 from a width of 2,000 on; so do Qwens, whose regret it lowers in tinker-cookbook's own sweep.
-docs/training.md holds the regret on that sweep and on our grids.
+docs/hyperparameters.md holds the regret on that sweep and on our grids.
 """
 
 from __future__ import annotations
