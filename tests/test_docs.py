@@ -139,6 +139,11 @@ def test_every_link_has_a_target() -> None:
     assert not broken
 
 
+def test_the_reference_of_commands_has_each_of_them() -> None:
+    text = runpy.run_path(str(ROOT / "docs" / "_ext" / "command_line.py"))["reference"]()
+    assert HEADING.findall(text)[1:] == [verb.name for verb in VERBS]
+
+
 def test_the_picture_of_the_rooms_is_fresh() -> None:
     rooms = runpy.run_path(str(ROOT / "docs" / "_ext" / "rooms.py"))
     assert (ROOT / "docs" / "architecture.svg").read_text() == rooms["picture"](ROOT / "pyproject.toml")

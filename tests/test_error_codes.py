@@ -1,25 +1,35 @@
-"""Every code that the source raises has a section in docs/errors.md, and every section a code."""
+"""Every code that the source raises has an entry in docs/errors, and every entry a code."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CODE = re.compile(r"RW[1-9]\d\d")
+SOURCE = {path: path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")}
+INDEX = runpy.run_path(str(ROOT / "dev" / "errors.py"))
 
 
-def codes_in_source() -> set[str]:
-    quoted = re.compile(r"[\"'](RW[1-9]\d\d)[\"']")
-    return {code for path in (ROOT / "src").rglob("*.py") for code in quoted.findall(path.read_text(encoding="utf-8"))}
+def codes(pattern: str) -> set[str]:
+    return {code for text in SOURCE.values() for code in re.findall(pattern, text)}
 
 
 def test_documented_codes_are_the_raised_ones():
-    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-    sections = re.findall(r"^### (RW\d{3}) — \S", text, re.MULTILINE)
-    assert len(sections) == len(set(sections))
-    assert sections == sorted(sections)
-    assert set(sections) == codes_in_source()
+    entries = INDEX["entries"]()
+    assert set(entries) == codes(r"[\"'](RW[1-9]\d\d)[\"']")
+    for page in {name for name, _ in entries.values()}:
+        there = re.findall(r"^## (RW\d{3})$", (ROOT / "docs" / "errors" / page).read_text("utf-8"), re.MULTILINE)
+        assert there == sorted(code for code, (name, _) in entries.items() if name == page)
+    text = INDEX["PAGE"].read_text("utf-8")
+    assert text == INDEX["indexed"](text), "run python dev/errors.py"
+
+
+def test_entries_of_warnings_say_so():
+    marked = {code for code, (_, title) in INDEX["entries"]().items() if title.endswith(" (warning)")}
+    warned, raised = codes(r"\bwarn\(\s*\"(RW\d{3})\""), codes(r"(?:Error|Interrupted)\(\s*\"(RW\d{3})\"")
+    assert warned - raised <= marked
+    assert not marked & (raised - warned) - {"RW515"}, "an older checkpoint makes that error a warning"
 
 
 def test_each_code_keeps_to_one_kind_of_error():
@@ -34,8 +44,8 @@ def test_each_code_keeps_to_one_kind_of_error():
     wrong = []
     # From RW623 on they are of what came later, whatever it reads: the kind of each is that of its first use.
     later: dict[str, str] = {}
-    for path in (ROOT / "src").rglob("*.py"):
-        for kind, code in raised.findall(path.read_text(encoding="utf-8")):
+    for path, text in SOURCE.items():
+        for kind, code in raised.findall(text):
             is_later = code >= "RW623"
             expected = later.setdefault(code, kind) if is_later else kinds.get(code[2], "QuantizationError")
             if kind != expected and kind != "InternalError":

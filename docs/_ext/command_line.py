@@ -20,7 +20,7 @@ Exit codes: 0 done, 2 a mistake in the input, 1 a fault of rankwise, 130 interru
 def reference() -> str:
     """The whole page as Markdown."""
     common = _table("Every verb", list(COMMON_OPTIONS))
-    return "\n".join([HEAD, common, *(_section(verb) for verb in VERBS if not verb.hidden)])
+    return "\n".join([HEAD, common, *(_section(verb) for verb in VERBS)])
 
 
 def _section(verb: Verb) -> str:

@@ -13,7 +13,7 @@
     └── Interrupted                 exit 130: stopped by the user, after saving
     RankwiseWarning                 the same codes; the work continues
 
-A code is stable and has a section of its own in ``docs/errors.md``.
+A code is stable and has an entry in ``docs/errors/``.
 
 Long lists in one sentence of a message. Imports no torch.
 """

@@ -49,7 +49,7 @@ def test_a_plan_has_a_row_for_each_method_that_was_asked_for(given: str, methods
 
 @pytest.mark.parametrize("method", ["", "lore", "lora,lore"])
 def test_a_method_that_does_not_exist_is_refused(method: str, model: Path) -> None:
-    with pytest.raises(ConfigError, match="RW131"):
+    with pytest.raises(ConfigError, match="RW130"):
         make_plan(settings(model, method=method))
 
 

@@ -38,7 +38,7 @@ def test_a_rank_of_zero_is_refused_as_in_training():
 
 def test_unknown_methods_and_optimizers(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 8, "n_embd": 8, "n_layer": 1}')
-    with pytest.raises(ConfigError, match="RW131"):
+    with pytest.raises(ConfigError, match="RW130"):
         estimate(tmp_path, "prefix", Workload())
     with pytest.raises(ConfigError, match="RW132"):
         estimate(tmp_path, "lora", Workload(optimizer="lamb"))

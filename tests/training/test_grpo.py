@@ -346,7 +346,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no room for prompts": ({"max_completion_length": 16}, "RW112"),
     "fewer prompts than a step asks": ({"batch_size": 32}, "RW775"),
     "a reference for full fine-tuning": ({"method": "full"}, "RW112"),
-    "no prompt that fits": ({"max_completion_length": 15}, "RW780"),
+    "no prompt that fits": ({"max_completion_length": 15}, "RW214"),
     "an unknown loss": ({"loss_type": "sigmoid"}, "RW763"),
     "an option of another objective": ({"packing": True}, "RW112"),
 }

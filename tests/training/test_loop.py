@@ -248,7 +248,8 @@ def test_what_is_not_finite_stops_the_run_before_it_harms(broken: str, loop_of: 
     loop.model.model.norm.forward = norm
     with pytest.raises(RunError, match=r"at step 1.*--learning-rate") as caught:
         fit(loop)
-    assert caught.value.code == {"loss": "RW530", "gradient": "RW531"}[broken]
+    assert caught.value.code == "RW530"
+    assert broken in caught.value.message
     assert all(value.isfinite().all() for value in loop.model.parameters())
 
 

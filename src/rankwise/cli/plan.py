@@ -104,7 +104,7 @@ def _check_place(path: Path | None, option: str) -> None:
     is_other = path.is_dir() or path.is_symlink()
     if is_other or not path.parent.is_dir():
         what = "is a folder or a link" if is_other else f"lies in {path.parent}, which does not exist"
-        raise ConfigError("RW145", f"{option} {path} {what}; give the name of a file in a folder that exists.")
+        raise ConfigError("RW105", f"{option} {path} {what}; give the name of a file in a folder that exists.")
 
 
 def as_yaml(plan: Plan) -> str:

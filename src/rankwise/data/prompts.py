@@ -119,9 +119,9 @@ def encode_prompts(
     skip_bad_rows: int | None = None,
 ) -> Encoded:
     """Encode prompts: columns ``input_ids``, the ids, and ``asked``, JSON for the rewards: ``{"prompt": ..., "columns":
-    {...}}``. Prompts without ``room`` for an answer of so many tokens are left out, counted and warned of (RW782).
+    {...}}``. Prompts without ``room`` for an answer of so many tokens are left out, counted and warned of (RW216).
 
-    Raises DataError: RW780 where no prompt is left; otherwise as ``encode_rows``.
+    Raises DataError: RW214 where no prompt is left; otherwise as ``encode_rows``.
     """
     from datasets import Dataset
 
@@ -155,13 +155,13 @@ def _asked(row: Row, names: Sequence[str]) -> str:
 def _tell_of_long(rows: Rows, count: int, kept: int, max_length: int, room: int) -> None:
     if not kept:
         raise DataError(
-            "RW780",
+            "RW214",
             f"none of the {count:,} prompts of {rows.source} fits into the {max_length - room:,} tokens that "
             f"--max-length {max_length} leaves beside {room} of an answer; raise --max-length.",
         )
     if kept < count:
         warn(
-            "RW782",
+            "RW216",
             f"{count - kept:,} of {count:,} prompts of {rows.source} have more than the {max_length - room:,} tokens "
             f"that --max-length {max_length} leaves beside {room} of an answer; they are left out.",
         )

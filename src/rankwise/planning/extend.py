@@ -148,7 +148,7 @@ def estimate(
 ) -> MemoryEstimate:
     """Peak memory of one step of ``method`` on ``model``: hub id, folder, GGUF file or demo; its weights are not read.
 
-    Raises ConfigError: RW130 for settings, RW131 for an unknown method, RW132 for an optimizer whose memory is not
+    Raises ConfigError: RW130 for settings or an unknown method, RW132 for an optimizer whose memory is not
     known; AdapterError: RW401 to RW403 and RW419 for targets; ModelError: RW327 where the step cannot be traced, and as
     ``fetch_model`` and ``load_skeleton`` do.
     """
@@ -184,7 +184,7 @@ class Traces:
 
     def __call__(self, method: str, workload: Workload) -> MemoryEstimate:
         if method not in PLANNED:
-            raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
+            raise ConfigError("RW130", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
         rule_of(workload.optimizer)
         key = f"{method} {json.dumps(dataclasses.asdict(workload), sort_keys=True, default=str)}"
         if key not in self._kept:

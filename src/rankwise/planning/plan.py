@@ -139,13 +139,13 @@ class Plan:
 def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: None) -> Plan:
     """The plan for these options. ``say`` is called with a line about each trace that takes longer than a second.
 
-    Raises ConfigError: RW116 an optimizer that cannot run there, RW130 to RW132 impossible settings, RW140 a size,
-    RW141 a card, RW131 a method, RW143 no model; ModelError and QuantizationError as ``estimate`` does, where every
+    Raises ConfigError: RW116 an optimizer that cannot run there, RW130 and RW132 impossible settings, RW140 a size,
+    RW141 a card, RW103 no model; ModelError and QuantizationError as ``estimate`` does, where every
     method fails so.
     """
     methods = settings.methods
     if settings.model is None:
-        raise ConfigError("RW143", "--model is missing; give a hub id, a folder, a .gguf file, or demo.")
+        raise ConfigError("RW103", "--model is missing; give a hub id, a folder, a .gguf file, or demo.")
     hardware = shared(choose_hardware(settings.gpu, settings.memory), settings.devices)
     check_device(settings.optimizer, hardware.device_type, hardware.name)
     workload = workload_for(settings, hardware)

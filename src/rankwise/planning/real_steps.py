@@ -69,11 +69,11 @@ def measure(
 ) -> Measurement:
     """The peak memory of three real steps with random weights, in a new process for each device.
 
-    Raises ConfigError: RW131 for an unknown method, RW133 where a process ends without a result, for example because
+    Raises ConfigError: RW130 for an unknown method, RW133 where a process ends without a result, for example because
     memory ran out.
     """
     if method not in PLANNED:
-        raise ConfigError("RW131", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
+        raise ConfigError("RW130", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
     order = {
         "model": os.fspath(model),
         "method": method,

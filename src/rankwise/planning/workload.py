@@ -85,10 +85,10 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods to plan for. Raises ConfigError (RW131) for one that does not exist."""
+        """The methods to plan for. Raises ConfigError (RW130) for one that does not exist."""
         if not self.method or set(self.method) - {*PLANNED, ALL}:
             given, known = ",".join(self.method), ", ".join(PLANNED)
-            raise ConfigError("RW131", f"--method is {given!r}; give {known}, several with commas, or all.")
+            raise ConfigError("RW130", f"--method is {given!r}; give {known}, several with commas, or all.")
         return PLANNED if ALL in self.method else tuple(name for name in PLANNED if name in self.method)
 
     def check_options(self) -> None:

@@ -168,7 +168,7 @@ class Loop:
     def fit(self, watch: Watch, checkpoint: Checkpoint | None = None) -> None:
         """Train to the last step, or until the user or early stopping asks to stop.
 
-        Raises RunError: RW530 for a loss that is not finite, RW531 for such gradients.
+        Raises RunError: RW530 for a loss or gradients that are not finite.
         """
         model, objective, options, progress = self.model, self.objective, self.options, self.progress
         # Every process draws its own dropout masks.
@@ -276,13 +276,13 @@ class Loop:
             return
         if not self.scaler.is_enabled():
             raise RunError(
-                "RW531",
+                "RW530",
                 f"the gradient norm is {step.norm} at step {number}, so that step was not taken; lower --learning-rate "
                 "or --max-grad-norm.",
             )
         if self.scaler.get_scale() < 1:
             raise RunError(
-                "RW531",
+                "RW530",
                 f"the gradients overflow float16 at step {number} even at a loss scale below 1; lower --learning-rate, "
                 "or train with --dtype float32.",
             )

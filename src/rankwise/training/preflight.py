@@ -101,12 +101,12 @@ class GradientCheck:
     def look(self, step: int) -> None:
         """Check the gradients of step ``step``, before the optimizer uses them.
 
-        Raises RunError: RW531 for a gradient that is not finite, RW523 with the tensors that got no gradient.
+        Raises RunError: RW530 for a gradient that is not finite, RW523 with the tensors that got no gradient.
         """
         if any(value.grad is not None and not value.grad.isfinite().all() for value in self.waiting.values()):
             if self.overflow_is_normal:
                 return
-            raise RunError("RW531", f"a gradient is not finite at step {step}; lower --learning-rate.")
+            raise RunError("RW530", f"a gradient is not finite at step {step}; lower --learning-rate.")
         silent = [key for key, value in self.waiting.items() if value.grad is None or not value.grad.any()]
         if self.silence_is_normal and len(silent) == len(self.waiting):
             return

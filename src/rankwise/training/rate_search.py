@@ -50,8 +50,8 @@ USUAL_BUDGET = 0.25
 # The largest number of held-out rows, and their largest share of all rows.
 MOST_ROWS, SHARE = 64, 0.1
 LEAST_ROWS = 4
-# The error codes of a diverging run.
-DIVERGED = ("RW530", "RW531")
+# The error code of a diverging run.
+DIVERGED = "RW530"
 
 
 def with_rate(given: TrainSettings, found: RateSearch) -> TrainSettings:
@@ -227,7 +227,7 @@ def _loss_after(loop: Loop, rows: Dataset) -> float | None:
         with torch.no_grad():
             loss = loop.objective.evaluate(loop.model, lambda: None)["eval_loss"]
     except RunError as error:
-        if error.code not in DIVERGED:
+        if error.code != DIVERGED:
             raise
         loss = math.nan
     return loss if math.isfinite(loss) else None
