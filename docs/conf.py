@@ -7,7 +7,14 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "rankwise"
 copyright = "the rankwise authors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "command_line"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "command_line",
+    "python_page",
+]
 source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]

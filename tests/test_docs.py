@@ -18,8 +18,9 @@ import pytest
 from typer import Typer
 from typer.main import get_command
 
+import rankwise
 from rankwise.cli.main import VERBS
-from rankwise.cli.options import command_of
+from rankwise.cli.options import command_of, options_of
 
 ROOT = Path(__file__).parents[1]
 # What a command says where its files are missing. Its options were taken by then.
@@ -28,7 +29,11 @@ ABSENT = ("RW102", "RW505")
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "article" / place / "README.md" for place in ("", "recipes")),
-    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in ("log.md", "command-line.md")),
+    *(
+        page
+        for page in sorted((ROOT / "docs").rglob("*.md"))
+        if page.name not in ("log.md", "command-line.md", "python-in-full.md")
+    ),
 ]
 # What `make docs-check` runs; the article's pages need models and data that are not here.
 READ = [page for page in PAGES if not page.is_relative_to(ROOT / "article")]
@@ -45,6 +50,9 @@ PYTHON_BLOCK = re.compile(
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n\n)?(?P<text>(?: {4}[^\n]*\n\n*)+)", re.MULTILINE)
 # The first word of a line that a command prints: its label.
 LABEL = re.compile(r"^ {4}([a-z]+):? ", re.MULTILINE)
+# Options of other programs, and of benchmarks.
+OTHERS = ["address", "exclude", "launcher", "lora", "lora-modules", "max-lora-rank", "max-restarts", "deps", "outtype"]
+OTHERS += ["private", "quantize", "runs", "signals-to-handle"]
 FIGURE = re.compile(r"\d[\d,.]*\d")
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a in range(8) for b in range(4)]
 # What the pages call files of the reader's own, made small.
@@ -144,9 +152,22 @@ def test_the_reference_of_commands_has_each_of_them() -> None:
     assert HEADING.findall(text)[1:] == [verb.name for verb in VERBS]
 
 
-def test_the_picture_of_the_rooms_is_fresh() -> None:
-    rooms = runpy.run_path(str(ROOT / "docs" / "_ext" / "rooms.py"))
-    assert (ROOT / "docs" / "architecture.svg").read_text() == rooms["picture"](ROOT / "pyproject.toml")
+def test_options_and_codes_are_ours() -> None:
+    """Those of text and tables; other programs' options are named here."""
+    known = {option.flag for verb in VERBS for option in options_of(verb)}
+    known |= {"json", "config", "help", "version", *OTHERS}
+    codes = set(re.findall(r"RW[1-9]\d\d", " ".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))))
+    for page in READ:
+        text = page.read_text()
+        assert {name.removeprefix("no-") for name in re.findall(r"`--([a-z-]+[a-z])", text)} <= known, page
+        assert set(re.findall(r"RW[1-9]\d\d", text)) <= codes, page
+
+
+def test_what_is_made_from_the_code_is_fresh() -> None:
+    made = {name: runpy.run_path(str(ROOT / "docs" / "_ext" / f"{name}.py")) for name in ("layers", "python_page")}
+    assert (ROOT / "docs" / "architecture.svg").read_text() == made["layers"]["picture"](ROOT / "pyproject.toml")
+    assert (ROOT / "docs" / "python.md").read_text() == made["python_page"]["page"]()
+    assert set(" ".join(made["python_page"]["GROUPS"].values()).split()) == set(rankwise.__all__)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/trained-models.md", "docs/hyperparameters.md"])

@@ -1,6 +1,6 @@
-"""Draw ``architecture.svg``, the picture of the rooms, from the layers that import-linter holds us to.
+"""Draw ``architecture.svg``, the picture of the packages, from the layers that import-linter holds us to.
 
-python docs/_ext/rooms.py
+python docs/_ext/layers.py
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ STYLE = (
 
 
 def picture(pyproject: Path) -> str:
-    """The SVG: a row for each layer, a box for each room in it."""
+    """The SVG: a row for each layer, a box for each package in it."""
     contracts = tomllib.loads(pyproject.read_text())["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["name"] == LAYERS)
-    rows = [[room.strip(" ()").removeprefix("rankwise.") for room in layer.split("|")] for layer in layers]
-    boxes = [box for number, rooms in enumerate(rows) for box in _row(rooms, TOP + number * (ROW + GAP), WIDTH - 130)]
+    rows = [[package.strip(" ()").removeprefix("rankwise.") for package in layer.split("|")] for layer in layers]
+    boxes = [
+        box for number, packages in enumerate(rows) for box in _row(packages, TOP + number * (ROW + GAP), WIDTH - 130)
+    ]
     height = TOP + len(rows) * (ROW + GAP)
-    # They use the base alone, which is the last four layers.
+    # They use only the base, which is the last four layers.
     tall = height - 4 * (ROW + GAP) - TOP - GAP
     beside = _box("data", WIDTH - 115, TOP, 50, tall)
     beside += _box("reports", WIDTH - 60, TOP, 56, tall)
@@ -32,13 +34,13 @@ def picture(pyproject: Path) -> str:
     return f"{head}<style>{STYLE}</style>{''.join(boxes)}{beside}</svg>\n"
 
 
-def _row(rooms: list[str], y: float, width: float) -> list[str]:
-    # Long names get more room.
-    total = sum(len(room) + 4 for room in rooms)
+def _row(packages: list[str], y: float, width: float) -> list[str]:
+    # Long names get wider boxes.
+    total = sum(len(package) + 4 for package in packages)
     boxes, x = [], 4.0
-    for room in rooms:
-        share = (width - GAP * (len(rooms) - 1)) * (len(room) + 4) / total
-        boxes.append(_box(room, x, y, share, ROW))
+    for package in packages:
+        share = (width - GAP * (len(packages) - 1)) * (len(package) + 4) / total
+        boxes.append(_box(package, x, y, share, ROW))
         x += share + GAP
     return boxes
 
