@@ -170,7 +170,10 @@ def test_what_is_made_from_the_code_is_fresh() -> None:
     assert set(" ".join(made["python_page"]["GROUPS"].values()).split()) == set(rankwise.__all__)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/trained-models.md", "docs/hyperparameters.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", *(f"docs/{name}.md" for name in ("trained-models", "hyperparameters", "benchmarks", "memory"))],
+)
 def test_figures_are_those_of_the_results(name: str) -> None:
     """In a table that links to results in its head, or row by row, each figure of three digits stands in them."""
     page, found = ROOT / name, 0

@@ -1,6 +1,6 @@
-"""The memory tables of docs/memory.md: LLaMA's four sizes, weights only and whole training steps, as Markdown.
+"""LLaMA's four sizes, weights only and whole training steps, as Markdown; docs/memory.md quotes some of it.
 
-    python article/benchmarks/memory_tables.py
+    python article/benchmarks/memory_tables.py > benchmarks/results/llama_memory.md
 
 Only shapes are needed: the script writes a config.json for each size (Touvron et al. 2023, table 2) and plans with it.
 """
@@ -67,6 +67,7 @@ def print_table(title: str, cells: dict[str, dict[str, int]]) -> None:
 
 
 def main() -> None:
+    print("# Memory of LLaMA's sizes, as planned\n\n`python article/benchmarks/memory_tables.py`")
     with tempfile.TemporaryDirectory() as folder:
         places = {name: write_config(Path(folder), name) for name in SHAPES}
         for index, (title, workload) in enumerate(STEPS.items()):
@@ -81,8 +82,8 @@ def main() -> None:
                 print_table("Weights only", weights)
             peaks = {name: {method: row[method].peak_bytes for method in METHODS} for name, row in found.items()}
             print_table(f"Peak of a training step on one CUDA card: {title}", peaks)
-    errors = sorted({row[method].error for row in found.values() for method in METHODS})
-    print(f"\nError to expect of each peak: {', '.join(f'{error:.1%}' for error in errors)}.")
+    errors = sorted({f"{row[method].error:.1%}" for row in found.values() for method in METHODS})
+    print(f"\nError to expect of each peak: {', '.join(errors)}.")
 
 
 if __name__ == "__main__":
