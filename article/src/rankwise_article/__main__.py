@@ -69,6 +69,12 @@ def _ledger(given: argparse.Namespace) -> Scored:
     return ledger(given.file, given.output, every=given.every)
 
 
+def _table(given: argparse.Namespace) -> Scored:
+    from rankwise_article.table import table
+
+    return table(given.state, given.data, given.work, runs=given.runs)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rankwise_article", description=__doc__)
     verbs = parser.add_subparsers(required=True)
@@ -84,7 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     ledgers.add_argument("file", type=Path, help="ledger.toml")
     ledgers.add_argument("--output", type=Path, help="Markdown page to write")
     ledgers.add_argument("--every", action="store_true", help="run the commands that take hours or a card too")
-    for verb in (converts, ledgers):
+    tables = verbs.add_parser("table", help="carry out the next runs of the article's table 1, and make its page")
+    tables.set_defaults(run=_table)
+    tables.add_argument("state", type=Path, help="folder of settings.toml and of the finished runs")
+    tables.add_argument("--data", type=Path, required=True, help="folder of E2E's three .csv files")
+    tables.add_argument("--work", type=Path, default=Path("runs/table"), help="adapters and checkpoints")
+    tables.add_argument("--runs", type=int, default=1, help="how many runs; 0 makes the page alone")
+    for verb in (converts, ledgers, tables):
         verb.add_argument("--json", action="store_true", help="print one JSON document")
     benchmarks = verbs.add_parser("score", help="score texts that you have already").add_subparsers(required=True)
     files: Mapping[str, tuple[Callable[[argparse.Namespace], Scored], Mapping[str, str]]] = {

@@ -1,0 +1,289 @@
+"""The page of the article's table 1, from whatever runs have finished.
+
+The interval of a method's score has two parts. Meanings: a bootstrap over the test meanings, the same resamples for
+every run. Seeds: the variance between a method's seeds, pooled over the methods. With z and t the 97.5 % quantiles,
+
+    half width = sqrt((z s_meanings)^2 + (t s_seeds)^2 / seeds)        a difference of two methods has 2 s_seeds^2
+
+METEOR of a corpus is not a mean; its resamples are those of the mean, moved to the corpus' score.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import norm, t
+
+from rankwise.foreign import JsonObject, read_json
+from rankwise_article.bleu_nist import MtevalStatistics
+from rankwise_article.e2e_files import read_references
+from rankwise_article.e2e_scores import METRICS
+from rankwise_article.table import COUNTS, TEST, chosen_rate
+
+RESAMPLES, LEVEL = 1000, 0.975
+# BLEU points (of 100) within which two methods are equivalent, and the fewest seeds of a verdict.
+MARGIN, SEEDS = 1.0, 3
+REFERENCE = "lora"
+NAMES = {
+    "full": "full fine-tuning", "bottleneck": "bottleneck (Houlsby)", "prefix": "prefix", "lora": "LoRA",
+    "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA",
+}  # fmt: skip
+# BLEU on GPT-2 Medium: the article's, and the LoRA paper's.
+PUBLISHED = {"full": "68.2", "bottleneck": "66.3 (Adapter-L; Houlsby's 67.3)", "prefix": "68.1 (69.7)", "lora": "70.4"}
+SCALES = {"BLEU": 100, "METEOR": 100, "ROUGE_L": 100, "NIST": 1, "CIDEr": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    method: str
+    seed: int
+    record: JsonObject
+    statistics: MtevalStatistics
+    # METEOR, ROUGE_L and CIDEr of each meaning.
+    per_example: Mapping[str, np.ndarray]
+    outputs: Sequence[str]
+
+    def score(self, name: str, rows: np.ndarray | None = None) -> float:
+        """The metric of the meanings ``rows`` (indices, may repeat), or of all."""
+        if name in ("BLEU", "NIST"):
+            return SCALES[name] * float(getattr(self.statistics, name.lower())(rows))
+        values = self.per_example[name]
+        mean = float(values.mean() if rows is None else values[rows].mean())
+        moved = self.record["scores"][name] - float(values.mean()) if name == "METEOR" else 0.0
+        return SCALES[name] * (mean + moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    value: float
+    half_width: float
+    seeds: int
+
+
+class Runs:
+    """All finished runs, and their scores on the same resamples."""
+
+    def __init__(self, folder: Path) -> None:
+        self.all = [read_run(path) for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
+        count = len(self.all[0].outputs) if self.all else 0
+        random = np.random.default_rng(0)
+        resamples = [random.integers(0, count, count) for _ in range(RESAMPLES)]
+        self.resampled = {
+            (run.method, run.seed, name): np.array([run.score(name, rows) for rows in resamples])
+            for run in self.all
+            for name in METRICS
+        }
+
+    def of(self, method: str) -> dict[int, Run]:
+        return {run.seed: run for run in self.all if run.method == method}
+
+    def seed_deviation(self, name: str) -> tuple[float, int]:
+        """(deviation between seeds, degrees of freedom), pooled over the methods with two seeds and more."""
+        groups = [[run.score(name) for run in self.of(method).values()] for method in {run.method for run in self.all}]
+        freedom = sum(len(group) - 1 for group in groups)
+        squares = sum(statistics.variance(group) * (len(group) - 1) for group in groups if len(group) > 1)
+        return (math.sqrt(squares / freedom), freedom) if freedom else (0.0, 0)
+
+    def score(self, method: str, name: str, against: str | None = None) -> Score | None:
+        """The method's mean over its seeds; with ``against``, how far it lies above that method, on common seeds."""
+        runs = self.of(method)
+        seeds = [seed for seed in runs if against is None or seed in self.of(against)]
+        if not seeds:
+            return None
+        value = statistics.fmean(runs[seed].score(name) for seed in seeds)
+        resamples = np.mean([self.resampled[method, seed, name] for seed in seeds], axis=0)
+        if against is not None:
+            value -= statistics.fmean(self.of(against)[seed].score(name) for seed in seeds)
+            resamples = resamples - np.mean([self.resampled[against, seed, name] for seed in seeds], axis=0)
+        deviation, freedom = self.seed_deviation(name)
+        of_seeds = float(t.ppf(LEVEL, freedom)) * deviation if freedom else 0.0
+        of_meanings = float(norm.ppf(LEVEL) * resamples.std(ddof=1))
+        both = of_meanings**2 + (1 if against is None else 2) * of_seeds**2 / len(seeds)
+        return Score(value, math.sqrt(both), len(seeds))
+
+
+def read_run(folder: Path) -> Run:
+    with (folder / "scores.tsv").open(encoding="utf-8") as lines:
+        header, *rows = csv.reader(lines, delimiter="\t")
+    columns = {name: np.array(values, float) for name, values in zip(header, zip(*rows))}
+    counts = {}
+    for name in COUNTS:
+        found = np.stack([values for key, values in columns.items() if key.rstrip("_12345") == name], 1).squeeze()
+        counts[name] = found if name == "information" else found.astype(np.int64)
+    record = read_json(folder / "run.json")
+    outputs = (folder / "outputs.txt").read_text(encoding="utf-8").splitlines()
+    return Run(record["method"], record["seed"], record, MtevalStatistics(**counts), columns, outputs)
+
+
+def verdict(difference: Score) -> str:
+    """What a difference in BLEU to LoRA says."""
+    low, high = difference.value - difference.half_width, difference.value + difference.half_width
+    if difference.seeds < SEEDS:
+        return f"open: {difference.seeds} of {SEEDS} seeds"
+    if -low < MARGIN and high < MARGIN:
+        return "equivalent"
+    return "better" if low > 0 else "worse" if high < 0 else "cannot tell"
+
+
+def page(state: Path, settings: JsonObject, data: Path) -> str:
+    runs = Runs(state / "runs")
+    methods = [method for method in NAMES if runs.of(method)]
+    wanted = len(settings["seeds"]) * len(settings["methods"])
+    differences = {m: s for m in methods if m != REFERENCE and (s := runs.score(m, "BLEU", REFERENCE))}
+    lines = [
+        "# The article's table 1, measured: E2E on SmolLM2-135M",
+        "",
+        f"**{len(runs.all)} of {wanted} runs.** {_sentence(differences)}",
+        "",
+        *_scores(runs, methods),
+        "",
+        f"BLEU, METEOR and ROUGE-L are times 100. ± is a 95 % interval: the {RESAMPLES:,} resamples of the test meanings, "
+        "and the variance between seeds, pooled over the methods, once a method has two. Memory is the highest resident "
+        "size of the training process, the largest of the seeds; *frozen* is what the base takes of it. Seconds are "
+        "missing: these runs shared two cores with other work.",
+        "",
+        f"## Against {NAMES[REFERENCE]}",
+        "",
+        *_differences(runs, differences),
+        "",
+        f"Differences in BLEU on common seeds, paired by meaning. *Equivalent*: the interval lies within {MARGIN:g} BLEU. "
+        f"A verdict needs {SEEDS} seeds. *Won* counts meanings by ROUGE-L, all common seeds together.",
+        "",
+        *_how(state, settings),
+        "",
+        *_examples(runs, methods, data),
+    ]
+    return "\n".join(lines)
+
+
+def _sentence(differences: Mapping[str, Score]) -> str:
+    told = {method: verdict(score) for method, score in differences.items()}
+    parts = [
+        f"{word} {', '.join(NAMES[method] for method in told if told[method] == key)}"
+        for key, word in (
+            ("better", "better than LoRA:"),
+            ("equivalent", "equivalent to LoRA:"),
+            ("worse", "worse than LoRA:"),
+            ("cannot tell", "too close to tell from LoRA:"),
+        )
+        if key in told.values()
+    ]
+    opened = sum(word.startswith("open") for word in told.values())
+    rest = f"No verdict yet on {opened} methods, which lack seeds." if opened else ""
+    return " ".join(filter(None, ["; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "." if parts else "", rest]))
+
+
+def _scores(runs: Runs, methods: Sequence[str]) -> list[str]:
+    lines = [
+        "| method | seeds | trained | BLEU | NIST | METEOR | ROUGE-L | CIDEr | memory | frozen | article (source) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method in methods:
+        of = list(runs.of(method).values())
+        scores = [runs.score(method, name) for name in METRICS]
+        trained = of[0].record["trainable_parameters"]
+        peak, frozen = (max(run.record[key] for run in of) for key in ("peak_memory_bytes", "frozen_bytes"))
+        cells = [
+            NAMES[method], str(len(of)), f"{trained / 1e6:.2f}M ({trained / of[0].record['total_parameters']:.1%})",
+            *(f"{s.value:.{1 if SCALES[n] == 100 else 2}f} ± {s.half_width:.{1 if SCALES[n] == 100 else 2}f}"
+              for n, s in zip(METRICS, scores) if s),
+            f"{peak / 1e9:.2f} GB", f"{frozen / 1e9:.2f} GB", PUBLISHED.get(method, "none"),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _differences(runs: Runs, differences: Mapping[str, Score]) -> list[str]:
+    lines = ["| method | BLEU | verdict | won, tied, lost |", "|---|---|---|---|"]
+    for method, score in differences.items():
+        gaps = np.concatenate([_gaps(runs, method, seed) for seed in runs.of(method) if seed in runs.of(REFERENCE)])
+        counts = f"{(gaps > 0).sum()}, {(gaps == 0).sum()}, {(gaps < 0).sum()}"
+        lines.append(f"| {NAMES[method]} | {score.value:+.1f} ± {score.half_width:.1f} | {verdict(score)} | {counts} |")
+    return lines
+
+
+def _gaps(runs: Runs, method: str, seed: int) -> np.ndarray:
+    """ROUGE-L above the reference method's, for each meaning."""
+    return runs.of(method)[seed].per_example["ROUGE_L"] - runs.of(REFERENCE)[seed].per_example["ROUGE_L"]
+
+
+def _how(state: Path, settings: JsonObject) -> list[str]:
+    train = settings["train"]
+    lines = [
+        "## How",
+        "",
+        f"`{train['model']}` is SmolLM2-135M-Instruct from its Q4_1 GGUF, computed in bfloat16. Each run trains one epoch "
+        f"on {settings['rows']:,} rows, spread evenly over E2E's 42,061, in batches of {train['batch_size']}, and then "
+        "describes all 630 test meanings greedily; LoRA's paper searches with 10 beams and trains GPT-2 Medium on all rows "
+        "for five epochs, so compare methods within a column, not the columns. Low-rank adapters are on all linear layers, "
+        "r = 4, alpha = 2 r; bottleneck and prefix have as many parameters. [settings.toml](settings.toml) says all.",
+        "",
+    ]
+    if (state / "rates.json").is_file():
+        losses = read_json(state / "rates.json")
+        search = settings["search"]
+        lines += [
+            f"Rates are the default of the model's width, checked by runs of {search['steps']} steps (seed 0, evaluation "
+            "loss); LoRA, DoRA, QLoRA and QDoRA by the committed grids in [default_rates.md]"
+            "(../../docs/results/default_rates.md). Another rate is taken if it is better by more than "
+            f"{search['margin']:.0%}.",
+            "",
+            "| method | rate: loss | taken |",
+            "|---|---|---|",
+        ]
+        for method, tried in losses.items():
+            rates = search["rates"][method]
+            if len(tried) == len(rates):
+                told = ", ".join(f"{float(rate):g}: {loss:.3f}" for rate, loss in sorted(tried.items(), key=_rate_of))
+                lines.append(f"| {NAMES[method]} | {told} | {chosen_rate(rates, tried, search['margin']):g} |")
+        lines.append("")
+    return [
+        *lines,
+        "The next unfinished run, and this page; a run that was killed goes on where it stopped:",
+        "",
+        "    make table E2E=FOLDER RUNS=1",
+        "",
+        "Each folder of [runs](runs) has the record, the 630 texts in the order of `testset_w_refs.csv`, and for each "
+        "meaning METEOR, ROUGE-L, CIDEr and the counts of which BLEU and NIST are made. The official scorer reads the "
+        "texts; ours equals it to four decimals:",
+        "",
+        "    python -m rankwise_article score e2e --predictions article/table/runs/lora-0/outputs.txt \\",
+        "        --references FOLDER/testset_w_refs.csv",
+    ]
+
+
+def _rate_of(item: tuple[str, float]) -> float:
+    return float(item[0])
+
+
+def _examples(runs: Runs, methods: Sequence[str], data: Path) -> list[str]:
+    """For each method the meaning that it wins and the one that it loses by most against LoRA, at the first seed."""
+    meanings = read_references(data / TEST, by_context=True)
+    lines = [
+        "## Won and lost",
+        "",
+        "For each method the two meanings at which its ROUGE-L lies furthest above and below LoRA's, at the first common "
+        "seed. The best case of one method is a bad case of the other: read them as extremes.",
+    ]
+    for method in methods:
+        seeds = [seed for seed in runs.of(method) if seed in runs.of(REFERENCE)]
+        if method == REFERENCE or not seeds:
+            continue
+        gaps = _gaps(runs, method, seeds[0])
+        ours, theirs = runs.of(method)[seeds[0]].outputs, runs.of(REFERENCE)[seeds[0]].outputs
+        for word, number in (("wins", int(gaps.argmax())), ("loses", int(gaps.argmin()))):
+            lines += [
+                "",
+                f"**{NAMES[method]} {word}**: {meanings.contexts[number]}",
+                "",
+                f"- {NAMES[method]}: {ours[number]}",
+                f"- {NAMES[REFERENCE]}: {theirs[number]}",
+                f"- one of {len(meanings.references[number])} references: {meanings.references[number][0]}",
+            ]
+    return [*lines, ""] if len(lines) > 3 else []
