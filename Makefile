@@ -137,6 +137,12 @@ wheel: $(STAMP) ## sdist and wheel in dist/, the library and its manylinux tag i
 article: $(STAMP) ## the article's figures: run what is behind them, render article/LEDGER.md
 	$(BIN)/python -m rankwise_article ledger article/ledger.toml --output article/LEDGER.md
 
+# Runs of `make table`.
+RUNS ?= 1
+
+table: $(STAMP) ## the article's table 1: the next unfinished runs (RUNS=1), and its page
+	$(BIN)/python -m rankwise_article table article/table --data $(E2E) --runs $(RUNS)
+
 docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(BIN)/sphinx-build -W -q docs docs/_build

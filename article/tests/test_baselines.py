@@ -152,3 +152,22 @@ def test_files_of_another_model_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         load_baseline(tiny_gpt2(), tmp_path)
     assert caught.value.code == "RA172"
+
+
+def test_dora_through_is_the_printed_layer_with_the_gradient_of_its_norm(tmp_path: Path):
+    model = trained(tiny_llama, "dora_through")
+    layer = model.model.layers[0].mlp.up_proj
+    A, B, m, W = layer.direction.A, layer.direction.B, layer.direction.m, layer.base.weight
+    x = torch.randn(3, layer.in_features)
+    adapted = W + 2 * B @ A
+    printed = x @ (m[:, None] * adapted / adapted.norm(dim=1, keepdim=True)).T
+    torch.testing.assert_close(layer(x), printed)
+    for ours, theirs in zip(
+        torch.autograd.grad(layer(x).square().sum(), (A, B, m)),
+        torch.autograd.grad(printed.square().sum(), (A, B, m)),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    save_baseline(model, tmp_path)
+    again = tiny_llama()
+    load_baseline(again, tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -403,7 +404,11 @@ VARIANTS: dict[str, JsonObject] = {
     # The ratio that the LoRA+ paper recommends.
     "plus": {"loraplus_ratio": 16.0},
     "rslora": {"use_rslora": True},
+    # The layers of LoRA's paper, in place of all linear ones.
+    "qv": {"target_modules": ["q_proj", "v_proj"]},
 }
+# A word of its own for each rank: ``lora+r4``.
+RANK = re.compile(r"r([1-9]\d*)")
 
 
 def is_own(method: str) -> bool:
@@ -423,7 +428,8 @@ def _known_method(name: str) -> str:
 
 
 def variant_of(name: str) -> tuple[str, JsonObject]:
-    """Split ``lora+pissa`` into the method and the options of `rankwise train` that its words set.
+    """Split ``lora+pissa`` into the method and the options of `rankwise train` that its words set. ``rN``, as in
+    ``lora+r4``, sets the rank N and alpha = 2 N.
 
     Raises ValueError for an unknown method, an unknown word, two words that set the same option, or a word that has no
     effect on the method.
@@ -434,13 +440,15 @@ def variant_of(name: str) -> tuple[str, JsonObject]:
     options: JsonObject = {}
     idle = {option for names in idle_options(method).values() for option in names}
     for word in words:
-        if word not in VARIANTS:
+        rank = RANK.fullmatch(word)
+        chosen = {"r": int(rank[1]), "lora_alpha": 2.0 * int(rank[1])} if rank else VARIANTS.get(word)
+        if chosen is None:
             raise ValueError(f"{word!r} is not a variant")
-        if options.keys() & VARIANTS[word].keys():
+        if options.keys() & chosen.keys():
             raise ValueError(f"two words of {name} set the same")
-        if idle & VARIANTS[word].keys() or (word == "loftq" and method not in FOUR_BITS):
+        if idle & chosen.keys() or (word == "loftq" and method not in FOUR_BITS):
             raise ValueError(f"{method} has no use for {word}")
-        options |= VARIANTS[word]
+        options |= chosen
     return method, options
 
 

@@ -121,6 +121,8 @@ def test_a_variant_is_a_method_of_its_own():
     chosen = given("qdora+pissa+plus+rslora")
     assert (chosen["method"], chosen["init"], chosen["loraplus_ratio"]) == ("qdora", "pissa", 16)
     assert chosen["use_rslora"] is True
+    small = given("dora+r4+qv")
+    assert (small["r"], small["lora_alpha"], small["target_modules"]) == (4, 8, ["q_proj", "v_proj"])
     assert "init" not in given("full")
     TrainSettings.model_validate({**chosen, "model": "demo", "data": "rows.jsonl"})
     assert len({Cell(name, 1e-4, 0).id for name in ("lora", "lora+pissa", "lora+plus", "qlora+pissa")}) == 4
@@ -133,6 +135,8 @@ def test_a_variant_is_a_method_of_its_own():
         ("lora+pisa", "'pisa' is not a variant"),
         ("lara+pissa", "'lara' is not a method"),
         ("lora+pissa+loftq", "set the same"),
+        ("lora+r4+r8", "set the same"),
+        ("lora+r0", "'r0' is not a variant"),
         ("full+plus", "full has no use for plus"),
         ("prefix+rslora", "prefix has no use for rslora"),
         ("dora+loftq", "dora has no use for loftq"),

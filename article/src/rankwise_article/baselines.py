@@ -1,13 +1,14 @@
-"""The baselines ``bottleneck`` and ``prefix`` as methods of ``rankwise train`` and ``rankwise compare``.
+"""``bottleneck``, ``prefix`` and ``dora_through`` as methods of ``rankwise train`` and ``rankwise compare``.
 
 ``prefix`` is saved in PEFT's format: ``prompt_embeddings`` (P, 2 * layers * heads * head size), the keys and values of
-each layer in turn. PEFT has no bottleneck adapters; they are saved as one tensor per parameter, and their
-``adapter_config.json`` has ``peft_type: BOTTLENECK``, which PEFT refuses.
+each layer in turn. PEFT has none of the others; they are saved as one tensor per parameter, and their
+``adapter_config.json`` has a ``peft_type`` that PEFT refuses.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -19,21 +20,27 @@ from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject, read_json
 from rankwise.records import write_bytes, write_json
 from rankwise_article.bottleneck import add_bottleneck
+from rankwise_article.dora_through import add_dora_through
 from rankwise_article.prefix import Prefix, add_prefix
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # The attribute of the model that holds the trained module, so that it is among the model's parameters.
 ATTRIBUTE = "rankwise_baseline"
-TYPES = {"prefix": "PREFIX_TUNING", "bottleneck": "BOTTLENECK"}
+TYPES = {"prefix": "PREFIX_TUNING", "bottleneck": "BOTTLENECK", "dora_through": "DORA_THROUGH"}
+ADDED: Mapping[str, Callable[[nn.Module, int], nn.Module]] = {
+    "prefix": add_prefix,
+    "bottleneck": add_bottleneck,
+    "dora_through": add_dora_through,
+}
 
 
 def add_baseline(model: nn.Module, method: str, size: int) -> int:
     """Freeze the model and add the baseline, in place. Returns the number of trained parameters.
 
-    ``size``: width of the bottlenecks, or length of the prefix. Raises ConfigError as ``add_bottleneck`` and
-    ``add_prefix`` do.
+    ``size``: width of the bottlenecks, length of the prefix, or rank. Raises ConfigError as those in ``ADDED`` do.
     """
-    part: nn.Module = add_bottleneck(model, size) if method == "bottleneck" else add_prefix(model, size)
+    part = ADDED[method](model, size)
+    part.method, part.size = method, size  # type: ignore[assignment]
     setattr(model, ATTRIBUTE, part)
     return sum(parameter.numel() for parameter in part.parameters())
 
@@ -45,15 +52,14 @@ def _add(method: str, model: nn.Module, size: int) -> int:
 def save_baseline(model: nn.Module, folder: Path) -> None:
     """Write the model's baseline as ``adapter_config.json`` and ``adapter_model.safetensors`` into ``folder``."""
     part = getattr(model, ATTRIBUTE)
-    is_prefix = isinstance(part, Prefix)
-    tensors = _prompt_embeddings(part) if is_prefix else _plain(part)
+    tensors = _prompt_embeddings(part) if isinstance(part, Prefix) else _plain(part)
     config: JsonObject = {
         "base_model_name_or_path": getattr(model, "name_or_path", None),
         "inference_mode": True,
-        "peft_type": TYPES["prefix" if is_prefix else "bottleneck"],
+        "peft_type": TYPES[part.method],
         "task_type": "CAUSAL_LM",
     }
-    config |= _prefix_config(part) if is_prefix else {"width": next(iter(part.values())).down.shape[0]}
+    config |= _prefix_config(part) if isinstance(part, Prefix) else {"width": part.size}
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
@@ -68,9 +74,7 @@ def load_baseline(model: nn.Module, folder: Path) -> None:
         method = {name: method for method, name in TYPES.items()}[config["peft_type"]]
         size = int(config["num_virtual_tokens" if method == "prefix" else "width"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            "RA172", f"{folder} holds no bottleneck or prefix adapter ({error!r}); give the folder of a run."
-        ) from None
+        raise ConfigError("RA172", f"{folder} holds no baseline ({error!r}); give the folder of a run.") from None
     add_baseline(model, method, size)
     load_baseline_weights(model, folder)
     getattr(model, ATTRIBUTE).requires_grad_(False)
@@ -121,7 +125,7 @@ def _prefix_config(prefix: Prefix) -> JsonObject:
     }
 
 
-BOTTLENECK, PREFIX = (
+BOTTLENECK, PREFIX, DORA_THROUGH = (
     MethodType(functools.partial(_add, method), save_baseline, load_baseline_weights, load_baseline)
-    for method in ("bottleneck", "prefix")
+    for method in ("bottleneck", "prefix", "dora_through")
 )

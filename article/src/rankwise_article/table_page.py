@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm, t
@@ -112,9 +113,10 @@ def read_run(folder: Path) -> Run:
     with (folder / "scores.tsv").open(encoding="utf-8") as lines:
         header, *rows = csv.reader(lines, delimiter="\t")
     columns = {name: np.array(values, float) for name, values in zip(header, zip(*rows))}
-    counts = {}
+    counts: dict[str, Any] = {}
     for name in COUNTS:
-        found = np.stack([values for key, values in columns.items() if key.rstrip("_12345") == name], 1).squeeze()
+        found = np.stack([values for key, values in columns.items() if key.rstrip("_12345") == name], 1)
+        found = found[:, 0] if found.shape[1] == 1 else found
         counts[name] = found if name == "information" else found.astype(np.int64)
     record = read_json(folder / "run.json")
     outputs = (folder / "outputs.txt").read_text(encoding="utf-8").splitlines()
@@ -139,21 +141,21 @@ def page(state: Path, settings: JsonObject, data: Path) -> str:
     lines = [
         "# The article's table 1, measured: E2E on SmolLM2-135M",
         "",
-        f"**{len(runs.all)} of {wanted} runs.** {_sentence(differences)}",
+        f"**{len(runs.all)} of {wanted} runs.** {_sentence(differences)}".rstrip(),
         "",
         *_scores(runs, methods),
         "",
-        f"BLEU, METEOR and ROUGE-L are times 100. ± is a 95 % interval: the {RESAMPLES:,} resamples of the test meanings, "
-        "and the variance between seeds, pooled over the methods, once a method has two. Memory is the highest resident "
-        "size of the training process, the largest of the seeds; *frozen* is what the base takes of it. Seconds are "
-        "missing: these runs shared two cores with other work.",
+        f"BLEU, METEOR and ROUGE-L are times 100. ± is a 95 % interval: {RESAMPLES:,} resamples of the test meanings, "
+        "and, once a method has two seeds, the variance between seeds, pooled over the methods. Memory is the peak of "
+        "the training process, the largest of the seeds; *frozen* is what the base takes of it. Seconds are missing: "
+        "these runs shared two cores with other work. They are to be measured alone.",
         "",
         f"## Against {NAMES[REFERENCE]}",
         "",
         *_differences(runs, differences),
         "",
-        f"Differences in BLEU on common seeds, paired by meaning. *Equivalent*: the interval lies within {MARGIN:g} BLEU. "
-        f"A verdict needs {SEEDS} seeds. *Won* counts meanings by ROUGE-L, all common seeds together.",
+        f"Differences in BLEU on common seeds, paired by meaning. *Equivalent*: the interval lies within {MARGIN:g} "
+        f"BLEU. A verdict needs {SEEDS} seeds. *Won* counts meanings by ROUGE-L, all common seeds together.",
         "",
         *_how(state, settings),
         "",
@@ -218,20 +220,21 @@ def _how(state: Path, settings: JsonObject) -> list[str]:
     lines = [
         "## How",
         "",
-        f"`{train['model']}` is SmolLM2-135M-Instruct from its Q4_1 GGUF, computed in bfloat16. Each run trains one epoch "
-        f"on {settings['rows']:,} rows, spread evenly over E2E's 42,061, in batches of {train['batch_size']}, and then "
-        "describes all 630 test meanings greedily; LoRA's paper searches with 10 beams and trains GPT-2 Medium on all rows "
-        "for five epochs, so compare methods within a column, not the columns. Low-rank adapters are on all linear layers, "
-        "r = 4, alpha = 2 r; bottleneck and prefix have as many parameters. [settings.toml](settings.toml) says all.",
+        f"`{train['model']}` is SmolLM2-135M-Instruct from its Q4_1 GGUF, computed in bfloat16. Each run trains one "
+        f"epoch on {settings['rows']:,} rows, spread evenly over E2E's 42,061, in batches of {train['batch_size']}, "
+        "and then describes all 630 test meanings greedily. LoRA's paper trains GPT-2 Medium on all rows for five "
+        "epochs and searches with 10 beams, so its BLEU, in the last column, is no target for ours. Low-rank adapters "
+        "are on all linear layers with r = 4, alpha = 2 r; bottleneck and prefix have as many parameters. "
+        "[settings.toml](settings.toml) says the rest.",
         "",
     ]
     if (state / "rates.json").is_file():
         losses = read_json(state / "rates.json")
         search = settings["search"]
         lines += [
-            f"Rates are the default of the model's width, checked by runs of {search['steps']} steps (seed 0, evaluation "
-            "loss); LoRA, DoRA, QLoRA and QDoRA by the committed grids in [default_rates.md]"
-            "(../../docs/results/default_rates.md). Another rate is taken if it is better by more than "
+            f"Rates are the default of the model's width, checked by runs of {search['steps']} steps (seed 0, "
+            "evaluation loss); LoRA, DoRA, QLoRA and QDoRA by the [committed grids]"
+            "(../../docs/results/default_rates.md). Another rate is taken if its loss is lower by more than "
             f"{search['margin']:.0%}.",
             "",
             "| method | rate: loss | taken |",
@@ -268,8 +271,8 @@ def _examples(runs: Runs, methods: Sequence[str], data: Path) -> list[str]:
     lines = [
         "## Won and lost",
         "",
-        "For each method the two meanings at which its ROUGE-L lies furthest above and below LoRA's, at the first common "
-        "seed. The best case of one method is a bad case of the other: read them as extremes.",
+        "For each method the meanings at which its ROUGE-L lies furthest above and below LoRA's, at the first common "
+        "seed: extremes, not typical texts.",
     ]
     for method in methods:
         seeds = [seed for seed in runs.of(method) if seed in runs.of(REFERENCE)]

@@ -64,7 +64,8 @@ class CompareSettings(PreferenceOptions, RunOptions):
     methods: Annotated[
         Names,
         _compared(
-            f"Methods to compare: {', '.join(METHODS)}. A + adds a variant, as in qlora+loftq: {', '.join(VARIANTS)}."
+            f"Methods to compare: {', '.join(METHODS)}. A + adds a variant, as in qlora+loftq: {', '.join(VARIANTS)}, "
+            "or rN: rank N with alpha = 2 N."
         ),
         Field(default_factory=_usual_methods),
     ]
@@ -204,7 +205,7 @@ def check_compare(given: CompareSettings) -> None:
         raise ConfigError(
             "RW165",
             f"--methods is {','.join(given.methods)}, and {error}; the methods are {', '.join(METHODS)}, and a + joins "
-            f"one of {', '.join(VARIANTS)} to a method with an adapter.",
+            f"one of {', '.join(VARIANTS)}, rN to a method with an adapter.",
         ) from None
     if not known:
         raise ConfigError("RW165", f"--methods is empty; the methods are {', '.join(METHODS)}.")

@@ -21,6 +21,7 @@ VARIANTS = {
     "loftq": "LoftQ",
     "plus": "LoRA+",
     "rslora": "rsLoRA",
+    "qv": "q, v",
 }
 LONG_NAMES = {"full": "full fine-tuning"}
 METRICS = {

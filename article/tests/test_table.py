@@ -1,0 +1,79 @@
+"""Table 1: finished runs are kept with all that their intervals need, and the page says no more than they do."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rankwise.records import write_json
+from rankwise_article.bleu_nist import mteval_statistics
+from rankwise_article.table import _scores_file, chosen_rate, unfinished
+from rankwise_article.table_page import Runs, Score, page, read_run, verdict
+
+STATE = Path(__file__).parents[1] / "table"
+SETTINGS = tomllib.loads((STATE / "settings.toml").read_text(encoding="utf-8"))
+REFERENCES = [[f"the pub {n} is cheap and near the river", f"a cheap pub called {n}"] for n in range(40)]
+
+
+def keep(folder: Path, method: str, seed: int, wrong: int):
+    """A finished run, ``wrong`` of whose 40 texts are bad. Returns its statistics."""
+    texts = [f"{n} {n} {n} is" if (n + seed) % 40 < wrong else f"the pub {n} is near the river" for n in range(40)]
+    statistics = mteval_statistics(texts, REFERENCES)
+    good = np.array([0.2 if text.endswith("is") else 0.6 for text in texts])
+    (folder / f"{method}-{seed}").mkdir(parents=True)
+    figures = {"trainable_parameters": 10, "total_parameters": 1000, "peak_memory_bytes": 9, "frozen_bytes": 4}
+    scores = {"METEOR": float(good.mean()) + 0.1}
+    write_json(folder / f"{method}-{seed}" / "run.json", {"method": method, "seed": seed, "scores": scores, **figures})
+    (folder / f"{method}-{seed}" / "outputs.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    rows = {name: good.tolist() for name in ("METEOR", "ROUGE_L", "CIDEr")}
+    (folder / f"{method}-{seed}" / "scores.tsv").write_text(_scores_file(statistics, rows), encoding="utf-8")
+    return statistics
+
+
+def test_a_kept_run_gives_the_scores_of_any_sample(tmp_path: Path):
+    statistics = keep(tmp_path, "lora", 0, wrong=5)
+    run, rows = read_run(tmp_path / "lora-0"), np.array([3, 3, 9, 21])
+    for name, scale in (("bleu", 100), ("nist", 1)):
+        for sample in (None, rows):
+            expected = scale * getattr(statistics, name)(sample)
+            assert run.score(name.upper(), sample) == pytest.approx(expected, rel=1e-6)
+    assert run.score("METEOR") == pytest.approx(100 * run.record["scores"]["METEOR"])
+
+
+def test_verdicts_follow_from_intervals(tmp_path: Path):
+    for seed in range(3):
+        keep(tmp_path, "lora", seed, wrong=4 + seed)
+        keep(tmp_path, "full", seed, wrong=30)
+        keep(tmp_path, "dora", seed, wrong=4 + seed)
+    keep(tmp_path, "qlora", 0, wrong=4)
+    runs = Runs(tmp_path)
+    differences = {method: runs.score(method, "BLEU", "lora") for method in ("full", "dora", "qlora")}
+    assert {method: verdict(score) for method, score in differences.items() if score} == {
+        "full": "worse",
+        "dora": "equivalent",
+        "qlora": "open: 1 of 3 seeds",
+    }
+    assert [verdict(Score(value, 0.5, 3)) for value in (0.2, 1.2, 0.9, -0.9)] == [
+        "equivalent",
+        "better",
+        "better",
+        "worse",
+    ]
+    assert verdict(Score(0.4, 0.9, 3)) == "cannot tell"
+
+
+def test_a_rate_beside_the_default_must_be_clearly_better():
+    rates = [1e-3, 3e-3]
+    assert chosen_rate(rates, {"1.0e-03": 1.30, "3.0e-03": 1.29}, 0.02) == 1e-3
+    assert chosen_rate(rates, {"1.0e-03": 1.30, "3.0e-03": 1.20}, 0.02) == 3e-3
+
+
+def test_the_page_is_fresh(shared: Path):
+    assert (STATE / "README.md").read_text(encoding="utf-8") == page(STATE, SETTINGS, shared / "e2e"), "run make table"
+    finished = {path.name for path in (STATE / "runs").glob("[!.]*")}
+    wanted = {f"{method}-{seed}" for seed in SETTINGS["seeds"] for method in SETTINGS["methods"]}
+    assert finished <= wanted
+    assert len(unfinished(STATE, SETTINGS)) == len(wanted - finished)
