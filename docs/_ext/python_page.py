@@ -25,7 +25,7 @@ GROUPS = {
     "export_adapter",
     "Speed": "optimize_for_training accelerate_peft",
 }
-LONGEST = 5
+LONGEST = 4
 
 
 def page() -> str:
@@ -39,7 +39,7 @@ def _table(title: str, names: list[str]) -> str:
     lines = [f"## {title}\n", "| name | what it does |", "|---|---|"]
     for name in names:
         member = getattr(rankwise, name)
-        said = " ".join(str(inspect.getdoc(member)).split("\n\n")[0].split())
+        said = " ".join(str(inspect.getdoc(member)).split("\n\n")[0].split()).partition(" Raises ")[0]
         lines.append(f"| `{name}({_arguments(member)})` | {said.replace('``', '`')} |")
     return "\n".join(lines) + "\n"
 
