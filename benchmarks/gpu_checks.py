@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankwise import ops
-from rankwise.ops import card_reference, elementwise_reference, reference, table
+from rankwise.ops import reference, table
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.low_rank_linear import low_rank_linear
 
@@ -113,7 +113,7 @@ def check_products(w: Tensor, packed: ops.PackedWeight, what: str) -> int:
     torch.testing.assert_close(norms.double(), w.double().norm(dim=1), rtol=3e-6, atol=0, msg=f"norms: {what}")
     A, B = torch.randn(5, w.shape[1], device=w.device), torch.randn(w.shape[0], 5, device=w.device)
     exact = ((w.double() @ A.double().T) * B.double()).sum(1)
-    assert_as_good(ops.row_cross_4bit(packed, A, B), elementwise_reference.row_cross(w, A, B), exact, f"cross: {what}")
+    assert_as_good(ops.row_cross_4bit(packed, A, B), reference.row_cross(w, A, B), exact, f"cross: {what}")
     for T in (1, 2, 16, 17):
         x = torch.randn(T, w.shape[1], device=w.device).to(w.dtype).requires_grad_()
         bias = torch.randn(w.shape[0], device=w.device).to(w.dtype)
@@ -135,8 +135,8 @@ def check_elementwise(T: int, N: int, r: int, dtype: torch.dtype, device: str) -
     for name, arguments in _elementwise_calls(T, N, r, dtype, device):
         what = f"{name} {T} x {N} {dtype}"
         ours = _tensors(table.run(name, *_copied(arguments)))
-        plain = _tensors(getattr(elementwise_reference, name)(*_copied(arguments)))
-        truth = _tensors(getattr(elementwise_reference, name)(*_copied(arguments, torch.float64)))
+        plain = _tensors(getattr(reference, name)(*_copied(arguments)))
+        truth = _tensors(getattr(reference, name)(*_copied(arguments, torch.float64)))
         for found, allowed, true in zip(ours, plain, truth, strict=True):
             assert_as_good(found, allowed, true, what)
             count += 1
@@ -178,7 +178,7 @@ def _elementwise_calls(
 def check_dropout(T: int, N: int, dtype: torch.dtype, device: str) -> int:
     """The mask is the same everywhere."""
     x = torch.randn(T, N, generator=torch.Generator().manual_seed(2)).to(dtype)
-    ours, plain = table.run("dropout", x.to(device), 0.1, 7, 0), elementwise_reference.dropout(x, 0.1, 7)
+    ours, plain = table.run("dropout", x.to(device), 0.1, 7, 0), reference.dropout(x, 0.1, 7)
     assert torch.equal(ours.cpu(), plain), f"dropout differs: {T} x {N} {dtype}"
     return 1
 
@@ -231,16 +231,16 @@ def check_card(T: int, N: int, K: int, r: int, dtype: torch.dtype, device: str) 
     squared = W.float().square().sum(1)
     exact = m.double() / (W.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
     found = table.run("adapted_gain", W, squared, A, B.float(), m, 0.5)
-    assert_as_good(found, card_reference.adapted_gain(W, squared, A, B.float(), m, 0.5), exact, f"gain {what}")
+    assert_as_good(found, reference.adapted_gain(W, squared, A, B.float(), m, 0.5), exact, f"gain {what}")
     if packed is not None:
         dense = ops.dequantize_weight(packed)
         squared = dense.float().square().sum(1)
         found = table.run("adapted_gain_4bit", packed, squared, A, B.float(), m, 0.5, dtype)
         exact = m.double() / (dense.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
-        plain = card_reference.adapted_gain(dense, squared, A, B.float(), m, 0.5)
+        plain = reference.adapted_gain(dense, squared, A, B.float(), m, 0.5)
         assert_as_good(found, plain, exact, f"gain of 4 bits {what}")
         exact = g.double()[:, None] * ops.dequantize_weight(packed, torch.float32).double()
-        plain = card_reference.dequantize_gained_4bit(packed, g, dtype)
+        plain = reference.dequantize_gained_4bit(packed, g, dtype)
         assert_as_good(ops.dequantize_weight(packed, dtype, g), plain, exact, f"weight with a gain {what}")
         count += 2
     return count + 1
@@ -263,8 +263,8 @@ def check_loss(V: int, dtype: torch.dtype, device: str) -> int:
         options = (2.0**-10, smoothing, softcap, 1.0, True, True, False)
         ours, plain, truth = logits.clone(), logits.clone(), logits.double()
         found = table.run("cross_entropy_", ours, targets, *options)
-        elementwise_reference.cross_entropy_(plain, targets, *options)
-        exact = elementwise_reference.cross_entropy_(truth, targets, *options)
+        reference.cross_entropy_(plain, targets, *options)
+        exact = reference.cross_entropy_(truth, targets, *options)
         assert_as_good(ours, plain, truth, f"gradient of the loss over {V} tokens {dtype}")
         for sum_, right in zip(found[:2], exact[:2]):
             torch.testing.assert_close(sum_, right, rtol=2e-6, atol=1e-4, msg=f"loss over {V} tokens {dtype}")
@@ -298,7 +298,7 @@ def check_layer(
         return low_rank_linear(x, (Branch(frozen, 2.0, A, B, None, m, gain),), dropout)[0]
 
     def plain(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensor:
-        mask = elementwise_reference.keep_mask(x, p, 11) / (1 - p) if p else torch.ones_like(x)
+        mask = reference.keep_mask(x, p, 11) / (1 - p) if p else torch.ones_like(x)
         z = functional.linear(x, W.to(x.dtype))
         z = z + 2.0 * ((x * mask.to(x.dtype)) @ A.to(x.dtype).T) @ B.to(x.dtype).T
         if m is None or gain is None:

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from rankwise.ops.elementwise_checks import ACTIVATIONS  # noqa: E402
+from rankwise.ops.checks import ACTIVATIONS  # noqa: E402
 from rankwise.ops.packed_weight import PackedWeight  # noqa: E402
 from rankwise.ops.triton import (  # noqa: E402
     cross_entropy,

@@ -90,7 +90,7 @@ RW_EXPORT void rw_attention_backward(const rw_attention* attention, const void* 
                                      const rw_heads* grad, void* dq, void* dk, void* dv, int threads);
 
 // The element-wise parts of a training step, in float32 or bfloat16; strides of rows in elements, rows dense. What each
-// computes stands in src/rankwise/ops/elementwise_reference.py.
+// computes stands in src/rankwise/ops/reference.py.
 enum rw_activation { RW_SILU = 0, RW_GELU_TANH = 1, RW_GELU = 2 };
 
 // y (T, N) <- g * (y + scale * u B^T) + bias; u (T, R), B (N, R), g and bias (N) or null.

@@ -1,5 +1,5 @@
 // x * mask / (1 - p), the mask a hash of the key and the element's index: see keep_mask in
-// src/rankwise/ops/elementwise_reference.py.
+// src/rankwise/ops/reference.py.
 #pragma once
 
 #include "common/vector.hpp"

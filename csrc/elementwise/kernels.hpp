@@ -2,7 +2,7 @@
 // function works on one thread's share of the rows. Strides are in elements.
 //
 // Legend: T rows, N and D columns, R rank, V vocabulary; B, H, L batch, heads, positions. Formulas:
-// src/rankwise/ops/elementwise_reference.py.
+// src/rankwise/ops/reference.py.
 #pragma once
 
 #include <cstdint>

@@ -17,8 +17,8 @@ from marks import LEVELS, needs_avx2
 from precision import assert_as_exact
 from rankwise import ops
 from rankwise.errors import QuantizationError, RankwiseWarning
-from rankwise.ops import reference_attention, selection
-from rankwise.ops.attention import attention, obstacle, reference
+from rankwise.ops import reference, selection
+from rankwise.ops.attention import attention, obstacle, plain_attention
 from rankwise.ops.cpu import attention as native_attention
 from rankwise.ops.cpu import native
 
@@ -107,7 +107,7 @@ def results(run: Callable[..., Tensor], tensors: list[Tensor], ranges: Range, **
 
 def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None) -> Tensor:
     """PyTorch's own, with the same visible keys; a query without any sees all, and its result is dropped."""
-    seen = reference_attention.visible(start, end, (q.shape[0], q.shape[1], k.shape[1]), q.device)[:, None]
+    seen = reference.visible(start, end, (q.shape[0], q.shape[1], k.shape[1]), q.device)[:, None]
     empty = ~seen.any(-1, keepdim=True)
     out = functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen | empty, enable_gqa=True
@@ -136,7 +136,7 @@ def test_as_exact_as_pytorch(poisoned: None, level: str, shape: tuple[int, ...],
     tensors, seen = make(*shape), ranges(*shape[:3])
     found = results(attention, tensors, seen)
     assert all(x.isfinite().all() for x in found)
-    exact = results(reference, [x.double() for x in tensors], seen)
+    exact = results(plain_attention, [x.double() for x in tensors], seen)
     assert_as_exact(found, results(masked_sdpa, tensors, seen), exact)
 
 
@@ -148,7 +148,7 @@ def test_float32_is_as_exact_as_pytorch(poisoned: None, shape: tuple[int, ...], 
     tensors, seen = [x.float() for x in make(*shape)], ranges(*shape[:3])
     found = results(attention, tensors, seen)
     assert all(x.isfinite().all() and x.dtype is torch.float32 for x in found)
-    exact = results(reference, [x.double() for x in tensors], seen)
+    exact = results(plain_attention, [x.double() for x in tensors], seen)
     assert_as_exact(found, results(masked_sdpa, tensors, seen), exact)
 
 
@@ -168,7 +168,7 @@ def test_float32_is_as_exact_as_pytorch(poisoned: None, shape: tuple[int, ...], 
 def test_fuzz(B, Lq, Lk, Hkv, G, D, scale, ranges, seed) -> None:
     tensors, seen = make(B, Lq, Lk, Hkv * G, Hkv, D, seed), ranges(B, Lq, Lk)
     found = results(attention, tensors, seen, scale=scale)
-    exact = results(reference, [x.double() for x in tensors], seen, scale=scale)
+    exact = results(plain_attention, [x.double() for x in tensors], seen, scale=scale)
     for ours, true in zip(found, exact):
         assert (ours.double() - true).norm() <= 2.0**-6 * true.norm() + 2.0**-7 * D**0.5 * true.numel() ** 0.5
 
@@ -179,7 +179,7 @@ def test_log_sum_exp() -> None:
     for ranges in RANGES:
         seen = ranges(2, 150, 150)
         _, lse = native_attention.attention_forward(q, k, v, *seen, 0.3)
-        _, expected = reference_attention.attention_forward(q.double(), k.double(), v.double(), *seen, 0.3)
+        _, expected = reference.attention_forward(q.double(), k.double(), v.double(), *seen, 0.3)
         torch.testing.assert_close(lse, expected, rtol=1e-6, atol=2e-6)
 
 
@@ -194,7 +194,7 @@ def test_scores_of_any_size(factor: float) -> None:
     assert_as_exact(
         found,
         results(masked_sdpa, tensors, (None, None)),
-        results(reference, [x.double() for x in tensors], (None, None)),
+        results(plain_attention, [x.double() for x in tensors], (None, None)),
     )
 
 
@@ -294,10 +294,10 @@ def test_reference_gradients() -> None:
     )
     for ranges in RANGES:
         seen = ranges(2, 5, 5)
-        assert torch.autograd.gradcheck(lambda q, k, v: reference(q, k, v, *seen), (q, k, v))  # noqa: B023
-        out, lse = reference_attention.attention_forward(q, k, v, *seen, 0.5)
+        assert torch.autograd.gradcheck(lambda q, k, v: plain_attention(q, k, v, *seen), (q, k, v))  # noqa: B023
+        out, lse = reference.attention_forward(q, k, v, *seen, 0.5)
         grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-        written = reference_attention.attention_backward(grad, q, k, v, out, lse, *seen, 0.5)
+        written = reference.attention_backward(grad, q, k, v, out, lse, *seen, 0.5)
         for one, other in zip(written, torch.autograd.grad(out, (q, k, v), grad)):
             torch.testing.assert_close(one, other)
 
@@ -307,7 +307,7 @@ def test_reference_gradients() -> None:
 def test_other_dtypes_and_head_sizes_run_in_pytorch(shape: tuple[int, ...], ranges: Callable[..., Range]) -> None:
     tensors, seen = [x.double() for x in make(*shape)], ranges(*shape[:3])
     assert obstacle(*tensors[:3]) is not None
-    found, exact = results(attention, tensors, seen), results(reference, [x.double() for x in tensors], seen)
+    found, exact = results(attention, tensors, seen), results(plain_attention, [x.double() for x in tensors], seen)
     for one, other in zip(found, exact):
         torch.testing.assert_close(one, other)
 
@@ -334,7 +334,7 @@ def test_lower_levels_run_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
             found = results(attention, tensors, (None, None))
     finally:
         native.set_level(None)
-    exact = results(reference, [x.double() for x in tensors], (None, None))
+    exact = results(plain_attention, [x.double() for x in tensors], (None, None))
     assert_as_exact(found, results(masked_sdpa, tensors, (None, None)), exact)
 
 
@@ -342,7 +342,7 @@ def test_forced_implementation() -> None:
     q = torch.randn(1, 8, 2, 24).bfloat16()
     try:
         ops.set_implementation("reference")
-        assert torch.equal(attention(q, q, q), reference(q, q, q))
+        assert torch.equal(attention(q, q, q), plain_attention(q, q, q))
         ops.set_implementation("native")
         with pytest.raises(QuantizationError, match="RW607"):
             attention(q, q, q)

@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from rankwise import ops
 from rankwise.errors import QuantizationError
 from rankwise.ops import elementwise
-from rankwise.ops import elementwise_reference as reference
-from rankwise.ops.elementwise_checks import ACTIVATIONS, sum_dtype
+from rankwise.ops import reference as reference
+from rankwise.ops.checks import ACTIVATIONS, sum_dtype
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 ACTIVE: dict[str, Callable[[Tensor], Tensor]] = {

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from marks import LEVELS
 from rankwise.constants import IGNORED
 from rankwise.errors import QuantizationError
-from rankwise.ops import elementwise_reference as reference
+from rankwise.ops import reference as reference
+from rankwise.ops.checks import ACTIVATIONS
 from rankwise.ops.cpu import native
-from rankwise.ops.elementwise_checks import ACTIVATIONS
 
 if native.obstacle() is not None:
     pytest.skip(f"no native library: {native.obstacle()}", allow_module_level=True)

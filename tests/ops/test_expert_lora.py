@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankwise.ops.expert_lora import DenseStack, ExpertBranch, low_rank_experts
+from rankwise.ops.experts import DenseStack, ExpertBranch, low_rank_experts
 
 E, H, WIDTH, R = 4, 2, 2, 1
 # Expert 2 gets no token.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rankwise.ops import codes, reference
+from rankwise.ops import packed_weight, reference
 from rankwise.ops.packed_weight import PackedWeight
 
 CPU = torch.device("cpu")
@@ -29,23 +29,23 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.T
     if w.numel() >= 512:
         flat = w.view(-1)
         flat[:64] = 0.0
-        flat[64:80] = torch.tensor(codes.code_table("nf4").value)
-        flat[80:95] = torch.tensor(codes.code_table("nf4").bound)
+        flat[64:80] = torch.tensor(packed_weight.code_table("nf4").value)
+        flat[80:95] = torch.tensor(packed_weight.code_table("nf4").bound)
         flat[128:192] *= 1e-30
     return w.to(dtype)
 
 
 def test_tables_equal_the_oracles(oracle) -> None:
-    assert torch.equal(codes.dynamic_map(CPU), oracle.create_dynamic_map())
-    for quant_type in codes.QUANT_TYPES:
-        assert torch.equal(codes.code_values(quant_type, CPU), oracle.get_4bit_type(quant_type, device="cpu"))
+    assert torch.equal(packed_weight.dynamic_map(CPU), oracle.create_dynamic_map())
+    for quant_type in packed_weight.QUANT_TYPES:
+        assert torch.equal(packed_weight.code_values(quant_type, CPU), oracle.get_4bit_type(quant_type, device="cpu"))
 
 
 def test_tables_equal_the_shared_ones(shared: Path) -> None:
     tables = json.loads((shared / "numeric" / "bnb_code_tables.json").read_text())
-    assert codes.dynamic_map(CPU).tolist() == tables["dynamic_map_signed_256"]
-    assert list(codes.code_table("nf4").value) == tables["nf4"]
-    assert list(codes.code_table("fp4").value) == tables["fp4"]
+    assert packed_weight.dynamic_map(CPU).tolist() == tables["dynamic_map_signed_256"]
+    assert list(packed_weight.code_table("nf4").value) == tables["nf4"]
+    assert list(packed_weight.code_table("fp4").value) == tables["fp4"]
 
 
 def test_shared_layer(shared: Path) -> None:
@@ -95,7 +95,8 @@ def test_ragged_rows_are_right(quant_type: str, shape: tuple[int, int]) -> None:
     """Where bitsandbytes 0.50.2 reads the scales of the wrong block: an element loop decides."""
     w = weight(shape, torch.float32)
     packed, absmax = reference.quantize_4bit(w, quant_type)
-    value, nibbles = codes.code_table(quant_type).value, [n for b in packed.view(-1).tolist() for n in (b >> 4, b & 15)]
+    value = packed_weight.code_table(quant_type).value
+    nibbles = [n for b in packed.view(-1).tolist() for n in (b >> 4, b & 15)]
     expected = [torch.tensor(value[nibbles[i]]) * absmax[i // 64] for i in range(w.numel())]
     found = reference.dequantize_4bit(PackedWeight(packed, absmax, shape, quant_type), torch.float32)
     assert torch.equal(found.view(-1), torch.stack(expected))
@@ -107,13 +108,13 @@ def test_every_code_is_the_nearest(quant_type: str) -> None:
     w[:, 0] = 1.0
     packed, absmax = reference.quantize_4bit(w, quant_type)
     found = reference.dequantize_4bit(PackedWeight(packed, absmax, w.shape, quant_type), torch.float32)
-    best = (w.unsqueeze(-1) - codes.code_values(quant_type, CPU)).abs().amin(-1)
+    best = (w.unsqueeze(-1) - packed_weight.code_values(quant_type, CPU)).abs().amin(-1)
     torch.testing.assert_close((w - found).abs(), best, rtol=0, atol=1e-7)
 
 
 def test_ties_go_to_the_lower_value() -> None:
-    for quant_type in codes.QUANT_TYPES:
-        table = codes.code_table(quant_type)
+    for quant_type in packed_weight.QUANT_TYPES:
+        table = packed_weight.code_table(quant_type)
         w = torch.ones(1, 32)
         w[0, :15] = torch.tensor(table.bound)
         packed, _ = reference.quantize_4bit(w, quant_type, 32)
@@ -136,7 +137,7 @@ def test_empty_and_odd() -> None:
     assert codes_8bit.numel() == nested_absmax.numel() == offset.item() == 0
     packed, absmax = reference.quantize_4bit(torch.tensor([0.5, -2.0, 1.0]))
     assert packed.shape == (2, 1)
-    assert codes.code_table("nf4").value[packed[1, 0].item() & 15] == 0.0
+    assert packed_weight.code_table("nf4").value[packed[1, 0].item() & 15] == 0.0
     assert absmax.item() == 2.0
 
 
@@ -150,19 +151,23 @@ def test_memory_stays_small() -> None:
 
 
 def test_tables_are_plain_whoever_asks_first() -> None:
-    for kept in (codes.code_values, codes.code_bounds, codes.dynamic_map):
+    for kept in (packed_weight.code_values, packed_weight.code_bounds, packed_weight.dynamic_map):
         kept.cache_clear()  # type: ignore[attr-defined]
 
     def transformed(x: torch.Tensor) -> torch.Tensor:
-        codes.code_values("nf4", CPU)
+        packed_weight.code_values("nf4", CPU)
         return x.sum()
 
     torch.func.grad(transformed)(torch.ones(3))
     with FakeTensorMode():
-        codes.code_bounds("nf4", CPU)
+        packed_weight.code_bounds("nf4", CPU)
     with torch.inference_mode():
-        codes.dynamic_map(CPU)
-    for table in (codes.code_values("nf4", CPU), codes.code_bounds("nf4", CPU), codes.dynamic_map(CPU)):
+        packed_weight.dynamic_map(CPU)
+    for table in (
+        packed_weight.code_values("nf4", CPU),
+        packed_weight.code_bounds("nf4", CPU),
+        packed_weight.dynamic_map(CPU),
+    ):
         assert type(table) is torch.Tensor
         assert not table.is_inference()
         assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
@@ -171,17 +176,17 @@ def test_tables_are_plain_whoever_asks_first() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_tables_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
     """transformers sets it while it loads a model."""
-    made = [(codes.dynamic_map, (CPU,)), (codes.dynamic_bins, (CPU,))]
-    tables = (codes.code_values, codes.code_bounds, codes.code_order)
-    made += [(table, (name, CPU)) for table in tables for name in codes.QUANT_TYPES]
+    made = [(packed_weight.dynamic_map, (CPU,)), (packed_weight.dynamic_bins, (CPU,))]
+    tables = (packed_weight.code_values, packed_weight.code_bounds, packed_weight.code_order)
+    made += [(table, (name, CPU)) for table in tables for name in packed_weight.QUANT_TYPES]
     usual = [table(*given) for table, given in made]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         # Beside the cache.
         found = [table.__wrapped__(*given) for table, given in made]
-        assert [codes.code_table.__wrapped__(name) for name in codes.QUANT_TYPES] == [
-            codes.code_table(name) for name in codes.QUANT_TYPES
+        assert [packed_weight.code_table.__wrapped__(name) for name in packed_weight.QUANT_TYPES] == [
+            packed_weight.code_table(name) for name in packed_weight.QUANT_TYPES
         ]
     finally:
         torch.set_default_dtype(before)

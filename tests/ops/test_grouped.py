@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from precision import assert_as_exact
-from rankwise.ops import grouped as operators
-from rankwise.ops.grouped import Rows, add_grouped, are_aligned, grouped, grouped_outer, inverse
+from rankwise.ops import experts as operators
+from rankwise.ops.experts import Rows, add_grouped, are_aligned, grouped, grouped_outer, inverse
 
 EXPERTS = torch.tensor([0, 0, 0, 2, 2, 3, 3, 3, 3, 5])
 E, K, N = 6, 16, 24

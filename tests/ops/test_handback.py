@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.acceleration.parts import rope, turned_back
-from rankwise.ops import elementwise, elementwise_reference, low_rank_plain
+from rankwise.ops import elementwise, low_rank_plain, reference
 from rankwise.ops.branch import Branch
-from rankwise.ops.handback import offered_by
 from rankwise.ops.low_rank_linear import low_rank_linear
+from rankwise.ops.saved import offered_by
 
 HEADS, WIDTH = 3, 8
 
@@ -42,7 +42,7 @@ def block(x: Tensor, found: Sequence[Branch], cos: Tensor, sin: Tensor) -> Tenso
 
 
 def expected(x: Tensor, found: Sequence[Branch], cos: Tensor, sin: Tensor) -> Tensor:
-    ys = [elementwise_reference.rope_(with_heads(plain(x, branch)).clone(), cos, sin, False) for branch in found]
+    ys = [reference.rope_(with_heads(plain(x, branch)).clone(), cos, sin, False) for branch in found]
     return sum((y.sin().square().sum() for y in ys), torch.zeros(()))
 
 

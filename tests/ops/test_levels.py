@@ -12,7 +12,8 @@ from torch import Tensor
 
 from marks import LEVELS
 from rankwise import ops
-from rankwise.ops import card_reference, table
+from rankwise.ops import reference as specification
+from rankwise.ops import table
 from rankwise.ops.branch import Branch, Frozen
 from rankwise.ops.cpu import native
 from rankwise.ops.low_rank_linear import low_rank_linear
@@ -34,7 +35,7 @@ Given = tuple[Any, ...]
 
 def operators() -> list[str]:
     """Those that the native library has; a card alone fuses the others."""
-    return [name for name, operator in table.OPERATORS.items() if operator.reference is not card_reference]
+    return [name for name, operator in table.OPERATORS.items() if operator.choose is not table._for_card]
 
 
 def given_to(dtype: torch.dtype) -> dict[str, Given]:
@@ -51,11 +52,11 @@ def given_to(dtype: torch.dtype) -> dict[str, Given]:
     gain, bias = some(N, kind=torch.float32).abs() + 0.5, some(N)
     A, B, w = some(R, K, kind=torch.float32), some(N, R, kind=torch.float32), some(K)
     q, k, v = some(2, T, 4, 32), some(2, T, 2, 32), some(2, T, 2, 32)
-    out, lse = table.OPERATORS["attention_forward"].reference.attention_forward(q, k, v, None, None, 0.2)
+    out, lse = specification.attention_forward(q, k, v, None, None, 0.2)
     targets = torch.randint(0, N, (T,), generator=draw)
     turns = some(2, T, 32), some(2, T, 32)
     absmax = some(N * K // 64, kind=torch.float32).abs()
-    rstd = table.OPERATORS["rms_norm"].reference.rms_norm(x, w, 1e-5, 0, True)[1]
+    rstd = specification.rms_norm(x, w, 1e-5, 0, True)[1]
     heads = q.transpose(1, 2)
     return {
         "low_rank_add_": (y, some(T, R), B.to(dtype), 0.5, gain, bias),
@@ -110,7 +111,7 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
 def errors_of(name: str, dtype: torch.dtype) -> dict[str, float]:
     """Against float64, of the reference and of each level; where codes decide, or norms of them, against the
     reference."""
-    arguments, reference = given_to(dtype)[name], getattr(table.OPERATORS[name].reference, name)
+    arguments, reference = given_to(dtype)[name], getattr(specification, name)
     plain = results(reference, name, arguments)
     exact = plain if name in OF_CODES else results(reference, name, tuple(map(doubled, arguments)))
     found = {"reference": error(plain, exact)}
@@ -182,7 +183,7 @@ def test_an_operator_keeps_its_bound_at_every_level(name: str, dtype: torch.dtyp
 @pytest.mark.parametrize("name", operators())
 def test_a_reference_makes_its_tensors_where_its_arguments_lie(name: str) -> None:
     """Here a tensor made without a device is not on the CPU; with arguments on a card it would be."""
-    run, arguments = getattr(table.OPERATORS[name].reference, name), given_to(torch.float32)[name]
+    run, arguments = getattr(specification, name), given_to(torch.float32)[name]
 
     def elsewhere(*given: Any) -> Any:
         with torch.device("meta"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankwise import ops
 from rankwise.errors import QuantizationError
-from rankwise.ops import elementwise, table
+from rankwise.ops import elementwise, reference, table
 
 triton = pytest.importorskip("triton")
 
@@ -29,7 +29,7 @@ def test_cuda_tensors_get_triton_and_cpu_tensors_do_not(monkeypatch: pytest.Monk
     monkeypatch.setattr(Tensor, "device", torch.device("cuda"))
     assert table.module_for(torch.ones(1, dtype=torch.bfloat16)).__name__ == "rankwise.ops.triton.elementwise"
     monkeypatch.undo()
-    assert table.module_for(torch.ones(1, dtype=torch.float16)).__name__ == "rankwise.ops.elementwise_reference"
+    assert table.module_for(torch.ones(1, dtype=torch.float16)).__name__ == "rankwise.ops.reference"
 
 
 @pytest.fixture(params=["auto", "reference"])
@@ -54,9 +54,7 @@ def test_row_cross_without_triton(N: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(("N", "K"), [(9, 128), (3, 7), (0, 64)])
 def test_row_cross_4bit_without_triton(N: int, K: int, double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankwise.ops import elementwise_reference
-
-    monkeypatch.setattr(elementwise_reference, "CHUNK_ELEMENTS", 256)
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 256)
     packed = ops.quantize_weight(torch.randn(N, K), double_quant=double)
     A, B = torch.randn(5, K), torch.randn(N, 5)
     W = ops.dequantize_weight(packed, torch.bfloat16)

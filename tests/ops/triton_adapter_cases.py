@@ -23,10 +23,10 @@ from triton_running import (
 )
 
 from rankwise import ops
-from rankwise.ops import card_reference as card
 from rankwise.ops import elementwise, low_rank_card, selection, table
-from rankwise.ops import elementwise_reference as reference
+from rankwise.ops import reference as card
 from rankwise.ops import reference as four_bit
+from rankwise.ops import reference as reference
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.four_bit import adapted_gain_4bit
 from rankwise.ops.low_rank_linear import low_rank_linear

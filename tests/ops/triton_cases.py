@@ -17,8 +17,7 @@ from rankwise import ops
 from rankwise.constants import BLOCK_SIZES
 from rankwise.errors import QuantizationError
 from rankwise.ops import reference
-from rankwise.ops.codes import code_table
-from rankwise.ops.packed_weight import PackedWeight
+from rankwise.ops.packed_weight import PackedWeight, code_table
 from tables import thinned
 
 # Of `rankwise.ops.triton`, whose kernels all run here.

@@ -24,8 +24,8 @@ from triton_running import (
 
 from rankwise.errors import QuantizationError
 from rankwise.ops import elementwise, table
-from rankwise.ops import elementwise_reference as reference
-from rankwise.ops.elementwise_checks import ACTIVATIONS
+from rankwise.ops import reference as reference
+from rankwise.ops.checks import ACTIVATIONS
 from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy
 from tables import thinned
 

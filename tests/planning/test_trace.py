@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankwise.errors import ModelError
-from rankwise.ops.grouped import rows_per_expert
+from rankwise.ops.experts import rows_per_expert
 from rankwise.planning import TERMS, Workload
 from rankwise.planning.tracker import QuickFakes, StorageTracker
 from tables import thinned

@@ -27,7 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from rankwise.compat.torch import writes_to
 from rankwise.constants import ALIGNED, FLASH_WIDTH
 from rankwise.ops import attention as kernel
-from rankwise.ops import reference_attention
+from rankwise.ops import reference
 from rankwise.ops.selection import as_autocast, card_capability, stands_on_card, transforms_functions
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def attention(
         if not special and not stands_on_card(q):
             return kernel.attention(q, k, v, start, end, scale=scaling), None
         shape = q.shape[0], q.shape[1], k.shape[1]
-        attention_mask = reference_attention.visible(start, end, shape, q.device)[:, None]
+        attention_mask = reference.visible(start, end, shape, q.device)[:, None]
     covered = covered and query.shape[2] > 1
     ranges = _ranges(module, query, key, attention_mask, is_causal) if covered else None
     if ranges is None:

@@ -33,7 +33,7 @@ from rankwise.compat.transformers import attention_of, checkpoints_in_forward, t
 from rankwise.ops.branch import Frozen
 from rankwise.ops.dense import eight_bit_pays
 from rankwise.ops.eight_bit import EightBit, calibrate
-from rankwise.ops.handback import offered_by
+from rankwise.ops.saved import offered_by
 from rankwise.ops.selection import stands_on_card
 from rankwise.quantization.linear import features
 

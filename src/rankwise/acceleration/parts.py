@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from rankwise.compat.torch import Ctx, WeakTensorKeyDictionary, unsafe_view, writes_to
 from rankwise.ops import elementwise
-from rankwise.ops.handback import Handback, offered_with_heads
-from rankwise.ops.normed import Normed, remember
+from rankwise.ops.saved import Handback, Normed, offered_with_heads, remember
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from rankwise.compat.accelerate import hook_again, only_moves_inputs
 from rankwise.compat.torch import Ctx, hooks_around, with_own_parts
-from rankwise.ops.freshness import Key, frozen_key
+from rankwise.ops.kept import Key, frozen_key
 from rankwise.quantization.linear import is_conv1d
 
 if TYPE_CHECKING:

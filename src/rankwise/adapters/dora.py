@@ -25,7 +25,7 @@ from rankwise.adapters.low_rank import (
 )
 from rankwise.ops.elementwise import adapted_gain
 from rankwise.ops.four_bit import adapted_gain_4bit
-from rankwise.ops.freshness import Kept, Key, frozen_key
+from rankwise.ops.kept import Kept, Key, frozen_key
 from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.ops.selection import is_traced, stands_on_card, takes_triton
 from rankwise.quantization.linear import Linear4bit, features
@@ -54,7 +54,7 @@ class Dora(LowRankPair):
         self._out_features = features(base)[1]
         # Whether the model writes in place to this layer's output, which the operator saves for the gradient of m.
         self.is_overwritten = False
-        # Whether the next operation returns this layer's output to it in the backward pass (`ops.handback`), so that
+        # Whether the next operation returns this layer's output to it in the backward pass (`ops.saved`), so that
         # the operator need not save it. Set by rankwise.acceleration.
         self.comes_back = False
         self._norms, self._squared, self._gain = Kept(), Kept(), Kept()

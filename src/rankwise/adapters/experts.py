@@ -24,8 +24,7 @@ from rankwise.adapters.layer import OverBase
 from rankwise.adapters.low_rank import computes_in, init_low_rank_, merged_weight
 from rankwise.compat.torch import own_parameters, share_hooks
 from rankwise.compat.transformers import gate_of
-from rankwise.ops.expert_lora import DenseStack, ExpertBranch, FrozenStack, low_rank_experts
-from rankwise.ops.grouped import Rows
+from rankwise.ops.experts import DenseStack, ExpertBranch, FrozenStack, Rows, low_rank_experts
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.experts import (
     Stack,

@@ -26,10 +26,10 @@ from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import is_own, stored_weight
 from rankwise.ops.branch import Branch, Dropout, Frozen
-from rankwise.ops.card_reference import gain as gain
-from rankwise.ops.card_reference import row_norms as row_norms
 from rankwise.ops.eight_bit import EightBit
 from rankwise.ops.elementwise import row_cross
+from rankwise.ops.reference import gain as gain
+from rankwise.ops.reference import row_norms as row_norms
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import Linear4bit, is_conv1d
 
@@ -166,7 +166,7 @@ class Adapter(Protocol):
 class LinearAdapter(Adapter, Protocol):
     """An adapter of a linear layer, which the operator can compute."""
 
-    # Whether the next operation returns the layer's output in the backward pass (`ops.handback`).
+    # Whether the next operation returns the layer's output in the backward pass (`ops.saved`).
     comes_back: bool
     # Where the frozen products of training are in 8 bits. Evaluation computes as servers do.
     eight_bit: EightBit | None

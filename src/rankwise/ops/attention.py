@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from rankwise.compat.torch import Ctx, is_watched
 from rankwise.errors import QuantizationError
-from rankwise.ops import reference_attention, selection
+from rankwise.ops import reference, selection
 from rankwise.ops.checks import attention_forward
 from rankwise.ops.cpu import attention as native_attention
 from rankwise.ops.table import PLAIN
@@ -53,7 +53,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = selection.forced()
     if choice == "reference":
-        return reference(q, k, v, start, end, scale)
+        return plain_attention(q, k, v, start, end, scale)
     # A compiler cannot call the library; the operator checks when it runs.
     ask = native_attention.unfit if torch.compiler.is_compiling() else native_attention.obstacle
     why = ask(q, k, v, scale)
@@ -66,12 +66,12 @@ def attention(
     return _Attention.apply(q, k, v, start, end, scale)
 
 
-def reference(
+def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, end: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """`attention` in plain PyTorch in float32 (float64 stays), with the whole (B, H, Lq, Lk) weights."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference_attention.attention_forward(q, k, v, start, end, scale)[0]
+    return reference.attention_forward(q, k, v, start, end, scale)[0]
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str | None:
@@ -114,7 +114,7 @@ def _elsewhere(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if start is None and end is None and q.shape[2] == k.shape[2]:
         return run(q, k, v, is_causal=True).transpose(1, 2)
-    seen = reference_attention.visible(start, end, (q.shape[0], q.shape[2], k.shape[2]), q.device)[:, None]
+    seen = reference.visible(start, end, (q.shape[0], q.shape[2], k.shape[2]), q.device)[:, None]
     # A query without keys would give NaN in some of PyTorch's kernels, so it sees all keys and its result is dropped.
     empty = ~seen.any(-1, keepdim=True)
     return run(q, k, v, attn_mask=seen | empty).masked_fill(empty, 0.0).transpose(1, 2)

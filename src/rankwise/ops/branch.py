@@ -65,7 +65,7 @@ class Branch:
     bias: Tensor | None = None
     m: Tensor | None = None  # (N,)
     gain: Tensor | None = None  # (N,) in float32: m / ||W + s B A||, no entry of m zero.
-    comes_back: bool = False  # Whether a later operation returns the output in the backward pass (`ops.handback`).
+    comes_back: bool = False  # Whether a later operation returns the output in the backward pass (`ops.saved`).
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

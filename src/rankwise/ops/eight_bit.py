@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from rankwise.compat.torch import int_mm
-from rankwise.ops.elementwise_reference import row_chunks
-from rankwise.ops.freshness import Key, frozen_key
+from rankwise.ops.kept import Key, frozen_key
 from rankwise.ops.packed_weight import PackedWeight
+from rankwise.ops.reference import row_chunks
 
 if TYPE_CHECKING:
     from rankwise.ops.branch import Frozen

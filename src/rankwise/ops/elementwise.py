@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rankwise.constants import IGNORED
-from rankwise.ops.elementwise_checks import check_targets
+from rankwise.ops.checks import check_targets
 from rankwise.ops.selection import is_traced
 from rankwise.ops.table import call
 

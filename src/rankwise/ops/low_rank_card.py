@@ -1,7 +1,7 @@
 """The steps of `rankwise.ops.low_rank_linear` on a GPU for 16-bit rows, with few kernel launches; dy is read once for
 both gradients of a branch.
 
-A and B are the copies of `rankwise.ops.rounded`, whose ranks are padded with zeros. A gain over a 4-bit weight is
+A and B are the copies of `rankwise.ops.kept`, whose ranks are padded with zeros. A gain over a 4-bit weight is
 multiplied into the dequantized weight, as it is written, and into B:
 
     y = x (g W)^T + s U (g B)^T + b        dx = sum_i dy_i (g_i W_i) + drop(dU A)        dU_i = s dy_i (g_i B_i)
@@ -23,8 +23,8 @@ from torch import Tensor
 from rankwise.compat.torch import is_fake
 from rankwise.ops import table
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
+from rankwise.ops.kept import Rounded, rounded
 from rankwise.ops.low_rank_plain import add_low_rank, dropped, output
-from rankwise.ops.rounded import Rounded, rounded
 
 
 def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps:

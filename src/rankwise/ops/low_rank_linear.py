@@ -4,8 +4,8 @@
 
 Legend: T = rows of x, K = in features, N = out features, r = rank, R = the ranks of all layers together.
 With U = drop(x) [A_1; A_2; ...]^T (T, R), one pass over x serves every layer. Saved for the backward pass are x, or the
-tensors from which a norm made x (``ops.normed``), U, and the output of a layer with a gain, which mostly lives on
-anyway or is returned by a later operation (``ops.handback``). An output that the model has overwritten since, as
+tensors from which a norm made x (``ops.saved``), U, and the output of a layer with a gain, which mostly lives on
+anyway or is returned by a later operation (``ops.saved``). An output that the model has overwritten since, as
 Llama 4 and Gemma 3n do, is recomputed. In g = m / ||W + s B A|| only m is differentiated (DoRA, section 4.3).
 
     dz = g * dy     dU_i = s dz B     dB = s dz^T U_i     dA = dU^T drop(x)     dx = sum_i dz_i W_i + drop(dU A)
@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankwise.compat.torch import Ctx, unsafe_view, writes_to
-from rankwise.ops import eight_bit, elementwise, low_rank_card, low_rank_plain, normed, selection
+from rankwise.ops import eight_bit, elementwise, low_rank_card, low_rank_plain, saved, selection
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted
-from rankwise.ops.handback import Handback, offer
+from rankwise.ops.saved import Handback, offer
 
 if TYPE_CHECKING:
     from rankwise.ops.cpu import low_rank
@@ -69,7 +69,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Ctx[tuple[Kept, Sequence[Handback | None], normed.Source]],
+        ctx: Ctx[tuple[Kept, Sequence[Handback | None], saved.Source]],
         branches: tuple[Branch, ...],
         dropout: Dropout | None,
         handbacks: Sequence[Handback | None],
@@ -79,21 +79,21 @@ class LowRankLinear(torch.autograd.Function):
         made = _forward(x, branches, dropout)
         outputs = made.outputs(x)
         kept = _kept([handback is not None and not handback.is_wanted for handback in handbacks], outputs)
-        bare, source = [_without_tensors(branch) for branch in branches], normed.source_of(x)
+        bare, source = [_without_tensors(branch) for branch in branches], saved.source_of(x)
         handbacks = [handback if handback is not None and handback.is_wanted else None for handback in handbacks]
-        ctx.kept = (made.steps, bare, dropout, kept), handbacks, normed.without_tensors(source)
-        ctx.save_for_backward(*normed.tensors_of(source), made.U, *tensors, *_only(kept, made.ys))
+        ctx.kept = (made.steps, bare, dropout, kept), handbacks, saved.without_tensors(source)
+        ctx.save_for_backward(*saved.tensors_of(source), made.U, *tensors, *_only(kept, made.ys))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Ctx[tuple[Kept, Sequence[Handback | None], normed.Source]], *dys: Tensor | None
+        ctx: Ctx[tuple[Kept, Sequence[Handback | None], saved.Source]], *dys: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, w, rstd, U, *rest = ctx.saved_tensors
         (steps, bare, dropout, kept), handbacks, source = ctx.kept
-        source = normed.with_tensors(source, x, w, rstd)
+        source = saved.with_tensors(source, x, w, rstd)
         branches, ys = _with_tensors(bare, rest)
         ys = [y if handback is None else handback.take() for y, handback in zip(ys, handbacks)]
         wanted, want_dx = _wanted(ctx.needs_input_grad[4:]), ctx.needs_input_grad[3]

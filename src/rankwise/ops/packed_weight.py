@@ -1,14 +1,18 @@
-"""A 4-bit weight: its codes, its scales, and their format."""
+"""A 4-bit weight: its codes, its scales, their format, and the tables of values behind the codes."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import ParamSpec, cast
 
 import torch
 from torch import Tensor
 
+from rankwise.compat.torch import plain_tensors
 from rankwise.constants import NESTED_BLOCK
 
 
@@ -87,3 +91,114 @@ def empty_scales(
         "nested_absmax": torch.empty(nested, dtype=torch.float32, device=device) if double_quant else None,
         "offset": torch.empty((), dtype=torch.float32, device=device) if double_quant else None,
     }
+
+
+# The code tables of the 4-bit types and of double quantization, which the native library and the Triton kernels receive
+# as arguments:
+#
+#     w ≈ absmax * value[code]                       one absmax per block, one 4-bit code per element
+#     code = order[number of bounds below w/absmax]   bounds: midpoints of the sorted values
+
+Parameters = ParamSpec("Parameters")
+
+
+# Equal bins of [-1, 1] in which bitsandbytes' CPU code looks up the nearest 8-bit code.
+DYNAMIC_BINS = 65536
+
+# Quantiles of N(0, 1) scaled to [-1, 1] with an exact zero (QLoRA, appendix E).
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+# Sign, two exponent bits, one mantissa bit, in bit-pattern order; scaled by 1/12 below. Both zeros are +0.
+_FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0)
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """One 4-bit type: what a code means and where one code ends and the next begins."""
+
+    name: str
+    # (16,) float32 values; ``value[code]`` times absmax is the weight.
+    value: tuple[float, ...]
+    # (15,) midpoints of the sorted values, ascending. A value on a bound belongs to the lower side.
+    bound: tuple[float, ...]
+    # (16,) codes in ascending order of their values.
+    order: tuple[int, ...]
+
+
+def _table(name: str, values: Tensor) -> CodeTable:
+    order = torch.argsort(values, stable=True)
+    ascending = values[order]
+    bounds = (ascending[:-1] + ascending[1:]) / 2
+    return CodeTable(name, tuple(values.tolist()), tuple(bounds.tolist()), tuple(order.tolist()))
+
+
+@cache
+def code_table(quant_type: str) -> CodeTable:
+    """The table of ``"nf4"`` or ``"fp4"``; KeyError for any other name (the public functions check first)."""
+    values = {"nf4": torch.tensor(_NF4, dtype=torch.float32), "fp4": torch.tensor(_FP4, dtype=torch.float32) / 12}
+    return _table(quant_type, values[quant_type])
+
+
+QUANT_TYPES = ("nf4", "fp4")
+
+
+def _kept(make: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
+    """Cache a table for the process. It is a plain tensor, even if the first caller is in a functional transform, a
+    fake mode or inference mode.
+    """
+
+    @cache
+    @wraps(make)
+    def kept(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Tensor:
+        with plain_tensors():
+            return make(*args, **kwargs)
+
+    return cast(Callable[Parameters, Tensor], kept)
+
+
+@_kept
+def code_values(quant_type: str, device: torch.device) -> Tensor:
+    """(16,) float32 on ``device``."""
+    return torch.tensor(code_table(quant_type).value, dtype=torch.float32, device=device)
+
+
+@_kept
+def code_bounds(quant_type: str, device: torch.device) -> Tensor:
+    """(15,) float32 on ``device``."""
+    return torch.tensor(code_table(quant_type).bound, dtype=torch.float32, device=device)
+
+
+@_kept
+def code_order(quant_type: str, device: torch.device) -> Tensor:
+    """(16,) uint8 on ``device``."""
+    return torch.tensor(code_table(quant_type).order, dtype=torch.uint8, device=device)
+
+
+@_kept
+def dynamic_map(device: torch.device) -> Tensor:
+    """(256,) float32: the signed 8-bit dynamic data type, ascending ("8-bit approximations", Dettmers 2016).
+
+    Decade ``i`` of seven, 10^(i-6), holds ``2^i`` midpoints of equal steps from 0.1 to 1, with both signs; 0 and 1
+    complete it.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        steps = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        midpoints = (steps[:-1] + steps[1:]) / 2
+        decade = 10 ** (i - 6)
+        values += (decade * midpoints).tolist() + (-decade * midpoints).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@_kept
+def dynamic_bins(device: torch.device) -> Tensor:
+    """(65536,) uint8: the code of each of the equal bins, ``-1 + 2 i / 65535``, ties to the lower code."""
+    codes = dynamic_map(torch.device("cpu"))
+    middle = 0.5 * (codes[:-1] + codes[1:])
+    centre = -1.0 + (2.0 * torch.arange(DYNAMIC_BINS, dtype=torch.float32)) / (DYNAMIC_BINS - 1)
+    return torch.bucketize(centre, middle).to(torch.uint8).to(device)

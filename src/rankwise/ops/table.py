@@ -26,15 +26,7 @@ from torch import Tensor
 
 from rankwise.compat.torch import Ctx
 from rankwise.constants import NESTED_BLOCK
-from rankwise.ops import (
-    card_reference,
-    checks,
-    elementwise_checks,
-    elementwise_reference,
-    reference,
-    reference_attention,
-    selection,
-)
+from rankwise.ops import checks, reference, selection
 from rankwise.ops.cpu import attention as native_attention
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 
@@ -60,8 +52,6 @@ _module = functools.cache(importlib.import_module)
 class Operator:
     """One row of the table. Its functions take all arguments of the operator."""
 
-    # The module whose function of the operator's name is the specification.
-    reference: ModuleType
     # Raises QuantizationError for invalid arguments.
     check: Callable[..., None]
     # Returns the module whose function of the operator's name runs on these arguments.
@@ -100,13 +90,13 @@ def run(name: str, *arguments: Argument) -> Any:
 def module_for(tensor: Tensor, *_: object) -> ModuleType:
     """The module of element-wise functions that runs on ``tensor``."""
     if selection.transforms_functions():
-        return elementwise_reference
+        return reference
     if tensor.is_cpu and tensor.dtype in _NATIVE and selection.native_on_cpu():
         return _module("rankwise.ops.cpu.elementwise")
     # On CUDA, and for tests on CPU tensors under Triton's interpreter.
     if tensor.dtype in checks.DTYPES and (tensor.is_cuda or tensor.is_cpu) and selection.runs_triton(tensor.device):
         return _module("rankwise.ops.triton.elementwise")
-    return elementwise_reference
+    return reference
 
 
 def _of_weight(weight: PackedWeight, *_: object) -> ModuleType:
@@ -128,9 +118,9 @@ def _for_row_cross(weight: PackedWeight, *_: object) -> ModuleType:
 
 def _for_card(first: Tensor | PackedWeight, *_: object) -> ModuleType:
     if isinstance(first, Tensor) and first.dtype not in checks.DTYPES:
-        return card_reference
+        return reference
     device = first.device if isinstance(first, Tensor) else first.codes.device
-    return _module("rankwise.ops.triton.card") if selection.runs_triton(device) else card_reference
+    return _module("rankwise.ops.triton.elementwise") if selection.runs_triton(device) else reference
 
 
 def _for_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> ModuleType:
@@ -138,7 +128,7 @@ def _for_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> ModuleType:
     if why is None:
         return native_attention
     selection.say_once("RW608", f"compiled attention runs in plain PyTorch, slowly: {why}")
-    return reference_attention
+    return reference
 
 
 def _as(x: Tensor, *_: object) -> Tensor:
@@ -155,7 +145,7 @@ def _rope(q: Tensor, *_: object) -> Tensor:
 
 
 def _sums(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
-    dtypes = (elementwise_checks.sum_dtype(logits), elementwise_checks.sum_dtype(logits), torch.int64)
+    dtypes = (checks.sum_dtype(logits), checks.sum_dtype(logits), torch.int64)
     return tuple(logits.new_empty((), dtype=dtype) for dtype in dtypes)
 
 
@@ -215,66 +205,61 @@ def _attention_gradient(ctx: Ctx[float], grad: Tensor | None, _: Tensor | None) 
     return *torch.ops.rankwise.attention_backward(grad, *ctx.saved_tensors, ctx.kept), None, None, None
 
 
-_elementwise = functools.partial(Operator, elementwise_reference, choose=module_for)
-_four_bit = functools.partial(Operator, reference)
-_card = functools.partial(Operator, card_reference, choose=_for_card)
+_elementwise = functools.partial(Operator, choose=module_for)
+_card = functools.partial(Operator, choose=_for_card)
 
 OPERATORS = {
-    "low_rank_add_": _elementwise(elementwise_checks.low_rank_add_),
+    "low_rank_add_": _elementwise(checks.low_rank_add_),
     "scaled_grad": _elementwise(
-        elementwise_checks.scaled_grad,
+        checks.scaled_grad,
         results=lambda dy, y, g: (_as(dy), _wide(dy, g.shape)),
         absent=lambda dy, y, g: {1} if y is None else set(),
     ),
-    "rms_norm": _elementwise(
-        elementwise_checks.rms_norm, results=lambda x, *_: (_as(x), _wide(x, (x[..., 0].numel(),)))
-    ),
-    "rms_norm_backward": _elementwise(elementwise_checks.rms_norm_backward, results=_as),
-    "glu": _elementwise(elementwise_checks.glu, results=_as),
+    "rms_norm": _elementwise(checks.rms_norm, results=lambda x, *_: (_as(x), _wide(x, (x[..., 0].numel(),)))),
+    "rms_norm_backward": _elementwise(checks.rms_norm_backward, results=_as),
+    "glu": _elementwise(checks.glu, results=_as),
     "glu_backward": _elementwise(
-        elementwise_checks.glu_backward,
+        checks.glu_backward,
         results=lambda dout, gate, *_: (_as(gate), _as(gate), _as(gate)),
         absent=lambda dout, gate, up, act, want_product: set() if want_product else {2},
     ),
-    "rope": _elementwise(elementwise_checks.rope, results=_rope),
-    "rope_": _elementwise(elementwise_checks.rope),
+    "rope": _elementwise(checks.rope, results=_rope),
+    "rope_": _elementwise(checks.rope),
     "cross_entropy_": _elementwise(
-        elementwise_checks.cross_entropy_,
+        checks.cross_entropy_,
         results=_sums,
         absent=lambda *arguments: {index for index, is_wanted in zip((1, 2), arguments[-2:]) if not is_wanted},
         writes=True,
     ),
-    "row_cross": _elementwise(
-        elementwise_checks.row_cross, results=lambda W, *_: W.new_empty((W.shape[0],), dtype=torch.float32)
-    ),
-    "dropout": _elementwise(elementwise_checks.dropout, results=_as),
-    "dropout_add_": _elementwise(elementwise_checks.dropout_add_),
-    "quantize_4bit": _four_bit(checks.quantize_4bit, _of_first, _quantized),
-    "dequantize_4bit": _four_bit(
+    "row_cross": _elementwise(checks.row_cross, results=lambda W, *_: W.new_empty((W.shape[0],), dtype=torch.float32)),
+    "dropout": _elementwise(checks.dropout, results=_as),
+    "dropout_add_": _elementwise(checks.dropout_add_),
+    "quantize_4bit": Operator(checks.quantize_4bit, _of_first, _quantized),
+    "dequantize_4bit": Operator(
         checks.dequantize_4bit,
         _of_weight,
         lambda weight, dtype: weight.codes.new_empty(tuple(weight.shape), dtype=dtype),
     ),
-    "quantize_absmax": _four_bit(checks.check_absmax, _of_first, _nested),
-    "dequantize_absmax": _four_bit(
+    "quantize_absmax": Operator(checks.check_absmax, _of_first, _nested),
+    "dequantize_absmax": Operator(
         checks.check_codes, _of_first, lambda codes, *_: codes.new_empty(codes.shape, dtype=torch.float32)
     ),
-    "linear_4bit": _four_bit(
+    "linear_4bit": Operator(
         checks.linear_4bit,
         _of_second,
         lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
         gradient=(_save_weight, _linear_gradient),
     ),
-    "linear_4bit_input_grad": _four_bit(
+    "linear_4bit_input_grad": Operator(
         checks.linear_4bit_input_grad,
         _of_second,
         lambda grad, weight: grad.new_empty((*grad.shape[:-1], weight.shape[1])),
         gradient=(_save_weight, _input_grad_gradient),
     ),
-    "row_norms_4bit": _four_bit(checks.row_norms_4bit, _of_weight, _per_row),
-    "row_cross_4bit": _four_bit(elementwise_checks.row_cross_4bit, _for_row_cross, _per_row),
+    "row_norms_4bit": Operator(checks.row_norms_4bit, _of_weight, _per_row),
+    "row_cross_4bit": Operator(checks.row_cross_4bit, _for_row_cross, _per_row),
     "low_rank_grads_": _card(
-        elementwise_checks.low_rank_grads_,
+        checks.low_rank_grads_,
         results=lambda dU, dy, U, B, *_: (_wide(B, B.shape), _wide(dy, dy.shape[1:]), _as(dy)),
         absent=lambda dU, dy, U, B, scale, g, folded, y, m: {
             *([] if y is not None else [1]),
@@ -282,23 +267,19 @@ OPERATORS = {
         },
         writes=True,
     ),
-    "adapted_gain": _card(
-        elementwise_checks.adapted_gain, results=lambda W, *_: W.new_empty((W.shape[0],), dtype=torch.float32)
-    ),
-    "adapted_gain_4bit": _card(elementwise_checks.adapted_gain_4bit, results=_per_row),
+    "adapted_gain": _card(checks.adapted_gain, results=lambda W, *_: W.new_empty((W.shape[0],), dtype=torch.float32)),
+    "adapted_gain_4bit": _card(checks.adapted_gain_4bit, results=_per_row),
     "dequantize_gained_4bit": _card(
-        elementwise_checks.dequantize_gained_4bit,
+        checks.dequantize_gained_4bit,
         results=lambda weight, gain, dtype: weight.codes.new_empty(tuple(weight.shape), dtype=dtype),
     ),
     "attention_forward": Operator(
-        reference_attention,
         checks.attention_forward,
         lambda q, k, v, start, end, scale: _for_attention(q, k, v, scale),
         _attended,
         gradient=(_save_attention, _attention_gradient),
     ),
     "attention_backward": Operator(
-        reference_attention,
         lambda grad, q, k, v, out, lse, start, end, scale: checks.attention_forward(q, k, v, start, end, scale),
         lambda grad, q, k, v, out, lse, start, end, scale: _for_attention(q, k, v, scale),
         lambda grad, q, k, v, *_: (_as(q), _as(k), _as(v)),
@@ -306,10 +287,10 @@ OPERATORS = {
 }
 
 
-def _parameters(name: str, operator: Operator) -> list[inspect.Parameter]:
+def _parameters(name: str) -> list[inspect.Parameter]:
     """The parameters of the reference, with a 4-bit weight given as its parts."""
     found: list[inspect.Parameter] = []
-    for parameter in inspect.signature(getattr(operator.reference, name), eval_str=True).parameters.values():
+    for parameter in inspect.signature(getattr(reference, name), eval_str=True).parameters.values():
         parts = _PARTS if parameter.annotation is PackedWeight else {parameter.name: parameter.annotation}
         found += [inspect.Parameter(part, parameter.kind, annotation=kind) for part, kind in parts.items()]
     return found
@@ -317,8 +298,8 @@ def _parameters(name: str, operator: Operator) -> list[inspect.Parameter]:
 
 def _schema(name: str, operator: Operator) -> str:
     """The operator's schema, from the annotations of the reference."""
-    parameters = _parameters(name, operator)
-    given = inspect.signature(getattr(operator.reference, name), eval_str=True).return_annotation
+    parameters = _parameters(name)
+    given = inspect.signature(getattr(reference, name), eval_str=True).return_annotation
     if operator.results is None:
         given = None
     elif get_origin(given) is tuple:
@@ -331,9 +312,9 @@ def _schema(name: str, operator: Operator) -> str:
     return name + torch.library.infer_schema(prototype, mutates_args=mutated)
 
 
-def _of_parts(name: str, operator: Operator, run: Callable[..., Results]) -> Callable[..., Results]:
+def _of_parts(name: str, run: Callable[..., Results]) -> Callable[..., Results]:
     """``run``, which takes a `PackedWeight`, as a function of its parts."""
-    names = [parameter.name for parameter in _parameters(name, operator)]
+    names = [parameter.name for parameter in _parameters(name)]
     if "absmax" not in names or "quant_type" not in names:
         return run
     first = names.index("codes")
@@ -372,8 +353,8 @@ def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...
 _library = torch.library.Library("rankwise", "DEF")
 for _name, _operator in OPERATORS.items():
     _library.define(_schema(_name, _operator))
-    _library.impl(_name, _of_parts(_name, _operator, _real(_name, _operator)), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rankwise::{_name}", _of_parts(_name, _operator, _fake(_operator)), lib=_library)
+    _library.impl(_name, _of_parts(_name, _real(_name, _operator)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rankwise::{_name}", _of_parts(_name, _fake(_operator)), lib=_library)
     if _operator.gradient is not None:
         _save, _backward = _operator.gradient
         torch.library.register_autograd(f"rankwise::{_name}", _backward, setup_context=_save, lib=_library)

@@ -25,8 +25,7 @@ from torch import Tensor
 from rankwise.constants import BLOCK_SIZES, NESTED_BLOCK
 from rankwise.errors import QuantizationError
 from rankwise.foreign import JsonObject, parse_json
-from rankwise.ops.codes import QUANT_TYPES, code_values, dynamic_map
-from rankwise.ops.packed_weight import PackedWeight, packed_shape
+from rankwise.ops.packed_weight import QUANT_TYPES, PackedWeight, code_values, dynamic_map, packed_shape
 
 STATE = "quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE + name for name in QUANT_TYPES))

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rankwise.errors import QuantizationError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.ops.checks import check_dtype, check_type
-from rankwise.ops.codes import QUANT_TYPES
+from rankwise.ops.packed_weight import QUANT_TYPES
 
 # rankwise's name among transformers' quantization methods. Files never hold it: checkpoints are bitsandbytes'.
 METHOD = "rankwise_4bit"

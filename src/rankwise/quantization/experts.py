@@ -28,7 +28,7 @@ from rankwise import ops
 from rankwise.compat.torch import Ctx, own_modules
 from rankwise.compat.transformers import choose_experts_of_module, gate_of, register_experts, spreads_experts
 from rankwise.constants import NESTED_BLOCK
-from rankwise.ops.grouped import inverse, rows_per_expert
+from rankwise.ops.experts import inverse, rows_per_expert
 from rankwise.ops.packed_weight import SCALES, PackedWeight
 from rankwise.ops.selection import as_autocast, transforms_functions
 from rankwise.quantization.linear import (

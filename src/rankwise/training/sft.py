@@ -27,7 +27,7 @@ from rankwise.acceleration.scoring import Score, Scorer, loss_scorer
 from rankwise.compat.torch import is_unit
 from rankwise.constants import IGNORED
 from rankwise.errors import warn
-from rankwise.ops.elementwise_checks import check_targets
+from rankwise.ops.checks import check_targets
 from rankwise.ops.linear_cross_entropy import LossSums
 from rankwise.training import ranks
 from rankwise.training.foresight import evaluation_targets

@@ -1,4 +1,4 @@
-"""Attention on the native library, with the signatures of `rankwise.ops.reference_attention`.
+"""Attention on the native library, with the signatures of `rankwise.ops.reference`.
 
 bfloat16 in and out, float32 sums; P and dS are rounded to bfloat16 for their products. With AVX2, which has no bfloat16
 products, also float32 in and out, without rounding in between. Memory is linear in the length. Results do not depend on

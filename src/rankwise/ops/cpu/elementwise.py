@@ -1,5 +1,5 @@
 """The element-wise operators of a training step in the native library, with the signatures and the precision of
-`rankwise.ops.elementwise_reference`: float32 and bfloat16.
+`rankwise.ops.reference`: float32 and bfloat16.
 
 The callers in ``rankwise.ops.elementwise`` have checked types and shapes.
 
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, get_num_threads
 
 from rankwise.constants import IGNORED
-from rankwise.ops import elementwise_reference as reference
-from rankwise.ops.cpu.memory import OF_SHORT_LIVED, roomy
-from rankwise.ops.cpu.native import library
-from rankwise.ops.elementwise_checks import ACTIVATIONS, bad_target
-from rankwise.ops.elementwise_reference import dropout_keys, dropout_threshold
+from rankwise.ops import reference as reference
+from rankwise.ops.checks import ACTIVATIONS, bad_target
+from rankwise.ops.cpu.native import OF_SHORT_LIVED, library, roomy
+from rankwise.ops.reference import dropout_keys, dropout_threshold
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -165,7 +164,7 @@ def cross_entropy_(
     want_entropy: bool,
     want_correct: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `rankwise.ops.elementwise_reference.cross_entropy_`."""
+    """See `rankwise.ops.reference.cross_entropy_`."""
     rows, stride = _rows(logits)
     targets, (C, V) = targets.contiguous(), logits.shape
     sums = (ctypes.c_double * 3)()

@@ -18,11 +18,9 @@ from torch.nn import functional
 
 from rankwise.compat.torch import storage_users
 from rankwise.constants import KEPT_BYTES
-from rankwise.ops import elementwise_reference
+from rankwise.ops import reference
 from rankwise.ops.cpu import elementwise, products
-from rankwise.ops.cpu.memory import on_huge_pages
-from rankwise.ops.cpu.native import library
-from rankwise.ops.cpu.packed import NativeWeight, tables
+from rankwise.ops.cpu.native import NativeWeight, library, on_huge_pages, tables
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 from rankwise.ops.reference import dequantize_absmax, not_finite, quantize_absmax, row_cross_in_chunks
 
@@ -108,7 +106,7 @@ def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     """cross_n = <W'_n A^T, B_n>, float32 (N,), of W' rounded to ``dtype``."""
-    cross = elementwise_reference.row_cross if dtype is torch.float16 else elementwise.row_cross
+    cross = reference.row_cross if dtype is torch.float16 else elementwise.row_cross
     return row_cross_in_chunks(weight, B, lambda part, B: cross(dequantize_4bit(part, dtype), A, B))
 
 

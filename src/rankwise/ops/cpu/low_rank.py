@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted, grad_of_bias, grad_of_m
-from rankwise.ops.cpu.memory import OF_OUTPUTS, roomy
+from rankwise.ops.cpu.native import OF_OUTPUTS, roomy
 from rankwise.ops.cpu.products import (
     MOST_TERMS,
     Factor,
@@ -52,7 +52,7 @@ def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The functions of `rankwise.ops.low_rank_plain`, with the frozen weights in the native library's form."""
+    """The functions of `rankwise.ops.low_rank_linear`, with the frozen weights in the native library's form."""
 
     factors: Sequence[Factor]
     # Of weights whose products are in 8 bits.

@@ -1,4 +1,4 @@
-"""Loads the native library, which the build compiles from csrc/.
+"""The native library, which the build compiles from csrc/; 4-bit weights in its form; and memory for its results.
 
 The library has a C interface without torch, so one binary works with every torch. Its loops run on torch's own OpenMP
 threads, because the threads of two OpenMP runtimes in one process would compete for the same cores.
@@ -7,13 +7,18 @@ threads, because the threads of two OpenMP runtimes in one process would compete
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from rankwise.compat.torch import in_backward_pass
 from rankwise.errors import QuantizationError
+from rankwise.ops.packed_weight import PackedWeight, code_table, dynamic_map
 
 # From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON.
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
@@ -152,3 +157,69 @@ def _share_threads(loaded: ctypes.CDLL) -> None:
         if start is not None:
             loaded.rw_share_threads(ctypes.cast(start, ctypes.c_void_p))
             return
+
+
+class NativeWeight:
+    """The C view of one weight. It holds the tensors whose memory the C side reads."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        codes, absmax, nested_absmax = weight.codes.contiguous(), weight.absmax.contiguous(), weight.nested_absmax
+        nested_absmax = None if nested_absmax is None else nested_absmax.contiguous()
+        self.buffers = (codes, absmax, nested_absmax, weight.offset)
+        self.struct = Weight(
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            None if nested_absmax is None else nested_absmax.data_ptr(),
+            None if weight.offset is None else weight.offset.data_ptr(),
+            ctypes.addressof(tables(weight.quant_type)[0]),
+            None if nested_absmax is None else dynamic_map(codes.device).data_ptr(),
+            weight.elements,
+            weight.block_size,
+        )
+
+    def address(self) -> int:
+        """The address of the C view. Each call updates its pointers, because FSDP moves weights between passes."""
+        self.struct.packed, self.struct.absmax = self.buffers[0].data_ptr(), self.buffers[1].data_ptr()
+        return ctypes.addressof(self.struct)
+
+
+@cache
+def tables(quant_type: str) -> tuple[ctypes.Array, ctypes.Array, ctypes.Array]:
+    """16 values, 15 bounds between them in ascending order, and the 16 codes in that order."""
+    table = code_table(quant_type)
+    return (ctypes.c_float * 16)(*table.value), (ctypes.c_float * 15)(*table.bound), (ctypes.c_uint8 * 16)(*table.order)
+
+
+# Memory for large results. `on_huge_pages`: page faults of 4 KiB each make new memory slower to map than to fill.
+#
+# `roomy`: for results that are freed before tensors that were made after them. For an aligned block of n bytes glibc
+# needs a free block of n + 96 bytes, so a freed tensor is too small for the next one of its size. In a forward pass
+# every layer would leave a hole: a twentieth of a LoRA step's memory, a twelfth of a DoRA step's. Padding avoids the
+# holes. There are three sizes of padding, so that a request fits a freed block with more padding: PyTorch's own
+# tensors have none, outputs of products 4 KiB, short-lived tensors 8 KiB.
+
+OF_OUTPUTS, OF_SHORT_LIVED = 4 << 10, 8 << 10
+# Minimum bytes. What remains of a reused block is then too large for glibc's small bins, whose blocks are not merged.
+_LEAST_BYTES = 256 << 10
+_LEAST_BYTES_ON_HUGE_PAGES = 4 << 20
+
+
+def on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialized CPU tensor, on huge pages where it is large enough and the system provides them."""
+    made = torch.empty(tuple(shape), dtype=dtype)
+    if made.nbytes >= _LEAST_BYTES_ON_HUGE_PAGES:
+        library().rw_use_huge_pages(made.data_ptr(), made.nbytes)
+    return made
+
+
+def roomy(shape: Sequence[int], dtype: torch.dtype, spare_bytes: int) -> Tensor:
+    """An uninitialized tensor, dense, whose storage is larger by ``spare_bytes`` where it is large enough to matter.
+
+    The tensor is not a view, so autograd allows writing to it in place. Inside a backward pass, where checkpointing
+    recomputes a layer, there is no padding: saved tensors are freed soon, and small objects in the padding would keep
+    glibc from merging the freed blocks (20 to 47 MB more with DoRA).
+    """
+    shape, count = tuple(shape), math.prod(shape)
+    if count * dtype.itemsize < _LEAST_BYTES or in_backward_pass():
+        return torch.empty(shape, dtype=dtype)
+    return torch.empty(count + spare_bytes // dtype.itemsize, dtype=dtype).resize_(shape)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from rankwise.compat.torch import is_fake
-from rankwise.ops.cpu.native import level, library
-from rankwise.ops.cpu.packed import NativeWeight
+from rankwise.ops.cpu.native import NativeWeight, level, library
 from rankwise.ops.eight_bit import Scales
 from rankwise.ops.packed_weight import PackedWeight
 

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rankwise.constants import IGNORED
-from rankwise.ops.triton.rows import as_rows, write_back
-from rankwise.ops.triton.tile import launching_on, power_of_two, round_to
+from rankwise.ops.triton.tile import as_rows, launching_on, power_of_two, round_to, write_back
 
 IGNORED_TARGET = tl.constexpr(IGNORED)
 
@@ -170,7 +169,7 @@ def cross_entropy_(
     want_entropy: bool,
     want_correct: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(loss, entropy, correct) and the gradient in place, as `rankwise.ops.elementwise_reference.cross_entropy_`.
+    """(loss, entropy, correct) and the gradient in place, as `rankwise.ops.reference.cross_entropy_`.
 
     The targets are not checked, since that would synchronize with the GPU.
     """

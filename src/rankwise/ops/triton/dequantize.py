@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops import card_reference
+from rankwise.ops import reference
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.triton.tile import block_scales, buffers, decode, launching_on, round_to
 
@@ -53,7 +53,7 @@ def dequantize_kernel(
 def dequantize_gained_4bit(weight: PackedWeight, gain: Tensor, dtype: torch.dtype) -> Tensor:
     """gain * W' by rows, in ``dtype``."""
     if not weight.rows_are_blocks:
-        return card_reference.dequantize_gained_4bit(weight, gain, dtype)
+        return reference.dequantize_gained_4bit(weight, gain, dtype)
     return dequantize(weight, dtype, gain.contiguous())
 
 

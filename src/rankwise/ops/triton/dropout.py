@@ -1,4 +1,4 @@
-"""Dropout whose mask is a hash of the seed and the flat index, that of `rankwise.ops.elementwise_reference` to the bit.
+"""Dropout whose mask is a hash of the seed and the flat index, that of `rankwise.ops.reference` to the bit.
 
 The words of a key are passed to the kernels as signed 32-bit numbers without specialization, so that a new seed does
 not cause a compilation.
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.elementwise_reference import dropout_keys, dropout_threshold
+from rankwise.ops.reference import dropout_keys, dropout_threshold
 from rankwise.ops.triton.tile import launching_on, round_to
 
 # Elements per program, a divisor of 2^32, and its warps.

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.triton.rows import as_rows
-from rankwise.ops.triton.tile import launching_on, round_to
+from rankwise.ops.triton.tile import as_rows, launching_on, round_to
 
 # Columns of a row per program, and its warps: 16 bytes per thread and tensor, the widest load there is.
 _COLUMNS, _WARPS = 1024, 4

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.triton.rows import as_rows, dot_operand, write_back
-from rankwise.ops.triton.tile import is_old, launching_on, power_of_two, round_to
+from rankwise.ops.triton.tile import as_rows, dot_operand, is_old, launching_on, power_of_two, round_to, write_back
 
 # (rows and columns of y per program, maximum ranks multiplied at once, warps). Without tensor cores a product takes
 # more registers: twice the float32 tile spills.

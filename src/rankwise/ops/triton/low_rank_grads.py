@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops import card_reference
-from rankwise.ops.triton.rows import as_rows, dot_operand
-from rankwise.ops.triton.tile import is_old, launching_on, power_of_two, round_to
+from rankwise.ops import reference
+from rankwise.ops.triton.tile import as_rows, dot_operand, is_old, launching_on, power_of_two, round_to
 
 # (rows and columns of dy that a program holds, maximum ranks at once, warps, stages). With a gain, y and dz take
 # registers too; without tensor cores a product takes more.
@@ -165,7 +164,7 @@ def low_rank_grads_(
     """dz = g * dy; dU <- scale dz B; dB = scale dz^T U; dm_n = sum_t dy_tn y_tn / m_n, 0 where m_n is 0."""
     (T, N), R = dy.shape, B.shape[1]
     if dy.numel() == 0 or R == 0:
-        return card_reference.low_rank_grads_(dU, dy, U, B, scale, g, folded, y, m)
+        return reference.low_rank_grads_(dU, dy, U, B, scale, g, folded, y, m)
     dB = dy.new_empty((N, R), dtype=torch.float32)
     dm = None if y is None else dy.new_empty(N, dtype=torch.float32)
     dz = None if g is None or folded else dy.new_empty((T, N))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops import codes
+from rankwise.ops import packed_weight
 from rankwise.ops.reference import _TINY
 from rankwise.ops.triton.tile import launching_on
 
@@ -53,8 +53,8 @@ def quantize_blocks(w: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, 
     with launching_on(device):
         quantize_kernel[(triton.cdiv(n, _ELEMENTS),)](
             w,
-            codes.code_bounds(quant_type, device),
-            codes.code_order(quant_type, device),
+            packed_weight.code_bounds(quant_type, device),
+            packed_weight.code_order(quant_type, device),
             packed,
             absmax,
             n,

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.triton.rows import as_rows
-from rankwise.ops.triton.tile import launching_on, power_of_two, round_to
+from rankwise.ops.triton.tile import as_rows, launching_on, power_of_two, round_to
 
 # Elements that a program holds at a time, and its warps.
 _ELEMENTS, _WARPS = 2048, 4

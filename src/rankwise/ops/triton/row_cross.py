@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops import card_reference
+from rankwise.ops import reference
 from rankwise.ops.packed_weight import PackedWeight
-from rankwise.ops.triton.rows import dot_operand
-from rankwise.ops.triton.tile import DTYPE, buffers, decode, launching_on, power_of_two, round_to, row_tile
+from rankwise.ops.triton.tile import DTYPE, buffers, decode, dot_operand, launching_on, power_of_two, round_to, row_tile
 
 # Weight rows and columns that a program processes at once, all of its columns, and its warps.
 _ROWS, _COLUMNS, _RUN, _WARPS = 64, 64, 1024, 4
@@ -206,7 +205,7 @@ def row_cross_4bit(weight: PackedWeight, A: Tensor, B: Tensor, dtype: torch.dtyp
 def adapted_gain(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
     """m / ||W + scale B A|| per row."""
     if W.numel() * len(A) == 0:
-        return card_reference.adapted_gain(W, squared, A, B, m, scale)
+        return reference.adapted_gain(W, squared, A, B, m, scale)
     A, B, R, pieces = A.contiguous(), B.contiguous(), len(A), triton.cdiv(W.shape[1], _RUN)
     gram = A.new_empty((pieces, R, R), dtype=torch.float32) if _ranks(A, W.dtype) >= R else None
     sums = _cross(W, A, B, gram)
@@ -218,7 +217,7 @@ def adapted_gain_4bit(
 ) -> Tensor:
     """`adapted_gain` of W' rounded to ``dtype``."""
     if not weight.rows_are_blocks or weight.shape[0] * len(A) == 0:
-        return card_reference.adapted_gain_4bit(weight, squared, A, B, m, scale, dtype)
+        return reference.adapted_gain_4bit(weight, squared, A, B, m, scale, dtype)
     A, B = A.contiguous(), B.contiguous()
     return _gain(_cross_4bit(weight, A, B, dtype), _gram(A), squared, B, m, scale)
 

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankwise.ops.triton.rows import as_rows
-from rankwise.ops.triton.tile import launching_on, round_to
+from rankwise.ops.triton.tile import as_rows, launching_on, round_to
 
 # Rows and columns that a program processes at once, all of its rows, and its warps.
 _ROWS, _COLUMNS, _RUN, _WARPS = 16, 128, 256, 4

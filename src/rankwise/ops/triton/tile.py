@@ -1,4 +1,4 @@
-"""Functions that all 4-bit kernels share: reading codes and scales, rounding, and launching.
+"""Functions that kernels share: reading codes and scales, rounding, rows in memory, and launching.
 
 Legend: a *span* is a run of ``SPAN`` elements with one scale that a kernel processes at once, a block or an equal part
 of one; HALF = SPAN / 2 is its bytes. Element 2j of a span is the high nibble of byte j, element 2j + 1 the low one.
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from rankwise import constants
 from rankwise.errors import QuantizationError
-from rankwise.ops.codes import code_values, dynamic_map
-from rankwise.ops.packed_weight import PackedWeight
+from rankwise.ops.packed_weight import PackedWeight, code_values, dynamic_map
 
 # Read when the kernels are decorated, which fixes whether they are interpreted or compiled.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -137,3 +136,22 @@ def launching_on(device: torch.device) -> AbstractContextManager[None]:
         f"the Triton kernels run on CUDA tensors and got tensors on {device}: move the model to a CUDA device, "
         "choose another implementation, or, for tests, set TRITON_INTERPRET=1 before Python starts.",
     )
+
+
+@triton.jit
+def dot_operand(part: tl.tensor) -> tl.tensor:
+    """``part`` as ``tl.dot`` takes it. The interpreter multiplies bfloat16 as integers."""
+    if INTERPRETED:
+        part = part.to(tl.float32)
+    return part
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x as (T, N) with columns side by side: a view where its strides allow one, else a copy. x is not empty."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def write_back(rows: Tensor, x: Tensor) -> Tensor:
+    """x with the values of ``rows = as_rows(x)``, which are copied back where rows is not a view of x."""
+    return x if rows.data_ptr() == x.data_ptr() else x.copy_(rows.view(x.shape))

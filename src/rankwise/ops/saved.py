@@ -1,11 +1,14 @@
-"""What a low-rank branch saves of its input for the backward pass: x, or the tensors from which an RMSNorm made x.
+"""What adapted layers need not save for the backward pass, because a neighbour saves or returns it.
 
-    x = (h rstd) * w        dA = dU^T x = ((rstd * dU)^T h) * w
+Outputs of DoRA layers are returned by a later operation:
 
-A norm saves h and rstd for its own gradient. A branch that reads x saves the same two, and computes dA from h with
-scaled rows of dU and scaled columns of dA, so that x is neither saved nor recomputed.
+    q' = R y        y = R^-1 q'
 
-Legend: T = rows of x, K = columns, R = ranks.
+The gradient of a magnitude needs its layer's output y. Attention saves q and k after rotary positions R. The backward
+pass of R rotates them back, right before the backward pass of the layer. A layer whose output is not returned
+recomputes its product.
+
+Legend: T = rows, K = in and N = out features, R = ranks.
 """
 
 from __future__ import annotations
@@ -17,8 +20,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.compat.torch import WeakTensorKeyDictionary, writes_to
+from rankwise.compat.torch import WeakTensorKeyDictionary, viewed, writes_to
 from rankwise.ops import elementwise
+
+# {living output of a layer: its handback}. An attribute of the tensor would be saved with it.
+_offers: MutableMapping[Tensor, Handback] = WeakTensorKeyDictionary()
+
+
+@dataclasses.dataclass
+class Handback:
+    """The connection between a layer and a later operation, for one output y in one forward pass."""
+
+    # Whether the layer does not save y.
+    is_wanted: bool
+    # Whether the later operation will return y.
+    is_promised: bool = False
+    _rows: Tensor | None = None
+
+    def give(self, rows: Tensor) -> None:
+        """Return y (T, N) to the layer, in the backward pass."""
+        self._rows = rows
+
+    def take(self) -> Tensor | None:
+        """y (T, N), or None where it was not returned. Only the first call gives it, so that y is freed early."""
+        rows, self._rows = self._rows, None
+        return rows
+
+
+def offer(y: Tensor, handback: Handback) -> None:
+    """Attach a handback to y. A later operation that finds it can promise to return y."""
+    _offers[y] = handback
+
+
+def offered_by(y: Tensor) -> Handback | None:
+    """The handback attached to y, unless y was written to since."""
+    return _offers.get(y) if writes_to(y) == 0 else None
+
+
+def offered_with_heads(q: Tensor) -> Handback | None:
+    """The handback of y (B, L, H D), if q (B, H, L, D) is a view of all of y, head by head; else None."""
+    y = viewed(q)
+    if y is None or q.transpose(1, 2).shape[:2] != y.shape[:2] or q.numel() != y.numel():
+        return None
+    is_whole = q.transpose(1, 2).is_contiguous() and q.storage_offset() == y.storage_offset()
+    return offered_by(y) if is_whole else None
+
+
+# What a low-rank branch saves of its input: x, or the tensors from which an RMSNorm made x.
+#
+#     x = (h rstd) * w        dA = dU^T x = ((rstd * dU)^T h) * w
+#
+# A norm saves h and rstd for its own gradient. A branch that reads x saves the same two, and computes dA from h with
+# scaled rows of dU and scaled columns of dA, so that x is neither saved nor recomputed.
 
 # {living output of a norm: the tensors from which it was made}. An attribute of the tensor would be saved with it.
 _made: MutableMapping[Tensor, tuple[Normed, int]] = WeakTensorKeyDictionary()
