@@ -28,7 +28,7 @@ import results
 import timing
 import torch
 
-from rankwise.ops.dense import is_slow_in_torch
+from rankwise.ops.branch import is_slow_in_torch
 from rankwise.records import write_json
 from rankwise.training.meters import MemoryMeter
 

@@ -14,8 +14,7 @@ from pydantic_core import ErrorDetails
 
 from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject, deepest_faults, fault
-from rankwise.known_names import OPTIONS, close_names
-from rankwise.options import Settings, flag
+from rankwise.options import OPTIONS, Settings, close_names, flag
 
 _NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 

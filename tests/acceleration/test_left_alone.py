@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 import rankwise as rw
 from marks import at_every_level
 from precision import assert_as_exact
-from rankwise.acceleration import linears, restore
+from rankwise.acceleration import parts, restore
 from rankwise.adapters.layer import AdaptedLayer, SharedInput
 from rankwise.errors import AdapterError
 from tiny_models import tiny_llama
@@ -389,7 +389,7 @@ def test_modules_whose_weights_are_loaded_for_each_call_are_named() -> None:
 @pytest.mark.parametrize("way", ["optimized", "dispatched"])
 def test_a_merged_layer_computes_with_its_own_weight(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not with that of the layer whose forward, replaced or accelerate's, it copied."""
-    monkeypatch.setattr(linears, "is_slow_in_torch", lambda dtype: True)
+    monkeypatch.setattr(parts, "is_slow_in_torch", lambda dtype: True)
     model, ids = tiny_llama().to(torch.bfloat16), torch.arange(3, 27).view(2, 12)
     if way == "dispatched":
         for module in model.modules():

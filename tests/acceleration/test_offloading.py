@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import rankwise as rw
 from rankwise.acceleration import MovedOnce, offloaded
-from rankwise.acceleration.offloading import Offloaded
+from rankwise.acceleration.memory import Offloaded
 from tiny_models import tiny_gpt2, tiny_llama
 
 

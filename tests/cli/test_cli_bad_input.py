@@ -94,7 +94,7 @@ def test_what_is_translated_exists():
 
     from rankwise.cli.main import VERBS
     from rankwise.cli.options import options_of
-    from rankwise.known_names import OPTIMIZERS, OPTIONS
+    from rankwise.options import OPTIMIZERS, OPTIONS
 
     assert set(OPTIONS) <= {option.flag for verb in VERBS for option in options_of(verb)}
     assert set(OPTIMIZERS) <= {item.value for item in OptimizerNames}

@@ -15,9 +15,8 @@ from marks import LEVELS, needs_products
 from rankwise import ops
 from rankwise.ops import low_rank_linear as operator
 from rankwise.ops import low_rank_plain
-from rankwise.ops.branch import Branch, Dropout, Frozen
+from rankwise.ops.branch import Branch, Dropout, Frozen, input_grad_out, linear_out
 from rankwise.ops.cpu import low_rank, products
-from rankwise.ops.dense import input_grad_out, linear_out
 from rankwise.ops.low_rank_linear import low_rank_linear
 
 # (T, N, K): a single row, odd sizes, whole tiles, several parts of the sum, rows whose lines share sets of the cache.

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankwise.errors import QuantizationError
 from rankwise.quantization import Nf4Config, adopt_bitsandbytes_config, quantize
-from rankwise.quantization.bitsandbytes_format import check_shape, from_bitsandbytes
-from rankwise.quantization.checkpoint import stored_weights
+from rankwise.quantization.bitsandbytes_format import check_shape, from_bitsandbytes, stored_weights
 from tiny_models import tiny_llama
 
 LAYER = "model.layers.1.mlp.up_proj"

@@ -39,7 +39,7 @@ def test_larger_batches_are_no_holes(monkeypatch):
 
 HOLES = """
 import json, torch
-from rankwise.acceleration.allocator import give_back_freed_memory, keep_freed_memory
+from rankwise.acceleration.memory import give_back_freed_memory, keep_freed_memory
 from rankwise.training.meters import anonymous_memory_bytes
 
 assert keep_freed_memory()
@@ -56,7 +56,7 @@ print(json.dumps({"full": full, "freed": freed, "given_back": anonymous_memory_b
 
 SHAPES = """
 import ctypes, json, sys, torch
-from rankwise.acceleration.allocator import limit_generated_kernels
+from rankwise.acceleration.memory import limit_generated_kernels
 
 class Heap(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -76,7 +76,7 @@ print(json.dumps(used[-1] - used[200]))
 GATHERS = """
 import json, sys, torch
 import torch.distributed as dist
-from rankwise.acceleration.allocator import keep_freed_memory, share_one_heap
+from rankwise.acceleration.memory import keep_freed_memory, share_one_heap
 from rankwise.training.meters import anonymous_memory_bytes
 
 assert keep_freed_memory()
@@ -92,7 +92,7 @@ print(json.dumps(anonymous_memory_bytes() - before))
 
 LAYERS = """
 import json, sys, torch
-from rankwise.acceleration.allocator import keep_freed_memory
+from rankwise.acceleration.memory import keep_freed_memory
 from rankwise.ops import elementwise
 from rankwise.ops.branch import Branch, Frozen
 from rankwise.ops.cpu import products
@@ -129,7 +129,7 @@ print(json.dumps(found))
 FORKS = """
 import json, os, sys, traceback
 import torch, torch.distributed
-from rankwise.acceleration import allocator
+from rankwise.acceleration import memory
 from rankwise.ops import low_rank_linear
 from rankwise.training import meters
 

@@ -1,14 +1,14 @@
 """Make training steps faster, in addition to the adapters' operators. Changes are in place and can be undone."""
 
-from rankwise.acceleration.allocator import (
+from rankwise.acceleration.loss import LossOptions
+from rankwise.acceleration.memory import (
+    MovedOnce,
     give_back_freed_memory,
     grow_segments,
     limit_generated_kernels,
+    offloaded,
     share_one_heap,
 )
-from rankwise.acceleration.linears import use_native_products
-from rankwise.acceleration.loss import LossOptions
-from rankwise.acceleration.offloading import MovedOnce, offloaded
 from rankwise.acceleration.optimize import (
     Acceleration,
     calibrate_products,
@@ -17,6 +17,7 @@ from rankwise.acceleration.optimize import (
     optimize_for_training,
     restore,
 )
+from rankwise.acceleration.parts import use_native_products
 from rankwise.acceleration.peft_layers import accelerate_peft
 from rankwise.acceleration.rows import flattening_obstacle
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.acceleration.probe import probe
-from rankwise.acceleration.replace import ATTRIBUTE, class_forward
+from rankwise.acceleration.replace import ATTRIBUTE, class_forward, probe
 from rankwise.adapters.base_layer import is_own
 from rankwise.compat.torch import hooks_around, is_fake
 from rankwise.compat.transformers import text_config

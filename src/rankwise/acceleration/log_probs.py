@@ -24,8 +24,7 @@ from transformers.utils.generic import ModelOutput
 from rankwise.acceleration import attention
 from rankwise.acceleration.head import answering, current_head
 from rankwise.acceleration.loss import LossOptions, forward_with_labels, meaningless, scored_positions, sums_at
-from rankwise.acceleration.probe import probe
-from rankwise.acceleration.replace import ATTRIBUTE, class_forward
+from rankwise.acceleration.replace import ATTRIBUTE, class_forward, probe
 from rankwise.acceleration.rows import close, has_window
 from rankwise.compat.transformers import attention_of
 from rankwise.constants import IGNORED

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.acceleration import attention
-from rankwise.acceleration.allocator import keep_freed_memory
 from rankwise.acceleration.checkpointing import replace_checkpointing
 from rankwise.acceleration.head import Head, answering_head, current_head, losing_head, output_head
-from rankwise.acceleration.linears import replace_linears
 from rankwise.acceleration.loss import accept_labels
-from rankwise.acceleration.probe import probe
+from rankwise.acceleration.memory import keep_freed_memory
+from rankwise.acceleration.parts import replace_linears
 from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
-from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo
+from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo, probe
 from rankwise.acceleration.rows import replace_masks
 from rankwise.adapters.base_layer import put_back
 from rankwise.adapters.dora import Dora
@@ -30,8 +29,7 @@ from rankwise.adapters.lora import Lora
 from rankwise.adapters.low_rank import frozen_weight
 from rankwise.compat.accelerate import loads_weights
 from rankwise.compat.transformers import attention_of, checkpoints_in_forward, text_config
-from rankwise.ops.branch import Frozen
-from rankwise.ops.dense import eight_bit_pays
+from rankwise.ops.branch import Frozen, eight_bit_pays
 from rankwise.ops.eight_bit import EightBit, calibrate
 from rankwise.ops.saved import offered_by
 from rankwise.ops.selection import stands_on_card

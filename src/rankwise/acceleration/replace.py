@@ -1,4 +1,4 @@
-"""Replace the forward of single modules, and undo it.
+"""Replace the forward of single modules, undo it, and probe a model before training.
 
 A replacement is a bound method on the instance, so that classes stay unchanged and a deep copy of the model has its own
 methods.
@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+import torch
 from torch import nn
 
 from rankwise.adapters.base_layer import REPLACED, has_hooks, put_back
 from rankwise.adapters.layer import refuse_pickling
 from rankwise.compat.accelerate import only_moves_inputs
+from rankwise.errors import RankwiseError, is_out_of_memory
 
 ATTRIBUTE = "rankwise_acceleration"
 
@@ -74,3 +76,25 @@ def forward_before(module: nn.Module) -> Callable[..., Any]:
     """The forward that `replace_forward` replaced."""
     before, _ = module.__dict__.get(REPLACED, (None, ()))
     return class_forward(module) if before is None else before
+
+
+Answer = TypeVar("Answer")
+
+
+def probe(model: nn.Module, ask: Callable[[], Answer], *, grad: bool = False) -> tuple[Answer | None, str | None]:
+    """(result of ``ask`` with the model in evaluation mode, None), or (None, why the model cannot run it).
+
+    ``grad``: with gradients enabled, as in a training step. RankwiseErrors and out-of-memory errors are raised.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.set_grad_enabled(grad):
+            return ask(), None
+    except Exception as error:
+        if isinstance(error, RankwiseError) or is_out_of_memory(error):
+            raise
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankwise.acceleration import attention
-from rankwise.acceleration.probe import probe
-from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
+from rankwise.acceleration.replace import Undo, class_forward, is_free, probe, replace_forward
 from rankwise.compat.torch import is_fake
 from rankwise.compat.transformers import names_windows, text_config
 from rankwise.ops.selection import stands_on_card

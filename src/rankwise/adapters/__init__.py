@@ -1,8 +1,8 @@
 """Low-rank adapters: LoRA and DoRA on any base layer, with PEFT's names and file format."""
 
 from rankwise.adapters.checkpoint import hotswap_adapter, load_adapter, load_tensors
-from rankwise.adapters.guests import MethodType
 from rankwise.adapters.inject import (
+    MethodType,
     adapter_disabled,
     add_adapter,
     disable_adapter,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -65,6 +69,7 @@ from rankwise.adapters.state import (
     wrappers,
 )
 from rankwise.compat.torch import gathered, own_parameters
+from rankwise.config import METHODS_GROUP
 from rankwise.errors import AdapterError, warn
 from rankwise.lora_config import LoraConfig
 
@@ -489,3 +494,95 @@ def check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
             "an adapter that trains biases or starts by pissa changes the base, so no other adapter can be beside it; "
             'for several adapters use bias="none" and another init.',
         )
+
+
+# The reference of a preference loss: the base alone, or the adapter at the start of training, in the same model.
+
+REFERENCE = "reference"
+
+
+def keep_reference(model: nn.Module) -> None:
+    """Keep a frozen copy of the active adapter, which ``reference_at_work`` activates.
+
+    Raises AdapterError (RW406) for an adapter that replaces parameters of the base (biases, or an embedding or head
+    from its folder): the base holds one value of them.
+    """
+    state, name = state_and_name(model, None)
+    if state.replaced.get(name):
+        raise AdapterError(
+            "RW406", f"the adapter {name!r} changes parameters of the base, so it cannot be the reference; train anew."
+        )
+    for _, module in wrappers(model):
+        if name in module.adapters:
+            module.adapters[REFERENCE] = copy.deepcopy(module.adapters[name]).requires_grad_(False)
+    state.configs[REFERENCE] = state.configs[name]
+    state.inference_only.add(REFERENCE)
+
+
+@contextmanager
+def reference_at_work(model: nn.Module) -> Iterator[None]:
+    """A context in which the model computes as the reference does: in evaluation mode, without dropout and NEFTune's
+    noise. Trained parameters do not change.
+    """
+    state, name = state_and_name(model, None)
+    training = model.training
+    model.eval()
+    try:
+        with _frozen_copy(model, name) if REFERENCE in state.configs else adapter_disabled(model):
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _frozen_copy(model: nn.Module, name: str) -> Iterator[None]:
+    """A context in which the frozen copy is active instead of the adapter ``name``."""
+    _activate(model, REFERENCE)
+    try:
+        yield
+    finally:
+        _activate(model, name)
+
+
+def _activate(model: nn.Module, name: str) -> None:
+    for _, module in wrappers(model):
+        module.active = name if name in module.adapters else None
+
+
+# Methods of other distributions: an entry point of the group ``rankwise.methods`` is a name and its MethodType.
+
+# The attribute of the model that says by which method its parameters were added.
+ATTRIBUTE = "rankwise_method"
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodType:
+    """What training and ``compare`` need of a method. Its parameters train in one process, in a frozen base."""
+
+    # (model, --r) -> number of trained parameters; adds them to the model, which it freezes.
+    add: Callable[[nn.Module, int], int]
+    # Writes them, as adapter_model.safetensors and adapter_config.json, into a folder.
+    save: Callable[[nn.Module, Path], None]
+    # Copies what a folder holds into the parameters that are there.
+    load_weights: Callable[[nn.Module, Path], None]
+    # Adds to a base what a folder holds, frozen.
+    load: Callable[[nn.Module, Path], None]
+
+
+def method_type(name: str) -> MethodType:
+    """The installed method ``name``, which the settings have checked."""
+    [entry] = entry_points(group=METHODS_GROUP, name=name)
+    found: MethodType = entry.load()
+    return found
+
+
+def add_by(name: str, model: nn.Module, size: int) -> int:
+    """Add the parameters of the method ``name`` to the model. Returns their number."""
+    kind = method_type(name)
+    setattr(model, ATTRIBUTE, kind)
+    return kind.add(model, size)
+
+
+def guest_of(model: nn.Module) -> MethodType | None:
+    """The method of another distribution by which the model trains."""
+    return getattr(model, ATTRIBUTE, None)

@@ -59,8 +59,7 @@ from rankwise.errors import (
     is_out_of_memory,
     out_of_memory,
 )
-from rankwise.known_names import OPTIONS, close_names
-from rankwise.options import Settings
+from rankwise.options import OPTIONS, Settings, close_names
 from rankwise.records import WAIT_POLICIES
 from rankwise.training import ranks
 from rankwise.training.interrupt import terminable

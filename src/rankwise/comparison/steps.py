@@ -123,7 +123,7 @@ def _open(task: Task, folder: Path) -> Opened:
 def load_run(job: Fields) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(trained model of a run in evaluation mode, tokenizer); the base where the job has no method."""
     from rankwise.adapters import load_adapter
-    from rankwise.adapters.guests import method_type
+    from rankwise.adapters.inject import method_type
     from rankwise.adapters.trained_base import quantization_of
     from rankwise.models import choose_device, fetch_model
     from rankwise.models.prepared import load_prepared

@@ -27,8 +27,7 @@ from rankwise.errors import ModelError
 from rankwise.export.pairs import Change
 from rankwise.models.folder import existing_weights, read_config
 from rankwise.ops import dequantize_weight, quantize_weight
-from rankwise.quantization.bitsandbytes_format import PARTS, StoredWeight, from_bitsandbytes
-from rankwise.quantization.checkpoint import stored_weights
+from rankwise.quantization.bitsandbytes_format import PARTS, StoredWeight, from_bitsandbytes, stored_weights
 from rankwise.quantization.config import FourBitConfig
 from rankwise.weights_file import BITS, TensorInfo, read_header
 

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from rankwise.compat.torch import Ctx
 from rankwise.constants import IGNORED, chunk_rows
 from rankwise.ops import elementwise
+from rankwise.ops.branch import input_grad_out, linear_out
 from rankwise.ops.checks import check_targets, sum_dtype
-from rankwise.ops.dense import input_grad_out, linear_out
 from rankwise.ops.selection import stands_on_card
 
 

@@ -38,7 +38,7 @@ from rankwise.acceleration.generation import (
     cache_bytes_per_token,
     drawn,
 )
-from rankwise.acceleration.offloading import KEPT_SAVES, LEAST_BYTES
+from rankwise.acceleration.memory import KEPT_SAVES, LEAST_BYTES
 from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
 from rankwise.acceleration.sharding import average_gradients
 from rankwise.compat.torch import (

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
         adopt_bitsandbytes_config,
         rewrite_bitsandbytes_config,
     )
-    from rankwise.quantization.in_place import QuantizationReport, quantize
+    from rankwise.quantization.in_place import QuantizationReport, dequantize, quantize
     from rankwise.quantization.linear import Linear4bit
-    from rankwise.quantization.replace import dequantize
 
 _HOMES = {
     "FourBitConfig": "config",

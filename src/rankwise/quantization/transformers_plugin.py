@@ -41,9 +41,9 @@ from rankwise.quantization.bitsandbytes_format import (
     StoredWeight,
     check_shape,
     from_bitsandbytes,
+    stored_weights,
     to_bitsandbytes,
 )
-from rankwise.quantization.checkpoint import stored_weights
 from rankwise.quantization.config import METHOD, FourBitConfig
 from rankwise.quantization.experts import (
     SUFFIX,
@@ -54,8 +54,8 @@ from rankwise.quantization.experts import (
     stack_at,
     stack_tensors,
 )
+from rankwise.quantization.in_place import dequantize
 from rankwise.quantization.linear import Linear4bit, features, is_conv1d, is_dense_linear
-from rankwise.quantization.replace import dequantize
 from rankwise.quantization.targets import (
     dense_linear_names,
     expert_tensors,

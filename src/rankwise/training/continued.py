@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from rankwise.adapters.checkpoint import load_adapter, read_folder
-from rankwise.adapters.reference import keep_reference
+from rankwise.adapters.inject import keep_reference
 from rankwise.config import DORA, TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import restore
 from rankwise.adapters import adapter_config, has_adapter, report
-from rankwise.adapters.guests import guest_of
+from rankwise.adapters.inject import guest_of
 from rankwise.adapters.peft_config import CONFIG_FILE
 from rankwise.compat.torch import is_unit
 from rankwise.disk import flush, flush_tree, follow_umask, refuse_links

@@ -29,7 +29,7 @@ from rankwise.adapters.lora import EmbeddingLora
 from rankwise.config import TrainSettings
 from rankwise.conflicts import LED_BY_EVALUATIONS
 from rankwise.errors import ConfigError
-from rankwise.known_names import OPTIMIZERS, close_names
+from rankwise.options import OPTIMIZERS, close_names
 
 # rankwise's optimizer, in addition to those of other libraries.
 OFFLOADED = "adamw_offload"

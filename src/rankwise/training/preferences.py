@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise.acceleration.log_probs import Asked, TokenScores, accept_scores, asked_of, scores_of_logits
-from rankwise.adapters.reference import reference_at_work
+from rankwise.adapters.inject import reference_at_work
 from rankwise.constants import IGNORED
 from rankwise.training import ranks
 from rankwise.training.loop import KEY, Batch, Counted, Figures, Loss, Row, on_device, shuffled, without_rows

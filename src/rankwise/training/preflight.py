@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from rankwise.adapters import adapter_config, adapter_parameters, has_adapter, load_adapter, remove_adapter
-from rankwise.adapters.guests import guest_of
+from rankwise.adapters.inject import guest_of
 from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
 from rankwise.errors import DataError, RunError, some_of, warn

@@ -19,8 +19,7 @@ from rankwise.acceleration.generation import GREEDY, stop_ids_of
 from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.base_layer import dequantizer
 from rankwise.adapters.checkpoint import read_adapter
-from rankwise.adapters.guests import add_by
-from rankwise.adapters.inject import attach
+from rankwise.adapters.inject import add_by, attach
 from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.adapters.state import DEFAULT_NAME
 from rankwise.adapters.trained_base import tokenizer_with_rows

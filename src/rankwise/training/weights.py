@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
-from rankwise.adapters.guests import guest_of
+from rankwise.adapters.inject import guest_of
 from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.compat.torch import class_of, is_sharded, is_unit, own_part, own_rows
 from rankwise.errors import RunError

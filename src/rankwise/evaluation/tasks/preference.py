@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.acceleration.scoring import Scorer, Target, trained_target
-from rankwise.adapters.reference import reference_at_work
+from rankwise.adapters.inject import reference_at_work
 from rankwise.data import Rows, encode_preferences
 from rankwise.data.preferences import ANSWER_IDS
 from rankwise.errors import DataError
