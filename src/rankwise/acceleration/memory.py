@@ -1,7 +1,8 @@
 """Memory of a training process: freed blocks are kept, and activations can wait in CPU memory.
 
-glibc returns large blocks at every free, and each new block costs page faults. The thresholds apply to the whole process and cannot be read back, so they are set once and stay.
-`limit_generated_kernels`, `share_one_heap` and `give_back_freed_memory` bound the memory that is kept.
+glibc returns large blocks at every free, and each new block costs page faults. The thresholds apply to the whole
+process and cannot be read back, so they are set once and stay. `limit_generated_kernels`, `share_one_heap` and
+`give_back_freed_memory` bound the memory that is kept.
 """
 
 from __future__ import annotations

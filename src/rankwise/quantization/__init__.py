@@ -16,7 +16,8 @@ if TYPE_CHECKING:
         adopt_bitsandbytes_config,
         rewrite_bitsandbytes_config,
     )
-    from rankwise.quantization.in_place import QuantizationReport, dequantize, quantize
+    from rankwise.quantization.experts import dequantize
+    from rankwise.quantization.in_place import QuantizationReport, quantize
     from rankwise.quantization.linear import Linear4bit
 
 _HOMES = {
@@ -26,7 +27,7 @@ _HOMES = {
     "Nf4Config": "config",
     "QuantizationReport": "in_place",
     "adopt_bitsandbytes_config": "config",
-    "dequantize": "replace",
+    "dequantize": "experts",
     "quantize": "in_place",
     "rewrite_bitsandbytes_config": "config",
 }

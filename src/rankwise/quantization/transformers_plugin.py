@@ -48,13 +48,13 @@ from rankwise.quantization.config import METHOD, FourBitConfig
 from rankwise.quantization.experts import (
     SUFFIX,
     StackScales,
+    dequantize,
     four_bit_stacks,
     obstacle,
     put_stack,
     stack_at,
     stack_tensors,
 )
-from rankwise.quantization.in_place import dequantize
 from rankwise.quantization.linear import Linear4bit, features, is_conv1d, is_dense_linear
 from rankwise.quantization.targets import (
     dense_linear_names,
