@@ -14,6 +14,7 @@ extensions = [
     "sphinx_copybutton",
     "command_line",
     "python_page",
+    "repository",
 ]
 source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
@@ -21,9 +22,20 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "rankwise"
 autodoc_typehints = "description"
-# Links into the tree (../CONTRIBUTING.md and the like) are for readers of the repository.
-suppress_warnings = ["myst.xref_missing"]
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+html_js_files = ["versions.js"]
+templates_path = ["_templates"]
+# Furo's own, with the selector of versions below the search.
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/search.html",
+        "versions.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+    ]
+}
 # A copied command has no prompt in front.
 copybutton_prompt_text = "$ "
