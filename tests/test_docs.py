@@ -172,7 +172,10 @@ def test_what_is_made_from_the_code_is_fresh() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", *(f"docs/{name}.md" for name in ("trained-models", "hyperparameters", "benchmarks", "memory"))],
+    [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("trained-models", "hyperparameters", "benchmarks", "memory", "limitations")),
+    ],
 )
 def test_figures_are_those_of_the_results(name: str) -> None:
     """In a table that links to results in its head, or row by row, each figure of three digits stands in them."""
@@ -181,12 +184,12 @@ def test_figures_are_those_of_the_results(name: str) -> None:
         head, *rows = table.splitlines()
         for row in rows:
             links = [link for link in LINK.findall(head + row) if "benchmarks/results/" in link]
-            cells = [cell for cell in row.split("|") if re.fullmatch(r"[\d., %]+", cell)]
+            cells = [cell for cell in row.split("|") if re.fullmatch(r"[\d., %]+|.* passed .*", cell)]
             figures = {figure for figure in FIGURE.findall(" ".join(cells)) if len(re.sub(r"\D", "", figure)) > 2}
             if links:
                 found += len(figures)
                 assert not figures - set(FIGURE.findall((page.parent / links[0]).read_text())), (name, row)
-    assert found >= 5
+    assert found
 
 
 @pytest.mark.long
