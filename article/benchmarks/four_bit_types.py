@@ -1,6 +1,6 @@
 """NF4 against FP4 and INT4: bits a weight, errors on normal weights, and what real models lose by them.
 
-    python article/benchmarks/four_bit_types.py demo gemma-3-270m.gguf STORIES --text rows.jsonl > article/claims/four_bit_types.md
+    python article/benchmarks/four_bit_types.py FOLDER demo FILE.gguf --text rows.jsonl > article/claims/four_bit_types.md
 
 Every linear layer but the head is rounded to the type and back, in blocks of 64; all else stays. INT4 is 15 codes from
 -7 to 7 (bitsandbytes' linear map with a zero); *16 uniform* are 16 codes from -1 to 1. Cross-entropy is that of the

@@ -13,6 +13,7 @@ import pytest
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, RobertaConfig
 
 import rankwise as rw
+from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.config import DORA, TrainSettings
 from rankwise.labels import Labels
 from rankwise.models import fetch_model, load_skeleton
@@ -170,3 +171,12 @@ def test_commonsense_rows_become_texts(tmp_path):
     assert {name: len(lines) for name, lines in parts.items()} == {"train": 10, "validation": 120}
     assert len(set(texts)) == 130
     assert all("even?" in text and text.endswith("the correct answer is true") for text in texts)
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.with_name("claims").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_claims_comparison_can_start(file):
+    settings = read_settings(CompareSettings, file, {"data": "train.csv", "output": "out"})
+    # The gradient of the norm is a method of this package, which an older installation does not know.
+    check_compare(settings.model_copy(update={"methods": [m for m in settings.methods if m != "dora_through"]}))
+    text = (file.parent / "README.md").read_text(encoding="utf-8")
+    assert f"--config article/claims/{file.name}" in text
