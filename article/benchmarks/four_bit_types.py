@@ -1,6 +1,6 @@
 """NF4 against FP4 and INT4: bits a weight, errors on normal weights, and what real models lose by them.
 
-    python article/benchmarks/four_bit_types.py FOLDER demo FILE.gguf --text rows.jsonl > article/claims/four_bit_types.md
+    python article/benchmarks/four_bit_types.py FOLDER demo FILE.gguf --text rows.jsonl > four_bit_types.md
 
 Every linear layer but the head is rounded to the type and back, in blocks of 64; all else stays. INT4 is 15 codes from
 -7 to 7 (bitsandbytes' linear map with a zero); *16 uniform* are 16 codes from -1 to 1. Cross-entropy is that of the
@@ -69,7 +69,7 @@ def relative_error(rounding: Rounding) -> float:
     return float((rounding(w) - w).norm() / w.norm())
 
 
-def read(name: str, text: Path) -> tuple[Any, list[Tensor]]:
+def read(name: str, text: Path | None) -> tuple[Any, list[Tensor]]:
     """The model, and its rows of token ids."""
     model, tokenizer = rw.load_model(name, dtype=torch.bfloat16 if tokenizer_of(name) else torch.float32)
     model.eval()
@@ -77,6 +77,8 @@ def read(name: str, text: Path) -> tuple[Any, list[Tensor]]:
         torch.manual_seed(0)
         start = torch.full((ROWS, 1), model.config.bos_token_id or 1)
         return model, list(model.generate(start, do_sample=True, top_k=0, max_new_tokens=TOKENS, eos_token_id=None))
+    if text is None:
+        raise SystemExit(f"{name} has a tokenizer; give --text.")
     rows = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
     texts = [f"{row['prompt']}\n{row['response']}" for row in rows]
     ids = [tokenizer(each, return_tensors="pt").input_ids[0] for each in texts]
@@ -93,7 +95,7 @@ def losses(model: Any, rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([cross_entropy(model(row[None]).logits[0, :-1].float(), row[1:]) for row in rows])
 
 
-def of_model(name: str, text: Path) -> list[str]:
+def of_model(name: str, text: Path | None) -> list[str]:
     model, rows = read(name, text)
     layers = [model.get_submodule(names[0]) for names in target_names(model, Nf4Config())]
     dense = [layer.weight.detach().clone() for layer in layers]
@@ -118,8 +120,8 @@ def of_model(name: str, text: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--text", type=Path, help="JSON lines of `prompt` and `response`")
     given = parser.parse_args()
     single, double = stored_bits(False), stored_bits(True)
     lines = [

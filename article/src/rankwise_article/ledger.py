@@ -84,6 +84,11 @@ def page(rows: Sequence[Row]) -> str:
         "",
         "Made from ledger.toml by `make article`, which also runs the commands that take no hours and no card.",
         f"{len(rows)} figures and claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts)}.",
+        "",
+        "## In short",
+        "",
+        *(f"- {row['short']}" for row in rows if "short" in row),
+        "- LoRA, QLoRA, DoRA, full fine-tuning and two baselines on E2E, measured: [table 1](table/README.md).",
     ]
     for word, heading in HEADINGS.items():
         lines += [
