@@ -80,12 +80,6 @@ def commands_of(page: Path) -> list[str]:
     return [command.replace("\\\n", " ") for command in COMMAND.findall(text)]
 
 
-def python_blocks() -> Iterator[tuple[str, str]]:
-    for page in PAGES:
-        for block in PYTHON.findall(page.read_text()):
-            yield str(page.relative_to(ROOT)), block
-
-
 def problem_of(command: str) -> str | None:
     """What the command line says of its options, before anything is read."""
     words = [word for word in shlex.split(command, comments=True) if word not in ("[options]", "...")]
@@ -102,12 +96,6 @@ def problem_of(command: str) -> str | None:
     return None
 
 
-def test_commands_are_found() -> None:
-    found = list(commands())
-    assert len(found) > 60
-    assert {page for page, _ in found} >= {"README.md", "docs/training.md", "docs/tutorials/first-run.md"}
-
-
 def test_wrong_commands_are_noticed() -> None:
     assert problem_of("rankwise train --model demo --data d --output o") is None
     assert "rank" in str(problem_of("rankwise train --model demo --data d --output o --rank 4"))
@@ -115,15 +103,17 @@ def test_wrong_commands_are_noticed() -> None:
 
 
 def test_every_command_is_taken() -> None:
-    wrong = [(page, command, problem) for page, command in commands() if (problem := problem_of(command))]
+    found = list(commands())
+    assert len(found) > 60
+    wrong = [(page, command, problem) for page, command in found if (problem := problem_of(command))]
     assert not [row for row in wrong if not row[2].startswith(ABSENT)]
 
 
 def test_every_python_block_compiles() -> None:
-    blocks = list(python_blocks())
+    blocks = [(page, block) for page in PAGES for block in PYTHON.findall(page.read_text())]
     assert len(blocks) >= 5
     for page, block in blocks:
-        compile(block, page, "exec")
+        compile(block, str(page), "exec")
 
 
 def anchors_of(page: Path) -> set[str]:
@@ -150,6 +140,26 @@ def test_every_link_has_a_target() -> None:
 def test_the_reference_of_commands_has_each_of_them() -> None:
     text = runpy.run_path(str(ROOT / "docs" / "_ext" / "command_line.py"))["reference"]()
     assert HEADING.findall(text)[1:] == [verb.name for verb in VERBS]
+
+
+def test_links_out_of_the_docs_lead_to_the_repository() -> None:
+    led_out = runpy.run_path(str(ROOT / "docs" / "_ext" / "repository.py"))["led_out"]
+    page, text = (
+        ROOT / "docs" / "tutorials" / "serve.md",
+        "[a](../../README.md#b) [c](../plan.md) [d](../../nothing.md)",
+    )
+    assert led_out(text, page, "https://h/o/r", "v1") == text.replace("../../R", "https://h/o/r/blob/v1/R")
+    assert led_out(text, page, "", "v1") == text.replace("[a](../../README.md#b)", "a")
+
+
+def test_the_site_leads_to_the_newest_release(tmp_path: Path) -> None:
+    add = runpy.run_path(str(ROOT / "dev" / "site.py"))["add"]
+    (built := tmp_path / "built").mkdir()
+    (built / "index.html").write_text("x")
+    for version in ("main", "v0.9.0", "v0.10.0", "main"):
+        add(built, tmp_path / "site", version)
+    assert json.loads((tmp_path / "site" / "versions.json").read_text()) == ["v0.10.0", "v0.9.0", "main"]
+    assert "url=v0.10.0/" in (tmp_path / "site" / "index.html").read_text()
 
 
 def test_options_and_codes_are_ours() -> None:
