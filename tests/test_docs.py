@@ -177,7 +177,7 @@ def test_what_is_made_from_the_code_is_fresh() -> None:
     assert set(" ".join(made["python_page"]["GROUPS"].values()).split()) == set(rankwise.__all__)
 
 
-HELD = "README docs/trained-models docs/hyperparameters docs/benchmarks docs/memory docs/limitations".split()
+HELD = ["README", "docs/trained-models", "docs/hyperparameters", "docs/benchmarks", "docs/memory", "docs/limitations"]
 
 
 @pytest.mark.parametrize("name", HELD)
