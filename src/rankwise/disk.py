@@ -352,7 +352,7 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
         raise RunError(
             "RW554",
             f"{folder} holds links in the place of its own folders or files ({', '.join(links)}), and rankwise follows "
-            "no links; replace each by what it points to, or give another --output.",
+            "no links; replace each by what it points to, or give a different --output.",
         )
 
 

@@ -186,7 +186,7 @@ def test_a_name_for_several_tasks_has_a_figure_or_is_refused(data: Path, monkeyp
         return {"first": task, "second": task}, {}
 
     monkeypatch.setattr(compat, "built", twice)
-    with pytest.raises(ConfigError, match="RW154.*stands for 2 tasks.*: first, second"):
+    with pytest.raises(ConfigError, match="RW154.*is a group of 2 tasks.*: first, second"):
         arc_task(data)
     monkeypatch.setattr(compat, "built", lambda *given: ({}, {}))
     with pytest.raises(ConfigError, match="RW112.*several tasks, and --data holds those of one"):

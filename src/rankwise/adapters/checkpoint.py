@@ -237,7 +237,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, *, name: str | None = 
             "RW623",
             f"the adapter in {folder} cannot replace {name!r}, which differs in {some_of(sorted(other))}: "
             "modules, ranks and kind (LoRA or DoRA) must be the same, and neither may replace weights of the base; "
-            "load it as another adapter with load_adapter, and switch with set_adapter.",
+            "load it beside the other with load_adapter, and switch with set_adapter.",
         )
     was = {item.name: item for item in here}
     modules = dict(base_modules(model))
@@ -384,7 +384,7 @@ def _check_fit(
         resized = any(key.startswith(f"{end}.") for key in wrong for end in of_ends)
         raise AdapterError(
             "RW411",
-            f"the adapter in {folder} was made for another base than this {type(model).__name__}: "
+            f"the adapter in {folder} was made for a base other than this {type(model).__name__}: "
             f"{len(problems)} of its tensors do not fit: {'; '.join(problems)}."
             + " If tokens were added to the base, give the base with its embedding and head resized."
             * resized,

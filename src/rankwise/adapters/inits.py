@@ -110,7 +110,7 @@ def _check_ranks(init: Init, taking: list[AdaptedModule]) -> None:
         raise AdapterError(
             "RW426",
             f"{init.kind} needs as many singular vectors as the rank, and {len(small)} layers have fewer ({small[0]}); "
-            "lower --r, or give those layers another rank with --rank-pattern.",
+            "lower --r, or give those layers a lower rank with --rank-pattern.",
         )
 
 

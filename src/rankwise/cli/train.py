@@ -73,7 +73,7 @@ def _check_rewards(folder: Path, settings: Fields, given: Fields) -> None:
         again = " ".join(f"--reward {spec}" for spec in specs)
         raise ConfigError(
             "RW770",
-            f"the run in {folder} was rewarded by a Python file, and such a file runs on request alone; give it again: "
+            f"the run in {folder} was rewarded by a Python file, and such a file runs only on request; pass it again: "
             f"{again}.",
         )
 

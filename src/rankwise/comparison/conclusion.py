@@ -219,7 +219,7 @@ def _warn_of_unlike_runs(finished: Sequence[Run]) -> None:
             warn(
                 "RW591",
                 f"the {what} data changed between the runs: {others} read another version than {first}; compare again "
-                "in another --output.",
+                "in a different --output.",
             )
 
 

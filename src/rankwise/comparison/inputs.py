@@ -80,7 +80,7 @@ def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
     try:
         before = checked(_Identity, read_json(path))
     except (OSError, ValueError) as error:
-        raise RunError("RW581", f"cannot read {path}: {reason_of(error)}; give another --output.") from None
+        raise RunError("RW581", f"cannot read {path}: {reason_of(error)}; give a different --output.") from None
     changed = [
         f"{flag(name)} was {before.options.get(name)!r} and is {value!r}"
         for name, value in now["options"].items()
@@ -95,7 +95,7 @@ def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
         raise RunError(
             "RW580",
             f"the comparison in {output} was started with other settings: {'; '.join(changed)}; give the same ones, "
-            "or another --output.",
+            "or a different --output.",
         )
 
 

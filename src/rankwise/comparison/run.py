@@ -182,7 +182,7 @@ def _check_base(given: CompareSettings, plan: Plan, runs: Sequence[Run]) -> None
         raise RunError(
             "RW580",
             f"the runs in {given.output} trained --model {given.model} with other weights; give the same model, or "
-            "another --output.",
+            "a different --output.",
         )
 
 

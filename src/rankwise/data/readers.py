@@ -155,7 +155,7 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
         warn(
             "RW187",
             f"{folder} has files named after splits, and the others are left out: {some_of(unnamed, NAMED_FILES)}. "
-            f"Name each after its split ({split}-more{kind_of(files[0])}), or give it alone.",
+            f"Name each after its split ({split}-more{kind_of(files[0])}), or give only that file.",
         )
     return chosen
 

@@ -148,7 +148,7 @@ def open_folder(folder: Path, identity: Fields, *, overwrite: bool) -> Opened:
         different = "; ".join(f"{key} was {_short(known.get(key))}, now {_short(identity.get(key))}" for key in keys)
         raise RunError(
             "RW570",
-            f"{folder} holds results of another evaluation ({different}); use another --output, or --overwrite.",
+            f"{folder} holds results of a different evaluation ({different}); use a new --output, or --overwrite.",
         )
     if overwrite:
         # The identity is overwritten below, not deleted: a folder without one would pass as any evaluation's.

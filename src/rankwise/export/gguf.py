@@ -148,7 +148,7 @@ def check_base(base: Path, names: GgufNames, pairs: Pairs) -> GgufHeader:
         if there != ends:
             problems.append(f"{name} is {there} and the adapter's {ends}")
     if problems:
-        raise ModelError("RW743", f"{base} is another model than the adapter's base: {some_of(problems)}.")
+        raise ModelError("RW743", f"{base} is not the adapter's base: {some_of(problems)}.")
     return header
 
 

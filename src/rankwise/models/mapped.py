@@ -51,7 +51,7 @@ class MappedFiles:
                 raise ModelError(
                     "RW305",
                     f"{path} was changed while its weights were in use, so the model is not the one that was loaded; "
-                    "start again, and resume from the last checkpoint where there is one.",
+                    "start again, and resume from the last checkpoint if there is one.",
                 )
 
     def __del__(self) -> None:

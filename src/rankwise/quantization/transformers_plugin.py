@@ -294,7 +294,7 @@ class FourBitQuantizer(HfQuantizer):
         missing = list(dict.fromkeys(missing))
         if missing and not self.failures:
             raise QuantizationError(
-                "RW612", f"the checkpoint has no weights for {some_of(missing)}; it fits another model."
+                "RW612", f"the checkpoint has no weights for {some_of(missing)}; it belongs to a different model."
             )
         if self.failures:
             messages = [failure.message.rstrip(".") for failure in self.failures]

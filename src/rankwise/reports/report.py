@@ -88,7 +88,7 @@ def merge(comparisons: Sequence[Comparison]) -> Comparison:
     for comparison in comparisons:
         for run in comparison["runs"]:
             if run["id"] in runs and runs[run["id"]]["status"] == "finished":
-                warn("RW595", f"{run['id']} stands in several folders; the one in {places[run['id']]} counts.")
+                warn("RW595", f"{run['id']} is in several folders; the one in {places[run['id']]} counts.")
                 continue
             runs[run["id"]], places[run["id"]] = run, comparison.folder
     document = {**first.document, "runs": list(runs.values()), **_joined(comparisons)}

@@ -65,7 +65,7 @@ def continue_adapter(model: nn.Module, given: TrainSettings, base_sha256: str) -
         if theirs not in (None, base_sha256):
             raise ConfigError(
                 "RW764",
-                f"--adapter {given.adapter} was trained on another base than --model {given.model} (their sha256 "
+                f"--adapter {given.adapter} was trained on a different base than --model {given.model} (their sha256 "
                 "differ); give the model that its run.json names.",
             )
     report = load_adapter(model, given.adapter, adapter_dtype=given.adapter_dtype)

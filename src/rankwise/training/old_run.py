@@ -44,7 +44,7 @@ def check_replaceable(output: Path) -> None:
         raise RunError(
             "RW504",
             f"{output} holds files that no rankwise run wrote ({', '.join(foreign[:5])}), and --overwrite removes only "
-            "files of a run; move them away, or give another --output.",
+            "files of a run; move them away, or give a different --output.",
         )
 
 

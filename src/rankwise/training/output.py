@@ -76,7 +76,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
         raise RunError(
             "RW502",
             f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or give "
-            "another --output.",
+            "a different --output.",
         )
     if not there:
         return "new"

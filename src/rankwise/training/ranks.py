@@ -55,7 +55,7 @@ def place() -> Place | None:
     if wrong:
         raise ConfigError(
             "RW136",
-            f"the environment holds {', '.join(wrong)}, where torchrun writes whole numbers; unset these variables, or "
+            f"the environment holds {', '.join(wrong)}, but torchrun writes whole numbers; unset these variables, or "
             "start with torchrun.",
         )
     if int(given.get("WORLD_SIZE", 1)) < 2:

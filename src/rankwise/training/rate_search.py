@@ -85,7 +85,7 @@ def with_found_rate(given: TrainSettings) -> TrainSettings:
         raise RunError(
             "RW507",
             f"the run in {given.output} tried the rates {', '.join(map(spelled, before[0]))} with --budget "
-            f"{before[1] or USUAL_BUDGET:g}, and another search is asked for; resume without --learning-rate and "
+            f"{before[1] or USUAL_BUDGET:g}, and a different search is asked for; resume without --learning-rate and "
             "--budget.",
         )
     return with_rate(given, found)

@@ -113,7 +113,7 @@ class Demonstrations:
             self.own_loss = False
             warn(
                 "RW520",
-                "the output head got a hook, or the model another loss, since training began; from now on the loss is "
+                "the output head got a hook, or the model a new loss, since training began; from now on the loss is "
                 "computed from the model's own logits, which takes more memory.",
             )
         return self.own_loss

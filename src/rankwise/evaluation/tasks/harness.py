@@ -99,7 +99,7 @@ class HarnessTask(Task):
         return tasks, groups, sha256 or found
 
     def _several(self) -> ConfigError:
-        text = f"--task {self.name} stands for several tasks, and --data holds those of one; give the tasks by name."
+        text = f"--task {self.name} is a group of several tasks, and --data holds those of one; give the tasks by name."
         return ConfigError("RW112", text)
 
     def _built(self, spec: str, folder: Path | None = None) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -156,7 +156,7 @@ class HarnessTask(Task):
         if name is None:
             raise ConfigError(
                 "RW154",
-                f"{self.name} stands for {len(parts)} tasks and has no figure of its own; give the tasks by name: "
+                f"{self.name} is a group of {len(parts)} tasks and has no figure of its own; give the tasks by name: "
                 f"{some_of(parts, 8)}.",
             )
         return name
