@@ -209,6 +209,25 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     ] = None
 
 
+class RetainOptions(Settings):
+    """What a run must not forget."""
+
+    retain: Annotated[
+        str | None,
+        option(
+            Panel.MEASURED,
+            "Data of what must stay, in any of the forms of --data: the loss on these rows, before training and after.",
+            metavar="D",
+        ),
+    ] = None
+    retain_margin: Annotated[
+        float,
+        option(
+            Panel.MEASURED, "A loss on the rows of --retain that rises by less than this share is kept.", gt=0, lt=1
+        ),
+    ] = 0.02
+
+
 class PreferenceOptions(Settings):
     """The objective, and the options of the preference losses. Options that the objective does not use stay None."""
 
@@ -279,7 +298,7 @@ def _checked_search(value: str) -> str:
     return value
 
 
-class TrainSettings(ObjectiveOptions, RunOptions):
+class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
     """The options of ``rankwise train``, and the keys of its ``--config`` file."""
 
     model: Annotated[str, option(Panel.MODEL, MODEL, metavar="M")]

@@ -47,7 +47,8 @@ NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt
 LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 # For these, transformers ignores the number of warm-up steps.
 WITHOUT_WARMUP = ("constant", *LED_BY_EVALUATIONS)
-NOT_OF_LABELS = ("chat_template", "sample_prompt", "new_tokens", "cache")
+NO_RETAIN = "--retain-margin says how much of --retain may be lost; add --retain D."
+NOT_OF_LABELS = ("chat_template", "sample_prompt", "new_tokens", "cache", "retain")
 # Optimizers that compute the same on shards as on whole weights.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
@@ -102,9 +103,12 @@ def check_sharing(objective: Objective, strategy: str | None, processes: int) ->
 
 
 def _of_steps(given: TrainSettings) -> Iterator[str]:
+    if given.retain is None and given.retain_margin != given.defaults()["retain_margin"]:
+        yield NO_RETAIN
     led = f"--lr-scheduler-type {given.lr_scheduler_type}"
     idle = [flag(name) for name in NEED_EVALUATIONS if getattr(given, name) is not None]
     idle += [led] if given.lr_scheduler_type in LED_BY_EVALUATIONS else []
+    idle = [name for name in idle if not (name == "--eval-limit" and given.retain)]
     if idle and given.eval_data is None:
         yield f"{', '.join(idle)}: needs evaluations; give --eval-data too."
     if given.warmup_steps and given.lr_scheduler_type in WITHOUT_WARMUP:
@@ -210,6 +214,8 @@ def _of_rewards(given: TrainSettings, processes: int) -> Iterator[str]:
 def _of_processes(given: TrainSettings, processes: int) -> Iterator[str]:
     if processes > 1 and given.method not in METHODS:
         yield f"--method {given.method} trains in one process; leave --devices out."
+    if processes > 1 and given.retain is not None:
+        yield "--retain is measured in one process; leave --devices out, or measure the run with `rankwise evaluate`."
     if given.strategy != "fsdp":
         return
     whole = _started(given)

@@ -46,7 +46,9 @@ def read_settings(
     try:
         return kind.model_validate(merged)
     except pydantic.ValidationError as error:
-        problems = dict.fromkeys(_problem(item, kind) for item in deepest_faults(error))
+        # A default that depends on other options is not computed where one of these is wrong.
+        faults = (item for item in deepest_faults(error) if item["type"] != "default_factory_not_called")
+        problems = dict.fromkeys(_problem(item, kind) for item in faults)
         raise ConfigError("RW103", f"{'; '.join(problems)}.") from None
 
 

@@ -22,6 +22,8 @@ from rankwise.records import METRICS_FILE, RunRecord, load_record, write_json
 STEPS = 6
 STEP_SECONDS = float(os.environ.get("FAKE_STEP_SECONDS", "0"))
 LOSS = {"lora": 2.0, "dora": 2.0, "full": 1.5}
+# What a method loses of the rows of --retain.
+LOST = {"lora": 0.001, "dora": 0.001, "full": 0.3}
 
 
 def main(arguments: list[str]) -> int:
@@ -83,9 +85,19 @@ def found_rate(record: RunRecord, rates: list[float]) -> None:
 
 def measure(job: dict[str, Any]) -> None:
     folder = Path(job["folder"])
-    place = folder / "evaluation" / "perplexity"
+    write_losses(folder, "perplexity", 3.0 if job["method"] is None else load_record(folder).eval_loss)
+    if job["retain"] is not None:
+        write_losses(folder, "retained", 2.0 * (1 + LOST.get(job["method"], 0.0)))
+    for task in job["tasks"]:
+        found = {"task": task, "metrics": {"accuracy": 50.0}, "higher_is_better": {"accuracy": True}}
+        (folder / "evaluation" / task).mkdir(exist_ok=True)
+        write_json(folder / "evaluation" / task / "result.json", found)
+    write_json(folder / "measured.json", {"adapter_bytes": 1000, "merged": None, "update_norms": {"q_proj": 0.1}})
+
+
+def write_losses(folder: Path, task: str, center: float) -> None:
+    place = folder / "evaluation" / task
     place.mkdir(parents=True, exist_ok=True)
-    center = 3.0 if job["method"] is None else load_record(folder).eval_loss
     draw = random.Random(str(folder.name))
     losses = [center + 0.3 * (index - 4.5) + draw.gauss(0, 0.01) for index in range(10)]
     tokens = [3 + index for index in range(10)]
@@ -96,16 +108,11 @@ def measure(job: dict[str, Any]) -> None:
     ]
     (place / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {
-        "task": "perplexity",
+        "task": task,
         "metrics": {"loss": sum(map(mul, losses, tokens)) / sum(tokens)},
         "higher_is_better": {"loss": False},
     }
     write_json(place / "result.json", result)
-    for task in job["tasks"]:
-        found = {"task": task, "metrics": {"accuracy": 50.0}, "higher_is_better": {"accuracy": True}}
-        (folder / "evaluation" / task).mkdir(exist_ok=True)
-        write_json(folder / "evaluation" / task / "result.json", found)
-    write_json(folder / "measured.json", {"adapter_bytes": 1000, "merged": None, "update_norms": {"q_proj": 0.1}})
 
 
 def refuse(code: str, kind: str, message: str) -> int:

@@ -10,7 +10,7 @@ from rankwise.comparison.conclusion import command_line
 from rankwise.comparison.schedule import Plan
 from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
 from rankwise.comparison.stages import Cell, cell_settings, choose_rate, planned_runs
-from rankwise.config import TrainSettings
+from rankwise.config import RetainOptions, TrainSettings
 from rankwise.errors import ConfigError
 from rankwise.settings_file import read_settings
 
@@ -44,6 +44,7 @@ def test_ids_tell_cells_apart():
 
 def test_every_option_of_train_is_shared_or_has_its_counterpart():
     own = {"model", "data", "eval_data", "output", "method", "learning_rate", "budget", "seed"}
+    own |= set(RetainOptions.model_fields)
     without = {"cache", "mmap", "sample_prompt", "report_to", "skip_bad_rows", "devices", "strategy"}
     without |= {"resume", "overwrite", "dry_run", "new_tokens", "adapter", "reward"}
     without |= {"reward_weights", "num_generations", "temperature", "max_completion_length"}

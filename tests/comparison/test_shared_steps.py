@@ -35,7 +35,18 @@ def base(tmp_path: Path) -> Path:
 def job(tmp_path: Path, base: Path, method: str | None, **changes: Any) -> dict[str, Any]:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    nothing = dict.fromkeys(("revision", "beta", "prompt_column", "completion_column", "chat_template", "task_limit"))
+    nothing = dict.fromkeys(
+        (
+            "revision",
+            "beta",
+            "retain",
+            "eval_limit",
+            "prompt_column",
+            "completion_column",
+            "chat_template",
+            "task_limit",
+        )
+    )
     found = {"folder": str(tmp_path / str(method)), "model": str(base), "cache": str(tmp_path / "cache")}
     found |= {"eval_data": str(rows), "dtype": "float32", "device": "cpu", "objective": "sft", "max_length": 32}
     more = {"method": method, "trust_remote_code": False, "merged_check": True, "tasks": [], "task_data": []}

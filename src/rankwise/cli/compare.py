@@ -76,7 +76,7 @@ def run(settings: CompareSettings, output: Output) -> Document:
 
     check_compare(settings)
     check_tasks(settings.task)
-    check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
+    check_paths(model=settings.model, data=(settings.data, settings.eval_data, settings.retain), output=settings.output)
     from rankwise.comparison.run import compare
     from rankwise.disk import hold
     from rankwise.reports.report import write_reports

@@ -16,7 +16,7 @@ from rankwise.options import Settings, flag
 from rankwise.reports.comparison import BEST_FOLDER, COMPARISON_FILE
 
 # Text fields that hold a hub id, or a path in which ~ means a home folder.
-MAY_BE_PATHS = {"model", "data", "eval_data", "fewshot_data", "reference_answers"}
+MAY_BE_PATHS = {"model", "data", "eval_data", "retain", "fewshot_data", "reference_answers"}
 
 
 def check_path_options(settings: Settings) -> None:

@@ -59,9 +59,19 @@ def _summarise(target: Path) -> Callable[..., JsonObject]:
             rows=(document["data"].get("eval") or {}).get("rows") or 0,
             **{name: settings.get(name) or 0.0 for name in ("seed_sd", "row_sd")},
         )
-        limits = document["recommendation"]["limits"]
+        limits, base = document["recommendation"]["limits"], document["base"]
+        retained: Any = {}
+        if base.get("folder") and settings.get("retain"):
+            place = place_of({"id": base["folder"], "folder": base["folder"]})
+            retained = results.retained_by(scores, place, base, settings["retain_margin"])
         found = results.conclusions(
-            methods, scores, better, spreads, memory_bytes=limits["memory_bytes"], hours=limits["hours"]
+            methods,
+            scores,
+            better,
+            spreads,
+            retained=retained,
+            memory_bytes=limits["memory_bytes"],
+            hours=limits["hours"],
         )
         higher = better.get(metric, False)
         return {**found, "recommendation": _with_files(found["recommendation"], runs, target, higher_is_better=higher)}

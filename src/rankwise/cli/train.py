@@ -30,6 +30,7 @@ from rankwise.labels import MEASURES
 from rankwise.options import flag
 from rankwise.records import RunRecord, load_record, read_metrics, write_text
 from rankwise.reports.numbers import byte_size, plural, rate
+from rankwise.reports.summary import change_of
 from rankwise.training import ranks
 from rankwise.training.interrupt import end_with_parent
 from rankwise.training.output import holds_run
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 # Options that --resume does not take from the record: code of a model, for one, runs on explicit request only.
 NOT_OF_THE_RUN = {"output", "resume", "overwrite", "dry_run", "trust_remote_code"}
-PATHS = ("model", "data", "eval_data", "chat_template", "adapter")
+PATHS = ("model", "data", "eval_data", "retain", "chat_template", "adapter")
 
 
 def settings_of_the_run(given: Fields) -> Fields:
@@ -82,7 +83,7 @@ def _check_data(settings: Fields) -> None:
     """Raise DataError (RW201) for missing files that the run's record names and the user did not write."""
     from rankwise.data import check_there
 
-    for name in ("data", "eval_data"):
+    for name in ("data", "eval_data", "retain"):
         if isinstance(path := settings.get(name), str):
             try:
                 check_there(path)
@@ -109,7 +110,7 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     from rankwise.training.output import check_output
 
     end_with_launcher()
-    check_paths(model=settings.model, data=(settings.data, settings.eval_data), output=settings.output)
+    check_paths(model=settings.model, data=(settings.data, settings.eval_data, settings.retain), output=settings.output)
     settings = continued(settings)
     # The run checks this again; here the check comes before torch is loaded.
     check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
@@ -120,16 +121,18 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
         launch(settings, as_json=output.as_json)
         return None
     output.console.quiet = not ranks.is_writer()
+    from rankwise.evaluation.retained import RetainedRows
     from rankwise.training.continued import with_adapters_options
     from rankwise.training.run import train
 
     settings = with_adapters_options(settings)
+    retention = None if settings.retain is None else RetainedRows(settings, settings.retain)
     guard = _guard(settings, output)
     try:
         watched = watching(output, every=settings.logging_steps, of_rewards=settings.objective == "grpo")
         with watched if ranks.is_writer() else _unwatched() as observer:
             # The memory plan knows language models only.
-            record = train(settings, observer, None if settings.objective == "classify" else guard)
+            record = train(settings, observer, None if settings.objective == "classify" else guard, retention)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -211,6 +214,9 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "answers", f"{', '.join(found)} on the evaluation data"
     if record.trainable_parameters is not None and record.total_parameters:
         yield "trained", trained_share(record)
+    if (kept := record.retained) is not None:
+        rows = f"on {plural(kept['rows'], 'row')} of {kept['source']}"
+        yield "retained", f"{kept['base']:.4f} -> {kept['loss']:.4f} {rows}: {kept['verdict']} ({change_of(kept)})"
     if record.rate_search is not None:
         chosen, trials = record.rate_search["chosen"], record.rate_search["trials"]
         tried = plural(len({trial["learning_rate"] for trial in trials}), "rate")

@@ -18,6 +18,7 @@ from rankwise.comparison.results import (
     metrics_of,
     read_json,
     read_tasks,
+    retained_by,
     scores_by_metric,
     value_of,
 )
@@ -73,11 +74,15 @@ def conclude(
     _warn_of_unlike_runs(finished)
     _warn_of_shared_steps(plan)
     spreads = spreads_of(given, scores[given.metric], inputs)
-    found = conclusions(methods, scores, better, spreads, memory_bytes=given.memory, hours=given.max_hours)
+    base = plan.output / stages.BASE
+    of_base: JsonObject = {"tasks": read_tasks(base, plan.tasks), "folder": stages.BASE if base.is_dir() else None}
+    retained = retained_by(scores, base, of_base, given.retain_margin)
+    found = conclusions(
+        methods, scores, better, spreads, retained=retained, memory_bytes=given.memory, hours=given.max_hours
+    )
     recommendation = _with_files(given, runs, found["recommendation"], watcher, higher_is_better=better[given.metric])
     recommendation["deciding"] = _deciding_run(given, plan, methods, recommendation, spreads)
     first = finished[0]["record"] or {}
-    base = plan.output / stages.BASE
     document: Document = {
         "schema": SCHEMA,
         "command": command_line(given),
@@ -89,7 +94,7 @@ def conclude(
         "data": inputs.described,
         "primary_metric": given.metric,
         "confidence": CONFIDENCE,
-        "base": {"tasks": read_tasks(base, plan.tasks), "folder": stages.BASE if base.is_dir() else None},
+        "base": of_base,
         "warnings": list({(item["code"], item["message"]): item for item in told}.values()),
         "runs": runs,
         **found,

@@ -25,7 +25,7 @@ from rankwise.models.source import fetch_model
 from rankwise.options import flag
 from rankwise.planning.speed import read_model
 from rankwise.records import write_json, write_text
-from rankwise.reports.comparison import BEST_FOLDER, MERGED_FOLDER
+from rankwise.reports.comparison import BEST_FOLDER, MERGED_FOLDER, RETAINED
 
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
@@ -127,6 +127,16 @@ def own_task(eval_data: str, settings: Fields) -> Perplexity | Preference:
     return Preference(rows, max_length=settings["max_length"], beta=settings["beta"] or BETA)
 
 
+def retained_task(source: str, settings: Fields) -> Perplexity:
+    """The loss on the rows of --retain. ``settings``: eval_limit and max_length. Columns with names of their own are
+    those of the training data. Raises DataError as the readers do.
+    """
+    from rankwise.evaluation.tasks.perplexity import Perplexity
+
+    rows = limited(read_rows(source, split="validation"), settings["eval_limit"])
+    return Perplexity(rows, max_length=settings["max_length"], name=RETAINED)
+
+
 def make_tasks(names: Sequence[str], *, data: Sequence[str], limit: int | None) -> list[Task]:
     """The tasks with their data. ``data``: TASK=FILE for tasks that need a file; ``limit``: the largest number of
     examples of a task.
@@ -158,6 +168,8 @@ class Inputs:
     eval_rows: int
     # The sha256 of each task's questions.
     questions: JsonObject = dataclasses.field(default_factory=dict)
+    # The source of the rows of --retain.
+    retain: str | None = None
 
 
 def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) -> Inputs:
@@ -185,13 +197,20 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
         "eval": {"source": part.source, "sha256": _content_hash(part), "rows": len(part), "chosen": how},
         "overlap": overlap,
     }
+    questions: JsonObject = {}
+    if given.retain is not None:
+        retained = retained_task(given.retain, given.model_dump()).rows
+        warn_of_overlap(rows, retained, "retained")
+        described["retain"] = {"source": retained.source, "sha256": retained.sha256, "rows": len(retained)}
+        questions[RETAINED] = retained.sha256
     check(described)
     if is_split:
         train = str(_write(rows, folder / "train.jsonl", layout))
     evaluation = _absolute(given.eval_data or given.data)
     if is_split or len(part) < len(held_out):
         evaluation = str(_write(part, folder / "eval.jsonl", layout))
-    return Inputs(train, evaluation, described, len(rows), len(part))
+    retain = given.retain and _absolute(given.retain)
+    return Inputs(train, evaluation, described, len(rows), len(part), questions, retain)
 
 
 def check_model(given: CompareSettings) -> None:

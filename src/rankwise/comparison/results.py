@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from rankwise.comparison.schedule import Plan, jobs_of, state_of
 from rankwise.comparison.stages import (
@@ -19,7 +21,7 @@ from rankwise.comparison.stages import (
     outcome_of,
 )
 from rankwise.comparison.statistics import mean_of_seeds
-from rankwise.comparison.verdicts import Scores, Spreads, comparable_costs, compare_all, recommend
+from rankwise.comparison.verdicts import Scores, Spreads, comparable_costs, compare_all, recommend, retentions
 from rankwise.config import variant_of
 from rankwise.errors import RunError
 from rankwise.evaluation.record import EXAMPLES_FILE, RESULT_FILE, read_examples
@@ -28,10 +30,13 @@ from rankwise.records import record_of
 from rankwise.reports.comparison import (
     EVAL_LOSS,
     EVALUATION_FOLDER,
+    RETAINED,
+    RETAINED_LOSS,
     Conclusions,
     Message,
     Method,
     Phase,
+    Retention,
     Run,
     Status,
     figures_of,
@@ -115,7 +120,9 @@ def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:
     found = {EVAL_LOSS: False} if any((run["record"] or {}).get("eval_loss") is not None for run in runs) else {}
     for run in runs:
         for task, result in run["tasks"].items():
-            if task != PERPLEXITY:
+            if task == RETAINED:
+                found[RETAINED_LOSS] = False
+            elif task != PERPLEXITY:
                 better = result.get("higher_is_better", {})
                 found |= {f"{task}.{name}": bool(better.get(name, True)) for name in result.get("metrics", {})}
     return found
@@ -168,7 +175,7 @@ def _examples(folder: Path, metric: str, value: float) -> _Examples | None:
     if not rows or any(name not in row.scores for row in rows):
         return None
     found = [float(row.scores[name]) for row in rows]
-    weights = [float(row.scores["tokens"]) for row in rows] if task == PERPLEXITY else None
+    weights = [float(row.scores["tokens"]) for row in rows] if task in (PERPLEXITY, RETAINED) else None
     total = sum(weights) if weights else len(found)
     mean = sum(x * w for x, w in zip(found, weights or [1.0] * len(found))) / total
     if abs(mean - value) > 1e-6 * max(1.0, abs(value)):
@@ -186,6 +193,15 @@ def scores_by_metric(output: Path, methods: Iterable[str], runs: Sequence[Run]) 
         scores = {method: scores_of(output, own, metric) for method, own in final.items()}
         found[metric] = {method: item for method, item in scores.items() if item is not None}
     return found
+
+
+def retained_by(
+    scores: Mapping[str, Mapping[str, Scores]], place: Path, base: Fields, margin: float
+) -> dict[str, Retention]:
+    """{method: what it kept of the rows of --retain}; empty without these. ``place``: the folder of the ``base``."""
+    measured: Any = {"seed": 0, "folder": place, "tasks": base["tasks"]}
+    of_base = scores_of(Path(), [measured], RETAINED_LOSS)
+    return {} if of_base is None else retentions(scores.get(RETAINED_LOSS, {}), of_base, relative_margin=margin)
 
 
 def finals_of(method: str, runs: Sequence[Run]) -> list[Run]:
@@ -242,6 +258,7 @@ def conclusions(
     better: Mapping[str, bool],
     spreads: Spreads,
     *,
+    retained: Mapping[str, Retention] = MappingProxyType({}),
     memory_bytes: int | None,
     hours: float | None,
 ) -> Conclusions:
@@ -259,7 +276,7 @@ def conclusions(
     seeds = max((len(item.values) for item in scored.values()), default=0)
     effect = spreads.effect(seeds, len(scored.keys() - untuned) - 1)
     costs = comparable_costs(methods)
-    methods = {name: {**item, "costs": costs[name]} for name, item in methods.items()}
+    methods = {name: {**item, "costs": costs[name], "retained": retained.get(name)} for name, item in methods.items()}
     recommendation, verdicts = recommend(
         methods,
         differences,

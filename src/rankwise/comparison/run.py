@@ -53,6 +53,7 @@ from rankwise.reports.comparison import (
     COMPARISON_FILE,
     EVAL_LOSS,
     RECOMMENDED_FILE,
+    RETAINED,
     Comparison,
     Message,
     MinimumDetectableEffect,
@@ -169,7 +170,7 @@ def _with_tasks(given: CompareSettings, inputs: Inputs) -> Inputs:
     if name == PERPLEXITY or (known and metric not in known):
         choice = ", ".join([EVAL_LOSS, *(f"{name}.{item}" for item in known or ())])
         raise ConfigError("RW167", f"--metric is {given.metric!r}, which is not measured; there are {choice}.")
-    return dataclasses.replace(inputs, questions={task.name: task.data_sha256 for task in asked})
+    return dataclasses.replace(inputs, questions=inputs.questions | {task.name: task.data_sha256 for task in asked})
 
 
 def _check_base(given: CompareSettings, plan: Plan, runs: Sequence[Run]) -> None:
@@ -207,8 +208,8 @@ def _plan(given: CompareSettings, rates: Mapping[str, tuple[float, ...]]) -> Pla
         given.seeds,
         given.search_steps is not None,
         # Rewards are relative to the base, so the base has none.
-        base=given.objective == "sft" or bool(given.task),
-        tasks=given.task,
+        base=given.objective == "sft" or bool(given.task or given.retain),
+        tasks=(*given.task, *([RETAINED] if given.retain else [])),
         probed=given.minutes is not None,
         halved=given.budget is not None,
     )
@@ -294,7 +295,7 @@ class Commands:
         if job.stage != "measure" or not before:
             return False
         now = self._measuring(job)
-        added = set(now["tasks"]) - set(before.get("tasks", ()))
+        added = {*now["tasks"], now["retain"]} - {*before.get("tasks", ()), before.get("retain"), None}
         checked = now["merged_check"] and not before.get("merged_check")
         asked = before.get("questions", {})
         changed = any(asked.get(task, sha256) != sha256 for task, sha256 in now["questions"].items())
@@ -377,7 +378,7 @@ class Commands:
 
     def _measuring(self, job: Job) -> JsonObject:
         names = (
-            *("max_length", "chat_template", "dtype", "device", "trust_remote_code", "revision"),
+            *("max_length", "eval_limit", "chat_template", "dtype", "device", "trust_remote_code", "revision"),
             *("objective", "beta", "prompt_column", "completion_column"),
         )
         return {
@@ -387,6 +388,7 @@ class Commands:
             "method": variant_of(job.cell.method)[0] if job.cell else None,
             "eval_data": self.inputs.evaluation,
             "merged_check": self.given.merged_check,
+            "retain": self.inputs.retain,
             "tasks": list(self.given.task),
             "task_data": list(self.given.task_data),
             "questions": self.inputs.questions,

@@ -10,7 +10,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from rankwise.comparison.stages import PREFERENCE
-from rankwise.config import ADAPTERS, METHODS, MODEL, TRAINING_DATA, VARIANTS, PreferenceOptions, RunOptions, variant_of
+from rankwise.config import (
+    ADAPTERS,
+    METHODS,
+    MODEL,
+    TRAINING_DATA,
+    VARIANTS,
+    PreferenceOptions,
+    RetainOptions,
+    RunOptions,
+    variant_of,
+)
+from rankwise.conflicts import NO_RETAIN
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.foreign import Fields, JsonObject
@@ -42,7 +53,7 @@ def _usual_methods(given: Fields) -> tuple[str, ...]:
     return METHODS if given.get("objective", "sft") == "sft" else ADAPTERS
 
 
-class CompareSettings(PreferenceOptions, RunOptions):
+class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
     """The options of ``rankwise compare``."""
 
     model: Annotated[str, _model(MODEL, metavar="M")]
@@ -218,6 +229,8 @@ def check_compare(given: CompareSettings) -> None:
         raise ConfigError("RW167", f"--learning-rates is {rates}; give rates above 0.")
     if given.address is not None and given.executor != "ray":
         raise ConfigError("RW167", "--address names a Ray cluster; add --executor ray.")
+    if given.retain is None and given.retain_margin != given.defaults()["retain_margin"]:
+        raise ConfigError("RW167", NO_RETAIN)
     if given.minutes is not None and (given.max_steps is not None or given.search_steps is not None):
         raise ConfigError("RW167", "--minutes sets the steps of every run; leave --max-steps and --search-steps out.")
     if given.budget is not None and (given.search_steps is not None or has_one_rate(given)):

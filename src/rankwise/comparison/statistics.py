@@ -79,7 +79,15 @@ class Estimate:
         """TOST (Schuirmann 1987): the larger of the p-values of ``mean <= -margin`` and ``mean >= margin``."""
         if not self.parts:
             return None
-        return max(self._beyond(margin + self.mean, -1), self._beyond(margin - self.mean, 1))
+        return max(self.above_p(-margin), self.below_p(margin))
+
+    def above_p(self, bound: float) -> float:
+        """The one-sided p-value of "the true value is at most ``bound``"; needs ``parts``."""
+        return self._beyond(self.mean - bound, -1)
+
+    def below_p(self, bound: float) -> float:
+        """The one-sided p-value of "the true value is at least ``bound``"; needs ``parts``."""
+        return self._beyond(bound - self.mean, 1)
 
     def _beyond(self, gap: float, side: int) -> float:
         """The one-sided p-value of "the true value is more than ``gap`` away on this side of the mean"."""

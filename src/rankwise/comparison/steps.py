@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import Decoding, Prompt
-from rankwise.comparison.inputs import make_tasks, own_task
+from rankwise.comparison.inputs import make_tasks, own_task, retained_task
 from rankwise.comparison.stages import FACTS_FILE, PERPLEXITY
 from rankwise.config import METHODS, TrainSettings, is_own
 from rankwise.data import Rows, read_template
@@ -56,8 +56,9 @@ def measure(job: Fields) -> JsonObject:
     """Write ``evaluation/TASK`` and ``measured.json`` into the run's folder. Returns the content of measured.json.
 
     ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
-    objective, beta, prompt_column, completion_column, max_length, chat_template; merged_check; tasks, task_data,
-    task_limit. It also holds the hashes of the tasks' ``questions``, by which the runner sees that they changed.
+    objective, beta, prompt_column, completion_column, max_length, eval_limit, chat_template; retain; merged_check;
+    tasks, task_data, task_limit. It also holds the hashes of the tasks' ``questions``, by which the runner sees that
+    they changed.
     """
     torch.manual_seed(0)
     with hold(Path(job["folder"])):
@@ -72,7 +73,8 @@ def _measure(job: Fields) -> JsonObject:
     rows = own.rows
     # Rewards are relative to the base, so the base has none.
     is_reference = job["method"] is None and job["objective"] != "sft"
-    asked = tasks if is_reference else [own, *tasks]
+    retained = [] if job["retain"] is None else [retained_task(job["retain"], job)]
+    asked = [*([] if is_reference else [own]), *retained, *tasks]
     # Before anything can fail, results of other settings go: they would pass for those of these.
     places = {task.name: _open(task, folder) for task in asked}
     model, tokenizer = load_run(job)

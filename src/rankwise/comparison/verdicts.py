@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from statistics import fmean
-from typing import get_args
+from typing import Literal, get_args
 
 from rankwise.comparison.stages import planned_runs
 from rankwise.comparison.statistics import (
@@ -30,6 +30,8 @@ from rankwise.reports.comparison import (
     MethodVerdict,
     MinimumDetectableEffect,
     Recommendation,
+    Retained,
+    Retention,
     Verdict,
 )
 from rankwise.reports.numbers import is_above
@@ -121,6 +123,49 @@ def compare_all(
             }
         )
     return found
+
+
+def retentions(scores: Mapping[str, Scores], base: Scores, *, relative_margin: float) -> dict[str, Retention]:
+    """What each method kept of the rows that must stay, by its loss minus that of the base, which was measured once.
+
+    Kept: the loss surely rose by less than ``relative_margin`` of the base's. Lost: it surely rose, and not surely by
+    less. Surely: with a one-sided p-value below 0.05 when multiplied by the number of methods.
+    """
+    (level,) = base.values.values()
+    margin = relative_margin * level
+    rows = next(iter(base.examples.values()), ())
+    found: dict[str, Retention] = {}
+    for name, own in scores.items():
+        values, examples = dict.fromkeys(own.values, level), dict.fromkeys(own.values, rows)
+        repeated = dataclasses.replace(base, values=values, examples=examples)
+        estimate, by_example, _ = estimate_difference(own, repeated)
+        interval = estimate.interval()
+        kept_p, lost_p = (estimate.below_p(margin), estimate.above_p(0.0)) if estimate.parts else (None, None)
+        said: Retained = "cannot tell"
+        if kept_p is not None and kept_p * len(scores) < ALPHA:
+            said = "kept"
+        elif lost_p is not None and lost_p * len(scores) < ALPHA:
+            said = "lost"
+        found[name] = {
+            "verdict": said,
+            "base": level,
+            "difference": estimate.mean,
+            "interval": None if interval is None else list(interval),
+            "kept_p": kept_p,
+            "lost_p": lost_p,
+            "comparisons": len(scores),
+            "margin": margin,
+            "paired_by_example": by_example,
+        }
+    return found
+
+
+def _stays(method: Method) -> Literal["kept", "lost", "unknown"]:
+    """Whether the method kept what must stay, or lost more of it than the margin."""
+    found = method.get("retained")
+    if found is not None and found["verdict"] == "lost" and found["difference"] > found["margin"]:
+        return "lost"
+    return "kept" if found is not None and found["verdict"] == "kept" else "unknown"
 
 
 # The largest comparison that is proposed: seeds, and factors of the evaluation rows.
@@ -266,7 +311,8 @@ def recommend(
     worse. (The best mean may be of a method that a test found worse: a test takes the seeds that both methods have.)
     The cheapest of the best one and its equals is taken. Methods that the runs cannot tell from the best one are its
     equals if the comparison could have seen a difference that matters: ``detectable`` is at most ``margin``, both
-    shares of the metric. Otherwise nothing is decided.
+    shares of the metric. Otherwise nothing is decided. Where a candidate kept what must stay, methods that lost more
+    than the margin are no candidates.
     """
     sign = -1 if higher_is_better else 1
     means = {name: sign * item["mean"][metric] for name, item in methods.items() if metric in item["mean"]}
@@ -274,6 +320,9 @@ def recommend(
     usable = [name for name in means if is_own(name)] or list(means)
     fitting = [name for name in usable if _fits(methods[name], memory_bytes, hours)]
     candidates = [name for name in fitting if not methods[name]["learning_rate_at_edge"]] or fitting
+    kept = [name for name in candidates if _stays(methods[name]) == "kept"]
+    forgot = [name for name in fitting if kept and _stays(methods[name]) == "lost"]
+    fitting, candidates = ([name for name in names if name not in forgot] for names in (fitting, candidates))
     found: Recommendation = {
         "method": None,
         "decided": False,
@@ -281,6 +330,8 @@ def recommend(
         "candidates": candidates,
         "equals": [],
         "open": [],
+        "kept": kept,
+        "forgot": forgot,
         "costs": [],
         "deciding": None,
         "metric": metric,

@@ -260,7 +260,7 @@ def limited(rows: Rows, limit: int | None) -> Rows:
     return dataclasses.replace(rows, items=chosen)
 
 
-def warn_of_overlap(train: Rows, evaluation: Rows) -> int:
+def warn_of_overlap(train: Rows, evaluation: Rows, kind: str = "evaluation") -> int:
     """Count the rows of ``evaluation`` that are also in ``train``, and name them in a warning (RW218)."""
     twins = overlapping_rows(train, evaluation)
     if twins:
@@ -268,7 +268,7 @@ def warn_of_overlap(train: Rows, evaluation: Rows) -> int:
         more = f"; and {len(twins) - NAMED_ROWS} more" if len(twins) > NAMED_ROWS else ""
         warn(
             "RW218",
-            f"{len(twins)} of {len(evaluation)} evaluation rows are also in the training data, word for word "
+            f"{len(twins)} of {len(evaluation)} {kind} rows are also in the training data, word for word "
             f"({named}{more}); their loss says nothing about new text.",
             stacklevel=3,
         )

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from statistics import fmean
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from rankwise.errors import RunError
 from rankwise.foreign import Fields, JsonObject, parse_json, read_json
@@ -28,6 +28,9 @@ BEST_FOLDER = "best"
 MERGED_FOLDER = "merged"
 EVALUATION_FOLDER = "evaluation"
 EVAL_LOSS = "eval_loss"
+# The task that measures the loss on the rows of --retain, and that metric.
+RETAINED = "retained"
+RETAINED_LOSS = f"{RETAINED}.loss"
 # Loss on training rows that a search of the learning rate withheld from its short runs.
 KEPT_ROWS_LOSS = "kept_rows_loss"
 
@@ -35,6 +38,7 @@ Phase = Literal["search", "final"]
 Status = Literal["finished", "failed", "interrupted", "skipped"]
 # "not tuned": the best learning rate of one of the two lies at the edge of those tried.
 Verdict = Literal["better", "worse", "equivalent", "cannot tell", "not tuned"]
+Retained = Literal["kept", "lost", "cannot tell"]
 # The costs that decide between equal methods, in this order; "mean" is the metric itself.
 CostName = Literal["wall_seconds", "peak_memory_bytes", "trainable_parameters", "servers", "mean"]
 
@@ -104,6 +108,24 @@ class MethodVerdict(TypedDict):
     comparisons: int
 
 
+class Retention(TypedDict):
+    """What a method kept of the rows that must stay (``--retain``), against the base."""
+
+    verdict: Retained
+    # Loss of the base, in nats per token, and the method's minus it, with its 95 % interval; None with one seed.
+    base: float
+    difference: float
+    interval: list[float] | None
+    # One-sided p-values of "it rose by the margin or more" and of "it did not rise", both uncorrected.
+    kept_p: float | None
+    lost_p: float | None
+    # Both p-values are multiplied by this number before they decide.
+    comparisons: int
+    # In nats per token.
+    margin: float
+    paired_by_example: bool
+
+
 class Method(TypedDict):
     """A method over its final runs. ``interval`` is None with one seed: then no interval can be given."""
 
@@ -137,6 +159,8 @@ class Method(TypedDict):
     costs: dict[CostName, list[float]]
     # None without a result.
     verdict: MethodVerdict | None
+    # None without --retain.
+    retained: NotRequired[Retention | None]
     trainable_parameters: int | None
     adapter_bytes: int | None
     # Where its result can be served, in words.
@@ -246,6 +270,9 @@ class Recommendation(TypedDict):
     equals: list[str]
     # Methods that may be better than the best one: too few data, or not tuned.
     open: list[str]
+    # Methods that kept what must stay; where there are any, those that lost more of it than the margin are left out.
+    kept: list[str]
+    forgot: list[str]
     costs: list[DecidingCost]
     # None where it is decided, or where no run of reasonable size would decide.
     deciding: DecidingRun | None

@@ -26,6 +26,7 @@ VARIANTS = {
 LONG_NAMES = {"full": "full fine-tuning"}
 METRICS = {
     "eval_loss": "Evaluation loss",
+    "retained.loss": "Retained loss",
     "perplexity.loss": "Loss",
     "perplexity.perplexity": "Perplexity",
     "preference.reward_accuracy": "Reward accuracy",

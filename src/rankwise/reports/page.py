@@ -31,7 +31,7 @@ from rankwise.reports.numbers import (
     significant,
     visible,
 )
-from rankwise.reports.plotted import curves_of, norms_of, pairs_of, spots_of, with_best
+from rankwise.reports.plotted import curves_of, losses_of, norms_of, pairs_of, spots_of, with_best
 from rankwise.reports.words import heading, headline
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -91,6 +91,7 @@ def _content(comparison: Comparison) -> JsonObject:
         "metrics_table": _metrics_table(comparison),
         "forest": _forest(comparison),
         "tradeoffs": _tradeoffs(comparison, numbers),
+        "retained": _retained(comparison, numbers),
         "memory": _memory(comparison, numbers),
         **_curves(comparison, numbers),
         "norms": _norms(comparison),
@@ -173,9 +174,30 @@ def _tradeoffs(comparison: Comparison, numbers: Mapping[str, int]) -> list[Marku
         ("wall_seconds", size, f"time a run, {unit}", limit_time),
     ):
         if spots := spots_of(comparison, key, scale):
-            better = {"higher_is_better": comparison.is_higher_better(comparison.metric)}
-            found.append(plots.quality_against_cost(spots, numbers, axis, metric, **better, limit=limit))
+            higher = comparison.is_higher_better(comparison.metric)
+            found.append(plots.quality_against_cost(spots, numbers, axis, metric, higher_is_better=higher, limit=limit))
     return found
+
+
+def _retained(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
+    """Quality against what was lost; without --retain nothing."""
+    spots = losses_of(comparison)
+    if not spots:
+        return {"svg": ""}
+    kept = comparison["methods"][spots[0].method]["retained"]
+    margin, metric = kept["margin"] / kept["base"], comparison.metric
+    svg = plots.quality_against_cost(
+        spots,
+        numbers,
+        "loss on what must stay, change in %",
+        metric_name(metric),
+        higher_is_better=comparison.is_higher_better(metric),
+        limit=100 * margin,
+        limit_name="margin",
+    )
+    rows = (comparison["data"].get("retain") or {}).get("rows")
+    measured = plural(int(rows), "row") if is_number(rows) else "the rows of --retain"
+    return {"svg": svg, "base": significant(kept["base"], 4), "margin": percent(margin), "rows": measured}
 
 
 def _seconds(run: Fields) -> bool:

@@ -180,7 +180,14 @@ def forest(pairs: Sequence[Pair]) -> tuple[Figure, str]:
 
 @_drawn
 def quality_against_cost(
-    spots: Sequence[Spot], numbers: Numbers, cost: str, quality: str, *, higher_is_better: bool, limit: float | None
+    spots: Sequence[Spot],
+    numbers: Numbers,
+    cost: str,
+    quality: str,
+    *,
+    higher_is_better: bool,
+    limit: float | None,
+    limit_name: str = "your limit",
 ) -> tuple[Figure, str]:
     """A point for each method, bars for the uncertainty, and the Pareto line.
 
@@ -200,12 +207,14 @@ def quality_against_cost(
     low, high = axes.get_xlim()
     if limit is not None and low < limit < high + 0.5 * (high - low):
         axes.axvline(limit, color=LIMIT[0], linestyle="--", linewidth=1.3)
-        axes.text(limit, 1, "your limit ", transform=axes.get_xaxis_transform(), ha="right", va="top")
+        axes.text(limit, 1, f"{limit_name} ", transform=axes.get_xaxis_transform(), ha="right", va="top")
         high = max(high, limit + 0.03 * (high - low))
     front = pareto_front(spots, higher_is_better=higher_is_better)
     x, y = [spot.cost for spot in front], [spot.quality for spot in front]
     axes.step([*x, high], [*y, y[-1]], where="post", color=INK, alpha=0.6, linewidth=1.2, linestyle=":", zorder=1)
-    axes.set(xlim=(max(low, 0), high), xlabel=cost, ylabel=quality)
+    if all(spot.cost_range[0] >= 0 for spot in spots):
+        low = max(low, 0)
+    axes.set(xlim=(low, high), xlabel=cost, ylabel=quality)
     return figure, f"{quality} against {cost}"
 
 

@@ -105,21 +105,34 @@ def spots_of(comparison: Comparison, cost: str, scale: float) -> list[Spot]:
     found = []
     for name in comparison.with_result():
         facts = comparison["methods"][name]
-        if not is_number(facts[cost]):
-            continue
-        low, high = facts["ranges"].get(cost) or (facts[cost], facts[cost])
-        told_apart = facts["costs"].get(cost)
-        found.append(
-            Spot(
-                name,
-                facts[cost] / scale,
-                facts["mean"][comparison.metric],
-                (low / scale, high / scale),
-                _bounds(facts["interval"].get(comparison.metric)),
-                None if told_apart is None else (told_apart[0] / scale, told_apart[1] / scale),
-            )
-        )
+        if is_number(facts[cost]):
+            shown = facts["ranges"].get(cost) or (facts[cost], facts[cost])
+            found.append(_spot(comparison, name, scale, facts[cost], shown, facts["costs"].get(cost)))
     return found
+
+
+def losses_of(comparison: Comparison) -> list[Spot]:
+    """The methods with the rise of their loss on what must stay as cost, in percent of the base's loss."""
+    found = []
+    for name in comparison.with_result():
+        if (kept := comparison["methods"][name].get("retained")) is not None:
+            rise, interval = kept["difference"], kept["interval"]
+            found.append(_spot(comparison, name, kept["base"] / 100, rise, interval or (rise, rise), interval))
+    return found
+
+
+def _spot(
+    comparison: Comparison, name: str, scale: float, cost: float, shown: Sequence[float], apart: Sequence[float] | None
+) -> Spot:
+    facts, metric = comparison["methods"][name], comparison.metric
+    return Spot(
+        name,
+        cost / scale,
+        facts["mean"][metric],
+        (shown[0] / scale, shown[1] / scale),
+        _bounds(facts["interval"].get(metric)),
+        None if apart is None else (apart[0] / scale, apart[1] / scale),
+    )
 
 
 def _bounds(interval: Any) -> Range | None:

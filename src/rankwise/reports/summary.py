@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from rankwise.foreign import Fields, Json
-from rankwise.reports.comparison import KEPT_ROWS_LOSS, Comparison
+from rankwise.reports.comparison import KEPT_ROWS_LOSS, RETAINED_LOSS, Comparison
 from rankwise.reports.naming import last_part, long_name, method_name, metric_in_sentence, metric_name
 from rankwise.reports.numbers import (
     byte_size,
+    difference,
     duration,
     estimate,
     is_number,
@@ -191,6 +192,8 @@ def columns(comparison: Comparison) -> list[tuple[str, str]]:
     ]
     for metric in shown_metrics(comparison):
         found.append((metric, metric_name(metric)))
+    if any(facts.get("retained") for facts in comparison["methods"].values()):
+        found.append(("retained", "What must stay"))
     return [
         *found,
         ("trainable_parameters", "Trainable"),
@@ -207,7 +210,9 @@ def shown_metrics(comparison: Comparison) -> list[str]:
     """The metrics besides the primary one: the evaluation loss, and the primary metric of each task."""
     primary = ["eval_loss", *(f"{name}.{result.get('primary')}" for name, result in _tasks(comparison).items())]
     known = all_metrics(comparison)
-    return [metric for metric in dict.fromkeys(primary) if metric in known and metric != comparison.metric]
+    shown = [metric for metric in dict.fromkeys(primary) if metric in known]
+    # What must stay has a column of its own.
+    return [metric for metric in shown if metric not in (comparison.metric, RETAINED_LOSS)]
 
 
 def all_metrics(comparison: Comparison) -> list[str]:
@@ -240,6 +245,10 @@ def cell(facts: Fields, key: str) -> Cell:
     if key == "verdict":
         said = (facts["verdict"] or {}).get("verdict", "")
         return Cell("–" if said in ("best", "") else said, ORDER.index(said))
+    if key == "retained":
+        if (kept := facts.get("retained")) is None:
+            return Cell("–")
+        return Cell(kept["verdict"], kept["difference"] / kept["base"], change_of(kept))
     if key == "serving":
         places = [visible(place) for place in facts["serving"]]
         return Cell("; ".join(places) or "–", len(places))
@@ -253,6 +262,13 @@ def cell(facts: Fields, key: str) -> Cell:
     mean = facts["mean"].get(key)
     text, note = estimate(mean, facts["interval"].get(key))
     return Cell(text, mean if is_number(mean) else None, note)
+
+
+def change_of(kept: Fields) -> str:
+    """``+3.2 % ± 0.5``: the change of the loss on what must stay, as a share of the base's."""
+    interval = kept["interval"] and [100 * bound / kept["base"] for bound in kept["interval"]]
+    change, reach = difference(100 * kept["difference"] / kept["base"], interval)
+    return f"{change} % {reach}".strip()
 
 
 def verdict_note(comparison: Comparison) -> str:

@@ -50,7 +50,8 @@ def headline(document: Fields) -> str:
     found = document["recommendation"]
     if not found.get("method"):
         return _nothing(document)
-    sentences = [*_verdicts(document), *_open(document), *_costs(document), *_untuned(document), *_deciding(found)]
+    sentences = [*_verdicts(document), *_retained(document), *_open(document), *_costs(document)]
+    sentences += [*_untuned(document), *_deciding(found)]
     return " ".join(f"{capital(sentence)}." for sentence in sentences)
 
 
@@ -104,6 +105,7 @@ def _verdicts(document: Fields) -> list[str]:
         edges = any(methods[name]["learning_rate_at_edge"] for name in others)
         told = "is the best of the tuned methods" if edges else "is the best one"
     worse, better = _of(document, "worse"), _of(document, "better")
+    better = [name for name in better if name not in found.get("forgot", ())]
     sentences = [about + " " + told]
     if worse:
         verb = "is" if len(worse) == 1 else "are"
@@ -112,6 +114,30 @@ def _verdicts(document: Fields) -> list[str]:
         why = f"beyond {limits}" if limits else "for comparison only"
         sentences.append(f"{named(better)}, {why}, {'is' if len(better) == 1 else 'are'} better")
     return sentences + _failures(methods[method], method)
+
+
+def _retained(document: Fields) -> list[str]:
+    """Which methods lost too much of what must stay, or else what the recommended one kept of it."""
+    found, methods = document["recommendation"], document["methods"]
+    own = methods[found["method"]].get("retained")
+    if own is None:
+        return []
+    if forgot := found.get("forgot"):
+        told = listed(f"{long_name(name)} lost {_lost(methods[name])} of what must stay" for name in forgot)
+        margin, verb = percent(own["margin"] / own["base"]), "is" if len(forgot) == 1 else "are"
+        over = f"{verb} not recommended over {named(found['kept'])}, which kept it"
+        return [f"{told}, more than the {margin} of --retain-margin, and {over}"]
+    said = {
+        "kept": "{} kept what must stay",
+        "lost": f"{{}} lost {_lost(methods[found['method']])} of what must stay",
+        "cannot tell": "the runs cannot tell whether {} kept what must stay",
+    }
+    return [said[own["verdict"]].format(long_name(found["method"]))]
+
+
+def _lost(method: Fields) -> str:
+    """``8.1 %``: the rise of the loss on what must stay."""
+    return percent(method["retained"]["difference"] / method["retained"]["base"])
 
 
 def _open(document: Fields) -> list[str]:

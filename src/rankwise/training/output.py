@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "save_steps",
     "save_total_limit",
     "eval_steps",
+    "retain_margin",
     "early_stopping",
     "sample_prompt",
     "report_to",
@@ -41,7 +42,7 @@ MAY_CHANGE = {
     "trust_remote_code",
 }
 # Settings whose content is compared by hash once it has been read, since a path can be written in several ways.
-COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "chat_template"}
+COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "retain", "chat_template"}
 # Settings that are compared as a number of steps, once the data have been read.
 LENGTH = ("max_steps", "epochs")
 CONSTANT = ("constant", "constant_with_warmup")

@@ -31,6 +31,7 @@ from rankwise.adapters import has_adapter
 from rankwise.compat.torch import is_unit
 from rankwise.config import ADAPTERS, DORA, METHODS, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
+from rankwise.data import warn_of_overlap
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
@@ -52,16 +53,22 @@ from rankwise.training.new_tokens import add_new_tokens, new_tokens
 from rankwise.training.observer import Observer, SilentObserver
 from rankwise.training.optimizers import Group, check_memory_savers, check_names, loraplus_groups, make_schedule
 from rankwise.training.provenance import PACKAGES, device_record
-from rankwise.training.session import Session
+from rankwise.training.session import Retention, Session
 from rankwise.training.sharding import looked_into
 from rankwise.training.state import reading_state
 from rankwise.training.trackers import check_installed
 
 
-def train(settings: TrainSettings, observer: Observer | None = None, foresight: Foresight | None = None) -> RunRecord:
+def train(
+    settings: TrainSettings,
+    observer: Observer | None = None,
+    foresight: Foresight | None = None,
+    retention: Retention | None = None,
+) -> RunRecord:
     """Fine-tune according to ``settings``, write a run folder to ``settings.output``, and return the run's record.
 
     ``foresight`` predicts the peak memory before the model is loaded and before the first step, and may refuse the run.
+    ``retention`` measures the model on what must stay, before training and after.
     Under torchrun every process calls this function: all processes train, and process 0 writes.
 
     Raises InputError, before anything is written, for faults in the settings, data, model or output folder; RunError
@@ -94,7 +101,7 @@ def train(settings: TrainSettings, observer: Observer | None = None, foresight: 
             output.check_same_processes(settings.output, ranks.count())
             if _is_finished(settings):
                 return load_record(settings.output)
-        session = _prepare(settings, mode, lora, observer or SilentObserver(), foresight)
+        session = _prepare(settings, mode, lora, observer or SilentObserver(), foresight, retention)
         _tell_of_others(told)
         return session.foreseen(told) if settings.dry_run else session.carry_out(started, told)
 
@@ -201,10 +208,15 @@ class _Inputs:
 
 
 def _prepare(
-    given: TrainSettings, mode: output.Mode, lora: LoraConfig, observer: Observer, foresight: Foresight | None
+    given: TrainSettings,
+    mode: output.Mode,
+    lora: LoraConfig,
+    observer: Observer,
+    foresight: Foresight | None,
+    retention: Retention | None,
 ) -> Session:
     """Read, load and check everything, without writing anything."""
-    inputs = _read(given, lora, observer, foresight)
+    inputs = _read(given, lora, observer, foresight, retention)
     learning, loaded, data = inputs.learning, inputs.loaded, inputs.data
     given = rate_search.with_default_rate(given, loaded.model, observer)
     described = data.describe()
@@ -261,9 +273,8 @@ def _prepare(
     )
     probe = setup.probe_of(data.train.dataset, loaded.device)
     answer = None if given.sample_prompt is None else setup.answerer(given.sample_prompt, loaded, data)
-    return Session(
-        given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, answer, probe, given.trackers
-    )
+    run = (given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, answer, probe)
+    return Session(*run, given.trackers, retention)
 
 
 def learning_of(given: TrainSettings) -> Learning:
@@ -275,12 +286,20 @@ def learning_of(given: TrainSettings) -> Learning:
     return learning(given)
 
 
-def _read(given: TrainSettings, lora: LoraConfig, observer: Observer, foresight: Foresight | None) -> _Inputs:
+def _read(
+    given: TrainSettings,
+    lora: LoraConfig,
+    observer: Observer,
+    foresight: Foresight | None,
+    retention: Retention | None,
+) -> _Inputs:
     learning = learning_of(given)
     if learning.labels_of is None:
         setup.check_model(given, lora)
     observer.phase("Reading data")
     rows, eval_rows, template = setup.read_data(given, learning.formats)
+    if retention is not None:
+        warn_of_overlap(rows, retention.rows, "retained")
     labels = None
     if learning.labels_of is not None:
         labels = learning.labels_of(given, rows)

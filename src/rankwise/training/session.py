@@ -7,14 +7,17 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.compat.torch import is_unit
+from rankwise.data import Rows
 from rankwise.disk import coded_errors, remove_strays
 from rankwise.errors import Interrupted, RunError, warn
+from rankwise.foreign import JsonObject
 from rankwise.models.mapped import MappedFiles
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows
 from rankwise.training import finish, output, ranks
@@ -33,6 +36,30 @@ from rankwise.training.watch import Watch
 from rankwise.training.weights import weights_digest
 
 
+class Retention(Protocol):
+    """Measures a run on what must stay. The command line connects the two, as it does with the memory plan.
+
+    Models come with the run's own operators, and with the dtype of mixed precision.
+    """
+
+    # Written into the run's folder.
+    files: Sequence[str]
+
+    @property
+    def rows(self) -> Rows:
+        """Read at the first use. Raises DataError as the readers do."""
+
+    def before(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None, *, resumes: bool
+    ) -> None:
+        """Called before the first step. A run that ``resumes`` keeps what was measured then."""
+
+    def after(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None
+    ) -> JsonObject:
+        """Called with the weights that are kept. Returns the record's entry."""
+
+
 @dataclasses.dataclass
 class Session:
     """A checked run, ready to start."""
@@ -49,6 +76,7 @@ class Session:
     # Input for the comparison of logits after reloading.
     probe: dict[str, Tensor]
     trackers: Sequence[str] = ()
+    retention: Retention | None = None
     # None in processes that do not write.
     metrics: MetricsFile | None = None
 
@@ -122,6 +150,11 @@ class Session:
             write_skipped_rows(self.folder, self.record.data)
             remove_unfinished(self.folder)
             self.metrics = MetricsFile(self.folder, resume_step=step)
+        computed = self.loop.options.autocast if self.loop.model.dtype == torch.float32 else None
+        if self.retention is not None:
+            self.observer.phase("Measuring what must stay")
+            self._announce([*self.retention.files])
+            self.retention.before(self.loop.model, self.tokenizer, computed, resumes=self.checkpoint is not None)
         stopped = self._train()
         if stopped is not None:
             raise stopped
@@ -132,6 +165,8 @@ class Session:
         progress = self.loop.progress
         kept = finish.choose_kept(losses, progress.steps, progress.best_step, of_rewards=self.of_rewards)
         finish.restore_kept(self.loop.model, self.folder, kept, progress.steps)
+        if self.retention is not None:
+            self.record.retained = self.retention.after(self.loop.model, self.tokenizer, computed)
         gathered = whole_weights(self.loop.model)
         if ranks.is_writer():
             self._finish(losses.get(0), kept, gathered)

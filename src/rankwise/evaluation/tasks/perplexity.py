@@ -27,13 +27,16 @@ SHOWN_CHARACTERS = 500
 
 
 class Perplexity(Task):
-    """``rows`` are read by ``rankwise.data`` and encoded as for training, cut at ``max_length`` tokens."""
+    """``rows`` are read by ``rankwise.data`` and encoded as for training, cut at ``max_length`` tokens.
 
-    name = "perplexity"
+    ``name``: also that of the results' folder.
+    """
+
     primary = "loss"
     higher_is_better = {"loss": False, "perplexity": False}  # noqa: RUF012  read-only
 
-    def __init__(self, rows: Rows, *, max_length: int) -> None:
+    def __init__(self, rows: Rows, *, max_length: int, name: str = "perplexity") -> None:
+        self.name = name
         self.rows = rows
         self.max_length = max_length
 
