@@ -159,7 +159,7 @@ class LengthOptions(Settings):
     gradient_accumulation: Annotated[Batch, _training("Micro-batches per optimizer step.")] = 1
     max_steps: Annotated[Count | None, _training("Optimizer steps; overrides --epochs.")] = None
     epochs: Annotated[float, _training("Passes over the training data.", gt=0, le=1e6)] = 1.0
-    dtype: Annotated[Dtype, _device("Dtype of the base: auto is bfloat16 where the device has it.")] = "auto"
+    dtype: Annotated[Dtype, _device("Dtype of the base: auto is bfloat16 if the device has it.")] = "auto"
 
 
 class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
@@ -202,7 +202,7 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     ] = None
     eval_limit: Annotated[
         Whole | None,
-        _saving("Evaluate on the first N rows; 0: on all rows. Default: on all, or on 256 evenly spread ones of more."),
+        _saving("Evaluate on the first N rows; 0: all. Default: all, or 256 evenly spaced ones if there are more."),
     ] = None
     logging_steps: Annotated[
         Count | None, _saving("Log every N steps, and the first and the last; default: a tenth of the run, at most 10.")
@@ -383,7 +383,7 @@ class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
     resume: Annotated[
         bool,
         _saving(
-            "Continue the run in --output from its last checkpoint, with its settings where none are given; a larger "
+            "Continue the run in --output from its last checkpoint, with its settings if none are given; a larger "
             "--max-steps or --epochs lengthens it."
         ),
     ] = False

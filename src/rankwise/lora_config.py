@@ -90,7 +90,7 @@ class AdapterOptions:
         from_text(named_values),
         Field(default_factory=dict),
         _adapter(
-            "Another rank for some modules: q_proj=4,v_proj=8; a name may be a regular expression.",
+            "A different rank for some modules: q_proj=4,v_proj=8; a name may be a regular expression.",
             metavar="NAME=R,...",
         ),
     ] = dataclasses.field(default_factory=dict)
@@ -98,7 +98,7 @@ class AdapterOptions:
         Mapping[str, Positive],
         from_text(named_values),
         Field(default_factory=dict),
-        _adapter("Another --lora-alpha for some modules, written like --rank-pattern.", metavar="NAME=X,..."),
+        _adapter("A different --lora-alpha for some modules, written like --rank-pattern.", metavar="NAME=X,..."),
     ] = dataclasses.field(default_factory=dict)
     # As in loralib's MergedLinear, {"c_attn": [True, False, True]} adapts q and v of GPT-2 and freezes k. Keys match as
     # in target_modules.
