@@ -105,7 +105,7 @@ VERB = Verb(
     name="predict",
     settings=PredictSettings,
     run=run,
-    summary="Answer texts with the labels on which an adapter was trained, and measure the answers if rows have labels.",
+    summary="Answer texts with the labels that an adapter was trained on, and measure the answers if rows have labels.",
     examples=(
         "rankwise predict --adapter runs/labels --data texts.jsonl",
         "rankwise predict --adapter runs/labels --data test.jsonl --json > answers.json",
