@@ -90,9 +90,9 @@ differential: $(STAMP) ## COUNT=1000 random cases from SEED=1 on against PEFT an
 SEED ?= 1
 SHIM = $(VENV)/failing_disk.so
 TORTURED := PYTHONPATH=tests:tests/torture OMP_NUM_THREADS=1 $(BIN)/python tests/torture
-# Verbs and errors, each of which hits every call in turn.
-FAULTS := $(foreach verb,train resume overwrite cache merge export gguf whole evaluate compare plan report,$(foreach error,\
-	ENOSPC EIO EDQUOT EMFILE short SIGKILL,$(verb):$(error):1))
+# Commands and errors, each of which hits every call in turn.
+FAULTS := $(foreach command,train resume overwrite cache merge export gguf whole evaluate compare plan report,$(foreach error,\
+	ENOSPC EIO EDQUOT EMFILE short SIGKILL,$(command):$(error):1))
 
 torture: ## kills, and a fault at every call of the disk (some hours)
 	$(MAKE) -k torture-disk torture-kills

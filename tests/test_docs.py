@@ -19,8 +19,8 @@ from typer import Typer
 from typer.main import get_command
 
 import rankwise
-from rankwise.cli.main import VERBS
-from rankwise.cli.options import command_of, options_of
+from rankwise.cli.main import COMMANDS
+from rankwise.cli.options import function_of, options_of
 
 ROOT = Path(__file__).parents[1]
 # What a command says where its files are missing. Its options were taken by then.
@@ -84,11 +84,11 @@ def problem_of(command: str) -> str | None:
     """What the command line says of its options, before anything is read."""
     words = [word for word in shlex.split(command, comments=True) if word not in ("[options]", "...")]
     words = words[: next((i for i, word in enumerate(words) if word in (">", "|", "<")), len(words))]
-    verb = next((verb for verb in VERBS if verb.name == words[1]), None)
-    if verb is None:
-        return f"no verb {words[1]}"
+    command = next((command for command in COMMANDS if command.name == words[1]), None)
+    if command is None:
+        return f"no command {words[1]}"
     app = Typer(add_completion=False)
-    app.command()(command_of(verb, lambda settings, as_json: None))
+    app.command()(function_of(command, lambda settings, as_json: None))
     try:
         get_command(app).main(args=words[2:], prog_name="rankwise", standalone_mode=False)
     except Exception as error:  # noqa: BLE001  the message is what the assertion shows
@@ -159,7 +159,7 @@ def test_the_site_leads_to_the_newest_release(tmp_path: Path) -> None:
 
 def test_options_and_codes_are_ours() -> None:
     """Those of text and tables; other programs' options are named here."""
-    known = {option.flag for verb in VERBS for option in options_of(verb)}
+    known = {option.flag for command in COMMANDS for option in options_of(command)}
     known |= {"json", "config", "help", "version", *OTHERS}
     codes = set(re.findall(r"RW[1-9]\d\d", " ".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))))
     for page in READ:
@@ -171,7 +171,7 @@ def test_options_and_codes_are_ours() -> None:
 def test_what_is_made_from_the_code_is_fresh() -> None:
     names = ("layers", "python_page", "command_line")
     made = {name: runpy.run_path(str(ROOT / "docs" / "_ext" / f"{name}.py")) for name in names}
-    assert HEADING.findall(made["command_line"]["reference"]())[1:] == [verb.name for verb in VERBS]
+    assert HEADING.findall(made["command_line"]["reference"]())[1:] == [command.name for command in COMMANDS]
     assert (ROOT / "docs" / "architecture.svg").read_text() == made["layers"]["picture"](ROOT / "pyproject.toml")
     assert (ROOT / "docs" / "python.md").read_text() == made["python_page"]["page"]()
     assert set(" ".join(made["python_page"]["GROUPS"].values()).split()) == set(rankwise.__all__)

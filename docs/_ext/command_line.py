@@ -1,17 +1,17 @@
-"""Write ``command-line.md``, the reference of all verbs, from the tables that ``--help`` is made from."""
+"""Write ``command-line.md``, the reference of all commands, from the tables that ``--help`` is made from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from rankwise.cli.main import COMMON_OPTIONS, VERBS
-from rankwise.cli.options import Verb, panels_of
+from rankwise.cli.main import COMMANDS, COMMON_OPTIONS
+from rankwise.cli.options import Command, panels_of
 
 HEAD = """# Command line
 
-`rankwise VERB [options]`. Every option below is also a key of a YAML file that `--config` reads: `--max-length 512` is
-`max-length: 512`. The command line wins over the file, and the file over the default.
+`rankwise COMMAND [options]`. Every option below is also a key of a YAML file that `--config` reads: `--max-length 512`
+is `max-length: 512`. The command line wins over the file, and the file over the default.
 
 Exit codes: 0 done, 2 a mistake in the input, 1 a fault of rankwise, 130 interrupted.
 """
@@ -19,13 +19,13 @@ Exit codes: 0 done, 2 a mistake in the input, 1 a fault of rankwise, 130 interru
 
 def reference() -> str:
     """The whole page as Markdown."""
-    common = _table("Every verb", list(COMMON_OPTIONS))
-    return "\n".join([HEAD, common, *(_section(verb) for verb in VERBS)])
+    common = _table("Every command", list(COMMON_OPTIONS))
+    return "\n".join([HEAD, common, *(_section(command) for command in COMMANDS)])
 
 
-def _section(verb: Verb) -> str:
-    parts = [f"## {verb.name}", verb.summary, "```\n" + "\n".join(verb.examples) + "\n```"]
-    for panel, options in panels_of(verb).items():
+def _section(command: Command) -> str:
+    parts = [f"## {command.name}", command.summary, "```\n" + "\n".join(command.examples) + "\n```"]
+    for panel, options in panels_of(command).items():
         parts.append(_table(str(panel), [(option.label, option.help) for option in options]))
     return "\n\n".join(parts) + "\n"
 

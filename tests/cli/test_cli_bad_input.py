@@ -66,7 +66,7 @@ def test_a_value_out_of_range(option, value, command, refuses):
 
 
 @pytest.mark.parametrize(
-    ("verb", "option", "meant"),
+    ("command", "option", "meant"),
     [
         ("train", "lr", "--learning-rate"),
         ("compare", "lr", "--learning-rates"),
@@ -78,8 +78,8 @@ def test_a_value_out_of_range(option, value, command, refuses):
         ("generate", "max-tokens", "--max-new-tokens"),
     ],
 )
-def test_an_option_of_another_tool_is_translated(verb, option, meant, refuses):
-    refuses("RW120", verb, f"--{option}", 1, said=f"no such option: --{option}, did you mean {meant}?")
+def test_an_option_of_another_tool_is_translated(command, option, meant, refuses):
+    refuses("RW120", command, f"--{option}", 1, said=f"no such option: --{option}, did you mean {meant}?")
 
 
 def test_another_tools_names_are_translated_in_files_and_values(command, refuses, tmp_path):
@@ -92,11 +92,11 @@ def test_another_tools_names_are_translated_in_files_and_values(command, refuses
 def test_what_is_translated_exists():
     from transformers.training_args import OptimizerNames
 
-    from rankwise.cli.main import VERBS
+    from rankwise.cli.main import COMMANDS
     from rankwise.cli.options import options_of
     from rankwise.options import OPTIMIZERS, OPTIONS
 
-    assert set(OPTIONS) <= {option.flag for verb in VERBS for option in options_of(verb)}
+    assert set(OPTIONS) <= {option.flag for command in COMMANDS for option in options_of(command)}
     assert set(OPTIMIZERS) <= {item.value for item in OptimizerNames}
 
 
@@ -177,18 +177,18 @@ def adapter(run_folder, tmp_path):
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("verb", ["generate", "merge", "inspect"])
+@pytest.mark.parametrize("command", ["generate", "merge", "inspect"])
 class TestHostileAdapters:
-    """The three verbs that read an adapter say the same about it."""
+    """The three commands that read an adapter say the same about it."""
 
     @pytest.fixture
-    def reads(self, verb, refuses, adapter, model_folder, tmp_path):
+    def reads(self, command, refuses, adapter, model_folder, tmp_path):
         arguments = {
             "generate": ("--adapter", adapter, "--prompt", "x"),
             "merge": ("--adapter", adapter, "--output", tmp_path / "merged"),
             "inspect": (adapter,),
         }
-        return lambda code, said="": refuses(code, verb, *arguments[verb], said=said)
+        return lambda code, said="": refuses(code, command, *arguments[command], said=said)
 
     def test_truncated(self, reads, adapter):
         path = adapter / "adapter_model.safetensors"
@@ -213,15 +213,15 @@ class TestHostileAdapters:
         reads("RW501", "run.json")
 
 
-@pytest.mark.parametrize("verb", ["generate", "merge"])
-def test_an_adapter_for_another_base_lists_every_tensor(verb, refuses, adapter, tmp_path):
+@pytest.mark.parametrize("command", ["generate", "merge"])
+def test_an_adapter_for_another_base_lists_every_tensor(command, refuses, adapter, tmp_path):
     path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     wrong = [key for key in tensors if "lora_A" in key]
     save_file({key: value[:, :-1].contiguous() if key in wrong else value for key, value in tensors.items()}, path)
-    rest = ("--prompt", "x") if verb == "generate" else ("--output", tmp_path / "merged")
+    rest = ("--prompt", "x") if command == "generate" else ("--output", tmp_path / "merged")
     for key in wrong:
-        refuses("RW411", verb, "--adapter", adapter, *rest, said=key)
+        refuses("RW411", command, "--adapter", adapter, *rest, said=key)
 
 
 def test_generate_with_nothing_to_generate_with(refuses):

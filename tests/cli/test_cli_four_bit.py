@@ -1,4 +1,4 @@
-"""The verbs on a model folder that holds 4-bit weights, and on a 4-bit run."""
+"""The commands on a model folder that holds 4-bit weights, and on a 4-bit run."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_merge_says_that_the_base_is_another_one(run_folder, model_folder, rankw
     assert "RW415" not in rankwise(*command, tmp_path / "b").stderr
 
 
-@pytest.mark.parametrize("verb", ["generate", "merge"])
-def test_the_recorded_commit_is_used(verb, run_folder, model_folder, rankwise, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["generate", "merge"])
+def test_the_recorded_commit_is_used(command, run_folder, model_folder, rankwise, tmp_path, monkeypatch):
     shutil.copytree(run_folder, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     record["base_model"] |= {"kind": "hub", "name": "org/base", "revision": "c0ffee"}
@@ -103,8 +103,8 @@ def test_the_recorded_commit_is_used(verb, run_folder, model_folder, rankwise, t
         return model_folder
 
     monkeypatch.setattr("rankwise.models.source.download", download)
-    rest = ("--prompt", "Hi") if verb == "generate" else ("--output", tmp_path / "merged")
-    assert rankwise(verb, "--adapter", tmp_path / "run", *rest).code == 0
+    rest = ("--prompt", "Hi") if command == "generate" else ("--output", tmp_path / "merged")
+    assert rankwise(command, "--adapter", tmp_path / "run", *rest).code == 0
     assert asked[0] == ("org/base", "c0ffee")
 
 

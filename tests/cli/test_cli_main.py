@@ -14,7 +14,7 @@ from typing import Annotated
 import pytest
 
 from rankwise.cli import main as cli
-from rankwise.cli.options import Verb, options_of
+from rankwise.cli.options import Command, options_of
 from rankwise.errors import DataError, Interrupted, warn
 from rankwise.options import Count, Names, Panel, Settings, option
 from rankwise.records import WAIT_POLICIES
@@ -29,8 +29,8 @@ class PlaySettings(Settings):
 
 
 def play(run):
-    """The command line with one verb of our own."""
-    return Verb("play", PlaySettings, run, "Play.", ("rankwise play",))
+    """The command line with one command of our own."""
+    return Command("play", PlaySettings, run, "Play.", ("rankwise play",))
 
 
 def raising(error: BaseException):
@@ -41,7 +41,7 @@ def raising(error: BaseException):
 
 
 @pytest.fixture
-def with_verb(monkeypatch, rankwise):
+def with_command(monkeypatch, rankwise):
     build_app = cli.build_app
 
     def call(run, *arguments):
@@ -75,8 +75,8 @@ def test_help_is_quick():
 
 HELP_OF_ALL = """
 import sys
-from rankwise.cli.main import VERBS, main
-for words in [[], *([verb.name] for verb in VERBS)]:
+from rankwise.cli.main import COMMANDS, main
+for words in [[], *([command.name] for command in COMMANDS)]:
     code = main([*words, "--help"])
     heavy = {"torch", "transformers", "datasets", "trl", "numpy", "matplotlib"} & set(sys.modules)
     if code or heavy:
@@ -85,32 +85,32 @@ for words in [[], *([verb.name] for verb in VERBS)]:
 
 
 def test_help_imports_no_heavy_library():
-    assert fresh_python("-c", HELP_OF_ALL).stdout.count("Usage: rankwise") == 1 + len(cli.VERBS)
+    assert fresh_python("-c", HELP_OF_ALL).stdout.count("Usage: rankwise") == 1 + len(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
-def test_help_of_a_verb_has_an_example_and_every_option(verb, rankwise):
-    done = rankwise(verb.name, "--help")
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
+def test_help_of_a_command_has_an_example_and_every_option(command, rankwise):
+    done = rankwise(command.name, "--help")
     assert done.code == 0
-    assert f"  {verb.examples[0]}" in done.stdout
-    for shown in options_of(verb):
+    assert f"  {command.examples[0]}" in done.stdout
+    for shown in options_of(command):
         assert (shown.metavar if shown.kind == "argument" else shown.flag) in done.stdout
     assert "--json" in done.stdout
     assert "--config FILE.yaml" in done.stdout
 
 
-@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
-def test_help_fits_80_columns(verb, rankwise, monkeypatch):
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
+def test_help_fits_80_columns(command, rankwise, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    text = rankwise(verb.name, "--help").stdout
+    text = rankwise(command.name, "--help").stdout
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
-def test_without_arguments_it_shows_the_verbs(rankwise):
+def test_without_arguments_it_shows_the_commands(rankwise):
     done = rankwise()
     assert done.code == 0
-    for verb in cli.VERBS:
-        assert f"  {verb.name} " in done.stdout
+    for command in cli.COMMANDS:
+        assert f"  {command.name} " in done.stdout
 
 
 def test_version_names_the_libraries(rankwise):
@@ -138,8 +138,8 @@ def test_version_names_the_libraries(rankwise):
         ),
     ],
 )
-def test_an_error_is_one_line_and_an_exit_code(error, code, start, with_verb):
-    done = with_verb(raising(error))
+def test_an_error_is_one_line_and_an_exit_code(error, code, start, with_command):
+    done = with_command(raising(error))
     assert done.code == code
     assert done.stdout == ""
     assert done.stderr.startswith(start)
@@ -147,36 +147,36 @@ def test_an_error_is_one_line_and_an_exit_code(error, code, start, with_verb):
 
 
 @pytest.mark.parametrize("kind", [Exception, type("PanicException", (BaseException,), {})])
-def test_a_tokenizer_s_plain_exception_or_panic_is_coded(kind, with_verb):
+def test_a_tokenizer_s_plain_exception_or_panic_is_coded(kind, with_command):
     fail = {}
     exec(compile("def fail(*_, **__): raise kind('Onig')", "/lib/tokenizers/encode.py", "exec"), {"kind": kind}, fail)
-    assert with_verb(fail["fail"]).stderr.startswith("error RW317: the tokenizer fails on a text: Onig; ")
+    assert with_command(fail["fail"]).stderr.startswith("error RW317: the tokenizer fails on a text: Onig; ")
 
 
-def test_an_error_of_several_lines_is_joined(with_verb):
-    assert with_verb(raising(DataError("RW203", "one;\n  two."))).stderr.startswith("error RW203: one; two.")
+def test_an_error_of_several_lines_is_joined(with_command):
+    assert with_command(raising(DataError("RW203", "one;\n  two."))).stderr.startswith("error RW203: one; two.")
 
 
-def test_markup_in_an_error_is_text(with_verb):
-    assert "[red]x[/red] [" in with_verb(raising(DataError("RW203", "[red]x[/red] ["))).stderr
+def test_markup_in_an_error_is_text(with_command):
+    assert "[red]x[/red] [" in with_command(raising(DataError("RW203", "[red]x[/red] ["))).stderr
 
 
-def test_the_traceback_is_shown_on_request_only(with_verb, monkeypatch):
-    assert "Traceback" not in with_verb(raising(RuntimeError("boom"))).stderr
+def test_the_traceback_is_shown_on_request_only(with_command, monkeypatch):
+    assert "Traceback" not in with_command(raising(RuntimeError("boom"))).stderr
     monkeypatch.setenv("RANKWISE_DEBUG", "1")
-    shown = with_verb(raising(RuntimeError("boom"))).stderr
+    shown = with_command(raising(RuntimeError("boom"))).stderr
     assert "Traceback" in shown
     assert "error RW900" in shown
 
 
-def test_with_json_stdout_is_one_document_whatever_is_printed(with_verb):
+def test_with_json_stdout_is_one_document_whatever_is_printed(with_command):
     def run(settings, output):
         print("a library talks")
         output.line("progress")
         warn("RW105", "careful.")
         return {"count": settings.count, "loss": float("nan")}
 
-    done = with_verb(run, "--json", "--count", 3)
+    done = with_command(run, "--json", "--count", 3)
     assert done.code == 0
     assert done.document == {"count": 3, "loss": None}
     assert "a library talks" in done.stderr
@@ -185,14 +185,14 @@ def test_with_json_stdout_is_one_document_whatever_is_printed(with_verb):
 
 
 @pytest.mark.parametrize("arguments", [(), ("--count", "many"), ("--bogus",)])
-def test_with_json_an_error_is_a_document_too(arguments, with_verb):
-    done = with_verb(raising(DataError("RW203", "line 3.")), "--json", *arguments)
+def test_with_json_an_error_is_a_document_too(arguments, with_command):
+    done = with_command(raising(DataError("RW203", "line 3.")), "--json", *arguments)
     assert done.code == 2
     assert set(done.document["error"]) == {"code", "kind", "message"}
     assert done.document["error"]["code"] in done.stderr
 
 
-def test_a_warning_is_shown_once_and_others_are_silent(with_verb):
+def test_a_warning_is_shown_once_and_others_are_silent(with_command):
     import logging
     import warnings
 
@@ -203,7 +203,7 @@ def test_a_warning_is_shown_once_and_others_are_silent(with_verb):
         logging.getLogger("transformers").warning("chatter")
         return {}
 
-    done = with_verb(run)
+    done = with_command(run)
     assert done.stderr.startswith("warning RW105: careful.")
     assert done.stderr.count("\n") == 1
 
@@ -218,50 +218,50 @@ def test_a_warning_is_shown_once_and_others_are_silent(with_verb):
         (("--count", "many"), "--count is 'many'"),
     ],
 )
-def test_a_mistake_in_the_options_exits_2_and_says_which(arguments, said, with_verb):
-    done = with_verb(raising(AssertionError("must not run")), *arguments)
+def test_a_mistake_in_the_options_exits_2_and_says_which(arguments, said, with_command):
+    done = with_command(raising(AssertionError("must not run")), *arguments)
     assert done.code == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_an_unknown_verb_names_the_close_one(rankwise):
+def test_an_unknown_command_names_the_close_one(rankwise):
     done = rankwise("trian")
     assert done.code == 2
     assert "train" in done.stderr
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(with_verb, tmp_path):
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(with_command, tmp_path):
     file = tmp_path / "play.yaml"
     file.write_text("count: 5\nnames: [a, b]\n", encoding="utf-8")
 
     def run(settings, output):
         return settings.model_dump()
 
-    assert with_verb(run, "--json").document == {"count": 1, "names": []}
-    assert with_verb(run, "--json", "--config", file).document == {"count": 5, "names": ["a", "b"]}
-    given = with_verb(run, "--json", "--config", file, "--count", 7, "--names", "c, d").document
+    assert with_command(run, "--json").document == {"count": 1, "names": []}
+    assert with_command(run, "--json", "--config", file).document == {"count": 5, "names": ["a", "b"]}
+    given = with_command(run, "--json", "--config", file, "--count", 7, "--names", "c, d").document
     assert given == {"count": 7, "names": ["c", "d"]}
 
 
-def test_sigterm_ends_a_verb_as_ctrl_c_does(with_verb):
+def test_sigterm_ends_a_command_as_ctrl_c_does(with_command):
     def run(settings, output):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("must not go on")
 
     before = signal.getsignal(signal.SIGTERM)
-    done = with_verb(run)
+    done = with_command(run)
     assert done.code == 130
     assert done.stderr.startswith("interrupted RW543: play was stopped by Ctrl-C or SIGTERM.")
     assert done.stderr.count("\n") == 1
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-WRITING_VERBS = [verb.name for verb in cli.VERBS if "output" in verb.settings.model_fields]
+WRITING_COMMANDS = [command.name for command in cli.COMMANDS if "output" in command.settings.model_fields]
 
 
-def test_every_verb_that_writes_a_folder_has_the_option_output():
-    assert set(WRITING_VERBS) >= {"train", "compare", "evaluate", "merge", "report"}
+def test_every_command_that_writes_a_folder_has_the_option_output():
+    assert set(WRITING_COMMANDS) >= {"train", "compare", "evaluate", "merge", "report"}
 
 
 @pytest.mark.parametrize(
@@ -273,17 +273,17 @@ def test_every_verb_that_writes_a_folder_has_the_option_output():
         {"SLURM_NTASKS": "3", "LOCAL_RANK": "0"},
     ],
 )
-@pytest.mark.parametrize("verb", ["train", "merge"])
-def test_several_processes_are_refused_before_anything_is_written(verb, environment, rankwise, monkeypatch, tmp_path):
+@pytest.mark.parametrize("command", ["train", "merge"])
+def test_several_processes_are_refused_before_writing(command, environment, rankwise, monkeypatch, tmp_path):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     inputs = {"train": ("--model", "demo", "--data", "stdlib"), "merge": ("--adapter", tmp_path)}
-    done = rankwise(verb, *inputs[verb], "--output", tmp_path / "out", "--json")
+    done = rankwise(command, *inputs[command], "--output", tmp_path / "out", "--json")
     assert done.code == 2
     # torchrun's processes may train, and these variables are a part of what it writes.
-    incomplete = verb == "train" and "WORLD_SIZE" in environment
+    incomplete = command == "train" and "WORLD_SIZE" in environment
     code, words = (
-        ("RW136", "the environment") if incomplete else ("RW117", f"{verb} was started in several processes (")
+        ("RW136", "the environment") if incomplete else ("RW117", f"{command} was started in several processes (")
     )
     assert done.stderr.startswith(f"error {code}: {words}")
     assert done.document["error"]["code"] == code
@@ -325,16 +325,16 @@ def test_the_program_lets_waiting_threads_sleep_unless_the_user_says_how_they_wa
 @pytest.mark.parametrize(
     ("text", "said"), [("conut: 2", "--conut is not an option"), ("- 1", "list"), ("a: [", "is not YAML")]
 )
-def test_a_mistake_in_the_file_exits_2(text, said, with_verb, tmp_path):
+def test_a_mistake_in_the_file_exits_2(text, said, with_command, tmp_path):
     file = tmp_path / "play.yaml"
     file.write_text(text, encoding="utf-8")
-    done = with_verb(raising(AssertionError("must not run")), "--config", file)
+    done = with_command(raising(AssertionError("must not run")), "--config", file)
     assert done.code == 2
     assert said in done.stderr
 
 
-def test_a_missing_config_file_exits_2(with_verb, tmp_path):
-    done = with_verb(raising(AssertionError("must not run")), "--config", tmp_path / "none.yaml")
+def test_a_missing_config_file_exits_2(with_command, tmp_path):
+    done = with_command(raising(AssertionError("must not run")), "--config", tmp_path / "none.yaml")
     assert done.code == 2
     assert "RW102" in done.stderr
 
@@ -369,13 +369,13 @@ def test_a_full_stderr_keeps_the_exit_code():
         assert subprocess.run(command, stderr=full, env=environment, check=False).returncode == 2
 
 
-def test_ctrl_c_before_a_verb_begins_is_no_traceback(rankwise, monkeypatch):
+def test_ctrl_c_before_a_command_begins_is_no_traceback(rankwise, monkeypatch):
     monkeypatch.setattr(cli, "build_app", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     done = rankwise("doctor")
     assert done.code == 130
     assert done.stderr.startswith("interrupted RW543: ")
 
 
-def test_document_is_json(with_verb):
-    done = with_verb(lambda settings, output: {"path": Path("x"), "pair": (1, 2)}, "--json")
+def test_document_is_json(with_command):
+    done = with_command(lambda settings, output: {"path": Path("x"), "pair": (1, 2)}, "--json")
     assert json.loads(done.stdout) == {"path": "x", "pair": [1, 2]}

@@ -1,4 +1,4 @@
-"""Completion in the shell, by typer: verbs, options and choices, without a heavy library."""
+"""Completion in the shell, by typer: commands, options and choices, without a heavy library."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Fixture, file in it, and the verb that reads it.
+# Fixture, file in it, and the command that reads it.
 GENERATE = ("generate", "--prompt", "Hi", "--max-new-tokens", 2)
 CASES = (
     ("run_folder", "run.json", (*GENERATE, "--adapter")),
@@ -54,13 +54,13 @@ CASES = (
 
 
 @pytest.mark.parametrize("damage", ["cut", "page"])
-@pytest.mark.parametrize(("source", "name", "verb"), CASES, ids=[name for _, name, _ in CASES])
-def test_a_damaged_file_is_refused_by_code(source, name, verb, damage, request, rankwise, tmp_path):
+@pytest.mark.parametrize(("source", "name", "command"), CASES, ids=[name for _, name, _ in CASES])
+def test_a_damaged_file_is_refused_by_code(source, name, command, damage, request, rankwise, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(request.getfixturevalue(source), folder)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(PAGE if damage == "page" else content[: len(content) // 2])
-    done = rankwise(*verb, folder)
+    done = rankwise(*command, folder)
     assert done.code == 2, done.stderr
     assert "error RW" in done.stderr
     assert "RW550" not in done.stderr
@@ -84,8 +84,8 @@ def test_a_damaged_checkpoint_is_refused_by_code(name, rankwise, model_folder, r
     assert "error RW" in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["generate", "merge", "evaluate"])
-def test_a_missing_shard(verb, rankwise, sharded, run_folder, rows_file, tmp_path):
+@pytest.mark.parametrize("command", ["generate", "merge", "evaluate"])
+def test_a_missing_shard(command, rankwise, sharded, run_folder, rows_file, tmp_path):
     shutil.copytree(sharded, tmp_path / "model")
     sorted((tmp_path / "model").glob("*.safetensors"))[1].unlink()
     given = {
@@ -93,7 +93,7 @@ def test_a_missing_shard(verb, rankwise, sharded, run_folder, rows_file, tmp_pat
         "merge": ("--adapter", run_folder, "--output", tmp_path / "out"),
         "evaluate": ("--task", "perplexity", "--data", rows_file, "--output", tmp_path / "out"),
     }
-    done = rankwise(verb, "--model", tmp_path / "model", *given[verb])
+    done = rankwise(command, "--model", tmp_path / "model", *given[command])
     assert done.code == 2
     assert "error RW305: " in done.stderr or "error RW306: " in done.stderr
     assert "-of-0" in done.stderr
@@ -160,8 +160,8 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path):
         list(read_metrics(tmp_path))
 
 
-@pytest.mark.parametrize("verb", ["generate", "evaluate"])
-def test_a_model_that_computes_nan_says_so(verb, rankwise, model_folder, rows_file, tmp_path):
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_a_model_that_computes_nan_says_so(command, rankwise, model_folder, rows_file, tmp_path):
     """Its weights are sound: a number in the configuration is not."""
     shutil.copytree(model_folder, tmp_path / "model")
     config = json.loads((model_folder / "config.json").read_text())
@@ -171,6 +171,6 @@ def test_a_model_that_computes_nan_says_so(verb, rankwise, model_folder, rows_fi
         "generate": ("--prompt", "Hi"),
         "evaluate": ("--task", "perplexity", "--data", rows_file, "--output", tmp_path / "out"),
     }
-    done = rankwise(verb, "--model", tmp_path / "model", *given[verb])
+    done = rankwise(command, "--model", tmp_path / "model", *given[command])
     assert done.code == 2
     assert "error RW323: " in done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rankwise.cli.main import VERBS
+from rankwise.cli.main import COMMANDS
 from rankwise.cli.options import options_of
 from rankwise.settings_file import read_settings
 
@@ -67,14 +67,14 @@ def test_the_commands_of_the_notebook_have_options_that_exist():
     [file] = [text.partition("\n")[2] for text in cells if text.startswith("%%writefile run.yaml\n")]
     lines = [line for text in cells for line in text.split("\n") if line.startswith("!rankwise ")]
     commands = [shlex.split(line)[1:] for line in lines]
-    verbs = {verb.name: verb for verb in VERBS}
+    known = {command.name: command for command in COMMANDS}
     assert {words[0] for words in commands} == {"doctor", "plan", "preview", "train", "generate", "merge", "export"}
     for name, *words in commands:
-        kinds = {option.flag: option.kind for option in options_of(verbs[name])} | {"config": "value"}
+        kinds = {option.flag: option.kind for option in options_of(known[name])} | {"config": "value"}
         given = {}
         while words:
             flag = words.pop(0).removeprefix("--")
             given[flag.replace("-", "_")] = True if kinds[flag] == "switch" else words.pop(0)
         if given.pop("config", None) == "run.yaml":
             given |= {key.replace("-", "_"): value for key, value in yaml.safe_load(file).items()}
-        assert read_settings(verbs[name].settings, None, given)
+        assert read_settings(known[name].settings, None, given)

@@ -20,7 +20,7 @@ from several import LAUNCHERS
 
 
 @pytest.mark.parametrize(
-    ("verb", "changes", "words"),
+    ("command", "changes", "words"),
     [
         ("train", {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
         ("evaluate", {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
@@ -28,12 +28,12 @@ from several import LAUNCHERS
     ],
 )
 def test_a_broken_environment_is_one_clear_error(
-    verb: str, changes: dict[str, str], words: str, rankwise: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, changes: dict[str, str], words: str, rankwise: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in zip(LAUNCHERS, ("1", "2", "1", "2", "localhost", "29500")):
         monkeypatch.setenv(name, changes.get(name, value))
     given = ("--model", "demo", "--data", "stdlib", "--output", tmp_path / "run")
-    done = rankwise(verb, *given, *(("--task", "perplexity") if verb == "evaluate" else ()))
+    done = rankwise(command, *given, *(("--task", "perplexity") if command == "evaluate" else ()))
     assert done.code == 2
     assert "RW136" in done.stderr
     assert words in done.stderr

@@ -44,8 +44,8 @@ def test_train_leaves_out_as_many_as_it_was_told_to(model_folder, bad_rows, rank
     command = ["train", "--model", model_folder, "--data", bad_rows, "--eval-data", bad_rows, "--output", output]
     command += ["--max-steps", 1, "--r", 2, "--batch-size", 2]
     for count, code in ((0, "RW203"), (1, "RW222")):
-        for verb in (command, ["preview", "--model", model_folder, "--data", bad_rows]):
-            done = rankwise(*verb, "--skip-bad-rows", count)
+        for words in (command, ["preview", "--model", model_folder, "--data", bad_rows]):
+            done = rankwise(*words, "--skip-bad-rows", count)
             assert done.code == 2
             assert f"error {code}: bad.jsonl, line " in done.stderr
             assert f"--skip-bad-rows {count + 1}" in done.stderr

@@ -1,4 +1,4 @@
-"""Tables of all verbs look alike."""
+"""Tables of all commands look alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODULES = [path for path in sorted(Path(cli.__file__).parent.glob("*.py")) if pa
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_every_verb_takes_the_one_table(path: Path):
+def test_every_command_takes_the_one_table(path: Path):
     """``Table.grid``, which has neither head nor lines, only lays things out."""
     assert " Table(" not in path.read_text(encoding="utf-8")
 

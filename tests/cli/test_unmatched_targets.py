@@ -11,17 +11,17 @@ IN_VAIN = ("--target-modules", "q_proj,nope", "--modules-to-save", "lm_haed")
 
 @pytest.fixture
 def call(rankwise, model_folder, rows_file, tmp_path):
-    def verb(name, *options):
+    def command(name, *options):
         given = ["--model", model_folder]
         if name != "plan":
             given += ["--data", rows_file, "--output", tmp_path / "out", "--max-steps", 1, "--device", "cpu"]
         return rankwise(name, *given, *(["--methods", "lora,full"] if name == "compare" else []), *options)
 
-    return verb
+    return command
 
 
 @pytest.mark.parametrize("name", ["train", "plan", "compare"])
-def test_targets_in_vain_end_every_verb(call, tmp_path, name):
+def test_targets_in_vain_end_every_command(call, tmp_path, name):
     done = call(name, *IN_VAIN)
     assert done.code == 2
     assert "RW401" in done.stderr

@@ -14,7 +14,7 @@ from rankwise.errors import RunError
 
 @pytest.mark.parametrize("code", [-signal.SIGINT, -signal.SIGTERM, 130])
 def test_a_signal_from_outside_interrupts_a_step_and_does_not_fail_it(code: int, tmp_path: Path):
-    """130 without a document: a verb that was stopped while it read its options."""
+    """130 without a document: a command that was stopped while it read its options."""
     outcome = stages.outcome_from(stages.Job("measure", None), tmp_path, code, {}, 1.0)
     assert outcome.is_interrupted
     assert outcome.again

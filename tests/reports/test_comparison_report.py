@@ -345,7 +345,7 @@ WITHOUT_TORCH = textwrap.dedent("""
 """)
 
 
-def test_the_verb_joins_folders_and_needs_no_torch(tmp_path):
+def test_the_command_joins_folders_and_needs_no_torch(tmp_path):
     for name, seeds in (("a", (0, 1, 2)), ("b", (3, 4))):
         (tmp_path / name).mkdir()
         write_comparison(tmp_path / name, seeds=seeds, extras=False)

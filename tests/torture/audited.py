@@ -1,9 +1,9 @@
-"""Every verb under an audit hook: no pickle, no socket, no process, no writing but to its output; no secret kept.
+"""Every command under an audit hook: no pickle, no socket, no process, no writing but to its output; no secret kept.
 
     python tests/torture/audited.py FOLDER
 
-Prints a JSON line for each verb: what was opened to write, and what must not have happened. `test_security.py` runs it
-in a process, since hooks stay for its life, with secrets in the environment and empty folders as HOME and for caches.
+Prints a JSON line for each command: what was opened to write, and what must not have happened. `test_security.py` runs
+it in a process, since hooks stay for its life, with secrets in the environment and empty HOME and cache folders.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 class Audited(Cases):
-    """Verbs that note what they do; ``output`` is the one place where each may write."""
+    """Commands that note what they do; ``output`` is the one place where each may write."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -120,7 +120,7 @@ class Audited(Cases):
             path for path in (*changed, *gone) if self.allowed is None or not self.is_of(Path(path), self.allowed)
         ]
         faults = [*dict.fromkeys(self.faults), *(f"changed {path}" for path in outside)]
-        print(json.dumps({"verb": texts[0], "code": code, "events": self.events, "faults": faults}), flush=True)
+        print(json.dumps({"command": texts[0], "code": code, "events": self.events, "faults": faults}), flush=True)
         return code, said
 
     def everything(self) -> dict[str, tuple[int, int]]:

@@ -1,11 +1,11 @@
-"""Verbs on a disk that fails. `test_disk_faults` runs this file under a preloaded `failing_disk.c`.
+"""Commands on a disk that fails. `test_disk_faults` runs this file under a preloaded `failing_disk.c`.
 
-    LD_PRELOAD=failing_disk.so python disk_cases.py FOLDER VERB:ERROR:STRIDE...
+    LD_PRELOAD=failing_disk.so python disk_cases.py FOLDER COMMAND:ERROR:STRIDE...
 
 ERROR is a name of errno, `short` for half of a write, or SIGKILL.
 
-Each verb is called with its first failing call at 1, 1 + STRIDE, ... while it has so many, or from another call on with
-VERB:ERROR:STRIDE:FIRST. Prints what went wrong.
+Each command is called with its first failing call at 1, 1 + STRIDE, ... while it has so many, or from a later call on
+with COMMAND:ERROR:STRIDE:FIRST. Prints what went wrong.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Cases:
         self.library = ctypes.CDLL(None)
         self.error = "ENOSPC"
         self.problems: list[str] = []
-        # The record of the run that was there before the verb was called.
+        # The record of the run that was there before the command was called.
         self.old_record = b""
 
     def call(self, words: Sequence[object], fail_at: int = 0) -> tuple[int, str]:
@@ -99,7 +99,7 @@ class Cases:
         (self.folder / "reward.py").write_text(REWARD)
 
     def prepare(self) -> None:
-        """Besides, a run that was stopped at half its steps, a finished one, and what the verbs make of that."""
+        """Besides, a run that was stopped at half its steps, a finished one, and what the commands make of that."""
         self.prepare_base()
         self.must(self.train("finished"))
         shutil.copytree(self.folder / "finished", self.folder / "stopped")
@@ -168,9 +168,9 @@ class Cases:
     def report(self, output: str) -> list[object]:
         return ["report", self.folder / "compared", "--output", self.folder / output]
 
-    def sweep(self, verb: str, stride: int, first: int = 1) -> int:
+    def sweep(self, command: str, stride: int, first: int = 1) -> int:
         """The number of the call at which it succeeded."""
-        before, words, again, same = VERBS[verb](self)
+        before, words, again, same = COMMANDS[command](self)
         for fail_at in range(first, 5000, stride):
             shutil.rmtree(self.output.parent, ignore_errors=True)
             self.output.parent.mkdir()
@@ -180,7 +180,7 @@ class Cases:
             code, said = self.call(words, fail_at)
             if self.seen < fail_at:
                 return self.seen
-            where = f"{verb}, {self.error} at call {fail_at}"
+            where = f"{command}, {self.error} at call {fail_at}"
             if code == 0 and "trained, but: " not in said:
                 # A library or Python tried another way, or again.
                 self.check_result(where, same)
@@ -273,7 +273,7 @@ def values(run: dict[str, Any]) -> tuple[object, ...]:
 
 
 ADAPTER = "finished/adapter_model.safetensors"
-VERBS = {
+COMMANDS = {
     "train": lambda case: (None, case.train("made/out"), case.command_after, ADAPTER),
     "resume": lambda case: ("stopped", case.train("made/out", "--resume"), case.command_after, ADAPTER),
     "overwrite": lambda case: (
@@ -330,8 +330,8 @@ def main_of(folder: Path, specs: Sequence[str]) -> int:
     # What is imported by now stays; each run collects garbage, which would take half of its time.
     gc.freeze()
     for spec in specs:
-        verb, cases.error, *numbers = spec.split(":")
-        print(f"{spec}: {cases.sweep(verb, *map(int, numbers))} calls", flush=True)
+        command, cases.error, *numbers = spec.split(":")
+        print(f"{spec}: {cases.sweep(command, *map(int, numbers))} calls", flush=True)
         for line in cases.problems:
             print(line, flush=True)
         failed += len(cases.problems)

@@ -1,12 +1,12 @@
-"""Verbs killed with SIGKILL again and again: a run continues to the same bits, other outputs are whole or not there.
+"""Commands killed with SIGKILL again and again: a run continues to the same bits, other outputs are whole or not there.
 
     python tests/torture/kills.py FOLDER --seed 1 --train 1000 --saves 100 --loading 50 --ranks 50 \\
         --merge 100 --export 100 --compare 100 --dpo 20 --kto 20 --grpo 20 --auto 20
 
-Every process is forked from this one, which has called each verb once and has its libraries. Moments are drawn evenly
-over the processor time that the verb took undisturbed, so that they fall alike on a busy machine; those of ``--saves``
-are calls that change a file, which `failing_disk.c` counts. Prints one JSON line for each kind: how many were killed,
-where they fell, and what went wrong.
+Every process is forked from this one, which has called each command once and has its libraries. Moments are drawn
+evenly over the processor time that the command took undisturbed, so that they fall alike on a busy machine; those of
+``--saves`` are calls that change a file, which `failing_disk.c` counts. Prints one JSON line for each kind: how many
+were killed, where they fell, and what went wrong.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Killer:
         self.cases, self.seed = Cases(folder), seed
         self.folder, self.output = folder, self.cases.output
         self.log = folder / "said.txt"
-        # What the verbs import is there in every fork from then on.
+        # What the commands import is there in every fork from then on.
         self.is_warm = not (folder / "compared").exists()
         if self.is_warm:
             self.cases.prepare()

@@ -1,4 +1,4 @@
-"""Every verb on a full, broken or read-only disk: a code, the file, what to do; and what is there is whole."""
+"""Every command on a full, broken or read-only disk: a code, the file, what to do; and what is there is whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shim import run
 
 pytestmark = pytest.mark.slow
 
-# VERB:ERROR:STRIDE:FIRST. `make torture` fails every call of every verb in turn.
+# COMMAND:ERROR:STRIDE:FIRST. `make torture` fails every call of every command in turn.
 CASES = (
     "train:ENOSPC:41",
     "train:SIGKILL:67",
@@ -29,7 +29,7 @@ CASES = (
 )
 
 
-def test_a_failing_disk_stops_every_verb_by_code(library: Path, tmp_path: Path) -> None:
+def test_a_failing_disk_stops_every_command_by_code(library: Path, tmp_path: Path) -> None:
     """In one process, since importing torch takes as long as all the calls."""
     done = run(library, "disk_cases.py", [tmp_path, *CASES])
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

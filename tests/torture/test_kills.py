@@ -1,4 +1,4 @@
-"""The short form of `kills.py`: each verb is killed some times, and goes on as if nothing had happened."""
+"""The short form of `kills.py`: each command is killed some times, and goes on as if nothing had happened."""
 
 from __future__ import annotations
 

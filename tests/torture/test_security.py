@@ -1,4 +1,4 @@
-"""No verb opens a pickle, a socket or a file that is not its own; no record, log, card or page holds a secret."""
+"""No command opens a pickle, a socket or a file that is not its own; no record, log, card or page holds a secret."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.cli.main import VERBS
+from rankwise.cli.main import COMMANDS
 
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 SECRET = "hf_SecretOfTheEnvironment0123456789"
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "GH_TOKEN")
-# Verbs and how often `audited.py` calls them.
+# Commands and how often `audited.py` calls them.
 AUDITED = {"train": 6, "merge": 3, "evaluate": 1, "export": 4, "compare": 2, "preview": 1, "plan": 2, "generate": 2}
 AUDITED |= {"inspect": 1, "report": 2, "doctor": 1, "predict": 1}
 
@@ -48,13 +48,13 @@ def lines(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_no_verb_does_what_it_must_not(lines: list[dict[str, object]]) -> None:
-    names = [line["verb"] for line in lines]
+def test_no_command_does_what_it_must_not(lines: list[dict[str, object]]) -> None:
+    names = [line["command"] for line in lines]
     assert {name: names.count(name) for name in names} == AUDITED
-    assert {verb.name for verb in VERBS} == set(AUDITED)
+    assert {command.name for command in COMMANDS} == set(AUDITED)
     assert [line for line in lines if line["faults"]] == []
     # The hook sees what they do.
-    writers = [line for line in lines if line["verb"] in ("train", "merge", "evaluate", "export", "compare")]
+    writers = [line for line in lines if line["command"] in ("train", "merge", "evaluate", "export", "compare")]
     assert all(isinstance(line["events"], int) and line["events"] > 2 for line in writers)
 
 

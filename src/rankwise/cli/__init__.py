@@ -1,1 +1,1 @@
-"""The command line: one short file per verb. It may import every package; no package imports it."""
+"""The command line: one short file per command. It may import every package; no package imports it."""

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.cli.glance import check_paths
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, duration, light_table, titled
 from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.reports import summary
@@ -170,7 +170,7 @@ def _progress(picture: Picture) -> str:
     return f"{plural(picture.done, 'step')} done{others}, {picture.left} to come{left}"
 
 
-VERB = Verb(
+COMMAND = Command(
     name="compare",
     settings=CompareSettings,
     run=run,

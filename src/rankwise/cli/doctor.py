@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from importlib import metadata
 
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output
 from rankwise.options import Settings
 from rankwise.reports.numbers import byte_size, plural
@@ -20,7 +20,7 @@ OURS = ("bench", "browser", "dev", "docs")
 
 
 class DoctorSettings(Settings):
-    """The options of ``rankwise doctor``: those common to all verbs."""
+    """The options of ``rankwise doctor``: those common to all commands."""
 
 
 def run(settings: DoctorSettings, output: Output) -> Document:
@@ -119,7 +119,7 @@ def _findings() -> Iterator[tuple[str, str]]:
         yield "RW791", f"{text}: https://pytorch.org/get-started/locally."
 
 
-VERB = Verb(
+COMMAND = Command(
     name="doctor",
     settings=DoctorSettings,
     run=run,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rankwise.cli.glance import check_paths, refuse_comparisons
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.reports.numbers import plural
@@ -141,7 +141,7 @@ def _print_differences(output: Output, differences: Sequence[Difference]) -> Non
         output.line(f"  {item.a} - {item.b}: {item.metric} {item.difference:+.4f}  {interval}")
 
 
-VERB = Verb(
+COMMAND = Command(
     name="evaluate",
     settings=EvaluateSettings,
     run=run,

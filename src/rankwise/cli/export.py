@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from rankwise.cli.glance import check_paths, refuse_comparisons
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.cli.settings import ExportSettings
 from rankwise.constants import TEMPLATE_FILE
@@ -232,7 +232,7 @@ def _print_conversion(output: Output, report: ExportReport) -> None:
     )
 
 
-VERB = Verb(
+COMMAND = Command(
     name="export",
     settings=ExportSettings,
     run=run,

@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.text import Text
 
 from rankwise.cli.glance import check_paths, refuse_comparisons
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, printable, titled
 from rankwise.cli.settings import GenerateSettings
 from rankwise.data.files import kind_of
@@ -327,7 +327,7 @@ def side_by_side(answer: Answer) -> Group:
     return titled(printable(answer.prompt), table)
 
 
-VERB = Verb(
+COMMAND = Command(
     name="generate",
     settings=GenerateSettings,
     run=run,

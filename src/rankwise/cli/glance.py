@@ -1,4 +1,4 @@
-"""Refuse wrong paths before a verb loads torch and transformers, which takes seconds.
+"""Refuse wrong paths before a command loads torch and transformers, which takes seconds.
 
 rankwise's own folders are recognised where a user gives the wrong kind.
 """

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rankwise.cli.glance import refuse_comparisons
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, shortened
 from rankwise.cli.settings import InspectSettings
 from rankwise.errors import AdapterError, ModelError, RankwiseError, RunError
@@ -129,7 +129,7 @@ def _lines(found: Document, start: str = "") -> Iterator[tuple[str, str]]:
             yield start + name, f"{value:.4g}" if isinstance(value, float) else text
 
 
-VERB = Verb(
+COMMAND = Command(
     name="inspect",
     settings=InspectSettings,
     run=run,

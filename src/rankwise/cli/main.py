@@ -1,6 +1,6 @@
-"""``rankwise``: the verbs, and the one place where every error becomes one line and an exit code.
+"""``rankwise``: the commands, and the one place where every error becomes one line and an exit code.
 
-0 done, 2 a mistake in the input, 1 a bug of rankwise, 130 interrupted. Nothing imports torch before a verb runs.
+0 done, 2 a mistake in the input, 1 a bug of rankwise, 130 interrupted. Nothing imports torch before a command runs.
 
 ``--help`` is narrow enough for 80 columns, examples with their line breaks kept.
 """
@@ -38,7 +38,7 @@ from rankwise.cli import (
     report,
     train,
 )
-from rankwise.cli.options import Verb, command_of, panels_of
+from rankwise.cli.options import Command, function_of, panels_of
 from rankwise.cli.output import (
     DEBUG_VARIABLE,
     Output,
@@ -64,19 +64,19 @@ from rankwise.records import WAIT_POLICIES
 from rankwise.training import ranks
 from rankwise.training.interrupt import terminable
 
-VERBS: tuple[Verb, ...] = (
-    preview.VERB,
-    plan.VERB,
-    train.VERB,
-    compare.VERB,
-    report.VERB,
-    evaluate.VERB,
-    generate.VERB,
-    predict.VERB,
-    merge.VERB,
-    export.VERB,
-    inspect.VERB,
-    doctor.VERB,
+COMMANDS: tuple[Command, ...] = (
+    preview.COMMAND,
+    plan.COMMAND,
+    train.COMMAND,
+    compare.COMMAND,
+    report.COMMAND,
+    evaluate.COMMAND,
+    generate.COMMAND,
+    predict.COMMAND,
+    merge.COMMAND,
+    export.COMMAND,
+    inspect.COMMAND,
+    doctor.COMMAND,
 )
 SUMMARY = "Fine-tune a language model with low-rank adapters, wisely: LoRA, QLoRA, DoRA and QDoRA."
 EXAMPLES = (
@@ -91,7 +91,7 @@ LIBRARIES = ("rankwise", "torch", "transformers", "datasets", "safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code. Every error is reported before the return."""
+    """Run one command and return the exit code. Every error is reported before the return."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     as_json = "--json" in arguments
     for stream in (sys.stdout, sys.stderr):
@@ -128,16 +128,16 @@ def _share_the_cores() -> None:
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
-def build_app(verbs: Sequence[Verb] = VERBS) -> typer.Typer:
+def build_app(commands: Sequence[Command] = COMMANDS) -> typer.Typer:
     app = typer.Typer(
-        cls=verb_group(tuple(verbs), SUMMARY, EXAMPLES),
+        cls=typer_group(tuple(commands), SUMMARY, EXAMPLES),
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for verb in verbs:
-        command = command_of(verb, functools.partial(_invoke, verb))
-        app.command(verb.name, cls=verb_command(verb), help=verb.summary)(command)
+    for command in commands:
+        function = function_of(command, functools.partial(_invoke, command))
+        app.command(command.name, cls=typer_command(command), help=command.summary)(function)
     return app
 
 
@@ -150,7 +150,7 @@ def _show_version(wanted: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version)] = False,
 ) -> None:
-    """Options before the verb."""
+    """Options before the command."""
 
 
 def _version(name: str) -> str:
@@ -162,22 +162,22 @@ def _version(name: str) -> str:
         return "(not installed)"
 
 
-def _invoke(verb: Verb, settings: Settings, as_json: bool) -> None:
-    _refuse_several_processes(verb)
+def _invoke(command: Command, settings: Settings, as_json: bool) -> None:
+    _refuse_several_processes(command)
     try:
         with terminable(), stdout_for_the_document(as_json=as_json):
-            document = verb.run(settings, Output(as_json=as_json))
+            document = command.run(settings, Output(as_json=as_json))
     except KeyboardInterrupt:
-        raise Interrupted("RW543", f"{verb.name} was stopped by Ctrl-C or SIGTERM.") from None
+        raise Interrupted("RW543", f"{command.name} was stopped by Ctrl-C or SIGTERM.") from None
     if as_json and document is not None:
         print_document(document)
-    if document is not None and (code := verb.exit_code(document)):
+    if document is not None and (code := command.exit_code(document)):
         raise typer.Exit(code)
 
 
-def _refuse_several_processes(verb: Verb) -> None:
+def _refuse_several_processes(command: Command) -> None:
     """Raise ConfigError (RW117) in each process of a launcher that started several: they would all write the same."""
-    if verb is train.VERB and ranks.place() is not None:
+    if command is train.COMMAND and ranks.place() is not None:
         return
     # The variables that accelerate reads, and SLURM's where its tasks are ranks.
     names = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
@@ -185,11 +185,11 @@ def _refuse_several_processes(verb: Verb) -> None:
         names.append("SLURM_NTASKS")
     found = {name: os.environ[name] for name in names if os.environ.get(name, "").strip().isdecimal()}
     several = [f"{name}={value}" for name, value in found.items() if int(value) > 1]
-    if several and "output" in verb.settings.model_fields:
-        how = "start it with torchrun or --devices N" if verb is train.VERB else "start it once, without a launcher"
+    if several and "output" in command.settings.model_fields:
+        how = "use torchrun or --devices N" if command is train.COMMAND else "start it once, without a launcher"
         raise ConfigError(
             "RW117",
-            f"{verb.name} was started in several processes ({', '.join(several)}), and each would do the whole work "
+            f"{command.name} was started in several processes ({', '.join(several)}), and each would do all the work "
             f"and write the same files; {how}, or unset these variables if there is one process.",
         )
     # Raises here for a variable of torchrun that holds no number, before a library does.
@@ -231,7 +231,7 @@ def _as_ours(error: BaseException) -> RankwiseError:
     if isinstance(error, RankwiseError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        # Outside of a verb and of the parser, which gives the exit code alone.
+        # Outside of a command and of the parser, which gives the exit code alone.
         return Interrupted("RW543", "the command was stopped by Ctrl-C or SIGTERM.")
     if hasattr(error, "format_message"):
         return ConfigError("RW120", _usage_sentence(error))
@@ -279,40 +279,40 @@ COMMON_OPTIONS = (
 WIDEST_LABEL = 29
 
 
-def verb_command(verb: Verb) -> type[TyperCommand]:
+def typer_command(command: Command) -> type[TyperCommand]:
     """A typer command class with this module's help."""
 
-    class VerbCommand(TyperCommand):
+    class Helped(TyperCommand):
         def format_help(self, ctx: Any, formatter: object) -> None:
-            print_verb_help(verb, ctx.command_path)
+            print_command_help(command, ctx.command_path)
 
-    return VerbCommand
+    return Helped
 
 
-def verb_group(verbs: tuple[Verb, ...], summary: str, examples: tuple[str, ...]) -> type[TyperGroup]:
+def typer_group(commands: tuple[Command, ...], summary: str, examples: tuple[str, ...]) -> type[TyperGroup]:
     """The class of ``rankwise`` itself."""
 
-    class VerbGroup(TyperGroup):
+    class Helped(TyperGroup):
         def format_help(self, ctx: object, formatter: object) -> None:
             console = _console()
-            _print_head(console, "rankwise VERB [options]", summary, examples)
-            _print_rows(console, "Verbs", [(verb.name, verb.summary) for verb in verbs], 11)
-            rows = [("VERB --help", "The options of a verb."), ("--version", "Versions of rankwise and what it uses.")]
+            _print_head(console, "rankwise COMMAND [options]", summary, examples)
+            _print_rows(console, "Commands", [(command.name, command.summary) for command in commands], 11)
+            rows = [("COMMAND --help", "Its options."), ("--version", "Versions of rankwise and what it uses.")]
             # typer's own; --show-completion prints the script instead.
-            rows.append(("--install-completion", "Complete verbs and options with Tab in this shell from now on."))
+            rows.append(("--install-completion", "Complete commands and options with Tab in this shell from now on."))
             _print_rows(console, "More", rows, 20)
 
-    return VerbGroup
+    return Helped
 
 
-def print_verb_help(verb: Verb, command_path: str) -> None:
+def print_command_help(command: Command, command_path: str) -> None:
     console = _console()
-    panels = panels_of(verb)
+    panels = panels_of(command)
     required = [option.label for options in panels.values() for option in options if "(required)" in option.help]
     usage = " ".join([command_path, *required, "[options]"])
-    _print_head(console, usage, verb.summary, verb.examples)
+    _print_head(console, usage, command.summary, command.examples)
     rows = {str(title): [(option.label, option.help) for option in options] for title, options in panels.items()}
-    rows["Every verb"] = list(COMMON_OPTIONS)
+    rows["Every command"] = list(COMMON_OPTIONS)
     labels = (label for group in rows.values() for label, _ in group)
     width = max(len(label) for label in labels if len(label) <= WIDEST_LABEL)
     for title, group in rows.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rankwise.cli.glance import check_paths, refuse_comparisons
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.cli.settings import MergeSettings
 from rankwise.constants import TEMPLATE_FILE
@@ -59,10 +59,10 @@ def run(settings: MergeSettings, output: Output) -> Document:
     modules = plural(report.merged_modules, "module")
     output.line(f"{'merged':<12}{adapter} into {report.base_model}, {report.onto} weights: {modules}")
     output.line(f"{'written':<12}{settings.output}  ({byte_size(size)}, an ordinary transformers model)")
-    verb = f'generate --model {settings.output} --prompt "..."'
+    command = f'generate --model {settings.output} --prompt "..."'
     if labels_of(adapter) is not None:
-        verb = f"predict --model {settings.output} --data D"
-    output.line(f"{'try':<12}rankwise {verb}")
+        command = f"predict --model {settings.output} --data D"
+    output.line(f"{'try':<12}rankwise {command}")
     return {**dataclasses.asdict(report), "output": str(settings.output), "size_bytes": size}
 
 
@@ -190,7 +190,7 @@ def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: O
     return verification
 
 
-VERB = Verb(
+COMMAND = Command(
     name="merge",
     settings=MergeSettings,
     run=run,

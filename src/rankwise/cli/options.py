@@ -25,8 +25,8 @@ METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Verb:
-    """A subcommand with its settings table and its function. Importing a verb loads no heavy library."""
+class Command:
+    """A subcommand with its settings table and its function. Importing a command loads no heavy library."""
 
     name: str
     settings: type[Settings]
@@ -59,22 +59,22 @@ class Option:
         return f"--[no-]{self.flag}" if self.kind == "switch" else f"--{self.flag} {self.metavar}"
 
 
-def options_of(verb: Verb) -> list[Option]:
-    """The options of a verb, in the order of its settings table."""
-    return [_option(name, field) for name, field in verb.settings.model_fields.items()]
+def options_of(command: Command) -> list[Option]:
+    """The options of a command, in the order of its settings table."""
+    return [_option(name, field) for name, field in command.settings.model_fields.items()]
 
 
-def panels_of(verb: Verb) -> dict[Panel, list[Option]]:
+def panels_of(command: Command) -> dict[Panel, list[Option]]:
     """Heading -> options under it, in the order of the help."""
-    panels = {panel: [option for option in options_of(verb) if option.panel is panel] for panel in Panel}
+    panels = {panel: [option for option in options_of(command) if option.panel is panel] for panel in Panel}
     return {panel: options for panel, options in panels.items() if options}
 
 
-def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable[..., None]:
-    """A function whose signature typer turns into the verb's options. It calls ``invoke(settings, as_json)``."""
-    options = {option.field: option for option in options_of(verb)}
+def function_of(command: Command, invoke: Callable[[Settings, bool], None]) -> Callable[..., None]:
+    """A function whose signature typer turns into the command's options. It calls ``invoke(settings, as_json)``."""
+    options = {option.field: option for option in options_of(command)}
 
-    def command(**given: Any) -> None:
+    def call(**given: Any) -> None:
         # Not above: --help needs no YAML.
         from rankwise.settings_file import read_settings
 
@@ -84,14 +84,14 @@ def command_of(verb: Verb, invoke: Callable[[Settings, bool], None]) -> Callable
             options[name].flag.replace("-", "_"): tuple(value) or None if isinstance(value, list) else value
             for name, value in given.items()
         }
-        settings = read_settings(verb.settings, Path(config) if config else None, values, verb.earlier)
+        settings = read_settings(command.settings, Path(config) if config else None, values, command.earlier)
         check_path_options(settings)
         invoke(settings, as_json)
 
     parameters = [_parameter(option) for option in options.values()]
-    command.__signature__ = inspect.Signature([*parameters, *_common_parameters()])  # type: ignore[attr-defined]
-    command.__annotations__ = {}
-    return command
+    call.__signature__ = inspect.Signature([*parameters, *_common_parameters()])  # type: ignore[attr-defined]
+    call.__annotations__ = {}
+    return call
 
 
 def _option(name: str, field: FieldInfo) -> Option:

@@ -1,4 +1,4 @@
-"""The output of a verb: text for people on the console, or the one document of ``--json`` for programs.
+"""The output of a command: text for people on the console, or the one document of ``--json`` for programs.
 
 Numbers are written as people read them. Tables have no lines, a dim head, and the title above.
 """
@@ -25,7 +25,7 @@ from rich.text import Text
 from rankwise.errors import RankwiseWarning, heard
 from rankwise.foreign import Fields, Json
 
-# The result of a verb, which --json prints.
+# The result of a command, which --json prints.
 Document = Fields
 
 DEBUG_VARIABLE = "RANKWISE_DEBUG"
@@ -52,7 +52,7 @@ PLAIN_WIDTH = 120
 
 
 class Output:
-    """Where a verb prints: to stdout, or with ``--json`` to stderr, so that stdout holds the document alone."""
+    """Where a command prints: to stdout, or with ``--json`` to stderr, so that stdout holds the document alone."""
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output
 from rankwise.config import TrainSettings
 from rankwise.disk import hold
@@ -164,7 +164,7 @@ def _check(settings: PlanSettings, plan: Plan, output: Output) -> JsonObject:
     return result.to_json()
 
 
-VERB = Verb(
+COMMAND = Command(
     name="plan",
     settings=PlanSettings,
     run=run,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rankwise.cli.glance import check_paths
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, printable
 from rankwise.cli.settings import PredictSettings
 from rankwise.errors import ConfigError, warn
@@ -101,7 +101,7 @@ def _print(output: Output, found: list[dict[str, Any]]) -> None:
     output.console.print(table)
 
 
-VERB = Verb(
+COMMAND = Command(
     name="predict",
     settings=PredictSettings,
     run=run,

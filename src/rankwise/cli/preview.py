@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, printable
 from rankwise.cli.settings import PreviewSettings
 from rankwise.errors import DataError
@@ -165,7 +165,7 @@ def rendered(preview: Preview, *, marks: bool) -> Text:
     return text
 
 
-VERB = Verb(
+COMMAND = Command(
     name="preview",
     settings=PreviewSettings,
     run=run,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, one_line
 from rankwise.disk import hold
 from rankwise.foreign import Fields, JsonObject
@@ -97,7 +97,7 @@ def _with_files(found: Recommendation, runs: list[Any], target: Path, *, higher_
     return {**found, **place, "config_text": text}
 
 
-VERB = Verb(
+COMMAND = Command(
     name="report",
     settings=ReportSettings,
     run=run,

@@ -1,4 +1,4 @@
-"""The settings tables of verbs that have none elsewhere."""
+"""The settings tables of commands that have none elsewhere."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from rankwise.cli.glance import check_paths
-from rankwise.cli.options import Verb
+from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, duration, parameter_count
 from rankwise.cli.progress import watching
 from rankwise.config import METHODS, TrainSettings
@@ -266,7 +266,7 @@ def _speed(record: RunRecord) -> str:
     return ", ".join(parts)
 
 
-VERB = Verb(
+COMMAND = Command(
     name="train",
     settings=TrainSettings,
     run=run,

@@ -1,4 +1,4 @@
-"""Each verb on a tiny model, from the command line to what it leaves and says."""
+"""Each command on a tiny model, from the command line to what it leaves and says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rankwise.cli.main import VERBS
+from rankwise.cli.main import COMMANDS
 from rankwise.cli.options import options_of, panels_of
 from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig
 from rankwise.options import Panel
@@ -25,25 +25,25 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
-def test_every_option_stands_under_a_heading_and_what_is_required_under_the_first(verb):
-    named = [option.field for options in panels_of(verb).values() for option in options]
-    assert sorted(named) == sorted(option.field for option in options_of(verb))
-    assert sorted(named) == sorted(verb.settings.model_fields)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_option_stands_under_a_heading_and_what_is_required_under_the_first(command):
+    named = [option.field for options in panels_of(command).values() for option in options]
+    assert sorted(named) == sorted(option.field for option in options_of(command))
+    assert sorted(named) == sorted(command.settings.model_fields)
     if not named:
         # `doctor` has no options.
         return
-    first, *others = panels_of(verb).values()
+    first, *others = panels_of(command).values()
     assert not [option.flag for options in others for option in options if "(required)" in option.help]
     assert first
 
 
 @pytest.mark.parametrize("name", ["train", "compare", "plan"])
-def test_an_option_of_the_adapter_is_one_of_every_verb_that_trains_or_plans(name):
-    (verb,) = (verb for verb in VERBS if verb.name == name)
+def test_an_option_of_the_adapter_is_one_of_every_command_that_trains_or_plans(name):
+    (command,) = (command for command in COMMANDS if command.name == name)
     fields = {field.name for field in dataclasses.fields(AdapterOptions)}
     # Options of a run, such as --init, may follow.
-    assert [option.field for option in panels_of(verb)[Panel.ADAPTER]][: len(ADAPTER)] == list(ADAPTER)
+    assert [option.field for option in panels_of(command)[Panel.ADAPTER]][: len(ADAPTER)] == list(ADAPTER)
     assert fields == set(ADAPTER)
     assert fields <= {field.name for field in dataclasses.fields(Workload)}
     assert fields <= {field.name for field in dataclasses.fields(LoraConfig)}
@@ -287,13 +287,13 @@ def test_inspect_says_whether_the_adapter_fits(run_folder, model_folder, rankwis
     assert fit["code"] == "RW411"
 
 
-@pytest.mark.parametrize("verb", ["inspect", "generate", "evaluate", "merge"])
-def test_a_comparison_is_taken_for_no_run(verb, rankwise, tmp_path):
+@pytest.mark.parametrize("command", ["inspect", "generate", "evaluate", "merge"])
+def test_a_comparison_is_taken_for_no_run(command, rankwise, tmp_path):
     (tmp_path / "comparison.json").write_text("{}")
     (tmp_path / "best").mkdir()
     rest = {"generate": ("--prompt", "Hi"), "evaluate": ("--task", "perplexity"), "merge": ("--output", tmp_path / "m")}
-    given = (tmp_path,) if verb == "inspect" else ("--adapter", tmp_path, *rest[verb])
-    done = rankwise(verb, *given)
+    given = (tmp_path,) if command == "inspect" else ("--adapter", tmp_path, *rest[command])
+    done = rankwise(command, *given)
     assert done.code == 2
     assert (
         f"RW560: {tmp_path} is the folder of a comparison; give the run that it recommends, {tmp_path}/best."
