@@ -77,6 +77,17 @@ def test_of_the_base_there_is_its_evaluation_alone(tmp_path: Path, base: Path) -
     assert len(lines) == len(ROWS)
 
 
+def test_what_must_stay_is_measured_of_the_base_of_preferences_too(tmp_path: Path, base: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "1 and", "chosen": "2 so", "rejected": answer} for answer in ("3", "4")]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"objective": "dpo", "eval_data": str(pairs), "retain": str(tmp_path / "rows.jsonl"), "eval_limit": 3}
+    measure(job(tmp_path, base, None, **changes))
+    place = tmp_path / "None" / "evaluation"
+    assert [path.name for path in place.iterdir()] == ["retained"]
+    assert len((place / "retained" / "predictions.jsonl").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize(("objective", "encoded"), [("sft", ["lora"]), ("dpo", [])])
 def test_rows_are_encoded_once_and_each_kind_of_base_is_prepared(
     objective: str, encoded: list[str], monkeypatch: pytest.MonkeyPatch
