@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_comparison import compare, given, starts
 
 from rankwise.cli import report
+from rankwise.cli.compare import verdict_lines
 from rankwise.errors import ConfigError, DataError
+from rankwise.reports.comparison import load_comparison
 from rankwise.reports.report import merged_report, write_report
 from rankwise.reports.words import headline
 
@@ -58,6 +60,8 @@ def test_the_report_has_a_column_and_a_plot_and_without_retain_neither(tmp_path:
     assert "Evaluation loss against loss on what must stay" in page
     assert "| What must stay |" in text
     assert "| lost +25.60 % ± 0.49 |" in text
+    told = list(verdict_lines(load_comparison(tmp_path / "out")))
+    assert "full fine-tuning lost 26 % of what must stay: loss +25.60 % ± 0.49" in told
     plain: Any = compare(**given(tmp_path, "plain", learning_rates="2e-4"))
     write_report(tmp_path / "plain")
     assert all(item["retained"] is None for item in plain["methods"].values())

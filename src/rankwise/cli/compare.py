@@ -20,14 +20,14 @@ from rankwise.reports.comparison import Comparison
 from rankwise.reports.naming import method_name, metric_name
 from rankwise.reports.numbers import plural
 from rankwise.reports.plotted import pairs_of, with_best
-from rankwise.reports.words import heading, headline
+from rankwise.reports.words import heading, headline, stayed
 
 if TYPE_CHECKING:
     from rankwise.comparison.pool import Picture
     from rankwise.comparison.stages import Job, Outcome
 
 # Columns of the report that a terminal has no room for.
-LEFT_OUT = ("adapter_bytes", "serving")
+LEFT_OUT = ("adapter_bytes", "serving", "retained")
 
 
 class Lines:
@@ -115,7 +115,9 @@ def table_of(comparison: Comparison) -> Group:
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:
-    """A line for each method against the best. The difference is that of the method named first minus the other one."""
+    """A line for each method against the best. The difference is that of the method named first minus the other one.
+    Then a line for each method against the base, where there are rows that must stay.
+    """
     words = {
         "better": "{} is better than {}",
         "worse": "{} is worse than {}",
@@ -126,6 +128,9 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
     for pair in with_best(comparison, pairs_of(comparison, comparison.metric)):
         names = words[pair.verdict].format(method_name(pair.a), method_name(pair.b))
         yield f"{names}: difference {pair.text}"
+    for name in comparison.with_result():
+        if kept := comparison["methods"][name].get("retained"):
+            yield f"{stayed(name, kept)}: loss {summary.change_of(kept)}"
 
 
 def _places(comparison: Comparison) -> Iterator[tuple[str, str]]:

@@ -123,21 +123,21 @@ def _retained(document: Fields) -> list[str]:
     if own is None:
         return []
     if forgot := found.get("forgot"):
-        told = listed(f"{long_name(name)} lost {_lost(methods[name])} of what must stay" for name in forgot)
+        told = listed(stayed(name, methods[name]["retained"]) for name in forgot)
         margin, verb = percent(own["margin"] / own["base"]), "is" if len(forgot) == 1 else "are"
         over = f"{verb} not recommended over {named(found['kept'])}, which kept it"
         return [f"{told}, more than the {margin} of --retain-margin, and {over}"]
+    return [stayed(found["method"], own)]
+
+
+def stayed(method: str, kept: Fields) -> str:
+    """``LoRA kept what must stay``, ``DoRA lost 8.1 % of what must stay``: by the rise of the loss."""
     said = {
         "kept": "{} kept what must stay",
-        "lost": f"{{}} lost {_lost(methods[found['method']])} of what must stay",
+        "lost": f"{{}} lost {percent(kept['difference'] / kept['base'])} of what must stay",
         "cannot tell": "the runs cannot tell whether {} kept what must stay",
     }
-    return [said[own["verdict"]].format(long_name(found["method"]))]
-
-
-def _lost(method: Fields) -> str:
-    """``8.1 %``: the rise of the loss on what must stay."""
-    return percent(method["retained"]["difference"] / method["retained"]["base"])
+    return said[kept["verdict"]].format(long_name(method))
 
 
 def _open(document: Fields) -> list[str]:
