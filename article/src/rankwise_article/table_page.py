@@ -234,7 +234,7 @@ def _how(state: Path, settings: JsonObject) -> list[str]:
         lines += [
             f"Rates are the default of the model's width, checked by runs of {search['steps']} steps (seed 0, "
             "evaluation loss); LoRA, DoRA, QLoRA and QDoRA by the [committed grids]"
-            "(../../docs/results/default_rates.md). Another rate is taken if its loss is lower by more than "
+            "(../../benchmarks/results/default_rates.md). Another rate is taken if its loss is lower by more than "
             f"{search['margin']:.0%}.",
             "",
             "| method | rate: loss | taken |",
