@@ -27,7 +27,7 @@ from rankwise.quantization import Nf4Config
 from rankwise.quantization.targets import target_names
 
 BLOCK = 64
-ROWS, TOKENS = 40, 160
+ROWS, TOKENS = 24, 160
 Rounding = Callable[[Tensor], Tensor]
 
 

@@ -148,6 +148,6 @@ def _scores_file(statistics: MtevalStatistics, per_example: Mapping[str, Sequenc
     for name in COUNTS:
         values = getattr(statistics, name)
         for order, column in enumerate(values.reshape(len(values), -1).T, 1):
-            columns[f"{name}_{order}" if values.ndim > 1 else name] = [f"{value:.10g}" for value in column]
+            columns[f"{name}_{order}" if values.ndim > 1 else name] = [f"{value:.7g}" for value in column]
     lines = [columns.keys(), *zip(*columns.values())]
     return "".join("\t".join(line) + "\n" for line in lines)
