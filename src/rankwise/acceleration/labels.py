@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from rankwise.foreign import Fields
@@ -26,6 +27,20 @@ def laid_out(rows: Sequence[Fields], pad: int) -> dict[str, Tensor]:
         name: pad_sequence(values, batch_first=True, padding_value=pad if name == "input_ids" else 0)
         for name, values in found.items()
     }
+
+
+def losses(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
+    """(B,)  of logits z (B, C):
+
+    one label:       -log softmax(z)_y
+    several labels:  mean over C of  -(y log sigma(z) + (1 - y) log sigma(-z))
+    a number:        (z - y)^2,  C = 1
+    """
+    if problem == NUMBER:
+        return (logits.squeeze(-1) - labels) ** 2
+    if problem == SEVERAL:
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def chosen(logits: Tensor, problem: Problem) -> list[Any]:

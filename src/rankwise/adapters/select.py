@@ -17,7 +17,7 @@ from torch import nn
 
 from rankwise.adapters.base_layer import foreign_format, is_adaptable, is_linear, is_quantized, why_not
 from rankwise.compat.torch import own_parameters
-from rankwise.compat.transformers import children_read_by_weight, text_config
+from rankwise.compat.transformers import children_read_by_weight, heads_of_labels, text_config
 from rankwise.errors import AdapterError, warn
 from rankwise.lora_config import LoraConfig, is_plain
 from rankwise.options import ALL_LINEAR
@@ -34,6 +34,12 @@ FEW, MOST_NAMED = 16, 10
 OUTSIDE_TEXT = "text does not pass there; to adapt such layers, select them by whole names or a regular expression"
 NO_ENCODER = "this attends to an encoder, which the model does not have"
 WEIGHT_ALONE = "the model's forward uses the weight and never calls the layer"
+
+
+def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The configuration that also trains the model's head of labels, whole."""
+    heads = heads_of_labels(model)
+    return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), *heads)) if heads else config
 
 
 def places_of(modules: Modules, head: nn.Module | None, unread: Mapping[str, str]) -> Places:

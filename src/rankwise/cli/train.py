@@ -131,8 +131,7 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     try:
         watched = watching(output, every=settings.logging_steps, of_rewards=settings.objective == "grpo")
         with watched if ranks.is_writer() else _unwatched() as observer:
-            # The memory plan knows language models only.
-            record = train(settings, observer, None if settings.objective == "classify" else guard, retention)
+            record = train(settings, observer, guard, retention)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

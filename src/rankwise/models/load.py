@@ -96,7 +96,7 @@ def load_model(
         loaded = _load_folder(source, wanted, choice.device, quantization, trust_remote_code)
     _check_finite(loaded, source)
     if source.labels is not None:
-        _keep_heads_exact(loaded)
+        keep_heads_exact(loaded)
     if quantization is not None:
         remember_originals(loaded, source, trust_remote_code=trust_remote_code)
     # The name under which adapters record their base: a hub id or an absolute path, never a cache folder.
@@ -112,7 +112,7 @@ def load_model(
     return loaded, tokenizer
 
 
-def _keep_heads_exact(model: nn.Module) -> None:
+def keep_heads_exact(model: nn.Module) -> None:
     """Let the head compute in float32: it trains whole, and steps are lost in 16 bits."""
     for head in map(model.get_submodule, heads_of_labels(model)):
         head.float().register_forward_pre_hook(_in_float32)

@@ -153,7 +153,9 @@ def estimate(
     ``fetch_model`` and ``load_skeleton`` do.
     """
     source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    return Traces(read_model(source, trust_remote_code=trust_remote_code))(method, workload or Workload())
+    workload = workload or Workload()
+    model = read_model(source, trust_remote_code=trust_remote_code, labels=workload.labels)
+    return Traces(model)(method, workload)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +239,7 @@ class Traces:
 
     def _warnings_of(self, method: str, workload: Workload) -> dict[str, str]:
         from rankwise.adapters import plan_adapter
+        from rankwise.adapters.select import with_heads
 
         told: dict[str, str] = {}
 
@@ -246,7 +249,7 @@ class Traces:
 
         if method != "full":
             with heard(hear):
-                plan_adapter(self._skeleton, workload.lora_config(use_dora=method in DORA))
+                plan_adapter(self._skeleton, with_heads(self._skeleton, workload.lora_config(use_dora=method in DORA)))
         return told
 
     def _model_of(self, method: str, workload: Workload, numbers: Sequence[int]) -> Traced:

@@ -73,7 +73,7 @@ class MemoryGuard:
         self._source: ModelSource | None = None
         self._estimate: Estimator | None = None
 
-    def before_loading(self) -> None:
+    def before_loading(self, labels: int) -> None:
         method = self.settings["method"]
         if method not in PLANNED:
             warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")
@@ -84,7 +84,7 @@ class MemoryGuard:
         self.baseline_bytes = self.own_memory() if self.hardware.device_type == "cpu" else 0
         self._fetched()
         try:
-            self.workload = workload_of(self.settings, self.hardware)
+            self.workload = workload_of({**self.settings, "labels": labels}, self.hardware)
             smallest = self._ask(dataclasses.replace(self.workload, **SMALLEST))  # type: ignore[arg-type]
         except InputError as error:
             self._warn_of(error)
@@ -189,7 +189,8 @@ class MemoryGuard:
 
     def _asker(self) -> Estimator:
         if self._estimate is None:
-            model = read_model(self._fetched())
+            assert self.workload is not None
+            model = read_model(self._fetched(), labels=self.workload.labels)
             self.facts = model.facts
             self._estimate = over_stored(self.facts.stored, Traces(model, self.say))
         return self._estimate

@@ -188,7 +188,7 @@ class _Planner:
     ) -> None:
         self.settings, self.source, self.hardware, self.methods = settings, source, hardware, methods
         self.workload = work
-        self.model = read_model(source, trust_remote_code=settings.trust_remote_code)
+        self.model = read_model(source, trust_remote_code=settings.trust_remote_code, labels=work.labels)
         self.facts = self.model.facts
         self._check_length()
         stored = self.facts.stored

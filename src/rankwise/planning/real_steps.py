@@ -27,7 +27,7 @@ from rankwise.errors import ConfigError, InternalError, warn
 from rankwise.foreign import JsonObject, checked, read_json, reason_of
 from rankwise.planning.extend import MemoryEstimate, estimate
 from rankwise.planning.hardware import Hardware
-from rankwise.planning.speed import Pace, facts_of, flops_per_token, traffic_bytes
+from rankwise.planning.speed import Pace, facts_of, flops_per_token, read_model, traffic_bytes
 from rankwise.planning.workload import DTYPE_BYTES, PLANNED, Workload
 from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
@@ -106,7 +106,7 @@ def carry_out(order: JsonObject) -> Measurement:
 
     from rankwise.acceleration import give_back_freed_memory, limit_generated_kernels
     from rankwise.acceleration.sharding import mesh_of_all, shard
-    from rankwise.models import load_skeleton
+    from rankwise.models import fetch_model, load_skeleton
     from rankwise.planning.step import (
         autocast_dtype,
         begin_gradients,
@@ -120,7 +120,9 @@ def carry_out(order: JsonObject) -> Measurement:
 
     limit_generated_kernels()
     workload, method = Workload(**order["workload"]), order["method"]
-    model = load_skeleton(order["model"], trust_remote_code=order["trust_remote_code"], revision=order["revision"])
+    remote = {name: order[name] for name in ("trust_remote_code", "revision")}
+    source = read_model(fetch_model(order["model"], **remote, weights=False), labels=workload.labels).source
+    model = load_skeleton(source, trust_remote_code=order["trust_remote_code"])
     device, strategy = workload.device_type, workload.strategy
     if workload.devices > 1:
         _join(device)

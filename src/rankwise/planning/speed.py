@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.foreign import Fields
+from rankwise.labels import Labels
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 from rankwise.models.load import config_table_rows
@@ -114,11 +115,13 @@ class ModelFacts:
     position_rows: int | None = None
     # The quantization of the weights in the files, if any.
     stored: Stored | None = None
+    # Whether a small head of labels stands in the place of the vocabulary's.
+    has_labels: bool = False
 
     @property
     def head_parameters(self) -> int:
-        """The parameters of the head: V h."""
-        return self.vocabulary * self.width
+        """The parameters of the head: V h, or next to none of labels."""
+        return 0 if self.has_labels else self.vocabulary * self.width
 
     def matrix_parameters(self, total: int) -> int:
         """The weights that multiply each token: all except an untied embedding and the idle experts."""
@@ -126,7 +129,8 @@ class ModelFacts:
 
     def read_parameters(self, total: int) -> int:
         """The weights that a micro-batch reads: all except an untied embedding. Its tokens together use all experts."""
-        return max(0, total - (0 if self.head_is_tied else self.head_parameters))
+        embedding_multiplies = self.head_is_tied and not self.has_labels
+        return max(0, total - (0 if embedding_multiplies else self.vocabulary * self.width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,17 +146,21 @@ class PlannedModel:
     trust_remote_code: bool = False
 
 
-def read_model(source: ModelSource, *, trust_remote_code: bool = False) -> PlannedModel:
-    """A fetched model."""
+def read_model(source: ModelSource, *, trust_remote_code: bool = False, labels: int = 0) -> PlannedModel:
+    """A fetched model, with a head of so many ``labels``."""
     assert source.path is not None
+    if labels:
+        source = dataclasses.replace(source, labels=Labels(tuple(map(str, range(labels)))))
     if not source.is_gguf:
         config = read_config(source.path)
-        return PlannedModel(source, str(config.get("model_type") or ""), facts_of(config), config, trust_remote_code)
+        facts = dataclasses.replace(facts_of(config), has_labels=labels > 0)
+        return PlannedModel(source, str(config.get("model_type") or ""), facts, config, trust_remote_code)
     header = read_gguf_header(source.path)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     numbers = {name: value for name, value in header.metadata.items() if not isinstance(value, list)}
     family = header.metadata["general.architecture"]
-    return PlannedModel(source, family, _of_gguf(header), [shapes, numbers], trust_remote_code)
+    facts = dataclasses.replace(_of_gguf(header), has_labels=labels > 0)
+    return PlannedModel(source, family, facts, [shapes, numbers], trust_remote_code)
 
 
 def facts_of(config: Fields) -> ModelFacts:

@@ -38,9 +38,11 @@ from rankwise.acceleration.generation import (
     cache_bytes_per_token,
     drawn,
 )
+from rankwise.acceleration.labels import losses
 from rankwise.acceleration.memory import KEPT_SAVES, LEAST_BYTES
 from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
 from rankwise.acceleration.sharding import average_gradients
+from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import (
     Ctx,
     current_node,
@@ -54,6 +56,8 @@ from rankwise.compat.torch import (
 from rankwise.compat.transformers import attention_of, kept_in_float32
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.constants import CACHE_BYTES, IGNORED
+from rankwise.labels import SINGLE
+from rankwise.models.load import keep_heads_exact
 from rankwise.ops.selection import as_autocast
 from rankwise.planning.workload import Workload, rule_of, state_bytes
 
@@ -121,13 +125,17 @@ def prepare(model: PreTrainedModel, method: str, workload: Workload) -> bool:
     from rankwise.quantization import quantize
     from rankwise.quantization.config import CONFIGS
 
+    if workload.labels:
+        keep_heads_exact(model)
+        # As a tokenizer has set it; no keys and values are kept for a next token.
+        model.config.get_text_config().pad_token_id, model.config.use_cache = 0, False
     if method in FOUR_BITS:
         kind = CONFIGS[workload.quant_type]
         quantize(model, kind(block_size=workload.block_size, double_quant=workload.double_quant))
     if method == "full":
         model.requires_grad_(True)
     else:
-        config = workload.lora_config(use_dora=method in DORA)
+        config = with_heads(model, workload.lora_config(use_dora=method in DORA))
         # Other initialisations need values, which fake tensors do not have.
         add_adapter(model, dataclasses.replace(config, init_lora_weights=True))
         for _, layer in adapted_layers(model, DEFAULT_NAME) if config.init.kind == "pissa" else ():
@@ -219,7 +227,8 @@ class _Kept(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """``inputs``: the model's inputs without labels; ``labels`` (B, L), -100 where nothing is scored."""
+    """``inputs``: the model's inputs without labels; ``labels`` (B, L), -100 where nothing is scored, or (B,) of a head
+    of labels."""
 
     inputs: Mapping[str, object]
     labels: Tensor
@@ -238,6 +247,8 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
     P = workload.trained_tokens // B
     ids, mask, labels = (torch.ones(B, L, dtype=torch.long, device=device) for _ in range(3))
     labels[:, P + 1 :] = IGNORED
+    if workload.labels:
+        labels = torch.zeros(B, dtype=torch.long, device=device)
     positions = torch.arange(P, device=device)
     if not flat:
         mask[-1, -1] = int(B == 1)
@@ -302,6 +313,9 @@ def take_step(
 def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
     """Mean cross-entropy over the scored positions, with the entropy and the accuracy that a run reports."""
     with torch.autocast(batch.labels.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        if batch.labels.dim() == 1:
+            logits = model(**batch.inputs).logits.float()
+            return losses(logits, batch.labels, SINGLE).mean()
         if fused_head(model) is not None:
             options = LossOptions(label_smoothing=batch.label_smoothing, want_stats=True)
             given = {"labels": batch.labels, "use_cache": False, "loss_options": options}
@@ -341,6 +355,9 @@ def _entropy_and_accuracy(logits: Tensor, wanted: Tensor) -> None:
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, workload: Workload, autocast: torch.dtype | None) -> None:
     """The pass of ``acceleration.scoring.loss_scorer`` over one batch: packed rows under a mask, logits in chunks."""
+    if workload.labels:
+        loss_of(model, make_batch(workload), autocast)
+        return
     B, L = workload.sequences, workload.max_length
     ids, mask = torch.ones(B, L, dtype=torch.long), torch.ones(B, 1, L, L, dtype=torch.bool)
     head, V = model.get_output_embeddings(), model.config.get_text_config().vocab_size

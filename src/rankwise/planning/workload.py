@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from rankwise.config import GENERATIONS, LengthOptions, ModelOptions, StepOptions, TrainSettings
+from rankwise.config import GENERATIONS, LengthOptions, ModelOptions, Objective, StepOptions, TrainSettings
 from rankwise.conflicts import check_objective, check_sharing
 from rankwise.constants import BLOCK_SIZES, WRITTEN_ROWS
 from rankwise.errors import ConfigError
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rankwise.planning.hardware import Hardware
 
 PLANNED = ("full", "lora", "qlora", "dora", "qdora")
+# Labels of a head that no data name.
+PLANNED_LABELS = 2
 
 ALL = "all"
 Goal = Literal["speed", "quality", "serving"]
@@ -47,9 +49,10 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     ] = None
     method: Annotated[Names, _model("lora, qlora, dora, qdora or full; several with commas; or all.")] = (ALL,)
     objective: Annotated[
-        Literal["sft", "dpo", "kto", "grpo"],
+        Objective,
         _model(
-            "Objective of `train`. dpo: a pair counts as two rows; grpo: the keys and values of answers count, too."
+            "Objective of `train`. dpo: a pair counts as two rows; grpo: the keys and values of answers count, too; "
+            "classify: a head of two labels in place of the vocabulary's."
         ),
     ] = "sft"
     goal: Annotated[Goal, _model("What decides if several methods fit: speed, quality or serving.")] = "speed"
@@ -138,6 +141,8 @@ class Workload(StepOptions):
     # and number of their prompts; 0 without generation.
     written: Whole = 0
     prompts: Whole = 0
+    # Number of labels of the model's head; 0 for a language model.
+    labels: Whole = 0
 
     def __post_init__(self) -> None:
         self.lora_config(use_dora=False)
@@ -215,6 +220,7 @@ def workload_of(settings: Fields, hardware: Hardware) -> Workload:
         "device_type": kind,
         "sides": sides_of(objective),
         "accumulates": settings["gradient_accumulation"] > 1,
+        "labels": settings.get("labels") or (PLANNED_LABELS if objective == "classify" else 0),
         **written_of(objective, answers, settings.get("num_generations"), kind),
     }
     return on_device(Workload(**fields), hardware)

@@ -41,8 +41,8 @@ class MicroBatch:
 class Foresight(Protocol):
     """A memory plan that is asked before a run starts. Both methods may raise to refuse the run."""
 
-    def before_loading(self) -> None:
-        """Called before the model is loaded."""
+    def before_loading(self, labels: int) -> None:
+        """Called before the model is loaded, with the number of labels of its head; 0 for a language model."""
 
     def before_training(self, batch: MicroBatch, evaluation: MicroBatch | None, mapped_bytes: int) -> int | None:
         """Called when everything is loaded and encoded, with the largest micro-batches of training and of evaluation,
@@ -85,10 +85,20 @@ def largest_scoring(loop: Loop) -> MicroBatch | None:
     for dataset, answers in sets:
         if dataset is not None and not {*answers}.isdisjoint(dataset.column_names):
             lengths = _lengths(dataset, shared=scoring.shares_prompts, answers=answers)
-            batches = [[*range(start, start + objective.size)] for start in range(0, len(dataset), objective.size)]
-            batches[-1] = [*range(batches[-1][0], len(dataset))]
-            found.append(_largest(dataset, lengths, [_table(batches)], flat=scoring.asked.flat))
+            found.append(_largest(dataset, lengths, [_in_order(dataset, objective.size)], flat=scoring.asked.flat))
     return max(found, key=lambda batch: batch.rows * batch.tokens, default=None)
+
+
+def largest_answering(loop: Loop) -> MicroBatch | None:
+    """The largest batch of texts that an evaluation answers with labels; None without evaluations."""
+    objective: Any = loop.objective
+    rows = objective.eval_rows
+    return None if rows is None else _largest(rows, _lengths(rows), [_in_order(rows, objective.size)], flat=False)
+
+
+def _in_order(dataset: Dataset, size: int) -> np.ndarray:
+    """The row numbers of this process's parts of batches of ``size`` rows in the order of the data."""
+    return _table([[*range(len(dataset))][start : start + size] for start in range(0, len(dataset), size)])
 
 
 def evaluation_targets(dataset: Dataset) -> list[Target]:

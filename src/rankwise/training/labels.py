@@ -15,11 +15,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankwise.acceleration.labels import chosen, laid_out
+from rankwise.acceleration.labels import chosen, laid_out, losses
 from rankwise.labels import SINGLE, Labels, measures
 from rankwise.training import ranks
 from rankwise.training.loop import KEY, Batch, Counted, Loss, Row, on_device, shuffled
-from rankwise.training.losses import of_labels
 
 
 @dataclasses.dataclass
@@ -54,17 +53,17 @@ class Classification:
         return batches
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
-        logits, losses = self._answered(model, batch)
+        logits, each = self._answered(model, batch)
         if self.labels.problem != SINGLE:
-            return Loss(losses.sum())
+            return Loss(each.sum())
         right = (logits.detach().argmax(-1) == batch["labels"]).sum()
-        return Loss(losses.sum(), figures={"accuracy": (right, len(losses))})
+        return Loss(each.sum(), figures={"accuracy": (right, len(each))})
 
     def _answered(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, C) and losses (B,)."""
         inputs = {name: value for name, value in batch.items() if name not in (KEY, "labels")}
         logits = model(**inputs).logits.float()
-        return logits, of_labels(logits, batch["labels"], self.labels.problem)
+        return logits, losses(logits, batch["labels"], self.labels.problem)
 
     def means(self, figures: dict[str, float]) -> dict[str, float]:
         return figures
@@ -79,9 +78,9 @@ class Classification:
                 rows = [self.eval_rows[place] for place in own]
                 batch = on_device(self.collate(rows), model.device)
                 with torch.autocast(model.device.type, self.autocast, enabled=self.autocast is not None):
-                    logits, losses = self._answered(model, batch)
+                    logits, each = self._answered(model, batch)
                 targets = [row["label"] for row in rows]
-                found += zip(losses.tolist(), targets, chosen(logits, self.labels.problem))
+                found += zip(each.tolist(), targets, chosen(logits, self.labels.problem))
             pause()
         losses_of_all, targets_of_all, answers = zip(*itertools.chain.from_iterable(ranks.gathered(found)))
         agreement = measures(targets_of_all, answers, self.labels.problem)

@@ -25,7 +25,13 @@ from rankwise.data.preferences import PREFERENCE_FORMATS, unpaired
 from rankwise.errors import ConfigError, some_of
 from rankwise.labels import Labels
 from rankwise.training import ranks
-from rankwise.training.foresight import MicroBatch, largest_batch, largest_evaluation, largest_scoring
+from rankwise.training.foresight import (
+    MicroBatch,
+    largest_answering,
+    largest_batch,
+    largest_evaluation,
+    largest_scoring,
+)
 from rankwise.training.labels import Classification
 from rankwise.training.loop import Loop, Objective, Options
 from rankwise.training.meters import Progress
@@ -68,7 +74,14 @@ def learning_from_answers(objective: str) -> Learning:
     if objective == "sft":
         return Learning(encode_data, _demonstrations)
     if objective == "classify":
-        return Learning(_encode_labelled, _classification, _labels, formats=LABELLED, has_labels=False)
+        return Learning(
+            _encode_labelled,
+            _classification,
+            _labels,
+            formats=LABELLED,
+            has_labels=False,
+            largest_evaluation=largest_answering,
+        )
     return Learning(
         _encode_preferences,
         _preferences,

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rankwise.labels import NUMBER, SEVERAL, Problem
 from rankwise.ops.linear_cross_entropy import LossSums
 
 
@@ -32,20 +31,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
 
 
 # --- labels ---
-
-
-def of_labels(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
-    """(B,)  of logits z (B, C):
-
-    one label:       -log softmax(z)_y
-    several labels:  mean over C of  -(y log sigma(z) + (1 - y) log sigma(-z))
-    a number:        (z - y)^2,  C = 1
-    """
-    if problem == NUMBER:
-        return (logits.squeeze(-1) - labels) ** 2
-    if problem == SEVERAL:
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 # --- pairs ---

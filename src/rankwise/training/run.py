@@ -28,6 +28,7 @@ from rankwise.acceleration import (
 )
 from rankwise.acceleration.sharding import mesh_of_all, shard
 from rankwise.adapters import has_adapter
+from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import is_unit
 from rankwise.config import ADAPTERS, DORA, METHODS, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
@@ -306,12 +307,12 @@ def _read(
         setup.check_model(given, lora, labels)
     observer.phase("Loading the model")
     if foresight is not None:
-        foresight.before_loading()
+        foresight.before_loading(0 if labels is None else len(labels.names))
         # No process loads the model before all have measured the free memory.
         ranks.barrier()
     loaded = setup.load_for_training(given, labels)
     base = model_facts(loaded.model, loaded.source)
-    lora = setup.with_heads(loaded.model, lora)
+    lora = with_heads(loaded.model, lora)
     if given.new_tokens is not None and given.method in ADAPTERS:
         lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(given.new_tokens), lora)
     observer.phase("Encoding data")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import calibrate_products
@@ -21,9 +21,10 @@ from rankwise.adapters.base_layer import dequantizer
 from rankwise.adapters.checkpoint import read_adapter
 from rankwise.adapters.inject import add_by, attach
 from rankwise.adapters.saving import WEIGHTS_FILE
+from rankwise.adapters.select import with_heads
 from rankwise.adapters.state import DEFAULT_NAME
 from rankwise.adapters.trained_base import tokenizer_with_rows
-from rankwise.compat.transformers import before_weights, heads_of_labels
+from rankwise.compat.transformers import before_weights
 from rankwise.config import ADAPTERS, FOUR_BITS, METHODS, TrainSettings
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoding import RowEncoder, encode_rows_once
@@ -169,12 +170,6 @@ def check_model(given: TrainSettings, config: LoraConfig, labels: Labels | None 
             read_adapter(skeleton, given.adapter)
         else:
             plan_adapter(skeleton, with_heads(skeleton, config))
-
-
-def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The configuration that also trains the model's head of labels, whole."""
-    heads = heads_of_labels(model)
-    return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), *heads)) if heads else config
 
 
 def load_for_training(given: TrainSettings, labels: Labels | None = None) -> LoadedBase:
