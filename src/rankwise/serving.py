@@ -19,6 +19,7 @@ AS_IT_IS = "PEFT, as it is"
 GGUF = "llama.cpp and Ollama: `rankwise export --for llama.cpp`"
 MODEL_FILE = "model.gguf"
 ANYWHERE = "merged (`rankwise merge`): anywhere"
+OF_LABELS = "vLLM, of decoders: `rankwise export --for vllm`"
 # LoftQ corrects the rounding of a 4-bit base, and servers load dense ones.
 OF_LOFTQ = ("PEFT, over the 4-bit base", "no server, since it corrects the rounding of a 4-bit base")
 LOFTQ_ANYWHERE = "merged (`rankwise merge --onto quantized`): anywhere"
@@ -55,12 +56,14 @@ class Server:
     refuses: tuple[Trait, ...] = ()
     # The server ignores these, and gives wrong answers.
     ignores: tuple[Trait, ...] = ()
+    # Heads of labels that the server takes whole beside an adapter. Of encoders (`classifier`) vLLM takes no adapter.
+    heads: tuple[str, ...] = ()
 
 
 # {name in `rankwise export --for`: server}.
 SERVERS: dict[str, Server] = {
     "peft": Server("PEFT", "peft"),
-    "vllm": Server("vLLM", "peft", ("dora", *MERGED_ONLY), ("rank_pattern", "alpha_pattern")),
+    "vllm": Server("vLLM", "peft", ("dora", *MERGED_ONLY), ("rank_pattern", "alpha_pattern"), ("score",)),
     "sglang": Server("SGLang", "peft", ("dora", "experts", *MERGED_ONLY), ("rslora", "rank_pattern", "alpha_pattern")),
     "llama.cpp": Server("llama.cpp", "gguf", ("dora", *MERGED_ONLY)),
     "ollama": Server("Ollama", "gguf", ("dora", *MERGED_ONLY)),
@@ -81,6 +84,11 @@ def traits_of(config: Fields) -> tuple[Trait, ...]:
     return tuple(trait for trait, present in found.items() if present)
 
 
+def answers_labels(config: Fields) -> bool:
+    """Whether an ``adapter_config.json``, a run's settings or a plan's step are of a model that answers with labels."""
+    return config.get("task_type") == "SEQ_CLS" or config.get("objective") == "classify" or bool(config.get("labels"))
+
+
 def refusing(trait: Trait) -> str:
     """The names of the servers that load PEFT folders and refuse this trait."""
     return " and ".join(server.name for server in SERVERS.values() if server.form == "peft" and trait in server.refuses)
@@ -98,6 +106,8 @@ def served(method: str, config: Fields) -> tuple[str, ...]:
     if config.get("init") == "loftq":
         return *OF_LOFTQ, LOFTQ_ANYWHERE
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
+    if answers_labels(config):
+        return AS_IT_IS, *([] if "dora" in traits else [OF_LABELS]), ANYWHERE
     if any(trait in MERGED_ONLY for trait in traits):
         return AS_IT_IS, f"no server takes {_words(traits, MERGED_ONLY)} beside an adapter", ANYWHERE
     r = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
@@ -113,7 +123,9 @@ def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
     if config.get("init") == "loftq":
         return "PEFT", LOFTQ_ANYWHERE
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
-    if any(trait in (*MERGED_ONLY, "experts") for trait in traits):
+    if answers_labels(config) and "dora" not in traits:
+        return "PEFT", "by export: vLLM (of decoders)", "merged: anywhere"
+    if answers_labels(config) or any(trait in (*MERGED_ONLY, "experts") for trait in traits):
         return "PEFT", "merged: anywhere"
     servers = [server for server in SERVERS.values() if server.name != "PEFT"]
     plain = [s.name for s in servers if s.form == "peft" and not _words(traits, (*s.refuses, *s.ignores))]
@@ -141,12 +153,16 @@ def _words(traits: Sequence[Trait], among: Sequence[Trait]) -> str:
     return ", ".join(WORDS[trait] for trait in traits if trait in among)
 
 
-def served_by(target: str, folder: str, base: str, r: int) -> tuple[str, ...]:
-    """The commands that serve what `rankwise export --for TARGET` wrote to ``folder``, over ``base``."""
+def served_by(target: str, folder: str, base: str, r: int, labels: int = 0) -> tuple[str, ...]:
+    """The commands that serve what `rankwise export --for TARGET` wrote to ``folder``, over ``base``, which a head of
+    so many ``labels`` makes answer with these."""
     name = Path(folder).name
     flag = f" --max-lora-rank {vllm_rank(r)}" if r > VLLM_DEFAULT_RANK else ""
+    kind, count = ("SequenceClassification", f", num_labels={labels}") if labels else ("CausalLM", "")
+    if labels:
+        flag += f" --runner pooling --convert classify --hf-overrides '{{\"num_labels\": {labels}}}'"
     return {
-        "peft": (f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")',),
+        "peft": (f'PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"{count}), "{folder}")',),
         "vllm": (f"vllm serve {base} --enable-lora --lora-modules {name}={folder}{flag}",),
         "sglang": (f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={folder}",),
         "llama.cpp": (f"llama-server --model {base} --lora {folder}/adapter.gguf",),
@@ -154,13 +170,14 @@ def served_by(target: str, folder: str, base: str, r: int) -> tuple[str, ...]:
     }[target]
 
 
-def served_whole(target: str, folder: str) -> tuple[str, ...]:
+def served_whole(target: str, folder: str, *, has_labels: bool = False) -> tuple[str, ...]:
     """The commands that serve a merged model in ``folder``; llama.cpp's own converter makes its GGUF."""
+    kind, flag = ("SequenceClassification", " --runner pooling") if has_labels else ("CausalLM", "")
     name = Path(folder).name
     convert = f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/{MODEL_FILE}"
     return {
-        "peft": (f'AutoModelForCausalLM.from_pretrained("{folder}")',),
-        "vllm": (f"vllm serve {folder}",),
+        "peft": (f'AutoModelFor{kind}.from_pretrained("{folder}")',),
+        "vllm": (f"vllm serve {folder}{flag}",),
         "sglang": (f"python -m sglang.launch_server --model-path {folder}",),
         "llama.cpp": (convert, f"llama-server --model {folder}/{MODEL_FILE}"),
         "ollama": (convert, f"ollama create {name} --file {folder}/Modelfile", f"ollama run {name}"),

@@ -29,6 +29,21 @@ def laid_out(rows: Sequence[Fields], pad: int) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
+def logits_of(
+    model: Any, rows: Sequence[Fields], *, pad: int, size: int, autocast: torch.dtype | None = None
+) -> Tensor:
+    """The logits (n, C) of n rows, float32 on the CPU; rows of similar lengths go together, ``size`` at a time."""
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
+    found = []
+    for start in range(0, len(order), size):
+        inputs = laid_out([rows[place] for place in order[start : start + size]], pad)
+        with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+            logits = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
+        found.append(logits.float().cpu())
+    return torch.cat(found)[torch.tensor(order).argsort()]
+
+
 def losses(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
     """(B,)  of logits z (B, C):
 

@@ -192,13 +192,18 @@ def save_adapter(
     metadata = {"format": "pt"}
     if config.init.kind == "loftq":
         metadata[INIT_KEY] = config.init.kind
-    if heads_of_labels(model):
-        document["task_type"] = LABELS_TASK
-        metadata[LABELS_KEY] = json.dumps(labels_of(model).to_json())
+    mark_labels(model, document, metadata)
     if config.enable_lora:
         metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name, state_dict), metadata))
     write_json(folder / CONFIG_FILE, document)
+
+
+def mark_labels(model: nn.Module, document: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Say in an adapter's configuration and file that its model answers with labels, and with which."""
+    if heads_of_labels(model):
+        document["task_type"] = LABELS_TASK
+        metadata[LABELS_KEY] = json.dumps(labels_of(model).to_json())
 
 
 def labels_of(model: Any) -> Labels:

@@ -29,9 +29,13 @@ def run(settings: ExportSettings, output: Output) -> Document:
     refuse_comparisons([settings.adapter])
     check_paths(model=settings.model, data=[settings.data], output=settings.output)
     _check_options(settings)
+    from rankwise.adapters.trained_base import labels_of
     from rankwise.export.merged import refuse_to_overwrite
     from rankwise.export.proof import server_python
 
+    if labels_of(settings.adapter) is not None and (settings.verify or settings.target not in ("peft", "vllm")):
+        what = "--verify asks servers for text" if settings.verify else f"--for {settings.target} is for text"
+        raise ConfigError("RW112", f"{what}, and this adapter answers with labels; give --for vllm or peft alone.")
     refuse_to_overwrite(settings.output)
     if settings.verify:
         server_python(settings.target, settings.server_python)

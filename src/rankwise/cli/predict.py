@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, printable
 from rankwise.cli.settings import PredictSettings
 from rankwise.errors import ConfigError, warn
-from rankwise.labels import MEASURES, measures
+from rankwise.labels import NUMBER, in_words, measures
 from rankwise.reports.numbers import plural
-
-if TYPE_CHECKING:
-    from rankwise.evaluation.loading import Loaded
 
 # Of a text in the table.
 SHOWN_CHARACTERS = 60
@@ -25,6 +22,7 @@ def run(settings: PredictSettings, output: Output) -> Document:
     check_paths(model=settings.model, data=(settings.data, None))
     if settings.adapter is None and settings.model is None:
         raise ConfigError("RW121", "there is nothing to answer with; give --adapter A, or --model M with a head.")
+    from rankwise.acceleration.labels import chosen, logits_of, probabilities
     from rankwise.adapters.saving import labels_of
     from rankwise.data import read_rows
     from rankwise.data.labels import UNANSWERED, encode_labelled
@@ -45,7 +43,10 @@ def run(settings: PredictSettings, output: Output) -> Document:
     )
     table = encoded.dataset.to_list()
     with output.waiting("answering"):
-        answers, shares = answered(loaded, table, settings.batch_size)
+        pad = int(loaded.tokenizer.pad_token_id or 0)
+        logits = logits_of(loaded.model, table, pad=pad, size=settings.batch_size)
+    answers = chosen(logits, labels.problem)
+    shares = [None] * len(table) if labels.problem == NUMBER else probabilities(logits, labels.problem).tolist()
     bad = {problem["row"] for problem in encoded.report.skipped}
     kept = [row for row in rows if row.place not in bad]
     found: list[dict[str, Any]] = []
@@ -60,32 +61,8 @@ def run(settings: PredictSettings, output: Output) -> Document:
         warn("RW262", f"the model answers all {len(answers)} rows with the same label ({found[0]['label']}).")
     _print(output, found)
     if known:
-        figures = ", ".join(f"{name} {agreement[name]:.4f}" for name in MEASURES[:-1] if name in agreement)
-        output.line(f"{figures} on {plural(len(known), 'row')} with labels")
+        output.line(f"{in_words(agreement, len(known))} on {plural(len(known), 'row')} with labels")
     return {"predictions": found, "measures": agreement, "labels": list(labels.names)}
-
-
-def answered(loaded: Loaded, rows: list[dict[str, Any]], size: int) -> tuple[list[Any], list[list[float] | None]]:
-    """The answers, and the probability of each label; None of numbers. Rows of similar lengths go together."""
-    import torch
-
-    from rankwise.acceleration.labels import chosen, laid_out, probabilities
-    from rankwise.adapters.saving import labels_of
-    from rankwise.labels import NUMBER
-
-    model, problem = loaded.model, labels_of(loaded.model).problem
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
-    answers: list[Any] = [None] * len(rows)
-    shares: list[list[float] | None] = [None] * len(rows)
-    for start in range(0, len(order), size):
-        places = order[start : start + size]
-        batch = laid_out([rows[place] for place in places], int(loaded.tokenizer.pad_token_id or 0))
-        with torch.no_grad():
-            logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits.float()
-        likely = None if problem == NUMBER else probabilities(logits, problem).tolist()
-        for index, (place, answer) in enumerate(zip(places, chosen(logits, problem))):
-            answers[place], shares[place] = answer, None if likely is None else likely[index]
-    return answers, shares
 
 
 def _print(output: Output, found: list[dict[str, Any]]) -> None:

@@ -26,7 +26,7 @@ from rankwise.cli.progress import watching
 from rankwise.config import METHODS, TrainSettings
 from rankwise.errors import ConfigError, DataError, Interrupted, RunError, is_out_of_memory, out_of_memory
 from rankwise.foreign import Fields
-from rankwise.labels import MEASURES
+from rankwise.labels import in_words
 from rankwise.options import flag
 from rankwise.records import RunRecord, load_record, read_metrics, write_text
 from rankwise.reports.numbers import byte_size, plural, rate
@@ -208,9 +208,8 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
             "rewards",
             f"{accuracy:.1%} of the evaluation pairs have the better answer ahead, by {margin:.3g} on average",
         )
-    agreement = {name: record.eval_rewards.get(name) for name in MEASURES[:-1]}
-    if found := [f"{name} {value:.3f}" for name, value in agreement.items() if value is not None]:
-        yield "answers", f"{', '.join(found)} on the evaluation data"
+    if record.objective == "classify" and "eval" in record.data:
+        yield "answers", f"{in_words(record.eval_rewards, record.data['eval']['rows'])} on the evaluation data"
     if record.trainable_parameters is not None and record.total_parameters:
         yield "trained", trained_share(record)
     if (kept := record.retained) is not None:

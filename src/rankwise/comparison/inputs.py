@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,16 @@ from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareSettings
 from rankwise.comparison.stages import PERPLEXITY
 from rankwise.config import ADAPTERS, BETA
 from rankwise.data import Row, Rows, limited, read_rows, read_template, warn_of_overlap
+from rankwise.data.formats import Format
+from rankwise.data.labels import LABELLED, labels_in, unknown_labels
 from rankwise.data.preferences import PREFERENCE_FORMATS
+from rankwise.data.rows import check_bad_rows
 from rankwise.disk import refuse_links
 from rankwise.errors import ConfigError, DataError, ModelError, RunError
 from rankwise.evaluation.settings import EvaluateSettings, split_data
 from rankwise.evaluation.tasks.registry import make_task
 from rankwise.foreign import Fields, Json, JsonObject, checked, read_json, reason_of
+from rankwise.labels import Labels
 from rankwise.lora_config import LoraConfig
 from rankwise.models.device import choose_device
 from rankwise.models.source import fetch_model
@@ -29,6 +33,7 @@ from rankwise.reports.comparison import BEST_FOLDER, MERGED_FOLDER, RETAINED
 
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
+    from rankwise.evaluation.tasks.labels import LabelAnswers
     from rankwise.evaluation.tasks.perplexity import Perplexity
     from rankwise.evaluation.tasks.preference import Preference
 
@@ -109,15 +114,24 @@ def _identity(given: CompareSettings, data: Fields) -> JsonObject:
     return {"options": {name: options[name] for name in names}, "data": content}
 
 
-def own_task(eval_data: str, settings: Fields) -> Perplexity | Preference:
-    """The loss of demonstrations, or the rewards of preferences.
+def formats_of(objective: str) -> Collection[Format] | None:
+    """The data formats of an objective; None for those of demonstrations."""
+    return LABELLED if objective == "classify" else PREFERENCE_FORMATS.get(objective)
+
+
+def own_task(eval_data: str, settings: Fields, labels: Labels | None = None) -> Perplexity | Preference | LabelAnswers:
+    """The loss of demonstrations, the rewards of preferences, or the answers that are ``labels``.
 
     ``settings``: objective, beta, max_length, prompt_column and completion_column. Raises DataError as the readers do,
     and as ``Preference``.
     """
     columns = {name: settings[name] for name in ("prompt_column", "completion_column")}
-    formats = PREFERENCE_FORMATS.get(settings["objective"])
+    formats = formats_of(settings["objective"])
     rows = read_rows(eval_data, split="validation", formats=formats, **columns)
+    if labels is not None:
+        from rankwise.evaluation.tasks.labels import LabelAnswers
+
+        return LabelAnswers(rows, labels, max_length=settings["max_length"])
     if formats is None:
         from rankwise.evaluation.tasks.perplexity import Perplexity
 
@@ -166,6 +180,8 @@ class Inputs:
     described: JsonObject
     train_rows: int
     eval_rows: int
+    # Of the training rows, where the objective answers with labels.
+    labels: Labels | None = None
     # The sha256 of each task's questions.
     questions: JsonObject = dataclasses.field(default_factory=dict)
     # The source of the rows of --retain.
@@ -181,7 +197,7 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
     by the hash of the prompts: rows of one prompt stay together, and the order of the file does not matter.
     Raises DataError as the readers do, ConfigError (RW168) when rows cannot be split.
     """
-    layout = {**given.columns, "formats": PREFERENCE_FORMATS.get(given.objective)}
+    layout = {**given.columns, "formats": formats_of(given.objective)}
     folder = given.output / "data"
     rows = read_rows(given.data, split="train", **layout)
     held_out = _own_evaluation(given, rows, layout)
@@ -203,6 +219,9 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
         warn_of_overlap(rows, retained, "retained")
         described["retain"] = {"source": retained.source, "sha256": retained.sha256, "rows": len(retained)}
         questions[RETAINED] = retained.sha256
+    labels = labels_in(rows) if given.objective == "classify" else None
+    if labels is not None:
+        check_bad_rows(unknown_labels(part, labels), len(part), allowed=None, before=0)
     check(described)
     if is_split:
         train = str(_write(rows, folder / "train.jsonl", layout))
@@ -210,7 +229,7 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
     if is_split or len(part) < len(held_out):
         evaluation = str(_write(part, folder / "eval.jsonl", layout))
     retain = given.retain and _absolute(given.retain)
-    return Inputs(train, evaluation, described, len(rows), len(part), questions, retain)
+    return Inputs(train, evaluation, described, len(rows), len(part), labels, questions, retain)
 
 
 def check_model(given: CompareSettings) -> None:
@@ -226,6 +245,9 @@ def check_model(given: CompareSettings) -> None:
     asked = any(getattr(config, name) != getattr(usual, name) for name in NAMING)
     remote: JsonObject = {"trust_remote_code": given.trust_remote_code, "revision": given.revision}
     source = fetch_model(given.model, **remote, weights=False)
+    if given.objective == "classify":
+        # Which ones does not matter here.
+        source = dataclasses.replace(source, labels=Labels(("0", "1")))
     if not {name.partition("+")[0] for name in given.methods} & {*ADAPTERS}:
         return
     if not asked:
@@ -305,7 +327,8 @@ def _write(rows: Rows, path: Path, layout: Fields) -> Path:
 
 def _record(row: Row, rows: Rows, layout: Fields) -> JsonObject:
     if row.kind == "text":
-        return {"text": row.text}
+        labelled = {} if row.target is None else {"text_pair": row.completion, "label": row.target}
+        return {"text": row.text, **labelled}
     tools = {"tools": row.tools} if row.tools else {}
     if row.label is not None:
         return {**_preference(row, rows), **tools}
@@ -332,7 +355,7 @@ def _preference(row: Row, rows: Rows) -> JsonObject:
 
 
 def _meaning(rows: Rows) -> tuple[object, ...]:
-    keys = ("messages", "prompt", "completion", "text", "first_trained", "label")
+    keys = ("messages", "prompt", "completion", "text", "first_trained", "label", "target")
     return (
         rows.kind,
         rows.uses_template,
@@ -347,6 +370,7 @@ def _content_hash(rows: Sequence[Row]) -> str:
         digest.update(row.content().encode() + b"\0")
         # Rows that differ only in their mark differ.
         digest.update(b"bad" if row.label is False else b"")
+        digest.update(b"" if row.target is None else str(row.target).encode())
     return digest.hexdigest()
 
 

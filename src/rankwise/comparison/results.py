@@ -13,6 +13,7 @@ from rankwise.comparison.schedule import Plan, jobs_of, state_of
 from rankwise.comparison.stages import (
     FACTS_FILE,
     INTERRUPTED_CODES,
+    LABELS,
     OWN_TASKS,
     PERPLEXITY,
     Cell,
@@ -123,8 +124,9 @@ def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:
             if task == RETAINED:
                 found[RETAINED_LOSS] = False
             elif task != PERPLEXITY:
-                better = result.get("higher_is_better", {})
-                found |= {f"{task}.{name}": bool(better.get(name, True)) for name in result.get("metrics", {})}
+                better, names = result.get("higher_is_better", {}), result.get("metrics", {})
+                again = "loss" if task == LABELS else None
+                found |= {f"{task}.{name}": bool(better.get(name, True)) for name in names if name != again}
     return found
 
 
@@ -146,7 +148,7 @@ def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
         if value is None:
             continue
         values[run["seed"]] = value
-        read = _examples(output / run["folder"], metric, value)
+        read = _examples(output, run, metric, value)
         if read is not None and (first is None or read.ids == first.ids):
             first = first or read
             examples[run["seed"]] = read.values
@@ -160,7 +162,7 @@ def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
 def value_of(run: Run, metric: str) -> float | None:
     """A run's value of a metric. The evaluation loss is the measured one if there is one, else the record's."""
     if metric == EVAL_LOSS:
-        measured = run["tasks"].get(PERPLEXITY, {}).get("metrics", {}).get("loss")
+        measured = run["tasks"].get(_task_of_loss(run), {}).get("metrics", {}).get("loss")
         found = measured if measured is not None else (run["record"] or {}).get("eval_loss")
     else:
         task, _, name = metric.partition(".")
@@ -168,10 +170,16 @@ def value_of(run: Run, metric: str) -> float | None:
     return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
-def _examples(folder: Path, metric: str, value: float) -> _Examples | None:
+def _task_of_loss(run: Run) -> str:
+    """The task that measured the evaluation loss row by row."""
+    return LABELS if LABELS in run["tasks"] else PERPLEXITY
+
+
+def _examples(output: Path, run: Run, metric: str, value: float) -> _Examples | None:
     """The scores of the examples if the metric is a mean over examples; else None."""
-    task, _, name = (PERPLEXITY, ".", "loss") if metric == EVAL_LOSS else metric.partition(".")
-    rows = sorted(read_examples(folder / EVALUATION_FOLDER / task / EXAMPLES_FILE), key=lambda row: row.id)
+    task, _, name = (_task_of_loss(run), ".", "loss") if metric == EVAL_LOSS else metric.partition(".")
+    file = output / run["folder"] / EVALUATION_FOLDER / task / EXAMPLES_FILE
+    rows = sorted(read_examples(file), key=lambda row: row.id)
     if not rows or any(name not in row.scores for row in rows):
         return None
     found = [float(row.scores[name]) for row in rows]

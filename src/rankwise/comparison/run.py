@@ -36,7 +36,7 @@ from rankwise.comparison.pool import (
 )
 from rankwise.comparison.results import collect_runs, read_json, scores_by_metric
 from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of
-from rankwise.comparison.settings import CompareSettings, check_compare, has_one_rate, shared_training
+from rankwise.comparison.settings import OF_NUMBERS, CompareSettings, check_compare, has_one_rate, shared_training
 from rankwise.comparison.stages import PERPLEXITY, Cell, Job, cell_settings, planned_runs
 from rankwise.config import TrainSettings, idle_options, is_own, variant_of
 from rankwise.conflicts import check_conflicts
@@ -44,6 +44,7 @@ from rankwise.default_rate import default_rate
 from rankwise.disk import coded_errors, hold, remove_strays
 from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject
+from rankwise.labels import NUMBER
 from rankwise.models.describe import model_hash
 from rankwise.models.source import fetch_model
 from rankwise.options import flag
@@ -87,6 +88,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         try:
             check_model(given)
             inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
+            given = _with_usual_metric(given, inputs)
             inputs = _with_tasks(given, inputs)
             rates = _rates(given)
         except InputError:
@@ -159,12 +161,18 @@ def _check_settings(given: CompareSettings) -> None:
         check_conflicts(settings, processes=1)
 
 
+def _with_usual_metric(given: CompareSettings, inputs: Inputs) -> CompareSettings:
+    """With the default metric of the labels that the data hold, which numbers do not share with names."""
+    is_usual = inputs.labels is not None and inputs.labels.problem == NUMBER and "metric" not in given.model_fields_set
+    return given.model_copy(update={"metric": OF_NUMBERS}) if is_usual else given
+
+
 def _with_tasks(given: CompareSettings, inputs: Inputs) -> Inputs:
     """The inputs with the hashes of the tasks' questions. Checks the tasks before hours of training: unknown tasks,
     missing data or packages, unknown metrics.
     """
     asked = make_tasks(given.task, data=given.task_data, limit=given.task_limit)
-    tasks = [own_task(inputs.evaluation, shared_training(given)), *asked]
+    tasks = [own_task(inputs.evaluation, shared_training(given), inputs.labels), *asked]
     name, _, metric = given.metric.partition(".")
     known = next((list(task.higher_is_better) for task in tasks if task.name == name and name != PERPLEXITY), None)
     if name == PERPLEXITY or (known and metric not in known):
@@ -208,7 +216,7 @@ def _plan(given: CompareSettings, rates: Mapping[str, tuple[float, ...]]) -> Pla
         given.seeds,
         given.search_steps is not None,
         # Rewards are relative to the base, so the base has none.
-        base=given.objective == "sft" or bool(given.task or given.retain),
+        base=given.objective in ("sft", "classify") or bool(given.task or given.retain),
         tasks=(*given.task, *([RETAINED] if given.retain else [])),
         probed=given.minutes is not None,
         halved=given.budget is not None,
@@ -333,7 +341,9 @@ class Commands:
 
     def _cell_settings(self, cell: Cell, steps: int | None) -> JsonObject:
         inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
-        shared = {**self.shared, **self.batches[cell.method], "eval_limit": 0, "cache": str(self._cache())}
+        # Runs of labels draw their head anew, so nothing of theirs is kept.
+        cache = None if self.inputs.labels else str(self._cache())
+        shared = {**self.shared, **self.batches[cell.method], "eval_limit": 0, "cache": cache}
         settings = cell_settings(cell, self.plan.output, shared, inputs, steps)
         if cell.learning_rate is not None:
             return settings
@@ -391,6 +401,7 @@ class Commands:
             "retain": self.inputs.retain,
             "tasks": list(self.given.task),
             "task_data": list(self.given.task_data),
+            "labels": self.inputs.labels and self.inputs.labels.to_json(),
             "questions": self.inputs.questions,
             "task_limit": self.given.task_limit,
             **{name: self.shared[name] for name in names},

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rankwise.comparison.stages import PREFERENCE
+from rankwise.comparison.stages import LABELS, PREFERENCE
 from rankwise.config import (
     ADAPTERS,
     METHODS,
@@ -30,7 +30,14 @@ from rankwise.planning.hardware import parse_size
 from rankwise.reports.comparison import EVAL_LOSS
 
 # {objective: the metric that decides by default}.
-USUAL_METRICS = {"sft": EVAL_LOSS, "dpo": "preference.reward_accuracy", "kto": "preference.reward_accuracy"}
+USUAL_METRICS = {
+    "sft": EVAL_LOSS,
+    "dpo": f"{PREFERENCE}.reward_accuracy",
+    "kto": f"{PREFERENCE}.reward_accuracy",
+    "classify": f"{LABELS}.accuracy",
+}
+# Where labels are numbers.
+OF_NUMBERS = f"{LABELS}.pearson"
 SHARED = (*PreferenceOptions.model_fields, *RunOptions.model_fields)
 # Options of `compare` that define the runs. With the shared options they must not change when a comparison continues.
 SAME_RUNS = ("search_steps", "budget", "minutes", "memory_budget")
@@ -50,7 +57,7 @@ _recommended = functools.partial(option, Panel.RECOMMENDATION)
 
 def _usual_methods(given: Fields) -> tuple[str, ...]:
     """All of rankwise's methods; for preferences those with a frozen base, which is the reference."""
-    return METHODS if given.get("objective", "sft") == "sft" else ADAPTERS
+    return METHODS if given.get("objective", "sft") in ("sft", "classify") else ADAPTERS
 
 
 class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
@@ -153,7 +160,8 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
         str,
         _measured(
             "Metric that decides: eval_loss, or TASK.METRIC such as e2e.BLEU; for dpo and kto also "
-            "preference.reward_accuracy (their default) and preference.reward_margin.",
+            "preference.reward_accuracy (their default) and preference.reward_margin; for classify labels.accuracy "
+            "(its default), labels.f1 and labels.mcc, or labels.pearson of numbers.",
             metavar="NAME",
         ),
         Field(default_factory=lambda given: USUAL_METRICS.get(given.get("objective", "sft"), EVAL_LOSS)),
@@ -199,10 +207,6 @@ def check_compare(given: CompareSettings) -> None:
     Raises ConfigError: RW165 unknown methods, RW167 duplicates, and options that exclude each other,
     RW626 an objective that is not compared.
     """
-    if given.objective == "classify":
-        raise ConfigError(
-            "RW626", "--objective classify cannot be compared yet; train each method with `rankwise train`."
-        )
     if given.objective == "grpo":
         raise ConfigError(
             "RW626",
@@ -241,7 +245,10 @@ def check_compare(given: CompareSettings) -> None:
         raise ConfigError(
             "RW167", f"--budget needs --objective sft, and --objective is {given.objective}; leave --budget out."
         )
-    measured = given.task if given.objective == "sft" else (PREFERENCE, *given.task)
+    if given.objective == "classify" and given.task:
+        raise ConfigError("RW167", "--task asks models that write text, and --objective classify makes none.")
+    own = {"sft": (), "classify": (LABELS,)}.get(given.objective, (PREFERENCE,))
+    measured = (*own, *given.task)
     if given.metric != EVAL_LOSS and given.metric.partition(".")[0] not in measured:
         raise ConfigError(
             "RW167",

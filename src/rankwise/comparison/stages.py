@@ -75,8 +75,8 @@ CLI = "rankwise.cli.main"
 STEPS = "rankwise.comparison.steps"
 # The file that a measurement writes into a run's folder.
 FACTS_FILE = "measured.json"
-# The tasks on the evaluation data: for demonstrations, and for preferences.
-PERPLEXITY, PREFERENCE = OWN_TASKS = ("perplexity", "preference")
+# The tasks on the evaluation data: for demonstrations, preferences and labels.
+PERPLEXITY, PREFERENCE, LABELS = OWN_TASKS = ("perplexity", "preference", "labels")
 # Folder of the short runs that only measure the seconds of a step.
 PROBES_FOLDER = "probes"
 # Stands in place of a cell's name in jobs that prepare the base or evaluate the unadapted model.

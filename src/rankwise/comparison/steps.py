@@ -8,34 +8,42 @@ evaluation row, the tasks, some answers, the effect of merging, and the relative
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import Decoding, Prompt
+from rankwise.adapters.saving import labels_of
 from rankwise.comparison.inputs import make_tasks, own_task, retained_task
 from rankwise.comparison.stages import FACTS_FILE, PERPLEXITY
+from rankwise.compat.transformers import heads_of_labels
 from rankwise.config import METHODS, TrainSettings, is_own
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
+from rankwise.data.preferences import PREFERENCE_FORMATS
 from rankwise.data.rows import Row
 from rankwise.disk import coded_error, hold, is_of_device
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
 from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.loading import needed_tokenizer
 from rankwise.evaluation.record import Opened, open_folder
 from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task, writer
-from rankwise.export.verify import is_more_than_rounding, rounding_cost
+from rankwise.evaluation.tasks.labels import Constant
+from rankwise.export.verify import is_more_than_rounding, logits, rounding_cost
 from rankwise.foreign import Fields, JsonObject
+from rankwise.labels import Labels
 from rankwise.models import fetch_model
-from rankwise.models.load import answer_room
+from rankwise.models.load import answer_room, load_tokenizer
 from rankwise.models.prepared import needs_preparation
 from rankwise.records import RunRecord, load_record, write_json
 from rankwise.reports.comparison import EVALUATION_FOLDER, MergedCheck
@@ -57,8 +65,8 @@ def measure(job: Fields) -> JsonObject:
 
     ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
     objective, beta, prompt_column, completion_column, max_length, eval_limit, chat_template; retain; merged_check;
-    tasks, task_data, task_limit. It also holds the hashes of the tasks' ``questions``, by which the runner sees that
-    they changed.
+    tasks, task_data, task_limit; labels, where the objective has some. It also holds the hashes of the tasks'
+    ``questions``, by which the runner sees that they changed.
     """
     torch.manual_seed(0)
     with hold(Path(job["folder"])):
@@ -68,22 +76,27 @@ def measure(job: Fields) -> JsonObject:
 def _measure(job: Fields) -> JsonObject:
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    own = own_task(job["eval_data"], job)
+    labels = job.get("labels") and Labels(tuple(job["labels"]["names"]), job["labels"]["problem"])
+    own = own_task(job["eval_data"], job, labels)
     tasks = make_tasks(job["tasks"], data=job["task_data"], limit=job["task_limit"])
     rows = own.rows
     # Rewards are relative to the base, so the base has none.
-    is_reference = job["method"] is None and job["objective"] != "sft"
+    is_reference = job["method"] is None and job["objective"] in PREFERENCE_FORMATS
     retained = [] if job["retain"] is None else [retained_task(job["retain"], job)]
     asked = [*([] if is_reference else [own]), *retained, *tasks]
     # Before anything can fail, results of other settings go: they would pass for those of these.
     places = {task.name: _open(task, folder) for task in asked}
-    model, tokenizer = load_run(job)
     template = read_template(Path(job["chat_template"])) if job["chat_template"] else None
-    engine = _engine(job, model, tokenizer, template)
-    shown = range(0, len(rows), max(1, len(rows) // ANSWERED))[:ANSWERED]
-    encoder = engine.encoder(rows)
-    prompts = _prompts(engine, encoder, [rows[number] for number in shown], is_text=rows.kind == "text")
-    answers = dict(zip(map(str, shown), _answers(engine, prompts, encoder.stop_ids())))
+    prompts: list[Prompt] = []
+    answers: dict[str, tuple[str, bool]] = {}
+    if labels is not None:
+        engine = _engine(job, *_load_labels(job, rows, labels), None)
+    else:
+        engine = _engine(job, *load_run(job), template)
+        shown = range(0, len(rows), max(1, len(rows) // ANSWERED))[:ANSWERED]
+        encoder = engine.encoder(rows)
+        prompts = _prompts(engine, encoder, [rows[number] for number in shown], is_text=rows.kind == "text")
+        answers = dict(zip(map(str, shown), _answers(engine, prompts, encoder.stop_ids())))
     adapter = None if job["method"] is None else folder
     for task in asked:
         given = answers if task.name == PERPLEXITY else {}
@@ -93,7 +106,7 @@ def _measure(job: Fields) -> JsonObject:
         # The bytes of the adapter's file, or of the whole model's files.
         facts["adapter_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         # With room for the two tokens by which its time begins.
-        timed = [prompt for prompt in prompts if answer_room(model, len(prompt.ids), ANSWER_TOKENS) > 1]
+        timed = [prompt for prompt in prompts if answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS) > 1]
         facts |= _merge_facts(job, engine, rows, timed[:TIMED])
     write_json(folder / FACTS_FILE, facts)
     return facts
@@ -122,8 +135,19 @@ def _open(task: Task, folder: Path) -> Opened:
         return open_folder(place, settings, overwrite=True)
 
 
-def load_run(job: Fields) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(trained model of a run in evaluation mode, tokenizer); the base where the job has no method."""
+def _load_labels(job: Fields, rows: Rows, labels: Labels) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A run's model with its head; for the base, which has none, what answers every row alike."""
+    if job["method"] is not None:
+        return load_run(job, labels)
+    remote = {name: job[name] for name in ("revision", "trust_remote_code")}
+    tokenizer = needed_tokenizer(load_tokenizer(job["model"], **remote), job["model"])
+    targets = [labels.number(row.target) for row in rows if row.target is not None]
+    return Constant(targets, labels), tokenizer
+
+
+def load_run(job: Fields, labels: Labels | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(trained model of a run in evaluation mode, tokenizer); the base where the job has no method. ``labels``: of the
+    model's head."""
     from rankwise.adapters import load_adapter
     from rankwise.adapters.inject import method_type
     from rankwise.adapters.trained_base import quantization_of
@@ -140,7 +164,7 @@ def load_run(job: Fields) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         trust_remote_code=job["trust_remote_code"],
     )
     model, tokenizer = load_prepared(
-        source,
+        dataclasses.replace(source, labels=labels),
         dtype=_dtype(record, choice.dtype),
         device=str(choice.device),
         quantization=quantization_of(folder) if record and not whole else None,
@@ -212,6 +236,9 @@ def _merge_facts(job: Fields, engine: Engine, rows: Rows, prompts: Sequence[Prom
     from rankwise.adapters import merge_adapter
 
     norms = _adapter_norms(engine.model)
+    for head in heads_of_labels(engine.model):
+        # It began at random.
+        norms.pop(head, None)
     if not job["merged_check"]:
         return {"merged": None, "update_norms": norms}
     before, speed = _logits(engine, rows[:CHECKED_ROWS], job["max_length"]), _tokens_per_second(engine, prompts)
@@ -234,12 +261,12 @@ def _merge_facts(job: Fields, engine: Engine, rows: Rows, prompts: Sequence[Prom
 @torch.inference_mode()
 def _logits(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
     ids = _ids(engine, rows, max_length)
-    return [engine.model(input_ids=one, use_cache=False).logits.float().cpu() for one in ids]
+    return [logits(engine.model, one).float().cpu() for one in ids]
 
 
 def _ids(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
-    encoded = engine.encoder(rows).encode(rows.items)
-    return [torch.tensor([row.ids[:max_length]], device=engine.model.device) for row in encoded]
+    encoded, limit = engine.encoder(rows).encode(rows.items), min(max_length, engine.max_length)
+    return [torch.tensor([row.ids[:limit]], device=engine.model.device) for row in encoded]
 
 
 @torch.no_grad()
@@ -272,11 +299,14 @@ def _relative(new: Tensor, W: Tensor) -> float:
 @torch.no_grad()
 def _full_norms(job: Fields, model: nn.Module) -> dict[str, float]:
     """The relative change of the matrices of a fully fine-tuned model, in the float32 in which it trained."""
-    base, _ = load_run({**job, "method": None, "dtype": "float32"})
+    heads = heads_of_labels(model)
+    base, _ = load_run({**job, "method": None, "dtype": "float32"}, labels_of(model) if heads else None)
     norms: dict[str, float] = {}
     for name, module in base.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+        # A head of labels began at random.
+        is_compared = not isinstance(module, nn.Embedding) and name.partition(".")[0] not in heads
+        if isinstance(weight, Tensor) and weight.dim() == 2 and is_compared:
             trained = model.get_submodule(name).get_parameter("weight")
             norms[name] = _relative(*(W.detach().cpu().float() for W in (trained, weight)))
     return norms
@@ -308,6 +338,8 @@ def answering(work: Callable[[], JsonObject], doing: str) -> int:
 def prepare(job: Fields) -> JsonObject:
     """Fill the cache. ``job["runs"]``: the settings of one run of each method. Returns the kinds of prepared bases."""
     made: list[str] = []
+    # Runs of labels draw their head anew, and nothing of theirs is kept.
+    job = {**job, "runs": [run for run in job["runs"] if run["objective"] != "classify"]}
     for given in one_of_each_kind([TrainSettings.model_validate(settings) for settings in job["runs"]]):
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
         if made and not needs_preparation(source, quantization_for(given)):

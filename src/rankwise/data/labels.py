@@ -106,13 +106,12 @@ def encode_labelled(
     """
     import datasets
 
-    problems, kept, columns = [], [], []
+    problems = unknown_labels(rows, labels)
+    unknown, kept, columns = {problem.place for problem in problems}, [], []
     for row in rows:
-        label = None if row.target is None else _number(labels, row.target)
-        if label is None and row.target is not None:
-            why = f"expected one of the known labels ({some_of(labels.names)}), found {row.target!r}"
-            problems.append(Problem(row.source, row.line, row.counted_in, "RW203", why))
+        if row.place in unknown:
             continue
+        label = None if row.target is None else labels.number(row.target)
         pair = row.completion or None
         encoded = tokenizer(row.text, pair, truncation=True, max_length=max_length)
         ids, length = encoded["input_ids"], len(encoded["input_ids"])
@@ -148,9 +147,14 @@ def encode_labelled(
     return Encoded(datasets.Dataset.from_list(columns), report)
 
 
-def _number(labels: Labels, target: Target) -> int | float | list[float] | None:
-    """The target as the loss takes it; None for one that is not among the labels."""
-    try:
-        return labels.number(target)
-    except ValueError:
-        return None
+def unknown_labels(rows: Rows, labels: Labels) -> list[Problem]:
+    """The rows whose label is not among ``labels``."""
+    found = []
+    for row in rows:
+        try:
+            if row.target is not None:
+                labels.number(row.target)
+        except ValueError:
+            why = f"expected one of the known labels ({some_of(labels.names)}), found {row.target!r}"
+            found.append(Problem(row.source, row.line, row.counted_in, "RW203", why))
+    return found

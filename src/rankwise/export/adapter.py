@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rankwise.adapters.checkpoint import AdapterFile
+from rankwise.adapters.saving import labels_of
 from rankwise.adapters.state import state_and_name
+from rankwise.adapters.trained_base import labels_of as labels_of_adapter
+from rankwise.compat.transformers import heads_of_labels
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.export.converted import Conversion, Likeness, Row, allowed_change, convert, keeps_perplexity, likeness
@@ -65,7 +68,13 @@ class Wanted:
     def check(self, model: PreTrainedModel, file: AdapterFile) -> None:
         """Raise what export raises for an adapter that the server or --base-gguf does not take, before anything is
         converted. ``model`` may be on the meta device."""
-        refuse_unserved(file, self.target)
+        refuse_unserved(model, file, self.target)
+        if self.converts(file) and heads_of_labels(model):
+            raise AdapterError(
+                "RW730",
+                "the adapter answers with labels, and only plain LoRA at its own rank is written with a head, since a "
+                "conversion is judged by the texts that a model writes; write a merged model with --merged.",
+            )
         pairs = folded_pairs(model, file)
         # The rank of a conversion is not known yet.
         largest = max((pair.r for pair in pairs.values()), default=0)
@@ -182,7 +191,7 @@ def export_merged(adapter: Path, output: Path, target: str, prove: Prove | None 
             merged = merge_to_folder(adapter, folder, **loading)
             if target == "ollama":
                 write_text(folder / MODELFILE, f"FROM ./{MODEL_FILE}\n")
-            commands = served_whole(target, str(output))
+            commands = served_whole(target, str(output), has_labels=labels_of_adapter(adapter) is not None)
             result = ExportReport(target, merged.base_model, 0, merged.merged_modules, None, None, commands)
             if prove is not None:
                 result = prove(folder, result)
@@ -229,7 +238,8 @@ def _write(
     r = next(iter(pairs.values())).r
     base = getattr(model, "name_or_path", None) or None
     served = wanted.base_gguf or "BASE.gguf" if SERVERS[wanted.target].form == "gguf" else base or "BASE"
-    commands = served_by(wanted.target, str(folder), str(served), r)
+    labels = len(labels_of(model).names) if heads_of_labels(model) else 0
+    commands = served_by(wanted.target, str(folder), str(served), r, labels)
     result = ExportReport(wanted.target, base, r, len(pairs), conversion, compared, commands)
     with whole_folder(folder) as partial:
         if SERVERS[wanted.target].form == "gguf":

@@ -31,8 +31,17 @@ from rankwise.adapters.experts import from_peft_A, from_peft_B, peft_A, peft_B
 from rankwise.adapters.inject import attach, check_name
 from rankwise.adapters.low_rank import enabled_rows, merged_weight
 from rankwise.adapters.peft_config import CONFIG_FILE, to_peft
-from rankwise.adapters.saving import PREFIX, WEIGHTS_FILE, adapter_tensors, is_transposed, shortest_targets, tensor_keys
+from rankwise.adapters.saving import (
+    PREFIX,
+    WEIGHTS_FILE,
+    adapter_tensors,
+    is_transposed,
+    mark_labels,
+    shortest_targets,
+    tensor_keys,
+)
 from rankwise.adapters.state import AdaptedModule, AdapterReport, base_modules, report, state_and_name
+from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import AdapterError, ConfigError, some_of
 from rankwise.lora_config import LoraConfig
 from rankwise.records import write_bytes, write_json
@@ -129,11 +138,20 @@ def refuse_loftq(file: AdapterFile) -> None:
         )
 
 
-def refuse_unserved(file: AdapterFile, target: str) -> None:
-    """Raise AdapterError: RW730 for trained weights outside of low-rank pairs, and for stacked experts where the server
-    does not support them; RW433 for LoftQ adapters."""
+def head_tensors(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
+    """The trained head of labels, which stands whole in an adapter's file."""
+    heads = tuple(f"{PREFIX}{name}." for name in heads_of_labels(model))
+    return {key: tensor for key, tensor in file.tensors.items() if key.startswith(heads)}
+
+
+def refuse_unserved(model: nn.Module, file: AdapterFile, target: str) -> None:
+    """Raise AdapterError: RW730 for trained weights outside of low-rank pairs and of a head that the server takes, and
+    for stacked experts where it does not support them; RW433 for LoftQ adapters."""
     refuse_loftq(file)
-    whole = sorted(key.removeprefix(PREFIX) for key in file.tensors if ".lora_" not in key)
+    heads, taken = head_tensors(model, file), SERVERS[target].heads
+    is_taken = target == "peft" or all(key.removeprefix(PREFIX).rpartition(".")[0] in taken for key in heads)
+    ours = heads if is_taken else {}
+    whole = sorted(key.removeprefix(PREFIX) for key in file.tensors if ".lora_" not in key and key not in ours)
     stacks = [item.name for item in file.planned if item.experts is not None]
     if whole or (stacks and "experts" in SERVERS[target].refuses):
         what = f"holds more than pairs ({some_of(whole)})" if whole else f"adapts the stacked experts {some_of(stacks)}"
@@ -175,6 +193,7 @@ def _portable_config(model: nn.Module, file: AdapterFile, r: int) -> LoraConfig:
         lora_alpha=r,
         target_modules=shortest_targets(model, names),
         target_parameters=file.config.target_parameters,
+        modules_to_save=heads_of_labels(model) or None,
     )
 
 
@@ -203,8 +222,9 @@ def write_portable(folder: Path, model: nn.Module, file: AdapterFile, pairs: Pai
     modules = dict(base_modules(model))
     adapted = [modules[item.path] for item in file.planned if item.experts is None and item.is_pair]
     document = to_peft(config, config.target_modules or (), base_model, is_transposed(adapted))
-    tensors = _portable_tensors(model, file, pairs)
-    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
+    tensors, metadata = {**_portable_tensors(model, file, pairs), **head_tensors(model, file)}, {"format": "pt"}
+    mark_labels(model, document, metadata)
+    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata))
     write_json(folder / CONFIG_FILE, document)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from rankwise.adapters import load_adapter, merge_adapter
 from rankwise.adapters.state import base_modules, model_end
 from rankwise.adapters.trained_base import dtype_of
 from rankwise.compat.torch import own_parameters
-from rankwise.compat.transformers import eager_experts
+from rankwise.compat.transformers import eager_experts, heads_of_labels
 from rankwise.constants import IGNORED
 from rankwise.data import stdlib_rows
 from rankwise.errors import ConfigError, RunError
@@ -65,15 +66,16 @@ def is_more_than_rounding(difference: float, rounding: float) -> bool:
 @torch.no_grad()
 def rounding_cost(model: PreTrainedModel, ids: Sequence[Tensor]) -> float:
     """Largest difference of a logit between ``model`` and the same weights computed in the next wider dtype."""
-    narrow = [_logits(model, one) for one in ids]
+    narrow = [logits(model, one).double() for one in ids]
     with _computing_wider(model), eager_experts(model.config):
-        wide = [_logits(model, one) for one in ids]
+        wide = [logits(model, one).double() for one in ids]
     return max((a - b).abs().max().item() for a, b in zip(narrow, wide))
 
 
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.double()
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The model's logits, without keys and values for a next token, which encoders do not make."""
+    keeps = "use_cache" in inspect.signature(model.forward).parameters
+    return model(input_ids=ids, **({"use_cache": False} if keeps else {})).logits
 
 
 @contextmanager
@@ -91,7 +93,10 @@ def _computing_wider(model: nn.Module) -> Iterator[None]:
         for name, value in kept.pop(module).items():
             module.get_parameter(name).data = value
 
-    owners = [module for module in model.modules() if any(p is not None for p in own_parameters(module).values())]
+    # A head of labels computes in float32 already.
+    heads, named = heads_of_labels(model), model.named_modules()
+    modules = [module for name, module in named if name.partition(".")[0] not in heads]
+    owners = [module for module in modules if any(p is not None for p in own_parameters(module).values())]
     hooks = [module.register_forward_pre_hook(widen) for module in owners]
     hooks += [module.register_forward_hook(put_back, always_call=True) for module in owners]
     try:

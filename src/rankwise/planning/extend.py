@@ -154,8 +154,8 @@ def estimate(
     """
     source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     workload = workload or Workload()
-    model = read_model(source, trust_remote_code=trust_remote_code, labels=workload.labels)
-    return Traces(model)(method, workload)
+    planned = read_model(source, trust_remote_code=trust_remote_code, labels=workload.labels)
+    return Traces(planned)(method, workload)
 
 
 @dataclasses.dataclass(frozen=True)

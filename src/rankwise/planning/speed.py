@@ -148,9 +148,8 @@ class PlannedModel:
 
 def read_model(source: ModelSource, *, trust_remote_code: bool = False, labels: int = 0) -> PlannedModel:
     """A fetched model, with a head of so many ``labels``."""
+    source = dataclasses.replace(source, labels=Labels(tuple(map(str, range(labels)))) if labels else None)
     assert source.path is not None
-    if labels:
-        source = dataclasses.replace(source, labels=Labels(tuple(map(str, range(labels)))))
     if not source.is_gguf:
         config = read_config(source.path)
         facts = dataclasses.replace(facts_of(config), has_labels=labels > 0)

@@ -349,6 +349,11 @@ class Comparison:
         return str(self["settings"].get("objective") or "sft")
 
     @property
+    def reference(self) -> str:
+        """What the methods' answers stand beside, in words."""
+        return "the best constant answer" if self.objective == "classify" else "the base model"
+
+    @property
     def unit(self) -> str:
         """The unit of the primary metric."""
         return unit_of(self.document)

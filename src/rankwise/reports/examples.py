@@ -17,13 +17,18 @@ from rankwise.reports.numbers import is_number, shortened, significant, visible
 # How the method's score compares with the base model's.
 Change = Literal["better", "worse", "same"]
 RIGHT_OR_WRONG: dict[Change, str] = {"better": "now right", "worse": "now wrong", "same": "as right or wrong as before"}
+AGAINST_A_CONSTANT: dict[Change, str] = {
+    "better": "right where the constant is wrong",
+    "worse": "wrong where the constant is right",
+    "same": "as right or wrong as the constant",
+}
 # Number of examples that are shown for each outcome, method and task.
 SHOWN = 4
 LONGEST_TEXT = 1200
 # Stands at the end of an answer that its limit of tokens ended.
 CUT = " … (cut at the limit of tokens)"
-# The task that scores the evaluation data itself, by the loss of each row.
-EVALUATION_ROWS = "perplexity"
+# The tasks that score the evaluation data itself.
+EVALUATION_ROWS = ("perplexity", "labels")
 LOSSES = ("loss", "perplexity", "nll", "ter", "wer")
 
 
@@ -73,7 +78,7 @@ class Answers:
     @property
     def place(self) -> str:
         """What was answered, in words: a task, or the rows of the evaluation data."""
-        return "the evaluation rows" if self.task == EVALUATION_ROWS else self.task
+        return "the evaluation rows" if self.task in EVALUATION_ROWS else self.task
 
     @property
     def total(self) -> int:
@@ -138,7 +143,8 @@ def _compare(
     rival = rows[other] if other else {}
     scored = [_scores(row).get(score) for side in (base, rows[method]) for row in side.values()]
     is_right = set(scored) <= {0, 1}
-    words = RIGHT_OR_WRONG if is_right else _score_words(visible(score), higher=higher)
+    right = AGAINST_A_CONSTANT if comparison.objective == "classify" else RIGHT_OR_WRONG
+    words = right if is_right else _score_words(visible(score), higher=higher)
     examples = []
     for key in common:
         sides = [(None, base[key]), (method, rows[method][key])]

@@ -31,7 +31,7 @@ def markdown(comparison: Comparison) -> str:
         section(
             "Learning rates stopped", "\n".join(f"- {escaped(line)}" for line in summary.stopped_rates(comparison))
         ),
-        section("Answers against the base model", _answers(comparison)),
+        section(f"Answers against {comparison.reference}", _answers(comparison)),
         section("Warnings, failures, what was left out", _messages(comparison)),
         section("To repeat it", _commands(comparison)),
     ]

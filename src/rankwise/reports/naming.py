@@ -31,6 +31,10 @@ METRICS = {
     "perplexity.perplexity": "Perplexity",
     "preference.reward_accuracy": "Reward accuracy",
     "preference.reward_margin": "Reward margin",
+    "labels.accuracy": "Accuracy",
+    "labels.f1": "F1",
+    "labels.mcc": "Matthews' correlation",
+    "labels.pearson": "Pearson's correlation",
 }
 LAYER = re.compile(r"\.(\d+)\.")
 

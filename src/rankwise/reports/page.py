@@ -86,6 +86,7 @@ def _content(comparison: Comparison) -> JsonObject:
         "verdict_note": summary.verdict_note(comparison),
         "metric": metric_name(metric),
         "unit": comparison.unit,
+        "reference": comparison.reference,
         "loss_name": loss_name(comparison.objective),
         "better": "higher is better" if comparison.is_higher_better(metric) else "lower is better",
         "metrics_table": _metrics_table(comparison),
@@ -134,7 +135,8 @@ def _metrics_table(comparison: Comparison) -> JsonObject:
         for key, value in (result.get("metrics") or {}).items()
     }
     starts = [run["record"].get("initial_eval_loss") for run in comparison.finals if run["record"]]
-    base["eval_loss"] = next((value for value in starts if is_number(value)), None)
+    # A constant has a loss of its own.
+    base["eval_loss"] = base.get("labels.loss", next((value for value in starts if is_number(value)), None))
     return {"metrics": metrics, "rows": lines, "base": [significant(base.get(metric), 4) for metric in metrics]}
 
 

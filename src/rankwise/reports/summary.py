@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from rankwise.foreign import Fields, Json
 from rankwise.reports.comparison import KEPT_ROWS_LOSS, RETAINED_LOSS, Comparison
+from rankwise.reports.examples import EVALUATION_ROWS
 from rankwise.reports.naming import last_part, long_name, method_name, metric_in_sentence, metric_name
 from rankwise.reports.numbers import (
     byte_size,
@@ -88,6 +89,8 @@ def trust(comparison: Comparison) -> list[Fact]:
 def _learned(comparison: Comparison) -> Fact | None:
     if comparison.objective == "sft":
         return None
+    if comparison.objective == "classify":
+        return Fact("Learned from", "Texts with labels", "compared with the best answer that is the same for every row")
     sources = {"dpo": "Pairs of answers (DPO)", "kto": "Marked answers (KTO)"}
     note = "a reward says how much likelier than its base a run makes an answer: beta times the log-ratio"
     return Fact("Learned from", sources.get(comparison.objective) or visible(comparison.objective), note)
@@ -109,7 +112,7 @@ def _evaluated(comparison: Comparison) -> Fact:
     tasks = [
         f"{visible(name)}: {plural(int(result.get('count') or 0), 'example')}"
         for name, result in comparison["base"].get("tasks", {}).items()
-        if name != "perplexity"
+        if name not in EVALUATION_ROWS
     ]
     overlap = comparison["data"].get("overlap")
     if is_number(overlap) and overlap:
