@@ -21,7 +21,7 @@ NUMBER: Problem = "regression"
 # A row's label: a name or a number, or the names of several labels.
 Target = str | float | tuple[str, ...]
 # Names of what ``measures`` returns.
-MEASURES = ("accuracy", "f1", "mcc", "pearson", "majority", "labels_answered")
+MEASURES = ("accuracy", "f1", "mcc", "pearson", "accuracy_of_commonest_label", "labels_answered")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def measures(targets: Sequence[Any], answers: Sequence[Any], problem: Problem) -
 
     One label: accuracy, F1 (2 TP / (2 TP + FP + FN), the mean over labels) and Matthews' correlation; several: the
     share of rows with all labels right, and F1 of all decisions; numbers: Pearson's correlation. Of a constant: 0.
-    ``majority``: the accuracy of always the commonest answer to these rows.
+    ``accuracy_of_commonest_label``: the accuracy of always the commonest answer to these rows.
     """
     if problem == NUMBER:
         return {"pearson": pearson(targets, answers)}
@@ -86,12 +86,16 @@ def measures(targets: Sequence[Any], answers: Sequence[Any], problem: Problem) -
         f1 = 2 * both / max(2 * both + wrong, 1)
         most = Counter(map(tuple, targets)).most_common(1)[0][1] / len(targets)
         answered = float(len(set(map(tuple, answers))))
-        return {"accuracy": right, "f1": f1, "majority": most, "labels_answered": answered}
+        return {"accuracy": right, "f1": f1, "accuracy_of_commonest_label": most, "labels_answered": answered}
     t, p = Counter(targets), Counter(answers)
     c = Counter(one for one, other in zip(targets, answers) if one == other)
     scores = [2 * c[kind] / (t[kind] + p[kind]) for kind in {*t, *p}]
     found = {"accuracy": right, "f1": math.fsum(scores) / len(scores), "mcc": matthews(targets, answers)}
-    return {**found, "majority": max(t.values()) / len(targets), "labels_answered": float(len(set(answers)))}
+    return {
+        **found,
+        "accuracy_of_commonest_label": max(t.values()) / len(targets),
+        "labels_answered": float(len(set(answers))),
+    }
 
 
 def in_words(measured: Mapping[str, float | None], rows: int) -> str:
@@ -99,7 +103,7 @@ def in_words(measured: Mapping[str, float | None], rows: int) -> str:
     it is clearly higher: by two standard errors of the latter."""
     figures = {name: value for name in MEASURES[:4] if (value := measured.get(name)) is not None}
     words = {name: f"{name} {value:.3f}" for name, value in figures.items()}
-    if (most := measured.get("majority")) is not None:
+    if (most := measured.get("accuracy_of_commonest_label")) is not None:
         is_clear = figures["accuracy"] > most + 2 * math.sqrt(most * (1 - most) / rows)
         gain = "" if is_clear else "no clear gain over "
         words["accuracy"] += f" ({gain}{most:.3f} by always the commonest label)"

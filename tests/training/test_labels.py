@@ -16,9 +16,10 @@ from transformers import AutoModelForSequenceClassification
 from conftest import make_tokenizer
 from rankwise.adapters import load_adapter
 from rankwise.adapters.trained_base import labels_of
+from rankwise.cli import export as export_verb
 from rankwise.cli import predict, preview
 from rankwise.cli.output import Output
-from rankwise.cli.settings import PredictSettings, PreviewSettings
+from rankwise.cli.settings import ExportSettings, PredictSettings, PreviewSettings
 from rankwise.config import TrainSettings
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.loading import LoadOptions, load_as_trained
@@ -82,6 +83,10 @@ def test_peft_reads_our_folders_and_we_read_those_of_peft(base: str, method: str
     theirs = peft.PeftModel.from_pretrained(plain(tmp_path / base, 2), tmp_path / "run")
     assert theirs.peft_config["default"].task_type == "SEQ_CLS"
     torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=0)
+    merge_to_folder(tmp_path / "run", tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.id2label == {0: "no", 1: "yes"}
+    torch.testing.assert_close(logits(merged), logits(ours), atol=1e-5, rtol=0)
 
     targets = ["q_proj"] if base == "decoder" else ["query"]
     config = peft.LoraConfig(
@@ -93,6 +98,43 @@ def test_peft_reads_our_folders_and_we_read_those_of_peft(base: str, method: str
     model = load_model(source)[0]
     load_adapter(model, tmp_path / "peft")
     torch.testing.assert_close(logits(model), logits(made), atol=1e-5, rtol=0)
+
+
+def export(run: Path, target: str, **more: Any) -> dict[str, Any]:
+    """The document of `rankwise export` to the folder ``served`` beside the run."""
+    given = ExportSettings.model_validate({"adapter": run, "for": target, "output": run.with_name("served"), **more})
+    return export_verb.run(given, Output(as_json=True))
+
+
+@pytest.mark.parametrize(("base", "target"), [("decoder", "vllm"), ("decoder", "peft"), ("encoder", "peft")])
+def test_an_export_holds_the_head(base: str, target: str, run: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    run(base, max_steps=3, use_rslora=True)
+    told = export(tmp_path / "run", target)
+    ours = load_as_trained(str(tmp_path / base), [tmp_path / "run"], LoadOptions(labels=True)).model
+    theirs = peft.PeftModel.from_pretrained(plain(tmp_path / base, 2), tmp_path / "served")
+    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=0)
+    assert labels_of(tmp_path / "served") == Labels(("no", "yes"))
+    said = "--runner pooling --convert classify" if target == "vllm" else "AutoModelForSequenceClassification"
+    assert said in told["commands"][0]
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "target", "code"),
+    [
+        ("encoder", "lora", "vllm", "RW730"),
+        ("decoder", "dora", "vllm", "RW730"),
+        ("decoder", "lora", "ollama", "RW112"),
+    ],
+)
+def test_what_no_server_takes_is_refused(
+    base: str, method: str, target: str, code: str, run: Any, tmp_path: Path
+) -> None:
+    run(base, method=method, max_steps=1)
+    with pytest.raises(RankwiseError) as error:
+        export(tmp_path / "run", target)
+    assert error.value.code == code
+    assert not (tmp_path / "served").exists()
 
 
 @pytest.mark.parametrize(("base", "method"), [("decoder", "qlora"), ("encoder", "qdora"), ("encoder", "full")])

@@ -201,7 +201,7 @@ def test_what_only_another_process_warns_of_is_told_with_its_number(monkeypatch:
 
 def test_no_process_loads_the_model_before_all_have_measured_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    plan: Any = SimpleNamespace(before_loading=lambda: calls.append("measured"))
+    plan: Any = SimpleNamespace(before_loading=lambda *_: calls.append("measured"))
     monkeypatch.setattr(setup, "read_data", lambda *given: (SimpleNamespace(kind="text"), None, None))
     monkeypatch.setattr(ranks, "barrier", lambda: calls.append("all have"))
 

@@ -73,7 +73,7 @@ class MemoryGuard:
         self._source: ModelSource | None = None
         self._estimate: Estimator | None = None
 
-    def before_loading(self, labels: int) -> None:
+    def before_loading(self, labels: int = 0) -> None:
         method = self.settings["method"]
         if method not in PLANNED:
             warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")

@@ -54,7 +54,7 @@ class LabelAnswers(Task):
         limit = min(self.max_length, table_rows(engine.model) or self.max_length)
         table = encode_labelled(self.rows, engine.tokenizer, self.labels, max_length=limit, name="eval").dataset
         texts = ["\n".join(filter(None, (row.text, row.completion))) for row in self.rows]
-        repeated = len(set(texts)) < len(texts)
+        repeated, is_number = len(set(texts)) < len(texts), self.labels.problem == NUMBER
         batches = [range(start, len(table))[:ROWS_AT_ONCE] for start in range(0, len(table), ROWS_AT_ONCE)]
 
         def answer(batch: Sequence[int]) -> list[Example]:
@@ -67,7 +67,7 @@ class LabelAnswers(Task):
                     str(number),
                     shortened(texts[number], SHOWN_CHARACTERS),
                     self._words(said),
-                    {**({} if self.labels.problem == NUMBER else {"accuracy": float(said == row["label"])}), "loss": loss},
+                    {"loss": loss} if is_number else {"accuracy": float(said == row["label"]), "loss": loss},
                     [self._words(row["label"])],
                     text_sha256(texts[number]) if repeated else None,
                     {"answer": said, "label": row["label"]},
@@ -79,7 +79,9 @@ class LabelAnswers(Task):
 
     def _words(self, answer: Any) -> str:
         words = self.labels.words(answer)
-        return ", ".join(words) or "none" if isinstance(words, list) else f"{words:.4g}" if answer is words else words
+        if isinstance(words, list):
+            return ", ".join(words) or "none"
+        return f"{words:.4g}" if isinstance(words, float) else str(words)
 
     def summarize(self, examples: Sequence[Example]) -> Summary:
         targets, answers = ([example.details[name] for example in examples] for name in ("label", "answer"))
