@@ -48,7 +48,7 @@ LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 # For these, transformers ignores the number of warm-up steps.
 WITHOUT_WARMUP = ("constant", *LED_BY_EVALUATIONS)
 NO_RETAIN = "--retain-margin says how much of --retain may be lost; add --retain D."
-NOT_OF_LABELS = ("chat_template", "sample_prompt", "new_tokens", "cache", "retain")
+NOT_OF_LABELS = ("chat_template", "sample_prompt", "new_tokens", "retain")
 # Optimizers that compute the same on shards as on whole weights.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
@@ -180,6 +180,8 @@ def _of_labels(given: TrainSettings) -> Iterator[str]:
     idle = [flag(name) for name in NOT_OF_LABELS if getattr(given, name) is not None]
     if idle:
         yield f"{', '.join(idle)} does not go with --objective classify, whose rows and answers are not of chats."
+    if given.cache is not None:
+        yield "--cache keeps nothing of --objective classify, whose head every run draws anew; leave it out."
     if given.strategy == "fsdp":
         yield "--objective classify trains its head whole, and --strategy fsdp shards it; take ddp."
     if given.method not in METHODS:

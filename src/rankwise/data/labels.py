@@ -67,7 +67,7 @@ def labels_in(rows: Rows) -> Labels:
     targets = [row.target for row in rows if row.target is not None]
     kinds = Counter(KINDS[type(target)] for target in targets)
     if len(kinds) > 1:
-        found = ", ".join(f"{kind} in {count:,} rows" for kind, count in kinds.items())
+        found = ", ".join(f"{kind} in {count:,} row{'s' * (count > 1)}" for kind, count in kinds.items())
         raise DataError("RW203", f"{rows.source} has labels of several types ({found}); write all as one type.")
     if any(isinstance(target, float) for target in targets):
         return Labels(("value",), NUMBER)
