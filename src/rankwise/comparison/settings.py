@@ -245,8 +245,8 @@ def check_compare(given: CompareSettings) -> None:
         raise ConfigError(
             "RW167", f"--budget needs --objective sft, and --objective is {given.objective}; leave --budget out."
         )
-    if given.objective == "classify" and given.task:
-        raise ConfigError("RW167", "--task asks models that write text, and --objective classify makes none.")
+    if given.objective == "classify" and (given.task or given.retain):
+        raise ConfigError("RW167", "--task and --retain need models that write text; --objective classify makes none.")
     own = {"sft": (), "classify": (LABELS,)}.get(given.objective, (PREFERENCE,))
     measured = (*own, *given.task)
     if given.metric != EVAL_LOSS and given.metric.partition(".")[0] not in measured:
