@@ -154,4 +154,4 @@ clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: help setup demo test test-all check budget format compat families differential grid torture torture-disk \
-	torture-kills browser bench wheel article docs docs-check clean
+	torture-kills browser bench wheel article table docs docs-check clean

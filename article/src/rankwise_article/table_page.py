@@ -27,7 +27,7 @@ from rankwise_article.e2e_files import read_references
 from rankwise_article.e2e_scores import METRICS
 from rankwise_article.table import COUNTS, TEST, chosen_rate
 
-RESAMPLES, LEVEL = 1000, 0.975
+RESAMPLES, LEVEL = 500, 0.975
 # BLEU points (of 100) within which two methods are equivalent, and the fewest seeds of a verdict.
 MARGIN, SEEDS = 1.0, 3
 REFERENCE = "lora"
