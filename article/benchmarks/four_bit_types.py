@@ -127,7 +127,8 @@ def main() -> None:
     lines = [
         "# NF4, FP4 and INT4",
         "",
-        "Made by `article/benchmarks/four_bit_types.py`, which says how.",
+        "Made by `article/benchmarks/four_bit_types.py`, which says how. ± is a 95 % interval over rows. Weights from "
+        "a GGUF file were rounded once before; those of stories260K are the trained ones.",
         "",
         "## Bits",
         "",
