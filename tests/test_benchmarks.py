@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -32,7 +31,6 @@ import memory_plan  # noqa: E402
 import neighbours  # noqa: E402
 import pages  # noqa: E402
 import quantized_load  # noqa: E402
-import replay_halving  # noqa: E402
 import results  # noqa: E402
 import scaling  # noqa: E402
 import steps  # noqa: E402
@@ -116,17 +114,6 @@ def test_flops_lie_between_the_floor_and_the_peer(method: str, base: Path) -> No
     assert ops.implementation(torch.empty(1)) == ops.implementation(torch.empty(2))
 
 
-def test_alternate_calls_everyone_in_every_round() -> None:
-    order: list[str] = []
-    calls = {
-        name: ((lambda name=name: order.append(name)), (lambda name=name: order.append(f"{name} back")))
-        for name in ("a", "b")
-    }
-    seconds = timing.alternate(calls, 2, warmup=1)
-    assert order == ["a", "a back", "b", "b back"] * 3
-    assert [len(values) for values in seconds.values()] == [2, 2]
-
-
 def test_watched_sees_the_memory_of_another_process_and_its_failure() -> None:
     grown = timing.watched([sys.executable, "-c", "import time; x = bytearray(b'1') * (64 << 20); time.sleep(1)"])
     if not Path("/proc/self/status").exists():
@@ -134,15 +121,6 @@ def test_watched_sees_the_memory_of_another_process_and_its_failure() -> None:
     assert 64 << 20 < grown < 256 << 20
     with pytest.raises(RuntimeError, match="went wrong"):
         timing.watched([sys.executable, "-c", "raise SystemExit('went wrong')"])
-
-
-def test_a_replay_stops_rates_by_their_recorded_curves() -> None:
-    """Six rates get 5 steps each, two get 15: of them the one that is lower at step 15 stays."""
-    rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-    curves = {rate: ([0, 10, 60], [4.0, 3.0 + n, 2.0]) for n, rate in enumerate(rates)}
-    curves[3e-4] = ([0, 10, 20, 60], [4.0, 3.5, 1.0, 1.5])
-    assert replay_halving.replayed(curves, steps=60, budget=1.0) == (3e-4, 6 * 5 + 2 * 15)
-    assert replay_halving.replayed(curves, steps=60, budget=0.2)[0] == 1e-4
 
 
 def test_judged_says_which_side_of_the_goal() -> None:
@@ -291,17 +269,6 @@ def _command_in_this_process(command: list[str]) -> int:
     return 1
 
 
-def test_end_to_end_draws_rows_without_repetition(tmp_path: Path) -> None:
-    data = tmp_path / "e2e.csv"
-    data.write_text("mr,ref\n" + "".join(f"m{index},r{index}\n" for index in range(20)))
-    given = argparse.Namespace(data=data, eval_data=data, steps=5, batch=4, seed=0, eval_rows=4)
-    files = end_to_end.write_rows(given, tmp_path)
-    rows = end_to_end.read_e2e(Path(files["train"]))
-    assert sorted(row["ref"] for row in rows) == sorted(f"r{index}" for index in range(20))
-    held_out = [row["mr"] for row in end_to_end.read_e2e(Path(files["eval"]))]
-    assert held_out == ["m0", "m5", "m10", "m15"], "spread evenly"
-
-
 def test_mean_loss_is_per_labelled_token(base: Path) -> None:
     model = contenders.ours(str(base), "lora", 0.0).float()
     ids = torch.randint(3, 97, (1, 9))
@@ -318,37 +285,11 @@ def test_mean_loss_is_per_labelled_token(base: Path) -> None:
 @pytest.mark.usefixtures("here")
 def test_scaling_measures_and_writes(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "results"
-    small = [
-        "--lengths",
-        "16",
-        "32",
-        "--vocabularies",
-        "500",
-        "1000",
-        "--batch",
-        "1",
-        "--tokens",
-        "16",
-        "--rounds",
-        "1",
-    ]
-    scaling.main([str(base), *small, "--output", str(output)])
+    small = "--lengths 16 32 --vocabularies 500 1000 --batch 1 --tokens 16 --rounds 1"
+    scaling.main([str(base), *small.split(), "--output", str(output)])
     result = json.loads(next(output.glob("scaling_*.json")).read_text())
     assert [row["length"] for row in result["lengths"]] == [16, 32]
     first, second = (row["saved_bytes"] for row in result["lengths"])
     assert first < second < 2.5 * first, "memory grows with the tokens, not with their square"
     weights = [row["ours"]["weight_bytes"] for row in result["vocabularies"]]
     assert weights[1] - weights[0] == 500 * scaling.WIDTH * 2
-
-
-def test_growth_leaves_the_larger_weights_out() -> None:
-    def side(peak: int, weights: int) -> dict[str, int]:
-        return {"peak_memory_bytes": peak, "before_steps_bytes": 0, "weight_bytes": weights}
-
-    rows = [
-        {"vocabulary": 1, "ours": side(100, 10), "peft": side(100, 10)},
-        {"vocabulary": 2, "ours": side(160, 60), "peft": side(400, 60)},
-    ]
-    last = scaling.vocabulary_table(rows)[-1]
-    assert "1.10 (<= 1.2: kept)" in last
-    assert "3.50" in last
