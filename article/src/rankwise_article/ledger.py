@@ -15,16 +15,16 @@ from rankwise.errors import RunError
 from rankwise.foreign import JsonObject
 
 Row = Mapping[str, str]
-# {first word of a row's id: the heading of its table}, in the page's order.
+# {first word of a row's id: (the heading of its table, where its sources are)}, in the page's order.
 HEADINGS = {
-    "memory": "Memory",
-    "lora": "LoRA",
-    "e2e": "LoRA on E2E",
-    "qlora": "QLoRA",
-    "dora": "DoRA",
-    "commonsense": "DoRA on commonsense reasoning",
-    "speed": "Speed",
-    "choice": "Which method to choose",
+    "memory": ("Memory", "The article cites nobody. Ours is the memory plan of this project."),
+    "lora": ("LoRA", "LoRA paper: Hu et al. 2021, arXiv 2106.09685. loralib: github.com/microsoft/LoRA."),
+    "e2e": ("LoRA on E2E", "Source: LoRA paper, table 3, GPT-2 Medium."),
+    "qlora": ("QLoRA", "QLoRA paper: Dettmers et al. 2023, arXiv 2305.14314; Vicuna scores: its tables 1 and 6."),
+    "dora": ("DoRA", "DoRA paper: Liu et al. 2024, arXiv 2402.09353. NVlabs: github.com/NVlabs/DoRA."),
+    "commonsense": ("DoRA on commonsense reasoning", "Source: DoRA paper, table 1; LoRA there is LLM-Adapters'."),
+    "speed": ("Speed", "The article cites nobody. PEFT's suite: method_comparison of github.com/huggingface/peft."),
+    "choice": ("Which method to choose", "The papers above."),
 }
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 
@@ -90,10 +90,12 @@ def page(rows: Sequence[Row]) -> str:
         *(f"- {row['short']}" for row in rows if "short" in row),
         "- LoRA, QLoRA, DoRA, full fine-tuning and two baselines on E2E, measured: [table 1](table/README.md).",
     ]
-    for word, heading in HEADINGS.items():
+    for word, (heading, sources) in HEADINGS.items():
         lines += [
             "",
             f"## {heading}",
+            "",
+            sources,
             "",
             "| claim | article | source | ours | verdict | how |",
             "|---|---|---|---|---|---|",
