@@ -20,7 +20,7 @@ HEADINGS = {
     "memory": ("Memory", "The article cites nobody. Ours is the memory plan of this project."),
     "lora": ("LoRA", "LoRA paper: Hu et al. 2021, arXiv 2106.09685. loralib: github.com/microsoft/LoRA."),
     "e2e": ("LoRA on E2E", "Source: LoRA paper, table 3, GPT-2 Medium."),
-    "qlora": ("QLoRA", "QLoRA paper: Dettmers et al. 2023, arXiv 2305.14314; Vicuna scores: its tables 1 and 6."),
+    "qlora": ("QLoRA", "QLoRA paper: Dettmers et al. 2023, arXiv 2305.14314; Vicuna scores: its table 6."),
     "dora": ("DoRA", "DoRA paper: Liu et al. 2024, arXiv 2402.09353. NVlabs: github.com/NVlabs/DoRA."),
     "commonsense": ("DoRA on commonsense reasoning", "Source: DoRA paper, table 1; LoRA there is LLM-Adapters'."),
     "speed": ("Speed", "The article cites nobody. PEFT's suite: method_comparison of github.com/huggingface/peft."),
