@@ -128,7 +128,7 @@ def _of_steps(given: TrainSettings) -> Iterator[str]:
 
 def takes_eight_bit(given: TrainSettings) -> bool:
     """Whether frozen products may be in 8 bits. The reference of dpo, kto and grpo would be computed otherwise."""
-    is_whole = given.fast and given.strategy != "fsdp"
+    is_whole = given.fast and given.strategy != "fsdp" and given.for_merge is None
     return given.objective == "sft" and given.method in ADAPTERS and is_whole
 
 
@@ -220,7 +220,7 @@ def _of_processes(given: TrainSettings, processes: int) -> Iterator[str]:
         yield "--retain is measured in one process; leave --devices out, or measure the run with `rankwise evaluate`."
     if given.strategy != "fsdp":
         return
-    whole = _started(given)
+    whole = _started(given) or (f"--for-merge {given.for_merge}" if given.for_merge else "")
     if given.enable_lora and given.method in DORA:
         # The magnitudes of the other rows, which are saved too, are norms of the base's rows.
         whole = f"--enable-lora with --method {given.method}"

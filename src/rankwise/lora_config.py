@@ -34,6 +34,7 @@ from rankwise.options import (
 
 Bias = Literal["none", "all", "lora_only"]
 AdapterDtype = Literal["float32", "base"]
+ForMerge = Literal["nf4", "q4_0"]
 
 _adapter = functools.partial(option, Panel.ADAPTER)
 
@@ -77,6 +78,13 @@ class AdapterOptions:
     adapter_dtype: Annotated[
         AdapterDtype, _adapter("Dtype of A and B: float32, or base for that of the base model.")
     ] = "float32"
+    for_merge: Annotated[
+        ForMerge | None,
+        _adapter(
+            "Train the weights that a merged 4-bit file will hold: nf4 (bitsandbytes) or q4_0 (llama.cpp). Products "
+            "use the rounded sum of base and adapter, so rounding it for the file loses nothing."
+        ),
+    ] = None
     bias: Annotated[Bias, _adapter("Biases of the base to train: none, all, or those of adapted layers.")] = "none"
     # It does not restrict a whole module name in target_modules.
     layers_to_transform: Annotated[
@@ -239,6 +247,7 @@ def _init_problems(config: LoraConfig) -> Iterator[str]:
     if config.init.kind in ("default", "random"):
         return
     idle = {"enable_lora": "a part of a fused layer", "target_parameters": "stacked experts"}
+    idle |= {"for_merge": "the sum of base and adapter"} if config.init.kind == "pissa" else {}
     yield from (
         f"{given} with {name}, and {place} can only start with the default initialisation"
         for name, place in idle.items()
@@ -259,6 +268,9 @@ def _target_problems(config: LoraConfig) -> Iterator[str]:
             f"lora_dropout is {config.lora_dropout!r} with target_parameters, and stacked experts take no dropout; set "
             "it to 0 or leave target_parameters out"
         )
+    idle = [name for name in ("lora_dropout", "target_parameters") if getattr(config, name)] if config.for_merge else []
+    if idle:
+        yield f"for_merge trains whole weights of linear layers, without {' and '.join(idle)}; leave one of them out"
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         yield (
             "layers_to_transform goes with a list of target_modules, and target_modules is "

@@ -23,6 +23,7 @@ OF_LABELS = "vLLM, of decoders: `rankwise export --for vllm`"
 # LoftQ corrects the rounding of a 4-bit base, and servers load dense ones.
 OF_LOFTQ = ("PEFT, over the 4-bit base", "no server, since it corrects the rounding of a 4-bit base")
 LOFTQ_ANYWHERE = "merged (`rankwise merge --onto quantized`): anywhere"
+OF_MERGED = ("no server beside its base, since it was trained for the merged 4-bit file",)
 DORA_AS_LORA = (
     "An export writes DoRA as plain LoRA and states the error. It takes the least rank at which the update differs by "
     "at most 5 % (`--max-error`) and the perplexity of held-out rows by at most 1 %."
@@ -103,6 +104,8 @@ def served(method: str, config: Fields) -> tuple[str, ...]:
     """How the result of ``method`` can be served, one line for each way: directly, by `rankwise export`, or merged."""
     if method.partition("+")[0] not in OWN:
         return FULL if method == "full" else OF_ANOTHER
+    if config.get("for_merge"):
+        return *OF_MERGED, ANYWHERE
     if config.get("init") == "loftq":
         return *OF_LOFTQ, LOFTQ_ANYWHERE
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
@@ -120,6 +123,8 @@ def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
     """`served` in short, for a table cell: servers of the adapter, servers of its export, and merged."""
     if method.partition("+")[0] not in OWN:
         return FULL if method == "full" else OF_ANOTHER
+    if config.get("for_merge"):
+        return (ANYWHERE,)
     if config.get("init") == "loftq":
         return "PEFT", LOFTQ_ANYWHERE
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})

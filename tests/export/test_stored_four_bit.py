@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import rankwise as rw
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.export.merged import merge_to_folder
-from rankwise.export.verify import REFERENCE, REQUANTIZED, verify_merge
+from rankwise.export.verify import REFERENCE, REQUANTIZED_AGAIN, verify_merge
 from rankwise.export.weights import DequantizedWeights
 from rankwise.models import load_model, model_facts, resolve_model
 from rankwise.quantization import Fp4Config, Nf4Config, quantize
@@ -91,7 +91,11 @@ def test_weights_quantized_in_another_way_are_refused(run, tmp_path):
 def test_verify_has_no_original_to_measure(run, tmp_path, monkeypatch):
     monkeypatch.setattr("rankwise.export.verify.text_chunks", lambda tokenizer, text: [IDS])
     result = verify_merge(run[0])
-    assert [variant.name for variant in result.variants] == [REFERENCE, "merged onto the dequantized", REQUANTIZED]
+    assert [variant.name for variant in result.variants] == [
+        REFERENCE,
+        "merged onto the dequantized",
+        REQUANTIZED_AGAIN,
+    ]
     assert result.closest == "quantized"
     assert result.variants[1].largest_logit_difference < 1e-3
 

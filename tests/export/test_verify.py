@@ -110,13 +110,14 @@ def test_verify_measures_every_way(run, tmp_path, monkeypatch):
         REFERENCE,
         "merged onto the original",
         "merged onto the dequantized",
-        "merged, then 4-bit again",
+        "onto the dequantized, then 4-bit",
+        "onto the original, then 4-bit",
     ]
     assert by_name[REFERENCE].largest_logit_difference == 0
     assert result.closest == "quantized"
     smallest = by_name["merged onto the dequantized"].largest_logit_difference
     assert smallest < by_name["merged onto the original"].largest_logit_difference
-    assert smallest < by_name["merged, then 4-bit again"].largest_logit_difference
+    assert smallest < by_name["onto the dequantized, then 4-bit"].largest_logit_difference
     assert all(variant.perplexity > 1 for variant in result.variants)
 
 
@@ -131,4 +132,4 @@ def test_the_gain_that_is_left_is_measured_on_trained_tokens(run, tmp_path, monk
     assert result.tokens == len(labels) - 1
     assert left[REFERENCE] == 1
     assert left["merged onto the dequantized"] == pytest.approx(1, abs=1e-3)
-    assert left["merged, then 4-bit again"] < left["merged onto the dequantized"]
+    assert left["onto the dequantized, then 4-bit"] < left["merged onto the dequantized"]

@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plateau": {"eval_rows": 5, "eval_steps": 3, "lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0},
     "packing": {"packing": True, "rows": 72},
     "checkpointed activations": {"gradient_checkpointing": True},
+    "for a merged file, checkpointed": {"lora": LoraConfig(r=4, for_merge="nf4"), "gradient_checkpointing": True},
     "full": {"lora": None, "learning_rate": 1e-3},
     "full, bf16": {"lora": None, "learning_rate": 1e-3, "precision": "bf16"},
 }

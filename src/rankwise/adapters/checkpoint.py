@@ -37,6 +37,7 @@ from rankwise.adapters.low_rank import enabled_rows, from_blocks
 from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config
 from rankwise.adapters.saving import (
     INIT_KEY,
+    MERGE_KEY,
     PARTS_FIELDS,
     PARTS_KEY,
     PREFIX,
@@ -354,11 +355,13 @@ def _with_parts(config: LoraConfig, metadata: Mapping[str, str]) -> LoraConfig:
     """The inverse of ``_as_one_lora``, by the file's metadata. Raises AdapterError (RW409)."""
     if metadata.get(INIT_KEY) == "loftq":
         config = dataclasses.replace(config, init_lora_weights="loftq")
-    if PARTS_KEY not in metadata:
+    if MERGE_KEY not in metadata and PARTS_KEY not in metadata:
         return config
     try:
-        stored = parse_json(metadata[PARTS_KEY])
-        return dataclasses.replace(config, **{name: stored[name] for name in PARTS_FIELDS})
+        stored = parse_json(metadata.get(PARTS_KEY, "{}"))
+        fields = {name: stored[name] for name in PARTS_FIELDS if name in stored}
+        fields["for_merge"] = metadata.get(MERGE_KEY)
+        return dataclasses.replace(config, **fields)
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise AdapterError("RW409", f"the metadata {PARTS_KEY} of {WEIGHTS_FILE} cannot be read: {error}.") from None
 

@@ -37,6 +37,8 @@ class Dora(LowRankPair):
     magnitude (out,); with ``parts`` it covers the enabled rows only, and the gain of all other rows is 1.
     """
 
+    magnitude: nn.Parameter
+
     def __init__(
         self,
         base: nn.Module,
@@ -67,6 +69,8 @@ class Dora(LowRankPair):
             self.magnitude.copy_(self.enabled(self.row_norms(base)))
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        if self.for_merge is not None:
+            return self.straight_through(base, x, self.gain(base))
         if (branch := branch_of(self, base, x)) is not None:
             y = low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
             return y.clone() if self.is_overwritten else y
@@ -162,9 +166,9 @@ class Dora(LowRankPair):
         """The entries of ``rows`` (out,) that belong to adapted rows."""
         return rows if self.parts is None else rows[enabled_rows(self.parts, self._out_features, rows.device)]
 
-    def merge(self, base: nn.Module) -> Tensor:
-        """``g * (W + s B A)`` as a new tensor (out, in) in the base's dtype."""
-        W, m = dense_weight(base), self.full_magnitude(base)
+    def sum(self, base: nn.Module, W: Tensor) -> Tensor:
+        """``g * (W + s B A)`` as a new tensor (out, in) in W's dtype."""
+        m = self.full_magnitude(base)
         rows = None if self.parts is None else enabled_rows(self.parts, self._out_features, W.device)
         return merged_weight(W, self.lora_A.detach(), self.full_B(), self.scaling, m, rows)
 

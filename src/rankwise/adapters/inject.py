@@ -70,7 +70,7 @@ from rankwise.adapters.state import (
 )
 from rankwise.compat.torch import gathered, own_parameters
 from rankwise.config import METHODS_GROUP
-from rankwise.errors import AdapterError, warn
+from rankwise.errors import AdapterError, some_of, warn
 from rankwise.lora_config import LoraConfig
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
@@ -140,6 +140,11 @@ def plan_adapter(
         warn_of_experts(config, experts_left_out(modules, config, stacks))
         warn_of_no_dropout(config, [places[name] for name in targets])
     planned = [planned_module(config, target, modules[target]) for target in targets]
+    odd = [item.name for item in planned if config.for_merge == "q4_0" and item.in_features % 32]
+    if odd:
+        raise AdapterError(
+            "RW402", f"{some_of(odd)}: Q4_0 takes rows of 32 inputs at a time, and these do not divide so; take nf4."
+        )
     planned += [planned_stack(config, stack, modules) for stack in stacks]
     saved = module_names(modules, config.modules_to_save or ())
     planned += [AdaptedModule(item, "trained whole", *whole_features(modules[item]), 0, 0) for item in saved]
@@ -260,6 +265,8 @@ def attach(
             layer.is_head = layer.base_layer is model_end(model, "output")
             if isinstance(adapter, Dora):
                 adapter.is_overwritten = is_overwritten
+            if isinstance(adapter, Lora | Dora) and not layer.is_head:
+                adapter.for_merge = config.for_merge
     if config.adapter_dtype == "base":
         for _, module in wrappers(model):
             if isinstance(module, OverBase) and name in module.adapters:
@@ -338,14 +345,15 @@ def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         own = [layer for _, layer in adapted_layers(model, name)]
         if (
             any(layer.origin is not None or isinstance(layer.adapter(name), TokenRows) for layer in own)
+            or state.configs[name].for_merge
             or state.replaced.get(name)
             or any(True for _ in (*adapted_experts(model, name), *trained_copies(model, name)))
         ):
             raise AdapterError(
                 "RW624",
                 f"the adapter {name!r} changes more than linear layers and embeddings (biases, modules trained whole, "
-                "rows of new tokens, stacked experts, or weights that pissa took a part of), which one batch cannot "
-                "mix; switch between requests with set_adapter.",
+                "rows of new tokens, stacked experts, rounded sums, or weights that pissa took a part of), which one "
+                "batch cannot mix; switch between requests with set_adapter.",
             )
     layers = [module for _, module in wrappers(model) if isinstance(module, AdaptedLayer)]
     with adapter_disabled(model):

@@ -3,17 +3,30 @@
 On an embedding, as a linear layer over one-hot ids x with W = E^T, so that  A x = A[:, ids]: ids (...),
 E (vocabulary, dim), lora_A (r, vocabulary), lora_B (dim, r), magnitude (dim,).
 
+With ``for_merge`` the products are those of the rounded weights that a merged 4-bit file holds, g = 1 for LoRA:
+
+    y = Q x + b,  Q = W_q(g (W + s B A))
+    dx = Q^T dy,  dB = s (g dy) (A x)^T,  dA = s B^T (g dy) x^T,  dm = dy Q x / m
+
+Rounding counts as the identity in the backward pass (the straight-through estimator, Bengio et al. 2013, arXiv
+1308.3432; of W_q(W + s B A) in L4Q, Jeon et al. 2024, arXiv 2402.04902). The scales of blocks are those of the sum, so
+that quantizing the file again gives the same codes. A row's gain scales its blocks, so Q is g times a rounded matrix.
+
 Some rows of an embedding train whole (PEFT's ``trainable_token_indices``):  E'[i_k] = R[k], and E' = E elsewhere, with
 R (n, dim), i (n,) token ids. A tied head shares R; its bias stays frozen.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.adapters.base_layer import dense_weight, scaled_rows, stored_weight
+from rankwise import ops
+from rankwise.adapters.base_layer import dense_weight, scaled_rows, stored_weight, weight_dtype, weight_key
 from rankwise.adapters.low_rank import (
     Parts,
     adapted_row_norms,
@@ -26,8 +39,12 @@ from rankwise.adapters.low_rank import (
     row_norms_squared,
     to_blocks,
 )
+from rankwise.lora_config import ForMerge
 from rankwise.ops.eight_bit import EightBit
+from rankwise.ops.four_bit import quantize_q4_0
+from rankwise.ops.kept import Kept
 from rankwise.ops.low_rank_linear import low_rank_linear
+from rankwise.ops.packed_weight import PackedWeight
 from rankwise.quantization.linear import features
 
 
@@ -37,6 +54,8 @@ class LowRankPair(nn.Module):
     lora_A (r, in) and lora_B (out, r); with ``parts`` as in ``adapters.fused``. The base layer is not a submodule: the
     methods that need it take it as an argument.
     """
+
+    magnitude: nn.Parameter | None
 
     def __init__(
         self,
@@ -56,6 +75,10 @@ class LowRankPair(nn.Module):
         self.lora_A, self.lora_B = empty_pair(base, r, parts, dtype, device)
         # Set by rankwise.acceleration.
         self.eight_bit: EightBit | None = None
+        # The 4-bit format of the file for which this layer trains.
+        self.for_merge: ForMerge | None = None
+        self._codes = Kept()
+        self._rounded: PackedWeight | None = None
 
     @property
     def dropout(self) -> float:
@@ -74,6 +97,42 @@ class LowRankPair(nn.Module):
         """B as (out, rank of the whole update)."""
         return to_blocks(self.lora_B.detach(), self.parts)
 
+    @abstractmethod
+    def sum(self, base: nn.Module, W: Tensor) -> Tensor:
+        """``g (W + s B A)`` as a new tensor (out, in) in W's dtype."""
+
+    def merge(self, base: nn.Module) -> Tensor:
+        """``g (W + s B A)`` as a new tensor (out, in) in the base's dtype, rounded where the layer trains so."""
+        if self.for_merge is not None:
+            return ops.dequantize_weight(self.rounded(base))
+        return self.sum(base, dense_weight(base))
+
+    def rounded(self, base: nn.Module) -> PackedWeight:
+        """Q in the format of ``for_merge``, kept until W, A, B, m or s changes."""
+        trained = tuple(part for part in (self.lora_A, self.lora_B, self.magnitude) if part is not None)
+        key = (*weight_key(base), self.scaling)
+        if self._rounded is None or self._codes.get(trained, key) is None:
+            with torch.inference_mode(self.lora_A.is_inference()), torch.no_grad():
+                W = self.sum(base, dense_weight(base).float())
+                Q = quantize_q4_0(W) if self.for_merge == "q4_0" else ops.quantize_weight(W, double_quant=True)
+                self._rounded = dataclasses.replace(Q, dtype=weight_dtype(base))
+                self._codes.keep(trained, key, Q.codes)
+        return self._rounded
+
+    def straight_through(self, base: nn.Module, x: Tensor, g: Tensor | None = None) -> Tensor:
+        """``Q x + b``, with gradients to A, B and, through the gain ``g``, to m as if Q were not rounded."""
+        bias = getattr(base, "bias", None)
+        y = ops.linear_4bit(x, self.rounded(base), bias)
+        if not torch.is_grad_enabled():
+            return y
+        # Both terms are 0, and have the gradients.
+        low = self.low_rank(x.detach()) * self.scaling
+        term = low - low.detach()
+        if g is not None:
+            Qx = y.detach() if bias is None else y.detach() - bias.detach()
+            term = term * g.detach().to(y.dtype) + Qx * ((g - g.detach()) / g.detach()).to(y.dtype)
+        return y + term
+
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
@@ -89,6 +148,8 @@ class Lora(LowRankPair):
         init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        if self.for_merge is not None:
+            return self.straight_through(base, x)
         if (branch := branch_of(self, base, x)) is not None:
             return low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
         return self.over(base, x, base(x))
@@ -97,9 +158,9 @@ class Lora(LowRankPair):
         """``y + s B A drop(x)`` for y = W x, with the bias or without."""
         return torch.add(y, self.low_rank(x), alpha=self.scaling)
 
-    def merge(self, base: nn.Module) -> Tensor:
-        """``W + s B A`` as a new tensor (out, in) in the base's dtype."""
-        return merged_weight(dense_weight(base), self.lora_A.detach(), self.full_B(), self.scaling)
+    def sum(self, base: nn.Module, W: Tensor) -> Tensor:
+        """``W + s B A`` as a new tensor (out, in) in W's dtype."""
+        return merged_weight(W, self.lora_A.detach(), self.full_B(), self.scaling)
 
     def effective_weight(self, base: nn.Module) -> Tensor:
         """``W + s B A`` with gradients to A and B: (out, in) in the base's dtype."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import is_own, stored_weight
+from rankwise.lora_config import ForMerge
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.eight_bit import EightBit
 from rankwise.ops.elementwise import row_cross
@@ -170,6 +171,8 @@ class LinearAdapter(Adapter, Protocol):
     comes_back: bool
     # Where the frozen products of training are in 8 bits. Evaluation computes as servers do.
     eight_bit: EightBit | None
+    # The format of the rounded weights with which a layer trains that is to be merged; the operator has no rounding.
+    for_merge: ForMerge | None
 
     def fixed_gain(self, base: nn.Module) -> Tensor | None: ...
     def effective_weight(self, base: nn.Module) -> Tensor: ...
@@ -200,7 +203,7 @@ def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 def branch_of(adapter: LinearAdapter, base: nn.Module, x: Tensor) -> Branch | None:
     """The operator's argument for one adapted layer, or None where the operator does not apply."""
-    frozen = frozen_weight(base, x) if adapter.parts is None else None
+    frozen = frozen_weight(base, x) if adapter.parts is None and adapter.for_merge is None else None
     if frozen is None:
         return None
     if adapter.training and adapter.eight_bit is not None:

@@ -9,17 +9,19 @@ from rankwise.adapters.base_layer import with_weight
 from rankwise.adapters.experts import AdaptedExperts
 from rankwise.adapters.inject import disable_adapter, enable_adapter
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
-from rankwise.adapters.lora import TokenRows
+from rankwise.adapters.lora import LowRankPair, TokenRows
 from rankwise.adapters.state import Wrapper, adapter_state, inner_module, model_end, state_and_name, wrappers
 from rankwise.compat.transformers import tie_weights_as
 from rankwise.errors import AdapterError
+from rankwise.quantization.linear import Linear4bit, is_conv1d
 
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
     """Replace the wrapped layers by plain layers whose weights include the active adapter's update.
 
-    A 4-bit layer becomes dense, in the dtype in which it computes, and so does each adapted stack of 4-bit experts. A
+    A 4-bit layer becomes dense, in the dtype in which it computes, and so does each adapted stack of 4-bit experts;
+    with ``for_merge="nf4"``, a layer becomes 4-bit, and with q4_0 dense with the values of that format. A
     disabled adapter is enabled first. The model's other adapters are gone too, until ``unmerge_adapter``.
 
     Args:
@@ -81,7 +83,12 @@ def _merged(module: Wrapper) -> nn.Module:
         return module.chosen()
     if isinstance(module, AdaptedExperts):
         return module.adapter(module.active).merge(module.base_layer)
-    return with_weight(module.base_layer, module.adapter(module.active).merge(module.base_layer))
+    base, adapter = module.base_layer, module.adapter(module.active)
+    if isinstance(adapter, LowRankPair) and adapter.for_merge == "nf4":
+        layer = Linear4bit.of(adapter.rounded(base), getattr(base, "bias", None))
+        layer.was_conv1d = is_conv1d(base) or getattr(base, "was_conv1d", False)
+        return layer.train(base.training)
+    return with_weight(base, adapter.merge(base))
 
 
 def _has_tied_rows(wrapped: list[tuple[str, Wrapper]]) -> bool:

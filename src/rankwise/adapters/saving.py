@@ -54,6 +54,7 @@ PARTS_KEY = "rankwise.enable_lora"
 # Metadata key for "loftq" adapters, which belong on 4-bit weights. In PEFT's own field, "loftq" would make PEFT
 # initialise the adapter again.
 INIT_KEY = "rankwise.init"
+MERGE_KEY = "rankwise.for_merge"
 # Metadata key for the names of labels, which PEFT's files do not hold.
 LABELS_KEY = "rankwise.labels"
 # Fields of fused projections, stored in the metadata because PEFT's fields cannot express them.
@@ -192,6 +193,8 @@ def save_adapter(
     metadata = {"format": "pt"}
     if config.init.kind == "loftq":
         metadata[INIT_KEY] = config.init.kind
+    if config.for_merge is not None:
+        metadata[MERGE_KEY] = config.for_merge
     mark_labels(model, document, metadata)
     if config.enable_lora:
         metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})

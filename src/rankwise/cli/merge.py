@@ -29,6 +29,7 @@ def run(settings: MergeSettings, output: Output) -> Document:
     refuse_comparisons(settings.adapter)
     check_paths(model=settings.model, output=settings.output)
     _check_options(settings)
+    from rankwise.adapters.checkpoint import read_folder
     from rankwise.adapters.trained_base import labels_of
     from rankwise.export.merged import format_of, merge_to_folder, refuse_to_overwrite
 
@@ -43,6 +44,11 @@ def run(settings: MergeSettings, output: Output) -> Document:
     (adapter,) = settings.adapter
     trained_on = format_of(settings.quantization, double_quant=settings.double_quant)
     verification = _verify(settings, trained_on, output) if settings.verify else None
+    for_merge = read_folder(adapter)[0].for_merge
+    if settings.onto is not None and for_merge is not None:
+        raise ConfigError(
+            "RW112", f"--onto has no effect: {adapter} was trained for a file in {for_merge}; leave it out."
+        )
     onto = settings.onto or (verification.closest if verification else "original")
     with output.waiting("merging"):
         report = merge_to_folder(
@@ -57,8 +63,12 @@ def run(settings: MergeSettings, output: Output) -> Document:
         )
     size = sum(path.stat().st_size for path in settings.output.rglob("*") if path.is_file())
     modules = plural(report.merged_modules, "module")
-    output.line(f"{'merged':<12}{adapter} into {report.base_model}, {report.onto} weights: {modules}")
+    how = f"as trained, for {for_merge}" if for_merge else f"{report.onto} weights"
+    output.line(f"{'merged':<12}{adapter} into {report.base_model}, {how}: {modules}")
     output.line(f"{'written':<12}{settings.output}  ({byte_size(size)}, an ordinary transformers model)")
+    if for_merge == "q4_0":
+        output.line(f"{'then':<12}python llama.cpp/convert_hf_to_gguf.py {settings.output} --outfile MODEL.gguf")
+        output.line(f"{'':<12}llama-quantize MODEL.gguf MODEL-Q4_0.gguf Q4_0")
     command = f'generate --model {settings.output} --prompt "..."'
     if labels_of(adapter) is not None:
         command = f"predict --model {settings.output} --data D"

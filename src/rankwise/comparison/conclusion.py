@@ -251,7 +251,7 @@ def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
     command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
     # A PiSSA adapter belongs on the original weights.
     is_pissa = str((run["record"] or {})["settings"].get("init")).startswith("pissa")
-    command += ["--onto", "quantized"] if method in FOUR_BITS and not is_pissa else []
+    command += ["--onto", "quantized"] if method in FOUR_BITS and not is_pissa and not given.for_merge else []
     command += ["--trust-remote-code"] if given.trust_remote_code else []
     done = subprocess.run([sys.executable, "-m", stages.CLI, *command], capture_output=True, text=True, check=False)
     if done.returncode != 0:

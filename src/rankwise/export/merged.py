@@ -22,6 +22,7 @@ from rankwise.adapters.base_layer import make_dense
 from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, end_tensors, read_adapter, read_folder
 from rankwise.adapters.experts import merged_stack
 from rankwise.adapters.saving import PREFIX
+from rankwise.adapters.state import DEFAULT_NAME, adapter_state
 from rankwise.adapters.trained_base import (
     base_model_of,
     dtype_of,
@@ -46,10 +47,11 @@ from rankwise.foreign import Fields
 from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton, model_hash, warns_of_other_hub_model
 from rankwise.models.folder import INDEX_FILE, read_config
 from rankwise.models.source import is_other_hub_model
-from rankwise.quantization.config import CONFIGS, FourBitConfig, rewrite_bitsandbytes_config
+from rankwise.quantization.config import CONFIGS, FourBitConfig, Nf4Config, rewrite_bitsandbytes_config
 from rankwise.quantization.in_place import is_finite
 from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.targets import target_names, target_stacks
+from rankwise.quantization.transformers_plugin import mark_quantized
 from rankwise.records import write_json
 
 if TYPE_CHECKING:
@@ -92,7 +94,9 @@ def merge_to_folder(
 
     ``model`` is the base, by default the one that the adapter names, at the commit on which it was trained. ``onto``:
     "quantized" merges into the dequantized values of the 4-bit layers on which a run trained, "original" into the
-    weights before quantization. ``trained_on`` is the 4-bit format, where the adapter's folder has no record of it.
+    weights before quantization. Of an adapter that was trained for a merged 4-bit file, the weights of its training
+    are written: NF4, or dense ones that Q4_0 takes over exactly. ``trained_on`` is the 4-bit format, where the
+    adapter's folder has no record of it.
 
     Raises AdapterError where the adapter does not fit the base (RW414: it was not trained on 4 bits), ModelError where
     the base cannot be read or (RW309) holds no original weights, RunError: RW532 where ``output`` is not empty, RW551
@@ -108,7 +112,9 @@ def merge_to_folder(
         # So do new tokens, for which embedding and head change their size.
         # So does a head of labels, for which the base's files have no tensor.
         # So do layers of other libraries, which dequantize themselves.
-        is_ordinary = not source.is_gguf and foreign_quantization(source) is None
+        # So do adapters that round whole layers.
+        for_merge = read_folder(adapter)[0].for_merge
+        is_ordinary = not source.is_gguf and foreign_quantization(source) is None and for_merge is None
         streams = is_ordinary
         if is_ordinary:
             skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
@@ -205,6 +211,8 @@ def _base(
         # transformers or its own layers dequantize them.
         return Base(source, None, dtype_of(adapter), trust_remote_code=trust_remote_code)
     stored = stored_quantization(source)
+    if read_folder(adapter)[0].for_merge is not None:
+        return Base(source, named_format(adapter, trained_on), dtype_of(adapter), stored is not None, trust_remote_code)
     if onto == "original":
         if read_folder(adapter)[0].init.kind == "loftq":
             raise AdapterError(
@@ -278,8 +286,11 @@ def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
         trust_remote_code=base.trust_remote_code,
     )
     report = load_adapter(model, adapter)
+    is_four_bit = adapter_state(model).configs[DEFAULT_NAME].for_merge == "nf4"
     merge_adapter(model, reversible=False)
-    if base.quantization is not None:
+    if is_four_bit:
+        mark_quantized(model, Nf4Config(double_quant=True))
+    elif base.quantization is not None or base.stored:
         model = model.dequantize()
     if foreign_quantization(base.source) is not None:
         make_dense(model)

@@ -129,7 +129,14 @@ def live_adapter(model: nn.Module, name: str | None) -> AdapterFile:
     return AdapterFile(state.configs[name], list(report(model, name).modules), adapter_tensors(model, name))
 
 
-def refuse_loftq(file: AdapterFile) -> None:
+def refuse_apart(file: AdapterFile) -> None:
+    """Raise AdapterError (RW433) for an adapter that is right over the weights alone over which it was trained."""
+    if file.config.for_merge is not None:
+        raise AdapterError(
+            "RW433",
+            f"the adapter was trained for a merged file in {file.config.for_merge}, whose rounding it counts on; write "
+            "that with rankwise merge.",
+        )
     if file.config.init.kind == "loftq":
         raise AdapterError(
             "RW433",
@@ -146,8 +153,9 @@ def head_tensors(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
 
 def refuse_unserved(model: nn.Module, file: AdapterFile, target: str) -> None:
     """Raise AdapterError: RW730 for trained weights outside of low-rank pairs and of a head that the server takes, and
-    for stacked experts where it does not support them; RW433 for LoftQ adapters."""
-    refuse_loftq(file)
+    for stacked experts where it does not support them; RW433 for adapters that are right over
+    their own base alone."""
+    refuse_apart(file)
     heads, taken = head_tensors(model, file), SERVERS[target].heads
     is_taken = target == "peft" or all(key.removeprefix(PREFIX).rpartition(".")[0] in taken for key in heads)
     ours = heads if is_taken else {}
@@ -314,10 +322,7 @@ def combined(
 
 
 def _refuse(file: AdapterFile) -> None:
-    if file.config.init.kind == "loftq":
-        raise AdapterError(
-            "RW433", f"one of the adapters started by loftq, {BELONGS_ON_FOUR_BITS}; merge it with --onto quantized."
-        )
+    refuse_apart(file)
     other = sorted(key for key in file.tensors if ".lora_" not in key)
     stacks = [item.name for item in file.planned if item.experts is not None]
     if file.config.use_dora or other or stacks:

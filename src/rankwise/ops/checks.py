@@ -15,14 +15,14 @@ from torch import Tensor
 
 from rankwise.constants import BLOCK_SIZES, NESTED_BLOCK
 from rankwise.errors import QuantizationError
-from rankwise.ops.packed_weight import QUANT_TYPES, PackedWeight
+from rankwise.ops.packed_weight import PACKED_TYPES, QUANT_TYPES, PackedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_type(quant_type: str, block_size: int) -> None:
     """Raise QuantizationError RW615 for a format that does not exist."""
-    if quant_type not in QUANT_TYPES:
+    if quant_type not in PACKED_TYPES:
         raise QuantizationError("RW615", f"there is no 4-bit type {quant_type!r}: use one of {', '.join(QUANT_TYPES)}.")
     if block_size not in BLOCK_SIZES:
         raise QuantizationError(

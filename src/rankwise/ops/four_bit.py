@@ -83,6 +83,19 @@ def dequantize_4bit(
     return dequantize_weight(PackedWeight(packed, absmax, shape, quant_type, block_size, nested_absmax, offset), dtype)
 
 
+def quantize_q4_0(w: Tensor) -> PackedWeight:
+    """``w`` (N, K), K a multiple of 32, as llama.cpp's Q4_0: the element of the largest magnitude in a block of 32 is
+    exact, and its sign is that of the scale.
+
+    Scales are rounded to bfloat16, so that the values in a file of any dtype give these codes and scales again.
+    """
+    blocks = w.detach().float().view(-1, 32)
+    sign = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).sign()
+    codes, absmax = quantize_4bit((blocks * sign).view(w.shape), "q4_0", 32)
+    scale = absmax.bfloat16().float() * sign[:, 0]
+    return PackedWeight(codes, scale, tuple(w.shape), "q4_0", 32, dtype=w.dtype)
+
+
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantization: absmax float32 (blocks,) -> codes uint8 (blocks,), nested_absmax float32, offset float32 ().
 

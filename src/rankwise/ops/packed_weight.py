@@ -18,7 +18,7 @@ from rankwise.constants import NESTED_BLOCK
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight W' of ``shape`` in NF4 or FP4:  W' = value[code] * absmax of its block (QLoRA, section 3).
+    """A weight W' of ``shape`` in NF4, FP4 or Q4_0:  W' = value[code] * absmax of its block (QLoRA, section 3).
 
     Legend: n = elements of W', blocks = ceil(n / block_size). Blocks run along the row-major flattening.
     """
@@ -139,12 +139,17 @@ def _table(name: str, values: Tensor) -> CodeTable:
 
 @cache
 def code_table(quant_type: str) -> CodeTable:
-    """The table of ``"nf4"`` or ``"fp4"``; KeyError for any other name (the public functions check first)."""
+    """The table of one of ``PACKED_TYPES``; KeyError for any other name (the public functions check first)."""
     values = {"nf4": torch.tensor(_NF4, dtype=torch.float32), "fp4": torch.tensor(_FP4, dtype=torch.float32) / 12}
+    # llama.cpp's (code - 8) d, with the scale -8 d: the element of the largest magnitude, and its sign.
+    values["q4_0"] = 1 - torch.arange(16, dtype=torch.float32) / 8
     return _table(quant_type, values[quant_type])
 
 
+# The types of bitsandbytes, in which a base can be loaded.
 QUANT_TYPES = ("nf4", "fp4")
+# The types of a `PackedWeight`.
+PACKED_TYPES = (*QUANT_TYPES, "q4_0")
 
 
 def _kept(make: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:

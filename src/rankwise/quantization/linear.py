@@ -102,17 +102,24 @@ class Linear4bit(nn.Module):
         """
         if weight.dim() != 2:
             raise QuantizationError("RW606", f"a weight of shape {tuple(weight.shape)} is not a matrix (out, in).")
+        return cls.of(ops.quantize_weight(weight, quant_type, block_size, double_quant), bias, compute_dtype)
+
+    @classmethod
+    def of(
+        cls, weight: PackedWeight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
+    ) -> Linear4bit:
+        """The layer that holds the tensors of ``weight``."""
         layer = cls(
             weight.shape[1],
             weight.shape[0],
-            quant_type=quant_type,
-            block_size=block_size,
-            double_quant=double_quant,
+            quant_type=weight.quant_type,
+            block_size=weight.block_size,
+            double_quant=weight.double_quant,
             dtype=weight.dtype,
             compute_dtype=compute_dtype,
             device="meta",
         )
-        layer.take(ops.quantize_weight(weight, quant_type, block_size, double_quant))
+        layer.take(weight)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         return layer

@@ -80,9 +80,8 @@ def model_card(record: RunRecord, adapter_config: Fields | None = None, report: 
     ``report`` adds the table of adapted modules. Raises KeyError for a method that has no name here.
     """
     config = adapter_config or _config_by_settings(record)
-    if record.settings.get("init") == "loftq":
-        # PEFT's file has no word for it.
-        config = {**config, "init": "loftq"}
+    # PEFT's file has no words for these.
+    config = {**config, **{name: record.settings.get(name) for name in ("init", "for_merge")}}
     base = _base_model(record, config)
     sections = [
         _front_matter(record, base, config),
