@@ -66,27 +66,10 @@ def test_no_run_at_all_is_an_error(tmp_path: Path):
     assert "RW181" in caught.value.message
 
 
-def test_searches_that_finish_before_failing_runs_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import fake_stage
-
-    train = fake_stage.train
-
-    def failing(settings: dict[str, Any], *, resume: bool) -> int:
-        if settings["output"].endswith("-short"):
-            return train(settings, resume=resume)
-        return fake_stage.refuse("RW530", "RunError", "the loss is nan")
-
-    monkeypatch.setattr(fake_stage, "train", failing)
-    options = given(tmp_path, methods="lora", learning_rates="1e-4,2e-4", seeds=1, search_steps=2)
-    with pytest.raises(RunError, match="RW584: no run finished at the rate that its search chose: RW530"):
-        compare(**options)
-
-
 def test_options_without_effect_and_a_single_evaluation_row_are_said(tmp_path: Path):
-    changes = {"methods": "lora", "learning_rates": "2e-4", "search_steps": 3, "task_limit": 5, "eval_limit": 1}
+    changes = {"methods": "lora", "learning_rates": "2e-4", "task_limit": 5, "eval_limit": 1}
     found: Any = compare(**given(tmp_path, **changes))
     assert [(item["code"], item["message"].partition(":")[0]) for item in found["warnings"]] == [
-        ("RW529", "--search-steps"),
         ("RW529", "--task-limit"),
         ("RW585", "one evaluation row gives no verdicts on eval_loss; give more --eval-data."),
     ]

@@ -91,14 +91,14 @@ def test_the_run_that_would_decide_detects_the_margin_and_no_cheaper_one_does(me
     known = spreads(given(margin=0.005), found, 200)
     seeds, methods, rates = 3, 2, 3
     assert known.effect(seeds, 1)["relative"] > 0.005
-    runs, factor, count = known.deciding(seeds, methods, rates, short=False, anew=False)
+    runs, factor, count = known.deciding(seeds, methods, rates, anew=False)
     assert known.smallest(count, 1, factor) <= 0.005 * known.level
     assert known.smallest(count - 1, 1, factor) > 0.005 * known.level or count == 3
     assert runs == (methods * (count - seeds) if factor == 1 else methods * (rates + count - 1))
 
 
 def test_noise_that_no_run_of_reasonable_size_overcomes_is_not_promised():
-    assert spreads(given(margin=1e-6, seed_sd=0.5), {}, 100).deciding(3, 2, 3, short=False, anew=False) is None
+    assert spreads(given(margin=1e-6, seed_sd=0.5), {}, 100).deciding(3, 2, 3, anew=False) is None
 
 
 def test_rates_to_try_lie_beyond_the_edge():

@@ -453,9 +453,9 @@ def test_interrupted_steps_are_neither_done_nor_failed(tmp_path: Path, monkeypat
 def test_the_jobs_of_earlier_calls_are_known_and_no_others(tmp_path: Path):
     """A method whose name or rate has the signs of a file name is not a riddle: nothing is read from names."""
     methods = ("lora", "my-lr1-seed2")
-    plan = Plan(tmp_path, methods, dict.fromkeys(methods, (1e-4, 2e-4)), 2, True)
+    plan = Plan(tmp_path, methods, dict.fromkeys(methods, (1e-4, 2e-4)), 2)
     begun = [
-        stages.Job("train", Cell("my-lr1-seed2", 1e-4, 0, True)),
+        stages.Job("train", Cell("my-lr1-seed2", 1e-4, 0)),
         stages.Job("measure", Cell("lora", 2e-4, 1)),
         stages.Job("measure", None),
     ]

@@ -61,8 +61,7 @@ def conclude(
     if not finished:
         errors = [run["error"] for run in final or runs if run["error"] is not None]
         reason = f"{errors[0]['code']}: {errors[0]['message']}" if errors else "nothing was started."
-        at = " at the rate that its search chose" if any(run["status"] == "finished" for run in runs) else ""
-        raise RunError("RW584", f"no run finished{at}: {reason}")
+        raise RunError("RW584", f"no run finished: {reason}")
     better = metrics_of(runs)
     scores = scores_by_metric(plan.output, plan.methods, runs)
     if not scores.get(given.metric):
@@ -145,9 +144,9 @@ def _deciding_run(
     # The default grids of the methods may differ, and one option holds them all.
     every_rate = tuple(dict.fromkeys([*(rate for name in names for rate in plan.rates[name]), *rates]))
     # With --budget, other rates are another search, and so another comparison.
-    anew, short = bool(rates and given.budget), given.search_steps is not None
+    anew = bool(rates and given.budget)
     tried = len(every_rate) if given.budget is None else 1
-    choice = spreads.deciding(given.seeds, len(names), tried, short=short, anew=anew)
+    choice = spreads.deciding(given.seeds, len(names), tried, anew=anew)
     if choice is None:
         return None
     runs, factor, seeds = choice

@@ -36,7 +36,7 @@ from rankwise.comparison.pool import (
 )
 from rankwise.comparison.results import collect_runs, read_json, scores_by_metric
 from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of
-from rankwise.comparison.settings import OF_NUMBERS, CompareSettings, check_compare, has_one_rate, shared_training
+from rankwise.comparison.settings import OF_NUMBERS, CompareSettings, check_compare, shared_training
 from rankwise.comparison.stages import PERPLEXITY, Cell, Job, cell_settings, planned_runs
 from rankwise.config import TrainSettings, idle_options, is_own, variant_of
 from rankwise.conflicts import check_conflicts
@@ -114,7 +114,7 @@ def _announce(
     given: CompareSettings, plan: Plan, inputs: Inputs, effect: MinimumDetectableEffect, watcher: Watcher
 ) -> None:
     each = len(plan.rates[plan.methods[0]])
-    runs = planned_runs(len(plan.methods), 1 if plan.halved else each, given.seeds, short=plan.short)
+    runs = planned_runs(len(plan.methods), 1 if plan.halved else each, given.seeds)
     methods, rates = plural(len(plan.methods), "method"), plural(each, "learning rate")
     halved = "" if given.budget is None else f" in short runs of {given.budget:g} times a run's steps"
     seeds = plural(given.seeds, "seed")
@@ -146,8 +146,6 @@ def _warn_of_idle_options(given: CompareSettings) -> None:
             "RW529",
             f"{', '.join(idle)}: no effect with --methods {','.join(given.methods)}; none of these methods uses it.",
         )
-    if given.search_steps is not None and has_one_rate(given):
-        warn("RW529", "--search-steps: no effect with one rate, which is not searched for; give more --learning-rates.")
     if given.task_limit is not None and not given.task:
         warn("RW529", "--task-limit: no effect without --task.")
 
@@ -214,7 +212,6 @@ def _plan(given: CompareSettings, rates: Mapping[str, tuple[float, ...]]) -> Pla
         tuple(given.methods),
         rates,
         given.seeds,
-        given.search_steps is not None,
         # Rewards are relative to the base, so the base has none.
         base=given.objective in ("sft", "classify") or bool(given.task or given.retain),
         tasks=(*given.task, *([RETAINED] if given.retain else [])),
@@ -313,8 +310,6 @@ class Commands:
         assert job.cell is not None
         if job.stage == "probe":
             return PROBE_STEPS
-        if job.cell.short:
-            return self.given.search_steps
         if self.given.minutes is not None:
             return self._steps_in_time(job.cell.method)
         return self.shared["max_steps"]

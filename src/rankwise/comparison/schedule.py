@@ -21,8 +21,6 @@ class Plan:
     # {method: the rates that it tries}.
     rates: Mapping[str, tuple[float, ...]]
     seeds: int
-    # Whether the searches are shorter than the final runs.
-    short: bool
     # Whether the unadapted model is evaluated too.
     base: bool = True
     # Further tasks on which each run and the base are evaluated.
@@ -37,10 +35,10 @@ class Plan:
         if self.halved:
             return [Cell(method, None, 0)]
         rates = sorted(self.rates[method])
-        return [Cell(method, rate, 0, self.short) for rate in rates] if rates[1:] else []
+        return [Cell(method, rate, 0) for rate in rates] if rates[1:] else []
 
     def final(self, method: str, rate: float) -> list[Cell]:
-        """The final runs. After a search at full length the run of seed 0 exists already and is not repeated."""
+        """The final runs. After a search the run of seed 0 exists already and is not repeated."""
         return [Cell(method, None if self.halved and not seed else rate, seed) for seed in range(self.seeds)]
 
 
@@ -77,8 +75,8 @@ def jobs_left(plan: Plan) -> list[Job]:
         if not state.searched:
             left += state.waiting
             cells = plan.final(method, plan.rates[method][0])
-            # A search at full length is the final run of its seed.
-            left += [Job("train", cell) for cell in cells[0 if plan.short else 1 :]]
+            # A search is the final run of its seed.
+            left += [Job("train", cell) for cell in cells[1:]]
             left += [Job("measure", cell) for cell in cells]
             continue
         left += [job for cell in cells for job in _open_jobs(plan, cell)]

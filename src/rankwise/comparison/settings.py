@@ -40,7 +40,7 @@ USUAL_METRICS = {
 OF_NUMBERS = f"{LABELS}.pearson"
 SHARED = (*PreferenceOptions.model_fields, *RunOptions.model_fields)
 # Options of `compare` that define the runs. With the shared options they must not change when a comparison continues.
-SAME_RUNS = ("search_steps", "budget", "minutes", "memory_budget")
+SAME_RUNS = ("budget", "minutes", "memory_budget")
 
 
 def size_in_bytes(value: Any) -> Any:
@@ -98,10 +98,6 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
             "method three, around the default of `train`.",
             metavar="X,...",
         ),
-    ] = None
-    search_steps: Annotated[
-        Count | None,
-        _compared("Steps of the runs that try a learning rate; default: as many as the final runs."),
     ] = None
     budget: Annotated[
         Positive | None,
@@ -235,12 +231,10 @@ def check_compare(given: CompareSettings) -> None:
         raise ConfigError("RW167", "--address names a Ray cluster; add --executor ray.")
     if given.retain is None and given.retain_margin != given.defaults()["retain_margin"]:
         raise ConfigError("RW167", NO_RETAIN)
-    if given.minutes is not None and (given.max_steps is not None or given.search_steps is not None):
-        raise ConfigError("RW167", "--minutes sets the steps of every run; leave --max-steps and --search-steps out.")
-    if given.budget is not None and (given.search_steps is not None or has_one_rate(given)):
-        raise ConfigError(
-            "RW167", "--budget needs a search among several --learning-rates; give some, and no --search-steps."
-        )
+    if given.minutes is not None and given.max_steps is not None:
+        raise ConfigError("RW167", "--minutes sets the steps of every run; leave --max-steps out.")
+    if given.budget is not None and rates is not None and len(rates) == 1:
+        raise ConfigError("RW167", "--budget needs a search among several --learning-rates; give some.")
     if given.budget is not None and given.objective != "sft":
         raise ConfigError(
             "RW167", f"--budget needs --objective sft, and --objective is {given.objective}; leave --budget out."
@@ -255,11 +249,6 @@ def check_compare(given: CompareSettings) -> None:
             f"--metric is {given.metric!r}, which no --task measures; it is {USUAL_METRICS[given.objective]} or "
             "TASK.METRIC.",
         )
-
-
-def has_one_rate(given: CompareSettings) -> bool:
-    """Whether the methods run at one given rate, without a search."""
-    return given.learning_rates is not None and len(given.learning_rates) == 1
 
 
 def shared_training(given: CompareSettings) -> JsonObject:

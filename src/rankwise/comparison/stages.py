@@ -18,29 +18,26 @@ from rankwise.reports.comparison import RUNS_FOLDER
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: a method, with its variants, at a learning rate with a seed. A ``short`` run only tries a rate, with
-    fewer steps. A run without a rate first searches for its rate (``--learning-rate auto``).
+    """One run: a method, with its variants, at a learning rate with a seed. A run without a rate first searches for its
+    rate (``--learning-rate auto``).
     """
 
     method: str
     learning_rate: float | None
     seed: int
-    short: bool = False
 
     @property
     def id(self) -> str:
         rate = "auto" if self.learning_rate is None else f"lr{self.learning_rate:g}"
-        return f"{self.method}-{rate}-seed{self.seed}" + ("-short" if self.short else "")
+        return f"{self.method}-{rate}-seed{self.seed}"
 
     def folder(self, output: Path) -> Path:
         return output / RUNS_FOLDER / self.id
 
 
-def planned_runs(methods: int, rates: int, seeds: int, *, short: bool) -> int:
+def planned_runs(methods: int, rates: int, seeds: int) -> int:
     """The number of runs of the whole comparison."""
-    search = 0 if rates == 1 else rates
-    shared = 1 if search and not short else 0
-    return methods * (search + seeds - shared)
+    return methods * (rates + seeds - 1)
 
 
 def choose_rate(losses: Mapping[float, float | None]) -> tuple[float | None, bool]:

@@ -211,7 +211,7 @@ class Spreads:
             "assumed": self.assumed,
         }
 
-    def deciding(self, seeds: int, methods: int, rates: int, *, short: bool, anew: bool) -> tuple[int, int, int] | None:
+    def deciding(self, seeds: int, methods: int, rates: int, *, anew: bool) -> tuple[int, int, int] | None:
         """(further runs, factor of the rows, seeds) of the cheapest comparison of ``methods`` methods that detects a
         difference of the margin; None where even the largest does not.
 
@@ -229,7 +229,7 @@ class Spreads:
             counts = range(max(2, seeds) if continues else 3, MOST_SEEDS + 1)
             place = bisect.bisect_left(counts, True, key=is_enough)
             if place < len(counts):
-                runs = planned_runs(methods, rates, counts[place], short=short)
+                runs = planned_runs(methods, rates, counts[place])
                 choices.append((methods * (counts[place] - seeds) if continues else runs, factor, counts[place]))
         return min(choices, default=None)
 
