@@ -182,3 +182,11 @@ def test_dora_under_inference_mode_and_compiled():
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_of_a_fused_layer_computes_in_float64() -> None:
+    """Where the model was made float64 after its adapter."""
+    model, config = build("fused_dora", "gpt2", torch.float32)
+    rw.add_adapter(model, config)
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.double()), expected.double(), rtol=1e-4, atol=1e-4)

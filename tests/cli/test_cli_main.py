@@ -21,6 +21,9 @@ from rankwise.records import WAIT_POLICIES
 
 SOURCE = Path(__file__).parents[2] / "src"
 HELP_LIMIT_SECONDS = 0.5
+# As a library may raise it that was being imported.
+AFTER_CTRL_C = ImportError("the core failed to import")
+AFTER_CTRL_C.__cause__ = KeyboardInterrupt()
 
 
 class PlaySettings(Settings):
@@ -126,6 +129,7 @@ def test_version_names_the_libraries(rankwise):
         (DataError("RW203", "line 3 has no prompt."), 2, "error RW203: line 3 has no prompt."),
         (Interrupted("RW540", "stopped after step 3."), 130, "interrupted RW540: stopped after step 3."),
         (KeyboardInterrupt(), 130, "interrupted RW543: "),
+        (AFTER_CTRL_C, 130, "interrupted RW543: "),
         (Exception("boom"), 1, "error RW900: a fault of rankwise: Exception: boom; "),
         (RuntimeError("boom\nsecond line"), 1, "error RW900: a fault of rankwise: RuntimeError: boom; "),
         (MemoryError(), 2, "error RW550: "),

@@ -138,25 +138,6 @@ def test_cdata_of_a_storage_identifies_it_without_memory():
     assert compat.storage_address(a.untyped_storage()) != compat.storage_address(b.untyped_storage())
 
 
-def test_current_autograd_node_is_the_one_whose_backward_runs():
-    seen = []
-
-    class Noting(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            seen.append(compat.current_node())
-            return grad
-
-    y = Noting.apply(torch.ones(2, requires_grad=True))
-    y.sum().backward()
-    assert compat.current_node() is None
-    assert seen == [y.grad_fn]
-
-
 def test_storage_Use_Count_counts_tensors_and_storages():
     tensor = torch.zeros(4)
     storage = tensor.untyped_storage()

@@ -94,7 +94,7 @@ class Dora(LowRankPair):
         if self.parts is None:
             return g
         rows = enabled_rows(self.parts, self._out_features, g.device)
-        return torch.ones(self._out_features, device=g.device).index_copy(0, rows, g)
+        return g.new_ones(self._out_features).index_copy(0, rows, g)
 
     @torch.no_grad()
     def fixed_gain(self, base: nn.Module) -> Tensor | None:

@@ -62,7 +62,7 @@ from rankwise.errors import (
 from rankwise.options import OPTIONS, Settings, close_names
 from rankwise.records import WAIT_POLICIES
 from rankwise.training import ranks
-from rankwise.training.interrupt import terminable
+from rankwise.training.observer import terminable
 
 COMMANDS: tuple[Command, ...] = (
     preview.COMMAND,
@@ -230,7 +230,7 @@ def _as_ours(error: BaseException) -> RankwiseError:
     """
     if isinstance(error, RankwiseError):
         return error
-    if isinstance(error, KeyboardInterrupt):
+    if _is_interruption(error):
         # Outside of a command and of the parser, which gives the exit code alone.
         return Interrupted("RW543", "the command was stopped by Ctrl-C or SIGTERM.")
     if hasattr(error, "format_message"):
@@ -243,6 +243,13 @@ def _as_ours(error: BaseException) -> RankwiseError:
         return ModelError("RW317", f"the tokenizer fails on a text: {first_line(error)}; download its files again.")
     advice = f"please report it with what {DEBUG_VARIABLE}=1 prints"
     return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {first_line(error)}; {advice}.")
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Whether the error is Ctrl-C, or what a library made of it while it was imported."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _usage_sentence(error: Any) -> str:

@@ -209,11 +209,6 @@ def storage_address(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def current_node() -> object:
-    """The node of autograd's graph whose backward pass runs in this thread."""
-    return torch._C._current_autograd_node()
-
-
 def storage_users(storage: torch.UntypedStorage) -> int:
     """The number of tensors and storage objects that share the storage. Cached memory is reused only where no other
     object uses it.

@@ -45,7 +45,6 @@ from rankwise.acceleration.sharding import average_gradients
 from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import (
     Ctx,
-    current_node,
     is_fake,
     is_unit,
     own_buffers,
@@ -417,8 +416,7 @@ class CountedOptimizer(torch.optim.Optimizer):
 
 
 class Offloading:
-    """What activation offloading holds on the card: parameters, the last few tensors while they are copied, and
-    in the backward pass those of a node until the next one has its own."""
+    """What activation offloading holds on the card: parameters, and the last few tensors while they are copied."""
 
     def __init__(self, elsewhere: Elsewhere, model: nn.Module) -> None:
         self.elsewhere = elsewhere
@@ -426,16 +424,13 @@ class Offloading:
         self.saves = itertools.count(1)
         # {number of a save: its tensor}
         self.waiting: dict[int, Tensor] = {}
-        self.node: object = None
-        self.back: list[Tensor] = []
-        self.back_before: list[Tensor] = []
 
     def pack(self, tensor: Tensor) -> tuple[int, Tensor]:
         """(0, the tensor), or the number of the save and the copy in the host's memory."""
-        number = next(self.saves)
         is_parameter = storage_address(tensor.untyped_storage()) in self.parameters
         if is_parameter or tensor.nbytes < LEAST_BYTES or 0 in tensor.stride():
             return 0, tensor
+        number = next(self.saves)
         self.waiting = {save: held for save, held in self.waiting.items() if save > number - KEPT_SAVES}
         whole = tensor.is_contiguous() and not tensor.storage_offset()
         self.waiting[number] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
@@ -449,10 +444,7 @@ class Offloading:
         if number in self.waiting:
             return self.waiting[number]
         self.waiting.clear()
-        if (node := current_node()) is not self.node:
-            self.node, self.back, self.back_before = node, [], self.back
-        self.back.append(tensor.clone())
-        return self.back[-1]
+        return tensor.clone()
 
 
 @contextmanager
