@@ -31,7 +31,7 @@ from torch.nn import functional
 import rankwise as rw
 from rankwise.data import encode_rows, read_rows
 from rankwise.records import load_record, write_json
-from rankwise.training.meters import MemoryMeter, Progress, StepClock
+from rankwise.training.watch import MemoryMeter, Progress, StepClock
 
 GOAL_FASTER = 3.0
 GOAL_LOSS = 1.03

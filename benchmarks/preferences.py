@@ -28,7 +28,7 @@ import timing
 import torch
 
 from rankwise.records import load_record, read_metrics, write_json
-from rankwise.training.meters import MemoryMeter, Progress, StepClock
+from rankwise.training.watch import MemoryMeter, Progress, StepClock
 
 GOAL_FASTER = {"lora": 2.0, "dora": 2.0, "qlora": 3.0, "qdora": 3.0}
 GOAL_MEMORY = 0.5

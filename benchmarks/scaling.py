@@ -29,7 +29,7 @@ import rankwise as rw
 from rankwise.acceleration.attention import obstacle
 from rankwise.ops.attention import attention
 from rankwise.records import write_json
-from rankwise.training.meters import MemoryMeter
+from rankwise.training.watch import MemoryMeter
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 VOCABULARIES = (32_000, 262_144)

@@ -30,7 +30,7 @@ import torch
 
 from rankwise.ops.branch import is_slow_in_torch
 from rankwise.records import write_json
-from rankwise.training.meters import MemoryMeter
+from rankwise.training.watch import MemoryMeter
 
 ROWS = (("lora", 0.0), ("dora", 0.0), ("qlora", 0.0), ("qdora", 0.0), ("lora", 0.05), ("dora", 0.05))
 # Of issue 4, by method and dropout; "of our LoRA" compares steps of one process.

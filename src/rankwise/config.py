@@ -104,9 +104,7 @@ class StepOptions(AdapterOptions):
     double_quant: Annotated[bool, option(Panel.FOUR_BITS, "Keep the 4-bit scales in 8 bits.")] = True
     batch_size: Annotated[Batch, _training("Rows per micro-batch.")] = 8
     max_length: Annotated[Length, _training("Tokens per row; longer rows are cut, counted and reported.")] = 1024
-    optimizer: Annotated[
-        str, _training("Optimizer, by transformers' name (paged_adamw_8bit, ...), or adamw_offload.")
-    ] = "adamw_torch"
+    optimizer: Annotated[str, _training("Optimizer, by transformers' name (paged_adamw_8bit, ...).")] = "adamw_torch"
     gradient_checkpointing: Annotated[bool, _device("Recompute activations: less memory, more time.")] = False
     activation_offloading: Annotated[
         bool, _device("Keep activations in CPU memory until the backward pass needs them (accelerators only).")

@@ -189,4 +189,4 @@ def test_a_part_of_a_fused_layer_computes_in_float64() -> None:
     model, config = build("fused_dora", "gpt2", torch.float32)
     rw.add_adapter(model, config)
     expected = logits(model)
-    torch.testing.assert_close(logits(model.double()), expected.double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model.double()), expected, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from rankwise.cli.options import options_of, panels_of
 from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig
 from rankwise.options import Panel
 from rankwise.planning.workload import Workload
-from rankwise.training import finish, setup
+from rankwise.training import session, setup
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -111,7 +111,7 @@ def test_sigterm_while_saving_can_be_resumed(model_folder, rows_file, rankwise, 
     output = tmp_path / "run"
     command = ("train", "--model", model_folder, "--data", rows_file, "--output", output, "--max-steps", 1, "--r", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "save_weights", terminating(finish.save_weights))
+        patch.setattr(session, "save_weights", terminating(session.save_weights))
         done = rankwise(*command)
     assert done.code == 130
     assert "interrupted RW541" in done.stderr

@@ -15,7 +15,7 @@ from rankwise.cli.train import LAUNCHER, _failure, continued, end_with_launcher
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import RunRecord
-from rankwise.training.interrupt import terminable
+from rankwise.training.observer import terminable
 from several import LAUNCHERS
 
 

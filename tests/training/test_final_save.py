@@ -10,10 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from rankwise import disk
 from rankwise.errors import Interrupted, RunError
 from rankwise.records import load_record
-from rankwise.training import finish
+from rankwise.training import session
 from rankwise.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
@@ -51,10 +50,12 @@ def test_an_interrupted_final_save_is_made_good(
     name, at_call = PLACES[place]
     with monkeypatch.context() as patch:
         if name == "os.replace":
-            # The first in finish is the first of the final files, all others are records' and checkpoints'.
-            patch.setattr(finish, "os", type("os", (), {"replace": stopping(os.replace, at_call, KeyboardInterrupt())}))
+            # The first in session is the first of the final files, all others are records' and checkpoints'.
+            patch.setattr(
+                session, "os", type("os", (), {"replace": stopping(os.replace, at_call, KeyboardInterrupt())})
+            )
         else:
-            patch.setattr(finish, name, stopping(getattr(finish, name), at_call, KeyboardInterrupt()))
+            patch.setattr(session, name, stopping(getattr(session, name), at_call, KeyboardInterrupt()))
         with pytest.raises(Interrupted) as caught:
             train(settings(lora_dropout=0.1))
     assert caught.value.code == "RW541"
@@ -74,32 +75,9 @@ def test_a_full_disk_at_the_end_is_said_and_made_good(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "save_weights", stopping(None, 1, OSError(28, "No space left on device")))
+        patch.setattr(session, "save_weights", stopping(None, 1, OSError(28, "No space left on device")))
         with pytest.raises(RunError, match="--resume") as caught:
             train(settings(max_steps=2))
     assert caught.value.code == "RW513"
     assert load_record(tmp_path / "run").status == "failed"
     assert train(settings(max_steps=2, resume=True)).status == "finished"
-
-
-def test_a_run_that_could_not_begin_is_not_called_running(
-    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk fails once, after the record has its name; the advice is to give the same command again."""
-
-    def failing(**options: Any) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(disk, "flush", stopping(disk.flush, 1, OSError(5, "Input/output error")))
-            with pytest.raises(RunError, match="RW551: .*give the same command again"):
-                train(settings(max_steps=1, **options))
-
-    failing()
-    assert not (tmp_path / "run" / "run.json").exists()
-    train(settings(max_steps=1))
-    for options in ({"resume": True}, {"overwrite": True}):
-        record = load_record(tmp_path / "run")
-        record.status = "interrupted"
-        record.save(tmp_path / "run")
-        failing(**options)
-        assert load_record(tmp_path / "run").status in ("failed", "replaced")
-        assert train(settings(max_steps=1, **options)).status == "finished"

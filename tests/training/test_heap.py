@@ -40,7 +40,7 @@ def test_larger_batches_are_no_holes(monkeypatch):
 HOLES = """
 import json, torch
 from rankwise.acceleration.memory import give_back_freed_memory, keep_freed_memory
-from rankwise.training.meters import anonymous_memory_bytes
+from rankwise.training.watch import anonymous_memory_bytes
 
 assert keep_freed_memory()
 large, small = [], []
@@ -77,7 +77,7 @@ GATHERS = """
 import json, sys, torch
 import torch.distributed as dist
 from rankwise.acceleration.memory import keep_freed_memory, share_one_heap
-from rankwise.training.meters import anonymous_memory_bytes
+from rankwise.training.watch import anonymous_memory_bytes
 
 assert keep_freed_memory()
 if sys.argv[1] == "shared":
@@ -97,7 +97,7 @@ from rankwise.ops import elementwise
 from rankwise.ops.branch import Branch, Frozen
 from rankwise.ops.cpu import products
 from rankwise.ops.low_rank_linear import low_rank_linear
-from rankwise.training.meters import anonymous_memory_bytes
+from rankwise.training.watch import anonymous_memory_bytes
 
 assert keep_freed_memory()
 runs = {
@@ -131,7 +131,7 @@ import json, os, sys, traceback
 import torch, torch.distributed
 from rankwise.acceleration import memory
 from rankwise.ops import low_rank_linear
-from rankwise.training import meters
+from rankwise.training import watch
 
 for line in sys.stdin:
     if os.fork() == 0:

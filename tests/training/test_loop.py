@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 from training_rows import encoded_rows, evaluate, fit
 
-from rankwise.acceleration import optimize_for_training, restore
+from rankwise.acceleration import optimize_for_training
 from rankwise.adapters import add_adapter
-from rankwise.errors import RankwiseWarning, RunError
+from rankwise.errors import RunError
 from rankwise.lora_config import LoraConfig
 from rankwise.training.checkpoints import list_checkpoints
 from rankwise.training.loop import KEY, Loop
@@ -137,22 +137,6 @@ def test_the_loss_of_the_routers_is_a_mean_over_accumulated_batches(fast: bool, 
         assert loop.objective.own_loss == fast
         grads.append(step_of(loop))
     assert_same_step(*grads)
-
-
-def test_a_hook_put_on_the_head_between_steps_is_said_and_seen(loop_of: Any) -> None:
-    model = tiny_llama()
-    add_adapter(model, LoraConfig(r=4))
-    optimize_for_training(model)
-    objective = loop_of(model=model, lora=None).objective
-    batch = objective.collate([*encoded_rows(3)])
-    expected = objective.loss(model, batch).sum
-    seen: list[Any] = []
-    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
-    with pytest.warns(RankwiseWarning, match="RW520"):
-        loss = objective.loss(model, batch).sum
-    assert seen
-    torch.testing.assert_close(loss, expected)
-    restore(model)
 
 
 def test_label_smoothing_is_that_of_torch_in_one_forward(loop_of: Any) -> None:

@@ -1,4 +1,4 @@
-"""Offloaded AdamW is AdamW, and what cannot run here says so with what can."""
+"""Optimizers and schedules are those of transformers, and what cannot run here says so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rankwise.planning.workload import RULES
 from rankwise.training.optimizers import (
     NAMES,
     SCHEDULES,
-    OffloadedAdamW,
     check_memory_savers,
     make_optimizer,
     make_schedule,
@@ -20,47 +19,10 @@ from rankwise.training.optimizers import (
 from tiny_models import tiny_llama
 
 
-def _steps(optimizer_class, model, count: int) -> torch.optim.Optimizer:
-    optimizer = optimizer_class(model.parameters(), lr=1e-2, weight_decay=0.1)
-    _continue(optimizer, model, count)
-    return optimizer
-
-
-def _continue(optimizer, model, count: int) -> None:
-    generator = torch.Generator().manual_seed(count)
-    for _ in range(count):
-        loss = model(torch.randn(5, 4, generator=generator)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def test_offloaded_adamw_is_adamw_to_the_bit():
-    torch.manual_seed(0)
-    ours = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-    theirs = copy.deepcopy(ours)
-    _steps(OffloadedAdamW, ours, 7)
-    _steps(lambda *args, **kwargs: torch.optim.AdamW(*args, **kwargs, foreach=False), theirs, 7)
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
-
-
-def test_its_state_goes_on_after_saving():
-    torch.manual_seed(0)
-    straight = torch.nn.Linear(4, 3)
-    stopped = copy.deepcopy(straight)
-    first = _steps(OffloadedAdamW, straight, 3)
-    half = _steps(OffloadedAdamW, stopped, 3)
-    resumed = OffloadedAdamW(stopped.parameters(), lr=1e-2, weight_decay=0.1)
-    resumed.load_state_dict(half.state_dict())
-    _continue(first, straight, 4)
-    _continue(resumed, stopped, 4)
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters()))
-
-
 @pytest.mark.parametrize(
     ("optimizer", "device", "part"),
     [
-        ("paged_adamw_8bit", "cpu", "use adamw_torch, or adamw_offload"),
+        ("paged_adamw_8bit", "cpu", "use adamw_torch"),
         ("paged_adamw_32bit", "mps", "runs on CUDA cards only"),
         ("adamw_bnb_8bit", "cpu", "runs on CUDA cards only"),
         ("adamw_torch_4bit", "cpu", 'pip install "rankwise[cuda]"'),
@@ -76,7 +38,7 @@ def test_optimizers_that_cannot_run_here(optimizer, device, part, monkeypatch):
 
 def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"rankwise\[cuda\].*adamw_offload"):
+    with pytest.raises(ConfigError, match=r"rankwise\[cuda\]"):
         check_memory_savers("paged_adamw_8bit", "cuda", activation_offloading=False)
 
 
@@ -84,14 +46,13 @@ def test_offloading_activations_needs_an_accelerator():
     with pytest.raises(ConfigError, match="gradient-checkpointing"):
         check_memory_savers("adamw_torch", "cpu", activation_offloading=True)
     check_memory_savers("adamw_torch", "cuda", activation_offloading=True)
-    check_memory_savers("adamw_offload", "cpu", activation_offloading=False)
 
 
 def test_every_planned_optimizer_can_be_had():
     assert set(NAMES) == set(RULES)
 
 
-TORCHS = ["adamw_torch", "adamw_torch_fused", "adamw_offload", "sgd", "adagrad", "rmsprop", "adafactor"]
+TORCHS = ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"]
 
 
 @pytest.mark.parametrize("name", TORCHS)
@@ -102,7 +63,7 @@ def test_optimizers_are_those_of_the_trainer(name, decay, tmp_path):
 
     ours = tiny_llama()
     theirs = copy.deepcopy(ours)
-    same = {"learning_rate": 1e-2, "weight_decay": decay, "optim": "adamw_torch" if name == "adamw_offload" else name}
+    same = {"learning_rate": 1e-2, "weight_decay": decay, "optim": name}
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **same)
     optimizers = (
         make_optimizer(name, ours, rate=1e-2, weight_decay=decay),

@@ -12,7 +12,7 @@ from torch import nn
 
 from rankwise.errors import ModelError
 from rankwise.models.mapped import MappedFiles
-from rankwise.training.meters import MemoryMeter, anonymous_memory_bytes
+from rankwise.training.watch import MemoryMeter, anonymous_memory_bytes
 
 SIZE = 1000
 

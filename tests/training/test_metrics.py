@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from rankwise.records import read_metrics
-from rankwise.training.interrupt import Interrupt, interrupts
-from rankwise.training.meters import MemoryMeter, Progress, StepClock
-from rankwise.training.metrics import MetricsFile, evaluations
+from rankwise.training.observer import Interrupt, interrupts
+from rankwise.training.watch import MemoryMeter, MetricsFile, Progress, StepClock, evaluations
 
 
 def test_lines_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, RunError
 from rankwise.records import RunRecord, load_record
 from rankwise.training.checkpoints import list_checkpoints, save_checkpoint
-from rankwise.training.old_run import EVENTS, clear_run
-from rankwise.training.output import check_output
+from rankwise.training.output import EVENTS, check_output, clear_run
 from rankwise.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")

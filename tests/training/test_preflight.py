@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,26 +14,34 @@ from rankwise.adapters import adapter_parameters, add_adapter, save_adapter
 from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.errors import DataError, RankwiseWarning, RunError
 from rankwise.lora_config import LoraConfig
-from rankwise.training.preflight import GradientCheck, check_disk, check_labels, check_reload, check_trainable
-from rankwise.training.run import train
+from rankwise.training.checkpoints import check_space
+from rankwise.training.session import check_reload
+from rankwise.training.setup import check_labels, check_trainable
+from rankwise.training.watch import GradientCheck
 from tiny_models import tiny_llama, tiny_moe
 
-SOUND = {"tokens": 100, "trained_tokens": 40, "stop_rows": 8, "whole_texts": False, "source": "rows.jsonl"}
+
+def checked(kind: str = "prompt", **changed: int) -> None:
+    report = SimpleNamespace(**{"tokens": 100, "trained_tokens": 40, "stop_token_rows": 8, **changed})
+    data: Any = SimpleNamespace(
+        train=SimpleNamespace(report=report), rows=SimpleNamespace(kind=kind, source="rows.jsonl")
+    )
+    check_labels(data)
 
 
 def test_sound_labels_pass() -> None:
-    check_labels(**SOUND)  # type: ignore[arg-type]
+    checked()
 
 
 def test_masked_labels_and_missing_stop_tokens_are_refused() -> None:
     with pytest.raises(RunError, match=r"none of the 100 label tokens in rows.jsonl.*--max-length") as caught:
-        check_labels(**{**SOUND, "trained_tokens": 0})  # type: ignore[arg-type]
+        checked(trained_tokens=0)
     assert caught.value.code == "RW521"
     with pytest.raises(DataError, match="stop token") as caught:
-        check_labels(**{**SOUND, "stop_rows": 0})  # type: ignore[arg-type]
+        checked(stop_token_rows=0)
     assert caught.value.code == "RW213"
     with pytest.warns(RankwiseWarning, match="stop token"):
-        check_labels(**{**SOUND, "stop_rows": 0, "whole_texts": True})  # type: ignore[arg-type]
+        checked("text", stop_token_rows=0)
 
 
 def test_something_must_train() -> None:
@@ -45,11 +54,10 @@ def test_something_must_train() -> None:
 
 
 def test_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_llama()
-    check_disk(model, tmp_path / "not" / "there", 2)
+    check_space(tmp_path / "not" / "there", 1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(RunError, match="--save-total-limit") as caught:
-        check_disk(model, tmp_path, 2)
+        check_space(tmp_path, 1000)
     assert caught.value.code == "RW513"
 
 
@@ -70,27 +78,12 @@ def test_gradient_check_waits_for_a_until_b_has_moved(use_dora: bool) -> None:
     # Warm-up: the first learning rate is 0, so B is still zero at step 2.
     backward(model)
     check.look(2)
-    assert not check.done
+    assert check.waiting
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
     optimizer.step()
     backward(model)
     check.look(3)
-    assert check.done
-
-
-def test_a_resumed_run_checks_what_has_not_passed(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = []
-    original = GradientCheck.look
-
-    def look(self: GradientCheck, step: int) -> None:
-        looks.append((step, {key.rpartition(".lora_")[2] for key in self.waiting}))
-        original(self, step)
-
-    monkeypatch.setattr(GradientCheck, "look", look)
-    given = {"eval_data": None, "eval_steps": None, "save_steps": 1, "lr_scheduler_type": "constant"}
-    for steps, resume in ((1, False), (3, True), (4, True)):
-        train(settings(**given, max_steps=steps, resume=resume))
-    assert looks == [(1, {"A.weight", "B.weight"}), (2, {"A.weight"})]
+    assert not check.waiting
 
 
 def test_adapter_without_gradient_is_named() -> None:
@@ -144,7 +137,7 @@ def test_overflow_waits_only_with_loss_scaling() -> None:
     next(iter(adapter_parameters(model).values())).grad[0, 0] = float("inf")  # type: ignore[index]
     scaled = GradientCheck(model, overflow_is_normal=True)
     scaled.look(1)
-    assert not scaled.done
+    assert scaled.waiting
     with pytest.raises(RunError, match="not finite"):
         GradientCheck(model).look(1)
 

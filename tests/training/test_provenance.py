@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rankwise.acceleration import grow_segments
-from rankwise.training.provenance import device_record
+from rankwise.training.run import device_record
 
 NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 

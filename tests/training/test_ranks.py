@@ -17,9 +17,9 @@ from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, RankwiseWarning, RunError
 from rankwise.training import ranks, run, setup
 from rankwise.training.checkpoints import save_checkpoint
-from rankwise.training.continued import with_adapters_options
 from rankwise.training.observer import SilentObserver
 from rankwise.training.ranks import check_alike
+from rankwise.training.setup import with_adapters_options
 from several import LAUNCHERS
 from tiny_models import tiny_llama
 

@@ -17,10 +17,8 @@ from rankwise.constants import IGNORED
 from rankwise.default_rate import default_rate
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import load_record
-from rankwise.training import rate_search
 from rankwise.training.rate_search import kept_apart, rounds
 from rankwise.training.run import train
-from rankwise.training.session import Session
 from rankwise.training.setup import Data
 from tiny_models import tiny_llama
 
@@ -104,76 +102,6 @@ def test_a_resumed_run_does_not_search_again(settings: Any, tmp_path: Path) -> N
     # Also where no option but --output is given again, as the command line does.
     settings_then = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert train(TrainSettings.model_validate(settings_then | {"resume": True})).eval_loss == resumed.eval_loss
-
-
-@pytest.mark.parametrize(
-    ("change", "taken"), [({"rank_pattern": {"v_proj": 3, "q_proj": 2}}, 3), ({"r": 2}, 0)], ids=["the same", "another"]
-)
-def test_a_search_that_was_stopped_continues(change: dict[str, Any], taken: int, settings: Any, tmp_path: Path) -> None:
-    """After three of its six short runs; a search with other settings does not take them."""
-    given = settings(**SHORT, rank_pattern={"q_proj": 2, "v_proj": 3})
-    straight = train(given.model_copy(update={**change, "output": tmp_path / "straight"}))
-    runs = []
-
-    def counted(loop: Any, rows: Any) -> float | None:
-        runs.append(loop.make_optimizer.keywords["rate"])
-        if len(runs) == 4:
-            raise KeyboardInterrupt
-        return judge(loop, rows)
-
-    judge = rate_search._loss_after
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rate_search, "_loss_after", counted)
-        with pytest.raises(KeyboardInterrupt):
-            train(given)
-        noted = tmp_path / ".run.rankwise-search"
-        assert noted.is_file()
-        assert not (tmp_path / "run").exists()
-        found = train(given.model_copy(update=change))
-    assert straight.rate_search is not None
-    assert found.rate_search is not None
-    assert found.rate_search["trials"] == straight.rate_search["trials"]
-    assert found.eval_loss == straight.eval_loss
-    # Four in the first call; those that were done are not run again.
-    assert len(runs) - 4 == len(straight.rate_search["trials"]) - taken
-    assert not noted.exists()
-
-
-def test_a_search_is_kept_until_the_run_has_recorded_it(settings: Any, tmp_path: Path) -> None:
-    given = settings(**SHORT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "carry_out", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train(given)
-    runs = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rate_search, "_loss_after", lambda *_: runs.append(1))
-        record = train(given)
-    assert not runs
-    assert record.rate_search is not None
-    assert not (tmp_path / ".run.rankwise-search").exists()
-
-
-def test_a_search_from_another_adapter_begins_anew(settings: Any, tmp_path: Path) -> None:
-    """Under the same name as that of the search that was stopped."""
-    adapter, judged = tmp_path / "adapter", []
-    judge = rate_search._loss_after
-
-    def stopped(loop: Any, rows: Any) -> float | None:
-        judged.append(loop.make_optimizer.keywords["rate"])
-        if len(judged) == 2:
-            raise KeyboardInterrupt
-        return judge(loop, rows)
-
-    train(settings(output=adapter))
-    given = settings(**SHORT, adapter=adapter)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rate_search, "_loss_after", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train(given)
-        train(settings(output=adapter, overwrite=True, seed=1))
-        train(given)
-    assert judged[2:5] == [1e-3, 1e-2, 3e-2]
 
 
 def test_a_dry_run_searches_nothing(settings: Any, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from rankwise.errors import Interrupted
 from rankwise.lora_config import LoraConfig
 from rankwise.records import read_metrics
 from rankwise.training.checkpoints import list_checkpoints
-from rankwise.training.metrics import MetricsFile
 from rankwise.training.run import train
 from rankwise.training.state import load_state
+from rankwise.training.watch import MetricsFile
 
 pytestmark = at_some_level
 

@@ -23,11 +23,11 @@ from rankwise.errors import ConfigError, DataError, InputError, Interrupted, Ran
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.training.learning import evaluation_steps_of
-from rankwise.training.meters import StepClock
 from rankwise.training.observer import StepInfo
 from rankwise.training.run import _told_warnings, train
 from rankwise.training.setup import answerer
 from rankwise.training.sft import Demonstrations
+from rankwise.training.watch import StepClock
 from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")

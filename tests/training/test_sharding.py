@@ -17,8 +17,14 @@ from rankwise.acceleration.sharding import shard
 from rankwise.compat.torch import is_sharded, is_unit
 from rankwise.compat.transformers import before_weights
 from rankwise.training import ranks
-from rankwise.training.sharding import shard_before_loading, sharded_state, whole, whole_state, whole_weights
-from rankwise.training.weights import load_weights
+from rankwise.training.weights import (
+    load_weights,
+    shard_before_loading,
+    sharded_state,
+    whole,
+    whole_state,
+    whole_weights,
+)
 from tiny_models import tiny_llama
 
 

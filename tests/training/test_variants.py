@@ -144,7 +144,7 @@ def test_lora_plus_in_the_record_and_in_the_steps(settings: Any, tmp_path: Path)
     assert next(line["learning_rate"] for line in read_metrics(tmp_path / "run") if "learning_rate" in line) == 1e-3
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_offload", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
 def test_lora_plus_goes_with_other_optimizers_and_resumes(optimizer: str, settings: Any, tmp_path: Path) -> None:
     given = settings(loraplus_ratio=4, optimizer=optimizer, weight_decay=0.1)
     train(given.model_copy(update={"output": tmp_path / "straight"}))

@@ -17,9 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.training.checkpoints import Checkpoint
 from rankwise.training.loop import Loop
-from rankwise.training.meters import MemoryMeter, Progress
 from rankwise.training.observer import StepInfo
-from rankwise.training.watch import Watch
+from rankwise.training.watch import MemoryMeter, Progress, Watch
 
 WORDS = [f"w{index}" for index in range(90)]
 
@@ -75,15 +74,14 @@ class Recorder:
 
 
 def fit(loop: Loop, checkpoint: Checkpoint | None = None, **parts: Any) -> Loop:
-    memory, options = MemoryMeter("cpu"), loop.options
-    loop.fit(Watch(loop.model, loop.progress, memory, options.total_steps, options.eval_steps, **parts), checkpoint)
+    loop.fit(Watch(loop.model, loop.progress, MemoryMeter("cpu"), **parts), checkpoint)
     return loop
 
 
 def evaluate(loop: Loop, rows: Dataset | None = None) -> dict[str, float]:
     loop.objective.eval_rows = loop.objective.eval_rows if rows is None else rows
     loop.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), loop.autocast():
         return loop.objective.evaluate(loop.model, lambda: None)
 
 

@@ -19,23 +19,18 @@ SWITCHES = ("RANKWISE_OPS", "RANKWISE_CPU_LEVEL", "TRITON_INTERPRET", "CUDA_VISI
 OURS = ("bench", "browser", "dev", "docs")
 
 
-class DoctorSettings(Settings):
-    """The options of ``rankwise doctor``: those common to all commands."""
-
-
-def run(settings: DoctorSettings, output: Output) -> Document:
+def run(settings: Settings, output: Output) -> Document:
     from rankwise.cli.plan_view import print_lines
 
     with output.waiting("looking at this machine"):
-        parts = {"machine": dict(_machine()), "libraries": dict(_libraries()), "kernels": dict(_kernels())}
-        findings = list(_findings())
-    for title, rows in parts.items():
+        parts = {"machine": [*_machine()], "libraries": [*_libraries()], "kernels": [*_kernels()]}
+        findings = [*_findings()]
+    for title, rows in {**parts, "what to do": findings}.items():
         output.line(title.capitalize(), style="bold")
-        print_lines(list(rows.items()), output)
+        print_lines(rows or [("", "nothing: all that rankwise has works here.")], output)
         output.line()
-    output.line("What to do", style="bold")
-    print_lines(findings or [("", "nothing: all that rankwise has works here.")], output)
-    return {**parts, "findings": [{"code": code, "message": message} for code, message in findings]}
+    found = [{"code": code, "message": message} for code, message in findings]
+    return {**{title: dict(rows) for title, rows in parts.items()}, "findings": found}
 
 
 def _machine() -> Iterator[tuple[str, str]]:
@@ -47,10 +42,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     hardware = cpu_hardware()
     yield "system", f"{platform.system()} on {platform.machine()}, Python {platform.python_version()}"
     yield "processor", f"{cpu_name()}, {plural(hardware.cores or 1, 'core')}"
-    yield (
-        "free",
-        f"{byte_size(hardware.memory_bytes)} of memory, {byte_size(shutil.disk_usage('.').free)} of disk",
-    )
+    disk = shutil.disk_usage(".").free
+    yield "free", f"{byte_size(hardware.memory_bytes)} of memory, {byte_size(disk)} of disk"
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         yield f"card {index}", f"{card.name}, {byte_size(card.total_memory)}, capability {card.major}.{card.minor}"
@@ -73,12 +66,9 @@ def _requirements(extra: str = "") -> Iterator[tuple[str, str | None, str]]:
     from packaging.requirements import Requirement
 
     for one in map(Requirement, metadata.requires("rankwise") or ()):
-        always = one.marker is None or one.marker.evaluate({"extra": ""})
-        if always != bool(extra) and (always or (one.marker and one.marker.evaluate({"extra": extra}))):
-            try:
-                version = metadata.version(one.name)
-            except metadata.PackageNotFoundError:
-                version = None
+        always, asked = (one.marker is None or one.marker.evaluate({"extra": name}) for name in ("", extra))
+        if asked and not (extra and always):
+            version = next((found.version for found in metadata.distributions(name=one.name)), None)
             fits = version is not None and one.specifier.contains(version, prereleases=True)
             yield one.name, version, "" if fits else f'"{one.name}{one.specifier}"'
 
@@ -121,7 +111,7 @@ def _findings() -> Iterator[tuple[str, str]]:
 
 COMMAND = Command(
     name="doctor",
-    settings=DoctorSettings,
+    settings=Settings,
     run=run,
     summary="Say what this machine has: devices, libraries, which kernels run and why, what to install.",
     examples=("rankwise doctor", "rankwise doctor --json"),

@@ -28,9 +28,22 @@ RUN = ("status", "method", "seed", "steps", "kept_step", "initial_eval_loss", "e
 
 
 def run(settings: InspectSettings, output: Output) -> Document:
-    folder = settings.folder
-    found: JsonObject = {"folder": str(folder), "kind": "run"} | _described(folder)
-    if (folder / RUN_FILE).is_file():
+    """Raises RunError (RW560) for a folder of another kind."""
+    folder, is_run = settings.folder, (settings.folder / RUN_FILE).is_file()
+    found: JsonObject = {"folder": str(folder), "kind": "run"}
+    if (folder / "adapter_config.json").is_file():
+        found |= _adapter(folder) | _weights(folder, AdapterError, "RW409")
+    elif (folder / "config.json").is_file():
+        config = read_object(folder / "config.json", error=ModelError, code="RW302", constants=True)
+        found |= {"kind": "model", **{name: config.get(name) for name in MODEL}}
+        found |= _weights(folder, ModelError, "RW302")
+    elif not is_run:
+        refuse_comparisons([folder])
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "no files"
+        raise RunError(
+            "RW560", f"{folder} is no folder of an adapter, a run or a model; it holds {there or 'nothing'}."
+        )
+    if is_run:
         record = load_record(folder)
         found["run"] = {name: getattr(record, name) for name in RUN}
     if settings.model is not None:
@@ -38,22 +51,6 @@ def run(settings: InspectSettings, output: Output) -> Document:
     for label, text in _lines(found):
         output.line(f"{label.replace('_', ' '):<24}{shortened(text)}")
     return found
-
-
-def _described(folder: Path) -> JsonObject:
-    """An adapter or a model, else an empty object for a run. Raises RunError (RW560) for a folder of another kind."""
-    if (folder / "adapter_config.json").is_file():
-        return _adapter(folder) | _weights(folder, AdapterError, "RW409")
-    if (folder / "config.json").is_file():
-        config = read_object(folder / "config.json", error=ModelError, code="RW302", constants=True)
-        return {"kind": "model", **{name: config.get(name) for name in MODEL}} | _weights(folder, ModelError, "RW302")
-    refuse_comparisons([folder])
-    if not (folder / RUN_FILE).is_file():
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "no files"
-        raise RunError(
-            "RW560", f"{folder} is no folder of an adapter, a run or a model; it holds {there or 'nothing'}."
-        )
-    return {}
 
 
 def _adapter(folder: Path) -> JsonObject:

@@ -32,7 +32,7 @@ from rankwise.records import RunRecord, load_record, read_metrics, write_text
 from rankwise.reports.numbers import byte_size, plural, rate
 from rankwise.reports.summary import change_of
 from rankwise.training import ranks
-from rankwise.training.interrupt import end_with_parent
+from rankwise.training.observer import end_with_parent
 from rankwise.training.output import holds_run
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
         return None
     output.console.quiet = not ranks.is_writer()
     from rankwise.evaluation.retained import RetainedRows
-    from rankwise.training.continued import with_adapters_options
     from rankwise.training.run import train
+    from rankwise.training.setup import with_adapters_options
 
     settings = with_adapters_options(settings)
     retention = None if settings.retain is None else RetainedRows(settings, settings.retain)
@@ -151,7 +151,7 @@ def _unwatched() -> Iterator[Observer]:
 
 def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
     from rankwise.planning.guard import MemoryGuard
-    from rankwise.training.meters import anonymous_memory_bytes
+    from rankwise.training.watch import anonymous_memory_bytes
 
     where = ranks.place()
     started = {} if where is None else {"devices": where.count}

@@ -30,7 +30,7 @@ from rankwise.foreign import JsonObject, read_json
 from rankwise.models.device import usable_cores
 from rankwise.planning.hardware import this_machine
 from rankwise.records import read_metrics, write_json
-from rankwise.training.interrupt import end_with_parent
+from rankwise.training.observer import end_with_parent
 
 TICK_SECONDS = 1.0
 # The time that a run has to save its step after it was asked to stop.

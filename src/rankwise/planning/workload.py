@@ -270,8 +270,6 @@ class OptimizerRule:
 
     state: Callable[[Shape, int], int]
     paged: bool = False
-    # Whether the whole state is in host memory.
-    hosted: bool = False
     copies: bool = False
     # Whether the optimizer is bitsandbytes', which supports CUDA only.
     cuda_only: bool = False
@@ -334,7 +332,6 @@ RULES: dict[str, OptimizerRule] = {
     # AdamW tensor by tensor holds sqrt(v) of each.
     "adamw_torch": OptimizerRule(two_moments, copies=True),
     "adamw_torch_fused": OptimizerRule(two_moments),
-    "adamw_offload": OptimizerRule(two_moments, hosted=True),
     "adamw_torch_8bit": OptimizerRule(two_moments_torchao(8)),
     "adamw_torch_4bit": OptimizerRule(two_moments_torchao(4)),
     "adamw_8bit": OptimizerRule(two_moments_8bit, cuda_only=True),
@@ -376,8 +373,7 @@ def check_device(optimizer: str, device_type: str, name: str) -> None:
     if rule_of(optimizer).cuda_only and device_type != "cuda":
         raise ConfigError(
             "RW116",
-            f"--optimizer {optimizer} runs on CUDA cards only, and this plan is for {name}; take adamw_torch, or "
-            "adamw_offload, which keeps the optimizer's state in CPU memory.",
+            f"--optimizer {optimizer} runs on CUDA cards only, and this plan is for {name}; take adamw_torch.",
         )
 
 
@@ -386,7 +382,7 @@ def state_bytes(optimizer: str, shapes: Iterable[tuple[Shape, int]]) -> tuple[in
     rule, here, elsewhere = rule_of(optimizer), 0, 0
     for shape, element_bytes in shapes:
         size = rule.state(shape, element_bytes)
-        if rule.hosted or (rule.paged and prod(shape) >= PAGED_LEAST):
+        if rule.paged and prod(shape) >= PAGED_LEAST:
             elsewhere += size
         else:
             here += size

@@ -13,14 +13,13 @@ import asyncio
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
 import math
 import re
 import reprlib
-import sys
+import runpy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,12 +44,11 @@ from rankwise.models.load import table_rows
 from rankwise.options import flag
 from rankwise.training import ranks
 from rankwise.training.foresight import MicroBatch, longest_row
-from rankwise.training.learning import PRECISIONS, Learning
-from rankwise.training.loop import KEY, Batch, Counted, Figures, Loop, Loss, Row, shuffled
+from rankwise.training.learning import Learning
+from rankwise.training.loop import KEY, Batch, Counted, Figures, Loop, Loss, Row, on_device, shuffled
 from rankwise.training.losses import NORMALISED, advantages, of_rewards
-from rankwise.training.preferences import Scoring
+from rankwise.training.preferences import Scoring, answered
 from rankwise.training.setup import Data, LoadedBase, encode_data
-from rankwise.training.sft import pad_right
 from rankwise.weights_file import sha256_of
 
 # A reward function, called with keyword arguments that are columns by name.
@@ -140,7 +138,6 @@ def _objective(
         temperature=temperature,
         loss_type=given.loss_type or LOSS_TYPES["grpo"][0],
         beta=given.beta or 0.0,
-        autocast=PRECISIONS.get(base.precision),
     )
 
 
@@ -186,8 +183,6 @@ class RewardedAnswers:
     temperature: float = 1.0
     loss_type: str = "dapo"
     beta: float = 0.0
-    # The dtype of mixed precision.
-    autocast: torch.dtype | None = None
 
     shown: ClassVar = {"reward": "reward", "kl": "KL", "completion_tokens": "answer tokens"}
     # Where all answers to a prompt get the same reward, all gradients are zero.
@@ -252,11 +247,10 @@ class RewardedAnswers:
         give_back_freed_memory()
         is_training = model.training
         model.eval()
-        with torch.autocast(model.device.type, self.autocast, enabled=self.autocast is not None):
-            generator = Generator(model, decoding, pad=self.pad)
-            for batch in batches_that_fit(model, prompts, decoding):
-                for index, ids in zip(batch, generator.answers([prompts[index] for index in batch])):
-                    answers[index] = ids
+        generator = Generator(model, decoding, pad=self.pad)
+        for batch in batches_that_fit(model, prompts, decoding):
+            for index, ids in zip(batch, generator.answers([prompts[index] for index in batch])):
+                answers[index] = ids
         model.train(is_training)
         give_back_freed_memory()
         return answers
@@ -272,8 +266,7 @@ class RewardedAnswers:
         ]
         columns = {name: [one["columns"][name] for one in asked] for name in asked[0]["columns"]}
         given = {"prompts": prompts, "completions": completions, "completion_ids": answers, **columns}
-        found = [[math.nan if value is None else value for value in reward(**given)] for reward in self.rewards]
-        return [list(values) for values in zip(*found, strict=True)]
+        return [list(values) for values in zip(*(reward(**given) for reward in self.rewards), strict=True)]
 
     def _weighted(self, scores: Sequence[Sequence[float]]) -> Tensor:
         """The weighted sum of each answer's scores, of which some may be missing; NaN where all are."""
@@ -306,17 +299,10 @@ class RewardedAnswers:
     def _laid_out(self, prompts: list[list[int]], answers: list[list[int]], together: int) -> Batch:
         """Prompts and answers (B, L), padded on the right, with the weight of each answer's tokens. ``together``: the
         tokens of the answers of all processes."""
-        ids = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers)]
-        is_answer = [(torch.arange(len(row)) >= len(prompt)).long() for row, prompt in zip(ids, prompts)]
         weights, targets = NORMALISED[self.loss_type]([*map(len, answers)], self.longest, together)
-        tensors = {
-            "input_ids": pad_right(ids, self.pad),
-            "attention_mask": pad_right([torch.ones_like(row) for row in ids], 0),
-            "completion_mask": pad_right(is_answer, 0),
-            "weights": torch.tensor(weights)[:, None],
-        }
-        batch: Batch = {name: tensor.to(self.scoring.model.device) for name, tensor in tensors.items()}
-        return {**batch, KEY: Counted(targets, sum(map(len, ids)), len(ids))}
+        batch = {**answered([*zip(prompts, answers)], self.pad), "weights": torch.tensor(weights)[:, None]}
+        tokens = sum(map(len, prompts)) + sum(map(len, answers))
+        return on_device({**batch, KEY: Counted(targets, tokens, len(answers))}, self.scoring.model.device)
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
         mask = batch["completion_mask"][:, 1:]
@@ -367,68 +353,64 @@ class Reward:
     function: Function
     sha256: str | None = None
 
-    def __call__(self, *, prompts: Sequence[Said], completions: Sequence[Said], **columns: Any) -> list[float | None]:
-        """A number or None for each completion.
+    def __call__(self, **given: Any) -> list[float]:
+        """A score for each of ``completions``, NaN where the function returns None.
 
         Raises RunError: RW772 where the function raises, RW774 where it does not return a finite number or None for
         each completion.
         """
-        given = {"prompts": prompts, "completions": completions, **columns}
-        count = len(completions)
+        count = len(given["completions"])
         try:
             found = self._called(given)
-            # The result may be an endless generator.
-            values = list(itertools.islice(found, count + 1)) if isinstance(found, Iterable) else found
         except RankwiseError:
             raise
         except (Exception, SystemExit) as error:
-            raise self._raised(given, error) from error
-        if not isinstance(values, list) or len(values) != count:
+            raise RunError(
+                "RW772",
+                f"the reward {self.spec} raised {type(error).__name__}: {first_line(error)}, on {self._where(given)}; "
+                "let it return a number for every answer.",
+            ) from error
+        if len(found) != count:
             raise RunError(
                 "RW774",
-                f"the reward {self.spec} returned {reprlib.repr(values)} for {count} answers; let it return a list "
+                f"the reward {self.spec} returned {reprlib.repr(found)} for {count} answers; let it return a list "
                 "with one number for each of `completions`.",
             )
-        return [self._number(value, given, place) for place, value in enumerate(values)]
+        scores = [math.nan if value is None else _number(value) for value in found]
+        for place, score in enumerate(scores):
+            if found[place] is not None and not math.isfinite(score):
+                raise RunError(
+                    "RW774",
+                    f"the reward {self.spec} returned {reprlib.repr(found[place])}, which is not a finite number, for "
+                    f"{_sample(given, place)}; let it return a number, or None for no score.",
+                )
+        return scores
 
-    def _called(self, given: Given) -> Any:
+    def _called(self, given: Given) -> list[Any]:
         """The function's result. Unlike in trl, a function without ``**kwargs`` gets only the arguments it names."""
         taken = inspect.signature(self.function).parameters.values()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
             given = {name: given[name] for name in (parameter.name for parameter in taken) if name in given}
         found = self.function(**given)
-        return asyncio.run(found) if inspect.iscoroutine(found) else found
+        found = asyncio.run(found) if inspect.iscoroutine(found) else found
+        return list(found) if isinstance(found, Iterable) else [found]
 
-    def _raised(self, given: Given, error: BaseException) -> RunError:
-        """RunError RW772, with the first sample for which the function raises alone, else for the whole batch."""
-        count, where = len(given["completions"]), "a batch of answers"
-        for place in range(count):
-            one = {name: values[place : place + 1] for name, values in given.items()}
+    def _where(self, given: Given) -> str:
+        """The first sample for which the function raises by itself, else the whole batch."""
+        for place in range(len(given["completions"])):
             try:
-                self._called(one)
-            except (Exception, SystemExit) as alone:  # noqa: BLE001  user code may raise anything
-                error, where = alone, _sample(given, place)
-                break
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        return RunError(
-            "RW772", f"the reward {self.spec} raised {reason}, on {where}; let it return a number for every answer."
-        )
+                self._called({name: values[place : place + 1] for name, values in given.items()})
+            except (Exception, SystemExit):  # noqa: BLE001  user code may raise anything
+                return _sample(given, place)
+        return "a batch of answers"
 
-    def _number(self, value: Any, given: Given, place: int) -> float | None:
-        if value is None:
-            return None
-        try:
-            # float would read text, too.
-            number = math.nan if isinstance(value, str | bytes) else float(value)
-        except Exception:  # noqa: BLE001  a tensor raises RuntimeError, an integer OverflowError
-            number = math.nan
-        if not math.isfinite(number):
-            raise RunError(
-                "RW774",
-                f"the reward {self.spec} returned {reprlib.repr(value)}, which is not a finite number, for "
-                f"{_sample(given, place)}; let it return a number, or None for no score.",
-            )
-        return number
+
+def _number(value: Any) -> float:
+    """``value`` as a number, NaN for what is none. ``float`` would read text, too."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
 
 
 def read_rewards(specs: Sequence[str]) -> list[Reward]:
@@ -467,23 +449,16 @@ def _read(spec: str) -> Reward:
 def _from_file(spec: str, path: Path, name: str) -> Reward:
     if not path.is_file():
         raise ConfigError("RW771", f"--reward {spec}: there is no file {path}; check the path.")
-    module_spec = importlib.util.spec_from_file_location(f"rankwise_reward_{path.stem}", path)
-    assert module_spec is not None, "its name ends with .py"
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    # dataclasses and pickle look a module up in sys.modules.
-    sys.modules[module_spec.name] = module
     try:
-        module_spec.loader.exec_module(module)
-        function = getattr(module, name, None)
+        found = runpy.run_path(str(path), run_name=f"rankwise_reward_{path.stem}")
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError("RW771", f"--reward {spec}: {path} does not load ({reason}); correct it.") from error
-    if not callable(function):
-        there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        what = f"has no {name}" if function is None else f"holds {name}, which is not a function"
+    if not callable(found.get(name)):
+        there = [key for key, value in found.items() if inspect.isfunction(value)]
+        what = f"holds {name}, which is not a function" if name in found else f"has no {name}"
         raise ConfigError("RW771", f"--reward {spec}: {path} {what}; its functions are {', '.join(there) or 'none'}.")
-    return Reward(spec, name, function, sha256_of(path))
+    return Reward(spec, name, found[name], sha256_of(path))
 
 
 def answer(completions: Sequence[Said], **columns: Any) -> list[float]:
@@ -524,8 +499,5 @@ def text_of(completion: Said) -> str:
 def _sample(given: Given, place: int) -> str:
     prompt, completion = (given[name][place] for name in ("prompts", "completions"))
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return f"the answer {_short(text_of(completion))} to the prompt {_short(asked)}"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+    said, to = (repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...") for text in (text_of(completion), asked))
+    return f"the answer {said} to the prompt {to}"

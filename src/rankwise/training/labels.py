@@ -31,8 +31,6 @@ class Classification:
     pad: int
     size: int
     seed: int
-    # The dtype of mixed precision.
-    autocast: torch.dtype | None = None
 
     silence_is_normal: ClassVar[bool] = False
     in_words: ClassVar[str] = "of labels, from the head's logits"
@@ -77,8 +75,7 @@ class Classification:
             if own:
                 rows = [self.eval_rows[place] for place in own]
                 batch = on_device(self.collate(rows), model.device)
-                with torch.autocast(model.device.type, self.autocast, enabled=self.autocast is not None):
-                    logits, each = self._answered(model, batch)
+                logits, each = self._answered(model, batch)
                 targets = [row["label"] for row in rows]
                 found += zip(each.tolist(), targets, chosen(logits, self.labels.problem))
             pause()

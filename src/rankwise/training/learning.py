@@ -34,11 +34,11 @@ from rankwise.training.foresight import (
 )
 from rankwise.training.labels import Classification
 from rankwise.training.loop import Loop, Objective, Options
-from rankwise.training.meters import Progress
 from rankwise.training.optimizers import make_optimizer
 from rankwise.training.preferences import Preferences, Scoring
 from rankwise.training.setup import Data, LoadedBase, encode_data
 from rankwise.training.sft import Demonstrations, packed
+from rankwise.training.watch import Progress
 
 # Default interval of checkpoints, and the shortest of evaluations, as a share of the run.
 TENTH = 0.1
@@ -90,18 +90,21 @@ def learning_from_answers(objective: str) -> Learning:
     )
 
 
+def _of_batches(given: TrainSettings, base: LoadedBase) -> dict[str, int]:
+    """The padding token, the rows of a micro-batch of all processes, and the seed of their order."""
+    pad = int(base.tokenizer.pad_token_id or 0)
+    return {"pad": pad, "size": given.batch_size * ranks.count(), "seed": given.seed}
+
+
 def _demonstrations(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Demonstrations:
     rows = data.train.dataset
     return Demonstrations(
         base.model,
         packed(rows, given.max_length, given.seed) if given.packing else rows,
         data.evaluation and data.evaluation.dataset,
-        pad=int(base.tokenizer.pad_token_id or 0),
-        size=given.batch_size * ranks.count(),
-        seed=given.seed,
+        **_of_batches(given, base),
         flat=flat or given.packing,
         label_smoothing=given.label_smoothing,
-        autocast=PRECISIONS.get(base.precision),
     )
 
 
@@ -118,16 +121,13 @@ def _preferences(given: TrainSettings, data: Data, base: LoadedBase, flat: bool)
         Scoring(base.model, flat=flat, pairs=given.objective == "dpo"),
         data.train.dataset,
         data.evaluation and data.evaluation.dataset,
-        pad=int(base.tokenizer.pad_token_id or 0),
-        size=given.batch_size * ranks.count(),
-        seed=given.seed,
+        **_of_batches(given, base),
         loss_type=given.loss_type or LOSS_TYPES[given.objective][0],
         beta=given.beta or BETA,
         max_length=given.max_length,
         label_smoothing=given.label_smoothing,
         desirable_weight=given.desirable_weight or 1.0,
         undesirable_weight=given.undesirable_weight or 1.0,
-        autocast=PRECISIONS.get(base.precision),
     )
 
 
@@ -168,10 +168,7 @@ def _classification(given: TrainSettings, data: Data, base: LoadedBase, flat: bo
         data.train.dataset,
         data.evaluation and data.evaluation.dataset,
         labels_in(data.rows),
-        pad=int(base.tokenizer.pad_token_id or 0),
-        size=given.batch_size * ranks.count(),
-        seed=given.seed,
-        autocast=PRECISIONS.get(base.precision),
+        **_of_batches(given, base),
     )
 
 

@@ -33,9 +33,7 @@ from rankwise.errors import RunError
 from rankwise.records import write_json
 from rankwise.training import ranks
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
-from rankwise.training.meters import Progress
 from rankwise.training.optimizers import make_schedule
-from rankwise.training.sharding import sharded_state, whole, whole_state, whole_weights
 from rankwise.training.state import (
     load_state,
     random_states,
@@ -45,8 +43,16 @@ from rankwise.training.state import (
     set_random_states,
     undisturbed_random_states,
 )
-from rankwise.training.watch import EvaluationStopped, Step, Watch
-from rankwise.training.weights import checkpoint_bytes, load_weights, save_weights
+from rankwise.training.watch import EvaluationStopped, Progress, Step, Watch
+from rankwise.training.weights import (
+    checkpoint_bytes,
+    load_weights,
+    save_weights,
+    sharded_state,
+    whole,
+    whole_state,
+    whole_weights,
+)
 
 PROGRESS_FILE = "progress.json"
 KEY = "counted"
@@ -192,12 +198,13 @@ class Loop:
             for batches in self._steps(epoch, states):
                 watch.begin_step()
                 model.train()
-                batches = objective.prepare([on_device(batch, model.device) for batch in batches], progress.steps)
+                with self.autocast():
+                    batches = objective.prepare([on_device(batch, model.device) for batch in batches], progress.steps)
                 (targets,) = ranks.summed([math.fsum(batch[KEY].targets for batch in batches)])
                 step = Step()
                 with self.around_step():
                     for batch in batches:
-                        with torch.autocast(model.device.type, options.autocast, enabled=options.autocast is not None):
+                        with self.autocast():
                             found = objective.loss(model, batch)
                         loss = found.sum / max(targets, 1)
                         if ranks.count() > 1:
@@ -243,6 +250,10 @@ class Loop:
                     return
             states = None
 
+    def autocast(self) -> torch.autocast:
+        dtype = self.options.autocast
+        return torch.autocast(self.model.device.type, dtype, enabled=dtype is not None)
+
     def _steps(self, epoch: int, states: Any) -> Iterator[list[Batch]]:
         """The micro-batches of this process, step by step, from the present step to the end of the epoch."""
         taken = (self.progress.steps - epoch * self.steps_an_epoch) * self.options.accumulation
@@ -254,13 +265,12 @@ class Loop:
             batch_sampler=[own or rows[:1] for own, rows in zip(parts, order)],
             collate_fn=self.objective.collate,
             pin_memory=self.model.device.type == "cuda",
+            # A loader draws a number when it starts, which is not to be one of the dropout masks'.
+            generator=torch.Generator(),
         )
-        # A loader draws a number when it starts: of a step in mid-epoch the states were saved after that.
-        if states is not None and not taken:
+        if states is not None:
             set_random_states(states)
-        batches = zip(iter(loader), parts)
-        if states is not None and taken:
-            set_random_states(states)
+        batches = zip(loader, parts)
         while step := list(itertools.islice(batches, self.options.accumulation)):
             yield [batch if own else without_rows(batch) for batch, own in step]
 
@@ -272,20 +282,14 @@ class Loop:
                 f"the loss is {step.loss} at step {number}; lower --learning-rate"
                 + (", or train with --dtype bfloat16 or float32." if self.scaler.is_enabled() else "."),
             )
-        if math.isfinite(step.norm):
+        # A loss scale that can still fall makes up for an overflow of float16.
+        if math.isfinite(step.norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             return
-        if not self.scaler.is_enabled():
-            raise RunError(
-                "RW530",
-                f"the gradient norm is {step.norm} at step {number}, so that step was not taken; lower --learning-rate "
-                "or --max-grad-norm.",
-            )
-        if self.scaler.get_scale() < 1:
-            raise RunError(
-                "RW530",
-                f"the gradients overflow float16 at step {number} even at a loss scale below 1; lower --learning-rate, "
-                "or train with --dtype float32.",
-            )
+        raise RunError(
+            "RW530",
+            f"the gradient norm is {step.norm} at step {number}, so that step was not taken; lower --learning-rate or "
+            f"--max-grad-norm{', or train with --dtype float32' if self.scaler.is_enabled() else ''}.",
+        )
 
     def _means(self, step: Step) -> dict[str, float]:
         return self.objective.means({name: total / weight for name, (total, weight) in step.figures.items() if weight})
@@ -304,7 +308,7 @@ class Loop:
         self.model.eval()
         started = time.perf_counter()
         try:
-            with torch.no_grad(), undisturbed_random_states():
+            with torch.no_grad(), undisturbed_random_states(), self.autocast():
                 found = self.objective.evaluate(self.model, watch.pause)
         except EvaluationStopped:
             self.stopping = True

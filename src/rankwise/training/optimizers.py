@@ -20,9 +20,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from rankwise.adapters.lora import EmbeddingLora
@@ -31,8 +30,6 @@ from rankwise.conflicts import LED_BY_EVALUATIONS
 from rankwise.errors import ConfigError
 from rankwise.options import OPTIMIZERS, close_names
 
-# rankwise's optimizer, in addition to those of other libraries.
-OFFLOADED = "adamw_offload"
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 # {name: (class in bitsandbytes.optim, whether its state is paged)}; 8 bits where the name says so, else 32.
 BITSANDBYTES = {
@@ -51,7 +48,7 @@ BITSANDBYTES = {
 }
 NAMES = (
     *("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"),
-    *(OFFLOADED, *TORCHAO, *BITSANDBYTES),
+    *(*TORCHAO, *BITSANDBYTES),
 )
 # transformers' others need parameters for which `rankwise train` has no options.
 SCHEDULES = (
@@ -87,15 +84,10 @@ def check_memory_savers(optimizer: str, device_type: str, *, activation_offloadi
         if device_type != "cuda":
             raise ConfigError(
                 "RW116",
-                f"--optimizer {optimizer} runs on CUDA cards only, and this run is on {device_type}; use adamw_torch, "
-                f"or {OFFLOADED}, which keeps the optimizer's state in CPU memory on any accelerator.",
+                f"--optimizer {optimizer} runs on CUDA cards only, and this run is on {device_type}; use adamw_torch.",
             )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                "RW116",
-                f'--optimizer {optimizer} needs bitsandbytes: pip install "rankwise[cuda]"; without it, {OFFLOADED} '
-                "keeps the optimizer's state in CPU memory.",
-            )
+            raise ConfigError("RW116", f'--optimizer {optimizer} needs bitsandbytes: pip install "rankwise[cuda]".')
     if activation_offloading and device_type == "cpu":
         raise ConfigError(
             "RW116",
@@ -108,8 +100,6 @@ def implementation_of(optimizer: str, device_type: str) -> str:
     """The name of the optimizer that runs. On a GPU, adamw_torch becomes the fused AdamW: one kernel, without copies of
     the trained tensors.
     """
-    if optimizer == OFFLOADED:
-        return "adamw_torch"
     return "adamw_torch_fused" if (optimizer, device_type) == ("adamw_torch", "cuda") else optimizer
 
 
@@ -128,8 +118,6 @@ def make_optimizer(
     else:
         groups = loraplus_groups(model, rate=rate, ratio=loraplus_ratio, weight_decay=weight_decay)
     adam: dict[str, Any] = {"lr": rate, "betas": BETAS, "eps": EPSILON}
-    if name == OFFLOADED:
-        return OffloadedAdamW(groups, **adam)
     if name in TORCHAO:
         from torchao import optim
 
@@ -219,62 +207,3 @@ def loraplus_groups(model: nn.Module, *, rate: float, ratio: float, weight_decay
         {"params": parameters, "lr": rates[group], "weight_decay": decay, "group": group}
         for (group, decay), parameters in sorted(groups.items(), key=lambda item: item[0][0])
     ]
-
-
-class OffloadedAdamW(torch.optim.Optimizer):
-    """AdamW whose moments live in CPU memory: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2 (Kingma and Ba 2015).
-
-    A step copies each parameter's gradient to the CPU and its new value back, one parameter after the other, so that
-    the accelerator holds no optimizer state. On a CPU the result equals that of ``torch.optim.AdamW``, bit for bit.
-    """
-
-    def __init__(
-        self,
-        params: torch.optim.optimizer.ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
-
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        value = parameter.detach().cpu()
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(value)
-            state["exp_avg_sq"] = torch.zeros_like(value)
-        # Loading a state dict moves the moments to the parameter's device.
-        moments = {name: state[name].cpu() for name in ("exp_avg", "exp_avg_sq", "step")}
-        state.update(moments)
-        adamw(
-            [value],
-            [parameter.grad.cpu()],  # type: ignore[union-attr]
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [state["step"]],
-            foreach=False,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        if parameter.device.type != "cpu":
-            parameter.copy_(value)

@@ -1,10 +1,13 @@
-"""Check the run folder before a run: whether it may be written, and whether a resumed run has the same settings.
+"""Check the run folder before a run: whether it may be written, whether a resumed run has the same settings, and what
+``--overwrite`` removes: the files of the old run, by name, and no others.
 
 Imports no torch, since the command line calls these checks before it loads torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,9 +16,8 @@ from rankwise.disk import refuse_links, strays
 from rankwise.errors import ConfigError, RunError
 from rankwise.foreign import Fields
 from rankwise.options import flag
-from rankwise.records import RUN_FILE, check_writable, load_record
-from rankwise.training.checkpoints import FOLDER
-from rankwise.training.old_run import REPLACED, check_replaceable, read_old_run
+from rankwise.records import METRICS_FILE, RUN_FILE, SKIPPED_FILE, RunRecord, check_writable, load_record
+from rankwise.training.checkpoints import FOLDER, foreign_items, remove_checkpoints
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -48,6 +50,16 @@ LENGTH = ("max_steps", "epochs")
 CONSTANT = ("constant", "constant_with_warmup")
 # Schedules whose learning rate does not depend on the number of steps.
 LENGTH_FREE = (*CONSTANT, "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
+# Files of every run. The record names those that depend on the model and its tokenizer.
+OWN_FILES = (
+    *(METRICS_FILE, SKIPPED_FILE, "loss.svg", "rates.svg", "README.md"),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
+NOT_NAMED = (FOLDER, RUN_FILE)
+# The status of a run that --overwrite has begun to remove.
+REPLACED = "replaced"
+# TensorBoard's files.
+EVENTS = "tensorboard/events.out.tfevents.*"
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
@@ -97,10 +109,8 @@ def holds_run(output: Path) -> bool:
 
 
 def check_same_run(output: Path, settings: Fields) -> None:
-    """Raise RunError (RW507) with every setting in which a resumed run differs from the run in ``output``.
-
-    ``check_length`` compares the length.
-    """
+    """Raise RunError (RW507) with every setting, but the length, in which a resumed run differs from the run in
+    ``output``."""
     before = load_record(output).settings
     free = MAY_CHANGE | COMPARED_BY_CONTENT | {*LENGTH}
     changed = [
@@ -125,20 +135,6 @@ def check_same_processes(output: Path, processes: int) -> None:
             f"the run in {output} was trained in {before} process{'' if before == 1 else 'es'} and {processes} would "
             "continue it; each process has its own random states and its part of each batch, so start the same number, "
             "with --devices or torchrun.",
-        )
-
-
-def check_length(output: Path, *, done: int, before: int, now: int, schedule: str) -> None:
-    """Raise RunError (RW507) where a run of ``before`` steps, ``done`` of which are done, cannot become one of ``now``.
-
-    A run can become longer; under a schedule that does not depend on the length, also shorter.
-    """
-    if now < done or (now < before and schedule not in LENGTH_FREE):
-        least = done if schedule in LENGTH_FREE else before
-        raise RunError(
-            "RW507",
-            f"the run in {output} has {before} steps, of which {done} are done, and --max-steps or --epochs ask for "
-            f"{now}; with the schedule {schedule} the run can be resumed with {least} steps or more.",
         )
 
 
@@ -175,3 +171,71 @@ def check_same_inputs(output: Path, data: Mapping[str, Fields], base_model: Fiel
             f"the run in {output} was started with other content of {', '.join(changed)}; resume with the same "
             "files, or start a new run in another folder.",
         )
+
+
+def read_old_run(output: Path) -> RunRecord | None:
+    """The record of the run in ``output``; None where there is no valid record."""
+    try:
+        record = load_record(output)
+    except RunError:
+        return None
+    return record if isinstance(record.settings, dict) and isinstance(record.files, list) else None
+
+
+def check_replaceable(output: Path) -> None:
+    """Raise RunError for files under the names of a run's files that the old run did not write.
+
+    RW504 names such files; RW554 is raised for a link in the place of the checkpoint folder.
+    """
+    refuse_links(output, [FOLDER])
+    foreign = [f"{FOLDER}/{name}" for name in foreign_items(output)]
+    foreign += [path.name for path in _named_files(output) if path.is_dir()]
+    if foreign:
+        raise RunError(
+            "RW504",
+            f"{output} holds files that no rankwise run wrote ({', '.join(foreign[:5])}), and --overwrite removes only "
+            "files of a run; move them away, or give a different --output.",
+        )
+
+
+def clear_run(output: Path) -> None:
+    """Remove the files of the old run except its record, which the new run replaces, and keep all other files.
+
+    The record is marked as ``replaced`` first, so that after a kill no run in the folder looks finished. Raises
+    RunError (RW504, RW554) before anything is removed, as ``check_replaceable`` does.
+    """
+    check_replaceable(output)
+    files = _named_files(output)
+    if (record := read_old_run(output)) is not None:
+        record.status = REPLACED
+        record.save(output)
+    remove_checkpoints(output)
+    for path in files:
+        path.unlink(missing_ok=True)
+    folders = {output / parent for path in files for parent in path.relative_to(output).parents[:-1]}
+    for folder in sorted(folders, reverse=True):
+        # A folder with other files stays.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _named_files(output: Path) -> list[Path]:
+    """The existing files that the run wrote outside ``checkpoints``. A record's names cannot lead out of the folder."""
+    record = read_old_run(output)
+    names = {*OWN_FILES, *filter(_is_inside, record.files if record else ())}
+    found = [output / name for name in sorted(names)]
+    if record and "tensorboard" in str(record.settings.get("report_to")):
+        found += sorted(output.glob(EVENTS))
+    return [path for path in found if os.path.lexists(path) and not _is_behind_link(output, path)]
+
+
+def _is_inside(name: object) -> bool:
+    if not isinstance(name, str):
+        return False
+    path = Path(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and path.parts[0] not in NOT_NAMED
+
+
+def _is_behind_link(output: Path, path: Path) -> bool:
+    """Whether a folder between ``output`` and ``path`` is a link, so that the file lies elsewhere."""
+    return any((output / parent).is_symlink() for parent in path.relative_to(output).parents[:-1])

@@ -104,8 +104,6 @@ class Preferences:
     label_smoothing: float = 0.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
-    # The dtype of mixed precision.
-    autocast: torch.dtype | None = None
 
     shown: ClassVar[Mapping[str, str]] = {"reward_margin": "margin", "reward_accuracy": "accuracy", "kl": "KL"}
     silence_is_normal: ClassVar[bool] = False
@@ -133,19 +131,14 @@ class Preferences:
         else:
             batch = self._laid_out([(row["prompt_ids"], row["completion_ids"]) for row in rows])
             if "KL_completion_ids" in rows[0]:
-                batch |= self._laid_out([(row["prompt_ids"], row["KL_completion_ids"]) for row in rows], "KL_")
+                others = self._laid_out([(row["prompt_ids"], row["KL_completion_ids"]) for row in rows])
+                batch |= {f"KL_{name}": value for name, value in others.items()}
             batch["label"] = torch.tensor([row["label"] for row in rows])
         return {**batch, KEY: Counted(len(rows), int(batch["attention_mask"].sum()), len(rows))}
 
-    def _laid_out(self, rows: Sequence[tuple[list[int], list[int]]], prefix: str = "") -> Batch:
-        """Prompts and answers (B, L), padded on the right, and which positions are answers."""
-        ids = [torch.tensor([*prompt, *answer][: self.max_length]) for prompt, answer in rows]
-        answers = [(torch.arange(len(row)) >= len(prompt)).long() for row, (prompt, _) in zip(ids, rows)]
-        return {
-            f"{prefix}input_ids": pad_right(ids, self.pad),
-            f"{prefix}attention_mask": pad_right([torch.ones_like(row) for row in ids], 0),
-            f"{prefix}completion_mask": pad_right(answers, 0),
-        }
+    def _laid_out(self, rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+        cut = [(prompt[: self.max_length], answer[: max(0, self.max_length - len(prompt))]) for prompt, answer in rows]
+        return answered(cut, self.pad)
 
     def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
         return batches
@@ -185,8 +178,9 @@ class Preferences:
         reference = self.scoring.reference(batch, "KL_").sum(1)
         own = (self.scoring.scores(batch, "KL_").log_probs.sum(1) - reference).mean()
         if ranks.count() > 1:
-            (mean,) = ranks.mean([own], batch[KEY].examples)
-            own = own.new_tensor(float(mean))
+            rows = batch[KEY].examples
+            total, count = ranks.summed([float(own) * rows, rows])
+            own = own.new_tensor(total / max(count, 1))
         return own.clamp(min=0)
 
     def _figures(self, batch: Batch, scores: TokenScores, log_p: Tensor, r: Tensor, is_good: Tensor) -> dict[str, Any]:
@@ -214,8 +208,7 @@ class Preferences:
             own = ranks.share(places)
             rows = self.eval_rows[own or places[:1]]
             batch = self.collate([dict(zip(rows, row)) for row in zip(*rows.values())])
-            with torch.autocast(model.device.type, self.autocast, enabled=self.autocast is not None):
-                found = self.loss(model, on_device(batch if own else without_rows(batch), model.device))
+            found = self.loss(model, on_device(batch if own else without_rows(batch), model.device))
             figures: Figures = {"loss": (found.sum, len(own)), **found.figures}
             values = [float(value) * bool(own) for pair in figures.values() for value in pair]
             totals = iter(ranks.summed(values))
@@ -225,6 +218,17 @@ class Preferences:
         sums.pop("entropy")
         means = self.means({name: total / weight for name, (total, weight) in sums.items() if weight})
         return {"eval_loss": means.pop("loss"), **{f"eval_{name}": value for name, value in means.items()}}
+
+
+def answered(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
+    """Prompts and answers (B, L), padded on the right, and which positions are answers."""
+    ids = [torch.tensor([*prompt, *answer]) for prompt, answer in rows]
+    answers = [(torch.arange(len(row)) >= len(prompt)).long() for row, (prompt, _) in zip(ids, rows)]
+    return {
+        "input_ids": pad_right(ids, pad),
+        "attention_mask": pad_right([torch.ones_like(row) for row in ids], 0),
+        "completion_mask": pad_right(answers, 0),
+    }
 
 
 def mismatched(rows: Dataset, size: int) -> Dataset:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, SupportsFloat, TypeVar
+from typing import Any, TypeVar
 
 from rankwise.config import TrainSettings
 from rankwise.conflicts import check_conflicts
@@ -205,14 +205,6 @@ def summed(values: Sequence[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     group.all_reduce(total)
     return total.tolist()
-
-
-def mean(values: Sequence[SupportsFloat], weight: float) -> list[SupportsFloat]:
-    """The weighted means of ``values`` over all processes; ``weight`` is this process's weight."""
-    if _group() is None:
-        return list(values)
-    *sums, weights = summed([*(float(value) * weight for value in values), weight])
-    return [total / max(weights, 1.0) for total in sums]
 
 
 def agreed(wish: bool) -> bool:

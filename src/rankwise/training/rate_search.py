@@ -7,8 +7,6 @@ decay, since high rates look worse than they are in a run that is cut off before
 
 A rate is judged by the loss on training rows that are held out from the short runs. Evaluation data are not used. The
 run itself starts from the same weights as the short runs, and trains on all rows.
-
-Each finished short run is recorded in a file beside the run's folder, so that a search continues after a kill.
 """
 
 from __future__ import annotations
@@ -16,12 +14,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -31,17 +26,14 @@ from transformers import PreTrainedModel
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
 from rankwise.default_rate import default_rate
-from rankwise.disk import remove_strays
 from rankwise.errors import ConfigError, RunError
-from rankwise.foreign import Fields, checked, read_json
-from rankwise.records import RateSearch, RateTrial, load_record, write_json
+from rankwise.records import RateSearch, RateTrial, load_record
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
 from rankwise.training.loop import Loop
-from rankwise.training.meters import MemoryMeter
 from rankwise.training.observer import Observer
 from rankwise.training.setup import Data
-from rankwise.training.watch import Watch
+from rankwise.training.watch import MemoryMeter, Watch
 
 # One in KEPT rates of a round goes on to the next.
 KEPT = 3
@@ -99,29 +91,6 @@ def rounds(rates: int, budget: int) -> list[tuple[int, int]]:
     return [(size, max(2, budget // (len(sizes) * size))) for size in sizes]
 
 
-@dataclasses.dataclass
-class _Noted:
-    """The finished short runs of a search with this key."""
-
-    key: str
-    seconds: float
-    trials: list[RateTrial]
-
-
-def notes_of(output: Path) -> Path:
-    """The file of the finished short runs. It is needed until the run's record holds them."""
-    return output.with_name(f".{output.name}.rankwise-search")
-
-
-def _noted(path: Path, key: str) -> _Noted:
-    """The short runs in ``path``, if the file is valid and of the same search; else none."""
-    with suppress(OSError, ValueError):
-        found = checked(_Noted, read_json(path))
-        if found.key == key:
-            return found
-    return _Noted(key, 0.0, [])
-
-
 def search(
     given: TrainSettings,
     data: Data,
@@ -129,23 +98,16 @@ def search(
     steps: int,
     loop_of: Callable[[TrainSettings, Data], Loop],
     observer: Observer,
-    inputs: Fields,
 ) -> RateSearch:
-    """Search the best rate for a run of ``steps``. The model's weights are restored. ``inputs``: the run's inputs, with
-    their hashes.
+    """Search the best rate for a run of ``steps``. The model's weights are restored.
 
     Raises ConfigError: RW175 for too few rows to hold some out, RW176 where every rate diverges.
     """
     training, held = kept_apart(data)
-    path = notes_of(given.output)
-    remove_strays(path.parent, [path.name])
-    settings = given.model_dump(mode="json", exclude={"output", "overwrite", "ignore_plan"})
-    described = settings, inputs
-    noted = _noted(path, hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest())
-    started = time.monotonic() - noted.seconds
-    known = {(trial["learning_rate"], trial["steps"]): trial for trial in noted.trials}
+    started = time.monotonic()
     left: Sequence[float] = given.searched_rates
-    start = {parameter: parameter.detach().to("cpu", copy=True) for parameter in _trained(model)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = {parameter: parameter.detach().to("cpu", copy=True) for parameter in trained}
     trials: list[RateTrial] = []
     for count, length in rounds(len(left), round(steps * (given.budget or USUAL_BUDGET))):
         left = left[:count]
@@ -155,21 +117,13 @@ def search(
         observer.phase(f"Trying {plural(len(left), 'learning rate')}, {plural(length, 'step')} each")
         tried: list[RateTrial] = []
         for rate in left:
-            trial = known.get((rate, length))
-            if trial is None:
-                short = _short_run(given, rate, length, length / steps)
-                loss = _loss_after(loop_of(short, training), held)
-                trial = {"learning_rate": rate, "steps": length, "loss": loss}
-                _put_back(start)
-                noted.trials.append(trial)
-                noted.seconds = time.monotonic() - started
-                write_json(path, dataclasses.asdict(noted))
-            tried.append(trial)
+            loss = _loss_after(loop_of(_short_run(given, rate, length, length / steps), training), held)
+            tried.append({"learning_rate": rate, "steps": length, "loss": loss})
+            _put_back(start)
         trials += tried
         scored = sorted((trial["loss"], trial["learning_rate"]) for trial in tried if trial["loss"] is not None)
         left = [rate for _, rate in scored]
     if not left:
-        path.unlink(missing_ok=True)
         rates = ", ".join(map(spelled, given.searched_rates))
         raise ConfigError(
             "RW176",
@@ -221,20 +175,16 @@ def _loss_after(loop: Loop, rows: Dataset) -> float | None:
     """Train, and return the loss on ``rows``; None where the run diverges. Nothing is written."""
     loop.options = dataclasses.replace(loop.options, save_steps=None)
     try:
-        loop.fit(Watch(loop.model, loop.progress, MemoryMeter(loop.model.device.type), loop.options.total_steps))
+        loop.fit(Watch(loop.model, loop.progress, MemoryMeter(loop.model.device.type)))
         loop.model.eval()
         loop.objective.eval_rows = rows
-        with torch.no_grad():
+        with torch.no_grad(), loop.autocast():
             loss = loop.objective.evaluate(loop.model, lambda: None)["eval_loss"]
     except RunError as error:
         if error.code != DIVERGED:
             raise
         loss = math.nan
     return loss if math.isfinite(loss) else None
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -34,30 +36,36 @@ from rankwise.config import ADAPTERS, DORA, METHODS, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
 from rankwise.data import warn_of_overlap
 from rankwise.disk import hold
-from rankwise.errors import RankwiseWarning, heard, warn
+from rankwise.errors import RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
 from rankwise.models import choose_device, model_facts
 from rankwise.models.mapped import MappedFiles
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
-from rankwise.records import RunRecord, check_writable, load_record, versions_of
-from rankwise.training import output, preflight, ranks, rate_search, setup
-from rankwise.training.checkpoints import Checkpoint, newest_valid
-from rankwise.training.continued import continue_adapter, with_adapters_options
+from rankwise.records import WAIT_POLICIES, RunRecord, check_writable, load_record, versions_of
+from rankwise.training import output, ranks, rate_search, setup
+from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
 from rankwise.training.foresight import Foresight
 from rankwise.training.learning import Learning, learning_from_answers, make_loop
 from rankwise.training.loop import PROGRESS_FILE, Loop
-from rankwise.training.meters import Progress, frozen_bytes
-from rankwise.training.metrics import evaluations
-from rankwise.training.new_tokens import add_new_tokens, new_tokens
 from rankwise.training.observer import Observer, SilentObserver
-from rankwise.training.optimizers import Group, check_memory_savers, check_names, loraplus_groups, make_schedule
-from rankwise.training.provenance import PACKAGES, device_record
+from rankwise.training.optimizers import (
+    Group,
+    check_memory_savers,
+    check_names,
+    implementation_of,
+    loraplus_groups,
+    make_schedule,
+)
 from rankwise.training.session import Retention, Session
-from rankwise.training.sharding import looked_into
+from rankwise.training.setup import add_new_tokens, new_tokens, with_adapters_options
 from rankwise.training.state import reading_state
-from rankwise.training.trackers import check_installed
+from rankwise.training.watch import Progress, check_installed, evaluations, frozen_bytes
+from rankwise.training.weights import checkpoint_bytes, looked_into
+
+# Libraries whose version can change a result.
+PACKAGES = ("rankwise", "torch", "transformers", "datasets", "safetensors", "tokenizers")
 
 
 def train(
@@ -104,7 +112,10 @@ def train(
                 return load_record(settings.output)
         session = _prepare(settings, mode, lora, observer or SilentObserver(), foresight, retention)
         _tell_of_others(told)
-        return session.foreseen(told) if settings.dry_run else session.carry_out(started, told)
+        if not settings.dry_run:
+            return session.carry_out(started, told)
+        steps = session.loop.options.total_steps
+        return dataclasses.replace(session.record, warnings=told, status="dry run", steps=steps)
 
 
 def _tell_of_others(told: list[dict[str, str]]) -> None:
@@ -177,9 +188,16 @@ def _same_length(given: TrainSettings) -> bool:
 
 
 def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> None:
-    """Refuse a length that the run cannot have, and warn (RW544) how a schedule that depends on the length changes."""
+    """Raise RunError (RW507) where the run cannot get this length: it can become longer, and under a schedule that does
+    not depend on the length also shorter. Warn (RW544) how a schedule that does changes."""
     before, schedule = progress_of(checkpoint).total_steps, given.lr_scheduler_type
-    output.check_length(given.output, done=checkpoint.step, before=before, now=now, schedule=schedule)
+    least = checkpoint.step if schedule in output.LENGTH_FREE else before
+    if now < least:
+        raise RunError(
+            "RW507",
+            f"the run in {given.output} has {before} steps, of which {checkpoint.step} are done, and --max-steps or "
+            f"--epochs ask for {now}; with the schedule {schedule} it can be resumed with {least} steps or more.",
+        )
     if now == before or schedule in output.LENGTH_FREE:
         return
 
@@ -226,9 +244,13 @@ def _prepare(
     if mode == "resume":
         output.check_same_inputs(given.output, described, inputs.base)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
-    trainable = _make_trainable(given, inputs, checkpoint)
+    trainable = setup.make_trainable(loaded.model, given, inputs.lora, checkpoint, inputs.base["sha256"])
     accelerated = _accelerate(given, inputs, observer)
-    _check_before_training(learning, given, loaded.model, data)
+    if learning.has_labels:
+        setup.check_labels(data)
+    setup.check_trainable(loaded.model, given.method)
+    # One checkpoint more is being written, and the result takes as much.
+    check_space(given.output, checkpoint_bytes(loaded.model) * (given.save_total_limit + 3))
     padded = _why_padded(given, loaded.model, accelerated)
     make = functools.partial(
         make_loop,
@@ -249,8 +271,7 @@ def _prepare(
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
     if given.searches and not given.dry_run:
-        hashed = {**described, "base": inputs.base["sha256"]}
-        searched = rate_search.search(given, data, loaded.model, loop.options.total_steps, make, observer, hashed)
+        searched = rate_search.search(given, data, loaded.model, loop.options.total_steps, make, observer)
         given = rate_search.with_rate(given, searched)
         loop = make(given, data)
     groups = _groups(given, loaded.model)
@@ -317,7 +338,7 @@ def _read(
         lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(given.new_tokens), lora)
     observer.phase("Encoding data")
     data = learning.encode(given, loaded.tokenizer, rows, eval_rows, template)
-    preflight.check_positions(loaded.model, [one.dataset for one in data.sets])
+    setup.check_positions(loaded.model, [one.dataset for one in data.sets])
     return _Inputs(learning, loaded, base, lora, data, versions_of(PACKAGES))
 
 
@@ -334,14 +355,6 @@ def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
             **{f"the version of {name}": version for name, version in inputs.versions.items()},
         }
     )
-
-
-def _make_trainable(given: TrainSettings, inputs: _Inputs, checkpoint: Checkpoint | None) -> int:
-    """Give the model the method's adapter, new or from ``--adapter``. Returns the number of trained parameters."""
-    model = inputs.loaded.model
-    if given.adapter is not None:
-        return continue_adapter(model, given, inputs.base["sha256"])
-    return setup.make_trainable(model, given, inputs.lora, checkpoint)
 
 
 def _accelerate(given: TrainSettings, inputs: _Inputs, observer: Observer) -> Acceleration | None:
@@ -393,20 +406,6 @@ def _why_padded(given: TrainSettings, model: nn.Module, accelerated: Acceleratio
     if accelerated is None or not accelerated.attention:
         return "the attention in use does not skip masked blocks"
     return flattening_obstacle(model)
-
-
-def _check_before_training(learning: Learning, given: TrainSettings, model: nn.Module, data: setup.Data) -> None:
-    report = data.train.report
-    if learning.has_labels:
-        preflight.check_labels(
-            tokens=report.tokens,
-            trained_tokens=report.trained_tokens,
-            stop_rows=report.stop_token_rows,
-            whole_texts=data.rows.kind == "text",
-            source=data.rows.source,
-        )
-    preflight.check_trainable(model, given.method)
-    preflight.check_disk(model, given.output, given.save_total_limit + 1)
 
 
 def _predicted_peak(
@@ -479,3 +478,19 @@ def _told_warnings(observer: Observer | None, told: list[dict[str, str]]) -> Abs
         return is_new and observer is None
 
     return heard(tell)
+
+
+def device_record(device: torch.device, dtype: torch.dtype, optimizer: str) -> JsonObject:
+    """Type, name and dtype of the training device.
+
+    For a CPU also the number of threads and their wait policy where one is set; for a GPU the allocator's settings and
+    the implementation of ``optimizer``.
+    """
+    record: JsonObject = {"type": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        record |= {"allocator": grow_segments(), "optimizer": implementation_of(optimizer, device.type)}
+        return record | {"name": name, "memory_bytes": torch.cuda.get_device_properties(device).total_memory}
+    waiting = {name: os.environ[name] for name in WAIT_POLICIES if name in os.environ}
+    cpu = {"name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    return record | cpu | {"wait_policy": waiting}

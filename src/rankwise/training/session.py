@@ -4,36 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.acceleration import restore
+from rankwise.adapters import adapter_config, has_adapter, load_adapter, remove_adapter, report
+from rankwise.adapters.inject import guest_of
+from rankwise.adapters.peft_config import CONFIG_FILE
+from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
 from rankwise.compat.torch import is_unit
 from rankwise.data import Rows
-from rankwise.disk import coded_errors, remove_strays
-from rankwise.errors import Interrupted, RunError, warn
+from rankwise.disk import coded_errors, flush, flush_tree, follow_umask, refuse_links, remove_strays
+from rankwise.errors import Interrupted, RunError, some_of, warn
 from rankwise.foreign import JsonObject
 from rankwise.models.mapped import MappedFiles
-from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows
-from rankwise.training import finish, output, ranks
-from rankwise.training.checkpoints import Checkpoint, remove_unfinished
-from rankwise.training.interrupt import Interrupt, interrupts
+from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows, write_text
+from rankwise.reports.model_card import model_card
+from rankwise.reports.plots import loss_svg, search_svg
+from rankwise.training import output, ranks
+from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint, remove_unfinished, temporary_folder
 from rankwise.training.loop import Loop
-from rankwise.training.meters import MemoryMeter
-from rankwise.training.metrics import MetricsFile, evaluated_rewards, evaluations
-from rankwise.training.observer import Observer
-from rankwise.training.old_run import OWN_FILES, clear_run
-from rankwise.training.preflight import GradientCheck
-from rankwise.training.rate_search import notes_of
-from rankwise.training.sharding import whole_weights
-from rankwise.training.trackers import Trackers
-from rankwise.training.watch import Watch
-from rankwise.training.weights import weights_digest
+from rankwise.training.observer import Interrupt, Observer, interrupts
+from rankwise.training.output import OWN_FILES, clear_run
+from rankwise.training.watch import (
+    GradientCheck,
+    MemoryMeter,
+    MetricsFile,
+    Trackers,
+    Watch,
+    evaluated_rewards,
+    evaluations,
+)
+from rankwise.training.weights import load_weights, save_weights, weights_digest, whole_weights
+
+PLOT_FILE = "loss.svg"
+SEARCH_FILE = "rates.svg"
+CARD_FILE = "README.md"
+# A rise of the training loss by this factor is more than the difference between batches.
+FAR_ABOVE = 1.5
 
 
 class Retention(Protocol):
@@ -113,10 +130,6 @@ class Session:
             raise
         return self.record
 
-    def foreseen(self, told: list[dict[str, str]]) -> RunRecord:
-        """The record with which the run would begin, and its number of steps. Nothing is written."""
-        return dataclasses.replace(self.record, warnings=told, status="dry run", steps=self.loop.options.total_steps)
-
     def _open_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.mode == "overwrite":
@@ -125,24 +138,7 @@ class Session:
             before = load_record(self.folder)
             self.record.files, self.record.rate_search = before.files, before.rate_search
         remove_strays(self.folder, {RUN_FILE, *OWN_FILES})
-        try:
-            self.record.save(self.folder)
-        except BaseException:
-            self._take_back()
-            raise
-        if self.record.rate_search is not None:
-            notes_of(self.folder).unlink(missing_ok=True)
-
-    def _take_back(self) -> None:
-        """Where the disk failed after the record had its name: remove that of a new run, which would keep the same
-        command from starting it; else say that the run failed.
-        """
-        with contextlib.suppress(OSError, RunError):
-            if self.mode == "new":
-                (self.folder / RUN_FILE).unlink(missing_ok=True)
-            elif load_record(self.folder).status == "running":
-                self.record.status = "failed"
-                self.record.save(self.folder)
+        self.record.save(self.folder)
 
     def _carry_out(self) -> None:
         step = self.checkpoint.step if self.checkpoint else None
@@ -163,8 +159,8 @@ class Session:
         # All processes restore the same step, since a sharded model needs every process.
         losses = ranks.gathered(evaluations(self.folder) if ranks.is_writer() else {})[0]
         progress = self.loop.progress
-        kept = finish.choose_kept(losses, progress.steps, progress.best_step, of_rewards=self.of_rewards)
-        finish.restore_kept(self.loop.model, self.folder, kept, progress.steps)
+        kept = choose_kept(losses, progress.steps, progress.best_step, of_rewards=self.of_rewards)
+        restore_kept(self.loop.model, self.folder, kept, progress.steps)
         if self.retention is not None:
             self.record.retained = self.retention.after(self.loop.model, self.tokenizer, computed)
         gathered = whole_weights(self.loop.model)
@@ -172,14 +168,14 @@ class Session:
             self._finish(losses.get(0), kept, gathered)
         ranks.barrier()
         if ranks.is_writer() or is_unit(self.loop.model):
-            finish.prove_reload(self.loop.model, self.folder, self.probe)
+            prove_reload(self.loop.model, self.folder, self.probe)
         if ranks.is_writer():
             self._write_results()
 
     def _write_results(self) -> None:
         self._complete_record("finished")
-        finish.write_plot(self.folder, self.record)
-        finish.write_card(self.loop.model, self.folder, self.record)
+        write_plot(self.folder, self.record)
+        write_card(self.loop.model, self.folder, self.record)
         # Last, so that a folder with a finished record is complete.
         self.record.save(self.folder)
 
@@ -201,7 +197,6 @@ class Session:
                 # Where another process ended, the launcher's signal is on its way, and must not hide this error.
                 ranks.end_alone()
                 raise
-            watch.end()
         progress.peak_memory_bytes = max(ranks.gathered(progress.peak_memory_bytes))
         # Only the writing process knows the metrics.
         is_last = progress.steps >= loop.options.total_steps
@@ -223,8 +218,6 @@ class Session:
             loop.model,
             loop.progress,
             memory,
-            loop.options.total_steps,
-            loop.options.eval_steps,
             loop.objective.shown,
             self.observer,
             self.metrics,
@@ -235,7 +228,6 @@ class Session:
                 loop.model,
                 overflow_is_normal=loop.options.autocast == torch.float16,
                 silence_is_normal=loop.objective.silence_is_normal,
-                waiting=loop.progress.unchecked,
             ),
             answer=self.answer if answers else None,
             files=files,
@@ -252,19 +244,17 @@ class Session:
     def _tick(self) -> None:
         self.loop.progress.wall_seconds = time.monotonic() - self.started
 
-    def _finish(
-        self, initial_eval_loss: float | None, kept: finish.KeptStep, gathered: dict[str, Tensor] | None
-    ) -> None:
+    def _finish(self, initial_eval_loss: float | None, kept: KeptStep, gathered: dict[str, Tensor] | None) -> None:
         self.observer.phase("Saving")
         progress, record = self.loop.progress, self.record
-        finish.write_final(self.loop.model, self.tokenizer, self.folder, self._announce, gathered)
+        write_final(self.loop.model, self.tokenizer, self.folder, self._announce, gathered)
         record.initial_eval_loss, record.eval_loss = initial_eval_loss, kept.eval_loss
         record.eval_rewards = evaluated_rewards(self.folder, kept.step)
         record.steps, record.kept_step, record.kept_because = progress.steps, kept.step, kept.because
-        finish.warn_of_one_label(record.eval_rewards)
-        finish.warn_if_worse(record.initial_eval_loss, kept, of_rewards=self.of_rewards)
+        warn_of_one_label(record.eval_rewards)
+        warn_if_worse(record.initial_eval_loss, kept, of_rewards=self.of_rewards)
         if kept.eval_loss is None and not self.of_rewards:
-            finish.warn_if_risen([line["loss"] for line in read_metrics(self.folder) if line.get("loss") is not None])
+            warn_if_risen([line["loss"] for line in read_metrics(self.folder) if line.get("loss") is not None])
         if progress.steps < (total := self.loop.options.total_steps):
             warn("RW527", f"stopped early after step {progress.steps} of {total}: no better evaluation.")
 
@@ -278,7 +268,7 @@ class Session:
         if not ranks.is_writer():
             return
         self._complete_record(status)
-        for write in (self.record.save, lambda folder: finish.write_plot(folder, self.record)):
+        for write in (self.record.save, lambda folder: write_plot(folder, self.record)):
             # The first error is the one to raise, and often the cause of these.
             with contextlib.suppress(OSError):
                 write(self.folder)
@@ -294,3 +284,176 @@ class Session:
         record.peak_memory_bytes = progress.peak_memory_bytes or None
         record.wall_seconds = progress.wall_seconds
         record.steps = progress.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptStep:
+    """The step whose weights the run keeps."""
+
+    step: int
+    because: str
+    eval_loss: float | None
+
+
+def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | None, *, of_rewards: bool) -> KeptStep:
+    """The step with the best evaluation loss where there is one, else the last. ``losses``: {step: evaluation loss}.
+
+    ``of_rewards``: the losses are negative mean rewards, and are described as rewards.
+    """
+    if best_step is None or best_step not in losses:
+        why = "no evaluation data" if not losses else "no evaluation gave a finite loss"
+        return KeptStep(last_step, f"the last step ({why})", losses.get(last_step))
+    counted = sum(1 for step in losses if step > 0)
+    best = "highest reward" if of_rewards else "lowest loss"
+    return KeptStep(best_step, f"{best} of {counted} evaluation{'' if counted == 1 else 's'}", losses[best_step])
+
+
+def warn_if_worse(initial: float | None, kept: KeptStep, *, of_rewards: bool) -> None:
+    """Warn (RW526) where no step was better than the model before training."""
+    if initial is None or kept.eval_loss is None or kept.eval_loss < initial:
+        return
+    if of_rewards:
+        what = f"reward never rose above that before training ({-initial:.4f}; best {-kept.eval_loss:.4f})"
+    else:
+        what = f"loss never fell below that before training ({initial:.4f}; best {kept.eval_loss:.4f})"
+    warn(
+        "RW526",
+        f"the evaluation {what}; try a lower --learning-rate, or check that the evaluation data is of the same kind.",
+    )
+
+
+def warn_of_one_label(measured: Mapping[str, float | None]) -> None:
+    """Warn (RW262) where a model of labels gives all evaluation rows the same one."""
+    if measured.get("labels_answered") == 1:
+        warn(
+            "RW262",
+            "the model answers every evaluation row with the same label; train longer or at another --learning-rate, "
+            "and look at the number of rows of each label with `rankwise preview --objective classify`.",
+        )
+
+
+def warn_if_risen(losses: Sequence[float]) -> None:
+    """Warn (RW526) where the logged training losses end far above the first, for a run without evaluations.
+
+    Single batches differ, so all of the last quarter must lie above.
+    """
+    last = losses[-max(3, len(losses) // 4) :]
+    if len(losses) > len(last) and min(last) > FAR_ABOVE * losses[0] > 0:
+        warn(
+            "RW526",
+            f"the training loss ended far above its start ({losses[0]:.4f}; {min(last):.4f} or more in the last "
+            f"{len(last)} logged steps); try a lower --learning-rate, and give --eval-data to keep the best step.",
+        )
+
+
+def restore_kept(model: nn.Module, output: Path, kept: KeptStep, last_step: int) -> None:
+    """Load the kept step's weights into the model, if training continued after that step."""
+    if kept.step == last_step:
+        return
+    checkpoint = Checkpoint(kept.step, output / FOLDER / f"step-{kept.step}")
+    check_checkpoint(checkpoint)
+    load_weights(model, checkpoint.path)
+
+
+def write_final(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    announce: Callable[[list[str]], None],
+    gathered: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the final weights and the tokenizer into the run folder; ``gathered`` as for ``save_weights``.
+
+    Each file appears whole or not at all, and only after ``announce`` was called with the names of all files.
+    """
+    model.config.use_cache = True
+    with temporary_folder(output, "final") as folder:
+        save_weights(model, folder, gathered)
+        tokenizer.save_pretrained(folder)
+        follow_umask(folder)
+        flush_tree(folder)
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        announce(names)
+        refuse_links(output, {name.split("/")[0] for name in names if "/" in name})
+        for name in names:
+            (output / name).parent.mkdir(exist_ok=True)
+            os.replace(folder / name, output / name)
+        flush(output)
+
+
+def prove_reload(model: nn.Module, output: Path, probe: dict[str, Tensor]) -> None:
+    """Load a written adapter into its base again and compare the logits. Raises RunError (RW524).
+
+    Two cases compare the file with the trained tensors instead: a sharded base, since the row norms of a new adapter
+    would need the whole base, and PiSSA, whose adapter belongs on weights that are no longer in memory.
+    """
+    if not has_adapter(model):
+        return
+    if is_unit(model) or adapter_config(model).init.kind == "pissa":
+        check_file(model, output)
+    else:
+        # A reloaded adapter is not accelerated. Without acceleration both sides add their terms in the same order.
+        restore(model)
+        check_reload(model, output, probe)
+
+
+def write_plot(output: Path, record: RunRecord) -> None:
+    """Write ``loss.svg`` from ``metrics.jsonl``, and ``rates.svg`` where the learning rate was searched for."""
+    title = f"{record.settings.get('model', '')}, {record.method}"
+    svg = loss_svg(list(read_metrics(output)), title=title, kept_step=record.kept_step, objective=record.objective)
+    write_text(output / PLOT_FILE, svg)
+    if record.rate_search is not None:
+        write_text(output / SEARCH_FILE, search_svg(record.rate_search, title))
+
+
+def write_card(model: nn.Module, output: Path, record: RunRecord) -> None:
+    """Write the model card ``README.md``. Methods of other distributions get none."""
+    if guest_of(model) is not None:
+        return
+    adapted = has_adapter(model)
+    config = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8")) if adapted else None
+    write_text(output / CARD_FILE, model_card(record, config, report(model) if adapted else None))
+
+
+def check_reload(model: nn.Module, folder: Path, probe: dict[str, Tensor]) -> None:
+    """Load the adapter of ``folder`` into its base again, and compare its logits on ``probe`` with the trained one's.
+
+    ``probe`` holds input_ids (1, L). The model keeps the reloaded adapter. Raises RunError (RW524).
+    """
+    before, dtype = probe_logits(model, probe), adapter_config(model).adapter_dtype
+    remove_adapter(model)
+    # In another dtype, the same numbers may give another sum.
+    load_adapter(model, folder, adapter_dtype=dtype)
+    after = probe_logits(model, probe)
+    difference = (before - after).abs().max().item()
+    # On a CPU the logits must be equal bit for bit; elsewhere the order of sums may vary.
+    exact = before.device.type == "cpu"
+    allowed = 0.0 if exact else 4 * torch.finfo(before.dtype).eps * before.abs().max().item()
+    if not difference <= allowed:
+        raise RunError(
+            "RW524",
+            f"the adapter in {folder} gives other logits after reloading (largest difference {difference:.3g}), so it "
+            "is not what was trained; please report this model and these settings.",
+        )
+
+
+def check_file(model: nn.Module, folder: Path) -> None:
+    """Check that the adapter's file in ``folder`` holds the trained tensors bit for bit. Raises RunError (RW524)."""
+    stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    wrong = [name for name, value in adapter_tensors(model).items() if not torch.equal(stored[name], value)]
+    if wrong:
+        raise RunError(
+            "RW524",
+            f"the adapter in {folder} is not what was trained ({some_of(wrong)}); please report this model and these "
+            "settings.",
+        )
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
+    """The logits (1, L, V) of the model in evaluation mode."""
+    training = model.training
+    model.eval()
+    logits: Tensor = model(**probe, use_cache=False).logits
+    model.train(training)
+    return logits

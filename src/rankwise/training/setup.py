@@ -1,48 +1,56 @@
-"""Load everything that a run needs into memory: rows, model, adapter. Nothing is written here."""
+"""Load everything that a run needs into memory: rows, model, adapter, new tokens, and check it. Nothing is written."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import calibrate_products
 from rankwise.acceleration.generation import GREEDY, stop_ids_of
-from rankwise.adapters import add_adapter, plan_adapter
+from rankwise.adapters import (
+    add_adapter,
+    has_adapter,
+    plan_adapter,
+)
 from rankwise.adapters.base_layer import dequantizer
-from rankwise.adapters.checkpoint import read_adapter
-from rankwise.adapters.inject import add_by, attach
+from rankwise.adapters.checkpoint import load_adapter, read_adapter, read_folder
+from rankwise.adapters.inject import add_by, attach, guest_of, keep_reference
 from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.adapters.select import with_heads
 from rankwise.adapters.state import DEFAULT_NAME
 from rankwise.adapters.trained_base import tokenizer_with_rows
 from rankwise.compat.transformers import before_weights
-from rankwise.config import ADAPTERS, FOUR_BITS, METHODS, TrainSettings
+from rankwise.config import ADAPTERS, DORA, FOUR_BITS, METHODS, TrainSettings
+from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.encoding import RowEncoder, encode_rows_once
 from rankwise.data.formats import Format
-from rankwise.errors import ConfigError, RunError, heard
+from rankwise.errors import ConfigError, DataError, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject
 from rankwise.labels import Labels
-from rankwise.lora_config import LoraConfig
+from rankwise.lora_config import ADAPTER, LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton
 from rankwise.models.describe import weights_files
 from rankwise.models.load import answer_room, table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
+from rankwise.options import flag
 from rankwise.quantization.config import CONFIGS, FourBitConfig
+from rankwise.records import record_of
 from rankwise.training import ranks
 from rankwise.training.checkpoints import Checkpoint
-from rankwise.training.new_tokens import new_tokens
-from rankwise.training.sharding import shard_before_loading
+from rankwise.training.foresight import longest_row
 from rankwise.training.state import seed_all
+from rankwise.training.weights import shard_before_loading, trainable_tensors
 from rankwise.weights_file import sha256_of
 
 ANSWER_TOKENS = 64
@@ -233,13 +241,15 @@ def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[
 
 
 def make_trainable(
-    model: PreTrainedModel, given: TrainSettings, config: LoraConfig, checkpoint: Checkpoint | None
+    model: PreTrainedModel, given: TrainSettings, config: LoraConfig, checkpoint: Checkpoint | None, base_sha256: str
 ) -> int:
-    """Add the method's adapter to the model, or for ``full`` unfreeze the model. Returns the number of trained
-    parameters.
+    """Give the model the method's adapter, new or from ``--adapter``, or for ``full`` unfreeze the model. Returns the
+    number of trained parameters.
 
     A resumed run does not compute LoftQ's decomposition, which its ``checkpoint`` overwrites.
     """
+    if given.adapter is not None:
+        return _continue_adapter(model, given, given.adapter, base_sha256)
     seed_all(given.seed)
     if given.method not in ("lora", "dora") and any(dequantizer(module) is not None for module in model.modules()):
         raise ConfigError(
@@ -325,3 +335,156 @@ def _described(rows: Rows, encoded: Encoded) -> JsonObject:
         "sha256": rows.sha256,
     }
     return place | {key: value for key, value in dataclasses.asdict(encoded.report).items() if key != "name"}
+
+
+def with_adapters_options(given: TrainSettings) -> TrainSettings:
+    """The settings with the options of the adapter that ``--adapter`` names, and the chat template of its run where one
+    was given; unchanged without ``--adapter``.
+
+    Raises AdapterError (RW409, RW410) for an adapter that cannot be read, ConfigError: RW764 for options that differ
+    from the adapter's, or for a method that does not train adapters of its kind, RW112 for new tokens with shards.
+    """
+    if given.adapter is None:
+        return given
+    config, _ = read_folder(given.adapter)
+    kind, methods = ("DoRA", DORA) if config.use_dora else ("LoRA", ("lora", "qlora"))
+    if given.method not in methods:
+        raise ConfigError(
+            "RW764",
+            f"--adapter {given.adapter} is {kind}, which --method {given.method} does not train; give "
+            f"{' or '.join(methods)}.",
+        )
+    if given.strategy == "fsdp" and config.token_rows:
+        raise ConfigError(
+            "RW112",
+            f"--adapter {given.adapter} has new tokens, which need whole weights, and --strategy fsdp does not read "
+            "these; take ddp.",
+        )
+    # The adapter's file does not hold the dtype in which it trained.
+    own = {name: getattr(config, name) for name in ADAPTER if name != "adapter_dtype"}
+    defaults = given.defaults()
+    odd = [
+        flag(name) for name, value in own.items() if _plain(getattr(given, name)) not in (_plain(value), defaults[name])
+    ]
+    if odd:
+        raise ConfigError(
+            "RW764", f"{', '.join(odd)}: --adapter {given.adapter} has its own value; leave the option out."
+        )
+    record = record_of(given.adapter)
+    if given.chat_template is None and record is not None and record.settings.get("chat_template"):
+        own["chat_template"] = given.adapter / TEMPLATE_FILE
+    return given.model_copy(update=own)
+
+
+def _continue_adapter(model: nn.Module, given: TrainSettings, adapter: Path, base_sha256: str) -> int:
+    """Load the adapter to continue, and a frozen copy where the objective needs it as the reference. Returns the number
+    of trained parameters.
+
+    Raises ConfigError (RW764) for an adapter trained on another base, AdapterError for one that does not fit.
+    """
+    if (record := record_of(adapter)) is not None:
+        theirs = record.base_model.get("sha256")
+        if theirs not in (None, base_sha256):
+            raise ConfigError(
+                "RW764",
+                f"--adapter {adapter} was trained on a different base than --model {given.model} (their sha256 "
+                "differ); give the model that its run.json names.",
+            )
+    report = load_adapter(model, adapter, adapter_dtype=given.adapter_dtype)
+    if given.objective in ("dpo", "kto") or given.beta:
+        keep_reference(model)
+    return report.trainable_parameters
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def new_tokens(given: str) -> list[str]:
+    """The lines of the file that ``--new-tokens`` names, or its comma-separated parts. Raises ConfigError (RW787)."""
+    try:
+        lines = Path(given).read_text(encoding="utf-8").splitlines() if Path(given).is_file() else given.split(",")
+    except (OSError, ValueError) as error:
+        raise ConfigError("RW787", f"--new-tokens {given} cannot be read: {error}.") from None
+    tokens = [line.strip() for line in lines if line.strip()]
+    if not tokens or len(set(tokens)) < len(tokens):
+        count = f"{len(tokens)} tokens, {len(set(tokens))} of them different"
+        raise ConfigError("RW787", f"--new-tokens {given} names {count}; name at least one, and each once.")
+    return tokens
+
+
+@torch.no_grad()
+def add_new_tokens(model: Any, tokenizer: Any, tokens: list[str], config: LoraConfig) -> LoraConfig:
+    """Add ``tokens`` to tokenizer, embedding and head. A new row is the mean of the rows of the tokens into which the
+    text was split before. Returns the configuration with which the new rows train.
+
+    Raises ConfigError (RW787) for tokens that the tokenizer has already.
+    """
+    known = [token for token in tokens if token in tokenizer.get_vocab()]
+    if known:
+        raise ConfigError("RW787", f"--new-tokens names {', '.join(known)}, which the tokenizer has; leave them out.")
+    pieces = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
+    tokenizer.add_tokens(tokens)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    before = len(model.get_input_embeddings().weight)
+    if max(ids) >= before:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    ends: dict[int, Any] = {}
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if end is not None:
+            # A tied head shares the embedding's rows.
+            ends.setdefault(id(end.weight), end)
+    for end in ends.values():
+        _start_rows(end.weight, before, ids, pieces)
+    names = {name for name, module in model.named_modules() if any(module is end for end in ends.values())}
+    return dataclasses.replace(config, trainable_token_indices=dict.fromkeys(sorted(names), ids))
+
+
+def _start_rows(W: Tensor, before: int, ids: list[int], pieces: list[list[int]]) -> None:
+    """Set the rows ``ids`` of W (vocabulary, dim) to the means of their pieces' rows, or of the first ``before`` rows
+    where there are no pieces."""
+    for index, own in zip(ids, pieces):
+        W[index] = (W[own] if own else W[:before]).float().mean(dim=0)
+
+
+def check_labels(data: Data) -> None:
+    """Raise RunError (RW521) where no token is trained, DataError (RW213) where no row trains a stop token. Plain texts
+    need none, and get a warning."""
+    report, source = data.train.report, data.rows.source
+    if not report.trained_tokens:
+        raise RunError(
+            "RW521",
+            f"none of the {report.tokens:,} label tokens in {source} is trained; raise --max-length so that answers "
+            "are not cut off, or check with `rankwise preview` which tokens the template marks as the answer.",
+        )
+    if report.stop_token_rows:
+        return
+    text = (
+        f"no label in {source} is a stop token, so the model would not learn to stop; raise --max-length if rows are "
+        "cut, or use a chat template that trains the end of the turn."
+    )
+    if data.rows.kind != "text":
+        raise DataError("RW213", text)
+    warn("RW213", text)
+
+
+def check_positions(model: nn.Module, datasets: Iterable[Dataset]) -> None:
+    """Raise RunError (RW533) where an encoded row has more tokens than the model has learned positions."""
+    rows = table_rows(model)
+    if rows is None:
+        return
+    longest = max(map(longest_row, datasets))
+    if longest > rows:
+        raise RunError(
+            "RW533",
+            f"the longest row has {longest:,} tokens, and this {type(model).__name__} has learned positions for "
+            f"{rows:,}; give --max-length {rows} or less.",
+        )
+
+
+def check_trainable(model: nn.Module, method: str) -> None:
+    """Raise RunError (RW522) where no parameter trains, or the method needs an adapter and the model has none."""
+    if method != "full" and not has_adapter(model) and guest_of(model) is None:
+        raise RunError("RW522", f"--method {method} needs an adapter, and the model has none; call add_adapter first.")
+    if not trainable_tensors(model):
+        raise RunError("RW522", "no parameter of the model trains; check --target-modules.")

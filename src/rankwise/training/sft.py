@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import itertools
 import math
-from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -26,14 +25,13 @@ from rankwise.acceleration.loss import scored_positions
 from rankwise.acceleration.scoring import Score, Scorer, loss_scorer
 from rankwise.compat.torch import is_unit
 from rankwise.constants import IGNORED
-from rankwise.errors import warn
 from rankwise.ops.checks import check_targets
 from rankwise.ops.linear_cross_entropy import LossSums
 from rankwise.training import ranks
 from rankwise.training.foresight import evaluation_targets
 from rankwise.training.loop import KEY, Batch, Counted, Loss, Row, shuffled
 from rankwise.training.losses import cross_entropy
-from rankwise.training.sharding import roots_gathered
+from rankwise.training.weights import roots_gathered
 
 # Rows that are packed together, as in trl.
 PACKED_AT_ONCE = 1000
@@ -55,8 +53,6 @@ class Demonstrations:
     seed: int
     flat: bool = False
     label_smoothing: float = 0.0
-    # The dtype of mixed precision.
-    autocast: torch.dtype | None = None
 
     shown: ClassVar[Mapping[str, str]] = {}
     silence_is_normal: ClassVar[bool] = False
@@ -93,7 +89,7 @@ class Demonstrations:
         coefficient = router_coefficient(model)
         if coefficient:
             given["output_router_logits"] = True
-        if self._takes_own_loss():
+        if self.own_loss:
             options = LossOptions(label_smoothing=self.label_smoothing, want_stats=True, scored=found.scored)
             outputs = model(**given, loss_options=options)
             sums = options.found[-1]
@@ -107,16 +103,6 @@ class Demonstrations:
         if aux is None:
             return Loss(sums.loss, figures=figures)
         return Loss(sums.loss, coefficient * aux, {**figures, "aux_loss": (aux.detach(), 1)})
-
-    def _takes_own_loss(self) -> bool:
-        if self.own_loss and fused_head(self.model) is None:
-            self.own_loss = False
-            warn(
-                "RW520",
-                "the output head got a hook, or the model a new loss, since training began; from now on the loss is "
-                "computed from the model's own logits, which takes more memory.",
-            )
-        return self.own_loss
 
     def means(self, figures: dict[str, float]) -> dict[str, float]:
         return figures
@@ -139,9 +125,10 @@ class Demonstrations:
         targets = evaluation_targets(rows)
         scores: dict[int, Score] = {}
         if self._scorer is None:
+            kind = self.model.device.type
             # 16-bit weights compute in their own dtype, without autocast.
-            autocast = self.autocast if self.model.dtype == torch.float32 else None
-            self._scorer = loss_scorer(self.model, autocast=autocast)
+            is_mixed = self.model.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+            self._scorer = loss_scorer(self.model, autocast=torch.get_autocast_dtype(kind) if is_mixed else None)
         batches = self._scorer.plan(targets)
         # Several processes take the batches in turn, in lockstep, so that all of them can stop at the same batch.
         for start in range(0, len(batches), ranks.count()):
@@ -247,21 +234,14 @@ def packed(rows: Dataset, length: int, seed: int) -> Dataset:
 def _bins(lengths: Sequence[int], room: int) -> list[list[int]]:
     """The indices of ``lengths`` in each bin. Of bins with equal room, the one that got it first is filled first."""
     bins: list[list[int]] = []
-    # {room left: bins}, and the rooms in order.
-    by_room: dict[int, deque[list[int]]] = defaultdict(deque)
-    rooms: list[int] = []
-    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        place = bisect.bisect_left(rooms, lengths[index])
-        left = rooms[place] if place < len(rooms) else room
-        if place < len(rooms):
-            chosen = by_room[left].popleft()
-            if not by_room[left]:
-                del rooms[place]
-        else:
-            bins.append(chosen := [])
+    # (room left, when the bin got it, bin), in order.
+    there: list[tuple[int, int, list[int]]] = []
+    for turn, index in enumerate(np.argsort(-np.asarray(lengths), kind="stable").tolist()):
+        place = bisect.bisect_left(there, (lengths[index],))
+        left, _, chosen = there.pop(place) if place < len(there) else (room, 0, [])
+        if not chosen:
+            bins.append(chosen)
         chosen.append(index)
-        if left := left - lengths[index]:
-            if not by_room[left]:
-                bisect.insort(rooms, left)
-            by_room[left].append(chosen)
+        if left > lengths[index]:
+            bisect.insort(there, (left - lengths[index], turn, chosen))
     return bins

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -27,18 +26,6 @@ from rankwise.training.checkpoints import check_no_pickles
 
 # By generator: "python", "numpy", "cpu", and where there is one "cuda" or "mps".
 RandomStates = dict[str, Any]
-# The exceptions that torch, NumPy and transformers raise for values of a wrong type or form.
-STATE_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    safetensors.SafetensorError,
-)
 
 
 def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
@@ -74,7 +61,7 @@ def reading_state(folder: Path, name: str) -> Iterator[None]:
     """Raise errors about the values in a checkpoint's file as RunError (RW511)."""
     try:
         yield
-    except STATE_ERRORS as error:
+    except Exception as error:  # noqa: BLE001  torch, NumPy and safetensors raise many kinds for values of a wrong form
         reason = reason_of(error) or type(error).__name__
         raise RunError(
             "RW511", f"cannot read the {name} state in {folder}: {reason}; resume from an older checkpoint."

@@ -1,38 +1,49 @@
-"""What a run tells while it trains: figures of each step, ``metrics.jsonl``, the observer, trackers."""
+"""What a run measures, checks and tells while it trains: seconds, bytes, gradients; ``metrics.jsonl``, trackers."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
+import importlib.util
+import json
 import math
+import os
 import statistics
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from rankwise.acceleration import give_back_freed_memory
 from rankwise.adapters import adapter_parameters, has_adapter
+from rankwise.adapters.lora import KEY as TOKENS
+from rankwise.compat.torch import own_part
+from rankwise.disk import appending
+from rankwise.errors import ConfigError, RunError, one_line, some_of, warn
+from rankwise.foreign import Fields, JsonObject
+from rankwise.labels import MEASURES
 from rankwise.models.mapped import MappedFiles
+from rankwise.records import METRICS_FILE, read_metrics, write_text
 from rankwise.training import ranks
-from rankwise.training.interrupt import Interrupt
-from rankwise.training.meters import MemoryMeter, Progress, StepClock
-from rankwise.training.metrics import MetricsFile
-from rankwise.training.observer import Observer, SilentObserver, StepInfo
-from rankwise.training.preflight import GradientCheck
+from rankwise.training.observer import Interrupt, Observer, SilentObserver, StepInfo
 
 if TYPE_CHECKING:
     from rankwise.training.loop import Counted, Figures
 
 HOLES_GROWTH = 1.05
+# (log(values, step), finish()) of a tracker that has begun.
+Begun = tuple[Callable[[dict[str, Any], int], Any], Callable[[], None]]
 
 
 class EvaluationStopped(Exception):
     """The user asked to stop while an evaluation was running."""
-
-
-class Tracker(Protocol):
-    def log(self, values: Mapping[str, float], step: int) -> None: ...
 
 
 class Step:
@@ -79,6 +90,53 @@ class Step:
             self.figures[name] = [before + value for before, value in zip(sums, values)]
 
 
+class GradientCheck:
+    """Checks that each adapter tensor gets a finite, nonzero gradient as soon as its method implies one.
+
+    This is the first step for B and m. For A it is the first step after B has changed; with warm-up, one step later,
+    since the first learning rate is 0. The tensors of an expert to which no token was routed may wait.
+    """
+
+    def __init__(self, model: nn.Module, *, overflow_is_normal: bool = False, silence_is_normal: bool = False) -> None:
+        self.parameters = dict(adapter_parameters(model)) if has_adapter(model) else {}
+        # The tensors that have not passed yet.
+        self.waiting = self.parameters
+        self.overflow_is_normal = overflow_is_normal
+        # If so, steps in which no tensor has a gradient are ignored.
+        self.silence_is_normal = silence_is_normal
+
+    def look(self, step: int) -> None:
+        """Check the gradients of step ``step``, before the optimizer uses them.
+
+        Raises RunError: RW530 for a gradient that is not finite, RW523 with the tensors that got no gradient.
+        """
+        if any(value.grad is not None and not value.grad.isfinite().all() for value in self.waiting.values()):
+            if self.overflow_is_normal:
+                return
+            raise RunError("RW530", f"a gradient is not finite at step {step}; lower --learning-rate.")
+        silent = [key for key, value in self.waiting.items() if value.grad is None or not value.grad.any()]
+        if self.silence_is_normal and len(silent) == len(self.waiting):
+            return
+        wrong = [key for key in silent if not self._may_wait(key)]
+        if wrong:
+            raise RunError(
+                "RW523",
+                f"{len(wrong)} of {len(self.parameters)} adapter tensors received no gradient at step {step}: "
+                f"{some_of(wrong)}; choose --target-modules that the model's forward uses.",
+            )
+        self.waiting = {key: self.waiting[key] for key in silent}
+
+    def _may_wait(self, key: str) -> bool:
+        # A batch may hold none of the new tokens, or no token whose column of A has changed.
+        if ".experts." in key or key.endswith(TOKENS) or "lora_embedding_B" in key:
+            return True
+        for ours, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+            partner = key.replace(ours, other) if ours in key else key.replace(other, ours)
+            if partner != key:
+                return partner in self.parameters and not self.parameters[partner].any()
+        return False
+
+
 @dataclasses.dataclass
 class Watch:
     """Measures every step, writes ``metrics.jsonl``, calls the observer, and says when the user has asked to stop."""
@@ -86,14 +144,12 @@ class Watch:
     model: nn.Module
     progress: Progress
     memory: MemoryMeter
-    total_steps: int
-    eval_steps: int | None = None
     # {name in metrics.jsonl: words} of the figures that the observer gets.
     shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
     observer: Observer = dataclasses.field(default_factory=SilentObserver)
     # None in processes that do not write.
     metrics: MetricsFile | None = None
-    tracker: Tracker | None = None
+    tracker: Trackers | None = None
     # Called at every step; updates the wall time in the progress.
     tick: Callable[[], None] = lambda: None
     interrupt: Interrupt = dataclasses.field(default_factory=Interrupt)
@@ -115,12 +171,11 @@ class Watch:
         self.clock.start()
 
     def check_gradients(self) -> None:
-        """Check each adapter tensor until it has passed (a resumed run: those that have not), and the mapped files."""
+        """Check each adapter tensor until it has passed, and the mapped files."""
         if self.files is not None:
             self.files.check()
-        if self.check is not None and not self.check.done:
+        if self.check is not None and self.check.waiting:
             self.check.look(self.progress.steps + 1)
-            self.progress.unchecked = list(self.check.waiting)
 
     def end_step(self, step: Step, means: Mapping[str, float], *, is_logged: bool) -> bool:
         """Tell the observer of a step. Returns whether the user has asked any process to stop."""
@@ -132,7 +187,7 @@ class Watch:
         self.observer.step(
             StepInfo(
                 step=self.progress.steps,
-                total=self.total_steps,
+                total=self.progress.total_steps,
                 loss=step.loss,
                 tokens_per_second=self.clock.tokens_per_second,
                 memory_bytes=self.memory.now(),
@@ -140,7 +195,7 @@ class Watch:
                 grad_norm=step.norm,
                 learning_rate=step.rate,
                 b_norm=self.b_norm,
-                seconds_left=self.clock.seconds_left(self.total_steps - self.progress.steps) + self._evaluating_left(),
+                seconds_left=self._seconds_left(),
                 figures={words: means[name] for name, words in self.shown.items() if name in means},
             )
         )
@@ -177,22 +232,20 @@ class Watch:
                 self.metrics.append({"step": step, "sample": text})
             self.observer.sample(step, text)
 
-    def end(self) -> None:
-        if self.check is not None:
-            self.check.end(self.progress.steps)
-
     def _append(self, line: Mapping[str, float]) -> None:
         if self.metrics is not None:
             self.metrics.append({"step": self.progress.steps, **line})
         if self.tracker is not None:
             self.tracker.log(line, self.progress.steps)
 
-    def _evaluating_left(self) -> float:
-        """The seconds of the evaluations to come, the one of this step among them where it is due."""
-        if not self.evaluations or not self.eval_steps:
-            return 0.0
-        due = math.ceil(self.total_steps / self.eval_steps) - (self.progress.steps - 1) // self.eval_steps
-        return due * statistics.fmean(self.evaluations)
+    def _seconds_left(self) -> float:
+        """The seconds of the steps and the evaluations to come, the one of this step among them where it is due."""
+        progress = self.progress
+        left = self.clock.seconds_left(progress.total_steps - progress.steps)
+        if not self.evaluations or not progress.eval_steps:
+            return left
+        due = math.ceil(progress.total_steps / progress.eval_steps) - (progress.steps - 1) // progress.eval_steps
+        return left + due * statistics.fmean(self.evaluations)
 
 
 class Holes:
@@ -226,3 +279,267 @@ def b_norm(model: nn.Module) -> float | None:
     parameters = adapter_parameters(model).items()
     found = [value.float() for key, value in parameters if key.endswith((".lora_B.weight", ".lora_embedding_B"))]
     return torch.nn.utils.get_total_norm(found).item() if found else None
+
+
+@dataclasses.dataclass
+class Progress:
+    """The progress of a run, over all its resumptions; part of every checkpoint."""
+
+    # Seconds inside training steps, without reading data, evaluating and saving.
+    train_seconds: float = 0.0
+    # Non-padding tokens.
+    tokens: int = 0
+    examples: int = 0
+    peak_memory_bytes: int = 0
+    wall_seconds: float = 0.0
+    steps: int = 0
+    # Sum of the losses of these steps.
+    loss_sum: float = 0.0
+    # The run's length, and the steps between its evaluations, when this was saved.
+    total_steps: int = 0
+    eval_steps: int | None = None
+    # The evaluation with the lowest loss after a step; the lowest loss of all, that before training among them, and the
+    # number of evaluations since.
+    best_step: int | None = None
+    best_loss: float | None = None
+    lowest_loss: float | None = None
+    evaluations_since_lowest: int = 0
+
+    def take(self, loss: float, tokens: int, examples: int) -> None:
+        """Count a finished step."""
+        self.steps += 1
+        self.loss_sum += loss
+        self.tokens += tokens
+        self.examples += examples
+
+    def evaluated(self, loss: float) -> bool:
+        """Note an evaluation. Returns whether it is the best after a step."""
+        self.evaluations_since_lowest += 1
+        if math.isnan(loss):
+            return False
+        if self.lowest_loss is None or loss < self.lowest_loss:
+            self.lowest_loss, self.evaluations_since_lowest = loss, 0
+        if not self.steps or (self.best_loss is not None and loss >= self.best_loss):
+            return False
+        self.best_step, self.best_loss = self.steps, loss
+        return True
+
+    @property
+    def mean_loss(self) -> float | None:
+        return self.loss_sum / self.steps if self.steps else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.train_seconds if self.train_seconds > 0 else None
+
+    @property
+    def examples_per_second(self) -> float | None:
+        return self.examples / self.train_seconds if self.train_seconds > 0 else None
+
+
+class StepClock:
+    """Adds the seconds between ``start`` and ``stop`` to a total, and gives the speed since the clock was made."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.started: float | None = None
+        self.steps = 0
+        self.seconds = 0.0
+        self._tokens_before = progress.tokens
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self.started is None:
+            return
+        seconds = time.perf_counter() - self.started
+        self.started = None
+        self.steps += 1
+        self.seconds += seconds
+        self.progress.train_seconds += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (self.progress.tokens - self._tokens_before) / self.seconds if self.seconds > 0 else 0.0
+
+    def seconds_left(self, steps: int) -> float:
+        return steps * self.seconds / self.steps if self.steps else 0.0
+
+
+class MemoryMeter:
+    """Memory in use and its peak, in bytes, on the training device.
+
+    CUDA counts its own allocations. On a CPU, a thread reads the process's anonymous memory (on Linux; else its
+    resident memory) every 20 ms, since the peak lies inside a step. ``mapped`` bytes are added, since weights in a
+    mapped file need memory too.
+    """
+
+    def __init__(self, device_type: str, peak_bytes: int = 0, mapped: int = 0) -> None:
+        self.device_type = device_type
+        self.earlier_peak = peak_bytes
+        self.mapped = mapped
+        self.seen = 0
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> MemoryMeter:
+        if self.device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._thread = threading.Thread(target=self._watch, name="memory-meter", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def now(self) -> int:
+        if self.device_type == "cuda":
+            return torch.cuda.memory_allocated()
+        if self.device_type == "mps":
+            return torch.mps.driver_allocated_memory()
+        return anonymous_memory_bytes() + self.mapped
+
+    def peak(self) -> int:
+        current = torch.cuda.max_memory_allocated() if self.device_type == "cuda" else max(self.seen, self.now())
+        return max(self.earlier_peak, current)
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            self.seen = max(self.seen, self.now())
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    """The bytes of frozen parameters and buffers in this process."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(own_part(tensor).nbytes for tensor in tensors if not tensor.requires_grad)
+
+
+def anonymous_memory_bytes() -> int:
+    """The anonymous resident memory of this process in bytes; on systems other than Linux, all resident memory."""
+    try:
+        status = Path(f"/proc/{os.getpid()}/status").read_text()
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
+
+
+# --- metrics.jsonl ---
+
+
+class MetricsFile:
+    """Appends lines to the file and flushes each, so that a killed run leaves at most its last line incomplete."""
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+        self.path = folder / METRICS_FILE
+        kept = list(read_metrics(folder)) if resume_step is not None else []
+        kept = [line for line in kept if line.get("step", 0) <= (resume_step or 0)]
+        write_text(self.path, "".join(_line(item) for item in kept))
+
+    def append(self, values: Fields) -> None:
+        with appending(self.path) as file:
+            file.write(_line(values).encode())
+
+
+def evaluations(folder: Path) -> dict[int, float]:
+    """{step: evaluation loss} of a run folder."""
+    return {line["step"]: line["eval_loss"] for line in read_metrics(folder) if line.get("eval_loss") is not None}
+
+
+def evaluated_rewards(folder: Path, step: int) -> dict[str, float | None]:
+    """The rewards of the evaluation after ``step``, or its measures of labels, under their names without ``eval_``."""
+    lines = (line for line in read_metrics(folder) if line["step"] == step and "eval_loss" in line)
+    last = max(lines, key=len, default={})
+    found = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
+    return {name: value for name, value in found.items() if name.startswith(("reward", "log_prob", "kl", *MEASURES))}
+
+
+def _line(values: Fields) -> str:
+    # JSON has no NaN and no infinity; they become null.
+    clean = {key: None if isinstance(item, float) and not math.isfinite(item) else item for key, item in values.items()}
+    return json.dumps(clean) + "\n"
+
+
+# --- trackers ---
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raise ConfigError (RW794) for trackers whose package is missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        packages = " ".join(missing)
+        raise ConfigError(
+            "RW794", f"--report-to {', '.join(missing)} needs packages that are missing; run pip install {packages}."
+        )
+
+
+def begin(name: str, folder: Path, settings: JsonObject) -> Begun:
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer: Any = SummaryWriter(os.environ.get("TENSORBOARD_LOGGING_DIR", folder / "tensorboard"))
+        return lambda values, step: [writer.add_scalar(key, values[key], step) for key in values], writer.close
+    own = {"resume": "allow", "embed": False} if name == "trackio" else {}
+    project = os.environ.get(f"{name.upper()}_PROJECT", "rankwise")
+    run = importlib.import_module(name).init(project=project, name=folder.name, config=settings, **own)
+    return run.log, run.finish
+
+
+class Trackers:
+    """The trackers of a run, from entering to leaving. Raises RunError (RW629) for one that cannot begin; one that
+    fails later is dropped (RW630)."""
+
+    def __init__(self, names: Sequence[str], folder: Path, settings: JsonObject, predicted_bytes: int | None) -> None:
+        self.names, self.folder, self.settings, self.predicted_bytes = names, folder, settings, predicted_bytes
+        self.begun: dict[str, Begun] = {}
+
+    def __enter__(self) -> Trackers:
+        for name in self.names:
+            try:
+                with _on_stderr():
+                    self.begun[name] = begin(name, self.folder, self.settings)
+            except Exception as error:
+                self.__exit__()
+                advice = "correct that, or leave the tracker out of --report-to, and continue with --resume"
+                raise RunError("RW629", f"{_failed(name, error)}; {advice}.") from error
+        return self
+
+    def log(self, line: Mapping[str, Any], step: int) -> None:
+        """Log a line under the sections eval, memory and train; beside the peak so far, what the plan predicts."""
+        values, peak = dict(line), line.get("peak_memory_bytes")
+        if self.predicted_bytes and peak is not None:
+            values["predicted_peak_memory_bytes"] = self.predicted_bytes
+            values["peak_memory_of_predicted"] = peak / self.predicted_bytes
+        part = "eval" if "eval_loss" in line else "train"
+        placed = {
+            f"{'memory' if 'memory' in name else part}/{name.removeprefix('eval_')}": values[name] for name in values
+        }
+        for name, begun in list(self.begun.items()):
+            self._call(name, begun[0], placed, step)
+
+    def __exit__(self, *_: object) -> None:
+        for name, begun in list(self.begun.items()):
+            self._call(name, begun[1])
+
+    def _call(self, name: str, call: Callable[..., None], *given: Any) -> None:
+        try:
+            with _on_stderr():
+                call(*given)
+        except Exception as error:  # noqa: BLE001  trackers raise exceptions of their own libraries
+            del self.begun[name]
+            warn("RW630", f"{_failed(name, error)}; the run continues without it.")
+
+
+def _on_stderr() -> contextlib.AbstractContextManager[Any]:
+    """What trackers print, kept out of the document of --json."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def _failed(name: str, error: Exception) -> str:
+    return f"the tracker {name} failed: {one_line(error) or type(error).__name__}"

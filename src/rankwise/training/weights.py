@@ -1,8 +1,19 @@
-"""Save and load the weights that a run trains: an adapter in PEFT's format, or a whole model."""
+"""The weights that a run trains: an adapter in PEFT's format or a whole model, in one process or in shards (FSDP2).
+
+Each process keeps some rows of every weight, and a layer's weights are gathered only while the layer runs. A unit is
+one decoder layer; the modules outside of the layers (embedding, last norm, head) form another unit. Packed 4-bit
+weights are sharded by row as uint8, and so are their first-level scales; second-level scales, 1/256 as many, are
+replicated. Adapters are small, and replicated too: one all-reduce of their gradients ends a step, and adapters, their
+optimizer and their checkpoints are the same as without sharding. With ``full``, gradients and optimizer states are
+shards as the weights are. The operators see gathered weights: FSDP2 gathers into the same tensor each time, so that a
+weight saved in a forward pass is whole again in the backward pass.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +21,20 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, StateDict
+from transformers import PreTrainedModel
 
+from rankwise.acceleration.sharding import mesh_of_all, shard
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
 from rankwise.adapters.inject import guest_of
 from rankwise.adapters.saving import WEIGHTS_FILE
-from rankwise.compat.torch import class_of, is_sharded, is_unit, own_part, own_rows
+from rankwise.adapters.select import module_names
+from rankwise.compat.torch import begin_sharded, class_of, is_sharded, is_unit, own_part, own_rows
+from rankwise.compat.transformers import is_converted_by_parts
 from rankwise.errors import RunError
+from rankwise.quantization.experts import four_bit_stacks
+from rankwise.quantization.targets import four_bit_layers
+from rankwise.training import ranks
 from rankwise.training.checkpoints import check_no_pickles
 
 
@@ -83,3 +102,144 @@ def _load_model(model: nn.Module, folder: Path) -> None:
             raise ValueError(f"{name} is {tuple(values[name].shape)} and the model has {tuple(parameter.shape)}")
         value = own_rows(values[name], parameter) if is_sharded(parameter) else values[name]
         own_part(parameter).copy_(value)
+
+
+def shard_before_loading(
+    model: PreTrainedModel, device_type: str, trained_whole: Sequence[str], *, trains_all: bool
+) -> None:
+    """``shard`` a model on the meta device, so that only this process's rows of each weight are read.
+
+    ``trained_whole``: modules_to_save, of which every process trains a whole copy. A model whose weights are not stored
+    row by row as it uses them, or whose tied weights would be parted, stays unsharded, and is sharded after loading.
+    """
+    layers = (layer for _, layer in four_bit_layers(model))
+    in_rows = all(layer.packed.rows_are_blocks and not layer.was_conv1d for layer in layers)
+    if not in_rows or any(four_bit_stacks(model)) or is_converted_by_parts(model):
+        return
+    modules = dict(model.named_modules())
+    trained = [modules[name] for name in module_names(modules, trained_whole)]
+    if _parts_tied_weights(model, trained, trains_all=trains_all):
+        return
+    model.requires_grad_(trains_all)
+    for module in trained:
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    shard(model, mesh_of_all(device_type), trains_all=trains_all)
+
+
+def _parts_tied_weights(model: PreTrainedModel, trained: Sequence[nn.Module], *, trains_all: bool) -> bool:
+    """Whether embedding and head, which loading ties, would be two weights for FSDP2: one of them would stay sharded
+    where the other trains whole, or would not see the optimizer's steps, where FSDP2 pads the rows of each.
+    """
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    ends: tuple[Any, ...] = model.get_input_embeddings(), model.get_output_embeddings()
+    return any(module in ends for module in trained) or (trains_all and len(ends[0].weight) % ranks.count() > 0)
+
+
+@contextmanager
+def looked_into(model: Any) -> Iterator[None]:
+    """A context in which the parts of a sharded model can be called for tests: one layer of each kind is gathered, and
+    so is everything outside of the layers.
+    """
+    if not is_unit(model):
+        yield
+        return
+    kinds: set[type] = set()
+    shown = []
+    with roots_gathered(model):
+        for layer in filter(is_unit, model.modules()):
+            found = {type(module) for module in layer.modules()}
+            if layer is not model and not found <= kinds:
+                layer.unshard()
+                shown.append(layer)
+                kinds |= found
+        yield
+        for layer in shown:
+            layer.reshard()
+
+
+@contextmanager
+def roots_gathered(model: Any) -> Iterator[None]:
+    """A context in which modules outside of the layers stay gathered, so that parts of a sharded model can be called
+    without the model's forward.
+    """
+    if not is_unit(model):
+        yield
+        return
+    begin_sharded(model)
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+def trains_shards(model: nn.Module) -> bool:
+    return any(parameter.requires_grad and is_sharded(parameter) for parameter in model.parameters())
+
+
+def whole(tensor: Any) -> Tensor:
+    """The whole tensor of a shard, or the tensor itself. Every process must call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state dict of a model whose shards train, gathered in the writing process; None for any other model.
+
+    Every process must call this. Tied weights stay one tensor.
+    """
+    if not trains_shards(model):
+        return None
+    state = model.state_dict(keep_vars=True)
+    found: dict[int, Tensor] = {}
+    for tensor in state.values():
+        if id(tensor) not in found:
+            gathered = whole(tensor.detach())
+            found[id(tensor)] = gathered.cpu() if ranks.is_writer() else gathered.new_empty(0)
+    return {name: found[id(tensor)] for name, tensor in state.items()}
+
+
+def whole_state(optimizer: Optimizer) -> StateDict:
+    """An optimizer's state dict without shards, gathered in the writing process. Every process must call this."""
+    state = optimizer.state_dict()
+    if not any(map(is_sharded, _parameters(optimizer))):
+        return state
+
+    def kept(value: Any) -> Any:
+        if not is_sharded(value):
+            return value
+        gathered = whole(value)
+        return gathered.cpu() if ranks.is_writer() else None
+
+    values = {
+        index: {name: kept(value) for name, value in moments.items()} for index, moments in state["state"].items()
+    }
+    return {**state, "state": values}
+
+
+def sharded_state(state: StateDict, optimizer: Optimizer) -> StateDict:
+    """The inverse of ``whole_state``: the moments of sharded parameters become shards."""
+    from torch.distributed.tensor import DTensor
+
+    parameters = _parameters(optimizer)
+    if not any(map(is_sharded, parameters)):
+        return state
+
+    def kept(value: Any, like: Any) -> Any:
+        if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
+            return value
+        rows = own_rows(value, like)
+        return DTensor.from_local(
+            rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+
+    values = {
+        index: {name: kept(value, parameters[index]) for name, value in moments.items()}
+        for index, moments in state["state"].items()
+    }
+    return {**state, "state": values}
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
