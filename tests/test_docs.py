@@ -56,13 +56,14 @@ OTHERS = ["address", "exclude", "launcher", "lora", "lora-modules", "max-lora-ra
 OTHERS += ["private", "quantize", "runs", "signals-to-handle"]
 FIGURE = re.compile(r"\d[\d,.]*\d")
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a in range(8) for b in range(4)]
+LABELLED = [{"text": row["prompt"], "label": "even" if i % 2 else "odd"} for i, row in enumerate(SUMS)]
 # What the pages call files of the reader's own, made small.
 FILES: dict[str, list[dict[str, object]]] = {
     **dict.fromkeys(("my.jsonl", "rows.jsonl", "train.jsonl", "prompts.jsonl"), SUMS[:24]),
     **dict.fromkeys(("held-out.jsonl", "test.jsonl"), SUMS[24:]),
     "pairs.jsonl": [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in SUMS],
     "marked.jsonl": [{**row, "label": i % 2 == 0} for i, row in enumerate(SUMS)],
-    "labelled.jsonl": [{"text": row["prompt"], "label": "even" if i % 2 else "odd"} for i, row in enumerate(SUMS)],
+    **dict.fromkeys(("labelled.jsonl", "labelled-held-out.jsonl", "texts.jsonl"), LABELLED),
     "questions.txt": [{"prompt": "2+2="}],
     "chat.json": [{"role": "user", "content": "2+2="}],
 }
