@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import re
 import runpy
@@ -19,7 +21,7 @@ from typer import Typer
 from typer.main import get_command
 
 import rankwise
-from rankwise.cli.main import COMMANDS
+from rankwise.cli.main import COMMANDS, main
 from rankwise.cli.options import function_of, options_of
 
 ROOT = Path(__file__).parents[1]
@@ -205,15 +207,12 @@ def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
 
 
 def run(command: str, folder: Path, ends_with: int = 0) -> str:
-    ended = subprocess.run(
-        [sys.executable, "-m", *shlex.split(command, comments=True)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == ends_with, (command, ended.stdout, ended.stderr)
-    return ended.stdout + ended.stderr
+    """In this process, which has torch already."""
+    said = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = main(shlex.split(command, comments=True)[1:])
+    assert code == ends_with, (command, said.getvalue())
+    return said.getvalue()
 
 
 def shown(page: Path) -> Iterator[tuple[str, set[str]]]:
