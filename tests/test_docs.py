@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from typer.main import get_command
 import rankwise
 from rankwise.cli.main import COMMANDS, main
 from rankwise.cli.options import function_of, options_of
+from tiny_models import tiny_llama
 
 ROOT = Path(__file__).parents[1]
 # What a command says where its files are missing. Its options were taken by then.
@@ -57,12 +59,12 @@ LABEL = re.compile(r"^ {4}([a-z]+):? ", re.MULTILINE)
 OTHERS = ["address", "exclude", "launcher", "lora", "lora-modules", "max-lora-rank", "max-restarts", "deps", "outtype"]
 OTHERS += ["private", "quantize", "runs", "signals-to-handle"]
 FIGURE = re.compile(r"\d[\d,.]*\d")
-SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a in range(8) for b in range(4)]
+SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a in range(8) for b in range(6)]
 LABELLED = [{"text": row["prompt"], "label": "even" if i % 2 else "odd"} for i, row in enumerate(SUMS)]
 # What the pages call files of the reader's own, made small.
 FILES: dict[str, list[dict[str, object]]] = {
-    **dict.fromkeys(("my.jsonl", "rows.jsonl", "train.jsonl", "prompts.jsonl"), SUMS[:24]),
-    **dict.fromkeys(("held-out.jsonl", "test.jsonl"), SUMS[24:]),
+    **dict.fromkeys(("my.jsonl", "rows.jsonl", "train.jsonl", "prompts.jsonl"), SUMS[:40]),
+    **dict.fromkeys(("held-out.jsonl", "test.jsonl"), SUMS[40:]),
     "pairs.jsonl": [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in SUMS],
     "marked.jsonl": [{**row, "label": i % 2 == 0} for i, row in enumerate(SUMS)],
     **dict.fromkeys(("labelled.jsonl", "labelled-held-out.jsonl", "texts.jsonl"), LABELLED),
@@ -228,24 +230,34 @@ def shown(page: Path) -> Iterator[tuple[str, set[str]]]:
 @pytest.mark.long
 @needs_demo
 @pytest.mark.parametrize("page", [page for page in READ if list(shown(page))], ids=lambda page: page.stem)
-def test_commands_run_in_their_order(page: Path, tmp_path: Path, made: Path) -> None:
-    """Each page in a folder of its own, and what it shows is what is printed."""
+def test_commands_run_in_their_order(page: Path, tmp_path: Path, made: Callable[[str, str], Path]) -> None:
+    """Each page in its own folder, and what it shows is what is printed; README and guides with the real `demo`."""
+    model = "demo" if page.parent.name == "tutorials" or page.name == "README.md" else str(made("model", ""))
     for name, rows in FILES.items():
         text = "2+2=\n" if name.endswith(".txt") else json.dumps(rows) if name.endswith(".json") else None
         (tmp_path / name).write_text(text or "".join(json.dumps(row) + "\n" for row in rows))
     for command, labels in shown(page):
         for path in re.findall(r"--adapter (\S+)", command):
             if not (tmp_path / path).exists():
-                shutil.copytree(made / ("dora" if "dora" in path else "lora"), tmp_path / path)
-        said = run(command, tmp_path, 2 if "error" in labels else 0)
+                shutil.copytree(made("dora" if "dora" in path else "lora", model), tmp_path / path)
+        said = run(command.replace("--model demo", f"--model {model}"), tmp_path, 2 if "error" in labels else 0)
         assert labels <= {word.strip(":") for line in said.splitlines() for word in line.split()[:1]}, (command, said)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters for pages that begin with one."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """(method, model) -> adapter for a page that begins with it; ("model", "") -> tiny model with `demo`'s tokenizer."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
-    for method in ("lora", "dora"):
-        run(f"rankwise train --model demo --data rows.jsonl --method {method} --max-steps 3 --output {method}", folder)
-    return folder
+
+    @functools.cache
+    def make(name: str, model: str) -> Path:
+        output = folder / f"{name}-{Path(model).name}"
+        if name == "model":
+            tiny_llama(vocab_size=49_152, max_position_embeddings=512).save_pretrained(output)
+            rankwise.load_model("demo")[1].save_pretrained(output)
+            return output
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
+        run(f"rankwise train --model {model} --data rows.jsonl --method {name} --max-steps 3 --output {output}", folder)
+        return output
+
+    return make
