@@ -246,7 +246,7 @@ def test_commands_run_in_their_order(page: Path, tmp_path: Path, made: Callable[
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """(method, model) -> adapter for a page that begins with it; ("model", "") -> tiny model with `demo`'s tokenizer."""
+    """(method, model) -> adapter for a page that begins so; ("model", "") -> tiny model with `demo`'s tokenizer."""
     folder = tmp_path_factory.mktemp("made")
 
     @functools.cache
