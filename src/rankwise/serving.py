@@ -6,11 +6,13 @@ The facts come from the servers' sources of November 2026. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from rankwise.foreign import Fields
+from rankwise.labels import Labels
 
 # The values that vLLM's --max-lora-rank admits. An adapter of any rank up to the given value loads.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -158,14 +160,17 @@ def _words(traits: Sequence[Trait], among: Sequence[Trait]) -> str:
     return ", ".join(WORDS[trait] for trait in traits if trait in among)
 
 
-def served_by(target: str, folder: str, base: str, r: int, labels: int = 0) -> tuple[str, ...]:
-    """The commands that serve what `rankwise export --for TARGET` wrote to ``folder``, over ``base``, which a head of
-    so many ``labels`` makes answer with these."""
+def served_by(target: str, folder: str, base: str, r: int, labels: Labels | None = None) -> tuple[str, ...]:
+    """The commands that serve what `rankwise export --for TARGET` wrote to ``folder``, over ``base``, which a head
+    makes answer with ``labels``."""
     name = Path(folder).name
     flag = f" --max-lora-rank {vllm_rank(r)}" if r > VLLM_DEFAULT_RANK else ""
-    kind, count = ("SequenceClassification", f", num_labels={labels}") if labels else ("CausalLM", "")
-    if labels:
-        flag += f" --runner pooling --convert classify --hf-overrides '{{\"num_labels\": {labels}}}'"
+    kind, count = "CausalLM", ""
+    if labels is not None:
+        kind, count = "SequenceClassification", f", num_labels={len(labels.names)}"
+        # By its problem vLLM takes softmax, a sigmoid, or the number as it is.
+        overrides = json.dumps({"num_labels": len(labels.names), "problem_type": labels.problem})
+        flag += f" --runner pooling --convert classify --hf-overrides '{overrides}'"
     return {
         "peft": (f'PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"{count}), "{folder}")',),
         "vllm": (f"vllm serve {base} --enable-lora --lora-modules {name}={folder}{flag}",),

@@ -209,7 +209,7 @@ def test_p_values_and_intervals_agree_on_both_sides():
 
 
 def test_differences_without_spread_are_sure():
-    same = paired_by_example(np.ones((3, 20)), np.ones((3, 20)))
+    same = paired_by_example(np.full((3, 20), 1.3), np.full((3, 20), 1.3))
     assert (same.mean, same.interval(), same.p_value(), same.skewness) == (0, (0, 0), 1, 0)
     assert same.equivalence_p(0.1) == 0
     constant = paired_by_example(np.full((3, 20), 1.3), np.ones((3, 20)), clusters=UNEVEN[40:])
@@ -255,3 +255,11 @@ def test_skewed_effects_of_rows_are_rarely_called_a_difference(sizes, before):
         students += 2 * stats.t.sf(abs(d.mean()) / error, len(sizes) - 1) < 0.05
     assert students / 400 > before
     assert false / 400 <= 0.055
+
+
+@pytest.mark.parametrize(("rows", "is_sure"), [(9, False), (40, False), (20_000, True)])
+def test_equal_answers_to_a_few_rows_do_not_make_methods_equal(rows: int, is_sure: bool) -> None:
+    right = np.ones((2, rows))
+    found = paired_by_example(right, right).equivalence_p(0.01)
+    assert found is not None
+    assert (found < 0.05) == is_sure

@@ -115,7 +115,7 @@ def test_an_export_holds_the_head(base: str, target: str, run: Any, tmp_path: Pa
     theirs = peft.PeftModel.from_pretrained(plain(tmp_path / base, 2), tmp_path / "served")
     torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=0)
     assert labels_of(tmp_path / "served") == Labels(("no", "yes"))
-    said = "--runner pooling --convert classify" if target == "vllm" else "AutoModelForSequenceClassification"
+    said = '"problem_type": "single_label' if target == "vllm" else "AutoModelForSequenceClassification"
     assert said in told["commands"][0]
 
 

@@ -149,6 +149,9 @@ def paired_by_example(
         V_rest    = (G - 1) / G / S * sum_sg (v[s, g] - v[., g])^2 / (S - 1)
         skewness  = 1.5 * sum_g v[., g]^3 / (sum_g v[., g]^2)^(3/2)
 
+    Of answers that are right or wrong, V_example is 1 / (G + 2)^2 larger, as if one more differed (Agresti and Min
+    2005): that none of a few differ does not show that none would.
+
     V_rest is in both of the others, so the parts of the error are V_seed (S - 1 degrees of freedom) and
     V_example - V_rest. The latter has ``1 / sum_g h[g]^2 - 1`` degrees, G - 1 for even clusters: the effective number
     of clusters (Carter, Schnepel and Steigerwald 2017) less one, within 0.3 of the degrees of Bell and McCaffrey (2002)
@@ -179,6 +182,8 @@ def paired_by_example(
     V_seed = _no_rounding(float(delta.std(ddof=1)), d) ** 2 / S
     V_rest = (G - 1) / G / S * float(np.sum((v - v.mean(0)) ** 2)) / (S - 1)
     V_rows = _no_rounding(math.sqrt(max(0.0, V_example - V_rest)), d) ** 2
+    if np.isin(np.stack([a, b]), (0, 1)).all():
+        V_rows += 1 / (G + 2) ** 2
     parts = ((V_seed, S - 1.0), (V_rows, max(1.0, 1 / float(np.sum(h**2)) - 1)))
     third = float(np.sum(v.mean(0) ** 3) / np.sum(v.mean(0) ** 2) ** 1.5) if example_se else 0.0
     seed_sd = math.sqrt(max(0.0, S * (V_seed - V_rest)))

@@ -238,7 +238,7 @@ def _write(
     r = next(iter(pairs.values())).r
     base = getattr(model, "name_or_path", None) or None
     served = wanted.base_gguf or "BASE.gguf" if SERVERS[wanted.target].form == "gguf" else base or "BASE"
-    labels = len(labels_of(model).names) if heads_of_labels(model) else 0
+    labels = labels_of(model) if heads_of_labels(model) else None
     commands = served_by(wanted.target, str(folder), str(served), r, labels)
     result = ExportReport(wanted.target, base, r, len(pairs), conversion, compared, commands)
     with whole_folder(folder) as partial:

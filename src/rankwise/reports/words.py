@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rankwise.foreign import Fields
-from rankwise.reports.comparison import unit_of
+from rankwise.reports.comparison import EVAL_LOSS, unit_of
 from rankwise.reports.naming import long_name, metric_in_sentence
 from rankwise.reports.numbers import (
     byte_size,
@@ -50,7 +50,7 @@ def headline(document: Fields) -> str:
     found = document["recommendation"]
     if not found.get("method"):
         return _nothing(document)
-    sentences = [*_verdicts(document), *_retained(document), *_open(document), *_costs(document)]
+    sentences = [*_constant(document), *_verdicts(document), *_retained(document), *_open(document), *_costs(document)]
     sentences += [*_untuned(document), *_deciding(found)]
     return " ".join(f"{capital(sentence)}." for sentence in sentences)
 
@@ -82,6 +82,18 @@ def named(names: Sequence[str]) -> str:
 def _of(document: Fields, verdict: str) -> list[str]:
     """The methods with this verdict."""
     return [name for name, item in document["methods"].items() if (item["verdict"] or {}).get("verdict") == verdict]
+
+
+def _constant(document: Fields) -> list[str]:
+    """Of answers that are labels: that no method is better than one answer to all rows."""
+    metric, base = document["primary_metric"], document["base"].get("tasks", {}).get("labels", {})
+    value = base.get("metrics", {}).get("loss" if metric == EVAL_LOSS else metric.removeprefix("labels."))
+    sign = -1 if metric == EVAL_LOSS else 1
+    means = [sign * item["mean"][metric] for item in document["methods"].values() if metric in item["mean"]]
+    if not is_number(value) or not means or max(means) > sign * value:
+        return []
+    what = f"{metric_in_sentence(metric)} {significant(value, 4)}"
+    return [f"no method is better than the same answer to every row ({what}), so nothing useful was learned"]
 
 
 def _verdicts(document: Fields) -> list[str]:
