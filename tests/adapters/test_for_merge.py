@@ -14,6 +14,7 @@ from rankwise import ops
 from rankwise.adapters.state import adapted_layers
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.export.merged import merge_to_folder
+from rankwise.ops.four_bit import spread_weight
 from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
@@ -108,6 +109,20 @@ def test_the_merged_folder_computes_what_was_trained(tmp_path, base, for_merge, 
                 W = W.T if base == "Conv1D" else W
                 Q = layers[name].at_work.rounded(layers[name].base_layer)
                 assert torch.equal(as_llama_cpp(W), ops.dequantize_weight(Q, torch.float32))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(64, 96), (50, 30)])
+def test_a_spread_weight_rounds_back_and_keeps_small_changes(shape, double_quant):
+    Q = ops.quantize_weight(torch.randn(shape) * 0.05, double_quant=double_quant)
+    spread, shift = spread_weight(Q), 0.002
+
+    def moved_by(W):
+        return (ops.dequantize_weight(ops.quantize_weight(W + shift)) - ops.dequantize_weight(Q)).mean().item()
+
+    assert torch.equal(ops.quantize_weight(spread).codes, Q.codes)
+    assert moved_by(spread) == pytest.approx(shift, rel=0.3)
+    assert moved_by(ops.dequantize_weight(Q)) < shift / 2
 
 
 REFUSED = {

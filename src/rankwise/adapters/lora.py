@@ -11,6 +11,7 @@ With ``for_merge`` the products are those of the rounded weights that a merged 4
 Rounding counts as the identity in the backward pass (the straight-through estimator, Bengio et al. 2013, arXiv
 1308.3432; of W_q(W + s B A) in L4Q, Jeon et al. 2024, arXiv 2402.04902). The scales of blocks are those of the sum, so
 that quantizing the file again gives the same codes. A row's gain scales its blocks, so Q is g times a rounded matrix.
+W of an NF4 base is `ops.four_bit.spread_weight`, since rounding would take small changes of W' itself back.
 
 Some rows of an embedding train whole (PEFT's ``trainable_token_indices``):  E'[i_k] = R[k], and E' = E elsewhere, with
 R (n, dim), i (n,) token ids. A tied head shares R; its bias stays frozen.
@@ -41,11 +42,11 @@ from rankwise.adapters.low_rank import (
 )
 from rankwise.lora_config import ForMerge
 from rankwise.ops.eight_bit import EightBit
-from rankwise.ops.four_bit import quantize_q4_0
+from rankwise.ops.four_bit import quantize_q4_0, spread_weight
 from rankwise.ops.kept import Kept
 from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.ops.packed_weight import PackedWeight
-from rankwise.quantization.linear import features
+from rankwise.quantization.linear import Linear4bit, features
 
 
 class LowRankPair(nn.Module):
@@ -113,7 +114,10 @@ class LowRankPair(nn.Module):
         key = (*weight_key(base), self.scaling)
         if self._rounded is None or self._codes.get(trained, key) is None:
             with torch.inference_mode(self.lora_A.is_inference()), torch.no_grad():
-                W = self.sum(base, dense_weight(base).float())
+                if self.for_merge == "nf4" and isinstance(base, Linear4bit) and base.quant_type == "nf4":
+                    W = self.sum(base, spread_weight(base.packed))
+                else:
+                    W = self.sum(base, dense_weight(base).float())
                 Q = quantize_q4_0(W) if self.for_merge == "q4_0" else ops.quantize_weight(W, double_quant=True)
                 self._rounded = dataclasses.replace(Q, dtype=weight_dtype(base))
                 self._codes.keep(trained, key, Q.codes)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from rankwise.compat.torch import has_tangents, is_watched
 from rankwise.ops import table
 from rankwise.ops.checks import check_rows
-from rankwise.ops.packed_weight import PackedWeight
+from rankwise.ops.packed_weight import PackedWeight, code_values
 from rankwise.ops.selection import as_autocast, transforms_functions
 
 _ops = torch.ops.rankwise
@@ -94,6 +94,37 @@ def quantize_q4_0(w: Tensor) -> PackedWeight:
     codes, absmax = quantize_4bit((blocks * sign).view(w.shape), "q4_0", 32)
     scale = absmax.bfloat16().float() * sign[:, 0]
     return PackedWeight(codes, scale, tuple(w.shape), "q4_0", 32, dtype=w.dtype)
+
+
+# Elements of W' that `spread_weight` makes at a time.
+_SPREAD = 1 << 22
+
+
+def spread_weight(weight: PackedWeight) -> Tensor:
+    """W' in NF4 with each element at a random place among those that round to its code, the same at each call.
+
+    Rounding gives W' back. Of W' itself, which lies on the codes, rounding would also take back any small change; of
+    this weight, as of one before quantization, it keeps the change on average. The outermost codes stay where they are,
+    since they give the scale.
+    """
+    table, device = code_values("nf4", weight.codes.device), weight.codes.device
+    middle = (table[1:] + table[:-1]) / 2
+    low, high = torch.cat([table[:1], middle[:-1], table[-1:]]), torch.cat([table[:1], middle[1:], table[-1:]])
+    absmax = weight.absmax
+    if weight.nested_absmax is not None and weight.offset is not None:
+        absmax = dequantize_absmax(absmax, weight.nested_absmax, weight.offset)
+    out = torch.empty(weight.elements, device=device)
+    generator = torch.Generator().manual_seed(0)
+    codes = weight.codes.view(-1)
+    for start in range(0, weight.elements, _SPREAD):
+        part = out[start : start + _SPREAD]
+        pair = codes[start // 2 : (start + _SPREAD) // 2]
+        index = torch.stack([pair >> 4, pair & 15], dim=1).view(-1)[: len(part)].int()
+        place = torch.rand(len(part), generator=generator).to(device) * 0.998 + 0.001
+        torch.lerp(low[index], high[index], place, out=part)
+        scales = absmax[start // weight.block_size : (start + _SPREAD) // weight.block_size]
+        part *= scales.repeat_interleave(weight.block_size)[: len(part)]
+    return out.view(*weight.shape)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
