@@ -218,13 +218,14 @@ def run(command: str, folder: Path, ends_with: int = 0) -> str:
 
 
 def shown(page: Path) -> Iterator[tuple[str, set[str]]]:
-    """Each command that runs, and the labels of the lines that the page shows below it."""
+    """Each command that runs, and the labels of the lines that the page shows below it, if it begins with a prompt."""
     text = FENCED.sub(lambda block: textwrap.indent(block[0], " " * 4), page.read_text())
     for block in BLOCK.finditer(text):
         starts = [] if block["why"] else list(COMMAND.finditer(block["text"]))
         ends = [match.start() for match in starts[1:]] + [None]
         for match, end in zip(starts, ends):
-            yield match[1].replace("\\\n", " "), set(LABEL.findall(block["text"][match.end() : end]))
+            labels = LABEL.findall(block["text"][match.end() : end]) if match[0].startswith("    $") else []
+            yield match[1].replace("\\\n", " "), set(labels)
 
 
 @pytest.mark.long
