@@ -211,7 +211,7 @@ def test_no_process_loads_the_model_before_all_have_measured_the_free_memory(mon
 
     monkeypatch.setattr(setup, "load_for_training", load)
     with pytest.raises(KeyError, match="loaded"):
-        run._read(settings(), rw.LoraConfig(), SilentObserver(), plan)
+        run._read(settings(), rw.LoraConfig(), SilentObserver(), plan, None)
 
 
 def test_the_answers_of_kto_are_compared_within_each_process() -> None:
