@@ -75,6 +75,8 @@ class RunRecord:
     # Training examples divided by the seconds of the training steps, without loading and evaluation.
     examples_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    # The part of peak_memory_bytes that is frozen weights in mapped files, which the system may drop and read again.
+    mapped_bytes: int | None = None
     predicted_peak_memory_bytes: int | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rankwise.cli.output import Output, light_table, parameter_count
 from rankwise.config import FOUR_BITS
+from rankwise.planning.advice import disk_seconds, mapped_weights
 from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
 from rankwise.reports.numbers import byte_size
@@ -245,8 +246,15 @@ def settings_sentence(plan: Plan) -> str:
 def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield "peak", "a trace of the real step, without weights; ± is the error to expect. Every row is taken to be full."
-    if any(row.verdict == "from disk" for row in plan.rows):
-        yield "from disk", "fits without the base's weights, which a CPU maps from files and reads again in each step."
+    mapped = [mapped_weights(row.estimate, "cpu") for row in plan.rows if row.verdict == "from disk"]
+    if mapped:
+        yield (
+            "from disk",
+            (
+                "fits without the base's weights, which a CPU maps from files and reads again in each step: up to "
+                f"{byte_size(max(mapped))}, {disk_seconds(max(mapped)):.1f} s at 1 GB/s."
+            ),
+        )
     if plan.pace_basis is None:
         yield (
             "time",

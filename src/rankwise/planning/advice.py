@@ -46,6 +46,14 @@ PER_TOKEN = ("activations", "logits", "transient")
 
 # --- whether a run fits ---
 
+# Assumed of a solid-state disk.
+DISK_BYTES_PER_SECOND = 1e9
+
+
+def disk_seconds(mapped_bytes: int) -> float:
+    """Seconds a step to read mapped weights that do not fit: in the forward and in the backward pass."""
+    return 2 * mapped_bytes / DISK_BYTES_PER_SECOND
+
 
 def mapped_weights(estimate: MemoryEstimate, device_type: str) -> int:
     """The bytes of frozen weights that a CPU maps from files, which the system may drop and read again."""

@@ -10,7 +10,7 @@ from rankwise.errors import InputError, RunError, warn
 from rankwise.foreign import Fields
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.options import option_words
-from rankwise.planning.advice import LADDER, Advisor, Change, Verdict, mapped_weights, verdict_of
+from rankwise.planning.advice import LADDER, Advisor, Change, Verdict, disk_seconds, mapped_weights, verdict_of
 from rankwise.planning.extend import Estimator, MemoryEstimate, Traces, over_stored
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
 from rankwise.planning.plan import ratio_pace_of
@@ -121,7 +121,10 @@ class MemoryGuard:
         self.say(self._sentence(peak, verdict))
         if verdict == "from disk":
             weights = mapped_weights(self.predicted, self.hardware.device_type)
-            self.say(f"the base's {byte_size(weights)} are mapped and read again from the disk in each step")
+            self.say(
+                f"the base's {byte_size(weights)} are mapped and read again from the disk in each step: "
+                f"{disk_seconds(weights):.1f} s at 1 GB/s; {byte_size(peak - weights)} must stay in memory"
+            )
         if verdict == "too big":
             self._refuse(self.predicted, f"a batch of {_in_words(self.workload)}")
         return peak

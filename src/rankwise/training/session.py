@@ -184,6 +184,7 @@ class Session:
         loop, progress = self.loop, self.loop.progress
         interrupt = Interrupt(self.observer.phase)
         files = MappedFiles(loop.model)
+        self.record.mapped_bytes = max(ranks.gathered(files.bytes)) or None
         meter = MemoryMeter(loop.model.device.type, progress.peak_memory_bytes, files.bytes)
         names = self.trackers if ranks.is_writer() else ()
         trackers = Trackers(names, self.folder, self.record.settings, self.record.predicted_peak_memory_bytes)
