@@ -86,14 +86,16 @@ def _of(document: Fields, verdict: str) -> list[str]:
 
 def _constant(document: Fields) -> list[str]:
     """Of answers that are labels: that no method is better than one answer to all rows."""
-    metric, base = document["primary_metric"], document["base"].get("tasks", {}).get("labels", {})
-    value = base.get("metrics", {}).get("loss" if metric == EVAL_LOSS else metric.removeprefix("labels."))
+    metric, tasks = document["primary_metric"], document.get("base", {}).get("tasks", {})
+    figures = tasks.get("labels", {}).get("metrics", {})
+    value = figures.get("loss" if metric == EVAL_LOSS else metric.removeprefix("labels."))
     sign = -1 if metric == EVAL_LOSS else 1
     means = [sign * item["mean"][metric] for item in document["methods"].values() if metric in item["mean"]]
     if not is_number(value) or not means or max(means) > sign * value:
         return []
-    what = f"{metric_in_sentence(metric)} {significant(value, 4)}"
-    return [f"no method is better than the same answer to every row ({what}), so nothing useful was learned"]
+    return [
+        f"no method is better than the same answer to every row ({metric_in_sentence(metric)} {significant(value, 4)})"
+    ]
 
 
 def _verdicts(document: Fields) -> list[str]:
