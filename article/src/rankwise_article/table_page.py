@@ -177,7 +177,7 @@ def _sentence(differences: Mapping[str, Score]) -> str:
         if key in told.values()
     ]
     opened = sum(word.startswith("open") for word in told.values())
-    rest = f"No verdict yet on {opened} methods, which lack seeds." if opened else ""
+    rest = f"No verdict yet: {opened} of the methods have too few seeds." if opened else ""
     return " ".join(filter(None, ["; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "." if parts else "", rest]))
 
 
