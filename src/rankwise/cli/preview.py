@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rankwise.data import Encoded, EncodingReport, Preview
 
 TRAINED_STYLE = "bold green"
-# Where there is no colour, trained text stands between these.
+# Where there is no colour, trained text is between these.
 OPEN, CLOSE = "[[", "]]"
 # Bad rows that are shown.
 NAMED_ROWS = 10
@@ -109,7 +109,7 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
         output.line(f"{label:<12}{text}")
     marks = not output.is_terminal or output.console.no_color
     if settings.objective != "grpo":
-        output.line(f"{'trained on':<12}what {f'stands between {OPEN} and {CLOSE}' if marks else 'is green'}")
+        output.line(f"{'trained on':<12}what {f'is between {OPEN} and {CLOSE}' if marks else 'is green'}")
     output.line()
     if preview.rejected is None:
         output.console.print(rendered(preview, marks=marks), soft_wrap=True)
