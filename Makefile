@@ -78,7 +78,7 @@ families: $(STAMP) ## every causal family of transformers, tiny: steps, plans, m
 		--junitxml=$(VENV)/families.xml
 	$(BIN)/python benchmarks/tried_families.py $(VENV)/families.xml
 
-grid: $(STAMP) ## the memory plan's closed form against its dry run, 960 combinations (half an hour)
+grid: $(STAMP) ## the memory plan from a few layers against that of all, 960 combinations (half an hour)
 	$(BIN)/python -m pytest -m grid
 
 COUNT ?= 1000

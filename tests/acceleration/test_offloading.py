@@ -12,8 +12,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import rankwise as rw
-from rankwise.acceleration import MovedOnce, offloaded
-from rankwise.acceleration.memory import Offloaded
+from rankwise.acceleration import offloaded
+from rankwise.acceleration.memory import MovedOnce, Offloaded
 from tiny_models import tiny_gpt2, tiny_llama
 
 

@@ -47,10 +47,8 @@ def rankwise(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 @pytest.fixture
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No timings of this machine, and none left on it; traces are kept for all tests."""
-    folder = tmp_path_factory.getbasetemp() / "cache"
-    (folder / "rankwise" / "machine.json").unlink(missing_ok=True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    """Nothing is left on this machine; traces are kept for all tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture

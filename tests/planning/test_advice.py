@@ -148,7 +148,6 @@ def test_every_change_is_made_of_options_that_train_has():
 def test_every_rule_has_a_condition_a_reason_and_a_source():
     assert len({rule.name for rule in RULES}) == len(RULES)
     for rule in RULES:
-        assert rule.scenario
         assert rule.reason
         assert rule.source
         assert rule.evidence in ("published", "mixed", "computed", "tried")

@@ -13,7 +13,7 @@ from planning_models import config_of
 from rankwise.cli.plan_view import heading
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, RankwiseWarning, RunError
-from rankwise.planning import guard, hardware
+from rankwise.planning import guard, hardware, speed
 from rankwise.planning.guard import MemoryGuard
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.plan import make_plan
@@ -58,6 +58,7 @@ def test_processes_on_this_processor_share_its_memory_and_its_cores(
 ) -> None:
     machine = dataclasses.replace(cpu_hardware(), memory_bytes=8 * 10**9, cores=4)
     monkeypatch.setattr(hardware, "this_machine", lambda: machine)
+    monkeypatch.setattr(speed, "measured_flops", lambda *_: 1e11)
     one, four = (make_plan(settings(model, method="lora", devices=count)) for count in (1, 4))
     assert (one.hardware.memory_bytes, four.hardware.memory_bytes) == (8 * 10**9, 2 * 10**9)
     assert four.rows[0].tokens_per_second == pytest.approx(one.rows[0].tokens_per_second)

@@ -1,28 +1,21 @@
-"""Real steps beside the plan's, and the speed of this machine, which is remembered."""
+"""Real steps beside the plan's."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 
-from rankwise import disk
 from rankwise.constants import IGNORED
-from rankwise.disk import cache_folder
-from rankwise.errors import ConfigError, RankwiseWarning
+from rankwise.errors import ConfigError
 from rankwise.planning import MemoryEstimate, Workload, real_steps
-from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.real_steps import (
-    SCHEMA,
     Check,
     Measurement,
     _no_answer,
     _warm_up,
-    calibrate,
     check_method,
     comparable,
-    measured_pace,
 )
 from rankwise.planning.step import make_batch, prepare
 from tiny_models import tiny_llama
@@ -33,7 +26,7 @@ def test_the_error_is_relative_to_what_was_measured():
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"trained_share": 0.3}, {"batch_size": 1}, {"sides": 2}])
+@pytest.mark.parametrize("settings", [{}, {"trained_share": 0.3}, {"batch_size": 1}, {"objective": "dpo"}])
 def test_a_batch_scores_as_many_tokens_as_are_planned(settings, flat):
     """By the model's own loss, which takes the labels one place on, and at the positions of a plain one."""
     workload = Workload(**{"batch_size": 3, "max_length": 20, **settings})
@@ -101,76 +94,3 @@ def test_steps_that_cannot_fit_are_not_begun(monkeypatch, peak, parameters):
 )
 def test_smaller_steps_are_advised_where_memory_ran_out(code, stderr, starved):
     assert ("smaller" in str(_no_answer(code, stderr))) is starved
-
-
-TINY = {"hidden_size": 64, "intermediate_size": 128, "rows": (1, 2), "tokens": 16}
-
-
-@pytest.fixture
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(disk.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(real_steps, "SHAPES", {"cpu": TINY, "cuda": TINY})
-    measured = Measurement(90, 5, (0.3, 0.1, 0.2), "cpu", 100, 10_000)
-    monkeypatch.setattr(real_steps, "measure", lambda *_: measured)
-
-
-def test_each_method_is_timed_remembered_and_found(own_cache):
-    hardware, said = cpu_hardware(), []
-    methods = ("lora", "qdora", "full")
-    results = calibrate(hardware, methods, "float32", said.append)
-    assert set(results) == set(methods)
-    assert len(said) == 3
-    pace = measured_pace(hardware, "qdora", "float32")
-    assert pace is not None
-    assert pace.measured
-    assert pace.flops_per_second == results["qdora"]["flops_per_second"] > 0
-    assert measured_pace(hardware, "dora", "float32") is None
-    assert measured_pace(hardware, "lora", "bfloat16") is None
-
-
-def test_a_later_measurement_adds_to_the_earlier(own_cache):
-    hardware = cpu_hardware()
-    calibrate(hardware, ("lora",), "float32", lambda _: None)
-    calibrate(hardware, ("dora",), "float32", lambda _: None)
-    assert measured_pace(hardware, "lora", "float32") is not None
-    assert measured_pace(hardware, "dora", "float32") is not None
-
-
-def test_the_file_lies_where_caches_lie(own_cache, tmp_path):
-    calibrate(cpu_hardware(), ("lora",), "float32", lambda _: None)
-    assert cache_folder() == tmp_path / "rankwise"
-    assert json.loads((tmp_path / "rankwise" / "machine.json").read_text())["schema"] == SCHEMA
-
-
-def test_timings_of_older_steps_are_not_used(own_cache, tmp_path):
-    hardware = cpu_hardware()
-    calibrate(hardware, ("lora",), "float32", lambda _: None)
-    path = tmp_path / "rankwise" / "machine.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": SCHEMA - 1}))
-    assert measured_pace(hardware, "lora", "float32") is None
-
-
-@pytest.mark.parametrize("content", ["{", "[]", f'{{"schema": {SCHEMA}}}', f'{{"schema": {SCHEMA}, "machines": 3}}'])
-def test_a_damaged_file_is_said_and_passed_over(own_cache, tmp_path, content):
-    (tmp_path / "rankwise").mkdir()
-    (tmp_path / "rankwise" / "machine.json").write_text(content)
-    with pytest.warns(RankwiseWarning, match="RW144"):
-        assert measured_pace(cpu_hardware(), "lora", "float32") is None
-
-
-@pytest.mark.parametrize("rate", [0, -1.0, "fast", [1.0], None])
-def test_a_pace_that_is_none_is_said_and_passed_over(own_cache, rate, tmp_path):
-    calibrate(hardware := cpu_hardware(), ("lora",), "float32", lambda _: None)
-    path = tmp_path / "rankwise" / "machine.json"
-    content = json.loads(path.read_text())
-    for machine in content["machines"].values():
-        machine["methods"]["lora"]["flops_per_second"] = rate
-    path.write_text(json.dumps(content))
-    with pytest.warns(RankwiseWarning, match="RW144"):
-        assert measured_pace(hardware, "lora", "float32") is None
-
-
-def test_without_a_file_nothing_is_known_and_nothing_said(own_cache, recwarn):
-    assert measured_pace(cpu_hardware(), "lora", "float32") is None
-    assert not recwarn.list

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
 
 from rankwise.models.gguf_file import GgufHeader, GgufTensor
 from rankwise.models.source import ModelSource
-from rankwise.planning import Workload, plan, speed
+from rankwise.planning import Workload, speed
 from rankwise.planning.hardware import choose_hardware, cpu_hardware
-from rankwise.planning.real_steps import Timing, solve
 from rankwise.planning.speed import (
     DEQUANTIZE_SHARE,
+    STEP_SHARE,
     Pace,
     assumed_pace,
     facts_of,
     flops_per_token,
     launch_seconds,
+    measured_flops,
     micro_batch_seconds,
     offloaded_bytes,
+    pace_of,
     weight_traffic_bytes,
 )
 from toy_memory import toy_estimate
@@ -95,15 +98,15 @@ def test_a_batch_reads_every_expert():
 def test_seconds_add_operations_and_traffic():
     facts, work = facts_of(LLAMA_7B), dataclasses.replace(SHORT, device_type="cpu")
     estimate = toy_estimate("lora", work)
-    fast = micro_batch_seconds(estimate, facts, work, Pace(1e12, None, True, ""))
-    both = micro_batch_seconds(estimate, facts, work, Pace(1e12, 1e12, True, ""))
+    fast = micro_batch_seconds(estimate, facts, work, Pace(1e12, None, ""))
+    both = micro_batch_seconds(estimate, facts, work, Pace(1e12, 1e12, ""))
     assert both - fast == pytest.approx(weight_traffic_bytes("lora", facts, estimate.total_parameters, work) / 1e12)
     twice = dataclasses.replace(work, batch_size=2)
-    assert micro_batch_seconds(estimate, facts, twice, Pace(1e12, None, True, "")) == pytest.approx(2 * fast)
+    assert micro_batch_seconds(estimate, facts, twice, Pace(1e12, None, "")) == pytest.approx(2 * fast)
 
 
 def test_no_micro_batch_of_a_card_is_faster_than_its_launches():
-    facts, pace = facts_of(LLAMA_7B), Pace(1e18, 1e18, True, "")
+    facts, pace = facts_of(LLAMA_7B), Pace(1e18, 1e18, "")
     short = micro_batch_seconds(toy_estimate("lora", SHORT), facts, SHORT, pace)
     assert short == launch_seconds("lora", facts, SHORT) == pytest.approx(32 * 69 * 15e-6)
     again = dataclasses.replace(SHORT, gradient_checkpointing=True)
@@ -122,23 +125,8 @@ def test_offloaded_bytes_go_over_and_come_back():
     assert offloaded_bytes(facts, again) == 2 * 2 * 300 * 4096 * 32
 
 
-def test_two_timings_give_back_pace_and_bandwidth():
-    timings = [Timing(0, flops, 2e9, flops / 3e11 + 2e9 / 5e10) for flops in (1e11, 8e11)]
-    pace, bandwidth = solve(timings)
-    assert pace == pytest.approx(3e11)
-    assert bandwidth == pytest.approx(5e10)
-
-
-def test_timings_without_a_sign_of_traffic_give_the_pace_alone():
-    timings = [Timing(0, flops, 2e9, flops / 3e11 - 0.01) for flops in (1e11, 8e11)]
-    pace, bandwidth = solve(timings)
-    assert bandwidth is None
-    assert pace == pytest.approx(8e11 / timings[1].seconds)
-
-
 def test_an_assumed_pace_says_so_and_names_its_source():
     pace = assumed_pace(choose_hardware("RTX 4090", None), "bfloat16")
-    assert not pace.measured
     assert "assumed" in pace.basis
     assert "2407.21783" in pace.basis
     assert pace.flops_per_second == pytest.approx(0.4 * 165.2e12)
@@ -150,19 +138,16 @@ def test_float32_is_slower_and_so_is_bfloat16_without_instructions():
     assert assumed_pace(card, "float32").flops_per_second < assumed_pace(card, "bfloat16").flops_per_second / 10
     assert assumed_pace(old, "bfloat16") == assumed_pace(old, "float32")
     assert assumed_pace(old, "float16").flops_per_second > assumed_pace(old, "float32").flops_per_second
-    cpu = dataclasses.replace(cpu_hardware(), has_bfloat16=True, cores=2)
-    assert assumed_pace(cpu, "float32").flops_per_second < assumed_pace(cpu, "bfloat16").flops_per_second
 
 
-def test_a_quotient_of_times_is_all_measured_or_all_assumed(monkeypatch):
-    """A measured pace over an assumed one would be no price of a change."""
-    paces = {"lora": Pace(1e9, None, True, ""), "qlora": Pace(2e9, None, True, "")}
-    monkeypatch.setattr(plan, "measured_pace", lambda hardware, method, dtype: paces.get(method))
-    hardware = choose_hardware("RTX 4090", None)
-    ours = plan.ratio_pace_of(hardware, ["lora"], "bfloat16")
-    assert (ours("lora"), ours("qlora")) == (paces["lora"], paces["qlora"])
-    mixed = plan.ratio_pace_of(hardware, ["lora", "dora"], "bfloat16")
-    assert mixed("lora") == mixed("dora") == assumed_pace(hardware, "bfloat16")
+def test_a_processor_is_measured_and_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine = dataclasses.replace(cpu_hardware(), sharers=2)
+    measured = measured_flops(machine, "float32")
+    assert 1e8 < measured < 1e13
+    monkeypatch.delitem(sys.modules, "torch")
+    assert measured_flops(machine, "float32") == measured
+    assert pace_of(machine, "float32").flops_per_second == STEP_SHARE * measured / 2
 
 
 def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):

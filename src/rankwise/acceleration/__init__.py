@@ -2,7 +2,6 @@
 
 from rankwise.acceleration.loss import LossOptions
 from rankwise.acceleration.memory import (
-    MovedOnce,
     give_back_freed_memory,
     grow_segments,
     limit_generated_kernels,
@@ -24,7 +23,6 @@ from rankwise.acceleration.rows import flattening_obstacle
 __all__ = [
     "Acceleration",
     "LossOptions",
-    "MovedOnce",
     "accelerate_peft",
     "calibrate_products",
     "choose_products",

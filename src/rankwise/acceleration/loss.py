@@ -25,7 +25,7 @@ from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo, class_forwar
 from rankwise.adapters.low_rank import computes_in
 from rankwise.constants import IGNORED, chunk_rows
 from rankwise.ops.linear_cross_entropy import LossSums, linear_cross_entropy, linear_log_probs
-from rankwise.ops.selection import is_traced
+from rankwise.ops.selection import enough_chunks, is_traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _sums_through(head: Head, hidden: Tensor, targets: Tensor, options: LossOpti
     # Small chunks on a GPU too, since float32 copies take 16 bytes per logit, where a frozen head needs 2.
     rows = chunk_rows(vocabulary, 4, on_card=False)
     sums = []
-    for piece, wanted in zip(hidden.split(rows), targets.split(rows)):
+    for piece, wanted in enough_chunks([*zip(hidden.split(rows), targets.split(rows))], hidden):
         if torch.is_grad_enabled():
             sums.append(checkpoint(_chunk, head, piece, wanted, options, use_reentrant=False))
         else:

@@ -15,7 +15,7 @@ import platform
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -154,9 +154,12 @@ class MovedOnce:
 
 
 class Offloaded:
-    """Hooks that copy tensors to pinned CPU memory and back on a stream of their own, beside the computation."""
+    """Hooks that copy tensors to pinned CPU memory and back on a stream of their own, beside the computation.
 
-    def __init__(self, model: nn.Module) -> None:
+    ``elsewhere``: a context in which a plan's fake tensors count as CPU memory."""
+
+    def __init__(self, model: nn.Module, elsewhere: Callable[[], AbstractContextManager[None]]) -> None:
+        self.elsewhere = elsewhere
         parameters = [own_part(parameter) for parameter in model.parameters()]
         self.device = parameters[0].device
         self.parameters = {storage_address(parameter.untyped_storage()) for parameter in parameters}
@@ -177,7 +180,7 @@ class Offloaded:
             now.wait_event(self.waiting.pop(save)[1])
         tensor = tensor.contiguous()
         self.stream.wait_stream(now)
-        with self.module.stream(self.stream):
+        with self.module.stream(self.stream), self.elsewhere():
             host = torch.empty_like(tensor, device="cpu", pin_memory=self.device.type == "cuda")
             host.copy_(tensor, non_blocking=True)
         self.waiting[number] = tensor, self.stream.record_event()
@@ -191,7 +194,7 @@ class Offloaded:
             return self.waiting[number][0]
         self.finish()
         with self.module.stream(self.stream):
-            back = tensor.to(self.device, non_blocking=True)
+            back = torch.empty_like(tensor, device=self.device).copy_(tensor, non_blocking=True)
         self.module.current_stream().wait_stream(self.stream)
         return back
 
@@ -202,9 +205,9 @@ class Offloaded:
 
 
 @contextmanager
-def offloaded(model: nn.Module) -> Iterator[None]:
+def offloaded(model: nn.Module, elsewhere: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
     """A context in which activations that autograd saves are in CPU memory until the backward pass needs them."""
-    hooks = Offloaded(model)
+    hooks = Offloaded(model, elsewhere)
     once = MovedOnce(hooks.pack, hooks.unpack)
     try:
         with saved_tensors_hooks(once.pack, once.unpack):

@@ -34,10 +34,6 @@ def run(settings: PlanSettings, output: Output) -> Document:
     # Checked first, since a plan may take minutes.
     _check_place(settings.svg, "--svg")
     _check_place(settings.save, "--save")
-    if settings.calibrate:
-        document["calibration"] = _calibrate(settings, output)
-        if settings.model is None:
-            return document
     plan = make_plan(settings, functools.partial(print, file=sys.stderr, flush=True))
     command = command_of(plan.recommendation, settings.save)
     # Written before anything is printed, so that a closed pipe (`| head`) or a failed check loses no file.
@@ -125,22 +121,6 @@ def as_yaml(plan: Plan) -> str:
     return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
-def _calibrate(settings: PlanSettings, output: Output) -> JsonObject:
-    from rankwise.disk import cache_folder
-    from rankwise.planning.hardware import this_machine
-    from rankwise.planning.real_steps import FILE, calibrate
-
-    hardware = this_machine()
-    dtype = hardware.dtype if settings.dtype == "auto" else settings.dtype
-    output.line(f"timing {', '.join(settings.methods)} on {hardware.name} in {dtype}")
-    path = cache_folder() / FILE
-    # Before the measurement, which takes minutes.
-    with hold(path):
-        results = calibrate(hardware, settings.methods, dtype, output.line)
-    output.line(f"remembered in {path}\n")
-    return {"device": hardware.name, "dtype": dtype, "methods": results, "file": str(path)}
-
-
 def _check(settings: PlanSettings, plan: Plan, output: Output) -> JsonObject:
     """Run three real steps on this machine, with the only requested method, else with the recommended one."""
     from rankwise.cli import plan_view
@@ -172,6 +152,5 @@ COMMAND = Command(
     examples=(
         'rankwise plan --model meta-llama/Llama-3.1-8B --gpu "RTX 4090"',
         "rankwise plan --model demo --memory 24GB --max-length 2048 --save plan.yaml",
-        "rankwise plan --calibrate",
     ),
 )

@@ -14,7 +14,7 @@ from rankwise.config import FOUR_BITS
 from rankwise.planning.advice import disk_seconds, mapped_weights
 from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
-from rankwise.reports.numbers import byte_size
+from rankwise.reports.numbers import byte_size, duration
 from rankwise.reports.plots import memory_svg
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ APPLE = (
     "on Metal, and the step is counted as PyTorch's own on a CPU; none was measured, so the ± is not its own."
 )
 APPLE_FOUR_BITS = (
-    "4-bit weights are no exception: plain PyTorch makes them dense in every pass (RW608), slowly, and hours and "
+    "4-bit weights are no exception: plain PyTorch makes them dense in every pass (RW608), slowly, and times and "
     "changes in time do not count that."
 )
 APPLE_REFUSED = "refused there: bitsandbytes' 8-bit and paged optimizers (RW116), which need a CUDA card."
@@ -100,7 +100,7 @@ def table(plan: Plan) -> Table:
         result.add_column(column, justify="right", no_wrap=True)
     result.add_column("verdict", no_wrap=True)
     result.add_column("largest", justify="right", no_wrap=True)
-    result.add_column("hours" if plan.run_tokens else "h/Mtok", justify="right", no_wrap=True)
+    result.add_column("whole run" if plan.run_tokens else "tokens/s", justify="right", no_wrap=True)
     for row in plan.rows:
         result.add_row(*_cells(row, plan, unit))
     for item in plan.unplanned:
@@ -114,7 +114,7 @@ def _cells(row: MethodRow, plan: Plan, unit: float) -> list[Text | str]:
     peak = Text(_figure(row.estimate.peak_bytes, unit), style="bold")
     recommended = row.estimate.method == plan.recommendation.method
     name = Text(row.estimate.method, style="bold" if recommended else "")
-    return [name, *figures, peak, _verdict(row, unit), _largest(row, plan), _hours(row, plan)]
+    return [name, *figures, peak, _verdict(row, unit), _largest(row, plan), _time(row)]
 
 
 def _verdict(row: MethodRow, unit: float) -> Text:
@@ -129,11 +129,10 @@ def _largest(row: MethodRow, plan: Plan) -> str:
     return f"1x{row.longest_row_tokens}" if row.longest_row_tokens else "-"
 
 
-def _hours(row: MethodRow, plan: Plan) -> str:
+def _time(row: MethodRow) -> str:
     if row.tokens_per_second is None:
-        return "?"
-    hours = row.seconds / 3600 if row.seconds is not None else 1e6 / row.tokens_per_second / 3600
-    return f"{hours:.0f}" if hours >= 9.95 else f"{hours:.2g}"
+        return "-"
+    return duration(row.seconds) if row.seconds is not None else f"{row.tokens_per_second:,.0f}"
 
 
 def bars(plan: Plan, width: int) -> Iterator[Text]:
@@ -258,10 +257,8 @@ def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.pace_basis is None:
         yield (
             "time",
-            (
-                "hours unknown: no figure for this device (`rankwise plan --calibrate` measures the machine it runs "
-                f"on); changes in time count operations and bytes at the ratio of an {NOMINAL_CARD}."
-            ),
+            "no speed is known of this device; changes in time count operations and bytes at the ratio of an "
+            f"{NOMINAL_CARD}.",
         )
     else:
         yield "time", plan.pace_basis

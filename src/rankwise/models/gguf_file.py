@@ -43,6 +43,15 @@ class GgufHeader(NamedTuple):
 
     metadata: JsonObject
     tensors: dict[str, GgufTensor]
+    # The entries as they are stored, without the arrays of the vocabulary, which take transformers seconds.
+    entries: tuple[bytes, ...] = ()
+
+    def without_vocabulary(self) -> bytes:
+        """A GGUF file with these entries, and tensors of the same names that all are one number."""
+        alignment, one_number = self.metadata.get("general.alignment", 32), struct.pack("<IQIQ", 1, 1, 0, 0)
+        names = [struct.pack("<Q", len(name.encode())) + name.encode() + one_number for name in self.tensors]
+        counts = struct.pack("<IQQ", 3, len(names), len(self.entries))
+        return b"".join((b"GGUF", counts, *self.entries, *names, bytes(2 * alignment)))
 
 
 class Malformed(Exception):
@@ -83,8 +92,13 @@ class _Reader:
             raise Malformed(f"is of GGUF version {version}, where 2 and 3 can be read; convert it again")
         tensor_count, entry_count = self.number("Q"), self.number("Q")
         metadata: JsonObject = {}
+        entries = []
         for _ in range(entry_count):
-            key, value = self.entry()
+            begin = self.position
+            key, kind = self.text(), self.number("I")
+            value = self.value(kind)
+            if kind != ARRAY or not key.startswith("tokenizer."):
+                entries.append(self.content[begin : self.position])
             if key in metadata:
                 # Readers differ in which one they take.
                 raise Malformed(f"holds the setting {key!r} twice; convert it again")
@@ -92,7 +106,7 @@ class _Reader:
         if not isinstance(metadata.get("general.architecture"), str):
             raise Malformed("does not name its architecture (general.architecture); convert it again")
         tensors = [self.tensor() for _ in range(tensor_count)]
-        return GgufHeader(metadata, self.checked(tensors, metadata))
+        return GgufHeader(metadata, self.checked(tensors, metadata), tuple(entries))
 
     def number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.content, self.position)
@@ -108,9 +122,6 @@ class _Reader:
         if self.position + count_bytes > len(self.content):
             raise Malformed("is cut short inside its header, or claims lengths beyond its end; download it again")
         self.position += count_bytes
-
-    def entry(self) -> tuple[str, Value]:
-        return self.text(), self.value(self.number("I"))
 
     def value(self, kind: int) -> Value:
         if kind == STRING:
@@ -200,9 +211,12 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     start = f"{architecture}."
     own = {key.removeprefix(start): value for key, value in header.metadata.items() if key.startswith(start)}
     check_values(own, path, "RW310")
-    # From an empty folder, since transformers would read an adapter_config.json next to the file.
-    with tempfile.TemporaryDirectory() as nowhere:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(nowhere, gguf_file=str(path.resolve()))
+    # Alone in a folder, since transformers would read an adapter_config.json next to the file.
+    with tempfile.TemporaryDirectory() as alone:
+        Path(alone, "model.gguf").write_bytes(header.without_vocabulary())
+        config: PreTrainedConfig = AutoConfig.from_pretrained(alone, gguf_file="model.gguf")
+    if "vocab_size" not in own and (tokens := header.metadata.get("tokenizer.ggml.tokens")):
+        config.vocab_size = tokens
     ignored = sorted(name for name in header.tensors if name.startswith("rope_"))
     if architecture in ARCHITECTURES:
         _complete(config, architecture, own)

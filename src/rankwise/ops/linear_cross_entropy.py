@@ -21,7 +21,7 @@ from rankwise.constants import IGNORED, chunk_rows
 from rankwise.ops import elementwise
 from rankwise.ops.branch import input_grad_out, linear_out
 from rankwise.ops.checks import check_targets, sum_dtype
-from rankwise.ops.selection import stands_on_card
+from rankwise.ops.selection import enough_chunks, stands_on_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +151,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Small chunks on a GPU too, since the softmax is in float32.
         wanted = chunk_rows(weight.shape[0], 4, on_card=False)
-        log_probs, sums = [hidden.new_empty(0, dtype=_wide(hidden))], []
+        log_probs, sums = hidden.new_empty(len(hidden), dtype=_wide(hidden)), []
         for piece, logits in _chunks(hidden, weight, bias, wanted):
             z = shape(logits.to(_wide(hidden)))
-            log_probs.append(z.gather(1, targets[piece, None]).squeeze(1) - z.logsumexp(1))
+            log_probs[piece] = z.gather(1, targets[piece, None]).squeeze(1) - z.logsumexp(1)
+            # Freed before the next chunk makes its own.
+            del z
             if grad is not None or want_stats:
                 sums.append(_score_(logits, targets[piece], shape, 0.0, grad is not None, want_stats))
             if grad is not None:
@@ -162,9 +164,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx.save_for_backward(grad)
         _, entropy, correct = _totals(sums, hidden)
         if not want_stats:
-            return torch.cat(log_probs), None, None
+            return log_probs, None, None
         ctx.mark_non_differentiable(entropy, correct)
-        return torch.cat(log_probs), entropy, correct
+        return log_probs, entropy, correct
 
     @staticmethod
     @once_differentiable
@@ -178,7 +180,7 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: int) ->
     """Yields (slice of about ``wanted`` rows, their logits); the logits are valid until the next chunk."""
     rows = max(1, min(len(hidden), wanted))
     scratch = hidden.new_empty(rows, weight.shape[0])
-    for start in range(0, len(hidden), rows):
+    for start in enough_chunks(range(0, len(hidden), rows), hidden):
         piece = slice(start, min(start + rows, len(hidden)))
         logits = linear_out(hidden[piece], weight, scratch[: piece.stop - start])
         if bias is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rankwise.config import DORA, FOUR_BITS
@@ -185,14 +185,6 @@ def ladder(method: str, workload: Workload, accumulation: int) -> Iterator[Step]
     while length > SHORTEST_ROW:
         length //= 2
         yield Step("length", f"max-length {workload.max_length:,} -> {length:,}", 3, {"max_length": length})
-
-
-def reachable(methods: Iterable[str]) -> set[str]:
-    """These methods, and those into which the ladder may turn them."""
-    found = set(methods)
-    while more := {FOUR_BIT_OF[method] for method in found if method in FOUR_BIT_OF} - found:
-        found |= more
-    return found
 
 
 class Advisor:
@@ -411,9 +403,7 @@ class Rule:
     """One line of advice."""
 
     name: str
-    # When the rule applies, as text.
-    scenario: str
-    # The same condition as a function.
+    # When the rule applies.
     when: Callable[[Situation], bool]
     reason: str
     source: str
@@ -422,7 +412,6 @@ class Rule:
     def to_json(self) -> dict[str, str]:
         return {
             "rule": self.name,
-            "scenario": self.scenario,
             "reason": self.reason,
             "source": self.source,
             "evidence": self.evidence,
@@ -437,7 +426,6 @@ def _sixteen_bits_do_not_fit(situation: Situation) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule(
         "lora-simple",
-        "LoRA: the fastest and simplest",
         lambda s: s.method == "lora" and s.goal == "speed",
         "the fewest operations a token: no weights to dequantize, no norms; no latency once merged",
         f"{LORA_PAPER}, section 4; DoRA was 26 % slower in PEFT's own suite (Llama-3.2-3B, L40S)",
@@ -445,7 +433,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "lora-memory",
-        "LoRA: memory is no problem",
         lambda s: s.method == "lora" and s.fits.get("lora") is True,
         "the unquantized base fits, so nothing is gained by rounding it to 4 bits",
         "this plan",
@@ -453,7 +440,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "lora-serving",
-        "LoRA: many adapters served over one base",
         lambda s: s.method in ("lora", "qlora") and s.goal == "serving",
         f"{refusing('dora')} serve plain LoRA adapters and reject DoRA's; DoRA has to be exported with an error, or "
         "merged",
@@ -462,7 +448,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "qlora-needed",
-        "QLoRA: the model does not fit otherwise",
         lambda s: s.method == "qlora" and _sixteen_bits_do_not_fit(s),
         "the unquantized base does not fit with any batch or checkpointing; NF4 takes little more than 4 bits a weight",
         f"this plan; that 4-bit training reaches 16-bit LoRA's results: {QLORA_PAPER}, section 4",
@@ -470,7 +455,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "qlora-all-linear",
-        "QLoRA: adapters on all linear layers",
         lambda s: s.method in FOUR_BITS and s.settings.get("target_modules") == ALL_LINEAR and not s.is_mixture,
         "with adapters on the attention alone QLoRA stays behind 16-bit fine-tuning; on all linear layers it does not",
         f"{QLORA_PAPER}, section 4 and figure 2",
@@ -478,7 +462,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "experts-left-out",
-        "A mixture: the experts too",
         lambda s: s.leaves_experts,
         "adapters on all linear layers reach no stacked expert, where most of a mixture's parameters are; RW422 says "
         "how many, and which --target-parameters adapts them; `rankwise compare` tells on your data whether that pays",
@@ -487,7 +470,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "double-quant",
-        "QLoRA: scales in 8 bits",
         lambda s: s.method in FOUR_BITS and s.settings.get("double_quant") is True,
         "double quantization saves 0.373 bits a parameter",
         f"{QLORA_PAPER}, section 3",
@@ -495,7 +477,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "dora-quality",
-        "DoRA: quality at a low rank",
         lambda s: s.method in DORA and s.settings.get("r", 16) <= LOW_RANK,
         "the paper's gain over LoRA is largest at low ranks (LLaMA-7B, eight commonsense sets)",
         f"{DORA_PAPER}, section 5.5",
@@ -503,7 +484,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "dora-gap",
-        "DoRA: closing LoRA's gap to full fine-tuning",
         lambda s: s.method in DORA,
         "mixed evidence: 78.4 against LoRA's 74.7 on average in the paper (76.3 in its authors' own repository), but "
         "46.9 against 47.8 % on GSM8K in PEFT's suite; `rankwise compare` tells on your data",
@@ -512,7 +492,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "qdora-both",
-        "QDoRA: DoRA where only 4 bits fit",
         lambda s: s.method == "qdora" and _sixteen_bits_do_not_fit(s),
         "the unquantized base does not fit, and DoRA was asked for; few measurements of the two together are published",
         f"this plan; {DORA_PAPER}, section 6 (Orca-Math, one run a model)",
@@ -520,7 +499,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "full",
-        "Full fine-tuning: an adapter is not enough",
         lambda s: s.method == "full",
         "nothing restricts what can be learnt; on E2E with GPT-2 Medium it was no better than LoRA (BLEU 68.2 against "
         "70.4)",
@@ -529,7 +507,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "accumulation",
-        "Smaller micro-batches, the same rows a step",
         lambda s: "gradient_accumulation" in s.changed,
         "gradients add up over the micro-batches, so the step sees the same rows in less memory",
         "the gradient of a sum is the sum of the gradients",
@@ -537,7 +514,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "checkpointing",
-        "Recompute activations",
         lambda s: "gradient_checkpointing" in s.changed,
         "one more forward pass for activations of one layer at a time; the gradients stay the same",
         CHECKPOINTING_PAPER,
@@ -545,7 +521,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "paged",
-        "Optimizer states that can leave the card",
         lambda s: "optimizer" in s.changed and s.settings["optimizer"] == PAGED,
         "8-bit states take a quarter of 32-bit ones, and pages of them leave the card when it is full",
         f"{QLORA_PAPER}, section 3 (paged optimizers)",
@@ -553,7 +528,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "shorter",
-        "Shorter rows",
         lambda s: "max_length" in s.changed,
         "nothing smaller keeps the length: rows beyond it are cut, counted and reported by `rankwise preview`",
         "this plan",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -190,7 +191,8 @@ class Traces:
         rule_of(workload.optimizer)
         key = f"{method} {json.dumps(dataclasses.asdict(workload), sort_keys=True, default=str)}"
         if key not in self._kept:
-            with _told(self.say, f"tracing {method} at {workload.batch_size} x {workload.max_length:,} tokens ..."):
+            line = f"tracing {method} at {workload.batch_size} x {workload.max_length:,} tokens ..."
+            with _told(self.say, line), uncollected():
                 self._kept[key] = dataclasses.asdict(self._trace(method, workload))
             self._keep()
         found = Found(**self._kept[key])
@@ -522,11 +524,10 @@ def _is_in_a_group() -> bool:
 def _sharded(found: Found, method: str, workload: Workload) -> Found:
     """What one of N devices holds with fsdp of a step that was traced alone.
 
-    Weights are sharded, of ``full`` gradients and states too; whole at a time are two layers, and from the first layer
-    to the last the root group, which is what lies outside of the layers (embedding, last norm, head): 2 layer + root,
-    in the backward pass of ``full`` with their gradients. gloo, on CPUs, gathers or reduces a group in a copy of its
-    own. The optimizer of ``full`` steps on shards alone; an adapter's gradients are summed in one tensor of all, before
-    the optimizer steps.
+    Weights are sharded, of ``full`` gradients and states too; whole at a time are layers, and from the first layer
+    to the last the root group, which is what lies outside of the layers (embedding, last norm, head). Where activations
+    are most, one layer is there, in the backward pass of adapters two. The optimizer of ``full`` steps on shards alone;
+    an adapter's gradients are summed in one tensor of all, before the optimizer steps.
     """
     sizes, full = found.sizes, method == "full"
     layer, root = sizes["layer_bytes"], sizes["root_bytes"]
@@ -538,10 +539,15 @@ def _sharded(found: Found, method: str, workload: Workload) -> Found:
         if phase == "optimizer":
             transient = ceil(transient / workload.devices) if full else max(transient, sizes["trained_bytes"])
         else:
-            gathered = BLOCKS_AT_ONCE * layer + root
-            copied = max(layer, root) if workload.device_type == "cpu" else 0
-            transient += gathered * (2 if full and phase == "backward" else 1) + copied
+            transient += root + (BLOCKS_AT_ONCE if phase == "backward" and not full else 1) * layer
         phases[phase] = {**terms, **shards, "transient": transient}
+        if full and phase == "backward":
+            # At its end, when the activations are gone, the root group's gradients are reduced in a copy.
+            kept = {name: ceil(sizes["weight_bytes"] / workload.devices) for name in ("weights", "gradients")}
+            states = ceil(found.phases["optimizer"]["optimizer"] / workload.devices)
+            copied = root // workload.devices if workload.device_type == "cpu" else 0
+            last = {**kept, "optimizer": states, "transient": 2 * root + copied}
+            phases[phase] = max(phases[phase], last, key=lambda held: sum(held.values()))
     return dataclasses.replace(found, phases=phases)
 
 
@@ -609,6 +615,18 @@ def _hash_of(model: PlannedModel) -> str:
         [code, sorted(flag for flag in cpu_flags() if flag.startswith("avx"))],
     ]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without collections of garbage, which would free a model's cycles in mid-trace and take an eighth of a plan."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

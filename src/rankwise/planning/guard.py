@@ -13,9 +13,8 @@ from rankwise.options import option_words
 from rankwise.planning.advice import LADDER, Advisor, Change, Verdict, disk_seconds, mapped_weights, verdict_of
 from rankwise.planning.extend import Estimator, MemoryEstimate, Traces, over_stored
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
-from rankwise.planning.plan import ratio_pace_of
 from rankwise.planning.real_steps import comparable
-from rankwise.planning.speed import micro_batch_seconds, read_model
+from rankwise.planning.speed import micro_batch_seconds, nominal_pace, pace_of, read_model
 from rankwise.planning.workload import PLANNED, Workload, workload_of
 from rankwise.reports.numbers import byte_size, plural
 
@@ -206,8 +205,8 @@ class MemoryGuard:
 
     def _seconds(self, estimate: MemoryEstimate, workload: Workload) -> float:
         assert self.hardware is not None
-        pace = ratio_pace_of(self.hardware, [self.settings["method"]], workload.dtype)
-        return micro_batch_seconds(estimate, self.facts, workload, pace(estimate.method))
+        pace = pace_of(self.hardware, workload.dtype) or nominal_pace(workload.dtype)
+        return micro_batch_seconds(estimate, self.facts, workload, pace)
 
 
 def _of_batch(workload: Workload, batch: Rows) -> Workload:

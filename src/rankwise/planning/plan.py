@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from rankwise.config import FOUR_BITS
@@ -20,19 +21,17 @@ from rankwise.planning.advice import (
     largest_batch,
     longest_row,
     mapped_weights,
-    reachable,
     recommend,
     verdict_of,
 )
 from rankwise.planning.extend import MemoryEstimate, Traces, over_stored
 from rankwise.planning.hardware import Hardware, choose_hardware, shared
-from rankwise.planning.real_steps import measured_pace
 from rankwise.planning.speed import (
     Pace,
-    assumed_pace,
     hiding_bandwidth,
     micro_batch_seconds,
     nominal_pace,
+    pace_of,
     read_model,
     tokens_per_second,
 )
@@ -155,27 +154,6 @@ def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: Non
     return _Planner(settings, source, hardware, methods, workload, say).plan()
 
 
-def pace_of(hardware: Hardware, dtype: str) -> Callable[[str], Pace | None]:
-    """A function from a method to one process's pace: measured on this machine, or else a share of the data sheet."""
-
-    def pace(method: str) -> Pace | None:
-        whole = measured_pace(hardware, method, dtype) or assumed_pace(hardware, dtype)
-        return None if whole is None else whole.divided(hardware.sharers)
-
-    return pace
-
-
-def ratio_pace_of(hardware: Hardware, methods: Sequence[str], dtype: str) -> Callable[[str], Pace]:
-    """A function from a method to its pace, for ratios of time between these methods and those that advice may suggest.
-
-    All paces are measured or all are assumed, since the ratio of a measured and an assumed pace is meaningless.
-    """
-    measured = {method: measured_pace(hardware, method, dtype) for method in reachable(methods)}
-    assumed = assumed_pace(hardware, dtype) or nominal_pace(dtype)
-    known = {method: pace for method, pace in measured.items() if pace is not None}
-    return known.__getitem__ if len(known) == len(measured) else lambda method: assumed
-
-
 class _Planner:
     def __init__(
         self,
@@ -196,7 +174,10 @@ class _Planner:
         self.estimate = over_stored(
             stored if stored is not None and stored.bits else None, Traces(self.model, say, warns=True)
         )
-        self.pace, self.ratio_pace = pace_of(hardware, work.dtype), ratio_pace_of(hardware, methods, work.dtype)
+
+    @functools.cached_property
+    def pace(self) -> Pace | None:
+        return pace_of(self.hardware, self.workload.dtype)
 
     def plan(self) -> Plan:
         rows, unplanned = self._rows()
@@ -217,7 +198,7 @@ class _Planner:
             recommendation=recommendation,
             changes=tuple(advisor.singles(subject, self.workload, accumulation)),
             changes_of=subject,
-            pace_basis=self._pace_basis(methods),
+            pace_basis=None if self.pace is None else self.pace.basis,
             run_tokens=run_tokens(self.settings),
             rate=self._rate(subject) if self.facts.width else None,
         )
@@ -251,7 +232,7 @@ class _Planner:
 
     def _row(self, method: str) -> MethodRow:
         memory, own = self.hardware.memory_bytes, self.estimate(method, self.workload)
-        pace = tokens_per_second(own, self.facts, self.workload, self.pace(method))
+        pace = tokens_per_second(own, self.facts, self.workload, self.pace)
         tokens, accumulation = run_tokens(self.settings), self.settings.gradient_accumulation
         stored, most = self.facts.stored, self.facts.position_rows or MOST_TOKENS
         rows, single = largest_batch(self.estimate, method, self.workload, memory), None
@@ -267,22 +248,11 @@ class _Planner:
             tokens_per_second=pace,
             seconds=tokens / pace if pace and tokens else None,
             network_bytes=own.network.of_step(accumulation),
-            network_bytes_per_second=hiding_bandwidth(own, self.facts, self.workload, self.pace(method), accumulation),
+            network_bytes_per_second=hiding_bandwidth(own, self.facts, self.workload, self.pace, accumulation),
         )
 
     def _seconds(self, own: MemoryEstimate, workload: Workload) -> float:
-        return micro_batch_seconds(own, self.facts, workload, self.ratio_pace(own.method))
-
-    def _pace_basis(self, methods: Sequence[str]) -> str | None:
-        """The sources of the rows' speeds, by method where they differ."""
-        found: dict[str, list[str]] = {}
-        for method in methods:
-            pace = self.pace(method)
-            if pace is not None:
-                found.setdefault(pace.basis, []).append(method)
-        if len(found) < 2:
-            return next(iter(found), None)
-        return "; ".join(f"{', '.join(methods)}: {basis}" for basis, methods in found.items())
+        return micro_batch_seconds(own, self.facts, workload, self.pace or nominal_pace(workload.dtype))
 
     def _given(self, methods: Sequence[str]) -> JsonObject:
         """The settings that the user gave and those in DECIDED, as options of ``rankwise train``."""

@@ -1,9 +1,7 @@
 """Real steps on this machine, in processes of their own: their peak beside the plan's, and their seconds.
 
 The weights are random, since neither memory nor time depends on their values, so nothing is downloaded. ``python -m
-rankwise.planning.real_steps ORDER`` takes one JSON object and prints one. The measured speed is kept in
-``machine.json`` in the user's cache folder: ``$XDG_CACHE_HOME/rankwise`` or ``~/.cache/rankwise``
-(``%LOCALAPPDATA%\\\\rankwise`` on Windows, ``~/Library/Caches/rankwise`` on macOS).
+rankwise.planning.real_steps ORDER`` takes one JSON object and prints one.
 """
 
 from __future__ import annotations
@@ -13,23 +11,16 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import pydantic
-
-from rankwise.disk import cache_folder
-from rankwise.errors import ConfigError, InternalError, warn
-from rankwise.foreign import JsonObject, checked, read_json, reason_of
+from rankwise.errors import ConfigError, InternalError
+from rankwise.foreign import JsonObject
 from rankwise.planning.extend import MemoryEstimate, estimate
-from rankwise.planning.hardware import Hardware
-from rankwise.planning.speed import Pace, facts_of, flops_per_token, read_model, traffic_bytes
+from rankwise.planning.speed import read_model
 from rankwise.planning.workload import DTYPE_BYTES, PLANNED, Workload
-from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
 
 if TYPE_CHECKING:
@@ -303,158 +294,6 @@ def comparable(predicted: MemoryEstimate, device_type: str) -> int:
     segments.
     """
     return predicted.peak_bytes - (predicted.outside_bytes if device_type == "cuda" else 0)
-
-
-# --- the speed of this machine ---
-
-FILE = "machine.json"
-# Format 1 held steps without fused operators; format 2 counted dequantization by its bytes only.
-SCHEMA = 3
-# Two layers, wide enough that matrix products dominate; two batch sizes separate speed from bandwidth.
-SHAPES: dict[str, JsonObject] = {
-    "cpu": {"hidden_size": 1024, "intermediate_size": 2752, "rows": (1, 4), "tokens": 256},
-    "cuda": {"hidden_size": 4096, "intermediate_size": 11008, "rows": (1, 8), "tokens": 1024},
-}
-LAYERS, VOCABULARY, HEADS, RANK = 2, 2048, 16, 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of a step at one batch size."""
-
-    tokens: int
-    flops: float
-    traffic_bytes: float
-    seconds: float
-
-
-Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rates:
-    """The measured rates of one method, as in the file."""
-
-    flops_per_second: Rate
-    bytes_per_second: Rate | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Machine:
-    """The file's entry for one device and dtype."""
-
-    # {method: fields of _Rates}.
-    methods: dict[str, JsonObject]
-    date: str
-    threads: int
-    torch: str
-
-
-def measured_pace(hardware: Hardware, method: str, dtype: str) -> Pace | None:
-    """The pace measured for this device, method and dtype, or None. A damaged file is ignored with warning RW144."""
-    found = _read().get(_key(hardware, dtype))
-    if found is None or method not in found.methods:
-        return None
-    rates = checked(_Rates, found.methods[method])
-    basis = f"measured on this machine on {found.date} ({found.threads} threads, torch {found.torch})"
-    return Pace(rates.flops_per_second, rates.bytes_per_second, True, basis)
-
-
-def calibrate(
-    hardware: Hardware, methods: Sequence[str], dtype: str, say: Callable[[str], None]
-) -> dict[str, dict[str, float | None]]:
-    """Time each method on this machine, store the figures, and return {method: {flops_per_second, ...}}."""
-    import torch
-
-    results: dict[str, dict[str, float | None]] = {}
-    for method in methods:
-        timings = [_time(method, rows, hardware.device_type, dtype) for rows in _shape(hardware.device_type)["rows"]]
-        pace, bandwidth = solve(timings)
-        results[method] = {"flops_per_second": pace, "bytes_per_second": bandwidth}
-        seconds = ", ".join(f"{timing.seconds:.2f} s for {timing.tokens:,} tokens" for timing in timings)
-        say(f"{method:<6} {seconds}: {pace / 1e9:,.0f} GFLOP/s")
-    known, key = _read(), _key(hardware, dtype)
-    before = known[key].methods if key in known else {}
-    today, threads = time.strftime("%Y-%m-%d"), torch.get_num_threads()
-    known[key] = _Machine({**before, **results}, today, threads, str(torch.__version__))
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    machines = {name: dataclasses.asdict(machine) for name, machine in known.items()}
-    write_json(cache_folder() / FILE, {"schema": SCHEMA, "machines": machines})
-    return results
-
-
-def solve(timings: Sequence[Timing]) -> tuple[float, float | None]:
-    """(F, B) that solve  seconds = flops / F + bytes / B  for both timings.
-
-    Where no positive B solves this, the traffic of the weights is hidden: B is None, and the larger batch gives F.
-    """
-    small, large = timings[0], timings[-1]
-    determinant = small.flops * large.traffic_bytes - large.flops * small.traffic_bytes
-    if determinant:
-        per_flop = (small.seconds * large.traffic_bytes - large.seconds * small.traffic_bytes) / determinant
-        per_byte = (small.flops * large.seconds - large.flops * small.seconds) / determinant
-        if per_flop > 0 and per_byte > 0:
-            return 1 / per_flop, 1 / per_byte
-    return large.flops / large.seconds, None
-
-
-def _time(method: str, rows: int, device_type: str, dtype: str) -> Timing:
-    """Real steps of a small random Llama, with the parts that `rankwise train` makes faster."""
-    shape = _shape(device_type)
-    workload = Workload(
-        batch_size=rows,
-        max_length=shape["tokens"],
-        r=RANK,
-        dtype=dtype,  # type: ignore[arg-type]
-        device_type="cuda" if device_type == "cuda" else "cpu",
-    )
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": VOCABULARY,
-        "hidden_size": shape["hidden_size"],
-        "intermediate_size": shape["intermediate_size"],
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "tie_word_embeddings": False,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder, "config.json"), config)
-        measured = measure(folder, method, workload)
-    facts, trained, total = facts_of(config), measured.trainable_parameters, measured.total_parameters
-    # The first step also warms up.
-    seconds = min(measured.step_seconds[1:])
-    flops = flops_per_token(method, facts, total, trained, workload)
-    own = MemoryEstimate(method, 0, {}, trained, total, 0.0)
-    return Timing(workload.tokens, workload.tokens * flops, traffic_bytes(own, facts, workload), seconds)
-
-
-def _shape(device_type: str) -> JsonObject:
-    return SHAPES["cuda" if device_type == "cuda" else "cpu"]
-
-
-def _key(hardware: Hardware, dtype: str) -> str:
-    return f"{hardware.name}, {dtype}"
-
-
-def _read() -> dict[str, _Machine]:
-    path = cache_folder() / FILE
-    try:
-        content = read_json(path)
-        if content["schema"] != SCHEMA:
-            return {}
-        machines = {name: checked(_Machine, machine) for name, machine in dict(content["machines"]).items()}
-        for machine in machines.values():
-            for rates in machine.methods.values():
-                checked(_Rates, rates)
-        return machines
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = reason_of(error)
-        warn("RW144", f"{path} cannot be read ({reason}), so its timings are ignored; --calibrate writes it again.")
-        return {}
 
 
 def main() -> None:

@@ -4,20 +4,25 @@
 
 N weights that multiply each token, of which H in the output head; W weights that a micro-batch reads; P trained
 parameters of the adapter; L layers of width h; S tokens a row, T tokens a micro-batch; V vocabulary; E experts, of
-which e process each token. The facts of a model come from config.json or a GGUF header. Imports no torch.
+which e process each token. The facts of a model come from config.json or a GGUF header. Imports torch only to measure.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 from typing import TYPE_CHECKING
 
 from rankwise.config import DORA, FOUR_BITS
-from rankwise.foreign import Fields
+from rankwise.disk import cache_folder
+from rankwise.foreign import Fields, read_json
 from rankwise.labels import Labels
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
@@ -25,6 +30,7 @@ from rankwise.models.load import config_table_rows
 from rankwise.models.source import ModelSource
 from rankwise.planning.hardware import Hardware, find_card, of_card
 from rankwise.planning.workload import Workload
+from rankwise.records import write_json
 
 if TYPE_CHECKING:
     from rankwise.planning.extend import MemoryEstimate
@@ -221,10 +227,10 @@ def _number(config: Fields, names: tuple[str, ...]) -> int:
 # Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2).
 ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
-# Conservative: `rankwise plan --calibrate` measured 111 to 303 GFLOP/s for one core with bfloat16 instructions
-# (docs/plan.md); LoRA's steps with AVX2 reach 44 GFLOP/s per core (benchmarks/results/steps.md).
-ASSUMED_CPU_FLOPS_PER_CORE = {"bfloat16": 100e9, "float16": 40e9, "float32": 40e9}
-ASSUMED_CPU = {"bfloat16": "a Zen 4", "float16": "an AMD EPYC with AVX2", "float32": "an AMD EPYC with AVX2"}
+# A LoRA step takes about twice the time of its frozen products (benchmarks/results/steps.md).
+STEP_SHARE = 0.5
+# The product by which a processor is measured, (T, K) x (K, N), repeated for this time.
+PRODUCT, PRODUCT_SECONDS, LEAST_PRODUCTS = (512, 1024, 1024), 0.25, 20
 # PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
 HOST_LINK_BYTES_PER_SECOND = 20e9
 # The card whose figures replace those of an unknown device where only ratios of times are needed.
@@ -253,17 +259,11 @@ class Pace:
 
     flops_per_second: float
     bytes_per_second: float | None
-    measured: bool
     basis: str
-
-    def divided(self, processes: int) -> Pace:
-        """The speed of one of several processes that share the device."""
-        bandwidth = None if self.bytes_per_second is None else self.bytes_per_second / processes
-        return dataclasses.replace(self, flops_per_second=self.flops_per_second / processes, bytes_per_second=bandwidth)
 
 
 def assumed_pace(hardware: Hardware, dtype: str) -> Pace | None:
-    """The speed as a share of a data sheet, or of a measured CPU core; None where no figure is known.
+    """The speed as a share of a data sheet; None where no figure is known.
 
     A device without instructions for bfloat16 computes it at the pace of float32.
     """
@@ -274,16 +274,48 @@ def assumed_pace(hardware: Hardware, dtype: str) -> Pace | None:
         return Pace(
             ASSUMED_EFFICIENCY * peak,
             None if bandwidth is None else ASSUMED_BANDWIDTH_SHARE * bandwidth,
-            False,
             f"assumed: {100 * ASSUMED_EFFICIENCY:.0f} % of the data sheet's {peak / 1e12:,.0f} TFLOP/s in "
             f"{'float32' if computed == 'float32' else '16 bits'}, "
             "as in training Llama 3 (arXiv 2407.21783, section 3.3.2)",
         )
-    if hardware.device_type == "cpu" and hardware.cores:
-        per_core = ASSUMED_CPU_FLOPS_PER_CORE[computed]
-        basis = f"assumed: {per_core / 1e9:.0f} GFLOP/s for each of {hardware.cores} cores, as on"
-        return Pace(per_core * hardware.cores, None, False, f"{basis} {ASSUMED_CPU[computed]}; --calibrate measures it")
     return None
+
+
+def pace_of(hardware: Hardware, dtype: str) -> Pace | None:
+    """One process's speed on the device: of this machine's processor as measured, else assumed."""
+    if hardware.device_type != "cpu":
+        return assumed_pace(hardware, dtype)
+    flops = STEP_SHARE * measured_flops(hardware, dtype)
+    basis = f"half of a product's speed on this machine: {flops / 1e9:,.0f} GFLOP/s"
+    return Pace(flops / hardware.sharers, None, basis)
+
+
+def measured_flops(hardware: Hardware, dtype: str) -> float:
+    """FLOP/s of a product with a frozen weight on this processor. Kept for plans that need no torch besides."""
+    file, key = cache_folder() / "machine.json", f"{hardware.name}, {hardware.cores} cores, {dtype}"
+    try:
+        known = read_json(file)
+    except (OSError, ValueError):
+        known = {}
+    if "torch" not in sys.modules and key in known:
+        return float(known[key])
+    import torch
+
+    from rankwise.ops.branch import linear_out
+
+    T, K, N = PRODUCT
+    x, weight, out = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((T, K), (N, K), (T, N)))
+    seconds = [math.inf]
+    # The first product packs the weight, and other programs may take most of the time.
+    while sum(seconds[2:]) < PRODUCT_SECONDS or len(seconds) < LEAST_PRODUCTS:
+        begun = time.perf_counter()
+        linear_out(x, weight, out)
+        seconds.append(time.perf_counter() - begun)
+    known[key] = 2 * T * K * N / min(seconds)
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, known)
+    return float(known[key])
 
 
 def flops_per_token(method: str, facts: ModelFacts, frozen: int, trained: int, workload: Workload) -> float:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -24,7 +22,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from rankwise.acceleration import (
     LossOptions,
-    MovedOnce,
     flattening_obstacle,
     fused_head,
     give_back_freed_memory,
@@ -39,7 +36,7 @@ from rankwise.acceleration.generation import (
     drawn,
 )
 from rankwise.acceleration.labels import losses
-from rankwise.acceleration.memory import KEPT_SAVES, LEAST_BYTES
+from rankwise.acceleration.loss import scored_positions
 from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
 from rankwise.acceleration.sharding import average_gradients
 from rankwise.adapters.select import with_heads
@@ -50,7 +47,6 @@ from rankwise.compat.torch import (
     own_buffers,
     own_parameters,
     own_part,
-    storage_address,
 )
 from rankwise.compat.transformers import attention_of, kept_in_float32
 from rankwise.config import DORA, FOUR_BITS
@@ -61,7 +57,6 @@ from rankwise.ops.selection import as_autocast
 from rankwise.planning.workload import Workload, rule_of, state_bytes
 
 Enter = Callable[[str], None]
-Elsewhere = Callable[[], AbstractContextManager[None]]
 CARD_ATTENTION = "rankwise_card"
 # A phase whose memory no run takes.
 UNCOUNTED = "uncounted"
@@ -233,7 +228,9 @@ class Batch:
     labels: Tensor
     # (P,): what is scored, the same in each row.
     positions: Tensor
-    label_smoothing: float = 0.0
+    label_smoothing: float
+    # Whether the loss is one of each token's log-probability.
+    of_log_probs: bool
 
 
 def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: bool = False) -> Batch:
@@ -249,9 +246,10 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
     if workload.labels:
         labels = torch.zeros(B, dtype=torch.long, device=device)
     positions = torch.arange(P, device=device)
+    loss = workload.label_smoothing, workload.objective in ("dpo", "kto", "grpo")
     if not flat:
         mask[-1, -1] = int(B == 1)
-        return Batch({"input_ids": ids, "attention_mask": mask}, labels, positions, workload.label_smoothing)
+        return Batch({"input_ids": ids, "attention_mask": mask}, labels, positions, *loss)
     labels[:, 0] = IGNORED
     starts = torch.arange(B, device=device)[:, None] * L
     bounds = torch.arange(0, B * L + 1, L, dtype=torch.int32, device=device)
@@ -263,7 +261,7 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
         "max_length_q": L,
         "max_length_k": L,
     }
-    return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1), workload.label_smoothing)
+    return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1), *loss)
 
 
 def true_counts(workload: Workload) -> dict[int, int]:
@@ -316,7 +314,12 @@ def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Ten
             logits = model(**batch.inputs).logits.float()
             return losses(logits, batch.labels, SINGLE).mean()
         if fused_head(model) is not None:
-            options = LossOptions(label_smoothing=batch.label_smoothing, want_stats=True)
+            options = LossOptions(
+                batch.label_smoothing,
+                want_stats=True,
+                want_log_probs=batch.of_log_probs,
+                scored=scored_positions(batch.labels),
+            )
             given = {"labels": batch.labels, "use_cache": False, "loss_options": options}
             return model(**batch.inputs, **given).loss
         logits = _logits(model, batch)
@@ -410,51 +413,6 @@ class CountedOptimizer(torch.optim.Optimizer):
         size, _ = state_bytes(self.name, [(tuple(own_part(parameter).shape), parameter.element_size())])
         if size and not self.state[parameter]:
             self.state[parameter]["bytes"] = torch.empty(size, dtype=torch.uint8)
-
-
-# --- activation offloading ---
-
-
-class Offloading:
-    """What activation offloading holds on the card: parameters, and the last few tensors while they are copied."""
-
-    def __init__(self, elsewhere: Elsewhere, model: nn.Module) -> None:
-        self.elsewhere = elsewhere
-        self.parameters = {storage_address(p.untyped_storage()) for p in model.parameters()}
-        self.saves = itertools.count(1)
-        # {number of a save: its tensor}
-        self.waiting: dict[int, Tensor] = {}
-
-    def pack(self, tensor: Tensor) -> tuple[int, Tensor]:
-        """(0, the tensor), or the number of the save and the copy in the host's memory."""
-        is_parameter = storage_address(tensor.untyped_storage()) in self.parameters
-        if is_parameter or tensor.nbytes < LEAST_BYTES or 0 in tensor.stride():
-            return 0, tensor
-        number = next(self.saves)
-        self.waiting = {save: held for save, held in self.waiting.items() if save > number - KEPT_SAVES}
-        whole = tensor.is_contiguous() and not tensor.storage_offset()
-        self.waiting[number] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-        with self.elsewhere():
-            return number, tensor.clone()
-
-    def unpack(self, packed: tuple[int, Tensor]) -> Tensor:
-        number, tensor = packed
-        if not number:
-            return tensor
-        if number in self.waiting:
-            return self.waiting[number]
-        self.waiting.clear()
-        return tensor.clone()
-
-
-@contextmanager
-def offloaded(elsewhere: Elsewhere, model: nn.Module) -> Iterator[None]:
-    """Within this, a step's saved tensors are offloaded as a run does it. New storages within ``elsewhere`` are in the
-    host's memory."""
-    held = Offloading(elsewhere, model)
-    once = MovedOnce(held.pack, held.unpack)
-    with saved_tensors_hooks(once.pack, once.unpack):
-        yield
 
 
 # --- generation ---

@@ -6,7 +6,6 @@ It needs neither weights nor a GPU. The trace runs on the CPU, since a CPU build
 
 from __future__ import annotations
 
-import gc
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankwise.acceleration import offloaded
 from rankwise.acceleration.sharding import shard
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import is_linear
@@ -31,6 +31,7 @@ from rankwise.ops import selection
 from rankwise.ops.cpu import products
 from rankwise.ops.cpu.four_bit import is_kept
 from rankwise.ops.kept import copies_of
+from rankwise.planning.extend import uncollected
 from rankwise.planning.hardware import in_blocks
 from rankwise.planning.step import (
     UNCOUNTED,
@@ -41,7 +42,6 @@ from rankwise.planning.step import (
     make_state,
     materialize,
     new_optimizer,
-    offloaded,
     prepare,
     take_step,
     true_counts,
@@ -160,7 +160,7 @@ class Traced:
                     torch.cat([grad.flatten().float() for grad in grads])
 
         offloading = workload.activation_offloading
-        with offloaded(tracker.elsewhere, self.model) if offloading else nullcontext():
+        with offloaded(self.model, tracker.elsewhere) if offloading else nullcontext():
             take_step(self.model, self.optimizer, batch, enter, autocast_dtype(self.method, workload))
 
     @contextmanager
@@ -175,23 +175,26 @@ class Traced:
             shards_seen(self.tracker.resized, self.tracker.elsewhere) if sharded else nullcontext()
         )
         states = torch.random.fork_rng(devices=[])
-        with _explaining(self.model), _quietly(), states, self._mode, way, masks, gathering, self.tracker:
+        with (
+            _explaining(self.model),
+            _quietly(),
+            uncollected(),
+            states,
+            self._mode,
+            way,
+            masks,
+            gathering,
+            self.tracker,
+        ):
             yield
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without warnings, which the run itself gives, and without collections of garbage, which would free a model's
-    cycles at any time and take half of a trace's."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if collects:
-            gc.enable()
+    """Without warnings, which the run itself gives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _mark_layers(layers: Any, tracker: StorageTracker) -> None:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -324,27 +324,43 @@ VIEWS = frozenset(
 )
 # Operations that return their first argument.
 IN_PLACE = frozenset(
-    {_aten.add_.Tensor, _aten.addmm_.default, _aten.copy_.default, _aten.mul_.Tensor, _aten.zero_.default}
+    {
+        _aten.add_.Tensor,
+        _aten.addcdiv_.default,
+        _aten.addcmul_.default,
+        _aten.addmm_.default,
+        _aten.copy_.default,
+        _aten.lerp_.Scalar,
+        _aten.mul_.Tensor,
+        _aten.zero_.default,
+    }
 )
 # Operations whose results have storages of their own, as those of all rankwise operators have.
 NEW = frozenset(
     {
         to_copy.default,
         _aten.add.Tensor,
+        _aten.all.default,
         _aten.cat.default,
         _aten.clamp_min.default,
         _aten.clone.default,
+        _aten.div.Scalar,
         _aten.div.Tensor,
         _aten.empty.memory_format,
         _aten.empty_like.default,
         _aten.eq.Scalar,
         _aten.linalg_vector_norm.default,
+        _aten.mean.dim,
         _aten.mm.default,
+        _aten.mul.Scalar,
         _aten.mul.Tensor,
+        _aten.neg.default,
         _aten.new_empty.default,
         _aten.ones.default,
         _aten.pow.Tensor_Scalar,
+        _aten.rsqrt.default,
         _aten.scalar_tensor.default,
+        _aten.slice_backward.default,
         _aten.sqrt.default,
         _aten.sum.dim_IntList,
         _aten.where.self,
@@ -365,10 +381,10 @@ class _Made:
 
 
 class QuickFakes:
-    """Caches results (shapes, strides, dtypes) under a key of their arguments (the same facts, and numbers)."""
+    """Caches results (shapes, strides, dtypes) under a key of their arguments (the same facts, and numbers), for all
+    traces of the process."""
 
-    def __init__(self) -> None:
-        self._seen: dict[tuple[object, ...], _Made | None] = {}
+    _seen: ClassVar[dict[tuple[object, ...], _Made | None]] = {}
 
     def __call__(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
         """The result, or NotImplemented where the fake mode must compute it."""

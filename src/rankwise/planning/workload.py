@@ -43,9 +43,7 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
 
     model: Annotated[
         str | None,
-        _model(
-            "Hub id, folder, .gguf file, or `demo`; its weights are not read (--calibrate needs none).", metavar="M"
-        ),
+        _model("Hub id, folder, .gguf file, or `demo`; its weights are not read.", metavar="M"),
     ] = None
     method: Annotated[Names, _model("lora, qlora, dora, qdora or full; several with commas; or all.")] = (ALL,)
     objective: Annotated[
@@ -76,13 +74,12 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     ] = 1.0
     rows: Annotated[
         Count | None,
-        option(Panel.TRAINING, "Number of rows of training data; the plan then gives the hours of the whole run."),
+        option(Panel.TRAINING, "Number of rows of training data; the plan then gives the time of the whole run."),
     ] = None
 
     check: Annotated[
         bool, _sure("Run three real steps here, on random weights, and compare measured and predicted memory.")
     ] = False
-    calibrate: Annotated[bool, _sure("Time real steps on this machine and remember its speed.")] = False
     svg: Annotated[Path | None, _file("Write the bars of memory as an SVG file.")] = None
     save: Annotated[Path | None, _file("Write the recommended settings for `rankwise train --config`.")] = None
 
@@ -131,8 +128,8 @@ class Workload(StepOptions):
     flash: bool = True
     # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
     trained_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # Number of sequences in a row: 2 for a pair of answers.
-    sides: Batch = 1
+    # With dpo a row is a pair of answers, two sequences.
+    objective: Objective = "sft"
     # Whether the batch saves nothing for a backward pass, as in an evaluation.
     evaluation: bool = False
     # Whether gradients of earlier micro-batches of the step are there already.
@@ -153,7 +150,7 @@ class Workload(StepOptions):
     @property
     def sequences(self) -> int:
         """The number of sequences of a micro-batch on one device."""
-        return self.batch_size * self.sides
+        return self.batch_size * (2 if self.objective == "dpo" else 1)
 
     @property
     def tokens(self) -> int:
@@ -175,11 +172,6 @@ class Workload(StepOptions):
         """The number of scored positions: at most all but the last of each row."""
         positions = max(1, min(self.max_length - 1, round(self.max_length * self.trained_share)))
         return self.sequences * positions
-
-
-def sides_of(objective: str) -> int:
-    """The number of sequences that a step makes of each row."""
-    return 2 if objective == "dpo" else 1
 
 
 def written_of(objective: str, answers: int, generations: int | None, device_type: DeviceType) -> dict[str, int]:
@@ -218,7 +210,6 @@ def workload_of(settings: Fields, hardware: Hardware) -> Workload:
         "strategy": (settings.get("strategy") or "ddp") if devices > 1 else "single",
         "dtype": hardware.dtype if settings["dtype"] == "auto" else settings["dtype"],
         "device_type": kind,
-        "sides": sides_of(objective),
         "accumulates": settings["gradient_accumulation"] > 1,
         "labels": settings.get("labels") or (PLANNED_LABELS if objective == "classify" else 0),
         **written_of(objective, answers, settings.get("num_generations"), kind),
