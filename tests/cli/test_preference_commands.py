@@ -57,7 +57,7 @@ def test_a_plan_counts_two_sequences_a_pair(model_folder: Path, rankwise: Callab
         command = ["plan", "--model", model_folder, "--method", "lora", "--memory", "2GB", "--max-length", 256]
         return rankwise(*command, *options, "--json").document["methods"]["lora"]["peak_bytes"]
 
-    assert peak("--objective", "dpo", "--batch-size", 4) == peak("--batch-size", 8)
+    assert peak("--objective", "dpo", "--batch-size", 4) == pytest.approx(peak("--batch-size", 8), rel=0.02)
     assert peak("--objective", "dpo", "--batch-size", 4) > peak("--batch-size", 4)
 
 

@@ -71,7 +71,7 @@ def test_a_resumed_run_takes_no_python_file_from_its_folder(train, rankwise, tmp
     refused = rankwise(*resume)
     assert refused.code == 2
     assert "RW770" in refused.stderr
-    assert "give it again" in refused.stderr
+    assert "pass it again" in refused.stderr
     done = rankwise(*resume, *given)
     assert done.code == 0, done.stderr
     assert load_record(tmp_path / "run").steps == 3

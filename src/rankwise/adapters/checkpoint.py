@@ -355,11 +355,9 @@ def _with_parts(config: LoraConfig, metadata: Mapping[str, str]) -> LoraConfig:
     """The inverse of ``_as_one_lora``, by the file's metadata. Raises AdapterError (RW409)."""
     if metadata.get(INIT_KEY) == "loftq":
         config = dataclasses.replace(config, init_lora_weights="loftq")
-    if MERGE_KEY not in metadata and PARTS_KEY not in metadata:
-        return config
     try:
-        stored = parse_json(metadata.get(PARTS_KEY, "{}"))
-        fields = {name: stored[name] for name in PARTS_FIELDS if name in stored}
+        stored = parse_json(metadata[PARTS_KEY]) if PARTS_KEY in metadata else None
+        fields = {name: stored[name] for name in PARTS_FIELDS} if stored is not None else {}
         fields["for_merge"] = metadata.get(MERGE_KEY)
         return dataclasses.replace(config, **fields)
     except (ValueError, KeyError, TypeError, ConfigError) as error:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import gc
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ from rankwise.models.device import cpu_flags
 from rankwise.models.source import fetch_model
 from rankwise.planning import hardware
 from rankwise.planning.speed import PlannedModel, Stored, read_model
-from rankwise.planning.workload import DTYPE_BYTES, PLANNED, Workload, rule_of
+from rankwise.planning.workload import DTYPE_BYTES, PLANNED, Workload, rule_of, uncollected
 from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
 
@@ -615,18 +614,6 @@ def _hash_of(model: PlannedModel) -> str:
         [code, sorted(flag for flag in cpu_flags() if flag.startswith("avx"))],
     ]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without collections of garbage, which would free a model's cycles in mid-trace and take an eighth of a plan."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 @contextmanager

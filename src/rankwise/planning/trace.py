@@ -31,7 +31,6 @@ from rankwise.ops import selection
 from rankwise.ops.cpu import products
 from rankwise.ops.cpu.four_bit import is_kept
 from rankwise.ops.kept import copies_of
-from rankwise.planning.extend import uncollected
 from rankwise.planning.hardware import in_blocks
 from rankwise.planning.step import (
     UNCOUNTED,
@@ -49,7 +48,7 @@ from rankwise.planning.step import (
     write_a_token,
 )
 from rankwise.planning.tracker import Args, Kwargs, Place, StorageTracker, Terms
-from rankwise.planning.workload import Workload, state_bytes
+from rankwise.planning.workload import Workload, state_bytes, uncollected
 from rankwise.quantization.experts import four_bit_stacks
 from rankwise.quantization.linear import features
 from rankwise.quantization.targets import four_bit_layers, four_bit_modules

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -378,3 +380,15 @@ def state_bytes(optimizer: str, shapes: Iterable[tuple[Shape, int]]) -> tuple[in
         else:
             here += size
     return here, elsewhere
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without collections of garbage, which would free a model's cycles in mid-trace and take an eighth of a plan."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
