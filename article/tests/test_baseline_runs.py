@@ -73,20 +73,12 @@ def test_options_that_it_does_not_use_are_said(given: dict[str, Any], tmp_path: 
         train(TrainSettings.model_validate({**given, **changes}))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_they_are_compared_on_a_task(given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = {name: value for name, value in given.items() if name not in ("device", "learning_rate")}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += [
-        "--methods",
-        "lora,prefix,bottleneck",
-        "--learning-rates",
-        "1e-2",
-        "--seeds",
-        "1",
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    others = f"--methods lora,prefix,bottleneck --learning-rates 1e-2 --seeds 1 --output {tmp_path / 'out'}"
+    words += others.split()
     (tmp_path / "e2e.csv").write_text("mr,ref\nname[A],A is a pub.\n")
     words += ["--task", "e2e", "--task-data", f"e2e={tmp_path / 'e2e.csv'}"]
     assert main(["compare", *words]) == 0

@@ -68,7 +68,7 @@ def test_metrics_that_lacked_java_are_computed_once_it_is_there(model: Path, tmp
         assert len(asked) == calls
 
 
-@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_results_depend_neither_on_batches_nor_on_order(model: Path, tmp_path: Path, beams: int):
     lines = E2E.splitlines(keepends=True)
     (tmp_path / "a.csv").write_text(E2E)
