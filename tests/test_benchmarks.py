@@ -73,9 +73,6 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(timing, "in_fresh_process", run)
 
 
-# --- what is counted ---
-
-
 def test_saved_bytes_are_the_storages_that_autograd_keeps() -> None:
     layer = nn.Linear(8, 16, bias=False)
     x = torch.randn(4, 8)

@@ -98,8 +98,8 @@ def test_margins_of_marked_answers_are_those_of_the_trainers_evaluation(
     job = {"folder": str(run), "model": str(model_folder), "cache": str(tmp_path / "cache"), "method": "lora"}
     job |= {"dtype": "float32", "device": "cpu", "trust_remote_code": False, "revision": None, "eval_data": str(data)}
     job |= {"objective": "kto", "beta": None, "prompt_column": None, "completion_column": None, "max_length": 64}
-    job |= {"chat_template": None, "merged_check": False, "tasks": [], "task_data": [], "task_limit": None}
-    measure({**job, "retain": None})
+    job |= dict.fromkeys(("chat_template", "merged_check", "task_limit", "retain")) | {"tasks": [], "task_data": []}
+    measure(job)
     place = run / "evaluation" / "preference"
     found = json.loads((place / "result.json").read_text())["metrics"]
     scores = [json.loads(line)["scores"] for line in (place / "predictions.jsonl").read_text().splitlines()]

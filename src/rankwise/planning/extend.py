@@ -471,7 +471,7 @@ def assembled(method: str, workload: Workload, found: Found) -> MemoryEstimate:
 
 
 def error_bytes(peak_bytes: int, device_type: str) -> int:
-    """Half the printed interval. Whole runs on a CPU lie inside (`benchmarks/memory_plan.py --runs`)."""
+    """Half the printed interval. Whole runs on a CPU lie inside (`benchmarks/memory_plan.py`)."""
     return round(ERROR * peak_bytes) + (CPU_PROCESS_ERROR_BYTES if device_type == "cpu" else 0)
 
 
