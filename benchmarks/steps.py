@@ -33,7 +33,7 @@ from rankwise.records import write_json
 from rankwise.training.watch import MemoryMeter
 
 ROWS = (("lora", 0.0), ("dora", 0.0), ("qlora", 0.0), ("qdora", 0.0), ("lora", 0.05), ("dora", 0.05))
-# Of issue 4, by method and dropout; "of our LoRA" compares steps of one process.
+# Goals by method and dropout; "of our LoRA" compares steps of one process.
 GOALS: dict[tuple[str, float], dict[str, float]] = {
     ("lora", 0.0): {"floor": 1.35, "faster": 1.55, "saved": 0.60, "memory": 0.85},
     ("dora", 0.0): {"floor": 1.40, "of our LoRA": 1.04, "faster": 1.75, "saved": 0.40, "memory": 0.75},
