@@ -194,7 +194,7 @@ def _from_table(path: Path, text: str, column: re.Pattern[str]) -> Texts:
     if wrong:
         raise DataError(
             "RA231",
-            f"{path}: line {some_of(map(str, wrong), 3)} has another number of columns than the {width} of the first; "
+            f"{path}: line {some_of(map(str, wrong), 3)} has other than the {width} columns of the first; "
             "look for a tab, comma or quote too many.",
         )
     body = rows[start:]

@@ -128,7 +128,7 @@ def _make_commonsense(name: str, settings: EvaluateSettings, options: Commonsens
             return harness_task(name, given, original_data(name, data, Path(folder)))
     rows = instructions_in(name, data) if data is not None else None
     if rows is None:
-        place = "no data were given" if data is None else f"{data} is in another form"
+        place = "no data were given" if data is None else f"{data} is in a different form"
         raise ConfigError(
             "RW150",
             f"--task {name} --set protocol=generative needs the rows of LLM-Adapters (instruction, output, answer), "

@@ -117,7 +117,7 @@ def _run(block: Any, torchs: Callable[..., Any], function: Callable[..., Any], h
     out = _RunAgain.apply(lambda x: function(x, *args), [place], state, hidden, *trained)
     if out is not None:
         return out
-    # The block returns more than one tensor, or one of another shape.
+    # The block returns more than one tensor, or one of a different shape.
     del block.__dict__["rankwise_place"]
     with state.restored():
         return torchs(function, hidden, *args)

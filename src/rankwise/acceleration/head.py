@@ -77,7 +77,7 @@ def losing_head(model: nn.Module, head: Head) -> Head | None:
 def current_head(model: nn.Module) -> Head | None:
     """The current head, since adapters, merging and resizing replace the module.
 
-    None where the fused loss no longer equals the model's, because the model has another loss function or its head has
+    None where the fused loss no longer equals the model's, as the model has a different loss function or its head has
     a hook.
     """
     state = model.__dict__.get(ATTRIBUTE, {})

@@ -239,7 +239,7 @@ def _rope_agrees(original: Callable[..., tuple[Tensor, Tensor]], like: Tensor) -
     cos, sin = (half.repeat(1, 1, 2) for half in angles)
     try:
         expected = original(q, k, cos, sin)
-    except Exception:  # noqa: BLE001  a function with another interface is not replaced
+    except Exception:  # noqa: BLE001  a function with a different interface is not replaced
         return False
     found = FastRope(original)(q, k, cos, sin)
     pairs = list(zip(found, expected)) if isinstance(expected, tuple) and len(expected) == 2 else []

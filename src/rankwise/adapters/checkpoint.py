@@ -83,7 +83,7 @@ class AdapterFile:
     config: LoraConfig
     planned: list[AdaptedModule]
     tensors: dict[str, Tensor]
-    # Whether it changes the vocabulary: by rows for new tokens, or by an embedding and a head of another size.
+    # Whether it changes the vocabulary: by rows for new tokens, or by an embedding and a head of a different size.
     has_new_tokens: bool = False
 
 

@@ -337,7 +337,7 @@ def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
     This is PEFT's ``adapter_names``, also for DoRA. In ``generate``, repeated rows (beams, several answers) keep the
     adapter of their prompt. Raises AdapterError: RW407 for an unknown name, RW408 while an adapter is merged, RW624 for
-    an adapter that changes more than layers; in the model's forward, RW625 for another number of rows.
+    an adapter that changes more than layers; in the model's forward, RW625 for a different number of rows.
     """
     state = adapter_state(model)
     for name in {*names} - {BASE_ROW}:

@@ -28,7 +28,7 @@ RUN = ("status", "method", "seed", "steps", "kept_step", "initial_eval_loss", "e
 
 
 def run(settings: InspectSettings, output: Output) -> Document:
-    """Raises RunError (RW560) for a folder of another kind."""
+    """Raises RunError (RW560) for a folder of a different kind."""
     folder, is_run = settings.folder, (settings.folder / RUN_FILE).is_file()
     found: JsonObject = {"folder": str(folder), "kind": "run"}
     if (folder / "adapter_config.json").is_file():

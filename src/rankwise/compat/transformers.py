@@ -114,7 +114,7 @@ def is_converted(name: str, patterns: Sequence[str]) -> bool:
 
 
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
-    """{pattern: dtype} of the weights that loading a model in ``dtype`` converts to another dtype."""
+    """{pattern: dtype} of the weights that loading a model in ``dtype`` converts to a different dtype."""
     return model._get_dtype_plan(dtype)
 
 

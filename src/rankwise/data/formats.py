@@ -86,7 +86,7 @@ def is_number(value: object) -> TypeGuard[int | float | Decimal]:
 
 
 def text_field(record: Record, column: str) -> str:
-    """The column's text; a number is taken as its digits. Raises BadRow for blank text or another type."""
+    """The column's text; a number is taken as its digits. Raises BadRow for blank text or a different type."""
     value = record.get(column)
     if is_number(value):
         return str(value)
@@ -398,7 +398,7 @@ def _convert(
             if layout is not None:
                 fields = layout.fields(record)
                 if layout.kind == "prompt" and layout.uses_template:
-                    # In a row with a prompt, a column of this name may have another meaning.
+                    # In a row with a prompt, a column of this name may have a different meaning.
                     with contextlib.suppress(BadRow):
                         fields["tools"] = tools_of(record)
                 if (worse := fields.pop("rejected", None)) is not None and "tools" in fields:
@@ -424,7 +424,7 @@ def _tell_of_numbers(records: Sequence[Record | BadRow], source: str, layout: Fo
 def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: Format, *, named: bool) -> None:
     """Warn of columns that are not read and hold text. Numbers, single words and truth values count as notes.
 
-    Rows of another layout are reported as bad rows instead.
+    Rows of a different layout are reported as bad rows instead.
     """
     read = {*layout.columns, *layout.marks, *layout.optional, *(("tools",) if layout.uses_template else ())}
     counts = Counter(

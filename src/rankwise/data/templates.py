@@ -183,7 +183,7 @@ class ChatRenderer:
         if not behind:
             raise DataError(
                 "RW212",
-                "the chat template leaves the assistant's text out (those of vision models want another form of "
+                "the chat template leaves the assistant's text out (those of vision models want a different form of "
                 "message); give one for plain text by --chat-template FILE.",
             )
         runs = list(map(self._first_specials, behind))
@@ -262,7 +262,7 @@ class ChatRenderer:
             if span is None:
                 start = len(self._before(text, messages, tools, index))
                 span = start, len(text) if is_last else self._turn_border(text, start, messages, tools, index)
-                # With another number of stop tokens the first of them would not end the answer.
+                # With a different number of stop tokens the first of them would not end the answer.
                 if self.stop is not None and text.count(self.stop, *span) == 1:
                     headers[kind] = _header(text, messages, index, start)
             spans.append(span)

@@ -133,7 +133,7 @@ def gguf_pairs(model: PreTrainedModel, names: GgufNames, pairs: Pairs) -> dict[s
 
 def check_base(base: Path, names: GgufNames, pairs: Pairs) -> GgufHeader:
     """Check the pairs against the GGUF of their base. Raises ModelError: RW310 for a damaged file, RW743 for another
-    architecture or a tensor that is missing or has another shape."""
+    architecture or a tensor that is missing or has a different shape."""
     header = read_gguf_header(base)
     found = header.metadata["general.architecture"]
     if found != names.architecture:

@@ -173,7 +173,7 @@ def base_source(
 def stored_quantization(source: ModelSource) -> FourBitConfig | None:
     """The format of a base whose files hold 4-bit weights (bitsandbytes'); None for one with dense weights.
 
-    Raises ModelError (RW309) for weights that are quantized in another way.
+    Raises ModelError (RW309) for weights that are quantized in a different way.
     """
     if (method := foreign_quantization(source)) is not None:
         raise ModelError(

@@ -22,7 +22,7 @@ def llama_cpp(job: Document) -> Document:
     import xllamacpp
 
     found: Document = {"version": f"llama.cpp by xllamacpp {xllamacpp.__version__}"}
-    # A server for each: one that is asked with another scale of the adapter may keep a prompt's state.
+    # A server for each: one that is asked with a different scale of the adapter may keep a prompt's state.
     for name in ("base", "adapted") if job["adapter"] else ("base",):
         params = xllamacpp.CommonParams()
         params.model.path = job["model"]

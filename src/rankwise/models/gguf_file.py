@@ -195,7 +195,7 @@ SETTINGS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
-# Numbers of layers of the Gemmas whose scores have another scale, as llama.cpp tells them.
+# Numbers of layers of the Gemmas whose scores have a different scale, as llama.cpp tells them.
 LARGE_GEMMAS = {"gemma2": 46, "gemma3": 62}
 
 

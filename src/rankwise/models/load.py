@@ -242,7 +242,7 @@ def _quantization_arguments(
     """The quantization arguments for transformers. Raises ModelError (RW316) where a checkpoint's format excludes the
     requested one.
 
-    A bitsandbytes checkpoint loads into `Linear4bit` layers in its stored format, also if another 4-bit format is
+    A bitsandbytes checkpoint loads into `Linear4bit` layers in its stored format, also if a different 4-bit format is
     requested.
     """
     from rankwise.quantization.transformers_plugin import register
@@ -288,7 +288,7 @@ def _read_densely(path: Path, config: PreTrainedConfig, stored: Fields) -> Mappi
 
 
 def _warn_of_another_format(model: PreTrainedModel, path: Path, asked: FourBitConfig) -> None:
-    """Warn (RW324) where the stored layers have another format than requested. Checked on the layers, since config.json
+    """Warn (RW324) where stored layers have a format that was not requested. Checked on the layers, since config.json
     has no block size.
     """
     from rankwise.quantization.targets import four_bit_modules

@@ -133,7 +133,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absmax' = dynamic_map[codes] * nested_absmax + offset, with one nested_absmax per 256 blocks (QLoRA, section 3).
 
     Raises:
-        QuantizationError: RW606 another shape, RW605 another dtype.
+        QuantizationError: RW606 a different shape, RW605 a different dtype.
     """
     return _ops.quantize_absmax(absmax)
 
@@ -151,7 +151,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
     """y = x W'^T + b, with W' rounded to the dtype of x. x (..., K) -> y (..., N), in the dtype of x.
 
     Differentiable in x and bias; backward keeps the weight's tensors and no dense weight. Under autocast x is cast as
-    for ``functional.linear``. A bias of another dtype is cast to that of x.
+    for ``functional.linear``. A bias of a different dtype is cast to that of x.
 
     Raises:
         QuantizationError: RW605, RW615, and RW606 when x, bias and weight do not fit together.

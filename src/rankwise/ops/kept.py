@@ -1,10 +1,10 @@
 """Values that are computed from parameters and kept until these change: DoRA's norms, 16-bit copies of A and B.
 
-A tensor's version counter counts PyTorch's in-place operations, and a replaced tensor has another storage. Two kinds of
-writers bypass both. Optimizers with their own kernels (fused AdamW, bitsandbytes) are caught by the hook on every
-optimizer's step. Code that writes through ``parameter.data`` is caught on a CPU by comparing with a copy of the
-parameters (of rank size); on an accelerator the comparison would force a synchronisation, so such a write is noticed at
-the next optimizer step only. A write to a frozen base through ``.data`` is not noticed.
+A tensor's version counter counts PyTorch's in-place operations, and a replaced tensor has a different storage. Two
+kinds of writers bypass both. Optimizers with their own kernels (fused AdamW, bitsandbytes) are caught by the hook on
+every optimizer's step. Code that writes through ``parameter.data`` is caught on a CPU by comparing with a copy of the
+parameters (of rank size); on an accelerator the comparison would force a synchronisation, so such a write is noticed
+at the next optimizer step only. A write to a frozen base through ``.data`` is not noticed.
 """
 
 from __future__ import annotations

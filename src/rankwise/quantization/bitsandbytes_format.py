@@ -278,7 +278,7 @@ def _grouped(tensors: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, dict[s
     for name, sizes in groups.items():
         if name in tensors:
             sizes[""] = _stored_size(tensors[name][1])
-    # A tensor of another kind may be named absmax.
+    # A tensor of a different kind may be named absmax.
     return {
         name: sizes
         for name, sizes in groups.items()

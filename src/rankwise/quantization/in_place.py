@@ -65,7 +65,7 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
     trained on it, and ``save_pretrained`` writes bitsandbytes' format.
 
     Raises:
-        QuantizationError: RW603 for NaN or infinity in a weight, RW605 for a weight of another dtype, RW610 where
+        QuantizationError: RW603 for NaN or infinity in a weight, RW605 for a weight of a different dtype, RW610 where
             nothing can be quantized, or the model is quantized or has adapters, RW615 for another config. The model is
             then unchanged.
 

@@ -87,7 +87,7 @@ def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
 def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Compare every file with the manifest.
 
-    Raises RunError: RW512 for pickles, RW515 with every file that is missing, has another size or has changed.
+    Raises RunError: RW512 for pickles, RW515 with every file that is missing, has a different size or has changed.
     """
     check_no_pickles(checkpoint.path)
     problems = list(_damage(checkpoint))

@@ -348,7 +348,7 @@ def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
     ranks.check_alike(
         {
             **{f"the sha256 of the {name} data": part["sha256"] for name, part in described.items()},
-            # Another tokenizer makes another number of tokens of the same rows.
+            # Another tokenizer makes a different number of tokens of the same rows.
             **{f"the number of tokens of the {name} data": part["tokens"] for name, part in described.items()},
             **{f"the sha256 of the {key.removesuffix('_sha256').replace('_', ' ')}": others[key] for key in others},
             "the sha256 of the model": inputs.base["sha256"],

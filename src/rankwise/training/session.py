@@ -423,7 +423,7 @@ def check_reload(model: nn.Module, folder: Path, probe: dict[str, Tensor]) -> No
     """
     before, dtype = probe_logits(model, probe), adapter_config(model).adapter_dtype
     remove_adapter(model)
-    # In another dtype, the same numbers may give another sum.
+    # In a different dtype, the same numbers may give a different sum.
     load_adapter(model, folder, adapter_dtype=dtype)
     after = probe_logits(model, probe)
     difference = (before - after).abs().max().item()

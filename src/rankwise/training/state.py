@@ -32,7 +32,7 @@ def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     """Write ``state`` as ``folder/name.json`` and, where it holds tensors, ``folder/name.safetensors``.
 
     Tensors may have any device and layout; values and dtypes are kept exactly. Raises InternalError (RW590) for a value
-    of another type, with its place in the tree.
+    of a different type, with its place in the tree.
     """
     tensors: dict[str, Tensor] = {}
     document = _encode(state, tensors, name)

@@ -47,7 +47,7 @@ class Factor:
     @classmethod
     def of(cls, W: Tensor | PackedWeight) -> Factor | None:
         """A 4-bit W (N, K), a dense one or a transposed view of one; None where the native library cannot read it: not
-        on a CPU, of another dtype, or without dense rows."""
+        on a CPU, of a different dtype, or without dense rows."""
         if isinstance(W, PackedWeight):
             if not W.codes.is_cpu:
                 return None
