@@ -1,4 +1,4 @@
-"""Options of `rankwise train` that do not go together. Everything here follows from the settings alone."""
+"""Options of `rankwise train` that do not go together. Everything here follows from the settings."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def coded_errors(place: Path, then: str) -> Iterator[None]:
 def hold(folder: Path) -> Iterator[None]:
     """Let no other process write to ``folder``, which need not exist. Raises RunError (RW582) where one does.
 
-    The lock is an empty file beside the folder, so that the folder holds results alone. The operating system releases
+    The lock is an empty file beside the folder, so that the folder holds only results. The operating system releases
     the lock when the process dies. Where the parent cannot be written, the folder itself is locked. Warns RW552 where
     the file system has no locks.
     """
@@ -359,7 +359,7 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
 def follow_umask(path: Path) -> None:
     """Give a file, or a folder and its contents, the modes that ``open`` and ``mkdir`` would give.
 
-    mkdtemp and safetensors give access to the owner alone, and another user often serves the model.
+    mkdtemp and safetensors give access only to the owner, and another user often serves the model.
     """
     # The mask can only be read by setting it. Files that other threads create meanwhile are private, never open.
     mask = os.umask(0o077)

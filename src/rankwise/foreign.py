@@ -100,7 +100,7 @@ def checked(kind: type[T], content: Json) -> T:
         raise ValueError(f"it holds a {type(content).__name__} and not an object")
     model = _strict_model(kind)
     try:
-        # Validated for the errors alone: pydantic would turn 12 into 12.0 where the field is a float.
+        # Validated only for the errors: pydantic would turn 12 into 12.0 where the field is a float.
         model.model_validate(content, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]

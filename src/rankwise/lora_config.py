@@ -47,7 +47,7 @@ class AdapterOptions:
     r: Annotated[Rank, _adapter("Rank of the adapter; for a method of another package its size.")] = 16
     # s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
     lora_alpha: Annotated[Positive, _adapter("Scale of the adapter: the update is multiplied by alpha / r.")] = 32
-    # Dropout acts on the input of A alone, not on the input of the frozen W.
+    # Dropout acts on the input of A, not on the input of the frozen W.
     lora_dropout: Annotated[Share, _adapter("Dropout on the low-rank path.")] = 0.0
     # A list matches a module's whole name or its end after a dot; a string is a full-match regular expression;
     # "all-linear" is every linear layer but the output head.
@@ -260,7 +260,7 @@ def _target_problems(config: LoraConfig) -> Iterator[str]:
         yield 'target_modules is empty; give a list of names, a regular expression, or "all-linear"'
     if "" in (config.modules_to_save or ()):
         yield "modules_to_save holds an empty name, in which every module's name ends; leave it out"
-    # As in PEFT, stacked experts take LoRA alone.
+    # As in PEFT, stacked experts take only LoRA.
     if config.target_parameters is not None and config.use_dora:
         yield "use_dora is set with target_parameters, and stacked experts take LoRA alone; leave one of the two out"
     if config.target_parameters is not None and config.lora_dropout:

@@ -300,7 +300,7 @@ def look_into(
     if fuse_loss and head is None:
         left.append("the loss stays the model's own: it is not the next-token loss of the output head's logits")
     if why_not is not None and layers:
-        left.append(f"no layers share an input: the model could not be run with token ids alone ({why_not})")
+        left.append(f"no layers share an input: the model could not be run with only token ids ({why_not})")
     _trust_handbacks(seen, undo)
     shared = _share_inputs({layer: _block_of(name) for name, layer in layers.items()}, seen, undo)
     return head, shared

@@ -52,7 +52,7 @@ def build_trees(sequences: Sequence[Ids], *, longest: int) -> list[Tree]:
     """Trees over ``sequences``. Those that share at least a quarter of their tokens with a neighbour are in one tree.
 
     A tree has at most ``longest`` tokens, unless a single sequence is longer. The result depends on the set of
-    sequences alone, not on their order.
+    sequences only, not on their order.
     """
     order = sorted(range(len(sequences)), key=lambda index: sequences[index])
     trees: list[Tree] = []

@@ -127,7 +127,7 @@ def plan_adapter(
     if not is_foreign:
         check_targets(config, there)
     stacks = parameter_names(modules, config)
-    # With an empty list of target_modules the stacked experts alone are adapted.
+    # With an empty list of target_modules only the stacked experts are adapted.
     stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
     # A PEFT file may hold an adapter on what text does not pass through.
     places = places_of(modules, model_end(model, "output"), {} if is_foreign else unread_modules(model, modules))

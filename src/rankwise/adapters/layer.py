@@ -288,7 +288,7 @@ class Outputs:
 
 
 class SharedInput:
-    """A group of adapted layers. Where they cannot be computed together, each computes alone."""
+    """A group of adapted layers. Where they cannot be computed together, each computes by itself."""
 
     def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
         # Weak, since a copied or removed layer must not keep the other layers alive.
@@ -300,14 +300,14 @@ class SharedInput:
         self._judged = -1
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
-        # Copied layers are not in the group, and compute alone.
+        # Copied layers are not in the group, and compute by themselves.
         return self
 
     def __reduce__(self) -> NoReturn:
         refuse_pickling()
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
-        """The output of ``layer`` for x, or None where the layer has to compute it alone."""
+        """The output of ``layer`` for x, or None where the layer has to compute it by itself."""
         # Read once, since another thread may replace self._kept; it does not add to these outputs.
         kept = self._kept
         if kept is not None and kept.are_of(x):

@@ -50,7 +50,7 @@ _FIXED_FIELDS: JsonObject = {
 # PEFT's defaults of the fields whose defaults in `LoraConfig` are others.
 _PEFT_DEFAULTS: JsonObject = {"r": 8, "lora_alpha": 8}
 
-# Initialisations that leave the base's weights alone. Others (pissa, olora, corda, lora_ga, loftq, ...) change them.
+# Initialisations that do not change the base's weights. Others (pissa, olora, corda, lora_ga, loftq, ...) change them.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -94,7 +94,7 @@ def from_peft(document: Fields, source: Path) -> LoraConfig:
     # A null here is refused below, as in PEFT.
     fields |= {name: document.get(name, default) for name, default in _PEFT_DEFAULTS.items()}
     if fields.get("target_parameters"):
-        # A PEFT file without target_modules adapts parameters alone.
+        # A PEFT file without target_modules adapts only parameters.
         fields.setdefault("target_modules", ())
     try:
         return LoraConfig(**fields)

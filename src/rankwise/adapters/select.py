@@ -55,7 +55,7 @@ def places_of(modules: Modules, head: nn.Module | None, unread: Mapping[str, str
 
 def unread_modules(model: nn.Module, modules: Modules) -> dict[str, str]:
     """{module: the reason why text never passes through it}: what lies outside the language part of a multimodal model,
-    cross-attention in a decoder without its encoder, and layers of which the model uses the weight alone.
+    cross-attention in a decoder without its encoder, and layers of which the model uses only the weight.
     """
     text = _text_part(model)
     if text is not None:
@@ -75,7 +75,7 @@ def unread_modules(model: nn.Module, modules: Modules) -> dict[str, str]:
 
 
 def _text_part(model: nn.Module) -> nn.Module | None:
-    """The text decoder of a multimodal model; None for a model of text alone."""
+    """The text decoder of a multimodal model; None for a model of text only."""
     config = getattr(model, "config", None)
     if text_config(config) is config:
         return None

@@ -62,7 +62,7 @@ def _libraries() -> Iterator[tuple[str, str]]:
 
 
 def _requirements(extra: str = "") -> Iterator[tuple[str, str | None, str]]:
-    """(name, installed version, what to install where that does not fit) of rankwise itself, or of ``extra`` alone."""
+    """(name, installed version, what to install where that does not fit) of rankwise itself, or of ``extra`` only."""
     from packaging.requirements import Requirement
 
     for one in map(Requirement, metadata.requires("rankwise") or ()):

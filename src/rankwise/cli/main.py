@@ -231,7 +231,7 @@ def _as_ours(error: BaseException) -> RankwiseError:
     if isinstance(error, RankwiseError):
         return error
     if _is_interruption(error):
-        # Outside of a command and of the parser, which gives the exit code alone.
+        # Outside of a command and of the parser, which gives only the exit code.
         return Interrupted("RW543", "the command was stopped by Ctrl-C or SIGTERM.")
     if hasattr(error, "format_message"):
         return ConfigError("RW120", _usage_sentence(error))

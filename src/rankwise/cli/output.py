@@ -52,7 +52,7 @@ PLAIN_WIDTH = 120
 
 
 class Output:
-    """Where a command prints: to stdout, or with ``--json`` to stderr, so that stdout holds the document alone."""
+    """Where a command prints: to stdout, or with ``--json`` to stderr, so that stdout holds only the document."""
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json

@@ -167,7 +167,7 @@ def _bar(row: MethodRow, memory: int, high: float, room: int) -> Text:
 
 
 def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    """``batch 4 -> 2: -3.1 GB, +9 % time: fits``, each change alone."""
+    """``batch 4 -> 2: -3.1 GB, +9 % time: fits``, each change by itself."""
     if not plan.changes:
         return
     label = f"{plan.changes_of}:"

@@ -57,7 +57,7 @@ class Estimate:
     skewness: float = 0.0
     # Standard deviation over seeds; for a difference, the part that the examples do not explain.
     seed_sd: float | None = None
-    # Standard error from the choice of examples alone.
+    # Standard error from the choice of examples only.
     example_se: float | None = None
     per_seed: tuple[float, ...] = ()
     clusters: int = 0

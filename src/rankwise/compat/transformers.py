@@ -242,7 +242,7 @@ def taken_apart(skeleton: PreTrainedModel, made: dict[str, Tensor]) -> dict[str,
 
 
 def is_converted_by_parts(model: PreTrainedModel) -> bool:
-    """Whether parameters are made of several tensors of the files, so that no process can read its rows alone."""
+    """Whether parameters are made of several tensors of the files, so that no process can read only its rows."""
     from transformers.core_model_loading import WeightConverter
 
     return any(isinstance(item, WeightConverter) for item in known_conversions(model))

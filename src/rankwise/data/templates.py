@@ -72,7 +72,7 @@ def read_template(path: Path) -> str:
 
     try:
         text = path.read_text(encoding="utf-8")
-        # transformers adds the generation tag to Jinja; for the parse alone it can go.
+        # transformers adds the generation tag to Jinja; the parse does not need it.
         plain = GENERATION_TAGS.sub("", text)
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except UnicodeDecodeError:

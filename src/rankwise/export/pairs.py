@@ -130,7 +130,7 @@ def live_adapter(model: nn.Module, name: str | None) -> AdapterFile:
 
 
 def refuse_apart(file: AdapterFile) -> None:
-    """Raise AdapterError (RW433) for an adapter that is right over the weights alone over which it was trained."""
+    """Raise AdapterError (RW433) for an adapter that is right only over the weights on which it was trained."""
     if file.config.for_merge is not None:
         raise AdapterError(
             "RW433",
@@ -154,7 +154,7 @@ def head_tensors(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
 def refuse_unserved(model: nn.Module, file: AdapterFile, target: str) -> None:
     """Raise AdapterError: RW730 for trained weights outside of low-rank pairs and of a head that the server takes, and
     for stacked experts where it does not support them; RW433 for adapters that are right over
-    their own base alone."""
+    their own base only."""
     refuse_apart(file)
     heads, taken = head_tensors(model, file), SERVERS[target].heads
     is_taken = target == "peft" or all(key.removeprefix(PREFIX).rpartition(".")[0] in taken for key in heads)

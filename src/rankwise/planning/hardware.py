@@ -128,7 +128,7 @@ class _CardName:
         for found in (size, form):
             text = text.replace(found.group(), " ", 1) if found else text
         base = re.sub(rf"\b({'|'.join(VENDOR_WORDS)})\b", "", text).replace(" ", "")
-        # A card by its number alone: GeForce (4090) and workstation (A6000, 6000 Ada).
+        # A card by only its number: GeForce (4090) and workstation (A6000, 6000 Ada).
         base = f"rtx{base}" if re.match(r"[2345]0\d0(?!ada)|a\d[05]00$|\d[05]00ada$", base) else base
         return cls(base, float(size.group(1)) if size else None, form.group(1) if form else None)
 

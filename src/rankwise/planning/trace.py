@@ -128,7 +128,7 @@ class Traced:
         return {place: terms for place, terms in tracker.peaks().items() if place.phase != UNCOUNTED}
 
     def sizes(self) -> dict[str, int]:
-        """Numbers and bytes that grow with the number of layers alone."""
+        """Numbers and bytes that grow with the number of layers only."""
         shapes = [(tuple(item.shape), item.element_size()) for item in self.trained]
         return {
             "trainable": sum(item.numel() for item in self.trained),

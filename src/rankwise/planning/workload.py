@@ -128,7 +128,7 @@ class Workload(StepOptions):
     triton: bool = True
     # On a GPU: whether torch's flash attention runs, which needs compute capability 8.0.
     flash: bool = True
-    # Share of the tokens that have labels: logits are kept for these alone. 1.0 is the worst case.
+    # Share of the tokens that have labels: logits are kept only for these. 1.0 is the worst case.
     trained_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     # With dpo a row is a pair of answers, two sequences.
     objective: Objective = "sft"

@@ -341,7 +341,7 @@ def _code(title: str, lines: Sequence[str]) -> str:
 
 
 def _serving(method: str, config: Fields) -> str:
-    """Where the adapter can be served, from its own properties alone."""
+    """Where the adapter can be served, from its own properties."""
     places = served(method, config)
     said = "As of November 2026, and without warranty:\n\n" + "\n".join(f"- {place}" for place in places)
     if any(WORDS["dora"] in place for place in places):

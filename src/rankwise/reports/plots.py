@@ -293,7 +293,7 @@ def curve_panel(method: str, number: int, curves: Sequence[Curve], limits: Range
 
 
 def _line(axes: Axes, points: Sequence[Point], **style: Any) -> None:
-    """A curve; the points alone where there are too few for one."""
+    """A curve; only the points if there are too few for one."""
     if len(points) <= FEW:
         style = {"marker": "o", "markersize": 4, **style, "linestyle": "none"}
     axes.plot([x for x, _ in points], [y for _, y in points], **style)
