@@ -65,11 +65,12 @@ def is_more_than_rounding(difference: float, rounding: float) -> bool:
 
 @torch.no_grad()
 def rounding_cost(model: PreTrainedModel, ids: Sequence[Tensor]) -> float:
-    """Largest difference of a logit between ``model`` and the same weights computed in the next wider dtype."""
-    narrow = [logits(model, one).double() for one in ids]
+    """Largest difference of a logit to the same weights computed in the next wider dtype; at least its own rounding."""
+    narrow = [logits(model, one) for one in ids]
     with _computing_wider(model), eager_experts(model.config):
         wide = [logits(model, one).double() for one in ids]
-    return max((a - b).abs().max().item() for a, b in zip(narrow, wide))
+    least = max(torch.finfo(one.dtype).eps / 2 * one.abs().max().item() for one in narrow)
+    return max(least, *((a.double() - b).abs().max().item() for a, b in zip(narrow, wide)))
 
 
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -315,9 +315,6 @@ def _use_ours(experts: Any) -> None:
     choose_experts_of_module(experts.config, IMPLEMENTATION)
 
 
-# Dense layers in place of 4-bit ones.
-
-
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Replace the layer ``name`` by ``layer``, which gets the old one's hooks."""
     share_hooks(layer, model.get_submodule(name))
