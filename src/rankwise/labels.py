@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rankwise.foreign import JsonObject, parse_json
@@ -90,7 +91,7 @@ def measures(targets: Sequence[Any], answers: Sequence[Any], problem: Problem) -
     t, p = Counter(targets), Counter(answers)
     c = Counter(one for one, other in zip(targets, answers) if one == other)
     scores = [2 * c[kind] / (t[kind] + p[kind]) for kind in {*t, *p}]
-    found = {"accuracy": right, "f1": math.fsum(scores) / len(scores), "mcc": matthews(targets, answers)}
+    found = {"accuracy": right, "f1": math.fsum(scores) / len(scores), "mcc": matthews(t, p, c.total())}
     return {
         **found,
         "accuracy_of_commonest_label": max(t.values()) / len(targets),
@@ -110,16 +111,16 @@ def in_words(measured: Mapping[str, float | None], rows: int) -> str:
     return ", ".join(words.values())
 
 
-def matthews(targets: Sequence[Hashable], answers: Sequence[Hashable]) -> float:
+def matthews(t: Counter[Any], p: Counter[Any], c: int) -> float:
     """(c n - sum_k p_k t_k) / sqrt((n^2 - sum_k p_k^2) (n^2 - sum_k t_k^2))        Gorodkin 2004, R_K."""
-    n, c = len(targets), sum(one == other for one, other in zip(targets, answers))
-    t, p = Counter(targets), Counter(answers)
+    n = t.total()
     spread = (n**2 - sum(count**2 for count in p.values())) * (n**2 - sum(count**2 for count in t.values()))
     return (c * n - sum(p[kind] * t[kind] for kind in t)) / math.sqrt(spread) if spread else 0.0
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:
-    """sum (x - mean x) (y - mean y) / sqrt(sum (x - mean x)^2 sum (y - mean y)^2)."""
-    a, b = ([value - math.fsum(values) / len(values) for value in values] for values in (x, y))
-    spread = math.fsum(value**2 for value in a) * math.fsum(value**2 for value in b)
-    return math.fsum(one * other for one, other in zip(a, b)) / math.sqrt(spread) if spread else 0.0
+    """Pearson's correlation; 0 where it is not defined, of a constant or of one pair."""
+    try:
+        return statistics.correlation(x, y)
+    except statistics.StatisticsError:
+        return 0.0

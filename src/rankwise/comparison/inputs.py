@@ -141,16 +141,6 @@ def own_task(eval_data: str, settings: Fields, labels: Labels | None = None) -> 
     return Preference(rows, max_length=settings["max_length"], beta=settings["beta"] or BETA)
 
 
-def retained_task(source: str, settings: Fields) -> Perplexity:
-    """The loss on the rows of --retain. ``settings``: eval_limit and max_length. Columns with names of their own are
-    those of the training data. Raises DataError as the readers do.
-    """
-    from rankwise.evaluation.tasks.perplexity import Perplexity
-
-    rows = limited(read_rows(source, split="validation"), settings["eval_limit"])
-    return Perplexity(rows, max_length=settings["max_length"], name=RETAINED)
-
-
 def make_tasks(names: Sequence[str], *, data: Sequence[str], limit: int | None) -> list[Task]:
     """The tasks with their data. ``data``: TASK=FILE for tasks that need a file; ``limit``: the largest number of
     examples of a task.
@@ -215,7 +205,9 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
     }
     questions: JsonObject = {}
     if given.retain is not None:
-        retained = retained_task(given.retain, given.model_dump()).rows
+        from rankwise.evaluation.retained import retained_task
+
+        retained = retained_task(given.retain, max_length=given.max_length, eval_limit=given.eval_limit).rows
         warn_of_overlap(rows, retained, "retained")
         described["retain"] = {"source": retained.source, "sha256": retained.sha256, "rows": len(retained)}
         questions[RETAINED] = retained.sha256

@@ -216,7 +216,7 @@ def check_compare(given: CompareSettings) -> None:
         raise ConfigError(
             "RW165",
             f"--methods is {','.join(given.methods)}, and {error}; the methods are {', '.join(METHODS)}, and a + joins "
-            f"one of {', '.join(VARIANTS)}, rN to a method with an adapter.",
+            f"one of {', '.join(VARIANTS)} or rN (a rank) to a method with an adapter.",
         ) from None
     if not known:
         raise ConfigError("RW165", f"--methods is empty; the methods are {', '.join(METHODS)}.")
@@ -240,7 +240,9 @@ def check_compare(given: CompareSettings) -> None:
             "RW167", f"--budget needs --objective sft, and --objective is {given.objective}; leave --budget out."
         )
     if given.objective == "classify" and (given.task or given.retain):
-        raise ConfigError("RW167", "--task and --retain need models that write text; --objective classify makes none.")
+        raise ConfigError(
+            "RW167", "--task and --retain need models that write text, not labels (--objective classify)."
+        )
     own = {"sft": (), "classify": (LABELS,)}.get(given.objective, (PREFERENCE,))
     measured = (*own, *given.task)
     if given.metric != EVAL_LOSS and given.metric.partition(".")[0] not in measured:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.adapters.saving import labels_of
-from rankwise.comparison.inputs import make_tasks, own_task, retained_task
+from rankwise.comparison.inputs import make_tasks, own_task
 from rankwise.comparison.stages import FACTS_FILE, PERPLEXITY
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.config import METHODS, TrainSettings, is_own
@@ -36,6 +36,7 @@ from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.loading import needed_tokenizer
 from rankwise.evaluation.record import Opened, open_folder
+from rankwise.evaluation.retained import retained_task
 from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task, writer
 from rankwise.evaluation.tasks.labels import Constant
@@ -82,7 +83,8 @@ def _measure(job: Fields) -> JsonObject:
     rows = own.rows
     # Rewards are relative to the base, so the base has none.
     is_reference = job["method"] is None and job["objective"] in PREFERENCE_FORMATS
-    retained = [] if job["retain"] is None else [retained_task(job["retain"], job)]
+    limits = {name: job[name] for name in ("max_length", "eval_limit")}
+    retained = [] if job["retain"] is None else [retained_task(job["retain"], **limits)]
     asked = [*([] if is_reference else [own]), *retained, *tasks]
     # Before anything can fail, results of other settings go: they would pass for those of these.
     places = {task.name: _open(task, folder) for task in asked}

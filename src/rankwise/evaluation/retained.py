@@ -31,6 +31,11 @@ Part = Literal["base", "kept"]
 PARTS: tuple[Part, ...] = ("base", "kept")
 
 
+def retained_task(source: str, *, max_length: int, eval_limit: int | None) -> Perplexity:
+    """The loss on the rows of --retain, whose columns have the usual names. Raises DataError as the readers do."""
+    return Perplexity(limited(read_rows(source, split="validation"), eval_limit), max_length=max_length, name=RETAINED)
+
+
 class RetainedRows:
     """The rows of --retain. Implements ``training.session.Retention``.
 
@@ -43,12 +48,12 @@ class RetainedRows:
         self.files: Sequence[str] = [f"{RETAINED}/{part}/{name}" for part in PARTS for name in names]
 
     @functools.cached_property
-    def rows(self) -> Rows:
-        return limited(read_rows(self.source, split="validation"), self.given.eval_limit)
-
-    @functools.cached_property
     def task(self) -> Perplexity:
-        return Perplexity(self.rows, max_length=self.given.max_length, name=RETAINED)
+        return retained_task(self.source, max_length=self.given.max_length, eval_limit=self.given.eval_limit)
+
+    @property
+    def rows(self) -> Rows:
+        return self.task.rows
 
     def before(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None, *, resumes: bool

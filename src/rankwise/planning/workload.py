@@ -165,11 +165,6 @@ class Workload(StepOptions):
         return max(1, round(self.max_length * (1 - self.trained_share)))
 
     @property
-    def has_triton_parts(self) -> bool:
-        """Whether a step on a GPU uses the fused operators that need Triton."""
-        return self.device_type == "cuda" and self.fast and self.triton
-
-    @property
     def trained_tokens(self) -> int:
         """The number of scored positions: at most all but the last of each row."""
         positions = max(1, min(self.max_length - 1, round(self.max_length * self.trained_share)))
@@ -322,8 +317,7 @@ def adafactor(shape: Shape, element_bytes: int) -> int:
 
 
 RULES: dict[str, OptimizerRule] = {
-    # AdamW tensor by tensor holds sqrt(v) of each.
-    "adamw_torch": OptimizerRule(two_moments, copies=True),
+    "adamw_torch": OptimizerRule(two_moments),
     "adamw_torch_fused": OptimizerRule(two_moments),
     "adamw_torch_8bit": OptimizerRule(two_moments_torchao(8)),
     "adamw_torch_4bit": OptimizerRule(two_moments_torchao(4)),
@@ -344,11 +338,6 @@ RULES: dict[str, OptimizerRule] = {
     "adagrad": OptimizerRule(one_moment, copies=True),
     "adafactor": OptimizerRule(adafactor, copies=True),
 }
-
-
-def copies_on(device_type: str, optimizer: str) -> bool:
-    """Whether a step holds a copy of each tensor; on a card torch's AdamW runs fused, without."""
-    return rule_of(optimizer).copies and (device_type, optimizer) != ("cuda", "adamw_torch")
 
 
 def rule_of(optimizer: str) -> OptimizerRule:

@@ -37,6 +37,7 @@ from rankwise.training.observer import Interrupt, Observer, SilentObserver, Step
 if TYPE_CHECKING:
     from rankwise.training.loop import Counted, Figures
 
+# Growth of the memory after a step, beyond its usual amount, from which freed memory goes back to the system.
 HOLES_GROWTH = 1.05
 # (log(values, step), finish()) of a tracker that has begun.
 Begun = tuple[Callable[[dict[str, Any], int], Any], Callable[[], None]]
