@@ -145,10 +145,8 @@ def test_every_link_has_a_target() -> None:
 
 def test_links_out_of_the_docs_lead_to_the_repository() -> None:
     led_out = runpy.run_path(str(ROOT / "docs" / "_ext" / "repository.py"))["led_out"]
-    page, text = (
-        ROOT / "docs" / "tutorials" / "serve.md",
-        "[a](../../README.md#b) [c](../plan.md) [d](../../nothing.md)",
-    )
+    page = ROOT / "docs" / "tutorials" / "serve.md"
+    text = "[a](../../README.md#b) [c](../plan.md) [d](../../nothing.md)"
     assert led_out(text, page, "https://h/o/r", "v1") == text.replace("../../R", "https://h/o/r/blob/v1/R")
     assert led_out(text, page, "", "v1") == text.replace("[a](../../README.md#b)", "a")
 

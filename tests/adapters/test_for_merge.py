@@ -18,6 +18,7 @@ from rankwise.ops.four_bit import spread_weight
 from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
+UP = "model.layers.0.mlp.up_proj"
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
 
@@ -54,9 +55,7 @@ def trained(base, for_merge, *, use_dora):
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("for_merge", ["nf4", "q4_0"])
 def test_gradients_take_rounding_for_the_identity(for_merge, use_dora):
-    layer = dict(adapted_layers(trained("dense", for_merge, use_dora=use_dora), "default"))[
-        "model.layers.0.mlp.up_proj"
-    ]
+    layer = dict(adapted_layers(trained("dense", for_merge, use_dora=use_dora), "default"))[UP]
     adapter, s = layer.at_work, layer.at_work.scaling
     x, dy = torch.randn(5, 32, requires_grad=True), torch.randn(5, 64)
     kept = []
@@ -123,6 +122,16 @@ def test_a_spread_weight_rounds_back_and_keeps_small_changes(shape, double_quant
     assert torch.equal(ops.quantize_weight(spread).codes, Q.codes)
     assert moved_by(spread) == pytest.approx(shift, rel=0.3)
     assert moved_by(ops.dequantize_weight(Q)) < shift / 2
+
+
+def test_a_layer_over_nf4_keeps_a_small_update():
+    rw.add_adapter(model := four_bit(), rw.LoraConfig(r=1, for_merge="nf4"))
+    layer = dict(adapted_layers(model, "default"))[UP]
+    adapter, shift = layer.at_work, 0.002
+    torch.nn.init.ones_(adapter.lora_A)
+    torch.nn.init.constant_(adapter.lora_B, shift / adapter.scaling)
+    moved = ops.dequantize_weight(adapter.rounded(layer.base_layer)) - ops.dequantize_weight(layer.base_layer.packed)
+    assert moved.mean().item() == pytest.approx(shift, rel=0.3)
 
 
 REFUSED = {

@@ -189,10 +189,7 @@ DAMAGE = {
         gguf_bytes([ARCHITECTURE], tensors=1, tail=text(b"t") + struct.pack("<IQIQ", 1, 4, 999, 0) + b"\0" * 64),
         "ggml type 999",
     ),
-    "alignment 0": (
-        gguf_bytes([ARCHITECTURE, entry(b"general.alignment", 4, b"\0\0\0\0")]),
-        "not a power of two",
-    ),
+    "alignment 0": (gguf_bytes([ARCHITECTURE, entry(b"general.alignment", 4, b"\0\0\0\0")]), "not a power of two"),
     "a setting twice": (gguf_bytes([ARCHITECTURE, ARCHITECTURE]), "'general.architecture' twice"),
     "tensors over each other": (
         gguf_bytes(

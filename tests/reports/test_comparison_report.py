@@ -75,13 +75,7 @@ def report_of(folder: Path, **given: object) -> tuple[Page, str, dict]:
 def test_every_section_is_there(tmp_path):
     page, _, _ = report_of(tmp_path / "c")
     assert [item["id"] for item in page.named("section")] == list(SECTIONS)
-    for words in (
-        "could detect a difference of",
-        "3 seeds",
-        "Paired by seed",
-        "x86_64",
-        "nats per token",
-    ):
+    for words in ("could detect a difference of", "3 seeds", "Paired by seed", "x86_64", "nats per token"):
         assert words in page.text
 
 
