@@ -83,8 +83,9 @@ def _measure(job: Fields) -> JsonObject:
     rows = own.rows
     # Rewards are relative to the base, so the base has none.
     is_reference = job["method"] is None and job["objective"] in PREFERENCE_FORMATS
-    limits = {name: job[name] for name in ("max_length", "eval_limit")}
-    retained = [] if job["retain"] is None else [retained_task(job["retain"], **limits)]
+    retained = []
+    if job["retain"] is not None:
+        retained = [retained_task(job["retain"], max_length=job["max_length"], eval_limit=job["eval_limit"])]
     asked = [*([] if is_reference else [own]), *retained, *tasks]
     # Before anything can fail, results of other settings go: they would pass for those of these.
     places = {task.name: _open(task, folder) for task in asked}
