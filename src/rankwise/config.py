@@ -423,6 +423,7 @@ VARIANTS: dict[str, JsonObject] = {
     "rslora": {"use_rslora": True},
     # The layers of LoRA's paper, in place of all linear ones.
     "qv": {"target_modules": ["q_proj", "v_proj"]},
+    "int8": {"products": "int8"},
 }
 # A word of its own for each rank: ``lora+r4``.
 RANK = re.compile(r"r([1-9]\d*)")
@@ -479,7 +480,7 @@ def idle_options(method: str) -> dict[str, tuple[str, ...]]:
     if method not in FOUR_BITS:
         idle["only qlora and qdora make 4-bit weights"] = ("quant_type", "block_size", "double_quant")
     if method == "full":
-        idle["it trains all weights and adds no adapter"] = (*ADAPTER, *OF_ADAPTERS)
+        idle["it trains all weights and adds no adapter"] = (*ADAPTER, *OF_ADAPTERS, "products")
     if method not in METHODS:
         idle["of the adapter's options this method takes --r alone"] = tuple(
             name for name in (*ADAPTER, *OF_ADAPTERS) if name != "r"

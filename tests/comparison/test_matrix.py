@@ -120,6 +120,7 @@ def test_a_variant_is_a_method_of_its_own():
     chosen = given("qdora+pissa+plus+rslora")
     assert (chosen["method"], chosen["init"], chosen["loraplus_ratio"]) == ("qdora", "pissa", 16)
     assert chosen["use_rslora"] is True
+    assert given("lora+int8")["products"] == "int8"
     small = given("dora+r4+qv")
     assert (small["r"], small["lora_alpha"], small["target_modules"]) == (4, 8, ["q_proj", "v_proj"])
     assert "init" not in given("full")
@@ -137,6 +138,7 @@ def test_a_variant_is_a_method_of_its_own():
         ("lora+r4+r8", "set the same"),
         ("lora+r0", "'r0' is not a variant"),
         ("full+plus", "full has no use for plus"),
+        ("full+int8", "full has no use for int8"),
         ("prefix+rslora", "prefix has no use for rslora"),
         ("dora+loftq", "dora has no use for loftq"),
     ],

@@ -22,6 +22,7 @@ VARIANTS = {
     "plus": "LoRA+",
     "rslora": "rsLoRA",
     "qv": "q, v",
+    "int8": "8-bit products",
 }
 LONG_NAMES = {"full": "full fine-tuning"}
 METRICS = {
