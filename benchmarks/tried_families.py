@@ -106,8 +106,8 @@ def page(runs: list[results.Run]) -> list[str]:
         *results.where_from(runs),
         "*Tried* means: tests build a model of the family's class in transformers, with about two small layers and "
         "**random weights**, and run it on a CPU. So this page says that rankwise fits the family's code. It does not "
-        "say how well a real model of the family learns: of real models, only `demo` was trained (SmolLM2-135M, a "
-        "Llama; [benchmarks](../../docs/benchmarks.md)). Models that see images have "
+        "say how well a real model of the family learns: [two real models](../../docs/trained-models.md) were "
+        "trained. Models that see images have "
         "[tests of their own](../../docs/adapters.md#models-that-also-see).",
         "",
         *results.table(
@@ -118,7 +118,7 @@ def page(runs: list[results.Run]) -> list[str]:
             ],
         ),
         "",
-        "vLLM served adapters of the demo model alone. SGLang and Ollama were not run "
+        "vLLM served only adapters of the demo model. SGLang and Ollama were not run "
         "([serving](../../docs/serving.md#proof)).",
         "",
         "## Families that the export knows by name",
