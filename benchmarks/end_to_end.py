@@ -260,8 +260,8 @@ def padded(batch: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, 
 def page(runs: list[results.Run]) -> list[str]:
     headings = (
         *("processor", "dtype", "steps", "method", "examples/s: TRL + PEFT", "ours", "times as fast"),
-        *("loss: base", "TRL + PEFT", "ours", "ours / peer's LoRA"),
-        *("peak MB: TRL + PEFT", "ours", "ours / peer"),
+        *("loss: base", "TRL + PEFT", "ours", "ours / their LoRA"),
+        *("peak MB: TRL + PEFT", "ours", "ours / theirs"),
     )
     first = runs[0]
     return [
@@ -277,7 +277,7 @@ def page(runs: list[results.Run]) -> list[str]:
         *(line for run in runs for line in other_tokens(run)),
         "Examples per second of the training steps. Loss per labelled token over rows of the evaluation data, "
         f"{', '.join(dict.fromkeys(str(run['eval_rows']) for run in runs))} of them, by one evaluator. Peak: anonymous "
-        "memory while training, and what the model maps of its file. The peer's gradient checkpointing is off, its "
+        "memory while training, and what the model maps of its file. TRL's gradient checkpointing is off, its "
         "precision the one above, its other options are TRL's defaults.",
     ]
 

@@ -76,7 +76,7 @@ def page(runs: list[results.Run]) -> list[str]:
         "# Generating with an adapter: demo",
         "",
         *results.where_from(runs),
-        f"Milliseconds a token, greedy, {NEW} tokens after {PROMPT}. 4-bit peers are bitsandbytes'.",
+        f"Milliseconds a token, greedy, {NEW} tokens after {PROMPT}. The other 4-bit layers are bitsandbytes'.",
         "",
         *results.table(headings, [line for run in runs for line in lines_of(run)]),
     ]

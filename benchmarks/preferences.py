@@ -205,7 +205,7 @@ def page(runs: list[results.Run]) -> list[str]:
             "ours",
             "peak MB: TRL + PEFT",
             "ours",
-            "ours / peer",
+            "ours / theirs",
             "held-out accuracy: first, last",
         ),
     )
