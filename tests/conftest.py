@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from marks import LEVELS
 from rankwise.ops.cpu import native
+from rankwise.reports.plots import loss_svg
 from tiny_models import tiny_gpt2, tiny_llama
 
 SHARED = Path(os.environ.get("RANKWISE_SHARED", Path(__file__).parents[2] / "shared"))
@@ -48,6 +49,19 @@ def _few_to_look_through() -> None:
 def _no_flushing() -> Iterator[None]:
     """Without fsync, which took a fifth of a short run: what tests write need not outlive this machine."""
     with patch.object(os, "fsync", lambda handle: None):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_curve() -> Iterator[None]:
+    """The first ``loss.svg`` stands for all: to draw it took a seventh of a short run. Tests of plots draw them."""
+    first: list[str] = []
+
+    def drawn(*given: Any, **more: Any) -> str:
+        first[:] = first or [loss_svg(*given, **more)]
+        return first[0]
+
+    with patch("rankwise.training.session.loss_svg", drawn):
         yield
 
 

@@ -14,13 +14,10 @@ from rankwise.comparison import pool
 from rankwise.comparison.stages import beside
 
 
-def steps_in_this_process(patch: pytest.MonkeyPatch, *, but: Sequence[str] = ()) -> None:
-    """Comparisons start no processes any more, except for steps whose arguments begin with a word of ``but``."""
-    in_new_one = pool.start
+def steps_in_this_process(patch: pytest.MonkeyPatch) -> None:
+    """Comparisons start no processes any more."""
 
     def start(module: str, arguments: Sequence[str], name: Path, environment: Mapping[str, str]) -> pool.Call:
-        if arguments[0] in but:
-            return in_new_one(module, arguments, name, environment)
         with beside(name, ".out").open("w") as out, contextlib.redirect_stdout(out), warnings.catch_warnings():
             # Its warnings are its own: a process would have printed them.
             warnings.showwarning = lambda *_, **__: None

@@ -7,7 +7,7 @@ one has failed, and kills what is still there ``GRACE_SECONDS`` later.
 
 from __future__ import annotations
 
-import importlib
+import gc
 import json
 import os
 import signal
@@ -26,11 +26,6 @@ from typing import Any, NamedTuple
 LONG = 500
 # What a launcher sets for each process.
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LOADED = (
-    *("rankwise.training.run", "rankwise.planning.guard", "rankwise.cli.progress"),
-    *("torch.distributed.fsdp", "torch.distributed.tensor"),
-    "transformers.models.llama.modeling_llama",
-)
 GRACE_SECONDS = 30
 
 
@@ -67,11 +62,12 @@ class Launch:
 class Nursery:
     """The process that others are forked from."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, warming_up: list[Any]) -> None:
+        """``warming_up``: a command that it carries out first, so that no process loads what that needs."""
         self.folder, self.count = folder, 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+        self.process = subprocess.Popen([sys.executable, __file__, *map(str, warming_up)], env=environment, **pipes)
 
     def start(
         self, processes: int, arguments: list[Any], fault: str = "", grace_seconds: float = GRACE_SECONDS
@@ -105,8 +101,8 @@ class Nursery:
 
 
 @contextmanager
-def nursery(folder: Path) -> Iterator[Nursery]:
-    made = Nursery(folder)
+def nursery(folder: Path, warming_up: list[Any]) -> Iterator[Nursery]:
+    made = Nursery(folder, warming_up)
     try:
         yield made
     finally:
@@ -117,15 +113,15 @@ def nursery(folder: Path) -> Iterator[Nursery]:
 def _serve() -> None:
     """Answer requests until there are no more."""
     import torch.distributed as dist
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    import torch.distributed.fsdp
+    import torch.distributed.tensor  # noqa: F401
 
     from rankwise.cli.main import main
 
-    # What every process would load and compute.
-    for name in LOADED:
-        importlib.import_module(name)
-    get_checkpoint_conversion_mapping("llama")
     answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    assert main(sys.argv[1:]) == 0
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         listener = socket.create_server(("localhost", 0))

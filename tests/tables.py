@@ -17,10 +17,10 @@ def long(cases: Sequence[Sequence[Any]]) -> list[Any]:
 def thinned(axes: Mapping[str, Sequence[Any]]) -> pytest.MarkDecorator:
     """``parametrize`` over the product of ``axes``, whose names may be several: ``{"T,N": [(1, 2), ...]}``.
 
-    Each two values of different axes meet in a case that always runs, of two axes every second pair; the others are
+    Each two values of different axes meet in a case that always runs, of two axes every third pair; the others are
     long.
     """
-    least = 2 if len(axes) == 2 else min(map(len, axes.values()))
+    least = min(3, *map(len, axes.values())) if len(axes) == 2 else min(map(len, axes.values()))
     names = [name for key in axes for name in key.split(",")]
     cases = []
     for numbered in itertools.product(*(list(enumerate(axis)) for axis in axes.values())):

@@ -23,7 +23,6 @@ from rankwise.disk import (
     hold,
     is_of_device,
     naming_by_numpy,
-    remove_tree,
     whole_file,
     whole_folder,
 )
@@ -91,22 +90,6 @@ def test_another_file_by_the_name_of_the_lock_stays(tmp_path: Path) -> None:
     assert (tmp_path / "precious").exists()
 
 
-def test_a_lock_that_its_holder_has_just_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between opening the file and locking it, the holder removes it and a third process makes it anew."""
-    path, real = tmp_path / ".out.rankwise-lock", fcntl.flock
-
-    def late(handle: int, how: int) -> None:
-        if not (tmp_path / "once").exists():
-            (tmp_path / "once").touch()
-            path.unlink()
-            path.touch()
-        real(handle, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with hold(tmp_path / "out"), pytest.raises(RunError, match="RW582"), hold(tmp_path / "out"):
-        pass
-
-
 def test_without_a_writable_parent_the_folder_itself_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     real = os.open
@@ -164,12 +147,6 @@ def test_what_numpy_could_not_write_whole_names_a_full_disk(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_hides_no_reason(tmp_path: Path) -> None:
-    """Of an error without a number Python shows the name alone, once there is one."""
-    with pytest.raises(FileNotFoundError, match="No such file or directory: /x/w"), whole_file(tmp_path / "out"):
-        raise FileNotFoundError("No such file or directory: /x/w")
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -191,20 +168,6 @@ def write_half(context: Any, error: OSError) -> None:
         file.write(b"half")
         file.flush()
         raise error
-
-
-def test_a_folder_that_could_not_be_read_once_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = os.open, iter(range(9))
-
-    def failing(*given: Any, **more: Any) -> int:
-        if next(calls) == 0:
-            raise OSError(errno.EIO, "Input/output error")
-        return real(*given, **more)
-
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    monkeypatch.setattr(os, "open", failing)
-    remove_tree(tmp_path / "a")
-    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("end", ["", "/weights"])
@@ -285,12 +248,6 @@ def test_nothing_is_appended_behind_a_link(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="RW554"), appending(tmp_path / "metrics.jsonl"):
         pass
     assert not (tmp_path / "elsewhere").exists()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_folder_that_takes_no_files_is_an_error_and_no_endless_loop() -> None:
-    with pytest.raises(RunError, match="RW551"), hold(Path("/proc/new")):
-        pass
 
 
 def test_what_a_killed_process_left_of_a_file_goes_with_the_next_writing(tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 import rankwise
 
 SOURCE = Path(rankwise.__file__).parent
@@ -54,23 +52,3 @@ def circle(source: Path) -> list[str] | None:
 
 def test_no_circle_at_any_depth() -> None:
     assert circle(SOURCE) is None
-
-
-@pytest.mark.parametrize("back", ["import pack.a", "def f():\n    from pack.a import x", "from pack import a"])
-def test_a_circle_is_found(tmp_path: Path, back: str) -> None:
-    package = tmp_path / "pack"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "a.py").write_text("from pack.b import y\n")
-    (package / "b.py").write_text(back)
-    found = circle(package)
-    assert found is not None
-    assert set(found) == {"pack.a", "pack.b"}
-
-
-def test_what_only_type_checkers_read_is_no_circle(tmp_path: Path) -> None:
-    package = tmp_path / "pack"
-    package.mkdir()
-    (package / "a.py").write_text("from pack.b import y\n")
-    (package / "b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pack.a import x\n")
-    assert circle(package) is None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rankwise.errors import DataError, RankwiseWarning
+from rankwise.errors import DataError
 from rankwise.evaluation import run
 from rankwise.evaluation.record import TaskResult, read_examples
 from rankwise.evaluation.settings import EvaluateSettings
 from small_engines import save_byte_model
 
+pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
 E2E = "mr,ref\n" + "".join(
     f'"name[{name}], food[{food}]","{name} serves {food} food{end}"\n'
     for name in ("Aromi", "Zizzi", "The Mill")
@@ -25,6 +25,13 @@ E2E = "mr,ref\n" + "".join(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_byte_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _without_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting it takes seconds; `test_e2e_scores` computes its metrics."""
+    for module in ("e2e", "e2e_scores"):
+        monkeypatch.setattr(f"rankwise_article.{module}.missing_java", lambda: "no Java")
 
 
 def settings(model: Path, data: Path, output: Path, **more: Any) -> EvaluateSettings:
@@ -57,14 +64,11 @@ def test_e2e_asks_each_meaning_representation_once(model: Path, tmp_path: Path):
 def test_metrics_that_lacked_java_are_computed_once_it_is_there(model: Path, tmp_path: Path, monkeypatch):
     (tmp_path / "test.csv").write_text(E2E)
     given = settings(model, tmp_path / "test.csv", tmp_path / "out", set=["max_new_tokens=2"])
-    monkeypatch.setattr("rankwise_article.e2e_scores.missing_java", lambda: "no Java")
     asked, answer_task = [], run.answer_task
     monkeypatch.setattr(run, "answer_task", lambda *place, **more: asked.append(place) or answer_task(*place, **more))
     for is_missing, calls in (("no Java", 1), ("no Java", 1), (None, 2)):
         monkeypatch.setattr("rankwise_article.e2e.missing_java", lambda missing=is_missing: missing)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RankwiseWarning)
-            evaluate(given)
+        evaluate(given)
         assert len(asked) == calls
 
 

@@ -13,10 +13,8 @@ from rankwise.acceleration.generation import (
     Decoding,
     Generator,
     Prompt,
-    batches_by_length,
     drawn,
     repeating_tokens,
-    sample,
 )
 from rankwise.errors import ModelError
 from tiny_models import tiny_gpt2, tiny_llama
@@ -102,14 +100,6 @@ def test_draws_do_not_depend_on_the_batch(options):
     assert generator.answers([Prompt(asked[0].ids, repeat=1)]) != together[:1]
 
 
-def test_top_p_keeps_the_likeliest_tokens_only():
-    logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    random_state = torch.Generator().manual_seed(0)
-    drawn = {sample(logits, 1.0, 0.6, random_state) for _ in range(200)}
-    assert drawn == {0, 1}
-    assert {sample(logits, 1.0, 0.1, random_state) for _ in range(20)} == {0}
-
-
 def test_a_draw_takes_no_token_without_probability():
     p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).expand(4, -1).clone()
     assert drawn(p, torch.tensor([0.0, 0.2499, 0.25, 1 - 2**-24])).tolist() == [1, 1, 3, 3]
@@ -120,16 +110,6 @@ def test_an_answer_ends_where_its_text_says_so():
     free = Generator(model, Decoding(12, frozenset())).answers(asked)
     cut = Generator(model, Decoding(12, frozenset())).answers(asked, lambda ids: len(ids) >= 4)
     assert cut == [answer[:4] for answer in free]
-
-
-def test_batches_hold_prompts_of_like_length_in_any_order():
-    asked = prompts(40)
-    batches = batches_by_length(asked, budget=200, new_tokens=10, max_rows=8)
-    assert sorted(index for batch in batches for index in batch) == list(range(40))
-    assert all(len(batch) <= 8 and len(batch) * (len(asked[batch[0]].ids) + 10) <= 200 for batch in batches)
-    order = random.Random(5).sample(range(40), 40)
-    shuffled = batches_by_length([asked[index] for index in order], budget=200, new_tokens=10, max_rows=8)
-    assert [[order[i] for i in batch] for batch in shuffled] == batches
 
 
 @pytest.mark.parametrize("make", MODELS)

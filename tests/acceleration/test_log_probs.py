@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rankwise as rw
-from marks import at_every_level
+from marks import at_some_level
 from rankwise.acceleration import attention
 from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of, scores_of_logits
 from rankwise.acceleration.optimize import optimize_for_training
@@ -55,7 +55,7 @@ def wanted(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return chosen * scored, entropy[scored].mean().detach()
 
 
-@at_every_level
+@at_some_level
 @pytest.mark.parametrize("asked", [Asked(), Asked(flat=True), Asked(pairs=True)], ids=["padded", "flat", "pairs"])
 @pytest.mark.parametrize("head", ["plain", "adapted", "trained"])
 def test_scores_and_gradients_are_those_of_the_logits(asked: Asked, head: str) -> None:

@@ -14,11 +14,12 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankwise as rw
-from marks import at_every_level, needs_avx2
+from marks import at_some_level, needs_avx2
 from rankwise.acceleration import attention, restore, rows
 from rankwise.acceleration.replace import Undo
 from rankwise.acceleration.rows import end_to_end, replace_masks
 from rankwise.ops import selection
+from tables import thinned
 
 # Longer than the sliding window of any of these models.
 LENGTHS = (13, 1, 20)
@@ -61,7 +62,7 @@ def by_segments(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, _: Tensor, most: in
     return torch.cat(parts)
 
 
-@at_every_level
+@at_some_level
 @pytest.mark.parametrize("name", WITH_BOUNDS)
 def test_bounds_mean_what_masks_mean(name: str) -> None:
     given = end_to_end(LENGTHS, torch.device("cpu"))
@@ -183,8 +184,7 @@ def test_fake_tensors_stand_on_a_card_only_inside() -> None:
         assert not selection.stands_on_card(plain)
 
 
-@pytest.mark.parametrize("name", WITH_BOUNDS)
-@pytest.mark.parametrize("flash", [True, False])
+@thinned({"name": WITH_BOUNDS, "flash": [True, False]})
 def test_a_padded_batch_on_a_card_is_rows_of_one_length(
     name: str, flash: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

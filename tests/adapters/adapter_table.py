@@ -38,10 +38,14 @@ TARGETS = {
     "llama_tied": ["q_proj", "gate_proj"],
     "gpt2": ["c_attn", "c_proj"],
 }
+DTYPES = (torch.float32, torch.bfloat16)
+# Tied weights matter to what trains an embedding or the head; in bfloat16 bases take turns.
 CASES = [
     pytest.param(adapter, base, dtype, id=f"{adapter}-{base}-{str(dtype).removeprefix('torch.')}")
-    for adapter, base, dtype in itertools.product(ADAPTERS, BASES, (torch.float32, torch.bfloat16))
+    for (i, adapter), (j, base), dtype in itertools.product(enumerate(ADAPTERS), enumerate(BASES), DTYPES)
     if not (adapter.startswith("fused") and base != "gpt2")
+    and not (base == "llama_tied" and adapter not in ("dora", "whole_head", "embedding", "embedding_dora"))
+    and (dtype is torch.float32 or (i + j) % 2 == 0)
 ]
 
 

@@ -53,14 +53,10 @@ def fails(model, folder, code: str, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "code", "part"),
     [
-        ({"target_modules": ["q_prj"]}, "RW401", "did you mean q_proj"),
         ({"target_modules": ["Q_PROJ"]}, "RW401", "did you mean q_proj"),
-        ({"target_modules": "nothing.*"}, "RW401", "adapters fit layers that end in embed_tokens, q_proj"),
         ({"target_modules": ["mlp"]}, "RW402", "model.layers.0.mlp (LlamaMLP)"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, "RW401", "lm_head"),
         ({"target_modules": ["q_proj"], "enable_lora": {"c_attn": [True]}}, "RW403", "c_attn"),
         ({"target_modules": ["q_proj"], "enable_lora": {"q_proj": [True] * 5}}, "RW403", "32 output rows"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "RW401", "layers_to_transform"),
     ],
 )
 def test_targets(settings, code, part):
@@ -76,7 +72,6 @@ def test_targets(settings, code, part):
     ("settings", "part"),
     [
         ({"r": 0}, "r is 0"),
-        ({"r": -4}, "r is -4"),
         ({"r": 2.5}, "r is 2.5"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"bias": "some"}, "'none', 'all' or 'lora_only'"),
@@ -85,14 +80,11 @@ def test_targets(settings, code, part):
         ({"enable_lora": {"c_attn": [False, False]}}, "must be a list that enables at least one part"),
         ({"layers_to_transform": [0]}, "goes with a list of target_modules"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"lora_alpha": 0}, "lora_alpha is 0"),
-        ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is ('q_proj',)"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] is 'x'"),
         ({"layers_to_transform": "x", "target_modules": ["q_proj"]}, "layers_to_transform is 'x'"),
         ({"enable_lora": 5}, "enable_lora is 5"),
         ({"target_modules": "(q_proj"}, "target_modules is '(q_proj'"),
-        ({"rank_pattern": {"(q": 2}}, "rank_pattern['(q']"),
         ({"layers_pattern": "(x"}, "layers_pattern"),
     ],
 )

@@ -152,23 +152,6 @@ def test_a_row_of_zeros_stays_zero_under_dora():
     assert logits(model).isfinite().all()
 
 
-def test_dora_norms_are_kept_under_inference_mode(monkeypatch):
-    from rankwise.adapters import dora
-
-    model, config = build("dora", "llama", torch.float32)
-    rw.add_adapter(model, config)
-    step(model)
-    calls = []
-    counted = dora.adapted_row_norms
-    monkeypatch.setattr(dora, "adapted_row_norms", lambda *given: calls.append(1) or counted(*given))
-    with torch.inference_mode():
-        model(input_ids=IDS)
-        once = len(calls)
-        model(input_ids=IDS)
-    assert once > 0
-    assert len(calls) == once
-
-
 def test_dora_under_inference_mode_and_compiled():
     model, config = build("dora", "llama", torch.float32)
     rw.add_adapter(model, config)
@@ -182,11 +165,3 @@ def test_dora_under_inference_mode_and_compiled():
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_part_of_a_fused_layer_computes_in_float64() -> None:
-    """Where the model was made float64 after its adapter."""
-    model, config = build("fused_dora", "gpt2", torch.float32)
-    rw.add_adapter(model, config)
-    expected = logits(model)
-    torch.testing.assert_close(logits(model.double()), expected, rtol=1e-4, atol=1e-4)

@@ -11,12 +11,13 @@ from adapted_models import IDS, logits, step
 from torch import nn
 
 import rankwise as rw
-from marks import at_every_level
+from marks import at_some_level
 from precision import assert_as_exact
 from rankwise.adapters import experts as adapted
 from rankwise.errors import AdapterError, ConfigError, RankwiseWarning
 from rankwise.quantization.experts import four_bit_stacks
 from rankwise.quantization.linear import weight_count
+from tables import thinned
 from tiny_models import tiny_llama, tiny_moe
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
@@ -48,8 +49,7 @@ def base(family: str, four_bit: bool = False, dtype: torch.dtype = torch.float32
     return model
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-@pytest.mark.parametrize(("family", "targets"), CASES)
+@thinned({"family,targets": CASES, "four_bit": [False, True]})
 def test_identity_at_init_and_only_adapters_train(family, targets, four_bit):
     model = base(family, four_bit)
     before = logits(model)
@@ -72,8 +72,7 @@ def test_an_adapter_is_on_the_device_of_its_experts(family, targets):
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-@pytest.mark.parametrize(("family", "targets"), CASES)
+@thinned({"family,targets": CASES, "four_bit": [False, True]})
 def test_merged_equals_unmerged_and_unmerge_is_exact(family, targets, four_bit):
     model = base(family, four_bit)
     start = logits(model)
@@ -104,8 +103,7 @@ def _modules(model, settings, family):
     return rw.add_adapter(base(family), settings).modules
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-@pytest.mark.parametrize(("family", "targets"), CASES)
+@thinned({"family,targets": CASES, "four_bit": [False, True]})
 def test_save_and_load_is_exact(family, targets, four_bit, tmp_path):
     model = base(family, four_bit)
     rw.add_adapter(model, config(targets))
@@ -125,8 +123,7 @@ def gradients(model: nn.Module, ids: torch.Tensor = IDS) -> dict[str, torch.Tens
     return {key: value.grad.clone() for key, value in rw.adapter_parameters(model).items()}
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-@pytest.mark.parametrize(("family", "targets"), [*CASES, ("qwen2_moe", "both")])
+@thinned({"family,targets": [*CASES, ("qwen2_moe", "both")], "four_bit": [False, True]})
 def test_gradients_by_hand_are_those_of_autograd(family, targets, four_bit, monkeypatch):
     model = base(family, four_bit)
     rw.add_adapter(model, config(targets, init_lora_weights=False))
@@ -137,9 +134,7 @@ def test_gradients_by_hand_are_those_of_autograd(family, targets, four_bit, monk
         torch.testing.assert_close(by_hand[key], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("four_bit", [False, True])
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@thinned({"family": ["qwen3_moe", "gpt_oss"], "four_bit": [False, True], "reentrant": [False, True]})
 def test_checkpointing_repeats_the_same_step(family, four_bit, reentrant):
     model = base(family, four_bit).train()
     rw.add_adapter(model, config("attention_too", init_lora_weights=False))
@@ -150,7 +145,7 @@ def test_checkpointing_repeats_the_same_step(family, four_bit, reentrant):
         torch.testing.assert_close(value, plain[key], rtol=0, atol=0)
 
 
-@at_every_level
+@at_some_level
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_it_is_no_worse_than_autograd(family, four_bit, monkeypatch):
@@ -390,8 +385,7 @@ MIXTURES = {
 }
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-@pytest.mark.parametrize("family", MIXTURES)
+@thinned({"family": list(MIXTURES), "four_bit": [False, True]})
 def test_all_linear_says_what_it_leaves_out_and_what_reaches_it(family, four_bit):
     def mixture():
         model = tiny_moe(family, **MIXTURES[family])

@@ -15,6 +15,7 @@ from rankwise.adapters.state import adapted_layers
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.export.merged import merge_to_folder
 from rankwise.ops.four_bit import spread_weight
+from tables import thinned
 from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
@@ -79,9 +80,7 @@ def test_gradients_take_rounding_for_the_identity(for_merge, use_dora):
     assert not any(tensor.is_floating_point() and tensor.numel() >= Q.numel() for tensor in kept)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("for_merge", ["nf4", "q4_0"])
-@pytest.mark.parametrize("base", BASES)
+@thinned({"base": list(BASES), "for_merge": ["nf4", "q4_0"], "use_dora": [False, True]})
 @pytest.mark.filterwarnings("ignore")
 def test_the_merged_folder_computes_what_was_trained(tmp_path, base, for_merge, use_dora):
     model = trained(base, for_merge, use_dora=use_dora)

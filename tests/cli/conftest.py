@@ -46,21 +46,18 @@ def rankwise(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 
 @pytest.fixture
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing is left on this machine; traces are kept for all tests."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture
-def plan(rankwise: Callable[..., Done], model_folder: Path, own_cache: None) -> Callable[..., Done]:
+def plan(rankwise: Callable[..., Done], model_folder: Path) -> Callable[..., Done]:
     """``rankwise plan`` of the tiny model."""
     return functools.partial(rankwise, "plan", "--model", model_folder, "--batch-size", 4, "--max-length", 64)
 
 
 @pytest.fixture(scope="session")
-def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+def several(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, rows_file: Path) -> Iterator[Nursery]:
     """What forks processes of ``rankwise``, of which none has to import torch."""
-    with nursery(tmp_path_factory.mktemp("several")) as made:
+    folder = tmp_path_factory.mktemp("several")
+    command = ["train", "--model", model_folder, "--data", rows_file, "--eval-data", rows_file, "--device", "cpu"]
+    command += ["--method", "qdora", "--max-steps", 1, "--r", 2, "--output", folder / "warm"]
+    with nursery(folder, command) as made:
         yield made
 
 

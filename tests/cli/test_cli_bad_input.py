@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -100,33 +99,6 @@ def test_what_is_translated_exists():
     assert set(OPTIMIZERS) <= {item.value for item in OptimizerNames}
 
 
-def test_a_target_that_matches_nothing(command, refuses):
-    refuses("RW401", *command(**{"target-modules": "q_prj,v_prj"}), said="q_proj")
-
-
-def test_no_such_model(command, refuses):
-    refuses("RW301", *command(model="/no/such/model"))
-
-
-def test_a_model_folder_without_weights(command, refuses, model_folder, tmp_path):
-    shutil.copytree(model_folder, tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").unlink()
-    refuses("RW305", *command(model=tmp_path / "model"))
-
-
-def test_truncated_weights(command, refuses, model_folder, tmp_path):
-    shutil.copytree(model_folder, tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    refuses("RW306", *command(model=tmp_path / "model"), said="model.safetensors")
-
-
-def test_a_pickle_instead_of_safetensors(command, refuses, model_folder, tmp_path):
-    shutil.copytree(model_folder, tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
-    refuses("RW307", *command(model=tmp_path / "model"), said="pickle")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "code", "said"),
     [
@@ -140,94 +112,6 @@ def test_bad_data(name, content, code, said, command, refuses, tmp_path):
     refuses(code, *command(data=tmp_path / name), said=said)
 
 
-def test_no_such_data(command, refuses, tmp_path):
-    refuses("RW201", *command(data=tmp_path / "none.jsonl"), said="none.jsonl")
-
-
-def test_an_output_that_holds_a_run(command, refuses, run_folder, tmp_path):
-    shutil.copytree(run_folder, tmp_path / "run")
-    refuses("RW502", *command(), said="--resume")
-
-
-def test_an_output_that_holds_something_else(command, refuses, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("mine")
-    refuses("RW504", *command())
-
-
-def test_an_output_that_cannot_be_written(command, refuses, tmp_path):
-    (tmp_path / "locked").mkdir()
-    (tmp_path / "locked").chmod(0o500)
-    refuses("RW503", *command(output=tmp_path / "locked" / "run"))
-
-
-def test_resuming_with_other_settings_names_them(command, refuses, run_folder, rows_file, tmp_path):
-    shutil.copytree(run_folder, tmp_path / "run")
-    changed = {"max-steps": 2, "batch-size": 2, "eval-data": rows_file, "learning-rate": 0.02, "seed": 3}
-    refuses("RW507", *command(**changed), "--resume", said="--learning-rate was 0.01 and is 0.02")
-
-
-def test_nothing_to_resume(command, refuses):
-    refuses("RW505", *command(), "--resume")
-
-
-@pytest.fixture
-def adapter(run_folder, tmp_path):
-    shutil.copytree(run_folder, tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-@pytest.mark.parametrize("command", ["generate", "merge", "inspect"])
-class TestHostileAdapters:
-    """The three commands that read an adapter say the same about it."""
-
-    @pytest.fixture
-    def reads(self, command, refuses, adapter, model_folder, tmp_path):
-        arguments = {
-            "generate": ("--adapter", adapter, "--prompt", "x"),
-            "merge": ("--adapter", adapter, "--output", tmp_path / "merged"),
-            "inspect": (adapter,),
-        }
-        return lambda code, said="": refuses(code, command, *arguments[command], said=said)
-
-    def test_truncated(self, reads, adapter):
-        path = adapter / "adapter_model.safetensors"
-        path.write_bytes(path.read_bytes()[:-10])
-        reads("RW409", "adapter_model.safetensors")
-
-    def test_a_pickle(self, reads, adapter):
-        (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-        reads("RW409", "pickle")
-
-    def test_no_json(self, reads, adapter):
-        (adapter / "adapter_config.json").write_text("{")
-        reads("RW409", "adapter_config.json")
-
-    def test_a_field_that_would_change_the_result(self, reads, adapter):
-        path = adapter / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"use_qalora": True}))
-        reads("RW410", "use_qalora")
-
-    def test_a_damaged_record(self, reads, adapter):
-        (adapter / "run.json").write_text("[")
-        reads("RW501", "run.json")
-
-
-@pytest.mark.parametrize("command", ["generate", "merge"])
-def test_an_adapter_for_another_base_lists_every_tensor(command, refuses, adapter, tmp_path):
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    wrong = [key for key in tensors if "lora_A" in key]
-    save_file({key: value[:, :-1].contiguous() if key in wrong else value for key, value in tensors.items()}, path)
-    rest = ("--prompt", "x") if command == "generate" else ("--output", tmp_path / "merged")
-    for key in wrong:
-        refuses("RW411", command, "--adapter", adapter, *rest, said=key)
-
-
-def test_generate_with_nothing_to_generate_with(refuses):
-    refuses("RW121", "generate", "--prompt", "x")
-
-
 def test_compare_without_an_adapter(refuses, model_folder):
     refuses("RW121", "generate", "--model", model_folder, "--prompt", "x", "--compare")
 
@@ -235,10 +119,6 @@ def test_compare_without_an_adapter(refuses, model_folder):
 def test_generate_without_a_tokenizer(refuses, model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
     refuses("RW115", "generate", "--model", tmp_path / "model", "--prompt", "x")
-
-
-def test_preview_of_a_row_that_is_not_there(refuses, model_folder, rows_file):
-    refuses("RW217", "preview", "--model", model_folder, "--data", rows_file, "--row", 12)
 
 
 def test_inspect_what_is_no_folder(refuses, tmp_path):

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.cli import generate
 from rankwise.cli.settings import GenerateSettings
 from rankwise.models import load_model, model_facts, resolve_model
 from rankwise.quantization import Linear4bit, Nf4Config
-from rankwise.quantization.experts import four_bit_stacks
 from rankwise.records import RunRecord
-from tiny_models import tiny_moe
 
 
 @pytest.fixture
@@ -38,10 +36,6 @@ def packed_run(packed_folder: Path, tmp_path: Path) -> Path:
     rw.save_adapter(model, tmp_path / "run", base_model=str(packed_folder))
     RunRecord("qlora", 0, {"model": "packed"}, base_model=facts).save(tmp_path / "run")
     return tmp_path / "run"
-
-
-def test_inspect_says_whether_an_adapter_fits_a_4_bit_base(packed_run, packed_folder, rankwise):
-    assert rankwise("inspect", packed_run, "--model", packed_folder, "--json").document["fits"]["shapes"] is True
 
 
 @pytest.mark.parametrize(("wish", "four_bit"), [("auto", True), ("none", False)])
@@ -106,44 +100,3 @@ def test_the_recorded_commit_is_used(command, run_folder, model_folder, rankwise
     rest = ("--prompt", "Hi") if command == "generate" else ("--output", tmp_path / "merged")
     assert rankwise(command, "--adapter", tmp_path / "run", *rest).code == 0
     assert asked[0] == ("org/base", "c0ffee")
-
-
-@pytest.fixture
-def moe_folder(model_folder: Path, tmp_path: Path) -> Path:
-    """A mixture of experts of random weights with the tiny model's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    tiny_moe("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "moe")
-    tokenizer.save_pretrained(tmp_path / "moe")
-    return tmp_path / "moe"
-
-
-def test_a_mixture_of_experts_from_training_to_a_merged_model(moe_folder, rows_file, rankwise, tmp_path):
-    run, merged = tmp_path / "run", tmp_path / "merged"
-    command = ["train", "--model", moe_folder, "--data", rows_file, "--eval-data", rows_file, "--method", "qlora"]
-    steps = ["--max-steps", 2, "--batch-size", 2, "--r", 2, "--learning-rate", 0.01, "--dtype", "float32"]
-    done = rankwise(*command, "--output", run, *steps, "--gradient-checkpointing")
-    assert done.code == 0, done.stderr
-    assert "RW613" not in done.stderr
-    record = json.loads((run / "run.json").read_text())
-    assert record["base_model"]["quantization"]["quant_type"] == "nf4"
-    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(moe_folder).parameters())
-    assert record["base_model"]["parameters"] == parameters
-    model, _ = load_model(str(moe_folder), dtype=torch.float32, quantization=Nf4Config(double_quant=True))
-    assert len(list(four_bit_stacks(model))) == 4
-    rw.load_adapter(model, run)
-    assert rankwise("merge", "--adapter", run, "--output", merged, "--onto", "quantized").code == 0
-    ids = torch.tensor([[5, 9, 40, 41, 42, 7]])
-    with torch.no_grad():
-        expected = model.eval()(input_ids=ids).logits
-        found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(input_ids=ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert rankwise("generate", "--adapter", run, "--prompt", "Hi", "--max-new-tokens", 2).code == 0
-
-
-def test_a_plan_of_qlora_holds_experts_in_4_bits(moe_folder, rankwise):
-    document = rankwise("plan", "--model", moe_folder, "--json").document
-    weights = {
-        method: sum(entry["breakdown"][term] for term in ("weights", "weights_4bit"))
-        for method, entry in document["methods"].items()
-    }
-    assert 0 < weights["qlora"] < 0.6 * weights["lora"]

@@ -34,7 +34,7 @@ def write(path: Path, kind: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=[SINGLE, NUMBER, pytest.param(SEVERAL, marks=pytest.mark.long)])
 def compared(
     request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:

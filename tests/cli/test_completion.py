@@ -25,9 +25,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("rankwise tr", "train"),
         ("rankwise train --learning", "--learning-rate"),
-        ("rankwise train --method qd", "qdora"),
         ("rankwise export --for lla", "llama.cpp"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
+from rankwise.cli.main import main
 from rankwise.errors import RunError
 from rankwise.evaluation.loading import max_length_of
 from rankwise.foreign import parse_json
@@ -66,20 +67,28 @@ def test_a_damaged_file_is_refused_by_code(source, name, command, damage, reques
     assert "RW550" not in done.stderr
 
 
+@pytest.fixture(scope="module")
+def stopped(model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped after the first of its two steps."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    words = ["train", "--model", model_folder, "--data", rows_file, "--output", folder, *TRAIN]
+    assert main([str(word) for word in words]) == 0
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    shutil.rmtree(folder / "checkpoints" / "step-2")
+    return folder
+
+
 @pytest.mark.parametrize(
     "name",
     ["random.json", "optimizer.safetensors", "scheduler.json", "progress.json", "adapter_model.safetensors"],
 )
-def test_a_damaged_checkpoint_is_refused_by_code(name, rankwise, model_folder, rows_file, tmp_path):
-    words = ["train", "--model", model_folder, "--data", rows_file, "--output", tmp_path / "run", *TRAIN]
-    assert rankwise(*words).code == 0
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-2")
+def test_a_damaged_checkpoint_is_refused_by_code(name, rankwise, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step-1" / name).write_bytes(PAGE)
     # As if the page had been saved.
     _write_manifest(tmp_path / "run" / "checkpoints" / "step-1", 1)
-    done = rankwise(*words, "--resume")
+    done = rankwise("train", "--resume", "--output", tmp_path / "run")
     assert done.code == 2, done.stderr
     assert "error RW" in done.stderr
 

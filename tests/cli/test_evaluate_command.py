@@ -103,12 +103,6 @@ def test_several_tasks_with_data_of_their_own(
     ]
 
 
-def test_settings_come_from_a_file_too(rankwise, model_folder: Path, rows_file: Path, tmp_path: Path):
-    (tmp_path / "settings.yaml").write_text(f"model: {model_folder}\ntask: [perplexity]\ndata: {rows_file}\nlimit: 3\n")
-    done = rankwise("evaluate", "--config", "settings.yaml", "--json")
-    assert done.document["results"][0]["count"] == 3
-
-
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

@@ -203,12 +203,6 @@ def test_options_without_effect_are_refused(rankwise, run_folder, tmp_path, opti
     assert not (tmp_path / "served").exists()
 
 
-def test_rows_are_refused_where_nothing_is_converted(rankwise, run_folder, tmp_path):
-    run = run_folder()
-    given = ("--for", "vllm", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "served")
-    assert "RW112" in rankwise("export", "--adapter", run, *given).stderr
-
-
 def test_a_server_that_loads_other_weights_than_were_trained_is_warned_of():
     demo = ModelSource("demo", "demo", Path("demo.gguf"), "owner/name")
     for target in ("vllm", "sglang", "peft"):
@@ -219,13 +213,6 @@ def test_a_server_that_loads_other_weights_than_were_trained_is_warned_of():
         warnings.simplefilter("error")
         warn_of_other_weights(demo, "llama.cpp")
         warn_of_other_weights(folder, "vllm")
-
-
-def test_the_server_stands_in_a_configuration_file_too(rankwise, run_folder, tmp_path):
-    (tmp_path / "export.yaml").write_text(f"adapter: {run_folder()}\nfor: vllm\noutput: {tmp_path / 'served'}\n")
-    assert (
-        rankwise("export", "--config", tmp_path / "export.yaml", "--for", "peft", "--json").document["target"] == "peft"
-    )
 
 
 def test_a_merged_export_for_vllm_is_an_ordinary_folder(rankwise, run_folder, tmp_path):
@@ -252,13 +239,6 @@ def test_a_proof_by_llama_cpp_needs_the_base_s_gguf(rankwise, run_folder, tmp_pa
     given = ("--for", "llama.cpp", "--verify", "--server-python", sys.executable, "--output", tmp_path / "served")
     done = rankwise("export", "--adapter", run_folder(), *given)
     assert "RW737" in done.stderr
-    assert not (tmp_path / "served").exists()
-
-
-def test_an_adapter_of_another_base_is_refused(rankwise, run_folder, gpt2_folder, tmp_path):
-    given = ("--for", "vllm", "--model", gpt2_folder, "--output", tmp_path / "served")
-    done = rankwise("export", "--adapter", run_folder(target_modules=["q_proj"]), *given)
-    assert done.code == 2
     assert not (tmp_path / "served").exists()
 
 

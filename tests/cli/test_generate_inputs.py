@@ -229,9 +229,3 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(name, generate, tmp_path):
     done = generate("--prompt-file", write(tmp_path / name, "prompt\na\n"))
     assert done.code == 2
     assert f"RW202: {tmp_path / name} is not a list of prompts; " in done.stderr
-
-
-def test_closed_standard_input_is_an_error_of_the_input(generate, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)
-    done = generate("--prompt", "-")
-    assert (done.code, "error RW201: standard input is closed; " in done.stderr) == (2, True)

@@ -12,10 +12,10 @@ from tiny_models import save_with_tokenizer, tiny_moe
 OPTION = re.compile(r"--target-parameters (\S+?)[.;,]?(?=\s|$)")
 
 
-@pytest.fixture(scope="module", params=["mixtral", "deepseek_v2"])
-def mixture(request, model_folder, tmp_path_factory):
-    model = tiny_moe(request.param, vocab_size=259)
-    return save_with_tokenizer(model, model_folder, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def mixture(model_folder, tmp_path_factory):
+    model = tiny_moe("deepseek_v2", vocab_size=259)
+    return save_with_tokenizer(model, model_folder, tmp_path_factory.mktemp("mixture"))
 
 
 def test_train_says_it_and_takes_what_it_says(rankwise, mixture, rows_file, tmp_path):
@@ -27,11 +27,9 @@ def test_train_says_it_and_takes_what_it_says(rankwise, mixture, rows_file, tmp_
     assert [item["code"] for item in record["warnings"]].count("RW422") == 1
     assert "stacked experts without an adapter" in (tmp_path / "a" / "README.md").read_text()
     (option,) = OPTION.findall(done.stderr)
-    for method in ("lora", "qlora"):
-        options = ["--method", method, "--target-parameters", option, "--output", tmp_path / method]
-        again = rankwise(*command, *options, *(["--block-size", 32] if method == "qlora" else []))
-        assert again.code == 0, again.stderr
-        assert "RW422" not in again.stderr
+    again = rankwise(*command, "--target-parameters", option, "--output", tmp_path / "b")
+    assert again.code == 0, again.stderr
+    assert "RW422" not in again.stderr
 
 
 def test_the_plan_says_it(rankwise, mixture):

@@ -13,8 +13,12 @@ import pytest
 from rankwise.comparison.steps import measure
 from rankwise.records import load_record, read_metrics
 
-CASES = [(method, "bfloat16", True) for method in ("lora", "dora", "qlora", "qdora", "full")]
-CASES += [("lora", "bfloat16", False), ("qdora", "float32", True)]
+CASES = [
+    ("lora", "bfloat16", False),
+    ("dora", "bfloat16", True),
+    ("qdora", "float32", True),
+    ("full", "bfloat16", True),
+]
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import re
 import pytest
 
 from rankwise.config import TrainSettings
-from rankwise.errors import is_out_of_memory
 from rankwise.planning import guard
 from rankwise.reports.numbers import byte_size
 from toy_memory import toy_estimate
@@ -50,12 +49,6 @@ def test_the_prediction_is_printed_and_recorded(train, tmp_path):
     before, after = record["predicted_peak_memory_bytes"], record["peak_memory_bytes"]
     assert f"predicted peak {byte_size(before)} ±" in done.stdout
     assert f"peak memory {byte_size(after)} (predicted {byte_size(before)})" in done.stdout
-
-
-def test_without_our_fused_parts_pytorch_s_own_step_is_predicted(train):
-    done = train("--no-fast")
-    assert done.code == 0
-    assert "of PyTorch's own step" in done.stdout
 
 
 def test_a_new_process_stays_inside_the_printed_interval(several, model_folder, rows_file, tmp_path):
@@ -135,11 +128,6 @@ def test_a_checkpoint_of_4_bits_is_held_against_the_memory_as_such(little_memory
     assert peak("qlora", quantization_config=stored).peak_bytes == as_qlora.peak_bytes
 
 
-def test_a_resumed_run_may_overrule_it_too(train):
-    assert train("--max-steps", 2).code == 0
-    assert train("--max-steps", 2, "--resume", "--ignore-plan").code == 0
-
-
 def test_a_model_that_cannot_be_predicted_trains_all_the_same(train, monkeypatch, tmp_path):
     from rankwise.errors import ModelError
 
@@ -174,11 +162,6 @@ def test_when_memory_runs_out_the_error_ends_with_what_would_fit(train, toy_memo
     assert "what would fit, the cheapest first: (1)" in done.stderr
 
 
-def test_other_errors_stay_what_they_are():
-    assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    assert is_out_of_memory(MemoryError())
-
-
 @pytest.mark.parametrize("packing", [(), ("--packing",)])
 def test_rows_beyond_learned_positions_stop_before_training(rankwise, gpt2_folder, tmp_path, packing):
     """A table of positions ends; without the check the first step fails in the embedding."""
@@ -192,42 +175,3 @@ def test_rows_beyond_learned_positions_stop_before_training(rankwise, gpt2_folde
     assert "--max-length 12" in done.stderr
     assert not (tmp_path / "long").exists()
     assert rankwise(*order, *packing, "--output", tmp_path / "short", "--max-length", 12).code == 0
-
-
-def test_no_plan_goes_beyond_learned_positions(rankwise, gpt2_folder):
-    order = ("plan", "--model", gpt2_folder, "--memory", "8GB", "--json")
-    done = rankwise(*order, "--max-length", 13)
-    assert done.code == 2
-    assert "--max-length 12" in done.stderr
-    assert rankwise(*order, "--max-length", 12).code == 0
-
-
-def test_a_target_that_is_not_there_is_said_once(train):
-    done = train("--target-modules", "q_prj")
-    assert done.code == 2
-    assert "RW401" in done.stderr
-    assert "q_proj" in done.stderr
-    assert "RW564" not in done.stderr
-
-
-def test_targets_that_only_the_plan_refuses_are_said_before_training(train, monkeypatch):
-    from rankwise.errors import AdapterError
-
-    def refuse(*arguments, **more):
-        raise AdapterError("RW402", "no such layer here.")
-
-    monkeypatch.setattr(guard.MemoryGuard, "_ask", refuse)
-    done = train()
-    assert done.code == 0
-    assert "RW564" in done.stderr
-    assert "no such layer here." in done.stderr
-
-
-def test_a_model_that_cannot_be_fetched_only_fails(train, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    done = train("--model", "org/not-in-any-cache")
-    assert done.code == 2
-    assert "error RW313" in done.stderr
-    assert "RW564" not in done.stderr

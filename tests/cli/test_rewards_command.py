@@ -98,7 +98,7 @@ FIGURES = ("loss", "reward", "reward_length", "kl", "entropy", "completion_token
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("bnpo", marks=pytest.mark.long)])
 def test_two_processes_answer_and_learn_as_one_does(loss_type, several, model_folder, prompts, tmp_path):
     """Groups of four over processes of two rows, epochs of four steps, evaluations of an odd number of prompts."""
     held_out = tmp_path / "held-out.jsonl"
@@ -139,6 +139,7 @@ def test_what_several_processes_cannot_learn_is_refused(given, words, several, m
 
 def test_what_does_not_train_is_not_planned(rankwise, model_folder):
     command = ("plan", "--model", model_folder, "--memory", "24GB", "--objective", "grpo", "--devices", 2)
+    command = (*command, "--method", "lora")
     assert rankwise(*command, "--strategy", "ddp").code == 0
     refused = rankwise(*command, "--strategy", "fsdp")
     assert refused.code == 2

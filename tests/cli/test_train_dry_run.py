@@ -60,15 +60,6 @@ def test_a_run_that_is_there_stays_as_it_is(option, said, command, rankwise, tmp
     assert files_below(tmp_path) == before
 
 
-def test_what_a_run_refuses_it_refuses(command, rankwise, tmp_path):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "a", "completion": null}\n')
-    done = rankwise(*command, "--data", bad, "--output", tmp_path / "run", "--dry-run")
-    assert done.code == 2
-    assert "error RW203" in done.stderr
-    assert files_below(tmp_path).keys() == {"bad.jsonl"}
-
-
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
 def test_a_run_refused_late_leaves_no_folder(option, command, rankwise, tmp_path, monkeypatch):
     def refuse(self, batch, evaluation, mapped_bytes):
@@ -78,12 +69,3 @@ def test_a_run_refused_late_leaves_no_folder(option, command, rankwise, tmp_path
     done = rankwise(*command, "--output", tmp_path / "runs" / "first", *option)
     assert done.code == 2
     assert files_below(tmp_path) == {}
-
-
-def test_a_finished_run_to_resume_is_told_as_without(command, rankwise, tmp_path):
-    output = tmp_path / "run"
-    assert rankwise(*command, "--output", output).code == 0
-    done = rankwise("train", "--resume", "--output", output, "--dry-run")
-    assert done.code == 0
-    assert "RW509" in done.stderr
-    assert "written" in done.stdout

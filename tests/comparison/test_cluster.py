@@ -20,7 +20,7 @@ from fake_comparison import Quiet, compare, given, starts, without_times
 from in_process import steps_in_this_process
 from rankwise.comparison import pool, run
 from rankwise.comparison.pool import LOST, connect
-from rankwise.errors import ConfigError, RunError
+from rankwise.errors import RunError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning"),
@@ -54,25 +54,11 @@ def test_a_lost_step_starts_again_but_not_for_ever(
     assert errors == ["RW583"] * (4 - finished)
 
 
-def test_an_address_without_ray_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--executor ray") as caught:
-        compare(**given(tmp_path, address="auto"))
-    assert caught.value.code == "RW167"
-
-
 def test_no_cluster_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(RunError) as caught:
         connect("127.0.0.1:1", "cpu")
     assert caught.value.code == "RW555"
-
-
-def test_a_cluster_without_cores_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = {"Alive": True, "Resources": {"CPU": 0.0}}
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=lambda *_, **__: None, nodes=lambda: [head]))
-    monkeypatch.setitem(sys.modules, "ray._private", SimpleNamespace(worker=SimpleNamespace()))
-    with pytest.raises(RunError, match="RW555: no node of the Ray cluster has cores"):
-        connect("auto", "cpu")
 
 
 def test_without_a_cluster_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,13 +120,12 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["node", "worker"])
-def test_a_killed_node_or_worker_changes_nothing_in_the_report(
-    what: str, two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_killed_node_changes_nothing_in_the_report(
+    two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cluster, second = two_nodes
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    watcher = Killer((lambda: cluster.remove_node(second, allow_graceful=False)) if what == "node" else kill_a_worker)
+    watcher = Killer(lambda: cluster.remove_node(second, allow_graceful=False))
     kwargs = {"learning_rates": "2e-4", "methods": "lora,full"}
     found: Any = compare(watcher=watcher, **given(tmp_path, "ray", executor="ray", **kwargs))
     assert watcher.lost
@@ -148,12 +133,6 @@ def test_a_killed_node_or_worker_changes_nothing_in_the_report(
     local: Any = compare(**given(tmp_path, "local", **kwargs))
     assert set(starts(tmp_path / "ray")) == set(starts(tmp_path / "local"))
     assert without_times(found["methods"], tmp_path / "ray") == without_times(local["methods"], tmp_path / "local")
-
-
-def kill_a_worker() -> None:
-    """One of the processes that hold Ray's tasks, by the name that Ray gives it."""
-    lines = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
-    os.kill(int(next(number for number, line in lines.items() if line.startswith(b"ray::_on_node"))), signal.SIGKILL)
 
 
 class Killer(Quiet):

@@ -13,7 +13,6 @@ import pytest
 
 from rankwise.comparison.inputs import prepare_inputs
 from rankwise.comparison.settings import CompareSettings
-from rankwise.config import TrainSettings
 from rankwise.data import read_rows
 from rankwise.data.preferences import PREFERENCE_FORMATS
 from rankwise.data.rows import Row
@@ -99,21 +98,6 @@ def meaning(row: Row) -> str:
     return str(sides)
 
 
-def test_another_mark_is_other_data(tmp_path: Path):
-    rows = [{"prompt": f"q{n}", "completion": "a", "label": True} for n in range(20)]
-    one = inputs(tmp_path, write(tmp_path / "one.jsonl", rows), "one", objective="kto")
-    turned = [{**rows[0], "label": False}, *rows[1:]]
-    two = inputs(tmp_path, write(tmp_path / "two.jsonl", turned), "two", objective="kto")
-    hashes = [{part: found.described[part]["sha256"] for part in ("train", "eval")} for found in (one, two)]
-    assert hashes[0] != hashes[1]
-
-
-def test_named_columns_stay(tmp_path: Path):
-    source = write(tmp_path / "rows.jsonl", [{"q": f"q{n}", "a": f"a{n}"} for n in range(20)])
-    found = inputs(tmp_path, source, prompt_column="q", completion_column="a")
-    assert len(read_rows(found.evaluation, prompt_column="q", completion_column="a")) == 2
-
-
 def test_given_evaluation_data_are_used_as_they_are_and_overlap_is_counted(tmp_path: Path):
     train = write(tmp_path / "train.jsonl", ROWS)
     held = write(tmp_path / "held.jsonl", [*ROWS[:4], {"prompt": "new", "completion": "row"}])
@@ -137,10 +121,3 @@ def test_one_prompt_cannot_be_split(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         inputs(tmp_path, source)
     assert caught.value.code == "RW168"
-
-
-def test_the_docs_name_every_option_of_train_that_a_comparison_does_not_have():
-    text = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
-    missing = set(TrainSettings.model_fields) - set(CompareSettings.model_fields)
-    assert len(missing) == 20
-    assert all(f"`--{name.replace('_', '-')}`" in text for name in missing)

@@ -36,11 +36,6 @@ def test_a_best_rate_at_the_edge_is_flagged():
     assert choose_rate({1e-4: None}) == (None, False)
 
 
-def test_ids_tell_cells_apart():
-    cells = [Cell(method, rate, seed) for method in ("lora", "qlora") for rate in (1e-4, 2e-5) for seed in (0, 1)]
-    assert len({cell.id for cell in cells}) == len(cells)
-
-
 def test_every_option_of_train_is_shared_or_has_its_counterpart():
     own = {"model", "data", "eval_data", "output", "method", "learning_rate", "budget", "seed"}
     own |= set(RetainOptions.model_fields)
@@ -96,17 +91,6 @@ def test_settings_that_cannot_be(changes, code):
 def test_the_command_repeats_the_comparison(changes, words):
     usual = "rankwise compare --model demo --data rows.jsonl --output out"
     assert sorted(command_line(settings(**changes)).split()) == sorted(f"{usual} {words}".split())
-
-
-@pytest.mark.parametrize(("text", "expected"), [("24GB", 24e9), ("1.5 GiB", 1.5 * 2**30), ("800MB", 8e8), (24, 24e9)])
-def test_sizes(text, expected):
-    assert settings(memory=text).memory == expected
-
-
-def test_a_size_that_is_none_is_refused():
-    with pytest.raises(ConfigError) as caught:
-        settings(memory="much")
-    assert caught.value.code == "RW140"
 
 
 def test_a_variant_is_a_method_of_its_own():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -100,35 +98,6 @@ def test_the_seconds_left_are_those_of_similar_steps_and_of_trainings_by_their_l
     assert carrying._seconds_left(left, begun) == pytest.approx((whole - 50 - 6) / 2)
     # Of a stage that has not run yet, the mean of all others.
     assert carrying._usual_seconds(Job("prepare", None)) == pytest.approx((15 + 45 + 4 + 8) / 4)
-
-
-def test_the_clock_writes_every_few_seconds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = time.monotonic()
-    monkeypatch.setattr(pool.time, "monotonic", lambda: now)
-    clock, kept = Clock(tmp_path), []
-    for _ in range(20):
-        now += 1
-        clock.keep()
-        kept.append(json.loads(clock.path.read_text())["total"] if clock.path.exists() else 0)
-    assert kept == [*[0] * 5, *[6] * 6, *[12] * 6, *[18] * 3]
-    now += 1
-    clock.keep(now=True)
-    assert Clock(tmp_path).before["total"] == 21
-
-
-def test_seconds_of_interrupted_steps_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call of 100 s whose step of 60 s is interrupted, then one of 30 s with two steps of 20 s side by side."""
-    now = time.monotonic()
-    monkeypatch.setattr(pool.time, "monotonic", lambda: now)
-    for seconds, steps in ((100, [60.0]), (30, [20.0, 20.0])):
-        carrying = of_steps(tmp_path)
-        for number, of_step in enumerate(steps):
-            job = Job("train", Cell("lora", 1e-4, number))
-            carrying.running[job] = pool.Started(0, pool.Call(int, int), now - of_step)
-            carrying._end(job, -2, stopping=True)
-        now += seconds
-        carrying.clock.keep(now=True)
-    assert Clock(tmp_path).before == {"total": 130, "runs": 100}
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(1, None), (2, "4"), (3, "2"), (8, "1"), (20, "1")])

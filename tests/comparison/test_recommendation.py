@@ -199,7 +199,7 @@ def random_table(draw: random.Random) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(10))
 def test_neither_noise_within_the_ranges_nor_the_order_matters(seed: int):
     draw = random.Random(seed)
     methods = random_table(draw)
@@ -276,7 +276,7 @@ def said_to_be(text: str, predicate: str) -> set[str]:
     return {capital(name) for name in re.split(r", | and ", found[1])} if found else set()
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(40))
 def test_no_sentence_mark_or_cell_contradicts_a_field(seed: int):
     comparison = simulated(seed)
     found, methods = comparison["recommendation"], comparison["methods"]

@@ -94,16 +94,6 @@ def test_the_files_of_a_folder_share_the_number(tmp_path: Path) -> None:
     assert preview_row(rows, 5, byte_tokenizer(), max_length=64).place == "b.jsonl, line 3"
 
 
-def test_rows_of_a_preview_are_counted_as_in_the_file(tmp_path: Path) -> None:
-    with pytest.warns(RankwiseWarning):
-        rows = read_rows(write(tmp_path / "rows.jsonl", *LINES), skip_bad_rows=None)
-    assert preview_row(rows, 4, byte_tokenizer(), max_length=64).line == 5
-    for index, code in ((2, "RW203"), (5, "RW222"), (7, "RW217")):
-        with pytest.raises(DataError) as caught:
-            preview_row(rows, index, byte_tokenizer(), max_length=64)
-        assert caught.value.code == code
-
-
 def test_a_cache_knows_of_rows_that_were_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", *LINES)
     options = {"max_length": 64, "chat_template": None, "name": "train", "cache": tmp_path / "cache"}

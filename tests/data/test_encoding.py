@@ -22,7 +22,6 @@ from tiny_tokenizers import (
     char_tokenizer,
     sentencepiece_tokenizer,
 )
-from tokenizers import Regex, normalizers
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -187,15 +186,6 @@ def test_e2e_never_takes_the_template() -> None:
     assert trained_text(tokenizer, example) == "the pub near the river<|im_end|>"
 
 
-def test_a_completion_of_messages_is_trained_alone() -> None:
-    history = chat("no?", "no", "yes?")["messages"]
-    data = rows({"prompt": history, "completion": [{"role": "assistant", "content": "yes"}]})
-    for template in (CHATML, MARKED):
-        tokenizer = byte_tokenizer(chat_template=template)
-        [example] = encode_rows(data, tokenizer, max_length=256).dataset
-        assert trained_text(tokenizer, example) == "yes<|im_end|>"
-
-
 def test_a_template_without_a_stop_token_gets_the_tokenizers() -> None:
     tokenizer = byte_tokenizer(chat_template=WITHOUT_STOP, eos_token="</s>")
     [example] = encode_rows(rows(chat("no?", "no")), tokenizer, max_length=256).dataset
@@ -269,13 +259,16 @@ WORDS = ["user", "assistant", "a", "no", "a", "a", "assistant\nno", " yes ", "is
 LONG = [WORDS[(7 * n + n // 11) % len(WORDS)] for n in range(120)]
 
 
-@pytest.mark.parametrize("template", [CHATML, CLOSED, WITH_BOS, WITHOUT_STOP, SAYS_ITS_NUMBER, WITH_CALLS])
-@pytest.mark.parametrize("record", [chat(*LONG), with_calls(*LONG[:40])], ids=["chat", "calls"])
+@pytest.mark.parametrize(
+    ("template", "record"),
+    [
+        *((template, chat(*LONG)) for template in (CHATML, CLOSED, WITH_BOS, WITHOUT_STOP, SAYS_ITS_NUMBER)),
+        (WITH_CALLS, with_calls(*LONG[:40])),
+    ],
+)
 def test_answers_are_the_same_without_rendering_up_to_each(
     template: str, record: dict[str, Any], rendered: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "tool_calls" in str(record) and template != WITH_CALLS:
-        pytest.skip("the template writes no calls")
     [row] = rows(record)
     tokenizer = byte_tokenizer(chat_template=template, eos_token="</s>")
     found = ChatRenderer(tokenizer, None)(row)
@@ -383,22 +376,6 @@ def test_of_a_long_row_only_the_beginning_is_tokenized(habit: str, kind: str, mo
     assert few_characters < all_characters / 3
     assert [row.estimated for row in other] == [True, True]
     assert other[0].length == pytest.approx(one[0].length, rel=0.1)
-
-
-def test_the_report_says_that_a_length_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankwise.data.encoding.WHOLE_CHARACTERS", 1000)
-    data = rows({"text": "the answer " * 1000}, {"text": "the answer"})
-    with pytest.warns(RankwiseWarning, match=r"RW215: 1 of 2 rows .* \(the longest has about \d+ tokens\)"):
-        report = encode_rows(data, byte_tokenizer(), max_length=8).report
-    assert (report.truncated_rows, report.estimated_rows, report.stop_token_rows) == (1, 1, 1)
-
-
-def test_a_long_text_of_few_tokens_is_tokenized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankwise.data.encoding.WHOLE_CHARACTERS", 100)
-    tokenizer = byte_tokenizer(chat_template=None)
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(" +"), "")
-    [example] = encode_rows(rows({"text": " " * 5000 + "yes"}), tokenizer, max_length=8).dataset
-    assert trained_text(tokenizer, example) == "yes<|im_end|>"
 
 
 def test_nothing_left_to_train_on_is_an_error() -> None:

@@ -73,16 +73,7 @@ def test_tools_and_calls_that_a_template_uses_are_rendered() -> None:
     ("template", "turns", "tools", "lost"),
     [
         (CHATML, (ASKED, CALLED, RESULT, SAID), [TOOL], "leaves out `tools`, `tool_calls` of message 2. Give"),
-        (CHATML, (ASKED, SAID), [TOOL], "leaves out `tools`. Give"),
-        (CHATML, (ASKED, CALLED, RESULT, SAID), None, "leaves out `tool_calls` of message 2. Give"),
-        (CHATML, (ASKED, {**SAID, "tool_calls": [CALL]}), None, "leaves out `tool_calls` of message 2. Give"),
         (CHATML, (ASKED, {**SAID, "function_call": CALL["function"]}), None, "leaves out `function_call` of message 2"),
-        (
-            WITH_TOOLS.replace("{{ call.function.arguments | tojson }}", ""),
-            (ASKED, CALLED, RESULT, SAID),
-            [TOOL],
-            "leaves out `tool_calls` of message 2. Give",
-        ),
         (
             WITH_TOOLS.replace("in message.tool_calls", "in (message.tool_calls or [])[:1]"),
             (ASKED, {**CALLED, "tool_calls": [CALL, CALL]}),
@@ -92,13 +83,6 @@ def test_tools_and_calls_that_a_template_uses_are_rendered() -> None:
         (WITH_TOOLS.replace("in tools", "in tools[:1]"), (ASKED, SAID), [TOOL, TOOL], "leaves out `tools`. Give"),
         # "4" stands in the answer too.
         (without(CHATML, "tool"), (ASKED, SAID, RESULT, SAID), None, "leaves out the `content` of message 3. Give"),
-        (
-            without(CHATML, "system"),
-            ({"role": "system", "content": "rain"}, ASKED, SAID),
-            None,
-            "`content` of message 1",
-        ),
-        (without(CHATML, "user"), (ASKED, SAID), None, "leaves out the `content` of message 1"),
         (
             CHATML.replace("message.content", "message.content[:5]"),
             (ASKED, SAID),
@@ -111,7 +95,6 @@ def test_tools_and_calls_that_a_template_uses_are_rendered() -> None:
             None,
             "leaves out the `reasoning_content` of message 2",
         ),
-        (CHATML, (ASKED, {**SAID, "thinking": "4"}), None, "leaves out the `thinking` of message 2"),
         (
             LAST_THOUGHT,
             (ASKED, {**SAID, "content": "<t>so</t>It is 4."}),

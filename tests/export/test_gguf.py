@@ -16,7 +16,6 @@ import torch
 from gguf_cases import FAMILIES, base_gguf, logits, saved
 
 import rankwise as rw
-from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.export.proof import LLAMA, Served, prove, run_server, server_python
 from rankwise.export.verify import round_as_served
@@ -61,29 +60,6 @@ def test_a_base_of_another_model_is_refused_and_nothing_is_left(tmp_path):
         with pytest.raises(ModelError, match=code):
             rw.export_adapter(adapted, tmp_path / "served", target="llama.cpp", base_gguf=file)
         assert not (tmp_path / "served").exists()
-
-
-def test_bad_bases_by_the_command_line_give_one_error_and_leave_nothing(tmp_path, capsys):
-    saved("llama", tmp_path)
-    base = base_gguf(tmp_path)
-    (tmp_path / "other").mkdir()
-    saved("qwen2", tmp_path / "other")
-    other = base_gguf(tmp_path / "other")
-    content = base.read_bytes()
-    cases = {other: "RW743", tmp_path / "missing.gguf": "RW"}
-    for kept in (0, 3, 40, 900, len(content) - 100):
-        cut = tmp_path / f"cut{kept}.gguf"
-        cut.write_bytes(content[:kept])
-        cases[cut] = "RW310"
-    before = sorted(tmp_path.iterdir())
-    for file, code in cases.items():
-        given = ["--adapter", tmp_path / "adapter", "--output", tmp_path / "served", "--base-gguf", file]
-        assert main(["export", "--for", "llama.cpp", *map(str, given)]) == 2
-        said = capsys.readouterr().err
-        assert said.count("error RW") == 1
-        assert f"error {code}" in said
-        assert "Traceback" not in said
-        assert sorted(tmp_path.iterdir()) == before, file
 
 
 def test_what_llama_cpp_does_not_know_is_refused(tmp_path):

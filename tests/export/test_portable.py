@@ -14,6 +14,7 @@ import rankwise as rw
 from rankwise.errors import AdapterError, ConfigError, RunError
 from rankwise.export.adapter import Rows, Wanted, export_file, export_live
 from rankwise.export.converted import Row, convert, update_of
+from tables import thinned
 from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
@@ -52,8 +53,7 @@ def by_peft(make, folder):
     return logits(peft.PeftModel.from_pretrained(make(), folder))
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("target", ["vllm", "peft"])
+@thinned({"case": list(CASES), "target": ["vllm", "peft"]})
 def test_peft_gives_our_logits_with_an_exported_folder(tmp_path, case, target):
     make, settings = CASES[case]
     model = adapted(make, **settings)

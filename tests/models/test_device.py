@@ -71,19 +71,3 @@ def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.Mo
     with pytest.raises(ModelError) as caught:
         choose_device(name)
     assert caught.value.code == "RW312"
-
-
-def test_a_card_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, cards=2)
-    with pytest.raises(ModelError, match=r"cuda:2 was asked for, and this machine has 2"):
-        choose_device("cuda:2")
-
-
-@pytest.mark.parametrize("dtype", ["float32", torch.float32])
-def test_a_given_dtype_is_kept(dtype: object) -> None:
-    assert choose_device("cpu", dtype).dtype == torch.float32  # type: ignore[arg-type]
-
-
-def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(ModelError, match="int8"):
-        choose_device("cpu", "int8")

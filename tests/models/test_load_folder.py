@@ -139,13 +139,8 @@ BAD = {
     "an adapter": (become_adapter, "RW302", "is an adapter.*org/base"),
     "a model and an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "RW302", "both a model and an"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "RW302", "as JSON"),
-    "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "RW302", "as JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "RW302", "not an object"),
-    "model_type a list": (lambda f: (f / "config.json").write_text('{"model_type": ["llama"]}'), "RW302", "not a name"),
     "unknown model_type": (lambda f: edit_config(f, model_type="llama9"), "RW303", "'llama9'.*newer transformers"),
-    "no model_type": (lambda f: edit_config(f, model_type=None), "RW303", "None"),
     "no language model": (lambda f: edit_config(f, model_type="t5"), "RW303", "not a causal language model"),
-    "nonsense sizes": (lambda f: edit_config(f, hidden_size="many"), "RW303", "cannot build"),
     "no weights": (remove("model.safetensors"), "RW305", "holds no weights"),
     "truncated": (truncate, "RW306", "not fully covered"),
     "pickle only": (only_pickle, "RW307", r"pytorch_model\.bin"),
@@ -160,12 +155,6 @@ BAD = {
     ),
     "far too small": (lambda f: edit_config(f, num_hidden_layers=40), "RW308", "describes .* parameters"),
     "labels without end": (lambda f: edit_config(f, num_labels=10**9), "RW302", "num_labels = 1,000,000,000"),
-    "lists without end": (lambda f: edit_config(f, attention_types=[[["global"], 10**9]]), "RW302", "attention_types"),
-    "parts without end": (
-        lambda f: edit_config(f, text_config={"num_layers": 501}),
-        "RW302",
-        r"text_config\.num_layers",
-    ),
     "tuples as outputs": (lambda f: edit_config(f, return_dict=False), "RW302", "return_dict to False"),
     "a kernel's code": (lambda f: edit_config(f, attn_implementation={"": "a/b"}), "RW304", "kernel 'a/b'"),
     "large and quantized": (
@@ -176,7 +165,6 @@ BAD = {
     "NaN": (lambda f: edit_weights(f, lambda t: t[Q_PROJ].fill_(float("nan"))), "RW323", Q_PROJ),
     "a shard missing": (shards(lambda f: min(f.glob("model-*")).unlink()), "RW305", "lacks 1 of"),
     "a shard outside": (shards(edit_index(lambda m: m.update(a="/etc/x.safetensors"))), "RW305", "of that folder"),
-    "empty index": (shards(edit_index(dict.clear)), "RW305", "maps no tensor"),
     "index that lies": (
         shards(edit_index(lambda m: m.update(a=next(iter(m.values()))))),
         "RW305",
@@ -389,28 +377,3 @@ def test_a_config_of_another_library_is_refused_on_a_four_bit_folder(packed):
 
     with pytest.raises(ModelError, match=r"RW316.*already quantized \(bitsandbytes\).*BitsAndBytesConfig"):
         load_model(str(packed[0]), quantization=BitsAndBytesConfig(load_in_4bit=True))
-
-
-def test_a_config_of_another_library_reaches_transformers_on_a_dense_folder(folder: Path, monkeypatch):
-    from transformers import BitsAndBytesConfig
-
-    given = BitsAndBytesConfig(load_in_4bit=True)
-    seen = {}
-
-    def stop(*_: object, **arguments: object) -> None:
-        seen.update(arguments)
-        raise RuntimeError("far enough")
-
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", stop)
-    with pytest.raises(ModelError, match="RW316.*far enough"):
-        load_model(folder, quantization=given)
-    assert seen["quantization_config"] is given
-
-
-def test_a_quantization_config_that_is_no_object_is_refused(folder: Path) -> None:
-    from rankwise.quantization import Nf4Config
-
-    edit_config(folder, quantization_config=["nf4"])
-    for quantization in (None, Nf4Config()):
-        with pytest.raises(ModelError, match="RW316.*quantization_config.*list"):
-            load_model(folder, quantization=quantization)

@@ -21,6 +21,7 @@ from rankwise.ops import reference, selection
 from rankwise.ops.attention import attention, obstacle, plain_attention
 from rankwise.ops.cpu import attention as native_attention
 from rankwise.ops.cpu import native
+from tables import thinned
 
 Range = tuple[Tensor | None, Tensor | None]
 
@@ -130,8 +131,7 @@ with_attention = pytest.mark.parametrize(
 
 @needs_native
 @with_attention
-@pytest.mark.parametrize("ranges", RANGES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@thinned({"shape": SHAPES, "ranges": RANGES})
 def test_as_exact_as_pytorch(poisoned: None, level: str, shape: tuple[int, ...], ranges: Callable[..., Range]) -> None:
     tensors, seen = make(*shape), ranges(*shape[:3])
     found = results(attention, tensors, seen)
@@ -142,8 +142,7 @@ def test_as_exact_as_pytorch(poisoned: None, level: str, shape: tuple[int, ...],
 
 @needs_avx2
 @pytest.mark.usefixtures("avx2")
-@pytest.mark.parametrize("ranges", RANGES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@thinned({"shape": SHAPES, "ranges": RANGES})
 def test_float32_is_as_exact_as_pytorch(poisoned: None, shape: tuple[int, ...], ranges: Callable[..., Range]) -> None:
     tensors, seen = [x.float() for x in make(*shape)], ranges(*shape[:3])
     found = results(attention, tensors, seen)
@@ -153,7 +152,7 @@ def test_float32_is_as_exact_as_pytorch(poisoned: None, shape: tuple[int, ...], 
 
 
 @needs_native
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     B=st.integers(1, 3),
     Lq=st.integers(1, 200),
@@ -302,8 +301,7 @@ def test_reference_gradients() -> None:
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("ranges", RANGES)
-@pytest.mark.parametrize("shape", [(2, 30, 30, 4, 2, 20), (1, 9, 64, 3, 3, 64), (1, 12, 5, 2, 1, 32)], ids=str)
+@thinned({"shape": [(2, 30, 30, 4, 2, 20), (1, 9, 64, 3, 3, 64), (1, 12, 5, 2, 1, 32)], "ranges": RANGES})
 def test_other_dtypes_and_head_sizes_run_in_pytorch(shape: tuple[int, ...], ranges: Callable[..., Range]) -> None:
     tensors, seen = [x.double() for x in make(*shape)], ranges(*shape[:3])
     assert obstacle(*tensors[:3]) is not None

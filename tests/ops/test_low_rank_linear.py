@@ -15,6 +15,7 @@ from marks import at_every_level
 from rankwise.ops import dequantize_weight, elementwise, quantize_weight, selection
 from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.low_rank_linear import low_rank_linear, low_rank_linear_of_glu
+from tables import thinned
 
 SCALE = 0.75
 
@@ -125,9 +126,13 @@ def test_outputs_that_are_written_over_are_made_again_for_m(of_glu: bool, checkp
         torch.testing.assert_close(grad, grad0, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("adapters_in", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5,), (1, 1, 5), (2, 8, 5), (17, 5), (0, 5)])
+@thinned(
+    {
+        "shape": [(5,), (1, 1, 5), (17, 5), (0, 5)],
+        "dora": [False, True],
+        "adapters_in": [torch.float32, torch.bfloat16],
+    }
+)
 def test_without_gradients_the_outputs_are_the_same(dora, adapters_in, shape) -> None:
     """Of few rows, as when generating, of many, and of none."""
     made = branches(torch.float32, dora=dora, bias=True)
@@ -145,9 +150,7 @@ def test_without_gradients_the_outputs_are_the_same(dora, adapters_in, shape) ->
 
 
 @at_every_level
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("T", [1, 17, 80])
-@pytest.mark.parametrize("graded", [False, True])
+@thinned({"T": [1, 17, 80], "dora": [False, True], "graded": [False, True]})
 def test_a_packed_weight_computes_as_its_dense_self(T: int, dora: bool, graded: bool) -> None:
     torch.manual_seed(0)
     packed, x = quantize_weight(torch.randn(9, 64)), torch.randn(T, 64, requires_grad=graded)
@@ -243,9 +246,7 @@ def test_bfloat16_is_no_worse_than_plain_bfloat16(card: bool, monkeypatch: pytes
 
 
 @at_every_level
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("four_bits", [False, True])
-@pytest.mark.parametrize("way", ["native", "plain", "card"])
+@thinned({"way": ["native", "plain", "card"], "dora": [False, True], "four_bits": [False, True]})
 def test_updates_below_half_a_unit_of_the_output_count(
     dora: bool, four_bits: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,11 +274,12 @@ def test_updates_below_half_a_unit_of_the_output_count(
     assert float(moved) == pytest.approx(1, abs=0.06)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("four_bits", [False, True])
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("of_glu", [False, True])
+@thinned(
+    {
+        **dict.fromkeys(("of_glu", "dora", "four_bits", "bias"), (False, True)),
+        "p": [0.0, 0.3],
+    }
+)
 def test_a_card_s_steps_are_no_worse_than_separate_products(
     of_glu: bool, dora: bool, four_bits: bool, bias: bool, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

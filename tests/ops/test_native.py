@@ -18,6 +18,7 @@ from rankwise.errors import QuantizationError
 from rankwise.ops import reference
 from rankwise.ops.cpu import native
 from rankwise.ops.packed_weight import PackedWeight
+from tables import thinned
 
 if native.obstacle() is not None:
     pytest.skip(f"no native library: {native.obstacle()}", allow_module_level=True)
@@ -60,7 +61,7 @@ def assert_as_exact(found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor
     assert (found.double() - true).abs().max() <= (expected.double() - true).abs().max() + tolerance
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     N=st.integers(1, 40),
     K=st.one_of(st.integers(1, 300), st.sampled_from([64, 128, 576, 4096])),
@@ -88,9 +89,7 @@ def test_fuzz(N, K, T, dtype, quant_type, block_size, nested, biased, level, see
     native.set_level(None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 7, 16, 31, 64, 65])
-@pytest.mark.parametrize("K", [192, 1000, 4096])
+@thinned({"T": [1, 2, 3, 5, 16, 65], "K": [192, 1000, 4096], "dtype": DTYPES})
 def test_rows_of_x(level: str, poisoned: None, dtype: torch.dtype, T: int, K: int) -> None:
     _, packed = quantized(39, K, dtype, "nf4", 64, True)
     x, bias = torch.randn(T, K).to(dtype), torch.randn(39).to(dtype)
@@ -155,8 +154,7 @@ def test_all_float16_numbers(level: str) -> None:
     assert torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("index", [0, 63, 8000, 8191, 8199])
+@pytest.mark.parametrize(("value", "index"), [(float("nan"), 0), (float("inf"), 8000), (-float("inf"), 8199)])
 def test_bad_numbers_are_found(level: str, value: float, index: int) -> None:
     w = torch.randn(8200)
     w[index] = value

@@ -18,10 +18,10 @@ from rankwise.ops import low_rank_plain
 from rankwise.ops.branch import Branch, Dropout, Frozen, input_grad_out, linear_out
 from rankwise.ops.cpu import low_rank, products
 from rankwise.ops.low_rank_linear import low_rank_linear
+from tables import thinned
 
 # (T, N, K): a single row, odd sizes, whole tiles, several parts of the sum, rows whose lines share sets of the cache.
-SHAPES = [(1, 1, 1), (1, 40, 577), (7, 33, 50), (16, 96, 1600), (33, 40, 50), (64, 96, 576), (300, 200, 1600)]
-SHAPES += [(100, 70, 2048), (700, 577, 1000), (40, 16, 650), (50, 48, 90), (33, 40, 8300)]
+SHAPES = [(1, 1, 1), (1, 40, 577), (7, 33, 50), (64, 96, 576), (300, 200, 1600), (100, 70, 2048), (33, 40, 8300)]
 
 
 # AVX-512 without bfloat16 has those of AVX2.
@@ -112,9 +112,13 @@ def test_the_way_back(shape: tuple[int, int, int], transposed: bool, rows: torch
 
 
 @needs_products
-@pytest.mark.parametrize("T", [5, 70])
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(("N", "K", "block_size"), [(96, 256, 64), (40, 80, 64), (33, 50, 32), (64, 4096, 4096)])
+@thinned(
+    {
+        "N,K,block_size": [(96, 256, 64), (40, 80, 64), (33, 50, 32), (64, 4096, 4096)],
+        "T": [5, 70],
+        "double_quant": [False, True],
+    }
+)
 @pytest.mark.parametrize("rows", ["bfloat16", "float32"], indirect=True)
 def test_four_bits_are_what_dequantization_gives(
     N: int, K: int, block_size: int, double_quant: bool, T: int, rows: torch.dtype
@@ -137,9 +141,13 @@ def test_four_bits_are_what_dequantization_gives(
 
 
 @needs_products
-@pytest.mark.parametrize(("T", "R", "C"), [(1, 1, 1), (70, 16, 100), (256, 8, 64), (600, 33, 2100)])
-@pytest.mark.parametrize("by_column", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@thinned(
+    {
+        "T,R,C": [(1, 1, 1), (70, 16, 100), (600, 33, 2100)],
+        "by_column": [False, True],
+        "dtype": [torch.float32, torch.bfloat16],
+    }
+)
 @pytest.mark.parametrize("rows", ["bfloat16", "float32"], indirect=True)
 def test_products_over_rows(T: int, R: int, C: int, by_column: bool, dtype: torch.dtype, rows: torch.dtype) -> None:
     q, m, y = rounded(T, R, dtype=rows), rounded(T, C, dtype=rows), rounded(T, C, seed=1, dtype=rows)
@@ -158,7 +166,7 @@ def test_products_over_rows(T: int, R: int, C: int, by_column: bool, dtype: torc
 
 
 @needs_products
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(T=st.integers(1, 130), N=st.integers(1, 150), K=st.integers(1, 150), gap=st.integers(0, 3))
 @pytest.mark.parametrize("rows", ["bfloat16", "float32"], indirect=True)
 def test_any_shape_and_any_distance_of_rows(T: int, N: int, K: int, gap: int, rows: torch.dtype) -> None:
@@ -233,10 +241,7 @@ def without_products() -> Iterator[None]:
 
 
 @needs_products
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@thinned({"dora": [False, True], "bias": [False, True], "p": [0.0, 0.3], "dtype": [torch.float32, torch.bfloat16]})
 @pytest.mark.parametrize("rows", ["bfloat16", "float32"], indirect=True)
 def test_the_operator_is_no_worse_than_in_separate_steps(
     dora: bool, bias: bool, p: float, dtype: torch.dtype, rows: torch.dtype, request: pytest.FixtureRequest
@@ -296,9 +301,13 @@ def test_a_dense_weight_and_its_input_gradient(T: int, dtype: torch.dtype) -> No
 
 
 @needs_products
-@pytest.mark.parametrize("T", [5, 16, 17, 40, 64])
-@pytest.mark.parametrize(("N", "K", "block_size"), [(40, 256, 64), (7, 4096, 4096), (100, 128, 128)])
-@pytest.mark.parametrize("double_quant", [False, True])
+@thinned(
+    {
+        "T": [5, 16, 17, 64],
+        "N,K,block_size": [(40, 256, 64), (7, 4096, 4096), (100, 128, 128)],
+        "double_quant": [False, True],
+    }
+)
 @pytest.mark.parametrize("rows", ["bfloat16", "float32"], indirect=True)
 def test_few_rows_of_four_bits(T: int, N: int, K: int, block_size: int, double_quant: bool, rows: torch.dtype) -> None:
     packed = ops.quantize_weight(random(N, K), "fp4", block_size, double_quant)

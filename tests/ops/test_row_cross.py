@@ -8,12 +8,12 @@ import torch
 import rankwise as rw
 from rankwise.adapters.low_rank import adapted_row_norms, row_norms_squared
 from rankwise.ops import elementwise
+from tables import thinned
 
 SHAPES = [(1, 1, 1), (5, 7, 3), (33, 65, 4), (16, 64, 16), (130, 100, 9), (0, 8, 2)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@thinned({"shape": SHAPES, "dtype": [torch.float32, torch.bfloat16, torch.float16]})
 def test_against_float64(level: str | None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     N, K, R = shape
     generator = torch.Generator().manual_seed(0)

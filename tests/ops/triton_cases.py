@@ -63,10 +63,15 @@ def test_triton_is_what_runs() -> None:
     assert ops.implementation(torch.ones(1, device=DEVICE)) == "triton"
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize(
-    ("shape", "block_size"),
-    [((3, block), block) for block in BLOCK_SIZES] + [(shape, 32) for shape in RAGGED] + [((0, 64), 64)],
+@thinned(
+    {
+        "shape,block_size": [
+            *(((3, block), block) for block in BLOCK_SIZES),
+            *((shape, 32) for shape in RAGGED),
+            ((0, 64), 64),
+        ],
+        "quant_type": ["nf4", "fp4"],
+    }
 )
 def test_codes_scales_and_values_equal_the_reference(shape: tuple[int, ...], block_size: int, quant_type: str) -> None:
     for dtype in DTYPES:
@@ -144,7 +149,7 @@ def test_products_and_gradients_are_as_good_as_the_reference(
 ) -> None:
     packed = quantized(weight((N, K)), "fp4" if N % 2 else "nf4", block_size, double)
     w = reference.dequantize_4bit(packed, dtype)
-    for T in (1, 2, 16, 17):
+    for T in (1, 2, 17):
         x, bias = weight((T, K), dtype).requires_grad_(), weight((N,), dtype).requires_grad_()
         y = ops.linear_4bit(x, packed, bias)
         assert_as_good(y, torch.nn.functional.linear(x, w, bias), x.double() @ w.double().T + bias.double())
@@ -175,9 +180,11 @@ def test_a_row_of_every_block_size(block_size: int) -> None:
         assert_as_good(ops.linear_4bit(x, packed), x @ w.T, truth)
 
 
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize(
-    ("N", "K", "block_size"), [(7, 64, 64), (5, 1152, 128), (2, 4096, 2048), (6, 80, 32), (3, 7, 64), (0, 64, 64)]
+@thinned(
+    {
+        "N,K,block_size": [(7, 64, 64), (5, 1152, 128), (2, 4096, 2048), (6, 80, 32), (3, 7, 64), (0, 64, 64)],
+        "double": [False, True],
+    }
 )
 def test_row_norms_are_those_of_the_dequantized_weight(N: int, K: int, block_size: int, double: bool) -> None:
     for quant_type in ("nf4", "fp4"):
@@ -218,7 +225,7 @@ def test_backward_keeps_the_packed_buffers_and_nothing_dense() -> None:
 
 def test_random_shapes_blocks_and_types() -> None:
     draw = random.Random(0)
-    for _ in range(25):
+    for _ in range(12):
         shape = tuple(draw.choice([1, 2, 3, 31, 32, 64, 65, 96]) for _ in range(draw.choice([1, 2])))
         shape = (*draw.choice([(), (), (3,)]), *shape)
         quant_type, block_size = draw.choice(["nf4", "fp4"]), draw.choice(BLOCK_SIZES)

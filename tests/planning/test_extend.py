@@ -47,13 +47,13 @@ def assert_within_a_hundredth(model, method, workload, layers=None):
 @thinned(
     {
         "family": ["llama", "gemma2", "gpt2", "mixtral"],
-        "method": METHODS,
+        "method": ["full", "qdora"],
         "device": ["cuda", "cpu"],
         "checkpointing": [False, True],
     }
 )
 def test_a_few_layers_tell_of_all(family, method, device, checkpointing):
-    model = skeleton(family, num_hidden_layers=12)
+    model = skeleton(family, num_hidden_layers=8)
     workload = Workload(batch_size=2, max_length=256, device_type=device, gradient_checkpointing=checkpointing)
     assert_within_a_hundredth(model, method, workload)
 
@@ -72,7 +72,7 @@ def test_a_few_layers_tell_of_all(family, method, device, checkpointing):
 )
 def test_so_they_do_of_other_steps(changes):
     workload = Workload(**{"batch_size": 2, "max_length": 256} | changes)
-    assert_within_a_hundredth(skeleton("qwen3", num_hidden_layers=12), "qlora", workload)
+    assert_within_a_hundredth(skeleton("qwen3", num_hidden_layers=8), "qlora", workload)
 
 
 @pytest.mark.parametrize("family", [*OTHERS[:2], *long([(name,) for name in OTHERS[2:]])])

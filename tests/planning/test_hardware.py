@@ -87,46 +87,6 @@ def test_figures_are_of_the_right_size():
     assert all(card.source for card in CARDS)
 
 
-# {card: (cores, boost MHz, bits of the memory bus, Gbit/s of a pin)}, of its specifications.
-CHIPS = {
-    "RTX 3050": (2560, 1777, 128, 14),
-    "RTX 3060": (3584, 1777, 192, 15),
-    "RTX 3060 Ti": (4864, 1665, 256, 14),
-    "RTX 3070": (5888, 1725, 256, 14),
-    "RTX 3070 Ti": (6144, 1770, 256, 19),
-    "RTX 3080 10GB": (8704, 1710, 320, 19),
-    "RTX 3080 12GB": (8960, 1710, 384, 19),
-    "RTX 3080 Ti": (10240, 1665, 384, 19),
-    "RTX 3090": (10496, 1695, 384, 19.5),
-    "RTX 3090 Ti": (10752, 1860, 384, 21),
-    "RTX 4060": (3072, 2460, 128, 17),
-    "RTX 4060 Ti 16GB": (4352, 2535, 128, 18),
-    "RTX 4070": (5888, 2475, 192, 21),
-    "RTX 4070 Super": (7168, 2475, 192, 21),
-    "RTX 4070 Ti": (7680, 2610, 192, 21),
-    "RTX 4070 Ti Super": (8448, 2610, 256, 21),
-    "RTX 4080": (9728, 2505, 256, 22.4),
-    "RTX 4080 Super": (10240, 2550, 256, 23),
-    "RTX 4090": (16384, 2520, 384, 21),
-    "RTX 5060": (3840, 2497, 128, 28),
-    "RTX 5060 Ti 16GB": (4608, 2572, 128, 28),
-    "RTX 5070": (6144, 2512, 192, 28),
-    "RTX 5070 Ti": (8960, 2452, 256, 28),
-    "RTX 5080": (10752, 2617, 256, 30),
-    "RTX 5090": (21760, 2407, 512, 28),
-    "RTX PRO 6000 Blackwell": (24064, 2617, 512, 28),
-}
-
-
-@pytest.mark.parametrize("name", CHIPS)
-def test_figures_follow_from_cores_clock_and_bus(name):
-    """Two float32 operations a core and clock; tensor cores twice that on GeForce cards, four times on others."""
-    (card,) = [card for card in CARDS if card.name == name]
-    cores, megahertz, bits, rate = CHIPS[name]
-    assert card.gigabytes_per_second == pytest.approx(bits * rate / 8, abs=0.5)
-    assert card.teraflops == pytest.approx((8 if "PRO" in name else 4) * cores * megahertz / 1e6, rel=5e-3)
-
-
 @pytest.mark.parametrize(
     "names",
     [
@@ -140,13 +100,6 @@ def test_figures_follow_from_cores_clock_and_bus(name):
 )
 def test_cards_of_one_chip_compute_as_fast(names):
     assert len({card.teraflops for card in CARDS if card.name in names}) == 1
-
-
-def test_memories_and_their_buses_are_of_sizes_that_are_made():
-    """A pair of chips, or of channels, at a time; some sizes and rates are odd all the same, or rounded."""
-    assert {card.memory_gib for card in CARDS if card.memory_gib % 2} == {11, 141}
-    odd = {card.gigabytes_per_second for card in CARDS if card.kind != "hbm" and card.gigabytes_per_second % 2}
-    assert odd == {717, 273, 819}
 
 
 def test_usable_memory_is_what_torch_reports():
@@ -280,10 +233,6 @@ def test_a_comma_before_three_digits_parts_thousands(text, size):
     assert parse_size(text) == size
 
 
-def test_a_comma_may_be_the_decimal_point():
-    assert parse_size("1,5 TB") == parse_size("1.5TB") == 1_500 * 10**9
-
-
 @pytest.mark.parametrize(
     ("text", "meant"), [("24000000000", "24GB"), (100_001, "100.001kB"), ("25,769,803,776", "25.769803776GB")]
 )
@@ -299,14 +248,3 @@ def test_more_than_any_machine_has_is_refused_in_a_line(text):
     with pytest.raises(ConfigError, match=r"RW140.*more than any machine has") as caught:
         parse_size(text)
     assert len(str(caught.value)) < 200
-
-
-@pytest.mark.parametrize(("letters", "said"), [(40, f"'{'x' * 40}'"), (41, f"'{'x' * 40}...'")])
-def test_of_a_long_text_the_beginning_is_shown(letters, said):
-    with pytest.raises(ConfigError) as caught:
-        parse_size("x" * letters)
-    assert f"the memory {said} is not a size" in caught.value.message
-
-
-def test_large_numbers_of_gigabytes_stay():
-    assert parse_size("100000") == parse_size("100TB")

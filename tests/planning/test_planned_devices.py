@@ -89,7 +89,7 @@ def test_a_thousand_processes_that_are_not_there_are_traced(method):
     assert many.peak_bytes < few.peak_bytes
 
 
-@pytest.mark.parametrize("method", ["full", "qlora"])
+@pytest.mark.parametrize("method", ["qlora", *long([("full",)])])
 def test_shards_of_a_step_that_was_traced_alone_are_near_those_of_the_trace(method, monkeypatch, tmp_path):
     """A run that has its own group of processes cannot have another of fake ones."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

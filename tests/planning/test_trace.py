@@ -40,7 +40,7 @@ def test_fake_steps_hold_what_real_ones_do(method, checkpointing):
     assert fake.phase == real.phase
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qdora"])
+@pytest.mark.parametrize("method", ["full", "qdora"])
 def test_so_they_do_without_our_fused_parts(method):
     """``--no-fast``: PyTorch's own step, which holds more; long rows, since every layer keeps a mask of all pairs."""
     workload = Workload(fast=False, **STEP | {"max_length": 192})
@@ -64,8 +64,9 @@ def test_so_they_do_in_other_families(family, method):
     assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
 
 
-@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("llama", "full"), ("bert", "qdora")])
-@pytest.mark.parametrize("evaluation", [False, True])
+@pytest.mark.parametrize(
+    ("family", "method", "evaluation"), [("llama", "lora", False), ("llama", "full", True), ("bert", "qdora", False)]
+)
 def test_so_they_do_with_a_head_of_labels(family, method, evaluation):
     config = AutoConfig.for_model(family, **SMALL)
     workload = Workload(labels=3, evaluation=evaluation, **STEP)
@@ -196,11 +197,6 @@ def test_longer_rows_and_larger_batches_take_more():
     assert peak(max_length=256, activation_offloading=True) < peak(max_length=256)
 
 
-def test_a_length_beyond_the_model_is_said():
-    found = trace(skeleton("llama", **SMALL), "lora", Workload(batch_size=1, max_length=4096))
-    assert any("longer than the model's 2,048" in note for note in found.notes)
-
-
 def test_paged_states_wait_elsewhere_and_are_said():
     workload = Workload(batch_size=1, max_length=64, r=512, optimizer="paged_adamw_32bit")
     found = trace(skeleton("llama", **SMALL), "lora", workload)
@@ -246,10 +242,9 @@ def test_the_tracker_counts_known_storages():
 FEW = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2}
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    ("family", "method"),
-    [("llama", "qdora"), ("qwen3", "dora"), ("gpt2", "full"), ("mixtral", "qlora"), ("phi3", "lora")],
+    ("family", "method", "device"),
+    [("llama", "qdora", "cuda"), ("qwen3", "dora", "cpu"), ("gpt2", "full", "cuda"), ("mixtral", "qlora", "cpu")],
 )
 def test_steps_hold_the_same(family, method, device, monkeypatch):
     workload = Workload(batch_size=2, max_length=300, device_type=device, lora_dropout=0.1, gradient_checkpointing=True)
@@ -262,7 +257,7 @@ def test_steps_hold_the_same(family, method, device, monkeypatch):
 # On a card AdamW copies nothing; RMSprop does.
 @pytest.mark.parametrize(
     ("family", "method", "optimizer"),
-    [("llama", "full", "adamw_torch"), ("gpt2", "full", "rmsprop"), ("llama", "dora", "rmsprop")],
+    [("llama", "full", "adamw_torch"), ("llama", "dora", "rmsprop")],
 )
 def test_so_they_are_where_the_optimizer_holds_most(family, method, optimizer, monkeypatch):
     workload = Workload(batch_size=1, max_length=16, device_type="cuda", r=256, optimizer=optimizer)
@@ -271,15 +266,6 @@ def test_so_they_are_where_the_optimizer_holds_most(family, method, optimizer, m
     plain = trace(skeleton(family, **FEW), method, workload)
     assert quick.phase == "optimizer"
     assert (quick.phase, quick.breakdown) == (plain.phase, plain.breakdown)
-
-
-def test_results_are_remembered_with_their_numbers_kinds():
-    """1 and 1.0 are equal; added to whole numbers they make int64 and float32."""
-    quick, add = QuickFakes(), torch.ops.aten.add.Tensor
-    with FakeTensorMode():
-        whole = torch.ones(3, dtype=torch.int64)
-        for _ in range(2):
-            assert [quick(add, (whole, number), {}).dtype for number in (1, 1.0)] == [torch.int64, torch.float32]
 
 
 def test_storages_are_shared_where_views_are():

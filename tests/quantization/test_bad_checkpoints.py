@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankwise.errors import QuantizationError
 from rankwise.quantization import Nf4Config, adopt_bitsandbytes_config, quantize
-from rankwise.quantization.bitsandbytes_format import check_shape, from_bitsandbytes, stored_weights
+from rankwise.quantization.bitsandbytes_format import from_bitsandbytes, stored_weights
 from tiny_models import tiny_llama
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -66,54 +66,28 @@ DAMAGES = {
     "no codes": (drop(NAME), "codes are missing"),
     "no state": (drop(STATE), "0 quant_state entries"),
     "no table": (drop(f"{NAME}.quant_map"), "quant_map are missing"),
-    "codes alone": (drop(STATE, f"{NAME}.absmax", f"{NAME}.quant_map"), "0 quant_state entries"),
     "absmax cut": (put(f"{NAME}.absmax", lambda t: t[:-1].clone()), "absmax take"),
-    "absmax in bfloat16": (put(f"{NAME}.absmax", lambda t: t.bfloat16()), "absmax take"),
     "codes cut": (put(NAME, lambda t: t[:-1].clone()), "codes take"),
     "absmax NaN": (put(f"{NAME}.absmax", lambda t: t * float("nan")), "NaN"),
-    "table of its own": (put(f"{NAME}.quant_map", lambda t: t * 2), "quant_map of its own"),
     "two states": (lambda t: t.update({f"{NAME}.quant_state.bitsandbytes__fp4": t[STATE].clone()}), "2 quant_state"),
     "unknown type in the name": (rename(STATE, f"{NAME}.quant_state.bitsandbytes__int3"), "nf4 and fp4 are known"),
-    "unknown type in the JSON": (state(quant_type="int3"), "nf4 and fp4 are known"),
     "types that differ": (state(quant_type="fp4"), "nf4 and fp4 are known"),
-    "type no text": (state(quant_type=["nf4"]), "nf4 and fp4 are known"),
     "no JSON": (put(STATE, text("{'quant_type'")), "not JSON"),
-    "no UTF-8": (put(STATE, torch.full((20,), 255, dtype=torch.uint8)), "not JSON"),
     "deep JSON": (put(STATE, text("[" * 4000)), "not JSON"),
-    "JSON list": (put(STATE, text("[1, 2]")), "a JSON list"),
-    "long JSON": (put(STATE, text(" " * 100_000)), "100,000 bytes"),
-    "state of floats": (put(STATE, torch.zeros(20)), "80 bytes of F32"),
     "odd block": (state(blocksize=48), "blocks of 48"),
-    "other block": (state(blocksize=128), "absmax take"),
     "huge block": (state(blocksize=2**40), "power of two"),
-    "block no number": (state(blocksize="64"), "power of two"),
-    "block true": (state(blocksize=True), "power of two"),
-    "no block": (state(blocksize=...), "power of two"),
     "dtype int8": (state(dtype="int8"), "int8"),
-    "dtype no text": (state(dtype=None), "None"),
-    "dtype of torch": (state(dtype="load"), "load"),
-    "other shape": (state(shape=[64, 64]), "codes take"),
     "swapped shape": (state(shape=[64, 128]), r"\(64, 128\) where the model needs \(128, 64\)"),
-    "negative shape": (state(shape=[-128, -64]), r"\(out, in\) belongs"),
     "huge shape": (state(shape=[2**40, 2**40]), r"\(out, in\) belongs"),
-    "big shape": (state(shape=[2**20, 2**20]), "codes take"),
-    "flat shape": (state(shape=[8192]), r"\(out, in\) belongs"),
-    "float shape": (state(shape=[128.0, 64.0]), r"\(out, in\) belongs"),
     "big shape beside a zero": (state(shape=[0, 2**62]), r"\(out, in\) belongs"),
-    "no shape": (state(shape=None), r"\(out, in\) belongs"),
 }
 NESTED_DAMAGES = {
     "no nested absmax": (drop(f"{NAME}.nested_absmax"), "nested_absmax are missing"),
     "no nested table": (drop(f"{NAME}.nested_quant_map"), "nested_quant_map are missing"),
-    "nested table cut": (put(f"{NAME}.nested_quant_map", lambda t: t[:100].clone()), "nested_quant_map take"),
     "nested table of its own": (put(f"{NAME}.nested_quant_map", lambda t: t.flip(0)), "nested_quant_map of its own"),
     "no offset": (state(nested_offset=...), "nested_offset"),
     "NaN offset": (state(nested_offset=float("nan")), "finite number"),
-    "huge offset": (state(nested_offset=1e300), "nested_offset"),
-    "long offset": (state(nested_offset=10**400), "finite number"),
-    "offset no number": (state(nested_offset="0"), "nested_offset"),
     "other nested block": (state(nested_blocksize=128), "double-quantized as"),
-    "other nested dtype": (state(nested_dtype="float16"), "double-quantized as"),
     "nothing nested said": (
         state(nested_offset=..., nested_blocksize=..., nested_dtype=...),
         "absmax take.*no nested_offset",
@@ -170,19 +144,6 @@ def test_a_4_bit_embedding_has_no_place(checkpoints, tmp_path):
     (tmp_path / "config.json").write_text((checkpoints[False] / "config.json").read_text())
     with pytest.raises(QuantizationError, match=r"RW611.*embed_tokens.*Embedding"):
         load(tmp_path)
-
-
-@pytest.mark.parametrize(("double_quant", "change", "message"), CASES)
-def test_a_state_dict_is_checked_alike(double_quant, change, message, checkpoints):
-    tensors = load_file(checkpoints[double_quant] / "model.safetensors")
-    change(tensors)
-    if message.startswith(r"\(64, 128\)"):
-        stored = from_bitsandbytes(tensors, f"{LAYER}.weight")
-        with pytest.raises(QuantizationError, match=message):
-            check_shape(NAME, stored.shape, (128, 64))
-        return
-    with pytest.raises(QuantizationError, match=f"RW611.*{LAYER}"):
-        from_bitsandbytes(tensors, f"{LAYER}.weight")
 
 
 def test_the_shape_of_a_state_says_nothing(checkpoints, tmp_path):

@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from marks import at_some_level
-from rankwise import ops
-from rankwise.errors import QuantizationError
 from rankwise.quantization import Linear4bit
-from rankwise.quantization.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
+from rankwise.quantization.bitsandbytes_format import to_bitsandbytes
+from tables import thinned
 
 pytestmark = at_some_level
 
@@ -41,9 +40,7 @@ def state_bytes(layer: nn.Module) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: "-".join(map(str, f.values())))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@thinned({"shape": SHAPES, "weight_format": FORMATS, "dtype": [torch.float32, torch.bfloat16, torch.float16]})
 def test_forward_is_the_product_with_the_dequantized_weight(shape, weight_format, dtype):
     dense = linear(*shape, dtype)
     layer = Linear4bit.from_linear(dense, **weight_format)
@@ -85,12 +82,6 @@ def test_a_cast_changes_what_it_computes_in_and_never_what_it_stores(cast, doubl
         assert model(torch.randn(2, 96, dtype=cast)).dtype == cast
 
 
-def test_half_and_back_leaves_the_dequantized_weight_alone():
-    layer = Linear4bit.from_linear(linear(128, 48))
-    before = layer.dequantize()
-    assert torch.equal(layer.half().float().dequantize(), before)
-
-
 def test_compute_dtype_is_used_inside_only():
     dense = linear(128, 48)
     layer = Linear4bit.from_linear(dense, compute_dtype=torch.bfloat16)
@@ -114,13 +105,6 @@ def test_gradients_reach_the_input_and_not_the_weight():
     torch.testing.assert_close(x.grad, 2 * F.linear(x.detach(), W, b) @ W, rtol=1e-4, atol=1e-5)
     assert layer.weight.grad is None
     assert not layer.weight.requires_grad
-
-
-def test_training_and_evaluation_compute_the_same():
-    layer = Linear4bit.from_linear(linear(128, 48, torch.bfloat16))
-    x = torch.randn(1, 128, dtype=torch.bfloat16)
-    with torch.no_grad():
-        assert torch.equal(layer.train()(x), layer.eval()(x))
 
 
 @pytest.mark.parametrize("weight_format", FORMATS[:4], ids=lambda f: "-".join(map(str, f.values())))
@@ -211,34 +195,6 @@ def test_fsdp2_shards_it_by_row_and_computes_the_same(tmp_path):
         distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        ({"quant_type": "int4"}, "RW615"),
-        ({"block_size": 48}, "RW615"),
-        ({"block_size": 16}, "RW615"),
-        ({"block_size": 8192}, "RW615"),
-        ({"dtype": torch.int8}, "RW605"),
-    ],
-)
-def test_formats_that_do_not_exist_are_refused(arguments, code):
-    with pytest.raises(QuantizationError, match=code):
-        Linear4bit(128, 48, **arguments)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_weights_without_a_code_are_refused(bad):
-    W = torch.randn(4, 64)
-    W[2, 5] = bad
-    with pytest.raises(QuantizationError, match="RW603"):
-        Linear4bit.from_weight(W)
-
-
-def test_a_vector_is_no_weight():
-    with pytest.raises(QuantizationError, match="RW606"):
-        Linear4bit.from_weight(torch.randn(64))
-
-
 def test_it_equals_the_layer_that_bitsandbytes_serialized(shared):
     stored = load_file(shared / "numeric" / "linear4bit_nf4_plain.safetensors")
     reference = {name.removeprefix("reference."): stored[name] for name in stored if name.startswith("reference.")}
@@ -250,10 +206,3 @@ def test_it_equals_the_layer_that_bitsandbytes_serialized(shared):
     read.load_state_dict({name: tensor for name, tensor in stored.items() if name.startswith("weight")})
     assert torch.equal(read.dequantize(), reference["dequant"])
     torch.testing.assert_close(read(reference["x"]), reference["y"])
-
-
-def test_reading_what_was_written_gives_the_tensors_back():
-    layer = Linear4bit.from_linear(linear(96, 33), double_quant=True)
-    stored = from_bitsandbytes(to_bitsandbytes("weight", layer.packed))
-    assert all(torch.equal(tensor, getattr(layer, name)) for name, tensor in stored.tensors.items())
-    assert ops.packed_shape((33, 96), 64) == stored.tensors["weight"].shape

@@ -11,20 +11,17 @@ pytestmark = pytest.mark.slow
 
 # COMMAND:ERROR:STRIDE:FIRST. `make torture` fails every call of every command in turn.
 CASES = (
-    "train:ENOSPC:41",
-    "train:SIGKILL:67",
-    "resume:EIO:31",
-    "overwrite:SIGKILL:61",
-    "merge:ENOSPC:19",
-    "merge:EIO:17",
-    "merge:SIGKILL:23",
-    "export:ENOSPC:5",
-    "export:SIGKILL:9",
-    "gguf:ENOSPC:5",
-    "gguf:EIO:7",
-    "evaluate:ENOSPC:19",
-    "evaluate:SIGKILL:23",
-    "report:SIGKILL:5",
+    "train:ENOSPC:193",
+    "train:SIGKILL:263",
+    "resume:EIO:167",
+    "overwrite:SIGKILL:257",
+    "merge:ENOSPC:73",
+    "merge:SIGKILL:83",
+    "export:ENOSPC:19",
+    "gguf:EIO:19",
+    "evaluate:ENOSPC:73",
+    "evaluate:SIGKILL:83",
+    "report:SIGKILL:13",
     "plan:SIGKILL:1",
 )
 

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
-import multiprocessing
 import os
-import random
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +21,7 @@ from rankwise.training.checkpoints import (
     remove_unfinished,
     save_checkpoint,
 )
-from rankwise.training.state import load_state, save_state
+from rankwise.training.state import save_state
 
 
 def write(folder: Path) -> None:
@@ -159,37 +154,3 @@ def test_unfinished_ones_are_not_seen_and_are_cleared(tmp_path: Path) -> None:
     assert [item.step for item in list_checkpoints(tmp_path)] == [1]
     remove_unfinished(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-1", "step-x"]
-
-
-def save_for_ever(folder: Path, said: Connection) -> None:
-    first = max((item.step for item in list_checkpoints(folder)), default=0) + 1
-    for step in itertools.count(first):
-        state = {"step": step, "value": torch.full((200_000,), float(step))}
-        save_checkpoint(folder, step, lambda path, state=state: save_state(path, "optimizer", state))
-        remove_old(folder, 1, step)
-        said.send(step)
-
-
-def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
-    """A process that only saves is killed at random moments, again and again.
-
-    It is forked from this one: a new one would import torch for seconds.
-    """
-    draw = random.Random(0)
-    fork = multiprocessing.get_context("fork")
-    last = 0
-    for _ in range(3):
-        said, says = fork.Pipe(duplex=False)
-        process = fork.Process(target=save_for_ever, args=(tmp_path, says), daemon=True)
-        process.start()
-        for _ in range(draw.randrange(1, 4)):
-            said.recv()
-        time.sleep(draw.random() * 0.02)
-        process.kill()
-        process.join()
-        found = newest_valid(tmp_path, no_damage)
-        assert found is not None
-        state = load_state(found.path, "optimizer")
-        assert state["step"] == found.step > last
-        assert state["value"].eq(found.step).all()
-        last = found.step

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import rankwise as rw
 from rankwise.acceleration import optimize_for_training
 from rankwise.adapters import adapter_parameters, add_adapter
-from rankwise.conflicts import LOSS_TYPES, check_objective
+from rankwise.conflicts import LOSS_TYPES
 from rankwise.data.encoding import RowEncoder
 from rankwise.errors import Interrupted, RankwiseError
 from rankwise.lora_config import LoraConfig
@@ -363,11 +363,6 @@ def test_bad_input_is_one_error(case: str, rewarded: Any, tmp_path: Path) -> Non
     assert caught.value.code == code
 
 
-def test_offloading_is_refused_where_trls_trainer_has_none(rewarded: Any) -> None:
-    with pytest.raises(RankwiseError, match="RW112: --activation-offloading does not apply to --objective grpo"):
-        check_objective(rewarded(activation_offloading=True), "grpo")
-
-
 def test_another_reward_does_not_continue_a_run(rewarded: Any, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(rewarded(), Recorder(stop_at=2))
@@ -453,20 +448,6 @@ def test_a_named_completion_is_the_right_answer(columns: Any, found: Any, tmp_pa
     else:
         with pytest.raises(RankwiseError, match=found):
             read_rows(path, formats=prompt_formats(*columns))
-
-
-NUMBERS = [{"prompt": "2+2", "completion": 4}, {"instruction": "2+2", "input": " ", "output": 4}]
-
-
-@pytest.mark.parametrize("row", NUMBERS)
-def test_a_number_is_a_right_answer_too(row: Any, tmp_path: Path) -> None:
-    from rankwise.data import read_rows
-    from rankwise.data.prompts import PROMPTS
-
-    path = tmp_path / "asked.jsonl"
-    path.write_text(json.dumps(row))
-    [found] = read_rows(path, formats=PROMPTS)
-    assert found.columns == {**row, "answer": "4"}
 
 
 def test_a_continued_adapter_is_its_own_reference(settings: Any, rewarded: Any, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from marks import needs_products
 from rankwise.training import watch
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
@@ -90,40 +89,6 @@ for _ in range(20):
 print(json.dumps(anonymous_memory_bytes() - before))
 """
 
-LAYERS = """
-import json, sys, torch
-from rankwise.acceleration.memory import keep_freed_memory
-from rankwise.ops import elementwise
-from rankwise.ops.branch import Branch, Frozen
-from rankwise.ops.cpu import products
-from rankwise.ops.low_rank_linear import low_rank_linear
-from rankwise.training.watch import anonymous_memory_bytes
-
-assert keep_freed_memory()
-runs = {
-    "norm": lambda x, w, branch: elementwise.rms_norm(x, w, 1e-6)[0],
-    "gated": lambda x, w, branch: elementwise.glu(x, x, "silu"),
-    "product": lambda x, w, branch: low_rank_linear(x, [branch])[0],
-}
-# Nothing of a run is let go before the next.
-found, all_kept = {}, []
-for name, run in runs.items():
-    is_float = name != "product" or products.take(torch.float32)
-    torch.set_default_dtype(torch.float32 if is_float else torch.bfloat16)
-    rows = (1 << 12) // torch.ones(()).element_size()
-    x, w = torch.ones(rows, 512), torch.ones(512)
-    branch = Branch(Frozen(torch.ones(512, 512)), 1.0, torch.ones(8, 512), torch.ones(512, 8), None, None, None)
-    run(x, w, branch)
-    before, kept = anonymous_memory_bytes(), []
-    for _ in range(64):
-        made = run(x, w, branch)
-        kept.append(torch.ones(rows, 512))
-        del made
-    found[name] = (anonymous_memory_bytes() - before) / (len(kept) * kept[0].nbytes)
-    all_kept += [x, w, branch, kept]
-print(json.dumps(found))
-"""
-
 
 # Imports once, and runs each script that it reads in a child, whose heap is as the imports left it.
 FORKS = """
@@ -179,10 +144,3 @@ def test_products_of_ever_new_shapes_do_not_fill_the_heap(answer_of):
 def test_threads_that_gather_keep_nothing_of_their_own(answer_of):
     """gloo copies what it gathers, here 16 MB, in one of its threads."""
     assert answer_of(GATHERS, "shared") < answer_of(GATHERS, "apart") - (12 << 20)
-
-
-@needs_products
-def test_what_a_layer_lets_go_is_used_again(answer_of):
-    """Blocks of the same size in turn, of which one is let go: no hole is left beside each that stays."""
-    found = answer_of(LAYERS)
-    assert {name for name, share in found.items() if not 0.9 < share < 1.2} == set(), found

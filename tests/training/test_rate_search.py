@@ -40,9 +40,7 @@ def test_the_rounds_stay_within_the_budget_and_end_with_few_rates(rates: int) ->
 METHODS = [
     {"method": "lora", "lora_dropout": 0.1},
     {"method": "qdora", "loraplus_ratio": 4, "warmup_steps": 2},
-    {"method": "lora", "init": "pissa"},
     {"method": "full", "dtype": "bfloat16", "learning_rate": "auto:1e-4,1e-3,3e-3"},
-    {"method": "lora", "packing": True},
     # The second rate diverges.
     {"neftune_noise_alpha": 5, "max_grad_norm": 0, "learning_rate": "auto:1e-3,1e25"},
 ]

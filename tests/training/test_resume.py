@@ -28,17 +28,13 @@ CASES: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "dora": {"lora": LoraConfig(r=4, use_dora=True, lora_dropout=0.1)},
     "at the end of an epoch": {"rows": 24},
-    "cosine, clipping off, sgd": {"lr_scheduler_type": "cosine", "max_grad_norm": 0.0, "optimizer": "sgd"},
     "adafactor, constant": {"optimizer": "adafactor", "lr_scheduler_type": "constant", "warmup_steps": 0},
     "patterns, biases, trained whole": {
         "lora": LoraConfig(r=4, rank_pattern={"q_proj": 2}, modules_to_save=["lm_head"], lora_dropout=0.1)
     },
     "evaluations between": {"eval_rows": 5, "eval_steps": 4},
-    "plateau": {"eval_rows": 5, "eval_steps": 3, "lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0},
     "packing": {"packing": True, "rows": 72},
-    "checkpointed activations": {"gradient_checkpointing": True},
     "for a merged file, checkpointed": {"lora": LoraConfig(r=4, for_merge="nf4"), "gradient_checkpointing": True},
-    "full": {"lora": None, "learning_rate": 1e-3},
     "full, bf16": {"lora": None, "learning_rate": 1e-3, "precision": "bf16"},
 }
 

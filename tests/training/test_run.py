@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
-import stat
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +20,14 @@ from rankwise.data import read_rows
 from rankwise.errors import ConfigError, DataError, InputError, Interrupted, RankwiseWarning, RunError, warn
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
+from rankwise.reports.plots import loss_svg
 from rankwise.training.learning import evaluation_steps_of
 from rankwise.training.observer import StepInfo
 from rankwise.training.run import _told_warnings, train
 from rankwise.training.setup import answerer
 from rankwise.training.sft import Demonstrations
 from rankwise.training.watch import StepClock
+from tables import thinned
 from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
@@ -139,10 +139,11 @@ def test_final_adapter_computes_the_recorded_evaluation_loss(settings: Any, tmp_
     assert record.eval_loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_best_checkpoint_is_kept_and_named(settings: Any, tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept_and_named(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation rows that contradict the training rows: the more it learns, the worse, so an early step is kept."""
     lines = [json.dumps({"prompt": f"w{i} w{i + 1} ", "completion": "w50 w50 w50"}) + "\n" for i in range(4)]
     (tmp_path / "other.jsonl").write_text("".join(lines))
+    monkeypatch.setattr("rankwise.training.session.loss_svg", loss_svg)
     record = train(settings(eval_data=str(tmp_path / "other.jsonl"), max_steps=20, eval_steps=2, learning_rate=0.03))
     losses = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
     best = min((step for step in losses if step > 0), key=losses.__getitem__)
@@ -156,12 +157,9 @@ def test_best_checkpoint_is_kept_and_named(settings: Any, tmp_path: Path) -> Non
     assert f"kept: step {best}" in (tmp_path / "run" / "loss.svg").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_resumes_to_the_same_bits(
-    number: int, settings: Any, straight_run: Path, tmp_path: Path
-) -> None:
+def test_interrupted_run_resumes_to_the_same_bits(settings: Any, straight_run: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="--resume") as stopped:
-        train(settings(lora_dropout=0.1), Recorder(stop_at=3, number=number))
+        train(settings(lora_dropout=0.1), Recorder(stop_at=3, number=signal.SIGTERM))
     assert stopped.value.exit_code == 130
     assert load_record(tmp_path / "run").status == "interrupted"
     record = train(settings(lora_dropout=0.1, resume=True))
@@ -220,8 +218,7 @@ BAD: dict[str, tuple[dict[str, Any], type[InputError], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("overwrite", [False, True])
+@thinned({"case": list(BAD), "overwrite": [False, True]})
 def test_bad_input_writes_nothing(case: str, overwrite: bool, settings: Any, tmp_path: Path) -> None:
     changes, kind, says = BAD[case]
     if overwrite:
@@ -246,27 +243,6 @@ def test_existing_run_is_refused_then_overwritten(settings: Any, tmp_path: Path)
     assert record.method == "dora"
     assert (tmp_path / "run" / "notes.md").read_text() == "mine"
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-4", "step-8"}
-
-
-def test_folder_with_other_files_is_refused(settings: Any, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "README.md").write_text("my project")
-    for overwrite in (False, True):
-        with pytest.raises(RunError) as caught:
-            train(settings(overwrite=overwrite))
-        assert caught.value.code == "RW504"
-
-
-def test_read_only_output_is_refused(settings: Any, tmp_path: Path) -> None:
-    locked = tmp_path / "locked"
-    locked.mkdir()
-    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    for folder in (locked, locked / "new" / "run"):
-        with pytest.raises(RunError, match="cannot be written") as caught:
-            train(settings(output=folder))
-        assert caught.value.code == "RW503"
-    locked.chmod(0o755)
-    assert list(locked.iterdir()) == []
 
 
 def test_resume_names_every_changed_setting(settings: Any, tmp_path: Path) -> None:
@@ -297,9 +273,8 @@ def test_constant_schedule_may_be_continued(settings: Any, tmp_path: Path) -> No
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_lengthened_run_follows_the_schedule_of_its_new_length(schedule: str, settings: Any, tmp_path: Path) -> None:
-    given = {"lr_scheduler_type": schedule, "learning_rate": 0.01, "warmup_steps": 0}
+def test_a_lengthened_run_follows_the_schedule_of_its_new_length(settings: Any, tmp_path: Path) -> None:
+    given = {"lr_scheduler_type": "cosine", "learning_rate": 0.01, "warmup_steps": 0}
     train(settings(**given, max_steps=4))
     straight, watcher = Recorder(), Recorder()
     train(settings(**given, max_steps=10, output=tmp_path / "straight"), straight)
@@ -336,9 +311,7 @@ def test_an_interrupted_run_is_lengthened_by_epochs(settings: Any, tmp_path: Pat
     assert "RW544" in watcher.warnings
 
 
-@pytest.mark.parametrize(
-    ("schedule", "steps", "least"), [("linear", 7, 8), ("linear", 2, 8), ("constant", 3, 4), ("inverse_sqrt", 3, 4)]
-)
+@pytest.mark.parametrize(("schedule", "steps", "least"), [("linear", 7, 8), ("constant", 3, 4)])
 def test_a_run_is_not_shortened_below(schedule: str, steps: int, least: int, settings: Any, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(settings(lr_scheduler_type=schedule), Recorder(stop_at=4))
@@ -349,14 +322,6 @@ def test_a_run_is_not_shortened_below(schedule: str, steps: int, least: int, set
     assert snapshot(tmp_path / "run") == before
 
 
-def test_after_resuming_an_evaluation_names_its_step(settings: Any, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        train(settings(eval_steps=3), Recorder(stop_at=6))
-    watcher = Recorder()
-    train(settings(eval_steps=3, resume=True), watcher)
-    assert watcher.evaluations[0][0] == 6
-
-
 def test_resuming_a_finished_run_changes_nothing(settings: Any, tmp_path: Path) -> None:
     train(settings())
     before = snapshot(tmp_path / "run")
@@ -364,11 +329,6 @@ def test_resuming_a_finished_run_changes_nothing(settings: Any, tmp_path: Path) 
         record = train(settings(resume=True))
     assert record.status == "finished"
     assert snapshot(tmp_path / "run") == before
-
-
-def test_resume_without_a_run(settings: Any) -> None:
-    with pytest.raises(RunError, match="no run to resume"):
-        train(settings(resume=True))
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -397,15 +357,6 @@ def test_damaged_checkpoint_is_said_and_the_older_one_used(settings: Any, tmp_pa
     assert watcher.steps[0].step == 5
 
 
-def test_pickles_in_a_checkpoint_are_refused(settings: Any, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        train(settings(), Recorder(stop_at=3))
-    (tmp_path / "run" / "checkpoints" / "step-3" / "optimizer.pt").write_bytes(b"\x80\x04N.")
-    with pytest.raises(RunError, match=r"optimizer\.pt") as caught:
-        train(settings(resume=True))
-    assert caught.value.code == "RW512"
-
-
 def test_exploding_loss_stops_with_the_step(settings: Any, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="step") as caught:
         train(settings(learning_rate=1e30, max_grad_norm=0.0, lr_scheduler_type="constant", optimizer="sgd"))
@@ -418,16 +369,6 @@ def test_without_evaluations_a_risen_loss_is_told(rate: float, warns: bool, sett
     given = {"eval_data": None, "eval_steps": None, "logging_steps": 1, "target_modules": ["lm_head"]}
     told = train(settings(**given, learning_rate=rate, lr_scheduler_type="constant")).warnings
     assert any("ended far above its start" in one["message"] for one in told) == warns
-
-
-def test_half_an_epoch_of_a_table_without_evaluation(settings: Any, tmp_path: Path) -> None:
-    table = tmp_path / "rows.csv"
-    with table.open("w", newline="") as file:
-        csv.writer(file).writerows([["mr", "ref"], *[[f"w{i}", f"w{i + 1} w{i}"] for i in range(12)]])
-    record = train(settings(data=str(table), eval_data=None, eval_steps=None, max_steps=None, epochs=0.5))
-    assert record.steps == 3
-    assert record.kept_step == 3
-    assert record.eval_loss is None
 
 
 def test_second_interrupt_ends_at_once_and_the_last_checkpoint_stays(settings: Any, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @given(tree=trees)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_tree_comes_back_as_it_was(tree: Any, tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("state")
     save_state(folder, "thing", tree)
@@ -121,9 +121,7 @@ def test_random_states_continue_the_same_streams(tmp_path: Path) -> None:
     assert draw() == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "rng_state.pth", "rng_state_0.pth", "scheduler.pt", "scaler.pt", "training_args.bin"]
-)
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "training_args.bin"])
 def test_pickles_are_refused_unopened(name: str, tmp_path: Path) -> None:
     save_state(tmp_path, "optimizer", {"a": torch.ones(2)})
     # Opened as a pickle, this would create a file.

@@ -50,7 +50,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     return made
 
 
-@pytest.mark.parametrize("trackers", [("trackio",), "wandb", ("trackio", "wandb")])
+@pytest.mark.parametrize("trackers", ["wandb", ("trackio", "wandb")])
 def test_a_tracker_gets_what_is_logged_and_the_run_is_the_same(trackers, settings, tmp_path, fake, capsys):
     plain = train(settings(output=tmp_path / "plain"))
     assert fake.lines == []

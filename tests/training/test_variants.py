@@ -26,9 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 90, 2]])
 STARTS = [
     ("lora", "pissa"),
-    ("lora", "pissa:4"),
-    ("dora", "pissa"),
-    ("qlora", "pissa"),
+    ("dora", "pissa:4"),
     ("qlora", "loftq"),
 ]
 

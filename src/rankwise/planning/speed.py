@@ -245,7 +245,7 @@ PACKED_BYTES = 0.53
 DEQUANTIZE_SHARE = 0.5
 # {method: (forward, backward)}: kernels that the host launches for one layer of a micro-batch, with adapters on all
 # seven linear layers, without DoRA's gains, which are computed once in an optimizer step. `benchmarks/gpu_paper.py`
-# counts them, and tests/test_benchmarks.py compares the two.
+# counts them, and tests/test_gpu_benchmarks.py compares the two.
 LAUNCHES = {"lora": (26, 43), "dora": (33, 45), "qlora": (33, 50), "qdora": (40, 52)}
 # Launching from Python takes about 7 us for a torch operation, 25 us for a Triton kernel, and autograd's bookkeeping.
 LAUNCH_SECONDS = 15e-6
