@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from training_rows import snapshot, write_rows
 from rankwise.data import encode_rows, read_rows
 from rankwise.data.encoding import encode_rows_once
 from rankwise.disk import hold
+from rankwise.errors import RunError
 from rankwise.models import fetch_model, model_facts
 from rankwise.models.prepared import load_prepared
 from rankwise.quantization.config import Fp4Config, Nf4Config
@@ -60,6 +62,17 @@ def test_what_a_kill_left_goes_and_another_process_is_not_disturbed(model_folder
             assert not waiting.done()
         waiting.result()
     assert list(cache.iterdir()) == [folder]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(model_folder: Path, tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"RW551: .*file too large.*--cache names another folder, --no-mmap"):
+            loaded(model_folder, tmp_path / "cache", Nf4Config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_formats_do_not_share_a_place_and_plain_folders_are_not_copied(model_folder: Path, tmp_path: Path):

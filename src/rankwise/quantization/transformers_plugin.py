@@ -34,7 +34,8 @@ from transformers.quantizers.base import HfQuantizer
 from rankwise import ops
 from rankwise.compat import transformers as compat
 from rankwise.compat.torch import is_sharded, own_parameters, own_part, own_rows, rows_of_all
-from rankwise.errors import QuantizationError, some_of
+from rankwise.disk import coded_error
+from rankwise.errors import QuantizationError, RankwiseError, some_of
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.quantization.bitsandbytes_format import (
     PARTS,
@@ -95,7 +96,7 @@ def _in_file(tensor: Tensor) -> Tensor:
         # Aligned for every dtype.
         file.write(bytes(-file.tell() % 64))
         start = file.tell()
-        tensor.numpy().tofile(file)
+        file.write(tensor.numpy().data)
     array = tensor.numpy()
     return torch.from_numpy(np.memmap(path, array.dtype, "c", start, array.shape))
 
@@ -138,7 +139,7 @@ class FourBitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FourBitConfig, **arguments: Any) -> None:
         # A copy: `describe` writes facts about this model into it, and the caller may reuse the original.
         super().__init__(copy.copy(quantization_config), **arguments)
-        self.failures: list[QuantizationError] = []
+        self.failures: list[RankwiseError] = []
         self.loaded: set[str] = set()
         self.transposed: set[str] = set()
 
@@ -297,8 +298,8 @@ class FourBitQuantizer(HfQuantizer):
                 "RW612", f"the checkpoint has no weights for {some_of(missing)}; it belongs to a different model."
             )
         if self.failures:
-            messages = [failure.message.rstrip(".") for failure in self.failures]
-            raise QuantizationError(self.failures[0].code, f"{some_of(messages, 3, '; ')}.")
+            messages = dict.fromkeys(failure.message.rstrip(".") for failure in self.failures)
+            raise type(self.failures[0])(self.failures[0].code, f"{some_of(messages, 3, '; ')}.")
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state in bitsandbytes' layout; called by ``save_pretrained`` before it writes the config."""
@@ -393,7 +394,13 @@ class QuantizeOperation(ConversionOps):
             found = ops.quantize_weight(nothing, layer.quant_type, layer.block_size, double_quant)
         if shared is not None:
             return _scaled_with_others(found, shared)
-        return dataclasses.replace(found, codes=_in_file(found.codes), absmax=_in_file(found.absmax))
+        try:
+            return dataclasses.replace(found, codes=_in_file(found.codes), absmax=_in_file(found.absmax))
+        except OSError as error:
+            if (failure := coded_error(error, _codes_file.get())) is None:
+                raise
+            quantizer.failures.append(failure)
+            return found
 
 
 def _scaled_with_others(share: PackedWeight, layer: Linear4bit) -> PackedWeight:
