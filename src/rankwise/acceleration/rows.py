@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 def flattening_obstacle(model: nn.Module) -> str | None:
     """Why rows cannot be concatenated, or None where they can.
 
-    The test: the last logits of two short rows must be equal in one row and separately.
+    The test: the last logits of a short row must be the same behind another row and by itself.
     """
     parameters = inspect.signature(type(model).forward).parameters
     missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
@@ -42,13 +42,12 @@ def flattening_obstacle(model: nn.Module) -> str | None:
     if is_fake(next(model.parameters())):
         return "a fake model's values cannot be compared"
     device = next(model.parameters()).device
-    tried = [end_to_end(LENGTHS, device), *(end_to_end([length], device, row) for row, length in enumerate(LENGTHS))]
+    tried = [end_to_end(LENGTHS, device), end_to_end(LENGTHS[1:], device, 1)]
     logits, why_not = probe(model, lambda: [model(**given).logits[0] for given in tried])
     if logits is None:
         return f"the model could not be run with positions ({why_not})"
-    together, *apart = logits
-    last = together[torch.tensor(LENGTHS).cumsum(0) - 1]
-    return None if close(last, torch.stack([row[-1] for row in apart])) else "they get other logits than separately"
+    together, apart = logits
+    return None if close(together[-1], apart[-1]) else "they get other logits than separately"
 
 
 def end_to_end(lengths: Sequence[int], device: torch.device, first: int = 0) -> dict[str, Tensor | int]:

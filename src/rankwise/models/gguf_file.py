@@ -137,8 +137,10 @@ class _Reader:
         if kind in FORMATS:
             self.skip(count * struct.calcsize("<" + FORMATS[kind]))
         elif kind == STRING:
+            # A vocabulary has a hundred thousand texts.
+            length_at = struct.Struct("<Q").unpack_from
             for _ in range(count):
-                self.skip(self.number("Q"))
+                self.skip(8 + length_at(self.content, self.position)[0])
         else:
             raise Malformed(f"holds an array of the unknown type {kind}; convert it again")
         return count

@@ -38,17 +38,12 @@ from rankwise.models.source import ModelSource, fetch_model
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from rankwise.quantization import FourBitConfig, Linear4bit
     from rankwise.quantization.experts import StackScales
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # transformers' names of formats whose layers have no gradient, and which transformers can load as dense weights.
 DEQUANTIZED_ON_LOADING = ("fp8", "mxfp4", "compressed-tensors")
@@ -509,11 +504,15 @@ def skeleton_of(
 ) -> PreTrainedModel:
     """The model of a config, on the meta device. transformers may raise anything."""
     import torch
+    from transformers.initialization import no_init_weights
 
     config = config if labels is None else _with_labels(config, labels)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         kind = auto_class(config.model_type, labelled=labels is not None)
-        return kind.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = kind.from_config(config, trust_remote_code=trust_remote_code)
+    # ``no_init_weights`` leaves this out, too.
+    skeleton.tie_weights()
+    return skeleton
 
 
 def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
