@@ -23,6 +23,7 @@ from rankwise.disk import (
     hold,
     is_of_device,
     naming_by_numpy,
+    read_speed,
     whole_file,
     whole_folder,
 )
@@ -266,3 +267,21 @@ def test_what_a_killed_process_left_of_a_file_goes_with_the_next_writing(tmp_pat
     assert names_after_writing() == {"file", ".file.0123abcd", ".other.0123abcd"}
     with hold(run):
         assert names_after_writing() == {"file", ".other.0123abcd"}
+
+
+def test_a_disk_is_timed_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small").write_bytes(b"0")
+    large = tmp_path / "large"
+    large.write_bytes(bytes(1 << 16))
+    own, opened = os.open, []
+
+    def refuse(*given: Any) -> int:
+        opened.append(given)
+        raise OSError(errno.EINVAL, "no O_DIRECT here")
+
+    assert read_speed([]) is None
+    assert (read_speed([tmp_path / "small", large]) or 1) > 0
+    monkeypatch.setattr(os, "open", refuse)
+    assert read_speed([tmp_path / "small", large]) is None
+    monkeypatch.setattr(os, "open", own)
+    assert opened == [(large, os.O_RDONLY | os.O_DIRECT)]

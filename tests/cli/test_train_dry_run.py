@@ -62,7 +62,7 @@ def test_a_run_that_is_there_stays_as_it_is(option, said, command, rankwise, tmp
 
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
 def test_a_run_refused_late_leaves_no_folder(option, command, rankwise, tmp_path, monkeypatch):
-    def refuse(self, batch, evaluation, mapped_bytes):
+    def refuse(self, batch, evaluation, mapped):
         raise RunError("RW562", "this run cannot fit.")
 
     monkeypatch.setattr(MemoryGuard, "before_training", refuse)

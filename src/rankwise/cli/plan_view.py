@@ -11,7 +11,7 @@ from rich.text import Text
 
 from rankwise.cli.output import Output, light_table, parameter_count
 from rankwise.config import FOUR_BITS
-from rankwise.planning.advice import disk_seconds, mapped_weights
+from rankwise.planning.advice import disk_words, mapped_weights
 from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
 from rankwise.reports.numbers import byte_size, duration
@@ -251,7 +251,7 @@ def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
             "from disk",
             (
                 "fits without the base's weights, which a CPU maps from files and reads again in each step: up to "
-                f"{byte_size(max(mapped))}, {disk_seconds(max(mapped)):.1f} s at 1 GB/s."
+                f"{byte_size(max(mapped))}, {disk_words(max(mapped), plan.disk_bytes_per_second)}."
             ),
         )
     if plan.pace_basis is None:

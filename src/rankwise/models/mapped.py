@@ -38,6 +38,10 @@ class MappedFiles:
             self.bytes += held.nbytes
             self._open(regions[region][2])
 
+    @property
+    def paths(self) -> list[Path]:
+        return list(self._opened)
+
     def _open(self, path: Path) -> None:
         # One deleted since is shown as "PATH (deleted)"; nobody can open it any more.
         if path not in self._opened and path.exists():

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
+from rankwise.disk import read_speed
 from rankwise.errors import InputError, RunError, warn
 from rankwise.foreign import Fields
+from rankwise.models.mapped import MappedFiles
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.options import option_words
-from rankwise.planning.advice import LADDER, Advisor, Change, Verdict, disk_seconds, mapped_weights, verdict_of
+from rankwise.planning.advice import LADDER, Advisor, Change, Verdict, disk_words, mapped_weights, verdict_of
 from rankwise.planning.extend import Estimator, MemoryEstimate, Traces, over_stored
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
 from rankwise.planning.real_steps import comparable
@@ -92,9 +94,9 @@ class MemoryGuard:
         if self._verdict(smallest) == "too big":
             self._refuse(smallest, "even one row of 16 tokens")
 
-    def before_training(self, batch: Rows, evaluation: Rows | None, mapped_bytes: int) -> int | None:
+    def before_training(self, batch: Rows, evaluation: Rows | None, mapped: MappedFiles) -> int | None:
         """The predicted peak in bytes, for the larger of the largest micro-batch and the largest evaluation batch (None
-        without evaluations). ``mapped_bytes``: of weights in mapped files, which the meter adds to the process's."""
+        without evaluations). The meter adds the weights in ``mapped`` files to the process's memory."""
         if self.workload is None or self.hardware is None:
             return None
         works = [_of_batch(self.workload, batch)]
@@ -113,16 +115,16 @@ class MemoryGuard:
             resident = sum(self.predicted.breakdown[term] for term in RESIDENT)
             if self.settings["method"] != "full":
                 resident += LOADED_LIBRARY_BYTES
-            self.baseline_bytes = max(self.baseline_bytes, self.own_memory() + mapped_bytes - resident)
+            self.baseline_bytes = max(self.baseline_bytes, self.own_memory() + mapped.bytes - resident)
         # The weights are loaded by now, so the memory that was free before loading is the measure.
-        verdict = self._verdict(self.predicted, mapped_bytes)
+        verdict = self._verdict(self.predicted, mapped.bytes)
         peak = self.baseline_bytes + comparable(self.predicted, self.hardware.device_type)
         self.say(self._sentence(peak, verdict))
         if verdict == "from disk":
             weights = mapped_weights(self.predicted, self.hardware.device_type)
             self.say(
                 f"the base's {byte_size(weights)} are mapped and read again from the disk in each step: "
-                f"{disk_seconds(weights):.1f} s at 1 GB/s; {byte_size(peak - weights)} must stay in memory"
+                f"{disk_words(weights, read_speed(mapped.paths))}; {byte_size(peak - weights)} must stay in memory"
             )
         if verdict == "too big":
             self._refuse(self.predicted, f"a batch of {_in_words(self.workload)}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from rankwise.config import FOUR_BITS
 from rankwise.default_rate import DefaultRate, default_rate
+from rankwise.disk import read_speed
 from rankwise.errors import ConfigError, ModelError, QuantizationError
 from rankwise.foreign import JsonObject
 from rankwise.models.source import ModelSource, fetch_model
@@ -117,6 +118,8 @@ class Plan:
     run_tokens: int | None
     # The default of ``--learning-rate`` for the recommended method; None where the config gives no width.
     rate: DefaultRate | None
+    # Bytes a second of the disk that holds the weights, measured where a run would read them again in each step.
+    disk_bytes_per_second: float | None
 
     def to_json(self) -> JsonObject:
         return {
@@ -132,6 +135,7 @@ class Plan:
             "pace": self.pace_basis,
             "run_tokens": self.run_tokens,
             "learning_rate": self.rate and {"rate": self.rate.rate, "reason": self.rate.reason},
+            "disk_bytes_per_second": self.disk_bytes_per_second,
         }
 
 
@@ -187,6 +191,10 @@ class _Planner:
         advisor = Advisor(self.estimate, self._seconds, self.hardware.memory_bytes, refused)
         wish = Wish(self.settings.goal, self._given(methods), accumulation, is_mixture=self.facts.experts > 0)
         recommendation = recommend(advisor, methods, self.workload, wish)
+        from_disk = any(row.verdict == "from disk" for row in rows)
+        path = self.source.path
+        assert path is not None
+        files = [path] if self.source.is_gguf else path.glob("*.safetensors")
         subject = recommendation.method or recommendation.estimate.method
         return Plan(
             model=self.source.name,
@@ -201,6 +209,7 @@ class _Planner:
             pace_basis=None if self.pace is None else self.pace.basis,
             run_tokens=run_tokens(self.settings),
             rate=self._rate(subject) if self.facts.width else None,
+            disk_bytes_per_second=read_speed(files) if from_disk else None,
         )
 
     def _rate(self, method: str) -> DefaultRate:

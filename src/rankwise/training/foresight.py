@@ -18,6 +18,7 @@ from rankwise.foreign import Fields
 from rankwise.training import ranks
 
 if TYPE_CHECKING:
+    from rankwise.models.mapped import MappedFiles
     from rankwise.training.loop import Loop
 
 ROWS_AT_ONCE = 10_000
@@ -44,9 +45,9 @@ class Foresight(Protocol):
     def before_loading(self, labels: int) -> None:
         """Called before the model is loaded, with the number of labels of its head; 0 for a language model."""
 
-    def before_training(self, batch: MicroBatch, evaluation: MicroBatch | None, mapped_bytes: int) -> int | None:
+    def before_training(self, batch: MicroBatch, evaluation: MicroBatch | None, mapped: MappedFiles) -> int | None:
         """Called when everything is loaded and encoded, with the largest micro-batches of training and of evaluation,
-        and the bytes of the weights that lie in mapped files.
+        and the files from which weights are mapped.
 
         Returns the expected peak in bytes, as the run's ``MemoryMeter`` measures it.
         """

@@ -417,7 +417,7 @@ def _predicted_peak(
     batch = learning.largest_batch(loop, flat=flat)
     if given.packing:
         batch = dataclasses.replace(batch, rows=given.batch_size, tokens=given.max_length)
-    return foresight.before_training(batch, learning.largest_evaluation(loop), MappedFiles(loop.model).bytes)
+    return foresight.before_training(batch, learning.largest_evaluation(loop), MappedFiles(loop.model))
 
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
