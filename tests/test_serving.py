@@ -31,6 +31,13 @@ def test_an_adapter_that_belongs_on_four_bits_has_no_server():
         assert not any("export" in place or "vLLM" in place for place in places)
 
 
+def test_a_model_that_answers_with_labels_is_no_model_for_every_server():
+    for method in ("full", "lora", "dora"):
+        for places in (served(method, {"objective": "classify"}), served_in_short(method, {"objective": "classify"})):
+            assert "transformers, and vLLM" in places[-1]
+            assert not any("anywhere" in place or "any server" in place for place in places)
+
+
 def test_who_refuses_dora_is_said_from_the_table():
     assert refusing("dora") == "vLLM and SGLang"
     assert traits_of({"use_dora": True, "bias": "all"}) == ("dora", "bias")

@@ -31,6 +31,7 @@ DORA_AS_LORA = (
     "at most 5 % (`--max-error`) and the perplexity of held-out rows by at most 1 %."
 )
 FULL = ("any server of the base model: the result is an ordinary model",)
+WHOLE_OF_LABELS = "transformers, and vLLM with --runner pooling"
 OF_ANOTHER = ("no server: a method of another package, measured for comparison",)
 OWN = ("lora", "qlora", "dora", "qdora")
 
@@ -105,14 +106,14 @@ def vllm_rank(r: int) -> int | None:
 def served(method: str, config: Fields) -> tuple[str, ...]:
     """How the result of ``method`` can be served, one line for each way: directly, by `rankwise export`, or merged."""
     if method.partition("+")[0] not in OWN:
-        return FULL if method == "full" else OF_ANOTHER
+        return _of_full(config) if method == "full" else OF_ANOTHER
     if config.get("for_merge"):
         return *OF_MERGED, ANYWHERE
     if config.get("init") == "loftq":
         return *OF_LOFTQ, LOFTQ_ANYWHERE
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
     if answers_labels(config):
-        return AS_IT_IS, *([] if "dora" in traits else [OF_LABELS]), ANYWHERE
+        return AS_IT_IS, *([] if "dora" in traits else [OF_LABELS]), f"merged (`rankwise merge`): {WHOLE_OF_LABELS}"
     if any(trait in MERGED_ONLY for trait in traits):
         return AS_IT_IS, f"no server takes {_words(traits, MERGED_ONLY)} beside an adapter", ANYWHERE
     r = max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
@@ -124,20 +125,25 @@ def served(method: str, config: Fields) -> tuple[str, ...]:
 def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
     """`served` in short, for a table cell: servers of the adapter, servers of its export, and merged."""
     if method.partition("+")[0] not in OWN:
-        return FULL if method == "full" else OF_ANOTHER
+        return _of_full(config) if method == "full" else OF_ANOTHER
     if config.get("for_merge"):
         return (ANYWHERE,)
     if config.get("init") == "loftq":
         return "PEFT", LOFTQ_ANYWHERE
     traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
-    if answers_labels(config) and "dora" not in traits:
-        return "PEFT", "by export: vLLM (of decoders)", "merged: anywhere"
-    if answers_labels(config) or any(trait in (*MERGED_ONLY, "experts") for trait in traits):
+    if answers_labels(config):
+        exported = [] if "dora" in traits else ["by export: vLLM (of decoders)"]
+        return "PEFT", *exported, f"merged: {WHOLE_OF_LABELS}"
+    if any(trait in (*MERGED_ONLY, "experts") for trait in traits):
         return "PEFT", "merged: anywhere"
     servers = [server for server in SERVERS.values() if server.name != "PEFT"]
     plain = [s.name for s in servers if s.form == "peft" and not _words(traits, (*s.refuses, *s.ignores))]
     exported = [server.name for server in servers if server.name not in plain]
     return ", ".join(["PEFT", *plain]), f"by export: {', '.join(exported)}", "merged: anywhere"
+
+
+def _of_full(config: Fields) -> tuple[str, ...]:
+    return (f"{WHOLE_OF_LABELS}: the result is an ordinary model",) if answers_labels(config) else FULL
 
 
 def _by_folder(target: str, traits: Sequence[Trait], r: int) -> str:

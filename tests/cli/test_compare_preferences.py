@@ -39,7 +39,7 @@ def folder(model_folder: Path, pairs: list[dict[str, Any]], tmp_path_factory: py
     """A finished comparison of two methods under two seeds."""
     place = tmp_path_factory.mktemp("preferences")
     command = ["compare", "--objective", "dpo", "--model", model_folder, "--data", write(place / "pairs.jsonl", pairs)]
-    command += ["--methods", "lora,qdora", "--seeds", 2, "--output", place / "out", *OPTIONS, "--no-merged-check"]
+    command += ["--methods", "lora,qdora", "--seeds", 2, "--output", place / "out", *OPTIONS]
     command[command.index("--learning-rate")] = "--learning-rates"
     with pytest.MonkeyPatch.context() as patch:
         steps_in_this_process(patch)
@@ -98,7 +98,7 @@ def test_margins_of_marked_answers_are_those_of_the_trainers_evaluation(
     job = {"folder": str(run), "model": str(model_folder), "cache": str(tmp_path / "cache"), "method": "lora"}
     job |= {"dtype": "float32", "device": "cpu", "trust_remote_code": False, "revision": None, "eval_data": str(data)}
     job |= {"objective": "kto", "beta": None, "prompt_column": None, "completion_column": None, "max_length": 64}
-    job |= dict.fromkeys(("chat_template", "merged_check", "task_limit", "retain")) | {"tasks": [], "task_data": []}
+    job |= dict.fromkeys(("chat_template", "task_limit", "retain")) | {"tasks": [], "task_data": []}
     measure(job)
     place = run / "evaluation" / "preference"
     found = json.loads((place / "result.json").read_text())["metrics"]

@@ -71,7 +71,7 @@ def _measured(folder: Path, model: Path, held_out: Path, method: str, dtype: str
     job = {"folder": str(folder), "model": str(model), "cache": str(folder.parent / "cache"), "method": method}
     job |= {"dtype": dtype, "device": "cpu", "trust_remote_code": False, "revision": None, "eval_data": str(held_out)}
     job |= {"objective": "sft", "beta": None, "prompt_column": None, "completion_column": None, "max_length": 48}
-    job |= dict.fromkeys(("chat_template", "merged_check", "task_limit", "retain")) | {"tasks": [], "task_data": []}
+    job |= dict.fromkeys(("chat_template", "task_limit", "retain")) | {"tasks": [], "task_data": []}
     measure(job)
     result = json.loads((folder / "evaluation" / "perplexity" / "result.json").read_text(encoding="utf-8"))
     return float(result["metrics"]["loss"])

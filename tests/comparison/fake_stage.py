@@ -44,6 +44,8 @@ def train(settings: dict[str, Any], *, resume: bool) -> int:
         return refuse("RW502", "RunError", "the folder and --resume do not fit")
     if method == "prefix":
         return refuse("RW181", "ConfigError", "not on this model")
+    if settings["max-length"] == 1:
+        return refuse("RW219", "DataError", "no row is short enough")
     folder.mkdir(parents=True, exist_ok=True)
     record = (
         load_record(folder)
@@ -92,7 +94,6 @@ def measure(job: dict[str, Any]) -> None:
         found = {"task": task, "metrics": {"accuracy": 50.0}, "higher_is_better": {"accuracy": True}}
         (folder / "evaluation" / task).mkdir(exist_ok=True)
         write_json(folder / "evaluation" / task / "result.json", found)
-    write_json(folder / "measured.json", {"adapter_bytes": 1000, "merged": None, "update_norms": {"q_proj": 0.1}})
 
 
 def write_losses(folder: Path, task: str, center: float) -> None:

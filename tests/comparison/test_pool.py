@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rankwise.comparison import pool, stages
-from rankwise.comparison.pool import Clock, Pool, environments
+from rankwise.comparison.pool import Pool, environments
 from rankwise.comparison.stages import Cell, Job
 from rankwise.disk import hold
 from rankwise.errors import Interrupted
@@ -34,20 +34,16 @@ class Watching:
 
 
 def of_steps(output: Path, *, steps: Any = lambda job: 0, places: int = 1, stop: Any = None) -> Pool:
-    watcher, clock = Watching(), Clock(output)
+    watcher = Watching()
     call = pool.Call(lambda: 0 if watcher.seen.wait(60) else 1, stop or (lambda: None))
-    return Pool(output, lambda job: ("m", []), steps, [{}] * places, watcher, clock, list, lambda *_: call)
+    return Pool(output, lambda job: ("m", []), steps, [{}] * places, watcher, list, lambda *_: call)
 
 
 def test_a_step_is_shown_as_soon_as_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [Job("measure", Cell("lora", 1e-4, seed)) for seed in (0, 1)]
-    carrying, kept = of_steps(tmp_path), []
-    monkeypatch.setattr(carrying.clock, "keep", kept.append)
+    carrying = of_steps(tmp_path)
     carrying.carry_out(lambda: [job for job in jobs if stages.outcome_of(job, tmp_path) is None])
     assert [item.job for picture in carrying.watcher.pictures for item in picture.running] == jobs
-    # A kill in the middle of a step loses none of its time.
-    assert all(seconds > 0 for seconds in kept)
-    assert len(kept) == 2
 
 
 def test_a_step_that_does_not_stop_in_time_is_named_and_stopped_at_once(

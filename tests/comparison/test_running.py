@@ -28,7 +28,7 @@ from rankwise.comparison import run, stages
 from rankwise.comparison.schedule import Plan, possible_jobs
 from rankwise.comparison.stages import Cell
 from rankwise.default_rate import default_rate
-from rankwise.errors import ConfigError, Interrupted, RankwiseWarning, RunError
+from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
 from rankwise.reports.report import write_report
 
 pytestmark = [

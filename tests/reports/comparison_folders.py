@@ -15,9 +15,6 @@ from rankwise.comparison.verdicts import Spreads
 
 METHODS = ("lora", "qlora", "dora", "qdora")
 RATES = (1e-4, 2e-4, 5e-4)
-LAYERS = 12
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MODULE_PATHS = {name: f"self_attn.{name}" if name in MODULES[:4] else f"mlp.{name}" for name in MODULES}
 TRUTH: dict[str, dict[str, float]] = {
     "lora": {"loss": 1.285, "bleu": 63.1, "speed": 610, "memory": 2.74e9, "parameters": 4_884_480},
     "qlora": {"loss": 1.306, "bleu": 62.2, "speed": 540, "memory": 1.95e9, "parameters": 4_884_480},
@@ -55,7 +52,7 @@ def write_comparison(
         runs += [_failed(seeds[0]), _skipped(seeds[0])]
     base = _evaluate(folder / "base", None, random.Random(99), hostile)
     document: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "command": f"rankwise compare --model demo --data trainset.csv --methods {','.join(methods)} "
         f"--seeds {len(seeds)} --learning-rates 1e-4,2e-4,5e-4 --task e2e --max-steps 200 --output {folder.name}",
         "settings": {"model": "demo", "data": "trainset.csv", "seeds": list(seeds), "max_steps": 200, "memory": None},
@@ -81,7 +78,7 @@ def write_comparison(
         "runs": runs,
         **_conclusions(folder, methods, runs),
         "learning_rates": {name: _search(name, runs) for name in methods},
-        "seconds": {"total": 3480.0, "runs": 3391.0},
+        "seconds": 3391.0,
     }
     if extras:
         document["methods"] |= {"full": _empty(failed=1), "prefix": _empty(skipped="it needs the package peft.")}
@@ -139,29 +136,6 @@ def _run(folder: Path, name: str, rate: float, seed: int, phase: str, hostile: b
         "record": record,
         "tasks": tasks,
         "adapter_bytes": 19_600_000,
-        "merged": _merged(draw) if phase == "final" else None,
-        "update_norms": _norms(draw, name) if phase == "final" else None,
-        **{key: record[key] for key in ("tokens_per_second", "peak_memory_bytes", "wall_seconds")},
-        "predicted_peak_memory_bytes": record["predicted_peak_memory_bytes"],
-    }
-
-
-def _merged(draw: random.Random) -> dict[str, float]:
-    return {
-        "max_logit_difference": 2e-5 * (1 + draw.random()),
-        "rounding_logit_difference": 2e-5,
-        "is_more_than_rounding": False,
-        "generate_tokens_per_second_merged": 41 + draw.random(),
-        "generate_tokens_per_second_unmerged": 29 + draw.random(),
-    }
-
-
-def _norms(draw: random.Random, name: str) -> dict[str, float]:
-    scale = 0.02 if name.endswith("dora") else 0.017
-    return {
-        f"model.layers.{layer}.{MODULE_PATHS[module]}": scale * (0.4 + layer / LAYERS) * (0.8 + 0.4 * draw.random())
-        for layer in range(LAYERS)
-        for module in MODULES
     }
 
 
@@ -251,10 +225,10 @@ def _conclusions(folder: Path, methods: Sequence[str], runs: Sequence[Any]) -> d
 
 
 def _empty(*, failed: int = 0, skipped: str | None = None) -> dict[str, Any]:
-    figures = ("learning_rate", "tokens_per_second", "examples_per_second", "peak_memory_bytes", "wall_seconds")
+    figures = ("learning_rate", "tokens_per_second", "peak_memory_bytes", "wall_seconds")
     more = ("predicted_peak_memory_bytes", "trainable_parameters", "adapter_bytes", "verdict")
     return {
-        **{key: {} for key in ("mean", "interval", "seed_sd", "per_seed", "higher_is_better", "ranges", "costs")},
+        **{key: {} for key in ("mean", "interval", "per_seed", "higher_is_better", "ranges", "costs")},
         **dict.fromkeys((*figures, *more)),
         "seeds": 0,
         "failed": failed,
@@ -290,7 +264,6 @@ def _skipped(seed: int) -> dict[str, Any]:
 
 
 def _without_record(method: str, seed: int, status: str, code: str, message: str) -> dict[str, Any]:
-    figures = ("tokens_per_second", "peak_memory_bytes", "predicted_peak_memory_bytes", "wall_seconds")
     return {
         "id": f"{method}-lr0.0001-seed{seed}",
         "method": method,
@@ -304,7 +277,4 @@ def _without_record(method: str, seed: int, status: str, code: str, message: str
         "record": None,
         "tasks": {},
         "adapter_bytes": None,
-        "merged": None,
-        "update_norms": None,
-        **dict.fromkeys(figures),
     }

@@ -29,8 +29,6 @@ SECTIONS = (
     "tradeoffs",
     "memory",
     "curves",
-    "norms",
-    "merged",
     "answers",
     "warnings",
     "reproduce",
@@ -95,20 +93,6 @@ def changed_report(folder: Path, change: Callable[[dict], None]) -> tuple[Page, 
     file.write_text(json.dumps(document))
     html, text, _ = write_report(folder)
     return Page(html.read_text()), text.read_text()
-
-
-def test_a_failed_run_is_told_once(tmp_path):
-    """The comparison warned of it while it ran, and the report lists it among what was left out."""
-    why = "the memory of the device is full"
-
-    def warn(document: dict) -> None:
-        failed = [run["id"] for run in document["runs"] if run["status"] == "failed"]
-        message = f"{failed[0]} failed: RW550: {why}; lower --batch-size."
-        document["warnings"] += [{"code": "RW588", "message": message}, {"code": "RW586", "message": "at the edge"}]
-
-    page, text = changed_report(tmp_path / "c", warn)
-    assert page.text.count(why) == text.count(why) == 1
-    assert "at the edge" in page.text
 
 
 def test_every_file_has_the_verdicts_of_the_fields(tmp_path):

@@ -17,7 +17,7 @@ from rankwise.reports import plots
 from rankwise.reports.losses import Losses
 from rankwise.reports.page import TEMPLATES
 from rankwise.reports.plots import COLOURS, INK, LIMIT, MARKERS, loss_svg, memory_svg
-from rankwise.reports.plotted import Curve, Norms, Pair, Spot
+from rankwise.reports.plotted import Curve, Pair, Spot
 
 NAME = "{http://www.w3.org/2000/svg}"
 GB = 10**9
@@ -81,7 +81,6 @@ PLOTS = {
     "curves": lambda: plots.curve_panel("dora", 2, [curve(number) for number in ALL], (1.9, 3.0)),
     "a bar": lambda: plots.memory({"lora": figures_of_memory(0)}, NUMBERS, None),
     "rates": lambda: plots.rates({METHODS[number]: tried(number) for number in ALL}, NUMBERS),
-    "norms": lambda: plots.norms_panel(Norms("lora", {("gate_up_proj_all", n): n / 80 for n in range(80)}, {}), 1.0),
     "loss of a run": lambda: loss_svg(lines(), TITLE),
     "search of a run": lambda: plots.search_svg(search(), TITLE),
     "plan": lambda: memory_svg(BARS, TITLE, "a caption " * 20, 12 * GB, "a card with a $name$ that goes on and on"),

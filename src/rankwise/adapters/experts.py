@@ -132,21 +132,6 @@ class AdaptedExperts(OverBase[ExpertsLora]):
         return experts_forward(self.base_layer, adapter, hidden_states, top_k_index, top_k_weights)
 
 
-@torch.no_grad()
-def relative_updates(experts: AdaptedExperts) -> dict[str, float]:
-    """``||s B A||_F / ||W||_F`` over all experts of each stack that the active adapter adapts."""
-    assert experts.at_work is not None, "an adapter is active"
-    found = {}
-    for leaf, lora in experts.at_work.pairs():
-        stack = stack_at(experts.base_layer, leaf)
-        W = experts.base_layer.get_parameter(leaf) if stack is None else stack.dequantize()
-        A, B = lora.lora_A.float(), lora.lora_B.float()
-        # ||B A||^2 = tr(A A^T B^T B), from r x r products.
-        squared = ((A @ A.transpose(1, 2)) * (B.transpose(1, 2) @ B)).sum().clamp_min(0)
-        found[leaf] = float(lora.scaling * squared.sqrt() / W.float().norm().clamp_min(1e-30))
-    return found
-
-
 def experts_forward(
     base: Any, adapter: ExpertsLora, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from rankwise.comparison.pool import Picture
     from rankwise.comparison.stages import Job, Outcome
 
-# Columns of the report that a terminal has no room for.
-LEFT_OUT = ("adapter_bytes", "serving", "retained")
-
 
 class Lines:
     """Prints a line whenever a step of the matrix ends."""
@@ -102,16 +99,18 @@ def report(comparison: Comparison, output: Output) -> None:
 
 
 def table_of(comparison: Comparison) -> Group:
-    """A row for each method, best first, with the cells of the report."""
-    columns = [item for item in summary.columns(comparison) if item[0] not in LEFT_OUT]
+    """A row for each method, best first, with the cells of the report that fit into 80 columns."""
     table = light_table()
-    table.add_column("method", no_wrap=True)
-    for key, heading_ in columns:
-        table.add_column(heading_.lower(), justify="left" if key == "verdict" else "right", no_wrap=True)
+    headings = ("method", metric_name(comparison.metric).lower(), "verdict", "memory", "time a run")
+    for place, heading_ in enumerate(headings):
+        table.add_column(heading_, justify="left" if place in (0, 2) else "right", no_wrap=place != 1)
     for name in comparison.with_result():
-        cells = [summary.cell(comparison["methods"][name], key) for key, _ in columns]
+        facts = comparison["methods"][name]
+        cells = [
+            summary.cell(facts, key) for key in (comparison.metric, "verdict", "peak_memory_bytes", "wall_seconds")
+        ]
         table.add_row(method_name(name), *(f"{found.text} {found.note}".strip() for found in cells))
-    return titled(f"{metric_name(comparison.metric)}, mean over seeds", table)
+    return titled("Means over seeds; the report has every figure", table)
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:
@@ -137,8 +136,8 @@ def _places(comparison: Comparison) -> Iterator[tuple[str, str]]:
     found, place = comparison["recommendation"], comparison.folder
     yield from (("record", str(place / "comparison.json")), ("report", str(place / "report.html")))
     commands = (("to decide", (found["deciding"] or {}).get("command")), ("train again", found["command"]))
-    folders = ((name, place / found[name] if found[name] else None) for name in ("adapter", "merged"))
-    yield from ((label, str(text)) for label, text in (*commands, *folders) if text)
+    adapter = ("adapter", place / found["adapter"] if found["adapter"] else None)
+    yield from ((label, str(text)) for label, text in (*commands, adapter) if text)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The end of a comparison: ``comparison.json``, recommended settings, the best run, and the merged model."""
+"""The end of a comparison: ``comparison.json``, recommended settings and the best run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from pathlib import Path
 
 from rankwise.comparison import stages
 from rankwise.comparison.inputs import Inputs
-from rankwise.comparison.pool import Clock, Watcher
 from rankwise.comparison.results import (
     all_methods,
     collect_runs,
     conclusions,
     metrics_of,
-    read_json,
     read_tasks,
     retained_by,
     scores_by_metric,
@@ -27,7 +25,7 @@ from rankwise.comparison.settings import CompareSettings
 from rankwise.comparison.stages import Job
 from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.verdicts import Scores, Spreads, wider_rates
-from rankwise.config import ADAPTERS, FOUR_BITS, TrainSettings, variant_of
+from rankwise.config import TrainSettings
 from rankwise.disk import discard_folder, whole_folder
 from rankwise.errors import RunError, warn
 from rankwise.foreign import Fields, JsonObject
@@ -37,7 +35,6 @@ from rankwise.reports.comparison import (
     BEST_FOLDER,
     COMPARISON_FILE,
     EVAL_LOSS,
-    MERGED_FOLDER,
     RECOMMENDED_FILE,
     SCHEMA,
     Comparison,
@@ -49,11 +46,10 @@ from rankwise.reports.comparison import (
     Run,
     unlike_hardware,
 )
+from rankwise.reports.summary import left_out
 
 
-def conclude(
-    given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Message], watcher: Watcher, clock: Clock
-) -> Comparison:
+def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Message]) -> Comparison:
     """Write what follows from the runs into the folder, and return it. Raises RunError: RW584, RW589."""
     runs = collect_runs(plan)
     final = [run for run in runs if run["phase"] == "final"]
@@ -68,9 +64,13 @@ def conclude(
         known = ", ".join(metric for metric, found in scores.items() if found) or "no figures at all"
         raise RunError("RW589", f"no run has a finite value of --metric {given.metric}; there are {known}.")
     methods = all_methods(plan, runs, scores)
-    _warn_of_edges_and_failures(runs, methods)
     _warn_of_missing_values(finished, given.metric)
-    _warn_of_unlike_runs(finished)
+    if (message := unlike_hardware(finished)) is not None:
+        warn("RW595", message)
+    for part in ("train", "eval"):
+        data = [((run["record"] or {}).get("data", {}).get(part) or {}).get("sha256") for run in finished]
+        if len({*data} - {None}) > 1:
+            warn("RW591", f"the {part} data changed between the runs; compare again in a different --output.")
     _warn_of_shared_steps(plan)
     spreads = spreads_of(given, scores[given.metric], inputs)
     base = plan.output / stages.BASE
@@ -79,7 +79,13 @@ def conclude(
     found = conclusions(
         methods, scores, better, spreads, retained=retained, memory_bytes=given.memory, hours=given.max_hours
     )
-    recommendation = _with_files(given, runs, found["recommendation"], watcher, higher_is_better=better[given.metric])
+    recommendation = found["recommendation"]
+    best = best_run(runs, recommendation["method"], given.metric, higher_is_better=better[given.metric])
+    if best is None:
+        discard_folder(given.output / BEST_FOLDER)
+        (given.output / RECOMMENDED_FILE).unlink(missing_ok=True)
+    else:
+        recommendation = hand_over(given.output, recommendation, best)
     recommendation["deciding"] = _deciding_run(given, plan, methods, recommendation, spreads)
     first = finished[0]["record"] or {}
     document: Document = {
@@ -99,10 +105,13 @@ def conclude(
         **found,
         "recommendation": recommendation,
         "learning_rates": {method: state_of(plan, method).search for method in plan.methods},
-        "seconds": clock.spent(),
+        "seconds": stages.seconds_of(plan.output),
     }
     write_json(given.output / COMPARISON_FILE, {**document})
-    return Comparison({**document}, given.output)
+    comparison = Comparison({**document}, given.output)
+    for item in left_out(comparison):
+        warn("RW588", f"{item['what']}: {item['kind']}: {item['code']} {item['why']}")
+    return comparison
 
 
 def spreads_of(given: CompareSettings, scores: Mapping[str, Scores], inputs: Inputs) -> Spreads:
@@ -117,20 +126,6 @@ def spreads_of(given: CompareSettings, scores: Mapping[str, Scores], inputs: Inp
         seed_sd=given.seed_sd,
         row_sd=by_row,
     )
-
-
-def _with_files(
-    given: CompareSettings, runs: list[Run], found: Recommendation, watcher: Watcher, *, higher_is_better: bool
-) -> Recommendation:
-    """The recommendation, with the files of its best run in the folder."""
-    method = found["method"]
-    best = method and best_run(runs, method, given.metric, higher_is_better=higher_is_better)
-    forget_other_results(given.output, best["id"] if best else None)
-    if best:
-        found = hand_over(given.output, found, best)
-        if given.merge:
-            found["merged"] = _merge(given, best, watcher)
-    return found
 
 
 def _deciding_run(
@@ -173,58 +168,11 @@ def _deciding_run(
     }
 
 
-def _warn_of_edges_and_failures(runs: list[Run], methods: Mapping[str, Method]) -> None:
-    edges = [name for name, item in methods.items() if item["learning_rate_at_edge"]]
-    if edges:
-        warn(
-            "RW586",
-            f"the best learning rate of {', '.join(edges)} lies at the edge of those tried; its true optimum may lie "
-            "beyond, so add a rate there with --learning-rates.",
-        )
-    for name, item in methods.items():
-        if item["skipped"]:
-            warn("RW588", f"{name} was left out: {item['skipped']}")
-    for run in runs:
-        if run["status"] == "failed" and run["error"]:
-            warn("RW588", f"{run['id']} failed: {run['error']['code']}: {run['error']['message']}")
-        elif run["status"] == "interrupted":
-            warn("RW597", f"{run['id']} was interrupted, so it has no figures; the same command continues it.")
-        merged = run["merged"]
-        if merged and merged["is_more_than_rounding"]:
-            warn(
-                "RW589",
-                f"{run['id']}: merging changed a logit by {merged['max_logit_difference']:.3g}, and rounding alone by "
-                f"{merged['rounding_logit_difference']:.3g}: the merged model is not equivalent.",
-            )
-        if run["status"] == "finished" and run["error"]:
-            warn("RW589", f"{run['id']} trained, but: {run['error']['code']}: {run['error']['message']}")
-
-
 def _warn_of_missing_values(finished: Sequence[Run], metric: str) -> None:
     """Warn (RW589) of runs that count as seeds and have no finite value. A failed measurement has its own warning."""
     for run in finished:
         if run["error"] is None and value_of(run, metric) is None:
             warn("RW589", f"{run['id']} trained, but has no finite {metric}, so it does not count in its mean.")
-
-
-def _warn_of_unlike_runs(finished: Sequence[Run]) -> None:
-    """Warn of runs on different hardware (RW595), and of runs that read different data (RW591): a file may change while
-    the runs go on.
-    """
-    if (message := unlike_hardware(finished)) is not None:
-        warn("RW595", message)
-    for part in ("train", "eval"):
-        found = {run["id"]: ((run["record"] or {}).get("data", {}).get(part) or {}).get("sha256") for run in finished}
-        read = {name: sha256 for name, sha256 in found.items() if sha256 is not None}
-        if len({*read.values()}) > 1:
-            first, *rest = read
-            others = ", ".join(name for name in rest if read[name] != read[first])
-            what = {"train": "training", "eval": "evaluation"}[part]
-            warn(
-                "RW591",
-                f"the {what} data changed between the runs: {others} read another version than {first}; compare again "
-                "in a different --output.",
-            )
 
 
 def _warn_of_shared_steps(plan: Plan) -> None:
@@ -233,30 +181,6 @@ def _warn_of_shared_steps(plan: Plan) -> None:
         outcome = stages.outcome_of(job, plan.output)
         if outcome is not None and outcome.error is not None:
             warn("RW589", f"the comparison lacks {lacks}: {outcome.error['code']}: {outcome.error['message']}")
-
-
-def _merge(given: CompareSettings, run: Run, watcher: Watcher) -> str | None:
-    """Merge the best run into an ordinary model in ``DIR/merged``. A 4-bit run merges onto its dequantized base."""
-    import subprocess
-    import sys
-
-    method = variant_of(run["method"])[0]
-    if method not in ADAPTERS:
-        warn("RW589", f"--merge: the result of {run['method']} is not an adapter that can be merged.")
-        return None
-    output = given.output
-    discard_folder(output / MERGED_FOLDER)
-    watcher.say("Merging the recommended adapter.")
-    command = ["merge", "--adapter", str(output / BEST_FOLDER), "--output", str(output / MERGED_FOLDER)]
-    # A PiSSA adapter belongs on the original weights.
-    is_pissa = str((run["record"] or {})["settings"].get("init")).startswith("pissa")
-    command += ["--onto", "quantized"] if method in FOUR_BITS and not is_pissa and not given.for_merge else []
-    command += ["--trust-remote-code"] if given.trust_remote_code else []
-    done = subprocess.run([sys.executable, "-m", stages.CLI, *command], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        warn("RW589", f"--merge failed: {done.stderr.strip()[-500:]}")
-        return None
-    return MERGED_FOLDER
 
 
 def command_line(given: CompareSettings) -> str:
@@ -279,8 +203,8 @@ LEFT_OUT = ("checkpoints", "evaluation", "runs")
 NOT_SETTINGS = {"output", "cache", "resume", "overwrite"}
 
 
-def best_run(runs: Sequence[Run], method: str, metric: str, *, higher_is_better: bool) -> Run | None:
-    """The final run of the method with the best value."""
+def best_run(runs: Sequence[Run], method: str | None, metric: str, *, higher_is_better: bool) -> Run | None:
+    """The final run of the method with the best value; None without one."""
     final = [run for run in runs if run["method"] == method and run["phase"] == "final" and run["status"] == "finished"]
     scored = [(value, run) for run in final if (value := value_of(run, metric)) is not None]
     if not scored:
@@ -301,21 +225,7 @@ def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
         "command": shlex.join(["rankwise", "train", "--config", str(output / RECOMMENDED_FILE)]),
         "run": run["id"],
         "adapter": BEST_FOLDER,
-        "merged": MERGED_FOLDER if (output / MERGED_FOLDER).is_dir() else None,
     }
-
-
-def forget_other_results(output: Path, run: str | None) -> None:
-    """Remove the recommended files of an earlier call if they are of another run, so that its merged model is not
-    mistaken for this run's.
-    """
-    before = read_json(output / COMPARISON_FILE).get("recommendation", {}).get("run")
-    if before == run and run is not None:
-        return
-    discard_folder(output / MERGED_FOLDER)
-    if run is None:
-        discard_folder(output / BEST_FOLDER)
-        (output / RECOMMENDED_FILE).unlink(missing_ok=True)
 
 
 def recommended_yaml(output: Path, settings: Fields) -> str:

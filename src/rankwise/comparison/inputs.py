@@ -29,7 +29,7 @@ from rankwise.models.source import fetch_model
 from rankwise.options import flag
 from rankwise.planning.speed import read_model
 from rankwise.records import write_json, write_text
-from rankwise.reports.comparison import BEST_FOLDER, MERGED_FOLDER, RETAINED
+from rankwise.reports.comparison import BEST_FOLDER, RETAINED
 
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
@@ -44,7 +44,7 @@ NEUTRAL = {"device", "ignore_plan", "logging_steps", "save_steps", "save_total_l
 # The files in a folder before the first run. Hidden files are locks, or left by a killed write.
 OURS = {SETTINGS_FILE, "data"}
 # The folders of a comparison, without the cache, whose content is never removed.
-FOLDERS = ("base", BEST_FOLDER, "cells", "data", MERGED_FOLDER, "probes", "runs")
+FOLDERS = ("base", BEST_FOLDER, "cells", "data", "runs")
 
 
 def check_folder(output: Path) -> None:

@@ -25,11 +25,10 @@ from rankwise.comparison import stages
 from rankwise.comparison.stages import Job, Outcome, beside
 from rankwise.compat.ray import print_no_raylet_logs
 from rankwise.disk import hold
-from rankwise.errors import Interrupted, RunError, heard
-from rankwise.foreign import JsonObject, read_json
+from rankwise.errors import DataError, Interrupted, RunError, heard
+from rankwise.foreign import JsonObject
 from rankwise.models.device import usable_cores
 from rankwise.planning.hardware import this_machine
-from rankwise.records import read_metrics, write_json
 from rankwise.training.observer import end_with_parent
 
 TICK_SECONDS = 1.0
@@ -41,7 +40,6 @@ MOST_LOSSES = 3
 LOST = -1000
 # Timeout for the connection to the head node of a Ray cluster.
 ANSWER_SECONDS = 10.0
-STATE_FILE = "state.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +253,6 @@ class Pool:
     # The environment of each parallel slot: its device and number of threads.
     environments: Sequence[Mapping[str, str]]
     watcher: Watcher
-    clock: Clock
     left: Callable[[], Sequence[Job]]
     # Starts a step elsewhere than on this machine.
     start: Start | None = None
@@ -316,7 +313,6 @@ class Pool:
             time.sleep(TICK_SECONDS)
         timeout = 0.0
         while self.running and not self._end_those(timeout):
-            self.clock.keep(sum(step.seconds() for step in self.running.values()))
             self.watcher.tick(self.picture())
             timeout = TICK_SECONDS
 
@@ -329,7 +325,6 @@ class Pool:
 
     def _end(self, job: Job, code: int, *, stopping: bool = False) -> None:
         seconds = round(self.running.pop(job).seconds(), 3)
-        self.clock.steps += seconds
         if code == LOST:
             self.lost[job] += 1
             if self.lost[job] < MOST_LOSSES and not stopping:
@@ -348,10 +343,12 @@ class Pool:
             self.spent.append((job, outcome.seconds))
             self.done += outcome.status == "finished"
             self.failed += outcome.status == "failed"
-        if not (stopping and outcome.is_interrupted):
+        if not (stopping and outcome.is_interrupted) and not outcome.of_data:
             # Where only this step was interrupted, the outcome keeps this call from restarting it endlessly.
             stages.keep_outcome(job, self.output, outcome)
         self.watcher.ended(job, outcome, self.picture())
+        if outcome.of_data and outcome.error is not None:
+            raise DataError(**outcome.error)
 
     def _stop(self) -> None:
         for step in self.running.values():
@@ -407,46 +404,9 @@ def document_in(stdout: Path) -> JsonObject:
     return found if isinstance(found, dict) else {}
 
 
-class Clock:
-    """Adds the seconds of this call to those of earlier ones in ``state.json``. A kill loses a few seconds."""
-
-    def __init__(self, output: Path) -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        self.path = output / STATE_FILE
-        self.before = seconds_spent(output)
-        self.started = self.kept = time.monotonic()
-        # Seconds of the steps of this call that have ended, interrupted and failed ones included.
-        self.steps = 0.0
-
-    def keep(self, running: float = 0.0, *, now: bool = False) -> None:
-        """``running``: the seconds so far of the steps in progress."""
-        if now or time.monotonic() - self.kept > 5:
-            self.kept = time.monotonic()
-            write_json(self.path, self.spent(running))
-
-    def spent(self, running: float = 0.0) -> dict[str, float]:
-        """The seconds of all calls: in total, and in the steps' processes."""
-        here = {"total": time.monotonic() - self.started, "runs": self.steps + running}
-        return {name: round(self.before[name] + value, 3) for name, value in here.items()}
-
-
-def seconds_spent(output: Path) -> dict[str, float]:
-    """The seconds of all calls on this folder so far, as ``Clock.spent`` gives them."""
-    try:
-        found = read_json(output / STATE_FILE)
-        return {name: float(found[name]) for name in ("total", "runs")}
-    except (OSError, ValueError, LookupError, TypeError):
-        return dict.fromkeys(("total", "runs"), 0.0)
-
-
 def forget_unfinished(output: Path, jobs: Sequence[Job], *, retry: bool) -> None:
     """Let interrupted jobs run again, and with ``retry`` all failed ones too."""
     for job in jobs:
         outcome = stages.outcome_of(job, output)
         if outcome is not None and outcome.status == "failed" and (retry or outcome.again):
             stages.forget_outcome(job, output)
-
-
-def steps_of(folder: Path) -> list[tuple[int, float]]:
-    """The (step, seconds of training so far) pairs that a run has logged."""
-    return [(line["step"], line["train_seconds"]) for line in read_metrics(folder) if "train_seconds" in line]

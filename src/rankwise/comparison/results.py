@@ -9,10 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from rankwise.comparison.schedule import Plan, jobs_of, state_of
 from rankwise.comparison.stages import (
-    FACTS_FILE,
-    INTERRUPTED_CODES,
     LABELS,
     OWN_TASKS,
     PERPLEXITY,
@@ -62,15 +62,13 @@ def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None
     record = _record(folder)
     error, trained = _error(plan, cell)
     finished = trained is not None and trained.status == "finished"
-    facts = read_json(folder / FACTS_FILE)
-    known = record or {}
-    stopped = error is not None and error["code"] in INTERRUPTED_CODES
+    stopped = trained is not None and trained.is_interrupted
     status: Status = "finished" if finished else "skipped" if skipped else "interrupted" if stopped else "failed"
     return {
         "id": cell.id,
         "method": cell.method,
         "seed": cell.seed,
-        "learning_rate": cell.learning_rate or known.get("settings", {}).get("learning_rate"),
+        "learning_rate": cell.learning_rate or ((record or {}).get("settings") or {}).get("learning_rate"),
         "phase": phase,
         "status": status,
         "alone": trained is not None and trained.alone,
@@ -78,13 +76,7 @@ def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None
         "folder": folder.relative_to(plan.output).as_posix(),
         "record": record,
         "tasks": read_tasks(folder, plan.tasks),
-        "adapter_bytes": facts.get("adapter_bytes"),
-        "merged": facts.get("merged"),
-        "update_norms": facts.get("update_norms"),
-        "tokens_per_second": known.get("tokens_per_second"),
-        "peak_memory_bytes": known.get("peak_memory_bytes"),
-        "predicted_peak_memory_bytes": known.get("predicted_peak_memory_bytes"),
-        "wall_seconds": known.get("wall_seconds"),
+        "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None,
     }
 
 
@@ -130,33 +122,17 @@ def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Examples:
-    ids: list[str]
-    values: list[float]
-    weights: list[float] | None
-    clusters: list[str] | None
-
-
 def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
     """The scores of one method's finished final runs on a metric; None where no run has it."""
-    values: dict[int, float] = {}
-    examples: dict[int, list[float]] = {}
-    first: _Examples | None = None
-    for run in runs:
-        value = value_of(run, metric)
-        if value is None:
-            continue
-        values[run["seed"]] = value
-        read = _examples(output, run, metric, value)
-        if read is not None and (first is None or read.ids == first.ids):
-            first = first or read
-            examples[run["seed"]] = read.values
+    values = {run["seed"]: value for run in runs if (value := value_of(run, metric)) is not None}
     if not values:
         return None
-    if first is None or set(examples) != set(values):
+    by_seed = {run["seed"]: _examples(output, run, metric) for run in runs if run["seed"] in values}
+    first, *others = by_seed.values()
+    if first is None or any(other is None or other.ids != first.ids for other in others):
         return Scores(values)
-    return Scores(values, examples, first.ids, first.weights, first.clusters)
+    examples = {seed: found.examples[seed] for seed, found in by_seed.items() if found is not None}
+    return dataclasses.replace(first, values=values, examples=examples)
 
 
 def value_of(run: Run, metric: str) -> float | None:
@@ -175,22 +151,22 @@ def _task_of_loss(run: Run) -> str:
     return LABELS if LABELS in run["tasks"] else PERPLEXITY
 
 
-def _examples(output: Path, run: Run, metric: str, value: float) -> _Examples | None:
-    """The scores of the examples if the metric is a mean over examples; else None."""
+def _examples(output: Path, run: Run, metric: str) -> Scores | None:
+    """The scores of the examples of a run if the metric is a mean over examples; else None."""
     task, _, name = (_task_of_loss(run), ".", "loss") if metric == EVAL_LOSS else metric.partition(".")
     file = output / run["folder"] / EVALUATION_FOLDER / task / EXAMPLES_FILE
     rows = sorted(read_examples(file), key=lambda row: row.id)
-    if not rows or any(name not in row.scores for row in rows):
+    value = value_of(run, metric)
+    if value is None or not rows or any(name not in row.scores for row in rows):
         return None
     found = [float(row.scores[name]) for row in rows]
     weights = [float(row.scores["tokens"]) for row in rows] if task in (PERPLEXITY, RETAINED) else None
-    total = sum(weights) if weights else len(found)
-    mean = sum(x * w for x, w in zip(found, weights or [1.0] * len(found))) / total
-    if abs(mean - value) > 1e-6 * max(1.0, abs(value)):
+    if not math.isclose(np.average(found, weights=weights), value, rel_tol=1e-6, abs_tol=1e-6):
         return None
-    ids = [row.id for row in rows]
     clusters = [row.id if row.cluster is None else f"cluster {row.cluster}" for row in rows]
-    return _Examples(ids, found, weights, clusters if any(row.cluster for row in rows) else None)
+    is_clustered = any(row.cluster for row in rows)
+    seed, ids = run["seed"], [row.id for row in rows]
+    return Scores({seed: value}, {seed: found}, ids, weights, clusters if is_clustered else None)
 
 
 def scores_by_metric(output: Path, methods: Iterable[str], runs: Sequence[Run]) -> dict[str, dict[str, Scores]]:
@@ -248,7 +224,6 @@ def method_figures(
     return {
         "mean": {metric: estimate.mean for metric, estimate in estimates.items()},
         "interval": {metric: None if pair is None else list(pair) for metric, pair in intervals.items()},
-        "seed_sd": {metric: estimate.seed_sd for metric, estimate in estimates.items()},
         "per_seed": values,
         "higher_is_better": {metric: better[metric] for metric in estimates},
         **figures_of(finals_of(name, runs)),

@@ -6,8 +6,7 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rankwise.comparison import stages
@@ -23,8 +22,6 @@ from rankwise.comparison.inputs import (
     prepare_inputs,
 )
 from rankwise.comparison.pool import (
-    STATE_FILE,
-    Clock,
     Cluster,
     Pool,
     Watcher,
@@ -32,18 +29,17 @@ from rankwise.comparison.pool import (
     connect,
     environments,
     forget_unfinished,
-    steps_of,
 )
 from rankwise.comparison.results import collect_runs, read_json, scores_by_metric
-from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs, probe_of
+from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs
 from rankwise.comparison.settings import OF_NUMBERS, CompareSettings, check_compare, shared_training
 from rankwise.comparison.stages import PERPLEXITY, Cell, Job, cell_settings, planned_runs
-from rankwise.config import TrainSettings, idle_options, is_own, variant_of
+from rankwise.config import TrainSettings, idle_options, variant_of
 from rankwise.conflicts import check_conflicts
 from rankwise.default_rate import default_rate
 from rankwise.disk import coded_errors, hold, remove_strays
-from rankwise.errors import ConfigError, InputError, RankwiseWarning, RunError, heard, warn
-from rankwise.foreign import Fields, JsonObject
+from rankwise.errors import ConfigError, DataError, InputError, RankwiseWarning, RunError, heard, warn
+from rankwise.foreign import JsonObject
 from rankwise.labels import NUMBER
 from rankwise.models.describe import model_hash
 from rankwise.models.source import fetch_model
@@ -60,7 +56,7 @@ from rankwise.reports.comparison import (
     MinimumDetectableEffect,
     Run,
 )
-from rankwise.reports.numbers import byte_size, plural, rate
+from rankwise.reports.numbers import plural, rate
 from rankwise.reports.words import smallest_found
 
 # Extensions of a job's files in ``DIR/cells`` that are written whole.
@@ -83,8 +79,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         check_folder(given.output)
         is_new = not given.output.exists()
         given.output.mkdir(parents=True, exist_ok=True)
-        remove_strays(given.output, (SETTINGS_FILE, STATE_FILE, COMPARISON_FILE, RECOMMENDED_FILE))
-        clock = Clock(given.output)
+        remove_strays(given.output, (SETTINGS_FILE, COMPARISON_FILE, RECOMMENDED_FILE))
         try:
             check_model(given)
             inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
@@ -102,12 +97,13 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         effect = spreads_of(given, before, inputs).effect(given.seeds, len(given.methods) - 1)
         _announce(given, plan, inputs, effect, watcher)
         try:
-            _carry_out(given, plan, inputs, watcher, clock, cluster)
-            return conclude(given, plan, inputs, told, watcher, clock)
-        finally:
-            with suppress(OSError):
-                # The first error is the one to raise.
-                clock.keep(now=True)
+            _carry_out(given, plan, inputs, watcher, cluster)
+        except DataError:
+            # No run can start, so the folder holds nothing; with other settings it would be refused.
+            if is_new:
+                shutil.rmtree(given.output)
+            raise
+        return conclude(given, plan, inputs, told)
 
 
 def _announce(
@@ -215,19 +211,15 @@ def _plan(given: CompareSettings, rates: Mapping[str, tuple[float, ...]]) -> Pla
         # Rewards are relative to the base, so the base has none.
         base=given.objective in ("sft", "classify") or bool(given.task or given.retain),
         tasks=(*given.task, *([RETAINED] if given.retain else [])),
-        probed=given.minutes is not None,
         halved=given.budget is not None,
     )
 
 
-def _carry_out(
-    given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watcher, clock: Clock, cluster: Cluster | None
-) -> None:
-    """Run the steps that all runs share, then the speed runs of --minutes, then the runs."""
+def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watcher, cluster: Cluster | None) -> None:
+    """Prepare what all runs share, then do the runs."""
     commands = Commands(given, plan, inputs)
-    first = [Job("prepare", None)]
-    probes = [probe_of(plan, method) for method in plan.methods] if given.minutes else []
-    known = [*first, *probes, *possible_jobs(plan)]
+    first = Job("prepare", None)
+    known = [first, *possible_jobs(plan)]
     names = [job.name(plan.output).name + ending for job in (*known, *jobs_left(plan)) for ending in ENDINGS]
     remove_strays(plan.output / "cells", names)
     forget_unfinished(plan.output, known, retry=given.retry)
@@ -236,14 +228,9 @@ def _carry_out(
             stages.forget_outcome(job, plan.output)
     slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, given.device)
     start = cluster.start if cluster else None
-    pool = Pool(plan.output, commands.of, commands.steps, slots, watcher, clock, lambda: jobs_left(plan), start)
-    for group in (first, probes):
-        pool.carry_out(partial(_open_jobs, group, plan))
+    pool = Pool(plan.output, commands.of, commands.steps, slots, watcher, lambda: jobs_left(plan), start)
+    pool.carry_out(lambda: [] if stages.outcome_of(first, plan.output) else [first])
     pool.carry_out(lambda: jobs_to_do(plan))
-
-
-def _open_jobs(jobs: Sequence[Job], plan: Plan) -> list[Job]:
-    return [job for job in jobs if stages.outcome_of(job, plan.output) is None]
 
 
 def _told(told: list[Message]) -> AbstractContextManager[None]:
@@ -256,8 +243,6 @@ def _told(told: list[Message]) -> AbstractContextManager[None]:
     return heard(tell)
 
 
-# Optimizer steps of the run that measures how many fit into --minutes; the first, which allocates, is not counted.
-PROBE_STEPS = 6
 # Settings, other than the tasks, on which the results of a measurement depend.
 MEASURED = ("task_limit", "eval_data", "max_length", "chat_template", "dtype")
 
@@ -268,27 +253,26 @@ class Commands:
     def __init__(self, given: CompareSettings, plan: Plan, inputs: Inputs) -> None:
         self.given, self.plan, self.inputs = given, plan, inputs
         self.shared = shared_training(given)
-        self.batches = {method: self._batch(method) for method in plan.methods}
 
     def of(self, job: Job) -> tuple[str, list[str]]:
-        if job.stage in ("train", "probe"):
-            return stages.CLI, stages.train_arguments(job, self.plan.output, self._training(job))
+        if job.stage == "train":
+            assert job.cell is not None
+            return stages.CLI, stages.train_arguments(job, self.plan.output, self._cell_settings(job.cell))
         path = stages.beside(job.name(self.plan.output), ".in")
         if job.stage == "prepare":
             cells = [Cell(method, self.plan.rates[method][0], 0) for method in self.plan.methods]
             # The settings of one run of each method.
-            write_json(path, {"runs": [self._cell_settings(cell, None) for cell in cells]})
-            return stages.STEPS, [str(path)]
-        write_json(path, self._measuring(job))
+            write_json(path, {"runs": [self._cell_settings(cell) for cell in cells]})
+        else:
+            write_json(path, self._measuring(job))
         return stages.STEPS, [str(path)]
 
     def steps(self, job: Job) -> int:
         """The number of optimizer steps of a training, for the progress display and the time left."""
-        if job.cell is None or job.stage not in ("train", "probe"):
+        if job.stage != "train":
             return 0
-        steps = self._max_steps(job)
-        if steps is not None:
-            return steps
+        if self.given.max_steps is not None:
+            return self.given.max_steps
         batch = self.shared["batch_size"] * self.shared["gradient_accumulation"]
         return max(1, math.ceil(self.inputs.train_rows / batch) * math.ceil(self.shared["epochs"]))
 
@@ -301,81 +285,20 @@ class Commands:
             return False
         now = self._measuring(job)
         added = {*now["tasks"], now["retain"]} - {*before.get("tasks", ()), before.get("retain"), None}
-        checked = now["merged_check"] and not before.get("merged_check")
         asked = before.get("questions", {})
         changed = any(asked.get(task, sha256) != sha256 for task, sha256 in now["questions"].items())
-        return bool(added or checked or changed) or any(before.get(name) != now[name] for name in MEASURED)
+        return bool(added or changed) or any(before.get(name) != now[name] for name in MEASURED)
 
-    def _max_steps(self, job: Job) -> int | None:
-        assert job.cell is not None
-        if job.stage == "probe":
-            return PROBE_STEPS
-        if self.given.minutes is not None:
-            return self._steps_in_time(job.cell.method)
-        return self.shared["max_steps"]
-
-    def _steps_in_time(self, method: str) -> int:
-        seen = steps_of(probe_of(self.plan, method).folder(self.plan.output))
-        if len(seen) < 2:
-            # The method's probe has not run yet, or it failed, and then the method has no runs.
-            return PROBE_STEPS
-        (first, start), (last, end) = seen[0], seen[-1]
-        assert self.given.minutes is not None
-        return max(1, int(self.given.minutes * 60 * (last - first) / (end - start)))
-
-    def _training(self, job: Job) -> JsonObject:
-        assert job.cell is not None
-        settings = self._cell_settings(job.cell, self._max_steps(job))
-        if job.stage != "probe":
-            return settings
-        return settings | {
-            "output": str(job.folder(self.plan.output)),
-            "logging_steps": 1,
-            **dict.fromkeys(("eval_data", "eval_limit", "eval_steps", "early_stopping", "save_steps")),
-        }
-
-    def _cell_settings(self, cell: Cell, steps: int | None) -> JsonObject:
+    def _cell_settings(self, cell: Cell) -> JsonObject:
         inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
         # Runs of labels draw their head anew, so nothing of theirs is kept.
         cache = None if self.inputs.labels else str(self._cache())
-        shared = {**self.shared, **self.batches[cell.method], "eval_limit": 0, "cache": cache}
-        settings = cell_settings(cell, self.plan.output, shared, inputs, steps)
+        shared = {**self.shared, "eval_limit": 0, "cache": cache}
+        settings = cell_settings(cell, self.plan.output, shared, inputs)
         if cell.learning_rate is not None:
             return settings
         rates = ",".join(map(repr, self.plan.rates[cell.method]))
         return settings | {"learning_rate": f"auto:{rates}", "budget": self.given.budget}
-
-    def _batch(self, method: str) -> JsonObject:
-        """With --memory-budget, the largest micro-batch that the plan says fits. The rows of a step do not change."""
-        if self.given.memory_budget is None:
-            return {}
-        if not is_own(method):
-            warn("RW565", f"there is no memory plan for {method}; it keeps --batch-size {self.shared['batch_size']}.")
-            return {}
-        rows = self.shared["batch_size"] * self.shared["gradient_accumulation"]
-        sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
-        for again in (False, True):
-            for size in sizes:
-                changes = {"batch_size": size, "gradient_accumulation": rows // size, "gradient_checkpointing": again}
-                if self._peak_bytes(method, changes) <= self.given.memory_budget:
-                    return changes
-        warn(
-            "RW565",
-            f"{method} does not fit in --memory-budget {byte_size(self.given.memory_budget)}, even one row at "
-            "a time with --gradient-checkpointing; it still runs, and its measured memory is in the report.",
-        )
-        return {"batch_size": 1, "gradient_accumulation": rows, "gradient_checkpointing": True}
-
-    def _peak_bytes(self, method: str, changes: Fields) -> int:
-        from rankwise.planning import estimate
-        from rankwise.planning.hardware import cpu_hardware, this_machine
-        from rankwise.planning.workload import workload_of
-
-        base, options = variant_of(method)
-        settings = {**self.shared, **changes, **options, "method": base}
-        hardware = cpu_hardware() if settings["device"] == "cpu" else this_machine()
-        workload = dataclasses.replace(workload_of(settings, hardware), max_length=self.shared["max_length"])
-        return estimate(_model(self.given.model), base, workload).peak_bytes
 
     def _cache(self) -> Path:
         """The cache folder with prepared base models and encoded rows."""
@@ -392,7 +315,6 @@ class Commands:
             "cache": str(self._cache()),
             "method": variant_of(job.cell.method)[0] if job.cell else None,
             "eval_data": self.inputs.evaluation,
-            "merged_check": self.given.merged_check,
             "retain": self.inputs.retain,
             "tasks": list(self.given.task),
             "task_data": list(self.given.task_data),

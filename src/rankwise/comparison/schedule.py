@@ -25,8 +25,6 @@ class Plan:
     base: bool = True
     # Further tasks on which each run and the base are evaluated.
     tasks: tuple[str, ...] = ()
-    # Whether a short run of each method first measures the seconds of a step, from which its length follows.
-    probed: bool = False
     # Whether the run of the first seed searches the rate for all seeds (--budget).
     halved: bool = False
 
@@ -96,8 +94,6 @@ def possible_jobs(plan: Plan) -> Iterator[Job]:
 def state_of(plan: Plan, method: str) -> MethodState:
     """The state of a method, read from disk, so that it is the same after a kill."""
     search = plan.search(method)
-    if (failed := _failed_probe(plan, method)) is not None:
-        return MethodState(_search(plan, search), True, [], failed, [])
     jobs = [Job("train", cell) for cell in search]
     outcomes = {job: outcome_of(job, plan.output) for job in jobs}
     reason = next((why for outcome in outcomes.values() if (why := _skip_reason(outcome))), None)
@@ -117,16 +113,6 @@ def state_of(plan: Plan, method: str) -> MethodState:
     if not search:
         found = {"tried": _search(plan, cells[:1])["tried"], "chosen": rate, "at_edge": False}
     return MethodState(found, True, cells, reason, waiting)
-
-
-def probe_of(plan: Plan, method: str) -> Job:
-    """The short run that measures the seconds of a method's step."""
-    return Job("probe", Cell(method, plan.rates[method][0], 0))
-
-
-def _failed_probe(plan: Plan, method: str) -> dict[str, str] | None:
-    outcome = outcome_of(probe_of(plan, method), plan.output) if plan.probed else None
-    return outcome.error if outcome is not None and outcome.status == "failed" else None
 
 
 def jobs_of(cell: Cell | None) -> list[Job]:

@@ -40,7 +40,7 @@ USUAL_METRICS = {
 OF_NUMBERS = f"{LABELS}.pearson"
 SHARED = (*PreferenceOptions.model_fields, *RunOptions.model_fields)
 # Options of `compare` that define the runs. With the shared options they must not change when a comparison continues.
-SAME_RUNS = ("budget", "minutes", "memory_budget")
+SAME_RUNS = ("budget",)
 
 
 def size_in_bytes(value: Any) -> Any:
@@ -106,21 +106,6 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
             "steps of all short runs together, as a share of one run's steps. Default: every rate runs to its end."
         ),
     ] = None
-    minutes: Annotated[
-        float | None,
-        _compared(
-            "Equal time instead of equal steps: each run takes as many steps as fit, by a measurement.", gt=0, le=MANY
-        ),
-    ] = None
-    memory_budget: Annotated[
-        Bytes | None,
-        BeforeValidator(size_in_bytes),
-        _compared(
-            "Equal memory instead of equal micro-batches: each method takes the largest micro-batch that by the plan "
-            "fits in SIZE; a step keeps its rows.",
-            metavar="SIZE",
-        ),
-    ] = None
     jobs: Annotated[
         int | None,
         _compared(
@@ -181,9 +166,6 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
             lt=10,
         ),
     ] = 0.04
-    merged_check: Annotated[
-        bool, _measured("Compare each merged model with the unmerged one: logits and generation speed.")
-    ] = True
 
     memory: Annotated[
         Bytes | None,
@@ -194,7 +176,6 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
         float | None,
         _recommended("Recommend only methods that train in this many hours.", gt=0, le=MANY),
     ] = None
-    merge: Annotated[bool, _recommended("Also write the recommended model merged.")] = False
 
 
 def check_compare(given: CompareSettings) -> None:
@@ -231,8 +212,6 @@ def check_compare(given: CompareSettings) -> None:
         raise ConfigError("RW167", "--address names a Ray cluster; add --executor ray.")
     if given.retain is None and given.retain_margin != given.defaults()["retain_margin"]:
         raise ConfigError("RW167", NO_RETAIN)
-    if given.minutes is not None and given.max_steps is not None:
-        raise ConfigError("RW167", "--minutes sets the steps of every run; leave --max-steps out.")
     if given.budget is not None and rates is not None and len(rates) == 1:
         raise ConfigError("RW167", "--budget needs a search among several --learning-rates; give some.")
     if given.budget is not None and given.objective != "sft":

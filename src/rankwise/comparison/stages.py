@@ -53,7 +53,7 @@ def choose_rate(losses: Mapping[float, float | None]) -> tuple[float | None, boo
     return best, len(losses) > 1 and best in (min(losses), max(losses))
 
 
-def cell_settings(cell: Cell, output: Path, shared: Fields, inputs: Fields, steps: int | None) -> JsonObject:
+def cell_settings(cell: Cell, output: Path, shared: Fields, inputs: Fields) -> JsonObject:
     """The settings file of ``rankwise train`` for a cell. ``inputs``: model, data and eval_data.
 
     Options without effect on the cell's method are left out.
@@ -61,30 +61,22 @@ def cell_settings(cell: Cell, output: Path, shared: Fields, inputs: Fields, step
     method, options = variant_of(cell.method)
     idle: set[str] = set().union(*idle_options(method).values())
     used = {name: value for name, value in shared.items() if name not in idle}
-    given = {**used, **inputs, **options, "method": method, "learning_rate": cell.learning_rate, "seed": cell.seed}
-    if steps is not None:
-        given["max_steps"] = steps
-    return {**given, "output": str(cell.folder(output))}
+    of_cell = {"method": method, "learning_rate": cell.learning_rate, "seed": cell.seed}
+    return {**used, **inputs, **options, **of_cell, "output": str(cell.folder(output))}
 
 
-Stage = Literal["prepare", "probe", "train", "measure"]
+Stage = Literal["prepare", "train", "measure"]
 CLI = "rankwise.cli.main"
 STEPS = "rankwise.comparison.steps"
-# The file that a measurement writes into a run's folder.
-FACTS_FILE = "measured.json"
 # The tasks on the evaluation data: for demonstrations, preferences and labels.
 PERPLEXITY, PREFERENCE, LABELS = OWN_TASKS = ("perplexity", "preference", "labels")
-# Folder of the short runs that only measure the seconds of a step.
-PROBES_FOLDER = "probes"
 # Stands in place of a cell's name in jobs that prepare the base or evaluate the unadapted model.
 BASE = "base"
-KILLED = "RW583"
+KILLED, INTERRUPTED = "RW583", "RW597"
 # Error code of a run that does not fit according to the memory plan.
 TOO_LARGE = "RW562"
 # Errors that, before the first step, every seed of a method would raise.
 OF_METHOD = ("ConfigError", "ModelError", "AdapterError", "QuantizationError")
-INTERRUPTED = "RW597"
-INTERRUPTED_CODES = ("RW540", "RW541", "RW542", "RW543", INTERRUPTED)
 # Error codes of a full or failed disk, which are no property of the run.
 OF_DISK = ("RW513", "RW514", "RW551")
 
@@ -100,13 +92,15 @@ class Outcome:
     again: bool = False
     # Whether training could not start: the method cannot run here, and its other seeds are skipped.
     cannot_run: bool = False
+    # Whether training could not start because of the data, which all runs share.
+    of_data: bool = False
     # Whether no other step could run beside it; not known after a kill.
     alone: bool = False
 
     @property
     def is_interrupted(self) -> bool:
         """Whether the stage was asked to stop, and is neither done nor failed."""
-        return self.error is not None and self.error["code"] in INTERRUPTED_CODES
+        return self.error is not None and self.error["code"] == INTERRUPTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +115,7 @@ class Job:
         return self.cell.id if self.cell else BASE
 
     def folder(self, output: Path) -> Path:
-        if self.cell is None:
-            return output / BASE
-        return output / PROBES_FOLDER / self.id if self.stage == "probe" else self.cell.folder(output)
+        return self.cell.folder(output) if self.cell else output / BASE
 
     def name(self, output: Path) -> Path:
         """The path of the job's files in ``DIR/cells``, without extension."""
@@ -144,10 +136,15 @@ def outcome_of(job: Job, output: Path) -> Outcome | None:
         raise RunError(
             "RW581", f"cannot read {path}: {reason_of(error)}; remove the file, so that the step runs again."
         ) from None
-    record = record_of(job.folder(output)) if job.stage in ("train", "probe") else None
+    record = record_of(job.folder(output)) if job.stage == "train" else None
     if record is not None and record.status == "finished":
         return Outcome("finished", record.wall_seconds or 0.0)
     return None
+
+
+def seconds_of(output: Path) -> float:
+    """The seconds of all steps that have ended, each in a process of its own."""
+    return math.fsum(read_json(path)["seconds"] for path in (output / "cells").glob("*.json"))
 
 
 def keep_outcome(job: Job, output: Path, outcome: Outcome) -> None:
@@ -179,16 +176,20 @@ def outcome_from(job: Job, output: Path, code: int, document: Fields, seconds: f
     if code == 0:
         return Outcome("finished", seconds)
     found = document.get("error")
-    if -code in (signal.SIGINT, signal.SIGTERM) or (code == Interrupted.exit_code and found is None):
+    if -code in (signal.SIGINT, signal.SIGTERM) or code == Interrupted.exit_code:
         message = f"{job.stage} of {job.id} was interrupted before it ended; the same command continues it."
         return Outcome("failed", seconds, {"code": INTERRUPTED, "message": message}, again=True)
     if code < 0 or not isinstance(found, Mapping):
         return Outcome("failed", seconds, _cut_off(job, output, code), again=code < 0)
     error = {"code": str(found.get("code")), "message": str(found.get("message"))}
-    stepped = any("loss" in line for line in read_metrics(job.folder(output)))
-    cannot_run = job.stage == "train" and not stepped and (found.get("kind") in OF_METHOD or error["code"] == TOO_LARGE)
-    again = error["code"] in (*INTERRUPTED_CODES, *OF_DISK) or found.get("of_device") is True
-    return Outcome("failed", seconds, error, again, cannot_run and not again)
+    if error["code"] in OF_DISK or found.get("of_device") is True:
+        return Outcome("failed", seconds, error, again=True)
+    stepped = job.stage == "measure" or any("loss" in line for line in read_metrics(job.folder(output)))
+    is_of_method = job.stage == "train" and (found.get("kind") in OF_METHOD or error["code"] == TOO_LARGE)
+    is_of_data = found.get("kind") == "DataError"
+    return Outcome(
+        "failed", seconds, error, cannot_run=is_of_method and not stepped, of_data=is_of_data and not stepped
+    )
 
 
 def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:

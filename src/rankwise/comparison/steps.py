@@ -2,7 +2,7 @@
 
 *Prepare* puts bases and encoded rows into the cache before the first run, so a GGUF file is read, quantized and its
 data tokenized once, also for parallel runs. *Measure* loads a finished run once, and measures the loss of every
-evaluation row, the tasks, some answers, the effect of merging, and the relative change of each weight.
+evaluation row, the tasks, and some answers.
 """
 
 from __future__ import annotations
@@ -11,28 +11,24 @@ import contextlib
 import dataclasses
 import json
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import Decoding, Prompt
-from rankwise.adapters.saving import labels_of
 from rankwise.comparison.inputs import make_tasks, own_task
-from rankwise.comparison.stages import FACTS_FILE, PERPLEXITY
-from rankwise.compat.transformers import heads_of_labels
-from rankwise.config import METHODS, TrainSettings, is_own
+from rankwise.comparison.stages import PERPLEXITY
+from rankwise.config import METHODS, TrainSettings
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.preferences import PREFERENCE_FORMATS
 from rankwise.data.rows import Row
 from rankwise.disk import coded_error, hold, is_of_device
-from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory
+from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory, out_of_memory
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.loading import needed_tokenizer
 from rankwise.evaluation.record import Opened, open_folder
@@ -40,41 +36,36 @@ from rankwise.evaluation.retained import retained_task
 from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task, writer
 from rankwise.evaluation.tasks.labels import Constant
-from rankwise.export.verify import is_more_than_rounding, logits, rounding_cost
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields
 from rankwise.labels import Labels
 from rankwise.models import fetch_model
 from rankwise.models.load import answer_room, load_tokenizer
 from rankwise.models.prepared import needs_preparation
-from rankwise.records import RunRecord, load_record, write_json
-from rankwise.reports.comparison import EVALUATION_FOLDER, MergedCheck
+from rankwise.records import RunRecord, load_record
+from rankwise.reports.comparison import EVALUATION_FOLDER
 from rankwise.training.setup import encode_data, load_for_training, quantization_for, read_data
 
 # Number of evenly spread rows to which the model's answers are recorded, for people to read.
 ANSWERED = 12
-# Number of these rows that are answered one at a time, before and after merging, to measure the speed.
-TIMED = 2
 # Number of tokens of a plain text from which the model continues.
 TEXT_PROMPT = 16
 ANSWER_TOKENS = 32
-# Number of rows whose logits are compared between the merged and the unmerged model.
-CHECKED_ROWS = 4
 
 
-def measure(job: Fields) -> JsonObject:
-    """Write ``evaluation/TASK`` and ``measured.json`` into the run's folder. Returns the content of measured.json.
+def measure(job: Fields) -> None:
+    """Write ``evaluation/TASK`` into the run's folder for each task.
 
     ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
-    objective, beta, prompt_column, completion_column, max_length, eval_limit, chat_template; retain; merged_check;
+    objective, beta, prompt_column, completion_column, max_length, eval_limit, chat_template; retain;
     tasks, task_data, task_limit; labels, where the objective has some. It also holds the hashes of the tasks'
     ``questions``, by which the runner sees that they changed.
     """
     torch.manual_seed(0)
     with hold(Path(job["folder"])):
-        return _measure(job)
+        _measure(job)
 
 
-def _measure(job: Fields) -> JsonObject:
+def _measure(job: Fields) -> None:
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     labels = job.get("labels") and Labels(tuple(job["labels"]["names"]), job["labels"]["problem"])
@@ -90,7 +81,6 @@ def _measure(job: Fields) -> JsonObject:
     # Before anything can fail, results of other settings go: they would pass for those of these.
     places = {task.name: _open(task, folder) for task in asked}
     template = read_template(Path(job["chat_template"])) if job["chat_template"] else None
-    prompts: list[Prompt] = []
     answers: dict[str, tuple[str, bool]] = {}
     if labels is not None:
         engine = _engine(job, *_load_labels(job, rows, labels), None)
@@ -104,15 +94,6 @@ def _measure(job: Fields) -> JsonObject:
     for task in asked:
         given = answers if task.name == PERPLEXITY else {}
         answer_task(task, engine, places[task.name], model=job["model"], adapter=adapter, answers=given)
-    facts: JsonObject = {"merged": None, "update_norms": None}
-    if job["method"] is not None:
-        # The bytes of the adapter's file, or of the whole model's files.
-        facts["adapter_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        # With room for the two tokens by which its time begins.
-        timed = [prompt for prompt in prompts if answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS) > 1]
-        facts |= _merge_facts(job, engine, rows, timed[:TIMED])
-    write_json(folder / FACTS_FILE, facts)
-    return facts
 
 
 def _engine(job: Fields, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None) -> Engine:
@@ -215,145 +196,39 @@ def _answers(engine: Engine, prompts: Sequence[Prompt], ends: set[int]) -> list[
     return answers
 
 
-def _tokens_per_second(engine: Engine, prompts: Sequence[Prompt]) -> float | None:
-    """The speed of greedy answers generated one at a time; None without prompts, or where every answer is empty."""
-    if not prompts:
-        return None
-    # The first call of this shape allocates and compiles.
-    engine.generator(Decoding(2, engine.stop_ids())).answers(prompts[:1])
-    tokens, started = 0, time.perf_counter()
-    for prompt in prompts:
-        decoding = Decoding(answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS), engine.stop_ids())
-        tokens += len(engine.generator(decoding).answers([prompt])[0])
-    return tokens / (time.perf_counter() - started) if tokens else None
-
-
-def _merge_facts(job: Fields, engine: Engine, rows: Rows, prompts: Sequence[Prompt]) -> JsonObject:
-    """Merge the adapter in memory. Returns the changes of logits and speed, and the relative change of each weight.
-    ``prompts`` are answered to measure the speed.
-    """
-    if job["method"] == "full":
-        return {"merged": None, "update_norms": _full_norms(job, engine.model)}
-    if not is_own(job["method"]):
-        return {"merged": None, "update_norms": None}
-    from rankwise.adapters import merge_adapter
-
-    norms = _adapter_norms(engine.model)
-    for head in heads_of_labels(engine.model):
-        # It began at random.
-        norms.pop(head, None)
-    if not job["merged_check"]:
-        return {"merged": None, "update_norms": norms}
-    before, speed = _logits(engine, rows[:CHECKED_ROWS], job["max_length"]), _tokens_per_second(engine, prompts)
-    merge_adapter(engine.model, reversible=False)
-    if getattr(engine.model, "hf_quantizer", None) is not None:
-        engine.model = engine.model.dequantize()
-    after = _logits(engine, rows[:CHECKED_ROWS], job["max_length"])
-    difference = max((one - two).abs().max().item() for one, two in zip(before, after))
-    rounding = rounding_cost(engine.model, _ids(engine, rows[:CHECKED_ROWS], job["max_length"]))
-    merged: MergedCheck = {
-        "max_logit_difference": difference,
-        "rounding_logit_difference": rounding,
-        "is_more_than_rounding": is_more_than_rounding(difference, rounding),
-        "generate_tokens_per_second_merged": _tokens_per_second(engine, prompts),
-        "generate_tokens_per_second_unmerged": speed,
-    }
-    return {"merged": merged, "update_norms": norms}
-
-
-@torch.inference_mode()
-def _logits(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
-    ids = _ids(engine, rows, max_length)
-    return [logits(engine.model, one).float().cpu() for one in ids]
-
-
-def _ids(engine: Engine, rows: Rows, max_length: int) -> list[Tensor]:
-    encoded, limit = engine.encoder(rows).encode(rows.items), min(max_length, engine.max_length)
-    return [torch.tensor([row.ids[:limit]], device=engine.model.device) for row in encoded]
-
-
-@torch.no_grad()
-def _adapter_norms(model: nn.Module) -> dict[str, float]:
-    """The relative change of every adapted weight, merged in float32, since rounding to 16 bits would add to it."""
-    from rankwise.adapters.base_layer import dense_weight, with_weight
-    from rankwise.adapters.experts import AdaptedExperts, relative_updates
-    from rankwise.adapters.layer import AdaptedLayer
-    from rankwise.adapters.state import inner_module, wrappers
-
-    norms: dict[str, float] = {}
-    for name, wrapper in wrappers(model):
-        if isinstance(wrapper, AdaptedExperts):
-            norms |= {f"{name}.{leaf}": value for leaf, value in relative_updates(wrapper).items()}
-            continue
-        W = dense_weight(inner_module(wrapper)).float()
-        if isinstance(wrapper, AdaptedLayer):
-            assert wrapper.at_work is not None, "the run's adapter is active"
-            norms[name] = _relative(wrapper.at_work.merge(with_weight(wrapper.base_layer, W)), W)
-        elif hasattr(wrapper.chosen(), "weight"):
-            norms[name] = _relative(dense_weight(wrapper.chosen()).float(), W)
-    return norms
-
-
-def _relative(new: Tensor, W: Tensor) -> float:
-    """``||W' - W||_F / ||W||_F`` in float32."""
-    return float((new - W).norm() / W.norm().clamp_min(1e-30))
-
-
-@torch.no_grad()
-def _full_norms(job: Fields, model: nn.Module) -> dict[str, float]:
-    """The relative change of the matrices of a fully fine-tuned model, in the float32 in which it trained."""
-    heads = heads_of_labels(model)
-    base, _ = load_run({**job, "method": None, "dtype": "float32"}, labels_of(model) if heads else None)
-    norms: dict[str, float] = {}
-    for name, module in base.named_modules():
-        weight = getattr(module, "weight", None)
-        # A head of labels began at random.
-        is_compared = not isinstance(module, nn.Embedding) and name.partition(".")[0] not in heads
-        if isinstance(weight, Tensor) and weight.dim() == 2 and is_compared:
-            trained = model.get_submodule(name).get_parameter("weight")
-            norms[name] = _relative(*(W.detach().cpu().float() for W in (trained, weight)))
-    return norms
-
-
-def answering(work: Callable[[], JsonObject], doing: str) -> int:
-    """Run ``work`` and print its JSON document. Exit codes and errors are those of the command line."""
+def answering(work: Callable[[], None]) -> int:
+    """Run ``work``, and print the JSON document of its error. Exit codes and errors are those of the command line."""
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", RankwiseWarning)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            document = work()
+            work()
     except Exception as error:
-        message = f"the memory of the device is full while {doing} ({error}); lower --batch-size."
-        coded: RankwiseError | None
+        coded: RankwiseError | None = out_of_memory(error) if is_out_of_memory(error) else coded_error(error)
         if isinstance(error, RankwiseError):
             coded = error
-        else:
-            coded = RunError("RW550", message) if is_out_of_memory(error) else coded_error(error)
         if coded is None:
             raise
-        told = {"code": coded.code, "message": coded.message, "of_device": is_of_device(error)}
-        print(json.dumps({"error": told}))
+        told = {"code": coded.code, "kind": type(coded).__name__, "message": coded.message}
+        print(json.dumps({"error": told | {"of_device": is_of_device(error)}}))
         return coded.exit_code
-    print(json.dumps(document))
     return 0
 
 
-def prepare(job: Fields) -> JsonObject:
-    """Fill the cache. ``job["runs"]``: the settings of one run of each method. Returns the kinds of prepared bases."""
-    made: list[str] = []
+def prepare(job: Fields) -> None:
+    """Fill the cache. ``job["runs"]``: the settings of one run of each method."""
+    rows_are_cached = False
     # Runs of labels draw their head anew, and nothing of theirs is kept.
-    job = {**job, "runs": [run for run in job["runs"] if run["objective"] != "classify"]}
-    for given in one_of_each_kind([TrainSettings.model_validate(settings) for settings in job["runs"]]):
+    runs = [TrainSettings.model_validate(run) for run in job["runs"] if run["objective"] != "classify"]
+    for given in one_of_each_kind(runs):
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
-        if made and not needs_preparation(source, quantization_for(given)):
+        if rows_are_cached and not needs_preparation(source, quantization_for(given)):
             continue
-        loaded = load_for_training(given)
+        tokenizer = load_for_training(given).tokenizer
         # Rows of preferences are not cached.
-        if not made and given.objective == "sft":
-            encode_data(given, loaded.tokenizer, *read_data(given))
-        made.append(given.method)
-        del loaded
-    return {"prepared": made}
+        if not rows_are_cached and given.objective == "sft":
+            encode_data(given, tokenizer, *read_data(given))
+        rows_are_cached = True
 
 
 def one_of_each_kind(runs: Sequence[TrainSettings]) -> list[TrainSettings]:
@@ -367,8 +242,8 @@ def one_of_each_kind(runs: Sequence[TrainSettings]) -> list[TrainSettings]:
 def main(argv: list[str]) -> int:
     job = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     if "runs" in job:
-        return answering(lambda: prepare(job), "preparing")
-    return answering(lambda: measure(job), "measuring")
+        return answering(lambda: prepare(job))
+    return answering(lambda: measure(job))
 
 
 if __name__ == "__main__":

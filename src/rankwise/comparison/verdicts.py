@@ -13,7 +13,6 @@ from typing import Literal, get_args
 from rankwise.comparison.stages import planned_runs
 from rankwise.comparison.statistics import (
     ALPHA,
-    POWER,
     Estimate,
     mean_of_seeds,
     minimum_detectable_effect,
@@ -114,7 +113,6 @@ def compare_all(
                 "margin": margin,
                 "verdict": said,
                 "seed_sd": estimate.seed_sd,
-                "example_se": estimate.example_se,
                 "pairs": count,
                 "clusters": estimate.clusters,
                 "seeds": len(seeds),
@@ -207,7 +205,6 @@ class Spreads:
             "absolute": None if self.assumed else found,
             "seeds": seeds,
             "comparisons": comparisons,
-            "power": POWER,
             "assumed": self.assumed,
         }
 
@@ -341,7 +338,6 @@ def recommend(
         "command": None,
         "run": None,
         "adapter": None,
-        "merged": None,
     }
     if not candidates:
         return found, {}
@@ -368,7 +364,7 @@ def recommend(
 
 
 def _against(name: str, best: str, pairs: Sequence[Difference], comparisons: int) -> MethodVerdict:
-    said: MethodVerdict = {"verdict": "cannot tell", "against": best, "p_value": None, "comparisons": comparisons}
+    said: MethodVerdict = {"verdict": "cannot tell", "p_value": None, "comparisons": comparisons}
     if name == best:
         return {**said, "verdict": "best"}
     for item in pairs:

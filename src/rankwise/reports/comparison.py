@@ -20,12 +20,11 @@ from rankwise.foreign import Fields, JsonObject, parse_json, read_json
 from rankwise.records import read_metrics
 from rankwise.reports.numbers import is_number, plural
 
-SCHEMA = 1
+SCHEMA = 2
 COMPARISON_FILE = "comparison.json"
 RECOMMENDED_FILE = "recommended.yaml"
 RUNS_FOLDER = "runs"
 BEST_FOLDER = "best"
-MERGED_FOLDER = "merged"
 EVALUATION_FOLDER = "evaluation"
 EVAL_LOSS = "eval_loss"
 # The task that measures the loss on the rows of --retain, and that metric.
@@ -48,19 +47,6 @@ class Message(TypedDict):
 
     code: str
     message: str
-
-
-class MergedCheck(TypedDict):
-    """The "no inference cost" claim, measured. Speeds are of greedy generation."""
-
-    # Largest absolute difference of a logit, merged against unmerged, on evaluation rows.
-    max_logit_difference: float | None
-    # The same of the merged model against its own weights computed in the next wider dtype.
-    rounding_logit_difference: float | None
-    # Whether the first cannot be explained by the second.
-    is_more_than_rounding: bool | None
-    generate_tokens_per_second_merged: float | None
-    generate_tokens_per_second_unmerged: float | None
 
 
 class Run(TypedDict):
@@ -87,21 +73,12 @@ class Run(TypedDict):
     tasks: dict[str, JsonObject]
     # Size of the adapter's weights on disk; for ``full`` of the whole model's.
     adapter_bytes: int | None
-    merged: MergedCheck | None
-    # Module path -> 2-norm of its weight update relative to the weight, or of the update where that is not known.
-    update_norms: dict[str, float] | None
-    # These four repeat the record's, for tables.
-    tokens_per_second: float | None
-    peak_memory_bytes: int | None
-    predicted_peak_memory_bytes: int | None
-    wall_seconds: float | None
 
 
 class MethodVerdict(TypedDict):
     """A method against the best one on the primary metric: the verdict of their difference."""
 
     verdict: Verdict | Literal["best"]
-    against: str
     # Corrected for ``comparisons``; None without a test.
     p_value: float | None
     # The tuned methods but one: only these comparisons can call the best method worse (Hsu 1984).
@@ -133,8 +110,6 @@ class Method(TypedDict):
     mean: dict[str, float]
     # METRIC -> 95 % t-interval of that mean over seeds [low, high].
     interval: dict[str, list[float] | None]
-    # METRIC -> standard deviation over seeds.
-    seed_sd: dict[str, float | None]
     # METRIC -> SEED -> value.
     per_seed: dict[str, dict[str, float]]
     higher_is_better: dict[str, bool]
@@ -146,7 +121,6 @@ class Method(TypedDict):
     learning_rate_at_edge: bool
     # Means over the final runs; memory: the largest.
     tokens_per_second: float | None
-    examples_per_second: float | None
     peak_memory_bytes: int | None
     predicted_peak_memory_bytes: int | None
     wall_seconds: float | None
@@ -188,8 +162,6 @@ class Difference(TypedDict):
     verdict: Verdict
     # Standard deviation of the difference over seeds that examples do not explain.
     seed_sd: float | None
-    # Standard error of the mean over examples, by clusters.
-    example_se: float | None
     # Examples compared.
     pairs: int
     clusters: int
@@ -232,7 +204,6 @@ class MinimumDetectableEffect(TypedDict):
     absolute: float | None
     seeds: int
     comparisons: int
-    power: float
     # {"seed_sd", "row_sd"} as shares of the metric (0: rows are no sample), where they were assumed.
     assumed: dict[str, float] | None
 
@@ -286,9 +257,8 @@ class Recommendation(TypedDict):
     command: str | None
     # Id of the best run of the method.
     run: str | None
-    # ``best``, a copy of that run's folder; ``merged``, if it was merged. Relative to the comparison's folder.
+    # ``best``, a copy of that run's folder, relative to the comparison's folder.
     adapter: str | None
-    merged: str | None
 
 
 class Conclusions(TypedDict):
@@ -322,8 +292,8 @@ class Document(Conclusions):
     warnings: list[Message]
     runs: list[Run]
     learning_rates: dict[str, RateSearch]
-    # {"total", "runs"}: of all invocations together.
-    seconds: dict[str, float]
+    # Of all steps together, each in a process of its own.
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,7 +442,7 @@ def figures_of(runs: Sequence[Fields]) -> JsonObject:
     """The figures of one method from its final runs: means, and the largest memory."""
     good = [run for run in runs if run["status"] == "finished"]
     records = [run["record"] or {} for run in good]
-    means = {key: _known(records, key) for key in ("tokens_per_second", "examples_per_second", "wall_seconds")}
+    means = {key: _known(records, key) for key in ("tokens_per_second", "wall_seconds")}
     largest = {
         key: _known(records, key)
         for key in ("peak_memory_bytes", "predicted_peak_memory_bytes", "trainable_parameters")

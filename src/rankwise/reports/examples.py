@@ -45,14 +45,13 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt with the base model's answer, the method's, and that of one other method."""
+    """A prompt with the base model's answer and the method's."""
 
     id: str
     prompt: str
     references: tuple[str, ...]
     base: Answer
     answer: Answer
-    other: Answer | None
     change: Change
     # In words: ``lower loss``, ``now right``.
     outcome: str
@@ -68,7 +67,6 @@ class Answers:
 
     task: str
     method: str
-    other: str | None
     run: str
     # {outcome in words: examples of it}.
     counts: Mapping[str, int]
@@ -100,8 +98,7 @@ def answers_of(comparison: Comparison) -> list[Answers]:
         rows = {name: _rows(comparison, name, task) for name in methods} if base else {}
         for name in methods:
             if rows.get(name):
-                other = next((rival for rival in methods if rival != name and _has_text(rows[rival])), None)
-                found.append(_compare(comparison, task, name, other, base, rows))
+                found.append(_compare(comparison, task, name, base, rows[name]))
     return [answers for answers in found if answers is not None]
 
 
@@ -127,37 +124,42 @@ def _rows(comparison: Comparison, method: str, task: str) -> dict[str, Fields]:
 
 
 def _compare(
-    comparison: Comparison,
-    task: str,
-    method: str,
-    other: str | None,
-    base: Mapping[str, Fields],
-    rows: Mapping[str, Mapping[str, Fields]],
+    comparison: Comparison, task: str, method: str, base: Mapping[str, Fields], rows: Mapping[str, Fields]
 ) -> Answers | None:
     result = comparison["base"]["tasks"][task]
-    score = _score_name(result, base, rows[method])
-    common = [key for key in base if key in rows[method]]
-    if score is None or not common or not _has_text(rows[method]):
+    score = _score_name(result, base, rows)
+    common = [key for key in base if key in rows]
+    if score is None or not common or not any(map(_text, rows.values())):
         return None
     higher = _is_higher_better(result, score)
-    rival = rows[other] if other else {}
-    scored = [_scores(row).get(score) for side in (base, rows[method]) for row in side.values()]
+    scored = [_scores(row).get(score) for side in (base, rows) for row in side.values()]
     is_right = set(scored) <= {0, 1}
     right = AGAINST_A_CONSTANT if comparison.objective == "classify" else RIGHT_OR_WRONG
     words = right if is_right else _score_words(visible(score), higher=higher)
     examples = []
     for key in common:
-        sides = [(None, base[key]), (method, rows[method][key])]
-        sides += [(other, rival[key])] if key in rival else []
-        answers = [_answer(name, row, score, higher, is_right=is_right) for name, row in sides]
-        examples.append(_example(key, base[key], rows[method][key].get("prompt"), answers, words, higher))
+        before = _answer(None, base[key], score, higher, is_right=is_right)
+        after = _answer(method, rows[key], score, higher, is_right=is_right)
+        references = base[key].get("references") or ()
+        change = _change(before.score, after.score, 1 if higher else -1)
+        examples.append(
+            Example(
+                key,
+                _clean(base[key].get("prompt") or rows[key].get("prompt") or ""),
+                tuple(_clean(text) for text in references[:3]) if isinstance(references, list) else (),
+                before,
+                after,
+                change,
+                words[change],
+            )
+        )
     kept = {change: [item for item in examples if item.change == change] for change in words}
     shown = [item for found in kept.values() for item in evenly(_changed_first(found), SHOWN)]
     run = shown_run(comparison, method)
     counts = {words[change]: len(found) for change, found in kept.items()}
     unchanged = sum(bool(item.answer.text) and not item.is_changed for item in examples)
     name = visible(run["id"]) if run else ""
-    return Answers(visible(task), method, other, name, counts, unchanged, tuple(shown))
+    return Answers(visible(task), method, name, counts, unchanged, tuple(shown))
 
 
 def _score_words(score: str, *, higher: bool) -> dict[Change, str]:
@@ -169,25 +171,6 @@ def _changed_first(items: Sequence[Example]) -> Sequence[Example]:
     """The items whose two answers differ, if there are any: equal texts show nothing."""
     answered = [item for item in items if item.base.text and item.answer.text]
     return [item for item in answered if item.is_changed] or answered
-
-
-def _example(
-    key: str, base: Fields, prompt: Json, answers: Sequence[Answer], words: Mapping[Change, str], higher: bool
-) -> Example:
-    """An example from ``answers``: the base's, the method's, and where there is one the other method's."""
-    before, after, *others = answers
-    references = base.get("references") or ()
-    change = _change(before.score, after.score, 1 if higher else -1)
-    return Example(
-        key,
-        _clean(base.get("prompt") or prompt or ""),
-        tuple(_clean(text) for text in references[:3]) if isinstance(references, list) else (),
-        before,
-        after,
-        next(iter(others), None),
-        change,
-        words[change],
-    )
 
 
 def _change(before: float | None, after: float | None, sign: int) -> Change:
@@ -206,10 +189,6 @@ def _answer(method: str | None, row: Fields, score: str, higher: bool, *, is_rig
         return Answer(method, _clean(_text(row)), None, "")
     right = "right" if (value == 1) == higher else "wrong"
     return Answer(method, _clean(_text(row)), value, right if is_right else f"{visible(score)} {significant(value, 3)}")
-
-
-def _has_text(rows: Mapping[str, Fields]) -> bool:
-    return any(_text(row) for row in rows.values())
 
 
 def _text(row: Fields) -> str:

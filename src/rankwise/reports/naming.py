@@ -1,9 +1,8 @@
-"""The names of methods, metrics and modules, and the colour and shape of each method in every figure."""
+"""The names of methods and metrics, and the colour and shape of each method in every figure."""
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable
 from pathlib import PurePath
 
@@ -37,7 +36,6 @@ METRICS = {
     "labels.mcc": "Matthews' correlation",
     "labels.pearson": "Pearson's correlation",
 }
-LAYER = re.compile(r"\.(\d+)\.")
 
 
 def method_name(method: str) -> str:
@@ -70,12 +68,6 @@ def metric_name(metric: str) -> str:
 def metric_in_sentence(metric: str) -> str:
     """``evaluation loss``, ``BLEU on e2e``: the name in a sentence. A task's own metric keeps its capitals."""
     return METRICS[metric].lower() if metric in METRICS else metric_name(metric)
-
-
-def layer_and_kind(module: str) -> tuple[int | None, str]:
-    """``model.layers.3.self_attn.q_proj`` -> (3, "q_proj"); a module outside the layers has no number."""
-    match = LAYER.search(module)
-    return int(match[1]) if match else None, visible(module.rpartition(".")[2])
 
 
 def last_part(name: object) -> str:

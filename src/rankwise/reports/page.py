@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from markupsafe import Markup
 
-from rankwise.foreign import Fields, Json, JsonObject
+from rankwise.foreign import Fields, JsonObject
 from rankwise.reports import plots, summary
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.examples import answers_of
@@ -31,7 +31,7 @@ from rankwise.reports.numbers import (
     significant,
     visible,
 )
-from rankwise.reports.plotted import curves_of, losses_of, norms_of, pairs_of, spots_of, with_best
+from rankwise.reports.plotted import curves_of, losses_of, pairs_of, spots_of, with_best
 from rankwise.reports.words import heading, headline
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -95,8 +95,6 @@ def _content(comparison: Comparison) -> JsonObject:
         "retained": _retained(comparison, numbers),
         "memory": _memory(comparison, numbers),
         **_curves(comparison, numbers),
-        "norms": _norms(comparison),
-        "merged": _merged(comparison),
         "answers": answers_of(comparison),
         "warnings": summary.told_warnings(comparison),
         "left_out": summary.left_out(comparison),
@@ -117,7 +115,7 @@ def _recommendation(comparison: Comparison) -> JsonObject:
         parts.append(f"memory up to {byte_size(limits['memory_bytes'])}")
     if is_number(limits.get("hours")):
         parts.append(f"at most {duration(3600 * limits['hours'])}")
-    keys = ("method", "config", "command", "adapter", "merged", "run")
+    keys = ("method", "config", "command", "adapter", "run")
     texts = {key: visible(given[key]) if given.get(key) else "" for key in keys}
     # A report of several folders names the whole path.
     texts["deciding"] = visible((given.get("deciding") or {}).get("command") or "")
@@ -238,62 +236,8 @@ def _curves(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
     }
 
 
-def _norms(comparison: Comparison) -> JsonObject:
-    found = [norms for name in comparison.ranked() if (norms := norms_of(comparison, name)) and norms.cells]
-    largest = max((norms.largest for norms in found), default=0.0)
-    panels = [
-        {
-            "method": norms.method,
-            "svg": plots.norms_panel(norms, largest),
-            "outside": ", ".join(f"{visible(name)} {significant(value, 2)}" for name, value in norms.outside.items()),
-        }
-        for norms in found
-    ]
-    return {"panels": panels, "largest": significant(largest, 2)}
-
-
-def _merged(comparison: Comparison) -> list[dict[str, str]]:
-    """For each method the largest logit difference of its runs, and the mean speeds."""
-    found = []
-    for name in comparison.with_result():
-        checks = [run["merged"] for run in comparison.finals_of(name) if run["merged"]]
-        if not checks:
-            continue
-        speeds = {
-            key: _mean([check.get(f"generate_tokens_per_second_{key}") for check in checks])
-            for key in ("unmerged", "merged")
-        }
-        logits = [value for check in checks if is_number(value := check.get("max_logit_difference"))]
-        rounding = [value for check in checks if is_number(value := check.get("rounding_logit_difference"))]
-        gain = speeds["merged"] / speeds["unmerged"] - 1 if speeds["merged"] and speeds["unmerged"] else None
-        found.append(
-            {
-                "method": name,
-                "logits": significant(max(logits, default=None), 2),
-                "rounding": significant(max(rounding, default=None), 2),
-                "judgement": _merge_judgement(checks),
-                "unmerged": significant(speeds["unmerged"]),
-                "merged": significant(speeds["merged"]),
-                "gain": f"{'+' if gain > 0 else ''}{percent(gain)}" if gain is not None else "–",
-            }
-        )
-    return found
-
-
-def _merge_judgement(checks: Sequence[Fields]) -> str:
-    """What rounding costs, and whether merging costs more."""
-    found = [check.get("is_more_than_rounding") for check in checks]
-    if any(found):
-        return "more than rounding"
-    return "rounding" if False in found else "–"
-
-
-def _mean(values: Sequence[Json]) -> float | None:
-    known = [value for value in values if is_number(value)]
-    return sum(known) / len(known) if known else None
-
-
 def _runs(comparison: Comparison) -> list[JsonObject]:
+    records = [(run, run["record"] or {}) for run in comparison["runs"]]
     return [
         {
             "method": run["method"],
@@ -301,15 +245,15 @@ def _runs(comparison: Comparison) -> list[JsonObject]:
             "rate": rate(run["learning_rate"]),
             "phase": run["phase"],
             "status": run["status"],
-            "loss": significant((run["record"] or {}).get("eval_loss"), 5),
-            "kept": (run["record"] or {}).get("kept_step") or "–",
-            "memory": byte_size(run["peak_memory_bytes"]),
-            "memory_sort": run["peak_memory_bytes"] or "",
-            "time": duration(run["wall_seconds"]),
-            "time_sort": run["wall_seconds"] or "",
+            "loss": significant(record.get("eval_loss"), 5),
+            "kept": record.get("kept_step") or "–",
+            "memory": byte_size(record.get("peak_memory_bytes")),
+            "memory_sort": record.get("peak_memory_bytes") or "",
+            "time": duration(record.get("wall_seconds")),
+            "time_sort": record.get("wall_seconds") or "",
             "folder": visible(run["folder"]),
         }
-        for run in comparison["runs"]
+        for run, record in records
     ]
 
 
@@ -324,7 +268,6 @@ def _reproduce(comparison: Comparison) -> JsonObject:
     text = comparison["recommendation"].get("config_text") or ""
     if not text and path is not None and path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
-    seconds = comparison["seconds"]
     return {
         "command": _broken(visible(comparison["command"])),
         "config": visible(text),
@@ -336,5 +279,5 @@ def _reproduce(comparison: Comparison) -> JsonObject:
             ("Versions", summary.settings_rows(comparison["versions"])),
             ("Device", summary.settings_rows(comparison["device"])),
         ],
-        "seconds": {key: duration(value) for key, value in seconds.items()},
+        "seconds": duration(comparison["seconds"]),
     }

@@ -24,7 +24,7 @@ from rankwise.records import RateSearch
 from rankwise.reports.losses import Losses, Point, loss_name
 from rankwise.reports.naming import method_name
 from rankwise.reports.numbers import MINUS, byte_size, is_number, plural, rate, visible
-from rankwise.reports.plotted import Curve, Norms, Pair, Range, Spot, pareto_front
+from rankwise.reports.plotted import Curve, Pair, Range, Spot, pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,8 +57,6 @@ COLOURS = (
 )
 LIMIT = ("#b03a12", "#f59a6b")
 MARKERS = "osD^vPX<>pdh*"
-# Red, green and blue of the norms, readable on both backgrounds.
-HEAT = (0.19, 0.5, 0.82)
 DARK = "".join(
     f'[style*="{role}: {light}"]{{{role}:{dark}!important}}'
     for light, dark in (*COLOURS, LIMIT)
@@ -406,22 +404,6 @@ def _apart(rates: Iterable[float]) -> list[float]:
         if math.log(x / kept[-1]) >= 0.11 * math.log(ordered[-1] / ordered[0]):
             kept.append(x)
     return kept
-
-
-@_drawn
-def norms_panel(norms: Norms, largest: float) -> tuple[Figure, str]:
-    """How much each layer changed: rows are kinds of modules, columns are layers, and full colour is ``largest``."""
-    kinds = norms.kinds
-    figure, axes = _axes(PANEL, 40 + 17 * len(kinds))
-    shares = [[norms.cells.get((kind, layer), 0) / (largest or 1) for layer in range(norms.layers)] for kind in kinds]
-    cells = [[(*HEAT, 0.04 + 0.96 * share if share else 0) for share in row] for row in shares]
-    axes.imshow(cells, aspect="auto", interpolation="none")
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.set_yticks(range(len(kinds)), [_short(kind, 14) for kind in kinds])
-    axes.locator_params(axis="x", integer=True)
-    axes.set_xlabel("layer")
-    return figure, f"Norms of the updates of {method_name(norms.method)}"
 
 
 # Name, parts in drawing order in bytes, and the relative error, drawn at the end.

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 from rankwise.foreign import Fields, Json
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.losses import Losses, Point
-from rankwise.reports.naming import layer_and_kind
 from rankwise.reports.numbers import difference, half_width, is_above, is_number
 
 Range = tuple[float, float]
@@ -176,45 +173,3 @@ def curves_of(comparison: Comparison) -> list[Curve]:
         if losses.training or losses.evaluation:
             found.append(Curve(run["method"], run["phase"] == "final", losses))
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Norms:
-    """The mean over seeds of the update's norm, by kind of module and layer; of modules of one kind in a layer, as of
-    experts, the mean. ``outside`` are modules in no layer.
-    """
-
-    method: str
-    cells: Mapping[tuple[str, int], float]
-    outside: Mapping[str, float]
-
-    @property
-    def kinds(self) -> list[str]:
-        return list(dict.fromkeys(kind for kind, _ in self.cells))
-
-    @property
-    def layers(self) -> int:
-        return max((layer for _, layer in self.cells), default=-1) + 1
-
-    @property
-    def largest(self) -> float:
-        return max([*self.cells.values(), *self.outside.values()], default=0.0)
-
-
-def norms_of(comparison: Comparison, method: str) -> Norms | None:
-    found: dict[str, list[float]] = defaultdict(list)
-    for run in comparison.finals_of(method):
-        for module, norm in (run["update_norms"] or {}).items():
-            if is_number(norm):
-                found[module].append(norm)
-    if not found:
-        return None
-    cells: dict[tuple[str, int], list[float]] = defaultdict(list)
-    outside: dict[str, float] = {}
-    for module, norms in found.items():
-        layer, kind = layer_and_kind(module)
-        if layer is None:
-            outside[module] = fmean(norms)
-        else:
-            cells[kind, layer] += norms
-    return Norms(method, {place: fmean(norms) for place, norms in cells.items()}, outside)

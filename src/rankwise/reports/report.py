@@ -70,7 +70,7 @@ def _flat(run: Fields) -> JsonObject:
 
 Summarise = Callable[[Fields, Callable[[Fields], Path]], Fields]
 # Settings that may differ between the folders; with any other one they are no longer the same comparison.
-FREE = ("seeds", "methods", "learning_rates", "output", "jobs", "retry", "merge", "memory", "max_hours", "device")
+FREE = ("seeds", "methods", "learning_rates", "output", "jobs", "retry", "memory", "max_hours", "device")
 
 
 def merge(comparisons: Sequence[Comparison]) -> Comparison:
@@ -107,7 +107,6 @@ def _joined(comparisons: Sequence[Comparison]) -> JsonObject:
         warn("RW595", message)
         warnings["RW595", message] = {"code": "RW595", "message": message}
     order = dict.fromkeys(name for each in comparisons for name in each["methods"])
-    seconds = {key: sum(each["seconds"].get(key) or 0.0 for each in comparisons) for key in ("total", "runs")}
     # What differs stands in the commands.
     settings = {
         key: value
@@ -121,7 +120,7 @@ def _joined(comparisons: Sequence[Comparison]) -> JsonObject:
         "warnings": list(warnings.values()),
         "learning_rates": rates,
         "methods": {name: methods[name] for name in order},
-        "seconds": seconds,
+        "seconds": sum(each["seconds"] for each in comparisons),
     }
 
 

@@ -24,8 +24,6 @@ from rankwise.reports.numbers import (
     visible,
 )
 
-# Warnings that a run failed, was left out or was interrupted, which ``left_out`` already reports.
-OF_RUNS = ("RW588", "RW597")
 # Verdicts as their column is sorted.
 ORDER = ("better", "best", "equivalent", "cannot tell", "not tuned", "worse", "")
 
@@ -293,12 +291,20 @@ def left_out(comparison: Comparison) -> list[dict[str, str]]:
     ]
     skipped = {name for name, facts in comparison["methods"].items() if facts["skipped"]}
     for run in comparison["runs"]:
-        if run["status"] == "finished" or (run["status"] == "skipped" and run["method"] in skipped):
+        is_whole = run["status"] == "finished" and not run["error"]
+        if is_whole or (run["status"] == "skipped" and run["method"] in skipped):
             continue
         error = run["error"] or {}
         why = visible(error.get("message") or "no reason was recorded")
         what = f"{method_name(run['method'])}, seed {run['seed']}, learning rate {rate(run['learning_rate'])}"
-        found.append({"what": what, "kind": str(run["status"]), "code": str(error.get("code") or ""), "why": why})
+        found.append(
+            {
+                "what": what,
+                "kind": "not measured" if run["status"] == "finished" else str(run["status"]),
+                "code": str(error.get("code") or ""),
+                "why": why,
+            }
+        )
     return found
 
 
@@ -309,8 +315,7 @@ def told_warnings(comparison: Comparison) -> list[dict[str, str]]:
         for item in (run["record"] or {}).get("warnings") or []:
             key = (str(item.get("code") or ""), str(item.get("message") or ""))
             counts[key] = counts.get(key, 0) + 1
-    told = [item for item in comparison["warnings"] if item.get("code") not in OF_RUNS]
-    own = {(str(item.get("code") or ""), str(item.get("message") or "")): 0 for item in told}
+    own = {(str(item.get("code") or ""), str(item.get("message") or "")): 0 for item in comparison["warnings"]}
     return [
         {"code": code, "message": visible(message), "runs": plural(count, "run") if count else ""}
         for (code, message), count in (own | counts).items()

@@ -72,7 +72,7 @@ def smallest_found(effect: Fields) -> str:
         why = f"assuming that runs that differ only in the seed vary by {percent(given['seed_sd'])} of {metric} "
         why += f"(--seed-sd), and {rows if given['row_sd'] else 'there are examples enough'}"
     size = detectable(effect, f"of {metric}") + ("" if is_number(effect["absolute"]) else f" of {metric}")
-    return f"Smallest difference that {percent(effect['power'])} of such comparisons find: {size}, {why}."
+    return f"Smallest difference that 80 % of such comparisons find: {size}, {why}."
 
 
 def named(names: Sequence[str]) -> str:
