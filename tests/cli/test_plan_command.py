@@ -147,7 +147,7 @@ def test_the_largest_batch_is_the_last_that_fits(rankwise, model_folder):
     assert not entry(most + 1)["fits"]
 
 
-def test_people_read_a_table_bars_advice_and_a_command(plan, monkeypatch):
+def test_people_read_a_table_advice_and_a_command(plan, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = plan("--memory", ENOUGH)
     assert done.code == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -107,22 +105,6 @@ def test_a_damaged_setting_is_a_mistake_in_the_input(start, resume):
     done = resume(run)
     assert done.code == 2
     assert "error RW103: --learning-rate is ['high']" in done.stderr
-
-
-@pytest.mark.parametrize("output", ["run", "runs/first"])
-def test_relative_paths_are_found_from_another_folder(output, rankwise, rows_file, model_folder, tmp_path, monkeypatch):
-    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
-    shutil.copytree(model_folder, start / "model")
-    shutil.copy(rows_file, start / "rows.jsonl")
-    elsewhere.mkdir()
-    monkeypatch.chdir(start)
-    command = ("--model", "model", "--data", "rows.jsonl", "--eval-data", "rows.jsonl", "--output", output)
-    assert rankwise("train", *command, "--max-steps", 1, "--r", 2, "--batch-size", 2).code == 0
-    monkeypatch.chdir(elsewhere)
-    run = Path("..", "start", output)
-    done = rankwise("train", "--resume", "--output", run, "--max-steps", 2)
-    assert done.code == 0, done.stderr
-    assert load_record(run).steps == 2
 
 
 def test_data_that_a_moved_run_names_are_asked_for(start, resume, rows_file, tmp_path):

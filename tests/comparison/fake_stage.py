@@ -44,7 +44,7 @@ def train(settings: dict[str, Any], *, resume: bool) -> int:
         return refuse("RW502", "RunError", "the folder and --resume do not fit")
     if method == "prefix":
         return refuse("RW181", "ConfigError", "not on this model")
-    if settings["max-length"] == 1:
+    if settings["max-length"] == 2:
         return refuse("RW219", "DataError", "no row is short enough")
     folder.mkdir(parents=True, exist_ok=True)
     record = (

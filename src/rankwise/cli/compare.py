@@ -13,12 +13,12 @@ from rich.text import Text
 
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, duration, light_table, titled
+from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.reports import summary
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.naming import method_name, metric_name
-from rankwise.reports.numbers import plural
+from rankwise.reports.numbers import duration, plural
 from rankwise.reports.plotted import pairs_of, with_best
 from rankwise.reports.words import heading, headline, stayed
 

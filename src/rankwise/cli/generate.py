@@ -7,11 +7,10 @@ new tokens are noted. With ``--chat``, a user talks to a model turn by turn, thr
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.text import Text
@@ -21,10 +20,10 @@ from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, printable, titled
 from rankwise.cli.settings import GenerateSettings
 from rankwise.data.files import kind_of
-from rankwise.data.formats import BadRow, conversation, text_field, tools_of
+from rankwise.data.formats import BadRow, conversation, tools_of
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError, RunError, warn
-from rankwise.foreign import Fields, Json, JsonObject, parse_json
+from rankwise.foreign import Fields, JsonObject, parse_json
 from rankwise.options import flag
 from rankwise.records import RunRecord, read_metrics, record_of
 from rankwise.reports.numbers import plural
@@ -32,16 +31,6 @@ from rankwise.reports.numbers import plural
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer
     from transformers.generation.streamers import BaseStreamer
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: the argmax with temperature 0, else sampled with a seed."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +74,7 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
     wording: Wording
     adapted: bool
-    sampling: Sampling
+    settings: GenerateSettings
     # The base's tokenizer, without the adapter's new tokens.
     base_tokenizer: PreTrainedTokenizerBase
     # The tokens that end an answer.
@@ -119,11 +108,11 @@ class Speaker:
 
         inputs = self._encode(asked)
         length = inputs["input_ids"].shape[1]
-        room = self._room(length)
+        room, pad = self._room(length), self.tokenizer.pad_token_id
         chosen: JsonObject = dict(GREEDY)
-        if self.sampling.temperature > 0:
-            torch.manual_seed(self.sampling.seed)
-            chosen |= {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+        if self.settings.temperature > 0:
+            torch.manual_seed(self.settings.seed)
+            chosen |= {"do_sample": True, "temperature": self.settings.temperature, "top_p": self.settings.top_p}
             # Without these, top_k would be 50, or the model's own.
             chosen |= {"top_k": 0, "min_p": 0.0}
         with torch.inference_mode():
@@ -131,7 +120,7 @@ class Speaker:
                 **inputs,
                 max_new_tokens=room,
                 eos_token_id=sorted(self.stop_ids) or None,
-                pad_token_id=self._pad_token(),
+                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
                 logits_processor=[only_numbers(self.model)],
                 streamer=streamer,
                 **chosen,
@@ -146,7 +135,7 @@ class Speaker:
         """
         from rankwise.models.load import answer_room, table_rows
 
-        wanted = self.sampling.max_new_tokens
+        wanted = self.settings.max_new_tokens
         room, name = answer_room(self.model, prompt_tokens, wanted), type(self.model).__name__
         if not room:
             raise RunError(
@@ -175,10 +164,6 @@ class Speaker:
         # A template writes the BOS token itself.
         encoded = self.tokenizer(text, add_special_tokens=not self.wording.chat, return_tensors="pt")
         return encoded.to(self.model.device)
-
-    def _pad_token(self) -> int | None:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.tokenizer.eos_token_id
 
 
 def run(settings: GenerateSettings, output: Output) -> Document:
@@ -244,21 +229,14 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
     from rankwise.acceleration.generation import stop_ids_of
     from rankwise.evaluation.loading import LoadOptions, load_as_trained
 
-    options = LoadOptions(
-        settings.dtype,
-        settings.quantization,
-        settings.device,
-        settings.trust_remote_code,
-        settings.revision,
-        settings.mmap,
-    )
+    given = settings.model_dump(include={"dtype", "quantization", "device", "trust_remote_code", "revision", "mmap"})
+    options = LoadOptions(**given)
     adapters = () if settings.adapter is None else (settings.adapter,)
     loaded = load_as_trained(name, adapters, options, named=settings.model is not None)
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     wording = _wording(settings, record, loaded.tokenizer)
     adapted = settings.adapter is not None
     stops = stop_ids_of(loaded.model, loaded.tokenizer, _ends(wording, loaded.tokenizer))
-    speaker = Speaker(loaded.model, loaded.tokenizer, wording, adapted, sampling, loaded.base_tokenizer, stops)
+    speaker = Speaker(loaded.model, loaded.tokenizer, wording, adapted, settings, loaded.base_tokenizer, stops)
     return speaker, loaded.device
 
 
@@ -343,7 +321,6 @@ COMMAND = Command(
 
 
 STDIN = "-"
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,13 +340,9 @@ class Conversation:
 def read_conversations(settings: GenerateSettings) -> list[Conversation]:
     """Everything to answer, in order: the prompts, the prompts of the file, the conversations.
 
-    Raises ConfigError: RW121 where there is nothing to answer, RW121 for two readers of standard input, RW121 for a
-    second system message; DataError: RW201, RW202, RW205 for a file that cannot be read, RW203 for entries that are no
-    prompt or conversation, RW204 for an empty file.
+    Raises ConfigError (RW121) where there is nothing to answer, or for a second system message; DataError: RW201,
+    RW202, RW205 for a file that cannot be read, RW203 for an entry that is no conversation, RW204 for an empty file.
     """
-    sources = [*settings.prompt, *(str(path) for path in (settings.prompt_file, settings.messages) if path)]
-    if sources.count(STDIN) > 1:
-        raise ConfigError("RW121", "standard input (-) can be read once; give the rest by files or --prompt TEXT.")
     prompts = [text for given in settings.prompt for text in (_prompts(STDIN) if given == STDIN else [given])]
     prompts += _prompts(str(settings.prompt_file)) if settings.prompt_file else []
     found = [Conversation(({"role": "user", "content": text},)) for text in prompts]
@@ -388,91 +361,52 @@ def _with_system(given: Conversation, system: str) -> Conversation:
 
 
 def _prompts(source: str) -> list[str]:
-    """The prompts of a file: one per line; in JSON lines each is a text or an object with a `prompt`."""
-    kind = kind_of(Path(source))
-    if kind not in (None, ".txt", ".jsonl") or source.endswith(".gz"):
-        raise DataError("RW202", f"{source} is not a list of prompts; give one a line as text, or as .jsonl.")
-    name, text = _read(source)
-    lines = _lines(name, text)
-    if not source.endswith(".jsonl"):
-        return _all_of([line for _, line in lines], name)
-    return _all_of([_checked(_prompt, _parsed(line), place) for place, line in lines], name)
-
-
-def _prompt(record: Json) -> str:
-    return text_field(record if isinstance(record, dict) else {"prompt": record}, "prompt")
+    """The prompts of a text: one on each line."""
+    if source != STDIN and kind_of(Path(source)) not in (None, ".txt"):
+        raise DataError("RW202", f"{source} is not a list of prompts; give one a line as text.")
+    return [line for _, line in _lines(source)]
 
 
 def _conversations(source: str) -> list[Conversation]:
-    """The conversations of a file: JSON with one or a list of them, or JSON lines with one per line."""
-    name, text = _read(source)
-    whole = _parsed(text)
-    if isinstance(whole, BadRow) and not source.endswith(".json"):
-        items = [(place, _parsed(line)) for place, line in _lines(name, text)]
-    elif isinstance(whole, list) and not any(isinstance(item, dict) and "role" in item for item in whole):
-        items = [(f"{name}, conversation {number}", item) for number, item in enumerate(whole, 1)]
-    else:
-        items = [(name, whole)]
-    made = [_checked(functools.partial(_conversation, place), item, place) for place, item in items]
-    return _all_of(made, name)
+    """The conversation of a JSON file, or those of JSON lines."""
+    lines = _lines(source) if source.endswith(".jsonl") else [(source, _read(source))]
+    return [_conversation(place, text) for place, text in lines]
 
 
-def _conversation(place: str, record: Json) -> Conversation:
-    if not isinstance(record, list | dict):
-        raise BadRow(f"expected a list of messages or an object with `messages`, found {str(record)[:40]!r}")
-    record = {"messages": record} if isinstance(record, list) else record
-    messages = conversation(record)
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise BadRow(f"expected a `user` or `tool` message to answer at the end, found `{messages[-1]['role']}`")
-    return Conversation(messages, tools_of(record), place)
+def _conversation(place: str, text: str) -> Conversation:
+    """A list of messages, or an object with ``messages``."""
+    try:
+        record = parse_json(text)
+        if isinstance(record, list):
+            record = {"messages": record}
+        if not isinstance(record, dict):
+            raise BadRow(f"expected a list of messages or an object with `messages`, found {str(record)[:40]!r}")
+        messages = conversation(record)
+        if messages[-1]["role"] not in ("user", "tool"):
+            raise BadRow(f"expected a `user` or `tool` message to answer at the end, found `{messages[-1]['role']}`")
+        return Conversation(messages, tools_of(record), place)
+    except (BadRow, ValueError) as error:
+        why = str(error) if isinstance(error, BadRow) else f"invalid JSON ({error})"
+        raise DataError("RW203", f"{place}: {why}. Correct or remove it.") from None
 
 
-def _read(source: str) -> tuple[str, str]:
-    """(name, text) of a file or of standard input."""
-    name = "standard input" if source == STDIN else source
-    if source == STDIN and sys.stdin is None:
-        raise DataError("RW201", "standard input is closed; give the prompts in a file or by --prompt TEXT.")
+def _lines(source: str) -> list[tuple[str, str]]:
+    """(place, line) of each line with text. Only newlines separate lines, not Unicode's other line breaks."""
+    lines = enumerate(_read(source).replace("\r\n", "\n").split("\n"), 1)
+    found = [(f"{source}, line {number}", line) for number, line in lines if line.strip()]
+    if not found:
+        raise DataError("RW204", f"{source} holds nothing to answer; give at least one prompt or conversation.")
+    return found
+
+
+def _read(source: str) -> str:
     try:
         content = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
-        return name, content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError("RW205", f"{name} is not UTF-8 (byte {error.start}); save it as such.") from None
+        raise DataError("RW205", f"{source} is not UTF-8 (byte {error.start}); save it as such.") from None
     except OSError as error:
-        raise DataError("RW201", f"cannot open {name}: {error.strerror or error}.") from None
-
-
-def _lines(name: str, text: str) -> list[tuple[str, str]]:
-    """(place, line) of each line. Only newlines separate lines, not Unicode's other line breaks."""
-    lines = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
-    return [(f"{name}, line {number}", line) for number, line in lines if line.strip()]
-
-
-def _parsed(text: str) -> Json | BadRow:
-    """The JSON value of ``text``, or a BadRow with the fault."""
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        return BadRow(f"invalid JSON ({error})")
-
-
-def _checked(make: Callable[[Json], T], record: Json | BadRow, place: str) -> T | BadRow:
-    try:
-        if isinstance(record, BadRow):
-            raise record
-        return make(record)
-    except BadRow as error:
-        return BadRow(f"{place}: {error}")
-
-
-def _all_of(items: Sequence[T | BadRow], name: str) -> list[T]:
-    """The items. Raises DataError: RW203 with the first three bad ones, RW204 where there is none."""
-    bad = [str(item) for item in items if isinstance(item, BadRow)]
-    if bad:
-        more = f"; {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise DataError("RW203", f"{'; '.join(bad[:3])}{more}. Correct or remove these.")
-    if not items:
-        raise DataError("RW204", f"{name} holds nothing to answer; give at least one prompt or conversation.")
-    return [item for item in items if not isinstance(item, BadRow)]
+        raise DataError("RW201", f"cannot open {source}: {error.strerror or error}.") from None
 
 
 # The longest phrase that is looked for, how often it must stand at the end, and the characters that this must fill.

@@ -5,7 +5,6 @@ rankwise's own folders are recognised where a user gives the wrong kind.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -36,24 +35,17 @@ def _paths(settings: Settings) -> Iterator[tuple[str, Path | str]]:
 
 def _fault_of(given: Path | str) -> str | None:
     """The rest of a sentence that starts with the path. A path where nothing exists is no fault here."""
-    path = given if isinstance(given, Path) else Path(given)
+    path = Path(given)
     try:
-        path = path if path is given else path.expanduser()
-        mode = os.stat(path).st_mode
-    except RuntimeError:
-        return f"starts with the home of a user that this machine does not know; write the path without {path.parts[0]}"
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return f"has {len(str(path)):,} characters, more than the file system takes; give a shorter path"
-        if error.errno == errno.ELOOP:
-            return "is a link that leads back to itself; give the file or folder that is meant"
-        dangling = next(
-            (part for part in (path, *path.parents) if part.is_symlink() and not os.path.exists(part)), None
-        )
-        if dangling is None:
-            return None
-        there = os.readlink(dangling)
-        return f"leads over the link {dangling} to {there}, which does not exist; make it, or give another path"
+        mode = os.stat(path if isinstance(given, Path) else path.expanduser()).st_mode
+    except FileNotFoundError:
+        if any(part.is_symlink() and not part.exists() for part in (path, *path.parents)):
+            return "leads over a link to what does not exist; make it, or give another path"
+        return None
+    except NotADirectoryError:
+        return None
+    except (OSError, RuntimeError) as error:
+        return f"cannot be a file or a folder: {getattr(error, 'strerror', None) or error}; give another path"
     # Reading a named pipe waits for a writer, and a device may never end. /dev/stdin, a pipe too, is allowed.
     is_stream = stat.S_ISFIFO(mode) and path.parts[:2] == ("/", "dev")
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_stream:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 import io
@@ -46,6 +47,7 @@ from rankwise.cli.output import (
     only_our_messages,
     print_document,
     print_message,
+    shortened,
     stdout_for_the_document,
 )
 from rankwise.disk import coded_error, is_of_device
@@ -179,10 +181,7 @@ def _refuse_several_processes(command: Command) -> None:
     """Raise ConfigError (RW117) in each process of a launcher that started several: they would all write the same."""
     if command is train.COMMAND and ranks.place() is not None:
         return
-    # The variables that accelerate reads, and SLURM's where its tasks are ranks.
-    names = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
-    if {"RANK", "LOCAL_RANK"} & set(os.environ):
-        names.append("SLURM_NTASKS")
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
     found = {name: os.environ[name] for name in names if os.environ.get(name, "").strip().isdecimal()}
     several = [f"{name}={value}" for name, value in found.items() if int(value) > 1]
     if several and "output" in command.settings.model_fields:
@@ -202,17 +201,14 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
     if not ranks.is_first_to_tell():
         return error.exit_code
     kind = "interrupted" if isinstance(error, Interrupted) else "error"
-    try:
-        message = print_message(kind, error.code, error.message)
-    except OSError:
-        # The error may be that stderr cannot be written.
-        message = error.message
+    # The error may be that stdout or stderr cannot be written.
+    with contextlib.suppress(OSError):
+        print_message(kind, error.code, error.message)
     if as_json:
+        told = {"code": error.code, "kind": type(error).__name__, "message": shortened(error.message)}
         try:
-            told = {"code": error.code, "kind": type(error).__name__, "message": message}
             print_document({"error": told | ({"of_device": True} if is_of_device(cause) else {})})
         except OSError:
-            # The error may be that stdout cannot be written.
             _give_up_stdout()
     return error.exit_code
 

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TextIO
@@ -40,10 +39,8 @@ QUIET_ENVIRONMENT = {
     "TQDM_DISABLE": "1",
 }
 
-# Largest length of a printed message, in characters and in parts between semicolons.
-LONGEST_MESSAGE = 4000
-LONGEST_WORD = 400
-MOST_PROBLEMS = 20
+# Characters of a printed message, and of a word in it.
+LONGEST_MESSAGE, LONGEST_WORD = 4000, 400
 _LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -93,26 +90,8 @@ def print_document(document: Document, stream: TextIO | None = None) -> None:
 
 
 def shortened(message: str) -> str:
-    """The message shortened to fit on a screen: the first of many problems, both ends of long words, and the amount
-    that is left out.
-
-    The whole message is written to a temporary file, which the result names.
-    """
-    short = _LONG_WORD.sub(lambda word: _ends(word[0], LONGEST_WORD), message)
-    problems = short.split("; ")
-    if len(problems) > MOST_PROBLEMS:
-        more = len(problems) - MOST_PROBLEMS
-        # The last part says what to do.
-        short = "; ".join([*problems[: MOST_PROBLEMS - 1], f"... and {more:,} more; {problems[-1]}"])
-    short = _ends(short, LONGEST_MESSAGE)
-    if len(short) >= len(message):
-        return message
-    try:
-        with tempfile.NamedTemporaryFile("w", prefix="rankwise-message-", suffix=".txt", delete=False) as file:
-            file.write(message)
-    except (OSError, ValueError):
-        return short
-    return f"{short} [whole: {file.name}]"
+    """The message shortened to fit on a screen: both ends of long words and of what is still too long."""
+    return _ends(_LONG_WORD.sub(lambda word: _ends(word[0], LONGEST_WORD), message), LONGEST_MESSAGE)
 
 
 def _ends(text: str, most: int) -> str:
@@ -132,14 +111,12 @@ def _without_nan(value: Json) -> Json:
     return value
 
 
-def print_message(kind: str, code: str, text: str) -> str:
-    """Print ``error RW104: ...`` as one line on stderr. Returns the printed part of ``text``."""
-    text = shortened(text)
+def print_message(kind: str, code: str, text: str) -> None:
+    """Print ``error RW104: ...`` as one line on stderr."""
     colour = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
     # Names in untrusted files may hold control characters, which would act on the terminal.
-    line = _CONTROL.sub("?", " ".join(part.strip() for part in text.splitlines()))
+    line = _CONTROL.sub("?", " ".join(part.strip() for part in shortened(text).splitlines()))
     Console(stderr=True, highlight=False).print(f"[{colour}]{kind} {code}[/]: {escape(line)}", soft_wrap=True)
-    return text
 
 
 @contextlib.contextmanager
@@ -180,21 +157,6 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def duration(seconds: float) -> str:
-    """``0:42``, ``3:07``, ``2:15:00``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def parameter_count(count: int) -> str:
-    """``4,884,480 (4.9M)``; small counts without the short form."""
-    for limit, unit in ((1e9, "B"), (1e6, "M")):
-        if count >= limit:
-            return f"{count:,} ({count / limit:.3g}{unit})"
-    return f"{count:,}"
 
 
 def one_line(text: str, limit: int = 240) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.cli.output import Output, light_table, parameter_count
+from rankwise.cli.output import Output, light_table
 from rankwise.config import FOUR_BITS
 from rankwise.planning.advice import disk_words, mapped_weights
 from rankwise.planning.hardware import CARDS
@@ -32,9 +32,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "transient": ("transient",),
     "overhead": ("overhead",),
 }
-MARKS = (("█", "blue"), ("▓", "magenta"), ("▒", "yellow"), ("▚", "green"), ("░", "red"), ("·", "dim"))
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "from disk": "yellow", "too big": "red"}
-WIDEST_BAR = 60
 APPLE = (
     "an Apple GPU has none of our kernels: adapters, losses, attention, norms and MLPs run as PyTorch's own operations "
     "on Metal, and the step is counted as PyTorch's own on a CPU; none was measured, so the ± is not its own."
@@ -44,8 +42,6 @@ APPLE_FOUR_BITS = (
     "changes in time do not count that."
 )
 APPLE_REFUSED = "refused there: bitsandbytes' 8-bit and paged optimizers (RW116), which need a CUDA card."
-# Bars are cut at this multiple of the memory.
-CUT = 1.6
 LABEL = 12
 
 
@@ -55,9 +51,6 @@ def show(plan: Plan, command: str | None, output: Output) -> None:
         output.line(line)
     output.line()
     output.console.print(table(plan))
-    output.line()
-    for bar in bars(plan, output.console.width):
-        output.console.print(bar, soft_wrap=True)
     output.line()
     unplanned = [(f"{item.method}:", f"cannot be planned: {item.code}: {item.message}") for item in plan.unplanned]
     print_lines([*unplanned, *change_lines(plan), *recommendation_lines(plan, command), *footnotes(plan)], output)
@@ -135,37 +128,6 @@ def _time(row: MethodRow) -> str:
     return duration(row.seconds) if row.seconds is not None else f"{row.tokens_per_second:,.0f}"
 
 
-def bars(plan: Plan, width: int) -> Iterator[Text]:
-    """A line for each method, its parts in their marks, the memory as ``|``; then a legend."""
-    room = min(width - 19, WIDEST_BAR)
-    memory = plan.hardware.memory_bytes
-    high = max(min(max(row.estimate.peak_bytes for row in plan.rows), CUT * memory), 1.05 * memory)
-    for row in plan.rows:
-        line = Text(f"{row.estimate.method:<6} ")
-        line.append_text(_bar(row, memory, high, room))
-        line.append(f" {byte_size(row.estimate.peak_bytes)}", style=VERDICT_STYLES[row.verdict])
-        yield line
-    legend = Text()
-    for part, (mark, colour) in zip(PARTS, MARKS):
-        legend.append(mark, style=colour)
-        legend.append(f" {part} ", style="dim")
-    legend.append("| memory", style="dim")
-    yield legend
-
-
-def _bar(row: MethodRow, memory: int, high: float, room: int) -> Text:
-    cells: list[tuple[str, str]] = []
-    start = 0.0
-    for size, mark in zip(grouped(row.estimate.breakdown).values(), MARKS):
-        start += size
-        cells += [mark] * (round(min(start, high) / high * room) - len(cells))
-    cells += [(" ", "")] * (room - len(cells))
-    if row.estimate.peak_bytes > high:
-        cells[-1] = ("▶", VERDICT_STYLES["too big"])
-    cells[min(room - 1, round(memory / high * room))] = ("|", "bold")
-    return Text.assemble(*cells)
-
-
 def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     """``batch 4 -> 2: -3.1 GB, +9 % time: fits``, each change by itself."""
     if not plan.changes:
@@ -239,7 +201,7 @@ def settings_sentence(plan: Plan) -> str:
         parts.append("activation offloading on")
     parts.append(work.optimizer)
     peak = f"{byte_size(advice.estimate.peak_bytes)} ±{advice.estimate.error:.0%}".replace("%", " %")
-    return f"{', '.join(parts)}: {peak}, {parameter_count(advice.estimate.trainable_parameters)} trained"
+    return f"{', '.join(parts)}: {peak}, {advice.estimate.trainable_parameters:,} parameters trained"
 
 
 def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:

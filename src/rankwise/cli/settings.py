@@ -77,9 +77,7 @@ class GenerateSettings(LoadingOptions):
     ] = ()
     prompt_file: Annotated[
         Path | None,
-        _option(
-            "File with one prompt on each line; in a .jsonl file a text, or an object with a `prompt`.", metavar="FILE"
-        ),
+        _option("File with one prompt on each line.", metavar="FILE"),
     ] = None
     messages: Annotated[
         Path | None,

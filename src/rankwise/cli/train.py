@@ -22,7 +22,7 @@ import typer
 
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, duration, parameter_count
+from rankwise.cli.output import Document, Output
 from rankwise.cli.progress import watching
 from rankwise.config import METHODS, TrainSettings
 from rankwise.errors import ConfigError, DataError, Interrupted, RunError, is_out_of_memory, out_of_memory
@@ -30,7 +30,7 @@ from rankwise.foreign import Fields
 from rankwise.labels import in_words
 from rankwise.options import flag
 from rankwise.records import RunRecord, load_record, read_metrics, write_text
-from rankwise.reports.numbers import byte_size, plural, rate
+from rankwise.reports.numbers import byte_size, duration, plural, rate
 from rankwise.reports.summary import change_of
 from rankwise.training import ranks
 from rankwise.training.observer import end_with_parent
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 # Options that --resume does not take from the record: code of a model, for one, runs on explicit request only.
 NOT_OF_THE_RUN = {"output", "resume", "overwrite", "dry_run", "trust_remote_code"}
-PATHS = ("model", "data", "eval_data", "retain", "chat_template", "adapter")
 
 
 def settings_of_the_run(given: Fields) -> Fields:
@@ -63,7 +62,7 @@ def settings_of_the_run(given: Fields) -> Fields:
         known.discard("max_steps")
     settings = load_record(folder).settings
     _check_rewards(folder, settings, given)
-    found = {name: value for name, value in {**settings, **_found_again(folder, settings)}.items() if name in known}
+    found = {name: value for name, value in settings.items() if name in known}
     _check_data({name: value for name, value in found.items() if name not in given})
     return found
 
@@ -92,18 +91,6 @@ def _check_data(settings: Fields) -> None:
                 option = flag(name)
                 text = f"there is no file or folder {path}, which the run took as {option}; give it with {option} PATH."
                 raise DataError("RW201", text) from None
-
-
-def _found_again(folder: Path, settings: Fields) -> dict[str, str]:
-    """The run's relative paths, resolved in the directory in which it was started, which its ``output`` reveals."""
-    place, output = folder.resolve(), Path(str(settings.get("output")))
-    start = place
-    for _ in output.parts:
-        start = start.parent
-    if start == Path.cwd() or start / output != place or output.is_absolute():
-        return {}
-    paths = {name: start / settings[name] for name in PATHS if isinstance(settings.get(name), str)}
-    return {name: str(path) for name, path in paths.items() if path.exists()}
 
 
 def run(settings: TrainSettings, output: Output) -> Document | None:
@@ -191,19 +178,12 @@ def foreseen(settings: TrainSettings, record: RunRecord) -> Iterator[tuple[str, 
 def trained_share(record: RunRecord) -> str:
     assert record.trainable_parameters is not None
     share = f", {100 * record.trainable_parameters / record.total_parameters:.2f} %" if record.total_parameters else ""
-    return f"{parameter_count(record.trainable_parameters)} parameters{share} of the model"
+    return f"{record.trainable_parameters:,} parameters{share} of the model"
 
 
 def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     """The results of a finished run, as labelled lines."""
-    yield (
-        ("reward", reward_sentence(folder, record))
-        if record.objective == "grpo"
-        else (
-            "loss",
-            loss_sentence(folder, record),
-        )
-    )
+    yield "reward" if record.objective == "grpo" else "loss", change_sentence(folder, record)
     if record.kept_step is not None:
         because = f": {record.kept_because}" if record.kept_because else ""
         yield "kept", f"step {record.kept_step} of {record.steps}{because}"
@@ -235,19 +215,16 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "try", f'rankwise generate --{kind} {folder} --prompt "..."{compare}'
 
 
-def loss_sentence(folder: Path, record: RunRecord) -> str:
-    """Evaluation loss before and after; without evaluation data, the first and the last line of ``metrics.jsonl``."""
-    return _change(folder, record, "loss", 1, "training data")
-
-
-def reward_sentence(folder: Path, record: RunRecord) -> str:
-    """As `loss_sentence` for the mean reward, of which the evaluation loss is the negative."""
-    return _change(folder, record, "reward", -1, "training prompts")
-
-
-def _change(folder: Path, record: RunRecord, figure: str, sign: int, trained_on: str) -> str:
+def change_sentence(folder: Path, record: RunRecord) -> str:
+    """The loss, or of rewards the mean reward, before and after; without evaluation data, the first and the last line
+    of ``metrics.jsonl``.
+    """
+    is_reward = record.objective == "grpo"
     if record.initial_eval_loss is not None and record.eval_loss is not None:
-        return f"{sign * record.initial_eval_loss:.4f} -> {sign * record.eval_loss:.4f} on the evaluation data"
+        # The evaluation loss of rewards is the negative of their mean.
+        before, after = (-loss if is_reward else loss for loss in (record.initial_eval_loss, record.eval_loss))
+        return f"{before:.4f} -> {after:.4f} on the evaluation data"
+    figure, trained_on = ("reward", "training prompts") if is_reward else ("loss", "training data")
     logged = [line[figure] for line in read_metrics(folder) if line.get(figure) is not None]
     if not logged:
         return "not logged"
@@ -294,7 +271,6 @@ def launch(settings: TrainSettings, *, as_json: bool) -> None:
 
     Raises typer.Exit with their exit code where they did not finish, RunError (RW704) where they were killed.
     """
-    # Imported here, so that the command line does not load torch.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

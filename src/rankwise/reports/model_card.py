@@ -229,12 +229,6 @@ class FourBit:
         double = ", double quantization" if self.double_quant else ""
         return f"{self.quant_type.upper()}, blocks of {self.block_size}{double}"
 
-    def in_rankwise(self) -> str:
-        given = ["double_quant=True"] if self.double_quant else []
-        given += [f"block_size={self.block_size}"] if self.block_size != 64 else []
-        kind = "Fp4Config" if self.quant_type == "fp4" else "Nf4Config"
-        return f"rw.{kind}({', '.join(given)})"
-
     def in_transformers(self) -> list[str]:
         return [
             "quantization = BitsAndBytesConfig(",
@@ -267,77 +261,37 @@ def _four_bit(record: RunRecord) -> FourBit | None:
 
 
 def _loading(record: RunRecord, base: str) -> str:
-    ours = record.base_model.get("name") or record.settings.get("model") or base
-    if record.objective == "classify":
-        return _loading_labels(record, base)
-    if record.method == "full":
-        theirs = [
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
-        ]
-        return _code("In transformers", theirs) + "\n\n" + _code("In rankwise", _ours(["FOLDER"]))
-    four_bit = _four_bit(record)
-    adapted = _ours([str(ours), 'rw.load_adapter(model, "FOLDER")'], four_bit)
-    return _code("In PEFT", _theirs(base, four_bit)) + "\n\n" + _code("In rankwise", adapted)
-
-
-def _loading_labels(record: RunRecord, base: str) -> str:
-    name = "AutoModelForSequenceClassification"
-    theirs = [f"from transformers import {name}", "", f'model = {name}.from_pretrained("FOLDER")']
-    if record.method != "full":
-        count = len(record.data["train"]["labels"]["names"])
-        load = f"model = {name}.from_pretrained({_quoted(base)}, num_labels={count})"
-        adapted = 'model = PeftModel.from_pretrained(model, "FOLDER")'
-        theirs = ["from peft import PeftModel", theirs[0], "", load, adapted]
-    kind, library = ("model", "transformers") if record.method == "full" else ("adapter", "PEFT")
-    return _code(f"In {library}", theirs) + f"\n\nIn rankwise: `rankwise predict --{kind} FOLDER --data D`."
-
-
-def _theirs(base: str, four_bit: FourBit | None) -> list[str]:
-    adapted = 'model = PeftModel.from_pretrained(model, "FOLDER")'
-    if four_bit is None:
-        return [
+    """The lines of transformers or PEFT, and our command."""
+    is_full, has_labels = record.method == "full", record.objective == "classify"
+    kind = "AutoModelForSequenceClassification" if has_labels else "AutoModelForCausalLM"
+    if is_full:
+        lines = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("FOLDER")']
+    else:
+        four_bit = None if has_labels else _four_bit(record)
+        given = f", num_labels={len(record.data['train']['labels']['names'])}" if has_labels else ""
+        if four_bit is not None:
+            given = f", dtype=torch.{four_bit.dtype}, quantization_config=quantization"
+        lines = [
+            *(["import torch"] if four_bit else []),
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {kind}" + (", BitsAndBytesConfig" if four_bit else ""),
             "",
-            f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)})",
-            adapted,
+            *(four_bit.in_transformers() if four_bit else []),
+            f"model = {kind}.from_pretrained({_quoted(base)}{given})",
+            'model = PeftModel.from_pretrained(model, "FOLDER")',
         ]
-    given = f"dtype=torch.{four_bit.dtype}, quantization_config=quantization"
-    return [
-        "import torch",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
-        "",
-        *four_bit.in_transformers(),
-        f"model = AutoModelForCausalLM.from_pretrained({_quoted(base)}, {given})",
-        adapted,
-    ]
-
-
-def _ours(parts: Sequence[str], four_bit: FourBit | None = None) -> list[str]:
-    model, *rest = parts
-    if four_bit is None:
-        return ["import rankwise as rw", "", f"model, tokenizer = rw.load_model({_quoted(model)})", *rest]
-    given = f"dtype=torch.{four_bit.dtype}, quantization={four_bit.in_rankwise()}"
-    return [
-        "import torch",
-        "",
-        "import rankwise as rw",
-        "",
-        f"model, tokenizer = rw.load_model({_quoted(model)}, {given})",
-        *rest,
-    ]
+    library, option = ("transformers", "--model") if is_full else ("PEFT", "--adapter")
+    command = f"predict {option} FOLDER --data D" if has_labels else f'generate {option} FOLDER --prompt "..."'
+    code = "\n".join(lines)
+    return (
+        f"In {library}, with `FOLDER` the folder of this file:\n\n```python\n{code}\n```\n\n"
+        f"In rankwise: `rankwise {command}`."
+    )
 
 
 def _quoted(name: str) -> str:
     """A name or a path as a literal of Python."""
     return json.dumps(name, ensure_ascii=False)
-
-
-def _code(title: str, lines: Sequence[str]) -> str:
-    return f"{title}, with `FOLDER` the folder of this file:\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
 def _serving(method: str, config: Fields) -> str:
