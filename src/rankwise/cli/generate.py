@@ -229,8 +229,8 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
     from rankwise.acceleration.generation import stop_ids_of
     from rankwise.evaluation.loading import LoadOptions, load_as_trained
 
-    given = settings.model_dump(include={"dtype", "quantization", "device", "trust_remote_code", "revision", "mmap"})
-    options = LoadOptions(**given)
+    given = settings.model_dump(include={"dtype", "quantization", "device", "trust_remote_code", "revision"})
+    options = LoadOptions(**given, mapped=settings.mmap)
     adapters = () if settings.adapter is None else (settings.adapter,)
     loaded = load_as_trained(name, adapters, options, named=settings.model is not None)
     wording = _wording(settings, record, loaded.tokenizer)

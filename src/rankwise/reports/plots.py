@@ -356,7 +356,7 @@ def rates(searches: Mapping[str, Fields], numbers: Numbers) -> Markup | None:
         for name, search in searches.items()
         if (points := _tried(search.get("tried"), "value"))
     ]
-    return _rates(lines, "evaluation loss") if len({x for line in lines for x, _ in line[2]}) > 1 else None
+    return _rates(lines, "evaluation loss") if any(len(points) > 1 for _, _, points, _ in lines) else None
 
 
 def search_svg(search: RateSearch, title: str) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from rankwise.foreign import Fields, Json
-from rankwise.reports.comparison import KEPT_ROWS_LOSS, RETAINED_LOSS, Comparison
+from rankwise.reports.comparison import KEPT_ROWS_LOSS, RETAINED, RETAINED_LOSS, Comparison
 from rankwise.reports.examples import EVALUATION_ROWS
 from rankwise.reports.naming import last_part, long_name, method_name, metric_in_sentence, metric_name
 from rankwise.reports.numbers import (
@@ -108,7 +108,7 @@ def _seeds(comparison: Comparison) -> Fact:
 def _evaluated(comparison: Comparison) -> Fact:
     rows = _part(comparison, "eval").get("rows")
     tasks = [
-        f"{visible(name)}: {plural(int(result.get('count') or 0), 'example')}"
+        f"{'what must stay' if name == RETAINED else visible(name)}: {plural(int(result.get('count') or 0), 'example')}"
         for name, result in comparison["base"].get("tasks", {}).items()
         if name not in EVALUATION_ROWS
     ]
