@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import rankwise.adapters
 import rankwise.data
 import rankwise.evaluation
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, DataError
 from rankwise.evaluation import EvaluateSettings
 from rankwise.evaluation.tasks.registry import check_options, make_tasks
 from small_engines import arc_docs, write_lines
@@ -100,12 +99,10 @@ def test_the_protocol_is_what_the_data_are_for(tmp_path: Path):
     assert task.describe()["protocol"] == "loglikelihood"
 
 
-def test_rows_of_llm_adapters_are_asked_as_those_of_the_set(shared: Path):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    [task] = make_tasks(settings("piqa", "protocol=loglikelihood", data=str(shared / "commonsense"), limit=3))
-    lines = (shared / "commonsense" / "original" / "piqa_validation.jsonl").read_text().splitlines()[:3]
-    [inner] = task.tasks.values()  # type: ignore[attr-defined]
-    assert [dict(doc) for doc in list(inner.eval_docs)[:3]] == [json.loads(line) for line in lines]
+def test_rows_of_llm_adapters_are_answered_in_writing(tmp_path: Path):
+    written = write_lines(tmp_path / "written.jsonl", [WRITTEN])
+    with pytest.raises(DataError, match="RA252"):
+        make_tasks(settings("boolq", "protocol=loglikelihood", data=str(written)))
 
 
 def test_only_what_the_core_exports_is_used():

@@ -1,22 +1,19 @@
-"""LLM-Adapters' prompts and answers, and their rows turned back into the sets they came from."""
+"""LLM-Adapters' prompts and answers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise_article.commonsense import (
-    WORDS,
     Commonsense,
     adapters_prompt,
     extract_answer,
     instructions_in,
 )
-from rankwise_article.restored import RESTORERS, original_data
 from small_engines import byte_engine, nobody
 
 ROW = {
@@ -77,52 +74,6 @@ def test_every_answer_in_the_published_files_is_readable(shared: Path):
         assert all(extract_answer(task, row["output"]) == row["answer"] for row in data.rows)
 
 
-def read_docs(task: str, data: Path, folder: Path) -> list[dict[str, Any]]:
-    path = original_data(task, str(data), folder)
-    assert path is not None
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def test_restored_rows_are_the_original_ones(shared: Path, tmp_path: Path):
-    restored = read_docs("piqa", shared / "commonsense", tmp_path)
-    lines = (shared / "commonsense" / "original" / "piqa_validation.jsonl").read_text().splitlines()
-    assert restored == [json.loads(line) for line in lines]
-
-
-@pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "openbookqa"])
-def test_restored_questions_have_all_their_choices(shared: Path, tmp_path: Path, task: str):
-    docs = read_docs(task, shared / "commonsense", tmp_path)
-    for doc in docs:
-        assert 3 <= len(doc["choices"]["text"]) <= 5
-        assert doc["answerKey"] in doc["choices"]["label"]
-        assert all(text and "answer" + str(n) not in text for n, text in enumerate(doc["choices"]["text"], 1))
-
-
-def test_restoring_names_every_part():
-    siqa = RESTORERS["siqa"](
-        "Please choose the correct answer to the question: Cam left. Why did Cam do this?\n\nAnswer1: a Answer2: b "
-        "Answer3: c d\n\nAnswer format: answer1/answer2/answer3",
-        1,
-    )
-    assert f"{siqa['context']} {siqa['question']}" == "Cam left. Why did Cam do this?"
-    assert (siqa["answerA"], siqa["answerB"], siqa["answerC"], siqa["label"]) == ("a", "b", "c d", "2")
-    winogrande = RESTORERS["winogrande"](
-        "Please choose the correct answer to fill in the blank to complete the given sentence: Ann met _ .\n\n"
-        "Option1: Bob Option2: Cy\n\nAnswer format: option1/option2",
-        0,
-    )
-    assert winogrande == {"sentence": "Ann met _ .", "option1": "Bob", "option2": "Cy", "answer": "1"}
-    assert RESTORERS["arc_easy"](ROW["instruction"], 1)["choices"]["text"] == ["a b", "c", "d"]
-
-
-@pytest.mark.parametrize("task", ["boolq", "hellaswag"])
-def test_rows_that_have_lost_something_are_refused(tmp_path: Path, task: str):
-    path = tmp_path / "test.json"
-    path.write_text(json.dumps([{**ROW, "answer": WORDS[task][0]}]))
-    with pytest.raises(DataError, match="RA252.*lost"):
-        original_data(task, str(path), tmp_path)
-
-
 def test_bad_rows_are_named(tmp_path: Path):
     path = tmp_path / "test.json"
     path.write_text(json.dumps([ROW, {**ROW, "answer": "solution1"}]))
@@ -133,7 +84,6 @@ def test_bad_rows_are_named(tmp_path: Path):
         instructions_in("siqa", str(path))
     path.write_text(json.dumps([{"question": "x"}]))
     assert instructions_in("siqa", str(path)) is None
-    assert original_data("siqa", str(path), tmp_path) == str(path)
 
 
 @pytest.mark.parametrize("style", STYLES)

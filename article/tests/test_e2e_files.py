@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,6 @@ from rankwise_article.e2e_files import read_e2e
 
 MILL, VAULTS = "name[The Mill], eatType[pub], priceRange[£20-25]", "name[The Vaults], food[Fast food]"
 REFS_CSV = f'"mr","ref"\n"{MILL}","The Mill is a pub."\n"{MILL}","A pub, ""The Mill""."\n"{VAULTS}",Vaults\n'
-REFS_LORA = (
-    "name : The Mill | Type : pub | price : £ 20 - 25||The Mill is a pub . \n"
-    'name : The Mill | Type : pub | price : £ 20 - 25||A pub , " The Mill " . \n'
-    "name : The Vaults | food : Fast food||Vaults \n"
-)
 REFS_BLANK = 'The Mill is a pub.\nA pub, "The Mill".\n\nVaults\n'
 FIRST, SECOND = ["The Mill is a pub.", 'A pub, "The Mill".'], ["Vaults"]
 
@@ -40,22 +34,15 @@ def references(tmp_path: Path) -> Path:
         ("a.tsv", f'MR\toutput\r\r\n{MILL}\t"one ""two"""\r\r\n{VAULTS}\tthree\r\r\n'),
         ("a.tsv", f'\ufeffid\tMR\tsystem output\n\n1\t{MILL}\tone "two"\n\n2\t{VAULTS}\tthree'),
         ("a.csv", f'source,output\n"{MILL}","one ""two"""\n"{VAULTS}",three\n'),
-        ("a.tsv", f'{MILL}\tone "two"\n{VAULTS}\tthree\n'),
-        ("a.txt", f'MR\toutput\n{MILL}\tone "two"\n{VAULTS}\tthree\n'),
         ("a.txt", 'one "two"\nthree\n'),
         ("a.txt.gz", ' one "two" \r\nthree'),
-        (
-            "a.jsonl",
-            json.dumps({"mr": MILL, "prediction": 'one "two"'})
-            + "\n\n"
-            + json.dumps({"mr": VAULTS, "prediction": "three"}),
-        ),
-        ("a.jsonl", '{"output": "one \\"two\\""}\n{"output": "three"}\n'),
-        ("a.json", json.dumps([{"id": 1, "prediction": 'one "two"'}, {"id": 2, "prediction": "three"}])),
+        ("a.jsonl", '{"prediction": "one \\"two\\""}\n\n{"prediction": "three"}\n'),
     ],
 )
-@pytest.mark.parametrize(("refs_name", "refs"), [("r.csv", REFS_CSV), ("r.txt", REFS_LORA), ("r.txt", REFS_BLANK)])
+@pytest.mark.parametrize(("refs_name", "refs"), [("r.csv", REFS_CSV), ("r.txt", REFS_BLANK)])
 def test_every_form_of_predictions_meets_every_form_of_references(name, text, refs_name, refs, tmp_path):
+    if name.endswith("sv") and refs is REFS_BLANK:
+        pytest.skip("a table names its meaning representations")
     predictions, groups = read_e2e(write(tmp_path, name, text), write(tmp_path, refs_name, refs))
     assert predictions == ['one "two"', "three"]
     assert [[text.replace(" ", "") for text in group] for group in groups] == [
@@ -66,15 +53,6 @@ def test_every_form_of_predictions_meets_every_form_of_references(name, text, re
 def test_predictions_in_another_order_get_their_own_references(tmp_path, references):
     file = write(tmp_path, "a.tsv", f"MR\toutput\n{VAULTS}\tv\n{MILL}\tm\n")
     assert read_e2e(file, references) == (["v", "m"], [SECOND, FIRST])
-
-
-def test_json_references_come_as_lists_or_a_line_each(tmp_path):
-    file = write(tmp_path, "a.tsv", f"MR\toutput\n{MILL}\tm\n{VAULTS}\tv\n")
-    lists = [{"mr": MILL, "references": FIRST}, {"mr": VAULTS, "references": SECOND}]
-    lines = [{"mr": row["mr"], "ref": text} for row in lists for text in row["references"]]
-    for rows in (lists, lines):
-        path = write(tmp_path, "r.jsonl", "\n".join(map(json.dumps, rows)))
-        assert read_e2e(file, path)[1] == [FIRST, SECOND]
 
 
 def test_a_file_of_one_reference_each_needs_no_empty_lines(tmp_path):
@@ -104,12 +82,11 @@ def test_empty_predictions_are_kept_and_warned_about(name, text, tmp_path, refer
 @pytest.mark.parametrize(
     ("name", "text", "code", "said"),
     [
-        ("a.txt", "one\n", "RA232", "1 predictions and .* 2 groups.*number 2"),
-        ("a.txt", "one\ntwo\nthree\n", "RA232", r"3 predictions.*number 3 \(line 3"),
-        ("a.tsv", f"MR\toutput\n{MILL}\tm\n", "RA232", "line 4.*The Vaults"),
+        ("a.txt", "one\n", "RA232", "1 predictions and .* 2 groups"),
+        ("a.txt", "one\ntwo\nthree\n", "RA232", "3 predictions and .* 2 groups"),
+        ("a.tsv", f"MR\toutput\n{MILL}\tm\n", "RA232", "1 predictions"),
         ("a.tsv", f"MR\toutput\n{MILL}\tm\nname[Other]\to\n", "RA233", "1 of 2.*line 3.*Other"),
         ("a.tsv", f"MR\toutput\n{MILL}\tm\n{VAULTS}\tv\n{MILL}\tn\n", "RA234", "lines 2 and 4"),
-        ("a.jsonl", '{"id": 7, "prediction": "a"}\n{"id": 7, "prediction": "b"}\n', "RA234", "same id"),
         ("a.tsv", f"MR\toutput\n{MILL}\tm\tx\n{VAULTS}\tv\n", "RA231", "line 2"),
         ("a.tsv", f'MR\toutput\n{MILL}\t"m\n{VAULTS}\tv\n', "RA232", "1 predictions"),
         ("a.tsv", "number\toutput\n1\tm\n2\tv\n", "RA231", '"number"'),
@@ -136,11 +113,3 @@ def test_unreadable_files_are_refused(content, tmp_path, references):
     with pytest.raises(DataError, match="cannot read") as caught:
         read_e2e(path, references)
     assert caught.value.code == "RA230"
-
-
-def test_the_two_forms_of_the_test_set_hold_the_same(shared):
-    system = shared / "e2e" / "systems" / "tgen.tsv"
-    one = read_e2e(system, shared / "e2e" / "testset_w_refs.csv")
-    other = read_e2e(system, shared / "e2e" / "lora_format" / "test.txt")
-    assert [len(group) for group in one[1]] == [len(group) for group in other[1]]
-    assert sum(map(len, one[1])) == 4693

@@ -86,7 +86,6 @@ def write(path: Path, rows: list[dict]) -> Path:
         ([{"answer_id": "r1"}], [], "RA239"),
         ([], [row("r1", "a", [1, 1])], "RA239"),
         ([{"answer_id": "r1"}] * 2, [row("r1", "a", [1, 1])], "RA234"),
-        ([{"answer_id": "r1"}], [row("r1", "a", [1, 1]) | {"review_id": "x"}] * 2, "RA234"),
         ([{"id": "r1"}], [row("r1", "a", [1, 1])], "RA238"),
     ],
 )

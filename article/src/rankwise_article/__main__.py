@@ -77,28 +77,28 @@ def _table(given: argparse.Namespace) -> Scored:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rankwise_article", description=__doc__)
-    verbs = parser.add_subparsers(required=True)
-    converts = verbs.add_parser("convert", help="write an adapter that loralib saved (.pt) as a PEFT folder")
+    commands = parser.add_subparsers(required=True)
+    converts = commands.add_parser("convert", help="write an adapter that loralib saved (.pt) as a PEFT folder")
     converts.set_defaults(run=_convert)
     converts.add_argument("file", type=Path)
     converts.add_argument("--model", required=True, help="the base: hub id or folder; its shapes are compared")
     converts.add_argument("--output", type=Path, required=True, help="PEFT folder to write")
     converts.add_argument("--lora-alpha", type=float, required=True, help="the file does not hold it; 32 on E2E")
     converts.add_argument("--parts", default="1:0:1", help="adapted parts of fused layers; default: q and v of q, k, v")
-    ledgers = verbs.add_parser("ledger", help="run the commands behind the article's figures and render the ledger")
+    ledgers = commands.add_parser("ledger", help="run the commands behind the article's figures and render the ledger")
     ledgers.set_defaults(run=_ledger)
     ledgers.add_argument("file", type=Path, help="ledger.toml")
     ledgers.add_argument("--output", type=Path, help="Markdown page to write")
     ledgers.add_argument("--every", action="store_true", help="run the commands that take hours or a card too")
-    tables = verbs.add_parser("table", help="carry out the next runs of the article's table 1, and make its page")
+    tables = commands.add_parser("table", help="carry out the next runs of the article's table 1, and make its page")
     tables.set_defaults(run=_table)
     tables.add_argument("state", type=Path, help="folder of settings.toml and of the finished runs")
     tables.add_argument("--data", type=Path, required=True, help="folder of E2E's three .csv files")
     tables.add_argument("--work", type=Path, default=Path("runs/table"), help="adapters and checkpoints")
-    tables.add_argument("--runs", type=int, default=1, help="how many runs; 0 makes the page alone")
-    for verb in (converts, ledgers, tables):
-        verb.add_argument("--json", action="store_true", help="print one JSON document")
-    benchmarks = verbs.add_parser("score", help="score texts that you have already").add_subparsers(required=True)
+    tables.add_argument("--runs", type=int, default=1, help="how many runs; 0 only makes the page")
+    for command in (converts, ledgers, tables):
+        command.add_argument("--json", action="store_true", help="print one JSON document")
+    benchmarks = commands.add_parser("score", help="score texts that you have already").add_subparsers(required=True)
     files: Mapping[str, tuple[Callable[[argparse.Namespace], Scored], Mapping[str, str]]] = {
         "e2e": (
             _e2e,

@@ -66,7 +66,7 @@ def save_baseline(model: nn.Module, folder: Path) -> None:
 
 
 def load_baseline(model: nn.Module, folder: Path) -> None:
-    """Add the baseline in ``folder`` to the model, frozen. Raises ConfigError (RA172) where there is none, or it does
+    """Add the baseline in ``folder`` to the model, frozen. Raises ConfigError (RA172) if there is none, or it does
     not fit.
     """
     try:
@@ -82,7 +82,7 @@ def load_baseline(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def load_baseline_weights(model: nn.Module, folder: Path) -> None:
-    """Copy the tensors that ``save_baseline`` wrote into the model's parameters. Raises ConfigError (RA172) where they
+    """Copy the tensors that ``save_baseline`` wrote into the model's parameters. Raises ConfigError (RA172) if they
     do not fit.
     """
     part = getattr(model, ATTRIBUTE)

@@ -10,7 +10,7 @@ references. Each sum runs over the examples, so both scores of any sample of exa
 
 The script's habits are kept, since published figures contain them: n-grams that do not occur at all count as matched,
 unmatched ones as 1/2, 1/4, ... of a match; a first reference without words stays a candidate for the closest length;
-and the word ``0`` alone counts as an empty history.
+and a single word ``0`` counts as an empty history.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Instructions:
 def instructions_in(task: str, data: str) -> Instructions | None:
     """The LLM-Adapters rows in ``data`` (a file, or a folder with ``test.json``, also below the set's name).
 
-    None where ``data`` is something else. Raises DataError (RW251) for rows that lack a field.
+    None if ``data`` is something else. Raises DataError (RW251) for rows that lack a field.
     """
     path = _file_in(task, Path(data).expanduser())
     if path is None or kind_of(path) is None:
@@ -159,7 +159,7 @@ def extract_answer(task: str, text: str) -> str:
 def adapters_prompt(instruction: str, context: str = "") -> str:
     """Alpaca's prompt exactly as LLM-Adapters writes it, including its blanks."""
     given = ", paired with an input that provides further context" if context else ""
-    # LLM-Adapters' template has a blank after this sentence only where there is no context.
+    # LLM-Adapters' template has a blank after this sentence only if there is no context.
     opening = (
         f"Below is an instruction that describes a task{given}. "
         f"Write a response that appropriately completes the request.{'' if context else ' '}"

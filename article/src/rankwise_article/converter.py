@@ -1,6 +1,6 @@
 """loralib's ``.pt`` files as PEFT adapters: what ``lora.lora_state_dict`` saves, as in the LoRA paper's releases.
 
-A ``.pt`` file is a pickle. ``torch.load(weights_only=True)`` admits tensors and plain containers alone.
+A ``.pt`` file is a pickle. ``torch.load(weights_only=True)`` admits only tensors and plain containers.
 
 loralib's ``MergedLinear`` holds a pair for each enabled part of a fused projection: A (n r, in), B (n out/parts, r).
 PEFT holds one pair of rank n r with a block-structured B (out, n r), and n times alpha for the same scale alpha / r.

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from rankwise.errors import DataError
 from rankwise.foreign import JsonObject
 from rankwise_article.bleu_nist import MtevalStatistics, mteval_statistics
-from rankwise_article.java import missing_java
-from rankwise_article.meteor import meteor
-from rankwise_article.ptb import ptb_tokenize
+from rankwise_article.java import meteor, missing_java, ptb_tokenize
 
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 ON_JAVA = ("METEOR", "ROUGE_L", "CIDEr")
@@ -21,9 +19,9 @@ DECIMALS = 4
 class E2eScores:
     """Scores of N predictions. BLEU, METEOR and ROUGE_L lie in [0, 1], CIDEr in [0, 10]; higher is better."""
 
-    # {name in METRICS: unrounded score}; None where Java is missing.
+    # {name in METRICS: unrounded score}; None if Java is missing.
     metrics: Mapping[str, float | None]
-    # METEOR, ROUGE_L and CIDEr of each prediction; empty where Java is missing. ROUGE_L and CIDEr are their means.
+    # METEOR, ROUGE_L and CIDEr of each prediction; empty if Java is missing. ROUGE_L and CIDEr are their means.
     per_example: Mapping[str, tuple[float, ...]]
     # .bleu(rows) and .nist(rows) score any sample of the examples.
     statistics: MtevalStatistics

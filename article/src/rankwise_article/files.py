@@ -14,13 +14,13 @@ from rankwise.foreign import Fields
 
 
 class Line(NamedTuple):
-    """One object and the line it stands in, counted from 1."""
+    """One object and its line, counted from 1."""
 
     line: int
     fields: Fields
 
     def text(self, path: Path, *names: str) -> str:
-        """The first of the fields ``names`` that exists. Raises DataError (RA238) where none exists, or it is not
+        """The first of the fields ``names`` that exists. Raises DataError (RA238) if none exists, or it is not
         text.
         """
         name = next((name for name in names if name in self.fields), None)
@@ -75,6 +75,6 @@ def no_duplicates(place: Path | str, name: str, values: Sequence[str], lines: Se
 
 
 def shortened(text: str, longest: int = 80) -> str:
-    """``text`` in quotes on one line, cut where it is long."""
+    """``text`` in quotes on one line, cut if it is long."""
     line = " ".join(text.split())
     return f'"{line[: longest - 3]}..."' if len(line) > longest else f'"{line}"'

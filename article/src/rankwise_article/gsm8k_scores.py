@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from rankwise.errors import DataError, some_of, warn
+from rankwise.errors import DataError, warn
 from rankwise.final_number import extract_answer
-from rankwise_article.files import Line, no_duplicates, read_records, shortened
+from rankwise_article.files import read_records, shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def is_correct(prediction: str, reference: str) -> bool:
 
 
 def expected_number(reference: str) -> Fraction:
-    """The final number of a reference. Raises DataError (RA244) where it has none."""
+    """The final number of a reference. Raises DataError (RA244) if it has none."""
     number = extract_answer(reference)
     if number is None:
         raise DataError("RA244", f"the reference {shortened(reference)} holds no number to compare with.")
@@ -54,66 +54,28 @@ def score_gsm8k(predictions: Sequence[str], references: Sequence[str]) -> Gsm8kS
 
 
 def read_gsm8k(predictions: Path, references: Path) -> tuple[list[str], list[str]]:
-    """The texts of two files, joined by ``question`` where both have it, else in the order they stand in.
+    """The texts of two files, in the order of their lines.
 
-    Raises DataError: RA230, RA238 a file cannot be read, RA232 different counts, RA233 a question without a
-    reference, RA234 a question or an `id` twice, RA239 nothing to score.
+    Raises DataError: RA230, RA238 a file cannot be read, RA232 different counts, RA233 a prediction for a question
+    other than that of its reference, RA239 nothing to score.
     """
     given, known = read_records(predictions), read_records(references)
     if not given:
         raise DataError("RA239", f"{predictions} holds no predictions; write one JSON object a line.")
-    for path, rows in ((predictions, given), (references, known)):
-        named = [row for row in rows if row.fields.get("id") is not None]
-        no_duplicates(path, "id", [str(row.fields["id"]) for row in named], [row.line for row in named])
-    pairs = _joined(predictions, given, references, known)
-    texts = [record.text(predictions, "prediction") for record, _ in pairs]
+    if len(given) != len(known):
+        raise DataError(
+            "RA232", f"{predictions} has {len(given):,} predictions and {references} {len(known):,} answers."
+        )
+    for own, other in zip(given, known):
+        asked, answered = own.fields.get("question"), other.fields.get("question")
+        if asked is not None and answered is not None and asked != answered:
+            raise DataError(
+                "RA233",
+                f"line {own.line} of {predictions} and line {other.line} of {references} hold different questions; "
+                "give both in one order.",
+            )
+    texts = [record.text(predictions, "prediction") for record in given]
     empty = sum(not text.strip() for text in texts)
     if empty:
         warn("RA235", f"{empty:,} of {len(texts):,} predictions are empty; they count as wrong.")
-    return texts, [record.text(references, "answer") for _, record in pairs]
-
-
-def _joined(
-    predictions: Path, given: Sequence[Line], references: Path, known: Sequence[Line]
-) -> list[tuple[Line, Line]]:
-    asked, answered = (_questions(rows) for rows in (given, known))
-    if asked is None or answered is None or asked == answered:
-        _same_count(predictions, given, references, known)
-        return list(zip(given, known))
-    for path, questions, rows in ((predictions, asked, given), (references, answered, known)):
-        no_duplicates(path, "question", questions, [row.line for row in rows])
-    place = dict(zip(answered, known))
-    strange = [row for row, question in zip(given, asked) if question not in place]
-    if strange:
-        lines = some_of((str(row.line) for row in strange), 3)
-        raise DataError(
-            "RA233",
-            f"{predictions}: {references} has no answer to the questions of lines {lines}; "
-            "give the references of the same questions.",
-        )
-    if len(given) != len(known):
-        missing = next(row for row, question in zip(known, answered) if question not in set(asked))
-        raise DataError(
-            "RA232",
-            f"{predictions} has {len(given):,} predictions and {references} {len(known):,} answers; the first question "
-            f"without a prediction stands in line {missing.line}: {shortened(missing.text(references, 'question'))}.",
-        )
-    return [(row, place[question]) for row, question in zip(given, asked)]
-
-
-def _questions(rows: Sequence[Line]) -> list[str] | None:
-    """The questions of all rows, or None where one has none."""
-    if not all(isinstance(row.fields.get("question"), str) for row in rows):
-        return None
-    return [row.fields["question"].strip() for row in rows]
-
-
-def _same_count(predictions: Path, given: Sequence[Line], references: Path, known: Sequence[Line]) -> None:
-    if len(given) != len(known):
-        path, rows = (predictions, given) if len(given) > len(known) else (references, known)
-        first = rows[min(len(given), len(known))].line
-        raise DataError(
-            "RA232",
-            f"{predictions} has {len(given):,} predictions and {references} {len(known):,} answers; "
-            f"line {first} of {path} is the first without a counterpart.",
-        )
+    return texts, [record.text(references, "answer") for record in known]

@@ -39,7 +39,7 @@ TRAIN, DEV, TEST = "trainset.csv", "devset.csv", "testset_w_refs.csv"
 def table(state: Path, data: Path, work: Path, *, runs: int) -> tuple[list[tuple[str, str]], JsonObject]:
     """Run the next ``runs`` unfinished runs, and write ``STATE/README.md`` from all that have finished.
 
-    Raises DataError (RA250) where ``data`` lacks a file of E2E, RunError (RA262) where a command fails.
+    Raises DataError (RA250) if ``data`` lacks a file of E2E, RunError (RA262) where a command fails.
     """
     from rankwise_article.table_page import page
 
@@ -114,8 +114,8 @@ def _train(settings: JsonObject, method: str, rows: Path, data: Path, run: Path,
     _rankwise("train", method=method, data=rows, eval_data=data / DEV, output=run, **given, **started)
 
 
-def _rankwise(verb: str, **options: object) -> None:
-    command = [sys.executable, "-m", "rankwise", verb]
+def _rankwise(command_name: str, **options: object) -> None:
+    command = [sys.executable, "-m", "rankwise", command_name]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         command += [] if value is None else [flag] if value is True else [flag, str(value)]

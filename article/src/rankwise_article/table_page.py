@@ -267,7 +267,7 @@ def _rate_of(item: tuple[str, float]) -> float:
 
 def _examples(runs: Runs, methods: Sequence[str], data: Path) -> list[str]:
     """For each method the meaning that it wins and the one that it loses by most against LoRA, at the first seed."""
-    meanings = read_references(data / TEST, by_context=True)
+    meanings = list(read_references(data / TEST).items())
     lines = [
         "## Won and lost",
         "",
@@ -283,10 +283,10 @@ def _examples(runs: Runs, methods: Sequence[str], data: Path) -> list[str]:
         for word, number in (("wins", int(gaps.argmax())), ("loses", int(gaps.argmin()))):
             lines += [
                 "",
-                f"**{NAMES[method]} {word}**: {meanings.contexts[number]}",
+                f"**{NAMES[method]} {word}**: {meanings[number][0]}",
                 "",
                 f"- {NAMES[method]}: {ours[number]}",
                 f"- {NAMES[REFERENCE]}: {theirs[number]}",
-                f"- one of {len(meanings.references[number])} references: {meanings.references[number][0]}",
+                f"- one of {len(meanings[number][1])} references: {meanings[number][1][0]}",
             ]
     return [*lines, ""] if len(lines) > 3 else []

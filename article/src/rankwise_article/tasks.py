@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, DataError
 from rankwise.evaluation import EvaluateSettings, Task, TaskType, harness_task
 from rankwise.foreign import JsonObject
 from rankwise.options import Batch, Seed, Settings, Temperature, Tokens, Whole
@@ -117,15 +116,16 @@ def _protocol(name: str, settings: EvaluateSettings, options: CommonsenseOptions
 
 def _make_commonsense(name: str, settings: EvaluateSettings, options: CommonsenseOptions) -> Task:
     from rankwise_article.commonsense import Commonsense, instructions_in
-    from rankwise_article.restored import original_data
 
     data = settings.data_of(name)
     if _protocol(name, settings, options) == "loglikelihood":
-        # The task copies what it reads.
-        with tempfile.TemporaryDirectory(prefix="rankwise-") as folder:
-            shots = original_data(name, settings.fewshot_data, Path(folder))
-            given = settings.model_copy(update={"fewshot_data": shots})
-            return harness_task(name, given, original_data(name, data, Path(folder)))
+        if data is not None and instructions_in(name, data) is not None:
+            raise DataError(
+                "RA252",
+                f"{data} holds LLM-Adapters' rows, whose answers are written; leave out protocol=loglikelihood, or "
+                "give the original set.",
+            )
+        return harness_task(name, settings, data)
     rows = instructions_in(name, data) if data is not None else None
     if rows is None:
         place = "no data were given" if data is None else f"{data} is in a different form"

@@ -120,18 +120,18 @@ class Vicuna(Task):
         assert self.judge is not None
         client = judging.JudgeClient(self.judge.url, self.judge.model, judging.judge_key(self.judge.key_variable))
         ratings = judging.judge_answers(
-            [judging.Question(name, text) for name, text in self.asked],
-            [judging.Answer(*self.references[name]) for name, _ in self.asked],
-            [judging.Answer(_answer_id(example), example.prediction) for example in examples],
+            self.asked,
+            [self.references[name] for name, _ in self.asked],
+            [(_answer_id(example), example.prediction) for example in examples],
             client=client,
             cache=judging.JudgeCache(folder / CACHE_FILE),
             progress=tell,
         )
-        _write_lines(folder / RATINGS_FILE, [rating.to_json() for rating in ratings])
+        _write_lines(folder / RATINGS_FILE, ratings)
         reference_ids = self._reference_ids()
         marks: dict[str, list[Fields]] = {}
         for rating in ratings:
-            marks.setdefault(str(rating.question_id), []).append(rating.to_json())
+            marks.setdefault(rating["question_id"], []).append(rating)
         return [dataclasses.replace(e, **_marked(marks[e.id], reference_ids)) for e in examples]
 
     def summarize(self, examples: Sequence[Example]) -> Summary:

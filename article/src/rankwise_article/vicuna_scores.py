@@ -84,23 +84,20 @@ def score_pair(score: Json) -> tuple[float, float] | None:
 
 
 def _reference_first(number: int, row: Fields, reference_ids: Collection[str]) -> bool:
-    ids = [row.get("answer1_id"), row.get("answer2_id")]
-    # A file may hold lists there, which no set can look up.
-    known = [isinstance(name, str) and name in reference_ids for name in ids]
-    if None in ids or sum(known) != 1:
-        found = "neither is" if not any(known) else "both are"
-        problem = (
-            "answer1_id or answer2_id is missing" if None in ids else f"of the answers {ids[0]} and {ids[1]} {found}"
+    known = [str(row.get(name)) in reference_ids for name in ("answer1_id", "answer2_id")]
+    if sum(known) != 1:
+        raise DataError(
+            "RA240",
+            f"rating {number}: of the answers {row.get('answer1_id')} and {row.get('answer2_id')} not exactly one is "
+            "among the reference answers; a row compares the reference with one system.",
         )
-        rest = "" if None in ids else " among the reference answers; a row compares the reference with one system"
-        raise DataError("RA240", f"rating {number}: {problem}{rest}.")
     return known[0]
 
 
 def read_vicuna(ratings: Sequence[Path], reference_answers: Path) -> tuple[list[Fields], set[str]]:
     """Rating rows of all files, and the ids of the reference's answers.
 
-    Raises DataError: RA230, RA238 a file cannot be read, RA234 a rating or an answer twice, RA239 an empty file.
+    Raises DataError: RA230, RA238 a file cannot be read, RA234 an answer twice, RA239 an empty file.
     """
     answers = read_records(reference_answers)
     ids = [record.text(reference_answers, "answer_id") for record in answers]
@@ -109,8 +106,6 @@ def read_vicuna(ratings: Sequence[Path], reference_answers: Path) -> tuple[list[
     names = ", ".join(map(str, ratings))
     if not rows or not ids:
         raise DataError("RA239", f"{names if ids else reference_answers} is empty; there is nothing to score.")
-    named = [record for record in rows if record.fields.get("review_id") is not None]
-    no_duplicates(names, "review_id", [str(record.fields["review_id"]) for record in named], [r.line for r in named])
     return [record.fields for record in rows], set(ids)
 
 

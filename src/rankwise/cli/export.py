@@ -35,7 +35,9 @@ def run(settings: ExportSettings, output: Output) -> Document:
 
     if labels_of(settings.adapter) is not None and (settings.verify or settings.target not in ("peft", "vllm")):
         what = "--verify asks servers for text" if settings.verify else f"--for {settings.target} is for text"
-        raise ConfigError("RW112", f"{what}, and this adapter answers with labels; give --for vllm or peft alone.")
+        raise ConfigError(
+            "RW112", f"{what}, and this adapter answers with labels; give --for vllm or --for peft, without --verify."
+        )
     refuse_to_overwrite(settings.output)
     if settings.verify:
         server_python(settings.target, settings.server_python)

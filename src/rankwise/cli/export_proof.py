@@ -45,7 +45,7 @@ def proven(
     report: ExportReport,
     rows: Rows,
 ) -> ExportReport:
-    """``report`` on the export in ``folder`` with its proof. Raises RunError (RW738) where there is none."""
+    """``report`` on the export in ``folder`` with its proof. Raises RunError (RW738) if there is none."""
     python = server_python(settings.target, settings.server_python)
     lost = 0.0 if report.likeness is None else report.likeness.difference
     with tempfile.TemporaryDirectory(prefix="rankwise-verify-") as scratch:

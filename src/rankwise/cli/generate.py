@@ -40,7 +40,7 @@ class Answer:
     prompt: str
     base: str | None
     tuned: str | None
-    # The whole conversation, where it is longer than the prompt.
+    # The whole conversation, if it is longer than the prompt.
     messages: tuple[Fields, ...] | None = None
     # {"base" or "tuned": number of tokens} of answers that reached the limit of new tokens without a stop token.
     cut_at: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -50,7 +50,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """A model's answer. ``cut_at``: the limit of new tokens, where it ended the answer; None where a stop token did."""
+    """A model's answer. ``cut_at``: the limit of new tokens, if it ended the answer; None if a stop token did."""
 
     text: str
     cut_at: int | None
@@ -81,7 +81,7 @@ class Speaker:
     stop_ids: frozenset[int]
 
     def answer(self, asked: Conversation, *, both: bool) -> Answer:
-        """The tuned model's answer, or the base's where there is no adapter; with ``both``, both."""
+        """The tuned model's answer, or the base's if there is no adapter; with ``both``, both."""
         from rankwise.adapters import adapter_disabled
 
         said = {"tuned" if self.adapted else "base": self.say(asked)}
@@ -108,7 +108,7 @@ class Speaker:
 
         inputs = self._encode(asked)
         length = inputs["input_ids"].shape[1]
-        room, pad = self._room(length), self.tokenizer.pad_token_id
+        limit, pad = self._limit(length), self.tokenizer.pad_token_id
         chosen: JsonObject = dict(GREEDY)
         if self.settings.temperature > 0:
             torch.manual_seed(self.settings.seed)
@@ -118,39 +118,39 @@ class Speaker:
         with torch.inference_mode():
             tokens = self.model.generate(
                 **inputs,
-                max_new_tokens=room,
+                max_new_tokens=limit,
                 eos_token_id=sorted(self.stop_ids) or None,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
                 logits_processor=[only_numbers(self.model)],
                 streamer=streamer,
                 **chosen,
             )[0, length:].tolist()
-        is_cut = len(tokens) == room and tokens[-1] not in self.stop_ids
+        is_cut = len(tokens) == limit and tokens[-1] not in self.stop_ids
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        return Said(text, room if is_cut else None)
+        return Said(text, limit if is_cut else None)
 
-    def _room(self, prompt_tokens: int) -> int:
+    def _limit(self, prompt_tokens: int) -> int:
         """The number of tokens for the answer. Raises RunError (RW533) for a prompt beyond the learned positions;
         warns (RW256) where they shorten the answer.
         """
         from rankwise.models.load import answer_room, table_rows
 
         wanted = self.settings.max_new_tokens
-        room, name = answer_room(self.model, prompt_tokens, wanted), type(self.model).__name__
-        if not room:
+        limit, name = answer_room(self.model, prompt_tokens, wanted), type(self.model).__name__
+        if not limit:
             raise RunError(
                 "RW533",
                 f"the prompt has {prompt_tokens:,} tokens, and this {name} has learned positions for "
                 f"{table_rows(self.model):,}; give a shorter prompt, or a model with a longer context.",
             )
-        if room < wanted:
+        if limit < wanted:
             warn(
                 "RW256",
                 f"this {name} has learned positions for {table_rows(self.model):,} tokens, and the prompt has "
-                f"{prompt_tokens:,}, so the answer ends at {room:,} tokens instead of {wanted:,}; give a shorter "
+                f"{prompt_tokens:,}, so the answer ends at {limit:,} tokens instead of {wanted:,}; give a shorter "
                 "prompt for more.",
             )
-        return room
+        return limit
 
     def _encode(self, asked: Conversation) -> BatchEncoding:
         """(1, length) token ids and their mask, on the model's device."""
@@ -210,7 +210,7 @@ def run(settings: GenerateSettings, output: Output) -> Document:
 
 
 def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
-    """Raise ConfigError (RW121) for options that need a chat template where there is none."""
+    """Raise ConfigError (RW121) for options that need a chat template if there is none."""
     idle = [f"--{name}" for name in ("system", "messages") if getattr(settings, name) is not None]
     if not idle or wording.chat:
         return
@@ -340,7 +340,7 @@ class Conversation:
 def read_conversations(settings: GenerateSettings) -> list[Conversation]:
     """Everything to answer, in order: the prompts, the prompts of the file, the conversations.
 
-    Raises ConfigError (RW121) where there is nothing to answer, or for a second system message; DataError: RW201,
+    Raises ConfigError (RW121) if there is nothing to answer, or for a second system message; DataError: RW201,
     RW202, RW205 for a file that cannot be read, RW203 for an entry that is no conversation, RW204 for an empty file.
     """
     prompts = [text for given in settings.prompt for text in (_prompts(STDIN) if given == STDIN else [given])]
@@ -409,7 +409,7 @@ def _read(source: str) -> str:
         raise DataError("RW201", f"cannot open {source}: {error.strerror or error}.") from None
 
 
-# The longest phrase that is looked for, how often it must stand at the end, and the characters that this must fill.
+# The longest phrase that is looked for, how often it must be at the end, and the characters that this must fill.
 PHRASE, TIMES, FILLED = 120, 4, 40
 # A loss has settled if it ends below SHARE of the first one and, in the second half of the run, keeps SETTLED of its
 # value. It has jumped if it was ever FAR_ABOVE the first one.

@@ -92,7 +92,7 @@ def _check_options(settings: MergeSettings) -> None:
 
 
 def _alone(settings: MergeSettings) -> Iterator[str]:
-    """A complaint for each option that has no effect because another option is not given."""
+    """A complaint for each option that has no effect without an option that is not given."""
     if settings.data is not None and not settings.verify:
         yield "--data gives the rows for --verify; give --verify too"
     if settings.quantization is not None and not settings.verify and settings.onto != "quantized":

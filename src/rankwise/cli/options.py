@@ -30,7 +30,7 @@ class Command:
 
     name: str
     settings: type[Settings]
-    # Returns the document of --json; None where another process prints it.
+    # Returns the document of --json; None if another process prints it.
     run: Callable[[Any, Output], Document | None]
     summary: str
     examples: Sequence[str]

@@ -46,7 +46,7 @@ def run(settings: PlanSettings, output: Output) -> Document:
 
 
 def command_of(recommendation: Recommendation, saved: Path | None) -> str | None:
-    """The ``rankwise train`` command of the recommendation; None where nothing fits."""
+    """The ``rankwise train`` command of the recommendation; None if nothing fits."""
     if recommendation.method is None:
         return None
     own = _own_options(recommendation)

@@ -55,8 +55,8 @@ def run(settings: PredictSettings, output: Output) -> Document:
         likely = {} if share is None or isinstance(answer, list) else {"probability": share[answer]}
         found.append({"row": row.place, "text": row.text, "label": labels.words(answer), **likely, **each})
     known = [place for place, row in enumerate(table) if row["label"] is not None]
-    targets, theirs = [table[place]["label"] for place in known], [answers[place] for place in known]
-    agreement = measures(targets, theirs, labels.problem) if known else {}
+    targets, chosen_ones = [table[place]["label"] for place in known], [answers[place] for place in known]
+    agreement = measures(targets, chosen_ones, labels.problem) if known else {}
     if len(answers) >= MANY and len({str(answer) for answer in answers}) == 1:
         warn("RW262", f"the model answers all {len(answers)} rows with the same label ({found[0]['label']}).")
     _print(output, found)

@@ -154,7 +154,7 @@ def _bad_rows(report: EncodingReport) -> Iterator[str]:
 
 
 def rendered(preview: Preview, *, marks: bool) -> Text:
-    """The row's text; trained pieces green, or between brackets where there is no colour."""
+    """The row's text; trained pieces green, or between brackets if there is no colour."""
     text = Text()
     for segment in preview.segments:
         piece = printable(segment.text)

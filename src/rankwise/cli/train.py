@@ -94,7 +94,7 @@ def _check_data(settings: Fields) -> None:
 
 
 def run(settings: TrainSettings, output: Output) -> Document | None:
-    """Train. Returns the document of the run; None where another process (a launched one, or the writer) prints it."""
+    """Train. Returns the document of the run; None if another process (a launched one, or the writer) prints it."""
     from rankwise.training.output import check_output
 
     end_with_launcher()

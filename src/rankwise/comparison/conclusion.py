@@ -138,7 +138,7 @@ def _deciding_run(
     rates = wider_rates(methods, names, plan.rates)
     # The default grids of the methods may differ, and one option holds them all.
     every_rate = tuple(dict.fromkeys([*(rate for name in names for rate in plan.rates[name]), *rates]))
-    # With --budget, other rates are another search, and so another comparison.
+    # With --budget, other rates are a different search, and so a different comparison.
     anew = bool(rates and given.budget)
     tried = len(every_rate) if given.budget is None else 1
     choice = spreads.deciding(given.seeds, len(names), tried, anew=anew)

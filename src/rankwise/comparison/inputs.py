@@ -75,7 +75,7 @@ def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
     """Record the settings on which the runs of this folder depend, or compare them with the recorded ones.
 
     Methods, seeds, learning rates and tasks may be added, since finished runs stay valid. Raises RunError: RW580 with
-    every other setting that differs, RW581 where the record cannot be read.
+    every other setting that differs, RW581 if the record cannot be read.
     """
     now = json.loads(json.dumps(_identity(given, data)))
     path = output / SETTINGS_FILE
@@ -92,7 +92,7 @@ def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
         if name not in NEUTRAL and before.options.get(name, value) != value
     ]
     changed += [
-        f"the content of {label} is another"
+        f"the content of {label} differs"
         for label, digest in now["data"].items()
         if before.data.get(label, digest) != digest
     ]
@@ -170,7 +170,7 @@ class Inputs:
     described: JsonObject
     train_rows: int
     eval_rows: int
-    # Of the training rows, where the objective answers with labels.
+    # Of the training rows, if the objective answers with labels.
     labels: Labels | None = None
     # The sha256 of each task's questions.
     questions: JsonObject = dataclasses.field(default_factory=dict)
@@ -179,7 +179,7 @@ class Inputs:
 
 
 def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) -> Inputs:
-    """Read both sets once. Where the evaluation set is part of another set, write that part into ``DIR/data``.
+    """Read both sets once. If the evaluation set is part of a larger set, write that part into ``DIR/data``.
 
     ``check`` is called first with the description of the data, and may raise.
 
@@ -303,7 +303,7 @@ def _own_evaluation(given: CompareSettings, rows: Rows, layout: Fields) -> Rows 
 def _write(rows: Rows, path: Path, layout: Fields) -> Path:
     """Write the rows in a format that is read and rendered as the source is; ``layout``: the options for reading it.
 
-    Raises ConfigError (RW168) where there is no such format.
+    Raises ConfigError (RW168) if there is no such format.
     """
     text = "".join(json.dumps(_record(row, rows, layout), ensure_ascii=False) + "\n" for row in rows)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:

@@ -36,7 +36,7 @@ TICK_SECONDS = 1.0
 STOP_SECONDS = 120.0
 # A step that loses its machine more often than this counts as killed, and the other steps continue.
 MOST_LOSSES = 3
-# Stands for the exit code of a step whose machine is gone.
+# The exit code of a step whose machine is gone.
 LOST = -1000
 # Timeout for the connection to the head node of a Ray cluster.
 ANSWER_SECONDS = 10.0
@@ -164,7 +164,7 @@ def connect(address: str | None, device: str) -> Cluster:
 def _code_of(reference: Any) -> int:
     """The exit code of a task, LOST if its node or its worker is gone.
 
-    Raises RunError (RW555) where a node cannot see the comparison's folder.
+    Raises RunError (RW555) if a node cannot see the comparison's folder.
     """
     import ray
     from ray import exceptions
@@ -328,7 +328,7 @@ class Pool:
         if code == LOST:
             self.lost[job] += 1
             if self.lost[job] < MOST_LOSSES and not stopping:
-                self.watcher.say(f"{job.id}: its machine is gone; the step starts again on another one.")
+                self.watcher.say(f"{job.id}: its machine is gone; the step starts again on a different one.")
                 return
             code = -signal.SIGKILL
         if stopping and code:
@@ -396,7 +396,7 @@ def _is_held(folder: Path) -> bool:
 
 
 def document_in(stdout: Path) -> JsonObject:
-    """The JSON document in the output of a step; empty where there is none."""
+    """The JSON document in the output of a step; empty if there is none."""
     try:
         found = json.loads(stdout.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -104,7 +104,7 @@ def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, JsonObject]:
 
 
 def read_json(path: Path) -> JsonObject:
-    """A JSON object; empty where there is no file."""
+    """A JSON object; empty if there is no file."""
     return read_object(path, error=RunError, code="RW593", constants=True) if path.exists() else {}
 
 
@@ -123,7 +123,7 @@ def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:
 
 
 def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
-    """The scores of one method's finished final runs on a metric; None where no run has it."""
+    """The scores of one method's finished final runs on a metric; None if no run has it."""
     values = {run["seed"]: value for run in runs if (value := value_of(run, metric)) is not None}
     if not values:
         return None

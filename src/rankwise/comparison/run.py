@@ -176,7 +176,7 @@ def _with_tasks(given: CompareSettings, inputs: Inputs) -> Inputs:
 
 
 def _check_base(given: CompareSettings, plan: Plan, runs: Sequence[Run]) -> None:
-    """Raise RunError (RW580) where the base model's content differs from that of the finished runs."""
+    """Raise RunError (RW580) if the base model's content differs from that of the finished runs."""
     before = {run["record"]["base_model"].get("sha256") for run in runs if run["record"] is not None} - {None}
     if not before or not jobs_left(plan):
         return
@@ -291,7 +291,7 @@ class Commands:
 
     def _cell_settings(self, cell: Cell) -> JsonObject:
         inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
-        # Runs of labels draw their head anew, so nothing of theirs is kept.
+        # Runs of labels draw their head anew, so nothing of them is kept.
         cache = None if self.inputs.labels else str(self._cache())
         shared = {**self.shared, "eval_limit": 0, "cache": cache}
         settings = cell_settings(cell, self.plan.output, shared, inputs)

@@ -70,7 +70,7 @@ CLI = "rankwise.cli.main"
 STEPS = "rankwise.comparison.steps"
 # The tasks on the evaluation data: for demonstrations, preferences and labels.
 PERPLEXITY, PREFERENCE, LABELS = OWN_TASKS = ("perplexity", "preference", "labels")
-# Stands in place of a cell's name in jobs that prepare the base or evaluate the unadapted model.
+# In place of a cell's name in jobs that prepare the base or evaluate the unadapted model.
 BASE = "base"
 KILLED, INTERRUPTED = "RW583", "RW597"
 # Error code of a run that does not fit according to the memory plan.

@@ -216,7 +216,7 @@ def minimum_detectable_effect(
     """The smallest true difference that is called better or worse with 80 % power; None without ``parts``.
 
     ``parts`` and ``skewness`` are those of Estimate, taken as the true values; both signs are equally likely. A
-    difference ``x`` is called better where it is above ``half(alpha / m)`` and not equivalent, that is, above
+    difference ``x`` is called better if it is above ``half(alpha / m)`` and not equivalent, that is, above
     ``margin - half(2 alpha / m)``, with m = ``comparisons``. With x = effect + sqrt(V) z, the result is the 80 %
     quantile of (the higher bound - sqrt(V) z) over 20,000 draws (seed 0) of z and of the variances that a comparison
     would estimate.

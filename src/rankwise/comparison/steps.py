@@ -57,7 +57,7 @@ def measure(job: Fields) -> None:
 
     ``job``: folder, model, cache, method (None for the base), dtype, device, trust_remote_code, revision; eval_data,
     objective, beta, prompt_column, completion_column, max_length, eval_limit, chat_template; retain;
-    tasks, task_data, task_limit; labels, where the objective has some. It also holds the hashes of the tasks'
+    tasks, task_data, task_limit; labels, if the objective has some. It also holds the hashes of the tasks'
     ``questions``, by which the runner sees that they changed.
     """
     torch.manual_seed(0)
@@ -185,10 +185,10 @@ def _answers(engine: Engine, prompts: Sequence[Prompt], ends: set[int]) -> list[
     ``ends``: tokens that end an answer in the rows.
     """
     answers = [("", False)] * len(prompts)
-    rooms = [answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS) for prompt in prompts]
-    for room in set(rooms):
-        numbers = [number for number, its in enumerate(rooms) if its == room]
-        asked, decoding = [prompts[number] for number in numbers], Decoding(room, engine.stop_ids(ends))
+    limits = [answer_room(engine.model, len(prompt.ids), ANSWER_TOKENS) for prompt in prompts]
+    for limit in set(limits):
+        numbers = [number for number, own in enumerate(limits) if own == limit]
+        asked, decoding = [prompts[number] for number in numbers], Decoding(limit, engine.stop_ids(ends))
         write = writer(engine, asked, decoding)
         for batch in engine.batches(asked, decoding):
             for index, (text, is_cut) in zip(batch, write(batch)):
@@ -218,7 +218,7 @@ def answering(work: Callable[[], None]) -> int:
 def prepare(job: Fields) -> None:
     """Fill the cache. ``job["runs"]``: the settings of one run of each method."""
     rows_are_cached = False
-    # Runs of labels draw their head anew, and nothing of theirs is kept.
+    # Runs of labels draw their head anew, and nothing of them is kept.
     runs = [TrainSettings.model_validate(run) for run in job["runs"] if run["objective"] != "classify"]
     for given in one_of_each_kind(runs):
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)

@@ -210,9 +210,9 @@ class Spreads:
 
     def deciding(self, seeds: int, methods: int, rates: int, *, anew: bool) -> tuple[int, int, int] | None:
         """(further runs, factor of the rows, seeds) of the cheapest comparison of ``methods`` methods that detects a
-        difference of the margin; None where even the largest does not.
+        difference of the margin; None if even the largest does not.
 
-        More seeds continue the comparison; more rows, and with ``anew`` all changes, need another one with its own
+        More seeds continue the comparison; more rows, and with ``anew`` all changes, need a new one with its own
         search over ``rates``.
         """
 

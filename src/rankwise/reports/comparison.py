@@ -241,11 +241,11 @@ class Recommendation(TypedDict):
     equals: list[str]
     # Methods that may be better than the best one: too few data, or not tuned.
     open: list[str]
-    # Methods that kept what must stay; where there are any, those that lost more of it than the margin are left out.
+    # Methods that kept what must stay; if there are any, those that lost more of it than the margin are left out.
     kept: list[str]
     forgot: list[str]
     costs: list[DecidingCost]
-    # None where it is decided, or where no run of reasonable size would decide.
+    # None if it is decided, or if no run of reasonable size would decide.
     deciding: DecidingRun | None
     metric: str
     # Differences below this share of the metric do not matter to the user.
@@ -282,7 +282,7 @@ class Document(Conclusions):
     device: JsonObject
     # The base model as in the runs' records: name, sha256, architecture, parameters, ...
     model: JsonObject
-    # {"train": {"source", "sha256", "rows"}, "eval": {...}, "overlap": rows of eval that stand in train}.
+    # {"train": {"source", "sha256", "rows"}, "eval": {...}, "overlap": rows of eval that are also in train}.
     data: JsonObject
     # The metric that decides: verdicts, recommendation. Learning rates are chosen by the evaluation loss.
     primary_metric: str
@@ -303,7 +303,7 @@ class Comparison:
     # A Document, as far as its file is intact.
     document: Fields
     folder: Path
-    # Run id -> the folder of the comparison that holds the run, where it is another one.
+    # Run id -> the folder of the comparison that holds the run, if it is a different one.
     places: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Any:
@@ -320,7 +320,7 @@ class Comparison:
 
     @property
     def reference(self) -> str:
-        """What the methods' answers stand beside, in words."""
+        """What the methods' answers are compared with, in words."""
         return "the best constant answer" if self.objective == "classify" else "the base model"
 
     @property
@@ -400,7 +400,7 @@ def read_object(path: Path) -> Any:
 
 @contextlib.contextmanager
 def as_expected(comparison: Comparison) -> Iterator[None]:
-    """Raises RunError (RW593) where a part of the comparison has a form that cannot be shown."""
+    """Raises RunError (RW593) if a part of the comparison has a form that cannot be shown."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -460,7 +460,7 @@ def figures_of(runs: Sequence[Fields]) -> JsonObject:
 
 
 def unlike_hardware(runs: Sequence[Fields]) -> str | None:
-    """What to warn of where the runs trained on several devices or numbers of threads; None where on one."""
+    """What to warn of if the runs trained on several devices or numbers of threads; None if on one."""
     devices = dict.fromkeys(_hardware((run["record"] or {}).get("device") or {}) for run in runs)
     known = [device for device in devices if device]
     if len(known) < 2:

@@ -25,7 +25,7 @@ AGAINST_A_CONSTANT: dict[Change, str] = {
 # Number of examples that are shown for each outcome, method and task.
 SHOWN = 4
 LONGEST_TEXT = 1200
-# Stands at the end of an answer that its limit of tokens ended.
+# The end of an answer that its limit of tokens ended.
 CUT = " … (cut at the limit of tokens)"
 # The tasks that score the evaluation data itself.
 EVALUATION_ROWS = ("perplexity", "labels")

@@ -51,7 +51,7 @@ def long_name(method: str) -> str:
 
 
 def method_numbers(methods: Iterable[str]) -> dict[str, int]:
-    """A number for each method, which chooses its colour and shape. The methods of NAMES keep theirs everywhere."""
+    """A number for each method, which chooses its colour and shape. Those of NAMES never change."""
     found = {name: number for number, name in enumerate(NAMES) if name in methods}
     free = (number for number in itertools.count() if number not in [*found.values()])
     return found | {name: next(free) for name in methods if name not in NAMES}

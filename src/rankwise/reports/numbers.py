@@ -50,7 +50,7 @@ def signed(value: float, decimals: int) -> str:
 
 
 def half_width(interval: Json) -> float | None:
-    """Half of ``[low, high]``; None where no interval can be given."""
+    """Half of ``[low, high]``; None if no interval can be given."""
     if not isinstance(interval, Sequence) or len(interval) != 2:
         return None
     low, high = interval

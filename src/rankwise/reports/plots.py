@@ -67,7 +67,7 @@ OWN_STYLE = (
     f"svg{{color:#e6ebf0;background:#12161b}}{DARK}}}</style>"
 )
 GB = 1e9
-# The points of a curve are joined where there are more than this.
+# The points of a curve are joined if there are more than this.
 FEW = 2
 # Share of the first steps that the scale of the losses ignores, unless a curve has few points.
 START, FEW_POINTS = 0.15, 4
@@ -244,7 +244,7 @@ def _rows(axes: Axes, names: Iterable[str], figures: Sequence[str]) -> None:
 
 
 def prediction_error(facts: Fields) -> str:
-    """``+3.1 %``: predicted over measured, or nothing where one is missing."""
+    """``+3.1 %``: predicted over measured, or nothing if one is missing."""
     measured, predicted = facts["peak_memory_bytes"], facts["predicted_peak_memory_bytes"]
     if not is_number(measured) or not is_number(predicted) or not measured:
         return ""
@@ -267,8 +267,8 @@ def _limits(values: Iterable[float]) -> Range:
     """The range of ``values`` with a margin on both sides; never empty."""
     found = list(values) or [0.0, 1.0]
     low, high = min(found), max(found)
-    room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    return low - room, high + room
+    space = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    return low - space, high + space
 
 
 @_drawn
@@ -303,8 +303,8 @@ def _ring(axes: Axes, point: Point | None, shade: str, label: str | None = None)
 
 
 def _step_axis(axes: Axes, last: float, limits: Range) -> None:
-    room = 0.03 * max(last, 1)
-    axes.set(xlim=(-room, max(last, 1) + room), ylim=limits, xlabel="optimizer step")
+    space = 0.03 * max(last, 1)
+    axes.set(xlim=(-space, max(last, 1) + space), ylim=limits, xlabel="optimizer step")
     axes.locator_params(nbins=5, steps=[1, 2, 2.5, 5, 10])
     axes.locator_params(axis="x", integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -350,7 +350,7 @@ RateLine = tuple[int, str, Sequence[Point], Json]
 
 
 def rates(searches: Mapping[str, Fields], numbers: Numbers) -> Markup | None:
-    """The losses at the learning rates of a comparison; None where no method tried more than one."""
+    """The losses at the learning rates of a comparison; None if no method tried more than one."""
     lines = [
         (numbers[name], method_name(name), points, search.get("chosen"))
         for name, search in searches.items()
@@ -439,4 +439,4 @@ def memory_svg(
     axes.set(xlim=(0, edge / unit), xlabel=f"peak memory, {unit_name}")
     figure.legend(loc="outside lower left", ncols=4)
     bars_told = ", ".join(map(" ".join, zip(names, told)))
-    return figure, f"{title}: peak memory: {bars_told}; the line stands at {byte_size(limit_bytes)}"
+    return figure, f"{title}: peak memory: {bars_told}; the line is at {byte_size(limit_bytes)}"

@@ -86,14 +86,14 @@ def _corrected(p_value: Json, comparisons: int) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Spot:
-    """The cost and quality of one method, and the ranges of both where they are known."""
+    """The cost and quality of one method, and the ranges of both if they are known."""
 
     method: str
     cost: float
     quality: float
     cost_range: Range
     quality_range: Range | None
-    # Costs count as equal where these ranges overlap; None where they cannot be compared.
+    # Costs count as equal where these ranges overlap; None if they cannot be compared.
     told_apart: Range | None = None
 
 

@@ -100,14 +100,14 @@ def _joined(comparisons: Sequence[Comparison]) -> JsonObject:
     rates = {name: search for each in reversed(comparisons) for name, search in each["learning_rates"].items()}
     methods: JsonObject = {}
     for name, facts in (item for each in comparisons for item in each["methods"].items()):
-        # A method that one machine skipped and another ran is not skipped.
+        # A method that one machine skipped and a different one ran is not skipped.
         if name not in methods or (methods[name]["seeds"] == 0 and facts["seeds"]):
             methods[name] = facts
     if (message := unlike_hardware([run for each in comparisons for run in each.finals])) is not None:
         warn("RW595", message)
         warnings["RW595", message] = {"code": "RW595", "message": message}
     order = dict.fromkeys(name for each in comparisons for name in each["methods"])
-    # What differs stands in the commands.
+    # The commands show what differs.
     settings = {
         key: value
         for key, value in comparisons[0]["settings"].items()

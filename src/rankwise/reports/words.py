@@ -56,7 +56,7 @@ def headline(document: Fields) -> str:
 
 
 def detectable(effect: Fields, unit: str) -> str:
-    """``0.014 nats per token (1.1 %)``; empty where nothing could be seen."""
+    """``0.014 nats per token (1.1 %)``; empty if nothing could be seen."""
     absolute, relative = effect.get("absolute"), effect.get("relative")
     share = percent(relative) if is_number(relative) else ""
     if not is_number(absolute):
@@ -122,8 +122,8 @@ def _verdicts(document: Fields) -> list[str]:
     better = [name for name in better if name not in found.get("forgot", ())]
     sentences = [about + " " + told]
     if worse:
-        verb = "is" if len(worse) == 1 else "are"
-        sentences.append(f"{named(worse)} {verb} worse than {long_name(best)}")
+        is_are = "is" if len(worse) == 1 else "are"
+        sentences.append(f"{named(worse)} {is_are} worse than {long_name(best)}")
     if better:
         why = f"beyond {limits}" if limits else "for comparison only"
         sentences.append(f"{named(better)}, {why}, {'is' if len(better) == 1 else 'are'} better")
@@ -138,8 +138,8 @@ def _retained(document: Fields) -> list[str]:
         return []
     if forgot := found.get("forgot"):
         told = listed(stayed(name, methods[name]["retained"]) for name in forgot)
-        margin, verb = percent(own["margin"] / own["base"]), "is" if len(forgot) == 1 else "are"
-        over = f"{verb} not recommended over {named(found['kept'])}, which kept it"
+        margin, is_are = percent(own["margin"] / own["base"]), "is" if len(forgot) == 1 else "are"
+        over = f"{is_are} not recommended over {named(found['kept'])}, which kept it"
         return [f"{told}, more than the {margin} of --retain-margin, and {over}"]
     return [stayed(found["method"], own)]
 
