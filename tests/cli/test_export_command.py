@@ -19,10 +19,10 @@ import rankwise as rw
 from gguf_writer import write_folder_gguf
 from rankwise.cli.export import warn_of_other_weights
 from rankwise.cli.export_proof import prompts_of, rows_of
-from rankwise.cli.output import printable
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.models import ModelSource, load_model, load_tokenizer
 from rankwise.records import RunRecord, load_record
+from rankwise.reports.numbers import visible
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
 
@@ -271,7 +271,7 @@ def test_a_chat_answers_as_generate_does(rankwise, model_folder, says):
     says("hello")
     given = ("generate", "--chat", "--model", model_folder, "--max-new-tokens", 6, "--json")
     assert rankwise(*given).document["messages"][1]["content"] == answer
-    assert printable(answer) in told.stdout
+    assert visible(answer) in told.stdout
     assert "ended at the limit of 6 tokens" in told.stderr
 
 

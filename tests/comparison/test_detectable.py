@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rankwise.comparison import verdicts
 from rankwise.comparison.conclusion import spreads_of
 from rankwise.comparison.settings import CompareSettings
 from rankwise.comparison.verdicts import Scores, Spreads, wider_rates
@@ -36,8 +37,10 @@ def test_rows_are_counted_for_the_loss_and_not_for_a_metric_of_a_task():
     assert effects[0]["assumed"]["row_sd"] == 0
 
 
-def test_no_effect_below_the_margin_is_promised():
-    effect = detectable_effect(given(seeds=10, margin=0.02, seed_sd=0.0001, row_sd=0.0), {}, seeds=10, rows=100)
+def test_no_effect_below_the_margin_is_promised(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verdicts, "SEED_SD", 0.0001)
+    monkeypatch.setattr(verdicts, "ROW_SD", 0.0)
+    effect = detectable_effect(given(seeds=10, margin=0.02), {}, seeds=10, rows=100)
     assert effect["relative"] > 0.018
 
 
@@ -97,8 +100,9 @@ def test_the_run_that_would_decide_detects_the_margin_and_no_cheaper_one_does(me
     assert runs == (methods * (count - seeds) if factor == 1 else methods * (rates + count - 1))
 
 
-def test_noise_that_no_run_of_reasonable_size_overcomes_is_not_promised():
-    assert spreads(given(margin=1e-6, seed_sd=0.5), {}, 100).deciding(3, 2, 3, anew=False) is None
+def test_noise_that_no_run_of_reasonable_size_overcomes_is_not_promised(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verdicts, "SEED_SD", 0.5)
+    assert spreads(given(margin=1e-6), {}, 100).deciding(3, 2, 3, anew=False) is None
 
 
 def test_rates_to_try_lie_beyond_the_edge():

@@ -263,7 +263,7 @@ def simulated(seed: int) -> Comparison:
         item |= {"alone": alone, "seeds": seeds, "learning_rate_at_edge": draw.random() < 0.2, "failed": 0}
         item["mean"] = {"eval_loss": sum(values.values()) / seeds}
     margin = draw.choice([0.002, 0.01, 0.05])
-    spreads = Spreads(scores, metric="eval_loss", margin=margin, rows=rows, seed_sd=0.005, row_sd=0.04)
+    spreads = Spreads(scores, metric="eval_loss", margin=margin, rows=rows, is_by_row=True)
     limit = draw.choice([None, None, 2_020_000_000])
     found = conclusions(methods, {"eval_loss": scores}, {"eval_loss": False}, spreads, memory_bytes=limit, hours=None)
     return Comparison({**found, "primary_metric": "eval_loss", "settings": {}}, Path(), {})

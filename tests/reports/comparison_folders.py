@@ -211,7 +211,7 @@ def _conclusions(folder: Path, methods: Sequence[str], runs: Sequence[Any]) -> d
         }
         for name in methods
     }
-    spreads = Spreads(scores["eval_loss"], metric="eval_loss", margin=0.01, rows=256, seed_sd=0.005, row_sd=0.0)
+    spreads = Spreads(scores["eval_loss"], metric="eval_loss", margin=0.01, rows=256, is_by_row=False)
     found: Any = results.conclusions(figures, scores, better, spreads, memory_bytes=4_000_000_000, hours=None)
     best = f"{found['recommendation']['method']}-lr0.0002-seed{min(run['seed'] for run in runs)}"
     command = "rankwise train --config recommended.yaml --output runs/final"

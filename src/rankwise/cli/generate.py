@@ -17,7 +17,7 @@ from rich.text import Text
 
 from rankwise.cli.glance import check_paths, refuse_comparisons
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, light_table, printable, titled
+from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.cli.settings import GenerateSettings
 from rankwise.data.files import kind_of
 from rankwise.data.formats import BadRow, conversation, tools_of
@@ -26,7 +26,7 @@ from rankwise.errors import ConfigError, DataError, RunError, warn
 from rankwise.foreign import Fields, JsonObject, parse_json
 from rankwise.options import flag
 from rankwise.records import RunRecord, read_metrics, record_of
-from rankwise.reports.numbers import plural
+from rankwise.reports.numbers import plural, visible
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer
@@ -289,11 +289,11 @@ def print_answer(output: Output, answer: Answer) -> None:
             output.console.print(side_by_side(answer))
         else:
             lines = (answer.prompt, f"  base:  {answer.base}", f"  tuned: {answer.tuned}", "")
-            output.line(printable("\n".join(lines)))
+            output.line(visible("\n".join(lines)))
         return
     text = answer.tuned if answer.tuned is not None else answer.base
-    output.line(printable(answer.prompt), style="bold")
-    output.line(printable(text or ""))
+    output.line(visible(answer.prompt), style="bold")
+    output.line(visible(text or ""))
     output.line()
 
 
@@ -301,8 +301,8 @@ def side_by_side(answer: Answer) -> Group:
     table = light_table(gap=4, expand=True)
     table.add_column("base", ratio=1)
     table.add_column("tuned", ratio=1, style="green")
-    table.add_row(Text(printable(answer.base or "")), Text(printable(answer.tuned or "")))
-    return titled(printable(answer.prompt), table)
+    table.add_row(Text(visible(answer.base or "")), Text(visible(answer.tuned or "")))
+    return titled(visible(answer.prompt), table)
 
 
 COMMAND = Command(
@@ -450,7 +450,7 @@ def cause(adapter: Path, *, base_too: bool) -> str:
 
 
 def note_cut(output: Output, tokens: int, phrase: str | None, which: str = "the answer") -> None:
-    how = "not at a stop token" if phrase is None else f"repeating {printable(phrase)!r}"
+    how = "not at a stop token" if phrase is None else f"repeating {visible(phrase)!r}"
     output.note(f"{which} ended at the limit of {plural(tokens, 'token')} (--max-new-tokens), {how}")
 
 
@@ -516,6 +516,6 @@ def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
     class Printing(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             # A model may write control characters, which would act on the terminal.
-            print(printable(text), end="\n" if stream_end else "", flush=True)
+            print(visible(text), end="\n" if stream_end else "", flush=True)
 
     return Printing(tokenizer, skip_prompt=True, skip_special_tokens=True)

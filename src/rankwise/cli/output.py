@@ -23,6 +23,7 @@ from rich.text import Text
 
 from rankwise.errors import RankwiseWarning, heard
 from rankwise.foreign import Fields, Json
+from rankwise.reports.numbers import visible
 
 # The result of a command, which --json prints.
 Document = Fields
@@ -161,14 +162,8 @@ def _silence() -> Iterator[None]:
 
 def one_line(text: str, limit: int = 240) -> str:
     """``text`` without line breaks and control characters, cut at ``limit`` characters."""
-    joined = printable(" ".join(text.split()))
+    joined = visible(" ".join(text.split()))
     return joined if len(joined) <= limit else f"{joined[: limit - 3]}..."
-
-
-def printable(text: str) -> str:
-    """``text`` with control characters made visible: foreign text must not steer the terminal."""
-    codes = {ord(character) for character in text if character not in "\n\t" and not character.isprintable()}
-    return text.translate({code: chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}" for code in codes})
 
 
 def light_table(*, gap: int = 2, expand: bool = False) -> Table:

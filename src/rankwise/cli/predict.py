@@ -6,11 +6,11 @@ from typing import Any
 
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, light_table, printable
+from rankwise.cli.output import Document, Output, light_table
 from rankwise.cli.settings import PredictSettings
 from rankwise.errors import ConfigError, warn
 from rankwise.labels import NUMBER, in_words, measures
-from rankwise.reports.numbers import plural
+from rankwise.reports.numbers import plural, visible
 
 # Of a text in the table.
 SHOWN_CHARACTERS = 60
@@ -72,9 +72,9 @@ def _print(output: Output, found: list[dict[str, Any]]) -> None:
     table.add_column("text")
     for one in found:
         label = ", ".join(one["label"]) if isinstance(one["label"], list) else one["label"]
-        shown = f"{label:.4f}" if isinstance(label, float) else printable(label)
+        shown = f"{label:.4f}" if isinstance(label, float) else visible(label)
         share = f"{one['probability']:.4f}" if "probability" in one else ""
-        table.add_row(shown, share, printable(" ".join(one["text"].split()))[:SHOWN_CHARACTERS])
+        table.add_row(shown, share, visible(" ".join(one["text"].split()))[:SHOWN_CHARACTERS])
     output.console.print(table)
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, light_table, printable
+from rankwise.cli.output import Document, Output, light_table
 from rankwise.cli.settings import PreviewSettings
 from rankwise.errors import DataError
-from rankwise.reports.numbers import plural
+from rankwise.reports.numbers import plural, visible
 
 if TYPE_CHECKING:
     from rankwise.data import Encoded, EncodingReport, Preview
@@ -84,7 +84,7 @@ def _of_labels(settings: PreviewSettings, output: Output) -> Document:
         *(("bad rows", bad) for bad in _bad_rows(report)),
     ):
         output.line(f"{name:<12}{text}")
-    output.line(f"\n{printable(str(tokenizer.decode(ids)))}")
+    output.line(f"\n{visible(str(tokenizer.decode(ids)))}")
     return {
         "row": {"place": row.place, "text": row.text, "label": row.target, "ids": ids},
         "labels": {**labels.to_json(), "counts": counts},
@@ -157,7 +157,7 @@ def rendered(preview: Preview, *, marks: bool) -> Text:
     """The row's text; trained pieces green, or between brackets if there is no colour."""
     text = Text()
     for segment in preview.segments:
-        piece = printable(segment.text)
+        piece = visible(segment.text)
         if not segment.trained:
             text.append(piece, style="dim")
         else:

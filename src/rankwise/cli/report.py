@@ -12,7 +12,7 @@ from rankwise.cli.output import Document, Output, one_line
 from rankwise.disk import hold
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import check_writable
-from rankwise.reports.comparison import Recommendation
+from rankwise.reports.comparison import Recommendation, unit_of
 from rankwise.reports.settings import ReportSettings, output_of
 from rankwise.reports.words import headline
 
@@ -57,7 +57,7 @@ def _summarise(target: Path) -> Callable[..., JsonObject]:
             metric=metric,
             margin=document["recommendation"]["margin"],
             rows=(document["data"].get("eval") or {}).get("rows") or 0,
-            **{name: settings.get(name) or 0.0 for name in ("seed_sd", "row_sd")},
+            is_by_row=bool(unit_of(document)),
         )
         limits, base = document["recommendation"]["limits"], document["base"]
         retained: Any = {}

@@ -115,16 +115,14 @@ def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Mess
 
 
 def spreads_of(given: CompareSettings, scores: Mapping[str, Scores], inputs: Inputs) -> Spreads:
-    """The spreads of ``scores`` on the deciding metric, or those that the user assumes."""
-    # For preferences, the loss is only known as a mean.
-    by_row = given.row_sd if (given.objective, given.metric) == ("sft", EVAL_LOSS) else 0.0
+    """The spreads of ``scores`` on the deciding metric, or those that are assumed."""
     return Spreads(
         scores,
         metric=given.metric,
         margin=given.margin,
         rows=inputs.eval_rows,
-        seed_sd=given.seed_sd,
-        row_sd=by_row,
+        # For preferences, the loss is only known as a mean.
+        is_by_row=(given.objective, given.metric) == ("sft", EVAL_LOSS),
     )
 
 

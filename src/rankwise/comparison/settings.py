@@ -151,21 +151,6 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
         float,
         _measured("Methods closer than this share of the metric are equivalent.", gt=0, lt=1),
     ] = 0.01
-    seed_sd: Annotated[
-        float,
-        _measured(
-            "Assumed standard deviation over seeds, as a share of the metric; used before there are runs.", gt=0, lt=1
-        ),
-    ] = 0.005
-    row_sd: Annotated[
-        float,
-        _measured(
-            "Assumed standard deviation over rows of the difference of two methods, as a share of the evaluation loss; "
-            "used before there are runs.",
-            ge=0,
-            lt=10,
-        ),
-    ] = 0.04
 
     memory: Annotated[
         Bytes | None,

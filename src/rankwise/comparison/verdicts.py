@@ -170,21 +170,23 @@ def _stays(method: Method) -> Literal["kept", "lost", "unknown"]:
 MOST_SEEDS = 64
 ROW_FACTORS = tuple(2**power for power in range(11))
 
+# Shares of the metric that are assumed before there are runs: its standard deviation over seeds, and that of the
+# difference of two methods over rows.
+SEED_SD, ROW_SD = 0.005, 0.04
+
 
 class Spreads:
     """The spreads over seeds and rows from which detectable differences follow."""
 
-    def __init__(
-        self, scores: Mapping[str, Scores], *, metric: str, margin: float, rows: int, seed_sd: float, row_sd: float
-    ) -> None:
+    def __init__(self, scores: Mapping[str, Scores], *, metric: str, margin: float, rows: int, is_by_row: bool) -> None:
         """``scores``: {method: its scores on ``metric``}. Where no two of them have an interval, the spreads are
-        assumed: ``seed_sd`` and ``row_sd``, as shares of the metric.
+        assumed. ``is_by_row``: whether the metric is known of each of the ``rows``.
         """
         self.metric, self.margin, self.rows = metric, margin, rows
         pairs = itertools.combinations(scores.values(), 2)
         common = [(a, b) for a, b in pairs if a.values.keys() & b.values.keys()]
         self.estimates = [found for a, b in common if (found := estimate_difference(a, b)[0]).parts]
-        self.assumed = None if self.estimates else {"seed_sd": seed_sd, "row_sd": row_sd}
+        self.assumed = None if self.estimates else {"seed_sd": SEED_SD, "row_sd": ROW_SD * is_by_row}
         values = [value for item in scores.values() for value in item.values.values()]
         self.level = abs(fmean(values)) if self.estimates else 1.0
 

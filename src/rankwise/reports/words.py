@@ -68,9 +68,9 @@ def smallest_found(effect: Fields) -> str:
     """What a comparison will see, before its first run."""
     metric, why = visible(effect["metric"]), "as runs vary that are finished"
     if given := effect["assumed"]:
-        rows = f"two methods' difference by {percent(given['row_sd'])} from row to row (--row-sd)"
+        rows = f"two methods' difference by {percent(given['row_sd'])} from row to row"
         why = f"assuming that runs that differ only in the seed vary by {percent(given['seed_sd'])} of {metric} "
-        why += f"(--seed-sd), and {rows if given['row_sd'] else 'there are examples enough'}"
+        why += f"and {rows if given['row_sd'] else 'there are examples enough'}"
     size = detectable(effect, f"of {metric}") + ("" if is_number(effect["absolute"]) else f" of {metric}")
     return f"Smallest difference that 80 % of such comparisons find: {size}, {why}."
 
