@@ -74,6 +74,23 @@ def test_without_the_extra_the_line_says_how_to_get_it(monkeypatch):
     assert "pip install pycocoevalcap" in str(score_e2e(["a"], [["a"]]).missing)
 
 
+def fake_java(folder, monkeypatch, script):
+    path = folder / "java"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(java, "_file", lambda name: path)
+
+
+@pytest.mark.parametrize(
+    "script", ["exit 1", "read line; echo 1.0 2.0; read line; exit 9", "read line; echo word; exec cat"]
+)
+def test_meteor_that_fails_is_one_clear_error(script, tmp_path, monkeypatch):
+    fake_java(tmp_path, monkeypatch, script)
+    with pytest.raises(DataError, match="RA237: the Java program METEOR stopped"):
+        java.meteor(["a"] * 3, [["a"]] * 3)
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [
@@ -83,11 +100,7 @@ def test_without_the_extra_the_line_says_how_to_get_it(monkeypatch):
     ],
 )
 def test_a_failing_program_is_one_clear_error(script, said, tmp_path, monkeypatch):
-    path = tmp_path / "java"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(java, "_file", lambda name: path)
+    fake_java(tmp_path, monkeypatch, script)
     with pytest.raises(DataError, match=said) as caught:
         score_e2e(["a"], [["a", "b", "c"]])
     assert caught.value.code == "RA237"

@@ -45,10 +45,14 @@ def _file(name: str) -> Path:
     return Path(folders[0] if folders else PACKAGE) / name
 
 
+def _command(jar: str, arguments: Sequence[str]) -> list[str]:
+    return ["java", *OPTIONS, "-cp", str(_file(jar)), *arguments]
+
+
 def _lines(jar: str, arguments: Sequence[str], lines: Sequence[str], count: int) -> list[str]:
     """The ``count`` lines that a program writes for ``lines``. Raises DataError (RA237) when it fails."""
     done = subprocess.run(
-        ["java", *OPTIONS, "-cp", str(_file(jar)), *arguments],
+        _command(jar, arguments),
         cwd=_file(jar).parent,
         input="".join(f"{line}\n" for line in lines),
         capture_output=True,
@@ -86,8 +90,31 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> t
     """
     # coco-caption cleans the predictions, and not the references.
     cleaned = [prediction.replace("|||", "").replace("  ", " ") for prediction in predictions]
-    asked = [f"SCORE ||| {' ||| '.join(group)} ||| {text}" for group, text in zip(references, cleaned, strict=True)]
-    statistics = [line.strip() for line in _lines(METEOR_JAR, METEOR, asked, len(asked))]
-    question = " ||| ".join(["EVAL", *statistics])
-    *scores, whole = map(float, _lines(METEOR_JAR, METEOR, [question], len(asked) + 1))
+    process = subprocess.Popen(
+        _command(METEOR_JAR, METEOR),
+        cwd=_file(METEOR_JAR).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+    )
+    try:
+        # Leaving the block ends the input, at which the program ends.
+        with process as java:
+            pairs = zip(references, cleaned, strict=True)
+            asked = [f"SCORE ||| {' ||| '.join(group)} ||| {text}" for group, text in pairs]
+            statistics = [_answers(java, line, 1)[0] for line in asked]
+            *scores, whole = map(float, _answers(java, " ||| ".join(["EVAL", *statistics]), len(cleaned) + 1))
+    except (OSError, ValueError):
+        raise DataError(
+            "RA237", "the Java program METEOR stopped before its work was done; run it again, with more free memory."
+        ) from None
     return whole, scores
+
+
+def _answers(java: subprocess.Popen[str], line: str, count: int) -> list[str]:
+    """The next ``count`` lines that the program writes, after it was given ``line``."""
+    assert java.stdin is not None, "a pipe"
+    assert java.stdout is not None, "a pipe"
+    print(line, file=java.stdin, flush=True)
+    return [java.stdout.readline().strip() for _ in range(count)]

@@ -84,12 +84,13 @@ def score_pair(score: Json) -> tuple[float, float] | None:
 
 
 def _reference_first(number: int, row: Fields, reference_ids: Collection[str]) -> bool:
-    known = [str(row.get(name)) in reference_ids for name in ("answer1_id", "answer2_id")]
-    if sum(known) != 1:
+    ids = [row.get("answer1_id"), row.get("answer2_id")]
+    known = [str(name) in reference_ids for name in ids]
+    if None in ids or sum(known) != 1:
         raise DataError(
             "RA240",
-            f"rating {number}: of the answers {row.get('answer1_id')} and {row.get('answer2_id')} not exactly one is "
-            "among the reference answers; a row compares the reference with one system.",
+            f"rating {number}: of the answers {ids[0]} and {ids[1]} not exactly one is among the reference answers; "
+            "a row compares the reference with one system.",
         )
     return known[0]
 
