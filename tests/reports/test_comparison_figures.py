@@ -179,11 +179,3 @@ def test_examples_are_taken_evenly(total, count):
     assert len(set(chosen)) == len(chosen)
     gaps = [b - a for a, b in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
-
-
-def test_norms_are_means_over_seeds_by_layer(comparison):
-    norms = norms_of(comparison, "lora")
-    module = "model.layers.3.self_attn.q_proj"
-    values = [run["update_norms"][module] for run in comparison.finals_of("lora")]
-    assert norms.layers == 12
-    assert norms.cells["q_proj", 3] == pytest.approx(sum(values) / 3)

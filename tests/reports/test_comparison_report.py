@@ -239,9 +239,9 @@ def test_figures_that_are_not_numbers_are_no_figures(tmp_path):
     [
         "{",
         '{"schema": 99}',
-        '{"schema": 1, "methods": {"lora": 3}}',
-        '{"schema": 1, "runs": [{"id": "a", "method": "lora", "folder": "../../etc"}]}',
-        '{"schema": 1, "methods": {"lora": {"mean": {"eval_loss": 1}, "serving": [], "interval": {}}},'
+        '{"schema": 2, "methods": {"lora": 3}}',
+        '{"schema": 2, "runs": [{"id": "a", "method": "lora", "folder": "../../etc"}]}',
+        '{"schema": 2, "methods": {"lora": {"mean": {"eval_loss": 1}, "serving": [], "interval": {}}},'
         ' "differences": [{"metric": "eval_loss", "per_seed": {}, "a": {}, "b": []}]}',
     ],
 )
