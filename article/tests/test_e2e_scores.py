@@ -15,7 +15,7 @@ from rankwise_article import java
 from rankwise_article.bleu_nist import mteval_statistics
 from rankwise_article.e2e_files import read_e2e
 from rankwise_article.e2e_scores import METRICS, ON_JAVA, score_e2e
-from rankwise_article.ptb import ptb_tokenize
+from rankwise_article.java import ptb_tokenize
 from tables import long
 
 SYSTEMS = ("adapt", "harv", "slug", "tgen", "tr2", "tuda")

@@ -56,7 +56,7 @@ def test_e2e_prints_one_document(e2e_files, article):
 
 
 def test_e2e_without_java_says_in_one_line_what_is_missing(e2e_files, article, monkeypatch):
-    monkeypatch.setattr(java, "_java", lambda: None)
+    monkeypatch.setattr(java.shutil, "which", lambda name: None)
     done = article("score", "e2e", *e2e_files)
     assert done.code == 0
     (line,) = done.stderr.splitlines()
