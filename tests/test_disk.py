@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rankwise.disk import (
@@ -22,7 +21,6 @@ from rankwise.disk import (
     coded_error,
     hold,
     is_of_device,
-    naming_by_numpy,
     read_speed,
     whole_file,
     whole_folder,
@@ -135,17 +133,6 @@ def test_an_error_of_the_system_has_a_code_and_a_remedy(kind: str) -> None:
     assert coded.code == "RW551"
     assert coded.message.startswith(start)
     assert coded.message.endswith("and then this.")
-
-
-def test_what_numpy_could_not_write_whole_names_a_full_disk(tmp_path: Path) -> None:
-    with (
-        pytest.raises(RunError, match=r"RW551: .*served/x: the write stopped short; free space there"),
-        whole_folder(tmp_path / "served") as folder,
-        naming_by_numpy(folder / "x"),
-        open("/dev/full", "wb") as file,
-    ):
-        np.zeros(1 << 16).tofile(file)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

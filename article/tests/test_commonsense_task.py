@@ -123,5 +123,5 @@ def test_empty_answers_are_scored_and_warned_about(tmp_path: Path):
     task = Commonsense("siqa", data, limit=None, prompt_style="trained", decoding={"max_new_tokens": 3})
     engine = byte_engine()
     engine.model.config.eos_token_id = list(range(259))
-    with pytest.warns(RankwiseWarning, match="RW253"):
+    with pytest.warns(RankwiseWarning, match="RA253"):
         assert task.summarize(task.run(engine, tmp_path, nobody)).metrics["accuracy"] == 0

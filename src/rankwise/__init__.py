@@ -9,28 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankwise.acceleration import accelerate_peft, optimize_for_training
-    from rankwise.adapters import (
-        adapter_config,
-        adapter_disabled,
-        adapter_parameters,
-        add_adapter,
-        disable_adapter,
-        enable_adapter,
-        hotswap_adapter,
-        load_adapter,
-        merge_adapter,
-        mixed_adapters,
-        remove_adapter,
-        save_adapter,
-        set_adapter,
-        unmerge_adapter,
-    )
-    from rankwise.export.adapter import export_adapter
-    from rankwise.export.pairs import combine_adapters
-    from rankwise.lora_config import LoraConfig
-    from rankwise.models import load_model
-    from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, quantize
+    from rankwise.acceleration import accelerate_peft as accelerate_peft
+    from rankwise.acceleration import optimize_for_training as optimize_for_training
+    from rankwise.adapters import adapter_config as adapter_config
+    from rankwise.adapters import adapter_disabled as adapter_disabled
+    from rankwise.adapters import adapter_parameters as adapter_parameters
+    from rankwise.adapters import add_adapter as add_adapter
+    from rankwise.adapters import disable_adapter as disable_adapter
+    from rankwise.adapters import enable_adapter as enable_adapter
+    from rankwise.adapters import hotswap_adapter as hotswap_adapter
+    from rankwise.adapters import load_adapter as load_adapter
+    from rankwise.adapters import merge_adapter as merge_adapter
+    from rankwise.adapters import mixed_adapters as mixed_adapters
+    from rankwise.adapters import remove_adapter as remove_adapter
+    from rankwise.adapters import save_adapter as save_adapter
+    from rankwise.adapters import set_adapter as set_adapter
+    from rankwise.adapters import unmerge_adapter as unmerge_adapter
+    from rankwise.export.adapter import export_adapter as export_adapter
+    from rankwise.export.pairs import combine_adapters as combine_adapters
+    from rankwise.lora_config import LoraConfig as LoraConfig
+    from rankwise.models import load_model as load_model
+    from rankwise.quantization import Fp4Config as Fp4Config
+    from rankwise.quantization import Linear4bit as Linear4bit
+    from rankwise.quantization import Nf4Config as Nf4Config
+    from rankwise.quantization import quantize as quantize
 
 _HOMES = {
     "Fp4Config": "rankwise.quantization",
@@ -59,32 +61,7 @@ _HOMES = {
     "unmerge_adapter": "rankwise.adapters",
 }
 
-__all__ = [
-    "Fp4Config",
-    "Linear4bit",
-    "LoraConfig",
-    "Nf4Config",
-    "accelerate_peft",
-    "adapter_config",
-    "adapter_disabled",
-    "adapter_parameters",
-    "add_adapter",
-    "combine_adapters",
-    "disable_adapter",
-    "enable_adapter",
-    "export_adapter",
-    "hotswap_adapter",
-    "load_adapter",
-    "load_model",
-    "merge_adapter",
-    "mixed_adapters",
-    "optimize_for_training",
-    "quantize",
-    "remove_adapter",
-    "save_adapter",
-    "set_adapter",
-    "unmerge_adapter",
-]
+__all__ = sorted(_HOMES)
 
 
 def __dir__() -> list[str]:

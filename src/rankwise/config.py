@@ -364,8 +364,7 @@ class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
     cache: Annotated[
         Path | None,
         _device(
-            "Keep the prepared base and the encoded rows in this folder; later runs on the same inputs read them. "
-            "Without it, a CPU keeps the prepared base in the user's cache."
+            "Keep the prepared base in this folder, from which later runs map it. Default: on a CPU, the user's cache."
         ),
     ] = None
     mmap: Annotated[
@@ -482,7 +481,7 @@ def idle_options(method: str) -> dict[str, tuple[str, ...]]:
     if method == "full":
         idle["it trains all weights and adds no adapter"] = (*ADAPTER, *OF_ADAPTERS, "products")
     if method not in METHODS:
-        idle["of the adapter's options this method takes --r alone"] = tuple(
+        idle["of the adapter's options this method takes only --r"] = tuple(
             name for name in (*ADAPTER, *OF_ADAPTERS) if name != "r"
         )
     return idle

@@ -203,7 +203,7 @@ def _of_rewards(given: TrainSettings, processes: int) -> Iterator[str]:
         )
     if longest >= given.max_length:
         yield (
-            f"--max-completion-length {longest} leaves no room for a prompt within --max-length {given.max_length}, "
+            f"--max-completion-length {longest} leaves no tokens for a prompt within --max-length {given.max_length}, "
             "which counts prompt and answer; raise --max-length or lower the other."
         )
     if given.beta and given.method not in ADAPTERS:

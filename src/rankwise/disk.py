@@ -31,7 +31,7 @@ REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
     errno.ENOTEMPTY: "move its contents away",
 }
-# Errors of a device, of its room or of handles; those of a wrong path or of missing rights are the user's.
+# Errors of a device, of its space or of handles; those of a wrong path or of missing rights are the user's.
 OF_DEVICE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM}
 # {what this process holds: its number, since a forked process holds nothing}.
 _held: dict[Path, int] = {}
@@ -255,16 +255,6 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming_by_numpy(path: Path) -> Iterator[None]:
-    """As ``naming``, where numpy writes, which does not say why it could not write all."""
-    with naming(path):
-        try:
-            yield
-        except OSError as error:
-            raise error if error.errno else OSError(errno.ENOSPC, "the write stopped short") from None
-
-
-@contextlib.contextmanager
 def appending(path: Path) -> Iterator[BinaryIO]:
     """``path``, open for appending. If a write fails, the file is cut to its earlier length.
 
@@ -326,13 +316,9 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def cache_folder() -> Path:
     """The folder for the user's caches on this system."""
-    if platform.system() == "Windows":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif platform.system() == "Darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "rankwise"
+    if platform.system() == "Darwin":
+        return Path.home() / "Library" / "Caches" / "rankwise"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise"
 
 
 def remove_tree(folder: Path) -> None:

@@ -105,25 +105,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or cpu_allocator
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of another library's error message, for use inside a sentence."""
-    try:
-        lines = str(error).strip().splitlines()
-    except Exception:  # noqa: BLE001  str() of a user's own exception class may fail
-        lines = []
-    return lines[0].rstrip(".;:") if lines else "no message"
-
-
 def one_line(error: BaseException) -> str:
-    """Up to 300 characters of another library's error message on one line, for use inside a sentence."""
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    """Up to 300 characters of an error of the system or another library on one line, for use inside a sentence."""
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return " ".join(reason.split())[:300].rstrip(".:;") or type(error).__name__
 
 
 def out_of_memory(error: BaseException, changes: str | None = None) -> RunError:
     """RunError RW550. ``changes``: the settings that would fit, where they are known."""
     usual = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
     remedy = f"what would fit, the cheapest first: {changes}" if changes else usual
-    return RunError("RW550", f"the memory of the device is full ({first_line(error)}); {remedy}.")
+    return RunError("RW550", f"the memory of the device is full ({one_line(error)}); {remedy}.")
 
 
 def warn(code: str, message: str, *, stacklevel: int = 2) -> None:

@@ -7,11 +7,10 @@ from decimal import Decimal
 from fractions import Fraction
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
-# A number without its sign. A fraction such as 3/4 is one number.
-PATTERN = re.compile(rf"(?:{DIGITS})(?:\s?/\s?(?:{DIGITS}))?")
-SIGN = re.compile(r"(?P<left>\S?)(?P<gap>\s*)[$£€]?[-\u2212\u2013](?P<space>\s?)[$£€]?\s?$")
-# The number of characters before a number in which its sign may stand.
-SIGN_REACH = 12
+# A fraction such as 3/4 is one number. A minus right before it is its sign, except after a word, a number or a bracket,
+# as in 20-30 and covid-19.
+SIGN = r"(?P<sign>(?<![\w)%])[-\u2212\u2013](?=[$£€]?[\d.])[$£€]?)?"
+PATTERN = re.compile(rf"{SIGN}(?P<number>(?:{DIGITS})(?:\s?/\s?(?:{DIGITS}))?)")
 # Maximum length in characters. A model that repeats a digit writes longer numbers, and a Fraction of millions of
 # digits takes minutes.
 LONGEST_NUMBER = 1000
@@ -58,19 +57,9 @@ def _value(found: re.Match[str]) -> Fraction | None:
     """The matched number with its sign; None for a division by zero or a number too long to be an answer."""
     if len(found[0]) > LONGEST_NUMBER:
         return None
-    top, _, bottom = re.sub(r"[^\d./]", "", found[0]).partition("/")
+    top, _, bottom = re.sub(r"[^\d./]", "", found["number"]).partition("/")
     divisor = Fraction(Decimal(bottom)) if bottom else Fraction(1)
     if not divisor:
         return None
     value = Fraction(Decimal(top)) / divisor
-    return -value if _is_negative(found.string[max(0, found.start() - SIGN_REACH) : found.start()]) else value
-
-
-def _is_negative(before: str) -> bool:
-    """Whether the minus at the end of ``before`` is a sign. In ``16 - 3``, ``20-30`` and ``covid-19`` it is not."""
-    sign = SIGN.search(before)
-    if sign is None or sign["left"].isdigit() or sign["left"] in tuple(")%"):
-        return False
-    if sign["space"]:
-        return sign["left"] in tuple("=:(#*{") or not before[: sign.start("left") + 1].strip()
-    return bool(sign["gap"]) or not sign["left"].isalnum()
+    return -value if found["sign"] else value

@@ -1,19 +1,18 @@
-"""Read untrusted JSON: no NaN, no lone surrogates, no repeated keys, and every field of its declared type."""
+"""Read untrusted JSON, with every field of its declared type."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import pydantic
 from pydantic_core import ErrorDetails
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, one_line
 
 # Any value of JSON, to read.
 Json = str | float | None | Sequence["Json"] | Mapping[str, "Json"]
@@ -31,64 +30,28 @@ class Dataclass(Protocol):
 T = TypeVar("T", bound=Dataclass)
 
 
-def read_json(path: Path, *, constants: bool = False) -> Any:
-    """The content of a JSON file. Raises OSError, or ValueError with one of the reasons of ``parse_json``."""
-    return parse_json(path.read_bytes(), constants=constants)
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises OSError, or ValueError where it is not JSON."""
+    return parse_json(path.read_bytes())
 
 
-def parse_json(
-    content: bytes | str,
-    *,
-    constants: bool = False,
-    halves: bool = False,
-    pairs: Callable[..., object] | None = None,
-) -> Any:
-    """The value of a JSON text, as ``json.loads`` gives it.
-
-    ``constants`` admits NaN and infinities; ``halves`` admits a lone surrogate, which a model can write; ``pairs`` is
-    the ``object_pairs_hook``. Raises ValueError with the reason: not UTF-8, not JSON, nested too deeply, a number out
-    of range, a lone surrogate.
-    """
-    text = content.decode("utf-8") if isinstance(content, bytes) else content
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text, as ``json.loads`` gives it. Raises ValueError where it is not JSON."""
     try:
-        found = json.loads(
-            text,
-            parse_int=_whole,
-            parse_float=float if constants else _finite,
-            parse_constant=None if constants else _finite,
-            object_pairs_hook=pairs,
-        )
+        return json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not halves and ("\\ud" in text or "\\uD" in text):
-        # A lone surrogate is not a character, and text that holds one cannot be encoded.
-        json.dumps(found, ensure_ascii=False).encode("utf-8")
-    return found
 
 
-def each_once(pairs: list[tuple[str, Json]]) -> JsonObject:
-    """An ``object_pairs_hook``. Raises ValueError for a key that occurs twice, of which Python would keep the last."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice!r} occurs twice")
-    return content
-
-
-def read_object(path: Path, *, error: type[RankwiseError], code: str, constants: bool = False) -> JsonObject:
+def read_object(path: Path, *, error: type[RankwiseError], code: str) -> JsonObject:
     """The object in a JSON file. Raises ``error(code)``, whose message names the file and the fault."""
     try:
-        content = read_json(path, constants=constants)
+        content = read_json(path)
     except (OSError, ValueError) as problem:
-        raise error(code, f"cannot read {path} as JSON ({reason_of(problem)}); get it again.") from None
+        raise error(code, f"cannot read {path} as JSON ({one_line(problem)}); get it again.") from None
     if not isinstance(content, dict):
         raise error(code, f"{path} holds a JSON {type(content).__name__} and not an object; get it again.")
     return content
-
-
-def reason_of(error: Exception) -> str:
-    """Why a file cannot be read, in one line, for use inside a sentence that names the file."""
-    return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
 
 
 def checked(kind: type[T], content: Json) -> T:
@@ -153,16 +116,3 @@ def _strict_model(kind: type[Dataclass]) -> type[pydantic.BaseModel]:
             default = pydantic.Field(default_factory=field.default_factory)
         fields[field.name] = (types[field.name], default)
     return pydantic.create_model(kind.__name__, **fields)
-
-
-def _whole(text: str) -> int:
-    # Above 10^308 no float holds it.
-    _finite(text)
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not float("-inf") < number < float("inf"):
-        raise ValueError(f"{text[:40]} is not a finite number")
-    return number

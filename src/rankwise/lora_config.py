@@ -55,7 +55,7 @@ class AdapterOptions:
         Modules | None, _adapter('Module names, comma-separated; or a regular expression; or "all-linear".')
     ] = ALL_LINEAR
     # Names match as in a list of target_modules. They are adapted in addition to target_modules; target_modules=[]
-    # adapts the experts alone. As in PEFT, exclude_modules, layers_to_transform and layers_pattern do not apply to
+    # adapts only the experts. As in PEFT, exclude_modules, layers_to_transform and layers_pattern do not apply to
     # them; a parameter's whole name selects one layer.
     target_parameters: Annotated[
         Names | None,
@@ -262,7 +262,7 @@ def _target_problems(config: LoraConfig) -> Iterator[str]:
         yield "modules_to_save holds an empty name, in which every module's name ends; leave it out"
     # As in PEFT, stacked experts take only LoRA.
     if config.target_parameters is not None and config.use_dora:
-        yield "use_dora is set with target_parameters, and stacked experts take LoRA alone; leave one of the two out"
+        yield "use_dora is set with target_parameters, and stacked experts take only LoRA; leave one of the two out"
     if config.target_parameters is not None and config.lora_dropout:
         yield (
             f"lora_dropout is {config.lora_dropout!r} with target_parameters, and stacked experts take no dropout; set "

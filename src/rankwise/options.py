@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 ALL_LINEAR = "all-linear"
 
@@ -32,8 +32,6 @@ LARGEST_NUMBER = 1e30
 Positive = Annotated[float, Field(gt=0, le=LARGEST_NUMBER)]
 NotNegative = Annotated[float, Field(ge=0, le=LARGEST_NUMBER)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-# Logits divided by a smaller temperature can overflow to infinity.
-SMALLEST_TEMPERATURE = 1e-4
 
 
 class Panel(enum.StrEnum):
@@ -69,7 +67,7 @@ def option(
 ) -> Any:
     """The pydantic ``Field`` of an option, with its help text. ``rules`` are keyword arguments of ``Field``.
 
-    ``metavar`` stands for the value in the help, where the type alone is not clear. An ``argument`` is positional; a
+    ``metavar`` stands for the value in the help, if the type is not clear. An ``argument`` is positional; a
     ``repeated`` option may be given several times.
     """
     shown: dict[str, Any] = {"panel": panel, "metavar": metavar, "argument": argument, "repeated": repeated}
@@ -177,15 +175,9 @@ def named_parts(value: Any) -> Any:
     return {name: tuple(item) if isinstance(item, list) else item for name, item in parts.items()}
 
 
-def _no_tiny_temperature(value: float) -> float:
-    if 0 < value < SMALLEST_TEMPERATURE:
-        raise ValueError(f"give 0, or {SMALLEST_TEMPERATURE:g} and more")
-    return value
-
-
-Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_no_tiny_temperature)]
+Temperature = Annotated[float, Field(ge=0, le=1000)]
 # The temperature of sampling whose answers must differ.
-WarmTemperature = Annotated[float, Field(ge=SMALLEST_TEMPERATURE, le=1000)]
+WarmTemperature = Annotated[float, Field(gt=0, le=1000)]
 Names = Annotated[Sequence[str], from_text(comma_list)]
 # A list of names, or a regular expression.
 Modules = Annotated[str | Sequence[str], from_text(module_list)]

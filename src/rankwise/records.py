@@ -8,16 +8,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 # On Python 3.11, pydantic does not accept typing.TypedDict, and brings this one.
 from typing_extensions import TypedDict
 
 from rankwise.disk import whole_file
-from rankwise.errors import RunError
-from rankwise.foreign import Fields, Json, JsonObject, checked, parse_json, read_json, reason_of
+from rankwise.errors import RunError, one_line
+from rankwise.foreign import Fields, JsonObject, checked, parse_json, read_json
+
+T = TypeVar("T")
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -25,8 +27,6 @@ METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped_rows.jsonl"
 # Environment variables that set how long OpenMP threads spin before they sleep.
 WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# The fields of a metrics line that must be numbers.
-NUMBERS = ("loss", "eval_loss", "learning_rate", "train_seconds")
 
 
 class RateTrial(TypedDict):
@@ -119,11 +119,11 @@ def load_record(folder: Path) -> RunRecord:
     """The record of a run folder. Raises RunError (RW501) where the record is missing or cannot be read."""
     path = folder / RUN_FILE
     try:
-        return checked(RunRecord, read_json(path, constants=True))
+        return checked(RunRecord, read_json(path))
     except FileNotFoundError:
         raise RunError("RW501", f"{folder} holds no {RUN_FILE}; give the folder of a rankwise run.") from None
     except (OSError, ValueError) as error:
-        raise RunError("RW501", f"cannot read {path} as the record of a run: {reason_of(error)}.") from None
+        raise RunError("RW501", f"cannot read {path} as the record of a run: {one_line(error)}.") from None
 
 
 def record_of(folder: Path | None) -> RunRecord | None:
@@ -132,35 +132,21 @@ def record_of(folder: Path | None) -> RunRecord | None:
 
 
 def read_metrics(folder: Path) -> Iterator[Fields]:
-    """The lines of ``metrics.jsonl``, without a last line that a kill cut short.
+    """The lines of ``metrics.jsonl``. Raises RunError (RW501) for a damaged line."""
+    yield from read_lines(folder / METRICS_FILE, "RW501", "remove that line")
 
-    Raises RunError (RW501) for any other damaged line.
+
+def read_lines(path: Path, code: str, remedy: str, read: Callable[[bytes], T] = parse_json) -> Iterator[T]:
+    """What ``read`` makes of each line of a file, if it exists, without a last line that a kill cut short.
+
+    Raises RunError (``code``) for any other damaged line.
     """
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(filter(None, lines[:-1]), 1):
         try:
-            if line:
-                yield _logged(parse_json(line))
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise RunError(
-                "RW501", f"{path}, line {number}, is not a metrics line ({reason_of(error)}); remove that line."
-            ) from None
-
-
-def _logged(line: Json) -> Fields:
-    if not isinstance(line, dict):
-        raise ValueError(f"it holds a {type(line).__name__}")
-    if type(line.get("step", 0)) is not int:
-        raise ValueError("its step is not a whole number")
-    odd = next((key for key in NUMBERS if not isinstance(line.get(key), int | float | None)), None)
-    if odd is not None:
-        raise ValueError(f"its {odd} is not a number")
-    return line
+            yield read(line)
+        except (ValueError, LookupError, TypeError) as error:
+            raise RunError(code, f"{path}, line {number}, is damaged ({one_line(error)}); {remedy}.") from None
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
@@ -202,14 +188,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def check_writable(output: Path) -> None:
     """Raise RunError (RW503) where ``output`` is not a folder, or the nearest existing folder cannot be written."""
-    if output.exists() and not output.is_dir():
-        raise RunError("RW503", f"--output {output} is a file; give a folder.")
-    nearest = output
-    while not nearest.exists():
-        nearest = nearest.parent
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise RunError("RW503", f"--output {output} lies below {nearest}, which is a file; give a folder.")
-    # The mode is respected for root too, who could write all the same: a folder without write bits was meant so.
-    no_writers = not nearest.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
-    if no_writers or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError("RW503", f"--output {output} is a file, or lies below one ({nearest}); give a folder.")
+    # The mode is respected for root too, who could write all the same.
+    if not nearest.stat().st_mode & 0o222 or not os.access(nearest, os.W_OK | os.X_OK):
         raise RunError("RW503", f"{nearest} cannot be written; give an --output that can.")

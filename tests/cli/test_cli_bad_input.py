@@ -135,9 +135,9 @@ def test_inspect_a_folder_of_something_else(refuses, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "there is no settings file"),
-        (b"method: lora\n  r: [1\n", "is not YAML: mapping values are not allowed here, line 2, column 4"),
-        (b"method: caf\xe9\n", "is not UTF-8"),
+        (None, "cannot read the settings file"),
+        (b"method: lora\n  r: [1\n", "is not YAML (mapping values are not allowed here"),
+        (b"method: caf\xe9\n", "is not YAML ('utf-8'"),
     ],
 )
 def test_a_settings_file_that_cannot_be_read(content, said, command, refuses, tmp_path):

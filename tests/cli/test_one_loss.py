@@ -75,21 +75,3 @@ def _measured(folder: Path, model: Path, held_out: Path, method: str, dtype: str
     measure(job)
     result = json.loads((folder / "evaluation" / "perplexity" / "result.json").read_text(encoding="utf-8"))
     return float(result["metrics"]["loss"])
-
-
-def test_a_loss_of_other_rows_is_said(
-    rankwise: Callable[..., Any], model_folder: Path, uneven_rows: tuple[Path, Path], tmp_path: Path
-):
-    train, held_out = uneven_rows
-    command = ["train", "--model", model_folder, "--data", train, "--eval-data", held_out, "--eval-limit", 5]
-    command += ["--output", tmp_path / "run", "--max-steps", 1, "--device", "cpu", "--dtype", "float32"]
-    assert rankwise(*command).code == 0
-    losses = []
-    for limit, is_said in ((13, True), (5, False)):
-        call = ["evaluate", "--adapter", tmp_path / "run", "--task", "perplexity", "--data", held_out]
-        done = rankwise(*call, "--limit", limit, "--output", tmp_path / f"of-{limit}", "--json", "--device", "cpu")
-        assert ("RW596" in done.stderr) == is_said
-        losses.append(done.document["results"][0]["metrics"]["loss"])
-    own = load_record(tmp_path / "run").eval_loss
-    assert losses[1] == pytest.approx(own, rel=1e-12)
-    assert losses[0] != pytest.approx(own, rel=1e-3)

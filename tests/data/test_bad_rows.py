@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from tiny_tokenizers import byte_tokenizer
 
 from rankwise.data import encode_rows, preview_row, read_rows
-from rankwise.data.encoding import encode_rows_once
 from rankwise.errors import DataError, RankwiseWarning
 
 GOOD = '{"prompt": "a", "completion": "b"}'
-LINES = ['{"prompt": 1}', GOOD, '{"other": "x"}', "not json", GOOD, '{"prompt": "a", "completion": "<|im_end|>"}', GOOD]
-# Of the three that can be read, the sixth holds its stop token alone.
+REFUSED = '{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}'
+LINES = ['{"prompt": 1}', GOOD, '{"other": "x"}', "not json", GOOD, REFUSED, GOOD]
+# Of the four that can be read, the sixth has tools, which the template does not write.
 READ, ALL = 3, 4
 
 
@@ -39,7 +38,7 @@ def test_bad_rows_are_left_out_up_to_a_number(tmp_path: Path) -> None:
         ("rows.jsonl, line 1", "RW203"),
         ("rows.jsonl, line 3", "RW203"),
         ("rows.jsonl, line 4", "RW203"),
-        ("rows.jsonl, line 6", "RW222"),
+        ("rows.jsonl, line 6", "RW221"),
     ]
     assert report.skipped[0]["why"] == "expected text in `completion`, found no such field (fields: `prompt`)"
 
@@ -55,7 +54,7 @@ def test_one_bad_row_more_is_an_error(tmp_path: Path) -> None:
     )
     with pytest.warns(RankwiseWarning):
         rows = read_rows(path, skip_bad_rows=READ)
-    with pytest.raises(DataError, match=r"RW222: rows\.jsonl, line 6: .* --skip-bad-rows 4\."):
+    with pytest.raises(DataError, match=r"RW221: rows\.jsonl, line 6: .* --skip-bad-rows 4\."):
         encode_rows(rows, byte_tokenizer(), max_length=64, skip_bad_rows=READ)
 
 
@@ -65,7 +64,7 @@ def test_where_there_is_no_option_none_is_advised(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"RW203: rows\.jsonl, line 1: .* Correct or remove these rows\.$"):
         read_rows(path)
     rows = read_rows(write(tmp_path / "rows.jsonl", *LINES[4:]))
-    with pytest.raises(DataError, match=r"RW222: rows\.jsonl, line 2: .* Correct or remove these rows\.$"):
+    with pytest.raises(DataError, match=r"RW221: rows\.jsonl, line 2: .* or take it out of the rows\.$"):
         encode_rows(rows, byte_tokenizer(), max_length=64)
     (tmp_path / "rows.jsonl").unlink()
     for name in ("a.jsonl", "b.jsonl"):
@@ -79,7 +78,7 @@ def test_without_a_good_row_nothing_is_left_out(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"{code}: rows\.jsonl, line 1: .*Correct or remove these rows\.$"):
             read_rows(write(tmp_path / "rows.jsonl", *lines), skip_bad_rows=None)
     rows = read_rows(write(tmp_path / "rows.jsonl", LINES[5]))
-    with pytest.raises(DataError, match=r"RW222: .*Correct or remove these rows\.$"):
+    with pytest.raises(DataError, match=r"RW221: .*or take it out of the rows\.$"):
         encode_rows(rows, byte_tokenizer(), max_length=64, skip_bad_rows=None)
 
 
@@ -92,24 +91,3 @@ def test_the_files_of_a_folder_share_the_number(tmp_path: Path) -> None:
         rows = read_rows(tmp_path, skip_bad_rows=2)
     assert [problem.index for problem in rows.problems] == [1, 4]
     assert preview_row(rows, 5, byte_tokenizer(), max_length=64).place == "b.jsonl, line 3"
-
-
-def test_a_cache_knows_of_rows_that_were_left_out(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", *LINES)
-    options = {"max_length": 64, "chat_template": None, "name": "train", "cache": tmp_path / "cache"}
-    for count in (ALL, ALL, READ):
-        with pytest.warns(RankwiseWarning):
-            rows = read_rows(path, skip_bad_rows=count)
-        if count == READ:
-            with pytest.raises(DataError, match="RW222"):
-                encode_rows_once(rows, byte_tokenizer(), skip_bad_rows=count, **options)
-        else:
-            with pytest.warns(RankwiseWarning, match="RW223: 1 of 4"):
-                assert encode_rows_once(rows, byte_tokenizer(), skip_bad_rows=count, **options).report.skipped_rows == 4
-    write(path, *LINES[:3])
-    for _ in range(2):
-        with pytest.warns(RankwiseWarning):
-            rows = read_rows(path, skip_bad_rows=ALL)
-        report = encode_rows_once(rows, byte_tokenizer(), skip_bad_rows=ALL, **options).report
-        assert [item["row"] for item in report.skipped] == ["rows.jsonl, line 1", "rows.jsonl, line 3"]
-    assert json.dumps(report.skipped)

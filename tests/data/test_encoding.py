@@ -27,7 +27,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rankwise.data import Rows, encode_rows, preview_row, read_template, rows_from_records
 from rankwise.data.encoding import RowEncoder
-from rankwise.data.templates import ChatRenderer
 from rankwise.errors import ConfigError, DataError, RankwiseWarning
 from tables import thinned
 
@@ -153,7 +152,6 @@ def test_a_token_across_the_border_is_split() -> None:
     [example] = encoded.dataset
     assert example["input_ids"][: len(prompt)] == prompt
     assert trained_text(tokenizer, example) == "er of<|im_end|>"
-    assert encoded.report.split_rows == 1
 
 
 def test_a_stop_token_in_the_text_is_not_doubled() -> None:
@@ -214,84 +212,12 @@ def test_of_several_special_tokens_the_last_one_ends_an_answer(template: str) ->
     answers = trained_text(tokenizer, encoded.dataset[0]).replace("\n", "")
     assert answers == "yes<|im_end|></s>no, not near<|im_end|></s>"
     assert RowEncoder(ROWS["chat"], tokenizer, None).stop_ids() == {tokenizer.eos_token_id}
-    assert not encoded.report.left_out
 
 
 def test_a_templates_own_marks_win() -> None:
     tokenizer = byte_tokenizer(chat_template=MARKED_BEYOND)
     [example] = encode_rows(ROWS["chat"][:1], tokenizer, max_length=256).dataset
     assert trained_text(tokenizer, example) == "yes<|im_end|>\n</s>no, not near<|im_end|>\n</s>"
-
-
-def test_answers_that_no_stop_token_ends_are_named() -> None:
-    tokenizer = byte_tokenizer(chat_template=WITHOUT_STOP, eos_token="</s>")
-    with pytest.warns(
-        RankwiseWarning, match="RW226: of the 2 rows .* a stop token after answers before the last .in 1"
-    ):
-        encode_rows(ROWS["chat"], tokenizer, max_length=256)
-    assert not encode_rows(ROWS["prompt"], tokenizer, max_length=256).report.left_out
-
-
-@pytest.fixture
-def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many messages each rendering had."""
-    counts: list[int] = []
-    render = ChatRenderer._render
-
-    def counted(self: ChatRenderer, messages: Any, *rest: Any, **named: Any) -> str:
-        counts.append(len(messages))
-        return render(self, messages, *rest, **named)
-
-    monkeypatch.setattr(ChatRenderer, "_render", counted)
-    return counts
-
-
-def with_calls(*texts: str) -> dict[str, Any]:
-    """A question, and calls of a tool with its answers until the model knows."""
-    messages: list[dict[str, Any]] = [{"role": "user", "content": "is it?"}]
-    for text in texts:
-        call = {"type": "function", "function": {"name": "look", "arguments": {"at": text}}}
-        messages += [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": text}]
-    return {"messages": [*messages, {"role": "assistant", "content": "yes"}]}
-
-
-WORDS = ["user", "assistant", "a", "no", "a", "a", "assistant\nno", " yes ", "is it?\n", "no<|im_end|>\n", "is"]
-LONG = [WORDS[(7 * n + n // 11) % len(WORDS)] for n in range(120)]
-
-
-@pytest.mark.parametrize(
-    ("template", "record"),
-    [
-        *((template, chat(*LONG)) for template in (CHATML, CLOSED, WITH_BOS, WITHOUT_STOP, SAYS_ITS_NUMBER)),
-        (WITH_CALLS, with_calls(*LONG[:40])),
-    ],
-)
-def test_answers_are_the_same_without_rendering_up_to_each(
-    template: str, record: dict[str, Any], rendered: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    [row] = rows(record)
-    tokenizer = byte_tokenizer(chat_template=template, eos_token="</s>")
-    found = ChatRenderer(tokenizer, None)(row)
-    few = len(rendered)
-    monkeypatch.setattr(ChatRenderer, "_behind", lambda *_: None)
-    assert found == ChatRenderer(tokenizer, None)(row)
-    assert sum(segment.trained for segment in found.segments) == (60 if "tool_calls" not in str(record) else 41)
-    assert few <= len(rendered) - few
-
-
-@pytest.mark.parametrize(
-    ("template", "record", "most"),
-    [
-        (CHATML, chat(*(f"text {n}" for n in range(120))), 10),
-        (CLOSED, chat(*(f"text {n}" for n in range(120))), 10),
-        (WITH_CALLS, with_calls(*(f"text {n}" for n in range(60))), 12),
-    ],
-)
-def test_renderings_do_not_grow_with_the_conversation(
-    template: str, record: dict[str, Any], most: int, rendered: list[int]
-) -> None:
-    ChatRenderer(byte_tokenizer(chat_template=template), None)(rows(record)[0])
-    assert 3 < len(rendered) < most
 
 
 @pytest.mark.parametrize(
@@ -348,34 +274,6 @@ def test_truncation_is_counted_and_said() -> None:
     messages = [str(item.message) for item in caught if issubclass(item.category, RankwiseWarning)]
     assert messages[0].startswith("RW215: 1 of 3 rows of rows.jsonl were cut at --max-length 10")
     assert messages[1].startswith("RW216: 1 of 3 rows of rows.jsonl were left out")
-
-
-@thinned({"habit": list(TOKENIZERS), "kind": ["chat", "prompt", "text", "long prompt"]})
-def test_of_a_long_row_only_the_beginning_is_tokenized(habit: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = "the answer is yes, near\n\nthe river  of  ratings; Ünïcode and " * 400
-    data = {
-        "chat": chat("is it?", "yes", "why?", long, "and?", "no"),
-        "prompt": {"prompt": "a", "completion": long},
-        "text": {"text": long},
-        "long prompt": {"prompt": long, "completion": "b"},
-    }[kind]
-    tokenizer = TOKENIZERS[habit]()
-    counted: list[int] = []
-    tokenize = RowEncoder._ids
-    monkeypatch.setattr(
-        RowEncoder, "_ids", lambda self, texts: counted.append(sum(map(len, texts))) or tokenize(self, texts)
-    )
-    both = rows(data, data)
-    found = []
-    for whole in (10**9, 1000):
-        monkeypatch.setattr("rankwise.data.encoding.WHOLE_CHARACTERS", whole)
-        counted.clear()
-        found.append((RowEncoder(both, tokenizer, None).encode(both, 64), sum(counted)))
-    (one, all_characters), (other, few_characters) = found
-    assert [(row.ids[:64], row.trained[:64]) for row in one] == [(row.ids[:64], row.trained[:64]) for row in other]
-    assert few_characters < all_characters / 3
-    assert [row.estimated for row in other] == [True, True]
-    assert other[0].length == pytest.approx(one[0].length, rel=0.1)
 
 
 def test_nothing_left_to_train_on_is_an_error() -> None:

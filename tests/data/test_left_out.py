@@ -66,23 +66,18 @@ def test_tools_and_calls_that_a_template_uses_are_rendered() -> None:
         assert '<call>weather {"city": "Oslo"}<|im_end|>' in text
         trained = byte_tokenizer().decode([label for label in found.dataset[0]["labels"] if label != -100])
         assert trained == '<call>weather {"city": "Oslo"}<|im_end|>It is 4.<|im_end|>'
-        assert found.report.left_out == {}
 
 
 @pytest.mark.parametrize(
     ("template", "turns", "tools", "lost"),
     [
         (CHATML, (ASKED, CALLED, RESULT, SAID), [TOOL], "leaves out `tools`, `tool_calls` of message 2. Give"),
-        (CHATML, (ASKED, {**SAID, "function_call": CALL["function"]}), None, "leaves out `function_call` of message 2"),
         (
-            WITH_TOOLS.replace("in message.tool_calls", "in (message.tool_calls or [])[:1]"),
-            (ASKED, {**CALLED, "tool_calls": [CALL, CALL]}),
-            [TOOL],
-            "`tool_calls` of message 2. Give",
+            without(CHATML, "tool"),
+            (ASKED, SAID, {**RESULT, "content": "four"}, SAID),
+            None,
+            "`content` of message 3. Give",
         ),
-        (WITH_TOOLS.replace("in tools", "in tools[:1]"), (ASKED, SAID), [TOOL, TOOL], "leaves out `tools`. Give"),
-        # "4" stands in the answer too.
-        (without(CHATML, "tool"), (ASKED, SAID, RESULT, SAID), None, "leaves out the `content` of message 3. Give"),
         (
             CHATML.replace("message.content", "message.content[:5]"),
             (ASKED, SAID),
@@ -121,8 +116,7 @@ def test_templates_of_known_models_write_tools_and_calls(name: str, recwarn: pyt
     tokenizer.add_special_tokens({"additional_special_tokens": re.findall(r"<\|\w+\|>", template)})
     assert encode_rows(rows, tokenizer, max_length=2048).report.rows == 1
     said = [str(item.message) for item in recwarn if item.category is RankwiseWarning]
-    # It leaves the stop token to the beginning of the next turn.
-    assert ["a stop token after answers" in text for text in said] == [True] * (name == "glm4moe")
+    assert said == []
 
 
 @pytest.mark.parametrize("between", ["", "\n"])
@@ -152,8 +146,6 @@ def test_tools_beside_a_prompt_go_to_the_template_too() -> None:
     assert json.dumps(TOOL) in tokenizer.decode(example["input_ids"])
     with pytest.raises(DataError, match=r"RW221: .* leaves out `tools`\. "):
         encode_rows(rows, byte_tokenizer(), max_length=2048)
-    with pytest.warns(RankwiseWarning, match=r"RW226: .* does not see `tools` \(in 1\)"):
-        encode_rows(rows, byte_tokenizer(chat_template=None), max_length=2048)
 
 
 def test_calls_in_sharegpt_turns_are_calls() -> None:
@@ -171,31 +163,6 @@ def test_a_drop_that_depends_on_the_words_is_found() -> None:
         encode_rows(rows, byte_tokenizer(chat_template=template), max_length=256)
 
 
-@pytest.mark.parametrize(
-    ("template", "turns", "named"),
-    [
-        (
-            LAST_THOUGHT,
-            (ASKED, {**SAID, "reasoning_content": "2 + 2"}, ASKED, {**SAID, "reasoning_content": "so 4"}),
-            "the `reasoning_content` of earlier answers (in 1)",
-        ),
-        (
-            LAST_THOUGHT,
-            (ASKED, {**SAID, "content": "<t>2 + 2</t>It is 4."}, ASKED, SAID),
-            "part of the `content` of earlier answers (in 1)",
-        ),
-        (CHATML, (ASKED, {**SAID, "mood": 0}), "`mood` (in 1)"),
-        (CHATML, (ASKED, {**SAID, "thoughts": {"why": "so"}}), "`thoughts` (in 1)"),
-    ],
-)
-def test_what_a_row_can_do_without_is_warned_of(template: str, turns: Any, named: str) -> None:
-    with pytest.warns(RankwiseWarning) as told:
-        encoded(template, *turns)
-    [message] = [str(item.message) for item in told]
-    assert message.startswith("RW226: of the 1 rows of rows.jsonl the model does not see ")
-    assert named in message
-
-
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer, sentencepiece_tokenizer])
 @pytest.mark.parametrize(
     "template", [CHATML, MARKED, THINKING, CHATML.replace("message.content", "message.content|trim")]
@@ -203,22 +170,5 @@ def test_what_a_row_can_do_without_is_warned_of(template: str, turns: Any, named
 def test_nothing_is_said_where_all_is_written(template: str, tokenizer: Any, recwarn: pytest.WarningsRecorder) -> None:
     turns = ({"role": "system", "content": ""}, {"role": "user", "content": " a\n"}, {**SAID, "name": "bot", "id": "7"})
     rows = rows_from_records([(1, {"messages": list(turns)})], "rows.jsonl")
-    assert encode_rows(rows, tokenizer(chat_template=template), max_length=512).report.left_out == {}
+    assert encode_rows(rows, tokenizer(chat_template=template), max_length=512).report.rows == 1
     assert not [item for item in recwarn if item.category is RankwiseWarning]
-
-
-@pytest.mark.parametrize(
-    ("template", "record", "what"),
-    [
-        (CHATML, {"messages": [ASKED, {**SAID, "content": "<|im_end|>"}]}, "the assistant's turn 1"),
-        (CHATML, {"messages": [ASKED, SAID, ASKED, {**SAID, "content": " <|im_end|>\n"}]}, "the assistant's turn 2"),
-        (MARKED, {"messages": [ASKED, {**SAID, "content": "<|im_end|>"}]}, "the assistant's turn 1"),
-        (CHATML, {"prompt": "a", "completion": "<|im_end|>"}, "the assistant's turn 1"),
-        (None, {"prompt": "a", "completion": "<|im_end|>"}, "the completion"),
-        (None, {"text": "<|im_end|> "}, "the text"),
-    ],
-)
-def test_an_answer_of_its_stop_token_alone_is_a_bad_row(template: str | None, record: Any, what: str) -> None:
-    rows = rows_from_records([(3, record)], "rows.jsonl")
-    with pytest.raises(DataError, match=rf"RW222: rows\.jsonl, line 3: {what} holds only its stop token\. "):
-        encode_rows(rows, byte_tokenizer(chat_template=template), max_length=256)

@@ -118,7 +118,7 @@ def test_cut_pairs_are_reported_and_equal_ones_left_out(tmp_path: Path) -> None:
     long = {"prompt": [USER], "chosen": "a a a a a a b", "rejected": "a a a a a a c"}
     rows = read_rows(written(tmp_path / "rows.jsonl", AS_MESSAGES, long), formats=PREFERENCE_FORMATS["dpo"])
     room = len(encode_preferences(rows, tokenizer, max_length=99).dataset[0]["prompt_ids"]) + 5
-    with pytest.warns(RankwiseWarning, match="RW261"):
+    with pytest.warns(RankwiseWarning, match="RW216"):
         encoded = encode_preferences(rows, tokenizer, max_length=room)
     assert encoded.report.rows == 1
 
@@ -142,7 +142,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "a label of words": ("kto", {"prompt": "a", "completion": "b", "label": "Good "}, 'RW203: .*found "good"'),
     "nothing in common": ("dpo", {"chosen": "yes", "rejected": "no"}, "RW203"),
-    "equal conversations": ("dpo", {"chosen": [USER, FOUR], "rejected": [USER, FOUR]}, "RW260"),
+    "equal conversations": ("dpo", {"chosen": [USER, FOUR], "rejected": [USER, FOUR]}, "RW203"),
     "no answer": ("dpo", {"prompt": [USER], "chosen": [USER], "rejected": [FIVE]}, "RW203"),
     "demonstrations": ("dpo", {"prompt": "a", "completion": "b"}, "RW207"),
     "pairs for demonstrations": ("sft", LAYOUTS["text"], "RW207"),

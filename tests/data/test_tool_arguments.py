@@ -50,9 +50,9 @@ def test_arguments_take_the_form_of_the_template(given, template, wanted, nested
 @pytest.mark.parametrize("arguments", ["", "no JSON", "[1]", None, 3])
 def test_what_is_no_object_stays(arguments):
     messages = [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}]
-    assert suit_arguments(messages, lambda _: pytest.fail("nothing is asked")) is messages
+    assert suit_arguments(messages, str) == messages
 
 
 def test_a_call_without_an_object_that_names_its_function_stays():
     messages = [{"role": "assistant", "content": "", "tool_calls": [{"function": "f"}]}]
-    assert suit_arguments(messages, lambda _: pytest.fail("nothing is asked")) is messages
+    assert suit_arguments(messages, str) == messages

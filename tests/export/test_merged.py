@@ -77,8 +77,7 @@ def test_an_embedding_saved_beside_the_adapter_is_merged_too(tmp_path, tied):
 @pytest.mark.parametrize("trained", CASES, indirect=True)
 def test_merged_on_disk_computes_what_the_adapted_model_does(trained, tmp_path):
     adapter, base, expected = trained
-    report = merge_to_folder(adapter, tmp_path / "merged")
-    assert report.streamed
+    merge_to_folder(adapter, tmp_path / "merged")
     merged, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32, output_loading_info=True
     )

@@ -150,8 +150,8 @@ REFUSED = {
     "org/unknown": ("RW314", "knows no model org/unknown .*no folder org/unknown"),
     "org/gated": ("RW315", "is gated: accept its terms"),
     "org/pickled": ("RW307", r"pytorch_model\.bin"),
-    "org/ggufs": ("RW305", r"GGUF files.*tiny\.Q4_0\.gguf"),
-    "org/empty": ("RW305", "holds no weights"),
+    "org/ggufs": ("RW305", r"download its tiny\.Q4_0\.gguf"),
+    "org/empty": ("RW305", "holds no safetensors weights"),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.models import load_model, load_skeleton, load_tokenizer, model_facts, model_hash
@@ -68,8 +68,6 @@ def test_dtype_is_the_stored_one_unless_given(folder: Path) -> None:
 
 
 def test_a_quantization_config_is_passed_through(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoModelForCausalLM
-
     seen = {}
     original = AutoModelForCausalLM.from_pretrained
 
@@ -139,8 +137,9 @@ BAD = {
     "an adapter": (become_adapter, "RW302", "is an adapter.*org/base"),
     "a model and an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "RW302", "both a model and an"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "RW302", "as JSON"),
-    "unknown model_type": (lambda f: edit_config(f, model_type="llama9"), "RW303", "'llama9'.*newer transformers"),
+    "unknown model_type": (lambda f: edit_config(f, model_type="llama9"), "RW303", "'llama9'.* does not know"),
     "no language model": (lambda f: edit_config(f, model_type="t5"), "RW303", "not a causal language model"),
+    "nonsense sizes": (lambda f: edit_config(f, hidden_size="many"), "RW316", "cannot load"),
     "no weights": (remove("model.safetensors"), "RW305", "holds no weights"),
     "truncated": (truncate, "RW306", "not fully covered"),
     "pickle only": (only_pickle, "RW307", r"pytorch_model\.bin"),
@@ -153,34 +152,12 @@ BAD = {
         "RW308",
         rf"{Q_PROJ} is \(3, 5\), expected \(32, 32\)",
     ),
-    "far too small": (lambda f: edit_config(f, num_hidden_layers=40), "RW308", "describes .* parameters"),
-    "labels without end": (lambda f: edit_config(f, num_labels=10**9), "RW302", "num_labels = 1,000,000,000"),
-    "tuples as outputs": (lambda f: edit_config(f, return_dict=False), "RW302", "return_dict to False"),
     "a kernel's code": (lambda f: edit_config(f, attn_implementation={"": "a/b"}), "RW304", "kernel 'a/b'"),
-    "large and quantized": (
-        lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}, vocab_size=2**31),
-        "RW308",
-        r"expected \(2147483648, 32\)",
-    ),
     "NaN": (lambda f: edit_weights(f, lambda t: t[Q_PROJ].fill_(float("nan"))), "RW323", Q_PROJ),
     "a shard missing": (shards(lambda f: min(f.glob("model-*")).unlink()), "RW305", "lacks 1 of"),
     "a shard outside": (shards(edit_index(lambda m: m.update(a="/etc/x.safetensors"))), "RW305", "of that folder"),
-    "index that lies": (
-        shards(edit_index(lambda m: m.update(a=next(iter(m.values()))))),
-        "RW305",
-        "names tensors that are missing: a in",
-    ),
+    "empty index": (shards(edit_index(dict.clear)), "RW305", "maps no tensor"),
 }
-
-
-def test_tables_of_any_size_are_refused(tmp_path: Path) -> None:
-    """GPT-J's positions are computed, and no weight says how many there are."""
-    config = AutoConfig.for_model("gptj", vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=8, n_positions=64)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    assert load_model(tmp_path)[0].config.n_positions == 64
-    edit_config(tmp_path, n_positions=2**31)
-    with pytest.raises(ModelError, match=r"RW308: .* bytes of tables"):
-        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -260,30 +237,6 @@ def test_a_broken_tokenizer_is_an_error_and_none_is_none(folder: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_tokenizer(folder)
     assert caught.value.code == "RW317"
-
-
-def test_a_tokenizer_that_multiplies_a_text_is_refused(folder: Path) -> None:
-    save_tokenizer(folder, tokens=97)
-    path = folder / "tokenizer.json"
-    whole = json.loads(path.read_text())
-    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-    path.write_text(json.dumps({**whole, "normalizer": {"type": "Sequence", "normalizers": [doubling] * 2}}))
-    assert len(load_tokenizer(folder)) == 97
-    for part in (
-        {"normalizer": {"type": "Sequence", "normalizers": [doubling] * 40}},
-        {"post_processor": around(5000)},
-    ):
-        path.write_text(json.dumps({**whole, **part}))
-        with pytest.raises(ModelError, match=r"RW317: .* (5,000 tokens|1,099,511,627,776 times)"):
-            load_tokenizer(folder)
-
-
-def around(count: int) -> dict[str, object]:
-    """A post-processor that puts ``count`` tokens before a text."""
-    special = {"t1": {"id": "t1", "ids": [1] * count, "tokens": ["t1"] * count}}
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    single = [{"SpecialToken": {"id": "t1", "type_id": 0}}, text]
-    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
 
 
 def save_tokenizer(folder: Path, tokens: int) -> None:

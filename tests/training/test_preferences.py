@@ -235,7 +235,7 @@ def test_held_out_rewards_rise_and_are_recorded(preferring: Any, tmp_path: Path)
 
 
 BAD_ROWS = {
-    "equal sides": ({"chosen": "w1", "rejected": "w1"}, "RW260"),
+    "equal sides": ({"chosen": "w1", "rejected": "w1"}, "RW203"),
     "a missing side": ({"chosen": "w1"}, "RW203"),
     "an empty side": ({"chosen": "w1", "rejected": " "}, "RW203"),
 }

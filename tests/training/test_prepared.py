@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from training_rows import snapshot, write_rows
+from training_rows import snapshot
 
-from rankwise.data import encode_rows, read_rows
-from rankwise.data.encoding import encode_rows_once
 from rankwise.disk import hold
 from rankwise.errors import RunError
 from rankwise.models import fetch_model, model_facts
@@ -83,58 +80,6 @@ def test_formats_do_not_share_a_place_and_plain_folders_are_not_copied(model_fol
     loaded(model_folder, cache, Nf4Config(double_quant=False))
     loaded(model_folder, cache, Nf4Config(double_quant=True), torch.bfloat16)
     assert len(list(cache.iterdir())) == 3
-
-
-def test_kept_rows_are_the_same_rows(tokenizer: Any, tmp_path: Path):
-    rows = read_rows(write_rows(tmp_path / "rows.jsonl", 30))
-    options: dict[str, Any] = {"max_length": 4, "chat_template": None, "name": "train"}
-    with pytest.warns(UserWarning, match="RW215"):
-        fresh = encode_rows(rows, tokenizer, **options)
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="RW215"):
-            kept = encode_rows_once(rows, tokenizer, cache=tmp_path / "cache", **options)
-        assert kept.report == fresh.report
-        assert kept.dataset.to_list() == fresh.dataset.to_list()
-        assert kept.dataset.features == fresh.dataset.features
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-@pytest.mark.parametrize("place", [-1, 200])
-def test_kept_rows_that_were_damaged_are_encoded_anew(place: int, tokenizer: Any, tmp_path: Path):
-    """Other ids would train another model, and ends outside the arrays end the process."""
-    rows = read_rows(write_rows(tmp_path / "rows.jsonl", 30))
-    options: dict[str, Any] = {"max_length": 64, "chat_template": None, "name": "train", "cache": tmp_path / "cache"}
-    fresh = encode_rows_once(rows, tokenizer, **options)
-    (path,) = (tmp_path / "cache").iterdir()
-    sound = path.read_bytes()
-    for damaged in (sound[:place] + b"\x7f" + sound[place:][1:], sound[:place]):
-        path.write_bytes(damaged)
-        assert encode_rows_once(rows, tokenizer, **options).dataset.to_list() == fresh.dataset.to_list()
-        assert path.read_bytes() != damaged
-
-
-def test_other_rows_and_other_rules_are_encoded_anew(tokenizer: Any, tmp_path: Path):
-    rows = read_rows(write_rows(tmp_path / "rows.jsonl", 30))
-    options: dict[str, Any] = {"chat_template": None, "name": "train", "cache": tmp_path / "cache"}
-    encode_rows_once(rows, tokenizer, max_length=16, **options)
-    encode_rows_once(rows[:29], tokenizer, max_length=16, **options)
-    encode_rows_once(rows, tokenizer, max_length=15, **options)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} </s>{% endfor %}"
-    encode_rows_once(rows, tokenizer, max_length=16, **options)
-    assert len(list((tmp_path / "cache").iterdir())) == 4
-
-
-def test_the_same_messages_trained_from_another_turn_on_are_encoded_anew(tokenizer: Any, tmp_path: Path):
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} </s>{% endfor %}"
-    turns = [{"role": role, "content": f"w{index}"} for index, role in enumerate(["user", "assistant"] * 2)]
-    options: dict[str, Any] = {"max_length": 32, "chat_template": None, "name": "train", "cache": tmp_path / "cache"}
-    trained = []
-    for first in (1, 3):
-        path = tmp_path / f"from-{first}.jsonl"
-        path.write_text(json.dumps({"prompt": turns[:first], "completion": turns[first:]}) + "\n")
-        (labels,) = encode_rows_once(read_rows(path), tokenizer, **options).dataset["labels"]
-        trained.append(sum(label != -100 for label in labels))
-    assert trained[0] > trained[1] > 0
 
 
 def test_a_run_from_the_cache_is_the_same_run(settings: Any, tmp_path: Path):

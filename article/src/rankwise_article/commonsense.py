@@ -23,10 +23,10 @@ from rankwise.evaluation import (
     Task,
     Tell,
     text_sha256,
-    warn_of_empty,
     write_answers,
 )
 from rankwise.foreign import Fields, JsonObject
+from rankwise_article.files import warn_of_empty
 
 NEW_TOKENS = 32
 # Names of the sets in the LLM-Adapters repository, where they differ from the tasks' names.

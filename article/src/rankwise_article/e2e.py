@@ -23,11 +23,11 @@ from rankwise.evaluation import (
     mean_of,
     paired_difference,
     text_sha256,
-    warn_of_empty,
     write_answers,
 )
 from rankwise.foreign import JsonObject
 from rankwise_article.e2e_scores import METRICS, E2eScores, score_e2e
+from rankwise_article.files import warn_of_empty
 from rankwise_article.java import missing_java
 
 # The LoRA repository's length of an answer.
@@ -63,7 +63,7 @@ class E2e(Task):
     def describe(self) -> JsonObject:
         return {**self.decoding, "meaning_representations": len(self.groups)}
 
-    def stands(self, result: TaskResult) -> bool:
+    def is_final(self, result: TaskResult) -> bool:
         """Metrics that Java was missing for are computed once it is there."""
         return set(METRICS) <= set(result.metrics) or missing_java() is not None
 

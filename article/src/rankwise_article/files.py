@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from rankwise import data
 from rankwise.data import BadRow
-from rankwise.errors import DataError
+from rankwise.errors import DataError, warn
+from rankwise.evaluation import Example
 from rankwise.foreign import Fields
 
 
@@ -78,3 +79,13 @@ def shortened(text: str, longest: int = 80) -> str:
     """``text`` in quotes on one line, cut if it is long."""
     line = " ".join(text.split())
     return f'"{line[: longest - 3]}..."' if len(line) > longest else f'"{line}"'
+
+
+def warn_of_empty(task: str, examples: Sequence[Example]) -> list[str]:
+    """Warn (RA253) of empty answers, with their number. They are scored like others."""
+    empty = sum(not example.prediction.strip() for example in examples)
+    if not empty:
+        return []
+    note = f"{empty:,} of {len(examples):,} answers are empty"
+    warn("RA253", f"{task}: {note}; they are scored as they are. Look at the prompts, or at where answers stop.")
+    return [note]

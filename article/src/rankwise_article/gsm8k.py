@@ -23,11 +23,11 @@ from rankwise.evaluation import (
     Tell,
     harness_folder,
     text_sha256,
-    warn_of_empty,
     write_answers,
 )
 from rankwise.final_number import extract_answer
 from rankwise.foreign import JsonObject
+from rankwise_article.files import warn_of_empty
 from rankwise_article.gsm8k_scores import expected_number, is_correct
 
 HUB = "openai/gsm8k:main"

@@ -109,7 +109,7 @@ class JudgeCache:
         for line in path.read_bytes().split(b"\n") if path.exists() else ():
             # The request of a damaged line is sent again.
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = parse_json(line, constants=True, halves=True)
+                entry = parse_json(line)
                 self._replies[entry["key"]] = str(entry["reply"])
 
     def get(self, key: str) -> str | None:
@@ -205,7 +205,7 @@ def _post(client: JudgeClient, request: Fields) -> str:
         try:
             with urllib.request.urlopen(message, timeout=client.timeout_seconds) as response:
                 body = response.read(REPLY_BYTES_LIMIT)
-            return str(parse_json(body, constants=True, halves=True)["choices"][0]["message"]["content"] or "")
+            return str(parse_json(body)["choices"][0]["message"]["content"] or "")
         except urllib.error.HTTPError as error:
             problem = f"{client.endpoint} answered with status {error.code}"
             if error.code in WRONG_ADDRESS:

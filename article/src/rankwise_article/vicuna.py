@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +24,13 @@ from rankwise.evaluation import (
     Task,
     TaskResult,
     Tell,
-    error_of_shares,
     mean_of,
-    shares_of_ratio,
     text_sha256,
-    warn_of_empty,
     write_answers,
 )
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import write_text
-from rankwise_article.files import no_duplicates, read_records
+from rankwise_article.files import no_duplicates, read_records, warn_of_empty
 
 NEW_TOKENS = 1024
 # Where there is no chat template: the form that the QLoRA paper's models were trained on.
@@ -81,7 +79,7 @@ class Vicuna(Task):
         answers = hashlib.sha256(self.judge.reference_answers.read_bytes()).hexdigest()
         return {"judge": {"url": self.judge.url, "model": self.judge.model, "reference_answers_sha256": answers}}
 
-    def stands(self, result: TaskResult) -> bool:
+    def is_final(self, result: TaskResult) -> bool:
         """Failed ratings are requested again."""
         return not result.metrics.get("failed")
 
@@ -254,3 +252,17 @@ def _read_answers(path: Path, asked: Sequence[tuple[str, str]]) -> dict[str, tup
             "RA252", f"{path} answers {len(answers)} questions, and not question {missing[0]} ({len(missing)} missing)."
         )
     return answers
+
+
+def shares_of_ratio(s: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """(n,) shares ``u`` of the questions in the error of ``m = sum s / sum r``, linear in its questions to first order:
+    ``m - E m ~ sum u_i``, so that shares of several ratios and of two systems add up question by question.
+    """
+    total = r.sum()
+    return (s - s.sum() / total * r) / total
+
+
+def error_of_shares(shares: np.ndarray) -> float | None:
+    """``sqrt(n / (n - 1) sum_i u_i^2)``, the standard error; None for fewer than two questions."""
+    n = len(shares)
+    return math.sqrt(n / (n - 1) * float((shares**2).sum())) if n > 1 else None

@@ -34,7 +34,7 @@ def run(settings: InspectSettings, output: Output) -> Document:
     if (folder / "adapter_config.json").is_file():
         found |= _adapter(folder) | _weights(folder, AdapterError, "RW409")
     elif (folder / "config.json").is_file():
-        config = read_object(folder / "config.json", error=ModelError, code="RW302", constants=True)
+        config = read_object(folder / "config.json", error=ModelError, code="RW302")
         found |= {"kind": "model", **{name: config.get(name) for name in MODEL}}
         found |= _weights(folder, ModelError, "RW302")
     elif not is_run:

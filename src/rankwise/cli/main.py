@@ -57,8 +57,8 @@ from rankwise.errors import (
     Interrupted,
     ModelError,
     RankwiseError,
-    first_line,
     is_out_of_memory,
+    one_line,
     out_of_memory,
 )
 from rankwise.options import OPTIONS, Settings, close_names
@@ -236,9 +236,9 @@ def _as_ours(error: BaseException) -> RankwiseError:
     if (coded := coded_error(error)) is not None:
         return coded
     if _is_of_tokenizers(error):
-        return ModelError("RW317", f"the tokenizer fails on a text: {first_line(error)}; download its files again.")
+        return ModelError("RW317", f"the tokenizer fails on a text: {one_line(error)}; download its files again.")
     advice = f"please report it with what {DEBUG_VARIABLE}=1 prints"
-    return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {first_line(error)}; {advice}.")
+    return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {one_line(error)}; {advice}.")
 
 
 def _is_interruption(error: BaseException | None) -> bool:

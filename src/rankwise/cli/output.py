@@ -113,7 +113,7 @@ def _without_nan(value: Json) -> Json:
 
 
 def print_message(kind: str, code: str, text: str) -> None:
-    """Print ``error RW104: ...`` as one line on stderr."""
+    """Print ``error RW103: ...`` as one line on stderr."""
     colour = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
     # Names in untrusted files may hold control characters, which would act on the terminal.
     line = _CONTROL.sub("?", " ".join(part.strip() for part in shortened(text).splitlines()))

@@ -94,7 +94,7 @@ def _of_labels(settings: PreviewSettings, output: Output) -> Document:
 
 def _print(output: Output, preview: Preview, report: EncodingReport, settings: PreviewSettings) -> None:
     share = f"{report.trained_share:.0%} of the tokens trained on"
-    lengths = f"median {report.median_length:,.0f} tokens, longest {_about(report.estimated_rows)}{report.longest:,}"
+    lengths = f"median {report.median_length:,.0f} tokens, longest {report.longest:,}"
     fate = f"{report.truncated_rows:,} cut and {report.dropped_rows:,} left out at --max-length {settings.max_length}"
     if settings.objective == "grpo":
         share = f"each leaves {settings.max_completion_length} for an answer"
@@ -133,16 +133,12 @@ def _sides(preview: Preview, objective: str) -> Iterator[tuple[str, str]]:
 
 
 def _figures(preview: Preview, objective: str) -> str:
-    cut = f", cut from {_about(preview.estimated)}{preview.full_tokens:,}" if preview.truncated else ""
+    cut = f", cut from {preview.full_tokens:,}" if preview.truncated else ""
     stop = "the stop token included" if preview.stop_token else "NO stop token among them"
     trained = f"{preview.trained_tokens} trained on ({preview.trained_share:.0%}), {stop}"
     if objective == "grpo":
         trained = "the answer is the model's"
     return f"{plural(preview.tokens, 'token')}{cut}; {trained}"
-
-
-def _about(estimated: int) -> str:
-    return "about " if estimated else ""
 
 
 def _bad_rows(report: EncodingReport) -> Iterator[str]:

@@ -18,10 +18,10 @@ from rankwise.data.labels import LABELLED, labels_in, unknown_labels
 from rankwise.data.preferences import PREFERENCE_FORMATS
 from rankwise.data.rows import check_bad_rows
 from rankwise.disk import refuse_links
-from rankwise.errors import ConfigError, DataError, ModelError, RunError
+from rankwise.errors import ConfigError, DataError, ModelError, RunError, one_line
 from rankwise.evaluation.settings import EvaluateSettings, split_data
 from rankwise.evaluation.tasks.registry import make_task
-from rankwise.foreign import Fields, Json, JsonObject, checked, read_json, reason_of
+from rankwise.foreign import Fields, Json, JsonObject, checked, read_json
 from rankwise.labels import Labels
 from rankwise.lora_config import LoraConfig
 from rankwise.models.device import choose_device
@@ -85,7 +85,7 @@ def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
     try:
         before = checked(_Identity, read_json(path))
     except (OSError, ValueError) as error:
-        raise RunError("RW581", f"cannot read {path}: {reason_of(error)}; give a different --output.") from None
+        raise RunError("RW581", f"cannot read {path}: {one_line(error)}; give a different --output.") from None
     changed = [
         f"{flag(name)} was {before.options.get(name)!r} and is {value!r}"
         for name, value in now["options"].items()

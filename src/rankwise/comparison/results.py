@@ -105,7 +105,7 @@ def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, JsonObject]:
 
 def read_json(path: Path) -> JsonObject:
     """A JSON object; empty if there is no file."""
-    return read_object(path, error=RunError, code="RW593", constants=True) if path.exists() else {}
+    return read_object(path, error=RunError, code="RW593") if path.exists() else {}
 
 
 def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:

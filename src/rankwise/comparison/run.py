@@ -301,7 +301,7 @@ class Commands:
         return settings | {"learning_rate": f"auto:{rates}", "budget": self.given.budget}
 
     def _cache(self) -> Path:
-        """The cache folder with prepared base models and encoded rows."""
+        """The cache folder with prepared base models."""
         return self.plan.output.resolve() / "cache"
 
     def _measuring(self, job: Job) -> JsonObject:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.config import idle_options, variant_of
-from rankwise.errors import Interrupted, RunError
-from rankwise.foreign import Fields, JsonObject, checked, read_json, reason_of
+from rankwise.errors import Interrupted, RunError, one_line
+from rankwise.foreign import Fields, JsonObject, checked, read_json
 from rankwise.records import RUN_FILE, read_metrics, record_of, write_json, write_text
 from rankwise.reports.comparison import RUNS_FOLDER
 
@@ -134,7 +134,7 @@ def outcome_of(job: Job, output: Path) -> Outcome | None:
         pass
     except (OSError, ValueError) as error:
         raise RunError(
-            "RW581", f"cannot read {path}: {reason_of(error)}; remove the file, so that the step runs again."
+            "RW581", f"cannot read {path}: {one_line(error)}; remove the file, so that the step runs again."
         ) from None
     record = record_of(job.folder(output)) if job.stage == "train" else None
     if record is not None and record.status == "finished":

@@ -1,8 +1,7 @@
 """``python -m rankwise.comparison.steps JOB.json``: the steps of a comparison beside training, each in a process.
 
-*Prepare* puts bases and encoded rows into the cache before the first run, so a GGUF file is read, quantized and its
-data tokenized once, also for parallel runs. *Measure* loads a finished run once, and measures the loss of every
-evaluation row, the tasks, and some answers.
+*Prepare* puts bases into the cache before the first run, so a GGUF file is read and quantized once, also for parallel
+runs. *Measure* loads a finished run once, and measures the loss of every evaluation row, the tasks, and some answers.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from rankwise.models.load import answer_room, load_tokenizer
 from rankwise.models.prepared import needs_preparation
 from rankwise.records import RunRecord, load_record
 from rankwise.reports.comparison import EVALUATION_FOLDER
-from rankwise.training.setup import encode_data, load_for_training, quantization_for, read_data
+from rankwise.training.setup import load_for_training, quantization_for
 
 # Number of evenly spread rows to which the model's answers are recorded, for people to read.
 ANSWERED = 12
@@ -175,7 +174,7 @@ def _dtype(record: RunRecord | None, usual: torch.dtype) -> torch.dtype | None:
 def _prompts(engine: Engine, encoder: RowEncoder, chosen: Sequence[Row], *, is_text: bool) -> list[Prompt]:
     """The prompts of the ``chosen`` rows, or the beginnings of plain texts."""
     if is_text:
-        return [Prompt(tuple(row.ids[:TEXT_PROMPT])) for row in encoder.encode(chosen, TEXT_PROMPT)]
+        return [Prompt(tuple(row.ids[:TEXT_PROMPT])) for row in encoder.encode(chosen)]
     return [Prompt(ids) for ids in engine.prompt_ids(encoder, chosen)]
 
 
@@ -217,18 +216,12 @@ def answering(work: Callable[[], None]) -> int:
 
 def prepare(job: Fields) -> None:
     """Fill the cache. ``job["runs"]``: the settings of one run of each method."""
-    rows_are_cached = False
     # Runs of labels draw their head anew, and nothing of them is kept.
     runs = [TrainSettings.model_validate(run) for run in job["runs"] if run["objective"] != "classify"]
     for given in one_of_each_kind(runs):
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
-        if rows_are_cached and not needs_preparation(source, quantization_for(given)):
-            continue
-        tokenizer = load_for_training(given).tokenizer
-        # Rows of preferences are not cached.
-        if not rows_are_cached and given.objective == "sft":
-            encode_data(given, tokenizer, *read_data(given))
-        rows_are_cached = True
+        if needs_preparation(source, quantization_for(given)):
+            load_for_training(given)
 
 
 def one_of_each_kind(runs: Sequence[TrainSettings]) -> list[TrainSettings]:

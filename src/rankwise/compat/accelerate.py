@@ -1,4 +1,4 @@
-"""Recognise accelerate's hooks, which stand on the modules of a model on several devices, without importing it."""
+"""Recognise accelerate's hooks, on the modules of a model on several devices, without importing it."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import io
 import json
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from rankwise.data.formats import BadRow, Record
 from rankwise.data.rows import Unit
 from rankwise.errors import DataError, one_line
-from rankwise.foreign import Json, each_once
+from rankwise.foreign import Json, parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -94,13 +93,10 @@ def _decoded(path: Path, content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-        encoding = "utf-16" if wide else "latin1"
-        guess = "it is UTF-16" if wide else "if it is Latin-1 (Western European)"
         raise DataError(
             "RW205",
-            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}; {guess}, "
-            f"convert it with `iconv -f {encoding} -t utf-8 {path.name} > utf8-{path.name}`.",
+            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}; convert it, from Latin-1 for "
+            f"example with `iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}`.",
         ) from None
 
 
@@ -110,21 +106,17 @@ def _json_lines(path: Path, content: bytes) -> Numbered:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number, line) of each line that is not blank. A list of all lines could need 100 times the memory of a file."""
-    number, before = 1, 0
-    for found in re.finditer(r"\S.*", text):
-        number, before = number + text.count("\n", before, found.start()), found.start()
-        yield number, text[text.rfind("\n", 0, before) + 1 : found.end()]
+    """(number, line) of each line that is not blank."""
+    return ((number, line.rstrip("\r\n")) for number, line in enumerate(io.StringIO(text), 1) if line.strip())
 
 
 def _json_record(line: str) -> Record | BadRow:
     try:
-        record = json.loads(line, object_pairs_hook=each_once)
+        record = parse_json(line)
     except json.JSONDecodeError as error:
         return BadRow(f"expected one JSON object a line, found invalid JSON ({error.msg} at column {error.colno})")
-    except (RecursionError, ValueError) as error:
-        # The JSON is nested too deeply, names a field twice, or holds a number of thousands of digits.
-        return BadRow(f"expected one JSON object a line, found JSON that cannot be read ({error})")
+    except ValueError as error:
+        return BadRow(f"expected one JSON object a line, found invalid JSON ({one_line(error)})")
     return _as_record(record)
 
 
@@ -141,15 +133,9 @@ def _json(path: Path, content: bytes) -> Numbered:
         yield from _json_lines(path, content)
         return
     try:
-        elements = json.loads(text, object_pairs_hook=each_once)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            "RW206",
-            f"{path}, line {error.lineno}: expected a JSON array of objects, found invalid JSON ({error.msg} at column "
-            f"{error.colno}).",
-        ) from None
-    except (RecursionError, ValueError) as error:
-        raise DataError("RW206", f"{path}: JSON that cannot be read ({error}).") from None
+        elements = parse_json(text)
+    except ValueError as error:
+        raise DataError("RW206", f"{path}: expected a JSON array of objects, found none ({one_line(error)}).") from None
     yield from ((number, _as_record(element)) for number, element in enumerate(elements, 1))
 
 
@@ -204,8 +190,6 @@ def _parquet(path: Path, content: bytes) -> Numbered:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(content)).read()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError("RW206", f"cannot read {path} as parquet: {one_line(error)}.") from None
-    except UnicodeDecodeError as error:
-        raise _odd_name(str(path), error) from None
     yield from table_records(table, str(path))
 
 
@@ -213,24 +197,16 @@ def table_records(table: pyarrow.Table, source: str) -> Numbered:
     """The rows of a table with their numbers, counted from 1.
 
     Arrow adds nulls so that all objects of a column have the same fields; these nulls are removed. Raises DataError
-    (RW206) if a column's name is not UTF-8, or if Python cannot hold a column's values (a date far away, for example).
+    (RW206) for values that Python cannot hold (a date far away, for example).
     """
     columns = {}
-    try:
-        names = table.column_names
-    except UnicodeDecodeError as error:
-        raise _odd_name(source, error) from None
-    for name, column in zip(names, table.columns):
+    for name, column in zip(table.column_names, table.columns):
         try:
             columns[name] = [_without_nulls(value) for value in column.to_pylist()]
         except (ValueError, OverflowError) as error:
             raise DataError("RW206", f"cannot read the column `{name}` of {source}: {one_line(error)}.") from None
     for number in range(table.num_rows):
         yield number + 1, {name: values[number] for name, values in columns.items()}
-
-
-def _odd_name(source: str, error: UnicodeDecodeError) -> DataError:
-    return DataError("RW206", f"the name of a column of {source} is not UTF-8 ({error}); write it again.")
 
 
 def _without_nulls(value: Json) -> Json:
@@ -246,7 +222,7 @@ def _text_lines(path: Path, content: bytes) -> Numbered:
     paired = sum("||" in line for _, line in lines) * 2 > len(lines)
     for number, line in lines:
         mr, _, ref = line.partition("||")
-        yield number, {"mr": mr, "ref": ref} if paired else {"text": line.rstrip("\r")}
+        yield number, {"mr": mr, "ref": ref} if paired else {"text": line}
 
 
 KINDS: dict[str, Callable[[Path, bytes], Numbered]] = {

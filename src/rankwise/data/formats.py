@@ -48,8 +48,6 @@ TYPE_NAMES: Mapping[type, str] = {
 class BadRow(ValueError):
     """A faulty record; the message says what was expected and what was found."""
 
-    code = "RW203"
-
 
 @dataclasses.dataclass(frozen=True)
 class Format:
@@ -249,7 +247,7 @@ def tools_of(record: Record) -> tuple[Fields, ...] | None:
     tools = record.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = parse_json(tools, constants=True)
+            tools = parse_json(tools)
         except ValueError as error:
             raise BadRow(f"expected JSON or a list of objects in `tools`, found invalid JSON ({error})") from None
     if not tools:
@@ -371,7 +369,6 @@ def rows_from_records(
     rows, problems = _convert(records, source, layout, counted_in)
     check_bad_rows(problems, len(records), allowed=skip_bad_rows, before=bad_before)
     assert layout is not None, "without a record that shows the layout every row is bad"
-    _tell_of_numbers([record for _, record in records], source, layout)
     # Rewards read all columns of a record.
     if rows[0].columns is None:
         _tell_of_unread([record for _, record in records], source, layout, named=any(columns))
@@ -406,19 +403,8 @@ def _convert(
                 make = functools.partial(Row, layout.kind, source, line, counted_in=unit)
                 rows.append(make(**fields, rejected=None if worse is None else make(**worse)))
         except BadRow as bad:
-            problems.append(Problem(source, line, unit, bad.code, str(bad), index))
+            problems.append(Problem(source, line, unit, "RW203", str(bad), index))
     return rows, problems
-
-
-def _tell_of_numbers(records: Sequence[Record | BadRow], source: str, layout: Format) -> None:
-    """Warn where numbers are read as text. In a .csv every value is text; other files may hold numbers."""
-    counts = {
-        column: sum(isinstance(record, Mapping) and is_number(record.get(column)) for record in records)
-        for column in (*layout.columns, *layout.optional)
-    }
-    found = ", ".join(f"`{column}` in {count:,} of {len(records):,} rows" for column, count in counts.items() if count)
-    if found:
-        warn("RW224", f"{source} holds numbers ({found}); they are read as text, as a .csv would hold them.")
 
 
 def _tell_of_unread(records: Sequence[Record | BadRow], source: str, layout: Format, *, named: bool) -> None:

@@ -36,7 +36,7 @@ def _name(value: str | int) -> str:
 
 
 def _texts(record: Record) -> JsonObject:
-    """The fields of a row; a second text stands in ``completion``."""
+    """The fields of a row; a second text is in ``completion``."""
     pair = {"completion": text_field(record, "text_pair")} if record.get("text_pair") else {}
     return {"text": text_field(record, "text"), **pair}
 

@@ -59,14 +59,14 @@ def encode_preferences(
 ) -> Encoded:
     """Token ids of pairs, or of marked answers with their ``label``, by the rules of ``encode_rows``.
 
-    A row loses its end at ``max_length``. A pair is left out where a side has nothing to learn from within it (RW216),
-    or where both sides are the same within it (RW261).
+    A row loses its end at ``max_length``. A pair is left out where a side has nothing to learn from within it, or both
+    sides are the same (RW216).
 
     Raises DataError as ``encode_rows``.
     """
     encoder = RowEncoder(rows, tokenizer, chat_template)
     sides = [side for row in rows for side in row.sides]
-    found = encoder.try_encode(sides, max_length)
+    found = encoder.try_encode(sides)
     table = _Table(max_length, paired=len(sides) > len(rows))
     problems: list[Problem] = []
     stop_ids: set[int] = set()
@@ -82,12 +82,6 @@ def encode_preferences(
     problems = [*rows.problems, *problems]
     report = table.counts.report(name, encoder, problems, rows=len(table.labels), tokens=table.tokens)
     complain(report, rows, max_length)
-    if table.equal:
-        warn(
-            "RW261",
-            f"{table.equal} of {len(rows)} pairs of {rows.source} were left out: within --max-length {max_length} both "
-            "sides are the same.",
-        )
     if not table.paired and name == "train":
         _complain_of_labels(table.labels, rows.source)
     return Encoded(table.dataset(), report)
@@ -116,22 +110,19 @@ class _Table:
         self.labels: list[bool] = []
         self.paired = paired
         self.counts = Counts()
-        self.tokens = self.equal = 0
+        self.tokens = 0
 
     def add(self, sides: Sequence[EncodedRow], label: bool | None, stop_ids: set[int]) -> None:
         self.counts.lengths += [side.length for side in sides]
-        self.counts.estimated += any(side.estimated for side in sides)
         ids = [side.ids[: self.max_length] for side in sides]
         start = min(map(completion_start, sides))
         if len(ids) == 2:
             # Some templates change the prompt with the answer: then the completions begin where the ids first differ.
             common = next((place for place, (a, b) in enumerate(zip(*ids)) if a != b), min(map(len, ids)))
             start = min(start, common)
-        if any(completion_start(side) >= len(cut) for side, cut in zip(sides, ids)):
+        is_idle = any(completion_start(side) >= len(cut) for side, cut in zip(sides, ids))
+        if is_idle or (len(ids) == 2 and ids[0] == ids[1]):
             self.counts.dropped += 1
-            return
-        if len(ids) == 2 and ids[0] == ids[1]:
-            self.equal += 1
             return
         for (values, ends), piece in zip(self.columns.values(), [ids[0][:start], *(cut[start:] for cut in ids)]):
             values.extend(piece)
@@ -141,7 +132,6 @@ class _Table:
         self.counts.trained += sum(len(cut) - start for cut in ids)
         self.counts.truncated += any(side.length > self.max_length for side in sides)
         self.counts.stopped += not stop_ids.isdisjoint(ids[0][start:])
-        self.counts.split += any(side.split for side in sides)
 
     def dataset(self) -> Dataset:
         import pyarrow
@@ -157,12 +147,6 @@ SIDES = ("chosen", "rejected")
 GOOD = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 
 
-class EqualSides(BadRow):
-    """A pair whose sides are equal."""
-
-    code = "RW260"
-
-
 def unpaired(rows: Rows) -> Rows:
     """Each pair as a good and a bad answer; other rows as they are."""
     items = [dataclasses.replace(side, rejected=None) for row in rows for side in row.sides]
@@ -172,7 +156,7 @@ def unpaired(rows: Rows) -> Rows:
 def _two_sides(prompt: JsonObject, chosen: JsonObject, rejected: JsonObject) -> JsonObject:
     """The fields of the better row, which hold those of the worse one."""
     if chosen == rejected:
-        raise EqualSides("expected `chosen` and `rejected` to differ, found the same answer in both")
+        raise BadRow("expected `chosen` and `rejected` to differ, found the same answer in both")
     return {**prompt, **chosen, "label": True, "rejected": {**prompt, **rejected, "label": False}}
 
 
@@ -193,7 +177,7 @@ def _implicit_texts(record: Record) -> JsonObject:
     if not better[:length].strip():
         raise BadRow("expected `chosen` and `rejected` to begin with the same prompt, found no common beginning")
     if better[length:] == worse[length:]:
-        raise EqualSides("expected `chosen` and `rejected` to differ, found the same text in both")
+        raise BadRow("expected `chosen` and `rejected` to differ, found the same text in both")
     for side, text in zip(SIDES, (better, worse)):
         if not text[length:].strip():
             raise BadRow(f"expected an answer behind the common prompt in `{side}`, found none")
@@ -211,7 +195,7 @@ def _implicit_conversations(record: Record) -> JsonObject:
     better, worse = (message_list(record, side) for side in SIDES)
     length = _common(better, worse)
     if length == len(better) == len(worse):
-        raise EqualSides("expected `chosen` and `rejected` to differ, found the same messages in both")
+        raise BadRow("expected `chosen` and `rejected` to differ, found the same messages in both")
     if length == 0 and isinstance(record.get("prompt"), str):
         return _pair_of(record, ({"role": "user", "content": text_field(record, "prompt")},), better, worse)
     if length == 0:

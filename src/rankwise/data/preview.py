@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rankwise.data.encoding import EncodedRow, EncodingReport, RowEncoder, all_encoded
+from rankwise.data.encoding import EncodedRow, EncodingReport, RowEncoder
 from rankwise.data.preferences import completion_start
 from rankwise.data.rows import Row, Rows, check_bad_rows
 from rankwise.data.templates import Segment
@@ -33,11 +33,10 @@ class Preview:
     ids: tuple[int, ...]
     tokens: int
     trained_tokens: int
-    # Before truncation; of a row far longer than that an estimate.
+    # Before truncation.
     full_tokens: int
     # Whether a stop token is trained on.
     stop_token: bool
-    estimated: bool
     # For preferences: whether the answer is good.
     label: bool | None = None
     # For pairs: the worse answer.
@@ -88,10 +87,10 @@ def preview_row(
 
 
 def _preview(rows: Rows, row: Row, encoder: RowEncoder, max_length: int, *, prompt_alone: bool = False) -> Preview:
-    [encoded] = all_encoded(encoder, [row], max_length)
+    [encoded] = encoder.encode([row])
     if prompt_alone:
         length = encoded.trained.index(True)
-        encoded = EncodedRow(encoded.ids[:length], encoded.trained[:length], encoded.split, length)
+        encoded = EncodedRow(encoded.ids[:length], encoded.trained[:length])
     ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
     if row.label is not None:
         start = completion_start(encoded)
@@ -109,7 +108,6 @@ def _preview(rows: Rows, row: Row, encoder: RowEncoder, max_length: int, *, prom
         trained_tokens=sum(trained),
         full_tokens=encoded.length,
         stop_token=not encoder.stop_ids().isdisjoint(labels),
-        estimated=encoded.estimated,
         label=row.label,
     )
 

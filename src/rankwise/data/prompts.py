@@ -26,7 +26,7 @@ ANSWERS = ("answer", "solution")
 
 def prompt_formats(prompt_column: str | None = None, completion_column: str | None = None) -> Collection[Format]:
     """The layouts of prompts; the one of these columns where they are named. Raises DataError (RW207) for a
-    ``completion_column`` alone.
+    ``completion_column`` without the other.
     """
     if prompt_column is None:
         if completion_column is not None:
@@ -71,7 +71,7 @@ def _messages(column: str) -> Callable[[Record], JsonObject]:
         if messages[-1]["role"] == "assistant":
             messages, known = messages[:-1], messages[-1]["content"]
         if not messages:
-            raise BadRow(f"expected a message of the user in `{column}`, found the assistant's alone")
+            raise BadRow(f"expected a message of the user in `{column}`, found only the assistant's")
         return {
             "messages": (*messages, {"role": "assistant", "content": PLACE}),
             "tools": tools_of(record),

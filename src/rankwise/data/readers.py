@@ -6,16 +6,15 @@ Rows to evaluate on can be limited, and are compared with the training rows.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankwise.compat.datasets import hub_or_cache
 from rankwise.data.files import KINDS, kind_of, read_file, table_records
-from rankwise.data.formats import Columns, Format, rows_from_records
+from rankwise.data.formats import Format, rows_from_records
 from rankwise.data.rows import NEVER, Problem, Row, Rows
 from rankwise.data.stdlib import STDLIB, stdlib_rows
 from rankwise.errors import DataError, one_line, some_of, warn
@@ -54,27 +53,21 @@ def read_rows(
     RW205 not UTF-8, RW206 damaged file, RW207 unknown columns, RW208 hub or split not available,
     RW209 files of different layouts in one folder.
     """
-    how = _How((prompt_column, completion_column), skip_bad_rows, formats)
+    columns = prompt_column, completion_column
     if str(source) == STDLIB:
-        return stdlib_rows(split, formats, how.columns)
+        return stdlib_rows(split, formats, columns)
     check_there(source)
+    make = functools.partial(rows_from_records, columns=columns, skip_bad_rows=skip_bad_rows, formats=formats)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_folder(path, split, how)
+        return _read_folder(path, split, make)
     if path.exists():
-        return _read_path(path, path.name, how)
-    return _read_hub(str(source), split, how)
+        return _read_path(path, path.name, make)
+    return _read_hub(str(source), split, make)
 
 
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """The options that decide how records become rows."""
-
-    columns: Columns
-    skip_bad_rows: int | None
-    formats: Collection[Format] | None = None
-    # Bad rows in earlier files of the folder.
-    bad_before: int = 0
+# ``rows_from_records`` with the caller's options.
+Make = Callable[..., Rows]
 
 
 def check_there(source: str | Path) -> None:
@@ -85,25 +78,19 @@ def check_there(source: str | Path) -> None:
         raise DataError("RW201", f"there is no file or folder {source}; check the path.")
 
 
-def _read_path(path: Path, name: str, how: _How) -> Rows:
+def _read_path(path: Path, name: str, make: Make) -> Rows:
     content = read_file(path)
-    return rows_from_records(
-        content.records,
-        name,
-        sha256=content.sha256,
-        columns=how.columns,
-        counted_in=content.counted_in,
-        skip_bad_rows=how.skip_bad_rows,
-        bad_before=how.bad_before,
-        formats=how.formats,
-    )
+    return make(content.records, name, sha256=content.sha256, counted_in=content.counted_in)
 
 
-def _read_folder(folder: Path, split: str, how: _How) -> Rows:
+def _read_folder(folder: Path, split: str, make: Make) -> Rows:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _read_saved(folder, split, how)
-    files = _files_of_split(folder, split)
-    parts = _read_files(folder, files, how)
+        return _read_saved(folder, split, make)
+    parts: list[Rows] = []
+    for file in _files_of_split(folder, split):
+        # ``skip_bad_rows`` counts the bad rows of all files together.
+        before = sum(len(part.problems) for part in parts)
+        parts.append(_read_path(file, str(file.relative_to(folder)), functools.partial(make, bad_before=before)))
     formats = {part.format: part.source for part in parts}
     if len(formats) > 1:
         found = "; ".join(f"{source} is {name}" for name, source in formats.items())
@@ -116,15 +103,6 @@ def _read_folder(folder: Path, split: str, how: _How) -> Rows:
         sha256=hashlib.sha256(names_and_hashes.encode()).hexdigest(),
         problems=_numbered_on(parts),
     )
-
-
-def _read_files(folder: Path, files: Sequence[Path], how: _How) -> list[Rows]:
-    """The rows of each file. ``skip_bad_rows`` counts the bad rows of all files together."""
-    parts: list[Rows] = []
-    for file in files:
-        before = sum(len(part.problems) for part in parts)
-        parts.append(_read_path(file, str(file.relative_to(folder)), dataclasses.replace(how, bad_before=before)))
-    return parts
 
 
 def _numbered_on(parts: Sequence[Rows]) -> tuple[Problem, ...]:
@@ -182,7 +160,7 @@ def _split_of(name: str) -> str | None:
     return None
 
 
-def _read_saved(folder: Path, split: str, how: _How) -> Rows:
+def _read_saved(folder: Path, split: str, make: Make) -> Rows:
     import datasets
 
     try:
@@ -193,7 +171,7 @@ def _read_saved(folder: Path, split: str, how: _How) -> Rows:
         if split not in loaded:
             raise _no_split(folder, split, list(loaded))
         loaded = loaded[split]
-    return _from_dataset(loaded, folder.name, how)
+    return _from_dataset(loaded, folder.name, make)
 
 
 def _hub_parts(source: str, split: str) -> tuple[str, str | None, str]:
@@ -209,36 +187,25 @@ def _hub_parts(source: str, split: str) -> tuple[str, str | None, str]:
     return name, configuration, f"{named or split}{part or ''}"
 
 
-def _read_hub(source: str, split: str, how: _How) -> Rows:
+def _read_hub(source: str, split: str, make: Make) -> Rows:
     """The rows of a hub data set. ``datasets`` 4 and later runs no code of a repository and refuses loading scripts."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     name, configuration, split = _hub_parts(source, split)
-    with hub_or_cache() as answers:
-        try:
-            loaded = datasets.load_dataset(name, configuration, split=split)
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-            reason = one_line(error) if answers else "it cannot be reached, and the cache does not hold the set"
-            meant = f" Did you mean {STDLIB}?" if difflib.get_close_matches(name, [STDLIB]) else ""
-            raise DataError(
-                "RW208",
-                f"{source!r} is not a file or folder here, and the hub does not give its split {split!r}: {reason}. "
-                f"Check the name and the network, or give a local file.{meant}",
-            ) from None
-    return _from_dataset(loaded, source, how)
+    try:
+        loaded = datasets.load_dataset(name, configuration, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise DataError(
+            "RW208",
+            f"{source!r} is not a file or folder here, and the hub does not give its split {split!r}: "
+            f"{one_line(error)}. Check the name and the network, or give a local file.",
+        ) from None
+    return _from_dataset(loaded, source, make)
 
 
-def _from_dataset(dataset: Dataset, source: str, how: _How) -> Rows:
-    records = table_records(dataset.with_format("arrow")[:], source)
-    return rows_from_records(
-        records,
-        source,
-        columns=how.columns,
-        counted_in="row",
-        skip_bad_rows=how.skip_bad_rows,
-        formats=how.formats,
-    )
+def _from_dataset(dataset: Dataset, source: str, make: Make) -> Rows:
+    return make(table_records(dataset.with_format("arrow")[:], source), source, counted_in="row")
 
 
 EVAL_ROWS = 256

@@ -4,11 +4,9 @@ With a chat template, the trained segments are the assistant's turns, each with 
 generation %}`` marks defines the assistant's text. For any other template, a turn is the text that ``messages[:i+1]``
 adds to ``messages[:i]`` with the generation prompt. A template for which this does not hold is refused.
 
-Tool-call arguments get the form that a chat template expects: an object, or its JSON text. A template for objects
-quotes and escapes a text (Qwen 2.5, Llama 3.1) or refuses it. A template for texts writes an object as Python does, or
-refuses it (DeepSeek).
+Arguments of tool calls are given as objects, which transformers asks templates to expect, or else as JSON text.
 
-A row of which the template omits a part is refused: each part's words must stand in the rendered text.
+A row of which the template omits a part is refused: each part's words must occur in the rendered text.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 PROBE_ANSWER = "probed answer"
-UNENDED = "a stop token after answers before the last"
 Span = tuple[int, int]
 
 
@@ -54,8 +51,6 @@ class Rendered:
     opened: bool
     # Whether the EOS token is appended and trained, since the text does not end with a stop token.
     closed: bool
-    # Optional parts of the row that the template omits, in words.
-    left_out: tuple[str, ...] = ()
 
     @property
     def characters(self) -> int:
@@ -75,11 +70,8 @@ def read_template(path: Path) -> str:
         # transformers adds the generation tag to Jinja; the parse does not need it.
         plain = GENERATION_TAGS.sub("", text)
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-    except UnicodeDecodeError:
-        raise DataError("RW211", f"the chat template {path} is not UTF-8; save it as such.") from None
-    except OSError as error:
-        reason = (error.strerror or "no reason given").lower()
-        raise DataError("RW211", f"cannot read the chat template {path}: {reason}; give a Jinja file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("RW211", f"cannot read the chat template {path} ({one_line(error)}); give UTF-8.") from None
     except jinja2.TemplateSyntaxError as error:
         raise DataError("RW211", f"the chat template {path}, line {error.lineno}: {error.message}.") from None
     return text
@@ -116,17 +108,12 @@ def renderer(
 
 
 def _plain_text(row: Row, *, eos_token: str) -> Rendered:
-    if not row.text.replace(eos_token, "").strip():
-        raise RowRefused("RW222", "the text holds only its stop token")
     return Rendered((Segment(row.text, True),), opened=True, closed=not row.text.endswith(eos_token))
 
 
 def _plain_pair(row: Row, *, separator: str, eos_token: str) -> Rendered:
-    if not row.completion.replace(eos_token, "").strip():
-        raise RowRefused("RW222", "the completion holds only its stop token")
     segments = (Segment(row.prompt + separator, False), Segment(row.completion, True))
-    left_out = ("`tools`",) if row.tools else ()
-    return Rendered(segments, opened=True, closed=not row.completion.endswith(eos_token), left_out=left_out)
+    return Rendered(segments, opened=True, closed=not row.completion.endswith(eos_token))
 
 
 class ChatRenderer:
@@ -150,9 +137,7 @@ class ChatRenderer:
             text, marked = self._marked(template, messages, tools)
         else:
             text = self._render(messages, tools, generation_prompt=False)
-        lost = left_out(messages, tools, text)
-        if lost.required:
-            raise RowRefused("RW221", f"the chat template leaves out {', '.join(lost.required)}")
+        refuse_left_out(messages, tools, text)
         if marked is None:
             spans = self._grown_spans(text, messages, tools, row.first_trained)
         else:
@@ -160,17 +145,14 @@ class ChatRenderer:
             start = len(self._before(text, messages, tools, first)) if first else 0
             spans = [span for span in marked if span[1] > start]
         spans = self._whole_turns(text, spans, are_marked=marked is not None)
-        self._check_turns(text, spans)
+        if not any(start < end for start, end in spans):
+            raise RowRefused("RW212", "the chat template marks no assistant text in this row")
         closed = self.stop is None and spans[-1][1] == len(text)
-        # A template may mark several spans of one turn.
-        answers = sum(message["role"] == "assistant" for message in messages[row.first_trained :])
-        ended = sum(text[start:end].rstrip().endswith(self._specials) for start, end in spans[:-1])
-        unended = (UNENDED,) if ended < min(answers, len(spans)) - 1 else ()
-        return Rendered(_segments(text, spans), opened=False, closed=closed, left_out=(*lost.optional, *unended))
+        return Rendered(_segments(text, spans), opened=False, closed=closed)
 
     @functools.cached_property
     def stop(self) -> str | None:
-        """The first special tokens that the template writes after an assistant's text, wherever the text stands."""
+        """The first special tokens that the template writes after an assistant's text, wherever the text is."""
         probe: list[Message] = [
             {"role": "user", "content": "question"},
             {"role": "assistant", "content": PROBE_ANSWER},
@@ -206,7 +188,7 @@ class ChatRenderer:
         return tuple(sorted(found, key=len, reverse=True))
 
     def _first_specials(self, text: str) -> list[str]:
-        """The special tokens that directly follow each other where the first one stands."""
+        """The special tokens that directly follow each other from the first one on."""
         one = "|".join(map(re.escape, self._specials))
         run = re.search(f"(?:{one})+", text)
         return re.findall(one, run.group()) if run else []
@@ -244,42 +226,13 @@ class ChatRenderer:
             return _encodable(texts[0]), spans[0]
 
     def _grown_spans(self, text: str, messages: Sequence[Message], tools: Tools, first_trained: int) -> list[Span]:
-        """The spans of the answers, found by rendering the conversation up to each of them.
-
-        The cost is quadratic in their number. An answer in the middle whose header is known from an earlier one is
-        therefore found in the text instead.
-        """
+        """The spans of the answers, found by rendering the conversation up to each of them."""
         spans: list[Span] = []
-        headers: dict[Hashable, str] = {}
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index < first_trained:
-                continue
-            kind = tuple((turn["role"], *sorted(turn)) for turn in messages[max(0, index - 1) : index + 1])
-            is_last = index + 1 == len(messages)
-            span = None
-            if kind in headers and not is_last:
-                span = self._behind(headers[kind], text, messages, index, spans[-1][1])
-            if span is None:
-                start = len(self._before(text, messages, tools, index))
-                span = start, len(text) if is_last else self._turn_border(text, start, messages, tools, index)
-                # With a different number of stop tokens the first of them would not end the answer.
-                if self.stop is not None and text.count(self.stop, *span) == 1:
-                    headers[kind] = _header(text, messages, index, start)
-            spans.append(span)
+            if message["role"] == "assistant" and index >= first_trained:
+                start, is_last = len(self._before(text, messages, tools, index)), index + 1 == len(messages)
+                spans.append((start, len(text) if is_last else self._turn_border(text, start, messages, tools, index)))
         return spans
-
-    def _behind(self, header: str, text: str, messages: Sequence[Message], index: int, position: int) -> Span | None:
-        """The span of ``messages[index]`` where ``header`` follows the message before it.
-
-        The first such place after ``position`` counts.
-        """
-        before, own = messages[index - 1]["content"], json.dumps(messages[index], ensure_ascii=False, default=str)
-        place = text.find(before, position)
-        if not header or not before or place < 0 or not text.startswith(header, place + len(before)):
-            return None
-        start = place + len(before) + len(header)
-        end = text.find(str(self.stop), start)
-        return None if end < 0 or str(self.stop) in own else (start, end + len(str(self.stop)))
 
     def _turn_border(self, text: str, start: int, messages: Sequence[Message], tools: Tools, index: int) -> int:
         """The end in ``text`` of the answer ``messages[index]``, which starts at ``start``."""
@@ -325,18 +278,6 @@ class ChatRenderer:
         behind = end + len(text[end:]) - len(text[end:].lstrip())
         return behind + len(self.stop) if text.startswith(self.stop, behind) else end
 
-    def _check_turns(self, text: str, spans: Sequence[Span]) -> None:
-        """Raise RowRefused where there is no answer, or where an answer is only a stop token."""
-        if not any(start < end for start, end in spans):
-            raise RowRefused("RW212", "the chat template marks no assistant text in this row")
-        before = -1
-        for number, (start, end) in enumerate(spans, 1):
-            # Some templates mark the stop token in a span of its own, right after the answer.
-            is_answer = before < 0 or text[before:start].strip()
-            if start < end and is_answer and not text[start:end].replace(self.stop or "\0", "").strip():
-                raise RowRefused("RW222", f"the assistant's turn {number} holds only its stop token")
-            before = end
-
 
 def chat_text(
     tokenizer: PreTrainedTokenizerBase,
@@ -355,9 +296,7 @@ def chat_text(
     try:
         asked = suit_arguments(messages, functools.partial(render, tools=offered))
         text = render(asked, offered)
-        lost = left_out(asked, offered, text)
-        if lost.required:
-            raise RowRefused("RW221", f"the chat template leaves out {', '.join(lost.required)}")
+        refuse_left_out(asked, offered, text)
     except RowRefused as error:
         raise DataError(error.code, f"{place}: {error.message}.") from None
     return text
@@ -401,13 +340,6 @@ def _prefix(part: str, whole: str, index: int) -> str:
     )
 
 
-def _header(text: str, messages: Sequence[Message], index: int, start: int) -> str:
-    """The text between the message before ``messages[index]`` and ``start``; empty where that is unclear."""
-    before = messages[index - 1]["content"]
-    place = text.rfind(before, 0, start)
-    return text[place + len(before) : start] if before and place >= 0 else ""
-
-
 def _segments(text: str, spans: Sequence[Span]) -> tuple[Segment, ...]:
     segments, position = [], 0
     for start, end in spans:
@@ -418,120 +350,73 @@ def _segments(text: str, spans: Sequence[Span]) -> tuple[Segment, ...]:
 
 
 def suit_arguments(messages: Sequence[Message], render: Callable[[Sequence[Message]], str]) -> Sequence[Message]:
-    """The conversation with its arguments in the form that the template writes as JSON, if there is one."""
-    if not any(_forms(message) for message in messages):
+    """The conversation with the arguments of its calls as objects; as JSON text where the template refuses objects
+    (DeepSeek), or writes them as Python does.
+    """
+    if not any(message.get("tool_calls") for message in messages):
         return messages
-    others = [_in_the_other_form(message) for message in messages]
+    objects, texts = ([_with_arguments(message, form) for message in messages] for form in (_object, _json))
     try:
-        fits = not _is_misread(messages, render(messages))
+        text = render(objects)
     except DataError:
-        fits = False
-    if fits:
-        return messages
+        return texts
+    given = [function_of(call).get("arguments") for message in objects for call in message.get("tool_calls") or ()]
+    return texts if any(str(item) in text and str(item) != _json(item) for item in given if item) else objects
+
+
+def _with_arguments(message: Message, form: Callable[[Json], Json]) -> Message:
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = function_of(call)
+        changed = {**function, "arguments": form(function.get("arguments"))} if function.get("arguments") else call
+        calls.append({**call, "function": changed} if function is not call and changed is not call else changed)
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _object(arguments: Json) -> Json:
+    """The object of a JSON text; anything else unchanged."""
     try:
-        return messages if _is_misread(others, render(others)) else others
-    except DataError:
-        return messages
-
-
-def _is_misread(messages: Sequence[Message], text: str) -> bool:
-    """Whether the template has quoted and escaped a text, or written an object in Python's spelling."""
-    given = [arguments for message in messages for arguments, _ in _forms(message)]
-    wrong = [_json(item) if isinstance(item, str) else str(item) for item in given]
-    return any(spelt in text for item, spelt in zip(given, wrong) if spelt != _json(item) or isinstance(item, str))
-
-
-def _forms(message: Message) -> list[tuple[Json, Json]]:
-    """The arguments of each call, and the other form of them. Calls without an object of arguments are left out."""
-    return [forms for call in message.get("tool_calls") or () if (forms := _both(function_of(call).get("arguments")))]
-
-
-def _both(arguments: Json) -> tuple[Json, Json] | None:
-    if isinstance(arguments, Mapping):
-        return arguments, _json(arguments)
-    try:
-        parsed = json.loads(arguments) if isinstance(arguments, str) else None
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
-        return None
-    return (arguments, parsed) if isinstance(parsed, Mapping) else None
-
-
-def _in_the_other_form(message: Message) -> Message:
-    if not _forms(message):
-        return message
-    return {**message, "tool_calls": [_changed(call) for call in message["tool_calls"]]}
-
-
-def _changed(call: Fields) -> Fields:
-    forms = _both(function_of(call).get("arguments"))
-    if forms is None:
-        return call
-    changed = {**function_of(call), "arguments": forms[1]}
-    return {**call, "function": changed} if "function" in call else changed
+        return arguments
+    return parsed if isinstance(parsed, Mapping) else arguments
 
 
 def _json(value: Json) -> str:
-    # As the filter tojson of transformers' templates writes it.
-    return json.dumps(value, ensure_ascii=False)
+    """The value as the filter tojson of transformers' templates writes it; a text unchanged."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # transformers' type of tools.
 Tools = list[Any] | None
 # Names for the reasoning of a message; transformers passes the first two to every template.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-CALLS = ("tool_calls", "function_call")
-# Fields that are checked separately, and names and ids that many templates do not use.
-UNWRITTEN = {"role", "content", "name", "id", "tool_call_id", *REASONING, *CALLS}
 # Templates trim and indent, and write text as JSON.
 REWRITTEN = re.compile(r"\\[nrt]|[\s\\]")
 # What may stand between reasoning inside the ``content`` and the answer.
 END_OF_THOUGHT = re.compile(r"</[^<>]*>|\n")
 
 
-@dataclasses.dataclass(frozen=True)
-class Unwritten:
-    """The parts that a template omits, in words: those required for training, and optional ones."""
-
-    required: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-
-
-def left_out(messages: Sequence[Message], tools: Tools, text: str) -> Unwritten:
-    """The parts of a conversation whose words are missing in its ``text``.
-
-    A required part must occur as often as in all required parts together, since a short one can stand in another.
-    """
+def refuse_left_out(messages: Sequence[Message], tools: Tools, text: str) -> None:
+    """Raise RowRefused (RW221) for parts of a conversation whose words are missing in its ``text``."""
     written = _plain(text)
-    required: list[tuple[str, str]] = []
-    optional: list[tuple[str, str]] = []
-    for name, is_required, value in _parts(messages, tools, written):
-        (required if is_required else optional).extend((name, words) for words in map(_plain, _texts(value)) if words)
-    expected = "\0".join(words for _, words in required if words in written)
-    lost = [name for name, words in required if written.count(words) < max(1, expected.count(words))]
-    spare = [name for name, words in optional if words not in written]
-    return Unwritten(tuple(dict.fromkeys(lost)), tuple(dict.fromkeys(spare)))
+    lost = [name for name, value in _parts(messages, tools) for words in _texts(value) if _plain(words) not in written]
+    if lost:
+        raise RowRefused("RW221", f"the chat template leaves out {', '.join(dict.fromkeys(lost))}")
 
 
-def _parts(messages: Sequence[Message], tools: Tools, written: str) -> Iterator[tuple[str, bool, Json]]:
-    """(name, whether it is required, value) of each part. Templates may drop the reasoning of earlier answers."""
-    yield from (("`tools`", True, function_of(tool).get("name")) for tool in tools or ())
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+def _parts(messages: Sequence[Message], tools: Tools) -> Iterator[tuple[str, Json]]:
+    """(name, value) of each part that a template must write. Templates may drop the reasoning of earlier answers."""
+    yield from (("`tools`", function_of(tool).get("name")) for tool in tools or ())
+    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     for index, message in enumerate(messages):
-        place, is_earlier = f"of message {index + 1}", index in answers[:-1]
-        content = message["content"]
-        answer = END_OF_THOUGHT.split(content.strip())[-1]
-        if is_earlier and _plain(content) not in written and _plain(answer) in written:
-            yield "part of the `content` of earlier answers", False, content
-            content = answer
-        yield f"the `content` {place}", True, content
-        if thought := next((key for key in REASONING if message.get(key)), None):
-            whose = "of earlier answers" if is_earlier else place
-            yield f"the `{thought}` {whose}", not is_earlier, message[thought]
-        for key in CALLS:
-            calls = message.get(key) or ()
-            for call in [calls] if isinstance(calls, Mapping) else calls:
-                yield f"`{key}` {place}", True, [function_of(call).get(part) for part in ("name", "arguments")]
-        yield from ((f"`{key}`", False, message[key]) for key in message if key not in UNWRITTEN)
+        place, content = f"of message {index + 1}", message["content"]
+        is_earlier = message["role"] == "assistant" and index < last
+        yield f"the `content` {place}", END_OF_THOUGHT.split(content.strip())[-1] if is_earlier else content
+        if (thought := next((key for key in REASONING if message.get(key)), None)) and not is_earlier:
+            yield f"the `{thought}` {place}", message[thought]
+        for call in message.get("tool_calls") or ():
+            yield f"`tool_calls` {place}", [function_of(call).get(part) for part in ("name", "arguments")]
 
 
 def function_of(call: Json) -> Fields:

@@ -9,14 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankwise.acceleration.generation import Decoding
-    from rankwise.evaluation.engine import Engine
-    from rankwise.evaluation.errors_of_means import Mean, error_of_shares, mean_of, paired_difference, shares_of_ratio
-    from rankwise.evaluation.record import Example, Lines, TaskResult, text_sha256
-    from rankwise.evaluation.settings import EvaluateSettings
-    from rankwise.evaluation.tasks.base import Question, Summary, Task, Tell, warn_of_empty, write_answers
-    from rankwise.evaluation.tasks.names import TaskType, harness_folder
-    from rankwise.evaluation.tasks.registry import harness_task
+    from rankwise.acceleration.generation import Decoding as Decoding
+    from rankwise.evaluation.engine import Engine as Engine
+    from rankwise.evaluation.errors_of_means import Mean as Mean
+    from rankwise.evaluation.errors_of_means import mean_of as mean_of
+    from rankwise.evaluation.errors_of_means import paired_difference as paired_difference
+    from rankwise.evaluation.record import Example as Example
+    from rankwise.evaluation.record import Lines as Lines
+    from rankwise.evaluation.record import TaskResult as TaskResult
+    from rankwise.evaluation.record import text_sha256 as text_sha256
+    from rankwise.evaluation.settings import EvaluateSettings as EvaluateSettings
+    from rankwise.evaluation.tasks.base import Question as Question
+    from rankwise.evaluation.tasks.base import Summary as Summary
+    from rankwise.evaluation.tasks.base import Task as Task
+    from rankwise.evaluation.tasks.base import Tell as Tell
+    from rankwise.evaluation.tasks.base import write_answers as write_answers
+    from rankwise.evaluation.tasks.names import TaskType as TaskType
+    from rankwise.evaluation.tasks.names import harness_folder as harness_folder
+    from rankwise.evaluation.tasks.registry import harness_task as harness_task
 
 _HOMES = {
     "Decoding": "rankwise.acceleration.generation",
@@ -31,40 +41,15 @@ _HOMES = {
     "TaskResult": "rankwise.evaluation.record",
     "TaskType": "rankwise.evaluation.tasks.names",
     "Tell": "rankwise.evaluation.tasks.base",
-    "error_of_shares": "rankwise.evaluation.errors_of_means",
     "harness_folder": "rankwise.evaluation.tasks.names",
     "harness_task": "rankwise.evaluation.tasks.registry",
     "mean_of": "rankwise.evaluation.errors_of_means",
     "paired_difference": "rankwise.evaluation.errors_of_means",
-    "shares_of_ratio": "rankwise.evaluation.errors_of_means",
     "text_sha256": "rankwise.evaluation.record",
-    "warn_of_empty": "rankwise.evaluation.tasks.base",
     "write_answers": "rankwise.evaluation.tasks.base",
 }
 
-__all__ = [
-    "Decoding",
-    "Engine",
-    "EvaluateSettings",
-    "Example",
-    "Lines",
-    "Mean",
-    "Question",
-    "Summary",
-    "Task",
-    "TaskResult",
-    "TaskType",
-    "Tell",
-    "error_of_shares",
-    "harness_folder",
-    "harness_task",
-    "mean_of",
-    "paired_difference",
-    "shares_of_ratio",
-    "text_sha256",
-    "warn_of_empty",
-    "write_answers",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,6 @@ from rankwise.acceleration.scoring import Scorer, loss_scorer
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row, Rows
 from rankwise.models.load import table_rows
-from rankwise.models.mapped import MappedFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,9 +38,6 @@ class Engine:
     trained_fast: bool = True
     # The autocast dtype of a full fine-tuning, whose weights are float32; None without autocast.
     autocast: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        self.files = MappedFiles(self.model)
 
     @property
     def device_type(self) -> str:

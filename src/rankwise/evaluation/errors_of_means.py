@@ -8,11 +8,6 @@ Miller, "Adding Error Bars to Evals", arXiv 2411.00640. A score is a weighted me
 which for w = 1 and clusters of one question is the usual sd / sqrt(n). The 95 % interval is the mean plus and minus
 t SE, with t the 97.5 % quantile of Student's distribution with G - 1 degrees of freedom. A paired difference is the
 mean of ``s_i(a) - s_i(b)`` on the same questions, with the same formula.
-
-A ratio of sums ``m = S / R`` is linear in its questions to first order, ``m - E m ~ sum u_i``. Shares of several ratios
-and of two systems add up question by question, and n questions give
-
-    u_i  =  (s_i - m r_i) / R,        SE^2  =  n / (n - 1)  *  sum_i u_i^2
 """
 
 from __future__ import annotations
@@ -73,18 +68,6 @@ def paired_difference(
     """Mean of ``a - b`` over the same questions in the same order."""
     difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     return mean_of(difference.tolist(), clusters, weights)
-
-
-def shares_of_ratio(s: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """(n,) shares ``u`` of the questions in the linearised error of ``sum s / sum r``."""
-    total = r.sum()
-    return (s - s.sum() / total * r) / total
-
-
-def error_of_shares(shares: np.ndarray) -> float | None:
-    """The standard error from (n,) shares; None for fewer than two questions."""
-    n = len(shares)
-    return math.sqrt(n / (n - 1) * float((shares**2).sum())) if n > 1 else None
 
 
 def clusters_of(names: Sequence[str | None]) -> list[str] | None:

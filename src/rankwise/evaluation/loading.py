@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.config import TrainSettings
 from rankwise.constants import TEMPLATE_FILE
-from rankwise.errors import ConfigError, DataError, ModelError, RunError, heard
+from rankwise.errors import ConfigError, DataError, ModelError, heard
 from rankwise.evaluation.record import text_sha256
 from rankwise.foreign import JsonObject, read_json
 from rankwise.labels import labels_of_head
-from rankwise.options import LONGEST_ROW
-from rankwise.records import RUN_FILE, RunRecord, record_of
+from rankwise.records import RunRecord, record_of
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +133,7 @@ def with_labels(source: ModelSource, adapters: Sequence[Path]) -> ModelSource:
 
     if adapters:
         return dataclasses.replace(source, labels=labels_of(adapters[0]))
-    config = read_config(source.path) if source.path is not None and not source.is_gguf else {}
+    config = {} if source.is_gguf else read_config(source.place)
     names = config.get("id2label")
     if not answers_labels(config) or not isinstance(names, dict):
         raise ModelError("RW303", f"{source.name} has no head of labels; give an adapter that `train` made, too.")
@@ -151,21 +150,13 @@ def needed_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> Pr
 
 
 def check_new_tokens(adapters: Sequence[Path], *, base: bool) -> None:
-    """Raise ConfigError (RW151) where one tokenizer does not suit all adapters, with ``base`` nor their base."""
+    """Raise ConfigError (RW151) for an adapter with new tokens beside another model, whose tokenizer lacks them."""
     from rankwise.adapters.checkpoint import read_folder
 
-    rows = {adapter: read_folder(adapter)[0].token_rows for adapter in adapters}
-    if len(adapters) + base < 2 or not any(rows.values()):
-        return
-    found = {str(adapter): _new_tokens(adapter, own) for adapter, own in rows.items()}
-    _same("new tokens", {**found, **({"the base": "none"} if base else {})}, "--no-base")
-
-
-def _new_tokens(adapter: Path, rows: Mapping[str | None, Sequence[int]]) -> str:
-    from rankwise.adapters.trained_base import tokenizer_of
-
-    ids = sorted({token for own in rows.values() for token in own})
-    return ", ".join(tokenizer_of(adapter).convert_ids_to_tokens(ids)) if ids else "none"
+    if len(adapters) + base > 1 and any(read_folder(adapter)[0].token_rows for adapter in adapters):
+        raise ConfigError(
+            "RW151", "an adapter with new tokens has a tokenizer of its own; give one --adapter, and --no-base."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +170,7 @@ class LoadSettings:
 
 
 def load_settings(adapters: Sequence[Path], options: LoadOptions) -> LoadSettings:
-    """What "auto" in the options stands for, without loading anything. Raises as ``load_as_trained``."""
+    """What "auto" in the options means, without loading anything. Raises as ``load_as_trained``."""
     from rankwise.adapters.trained_base import revision_of
     from rankwise.models import choose_device
 
@@ -229,13 +220,10 @@ def template_of(adapters: Sequence[Path]) -> str | None:
 def max_length_of(adapters: Sequence[Path]) -> int:
     """The tokens per row in the runs of ``adapters``; the default of training where none has a record.
 
-    Raises ConfigError (RW151) when they were trained with different ones, RunError (RW501) for one that is no length.
+    Raises ConfigError (RW151) when they were trained with different ones.
     """
     usual = int(TrainSettings.model_fields["max_length"].default)
     lengths = {name: record.settings.get("max_length", usual) for name, record in _records(adapters).items()}
-    for name, found in lengths.items():
-        if type(found) is not int or not 2 <= found <= LONGEST_ROW:
-            raise RunError("RW501", f"{Path(name) / RUN_FILE} has the max_length {str(found)[:40]!r}; repair it.")
     _same("length of a row", lengths, "--max-length")
     return next(iter(lengths.values()), usual)
 
@@ -254,7 +242,7 @@ def _stored_template(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     try:
-        found = read_json(folder / "tokenizer_config.json", constants=True).get("chat_template")
+        found = read_json(folder / "tokenizer_config.json").get("chat_template")
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, str) else None

@@ -15,15 +15,19 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from rankwise.disk import appending, refuse_links
-from rankwise.errors import RunError
-from rankwise.foreign import Fields, Json, JsonObject, checked, parse_json, read_json, reason_of
-from rankwise.records import write_bytes, write_json
+from rankwise.errors import RunError, one_line
+from rankwise.foreign import Fields, Json, JsonObject, checked, parse_json, read_json
+from rankwise.records import read_lines, write_bytes, write_json
 
 RESULT_FILE = "result.json"
 EXAMPLES_FILE = "predictions.jsonl"
+IDENTITY_FILE = "settings.json"
+RESPONSES_FILE = "responses.jsonl"
+REMEDY = "remove the file, or use --overwrite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +90,11 @@ def load_result(folder: Path) -> TaskResult:
     """The record in ``folder``. Raises RunError (RW571) when it is missing or cannot be read."""
     path = folder / RESULT_FILE
     try:
-        return checked(TaskResult, read_json(path, constants=True))
+        return checked(TaskResult, read_json(path))
     except FileNotFoundError:
         raise RunError("RW571", f"{folder} holds no {RESULT_FILE}; give a folder that evaluate has written.") from None
     except (OSError, ValueError) as error:
-        raise RunError("RW571", f"cannot read {path} as the result of an evaluation: {reason_of(error)}.") from None
+        raise RunError("RW571", f"cannot read {path} as the result of an evaluation: {one_line(error)}.") from None
 
 
 def read_examples(path: Path) -> Iterator[Example]:
@@ -98,24 +102,7 @@ def read_examples(path: Path) -> Iterator[Example]:
 
     Raises RunError (RW571) for a broken line elsewhere.
     """
-    if not path.exists():
-        return
-    lines = path.read_bytes().split(b"\n")
-    # Text after the last newline is a line whose write was interrupted.
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            yield checked(Example, parse_json(line, constants=True, halves=True))
-        except ValueError as error:
-            reason = str(error)[:120]
-            raise RunError(
-                "RW571",
-                f"{path}, line {number}: not a prediction that evaluate wrote ({reason}); remove the file, or use "
-                "--overwrite.",
-            ) from None
-
-
-IDENTITY_FILE = "settings.json"
-RESPONSES_FILE = "responses.jsonl"
+    yield from read_lines(path, "RW571", REMEDY, lambda line: checked(Example, parse_json(line)))
 
 
 def text_sha256(text: str, length: int = 12) -> str:
@@ -162,7 +149,7 @@ def open_folder(folder: Path, identity: Fields, *, overwrite: bool) -> Opened:
 def _identity_in(folder: Path) -> JsonObject | None:
     path = folder / IDENTITY_FILE
     try:
-        found = read_json(path, constants=True)
+        found = read_json(path)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
         return found
@@ -170,7 +157,7 @@ def _identity_in(folder: Path) -> JsonObject | None:
         return None
     except (OSError, ValueError) as error:
         raise RunError(
-            "RW571", f"cannot read {path}: {reason_of(error)}; remove the folder, or use --overwrite."
+            "RW571", f"cannot read {path}: {one_line(error)}; remove the folder, or use --overwrite."
         ) from None
 
 
@@ -222,18 +209,10 @@ class Responses:
 
     def __init__(self, folder: Path) -> None:
         self.lines = Lines(folder / RESPONSES_FILE)
-        self.known: JsonObject = {}
-        lines = self.lines.path.read_bytes().split(b"\n") if self.lines.path.exists() else []
-        for number, line in enumerate(filter(None, lines), 1):
-            try:
-                record = parse_json(line, constants=True, halves=True)
-                self.known[record["request"]] = record["response"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(
-                    "RW571",
-                    f"{self.lines.path}, line {number}: not an answer that evaluate wrote ({reason_of(error)}); remove "
-                    "the file, or use --overwrite.",
-                ) from None
+        pairs = read_lines(
+            self.lines.path, "RW571", REMEDY, lambda line: itemgetter("request", "response")(parse_json(line))
+        )
+        self.known: JsonObject = dict(pairs)
 
     def append(self, responses: Fields) -> None:
         self.lines.append({"request": key, "response": value} for key, value in responses.items())

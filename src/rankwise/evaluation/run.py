@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rankwise.data import read_template
 from rankwise.disk import coded_errors, hold, refuse_links
-from rankwise.errors import AdapterError, ConfigError, Interrupted, warn
+from rankwise.errors import ConfigError, Interrupted
 from rankwise.evaluation.errors_of_means import clusters_of
 from rankwise.evaluation.loading import (
     LoadOptions,
@@ -40,7 +40,7 @@ from rankwise.evaluation.record import (
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.registry import make_tasks
 from rankwise.foreign import Fields, JsonObject
-from rankwise.records import RunRecord, record_of, versions_of, write_json
+from rankwise.records import record_of, versions_of, write_json
 from rankwise.weights_file import sha256_of_files
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
 
 DIFFERENCES_FILE = "differences.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DEFAULT_FOLDER = Path("evaluations")
 # Libraries that could change a result.
 PACKAGES = ("rankwise", "torch", "transformers", "tokenizers", "datasets", "lm-eval", "numpy")
@@ -82,7 +83,6 @@ def answer_task(
     """
     started = time.monotonic()
     found = task.run(engine, place.folder, progress)
-    engine.files.check()
     if answers:
         given = {item.id: answers.get(item.id, (item.prediction, item.is_cut)) for item in found}
         found = [dataclasses.replace(item, prediction=given[item.id][0], is_cut=given[item.id][1]) for item in found]
@@ -214,11 +214,10 @@ class _Run:
             known = load_result(place.folder)
             examples = list(read_examples(place.folder / EXAMPLES_FILE))
             is_same = known.settings == settings_of(task, place.identity) and known.count == len(examples)
-            if is_same and task.stands(known):
+            if is_same and task.is_final(known):
                 return known, examples
         engine = self._engine()
         self._activate(engine, variant)
-        _warn_of_other_rows(task, record_of(variant.adapter))
         label = f"{task.name} on {variant.label}"
         self.observer.phase(label)
         return answer_task(
@@ -296,7 +295,9 @@ class _Run:
             (variant.label, task.name): {
                 "task": task.name,
                 **common,
-                "adapter_sha256": None if variant.adapter is None else _adapter_hash(variant.adapter),
+                "adapter_sha256": None
+                if variant.adapter is None
+                else sha256_of_files(map(variant.adapter.joinpath, ADAPTER_FILES)),
                 "data_sha256": task.data_sha256,
                 "task_settings": task.describe(),
             }
@@ -315,20 +316,6 @@ def _is_of(difference: float, a: float | None, b: float | None) -> bool:
     It is not for metrics of the harness that are no means, such as a perplexity of questions with log-likelihoods.
     """
     return a is not None and b is not None and math.isclose(difference, a - b, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def _warn_of_other_rows(task: Task, record: RunRecord | None) -> None:
-    """Warn (RW596) that the run's own loss is over other rows of the same data, so that the two losses differ."""
-    known = {} if record is None else record.data.get("eval") or {}
-    rows = task.describe().get("rows")
-    if task.name != "perplexity" or known.get("sha256") != task.data_sha256 or known.get("rows") in (rows, None):
-        return
-    warn(
-        "RW596",
-        f"the evaluation loss in the run's record is of {known['rows']:,} rows of {known.get('source')} and this one "
-        f"of {rows:,}, so the two differ; train with --eval-limit 0 to evaluate all rows, or give the same number to "
-        "--eval-limit and --limit for the first ones.",
-    )
 
 
 def variants_of(adapters: Sequence[Path], base: bool | None) -> list[Variant]:
@@ -360,13 +347,3 @@ def _load_options(given: EvaluateSettings) -> LoadOptions:
     return LoadOptions(
         given.dtype, given.quantization, given.device, given.trust_remote_code, given.revision, given.mmap
     )
-
-
-def _adapter_hash(folder: Path) -> str:
-    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
-    missing = [file.name for file in files if not file.is_file()]
-    if not folder.is_dir():
-        raise AdapterError("RW409", f"there is no folder {folder}; give a run or PEFT adapter folder.")
-    if missing:
-        raise AdapterError("RW409", f"{folder} holds no {' and no '.join(missing)}; give a run or PEFT adapter folder.")
-    return sha256_of_files(files)

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from rankwise.adapters.state import base_modules
-from rankwise.disk import naming_by_numpy
+from rankwise.disk import naming
 from rankwise.errors import AdapterError, ModelError, some_of
 from rankwise.export.pairs import Pair, Pairs
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
@@ -132,8 +132,8 @@ def gguf_pairs(model: PreTrainedModel, names: GgufNames, pairs: Pairs) -> dict[s
 
 
 def check_base(base: Path, names: GgufNames, pairs: Pairs) -> GgufHeader:
-    """Check the pairs against the GGUF of their base. Raises ModelError: RW310 for a damaged file, RW743 for another
-    architecture or a tensor that is missing or has a different shape."""
+    """Check the pairs against the GGUF of their base. Raises ModelError: RW310 for a damaged file, RW743 for a
+    different architecture or a tensor that is missing or has a different shape."""
     header = read_gguf_header(base)
     found = header.metadata["general.architecture"]
     if found != names.architecture:
@@ -168,7 +168,7 @@ def write_adapter(path: Path, names: GgufNames, pairs: Pairs, base_name: str | N
     for name, pair in pairs.items():
         for side, tensor in (("a", pair.A), ("b", pair.B)):
             writer.add_tensor(f"{name}.lora_{side}", np.ascontiguousarray(tensor.float().numpy()))
-    with naming_by_numpy(path), closing(writer):
+    with naming(path), closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

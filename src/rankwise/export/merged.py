@@ -37,7 +37,6 @@ from rankwise.errors import AdapterError, ModelError, RunError, heard, some_of, 
 from rankwise.export.pairs import Change, merging, replaced_by, scaled_pairs, transposed
 from rankwise.export.weights import (
     ConvertedParameters,
-    DequantizedWeights,
     ShardedWeights,
     bytes_of,
     rounding,
@@ -68,14 +67,13 @@ Onto = Literal["original", "quantized"]
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """The content of ``merge.json``: the merged modules, the weights they were merged into, whether tensor by tensor or
-    in memory, and the measured effect of each way of merging."""
+    """The content of ``merge.json``: the merged modules, the weights they were merged into, and the measured effect of
+    each way of merging."""
 
     adapter: str
     base_model: str
     merged_modules: int
     onto: Onto
-    streamed: bool
     verification: Fields | None
 
 
@@ -108,24 +106,21 @@ def merge_to_folder(
         source = base_source(adapter, model, revision=revision, trust_remote_code=trust_remote_code)
         base = _base(adapter, source, onto, trained_on, trust_remote_code)
         _warn_of_another_base(adapter, source)
-        # A GGUF's tensors have other names and packings; it goes through memory as an ordinary model.
-        # So do new tokens, for which embedding and head change their size.
-        # So does a head of labels, for which the base's files have no tensor.
-        # So do layers of other libraries, which dequantize themselves.
-        # So do adapters that round whole layers.
-        for_merge = read_folder(adapter)[0].for_merge
-        is_ordinary = not source.is_gguf and foreign_quantization(source) is None and for_merge is None
-        streams = is_ordinary
-        if is_ordinary:
+        # These go through memory as ordinary models: tensors of other names or formats (GGUF, 4 bits on disk, other
+        # libraries' layers), an embedding and head of a different size, a head of labels, which the base's files do not
+        # hold, and adapters that round whole layers.
+        is_plain = not (source.is_gguf or base.stored or foreign_quantization(source))
+        streams = is_plain and source.labels is None and read_folder(adapter)[0].for_merge is None
+        if streams:
             skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
             file = read_adapter(skeleton, adapter)
-            streams = not file.has_new_tokens and source.labels is None
+            streams = not file.has_new_tokens
         with whole_folder(output) as folder:
             count = (
                 _merge_streamed(base, skeleton, file, folder) if streams else _merge_in_memory(base, adapter, folder)
             )
             _copy_tokenizer(adapter, folder)
-            report = MergeReport(str(adapter), source.name, count, onto, streams, verification)
+            report = MergeReport(str(adapter), source.name, count, onto, verification)
             write_json(folder / RECORD_FILE, dataclasses.asdict(report))
     return report
 
@@ -146,11 +141,6 @@ class Base:
     # Whether the files hold the 4-bit values, so that nothing is quantized here.
     stored: bool = False
     trust_remote_code: bool = False
-
-    @property
-    def folder(self) -> Path:
-        assert self.source.path is not None, "a fetched model lies on this machine"
-        return self.source.path
 
 
 def base_source(
@@ -181,19 +171,17 @@ def stored_quantization(source: ModelSource) -> FourBitConfig | None:
             f"{source.path} holds weights quantized with {method}, which no adapter merges into; give the original "
             "ones with --model, or merge into the dequantized values with --onto quantized.",
         )
-    if source.is_gguf:
-        return None
-    assert source.path is not None, "a fetched model lies on this machine"
-    stored = read_config(source.path).get("quantization_config")
+    stored = _stored_format(source)
     return None if stored is None else rewrite_bitsandbytes_config(stored)
+
+
+def _stored_format(source: ModelSource) -> Any:
+    return None if source.is_gguf else read_config(source.place).get("quantization_config")
 
 
 def foreign_quantization(source: ModelSource) -> str | None:
     """transformers' name of the format of quantized weights that are not bitsandbytes' 4 bits; None for other files."""
-    if source.is_gguf:
-        return None
-    assert source.path is not None, "a fetched model lies on this machine"
-    stored = read_config(source.path).get("quantization_config")
+    stored = _stored_format(source)
     if stored is None or rewrite_bitsandbytes_config(stored) is not None:
         return None
     return str(stored.get("quant_method") if isinstance(stored, dict) else stored)
@@ -261,8 +249,8 @@ def named_format(adapter: Path, given: FourBitConfig | None) -> FourBitConfig | 
     names = [(one.quant_type, one.double_quant) for one in (recorded, given) if one is not None]
     if len(set(names)) > 1:
         scales = ["single-quantized scales", "double-quantized scales"]
-        theirs, asked = (f"{kind} with {scales[double]}" for kind, double in names)
-        raise AdapterError("RW414", f"{adapter} was trained on {theirs}, not {asked}; leave --quantization out.")
+        recorded_as, asked = (f"{kind} with {scales[double]}" for kind, double in names)
+        raise AdapterError("RW414", f"{adapter} was trained on {recorded_as}, not {asked}; leave --quantization out.")
     return recorded or given
 
 
@@ -303,7 +291,7 @@ def _merge_in_memory(base: Base, adapter: Path, output: Path) -> int:
 
 
 def _merge_streamed(base: Base, skeleton: PreTrainedModel, file: AdapterFile, output: Path) -> int:
-    weights = _weights(base, skeleton)
+    weights = ShardedWeights(base.source.place)
     names = _names_in_files(skeleton, weights)
     wanted, extra = _changes(skeleton, file, names)
     if base.quantization is not None:
@@ -312,24 +300,13 @@ def _merge_streamed(base: Base, skeleton: PreTrainedModel, file: AdapterFile, ou
     _check_shapes(skeleton, as_stored, weights)
     changes = {name: wanted.pop(parameter) for parameter, name in as_stored.items()}
     changes |= ConvertedParameters(skeleton, weights, wanted | _stack_changes(skeleton, file, base)).changes()
-    _copy_files(base.folder, output, code=base.trust_remote_code)
+    _copy_files(base.source.place, output, code=base.trust_remote_code)
     _write_config(output, untied=bool(extra))
     _write_weights(weights, changes, extra, output)
     return len(file.planned)
 
 
-Weights = ShardedWeights | DequantizedWeights
-
-
-def _weights(base: Base, skeleton: nn.Module) -> Weights:
-    if not base.stored:
-        return ShardedWeights(base.folder)
-    prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-    paths = [f"{name}.weight" for name, module in skeleton.named_modules() if is_conv1d(module)]
-    return DequantizedWeights(base.folder, {*paths, *(path.removeprefix(prefix) for path in paths)})
-
-
-def _names_in_files(skeleton: nn.Module, weights: Weights) -> dict[str, str]:
+def _names_in_files(skeleton: nn.Module, weights: ShardedWeights) -> dict[str, str]:
     """{parameter of the model: its name in the files}. The names may differ: without the base model's prefix (GPT-2),
     or with other parts (Qwen2.5-VL)."""
     state = skeleton.state_dict()
@@ -377,7 +354,7 @@ def _changes(
     return wanted, extra
 
 
-def _check_shapes(skeleton: nn.Module, names: Mapping[str, str], weights: Weights) -> None:
+def _check_shapes(skeleton: nn.Module, names: Mapping[str, str], weights: ShardedWeights) -> None:
     state = skeleton.state_dict()
     shapes = [(name, weights.info(name).shape, tuple(state[parameter].shape)) for parameter, name in names.items()]
     wrong = [f"{name} is {found}, expected {wanted}" for name, found, wanted in shapes if found != wanted]
@@ -428,7 +405,7 @@ def _tied_pair(skeleton: nn.Module) -> tuple[str, str] | None:
 
 
 def _write_weights(
-    weights: Weights, changes: Mapping[str, Change], extra: Mapping[str, tuple[str, Change]], output: Path
+    weights: ShardedWeights, changes: Mapping[str, Change], extra: Mapping[str, tuple[str, Change]], output: Path
 ) -> None:
     last = list(weights.files)[-1]
     for name, tensors in weights.files.items():
@@ -441,7 +418,7 @@ def _write_weights(
 
 
 def _maker(
-    weights: Weights, changes: Mapping[str, Change], extra: Mapping[str, tuple[str, Change]]
+    weights: ShardedWeights, changes: Mapping[str, Change], extra: Mapping[str, tuple[str, Change]]
 ) -> Callable[[str], Tensor]:
     def make(name: str) -> Tensor:
         origin, change = extra.get(name) or (name, changes.get(name, lambda tensor: tensor))
@@ -467,7 +444,7 @@ def check_merged(name: str, W: Tensor) -> None:
         )
 
 
-def _write_index(weights: Weights, extra: Mapping[str, tuple[str, Change]], last: str, output: Path) -> None:
+def _write_index(weights: ShardedWeights, extra: Mapping[str, tuple[str, Change]], last: str, output: Path) -> None:
     home = {key: file for file, tensors in weights.files.items() for key in tensors} | dict.fromkeys(extra, last)
     infos = [weights.info(key) for key in weights.names()] + [weights.info(origin) for origin, _ in extra.values()]
     total = bytes_of((info.dtype, info.shape) for info in infos)

@@ -146,7 +146,7 @@ def refuse_apart(file: AdapterFile) -> None:
 
 
 def head_tensors(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
-    """The trained head of labels, which stands whole in an adapter's file."""
+    """The trained head of labels, which an adapter's file holds whole."""
     heads = tuple(f"{PREFIX}{name}." for name in heads_of_labels(model))
     return {key: tensor for key, tensor in file.tensors.items() if key.startswith(heads)}
 
@@ -252,7 +252,7 @@ class Combination:
         if self.way not in get_args(Way):
             problems.append(f"there is no way {self.way!r} to combine; give one of {', '.join(get_args(Way))}")
         if self.rank is not None and (self.way != "svd" or self.rank < 1):
-            problems.append(f"a rank ({self.rank}) is chosen for svd alone, from 1")
+            problems.append(f"a rank ({self.rank}) is only for svd, from 1")
         if not all(math.isfinite(weight) for weight in self.weights):
             problems.append(f"the weights are {list(self.weights)}; give numbers")
         if problems:

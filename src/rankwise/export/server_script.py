@@ -89,7 +89,7 @@ def vllm(job: Document) -> Document:
 
 
 if __name__ == "__main__":
-    # Servers log to standard output, their processes too: that goes to the error stream, and the answers stand alone.
+    # Servers log to standard output, and so do their processes: that goes to the error stream here.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     given = json.load(sys.stdin)

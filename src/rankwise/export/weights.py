@@ -1,4 +1,4 @@
-"""The tensors of a model folder, read and written one at a time: plain, in bitsandbytes' 4 bits, or converted.
+"""The tensors of a model folder, read and written one at a time: plain, or converted.
 
 Training quantizes and adapts the stack (E, N, K) that transformers makes of a layer's experts, with one mean over all
 its scales, and with gate and up in one matrix; files mostly hold a tensor for each expert. Other files hold one tensor
@@ -12,9 +12,8 @@ import json
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -27,9 +26,8 @@ from rankwise.errors import ModelError
 from rankwise.export.pairs import Change
 from rankwise.models.folder import existing_weights, read_config
 from rankwise.ops import dequantize_weight, quantize_weight
-from rankwise.quantization.bitsandbytes_format import PARTS, StoredWeight, from_bitsandbytes, stored_weights
 from rankwise.quantization.config import FourBitConfig
-from rankwise.weights_file import BITS, TensorInfo, read_header
+from rankwise.weights_file import TensorInfo, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,53 +57,6 @@ class ShardedWeights:
         """A copy-on-write view into the mapped file: nothing is held once the caller lets go of it."""
         with safe_open(self.folder / self._home[name], framework="pt") as file:
             return file.get_tensor(name)
-
-
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-class DequantizedWeights:
-    """`ShardedWeights` of the same files, with every 4-bit weight as one dense tensor in its original dtype.
-
-    ``transposed`` names the weights that the dense model stores as (in, out). Raises QuantizationError (RW611) for a
-    damaged checkpoint.
-    """
-
-    def __init__(self, folder: Path, transposed: Collection[str] = ()) -> None:
-        self.folder = folder
-        self._raw, self._transposed = ShardedWeights(folder), transposed
-        self._stored = stored_weights(folder / file for file in self._raw.files)
-        parts = {f"{name}.{part}" for name in self._stored for part in PARTS}
-        self.files = {
-            file: {name: self._info(name, info) for name, info in tensors.items() if name not in parts}
-            for file, tensors in self._raw.files.items()
-        }
-        self._infos = {name: info for tensors in self.files.values() for name, info in tensors.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._infos
-
-    def names(self) -> list[str]:
-        return list(self._infos)
-
-    def info(self, name: str) -> TensorInfo:
-        return self._infos[name]
-
-    def tensor(self, name: str) -> Tensor:
-        """W' of a 4-bit weight, any other tensor as it is stored."""
-        if name not in self._stored:
-            return self._raw.tensor(name)
-        keys = [name, *(key for part in PARTS if (key := f"{name}.{part}") in self._raw)]
-        W = dequantize_weight(from_bitsandbytes({key: self._raw.tensor(key) for key in keys}, name))
-        return W.T.contiguous() if name in self._transposed else W
-
-    def _info(self, name: str, info: TensorInfo) -> TensorInfo:
-        stored: StoredWeight | None = self._stored.get(name)
-        if stored is None:
-            return info
-        shape = stored.shape[::-1] if name in self._transposed else stored.shape
-        code = _CODES[str(stored.dtype).removeprefix("torch.")]
-        return TensorInfo(code, shape, 0, prod(shape) * stored.dtype.itemsize)
 
 
 ALIGNMENT = 8
@@ -142,7 +93,7 @@ def _header(shapes: Shapes, metadata: Mapping[str, str]) -> bytes:
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return prod(shape) * BITS[dtype] // 8
+    return TensorInfo(dtype, shape).size_bytes
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -154,14 +105,6 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 # Number of conversions in memory: files are ordered by expert within a layer, so two stacks are read together.
 KEPT = 2
-
-
-class Weights(Protocol):
-    """The tensors of a folder, by their names there."""
-
-    def names(self) -> list[str]: ...
-
-    def tensor(self, name: str) -> Tensor: ...
 
 
 def rounding(config: FourBitConfig, dtype: torch.dtype | None) -> Change:
@@ -180,7 +123,7 @@ class ConvertedParameters:
     device, with what becomes of each parameter: {its name: change}.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, weights: Weights, wanted: Mapping[str, Change]) -> None:
+    def __init__(self, skeleton: PreTrainedModel, weights: ShardedWeights, wanted: Mapping[str, Change]) -> None:
         self._skeleton, self._weights, self._wanted = skeleton, weights, wanted
         self._sources = _sources(skeleton, weights.names(), set(wanted))
         self._made: dict[str, dict[str, Tensor]] = {}

@@ -14,7 +14,7 @@ from rankwise.weights_file import sha256_of_files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Files that stand beside those of ``TOKENIZER_FILES``.
+# Further files of a tokenizer.
 TOKENIZER_PARTS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", TEMPLATE_FILE)
 
 
@@ -30,17 +30,15 @@ def settings_hash(source: ModelSource) -> str | None:
     """
     if source.is_gguf:
         return None
-    assert source.path is not None
-    files = [source.path / name for name in (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *TOKENIZER_PARTS)]
+    files = [source.place / name for name in (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *TOKENIZER_PARTS)]
     return sha256_of_files(file for file in files if file.is_file())
 
 
 def weights_files(source: ModelSource) -> list[Path]:
     """The weights files of a source on this machine. Raises ModelError (RW305) for a missing file."""
-    assert source.path is not None
     if source.is_gguf:
-        return [source.path]
-    return [source.path / name for name in existing_weights(source.path, read_config(source.path))]
+        return [source.place]
+    return [source.place / name for name in existing_weights(source.place, read_config(source.place))]
 
 
 def model_facts(model: PreTrainedModel, source: str | ModelSource) -> JsonObject:

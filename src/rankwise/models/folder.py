@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeGuard
-
-from pydantic import Field
+from typing import Any, TypeGuard
 
 from rankwise.errors import ModelError, some_of, warn
-from rankwise.foreign import Fields, Json, JsonObject, checked, read_object
-from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
+from rankwise.foreign import Fields, Json, JsonObject, read_object
+from rankwise.weights_file import read_header, refuse_pickles
 
 CONFIG_FILE = "config.json"
-# The most that transformers builds in a second; no model has as many.
-MOST_PARTS, MOST_EXPERTS = 500, 10_000
-# `attention_types` holds [[kinds, repeats], ...], `altup_num_inputs` counts matrices.
-COUNTS = re.compile(r"(layers?|blocks?|block_count|codebooks|quantizers|types|inputs|depth[^.]*)$")
-EXPERTS = re.compile(r"(experts|expert_count|labels)$")
 GENERATION_FILE = "generation_config.json"
 ADAPTER_FILE = "adapter_config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -37,21 +29,9 @@ TOKENIZER_FILES = (
 # Settings in which transformers takes a kernel of the hub by the name of its repository.
 KERNELS = re.compile(r"(^|\.)_?(attn|experts)_implementation(\.|$)")
 
-# Some families write -1 for a missing token.
-TokenId = Annotated[int, Field(ge=-1, lt=2**31)]
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Share = Annotated[float, Field(ge=0, le=1e6)]
 
-
-class FolderContent(NamedTuple):
-    """A checked model folder: its config, and every weights file with its header."""
-
-    config: JsonObject
-    headers: dict[str, WeightsHeader]
-
-
-def check_folder(folder: Path, *, trust_remote_code: bool = False, labelled: bool = False) -> FolderContent:
-    """Check and read ``folder``, a causal language model in safetensors; ``labelled``: one that takes a head of labels.
+def check_folder(folder: Path, *, trust_remote_code: bool = False, labelled: bool = False) -> JsonObject:
+    """The config of ``folder``, a causal language model in safetensors; ``labelled``: one that takes a head of labels.
 
     Raises ModelError: RW302 no or unreadable config.json, or an adapter; RW303 unknown architecture; RW304 a model that
     needs its own code; RW305 no weights or missing shards; RW306 damaged weights; RW307 pickled weights only. Warns
@@ -59,12 +39,13 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False, labelled: boo
     """
     config = read_config(folder)
     check_architecture(config, folder, trust_remote_code=trust_remote_code, labelled=labelled)
-    check_generation(folder)
     refuse_pickles(folder)
-    names = existing_weights(folder, config)
-    headers = {name: read_header(folder / name) for name in names}
-    _check_index(folder, headers)
-    return FolderContent(config, headers)
+    if (folder / GENERATION_FILE).is_file():
+        # transformers would go on without a damaged one.
+        _read_object(folder / GENERATION_FILE)
+    for name in existing_weights(folder, config):
+        read_header(folder / name)
+    return config
 
 
 def read_config(folder: Path) -> JsonObject:
@@ -76,28 +57,7 @@ def read_config(folder: Path) -> JsonObject:
             "RW302",
             f"{folder} holds both a model and an adapter ({ADAPTER_FILE}); move the adapter to another folder.",
         )
-    config = _read_object(folder / CONFIG_FILE)
-    if not isinstance(config.get("model_type"), str | None):
-        raise ModelError(
-            "RW302",
-            f"{folder / CONFIG_FILE} has the model_type {config['model_type']!r}, not a name; download it again.",
-        )
-    check_values(config, folder / CONFIG_FILE)
-    return config
-
-
-def check_values(config: Fields, path: Path, code: str = "RW302") -> None:
-    """Raise ModelError (``code``) for an impossible number of layers, experts or labels, all of which transformers
-    builds before any weight is read, and for ``return_dict: false``, with which a model returns no names.
-    """
-    for key, value in _values(config):
-        most = MOST_EXPERTS if EXPERTS.search(key) else MOST_PARTS if COUNTS.search(key) else None
-        if most is not None and isinstance(value, int | float) and value > most:
-            raise ModelError(
-                code, f"{path} has {key} = {value:,}, and a model has at most {most:,}; download it again."
-            )
-        if key.rpartition(".")[2] == "return_dict" and not value:
-            raise ModelError(code, f"{path} sets {key} to {value!r}; remove this setting.")
+    return _read_object(folder / CONFIG_FILE)
 
 
 def _values(content: Json, key: str = "") -> Iterator[tuple[str, Json]]:
@@ -112,57 +72,6 @@ def _values(content: Json, key: str = "") -> Iterator[tuple[str, Json]]:
         yield key, content
 
 
-@dataclasses.dataclass
-class _Generation:
-    """The fields of ``generation_config.json`` that change how a model answers."""
-
-    bos_token_id: TokenId | None = None
-    pad_token_id: TokenId | None = None
-    decoder_start_token_id: TokenId | None = None
-    forced_bos_token_id: TokenId | None = None
-    eos_token_id: TokenId | list[TokenId] | None = None
-    forced_eos_token_id: TokenId | list[TokenId] | None = None
-    suppress_tokens: list[TokenId] | None = None
-    begin_suppress_tokens: list[TokenId] | None = None
-    bad_words_ids: list[list[TokenId]] | None = None
-    do_sample: bool | None = None
-    use_cache: bool | None = None
-    renormalize_logits: bool | None = None
-    remove_invalid_values: bool | None = None
-    early_stopping: bool | str | None = None
-    temperature: Share | None = None
-    top_p: Share | None = None
-    min_p: Share | None = None
-    typical_p: Share | None = None
-    epsilon_cutoff: Share | None = None
-    eta_cutoff: Share | None = None
-    repetition_penalty: Share | None = None
-    length_penalty: float | None = None
-    guidance_scale: float | None = None
-    max_time: Share | None = None
-    top_k: Count | None = None
-    max_length: Count | None = None
-    min_length: Count | None = None
-    max_new_tokens: Count | None = None
-    min_new_tokens: Count | None = None
-    num_beams: Count | None = None
-    num_return_sequences: Count | None = None
-    no_repeat_ngram_size: Count | None = None
-    stop_strings: str | list[str] | None = None
-    cache_implementation: str | None = None
-
-
-def check_generation(folder: Path) -> None:
-    """Raise ModelError (RW302) for a ``generation_config.json`` with values of other types."""
-    path = folder / GENERATION_FILE
-    if not path.exists():
-        return
-    try:
-        checked(_Generation, read_object(path, error=ModelError, code="RW302"))
-    except ValueError as problem:
-        raise ModelError("RW302", f"{path} cannot be used: {problem}; correct it, or remove the file.") from None
-
-
 def _what_it_is_instead(folder: Path) -> str:
     if (folder / ADAPTER_FILE).is_file():
         base = _read_object(folder / ADAPTER_FILE).get("base_model_name_or_path") or "its base model"
@@ -175,7 +84,7 @@ def _what_it_is_instead(folder: Path) -> str:
 
 def _read_object(path: Path) -> JsonObject:
     # The configs of some families hold infinities.
-    return read_object(path, error=ModelError, code="RW302", constants=True)
+    return read_object(path, error=ModelError, code="RW302")
 
 
 def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool, labelled: bool = False) -> None:
@@ -211,18 +120,10 @@ def check_architecture(config: Fields, folder: Path, *, trust_remote_code: bool,
         )
     import transformers
 
+    why = f"which transformers {transformers.__version__} does not know (a newer one may)"
     if known:
-        raise ModelError(
-            "RW303",
-            f"{folder} is a {model_type!r} model, which "
-            f"{'takes no head of labels' if labelled else 'is not a causal language model'}; give one that "
-            f"{'does' if labelled else 'is'}.",
-        )
-    raise ModelError(
-        "RW303",
-        f"{folder}/{CONFIG_FILE} names the model_type {model_type!r}, which transformers "
-        f"{transformers.__version__} does not know; install a newer transformers, or check the file.",
-    )
+        why = "which takes no head of labels" if labelled else "which is not a causal language model"
+    raise ModelError("RW303", f"{folder} is a {model_type!r} model, {why}; give a different model.")
 
 
 def _is_known(model_type: object) -> TypeGuard[str]:
@@ -290,15 +191,10 @@ def existing_weights(folder: Path, config: Fields) -> list[str]:
 
 
 def _shards(folder: Path, index: str) -> list[str]:
-    names = _weight_map(folder, _inside(folder, index)).values()
-    return sorted({_inside(folder, name) for name in names})
-
-
-def _weight_map(folder: Path, index: str) -> dict[str, str]:
-    weight_map = _read_object(folder / index).get("weight_map")
+    weight_map = _read_object(folder / _inside(folder, index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError("RW305", f"{folder / index} maps no tensor to a file; download it again.")
-    return {str(tensor): str(file) for tensor, file in weight_map.items()}
+    return sorted({_inside(folder, str(name)) for name in weight_map.values()})
 
 
 def _inside(folder: Path, name: str) -> str:
@@ -313,20 +209,6 @@ def _inside(folder: Path, name: str) -> str:
             "RW305", f"{folder} names {name!r} as weights, which is not a safetensors file of that folder."
         )
     return name
-
-
-def _check_index(folder: Path, headers: Mapping[str, WeightsHeader]) -> None:
-    if not (folder / INDEX_FILE).is_file() or WEIGHTS_FILE in headers:
-        return
-    absent = [
-        f"{tensor} in {file}"
-        for tensor, file in _weight_map(folder, INDEX_FILE).items()
-        if file in headers and tensor not in headers[file].tensors
-    ]
-    if absent:
-        raise ModelError(
-            "RW305", f"{folder / INDEX_FILE} names tensors that are missing: {some_of(absent)}; download it again."
-        )
 
 
 def has_tokenizer(folder: Path) -> bool:

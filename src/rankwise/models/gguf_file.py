@@ -1,4 +1,4 @@
-"""Untrusted GGUF files: their headers, checked before readers that do not check them, and their configs.
+"""GGUF files: their headers, and the configs of their models.
 
 A GGUF file: b"GGUF", u32 version, u64 tensors, u64 entries; the entries (key, type, value); the tensors (name, dims,
 type, offset); then the tensors' bytes from the next multiple of the alignment. Numbers are little-endian.
@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rankwise.errors import ModelError, warn
 from rankwise.foreign import Fields, JsonObject
-from rankwise.models.folder import check_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 STRING, ARRAY = 8, 9
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-MAX_DIMENSIONS = 8
 # The value of a header entry; for an array, its length.
 Value = str | int | float
 
@@ -54,25 +52,13 @@ class GgufHeader(NamedTuple):
         return b"".join((b"GGUF", counts, *self.entries, *names, bytes(2 * alignment)))
 
 
-class Malformed(Exception):
-    """A malformed file. The message is the rest of a sentence that starts with the file's name."""
-
-
 def read_gguf_header(path: Path) -> GgufHeader:
-    """The checked header of a GGUF file. Raises ModelError (RW310) with one sentence that names the file."""
+    """The header of a GGUF file. Raises ModelError (RW310) where it is damaged, or the file shorter than it says."""
     try:
-        with open(path, "rb") as file:
-            size_bytes = file.seek(0, 2)
-            if size_bytes < 24:
-                raise Malformed(f"is {size_bytes:,} bytes, too short for a GGUF file; download it again")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _Reader(content).header()
-    except Malformed as problem:
-        raise ModelError("RW310", f"{path} {problem}.") from None
-    except struct.error:
-        raise ModelError("RW310", f"{path} ends inside its header; download it again.") from None
-    except UnicodeDecodeError:
-        raise ModelError("RW310", f"{path} holds text that is not UTF-8; download it again.") from None
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _Reader(path, content).header()
+    except (struct.error, ArithmeticError, TypeError, ValueError):
+        raise ModelError("RW310", f"{path} is cut short inside its header, or damaged; download it again.") from None
     except OSError as problem:
         raise ModelError("RW310", f"{path} cannot be read: {problem.strerror}.") from None
 
@@ -80,33 +66,37 @@ def read_gguf_header(path: Path) -> GgufHeader:
 class _Reader:
     """Reads a header; every length is compared with the number of remaining bytes."""
 
-    def __init__(self, content: mmap.mmap) -> None:
-        self.content, self.position = content, 0
+    def __init__(self, path: Path, content: mmap.mmap) -> None:
+        self.path, self.content, self.position = path, content, 0
+
+    def fault(self, what: str) -> ModelError:
+        return ModelError("RW310", f"{self.path} {what}.")
 
     def header(self) -> GgufHeader:
         if self.content[:4] != b"GGUF":
-            raise Malformed("does not start with GGUF's four letters; give a GGUF file, or the folder of a model")
+            raise self.fault("does not start with GGUF's four letters; give a GGUF file, or the folder of a model")
         self.position = 4
         version = self.number("I")
         if version not in (2, 3):
-            raise Malformed(f"is of GGUF version {version}, where 2 and 3 can be read; convert it again")
+            raise self.fault(f"is of GGUF version {version}, and 2 and 3 can be read; convert it again")
         tensor_count, entry_count = self.number("Q"), self.number("Q")
         metadata: JsonObject = {}
         entries = []
         for _ in range(entry_count):
             begin = self.position
             key, kind = self.text(), self.number("I")
-            value = self.value(kind)
+            metadata[key] = self.value(kind)
             if kind != ARRAY or not key.startswith("tokenizer."):
                 entries.append(self.content[begin : self.position])
-            if key in metadata:
-                # Readers differ in which one they take.
-                raise Malformed(f"holds the setting {key!r} twice; convert it again")
-            metadata[key] = value
         if not isinstance(metadata.get("general.architecture"), str):
-            raise Malformed("does not name its architecture (general.architecture); convert it again")
-        tensors = [self.tensor() for _ in range(tensor_count)]
-        return GgufHeader(metadata, self.checked(tensors, metadata), tuple(entries))
+            raise self.fault("does not name its architecture (general.architecture); convert it again")
+        tensors = dict(self.tensor() for _ in range(tensor_count))
+        alignment = metadata.get("general.alignment", 32)
+        size_bytes = -(-self.position // alignment) * alignment + max((one.end for one in tensors.values()), default=0)
+        if size_bytes > len(self.content):
+            found = len(self.content)
+            raise self.fault(f"has {found:,} bytes and its header promises {size_bytes:,} or more; download it again")
+        return GgufHeader(metadata, tensors, tuple(entries))
 
     def number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.content, self.position)
@@ -120,71 +110,43 @@ class _Reader:
 
     def skip(self, count_bytes: int) -> None:
         if self.position + count_bytes > len(self.content):
-            raise Malformed("is cut short inside its header, or claims lengths beyond its end; download it again")
+            raise ValueError("beyond the end")
         self.position += count_bytes
 
     def value(self, kind: int) -> Value:
         if kind == STRING:
             return self.text()
-        if kind == ARRAY:
-            return self.array(self.number("I"), self.number("Q"))
-        if kind not in FORMATS:
-            raise Malformed(f"holds a value of the unknown type {kind}; convert it again")
-        return self.number(FORMATS[kind])
+        return self.array(self.number("I"), self.number("Q")) if kind == ARRAY else self.number(self.format_of(kind))
 
     def array(self, kind: int, count: int) -> int:
         """Skip an array and return its length."""
-        if kind in FORMATS:
-            self.skip(count * struct.calcsize("<" + FORMATS[kind]))
-        elif kind == STRING:
+        if kind == STRING:
             # A vocabulary has a hundred thousand texts.
             length_at = struct.Struct("<Q").unpack_from
             for _ in range(count):
                 self.skip(8 + length_at(self.content, self.position)[0])
         else:
-            raise Malformed(f"holds an array of the unknown type {kind}; convert it again")
+            self.skip(count * struct.calcsize("<" + self.format_of(kind)))
         return count
 
-    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+    def format_of(self, kind: int) -> str:
+        if kind not in FORMATS:
+            raise self.fault(f"holds a value of the unknown type {kind}; convert it again")
+        return FORMATS[kind]
+
+    def tensor(self) -> tuple[str, GgufTensor]:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
         name, dimensions = self.text(), self.number("I")
-        if dimensions > MAX_DIMENSIONS:
-            raise Malformed(f"gives {name!r} {dimensions:,} dimensions; it is damaged, download it again")
         shape = tuple(self.number("Q") for _ in range(dimensions))
-        return name, shape, self.number("I"), self.number("Q")
-
-    def checked(
-        self, entries: list[tuple[str, tuple[int, ...], int, int]], metadata: JsonObject
-    ) -> dict[str, GgufTensor]:
-        from gguf import GGML_QUANT_SIZES
-
-        sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
-        start, tensors = self.data_start(metadata.get("general.alignment", 32)), {}
-        for name, shape, kind, offset in entries:
-            if name in tensors:
-                raise Malformed(f"holds the tensor {name!r} twice; convert it again")
-            if kind not in sizes:
-                raise Malformed(f"stores {name!r} as ggml type {kind}, which the installed gguf package does not know")
-            block, block_bytes = sizes[kind]
-            if (shape[0] if shape else 1) % block:
-                raise Malformed(f"gives {name!r} rows of {shape[0]}, which is not a multiple of its block of {block}")
-            end = offset + prod(shape) // block * block_bytes
-            if start + end > len(self.content):
-                raise Malformed(
-                    f"is {len(self.content):,} bytes where its header promises {start + end:,} or more; "
-                    "download it again"
-                )
-            tensors[name] = GgufTensor(shape, kind, offset, end)
-        position = 0
-        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-            if tensor.begin < position:
-                raise Malformed(f"stores {name!r} over another tensor's bytes; it is damaged, download it again")
-            position = tensor.end
-        return tensors
-
-    def data_start(self, alignment: Value) -> int:
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise Malformed(f"has the alignment {alignment!r}, which is not a power of two; convert it again")
-        return (self.position + alignment - 1) // alignment * alignment
+        kind, begin = self.number("I"), self.number("Q")
+        try:
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except (KeyError, ValueError):
+            raise self.fault(f"stores {name!r} as ggml type {kind}, which the installed gguf does not know") from None
+        if (shape[0] if shape else 1) % block:
+            raise self.fault(f"gives {name!r} rows of {shape[0]}, which is not a multiple of its block of {block}")
+        return name, GgufTensor(shape, kind, begin, begin + prod(shape) // block * block_bytes)
 
 
 # llama.cpp's architectures whose headers hold one number under each of these keys; others hold lists.
@@ -212,11 +174,10 @@ def config_of_gguf(path: Path) -> PreTrainedConfig:
     architecture = str(header.metadata["general.architecture"])
     start = f"{architecture}."
     own = {key.removeprefix(start): value for key, value in header.metadata.items() if key.startswith(start)}
-    check_values(own, path, "RW310")
     # Alone in a folder, since transformers would read an adapter_config.json next to the file.
-    with tempfile.TemporaryDirectory() as alone:
-        Path(alone, "model.gguf").write_bytes(header.without_vocabulary())
-        config: PreTrainedConfig = AutoConfig.from_pretrained(alone, gguf_file="model.gguf")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "model.gguf").write_bytes(header.without_vocabulary())
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, gguf_file="model.gguf")
     if "vocab_size" not in own and (tokens := header.metadata.get("tokenizer.ggml.tokens")):
         config.vocab_size = tokens
     ignored = sorted(name for name in header.tensors if name.startswith("rope_"))

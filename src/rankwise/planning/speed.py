@@ -155,12 +155,11 @@ class PlannedModel:
 def read_model(source: ModelSource, *, trust_remote_code: bool = False, labels: int = 0) -> PlannedModel:
     """A fetched model, with a head of so many ``labels``."""
     source = dataclasses.replace(source, labels=Labels(tuple(map(str, range(labels)))) if labels else None)
-    assert source.path is not None
     if not source.is_gguf:
-        config = read_config(source.path)
+        config = read_config(source.place)
         facts = dataclasses.replace(facts_of(config), has_labels=labels > 0)
         return PlannedModel(source, str(config.get("model_type") or ""), facts, config, trust_remote_code)
-    header = read_gguf_header(source.path)
+    header = read_gguf_header(source.place)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     numbers = {name: value for name, value in header.metadata.items() if not isinstance(value, list)}
     family = header.metadata["general.architecture"]

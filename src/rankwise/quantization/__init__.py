@@ -9,16 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankwise.quantization.config import (
-        FourBitConfig,
-        Fp4Config,
-        Nf4Config,
-        adopt_bitsandbytes_config,
-        rewrite_bitsandbytes_config,
-    )
-    from rankwise.quantization.experts import dequantize
-    from rankwise.quantization.in_place import QuantizationReport, quantize
-    from rankwise.quantization.linear import Linear4bit
+    from rankwise.quantization.config import FourBitConfig as FourBitConfig
+    from rankwise.quantization.config import Fp4Config as Fp4Config
+    from rankwise.quantization.config import Nf4Config as Nf4Config
+    from rankwise.quantization.config import adopt_bitsandbytes_config as adopt_bitsandbytes_config
+    from rankwise.quantization.config import rewrite_bitsandbytes_config as rewrite_bitsandbytes_config
+    from rankwise.quantization.experts import dequantize as dequantize
+    from rankwise.quantization.in_place import QuantizationReport as QuantizationReport
+    from rankwise.quantization.in_place import quantize as quantize
+    from rankwise.quantization.linear import Linear4bit as Linear4bit
 
 _HOMES = {
     "FourBitConfig": "config",
@@ -32,17 +31,7 @@ _HOMES = {
     "rewrite_bitsandbytes_config": "config",
 }
 
-__all__ = [
-    "FourBitConfig",
-    "Fp4Config",
-    "Linear4bit",
-    "Nf4Config",
-    "QuantizationReport",
-    "adopt_bitsandbytes_config",
-    "dequantize",
-    "quantize",
-    "rewrite_bitsandbytes_config",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -19,36 +19,49 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
+from safetensors import safe_open
 from torch import Tensor
 
-from rankwise.constants import BLOCK_SIZES, NESTED_BLOCK
-from rankwise.errors import QuantizationError, some_of
-from rankwise.foreign import JsonObject, parse_json
+from rankwise.constants import NESTED_BLOCK
+from rankwise.errors import QuantizationError, one_line, some_of
+from rankwise.foreign import JsonObject, checked, parse_json
 from rankwise.ops.packed_weight import QUANT_TYPES, PackedWeight, code_values, dynamic_map, packed_shape
 from rankwise.weights_file import TensorInfo, read_header
 
 STATE = "quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE + name for name in QUANT_TYPES))
 MAX_STATE_BYTES = 4096
-MAX_ELEMENTS = 2**48
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_CODES = {torch.uint8: "U8", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)
+class _State:
+    """The JSON of a stored weight."""
+
+    quant_type: Literal["nf4", "fp4"]
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    # (out, in), or of stacked experts (E, N, K).
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**48)]], Field(min_length=2, max_length=3)]
+    # Of double-quantized scales; the offset is a float32.
+    nested_blocksize: Literal[256] = 256
+    nested_dtype: Literal["float32"] = "float32"
+    nested_offset: Annotated[float, Field(ge=-3.5e38, le=3.5e38)] | None = None
+
+
+@dataclass(frozen=True)
 class StoredWeight:
-    """The content of a stored weight's JSON."""
+    """The format and shape of a stored weight."""
 
     quant_type: str
     block_size: int
     dtype: torch.dtype
-    # (out, in), or of stacked experts (E, N, K).
     shape: tuple[int, ...]
-
     offset: float | None = None
 
     @property
@@ -91,15 +104,6 @@ def _state_json(weight: PackedWeight) -> bytes:
     return json.dumps(state).encode()
 
 
-def has_parts(state: Mapping[str, Tensor], prefix: str) -> bool:
-    """Whether ``state`` holds the weight of the layer at ``prefix`` in bitsandbytes' layout, or a part of it."""
-    return any(f"{prefix}weight.{part}" in state for part in PARTS)
-
-
-def part_names(state: Mapping[str, Tensor], prefix: str) -> list[str]:
-    return [name for part in PARTS if (name := f"{prefix}weight.{part}") in state]
-
-
 def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> PackedWeight:
     """Read and check the weight ``name`` of a state dict.
 
@@ -137,45 +141,13 @@ def state_part(name: str, sizes: Mapping[str, tuple[str, int]]) -> str:
 def parse_state(name: str, part: str, text: bytes) -> StoredWeight:
     """Parse the JSON of one stored weight. Raises QuantizationError (RW611), which names the weight and the fault."""
     try:
-        content = parse_json(text)
+        state = checked(_State, parse_json(text))
     except ValueError as error:
-        raise _broken(name, f"has a quant_state that is not JSON ({' '.join(str(error).split())[:80]})") from None
-    if not isinstance(content, dict):
-        raise _broken(name, f"has a quant_state that is a JSON {type(content).__name__} and not an object")
-    quant_type, block_size = content.get("quant_type"), content.get("blocksize")
-    if quant_type not in QUANT_TYPES or part != STATE + quant_type:
-        raise _broken(
-            name, f"has the 4-bit type {_short(quant_type)} under {part}: {' and '.join(QUANT_TYPES)} are known"
-        )
-    if type(block_size) is not int or block_size not in BLOCK_SIZES:
-        raise _broken(name, f"has blocks of {_short(block_size)} elements: a power of two from 32 to 4096 is possible")
-    dtype = content.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _broken(name, f"was {_short(dtype)} before: {', '.join(_DTYPES)} are possible")
-    return StoredWeight(quant_type, block_size, _DTYPES[dtype], _shape(name, content), _offset(name, content))
-
-
-def _shape(name: str, content: JsonObject) -> tuple[int, ...]:
-    shape: Any = content.get("shape")
-    # Each dimension is checked, since the product is small where one of them is 0.
-    sizes = isinstance(shape, list) and len(shape) in (2, 3)
-    sizes = sizes and all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in shape)
-    if not sizes or math.prod(shape) > MAX_ELEMENTS:
-        raise _broken(name, f"has the shape {_short(shape)} where (out, in) belongs, or (experts, out, in)")
-    return tuple(shape)
-
-
-def _offset(name: str, content: JsonObject) -> float | None:
-    nested = {key: content[key] for key in ("nested_blocksize", "nested_dtype", "nested_offset") if key in content}
-    if not nested:
-        return None
-    offset: Any = nested.get("nested_offset")
-    if nested.get("nested_blocksize") != NESTED_BLOCK or nested.get("nested_dtype") != "float32":
-        raise _broken(name, f"is double-quantized as {_short(nested)}: blocks of {NESTED_BLOCK} in float32 are known")
-    # Comparisons with NaN are False, and an int of hundreds of digits is out of range.
-    if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
-        raise _broken(name, f"has the nested_offset {_short(offset)}, which is not float32")
-    return float(offset)
+        raise _broken(name, f"has a quant_state that is not bitsandbytes' ({one_line(error)})") from None
+    if part != STATE + state.quant_type:
+        raise _broken(name, f"has the 4-bit type {state.quant_type} under {part}")
+    dtype = getattr(torch, state.dtype)
+    return StoredWeight(state.quant_type, state.blocksize, dtype, tuple(state.shape), state.nested_offset)
 
 
 def check_sizes(name: str, stored: StoredWeight, sizes: Mapping[str, tuple[str, int]]) -> None:
@@ -227,11 +199,6 @@ def _packed(name: str, stored: StoredWeight, codes: Tensor, parts: dict[str, Ten
 
 def _broken(name: str, fault: str) -> QuantizationError:
     return QuantizationError("RW611", f"the 4-bit weight {name} {fault}.")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # The 4-bit weights of checkpoints, whose sizes are checked before anything is allocated.
@@ -287,21 +254,14 @@ def _grouped(tensors: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, dict[s
 
 
 def _stored_size(info: TensorInfo) -> tuple[str, int]:
-    return info.dtype, info.end - info.begin
+    return info.dtype, info.size_bytes
 
 
 def _stored(
     name: str, sizes: dict[str, tuple[str, int]], tensors: Mapping[str, tuple[Path, TensorInfo]]
 ) -> StoredWeight:
     part = state_part(name, sizes)
-    file, info = tensors[f"{name}.{part}"]
-    stored = parse_state(name, part, _read_bytes(file, info))
+    with safe_open(tensors[f"{name}.{part}"][0], framework="numpy") as file:
+        stored = parse_state(name, part, file.get_tensor(f"{name}.{part}").tobytes())
     check_sizes(name, stored, sizes)
     return stored
-
-
-def _read_bytes(file: Path, info: TensorInfo) -> bytes:
-    with open(file, "rb") as content:
-        header_bytes = int.from_bytes(content.read(8), "little")
-        content.seek(8 + header_bytes + info.begin)
-        return content.read(info.end - info.begin)

@@ -29,22 +29,16 @@ class FourBitConfig(QuantizationConfigMixin):
     quant_type: ClassVar[str] = ""
 
     quant_method: Any = field(default=METHOD, init=False, repr=False)
-
     # Elements per scale along the row-major flattening: a power of two from 32 to 4096.
     block_size: int = 64
-
     # Store the scales in 8 bits, which saves 0.37 bits per parameter (QLoRA, section 3).
     double_quant: bool = False
-
     # Modules, in addition to the output head, that stay dense: names, their beginnings or ends, or regular expressions.
     modules_to_not_convert: Sequence[str] | None = None
-
     # The dtype of the products, a torch.dtype or its name; None means that of the activations.
     compute_dtype: Any = None
-
     # Set when a model is quantized: the dtype of its dense weights, written to config.json as the compute dtype.
     weights_dtype: torch.dtype | None = field(default=None, init=False, repr=False, compare=False)
-
     # Set when a model is quantized: the linear layers that stay dense, written to config.json.
     dense_modules: list[str] | None = field(default=None, init=False, repr=False, compare=False)
 

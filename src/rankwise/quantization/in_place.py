@@ -30,19 +30,14 @@ class QuantizationReport:
 
     # Names of the layers that are 4-bit now.
     layers: tuple[str, ...]
-
     # Names of the stacked expert tensors that are 4-bit now.
     stacks: tuple[str, ...]
-
     # Linear layers that stay dense.
     dense: tuple[str, ...]
-
     # Stacked expert tensors that stay dense.
     experts: tuple[str, ...]
-
     # Bytes of the dense weights before quantization.
     bytes_before: int
-
     # Bytes of their codes and scales.
     bytes_after: int
 
@@ -66,8 +61,8 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
 
     Raises:
         QuantizationError: RW603 for NaN or infinity in a weight, RW605 for a weight of a different dtype, RW610 where
-            nothing can be quantized, or the model is quantized or has adapters, RW615 for another config. The model is
-            then unchanged.
+            nothing can be quantized, or the model is quantized or has adapters, RW615 for a different config. The model
+            is then unchanged.
 
     Warns (RW613) of experts that cannot be quantized, with the reason.
     """
@@ -92,23 +87,11 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
         bytes_before += model.get_parameter(name).nbytes
         stack = quantize_stack(model.get_submodule(path), leaf, **weight_format)
         bytes_after += stack.codes.nbytes + sum(buffer.nbytes for buffer in stack.scales.buffers())
-    _leave_fused_forwards(model)
     warn_about_experts(model, config)
     _mark(model, config)
     layers = tuple(names[0] for names in targets)
     dense, experts = tuple(dense_linear_names(model)), tuple(expert_tensors(model))
     return QuantizationReport(layers, tuple(stacks), dense, experts, bytes_before, bytes_after)
-
-
-def _leave_fused_forwards(model: nn.Module) -> None:
-    """Make PyTorch's encoder layers call their linear layers. In evaluation mode they read the weights directly, which
-    fails for 4-bit ones.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(four_bit_modules(module)):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and any(four_bit_modules(module)):
-            module.use_nested_tensor = False
 
 
 def _check_model(model: nn.Module, config: FourBitConfig) -> None:
@@ -147,7 +130,7 @@ def _check_weights(model: nn.Module, names: list[str]) -> None:
         raise QuantizationError(
             "RW603",
             f"NaN or infinity in the weights of {some_of(broken)}: 4-bit types have no code for them. "
-            "The checkpoint is damaged or the training that made it diverged; use another one.",
+            "The checkpoint is damaged or the training that made it diverged; use a different one.",
         )
 
 

@@ -17,7 +17,6 @@ from rankwise.compat.torch import own_parameters
 from rankwise.errors import QuantizationError
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.packed_weight import SCALES, PackedWeight, empty_scales, packed_shape
-from rankwise.quantization.bitsandbytes_format import check_shape, from_bitsandbytes, has_parts, part_names
 
 
 class Linear4bit(nn.Module):
@@ -212,25 +211,9 @@ class Linear4bit(nn.Module):
         return self
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        """Load this class's keys or bitsandbytes' (``weight.absmax``, ...). A wrong dtype is reported as an error."""
-        errors: list[str] = arguments[-1]
-        try:
-            if has_parts(state, prefix):
-                self._unpack(state, prefix)
-        except QuantizationError as error:
-            errors.append(str(error))
-            return
-        if check_scale_dtypes(self, state, prefix, errors):
+        """Load codes and scales. A wrong dtype is reported as an error (RW606)."""
+        if check_scale_dtypes(self, state, prefix, arguments[-1]):
             super()._load_from_state_dict(state, prefix, *arguments)
-
-    def _unpack(self, state: dict[str, Tensor], prefix: str) -> None:
-        stored = from_bitsandbytes(state, f"{prefix}weight")
-        check_shape(f"{prefix}weight", stored.shape, self.shape)
-        device = self.weight.device
-        self.set_format(stored.quant_type, stored.block_size, stored.double_quant, stored.dtype, device)
-        for name in part_names(state, prefix):
-            del state[name]
-        state.update({prefix + name: tensor for name, tensor in stored.tensors.items()})
 
 
 class Holder(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -24,10 +23,8 @@ def target_names(model: nn.Module, config: FourBitConfig) -> list[list[str]]:
     The output head, embeddings, modules tied to one of them, and ``modules_to_not_convert`` stay out.
 
     Raises:
-        QuantizationError: RW610 when neither a layer nor a stack of experts (``target_stacks``) is left; RW615 for a
-            pattern that is not a regular expression.
+        QuantizationError: RW610 when neither a layer nor a stack of experts (``target_stacks``) is left.
     """
-    _check_patterns(model, config)
     patterns = [*dense_patterns(model), *(config.modules_to_not_convert or ())]
     tied = _tied_modules(model)
     chosen: dict[nn.Module, list[str]] = {}
@@ -40,17 +37,12 @@ def target_names(model: nn.Module, config: FourBitConfig) -> list[list[str]]:
                 left_out.add(module)
     names = [found for module, found in chosen.items() if module not in left_out]
     if not names and not target_stacks(model, config):
-        raise QuantizationError("RW610", _why_nothing(model, len(chosen)))
+        raise QuantizationError(
+            "RW610",
+            f"none of the {len(chosen)} dense linear layers of this {type(model).__name__} can become 4-bit: its head "
+            "and modules_to_not_convert stay as they are; give a dense model, or a shorter list.",
+        )
     return names
-
-
-def _why_nothing(model: nn.Module, dense: int) -> str:
-    kind = type(model).__name__
-    if any(four_bit_modules(model)):
-        return f"the linear layers of this {kind} are 4-bit already."
-    if dense:
-        return f"all {dense} linear layers of this {kind} are its head or excluded; shorten modules_to_not_convert."
-    return f"this {kind} has no linear layers (nn.Linear or Conv1D); nothing can become 4-bit."
 
 
 def dense_patterns(model: nn.Module) -> list[str]:
@@ -66,21 +58,8 @@ def dense_patterns(model: nn.Module) -> list[str]:
     return sorted({*found, *HEAD_NAMES, *heads_of_labels(model)})
 
 
-def _check_patterns(model: nn.Module, config: FourBitConfig) -> None:
-    names = [*(name for name, _ in model.named_modules() if name), *expert_tensors(model)]
-    for pattern in config.modules_to_not_convert or ():
-        try:
-            hit = re.compile(pattern)
-        except re.error as error:
-            raise QuantizationError(
-                "RW615", f"modules_to_not_convert holds {pattern!r}, which is not a regular expression: {error}."
-            ) from None
-        if not any(hit.match(name) or name.endswith(pattern) for name in names):
-            warn("RW614", f"modules_to_not_convert names {pattern!r}, and the model has no such module.", stacklevel=3)
-
-
 def _tied_modules(model: nn.Module) -> set[nn.Module]:
-    """Modules that share a parameter with another one."""
+    """Modules that share a parameter with a different module."""
     owners: dict[Tensor, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -322,7 +322,7 @@ class FourBitQuantizer(HfQuantizer):
 def bitsandbytes_state(model: nn.Module) -> dict[str, Tensor]:
     """``model.state_dict()`` with every 4-bit layer and stack of experts under bitsandbytes' names."""
     state = model.state_dict(keep_vars=True)
-    # By identity: a wrapper around a layer may show it under another name than its path.
+    # By identity: a wrapper around a layer may show it under a name that is not its path.
     names = {id(tensor): name for name, tensor in state.items()}
     for _, layer in four_bit_layers(model):
         name = names[id(layer.weight)]

@@ -395,7 +395,7 @@ def load_comparison(folder: Path) -> Comparison:
 
 def read_object(path: Path) -> Any:
     """The content of a JSON file. Raises ValueError for a file that is not JSON."""
-    return read_json(path, constants=True)
+    return read_json(path)
 
 
 @contextlib.contextmanager
@@ -431,7 +431,7 @@ def _objects(path: Path) -> Iterator[Fields]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
-                content = parse_json(line, constants=True, halves=True)
+                content = parse_json(line)
             except ValueError:
                 return
             if isinstance(content, Mapping):

@@ -38,7 +38,7 @@ from rankwise.data import Rows
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.prompts import ANSWERS, encode_prompts, prompt_formats
 from rankwise.data.rows import Message
-from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, first_line, warn
+from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, one_line, warn
 from rankwise.final_number import extract_answer
 from rankwise.models.load import table_rows
 from rankwise.options import flag
@@ -367,7 +367,7 @@ class Reward:
         except (Exception, SystemExit) as error:
             raise RunError(
                 "RW772",
-                f"the reward {self.spec} raised {type(error).__name__}: {first_line(error)}, on {self._where(given)}; "
+                f"the reward {self.spec} raised {type(error).__name__}: {one_line(error)}, on {self._where(given)}; "
                 "let it return a number for every answer.",
             ) from error
         if len(found) != count:
@@ -452,7 +452,7 @@ def _from_file(spec: str, path: Path, name: str) -> Reward:
     try:
         found = runpy.run_path(str(path), run_name=f"rankwise_reward_{path.stem}")
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError("RW771", f"--reward {spec}: {path} does not load ({reason}); correct it.") from error
     if not callable(found.get(name)):
         there = [key for key, value in found.items() if inspect.isfunction(value)]

@@ -40,7 +40,7 @@ from rankwise.errors import RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
 from rankwise.models import choose_device, model_facts
-from rankwise.models.mapped import MappedFiles
+from rankwise.models.mapped import mapped_files
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
 from rankwise.records import WAIT_POLICIES, RunRecord, check_writable, load_record, versions_of
@@ -417,7 +417,7 @@ def _predicted_peak(
     batch = learning.largest_batch(loop, flat=flat)
     if given.packing:
         batch = dataclasses.replace(batch, rows=given.batch_size, tokens=given.max_length)
-    return foresight.before_training(batch, learning.largest_evaluation(loop), MappedFiles(loop.model))
+    return foresight.before_training(batch, learning.largest_evaluation(loop), mapped_files(loop.model))
 
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
@@ -444,7 +444,7 @@ def progress_of(checkpoint: Checkpoint | None) -> Progress:
     if checkpoint is None:
         return Progress()
     with reading_state(checkpoint.path, "progress"):
-        progress = checked(Progress, read_json(checkpoint.path / PROGRESS_FILE, constants=True))
+        progress = checked(Progress, read_json(checkpoint.path / PROGRESS_FILE))
         if progress.steps != checkpoint.step or progress.eval_steps == 0:
             raise ValueError(f"it is of step {progress.steps}, evaluated every {progress.eval_steps}")
     return progress

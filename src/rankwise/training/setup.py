@@ -33,7 +33,7 @@ from rankwise.compat.transformers import before_weights
 from rankwise.config import ADAPTERS, DORA, FOUR_BITS, METHODS, TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
-from rankwise.data.encoding import RowEncoder, encode_rows_once
+from rankwise.data.encoding import RowEncoder
 from rankwise.data.formats import Format
 from rankwise.errors import ConfigError, DataError, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject
@@ -124,7 +124,7 @@ def encode_data(
     rows: Rows,
     eval_rows: Rows | None,
     template: str | None,
-    encode: Callable[..., Encoded] | None = None,
+    encode: Callable[..., Encoded] = encode_rows,
 ) -> Data:
     """Encode both sets to token ids, with ``encode`` or as demonstrations.
 
@@ -133,8 +133,6 @@ def encode_data(
     """
     if template is not None:
         tokenizer.chat_template = template
-    if encode is None:
-        encode = encode_rows if given.cache is None else functools.partial(encode_rows_once, cache=given.cache)
     encode = functools.partial(
         encode,
         tokenizer=tokenizer,

@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rankwise.errors import InternalError, RunError
-from rankwise.foreign import JsonObject, read_json, reason_of
+from rankwise.errors import InternalError, RunError, one_line
+from rankwise.foreign import JsonObject, read_json
 from rankwise.training.checkpoints import check_no_pickles
 
 # By generator: "python", "numpy", "cpu", and where there is one "cuda" or "mps".
@@ -62,7 +62,7 @@ def reading_state(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001  torch, NumPy and safetensors raise many kinds for values of a wrong form
-        reason = reason_of(error) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise RunError(
             "RW511", f"cannot read the {name} state in {folder}: {reason}; resume from an older checkpoint."
         ) from None

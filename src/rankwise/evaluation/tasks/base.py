@@ -47,7 +47,7 @@ class Task(ABC):
         """What the figures depend on and the answers do not, such as a judge."""
         return {}
 
-    def stands(self, result: TaskResult) -> bool:
+    def is_final(self, result: TaskResult) -> bool:
         """Whether ``result``, made with these settings, is final, so that the task need not run again."""
         return True
 
@@ -111,16 +111,6 @@ def difference_of_means(a: Sequence[Example], b: Sequence[Example], names: Seque
     return {
         name: paired_difference([x.scores[name] for x in a], [x.scores[name] for x in b], clusters) for name in names
     }
-
-
-def warn_of_empty(task: str, examples: Sequence[Example]) -> list[str]:
-    """Warn (RW253) of empty answers, with their number. They are scored like others."""
-    empty = sum(not example.prediction.strip() for example in examples)
-    if not empty:
-        return []
-    note = f"{empty:,} of {len(examples):,} answers are empty"
-    warn("RW253", f"{task}: {note}; they are scored as they are. Look at the prompts, or at where answers stop.")
-    return [note]
 
 
 # Number of last tokens in which a stop string is searched.

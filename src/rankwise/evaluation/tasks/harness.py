@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.compat import lm_eval
-from rankwise.compat.datasets import hub_or_cache
 from rankwise.data.files import kind_of, read_file
 from rankwise.data.formats import BadRow
 from rankwise.data.rows import content_sha256
@@ -78,8 +77,7 @@ class HarnessTask(Task):
             if spec not in files:
                 raise unknown_task(self.name, files)
             if data is None:
-                with hub_or_cache():
-                    return self._built(spec)
+                return self._built(spec)
             if files[spec] is None:
                 raise self._several()
             yaml_file = Path(str(files[spec]))

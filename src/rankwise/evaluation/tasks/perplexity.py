@@ -71,7 +71,7 @@ class Perplexity(Task):
         encoder = engine.encoder(self.rows)
         limit = min(self.max_length, engine.max_length)
         targets, cut = {}, 0
-        for number, row in enumerate(encoder.encode(self.rows.items, limit)):
+        for number, row in enumerate(encoder.encode(self.rows.items)):
             ids, trained = row.ids[:limit], row.trained[:limit]
             cut += row.length > limit
             target = trained_target(ids, trained)

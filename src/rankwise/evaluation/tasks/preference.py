@@ -109,7 +109,7 @@ def _targets(row: Encoded) -> list[Target]:
     found = []
     for answer in _answers(row):
         target = trained_target([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-        assert target is not None, "a prompt stands in front of every answer"
+        assert target is not None, "every answer has a prompt"
         found.append(target)
     return found
 
