@@ -333,7 +333,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """A context in which the adapter ``names[i]`` computes row i of a batch; ``"__base__"`` stands for the base alone.
+    """A context in which the adapter ``names[i]`` computes row i of a batch; ``"__base__"`` means only the base.
 
     This is PEFT's ``adapter_names``, also for DoRA. In ``generate``, repeated rows (beams, several answers) keep the
     adapter of their prompt. Raises AdapterError: RW407 for an unknown name, RW408 while an adapter is merged, RW624 for
