@@ -147,7 +147,7 @@ docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(BIN)/sphinx-build -W -q docs docs/_build
 
-docs-check: $(STAMP) ## run the commands and the Python of every page (half an hour)
+docs-check: $(STAMP) ## run the commands and the Python of every page (a quarter of an hour)
 	$(PYTEST) -m "long or not long" tests/test_docs.py
 
 clean: ## remove what the other words made
