@@ -55,7 +55,10 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(adapter, base, dtype):
     rw.add_adapter(model, config)
     step(model)
     adapted, exact = logits(model), logits(merged_in_float64(model))
-    assert (adapted - start).abs().max() > 0.01
+    moved = (adapted - start).abs().max()
+    assert moved > 0.01
+    # Two ways that share no code.
+    assert dtype is not torch.float32 or (adapted - exact).abs().max() < 0.005 * moved
 
     rw.merge_adapter(model)
     assert not [module for module in model.modules() if type(module).__name__ in ("AdaptedLayer", "TrainedCopy")]
