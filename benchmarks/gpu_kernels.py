@@ -33,23 +33,21 @@ from rankwise.ops.checks import ACTIVATIONS  # noqa: E402
 from rankwise.ops.packed_weight import PackedWeight  # noqa: E402
 from rankwise.ops.triton import (  # noqa: E402
     cross_entropy,
-    dequantize,
     dropout,
+    four_bit,
     glu,
     low_rank,
     low_rank_grads,
     product,
-    quantize,
     rms_norm,
     rope,
     row_cross,
-    row_norms,
     scaled_grad,
 )
 
 MODULES = (
-    cross_entropy, dequantize, dropout, glu, low_rank, low_rank_grads, product, quantize, rms_norm, rope, row_cross,
-    row_norms, scaled_grad,
+    cross_entropy, dropout, four_bit, glu, low_rank, low_rank_grads, product, rms_norm, rope, row_cross,
+    scaled_grad,
 )  # fmt: skip
 # Architectures with the cards that our users have.
 CARDS = {
@@ -160,20 +158,20 @@ def cases() -> dict[str, Callable[[], Any]]:
 def _packed_cases() -> dict[str, Callable[[], Any]]:
     b16 = torch.bfloat16
     return {
-        "dequantize": lambda: dequantize.dequantize(packed(), b16),
-        "dequantize double": lambda: dequantize.dequantize(packed(double=True), b16),
-        "dequantize one element": lambda: dequantize.dequantize(
+        "dequantize": lambda: four_bit.dequantize(packed(), b16),
+        "dequantize double": lambda: four_bit.dequantize(packed(double=True), b16),
+        "dequantize one element": lambda: four_bit.dequantize(
             PackedWeight(torch.zeros(1, 1, dtype=torch.uint8), ones(1), (1, 1), "nf4", 4096), b16
         ),
-        "dequantize with a gain": lambda: dequantize.dequantize(packed(double=True), b16, ones(32)),
+        "dequantize with a gain": lambda: four_bit.dequantize(packed(double=True), b16, ones(32)),
         "one row": lambda: product.few_rows(bf16(1, 4096), packed(), bf16(32)),
         "one row double": lambda: product.few_rows(bf16(1, 4096), packed(double=True), None),
         "one row of one block": lambda: product.few_rows(bf16(1, 32), packed(1, 32, 32), None),
         "several rows": lambda: product.few_rows(bf16(2, 4096), packed(), bf16(32)),
         "several rows double": lambda: product.few_rows(bf16(2, 4096), packed(double=True), None),
         "several rows big block": lambda: product.few_rows(ones(2, 4096), packed(32, 4096, 4096, double=True), None),
-        "row norms": lambda: row_norms.row_norms(packed(double=True), b16),
-        "quantize": lambda: quantize.quantize_blocks(
+        "row norms": lambda: four_bit.row_norms(packed(double=True), b16),
+        "quantize": lambda: four_bit.quantize_blocks(
             bf16(32 * 4096), torch.zeros(32 * 2048, dtype=torch.uint8), ones(32 * 64), "nf4", 64
         ),
         "packed": lambda: row_cross.row_cross_4bit(packed(), bf16(16, 4096), ones(32, 16), b16),

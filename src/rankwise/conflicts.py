@@ -44,9 +44,6 @@ LOSS_TYPES: Mapping[Objective, tuple[str, ...]] = {
 # The losses that --label-smoothing changes.
 SMOOTHED = ("robust",)
 NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
-LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
-# For these, transformers ignores the number of warm-up steps.
-WITHOUT_WARMUP = ("constant", *LED_BY_EVALUATIONS)
 NO_RETAIN = "--retain-margin says how much of --retain may be lost; add --retain D."
 NOT_OF_LABELS = ("chat_template", "sample_prompt", "new_tokens", "retain")
 # Optimizers that compute the same on shards as on whole weights.
@@ -105,14 +102,12 @@ def check_sharing(objective: Objective, strategy: str | None, processes: int) ->
 def _of_steps(given: TrainSettings) -> Iterator[str]:
     if given.retain is None and given.retain_margin != given.defaults()["retain_margin"]:
         yield NO_RETAIN
-    led = f"--lr-scheduler-type {given.lr_scheduler_type}"
     idle = [flag(name) for name in NEED_EVALUATIONS if getattr(given, name) is not None]
-    idle += [led] if given.lr_scheduler_type in LED_BY_EVALUATIONS else []
     idle = [name for name in idle if not (name == "--eval-limit" and given.retain)]
     if idle and given.eval_data is None:
         yield f"{', '.join(idle)}: needs evaluations; give --eval-data too."
-    if given.warmup_steps and given.lr_scheduler_type in WITHOUT_WARMUP:
-        yield f"--warmup-steps has no effect on {led}; leave it out, or take constant_with_warmup."
+    if given.warmup_steps and given.lr_scheduler_type == "constant":
+        yield "--warmup-steps has no effect on --lr-scheduler-type constant; take constant_with_warmup."
     if given.packing and given.neftune_noise_alpha is not None:
         yield (
             "--packing lays rows end to end, and the noise of --neftune-noise-alpha depends on a row's length; leave "
@@ -149,11 +144,6 @@ def _of_search(given: TrainSettings, processes: int) -> Iterator[str]:
         yield (
             f"--learning-rate auto needs --objective sft and one process, and this run has {' and '.join(wrong)}; give "
             "the rate."
-        )
-    if given.lr_scheduler_type in LED_BY_EVALUATIONS:
-        yield (
-            f"--lr-scheduler-type {given.lr_scheduler_type} follows evaluations, and the short runs of "
-            "--learning-rate auto have none; give a rate, or another schedule."
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import rankwise as rw
 from marks import at_some_level
 from rankwise.acceleration import attention
-from rankwise.acceleration.log_probs import Asked, accept_scores, asked_of, scores_of_logits
+from rankwise.acceleration.log_probs import Asked, Layout, accept_scores, asked_of, scores_of_logits
 from rankwise.acceleration.optimize import optimize_for_training
 from rankwise.adapters import adapter_parameters
 from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
@@ -56,13 +56,13 @@ def wanted(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @at_some_level
-@pytest.mark.parametrize("asked", [Asked(), Asked(flat=True), Asked(pairs=True)], ids=["padded", "flat", "pairs"])
+@pytest.mark.parametrize("layout", ["padded", "flat", "pairs"])
 @pytest.mark.parametrize("head", ["plain", "adapted", "trained"])
-def test_scores_and_gradients_are_those_of_the_logits(asked: Asked, head: str) -> None:
+def test_scores_and_gradients_are_those_of_the_logits(layout: Layout, head: str) -> None:
     options = {"plain": {}, "adapted": {"target_modules": ["q_proj", "lm_head"]}, "trained": {}}[head]
     model = adapted(**options, **({"modules_to_save": ["lm_head"]} if head == "trained" else {}))
-    assert accept_scores(model, asked)
-    assert asked_of(model).pairs is asked.pairs
+    assert accept_scores(model, layout)
+    assert asked_of(model).layout == layout
     batch, weights = pairs(), torch.tensor([1.0, -2.0, 0.5, 3.0])
     parameters = list(adapter_parameters(model).values())
     log_probs, entropy = wanted(model, batch)
@@ -75,16 +75,16 @@ def test_scores_and_gradients_are_those_of_the_logits(asked: Asked, head: str) -
 
 
 @pytest.mark.parametrize(
-    ("make", "lora", "asked"),
+    ("make", "lora", "layout"),
     [
-        (tiny_llama, None, Asked()),
-        (tiny_gpt2, None, Asked()),
-        (tiny_llama, {}, Asked(flat=True)),
-        (tiny_llama, {}, Asked()),
-        (tiny_llama, {"modules_to_save": ["lm_head"]}, Asked(flat=True)),
+        (tiny_llama, None, "padded"),
+        (tiny_gpt2, None, "padded"),
+        (tiny_llama, {}, "flat"),
+        (tiny_llama, {}, "padded"),
+        (tiny_llama, {"modules_to_save": ["lm_head"]}, "flat"),
     ],
 )
-def test_scores_do_not_depend_on_padding(make: Any, lora: dict[str, Any] | None, asked: Asked) -> None:
+def test_scores_do_not_depend_on_padding(make: Any, lora: dict[str, Any] | None, layout: Layout) -> None:
     """In front of rows too, where positions are learned too: trl counts them from the padding. By a model that was made
     fast, also through a head that trains, and by one that was not."""
     model = make()
@@ -103,11 +103,11 @@ def test_scores_do_not_depend_on_padding(make: Any, lora: dict[str, Any] | None,
         log_p = torch.log_softmax(model(row[None]).logits[0].float() / 0.7, -1)
         expected.append(log_p[start - 1 : -1].gather(1, row[start:, None]).squeeze(1))
     given = {"labels": labels, "input_ids": ids, "attention_mask": mask, "temperature": 0.7, "want_stats": True}
-    if accept_scores(model, asked):
+    if accept_scores(model, layout):
         found = model(**given, fused_lm_head=True)
     else:
         assert lora is None
-        found = scores_of_logits(model, asked, **given)
+        found = scores_of_logits(model, layout, **given)
     scored = labels[:, 1:] != -100
     torch.testing.assert_close(found.log_probs[scored], torch.cat(expected), rtol=1e-4, atol=1e-5)
     assert (found.log_probs[~scored] == 0).all()
@@ -115,7 +115,7 @@ def test_scores_do_not_depend_on_padding(make: Any, lora: dict[str, Any] | None,
 
 def test_a_prompt_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = adapted(), []
-    accept_scores(model, Asked(pairs=True))
+    accept_scores(model, "pairs")
     model.model.embed_tokens.register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
     model(**pairs(), fused_lm_head=True)
     assert seen == [sum(LENGTHS) - sum(PROMPTS[:2])]
@@ -124,17 +124,17 @@ def test_a_prompt_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_with_windows_shares_no_prompt() -> None:
     model = adapted()
     model.config.sliding_window = 4
-    accept_scores(model, Asked(flat=True, pairs=True))
-    assert asked_of(model) == Asked(flat=True, apart="some layers have a window")
+    accept_scores(model, "pairs")
+    assert asked_of(model) == Asked("flat", "some layers have a window")
 
 
-@pytest.mark.parametrize("asked", [Asked(), Asked(flat=True), Asked(flat=True, pairs=True)], ids=str)
+@pytest.mark.parametrize("layout", ["padded", "flat", "pairs"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_the_balancing_loss_is_that_of_the_padded_rows(family: str, asked: Asked) -> None:
+def test_the_balancing_loss_is_that_of_the_padded_rows(family: str, layout: Layout) -> None:
     """A prompt that two answers share counts twice, as in trl."""
     model, batch = adapted(tiny_moe(family)), pairs()
-    assert accept_scores(model, asked)
-    assert ("balancing loss" in (asked_of(model).apart or "")) is asked.pairs
+    assert accept_scores(model, layout)
+    assert ("balancing loss" in (asked_of(model).apart or "")) is (layout == "pairs")
     given = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
     expected = type(model).forward(model, batch["input_ids"], **given).aux_loss
     found = model(**batch, output_router_logits=True, fused_lm_head=True)

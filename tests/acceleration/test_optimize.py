@@ -269,13 +269,15 @@ def test_masks_become_ranges_only_where_they_are() -> None:
     packed = torch.block_diag(causal, causal).bool()[None, None]
     ranges = mask_ranges(packed)
     assert ranges is not None
-    assert ranges[0].tolist() == [[0, 0, 0, 0, 4, 4, 4, 4]]
-    assert ranges[1].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert ranges.start.tolist() == [[0, 0, 0, 0, 4, 4, 4, 4]]
+    assert ranges.end.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
     torn = packed.clone()
     torn[0, 0, 3, 1] = False
     assert mask_ranges(torn) is None
     nothing = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
-    assert mask_ranges(nothing)[0].tolist() == mask_ranges(nothing)[1].tolist()  # type: ignore[index]
+    ranges = mask_ranges(nothing)
+    assert ranges is not None
+    assert ranges.start.tolist() == ranges.end.tolist()
 
 
 def test_looking_for_ranges_takes_no_more_than_the_mask() -> None:
@@ -284,8 +286,8 @@ def test_looking_for_ranges_takes_no_more_than_the_mask() -> None:
         tracker.enter("forward")
         ranges = mask_ranges(causal)
     assert ranges is not None
-    assert ranges[0].eq(0).all()
-    assert torch.equal(ranges[1], torch.arange(1, 4101)[None])
+    assert ranges.start.eq(0).all()
+    assert torch.equal(ranges.end, torch.arange(1, 4101)[None])
     # The mask itself among it.
     assert sum(tracker.peaks()["forward", -1].values()) < 2 * causal.nbytes
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankwise as rw
 from marks import at_some_level, needs_avx2
-from rankwise.acceleration import attention, restore, rows
+from rankwise.acceleration import attention, restore
+from rankwise.acceleration.attention import end_to_end, replace_masks
 from rankwise.acceleration.replace import Undo
-from rankwise.acceleration.rows import end_to_end, replace_masks
 from rankwise.ops import selection
 from tables import thinned
 
@@ -102,7 +102,7 @@ def test_right_padding_needs_no_mask_on_a_card(name: str, monkeypatch: pytest.Mo
     plain = family(name).eval()
     wanted, wanted_grads = plain(input_ids=ids, attention_mask=mask).logits, gradients(plain, ids, mask)
     model = family(name).eval()
-    monkeypatch.setattr(rows, "stands_on_card", lambda _: True)
+    monkeypatch.setattr(attention, "is_on_card", lambda _: True)
     assert replace_masks(model, Undo(), bounds=False) == (name != "gpt2" or model._supports_flash_attn)
     with LargestMask() as seen:
         found = model(input_ids=ids, attention_mask=mask).logits
@@ -181,7 +181,7 @@ def test_what_flash_attention_does_not_take(dtype: torch.dtype, capability: Any,
 def test_fake_tensors_stand_on_a_card_only_inside() -> None:
     plain = torch.zeros(2)
     with selection.fakes_as("cuda"):
-        assert not selection.stands_on_card(plain)
+        assert not selection.is_on_card(plain)
 
 
 @thinned({"name": WITH_BOUNDS, "flash": [True, False]})
@@ -193,7 +193,7 @@ def test_a_padded_batch_on_a_card_is_rows_of_one_length(
     wanted = family(name).eval()(input_ids=ids, attention_mask=mask).logits
     model = family(name).eval()
     assert ours(model)
-    monkeypatch.setattr(rows, "stands_on_card", lambda _: True)
+    monkeypatch.setattr(attention, "is_on_card", lambda _: True)
     monkeypatch.setattr(attention, "_takes_flash", lambda *_: flash)
     monkeypatch.setattr(varlen, "varlen_attn", by_segments)
     with attention.noting() as calls:

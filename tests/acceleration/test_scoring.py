@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from rankwise.acceleration.packing import build_trees, lay_out, pack
-from rankwise.acceleration.scoring import Scorer, Target, target_of
+from rankwise.acceleration.scoring import Scorer, Target, build_trees, lay_out, pack, target_of
 from rankwise.errors import RankwiseWarning
 from tiny_models import tiny_gpt2, tiny_llama
 

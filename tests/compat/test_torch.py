@@ -278,13 +278,6 @@ def test_shared_hooks_are_all_that_a_module_keeps_of_them():
     assert {name for name in vars(nn.Module()) if "_hook" in name and "state_dict" not in name} == {*compat._HOOKS}
 
 
-def test_last_lr_is_what_a_scheduler_reports():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    compat.set_last_rates(scheduler, [0.25])
-    assert scheduler.get_last_lr() == [0.25]
-
-
 def test_module_apply_and_load_from_state_dict_take_what_ours_take():
     """Ours override both: the precision of scales and magnitudes, and wrong dtypes in a state dict."""
     module = nn.Linear(1, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, masking_utils
+from transformers import LlamaForCausalLM, masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
@@ -83,13 +83,6 @@ def test_assign_is_quantized_marks_the_parts_that_are_models(llama: LlamaForCaus
     compat.mark_quantized(llama)
     assert llama.config._is_quantized
     assert llama.model.config._is_quantized
-
-
-def test_force_accelerate_hooks_names_the_children_read_by_weight(llama: LlamaForCausalLM):
-    config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1)
-    mixer = MambaForCausalLM(config).backbone.layers[0].mixer
-    assert compat.children_read_by_weight(mixer) == ("conv1d", "dt_proj")
-    assert compat.children_read_by_weight(llama) == ()
 
 
 def test_is_hf_initialized_keeps_weights_from_being_drawn_again():

@@ -45,7 +45,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrai
 import rankwise as rw
 from acceleration.families import small_config, without_dropout
 from rankwise.acceleration import attention
-from rankwise.acceleration.rows import flattening_obstacle
+from rankwise.acceleration.attention import flattening_obstacle
 from rankwise.adapters import adapter_tensors, load_tensors
 from rankwise.compat.transformers import attention_of
 from rankwise.errors import RankwiseError
@@ -369,7 +369,7 @@ def objective_of(model: Any, case: Case) -> tuple[Any, bool]:
     if case.loss == "sft":
         return Demonstrations(model, rows, None, pad=0, size=len(rows), seed=0, flat=flat), flat
     options = {"beta": 0.1, "max_length": 1024, "loss_type": case.loss, **case.options}
-    scoring = Scoring(model, flat=flat, pairs=case.loss == "dpo")
+    scoring = Scoring(model, ("pairs" if case.loss == "dpo" else "flat") if flat else "padded")
     return Preferences(scoring, rows, None, pad=0, size=len(rows), seed=0, **options), flat
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import rankwise as rw
 from marks import LEVELS
 from rankwise.acceleration import calibrate_products, choose_products, restore
-from rankwise.acceleration.recognise import adapted_layers
+from rankwise.acceleration.parts import adapted_layers
 from rankwise.ops import dequantize_weight, eight_bit, quantize_weight
 from rankwise.ops.branch import Branch, Frozen
 from rankwise.ops.cpu import native, products

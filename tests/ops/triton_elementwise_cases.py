@@ -228,7 +228,7 @@ def test_a_model_with_all_parts_computes_what_it_did(family: str, monkeypatch: p
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import rankwise as rw
-    from rankwise.acceleration import recognise
+    from rankwise.acceleration import parts
     from rankwise.acceleration.optimize import fuse_parts
     from rankwise.acceleration.replace import Undo
 
@@ -244,7 +244,7 @@ def test_a_model_with_all_parts_computes_what_it_did(family: str, monkeypatch: p
         return loss.detach(), list(torch.autograd.grad(loss, list(rw.adapter_parameters(model).values())))
 
     expected, undo = loss_and_grads(), Undo()
-    monkeypatch.setattr(recognise, "takes_triton", lambda x: True)
+    monkeypatch.setattr(parts, "takes_triton", lambda x: True)
     norms, mlps, ropes = fuse_parts(model, undo)
     assert (norms, mlps, ropes) == ({"llama": 3, "gemma2": 5, "qwen3": 5}[family], 1, 1)
     torch.testing.assert_close(loss_and_grads(), expected, rtol=1e-4, atol=1e-5)

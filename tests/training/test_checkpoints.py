@@ -21,7 +21,7 @@ from rankwise.training.checkpoints import (
     remove_unfinished,
     save_checkpoint,
 )
-from rankwise.training.state import save_state
+from rankwise.training.weights import save_state
 
 
 def write(folder: Path) -> None:

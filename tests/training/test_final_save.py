@@ -37,7 +37,6 @@ PLACES = {
     "weights": ("save_weights", 1),
     "first file": ("os.replace", 1),
     "second file": ("os.replace", 2),
-    "reloading": ("check_reload", 1),
     "plot": ("write_plot", 1),
     "card": ("write_card", 1),
 }

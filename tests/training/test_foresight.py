@@ -6,13 +6,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from training_rows import encoded_rows, fit
 
-from rankwise.training.foresight import MicroBatch, coming_batches, largest_batch, largest_evaluation, largest_scoring
+from rankwise.training.foresight import MicroBatch, coming_batches
+from rankwise.training.preferences import Preferences
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -39,8 +39,7 @@ def test_the_batches_foreseen_are_those_that_come(
 ) -> None:
     """Over several epochs, the short batch at the end of each and the accumulation it cuts off included."""
     loop = loop_of(rows=rows, flat=flat, **length)
-    tables = list(coming_batches(loop))
-    foreseen = [[row for row in batch if row >= 0] for table in tables for batch in table.tolist()]
+    foreseen = list(coming_batches(loop))
     came: list[list[int]] = []
     real = loop.objective.loss
 
@@ -62,71 +61,76 @@ def test_the_batches_foreseen_are_those_that_come(
 def test_looking_ahead_draws_nothing(loop_of: LoopMaker) -> None:
     loop = loop_of()
     before = torch.random.get_rng_state()
-    first = [table.tolist() for table in coming_batches(loop)]
-    assert [table.tolist() for table in coming_batches(loop)] == first
+    first = list(coming_batches(loop))
+    assert list(coming_batches(loop)) == first
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def first_batches(loop_of: LoopMaker, count: int, steps: int) -> np.ndarray:
+def first_batches(loop_of: LoopMaker, count: int, steps: int) -> list[list[int]]:
     """Row numbers of the steps of a run over ``count`` rows, one micro-batch each."""
     loop = with_rows(loop_of, [4] * count, max_steps=steps, gradient_accumulation=1, batch_size=2)
-    return np.concatenate(list(coming_batches(loop)))
+    return list(coming_batches(loop))
+
+
+def largest_batch(loop: Any) -> MicroBatch:
+    return loop.objective.largest_batch(coming_batches(loop))
 
 
 def test_a_longest_row_that_never_comes_is_not_planned_for(loop_of: LoopMaker) -> None:
     """400 tokens among rows of 10: three steps of two rows do not reach it, a whole epoch does."""
     drawn = first_batches(loop_of, 40, 3)
-    never = next(row for row in range(40) if row not in drawn)
+    never = next(row for row in range(40) if not any(row in batch for batch in drawn))
     lengths = [10 if row != never else 400 for row in range(40)]
-    lengths[drawn[1, 0]] = 20
-    short = with_rows(loop_of, lengths, max_steps=3, gradient_accumulation=1, batch_size=2)
-    assert largest_batch(short, flat=False) == MicroBatch(2, 20, (18 + 8) / 40)
-    assert largest_batch(short, flat=True) == MicroBatch(2, 15, (18 + 8) / 30)
-    whole = with_rows(loop_of, lengths, max_steps=20, gradient_accumulation=1, batch_size=2)
-    assert largest_batch(whole, flat=False).tokens == 400
+    lengths[drawn[1][0]] = 20
+    given = {"gradient_accumulation": 1, "batch_size": 2}
+    assert largest_batch(with_rows(loop_of, lengths, max_steps=3, **given)) == MicroBatch(2, 20, (18 + 8) / 40)
+    short = with_rows(loop_of, lengths, max_steps=3, flat=True, **given)
+    assert largest_batch(short) == MicroBatch(2, 15, (18 + 8) / 30)
+    assert largest_batch(with_rows(loop_of, lengths, max_steps=20, **given)).tokens == 400
 
 
 def test_of_padded_rows_the_longest_decides_and_of_rows_laid_end_to_end_their_sum(loop_of: LoopMaker) -> None:
     drawn = first_batches(loop_of, 40, 3)
     lengths = [4] * 40
-    for row, length in zip(drawn[:2].flatten().tolist(), (30, 4, 19, 19)):
+    for row, length in zip((*drawn[0], *drawn[1]), (30, 4, 19, 19)):
         lengths[row] = length
-    loop = with_rows(loop_of, lengths, max_steps=3, gradient_accumulation=1, batch_size=2)
-    assert largest_batch(loop, flat=False).tokens == 30
-    assert largest_batch(loop, flat=True) == MicroBatch(2, 19, 34 / 38)
+    given = {"max_steps": 3, "gradient_accumulation": 1, "batch_size": 2}
+    assert largest_batch(with_rows(loop_of, lengths, **given)).tokens == 30
+    assert largest_batch(with_rows(loop_of, lengths, flat=True, **given)) == MicroBatch(2, 19, 34 / 38)
 
 
 def test_an_evaluation_is_foreseen_as_it_is_laid_out(loop_of: LoopMaker) -> None:
     """Several rows lie in one, the last token of each is only asked for, and the micro-batch plays no part."""
     loop = with_rows(loop_of, [5] * 9, [3, 9, 20, 4, 30], batch_size=2)
-    assert largest_evaluation(loop) == MicroBatch(1, 61, 56 / 61)
-    assert largest_evaluation(with_rows(loop_of, [5] * 9, [200] * 40)) == MicroBatch(5, 199, 198 / 199)
-    assert largest_evaluation(with_rows(loop_of, [5] * 9)) is None
+    assert loop.objective.largest_evaluation() == MicroBatch(1, 61, 56 / 61)
+    assert with_rows(loop_of, [5] * 9, [200] * 40).objective.largest_evaluation() == MicroBatch(5, 199, 198 / 199)
+    assert with_rows(loop_of, [5] * 9).objective.largest_evaluation() is None
 
 
 def preferring(train: dict[str, list[int]], evaluation: dict[str, list[int]] | None, *, flat: bool) -> Any:
-    """What is asked of a loop of preferences, two rows a batch; columns by their lengths."""
+    """The largest batch of preferences without gradients, two rows a batch; columns by their lengths."""
 
     def rows(columns: dict[str, list[int]]) -> Dataset:
         return Dataset.from_dict({name: [[1] * count for count in counts] for name, counts in columns.items()})
 
-    scoring = SimpleNamespace(asked=SimpleNamespace(flat=flat), shares_prompts=flat)
+    scoring = SimpleNamespace(layout="flat" if flat else "padded", shares_prompts=flat)
     eval_rows = None if evaluation is None else rows(evaluation)
-    return SimpleNamespace(objective=SimpleNamespace(scoring=scoring, rows=rows(train), eval_rows=eval_rows, size=2))
+    objective = SimpleNamespace(scoring=scoring, rows=rows(train), eval_rows=eval_rows, size=2)
+    return Preferences.largest_evaluation(objective)  # type: ignore[arg-type]
 
 
 def test_mismatched_answers_of_kto_are_foreseen() -> None:
     """The longest prompt meets the longest answer, which is another's."""
     marked = {"prompt_ids": [9, 2, 2, 2], "completion_ids": [1, 7, 3, 3], "KL_completion_ids": [7, 1, 3, 3]}
-    assert largest_scoring(preferring(marked, None, flat=False)) == MicroBatch(2, 16, 8 / 32)
-    assert largest_scoring(preferring(marked, None, flat=True)) == MicroBatch(2, 10, 8 / 20)
+    assert preferring(marked, None, flat=False) == MicroBatch(2, 16, 8 / 32)
+    assert preferring(marked, None, flat=True) == MicroBatch(2, 10, 8 / 20)
     longer = {name: [2 * count for count in counts] for name, counts in marked.items()}
-    assert largest_scoring(preferring(marked, longer, flat=False)) == MicroBatch(2, 32, 16 / 64)
+    assert preferring(marked, longer, flat=False) == MicroBatch(2, 32, 16 / 64)
 
 
 def test_evaluations_of_pairs_are_foreseen_where_there_are_some() -> None:
     pairs = {"prompt_ids": [4, 4, 6], "chosen_ids": [1, 1, 5], "rejected_ids": [2, 2, 3]}
-    assert largest_scoring(preferring(pairs, None, flat=False)) is None
-    assert largest_scoring(preferring(pairs, pairs, flat=False)) == MicroBatch(2, 6, 6 / 24)
+    assert preferring(pairs, None, flat=False) is None
+    assert preferring(pairs, pairs, flat=False) == MicroBatch(2, 6, 6 / 24)
     # Around one prompt: 7 tokens each of the first two, and 14 of the last, which has the longer side.
-    assert largest_scoring(preferring(pairs, pairs, flat=True)) == MicroBatch(1, 7, 8 / 14)
+    assert preferring(pairs, pairs, flat=True) == MicroBatch(1, 7, 8 / 14)

@@ -30,7 +30,7 @@ from rankwise.training.grpo import Reward, RewardedAnswers
 from rankwise.training.loop import KEY, Batch
 from rankwise.training.losses import advantages
 from rankwise.training.preferences import Scoring
-from rankwise.training.run import learning_of, train
+from rankwise.training.run import train
 from tables import thinned
 from tiny_models import tiny_llama
 
@@ -90,7 +90,7 @@ def objective_of(tokenizer: Any, *, fast: bool = True, flat: bool = False, **cha
     if fast:
         optimize_for_training(model)
     return RewardedAnswers(
-        Scoring(model, flat=flat, pairs=False, temperature=0.8),
+        Scoring(model, "flat" if flat else "padded", temperature=0.8),
         asked(tokenizer, 6)[1],
         None,
         tokenizer=tokenizer,
@@ -325,14 +325,15 @@ def test_the_plan_knows_how_many_answers_an_evaluation_writes(rewarded: Any) -> 
     """One to each prompt, though a step writes fewer; of many at most those that are written together."""
     prompts = {"input_ids": [[1] * count for count in (3, 5, 4)]}
 
-    def loop(rows: Dataset | None) -> Any:
-        objective = SimpleNamespace(eval_rows=rows, longest=6)
-        return SimpleNamespace(objective=objective, model=SimpleNamespace(device=torch.device("cpu")))
+    def largest(rows: Dataset | None) -> MicroBatch | None:
+        objective: Any = RewardedAnswers.__new__(RewardedAnswers)
+        objective.scoring = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu")))
+        objective.eval_rows, objective.longest = rows, 6
+        return RewardedAnswers.largest_evaluation(objective)
 
-    largest = learning_of(rewarded()).largest_evaluation
-    assert largest(loop(Dataset.from_dict(prompts))) == MicroBatch(3, 11, 6 / 11)
-    assert largest(loop(Dataset.from_dict({"input_ids": 50 * prompts["input_ids"]}))) == MicroBatch(64, 11, 6 / 11)
-    assert largest(loop(None)) is None
+    assert largest(Dataset.from_dict(prompts)) == MicroBatch(3, 11, 6 / 11)
+    assert largest(Dataset.from_dict({"input_ids": 50 * prompts["input_ids"]})) == MicroBatch(64, 11, 6 / 11)
+    assert largest(None) is None
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

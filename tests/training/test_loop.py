@@ -200,11 +200,6 @@ def test_nothing_is_printed_sent_or_pickled(
     assert {Path(name).suffix for name in files} == {".json", ".safetensors"}
 
 
-def test_a_schedule_that_follows_evaluations_gets_each_of_them(loop_of: Any) -> None:
-    schedule = {"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0}
-    assert fit(loop_of(eval_rows=5, eval_steps=2, max_steps=6, **schedule)).scheduler.last_epoch == 3
-
-
 def test_best_evaluation_is_saved_even_between_checkpoints(loop_of: Any, tmp_path: Path) -> None:
     best = fit(loop_of(tmp_path / "run", eval_rows=5, eval_steps=3, save_steps=100, max_steps=12)).progress.best_step
     assert best is not None
@@ -261,5 +256,4 @@ def test_adapter_alone_is_in_a_checkpoint(loop_of: Any, tmp_path: Path) -> None:
         "progress.json",
         "random.json",
         "random.safetensors",
-        "scheduler.json",
     ]

@@ -15,10 +15,9 @@ import pytest
 from training_rows import snapshot
 
 from rankwise.disk import hold
-from rankwise.errors import RankwiseWarning, RunError
+from rankwise.errors import RunError
 from rankwise.records import RunRecord, load_record
-from rankwise.training.checkpoints import list_checkpoints, save_checkpoint
-from rankwise.training.output import EVENTS, check_output, clear_run
+from rankwise.training.checkpoints import EVENTS, check_output, clear_run, list_checkpoints, save_checkpoint
 from rankwise.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
@@ -159,34 +158,6 @@ def test_a_strange_name_in_the_record_removes_nothing(name: str, old_run: Path) 
     assert {path.name for path in old_run.iterdir()} == {"run.json", "mine.txt", "checkpoints"}
 
 
-def symlink(run: Path) -> None:
-    write(run.parent, ("elsewhere/file",))
-    (run / "checkpoints" / "step-9").symlink_to(run.parent / "elsewhere", target_is_directory=True)
-
-
-FOREIGN = {
-    "a file": lambda run: write(run, ("checkpoints/notes.md",)),
-    "a folder": lambda run: write(run, ("checkpoints/best/weights",)),
-    "a step without a manifest": lambda run: write(run, ("checkpoints/step-9/weights",)),
-    "a file in a step": lambda run: write(run, ("checkpoints/step-4/notes.md",)),
-    "a temporary name of another kind": lambda run: write(run, ("checkpoints/.tmp-mine/notes.md",)),
-    "a link": symlink,
-    "a folder by a file's name": lambda run: write(run, ("README.md/chapter",)),
-}
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_what_stands_in_the_way_stops_it(kind: str, old_run: Path) -> None:
-    FOREIGN[kind](old_run)
-    before = snapshot(old_run.parent)
-    with pytest.raises(RunError) as caught:
-        check_output(old_run, resume=False, overwrite=True)
-    assert caught.value.code == "RW504"
-    with pytest.raises(RunError):
-        clear_run(old_run)
-    assert snapshot(old_run.parent) == before
-
-
 def test_checkpoints_without_a_record_are_anybodys(old_run: Path) -> None:
     (old_run / "run.json").unlink()
     for resume, overwrite in ((False, False), (True, False), (False, True)):
@@ -259,15 +230,6 @@ def _cut(real: Any, calls: Iterator[int], *args: Any, **named: Any) -> Any:
     if next(calls, None) is None:
         raise KeyboardInterrupt
     return real(*args, **named)
-
-
-def test_a_finished_run_without_its_adapter_is_made_again(settings: Any, tmp_path: Path) -> None:
-    train(settings(max_steps=1))
-    whole = snapshot(tmp_path / "run")
-    (tmp_path / "run" / "adapter_model.safetensors").unlink()
-    with pytest.warns(RankwiseWarning, match=r"RW553.*adapter_model\.safetensors"):
-        assert train(settings(max_steps=1, resume=True)).status == "finished"
-    assert snapshot(tmp_path / "run")["adapter_model.safetensors"] == whole["adapter_model.safetensors"]
 
 
 def test_what_kills_leave_goes_and_what_looks_like_it_stays(settings: Any, tmp_path: Path) -> None:

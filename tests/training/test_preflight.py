@@ -7,16 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
-from rankwise.adapters import adapter_parameters, add_adapter, save_adapter
+from rankwise.adapters import adapter_parameters, add_adapter
 from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.errors import DataError, RankwiseWarning, RunError
 from rankwise.lora_config import LoraConfig
 from rankwise.training.checkpoints import check_space
-from rankwise.training.session import check_reload
-from rankwise.training.setup import check_labels, check_trainable
+from rankwise.training.setup import check_labels
 from rankwise.training.watch import GradientCheck
 from tiny_models import tiny_llama, tiny_moe
 
@@ -24,7 +22,8 @@ from tiny_models import tiny_llama, tiny_moe
 def checked(kind: str = "prompt", **changed: int) -> None:
     report = SimpleNamespace(**{"tokens": 100, "trained_tokens": 40, "stop_token_rows": 8, **changed})
     data: Any = SimpleNamespace(
-        train=SimpleNamespace(report=report), rows=SimpleNamespace(kind=kind, source="rows.jsonl")
+        train=SimpleNamespace(report=report),
+        texts=SimpleNamespace(rows=SimpleNamespace(kind=kind, source="rows.jsonl")),
     )
     check_labels(data)
 
@@ -42,15 +41,6 @@ def test_masked_labels_and_missing_stop_tokens_are_refused() -> None:
     assert caught.value.code == "RW213"
     with pytest.warns(RankwiseWarning, match="stop token"):
         checked("text", stop_token_rows=0)
-
-
-def test_something_must_train() -> None:
-    model = tiny_llama()
-    with pytest.raises(RunError, match="needs an adapter, and the model has none"):
-        check_trainable(model, "lora")
-    check_trainable(model, "full")
-    with pytest.raises(RunError, match="no parameter"):
-        check_trainable(model.requires_grad_(False), "full")  # type: ignore[arg-type]
 
 
 def test_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,19 +130,3 @@ def test_overflow_waits_only_with_loss_scaling() -> None:
     assert scaled.waiting
     with pytest.raises(RunError, match="not finite"):
         GradientCheck(model).look(1)
-
-
-def test_reload_check_finds_a_changed_adapter(tmp_path: Path) -> None:
-    model = tiny_llama()
-    add_adapter(model, LoraConfig(r=4, use_dora=True, init_lora_weights=False))
-    save_adapter(model, tmp_path)
-    probe = {"input_ids": torch.tensor([[1, 5, 6, 7, 2]])}
-    check_reload(model, tmp_path, probe)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    key = next(key for key in tensors if key.endswith("lora_B.weight"))
-    tensors[key] = tensors[key] * 1.01
-    safetensors.torch.save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(RunError, match="other logits") as caught:
-        check_reload(model, tmp_path, probe)
-    assert caught.value.code == "RW524"

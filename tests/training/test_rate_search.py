@@ -115,7 +115,7 @@ def test_the_rows_that_judge_are_of_prompts_that_no_short_run_sees() -> None:
     twice = rows.map(
         lambda row: {"input_ids": [1, *row["input_ids"][1:2], *row["input_ids"][2:]], "labels": row["labels"]}
     )
-    data: Any = Data(dataclasses.make_dataclass("Encoded", ["dataset"])(twice), None, None, None)  # type: ignore[arg-type]
+    data: Any = Data(dataclasses.make_dataclass("Encoded", ["dataset"])(twice), None, None)  # type: ignore[arg-type]
     training, held = kept_apart(data)
 
     def prompts(found: Any) -> set[tuple[int, ...]]:
@@ -134,7 +134,6 @@ def test_the_rows_that_judge_are_of_prompts_that_no_short_run_sees() -> None:
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"budget": 1}, ConfigError, "RW112"),
     ({"learning_rate": "auto", "objective": "dpo"}, ConfigError, "RW112"),
-    ({"learning_rate": "auto", "lr_scheduler_type": "greedy"}, ConfigError, "RW112"),
     ({"learning_rate": "auto:1e20,1e25", "max_grad_norm": 0}, ConfigError, "RW176"),
 ]
 

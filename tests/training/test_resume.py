@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from training_rows import Recorder, StopAfter, fit
+from training_rows import StopAfter, fit
 
 from marks import at_some_level
 from rankwise.adapters import adapter_parameters, has_adapter
-from rankwise.errors import Interrupted
 from rankwise.lora_config import LoraConfig
 from rankwise.records import read_metrics
 from rankwise.training.checkpoints import list_checkpoints
-from rankwise.training.run import train
-from rankwise.training.state import load_state
 from rankwise.training.watch import MetricsFile
 
 pytestmark = at_some_level
@@ -87,14 +84,3 @@ def test_resumed_cadence_is_that_of_the_new_settings(tmp_path: Path, loop_of: An
     fit(again, last, metrics=MetricsFile(folder, resume_step=10))
     assert [item.step for item in list_checkpoints(folder)] == [15, 16]
     assert [line["step"] for line in read_metrics(folder)] == [1, 5, 10, 12, 14, 16]
-
-
-def test_a_schedule_follows_the_evaluation_that_a_stop_put_off(settings: Any, tmp_path: Path) -> None:
-    given = settings(lr_scheduler_type="reduce_lr_on_plateau", max_steps=4, eval_steps=2)
-    train(given.model_copy(update={"output": tmp_path / "straight"}))
-    with pytest.raises(Interrupted):
-        train(given, Recorder(stop_at=2))
-    train(given.model_copy(update={"resume": True}))
-    states = [load_state(tmp_path / name / "checkpoints" / "step-4", "scheduler") for name in ("straight", "run")]
-    assert states[0]["last_epoch"] == 2
-    assert states[0] == states[1]

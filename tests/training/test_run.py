@@ -70,7 +70,8 @@ def test_a_sample_ends_where_the_template_ends_a_turn(tokenizer: Any, tmp_path: 
     model, given = tiny_llama(), {}
     monkeypatch.setattr(model, "generate", lambda **more: given.update(more) or more["input_ids"])
     loaded: Any = SimpleNamespace(model=model, tokenizer=tokenizer)
-    data: Any = SimpleNamespace(rows=read_rows(write_rows(tmp_path / "rows.jsonl", 2)), template=None)
+    rows = read_rows(write_rows(tmp_path / "rows.jsonl", 2))
+    data: Any = SimpleNamespace(texts=SimpleNamespace(rows=rows, template=None))
     answerer("w1 w2", loaded, data)()
     assert tokenizer.unk_token_id in given["eos_token_id"]
 

@@ -1,5 +1,6 @@
 """Make training steps faster, in addition to the adapters' operators. Changes are in place and can be undone."""
 
+from rankwise.acceleration.attention import flattening_obstacle
 from rankwise.acceleration.loss import LossOptions
 from rankwise.acceleration.memory import (
     give_back_freed_memory,
@@ -18,7 +19,6 @@ from rankwise.acceleration.optimize import (
 )
 from rankwise.acceleration.parts import use_native_products
 from rankwise.acceleration.peft_layers import accelerate_peft
-from rankwise.acceleration.rows import flattening_obstacle
 
 __all__ = [
     "Acceleration",

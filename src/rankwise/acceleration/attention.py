@@ -1,34 +1,39 @@
-"""Attention for training, registered with transformers under the name "rankwise".
+"""Attention for training, registered with transformers under the name "rankwise", and concatenated rows.
 
 transformers' mask function for sdpa makes the mask, so padding, packing and sliding windows have the same meaning. On a
-CPU, a mask in which every query sees one contiguous range of keys goes to the native kernel as ranges. Concatenated
-rows have bounds in place of a mask (`rankwise.acceleration.rows`): on a CPU the native kernel takes them as ranges, on
-a GPU torch's variable-length flash attention takes them. All other cases use sdpa.
+CPU, a mask in which every query sees one contiguous range of keys goes to the native kernel as ranges. All other cases
+use sdpa, but for concatenated rows.
 
-Legend: B rows, H heads, Hkv key-value heads, L positions, Lk keys, D width of a head; bounds (1, 1, 1, N + 1) int32 the
-cumulative lengths of N concatenated rows.
+The collator of packed and of padding-free rows gives the start of each row (``cu_seq_lens_q``). transformers would make
+a (T, T) mask from the positions. Here the bounds (`RowBounds`) replace the mask: on a CPU the native kernel takes them
+as ranges, on a GPU torch's variable-length flash attention takes them. A right-padded batch on a GPU needs no mask at
+all: with causal attention no token sees the padding after it.
+
+Legend: B rows, H heads, Hkv key-value heads, L positions, Lk keys, D width of a head; N concatenated rows of T tokens
+together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from rankwise.compat.torch import writes_to
+from rankwise.acceleration.replace import Undo, class_forward, is_free, probe, replace_forward
+from rankwise.compat.torch import is_fake, writes_to
+from rankwise.compat.transformers import names_windows, text_config
 from rankwise.constants import ALIGNED, FLASH_WIDTH
 from rankwise.ops import attention as kernel
 from rankwise.ops import reference
-from rankwise.ops.selection import as_autocast, card_capability, stands_on_card, transforms_functions
+from rankwise.ops.selection import as_autocast, card_capability, is_on_card, transforms_functions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -40,7 +45,49 @@ _UNKNOWN_TO_THE_KERNEL = ("position_bias", "softcap", "s_aux")
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
-Ranges = tuple[Tensor, Tensor]
+# The attribute of a tensor in the place of a mask that holds its meaning, and of a mask that holds its ranges.
+_ATTRIBUTE = "rankwise_keys"
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyRanges:
+    """The keys that each query sees, one contiguous range: int32 (B, L) each."""
+
+    start: Tensor
+    end: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBounds:
+    """Rows laid end to end: int32 (N + 1,), their cumulative lengths. No token sees a row other than its own."""
+
+    cumulative: Tensor
+    # {window: ranges}: all layers with the same window need the same ones.
+    _found: dict[int | None, KeyRanges] = dataclasses.field(default_factory=dict)
+
+    def ranges(self, length: int, window: int | None) -> KeyRanges:
+        """start and end (1, T) for T = ``length`` queries."""
+        if window not in self._found:
+            bounds = self.cumulative
+            start = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=length)
+            end = torch.arange(1, length + 1, dtype=torch.int32, device=bounds.device)
+            start = start if window is None else torch.maximum(start, end - window)
+            self._found[window] = KeyRanges(start[None], end[None])
+        return self._found[window]
+
+
+def as_mask(keys: KeyRanges | RowBounds) -> Tensor:
+    """A tensor that carries ``keys``: transformers passes a 4-dimensional mask to every layer unchanged."""
+    device = (keys.start if isinstance(keys, KeyRanges) else keys.cumulative).device
+    mask = torch.empty((1, 1, 1, 0), dtype=torch.int32, device=device)
+    setattr(mask, _ATTRIBUTE, keys)
+    return mask
+
+
+def carried_by(mask: Tensor | None) -> KeyRanges | RowBounds | None:
+    """What a tensor in the place of a mask means; None for a real mask."""
+    found = getattr(mask, _ATTRIBUTE, None)
+    return found if isinstance(found, KeyRanges | RowBounds) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,37 +98,22 @@ class Call:
     window: int | None
 
 
-_calls: list[Call] | None = None
-
-
 @contextmanager
 def noting() -> Iterator[list[Call]]:
-    """A context that yields a list to which every call of `attention` is appended."""
-    global _calls
-    before, _calls = _calls, []
+    """A context that yields a list to which every call of `attention` by a model is appended."""
+    calls: list[Call] = []
+
+    def noted(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        calls.append(Call(isinstance(carried_by(mask), RowBounds), kwargs.get("sliding_window")))
+        return attention(module, q, k, v, mask, *args, **kwargs)
+
+    AttentionInterface.register(NAME, noted)
     try:
-        yield _calls
+        yield calls
     finally:
-        _calls = before
-
-
-def as_mask(cumulative_lengths: Tensor) -> Tensor:
-    """Bounds of rows (N + 1,) int32 as a 4-dimensional mask, which transformers passes to every layer unchanged."""
-    return cumulative_lengths.to(torch.int32)[None, None, None]
-
-
-def ranges_as_mask(start: Tensor, end: Tensor) -> Tensor:
-    """The range of keys of each of T queries, (T,) both, as a 4-dimensional mask (1, 1, 2, T)."""
-    return torch.stack([start, end]).to(torch.int32)[None, None]
-
-
-def is_bounds(mask: Tensor | None) -> bool:
-    """Whether the mask holds bounds of rows."""
-    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 1
-
-
-def _is_ranges(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 2
+        AttentionInterface.register(NAME, attention)
 
 
 def register() -> None:
@@ -92,7 +124,7 @@ def register() -> None:
 
 def obstacle(dtype: torch.dtype, like: Tensor, head_width: int = 64) -> str | None:
     """Why attention would not skip masked keys for a model on the device of ``like``, or None."""
-    if stands_on_card(like):
+    if is_on_card(like):
         return _card_obstacle(dtype, card_capability(like), head_width)
     if not like.is_cpu:
         return "the device has fast attention already"
@@ -154,32 +186,26 @@ def attention(
     # Rotary positions leave q and k in float32 with a 16-bit v, so all are cast before the kernel is chosen.
     query, key, value = map(as_autocast, (query, key, value))
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    window = kwargs.get("sliding_window")
-    if _calls is not None:
-        _calls.append(Call(is_bounds(attention_mask), window))
+    window, keys = kwargs.get("sliding_window"), carried_by(attention_mask)
     special = (
         dropout != 0.0 or transforms_functions() or any(kwargs.get(name) is not None for name in _UNKNOWN_TO_THE_KERNEL)
     )
-    covered = not special and not stands_on_card(q) and kernel.obstacle(q, k, v, scale=scaling) is None
-    if is_bounds(attention_mask):
-        assert attention_mask is not None
+    covered = not special and not is_on_card(q) and kernel.obstacle(q, k, v, scale=scaling) is None
+    if isinstance(keys, RowBounds):
         B, L = q.shape[:2]
         if not special and _takes_flash(q, k, v):
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
             longest = L if B > 1 else kwargs.get("max_length_q", L)
-            return _flash(q, k, v, attention_mask, longest, scaling, window).unflatten(0, (B, L)), None
+            return _flash(q, k, v, keys.cumulative, longest, scaling, window).unflatten(0, (B, L)), None
         # Rows of one length are masked alike.
-        attention_mask = attention_mask[..., :2] if B > 1 else attention_mask
+        keys = (keys if B == 1 else RowBounds(keys.cumulative[:2])).ranges(L, window)
         if covered and B == 1:
-            return kernel.attention(q, k, v, *bounds_as_ranges(attention_mask, L, window), scale=scaling), None
-        attention_mask = bounds_as_mask(attention_mask, L, window)
-    if _is_ranges(attention_mask):
-        assert attention_mask is not None
-        start, end = attention_mask[0].unbind(1)
-        if not special and not stands_on_card(q):
-            return kernel.attention(q, k, v, start, end, scale=scaling), None
+            return kernel.attention(q, k, v, keys.start, keys.end, scale=scaling), None
+    elif keys is not None and not special and not is_on_card(q):
+        return kernel.attention(q, k, v, keys.start, keys.end, scale=scaling), None
+    if keys is not None:
         shape = q.shape[0], q.shape[1], k.shape[1]
-        attention_mask = reference.visible(start, end, shape, q.device)[:, None]
+        attention_mask = reference.visible(keys.start, keys.end, shape, q.device)[:, None]
     covered = covered and query.shape[2] > 1
     ranges = _ranges(module, query, key, attention_mask, is_causal) if covered else None
     if ranges is None:
@@ -188,16 +214,15 @@ def attention(
 
 
 def _takes_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return stands_on_card(q) and q.dtype in _FLASH_DTYPES and q.shape[-1] == v.shape[-1] <= FLASH_WIDTH
+    return is_on_card(q) and q.dtype in _FLASH_DTYPES and q.shape[-1] == v.shape[-1] <= FLASH_WIDTH
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    """q (T, H, D), k and v (T, Hkv, D) -> (T, H, D). A window of W covers a token and the W - 1 before it."""
+    """q (T, H, D), k and v (T, Hkv, D), rows (N + 1,) -> (T, H, D). A window of W covers W tokens."""
     from torch.nn.attention import varlen
 
-    rows = bounds.flatten()
     sees = (-1 if window is None else window - 1, 0)
     grouped = q.shape[1] != k.shape[1]
     out = varlen.varlen_attn(q, k, v, rows, rows, longest, longest, scale=scale, window_size=sees, enable_gqa=grouped)
@@ -211,8 +236,8 @@ def _ranges(
     """start and end (B, L) of the keys that each query sees; (None, None) if causal; None if these are no ranges."""
     if mask is not None:
         found = mask_ranges(mask)
-        # One mask may stand for all rows of the batch.
-        return found and (found[0].expand(len(query), -1), found[1].expand(len(query), -1))
+        # One mask may be that of all rows of the batch.
+        return found if found is None else (found.start.expand(len(query), -1), found.end.expand(len(query), -1))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal:
         return (None, None) if query.shape[2] == key.shape[2] else None
@@ -221,43 +246,15 @@ def _ranges(
     return zeros, torch.full(shape, key.shape[2], dtype=torch.int32)
 
 
-# The last ranges, with the mask (and its version) and the window they belong to: every layer needs the same ones.
-_last: tuple[weakref.ref[Tensor], tuple[int, int | None], Ranges | None] | None = None
-
-
-def _remembered(tensor: Tensor, window: int | None, find: Callable[[], Ranges | None]) -> Ranges | None:
-    global _last
-    state = (writes_to(tensor), window)
-    if _last is None or _last[0]() is not tensor or _last[1] != state:
-        _last = (weakref.ref(tensor), state, find())
-    return _last[2]
-
-
-def mask_ranges(mask: Tensor) -> Ranges | None:
-    """The ranges of a boolean mask (B, 1, L, Lk), or None where some query sees more than one range."""
-    is_one = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
-    return _remembered(mask, None, lambda: _find_ranges(mask) if is_one else None)
-
-
-def bounds_as_ranges(bounds: Tensor, length: int, window: int | None) -> Ranges:
-    """start and end (1, T) of the keys that each of T = ``length`` queries sees in its own row."""
-    found = _remembered(bounds, window, lambda: _ranges_of_bounds(bounds, length, window))
-    assert found is not None
-    return found
-
-
-def _ranges_of_bounds(bounds: Tensor, length: int, window: int | None) -> Ranges:
-    cumulative = bounds.flatten()
-    start = torch.repeat_interleave(cumulative[:-1], cumulative.diff(), output_size=length)
-    end = torch.arange(1, length + 1, dtype=torch.int32, device=bounds.device)
-    return (start if window is None else torch.maximum(start, end - window))[None], end[None]
-
-
-def bounds_as_mask(bounds: Tensor, length: int, window: int | None) -> Tensor:
-    """The equivalent boolean mask (1, 1, T, T), for attention that takes no ranges."""
-    start, end = bounds_as_ranges(bounds, length, window)
-    keys = torch.arange(length, device=bounds.device)
-    return ((keys >= start[..., None]) & (keys < end[..., None]))[:, None]
+def mask_ranges(mask: Tensor) -> KeyRanges | None:
+    """The ranges of a boolean mask (B, 1, L, Lk), or None if some query sees more than one range. Kept on the mask,
+    since every layer needs the same ones, until it is written to."""
+    known: tuple[int, KeyRanges | None] | None = getattr(mask, _ATTRIBUTE, None)
+    if known is None or known[0] != writes_to(mask):
+        is_one = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
+        known = writes_to(mask), _find_ranges(mask) if is_one else None
+        setattr(mask, _ATTRIBUTE, known)
+    return known[1]
 
 
 # Number of a mask's rows that are compared at once. For concatenated rows the mask is the square of all tokens, and the
@@ -266,7 +263,7 @@ ROWS_AT_ONCE = 512
 
 
 @torch.no_grad()
-def _find_ranges(mask: Tensor) -> Ranges | None:
+def _find_ranges(mask: Tensor) -> KeyRanges | None:
     found = []
     for rows in mask[:, 0].split(ROWS_AT_ONCE, dim=1):
         ranges = _ranges_of_rows(rows)
@@ -274,14 +271,153 @@ def _find_ranges(mask: Tensor) -> Ranges | None:
             return None
         found.append(ranges)
     starts, ends = zip(*found)
-    return torch.cat(starts, dim=1), torch.cat(ends, dim=1)
+    return KeyRanges(torch.cat(starts, dim=1), torch.cat(ends, dim=1))
 
 
-def _ranges_of_rows(seen: Tensor) -> Ranges | None:
-    """The visible ranges of keys for each row of a mask (B, rows, Lk)."""
+def _ranges_of_rows(seen: Tensor) -> tuple[Tensor, Tensor] | None:
+    """start and end of the visible keys for each row of a mask (B, rows, Lk)."""
     count = seen.sum(-1, dtype=torch.int32)
     first = seen.byte().argmax(-1).to(torch.int32)
     end = torch.where(count > 0, first + count, first)
     keys = torch.arange(seen.shape[-1], dtype=torch.int32)
     as_ranges = (keys >= first[..., None]) & (keys < end[..., None])
     return (first, end) if torch.equal(as_ranges, seen) else None
+
+
+# --- concatenated rows ---
+
+
+# Lengths of the rows with which a model is tested.
+LENGTHS = (3, 4)
+# Admitted difference, relative to the largest logit.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def flattening_obstacle(model: nn.Module) -> str | None:
+    """Why rows cannot be concatenated, or None if they can.
+
+    The test: the last logits of a short row must be the same behind another row and by itself.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
+    if missing:
+        return f"the model does not accept {missing[0]}"
+    if is_fake(next(model.parameters())):
+        return "a fake model's values cannot be compared"
+    device = next(model.parameters()).device
+    tried = [end_to_end(LENGTHS, device), end_to_end(LENGTHS[1:], device, 1)]
+    logits, why_not = probe(model, lambda: [model(**given).logits[0] for given in tried])
+    if logits is None:
+        return f"the model could not be run with positions ({why_not})"
+    together, apart = logits
+    return None if close(together[-1], apart[-1]) else "they get other logits than separately"
+
+
+def end_to_end(lengths: Sequence[int], device: torch.device, first: int = 0) -> dict[str, Tensor | int]:
+    """The batch that training makes of rows of these lengths: row i has the ids i + 1, i + 2, ..."""
+    ids = [torch.arange(row + 1, row + 1 + length) for row, length in enumerate(lengths, start=first)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    return {
+        "input_ids": torch.cat(ids)[None].to(device),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "use_cache": False,
+    }
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether logits agree up to the rounding of their dtype."""
+    limit = TOLERANCE.get(a.dtype, 0.0) * float(b.float().abs().max())
+    return float((a.float() - b.float()).abs().max()) <= limit
+
+
+def replace_masks(model: nn.Module, undo: Undo, *, bounds: bool) -> bool:
+    """Let the model's decoder use the bounds of rows as a mask (with ``bounds``, which needs rankwise's attention), and
+    on a GPU no mask for right padding. Returns whether it does.
+
+    The test: the logits of two short rows must equal those under the model's own masks.
+    """
+    if not isinstance(model, PreTrainedModel) or not names_windows(model):
+        return False
+    decoder = model.base_model
+    if decoder is model or not is_free(decoder):
+        return False
+    mine = Undo()
+    change = _forward_with_bounds if bounds else _forward_without_padding
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return change(self, *args, **kwargs)
+
+    # The class's signature stays visible. One function for each model, since signatures differ between families.
+    forward.__signature__ = inspect.signature(type(decoder).forward)  # type: ignore[attr-defined]
+    device = next(model.parameters()).device
+    wanted = None if is_fake(next(model.parameters())) else _logits(model, device, bounds=bounds)
+    replace_forward(decoder, forward, mine)
+    if not _agrees(model, device, wanted, bounds=bounds):
+        mine()
+        return False
+    undo.add(mine)
+    return True
+
+
+def _agrees(model: PreTrainedModel, device: torch.device, wanted: Tensor | None, *, bounds: bool) -> bool:
+    with noting() as calls:
+        found = _logits(model, device, bounds=bounds)
+    if found is None or (wanted is None and not is_fake(found)):
+        return False
+    if bounds and not (calls and all(call.by_bounds for call in calls)):
+        return False
+    if bounds and has_window(model.config) and not any(call.window for call in calls):
+        # The layers do not tell which of them have the window.
+        return False
+    return wanted is None or close(found, wanted)
+
+
+def _logits(model: nn.Module, device: torch.device, *, bounds: bool) -> Tensor | None:
+    """The logits of two rows, concatenated or right-padded; of padded rows, those at real tokens."""
+    if bounds:
+        return probe(model, lambda: model(**end_to_end(LENGTHS, device)).logits)[0]
+    width = max(LENGTHS)
+    ids = torch.arange(1, 1 + len(LENGTHS) * width, device=device).view(len(LENGTHS), width)
+    mask = (torch.arange(width) < torch.tensor(LENGTHS)[:, None]).to(device)
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    logits = probe(model, lambda: model(**given).logits, grad=True)[0]
+    return logits if logits is None or is_fake(logits) else logits.detach()[mask]
+
+
+def has_window(config: PreTrainedConfig) -> bool:
+    """Whether some layers attend to a window of the tokens only."""
+    text = text_config(config)
+    if getattr(text, "attention_chunk_size", None):
+        return True
+    return bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True)
+
+
+def _forward_with_bounds(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    mask, bounds = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
+    if mask is not None and _is_superfluous(mask):
+        B, L = mask.shape
+        rows = torch.arange(0, B * L + 1, L, dtype=torch.int32, device=mask.device)
+        kwargs["attention_mask"] = as_mask(RowBounds(rows))
+    elif mask is None and bounds is not None and kwargs.get("past_key_values") is None:
+        kwargs["attention_mask"] = as_mask(RowBounds(bounds.to(torch.int32)))
+    return class_forward(self)(*args, **kwargs)
+
+
+def _forward_without_padding(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    mask = kwargs.get("attention_mask")
+    if mask is not None and _is_superfluous(mask):
+        kwargs["attention_mask"] = None
+    return class_forward(self)(*args, **kwargs)
+
+
+def _is_superfluous(mask: Tensor) -> bool:
+    """Whether a mask (B, L) only hides right padding, in a training step on a GPU. This waits for the GPU."""
+    if mask.dim() != 2 or not torch.is_grad_enabled() or not is_on_card(mask):
+        return False
+    kept = mask.bool()
+    # No row has a token after its padding.
+    return is_fake(mask) or bool((kept[:, :-1] | ~kept[:, 1:]).all())

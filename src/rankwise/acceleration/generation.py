@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rankwise.acceleration.packing import common_length
-from rankwise.acceleration.scoring import no_number
+from rankwise.acceleration.scoring import common_length, no_number
 from rankwise.constants import CACHE_BYTES, WRITTEN_ROWS
 from rankwise.foreign import JsonObject
 
@@ -92,8 +92,8 @@ def batches_that_fit(
     """``batches_by_length`` within the memory for keys and values."""
     device = model.device
     rows = max_rows or max(1, WRITTEN_ROWS.get(device.type, 64) // decoding.num_beams)
-    room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
-    tokens = room // max(1, cache_bytes_per_token(model)) // decoding.num_beams
+    memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
+    tokens = memory // max(1, cache_bytes_per_token(model)) // decoding.num_beams
     return batches_by_length(prompts, budget=tokens, new_tokens=decoding.max_new_tokens, max_rows=rows)
 
 
@@ -254,7 +254,8 @@ class Generator:
             logits_processor=processors,
             stopping_criteria=[] if stopped is None else [_at_stops(start, stopped)],
         )
-        return [_until(row, self.decoding.stop_ids) for row in tokens[:, start:].tolist()]
+        goes_on = self.decoding.stop_ids.isdisjoint
+        return [list(itertools.takewhile(lambda token: goes_on((token,)), row)) for row in tokens[:, start:].tolist()]
 
 
 class _Running:
@@ -384,8 +385,3 @@ def _at_stops(start: int, stopped: Stopped) -> Callable[[Tensor, object], Tensor
         return torch.tensor([stopped(row) for row in ids[:, start:].tolist()], device=ids.device)
 
     return has_stopped
-
-
-def _until(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
-    end = next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]

@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +22,33 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from rankwise.acceleration import attention
-from rankwise.acceleration.head import answering, current_head
-from rankwise.acceleration.loss import LossOptions, forward_with_labels, meaningless, scored_positions, sums_at
+from rankwise.acceleration.attention import close, has_window
+from rankwise.acceleration.loss import (
+    LossOptions,
+    answering,
+    current_head,
+    forward_with_labels,
+    meaningless,
+    scored_positions,
+    sums_at,
+)
 from rankwise.acceleration.replace import ATTRIBUTE, class_forward, probe
-from rankwise.acceleration.rows import close, has_window
 from rankwise.compat.transformers import attention_of
 from rankwise.constants import IGNORED
 
 Inputs = Mapping[str, Tensor | int]
 
 
+# How rows are laid out: padded; end to end, without padding; or end to end with the common prefix of rows i and
+# i + B / 2, the prompt of a pair of answers, once.
+Layout = Literal["padded", "flat", "pairs"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """How a model computes a call with ``fused_lm_head=True``."""
 
-    # Whether rows are concatenated, without padding.
-    flat: bool = False
-    # Whether, in addition, rows i and i + B / 2 share their common prefix: the prompt of a pair is computed once.
-    pairs: bool = False
+    layout: Layout = "padded"
     # Why pairs that may share their prompts do not.
     apart: str | None = None
 
@@ -54,7 +63,7 @@ class TokenScores:
     aux_loss: Tensor | None
 
 
-def accept_scores(model: PreTrainedModel, asked: Asked) -> bool:
+def accept_scores(model: PreTrainedModel, layout: Layout) -> bool:
     """Let ``model(..., labels=labels, fused_lm_head=True)`` of an accelerated model return TokenScores.
 
     Returns whether the output head can be computed separately. ``restore`` undoes this with all other changes.
@@ -67,9 +76,8 @@ def accept_scores(model: PreTrainedModel, asked: Asked) -> bool:
 
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
-    if asked.pairs and (apart := _sharing_obstacle(model)):
-        asked = dataclasses.replace(asked, pairs=False, apart=apart)
-    model.__dict__[ATTRIBUTE]["asked"] = asked
+    apart = _sharing_obstacle(model) if layout == "pairs" else None
+    model.__dict__[ATTRIBUTE]["asked"] = Asked(layout) if apart is None else Asked("flat", apart)
     return True
 
 
@@ -94,8 +102,8 @@ def _sharing_obstacle(model: PreTrainedModel) -> str | None:
 
     def scores() -> list[Tensor]:
         found = []
-        for asked in (Asked(), Asked(pairs=True)):
-            model.__dict__[ATTRIBUTE]["asked"] = asked
+        for layout in ("padded", "pairs"):
+            model.__dict__[ATTRIBUTE]["asked"] = Asked(layout)
             found.append(_scored(model, labels, ids, mask, want_stats=False).log_probs)
         return found
 
@@ -119,7 +127,7 @@ def _scored(
     head = current_head(model)
     assert head is not None, "a hook was put on the output head"
     scored = scored_positions(labels)
-    inputs, places = _laid_out(asked_of(model), input_ids, attention_mask, scored)
+    inputs, places = _laid_out(asked_of(model).layout, input_ids, attention_mask, scored)
     with answering(head.module, meaningless) as noted:
         outputs = class_forward(model)(**inputs, **{**more, "use_cache": False})
     # In a model on several devices, labels and hidden states may be on different ones.
@@ -133,7 +141,7 @@ def _scored(
 
 def scores_of_logits(
     model: PreTrainedModel,
-    asked: Asked,
+    layout: Layout,
     labels: Tensor,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -144,7 +152,7 @@ def scores_of_logits(
 ) -> TokenScores:
     """TokenScores from whole logits, for a model without acceleration, or whose logits are not just its head's."""
     scored = scored_positions(labels)
-    inputs, places = _laid_out(asked, input_ids, attention_mask, scored)
+    inputs, places = _laid_out(layout, input_ids, attention_mask, scored)
     outputs = model(**inputs, **{**more, "use_cache": False})
     log_p = F.log_softmax(outputs.logits.flatten(0, 1).index_select(0, places).float() / temperature, -1)
     targets = labels.flatten().index_select(0, scored + 1)
@@ -168,14 +176,14 @@ def _token_scores(
     return TokenScores(spread(log_probs), mean, getattr(outputs, "aux_loss", None))
 
 
-def _laid_out(asked: Asked, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[Inputs, Tensor]:
+def _laid_out(layout: Layout, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[Inputs, Tensor]:
     """Rows (B, L) with padding at both ends as inputs of a model, and the places of the scored positions (P,) there.
 
     Positions count from a row's first token, as in generation.
     """
-    if asked.pairs:
+    if layout == "pairs":
         return _pairs(input_ids, attention_mask, scored)
-    if asked.flat:
+    if layout == "flat":
         return _end_to_end(input_ids, attention_mask, scored)
     length = input_ids.shape[1]
     # argmax gives the first of equal ones.
@@ -234,9 +242,10 @@ def _pairs(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[I
         ends.append(torch.where(own < middle, end, own + 1))
         begin = end + second
     order = torch.cat(taken)
+    seen = attention.KeyRanges(torch.cat(starts).int()[None], torch.cat(ends).int()[None])
     inputs = {
         "input_ids": input_ids.flatten()[order][None],
         "position_ids": (order % L)[None],
-        "attention_mask": attention.ranges_as_mask(torch.cat(starts), torch.cat(ends)),
+        "attention_mask": attention.as_mask(seen),
     }
     return inputs, slots.flatten()[scored]

@@ -64,7 +64,7 @@ def grow_segments() -> str:
 
 @cache
 def keep_freed_memory() -> bool:
-    """Raise glibc's thresholds. Returns False under another allocator."""
+    """Raise glibc's thresholds. Returns False under a different allocator."""
     if not _has_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.acceleration import attention
+from rankwise.acceleration.attention import replace_masks
 from rankwise.acceleration.checkpointing import replace_checkpointing
-from rankwise.acceleration.head import Head, answering_head, current_head, losing_head, output_head
-from rankwise.acceleration.loss import accept_labels
+from rankwise.acceleration.loss import Head, accept_labels, answering_head, current_head, losing_head, output_head
 from rankwise.acceleration.memory import keep_freed_memory
-from rankwise.acceleration.parts import replace_linears
-from rankwise.acceleration.recognise import adapted_layers, replace_mlps, replace_norms, replace_ropes
+from rankwise.acceleration.parts import adapted_layers, replace_linears, replace_mlps, replace_norms, replace_ropes
 from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo, probe
-from rankwise.acceleration.rows import replace_masks
 from rankwise.adapters.base_layer import put_back
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.inject import adapter_disabled
@@ -32,7 +30,7 @@ from rankwise.compat.transformers import attention_of, checkpoints_in_forward, t
 from rankwise.ops.branch import Frozen, eight_bit_pays
 from rankwise.ops.eight_bit import EightBit, calibrate
 from rankwise.ops.saved import offered_by
-from rankwise.ops.selection import stands_on_card
+from rankwise.ops.selection import is_on_card
 from rankwise.quantization.linear import features
 
 
@@ -152,7 +150,7 @@ def optimize(model: nn.Module, undo: Undo, *, keep_memory: bool = True, fuse_los
 
 def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: bool) -> Acceleration:
     parameter = next(model.parameters())
-    on_cpu = parameter.device.type in ("cpu", "meta") and not stands_on_card(parameter)
+    on_cpu = parameter.device.type in ("cpu", "meta") and not is_on_card(parameter)
     left: list[str] = []
     norms, mlps, ropes = fuse_parts(model, undo)
     if slow := sum(map(loads_weights, model.modules())):
@@ -262,12 +260,12 @@ def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
         attention.register()
         model.set_attn_implementation(attention.NAME)
         mine.add(lambda: model.set_attn_implementation("sdpa"))
-        if replace_masks(model, mine, bounds=True) or not stands_on_card(parameter):
+        if replace_masks(model, mine, bounds=True) or not is_on_card(parameter):
             undo.add(mine)
             return True
         why_not = "its layers do not accept the bounds of rows as a mask"
         mine()
-    if stands_on_card(parameter):
+    if is_on_card(parameter):
         replace_masks(model, undo, bounds=False)
     if parameter.device.type in ("cpu", "cuda"):
         left.append(f"attention stays torch's: {why_not}")
@@ -280,7 +278,7 @@ def look_into(
     """Run two tokens through the model, and set up the fused loss and shared inputs.
 
     Returns the head whose loss can be fused, or None, and the number of groups of adapted layers that now share their
-    input. ``left`` gets the reasons where there is none.
+    input. ``left`` gets the reasons if there is none.
     """
     left = [] if left is None else left
     seen: list[Seen] = []
@@ -292,7 +290,8 @@ def look_into(
         head = answering_head(model) if fuse_loss else None
         if head is None:
             seen.clear()
-            why_not = _run_two_tokens(model)
+            ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+            why_not = probe(model, lambda: model(input_ids=ids, use_cache=False), grad=True)[1]
     finally:
         for hook in hooks:
             hook.remove()
@@ -352,9 +351,3 @@ def _noting(seen: list[Seen]) -> Callable[[AdaptedLayer, tuple[Tensor, ...], Ten
             seen.append(Seen(layer, inputs[0], y, torch.is_grad_enabled()))
 
     return note
-
-
-def _run_two_tokens(model: nn.Module) -> str | None:
-    """Run two tokens through the model. Returns why this failed, or None."""
-    ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
-    return probe(model, lambda: model(input_ids=ids, use_cache=False), grad=True)[1]

@@ -1,24 +1,36 @@
-"""Parts of a transformer with hand-written gradients: RMSNorm, rotary positions, gated activations, frozen layers.
+"""Parts of a transformer with hand-written gradients: RMSNorm, rotary positions, gated activations, frozen layers; and
+the modules of a model that they replace.
 
-Element-wise ones save only their input for the backward pass.  T = tokens, D = width.
+Element-wise ones save only their input for the backward pass. A class's name proves nothing: one instance of each class
+computes a random input both ways, and the fast version is used only if the results agree.
+
+T = tokens, D = width.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
-from rankwise.adapters.low_rank import computes_in
-from rankwise.compat.torch import Ctx, WeakTensorKeyDictionary, unsafe_view, writes_to
+from rankwise.acceleration.replace import Undo, class_forward, forward_before, is_free, replace_forward
+from rankwise.adapters.base_layer import has_hooks
+from rankwise.adapters.dora import Dora
+from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.lora import Lora
+from rankwise.adapters.low_rank import branch_of, computes_in, drawn_dropout
+from rankwise.compat.torch import Ctx, WeakTensorKeyDictionary, is_fake, unsafe_view, writes_to
+from rankwise.compat.transformers import rotary_of, set_rotary
 from rankwise.ops import elementwise
 from rankwise.ops.branch import input_grad_out, is_slow_in_torch, linear_out
+from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
 from rankwise.ops.saved import Handback, Normed, offered_with_heads, remember
-from rankwise.ops.selection import is_traced, stands_on_card
+from rankwise.ops.selection import is_on_card, is_traced, native_on_cpu, takes_triton
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> Tensor:
@@ -158,7 +170,7 @@ def use_native_products(model: nn.Module) -> int:
 def replace_linears(model: nn.Module, undo: Undo) -> int:
     """Replace every frozen linear layer in bfloat16, where that is faster. Returns the number of layers."""
     parameter = next(model.parameters())
-    if not parameter.is_cpu or stands_on_card(parameter) or not is_slow_in_torch(torch.bfloat16):
+    if not parameter.is_cpu or is_on_card(parameter) or not is_slow_in_torch(torch.bfloat16):
         return 0
     found = [module for module in model.modules() if _is_frozen_linear(module) and is_free(module)]
     for module in found:
@@ -177,3 +189,253 @@ def _forward(self: nn.Linear | Conv1D, x: Tensor) -> Tensor:
     if is_traced() or not is_native or not _is_frozen_linear(self):
         return class_forward(self)(x)
     return FrozenLinear.apply(x, self.weight.T if type(self) is Conv1D else self.weight, self.bias)
+
+
+# --- recognising ---
+
+
+# Largest difference between a module and its fast version, relative to the largest value.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Attribute of another library's adapted layer that holds the rankwise layer computing in its place.
+STAND_IN = "rankwise_layer"
+# (offset, cast_first) of ops.elementwise.rms_norm, Llama's first.
+NORM_FORMS = ((0, True), (1, False), (0, False))
+ACTIVATIONS = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUActivation": "gelu",
+    "GELU": "gelu",
+}
+
+
+def replace_norms(model: nn.Module, undo: Undo) -> int:
+    """Replace every RMSNorm that equals the fast version. Returns their number."""
+    norms = [module for module in model.modules() if _looks_like_norm(module)]
+    forms: dict[type, tuple[int, bool] | None] = {}
+    count = 0
+    for module in norms:
+        kind = type(module)
+        if kind not in forms:
+            forms[kind] = _norm_form(module)
+        form = forms[kind]
+        if form is not None and is_free(module):
+            replace_forward(module, _norm_forward, undo, rankwise_norm=(_eps(module), *form))
+            count += 1
+    return count
+
+
+def replace_mlps(model: nn.Module, undo: Undo) -> int:
+    """Replace every ``down(act(gate(x)) * up(x))``. Returns their number."""
+    checked: dict[tuple[type, str], bool] = {}
+    count = 0
+    for module in list(model.modules()):
+        act = _mlp_activation(module)
+        if act is None:
+            continue
+        key = (type(module), act)
+        if key not in checked:
+            checked[key] = _mlp_agrees(module, act)
+        if checked[key] and is_free(module):
+            replace_forward(module, _mlp_forward, undo, rankwise_act=act)
+            count += 1
+    return count
+
+
+def replace_ropes(model: nn.Module, undo: Undo) -> int:
+    """Replace the rotary functions in the Python modules that define this model's layers. Returns their number."""
+    names = {type(module).__module__ for module in model.modules()}
+    like = torch.empty(0, device=next(model.parameters()).device)
+    if not _runs(like):
+        return 0
+    count = 0
+    for name in sorted(names):
+        original = rotary_of(name)
+        if original is None or not (isinstance(original, FastRope) or _rope_agrees(original, like)):
+            continue
+        twin = original if isinstance(original, FastRope) else FastRope(original)
+        set_rotary(name, twin)
+        twin.users.add(model)
+        undo.add(_leaving(name, twin, weakref.ref(model)))
+        count += 1
+    return count
+
+
+def _leaving(module_name: str, twin: FastRope, model: weakref.ref[nn.Module]) -> Callable[[], None]:
+    """The undo step of replacing a function that all models of a family share. The last model to undo restores the
+    original function.
+
+    Deleting a model without undo restores nothing, since another model may be between a step and its recomputation.
+    """
+
+    def leave() -> None:
+        if (user := model()) is not None:
+            twin.users.discard(user)
+        is_there = rotary_of(module_name) is twin
+        if is_there and not twin.users:
+            set_rotary(module_name, twin.original)
+
+    return leave
+
+
+class FastRope:
+    """``apply_rotary_pos_emb`` of one family. Calls with other arguments go to the original."""
+
+    def __init__(self, original: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.original = original
+        # The living models that use this function.
+        self.users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def __call__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        plain = args or kwargs or unsqueeze_dim != 1 or not all(_is_simple(tensor, cos) for tensor in (q, k))
+        if plain or cos.requires_grad or cos.dim() != 3:
+            return self.original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
+        return rope(q, cos, sin), rope(k, cos, sin)
+
+
+def _is_simple(x: Tensor, cos: Tensor) -> bool:
+    return _runs(x) and x.dim() == 4 and x.dtype == cos.dtype and x.shape[2] == cos.shape[1]
+
+
+def _runs(x: Tensor) -> bool:
+    """Whether there is a kernel for ``x``: in Triton, or in the native library, which has none for float16."""
+    if is_traced() or x.dtype not in TOLERANCE:
+        return False
+    if is_on_card(x):
+        return takes_triton(x)
+    return takes_triton(x) or (x.device.type == "cpu" and x.dtype is not torch.float16 and native_on_cpu())
+
+
+def _norm_forward(self: Any, x: Tensor) -> Tensor:
+    fits = self.weight.dtype == x.dtype and self.weight.shape[0] == x.shape[-1] and self.weight.device == x.device
+    if not _runs(x) or self.weight.requires_grad or not fits:
+        return forward_before(self)(x)
+    return rms_norm(x, self.weight, *self.rankwise_norm)
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    if not _runs(x) or has_hooks(self.act_fn):
+        return forward_before(self)(x)
+    return down_of_glu(self.down_proj, self.gate_proj(x), self.up_proj(x), self.rankwise_act)
+
+
+def down_of_glu(down: nn.Module, gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """``down(act(gate) * up)``; over an adapted layer the product is not kept for the backward pass."""
+    layer = down.__dict__.get(STAND_IN, down)
+    if isinstance(layer, AdaptedLayer) and is_free(layer) and not has_hooks(down) and layer.is_ready:
+        adapter = layer.at_work
+        branch = branch_of(adapter, layer.base_layer, gate) if isinstance(adapter, Lora | Dora) else None
+        if adapter is not None and branch is not None:
+            return low_rank_linear_of_glu(gate, up, act, branch, drawn_dropout(adapter.dropout, adapter.training))
+    return down(Glu.apply(gate, up, act))
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    is_vector = isinstance(weight, Tensor) and weight.dim() == 1 and getattr(module, "bias", None) is None
+    return is_vector and type(module).__name__.endswith("RMSNorm") and _eps(module) is not None
+
+
+def _eps(module: nn.Module) -> float | None:
+    names = ("variance_epsilon", "eps", "epsilon")
+    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), float)), None)
+
+
+@torch.no_grad()
+def _norm_form(module: Any) -> tuple[int, bool] | None:
+    x, eps = _random(module.weight, 3, module.weight.shape[0]), _eps(module)
+    if x is None or eps is None:
+        return None
+    expected = class_forward(module)(x)
+    errors = {}
+    for form in NORM_FORMS:
+        errors[form] = _difference(rms_norm(x, module.weight, eps, *form), expected)
+    best = min(errors, key=lambda form: errors[form])
+    return best if errors[best] <= TOLERANCE[x.dtype] else None
+
+
+def _mlp_activation(module: nn.Module) -> str | None:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(part, nn.Module) for part in parts):
+        return None
+    act = getattr(module, "act_fn", None)
+    if isinstance(act, nn.GELU):
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    return ACTIVATIONS.get(type(act).__name__)
+
+
+@torch.no_grad()
+def _mlp_agrees(module: Any, act: str) -> bool:
+    base: Any = module.gate_proj.base_layer if isinstance(module.gate_proj, AdaptedLayer) else module.gate_proj
+    dtype = _mlp_dtype(module, base)
+    if dtype is None or not hasattr(base, "in_features"):
+        return False
+    x = _random(torch.empty(0, dtype=dtype, device=base.weight.device), 2, base.in_features)
+    if x is None:
+        return False
+    modes = [(part, part.training) for part in module.modules()]
+    # In training mode, since Seed-OSS and T5Gemma have dropout; except adapters, which would draw a mask in each call.
+    module.train()
+    for layer in (module.gate_proj, module.up_proj, module.down_proj):
+        layer.eval()
+    try:
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            expected = class_forward(module)(x)
+        found = down_of_glu(module.down_proj, module.gate_proj(x), module.up_proj(x), act)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    return _difference(found, expected) <= TOLERANCE[x.dtype]
+
+
+def _mlp_dtype(module: nn.Module, base: Any) -> torch.dtype | None:
+    """The dtype of an MLP's input. 4-bit layers have no floating parameter, so their ``dtype`` attribute is read."""
+    floating = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    if base.weight.is_floating_point():
+        return base.weight.dtype
+    return getattr(base, "dtype", next(floating, None))
+
+
+@torch.no_grad()
+def _rope_agrees(original: Callable[..., tuple[Tensor, Tensor]], like: Tensor) -> bool:
+    shapes = ((2, 3, 5, 16), (2, 1, 5, 16), (2, 5, 8), (2, 5, 8))
+    generator = torch.Generator().manual_seed(0)
+    q, k, *angles = (torch.randn(shape, generator=generator).to(like) for shape in shapes)
+    cos, sin = (half.repeat(1, 1, 2) for half in angles)
+    try:
+        expected = original(q, k, cos, sin)
+    except Exception:  # noqa: BLE001  a function with a different interface is not replaced
+        return False
+    found = FastRope(original)(q, k, cos, sin)
+    pairs = list(zip(found, expected)) if isinstance(expected, tuple) and len(expected) == 2 else []
+    return bool(pairs) and all(a.shape == b.shape and _difference(a, b) <= 1e-5 for a, b in pairs)
+
+
+def _random(like: Tensor, *shape: int) -> Tensor | None:
+    """Random numbers like ``like``, or None if its dtype and device have no kernels."""
+    if not _runs(like):
+        return None
+    if is_fake(like):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(like)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest value; 0 on fake tensors, which have no values."""
+    if is_fake(found) or is_fake(expected):
+        return 0.0
+    scale = expected.float().abs().max().clamp_min(1e-6)
+    return float((found.float() - expected.float()).abs().max() / scale)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """(name, layer) of the adapted layers, including those that compute in place of another library's."""
+    for name, module in model.named_modules():
+        layer = module.__dict__.get(STAND_IN, module)
+        if isinstance(layer, AdaptedLayer):
+            yield name, layer

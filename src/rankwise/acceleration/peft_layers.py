@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.acceleration.optimize import Acceleration, optimize, restore
-from rankwise.acceleration.recognise import STAND_IN
+from rankwise.acceleration.parts import STAND_IN
 from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.base_layer import has_hooks, is_linear, is_own
 from rankwise.adapters.dora import Dora
@@ -42,7 +42,7 @@ def accelerate_peft(model: nn.Module) -> Acceleration:
         The changes, as for ``optimize_for_training``.
 
     Raises:
-        AdapterError: RW416 where the model has no PEFT LoRA layer over a linear layer.
+        AdapterError: RW416 if the model has no PEFT LoRA layer over a linear layer.
     """
     restore(model)
     undo = Undo()
@@ -78,7 +78,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _prepare(reference: weakref.ref[Any], layer: AdaptedLayer) -> bool:
-    """Update the adapter and the mode of ``layer`` from PEFT's layer. Returns False where PEFT has to compute."""
+    """Update the adapter and the mode of ``layer`` from PEFT's layer. Returns False if PEFT has to compute."""
     module = reference()
     layer.active = None
     if module is None or module.__dict__.get(STAND_IN) is not layer:
@@ -99,16 +99,13 @@ def _sole_adapter(module: Any) -> str | None:
     if len(names) != 1:
         return None
     variant = module.lora_variant.get(names[0])
-    is_plain = variant is None or _variant_name(variant) == DORA_VARIANT
+    kind = variant if isinstance(variant, type) else type(variant)
+    is_plain = variant is None or kind.__name__ == DORA_VARIANT
     return names[0] if is_plain and module.lora_A[names[0]].bias is None else None
 
 
-def _variant_name(variant: object) -> str:
-    return variant.__name__ if isinstance(variant, type) else type(variant).__name__
-
-
 def _is_current(module: Any, layer: AdaptedLayer, name: str) -> bool:
-    """Make sure that ``layer`` holds PEFT's own parameters of this adapter. Returns False where it cannot."""
+    """Make sure that ``layer`` holds PEFT's own parameters of this adapter. Returns False if it cannot."""
     if not _still_views(layer.base_layer, module.base_layer):
         return False
     parts = (module.lora_A, module.lora_B, module.lora_dropout, module.lora_magnitude_vector)

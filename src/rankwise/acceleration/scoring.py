@@ -3,6 +3,15 @@
     score(context, continuation) = sum_t log p(y_t | context, y_<t),   greedy: whether each y_t is the argmax
 
 Equal to lm-evaluation-harness, which scores pair by pair, up to float32 rounding. V vocabulary, P scored positions.
+
+Sequences with common prefixes are packed so that no token is computed twice. A ``Tree`` is a trie of token sequences.
+Its nodes are concatenated in a row, which may hold several trees:
+
+    row      [context of q1 | its choice A | choice B | context of q2 | ...]
+    position  0 1 2 3 4       5 6            5 6 7      0 1 2 ...
+
+A token attends to the earlier tokens of its own node and to the node's ancestors, and to nothing else. So each path
+through the tree gets the same logits as in a row of its own.  R tokens in a row, B rows in a batch, N nodes in a row.
 """
 
 from __future__ import annotations
@@ -17,12 +26,182 @@ import torch
 from torch import Tensor
 
 from rankwise.acceleration import attention
-from rankwise.acceleration.packing import Ids, PackedRow, Tree, batches_of, build_trees, lay_out, pack
 from rankwise.compat.transformers import attention_of
 from rankwise.errors import ModelError, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Ids = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """Consecutive tokens, and the index of their parent node (-1 for a root)."""
+
+    ids: Ids
+    parent: int
+    # Position of the first token in its path.
+    start: int
+    # Column of the first token in the tree.
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Sequences with common prefixes. ``paths[i]`` holds the columns of sequence i in the tree, in order."""
+
+    # Indices of the tree's sequences among the given ones.
+    members: tuple[int, ...]
+    nodes: tuple[Node, ...]
+    paths: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        return sum(len(node.ids) for node in self.nodes)
+
+
+def build_trees(sequences: Sequence[Ids], *, longest: int) -> list[Tree]:
+    """Trees over ``sequences``. Those that share at least a quarter of their tokens with a neighbour are in one tree.
+
+    A tree has at most ``longest`` tokens, unless a single sequence is longer. The result depends on the set of
+    sequences only, not on their order.
+    """
+    order = sorted(range(len(sequences)), key=lambda index: sequences[index])
+    trees: list[Tree] = []
+    group: list[int] = []
+    size = 0
+    for index in order:
+        ids = sequences[index]
+        shared = common_length(sequences[group[-1]], ids) if group else 0
+        if group and (4 * shared < len(ids) or size + len(ids) - shared > longest):
+            trees.append(_tree(group, sequences))
+            group, size, shared = [], 0, 0
+        group.append(index)
+        size += len(ids) - shared
+    return [*trees, _tree(group, sequences)] if group else trees
+
+
+def _tree(group: Sequence[int], sequences: Sequence[Ids]) -> Tree:
+    """A trie over lexicographically sorted sequences: each is attached to the path of the one before it."""
+    nodes: list[Node] = []
+    columns: list[tuple[int, ...]] = []
+    # For each sequence, the (node, column) of each of its tokens.
+    chains: list[list[tuple[int, int]]] = []
+    before: Ids = ()
+    for index in group:
+        ids = sequences[index]
+        shared = common_length(before, ids)
+        chain = list(chains[-1][:shared]) if chains else []
+        if shared < len(ids):
+            offset = nodes[-1].offset + len(nodes[-1].ids) if nodes else 0
+            nodes.append(Node(ids[shared:], chain[-1][0] if chain else -1, shared, offset))
+            chain += [(len(nodes) - 1, offset + step) for step in range(len(ids) - shared)]
+        chains.append(chain)
+        columns.append(tuple(column for _, column in chain))
+        before = ids
+    return Tree(tuple(group), tuple(nodes), tuple(columns))
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common prefix of ``a`` and ``b``."""
+    for index, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return index
+    return min(len(a), len(b))
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRow:
+    """Trees in one row, each with its first column."""
+
+    trees: tuple[tuple[int, Tree], ...]
+
+    @property
+    def length(self) -> int:
+        return sum(tree.length for _, tree in self.trees)
+
+
+def pack(trees: Iterable[Tree], capacity: int) -> list[PackedRow]:
+    """Rows of at most ``capacity`` tokens (or one tree), filled first-fit by decreasing length."""
+    ordered = sorted(trees, key=lambda tree: (-tree.length, tree.nodes[0].ids, tree.members))
+    rows: list[list[Tree]] = []
+    free: list[int] = []
+    for tree in ordered:
+        place = next((index for index, left in enumerate(free) if left >= tree.length), None)
+        if place is None:
+            rows.append([tree])
+            free.append(max(0, capacity - tree.length))
+        else:
+            rows[place].append(tree)
+            free[place] -= tree.length
+    return [_row(row) for row in rows]
+
+
+def _row(trees: Sequence[Tree]) -> PackedRow:
+    placed, column = [], 0
+    for tree in trees:
+        placed.append((column, tree))
+        column += tree.length
+    return PackedRow(tuple(placed))
+
+
+def batches_of(rows: Sequence[PackedRow], budget: int) -> Iterator[list[PackedRow]]:
+    """Batches of rows with similar lengths: up to ``budget`` tokens with padding, or a single row."""
+    batch: list[PackedRow] = []
+    for row in sorted(rows, key=lambda row: -row.length):
+        if batch and (len(batch) + 1) * batch[0].length > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def members_of(rows: Sequence[PackedRow]) -> tuple[int, ...]:
+    """Indices of the sequences that were packed into these rows, in the order of the rows."""
+    return tuple(member for row in rows for _, tree in row.trees for member in tree.members)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """``ids`` and ``positions`` (B, R); ``mask`` (B, 1, R, R), True if the second attends to the first's keys."""
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+
+
+def lay_out(rows: Sequence[PackedRow], pad: int, device: torch.device | str) -> PackedBatch:
+    """The tensors of a batch. Padding attends to padding, so that no softmax has an empty range."""
+    width = max(row.length for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    positions = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros((len(rows), 1, width, width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        sees = mask[index, 0]
+        for start, tree in row.trees:
+            _lay_tree(tree, start, ids[index], positions[index], sees)
+        end = row.length
+        sees[end:, end:] = True
+    return PackedBatch(ids.to(device), positions.to(device), mask.to(device))
+
+
+def _lay_tree(tree: Tree, start: int, ids: Tensor, positions: Tensor, sees: Tensor) -> None:
+    for node in tree.nodes:
+        first, count = start + node.offset, len(node.ids)
+        span = slice(first, first + count)
+        ids[span] = torch.tensor(node.ids)
+        positions[span] = torch.arange(node.start, node.start + count)
+        sees[span, span] = torch.ones(count, count, dtype=torch.bool).tril()
+        parent, upto = node.parent, node.start
+        while parent >= 0:
+            above = tree.nodes[parent]
+            # A node may branch off inside its parent, whose positions below ``upto`` belong to its path.
+            kept = min(len(above.ids), upto - above.start)
+            sees[span, start + above.offset : start + above.offset + kept] = True
+            parent, upto = above.parent, above.start
+
 
 # Tokens of a packed row: attention costs the square of its length, and short rows need more padding.
 ROW_TOKENS = 256
@@ -80,7 +259,7 @@ def target_of(context: Sequence[int], continuation: Sequence[int], max_length: i
 
 
 def trained_target(ids: Sequence[int], trained: Sequence[bool]) -> Target | None:
-    """The target for the trained tokens of ``ids``; None where no trained token follows another token."""
+    """The target for the trained tokens of ``ids``; None if no trained token follows another token."""
     places = tuple(place for place in range(len(ids) - 1) if trained[place + 1])
     return Target(tuple(ids[:-1]), places, tuple(ids[place + 1] for place in places)) if places else None
 
@@ -88,7 +267,7 @@ def trained_target(ids: Sequence[int], trained: Sequence[bool]) -> Target | None
 def loss_scorer(model: PreTrainedModel, *, max_rows: int | None = None, autocast: torch.dtype | None = None) -> Scorer:
     """The scorer of every reported loss, in training and in evaluations.
 
-    In 16 bits, a token's loss may round differently in another batch, so the batches depend on the rows only.
+    In 16 bits, a token's loss may round differently in a different batch, so the batches depend on the rows only.
     """
     return Scorer(model, budget=LOSS_TOKENS, max_rows=max_rows, logits_at_once=LOSS_LOGITS, autocast=autocast)
 
@@ -192,11 +371,11 @@ class Scorer:
         with self._computing():
             if self.packs:
                 hidden = hidden_states(self.model, batch.ids, batch.positions, batch.mask)
-                logits_of: Callable[[Tensor], Tensor] = _head_logits(self.model, hidden)
-            else:
-                # Right padding needs no mask under causal attention.
-                logits_of = _whole_logits(self.model, batch.ids)
-            return _gathered(logits_of, where, asked, self._positions_at_once())
+                head, at_once = self.model.get_output_embeddings(), self.logits_at_once // _vocabulary(self.model)
+                return _gathered(lambda at: head(hidden[at[:, 0], at[:, 1]]), where, asked, max(1, at_once))
+            # Right padding needs no mask under causal attention.
+            logits = self.model(input_ids=batch.ids, use_cache=False).logits
+            return _gathered(lambda at: logits[at[:, 0], at[:, 1]], where, asked, 1 << 30)
 
     def _computing(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
@@ -205,11 +384,8 @@ class Scorer:
         batches = (self.score_batch(batch, targets) for batch in self.batches(targets))
         return {index: score for batch in batches for index, score in batch.items()}
 
-    def _positions_at_once(self) -> int:
-        return max(1, self.logits_at_once // _vocabulary(self.model)) if self.packs else 1 << 30
-
     def _packing_is_right(self, targets: Sequence[Target]) -> bool:
-        """Compare a packed row with the same sequences separately, once per model; warn (RW573) where they differ."""
+        """Compare a packed row with the same sequences separately, once per model; warn (RW573) if they differ."""
         probe = _probe(targets)
         self.packs = False
         plain = self._all(probe)
@@ -267,7 +443,7 @@ def packing_problem(model: PreTrainedModel) -> str | None:
 
 
 def window_of(model: PreTrainedModel) -> int | None:
-    """The number of tokens in the narrowest window of the layers; None where all layers see everything."""
+    """The number of tokens in the narrowest window of the layers; None if all layers see everything."""
     config = model.config.get_text_config(decoder=True)
     names = WINDOWS if getattr(config, "use_sliding_window", True) else WINDOWS[1:]
     found = [getattr(config, name, None) for name in names]
@@ -287,16 +463,6 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: 
     return hidden
 
 
-def _head_logits(model: PreTrainedModel, hidden: Tensor) -> Callable[[Tensor], Tensor]:
-    head = model.get_output_embeddings()
-    return lambda where: head(hidden[where[:, 0], where[:, 1]]).float()
-
-
-def _whole_logits(model: PreTrainedModel, ids: Tensor) -> Callable[[Tensor], Tensor]:
-    logits = model(input_ids=ids, use_cache=False).logits
-    return lambda where: logits[where[:, 0], where[:, 1]].float()
-
-
 def _gathered(
     logits_of: Callable[[Tensor], Tensor], where: Tensor, wanted: Tensor, at_once: int
 ) -> tuple[list[float], list[bool]]:
@@ -306,7 +472,7 @@ def _gathered(
     order = torch.argsort(inverse, stable=True)
     counts = torch.bincount(inverse, minlength=len(distinct))
     for start in range(0, len(distinct), at_once):
-        logits = logits_of(distinct[start : start + at_once])
+        logits = logits_of(distinct[start : start + at_once]).float()
         first, last = int(counts[:start].sum()), int(counts[: start + at_once].sum())
         chosen = order[first:last]
         local = inverse[chosen] - start

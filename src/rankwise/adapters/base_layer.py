@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from rankwise.compat.accelerate import hook_again, only_moves_inputs
 from rankwise.compat.torch import Ctx, hooks_around, with_own_parts
+from rankwise.compat.transformers import OTHER_RESULTS
 from rankwise.ops.kept import Key, frozen_key
 from rankwise.quantization.linear import is_conv1d
 
@@ -40,9 +41,6 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-# Subclasses of ``nn.Linear`` in transformers whose forward does not return W x + b, so that no update can be added:
-# routers return a tuple of scores, grouped layers apply one block of W to each group.
-OTHER_RESULTS = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -128,7 +126,7 @@ def dense_weight(base: nn.Module) -> Tensor:
 
 
 def scaled_rows(base: nn.Module, rows: Tensor) -> Tensor:
-    """``rows`` times the constant by which some embeddings multiply theirs: a tensor (Gemma) or a float (Bart)."""
+    """``rows`` times the constant by which some embeddings multiply their rows: a tensor (Gemma) or a float (Bart)."""
     scale = getattr(base, "embed_scale", None)
     return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
 
@@ -282,12 +280,8 @@ def make_dense(model: PreTrainedModel) -> None:
     make_foreign(model)
     found = {name: read for name, module in model.named_modules() if (read := dequantizer(module)) is not None}
     for name, read in found.items():
-        old, W = model.get_submodule(name), read().detach()
-        plain = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-        plain.weight, bias = nn.Parameter(W, requires_grad=False), getattr(old, "bias", None)
-        if bias is not None:
-            plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        model.set_submodule(name, plain)
+        bias = getattr(model.get_submodule(name), "bias", None)
+        model.set_submodule(name, _linear(read().detach(), bias))
     # Merging may have replaced every quantized layer already.
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)

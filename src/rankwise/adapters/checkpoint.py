@@ -103,7 +103,7 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
         config = dataclasses.replace(config, modules_to_save=there)
     if read_config(folder).get("ensure_weight_tying"):
         config = _with_tied_head(model, config, found)
-    resized = _make_room(model, config, _stored_tokens(model, found))
+    resized = _resized(model, config, _stored_tokens(model, found))
     planned = plan_adapter(model, config, name, is_foreign=True)
     wanted = _check_fit(model, config, planned, found, folder)
     stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
@@ -118,18 +118,18 @@ def _our_name(key: str) -> str:
 
 
 def _stored_tokens(model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> int | None:
-    """The number of tokens of the embedding and the head in an adapter's file; None where it does not hold both."""
+    """The number of tokens of the embedding and the head in an adapter's file; None if it does not hold both."""
     ends = {key: weight for key, weight in end_tensors(model).items() if weight.dim() > 1}
     stored = {id(weight): found[key][0] for key, weight in ends.items() if key in found}
     tokens = {*stored.values()}
     return tokens.pop() if len(tokens) == 1 and stored.keys() == {id(weight) for weight in ends.values()} else None
 
 
-def _make_room(model: nn.Module, config: LoraConfig, stored: int | None) -> bool:
+def _resized(model: nn.Module, config: LoraConfig, stored: int | None) -> bool:
     """Resize embedding and head for a stored adapter, and say whether that was needed: to the ``stored`` number of
     tokens, where its file holds both, or else for its new tokens, whose rows it holds. Rows of the base are then zero.
 
-    Raises AdapterError: RW410 for a token far beyond both, whose row would take any amount of memory, RW406 where
+    Raises AdapterError: RW410 for a token far beyond both, whose row would take any amount of memory, RW406 if
     another adapter changes the embedding or the head.
     """
     ids = [index for rows in config.token_rows.values() for index in rows]
@@ -230,8 +230,8 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, *, name: str | None = 
     state, name = state_and_name(model, name)
     file = read_adapter(model, folder, f"{name}_swapped_in")
     here, there = report(model, name).modules, file.planned
-    own, theirs = ({dataclasses.replace(item, lora_alpha=0) for item in items} for items in (here, there))
-    other = {item.name for item in own ^ theirs}
+    own, new = ({dataclasses.replace(item, lora_alpha=0) for item in items} for items in (here, there))
+    other = {item.name for item in own ^ new}
     other |= {*file.tensors} ^ {*adapter_tensors(model, name)} | {*state.replaced.get(name, {})}
     if other:
         raise AdapterError(
@@ -282,7 +282,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | No
 def _own_ranks(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The trained A and B of PiSSA's [A; A_0] and [B, -B_0]; the stored A_0 and B_0 are copied into the layers.
 
-    Raises AdapterError (RW428) where A_0 and B_0 differ from the pair that was subtracted from this model's weights.
+    Raises AdapterError (RW428) if A_0 and B_0 differ from the pair that was subtracted from this model's weights.
     """
     found: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model, name):

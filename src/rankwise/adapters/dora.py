@@ -27,7 +27,7 @@ from rankwise.ops.elementwise import adapted_gain
 from rankwise.ops.four_bit import adapted_gain_4bit
 from rankwise.ops.kept import Kept, Key, frozen_key
 from rankwise.ops.low_rank_linear import low_rank_linear
-from rankwise.ops.selection import is_traced, stands_on_card, takes_triton
+from rankwise.ops.selection import is_on_card, is_traced, takes_triton
 from rankwise.quantization.linear import Linear4bit, features
 
 
@@ -54,8 +54,6 @@ class Dora(LowRankPair):
         # Always float32: in bfloat16, rounding m would make the initial gain differ from 1.
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
         self._out_features = features(base)[1]
-        # Whether the model writes in place to this layer's output, which the operator saves for the gradient of m.
-        self.is_overwritten = False
         # Whether the next operation returns this layer's output to it in the backward pass (`ops.saved`), so that
         # the operator need not save it. Set by rankwise.acceleration.
         self.comes_back = False
@@ -72,8 +70,7 @@ class Dora(LowRankPair):
         if self.for_merge is not None:
             return self.straight_through(base, x, self.gain(base))
         if (branch := branch_of(self, base, x)) is not None:
-            y = low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
-            return y.clone() if self.is_overwritten else y
+            return low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
         y = self.over(base, x, frozen_product(base, x))
         bias = getattr(base, "bias", None)
         return y if bias is None else y + bias
@@ -108,7 +105,7 @@ class Dora(LowRankPair):
         # An inference tensor cannot be cached, so inference mode is left unless the norms are inference tensors.
         with torch.inference_mode(norms.is_inference()), torch.no_grad():
             g = self._gain_over(norms)
-        if g.is_cpu and not stands_on_card(g) and not bool(g.all()):
+        if g.is_cpu and not is_on_card(g) and not bool(g.all()):
             return None
         self._gain_of = norms
         return self._gain.keep((self.magnitude,), key, g)

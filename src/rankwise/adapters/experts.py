@@ -150,7 +150,7 @@ def experts_forward(
 
 
 def branches_of(base: nn.Module, adapter: ExpertsLora, x: Tensor) -> tuple[ExpertBranch, ExpertBranch] | None:
-    """The operator's arguments for both products, or None where the operator does not apply: in compiled graphs, under
+    """The operator's arguments for both products, or None if the operator does not apply: in compiled graphs, under
     autocast to a dtype other than x's, and with weights that train or have a different dtype.
     """
     if is_traced() or not computes_in(x.dtype, x.device):

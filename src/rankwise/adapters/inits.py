@@ -104,8 +104,8 @@ def _takes_part(init: Init, item: AdaptedModule, base: nn.Module) -> bool:
 
 
 def _check_ranks(init: Init, taking: list[AdaptedModule]) -> None:
-    room = {item.name: min(item.in_features, item.out_features) for item in taking}
-    small = [f"{item.name} has {room[item.name]} for r = {item.r}" for item in taking if item.r > room[item.name]]
+    largest = {item.name: min(item.in_features, item.out_features) for item in taking}
+    small = [f"{item.name} has {largest[item.name]} for r = {item.r}" for item in taking if item.r > largest[item.name]]
     if small:
         raise AdapterError(
             "RW426",

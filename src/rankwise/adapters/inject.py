@@ -28,19 +28,17 @@ from rankwise.adapters.layer import AdaptedLayer, Origin, OverBase, TrainedCopy
 from rankwise.adapters.lora import EmbeddingLora, Lora, TokenRows
 from rankwise.adapters.saving import SavePretrained
 from rankwise.adapters.select import (
+    Candidates,
     check_enable_lora,
     check_targets,
     experts_left_out,
     module_names,
     names_in,
     parameter_names,
-    places_of,
     target_names,
     unread_modules,
     warn_of_experts,
     warn_of_idle,
-    warn_of_no_bias,
-    warn_of_no_dropout,
     warn_of_unread,
 )
 from rankwise.adapters.state import (
@@ -108,9 +106,7 @@ def add_adapter(
     """
     planned = plan_adapter(model, config, name)
     start = beginning(model, config, planned, originals)
-    done = attach(model, config, planned, name, start=start)
-    warn_of_no_bias(config, _biases(model, config, name))
-    return done
+    return attach(model, config, planned, name, start=start)
 
 
 def plan_adapter(
@@ -130,15 +126,14 @@ def plan_adapter(
     # With an empty list of target_modules only the stacked experts are adapted.
     stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
     # A PEFT file may hold an adapter on what text does not pass through.
-    places = places_of(modules, model_end(model, "output"), {} if is_foreign else unread_modules(model, modules))
-    targets = target_names(config, places, type(model).__name__, may_be_none=stacks_suffice)
+    among = Candidates(modules, model_end(model, "output"), () if is_foreign else unread_modules(model, modules))
+    targets = target_names(config, among, type(model).__name__, may_be_none=stacks_suffice)
     check_enable_lora(config, targets)
     warn_of_idle(config, there, [*targets, *stacks], targets=is_foreign)
     if not is_foreign:
-        warn_of_unread(config, places)
+        warn_of_unread(config, among)
         _warn_of_foreign([modules[name] for name in targets])
         warn_of_experts(config, experts_left_out(modules, config, stacks))
-        warn_of_no_dropout(config, [places[name] for name in targets])
     planned = [planned_module(config, target, modules[target]) for target in targets]
     odd = [item.name for item in planned if config.for_merge == "q4_0" and item.in_features % 32]
     if odd:
@@ -154,7 +149,7 @@ def plan_adapter(
 
 
 def _check_beside(model: nn.Module, planned: Sequence[AdaptedModule]) -> None:
-    """Raise AdapterError (RW406) where one adapter trains a module whole and another adapts it or a part of it."""
+    """Raise AdapterError (RW406) if one adapter trains a module whole and another adapts it or a part of it."""
     there = {path: isinstance(module, TrainedCopy) for path, module in wrappers(model)}
     asked = {item.path: item.kind == "trained whole" for item in planned}
     if any(item.kind == "new tokens" for item in planned) and (head := tied_head(model)):
@@ -246,8 +241,6 @@ def attach(
     state.configs[name] = config
     if not trainable:
         state.inference_only.add(name)
-    # Falcon's parallel block writes in place to a linear layer's output: ``mlp_output += ...``.
-    is_overwritten = getattr(getattr(model, "config", None), "model_type", None) == "falcon"
     for item in planned:
         if item.kind == "trained whole":
             _wrap(model, item.name, TrainedCopy).add(name)
@@ -263,8 +256,6 @@ def attach(
                 adapter = _new_adapter(config, item, layer.base_layer, pair).train(layer.training)
             layer.adapters[name] = adapter
             layer.is_head = layer.base_layer is model_end(model, "output")
-            if isinstance(adapter, Dora):
-                adapter.is_overwritten = is_overwritten
             if isinstance(adapter, Lora | Dora) and not layer.is_head:
                 adapter.for_merge = config.for_merge
     if config.adapter_dtype == "base":
@@ -493,18 +484,18 @@ def check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
     if not name or "." in name:
         raise AdapterError("RW405", f"{name!r} cannot name an adapter; use a name without dots.")
     if name in configs:
-        remedy = f"give another name, or remove that one with rankwise.remove_adapter(model, {name!r})"
+        remedy = f"give a different name, or remove that one with rankwise.remove_adapter(model, {name!r})"
         raise AdapterError("RW405", f"the model already has an adapter {name!r}; {remedy}.")
     changing = (other.bias != "none" or other.init.kind == "pissa" for other in [*configs.values(), config])
     if configs and any(changing):
         raise AdapterError(
             "RW406",
             "an adapter that trains biases or starts by pissa changes the base, so no other adapter can be beside it; "
-            'for several adapters use bias="none" and another init.',
+            'for several adapters use bias="none" and a different init.',
         )
 
 
-# The reference of a preference loss: the base alone, or the adapter at the start of training, in the same model.
+# The reference of a preference loss: the base, or the adapter at the start of training, in the same model.
 
 REFERENCE = "reference"
 

@@ -307,7 +307,7 @@ class SharedInput:
         refuse_pickling()
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
-        """The output of ``layer`` for x, or None where the layer has to compute it by itself."""
+        """The output of ``layer`` for x, or None if the layer has to compute it by itself."""
         # Read once, since another thread may replace self._kept; it does not add to these outputs.
         kept = self._kept
         if kept is not None and kept.are_of(x):
@@ -350,7 +350,7 @@ class SharedInput:
 
 
 def refuse_pickling() -> NoReturn:
-    """Raise AdapterError (RW418) where a model with shared inputs is pickled."""
+    """Raise AdapterError (RW418) if a model with shared inputs is pickled."""
     raise AdapterError(
         "RW418",
         "a model that optimize_for_training or accelerate_peft has changed cannot be pickled; call "

@@ -9,8 +9,8 @@ block-structured B (out, n r), which is zero where a row and a column belong to 
 LoRA, with lora_alpha n times as large (sqrt(n) times with rsLoRA), so that the scale is the same.
 
 The operator of hand-written gradients (`ops.low_rank_linear`) applies to whole layers over a frozen dense, transposed
-(Conv1D) or 4-bit weight, in that weight's dtype. All other cases (partly adapted fused projections, autocast to another
-dtype, compiled graphs, base weights that train) compute the same formulas with autograd, in ``lora.py`` and
+(Conv1D) or 4-bit weight, in that weight's dtype. All other cases (partly adapted fused projections, autocast to a
+different dtype, compiled graphs, base weights that train) compute the same formulas with autograd, in ``lora.py`` and
 ``dora.py``.
 """
 
@@ -87,7 +87,7 @@ def row_chunks(W: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, W.shape[0], rows)] or [slice(0, 0)]
 
 
-# Whether each of the equal parts is adapted. None stands for a layer that is adapted as a whole.
+# Whether each of the equal parts is adapted. None: the layer is adapted as a whole.
 Parts = Sequence[bool]
 
 
@@ -127,7 +127,7 @@ def to_blocks(B: Tensor, parts: Parts | None) -> Tensor:
 
 
 def from_blocks(blocks: Tensor, parts: Parts) -> Tensor | None:
-    """The inverse of ``to_blocks``, or None where an entry outside the blocks is not zero."""
+    """The inverse of ``to_blocks``, or None if an entry outside the blocks is not zero."""
     count = sum(parts)
     size, r = blocks.shape[0] // len(parts), blocks.shape[1] // count
     enabled = [part for part, on in enumerate(parts) if on]
@@ -179,7 +179,7 @@ class LinearAdapter(Adapter, Protocol):
 
 
 def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
-    """The weight of ``base`` as the operator's argument, or None where the operator does not apply."""
+    """The weight of ``base`` as the operator's argument, or None if the operator does not apply."""
     W = stored_weight(base)
     if is_traced() or W.requires_grad or not computes_in(x.dtype, x.device) or not is_own(base):
         return None
@@ -202,7 +202,7 @@ def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def branch_of(adapter: LinearAdapter, base: nn.Module, x: Tensor) -> Branch | None:
-    """The operator's argument for one adapted layer, or None where the operator does not apply."""
+    """The operator's argument for one adapted layer, or None if the operator does not apply."""
     frozen = frozen_weight(base, x) if adapter.parts is None and adapter.for_merge is None else None
     if frozen is None:
         return None

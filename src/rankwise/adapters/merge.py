@@ -30,7 +30,7 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
             restores every weight bit for bit. False frees their memory and drops all adapters.
 
     Raises:
-        AdapterError: RW407 where there is no adapter, RW408 where one is merged already. The model is then unchanged.
+        AdapterError: RW407 if there is no adapter, RW408 if one is merged already. The model is then unchanged.
     """
     state, _ = state_and_name(model, None)
     was_disabled = state.disabled
@@ -64,7 +64,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     """Undo ``merge_adapter``: every weight and adapter is restored, bit for bit.
 
     Raises:
-        AdapterError: RW408 where nothing is merged, RW407 where the merge was not reversible.
+        AdapterError: RW408 if nothing is merged, RW407 if the merge was not reversible.
     """
     state = adapter_state(model)
     if state.merged is None:

@@ -103,7 +103,7 @@ def from_peft(document: Fields, source: Path) -> LoraConfig:
 
 
 def read_config(folder: Path) -> JsonObject:
-    """The JSON document of an adapter folder. Raises AdapterError (RW409) where it is missing or not a JSON object."""
+    """The JSON document of an adapter folder. Raises AdapterError (RW409) if it is missing or not a JSON object."""
     if not folder.is_dir():
         raise AdapterError("RW409", f"there is no folder {folder}; give the folder of an adapter.")
     if not (folder / CONFIG_FILE).exists():

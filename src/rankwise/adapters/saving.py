@@ -174,9 +174,9 @@ def save_adapter(
             values gathered from several processes.
 
     Raises:
-        AdapterError: RW407 for an unknown name, RW408 while merged, RW421 where ``state_dict`` lacks a tensor.
+        AdapterError: RW407 for an unknown name, RW408 while merged, RW421 if ``state_dict`` lacks a tensor.
 
-    Warns (RW559) where PEFT cannot load the adapter.
+    Warns (RW559) if PEFT cannot load the adapter.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ def labels_of(model: Any) -> Labels:
 
 
 def _warn_of_former_experts(model: nn.Module, adapted: list[str]) -> None:
-    """Warn (RW559) where PEFT would put adapters of a mixture's dense layers or shared experts on its stacked experts.
+    """Warn (RW559) if PEFT would put adapters of a mixture's dense layers or shared experts on its stacked experts.
 
     No spelling of target_modules avoids this, since PEFT uses only the last component of each entry and match.
     """

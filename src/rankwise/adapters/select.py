@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import inspect
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,9 +14,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from rankwise.adapters.base_layer import foreign_format, is_adaptable, is_linear, is_quantized, why_not
+from rankwise.adapters.base_layer import foreign_format, is_adaptable, is_linear, why_not
 from rankwise.compat.torch import own_parameters
-from rankwise.compat.transformers import children_read_by_weight, heads_of_labels, text_config
+from rankwise.compat.transformers import heads_of_labels, text_config
 from rankwise.errors import AdapterError, warn
 from rankwise.lora_config import LoraConfig, is_plain
 from rankwise.options import ALL_LINEAR
@@ -30,10 +29,6 @@ Value = TypeVar("Value")
 NO_EFFECT = "RW420"
 # Names in a list that is searched name by name, and names in a message.
 FEW, MOST_NAMED = 16, 10
-# Why text never passes through a module.
-OUTSIDE_TEXT = "text does not pass there; to adapt such layers, select them by whole names or a regular expression"
-NO_ENCODER = "this attends to an encoder, which the model does not have"
-WEIGHT_ALONE = "the model's forward uses the weight and never calls the layer"
 
 
 def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -42,70 +37,13 @@ def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(config, modules_to_save=(*(config.modules_to_save or ()), *heads)) if heads else config
 
 
-def places_of(modules: Modules, head: nn.Module | None, unread: Mapping[str, str]) -> Places:
-    """The places of all modules except the model itself. ``head`` is the output head, ``unread`` as below."""
-    return {
-        name: dataclasses.replace(
-            place_of(module), is_head=module is head, unread="" if module is head else unread.get(name, "")
-        )
-        for name, module in modules.items()
-        if name
-    }
-
-
-def unread_modules(model: nn.Module, modules: Modules) -> dict[str, str]:
-    """{module: the reason why text never passes through it}: what lies outside the language part of a multimodal model,
-    cross-attention in a decoder without its encoder, and layers of which the model uses only the weight.
-    """
-    text = _text_part(model)
-    if text is not None:
-        read = {id(module) for module in text.modules()}
-        found = {name: OUTSIDE_TEXT for name, module in modules.items() if id(module) not in read}
-    elif getattr(getattr(model, "config", None), "is_encoder_decoder", True):
-        found = {}
-    else:
-        starts = tuple(_attentions_to_an_encoder(modules))
-        found = {name: NO_ENCODER for name in modules if starts and f"{name}.".startswith(starts)}
-    for path, module in modules.items():
-        for name in (f"{path}.{child}" for child in children_read_by_weight(module)):
-            # The models call a quantized layer, whose weight they cannot multiply with.
-            if name in modules and is_linear(modules[name]) and not is_quantized(modules[name]):
-                found[name] = WEIGHT_ALONE
-    return found
-
-
-def _text_part(model: nn.Module) -> nn.Module | None:
-    """The text decoder of a multimodal model; None for a model of text only."""
-    config = getattr(model, "config", None)
-    if text_config(config) is config:
-        return None
-    find = getattr(model, "get_decoder", None)
-    return find() if callable(find) else None
-
-
-def _attentions_to_an_encoder(modules: Modules) -> Iterator[str]:
-    """The path and a dot of each cross-attention: of the children with such a name in a layer that takes an encoder's
-    output.
-    """
-    kinds = {type(module) for module in modules.values()}
-    takes = {kind for kind in kinds if "encoder_hidden_states" in inspect.signature(kind.forward).parameters}
-    for path, module in modules.items():
-        if type(module) in takes:
-            names = (name for name, _ in module.named_children() if "cross" in name or name == "encoder_attn")
-            yield from (f"{path}.{name}." for name in names)
-
-
-def place_of(module: nn.Module) -> Place:
-    """The place of a module of which nothing but itself is known."""
-    adapts = is_adaptable(module)
-    return Place(
-        type(module).__name__,
-        is_linear(module),
-        adapts,
-        outputs=features(module)[1] if adapts else 0,
-        why_not="" if adapts else why_not(module),
-        is_foreign=bool(foreign_format(module)),
-    )
+def unread_modules(model: nn.Module, modules: Modules) -> set[str]:
+    """The names of the modules outside of the language part of a multimodal model."""
+    config, find = getattr(model, "config", None), getattr(model, "get_decoder", None)
+    if text_config(config) is config or not callable(find):
+        return set()
+    read = {id(module) for module in find().modules()}
+    return {name for name, module in modules.items() if id(module) not in read}
 
 
 def module_names(modules: Modules, wanted: Sequence[str]) -> list[str]:
@@ -146,7 +84,7 @@ def names_in(modules: Modules) -> Names:
 
 
 def experts_left_out(modules: Modules, config: LoraConfig, adapted: Collection[str]) -> LeftOut | None:
-    """The stacked experts that are neither in ``adapted`` nor trained whole; None where there are none."""
+    """The stacked experts that are neither in ``adapted`` nor trained whole; None if there are none."""
     missing, distinct, endings = {}, {}, []
     for name, module, leaf in _named(modules):
         parameter = module.get_parameter(leaf)
@@ -213,7 +151,7 @@ def _endings(name: str) -> list[str]:
 def matches_pattern(key: str, name: str) -> bool:
     """Whether the expression ``(.*\\.)?(KEY)$`` matches ``name``, as in PEFT's rank_pattern and alpha_pattern."""
     if is_plain(key):
-        # A configuration may give every module a key of its own. A dot stands for any character.
+        # A configuration may give every module a key of its own. A dot matches any character.
         end = name[-len(key) :]
         is_whole = len(end) == len(name) or name[-len(key) - 1] == "."
         return is_whole and len(end) == len(key) and all(a in (b, ".") for a, b in zip(key, end))
@@ -289,110 +227,100 @@ def ending(name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """One module, with the facts that target selection uses.
+class Candidates:
+    """The modules among which targets are selected."""
 
-    ``kind``: its name in messages; ``outputs``: the output rows of a linear layer.
-    """
-
-    kind: str
-    is_linear: bool = False
-    is_adaptable: bool = False
-    # Whether this is the output head, which "all-linear" leaves out.
-    is_head: bool = False
-    outputs: int = 0
-    # The reason why the module cannot be adapted, where ``kind`` alone does not show it.
-    why_not: str = ""
-    # Whether this is a linear layer that another library quantized; "all-linear" includes it.
-    is_foreign: bool = False
-    # Why text never passes through the module, as in a vision tower; empty where it does. Only a whole name or a
-    # regular expression selects such a module.
-    unread: str = ""
+    modules: Modules
+    # The output head, which "all-linear" leaves out.
+    head: nn.Module | None
+    # Modules through which text never passes, as in a vision tower. Only a whole name or a regular expression selects
+    # them.
+    unread: Collection[str] = ()
 
 
-# {name: place}, in the model's order.
-Places = Mapping[str, Place]
-
-
-def target_names(config: LoraConfig, places: Places, model: str, *, may_be_none: bool = False) -> list[str]:
+def target_names(config: LoraConfig, among: Candidates, model: str, *, may_be_none: bool = False) -> list[str]:
     """The names of the modules to adapt. ``model`` is the model's name in messages.
 
-    Raises AdapterError: RW401 where nothing matches (unless ``may_be_none``), RW402 for a match that is neither a
+    Raises AdapterError: RW401 if nothing matches (unless ``may_be_none``), RW402 for a match that is neither a
     linear layer nor an embedding, and for a layer that cannot be adapted, such as one in another library's format.
     """
-    matched = [name for name, place in places.items() if _is_target(name, place, config)]
+    modules = among.modules
+    matched = [name for name in modules if name and _is_target(name, among, config)]
     if not matched and not may_be_none:
-        raise AdapterError("RW401", _nothing_matches(config, places, model))
-    wrong = [name for name in matched if not places[name].is_adaptable]
-    if reason := next((places[name].why_not for name in wrong if places[name].why_not), ""):
-        named = [name for name in wrong if places[name].why_not == reason]
-        shown = f"{named[0]} ({places[named[0]].kind})" + (f" and {len(named) - 1} more" if len(named) > 1 else "")
-        if places[named[0]].is_foreign:
-            remedy = "give the dense checkpoint, which --method qlora quantizes while it loads"
-            raise AdapterError("RW402", f"{shown} {reason}; {remedy}, or adapt other modules.")
-        raise AdapterError("RW402", f"{shown} {reason}; name linear layers, such as {_examples(places)}.")
-    if wrong:
-        kinds = ", ".join(f"{name} ({places[name].kind})" for name in wrong[:3])
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise AdapterError(
-            "RW402",
-            f"target_modules={_shown(config.target_modules)} matches {kinds}{more}, which no adapter can wrap; name "
-            f"linear layers, such as {_examples(places)}.",
-        )
-    return matched
+        raise AdapterError("RW401", _nothing_matches(config, modules, model))
+    wrong = [name for name in matched if not is_adaptable(modules[name])]
+    if not wrong:
+        return matched
+    reasons = {name: reason for name in wrong if (reason := why_not(modules[name]))}
+    first = next(iter(reasons), wrong[0])
+    reason = reasons.get(first, "is neither a linear layer nor an embedding")
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    remedy = f"name linear layers, such as {_examples(modules)}"
+    if foreign_format(modules[first]):
+        remedy = "give the dense checkpoint, which --method qlora quantizes while it loads, or adapt other modules"
+    raise AdapterError("RW402", f"{first} ({type(modules[first]).__name__}){more} {reason}; {remedy}.")
 
 
-def warn_of_unread(config: LoraConfig, places: Places) -> None:
+def warn_of_unread(config: LoraConfig, among: Candidates) -> None:
     """Warn (RW177) that layers through which text never passes get no adapter."""
-    read = {name: dataclasses.replace(place, unread="") for name, place in places.items() if place.unread}
-    left_out: dict[str, list[str]] = {}
-    for name, place in read.items():
-        if place.is_adaptable and _is_target(name, place, config) and not _is_target(name, places[name], config):
-            left_out.setdefault(places[name].unread, []).append(name)
-    for reason, names in left_out.items():
+    read = dataclasses.replace(among, unread=())
+    names = [
+        name
+        for name in among.unread
+        if is_adaptable(among.modules[name]) and _is_target(name, read, config) and not _is_target(name, among, config)
+    ]
+    if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        warn("RW177", f"no adapter on {names[0]}{more}: {reason}.", stacklevel=3)
+        warn(
+            "RW177",
+            f"no adapter on {names[0]}{more}: text does not pass there; to adapt such layers, select them by whole "
+            "names or a regular expression.",
+            stacklevel=3,
+        )
 
 
-def _is_target(name: str, place: Place, config: LoraConfig) -> bool:
-    wanted = config.target_modules
+def _is_target(name: str, among: Candidates, config: LoraConfig) -> bool:
+    wanted, module = config.target_modules, among.modules[name]
     if wanted is None or (config.exclude_modules and matches(name, config.exclude_modules)):
         return False
     if config.trains_whole(name):
         return False
+    is_unread = name in among.unread and module is not among.head
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        return (place.is_linear or place.is_foreign) and not place.is_head and not place.unread
+        is_wanted = module is not among.head and not is_unread
+        return is_wanted and (is_linear(module) or bool(foreign_format(module)))
     # As in PEFT, layers_to_transform does not restrict a whole name.
     is_list = not isinstance(wanted, str)
     if is_list and name in wanted:
         return True
-    return matches(name, wanted) and is_in_layers(name, config) and not (is_list and place.unread)
+    return matches(name, wanted) and is_in_layers(name, config) and not (is_list and is_unread)
 
 
-def _nothing_matches(config: LoraConfig, places: Places, model: str) -> str:
+def _nothing_matches(config: LoraConfig, modules: Modules, model: str) -> str:
     limits = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     narrowed = " and ".join(name for name in limits if getattr(config, name))
     asked = f"target_modules={_shown(config.target_modules)}" + (f" (with {narrowed})" if narrowed else "")
-    return f"{asked} matches none of the {model}'s modules; its linear layers end in {_examples(places)}."
+    return f"{asked} matches none of the {model}'s modules; its linear layers end in {_examples(modules)}."
 
 
-def _examples(places: Places) -> str:
-    return ", ".join(suffixes(name for name, place in places.items() if place.is_linear)[:8]) or "(none)"
+def _examples(modules: Modules) -> str:
+    return ", ".join(suffixes(name for name, module in modules.items() if is_linear(module))[:8]) or "(none)"
 
 
 def _shown(wanted: str | Sequence[str] | None) -> str:
     return repr(wanted) if isinstance(wanted, str) or wanted is None else f"[{_listed(wanted)}]"
 
 
-def enabled_parts(config: LoraConfig, name: str, place: Place) -> tuple[bool, ...] | None:
-    """The parts of a fused projection to adapt; None where the whole layer adapts. Raises AdapterError (RW403)."""
+def enabled_parts(config: LoraConfig, name: str, base: nn.Module) -> tuple[bool, ...] | None:
+    """The parts of a fused projection to adapt; None if the whole layer adapts. Raises AdapterError (RW403)."""
     for key, parts in config.enable_lora.items():
         if not matches(name, [key]):
             continue
-        if not place.is_linear or place.outputs % len(parts):
+        outputs = features(base)[1]
+        if not is_linear(base) or outputs % len(parts):
             raise AdapterError(
                 "RW403",
-                f"enable_lora[{key!r}] splits {name} into {len(parts)} equal parts, and it has {place.outputs} output "
+                f"enable_lora[{key!r}] splits {name} into {len(parts)} equal parts, and it has {outputs} output "
                 "rows; give as many values as the projection has parts.",
             )
         return tuple(bool(part) for part in parts)
@@ -427,20 +355,6 @@ def warn_of_idle(config: LoraConfig, names: Names, adapted: Collection[str], *, 
         warn(NO_EFFECT, f"{'; '.join(dict(idle).values())}; what is named here has no effect.", stacklevel=3)
 
 
-def warn_of_no_bias(config: LoraConfig, biases: Collection[object]) -> None:
-    """Warn (RW420) where ``bias`` finds none to train."""
-    if config.bias != "none" and not biases:
-        where = "the model has no biases" if config.bias == "all" else "the adapted modules have no biases"
-        warn(NO_EFFECT, f"bias is {config.bias!r}, and {where}; it has no effect.", stacklevel=3)
-
-
-def warn_of_no_dropout(config: LoraConfig, targets: Iterable[Place]) -> None:
-    """Warn (RW420) where all ``targets`` are embeddings, which take no dropout."""
-    if config.lora_dropout and not any(place.is_linear or place.is_foreign for place in targets):
-        text = f"lora_dropout is {config.lora_dropout:g}, and embeddings take none; it has no effect."
-        warn(NO_EFFECT, text, stacklevel=3)
-
-
 def _missing_targets(config: LoraConfig, names: Names) -> Iterator[tuple[str, str]]:
     """(setting, message with the names that match nothing and the closest names)."""
     yield from _missing_modules(config.target_modules, names)
@@ -470,7 +384,11 @@ def _missing_modules(wanted: str | Sequence[str] | None, names: Names) -> Iterat
             hint = _close([wanted], names.adaptable) or ends
             yield "target_modules", f"target_modules={wanted!r} matches none of the model's modules ({hint})"
     elif missing := _unmatched(wanted, names.modules):
-        hint = f'"{ALL_LINEAR}" stands alone' if ALL_LINEAR in missing else _close(missing, names.adaptable) or ends
+        hint = (
+            f'"{ALL_LINEAR}" takes no other names'
+            if ALL_LINEAR in missing
+            else _close(missing, names.adaptable) or ends
+        )
         yield (
             "target_modules",
             f"target_modules names {_listed(missing)}, which matches no module of the model ({hint})",
@@ -492,14 +410,6 @@ def _idle(config: LoraConfig, names: Names, adapted: Collection[str]) -> Iterato
         if nothing := [key for key in keys if not any(matches_pattern(key, name) for name in adapted)]:
             ends = _close(nothing, adapted) or f"the adapted modules end in {', '.join(suffixes(adapted)[:8])}"
             yield setting, f"{setting} names {_listed(nothing)}, which matches no adapted module ({ends})"
-    if not _layers(config):
-        return
-    patterns = [key for key in _layer_patterns(config) if all(_index_in(key, name) is None for name in names.modules)]
-    if patterns:
-        yield "layers_pattern", f"layers_pattern names {_listed(patterns)}, which is not a list of layers in the model"
-    used = {_layer_of(name, config) for name in adapted}
-    if empty := sorted((_layers(config) & _layers_there(config, names)) - used):
-        yield "layers", f"layers_to_transform names {_listed(empty)}, and no target module lies there"
 
 
 def _unmatched(wanted: Sequence[str] | None, names: Collection[str]) -> list[str]:

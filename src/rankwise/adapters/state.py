@@ -15,7 +15,7 @@ from rankwise.adapters.base_layer import ForeignLinear
 from rankwise.adapters.experts import AdaptedExperts, StackLora, stack_shape
 from rankwise.adapters.layer import AdaptedLayer, TrainedCopy
 from rankwise.adapters.lora import TokenRows
-from rankwise.adapters.select import LeftOut, enabled_parts, experts_left_out, pattern_value, place_of
+from rankwise.adapters.select import LeftOut, enabled_parts, experts_left_out, pattern_value
 from rankwise.compat.torch import own_parameters
 from rankwise.errors import AdapterError
 from rankwise.lora_config import LoraConfig
@@ -91,7 +91,7 @@ def model_end(model: nn.Module, which: Literal["input", "output"]) -> nn.Module 
 
 
 def tied_head(model: nn.Module) -> str | None:
-    """The path of the output head that shares the embedding's weight; None where there is none."""
+    """The path of the output head that shares the embedding's weight; None if there is none."""
     head, embedding = model_end(model, "output"), model_end(model, "input")
     weight = getattr(embedding, "weight", None)
     if head is embedding or weight is None or getattr(head, "weight", None) is not weight:
@@ -265,7 +265,7 @@ def trained_copies(model: nn.Module, name: str) -> Iterator[tuple[str, TrainedCo
 def planned_module(config: LoraConfig, name: str, base: nn.Module) -> AdaptedModule:
     r = pattern_value(config.rank_pattern, name, config.r)
     lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-    parts = enabled_parts(config, name, place_of(base))
+    parts = enabled_parts(config, name, base)
     return AdaptedModule(name, "DoRA" if config.use_dora else "LoRA", *features(base), r, lora_alpha, parts)
 
 

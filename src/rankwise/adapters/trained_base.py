@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def base_model_of(adapter: Path) -> str:
     """The base model that the folder names; from a run's record, as an absolute path or hub id where these are known.
 
-    Raises AdapterError (RW413) where the folder names none.
+    Raises AdapterError (RW413) if the folder names none.
     """
     record = record_of(adapter)
     named = read_config(adapter).get("base_model_name_or_path") if record is None else _named_by(record)

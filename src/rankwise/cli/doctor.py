@@ -25,10 +25,9 @@ def run(settings: Settings, output: Output) -> Document:
     with output.waiting("looking at this machine"):
         parts = {"machine": [*_machine()], "libraries": [*_libraries()], "kernels": [*_kernels()]}
         findings = [*_findings()]
-    for title, rows in {**parts, "what to do": findings}.items():
+    for title, rows in {**parts, "what to do": findings or [("", "nothing: all works here.")]}.items():
         output.line(title.capitalize(), style="bold")
-        print_lines(rows or [("", "nothing: all that rankwise has works here.")], output)
-        output.line()
+        print_lines(rows, output)
     found = [{"code": code, "message": message} for code, message in findings]
     return {**{title: dict(rows) for title, rows in parts.items()}, "findings": found}
 
@@ -42,8 +41,7 @@ def _machine() -> Iterator[tuple[str, str]]:
     hardware = cpu_hardware()
     yield "system", f"{platform.system()} on {platform.machine()}, Python {platform.python_version()}"
     yield "processor", f"{cpu_name()}, {plural(hardware.cores or 1, 'core')}"
-    disk = shutil.disk_usage(".").free
-    yield "free", f"{byte_size(hardware.memory_bytes)} of memory, {byte_size(disk)} of disk"
+    yield "free", f"{byte_size(hardware.memory_bytes)} of memory, {byte_size(shutil.disk_usage('.').free)} of disk"
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         yield f"card {index}", f"{card.name}, {byte_size(card.total_memory)}, capability {card.major}.{card.minor}"

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 from rankwise.cli.glance import refuse_comparisons
@@ -20,8 +19,8 @@ from rankwise.serving import served
 
 # What is shown of PEFT's configuration, of a model's and of a run's record.
 ADAPTER = (
-    *("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "target_parameters", "modules_to_save", "bias"),
+    *("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters"),
+    *("modules_to_save", "bias"),
 )
 MODEL = ("architectures", "model_type", "num_hidden_layers", "hidden_size")
 RUN = ("status", "method", "seed", "steps", "kept_step", "initial_eval_loss", "eval_loss", "train_loss")
@@ -39,17 +38,22 @@ def run(settings: InspectSettings, output: Output) -> Document:
         found |= _weights(folder, ModelError, "RW302")
     elif not is_run:
         refuse_comparisons([folder])
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else "no files"
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) if folder.is_dir() else ""
         raise RunError(
-            "RW560", f"{folder} is no folder of an adapter, a run or a model; it holds {there or 'nothing'}."
+            "RW560", f"{folder} is no folder of an adapter, a run or a model; it holds {there or 'no files'}."
         )
     if is_run:
         record = load_record(folder)
         found["run"] = {name: getattr(record, name) for name in RUN}
     if settings.model is not None:
         found["fits"] = _fit(folder, settings.model)
-    for label, text in _lines(found):
-        output.line(f"{label.replace('_', ' '):<24}{shortened(text)}")
+    for label, value in found.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for name, part in parts:
+            if part not in (None, []):
+                text = "; ".join(map(str, part)) if isinstance(part, list) else str(part)
+                start = f"{label}: {name}" if name else label
+                output.line(f"{start.replace('_', ' '):<24}{shortened(text)}")
     return found
 
 
@@ -59,28 +63,19 @@ def _adapter(folder: Path) -> JsonObject:
 
     (config, _), document = read_folder(folder), read_config(folder)
     method = "DoRA" if config.use_dora else "LoRA"
-    return {
-        "kind": "adapter",
-        "method": method,
-        **{name: document.get(name) for name in ADAPTER},
-        "scaling": config.scaling(config.r, config.lora_alpha),
-        "norm_of_B": norms_of_b(folder / "adapter_model.safetensors"),
-        "served_by": list(served(method.lower(), {**document, "init": config.init.kind})),
-    }
+    found = {"kind": "adapter", "method": method, **{name: document.get(name) for name in ADAPTER}}
+    found["norm_of_B"] = norms_of_b(folder / "adapter_model.safetensors")
+    return {**found, "served_by": list(served(method.lower(), {**document, "init": config.init.kind}))}
 
 
 def _weights(folder: Path, kind: type[RankwiseError], code: str) -> JsonObject:
     from rankwise.weights_file import read_header, refuse_pickles
 
     refuse_pickles(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    infos = [info for path in files for info in read_header(path, error=kind, code=code).tensors.values()]
-    return {
-        "tensors": len(infos),
-        "numbers": sum(math.prod(info.shape) for info in infos),
-        "dtypes": sorted({str(info.dtype) for info in infos}),
-        "size_bytes": sum(path.stat().st_size for path in files),
-    }
+    headers = [read_header(path, error=kind, code=code) for path in sorted(folder.glob("*.safetensors"))]
+    infos = [info for header in headers for info in header.tensors.values()]
+    numbers = sum(math.prod(info.shape) for info in infos)
+    return {"tensors": len(infos), "numbers": numbers, "dtypes": sorted({str(info.dtype) for info in infos})}
 
 
 def norms_of_b(path: Path) -> JsonObject:
@@ -92,12 +87,12 @@ def norms_of_b(path: Path) -> JsonObject:
     squares: defaultdict[int, float] = defaultdict(float)
     with safetensors.safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
-            if re.search(r"\.lora_(embedding_)?B", name):
+            if "lora_B" in name or "lora_embedding_B" in name:
                 number = re.search(r"\.(\d{1,9})\.", name)
                 squares[int(number[1]) if number else -1] += float(file.get_tensor(name).float().square().sum())
-    layers = {layer: float(f"{math.sqrt(value):.3g}") for layer, value in sorted(squares.items())}
-    zero = [layer for layer, value in layers.items() if value == 0]
-    return {"total": math.sqrt(sum(squares.values())), "zero_in_layers": zero, "layers": list(layers.values())}
+    layers = [float(f"{math.sqrt(squares[layer]):.3g}") for layer in sorted(squares)]
+    zero = [layer for layer in sorted(squares) if not squares[layer]]
+    return {"total": math.sqrt(sum(squares.values())), "zero_in_layers": zero, "layers": layers}
 
 
 def _fit(folder: Path, model: str) -> JsonObject:
@@ -114,16 +109,6 @@ def _fit(folder: Path, model: str) -> JsonObject:
         return {"shapes": False, "code": error.code, "reason": error.message}
     named = read_config(folder).get("base_model_name_or_path")
     return {"shapes": True, "trained_on_another": named if is_other_hub_model(model, named) else None}
-
-
-def _lines(found: Document, start: str = "") -> Iterator[tuple[str, str]]:
-    """The document in lines. What is empty is left out."""
-    for name, value in found.items():
-        if isinstance(value, dict):
-            yield from _lines(value, f"{start}{name}: ")
-        elif value not in (None, []):
-            text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
-            yield start + name, f"{value:.4g}" if isinstance(value, float) else text
 
 
 COMMAND = Command(

@@ -33,8 +33,8 @@ from rankwise.records import RunRecord, load_record, read_metrics, write_text
 from rankwise.reports.numbers import byte_size, duration, plural, rate
 from rankwise.reports.summary import change_of
 from rankwise.training import ranks
+from rankwise.training.checkpoints import holds_run
 from rankwise.training.observer import end_with_parent
-from rankwise.training.output import holds_run
 
 if TYPE_CHECKING:
     from rankwise.planning.guard import MemoryGuard
@@ -52,7 +52,7 @@ def settings_of_the_run(given: Fields) -> Fields:
     """
     if given.get("resume") is not True or not isinstance(given.get("output"), str):
         return {}
-    from rankwise.training.output import check_output
+    from rankwise.training.checkpoints import check_output
 
     folder = Path(given["output"])
     check_output(folder, resume=True, overwrite=given.get("overwrite") is True)
@@ -95,7 +95,7 @@ def _check_data(settings: Fields) -> None:
 
 def run(settings: TrainSettings, output: Output) -> Document | None:
     """Train. Returns the document of the run; None if another process (a launched one, or the writer) prints it."""
-    from rankwise.training.output import check_output
+    from rankwise.training.checkpoints import check_output
 
     end_with_launcher()
     check_paths(model=settings.model, data=(settings.data, settings.eval_data, settings.retain), output=settings.output)
@@ -340,18 +340,6 @@ def _failure(codes: dict[int, int]) -> Exception:
 
 
 def continued(settings: TrainSettings) -> TrainSettings:
-    """The settings of a process that torchrun has restarted (--max-restarts): it resumes from the last checkpoint.
-
-    Raises ConfigError (RW112) for --overwrite, which would remove that; Interrupted (RW543) for a run that was stopped.
-    """
-    if settings.overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0:
-        raise ConfigError(
-            "RW112",
-            "--overwrite and torchrun's --max-restarts do not go together: each restart would remove what the last one "
-            f"had trained; remove {settings.output} yourself, or leave one of the two out.",
-        )
-    if not ranks.restarts() or not holds_run(settings.output):
-        return settings
-    if load_record(settings.output).status == "interrupted":
-        raise Interrupted("RW543", "train was stopped by Ctrl-C or SIGTERM, and is not started again.")
-    return settings.model_copy(update={"resume": True})
+    """The settings of a process that torchrun has restarted (--max-restarts): it resumes from the last checkpoint."""
+    is_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and holds_run(settings.output)
+    return settings.model_copy(update={"resume": True, "overwrite": False}) if is_again else settings

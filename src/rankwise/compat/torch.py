@@ -6,7 +6,7 @@ module lookup takes microseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -303,11 +303,3 @@ def share_hooks(new: nn.Module, old: nn.Module) -> None:
     """Share the hook dictionaries of ``old`` with ``new``, so that the hooks' handles still remove them."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
-
-
-# --- schedules ---
-
-
-def set_last_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[float | Tensor]) -> None:
-    """Let the scheduler report these rates for the next step: a resumed run may be longer than the first."""
-    scheduler._last_lr = list(rates)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import os
 import re
 import sys
@@ -21,6 +20,10 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound="PreTrainedConfig | None")
 
 # --- configurations ---
+
+# Subclasses of ``nn.Linear`` whose forward does not return W x + b, so that no update can be added: routers return a
+# tuple of scores, grouped layers apply one block of W to each group.
+OTHER_RESULTS = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"})
 
 
 def text_config(config: Config) -> Config:
@@ -123,16 +126,6 @@ def read_as_given(model: Any, names: Iterable[str]) -> None:
     it casts them to the dtype of the parameters, which holds codes."""
     before, ours = model._get_dtype_plan, [f"^{re.escape(name)}$" for name in names]
     model._get_dtype_plan = lambda dtype: {**before(dtype), **dict.fromkeys(ours, dtype)}
-
-
-def children_read_by_weight(module: nn.Module) -> tuple[str, ...]:
-    """The names of the children whose weights the module's forward uses without calling them, as it declares with
-    ``force_accelerate_hooks`` (Mamba's ``dt_proj``).
-    """
-    function = getattr(type(module), "forward", None)
-    if not inspect.isfunction(function):
-        return ()
-    return tuple(inspect.getclosurevars(function).nonlocals.get("child_module_names", ()))
 
 
 def mark_quantized(model: PreTrainedModel) -> None:

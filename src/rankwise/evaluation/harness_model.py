@@ -14,8 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from rankwise.acceleration.generation import Decoding, Prompt
-from rankwise.acceleration.packing import members_of
-from rankwise.acceleration.scoring import Target, target_of
+from rankwise.acceleration.scoring import Target, members_of, target_of
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.record import Responses, json_sha256
 from rankwise.evaluation.tasks.base import Tell, fitting, with_room, writer

@@ -61,7 +61,8 @@ def attention(
         if choice == "native":
             raise QuantizationError("RW607", f"the implementation 'native' was forced and cannot run: {why}")
         return _elsewhere(q, k, v, start, end, scale, why)
-    if _watched(q, k, v):
+    # A compiler, a fake mode, a functional transform or a tensor subclass must see the call.
+    if is_watched() or any(type(x) not in PLAIN for x in (q, k, v)):
         return torch.ops.rankwise.attention_forward(q, k, v, start, end, scale)[0]
     return _Attention.apply(q, k, v, start, end, scale)
 
@@ -77,11 +78,6 @@ def plain_attention(
 def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str | None:
     """Why `attention` uses PyTorch's ``scaled_dot_product_attention`` here; None if the native kernel runs."""
     return native_attention.obstacle(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def _watched(*tensors: Tensor) -> bool:
-    """Whether a compiler, a fake mode, a functional transform or a tensor subclass must see the call."""
-    return is_watched() or any(type(x) not in PLAIN for x in tensors)
 
 
 class _Attention(torch.autograd.Function):

@@ -27,7 +27,7 @@ class Frozen:
 
     @property
     def scales(self) -> Scales | None:
-        """The scales of 8-bit products; None where products are in the dtype of the rows."""
+        """The scales of 8-bit products; None if products are in the dtype of the rows."""
         return None if self.eight_bit is None else self.eight_bit.scales(self)
 
     def product(self, x: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def row_norms_4bit(weight: PackedWeight, dtype: torch.dtype) -> None:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float | None
 ) -> None:
-    """Raise QuantizationError RW606, all mismatches at once, unless the arguments fit together."""
+    """Raise QuantizationError RW606 unless the arguments fit together."""
     good = q.dim() == k.dim() == 4 and k.shape == v.shape and q.dtype == k.dtype == v.dtype
     good = good and q.device == k.device == v.device and q.is_floating_point()
     good = good and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
@@ -76,19 +76,14 @@ def attention_forward(
         is_bound = bound is None or (bound.shape == q.shape[:2] and bound.dtype is torch.int32)
         good = good and is_bound and (bound is None or bound.device == q.device)
     if not good:
-        named = {"q": q, "k": k, "v": v, "start": start, "end": end}
-        found = ", ".join(
-            f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in named.items() if x is not None
+        needs = (
+            "q (B, Lq, H, D), k and v (B, Lk, Hkv, D) of one dtype, H a multiple of Hkv, start and end (B, Lq) int32"
         )
-        raise QuantizationError(
-            "RW606",
-            "attention needs q (B, Lq, H, D), k and v (B, Lk, Hkv, D) of one dtype, H a multiple of Hkv, start and end "
-            f"(B, Lq) int32, all on one device; it got {found}.",
-        )
+        raise _misfit(f"attention needs {needs}", q=q, k=k, v=v, start=start, end=end)
 
 
 def check_weight(weight: PackedWeight) -> None:
-    """Raise QuantizationError RW606, all mismatches at once, unless the tensors hold a weight of that shape."""
+    """Raise QuantizationError RW606 unless the tensors hold a weight of that shape."""
     check_type(weight.quant_type, weight.block_size)
     codes, absmax, shape, _, block_size, nested_absmax, offset = weight.parts
     n = math.prod(shape)
@@ -104,7 +99,12 @@ def check_weight(weight: PackedWeight) -> None:
     else:
         good = False
     if not good:
-        raise _mismatch(weight)
+        raise _misfit(
+            f"the buffers do not hold a 4-bit weight of shape {tuple(shape)}: in blocks of {block_size} it needs "
+            f"{(n + 1) // 2} codes in uint8 and {blocks} scales in float32, or in uint8 with those of blocks of "
+            f"{NESTED_BLOCK} of them",
+            codes=codes, absmax=absmax, nested_absmax=nested_absmax, offset=offset,
+        )  # fmt: skip
 
 
 def check_absmax(absmax: Tensor) -> None:
@@ -117,20 +117,16 @@ def check_absmax(absmax: Tensor) -> None:
 
 
 def check_codes(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:
-    """Raise QuantizationError RW606, all mismatches at once, unless these are double-quantized scales (blocks,)."""
+    """Raise QuantizationError RW606 unless these are double-quantized scales (blocks,)."""
     nested = -(-codes.numel() // NESTED_BLOCK)
-    wanted = ((codes, "codes", codes.numel(), torch.uint8), (nested_absmax, "nested_absmax", nested, torch.float32))
-    faults = [
-        f"{name} should hold {count} elements of {dtype} and {_describe(tensor)}"
-        for tensor, name, count, dtype in (*wanted, (offset, "offset", 1, torch.float32))
-        if tensor.numel() != count or tensor.dtype is not dtype
-    ]
-    if codes.dim() != 1:
-        faults.append(f"codes has shape {tuple(codes.shape)} where (blocks,) belongs")
-    if not codes.device == nested_absmax.device == offset.device:
-        faults.append("they are on different devices")
-    if faults:
-        raise QuantizationError("RW606", f"these are not double-quantized scales: {'; '.join(faults)}.")
+    good = codes.dim() == 1 and codes.dtype is torch.uint8 and (nested_absmax.numel(), offset.numel()) == (nested, 1)
+    good = good and nested_absmax.dtype is offset.dtype is torch.float32
+    if not good or not codes.device == nested_absmax.device == offset.device:
+        raise _misfit(
+            f"double-quantized scales are codes (blocks,) in uint8, a float32 scale for {NESTED_BLOCK} of them and an "
+            "offset",
+            codes=codes, nested_absmax=nested_absmax, offset=offset,
+        )  # fmt: skip
 
 
 def check_matrix(shape: Sequence[int]) -> None:
@@ -162,41 +158,6 @@ def check_bias(bias: Tensor | None, x: Tensor, shape: Sequence[int]) -> None:
         f"a bias of shape {tuple(bias.shape)}, {bias.dtype} on {bias.device} does not fit: "
         f"it must be ({shape[0]},), {x.dtype} on {x.device}.",
     )
-
-
-def _mismatch(weight: PackedWeight) -> QuantizationError:
-    shape, block_size = weight.shape, weight.block_size
-    n = math.prod(shape)
-    blocks = -(-n // block_size)
-    nested = weight.nested_absmax is not None or weight.offset is not None
-    wanted = {"packed": ((n + 1) // 2, torch.uint8), "absmax": (blocks, torch.uint8 if nested else torch.float32)}
-    if nested:
-        wanted |= {"nested_absmax": (-(-blocks // NESTED_BLOCK), torch.float32), "offset": (1, torch.float32)}
-    found = {
-        "packed": weight.codes,
-        "absmax": weight.absmax,
-        "nested_absmax": weight.nested_absmax,
-        "offset": weight.offset,
-    }
-    faults = [
-        f"{name} should hold {count} elements of {dtype} and {_describe(found[name])}"
-        for name, (count, dtype) in wanted.items()
-        if _describe(found[name]) != f"holds {count} of {dtype}"
-    ]
-    if min(shape, default=0) < 0:
-        faults.append("the shape is negative")
-    devices = {str(tensor.device) for tensor in found.values() if tensor is not None}
-    if len(devices) > 1:
-        faults.append(f"the buffers are on different devices ({', '.join(sorted(devices))})")
-    return QuantizationError(
-        "RW606",
-        f"the buffers do not hold a 4-bit weight of shape {tuple(shape)} in blocks of {block_size}: "
-        f"{'; '.join(faults)}. The checkpoint is truncated or its parts belong to different weights.",
-    )
-
-
-def _describe(tensor: Tensor | None) -> str:
-    return "is missing" if tensor is None else f"holds {tensor.numel()} of {tensor.dtype}"
 
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")

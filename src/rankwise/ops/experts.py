@@ -32,7 +32,7 @@ MOST_TRACED = 16
 def rows_per_expert(experts: Tensor, count: int) -> list[int]:
     """The number of rows of each of ``count`` experts in ``experts`` (S,).
 
-    Fake tensors have no values: they stand for a step whose tokens are spread evenly over the first ``MOST_TRACED``
+    Fake tensors have no values: they represent a step whose tokens are spread evenly over the first ``MOST_TRACED``
     experts.
     """
     if is_fake(experts):
@@ -157,7 +157,7 @@ class DenseStack:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertBranch:
-    """One of the two products. ``A`` and ``B`` are None where it is not adapted."""
+    """One of the two products. ``A`` and ``B`` are None if it is not adapted."""
 
     frozen: FrozenStack
     bias: Tensor | None = None  # (E, N), frozen

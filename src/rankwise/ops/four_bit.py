@@ -20,7 +20,7 @@ from rankwise.ops.selection import as_autocast, transforms_functions
 
 _ops = torch.ops.rankwise
 
-# Called before every product of a few rows; with cold caches, the attribute lookups alone take microseconds.
+# Called before every product of a few rows; with cold caches, attribute lookups take microseconds.
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
 

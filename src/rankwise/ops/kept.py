@@ -54,7 +54,7 @@ class Kept:
         return Kept, ()
 
     def get(self, trained: tuple[Tensor, ...], frozen: Key) -> Tensor | None:
-        """The value, or None where it is out of date or was never set."""
+        """The value, or None if it is out of date or was never set."""
         if self._value is None or not _trackable(trained) or self._key != _key(trained, frozen):
             return None
         same = all(torch.equal(copy, tensor) for copy, tensor in zip(self._copies, filter(_comparable, trained)))
@@ -72,7 +72,7 @@ class Kept:
 
 
 def trained_key(tensor: Tensor) -> Key | None:
-    """A key that changes with every write to a trained tensor, or None where writes cannot be detected."""
+    """A key that changes with every write to a trained tensor, or None if writes cannot be detected."""
     return _key((tensor,), ()) if _trackable((tensor,)) else None
 
 

@@ -21,7 +21,7 @@ from rankwise.constants import IGNORED, chunk_rows
 from rankwise.ops import elementwise
 from rankwise.ops.branch import input_grad_out, linear_out
 from rankwise.ops.checks import check_targets, sum_dtype
-from rankwise.ops.selection import enough_chunks, stands_on_card
+from rankwise.ops.selection import enough_chunks, is_on_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class _ChunkedLoss(torch.autograd.Function):
         want_stats: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        wanted = chunk_rows(weight.shape[0], weight.element_size(), on_card=stands_on_card(hidden))
+        wanted = chunk_rows(weight.shape[0], weight.element_size(), on_card=is_on_card(hidden))
         sums = []
         for piece, logits in _chunks(hidden, weight, bias, wanted):
             sums.append(_score_(logits, targets[piece], shape, label_smoothing, grad is not None, want_stats))

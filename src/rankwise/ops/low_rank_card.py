@@ -47,7 +47,7 @@ class Steps:
     """The functions of `rankwise.ops.low_rank_plain`."""
 
     copies: Rounded
-    # For each branch ``g B`` (N, r'), or None where no gain is folded in.
+    # For each branch ``g B`` (N, r'), or None if no gain is folded in.
     folded: Sequence[Tensor | None]
 
     def forward(self, rows: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> tuple[list[Tensor], Tensor]:

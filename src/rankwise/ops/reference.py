@@ -157,7 +157,7 @@ def not_finite(w: Tensor, start: int = 0) -> QuantizationError:
     return QuantizationError(
         "RW603",
         f"the weight holds {flat[index].item()} at flat index {start + index}: 4 bits have no code for NaN or Inf. "
-        "The checkpoint is damaged or the training that made it diverged; use another one.",
+        "The checkpoint is damaged or the training that made it diverged; use a different one.",
     )
 
 

@@ -42,7 +42,7 @@ class Handback:
         self._rows = rows
 
     def take(self) -> Tensor | None:
-        """y (T, N), or None where it was not returned. Only the first call gives it, so that y is freed early."""
+        """y (T, N), or None if it was not returned. Only the first call gives it, so that y is freed early."""
         rows, self._rows = self._rows, None
         return rows
 

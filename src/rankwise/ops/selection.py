@@ -6,6 +6,7 @@ plain PyTorch and warns once (RW608).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -28,11 +29,20 @@ _MODULES = {
 
 T = TypeVar("T")
 
+
+@dataclasses.dataclass(frozen=True)
+class Fakes:
+    """The device whose tensors fake CPU tensors count as, "cpu" or "cuda", and what a card there has."""
+
+    device_type: str
+    triton: bool = True
+    flash: bool = True
+
+
+_fakes: Fakes | None = None
 _choice: str | None = None
 _modules: dict[str, ModuleType] = {}
 _said: set[str] = set()
-_fakes_as: str | None = None
-_fakes_have_triton = _fakes_have_flash = True
 
 
 def set_implementation(name: str) -> None:
@@ -99,7 +109,7 @@ def as_autocast(x: Tensor) -> Tensor:
 
 def takes_native(tensor: Tensor) -> bool:
     """Whether the native library runs on this tensor: a plain CPU tensor, or a fake one within ``fakes_as("cpu")``."""
-    known = type(tensor) in (Tensor, torch.nn.Parameter) or (_fakes_as == "cpu" and is_fake(tensor))
+    known = type(tensor) in (Tensor, torch.nn.Parameter) or _fakes_of(tensor, "cpu") is not None
     return known and tensor.is_cpu and native_on_cpu() and not transforms_functions()
 
 
@@ -107,18 +117,22 @@ def takes_native(tensor: Tensor) -> bool:
 def fakes_as(device_type: str, *, triton: bool = True, flash: bool = True) -> Iterator[None]:
     """Within this context fake CPU tensors dispatch as if on ``device_type``, ``"cpu"`` or ``"cuda"`` (with or without
     Triton and flash attention): their storages are those of a real step there."""
-    global _fakes_as, _fakes_have_triton, _fakes_have_flash
-    before = _fakes_as, _fakes_have_triton, _fakes_have_flash
-    _fakes_as, _fakes_have_triton, _fakes_have_flash = device_type, triton, flash
+    global _fakes
+    before, _fakes = _fakes, Fakes(device_type, triton, flash)
     try:
         yield
     finally:
-        _fakes_as, _fakes_have_triton, _fakes_have_flash = before
+        _fakes = before
+
+
+def _fakes_of(tensor: Tensor, device_type: str) -> Fakes | None:
+    """What the tensor counts as, if it is a fake one that counts as one of ``device_type``."""
+    return _fakes if _fakes is not None and _fakes.device_type == device_type and is_fake(tensor) else None
 
 
 def enough_chunks(chunks: Sequence[T], of: Tensor) -> Sequence[T]:
     """Those of a loop over chunks of equal memory that have to run: all, of fake tensors the first two and the last."""
-    return [*chunks[:2], chunks[-1]] if _fakes_as is not None and is_fake(of) and len(chunks) > 3 else chunks
+    return [*chunks[:2], chunks[-1]] if _fakes is not None and is_fake(of) and len(chunks) > 3 else chunks
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -127,25 +141,27 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def takes_triton(tensor: Tensor) -> bool:
-    """Whether Triton kernels run on this CUDA tensor, or would run on the one that a fake CPU tensor stands for.
+    """Whether Triton kernels run on this CUDA tensor, or would run on the one that a fake CPU tensor represents.
 
     A real CPU tensor counts only where Triton is forced, for its interpreter.
     """
     if tensor.is_cuda or (tensor.is_cpu and forced() == "triton"):
         return runs_triton(tensor.device)
-    return stands_on_card(tensor) and _fakes_have_triton
+    fakes = _fakes_of(tensor, "cuda")
+    return fakes is not None and fakes.triton
 
 
-def stands_on_card(tensor: Tensor) -> bool:
-    """Whether the tensor is on a CUDA device, or is a fake CPU tensor that stands for such a tensor."""
-    return tensor.is_cuda or (_fakes_as == "cuda" and is_fake(tensor))
+def is_on_card(tensor: Tensor) -> bool:
+    """Whether the tensor is on a CUDA device, or is a fake CPU tensor that represents one."""
+    return tensor.is_cuda or _fakes_of(tensor, "cuda") is not None
 
 
 def card_capability(tensor: Tensor) -> tuple[int, int]:
     """The compute capability of the tensor's GPU. For a fake tensor: (8, 0) with flash attention, (7, 5) without."""
     if tensor.is_cuda:
         return torch.cuda.get_device_capability(tensor.device)
-    return (8, 0) if _fakes_have_flash else (7, 5)
+    fakes = _fakes_of(tensor, "cuda")
+    return (8, 0) if fakes is None or fakes.flash else (7, 5)
 
 
 def _choose(device: str) -> str:
@@ -169,7 +185,7 @@ def _automatic(device: str) -> str:
 
 
 def obstacle(choice: str, device: str) -> str | None:
-    """Why ``choice`` cannot run on ``device`` and what to do, or None where it can."""
+    """Why ``choice`` cannot run on ``device`` and what to do, or None if it can."""
     if choice == "native":
         if device != "cpu":
             return f"the native library works on CPU tensors, and this one is on {device}."

@@ -1,31 +1,39 @@
-"""Checkpoints that exist whole or not at all.
+"""A run's folder: checkpoints that exist whole or not at all, and checks before a run.
 
 A checkpoint is written to ``checkpoints/.tmp-step-N-*``; every file and the folder are flushed to disk; the folder is
 renamed to ``checkpoints/step-N``; its parent is flushed; then older checkpoints are removed. Whenever the process
 stops, the newest ``step-N`` is complete. ``manifest.json`` lists each file with its size and sha256, so that later
-damage is found and named. Imports no torch.
+damage is found and named.
+
+Before a run: whether the folder may be written, whether a resumed run has the same settings, and what ``--overwrite``
+removes: the files of the old run, by name, and no others.
+
+Imports no torch, since the command line calls these checks before it loads torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError
 
-from rankwise.disk import flush, flush_tree, follow_umask, remove_tree, system_error
-from rankwise.errors import RunError
-from rankwise.foreign import read_json
-from rankwise.records import write_json
+from rankwise.disk import flush, flush_tree, follow_umask, refuse_links, remove_tree, strays, system_error
+from rankwise.errors import ConfigError, RunError
+from rankwise.foreign import Fields, read_json
+from rankwise.options import flag
+from rankwise.records import METRICS_FILE, RUN_FILE, SKIPPED_FILE, RunRecord, check_writable, load_record, write_json
 from rankwise.reports.numbers import byte_size
-from rankwise.weights_file import pickles_in, sha256_of
+from rankwise.weights_file import sha256_of
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -42,11 +50,15 @@ class Checkpoint:
     path: Path
 
 
+class Damaged(RunError):
+    """Files of a checkpoint are not those of its manifest (RW515)."""
+
+
 def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], size_bytes: int = 0) -> Checkpoint:
     """Let ``write(folder)`` fill a temporary folder, and rename it to ``checkpoints/step-N`` once all of it is on disk.
 
     ``size_bytes``: the expected size, for which the free space is checked first. A failed attempt leaves nothing.
-    Raises RunError: RW513 where the disk is full, RW514 where the folder cannot be written.
+    Raises RunError: RW513 if the disk is full, RW514 if the folder cannot be written.
     """
     with temporary_folder(run_folder, f"step-{step}", size_bytes) as temporary:
         write(temporary)
@@ -60,7 +72,7 @@ def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], 
 def temporary_folder(run_folder: Path, name: str, size_bytes: int = 0) -> Iterator[Path]:
     """A temporary folder beside the checkpoints, whose files the caller moves to their places once all are complete.
 
-    Files left in the folder are removed at the end. Raises RunError: RW513 where the disk is full, RW514 where the
+    Files left in the folder are removed at the end. Raises RunError: RW513 if the disk is full, RW514 if the
     folder cannot be written.
     """
     parent = run_folder / FOLDER
@@ -85,46 +97,29 @@ def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:
-    """Compare every file with the manifest.
-
-    Raises RunError: RW512 for pickles, RW515 with every file that is missing, has a different size or has changed.
-    """
-    check_no_pickles(checkpoint.path)
+    """Compare every file with the manifest. Raises Damaged with every file that is missing or has changed."""
     problems = list(_damage(checkpoint))
     if problems:
-        raise RunError("RW515", f"the checkpoint {checkpoint.path} is damaged: {'; '.join(problems)}.")
-
-
-def check_no_pickles(folder: Path) -> None:
-    """Raise RunError (RW512) where a checkpoint folder holds pickles, as transformers' Trainer writes them."""
-    found = [path.name for path in pickles_in(folder)] if folder.is_dir() else []
-    if found:
-        raise RunError(
-            "RW512",
-            f"{folder} holds pickles ({', '.join(found)}), which can run code when opened and are never loaded; "
-            "resume from a checkpoint that rankwise wrote, or start anew in another folder.",
-        )
+        raise Damaged("RW515", f"the checkpoint {checkpoint.path} is damaged: {'; '.join(problems)}.")
 
 
 def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Checkpoint | None:
-    """The newest undamaged checkpoint; None where there is no checkpoint.
+    """The newest undamaged checkpoint; None if there is no checkpoint.
 
-    ``on_damage`` is called with the error of each newer, damaged one. Raises RunError: RW516 where every checkpoint is
-    damaged, RW512 for a checkpoint with pickles.
+    ``on_damage`` is called with the error of each newer, damaged one. Raises RunError (RW516) if every checkpoint is
+    damaged.
     """
     checkpoints = list_checkpoints(run_folder)
     for checkpoint in reversed(checkpoints):
         try:
             check_checkpoint(checkpoint)
             return checkpoint
-        except RunError as error:
-            if error.code != "RW515":
-                raise
+        except Damaged as error:
             on_damage(error)
     if checkpoints:
         raise RunError(
             "RW516",
-            f"every checkpoint in {run_folder / FOLDER} is damaged; start anew with --overwrite, or in another folder.",
+            f"every checkpoint in {run_folder / FOLDER} is damaged; start anew with --overwrite.",
         )
     return None
 
@@ -146,30 +141,11 @@ def remove_old(run_folder: Path, keep: int, step: int, best_step: int | None = N
 def remove_unfinished(run_folder: Path) -> None:
     """Remove files that killed processes left in the checkpoint folder."""
     for path in (run_folder / FOLDER).glob(f"{TEMPORARY}*"):
-        if _is_temporary(path):
-            remove_tree(path)
-
-
-def foreign_items(run_folder: Path) -> list[str]:
-    """The names in the checkpoint folder that no run wrote: all except unfinished checkpoints and ``step-N`` folders
-    whose manifest names each of their files.
-    """
-    folder = run_folder / FOLDER
-    if not folder.is_dir():
-        return [""] if folder.exists() else []
-    return [path.name for path in sorted(folder.iterdir()) if not (_is_temporary(path) or _is_own(path))]
-
-
-def remove_checkpoints(run_folder: Path) -> None:
-    """Remove every checkpoint, finished or not. Other files stay, and so does the folder."""
-    remove_unfinished(run_folder)
-    for checkpoint in list_checkpoints(run_folder):
-        if _is_own(checkpoint.path):
-            _discard(checkpoint.path)
+        remove_tree(path)
 
 
 def check_space(folder: Path, size_bytes: int) -> None:
-    """Raise RunError (RW513) where the disk of ``folder``, which need not exist, lacks ``size_bytes`` of free space."""
+    """Raise RunError (RW513) if the disk of ``folder``, which need not exist, lacks ``size_bytes`` of free space."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -177,7 +153,7 @@ def check_space(folder: Path, size_bytes: int) -> None:
         raise RunError(
             "RW513",
             f"{folder} has {byte_size(free)} free and {byte_size(size_bytes + SPARE_BYTES)} are needed for "
-            "checkpoints; free some space, lower --save-total-limit, or give an --output on another disk.",
+            "checkpoints; free some space, lower --save-total-limit, or give an --output on a different disk.",
         )
 
 
@@ -210,7 +186,7 @@ def _write_manifest(folder: Path, step: int) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
-    """{file: (bytes, sha256)} of the manifest; None where it is missing or invalid."""
+    """{file: (bytes, sha256)} of the manifest; None if it is missing or invalid."""
     try:
         manifest = read_json(folder / MANIFEST)
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
@@ -219,19 +195,6 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
         return None if any(odd) else files
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _is_temporary(path: Path) -> bool:
-    known = re.fullmatch(rf"{re.escape(TEMPORARY)}((old-)?step-\d+|final)-\w+", path.name)
-    return known is not None and path.is_dir() and not path.is_symlink()
-
-
-def _is_own(path: Path) -> bool:
-    if not re.fullmatch(r"step-\d+", path.name) or path.is_symlink() or not path.is_dir():
-        return False
-    files = _read_manifest(path)
-    found = {item.relative_to(path).as_posix() for item in path.rglob("*") if item.is_symlink() or not item.is_dir()}
-    return files is not None and found <= {*files, MANIFEST}
 
 
 def _damage(checkpoint: Checkpoint) -> Iterator[str]:
@@ -266,3 +229,196 @@ def _discard(path: Path) -> None:
     doomed = path.parent / f"{TEMPORARY}old-{path.name}-{os.getpid()}"
     os.rename(path, doomed)
     remove_tree(doomed)
+
+
+# --- the run's folder ---
+
+
+Mode = Literal["new", "resume", "overwrite"]
+
+# Settings that do not change what is learned, so that a resumed run may change them.
+MAY_CHANGE = {
+    "cache",
+    "mmap",
+    "output",
+    "resume",
+    "overwrite",
+    "device",
+    # check_same_processes compares the number of processes, which torchrun may have set.
+    "devices",
+    "ignore_plan",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "retain_margin",
+    "early_stopping",
+    "sample_prompt",
+    "report_to",
+    "dry_run",
+    "trust_remote_code",
+}
+# Settings whose content is compared by hash once it has been read, since a path can be written in several ways.
+COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "retain", "chat_template"}
+# Settings that are compared as a number of steps, once the data have been read.
+LENGTH = ("max_steps", "epochs")
+# Schedules whose learning rate does not depend on the number of steps.
+LENGTH_FREE = ("constant", "constant_with_warmup", "inverse_sqrt")
+# Files of every run. The record names those that depend on the model and its tokenizer.
+OWN_FILES = (
+    *(METRICS_FILE, SKIPPED_FILE, "loss.svg", "rates.svg", "README.md"),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
+# The status of a run that --overwrite has begun to remove.
+REPLACED = "replaced"
+# TensorBoard's files.
+EVENTS = "tensorboard/events.out.tfevents.*"
+
+
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
+    """Check whether a run may use this folder, and return how. Nothing is written.
+
+    Raises ConfigError RW112 for both options at once; RunError: RW502 for a folder with a run, RW503 for a folder that
+    cannot be written, RW504 for a folder with other files and no run, RW505 for nothing to resume, RW554 for a link in
+    the place of the checkpoint folder.
+    """
+    if resume and overwrite:
+        raise ConfigError("RW112", "--resume continues the old run and --overwrite replaces it; give one of them.")
+    check_writable(output)
+    refuse_links(output, [FOLDER])
+    there = holds_run(output)
+    # The temporary record that a killed process left does not count.
+    left = {path.name for path in strays(output, [RUN_FILE])}
+    if not there and output.is_dir() and any(path.name not in left for path in output.iterdir()):
+        unreadable = f", and its {RUN_FILE} is not a record of one" if (output / RUN_FILE).exists() else ""
+        raise RunError(
+            "RW504", f"{output} holds files that no rankwise run wrote{unreadable}; give a new or empty --output."
+        )
+    if resume:
+        if not there:
+            raise RunError("RW505", f"{output} holds no run to resume; leave --resume out to start one.")
+        if load_record(output).status == REPLACED:
+            raise RunError("RW505", f"the run in {output} was being replaced; start again with --overwrite.")
+        return "resume"
+    if there and not overwrite:
+        raise RunError(
+            "RW502",
+            f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or give "
+            "a different --output.",
+        )
+    if not there:
+        return "new"
+    return "overwrite"
+
+
+def holds_run(output: Path) -> bool:
+    """Whether the folder has the record of a run. A ``checkpoints`` folder may belong to a different program."""
+    return read_old_run(output) is not None
+
+
+def check_same_run(output: Path, settings: Fields) -> None:
+    """Raise RunError (RW507) with every setting, but the length, in which a resumed run differs from the run in
+    ``output``."""
+    before = load_record(output).settings
+    changed = []
+    for name, value in settings.items():
+        was, differs = before.get(name), before.get(name) != value
+        if name in COMPARED_BY_CONTENT:
+            # By content later; here, only whether a file is given.
+            differs = name != "revision" and (was is None) != (value is None)
+        if differs and name not in MAY_CHANGE and name not in LENGTH:
+            changed.append(f"{flag(name)} was {_given(was)} and is {_given(value)}")
+    if changed:
+        raise RunError(
+            "RW507",
+            f"the run in {output} was started with other settings: {'; '.join(changed)}; resume with the same "
+            "settings, or start a new run in a different folder.",
+        )
+
+
+def check_same_processes(output: Path, processes: int) -> None:
+    """Raise RunError (RW703) if the number of processes differs from that of the run in ``output``."""
+    before = load_record(output).devices
+    if before != processes:
+        raise RunError(
+            "RW703",
+            f"the run in {output} was trained in {before} process{'' if before == 1 else 'es'} and {processes} would "
+            "continue it; each process has its own random states and its part of each batch, so start the same number, "
+            "with --devices or torchrun.",
+        )
+
+
+def _given(value: object) -> str:
+    return "not given" if value is None else repr(value)
+
+
+def check_same_inputs(output: Path, data: Mapping[str, Fields], base_model: Fields) -> None:
+    """Raise RunError (RW508) with every input whose content differs from that of the run in ``output``.
+
+    ``data`` and ``base_model`` are as in the record, and are compared by their sha256.
+    """
+    before = load_record(output)
+    pairs = {
+        "--data": (before.data.get("train", {}), data["train"], "sha256"),
+        "--chat-template": (before.data.get("train", {}), data["train"], "chat_template_sha256"),
+        "--reward": (before.data.get("train", {}), data["train"], "rewards_sha256"),
+        "--adapter": (before.data.get("train", {}), data["train"], "adapter_sha256"),
+        "--new-tokens": (before.data.get("train", {}), data["train"], "new_tokens_sha256"),
+        "--eval-data": (before.data.get("eval", {}), data.get("eval", {}), "sha256"),
+        "--model": (before.base_model, base_model, "sha256"),
+    }
+    changed = [name for name, (old, new, key) in pairs.items() if old.get(key) not in (None, new.get(key))]
+    if changed:
+        raise RunError(
+            "RW508",
+            f"the run in {output} was started with other content of {', '.join(changed)}; resume with the same "
+            "files, or start a new run in a different folder.",
+        )
+
+
+def read_old_run(output: Path) -> RunRecord | None:
+    """The record of the run in ``output``; None if there is no valid record."""
+    try:
+        record = load_record(output)
+    except RunError:
+        return None
+    return record if isinstance(record.settings, dict) and isinstance(record.files, list) else None
+
+
+def clear_run(output: Path) -> None:
+    """Remove the files of the old run except its record, which the new run replaces, and keep all other files.
+
+    The record is marked as ``replaced`` first, so that after a kill no run in the folder looks finished. Raises
+    RunError (RW554) for a link in the place of the checkpoint folder, before anything is removed.
+    """
+    refuse_links(output, [FOLDER])
+    files = _named_files(output)
+    if (record := read_old_run(output)) is not None:
+        record.status = REPLACED
+        record.save(output)
+    remove_unfinished(output)
+    for checkpoint in list_checkpoints(output):
+        _discard(checkpoint.path)
+    for path in files:
+        path.unlink(missing_ok=True)
+    folders = {output / parent for path in files for parent in path.relative_to(output).parents[:-1]}
+    for folder in sorted(folders, reverse=True):
+        # A folder with other files stays.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _named_files(output: Path) -> list[Path]:
+    """The existing files that the run wrote outside ``checkpoints``. A record's names cannot lead out of the folder."""
+    record = read_old_run(output)
+    named = [name for name in record.files if isinstance(name, str)] if record else []
+    found = [output / name for name in sorted({*OWN_FILES, *named})]
+    if record and "tensorboard" in str(record.settings.get("report_to")):
+        found += sorted(output.glob(EVENTS))
+
+    def is_inside(path: Path) -> bool:
+        # The files of a folder that is a link lie elsewhere.
+        parent, root = path.parent.resolve(), output.resolve()
+        return parent.is_relative_to(root) and not parent.is_relative_to(root / FOLDER) and path.name != RUN_FILE
+
+    return [path for path in found if os.path.lexists(path) and not path.is_dir() and is_inside(path)]

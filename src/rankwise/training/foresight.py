@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from datasets import Dataset
 
-from rankwise.acceleration.packing import members_of
-from rankwise.acceleration.scoring import Target, loss_scorer, trained_target
 from rankwise.constants import IGNORED
 from rankwise.data.preferences import ANSWER_IDS
 from rankwise.foreign import Fields
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
     from rankwise.training.loop import Loop
 
 ROWS_AT_ONCE = 10_000
-# The columns of KTO's mismatched answers (answers to another prompt of the batch).
-MISMATCHED = ("KL_completion_ids",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,93 +49,44 @@ class Foresight(Protocol):
         """
 
 
-def largest_batch(loop: Loop, *, flat: bool) -> MicroBatch:
-    """The largest micro-batch of the run; ``flat``: rows are concatenated, not padded."""
-    objective: Any = loop.objective
-    shared = flat and hasattr(objective, "scoring") and objective.scoring.shares_prompts
-    lengths = _lengths(objective.rows, shared=shared)
-    return _largest(objective.rows, lengths, coming_batches(loop), flat=flat)
-
-
-def largest_evaluation(loop: Loop) -> MicroBatch | None:
-    """The largest batch of an evaluation; None without evaluations."""
-    if loop.objective.eval_rows is None:
-        return None
-    targets = evaluation_targets(loop.objective.eval_rows)
-    scorer = loss_scorer(loop.model)
-    scorer.packs = True
-    batches = [(len(rows), max(row.length for row in rows), rows) for rows in scorer.batches(targets)]
-    count, tokens, rows = max(batches, key=lambda batch: batch[0] * batch[1], default=(1, 1, []))
-    asked = sum(len(targets[member].places) for member in members_of(rows))
-    return MicroBatch(count, tokens, min(1.0, max(asked, 1) / (count * tokens)))
-
-
-def largest_scoring(loop: Loop) -> MicroBatch | None:
-    """The largest batch of preferences that is scored without gradients; None where there is none.
-
-    These are the batches of evaluations, with rows in the order of the data, and the mismatched answers that KTO scores
-    in every step.
-    """
-    objective: Any = loop.objective
-    scoring, found = objective.scoring, []
-    sets = ((objective.rows, MISMATCHED), (objective.eval_rows, MISMATCHED), (objective.eval_rows, ANSWER_IDS))
-    for dataset, answers in sets:
-        if dataset is not None and not {*answers}.isdisjoint(dataset.column_names):
-            lengths = _lengths(dataset, shared=scoring.shares_prompts, answers=answers)
-            found.append(_largest(dataset, lengths, [_in_order(dataset, objective.size)], flat=scoring.asked.flat))
-    return max(found, key=lambda batch: batch.rows * batch.tokens, default=None)
-
-
-def largest_answering(loop: Loop) -> MicroBatch | None:
-    """The largest batch of texts that an evaluation answers with labels; None without evaluations."""
-    objective: Any = loop.objective
-    rows = objective.eval_rows
-    return None if rows is None else _largest(rows, _lengths(rows), [_in_order(rows, objective.size)], flat=False)
-
-
-def _in_order(dataset: Dataset, size: int) -> np.ndarray:
-    """The row numbers of this process's parts of batches of ``size`` rows in the order of the data."""
-    return _table([[*range(len(dataset))][start : start + size] for start in range(0, len(dataset), size)])
-
-
-def evaluation_targets(dataset: Dataset) -> list[Target]:
-    """The scored tokens of an evaluation's encoded rows. A row whose only trained token is its first has none."""
-    trained = ([label != IGNORED for label in row] for row in dataset["labels"])
-    return [target for target in map(trained_target, dataset["input_ids"], trained) if target is not None]
-
-
-def coming_batches(loop: Loop) -> Iterator[np.ndarray]:
-    """Yields, for each epoch, the row numbers of this process's micro-batches: (batches, rows), -1 in shorter ones."""
+def coming_batches(loop: Loop) -> Iterator[list[int]]:
+    """The row numbers of this process's micro-batches, from the first step to the last."""
     left = loop.options.total_steps * loop.options.accumulation
     for epoch in range(math.ceil(loop.options.total_steps / loop.steps_an_epoch)):
-        order = loop.objective.order(epoch)[:left]
-        yield _table(order)
+        yield from own_parts(loop.objective.order(epoch)[:left])
         left -= loop.steps_an_epoch * loop.options.accumulation
 
 
-def _table(batches: Sequence[list[int]]) -> np.ndarray:
-    """The row numbers of this process's parts of ``batches``: (batches, rows)."""
-    parts = [ranks.share(batch) or batch[:1] for batch in batches]
-    widest = max(map(len, parts))
-    return np.array([[*part, *[-1] * (widest - len(part))] for part in parts])
+def own_parts(batches: Iterable[list[int]]) -> Iterator[list[int]]:
+    """This process's part of each batch: one row at least."""
+    return (ranks.share(batch) or batch[:1] for batch in batches)
 
 
-def _largest(dataset: Dataset, sides: np.ndarray, tables: Iterable[np.ndarray], *, flat: bool) -> MicroBatch:
-    """The batch with the most tokens, padding included, and among these the one with the longest row."""
-    # Row -1 has no tokens.
-    lengths = np.vstack([sides, np.zeros_like(sides[:1])])
-    most: tuple[int, int] = (0, 0)
-    found = np.empty(0, int)
-    for table in tables:
-        longest, together = lengths[table].max((1, 2)), lengths[table].sum((1, 2))
-        tokens = together if flat else longest * (table >= 0).sum(1) * sides.shape[1]
-        best = np.lexsort((longest, tokens))[-1]
-        if (tokens[best], longest[best]) > most:
-            most, found = (tokens[best], longest[best]), table[best][table[best] >= 0]
-    trained = sum(map(_trained, dataset.select(found.tolist())))
-    sequences = len(found) * sides.shape[1]
-    tokens_a_row = math.ceil(most[0] / sequences)
-    return MicroBatch(len(found), tokens_a_row, min(1.0, max(trained, 1) / (sequences * tokens_a_row)))
+def largest(
+    dataset: Dataset,
+    batches: Iterable[list[int]],
+    *,
+    flat: bool,
+    shared: bool = False,
+    answers: Sequence[str] = ANSWER_IDS,
+) -> MicroBatch:
+    """The batch with the most tokens, padding included, and among these the one with the longest row.
+
+    ``flat``: rows are laid end to end, not padded. ``shared``: the prompt, which both sides of a pair share, counts for
+    the first side only. ``answers``: the columns that hold answers, where a data set has them.
+    """
+    lengths: list[list[int]] = _lengths(dataset, shared=shared, answers=answers).tolist()
+
+    def size(batch: list[int]) -> tuple[int, int]:
+        longest = max(max(lengths[row]) for row in batch)
+        together = sum(sum(lengths[row]) for row in batch)
+        return together if flat else longest * len(batch) * len(lengths[0]), longest
+
+    found = max(batches, key=size)
+    sequences = len(found) * len(lengths[0])
+    tokens = math.ceil(size(found)[0] / sequences)
+    trained = sum(map(_trained, dataset.select(found)))
+    return MicroBatch(len(found), tokens, min(1.0, max(trained, 1) / (sequences * tokens)))
 
 
 def _trained(row: Fields) -> int:
@@ -154,11 +101,7 @@ def longest_row(dataset: Dataset) -> int:
 
 
 def _lengths(dataset: Dataset, *, shared: bool = False, answers: Sequence[str] = ANSWER_IDS) -> np.ndarray:
-    """The number of tokens of every row, for each side of a pair: (rows, sides).
-
-    ``shared``: the prompt, which both sides share, counts for the first side only. ``answers``: the columns that hold
-    answers, where a data set has them.
-    """
+    """The number of tokens of every row, for each side of a pair: (rows, sides)."""
     import pyarrow.compute as pc
 
     def of(name: str) -> np.ndarray:

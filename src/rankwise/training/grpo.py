@@ -34,21 +34,18 @@ from rankwise.acceleration.generation import Decoding, Generator, Prompt, batche
 from rankwise.config import GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings
 from rankwise.conflicts import LOSS_TYPES
 from rankwise.constants import WRITTEN_ROWS
-from rankwise.data import Rows
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.prompts import ANSWERS, encode_prompts, prompt_formats
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, one_line, warn
 from rankwise.final_number import extract_answer
-from rankwise.models.load import table_rows
-from rankwise.options import flag
 from rankwise.training import ranks
 from rankwise.training.foresight import MicroBatch, longest_row
 from rankwise.training.learning import Learning
-from rankwise.training.loop import KEY, Batch, Counted, Figures, Loop, Loss, Row, on_device, shuffled
+from rankwise.training.loop import KEY, Batch, Counted, Figures, Loss, Row, in_order, on_device, shuffled
 from rankwise.training.losses import NORMALISED, advantages, of_rewards
 from rankwise.training.preferences import Scoring, answered
-from rankwise.training.setup import Data, LoadedBase, encode_data
+from rankwise.training.setup import Data, LoadedBase, Texts, check_positions, encode_data
 from rankwise.weights_file import sha256_of
 
 # A reward function, called with keyword arguments that are columns by name.
@@ -58,8 +55,6 @@ Given = Mapping[str, Any]
 Said = str | Sequence[Message]
 BUILT_IN = "answer, format=REGEX, length=N"
 FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:]+)")
-# Largest number of characters of a prompt or an answer in a message.
-SHOWN = 80
 # An evaluation checks after this number of prompts whether the user has stopped it.
 EVALUATED_AT_ONCE = 64
 # Number of first steps with equal rewards after which the run warns (RW778).
@@ -67,34 +62,21 @@ SILENT_STEPS = 10
 
 
 def learning(given: TrainSettings) -> Learning:
-    """The parts of a run on rewards. Raises ConfigError: RW770 without a reward, and as ``read_rewards`` does."""
-    if not given.reward:
-        raise ConfigError(
-            "RW770",
-            f"--objective grpo needs --reward: FILE.py:NAME, a function in a Python file, or one of {BUILT_IN}.",
-        )
-    rewards = read_rewards(given.reward)
+    """The parts of a run on rewards. Raises ConfigError as ``read_rewards`` does."""
+    rewards = read_rewards(given.reward or ())
     return Learning(
         functools.partial(_encode, rewards=rewards),
         functools.partial(_objective, rewards=rewards),
         formats=prompt_formats(**given.columns),
         has_labels=False,
-        largest_batch=_largest_batch,
-        largest_evaluation=_largest_evaluation,
     )
 
 
 def _encode(
-    given: TrainSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    eval_rows: Rows | None,
-    template: str | None,
-    *,
-    rewards: Sequence[Reward],
+    given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts, *, rewards: Sequence[Reward]
 ) -> Data:
-    room = given.max_completion_length or MAX_COMPLETION_LENGTH
-    data = encode_data(given, tokenizer, rows, eval_rows, template, functools.partial(encode_prompts, room=room))
+    longest = given.max_completion_length or MAX_COMPLETION_LENGTH
+    data = encode_data(given, tokenizer, texts, functools.partial(encode_prompts, room=longest))
     hashes = [reward.sha256 for reward in rewards if reward.sha256 is not None]
     notes = {"rewards_sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()} if hashes else {}
     return dataclasses.replace(data, notes=notes)
@@ -103,33 +85,23 @@ def _encode(
 def _objective(
     given: TrainSettings, data: Data, base: LoadedBase, flat: bool, *, rewards: Sequence[Reward]
 ) -> RewardedAnswers:
-    """Raises ConfigError (RW775) for prompts that the model has no positions for, or that do not fill a step."""
+    """Raises ConfigError (RW775) for prompts that do not fill a step."""
     model, tokenizer, prompts = base.model, base.tokenizer, data.train.dataset
     longest_answer = given.max_completion_length or MAX_COMPLETION_LENGTH
-    longest, places = longest_row(prompts) + longest_answer, table_rows(model)
-    if places is not None and longest > places:
-        raise ConfigError(
-            "RW775",
-            f"the longest prompt and {flag('max_completion_length')} make {longest:,} tokens, and this "
-            f"{type(model).__name__} has learned positions for {places:,}; give --max-length {places} or less.",
-        )
+    check_positions(model, [prompts], longest_answer)
     size, group = given.batch_size * ranks.count(), given.num_generations or GENERATIONS
     asked = size * given.gradient_accumulation // group
     if asked > len(prompts):
-        raise ConfigError(
-            "RW775",
-            f"a step takes {asked} prompts and there are {len(prompts)}; lower --batch-size or "
-            "--gradient-accumulation, or raise --num-generations.",
-        )
+        raise ConfigError("RW775", f"a step takes {asked} prompts and there are {len(prompts)}; lower --batch-size.")
     temperature = given.temperature or 1.0
     return RewardedAnswers(
-        Scoring(model, flat=flat, pairs=False, temperature=temperature),
+        Scoring(model, "flat" if flat else "padded", temperature=temperature),
         prompts,
         data.evaluation and data.evaluation.dataset,
         tokenizer=tokenizer,
         rewards=rewards,
         weights=given.reward_weights or (1.0,) * len(rewards),
-        stop_ids=stop_ids_of(model, tokenizer, RowEncoder(data.rows, tokenizer, data.template).stop_ids()),
+        stop_ids=stop_ids_of(model, tokenizer, RowEncoder(data.texts.rows, tokenizer, data.texts.template).stop_ids()),
         size=size,
         asked=asked,
         group=group,
@@ -139,23 +111,6 @@ def _objective(
         loss_type=given.loss_type or LOSS_TYPES["grpo"][0],
         beta=given.beta or 0.0,
     )
-
-
-def _largest_batch(loop: Loop, *, flat: bool) -> MicroBatch:
-    """The largest possible micro-batch: answers of full length to the longest prompt."""
-    objective: Any = loop.objective
-    tokens = longest_row(objective.rows) + objective.longest
-    return MicroBatch(objective.size // ranks.count(), tokens, objective.longest / tokens)
-
-
-def _largest_evaluation(loop: Loop) -> MicroBatch | None:
-    """The largest possible evaluation batch: one answer of full length to each prompt."""
-    objective: Any = loop.objective
-    if objective.eval_rows is None:
-        return None
-    tokens = longest_row(objective.eval_rows) + objective.longest
-    rows = min(len(objective.eval_rows), EVALUATED_AT_ONCE, WRITTEN_ROWS[loop.model.device.type])
-    return MicroBatch(rows, tokens, objective.longest / tokens)
 
 
 @dataclasses.dataclass
@@ -218,10 +173,17 @@ class RewardedAnswers:
         found = zip(places, self._scored(prompts, answers), map(len, answers), is_cut)
         everyone = sorted(itertools.chain.from_iterable(ranks.gathered([*found])))
         _, scores, lengths, cut = map(list, zip(*everyone))
-        rewards = self._weighted(scores)
+        rewards = self._weighted(scores, must=step == 0)
         advantage = advantages(rewards, self.group).to(self.scoring.model.device)
         is_equal = [len({*group[~group.isnan()].tolist()}) < 2 for group in rewards.split(self.group)]
-        self._note_silence(step, is_unscored=bool(rewards.isnan().all()), is_equal=all(is_equal))
+        self._silent_steps = self._silent_steps + 1 if all(is_equal) else -math.inf
+        if self._silent_steps == SILENT_STEPS:
+            warn(
+                "RW778",
+                f"in the first {SILENT_STEPS} steps all answers to a prompt got the same reward, so nothing was "
+                "learned; check the reward with `rankwise generate`, raise --temperature or --num-generations, or "
+                "begin with easier prompts.",
+            )
         figures = {
             **{name: (mean, 1) for name, mean in self._means(scores, rewards).items()},
             "equal_rewards": (sum(is_equal), len(is_equal)),
@@ -268,9 +230,16 @@ class RewardedAnswers:
         given = {"prompts": prompts, "completions": completions, "completion_ids": answers, **columns}
         return [list(values) for values in zip(*(reward(**given) for reward in self.rewards), strict=True)]
 
-    def _weighted(self, scores: Sequence[Sequence[float]]) -> Tensor:
-        """The weighted sum of each answer's scores, of which some may be missing; NaN where all are."""
+    def _weighted(self, scores: Sequence[Sequence[float]], *, must: bool = False) -> Tensor:
+        """The weighted sum of each answer's scores, of which some may be missing; NaN if all are. Raises RunError
+        (RW774) if no answer has a score and one ``must``."""
         values, weights = torch.tensor(scores), torch.tensor(self.weights)
+        if must and values.isnan().all():
+            raise RunError(
+                "RW774",
+                f"no --reward gave a score for any of {len(scores)} answers, all of which got None; let one of them "
+                "return numbers.",
+            )
         return (values * weights).nansum(1).masked_fill(values.isnan().all(1), math.nan)
 
     def _means(self, scores: Sequence[Sequence[float]], rewards: Tensor) -> dict[str, float]:
@@ -278,23 +247,6 @@ class RewardedAnswers:
         names = ["reward", *(f"reward_{reward.name}" for reward in self.rewards)]
         columns = dict(zip(names, [rewards, *torch.tensor(scores).T], strict=True))
         return {name: float(column.nanmean()) for name, column in columns.items() if not column.isnan().all()}
-
-    def _note_silence(self, step: int, *, is_unscored: bool, is_equal: bool) -> None:
-        """Raise RunError (RW774) where no answer of the first step has a score; warn (RW778) of equal rewards."""
-        if is_unscored and step == 0:
-            raise RunError(
-                "RW774",
-                "no --reward gave a score for any answer of the first step, all of which got None; let one of them "
-                "return numbers.",
-            )
-        self._silent_steps = self._silent_steps + 1 if is_equal else -math.inf
-        if self._silent_steps == SILENT_STEPS:
-            warn(
-                "RW778",
-                f"in the first {SILENT_STEPS} steps all answers to a prompt got the same reward, so nothing was "
-                "learned; check the reward with `rankwise generate`, raise --temperature or --num-generations, or "
-                "begin with easier prompts.",
-            )
 
     def _laid_out(self, prompts: list[list[int]], answers: list[list[int]], together: int) -> Batch:
         """Prompts and answers (B, L), padded on the right, with the weight of each answer's tokens. ``together``: the
@@ -324,21 +276,31 @@ class RewardedAnswers:
         rows = self.eval_rows
         assert rows is not None
         scores: list[list[float]] = []
-        for start in range(0, len(rows), EVALUATED_AT_ONCE * ranks.count()):
-            own = ranks.share([*range(len(rows))][start : start + EVALUATED_AT_ONCE * ranks.count()])
+        for places in in_order(len(rows), EVALUATED_AT_ONCE * ranks.count()):
+            own = ranks.share(places)
             asked = [rows[place] for place in own]
             found = self._scored(asked, self._written(asked, own, 0.0, self.seed)) if own else []
             scores += itertools.chain.from_iterable(ranks.gathered(found))
             pause()
-        rewards = self._weighted(scores)
-        if rewards.isnan().all():
-            raise RunError(
-                "RW774",
-                f"no --reward gave a score for any of the {len(scores)} evaluation answers, all of which got None; let "
-                "one of them return numbers, or leave out --eval-data.",
-            )
-        means = self._means(scores, rewards)
+        means = self._means(scores, self._weighted(scores, must=True))
         return {"eval_loss": -means["reward"], **{f"eval_{name}": mean for name, mean in means.items()}}
+
+    # --- the memory plan ---
+
+    def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
+        """The largest possible one: answers of full length to the longest prompt."""
+        return self._of_full_length(self.rows, self.size // ranks.count())
+
+    def largest_evaluation(self) -> MicroBatch | None:
+        """The largest possible one: one answer of full length to each prompt."""
+        if self.eval_rows is None:
+            return None
+        most = min(EVALUATED_AT_ONCE, WRITTEN_ROWS[self.scoring.model.device.type])
+        return self._of_full_length(self.eval_rows, min(len(self.eval_rows), most))
+
+    def _of_full_length(self, prompts: Dataset, count: int) -> MicroBatch:
+        tokens = longest_row(prompts) + self.longest
+        return MicroBatch(count, tokens, self.longest / tokens)
 
 
 # --- rewards ---
@@ -354,12 +316,11 @@ class Reward:
     sha256: str | None = None
 
     def __call__(self, **given: Any) -> list[float]:
-        """A score for each of ``completions``, NaN where the function returns None.
+        """A score for each of ``completions``, NaN if the function returns None.
 
-        Raises RunError: RW772 where the function raises, RW774 where it does not return a finite number or None for
+        Raises RunError: RW772 if the function raises, RW774 if it does not return a finite number or None for
         each completion.
         """
-        count = len(given["completions"])
         try:
             found = self._called(given)
         except RankwiseError:
@@ -367,23 +328,16 @@ class Reward:
         except (Exception, SystemExit) as error:
             raise RunError(
                 "RW772",
-                f"the reward {self.spec} raised {type(error).__name__}: {one_line(error)}, on {self._where(given)}; "
-                "let it return a number for every answer.",
+                f"the reward {self.spec} raised {type(error).__name__}: {one_line(error)}; let it return a number "
+                "for every answer.",
             ) from error
-        if len(found) != count:
+        scores, count = list(map(_number, found)), len(given["completions"])
+        if len(scores) != count or math.inf in scores:
             raise RunError(
                 "RW774",
-                f"the reward {self.spec} returned {reprlib.repr(found)} for {count} answers; let it return a list "
-                "with one number for each of `completions`.",
+                f"the reward {self.spec} returned {reprlib.repr(found)} for {count} answers; let it return a list with "
+                "one finite number, or None for no score, for each of `completions`.",
             )
-        scores = [math.nan if value is None else _number(value) for value in found]
-        for place, score in enumerate(scores):
-            if found[place] is not None and not math.isfinite(score):
-                raise RunError(
-                    "RW774",
-                    f"the reward {self.spec} returned {reprlib.repr(found[place])}, which is not a finite number, for "
-                    f"{_sample(given, place)}; let it return a number, or None for no score.",
-                )
         return scores
 
     def _called(self, given: Given) -> list[Any]:
@@ -395,30 +349,26 @@ class Reward:
         found = asyncio.run(found) if inspect.iscoroutine(found) else found
         return list(found) if isinstance(found, Iterable) else [found]
 
-    def _where(self, given: Given) -> str:
-        """The first sample for which the function raises by itself, else the whole batch."""
-        for place in range(len(given["completions"])):
-            try:
-                self._called({name: values[place : place + 1] for name, values in given.items()})
-            except (Exception, SystemExit):  # noqa: BLE001  user code may raise anything
-                return _sample(given, place)
-        return "a batch of answers"
-
 
 def _number(value: Any) -> float:
-    """``value`` as a number, NaN for what is none. ``float`` would read text, too."""
+    """``value`` as a number, NaN for None, and infinity for all that is no finite number. ``float`` would read text."""
+    if value is None or isinstance(value, str | bytes):
+        return math.nan if value is None else math.inf
     try:
-        return math.nan if isinstance(value, str | bytes) else float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        return math.nan
+        return math.inf
+    return number if math.isfinite(number) else math.inf
 
 
 def read_rewards(specs: Sequence[str]) -> list[Reward]:
     """The rewards that ``--reward`` names. Runs the code of the named files.
 
-    Raises ConfigError: RW770 for a value that is neither a function in a file nor built in, RW771 for a file or a
+    Raises ConfigError: RW770 for none, or one that is neither a function in a file nor built in, RW771 for a file or a
     function that is missing, does not load, or cannot be called.
     """
+    if not specs:
+        raise ConfigError("RW770", f"--objective grpo needs --reward: FILE.py:NAME, or one of {BUILT_IN}.")
     rewards = [_read(spec) for spec in specs]
     names = [reward.name for reward in rewards]
     # Names must be unique, since each is one figure in the metrics.
@@ -437,13 +387,11 @@ def _read(spec: str) -> Reward:
     if kind == "format" and value:
         try:
             return Reward(spec, "format", functools.partial(format_, pattern=re.compile(value)))
-        except (re.error, RecursionError, OverflowError) as error:
+        except re.error as error:
             raise ConfigError("RW770", f"--reward {spec} holds no valid regular expression ({error}).") from None
     if kind == "length" and re.fullmatch(r"0*[1-9]\d{0,8}", value):
         return Reward(spec, "length", functools.partial(length, tokens=int(value)))
-    raise ConfigError(
-        "RW770", f"--reward {spec} is neither FILE.py:NAME, a function in a Python file, nor built in: {BUILT_IN}."
-    )
+    raise ConfigError("RW770", f"--reward {spec} is neither FILE.py:NAME nor built in: {BUILT_IN}.")
 
 
 def _from_file(spec: str, path: Path, name: str) -> Reward:
@@ -455,29 +403,23 @@ def _from_file(spec: str, path: Path, name: str) -> Reward:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError("RW771", f"--reward {spec}: {path} does not load ({reason}); correct it.") from error
     if not callable(found.get(name)):
-        there = [key for key, value in found.items() if inspect.isfunction(value)]
-        what = f"holds {name}, which is not a function" if name in found else f"has no {name}"
-        raise ConfigError("RW771", f"--reward {spec}: {path} {what}; its functions are {', '.join(there) or 'none'}.")
+        there = ", ".join(key for key, value in found.items() if inspect.isfunction(value))
+        raise ConfigError("RW771", f"--reward {spec}: {path} has no function {name}; it has {there or 'none'}.")
     return Reward(spec, name, found[name], sha256_of(path))
 
 
 def answer(completions: Sequence[Said], **columns: Any) -> list[float]:
     """1 where the final number of an answer, by GSM8K's rules, equals that of the row's own answer; else 0.
 
-    Raises DataError (RW781) where the data have no column with the right answer, or one holds no number.
+    Raises DataError (RW781) if the data have no column with the right answer, or one holds no number.
     """
-    column = next((name for name in ANSWERS if name in columns), None)
-    if column is None:
-        there = ", ".join(sorted(set(columns) - {"prompts", "completion_ids"})) or "none besides the prompts"
-        raise DataError(
-            "RW781",
-            f"--reward answer compares with a column {' or '.join(ANSWERS)}, and the data have {there}; rename the "
-            "one with the right answer.",
-        )
-    wanted = [extract_answer(str(reference)) for reference in columns[column]]
-    for reference, number in zip(columns[column], wanted):
-        if number is None:
-            raise DataError("RW781", f"--reward answer found no number in `{column}`: {str(reference)[:SHOWN]!r}.")
+    references = next((columns[name] for name in ANSWERS if name in columns), None)
+    if references is None:
+        raise DataError("RW781", f"--reward answer needs a column {' or '.join(ANSWERS)} with the right answer.")
+    wanted = [extract_answer(str(reference)) for reference in references]
+    if None in wanted:
+        odd = reprlib.repr(references[wanted.index(None)])
+        raise DataError("RW781", f"--reward answer found no number in the right answer {odd}.")
     return [float(extract_answer(text_of(one)) == number) for one, number in zip(completions, wanted)]
 
 
@@ -494,10 +436,3 @@ def length(completion_ids: Sequence[Sequence[int]], *, tokens: int) -> list[floa
 def text_of(completion: Said) -> str:
     """A completion's text. It is a list of messages where the prompt is one."""
     return completion if isinstance(completion, str) else "".join(str(part["content"]) for part in completion)
-
-
-def _sample(given: Given, place: int) -> str:
-    prompt, completion = (given[name][place] for name in ("prompts", "completions"))
-    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    said, to = (repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...") for text in (text_of(completion), asked))
-    return f"the answer {said} to the prompt {to}"

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.acceleration import offloaded
+from rankwise.acceleration.log_probs import Layout
 from rankwise.adapters.trained_base import labels_of
 from rankwise.config import BETA, TrainSettings, logging_steps_of
-from rankwise.conflicts import LED_BY_EVALUATIONS, LOSS_TYPES
+from rankwise.conflicts import LOSS_TYPES
 from rankwise.data import Rows, encode_preferences
 from rankwise.data.formats import Format
 from rankwise.data.labels import LABELLED, encode_labelled, label_counts, labels_in
@@ -25,29 +26,20 @@ from rankwise.data.preferences import PREFERENCE_FORMATS, unpaired
 from rankwise.errors import ConfigError, some_of
 from rankwise.labels import Labels
 from rankwise.training import ranks
-from rankwise.training.foresight import (
-    MicroBatch,
-    largest_answering,
-    largest_batch,
-    largest_evaluation,
-    largest_scoring,
-)
-from rankwise.training.labels import Classification
 from rankwise.training.loop import Loop, Objective, Options
 from rankwise.training.optimizers import make_optimizer
 from rankwise.training.preferences import Preferences, Scoring
-from rankwise.training.setup import Data, LoadedBase, encode_data
-from rankwise.training.sft import Demonstrations, packed
+from rankwise.training.setup import Data, LoadedBase, Texts, encode_data
+from rankwise.training.sft import Classification, Demonstrations, packed
 from rankwise.training.watch import Progress
 
 # Default interval of checkpoints, and the shortest of evaluations, as a share of the run.
 TENTH = 0.1
 # An evaluation is at most this share of the run's time in all, where a row costs half of what it costs in training: its
-# forward pass alone.
+# forward pass only.
 EVALUATING, ROW_COST = 0.2, 0.5
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# (settings, tokenizer, training rows, evaluation rows, chat template's source) -> encoded data.
-Encode = Callable[[TrainSettings, PreTrainedTokenizerBase, Rows, Rows | None, str | None], Data]
+Encode = Callable[[TrainSettings, PreTrainedTokenizerBase, Texts], Data]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +56,6 @@ class Learning:
     formats: Collection[Format] | None = None
     # Whether the rows have labels.
     has_labels: bool = True
-    # The largest micro-batch (``flat``: of concatenated rows) and the largest evaluation batch, for the memory plan.
-    largest_batch: Callable[..., MicroBatch] = largest_batch
-    largest_evaluation: Callable[[Loop], MicroBatch | None] = largest_evaluation
 
 
 def learning_from_answers(objective: str) -> Learning:
@@ -74,20 +63,8 @@ def learning_from_answers(objective: str) -> Learning:
     if objective == "sft":
         return Learning(encode_data, _demonstrations)
     if objective == "classify":
-        return Learning(
-            _encode_labelled,
-            _classification,
-            _labels,
-            formats=LABELLED,
-            has_labels=False,
-            largest_evaluation=largest_answering,
-        )
-    return Learning(
-        _encode_preferences,
-        _preferences,
-        formats=PREFERENCE_FORMATS[objective],
-        largest_evaluation=largest_scoring,
-    )
+        return Learning(_encode_labelled, _classification, _labels, formats=LABELLED, has_labels=False)
+    return Learning(_encode_preferences, _preferences, formats=PREFERENCE_FORMATS[objective])
 
 
 def _of_batches(given: TrainSettings, base: LoadedBase) -> dict[str, int]:
@@ -108,17 +85,17 @@ def _demonstrations(given: TrainSettings, data: Data, base: LoadedBase, flat: bo
     )
 
 
-def _encode_preferences(
-    given: TrainSettings, tokenizer: PreTrainedTokenizerBase, rows: Rows, eval_rows: Rows | None, template: str | None
-) -> Data:
+def _encode_preferences(given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
     if given.objective == "kto":
-        rows, eval_rows = unpaired(rows), None if eval_rows is None else unpaired(eval_rows)
-    return encode_data(given, tokenizer, rows, eval_rows, template, encode_preferences)
+        eval_rows = None if texts.eval_rows is None else unpaired(texts.eval_rows)
+        texts = dataclasses.replace(texts, rows=unpaired(texts.rows), eval_rows=eval_rows)
+    return encode_data(given, tokenizer, texts, encode_preferences)
 
 
 def _preferences(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Preferences:
+    together: Layout = "pairs" if given.objective == "dpo" else "flat"
     return Preferences(
-        Scoring(base.model, flat=flat, pairs=given.objective == "dpo"),
+        Scoring(base.model, together if flat else "padded"),
         data.train.dataset,
         data.evaluation and data.evaluation.dataset,
         **_of_batches(given, base),
@@ -132,11 +109,11 @@ def _preferences(given: TrainSettings, data: Data, base: LoadedBase, flat: bool)
 
 
 def _labels(given: TrainSettings, rows: Rows) -> Labels:
-    """The labels of the rows. Raises ConfigError (RW764) where the adapter to continue answers with others."""
+    """The labels of the rows. Raises ConfigError (RW764) if the adapter to continue answers with others."""
     labels = labels_in(rows)
-    theirs = None if given.adapter is None else labels_of(given.adapter)
-    if given.adapter is not None and theirs != labels:
-        has = "writes text" if theirs is None else f"answers with {some_of(theirs.names)} ({theirs.problem})"
+    trained = None if given.adapter is None else labels_of(given.adapter)
+    if given.adapter is not None and trained != labels:
+        has = "writes text" if trained is None else f"answers with {some_of(trained.names)} ({trained.problem})"
         raise ConfigError(
             "RW764",
             f"--adapter {given.adapter} {has}, and the labels of {rows.source} are {some_of(labels.names)} "
@@ -145,10 +122,8 @@ def _labels(given: TrainSettings, rows: Rows) -> Labels:
     return labels
 
 
-def _encode_labelled(
-    given: TrainSettings, tokenizer: PreTrainedTokenizerBase, rows: Rows, eval_rows: Rows | None, template: str | None
-) -> Data:
-    labels = labels_in(rows)
+def _encode_labelled(given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
+    labels = labels_in(texts.rows)
     encode = functools.partial(
         encode_labelled,
         tokenizer=tokenizer,
@@ -156,9 +131,9 @@ def _encode_labelled(
         max_length=given.max_length,
         skip_bad_rows=given.skip_bad_rows,
     )
-    evaluation = None if eval_rows is None else encode(eval_rows, name="eval")
-    notes = {"labels": {**labels.to_json(), "counts": label_counts(rows, labels)}}
-    return Data(encode(rows), evaluation, rows, template, eval_rows, notes)
+    evaluation = None if texts.eval_rows is None else encode(texts.eval_rows, name="eval")
+    notes = {"labels": {**labels.to_json(), "counts": label_counts(texts.rows, labels)}}
+    return Data(encode(texts.rows), evaluation, texts, notes)
 
 
 def _classification(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Classification:
@@ -167,7 +142,7 @@ def _classification(given: TrainSettings, data: Data, base: LoadedBase, flat: bo
     return Classification(
         data.train.dataset,
         data.evaluation and data.evaluation.dataset,
-        labels_in(data.rows),
+        labels_in(data.texts.rows),
         **_of_batches(given, base),
     )
 
@@ -194,7 +169,8 @@ def make_loop(
     total = given.max_steps or math.ceil(given.epochs * max(1, math.ceil(micro_batches / given.gradient_accumulation)))
     evaluates = data.evaluation is not None
     eval_steps = given.eval_steps or math.ceil(total * TENTH)
-    if data.evaluation is not None and not (given.eval_steps or _follows_evaluations(given)):
+    # Early stopping counts evaluations, which then come at every tenth, whatever they cost.
+    if data.evaluation is not None and not (given.eval_steps or given.early_stopping):
         rows = given.batch_size * given.gradient_accumulation * ranks.count()
         eval_steps = evaluation_steps_of(total, rows, len(data.evaluation.dataset))
     options = Options(
@@ -233,11 +209,6 @@ def evaluation_steps_of(steps: int, rows: int, eval_rows: int) -> int:
     """
     affordable = int(steps * rows * EVALUATING / (1 - EVALUATING) / (eval_rows * ROW_COST))
     return math.ceil(steps / min(10, max(1, affordable - 1)))
-
-
-def _follows_evaluations(given: TrainSettings) -> bool:
-    """Whether the run's course depends on its evaluations, which then come at every tenth whatever they cost."""
-    return given.early_stopping is not None or given.lr_scheduler_type in LED_BY_EVALUATIONS
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,34 +21,30 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from rankwise.acceleration.sharding import average_gradients
-from rankwise.compat.torch import is_sharded, set_last_rates
-from rankwise.conflicts import LED_BY_EVALUATIONS
-from rankwise.errors import RunError
+from rankwise.compat.torch import is_sharded
 from rankwise.records import write_json
 from rankwise.training import ranks
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
-from rankwise.training.optimizers import make_schedule
-from rankwise.training.state import (
+from rankwise.training.foresight import MicroBatch
+from rankwise.training.optimizers import make_schedule, set_rates
+from rankwise.training.watch import Diverged, EvaluationStopped, Progress, Step, Watch
+from rankwise.training.weights import (
+    checkpoint_bytes,
     load_state,
+    load_weights,
     random_states,
     reading_state,
     save_state,
+    save_weights,
     seed_all,
     set_random_states,
-    undisturbed_random_states,
-)
-from rankwise.training.watch import EvaluationStopped, Progress, Step, Watch
-from rankwise.training.weights import (
-    checkpoint_bytes,
-    load_weights,
-    save_weights,
     sharded_state,
+    undisturbed_random_states,
     whole,
     whole_state,
     whole_weights,
@@ -126,7 +122,13 @@ class Objective(Protocol):
 
     def evaluate(self, model: PreTrainedModel, pause: Callable[[], None]) -> dict[str, float]:
         """The evaluation's figures by their names in metrics.jsonl, ``eval_loss`` first. Calls ``pause`` between
-        batches, which raises ``EvaluationStopped`` where the user has asked to stop."""
+        batches, which raises ``EvaluationStopped`` if the user has asked to stop."""
+
+    def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
+        """The largest of these micro-batches of row numbers, for the memory plan."""
+
+    def largest_evaluation(self) -> MicroBatch | None:
+        """The largest batch that is computed without gradients; None if there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Options:
     evaluates_first: bool = False
     # Stop after so many evaluations without a lower loss.
     early_stopping: int | None = None
-    # The dtype of mixed precision; None where everything computes in the dtype of the weights.
+    # The dtype of mixed precision; None if everything computes in the dtype of the weights.
     autocast: torch.dtype | None = None
     checkpoint_limit: int = 2
 
@@ -174,7 +176,7 @@ class Loop:
     def fit(self, watch: Watch, checkpoint: Checkpoint | None = None) -> None:
         """Train to the last step, or until the user or early stopping asks to stop.
 
-        Raises RunError: RW530 for a loss or gradients that are not finite.
+        Raises Diverged for a loss or gradients that are not finite.
         """
         model, objective, options, progress = self.model, self.objective, self.options, self.progress
         # Every process draws its own dropout masks.
@@ -182,7 +184,9 @@ class Loop:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ranks.same_values([parameter for parameter in trained if not is_sharded(parameter)])
         self.optimizer = optimizer = self.make_optimizer()
-        self.scheduler = make_schedule(options.schedule, optimizer, options.warmup_steps, options.total_steps)
+        highest = [float(group["lr"]) for group in optimizer.param_groups]
+        usual = float(optimizer.defaults["lr"])
+        factor = make_schedule(options.schedule, usual, options.warmup_steps, options.total_steps)
         # float16 has too few exponents for small gradients.
         self.scaler = scaler = torch.amp.GradScaler(model.device.type, enabled=options.autocast == torch.float16)
         states = None if checkpoint is None else self._load(checkpoint)
@@ -224,12 +228,13 @@ class Loop:
                 step.read(whole(norm))
                 self._check(step)
                 watch.check_gradients()
-                step.rate = float(optimizer.param_groups[0]["lr"])
+                rates = [rate * factor(progress.steps - progress.skipped) for rate in highest]
+                step.rate = rates[0]
+                set_rates(optimizer, rates)
                 scaler.step(optimizer)
                 scaler.update()
                 # The scaler skips a step whose gradients overflowed float16, and lowers its scale.
-                if math.isfinite(step.norm) and options.schedule not in LED_BY_EVALUATIONS:
-                    self.scheduler.step()
+                progress.skipped += not math.isfinite(step.norm)
                 model.zero_grad()
                 progress.take(step.loss, step.tokens, step.examples)
                 logged.take(step)
@@ -277,7 +282,7 @@ class Loop:
     def _check(self, step: Step) -> None:
         number = self.progress.steps + 1
         if not math.isfinite(step.loss):
-            raise RunError(
+            raise Diverged(
                 "RW530",
                 f"the loss is {step.loss} at step {number}; lower --learning-rate"
                 + (", or train with --dtype bfloat16 or float32." if self.scaler.is_enabled() else "."),
@@ -285,7 +290,7 @@ class Loop:
         # A loss scale that can still fall makes up for an overflow of float16.
         if math.isfinite(step.norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             return
-        raise RunError(
+        raise Diverged(
             "RW530",
             f"the gradient norm is {step.norm} at step {number}, so that step was not taken; lower --learning-rate or "
             f"--max-grad-norm{', or train with --dtype float32' if self.scaler.is_enabled() else ''}.",
@@ -316,8 +321,6 @@ class Loop:
         loss, seconds = found["eval_loss"], round(time.perf_counter() - started, 4)
         watch.evaluation({**found, "seconds": seconds, "epoch": self._epochs()}, seconds)
         is_best = progress.evaluated(loss)
-        if progress.steps and self.options.schedule in LED_BY_EVALUATIONS:
-            self.scheduler.step(loss)
         if progress.steps and patience is not None and progress.evaluations_since_lowest >= patience:
             self.stopping = True
         return is_best
@@ -337,7 +340,6 @@ class Loop:
         def write(folder: Path) -> None:
             save_weights(self.model, folder, weights)
             save_state(folder, "optimizer", optimizer)
-            save_state(folder, "scheduler", self.scheduler.state_dict())
             if self.scaler.is_enabled():
                 save_state(folder, "scaler", self.scaler.state_dict())
             for rank, state in enumerate(states):
@@ -356,27 +358,20 @@ class Loop:
         load_weights(self.model, folder)
         with reading_state(folder, "training"):
             self.optimizer.load_state_dict(sharded_state(load_state(folder, "optimizer"), self.optimizer))
-            self.scheduler.load_state_dict(load_state(folder, "scheduler"))
-            self._follow_schedule()
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(load_state(folder, "scaler"))
         return load_state(folder, _random_file(ranks.rank()))
-
-    def _follow_schedule(self) -> None:
-        """Set the next step's learning rate from this run's length, since the checkpoint may be of a shorter run."""
-        scheduler = self.scheduler
-        if isinstance(scheduler, LambdaLR):
-            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-            rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
-            set_last_rates(scheduler, rates)
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
 
 
 def shuffled(rows: int, size: int, seed: int) -> list[list[int]]:
     """Row numbers in random order, by micro-batches of ``size``."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
     return [order[start : start + size] for start in range(0, rows, size)]
+
+
+def in_order(rows: int, size: int) -> list[list[int]]:
+    """Row numbers in the order of the data, by micro-batches of ``size``."""
+    return [[*range(start, min(start + size, rows))] for start in range(0, rows, size)]
 
 
 def without_rows(batch: Batch) -> Batch:

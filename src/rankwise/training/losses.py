@@ -30,9 +30,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
     return LossSums(loss, entropy, correct)
 
 
-# --- labels ---
-
-
 # --- pairs ---
 
 

@@ -91,7 +91,7 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # A signal may come while a line is being printed, when Python refuses to print another one.
+        # A signal may come while a line is being printed, when Python refuses to print a second one.
         with contextlib.suppress(RuntimeError):
             self.say("Stopping after this step (a second time: at once)")
 

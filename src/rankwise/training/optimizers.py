@@ -16,17 +16,15 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from rankwise.adapters.lora import EmbeddingLora
 from rankwise.config import TrainSettings
-from rankwise.conflicts import LED_BY_EVALUATIONS
 from rankwise.errors import ConfigError
 from rankwise.options import OPTIMIZERS, close_names
 
@@ -50,10 +48,10 @@ NAMES = (
     *("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"),
     *(*TORCHAO, *BITSANDBYTES),
 )
-# transformers' others need parameters for which `rankwise train` has no options.
+# transformers' others need parameters for which `rankwise train` has no options, or follow evaluations.
 SCHEDULES = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"),
-    *LED_BY_EVALUATIONS,
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("inverse_sqrt", "constant", "constant_with_warmup"),
 )
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 EMBEDDING_RATE = 1e-6
@@ -136,14 +134,15 @@ def make_optimizer(
     )
 
 
-def make_schedule(name: str, optimizer: Optimizer, warmup_steps: int, total_steps: int) -> Any:
-    """transformers' schedule of that name. The usual ones are written here: its module imports PEFT, where that is
-    installed, which takes seconds.
+def make_schedule(name: str, rate: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """The factor of the highest ``rate`` after a number of steps, as in transformers' schedule of that name. The usual
+    ones are written here: its module imports PEFT, where that is installed, which takes seconds.
     """
     if name not in ("linear", "cosine", "constant", "constant_with_warmup"):
         from transformers import get_scheduler
 
-        return get_scheduler(name, optimizer, warmup_steps, total_steps)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+        return get_scheduler(name, optimizer, warmup_steps, total_steps).lr_lambdas[0]
 
     def factor(step: int) -> float:
         if step < warmup_steps and name != "constant":
@@ -156,7 +155,16 @@ def make_schedule(name: str, optimizer: Optimizer, warmup_steps: int, total_step
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
 
-    return LambdaLR(optimizer, factor)
+    return factor
+
+
+def set_rates(optimizer: Optimizer, rates: Iterable[float]) -> None:
+    """Set the learning rate of each group; torchao's optimizers keep it as a tensor."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _of_bitsandbytes(name: str, model: nn.Module, groups: list[Group], rate: float) -> Optimizer:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,31 +19,46 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.acceleration.log_probs import Asked, TokenScores, accept_scores, asked_of, scores_of_logits
+from rankwise.acceleration.log_probs import Layout, TokenScores, accept_scores, asked_of, scores_of_logits
 from rankwise.adapters.inject import reference_at_work
 from rankwise.constants import IGNORED
+from rankwise.data.preferences import ANSWER_IDS
 from rankwise.training import ranks
-from rankwise.training.loop import KEY, Batch, Counted, Figures, Loss, Row, on_device, shuffled, without_rows
+from rankwise.training.foresight import MicroBatch, largest, own_parts
+from rankwise.training.loop import (
+    KEY,
+    Batch,
+    Counted,
+    Figures,
+    Loss,
+    Row,
+    in_order,
+    on_device,
+    shuffled,
+    without_rows,
+)
 from rankwise.training.losses import MARKED_LOSSES, PAIR_LOSSES, Pairs
 from rankwise.training.sft import pad_right, router_coefficient
+
+# The columns of KTO's mismatched answers (answers to a different prompt of the batch).
+MISMATCHED = ("KL_completion_ids",)
 
 
 class Scoring:
     """Log-probabilities of the answers of a batch, by the model as it trains and by its reference."""
 
-    def __init__(self, model: PreTrainedModel, *, flat: bool, pairs: bool, temperature: float = 1.0) -> None:
-        self.model, self.temperature = model, temperature
+    def __init__(self, model: PreTrainedModel, layout: Layout, *, temperature: float = 1.0) -> None:
+        self.model, self.layout, self.temperature = model, layout, temperature
         for name, module in model.named_modules():
             # As in trl, dropout of the base is disabled; the adapter's dropout is the user's choice.
             if isinstance(module, nn.Dropout) and not name.endswith("lora_dropout"):
                 module.p = 0.0
-        self.asked = Asked(flat=flat, pairs=flat and pairs)
-        self.is_own = accept_scores(model, self.asked)
+        self.is_own = accept_scores(model, layout)
 
     @property
     def shares_prompts(self) -> bool:
         """Whether the prompt of a pair is computed once for both answers."""
-        return self.is_own and asked_of(self.model).pairs
+        return self.is_own and asked_of(self.model).layout == "pairs"
 
     @property
     def in_words(self) -> str:
@@ -52,7 +67,7 @@ class Scoring:
         asked, words = asked_of(self.model), "own log-probabilities, in chunks"
         if asked.apart:
             return f"{words}; a prompt is computed for each of its answers: {asked.apart}"
-        return f"{words}, of prompts shared by both answers" if asked.pairs else words
+        return f"{words}, of prompts shared by both answers" if self.shares_prompts else words
 
     def scores(self, batch: Batch, prefix: str = "", *, want_stats: bool = False) -> TokenScores:
         """The scores of the answers' tokens; those whose names begin with ``prefix``."""
@@ -65,7 +80,7 @@ class Scoring:
         given |= {"temperature": self.temperature, "want_stats": want_stats}
         if self.is_own:
             return self.model(**given, labels=labels, use_cache=False, fused_lm_head=True)
-        return scores_of_logits(self.model, Asked(flat=self.asked.flat), labels, **given)
+        return scores_of_logits(self.model, "padded" if self.layout == "padded" else "flat", labels, **given)
 
     @torch.no_grad()
     def reference(self, batch: Batch, prefix: str = "") -> Tensor:
@@ -121,8 +136,7 @@ class Preferences:
         if self.is_paired:
             return shuffled(len(self.rows), self.size, self.seed + epoch)
         # As in trl: neighbours in a batch, whose answers are compared, are neighbours in the data.
-        rows = list(range(len(self.rows)))
-        return [rows[start : start + self.size] for start in range(0, len(rows), self.size)]
+        return in_order(len(self.rows), self.size)
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         if self.is_paired:
@@ -203,8 +217,7 @@ class Preferences:
         """Means over rows; figures of good (bad) answers are means over the good (bad) answers."""
         assert self.eval_rows is not None
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for start in range(0, len(self.eval_rows), self.size):
-            places = list(range(len(self.eval_rows)))[start : start + self.size]
+        for places in in_order(len(self.eval_rows), self.size):
             own = ranks.share(places)
             rows = self.eval_rows[own or places[:1]]
             batch = self.collate([dict(zip(rows, row)) for row in zip(*rows.values())])
@@ -218,6 +231,21 @@ class Preferences:
         sums.pop("entropy")
         means = self.means({name: total / weight for name, (total, weight) in sums.items() if weight})
         return {"eval_loss": means.pop("loss"), **{f"eval_{name}": value for name, value in means.items()}}
+
+    # --- the memory plan ---
+
+    def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
+        scoring = self.scoring
+        return largest(self.rows, batches, flat=scoring.layout != "padded", shared=scoring.shares_prompts)
+
+    def largest_evaluation(self) -> MicroBatch | None:
+        """Of evaluations, and of the mismatched answers that KTO scores in each step."""
+        flat, shared, found = self.scoring.layout != "padded", self.scoring.shares_prompts, []
+        for rows, answers in ((self.rows, MISMATCHED), (self.eval_rows, MISMATCHED), (self.eval_rows, ANSWER_IDS)):
+            if rows is not None and not {*answers}.isdisjoint(rows.column_names):
+                batches = own_parts(in_order(len(rows), self.size))
+                found.append(largest(rows, batches, flat=flat, shared=shared, answers=answers))
+        return max(found, key=lambda batch: batch.rows * batch.tokens, default=None)
 
 
 def answered(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:

@@ -48,25 +48,20 @@ class Place:
 def place() -> Place | None:
     """The rank of this process among those of its launcher; None for a process without a launcher.
 
-    Raises ConfigError (RW136) where the environment variables are not those of torchrun.
+    Raises ConfigError (RW136) if the environment variables are not those of torchrun.
     """
-    given = {name: os.environ[name].strip() for name in NUMBERS if os.environ.get(name, "").strip()}
-    wrong = [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]
-    if wrong:
-        raise ConfigError(
-            "RW136",
-            f"the environment holds {', '.join(wrong)}, but torchrun writes whole numbers; unset these variables, or "
-            "start with torchrun.",
-        )
-    if int(given.get("WORLD_SIZE", 1)) < 2:
+    given = {name: os.environ.get(name, "").strip() for name in (*NUMBERS, "MASTER_ADDR")}
+    if given["WORLD_SIZE"] in ("", "0", "1"):
         return None
-    missing = [name for name in (*NUMBERS, "MASTER_ADDR") if not os.environ.get(name, "").strip()]
-    if missing or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
-        fault = f"and not {', '.join(missing)}" if missing else f"and RANK={given['RANK']}"
+    wrong = [
+        f"{name}={value}" for name, value in given.items() if not value or (name in NUMBERS and not value.isdecimal())
+    ]
+    if wrong or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        fault = ", ".join(wrong) or f"RANK={given['RANK']} of WORLD_SIZE={given['WORLD_SIZE']}"
         raise ConfigError(
             "RW136",
-            f"the environment holds WORLD_SIZE={given['WORLD_SIZE']} {fault}; start with torchrun, which writes all of "
-            "them, or with --devices N, or unset WORLD_SIZE.",
+            f"the environment holds {fault}, which torchrun would not write; start with torchrun, or with --devices N, "
+            "or unset WORLD_SIZE.",
         )
     return Place(*(int(given[name]) for name in NUMBERS[:4]))
 
@@ -92,7 +87,7 @@ def rank() -> int:
 def joined(device_type: str) -> Iterator[None]:
     """A context in which the processes can communicate. No process leaves it before all have reached its end.
 
-    Raises ConfigError (RW139) where the device does not support several processes; RunError (RW702) where another
+    Raises ConfigError (RW139) if the device does not support several processes; RunError (RW702) if another
     process has ended, or has not answered for PATIENCE_SECONDS.
     """
     where = place()
@@ -121,7 +116,7 @@ def joined(device_type: str) -> Iterator[None]:
 
 
 def check_processes(settings: TrainSettings, processes: int) -> None:
-    """Raise ConfigError: RW137 where there are more or fewer processes than --devices, RW112 for other conflicts."""
+    """Raise ConfigError: RW137 if there are more or fewer processes than --devices, RW112 for other conflicts."""
     where = place()
     if settings.devices is not None and settings.devices != processes:
         start = f"the launcher has started {processes} processes" if where else "this is one process"
@@ -135,7 +130,7 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
 
 
 def check_cards(device_type: str, processes: int) -> None:
-    """Raise ConfigError (RW139) where this machine does not have a device for each process."""
+    """Raise ConfigError (RW139) if this machine does not have a device for each process."""
     if device_type == "cuda":
         import torch
 
@@ -240,7 +235,7 @@ def check_alike(values: Mapping[str, object]) -> None:
 
 
 def check_same_file(path: Path) -> None:
-    """Raise RunError (RW701) where a process cannot see a file that the writer has just written."""
+    """Raise RunError (RW701) if a process cannot see a file that the writer has just written."""
     barrier()
     for _ in range(FILE_SECONDS):
         seen = gathered(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
@@ -252,11 +247,6 @@ def check_same_file(path: Path) -> None:
         "RW701",
         f"process {others} does not see {path}, which process 0 has written; give an --output that all machines share.",
     )
-
-
-def restarts() -> int:
-    """The number of times that the launcher has restarted these processes (torchrun's --max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
 def is_first_to_tell() -> bool:
@@ -271,7 +261,7 @@ def is_first_to_tell() -> bool:
         # The launcher's store, which outlives its processes.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
-        return bool(store.add(f"rankwise/told/{restarts()}", 1) == 1)
+        return bool(store.add(f"rankwise/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1)
     except dist.DistError:
         # The launcher is gone. An error reported twice is better than none.
         return True

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from rankwise.config import TrainSettings
@@ -33,7 +33,7 @@ from rankwise.reports.numbers import rate as spelled
 from rankwise.training.loop import Loop
 from rankwise.training.observer import Observer
 from rankwise.training.setup import Data
-from rankwise.training.watch import MemoryMeter, Watch
+from rankwise.training.watch import Diverged, MemoryMeter, Watch
 
 # One in KEPT rates of a round goes on to the next.
 KEPT = 3
@@ -42,8 +42,6 @@ USUAL_BUDGET = 0.25
 # The largest number of held-out rows, and their largest share of all rows.
 MOST_ROWS, SHARE = 64, 0.1
 LEAST_ROWS = 4
-# The error code of a diverging run.
-DIVERGED = "RW530"
 
 
 def with_rate(given: TrainSettings, found: RateSearch) -> TrainSettings:
@@ -64,7 +62,7 @@ def with_default_rate(given: TrainSettings, model: PreTrainedModel, observer: Ob
 
 def with_found_rate(given: TrainSettings) -> TrainSettings:
     """The settings of a resumed run with the run's own rate, where it is its default or was searched for. Raises
-    RunError (RW507) for another search.
+    RunError (RW507) for a different search.
     """
     record = load_record(given.output)
     found = record.rate_search
@@ -101,7 +99,7 @@ def search(
 ) -> RateSearch:
     """Search the best rate for a run of ``steps``. The model's weights are restored.
 
-    Raises ConfigError: RW175 for too few rows to hold some out, RW176 where every rate diverges.
+    Raises ConfigError: RW175 for too few rows to hold some out, RW176 if every rate diverges.
     """
     training, held = kept_apart(data)
     started = time.monotonic()
@@ -119,7 +117,11 @@ def search(
         for rate in left:
             loss = _loss_after(loop_of(_short_run(given, rate, length, length / steps), training), held)
             tried.append({"learning_rate": rate, "steps": length, "loss": loss})
-            _put_back(start)
+            with torch.no_grad():
+                for parameter, value in start.items():
+                    parameter.copy_(value)
+                    parameter.grad = None
+            gc.collect()
         trials += tried
         scored = sorted((trial["loss"], trial["learning_rate"]) for trial in tried if trial["loss"] is not None)
         left = [rate for _, rate in scored]
@@ -172,7 +174,7 @@ def kept_apart(data: Data) -> tuple[Data, Dataset]:
 
 
 def _loss_after(loop: Loop, rows: Dataset) -> float | None:
-    """Train, and return the loss on ``rows``; None where the run diverges. Nothing is written."""
+    """Train, and return the loss on ``rows``; None if the run diverges. Nothing is written."""
     loop.options = dataclasses.replace(loop.options, save_steps=None)
     try:
         loop.fit(Watch(loop.model, loop.progress, MemoryMeter(loop.model.device.type)))
@@ -180,16 +182,6 @@ def _loss_after(loop: Loop, rows: Dataset) -> float | None:
         loop.objective.eval_rows = rows
         with torch.no_grad(), loop.autocast():
             loss = loop.objective.evaluate(loop.model, lambda: None)["eval_loss"]
-    except RunError as error:
-        if error.code != DIVERGED:
-            raise
+    except Diverged:
         loss = math.nan
     return loss if math.isfinite(loss) else None
-
-
-@torch.no_grad()
-def _put_back(start: dict[nn.Parameter, Tensor]) -> None:
-    for parameter, value in start.items():
-        parameter.copy_(value)
-        parameter.grad = None
-    gc.collect()

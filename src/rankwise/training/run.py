@@ -44,9 +44,9 @@ from rankwise.models.mapped import mapped_files
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
 from rankwise.records import WAIT_POLICIES, RunRecord, check_writable, load_record, versions_of
-from rankwise.training import output, ranks, rate_search, setup
+from rankwise.training import checkpoints, ranks, rate_search, setup
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
-from rankwise.training.foresight import Foresight
+from rankwise.training.foresight import Foresight, coming_batches
 from rankwise.training.learning import Learning, learning_from_answers, make_loop
 from rankwise.training.loop import PROGRESS_FILE, Loop
 from rankwise.training.observer import Observer, SilentObserver
@@ -60,9 +60,8 @@ from rankwise.training.optimizers import (
 )
 from rankwise.training.session import Retention, Session
 from rankwise.training.setup import add_new_tokens, new_tokens, with_adapters_options
-from rankwise.training.state import reading_state
 from rankwise.training.watch import Progress, check_installed, evaluations, frozen_bytes
-from rankwise.training.weights import checkpoint_bytes, looked_into
+from rankwise.training.weights import checkpoint_bytes, looked_into, reading_state
 
 # Libraries whose version can change a result.
 PACKAGES = ("rankwise", "torch", "transformers", "datasets", "safetensors", "tokenizers")
@@ -101,29 +100,20 @@ def train(
         ranks.check_alike(
             {f"--{name.replace('_', '-')}": value for name, value in settings.model_dump(mode="json").items()}
         )
-        mode = output.check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
+        mode = checkpoints.check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
         if mode == "resume":
             settings = rate_search.with_found_rate(settings)
         lora = _check_settings(settings)
         if mode == "resume":
-            output.check_same_run(settings.output, settings.model_dump(mode="json"))
-            output.check_same_processes(settings.output, ranks.count())
+            checkpoints.check_same_run(settings.output, settings.model_dump(mode="json"))
+            checkpoints.check_same_processes(settings.output, ranks.count())
             if _is_finished(settings):
                 return load_record(settings.output)
         session = _prepare(settings, mode, lora, observer or SilentObserver(), foresight, retention)
-        _tell_of_others(told)
         if not settings.dry_run:
             return session.carry_out(started, told)
         steps = session.loop.options.total_steps
         return dataclasses.replace(session.record, warnings=told, status="dry run", steps=steps)
-
-
-def _tell_of_others(told: list[dict[str, str]]) -> None:
-    """In the writing process, give the warnings that only other processes have given, with the process's number."""
-    for number, theirs in enumerate(ranks.gathered(list(told))):
-        for warning in theirs if ranks.is_writer() else ():
-            if warning not in told:
-                warn(warning["code"], f"process {number}: {warning['message']}")
 
 
 @contextmanager
@@ -166,14 +156,6 @@ def _is_finished(given: TrainSettings) -> bool:
     record = load_record(given.output)
     if record.status != "finished" or not _same_length(given):
         return False
-    missing = [name for name in record.files if not (given.output / name).is_file()]
-    if missing:
-        warn(
-            "RW553",
-            f"the run in {given.output} is finished, and {', '.join(missing[:3])} is missing; it is written again "
-            "from the last checkpoint.",
-        )
-        return False
     warn(
         "RW509",
         f"the run in {given.output} is finished ({record.steps} steps), so there is nothing to resume; a larger "
@@ -184,27 +166,25 @@ def _is_finished(given: TrainSettings) -> bool:
 
 def _same_length(given: TrainSettings) -> bool:
     before = load_record(given.output).settings
-    return all(getattr(given, name) == before.get(name) for name in output.LENGTH)
+    return all(getattr(given, name) == before.get(name) for name in checkpoints.LENGTH)
 
 
 def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> None:
-    """Raise RunError (RW507) where the run cannot get this length: it can become longer, and under a schedule that does
+    """Raise RunError (RW507) if the run cannot get this length: it can become longer, and under a schedule that does
     not depend on the length also shorter. Warn (RW544) how a schedule that does changes."""
     before, schedule = progress_of(checkpoint).total_steps, given.lr_scheduler_type
-    least = checkpoint.step if schedule in output.LENGTH_FREE else before
+    least = checkpoint.step if schedule in checkpoints.LENGTH_FREE else before
     if now < least:
         raise RunError(
             "RW507",
             f"the run in {given.output} has {before} steps, of which {checkpoint.step} are done, and --max-steps or "
             f"--epochs ask for {now}; with the schedule {schedule} it can be resumed with {least} steps or more.",
         )
-    if now == before or schedule in output.LENGTH_FREE:
+    if now == before or schedule in checkpoints.LENGTH_FREE:
         return
 
     def rate(total: int) -> float:
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=given.rate)
-        factor = make_schedule(schedule, optimizer, given.warmup_steps, total).lr_lambdas[0]
-        return given.rate * float(factor(checkpoint.step))
+        return given.rate * make_schedule(schedule, given.rate, given.warmup_steps, total)(checkpoint.step)
 
     warn(
         "RW544",
@@ -228,7 +208,7 @@ class _Inputs:
 
 def _prepare(
     given: TrainSettings,
-    mode: output.Mode,
+    mode: checkpoints.Mode,
     lora: LoraConfig,
     observer: Observer,
     foresight: Foresight | None,
@@ -242,13 +222,12 @@ def _prepare(
     described["train"] |= setup.other_hashes(given)
     _check_alike(inputs, described)
     if mode == "resume":
-        output.check_same_inputs(given.output, described, inputs.base)
+        checkpoints.check_same_inputs(given.output, described, inputs.base)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     trainable = setup.make_trainable(loaded.model, given, inputs.lora, checkpoint, inputs.base["sha256"])
     accelerated = _accelerate(given, inputs, observer)
     if learning.has_labels:
         setup.check_labels(data)
-    setup.check_trainable(loaded.model, given.method)
     # One checkpoint more is being written, and the result takes as much.
     check_space(given.output, checkpoint_bytes(loaded.model) * (given.save_total_limit + 3))
     padded = _why_padded(given, loaded.model, accelerated)
@@ -267,7 +246,7 @@ def _prepare(
     if checkpoint is not None and not _same_length(given):
         _check_length(given, checkpoint, loop.options.total_steps)
     # Batches differ between processes; the largest prediction is taken.
-    each = ranks.gathered(_predicted_peak(learning, given, loop, foresight, flat=padded is None))
+    each = ranks.gathered(_predicted_peak(given, loop, foresight))
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
     if given.searches and not given.dry_run:
@@ -293,9 +272,8 @@ def _prepare(
         versions=inputs.versions,
         device=_device(given, loaded, accelerated, padded),
     )
-    probe = setup.probe_of(data.train.dataset, loaded.device)
     answer = None if given.sample_prompt is None else setup.answerer(given.sample_prompt, loaded, data)
-    run = (given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, answer, probe)
+    run = (given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, answer)
     return Session(*run, given.trackers, retention)
 
 
@@ -319,12 +297,12 @@ def _read(
     if learning.labels_of is None:
         setup.check_model(given, lora)
     observer.phase("Reading data")
-    rows, eval_rows, template = setup.read_data(given, learning.formats)
+    texts = setup.read_data(given, learning.formats)
     if retention is not None:
-        warn_of_overlap(rows, retention.rows, "retained")
+        warn_of_overlap(texts.rows, retention.rows, "retained")
     labels = None
     if learning.labels_of is not None:
-        labels = learning.labels_of(given, rows)
+        labels = learning.labels_of(given, texts.rows)
         setup.check_model(given, lora, labels)
     observer.phase("Loading the model")
     if foresight is not None:
@@ -337,18 +315,18 @@ def _read(
     if given.new_tokens is not None and given.method in ADAPTERS:
         lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(given.new_tokens), lora)
     observer.phase("Encoding data")
-    data = learning.encode(given, loaded.tokenizer, rows, eval_rows, template)
+    data = learning.encode(given, loaded.tokenizer, texts)
     setup.check_positions(loaded.model, [one.dataset for one in data.sets])
     return _Inputs(learning, loaded, base, lora, data, versions_of(PACKAGES))
 
 
 def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
-    """Refuse processes that read other data, another model or other files, or have other versions of the libraries."""
+    """Refuse processes that read other data, models or files, or have other versions of the libraries."""
     others = {key: value for key, value in described["train"].items() if key.endswith("_sha256")}
     ranks.check_alike(
         {
             **{f"the sha256 of the {name} data": part["sha256"] for name, part in described.items()},
-            # Another tokenizer makes a different number of tokens of the same rows.
+            # A different tokenizer makes a different number of tokens of the same rows.
             **{f"the number of tokens of the {name} data": part["tokens"] for name, part in described.items()},
             **{f"the sha256 of the {key.removesuffix('_sha256').replace('_', ' ')}": others[key] for key in others},
             "the sha256 of the model": inputs.base["sha256"],
@@ -358,7 +336,7 @@ def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
 
 
 def _accelerate(given: TrainSettings, inputs: _Inputs, observer: Observer) -> Acceleration | None:
-    """Replace parts of the model by faster ones of ours; None where nothing may be replaced."""
+    """Replace parts of the model by faster ones of ours; None if nothing may be replaced."""
     model = inputs.loaded.model
     if not given.fast or given.method not in METHODS:
         return None
@@ -388,14 +366,14 @@ def _device(
 
 
 def _groups(given: TrainSettings, model: nn.Module) -> list[Group] | None:
-    """LoRA+'s parameter groups; None where all parameters have one learning rate."""
+    """LoRA+'s parameter groups; None if all parameters have one learning rate."""
     if given.loraplus_ratio is None or given.searches or not has_adapter(model):
         return None
     return loraplus_groups(model, rate=given.rate, ratio=given.loraplus_ratio, weight_decay=given.weight_decay)
 
 
 def _why_padded(given: TrainSettings, model: nn.Module, accelerated: Acceleration | None) -> str | None:
-    """Why rows are padded to one length, or None where they are concatenated without padding."""
+    """Why rows are padded to one length, or None if they are concatenated without padding."""
     if given.packing:
         return "packing fills rows to one length"
     if given.objective == "classify":
@@ -408,16 +386,14 @@ def _why_padded(given: TrainSettings, model: nn.Module, accelerated: Acceleratio
     return flattening_obstacle(model)
 
 
-def _predicted_peak(
-    learning: Learning, given: TrainSettings, loop: Loop, foresight: Foresight | None, *, flat: bool
-) -> int | None:
+def _predicted_peak(given: TrainSettings, loop: Loop, foresight: Foresight | None) -> int | None:
     """The predicted peak in bytes, over training and evaluation; None without a plan. Packed rows count as full."""
     if foresight is None:
         return None
-    batch = learning.largest_batch(loop, flat=flat)
+    batch = loop.objective.largest_batch(coming_batches(loop))
     if given.packing:
         batch = dataclasses.replace(batch, rows=given.batch_size, tokens=given.max_length)
-    return foresight.before_training(batch, learning.largest_evaluation(loop), mapped_files(loop.model))
+    return foresight.before_training(batch, loop.objective.largest_evaluation(), mapped_files(loop.model))
 
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
@@ -440,7 +416,7 @@ def _is_evaluated(folder: Path, checkpoint: Checkpoint | None) -> bool:
 
 
 def progress_of(checkpoint: Checkpoint | None) -> Progress:
-    """A checkpoint's progress. Raises RunError (RW511) where the run could not continue from it."""
+    """A checkpoint's progress. Raises RunError (RW511) if the run could not continue from it."""
     if checkpoint is None:
         return Progress()
     with reading_state(checkpoint.path, "progress"):

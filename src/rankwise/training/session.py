@@ -11,30 +11,34 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise.acceleration import restore
-from rankwise.adapters import adapter_config, has_adapter, load_adapter, remove_adapter, report
+from rankwise.adapters import has_adapter, report
 from rankwise.adapters.inject import guest_of
 from rankwise.adapters.peft_config import CONFIG_FILE
-from rankwise.adapters.saving import WEIGHTS_FILE, adapter_tensors
 from rankwise.compat.torch import is_unit
 from rankwise.data import Rows
 from rankwise.disk import coded_errors, flush, flush_tree, follow_umask, refuse_links, remove_strays
-from rankwise.errors import Interrupted, RunError, some_of, warn
+from rankwise.errors import Interrupted, warn
 from rankwise.foreign import JsonObject
 from rankwise.models.mapped import mapped_files
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows, write_text
 from rankwise.reports.model_card import model_card
 from rankwise.reports.plots import loss_svg, search_svg
-from rankwise.training import output, ranks
-from rankwise.training.checkpoints import FOLDER, Checkpoint, check_checkpoint, remove_unfinished, temporary_folder
+from rankwise.training import checkpoints, ranks
+from rankwise.training.checkpoints import (
+    FOLDER,
+    OWN_FILES,
+    Checkpoint,
+    check_checkpoint,
+    clear_run,
+    remove_unfinished,
+    temporary_folder,
+)
 from rankwise.training.loop import Loop
 from rankwise.training.observer import Interrupt, Observer, interrupts
-from rankwise.training.output import OWN_FILES, clear_run
 from rankwise.training.watch import (
     GradientCheck,
     MemoryMeter,
@@ -82,7 +86,7 @@ class Session:
     """A checked run, ready to start."""
 
     folder: Path
-    mode: output.Mode
+    mode: checkpoints.Mode
     loop: Loop
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint | None
@@ -90,8 +94,6 @@ class Session:
     observer: Observer
     # Returns the model's answer to the sample prompt.
     answer: Callable[[], str] | None
-    # Input for the comparison of logits after reloading.
-    probe: dict[str, Tensor]
     trackers: Sequence[str] = ()
     retention: Retention | None = None
     # None in processes that do not write.
@@ -101,7 +103,7 @@ class Session:
         """Train to the end and write the results. Also after a failure, the record holds how the run ended.
 
         Raises Interrupted: RW540 saved and stopped, RW541 stopped at once, RW542 stopped before the first step;
-        RunError during training, and where a file cannot be written: RW551, for weights RW513 and RW514.
+        RunError during training, and RW551 if a file cannot be written, for weights RW513 and RW514.
         """
         self.started = started - self.loop.progress.wall_seconds
         if self.record.rate_search is not None:
@@ -166,18 +168,12 @@ class Session:
         gathered = whole_weights(self.loop.model)
         if ranks.is_writer():
             self._finish(losses.get(0), kept, gathered)
+            self._complete_record("finished")
+            write_plot(self.folder, self.record)
+            write_card(self.loop.model, self.folder, self.record)
+            # Last, so that a folder with a finished record is complete.
+            self.record.save(self.folder)
         ranks.barrier()
-        if ranks.is_writer() or is_unit(self.loop.model):
-            prove_reload(self.loop.model, self.folder, self.probe)
-        if ranks.is_writer():
-            self._write_results()
-
-    def _write_results(self) -> None:
-        self._complete_record("finished")
-        write_plot(self.folder, self.record)
-        write_card(self.loop.model, self.folder, self.record)
-        # Last, so that a folder with a finished record is complete.
-        self.record.save(self.folder)
 
     def _train(self) -> Interrupted | None:
         """Train. Returns the interruption if the user asked to stop, else None."""
@@ -296,7 +292,7 @@ class KeptStep:
 
 
 def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | None, *, of_rewards: bool) -> KeptStep:
-    """The step with the best evaluation loss where there is one, else the last. ``losses``: {step: evaluation loss}.
+    """The step with the best evaluation loss if there is one, else the last. ``losses``: {step: evaluation loss}.
 
     ``of_rewards``: the losses are negative mean rewards, and are described as rewards.
     """
@@ -309,7 +305,7 @@ def choose_kept(losses: Mapping[int, float], last_step: int, best_step: int | No
 
 
 def warn_if_worse(initial: float | None, kept: KeptStep, *, of_rewards: bool) -> None:
-    """Warn (RW526) where no step was better than the model before training."""
+    """Warn (RW526) if no step was better than the model before training."""
     if initial is None or kept.eval_loss is None or kept.eval_loss < initial:
         return
     if of_rewards:
@@ -323,7 +319,7 @@ def warn_if_worse(initial: float | None, kept: KeptStep, *, of_rewards: bool) ->
 
 
 def warn_of_one_label(measured: Mapping[str, float | None]) -> None:
-    """Warn (RW262) where a model of labels gives all evaluation rows the same one."""
+    """Warn (RW262) if a model of labels gives all evaluation rows the same one."""
     if measured.get("labels_answered") == 1:
         warn(
             "RW262",
@@ -333,7 +329,7 @@ def warn_of_one_label(measured: Mapping[str, float | None]) -> None:
 
 
 def warn_if_risen(losses: Sequence[float]) -> None:
-    """Warn (RW526) where the logged training losses end far above the first, for a run without evaluations.
+    """Warn (RW526) if the logged training losses end far above the first, for a run without evaluations.
 
     Single batches differ, so all of the last quarter must lie above.
     """
@@ -381,22 +377,6 @@ def write_final(
         flush(output)
 
 
-def prove_reload(model: nn.Module, output: Path, probe: dict[str, Tensor]) -> None:
-    """Load a written adapter into its base again and compare the logits. Raises RunError (RW524).
-
-    Two cases compare the file with the trained tensors instead: a sharded base, since the row norms of a new adapter
-    would need the whole base, and PiSSA, whose adapter belongs on weights that are no longer in memory.
-    """
-    if not has_adapter(model):
-        return
-    if is_unit(model) or adapter_config(model).init.kind == "pissa":
-        check_file(model, output)
-    else:
-        # A reloaded adapter is not accelerated. Without acceleration both sides add their terms in the same order.
-        restore(model)
-        check_reload(model, output, probe)
-
-
 def write_plot(output: Path, record: RunRecord) -> None:
     """Write ``loss.svg`` from ``metrics.jsonl``, and ``rates.svg`` where the learning rate was searched for."""
     title = f"{record.settings.get('model', '')}, {record.method}"
@@ -413,47 +393,3 @@ def write_card(model: nn.Module, output: Path, record: RunRecord) -> None:
     adapted = has_adapter(model)
     config = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8")) if adapted else None
     write_text(output / CARD_FILE, model_card(record, config, report(model) if adapted else None))
-
-
-def check_reload(model: nn.Module, folder: Path, probe: dict[str, Tensor]) -> None:
-    """Load the adapter of ``folder`` into its base again, and compare its logits on ``probe`` with the trained one's.
-
-    ``probe`` holds input_ids (1, L). The model keeps the reloaded adapter. Raises RunError (RW524).
-    """
-    before, dtype = probe_logits(model, probe), adapter_config(model).adapter_dtype
-    remove_adapter(model)
-    # In a different dtype, the same numbers may give a different sum.
-    load_adapter(model, folder, adapter_dtype=dtype)
-    after = probe_logits(model, probe)
-    difference = (before - after).abs().max().item()
-    # On a CPU the logits must be equal bit for bit; elsewhere the order of sums may vary.
-    exact = before.device.type == "cpu"
-    allowed = 0.0 if exact else 4 * torch.finfo(before.dtype).eps * before.abs().max().item()
-    if not difference <= allowed:
-        raise RunError(
-            "RW524",
-            f"the adapter in {folder} gives other logits after reloading (largest difference {difference:.3g}), so it "
-            "is not what was trained; please report this model and these settings.",
-        )
-
-
-def check_file(model: nn.Module, folder: Path) -> None:
-    """Check that the adapter's file in ``folder`` holds the trained tensors bit for bit. Raises RunError (RW524)."""
-    stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-    wrong = [name for name, value in adapter_tensors(model).items() if not torch.equal(stored[name], value)]
-    if wrong:
-        raise RunError(
-            "RW524",
-            f"the adapter in {folder} is not what was trained ({some_of(wrong)}); please report this model and these "
-            "settings.",
-        )
-
-
-@torch.no_grad()
-def probe_logits(model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
-    """The logits (1, L, V) of the model in evaluation mode."""
-    training = model.training
-    model.eval()
-    logits: Tensor = model(**probe, use_cache=False).logits
-    model.train(training)
-    return logits

@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import calibrate_products
 from rankwise.acceleration.generation import GREEDY, stop_ids_of
 from rankwise.adapters import (
     add_adapter,
-    has_adapter,
     plan_adapter,
 )
 from rankwise.adapters.base_layer import dequantizer
 from rankwise.adapters.checkpoint import load_adapter, read_adapter, read_folder
-from rankwise.adapters.inject import add_by, attach, guest_of, keep_reference
+from rankwise.adapters.inject import add_by, attach, keep_reference
 from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.adapters.select import with_heads
 from rankwise.adapters.state import DEFAULT_NAME
@@ -49,13 +48,21 @@ from rankwise.records import record_of
 from rankwise.training import ranks
 from rankwise.training.checkpoints import Checkpoint
 from rankwise.training.foresight import longest_row
-from rankwise.training.state import seed_all
-from rankwise.training.weights import shard_before_loading, trainable_tensors
+from rankwise.training.weights import seed_all, shard_before_loading
 from rankwise.weights_file import sha256_of
 
 ANSWER_TOKENS = 64
-PROBE_TOKENS = 64
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The rows of a run as they were read."""
+
+    rows: Rows
+    eval_rows: Rows | None
+    # Jinja source of --chat-template.
+    template: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +71,7 @@ class Data:
 
     train: Encoded
     evaluation: Encoded | None
-    rows: Rows
-    # Jinja source of --chat-template.
-    template: str | None
-    eval_rows: Rows | None = None
+    texts: Texts
     # Further entries of the record about the training data.
     notes: Fields = dataclasses.field(default_factory=dict)
 
@@ -77,11 +81,12 @@ class Data:
 
     def describe(self) -> dict[str, JsonObject]:
         """{"train": ..., "eval": ...}: the source of each set, its sha256 and the counts of its rows."""
-        described = {"train": {**_described(self.rows, self.train), **self.notes}}
-        if self.template is not None:
-            described["train"]["chat_template_sha256"] = hashlib.sha256(self.template.encode()).hexdigest()
-        if self.evaluation is not None and self.eval_rows is not None:
-            described["eval"] = _described(self.eval_rows, self.evaluation)
+        described = {"train": {**_described(self.texts.rows, self.train), **self.notes}}
+        texts = self.texts
+        if texts.template is not None:
+            described["train"]["chat_template_sha256"] = hashlib.sha256(texts.template.encode()).hexdigest()
+        if self.evaluation is not None and texts.eval_rows is not None:
+            described["eval"] = _described(texts.eval_rows, self.evaluation)
         return described
 
 
@@ -100,8 +105,8 @@ class LoadedBase:
     device_reason: str
 
 
-def read_data(given: TrainSettings, formats: Collection[Format] | None = None) -> tuple[Rows, Rows | None, str | None]:
-    """Training rows, evaluation rows and the source of the chat template. Raises DataError as the readers do.
+def read_data(given: TrainSettings, formats: Collection[Format] | None = None) -> Texts:
+    """The rows of both sets and the chat template. Raises DataError as the readers do.
 
     A source with several splits gives ``train`` for training and ``validation`` for evaluation.
     """
@@ -111,19 +116,17 @@ def read_data(given: TrainSettings, formats: Collection[Format] | None = None) -
     options = {**columns, "skip_bad_rows": given.skip_bad_rows, "formats": formats}
     rows = read_rows(given.data, split="train", **options)
     if given.eval_data is None:
-        return rows, None, template
+        return Texts(rows, None, template)
     eval_rows = read_rows(given.eval_data, split="validation", **options)
     eval_rows = limited(eval_rows, given.eval_limit)
     warn_of_overlap(rows, eval_rows)
-    return rows, eval_rows, template
+    return Texts(rows, eval_rows, template)
 
 
 def encode_data(
     given: TrainSettings,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    eval_rows: Rows | None,
-    template: str | None,
+    texts: Texts,
     encode: Callable[..., Encoded] = encode_rows,
 ) -> Data:
     """Encode both sets to token ids, with ``encode`` or as demonstrations.
@@ -131,18 +134,18 @@ def encode_data(
     The tokenizer gets the given chat template and is saved with the run, so that other programs format prompts as in
     training.
     """
-    if template is not None:
-        tokenizer.chat_template = template
+    if texts.template is not None:
+        tokenizer.chat_template = texts.template
     encode = functools.partial(
         encode,
         tokenizer=tokenizer,
         max_length=given.max_length,
-        chat_template=template,
+        chat_template=texts.template,
         skip_bad_rows=given.skip_bad_rows,
     )
-    train = encode(rows, name="train")
-    evaluation = None if eval_rows is None else encode(eval_rows, name="eval")
-    return Data(train, evaluation, rows, template, eval_rows)
+    train = encode(texts.rows, name="train")
+    evaluation = None if texts.eval_rows is None else encode(texts.eval_rows, name="eval")
+    return Data(train, evaluation, texts)
 
 
 def other_hashes(given: TrainSettings) -> dict[str, str]:
@@ -156,7 +159,7 @@ def other_hashes(given: TrainSettings) -> dict[str, str]:
 
 
 def quantization_for(given: TrainSettings) -> FourBitConfig | None:
-    """The 4-bit config of the method, None where the base is dense. Defaults: NF4 with double quantization (QLoRA,
+    """The 4-bit config of the method, None if the base is dense. Defaults: NF4 with double quantization (QLoRA,
     section 3)."""
     if given.method not in FOUR_BITS:
         return None
@@ -272,32 +275,32 @@ def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
     prompt longer than the model's learned positions.
     """
     model: Any = loaded.model
-    tokenizer = loaded.tokenizer
+    tokenizer, texts = loaded.tokenizer, data.texts
     # The tokenizer has the given chat template, if there is one.
-    if tokenizer.chat_template is not None and data.rows.kind != "text" and data.rows.uses_template:
-        text = chat_text(tokenizer, [{"role": "user", "content": prompt}], chat_template=data.template)
+    if tokenizer.chat_template is not None and texts.rows.kind != "text" and texts.rows.uses_template:
+        text = chat_text(tokenizer, [{"role": "user", "content": prompt}], chat_template=texts.template)
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
-        ending = data.rows.prompt_ending
+        ending = texts.rows.prompt_ending
         inputs = tokenizer(prompt.removesuffix(ending) + ending, return_tensors="pt")
     ids = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     tokens = ids["input_ids"].shape[1]
-    room = answer_room(model, tokens, ANSWER_TOKENS)
-    if not room:
+    longest = answer_room(model, tokens, ANSWER_TOKENS)
+    if not longest:
         raise RunError(
             "RW533",
             f"--sample-prompt has {tokens:,} tokens, and this {type(model).__name__} has learned positions for "
             f"{table_rows(model):,}; give a shorter one.",
         )
 
-    stops = stop_ids_of(model, tokenizer, RowEncoder(data.rows, tokenizer, data.template).stop_ids())
+    stops = stop_ids_of(model, tokenizer, RowEncoder(texts.rows, tokenizer, texts.template).stop_ids())
 
     @torch.no_grad()
     def answer() -> str:
         on_device = {key: value.to(model.device) for key, value in ids.items()}
         output = model.generate(
             **on_device,
-            max_new_tokens=room,
+            max_new_tokens=longest,
             use_cache=True,
             eos_token_id=sorted(stops) or None,
             pad_token_id=tokenizer.pad_token_id,
@@ -306,11 +309,6 @@ def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
         return str(tokenizer.decode(output[0, tokens:], skip_special_tokens=True)).strip()
 
     return answer
-
-
-def probe_of(dataset: Dataset, device: torch.device) -> dict[str, Tensor]:
-    """The first training row, at most 64 tokens: input_ids (1, L)."""
-    return {"input_ids": torch.tensor([_ids(dataset[0])[:PROBE_TOKENS]], device=device)}
 
 
 def _ids(row: Mapping[str, Any]) -> list[int]:
@@ -378,11 +376,11 @@ def _continue_adapter(model: nn.Module, given: TrainSettings, adapter: Path, bas
     """Load the adapter to continue, and a frozen copy where the objective needs it as the reference. Returns the number
     of trained parameters.
 
-    Raises ConfigError (RW764) for an adapter trained on another base, AdapterError for one that does not fit.
+    Raises ConfigError (RW764) for an adapter trained on a different base, AdapterError for one that does not fit.
     """
     if (record := record_of(adapter)) is not None:
-        theirs = record.base_model.get("sha256")
-        if theirs not in (None, base_sha256):
+        trained_on = record.base_model.get("sha256")
+        if trained_on not in (None, base_sha256):
             raise ConfigError(
                 "RW764",
                 f"--adapter {adapter} was trained on a different base than --model {given.model} (their sha256 "
@@ -433,22 +431,17 @@ def add_new_tokens(model: Any, tokenizer: Any, tokens: list[str], config: LoraCo
             # A tied head shares the embedding's rows.
             ends.setdefault(id(end.weight), end)
     for end in ends.values():
-        _start_rows(end.weight, before, ids, pieces)
+        W = end.weight
+        for index, own in zip(ids, pieces):
+            W[index] = (W[own] if own else W[:before]).float().mean(dim=0)
     names = {name for name, module in model.named_modules() if any(module is end for end in ends.values())}
     return dataclasses.replace(config, trainable_token_indices=dict.fromkeys(sorted(names), ids))
 
 
-def _start_rows(W: Tensor, before: int, ids: list[int], pieces: list[list[int]]) -> None:
-    """Set the rows ``ids`` of W (vocabulary, dim) to the means of their pieces' rows, or of the first ``before`` rows
-    where there are no pieces."""
-    for index, own in zip(ids, pieces):
-        W[index] = (W[own] if own else W[:before]).float().mean(dim=0)
-
-
 def check_labels(data: Data) -> None:
-    """Raise RunError (RW521) where no token is trained, DataError (RW213) where no row trains a stop token. Plain texts
+    """Raise RunError (RW521) if no token is trained, DataError (RW213) if no row trains a stop token. Plain texts
     need none, and get a warning."""
-    report, source = data.train.report, data.rows.source
+    report, source = data.train.report, data.texts.rows.source
     if not report.trained_tokens:
         raise RunError(
             "RW521",
@@ -461,28 +454,21 @@ def check_labels(data: Data) -> None:
         f"no label in {source} is a stop token, so the model would not learn to stop; raise --max-length if rows are "
         "cut, or use a chat template that trains the end of the turn."
     )
-    if data.rows.kind != "text":
+    if data.texts.rows.kind != "text":
         raise DataError("RW213", text)
     warn("RW213", text)
 
 
-def check_positions(model: nn.Module, datasets: Iterable[Dataset]) -> None:
-    """Raise RunError (RW533) where an encoded row has more tokens than the model has learned positions."""
+def check_positions(model: nn.Module, datasets: Iterable[Dataset], answer: int = 0) -> None:
+    """Raise RunError (RW533) if an encoded row, with an answer of so many tokens, has more tokens than the model has
+    learned positions."""
     rows = table_rows(model)
     if rows is None:
         return
-    longest = max(map(longest_row, datasets))
+    longest = max(map(longest_row, datasets)) + answer
     if longest > rows:
         raise RunError(
             "RW533",
             f"the longest row has {longest:,} tokens, and this {type(model).__name__} has learned positions for "
             f"{rows:,}; give --max-length {rows} or less.",
         )
-
-
-def check_trainable(model: nn.Module, method: str) -> None:
-    """Raise RunError (RW522) where no parameter trains, or the method needs an adapter and the model has none."""
-    if method != "full" and not has_adapter(model) and guest_of(model) is None:
-        raise RunError("RW522", f"--method {method} needs an adapter, and the model has none; call add_adapter first.")
-    if not trainable_tensors(model):
-        raise RunError("RW522", "no parameter of the model trains; check --target-modules.")

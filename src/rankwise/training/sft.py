@@ -1,6 +1,8 @@
-"""Training on demonstrations: predict each token of an answer from the tokens before it.
+"""Training on known answers: predict each token of an answer from the tokens before it, or a text's label.
 
-B rows, L positions, T tokens of all rows laid end to end, P positions that are trained on.
+A head on the model's last hidden states answers a text with one label, several, or a number.
+
+B rows, L positions, T tokens of all rows laid end to end, P positions that are trained on, C labels.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import dataclasses
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,15 +23,17 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rankwise.acceleration import LossOptions, fused_head
+from rankwise.acceleration.labels import chosen, laid_out, losses
 from rankwise.acceleration.loss import scored_positions
-from rankwise.acceleration.scoring import Score, Scorer, loss_scorer
+from rankwise.acceleration.scoring import Score, Scorer, Target, loss_scorer, members_of, trained_target
 from rankwise.compat.torch import is_unit
 from rankwise.constants import IGNORED
+from rankwise.labels import SINGLE, Labels, measures
 from rankwise.ops.checks import check_targets
 from rankwise.ops.linear_cross_entropy import LossSums
 from rankwise.training import ranks
-from rankwise.training.foresight import evaluation_targets
-from rankwise.training.loop import KEY, Batch, Counted, Loss, Row, shuffled
+from rankwise.training.foresight import MicroBatch, largest, own_parts
+from rankwise.training.loop import KEY, Batch, Counted, Loss, Row, in_order, on_device, shuffled
 from rankwise.training.losses import cross_entropy
 from rankwise.training.weights import roots_gathered
 
@@ -141,6 +145,28 @@ class Demonstrations:
             pause()
         return [(score.total, len(score.tokens), score.hits) for score in scores.values()]
 
+    # --- the memory plan ---
+
+    def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
+        return largest(self.rows, batches, flat=self.flat)
+
+    def largest_evaluation(self) -> MicroBatch | None:
+        if self.eval_rows is None:
+            return None
+        targets = evaluation_targets(self.eval_rows)
+        scorer = loss_scorer(self.model)
+        scorer.packs = True
+        batches = [(len(rows), max(row.length for row in rows), rows) for rows in scorer.batches(targets)]
+        count, tokens, rows = max(batches, key=lambda batch: batch[0] * batch[1], default=(1, 1, []))
+        asked = sum(len(targets[member].places) for member in members_of(rows))
+        return MicroBatch(count, tokens, min(1.0, max(asked, 1) / (count * tokens)))
+
+
+def evaluation_targets(dataset: Dataset) -> list[Target]:
+    """The scored tokens of an evaluation's encoded rows. A row whose only trained token is its first has none."""
+    trained = ([label != IGNORED for label in row] for row in dataset["labels"])
+    return [target for target in map(trained_target, dataset["input_ids"], trained) if target is not None]
+
 
 def router_coefficient(model: PreTrainedModel) -> float:
     """The factor of the balancing loss of a model's experts; 0 for a model without."""
@@ -218,7 +244,7 @@ def counted(batch: Batch) -> Counted:
 
 def packed(rows: Dataset, length: int, seed: int) -> Dataset:
     """Rows of at most ``length`` tokens that hold several of the shuffled ``rows`` each: the longest first, each into
-    the fullest row with room for it (best fit decreasing). ``seq_lengths`` holds the lengths within a row.
+    the fullest row into which it fits (best fit decreasing). ``seq_lengths`` holds the lengths within a row.
     """
     rows = rows.select_columns(["input_ids", "labels"]).shuffle(seed=seed)
     made: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "seq_lengths": []}
@@ -231,17 +257,90 @@ def packed(rows: Dataset, length: int, seed: int) -> Dataset:
     return Dataset.from_dict(made).shuffle(seed=seed)
 
 
-def _bins(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """The indices of ``lengths`` in each bin. Of bins with equal room, the one that got it first is filled first."""
+def _bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """The indices of ``lengths`` in each bin. Of bins with as much left, the earliest is filled first."""
     bins: list[list[int]] = []
-    # (room left, when the bin got it, bin), in order.
+    # (what is left, since which turn, bin), in order.
     there: list[tuple[int, int, list[int]]] = []
     for turn, index in enumerate(np.argsort(-np.asarray(lengths), kind="stable").tolist()):
         place = bisect.bisect_left(there, (lengths[index],))
-        left, _, chosen = there.pop(place) if place < len(there) else (room, 0, [])
+        left, _, chosen = there.pop(place) if place < len(there) else (capacity, 0, [])
         if not chosen:
             bins.append(chosen)
         chosen.append(index)
         if left > lengths[index]:
             bisect.insort(there, (left - lengths[index], turn, chosen))
     return bins
+
+
+# --- labels ---
+
+
+@dataclasses.dataclass
+class Classification:
+    """The objective classify. ``size``: rows of a micro-batch of all processes."""
+
+    rows: Dataset
+    eval_rows: Dataset | None
+    labels: Labels
+    pad: int
+    size: int
+    seed: int
+
+    silence_is_normal: ClassVar[bool] = False
+    in_words: ClassVar[str] = "of labels, from the head's logits"
+
+    @property
+    def shown(self) -> Mapping[str, str]:
+        return {"accuracy": "accuracy"} if self.labels.problem == SINGLE else {}
+
+    def order(self, epoch: int) -> list[list[int]]:
+        return shuffled(len(self.rows), self.size, self.seed + epoch)
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        batch: Batch = laid_out(rows, self.pad)
+        batch["labels"] = torch.tensor([row["label"] for row in rows])
+        return {**batch, KEY: Counted(len(rows), int(batch["attention_mask"].sum()), len(rows))}
+
+    def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
+        return batches
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
+        logits, each = self._answered(model, batch)
+        if self.labels.problem != SINGLE:
+            return Loss(each.sum())
+        right = (logits.detach().argmax(-1) == batch["labels"]).sum()
+        return Loss(each.sum(), figures={"accuracy": (right, len(each))})
+
+    def _answered(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) and losses (B,)."""
+        inputs = {name: value for name, value in batch.items() if name not in (KEY, "labels")}
+        logits = model(**inputs).logits.float()
+        return logits, losses(logits, batch["labels"], self.labels.problem)
+
+    def means(self, figures: dict[str, float]) -> dict[str, float]:
+        return figures
+
+    def evaluate(self, model: PreTrainedModel, pause: Callable[[], None]) -> dict[str, float]:
+        """The mean loss over rows, and how well all answers agree with the labels."""
+        assert self.eval_rows is not None
+        found: list[tuple[float, Any, Any]] = []
+        for places in in_order(len(self.eval_rows), self.size):
+            if own := ranks.share(places):
+                rows = [self.eval_rows[place] for place in own]
+                batch = on_device(self.collate(rows), model.device)
+                logits, each = self._answered(model, batch)
+                targets = [row["label"] for row in rows]
+                found += zip(each.tolist(), targets, chosen(logits, self.labels.problem))
+            pause()
+        losses_of_all, targets_of_all, answers = zip(*itertools.chain.from_iterable(ranks.gathered(found)))
+        agreement = measures(targets_of_all, answers, self.labels.problem)
+        loss = sum(losses_of_all) / len(losses_of_all)
+        return {"eval_loss": loss, **{f"eval_{name}": value for name, value in agreement.items()}}
+
+    def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
+        return largest(self.rows, batches, flat=False)
+
+    def largest_evaluation(self) -> MicroBatch | None:
+        rows = self.eval_rows
+        return None if rows is None else largest(rows, own_parts(in_order(len(rows), self.size)), flat=False)

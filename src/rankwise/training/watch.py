@@ -46,6 +46,10 @@ class EvaluationStopped(Exception):
     """The user asked to stop while an evaluation was running."""
 
 
+class Diverged(RunError):
+    """The loss or the gradients are not finite (RW530)."""
+
+
 class Step:
     """Sums over the micro-batches of one step, or over several steps; those on the device until they are read."""
 
@@ -63,11 +67,11 @@ class Step:
         self.examples += counted.examples
         for name, values in figures.items():
             sums = self.figures.setdefault(name, [0.0, 0.0])
-            # A process without rows takes part with those of another.
+            # A process without rows takes part with a row of a different one.
             sums[:] = [before + value for before, value in zip(sums, values)] if counted.targets else sums
 
     def read(self, norm: Tensor) -> None:
-        """Get all values from the device at once, summed over the processes; the loss is the mean of theirs."""
+        """Get all values from the device at once, summed over the processes; the loss is their mean."""
         names = sorted(self.figures)
         values: list[Any] = [*self._losses, norm, *(value for name in names for value in self.figures[name])]
         on_device = [value for value in values if isinstance(value, Tensor)]
@@ -113,7 +117,7 @@ class GradientCheck:
         if any(value.grad is not None and not value.grad.isfinite().all() for value in self.waiting.values()):
             if self.overflow_is_normal:
                 return
-            raise RunError("RW530", f"a gradient is not finite at step {step}; lower --learning-rate.")
+            raise Diverged("RW530", f"a gradient is not finite at step {step}; lower --learning-rate.")
         silent = [key for key, value in self.waiting.items() if value.grad is None or not value.grad.any()]
         if self.silence_is_normal and len(silent) == len(self.waiting):
             return
@@ -212,7 +216,7 @@ class Watch:
         self._append(values if self.b_norm is None else {**values, "b_norm": self.b_norm})
 
     def pause(self) -> None:
-        """Raise EvaluationStopped in all processes where the user has asked one of them to stop."""
+        """Raise EvaluationStopped in all processes if the user has asked one of them to stop."""
         if ranks.agreed(self.interrupt.requested):
             raise EvaluationStopped
 
@@ -289,6 +293,8 @@ class Progress:
     peak_memory_bytes: int = 0
     wall_seconds: float = 0.0
     steps: int = 0
+    # Steps whose gradients overflowed float16, which the schedule does not count.
+    skipped: int = 0
     # Sum of the losses of these steps.
     loss_sum: float = 0.0
     # The run's length, and the steps between its evaluations, when this was saved.

@@ -1,22 +1,32 @@
-"""The weights that a run trains: an adapter in PEFT's format or a whole model, in one process or in shards (FSDP2).
+"""What a checkpoint holds: the weights that train, and the states of optimizers and random generators.
 
-Each process keeps some rows of every weight, and a layer's weights are gathered only while the layer runs. A unit is
-one decoder layer; the modules outside of the layers (embedding, last norm, head) form another unit. Packed 4-bit
-weights are sharded by row as uint8, and so are their first-level scales; second-level scales, 1/256 as many, are
-replicated. Adapters are small, and replicated too: one all-reduce of their gradients ends a step, and adapters, their
-optimizer and their checkpoints are the same as without sharding. With ``full``, gradients and optimizer states are
-shards as the weights are. The operators see gathered weights: FSDP2 gathers into the same tensor each time, so that a
-weight saved in a forward pass is whole again in the backward pass.
+Weights are an adapter in PEFT's format or a whole model, in one process or in shards (FSDP2). Each process keeps some
+rows of every weight, and a layer's weights are gathered only while the layer runs. A unit is one decoder layer; the
+modules outside of the layers (embedding, last norm, head) form one more unit. Packed 4-bit weights are sharded by row
+as uint8, and so are their first-level scales; second-level scales, 1/256 as many, are replicated. Adapters are small,
+and replicated too: one all-reduce of their gradients ends a step, and adapters, their optimizer and their checkpoints
+are the same as without sharding. With ``full``, gradients and optimizer states are shards as the weights are. The
+operators see gathered weights: FSDP2 gathers into the same tensor each time, so that a weight saved in a forward pass
+is whole again in the backward pass.
+
+A state is a tree of dicts, lists, tuples and scalars that holds tensors, written as safetensors and JSON, exact and
+without pickle. The tensors are numbered in ``NAME.safetensors``; the rest is ``NAME.json``, where a tensor is
+``{"$tensor": "0"}``, and values that JSON does not have (tuples, keys that are not text, infinities) are objects whose
+key starts with ``$``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -31,15 +41,15 @@ from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.adapters.select import module_names
 from rankwise.compat.torch import begin_sharded, class_of, is_sharded, is_unit, own_part, own_rows
 from rankwise.compat.transformers import is_converted_by_parts
-from rankwise.errors import RunError
+from rankwise.errors import InternalError, RunError, one_line
+from rankwise.foreign import JsonObject, read_json
 from rankwise.quantization.experts import four_bit_stacks
 from rankwise.quantization.targets import four_bit_layers
 from rankwise.training import ranks
-from rankwise.training.checkpoints import check_no_pickles
 
 
 def save_weights(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | None = None) -> None:
-    """Write the active adapter, what another distribution added, or the whole model (method full).
+    """Write the active adapter, what an installed distribution added, or the whole model (method full).
 
     ``gathered``: the state of a model whose shards train (``sharding.whole_weights``).
     """
@@ -54,9 +64,8 @@ def save_weights(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | N
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Copy what ``save_weights`` wrote into the model's parameters, bit for bit.
 
-    Raises RunError: RW512 for pickles, RW517 where the tensors do not fit this model.
+    Raises RunError (RW517) if the tensors do not fit this model.
     """
-    check_no_pickles(folder)
     try:
         if has_adapter(model):
             load_tensors(model, safetensors.torch.load_file(folder / WEIGHTS_FILE))
@@ -92,7 +101,8 @@ def checkpoint_bytes(model: nn.Module) -> int:
 @torch.no_grad()
 def _load_model(model: nn.Module, folder: Path) -> None:
     # from_pretrained reads every layout that save_pretrained writes: split files, tied weights, renamed experts.
-    stored: Any = class_of(model).from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[attr-defined]
+    options = {"dtype": "auto", "local_files_only": True, "use_safetensors": True}
+    stored: Any = class_of(model).from_pretrained(folder, **options)  # type: ignore[attr-defined]
     values = dict(stored.named_parameters())
     for unit in filter(is_unit, model.modules()):
         # After a forward pass without a backward pass, the model's parameters are gathered copies of its shards.
@@ -175,10 +185,6 @@ def roots_gathered(model: Any) -> Iterator[None]:
         model.reshard()
 
 
-def trains_shards(model: nn.Module) -> bool:
-    return any(parameter.requires_grad and is_sharded(parameter) for parameter in model.parameters())
-
-
 def whole(tensor: Any) -> Tensor:
     """The whole tensor of a shard, or the tensor itself. Every process must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
@@ -189,7 +195,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
 
     Every process must call this. Tied weights stay one tensor.
     """
-    if not trains_shards(model):
+    if not any(parameter.requires_grad and is_sharded(parameter) for parameter in model.parameters()):
         return None
     state = model.state_dict(keep_vars=True)
     found: dict[int, Tensor] = {}
@@ -243,3 +249,147 @@ def sharded_state(state: StateDict, optimizer: Optimizer) -> StateDict:
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+# --- states without pickle ---
+
+
+# By generator: "python", "numpy", "cpu", and if there is one "cuda" or "mps".
+RandomStates = dict[str, Any]
+
+
+def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
+    """Write ``state`` as ``folder/name.json`` and, where it holds tensors, ``folder/name.safetensors``.
+
+    Tensors may have any device and layout; values and dtypes are kept exactly. Raises InternalError (RW590) for a value
+    of a different type, with its place in the tree.
+    """
+    tensors: dict[str, Tensor] = {}
+    document = _encode(state, tensors, name)
+    if tensors:
+        safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_state(folder: Path, name: str) -> Any:
+    """Read what ``save_state`` wrote; tensors are on the CPU.
+
+    Raises RunError (RW511) for files that are missing, damaged or do not belong together.
+    """
+    with reading_state(folder, name):
+        document = read_json(folder / f"{name}.json")
+        path = folder / f"{name}.safetensors"
+        tensors = safetensors.torch.load_file(path) if path.exists() else {}
+        return _decode(document, tensors)
+
+
+@contextmanager
+def reading_state(folder: Path, name: str) -> Iterator[None]:
+    """Raise errors about the values in a checkpoint's file as RunError (RW511)."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  torch, NumPy and safetensors raise many kinds for values of a wrong form
+        reason = one_line(error) or type(error).__name__
+        raise RunError(
+            "RW511", f"cannot read the {name} state in {folder}: {reason}; resume from an older checkpoint."
+        ) from None
+
+
+def seed_all(seed: int) -> None:
+    """Seed every generator that training draws from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_states() -> RandomStates:
+    """The states of every generator that training draws from: Python's, NumPy's, torch's on each device."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states: RandomStates = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "cpu": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states: RandomStates) -> None:
+    """Set every generator to its state in ``states``, a result of ``random_states``.
+
+    Raises RunError (RW511) if the number of CUDA devices differs.
+    """
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        if len(states["cuda"]) != torch.cuda.device_count():
+            raise RunError(
+                "RW511",
+                f"the checkpoint has the random states of {len(states['cuda'])} CUDA devices and this machine shows "
+                f"{torch.cuda.device_count()}; set CUDA_VISIBLE_DEVICES to as many.",
+            )
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+
+
+@contextmanager
+def undisturbed_random_states() -> Iterator[None]:
+    """A context at whose end the random states are restored, so that an evaluation does not change the training."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
+def _encode(value: object, tensors: dict[str, Tensor], place: str) -> Any:
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        # A copy, since safetensors refuses tensors that share memory.
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        return {"$tensor": key}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, np.generic):
+        return _encode(value.item(), tensors, place)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, list):
+        return [_encode(item, tensors, f"{place}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, tuple):
+        return {"$tuple": [_encode(item, tensors, f"{place}[{index}]") for index, item in enumerate(value)]}
+    if isinstance(value, dict):
+        return _encode_dict(value, tensors, place)
+    raise InternalError(
+        "RW590", f"{place} is a {type(value).__name__}, which a checkpoint cannot hold; please report this optimizer."
+    )
+
+
+def _encode_dict(value: dict[Any, object], tensors: dict[str, Tensor], place: str) -> JsonObject:
+    items = [(key, _encode(item, tensors, f"{place}[{key!r}]")) for key, item in value.items()]
+    if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
+        return dict(items)
+    return {"$dict": [[_encode(key, tensors, f"{place} key"), item] for key, item in items]}
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        return tensors[value["$tensor"]]
+    if "$float" in value:
+        return float(value["$float"])
+    if "$tuple" in value:
+        return tuple(_decode(item, tensors) for item in value["$tuple"])
+    if "$dict" in value:
+        return {_decode(key, tensors): _decode(item, tensors) for key, item in value["$dict"]}
+    return {key: _decode(item, tensors) for key, item in value.items()}

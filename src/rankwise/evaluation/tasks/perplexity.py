@@ -48,7 +48,7 @@ class Perplexity(Task):
         return self.rows.sha256
 
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
-        from rankwise.acceleration.packing import members_of
+        from rankwise.acceleration.scoring import members_of
 
         targets = self._targets(engine)
         numbers = list(targets)

@@ -46,7 +46,7 @@ class _Attention(ctypes.Structure):
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """Why the native kernel cannot run on these tensors, as a sentence; None where it can."""
+    """Why the native kernel cannot run on these tensors, as a sentence; None if it can."""
     return unfit(q, k, v, scale) or missing(q.dtype)
 
 
@@ -64,7 +64,7 @@ def unfit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
 
 
 def missing(dtype: torch.dtype) -> str | None:
-    """Why this process has no native attention for ``dtype``, or None where it has one."""
+    """Why this process has no native attention for ``dtype``, or None if it has one."""
     why = _missing_library()
     if why is None and not native.library().rw_attention_available():
         why = "it needs AVX2, which this CPU, this build or RANKWISE_CPU_LEVEL does not give."

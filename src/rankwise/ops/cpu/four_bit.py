@@ -138,7 +138,7 @@ def is_kept(size_bytes: int) -> bool:
 
 
 def _memory(shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Tensor:
-    """An uninitialized tensor, where possible in this thread's cached storage. ``exact``: the storage must have no
+    """An uninitialized tensor, if possible in this thread's cached storage. ``exact``: the storage must have no
     spare bytes."""
     size, shape = math.prod(shape) * dtype.itemsize, tuple(shape)
     if not is_kept(size):

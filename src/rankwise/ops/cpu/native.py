@@ -46,7 +46,7 @@ class Weight(ctypes.Structure):
 
 
 def obstacle() -> str | None:
-    """Why the library cannot run and what to do, or None where it can."""
+    """Why the library cannot run and what to do, or None if it can."""
     path = _library_path()
     if path is None:
         return f"the native library was not built when rankwise was installed. To get it, {_HOW_TO_BUILD}"

@@ -46,7 +46,7 @@ class Factor:
 
     @classmethod
     def of(cls, W: Tensor | PackedWeight) -> Factor | None:
-        """A 4-bit W (N, K), a dense one or a transposed view of one; None where the native library cannot read it: not
+        """A 4-bit W (N, K), a dense one or a transposed view of one; None if the native library cannot read it: not
         on a CPU, of a different dtype, or without dense rows."""
         if isinstance(W, PackedWeight):
             if not W.codes.is_cpu:
@@ -98,7 +98,7 @@ class InBytes:
 
 def bytes_pay(dtype: torch.dtype) -> bool:
     """Whether terms in 8 bits are at least 1.2 times as fast as those of rows of ``dtype``: measured with AVX-512 VNNI
-    alone (1.7 times)."""
+    only (1.7 times)."""
     return dtype is torch.bfloat16 and level() == "avx512_bf16" and on_tiles()
 
 

@@ -6,8 +6,8 @@ float32, bfloat16 and float16. The callers in ``rankwise.ops.table`` have checke
 from __future__ import annotations
 
 from rankwise.ops.triton.cross_entropy import cross_entropy_
-from rankwise.ops.triton.dequantize import dequantize_gained_4bit
 from rankwise.ops.triton.dropout import dropout, dropout_add_
+from rankwise.ops.triton.four_bit import dequantize_gained_4bit
 from rankwise.ops.triton.glu import glu, glu_backward
 from rankwise.ops.triton.low_rank import low_rank_add_
 from rankwise.ops.triton.low_rank_grads import low_rank_grads_

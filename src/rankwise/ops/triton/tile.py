@@ -134,7 +134,7 @@ def launching_on(device: torch.device) -> AbstractContextManager[None]:
     raise QuantizationError(
         "RW607",
         f"the Triton kernels run on CUDA tensors and got tensors on {device}: move the model to a CUDA device, "
-        "choose another implementation, or, for tests, set TRITON_INTERPRET=1 before Python starts.",
+        "choose a different implementation, or, for tests, set TRITON_INTERPRET=1 before Python starts.",
     )
 
 
