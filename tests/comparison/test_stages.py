@@ -9,7 +9,6 @@ import pytest
 
 from rankwise.comparison import stages
 from rankwise.comparison.stages import Cell
-from rankwise.errors import RunError
 
 
 @pytest.mark.parametrize("code", [-signal.SIGINT, -signal.SIGTERM, 130])
@@ -45,13 +44,3 @@ def test_a_method_cannot_run_where_training_never_began(
     assert outcome.cannot_run == expected
     stages.keep_outcome(job, tmp_path, outcome)
     assert stages.outcome_of(job, tmp_path) == outcome
-
-
-def test_an_outcome_without_a_code_is_no_outcome(tmp_path: Path):
-    job = stages.Job("train", Cell("lora", 2e-4, 0))
-    path = stages.beside(job.name(tmp_path), ".json")
-    path.parent.mkdir()
-    path.write_text('{"status": "failed", "seconds": 1.0, "error": {"message": "x"}}')
-    with pytest.raises(RunError, match="holds no code and message") as caught:
-        stages.outcome_of(job, tmp_path)
-    assert caught.value.code == "RW581"

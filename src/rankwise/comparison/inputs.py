@@ -21,7 +21,7 @@ from rankwise.disk import refuse_links
 from rankwise.errors import ConfigError, DataError, ModelError, RunError, one_line
 from rankwise.evaluation.settings import EvaluateSettings, split_data
 from rankwise.evaluation.tasks.registry import make_task
-from rankwise.foreign import Fields, Json, JsonObject, checked, read_json
+from rankwise.foreign import Fields, Json, JsonObject, read_json
 from rankwise.labels import Labels
 from rankwise.lora_config import LoraConfig
 from rankwise.models.device import choose_device
@@ -63,14 +63,6 @@ def check_folder(output: Path) -> None:
         )
 
 
-@dataclasses.dataclass
-class _Identity:
-    """The recorded settings on which the runs of a folder depend."""
-
-    options: JsonObject
-    data: dict[str, str]
-
-
 def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
     """Record the settings on which the runs of this folder depend, or compare them with the recorded ones.
 
@@ -83,18 +75,19 @@ def check_same(output: Path, given: CompareSettings, data: Fields) -> None:
         write_json(path, now)
         return
     try:
-        before = checked(_Identity, read_json(path))
-    except (OSError, ValueError) as error:
+        before = read_json(path)
+        options, digests = before["options"], before["data"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunError("RW581", f"cannot read {path}: {one_line(error)}; give a different --output.") from None
     changed = [
-        f"{flag(name)} was {before.options.get(name)!r} and is {value!r}"
+        f"{flag(name)} was {options.get(name)!r} and is {value!r}"
         for name, value in now["options"].items()
-        if name not in NEUTRAL and before.options.get(name, value) != value
+        if name not in NEUTRAL and options.get(name, value) != value
     ]
     changed += [
         f"the content of {label} differs"
         for label, digest in now["data"].items()
-        if before.data.get(label, digest) != digest
+        if digests.get(label, digest) != digest
     ]
     if changed:
         raise RunError(

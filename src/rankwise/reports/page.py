@@ -32,7 +32,7 @@ from rankwise.reports.numbers import (
     visible,
 )
 from rankwise.reports.plotted import curves_of, losses_of, pairs_of, spots_of, with_best
-from rankwise.reports.words import heading, headline
+from rankwise.reports.words import heading, headline, limits_in_words
 
 TEMPLATES = Path(__file__).parent / "templates"
 TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
@@ -109,18 +109,17 @@ def _content(comparison: Comparison) -> JsonObject:
 
 def _recommendation(comparison: Comparison) -> JsonObject:
     given = comparison["recommendation"]
-    limits = given.get("limits") or {}
-    parts = []
-    if is_number(limits.get("memory_bytes")):
-        parts.append(f"memory up to {byte_size(limits['memory_bytes'])}")
-    if is_number(limits.get("hours")):
-        parts.append(f"at most {duration(3600 * limits['hours'])}")
     keys = ("method", "config", "command", "adapter", "run")
     texts = {key: visible(given[key]) if given.get(key) else "" for key in keys}
     # A report of several folders names the whole path.
     texts["deciding"] = visible((given.get("deciding") or {}).get("command") or "")
     more = {"heading": heading(comparison.document), "decided": given.get("decided")}
-    return {**texts, **more, "limits": ", ".join(parts), "is_inside": not Path(texts["adapter"]).is_absolute()}
+    return {
+        **texts,
+        **more,
+        "limits": limits_in_words(given.get("limits") or {}),
+        "is_inside": not Path(texts["adapter"]).is_absolute(),
+    }
 
 
 def _metrics_table(comparison: Comparison) -> JsonObject:

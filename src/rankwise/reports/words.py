@@ -102,7 +102,7 @@ def _verdicts(document: Fields) -> list[str]:
     """What is known of the recommended method."""
     found, methods = document["recommendation"], document["methods"]
     method, best = found["method"], found["best"]
-    limits = _limits(found["limits"])
+    limits = limits_in_words(found["limits"])
     inside = f"of the {plural(len(found['candidates']), 'method')} within {limits}, " if limits else ""
     about = f"{inside}{long_name(method)}{_figures(methods[method], document['primary_metric'])}"
     others = [name for name, item in methods.items() if item["verdict"] and name != best]
@@ -211,7 +211,7 @@ def _nothing(document: Fields) -> str:
     key = "peak_memory_bytes" if limits.get("memory_bytes") else "wall_seconds"
     least = min(methods, key=lambda name: (methods[name][key] or float("inf"), name))
     return (
-        f"No method stays within {_limits(limits)}; {long_name(least)} needs least "
+        f"No method stays within {limits_in_words(limits)}; {long_name(least)} needs least "
         f"{'memory' if limits.get('memory_bytes') else 'time'}{_figures(methods[least], metric)}."
     )
 
@@ -221,7 +221,7 @@ def _failures(item: Fields, name: str) -> list[str]:
     return [f"{failed} of the {failed + item['seeds']} runs of {long_name(name)} failed"] if failed else []
 
 
-def _limits(limits: Fields) -> str:
+def limits_in_words(limits: Fields) -> str:
     memory, hours = limits.get("memory_bytes"), limits.get("hours")
     parts = [byte_size(memory) if memory else "", f"{hours:g} h" if hours else ""]
     return " and ".join(part for part in parts if part)
