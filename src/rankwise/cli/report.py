@@ -10,7 +10,7 @@ from typing import Any
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, one_line
 from rankwise.disk import hold
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, JsonObject, read_json
 from rankwise.records import check_writable
 from rankwise.reports.comparison import Recommendation, unit_of
 from rankwise.reports.settings import ReportSettings, output_of
@@ -18,7 +18,6 @@ from rankwise.reports.words import headline
 
 
 def run(settings: ReportSettings, output: Output) -> Document:
-    from rankwise.reports.comparison import read_object
     from rankwise.reports.report import JSON_FILE, merged_report, write_report
 
     target = output_of(settings)
@@ -29,7 +28,7 @@ def run(settings: ReportSettings, output: Output) -> Document:
             files = write_report(settings.folders[0], target)
         else:
             files = merged_report(settings.folders, target, _summarise(target))
-    found = read_object(target / JSON_FILE)
+    found = read_json(target / JSON_FILE)
     output.line(f"{'verdict':<12}{one_line(headline(found))}")
     for path in files:
         output.line(f"{'written':<12}{path}")

@@ -385,17 +385,12 @@ def load_comparison(folder: Path) -> Comparison:
         state = f"holds no {COMPARISON_FILE}" if folder.is_dir() else "is not a folder"
         raise RunError("RW593", f"{folder} {state}; give a folder that `rankwise compare` wrote (its --output).")
     try:
-        document = read_object(path)
+        document = read_json(path)
         if document["schema"] != SCHEMA:
             raise ValueError(f"its schema is {document['schema']!r}, and this version reads {SCHEMA}")
         return Comparison(document, folder)
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise RunError("RW593", f"cannot read {path} as a comparison: {error!r}.") from None
-
-
-def read_object(path: Path) -> Any:
-    """The content of a JSON file. Raises ValueError for a file that is not JSON."""
-    return read_json(path)
 
 
 @contextlib.contextmanager

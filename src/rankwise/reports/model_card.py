@@ -17,6 +17,7 @@ from rankwise.records import RunRecord
 from rankwise.reports.markdown import escaped, section, table
 from rankwise.reports.naming import last_part
 from rankwise.reports.numbers import capital
+from rankwise.reports.summary import plain
 from rankwise.serving import DORA_AS_LORA, WORDS, served
 
 NAMES = {
@@ -171,13 +172,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Json]]) -> str:
 
 
 def _cell(value: Json) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_cell(item) for item in value)
-    return escaped(value)
+    return escaped(plain(value))
 
 
 def _results(record: RunRecord) -> list[tuple[str, Json]]:

@@ -23,7 +23,6 @@ VARIANTS = {
     "qv": "q, v",
     "int8": "8-bit products",
 }
-LONG_NAMES = {"full": "full fine-tuning"}
 METRICS = {
     "eval_loss": "Evaluation loss",
     "retained.loss": "Retained loss",
@@ -47,7 +46,7 @@ def method_name(method: str) -> str:
 
 def long_name(method: str) -> str:
     """The name in a sentence: ``LoRA``, ``full fine-tuning``."""
-    return LONG_NAMES.get(method, method_name(method))
+    return "full fine-tuning" if method == "full" else method_name(method)
 
 
 def method_numbers(methods: Iterable[str]) -> dict[str, int]:
