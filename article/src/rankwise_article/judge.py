@@ -141,19 +141,16 @@ def judge_answers(
     pairs = [*zip(questions, answers_a, answers_b, strict=True), *zip(questions, answers_b, answers_a, strict=True)]
     requests = [client.request(question[1], first[1], second[1]) for question, first, second in pairs]
     keys = [text_sha256(json.dumps([client.endpoint, request], sort_keys=True), 64) for request in requests]
-    replies: dict[str, tuple[str, tuple[float, float]]] = {}
-    pool = ThreadPoolExecutor(max_workers=client.concurrency)
-    try:
-        # Equal requests are sent once.
-        futures = {
-            k: pool.submit(_reply, client, cache, k, request) for k, request in dict(zip(keys, requests)).items()
-        }
+    # Equal requests are sent once.
+    (first, request), *rest = dict(zip(keys, requests)).items()
+    # By itself, so that a wrong address or key stops the work after one request.
+    replies = {first: _reply(client, cache, first, request)}
+    with ThreadPoolExecutor(max_workers=client.concurrency) as pool:
+        futures = {key: pool.submit(_reply, client, cache, key, request) for key, request in rest}
         for key, future in futures.items():
             replies[key] = future.result()
             if progress:
-                progress(len(replies), len(futures))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+                progress(len(replies), len(rest) + 1)
     failed = [replies[key][0] for key in keys if replies[key][1] == FAILED]
     if failed:
         warn(
