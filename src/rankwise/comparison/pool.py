@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 from rankwise.comparison import stages
 from rankwise.comparison.stages import Job, Outcome, beside
-from rankwise.compat.ray import print_no_raylet_logs
 from rankwise.disk import hold
 from rankwise.errors import DataError, Interrupted, RunError, heard
 from rankwise.foreign import JsonObject
@@ -144,7 +143,6 @@ def connect(address: str | None, device: str) -> Cluster:
         if address is not None and (port := address.rpartition(":")[2]).isdecimal():
             # Ray itself would retry for minutes.
             socket.create_connection((address.rpartition(":")[0], int(port)), ANSWER_SECONDS).close()
-        print_no_raylet_logs()
         ray.init(address or "auto", log_to_driver=False, ignore_reinit_error=True)
     except (OSError, ValueError, RuntimeError) as error:
         at = f"at {address}" if address else "on this machine"

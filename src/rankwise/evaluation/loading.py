@@ -159,25 +159,13 @@ def check_new_tokens(adapters: Sequence[Path], *, base: bool) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadSettings:
-    """How a model would be loaded, in words."""
-
-    dtype: str
-    quantization: str | None
-    # Revision of the base that the adapters name.
-    revision: str | None
-
-
-def load_settings(adapters: Sequence[Path], options: LoadOptions) -> LoadSettings:
-    """What "auto" in the options means, without loading anything. Raises as ``load_as_trained``."""
-    from rankwise.adapters.trained_base import revision_of
+def load_settings(adapters: Sequence[Path], options: LoadOptions) -> JsonObject:
+    """The dtype and the 4-bit format that "auto" in the options means, in words. Raises as ``load_as_trained``."""
     from rankwise.models import choose_device
 
     config = _quantization(options.quantization, adapters)
     kind = str(_dtype(options.dtype, adapters, choose_device(options.device).dtype)).removeprefix("torch.")
-    described = None if config is None else str(sorted(config.to_dict().items(), key=str))
-    return LoadSettings(kind, described, revision_of(adapters[0]) if adapters else None)
+    return {"dtype": kind, "quantization": None if config is None else str(sorted(config.to_dict().items(), key=str))}
 
 
 def base_of(adapters: Sequence[Path]) -> str:

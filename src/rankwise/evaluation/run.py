@@ -164,7 +164,8 @@ class _Run:
         self.name = settings.model or _base(settings.adapter)
         self.variants = variants_of(settings.adapter, settings.base)
         check_new_tokens(settings.adapter, base=len(self.variants) > len(settings.adapter))
-        check_fit(self.name, settings.adapter, _load_options(settings), named=settings.model is not None)
+        options, named = _load_options(settings), settings.model is not None
+        self.revision = check_fit(self.name, settings.adapter, options, named=named)
         observer.phase("Reading data")
         self.tasks = make_tasks(settings)
         # The user's chat template, else that of the training. None means the tokenizer's own.
@@ -279,15 +280,12 @@ class _Run:
         from rankwise.models import fetch_model, model_hash, settings_hash
 
         given = self.settings
-        computed = load_settings(given.adapter, _load_options(given))
-        revision = computed.revision if given.model is None and given.revision is None else given.revision
-        source = fetch_model(self.name, revision=revision, trust_remote_code=given.trust_remote_code)
+        source = fetch_model(self.name, revision=self.revision, trust_remote_code=given.trust_remote_code)
         template = None if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
         common = {
             "model_sha256": model_hash(source),
             "model_settings_sha256": settings_hash(source),
-            "dtype": computed.dtype,
-            "quantization": computed.quantization,
+            **load_settings(given.adapter, _load_options(given)),
             "limit": given.limit,
             "chat_template_sha256": template,
         }
