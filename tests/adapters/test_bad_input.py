@@ -229,7 +229,7 @@ def test_routers_that_give_a_tuple_are_no_linear_layers():
     for model in tiny_router_models():
         routers = [name for name, part in model.named_modules() if type(part).__name__.endswith("Router")]
         assert routers
-        with pytest.raises(AdapterError, match="RW402.*no adapter can wrap"):
+        with pytest.raises(AdapterError, match="RW402"):
             rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=[routers[0].rpartition(".")[2]]))
         report = rw.add_adapter(model, rw.LoraConfig(r=2))
         adapted = {module.name for module in report.modules}
