@@ -289,7 +289,7 @@ def test_looking_for_ranges_takes_no_more_than_the_mask() -> None:
     assert ranges.start.eq(0).all()
     assert torch.equal(ranges.end, torch.arange(1, 4101)[None])
     # The mask itself among it.
-    assert sum(tracker.peaks()["forward", -1].values()) < 2 * causal.nbytes
+    assert sum(tracker.peaks()["forward", -1, 0].values()) < 2 * causal.nbytes
 
 
 @at_every_level

@@ -291,7 +291,9 @@ def traced(
         model.close()
     extended = functools.partial(_extended, periods=cut.periods_beyond if cut else 0)
     phases: dict[str, Terms] = {}
-    for place in parts[0].keys() & parts[-1].keys():
+    for place in parts[0]:
+        if place not in parts[-1]:
+            continue
         terms = extended(parts[0][place], parts[-1][place])
         phase = place[0]
         phases[phase] = max(phases.get(phase, {}), terms, key=lambda held: sum(held.values()))
@@ -344,9 +346,9 @@ class Cut:
         named: dict[tuple[Any, ...], Terms] = {}
         for place, terms in found.items():
             if place.layer <= self.prefix + self.period:
-                named[place.phase, "front", place.layer] = terms
+                named[place.phase, "front", place.layer, place.turn] = terms
             if place.layer >= number - 1 - self.period:
-                named[place.phase, "end", number - place.layer] = terms
+                named[place.phase, "end", number - place.layer, place.turn] = terms
         return named
 
 

@@ -11,6 +11,7 @@ import bisect
 import dataclasses
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -50,10 +51,12 @@ Terms = dict[str, int]
 
 
 class Place(NamedTuple):
-    """A part of a step: its phase, and the number of the layer that it starts with, or -1 before the first layer."""
+    """A part of a step: its phase, the number of the layer that it starts with, or -1 before the first layer, and how
+    often such a part was there before: of a backward pass -1 is the head's part, and later the embedding's."""
 
     phase: str
     layer: int = -1
+    turn: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -97,6 +100,7 @@ class StorageTracker(TorchDispatchMode):
         self.forward_ends: list[int] = []
         # (clock, place) at the start of each part of the step.
         self.entered: list[tuple[int, Place]] = []
+        self._turns: Counter[tuple[str, int]] = Counter()
         # {clock: the largest scratch memory of an operation then}.
         self.scratches: dict[int, int] = {}
         self.storages: list[Storage] = []
@@ -178,7 +182,9 @@ class StorageTracker(TorchDispatchMode):
 
     def mark(self, layer: int = -1) -> None:
         """Start a part of the phase."""
-        self.entered.append((self.clock, Place(self.phase, layer)))
+        turn = self._turns[self.phase, layer]
+        self._turns[self.phase, layer] += 1
+        self.entered.append((self.clock, Place(self.phase, layer, turn)))
 
     def restart(self) -> None:
         """Forget what happened; what is still alive was there before the next step."""
@@ -187,6 +193,7 @@ class StorageTracker(TorchDispatchMode):
         for clock, storage in enumerate(self.storages):
             storage.born, storage.phase, storage.recomputing = clock, "setup", False
         self.entered, self.forward_ends, self.scratches = [], [], {}
+        self._turns.clear()
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
@@ -213,14 +220,11 @@ class StorageTracker(TorchDispatchMode):
         for clock, size in self.scratches.items():
             held[clock] += size
         ends = [clock for clock, _ in self.entered[1:]] + [self.clock]
-        best: dict[Place, int] = {}
-        for (begin, place), end in zip(self.entered, ends, strict=True):
-            clock = max(range(begin, end + 1), key=held.__getitem__)
-            best[place] = max(best.get(place, clock), clock, key=held.__getitem__)
-        return {place: self._terms_at(clock, self.scratches.get(clock, 0)) for place, clock in best.items()}
+        parts = zip(self.entered, ends, strict=True)
+        return {place: self._terms_at(max(range(begin, end + 1), key=held.__getitem__)) for (begin, place), end in parts}
 
-    def _terms_at(self, clock: int, scratch_bytes: int) -> Terms:
-        totals: Terms = {"transient": scratch_bytes}
+    def _terms_at(self, clock: int) -> Terms:
+        totals: Terms = {"transient": self.scratches.get(clock, 0)}
         for storage in self.storages:
             if storage.born < clock <= storage.died:
                 term = self._term(storage)
