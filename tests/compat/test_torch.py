@@ -197,10 +197,7 @@ def test_unsafe_view_is_no_view_to_autograd():
 @pytest.mark.parametrize(
     ("operator", "overload", "call"),
     [
-        (compat.to_copy, "default", lambda: torch.ones(2).to(torch.float64)),
         (compat.local_scalar, "default", lambda: torch.ones(()).item()),
-        (compat.foreach_norm, "Scalar", lambda: torch._foreach_norm([torch.ones(2)])),
-        (compat.foreach_sqrt, "default", lambda: torch._foreach_sqrt([torch.ones(2)])),
         (
             compat.grouped_mm,
             "default",
@@ -225,6 +222,12 @@ def test_private_operators_run_where_the_dry_run_expects_them(operator, overload
     with Mode():
         call()
     assert getattr(operator, overload) in seen
+
+
+def test_schemas_say_what_operations_return():
+    aten = torch.ops.aten
+    some = (aten.mul.Tensor, aten.split.Tensor, aten.mul_.Tensor, aten._foreach_mul_.Scalar, aten.t_.default)
+    assert [compat.returned_by(func) for func in some] == ["new", "views", "first", "nothing", "other"]
 
 
 def test_parameters_buffers_and_modules_of_a_module_are_live_dictionaries():

@@ -288,4 +288,4 @@ def test_what_has_values_or_another_device_is_left_to_the_mode():
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = torch.ones(2)
         assert quick(aten.mul.Tensor, (fake, real), {}) is NotImplemented
-        assert quick(aten.softmax.int, (fake, 0), {}) is NotImplemented
+        assert quick(aten.t_.default, (fake,), {}) is NotImplemented

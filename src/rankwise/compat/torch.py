@@ -6,9 +6,10 @@ module lookup takes microseconds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -235,14 +236,29 @@ def viewed(tensor: Tensor) -> Tensor | None:
 
 # Reshapes without autograd treating the result as a view, so that it may be written in place.
 unsafe_view = torch.ops.aten._unsafe_view
-# The operations of a cast, ``.item()``, a product of experts, and a norm and a root of many tensors, for the dry run.
-to_copy = torch.ops.aten._to_copy
+# ``.item()`` and a product of experts, for the dry run.
 local_scalar = torch.ops.aten._local_scalar_dense
 grouped_mm = torch.ops.aten._grouped_mm
-foreach_norm = torch.ops.aten._foreach_norm
-foreach_sqrt = torch.ops.aten._foreach_sqrt
 # The product of int8 matrices in int32.
 int_mm = torch._int_mm
+
+
+@functools.cache
+def returned_by(func: OpOverload) -> Literal["new", "views", "first", "nothing", "other"]:
+    """What an operation returns by its schema: new tensors, views of its first argument, this argument after changing
+    it, nothing after changing it, or something else."""
+    schema = func._schema
+    first = schema.arguments[0].alias_info if schema.arguments else None
+    shared = [item.alias_info for item in schema.returns]
+    if func is unsafe_view.default:
+        return "views"
+    if first is None:
+        return "other" if any(shared) else "new"
+    if not first.is_write:
+        return "views"
+    if not shared:
+        return "nothing"
+    return "first" if len(shared) == 1 and all(shared) and torch.Tag.inplace_view not in func.tags else "other"
 
 
 class Ctx(Protocol[Kept]):

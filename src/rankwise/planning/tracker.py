@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,17 +26,14 @@ from rankwise.compat.torch import (
     OpOverload,
     TorchDispatchMode,
     fake_mode,
-    foreach_norm,
-    foreach_sqrt,
     grouped_mm,
     in_kernel_invocation_manager,
     is_fake,
     local_scalar,
+    returned_by,
     shard_of,
     storage_address,
-    to_copy,
     tree_iter,
-    unsafe_view,
 )
 
 NEVER = 1 << 62
@@ -221,7 +217,9 @@ class StorageTracker(TorchDispatchMode):
             held[clock] += size
         ends = [clock for clock, _ in self.entered[1:]] + [self.clock]
         parts = zip(self.entered, ends, strict=True)
-        return {place: self._terms_at(max(range(begin, end + 1), key=held.__getitem__)) for (begin, place), end in parts}
+        return {
+            place: self._terms_at(max(range(begin, end + 1), key=held.__getitem__)) for (begin, place), end in parts
+        }
 
     def _terms_at(self, clock: int) -> Terms:
         totals: Terms = {"transient": self.scratches.get(clock, 0)}
@@ -306,79 +304,12 @@ def _is_flags(index: object) -> TypeGuard[Tensor]:
 # arguments, and runs custom operators in Python without a cache. Both take most of a trace's time. Here results are
 # cached under a smaller key, with the same shapes and storages.
 
-_aten = torch.ops.aten
 _CPU = torch.device("cpu")
-
-# Operations whose results share the storage of the first argument; their meta kernels are fast.
-VIEWS = frozenset(
-    {
-        _aten.alias.default,
-        _aten.detach.default,
-        _aten.expand.default,
-        _aten.permute.default,
-        _aten.slice.Tensor,
-        _aten.split.Tensor,
-        _aten.split_with_sizes.default,
-        _aten.t.default,
-        _aten.transpose.int,
-        _aten.unsqueeze.default,
-        _aten.view.default,
-        unsafe_view.default,
-    }
-)
-# Operations that return their first argument.
-IN_PLACE = frozenset(
-    {
-        _aten.add_.Tensor,
-        _aten.addcdiv_.default,
-        _aten.addcmul_.default,
-        _aten.addmm_.default,
-        _aten.copy_.default,
-        _aten.lerp_.Scalar,
-        _aten.mul_.Tensor,
-        _aten.zero_.default,
-    }
-)
-# Operations whose results have storages of their own, as those of all rankwise operators have.
-NEW = frozenset(
-    {
-        to_copy.default,
-        _aten.add.Tensor,
-        _aten.all.default,
-        _aten.cat.default,
-        _aten.clamp_min.default,
-        _aten.clone.default,
-        _aten.div.Scalar,
-        _aten.div.Tensor,
-        _aten.empty.memory_format,
-        _aten.empty_like.default,
-        _aten.eq.Scalar,
-        _aten.linalg_vector_norm.default,
-        _aten.mean.dim,
-        _aten.mm.default,
-        _aten.mul.Scalar,
-        _aten.mul.Tensor,
-        _aten.neg.default,
-        _aten.new_empty.default,
-        _aten.ones.default,
-        _aten.pow.Tensor_Scalar,
-        _aten.rsqrt.default,
-        _aten.scalar_tensor.default,
-        _aten.slice_backward.default,
-        _aten.sqrt.default,
-        _aten.sum.dim_IntList,
-        _aten.where.self,
-        _aten.zeros.default,
-        _aten.zeros_like.default,
-    }
-)
-# {operation on a list of tensors: the operation on one tensor}.
-EACH = {foreach_norm.Scalar: _aten.linalg_vector_norm.default, foreach_sqrt.default: _aten.sqrt.default}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """A function that creates a result; ``is_tuple``: the result is several tensors."""
+    """How a result is created; ``is_tuple``: it is several tensors."""
 
     tensors: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
     is_tuple: bool
@@ -386,37 +317,26 @@ class _Made:
 
 class QuickFakes:
     """Caches results (shapes, strides, dtypes) under a key of their arguments (the same facts, and numbers), for all
-    traces of the process."""
+    traces of the process. By its schema an operation returns its first argument, views of it, or new tensors."""
 
     _seen: ClassVar[dict[tuple[object, ...], _Made | None]] = {}
 
     def __call__(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
         """The result, or NotImplemented where the fake mode must compute it."""
         mode = fake_mode()
-        if mode is None:
+        if mode is None or func.namespace not in ("aten", "rankwise"):
             return NotImplemented
-        if func in IN_PLACE and _is_fake_on_cpu(args[0]):
-            return args[0]
-        if func in VIEWS and _is_fake_on_cpu(args[0]):
+        returns = returned_by(func)
+        if returns == "new":
+            return self._remembered(mode, func, args, kwargs)
+        changed = args[0] if isinstance(args[0], list) else [args[0]]
+        if returns == "other" or not all(map(_is_fake_on_cpu, changed)):
+            return NotImplemented
+        if returns == "views":
             with in_kernel_invocation_manager(mode):
                 made = func(*args, **kwargs)
             return _fake(made, mode) if isinstance(made, Tensor) else [_fake(item, mode) for item in made]
-        if func in EACH:
-            return self._of_each(EACH[func], args, kwargs)
-        if _changes_a_list(func) and all(map(_is_fake_on_cpu, args[0])):
-            return None
-        if func not in NEW and func.namespace != "rankwise":
-            return NotImplemented
-        return self._remembered(mode, func, args, kwargs)
-
-    def _of_each(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
-        made = []
-        for tensor in args[0]:
-            result = self(func, (tensor, *args[1:]), kwargs)
-            if result is NotImplemented:
-                return NotImplemented
-            made.append(result)
-        return made
+        return args[0] if returns == "first" else None
 
     def _remembered(self, mode: FakeTensorMode, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
         try:
@@ -441,10 +361,6 @@ class QuickFakes:
         return fakes if made.is_tuple else fakes[0]
 
 
-def _changes_a_list(func: OpOverload) -> bool:
-    return func.namespace == "aten" and re.fullmatch(r"_foreach_\w+_", func.overloadpacket.__name__) is not None
-
-
 def _described(values: Iterable[object]) -> tuple[object, ...]:
     """A key for the arguments. Raises TypeError for a tensor that has values or is on another device."""
     return tuple(map(_description, values))
@@ -466,7 +382,7 @@ def _made_from(result: Any, args: Args) -> Any:
     if result is None:
         return None
     tensors = result if isinstance(result, tuple) else (result,)
-    given = {storage_address(item.untyped_storage()) for item in args if isinstance(item, Tensor)}
+    given = {storage_address(item.untyped_storage()) for item in tree_iter(args) if isinstance(item, Tensor)}
     if not all(
         _is_fake_on_cpu(tensor) and storage_address(tensor.untyped_storage()) not in given for tensor in tensors
     ):
