@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import difflib
-import importlib.util
 import platform
 import re
 import shutil
@@ -92,8 +91,8 @@ def find_card(name: str) -> Card:
     """
     card, *others = _fitting(name)
     if others:
-        names = [card.name, *(other.name for other in others)]
-        raise ConfigError("RW141", f"{name} may mean several cards; give {_as_options(names)}.")
+        options = [f'--gpu "{found.name}"' for found in (card, *others)]
+        raise ConfigError("RW141", f"{name} may mean several cards; give {', '.join(options[:-1])} or {options[-1]}.")
     return card
 
 
@@ -101,15 +100,17 @@ def _fitting(name: str) -> list[Card]:
     """Every card that the name may mean. Raises ConfigError (RW141) where there is none."""
     wanted = _CardName.read(name)
     found = [card for card in CARDS if wanted.may_mean(card)]
-    if not found:
-        raise _unknown_card(name, wanted.base)
-    return found
-
-
-def _as_options(names: list[str]) -> str:
-    """``--gpu "A", --gpu "B" or --gpu "C"``."""
-    *most, last = [f'--gpu "{name}"' for name in names]
-    return f"{', '.join(most)} or {last}" if most else last
+    if found:
+        return found
+    names = {_CardName.read(card.name).base: card.name for card in CARDS}
+    # For a 4080 Ti the 4080, before the 4070 Ti.
+    begun = (key for key in names if wanted.base.startswith(key))
+    keys = dict.fromkeys([*begun, *difflib.get_close_matches(wanted.base, names, n=4, cutoff=0.5)])
+    closest = ", ".join(names[key] for key in keys) or "RTX 4090, A100 80GB SXM, H100 SXM, Apple M4 Max 64GB"
+    raise ConfigError(
+        "RW141",
+        f"there is no card {name!r} in the table; the closest are {closest}. --memory 24GB plans for any other.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,22 +141,6 @@ class _CardName:
         return self.base in (own.base, with_size) and same_form and self.size in (None, card.memory_gib)
 
 
-def _unknown_card(name: str, base: str) -> ConfigError:
-    names = {_CardName.read(card.name).base: card.name for card in CARDS}
-    # The same card without the suffix is closer than another with it: for a 4080 Ti the 4080, not the 4070 Ti.
-    longer = [key for key in names if base and base in key]
-    keys = [key for key in names if base.startswith(key) and len(key) > 3]
-    keys += [key for key in [*difflib.get_close_matches(base, names, n=4, cutoff=0.5), *longer] if key not in keys]
-    closest = (
-        ", ".join(names[key] for key in dict.fromkeys(keys[:4]))
-        or "RTX 4090, A100 80GB SXM, H100 SXM, Apple M4 Max 64GB"
-    )
-    return ConfigError(
-        "RW141",
-        f"there is no card {name!r} in the table; the closest are {closest}. --memory 24GB plans for any other.",
-    )
-
-
 def of_card(card: Card) -> Hardware:
     device: DeviceType = "mps" if card.name.startswith("Apple") else "cuda"
     return Hardware(
@@ -181,20 +166,11 @@ def this_machine() -> Hardware:
 
 
 def _may_have_gpu() -> bool:
-    """Whether torch's build and a driver suggest a GPU, so that importing torch is worth the seconds."""
+    """Whether a driver suggests a GPU, so that importing torch is worth the seconds."""
     if platform.system() == "Darwin":
         return platform.machine() == "arm64"
     driver = any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/kfd", "/dev/dxg"))
-    return _torch_is_built_for_gpus() and (driver or shutil.which("nvidia-smi") is not None)
-
-
-def _torch_is_built_for_gpus() -> bool:
-    """Whether the installed torch supports GPUs, from the text of its version file, without importing it."""
-    spec = importlib.util.find_spec("torch")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        text = Path(folder, "version.py").read_text(encoding="utf-8")
-        return re.search(r"^(cuda|hip)\b.*=\s*['\"]", text, re.MULTILINE) is not None
-    return False
+    return driver or shutil.which("nvidia-smi") is not None
 
 
 def _torch_device() -> Hardware | None:
@@ -215,7 +191,7 @@ def _cuda_device() -> Hardware:
     name = torch.cuda.get_device_name()
     free, total = torch.cuda.mem_get_info()
     # Memory of this process is available to it: the plan counts a context, and the allocator reuses its blocks.
-    own = context_bytes() + torch.cuda.memory_reserved()
+    own = CONTEXT_BYTES + torch.cuda.memory_reserved()
     try:
         # Where two cards have one name, such as the RTX 3080, the memory decides.
         known = of_card(min(_fitting(name), key=lambda card: abs(card.usable_bytes - total)))
@@ -332,89 +308,43 @@ UNITS = {
     "tib": 2**40,
 }
 
-# A larger number without a unit cannot mean GB.
-MOST_BARE = 100_000
-MOST_BYTES = 2**63
-# Largest number of characters of a value in a message.
-LONGEST_TEXT = 40
-
-_SIZE = re.compile(r"(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)\s*([kmgt]?i?b?)", re.IGNORECASE)
-_THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?i?b|[kmgt])?", re.IGNORECASE)
+# More than any machine has; a number of bytes without their unit is soon as large.
+MOST_BYTES = 10**15
 
 
 def parse_size(text: str | int | float) -> int:
     """Bytes in ``24``, ``24GB``, ``24 gb``, ``24g`` (each 24e9) or ``24GiB`` (24 * 2^30).
 
-    A comma before three digits separates thousands (``1,024MB``), any other comma is a decimal point (``1,5TB``).
-
-    Raises ConfigError (RW140) for an empty text and for text that is not a size.
+    Raises ConfigError (RW140) for what is not a size.
     """
     found = _SIZE.fullmatch(str(text).strip())
-    unit = (found.group(2).lower() or "gb") if found else ""
-    if found is None or unit == "i":
-        raise _no_size(text)
-    unit = unit if unit.endswith("b") else f"{unit}b"
-    number = float(_THOUSANDS.sub("", found.group(1)).replace(",", "."))
-    if not found.group(2) and MOST_BARE < number < MOST_BYTES:
+    unit = ((found[2] if found else None) or "gb").lower()
+    size = float(found[1]) * UNITS.get(unit if unit.endswith("b") else f"{unit}b", 0) if found else 0
+    if not 1 <= size < MOST_BYTES:
         raise ConfigError(
             "RW140",
-            f"the memory {_shortened(text)} has no unit and would mean GB; did you mean bytes? Write "
-            f"{size_option(number)}.",
+            f"the memory {str(text)[:40]!r} is not a size of at most 1000 TB; write 24GB (10^9 bytes), 24GiB (2^30) or "
+            "24 (GB).",
         )
-    size = number * UNITS.get(unit, 0)
-    if size >= MOST_BYTES:
-        raise ConfigError(
-            "RW140", f"the memory {_shortened(text)} is more than any machine has; write 24GB, 24GiB or 24 (GB)."
-        )
-    if round(size) < 1:
-        raise _no_size(text)
     return round(size)
-
-
-def _shortened(text: object) -> str:
-    """The value as given, shortened to LONGEST_TEXT characters."""
-    given = str(text)
-    return repr(given if len(given) <= LONGEST_TEXT else f"{given[:LONGEST_TEXT]}...")
-
-
-def _no_size(text: object) -> ConfigError:
-    return ConfigError(
-        "RW140",
-        f"the memory {_shortened(text)} is not a size above 0; write 24GB (10^9 bytes), 24GiB (2^30) or 24 (GB).",
-    )
-
-
-def size_option(size_bytes: float) -> str:
-    """``24GB``, ``1.5MB`` or ``900kB``, as an option takes it."""
-    unit = next((name for name in ("GB", "MB", "kB") if size_bytes >= UNITS[name.lower()]), "B")
-    return f"{size_bytes / UNITS[unit.lower()]:.12g}{unit}"
 
 
 # --- what a CUDA device takes besides tensors ---
 
-MIB = 1 << 20
 # The caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator: kMinBlockSize).
 ROUNDING_BYTES = 512
+# cuBLAS' workspace, from torch's allocator: 32 MiB on Hopper, 8.1 MiB before; the larger is taken.
+WORKSPACE_BYTES = 32 << 20
+# The CUDA context with torch's kernels, outside of the allocator: 300 to 550 MB by card and driver.
+CONTEXT_BYTES = 500 << 20
+# Segments that the allocator has reserved and cannot use, as a share of the peak in steady training.
+FRAGMENTATION = 0.02
 
 
 def in_blocks(size_bytes: int) -> int:
     """A block as the caching allocator counts it: ceil(size / 512) * 512."""
     return -(-size_bytes // ROUNDING_BYTES) * ROUNDING_BYTES
-
-
-def workspace_bytes() -> int:
-    """cuBLAS' workspace, from torch's allocator: 32 MiB on Hopper, 8.1 MiB before; the larger is taken."""
-    return 32 * MIB
-
-
-def context_bytes() -> int:
-    """The CUDA context with torch's kernels, outside of the allocator: 300 to 550 MB by card and driver."""
-    return 500 * MIB
-
-
-def fragmentation_bytes(peak_bytes: int) -> int:
-    """Segments that the allocator has reserved and cannot use: about 2 % of the peak in steady training."""
-    return peak_bytes // 50
 
 
 # --- limits of containers, SLURM jobs and systemd units ---
