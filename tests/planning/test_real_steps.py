@@ -42,7 +42,7 @@ def test_both_sides_are_asked_about_the_same_step(monkeypatch):
 
     def measure(model, method, workload, **place):
         asked.append((model, method, workload, place))
-        return Measurement(90, 5, (0.3, 0.1, 0.2), "cpu", 1, 2)
+        return Measurement(90, [0.3, 0.1, 0.2])
 
     def estimate(model, method, workload, **place):
         asked.append((model, method, workload, place))

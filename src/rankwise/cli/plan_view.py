@@ -275,11 +275,10 @@ def grouped(breakdown: Mapping[str, int]) -> dict[str, int]:
 def check_lines(check: Check) -> Iterator[tuple[str, str]]:
     """Predicted against measured."""
     where = "torch's allocator" if check.device_type == "cuda" else "growth of the process's anonymous memory"
-    many = f"the most of {check.devices} processes, " if check.devices > 1 else ""
     yield "", ""
     yield (
         "check",
-        f"{check.method}, three real steps here ({many}{check.device_type}, random weights): predicted "
+        f"{check.method}, three real steps here ({check.device_type}, random weights): predicted "
         f"{byte_size(check.predicted_bytes)}, measured {byte_size(check.measured_bytes)} ({where}): "
         f"{check.error:+.1%}".replace("%", " %"),
     )

@@ -1,4 +1,4 @@
-"""Real steps on this machine, in processes of their own: their peak beside the plan's, and their seconds.
+"""Real steps on this machine, in a process of their own: their peak beside the plan's, and their seconds.
 
 The weights are random, since neither memory nor time depends on their values, so nothing is downloaded. ``python -m
 rankwise.planning.real_steps ORDER`` takes one JSON object and prints one.
@@ -13,90 +13,120 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import NamedTuple
 
-from rankwise.errors import ConfigError, InternalError
+from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject
 from rankwise.planning.extend import MemoryEstimate, estimate
 from rankwise.planning.speed import read_model
-from rankwise.planning.workload import DTYPE_BYTES, PLANNED, Workload
+from rankwise.planning.workload import DTYPE_BYTES, Workload
 from rankwise.reports.numbers import byte_size
-
-if TYPE_CHECKING:
-    from torch.nn import Parameter
-    from torch.optim import Optimizer
-
-# --- steps in a process of their own ---
 
 STEPS = 3
 INTERVAL_SECONDS = 0.002
 # Exit codes of a process that the kernel killed, mostly for lack of memory: directly, and through a shell.
 KILLED = (-9, 137)
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")
+# Optimizers of torch that need no more than torch.
+MEASURED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+
+
+class Measurement(NamedTuple):
+    """On the CPU ``peak_bytes`` is the growth of the process's anonymous memory since before the model was made; on
+    CUDA it is the peak of torch's allocator, without the context."""
+
+    peak_bytes: int
+    step_seconds: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
-    """The measurement of three real steps. On the CPU ``peak_bytes`` is the growth of the process's anonymous memory
-    since before the model was made; on CUDA it is the peak of torch's allocator, without the context. With several
-    processes it is the largest value."""
+class Check:
+    """Predicted and measured bytes of the same step: of tensors only, without the device's context."""
 
-    peak_bytes: int
-    baseline_bytes: int
-    step_seconds: tuple[float, ...]
+    method: str
     device_type: str
-    trainable_parameters: int
-    total_parameters: int
+    predicted_bytes: int
+    measured_bytes: int
+    step_seconds: list[float]
+
+    @property
+    def error(self) -> float:
+        """(predicted - measured) / measured."""
+        return self.predicted_bytes / max(1, self.measured_bytes) - 1
+
+    def to_json(self) -> JsonObject:
+        return {**dataclasses.asdict(self), "error": self.error}
 
 
-def measure(
+def check_method(
     model: str | os.PathLike[str],
     method: str,
     workload: Workload,
+    memory_bytes: int,
     *,
     trust_remote_code: bool = False,
     revision: str | None = None,
-) -> Measurement:
-    """The peak memory of three real steps with random weights, in a new process for each device.
+) -> Check:
+    """Run three real training steps with random weights, and compare their peak memory with the predicted one.
 
-    Raises ConfigError: RW130 for an unknown method, RW133 where a process ends without a result, for example because
-    memory ran out.
+    The steps run in a separate process. Raises ConfigError: RW134 if they would take more than ``memory_bytes``, RW133
+    if they cannot be measured or their process ends without a result, and what ``estimate`` raises.
     """
-    if method not in PLANNED:
-        raise ConfigError("RW130", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
-    order = {
-        "model": os.fspath(model),
-        "method": method,
-        "workload": dataclasses.asdict(workload),
-        "trust_remote_code": trust_remote_code,
-        "revision": revision,
-    }
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workload.devices)]
-    command = [sys.executable, *(several if workload.devices > 1 else []), "-m", "rankwise.planning.real_steps"]
-    done = subprocess.run([*command, json.dumps(order)], capture_output=True, text=True, check=False)
+    is_plain = workload.devices == 1 and not workload.written and not workload.activation_offloading
+    if not is_plain or workload.optimizer not in MEASURED_OPTIMIZERS:
+        raise ConfigError(
+            "RW133",
+            "only steps of one process with adamw_torch can be measured here, without generation and activation "
+            "offloading; leave --check out.",
+        )
+    predicted = estimate(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
+    # The weights are there before they are quantized.
+    needed = max(predicted.peak_bytes, predicted.total_parameters * DTYPE_BYTES[workload.dtype])
+    if needed > memory_bytes:
+        raise ConfigError(
+            "RW134",
+            f"three real steps of {method} would take {byte_size(needed)} and there are {byte_size(memory_bytes)}; "
+            "lower --batch-size or --max-length, take another --method, or leave --check out.",
+        )
+    found = measure(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
+    device = workload.device_type
+    return Check(method, device, comparable(predicted, device), found.peak_bytes, found.step_seconds)
+
+
+def comparable(predicted: MemoryEstimate, device_type: str) -> int:
+    """The part of the prediction that the meter counts. torch's CUDA allocator counts neither the context nor unused
+    segments.
+    """
+    return predicted.peak_bytes - (predicted.outside_bytes if device_type == "cuda" else 0)
+
+
+def measure(model: str | os.PathLike[str], method: str, workload: Workload, **remote: object) -> Measurement:
+    """The peak memory of three real steps with random weights, in a new process."""
+    order = {"model": os.fspath(model), "method": method, "workload": dataclasses.asdict(workload), "remote": remote}
+    command = [sys.executable, "-m", "rankwise.planning.real_steps", json.dumps(order)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise _no_answer(done.returncode, done.stderr)
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
-    return Measurement(**{**answer, "step_seconds": tuple(answer["step_seconds"])})
+    return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def _no_answer(code: int, stderr: str) -> ConfigError:
     """The error RW133. It advises smaller steps only where memory ran out."""
-    lines = stderr.strip().splitlines() or ["no message"]
-    # torch's launcher writes a report after the message of a process.
-    last = next((line for line in lines if line.startswith(("[rank", "torch.", "RuntimeError"))), lines[-1])
+    last = (stderr.strip().splitlines() or ["no message"])[-1]
     starved = code in KILLED or any(word in stderr for word in MEMORY_WORDS)
     remedy = "memory ran out: make the batch or the rows smaller" if starved else "correct the cause"
     return ConfigError("RW133", f"the measured steps ended with code {code} ({last}); {remedy}.")
 
 
+# --- in the process of the steps ---
+
+
 def carry_out(order: JsonObject) -> Measurement:
-    """The work of the process: build the model, run the steps, measure."""
+    """Build the model, run the steps, measure."""
     import torch
 
-    from rankwise.acceleration import give_back_freed_memory, limit_generated_kernels
-    from rankwise.acceleration.sharding import mesh_of_all, shard
+    from rankwise.acceleration import limit_generated_kernels
     from rankwise.models import fetch_model, load_skeleton
     from rankwise.planning.step import (
         autocast_dtype,
@@ -106,74 +136,35 @@ def carry_out(order: JsonObject) -> Measurement:
         prepare,
         take_step,
         weights_dtype,
-        write_answers,
     )
 
     limit_generated_kernels()
-    workload, method = Workload(**order["workload"]), order["method"]
-    remote = {name: order[name] for name in ("trust_remote_code", "revision")}
+    workload, method, remote = Workload(**order["workload"]), order["method"], order["remote"]
     source = read_model(fetch_model(order["model"], **remote, weights=False), labels=workload.labels).source
-    model = load_skeleton(source, trust_remote_code=order["trust_remote_code"])
-    device, strategy = workload.device_type, workload.strategy
-    if workload.devices > 1:
-        _join(device)
-    if strategy == "fsdp":
-        # Imported before the model is made, so that it does not count.
-        import torch.distributed.fsdp
+    model = load_skeleton(source, trust_remote_code=remote["trust_remote_code"])
+    device = workload.device_type
     _warm_up(device, workload)
     baseline = _anonymous_bytes() if device == "cpu" else 0
-    total = sum(parameter.numel() for parameter in model.parameters())
     materialize(model, weights_dtype(method, workload), fill=True, device=device)
     flat = prepare(model, method, workload) or workload.packing
-    if strategy == "fsdp":
-        shard(model, mesh_of_all(device), trains_all=method == "full")
-        # A run reads only its rows, or frees the rest as here.
-        give_back_freed_memory()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _real_optimizer(trained, workload)
+    fused = workload.optimizer.endswith("fused") or device == "cuda"
+    optimizer = torch.optim.AdamW(trained, fused=fused)
     batch, autocast, seconds = make_batch(workload, device, flat=flat), autocast_dtype(method, workload), []
 
     def step() -> None:
         started = time.perf_counter()
-        if workload.written:
-            write_answers(model, method, workload)
         if workload.accumulates:
             begin_gradients(trained)
-        take_step(model, optimizer, batch, lambda _: None, autocast, averages=strategy == "ddp")
+        take_step(model, optimizer, batch, lambda _: None, autocast)
         seconds.append(time.perf_counter() - started)
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         for _ in range(STEPS):
             step()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = _peak_of([step] * STEPS) - baseline
-    count = sum(parameter.numel() for parameter in trained)
-    return Measurement(_most(peak), baseline, tuple(seconds), device, count, total)
-
-
-def _join(device: str) -> None:
-    import torch
-
-    from rankwise.acceleration import share_one_heap
-
-    share_one_heap()
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-
-
-def _most(peak_bytes: int) -> int:
-    """The largest value of all processes."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return peak_bytes
-    everyone: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(everyone, peak_bytes)
-    dist.destroy_process_group()
-    return max(everyone)
+        return Measurement(torch.cuda.max_memory_allocated(), seconds)
+    return Measurement(_peak_of([step] * STEPS) - baseline, seconds)
 
 
 def _warm_up(device: str, workload: Workload) -> None:
@@ -182,17 +173,6 @@ def _warm_up(device: str, workload: Workload) -> None:
 
     x = torch.ones(64, 64, dtype=getattr(torch, workload.dtype), device=device, requires_grad=True)
     torch.nn.functional.cross_entropy((x @ x).float(), torch.zeros(64, dtype=torch.long, device=device)).backward()
-
-
-def _real_optimizer(trained: Sequence[Parameter], workload: Workload) -> Optimizer:
-    """Raises ConfigError (RW132) for what needs more than torch's AdamW."""
-    import torch
-
-    if workload.optimizer not in ("adamw_torch", "adamw_torch_fused") or workload.activation_offloading:
-        what = "activation offloading" if workload.activation_offloading else f"the optimizer {workload.optimizer!r}"
-        raise ConfigError("RW132", f"steps with {what} cannot be measured here; leave --check out.")
-    fused = workload.optimizer.endswith("fused") or workload.device_type == "cuda"
-    return torch.optim.AdamW(trained, fused=fused)
 
 
 def _peak_of(steps: list[Callable[[], None]]) -> int:
@@ -228,82 +208,5 @@ def _anonymous_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-# --- the prediction beside them ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """Predicted and measured bytes of the same step: of tensors only, without the device's context."""
-
-    method: str
-    device_type: str
-    predicted_bytes: int
-    measured_bytes: int
-    step_seconds: tuple[float, ...]
-    devices: int = 1
-
-    @property
-    def error(self) -> float:
-        """(predicted - measured) / measured."""
-        return self.predicted_bytes / max(1, self.measured_bytes) - 1
-
-    def to_json(self) -> JsonObject:
-        return {**dataclasses.asdict(self), "step_seconds": list(self.step_seconds), "error": self.error}
-
-
-def check_method(
-    model: str | os.PathLike[str],
-    method: str,
-    workload: Workload,
-    memory_bytes: int,
-    *,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-) -> Check:
-    """Run three real training steps with random weights, and compare their peak memory with the predicted one.
-
-    The steps run in a separate process, or in one process for each device. Raises ConfigError (RW134) if the steps of a
-    process would take more than ``memory_bytes``, and what ``measure`` raises.
-    """
-    predicted = estimate(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
-    needed = max(predicted.peak_bytes, dense_bytes(predicted, workload))
-    if needed > memory_bytes:
-        raise ConfigError(
-            "RW134",
-            f"three real steps of {method} would take {byte_size(needed)} and there are {byte_size(memory_bytes)}; "
-            "lower --batch-size or --max-length, take another --method, or leave --check out.",
-        )
-    measured = measure(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
-    return Check(
-        method,
-        measured.device_type,
-        comparable(predicted, measured.device_type),
-        measured.peak_bytes,
-        measured.step_seconds,
-        workload.devices,
-    )
-
-
-def dense_bytes(predicted: MemoryEstimate, workload: Workload) -> int:
-    """The bytes of the weights before quantization, which the check holds at first."""
-    return predicted.total_parameters * DTYPE_BYTES[workload.dtype]
-
-
-def comparable(predicted: MemoryEstimate, device_type: str) -> int:
-    """The part of the prediction that the meter counts. torch's CUDA allocator counts neither the context nor unused
-    segments.
-    """
-    return predicted.peak_bytes - (predicted.outside_bytes if device_type == "cuda" else 0)
-
-
-def main() -> None:
-    order = json.loads(sys.argv[1])
-    if not isinstance(order, dict):
-        raise InternalError("RW133", "a measurement reads one JSON object.")
-    found = json.dumps(dataclasses.asdict(carry_out(order)))
-    if os.environ.get("RANK", "0") == "0":
-        print(found)
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(carry_out(json.loads(sys.argv[1]))._asdict()))

@@ -24,17 +24,9 @@ from rankwise.acceleration import (
     LossOptions,
     flattening_obstacle,
     fused_head,
-    give_back_freed_memory,
     optimize_for_training,
 )
-from rankwise.acceleration.generation import (
-    Decoding,
-    Generator,
-    Prompt,
-    batches_that_fit,
-    cache_bytes_per_token,
-    drawn,
-)
+from rankwise.acceleration.generation import cache_bytes_per_token, drawn
 from rankwise.acceleration.labels import losses
 from rankwise.acceleration.loss import scored_positions
 from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
@@ -264,11 +256,6 @@ def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: 
     return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1), *loss)
 
 
-def true_counts(workload: Workload) -> dict[int, int]:
-    """{length of a mask of scored positions: number of true elements}, which a fake tensor cannot know."""
-    return {workload.tokens: workload.trained_tokens}
-
-
 def autocast_dtype(method: str, workload: Workload) -> torch.dtype | None:
     """The dtype of autocast: full fine-tuning computes in 16 bits with float32 weights. None: no autocast."""
     return getattr(torch, workload.dtype) if method == "full" and workload.dtype != "float32" else None
@@ -286,19 +273,15 @@ def take_step(
     batch: Batch,
     enter: Enter,
     autocast: torch.dtype | None,
-    *,
-    averages: bool = False,
 ) -> None:
-    """Forward, backward, clipping, optimizer. ``enter`` is called when a phase begins. ``averages``: over the gradients
-    of all processes, as of shards.
-    """
+    """Forward, backward, clipping, optimizer. ``enter`` is called when a phase begins."""
     enter("forward")
     value = loss_of(model, batch, autocast)
     enter("backward")
     value.backward()
     del value
     enter("optimizer")
-    if averages or is_unit(model):
+    if is_unit(model):
         average_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     # foreach where the optimizer uses it, as on a GPU.
@@ -434,21 +417,6 @@ def write_a_token(model: PreTrainedModel, method: str, workload: Workload, enter
         _draw(model, rows, workload.max_length - 1, cache)
         enter("generation")
         _draw(model, rows, 1, cache)
-
-
-def write_answers(model: PreTrainedModel, method: str, workload: Workload) -> None:
-    """Generate answers of full length to random prompts."""
-    asked = torch.randint(3, 100, (workload.prompts, workload.prompt_tokens)).tolist()
-    prompts = [
-        Prompt(tuple(asked[number % len(asked)]), repeat=number // len(asked)) for number in range(workload.written)
-    ]
-    new_tokens = max(1, workload.max_length - workload.prompt_tokens)
-    decoding = Decoding(new_tokens, frozenset(), temperature=1.0, to_train_on=True)
-    give_back_freed_memory()
-    with _writing(model, method, workload):
-        for batch in batches_that_fit(model, prompts, decoding):
-            Generator(model, decoding).answers([prompts[index] for index in batch])
-    give_back_freed_memory()
 
 
 @contextmanager

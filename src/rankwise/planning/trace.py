@@ -43,7 +43,6 @@ from rankwise.planning.step import (
     new_optimizer,
     prepare,
     take_step,
-    true_counts,
     weights_dtype,
     write_a_token,
 )
@@ -113,7 +112,8 @@ class Traced:
         trained share, evaluation and generation from the one that the model was prepared for."""
         tracker = self.tracker
         tracker.restart()
-        tracker.answers.true_counts = self._enabled | true_counts(workload)
+        # Of a mask of scored positions.
+        tracker.answers.true_counts = self._enabled | {workload.tokens: workload.trained_tokens}
         with self._running(workload):
             if workload.evaluation:
                 tracker.enter("forward")
@@ -176,7 +176,8 @@ class Traced:
         states = torch.random.fork_rng(devices=[])
         with (
             _explaining(self.model),
-            _quietly(),
+            # The run itself gives them.
+            warnings.catch_warnings(action="ignore"),
             uncollected(),
             states,
             self._mode,
@@ -186,14 +187,6 @@ class Traced:
             self.tracker,
         ):
             yield
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without warnings, which the run itself gives."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _mark_layers(layers: Any, tracker: StorageTracker) -> None:
