@@ -119,7 +119,7 @@ def test_a_checkpoint_of_4_bits_is_held_against_the_memory_as_such(little_memory
         )
         asked = guard.MemoryGuard(settings.model_dump(), print, lambda: 0, ignore=False)
         asked.before_loading()
-        return asked._ask(asked.workload)
+        return asked._ask(asked._run.workload)
 
     little_memory(10**15)
     as_it_is, as_qlora = peak("lora", quantization_config=stored), peak("qlora", double_quant=False)

@@ -10,13 +10,13 @@ from rankwise.disk import read_speed
 from rankwise.errors import InputError, RunError, warn
 from rankwise.foreign import Fields
 from rankwise.models.mapped import MappedFiles
-from rankwise.models.source import ModelSource, fetch_model
+from rankwise.models.source import fetch_model
 from rankwise.options import option_words
 from rankwise.planning.advice import LADDER, Advisor, Change, Verdict, disk_words, mapped_weights, verdict_of
 from rankwise.planning.extend import Estimator, MemoryEstimate, Traces, over_stored
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
 from rankwise.planning.real_steps import comparable
-from rankwise.planning.speed import micro_batch_seconds, nominal_pace, pace_of, read_model
+from rankwise.planning.speed import ModelFacts, micro_batch_seconds, nominal_pace, pace_of, read_model
 from rankwise.planning.workload import PLANNED, Workload, workload_of
 from rankwise.reports.numbers import byte_size, plural
 
@@ -44,11 +44,22 @@ class Rows(Protocol):
     def trained_share(self) -> float: ...
 
 
+@dataclasses.dataclass
+class _Run:
+    """A run that can be planned, with its largest step so far."""
+
+    hardware: Hardware
+    workload: Workload
+    facts: ModelFacts
+    estimate: Estimator
+
+
 class MemoryGuard:
     """Predicts a run's peak memory and refuses a run that cannot fit. Implements ``training.foresight.Foresight``.
 
     ``settings`` are the settings of ``rankwise train``, by name. ``say`` prints a line. ``own_memory`` returns the
-    bytes that the process takes now, counted as a CPU run counts its peak.
+    bytes that the process takes now, counted as a CPU run counts its peak. ``sharers``: the run's processes on this
+    machine, which share a CPU's memory; each has its own GPU.
 
     ``before_loading`` and ``before_training`` raise RunError (RW562) if the run cannot fit; with ``ignore`` they warn
     instead (RW563). They also warn if the memory cannot be predicted (RW564). ``before_loading`` raises ModelError if
@@ -65,14 +76,10 @@ class MemoryGuard:
         sharers: int = 1,
     ) -> None:
         self.settings, self.say, self.own_memory, self.ignore = settings, say, own_memory, ignore
-        # Number of the run's processes on this machine, which share a CPU's memory; each has its own GPU.
         self.sharers = sharers
         self.baseline_bytes = 0
-        self.hardware: Hardware | None = None
-        self.workload: Workload | None = None
         self.predicted: MemoryEstimate | None = None
-        self._source: ModelSource | None = None
-        self._estimate: Estimator | None = None
+        self._run: _Run | None = None
 
     def before_loading(self, labels: int = 0) -> None:
         method = self.settings["method"]
@@ -80,135 +87,114 @@ class MemoryGuard:
             warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")
             return
         machine = this_machine() if self.settings["device"] != "cpu" else cpu_hardware()
-        self.hardware = shared(machine, self.sharers)
+        hardware = shared(machine, self.sharers)
         # The meter of a CPU run counts the memory that libraries have taken so far.
-        self.baseline_bytes = self.own_memory() if self.hardware.device_type == "cpu" else 0
-        self._fetched()
+        self.baseline_bytes = self.own_memory() if hardware.device_type == "cpu" else 0
+        remote = {"trust_remote_code": self.settings["trust_remote_code"]}
+        source = fetch_model(self.settings["model"], revision=self.settings["revision"], **remote, weights=False)
         try:
-            self.workload = workload_of({**self.settings, "labels": labels}, self.hardware)
-            smallest = self._ask(dataclasses.replace(self.workload, **SMALLEST))  # type: ignore[arg-type]
+            workload = workload_of({**self.settings, "labels": labels}, hardware)
+            model = read_model(source, labels=labels, **remote)
+            self._run = _Run(hardware, workload, model.facts, over_stored(model.facts.stored, Traces(model, self.say)))
+            smallest = self._ask(dataclasses.replace(workload, **SMALLEST))  # type: ignore[arg-type]
         except InputError as error:
-            self._warn_of(error)
-            self.workload = None
+            warn("RW564", f"the memory of this run cannot be predicted, and it starts without that: {error.message}")
+            self._run = None
             return
-        if self._verdict(smallest) == "too big":
-            self._refuse(smallest, "even one row of 16 tokens")
+        if self._verdict(self._run, smallest) == "too big":
+            self._refuse(self._run, smallest, "even one row of 16 tokens")
 
     def before_training(self, batch: Rows, evaluation: Rows | None, mapped: MappedFiles) -> int | None:
         """The predicted peak in bytes, for the larger of the largest micro-batch and the largest evaluation batch (None
         without evaluations). The meter adds the weights in ``mapped`` files to the process's memory."""
-        if self.workload is None or self.hardware is None:
+        run = self._run
+        if run is None:
             return None
-        works = [_of_batch(self.workload, batch)]
+        works = [_of_batch(run.workload, batch)]
         if evaluation is not None:
             # An evaluation of rewards generates one answer to each prompt.
-            written = evaluation.rows if self.workload.written else 0
-            other = dataclasses.replace(self.workload, evaluation=True, written=written, prompts=written)
+            written = evaluation.rows if run.workload.written else 0
+            other = dataclasses.replace(run.workload, evaluation=True, written=written, prompts=written)
             works.append(_of_batch(other, evaluation))
-        self.workload = max(works, key=lambda work: self._ask(work).peak_bytes)
-        self.predicted = self._ask(self.workload)
-        if self.hardware.device_type == "cpu":
+        run.workload = max(works, key=lambda work: self._ask(work).peak_bytes)
+        self.predicted = predicted = self._ask(run.workload)
+        if run.hardware.device_type == "cpu":
             # Loading leaves more than the model: tokenizer, data, and free heap, which the steps could use.
             from rankwise.acceleration import give_back_freed_memory
 
             give_back_freed_memory()
-            resident = sum(self.predicted.breakdown[term] for term in RESIDENT)
+            resident = sum(predicted.breakdown[term] for term in RESIDENT)
             if self.settings["method"] != "full":
                 resident += LOADED_LIBRARY_BYTES
             self.baseline_bytes = max(self.baseline_bytes, self.own_memory() + mapped.bytes - resident)
         # The weights are loaded by now, so the memory that was free before loading is the measure.
-        verdict = self._verdict(self.predicted, mapped.bytes)
-        peak = self.baseline_bytes + comparable(self.predicted, self.hardware.device_type)
-        self.say(self._sentence(peak, verdict))
+        verdict = self._verdict(run, predicted, mapped.bytes)
+        peak = self.baseline_bytes + comparable(predicted, run.hardware.device_type)
+        self.say(self._sentence(run, predicted, peak, verdict))
         if verdict == "from disk":
-            weights = mapped_weights(self.predicted, self.hardware.device_type)
+            weights = mapped_weights(predicted, run.hardware.device_type)
             self.say(
                 f"the base's {byte_size(weights)} are mapped and read again from the disk in each step: "
                 f"{disk_words(weights, read_speed(mapped.paths))}; {byte_size(peak - weights)} must stay in memory"
             )
         if verdict == "too big":
-            self._refuse(self.predicted, f"a batch of {_in_words(self.workload)}")
+            self._refuse(run, predicted, f"a batch of {_in_words(run.workload)}")
         return peak
 
     def advice(self) -> str | None:
         """After the memory ran out: the changes that would fit, in words; None where none is known."""
-        if self.workload is None or self.hardware is None:
+        if self._run is None:
             return None
-        limit = self.hardware.memory_bytes
+        limit = self._run.hardware.memory_bytes
         if self.predicted is not None:
             limit = min(limit, round(AFTER_FAILURE * self.predicted.peak_bytes))
-        return self._cheapest(limit)
+        return self._cheapest(self._run, limit)
 
-    def _warn_of(self, error: InputError) -> None:
-        warn("RW564", f"the memory of this run cannot be predicted, and the run starts without that: {error.message}")
+    def _ask(self, workload: Workload) -> MemoryEstimate:
+        assert self._run is not None
+        return self._run.estimate(self.settings["method"], workload)
 
-    def _sentence(self, peak_bytes: int, verdict: str) -> str:
+    def _sentence(self, run: _Run, predicted: MemoryEstimate, peak_bytes: int, verdict: str) -> str:
         """The prediction in words, ``peak_bytes`` first, which the run compares with its measured peak at the end."""
-        assert self.predicted is not None
-        assert self.workload is not None
-        assert self.hardware is not None
-        had, error = self.baseline_bytes, self.predicted.error * self.predicted.peak_bytes / peak_bytes
+        had, error = self.baseline_bytes, predicted.error * predicted.peak_bytes / peak_bytes
         own = f" ({byte_size(had)} that the process has, {byte_size(peak_bytes - had)} for the training)" if had else ""
-        counted = "" if self.workload.fast else ", of PyTorch's own step"
+        counted = "" if run.workload.fast else ", of PyTorch's own step"
         return (
             f"predicted peak {byte_size(peak_bytes)} ±{error:.0%}{own}{counted}, for "
-            f"{_in_words(self.workload)}; there are {self._memory}: {verdict}"
+            f"{_in_words(run.workload)}; there are {self._memory(run)}: {verdict}"
         ).replace("%", " %")
 
-    def _verdict(self, estimate: MemoryEstimate, mapped_bytes: int | None = None) -> Verdict:
+    def _verdict(self, run: _Run, estimate: MemoryEstimate, mapped_bytes: int | None = None) -> Verdict:
         """``mapped_bytes``: None before the model is loaded, when all that can be mapped is taken to be."""
-        assert self.hardware is not None
-        most = mapped_weights(estimate, self.hardware.device_type) if self.settings["mmap"] else 0
+        most = mapped_weights(estimate, run.hardware.device_type) if self.settings["mmap"] else 0
         mapped = most if mapped_bytes is None else min(most, mapped_bytes)
-        return verdict_of(estimate, self.hardware.memory_bytes, mapped)
+        return verdict_of(estimate, run.hardware.memory_bytes, mapped)
 
-    @property
-    def _memory(self) -> str:
-        assert self.hardware is not None
-        return byte_size(self.hardware.memory_bytes) + (" for each process" if self.sharers > 1 else "")
+    def _memory(self, run: _Run) -> str:
+        return byte_size(run.hardware.memory_bytes) + (" for each process" if self.sharers > 1 else "")
 
-    def _refuse(self, estimate: MemoryEstimate, what: str) -> None:
-        assert self.hardware is not None
-        there = f"{what} takes {byte_size(estimate.peak_bytes)} and there are {self._memory}"
+    def _refuse(self, run: _Run, estimate: MemoryEstimate, what: str) -> None:
+        there = f"{what} takes {byte_size(estimate.peak_bytes)} and there are {self._memory(run)}"
         if self.ignore:
             warn("RW563", f"by the plan this run cannot fit: {there}; it starts because of --ignore-plan.")
             return
-        changes = self._cheapest(self.hardware.memory_bytes)
+        changes = self._cheapest(run, run.hardware.memory_bytes)
         advice = f"what would fit: {changes}" if changes else "no change of settings makes it fit"
         raise RunError("RW562", f"this run cannot fit: {there}; {advice}. --ignore-plan trains all the same.")
 
-    def _cheapest(self, memory_bytes: int) -> str | None:
-        assert self.workload is not None
-        assert self.hardware is not None
-        advisor = Advisor(self._asker(), self._seconds, memory_bytes)
-        run = self.settings["method"], self.workload, self.settings["gradient_accumulation"]
-        changes = [change for change in advisor.singles(*run) if change.verdict == "fits"]
+    def _cheapest(self, run: _Run, memory_bytes: int) -> str | None:
+        pace = pace_of(run.hardware, run.workload.dtype) or nominal_pace(run.workload.dtype)
+
+        def seconds(estimate: MemoryEstimate, workload: Workload) -> float:
+            return micro_batch_seconds(estimate, run.facts, workload, pace)
+
+        advisor = Advisor(run.estimate, seconds, memory_bytes)
+        asked = self.settings["method"], run.workload, self.settings["gradient_accumulation"]
+        changes = [change for change in advisor.singles(*asked) if change.verdict == "fits"]
         if not changes:
-            change = advisor.climbed(*run, LADDER)
+            change = advisor.climbed(*asked, LADDER)
             changes = [change] if change is not None else []
         return "; ".join(f"({index}) {_described(change)}" for index, change in enumerate(changes, 1)) or None
-
-    def _ask(self, workload: Workload) -> MemoryEstimate:
-        return self._asker()(self.settings["method"], workload)
-
-    def _asker(self) -> Estimator:
-        if self._estimate is None:
-            assert self.workload is not None
-            model = read_model(self._fetched(), labels=self.workload.labels)
-            self.facts = model.facts
-            self._estimate = over_stored(self.facts.stored, Traces(model, self.say))
-        return self._estimate
-
-    def _fetched(self) -> ModelSource:
-        if self._source is None:
-            given = {name: self.settings[name] for name in ("revision", "trust_remote_code")}
-            self._source = fetch_model(self.settings["model"], **given, weights=False)
-        return self._source
-
-    def _seconds(self, estimate: MemoryEstimate, workload: Workload) -> float:
-        assert self.hardware is not None
-        pace = pace_of(self.hardware, workload.dtype) or nominal_pace(workload.dtype)
-        return micro_batch_seconds(estimate, self.facts, workload, pace)
 
 
 def _of_batch(workload: Workload, batch: Rows) -> Workload:
