@@ -6,11 +6,12 @@
     four bits        another method, over a base in 4 bits
     shorter rows     half the length, again and again: rows beyond it are cut
 
-Largest batches and longest rows are found by secants and bisection, since a peak grows almost linearly.
+Largest batches and longest rows lie on the line between two steps, since a peak grows almost linearly.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -86,30 +87,28 @@ def longest_row(
 def _largest(
     estimate: Estimator, method: str, workload: Workload, memory_bytes: int, name: str, unit: int, most: int
 ) -> int:
-    """The largest multiple of ``unit`` of a field that fits.
+    """The largest multiple of ``unit`` of a field that fits, on the line between two steps of which one fits.
 
-    The first guess takes what is not held per token as fixed; the others lie on the line through the last two peaks,
-    between the largest value that fits and the smallest that does not.
+    The steps are as large as the asked one, halved and doubled again and again, so that the next plan finds them on
+    disk, however much memory is free then. A peak is a maximum of lines, and so never above the line between two.
     """
-
-    def peak(units: int) -> MemoryEstimate:
-        changed: dict[str, Any] = {name: units * unit}
-        return estimate(method, dataclasses.replace(workload, **changed))
-
-    low, high = 0, most // unit + 1
-    units = last = max(1, min(high - 1, getattr(workload, name) // unit))
-    found = peak(units)
-    each = sum(found.breakdown[term] for term in PER_TOKEN) / units
-    while True:
-        spare = memory_bytes - found.peak_bytes
-        low, high = (units, high) if spare >= 0 else (low, units)
-        if high - low <= 1:
-            return low * unit
-        guess = math.floor(units + spare / max(each, 1))
-        last, units, before = units, min(high - 1, max(low + 1, guess)), found
-        found = peak(units)
-        if units != last:
-            each = (found.peak_bytes - before.peak_bytes) / (units - last)
+    asked = max(1, min(most, getattr(workload, name)) // unit)
+    sizes = [asked >> times for times in range(asked.bit_length() - 1, 0, -1)]
+    sizes += [asked << times for times in range((most // unit // asked).bit_length())]
+    low, high, at = -1, len(sizes), sizes.index(asked)
+    peaks: dict[int, int] = {}
+    while high - low > 1:
+        changed: dict[str, Any] = {name: sizes[at] * unit}
+        found = estimate(method, dataclasses.replace(workload, **changed))
+        peaks[at], spare = found.peak_bytes, memory_bytes - found.peak_bytes
+        low, high = (at, high) if spare >= 0 else (low, at)
+        each = max(1, sum(found.breakdown[term] for term in PER_TOKEN)) / sizes[at]
+        guess = bisect.bisect_right(sizes, sizes[at] + spare / each) - 1
+        at = min(high - 1, max(low + 1, guess))
+    if low < 0 or high == len(sizes):
+        return sizes[low] * unit if low >= 0 else 0
+    share = (memory_bytes - peaks[low]) / (peaks[high] - peaks[low])
+    return math.floor(sizes[low] + share * (sizes[high] - sizes[low])) * unit
 
 
 # --- the ladder ---

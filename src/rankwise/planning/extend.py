@@ -182,6 +182,8 @@ class Traces:
     ) -> None:
         self.model, self.say, self.warns = model, say, warns
         self._told: set[str] = set()
+        # {adapter: its warnings}.
+        self._heard: dict[str, dict[str, str]] = {}
         self._prepared: dict[tuple[str, str, int], Traced] = {}
 
     def __call__(self, method: str, workload: Workload) -> MemoryEstimate:
@@ -234,24 +236,32 @@ class Traces:
             alone = self._trace(method, dataclasses.replace(workload, strategy="single", devices=1))
             return _sharded(alone, method, workload)
         names_a_layer = any(NAMES_A_LAYER.search(name) for name in _names(workload))
-        cut = None if names_a_layer else cut_of(self._skeleton)
+        cut = None if names_a_layer else self._cut
         found = traced(self._skeleton, method, workload, cut, functools.partial(self._model_of, method, workload))
         return dataclasses.replace(found, told=self._warnings_of(method, workload))
+
+    @functools.cached_property
+    def _cut(self) -> Cut | None:
+        return cut_of(self._skeleton)
 
     def _warnings_of(self, method: str, workload: Workload) -> dict[str, str]:
         from rankwise.adapters import plan_adapter
         from rankwise.adapters.select import with_heads
 
-        told: dict[str, str] = {}
+        if method == "full":
+            return {}
+        config = workload.lora_config(use_dora=method in DORA)
+        if repr(config) not in self._heard:
+            told: dict[str, str] = {}
 
-        def hear(warning: RankwiseWarning) -> bool:
-            told[warning.code] = warning.message
-            return False
+            def hear(warning: RankwiseWarning) -> bool:
+                told[warning.code] = warning.message
+                return False
 
-        if method != "full":
             with heard(hear):
-                plan_adapter(self._skeleton, with_heads(self._skeleton, workload.lora_config(use_dora=method in DORA)))
-        return told
+                plan_adapter(self._skeleton, with_heads(self._skeleton, config))
+            self._heard[repr(config)] = told
+        return self._heard[repr(config)]
 
     def _model_of(self, method: str, workload: Workload, numbers: Sequence[int]) -> Traced:
         """The model with these layers, prepared for this or for another batch."""
@@ -452,8 +462,8 @@ def assembled(method: str, workload: Workload, found: Found) -> MemoryEstimate:
     name, terms = max(shares.items(), key=lambda item: sum(item[1].values()))
     outside = 0
     if workload.device_type == "cuda":
-        outside = hardware.context_bytes() + hardware.fragmentation_bytes(sum(terms.values()))
-        terms["overhead"] += outside + hardware.workspace_bytes()
+        outside = hardware.CONTEXT_BYTES + round(hardware.FRAGMENTATION * sum(terms.values()))
+        terms["overhead"] += outside + hardware.WORKSPACE_BYTES
     else:
         kept_bytes = max(terms.get("activations", 0) for terms in found.phases.values())
         terms["overhead"] += CPU_LIBRARY_BYTES + heap_holes_bytes(method, workload, sizes["trained_bytes"], kept_bytes)
@@ -479,7 +489,7 @@ def error_bytes(peak_bytes: int, device_type: str) -> int:
 
 def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:
     """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the saved tensors,
-    plus a constant without rankwise's fast operators.
+    plus a constant without rankwise's fast operators, which layers that train for a merged file do not use.
 
     A gradient seldom fits into the hole that an activation left, so new memory is allocated beside freed activations.
     Checkpointing leaves fewer of these holes. rankwise's adapters (`ops.cpu.memory`) and checkpointing
@@ -488,17 +498,14 @@ def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_b
     `benchmarks/memory_plan.py`), also to adapters in bfloat16 and to full fine-tuning of two models with 128 to 4,096
     tokens a step.
     """
-    of_gradients, of_kept = _hole_shares(method, workload)
-    always = 0 if workload.fast else HOLES_OF_PYTORCHS_STEP
-    return always + round(of_gradients * trained_bytes + of_kept * kept_bytes)
-
-
-def _hole_shares(method: str, workload: Workload) -> tuple[float, float]:
+    always = 0 if workload.fast and not workload.for_merge else HOLES_OF_PYTORCHS_STEP
     if workload.gradient_checkpointing:
-        return HOLES_CHECKPOINTED
-    if not workload.fast:
-        return HOLES_ELSE
-    return HOLES_OF_FULL if method == "full" else HOLES_OF_ADAPTERS
+        of_gradients, of_kept = HOLES_CHECKPOINTED
+    elif not workload.fast:
+        of_gradients, of_kept = HOLES_ELSE
+    else:
+        of_gradients, of_kept = HOLES_OF_FULL if method == "full" else HOLES_OF_ADAPTERS
+    return always + round(of_gradients * trained_bytes + of_kept * kept_bytes)
 
 
 def _notes(method: str, workload: Workload, found: Found) -> Iterator[str]:

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject
@@ -32,7 +31,8 @@ MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")
 MEASURED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
-class Measurement(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Measurement:
     """On the CPU ``peak_bytes`` is the growth of the process's anonymous memory since before the model was made; on
     CUDA it is the peak of torch's allocator, without the context."""
 
@@ -209,4 +209,4 @@ def _anonymous_bytes() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(carry_out(json.loads(sys.argv[1]))._asdict()))
+    print(json.dumps(dataclasses.asdict(carry_out(json.loads(sys.argv[1])))))

@@ -358,13 +358,6 @@ def gain_traffic_bytes(method: str, facts: ModelFacts, estimate: MemoryEstimate,
     return GAIN_TENSORS * _width(workload) * workload.tokens * outputs
 
 
-def traffic_bytes(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload) -> float:
-    """All bytes that a micro-batch moves besides its activations."""
-    method, frozen = estimate.method, estimate.total_parameters
-    gain = gain_traffic_bytes(method, facts, estimate, workload)
-    return weight_traffic_bytes(method, facts, frozen, workload) + gain
-
-
 def launch_seconds(method: str, facts: ModelFacts, workload: Workload) -> float:
     """Seconds that the host takes to launch a micro-batch's kernels on a GPU, a lower bound of its time; 0 on a CPU.
     For full fine-tuning, whose kernels were not counted, LoRA's.
@@ -382,7 +375,9 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
     flops = workload.tokens * flops_per_token(method, facts, frozen, estimate.trainable_parameters, workload)
     seconds = flops / pace.flops_per_second
     if pace.bytes_per_second is not None:
-        seconds += traffic_bytes(estimate, facts, workload) / pace.bytes_per_second
+        moved = weight_traffic_bytes(method, facts, frozen, workload)
+        moved += gain_traffic_bytes(method, facts, estimate, workload)
+        seconds += moved / pace.bytes_per_second
     if workload.activation_offloading:
         seconds += offloaded_bytes(facts, workload) / HOST_LINK_BYTES_PER_SECOND
     return seconds
