@@ -3,6 +3,7 @@
     python benchmarks/eight_bits.py                        # the demo model, every method
     python benchmarks/eight_bits.py MODEL --methods lora   # a folder of any model; some methods
     python benchmarks/eight_bits.py --no-peft --rounds 15  # ours alone, on a busy machine
+    python benchmarks/eight_bits.py --runs DIR             # losses of finished runs of METHOD and METHOD+int8
 
 One process calls all contenders in turn. The seconds are those of the calling thread: set OMP_NUM_THREADS=1 on a busy
 machine, where waiting for other programs then does not count. Prints medians and minima of the rounds; writes nothing.
@@ -15,6 +16,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import contenders
@@ -22,8 +24,10 @@ import results
 import steps
 import timing
 import torch
+from scipy import stats
 
 import rankwise as rw
+from rankwise.records import load_record
 
 PRODUCTS = ("bfloat16", "int8")
 
@@ -37,7 +41,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=contenders.DTYPES, default="bfloat16")
     parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--runs", type=Path, help="folder of `rankwise compare --methods lora,lora+int8,...`")
     given = parser.parse_args()
+    if given.runs is not None:
+        print_losses(given.runs)
+        return
     contenders.silence()
     print(f"`{results.command()}` on {results.machine()['processor']}\n")
     rows = []
@@ -53,6 +61,26 @@ def main() -> None:
     headings = ["method", "of rounds", "floor, s", *(f"{name} / floor" for name in PRODUCTS)]
     headings += [f"{name}: times as fast as PEFT" for name in PRODUCTS]
     print("\n".join(results.table(headings, rows)))
+
+
+def print_losses(folder: Path) -> None:
+    """The evaluation loss of each pair of runs that differ only in their products, and the mean change.
+
+    Runs of one seed share their rows, so the interval is that of the seeds' means.
+    """
+    changes: dict[str, list[float]] = {}
+    rows = []
+    for run in sorted((folder / "runs").glob("*+int8-*")):
+        method, _, seed = run.name.rpartition("-")
+        plain, eight = (load_record(path).eval_loss for path in (run.with_name(run.name.replace("+int8", "")), run))
+        assert plain is not None
+        assert eight is not None
+        changes.setdefault(seed, []).append(eight / plain - 1)
+        rows.append([method.partition("+")[0], seed, f"{plain:.4f}", f"{eight:.4f}", f"{eight / plain - 1:+.2%}"])
+    print("\n".join(results.table(["method", "seed", "bfloat16", "int8", "change"], rows)))
+    means = [statistics.mean(values) for values in changes.values()]
+    half = stats.t.ppf(0.975, len(means) - 1) * statistics.stdev(means) / len(means) ** 0.5
+    print(f"\nmean change {statistics.mean(means):+.2%} ± {half:.2%}, 95 % interval over {len(means)} seeds")
 
 
 def measure(folder: str, method: str, given: argparse.Namespace) -> dict[str, list[float]]:

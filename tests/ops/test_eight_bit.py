@@ -145,7 +145,18 @@ def test_only_training_is_in_eight_bits_and_can_be_undone() -> None:
     assert all(layer.at_work.eight_bit is None for _, layer in adapted_layers(model))
 
 
-def test_calibration_depends_on_the_base_alone() -> None:
+def test_scales_follow_a_changed_weight_and_keep_the_first_rows() -> None:
+    frozen = Frozen(random(96, 64), eight_bit.EightBit())
+    most = frozen.weight.abs().amax(dim=0)
+    for rows in (random(8, 64), 5 * random(8, 64, seed=1)):
+        eight_bit.calibrate(rows, [frozen])
+    assert torch.equal(frozen.eight_bit.channel, eight_bit.channel_scales(random(8, 64).abs().amax(0), most))
+    before = frozen.scales.row.clone()
+    frozen.weight.mul_(2)
+    torch.testing.assert_close(frozen.scales.row, 2 * before)
+
+
+def test_calibration_depends_only_on_the_base() -> None:
     found = []
     for seed in (0, 1):
         model = tiny_llama(hidden_size=64, intermediate_size=96).bfloat16()

@@ -109,7 +109,7 @@ def optimize_for_training(
 
 
 # Families (``model_type``) for which `rankwise compare` called runs in 8 bits equivalent to runs in bfloat16.
-SHOWN_EQUAL: frozenset[str] = frozenset()
+SHOWN_EQUAL = frozenset({"llama"})
 
 
 def choose_products(model: nn.Module) -> tuple[Literal["bfloat16", "int8"], str]:
