@@ -26,7 +26,6 @@ def thinned(axes: Mapping[str, Sequence[Any]]) -> pytest.MarkDecorator:
     for numbered in itertools.product(*(list(enumerate(axis)) for axis in axes.values())):
         values = [part for key, (_, value) in zip(axes, numbered) for part in (value if "," in key else [value])]
         marks = [pytest.mark.long] if sum(number for number, _ in numbered) % least else []
-        cases.append(
-            pytest.param(*values, marks=marks, id="-".join(str(getattr(value, "__name__", value)) for value in values))
-        )
+        words = [getattr(value, "__name__", str(value)) for value in values]
+        cases.append(pytest.param(*values, marks=marks, id="-".join(words)))
     return pytest.mark.parametrize(names, cases)

@@ -83,7 +83,12 @@ def fake_java(folder, monkeypatch, script):
 
 
 @pytest.mark.parametrize(
-    "script", ["exit 1", "read line; echo 1.0 2.0; read line; exit 9", "read line; echo word; exec cat"]
+    "script",
+    [
+        "exit 1",
+        "read line; echo 1.0 2.0; read line; exit 9",
+        "for n in 1 2 3; do read line; echo 1.0; done; read line; echo word; echo 1; echo 1; echo 1",
+    ],
 )
 def test_meteor_that_fails_is_one_clear_error(script, tmp_path, monkeypatch):
     fake_java(tmp_path, monkeypatch, script)

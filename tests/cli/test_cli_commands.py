@@ -145,7 +145,7 @@ def test_preview_shows_control_characters_instead_of_sending_them(model_folder, 
     path.write_text(json.dumps({"prompt": "a\x1b[2Jb", "completion": "c"}) + "\n", encoding="utf-8")
     done = rankwise("preview", "--model", model_folder, "--data", path)
     assert "\x1b" not in done.stdout
-    assert "a␛[2Jb" in done.stdout
+    assert r"a\u001b[2Jb" in done.stdout
 
 
 def test_generate_needs_only_the_adapter(run_folder, rankwise):

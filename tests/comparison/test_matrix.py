@@ -52,7 +52,7 @@ def test_a_run_gets_the_options_that_its_method_uses():
     shared = shared_training(settings(r=4, quant_type="fp4", target_modules="q_proj"))
 
     def options(method: str) -> set[str]:
-        return set(cell_settings(Cell(method, 1e-4, 0), Path("out"), shared, {}, None))
+        return set(cell_settings(Cell(method, 1e-4, 0), Path("out"), shared, {}))
 
     assert {"r", "target_modules"} <= options("lora")
     assert "quant_type" not in options("lora")
@@ -96,7 +96,7 @@ def test_a_variant_is_a_method_of_its_own():
     shared = shared_training(settings(loraplus_ratio=4, use_rslora=False))
 
     def given(method: str) -> dict[str, object]:
-        return cell_settings(Cell(method, 1e-4, 0), Path("out"), shared, {}, None)
+        return cell_settings(Cell(method, 1e-4, 0), Path("out"), shared, {})
 
     plain = given("lora")
     assert (plain["method"], plain["init"], plain["loraplus_ratio"]) == ("lora", "default", 4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,20 +66,11 @@ def test_what_must_stay_is_measured_of_the_base_of_preferences_too(tmp_path: Pat
     assert len((place / "retained" / "predictions.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize(("objective", "encoded"), [("sft", ["lora"]), ("dpo", [])])
-def test_rows_are_encoded_once_and_each_kind_of_base_is_prepared(
-    objective: str, encoded: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[str] = []
+def test_each_kind_of_base_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
     monkeypatch.setattr(steps, "fetch_model", lambda *_, **__: None)
     monkeypatch.setattr(steps, "needs_preparation", lambda source, quantization: quantization is not None)
-    monkeypatch.setattr(
-        steps, "load_for_training", lambda given: loaded.append(given.method) or SimpleNamespace(tokenizer=None)
-    )
-    monkeypatch.setattr(steps, "read_data", lambda given: ())
-    monkeypatch.setattr(steps, "encode_data", lambda given, *_: found.append(given.method))
-    common = {"model": "demo", "data": "rows.jsonl", "output": "out", "objective": objective}
-    runs = [{**common, "method": method} for method in ("lora", "dora", "qlora", "qdora", "full")]
-    prepare({"runs": runs})
-    assert (found, loaded) == (encoded, ["lora", "qlora"])
+    monkeypatch.setattr(steps, "load_for_training", lambda given: loaded.append(given.method))
+    common = {"model": "demo", "data": "rows.jsonl", "output": "out", "objective": "sft"}
+    prepare({"runs": [{**common, "method": method} for method in ("lora", "dora", "qlora", "qdora", "full")]})
+    assert loaded == ["qlora"]

@@ -14,7 +14,7 @@ from marks import LEVELS
 from rankwise.acceleration import calibrate_products, choose_products, restore
 from rankwise.acceleration.parts import adapted_layers
 from rankwise.ops import dequantize_weight, eight_bit, quantize_weight
-from rankwise.ops.branch import Branch, Frozen
+from rankwise.ops.branch import Branch, Frozen, eight_bit_pays
 from rankwise.ops.cpu import native, products
 from rankwise.ops.low_rank_linear import low_rank_linear
 from tiny_models import tiny_llama
@@ -171,5 +171,6 @@ def test_calibration_depends_only_on_the_base() -> None:
 
 
 def test_auto_asks_for_a_known_family_and_a_faster_processor() -> None:
+    assert (choose_products(tiny_llama().bfloat16())[0] == "int8") == eight_bit_pays(torch.ones(1).bfloat16())
     assert choose_products(tiny_llama().float())[0] == "bfloat16"
     assert choose_products(torch.nn.Linear(2, 2).bfloat16())[0] == "bfloat16"

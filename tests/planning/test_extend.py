@@ -53,7 +53,7 @@ def assert_within_a_hundredth(model, method, workload, layers=None):
     }
 )
 def test_a_few_layers_tell_of_all(family, method, device, checkpointing):
-    model = skeleton(family, num_hidden_layers=8)
+    model = skeleton(family, num_hidden_layers=12 if family == "gemma2" else 8)
     workload = Workload(batch_size=2, max_length=256, device_type=device, gradient_checkpointing=checkpointing)
     assert_within_a_hundredth(model, method, workload)
 

@@ -269,7 +269,7 @@ def equal(one: Path, other: Path) -> bool:
 
 
 def values(run: dict[str, Any]) -> tuple[object, ...]:
-    return run["id"], run["status"], run["record"] and run["record"]["eval_loss"], run["update_norms"]
+    return run["id"], run["status"], run["record"] and run["record"]["eval_loss"]
 
 
 ADAPTER = "finished/adapter_model.safetensors"

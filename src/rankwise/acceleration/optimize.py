@@ -108,7 +108,7 @@ def optimize_for_training(
     return done
 
 
-# Families (``model_type``) for which `rankwise compare` called runs in 8 bits equivalent to runs in bfloat16.
+# Families (``model_type``) whose runs in 8 bits ended equal to those in bfloat16 (benchmarks/results/eight_bits.md).
 SHOWN_EQUAL = frozenset({"llama"})
 
 
