@@ -115,7 +115,6 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     from rankwise.training.run import train
     from rankwise.training.setup import with_adapters_options
 
-    gc.freeze()
     gc.enable()
     settings = with_adapters_options(settings)
     retention = None if settings.retain is None else RetainedRows(settings, settings.retain)
