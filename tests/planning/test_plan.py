@@ -80,7 +80,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def files_of(mapped_bytes: int) -> Any:
-    return SimpleNamespace(bytes=mapped_bytes, paths=())
+    return SimpleNamespace(bytes=mapped_bytes, versions={})
 
 
 def guarding(model: Path, **how: Any) -> MemoryGuard:

@@ -174,9 +174,12 @@ def run(settings: GenerateSettings, output: Output) -> Document:
     record = record_of(settings.adapter)
     name = settings.model or base_model_name(settings.adapter)
 
+    from rankwise.models.mapped import mapped_files
+
     conversations = [] if settings.chat else read_conversations(settings)
     with output.waiting(f"loading {name}"):
         speaker, device = load_speaker(settings, name, record)
+    files = mapped_files(speaker.model)
     if settings.chat:
         messages = talk(settings, speaker, f"{settings.adapter or name} on {device}", output)
         return {"model": name, "adapter": str(settings.adapter) if settings.adapter else None, "messages": messages}
@@ -184,6 +187,7 @@ def run(settings: GenerateSettings, output: Output) -> Document:
     _check_chat(settings, speaker.wording)
     for asked in conversations:
         answers.append(speaker.answer(asked, both=settings.compare))
+        files.check()
         print_answer(output, answers[-1])
         # With --json the document says it.
         cuts = {} if output.as_json else answers[-1].cut_at

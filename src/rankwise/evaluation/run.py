@@ -81,8 +81,11 @@ def answer_task(
 
     ``answers``: {id of an example: (prediction, whether it is cut)}, which replace the task's own.
     """
-    started = time.monotonic()
+    from rankwise.models.mapped import mapped_files
+
+    started, files = time.monotonic(), mapped_files(engine.model)
     found = task.run(engine, place.folder, progress)
+    files.check()
     if answers:
         given = {item.id: answers.get(item.id, (item.prediction, item.is_cut)) for item in found}
         found = [dataclasses.replace(item, prediction=given[item.id][0], is_cut=given[item.id][1]) for item in found]

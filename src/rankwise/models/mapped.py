@@ -1,4 +1,4 @@
-"""The files from which a model's weights are mapped."""
+"""The files from which a model's weights are mapped: how much they hold, and whether they are as they were."""
 
 from __future__ import annotations
 
@@ -9,13 +9,28 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from rankwise.compat.torch import own_part
+from rankwise.errors import ModelError
+
+# Inode, size and time of the last change.
+Version = tuple[int, int, int]
 
 
 class MappedFiles(NamedTuple):
     """Files, and how many bytes of a model's frozen weights are views of them."""
 
     bytes: int
-    paths: list[Path]
+    versions: dict[Path, Version]
+
+    def check(self) -> None:
+        """Raise ModelError (RW305) for a file that was written to. One that was deleted or replaced does no harm, since
+        the mapping keeps the old one."""
+        for path, version in self.versions.items():
+            if path.exists() and (now := _version(path)) != version and now[0] == version[0]:
+                raise ModelError(
+                    "RW305",
+                    f"{path} was changed while its weights were in use, so the model is not the one that was loaded; "
+                    "start again, and resume from the last checkpoint if there is one.",
+                )
 
 
 def mapped_files(model: nn.Module) -> MappedFiles:
@@ -34,8 +49,13 @@ def mapped_files(model: nn.Module) -> MappedFiles:
         region = bisect.bisect_right(starts, held.data_ptr()) - 1
         if region >= 0 and held.data_ptr() < regions[region][1]:
             found[held.data_ptr()] = held.nbytes, regions[region][2]
-    paths = dict.fromkeys(path for _, path in found.values() if path.exists())
-    return MappedFiles(sum(size for size, _ in found.values()), list(paths))
+    paths = {path for _, path in found.values() if path.exists()}
+    return MappedFiles(sum(size for size, _ in found.values()), {path: _version(path) for path in paths})
+
+
+def _version(path: Path) -> Version:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _mapped_regions() -> list[tuple[int, int, Path]]:

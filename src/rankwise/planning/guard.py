@@ -135,7 +135,7 @@ class MemoryGuard:
             weights = mapped_weights(predicted, run.hardware.device_type)
             self.say(
                 f"the base's {byte_size(weights)} are mapped and read again from the disk in each step: "
-                f"{disk_words(weights, read_speed(mapped.paths))}; {byte_size(peak - weights)} must stay in memory"
+                f"{disk_words(weights, read_speed(mapped.versions))}; {byte_size(peak - weights)} must stay in memory"
             )
         if verdict == "too big":
             self._refuse(run, predicted, f"a batch of {_in_words(run.workload)}")

@@ -23,7 +23,7 @@ from rankwise.data import Rows
 from rankwise.disk import coded_errors, flush, flush_tree, follow_umask, refuse_links, remove_strays
 from rankwise.errors import Interrupted, warn
 from rankwise.foreign import JsonObject
-from rankwise.models.mapped import mapped_files
+from rankwise.models.mapped import MappedFiles, mapped_files
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows, write_text
 from rankwise.reports.model_card import model_card
 from rankwise.reports.plots import loss_svg, search_svg
@@ -179,15 +179,15 @@ class Session:
         """Train. Returns the interruption if the user asked to stop, else None."""
         loop, progress = self.loop, self.loop.progress
         interrupt = Interrupt(self.observer.phase)
-        in_files = mapped_files(loop.model).bytes
-        self.record.mapped_bytes = max(ranks.gathered(in_files)) or None
-        meter = MemoryMeter(loop.model.device.type, progress.peak_memory_bytes, in_files)
+        files = mapped_files(loop.model)
+        self.record.mapped_bytes = max(ranks.gathered(files.bytes)) or None
+        meter = MemoryMeter(loop.model.device.type, progress.peak_memory_bytes, files.bytes)
         names = self.trackers if ranks.is_writer() else ()
         trackers = Trackers(names, self.folder, self.record.settings, self.record.predicted_peak_memory_bytes)
         with meter as memory, interrupts(interrupt), trackers:
             at = "" if self.checkpoint is None else f", resuming from step {self.checkpoint.step}"
             self.observer.phase(f"Training{at}")
-            watch = self._watch(memory, interrupt, trackers)
+            watch = self._watch(memory, interrupt, trackers, files)
             try:
                 loop.fit(watch, self.checkpoint)
             except BaseException:
@@ -208,7 +208,7 @@ class Session:
             f"train --resume --output {self.folder}`.",
         )
 
-    def _watch(self, memory: MemoryMeter, interrupt: Interrupt, trackers: Trackers) -> Watch:
+    def _watch(self, memory: MemoryMeter, interrupt: Interrupt, trackers: Trackers, files: MappedFiles) -> Watch:
         loop = self.loop
         answers = ranks.is_writer() or is_unit(loop.model)
         return Watch(
@@ -227,6 +227,7 @@ class Session:
                 silence_is_normal=loop.objective.silence_is_normal,
             ),
             answer=self.answer if answers else None,
+            files=files,
         )
 
     def _is_evaluated(self) -> bool:

@@ -29,6 +29,7 @@ from rankwise.disk import appending
 from rankwise.errors import ConfigError, RunError, one_line, some_of, warn
 from rankwise.foreign import Fields, JsonObject
 from rankwise.labels import MEASURES
+from rankwise.models.mapped import MappedFiles
 from rankwise.records import METRICS_FILE, read_metrics, write_text
 from rankwise.training import ranks
 from rankwise.training.observer import Interrupt, Observer, SilentObserver, StepInfo
@@ -160,6 +161,8 @@ class Watch:
     check: GradientCheck | None = None
     # Returns the model's answer to a fixed prompt.
     answer: Callable[[], str] | None = None
+    # The files from which frozen weights are mapped.
+    files: MappedFiles | None = None
 
     def __post_init__(self) -> None:
         self.clock = StepClock(self.progress)
@@ -173,7 +176,9 @@ class Watch:
         self.clock.start()
 
     def check_gradients(self) -> None:
-        """Check each adapter tensor until it has passed."""
+        """Check each adapter tensor until it has passed, and the mapped files."""
+        if self.files is not None:
+            self.files.check()
         if self.check is not None and self.check.waiting:
             self.check.look(self.progress.steps + 1)
 
