@@ -6,7 +6,6 @@ Several processes on this machine are started by torch's elastic launcher, as to
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from rankwise.errors import ConfigError, DataError, Interrupted, RunError, is_ou
 from rankwise.foreign import Fields
 from rankwise.labels import in_words
 from rankwise.options import flag
+from rankwise.planning.workload import uncollected
 from rankwise.records import RunRecord, load_record, read_metrics, write_text
 from rankwise.reports.numbers import byte_size, duration, plural, rate
 from rankwise.reports.summary import change_of
@@ -110,12 +110,10 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
         return None
     output.console.quiet = not ranks.is_writer()
     # While torch and transformers are imported, collections free nothing and take a quarter of the time.
-    gc.disable()
-    from rankwise.evaluation.retained import RetainedRows
-    from rankwise.training.run import train
-    from rankwise.training.setup import with_adapters_options
-
-    gc.enable()
+    with uncollected():
+        from rankwise.evaluation.retained import RetainedRows
+        from rankwise.training.run import train
+        from rankwise.training.setup import with_adapters_options
     settings = with_adapters_options(settings)
     retention = None if settings.retain is None else RetainedRows(settings, settings.retain)
     guard = _guard(settings, output)

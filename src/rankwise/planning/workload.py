@@ -373,7 +373,7 @@ def state_bytes(optimizer: str, shapes: Iterable[tuple[Shape, int]]) -> tuple[in
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without collections of garbage, which would free a model's cycles in mid-trace and take an eighth of a plan."""
+    """Without collections of garbage: in a trace they would free a model's cycles and take an eighth of its time."""
     collects = gc.isenabled()
     gc.disable()
     try:
