@@ -120,7 +120,7 @@ def choose_products(model: nn.Module) -> tuple[Literal["bfloat16", "int8"], str]
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     if not eight_bit_pays(parameter):
         return "bfloat16", "8 bits are not known to be 1.2 times as fast here"
-    return "int8", f"equivalent for {family}, and faster here"
+    return "int8", f"as good for {family} models, and faster here; --products to change"
 
 
 def use_eight_bit(model: nn.Module, undo: Undo) -> int:
