@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from rankwise.records import write_json
 from rankwise_article.bleu_nist import mteval_statistics
 from rankwise_article.table import _scores_file, chosen_rate, unfinished
-from rankwise_article.table_page import Runs, Score, page, read_run, verdict
+from rankwise_article.table_page import Runs, Score, bars, page, read_run, verdict
+from rankwise_article.table_plot import picture
 
 STATE = Path(__file__).parents[1] / "table"
 SETTINGS = tomllib.loads((STATE / "settings.toml").read_text(encoding="utf-8"))
@@ -72,7 +74,12 @@ def test_a_rate_beside_the_default_must_be_clearly_better():
 
 
 def test_the_page_is_fresh(shared: Path):
-    assert (STATE / "README.md").read_text(encoding="utf-8") == page(STATE, SETTINGS, shared / "e2e"), "run make table"
+    runs = Runs(STATE / "runs")
+    written = (STATE / "README.md").read_text(encoding="utf-8")
+    assert written == page(runs, STATE, SETTINGS, shared / "e2e"), "run make table"
+    # Outlines depend on the version of matplotlib.
+    drawn = [re.findall('aria-label="(.*?)"', text) for text in ((STATE / "bleu.svg").read_text(), picture(bars(runs)))]
+    assert drawn[0] == drawn[1], "run make table"
     finished = {path.name for path in (STATE / "runs").glob("[!.]*")}
     wanted = {f"{method}-{seed}" for seed in SETTINGS["seeds"] for method in SETTINGS["methods"]}
     assert finished <= wanted

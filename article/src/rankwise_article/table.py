@@ -37,21 +37,28 @@ TRAIN, DEV, TEST = "trainset.csv", "devset.csv", "testset_w_refs.csv"
 
 
 def table(state: Path, data: Path, work: Path, *, runs: int) -> tuple[list[tuple[str, str]], JsonObject]:
-    """Run the next ``runs`` unfinished runs, and write ``STATE/README.md`` from all that have finished.
+    """Run the next ``runs`` unfinished runs, and make ``STATE/README.md`` and ``bleu.svg`` from all that have finished.
 
     Raises DataError (RA250) if ``data`` lacks a file of E2E, RunError (RA262) where a command fails.
     """
-    from rankwise_article.table_page import page
-
     if absent := [name for name in (TRAIN, DEV, TEST) if not (data / name).is_file()]:
         raise DataError("RA250", f"{data} holds no {', '.join(absent)}; give the folder of E2E's files.")
     settings = tomllib.loads((state / "settings.toml").read_text(encoding="utf-8"))
     for method, seed in unfinished(state, settings)[:runs]:
         _carry_out(state, settings, data, work, method, seed)
-        write_bytes(state / "README.md", page(state, settings, data).encode())
-    write_bytes(state / "README.md", page(state, settings, data).encode())
+        _write_page(state, settings, data)
+    _write_page(state, settings, data)
     left = [f"{method}-{seed}" for method, seed in unfinished(state, settings)]
     return [("left", ", ".join(left) or "none")], {"left": left}
+
+
+def _write_page(state: Path, settings: JsonObject, data: Path) -> None:
+    from rankwise_article.table_page import Runs, bars, page
+    from rankwise_article.table_plot import picture
+
+    runs = Runs(state / "runs")
+    write_bytes(state / "README.md", page(runs, state, settings, data).encode())
+    write_bytes(state / "bleu.svg", picture(bars(runs)).encode())
 
 
 def unfinished(state: Path, settings: JsonObject) -> list[tuple[str, int]]:

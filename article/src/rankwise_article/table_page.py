@@ -26,6 +26,7 @@ from rankwise_article.bleu_nist import MtevalStatistics
 from rankwise_article.e2e_files import read_references
 from rankwise_article.e2e_scores import METRICS
 from rankwise_article.table import COUNTS, TEST, chosen_rate
+from rankwise_article.table_plot import Bar
 
 RESAMPLES, LEVEL = 500, 0.975
 # BLEU points (of 100) within which two methods are equivalent, and the fewest seeds of a verdict.
@@ -133,8 +134,20 @@ def verdict(difference: Score) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "cannot tell"
 
 
-def page(state: Path, settings: JsonObject, data: Path) -> str:
-    runs = Runs(state / "runs")
+def bars(runs: Runs) -> list[Bar]:
+    """The rows of the picture."""
+    return [
+        Bar(NAMES[method], score.value, score.half_width, _peak(runs, method))
+        for method in NAMES
+        if (score := runs.score(method, "BLEU"))
+    ]
+
+
+def _peak(runs: Runs, method: str) -> int:
+    return max(run.record["peak_memory_bytes"] for run in runs.of(method).values())
+
+
+def page(runs: Runs, state: Path, settings: JsonObject, data: Path) -> str:
     methods = [method for method in NAMES if runs.of(method)]
     wanted = len(settings["seeds"]) * len(settings["methods"])
     differences = {m: s for m in methods if m != REFERENCE and (s := runs.score(m, "BLEU", REFERENCE))}
@@ -142,6 +155,8 @@ def page(state: Path, settings: JsonObject, data: Path) -> str:
         "# The article's table 1, measured: E2E on SmolLM2-135M",
         "",
         f"**{len(runs.all)} of {wanted} runs.** {_sentence(differences)}".rstrip(),
+        "",
+        "![BLEU of each method](bleu.svg)",
         "",
         *_scores(runs, methods),
         "",
@@ -190,12 +205,12 @@ def _scores(runs: Runs, methods: Sequence[str]) -> list[str]:
         of = list(runs.of(method).values())
         scores = [runs.score(method, name) for name in METRICS]
         trained = of[0].record["trainable_parameters"]
-        peak, frozen = (max(run.record[key] for run in of) for key in ("peak_memory_bytes", "frozen_bytes"))
+        frozen = max(run.record["frozen_bytes"] for run in of)
         cells = [
             NAMES[method], str(len(of)), f"{trained / 1e6:.2f}M ({trained / of[0].record['total_parameters']:.1%})",
             *(f"{s.value:.{1 if SCALES[n] == 100 else 2}f} ± {s.half_width:.{1 if SCALES[n] == 100 else 2}f}"
               for n, s in zip(METRICS, scores) if s),
-            f"{peak / 1e9:.2f} GB", f"{frozen / 1e9:.2f} GB", PUBLISHED.get(method, "none"),
+            f"{_peak(runs, method) / 1e9:.2f} GB", f"{frozen / 1e9:.2f} GB", PUBLISHED.get(method, "none"),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
