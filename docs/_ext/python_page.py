@@ -20,7 +20,7 @@ Every error is a `rankwise.errors.RankwiseError` with a [code](errors.md).
 GROUPS = {
     "Models": "load_model quantize Nf4Config Fp4Config Linear4bit",
     "Adapters": "LoraConfig add_adapter adapter_parameters adapter_config set_adapter adapter_disabled disable_adapter "
-    "enable_adapter remove_adapter mixed_adapters hotswap_adapter",
+    "enable_adapter remove_adapter",
     "Saving, merging, exporting": "save_adapter load_adapter merge_adapter unmerge_adapter combine_adapters "
     "export_adapter",
     "Speed": "optimize_for_training accelerate_peft",

@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from rankwise.adapters import add_adapter as add_adapter
     from rankwise.adapters import disable_adapter as disable_adapter
     from rankwise.adapters import enable_adapter as enable_adapter
-    from rankwise.adapters import hotswap_adapter as hotswap_adapter
     from rankwise.adapters import load_adapter as load_adapter
     from rankwise.adapters import merge_adapter as merge_adapter
-    from rankwise.adapters import mixed_adapters as mixed_adapters
     from rankwise.adapters import remove_adapter as remove_adapter
     from rankwise.adapters import save_adapter as save_adapter
     from rankwise.adapters import set_adapter as set_adapter
@@ -48,11 +46,9 @@ _HOMES = {
     "disable_adapter": "rankwise.adapters",
     "enable_adapter": "rankwise.adapters",
     "export_adapter": "rankwise.export.adapter",
-    "hotswap_adapter": "rankwise.adapters",
     "load_adapter": "rankwise.adapters",
     "load_model": "rankwise.models",
     "merge_adapter": "rankwise.adapters",
-    "mixed_adapters": "rankwise.adapters",
     "optimize_for_training": "rankwise.acceleration",
     "quantize": "rankwise.quantization",
     "remove_adapter": "rankwise.adapters",

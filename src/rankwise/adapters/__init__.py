@@ -1,13 +1,12 @@
 """Low-rank adapters: LoRA and DoRA on any base layer, with PEFT's names and file format."""
 
-from rankwise.adapters.checkpoint import hotswap_adapter, load_adapter, load_tensors
+from rankwise.adapters.checkpoint import load_adapter, load_tensors
 from rankwise.adapters.inject import (
     MethodType,
     adapter_disabled,
     add_adapter,
     disable_adapter,
     enable_adapter,
-    mixed_adapters,
     plan_adapter,
     remove_adapter,
     set_adapter,
@@ -28,11 +27,9 @@ __all__ = [
     "disable_adapter",
     "enable_adapter",
     "has_adapter",
-    "hotswap_adapter",
     "load_adapter",
     "load_tensors",
     "merge_adapter",
-    "mixed_adapters",
     "plan_adapter",
     "remove_adapter",
     "report",

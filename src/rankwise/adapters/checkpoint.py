@@ -43,7 +43,6 @@ from rankwise.adapters.saving import (
     PREFIX,
     WEIGHTS_FILE,
     adapter_parameters,
-    adapter_tensors,
     is_at_work,
     tensor_keys,
 )
@@ -64,9 +63,9 @@ from rankwise.adapters.state import (
     trained_copies,
     wrappers,
 )
-from rankwise.compat.torch import own_parameters, uncompiled
+from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import heads_of_labels
-from rankwise.errors import AdapterError, ConfigError, some_of, warn
+from rankwise.errors import AdapterError, ConfigError, warn
 from rankwise.foreign import parse_json
 from rankwise.lora_config import AdapterDtype, LoraConfig
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
@@ -216,46 +215,6 @@ def load_adapter(
         remove_adapter(model, name)
         raise
     return report(model, name)
-
-
-def hotswap_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None) -> AdapterReport:
-    """Copy the values of a PEFT folder into a loaded adapter (by default the active one), in place.
-
-    As with PEFT's function of this name, the parameters keep their memory, so that a compiled model is not recompiled.
-    The folder must adapt the same modules with the same ranks. A different scale s' is folded into B, as (s'/s) B.
-    Raises AdapterError: RW407, RW408, RW623 for other modules, ranks or kind, and those of ``load_adapter``; the
-    adapter is then unchanged.
-    """
-    model = uncompiled(model)
-    state, name = state_and_name(model, name)
-    file = read_adapter(model, folder, f"{name}_swapped_in")
-    here, there = report(model, name).modules, file.planned
-    own, new = ({dataclasses.replace(item, lora_alpha=0) for item in items} for items in (here, there))
-    other = {item.name for item in own ^ new}
-    other |= {*file.tensors} ^ {*adapter_tensors(model, name)} | {*state.replaced.get(name, {})}
-    if other:
-        raise AdapterError(
-            "RW623",
-            f"the adapter in {folder} cannot replace {name!r}, which differs in {some_of(sorted(other))}: "
-            "modules, ranks and kind (LoRA or DoRA) must be the same, and neither may replace weights of the base; "
-            "load it beside the other with load_adapter, and switch with set_adapter.",
-        )
-    was = {item.name: item for item in here}
-    modules = dict(base_modules(model))
-    for item in (item for item in there if item.is_pair):
-        s = state.configs[name].scaling(item.r, was[item.name].lora_alpha)
-        ratio = file.config.scaling(item.r, item.lora_alpha) / s
-        if ratio != 1:
-            keys = _keys_of(modules[item.path], item, file.planned, file.config.use_dora)
-            key = next(key for key, attribute in keys.items() if attribute == "lora_B")
-            file.tensors[key] = ratio * file.tensors[key].float()
-    load_tensors(model, file.tensors, name)
-    return report(model, name)
-
-
-def _keys_of(base: nn.Module, item: AdaptedModule, planned: list[AdaptedModule], use_dora: bool) -> dict[str, str]:
-    """{key in PEFT's file: attribute of the adapter} of a module or a stack."""
-    return tensor_keys(item.name, base, use_dora) if item.experts is None else stack_keys(base, item, planned)
 
 
 @torch.no_grad()
@@ -420,7 +379,8 @@ def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[Adapted
             "lora_B": (item.out_features, r),
             "magnitude": (item.out_features,),
         }
-        keys = _keys_of(base, item, planned, config.use_dora)
+        stacked = item.experts is not None
+        keys = stack_keys(base, item, planned) if stacked else tensor_keys(item.name, base, config.use_dora)
         shapes |= {key: by_attribute[attribute] for key, attribute in keys.items()}
     adapted = {item.name for item in planned if item.is_pair}
     return shapes | _expected_biases(modules, config, adapted)

@@ -71,16 +71,12 @@ class Dora(LowRankPair):
             return self.straight_through(base, x, self.gain(base))
         if (branch := branch_of(self, base, x)) is not None:
             return low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
-        y = self.over(base, x, frozen_product(base, x))
-        bias = getattr(base, "bias", None)
-        return y if bias is None else y + bias
-
-    def over(self, base: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """``g * (y + s B A drop(x))`` for y = W x without the bias."""
-        g = self.gain(base)
+        g, y = self.gain(base), frozen_product(base, x)
         # y + (g - 1) y instead of g y: in bfloat16 a gain close to 1 would round to 1.
         y = torch.addcmul(y, y, (g - 1).to(y.dtype))
-        return torch.addcmul(y, self.low_rank(x), (g * self.scaling).to(y.dtype))
+        y = torch.addcmul(y, self.low_rank(x), (g * self.scaling).to(y.dtype))
+        bias = getattr(base, "bias", None)
+        return y if bias is None else y + bias
 
     def gain(self, base: nn.Module) -> Tensor:
         """``g = m / ||W + s B A||`` in float32: (out,); gradients reach m only."""

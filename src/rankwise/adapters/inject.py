@@ -46,7 +46,6 @@ from rankwise.adapters.state import (
     AdaptedModule,
     AdapterReport,
     AdapterState,
-    adapted_experts,
     adapted_layers,
     adapter_state,
     base_modules,
@@ -62,7 +61,6 @@ from rankwise.adapters.state import (
     state_and_name,
     take_replaced,
     tied_head,
-    trained_copies,
     whole_features,
     wrappers,
 )
@@ -72,8 +70,6 @@ from rankwise.errors import AdapterError, some_of, warn
 from rankwise.lora_config import LoraConfig
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
-# PEFT's name for rows of a batch that use no adapter.
-BASE_ROW = "__base__"
 
 
 def add_adapter(
@@ -320,41 +316,6 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         if not was_disabled:
             enable_adapter(model)
-
-
-@contextmanager
-def mixed_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """A context in which the adapter ``names[i]`` computes row i of a batch; ``"__base__"`` means only the base.
-
-    This is PEFT's ``adapter_names``, also for DoRA. In ``generate``, repeated rows (beams, several answers) keep the
-    adapter of their prompt. Raises AdapterError: RW407 for an unknown name, RW408 while an adapter is merged, RW624 for
-    an adapter that changes more than layers; in the model's forward, RW625 for a different number of rows.
-    """
-    state = adapter_state(model)
-    for name in {*names} - {BASE_ROW}:
-        state_and_name(model, name)
-        own = [layer for _, layer in adapted_layers(model, name)]
-        if (
-            any(layer.origin is not None or isinstance(layer.adapter(name), TokenRows) for layer in own)
-            or state.configs[name].for_merge
-            or state.replaced.get(name)
-            or any(True for _ in (*adapted_experts(model, name), *trained_copies(model, name)))
-        ):
-            raise AdapterError(
-                "RW624",
-                f"the adapter {name!r} changes more than linear layers and embeddings (biases, modules trained whole, "
-                "rows of new tokens, stacked experts, rounded sums, or weights that pissa took a part of), which one "
-                "batch cannot mix; switch between requests with set_adapter.",
-            )
-    layers = [module for _, module in wrappers(model) if isinstance(module, AdaptedLayer)]
-    with adapter_disabled(model):
-        for layer in layers:
-            layer.mixed = tuple(names)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.mixed = None
 
 
 def remove_adapter(model: nn.Module, name: str | None = None) -> None:

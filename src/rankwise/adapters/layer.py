@@ -24,7 +24,7 @@ from typing import Any, Generic, NoReturn, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.base_layer import dense_weight, frozen_product, is_quantized, with_weight
+from rankwise.adapters.base_layer import dense_weight, is_quantized, with_weight
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.lora import Lora, TokenRows
 from rankwise.adapters.low_rank import Adapter, branch_of, drawn_dropout, low_rank_product, merged_weight
@@ -109,39 +109,14 @@ class AdaptedLayer(OverBase[Adapter]):
         self.prepare: Callable[[], bool] | None = None
         # Whether this is the output head, whose weight fused losses use directly, without calling its forward.
         self.is_head = False
-        # Within `mixed_adapters`: the name of the adapter of each row of a batch.
-        self.mixed: Sequence[str] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None:
-            if self.mixed is not None:
-                return self._mixed_output(x, self.mixed)
             return self.base_layer(x) if self.origin is None else self.origin(self.base_layer, x)
         # A compiled graph computes the layers of a group separately.
         if self.shared is not None and not is_traced() and (y := self.shared.output(self, x)) is not None:
             return y
         return self.adapters[self.active](self.base_layer, x)
-
-    def _mixed_output(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """One product with W for all rows, and each adapter on its own rows. Raises AdapterError (RW625).
-
-        `generate` repeats each row consecutively (beams, several answers to a prompt), equally often for each name.
-        """
-        repeated, left = divmod(x.shape[0], len(names)) if names else (0, 0)
-        # The rows of flattened tokens are unknown, since a mixture sorts them by expert.
-        if left or not repeated or (x.is_floating_point() and x.dim() < 3):
-            raise AdapterError(
-                "RW625",
-                f"{len(names)} adapters are named, and a layer got an input of shape {tuple(x.shape)}; name one for "
-                "each row of the batch, in a model whose adapted layers read (batch, tokens, features).",
-            )
-        y = frozen_product(self.base_layer, x)
-        each = [name for name in names for _ in range(repeated)]
-        for name in dict.fromkeys(name for name in names if name in self.adapters):
-            rows = torch.tensor([index for index, one in enumerate(each) if one == name], device=x.device)
-            y[rows] = self.adapter(name).over(self.base_layer, x[rows], y[rows])
-        bias = getattr(self.base_layer, "bias", None)
-        return y if bias is None else y + bias
 
     @property
     def is_ready(self) -> bool:

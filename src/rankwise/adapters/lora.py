@@ -156,11 +156,7 @@ class Lora(LowRankPair):
             return self.straight_through(base, x)
         if (branch := branch_of(self, base, x)) is not None:
             return low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
-        return self.over(base, x, base(x))
-
-    def over(self, base: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """``y + s B A drop(x)`` for y = W x, with the bias or without."""
-        return torch.add(y, self.low_rank(x), alpha=self.scaling)
+        return torch.add(base(x), self.low_rank(x), alpha=self.scaling)
 
     def sum(self, base: nn.Module, W: Tensor) -> Tensor:
         """``W + s B A`` as a new tensor (out, in) in W's dtype."""
@@ -219,10 +215,8 @@ class EmbeddingLora(nn.Module):
                 self.magnitude.copy_(self.row_norms(base))
 
     def forward(self, base: nn.Module, ids: Tensor) -> Tensor:
-        return self.over(base, ids, base(ids))
-
-    def over(self, base: nn.Module, ids: Tensor, y: Tensor) -> Tensor:
         """``g * (y + s B A[:, ids])`` for y = E[ids]."""
+        y = base(ids)
         # As in the base, the padding token gets no gradient.
         columns = F.embedding(ids, self.lora_A.T.to(y.dtype), padding_idx=base.padding_idx)  # type: ignore[arg-type]
         low = scaled_rows(base, F.linear(columns, self.lora_B.to(y.dtype)))

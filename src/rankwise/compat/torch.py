@@ -276,11 +276,6 @@ class Ctx(Protocol[Kept]):
 # --- modules ---
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` wraps, or the module itself."""
-    return getattr(model, "_orig_mod", model)
-
-
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The writable dictionary of a module's own parameters. ``named_parameters`` omits None and duplicates, and is
     read-only.
