@@ -14,11 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_comparison import compare, given, starts
 
-from rankwise.cli import report
 from rankwise.cli.compare import verdict_lines
 from rankwise.errors import ConfigError, DataError
 from rankwise.reports.comparison import load_comparison
-from rankwise.reports.report import merged_report, write_report
+from rankwise.reports.report import write_report
 from rankwise.reports.words import headline
 
 pytestmark = [
@@ -86,16 +85,6 @@ def test_a_continued_comparison_keeps_the_base_and_measures_what_it_has_not(tmp_
     compare(**options)
     assert (folder / "result.json").stat().st_mtime > 1
     assert len(starts(out)) == 6
-
-
-def test_one_report_of_two_folders_says_it_too(tmp_path: Path):
-    for name, methods in (("one", "lora"), ("two", "full")):
-        compare(**retaining(tmp_path, name=name, methods=methods))
-    target = tmp_path / "joined"
-    merged_report((tmp_path / "one", tmp_path / "two"), target, report._summarise(target))
-    found = json.loads((target / "report.json").read_text())
-    assert found["methods"]["full"]["retained"]["verdict"] == "lost"
-    assert (found["recommendation"]["method"], found["recommendation"]["forgot"]) == ("lora", ["full"])
 
 
 @pytest.mark.parametrize(

@@ -298,13 +298,11 @@ class Document(Conclusions):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The content of one or more comparison folders, and the place of each run's files."""
+    """The content of a comparison folder, and the place of each run's files."""
 
     # A Document, as far as its file is intact.
     document: Fields
     folder: Path
-    # Run id -> the folder of the comparison that holds the run, if it is a different one.
-    places: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Any:
         return self.document[key]
@@ -357,7 +355,7 @@ class Comparison:
         return [line for line in read_metrics(self.place_of(run)) if isinstance(line, Mapping)]
 
     def place_of(self, run: Fields) -> Path:
-        return inside(self.places.get(run["id"], self.folder), str(run["folder"]))
+        return inside(self.folder, str(run["folder"]))
 
     def answers_of(self, run: Fields, task: str) -> list[Fields]:
         return read_answers(self.place_of(run), task, run["tasks"].get(task, {}))

@@ -111,14 +111,12 @@ def _recommendation(comparison: Comparison) -> JsonObject:
     given = comparison["recommendation"]
     keys = ("method", "config", "command", "adapter", "run")
     texts = {key: visible(given[key]) if given.get(key) else "" for key in keys}
-    # A report of several folders names the whole path.
     texts["deciding"] = visible((given.get("deciding") or {}).get("command") or "")
     more = {"heading": heading(comparison.document), "decided": given.get("decided")}
     return {
         **texts,
         **more,
         "limits": limits_in_words(given.get("limits") or {}),
-        "is_inside": not Path(texts["adapter"]).is_absolute(),
     }
 
 
@@ -264,9 +262,7 @@ def _broken(command: str) -> str:
 def _reproduce(comparison: Comparison) -> JsonObject:
     recommended = comparison["recommendation"].get("config")
     path = comparison.folder / str(recommended).replace("\\", "/").rpartition("/")[2] if recommended else None
-    text = comparison["recommendation"].get("config_text") or ""
-    if not text and path is not None and path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace") if path is not None and path.is_file() else ""
     return {
         "command": _broken(visible(comparison["command"])),
         "config": visible(text),
