@@ -32,10 +32,9 @@ def test_a_machine_that_works_ends_with_0_and_names_its_kernels(rankwise):
 @pytest.mark.parametrize("width", [60, 120])
 def test_it_fits_its_terminal(width, rankwise, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setenv("RANKWISE_CPU_LEVEL", native.level())
     text = rankwise("doctor").stdout
     assert max(map(len, text.splitlines())) <= width
-    for expected in ("Machine", "Libraries", "Kernels", "What to do", f"RANKWISE_CPU_LEVEL={native.level()}"):
+    for expected in ("Machine", "Libraries", "Kernels", "What to do"):
         assert expected in text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -13,23 +12,17 @@ from rankwise.cli.output import Document, Output
 from rankwise.options import Settings
 from rankwise.reports.numbers import byte_size, plural
 
-# Environment variables that change which kernels run.
-SWITCHES = ("RANKWISE_OPS", "RANKWISE_CPU_LEVEL", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
-# Extras for developing rankwise.
-OURS = ("bench", "browser", "dev", "docs")
-
 
 def run(settings: Settings, output: Output) -> Document:
     from rankwise.cli.plan_view import print_lines
 
     with output.waiting("looking at this machine"):
-        parts = {"machine": [*_machine()], "libraries": [*_libraries()], "kernels": [*_kernels()]}
+        parts = {"machine": dict(_machine()), "libraries": dict(_libraries()), "kernels": dict(_kernels())}
         findings = [*_findings()]
-    for title, rows in {**parts, "what to do": findings or [("", "nothing: all works here.")]}.items():
+    for title, rows in {**parts, "what to do": dict(findings) or {"": "nothing: all works here."}}.items():
         output.line(title.capitalize(), style="bold")
-        print_lines(rows, output)
-    found = [{"code": code, "message": message} for code, message in findings]
-    return {**{title: dict(rows) for title, rows in parts.items()}, "findings": found}
+        print_lines(rows.items(), output)
+    return {**parts, "findings": [{"code": code, "message": message} for code, message in findings]}
 
 
 def _machine() -> Iterator[tuple[str, str]]:
@@ -46,8 +39,6 @@ def _machine() -> Iterator[tuple[str, str]]:
         card = torch.cuda.get_device_properties(index)
         yield f"card {index}", f"{card.name}, {byte_size(card.total_memory)}, capability {card.major}.{card.minor}"
     yield "trains on", choose_device().reason
-    if switches := [f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ]:
-        yield "environment", ", ".join(switches)
 
 
 def _libraries() -> Iterator[tuple[str, str]]:
@@ -55,7 +46,7 @@ def _libraries() -> Iterator[tuple[str, str]]:
     yield "needed", ", ".join(f"{name} {version or '(missing)'}" for name, version, _ in _requirements())
     for extra in metadata.metadata("rankwise").get_all("Provides-Extra") or ():
         missing = ", ".join(name for name, _, wanted in _requirements(extra) if wanted)
-        if extra not in OURS:
+        if extra not in ("bench", "browser", "dev", "docs"):
             yield extra, f'{missing} missing: pip install "rankwise[{extra}]"' if missing else "installed"
 
 
@@ -84,8 +75,8 @@ def _kernels() -> Iterator[tuple[str, str]]:
         return
     level, best = native.level(), native.LEVELS[native.library().rw_best_level()]
     yield "cpu", level if level == best else f"{level} by RANKWISE_CPU_LEVEL; this processor can run {best}"
-    slower = f"float32, {level}: no bfloat16 products at this level"
-    yield "products", (level if products.on_tiles() else slower) if products.available() else "PyTorch's own: no AVX2"
+    own = level if products.on_tiles() else f"{level}, float32 only"
+    yield "products", own if products.available() else "PyTorch's own: no AVX2"
     missing = attention.missing(torch.bfloat16 if products.on_tiles() else torch.float32)
     yield "attention", level if missing is None else f"PyTorch's own: {missing}"
 
@@ -98,11 +89,10 @@ def _findings() -> Iterator[tuple[str, str]]:
 
     if wanted := [wanted for _, _, wanted in _requirements() if wanted]:
         yield "RW790", f"rankwise needs other libraries than are installed; run pip install {' '.join(wanted)}."
-    cards = torch.cuda.is_available()
-    for obstacle in (native.obstacle(), selection.obstacle("triton", "cuda") if cards else None):
-        if obstacle is not None:
-            yield "RW608", f"4-bit products run in plain PyTorch, slowly: {obstacle}"
-    if shutil.which("nvidia-smi") is not None and not cards:
+    has_card = torch.cuda.is_available()
+    if obstacle := (selection.obstacle("triton", "cuda") if has_card else None) or native.obstacle():
+        yield "RW608", f"4-bit products run in plain PyTorch, slowly: {obstacle}"
+    if shutil.which("nvidia-smi") is not None and not has_card:
         text = f"NVIDIA's driver is installed and torch {torch.__version__} uses no card; install torch's build for it"
         yield "RW791", f"{text}: https://pytorch.org/get-started/locally."
 
