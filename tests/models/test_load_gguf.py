@@ -123,6 +123,19 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     assert caught.value.code == "RW316"
 
 
+def test_a_type_that_cannot_be_read_is_named_with_its_tensor(tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_1
+    writer = gguf.GGUFWriter(str(tmp_path / "odd.gguf"), "llama")
+    row = np.zeros((4, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    writer.add_tensor("blk.0.attn_q.weight", row, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"RW316.*'blk\.0\.attn_q\.weight' as Q8_1"):
+        load_model(tmp_path / "odd.gguf")
+
+
 def test_header_is_what_gguf_reads(tiny: Path) -> None:
     header, reader = read_gguf_header(tiny), gguf.GGUFReader(str(tiny))
 

@@ -261,6 +261,7 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
     import transformers
 
     path = source.place.resolve()
+    _check_types(path)
     # Before GgufConfig, transformers 5 always dequantized.
     has_config = hasattr(transformers, "GgufConfig")
     dequantized = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_config else {}
@@ -285,6 +286,20 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
 
         quantize(model, quantization)
     return model
+
+
+def _check_types(path: Path) -> None:
+    """Raise ModelError (RW316) with the name of a tensor whose type gguf cannot dequantize."""
+    import gguf
+    import numpy as np
+
+    names = {gguf.GGMLQuantizationType(one.kind): name for name, one in read_gguf_header(path).tensors.items()}
+    for kind, name in names.items():
+        try:
+            gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+        except NotImplementedError:
+            said = f"{path} stores {name!r} as {kind.name}, which the installed gguf cannot dequantize"
+            raise ModelError("RW316", f"{said}; take a file of a different type, such as Q4_K_M.") from None
 
 
 def _with_head(model: Any, labels: Labels) -> PreTrainedModel:
