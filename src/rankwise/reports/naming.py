@@ -14,6 +14,7 @@ NAMES = {
     "dora": "DoRA",
     "qdora": "QDoRA",
     "full": "Full",
+    "lora+plus": "LoRA+",
 }
 VARIANTS = {
     "pissa": "PiSSA",
@@ -39,6 +40,8 @@ METRICS = {
 
 def method_name(method: str) -> str:
     """``lora+pissa`` -> LoRA (PiSSA); ``qlora+pissa+plus`` -> QLoRA (PiSSA, LoRA+)."""
+    if method in NAMES:
+        return NAMES[method]
     name, *words = method.split("+")
     variants = ", ".join(VARIANTS.get(word) or visible(word) for word in words)
     return (NAMES.get(name) or visible(name)) + (f" ({variants})" if words else "")

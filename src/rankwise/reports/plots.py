@@ -35,7 +35,7 @@ P = ParamSpec("P")
 Numbers = Mapping[str, int]
 STYLE_FILE = Path(__file__).parent / "templates" / "plots.mplstyle"
 # Pixels: the width of a plot in a report, of one whose rows have names, and of one in a file of its own.
-PANEL, ROWS, OWN = 400, 440, 640
+PANEL, ROWS, OWN = 400, 440, 500
 # Letters of a name beside a row, and of both names and the result above a row of the forest.
 LONGEST_NAME, LETTERS = 26, 70
 INK = "#010203"
@@ -122,7 +122,7 @@ def _axes(width: int, height: int, title: str = "", caption: str = "") -> tuple[
 
     figure = Figure(figsize=(width / 72, height / 72))
     if title:
-        lines = f"{_short(visible(title), 80)}\n{textwrap.fill(visible(caption), 92)}"
+        lines = f"{_short(visible(title), 64)}\n{textwrap.fill(visible(caption), 70)}"
         figure.suptitle(lines, x=0.01, ha="left", linespacing=1.5)
     return figure, figure.subplots()
 
@@ -437,6 +437,6 @@ def memory_svg(
     names = [name for name, _, _ in bars]
     _rows(axes, names, told)
     axes.set(xlim=(0, edge / unit), xlabel=f"peak memory, {unit_name}")
-    figure.legend(loc="outside lower left", ncols=4)
+    figure.legend(loc="outside lower left", ncols=3)
     bars_told = ", ".join(map(" ".join, zip(names, told)))
     return figure, f"{title}: peak memory: {bars_told}; the line is at {byte_size(limit_bytes)}"
