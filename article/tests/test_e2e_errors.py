@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from needs import needs_java
 from rankwise.data import read_rows
 from rankwise.evaluation.record import Example
+from rankwise_article import e2e_scores, java
 from rankwise_article.e2e import E2e
 
 NAMES = ("Aromi", "Zizzi", "The Mill", "Loch Fyne", "Bibimbap", "Fitzbillies")
@@ -21,8 +23,13 @@ def answers(texts: list[str]) -> list[Example]:
     return [Example(str(n), NAMES[n], text, {}, references[n]) for n, text in enumerate(texts)]
 
 
+# METEOR takes seconds to start.
+meteor = functools.cache(java.meteor)
+
+
 @pytest.fixture
-def task(tmp_path: Path) -> E2e:
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> E2e:
+    monkeypatch.setattr(e2e_scores, "meteor", lambda texts, groups: meteor(tuple(texts), tuple(map(tuple, groups))))
     rows = "".join(f"name[{name}],{name} is by the river.\n" for name in NAMES)
     (tmp_path / "e2e.csv").write_text(f"mr,ref\n{rows}")
     return E2e(read_rows(tmp_path / "e2e.csv"), limit=None, decoding={"num_beams": 1})

@@ -184,7 +184,7 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     products: Annotated[
         Products,
         _device(
-            "Frozen products of adapted layers: int8 (8 bits), bfloat16 (the base's dtype), or auto: int8 where it was "
+            "Frozen products of adapted layers: int8 (8 bits), bfloat16 (the base's dtype), or auto: int8 if it was "
             "shown to train as well and is at least 1.2 times as fast."
         ),
     ] = "auto"

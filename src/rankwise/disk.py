@@ -40,7 +40,7 @@ CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno
 
 def read_speed(files: Iterable[Path]) -> float | None:
     """Bytes a second at which the disk reads the largest of ``files``, past the system's cache, for a quarter of a
-    second; None where there is no file or the system cannot read so (O_DIRECT)."""
+    second; None if there is no file or the system cannot read so (O_DIRECT)."""
     try:
         largest = max(files, key=lambda file: file.stat().st_size)
         handle = os.open(largest, os.O_RDONLY | os.O_DIRECT)
@@ -117,10 +117,10 @@ def coded_errors(place: Path, then: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Let no other process write to ``folder``, which need not exist. Raises RunError (RW582) where one does.
+    """Let no other process write to ``folder``, which need not exist. Raises RunError (RW582) if one does.
 
     The lock is an empty file beside the folder, so that the folder holds only results. The operating system releases
-    the lock when the process dies. Where the parent cannot be written, the folder itself is locked. Warns RW552 where
+    the lock when the process dies. If the parent cannot be written, the folder itself is locked. Warns RW552 where
     the file system has no locks.
     """
     place = Path(os.path.realpath(folder))
@@ -148,7 +148,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _locked(place: Path) -> tuple[int, Path | None]:
-    """(file descriptor that holds the lock, path of the lock file); the path is None where the folder is locked."""
+    """(file descriptor that holds the lock, path of the lock file); the path is None if the folder is locked."""
     path = place.with_name(f".{place.name}.rankwise-lock")
     tries_left = MOST_TRIES
     while True:
@@ -216,7 +216,7 @@ def _flock(handle: int, place: Path) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` that is flushed to disk and renamed to ``path`` at the end.
 
-    Readers see the old or the new content. After an error the temporary file is removed. Where this process holds
+    Readers see the old or the new content. After an error the temporary file is removed. If this process holds
     ``path`` or a folder around it, what killed processes left of the same file is removed, too.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -350,7 +350,7 @@ def _remove_partials(output: Path) -> None:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Raise RunError (RW554) where one of ``names`` in ``folder`` is a link: its content would lie elsewhere."""
+    """Raise RunError (RW554) if one of ``names`` in ``folder`` is a link: its content would lie elsewhere."""
     links = [name for name in names if (folder / name).is_symlink()]
     if links:
         raise RunError(

@@ -112,7 +112,7 @@ def one_line(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException, changes: str | None = None) -> RunError:
-    """RunError RW550. ``changes``: the settings that would fit, where they are known."""
+    """RunError RW550. ``changes``: the settings that would fit, if they are known."""
     usual = "lower --batch-size or --max-length, or switch on --gradient-checkpointing"
     remedy = f"what would fit, the cheapest first: {changes}" if changes else usual
     return RunError("RW550", f"the memory of the device is full ({one_line(error)}); {remedy}.")

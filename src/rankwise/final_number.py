@@ -16,7 +16,7 @@ PATTERN = re.compile(rf"{SIGN}(?P<number>(?:{DIGITS})(?:\s?/\s?(?:{DIGITS}))?)")
 LONGEST_NUMBER = 1000
 # What may stand between a mark and its number: signs, no words.
 SIGNS = r"[^\w\n]{0,20}"
-# Where the text after ``A:`` itself names the answer by one of these phrases, the phrase decides.
+# If the text after ``A:`` itself names the answer by one of these phrases, the phrase decides.
 ANSWER = rf"\bfinal answer\b(?:\s+[-\u2013](?=\s))?(?={SIGNS}\d)|\banswer\s*(?:is|:|=)"
 MARKERS = (
     # ``#### Step 2: add them`` and ``#### 2. Add them`` are headings.
@@ -48,7 +48,7 @@ def extract_answer(text: str) -> Fraction | None:
 
 
 def _first_number(rest: str) -> Fraction | None:
-    """The first number after the last equals sign; the first of the whole text where there is no equals sign."""
+    """The first number after the last equals sign; the first of the whole text if there is no equals sign."""
     found = PATTERN.search(rest.rpartition("=")[2]) or PATTERN.search(rest)
     return _value(found) if found else None
 

@@ -31,12 +31,12 @@ T = TypeVar("T", bound=Dataclass)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises OSError, or ValueError where it is not JSON."""
+    """The content of a JSON file. Raises OSError, or ValueError if it is not JSON."""
     return parse_json(path.read_bytes())
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text, as ``json.loads`` gives it. Raises ValueError where it is not JSON."""
+    """The value of a JSON text, as ``json.loads`` gives it. Raises ValueError if it is not JSON."""
     try:
         return json.loads(content)
     except RecursionError:

@@ -119,7 +119,7 @@ def matthews(t: Counter[Any], p: Counter[Any], c: int) -> float:
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's correlation; 0 where it is not defined, of a constant or of one pair."""
+    """Pearson's correlation; 0 if it is not defined, of a constant or of one pair."""
     try:
         return statistics.correlation(x, y)
     except statistics.StatisticsError:

@@ -169,7 +169,7 @@ class LoraConfig(AdapterOptions):
 
     # DoRA: train a magnitude per output row in addition to A and B.
     use_dora: bool = False
-    # Name of the module list whose indices layers_to_transform means, where it is not the first list in the path.
+    # Name of the module list whose indices layers_to_transform means, if it is not the first list in the path.
     layers_pattern: str | Sequence[str] | None = None
     # True: A is Kaiming-uniform and B zero, so that training starts at the base model. False: B is random (for tests).
     # "pissa", "pissa_niter_N" and "loftq" as in PEFT. ``adapters.inits`` defines them.

@@ -34,7 +34,7 @@ class RateTrial(TypedDict):
 
     learning_rate: float
     steps: int
-    # Loss on rows that the short runs did not train on; None where the run diverged.
+    # Loss on rows that the short runs did not train on; None if the run diverged.
     loss: float | None
 
 
@@ -116,7 +116,7 @@ class RunRecord:
 
 
 def load_record(folder: Path) -> RunRecord:
-    """The record of a run folder. Raises RunError (RW501) where the record is missing or cannot be read."""
+    """The record of a run folder. Raises RunError (RW501) if the record is missing or cannot be read."""
     path = folder / RUN_FILE
     try:
         return checked(RunRecord, read_json(path))
@@ -127,7 +127,7 @@ def load_record(folder: Path) -> RunRecord:
 
 
 def record_of(folder: Path | None) -> RunRecord | None:
-    """The record in ``folder``; None where there is none, as in an adapter folder that another program wrote."""
+    """The record in ``folder``; None if there is none, as in an adapter folder that another program wrote."""
     return load_record(folder) if folder is not None and (folder / RUN_FILE).is_file() else None
 
 
@@ -187,7 +187,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Raise RunError (RW503) where ``output`` is not a folder, or the nearest existing folder cannot be written."""
+    """Raise RunError (RW503) if ``output`` is not a folder, or the nearest existing folder cannot be written."""
     nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise RunError("RW503", f"--output {output} is a file, or lies below one ({nearest}); give a folder.")

@@ -99,7 +99,7 @@ def refusing(trait: Trait) -> str:
 
 
 def vllm_rank(r: int) -> int | None:
-    """The least value of --max-lora-rank that admits rank ``r``; None where ``r`` exceeds the largest."""
+    """The least value of --max-lora-rank that admits rank ``r``; None if ``r`` exceeds the largest."""
     return next((rank for rank in VLLM_RANKS if rank >= r), None)
 
 

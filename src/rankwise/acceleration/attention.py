@@ -161,7 +161,7 @@ def config_obstacle(config: PreTrainedConfig) -> str | None:
 
 
 def head_width(config: PreTrainedConfig) -> int:
-    """D of a configuration, 64 where it has neither a head size nor a number of heads."""
+    """D of a configuration, 64 if it has neither a head size nor a number of heads."""
     try:
         width = getattr(config, "head_dim", None)
     except RuntimeError:

@@ -160,7 +160,7 @@ class FrozenLinear(torch.autograd.Function):
 
 
 def use_native_products(model: nn.Module) -> int:
-    """Use the native products for frozen layers without an adapter, where they are faster. Returns the layers' number.
+    """Use the native products for frozen layers without an adapter, if they are faster. Returns the layers' number.
 
     For evaluation and generation; ``optimize_for_training`` does the same for training.
     """
@@ -168,7 +168,7 @@ def use_native_products(model: nn.Module) -> int:
 
 
 def replace_linears(model: nn.Module, undo: Undo) -> int:
-    """Replace every frozen linear layer in bfloat16, where that is faster. Returns the number of layers."""
+    """Replace every frozen linear layer in bfloat16, if that is faster. Returns the number of layers."""
     parameter = next(model.parameters())
     if not parameter.is_cpu or is_on_card(parameter) or not is_slow_in_torch(torch.bfloat16):
         return 0

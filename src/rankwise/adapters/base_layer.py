@@ -79,7 +79,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def why_not(module: nn.Module) -> str:
-    """Why a layer with a weight cannot be adapted; "" where it can be, or where its class name is reason enough."""
+    """Why a layer with a weight cannot be adapted; "" if it can be, or if its class name is reason enough."""
     if isinstance(module, CONVOLUTIONS):
         return "is a convolution, whose update is not a product B A x, and which no server supports"
     # By name: torch gives MultiheadAttention's out_proj a class of its own.
@@ -117,7 +117,7 @@ def stored_weight(base: nn.Module) -> Tensor:
 
 
 def dense_weight(base: nn.Module) -> Tensor:
-    """W as (out, in) in the base's dtype: a view of the layer's weight, or a new tensor where it is quantized."""
+    """W as (out, in) in the base's dtype: a view of the layer's weight, or a new tensor if it is quantized."""
     if is_quantized(base):
         layer: Any = base
         return layer.dequantize()
@@ -186,7 +186,7 @@ def with_own_weights(base: nn.Module) -> nn.Module:
 
 
 def with_weight(base: nn.Module, W: Tensor) -> nn.Module:
-    """A plain layer that holds W (out, in), with the class of ``base`` (``nn.Linear`` where it is quantized) and its
+    """A plain layer that holds W (out, in), with the class of ``base`` (``nn.Linear`` if it is quantized) and its
     bias.
     """
     if is_quantized(base):

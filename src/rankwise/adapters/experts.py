@@ -1,7 +1,7 @@
 """LoRA on stacked experts (PEFT's ``target_parameters``):  P(x) = W_e x + b_e + s B_e A_e x  for rows x of expert e.
 
 A stack is one parameter of an experts module: all its experts' matrices of one kind, dense or 4-bit. An expert's branch
-is computed on the rows that are routed to it; ``B A`` is never formed. Where it applies, one operator with hand-written
+is computed on the rows that are routed to it; ``B A`` is never formed. If it applies, one operator with hand-written
 gradients computes both stacks of a module; else autograd runs one expert after the other.
 
 Legend: E experts, r rank, K = in and N = out features of one expert's matrix. W is stored as (E, N, K), or as (E, K, N)

@@ -104,7 +104,7 @@ class AdaptedLayer(OverBase[Adapter]):
         super().__init__(base_layer)
         # The group of layers that read the same input and are computed together (set by rankwise.acceleration).
         self.shared: SharedInput | None = None
-        # Where this layer computes in place of another library's layer: updates it from that layer, and returns whether
+        # If this layer computes in place of another library's layer: updates it from that layer, and returns whether
         # it may compute.
         self.prepare: Callable[[], bool] | None = None
         # Whether this is the output head, whose weight fused losses use directly, without calling its forward.
@@ -263,7 +263,7 @@ class Outputs:
 
 
 class SharedInput:
-    """A group of adapted layers. Where they cannot be computed together, each computes by itself."""
+    """A group of adapted layers. If they cannot be computed together, each computes by itself."""
 
     def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
         # Weak, since a copied or removed layer must not keep the other layers alive.

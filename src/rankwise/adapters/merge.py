@@ -43,7 +43,7 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
         if was_disabled:
             disable_adapter(model)
         raise
-    # The output head or the embedding gets a weight of its own where it is merged.
+    # The output head or the embedding gets a weight of its own if it is merged.
     ends = model_end(model, "output"), model_end(model, "input")
     touches_ends = any(inner_module(module) is end for _, module in wrapped if module.active for end in ends)
     changes_tied = touches_ends and not _has_tied_rows(wrapped)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def base_model_of(adapter: Path) -> str:
-    """The base model that the folder names; from a run's record, as an absolute path or hub id where these are known.
+    """The base model that the folder names; from a run's record, as an absolute path or hub id if these are known.
 
     Raises AdapterError (RW413) if the folder names none.
     """

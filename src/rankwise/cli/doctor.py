@@ -51,7 +51,7 @@ def _libraries() -> Iterator[tuple[str, str]]:
 
 
 def _requirements(extra: str = "") -> Iterator[tuple[str, str | None, str]]:
-    """(name, installed version, what to install where that does not fit) of rankwise itself, or of ``extra`` only."""
+    """(name, installed version, what to install if that does not fit) of rankwise itself, or of ``extra`` only."""
     from packaging.requirements import Requirement
 
     for one in map(Requirement, metadata.requires("rankwise") or ()):

@@ -121,7 +121,7 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
 
 
 def warn_of_other_weights(source: ModelSource, target: str) -> None:
-    """Warn (RW628) where training used a GGUF and the server loads the hub's original weights."""
+    """Warn (RW628) if training used a GGUF and the server loads the hub's original weights."""
     if source.kind == "demo" and SERVERS[target].form == "peft":
         warn(
             "RW628",

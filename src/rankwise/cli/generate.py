@@ -131,7 +131,7 @@ class Speaker:
 
     def _limit(self, prompt_tokens: int) -> int:
         """The number of tokens for the answer. Raises RunError (RW533) for a prompt beyond the learned positions;
-        warns (RW256) where they shorten the answer.
+        warns (RW256) if they shorten the answer.
         """
         from rankwise.models.load import answer_room, table_rows
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rankwise.data import Encoded, EncodingReport, Preview
 
 TRAINED_STYLE = "bold green"
-# Where there is no colour, trained text is between these.
+# If there is no colour, trained text is between these.
 OPEN, CLOSE = "[[", "]]"
 # Bad rows that are shown.
 NAMED_ROWS = 10

@@ -47,8 +47,8 @@ NOT_OF_THE_RUN = {"output", "resume", "overwrite", "dry_run", "trust_remote_code
 def settings_of_the_run(given: Fields) -> Fields:
     """With --resume: the settings in ``run.json`` of --output, so that no option has to be repeated.
 
-    Raises RunError (RW503 to RW505) where the folder holds no run to resume, DataError (RW201) for missing data, and
-    ConfigError (RW770) where a Python file of its rewards is not given again.
+    Raises RunError (RW503 to RW505) if the folder holds no run to resume, DataError (RW201) for missing data, and
+    ConfigError (RW770) if a Python file of its rewards is not given again.
     """
     if given.get("resume") is not True or not isinstance(given.get("output"), str):
         return {}
@@ -266,7 +266,7 @@ LAUNCHER = "RANKWISE_LAUNCHER"
 def launch(settings: TrainSettings, *, as_json: bool) -> None:
     """Train in ``settings.devices`` processes and wait for them. The processes print their own messages.
 
-    Raises typer.Exit with their exit code where they did not finish, RunError (RW704) where they were killed.
+    Raises typer.Exit with their exit code if they did not finish, RunError (RW704) if they were killed.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -174,7 +174,7 @@ def _warn_of_missing_values(finished: Sequence[Run], metric: str) -> None:
 
 
 def _warn_of_shared_steps(plan: Plan) -> None:
-    """Warn (RW589) where the base's measurement or its preparation failed, and name what the report lacks."""
+    """Warn (RW589) if the base's measurement or its preparation failed, and name what the report lacks."""
     for job, lacks in ((Job("measure", None), "figures of the base model"), (Job("prepare", None), "a prepared base")):
         outcome = stages.outcome_of(job, plan.output)
         if outcome is not None and outcome.error is not None:

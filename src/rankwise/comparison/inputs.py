@@ -221,7 +221,7 @@ def check_model(given: CompareSettings) -> None:
     """Check device, model and adapter settings before data are read and before hours of training, with the errors and
     warnings of ``add_adapter``: settings that name missing modules, and those that leave out a mixture's experts.
 
-    Raises AdapterError as ``plan_adapter`` does, and ModelError where the model or the device does not exist.
+    Raises AdapterError as ``plan_adapter`` does, and ModelError if the model or the device does not exist.
     """
     if given.device not in ("auto", "cpu") and given.executor == "local":
         # Its import of torch takes seconds.

@@ -36,7 +36,7 @@ USUAL_METRICS = {
     "kto": f"{PREFERENCE}.reward_accuracy",
     "classify": f"{LABELS}.accuracy",
 }
-# Where labels are numbers.
+# If labels are numbers.
 OF_NUMBERS = f"{LABELS}.pearson"
 SHARED = (*PreferenceOptions.model_fields, *RunOptions.model_fields)
 # Options of `compare` that define the runs. With the shared options they must not change when a comparison continues.

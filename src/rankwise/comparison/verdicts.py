@@ -179,7 +179,7 @@ class Spreads:
     """The spreads over seeds and rows from which detectable differences follow."""
 
     def __init__(self, scores: Mapping[str, Scores], *, metric: str, margin: float, rows: int, is_by_row: bool) -> None:
-        """``scores``: {method: its scores on ``metric``}. Where no two of them have an interval, the spreads are
+        """``scores``: {method: its scores on ``metric``}. If no two of them have an interval, the spreads are
         assumed. ``is_by_row``: whether the metric is known of each of the ``rows``.
         """
         self.metric, self.margin, self.rows = metric, margin, rows
@@ -310,7 +310,7 @@ def recommend(
     worse. (The best mean may be of a method that a test found worse: a test takes the seeds that both methods have.)
     The cheapest of the best one and its equals is taken. Methods that the runs cannot tell from the best one are its
     equals if the comparison could have seen a difference that matters: ``detectable`` is at most ``margin``, both
-    shares of the metric. Otherwise nothing is decided. Where a candidate kept what must stay, methods that lost more
+    shares of the metric. Otherwise nothing is decided. If a candidate kept what must stay, methods that lost more
     than the margin are no candidates.
     """
     sign = -1 if higher_is_better else 1

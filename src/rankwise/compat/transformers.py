@@ -305,7 +305,7 @@ ROTARY = "apply_rotary_pos_emb"
 
 
 def rotary_of(module_name: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The function that turns q and k in the modeling code of a family, or None where that has none."""
+    """The function that turns q and k in the modeling code of a family, or None if that has none."""
     return getattr(sys.modules.get(module_name), ROTARY, None)
 
 

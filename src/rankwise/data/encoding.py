@@ -1,7 +1,7 @@
 """Encode rows to token ids and labels.
 
 Legend: ``ids`` are a row's token ids, ``trained`` one boolean per id, ``labels`` the id where trained, else -100. A row
-is tokenized as one text. Where one token would cross the border of prompt and answer, the pieces are tokenized
+is tokenized as one text. If one token would cross the border of prompt and answer, the pieces are tokenized
 separately, so that the prompt's ids in training equal those in generation.
 """
 
@@ -248,7 +248,7 @@ class _Table:
         self.counts = Counts()
 
     def add(self, row: EncodedRow, stop_ids: set[int]) -> bool:
-        """Add the row and return True, or count it as dropped where it has no trained token."""
+        """Add the row and return True, or count it as dropped if it has no trained token."""
         ids, trained = row.ids[: self.max_length], row.trained[: self.max_length]
         self.counts.lengths.append(row.length)
         if not any(trained):

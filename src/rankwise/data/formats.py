@@ -176,7 +176,7 @@ def _prompt_messages(record: Record) -> JsonObject:
 
 
 def conversation(record: Record) -> tuple[Message, ...]:
-    """The row's messages, with its `system` field as the first one where it has one. Raises BadRow."""
+    """The row's messages, with its `system` field as the first one if it has one. Raises BadRow."""
     messages = message_list(record, "messages")
     if not record.get("system"):
         return messages
@@ -318,7 +318,7 @@ def detect(record: Record, source: str, columns: Columns, formats: Collection[Fo
 def _first_layout(
     records: Sequence[Record], source: str, columns: Columns, formats: Collection[Format] | None
 ) -> Format | None:
-    """The format of the first record that has one; None without records. Raises DataError RW207 where none has one."""
+    """The format of the first record that has one; None without records. Raises DataError RW207 if none has one."""
     first_error = None
     for record in records:
         try:

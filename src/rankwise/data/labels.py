@@ -62,7 +62,7 @@ def labels_in(rows: Rows) -> Labels:
     """The labels of training rows: names and whole numbers sorted, so that the order of rows does not matter; a number
     where some label is a fraction; several where labels are lists.
 
-    Raises DataError: RW203 for labels of several types, RW214 where all rows have the same one.
+    Raises DataError: RW203 for labels of several types, RW214 if all rows have the same one.
     """
     targets = [row.target for row in rows if row.target is not None]
     kinds = Counter(KINDS[type(target)] for target in targets)
@@ -100,7 +100,7 @@ def encode_labelled(
     name: str = "train",
     skip_bad_rows: int | None = NEVER,
 ) -> Encoded:
-    """Token ids as the tokenizer gives them, special tokens included, and ``label``, None where a row has none.
+    """Token ids as the tokenizer gives them, special tokens included, and ``label``, None if a row has none.
 
     Raises DataError (RW203) for labels that are not among ``labels``. Warns of rows that were cut (RW215).
     """

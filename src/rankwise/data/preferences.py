@@ -88,7 +88,7 @@ def encode_preferences(
 
 
 def _complain_of_labels(labels: Sequence[bool], source: str) -> None:
-    """Warn where few batches could hold good and bad answers (RW262): they are taken in the order of the file."""
+    """Warn if few batches could hold good and bad answers (RW262): they are taken in the order of the file."""
     longest = max(len(list(run)) for _, run in itertools.groupby(labels))
     if len(set(labels)) == 1:
         kind = "good" if labels[0] else "bad"

@@ -72,7 +72,7 @@ def preview_row(
 
     With ``prompt_alone`` as ``encode_prompts`` would encode it.
 
-    Raises DataError: RW217 where there is no such row, a bad row's own error, and otherwise as ``encode_rows``.
+    Raises DataError: RW217 if there is no such row, a bad row's own error, and otherwise as ``encode_rows``.
     """
     total = len(rows) + len(rows.problems)
     if not 0 <= index < total:

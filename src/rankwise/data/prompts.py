@@ -25,7 +25,7 @@ ANSWERS = ("answer", "solution")
 
 
 def prompt_formats(prompt_column: str | None = None, completion_column: str | None = None) -> Collection[Format]:
-    """The layouts of prompts; the one of these columns where they are named. Raises DataError (RW207) for a
+    """The layouts of prompts; the one of these columns if they are named. Raises DataError (RW207) for a
     ``completion_column`` without the other.
     """
     if prompt_column is None:
@@ -121,7 +121,7 @@ def encode_prompts(
     """Encode prompts: columns ``input_ids``, the ids, and ``asked``, JSON for the rewards: ``{"prompt": ..., "columns":
     {...}}``. Prompts without ``room`` for an answer of so many tokens are left out, counted and warned of (RW216).
 
-    Raises DataError: RW214 where no prompt is left; otherwise as ``encode_rows``.
+    Raises DataError: RW214 if no prompt is left; otherwise as ``encode_rows``.
     """
     from datasets import Dataset
 

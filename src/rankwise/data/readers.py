@@ -45,7 +45,7 @@ def read_rows(
 
     ``source`` is a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz); a folder of such files or one that
     ``datasets`` saved; a hub id; or ``stdlib``, the demo set. A hub id may name a configuration, a split and a slice:
-    ``owner/name:configuration:train[:5%]``, or any of them. Where it names no split, ``split`` chooses, as it does
+    ``owner/name:configuration:train[:5%]``, or any of them. If it names no split, ``split`` chooses, as it does
     among a folder's parts; a single file is read whole. The layout is told by the columns (see ``docs/data.md``)
     unless both column names are given. ``formats``: other layouts than those of training data.
 
@@ -71,7 +71,7 @@ Make = Callable[..., Rows]
 
 
 def check_there(source: str | Path) -> None:
-    """Raise DataError (RW201) where ``source`` must be a path and does not exist. Nothing is read."""
+    """Raise DataError (RW201) if ``source`` must be a path and does not exist. Nothing is read."""
     name = str(source)
     is_path = kind_of(Path(name)) is not None or name.endswith(".gz") or not HUB_ID.fullmatch(name)
     if is_path and not Path(source).expanduser().exists():
@@ -177,7 +177,7 @@ def _read_saved(folder: Path, split: str, make: Make) -> Rows:
 def _hub_parts(source: str, split: str) -> tuple[str, str | None, str]:
     """``owner/name:train[:5%]`` -> name, configuration and split, as ``datasets.load_dataset`` takes them.
 
-    A single word behind the name is a split where it has a slice or one of the usual names, else a configuration.
+    A single word behind the name is a split if it has a slice or one of the usual names, else a configuration.
     """
     found = HUB_ID.fullmatch(source)
     assert found is not None

@@ -1,6 +1,6 @@
 """The rows that every reader returns and every encoder takes, each with the place it came from.
 
-Bad rows make one error that names them, or one warning where they may be left out.
+Bad rows make one error that names them, or one warning if they may be left out.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def check_bad_rows(problems: Sequence[Problem], total: int, *, allowed: int | No
     """Warn of bad rows (RW223) if at most ``allowed`` are bad (None: any number) and good rows remain.
 
     ``total`` counts good and bad rows; ``before``: number of rows of the source that were left out before. Raises
-    DataError with the code of the first bad row where more than ``allowed`` are bad. The message advises
+    DataError with the code of the first bad row if more than ``allowed`` are bad. The message advises
     --skip-bad-rows, except with NEVER.
     """
     if not problems:

@@ -54,7 +54,7 @@ def stdlib_rows(
     both.
 
     The same Python gives the same rows in the same order. Raises DataError: RW208 unknown split, RW204 when Python runs
-    without docstrings (``-OO``), RW207 where ``formats`` have none for prompts with completions, or ``columns``
+    without docstrings (``-OO``), RW207 if ``formats`` have none for prompts with completions, or ``columns``
     names others.
     """
     if split not in SPLITS:

@@ -82,7 +82,7 @@ def renderer(
 ) -> tuple[str, Callable[[Row], Rendered]]:
     """(name of the way in which rows of this kind are formatted for this tokenizer, function that formats a row).
 
-    Raises DataError RW210 for chat rows without a template, RW213 where no stop token is known.
+    Raises DataError RW210 for chat rows without a template, RW213 if no stop token is known.
     """
     has_template = bool(chat_template or tokenizer.chat_template)
     if rows.kind == "chat" and not has_template:

@@ -71,7 +71,7 @@ def paired_difference(
 
 
 def clusters_of(names: Sequence[str | None]) -> list[str] | None:
-    """Cluster names for ``mean_of``; None where every question is a cluster of its own."""
+    """Cluster names for ``mean_of``; None if every question is a cluster of its own."""
     if all(name is None for name in names):
         return None
     return [f"question {index}" if name is None else f"cluster {name}" for index, name in enumerate(names)]

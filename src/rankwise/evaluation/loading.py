@@ -141,7 +141,7 @@ def with_labels(source: ModelSource, adapters: Sequence[Path]) -> ModelSource:
 
 
 def needed_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer. Raises ConfigError (RW115) where the model ``name`` has none."""
+    """The tokenizer. Raises ConfigError (RW115) if the model ``name`` has none."""
     if tokenizer is None:
         raise ConfigError(
             "RW115", f"{name} comes without a tokenizer, so it cannot read a prompt; give one that has it."
@@ -181,7 +181,7 @@ def template_of(adapters: Sequence[Path]) -> str | None:
     """The chat template that the runs in ``adapters`` were given, as Jinja text from their folders; of a folder without
     a record (an export, or PEFT's), the template there.
 
-    None where none was given: then the base's tokenizer has the template. Folders with neither record nor template are
+    None if none was given: then the base's tokenizer has the template. Folders with neither record nor template are
     ignored. Raises ConfigError (RW151) for different templates, DataError (RW211) when one is missing.
     """
     records = _records(adapters)
@@ -206,7 +206,7 @@ def template_of(adapters: Sequence[Path]) -> str | None:
 
 
 def max_length_of(adapters: Sequence[Path]) -> int:
-    """The tokens per row in the runs of ``adapters``; the default of training where none has a record.
+    """The tokens per row in the runs of ``adapters``; the default of training if none has a record.
 
     Raises ConfigError (RW151) when they were trained with different ones.
     """

@@ -64,7 +64,7 @@ class TaskResult:
     # Name of the task's main metric.
     primary: str
     higher_is_better: Mapping[str, bool]
-    # Clustered where questions share a source text; None where the metric has none.
+    # Clustered where questions share a source text; None if the metric has none.
     standard_errors: Mapping[str, float | None]
     # Number of questions that were scored.
     count: int

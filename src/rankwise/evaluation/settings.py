@@ -131,7 +131,7 @@ class EvaluateSettings(LoadingOptions):
 def split_data(data: tuple[str, ...], tasks: tuple[str, ...]) -> tuple[Mapping[str, str], str | None]:
     """``("e2e=a.csv", "b.jsonl")`` -> ({"e2e": "a.csv"}, "b.jsonl"). A path with ``=`` stays one.
 
-    Raises ConfigError (RW112) where two are given for the same tasks, or one for none of them.
+    Raises ConfigError (RW112) if two are given for the same tasks, or one for none of them.
     """
     named: dict[str, str] = {}
     common: list[str] = []

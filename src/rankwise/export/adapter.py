@@ -94,7 +94,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """The content of ``export.json``. ``conversion`` and ``likeness`` are None where the export is exact."""
+    """The content of ``export.json``. ``conversion`` and ``likeness`` are None if the export is exact."""
 
     target: str
     base_model: str | None

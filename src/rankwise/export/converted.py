@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Number of directions of each layer that the search for the least rank computes: first, and where these do not suffice.
+# Number of directions of each layer that the search for the least rank computes: first, and if these do not suffice.
 RANKS_TRIED = (64, 512)
 MOST_TOKENS, MOST_HELD_OUT_TOKENS = 4096, 2048
 DEFAULT_ERROR = 0.05

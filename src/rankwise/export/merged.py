@@ -96,8 +96,8 @@ def merge_to_folder(
     are written: NF4, or dense ones that Q4_0 takes over exactly. ``trained_on`` is the 4-bit format, where the
     adapter's folder has no record of it.
 
-    Raises AdapterError where the adapter does not fit the base (RW414: it was not trained on 4 bits), ModelError where
-    the base cannot be read or (RW309) holds no original weights, RunError: RW532 where ``output`` is not empty, RW551
+    Raises AdapterError if the adapter does not fit the base (RW414: it was not trained on 4 bits), ModelError where
+    the base cannot be read or (RW309) holds no original weights, RunError: RW532 if ``output`` is not empty, RW551
     where it cannot be written, RW582 where another process writes to it. Warns RW417 of another hub model than the
     adapter names, RW415 of other weights than in training.
     """
@@ -188,7 +188,7 @@ def foreign_quantization(source: ModelSource) -> str | None:
 
 
 def format_of(quant_type: str | None, *, double_quant: bool) -> FourBitConfig | None:
-    """The format that a user names, in blocks of 64; None where none is named."""
+    """The format that a user names, in blocks of 64; None if none is named."""
     return None if quant_type is None else CONFIGS[quant_type](double_quant=double_quant)
 
 
@@ -242,7 +242,7 @@ def _warn_of_another_base(adapter: Path, source: ModelSource) -> None:
 
 
 def named_format(adapter: Path, given: FourBitConfig | None) -> FourBitConfig | None:
-    """The 4-bit format that the adapter's folder records, or else ``given``. Raises AdapterError (RW414) where they
+    """The 4-bit format that the adapter's folder records, or else ``given``. Raises AdapterError (RW414) if they
     differ.
     """
     recorded = quantization_of(adapter)
@@ -315,7 +315,7 @@ def _names_in_files(skeleton: nn.Module, weights: ShardedWeights) -> dict[str, s
 
 
 def _stack_changes(skeleton: nn.Module, file: AdapterFile, base: Base) -> dict[str, Change]:
-    """{parameter of stacked experts: its change}: rounded where it is 4-bit in training, merged where it is adapted."""
+    """{parameter of stacked experts: its change}: rounded if it is 4-bit in training, merged if it is adapted."""
     config, pairs = base.quantization, scaled_pairs(skeleton, file)
     changes = {} if config is None else dict.fromkeys(target_stacks(skeleton, config), rounding(config, base.dtype))
     for item in file.planned:

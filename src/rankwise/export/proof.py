@@ -2,7 +2,7 @@
 
 A server rounds to the formats of its files, and while it computes. rankwise rounds the trained model likewise, and
 measures on the same tokens what the rounding while computing changes. From that model the server may differ by twice
-that, since its own roundings are others of the same size. Where the files hold formats that rankwise cannot write,
+that, since its own roundings are others of the same size. If the files hold formats that rankwise cannot write,
 such as K-quants, their weights are not known: then the server is compared with the trained model, and all rounding
 counts. What a conversion lost on held-out rows is added. Differences are mean absolute differences of
 log-probabilities, in nats.
@@ -111,7 +111,7 @@ class Served:
 
 
 def server_python(target: str, given: Path | None) -> str:
-    """The Python that has the server. Raises RunError (RW739) where there is none."""
+    """The Python that has the server. Raises RunError (RW739) if there is none."""
     program = PROGRAMS.get(target)
     if program is None:
         raise RunError(
@@ -154,7 +154,7 @@ def prove(
     """Start the server and compare it with ``model``, whose adapter is active.
 
     ``as_served`` loads the model again, and rounds it; ``conversion``: what a conversion lost, in nats a token.
-    Raises RunError (RW738) where they differ by more than the bound.
+    Raises RunError (RW738) if they differ by more than the bound.
     """
     prompts = prompts[:PROMPTS]
     texts = [_greedy(model, prompt) for prompt in prompts]

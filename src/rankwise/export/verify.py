@@ -230,7 +230,7 @@ class Variant:
     # Over the trained tokens of the rows.
     perplexity: float
     largest_logit_difference: float
-    # The part of the adapter's gain in loss over the base that is left; None where the adapter gains nothing.
+    # The part of the adapter's gain in loss over the base that is left; None if the adapter gains nothing.
     gain_left: float | None = None
 
 
@@ -311,7 +311,7 @@ def default_text() -> str:
 
 
 def text_chunks(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[Tensor]:
-    """The first tokens of a text, in pieces (1, t). Raises ConfigError (RW115) where there are none."""
+    """The first tokens of a text, in pieces (1, t). Raises ConfigError (RW115) if there are none."""
     if tokenizer is None:
         raise ConfigError(
             "RW115", "the base has no tokenizer, so no text can be encoded to compare merges; add its tokenizer files."

@@ -172,7 +172,7 @@ class ConvertedParameters:
         return self._wanted[parameter](W) if parameter in self._wanted else W
 
 
-# Name in the files; the conversion that takes the tensor, or None where it is the parameter itself.
+# Name in the files; the conversion that takes the tensor, or None if it is the parameter itself.
 Part = tuple[str, Conversion | None]
 
 

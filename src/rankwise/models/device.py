@@ -113,7 +113,7 @@ def _cuda_has_bfloat16() -> bool:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the processor has bfloat16 instructions, according to the kernel or, where it does not tell, torch."""
+    """Whether the processor has bfloat16 instructions, according to the kernel or, if it does not tell, torch."""
     flags = cpu_flags()
     if flags:
         return bool(BF16_FLAGS & flags)

@@ -35,7 +35,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False, labelled: boo
 
     Raises ModelError: RW302 no or unreadable config.json, or an adapter; RW303 unknown architecture; RW304 a model that
     needs its own code; RW305 no weights or missing shards; RW306 damaged weights; RW307 pickled weights only. Warns
-    RW320 where the folder's own code is not used.
+    RW320 if the folder's own code is not used.
     """
     config = read_config(folder)
     check_architecture(config, folder, trust_remote_code=trust_remote_code, labelled=labelled)
@@ -139,7 +139,7 @@ def answers_labels(config: Fields) -> bool:
 
 
 def auto_class(model_type: object, *, labelled: bool = False) -> Any:
-    """transformers' auto class for such a model, ``labelled`` for one with a head of labels; None where there is none.
+    """transformers' auto class for such a model, ``labelled`` for one with a head of labels; None if there is none.
 
     transformers registers some multimodal models as causal language models (Gemma 3) and others not (Qwen2.5-VL). Both
     generate text from text.
@@ -166,7 +166,7 @@ def auto_class(model_type: object, *, labelled: bool = False) -> Any:
 def weights_names(folder: Path, config: Fields | None = None) -> list[str]:
     """The names of the safetensors files that transformers would load, whether or not they exist.
 
-    Raises ModelError (RW305) where there are none, or a name leads out of the folder.
+    Raises ModelError (RW305) if there are none, or a name leads out of the folder.
     """
     named = (config or {}).get("transformers_weights")
     if named is not None:

@@ -53,7 +53,7 @@ class GgufHeader(NamedTuple):
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """The header of a GGUF file. Raises ModelError (RW310) where it is damaged, or the file shorter than it says."""
+    """The header of a GGUF file. Raises ModelError (RW310) if it is damaged, or the file shorter than it says."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _Reader(path, content).header()

@@ -70,7 +70,7 @@ def load_model(
         revision: A branch, tag or commit of a hub repository.
 
     Returns:
-        The model and its tokenizer; None where the source has no tokenizer.
+        The model and its tokenizer; None if the source has no tokenizer.
 
     Raises:
         ModelError: RW301 to RW317, one for each way in which a source cannot be loaded.
@@ -119,7 +119,7 @@ def remember_originals(loaded: PreTrainedModel, source: ModelSource, *, trust_re
 def load_tokenizer(
     model: Model, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None where the folder or GGUF file has none. Raises ModelError (RW317)."""
+    """The model's tokenizer, or None if the folder or GGUF file has none. Raises ModelError (RW317)."""
     source = model
     if not isinstance(source, ModelSource) or source.path is None:
         source = fetch_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
@@ -165,7 +165,7 @@ def _load_folder(
 
 
 def _check_same_labels(config: Fields, source: ModelSource) -> None:
-    """Raise ModelError (RW308) where the files hold a head of other labels; names that transformers made are none."""
+    """Raise ModelError (RW308) if the files hold a head of other labels; names that transformers made are none."""
     labels, stored = source.labels, config.get("id2label")
     if labels is None or not answers_labels(config) or not isinstance(stored, dict) or labels.problem == NUMBER:
         return
@@ -190,7 +190,7 @@ def _with_labels(config: Any, labels: Labels) -> PreTrainedConfig:
 def _quantization_arguments(
     path: Path, config_file: Fields, quantization: QuantizationConfigMixin | None, trust_remote_code: bool
 ) -> Mapping[str, PreTrainedConfig | QuantizationConfigMixin | None]:
-    """The quantization arguments for transformers. Raises ModelError (RW316) where a checkpoint's format excludes the
+    """The quantization arguments for transformers. Raises ModelError (RW316) if a checkpoint's format excludes the
     requested one.
 
     A bitsandbytes checkpoint loads into `Linear4bit` layers in its stored format, also if a different 4-bit format is
@@ -239,7 +239,7 @@ def _read_densely(path: Path, config: PreTrainedConfig, stored: Fields) -> Mappi
 
 
 def _warn_of_another_format(model: PreTrainedModel, path: Path, asked: FourBitConfig) -> None:
-    """Warn (RW324) where stored layers have a format that was not requested. Checked on the layers, since config.json
+    """Warn (RW324) if stored layers have a format that was not requested. Checked on the layers, since config.json
     has no block size.
     """
     from rankwise.quantization.targets import four_bit_modules
@@ -293,7 +293,7 @@ def _check_types(path: Path) -> None:
     import gguf
     import numpy as np
 
-    names = {gguf.GGMLQuantizationType(one.kind): name for name, one in read_gguf_header(path).tensors.items()}
+    names = {gguf.GGMLQuantizationType(one.ggml_type): name for name, one in read_gguf_header(path).tensors.items()}
     for kind, name in names.items():
         try:
             gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
@@ -303,7 +303,7 @@ def _check_types(path: Path) -> None:
 
 
 def _with_head(model: Any, labels: Labels) -> PreTrainedModel:
-    """A language model's layers under a new head of labels; raises ModelError (RW303) where there is no such class."""
+    """A language model's layers under a new head of labels; raises ModelError (RW303) if there is no such class."""
     kind = auto_class(model.config.model_type, labelled=True)
     if kind is None:
         raise ModelError("RW303", f"a {model.config.model_type!r} model takes no head of labels; give one that does.")
@@ -401,7 +401,7 @@ def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
         if type(held) is not torch.Tensor:
             # Another library's packed weight.
             continue
-        # Where an element is not finite, the sum is not: one cheap pass, and a second one only for such sums.
+        # If an element is not finite, the sum is not: one cheap pass, and a second one only for such sums.
         suspicious = held.is_floating_point() and not torch.isfinite(held.sum())
         if suspicious and not torch.isfinite(held).all():
             broken.append(name)

@@ -52,8 +52,8 @@ def load_prepared(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """(model, tokenizer) of ``load_model``, bit for bit the same, with weights mapped from files where ``mapped``.
 
-    A base that needs preparation is kept in ``cache`` where one is given; the first call fills it.
-    Raises RunError (RW551, RW552) where that cannot be written, and what ``load_model`` raises.
+    A base that needs preparation is kept in ``cache`` if one is given; the first call fills it.
+    Raises RunError (RW551, RW552) if that cannot be written, and what ``load_model`` raises.
     """
     arguments: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if cache is None or not needs_preparation(source, quantization):

@@ -59,7 +59,7 @@ class ModelSource:
 def resolve_model(model: str | os.PathLike[str]) -> ModelSource:
     """The source that ``model`` names, without network access.
 
-    Raises ModelError: RW301 for a name that is neither a file, a folder nor a possible hub id; RW311 where ``demo`` is
+    Raises ModelError: RW301 for a name that is neither a file, a folder nor a possible hub id; RW311 if ``demo`` is
     not installed.
     """
     name = os.fspath(model)

@@ -335,7 +335,7 @@ def bad_target(targets: Tensor, vocabulary: int, ignored: int) -> QuantizationEr
     return QuantizationError(
         "RW621",
         f"the target of row {row} is {int(targets[row])}: labels must be token numbers below the vocabulary's size, "
-        f"{vocabulary}, or {ignored} where there is nothing to learn. Is the tokenizer that of this model?",
+        f"{vocabulary}, or {ignored} if there is nothing to learn. Is the tokenizer that of this model?",
     )
 
 

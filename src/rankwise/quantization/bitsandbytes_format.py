@@ -108,7 +108,7 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Pack
     """Read and check the weight ``name`` of a state dict.
 
     Raises:
-        QuantizationError: RW611 where parts are missing, have a wrong size or contradict each other, or the JSON is
+        QuantizationError: RW611 if parts are missing, have a wrong size or contradict each other, or the JSON is
             invalid.
     """
     parts = {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}

@@ -138,7 +138,7 @@ def _name(dtype: torch.dtype | str) -> str:
 def rewrite_bitsandbytes_config(config: Fields) -> FourBitConfig | None:
     """The FourBitConfig for a bitsandbytes checkpoint, with which it loads into `Linear4bit` layers.
 
-    ``config``: the content of ``config.json``, or its ``quantization_config``. None where it does not describe a 4-bit
+    ``config``: the content of ``config.json``, or its ``quantization_config``. None if it does not describe a 4-bit
     checkpoint of bitsandbytes.
 
     Raises:

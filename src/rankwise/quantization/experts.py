@@ -233,7 +233,7 @@ def product(module: nn.Module, leaf: str, index: int, x: Tensor) -> Tensor:
 
 
 def stack_at(experts: nn.Module, leaf: str) -> Stack | None:
-    """The 4-bit stack ``leaf`` of a module, or None where it has none."""
+    """The 4-bit stack ``leaf`` of a module, or None if it has none."""
     return Stack(experts, leaf) if isinstance(own_modules(experts).get(leaf + SUFFIX), StackScales) else None
 
 
@@ -257,7 +257,7 @@ def foreign(experts: nn.Module, leaf: str) -> str | None:
 
 
 def obstacle(experts: nn.Module, leaf: str, shape: tuple[int, ...], block_size: int) -> str | None:
-    """Why a stack (E, N, K) cannot be 4-bit, or None where it can."""
+    """Why a stack (E, N, K) cannot be 4-bit, or None if it can."""
     if (reason := foreign(experts, leaf)) is not None:
         return reason
     weights = math.prod(shape[1:])

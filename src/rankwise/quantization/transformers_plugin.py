@@ -208,7 +208,7 @@ class FourBitQuantizer(HfQuantizer):
     def _prepare(self, model: PreTrainedModel, stored: dict[str, StoredWeight]) -> None:
         """Insert empty layers in the stored formats. Weights that transformers renames are handled during loading.
 
-        Raises QuantizationError RW611 where nothing is 4-bit, or a stored weight does not fit its layer.
+        Raises QuantizationError RW611 if nothing is 4-bit, or a stored weight does not fit its layer.
         """
         if not stored:
             raise QuantizationError(

@@ -204,7 +204,7 @@ class MinimumDetectableEffect(TypedDict):
     absolute: float | None
     seeds: int
     comparisons: int
-    # {"seed_sd", "row_sd"} as shares of the metric (0: rows are no sample), where they were assumed.
+    # {"seed_sd", "row_sd"} as shares of the metric (0: rows are no sample), if they were assumed.
     assumed: dict[str, float] | None
 
 

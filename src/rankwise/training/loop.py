@@ -266,7 +266,7 @@ class Loop:
         parts = [ranks.share(rows) for rows in order]
         loader = DataLoader(
             self.objective.rows,
-            # Where an epoch ends with fewer rows than processes, those without take part with the first row.
+            # If an epoch ends with fewer rows than processes, those without take part with the first row.
             batch_sampler=[own or rows[:1] for own, rows in zip(parts, order)],
             collate_fn=self.objective.collate,
             pin_memory=self.model.device.type == "cuda",

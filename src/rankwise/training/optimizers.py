@@ -136,7 +136,7 @@ def make_optimizer(
 
 def make_schedule(name: str, rate: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
     """The factor of the highest ``rate`` after a number of steps, as in transformers' schedule of that name. The usual
-    ones are written here: its module imports PEFT, where that is installed, which takes seconds.
+    ones are written here: its module imports PEFT, if that is installed, which takes seconds.
     """
     if name not in ("linear", "cosine", "constant", "constant_with_warmup"):
         from transformers import get_scheduler

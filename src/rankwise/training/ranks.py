@@ -208,7 +208,7 @@ def agreed(wish: bool) -> bool:
 
 
 def same_values(tensors: Iterable[Any]) -> None:
-    """Give every process the values of ``tensors`` in process 0, where they were made on its own device."""
+    """Give every process the values of ``tensors`` in process 0, if they were made on its own device."""
     group = _group()
     for tensor in tensors if group is not None else ():
         group.broadcast(tensor.detach(), 0)

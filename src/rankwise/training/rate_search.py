@@ -61,7 +61,7 @@ def with_default_rate(given: TrainSettings, model: PreTrainedModel, observer: Ob
 
 
 def with_found_rate(given: TrainSettings) -> TrainSettings:
-    """The settings of a resumed run with the run's own rate, where it is its default or was searched for. Raises
+    """The settings of a resumed run with the run's own rate, if it is its default or was searched for. Raises
     RunError (RW507) for a different search.
     """
     record = load_record(given.output)

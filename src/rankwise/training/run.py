@@ -459,7 +459,7 @@ def _told_warnings(observer: Observer | None, told: list[dict[str, str]]) -> Abs
 def device_record(device: torch.device, dtype: torch.dtype, optimizer: str) -> JsonObject:
     """Type, name and dtype of the training device.
 
-    For a CPU also the number of threads and their wait policy where one is set; for a GPU the allocator's settings and
+    For a CPU also the number of threads and their wait policy if one is set; for a GPU the allocator's settings and
     the implementation of ``optimizer``.
     """
     record: JsonObject = {"type": device.type, "dtype": str(dtype).removeprefix("torch.")}

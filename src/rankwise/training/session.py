@@ -191,7 +191,7 @@ class Session:
             try:
                 loop.fit(watch, self.checkpoint)
             except BaseException:
-                # Where another process ended, the launcher's signal is on its way, and must not hide this error.
+                # If another process ended, the launcher's signal is on its way, and must not hide this error.
                 ranks.end_alone()
                 raise
         progress.peak_memory_bytes = max(ranks.gathered(progress.peak_memory_bytes))

@@ -244,7 +244,7 @@ class Watch:
             self.tracker.log(line, self.progress.steps)
 
     def _seconds_left(self) -> float:
-        """The seconds of the steps and the evaluations to come, the one of this step among them where it is due."""
+        """The seconds of the steps and the evaluations to come, the one of this step among them if it is due."""
         progress = self.progress
         left = self.clock.seconds_left(progress.total_steps - progress.steps)
         if not self.evaluations or not progress.eval_steps:

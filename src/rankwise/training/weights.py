@@ -79,7 +79,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} of everything that trains; names as in the adapter's file where there is an adapter."""
+    """{name: parameter} of everything that trains; names as in the adapter's file if there is an adapter."""
     named = adapter_parameters(model).items() if has_adapter(model) else model.named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
@@ -259,7 +259,7 @@ RandomStates = dict[str, Any]
 
 
 def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
-    """Write ``state`` as ``folder/name.json`` and, where it holds tensors, ``folder/name.safetensors``.
+    """Write ``state`` as ``folder/name.json`` and, if it holds tensors, ``folder/name.safetensors``.
 
     Tensors may have any device and layout; values and dtypes are kept exactly. Raises InternalError (RW590) for a value
     of a different type, with its place in the tree.

@@ -190,7 +190,7 @@ def before_stops(text: str, stop_strings: Sequence[str]) -> str:
 
 def with_room(decoding: Decoding, positions: int, longest: int, task: str) -> Decoding:
     """``decoding`` with ``max_new_tokens`` cut to what the longest prompt leaves, but to no less than half of all
-    positions. Warns (RW256) where it is cut. ``positions``: the model's context length in tokens.
+    positions. Warns (RW256) if it is cut. ``positions``: the model's context length in tokens.
     """
     room = max(1, positions // 2, positions - longest)
     if longest + decoding.max_new_tokens <= positions or decoding.max_new_tokens <= room:

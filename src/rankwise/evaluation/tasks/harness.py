@@ -125,7 +125,7 @@ class HarnessTask(Task):
         return int(lm_eval.own_shots(task) or 0) if self.num_fewshot is None else self.num_fewshot
 
     def _check_examples(self, data: str | None, fewshot_data: str | None) -> None:
-        """Raise ConfigError (RW112) where worked examples would not be shown, or would be the questions themselves."""
+        """Raise ConfigError (RW112) if worked examples would not be shown, or would be the questions themselves."""
         # The harness never overrides a task that says 0.
         without = [name for name, task in self.tasks.items() if lm_eval.own_shots(task) == 0]
         if self.num_fewshot and without:
@@ -149,7 +149,7 @@ class HarnessTask(Task):
             )
 
     def _place_of_figures(self) -> str:
-        """The name that holds the figures of all tasks. Raises ConfigError (RW154) where there is none."""
+        """The name that holds the figures of all tasks. Raises ConfigError (RW154) if there is none."""
         name, parts = lm_eval.place_of_figures(self.tasks, self.groups)
         if name is None:
             raise ConfigError(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
 
 GROUP = "rankwise.tasks"
-# Tasks of the distribution `rankwise-article`, for the message where it is not installed.
+# Tasks of the distribution `rankwise-article`, for the message if it is not installed.
 ARTICLE = ("e2e", "gsm8k", "vicuna")
 INSTALL_ARTICLE = "pip install ./article"
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -54,7 +54,7 @@ def check_tasks(names: Iterable[str]) -> None:
     """Raise ConfigError (RW154) for a name that is not in ``OWN``, not installed, and in no file of
     lm-evaluation-harness.
 
-    RW153 where the harness or a task's distribution is not installed. This is much faster than the harness's own list
+    RW153 if the harness or a task's distribution is not installed. This is much faster than the harness's own list
     of tasks. A name that occurs in a file may still not be a task; the harness reports that.
     """
     for name in names:
@@ -110,7 +110,7 @@ class TaskType:
     options: type[Settings]
     # The names of options, its own and those that not every task uses, which it uses with these settings.
     uses: Callable[[str, EvaluateSettings, Any], Collection[str]]
-    # What --data must hold; None where the task needs no --data.
+    # What --data must hold; None if the task needs no --data.
     data: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""Find tasks by name, and read and check their data. lm-evaluation-harness is imported only where it is needed."""
+"""Find tasks by name, and read and check their data. lm-evaluation-harness is imported only if it is needed."""
 
 from __future__ import annotations
 

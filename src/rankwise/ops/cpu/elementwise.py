@@ -209,7 +209,7 @@ _Sizes = ctypes.c_int64 * 5
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x as rows of contiguous columns with one stride, and that stride: x itself where it has this layout."""
+    """x as rows of contiguous columns with one stride, and that stride: x itself if it has this layout."""
     columns = x.shape[-1]
     if x.is_contiguous():
         return x, columns

@@ -205,7 +205,7 @@ _LEAST_BYTES_ON_HUGE_PAGES = 4 << 20
 
 
 def on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialized CPU tensor, on huge pages where it is large enough and the system provides them."""
+    """An uninitialized CPU tensor, on huge pages if it is large enough and the system provides them."""
     made = torch.empty(tuple(shape), dtype=dtype)
     if made.nbytes >= _LEAST_BYTES_ON_HUGE_PAGES:
         library().rw_use_huge_pages(made.data_ptr(), made.nbytes)
@@ -213,7 +213,7 @@ def on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def roomy(shape: Sequence[int], dtype: torch.dtype, spare_bytes: int) -> Tensor:
-    """An uninitialized tensor, dense, whose storage is larger by ``spare_bytes`` where it is large enough to matter.
+    """An uninitialized tensor, dense, whose storage is larger by ``spare_bytes`` if it is large enough to matter.
 
     The tensor is not a view, so autograd allows writing to it in place. Inside a backward pass, where checkpointing
     recomputes a layer, there is no padding: saved tensors are freed soon, and small objects in the padding would keep

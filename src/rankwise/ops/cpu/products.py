@@ -2,7 +2,7 @@
 
     out (T, N) = g * sum_i a_i W_i^T + b        with W_i dense, of 4 bits, or a small float32 matrix
 
-Sums are float32 and rounded once; results do not depend on the number of threads. Where the processor multiplies pairs
+Sums are float32 and rounded once; results do not depend on the number of threads. If the processor multiplies pairs
 of bfloat16 (AMX, AVX-512 BF16), rows are bfloat16 and factors are rounded to bfloat16. With AVX2, which cannot, rows
 may also be float32, and all operands are widened to float32. See `take`.
 """

@@ -159,7 +159,7 @@ def gain_kernel(
     RANKS: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    """gain = m / sqrt(squared + 2 scale sums.sum(0) + scale^2 ((B @ gram.sum(0)) * B).sum(1)), 1 where that is 0."""
+    """gain = m / sqrt(squared + 2 scale sums.sum(0) + scale^2 ((B @ gram.sum(0)) * B).sum(1)), 1 if that is 0."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < N
     cross = tl.zeros((ROWS,), tl.float32)
