@@ -53,7 +53,7 @@ def run(settings: InspectSettings, output: Output) -> Document:
 def _adapter(folder: Path) -> JsonObject:
     from safetensors.torch import load_file
 
-    from rankwise.adapters.checkpoint import WEIGHTS_FILE, read_folder
+    from rankwise.adapters.checkpoint import read_folder
     from rankwise.adapters.peft_config import read_config
 
     (config, _), document = read_folder(folder), read_config(folder)
@@ -61,7 +61,7 @@ def _adapter(folder: Path) -> JsonObject:
     found = {"kind": "adapter", "method": method, **{name: document.get(name) for name in ADAPTER}}
     # Frobenius norms of B by layer, the first number in a module's path. A layer of norm 0 has learned nothing.
     squares: dict[int, float] = {}
-    for name, B in load_file(folder / WEIGHTS_FILE).items():
+    for name, B in load_file(folder / "adapter_model.safetensors").items():
         if "lora_B" in name or "lora_embedding_B" in name:
             layer = next((int(part) for part in name.split(".") if part.isdecimal()), -1)
             squares[layer] = squares.get(layer, 0.0) + B.float().square().sum().item()
