@@ -22,7 +22,11 @@ def write_report(folder: Path, output: Path | None = None) -> list[Path]:
 
     Returns their paths: HTML, Markdown, JSON. Raises RunError (RW593) if there is no comparison, or it cannot be read.
     """
-    comparison, output = load_comparison(folder), output or folder
+    return write_reports(load_comparison(folder), output or folder)
+
+
+def write_reports(comparison: Comparison, output: Path) -> list[Path]:
+    """Raises RunError (RW593) if a part of the comparison has a form that cannot be shown."""
     with as_expected(comparison):
         html, text = page(comparison), markdown(comparison)
     output.mkdir(parents=True, exist_ok=True)
