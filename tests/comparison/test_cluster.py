@@ -39,7 +39,7 @@ def unreliable(losses: int) -> Any:
             return pool.Call(lambda: LOST, lambda: None)
         return pool.start(module, arguments, name, environment)
 
-    return SimpleNamespace(places=2, start=start)
+    return SimpleNamespace(places=2, start=start, leave=lambda: None)
 
 
 @pytest.mark.parametrize(("losses", "finished"), [(2, 4), (3, 3)])

@@ -125,6 +125,12 @@ class Cluster:
         reference = task.remote(module, list(arguments), str(name), dict(environment), os.getcwd())
         return Call(partial(_code_of, reference), partial(ray.cancel, reference))
 
+    def leave(self) -> None:
+        """Disconnect. Afterwards no thread of Ray prints to stdout that a node is gone."""
+        import ray
+
+        ray.shutdown()
+
 
 def connect(address: str | None, device: str) -> Cluster:
     """Join the running cluster at ``address`` (default: RAY_ADDRESS, else the one on this machine).

@@ -83,7 +83,10 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         try:
             check_model(given)
             inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
-            given = _with_usual_metric(given, inputs)
+            # Numbers and names share no metric.
+            is_number = inputs.labels is not None and inputs.labels.problem == NUMBER
+            if is_number and "metric" not in given.model_fields_set:
+                given = given.model_copy(update={"metric": OF_NUMBERS})
             inputs = _with_tasks(given, inputs)
             rates = _rates(given)
         except InputError:
@@ -155,12 +158,6 @@ def _check_settings(given: CompareSettings) -> None:
         check_conflicts(settings, processes=1)
 
 
-def _with_usual_metric(given: CompareSettings, inputs: Inputs) -> CompareSettings:
-    """With the default metric of the labels that the data hold, which numbers do not share with names."""
-    is_usual = inputs.labels is not None and inputs.labels.problem == NUMBER and "metric" not in given.model_fields_set
-    return given.model_copy(update={"metric": OF_NUMBERS}) if is_usual else given
-
-
 def _with_tasks(given: CompareSettings, inputs: Inputs) -> Inputs:
     """The inputs with the hashes of the tasks' questions. Checks the tasks before hours of training: unknown tasks,
     missing data or packages, unknown metrics.
@@ -229,8 +226,12 @@ def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watc
     slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, given.device)
     start = cluster.start if cluster else None
     pool = Pool(plan.output, commands.of, commands.steps, slots, watcher, lambda: jobs_left(plan), start)
-    pool.carry_out(lambda: [] if stages.outcome_of(first, plan.output) else [first])
-    pool.carry_out(lambda: jobs_to_do(plan))
+    try:
+        pool.carry_out(lambda: [] if stages.outcome_of(first, plan.output) else [first])
+        pool.carry_out(lambda: jobs_to_do(plan))
+    finally:
+        if cluster:
+            cluster.leave()
 
 
 def _told(told: list[Message]) -> AbstractContextManager[None]:

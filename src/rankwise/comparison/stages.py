@@ -139,11 +139,6 @@ def outcome_of(job: Job, output: Path) -> Outcome | None:
     return None
 
 
-def seconds_of(output: Path) -> float:
-    """The seconds of all steps that have ended, each in a process of its own."""
-    return math.fsum(read_json(path)["seconds"] for path in (output / "cells").glob("*.json"))
-
-
 def keep_outcome(job: Job, output: Path, outcome: Outcome) -> None:
     write_json(beside(job.name(output), ".json"), dataclasses.asdict(outcome))
 
