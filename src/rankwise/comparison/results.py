@@ -18,7 +18,6 @@ from rankwise.comparison.stages import (
     PERPLEXITY,
     Cell,
     Job,
-    Outcome,
     outcome_of,
 )
 from rankwise.comparison.statistics import mean_of_seeds
@@ -60,7 +59,9 @@ def collect_runs(plan: Plan) -> list[Run]:
 def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None) -> Run:
     folder = cell.folder(plan.output)
     record = _record(folder)
-    error, trained = _error(plan, cell)
+    trained, measured = (outcome_of(job, plan.output) for job in jobs_of(cell))
+    errors = [outcome.error for outcome in (trained, measured) if outcome is not None and outcome.error is not None]
+    error: Message | None = {"code": errors[0]["code"], "message": errors[0]["message"]} if errors else None
     finished = trained is not None and trained.status == "finished"
     stopped = trained is not None and trained.is_interrupted
     status: Status = "finished" if finished else "skipped" if skipped else "interrupted" if stopped else "failed"
@@ -87,14 +88,6 @@ def _record(folder: Path) -> JsonObject | None:
     record = found.to_json()
     settings = {key: value for key, value in record["settings"].items() if key not in ("resume", "overwrite")}
     return {**record, "settings": settings}
-
-
-def _error(plan: Plan, cell: Cell) -> tuple[Message | None, Outcome | None]:
-    """(error of any stage of the cell, the outcome of its training)."""
-    trained, measured = (outcome_of(job, plan.output) for job in jobs_of(cell))
-    errors = [outcome.error for outcome in (trained, measured) if outcome is not None and outcome.error is not None]
-    error: Message | None = {"code": errors[0]["code"], "message": errors[0]["message"]} if errors else None
-    return error, trained
 
 
 def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, JsonObject]:

@@ -218,18 +218,12 @@ def prepare(job: Fields) -> None:
     """Fill the cache. ``job["runs"]``: the settings of one run of each method."""
     # Runs of labels draw their head anew, and nothing of them is kept.
     runs = [TrainSettings.model_validate(run) for run in job["runs"] if run["objective"] != "classify"]
-    for given in one_of_each_kind(runs):
+    # Runs that start from the same base in the same dtype share it.
+    kinds = {(quantization_for(given) is not None, given.method == "full"): given for given in runs}
+    for given in kinds.values():
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
         if needs_preparation(source, quantization_for(given)):
             load_for_training(given)
-
-
-def one_of_each_kind(runs: Sequence[TrainSettings]) -> list[TrainSettings]:
-    """One run of each kind of base. Runs that start from the same base in the same dtype share it."""
-    kinds: dict[tuple[bool, bool], TrainSettings] = {}
-    for given in runs:
-        kinds.setdefault((quantization_for(given) is not None, given.method == "full"), given)
-    return list(kinds.values())
 
 
 def main(argv: list[str]) -> int:

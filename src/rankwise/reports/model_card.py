@@ -272,7 +272,7 @@ def _loading(record: RunRecord, base: str) -> str:
             f"from transformers import {kind}" + (", BitsAndBytesConfig" if four_bit else ""),
             "",
             *(four_bit.in_transformers() if four_bit else []),
-            f"model = {kind}.from_pretrained({_quoted(base)}{given})",
+            f"model = {kind}.from_pretrained({json.dumps(base, ensure_ascii=False)}{given})",
             'model = PeftModel.from_pretrained(model, "FOLDER")',
         ]
     library, option = ("transformers", "--model") if is_full else ("PEFT", "--adapter")
@@ -282,11 +282,6 @@ def _loading(record: RunRecord, base: str) -> str:
         f"In {library}, with `FOLDER` the folder of this file:\n\n```python\n{code}\n```\n\n"
         f"In rankwise: `rankwise {command}`."
     )
-
-
-def _quoted(name: str) -> str:
-    """A name or a path as a literal of Python."""
-    return json.dumps(name, ensure_ascii=False)
 
 
 def _serving(method: str, config: Fields) -> str:

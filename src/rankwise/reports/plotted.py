@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rankwise.foreign import Fields, Json
 from rankwise.reports.comparison import Comparison
@@ -122,18 +121,15 @@ def _spot(
     comparison: Comparison, name: str, scale: float, cost: float, shown: Sequence[float], apart: Sequence[float] | None
 ) -> Spot:
     facts, metric = comparison["methods"][name], comparison.metric
+    interval = facts["interval"].get(metric)
     return Spot(
         name,
         cost / scale,
         facts["mean"][metric],
         (shown[0] / scale, shown[1] / scale),
-        _bounds(facts["interval"].get(metric)),
+        None if half_width(interval) is None else (interval[0], interval[1]),
         None if apart is None else (apart[0] / scale, apart[1] / scale),
     )
-
-
-def _bounds(interval: Any) -> Range | None:
-    return None if half_width(interval) is None else (interval[0], interval[1])
 
 
 def pareto_front(spots: Sequence[Spot], *, higher_is_better: bool) -> list[Spot]:
