@@ -117,7 +117,7 @@ browser: $(STAMP) ## the comparison report in a real browser (needs a `chromium`
 # Folder with E2E's trainset.csv and devset.csv, for the runs from end to end.
 E2E ?= ../shared/data/e2e
 
-bench: $(STAMP) ## timings against the peers, into benchmarks/results (half an hour on a quiet machine)
+bench: $(STAMP) ## timings against other libraries, into benchmarks/results (half an hour on a quiet machine)
 	$(BIN)/python benchmarks/four_bits.py --processes 8
 	$(BIN)/python benchmarks/quantized_load.py
 	$(BIN)/python benchmarks/steps.py

@@ -5,7 +5,7 @@
 From a source tree: it needs torch, transformers and triton, and times PEFT, bitsandbytes and Unsloth where they are
 installed. First every kernel is judged against float64, while the kernels of the timings compile beside; then come a
 Llama of 8B and of 1B with random weights (bfloat16, r = 16 on all linear layers, no recomputation): a plain loop, our
-step as `rankwise train` runs it, padded and packed, and the peers; then layers of 4096 and 8192, and the 4-bit kernels
+step as `rankwise train` runs it, padded and packed, and other libraries; then layers of 4096 and 8192, and the 4-bit kernels
 alone. Times are multiples of all frozen matrix products, timed in the same rounds.
 
 Every job runs in a process of its own under a time limit, so that nothing that fails takes down what follows. Its
@@ -152,13 +152,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def sides(device: str) -> tuple[str, ...]:
-    peers = ["peft", *(["unsloth"] if device == "cuda" else [])]
-    return ("ours", *(name for name in peers if importlib.util.find_spec(name)))
+    others = ["peft", *(["unsloth"] if device == "cuda" else [])]
+    return ("ours", *(name for name in others if importlib.util.find_spec(name)))
 
 
 def about(given: argparse.Namespace) -> dict[str, Any]:
     """Everything that a timing depends on; a version is None for what is not installed. ``identity``: what has to be
-    the same for results to stand side by side."""
+    the same for results to be shown side by side."""
     card = torch.cuda.get_device_name() if given.device == "cuda" else "no card (a trial of the script)"
     versions = results.versions()
     sources = [*sorted(SOURCE.rglob("*.py")), *sorted(HERE.glob("gpu*.py"))]

@@ -73,7 +73,7 @@ class Wanted:
     shapes: tuple[str, ...]
     sizes: tuple[int, ...]
     methods: tuple[str, ...]
-    # Ours, and the peers that are installed.
+    # Ours, and the others that are installed.
     sides: tuple[str, ...]
     batch: int
     length: int
@@ -91,7 +91,7 @@ class Wanted:
         return [*checks, *shapes]
 
     def rows(self) -> Iterator[Job]:
-        """The dearest shape first and ours before the peers, so that the goals' numbers exist when time runs out."""
+        """The dearest shape first and ours before the others, so that the goals' numbers exist when time runs out."""
         if "models" in self.sections:
             for shape in self.shapes:
                 yield from self._model_rows(shape)

@@ -54,7 +54,7 @@ def _no_flushing() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_curve() -> Iterator[None]:
-    """The first ``loss.svg`` stands for all: to draw it took a seventh of a short run. Tests of plots draw them."""
+    """The first ``loss.svg`` is taken for all: to draw it took a seventh of a short run. Tests of plots draw them."""
     first: list[str] = []
 
     def drawn(*given: Any, **more: Any) -> str:

@@ -178,7 +178,7 @@ def test_what_is_made_from_the_code_is_fresh() -> None:
 
 
 def test_figures_are_those_of_the_results() -> None:
-    """In a table that links to results in its head, or row by row, each figure of three digits stands in them."""
+    """In a table that links to results in its head, or row by row, each figure of three digits is in them."""
     wrong, found = [], 0
     for page in READ:
         for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):

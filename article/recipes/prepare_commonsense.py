@@ -2,7 +2,8 @@
 
     python article/recipes/prepare_commonsense.py commonsense_170k.json data/commonsense
 
-The paper trains on question and answer alike, so a row is one text; 120 rows are held out, as there.
+The paper trains on question and answer alike, so a row is one text; it holds out 120 rows, as
+this does.
 """
 
 from __future__ import annotations

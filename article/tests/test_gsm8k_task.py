@@ -1,4 +1,4 @@
-"""GSM8K: which examples stand in front, and what is asked."""
+"""GSM8K: which examples come first, and what is asked."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def client(judge: Judge, **settings: object) -> JudgeClient:
 
 
 def first_mark_by_place(_: int, body: dict) -> tuple[int, str]:
-    """8 for the first system and 6 for the second, wherever they stand."""
+    """8 for the first system and 6 for the second, in either order."""
     prompt = body["messages"][0]["content"]
     return said("8 6\nfine" if prompt.index("first system") < prompt.index("second system") else "6 8\nfine")
 

@@ -24,7 +24,7 @@ def test_known_values():
     assert rouge_l("a", ["a b", "a b c"]) == pytest.approx(2.44 * 0.5 / (0.5 + 1.44))
     # The longest common subsequence of these is "b d": P = 2/3, R = 1/2.
     assert rouge_l("b x d", ["a b c d"]) == pytest.approx(2.44 * (2 / 3) * 0.5 / (0.5 + 1.44 * 2 / 3))
-    # Each n-gram stands in one example of two and each text is its reference: every cosine is 1.
+    # Each n-gram is in one example of two and each text is its reference: every cosine is 1.
     assert cider(["a b c d", "e f g h"], [["a b c d"], ["e f g h"]]) == pytest.approx([10, 10])
     # What all examples have in common tells nothing.
     assert cider(["a b c d"] * 2, [["a b c d"]] * 2) == [0, 0]

@@ -24,7 +24,7 @@ REFERENCE = [{"question_id": n, "answer_id": f"reference-{n}", "text": f"Right {
 
 
 class Endpoint(HTTPServer):
-    """Gives the reference 8 and the system 6, whoever stands first."""
+    """Gives the reference 8 and the system 6, whoever comes first."""
 
     asked = 0
 

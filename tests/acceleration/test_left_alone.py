@@ -274,7 +274,7 @@ def test_hooks_that_come_later_are_called(part: str) -> None:
 
 
 def test_a_model_over_several_devices_takes_the_fast_way() -> None:
-    """accelerate's hooks stand on every module and move its inputs; one device stands for several here."""
+    """accelerate's hooks are on every module and move its inputs; one device plays several here."""
     from accelerate import dispatch_model
 
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}

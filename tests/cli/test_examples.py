@@ -1,4 +1,4 @@
-"""The example scripts run as they stand, on a tiny model."""
+"""The example scripts run as they are, on a tiny model."""
 
 from __future__ import annotations
 

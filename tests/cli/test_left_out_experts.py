@@ -1,4 +1,4 @@
-"""A mixture and "all-linear": ``plan`` and ``train`` say what is left out, with options that work as they stand."""
+"""A mixture and "all-linear": ``plan`` and ``train`` say what is left out, with options that work as they are."""
 
 from __future__ import annotations
 

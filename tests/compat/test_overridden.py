@@ -91,7 +91,7 @@ def test_the_table_names_every_override(kind: type) -> None:
 
 
 def test_no_override_is_missed(subclasses: set[type]) -> None:
-    """Of all that is loaded, every class of ours that overrides a foreign underscored method stands in the table."""
+    """Of all that is loaded, every class of ours that overrides a foreign underscored method is in the table."""
     missed = {
         f"{kind.__name__}.{name}"
         for kind in subclasses - OVERRIDDEN.keys()

@@ -1,7 +1,7 @@
 """What other libraries do not promise to keep is touched in ``rankwise.compat`` alone, as the source itself shows.
 
 An underscore attribute belongs to another library unless a class in the same file defines it. Two more rules: modules
-that are internal without an underscore stand in a list, and nobody assigns to an attribute of an imported module.
+that are internal without an underscore are in a list, and nobody assigns to an attribute of an imported module.
 """
 
 from __future__ import annotations

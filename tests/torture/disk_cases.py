@@ -216,7 +216,7 @@ class Cases:
             self.problems.append(f"{where}: left {strays}")
 
     def check_files(self, where: str, said: str) -> None:
-        """What stands under a final name is whole."""
+        """What is under a final name is whole."""
         if not self.output.is_dir():
             return
         record = self.output / "run.json"

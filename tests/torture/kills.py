@@ -195,7 +195,7 @@ class Killer:
             return f"the other process ended with {codes[:-1]}: {self.log.read_text()[-600:]}"
         whole = self.output / kind.made
         if whole.exists() and kind.name in ("merge", "export") and not equal(whole, kind.same):
-            return "what stands under the final name is not whole"
+            return "what is under the final name is not whole"
         if whole.exists() and kind.name in ("merge", "export"):
             return None
         again = self.run(kind, kind.again())

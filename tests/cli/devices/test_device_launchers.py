@@ -70,7 +70,7 @@ def test_a_signal_to_the_command_saves_once_and_ends_all(given: list[str], tmp_p
     check_saved(folder, stderr)
 
 
-# What stands in the place of Python notes how it was started, and fails.
+# What runs in the place of Python notes how it was started, and fails.
 FAKE = """#!/bin/sh
 echo "$RANK of $WORLD_SIZE: $*" >> "$NOTES"
 exit 3
