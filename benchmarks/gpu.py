@@ -5,8 +5,8 @@
 From a source tree: it needs torch, transformers and triton, and times PEFT, bitsandbytes and Unsloth where they are
 installed. First every kernel is judged against float64, while the kernels of the timings compile beside; then come a
 Llama of 8B and of 1B with random weights (bfloat16, r = 16 on all linear layers, no recomputation): a plain loop, our
-step as `rankwise train` runs it, padded and packed, and other libraries; then layers of 4096 and 8192, and the 4-bit kernels
-alone. Times are multiples of all frozen matrix products, timed in the same rounds.
+step as `rankwise train` runs it, padded and packed, and other libraries; then layers of 4096 and 8192, and the 4-bit
+kernels by themselves. Times are multiples of all frozen matrix products, timed in the same rounds.
 
 Every job runs in a process of its own under a time limit, so that nothing that fails takes down what follows. Its
 result is saved as soon as it is there, in benchmarks/results/gpu.json. After ``--seconds`` no job begins; the same

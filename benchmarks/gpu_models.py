@@ -1,4 +1,4 @@
-"""Adapted layers and whole Llama shapes of random weights, ours and those of other libraries, as multiples of the frozen products.
+"""Adapted layers and whole Llama shapes of random weights, as multiples of the frozen products; other libraries too.
 
 A contender is timed in turn with the floor. Each has a process of its own: two 8B models do not fit one card.
 

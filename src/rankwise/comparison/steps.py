@@ -219,7 +219,7 @@ def prepare(job: Fields) -> None:
     # Runs of labels draw their head anew, and nothing of them is kept.
     runs = [TrainSettings.model_validate(run) for run in job["runs"] if run["objective"] != "classify"]
     # Runs that start from the same base in the same dtype share it.
-    kinds = {(quantization_for(given) is not None, given.method == "full"): given for given in runs}
+    kinds = {(quantization_for(given) is not None, given.method == "full"): given for given in reversed(runs)}
     for given in kinds.values():
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
         if needs_preparation(source, quantization_for(given)):
