@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rankwise.evaluation.engine import Engine as Engine
     from rankwise.evaluation.errors_of_means import Mean as Mean
     from rankwise.evaluation.errors_of_means import mean_of as mean_of
-    from rankwise.evaluation.errors_of_means import paired_difference as paired_difference
     from rankwise.evaluation.record import Example as Example
     from rankwise.evaluation.record import Lines as Lines
     from rankwise.evaluation.record import TaskResult as TaskResult
@@ -44,7 +43,6 @@ _HOMES = {
     "harness_folder": "rankwise.evaluation.tasks.names",
     "harness_task": "rankwise.evaluation.tasks.registry",
     "mean_of": "rankwise.evaluation.errors_of_means",
-    "paired_difference": "rankwise.evaluation.errors_of_means",
     "text_sha256": "rankwise.evaluation.record",
     "write_answers": "rankwise.evaluation.tasks.base",
 }

@@ -15,13 +15,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rankwise.config import GENERATIONS, LengthOptions, ModelOptions, Objective, StepOptions, TrainSettings
 from rankwise.conflicts import check_objective, check_sharing
 from rankwise.constants import BLOCK_SIZES, WRITTEN_ROWS
 from rankwise.errors import ConfigError
-from rankwise.foreign import Fields, wrong_fields
+from rankwise.foreign import Fields, JsonObject, wrong_fields
 from rankwise.options import Batch, Count, Names, Panel, Whole, option
 
 if TYPE_CHECKING:
@@ -84,6 +84,13 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     ] = False
     svg: Annotated[Path | None, _file("Write the bars of memory as an SVG file.")] = None
     save: Annotated[Path | None, _file("Write the recommended settings for `rankwise train --config`.")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_planned(cls, given: JsonObject) -> JsonObject:
+        """Without the options that only ``train`` has, so that its settings file can be planned."""
+        others = TrainSettings.model_fields.keys() - cls.model_fields.keys()
+        return {name: value for name, value in given.items() if name not in others}
 
     @property
     def methods(self) -> tuple[str, ...]:
