@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankwise_article.java import missing_java
+from rankwise_article.e2e_scores import missing_java
 
 _MISSING_JAVA = missing_java()
 # It starts a process: asked once.

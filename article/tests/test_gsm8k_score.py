@@ -11,7 +11,7 @@ import pytest
 
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.final_number import extract_answer
-from rankwise_article.gsm8k_scores import is_correct, read_gsm8k, score_gsm8k
+from rankwise_article.scores import is_correct, score_gsm8k
 
 ANSWERS = {
     "She makes 9 * 2 = $18 a day.\nA: 18": 18,
@@ -109,26 +109,26 @@ REFERENCES = [{"question": "two?", "answer": "#### 2"}, {"question": "three?", "
 def test_files_are_taken_in_order(tmp_path):
     references = write(tmp_path / "r.jsonl", REFERENCES)
     in_order = [{"question": "two?", "prediction": "2"}, {"prediction": "so 4"}]
-    assert score_gsm8k(*read_gsm8k(write(tmp_path / "p.jsonl", in_order), references)).right == (True, False)
+    assert score_gsm8k(write(tmp_path / "p.jsonl", in_order), references) == {"correct": 1, "total": 2}
 
 
 @pytest.mark.parametrize(
     ("rows", "code", "said"),
     [
         ([{"prediction": "2"}], "RA232", "1 predictions and .* 2 answers"),
-        ([{"question": "three?", "prediction": "3"}, {"prediction": "2"}], "RA233", "line 1 of"),
-        ([{"answer": "2"}] * 2, "RA238", "no prediction"),
-        ([], "RA239", "no predictions"),
+        ([{"question": "three?", "prediction": "3"}, {"prediction": "2"}], "RA233", "row 1 of"),
+        ([{"answer": "2"}] * 2, "RA238", "no text in prediction"),
+        ([], "RA239", "empty"),
     ],
 )
 def test_bad_files_are_refused(rows, code, said, tmp_path):
     with pytest.raises(DataError, match=said) as caught:
-        read_gsm8k(write(tmp_path / "p.jsonl", rows), write(tmp_path / "r.jsonl", REFERENCES))
+        score_gsm8k(write(tmp_path / "p.jsonl", rows), write(tmp_path / "r.jsonl", REFERENCES))
     assert caught.value.code == code
 
 
-def test_empty_predictions_count_as_wrong(tmp_path):
+def test_predictions_without_a_number_count_as_wrong(tmp_path):
     predictions = write(tmp_path / "p.jsonl", [{"prediction": ""}, {"prediction": "3"}])
-    with pytest.warns(RankwiseWarning, match="RA235"):
-        scores = score_gsm8k(*read_gsm8k(predictions, write(tmp_path / "r.jsonl", REFERENCES)))
-    assert (scores.correct, scores.total, scores.unanswered) == (1, 2, 1)
+    with pytest.warns(RankwiseWarning, match="RA235: 1 of 2"):
+        scores = score_gsm8k(predictions, write(tmp_path / "r.jsonl", REFERENCES))
+    assert scores == {"correct": 1, "total": 2}

@@ -80,6 +80,6 @@ def test_other_rows_are_refused(tmp_path: Path):
 
 def test_answers_without_a_number_are_refused_before_the_model_is_loaded(data: Path):
     write_lines(data, [*PROBLEMS, {"question": "How much?", "answer": "Nobody knows."}])
-    with pytest.raises(DataError, match='RA244.*"Nobody knows."'):
+    with pytest.raises(DataError, match="RA244.*Nobody knows."):
         make(data, Worked())
     assert len(make(data, Worked(), limit=6).rows) == 6

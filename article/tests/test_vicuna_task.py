@@ -16,7 +16,8 @@ import pytest
 
 from rankwise.errors import DataError, RankwiseWarning
 from rankwise.evaluation.record import Example, rewrite
-from rankwise_article.vicuna import Judge, Vicuna
+from rankwise_article.judge import JudgeClient
+from rankwise_article.vicuna import Vicuna
 from small_engines import byte_engine, nobody, write_lines
 
 QUESTIONS = [{"question_id": n, "text": f"Question {n}?", "category": "generic"} for n in (1, 2, 3)]
@@ -61,9 +62,11 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return write_lines(tmp_path / "questions.jsonl", QUESTIONS), write_lines(tmp_path / "reference.jsonl", REFERENCE)
 
 
-def task(questions: Path, judge: Judge | None = None, **more: Any) -> Vicuna:
+def task(questions: Path, answers: Path | None = None, endpoint: Endpoint | None = None) -> Vicuna:
     decoding = {"max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-    return Vicuna(questions, judge=judge, **{"limit": None, "decoding": decoding, **more})
+    port = endpoint.server_port if endpoint else 1
+    judge = JudgeClient(f"http://127.0.0.1:{port}/v1", "judge") if answers else None
+    return Vicuna(questions, limit=None, decoding=decoding, judge=judge, reference_answers=answers)
 
 
 def test_answers_are_written_in_the_benchmarks_form(files, tmp_path: Path):
@@ -76,8 +79,7 @@ def test_answers_are_written_in_the_benchmarks_form(files, tmp_path: Path):
 
 
 def test_the_judge_is_asked_in_both_orders_and_paid_once(files, endpoint: Endpoint, tmp_path: Path):
-    judge = Judge(f"http://127.0.0.1:{endpoint.server_port}/v1", "judge", "NO_SUCH_KEY", files[1])
-    first = task(files[0], judge)
+    first = task(*files, endpoint)
     summary = first.summarize(first.run(byte_engine(), tmp_path, nobody))
     assert endpoint.asked == 6
     assert summary.metrics == pytest.approx({"reference_first": 75, "system_first": 75, "mean": 75, "failed": 0})
@@ -87,29 +89,27 @@ def test_the_judge_is_asked_in_both_orders_and_paid_once(files, endpoint: Endpoi
         True,
         False,
     }
-    again = task(files[0], judge)
+    again = task(*files, endpoint)
     again.summarize(again.run(byte_engine(), tmp_path, nobody))
     assert endpoint.asked == 6
 
 
 def test_two_systems_are_compared_question_by_question(files, endpoint: Endpoint, tmp_path: Path):
-    judge = Judge(f"http://127.0.0.1:{endpoint.server_port}/v1", "judge", "NO_SUCH_KEY", files[1])
-    asked = task(files[0], judge)
+    asked = task(*files, endpoint)
     examples = asked.run(byte_engine(), tmp_path, nobody)
     assert asked.difference(examples, examples)["mean"].value == 0
 
 
 def test_other_reference_answers_are_another_judgement(files, tmp_path: Path):
     other = write_lines(tmp_path / "other.jsonl", [{**row, "text": f"{row['text']}!"} for row in REFERENCE])
-    settings = [task(files[0], Judge("http://x", "judge", "KEY", path)).extra_settings() for path in (files[1], other)]
+    settings = [task(files[0], path).extra_settings() for path in (files[1], other)]
     assert settings[0] != settings[1]
     copied = write_lines(tmp_path / "copied.jsonl", REFERENCE)
-    assert task(files[0], Judge("http://x", "judge", "KEY", copied)).extra_settings() == settings[0]
+    assert task(files[0], copied).extra_settings() == settings[0]
 
 
 def test_without_a_judge_the_marks_of_an_earlier_one_are_left_out(files, endpoint: Endpoint, tmp_path: Path):
-    judge = Judge(f"http://127.0.0.1:{endpoint.server_port}/v1", "judge", "NO_SUCH_KEY", files[1])
-    rewrite(tmp_path, task(files[0], judge).run(byte_engine(), tmp_path, nobody))
+    rewrite(tmp_path, task(*files, endpoint).run(byte_engine(), tmp_path, nobody))
     alone = task(files[0])
     assert set(alone.summarize(alone.run(byte_engine(), tmp_path, nobody)).metrics) == {"answer_characters"}
 
@@ -136,7 +136,7 @@ def test_a_difference_is_that_of_the_metrics_and_its_error_a_ratios(tmp_path: Pa
     count = 80
     questions = write_lines(tmp_path / "q.jsonl", [{"question_id": n, "text": "?"} for n in range(count)])
     answers = [{"question_id": n, "answer_id": f"reference-{n}", "text": "."} for n in range(count)]
-    asked = task(questions, Judge("http://x", "judge", "KEY", write_lines(tmp_path / "r.jsonl", answers)))
+    asked = task(questions, write_lines(tmp_path / "r.jsonl", answers))
     hard = draw.uniform(1, 9, (count, 1, 1))
     a, b = (np.clip(hard + draw.normal(0, 1.5, (count, 2, 2)) + shift, 1, 10) for shift in (0.5, 0.0))
     b[3, 1] = np.nan
@@ -165,10 +165,10 @@ def test_many_questions_are_read_in_little_time(tmp_path: Path):
 def test_questions_without_a_reference_answer_are_told(files, tmp_path: Path):
     reference = write_lines(tmp_path / "short.jsonl", REFERENCE[:1])
     with pytest.raises(DataError, match="RA252.*question 2"):
-        task(files[0], Judge("http://x", "judge", "KEY", reference))
+        task(files[0], reference)
     both = write_lines(tmp_path / "both.jsonl", [*REFERENCE, {**REFERENCE[0], "answer_id": "of another system"}])
-    with pytest.raises(DataError, match="RA234.*lines 1 and 4 have the same question_id"):
-        task(files[0], Judge("http://x", "judge", "KEY", both))
+    with pytest.raises(DataError, match="RA234.*question_id .1."):
+        task(files[0], both)
     twice = write_lines(tmp_path / "twice.jsonl", [QUESTIONS[0], QUESTIONS[0]])
-    with pytest.raises(DataError, match="RW251.*twice"):
+    with pytest.raises(DataError, match="RA234.*question_id"):
         task(twice)

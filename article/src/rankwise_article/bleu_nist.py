@@ -120,19 +120,9 @@ def mteval_statistics(predictions: Sequence[str], references: Sequence[Sequence[
     """Statistics of N predictions against their references. The information comes from all references."""
     tokenized = [[tokenize(text) for text in group] for group in references]
     information = ngram_information(words for group in tokenized for words in group)
-    rows = [
-        _example(tokenize(prediction), group, information)
-        for prediction, group in zip(predictions, tokenized, strict=True)
-    ]
-    matches, counts, info, closest, words, filled = zip(*rows)
-    return MtevalStatistics(
-        np.array(matches, np.int64),
-        np.array(counts, np.int64),
-        np.array(info, np.float64),
-        np.array(closest, np.int64),
-        np.array(words, np.int64),
-        np.array(filled, np.int64),
-    )
+    pairs = zip(predictions, tokenized, strict=True)
+    rows = [_example(tokenize(prediction), group, information) for prediction, group in pairs]
+    return MtevalStatistics(*map(np.array, zip(*rows)))
 
 
 def ngrams(words: Words, longest: int = NIST_ORDER) -> Counter[tuple[str, ...]]:

@@ -26,9 +26,8 @@ from rankwise.evaluation import (
     write_answers,
 )
 from rankwise.foreign import Fields, JsonObject
-from rankwise_article.files import warn_of_empty
+from rankwise_article.scores import warn_of_empty
 
-NEW_TOKENS = 32
 # Names of the sets in the LLM-Adapters repository, where they differ from the tasks' names.
 FOLDERS = {"siqa": "social_i_qa", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 WORDS = {
@@ -70,15 +69,13 @@ def instructions_in(task: str, data: str) -> Instructions | None:
         return None
     rows = []
     for line, record in content.records:
-        if isinstance(record, BadRow) or not all(isinstance(record.get(k), str) for k in ("instruction", "answer")):
-            raise DataError(
-                "RW251", f"{path}, {content.counted_in} {line}: expected text in `instruction` and `answer`."
-            )
-        if record["answer"] not in WORDS[task]:
-            expected = ", ".join(WORDS[task])
+        if isinstance(record, BadRow) or not (
+            isinstance(record.get("instruction"), str) and record.get("answer") in WORDS[task]
+        ):
             raise DataError(
                 "RW251",
-                f"{path}, {content.counted_in} {line}: the answer {record['answer']!r} is none of {task} ({expected}).",
+                f"{path}, {content.counted_in} {line}: expected text in `instruction`, and in `answer` one of "
+                f"{', '.join(WORDS[task])}.",
             )
         rows.append(record)
     return Instructions(str(path), content.sha256, rows)
@@ -99,17 +96,10 @@ class Commonsense(Task):
     higher_is_better = {"accuracy": True}  # noqa: RUF012  read-only
 
     def __init__(
-        self,
-        name: str,
-        data: Instructions,
-        *,
-        limit: int | None,
-        prompt_style: str,
-        decoding: JsonObject,
+        self, name: str, data: Instructions, *, limit: int | None, prompt_style: str, decoding: JsonObject
     ) -> None:
-        self.name, self.data, self.prompt_style = name, data, prompt_style
+        self.name, self.data, self.prompt_style, self.decoding = name, data, prompt_style, decoding
         self.rows = data.rows[:limit]
-        self.decoding = {"max_new_tokens": NEW_TOKENS, **decoding}
 
     def describe(self) -> JsonObject:
         return {"protocol": "generative", "prompt_style": self.prompt_style, **self.decoding}

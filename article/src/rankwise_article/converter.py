@@ -20,13 +20,14 @@ from torch import Tensor
 from rankwise.adapters import load_adapter
 from rankwise.disk import whole_folder
 from rankwise.errors import AdapterError
+from rankwise.foreign import JsonObject
 from rankwise.models import load_skeleton
 
 # GPT-2's c_attn holds q, k and v, of which the paper's runs adapt q and v.
 PARTS = (True, False, True)
 
 
-def convert(path: Path, output: Path, model: str, alpha: float, parts: Sequence[bool] = PARTS) -> dict[str, object]:
+def convert(path: Path, output: Path, model: str, alpha: float, parts: Sequence[bool] = PARTS) -> JsonObject:
     """Write ``path`` as a PEFT folder, checked against ``model``. loralib's files do not hold ``alpha``.
 
     Raises AdapterError: RA260 for a file that is not loralib's, RW411 for shapes that the model does not have.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rankwise.data import Rows
-from rankwise.errors import DataError, warn
+from rankwise.data import Row, Rows
+from rankwise.errors import DataError
 from rankwise.evaluation import (
     Decoding,
     Engine,
@@ -21,17 +21,13 @@ from rankwise.evaluation import (
     TaskResult,
     Tell,
     mean_of,
-    paired_difference,
     text_sha256,
     write_answers,
 )
 from rankwise.foreign import JsonObject
-from rankwise_article.e2e_scores import METRICS, E2eScores, score_e2e
-from rankwise_article.files import warn_of_empty
-from rankwise_article.java import missing_java
+from rankwise_article.e2e_scores import METRICS, E2eScores, missing_java, score_e2e
+from rankwise_article.scores import warn_of_empty
 
-# The LoRA repository's length of an answer.
-NEW_TOKENS = 64
 # Resamples of the bootstrap for BLEU and NIST. They give the standard error to about 5 %.
 RESAMPLES = 200
 RESAMPLED = ("BLEU", "NIST")
@@ -55,9 +51,11 @@ class E2e(Task):
                 f"e2e takes rows of `mr` and `ref` (or context||reference lines), and {rows.source} "
                 f"holds {rows.format}.",
             )
-        self.rows = rows
-        self.groups = grouped(rows, limit)
-        self.decoding = {"max_new_tokens": NEW_TOKENS, **decoding}
+        self.rows, self.decoding = rows, decoding
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row.prompt, []).append(row)
+        self.groups = dict(list(groups.items())[:limit])
         self._scores: dict[tuple[str, ...], E2eScores] = {}
 
     def describe(self) -> JsonObject:
@@ -73,13 +71,10 @@ class E2e(Task):
 
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
         encoder = engine.encoder(self.rows)
-        firsts = [self.rows[numbers[0]] for numbers in self.groups.values()]
-        ids = engine.prompt_ids(encoder, firsts)
+        ids = engine.prompt_ids(encoder, [rows[0] for rows in self.groups.values()])
         questions = [
-            Question(
-                text_sha256(prompt, 16), row_ids, prompt.rstrip("\n"), tuple(self.rows[n].completion for n in numbers)
-            )
-            for (prompt, numbers), row_ids in zip(self.groups.items(), ids)
+            Question(text_sha256(prompt, 16), row_ids, prompt.rstrip("\n"), tuple(row.completion for row in rows))
+            for (prompt, rows), row_ids in zip(self.groups.items(), ids)
         ]
         decoding = Decoding(stop_ids=engine.stop_ids(encoder.stop_ids()), **self.decoding)
         return write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
@@ -94,19 +89,9 @@ class E2e(Task):
 
     def summarize(self, examples: Sequence[Example]) -> Summary:
         scores = self._scored(examples)
-        notes = warn_of_empty(self.name, examples)
-        if scores.missing:
-            warn("RA255", f"e2e: without METEOR, ROUGE_L and CIDEr: {scores.missing}")
-            notes.append(scores.missing)
-        errors: dict[str, float | None] = {}
-        for name in METRICS:
-            if name in RESAMPLED:
-                errors[name] = _spread(_resampled(scores, name, len(examples)))
-            elif name in scores.per_example:
-                # METEOR of a corpus is not a mean: the error is that of the mean of its examples' scores.
-                errors[name] = mean_of(scores.per_example[name]).standard_error
+        notes = [*warn_of_empty(self.name, examples), *([scores.missing] if scores.missing else [])]
         present = {name: value for name, value in scores.metrics.items() if value is not None}
-        return Summary(present, {name: errors[name] for name in present}, notes)
+        return Summary(present, {name: _error(name, _sample(scores, name)) for name in present}, notes)
 
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
         """The difference of each metric. BLEU and NIST take a bootstrap's error, the others that of the paired
@@ -116,14 +101,9 @@ class E2e(Task):
         found: dict[str, Mean] = {}
         for name in METRICS:
             values = of_a.metrics[name], of_b.metrics[name]
-            if values[0] is None or values[1] is None:
-                continue
-            if name in RESAMPLED:
-                differences = _resampled(of_a, name, len(a)) - _resampled(of_b, name, len(b))
-                found[name] = Mean(values[0] - values[1], _spread(differences), len(a))
-            else:
-                paired = paired_difference(of_a.per_example[name], of_b.per_example[name])
-                found[name] = Mean(values[0] - values[1], paired.standard_error, len(a))
+            if values[0] is not None and values[1] is not None:
+                error = _error(name, _sample(of_a, name) - _sample(of_b, name))
+                found[name] = Mean(values[0] - values[1], error, len(a))
         return found
 
     def _scored(self, examples: Sequence[Example]) -> E2eScores:
@@ -133,25 +113,20 @@ class E2e(Task):
         return self._scores[texts]
 
 
-def grouped(rows: Rows, limit: int | None) -> dict[str, list[int]]:
-    """Numbers of the rows of each distinct prompt, in the order of the data; the first ``limit`` prompts."""
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(row.prompt, []).append(number)
-    return dict(list(groups.items())[:limit])
-
-
 def _finish(question: Question, text: str) -> Example:
     # References are single lines; the scorers read a line an answer.
     return Example(question.id, question.prompt, " ".join(text.split()), {}, question.references)
 
 
-def _resampled(scores: E2eScores, name: str, count: int) -> np.ndarray:
-    """The metric on resamples of the examples, the same ones for every system of ``count`` examples."""
+def _sample(scores: E2eScores, name: str) -> np.ndarray:
+    """BLEU or NIST on resamples of the examples, which are the same for every system; else each example's score."""
+    if name not in RESAMPLED:
+        return np.array(scores.per_example[name])
     metric: Callable[[np.ndarray], float] = getattr(scores.statistics, name.lower())
-    random = np.random.default_rng(0)
+    random, count = np.random.default_rng(0), len(scores.statistics.closest)
     return np.array([metric(random.integers(0, count, count)) for _ in range(RESAMPLES)])
 
 
-def _spread(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1)) if len(values) > 1 else None
+def _error(name: str, sample: np.ndarray) -> float | None:
+    """METEOR of a corpus is not a mean: its error is that of the mean of its examples' scores."""
+    return float(sample.std(ddof=1)) if name in RESAMPLED else mean_of(sample.tolist()).standard_error

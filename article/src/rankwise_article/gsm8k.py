@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from rankwise.data import Row, Rows, read_rows
+from rankwise.data import Rows, read_rows
 from rankwise.errors import DataError
 from rankwise.evaluation import (
     Decoding,
@@ -27,11 +27,9 @@ from rankwise.evaluation import (
 )
 from rankwise.final_number import extract_answer
 from rankwise.foreign import JsonObject
-from rankwise_article.files import warn_of_empty
-from rankwise_article.gsm8k_scores import expected_number, is_correct
+from rankwise_article.scores import expected_number, is_correct, warn_of_empty
 
 HUB = "openai/gsm8k:main"
-NEW_TOKENS = 256
 # After its answer, a model may continue with a question of its own.
 STOPS = ("Question:", "Q:")
 
@@ -104,8 +102,8 @@ class Gsm8k(Task):
     higher_is_better = {"accuracy": True}  # noqa: RUF012  read-only
 
     def __init__(self, problems: Rows, *, worked: Worked, limit: int | None, decoding: JsonObject) -> None:
-        self.problems, self.worked, self.decoding = problems, worked, {"max_new_tokens": NEW_TOKENS, **decoding}
-        self.rows: Sequence[Row] = problems.items[:limit]
+        self.problems, self.worked, self.decoding = problems, worked, decoding
+        self.rows = problems.items[:limit]
         for row in self.rows:
             expected_number(row.completion)
 
@@ -123,7 +121,7 @@ class Gsm8k(Task):
         else:
             ids = engine.prompt_ids(encoder, self.rows)
         questions = [
-            Question(_id(row, number), row_ids, row.prompt, (row.completion,))
+            Question(f"{number}-{text_sha256(row.prompt)}", row_ids, row.prompt, (row.completion,))
             for number, (row, row_ids) in enumerate(zip(self.rows, ids))
         ]
         stop_strings = STOPS if self.worked.pairs else ()
@@ -143,7 +141,3 @@ def _finish(question: Question, text: str) -> Example:
     [reference] = question.references or ("",)
     scores = {"accuracy": float(is_correct(text, reference))}
     return Example(question.id, question.prompt, text.strip(), scores, question.references)
-
-
-def _id(row: Row, number: int) -> str:
-    return f"{number}-{text_sha256(row.prompt)}"

@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rankwise.errors import ConfigError, DataError, warn
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from rankwise.errors import DataError, warn
 from rankwise.evaluation import Lines, text_sha256
 from rankwise.foreign import Fields, JsonObject, parse_json
-from rankwise_article.vicuna_scores import FAILED
 
 # (id, text) of a question or of an answer.
 Text = tuple[str, str]
@@ -52,32 +53,29 @@ OUT_OF_TEN = r"(?:[ \t]*/[ \t]*10)?"
 DECORATION = r"[ \t*_`\"'()\[\]]*"
 MARKS = re.compile(rf"^{DECORATION}({MARK}){OUT_OF_TEN}[ \t,;]+({MARK}){OUT_OF_TEN}{DECORATION}\.?\r?$", re.MULTILINE)
 HIGHEST_MARK = 10.0
+FAILED = (-1.0, -1.0)
 # HTTP statuses that every further request would get, too, and those that may pass.
 WRONG_ADDRESS = {401: "check the key", 403: "check the key and its rights", 404: "check judge_url and judge_model"}
-TRY_AGAIN = {408, 409, 425, 429}
-REPLY_BYTES_LIMIT = 4 << 20
+TRY_AGAIN = (408, 409, 425, 429, *range(500, 600))
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeClient:
-    """Address of the judge, and limits on requests. Raises ConfigError (RA156) for an address that is not a URL."""
+    """Address of the judge, and limits on requests."""
 
     # Base address of the API, such as https://api.openai.com/v1.
     url: str
     model: str
-    key: str | None = dataclasses.field(default=None, repr=False)
+    # Empty for a local server that needs none.
+    key: str = dataclasses.field(default="", repr=False)
     temperature: float = 0.0
     max_tokens: int = 1024
     # Requests per rating, the first included.
     attempts: int = 5
-    # Pause before the second attempt; it doubles with each attempt.
-    pause_seconds: float = 2.0
+    # Pause before the third attempt; it doubles with each attempt.
+    pause_seconds: float = 4.0
     timeout_seconds: float = 120.0
     concurrency: int = 4
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"https?://[^\s/]+\S*", self.url):
-            raise ConfigError("RA156", f"judge_url is {self.url!r}; give an address such as https://host/v1.")
 
     @property
     def endpoint(self) -> str:
@@ -93,34 +91,19 @@ class JudgeClient:
             "max_tokens": self.max_tokens,
         }
 
-
-def judge_key(variable: str) -> str | None:
-    """The key in the environment; None if there is none, because local servers need none."""
-    return os.environ.get(variable, "").strip() or None
-
-
-class JudgeCache:
-    """Replies on disk, one JSON object a line, under the hash of their request; safe for threads."""
-
-    def __init__(self, path: Path) -> None:
-        self._lines = Lines(path)
-        self._lock = threading.Lock()
-        self._replies: dict[str, str] = {}
-        for line in path.read_bytes().split(b"\n") if path.exists() else ():
-            # The request of a damaged line is sent again.
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = parse_json(line)
-                self._replies[entry["key"]] = str(entry["reply"])
-
-    def get(self, key: str) -> str | None:
-        with self._lock:
-            return self._replies.get(key)
-
-    def put(self, key: str, reply: str) -> None:
-        """Store a reply; it is on disk when this returns."""
-        with self._lock:
-            self._replies[key] = reply
-            self._lines.append([{"key": key, "reply": reply}])
+    def session(self) -> requests.Session:
+        session = requests.Session()
+        again = Retry(
+            self.attempts - 1,
+            status_forcelist=TRY_AGAIN,
+            allowed_methods=None,
+            backoff_factor=self.pause_seconds / 2,
+            raise_on_status=False,
+        )
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=again))
+        session.headers.update({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        return session
 
 
 def judge_answers(
@@ -129,49 +112,75 @@ def judge_answers(
     answers_b: Sequence[Text],
     *,
     client: JudgeClient,
-    cache: JudgeCache,
-    progress: Callable[[int, int], None] | None = None,
+    kept: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[JsonObject]:
     """Rate ``answers_a[i]`` against ``answers_b[i]`` for each of N questions, a first and then b first: 2 N ratings, as
-    ``score vicuna --ratings`` reads them.
+    ``score vicuna --ratings`` reads them. ``kept`` holds the replies, one JSON object a line.
 
     ``progress(done, total)`` is called after each. Raises DataError (RA245) for an endpoint that refuses the key or
     does not exist. Warns (RA243) of ratings that failed.
     """
     pairs = [*zip(questions, answers_a, answers_b, strict=True), *zip(questions, answers_b, answers_a, strict=True)]
-    requests = [client.request(question[1], first[1], second[1]) for question, first, second in pairs]
-    keys = [text_sha256(json.dumps([client.endpoint, request], sort_keys=True), 64) for request in requests]
+    bodies = [client.request(question[1], first[1], second[1]) for question, first, second in pairs]
+    keys = [text_sha256(json.dumps([client.endpoint, body], sort_keys=True), 64) for body in bodies]
+    lines, lock, replies = Lines(kept), threading.Lock(), _replies(kept)
+
+    def ask(item: tuple[str, Fields]) -> tuple[str, bool]:
+        """The reply to (key, body); or what came in its place, and False."""
+        key, body = item
+        if key in replies:
+            return replies[key], True
+        text, is_reply = _post(client, session, body)
+        if is_reply:
+            with lock:
+                lines.append([{"key": key, "reply": text}])
+        return text, is_reply
+
     # Equal requests are sent once.
-    (first, request), *rest = dict(zip(keys, requests)).items()
-    # By itself, so that a wrong address or key stops the work after one request.
-    replies = {first: _reply(client, cache, first, request)}
-    with ThreadPoolExecutor(max_workers=client.concurrency) as pool:
-        futures = {key: pool.submit(_reply, client, cache, key, request) for key, request in rest}
-        for key, future in futures.items():
-            replies[key] = future.result()
-            if progress:
-                progress(len(replies), len(rest) + 1)
-    failed = [replies[key][0] for key in keys if replies[key][1] == FAILED]
+    waiting, found = list(dict(zip(keys, bodies)).items()), {}
+    with client.session() as session, ThreadPoolExecutor(client.concurrency) as pool:
+        # The first by itself, so that a wrong address or key stops the work after one request.
+        for part in (waiting[:1], waiting[1:]):
+            for (key, _), reply in zip(part, pool.map(ask, part)):
+                found[key] = reply
+                progress(len(found), len(waiting))
+    marks = {key: is_reply and parse_marks(text) for key, (text, is_reply) in found.items()}
+    failed = [" ".join(found[key][0].split()) for key in keys if not marks[key]]
     if failed:
         warn(
             "RA243",
-            f"{len(failed):,} of {len(keys):,} ratings failed, the first because of this: {failed[0][:160]}; run the "
-            "command again to ask for those that got no reply.",
+            f"{len(failed):,} of {len(keys):,} ratings failed, the first by no two marks in {failed[0][:160]!r}; run "
+            "the command again to ask for those that got no reply.",
         )
-    return [_rating(client, *pair, *replies[key]) for key, pair in zip(keys, pairs)]
+    return [_rating(client, *pair, found[key][0], marks[key] or FAILED) for key, pair in zip(keys, pairs)]
 
 
-def _reply(client: JudgeClient, cache: JudgeCache, key: str, request: Fields) -> tuple[str, tuple[float, float]]:
-    """The reply and ratings of one request, or the problem and FAILED."""
-    reply = cache.get(key)
-    if reply is None:
-        try:
-            reply = _post(client, request)
-        except _NoReplyError as error:
-            return str(error), FAILED
-        cache.put(key, reply)
-    marks = parse_marks(reply)
-    return (reply, marks) if marks else (f"the reply holds no two marks: {' '.join(reply.split())[:120]!r}", FAILED)
+def _replies(kept: Path) -> dict[str, str]:
+    """The replies on disk by their keys. The request of a damaged line is sent again."""
+    found = {}
+    for line in kept.read_bytes().split(b"\n") if kept.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = parse_json(line)
+            found[entry["key"]] = str(entry["reply"])
+    return found
+
+
+def _post(client: JudgeClient, session: requests.Session, body: Fields) -> tuple[str, bool]:
+    """The judge's reply; or what came in its place, and False. Raises DataError (RA245) for a wrong address."""
+    try:
+        response = session.post(client.endpoint, json=body, timeout=client.timeout_seconds)
+    except requests.RequestException as error:
+        return f"no answer ({error})", False
+    if response.status_code in WRONG_ADDRESS:
+        remedy = WRONG_ADDRESS[response.status_code]
+        raise DataError("RA245", f"{client.endpoint} answered with status {response.status_code}; {remedy}.")
+    if not response.ok:
+        return f"status {response.status_code}", False
+    try:
+        return str(parse_json(response.content)["choices"][0]["message"]["content"] or ""), True
+    except (ValueError, KeyError, IndexError, TypeError):
+        return f"no chat completion: {response.text}", False
 
 
 def parse_marks(reply: str) -> tuple[float, float] | None:
@@ -181,39 +190,6 @@ def parse_marks(reply: str) -> tuple[float, float] | None:
         if max(marks) <= HIGHEST_MARK:
             return marks
     return None
-
-
-class _NoReplyError(Exception):
-    """A request that got no reply; the message says why."""
-
-
-def _post(client: JudgeClient, request: Fields) -> str:
-    """The judge's reply. Raises _NoReplyError after all attempts, DataError (RA245) for a wrong address."""
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {client.key}"} if client.key else {})
-    message = urllib.request.Request(client.endpoint, json.dumps(request).encode(), headers)
-    problem = ""
-    for attempt in range(client.attempts):
-        if attempt:
-            time.sleep(client.pause_seconds * 2 ** (attempt - 1))
-        try:
-            with urllib.request.urlopen(message, timeout=client.timeout_seconds) as response:
-                body = response.read(REPLY_BYTES_LIMIT)
-            return str(parse_json(body)["choices"][0]["message"]["content"] or "")
-        except urllib.error.HTTPError as error:
-            problem = f"{client.endpoint} answered with status {error.code}"
-            if error.code in WRONG_ADDRESS:
-                raise DataError("RA245", f"{problem}; {WRONG_ADDRESS[error.code]}.") from None
-            if error.code not in TRY_AGAIN and error.code < 500:
-                break
-        except (OSError, http.client.HTTPException) as error:
-            problem = f"{client.endpoint} did not answer ({getattr(error, 'reason', error) or type(error).__name__})"
-        except (ValueError, KeyError, IndexError, TypeError):
-            problem = f"the endpoint answered no chat completion: {body[:80]!r}"
-    raise _NoReplyError(problem)
 
 
 def _rating(

@@ -15,28 +15,18 @@ from rankwise.errors import RunError
 from rankwise.foreign import JsonObject
 
 Row = Mapping[str, str]
-# {first word of a row's id: (the heading of its table, where its sources are)}, in the page's order.
-HEADINGS = {
-    "memory": ("Memory", "The article cites nobody. Ours is the memory plan of this project."),
-    "lora": ("LoRA", "LoRA paper: Hu et al. 2021, arXiv 2106.09685. loralib: github.com/microsoft/LoRA."),
-    "e2e": ("LoRA on E2E", "Source: LoRA paper, table 3, GPT-2 Medium."),
-    "qlora": ("QLoRA", "QLoRA paper: Dettmers et al. 2023, arXiv 2305.14314; Vicuna scores: its table 6."),
-    "dora": ("DoRA", "DoRA paper: Liu et al. 2024, arXiv 2402.09353. NVlabs: github.com/NVlabs/DoRA."),
-    "commonsense": ("DoRA on commonsense reasoning", "Source: DoRA paper, table 1; LoRA there is LLM-Adapters'."),
-    "speed": ("Speed", "The article cites nobody. PEFT's suite: method_comparison of github.com/huggingface/peft."),
-    "choice": ("Which method to choose", "The papers above."),
-}
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 
 
-def ledger(file: Path, output: Path | None, *, every: bool) -> tuple[list[tuple[str, str]], JsonObject]:
+def ledger(file: Path, output: Path | None, *, every: bool) -> JsonObject:
     """Run the commands of the rows, and write the page. Dear rows, which take hours or a card, run with ``every`` only.
 
     Raises RunError (RA261) with every row whose command fails or no longer gives its figures.
     """
-    rows = tomllib.loads(file.read_text(encoding="utf-8"))["rows"]
+    document = tomllib.loads(file.read_text(encoding="utf-8"))
+    rows = document["rows"]
     if output is not None:
-        output.write_text(page(rows), encoding="utf-8")
+        output.write_text(page(document), encoding="utf-8")
     root = file.resolve().parents[1]
     asked = [row for row in rows if "command" in row and (every or not row.get("dear"))]
     if not (root.parent / "shared").is_dir():
@@ -45,8 +35,7 @@ def ledger(file: Path, output: Path | None, *, every: bool) -> tuple[list[tuple[
     wrong = [f"{row['id']}: {reason}" for row in asked if (reason := _fault(row, told[row["command"]]))]
     if wrong:
         raise RunError("RA261", f"{len(wrong)} rows of {file} do not hold: {'; '.join(wrong)}")
-    document: JsonObject = {"rows": len(rows), "checked": len(asked), "commands": len(told)}
-    return [(label, str(value)) for label, value in document.items()], document
+    return {"rows": len(rows), "checked": len(asked), "commands": len(told)}
 
 
 def _run(command: str, folder: Path) -> tuple[int, str]:
@@ -75,33 +64,32 @@ def _fault(row: Row, told: tuple[int, str]) -> str:
     return ""
 
 
-def page(rows: Sequence[Row]) -> str:
-    """The ledger as Markdown: a table for each part of the article, and the commands below, each once."""
+def page(document: JsonObject) -> str:
+    """The ledger as Markdown: the answer, a table for each part of the article, and the commands below, each once."""
+    rows: Sequence[Row] = document["rows"]
     commands = list(dict.fromkeys(row["command"] for row in rows if "command" in row))
-    verdicts = Counter(row["verdict"] for row in rows).most_common()
+    counts = Counter(row["verdict"] for row in rows)
     lines = [
         "# What the article says, and what is true",
         "",
-        "Made from ledger.toml by `make article`, which also runs the commands that take no hours and no card.",
-        f"{len(rows)} figures and claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts)}.",
+        f"Of {len(rows)} figures and claims of an article on LoRA, QLoRA and DoRA, {counts['equal']} equal their "
+        f"sources, {counts['misquoted']} do not, {counts['measured here']} are measured here, and "
+        f"{counts['needs a card']} need a card. Each row below has its source and, where there is one, the command "
+        "that checks it; `make article` runs those that take no hours and no card.",
         "",
-        "## In short",
+        "## Which method to take",
+        "",
+        *(f"- {line}" for line in document["advice"]),
+        "",
+        "## Where the article is right, and where it is not",
         "",
         *(f"- {row['short']}" for row in rows if "short" in row),
-        "- LoRA, QLoRA, DoRA, full fine-tuning and two baselines on E2E, measured: [table 1](table/README.md).",
     ]
-    for word, (heading, sources) in HEADINGS.items():
-        lines += [
-            "",
-            f"## {heading}",
-            "",
-            sources,
-            "",
-            "| claim | article | source | ours | verdict | how |",
-            "|---|---|---|---|---|---|",
-        ]
+    for part in document["parts"]:
+        lines += ["", f"## {part['heading']}", "", part["sources"], ""]
+        lines += ["| claim | article | source | ours | verdict | how |", "|---|---|---|---|---|---|"]
         for row in rows:
-            if row["id"].partition("-")[0] == word:
+            if row["id"].partition("-")[0] == part["id"]:
                 how = f"[{commands.index(row['command']) + 1}](#commands)" if "command" in row else ""
                 cells = (row["claim"], row["article"], row.get("source", ""), row.get("ours", ""), row["verdict"], how)
                 lines.append(f"| {' | '.join(cells)} |")

@@ -36,7 +36,7 @@ COUNTS = ("matches", "counts", "information", "closest", "reference_words", "ref
 TRAIN, DEV, TEST = "trainset.csv", "devset.csv", "testset_w_refs.csv"
 
 
-def table(state: Path, data: Path, work: Path, *, runs: int) -> tuple[list[tuple[str, str]], JsonObject]:
+def table(state: Path, data: Path, work: Path, *, runs: int) -> JsonObject:
     """Run the next ``runs`` unfinished runs, and make ``STATE/README.md`` and ``bleu.svg`` from all that have finished.
 
     Raises DataError (RA250) if ``data`` lacks a file of E2E, RunError (RA262) where a command fails.
@@ -48,8 +48,7 @@ def table(state: Path, data: Path, work: Path, *, runs: int) -> tuple[list[tuple
         _carry_out(state, settings, data, work, method, seed)
         _write_page(state, settings, data)
     _write_page(state, settings, data)
-    left = [f"{method}-{seed}" for method, seed in unfinished(state, settings)]
-    return [("left", ", ".join(left) or "none")], {"left": left}
+    return {"left": [f"{method}-{seed}" for method, seed in unfinished(state, settings)]}
 
 
 def _write_page(state: Path, settings: JsonObject, data: Path) -> None:

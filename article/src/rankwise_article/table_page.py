@@ -23,8 +23,7 @@ from scipy.stats import norm, t
 
 from rankwise.foreign import JsonObject, read_json
 from rankwise_article.bleu_nist import MtevalStatistics
-from rankwise_article.e2e_files import read_references
-from rankwise_article.e2e_scores import METRICS
+from rankwise_article.e2e_scores import METRICS, read_references
 from rankwise_article.table import COUNTS, TEST, chosen_rate
 from rankwise_article.table_plot import Bar
 

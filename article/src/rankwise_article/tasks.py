@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rankwise.errors import ConfigError, DataError
+from rankwise.errors import ConfigError
 from rankwise.evaluation import EvaluateSettings, Task, TaskType, harness_task
-from rankwise.foreign import JsonObject
 from rankwise.options import Batch, Seed, Settings, Temperature, Tokens, Whole
 
 # LoRA paper, table 11.
@@ -20,12 +20,15 @@ PAPER_BEAMS = 4
 
 
 class Gsm8kOptions(Settings):
-    max_new_tokens: Tokens | None = None
+    max_new_tokens: Tokens = 256
     # Beams of beam search; 1 is greedy.
     num_beams: Batch = 1
 
 
-class E2eOptions(Gsm8kOptions):
+class E2eOptions(Settings):
+    # The LoRA repository's length of an answer.
+    max_new_tokens: Tokens = 64
+    num_beams: Batch = 1
     # Beam search divides a score by the length to this power.
     length_penalty: float | None = None
     # Never repeat an n-gram of this size in an answer.
@@ -37,29 +40,23 @@ class CommonsenseOptions(Settings):
     protocol: Literal["generative", "loglikelihood"] | None = None
     # LLM-Adapters' prompts, or those that `rankwise train` makes of such rows.
     prompt_style: Literal["llm-adapters", "trained"] = "llm-adapters"
-    max_new_tokens: Tokens | None = None
+    max_new_tokens: Tokens = 32
     num_beams: Batch = PAPER_BEAMS
     length_penalty: float = 1.0
 
 
 class VicunaOptions(Settings):
-    max_new_tokens: Tokens | None = None
+    max_new_tokens: Tokens = 1024
     # 0 takes the likeliest token; above 0 samples from the likeliest whose probabilities add up to `top_p`.
     temperature: Temperature = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Seed = 0
     # OpenAI-compatible endpoint that compares answers, the name of its model, and the variable that holds the key.
-    judge_url: str | None = None
+    judge_url: Annotated[str, Field(pattern=r"^https?://[^\s/]")] | None = None
     judge_model: str | None = None
     judge_key_env: str = "OPENAI_API_KEY"
     # The reference system's answers, JSON lines.
     reference_answers: Path | None = None
-
-
-def _decoding(options: Settings, **values: float) -> JsonObject:
-    """``values`` as keyword arguments of ``Decoding``; without ``max_new_tokens`` the task's own length holds."""
-    tokens = getattr(options, "max_new_tokens")  # noqa: B009  every table has it
-    return ({} if tokens is None else {"max_new_tokens": tokens}) | values
 
 
 def _make_e2e(name: str, settings: EvaluateSettings, options: E2eOptions) -> Task:
@@ -69,13 +66,11 @@ def _make_e2e(name: str, settings: EvaluateSettings, options: E2eOptions) -> Tas
     searches = options.num_beams > 1
     if options.length_penalty is not None and not searches:
         raise ConfigError("RW112", "--set length_penalty goes with --set num_beams above 1; leave it out.")
-    penalty, ngram = (LORA_BEAM_PENALTY, LORA_NGRAM) if searches else (1.0, 0)
-    decoding = _decoding(
-        options,
-        num_beams=options.num_beams,
-        length_penalty=penalty if options.length_penalty is None else options.length_penalty,
-        no_repeat_ngram_size=ngram if options.no_repeat_ngram_size is None else options.no_repeat_ngram_size,
-    )
+    defaults = {
+        "length_penalty": LORA_BEAM_PENALTY if searches else 1.0,
+        "no_repeat_ngram_size": LORA_NGRAM if searches else 0,
+    }
+    decoding = defaults | options.model_dump(exclude_none=True)
     return E2e(read_rows(_data(name, settings), split="test"), limit=settings.limit, decoding=decoding)
 
 
@@ -90,12 +85,8 @@ def _make_gsm8k(name: str, settings: EvaluateSettings, options: Gsm8kOptions) ->
     if shots == 0 and settings.fewshot_data is not None:
         raise ConfigError("RW112", "--fewshot-data goes with worked examples, and --num-fewshot is 0; leave one out.")
     problems = read_problems(settings.data_of(name))
-    return Gsm8k(
-        problems,
-        worked=worked_examples(shots, settings.fewshot_data, problems),
-        limit=settings.limit,
-        decoding=_decoding(options, num_beams=options.num_beams),
-    )
+    worked = worked_examples(shots, settings.fewshot_data, problems)
+    return Gsm8k(problems, worked=worked, limit=settings.limit, decoding=options.model_dump())
 
 
 def _uses_gsm8k(name: str, settings: EvaluateSettings, options: Gsm8kOptions) -> Collection[str]:
@@ -104,27 +95,21 @@ def _uses_gsm8k(name: str, settings: EvaluateSettings, options: Gsm8kOptions) ->
     return ("num_fewshot", "fewshot_data", *template, *Gsm8kOptions.model_fields)
 
 
-def _protocol(name: str, settings: EvaluateSettings, options: CommonsenseOptions) -> str:
-    """The protocol that is given, else the one that the data are for."""
+def _is_written(name: str, settings: EvaluateSettings, options: CommonsenseOptions) -> bool:
+    """Whether answers are written: by the protocol that is given, else by what the data are for."""
     from rankwise_article.commonsense import instructions_in
 
-    data = settings.data_of(name)
     if options.protocol is not None:
-        return options.protocol
-    return "generative" if data is not None and instructions_in(name, data) is not None else "loglikelihood"
+        return options.protocol == "generative"
+    data = settings.data_of(name)
+    return data is not None and instructions_in(name, data) is not None
 
 
 def _make_commonsense(name: str, settings: EvaluateSettings, options: CommonsenseOptions) -> Task:
     from rankwise_article.commonsense import Commonsense, instructions_in
 
     data = settings.data_of(name)
-    if _protocol(name, settings, options) == "loglikelihood":
-        if data is not None and instructions_in(name, data) is not None:
-            raise DataError(
-                "RA252",
-                f"{data} holds LLM-Adapters' rows, whose answers are written; leave out protocol=loglikelihood, or "
-                "give the original set.",
-            )
+    if not _is_written(name, settings, options):
         return harness_task(name, settings, data)
     rows = instructions_in(name, data) if data is not None else None
     if rows is None:
@@ -134,13 +119,13 @@ def _make_commonsense(name: str, settings: EvaluateSettings, options: Commonsens
             f"--task {name} --set protocol=generative needs the rows of LLM-Adapters (instruction, output, answer), "
             f"and {place}; give --data F with test.json of github.com/AGI-Edgerunners/LLM-Adapters/tree/main/dataset.",
         )
-    decoding = _decoding(options, num_beams=options.num_beams, length_penalty=options.length_penalty)
+    decoding = options.model_dump(exclude={"protocol", "prompt_style"})
     return Commonsense(name, rows, limit=settings.limit, prompt_style=options.prompt_style, decoding=decoding)
 
 
 def _uses_commonsense(name: str, settings: EvaluateSettings, options: CommonsenseOptions) -> Collection[str]:
     """Of the generative protocol only training's style of prompts has a chat template."""
-    if _protocol(name, settings, options) == "loglikelihood":
+    if not _is_written(name, settings, options):
         return ("protocol", "num_fewshot", "fewshot_data")
     unused = {"length_penalty"} if options.num_beams == 1 else set()
     template = ("chat_template",) if options.prompt_style == "trained" else ()
@@ -148,17 +133,20 @@ def _uses_commonsense(name: str, settings: EvaluateSettings, options: Commonsens
 
 
 def _make_vicuna(name: str, settings: EvaluateSettings, options: VicunaOptions) -> Task:
-    from rankwise_article.vicuna import Judge, Vicuna
+    from rankwise_article.judge import JudgeClient
+    from rankwise_article.vicuna import Vicuna
 
-    judge = None
-    if options.judge_url and options.judge_model and options.reference_answers:
-        judge = Judge(options.judge_url, options.judge_model, options.judge_key_env, options.reference_answers)
-    elif options.judge_url or options.judge_model or options.reference_answers:
+    judge, answers = None, options.reference_answers
+    if options.judge_url and options.judge_model and answers:
+        key = os.environ.get(options.judge_key_env, "").strip()
+        judge = JudgeClient(options.judge_url, options.judge_model, key)
+    elif options.judge_url or options.judge_model or answers:
         raise ConfigError(
             "RW112", "the judge needs --set judge_url=, --set judge_model= and --set reference_answers= together."
         )
-    decoding = _decoding(options, temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    return Vicuna(Path(_data(name, settings)), limit=settings.limit, decoding=decoding, judge=judge)
+    decoding = options.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
+    data = Path(_data(name, settings))
+    return Vicuna(data, limit=settings.limit, decoding=decoding, judge=judge, reference_answers=answers)
 
 
 def _uses_vicuna(name: str, settings: EvaluateSettings, options: VicunaOptions) -> Collection[str]:

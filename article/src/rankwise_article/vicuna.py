@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,25 +29,14 @@ from rankwise.evaluation import (
 )
 from rankwise.foreign import Fields, JsonObject
 from rankwise.records import write_text
-from rankwise_article.files import no_duplicates, read_records, warn_of_empty
+from rankwise_article.judge import JudgeClient, judge_answers
+from rankwise_article.scores import no_duplicates, rating, read_records, relative_score, warn_of_empty
 
-NEW_TOKENS = 1024
 # Where there is no chat template: the form that the QLoRA paper's models were trained on.
 GUANACO = "### Human: {}\n### Assistant:"
 GUANACO_STOPS = ("### Human",)
 ANSWERS_FILE, RATINGS_FILE, CACHE_FILE = "answers.jsonl", "ratings.jsonl", "judge.jsonl"
-FIRST = {"reference_first": True, "system_first": False}
-ORDERS = (*FIRST, "mean")
-
-
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """A judging model behind an OpenAI-compatible endpoint; the key is read from the environment."""
-
-    url: str
-    model: str
-    key_variable: str
-    reference_answers: Path
+ORDERS = ("reference_first", "system_first", "mean")
 
 
 class Vicuna(Task):
@@ -57,26 +45,31 @@ class Vicuna(Task):
     name = "vicuna"
     primary = "mean"
     packages = ("rankwise-article",)
-    higher_is_better = {  # noqa: RUF012  read-only
-        "reference_first": True,
-        "system_first": True,
-        "mean": True,
-        "failed": False,
-        "answer_characters": True,
-    }
+    higher_is_better = dict.fromkeys((*ORDERS, "answer_characters"), True) | {"failed": False}
 
-    def __init__(self, data: Path, *, limit: int | None, decoding: JsonObject, judge: Judge | None) -> None:
-        self.data, self.judge, self.decoding = data, judge, {"max_new_tokens": NEW_TOKENS, **decoding}
-        self.asked = _read_questions(data)[:limit]
-        self.references = _read_answers(judge.reference_answers, self.asked) if judge else {}
+    def __init__(
+        self,
+        data: Path,
+        *,
+        limit: int | None,
+        decoding: JsonObject,
+        judge: JudgeClient | None = None,
+        reference_answers: Path | None = None,
+    ) -> None:
+        self.data, self.judge, self.decoding, self.reference_answers = data, judge, decoding, reference_answers
+        rows = read_records(data, "question_id", "text")
+        no_duplicates(data, "question_id", [row["question_id"] for row in rows])
+        self.asked = [(row["question_id"], row["text"]) for row in rows][:limit]
+        self.references = _read_answers(reference_answers, self.asked) if reference_answers else {}
+        self.reference_ids = {answer_id for answer_id, _ in self.references.values()}
 
     def describe(self) -> JsonObject:
         return dict(self.decoding)
 
     def extra_settings(self) -> JsonObject:
-        if self.judge is None:
+        if self.judge is None or self.reference_answers is None:
             return {}
-        answers = hashlib.sha256(self.judge.reference_answers.read_bytes()).hexdigest()
+        answers = hashlib.sha256(self.reference_answers.read_bytes()).hexdigest()
         return {"judge": {"url": self.judge.url, "model": self.judge.model, "reference_answers_sha256": answers}}
 
     def is_final(self, result: TaskResult) -> bool:
@@ -90,12 +83,13 @@ class Vicuna(Task):
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
         questions, stops, stop_ids = self._questions(engine)
         decoding = Decoding(stop_ids=engine.stop_ids(stop_ids), stop_strings=stops, **self.decoding)
-        examples = write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
-        _write_lines(folder / ANSWERS_FILE, [_answer(example, engine) for example in examples])
-        if self.judge:
-            return self._judged(examples, folder, tell)
         # The folder may hold the marks of a judge who was asked before.
-        return [dataclasses.replace(example, scores={}, details={}) for example in examples]
+        examples = [
+            dataclasses.replace(example, scores={}, details={})
+            for example in write_answers(engine, questions, decoding, folder, tell, task=self.name, finish=_finish)
+        ]
+        _write_lines(folder / ANSWERS_FILE, [_answer(example, engine) for example in examples])
+        return self._judged(self.judge, examples, folder, tell) if self.judge else examples
 
     def _questions(self, engine: Engine) -> tuple[list[Question], tuple[str, ...], set[int]]:
         stops: tuple[str, ...] = ()
@@ -112,99 +106,73 @@ class Vicuna(Task):
             ids, stop_ids = engine.prompt_ids(encoder, items), encoder.stop_ids()
         return [Question(name, row, text) for (name, text), row in zip(self.asked, ids)], stops, stop_ids
 
-    def _judged(self, examples: Sequence[Example], folder: Path, tell: Tell) -> list[Example]:
-        from rankwise_article import judge as judging
-
-        assert self.judge is not None
-        client = judging.JudgeClient(self.judge.url, self.judge.model, judging.judge_key(self.judge.key_variable))
-        ratings = judging.judge_answers(
+    def _judged(self, judge: JudgeClient, examples: Sequence[Example], folder: Path, tell: Tell) -> list[Example]:
+        ratings = judge_answers(
             self.asked,
             [self.references[name] for name, _ in self.asked],
             [(_answer_id(example), example.prediction) for example in examples],
-            client=client,
-            cache=judging.JudgeCache(folder / CACHE_FILE),
+            client=judge,
+            kept=folder / CACHE_FILE,
             progress=tell,
         )
         _write_lines(folder / RATINGS_FILE, ratings)
-        reference_ids = self._reference_ids()
-        marks: dict[str, list[Fields]] = {}
-        for rating in ratings:
-            marks.setdefault(rating["question_id"], []).append(rating)
-        return [dataclasses.replace(e, **_marked(marks[e.id], reference_ids)) for e in examples]
+        # All with the reference's answer first, and then all with the system's.
+        pairs = zip(examples, ratings, ratings[len(examples) :])
+        rated = [dataclasses.replace(example, details={"ratings": both}) for example, *both in pairs]
+        sums = self._marks(rated).sum(1).tolist()
+        return [
+            dataclasses.replace(example, scores={"reference": reference, "system": system})
+            for example, (reference, system) in zip(rated, sums)
+        ]
 
     def summarize(self, examples: Sequence[Example]) -> Summary:
         notes = warn_of_empty(self.name, examples)
         if not _ratings(examples):
             length = mean_of([len(example.prediction) for example in examples])
             return Summary({"answer_characters": length.value}, {"answer_characters": length.standard_error}, notes)
-        from rankwise_article.vicuna_scores import relative_score, warn_of_failed
-
-        score = relative_score(_ratings(examples), self._reference_ids())
-        warn_of_failed(score)
-        found = {name: getattr(score, name) for name in ORDERS}
-        metrics = {name: value for name, value in found.items() if value is not None} | {"failed": float(score.failed)}
+        score = relative_score(_ratings(examples), self.reference_ids)
         shares = self._shares(examples)
-        errors = dict.fromkeys(metrics) | {name: error_of_shares(shares[name]) for name in ORDERS if name in shares}
-        return Summary(metrics, errors, notes)
+        metrics = {name: getattr(score, name) for name in shares} | {"failed": float(score.failed)}
+        return Summary(metrics, {"failed": None} | {name: _error(of) for name, of in shares.items()}, notes)
 
     def difference(self, a: Sequence[Example], b: Sequence[Example]) -> dict[str, Mean]:
         """The difference of each metric. Its error is that of the questions' shares ``u_q(a) - u_q(b)``."""
-        from rankwise_article.vicuna_scores import relative_score
-
         shares_a, shares_b = self._shares(a), self._shares(b)
         names = [name for name in ORDERS if name in shares_a and name in shares_b]
         if not names:
             return {}
-        of_a, of_b = (relative_score(_ratings(side), self._reference_ids()) for side in (a, b))
+        of_a, of_b = (relative_score(_ratings(side), self.reference_ids) for side in (a, b))
         return {
-            name: Mean(
-                getattr(of_a, name) - getattr(of_b, name), error_of_shares(shares_a[name] - shares_b[name]), len(a)
-            )
+            name: Mean(getattr(of_a, name) - getattr(of_b, name), _error(shares_a[name] - shares_b[name]), len(a))
             for name in names
         }
 
     def _shares(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        r"""The linearised share of each question in the error of a metric, over the orders that were rated.
+        r"""The share (n,) of each question in the error of a metric, over the orders that were rated: linear in its
+        questions to first order, so that shares of both orders and of two systems add up question by question.
 
         reference_first, system_first: of m = 100 S / R,  u_q = 100 (s_q - S / R r_q) / R;   mean: the mean of both u_q
         """
         found: dict[str, np.ndarray] = {}
-        for name, reference_first in FIRST.items():
-            marks = np.array([self._marks(example, reference_first) for example in examples]).reshape(-1, 2)
-            if marks[:, 0].sum():
-                found[name] = 100 * shares_of_ratio(marks[:, 1], marks[:, 0])
+        for name, (r, s) in zip(ORDERS, self._marks(examples).transpose(1, 2, 0)):
+            if r.sum():
+                found[name] = 100 * (s - s.sum() / r.sum() * r) / r.sum()
         return found | ({"mean": np.mean(list(found.values()), axis=0)} if found else {})
 
-    def _marks(self, example: Example, reference_first: bool) -> tuple[float, float]:
-        """The ratings of the reference and the system in one of the orders; zeros where that failed."""
-        ids = self._reference_ids()
-        rows = [r for r in example.details.get("ratings", ()) if (r["answer1_id"] in ids) == reference_first]
-        return _sums(rows, ids)
-
-    def _reference_ids(self) -> set[str]:
-        return {answer_id for answer_id, _ in self.references.values()}
+    def _marks(self, examples: Sequence[Example]) -> np.ndarray:
+        """(n, 2, 2): of each question, with the reference's answer first and second, the marks of the reference and
+        the system; zeros where the rating failed.
+        """
+        marks = np.zeros((len(examples), 2, 2))
+        for number, example in enumerate(examples):
+            for row in example.details.get("ratings", ()):
+                reference_first, pair = rating(row, self.reference_ids)
+                marks[number, 1 - reference_first] += pair or (0, 0)
+        return marks
 
 
 def _ratings(examples: Sequence[Example]) -> list[Fields]:
     return [row for example in examples for row in example.details.get("ratings", ())]
-
-
-def _marked(ratings: Sequence[Fields], reference_ids: set[str]) -> JsonObject:
-    """Scores of one question: marks of the reference and the system, summed over the orders that were rated."""
-    reference, system = _sums(ratings, reference_ids)
-    return {"scores": {"reference": reference, "system": system}, "details": {"ratings": list(ratings)}}
-
-
-def _sums(ratings: Sequence[Fields], reference_ids: set[str]) -> tuple[float, float]:
-    from rankwise_article.vicuna_scores import score_pair
-
-    reference = system = 0.0
-    for row in ratings:
-        pair = score_pair(row["score"])
-        if pair is not None:
-            first, second = pair if row["answer1_id"] in reference_ids else pair[::-1]
-            reference, system = reference + first, system + second
-    return reference, system
 
 
 def _finish(question: Question, text: str) -> Example:
@@ -217,10 +185,9 @@ def _answer_id(example: Example) -> str:
 
 def _answer(example: Example, engine: Engine) -> JsonObject:
     """A line as the benchmark's own tools write it."""
-    model = str(engine.model.config.name_or_path)
     return {
         "answer_id": _answer_id(example),
-        "model_id": model,
+        "model_id": str(engine.model.config.name_or_path),
         "question_id": example.id,
         "text": example.prediction,
     }
@@ -230,22 +197,11 @@ def _write_lines(path: Path, rows: Sequence[Fields]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
 
 
-def _read_questions(path: Path) -> list[tuple[str, str]]:
-    rows = [(row.text(path, "question_id"), row.text(path, "text", "question")) for row in read_records(path)]
-    counts = Counter(name for name, _ in rows)
-    twice = sorted(name for name, count in counts.items() if count > 1)
-    if twice or not rows:
-        problem = f"question_id {', '.join(twice)} twice" if twice else "no questions"
-        raise DataError("RW251", f"{path} holds {problem}; give one line a question.")
-    return rows
-
-
 def _read_answers(path: Path, asked: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """question_id -> (answer_id, text). Raises DataError: RA234 two answers to a question, RA252 none to one."""
-    rows = read_records(path)
-    names = [row.text(path, "question_id") for row in rows]
-    no_duplicates(path, "question_id", names, [row.line for row in rows])
-    answers = {name: (row.text(path, "answer_id"), row.text(path, "text")) for name, row in zip(names, rows)}
+    rows = read_records(path, "question_id", "answer_id", "text")
+    no_duplicates(path, "question_id", [row["question_id"] for row in rows])
+    answers = {row["question_id"]: (row["answer_id"], row["text"]) for row in rows}
     missing = [name for name, _ in asked if name not in answers]
     if missing:
         raise DataError(
@@ -254,15 +210,7 @@ def _read_answers(path: Path, asked: Sequence[tuple[str, str]]) -> dict[str, tup
     return answers
 
 
-def shares_of_ratio(s: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """(n,) shares ``u`` of the questions in the error of ``m = sum s / sum r``, linear in its questions to first order:
-    ``m - E m ~ sum u_i``, so that shares of several ratios and of two systems add up question by question.
-    """
-    total = r.sum()
-    return (s - s.sum() / total * r) / total
-
-
-def error_of_shares(shares: np.ndarray) -> float | None:
+def _error(shares: np.ndarray) -> float | None:
     """``sqrt(n / (n - 1) sum_i u_i^2)``, the standard error; None for fewer than two questions."""
     n = len(shares)
     return math.sqrt(n / (n - 1) * float((shares**2).sum())) if n > 1 else None
