@@ -122,7 +122,7 @@ def _axes(width: int, height: int, title: str = "", caption: str = "") -> tuple[
 
     figure = Figure(figsize=(width / 72, height / 72))
     if title:
-        lines = f"{_short(visible(title), 64)}\n{textwrap.fill(visible(caption), 70)}"
+        lines = f"{_short(visible(title), 76)}\n{textwrap.fill(visible(caption), 76)}"
         figure.suptitle(lines, x=0.01, ha="left", linespacing=1.5)
     return figure, figure.subplots()
 
@@ -415,7 +415,7 @@ def memory_svg(
     bars: Sequence[MemoryBar], title: str, caption: str, limit_bytes: int, limit_name: str
 ) -> tuple[Figure, str]:
     """Stacked bars from top to bottom as a file, with a line at ``limit_bytes`` and the peak at the right."""
-    figure, axes = _axes(OWN, 150 + 40 * len(bars), title, caption)
+    figure, axes = _axes(OWN, 180 + 40 * len(bars), title, caption)
     peaks = [sum(parts.values()) for _, parts, _ in bars]
     largest = max((peak * (1 + error) for peak, (_, _, error) in zip(peaks, bars)), default=1)
     edge = max(min(largest, MOST_OF_LIMIT * limit_bytes), 1.08 * limit_bytes)
@@ -437,6 +437,6 @@ def memory_svg(
     names = [name for name, _, _ in bars]
     _rows(axes, names, told)
     axes.set(xlim=(0, edge / unit), xlabel=f"peak memory, {unit_name}")
-    figure.legend(loc="outside lower left", ncols=3)
+    figure.legend(loc="outside lower left", ncols=2)
     bars_told = ", ".join(map(" ".join, zip(names, told)))
     return figure, f"{title}: peak memory: {bars_told}; the line is at {byte_size(limit_bytes)}"
