@@ -200,7 +200,11 @@ def template_of(adapters: Sequence[Path]) -> str | None:
             f"cannot read the chat template that {lost} was trained with: its tokenizer files hold none that is text; "
             "give it with --chat-template FILE.",
         )
-    known = {name: _short_hash(text) for name, text in stored.items() if name in records or text is not None}
+    known = {
+        name: "none" if text is None else f"one of sha256 {text_sha256(text)}"
+        for name, text in stored.items()
+        if name in records or text is not None
+    }
     _same("chat template", known, "--chat-template")
     return stored[given[0]]
 
@@ -234,10 +238,6 @@ def _stored_template(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, str) else None
-
-
-def _short_hash(text: str | None) -> str:
-    return "none" if text is None else f"one of sha256 {text_sha256(text)}"
 
 
 def adapter_names(count: int) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def _computing_wider(model: nn.Module) -> Iterator[None]:
         kept[module] = {name: value.data for name, value in own_parameters(module).items() if value is not None}
         for name, value in kept[module].items():
             if value.is_floating_point():
-                module.get_parameter(name).data = value.to(_wider(value.dtype))
+                module.get_parameter(name).data = value.float() if value.itemsize == 2 else value.double()
 
     def put_back(module: nn.Module, _: object, __: object) -> None:
         for name, value in kept.pop(module).items():
@@ -105,10 +105,6 @@ def _computing_wider(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _wider(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
 class AsServed(NamedTuple):

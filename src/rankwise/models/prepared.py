@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.disk import cache_folder, hold, whole_folder
@@ -69,8 +68,9 @@ def load_prepared(
         # Adapters name the original model as their base, not the prepared copy.
         model.name_or_path = model.config.name_or_path = source.base_model
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    if not mapped:
-        _copy_into_memory(model)
+    for tensor in (*model.parameters(), *model.buffers()) if not mapped else ():
+        if type(tensor.data) is torch.Tensor:
+            tensor.data = tensor.detach().clone()
     return model, tokenizer
 
 
@@ -92,12 +92,6 @@ def _prepare(folder: Path, source: ModelSource, quantization: FourBitConfig | No
                     "--no-mmap keeps it in memory.",
                 ) from error
             time.sleep(WAIT_SECONDS)
-
-
-def _copy_into_memory(model: nn.Module) -> None:
-    for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor.data) is torch.Tensor:
-            tensor.data = tensor.detach().clone()
 
 
 def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:

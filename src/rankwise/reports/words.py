@@ -127,7 +127,8 @@ def _verdicts(document: Fields) -> list[str]:
     if better:
         why = f"beyond {limits}" if limits else "for comparison only"
         sentences.append(f"{named(better)}, {why}, {'is' if len(better) == 1 else 'are'} better")
-    return sentences + _failures(methods[method], method)
+    failed, runs = methods[method]["failed"], methods[method]["failed"] + methods[method]["seeds"]
+    return sentences + ([f"{failed} of the {runs} runs of {long_name(method)} failed"] if failed else [])
 
 
 def _retained(document: Fields) -> list[str]:
@@ -214,11 +215,6 @@ def _nothing(document: Fields) -> str:
         f"No method stays within {limits_in_words(limits)}; {long_name(least)} needs least "
         f"{'memory' if limits.get('memory_bytes') else 'time'}{_figures(methods[least], metric)}."
     )
-
-
-def _failures(item: Fields, name: str) -> list[str]:
-    failed = item["failed"]
-    return [f"{failed} of the {failed + item['seeds']} runs of {long_name(name)} failed"] if failed else []
 
 
 def limits_in_words(limits: Fields) -> str:
