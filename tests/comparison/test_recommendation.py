@@ -266,7 +266,7 @@ def simulated(seed: int) -> Comparison:
     spreads = Spreads(scores, metric="eval_loss", margin=margin, rows=rows, is_by_row=True)
     limit = draw.choice([None, None, 2_020_000_000])
     found = conclusions(methods, {"eval_loss": scores}, {"eval_loss": False}, spreads, memory_bytes=limit, hours=None)
-    return Comparison({**found, "primary_metric": "eval_loss", "settings": {}}, Path(), {})
+    return Comparison({**found, "primary_metric": "eval_loss", "settings": {}}, Path())
 
 
 def said_to_be(text: str, predicate: str) -> set[str]:
