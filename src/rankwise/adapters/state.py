@@ -186,7 +186,7 @@ class AdaptedModule:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterReport:
-    """The result of ``add_adapter``, ``load_adapter`` or ``hotswap_adapter``."""
+    """The result of ``add_adapter`` or ``load_adapter``."""
 
     name: str
     modules: tuple[AdaptedModule, ...]
