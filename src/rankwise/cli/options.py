@@ -50,7 +50,6 @@ class Option:
     metavar: str
     help: str
     kind: Literal["switch", "value", "repeated", "argument"]
-    is_repeated: bool = False
 
     @property
     def label(self) -> str:
@@ -104,7 +103,7 @@ def _option(name: str, field: FieldInfo) -> Option:
     # A Python keyword cannot be a field's name, so it is the field's alias: --for.
     flag = (field.alias or name).replace("_", "-")
     metavar = str(extra["metavar"] or ("TEXT" if kind == "repeated" else _metavar(types_)))
-    return Option(name, Panel(str(extra["panel"])), flag, metavar, _help(field), kind, bool(extra["repeated"]))
+    return Option(name, Panel(str(extra["panel"])), flag, metavar, _help(field), kind)
 
 
 def _plain_types(annotation: Any) -> list[Any]:
@@ -139,13 +138,10 @@ def _help(field: FieldInfo) -> str:
 
 def _parameter(option: Option) -> inspect.Parameter:
     if option.kind == "argument":
-        kind: Any = list[str] if option.is_repeated else str
-        is_required = "(required)" in option.help
-        default = inspect.Parameter.empty if is_required else None
-        annotation: Any = Annotated[kind if is_required else kind | None, typer.Argument(metavar=option.metavar)]
-        return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        annotation: Any = Annotated[str, typer.Argument(metavar=option.metavar)]
+        return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
     name = f"--{option.flag}/--no-{option.flag}" if option.kind == "switch" else f"--{option.flag}"
-    kind = {"switch": bool, "repeated": list[str]}.get(option.kind, str)
+    kind: Any = {"switch": bool, "repeated": list[str]}.get(option.kind, str)
     choices = option.metavar.split("|") if "|" in option.metavar else []
 
     def complete(incomplete: str) -> list[str]:
