@@ -214,15 +214,14 @@ class RetainOptions(Settings):
         str | None,
         option(
             Panel.MEASURED,
-            "Data of what must stay, in any of the forms of --data: the loss on these rows, before training and after.",
+            "What must stay: data in any of the forms of --data, or a task of lm-evaluation-harness with choices "
+            "(TASK, or TASK=D with its data). Its loss is measured before training and after.",
             metavar="D",
         ),
     ] = None
     retain_margin: Annotated[
         float,
-        option(
-            Panel.MEASURED, "A loss on the rows of --retain that rises by less than this share is kept.", gt=0, lt=1
-        ),
+        option(Panel.MEASURED, "A loss on what --retain names that rises by less than this share is kept.", gt=0, lt=1),
     ] = 0.02
 
 

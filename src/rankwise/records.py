@@ -67,8 +67,8 @@ class RunRecord:
     eval_loss: float | None = None
     # At the same evaluation, for an objective with rewards: reward_accuracy, reward_margin, ...
     eval_rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
-    # With --retain: source, sha256 and rows; losses of the base and of the weights kept, in nats per token, and their
-    # difference with its 95 % interval over rows; margin and verdict.
+    # With --retain: source, sha256 and rows; losses of the base and of the weights kept, in nats per ``unit`` (token or
+    # question), and their difference with its 95 % interval over rows; margin and verdict.
     retained: JsonObject | None = None
     # Non-padding tokens divided by the seconds of the training steps.
     tokens_per_second: float | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_rows import Recorder, write_rows
 
 from rankwise.conflicts import check_conflicts
@@ -14,6 +15,7 @@ from rankwise.errors import ConfigError, DataError, Interrupted, RunError
 from rankwise.evaluation.retained import RetainedRows
 from rankwise.records import load_record
 from rankwise.training.run import train
+from small_engines import arc_docs, write_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
 
@@ -109,12 +111,39 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], said: str
         check_conflicts(settings(**changes), changes.get("devices", 1))
 
 
-def test_an_empty_file_and_the_name_of_a_task_are_refused_before_the_model_is_loaded(settings: Any, tmp_path: Path):
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    for source in (str(empty), "hellaswag"):
-        given, told = settings(retain=source), Recorder()
-        with pytest.raises(DataError) as caught:
-            train(given, told, None, RetainedRows(given, source))
-        print(caught.value)
-        assert told.phases == ["Reading data"]
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{}", "RW204"),
+        ("helaswag", "RW20"),
+        ("lambada_openai={}", "RW112: --retain lambada_openai: only tasks with choices of which one is right"),
+    ],
+)
+def test_what_cannot_be_retained_is_refused_before_the_model_is_loaded(
+    source: str, said: str, settings: Any, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("" if source == "{}" else json.dumps({"text": "a b c"}) + "\n")
+    given, told = settings(retain=source.format(rows)), Recorder()
+    with pytest.raises((ConfigError, DataError), match=said):
+        train(given, told, None, RetainedRows(given, given.retain))
+    assert told.phases == ["Reading data"]
+
+
+def test_the_loss_of_a_task_is_that_of_the_right_choice_among_all(settings: Any, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "arc.jsonl", arc_docs(12))
+    given = settings(retain=f"arc_easy={data}", eval_limit=10)
+    found: Any = train(given, None, None, RetainedRows(given, given.retain)).retained
+    means = []
+    for part in ("base", "kept"):
+        lines = (tmp_path / "run" / "retained" / part / "predictions.jsonl").read_text().splitlines()
+        examples = [json.loads(line) for line in lines]
+        shares = [torch.tensor(item["details"]["log_likelihoods"], dtype=torch.float64) for item in examples]
+        rights = [item["details"]["right"] for item in examples]
+        assert [arc["answerKey"] for arc in arc_docs(10)] == ["ABCD"[right] for right in rights]
+        assert [item["scores"]["accuracy"] for item in examples] == [
+            float(z.argmax() == right) for z, right in zip(shares, rights)
+        ]
+        means.append(sum(-float(z.log_softmax(0)[right]) for z, right in zip(shares, rights)) / 10)
+    assert (found["source"], found["rows"], found["unit"]) == ("arc_easy", 10, "question")
+    assert (found["base"], found["difference"]) == (pytest.approx(means[0]), pytest.approx(means[1] - means[0]))

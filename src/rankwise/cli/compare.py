@@ -15,6 +15,7 @@ from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.comparison.settings import CompareSettings, check_compare
+from rankwise.evaluation.tasks.names import retained_from
 from rankwise.reports import summary
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.naming import method_name, metric_name
@@ -73,7 +74,8 @@ def run(settings: CompareSettings, output: Output) -> Document:
 
     check_compare(settings)
     check_tasks(settings.task)
-    check_paths(model=settings.model, data=(settings.data, settings.eval_data, settings.retain), output=settings.output)
+    retained = settings.retain and retained_from(settings.retain)[1]
+    check_paths(model=settings.model, data=(settings.data, settings.eval_data, retained), output=settings.output)
     from rankwise.comparison.run import compare
     from rankwise.disk import hold
     from rankwise.reports.report import write_reports

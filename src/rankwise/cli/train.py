@@ -25,6 +25,7 @@ from rankwise.cli.output import Document, Output
 from rankwise.cli.progress import watching
 from rankwise.config import METHODS, TrainSettings
 from rankwise.errors import ConfigError, DataError, Interrupted, RunError, is_out_of_memory, out_of_memory
+from rankwise.evaluation.tasks.names import retained_from
 from rankwise.foreign import Fields
 from rankwise.labels import in_words
 from rankwise.options import flag
@@ -83,8 +84,9 @@ def _check_data(settings: Fields) -> None:
     """Raise DataError (RW201) for missing files that the run's record names and the user did not write."""
     from rankwise.data import check_there
 
+    found = {**settings, "retain": settings.get("retain") and retained_from(settings["retain"])[1]}
     for name in ("data", "eval_data", "retain"):
-        if isinstance(path := settings.get(name), str):
+        if isinstance(path := found[name], str):
             try:
                 check_there(path)
             except DataError:
@@ -98,7 +100,8 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     from rankwise.training.checkpoints import check_output
 
     end_with_launcher()
-    check_paths(model=settings.model, data=(settings.data, settings.eval_data, settings.retain), output=settings.output)
+    retained = settings.retain and retained_from(settings.retain)[1]
+    check_paths(model=settings.model, data=(settings.data, settings.eval_data, retained), output=settings.output)
     settings = continued(settings)
     # The run checks this again; here the check comes before torch is loaded.
     check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
@@ -195,7 +198,8 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     if record.trainable_parameters is not None and record.total_parameters:
         yield "trained", trained_share(record)
     if (kept := record.retained) is not None:
-        rows = f"on {plural(kept['rows'], 'row')} of {kept['source']}"
+        what = "question" if kept.get("unit") == "question" else "row"
+        rows = f"on {plural(kept['rows'], what)} of {kept['source']}"
         yield "retained", f"{kept['base']:.4f} -> {kept['loss']:.4f} {rows}: {kept['verdict']} ({change_of(kept)})"
     if record.rate_search is not None:
         chosen, trials = record.rate_search["chosen"], record.rate_search["trials"]

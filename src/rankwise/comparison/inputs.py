@@ -198,12 +198,14 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
     }
     questions: JsonObject = {}
     if given.retain is not None:
+        from rankwise.evaluation.retained import described as described_task
         from rankwise.evaluation.retained import retained_task
 
-        retained = retained_task(given.retain, max_length=given.max_length, eval_limit=given.eval_limit).rows
-        warn_of_overlap(rows, retained, "retained")
-        described["retain"] = {"source": retained.source, "sha256": retained.sha256, "rows": len(retained)}
-        questions[RETAINED] = retained.sha256
+        retained = retained_task(given.retain, max_length=given.max_length, eval_limit=given.eval_limit)
+        if isinstance(retained, Perplexity):
+            warn_of_overlap(rows, retained.rows, "retained")
+        described["retain"] = described_task(retained)
+        questions[RETAINED] = retained.data_sha256
     labels = labels_in(rows) if given.objective == "classify" else None
     if labels is not None:
         check_bad_rows(unknown_labels(part, labels), len(part), allowed=None, before=0)

@@ -153,7 +153,7 @@ def _examples(output: Path, run: Run, metric: str) -> Scores | None:
     if value is None or not rows or any(name not in row.scores for row in rows):
         return None
     found = [float(row.scores[name]) for row in rows]
-    weights = [float(row.scores["tokens"]) for row in rows] if task in (PERPLEXITY, RETAINED) else None
+    weights = [float(row.scores["tokens"]) for row in rows] if "tokens" in rows[0].scores else None
     if not math.isclose(np.average(found, weights=weights), value, rel_tol=1e-6, abs_tol=1e-6):
         return None
     clusters = [row.id if row.cluster is None else f"cluster {row.cluster}" for row in rows]

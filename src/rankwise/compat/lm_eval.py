@@ -52,6 +52,18 @@ def reads_json(task: Task) -> bool:
     return bool(task.DATASET_PATH == "json")
 
 
+def right_choice(task: Task, doc: Any) -> int | None:
+    """The place of the right one among a question's choices. None for a task without choices, and where several are
+    right."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    choices = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if isinstance(gold, str):
+        gold = choices.index(gold) if gold in choices else None
+    return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
+
+
 def place_of_figures(tasks: Mapping[str, Task], groups: Mapping[str, Any]) -> tuple[str | None, list[str]]:
     """(the name under which ``evaluated`` gives the figures of all ``tasks``, the names that they consist of).
 

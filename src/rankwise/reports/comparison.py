@@ -89,7 +89,8 @@ class Retention(TypedDict):
     """What a method kept of the rows that must stay (``--retain``), against the base."""
 
     verdict: Retained
-    # Loss of the base, in nats per token, and the method's minus it, with its 95 % interval; None with one seed.
+    # Loss of the base, in nats per token (of a task: per question), and the method's minus it, with its 95 % interval;
+    # None with one seed.
     base: float
     difference: float
     interval: list[float] | None
@@ -98,7 +99,7 @@ class Retention(TypedDict):
     lost_p: float | None
     # Both p-values are multiplied by this number before they decide.
     comparisons: int
-    # In nats per token.
+    # In the unit of the loss.
     margin: float
     paired_by_example: bool
 

@@ -192,9 +192,13 @@ def _retained(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
         limit=100 * margin,
         limit_name="margin",
     )
-    rows = (comparison["data"].get("retain") or {}).get("rows")
+    what = comparison["data"].get("retain") or {}
+    rows, unit = what.get("rows"), what.get("unit", "token")
     measured = plural(int(rows), "row") if is_number(rows) else "the rows of --retain"
-    return {"svg": svg, "base": significant(kept["base"], 4), "margin": percent(margin), "rows": measured}
+    if unit == "question":
+        measured = f"{plural(int(what['rows']), unit)} of {visible(what['source'])}"
+    found = {"svg": svg, "base": significant(kept["base"], 4), "margin": percent(margin)}
+    return {**found, "rows": measured, "unit": unit}
 
 
 def _seconds(run: Fields) -> bool:

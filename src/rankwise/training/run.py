@@ -298,8 +298,8 @@ def _read(
         setup.check_model(given, lora)
     observer.phase("Reading data")
     texts = setup.read_data(given, learning.formats)
-    if retention is not None:
-        warn_of_overlap(texts.rows, retention.rows, "retained")
+    if retention is not None and (rows := retention.rows) is not None:
+        warn_of_overlap(texts.rows, rows, "retained")
     labels = None
     if learning.labels_of is not None:
         labels = learning.labels_of(given, texts.rows)

@@ -67,8 +67,8 @@ class Retention(Protocol):
     files: Sequence[str]
 
     @property
-    def rows(self) -> Rows:
-        """Read at the first use. Raises DataError as the readers do."""
+    def rows(self) -> Rows | None:
+        """Rows, or None for a task's questions; read at the first use. Raises DataError as the readers do."""
 
     def before(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None, *, resumes: bool

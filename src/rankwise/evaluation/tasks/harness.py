@@ -163,6 +163,18 @@ class HarnessTask(Task):
     def data_sha256(self) -> str:
         return self._hash
 
+    @property
+    def questions(self) -> int:
+        return sum(len(docs) for _, docs in self._docs())
+
+    @property
+    def has_right_choices(self) -> bool:
+        """Whether each question has choices of which one is right."""
+        return all(lm_eval.right_choice(task, doc) is not None for task, docs in self._docs() for doc in docs)
+
+    def _docs(self) -> list[tuple[Any, list[Any]]]:
+        return [(task, list(itertools.islice(task.eval_docs, self.limit))) for task in self.tasks.values()]
+
     def run(self, engine: Engine, folder: Path, tell: Tell) -> list[Example]:
         from rankwise.evaluation.harness_model import EngineLM
 
@@ -238,6 +250,8 @@ def _example(name: str, rows: Sequence[Fields], cluster: str | None, task: Any) 
         texts = [str(argument[-1] if not task.multiple_input else argument[0]) for argument in first["arguments"]]
         best = max(range(len(texts)), key=lambda index: details["log_likelihoods"][index])
         prediction = texts[best]
+        if (right := lm_eval.right_choice(task, first["doc"])) is not None:
+            details["right"] = right
     else:
         prediction = str(responses[0]) if responses else ""
     prompt = str(first["arguments"][0][0])[-SHOWN_CHARACTERS:]

@@ -86,6 +86,20 @@ def _check_foreign(name: str) -> None:
     raise unknown_task(name, known)
 
 
+def retained_from(source: str) -> tuple[str | None, str | None]:
+    """(task, data) of ``--retain``: a task of lm-evaluation-harness, as TASK=D with its data; else only data."""
+    name, _, data = source.partition("=")
+    if Path(source).expanduser().exists() or not re.fullmatch(r"[\w.:-]+", name):
+        return None, source
+    if name not in COMMONSENSE:
+        folder = _installed_harness()
+        files = () if folder is None else (folder / "tasks").rglob("*.yaml")
+        texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+        if not any(name in NAMED.findall(text) for text in texts if name in text):
+            return None, source
+    return name, data or None
+
+
 def close_tasks(name: str, known: Iterable[str]) -> list[str]:
     """At most three names like ``name``: the closest of ours and of those installed, then of ``known``."""
     ours = difflib.get_close_matches(name, dict.fromkeys((*OWN, *entries())), n=1)
