@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from rankwise.foreign import Fields
+from rankwise.foreign import Fields, JsonObject
 from rankwise.labels import Labels
 
 # The values that vLLM's --max-lora-rank admits. An adapter of any rank up to the given value loads.
@@ -166,6 +166,13 @@ def _words(traits: Sequence[Trait], among: Sequence[Trait]) -> str:
     return ", ".join(WORDS[trait] for trait in traits if trait in among)
 
 
+def vllm_labels(labels: Labels) -> JsonObject:
+    """What vLLM must know of a head over a base without one. By its problem vLLM takes softmax, a sigmoid, or the
+    number as it is.
+    """
+    return {"num_labels": len(labels.names), "problem_type": labels.problem}
+
+
 def served_by(target: str, folder: str, base: str, r: int, labels: Labels | None = None) -> tuple[str, ...]:
     """The commands that serve what `rankwise export --for TARGET` wrote to ``folder``, over ``base``, which a head
     makes answer with ``labels``."""
@@ -174,9 +181,7 @@ def served_by(target: str, folder: str, base: str, r: int, labels: Labels | None
     kind, count = "CausalLM", ""
     if labels is not None:
         kind, count = "SequenceClassification", f", num_labels={len(labels.names)}"
-        # By its problem vLLM takes softmax, a sigmoid, or the number as it is.
-        overrides = json.dumps({"num_labels": len(labels.names), "problem_type": labels.problem})
-        flag += f" --runner pooling --convert classify --hf-overrides '{overrides}'"
+        flag += f" --runner pooling --convert classify --hf-overrides '{json.dumps(vllm_labels(labels))}'"
     return {
         "peft": (f'PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"{count}), "{folder}")',),
         "vllm": (f"vllm serve {base} --enable-lora --lora-modules {name}={folder}{flag}",),

@@ -13,8 +13,11 @@ import rankwise as rw
 from gguf_writer import write_folder_gguf
 from rankwise.adapters import adapter_disabled
 from rankwise.errors import RunError
-from rankwise.export.proof import Answers, Proof, Served, _difference, _judge, _logprobs, prove
+from rankwise.export.proof import Answers, Proof, Served, _difference, _judge, _logprobs, _scored, prove
 from rankwise.export.verify import round_as_served
+from rankwise.labels import NUMBER, SEVERAL, SINGLE, Labels
+from rankwise.models import resolve_model
+from tiny_models import tiny_llama
 
 PROVEN = Proof(
     "server", 2, 24, difference=0.3, rounding=0.2, unexplained=0.05, bound=0.06, effect=0.9, equal_texts=2,
@@ -75,7 +78,7 @@ def test_another_base_of_the_same_architecture_is_not_proven(trained, tmp_path, 
     """The server here is rankwise over the file, with inputs rounded as well."""
     model, load = trained
 
-    def ask(target, python, served, prompts, texts):
+    def ask(target, python, served, prompts, texts, labels):
         server = load(served.model)
         round_as_served(server, served.model).compute()
         adapted = [_logprobs(server, *pair) for pair in zip(prompts, texts)]
@@ -102,3 +105,34 @@ def test_another_base_of_the_same_architecture_is_not_proven(trained, tmp_path, 
     write_folder_gguf(wrong, tmp_path / "base", kind)
     with pytest.raises(RunError, match="RW738: not proven"):
         prove("llama.cpp", "", model, Served(wrong), PROMPTS, rounded)
+
+
+@pytest.mark.parametrize("problem", [SINGLE, SEVERAL, NUMBER])
+def test_a_head_of_labels_is_proven_by_its_logits(tmp_path, monkeypatch, problem) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    labels = Labels(("no", "yes") if problem != NUMBER else ("value",), problem)
+    source = dataclasses.replace(resolve_model(str(tmp_path / "base")), labels=labels)
+
+    def load():
+        torch.manual_seed(0)
+        model, _ = rw.load_model(source, dtype=torch.float32)
+        rw.add_adapter(model, rw.LoraConfig(r=3, init_lora_weights=False))
+        return model.eval()
+
+    def ask(*_):
+        server = load()
+        round_as_served(server, tmp_path / "base").compute()
+        with adapter_disabled(server):
+            base = _scored(server, PROMPTS, []).logprobs
+        adapted = _scored(server, PROMPTS, []).logprobs
+        return {"version": "a server"} | {
+            name: {"texts": [], "logprobs": z} for name, z in (("base", base), ("adapted", adapted))
+        }
+
+    monkeypatch.setattr("rankwise.export.proof._ask", ask)
+    monkeypatch.setattr("rankwise.export.proof._judge", lambda proof: None)
+    rounded = partial(round_as_served, model=load(), files=tmp_path / "base")
+    proof = prove("vllm", "", load(), Served(tmp_path / "base"), PROMPTS, rounded)
+    assert (proof.tokens, proof.counted) == (len(PROMPTS) * len(labels.names), "logits")
+    assert proof.unexplained == 0 < proof.rounding < proof.effect
+    assert proof.equal_texts == len(PROMPTS)

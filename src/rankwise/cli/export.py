@@ -33,10 +33,10 @@ def run(settings: ExportSettings, output: Output) -> Document:
     from rankwise.export.merged import refuse_to_overwrite
     from rankwise.export.proof import server_python
 
-    if labels_of(settings.adapter) is not None and (settings.verify or settings.target not in ("peft", "vllm")):
-        what = "--verify asks servers for text" if settings.verify else f"--for {settings.target} is for text"
+    if labels_of(settings.adapter) is not None and settings.target not in ("peft", "vllm"):
         raise ConfigError(
-            "RW112", f"{what}, and this adapter answers with labels; give --for vllm or --for peft, without --verify."
+            "RW112",
+            f"--for {settings.target} is for text, and this adapter answers with labels; give --for vllm or peft.",
         )
     refuse_to_overwrite(settings.output)
     if settings.verify:
@@ -180,7 +180,11 @@ def _load(settings: ExportSettings, source: ModelSource, output: Output) -> PreT
     from rankwise.evaluation.loading import LoadOptions, load_as_trained
 
     with output.waiting("loading the model as it was trained"):
-        options = LoadOptions(trust_remote_code=settings.trust_remote_code, revision=settings.revision)
+        options = LoadOptions(
+            trust_remote_code=settings.trust_remote_code,
+            revision=settings.revision,
+            labels=source.labels is not None,
+        )
         loaded = load_as_trained(source.name, (settings.adapter,), options, named=settings.model is not None)
     found: PreTrainedModel = loaded.model
     return found

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankwise.adapters import load_adapter
+from rankwise.adapters.trained_base import labels_of
 from rankwise.cli.settings import ExportSettings
 from rankwise.constants import IGNORED
 from rankwise.data import check_there, encode_rows, read_rows
+from rankwise.data.labels import UNANSWERED
 from rankwise.data.preferences import PREFERENCE_FORMATS
 from rankwise.errors import DataError
 from rankwise.evaluation.loading import max_length_of, template_of
@@ -72,10 +74,10 @@ def _served(settings: ExportSettings, folder: Path, source: ModelSource, r: int,
 
 
 def _folder_base(source: ModelSource, scratch: Path) -> Path:
-    """The base as a transformers folder."""
+    """The base as a transformers folder, without a head of labels."""
     if not source.is_gguf and source.path is not None:
         return source.path
-    model, tokenizer = load_model(source)
+    model, tokenizer = load_model(dataclasses.replace(source, labels=None))
     model.save_pretrained(scratch / "base")
     if tokenizer is not None:
         tokenizer.save_pretrained(scratch / "base")
@@ -102,6 +104,11 @@ def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase)
         raise DataError(
             "RW207", f"the run in {adapter} learned from rewards, and its rows hold no answers; give some with --data."
         )
+    if labels_of(adapter) is not None:
+        rows = read_rows(str(source), split="train", skip_bad_rows=None, formats=UNANSWERED)
+        texts = [row.text for row in rows[:: max(1, len(rows) // PROMPTS)]]
+        found = map(torch.tensor, tokenizer(texts, truncation=True, max_length=LONGEST_PROMPT)["input_ids"])
+        return Rows((), [Row(ids, torch.full_like(ids, IGNORED)) for ids in found])
     given = ("prompt_column", "completion_column") if data is None else ()
     columns = {name: options.get(name) for name in given}
     return _encoded(adapter, str(source), {**columns, "formats": PREFERENCE_FORMATS.get(objective)}, tokenizer)

@@ -5,7 +5,7 @@ measures on the same tokens what the rounding while computing changes. From that
 that, since its own roundings are others of the same size. If the files hold formats that rankwise cannot write,
 such as K-quants, their weights are not known: then the server is compared with the trained model, and all rounding
 counts. What a conversion lost on held-out rows is added. Differences are mean absolute differences of
-log-probabilities, in nats.
+log-probabilities, in nats; of a model with a head of labels, of its logits.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from rankwise.acceleration.generation import GREEDY
+from rankwise.acceleration.labels import chosen, logits_of
+from rankwise.adapters.saving import labels_of
+from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import ConfigError, RunError
 from rankwise.export.verify import AsServed
 from rankwise.foreign import JsonObject
+from rankwise.labels import NUMBER, Labels
 from rankwise.models import ModelSource
-from rankwise.serving import vllm_rank
+from rankwise.serving import vllm_labels, vllm_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,9 +67,10 @@ PROGRAMS = {"llama.cpp": LLAMA, "ollama": LLAMA, "vllm": VLLM}
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """One model's greedy texts (ids), and its log-probabilities of the tokens that all models score."""
+    """One model's greedy texts (ids), and its log-probabilities of the tokens that all models score; or its labels and
+    the logits of its head."""
 
-    texts: list[list[int]]
+    texts: Sequence[list[int] | str]
     logprobs: list[list[float]]
 
 
@@ -90,13 +95,16 @@ class Proof:
     equal_texts: int
     # Greedy answers that differ from the base's.
     changed_texts: int
+    # What ``tokens`` counts: logits of a head of labels.
+    counted: Literal["tokens", "logits"] = "tokens"
 
     def __str__(self) -> str:
+        unit = "nats a token" if self.counted == "tokens" else "a logit"
         return (
-            f"{self.server} differs from the trained model by {self.difference:.3g} nats a token over {self.tokens:,} "
-            f"tokens, where the rounding of its formats makes {self.rounding:.3g}; {self.unexplained:.3g} are not "
-            f"explained, and {self.bound:.3g} may be; of {self.prompts} texts {self.equal_texts} equal the trained "
-            f"model's, and {self.changed_texts} differ from the base's"
+            f"{self.server} differs from the trained model by {self.difference:.3g} {unit} over {self.tokens:,} "
+            f"{self.counted}, where the rounding of its formats makes {self.rounding:.3g}; {self.unexplained:.3g} are "
+            f"not explained, and {self.bound:.3g} may be; of {self.prompts} answers {self.equal_texts} equal the "
+            f"trained model's, and {self.changed_texts} differ from the base's"
         )
 
 
@@ -157,28 +165,32 @@ def prove(
     Raises RunError (RW738) if they differ by more than the bound.
     """
     prompts = prompts[:PROMPTS]
-    texts = [_greedy(model, prompt) for prompt in prompts]
-    ours = Answers(texts, [_logprobs(model, *pair) for pair in zip(prompts, texts)])
+    labels = labels_of(model) if heads_of_labels(model) else None
+    texts = [] if labels else [_greedy(model, prompt) for prompt in prompts]
+    ours = _scored(model, prompts, texts)
     rounded = as_served()
-    exact = Answers(texts, [_logprobs(rounded.model, *pair) for pair in zip(prompts, texts)])
+    exact = _scored(rounded.model, prompts, texts)
     rounded.compute()
-    foreseen = Answers(texts, [_logprobs(rounded.model, *pair) for pair in zip(prompts, texts)])
+    foreseen = _scored(rounded.model, prompts, texts)
     rounding, noise, is_known = _difference(foreseen, ours), _difference(foreseen, exact), rounded.is_known
     # The server needs its memory.
     del rounded
-    told = _ask(target, python, served, prompts, texts)
+    told = _ask(target, python, served, prompts, texts, labels)
     base, adapted = (Answers(**told[name]) for name in ("base", "adapted"))
+    if labels is not None:
+        ours, base, adapted = (_with_labels(item, labels) for item in (ours, base, adapted))
     proof = Proof(
         told["version"],
         len(prompts),
-        sum(map(len, texts)),
+        sum(map(len, ours.logprobs)),
         _difference(adapted, ours),
         rounding,
         _difference(adapted, foreseen if is_known else ours),
         max(TIMES_THE_ROUNDING * (noise if is_known else rounding), LEAST_ROUNDING) + conversion,
         _difference(adapted, base),
-        sum(a == b for a, b in zip(adapted.texts, texts)),
+        sum(a == b for a, b in zip(adapted.texts, ours.texts)),
         sum(a != b for a, b in zip(adapted.texts, base.texts)),
+        "tokens" if labels is None else "logits",
     )
     _judge(proof)
     return proof
@@ -193,6 +205,20 @@ def _judge(proof: Proof) -> None:
             f"not proven: {proof}. It answers as without the adapter, which changes {proof.effect:.3g} nats a token; "
             "train longer, or give other --data.",
         )
+
+
+def _scored(model: PreTrainedModel, prompts: list[list[int]], texts: list[list[int]]) -> Answers:
+    if heads_of_labels(model):
+        rows = [{"input_ids": prompt} for prompt in prompts]
+        return Answers([], logits_of(model, rows, pad=0, size=1).tolist())
+    return Answers(texts, [_logprobs(model, *pair) for pair in zip(prompts, texts)])
+
+
+def _with_labels(answers: Answers, labels: Labels) -> Answers:
+    """``answers`` with the labels that their logits choose, or with numbers in two digits, as texts."""
+    found = chosen(torch.tensor(answers.logprobs), labels.problem)
+    texts = [f"{item:.2g}" for item in found] if labels.problem == NUMBER else [str(item) for item in found]
+    return dataclasses.replace(answers, texts=texts)
 
 
 def _difference(one: Answers, other: Answers) -> float:
@@ -215,7 +241,14 @@ def _logprobs(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> l
     return [float(row[token]) for row, token in zip(scores, answer)]
 
 
-def _ask(target: str, python: str, served: Served, prompts: list[list[int]], answers: list[list[int]]) -> JsonObject:
+def _ask(
+    target: str,
+    python: str,
+    served: Served,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    labels: Labels | None,
+) -> JsonObject:
     job = {
         "server": "vllm" if target == "vllm" else "llama.cpp",
         "model": str(served.model),
@@ -224,6 +257,7 @@ def _ask(target: str, python: str, served: Served, prompts: list[list[int]], ans
         "prompts": prompts,
         "answers": answers,
         "new_tokens": NEW_TOKENS,
+        "labels": None if labels is None else vllm_labels(labels),
     }
     told = run_server(python, job)
     if served.merged is not None:

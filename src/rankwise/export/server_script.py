@@ -1,8 +1,9 @@
 """Run by a server's own Python: serve a model and an adapter, and print their answers. Imports nothing of rankwise.
 
 In (standard input, JSON): server, model, adapter (a path or null), r, prompts and answers (lists of token ids),
-new_tokens. Out (standard output, JSON): for "base" and, with an adapter, "adapted" the greedy "texts"
-(ids) and the "logprobs" of each answer's tokens after its prompt; and the server's "version".
+new_tokens; labels (num_labels and problem_type of a head, or null). Out (standard output, JSON): for "base" and, with
+an adapter, "adapted" the greedy "texts" (ids) and the "logprobs" of each answer's tokens after its prompt, or of a head
+its logits; and the server's "version".
 """
 
 from __future__ import annotations
@@ -64,18 +65,25 @@ def vllm(job: Document) -> Document:
     import vllm
     from vllm.lora.request import LoRARequest
 
-    loras = {"enable_lora": True, "max_lora_rank": job["r"], "max_loras": 1} if job["adapter"] else {}
+    given: Document = {"enable_lora": True, "max_lora_rank": job["r"], "max_loras": 1} if job["adapter"] else {}
+    given["max_model_len"] = 1024
+    if job["labels"]:
+        given |= {"runner": "pooling", "convert": "classify", "hf_overrides": job["labels"]}
+        # Encoders have learned positions, and few.
+        given["max_model_len"] = max(map(len, job["prompts"]))
     # One sequence at a time: with adapters, vLLM 0.32 on a CPU fails on a batch of prompts.
-    model = vllm.LLM(
-        model=job["model"], enforce_eager=True, max_model_len=1024, max_num_seqs=1, disable_log_stats=True, **loras
-    )
+    model = vllm.LLM(model=job["model"], enforce_eager=True, max_num_seqs=1, disable_log_stats=True, **given)
     found: Document = {"version": f"vLLM {vllm.__version__}"}
     for name in ("base", "adapted") if job["adapter"] else ("base",):
         lora = LoRARequest("adapter", 1, job["adapter"]) if name == "adapted" else None
         # Its progress bar divides by zero where bars are disabled.
         options = {"use_tqdm": False, "lora_request": lora}
-        greedy = vllm.SamplingParams(temperature=0, max_tokens=job["new_tokens"])
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+        if job["labels"]:
+            classified = model.classify(prompts, pooling_params=vllm.PoolingParams(use_activation=False), **options)
+            found[name] = {"texts": [], "logprobs": [list(map(float, out.outputs.probs)) for out in classified]}
+            continue
+        greedy = vllm.SamplingParams(temperature=0, max_tokens=job["new_tokens"])
         texts = [list(out.outputs[0].token_ids) for out in model.generate(prompts, greedy, **options)]
         whole = [{"prompt_token_ids": prompt + answer} for prompt, answer in zip(job["prompts"], job["answers"])]
         scoring = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)

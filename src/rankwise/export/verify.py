@@ -132,7 +132,9 @@ def round_as_served(
         merge_adapter(model, reversible=False)
     kind_of, are_known = _kinds(model, files, trained_on), True
     kinds: list[tuple[nn.Module, Kind]] = []
-    for path, module in list(base_modules(model)):
+    # A head of labels stays in float32, in files and servers, too.
+    heads = heads_of_labels(model)
+    for path, module in [item for item in base_modules(model) if item[0].partition(".")[0] not in heads]:
         for name, W in own_parameters(module).items():
             if W is not None and W.dim() > 1 and W.is_floating_point():
                 kind, is_copied = kind_of(f"{path}.{name}", module)
@@ -144,6 +146,8 @@ def round_as_served(
     def compute() -> None:
         if files.is_dir():
             nn.Module.to(model, WHOLE[kinds[0][1].name])
+            for head in heads:
+                model.get_submodule(head).float()
         else:
             for module, kind in kinds:
                 module.register_forward_pre_hook(partial(_round_inputs, kind))
