@@ -170,8 +170,6 @@ def _of_labels(given: TrainSettings) -> Iterator[str]:
     idle = [flag(name) for name in NOT_OF_LABELS if getattr(given, name) is not None]
     if idle:
         yield f"{', '.join(idle)} does not go with --objective classify, whose model writes no text."
-    if given.cache is not None:
-        yield "--cache keeps nothing of --objective classify, whose head every run draws anew; leave it out."
     if given.strategy == "fsdp":
         yield "--objective classify trains its head whole, and --strategy fsdp shards it; take ddp."
     if given.method not in METHODS:

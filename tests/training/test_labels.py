@@ -132,6 +132,13 @@ def test_what_no_server_takes_is_refused(
     assert not (tmp_path / "served").exists()
 
 
+def test_a_prepared_base_is_kept_without_its_head(run: Any, tmp_path: Path) -> None:
+    given = {"method": "qlora", "max_steps": 3, "cache": tmp_path / "cache"}
+    losses = [run(name=name, **given).eval_loss for name in ("first", "second")]
+    assert losses[0] == losses[1] == run(name="third", method="qlora", max_steps=3, mmap=False).eval_loss
+    assert len(list((tmp_path / "cache").glob("base-*/model.safetensors"))) == 1
+
+
 @pytest.mark.parametrize(("base", "method"), [("decoder", "qlora"), ("encoder", "qdora")])
 def test_fast_and_plain_steps_agree(base: str, method: str, run: Any) -> None:
     records = [run(base, method=method, name=str(fast), fast=fast, max_steps=3) for fast in (True, False)]

@@ -292,9 +292,7 @@ class Commands:
 
     def _cell_settings(self, cell: Cell) -> JsonObject:
         inputs = {"model": _model(self.given.model), "data": self.inputs.train, "eval_data": self.inputs.evaluation}
-        # Runs of labels draw their head anew, so nothing of them is kept.
-        cache = None if self.inputs.labels else str(self._cache())
-        shared = {**self.shared, "eval_limit": 0, "cache": cache}
+        shared = {**self.shared, "eval_limit": 0, "cache": str(self._cache())}
         settings = cell_settings(cell, self.plan.output, shared, inputs)
         if cell.learning_rate is not None:
             return settings

@@ -216,12 +216,13 @@ def answering(work: Callable[[], None]) -> int:
 
 def prepare(job: Fields) -> None:
     """Fill the cache. ``job["runs"]``: the settings of one run of each method."""
-    # Runs of labels draw their head anew, and nothing of them is kept.
-    runs = [TrainSettings.model_validate(run) for run in job["runs"] if run["objective"] != "classify"]
+    runs = [TrainSettings.model_validate(run) for run in job["runs"]]
     # Runs that start from the same base in the same dtype share it.
     kinds = {(quantization_for(given) is not None, given.method == "full"): given for given in reversed(runs)}
     for given in kinds.values():
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
+        if given.objective == "classify":
+            source = dataclasses.replace(source, labels=Labels(("0", "1")))
         if needs_preparation(source, quantization_for(given)):
             load_for_training(given)
 

@@ -9,6 +9,7 @@ preparation. The files of a model that needs no preparation are mapped as they a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +25,7 @@ from rankwise.errors import RunError
 from rankwise.models.describe import model_hash
 from rankwise.models.folder import read_config
 from rankwise.models.load import load_model, load_tokenizer, quiet, remember_originals
-from rankwise.models.source import ModelSource
+from rankwise.models.source import ModelSource, fetch_model
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.targets import four_bit_modules
 from rankwise.quantization.transformers_plugin import codes_in_file
@@ -60,8 +61,13 @@ def load_prepared(
     else:
         folder = cache / f"base-{_key(source, dtype, quantization)[:32]}"
         if not folder.is_dir():
-            _prepare(folder, source, quantization, {**arguments, "device": "cpu"})
-        model, _ = load_model(str(folder), quantization=copy.copy(quantization), **arguments)
+            # A head of labels is new in every run.
+            text = dataclasses.replace(source, labels=None)
+            # What follows draws the same numbers, whether the base was prepared before or not.
+            with torch.random.fork_rng(devices=[]):
+                _prepare(folder, text, quantization, {**arguments, "device": "cpu"})
+        kept = dataclasses.replace(fetch_model(str(folder)), labels=source.labels)
+        model, _ = load_model(kept, quantization=copy.copy(quantization), **arguments)
         if quantization is not None:
             _describe_as_asked(model, quantization)
             remember_originals(model, source, trust_remote_code=trust_remote_code)
@@ -104,9 +110,14 @@ def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
 
 
 def needs_preparation(source: ModelSource, quantization: FourBitConfig | None) -> bool:
-    # A new head of labels is drawn anew by every run, from its seed.
     is_made = source.is_gguf or (quantization is not None and not is_quantized(source))
-    return is_made and source.labels is None
+    return is_made and (source.labels is None or source.is_gguf or _writes_text(source))
+
+
+def _writes_text(source: ModelSource) -> bool:
+    """Whether the files hold a model that can be prepared without a head of labels."""
+    names = map(str, read_config(source.place).get("architectures") or ())
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def is_quantized(source: ModelSource) -> bool:
