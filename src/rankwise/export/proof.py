@@ -70,7 +70,7 @@ class Answers:
     """One model's greedy texts (ids), and its log-probabilities of the tokens that all models score; or its labels and
     the logits of its head."""
 
-    texts: Sequence[list[int] | str]
+    texts: Sequence[Any]
     logprobs: list[list[float]]
 
 
@@ -95,16 +95,17 @@ class Proof:
     equal_texts: int
     # Greedy answers that differ from the base's.
     changed_texts: int
-    # What ``tokens`` counts: logits of a head of labels.
-    counted: Literal["tokens", "logits"] = "tokens"
+    # What ``tokens`` counts: of a head of labels, logits, or the numbers that it answers.
+    counted: Literal["tokens", "logits", "numbers"] = "tokens"
 
     def __str__(self) -> str:
-        unit = "nats a token" if self.counted == "tokens" else "a logit"
+        unit = "nats a token" if self.counted == "tokens" else f"a {self.counted[:-1]}"
+        alike = f"; of {self.prompts} answers {self.equal_texts} equal the trained model's"
+        alike += f", and {self.changed_texts} differ from the base's" if self.counted == "tokens" else ""
         return (
             f"{self.server} differs from the trained model by {self.difference:.3g} {unit} over {self.tokens:,} "
             f"{self.counted}, where the rounding of its formats makes {self.rounding:.3g}; {self.unexplained:.3g} are "
-            f"not explained, and {self.bound:.3g} may be; of {self.prompts} answers {self.equal_texts} equal the "
-            f"trained model's, and {self.changed_texts} differ from the base's"
+            f"not explained, and {self.bound:.3g} may be{'' if self.counted == 'numbers' else alike}"
         )
 
 
@@ -178,6 +179,8 @@ def prove(
     told = _ask(target, python, served, prompts, texts, labels)
     base, adapted = (Answers(**told[name]) for name in ("base", "adapted"))
     if labels is not None:
+        # The base has no head: its logits are 0.
+        base = Answers([], torch.zeros(len(prompts), len(labels.names)).tolist())
         ours, base, adapted = (_with_labels(item, labels) for item in (ours, base, adapted))
     proof = Proof(
         told["version"],
@@ -190,7 +193,7 @@ def prove(
         _difference(adapted, base),
         sum(a == b for a, b in zip(adapted.texts, ours.texts)),
         sum(a != b for a, b in zip(adapted.texts, base.texts)),
-        "tokens" if labels is None else "logits",
+        "tokens" if labels is None else "numbers" if labels.problem == NUMBER else "logits",
     )
     _judge(proof)
     return proof
@@ -199,11 +202,11 @@ def prove(
 def _judge(proof: Proof) -> None:
     if not proof.unexplained <= proof.bound:
         raise RunError("RW738", f"not proven: {proof}. Check that the server's base is the one trained on.")
-    if not proof.changed_texts or proof.effect <= proof.difference:
+    if (not proof.changed_texts and proof.counted == "tokens") or proof.effect <= proof.difference:
         raise RunError(
             "RW738",
-            f"not proven: {proof}. It answers as without the adapter, which changes {proof.effect:.3g} nats a token; "
-            "train longer, or give other --data.",
+            f"not proven: {proof}. It answers as without the adapter, which changes {proof.effect:.3g}; train longer, "
+            "or give other --data.",
         )
 
 
@@ -215,10 +218,8 @@ def _scored(model: PreTrainedModel, prompts: list[list[int]], texts: list[list[i
 
 
 def _with_labels(answers: Answers, labels: Labels) -> Answers:
-    """``answers`` with the labels that their logits choose, or with numbers in two digits, as texts."""
-    found = chosen(torch.tensor(answers.logprobs), labels.problem)
-    texts = [f"{item:.2g}" for item in found] if labels.problem == NUMBER else [str(item) for item in found]
-    return dataclasses.replace(answers, texts=texts)
+    """``answers`` with the labels or numbers that their logits choose."""
+    return dataclasses.replace(answers, texts=chosen(torch.tensor(answers.logprobs), labels.problem))
 
 
 def _difference(one: Answers, other: Answers) -> float:
@@ -259,10 +260,10 @@ def _ask(
         "new_tokens": NEW_TOKENS,
         "labels": None if labels is None else vllm_labels(labels),
     }
-    told = run_server(python, job)
-    if served.merged is not None:
-        told["adapted"] = run_server(python, {**job, "model": str(served.merged)})["base"]
-    return told
+    if served.merged is None:
+        return run_server(python, job)
+    told = run_server(python, {**job, "model": str(served.merged)})
+    return {**told, "adapted": told["base"], "base": (told if labels else run_server(python, job))["base"]}
 
 
 def run_server(python: str, job: JsonObject) -> JsonObject:
