@@ -73,6 +73,7 @@ def test_load_builds_tasks_and_evaluate_answers_with_samples(task_file: Path):
     task = tasks["canary"]
     assert [doc["q"] for doc in task.eval_docs] == ["0+1=", "1+1=", "2+1=", "3+1="]
     assert (task.OUTPUT_TYPE, task.multiple_input) == ("multiple_choice", 0)
+    assert [compat.right_choice(task, doc) for doc in task.eval_docs] == [0, 1, 2, 3]
     assert task.VERSION is not None
     assert compat.own_shots(task) == 1
     compat.show_examples(task, 2, 1234)
