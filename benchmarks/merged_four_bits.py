@@ -7,8 +7,8 @@ with --for-merge q4_0.
     rankwise train $OPTIONS --seed 0 --for-merge q4_0 --output RUNS/lora-q4_0-0
     python benchmarks/merged_four_bits.py --runs RUNS --data dev.csv --llama-cpp SOURCE
 
-SOURCE is llama.cpp's, with ``llama-quantize`` built in ``build/bin``. With L the mean loss of a token of the first rows'
-answers, as llama.cpp computes it:
+SOURCE is llama.cpp's, with ``llama-quantize`` built in ``build/bin``. With L the mean loss of a token of the answers of
+the first rows, as llama.cpp computes it:
 
     share = (L(base) - L(file)) / (L(base) - L(plain merge in 16 bits))
 

@@ -198,14 +198,13 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
     }
     questions: JsonObject = {}
     if given.retain is not None:
-        from rankwise.evaluation.retained import described as described_task
-        from rankwise.evaluation.retained import retained_task
+        from rankwise.evaluation import retained
 
-        retained = retained_task(given.retain, max_length=given.max_length, eval_limit=given.eval_limit)
-        if isinstance(retained, Perplexity):
-            warn_of_overlap(rows, retained.rows, "retained")
-        described["retain"] = described_task(retained)
-        questions[RETAINED] = retained.data_sha256
+        kept = retained.retained_task(given.retain, max_length=given.max_length, eval_limit=given.eval_limit)
+        if not isinstance(kept, retained.RetainedQuestions):
+            warn_of_overlap(rows, kept.rows, "retained")
+        described["retain"] = retained.described(kept)
+        questions[RETAINED] = kept.data_sha256
     labels = labels_in(rows) if given.objective == "classify" else None
     if labels is not None:
         check_bad_rows(unknown_labels(part, labels), len(part), allowed=None, before=0)
