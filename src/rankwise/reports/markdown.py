@@ -80,7 +80,9 @@ def _messages(comparison: Comparison) -> str:
         f"- {item['kind']}: {escaped(item['what'])}{' ' + item['code'] if item['code'] else ''}: {escaped(item['why'])}"
         for item in summary.left_out(comparison)
     ]
-    lines += [f"- {escaped(item['code'])}: {escaped(item['message'])}" for item in summary.told_warnings(comparison)]
+    for item in summary.told_warnings(comparison):
+        runs = f" ({item['runs']})" if item["runs"] else ""
+        lines.append(f"- {escaped(item['code'])}{runs}: {escaped(item['message'])}")
     return "\n".join(lines)
 
 
