@@ -11,7 +11,7 @@ import pytest
 from needs import needs_java
 from rankwise.data import read_rows
 from rankwise.evaluation.record import Example
-from rankwise_article import e2e_scores, java
+from rankwise_article import e2e_scores
 from rankwise_article.e2e import E2e
 
 NAMES = ("Aromi", "Zizzi", "The Mill", "Loch Fyne", "Bibimbap", "Fitzbillies")
@@ -23,13 +23,14 @@ def answers(texts: list[str]) -> list[Example]:
     return [Example(str(n), NAMES[n], text, {}, references[n]) for n, text in enumerate(texts)]
 
 
-# METEOR takes seconds to start.
-meteor = functools.cache(java.meteor)
+# Java takes seconds to start.
+meteor, tokenized = functools.cache(e2e_scores.meteor), functools.cache(e2e_scores.ptb_tokenize)
 
 
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> E2e:
     monkeypatch.setattr(e2e_scores, "meteor", lambda texts, groups: meteor(tuple(texts), tuple(map(tuple, groups))))
+    monkeypatch.setattr(e2e_scores, "ptb_tokenize", lambda texts: tokenized(tuple(texts)))
     rows = "".join(f"name[{name}],{name} is by the river.\n" for name in NAMES)
     (tmp_path / "e2e.csv").write_text(f"mr,ref\n{rows}")
     return E2e(read_rows(tmp_path / "e2e.csv"), limit=None, decoding={"num_beams": 1})

@@ -63,7 +63,7 @@ def _adapter(folder: Path) -> JsonObject:
     squares: dict[int, float] = {}
     for name, B in load_file(folder / "adapter_model.safetensors").items():
         if "lora_B" in name or "lora_embedding_B" in name:
-            layer = next((int(part) for part in name.split(".") if part.isdecimal()), -1)
+            layer = next((int(part) for part in name.split(".") if part.isdecimal() and len(part) < 10), -1)
             squares[layer] = squares.get(layer, 0.0) + B.float().square().sum().item()
     layers = [float(f"{math.sqrt(squares[layer]):.3g}") for layer in sorted(squares)]
     zero = [layer for layer in sorted(squares) if squares[layer] == 0]
