@@ -18,7 +18,7 @@ import torch
 
 import rankwise as rw
 
-TURNS = 15
+TURNS = 9
 IDS = torch.randint(5, 40_000, (2, 128), generator=torch.Generator().manual_seed(0))
 WORK: dict[str, Callable[[Any], object]] = {
     "forward": lambda model: model(IDS),

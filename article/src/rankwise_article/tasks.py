@@ -71,7 +71,7 @@ def _make_e2e(name: str, settings: EvaluateSettings, options: E2eOptions) -> Tas
         "no_repeat_ngram_size": LORA_NGRAM if searches else 0,
     }
     decoding = defaults | options.model_dump(exclude_none=True)
-    return E2e(read_rows(_data(name, settings), split="test"), limit=settings.limit, decoding=decoding)
+    return E2e(read_rows(str(settings.data_of(name)), split="test"), limit=settings.limit, decoding=decoding)
 
 
 def _uses_e2e(name: str, settings: EvaluateSettings, options: E2eOptions) -> Collection[str]:
@@ -145,7 +145,7 @@ def _make_vicuna(name: str, settings: EvaluateSettings, options: VicunaOptions) 
             "RW112", "the judge needs --set judge_url=, --set judge_model= and --set reference_answers= together."
         )
     decoding = options.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
-    data = Path(_data(name, settings))
+    data = Path(str(settings.data_of(name)))
     return Vicuna(data, limit=settings.limit, decoding=decoding, judge=judge, reference_answers=answers)
 
 
@@ -154,13 +154,7 @@ def _uses_vicuna(name: str, settings: EvaluateSettings, options: VicunaOptions) 
     return ("chat_template", *({*VicunaOptions.model_fields} - unused))
 
 
-def _data(name: str, settings: EvaluateSettings) -> str:
-    """The task's data, which rankwise has seen to be given."""
-    data = settings.data_of(name)
-    assert data is not None
-    return data
-
-
+# Where the last value says what --data must hold, rankwise has seen to it that data are given.
 E2E = TaskType(_make_e2e, E2eOptions, _uses_e2e, "testset_w_refs.csv of github.com/tuetschek/e2e-dataset")
 GSM8K = TaskType(_make_gsm8k, Gsm8kOptions, _uses_gsm8k)
 COMMONSENSE = TaskType(_make_commonsense, CommonsenseOptions, _uses_commonsense)
