@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -101,17 +100,6 @@ def test_plain_lines_come_every_few_steps(capsys):
     assert "evaluation at step 12: loss 2.0000 (best so far)" in lines
     assert "sample: a b\\u001b" in lines
     assert "1,234 tokens/s  2.10 GB  gradient 0.84  B 0.132  3 min 07 s left" in lines[1]
-
-
-@pytest.mark.parametrize("has_widgets", [True, False])
-def test_a_notebook_is_drawn_on_where_rich_can(has_widgets, monkeypatch):
-    """rich redraws a notebook's cell with ipywidgets; without them every picture would be a new one."""
-    found = importlib.util.find_spec
-    spec = object() if has_widgets else None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "ipywidgets" else found(name))
-    output = Output()
-    output.console.is_jupyter = True
-    assert output.is_terminal is has_widgets
 
 
 def test_a_warning_comes_once(capsys):

@@ -6,7 +6,6 @@ Numbers are written as people read them. Tables have no lines, a dim head, and t
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -60,10 +59,7 @@ class Output:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the console is a terminal or a notebook cell, which can be redrawn."""
-        if self.console.is_jupyter:
-            # What rich redraws a cell with.
-            return importlib.util.find_spec("ipywidgets") is not None
+        """Whether the console is a terminal that can be redrawn."""
         return self.console.is_terminal and not self.console.is_dumb_terminal
 
     def waiting(self, text: str) -> contextlib.AbstractContextManager[object]:

@@ -5,6 +5,7 @@ Its Python interface changes between minor versions. Functions import it when th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,22 +13,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+
+@functools.cache
+def _all_tasks() -> TaskManager:
+    """The harness's own tasks. To read their files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def task_files() -> dict[str, Path | None]:
     """{name: the YAML file that describes it, or None} of every task, group and tag."""
-    from lm_eval.tasks import TaskManager
-
-    return {
-        name: Path(entry.yaml_path) if entry.yaml_path else None for name, entry in TaskManager().task_index.items()
-    }
+    entries = _all_tasks().task_index.items()
+    return {name: Path(entry.yaml_path) if entry.yaml_path else None for name, entry in entries}
 
 
 def built(spec: str, folder: Path | None = None) -> tuple[dict[str, Task], dict[str, Any]]:
     """({name: task}, {name: group}) for the name of a task or for a YAML file in ``folder``. Reads the data sets."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    manager = _all_tasks() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
     loaded = manager.load([spec])
     return dict(loaded["tasks"]), dict(loaded["groups"])
 

@@ -84,6 +84,7 @@ def model_card(record: RunRecord, adapter_config: Fields | None = None, report: 
     # PEFT's file has no words for these.
     config = {**config, **{name: record.settings.get(name) for name in ("init", "for_merge")}}
     base = _base_model(record, config)
+    warnings = [f"- {_cell(item.get('code', ''))}: {_cell(item.get('message', ''))}" for item in record.warnings]
     sections = [
         _front_matter(record, base, config),
         f"# {_title(record, base)}",
@@ -95,7 +96,7 @@ def model_card(record: RunRecord, adapter_config: Fields | None = None, report: 
         section("How to load it", _loading(record, base)),
         section("Where it can be served", _serving(record.method, config)),
         section("Made with", _table(("what", "version or name"), [*record.versions.items(), *record.device.items()])),
-        section("Warnings of the run", _warnings(record)),
+        section("Warnings of the run", "\n".join(warnings)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -291,7 +292,3 @@ def _serving(method: str, config: Fields) -> str:
     if any(WORDS["dora"] in place for place in places):
         said += f"\n\n{DORA_AS_LORA}"
     return said
-
-
-def _warnings(record: RunRecord) -> str:
-    return "\n".join(f"- {_cell(item.get('code', ''))}: {_cell(item.get('message', ''))}" for item in record.warnings)
