@@ -168,7 +168,7 @@ def _stays(method: Method) -> Literal["kept", "lost", "unknown"]:
 
 # The largest comparison that is proposed: seeds, and factors of the evaluation rows.
 MOST_SEEDS = 64
-ROW_FACTORS = tuple(2**power for power in range(11))
+ROW_FACTORS = tuple(2**power for power in range(7))
 
 # Shares of the metric that are assumed before there are runs: its standard deviation over seeds, and that of the
 # difference of two methods over rows.
