@@ -39,7 +39,7 @@ def unreliable(losses: int) -> Any:
             return pool.Call(lambda: LOST, lambda: None)
         return pool.start(module, arguments, name, environment)
 
-    return SimpleNamespace(places=2, start=start, leave=lambda: None)
+    return SimpleNamespace(places=2, start=start)
 
 
 @pytest.mark.parametrize(("losses", "finished"), [(2, 4), (3, 3)])
@@ -105,6 +105,8 @@ def test_a_task_is_watched_and_stopped_through_ray(
 
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name, value in pool.QUIET.items():
+        monkeypatch.setenv(name, value)
     import ray
     from ray.cluster_utils import Cluster
 

@@ -109,6 +109,10 @@ def environments(jobs: int, device: str) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))} for _ in range(jobs)]
 
 
+# For Ray, before it is imported: no telemetry, and none of the log lines of a lost node, which it prints to stdout.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
+
+
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """A connected Ray cluster. ``needs``: the cores and GPUs of a step; ``places``: how many steps run at a time."""
@@ -125,12 +129,6 @@ class Cluster:
         reference = task.remote(module, list(arguments), str(name), dict(environment), os.getcwd())
         return Call(partial(_code_of, reference), partial(ray.cancel, reference))
 
-    def leave(self) -> None:
-        """Disconnect. Afterwards no thread of Ray prints to stdout that a node is gone."""
-        import ray
-
-        ray.shutdown()
-
 
 def connect(address: str | None, device: str) -> Cluster:
     """Join the running cluster at ``address`` (default: RAY_ADDRESS, else the one on this machine).
@@ -138,8 +136,8 @@ def connect(address: str | None, device: str) -> Cluster:
     A step takes one GPU and its share of the node's cores; on a cluster without GPUs, or with ``device`` "cpu", it
     takes all cores of the smallest node. Raises RunError (RW555) without Ray or without a cluster.
     """
-    # Disables Ray's telemetry.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError:

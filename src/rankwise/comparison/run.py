@@ -226,12 +226,8 @@ def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watc
     slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, given.device)
     start = cluster.start if cluster else None
     pool = Pool(plan.output, commands.of, commands.steps, slots, watcher, lambda: jobs_left(plan), start)
-    try:
-        pool.carry_out(lambda: [] if stages.outcome_of(first, plan.output) else [first])
-        pool.carry_out(lambda: jobs_to_do(plan))
-    finally:
-        if cluster:
-            cluster.leave()
+    pool.carry_out(lambda: [] if stages.outcome_of(first, plan.output) else [first])
+    pool.carry_out(lambda: jobs_to_do(plan))
 
 
 def _told(told: list[Message]) -> AbstractContextManager[None]:
