@@ -12,6 +12,7 @@ from rankwise.config import (
     MAX_COMPLETION_LENGTH,
     METHODS,
     Objective,
+    StepOptions,
     TrainSettings,
 )
 from rankwise.errors import ConfigError
@@ -115,16 +116,17 @@ def _of_steps(given: TrainSettings) -> Iterator[str]:
         )
     if given.init == "loftq" and given.method not in FOUR_BITS:
         yield f"--init loftq corrects 4-bit rounding, which --method {given.method} does not have; take qlora or qdora."
-    if given.products == "int8" and not takes_eight_bit(given):
+    of_run = given.method, given.objective, given.strategy, given
+    if given.products == "int8" and not takes_eight_bit(*of_run):
         yield "--products int8 is for --objective sft with an adapter, fused operators and whole weights; leave it out."
     if given.adapter is not None and (started := _started(given)):
         yield f"{started} starts an adapter, and --adapter continues one; leave one of them out."
 
 
-def takes_eight_bit(given: TrainSettings) -> bool:
+def takes_eight_bit(method: str, objective: str, strategy: str | None, given: StepOptions) -> bool:
     """Whether frozen products may be in 8 bits. The reference of dpo, kto and grpo would be computed otherwise."""
-    is_whole = given.fast and given.strategy != "fsdp" and given.for_merge is None
-    return given.objective == "sft" and given.method in ADAPTERS and is_whole
+    is_whole = given.fast and strategy != "fsdp" and given.for_merge is None
+    return objective == "sft" and method in ADAPTERS and is_whole
 
 
 def _started(given: TrainSettings) -> str:

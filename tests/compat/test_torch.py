@@ -31,10 +31,10 @@ def test_FakeTensor_is_made_of_a_meta_tensor():
             assert made.device.type == "meta"
 
 
-def test_TorchDispatchMode_sees_every_operation():
+def test_DispatchMode_sees_every_operation():
     seen = []
 
-    class Mode(compat.TorchDispatchMode):
+    class Mode(compat.DispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             seen.append(func)
             return func(*args, **(kwargs or {}))
@@ -43,6 +43,7 @@ def test_TorchDispatchMode_sees_every_operation():
         torch.ones(2).add(1)
     assert torch.ops.aten.add.Tensor in seen
     assert all(isinstance(func, compat.OpOverload) for func in seen)
+    assert not hasattr(Mode.__torch_dispatch__, "__wrapped__")
 
 
 def test_tree_iter_finds_what_is_nested():
@@ -214,7 +215,7 @@ def test_unsafe_view_is_no_view_to_autograd():
 def test_private_operators_run_where_the_dry_run_expects_them(operator, overload, call):
     seen = []
 
-    class Mode(compat.TorchDispatchMode):
+    class Mode(compat.DispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             seen.append(func)
             return func(*args, **(kwargs or {}))

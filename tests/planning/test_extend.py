@@ -33,7 +33,11 @@ SIZES = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 2048}
 OTHERS = ("stablelm", "cohere", "starcoder2", "glm", "olmo", "helium", "persimmon", "ernie4_5", "exaone4", "seed_oss")
 OTHERS += ("hunyuan_v1_dense", "nemotron", "cohere2", "arcee")
-MORE = {"exaone4": {"sliding_window": 64, "sliding_window_pattern": 4}, "seed_oss": {"head_dim": 64}}
+MORE = {
+    "helium": {"head_dim": 64},
+    "exaone4": {"sliding_window": 64, "sliding_window_pattern": 4},
+    "seed_oss": {"head_dim": 64},
+}
 
 
 def assert_within_a_hundredth(model, method, workload, layers=None):

@@ -11,7 +11,6 @@ from rankwise.errors import ConfigError
 from rankwise.planning import MemoryEstimate, Workload, real_steps
 from rankwise.planning.real_steps import (
     Measurement,
-    _no_answer,
     check_method,
     comparable,
 )
@@ -63,16 +62,3 @@ def test_steps_that_cannot_fit_are_not_begun(monkeypatch, peak, parameters):
     monkeypatch.setattr(real_steps, "measure", lambda *order, **more: pytest.fail("started all the same"))
     with pytest.raises(ConfigError, match="RW134"):
         check_method("m", "qlora", Workload(device_type="cpu"), 100)
-
-
-@pytest.mark.parametrize(
-    ("code", "stderr", "starved"),
-    [
-        (-9, "", True),
-        (1, "torch.OutOfMemoryError: CUDA out of memory", True),
-        (1, "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", True),
-        (1, "rankwise.errors.ConfigError: RW132: steps with the optimizer 'x' cannot be measured here.", False),
-    ],
-)
-def test_smaller_steps_are_advised_where_memory_ran_out(code, stderr, starved):
-    assert ("smaller" in str(_no_answer(code, stderr))) is starved

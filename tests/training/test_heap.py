@@ -39,7 +39,7 @@ def test_larger_batches_are_no_holes(monkeypatch):
 HOLES = """
 import json, torch
 from rankwise.acceleration.memory import give_back_freed_memory, keep_freed_memory
-from rankwise.training.watch import anonymous_memory_bytes
+from rankwise.acceleration import anonymous_memory_bytes
 
 assert keep_freed_memory()
 large, small = [], []
@@ -76,7 +76,7 @@ GATHERS = """
 import json, sys, torch
 import torch.distributed as dist
 from rankwise.acceleration.memory import keep_freed_memory, share_one_heap
-from rankwise.training.watch import anonymous_memory_bytes
+from rankwise.acceleration import anonymous_memory_bytes
 
 assert keep_freed_memory()
 if sys.argv[1] == "shared":

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rankwise.acceleration import anonymous_memory_bytes
 from rankwise.errors import ModelError
 from rankwise.models.mapped import mapped_files
-from rankwise.training.watch import MemoryMeter, anonymous_memory_bytes
+from rankwise.training.watch import MemoryMeter
 
 SIZE = 1000
 

@@ -3,6 +3,7 @@
 from rankwise.acceleration.attention import flattening_obstacle
 from rankwise.acceleration.loss import LossOptions
 from rankwise.acceleration.memory import (
+    anonymous_memory_bytes,
     give_back_freed_memory,
     grow_segments,
     limit_generated_kernels,
@@ -24,6 +25,7 @@ __all__ = [
     "Acceleration",
     "LossOptions",
     "accelerate_peft",
+    "anonymous_memory_bytes",
     "calibrate_products",
     "choose_products",
     "flattening_obstacle",

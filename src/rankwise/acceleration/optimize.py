@@ -27,6 +27,7 @@ from rankwise.adapters.lora import Lora
 from rankwise.adapters.low_rank import frozen_weight
 from rankwise.compat.accelerate import loads_weights
 from rankwise.compat.transformers import attention_of, checkpoints_in_forward, text_config
+from rankwise.constants import EQUAL_IN_EIGHT_BITS
 from rankwise.ops.branch import Frozen, eight_bit_pays
 from rankwise.ops.eight_bit import EightBit, calibrate
 from rankwise.ops.saved import offered_by
@@ -108,14 +109,10 @@ def optimize_for_training(
     return done
 
 
-# Families (``model_type``) whose runs in 8 bits ended equal to those in bfloat16 (benchmarks/results/eight_bits.md).
-SHOWN_EQUAL = frozenset({"llama"})
-
-
 def choose_products(model: nn.Module) -> tuple[Literal["bfloat16", "int8"], str]:
     """The frozen products that ``--products auto`` takes for this model on this device, and why."""
     family = getattr(getattr(model, "config", None), "model_type", "")
-    if family not in SHOWN_EQUAL:
+    if family not in EQUAL_IN_EIGHT_BITS:
         return "bfloat16", "--products int8 may be faster; it was not yet shown to learn as well on this family"
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     if not eight_bit_pays(parameter):

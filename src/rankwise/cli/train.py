@@ -142,8 +142,8 @@ def _unwatched() -> Iterator[Observer]:
 
 
 def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
+    from rankwise.acceleration import anonymous_memory_bytes
     from rankwise.planning.guard import MemoryGuard
-    from rankwise.training.watch import anonymous_memory_bytes
 
     where = ranks.place()
     started = {} if where is None else {"devices": where.count}

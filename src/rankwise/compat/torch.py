@@ -18,8 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import in_kernel_invocation_manager as in_kernel_invocation_manager
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter as tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 
@@ -27,10 +26,18 @@ Kept = TypeVar("Kept")
 
 # --- fake and functional tensors ---
 
-# `FakeTensor`, `FakeTensorMode`: shapes without values, for the dry run. `TorchDispatchMode`: the dry run sees every
+# `FakeTensor`, `FakeTensorMode`: shapes without values, for the dry run. `DispatchMode`: the dry run sees every
 # operation, an `OpOverload`. `in_kernel_invocation_manager`: a kernel sees a fake tensor as the meta tensor that it
 # wraps. `tree_iter`: the tensors in nested arguments. `StorageWeakRef`: a storage's identity that does not keep its
 # memory. `WeakTensorKeyDictionary`: notes on a tensor that are not saved with it and go with it.
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode that torch calls directly. It wraps others to keep its compiler away, in two calls for each operation."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def is_fake(value: object) -> bool:

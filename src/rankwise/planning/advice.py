@@ -43,6 +43,8 @@ MOST_ROWS, MOST_TOKENS = 4096, 1 << 20
 SHORTEST_ROW, ROW_UNIT = 256, 64
 # Terms that grow with the tokens of a step.
 PER_TOKEN = ("activations", "logits", "transient")
+# By how much of its peak a step may differ from the line through a smaller one.
+STRAIGHT = 0.03
 
 
 # --- whether a run fits ---
@@ -87,7 +89,8 @@ def longest_row(
 def _largest(
     estimate: Estimator, method: str, workload: Workload, memory_bytes: int, name: str, unit: int, most: int
 ) -> int:
-    """The largest multiple of ``unit`` of a field that fits, on the line between two steps of which one fits.
+    """The largest multiple of ``unit`` of a field that fits, on the line between two steps of which one fits: steps
+    between which the peak grows as the smaller one's tensors do, or else neighbours.
 
     The steps are as large as the asked one, halved and doubled again and again, so that the next plan finds them on
     disk, however much memory is free then. A peak is a maximum of lines, and so never above the line between two.
@@ -97,14 +100,20 @@ def _largest(
     sizes += [asked << times for times in range((most // unit // asked).bit_length())]
     low, high, at = -1, len(sizes), sizes.index(asked)
     peaks: dict[int, int] = {}
+    slopes: dict[int, float] = {}
     while high - low > 1:
         changed: dict[str, Any] = {name: sizes[at] * unit}
         found = estimate(method, dataclasses.replace(workload, **changed))
         peaks[at], spare = found.peak_bytes, memory_bytes - found.peak_bytes
+        slopes[at] = max(1, sum(found.breakdown[term] for term in PER_TOKEN)) / sizes[at]
         low, high = (at, high) if spare >= 0 else (low, at)
-        each = max(1, sum(found.breakdown[term] for term in PER_TOKEN)) / sizes[at]
-        guess = bisect.bisect_right(sizes, sizes[at] + spare / each) - 1
-        at = min(high - 1, max(low + 1, guess))
+        if low in peaks and high in peaks:
+            expected = peaks[low] + slopes[low] * (sizes[high] - sizes[low])
+            if abs(expected - peaks[high]) <= STRAIGHT * peaks[high]:
+                break
+        guess = bisect.bisect_right(sizes, sizes[at] + spare / slopes[at]) - 1
+        # Of a step that fits, the first one that should not.
+        at = min(high - 1, max(low + 1, guess + (spare >= 0)))
     if low < 0 or high == len(sizes):
         return sizes[low] * unit if low >= 0 else 0
     share = (memory_bytes - peaks[low]) / (peaks[high] - peaks[low])

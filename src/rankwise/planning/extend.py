@@ -80,8 +80,9 @@ PREPARED = 12
 ERROR, CPU_PROCESS_ERROR_BYTES = 0.05, 50 * 10**6
 # Memory that a step leaves in libraries on a CPU (generated kernels, thread pools, ends of the heap).
 CPU_LIBRARY_BYTES = 50 << 20
-# Bytes of holes in every step of PyTorch's own operators (measured).
-HOLES_OF_PYTORCHS_STEP = 40 << 20
+# Bytes of holes in every step of PyTorch's own operators (measured), and of full fine-tuning: between blocks just too
+# small to be mapped (`acceleration.memory.MMAP_BYTES`), copies of weights and chunks of logits.
+HOLES_OF_PYTORCHS_STEP, HOLES_OF_LARGE_BLOCKS = 40 << 20, 110 << 20
 # Share of unused memory between keys and values, which grow by one token at a time: measured 0.15 to 0.35.
 HOLES_OF_GROWTH = 0.25
 # Measured shares of `heap_holes_bytes`: (of all gradients, of the saved tensors).
@@ -489,16 +490,15 @@ def error_bytes(peak_bytes: int, device_type: str) -> int:
 
 def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:
     """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the saved tensors,
-    plus a constant without rankwise's fast operators, which layers that train for a merged file do not use.
+    plus constants.
 
     A gradient seldom fits into the hole that an activation left, so new memory is allocated beside freed activations.
-    Checkpointing leaves fewer of these holes. rankwise's adapters (`ops.cpu.memory`) and checkpointing
-    (`acceleration.checkpointing`) leave almost no others; PyTorch's own operations, in full fine-tuning, leave holes
-    beside much of what a layer saves. The shares are fitted to measured steps (glibc,
-    `benchmarks/memory_plan.py`), also to adapters in bfloat16 and to full fine-tuning of two models with 128 to 4,096
-    tokens a step.
+    Checkpointing leaves fewer of these holes. rankwise's adapters and checkpointing leave almost no others; PyTorch's
+    own operations, which layers that train for a merged file use, leave holes beside much of what a layer saves. The
+    shares are fitted to measured runs (glibc, `benchmarks/memory_plan.py`).
     """
     always = 0 if workload.fast and not workload.for_merge else HOLES_OF_PYTORCHS_STEP
+    always += HOLES_OF_LARGE_BLOCKS if method == "full" else 0
     if workload.gradient_checkpointing:
         of_gradients, of_kept = HOLES_CHECKPOINTED
     elif not workload.fast:

@@ -196,18 +196,14 @@ def _cuda_device() -> Hardware:
         # Where two cards have one name, such as the RTX 3080, the memory decides.
         known = of_card(min(_fitting(name), key=lambda card: abs(card.usable_bytes - total)))
     except ConfigError:
-        known = None
-    return Hardware(
+        known = Hardware("machine", name, "cuda", total, None, None, None, "torch.cuda")
+    return dataclasses.replace(
+        known,
         kind="machine",
         name=name,
-        device_type="cuda",
         memory_bytes=min(total, free + own),
         has_bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
-        bytes_per_second=known.bytes_per_second if known else None,
-        flops_per_second=known.flops_per_second if known else None,
-        source=known.source if known else "torch.cuda",
         note=f"free now, of {byte_size(total)}",
-        float32_flops_per_second=known.float32_flops_per_second if known else None,
     )
 
 
@@ -296,17 +292,8 @@ CARDS = tuple(_read_cards())
 # --- sizes ---
 
 # Bytes per unit; a letter alone (k, m, g, t) is decimal, and no unit at all means GB.
-UNITS = {
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+UNITS = {"b": 1} | {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
+UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?i?b|[kmgt])?", re.IGNORECASE)
 # More than any machine has; a number of bytes without their unit is soon as large.

@@ -24,9 +24,6 @@ from rankwise.reports.numbers import byte_size
 
 STEPS = 3
 INTERVAL_SECONDS = 0.002
-# Exit codes of a process that the kernel killed, mostly for lack of memory: directly, and through a shell.
-KILLED = (-9, 137)
-MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")
 # Optimizers of torch that need no more than torch.
 MEASURED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
@@ -107,16 +104,13 @@ def measure(model: str | os.PathLike[str], method: str, workload: Workload, **re
     command = [sys.executable, "-m", "rankwise.planning.real_steps", json.dumps(order)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise _no_answer(done.returncode, done.stderr)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ConfigError(
+            "RW133",
+            f"the measured steps ended with code {done.returncode} ({last}); correct the cause, or "
+            "where memory ran out (code -9) make the batch or the rows smaller.",
+        )
     return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-def _no_answer(code: int, stderr: str) -> ConfigError:
-    """The error RW133. It advises smaller steps only where memory ran out."""
-    last = (stderr.strip().splitlines() or ["no message"])[-1]
-    starved = code in KILLED or any(word in stderr for word in MEMORY_WORDS)
-    remedy = "memory ran out: make the batch or the rows smaller" if starved else "correct the cause"
-    return ConfigError("RW133", f"the measured steps ended with code {code} ({last}); {remedy}.")
 
 
 # --- in the process of the steps ---
@@ -126,7 +120,7 @@ def carry_out(order: JsonObject) -> Measurement:
     """Build the model, run the steps, measure."""
     import torch
 
-    from rankwise.acceleration import limit_generated_kernels
+    from rankwise.acceleration import anonymous_memory_bytes, limit_generated_kernels
     from rankwise.models import fetch_model, load_skeleton
     from rankwise.planning.step import (
         autocast_dtype,
@@ -144,7 +138,7 @@ def carry_out(order: JsonObject) -> Measurement:
     model = load_skeleton(source, trust_remote_code=remote["trust_remote_code"])
     device = workload.device_type
     _warm_up(device, workload)
-    baseline = _anonymous_bytes() if device == "cpu" else 0
+    baseline = anonymous_memory_bytes() if device == "cpu" else 0
     materialize(model, weights_dtype(method, workload), fill=True, device=device)
     flat = prepare(model, method, workload) or workload.packing
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -177,11 +171,13 @@ def _warm_up(device: str, workload: Workload) -> None:
 
 def _peak_of(steps: list[Callable[[], None]]) -> int:
     """The highest anonymous memory while ``steps`` run, sampled every 2 ms in another thread."""
-    seen, done = [_anonymous_bytes()], threading.Event()
+    from rankwise.acceleration import anonymous_memory_bytes
+
+    seen, done = [anonymous_memory_bytes()], threading.Event()
 
     def watch() -> None:
         while not done.wait(INTERVAL_SECONDS):
-            seen[0] = max(seen[0], _anonymous_bytes())
+            seen[0] = max(seen[0], anonymous_memory_bytes())
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -191,21 +187,7 @@ def _peak_of(steps: list[Callable[[], None]]) -> int:
     finally:
         done.set()
         thread.join()
-    return max(seen[0], _anonymous_bytes())
-
-
-def _anonymous_bytes() -> int:
-    """The anonymous resident memory of this process in bytes; on systems other than Linux, all resident memory."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
+    return max(seen[0], anonymous_memory_bytes())
 
 
 if __name__ == "__main__":

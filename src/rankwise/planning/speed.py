@@ -21,9 +21,12 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from rankwise.config import DORA, FOUR_BITS
+from rankwise.conflicts import takes_eight_bit
+from rankwise.constants import EQUAL_IN_EIGHT_BITS
 from rankwise.disk import cache_folder
 from rankwise.foreign import Fields, read_json
 from rankwise.labels import Labels
+from rankwise.models.device import cpu_flags
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 from rankwise.models.load import config_table_rows
@@ -123,6 +126,8 @@ class ModelFacts:
     stored: Stored | None = None
     # Whether a small head of labels stands in the place of the vocabulary's.
     has_labels: bool = False
+    # Whether ``--products auto`` may compute in 8 bits.
+    equal_in_eight_bits: bool = False
 
     @property
     def head_parameters(self) -> int:
@@ -155,16 +160,16 @@ class PlannedModel:
 def read_model(source: ModelSource, *, trust_remote_code: bool = False, labels: int = 0) -> PlannedModel:
     """A fetched model, with a head of so many ``labels``."""
     source = dataclasses.replace(source, labels=Labels(tuple(map(str, range(labels)))) if labels else None)
-    if not source.is_gguf:
-        config = read_config(source.place)
-        facts = dataclasses.replace(facts_of(config), has_labels=labels > 0)
-        return PlannedModel(source, str(config.get("model_type") or ""), facts, config, trust_remote_code)
-    header = read_gguf_header(source.place)
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    numbers = {name: value for name, value in header.metadata.items() if not isinstance(value, list)}
-    family = header.metadata["general.architecture"]
-    facts = dataclasses.replace(_of_gguf(header), has_labels=labels > 0)
-    return PlannedModel(source, family, facts, [shapes, numbers], trust_remote_code)
+    identity: object
+    if source.is_gguf:
+        header = read_gguf_header(source.place)
+        family, facts = header.metadata["general.architecture"], _of_gguf(header)
+        identity = [{name: tensor.shape for name, tensor in header.tensors.items()}, header.metadata]
+    else:
+        identity = config = read_config(source.place)
+        family, facts = str(config.get("model_type") or ""), facts_of(config)
+    facts = dataclasses.replace(facts, has_labels=labels > 0, equal_in_eight_bits=family in EQUAL_IN_EIGHT_BITS)
+    return PlannedModel(source, family, facts, identity, trust_remote_code)
 
 
 def facts_of(config: Fields) -> ModelFacts:
@@ -228,6 +233,8 @@ ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
 # A LoRA step takes about twice the time of its frozen products (benchmarks/results/steps.md).
 STEP_SHARE = 0.5
+# A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md).
+EIGHT_BITS_SHARE = 0.76
 # The product by which a processor is measured, (T, K) x (K, N), repeated for this time.
 PRODUCT, PRODUCT_SECONDS, LEAST_PRODUCTS = (512, 1024, 1024), 0.25, 20
 # PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
@@ -378,6 +385,11 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
         moved = weight_traffic_bytes(method, facts, frozen, workload)
         moved += gain_traffic_bytes(method, facts, estimate, workload)
         seconds += moved / pace.bytes_per_second
+    flags = cpu_flags() if workload.device_type == "cpu" and workload.dtype == "bfloat16" else set()
+    # As `ops.cpu.products.bytes_pay` without torch.
+    in_eight_bits = facts.equal_in_eight_bits and "avx512_bf16" in flags and "amx_bf16" not in flags
+    if in_eight_bits and takes_eight_bit(method, workload.objective, workload.strategy, workload):
+        seconds *= EIGHT_BITS_SHARE
     if workload.activation_offloading:
         seconds += offloaded_bytes(facts, workload) / HOST_LINK_BYTES_PER_SECOND
     return seconds

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rankwise.compat.torch import (
+    DispatchMode,
     FakeTensor,
     FakeTensorMode,
     OpOverload,
-    TorchDispatchMode,
     fake_mode,
     grouped_mm,
     in_kernel_invocation_manager,
@@ -69,7 +69,7 @@ class Storage:
     term: str | None = None
 
 
-class StorageTracker(TorchDispatchMode):
+class StorageTracker(DispatchMode):
     """Counts live storages.
 
     ``rounding``: rounds each size as the device's allocator does. ``vocabulary``: the size by which logits are

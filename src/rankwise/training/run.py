@@ -343,7 +343,7 @@ def _accelerate(given: TrainSettings, inputs: _Inputs, observer: Observer) -> Ac
     products: Literal["bfloat16", "int8"] = "bfloat16"
     if given.products == "int8":
         products = "int8"
-    elif given.products == "auto" and takes_eight_bit(given):
+    elif given.products == "auto" and takes_eight_bit(given.method, given.objective, given.strategy, given):
         products, why = choose_products(model)
         observer.note(f"frozen products: {products} ({why})")
     with looked_into(model):

@@ -17,11 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from rankwise.acceleration import give_back_freed_memory
+from rankwise.acceleration import anonymous_memory_bytes, give_back_freed_memory
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.compat.torch import own_part
@@ -423,18 +422,6 @@ def frozen_bytes(model: nn.Module) -> int:
     """The bytes of frozen parameters and buffers in this process."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(own_part(tensor).nbytes for tensor in tensors if not tensor.requires_grad)
-
-
-def anonymous_memory_bytes() -> int:
-    """The anonymous resident memory of this process in bytes; on systems other than Linux, all resident memory."""
-    try:
-        status = Path(f"/proc/{os.getpid()}/status").read_text()
-    except OSError:
-        return int(psutil.Process().memory_info().rss)
-    for line in status.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
 
 
 # --- metrics.jsonl ---
