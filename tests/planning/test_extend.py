@@ -34,9 +34,9 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embe
 OTHERS = ("stablelm", "cohere", "starcoder2", "glm", "olmo", "helium", "persimmon", "ernie4_5", "exaone4", "seed_oss")
 OTHERS += ("hunyuan_v1_dense", "nemotron", "cohere2", "arcee")
 MORE = {
-    "helium": {"head_dim": 64},
-    "exaone4": {"sliding_window": 64, "sliding_window_pattern": 4},
-    "seed_oss": {"head_dim": 64},
+    "exaone4": {"sliding_window": 64, "sliding_window_pattern": 4, "num_hidden_layers": 24},
+    "cohere2": {"num_hidden_layers": 24},
+    **dict.fromkeys(("helium", "seed_oss", "hunyuan_v1_dense"), {"head_dim": 64}),
 }
 
 

@@ -232,7 +232,9 @@ class Traces:
         return skeleton
 
     def _trace(self, method: str, workload: Workload) -> Found:
-        if workload.strategy == "fsdp" and _is_in_a_group():
+        import torch.distributed as dist
+
+        if workload.strategy == "fsdp" and dist.is_available() and dist.is_initialized():
             # A run with its own group of processes cannot have another of fake ones.
             alone = self._trace(method, dataclasses.replace(workload, strategy="single", devices=1))
             return _sharded(alone, method, workload)
@@ -521,12 +523,6 @@ def _notes(method: str, workload: Workload, found: Found) -> Iterator[str]:
 
 
 # --- several devices ---
-
-
-def _is_in_a_group() -> bool:
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized()
 
 
 def _sharded(found: Found, method: str, workload: Workload) -> Found:

@@ -303,18 +303,10 @@ def dense_weight(args: Args, kwargs: Kwargs) -> int:
     return 0 if is_kept(size) else size
 
 
-def copy_of(argument: int) -> Scratch:
-    """The bytes of gloo's copy: of the result of a gather, or of the gradients that are reduced."""
-
-    def copied_bytes(args: Args, kwargs: Kwargs) -> int:
-        return int(args[argument].nbytes)
-
-    return copied_bytes
-
-
 SCRATCH: dict[str, Scratch] = {
-    "c10d::_allgather_base_": copy_of(0),
-    "c10d::_reduce_scatter_base_": copy_of(1),
+    # gloo's copies: of the result of a gather, and of the gradients that are reduced.
+    "c10d::_allgather_base_": lambda args, _: int(args[0].nbytes),
+    "c10d::_reduce_scatter_base_": lambda args, _: int(args[1].nbytes),
     "rankwise::linear_4bit": dense_weight,
     "rankwise::linear_4bit_input_grad": dense_weight,
 }

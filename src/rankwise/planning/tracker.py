@@ -340,7 +340,7 @@ class QuickFakes:
 
     def _remembered(self, mode: FakeTensorMode, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
         try:
-            key = (func, _described(args), _described(kwargs.items()))
+            key = (func, _description(args), _description(tuple(kwargs.items())))
             is_known = key in self._seen
         except TypeError:
             return NotImplemented
@@ -361,18 +361,14 @@ class QuickFakes:
         return fakes if made.is_tuple else fakes[0]
 
 
-def _described(values: Iterable[object]) -> tuple[object, ...]:
-    """A key for the arguments. Raises TypeError for a tensor that has values or is on another device."""
-    return tuple(map(_description, values))
-
-
 def _description(value: object) -> object:
+    """A key for an argument. Raises TypeError for a tensor that has values or is on another device."""
     if isinstance(value, Tensor):
         if not _is_fake_on_cpu(value):
             raise TypeError
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
-        return _described(value)
+        return tuple(map(_description, value))
     # The type is part of the key, since 1, 1.0 and True are equal but give different results.
     return type(value), value
 
