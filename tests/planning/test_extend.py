@@ -36,7 +36,7 @@ OTHERS += ("hunyuan_v1_dense", "nemotron", "cohere2", "arcee")
 MORE = {
     "exaone4": {"sliding_window": 64, "sliding_window_pattern": 4, "num_hidden_layers": 24},
     "cohere2": {"num_hidden_layers": 24},
-    **dict.fromkeys(("helium", "seed_oss", "hunyuan_v1_dense"), {"head_dim": 64}),
+    **{name: {"head_dim": 64} for name in ("helium", "seed_oss", "hunyuan_v1_dense")},
 }
 
 

@@ -14,6 +14,7 @@ from rankwise.planning import Workload, speed
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.speed import (
     DEQUANTIZE_SHARE,
+    EIGHT_BITS_SHARE,
     STEP_SHARE,
     Pace,
     facts_of,
@@ -83,6 +84,17 @@ def test_seconds_add_operations_and_traffic():
     assert both - fast == pytest.approx(weight_traffic_bytes("lora", facts, estimate.total_parameters, work) / 1e12)
     twice = dataclasses.replace(work, batch_size=2)
     assert micro_batch_seconds(estimate, facts, twice, Pace(1e12, None, "")) == pytest.approx(2 * fast)
+
+
+@pytest.mark.parametrize(
+    ("objective", "more", "share"), [("sft", "", EIGHT_BITS_SHARE), ("dpo", "", 1), ("sft", "amx_bf16", 1)]
+)
+def test_products_in_8_bits_are_known(objective, more, share, monkeypatch):
+    monkeypatch.setattr(speed, "cpu_flags", lambda: {"avx512_bf16", more})
+    work, exact = dataclasses.replace(SHORT, device_type="cpu", objective=objective), facts_of(LLAMA_7B)
+    both = exact, dataclasses.replace(exact, equal_in_eight_bits=True)
+    usual, found = (micro_batch_seconds(toy_estimate("lora", work), one, work, Pace(1e12, None, "")) for one in both)
+    assert found == pytest.approx(share * usual)
 
 
 def test_no_micro_batch_of_a_card_is_faster_than_its_launches():
