@@ -82,7 +82,7 @@ ERROR, CPU_PROCESS_ERROR_BYTES = 0.05, 50 * 10**6
 CPU_LIBRARY_BYTES = 50 << 20
 # Bytes of holes in every step of PyTorch's own operators (measured), and of full fine-tuning: between blocks just too
 # small to be mapped (`acceleration.memory.MMAP_BYTES`), copies of weights and chunks of logits.
-HOLES_OF_PYTORCHS_STEP, HOLES_OF_LARGE_BLOCKS = 40 << 20, 110 << 20
+HOLES_OF_PYTORCHS_STEP, HOLES_OF_LARGE_BLOCKS = 20 << 20, 80 << 20
 # Share of unused memory between keys and values, which grow by one token at a time: measured 0.15 to 0.35.
 HOLES_OF_GROWTH = 0.25
 # Measured shares of `heap_holes_bytes`: (of all gradients, of the saved tensors).
