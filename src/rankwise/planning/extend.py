@@ -79,7 +79,7 @@ PREPARED = 12
 # Half the printed interval, as a share of the peak, and on a CPU what libraries, threads and the ends of the heap add.
 ERROR, CPU_PROCESS_ERROR_BYTES = 0.05, 50 * 10**6
 # Memory that a step leaves in libraries on a CPU (generated kernels, thread pools, ends of the heap).
-CPU_LIBRARY_BYTES = 50 << 20
+CPU_LIBRARY_BYTES = 56 << 20
 # Bytes of holes in every step of PyTorch's own operators (measured), and of full fine-tuning: between blocks just too
 # small to be mapped (`acceleration.memory.MMAP_BYTES`), copies of weights and chunks of logits.
 HOLES_OF_PYTORCHS_STEP, HOLES_OF_LARGE_BLOCKS = 20 << 20, 80 << 20
