@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.config import TrainSettings
+from rankwise.config import METHODS, TrainSettings, is_known
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, DataError, ModelError, heard
 from rankwise.evaluation.record import text_sha256
@@ -49,6 +49,8 @@ class LoadOptions:
     mapped: bool = True
     # Whether the model answers with labels, or else writes text.
     labels: bool = False
+    # Whether a single adapter may be of another distribution's method.
+    guest: bool = False
 
 
 def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *, named: bool = True) -> Loaded:
@@ -62,6 +64,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
     """
     from rankwise.acceleration import limit_generated_kernels, use_native_products
     from rankwise.adapters import load_adapter
+    from rankwise.adapters.inject import method_type
     from rankwise.adapters.peft_config import read_config
     from rankwise.adapters.trained_base import tokenizer_with_rows
     from rankwise.models import choose_device, fetch_model, warns_of_other_hub_model
@@ -69,6 +72,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
 
     limit_generated_kernels()
     revision = check_fit(name, adapters, options, named=named)
+    guest, own = _apart(adapters, options)
     source = fetch_model(name, revision=revision, trust_remote_code=options.trust_remote_code)
     source = with_labels(source, adapters) if options.labels else source
     if named:
@@ -88,12 +92,14 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
         # The files themselves hold 4-bit weights.
         model = model.dequantize()
     tokenizer = needed_tokenizer(tokenizer, name)
-    own = tokenizer_with_rows(adapters[0], tokenizer) if adapters else tokenizer
-    names = adapter_names(len(adapters))
-    for adapter_name, adapter in zip(names, adapters):
+    with_rows = tokenizer_with_rows(own[0], tokenizer) if own else tokenizer
+    names = adapter_names(len(own))
+    for adapter_name, adapter in zip(names, own):
         load_adapter(model, adapter, name=adapter_name, trainable=False)
+    if guest is not None:
+        method_type(guest).load(model, adapters[0])
     use_native_products(model.requires_grad_(False))
-    return Loaded(model.eval(), own, tokenizer, str(choice.device), names)
+    return Loaded(model.eval(), with_rows, tokenizer, str(choice.device), names)
 
 
 def check_fit(name: str, adapters: Sequence[Path], options: LoadOptions, *, named: bool) -> str | None:
@@ -105,7 +111,8 @@ def check_fit(name: str, adapters: Sequence[Path], options: LoadOptions, *, name
     from rankwise.adapters.trained_base import labels_of, revision_of
     from rankwise.models import choose_device, fetch_model, load_skeleton
 
-    for adapter in adapters:
+    _, own = _apart(adapters, options)
+    for adapter in own:
         read_folder(adapter)
         if (labels_of(adapter) is not None) != options.labels:
             does = "writes text, and `rankwise generate`" if options.labels else "has labels, and `rankwise predict`"
@@ -118,7 +125,7 @@ def check_fit(name: str, adapters: Sequence[Path], options: LoadOptions, *, name
     source = with_labels(source, adapters) if options.labels else source
     # Loading gives the warnings again.
     with heard(lambda warning: False):
-        for adapter in adapters:
+        for adapter in own:
             read_adapter(load_skeleton(source, trust_remote_code=remote), adapter)
     return revision
 
@@ -149,11 +156,28 @@ def needed_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> Pr
     return tokenizer
 
 
-def check_new_tokens(adapters: Sequence[Path], *, base: bool) -> None:
-    """Raise ConfigError (RW151) for an adapter with new tokens beside another model, whose tokenizer lacks them."""
+def guest_of(adapter: Path) -> str | None:
+    """The installed method of another distribution by which a run trained; None for LoRA and DoRA."""
+    record = record_of(adapter)
+    return record.method if record and record.method not in METHODS and is_known(record.method) else None
+
+
+def _apart(adapters: Sequence[Path], options: LoadOptions) -> tuple[str | None, Sequence[Path]]:
+    """(the method of another distribution whose adapter is the only one, the adapters of our own)."""
+    guest = guest_of(adapters[0]) if options.guest and adapters else None
+    return guest, adapters if guest is None else ()
+
+
+def check_alone(adapters: Sequence[Path], *, base: bool) -> None:
+    """Raise ConfigError (RW151) for an adapter that only answers by itself, beside another model: one with new tokens,
+    which the others' tokenizer lacks, or one of another distribution's method, which stays in the base."""
     from rankwise.adapters.checkpoint import read_folder
 
-    if len(adapters) + base > 1 and any(read_folder(adapter)[0].token_rows for adapter in adapters):
+    if len(adapters) + base < 2:
+        return
+    if guests := [*filter(None, map(guest_of, adapters))]:
+        raise ConfigError("RW151", f"an adapter of {guests[0]} answers by itself; give one --adapter, and --no-base.")
+    if any(read_folder(adapter)[0].token_rows for adapter in adapters):
         raise ConfigError(
             "RW151", "an adapter with new tokens has a tokenizer of its own; give one --adapter, and --no-base."
         )

@@ -19,8 +19,8 @@ from rankwise.evaluation.errors_of_means import clusters_of
 from rankwise.evaluation.loading import (
     LoadOptions,
     base_of,
+    check_alone,
     check_fit,
-    check_new_tokens,
     load_as_trained,
     load_settings,
     template_of,
@@ -166,7 +166,7 @@ class _Run:
         self.observer = observer
         self.name = settings.model or _base(settings.adapter)
         self.variants = variants_of(settings.adapter, settings.base)
-        check_new_tokens(settings.adapter, base=len(self.variants) > len(settings.adapter))
+        check_alone(settings.adapter, base=len(self.variants) > len(settings.adapter))
         options, named = _load_options(settings), settings.model is not None
         self.revision = check_fit(self.name, settings.adapter, options, named=named)
         observer.phase("Reading data")
@@ -345,6 +345,5 @@ def _base(adapters: Sequence[Path]) -> str:
 
 
 def _load_options(given: EvaluateSettings) -> LoadOptions:
-    return LoadOptions(
-        given.dtype, given.quantization, given.device, given.trust_remote_code, given.revision, given.mmap
-    )
+    remote = (given.trust_remote_code, given.revision)
+    return LoadOptions(given.dtype, given.quantization, given.device, *remote, given.mmap, guest=True)
