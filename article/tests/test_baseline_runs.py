@@ -52,7 +52,9 @@ def given(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prefix"])
-def test_a_run_trains_and_resumes_to_the_bit(given: dict[str, Any], tmp_path: Path, method: str):
+def test_a_run_trains_resumes_to_the_bit_and_is_evaluated(
+    given: dict[str, Any], tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+):
     def settings(name: str, **more: Any) -> TrainSettings:
         return TrainSettings.model_validate({**given, "method": method, "output": tmp_path / name, **more})
 
@@ -65,6 +67,13 @@ def test_a_run_trains_and_resumes_to_the_bit(given: dict[str, Any], tmp_path: Pa
     assert train(settings("cut", resume=True)).eval_loss == whole.eval_loss
     name = "adapter_model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    asked = f"evaluate --adapter {tmp_path / 'whole'} --task perplexity --data {given['eval_data']} --device cpu"
+    assert main([*asked.split(), "--output", str(tmp_path / "told")]) == 0
+    assert load_result(tmp_path / "told" / "perplexity").metrics["loss"] == pytest.approx(whole.eval_loss, rel=1e-5)
+    capsys.readouterr()
+    # The base would answer through it, too.
+    assert main([*asked.split(), "--base", "--output", str(tmp_path / "both")]) == 2
+    assert "RW151" in capsys.readouterr().err
 
 
 def test_options_that_it_does_not_use_are_said(given: dict[str, Any], tmp_path: Path):

@@ -47,4 +47,4 @@ def chunk_rows(vocabulary: int, element_size: int, *, on_card: bool) -> int:
 
 
 # Families (``model_type``) whose runs in 8 bits ended equal to those in bfloat16 (benchmarks/results/eight_bits.md).
-EQUAL_IN_EIGHT_BITS = frozenset({"llama"})
+EQUAL_IN_EIGHT_BITS = frozenset({"gemma3_text", "llama"})
