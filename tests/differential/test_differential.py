@@ -199,7 +199,7 @@ def draw_adapter(draw: Draw, at: Places) -> dict[str, Any]:
     for share, field in FIELDS:
         if draw.random() < share:
             adapter |= field(draw, at)
-    # What one of the two libraries refuses; and PEFT forgets the bias of a tied head beside trained rows.
+    # What one of the two libraries refuses; and PEFT forgets the bias of a head beside trained rows.
     targets = adapter["target_modules"]
     if isinstance(targets, str):
         adapter.pop("layers_to_transform", None)
@@ -207,7 +207,7 @@ def draw_adapter(draw: Draw, at: Places) -> dict[str, Any]:
         adapter.pop("use_dora", None)
         adapter.pop("exclude_modules", None)
     ends = {leaf(at.embedding), leaf(at.head)}
-    if ends & {*targets, *adapter.get("modules_to_save", [])} or (at.is_tied and at.head_has_bias):
+    if ends & {*targets, *adapter.get("modules_to_save", [])} or at.head_has_bias:
         adapter.pop("trainable_token_indices", None)
     if {*targets} & {*adapter.get("modules_to_save", [])}:
         adapter.pop("modules_to_save")
