@@ -162,6 +162,7 @@ def test_what_a_server_prints_is_not_its_answer_and_its_first_error_is_told(tmp_
     (package / "lora" / "request.py").write_text("LoRARequest = tuple")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     job = {"server": "vllm", "model": "whole", "adapter": None, "prompts": [], "answers": [], "new_tokens": 1}
+    job["labels"] = None
     assert run_server(sys.executable, job) == {"version": "vLLM 0", "base": {"texts": [], "logprobs": []}}
     with pytest.raises(RunError, match=r"RW739.*stopped with 6: ValueError: the cause\.$"):
         run_server(sys.executable, {**job, "model": "broken"})

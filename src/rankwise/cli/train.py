@@ -86,7 +86,7 @@ def _check_data(settings: Fields) -> None:
 
     found = {**settings, "retain": settings.get("retain") and retained_from(settings["retain"])[1]}
     for name in ("data", "eval_data", "retain"):
-        if isinstance(path := found[name], str):
+        if isinstance(path := found.get(name), str):
             try:
                 check_there(path)
             except DataError:
