@@ -158,11 +158,10 @@ def test_what_a_server_prints_is_not_its_answer_and_its_first_error_is_told(tmp_
     package = tmp_path / "vllm"
     (package / "lora").mkdir(parents=True)
     (package / "__init__.py").write_text(FAKE_VLLM)
-    (package / "lora" / "__init__.py").touch()
     (package / "lora" / "request.py").write_text("LoRARequest = tuple")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    job = {"server": "vllm", "model": "whole", "adapter": None, "prompts": [], "answers": [], "new_tokens": 1}
-    job["labels"] = None
+    job = {"server": "vllm", "model": "whole", "prompts": [], "answers": [], "new_tokens": 1}
+    job |= {"adapter": None, "labels": None}
     assert run_server(sys.executable, job) == {"version": "vLLM 0", "base": {"texts": [], "logprobs": []}}
     with pytest.raises(RunError, match=r"RW739.*stopped with 6: ValueError: the cause\.$"):
         run_server(sys.executable, {**job, "model": "broken"})
