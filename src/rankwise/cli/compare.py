@@ -74,7 +74,7 @@ def run(settings: CompareSettings, output: Output) -> Document:
 
     check_compare(settings)
     check_tasks(settings.task)
-    retained = settings.retain and retained_from(settings.retain)[1]
+    _, retained = retained_from(settings.retain)
     check_paths(model=settings.model, data=(settings.data, settings.eval_data, retained), output=settings.output)
     from rankwise.comparison.run import compare
     from rankwise.disk import hold

@@ -84,7 +84,7 @@ def _check_data(settings: Fields) -> None:
     """Raise DataError (RW201) for missing files that the run's record names and the user did not write."""
     from rankwise.data import check_there
 
-    found = {**settings, "retain": settings.get("retain") and retained_from(settings["retain"])[1]}
+    found = {**settings, "retain": retained_from(settings.get("retain"))[1]}
     for name in ("data", "eval_data", "retain"):
         if isinstance(path := found.get(name), str):
             try:
@@ -100,7 +100,7 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     from rankwise.training.checkpoints import check_output
 
     end_with_launcher()
-    retained = settings.retain and retained_from(settings.retain)[1]
+    _, retained = retained_from(settings.retain)
     check_paths(model=settings.model, data=(settings.data, settings.eval_data, retained), output=settings.output)
     settings = continued(settings)
     # The run checks this again; here the check comes before torch is loaded.

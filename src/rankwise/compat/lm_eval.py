@@ -60,7 +60,7 @@ def reads_json(task: Task) -> bool:
 
 
 def right_choice(task: Task, doc: Any) -> int | None:
-    """The place of the right one among a question's choices. None for a task without choices, and where several are
+    """The place of the right one among a question's choices. None for a task without choices, or if several are
     right."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return None

@@ -111,8 +111,7 @@ def check_fit(name: str, adapters: Sequence[Path], options: LoadOptions, *, name
     from rankwise.adapters.trained_base import labels_of, revision_of
     from rankwise.models import choose_device, fetch_model, load_skeleton
 
-    _, own = _apart(adapters, options)
-    for adapter in own:
+    for adapter in (own := _apart(adapters, options)[1]):
         read_folder(adapter)
         if (labels_of(adapter) is not None) != options.labels:
             does = "writes text, and `rankwise generate`" if options.labels else "has labels, and `rankwise predict`"

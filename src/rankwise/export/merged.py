@@ -96,7 +96,7 @@ def merge_to_folder(
     are written: NF4, or dense ones that Q4_0 takes over exactly. ``trained_on`` is the 4-bit format, where the
     adapter's folder has no record of it.
 
-    Raises AdapterError if the adapter does not fit the base (RW414: it was not trained on 4 bits), ModelError where
+    Raises AdapterError if the adapter does not fit the base (RW414: it was not trained on 4 bits), ModelError if
     the base cannot be read or (RW309) holds no original weights, RunError: RW532 if ``output`` is not empty, RW551
     where it cannot be written, RW582 where another process writes to it. Warns RW417 of another hub model than the
     adapter names, RW415 of other weights than in training.

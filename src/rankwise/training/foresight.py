@@ -28,7 +28,7 @@ class MicroBatch:
 
     # Number of rows; a pair of answers is one row.
     rows: int
-    # Tokens of a row, or of one side of a pair: of the longest where rows are padded, the mean if they are
+    # Tokens of a row, or of one side of a pair: of the longest if rows are padded, the mean if they are
     # concatenated.
     tokens: int
     # Share of all tokens that are in the loss.

@@ -86,10 +86,11 @@ def _check_foreign(name: str) -> None:
     raise unknown_task(name, known)
 
 
-def retained_from(source: str) -> tuple[str | None, str | None]:
+@functools.cache
+def retained_from(source: str | None) -> tuple[str | None, str | None]:
     """(task, data) of ``--retain``: a task of lm-evaluation-harness, as TASK=D with its data; else only data."""
-    name, _, data = source.partition("=")
-    if Path(source).expanduser().exists() or not re.fullmatch(r"[\w.:-]+", name):
+    name, _, data = (source or "").partition("=")
+    if source is None or Path(source).expanduser().exists() or not re.fullmatch(r"[\w.:-]+", name):
         return None, source
     if name not in COMMONSENSE:
         folder = _installed_harness()
