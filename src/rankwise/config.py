@@ -370,7 +370,6 @@ class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
         bool, _device("On a CPU, read frozen weights from mapped files; --no-mmap copies them into memory.")
     ] = True
 
-    sample_prompt: Annotated[str | None, _saving("Prompt that the model answers at every evaluation.")] = None
     report_to: Annotated[
         tuple[Tracker, ...],
         BeforeValidator(comma_list),
@@ -384,7 +383,6 @@ class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
         ),
     ] = False
     overwrite: Annotated[bool, _saving("Replace the run in --output.")] = False
-    dry_run: Annotated[bool, _saving("Check everything, say what would be done, and write nothing.")] = False
 
     @property
     def rate(self) -> float:

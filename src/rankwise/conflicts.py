@@ -44,9 +44,9 @@ LOSS_TYPES: Mapping[Objective, tuple[str, ...]] = {
 }
 # The losses that --label-smoothing changes.
 SMOOTHED = ("robust",)
-NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit", "sample_prompt")
+NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit")
 NO_RETAIN = "--retain-margin says how much of --retain may be lost; add --retain D."
-NOT_OF_LABELS = ("chat_template", "sample_prompt", "new_tokens", "retain")
+NOT_OF_LABELS = ("chat_template", "new_tokens", "retain")
 # Optimizers that compute the same on shards as on whole weights.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -151,12 +150,6 @@ def test_prompts_end_with_the_table_of_positions(refuses, rankwise, command, gpt
     refuses("RW533", "generate", "--model", gpt2_folder, "--prompt", "x" * 13, "--raw", said="13 tokens")
     done = rankwise("generate", "--model", gpt2_folder, "--prompt", "x" * 12, "--raw")
     assert (done.code, "RW256" in done.stderr) == (0, True)
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a ", "completion": "b"}) + "\n")
-    data = dict.fromkeys(("data", "eval-data"), tmp_path / "rows.jsonl")
-    long = {"model": gpt2_folder, **data, "sample-prompt": "x" * 13}
-    done = rankwise(*command(**long))
-    assert done.code == 2
-    assert "RW533" in done.stderr.splitlines()[-1]
 
 
 def test_an_adapter_without_weights_is_refused_before_its_base_is_loaded(run_folder, refuses, tmp_path, monkeypatch):

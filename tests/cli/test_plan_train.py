@@ -9,6 +9,7 @@ import re
 import pytest
 
 from rankwise.config import TrainSettings
+from rankwise.errors import RunError
 from rankwise.planning import guard
 from rankwise.reports.numbers import byte_size
 from toy_memory import toy_estimate
@@ -175,3 +176,12 @@ def test_rows_beyond_learned_positions_stop_before_training(rankwise, gpt2_folde
     assert "--max-length 12" in done.stderr
     assert not (tmp_path / "long").exists()
     assert rankwise(*order, *packing, "--output", tmp_path / "short", "--max-length", 12).code == 0
+
+
+def test_a_run_refused_late_leaves_no_folder(train, tmp_path, monkeypatch):
+    def refuse(self, batch, evaluation, mapped):
+        raise RunError("RW562", "this run cannot fit.")
+
+    monkeypatch.setattr(guard.MemoryGuard, "before_training", refuse)
+    assert train().code == 2
+    assert not (tmp_path / "run").exists()

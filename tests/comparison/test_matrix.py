@@ -39,8 +39,8 @@ def test_a_best_rate_at_the_edge_is_flagged():
 def test_every_option_of_train_is_shared_or_has_its_counterpart():
     own = {"model", "data", "eval_data", "output", "method", "learning_rate", "budget", "seed"}
     own |= set(RetainOptions.model_fields)
-    without = {"cache", "mmap", "sample_prompt", "report_to", "skip_bad_rows", "devices", "strategy"}
-    without |= {"resume", "overwrite", "dry_run", "new_tokens", "adapter", "reward"}
+    without = {"cache", "mmap", "report_to", "skip_bad_rows", "devices", "strategy"}
+    without |= {"resume", "overwrite", "new_tokens", "adapter", "reward"}
     without |= {"reward_weights", "num_generations", "temperature", "max_completion_length"}
     shared = shared_training(settings())
     assert set(shared) == set(TrainSettings.model_fields) - own - without

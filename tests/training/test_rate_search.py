@@ -102,14 +102,6 @@ def test_a_resumed_run_does_not_search_again(settings: Any, tmp_path: Path) -> N
     assert train(TrainSettings.model_validate(settings_then | {"resume": True})).eval_loss == resumed.eval_loss
 
 
-def test_a_dry_run_searches_nothing(settings: Any, tmp_path: Path) -> None:
-    watched = Recorder()
-    record = train(settings(**SHORT, dry_run=True), watched)
-    assert (record.rate_search, record.settings["learning_rate"]) == (None, SHORT["learning_rate"])
-    assert not [phase for phase in watched.phases if "Trying" in phase]
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_rows_that_judge_are_of_prompts_that_no_short_run_sees() -> None:
     rows = encoded_rows(200)
     twice = rows.map(

@@ -7,7 +7,6 @@ import os
 import signal
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ import torch
 from training_rows import Recorder, snapshot, write_rows
 
 from rankwise.adapters import load_adapter
-from rankwise.data import read_rows
 from rankwise.errors import ConfigError, DataError, InputError, Interrupted, RankwiseWarning, RunError, warn
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
@@ -24,11 +22,9 @@ from rankwise.reports.plots import loss_svg
 from rankwise.training.learning import evaluation_steps_of
 from rankwise.training.observer import StepInfo
 from rankwise.training.run import _told_warnings, train
-from rankwise.training.setup import answerer
 from rankwise.training.sft import Demonstrations
 from rankwise.training.watch import StepClock
 from tables import thinned
-from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
 
@@ -36,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_run_folder_has_everything_and_no_pickle(method: str, settings: Any, tmp_path: Path) -> None:
     watcher = Recorder()
-    record = train(settings(method=method, sample_prompt="w1 w2 "), watcher)
+    record = train(settings(method=method), watcher)
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
     weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
@@ -52,33 +48,18 @@ def test_run_folder_has_everything_and_no_pickle(method: str, settings: Any, tmp
     assert record.peak_memory_bytes
     assert record.peak_memory_bytes > 10_000_000
     assert [info.step for info in watcher.steps] == list(range(1, 9))
-    assert len(watcher.evaluations) == len(watcher.samples) == 3
+    assert len(watcher.evaluations) == 3
     lines = list(read_metrics(folder))
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 8]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 4, 8]
-    assert [(line["step"], line["sample"]) for line in lines if "sample" in line] == list(
-        zip([0, 4, 8], watcher.samples)
-    )
     # B starts at zero, and a full fine-tuning has none.
     assert all(line["b_norm"] > 0 if method != "full" else "b_norm" not in line for line in lines if "loss" in line)
     assert watcher.phases == ["Reading data", "Loading the model", "Encoding data", "Training", "Saving"]
 
 
-def test_a_sample_ends_where_the_template_ends_a_turn(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """That is often another token than the tokenizer's end of a text."""
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <unk> {% endfor %}"
-    model, given = tiny_llama(), {}
-    monkeypatch.setattr(model, "generate", lambda **more: given.update(more) or more["input_ids"])
-    loaded: Any = SimpleNamespace(model=model, tokenizer=tokenizer)
-    rows = read_rows(write_rows(tmp_path / "rows.jsonl", 2))
-    data: Any = SimpleNamespace(texts=SimpleNamespace(rows=rows, template=None))
-    answerer("w1 w2", loaded, data)()
-    assert tokenizer.unk_token_id in given["eos_token_id"]
-
-
 def test_the_record_says_whether_the_step_is_fast(settings: Any) -> None:
     ways: list[dict[str, Any]] = [{}, {"fast": False}]
-    found = [train(settings(dry_run=True, **changes)).device["acceleration"] for changes in ways]
+    found = [train(settings(max_steps=1, overwrite=True, **changes)).device["acceleration"] for changes in ways]
     assert found[1] == "off (--no-fast)"
     assert "off" not in found[0]
 

@@ -91,7 +91,7 @@ def test_other_rows_cannot_be_resumed_with(run: Any, settings: Any, tmp_path: Pa
 
 
 def test_rows_of_the_training_data_are_named(run: Any, tmp_path: Path, settings: Any) -> None:
-    given = settings(retain=str(tmp_path / "train.jsonl"), dry_run=True)
+    given = settings(retain=str(tmp_path / "train.jsonl"), max_steps=1)
     record = train(given, Recorder(), None, RetainedRows(given, given.retain))
     assert [item["message"][:40] for item in record.warnings if item["code"] == "RW218"] == [
         "40 of 40 retained rows are also in the t"

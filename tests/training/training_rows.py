@@ -48,7 +48,6 @@ class Recorder:
         self.notes: list[str] = []
         self.steps: list[StepInfo] = []
         self.evaluations: list[tuple[int, float, bool]] = []
-        self.samples: list[str] = []
         self.warnings: list[str] = []
         self.stop_at, self.number = stop_at, number
 
@@ -65,9 +64,6 @@ class Recorder:
 
     def evaluation(self, step: int, loss: float, best: bool) -> None:
         self.evaluations.append((step, loss, best))
-
-    def sample(self, step: int, text: str) -> None:
-        self.samples.append(text)
 
     def warning(self, code: str, text: str) -> None:
         self.warnings.append(code)

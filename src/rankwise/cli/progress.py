@@ -14,7 +14,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.cli.output import Output, one_line, print_message
+from rankwise.cli.output import Output, print_message
 from rankwise.config import logging_steps_of
 from rankwise.reports.numbers import byte_size, duration
 
@@ -66,12 +66,9 @@ class PlainProgress(_Warnings):
     def evaluation(self, step: int, loss: float, best: bool) -> None:
         self.output.line(evaluation_line(step, loss, best, of_rewards=self.of_rewards))
 
-    def sample(self, step: int, text: str) -> None:
-        self.output.line(f"sample: {one_line(text)}")
-
 
 class LiveProgress(_Warnings):
-    """A redrawn display of a few lines; samples and warnings are printed above it."""
+    """A redrawn display of a few lines; warnings are printed above it."""
 
     def __init__(self, output: Output, *, of_rewards: bool = False) -> None:
         super().__init__()
@@ -95,9 +92,6 @@ class LiveProgress(_Warnings):
         """Keep the best evaluation and the last one."""
         said = evaluation_line(step, loss, best, of_rewards=self.of_rewards)
         self.evaluations = [said] if best else [*self.evaluations[:1], said]
-
-    def sample(self, step: int, text: str) -> None:
-        self.output.line(f"sample at step {step}: {one_line(text)}", style="dim")
 
     def __rich__(self) -> RenderableType:
         if (info := self.latest) is None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from rankwise.training.observer import Observer
 
 # Options that --resume does not take from the record: code of a model, for one, runs on explicit request only.
-NOT_OF_THE_RUN = {"output", "resume", "overwrite", "dry_run", "trust_remote_code"}
+NOT_OF_THE_RUN = {"output", "resume", "overwrite", "trust_remote_code"}
 
 
 def settings_of_the_run(given: Fields) -> Fields:
@@ -128,8 +128,7 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(error, guard.advice()) from error
-    is_dry = settings.dry_run and record.status != "finished"
-    for label, text in foreseen(settings, record) if is_dry else summary(settings.output, record):
+    for label, text in summary(settings.output, record):
         output.line(f"{label:<12}{text}")
     return {"output": str(settings.output)} | record.to_json() if ranks.is_writer() else None
 
@@ -154,25 +153,6 @@ def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
         ignore=settings.ignore_plan,
         sharers=1 if where is None else where.local_count,
     )
-
-
-def foreseen(settings: TrainSettings, record: RunRecord) -> Iterator[tuple[str, str]]:
-    """What a run would do, as labelled lines."""
-    base = record.base_model
-    yield "model", f"{base.get('name', settings.model)}, {record.method}, on {record.device['reason']}"
-    for name, part in record.data.items():
-        lost = f"; {part['truncated_rows']:,} cut, {part['dropped_rows']:,} left out at --max-length"
-        kept = f"{plural(part['rows'], 'row')}, {part['tokens']:,} tokens, {part['trained_tokens']:,} trained on"
-        yield {"train": "data", "eval": "evaluation"}[name], f"{part['source']}: {kept}{lost}"
-    yield "trains", trained_share(record)
-    rows = settings.batch_size * settings.gradient_accumulation * record.devices
-    yield "steps", f"{record.steps} of {plural(rows, 'row')}"
-    if settings.resume:
-        what = "continues the run there from its last checkpoint"
-    else:
-        what = "replaces the run there" if settings.overwrite else "is made"
-    yield "output", f"{settings.output}, which {what}"
-    yield "dry run", "every check before the first step passed; nothing was written"
 
 
 def trained_share(record: RunRecord) -> str:

@@ -253,9 +253,7 @@ MAY_CHANGE = {
     "eval_steps",
     "retain_margin",
     "early_stopping",
-    "sample_prompt",
     "report_to",
-    "dry_run",
     "trust_remote_code",
 }
 # Settings whose content is compared by hash once it has been read, since a path can be written in several ways.

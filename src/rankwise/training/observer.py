@@ -57,9 +57,6 @@ class Observer(Protocol):
     def evaluation(self, step: int, loss: float, best: bool) -> None:
         """The evaluation loss (mean over tokens) after ``step``, and whether it is the lowest so far."""
 
-    def sample(self, step: int, text: str) -> None:
-        """The answer to the fixed sample prompt, after the evaluation of ``step``."""
-
     def warning(self, code: str, text: str) -> None:
         """A problem that does not stop the run."""
 
@@ -74,8 +71,6 @@ class SilentObserver:
     def step(self, info: StepInfo) -> None: ...
 
     def evaluation(self, step: int, loss: float, best: bool) -> None: ...
-
-    def sample(self, step: int, text: str) -> None: ...
 
     def warning(self, code: str, text: str) -> None: ...
 

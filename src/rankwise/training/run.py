@@ -82,15 +82,10 @@ def train(
     Raises InputError, before anything is written, for faults in the settings, data, model or output folder; RunError
     during training (a loss that is not finite, no gradient, a full disk), after which the last checkpoint remains;
     Interrupted after Ctrl-C or SIGTERM, once the step has been saved, so that ``resume=True`` continues it.
-
-    With ``dry_run`` everything is loaded and checked, nothing is trained or written, and the record is the one with
-    which the run would begin.
     """
     started = time.monotonic()
     settings = with_adapters_options(settings)
     told: list[dict[str, str]] = []
-    if settings.dry_run:
-        settings = settings.model_copy(update={"cache": None})
     limit_generated_kernels()
     grow_segments()
     check_writable(settings.output)
@@ -110,10 +105,7 @@ def train(
             if _is_finished(settings):
                 return load_record(settings.output)
         session = _prepare(settings, mode, lora, observer or SilentObserver(), foresight, retention)
-        if not settings.dry_run:
-            return session.carry_out(started, told)
-        steps = session.loop.options.total_steps
-        return dataclasses.replace(session.record, warnings=told, status="dry run", steps=steps)
+        return session.carry_out(started, told)
 
 
 @contextmanager
@@ -249,7 +241,7 @@ def _prepare(
     each = ranks.gathered(_predicted_peak(given, loop, foresight))
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
-    if given.searches and not given.dry_run:
+    if given.searches:
         searched = rate_search.search(given, data, loaded.model, loop.options.total_steps, make, observer)
         given = rate_search.with_rate(given, searched)
         loop = make(given, data)
@@ -272,8 +264,7 @@ def _prepare(
         versions=inputs.versions,
         device=_device(given, loaded, accelerated, padded),
     )
-    answer = None if given.sample_prompt is None else setup.answerer(given.sample_prompt, loaded, data)
-    run = (given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, answer)
+    run = (given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer)
     return Session(*run, given.trackers, retention)
 
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.adapters import has_adapter, report
 from rankwise.adapters.inject import guest_of
 from rankwise.adapters.peft_config import CONFIG_FILE
-from rankwise.compat.torch import is_unit
 from rankwise.data import Rows
 from rankwise.disk import coded_errors, flush, flush_tree, follow_umask, refuse_links, remove_strays
 from rankwise.errors import Interrupted, warn
@@ -92,8 +91,6 @@ class Session:
     checkpoint: Checkpoint | None
     record: RunRecord
     observer: Observer
-    # Returns the model's answer to the sample prompt.
-    answer: Callable[[], str] | None
     trackers: Sequence[str] = ()
     retention: Retention | None = None
     # None in processes that do not write.
@@ -210,7 +207,6 @@ class Session:
 
     def _watch(self, memory: MemoryMeter, interrupt: Interrupt, trackers: Trackers, files: MappedFiles) -> Watch:
         loop = self.loop
-        answers = ranks.is_writer() or is_unit(loop.model)
         return Watch(
             loop.model,
             loop.progress,
@@ -226,7 +222,6 @@ class Session:
                 overflow_is_normal=loop.options.autocast == torch.float16,
                 silence_is_normal=loop.objective.silence_is_normal,
             ),
-            answer=self.answer if answers else None,
             files=files,
         )
 

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import calibrate_products
-from rankwise.acceleration.generation import GREEDY, stop_ids_of
 from rankwise.adapters import (
     add_adapter,
     plan_adapter,
@@ -31,8 +30,7 @@ from rankwise.adapters.trained_base import tokenizer_with_rows
 from rankwise.compat.transformers import before_weights
 from rankwise.config import ADAPTERS, DORA, FOUR_BITS, METHODS, TrainSettings
 from rankwise.constants import TEMPLATE_FILE
-from rankwise.data import Encoded, Rows, chat_text, encode_rows, limited, read_rows, read_template, warn_of_overlap
-from rankwise.data.encoding import RowEncoder
+from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.formats import Format
 from rankwise.errors import ConfigError, DataError, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject
@@ -40,7 +38,7 @@ from rankwise.labels import Labels
 from rankwise.lora_config import ADAPTER, LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton
 from rankwise.models.describe import weights_files
-from rankwise.models.load import answer_room, table_rows
+from rankwise.models.load import table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
 from rankwise.options import flag
 from rankwise.quantization.config import CONFIGS, FourBitConfig
@@ -51,7 +49,6 @@ from rankwise.training.foresight import longest_row
 from rankwise.training.weights import seed_all, shard_before_loading
 from rankwise.weights_file import sha256_of
 
-ANSWER_TOKENS = 64
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 256
 
 
@@ -266,49 +263,6 @@ def make_trainable(
     if checkpoint is not None and config.init.kind == "loftq":
         return attach(model, config, plan_adapter(model, config), DEFAULT_NAME).trainable_parameters
     return add_adapter(model, config).trainable_parameters
-
-
-def answerer(prompt: str, loaded: LoadedBase, data: Data) -> Callable[[], str]:
-    """A function that returns the model's greedy answer to ``prompt``, without drawing random numbers.
-
-    Without a chat template, the prompt gets the ending of the training rows' prompts. Raises RunError (RW533) for a
-    prompt longer than the model's learned positions.
-    """
-    model: Any = loaded.model
-    tokenizer, texts = loaded.tokenizer, data.texts
-    # The tokenizer has the given chat template, if there is one.
-    if tokenizer.chat_template is not None and texts.rows.kind != "text" and texts.rows.uses_template:
-        text = chat_text(tokenizer, [{"role": "user", "content": prompt}], chat_template=texts.template)
-        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    else:
-        ending = texts.rows.prompt_ending
-        inputs = tokenizer(prompt.removesuffix(ending) + ending, return_tensors="pt")
-    ids = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    tokens = ids["input_ids"].shape[1]
-    longest = answer_room(model, tokens, ANSWER_TOKENS)
-    if not longest:
-        raise RunError(
-            "RW533",
-            f"--sample-prompt has {tokens:,} tokens, and this {type(model).__name__} has learned positions for "
-            f"{table_rows(model):,}; give a shorter one.",
-        )
-
-    stops = stop_ids_of(model, tokenizer, RowEncoder(texts.rows, tokenizer, texts.template).stop_ids())
-
-    @torch.no_grad()
-    def answer() -> str:
-        on_device = {key: value.to(model.device) for key, value in ids.items()}
-        output = model.generate(
-            **on_device,
-            max_new_tokens=longest,
-            use_cache=True,
-            eos_token_id=sorted(stops) or None,
-            pad_token_id=tokenizer.pad_token_id,
-            **GREEDY,
-        )
-        return str(tokenizer.decode(output[0, tokens:], skip_special_tokens=True)).strip()
-
-    return answer
 
 
 def _ids(row: Mapping[str, Any]) -> list[int]:

@@ -158,8 +158,6 @@ class Watch:
     tick: Callable[[], None] = lambda: None
     interrupt: Interrupt = dataclasses.field(default_factory=Interrupt)
     check: GradientCheck | None = None
-    # Returns the model's answer to a fixed prompt.
-    answer: Callable[[], str] | None = None
     # The files from which frozen weights are mapped.
     files: MappedFiles | None = None
 
@@ -230,11 +228,6 @@ class Watch:
         self.evaluations.append(seconds)
         self._append(line)
         self.observer.evaluation(step, loss, lowest is None or loss < lowest)
-        if self.answer is not None:
-            text = self.answer()
-            if self.metrics is not None:
-                self.metrics.append({"step": step, "sample": text})
-            self.observer.sample(step, text)
 
     def _append(self, line: Mapping[str, float]) -> None:
         if self.metrics is not None:

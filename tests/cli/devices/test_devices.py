@@ -211,7 +211,7 @@ def test_a_sharded_run_reads_its_rows_and_is_the_unsharded_one(
     runs: Runs, several: Nursery, given: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "sharded"
-    options = ("--method", "qdora", "--batch-size", 2, "--strategy", "fsdp", "--sample-prompt", "a")
+    options = ("--method", "qdora", "--batch-size", 2, "--strategy", "fsdp")
     done = several.run(2, [*given, *options, "--output", folder], WATCHED)
     assert done.codes == [0, 0], done.stderr
     whole, sharded = record(runs.two), record(folder)
