@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rankwise.foreign import read_json
 from rankwise.records import write_json
+from rankwise_article import table
 from rankwise_article.bleu_nist import mteval_statistics
 from rankwise_article.table import _scores_file, chosen_rate, unfinished
-from rankwise_article.table_page import Runs, Score, bars, page, read_run, verdict
+from rankwise_article.table_page import Runs, Score, _speed_words, bars, page, read_run, verdict
 from rankwise_article.table_plot import picture
 
 STATE = Path(__file__).parents[1] / "table"
@@ -71,6 +73,23 @@ def test_a_rate_beside_the_default_must_be_clearly_better():
     rates = [1e-3, 3e-3]
     assert chosen_rate(rates, {"1.0e-03": 1.30, "3.0e-03": 1.29}, 0.02) == 1e-3
     assert chosen_rate(rates, {"1.0e-03": 1.30, "3.0e-03": 1.20}, 0.02) == 3e-3
+
+
+def test_speeds_are_medians_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    called = []
+
+    def train(settings, method, rows, data, run, **options):
+        called.append(method)
+        run.mkdir()
+        speed = len(called) * (10 if method == "full" else 1)
+        write_json(run / "run.json", {"examples_per_second": speed, "device": {"name": "cpu", "threads": 2}})
+
+    monkeypatch.setattr(table, "_train", train)
+    monkeypatch.setattr(table, "_train_rows", lambda *given: None)
+    table._time(tmp_path, {"rows": 8, "methods": {"lora": {}, "full": {}}}, tmp_path, tmp_path)
+    assert called == ["lora", "full"] * 3
+    assert read_json(tmp_path / table.SPEED)["examples_per_second"] == {"lora": 3, "full": 40}
+    assert "(cpu, 2 threads)" in _speed_words(tmp_path)
 
 
 def test_the_page_is_fresh(shared: Path):

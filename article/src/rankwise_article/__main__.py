@@ -48,7 +48,7 @@ def _ledger(given: argparse.Namespace) -> JsonObject:
 def _table(given: argparse.Namespace) -> JsonObject:
     from rankwise_article.table import table
 
-    return table(given.state, given.data, given.work, runs=given.runs)
+    return table(given.state, given.data, given.work, runs=given.runs, times=given.times)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     tables.add_argument("--data", type=Path, required=True, help="folder of E2E's three .csv files")
     tables.add_argument("--work", type=Path, default=Path("runs/table"), help="adapters and checkpoints")
     tables.add_argument("--runs", type=int, default=1, help="how many runs; 0 only makes the page")
+    tables.add_argument("--times", action="store_true", help="measure each method's speed, alone on the machine")
     benchmarks = commands.add_parser("score", help="score texts that you have already").add_subparsers(required=True)
     e2e, gsm8k, vicuna = (benchmarks.add_parser(name) for name in ("e2e", "gsm8k", "vicuna"))
     e2e.set_defaults(run=_e2e, decimals=4)

@@ -7,7 +7,8 @@ A run is a method and a seed. It trains (``rankwise train``), describes all test
     outputs.txt   one text for each meaning, in the order of testset_w_refs.csv; the official scorer reads it
     scores.tsv    for each meaning METEOR, ROUGE_L, CIDEr, and the counts from which BLEU and NIST of any sample follow
 
-Adapters stay in WORK. A run that was killed goes on where it stopped. ``table_page.py`` makes the page.
+Adapters stay in WORK. A run that was killed goes on where it stopped. Speeds are measured apart from the runs, which
+may share the machine with other work, into ``STATE/speed.json``. ``table_page.py`` makes the page.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -27,17 +29,20 @@ from rankwise.records import write_bytes, write_json
 from rankwise_article.bleu_nist import MtevalStatistics
 from rankwise_article.e2e_scores import ON_JAVA, score_e2e
 
-# What a run's record keeps of ``run.json``. Seconds are left out: other work ran on the machine.
+# What a run's record keeps of ``run.json``.
 KEPT = (
     "method", "seed", "status", "steps", "train_loss", "initial_eval_loss", "eval_loss", "trainable_parameters",
     "total_parameters", "frozen_bytes", "peak_memory_bytes", "predicted_peak_memory_bytes", "versions", "device",
 )  # fmt: skip
 COUNTS = ("matches", "counts", "information", "closest", "reference_words", "references")
+# Speed is the median over rounds, in which the methods take turns, of so many steps.
+ROUNDS, TIMED_STEPS, SPEED = 3, 16, "speed.json"
 TRAIN, DEV, TEST = "trainset.csv", "devset.csv", "testset_w_refs.csv"
 
 
-def table(state: Path, data: Path, work: Path, *, runs: int) -> JsonObject:
-    """Run the next ``runs`` unfinished runs, and make ``STATE/README.md`` and ``bleu.svg`` from all that have finished.
+def table(state: Path, data: Path, work: Path, *, runs: int, times: bool = False) -> JsonObject:
+    """Run the next ``runs`` unfinished runs, with ``times`` measure the methods' speed, and make ``STATE/README.md``
+    and ``bleu.svg`` from all that have finished.
 
     Raises DataError (RA250) if ``data`` lacks a file of E2E, RunError (RA262) where a command fails.
     """
@@ -47,6 +52,8 @@ def table(state: Path, data: Path, work: Path, *, runs: int) -> JsonObject:
     for method, seed in unfinished(state, settings)[:runs]:
         _carry_out(state, settings, data, work, method, seed)
         _write_page(state, settings, data)
+    if times:
+        _time(state, settings, data, work)
     _write_page(state, settings, data)
     return {"left": [f"{method}-{seed}" for method, seed in unfinished(state, settings)]}
 
@@ -75,6 +82,20 @@ def _carry_out(state: Path, settings: JsonObject, data: Path, work: Path, method
     _rankwise("evaluate", **tuned, task="e2e", data=data / TEST, output=answers)
     _keep(run, answers / "e2e", state / "runs" / f"{method}-{seed}")
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
+
+
+def _time(state: Path, settings: JsonObject, data: Path, work: Path) -> None:
+    """Write the training examples of each method a second; nothing else may run meanwhile."""
+    rows, run = _train_rows(data / TRAIN, settings["rows"], work), work / "timed"
+    found: dict[str, list[float]] = {}
+    short = {"seed": 0, "max_steps": TIMED_STEPS, "eval_steps": TIMED_STEPS, "eval_limit": 8}
+    for method in [*settings["methods"]] * ROUNDS:
+        _train(settings, method, rows, data, run, **short)
+        record = read_json(run / "run.json")
+        found.setdefault(method, []).append(record["examples_per_second"])
+        shutil.rmtree(run)
+    speed = {method: statistics.median(speeds) for method, speeds in found.items()}
+    write_json(state / SPEED, {"examples_per_second": speed, "device": record["device"]})
 
 
 def _train_rows(file: Path, count: int, work: Path) -> Path:
@@ -149,10 +170,10 @@ def _keep(run: Path, answers: Path, folder: Path) -> None:
     unready.rename(folder)
 
 
-def _scores_file(statistics: MtevalStatistics, per_example: Mapping[str, Sequence[float]]) -> str:
+def _scores_file(counted: MtevalStatistics, per_example: Mapping[str, Sequence[float]]) -> str:
     columns = {name: [f"{value:.4f}" for value in per_example[name]] for name in ON_JAVA}
     for name in COUNTS:
-        values = getattr(statistics, name)
+        values = getattr(counted, name)
         for order, column in enumerate(values.reshape(len(values), -1).T, 1):
             columns[f"{name}_{order}" if values.ndim > 1 else name] = [f"{value:.7g}" for value in column]
     lines = [columns.keys(), *zip(*columns.values())]

@@ -24,7 +24,7 @@ from scipy.stats import norm, t
 from rankwise.foreign import JsonObject, read_json
 from rankwise_article.bleu_nist import MtevalStatistics
 from rankwise_article.e2e_scores import METRICS, read_references
-from rankwise_article.table import COUNTS, TEST, chosen_rate
+from rankwise_article.table import COUNTS, ROUNDS, SPEED, TEST, TIMED_STEPS, chosen_rate
 from rankwise_article.table_plot import Bar
 
 RESAMPLES, LEVEL = 500, 0.975
@@ -157,12 +157,11 @@ def page(runs: Runs, state: Path, settings: JsonObject, data: Path) -> str:
         "",
         "![BLEU of each method](bleu.svg)",
         "",
-        *_scores(runs, methods),
+        *_scores(runs, methods, _speed(state).get("examples_per_second", {})),
         "",
         f"BLEU, METEOR and ROUGE-L are times 100. ± is a 95 % interval: {RESAMPLES:,} resamples of the test meanings, "
         "and, once a method has two seeds, the variance between seeds, pooled over the methods. Memory is the peak of "
-        "the training process, the largest of the seeds; *frozen* is what the base takes of it. Seconds are missing: "
-        "these runs shared two cores with other work. They are to be measured alone.",
+        f"the training process, the largest of the seeds; *frozen* is what the base takes of it. {_speed_words(state)}",
         "",
         f"## Against {NAMES[REFERENCE]}",
         "",
@@ -195,10 +194,26 @@ def _sentence(differences: Mapping[str, Score]) -> str:
     return " ".join(filter(None, ["; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "." if parts else "", rest]))
 
 
-def _scores(runs: Runs, methods: Sequence[str]) -> list[str]:
+def _speed(state: Path) -> JsonObject:
+    return read_json(state / SPEED) if (state / SPEED).is_file() else {}
+
+
+def _speed_words(state: Path) -> str:
+    """What the column of speeds holds, which were not measured in the runs."""
+    if not (device := _speed(state).get("device")):
+        return "Speeds are not measured yet."
+    return (
+        f"Examples a second are those of training, measured apart from the runs with nothing else on the machine "
+        f"({device['name']}, {device['threads']} threads): medians of {ROUNDS} times {TIMED_STEPS} steps, the methods "
+        "taking turns (`python -m rankwise_article table article/table --data FOLDER --runs 0 --times`)."
+    )
+
+
+def _scores(runs: Runs, methods: Sequence[str], speed: Mapping[str, float]) -> list[str]:
     lines = [
-        "| method | seeds | trained | BLEU | NIST | METEOR | ROUGE-L | CIDEr | memory | frozen | article (source) |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method | seeds | trained | BLEU | NIST | METEOR | ROUGE-L | CIDEr | memory | frozen | examples/s | article "
+        "(source) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method in methods:
         of = list(runs.of(method).values())
@@ -209,7 +224,8 @@ def _scores(runs: Runs, methods: Sequence[str]) -> list[str]:
             NAMES[method], str(len(of)), f"{trained / 1e6:.2f}M ({trained / of[0].record['total_parameters']:.1%})",
             *(f"{s.value:.{1 if SCALES[n] == 100 else 2}f} ± {s.half_width:.{1 if SCALES[n] == 100 else 2}f}"
               for n, s in zip(METRICS, scores) if s),
-            f"{_peak(runs, method) / 1e9:.2f} GB", f"{frozen / 1e9:.2f} GB", PUBLISHED.get(method, "none"),
+            f"{_peak(runs, method) / 1e9:.2f} GB", f"{frozen / 1e9:.2f} GB",
+            f"{speed[method]:.1f}" if method in speed else "", PUBLISHED.get(method, "none"),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
