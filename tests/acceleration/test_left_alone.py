@@ -273,7 +273,7 @@ def test_hooks_that_come_later_are_called(part: str) -> None:
     assert found == pytest.approx(model(**inputs()).loss.item(), rel=1e-5)
 
 
-def test_a_model_over_several_devices_takes_the_fast_way() -> None:
+def test_a_model_over_several_devices_keeps_its_forwards() -> None:
     """accelerate's hooks are on every module and move its inputs; one device plays several here."""
     from accelerate import dispatch_model
 
@@ -287,13 +287,9 @@ def test_a_model_over_several_devices_takes_the_fast_way() -> None:
         loss = model(**inputs()).loss
         loss.backward()
         grads = [parameter.grad for parameter in rw.adapter_parameters(model).values()]
-        results.append((done, loss.detach(), grads))
-    (plain, loss, grads), (hooked, loss_of_hooked, grads_of_hooked) = results
-    assert hooked == plain
-    assert hooked.norms > 0
-    assert hooked.mlps > 0
-    assert torch.equal(loss, loss_of_hooked)
-    assert all(map(torch.equal, grads, grads_of_hooked))
+        assert bool(done.norms) != hooked
+        results.append([loss.detach(), *grads])
+    torch.testing.assert_close(*results)
 
 
 @at_every_level

@@ -138,28 +138,6 @@ def test_MODEL_TO_CONVERSION_PATTERN_names_families():
     assert not compat.is_experts_family("llama", "qwen2_moe")
 
 
-def test_rename_source_key_and_revert_weight_conversion_are_inverse(tmp_path: Path):
-    from safetensors.torch import load_file
-
-    model = tiny_moe("qwen3_moe")
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    parts: dict[str, list] = {}
-    for name, parameter, conversion in compat.collected(model, tensors):
-        parts.setdefault(parameter, []).append((name, conversion))
-    assert set(parts) == set(model.state_dict())
-    stacks = {parameter: found for parameter, found in parts.items() if found[0][1] is not None}
-    assert any("gate_up_proj" in parameter for parameter in stacks)
-    for parameter, found in stacks.items():
-        made = compat.converted(model, parameter, [(how, lambda name=name: tensors[name]) for name, how in found])
-        assert list(made) == compat.made_together(parameter, found[0][1]) == [parameter]
-        assert torch.equal(made[parameter], model.get_parameter(parameter))
-        again = compat.taken_apart(model, made)
-        assert {name: tensor.tolist() for name, tensor in again.items()} == {
-            name: tensors[name].tolist() for name, _ in found
-        }
-
-
 def test_is_tracing_of_masking_utils_decides_whether_a_fake_mask_is_looked_at():
     from rankwise.compat.torch import FakeTensorMode
 

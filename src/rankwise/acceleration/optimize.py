@@ -25,7 +25,6 @@ from rankwise.adapters.inject import adapter_disabled
 from rankwise.adapters.layer import AdaptedLayer, SharedInput
 from rankwise.adapters.lora import Lora
 from rankwise.adapters.low_rank import frozen_weight
-from rankwise.compat.accelerate import loads_weights
 from rankwise.compat.transformers import attention_of, checkpoints_in_forward, text_config
 from rankwise.constants import EQUAL_IN_EIGHT_BITS
 from rankwise.ops.branch import Frozen, eight_bit_pays
@@ -150,8 +149,6 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
     on_cpu = parameter.device.type in ("cpu", "meta") and not is_on_card(parameter)
     left: list[str] = []
     norms, mlps, ropes = fuse_parts(model, undo)
-    if slow := sum(map(loads_weights, model.modules())):
-        left.append(f"{slow} modules stay slow: accelerate loads their weights for each call")
     head, shared_inputs = look_into(model, undo, left, fuse_loss=fuse_loss)
     if on_cpu and checkpoints_in_forward():
         replace_checkpointing(model, undo)

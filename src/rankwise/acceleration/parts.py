@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.acceleration.replace import Undo, class_forward, forward_before, is_free, replace_forward
+from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
 from rankwise.adapters.base_layer import has_hooks
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
@@ -313,13 +313,13 @@ def _runs(x: Tensor) -> bool:
 def _norm_forward(self: Any, x: Tensor) -> Tensor:
     fits = self.weight.dtype == x.dtype and self.weight.shape[0] == x.shape[-1] and self.weight.device == x.device
     if not _runs(x) or self.weight.requires_grad or not fits:
-        return forward_before(self)(x)
+        return class_forward(self)(x)
     return rms_norm(x, self.weight, *self.rankwise_norm)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     if not _runs(x) or has_hooks(self.act_fn):
-        return forward_before(self)(x)
+        return class_forward(self)(x)
     return down_of_glu(self.down_proj, self.gate_proj(x), self.up_proj(x), self.rankwise_act)
 
 

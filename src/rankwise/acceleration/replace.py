@@ -16,7 +16,6 @@ from torch import nn
 
 from rankwise.adapters.base_layer import REPLACED, has_hooks, put_back
 from rankwise.adapters.layer import refuse_pickling
-from rankwise.compat.accelerate import only_moves_inputs
 from rankwise.errors import RankwiseError, is_out_of_memory
 
 ATTRIBUTE = "rankwise_acceleration"
@@ -65,17 +64,8 @@ def class_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def is_free(module: nn.Module) -> bool:
-    """Whether the forward may be replaced: no forward on the instance, and no hooks, which need the module's call.
-
-    A forward that only moves inputs between devices is no obstacle, since `forward_before` still runs it.
-    """
-    return ("forward" not in module.__dict__ or only_moves_inputs(module)) and not has_hooks(module)
-
-
-def forward_before(module: nn.Module) -> Callable[..., Any]:
-    """The forward that `replace_forward` replaced."""
-    before, _ = module.__dict__.get(REPLACED, (None, ()))
-    return class_forward(module) if before is None else before
+    """Whether the forward may be replaced: no forward on the instance, and no hooks, which need the module's call."""
+    return "forward" not in module.__dict__ and not has_hooks(module)
 
 
 Answer = TypeVar("Answer")

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankwise.compat.accelerate import hook_again, only_moves_inputs
 from rankwise.compat.torch import Ctx, hooks_around, with_own_parts
 from rankwise.compat.transformers import OTHER_RESULTS
 from rankwise.ops.kept import Key, frozen_key
@@ -50,11 +49,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_own(module: nn.Module) -> bool:
     """Whether the module computes what its class defines: it has no hooks, and no forward on the instance except
-    rankwise's or one that only moves inputs between devices.
+    rankwise's.
     """
-    if has_hooks(module):
-        return False
-    return "forward" not in module.__dict__ or REPLACED in module.__dict__ or only_moves_inputs(module)
+    return not has_hooks(module) and ("forward" not in module.__dict__ or REPLACED in module.__dict__)
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -175,13 +172,11 @@ def put_back(module: nn.Module) -> None:
 
 
 def with_own_weights(base: nn.Module) -> nn.Module:
-    """A shallow copy whose parameters can be replaced. A forward on the instance is bound to ``base``, so that the copy
-    gets its own.
-    """
+    """A shallow copy whose parameters can be replaced, without the own forward of ``base``, which is bound to it."""
     copied = copy.copy(base)
     with_own_parts(copied)
     put_back(copied)
-    hook_again(copied)
+    copied.__dict__.pop("forward", None)
     return copied
 
 

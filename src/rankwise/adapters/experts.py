@@ -35,6 +35,7 @@ from rankwise.quantization.experts import (
     stack_at,
     weighed,
 )
+from rankwise.quantization.linear import in_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +79,14 @@ class StackLora(nn.Module):
 
     def merge(self, W: Tensor, *, transposed: bool) -> Tensor:
         """``W_e + s B_e A_e`` of every expert, as a new tensor in W's layout and dtype."""
-        return merged_stack(W, self.lora_A.detach(), self.lora_B.detach(), self.scaling, transposed=transposed)
+        merged = torch.empty_like(W, memory_format=torch.contiguous_format)
+        for index, (A, B) in enumerate(zip(self.lora_A.detach(), self.lora_B.detach())):
+            dense = merged_weight(W[index].T if transposed else W[index], A, B, self.scaling)
+            merged[index] = dense.T if transposed else dense
+        return merged
 
     def extra_repr(self) -> str:
         return f"experts={self.lora_A.shape[0]}, r={self.r}, scaling={self.scaling:g}"
-
-
-def merged_stack(W: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed: bool) -> Tensor:
-    """``W_e + s B_e A_e`` of every expert, computed in float32 one after the other; a new tensor in W's layout."""
-    merged = torch.empty_like(W, memory_format=torch.contiguous_format)
-    for index in range(W.shape[0]):
-        dense = merged_weight(W[index].T if transposed else W[index], A[index], B[index], scaling)
-        merged[index] = dense.T if transposed else dense
-    return merged
 
 
 class ExpertsLora(nn.Module):
@@ -114,7 +110,7 @@ class ExpertsLora(nn.Module):
             if stack is not None:
                 dequantize_stack(stack)
             W = lora.merge(merged.get_parameter(leaf).detach(), transposed=bool(merged.is_transposed))
-            setattr(merged, leaf, nn.Parameter(W, requires_grad=False))
+            setattr(merged, leaf, nn.Parameter(in_file(W), requires_grad=False))
         return merged
 
 

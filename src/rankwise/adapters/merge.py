@@ -13,7 +13,7 @@ from rankwise.adapters.lora import LowRankPair, TokenRows
 from rankwise.adapters.state import Wrapper, adapter_state, inner_module, model_end, state_and_name, wrappers
 from rankwise.compat.transformers import tie_weights_as
 from rankwise.errors import AdapterError
-from rankwise.quantization.linear import Linear4bit, is_conv1d
+from rankwise.quantization.linear import Linear4bit, in_file, is_conv1d
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def _merged(module: Wrapper) -> nn.Module:
         layer = Linear4bit.of(adapter.rounded(base), getattr(base, "bias", None))
         layer.was_conv1d = is_conv1d(base) or getattr(base, "was_conv1d", False)
         return layer.train(base.training)
-    return with_weight(base, adapter.merge(base))
+    return with_weight(base, in_file(adapter.merge(base)))
 
 
 def _has_tied_rows(wrapped: list[tuple[str, Wrapper]]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import os
 import re
@@ -186,49 +185,6 @@ def is_experts_family(kind: str, family: str) -> bool:
     from transformers import conversion_mapping
 
     return conversion_mapping._MODEL_TO_CONVERSION_PATTERN.get(kind) == family
-
-
-# A converter and the pattern of the name that it takes.
-Conversion = tuple[Any, str]
-
-
-def collected(skeleton: Any, names: Iterable[str]) -> Iterator[tuple[str, str, Conversion | None]]:
-    """(name in the files, parameter that loading makes of the tensor, conversion that takes it or None for a renamed
-    one), in the order in which loading collects them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    mapping = get_model_conversion_mapping(skeleton)
-    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
-    converters = [item for item in mapping if isinstance(item, WeightConverter)]
-    owners = {pattern: item for item in converters for pattern in item.source_patterns}
-    state = skeleton.state_dict()
-    for name in sorted(names, key=dot_natural_key):
-        parameter, pattern = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, state)
-        yield name, parameter, None if pattern is None else (owners[pattern], pattern)
-
-
-def made_together(parameter: str, conversion: Conversion | None) -> list[str]:
-    """The parameters that a conversion makes, of which `collected` names the first."""
-    first, *others = [""] if conversion is None else conversion[0].target_patterns
-    return [parameter, *(parameter.replace(first, other, 1) for other in others)]
-
-
-def converted(
-    skeleton: Any, parameter: str, parts: Sequence[tuple[Conversion, Callable[[], Tensor]]]
-) -> dict[str, Tensor]:
-    """The parameters that loading makes of ``parts``, ``parameter`` first."""
-    converter = copy.deepcopy(parts[0][0][0])
-    for (_, pattern), read in parts:
-        converter.add_tensor(parameter, parameter, pattern, read)
-    return converter.convert(parameter, model=skeleton, config=skeleton.config)
-
-
-def taken_apart(skeleton: PreTrainedModel, made: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that saving makes of parameters, by their names in the files."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(skeleton, made)
 
 
 # --- loading ---

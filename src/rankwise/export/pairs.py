@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -29,7 +28,6 @@ from torch.nn import functional as F
 from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, load_tensors, stack_keys
 from rankwise.adapters.experts import from_peft_A, from_peft_B, peft_A, peft_B
 from rankwise.adapters.inject import attach, check_name
-from rankwise.adapters.low_rank import enabled_rows, merged_weight
 from rankwise.adapters.peft_config import CONFIG_FILE, to_peft
 from rankwise.adapters.saving import (
     PREFIX,
@@ -40,7 +38,7 @@ from rankwise.adapters.saving import (
     shortest_targets,
     tensor_keys,
 )
-from rankwise.adapters.state import AdaptedModule, AdapterReport, base_modules, report, state_and_name
+from rankwise.adapters.state import AdapterReport, base_modules, report, state_and_name
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import AdapterError, ConfigError, some_of
 from rankwise.lora_config import LoraConfig
@@ -98,29 +96,6 @@ def to_one_rank(pairs: Pairs, r: int | None = None) -> dict[str, Pair]:
     """The pairs, padded with zeros to rank ``r`` (default: the largest rank)."""
     largest = max(pair.r for pair in pairs.values())
     return {name: pair.padded(r or largest) for name, pair in pairs.items()}
-
-
-# A function from a weight to its new value.
-Change = Callable[[Tensor], Tensor]
-
-
-def merging(item: AdaptedModule, file: AdapterFile, scaled: tuple[Pair, float], order: Change | None = None) -> Change:
-    """The change W -> ``W + s B A``, or DoRA's, of a layer's weight W (out, in), whose rows are in ``order``."""
-    (pair, s), m = scaled, file.tensors.get(f"{PREFIX}{item.name}.lora_magnitude_vector")
-    B, rows = pair.B, None if item.parts is None else enabled_rows(item.parts, item.out_features)
-    if order is not None:
-        B, m = order(B), None if m is None else order(m)
-    return partial(merged_weight, A=pair.A, B=B, s=s, m=m, adapted_rows=rows)
-
-
-def transposed(change: Change) -> Change:
-    """``change`` applied to a weight that is stored transposed."""
-    return lambda W: change(W.T).T
-
-
-def replaced_by(value: Tensor) -> Change:
-    """The change of a weight to the trained ``value``, in the weight's layout."""
-    return lambda W: value.to(W.dtype).reshape(W.shape)
 
 
 def live_adapter(model: nn.Module, name: str | None) -> AdapterFile:

@@ -27,8 +27,8 @@ from rankwise.models.folder import read_config
 from rankwise.models.load import load_model, load_tokenizer, quiet, remember_originals
 from rankwise.models.source import ModelSource, fetch_model
 from rankwise.quantization.config import FourBitConfig
+from rankwise.quantization.linear import weights_in_file
 from rankwise.quantization.targets import four_bit_modules
-from rankwise.quantization.transformers_plugin import codes_in_file
 
 VERSION = 2
 # Seconds between two looks at whether another process has prepared the same base.
@@ -86,7 +86,7 @@ def _prepare(folder: Path, source: ModelSource, quantization: FourBitConfig | No
         try:
             with hold(folder):
                 if not folder.is_dir():
-                    with whole_folder(folder) as unfinished, codes_in_file(unfinished / "codes"):
+                    with whole_folder(folder) as unfinished, weights_in_file(unfinished / "codes"):
                         model, _ = load_model(source, quantization=quantization, **arguments)
                         with quiet():
                             model.save_pretrained(unfinished)

@@ -238,23 +238,20 @@ def _grouped(tensors: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, dict[s
     for name, (_, info) in tensors.items():
         match = _PART.fullmatch(name)
         if match:
-            groups.setdefault(match[1], {})[match[2]] = _stored_size(info)
+            groups.setdefault(match[1], {})[match[2]] = info.dtype, info.size_bytes
         elif name.endswith(_ENDS) and info.dtype == "U8" and len(info.shape) == 2 and info.shape[1] == 1:
             # The shape is that of bitsandbytes' codes. Without scales, the weight is reported as incomplete.
             groups.setdefault(name, {})
     for name, sizes in groups.items():
         if name in tensors:
-            sizes[""] = _stored_size(tensors[name][1])
+            info = tensors[name][1]
+            sizes[""] = info.dtype, info.size_bytes
     # A tensor of a different kind may be named absmax.
     return {
         name: sizes
         for name, sizes in groups.items()
         if name.endswith(_ENDS) or any(part.startswith("quant_state.") for part in sizes)
     }
-
-
-def _stored_size(info: TensorInfo) -> tuple[str, int]:
-    return info.dtype, info.size_bytes
 
 
 def _stored(

@@ -5,15 +5,20 @@ Legend: K = in features, N = out features, blocks = ceil(N K / block_size).
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rankwise import ops
 from rankwise.compat.torch import own_parameters
+from rankwise.disk import naming
 from rankwise.errors import QuantizationError
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.packed_weight import SCALES, PackedWeight, empty_scales, packed_shape
@@ -177,9 +182,10 @@ class Linear4bit(nn.Module):
 
         ``weight``: (N, K) of any dtype, such as a merged one; default W'. The bias is cast to the weight's dtype.
         """
-        W = self.dequantize() if weight is None else weight.detach()
+        W = in_file(self.dequantize()) if weight is None else weight.detach()
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(W.dtype), requires_grad=False)
-        dense = _empty_conv1d(self.shape) if self.was_conv1d else _empty_linear(self.shape)
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        dense = _empty_conv1d(self.shape) if self.was_conv1d else plain
         dense.weight = nn.Parameter(W.T.contiguous() if self.was_conv1d else W, requires_grad=False)
         if bias is None and self.was_conv1d:
             bias = nn.Parameter(W.new_zeros(self.out_features), requires_grad=False)
@@ -295,8 +301,35 @@ def check_scale_dtypes(holder: nn.Module, state: dict[str, Tensor], prefix: str,
     return not wrong
 
 
-def _empty_linear(shape: tuple[int, int]) -> nn.Module:
-    return nn.Linear(shape[1], shape[0], bias=False, device="meta")
+# The file of ``weights_in_file``, while its context is open.
+_weights_file: ContextVar[Path | None] = ContextVar("weights_file", default=None)
+
+
+@contextlib.contextmanager
+def weights_in_file(path: Path) -> Iterator[None]:
+    """Within this context, weights that are quantized while they load, merged or dequantized are views of the file
+    ``path``, so that a process holds one weight at a time. The file is removed at the end."""
+    token = _weights_file.set(path)
+    try:
+        yield
+    finally:
+        _weights_file.reset(token)
+        path.unlink(missing_ok=True)
+
+
+def in_file(tensor: Tensor) -> Tensor:
+    """The tensor as a view of the file of ``weights_in_file``; outside of its context, the tensor itself."""
+    path = _weights_file.get()
+    if path is None or not tensor.numel():
+        return tensor
+    content = tensor.contiguous().flatten().view(torch.uint8)
+    with naming(path), path.open("ab") as file:
+        # Aligned for every dtype.
+        file.write(bytes(-file.tell() % 64))
+        start = file.tell()
+        file.write(content.numpy().data)
+    mapped = torch.from_numpy(np.memmap(path, np.uint8, "c", start, tuple(content.shape)))
+    return mapped.view(tensor.dtype).view(tensor.shape)
 
 
 def _empty_conv1d(shape: tuple[int, int]) -> nn.Module:

@@ -8,17 +8,13 @@ at the end.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
-from pathlib import Path
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -56,7 +52,7 @@ from rankwise.quantization.experts import (
     stack_at,
     stack_tensors,
 )
-from rankwise.quantization.linear import Linear4bit, features, is_conv1d, is_dense_linear
+from rankwise.quantization.linear import Linear4bit, features, in_file, is_conv1d, is_dense_linear
 from rankwise.quantization.targets import (
     dense_linear_names,
     expert_tensors,
@@ -71,34 +67,6 @@ from rankwise.quantization.targets import (
 Stored = StoredWeight | PackedWeight
 # What transformers passes to an operation for one name.
 Read = Tensor | list[Tensor]
-
-# The file of ``codes_in_file``, while its context is open.
-_codes_file: ContextVar[Path | None] = ContextVar("codes_file", default=None)
-
-
-@contextlib.contextmanager
-def codes_in_file(path: Path) -> Iterator[None]:
-    """Within this context, codes and scales of weights that are quantized while they load are views of the file
-    ``path``, so that a process holds one weight at a time. The file is removed at the end."""
-    token = _codes_file.set(path)
-    try:
-        yield
-    finally:
-        _codes_file.reset(token)
-        path.unlink(missing_ok=True)
-
-
-def _in_file(tensor: Tensor) -> Tensor:
-    path = _codes_file.get()
-    if path is None:
-        return tensor
-    with path.open("ab") as file:
-        # Aligned for every dtype.
-        file.write(bytes(-file.tell() % 64))
-        start = file.tell()
-        file.write(tensor.numpy().data)
-    array = tensor.numpy()
-    return torch.from_numpy(np.memmap(path, array.dtype, "c", start, array.shape))
 
 
 def register() -> None:
@@ -395,9 +363,9 @@ class QuantizeOperation(ConversionOps):
         if shared is not None:
             return _scaled_with_others(found, shared)
         try:
-            return dataclasses.replace(found, codes=_in_file(found.codes), absmax=_in_file(found.absmax))
+            return dataclasses.replace(found, codes=in_file(found.codes), absmax=in_file(found.absmax))
         except OSError as error:
-            if (failure := coded_error(error, _codes_file.get())) is None:
+            if (failure := coded_error(error)) is None:
                 raise
             quantizer.failures.append(failure)
             return found
