@@ -53,7 +53,7 @@ def fails(model, folder, code: str, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "code", "part"),
     [
-        ({"target_modules": ["Q_PROJ"]}, "RW401", "did you mean q_proj"),
+        ({"target_modules": ["Q_PROJ"]}, "RW401", "end in q_proj"),
         ({"target_modules": ["mlp"]}, "RW402", "model.layers.0.mlp (LlamaMLP)"),
         ({"target_modules": ["q_proj"], "enable_lora": {"c_attn": [True]}}, "RW403", "c_attn"),
         ({"target_modules": ["q_proj"], "enable_lora": {"q_proj": [True] * 5}}, "RW403", "32 output rows"),
@@ -115,7 +115,7 @@ def test_another_base_lists_every_tensor(folder):
     fails(other, folder, "RW411", "8 of its tensors do not fit", "layers.0.self_attn.q_proj.lora_A", "(3, 48)")
     fails(tiny_llama(num_hidden_layers=1), folder, "RW411", "layers.1.self_attn.v_proj.lora_B.weight has no place")
     fails(tiny_llama(num_hidden_layers=3), folder, "RW411", "layers.2.self_attn.q_proj.lora_A.weight is missing")
-    fails(tiny_gpt2(), folder, "RW401", "matches none")
+    fails(tiny_gpt2(), folder, "RW401", "selects none")
 
 
 def test_unreadable_files(folder, tmp_path):

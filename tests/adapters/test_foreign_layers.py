@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 import rankwise as rw
 from rankwise.adapters.base_layer import ForeignLinear, make_dense
-from rankwise.errors import RankwiseWarning
 
 SCALE = 1 / 64
 
@@ -99,7 +98,6 @@ def models(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     return nn.Sequential(*(KINDS[request.param](layer) for layer in layers)), dense
 
 
-@pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_adapters_are_those_of_the_dense_values(models: Any, use_dora: bool, tmp_path: Path) -> None:
     x, config = torch.randn(3, 12), rw.LoraConfig(r=4, use_dora=use_dora)
@@ -134,7 +132,6 @@ def test_adapters_are_those_of_the_dense_values(models: Any, use_dora: bool, tmp
     assert torch.equal(foreign(x), after)
 
 
-@pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
 def test_gradients_pass_through_layers_without_an_adapter(models: Any) -> None:
     x, gradients = torch.randn(3, 12), []
     for model in models:
@@ -147,12 +144,6 @@ def test_gradients_pass_through_layers_without_an_adapter(models: Any) -> None:
     assert [item.name for item in rw.adapters.plan_adapter(models[0], rw.LoraConfig(r=2), "other")] == ["0", "1"]
 
 
-def test_it_is_said_once_that_they_are_slow(models: Any) -> None:
-    with pytest.warns(RankwiseWarning, match=r"RW178: 2 of the layers") as told:
-        rw.add_adapter(models[0], rw.LoraConfig(r=2))
-    assert len(told) == 1
-
-
 def test_what_has_no_adapter_becomes_dense_too(models: Any) -> None:
     x = torch.randn(3, 12)
     base = models[0](x)
@@ -161,7 +152,6 @@ def test_what_has_no_adapter_becomes_dense_too(models: Any) -> None:
     torch.testing.assert_close(models[0](x), base)
 
 
-@pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")
 def test_a_model_that_merging_made_dense_forgets_its_quantizer(models: Any) -> None:
     """Else its library would save plain layers as packed ones."""
     forgotten: list[nn.Module] = []

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from rankwise.adapters.base_layer import (
-    dequantizer,
     is_quantized,
     make_foreign,
     make_readable,
@@ -32,8 +31,9 @@ from rankwise.adapters.select import (
     check_enable_lora,
     check_targets,
     experts_left_out,
+    idle_limits,
+    idle_targets,
     module_names,
-    names_in,
     parameter_names,
     target_names,
     unread_modules,
@@ -66,7 +66,7 @@ from rankwise.adapters.state import (
 )
 from rankwise.compat.torch import gathered, own_parameters
 from rankwise.config import METHODS_GROUP
-from rankwise.errors import AdapterError, some_of, warn
+from rankwise.errors import AdapterError, some_of
 from rankwise.lora_config import LoraConfig
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
@@ -97,8 +97,8 @@ def add_adapter(
             one changes the base, RW408 while an adapter is merged, RW426 for an init that is not
             possible. The model is then unchanged.
 
-    Warns of layers that text does not pass through (RW177), of layers in another library's 4-bit format (RW178), of
-    settings that match nothing (RW420), and of experts that "all-linear" leaves out (RW422).
+    Warns of layers that text does not pass through (RW177), of settings that match nothing (RW420), and of experts that
+    "all-linear" leaves out (RW422).
     """
     planned = plan_adapter(model, config, name)
     start = beginning(model, config, planned, originals)
@@ -115,9 +115,8 @@ def plan_adapter(
     """
     check_name(model, config, name)
     modules = dict(base_modules(model))
-    there = names_in(modules)
     if not is_foreign:
-        check_targets(config, there)
+        check_targets(config, modules)
     stacks = parameter_names(modules, config)
     # With an empty list of target_modules only the stacked experts are adapted.
     stacks_suffice = bool(stacks) and (is_foreign or not config.target_modules)
@@ -125,10 +124,10 @@ def plan_adapter(
     among = Candidates(modules, model_end(model, "output"), () if is_foreign else unread_modules(model, modules))
     targets = target_names(config, among, type(model).__name__, may_be_none=stacks_suffice)
     check_enable_lora(config, targets)
-    warn_of_idle(config, there, [*targets, *stacks], targets=is_foreign)
+    idle = idle_targets(config, modules) if is_foreign else []
+    warn_of_idle([*idle, *idle_limits(config, modules, [*targets, *stacks])])
     if not is_foreign:
         warn_of_unread(config, among)
-        _warn_of_foreign([modules[name] for name in targets])
         warn_of_experts(config, experts_left_out(modules, config, stacks))
     planned = [planned_module(config, target, modules[target]) for target in targets]
     odd = [item.name for item in planned if config.for_merge == "q4_0" and item.in_features % 32]
@@ -163,21 +162,6 @@ def _check_beside(model: nn.Module, planned: Sequence[AdaptedModule]) -> None:
             "RW406",
             f"one adapter trains {whole} whole (modules_to_save) and another adapts {path}, which one model cannot "
             "hold; remove the other with rankwise.remove_adapter, or load this one into a model of its own.",
-        )
-
-
-def _warn_of_foreign(targets: Sequence[nn.Module]) -> None:
-    """Warn (RW178) that layers in another library's quantized format train slowly."""
-    foreign = [module for module in targets if dequantizer(module) is not None]
-    if foreign:
-        kind = type(foreign[0]).__name__
-        packed = f"{kind} of {type(foreign[0].weight).__name__}" if kind == "Linear" else kind
-        warn(
-            "RW178",
-            f"{len(foreign)} of the layers to adapt were quantized by another library ({packed}): its kernels compute "
-            "them, and each backward pass dequantizes their weights again, which is slow; --method qlora over the "
-            "dense checkpoint is faster.",
-            stacklevel=3,
         )
 
 

@@ -5,9 +5,7 @@ reasons why some cannot be adapted, and messages about settings that select none
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -17,8 +15,8 @@ from torch import nn
 from rankwise.adapters.base_layer import foreign_format, is_adaptable, is_linear, why_not
 from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import heads_of_labels, text_config
-from rankwise.errors import AdapterError, warn
-from rankwise.lora_config import LoraConfig, is_plain
+from rankwise.errors import AdapterError, some_of, warn
+from rankwise.lora_config import LoraConfig
 from rankwise.options import ALL_LINEAR
 from rankwise.quantization.experts import first_leaf, foreign, stack_at
 from rankwise.quantization.linear import features, weight_count
@@ -26,9 +24,6 @@ from rankwise.quantization.linear import features, weight_count
 # {name: module} as ``named_modules`` gives them, the model itself under the empty name.
 Modules = Mapping[str, nn.Module]
 Value = TypeVar("Value")
-NO_EFFECT = "RW420"
-# Names in a list that is searched name by name, and names in a message.
-FEW, MOST_NAMED = 16, 10
 
 
 def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -70,17 +65,6 @@ def parameter_names(modules: Modules, config: LoraConfig) -> list[str]:
             "adapter that PEFT trained so in PEFT.",
         )
     return [name for name, _, _ in found]
-
-
-def names_in(modules: Modules) -> Names:
-    """The names in a model that an adapter's settings can select."""
-    parameters = list(_named(modules))
-    return Names(
-        modules=[name for name in modules if name],
-        adaptable=[name for name, module in modules.items() if name and is_adaptable(module)],
-        parameters=[name for name, _, _ in parameters],
-        stacks=[name for name, module, leaf in parameters if foreign(module, leaf) is None],
-    )
 
 
 def experts_left_out(modules: Modules, config: LoraConfig, adapted: Collection[str]) -> LeftOut | None:
@@ -132,34 +116,22 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     """
     if isinstance(wanted, str):
         return _compiled(wanted).fullmatch(name) is not None
-    if len(wanted) < FEW:
-        return any(name == key or name.endswith(f".{key}") for key in wanted)
-    return not _set_of(tuple(wanted)).isdisjoint(_endings(name))
+    return not _endings(name).isdisjoint(wanted)
 
 
-@functools.lru_cache(maxsize=8)
-def _set_of(names: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(names)
-
-
-def _endings(name: str) -> list[str]:
+def _endings(name: str) -> set[str]:
     """``name``, and its ends that begin after a dot."""
     parts = name.split(".")
-    return [".".join(parts[place:]) for place in range(len(parts))]
+    return {".".join(parts[place:]) for place in range(len(parts))}
 
 
 def matches_pattern(key: str, name: str) -> bool:
     """Whether the expression ``(.*\\.)?(KEY)$`` matches ``name``, as in PEFT's rank_pattern and alpha_pattern."""
-    if is_plain(key):
-        # A configuration may give every module a key of its own. A dot matches any character.
-        end = name[-len(key) :]
-        is_whole = len(end) == len(name) or name[-len(key) - 1] == "."
-        return is_whole and len(end) == len(key) and all(a in (b, ".") for a, b in zip(key, end))
     return _compiled(rf"(.*\.)?({key})$").match(name) is not None
 
 
 # The library's own cache is smaller than the patterns that a configuration may have.
-_compiled = functools.lru_cache(maxsize=1000)(re.compile)
+_compiled = functools.cache(re.compile)
 
 
 def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
@@ -176,19 +148,6 @@ def is_in_layers(name: str, config: LoraConfig) -> bool:
 def suffixes(names: Iterable[str]) -> list[str]:
     """The distinct last components of dotted names, in order of appearance."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
-
-
-@dataclasses.dataclass(frozen=True)
-class Names:
-    """The dotted names in a model."""
-
-    # All modules except the model itself.
-    modules: Collection[str]
-    # The modules that can be adapted: linear layers and embeddings.
-    adaptable: Collection[str]
-    parameters: Collection[str]
-    # The parameters that are stacked experts.
-    stacks: Collection[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,18 +206,19 @@ def target_names(config: LoraConfig, among: Candidates, model: str, *, may_be_no
     modules = among.modules
     matched = [name for name in modules if name and _is_target(name, among, config)]
     if not matched and not may_be_none:
-        raise AdapterError("RW401", _nothing_matches(config, modules, model))
+        raise AdapterError(
+            "RW401",
+            f"target_modules={config.target_modules!r:.300} selects none of the {model}'s modules that is not excluded "
+            f"or trained whole; its linear layers end in {_examples(modules)}.",
+        )
     wrong = [name for name in matched if not is_adaptable(modules[name])]
     if not wrong:
         return matched
-    reasons = {name: reason for name in wrong if (reason := why_not(modules[name]))}
-    first = next(iter(reasons), wrong[0])
-    reason = reasons.get(first, "is neither a linear layer nor an embedding")
+    first = next((name for name in wrong if why_not(modules[name])), wrong[0])
+    reason = why_not(modules[first]) or "is neither a linear layer nor an embedding"
     more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    remedy = f"name linear layers, such as {_examples(modules)}"
-    if foreign_format(modules[first]):
-        remedy = "give the dense checkpoint, which --method qlora quantizes while it loads, or adapt other modules"
-    raise AdapterError("RW402", f"{first} ({type(modules[first]).__name__}){more} {reason}; {remedy}.")
+    named = f"{first} ({type(modules[first]).__name__}){more}"
+    raise AdapterError("RW402", f"{named} {reason}; name linear layers, such as {_examples(modules)}.")
 
 
 def warn_of_unread(config: LoraConfig, among: Candidates) -> None:
@@ -296,19 +256,8 @@ def _is_target(name: str, among: Candidates, config: LoraConfig) -> bool:
     return matches(name, wanted) and is_in_layers(name, config) and not (is_list and is_unread)
 
 
-def _nothing_matches(config: LoraConfig, modules: Modules, model: str) -> str:
-    limits = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    narrowed = " and ".join(name for name in limits if getattr(config, name))
-    asked = f"target_modules={_shown(config.target_modules)}" + (f" (with {narrowed})" if narrowed else "")
-    return f"{asked} matches none of the {model}'s modules; its linear layers end in {_examples(modules)}."
-
-
 def _examples(modules: Modules) -> str:
     return ", ".join(suffixes(name for name, module in modules.items() if is_linear(module))[:8]) or "(none)"
-
-
-def _shown(wanted: str | Sequence[str] | None) -> str:
-    return repr(wanted) if isinstance(wanted, str) or wanted is None else f"[{_listed(wanted)}]"
 
 
 def enabled_parts(config: LoraConfig, name: str, base: nn.Module) -> tuple[bool, ...] | None:
@@ -338,97 +287,55 @@ def check_enable_lora(config: LoraConfig, names: Collection[str]) -> None:
         )
 
 
-def check_targets(config: LoraConfig, names: Names) -> None:
-    """Raise AdapterError (RW401) with all targets that match nothing."""
-    problems = dict(_missing_targets(config, names))
-    if problems:
-        raise AdapterError("RW401", f"{'; '.join(problems.values())}.")
+def check_targets(config: LoraConfig, modules: Modules) -> None:
+    """Raise AdapterError (RW401) with all targets that select nothing."""
+    if idle := idle_targets(config, modules):
+        stacks = dict.fromkeys(ending(name) for name, module, leaf in _named(modules) if foreign(module, leaf) is None)
+        experts = f"its stacked experts in {', '.join(stacks)}" if stacks else "it has no stacked experts"
+        raise AdapterError("RW401", f"{'; '.join(idle)}; its linear layers end in {_examples(modules)}, {experts}.")
 
 
-def warn_of_idle(config: LoraConfig, names: Names, adapted: Collection[str], *, targets: bool = False) -> None:
-    """Warn (RW420) about settings that match nothing, other than the targets.
-
-    ``targets`` adds those that ``check_targets`` refuses. ``adapted``: the modules and stacked experts to adapt.
-    """
-    idle = [*(_missing_targets(config, names) if targets else ()), *_idle(config, names, adapted)]
+def warn_of_idle(idle: Sequence[str]) -> None:
+    """Warn (RW420) about settings that select nothing."""
     if idle:
-        warn(NO_EFFECT, f"{'; '.join(dict(idle).values())}; what is named here has no effect.", stacklevel=3)
+        warn("RW420", f"{'; '.join(idle)}; what is named here has no effect.", stacklevel=3)
 
 
-def _missing_targets(config: LoraConfig, names: Names) -> Iterator[tuple[str, str]]:
-    """(setting, message with the names that match nothing and the closest names)."""
-    yield from _missing_modules(config.target_modules, names)
-    if missing := _unmatched(config.target_parameters, names.parameters):
-        ends = ", ".join(dict.fromkeys(map(ending, names.stacks)))
-        hint = f"its stacked experts are {ends}" if ends else _close(missing, names.parameters)
-        yield (
-            "target_parameters",
-            f"target_parameters names {_listed(missing)}, which matches no parameter of the model, neither whole nor "
-            f"at its end after a dot ({hint or 'it has no stacked experts'})",
-        )
-    lines = "\n".join([*names.modules, ""])
-    if missing := [key for key in config.modules_to_save or () if f"{key}\n" not in lines]:
-        hint = _close(missing, names.modules)
-        text = f"modules_to_save names {_listed(missing)}, which is not in the model"
-        yield "modules_to_save", f"{text} ({hint})" if hint else text
-    there = _layers_there(config, names) if _layers(config) else set()
-    if beyond := sorted(_layers(config) - there):
-        known = f"layers {min(there)} to {max(there)}" if there else "no such layers"
-        yield "layers_to_transform", f"layers_to_transform names {_listed(beyond)}, and the model has {known}"
+def idle_targets(config: LoraConfig, modules: Modules) -> list[str]:
+    """A clause for each setting of targets with entries that select nothing."""
+    idle: dict[str, Sequence[object]] = {
+        "target_modules": _unmatched(config.target_modules, modules),
+        "target_parameters": _unmatched(config.target_parameters, [name for name, _, _ in _named(modules)]),
+        "modules_to_save": [key for key in config.modules_to_save or () if not module_names(modules, [key])],
+    }
+    if wanted := _layers(config):
+        idle["layers_to_transform"] = sorted(wanted.difference(_layer_of(name, config) for name in modules))
+    return _clauses(idle)
 
 
-def _missing_modules(wanted: str | Sequence[str] | None, names: Names) -> Iterator[tuple[str, str]]:
-    ends = f"adapters fit layers that end in {', '.join(suffixes(names.adaptable)[:8]) or '(none)'}"
-    if isinstance(wanted, str):
-        if wanted.lower() != ALL_LINEAR and not any(matches(name, wanted) for name in names.modules):
-            hint = _close([wanted], names.adaptable) or ends
-            yield "target_modules", f"target_modules={wanted!r} matches none of the model's modules ({hint})"
-    elif missing := _unmatched(wanted, names.modules):
-        hint = (
-            f'"{ALL_LINEAR}" takes no other names'
-            if ALL_LINEAR in missing
-            else _close(missing, names.adaptable) or ends
-        )
-        yield (
-            "target_modules",
-            f"target_modules names {_listed(missing)}, which matches no module of the model ({hint})",
-        )
-
-
-def _idle(config: LoraConfig, names: Names, adapted: Collection[str]) -> Iterator[tuple[str, str]]:
-    wanted = config.exclude_modules
-    if isinstance(wanted, str):
-        nothing = [] if any(matches(name, wanted) for name in names.modules) else [wanted]
-    else:
-        nothing = _unmatched(wanted, names.modules)
-    if nothing:
-        hint = _close(nothing, names.adaptable) or _close(nothing, names.modules)
-        text = f"exclude_modules names {_listed(nothing)}, which matches no module of the model"
-        yield "exclude_modules", f"{text} ({hint})" if hint else text
+def idle_limits(config: LoraConfig, modules: Modules, adapted: Collection[str]) -> list[str]:
+    """As `idle_targets` for the other settings; ``adapted``: the modules and stacked experts to adapt."""
+    idle: dict[str, Sequence[object]] = {"exclude_modules": _unmatched(config.exclude_modules, modules)}
     for setting in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, setting)
-        if nothing := [key for key in keys if not any(matches_pattern(key, name) for name in adapted)]:
-            ends = _close(nothing, adapted) or f"the adapted modules end in {', '.join(suffixes(adapted)[:8])}"
-            yield setting, f"{setting} names {_listed(nothing)}, which matches no adapted module ({ends})"
+        idle[setting] = [key for key in keys if not any(matches_pattern(key, name) for name in adapted)]
+    return _clauses(idle)
 
 
-def _unmatched(wanted: Sequence[str] | None, names: Collection[str]) -> list[str]:
-    known = set(itertools.chain.from_iterable(map(_endings, names)))
+def _unmatched(wanted: str | Sequence[str] | None, names: Collection[str]) -> Sequence[str]:
+    if isinstance(wanted, str):
+        is_found = wanted.lower() == ALL_LINEAR or any(matches(name, wanted) for name in names if name)
+        return [] if is_found else [wanted]
+    known = set().union(*map(_endings, names))
     return [key for key in wanted or () if key not in known]
 
 
-def _listed(items: Iterable[object]) -> str:
-    named = list(dict.fromkeys(items))
-    more = f" and {len(named) - MOST_NAMED:,} more" if len(named) > MOST_NAMED else ""
-    return ", ".join(map(repr, named[:MOST_NAMED])) + more
-
-
-def _close(missing: Iterable[object], names: Iterable[str]) -> str:
-    """``did you mean q_proj, v_proj?``, or an empty string."""
-    known = {name.lower(): name for name in suffixes(names)}
-    last = [str(key).rpartition(".")[2].lower() for key in itertools.islice(missing, MOST_NAMED)]
-    close = [known[item] for key in last for item in difflib.get_close_matches(key, known, n=2, cutoff=0.5)]
-    return f"did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+def _clauses(idle: Mapping[str, Sequence[object]]) -> list[str]:
+    return [
+        f"{setting} names {some_of(map(repr, entries))}, which the model does not have"
+        for setting, entries in idle.items()
+        if entries
+    ]
 
 
 def _layers(config: LoraConfig) -> set[int]:
@@ -450,8 +357,3 @@ def _index_in(pattern: str, name: str) -> int | None:
     # The first index in the path is the layer's; a later one may be an expert's.
     found = _compiled(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.").match(name)
     return int(found["index"]) if found else None
-
-
-def _layers_there(config: LoraConfig, names: Names) -> set[int]:
-    found = (_layer_of(name, config) for name in names.modules)
-    return {index for index in found if index is not None}
