@@ -402,7 +402,7 @@ def test_missing_and_damaged_experts_are_named(tmp_path):
     stack = "model.layers.0.mlp.experts.gate_up_proj"
     for number, (change, fault) in enumerate(
         [
-            (lambda tensors: tensors.pop(f"{stack}.absmax"), "absmax are missing"),
+            (lambda tensors: tensors.pop(f"{stack}.absmax"), "absmax is missing"),
             (lambda tensors: tensors.pop(stack), "codes are missing"),
             (lambda tensors: tensors.update({stack: tensors[stack][:-1].clone()}), "codes take"),
         ]

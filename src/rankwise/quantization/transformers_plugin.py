@@ -1,9 +1,9 @@
 """The quantizer that transformers calls: quantizes while shards load, reads and writes bitsandbytes checkpoints.
 
 ``from_pretrained`` builds the model on the meta device and calls ``_process_model_before_weight_loading``, which
-replaces linear layers by empty 4-bit ones. It then passes dense weights to `QuantizeOperation` and the tensors of 4-bit
-weights to `DeserializeOperation`. transformers turns exceptions of both into a report, so they are collected and raised
-at the end.
+replaces the linear layers to quantize by empty 4-bit ones. It then passes dense weights to `QuantizeOperation`, and the
+tensors of 4-bit weights to `DeserializeOperation`, which replaces their layers. transformers turns exceptions of both
+into a report, so they are collected and raised at the end.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ from rankwise.errors import QuantizationError, RankwiseError, some_of
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.quantization.bitsandbytes_format import (
     PARTS,
-    StoredWeight,
     check_shape,
     from_bitsandbytes,
-    stored_weights,
     to_bitsandbytes,
 )
 from rankwise.quantization.config import METHOD, FourBitConfig
@@ -63,8 +61,6 @@ from rankwise.quantization.targets import (
     warn_about_experts,
 )
 
-# Both have the fields quant_type, block_size and double_quant.
-Stored = StoredWeight | PackedWeight
 # What transformers passes to an operation for one name.
 Read = Tensor | list[Tensor]
 
@@ -158,9 +154,7 @@ class FourBitQuantizer(HfQuantizer):
             conversions.append(WeightConverter([*parts], f".{end}", [DeserializeOperation(self, parts)]))
         return conversions
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: object
-    ) -> PreTrainedModel:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         if not self.pre_quantized:
             stacks = target_stacks(model, self.quantization_config)
             for names in target_names(model, self.quantization_config):
@@ -169,35 +163,9 @@ class FourBitQuantizer(HfQuantizer):
                 self._put_empty_stack(model, name)
             layers = [f"{name}.weight" for name, _ in four_bit_layers(model)]
             compat.read_as_given(model, [*layers, *(name for name, _ in four_bit_stacks(model))])
-        elif checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            self._prepare(model, stored_weights(checkpoint_files))
         return model
 
-    def _prepare(self, model: PreTrainedModel, stored: dict[str, StoredWeight]) -> None:
-        """Insert empty layers in the stored formats. Weights that transformers renames are handled during loading.
-
-        Raises QuantizationError RW611 if nothing is 4-bit, or a stored weight does not fit its layer.
-        """
-        if not stored:
-            raise QuantizationError(
-                "RW611", "config.json says that the checkpoint is 4-bit, but it holds no 4-bit weight."
-            )
-        modules = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
-        experts = set(expert_tensors(model))
-        prefix = f"{model.base_model_prefix}."
-        for weight, content in stored.items():
-            path = weight.removesuffix(".weight")
-            for name in (path, prefix + path, path.removeprefix(prefix)):
-                if name in modules:
-                    in_features, out_features = features(modules[name])
-                    check_shape(weight, content.shape, (out_features, in_features))
-                    self._put_empty(model, [name], content)
-                    break
-                if name in experts:
-                    self._put_empty_stack(model, name, content)
-                    break
-
-    def _put_empty(self, model: PreTrainedModel, names: list[str], stored: Stored | None = None) -> Linear4bit:
+    def _put_empty(self, model: PreTrainedModel, names: list[str], stored: PackedWeight | None = None) -> Linear4bit:
         """Replace the dense layer by an empty `Linear4bit`, whose weight is loaded later; return the new layer."""
         linear = model.get_submodule(names[0])
         config = self.quantization_config
@@ -221,7 +189,7 @@ class FourBitQuantizer(HfQuantizer):
             model.set_submodule(name, layer)
         return layer
 
-    def _put_empty_stack(self, model: PreTrainedModel, name: str, stored: Stored | None = None) -> StackScales:
+    def _put_empty_stack(self, model: PreTrainedModel, name: str, stored: PackedWeight | None = None) -> StackScales:
         """Replace a dense tensor of experts by an empty stack. Raises QuantizationError RW611 for a stored stack that
         does not fit the model."""
         module, leaf = _owner(model, name)
@@ -261,6 +229,10 @@ class FourBitQuantizer(HfQuantizer):
             others = stack.experts.named_parameters(prefix=path, recurse=False)
             missing += [other for other, tensor in others if not compat.is_initialized(tensor)]
         missing = list(dict.fromkeys(missing))
+        if self.pre_quantized and not self.loaded and not self.failures:
+            raise QuantizationError(
+                "RW611", "config.json says that the checkpoint is 4-bit, but it holds no 4-bit weight."
+            )
         if missing and not self.failures:
             raise QuantizationError(
                 "RW612", f"the checkpoint has no weights for {some_of(missing)}; it belongs to a different model."
