@@ -61,7 +61,6 @@ def test_a_few_layers_tell_of_all(family, method, device, checkpointing):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"activation_offloading": True},
         {"evaluation": True},
         {"accumulates": True},
         {"fast": False},

@@ -403,7 +403,7 @@ def test_missing_and_damaged_experts_are_named(tmp_path):
     for number, (change, fault) in enumerate(
         [
             (lambda tensors: tensors.pop(f"{stack}.absmax"), "absmax is missing"),
-            (lambda tensors: tensors.pop(stack), "codes are missing"),
+            (lambda tensors: tensors.pop(stack), "codes is missing"),
             (lambda tensors: tensors.update({stack: tensors[stack][:-1].clone()}), "codes take"),
         ]
     ):

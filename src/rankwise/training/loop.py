@@ -164,7 +164,7 @@ class Loop:
     make_optimizer: Callable[[], Optimizer]
     progress: Progress
     folder: Path
-    # Makes a context for each step, such as one that offloads activations.
+    # Makes a context for each step, such as one with noise on the embeddings.
     around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
