@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from rankwise.errors import ModelError, RankwiseError, one_line
+from rankwise.errors import ModelError, RankwiseError, one_line, some_of
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 AGAIN = "download it again"
@@ -55,23 +55,13 @@ def read_header(path: Path, *, error: type[RankwiseError] = ModelError, code: st
             tensors = {name: TensorInfo(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
             return WeightsHeader(tensors, file.metadata() or {})
     except SafetensorError as problem:
-        raise error(code, f"{path} {_what_it_is(path, problem)}.") from None
+        raise error(
+            code,
+            f"{path} is damaged or no safetensors file, which a Git LFS pointer and a pickle are not either "
+            f"({one_line(problem)}); {AGAIN}.",
+        ) from None
     except OSError as problem:
         raise error(code, f"{path} cannot be read: {problem.strerror or problem}.") from None
-
-
-def _what_it_is(path: Path, problem: Exception) -> str:
-    """The rest of a sentence about a file that safetensors refuses, which starts with the file's name."""
-    with open(path, "rb") as file:
-        start = file.read(16)
-    if start.startswith(b"version https://"):
-        return "is a Git LFS pointer and not the weights; run `git lfs pull` in its repository"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return (
-            "is a pickle under the name of a safetensors file; it is never loaded, since a pickle can run any code: "
-            "get the safetensors version"
-        )
-    return f"is damaged or no safetensors file ({one_line(problem)}); {AGAIN}"
 
 
 def pickles_in(folder: Path) -> list[Path]:
@@ -84,20 +74,12 @@ def refuse_pickles(folder: Path, *, error: type[RankwiseError] = ModelError, cod
     """Raise ``error(code)`` where ``folder`` holds pickled weights and no safetensors file."""
     pickles = [file.name for file in pickles_in(folder)]
     if pickles and not any(Path(folder).glob("*.safetensors")):
-        raise pickle_refusal(str(folder), pickles, error=error, code=code)
-
-
-def pickle_refusal(
-    where: str, names: list[str], *, error: type[RankwiseError] = ModelError, code: str = "RW307"
-) -> RankwiseError:
-    """The error for ``names``, the pickled files that are the only weights in ``where``."""
-    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return error(
-        code,
-        f"{where} holds its weights as pickle only ({listed}), which is never loaded, since a pickle can run any "
-        "code; take a version with safetensors, or convert it once where you trust its origin: "
-        "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER).",
-    )
+        raise error(
+            code,
+            f"{folder} holds its weights as pickle only ({some_of(pickles, 3)}), which is never loaded, since a pickle "
+            "can run any code; take a version with safetensors, or convert it once where you trust its origin: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER).",
+        )
 
 
 def sha256_of(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +19,6 @@ from marks import at_every_level
 from precision import assert_as_exact
 from rankwise.acceleration import parts, restore
 from rankwise.adapters.layer import AdaptedLayer, SharedInput
-from rankwise.errors import AdapterError
 from tiny_models import tiny_llama
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
@@ -183,15 +181,6 @@ def test_a_copy_is_made_plain_and_fast_by_itself() -> None:
     assert (again.norms, again.mlps, again.shared_inputs) == (done.norms, done.mlps, done.shared_inputs)
     for each in (model, copied):
         assert each(**inputs()).loss.item() == pytest.approx(own, rel=1e-5)
-
-
-def test_pickling_says_what_to_do() -> None:
-    model = adapted()
-    rw.optimize_for_training(model)
-    with pytest.raises(AdapterError, match="RW418.*restore"):
-        torch.save(model, io.BytesIO())
-    restore(model)
-    torch.save(model, io.BytesIO())
 
 
 def test_a_rotary_function_that_a_lost_model_left_behind_serves_every_other() -> None:

@@ -149,7 +149,7 @@ def test_a_tokenizer_alone_needs_no_weights(hub: list[str]) -> None:
 REFUSED = {
     "org/unknown": ("RW314", "knows no model org/unknown .*no folder org/unknown"),
     "org/gated": ("RW315", "is gated: accept its terms"),
-    "org/pickled": ("RW307", r"pytorch_model\.bin"),
+    "org/pickled": ("RW305", "pickles are never loaded"),
     "org/ggufs": ("RW305", r"download its tiny\.Q4_0\.gguf"),
     "org/empty": ("RW305", "holds no safetensors weights"),
 }

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.utils.generic import ModelOutput
 
-from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo, class_forward, probe, replace_forward
+from rankwise.acceleration.replace import ATTRIBUTE, Undo, class_forward, probe, replace_forward
 from rankwise.adapters.base_layer import is_own
 from rankwise.adapters.low_rank import computes_in
 from rankwise.compat.torch import hooks_around, is_fake
@@ -267,9 +267,7 @@ def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
     # The Trainer reads the columns that the model accepts from its signature.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     replace_forward(model, forward, undo)
-    state = model.__dict__.setdefault(ATTRIBUTE, Changes())
-    state["head"] = head
-    undo.add(lambda: state.pop("head", None))
+    model.__dict__.setdefault(ATTRIBUTE, {})["head"] = head
 
 
 def forward_with_labels(self: nn.Module, *args: Any, loss_options: LossOptions | None = None, **kwargs: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,8 +17,7 @@ from rankwise.acceleration.checkpointing import replace_checkpointing
 from rankwise.acceleration.loss import Head, accept_labels, answering_head, current_head, losing_head, output_head
 from rankwise.acceleration.memory import keep_freed_memory
 from rankwise.acceleration.parts import adapted_layers, replace_linears, replace_mlps, replace_norms, replace_ropes
-from rankwise.acceleration.replace import ATTRIBUTE, Changes, Undo, probe
-from rankwise.adapters.base_layer import put_back
+from rankwise.acceleration.replace import ATTRIBUTE, Undo, probe
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.inject import adapter_disabled
 from rankwise.adapters.layer import AdaptedLayer, SharedInput
@@ -167,7 +165,7 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
     if head is not None:
         accept_labels(model, head, undo)
     done = dataclasses.replace(done, left_alone=tuple(left))
-    model.__dict__.setdefault(ATTRIBUTE, Changes()).update(undo=undo, done=done, of=weakref.ref(model))
+    model.__dict__.setdefault(ATTRIBUTE, {}).update(undo=undo, done=done)
     return done
 
 
@@ -212,26 +210,8 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> None:
 
 def restore(model: nn.Module) -> None:
     """Undo ``optimize_for_training`` and ``accelerate_peft``, also on a deep copy of a model that they changed."""
-    state = model.__dict__.pop(ATTRIBUTE, None)
-    if state is None:
-        return
-    if state["of"]() is model:
+    if (state := model.__dict__.pop(ATTRIBUTE, None)) is not None:
         state["undo"]()
-    else:
-        # A copy has the record of its original, whose changes must not be undone.
-        _restore_copy(model)
-
-
-def _restore_copy(model: Any) -> None:
-    for module in model.modules():
-        put_back(module)
-        if isinstance(module, AdaptedLayer):
-            module.shared = None
-            for adapter in module.adapters.values():
-                _keep_output(adapter)
-    config = getattr(model, "config", None)
-    if attention_of(config) == attention.NAME:
-        model.set_attn_implementation("sdpa")
 
 
 def fused_head(model: nn.Module) -> Head | None:
@@ -253,7 +233,7 @@ def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:
     if why_not is None:
         attention.register()
         model.set_attn_implementation(attention.NAME)
-        mine.add(lambda: model.set_attn_implementation("sdpa"))
+        mine.add(functools.partial(model.set_attn_implementation, "sdpa"))
         if replace_masks(model, mine, bounds=True) or not is_on_card(parameter):
             undo.add(mine)
             return True
@@ -331,12 +311,7 @@ def _trust_handbacks(seen: list[Seen], undo: Undo) -> None:
         adapter = call.layer.at_work
         if handback is not None and handback.is_promised and isinstance(adapter, Dora):
             adapter.comes_back = True
-            undo.add(functools.partial(_keep_output, adapter))
-
-
-def _keep_output(adapter: nn.Module) -> None:
-    if isinstance(adapter, Dora):
-        adapter.comes_back = False
+            undo.add(functools.partial(setattr, adapter, "comes_back", False))
 
 
 def _noting(seen: list[Seen]) -> Callable[[AdaptedLayer, tuple[Tensor, ...], Tensor], None]:

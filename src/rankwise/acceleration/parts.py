@@ -9,7 +9,7 @@ T = tokens, D = width.
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -255,29 +255,12 @@ def replace_ropes(model: nn.Module, undo: Undo) -> int:
         original = rotary_of(name)
         if original is None or not (isinstance(original, FastRope) or _rope_agrees(original, like)):
             continue
-        twin = original if isinstance(original, FastRope) else FastRope(original)
-        set_rotary(name, twin)
-        twin.users.add(model)
-        undo.add(_leaving(name, twin, weakref.ref(model)))
+        if not isinstance(original, FastRope):
+            # For all models of the family, until one of them is restored: the others then compute in plain PyTorch.
+            set_rotary(name, FastRope(original))
+            undo.add(functools.partial(set_rotary, name, original))
         count += 1
     return count
-
-
-def _leaving(module_name: str, twin: FastRope, model: weakref.ref[nn.Module]) -> Callable[[], None]:
-    """The undo step of replacing a function that all models of a family share. The last model to undo restores the
-    original function.
-
-    Deleting a model without undo restores nothing, since another model may be between a step and its recomputation.
-    """
-
-    def leave() -> None:
-        if (user := model()) is not None:
-            twin.users.discard(user)
-        is_there = rotary_of(module_name) is twin
-        if is_there and not twin.users:
-            set_rotary(module_name, twin.original)
-
-    return leave
 
 
 class FastRope:
@@ -285,8 +268,6 @@ class FastRope:
 
     def __init__(self, original: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self.original = original
-        # The living models that use this function.
-        self.users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any

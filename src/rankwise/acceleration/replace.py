@@ -6,35 +6,24 @@ methods.
 
 from __future__ import annotations
 
-import copy
+import functools
 import types
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from rankwise.adapters.base_layer import REPLACED, has_hooks, put_back
-from rankwise.adapters.layer import refuse_pickling
 from rankwise.errors import RankwiseError, is_out_of_memory
 
 ATTRIBUTE = "rankwise_acceleration"
 
 
-class Changes(dict[str, Any]):
-    """The changes to a model, stored on the model."""
-
-    def __reduce__(self) -> NoReturn:
-        refuse_pickling()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Changes:
-        # The head is copied; the undo steps stay those of the original model.
-        own = {name: copy.deepcopy(value, memo) for name, value in self.items() if name == "head"}
-        return Changes({**self, **own})
-
-
 class Undo:
-    """The calls that restore a model, run in reverse order of the changes."""
+    """The calls that restore a model, run in reverse order of the changes. None is a closure, so that a copy of a
+    model has its own.
+    """
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
@@ -55,7 +44,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., object], undo: Und
     module.__dict__[REPLACED] = (module.__dict__.get("forward"), tuple(notes))
     module.__dict__.update(notes)
     module.forward = types.MethodType(forward, module)
-    undo.add(lambda: put_back(module))
+    undo.add(functools.partial(put_back, module))
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:

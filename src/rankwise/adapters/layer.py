@@ -19,7 +19,7 @@ import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NoReturn, Self, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ from rankwise.adapters.dora import Dora
 from rankwise.adapters.lora import Lora, TokenRows
 from rankwise.adapters.low_rank import Adapter, branch_of, drawn_dropout, low_rank_product, merged_weight
 from rankwise.compat.torch import writes_to
-from rankwise.errors import AdapterError
 from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import Linear4bit, features
@@ -243,11 +242,6 @@ class Origin(nn.Module):
         return layer.train(base.training)
 
 
-# Layers stop sharing when unfetched outputs exceed fetched ones by this number. It is decided between optimizer steps
-# only, so that gradient checkpointing recomputes the same graph.
-PATIENCE = 4
-
-
 @dataclasses.dataclass(frozen=True)
 class Outputs:
     """The outputs that the other layers of a group have not fetched yet, for one input."""
@@ -266,20 +260,10 @@ class SharedInput:
     """A group of adapted layers. If they cannot be computed together, each computes by itself."""
 
     def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
-        # Weak, since a copied or removed layer must not keep the other layers alive.
+        # Weak, since a removed layer must not keep the others alive. Copied layers are not in the group, and compute by
+        # themselves.
         self._layers = [weakref.ref(layer) for layer in layers]
         self._kept: Outputs | None = None
-        self._missed = 0
-        self._apart = False
-        # Version counter of the first layer's A at the last decision whether the layers compute apart.
-        self._judged = -1
-
-    def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
-        # Copied layers are not in the group, and compute by themselves.
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        refuse_pickling()
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         """The output of ``layer`` for x, or None if the layer has to compute it by itself."""
@@ -288,23 +272,9 @@ class SharedInput:
         if kept is not None and kept.are_of(x):
             y = kept.waiting.pop(id(layer), None)
             if y is not None:
-                self._missed = max(0, self._missed - 1)
                 return y
-        if kept is not None:
-            self._missed += len(kept.waiting)
-            self._kept = None
-        if self._are_apart():
-            return None
+        self._kept = None
         return self._compute(layer, x)
-
-    def _are_apart(self) -> bool:
-        # The first layer's A decides for all: every layer asks in each step, and their version counters may differ.
-        first = self._layers[0]()
-        adapter = None if first is None else first.at_work
-        version = self._judged if adapter is None else writes_to(adapter.lora_A)
-        if version != self._judged:
-            self._apart, self._judged = self._missed > PATIENCE, version
-        return self._apart
 
     def _compute(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         layers = [member for member in (ref() for ref in self._layers) if member is not None]
@@ -322,15 +292,6 @@ class SharedInput:
         y = waiting.pop(id(layer))
         self._kept = Outputs(weakref.ref(x), writes_to(x), torch.is_grad_enabled(), waiting)
         return y
-
-
-def refuse_pickling() -> NoReturn:
-    """Raise AdapterError (RW418) if a model with shared inputs is pickled."""
-    raise AdapterError(
-        "RW418",
-        "a model that optimize_for_training or accelerate_peft has changed cannot be pickled; call "
-        "rankwise.acceleration.restore(model) first, or save with save_adapter or save_pretrained.",
-    )
 
 
 def _compatible(layers: Sequence[AdaptedLayer]) -> list[Lora | Dora] | None:

@@ -164,7 +164,7 @@ def _needed_to_load(settings: MergeSettings, folder: Path) -> str:
 
 def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: Output) -> Verification:
     from rankwise.cli.export_proof import rows_of
-    from rankwise.export.verify import is_more_than_rounding, verify_merge
+    from rankwise.export.verify import verify_merge
 
     (adapter,) = settings.adapter
     record = record_of(adapter)
@@ -183,20 +183,15 @@ def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: O
     table.add_column("perplexity", justify="right")
     table.add_column("gain left", justify="right")
     table.add_column("largest logit difference", justify="right")
-    table.add_column("explained by")
     for variant in verification.variants:
-        difference, rounding = variant.largest_logit_difference, verification.rounding
-        cause = "more than rounding" if is_more_than_rounding(difference, rounding) else "rounding"
         table.add_row(
             variant.name,
             f"{variant.perplexity:.3f}",
             "" if variant.gain_left is None else f"{variant.gain_left:.0%}",
-            f"{difference:.3g}",
-            cause if difference else "the reference",
+            f"{variant.largest_logit_difference:.3g}",
         )
     output.console.print(titled(f"on {verification.tokens:,} trained tokens", table))
     output.line(f"The base alone has a perplexity of {verification.base_perplexity:.3f}.")
-    output.line(f"Rounding to the model's dtype alone moves a logit by up to {verification.rounding:.3g}.")
     return verification
 
 

@@ -58,17 +58,6 @@ def choose_experts(config: PreTrainedConfig, name: str) -> None:
     config._experts_implementation = name
 
 
-@contextlib.contextmanager
-def eager_experts(config: PreTrainedConfig) -> Iterator[None]:
-    """A context in which experts are multiplied one by one: the grouped product has no float64."""
-    before = config._experts_implementation
-    choose_experts(config, "eager")
-    try:
-        yield
-    finally:
-        choose_experts(config, before)
-
-
 def register_experts(name: str, function: Callable[..., Tensor]) -> None:
     """Register ``name`` as an implementation of experts, for which transformers exports no interface."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -400,13 +400,13 @@ END_OF_THOUGHT = re.compile(r"</[^<>]*>|\n")
 def refuse_left_out(messages: Sequence[Message], tools: Tools, text: str) -> None:
     """Raise RowRefused (RW221) for parts of a conversation whose words are missing in its ``text``."""
     written = _plain(text)
-    lost = [name for name, value in _parts(messages, tools) for words in _texts(value) if _plain(words) not in written]
+    lost = [name for name, words in _parts(messages, tools) if _plain(str(words or "")) not in written]
     if lost:
         raise RowRefused("RW221", f"the chat template leaves out {', '.join(dict.fromkeys(lost))}")
 
 
-def _parts(messages: Sequence[Message], tools: Tools) -> Iterator[tuple[str, Json]]:
-    """(name, value) of each part that a template must write. Templates may drop the reasoning of earlier answers."""
+def _parts(messages: Sequence[Message], tools: Tools) -> Iterator[tuple[str, object]]:
+    """(name, words) of each part that a template must write. Templates may drop the reasoning of earlier answers."""
     yield from (("`tools`", function_of(tool).get("name")) for tool in tools or ())
     last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     for index, message in enumerate(messages):
@@ -416,22 +416,13 @@ def _parts(messages: Sequence[Message], tools: Tools) -> Iterator[tuple[str, Jso
         if (thought := next((key for key in REASONING if message.get(key)), None)) and not is_earlier:
             yield f"the `{thought}` {place}", message[thought]
         for call in message.get("tool_calls") or ():
-            yield f"`tool_calls` {place}", [function_of(call).get(part) for part in ("name", "arguments")]
+            yield f"`tool_calls` {place}", function_of(call).get("name")
 
 
 def function_of(call: Json) -> Fields:
     """The part that names the function: the call itself, or its `function` field in OpenAI's form."""
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     return inner if isinstance(inner, Mapping) else {}
-
-
-def _texts(value: Json) -> Iterator[str]:
-    """All texts and numbers in a value of JSON. Templates spell true and null in several ways."""
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield str(value)
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
 
 
 def _plain(text: str) -> str:

