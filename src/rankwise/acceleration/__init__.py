@@ -1,7 +1,7 @@
 """Make training steps faster, in addition to the adapters' operators. Changes are in place and can be undone."""
 
 from rankwise.acceleration.attention import flattening_obstacle
-from rankwise.acceleration.loss import LossOptions
+from rankwise.acceleration.loss import LossOptions, fused_head
 from rankwise.acceleration.memory import (
     anonymous_memory_bytes,
     give_back_freed_memory,
@@ -13,7 +13,6 @@ from rankwise.acceleration.optimize import (
     Acceleration,
     calibrate_products,
     choose_products,
-    fused_head,
     optimize_for_training,
     restore,
 )

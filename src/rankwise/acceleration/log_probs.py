@@ -26,8 +26,8 @@ from rankwise.acceleration.attention import close, has_window
 from rankwise.acceleration.loss import (
     LossOptions,
     answering,
-    current_head,
     forward_with_labels,
+    fused_head,
     meaningless,
     scored_positions,
     sums_at,
@@ -68,7 +68,7 @@ def accept_scores(model: PreTrainedModel, layout: Layout) -> bool:
 
     Returns whether the output head can be computed separately. ``restore`` undoes this with all other changes.
     """
-    if current_head(model) is None:
+    if fused_head(model) is None:
         return False
 
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ def _scored(
     **more: Any,
 ) -> TokenScores:
     """Scores of logits divided by the temperature; ``want_stats`` adds the entropy."""
-    head = current_head(model)
+    head = fused_head(model)
     assert head is not None, "a hook was put on the output head"
     scored = scored_positions(labels)
     inputs, places = _laid_out(asked_of(model).layout, input_ids, attention_mask, scored)

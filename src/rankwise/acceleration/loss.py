@@ -83,7 +83,7 @@ def losing_head(model: nn.Module, head: Head) -> Head | None:
     return head
 
 
-def current_head(model: nn.Module) -> Head | None:
+def fused_head(model: nn.Module) -> Head | None:
     """The current head, since adapters, merging and resizing replace the module.
 
     None if the fused loss no longer equals the model's, as the model has a different loss function or its head has
@@ -275,7 +275,7 @@ def forward_with_labels(self: nn.Module, *args: Any, loss_options: LossOptions |
     asks_otherwise = "shift_labels" in kwargs or "ignore_index" in kwargs
     if kwargs.get("labels") is None or asks_otherwise or is_traced():
         return plain(*args, **kwargs)
-    head = current_head(self)
+    head = fused_head(self)
     if head is None or (head.router_weight is None and asks_for_routers(self, kwargs)):
         return plain(*args, **kwargs)
     given = _by_name(plain, args, kwargs)

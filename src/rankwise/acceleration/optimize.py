@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankwise.acceleration import attention
 from rankwise.acceleration.attention import replace_masks
 from rankwise.acceleration.checkpointing import replace_checkpointing
-from rankwise.acceleration.loss import Head, accept_labels, answering_head, current_head, losing_head, output_head
+from rankwise.acceleration.loss import Head, accept_labels, answering_head, losing_head, output_head
 from rankwise.acceleration.memory import keep_freed_memory
 from rankwise.acceleration.parts import adapted_layers, replace_linears, replace_mlps, replace_norms, replace_ropes
 from rankwise.acceleration.replace import ATTRIBUTE, Undo, probe
@@ -212,11 +212,6 @@ def restore(model: nn.Module) -> None:
     """Undo ``optimize_for_training`` and ``accelerate_peft``, also on a deep copy of a model that they changed."""
     if (state := model.__dict__.pop(ATTRIBUTE, None)) is not None:
         state["undo"]()
-
-
-def fused_head(model: nn.Module) -> Head | None:
-    """The head of the fused loss, if ``optimize_for_training`` found one and the loss still equals the model's."""
-    return current_head(model)
 
 
 def use_attention(model: Any, undo: Undo, left: list[str]) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Self, TypeVar, cast
@@ -176,29 +177,21 @@ def is_private(name: str) -> bool:
 
 def keep_names(wrapper: nn.Module, inner: str) -> None:
     """Omit ``inner.`` from the keys of the wrapper's state dict, for saving and loading."""
-    wrapper.register_state_dict_post_hook(_without_prefix(inner))
-    wrapper.register_load_state_dict_pre_hook(_with_prefix(inner))
+    wrapper.register_state_dict_post_hook(functools.partial(_without_prefix, inner))
+    wrapper.register_load_state_dict_pre_hook(functools.partial(_with_prefix, inner))
 
 
-class _without_prefix:  # noqa: N801  (a function with state; a closure could not be deep-copied or pickled)
-    def __init__(self, inner: str) -> None:
-        self.inner = inner
-
-    def __call__(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-        start = f"{prefix}{self.inner}."
-        for key in [key for key in state if key.startswith(start)]:
-            state[prefix + key.removeprefix(start)] = state.pop(key)
+def _without_prefix(inner: str, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    start = f"{prefix}{inner}."
+    for key in [key for key in state if key.startswith(start)]:
+        state[prefix + key.removeprefix(start)] = state.pop(key)
 
 
-class _with_prefix:  # noqa: N801
-    def __init__(self, inner: str) -> None:
-        self.inner = inner
-
-    def __call__(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-        # Every other key goes to the inner module: a 4-bit layer also reads keys of bitsandbytes' format.
-        own = (f"{prefix}adapters.", f"{prefix}{self.inner}.")
-        for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
-            state[f"{prefix}{self.inner}.{key.removeprefix(prefix)}"] = state.pop(key)
+def _with_prefix(inner: str, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    # Every other key goes to the inner module: a 4-bit layer also reads keys of bitsandbytes' format.
+    own = (f"{prefix}adapters.", f"{prefix}{inner}.")
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
+        state[f"{prefix}{inner}.{key.removeprefix(prefix)}"] = state.pop(key)
 
 
 class Origin(nn.Module):

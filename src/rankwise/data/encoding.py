@@ -183,7 +183,7 @@ def encode_by(
             kept.append(row)
     check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
     bad = [*rows.problems, *problems]
-    report = table.counts.report(name, encoder, bad, rows=len(table.ends) - 1, tokens=len(table.ids))
+    report = table.counts.report(name, encoder.template, bad, rows=len(table.ends) - 1, tokens=len(table.ids))
     complain(report, rows, max_length)
     return Encoded(table.dataset(), report), kept
 
@@ -220,7 +220,7 @@ class Counts:
         self.trained = self.truncated = self.dropped = self.stopped = 0
 
     def report(
-        self, name: str, encoder: RowEncoder, problems: Sequence[Problem], *, rows: int, tokens: int
+        self, name: str, template: str, problems: Sequence[Problem], *, rows: int, tokens: int
     ) -> EncodingReport:
         """``rows`` and ``tokens`` are those that the data set holds."""
         return EncodingReport(
@@ -232,7 +232,7 @@ class Counts:
             dropped_rows=self.dropped,
             longest=max(self.lengths, default=0),
             median_length=statistics.median(self.lengths) if self.lengths else 0,
-            template=encoder.template,
+            template=template,
             stop_token_rows=self.stopped,
             skipped_rows=len(problems),
             skipped=[problem.to_json() for problem in problems],

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from rankwise.data.encoding import Encoded, EncodingReport
+from rankwise.data.encoding import Counts, Encoded
 from rankwise.data.formats import BadRow, Format, Record, encodable, found_in, is_number, text_field
 from rankwise.data.rows import NEVER, Problem, Rows, check_bad_rows
 from rankwise.errors import DataError, some_of, warn
@@ -106,8 +105,8 @@ def encode_labelled(
     """
     import datasets
 
-    problems = unknown_labels(rows, labels)
-    unknown, kept, columns = {problem.place for problem in problems}, [], []
+    problems, counts, columns = unknown_labels(rows, labels), Counts(), []
+    unknown = {problem.place for problem in problems}
     for row in rows:
         if row.place in unknown:
             continue
@@ -119,31 +118,19 @@ def encode_labelled(
             length = len(tokenizer(row.text, pair, verbose=False)["input_ids"])
         kinds = {"token_type_ids": encoded["token_type_ids"]} if "token_type_ids" in encoded else {}
         columns.append({"input_ids": ids, **kinds, "label": label})
-        kept.append(length)
+        counts.lengths.append(length)
     check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
-    cut = sum(length > max_length for length in kept)
-    if cut:
+    counts.trained, counts.truncated = len(columns), sum(length > max_length for length in counts.lengths)
+    if counts.truncated:
         warn(
             "RW215",
-            f"{cut} of {len(rows)} rows of {rows.source} were cut at --max-length {max_length} and lost their end (the "
-            f"longest has {max(kept):,} tokens).",
+            f"{counts.truncated} of {len(rows)} rows of {rows.source} were cut at --max-length {max_length} and lost "
+            f"their end (the longest has {max(counts.lengths):,} tokens).",
             stacklevel=3,
         )
     problems = [*rows.problems, *problems]
-    report = EncodingReport(
-        name=name,
-        rows=len(kept),
-        tokens=sum(len(row["input_ids"]) for row in columns),
-        trained_tokens=len(kept),
-        truncated_rows=cut,
-        dropped_rows=0,
-        longest=max(kept),
-        median_length=statistics.median(kept),
-        template="no template: the text as it is",
-        stop_token_rows=0,
-        skipped_rows=len(problems),
-        skipped=[problem.to_json() for problem in problems],
-    )
+    tokens = sum(len(row["input_ids"]) for row in columns)
+    report = counts.report(name, "no template: the text as it is", problems, rows=len(columns), tokens=tokens)
     return Encoded(datasets.Dataset.from_list(columns), report)
 
 

@@ -80,7 +80,7 @@ def encode_preferences(
         table.add([item for item in encoded if isinstance(item, EncodedRow)], row.label, stop_ids)
     check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
     problems = [*rows.problems, *problems]
-    report = table.counts.report(name, encoder, problems, rows=len(table.labels), tokens=table.tokens)
+    report = table.counts.report(name, encoder.template, problems, rows=len(table.labels), tokens=table.tokens)
     complain(report, rows, max_length)
     if not table.paired and name == "train":
         _complain_of_labels(table.labels, rows.source)

@@ -142,7 +142,7 @@ def encode_prompts(
     check_bad_rows(problems, len(rows), allowed=skip_bad_rows, before=len(rows.problems))
     _tell_of_long(rows, len(counts.lengths), len(kept), max_length, room)
     bad = [*rows.problems, *problems]
-    return Encoded(Dataset.from_list(kept), counts.report(name, encoder, bad, rows=len(kept), tokens=tokens))
+    return Encoded(Dataset.from_list(kept), counts.report(name, encoder.template, bad, rows=len(kept), tokens=tokens))
 
 
 def _asked(row: Row, names: Sequence[str]) -> str:
