@@ -63,12 +63,12 @@ def rename(old, new):
 
 
 DAMAGES = {
-    "no absmax": (drop(f"{NAME}.absmax"), "absmax is missing"),
-    "no codes": (drop(NAME), "codes is missing"),
+    "no absmax": (drop(f"{NAME}.absmax"), "absmax: missing"),
+    "no codes": (drop(NAME), "codes: missing"),
     "no state": (drop(STATE), "0 quant_state entries"),
-    "no table": (drop(f"{NAME}.quant_map"), "quant_map is missing"),
-    "absmax cut": (put(f"{NAME}.absmax", lambda t: t[:-1].clone()), "absmax holds"),
-    "codes cut": (put(NAME, lambda t: t[:-1].clone()), "codes holds"),
+    "no table": (drop(f"{NAME}.quant_map"), "quant_map: missing"),
+    "absmax cut": (put(f"{NAME}.absmax", lambda t: t[:-1].clone()), "absmax: "),
+    "codes cut": (put(NAME, lambda t: t[:-1].clone()), "codes: "),
     "absmax NaN": (put(f"{NAME}.absmax", lambda t: t * float("nan")), "NaN"),
     "two states": (lambda t: t.update({f"{NAME}.quant_state.bitsandbytes__fp4": t[STATE].clone()}), "2 quant_state"),
     "unknown type in the name": (rename(STATE, f"{NAME}.quant_state.bitsandbytes__int3"), "0 quant_state entries"),
@@ -79,19 +79,19 @@ DAMAGES = {
     "huge block": (state(blocksize=2**40), "blocksize"),
     "dtype int8": (state(dtype="int8"), "dtype"),
     "swapped shape": (state(shape=[64, 128]), r"\(64, 128\) where the model needs \(128, 64\)"),
-    "huge shape": (state(shape=[2**40, 2**40]), "codes holds"),
+    "huge shape": (state(shape=[2**40, 2**40]), "codes: "),
     "big shape beside a zero": (state(shape=[0, 2**62]), "shape"),
 }
 NESTED_DAMAGES = {
-    "no nested absmax": (drop(f"{NAME}.nested_absmax"), "nested_absmax is missing"),
-    "no nested table": (drop(f"{NAME}.nested_quant_map"), "nested_quant_map is missing"),
+    "no nested absmax": (drop(f"{NAME}.nested_absmax"), "nested_absmax: missing"),
+    "no nested table": (drop(f"{NAME}.nested_quant_map"), "nested_quant_map: missing"),
     "nested table of its own": (put(f"{NAME}.nested_quant_map", lambda t: t.flip(0)), "nested_quant_map of its own"),
     "no offset": (state(nested_offset=...), "nested_offset"),
     "NaN offset": (state(nested_offset=float("nan")), "nested_offset"),
     "other nested block": (state(nested_blocksize=128), "nested_blocksize"),
     "nothing nested said": (
         state(nested_offset=..., nested_blocksize=..., nested_dtype=...),
-        "absmax holds.*no nested_offset",
+        "absmax: .*no nested_offset",
     ),
     "infinite nested absmax": (put(f"{NAME}.nested_absmax", lambda t: t * float("inf")), "NaN or infinite"),
 }

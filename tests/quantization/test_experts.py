@@ -402,9 +402,9 @@ def test_missing_and_damaged_experts_are_named(tmp_path):
     stack = "model.layers.0.mlp.experts.gate_up_proj"
     for number, (change, fault) in enumerate(
         [
-            (lambda tensors: tensors.pop(f"{stack}.absmax"), "absmax is missing"),
-            (lambda tensors: tensors.pop(stack), "codes is missing"),
-            (lambda tensors: tensors.update({stack: tensors[stack][:-1].clone()}), "codes take"),
+            (lambda tensors: tensors.pop(f"{stack}.absmax"), "absmax: missing"),
+            (lambda tensors: tensors.pop(stack), "codes: missing"),
+            (lambda tensors: tensors.update({stack: tensors[stack][:-1].clone()}), "codes: 6,143 bytes"),
         ]
     ):
         quantized("qwen3_moe").save_pretrained(tmp_path / str(number))

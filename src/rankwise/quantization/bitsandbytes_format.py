@@ -141,13 +141,13 @@ def _check_sizes(name: str, stored: _State, parts: Mapping[str, Tensor]) -> None
     faults = []
     for part, (dtype, size) in wanted.items():
         if (tensor := parts.get(part)) is None:
-            faults.append(f"its {part} is missing")
+            faults.append(f"{part}: missing")
         elif tensor.nbytes != size or dtype not in (None, tensor.dtype):
-            faults.append(f"its {part} holds {tensor.nbytes:,} bytes of {tensor.dtype} where {size:,} belong")
+            faults.append(f"{part}: {tensor.nbytes:,} bytes of {tensor.dtype} where {size:,} belong")
     if stored.nested_offset is None:
         faults += [f"it has a {part} and no nested_offset" for part in parts if part.startswith("nested_")]
     if faults:
-        raise _broken(name, f"of shape {tuple(stored.shape)} is incomplete: {', '.join(faults)}")
+        raise _broken(name, f"of shape {tuple(stored.shape)} is incomplete ({', '.join(faults)})")
 
 
 def _broken(name: str, fault: str) -> QuantizationError:
