@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from rankwise import LoraConfig, add_adapter
-from rankwise.acceleration import checkpointing, optimize, optimize_for_training, restore
+from rankwise.acceleration import checkpointing, optimize_for_training, restore
+from rankwise.adapters.base_layer import put_back
 from rankwise.compat.transformers import checkpoints_in_forward
 from tables import thinned
 from tiny_models import SIZES
@@ -33,7 +34,7 @@ def prepared(name: str, method: str = "lora", *, ours=True, dropout: float = 0.1
     if not ours:
         for module in model.modules():
             if "rankwise_place" in module.__dict__:
-                optimize.put_back(module)
+                put_back(module)
     return model
 
 
