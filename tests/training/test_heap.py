@@ -5,8 +5,10 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
 
 import pytest
+from torch.autograd.graph import get_gradient_edge
 
 from rankwise.training import watch
 
@@ -34,6 +36,31 @@ def test_a_heap_that_grows_is_given_back(monkeypatch):
 def test_larger_batches_are_no_holes(monkeypatch):
     """After the first giving back the larger batch is still as large, and what is usual from then on."""
     assert Process(monkeypatch, [100, 150, 150, 152, 148, 157]).run(6) == [1]
+
+
+def test_no_graph_lies_between_the_activations_of_the_next_step(loop_of):
+    """The losses' graph is gone at the end of a step, and the nodes that add up gradients are those of all steps."""
+    loop = loop_of(max_steps=3)
+    compute, graphs, seen = loop.objective.loss, [], []
+
+    def loss(model, batch):
+        found = compute(model, batch)
+        # The graph holds its hooks.
+        found.sum.register_hook(hook := lambda grad: None)
+        graphs.append(weakref.ref(hook))
+        return found
+
+    class Watched(watch.Watch):
+        def end_step(self, step, means, *, is_logged):
+            node = get_gradient_edge(next(p for p in self.model.parameters() if p.requires_grad)).node
+            seen.append(("is known" in node.metadata, [graph() for graph in graphs]))
+            node.metadata["is known"] = True
+            return super().end_step(step, means, is_logged=is_logged)
+
+    loop.objective.loss = loss
+    loop.fit(Watched(loop.model, loop.progress, watch.MemoryMeter("cpu")))
+    assert [known for known, _ in seen] == [False, True, True]
+    assert not any(graph for _, alive in seen for graph in alive)
 
 
 HOLES = """

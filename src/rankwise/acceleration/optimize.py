@@ -26,7 +26,7 @@ from rankwise.adapters.low_rank import frozen_weight
 from rankwise.compat.transformers import attention_of, checkpoints_in_forward, text_config
 from rankwise.constants import EQUAL_IN_EIGHT_BITS
 from rankwise.ops.branch import Frozen, eight_bit_pays
-from rankwise.ops.eight_bit import EightBit, calibrate
+from rankwise.ops.eight_bit import EightBit, calibrate, settle
 from rankwise.ops.saved import offered_by
 from rankwise.ops.selection import is_on_card
 from rankwise.quantization.linear import features
@@ -181,6 +181,7 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> None:
     adapters = {layer: found for _, layer in adapted_layers(model) if isinstance(found := layer.at_work, Lora | Dora)}
     inputs: list[Tensor] = []
     readers: list[Frozen] = []
+    calibrated: list[Frozen] = []
 
     def finish() -> None:
         for x in inputs:
@@ -197,6 +198,7 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> None:
         if (frozen := frozen_weight(layer.base_layer, x)) is not None:
             inputs[:] = [x]
             readers.append(Frozen(frozen.weight, adapters[layer].eight_bit))
+            calibrated.append(readers[-1])
 
     hooks = [layer.register_forward_pre_hook(note) for layer in adapters]
     try:
@@ -206,6 +208,7 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> None:
         for hook in hooks:
             hook.remove()
     finish()
+    settle(calibrated)
 
 
 def restore(model: nn.Module) -> None:

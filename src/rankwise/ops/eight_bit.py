@@ -87,6 +87,18 @@ def calibrate(rows: Tensor, weights: Sequence[Frozen]) -> None:
         eight_bit.channel = channel
 
 
+def settle(weights: Sequence[Frozen]) -> None:
+    """Compute what is kept of calibrated weights once the pass that calibrated them has ended, and move their channel
+    scales: kept between activations, small tensors would part the memory of the next step's."""
+    moved: dict[Tensor, Tensor] = {}
+    for weight in weights:
+        if (eight_bit := weight.eight_bit) is not None and eight_bit.channel is not None:
+            if eight_bit.channel not in moved:
+                moved[eight_bit.channel] = eight_bit.channel.clone()
+            eight_bit.channel = moved[eight_bit.channel]
+            eight_bit.scales(weight)
+
+
 def channel_scales(of_rows: Tensor, of_weight: Tensor) -> Tensor:
     """``sqrt(max |x_k| / max |W_k|)`` from the two maxima (K,)."""
     of_rows, of_weight = (most.clamp(min=_TINY + _LEAST_PART * most.mean()) for most in (of_rows, of_weight))

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
@@ -192,6 +193,8 @@ class Loop:
         states = None if checkpoint is None else self._load(checkpoint)
         self.saved = None if checkpoint is None else checkpoint.step
         model.zero_grad()
+        # The nodes that add up gradients. autograd would make them anew in each step, between activations.
+        self.ends = [get_gradient_edge(parameter) for parameter in trained]
         if options.evaluates_first and self._evaluate(watch) and progress.steps:
             self.saved = None
             self.save()
@@ -218,6 +221,8 @@ class Loop:
                             loss = loss + found.aux / len(batches)
                         scaler.scale(loss).backward()
                         step.add(loss.detach(), batch[KEY], found.figures)
+                        # The graph's nodes lie between activations, in whose place the next step's are to come.
+                        del loss, found
                 if ranks.count() > 1:
                     average_gradients(trained)
                 scaler.unscale_(optimizer)
