@@ -8,7 +8,7 @@ from rankwise.planning import TERMS, MemoryEstimate, Workload
 WEIGHTS = 10**9
 PER_TOKEN = 10**6
 FEWER = 4
-# Checkpointing keeps a quarter, 4-bit weights take a quarter.
+# Checkpointing keeps a quarter, 4-bit weights take a quarter, offloading halves.
 ERROR = 0.05
 
 
@@ -18,5 +18,6 @@ def toy_estimate(method: str, workload: Workload) -> MemoryEstimate:
     adapters = 3 * WEIGHTS if method == "full" else workload.r * 10**6
     activations = workload.tokens * PER_TOKEN
     activations //= FEWER if workload.gradient_checkpointing else 1
+    activations //= 2 if workload.activation_offloading else 1
     breakdown = dict.fromkeys(TERMS, 0) | {"weights": weights, "adapters": adapters, "activations": activations}
     return MemoryEstimate(method, sum(breakdown.values()), breakdown, 1000 * workload.r, WEIGHTS // 2, ERROR)

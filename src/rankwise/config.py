@@ -106,6 +106,9 @@ class StepOptions(AdapterOptions):
     max_length: Annotated[Length, _training("Tokens per row; longer rows are cut, counted and reported.")] = 1024
     optimizer: Annotated[str, _training("Optimizer, by transformers' name (paged_adamw_8bit, ...).")] = "adamw_torch"
     gradient_checkpointing: Annotated[bool, _device("Recompute activations: less memory, more time.")] = False
+    activation_offloading: Annotated[
+        bool, _device("Keep activations in CPU memory until the backward pass needs them (accelerators only).")
+    ] = False
     label_smoothing: Annotated[Share, _training("Label smoothing.")] = 0.0
     packing: Annotated[bool, _training("Fill every row with several examples that do not see each other.")] = False
     # False: the step runs in plain PyTorch and transformers, without rankwise's kernels and fused losses.

@@ -20,9 +20,9 @@ from rankwise.options import Settings, flag
 
 # {objective: the options that apply to it but not to every objective}.
 OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
-    "sft": ("label_smoothing", "packing", "prompt_column", "completion_column"),
-    "dpo": ("beta", "loss_type", "label_smoothing"),
-    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
+    "sft": ("label_smoothing", "packing", "prompt_column", "completion_column", "activation_offloading"),
+    "dpo": ("beta", "loss_type", "label_smoothing", "activation_offloading"),
+    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", "activation_offloading"),
     "grpo": (
         "beta",
         "loss_type",
@@ -34,7 +34,7 @@ OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
         "prompt_column",
         "completion_column",
     ),
-    "classify": (),
+    "classify": ("activation_offloading",),
 }
 # {objective: its losses, the default first; trl's names}.
 LOSS_TYPES: Mapping[Objective, tuple[str, ...]] = {

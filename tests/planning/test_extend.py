@@ -61,6 +61,7 @@ def test_a_few_layers_tell_of_all(family, method, device, checkpointing):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"activation_offloading": True},
         {"evaluation": True},
         {"accumulates": True},
         {"fast": False},

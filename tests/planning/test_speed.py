@@ -22,6 +22,7 @@ from rankwise.planning.speed import (
     launch_seconds,
     measured_flops,
     micro_batch_seconds,
+    offloaded_bytes,
     pace_of,
     weight_traffic_bytes,
 )
@@ -106,6 +107,14 @@ def test_no_micro_batch_of_a_card_is_faster_than_its_launches():
     assert launch_seconds("qlora", facts, SHORT) == pytest.approx(32 * 83 * 15e-6)
     assert launch_seconds("qdora", facts, again) == pytest.approx(32 * (40 + 92) * 15e-6)
     assert launch_seconds("lora", facts, dataclasses.replace(SHORT, device_type="cpu")) == 0
+
+
+def test_offloaded_bytes_go_over_and_come_back():
+    """Of each layer its input with checkpointing, else 34 s b h bytes (Korthikanti et al. 2022)."""
+    facts, plain = facts_of(LLAMA_7B), Workload(batch_size=3, max_length=100)
+    again = dataclasses.replace(plain, gradient_checkpointing=True)
+    assert offloaded_bytes(facts, plain) == 2 * 34 * 300 * 4096 * 32
+    assert offloaded_bytes(facts, again) == 2 * 2 * 300 * 4096 * 32
 
 
 def test_a_processor_is_measured_and_remembered(monkeypatch, tmp_path):

@@ -194,6 +194,7 @@ def test_longer_rows_and_larger_batches_take_more():
 
     assert peak() < peak(max_length=128) < peak(max_length=128, batch_size=4)
     assert peak(max_length=256, gradient_checkpointing=True) < peak(max_length=256)
+    assert peak(max_length=256, activation_offloading=True) < peak(max_length=256)
 
 
 def test_paged_states_wait_elsewhere_and_are_said():

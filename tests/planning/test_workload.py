@@ -21,6 +21,7 @@ def test_every_wrong_field_is_named():
         {"devices": 2},
         {"block_size": 48},
         {"trained_share": 0},
+        {"activation_offloading": True, "device_type": "cpu"},
         {"strategy": "zero"},
         {"devices": 2, "strategy": "single"},
     ],

@@ -31,7 +31,7 @@ from tiny_models import tiny_llama
 def test_optimizers_that_cannot_run_here(optimizer, device, part, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        check_memory_savers(optimizer, device)
+        check_memory_savers(optimizer, device, activation_offloading=False)
     assert caught.value.code == "RW116"
     assert part in caught.value.message
 
@@ -39,7 +39,13 @@ def test_optimizers_that_cannot_run_here(optimizer, device, part, monkeypatch):
 def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"rankwise\[cuda\]"):
-        check_memory_savers("paged_adamw_8bit", "cuda")
+        check_memory_savers("paged_adamw_8bit", "cuda", activation_offloading=False)
+
+
+def test_offloading_activations_needs_an_accelerator():
+    with pytest.raises(ConfigError, match="gradient-checkpointing"):
+        check_memory_savers("adamw_torch", "cpu", activation_offloading=True)
+    check_memory_savers("adamw_torch", "cuda", activation_offloading=True)
 
 
 def test_every_planned_optimizer_can_be_had():

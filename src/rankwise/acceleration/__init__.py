@@ -7,6 +7,7 @@ from rankwise.acceleration.memory import (
     give_back_freed_memory,
     grow_segments,
     limit_generated_kernels,
+    offloaded,
     share_one_heap,
 )
 from rankwise.acceleration.optimize import (
@@ -31,6 +32,7 @@ __all__ = [
     "give_back_freed_memory",
     "grow_segments",
     "limit_generated_kernels",
+    "offloaded",
     "optimize_for_training",
     "restore",
     "share_one_heap",

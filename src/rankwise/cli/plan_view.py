@@ -70,6 +70,7 @@ def heading(plan: Plan) -> Iterator[str]:
         f"r {work.r} on {_targets(work)}",
         work.optimizer,
         *(["gradient checkpointing"] if work.gradient_checkpointing else []),
+        *(["activation offloading"] if work.activation_offloading else []),
         *([] if work.fast or plan.hardware.device_type == "mps" else ["not fast"]),
         *([f"{work.strategy} (a device's share)"] if work.devices > 1 else []),
     ]
@@ -196,6 +197,8 @@ def settings_sentence(plan: Plan) -> str:
     if advice.method != "full":
         parts.append(f"r {work.r} on {_targets(work)}")
     parts.append(f"gradient checkpointing {'on' if work.gradient_checkpointing else 'off'}")
+    if work.activation_offloading:
+        parts.append("activation offloading on")
     parts.append(work.optimizer)
     peak = f"{byte_size(advice.estimate.peak_bytes)} ±{advice.estimate.error:.0%}".replace("%", " %")
     return f"{', '.join(parts)}: {peak}, {advice.estimate.trainable_parameters:,} parameters trained"

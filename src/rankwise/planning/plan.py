@@ -41,7 +41,7 @@ from rankwise.planning.workload import SHARED, PlanSettings, Workload, check_dev
 # Options that every saved plan holds, given or not.
 DECIDED = (
     *("r", "target_modules", "batch_size", "gradient_accumulation", "max_length", "gradient_checkpointing"),
-    "optimizer",
+    *("activation_offloading", "optimizer"),
 )
 
 

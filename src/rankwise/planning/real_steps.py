@@ -70,11 +70,12 @@ def check_method(
     The steps run in a separate process. Raises ConfigError: RW134 if they would take more than ``memory_bytes``, RW133
     if they cannot be measured or their process ends without a result, and what ``estimate`` raises.
     """
-    is_plain = workload.devices == 1 and not workload.written
+    is_plain = workload.devices == 1 and not workload.written and not workload.activation_offloading
     if not is_plain or workload.optimizer not in MEASURED_OPTIMIZERS:
         raise ConfigError(
             "RW133",
-            "only steps of one process with adamw_torch can be measured here, without generation; leave --check out.",
+            "only steps of one process with adamw_torch can be measured here, without generation and activation "
+            "offloading; leave --check out.",
         )
     predicted = estimate(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
     # The weights are there before they are quantized.

@@ -237,6 +237,8 @@ STEP_SHARE = 0.5
 EIGHT_BITS_SHARE = 0.76
 # The product by which a processor is measured, (T, K) x (K, N), repeated for this time.
 PRODUCT, PRODUCT_SECONDS, LEAST_PRODUCTS = (512, 1024, 1024), 0.25, 20
+# PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
+HOST_LINK_BYTES_PER_SECOND = 20e9
 # The card whose figures replace those of an unknown device where only ratios of times are needed.
 NOMINAL_CARD = "RTX 4090"
 # Bytes of a 4-bit weight, with its scales.
@@ -375,7 +377,7 @@ def launch_seconds(method: str, facts: ModelFacts, workload: Workload) -> float:
 
 
 def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:
-    """The device's seconds for forward and backward pass of one micro-batch."""
+    """The device's seconds for forward and backward pass of one micro-batch, including offloading."""
     method, frozen = estimate.method, estimate.total_parameters
     flops = workload.tokens * flops_per_token(method, facts, frozen, estimate.trainable_parameters, workload)
     seconds = flops / pace.flops_per_second
@@ -388,6 +390,8 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
     in_eight_bits = facts.equal_in_eight_bits and "avx512_bf16" in flags and "amx_bf16" not in flags
     if in_eight_bits and takes_eight_bit(method, workload.objective, workload.strategy, workload):
         seconds *= EIGHT_BITS_SHARE
+    if workload.activation_offloading:
+        seconds += offloaded_bytes(facts, workload) / HOST_LINK_BYTES_PER_SECOND
     return seconds
 
 
@@ -405,6 +409,14 @@ def _passes(workload: Workload) -> int:
 def _width(workload: Workload) -> float:
     """Bytes of a number in the dtype of the run."""
     return 4.0 if workload.dtype == "float32" else 2.0
+
+
+def offloaded_bytes(facts: ModelFacts, workload: Workload) -> float:
+    """The bytes of activations that are offloaded and fetched again: with checkpointing a block's input (2 h bytes a
+    token), else about 17 such vectors (Korthikanti et al. 2022: 34 s b h bytes a layer without attention scores).
+    """
+    vectors = 1 if workload.gradient_checkpointing else 17
+    return 2.0 * workload.tokens * facts.layers * facts.width * 2 * vectors
 
 
 def nominal_pace(dtype: str) -> Pace:

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankwise.acceleration import offloaded
 from rankwise.acceleration.sharding import shard
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import is_linear
@@ -157,7 +158,9 @@ class Traced:
                     # They are summed over the processes in one tensor of all.
                     torch.cat([grad.flatten().float() for grad in grads])
 
-        take_step(self.model, self.optimizer, batch, enter, autocast_dtype(self.method, workload))
+        offloading = workload.activation_offloading
+        with offloaded(self.model, tracker.elsewhere) if offloading else nullcontext():
+            take_step(self.model, self.optimizer, batch, enter, autocast_dtype(self.method, workload))
 
     @contextmanager
     def _running(self, workload: Workload) -> Iterator[None]:

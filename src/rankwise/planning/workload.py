@@ -190,6 +190,11 @@ def _problems(workload: Workload) -> Iterator[str]:
         yield f"block_size is {workload.block_size!r} and must be one of {', '.join(map(str, BLOCK_SIZES))}"
     if workload.strategy == "single" and workload.devices != 1:
         yield f"devices is {workload.devices!r} and the strategy is single; choose ddp or fsdp"
+    if workload.activation_offloading and workload.device_type == "cpu":
+        yield (
+            "activation_offloading moves activations out of an accelerator's own memory, which neither a processor nor "
+            "an Apple GPU has; take gradient_checkpointing"
+        )
 
 
 def workload_for(settings: PlanSettings, hardware: Hardware) -> Workload:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rankwise.acceleration import offloaded
 from rankwise.acceleration.log_probs import Layout
 from rankwise.adapters.trained_base import labels_of
 from rankwise.config import BETA, TrainSettings, logging_steps_of
@@ -195,7 +196,9 @@ def make_loop(
         weight_decay=given.weight_decay,
         loraplus_ratio=given.loraplus_ratio,
     )
-    around = functools.partial(_around_step, base.model, given.neftune_noise_alpha)
+    around = functools.partial(
+        _around_step, base.model, given.neftune_noise_alpha, offloads=given.activation_offloading
+    )
     return Loop(base.model, objective, options, optimizer, progress(), given.output, around)
 
 
@@ -209,24 +212,21 @@ def evaluation_steps_of(steps: int, rows: int, eval_rows: int) -> int:
 
 
 @contextlib.contextmanager
-def _around_step(model: Any, noise_alpha: float | None) -> Iterator[None]:
-    """NEFTune's noise on the embeddings (Jain et al. 2023, arXiv 2310.05914).
+def _around_step(model: Any, noise_alpha: float | None, *, offloads: bool) -> Iterator[None]:
+    """NEFTune's noise on the embeddings (Jain et al. 2023, arXiv 2310.05914), and activations in CPU memory.
 
     noise ~ U(-a, a),  a = alpha / sqrt(length x width)
     """
 
-    if noise_alpha is None:
-        yield
-        return
-
     def noisy(module: nn.Module, _: object, output: Tensor) -> Tensor:
-        if not module.training:
+        if not module.training or noise_alpha is None:
             return output
         bound = float(noise_alpha / torch.tensor(output.size(1) * output.size(2)).sqrt())
         return output + torch.zeros_like(output).uniform_(-bound, bound)
 
-    hook = model.get_input_embeddings().register_forward_hook(noisy)
-    try:
+    with contextlib.ExitStack() as stack:
+        if noise_alpha is not None:
+            stack.callback(model.get_input_embeddings().register_forward_hook(noisy).remove)
+        if offloads:
+            stack.enter_context(offloaded(model))
         yield
-    finally:
-        hook.remove()

@@ -165,7 +165,7 @@ class Loop:
     make_optimizer: Callable[[], Optimizer]
     progress: Progress
     folder: Path
-    # Makes a context for each step, such as one with noise on the embeddings.
+    # Makes a context for each step, such as one that offloads activations.
     around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:

@@ -74,8 +74,8 @@ def _check_name(code: str, option: str, name: str, known: Iterable[str]) -> None
         raise ConfigError(code, f"{option} is {name!r}, which does not exist; the closest are {', '.join(close)}.")
 
 
-def check_memory_savers(optimizer: str, device_type: str) -> None:
-    """Raise ConfigError (RW116) for an optimizer that cannot run on this device."""
+def check_memory_savers(optimizer: str, device_type: str, *, activation_offloading: bool) -> None:
+    """Raise ConfigError (RW116) for an optimizer or for offloading that cannot run on this device."""
     if optimizer in TORCHAO and importlib.util.find_spec("torchao") is None:
         raise ConfigError("RW116", f'--optimizer {optimizer} needs torchao: pip install "rankwise[cuda]".')
     if optimizer in BITSANDBYTES:
@@ -86,6 +86,12 @@ def check_memory_savers(optimizer: str, device_type: str) -> None:
             )
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError("RW116", f'--optimizer {optimizer} needs bitsandbytes: pip install "rankwise[cuda]".')
+    if activation_offloading and device_type == "cpu":
+        raise ConfigError(
+            "RW116",
+            "--activation-offloading moves activations from an accelerator to CPU memory, and this run is on the CPU; "
+            "use --gradient-checkpointing.",
+        )
 
 
 def implementation_of(optimizer: str, device_type: str) -> str:

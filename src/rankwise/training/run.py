@@ -128,7 +128,7 @@ def _held(folder: Path) -> Iterator[None]:
 def _check_settings(given: TrainSettings) -> LoraConfig:
     check_names(given)
     device_type = torch.device(choose_device(given.device, given.dtype).device).type
-    check_memory_savers(given.optimizer, device_type)
+    check_memory_savers(given.optimizer, device_type, activation_offloading=given.activation_offloading)
     check_installed(given.trackers)
     _warn_of_idle_options(given)
     # Raises for an invalid 4-bit format before anything is read.
