@@ -42,7 +42,6 @@ class Panel(enum.StrEnum):
     MEASURED = "What is measured"
     PROMPTS = "Prompts"
     PERPLEXITY = "Perplexity"
-    RECOMMENDATION = "Recommendation"
     OTHER = "Options"
     ADAPTER = "Adapter"
     FOUR_BITS = "Four bits (qlora, qdora)"

@@ -272,7 +272,7 @@ def test_inspect_says_whether_the_adapter_fits(run_folder, model_folder, rankwis
 
 @pytest.mark.parametrize("command", ["inspect", "generate"])
 def test_a_comparison_is_taken_for_no_run(command, rankwise, tmp_path):
-    (tmp_path / "comparison.json").write_text("{}")
+    (tmp_path / "report.json").write_text("{}")
     (tmp_path / "best").mkdir()
     given = (tmp_path,) if command == "inspect" else ("--adapter", tmp_path, "--prompt", "Hi")
     done = rankwise(command, *given)

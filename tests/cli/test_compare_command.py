@@ -20,9 +20,8 @@ from rankwise.comparison.pool import Picture
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.records import load_record
 from rankwise.reports import summary
-from rankwise.reports.comparison import load_comparison
+from rankwise.reports.comparison import Comparison
 from rankwise.reports.naming import method_name
-from rankwise.reports.plotted import pairs_of
 from rankwise.reports.words import headline
 
 pytestmark = pytest.mark.slow
@@ -50,16 +49,16 @@ def folder(command: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def test_every_run_is_measured(comparison: dict[str, Any], folder: Path):
     assert [run["id"] for run in comparison["runs"]] == ["lora-lr0.01-seed0", "qdora-lr0.01-seed0"]
     for run in comparison["runs"]:
-        record, tasks = run["record"], run["tasks"]
+        tasks = run["tasks"]
         assert run["status"] == "finished"
         # Row by row, on the same rows, with the same loss as the trainer's own evaluation.
-        assert tasks["perplexity"]["metrics"]["loss"] == pytest.approx(record["eval_loss"], rel=1e-4)
+        assert tasks["perplexity"]["metrics"]["loss"] == pytest.approx(run["eval_loss"], rel=1e-4)
         assert tasks["perplexity"]["count"] == comparison["data"]["eval"]["rows"]
         lines = (folder / run["folder"] / "evaluation" / "perplexity" / "predictions.jsonl").read_text().splitlines()
         answers = [row for row in map(json.loads, lines) if row["prediction"]]
@@ -78,26 +77,27 @@ def test_one_seed_is_said_to_tell_nothing(comparison: dict[str, Any], folder: Pa
     assert comparison["minimum_detectable_effect"]["relative"] is None
     assert not comparison["recommendation"]["decided"]
     assert "is too small to detect any difference" in headline(comparison)
-    (line,) = verdict_lines(load_comparison(folder))
+    (line,) = verdict_lines(Comparison(comparison, folder))
     assert re.match(r"the runs cannot tell (LoRA from QDoRA|QDoRA from LoRA): difference", line)
 
 
 def test_console_and_report_show_the_same_digits(comparison: dict[str, Any], folder: Path):
     """With one seed nothing says how many digits are known, and both still agree."""
-    loaded = load_comparison(folder)
+    loaded = Comparison(comparison, folder)
     console = Console(width=80, file=io.StringIO())
     console.print(table_of(loaded))
     shown = console.file.getvalue()
-    for row in summary.rows(loaded):
-        cells = {key: cell.text for (key, _), cell in zip(summary.columns(loaded), row.cells)}
-        line = next(line for line in shown.splitlines() if line.startswith(method_name(row.method)))
-        assert all(cells[key] in line for key in ("verdict", "eval_loss", "peak_memory_bytes", "wall_seconds"))
-    (pair,) = pairs_of(loaded, "eval_loss")
-    assert pair.text.lstrip("+\u2212") in "\n".join(verdict_lines(loaded))
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    for name in loaded.ranked():
+        line = next(line for line in shown.splitlines() if line.startswith(method_name(name)))
+        for key in ("verdict", "eval_loss", "peak_memory_bytes", "wall_seconds"):
+            text = summary.cell(loaded["methods"][name], key).text
+            assert text in line
+            assert text in html
 
 
 def test_reports_and_the_best_adapter_are_there(folder: Path, comparison: dict[str, Any]):
-    assert all((folder / name).is_file() for name in ("report.html", "report.md", "report.json"))
+    assert all((folder / name).is_file() for name in ("report.html", "report.json"))
     found = comparison["recommendation"]
     assert found["method"] in ("lora", "qdora")
     assert (folder / found["adapter"] / "adapter_model.safetensors").is_file()
@@ -111,7 +111,7 @@ def test_recommended_settings_train_unchanged_and_give_the_same_loss(
     done = rankwise("train", "--config", folder / "recommended.yaml", "--json")
     assert done.code == 0, done.stderr
     best = next(run for run in comparison["runs"] if run["id"] == comparison["recommendation"]["run"])
-    assert done.document["eval_loss"] == best["record"]["eval_loss"]
+    assert done.document["eval_loss"] == best["eval_loss"]
 
 
 def test_the_same_command_again_runs_nothing(command: list[str], folder: Path, rankwise: Callable[..., Any]):

@@ -53,12 +53,12 @@ def compared(
 
 def test_answers_row_by_row_are_those_of_the_run_and_decide(compared: tuple[str, Path]) -> None:
     kind, folder = compared
-    comparison = json.loads((folder / "comparison.json").read_text())
+    comparison = json.loads((folder / "report.json").read_text())
     assert comparison["primary_metric"] == PRIMARY[kind]
     assert [run["error"] for run in comparison["runs"]] == [None] * 4
     for run in comparison["runs"]:
-        measured, recorded = run["tasks"]["labels"]["metrics"], run["record"]["eval_rewards"]
-        assert measured["loss"] == pytest.approx(run["record"]["eval_loss"], rel=1e-4)
+        measured, recorded = run["tasks"]["labels"]["metrics"], run["eval_rewards"]
+        assert measured["loss"] == pytest.approx(run["eval_loss"], rel=1e-4)
         for name in measured.keys() - {"loss"}:
             assert measured[name] == pytest.approx(recorded[name], abs=1e-5), name
     by_row = {item["metric"]: item["paired_by_example"] for item in comparison["differences"]}
@@ -68,7 +68,7 @@ def test_answers_row_by_row_are_those_of_the_run_and_decide(compared: tuple[str,
 
 def test_the_report_shows_right_and_wrong_beside_a_constant(compared: tuple[str, Path]) -> None:
     kind, folder = compared
-    base = json.loads((folder / "comparison.json").read_text())["base"]["tasks"]["labels"]["metrics"]
+    base = json.loads((folder / "report.json").read_text())["base"]["tasks"]["labels"]["metrics"]
     rows = [json.loads(line) for line in (folder / "data" / "eval.jsonl").read_text().splitlines()]
     if kind != NUMBER:
         assert base["accuracy"] == max(sum(row["label"] == label for row in rows) / len(rows) for label in KINDS[kind])

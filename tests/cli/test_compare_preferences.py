@@ -48,20 +48,20 @@ def folder(model_folder: Path, pairs: list[dict[str, Any]], tmp_path_factory: py
 
 
 def test_rewards_row_by_row_are_those_of_the_trainers_evaluation(folder: Path):
-    comparison = json.loads((folder / "comparison.json").read_text())
+    comparison = json.loads((folder / "report.json").read_text())
     assert comparison["primary_metric"] == "preference.reward_accuracy"
     assert len(comparison["runs"]) == 4
     for run in comparison["runs"]:
-        assert run["record"]["objective"] == "dpo"
+        assert run["objective"] == "dpo"
         measured = run["tasks"]["preference"]["metrics"]
         for name in REWARDS:
-            assert measured[name] == pytest.approx(run["record"]["eval_rewards"][name], abs=1e-5), name
+            assert measured[name] == pytest.approx(run["eval_rewards"][name], abs=1e-5), name
         assert measured["reward_margin"] != 0
-        assert value_of(run, "eval_loss") == run["record"]["eval_loss"]
+        assert value_of(run, "eval_loss") == run["eval_loss"]
 
 
 def test_a_difference_of_rewards_is_paired_by_pair_and_clustered_by_prompt(folder: Path):
-    comparison = json.loads((folder / "comparison.json").read_text())
+    comparison = json.loads((folder / "report.json").read_text())
     rows = [json.loads(line) for line in (folder / "data" / "eval.jsonl").read_text().splitlines()]
     prompts = {row["prompt"] for row in rows}
     assert len(rows) == 2 * len(prompts) == 4

@@ -13,7 +13,6 @@ from rankwise.cli.main import main
 from rankwise.errors import RunError
 from rankwise.records import load_record, read_metrics
 from rankwise.training.checkpoints import _write_manifest
-from reports.comparison_folders import write_comparison
 
 TRAIN = ("--max-steps", 2, "--save-steps", 1, "--logging-steps", 1, "--batch-size", 2, "--r", 2)
 PAGE = b"<!DOCTYPE html><html><body>404: not found</body></html>\n"
@@ -29,13 +28,6 @@ def sharded(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("compared") / "comparison"
-    write_comparison(folder)
-    return folder
-
-
 # Fixture, file in it, and the command that reads it.
 GENERATE = ("generate", "--prompt", "Hi", "--max-new-tokens", 2)
 CASES = (
@@ -48,7 +40,6 @@ CASES = (
     ("model_folder", "tokenizer.json", (*GENERATE, "--model")),
     ("model_folder", "generation_config.json", (*GENERATE, "--model")),
     ("sharded", "model.safetensors.index.json", (*GENERATE, "--model")),
-    ("compared", "comparison.json", ("report",)),
 )
 
 

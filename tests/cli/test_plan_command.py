@@ -181,16 +181,14 @@ def test_mistakes_exit_with_2_and_say_what_to_do(plan, arguments, code, words):
     assert words in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--svg", "--save"])
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(plan, monkeypatch, tmp_path, option):
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(plan, monkeypatch, tmp_path):
     monkeypatch.setattr("rankwise.planning.plan.make_plan", lambda *_: pytest.fail("planned all the same"))
     (tmp_path / "plan.yaml").touch()
     (tmp_path / "link").symlink_to("plan.yaml")
     for place in (tmp_path, tmp_path / "missing" / "file", tmp_path / "link"):
-        done = plan(option, place)
+        done = plan("--save", place)
         assert done.code == 2
-        assert "RW105" in done.stderr
-        assert option in done.stderr
+        assert "RW105: --save" in done.stderr
 
 
 def test_a_length_beyond_the_model_s_is_said(rankwise, model_folder):
@@ -265,14 +263,14 @@ def test_the_saved_plan_trains_unchanged(plan, rows_file, tmp_path):
 
 def test_a_reader_who_leaves_early_takes_no_file_along(model_folder, tmp_path):
     """``rankwise plan ... | head -1``: the pipe breaks at the first line."""
-    picture, saved = tmp_path / "bars.svg", tmp_path / "plan.yaml"
+    saved = tmp_path / "plan.yaml"
     command = [sys.executable, "-m", "rankwise.cli.main", "plan", "--model", model_folder, "--memory", ENOUGH]
     command += ["--method", "lora"]
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
         done = subprocess.run(
-            [*command, "--svg", picture, "--save", saved],
+            [*command, "--save", saved],
             stdout=write_end,
             stderr=subprocess.PIPE,
             text=True,
@@ -282,7 +280,6 @@ def test_a_reader_who_leaves_early_takes_no_file_along(model_folder, tmp_path):
         os.close(write_end)
     # Besides a line that says what is traced, where that takes a second.
     assert all(line.startswith("tracing") for line in done.stderr.splitlines())
-    assert picture.read_text().startswith("<svg")
     assert yaml.safe_load(saved.read_text())["method"] == "lora"
 
 

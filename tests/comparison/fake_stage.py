@@ -70,6 +70,7 @@ def train(settings: dict[str, Any], *, resume: bool) -> int:
     away = abs(record.settings["learning_rate"] - 2e-4) * 100
     record.eval_loss = LOSS.get(method, 2.5) + away + random.Random(seed).gauss(0, 0.01)
     record.status, record.steps, record.wall_seconds = "finished", STEPS, 60.0
+    record.device = {"name": "a machine", "type": "cpu", "dtype": "float32", "threads": 1}
     record.peak_memory_bytes, record.tokens_per_second, record.trainable_parameters = 10**9, 100.0, 10
     record.save(folder)
     print(json.dumps({"output": str(folder)}))
@@ -91,7 +92,8 @@ def measure(job: dict[str, Any]) -> None:
     if job["retain"] is not None:
         write_losses(folder, "retained", 2.0 * (1 + LOST.get(job["method"], 0.0)))
     for task in job["tasks"]:
-        found = {"task": task, "metrics": {"accuracy": 50.0}, "higher_is_better": {"accuracy": True}}
+        better = {"accuracy": True}
+        found = {"task": task, "primary": "accuracy", "metrics": {"accuracy": 50.0}, "higher_is_better": better}
         (folder / "evaluation" / task).mkdir(exist_ok=True)
         write_json(folder / "evaluation" / task / "result.json", found)
 
@@ -110,6 +112,9 @@ def write_losses(folder: Path, task: str, center: float) -> None:
     (place / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {
         "task": task,
+        "primary": "loss",
+        "count": len(losses),
+        "examples": "predictions.jsonl",
         "metrics": {"loss": sum(map(mul, losses, tokens)) / sum(tokens)},
         "higher_is_better": {"loss": False},
     }

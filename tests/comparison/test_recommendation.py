@@ -1,4 +1,4 @@
-"""What is recommended and why: limits, equals, costs, what is left open; and that no sentence contradicts a field."""
+"""What is recommended and why: equals, costs, what is left open; and that no sentence contradicts a field."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from rankwise.comparison.results import conclusions
-from rankwise.comparison.verdicts import TURNED, Scores, Spreads, comparable_costs, recommend
-from rankwise.reports.comparison import Comparison
+from rankwise.comparison.verdicts import Scores, Spreads, comparable_costs, recommend
+from rankwise.reports.comparison import TURNED, Comparison
 from rankwise.reports.naming import long_name
 from rankwise.reports.numbers import capital
-from rankwise.reports.plotted import pairs_of, with_best
 from rankwise.reports.summary import cell
 from rankwise.reports.words import MOST_NAMED, heading, headline
 
@@ -37,6 +36,7 @@ def method(
         "alone": True,
         "learning_rate": 1e-3,
         "learning_rate_at_edge": False,
+        "retained": None,
         **changes,
     }
 
@@ -58,8 +58,6 @@ def differences(verdict: str, methods: Any) -> list[dict[str, Any]]:
 def choice(
     verdict: str,
     methods: Any = METHODS,
-    memory: float | None = None,
-    hours: float | None = None,
     pairs: Any = None,
     detectable: float | None = 0.009,
 ) -> Any:
@@ -73,15 +71,14 @@ def choice(
         higher_is_better=False,
         margin=0.01,
         detectable=detectable,
-        memory_bytes=None if memory is None else int(memory * 1e9),
-        hours=hours,
     )
     document = {
         "methods": {name: {**item, "verdict": verdicts.get(name)} for name, item in methods.items()},
         "recommendation": found,
         "minimum_detectable_effect": {"relative": detectable, "absolute": None},
         "primary_metric": "eval_loss",
-        "settings": {},
+        "settings": {"objective": "sft"},
+        "base": {"tasks": {}},
     }
     return {**found, "said": headline(document), "heading": heading(document)}
 
@@ -215,18 +212,6 @@ def test_neither_noise_within_the_ranges_nor_the_order_matters(seed: int):
     assert (other["method"], set(other["equals"])) == (found["method"], set(found["equals"]))
 
 
-def test_limits_come_first():
-    assert choice("better", memory=4)["method"] == "qlora"
-    found = choice("better", hours=650 / 3600)
-    assert found["method"] == "lora"
-    assert found["said"].startswith("Of the 1 method within 0.180556 h, LoRA (")
-    assert "DoRA, beyond 0.180556 h, is better" in found["said"]
-    nothing = choice("better", memory=1)
-    assert (nothing["method"], nothing["heading"]) == (None, "No recommendation")
-    assert "QLoRA needs least memory" in nothing["said"]
-    assert "; LoRA needs least time" in choice("better", hours=0.1)["said"]
-
-
 def test_the_best_mean_does_not_stand_against_a_test():
     """DoRA's third seed failed, and LoRA's went badly: on the seeds that both have, LoRA is better."""
     methods = {"lora": method(1.50, 6, 600), "dora": method(1.49, 6, 600, seeds=2)}
@@ -245,7 +230,7 @@ def test_a_baseline_is_not_recommended_beside_methods_of_use():
 
 
 def simulated(seed: int) -> Comparison:
-    """A comparison of random methods, seeds, spreads, grids, limits and costs, as its folder would hold it."""
+    """A comparison of random methods, seeds, spreads, grids and costs, as its folder would hold it."""
     draw = random.Random(seed)
     methods, seeds = random_table(draw), draw.choice([1, 2, 3, 5])
     scores, alone = {}, draw.random() < 0.5
@@ -264,14 +249,13 @@ def simulated(seed: int) -> Comparison:
         item["mean"] = {"eval_loss": sum(values.values()) / seeds}
     margin = draw.choice([0.002, 0.01, 0.05])
     spreads = Spreads(scores, metric="eval_loss", margin=margin, rows=rows, is_by_row=True)
-    limit = draw.choice([None, None, 2_020_000_000])
-    found = conclusions(methods, {"eval_loss": scores}, {"eval_loss": False}, spreads, memory_bytes=limit, hours=None)
-    return Comparison({**found, "primary_metric": "eval_loss", "settings": {}}, Path())
+    found = conclusions(methods, {"eval_loss": scores}, {"eval_loss": False}, spreads, {})
+    more = {"primary_metric": "eval_loss", "settings": {"objective": "sft"}, "base": {"tasks": {}}}
+    return Comparison({**found, **more}, Path())
 
 
 def said_to_be(text: str, predicate: str) -> set[str]:
     """The names in the sentence of this predicate, which has no figures."""
-    text = text.replace(", beyond 2.02 GB,", "").replace("2.02 GB", "")
     found = re.search(rf"(?:^|\. )([^.]*?) (?:is|are) {predicate}", re.sub(r"\([^)]*\d[^)]*\)|\d\.\d+", "", text))
     return {capital(name) for name in re.split(r", | and ", found[1])} if found else set()
 
@@ -281,8 +265,6 @@ def test_no_sentence_mark_or_cell_contradicts_a_field(seed: int):
     comparison = simulated(seed)
     found, methods = comparison["recommendation"], comparison["methods"]
     text = headline(comparison.document)
-    if found["method"] is None:
-        return
     best = found["best"]
     verdicts = {name: item["verdict"]["verdict"] for name, item in methods.items()}
     edges = [name for name, item in methods.items() if item["learning_rate_at_edge"]]
@@ -291,10 +273,10 @@ def test_no_sentence_mark_or_cell_contradicts_a_field(seed: int):
         if len(names) <= MOST_NAMED:
             assert said_to_be(text, predicate) == {capital(long_name(name)) for name in names}, text
     # The forest plot, the table, and the fields say the same of every method.
-    pairs = with_best(comparison, pairs_of(comparison, "eval_loss"))
+    pairs = comparison.differences_from_best()
     for pair in pairs:
-        name = pair.b if pair.a == best else pair.a
-        turned = pair.verdict if pair.a == name else TURNED.get(pair.verdict, pair.verdict)
+        name = pair["b"] if pair["a"] == best else pair["a"]
+        turned = pair["verdict"] if pair["a"] == name else TURNED.get(pair["verdict"], pair["verdict"])
         assert turned == verdicts[name] == cell(methods[name], "verdict").text
     assert len(pairs) == len(methods) - 1
     # A method at the edge of its grid has no other verdict, and costs nobody the first place while others are tuned.
@@ -302,7 +284,7 @@ def test_no_sentence_mark_or_cell_contradicts_a_field(seed: int):
         assert (verdicts[name] == "not tuned") == (name in edges or best in edges)
     assert verdicts[best] in ("best", "not tuned")
     assert verdicts[found["method"]] in ("best", "equivalent", "cannot tell", "not tuned")
-    # Nothing within the limits is better, and what is decided leaves nothing that could be.
+    # Nothing is better, and what is decided leaves nothing that could be.
     effect = comparison["minimum_detectable_effect"]["relative"]
     for name in {*found["candidates"]} - {best}:
         assert verdicts[name] != "better"

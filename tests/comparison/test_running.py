@@ -29,7 +29,8 @@ from rankwise.comparison.schedule import Plan, possible_jobs
 from rankwise.comparison.stages import Cell
 from rankwise.default_rate import default_rate
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
-from rankwise.reports.report import write_report
+from rankwise.reports.comparison import Comparison
+from rankwise.reports.page import page
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning"),
@@ -54,7 +55,7 @@ def test_each_method_runs_at_its_own_best_rate_and_nothing_runs_twice(tmp_path: 
     assert not any(item["learning_rate_at_edge"] for item in found["methods"].values())
     assert found["recommendation"]["method"] == "full"
     assert (tmp_path / "out" / found["recommendation"]["adapter"] / "run.json").is_file()
-    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(found))
 
 
 def test_without_rates_each_method_tries_three_around_its_default(tmp_path: Path):
@@ -109,13 +110,10 @@ def test_a_search_by_halving_is_part_of_the_first_seeds_run(tmp_path: Path):
 
 
 def test_the_report_says_which_rates_were_stopped_and_when(tmp_path: Path):
-    compare(**given(tmp_path, **HALVED))
-    write_report(tmp_path / "out")
-    said = "2e-5 and 5e-4 after 2 steps, 1e-4 after 6 steps; 2e-4 was taken"
-    assert f"LoRA: {said}" in (tmp_path / "out" / "report.md").read_text()
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert said in page
-    assert "training rows that these did not see" in page
+    found: Any = compare(**given(tmp_path, **HALVED))
+    html = page(Comparison(found, tmp_path / "out"))
+    assert "LoRA: 2e-5 after 2 steps, 5e-4 after 2 steps, 1e-4 after 6 steps; 2e-4 was taken" in html
+    assert "training rows that these did not see" in html
 
 
 def test_examples_keep_their_weights_and_clusters(tmp_path: Path):

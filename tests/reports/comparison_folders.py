@@ -43,7 +43,7 @@ def write_comparison(
     extras: bool = True,
     hostile: bool = False,
 ) -> dict[str, Any]:
-    """Write the folder and return the content of its ``comparison.json``.
+    """Write the folder and return the content of its ``report.json``.
 
     ``extras`` adds a method that failed and one that was skipped; ``hostile`` puts markup into every free text.
     """
@@ -52,10 +52,9 @@ def write_comparison(
         runs += [_failed(seeds[0]), _skipped(seeds[0])]
     base = _evaluate(folder / "base", None, random.Random(99), hostile)
     document: dict[str, Any] = {
-        "schema": 2,
         "command": f"rankwise compare --model demo --data trainset.csv --methods {','.join(methods)} "
         f"--seeds {len(seeds)} --learning-rates 1e-4,2e-4,5e-4 --task e2e --max-steps 200 --output {folder.name}",
-        "settings": {"model": "demo", "data": "trainset.csv", "seeds": list(seeds), "max_steps": 200, "memory": None},
+        "settings": {"model": HOSTILE[1] if hostile else "demo", "objective": "sft", "seeds": list(seeds)},
         "created": "2026-07-14T09:12:44+00:00",
         "versions": {"python": "3.11.7", "rankwise": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.24.0"},
         "device": {"type": "cpu", "dtype": "bfloat16", "name": HOSTILE[0] if hostile else "x86_64", "threads": 2},
@@ -83,7 +82,7 @@ def write_comparison(
     if extras:
         document["methods"] |= {"full": _empty(failed=1), "prefix": _empty(skipped="it needs the package peft.")}
     (folder / "recommended.yaml").write_text("model: demo\nmethod: dora\nlearning-rate: 0.0002\n", encoding="utf-8")
-    (folder / "comparison.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
     return document
 
 
@@ -117,13 +116,14 @@ def _run(folder: Path, name: str, rate: float, seed: int, phase: str, hostile: b
         "steps": 200,
         "kept_step": 180 if draw.random() < 0.3 else 200,
         "versions": {"rankwise": "0.1.0"},
-        "device": {"type": "cpu", "name": "x86_64"},
+        "device": {"type": "cpu", "name": "x86_64", "dtype": "bfloat16", "threads": 2},
         "warnings": [],
         "status": "finished",
     }
     (place / "run.json").write_text(json.dumps(record), encoding="utf-8")
     tasks = {"e2e": _evaluate(place, truth["bleu"], draw, hostile)} if phase == "final" else {}
     return {
+        **record,
         "id": place.name,
         "method": name,
         "seed": seed,
@@ -133,7 +133,6 @@ def _run(folder: Path, name: str, rate: float, seed: int, phase: str, hostile: b
         "alone": True,
         "error": None,
         "folder": f"runs/{place.name}",
-        "record": record,
         "tasks": tasks,
         "adapter_bytes": 19_600_000,
     }
@@ -212,7 +211,7 @@ def _conclusions(folder: Path, methods: Sequence[str], runs: Sequence[Any]) -> d
         for name in methods
     }
     spreads = Spreads(scores["eval_loss"], metric="eval_loss", margin=0.01, rows=256, is_by_row=False)
-    found: Any = results.conclusions(figures, scores, better, spreads, memory_bytes=4_000_000_000, hours=None)
+    found: Any = results.conclusions(figures, scores, better, spreads, {})
     best = f"{found['recommendation']['method']}-lr0.0002-seed{min(run['seed'] for run in runs)}"
     command = "rankwise train --config recommended.yaml --output runs/final"
     found["recommendation"] |= {
@@ -226,7 +225,7 @@ def _conclusions(folder: Path, methods: Sequence[str], runs: Sequence[Any]) -> d
 
 def _empty(*, failed: int = 0, skipped: str | None = None) -> dict[str, Any]:
     figures = ("learning_rate", "tokens_per_second", "peak_memory_bytes", "wall_seconds")
-    more = ("predicted_peak_memory_bytes", "trainable_parameters", "adapter_bytes", "verdict")
+    more = ("predicted_peak_memory_bytes", "trainable_parameters", "adapter_bytes", "verdict", "retained")
     return {
         **{key: {} for key in ("mean", "interval", "per_seed", "higher_is_better", "ranges", "costs")},
         **dict.fromkeys((*figures, *more)),
@@ -245,12 +244,12 @@ def _search(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         {
             "learning_rate": run["learning_rate"],
             "metric": "eval_loss",
-            "value": run["record"]["eval_loss"],
+            "value": run["eval_loss"],
             "steps": 200,
             "run": run["id"],
         }
         for run in sorted(runs, key=lambda run: run["learning_rate"])
-        if run["method"] == name and run["seed"] == first and run["record"]
+        if run["method"] == name and run["seed"] == first and "eval_loss" in run
     ]
     return {"tried": tried, "chosen": 2e-4, "at_edge": name == "qdora"}
 
@@ -274,7 +273,6 @@ def _without_record(method: str, seed: int, status: str, code: str, message: str
         "alone": True,
         "error": {"code": code, "message": message},
         "folder": f"runs/{method}-lr0.0001-seed{seed}",
-        "record": None,
         "tasks": {},
         "adapter_bytes": None,
     }

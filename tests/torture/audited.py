@@ -147,7 +147,6 @@ def main_of(folder: Path) -> None:
         ["plan", "--model", base, "--memory", "16GB"],
         ["generate", "--adapter", run, "--prompt", "w1", "--max-new-tokens", 2],
         ["inspect", run],
-        ["report", folder / "compared", "--output", folder / "report"],
         ["merge", "--adapter", run, "--adapter", run, "--combine", "linear", "--output", folder / "combined"],
         ["merge", "--adapter", folder / "cached", "--output", folder / "onto", "--verify"],
         ["doctor"],

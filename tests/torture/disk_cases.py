@@ -116,7 +116,6 @@ class Cases:
         self.must(self.export("vllm", "whole", "--merged"))
         self.must(self.plan("planned"))
         self.must(self.compare("compared"))
-        self.must(self.report("reported"))
 
     def must(self, words: Sequence[object]) -> None:
         code, said = self.call(words)
@@ -164,9 +163,6 @@ class Cases:
 
     def plan(self, output: str) -> list[object]:
         return ["plan", "--model", self.folder / "base", "--memory", "16GB", "--save", self.folder / output]
-
-    def report(self, output: str) -> list[object]:
-        return ["report", self.folder / "compared", "--output", self.folder / output]
 
     def sweep(self, command: str, stride: int, first: int = 1) -> int:
         """The number of the call at which it succeeded."""
@@ -308,9 +304,8 @@ COMMANDS = {
         "whole/model.safetensors",
     ),
     "plan": lambda case: (None, words := case.plan("made/out"), lambda: words, "planned"),
-    "report": lambda case: (None, words := case.report("made/out"), lambda: words, "reported/report.md"),
     # Its runs are steps of this process, so that their calls fail too.
-    "compare": lambda case: (None, words := case.compare("made/out"), lambda: words, "compared/comparison.json"),
+    "compare": lambda case: (None, words := case.compare("made/out"), lambda: words, "compared/report.json"),
     # What is kept in the cache fails too, and what a failure leaves there is no other result.
     "cache": lambda case: (
         None,

@@ -245,7 +245,7 @@ def kinds_of(killer: Killer) -> dict[str, Kind]:
         "ranks": Kind("ranks", two, resumed(two), adapter, folder / "two" / adapter, ranks),
         "merge": Kind("merge", merge, lambda: merge, "model.safetensors", folder / "merged" / "model.safetensors"),
         "export": Kind("export", export, lambda: export, "adapter.gguf", folder / "llama.cpp" / "adapter.gguf"),
-        "compare": Kind("compare", compare, lambda: compare, "comparison.json", folder / "compared/comparison.json"),
+        "compare": Kind("compare", compare, lambda: compare, "report.json", folder / "compared/report.json"),
         **{name: Kind(name, words, resumed(words), adapter, folder / name / adapter) for name, words in others.items()},
     }
 

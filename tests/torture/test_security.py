@@ -19,7 +19,7 @@ SECRET = "hf_SecretOfTheEnvironment0123456789"
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "GH_TOKEN")
 # Commands and how often `audited.py` calls them.
 AUDITED = {"train": 6, "merge": 3, "evaluate": 1, "export": 4, "compare": 2, "preview": 1, "plan": 2, "generate": 2}
-AUDITED |= {"inspect": 1, "report": 2, "doctor": 1, "predict": 1}
+AUDITED |= {"inspect": 1, "doctor": 1, "predict": 1}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_folders_of_the_user_stay_empty(lines: list[dict[str, object]], fold
 def test_records_cards_and_pages_hold_no_rows(lines: list[dict[str, object]], folder: Path) -> None:
     """A row may hold a secret; what is shown to others names the file and its hash alone."""
     row = b"w3 w4"
-    shown = ("run.json", "README.md", "metrics.jsonl", "comparison.json", "report.html", "report.md", "merge.json")
+    shown = ("run.json", "README.md", "metrics.jsonl", "report.json", "report.html", "merge.json")
     found = [path for path in folder.rglob("*") if path.name in shown or path.suffix in (".log", ".svg")]
     assert {path.name for path in found} >= set(shown)
     assert [path for path in found if row in path.read_bytes()] == []

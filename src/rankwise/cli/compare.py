@@ -16,11 +16,11 @@ from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.evaluation.tasks.names import retained_from
+from rankwise.records import write_text
 from rankwise.reports import summary
-from rankwise.reports.comparison import Comparison
+from rankwise.reports.comparison import REPORT_FILE, Comparison
 from rankwise.reports.naming import method_name, metric_name
-from rankwise.reports.numbers import duration, plural
-from rankwise.reports.plotted import pairs_of, with_best
+from rankwise.reports.numbers import duration, estimate, plural
 from rankwise.reports.words import heading, headline, stayed
 
 if TYPE_CHECKING:
@@ -78,12 +78,12 @@ def run(settings: CompareSettings, output: Output) -> Document:
     check_paths(model=settings.model, data=(settings.data, settings.eval_data, retained), output=settings.output)
     from rankwise.comparison.run import compare
     from rankwise.disk import hold
-    from rankwise.reports.report import write_reports
+    from rankwise.reports.page import page
 
     with watching(output) as watcher:
         comparison = compare(settings, watcher)
     with hold(settings.output):
-        write_reports(comparison, settings.output)
+        write_text(settings.output / "report.html", page(comparison))
     report(comparison, output)
     return comparison.document
 
@@ -106,7 +106,7 @@ def table_of(comparison: Comparison) -> Group:
     headings = ("method", metric_name(comparison.metric).lower(), "verdict", "memory", "time a run")
     for place, heading_ in enumerate(headings):
         table.add_column(heading_, justify="left" if place in (0, 2) else "right", no_wrap=place != 1)
-    for name in comparison.with_result():
+    for name in comparison.ranked():
         facts = comparison["methods"][name]
         cells = [
             summary.cell(facts, key) for key in (comparison.metric, "verdict", "peak_memory_bytes", "wall_seconds")
@@ -126,20 +126,22 @@ def verdict_lines(comparison: Comparison) -> Iterator[str]:
         "cannot tell": "the runs cannot tell {} from {}",
         "not tuned": "{} or {} is not tuned",
     }
-    for pair in with_best(comparison, pairs_of(comparison, comparison.metric)):
-        names = words[pair.verdict].format(method_name(pair.a), method_name(pair.b))
-        yield f"{names}: difference {pair.text}"
-    for name in comparison.with_result():
-        if kept := comparison["methods"][name].get("retained"):
+    for item in comparison.differences_from_best():
+        names = words[item["verdict"]].format(method_name(item["a"]), method_name(item["b"]))
+        difference = " ".join(estimate(item["difference"], item["interval"], signed=True)).strip()
+        yield f"{names}: difference {difference}"
+    for name in comparison.ranked():
+        if kept := comparison["methods"][name]["retained"]:
             yield f"{stayed(name, kept)}: loss {summary.change_of(kept)}"
 
 
 def _places(comparison: Comparison) -> Iterator[tuple[str, str]]:
     found, place = comparison["recommendation"], comparison.folder
-    yield from (("record", str(place / "comparison.json")), ("report", str(place / "report.html")))
-    commands = (("to decide", (found["deciding"] or {}).get("command")), ("train again", found["command"]))
-    adapter = ("adapter", place / found["adapter"] if found["adapter"] else None)
-    yield from ((label, str(text)) for label, text in (*commands, adapter) if text)
+    yield "report", f"{place / 'report.html'} and {place / REPORT_FILE}"
+    if found["deciding"]:
+        yield "to decide", found["deciding"]["command"]
+    yield "train again", found["command"]
+    yield "adapter", str(place / found["adapter"])
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rankwise.errors import ConfigError, RunError
 from rankwise.options import Settings, flag
-from rankwise.reports.comparison import BEST_FOLDER, COMPARISON_FILE
+from rankwise.reports.comparison import BEST_FOLDER, REPORT_FILE
 
 # Text fields that hold a hub id, or a path in which ~ means a home folder.
 MAY_BE_PATHS = {"model", "data", "eval_data", "retain", "fewshot_data", "reference_answers"}
@@ -78,7 +78,7 @@ def check_paths(*, model: str | None, data: Iterable[str | None] = (), output: P
 def refuse_comparisons(folders: Iterable[Path]) -> None:
     """Raise RunError (RW560) for the folder of a comparison where a run's is expected."""
     for folder in folders:
-        if (folder / COMPARISON_FILE).is_file() and not (folder / "adapter_config.json").is_file():
+        if (folder / REPORT_FILE).is_file() and not (folder / "adapter_config.json").is_file():
             best = folder / BEST_FOLDER
             where = f"give the run that it recommends, {best}" if best.is_dir() else f"give one of {folder / 'runs'}"
             raise RunError("RW560", f"{folder} is the folder of a comparison; {where}.")

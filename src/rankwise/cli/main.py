@@ -36,7 +36,6 @@ from rankwise.cli import (
     plan,
     predict,
     preview,
-    report,
     train,
 )
 from rankwise.cli.options import Command, function_of, panels_of
@@ -71,7 +70,6 @@ COMMANDS: tuple[Command, ...] = (
     plan.COMMAND,
     train.COMMAND,
     compare.COMMAND,
-    report.COMMAND,
     evaluate.COMMAND,
     generate.COMMAND,
     predict.COMMAND,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,19 +29,24 @@ def run(settings: PlanSettings, output: Output) -> Document:
     from rankwise.cli import plan_view
     from rankwise.planning.plan import make_plan
 
-    document: JsonObject = {}
     # Checked first, since a plan may take minutes.
-    _check_place(settings.svg, "--svg")
-    _check_place(settings.save, "--save")
+    place = settings.save
+    # A link, such as /dev/stdout, would itself be replaced.
+    if place is not None and (place.is_dir() or place.is_symlink() or not place.parent.is_dir()):
+        raise ConfigError("RW105", f"--save {place} is a link, or no file in a folder that exists; give one.")
     plan = make_plan(settings, functools.partial(print, file=sys.stderr, flush=True))
-    command = command_of(plan.recommendation, settings.save)
+    document = {**plan.to_json(), "command": command_of(plan.recommendation, settings.save)}
     # Written before anything is printed, so that a closed pipe (`| head`) or a failed check loses no file.
-    written = _write(settings, plan)
-    plan_view.show(plan, command, output)
+    if settings.save is not None and plan.recommendation.method is not None:
+        with hold(settings.save):
+            write_text(settings.save, as_yaml(plan))
+        document["saved"] = str(settings.save)
+    plan_view.show(plan, document["command"], output)
     if settings.check:
         document["check"] = _check(settings, plan, output)
-    _say_written(settings, written, output)
-    return {**plan.to_json(), "command": command, **document, **written}
+    if settings.save is not None:
+        output.line(f"{'saved':<12}{document.get('saved', 'nothing, since nothing fits')}")
+    return document
 
 
 def command_of(recommendation: Recommendation, saved: Path | None) -> str | None:
@@ -66,41 +70,6 @@ def differing(settings: Fields) -> JsonObject:
     named = {name: settings[name] for name in ("model", "method")}
     usual = TrainSettings.defaults() | named
     return named | {name: value for name, value in settings.items() if value != usual[name]}
-
-
-def _write(settings: PlanSettings, plan: Plan) -> dict[str, str]:
-    """Write the requested files. Where nothing fits there is nothing to save."""
-    written: dict[str, str] = {}
-    if settings.svg is not None:
-        from rankwise.cli import plan_view
-
-        with hold(settings.svg):
-            write_text(settings.svg, plan_view.svg(plan))
-        written["svg"] = str(settings.svg)
-    if settings.save is not None and plan.recommendation.method is not None:
-        with hold(settings.save):
-            write_text(settings.save, as_yaml(plan))
-        written["saved"] = str(settings.save)
-    return written
-
-
-def _say_written(settings: PlanSettings, written: Mapping[str, str], output: Output) -> None:
-    if "svg" in written:
-        output.line(f"{'drawn':<12}{written['svg']}")
-    if "saved" in written:
-        output.line(f"{'saved':<12}{written['saved']}")
-    elif settings.save is not None:
-        output.line(f"{'not saved':<12}nothing fits, so there is nothing to save in {settings.save}", "yellow")
-
-
-def _check_place(path: Path | None, option: str) -> None:
-    if path is None:
-        return
-    # A link, such as /dev/stdout, would itself be replaced.
-    is_other = path.is_dir() or path.is_symlink()
-    if is_other or not path.parent.is_dir():
-        what = "is a folder or a link" if is_other else f"lies in {path.parent}, which does not exist"
-        raise ConfigError("RW105", f"{option} {path} {what}; give the name of a file in a folder that exists.")
 
 
 def as_yaml(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""A plan on the terminal and as a picture."""
+"""A plan on the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rankwise.planning.advice import disk_words, mapped_weights
 from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
 from rankwise.reports.numbers import byte_size, duration
-from rankwise.reports.plots import memory_svg
 
 if TYPE_CHECKING:
     from rankwise.planning import MemoryEstimate, Workload
@@ -252,19 +251,6 @@ def network_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         hidden = "" if needed is None else f", hidden behind the computation from {byte_size(needed)}/s on"
         yield label, f"{row.estimate.method}: a device sends {byte_size(row.network_bytes)} in a step{hidden}"
         label = ""
-
-
-def svg(plan: Plan) -> str:
-    """The stacked bars against the card's line."""
-    rows = [(row.estimate.method, grouped(row.estimate.breakdown), row.estimate.error) for row in plan.rows]
-    work = plan.workload
-    caption = f"batch {work.batch_size} x {work.max_length:,} tokens, r {work.r}, {work.dtype}, {work.optimizer}"
-    if work.gradient_checkpointing:
-        caption += ", gradient checkpointing"
-    if work.devices > 1:
-        caption += f", a device's share of {work.devices} ({work.strategy})"
-    title = f"Fine-tuning {plan.model}: predicted peak memory"
-    return memory_svg(rows, title, caption, plan.hardware.memory_bytes, plan.hardware.name)
 
 
 def grouped(breakdown: Mapping[str, int]) -> dict[str, int]:

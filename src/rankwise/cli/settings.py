@@ -195,12 +195,3 @@ class InspectSettings(Settings):
 
     folder: Annotated[Path, _option("Adapter, run or model folder.", metavar="FOLDER", argument=True)]
     model: Annotated[str | None, _option("Base model: say whether the adapter fits it.", metavar="M")] = None
-
-
-class ReportSettings(Settings):
-    """The options of ``rankwise report``."""
-
-    folder: Annotated[Path, _option("Folder that `rankwise compare` wrote.", metavar="FOLDER", argument=True)]
-    output: Annotated[Path | None, _option("Folder for the report; default: the comparison's own.", metavar="DIR")] = (
-        None
-    )

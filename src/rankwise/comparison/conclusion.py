@@ -1,4 +1,4 @@
-"""The end of a comparison: ``comparison.json``, recommended settings and the best run."""
+"""The end of a comparison: ``report.json``, recommended settings and the best run."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ from rankwise.comparison.stages import Job
 from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.verdicts import Scores, Spreads, wider_rates
 from rankwise.config import TrainSettings
-from rankwise.disk import discard_folder, whole_folder
+from rankwise.disk import whole_folder
 from rankwise.errors import RunError, warn
 from rankwise.foreign import Fields, JsonObject, read_json
 from rankwise.options import option_words
 from rankwise.records import write_json, write_text
 from rankwise.reports.comparison import (
     BEST_FOLDER,
-    COMPARISON_FILE,
     EVAL_LOSS,
     RECOMMENDED_FILE,
-    SCHEMA,
+    REPORT_FILE,
     Comparison,
     DecidingRun,
     Document,
@@ -45,7 +44,6 @@ from rankwise.reports.comparison import (
     Method,
     Recommendation,
     Run,
-    unlike_hardware,
 )
 from rankwise.reports.summary import left_out
 
@@ -66,37 +64,28 @@ def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Mess
         raise RunError("RW589", f"no run has a finite value of --metric {given.metric}; there are {known}.")
     methods = all_methods(plan, runs, scores)
     _warn_of_missing_values(finished, given.metric)
-    if (message := unlike_hardware(finished)) is not None:
-        warn("RW595", message)
-    for part in ("train", "eval"):
-        data = [((run["record"] or {}).get("data", {}).get(part) or {}).get("sha256") for run in finished]
-        if len({*data} - {None}) > 1:
-            warn("RW591", f"the {part} data changed between the runs; compare again in a different --output.")
+    hardware = {f"{run['device'].get('name')}, threads: {run['device'].get('threads')}" for run in finished}
+    if len(hardware) > 1:
+        devices = "; ".join(sorted(hardware))
+        warn("RW595", f"the runs are of different hardware ({devices}): their times, speeds and memory differ.")
     _warn_of_shared_steps(plan)
     spreads = spreads_of(given, scores[given.metric], inputs)
     base = plan.output / stages.BASE
     of_base: JsonObject = {"tasks": read_tasks(base, plan.tasks), "folder": stages.BASE if base.is_dir() else None}
     retained = retained_by(scores, base, of_base, given.retain_margin)
-    found = conclusions(
-        methods, scores, better, spreads, retained=retained, memory_bytes=given.memory, hours=given.max_hours
-    )
+    found = conclusions(methods, scores, better, spreads, retained)
     recommendation = found["recommendation"]
-    best = best_run(runs, recommendation["method"], given.metric, higher_is_better=better[given.metric])
-    if best is None:
-        discard_folder(given.output / BEST_FOLDER)
-        (given.output / RECOMMENDED_FILE).unlink(missing_ok=True)
-    else:
-        recommendation = hand_over(given.output, recommendation, best)
+    best = best_run(finished, recommendation["method"], given.metric, higher_is_better=better[given.metric])
+    recommendation = hand_over(given.output, recommendation, best)
     recommendation["deciding"] = _deciding_run(given, plan, methods, recommendation, spreads)
-    first = finished[0]["record"] or {}
+    first = finished[0]
     document: Document = {
-        "schema": SCHEMA,
         "command": command_line(given),
         "settings": given.model_dump(mode="json"),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": first.get("versions", {}),
-        "device": first.get("device", {}),
-        "model": first.get("base_model", {}),
+        "versions": first["versions"],
+        "device": first["device"],
+        "model": first["base_model"],
         "data": inputs.described,
         "primary_metric": given.metric,
         "confidence": CONFIDENCE,
@@ -108,10 +97,10 @@ def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Mess
         "learning_rates": {method: state_of(plan, method).search for method in plan.methods},
         "seconds": math.fsum(read_json(path)["seconds"] for path in (plan.output / "cells").glob("*.json")),
     }
-    write_json(given.output / COMPARISON_FILE, {**document})
+    write_json(given.output / REPORT_FILE, {**document})
     comparison = Comparison({**document}, given.output)
-    for item in left_out(comparison):
-        warn("RW588", f"{item['what']}: {item['kind']}: {item['code']} {item['why']}")
+    for text in left_out(comparison):
+        warn("RW588", text)
     return comparison
 
 
@@ -131,7 +120,7 @@ def _deciding_run(
     given: CompareSettings, plan: Plan, methods: Mapping[str, Method], found: Recommendation, spreads: Spreads
 ) -> DecidingRun | None:
     """The cheapest comparison that decides what ``found`` leaves open; None if nothing is open or no run decides it."""
-    if found["decided"] or found["best"] is None:
+    if found["decided"]:
         return None
     names = [name for name in given.methods if name in (found["best"], *found["open"])]
     rates = wider_rates(methods, names, plan.rates)
@@ -192,8 +181,7 @@ def command_line(given: CompareSettings) -> str:
         if value == defaults.get(name) or name in ("retry", "jobs", "executor", "address"):
             continue
         several = name in ("task", "task_data")
-        in_bytes = name in ("memory", "memory_budget")
-        for item in value if several else [f"{value}B" if in_bytes else value]:
+        for item in value if several else [value]:
             words += option_words(name, item)
     return shlex.join(words)
 
@@ -202,19 +190,16 @@ LEFT_OUT = ("checkpoints", "evaluation", "runs")
 NOT_SETTINGS = {"output", "cache", "resume", "overwrite"}
 
 
-def best_run(runs: Sequence[Run], method: str | None, metric: str, *, higher_is_better: bool) -> Run | None:
-    """The final run of the method with the best value; None without one."""
-    final = [run for run in runs if run["method"] == method and run["phase"] == "final" and run["status"] == "finished"]
-    scored = [(value, run) for run in final if (value := value_of(run, metric)) is not None]
-    if not scored:
-        return None
-    return (max if higher_is_better else min)(scored, key=lambda item: item[0])[1]
+def best_run(finished: Sequence[Run], method: str, metric: str, *, higher_is_better: bool) -> Run:
+    """The final run of the method with the best value."""
+    scored = [(value_of(run, metric), run) for run in finished if run["method"] == method]
+    known = [(value, run) for value, run in scored if value is not None]
+    return (max if higher_is_better else min)(known, key=lambda item: item[0])[1]
 
 
 def hand_over(output: Path, found: Recommendation, run: Run) -> Recommendation:
     """Write ``recommended.yaml`` and ``best``, and return the recommendation with their paths."""
-    record = run["record"] or {}
-    write_text(output / RECOMMENDED_FILE, recommended_yaml(output, record["settings"]))
+    write_text(output / RECOMMENDED_FILE, recommended_yaml(output, run["settings"]))
     with whole_folder(output / BEST_FOLDER, replace=True) as folder:
         left_out = shutil.ignore_patterns(*LEFT_OUT)
         shutil.copytree(output / run["folder"], folder, ignore=left_out, dirs_exist_ok=True)

@@ -6,8 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -33,7 +31,6 @@ from rankwise.reports.comparison import (
     RETAINED,
     RETAINED_LOSS,
     Conclusions,
-    Message,
     Method,
     Phase,
     Retention,
@@ -58,36 +55,27 @@ def collect_runs(plan: Plan) -> list[Run]:
 
 def _run(plan: Plan, cell: Cell, phase: Phase, skipped: Mapping[str, str] | None) -> Run:
     folder = cell.folder(plan.output)
-    record = _record(folder)
+    record = record_of(folder)
+    known = {} if record is None else record.to_json()
     trained, measured = (outcome_of(job, plan.output) for job in jobs_of(cell))
     errors = [outcome.error for outcome in (trained, measured) if outcome is not None and outcome.error is not None]
-    error: Message | None = {"code": errors[0]["code"], "message": errors[0]["message"]} if errors else None
     finished = trained is not None and trained.status == "finished"
     stopped = trained is not None and trained.is_interrupted
     status: Status = "finished" if finished else "skipped" if skipped else "interrupted" if stopped else "failed"
     return {
+        **known,
         "id": cell.id,
         "method": cell.method,
         "seed": cell.seed,
-        "learning_rate": cell.learning_rate or ((record or {}).get("settings") or {}).get("learning_rate"),
+        "learning_rate": cell.learning_rate or known.get("settings", {}).get("learning_rate"),
         "phase": phase,
         "status": status,
         "alone": trained is not None and trained.alone,
-        "error": error,
+        "error": next(iter(errors), None),
         "folder": folder.relative_to(plan.output).as_posix(),
-        "record": record,
         "tasks": read_tasks(folder, plan.tasks),
         "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None,
     }
-
-
-def _record(folder: Path) -> JsonObject | None:
-    """The record without the settings that only concern how the run was started."""
-    if (found := record_of(folder)) is None:
-        return None
-    record = found.to_json()
-    settings = {key: value for key, value in record["settings"].items() if key not in ("resume", "overwrite")}
-    return {**record, "settings": settings}
 
 
 def read_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, JsonObject]:
@@ -103,15 +91,15 @@ def read_json(path: Path) -> JsonObject:
 
 def metrics_of(runs: Sequence[Run]) -> dict[str, bool]:
     """{metric: whether higher is better} of the evaluation loss and of the tasks' metrics, without the loss again."""
-    found = {EVAL_LOSS: False} if any((run["record"] or {}).get("eval_loss") is not None for run in runs) else {}
+    found = {EVAL_LOSS: False} if any(run.get("eval_loss") is not None for run in runs) else {}
     for run in runs:
         for task, result in run["tasks"].items():
             if task == RETAINED:
                 found[RETAINED_LOSS] = False
             elif task != PERPLEXITY:
-                better, names = result.get("higher_is_better", {}), result.get("metrics", {})
                 again = "loss" if task == LABELS else None
-                found |= {f"{task}.{name}": bool(better.get(name, True)) for name in names if name != again}
+                better = result["higher_is_better"]
+                found |= {f"{task}.{name}": better[name] for name in result["metrics"] if name != again}
     return found
 
 
@@ -131,8 +119,8 @@ def scores_of(output: Path, runs: Sequence[Run], metric: str) -> Scores | None:
 def value_of(run: Run, metric: str) -> float | None:
     """A run's value of a metric. The evaluation loss is the measured one if there is one, else the record's."""
     if metric == EVAL_LOSS:
-        measured = run["tasks"].get(_task_of_loss(run), {}).get("metrics", {}).get("loss")
-        found = measured if measured is not None else (run["record"] or {}).get("eval_loss")
+        measured = run["tasks"].get(_task_of_loss(run))
+        found = run.get("eval_loss") if measured is None else measured["metrics"]["loss"]
     else:
         task, _, name = metric.partition(".")
         found = run["tasks"].get(task, {}).get("metrics", {}).get(name)
@@ -176,7 +164,7 @@ def retained_by(
     scores: Mapping[str, Mapping[str, Scores]], place: Path, base: Fields, margin: float
 ) -> dict[str, Retention]:
     """{method: what it kept of the rows of --retain}; empty without these. ``place``: the folder of the ``base``."""
-    measured: Any = {"seed": 0, "folder": place, "tasks": base["tasks"]}
+    measured: Run = {"seed": 0, "folder": place, "tasks": base["tasks"]}
     of_base = scores_of(Path(), [measured], RETAINED_LOSS)
     return {} if of_base is None else retentions(scores.get(RETAINED_LOSS, {}), of_base, relative_margin=margin)
 
@@ -225,7 +213,7 @@ def method_figures(
 
 def settings_of(name: str, runs: Sequence[Run]) -> Fields:
     """The settings of the method's final runs, from the first record."""
-    return next(((run["record"] or {}).get("settings") or {} for run in finals_of(name, runs)), {})
+    return next((run.get("settings", {}) for run in finals_of(name, runs)), {})
 
 
 def conclusions(
@@ -233,10 +221,7 @@ def conclusions(
     scores: Mapping[str, Mapping[str, Scores]],
     better: Mapping[str, bool],
     spreads: Spreads,
-    *,
-    retained: Mapping[str, Retention] = MappingProxyType({}),
-    memory_bytes: int | None,
-    hours: float | None,
+    retained: Mapping[str, Retention],
 ) -> Conclusions:
     """The differences, the methods with their costs and verdicts, and the recommendation, by ``spreads.metric``."""
     metric, margin = spreads.metric, spreads.margin
@@ -260,8 +245,6 @@ def conclusions(
         higher_is_better=better.get(metric, False),
         margin=margin,
         detectable=effect["relative"],
-        memory_bytes=memory_bytes,
-        hours=hours,
     )
     return {
         "methods": {name: {**item, "verdict": verdicts.get(name)} for name, item in methods.items()},

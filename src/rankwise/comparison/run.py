@@ -47,9 +47,9 @@ from rankwise.options import flag
 from rankwise.planning.speed import read_model
 from rankwise.records import write_json
 from rankwise.reports.comparison import (
-    COMPARISON_FILE,
     EVAL_LOSS,
     RECOMMENDED_FILE,
+    REPORT_FILE,
     RETAINED,
     Comparison,
     Message,
@@ -64,7 +64,7 @@ ENDINGS = (".in", ".json", ".yaml")
 
 
 def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
-    """Run what is missing in ``given.output``, then write ``comparison.json`` and the recommended settings and adapter.
+    """Run what is missing in ``given.output``, then write ``report.json`` and the recommended settings and adapter.
 
     Raises ConfigError (RW165 to RW168, RW182, RW626, and those of the runs' objective); RunError: RW580 a folder of
     other settings, RW581 a folder of something else, RW551 a file that cannot be written, RW582 a folder in use, RW584
@@ -79,7 +79,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         check_folder(given.output)
         is_new = not given.output.exists()
         given.output.mkdir(parents=True, exist_ok=True)
-        remove_strays(given.output, (SETTINGS_FILE, COMPARISON_FILE, RECOMMENDED_FILE))
+        remove_strays(given.output, (SETTINGS_FILE, REPORT_FILE, RECOMMENDED_FILE))
         try:
             check_model(given)
             inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
@@ -174,7 +174,7 @@ def _with_tasks(given: CompareSettings, inputs: Inputs) -> Inputs:
 
 def _check_base(given: CompareSettings, plan: Plan, runs: Sequence[Run]) -> None:
     """Raise RunError (RW580) if the base model's content differs from that of the finished runs."""
-    before = {run["record"]["base_model"].get("sha256") for run in runs if run["record"] is not None} - {None}
+    before = {run["base_model"].get("sha256") for run in runs if "base_model" in run} - {None}
     if not before or not jobs_left(plan):
         return
     source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -25,8 +25,7 @@ from rankwise.conflicts import NO_RETAIN
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.foreign import Fields, JsonObject
-from rankwise.options import LARGEST_NUMBER, MANY, Count, Names, Panel, Positive, comma_list, option, text_list
-from rankwise.planning.hardware import parse_size
+from rankwise.options import LARGEST_NUMBER, Count, Names, Panel, Positive, comma_list, option, text_list
 from rankwise.reports.comparison import EVAL_LOSS
 
 # {objective: the metric that decides by default}.
@@ -43,16 +42,9 @@ SHARED = (*PreferenceOptions.model_fields, *RunOptions.model_fields)
 SAME_RUNS = ("budget",)
 
 
-def size_in_bytes(value: Any) -> Any:
-    """``24GB``, ``16GiB`` or a number of GB, in bytes."""
-    return None if value is None else parse_size(value)
-
-
-Bytes = Annotated[int, Field(gt=0)]
 _model = functools.partial(option, Panel.MODEL)
 _compared = functools.partial(option, Panel.COMPARED)
 _measured = functools.partial(option, Panel.MEASURED)
-_recommended = functools.partial(option, Panel.RECOMMENDATION)
 
 
 def _usual_methods(given: Fields) -> tuple[str, ...]:
@@ -151,16 +143,6 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
         float,
         _measured("Methods closer than this share of the metric are equivalent.", gt=0, lt=1),
     ] = 0.01
-
-    memory: Annotated[
-        Bytes | None,
-        BeforeValidator(size_in_bytes),
-        _recommended("Recommend only methods that train in this much memory, such as 24GB.", metavar="SIZE"),
-    ] = None
-    max_hours: Annotated[
-        float | None,
-        _recommended("Recommend only methods that train in this many hours.", gt=0, le=MANY),
-    ] = None
 
 
 def check_compare(given: CompareSettings) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, get_args
@@ -22,6 +21,7 @@ from rankwise.comparison.statistics import (
 )
 from rankwise.config import DORA, is_own, variant_of
 from rankwise.reports.comparison import (
+    TURNED,
     CostName,
     DecidingCost,
     Difference,
@@ -160,7 +160,7 @@ def retentions(scores: Mapping[str, Scores], base: Scores, *, relative_margin: f
 
 def _stays(method: Method) -> Literal["kept", "lost", "unknown"]:
     """Whether the method kept what must stay, or lost more of it than the margin."""
-    found = method.get("retained")
+    found = method["retained"]
     if found is not None and found["verdict"] == "lost" and found["difference"] > found["margin"]:
         return "lost"
     return "kept" if found is not None and found["verdict"] == "kept" else "unknown"
@@ -256,7 +256,6 @@ SAME_COMPUTE = ("plus", "rslora")
 # Peaks that are closer count as equal: a run's peak is that of its largest batch, which depends on the seed, and the
 # plan is not more exact.
 MEMORY_TOLERANCE = 0.05
-TURNED: dict[Verdict, Verdict] = {"better": "worse", "worse": "better"}
 
 
 def comparable_costs(methods: Mapping[str, Method]) -> dict[str, dict[CostName, list[float]]]:
@@ -301,12 +300,10 @@ def recommend(
     higher_is_better: bool,
     margin: float,
     detectable: float | None,
-    memory_bytes: int | None,
-    hours: float | None,
 ) -> tuple[Recommendation, dict[str, MethodVerdict]]:
     """The recommendation, and the verdict on each method against the best one.
 
-    The best one is chosen from the tuned methods within the limits: it has the best mean of those that no test found
+    The best one is chosen from the tuned methods: it has the best mean of those that no test found
     worse. (The best mean may be of a method that a test found worse: a test takes the seeds that both methods have.)
     The cheapest of the best one and its equals is taken. Methods that the runs cannot tell from the best one are its
     equals if the comparison could have seen a difference that matters: ``detectable`` is at most ``margin``, both
@@ -317,32 +314,10 @@ def recommend(
     means = {name: sign * item["mean"][metric] for name, item in methods.items() if metric in item["mean"]}
     # Baselines are measured for comparison; their adapters neither merge nor load elsewhere.
     usable = [name for name in means if is_own(name)] or list(means)
-    fitting = [name for name in usable if _fits(methods[name], memory_bytes, hours)]
-    candidates = [name for name in fitting if not methods[name]["learning_rate_at_edge"]] or fitting
+    candidates = [name for name in usable if not methods[name]["learning_rate_at_edge"]] or usable
     kept = [name for name in candidates if _stays(methods[name]) == "kept"]
-    forgot = [name for name in fitting if kept and _stays(methods[name]) == "lost"]
-    fitting, candidates = ([name for name in names if name not in forgot] for names in (fitting, candidates))
-    found: Recommendation = {
-        "method": None,
-        "decided": False,
-        "best": None,
-        "candidates": candidates,
-        "equals": [],
-        "open": [],
-        "kept": kept,
-        "forgot": forgot,
-        "costs": [],
-        "deciding": None,
-        "metric": metric,
-        "margin": margin,
-        "limits": {"memory_bytes": memory_bytes, "hours": hours},
-        "config": None,
-        "command": None,
-        "run": None,
-        "adapter": None,
-    }
-    if not candidates:
-        return found, {}
+    forgot = [name for name in usable if kept and _stays(methods[name]) == "lost"]
+    usable, candidates = ([name for name in names if name not in forgot] for names in (usable, candidates))
     pairs = [item for item in differences if item["metric"] == metric]
     inside = [item for item in pairs if {item["a"], item["b"]} <= set(candidates)]
     lost = {item["a"] for item in inside if item["verdict"] == "worse"}
@@ -354,14 +329,31 @@ def recommend(
         verdicts[best]["verdict"] = "not tuned"
     can_see = detectable is not None and detectable <= margin
     equals, unsure = [], []
-    for name in sorted(set(fitting) - {best}, key=lambda name: (means[name], name)):
+    for name in sorted(set(usable) - {best}, key=lambda name: (means[name], name)):
         said, p_value = verdicts[name]["verdict"], verdicts[name]["p_value"]
         if said == "equivalent" or (said == "cannot tell" and can_see and p_value is not None):
             equals.append(name)
         elif said == "cannot tell" or (said == "not tuned" and (name in candidates or means[name] < means[best])):
             unsure.append(name)
     method, costs = cheapest([best, *equals], methods)
-    found |= {"method": method, "decided": not unsure, "best": best, "equals": equals, "open": unsure, "costs": costs}
+    found: Recommendation = {
+        "method": method,
+        "decided": not unsure,
+        "best": best,
+        "candidates": candidates,
+        "equals": equals,
+        "open": unsure,
+        "kept": kept,
+        "forgot": forgot,
+        "costs": costs,
+        "deciding": None,
+        "metric": metric,
+        "margin": margin,
+        "config": None,
+        "command": None,
+        "run": None,
+        "adapter": None,
+    }
     return found, verdicts
 
 
@@ -396,8 +388,3 @@ def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, 
     if left[1:]:
         decided.append({"cost": "mean", "methods": left[1:], "than": left[0]})
     return left[0], decided
-
-
-def _fits(method: Method, memory: int | None, hours: float | None) -> bool:
-    enough = memory is None or (method["peak_memory_bytes"] or math.inf) <= memory
-    return enough and (hours is None or (method["wall_seconds"] or math.inf) <= hours * 3600)

@@ -82,7 +82,6 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     check: Annotated[
         bool, _sure("Run three real steps here, on random weights, and compare measured and predicted memory.")
     ] = False
-    svg: Annotated[Path | None, _file("Write the bars of memory as an SVG file.")] = None
     save: Annotated[Path | None, _file("Write the recommended settings for `rankwise train --config`.")] = None
 
     @model_validator(mode="before")

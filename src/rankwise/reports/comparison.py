@@ -1,4 +1,4 @@
-"""A comparison: the layout of ``comparison.json``, from which reports are made, and the folder that holds it. No torch.
+"""A comparison: the layout of ``report.json``, from which the report is made, and the folder that holds it. No torch.
 
 Times are in seconds, memory and sizes in bytes, speeds in tokens per second. A figure that was not measured is null.
 A *metric* is ``eval_loss`` (nats per trained token, lower is better; of preferences their own loss) or ``TASK.METRIC``
@@ -8,20 +8,16 @@ A *metric* is ``eval_loss`` (nats per trained token, lower is better; of prefere
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, TypedDict
 
-from rankwise.errors import RunError
-from rankwise.foreign import Fields, JsonObject, parse_json, read_json
-from rankwise.records import read_metrics
-from rankwise.reports.numbers import is_number, plural
+from rankwise.foreign import Fields, JsonObject
+from rankwise.records import read_lines, read_metrics
 
-SCHEMA = 2
-COMPARISON_FILE = "comparison.json"
+REPORT_FILE = "report.json"
 RECOMMENDED_FILE = "recommended.yaml"
 RUNS_FOLDER = "runs"
 BEST_FOLDER = "best"
@@ -37,6 +33,7 @@ Phase = Literal["search", "final"]
 Status = Literal["finished", "failed", "interrupted", "skipped"]
 # "not tuned": the best learning rate of one of the two lies at the edge of those tried.
 Verdict = Literal["better", "worse", "equivalent", "cannot tell", "not tuned"]
+TURNED: dict[Verdict, Verdict] = {"better": "worse", "worse": "better"}
 Retained = Literal["kept", "lost", "cannot tell"]
 # The costs that decide between equal methods, in this order; "mean" is the metric itself.
 CostName = Literal["wall_seconds", "peak_memory_bytes", "trainable_parameters", "servers", "mean"]
@@ -49,30 +46,18 @@ class Message(TypedDict):
     message: str
 
 
-class Run(TypedDict):
-    """One cell of the matrix: a method at a learning rate with a seed."""
-
-    # Name of its folder below ``runs``: METHOD-lrX-seedN; METHOD-auto-seedN where the run searched for its rate first.
-    id: str
-    method: str
-    seed: int
-    # None: its search did not end.
-    learning_rate: float | None
-    # "search": tried a learning rate that was not chosen; "final": counts for the method's figures.
-    phase: Phase
-    status: Status
-    # Whether no other step could run beside it, so that its time can be compared.
-    alone: bool
-    # Why it failed, was interrupted or was skipped.
-    error: Message | None
-    # Relative to the comparison's folder, with forward slashes.
-    folder: str
-    # RunRecord.to_json() of the run; None when it left none.
-    record: JsonObject | None
-    # TASK -> TaskResult.to_json(); ``examples`` in it is relative to ``folder``/evaluation/TASK.
-    tasks: dict[str, JsonObject]
-    # Size of the adapter's weights on disk; for ``full`` of the whole model's.
-    adapter_bytes: int | None
+# One cell of the matrix, a method at a learning rate with a seed: the fields of its ``run.json`` if it left one, and
+#
+#   id             name of its folder below ``runs``: METHOD-lrX-seedN, or METHOD-auto-seedN if it searched for its rate
+#   learning_rate  None if its search did not end
+#   phase          "search": tried a rate that was not chosen; "final": counts for the method's figures
+#   status         "finished", "failed", "interrupted" or "skipped"
+#   alone          whether no other step could run beside it, so that its time can be compared
+#   error          code and message, if it did not finish or was not measured
+#   folder         relative to the comparison's folder
+#   tasks          {TASK: TaskResult.to_json()}
+#   adapter_bytes  size of the weights on disk
+Run = JsonObject
 
 
 class MethodVerdict(TypedDict):
@@ -135,7 +120,7 @@ class Method(TypedDict):
     # None without a result.
     verdict: MethodVerdict | None
     # None without --retain.
-    retained: NotRequired[Retention | None]
+    retained: Retention | None
     trainable_parameters: int | None
     adapter_bytes: int | None
     # Where its result can be served, in words.
@@ -233,10 +218,10 @@ class DecidingRun(TypedDict):
 
 class Recommendation(TypedDict):
     # The method to take; as long as nothing is decided, the best so far.
-    method: str | None
+    method: str
     decided: bool
     # The method with which the others are compared, and the other methods from which it was chosen.
-    best: str | None
+    best: str
     candidates: list[str]
     # Candidates that count as equal to the best one; costs decide between them.
     equals: list[str]
@@ -251,8 +236,6 @@ class Recommendation(TypedDict):
     metric: str
     # Differences below this share of the metric do not matter to the user.
     margin: float
-    # {"memory_bytes", "hours"}: the user's limits.
-    limits: dict[str, float | None]
     # ``recommended.yaml``, relative to the comparison's folder.
     config: str | None
     command: str | None
@@ -272,9 +255,8 @@ class Conclusions(TypedDict):
 
 
 class Document(Conclusions):
-    """The content of ``comparison.json``."""
+    """The content of ``report.json``."""
 
-    schema: int
     command: str
     settings: JsonObject
     # ISO 8601, UTC.
@@ -299,9 +281,8 @@ class Document(Conclusions):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The content of a comparison folder, and the place of each run's files."""
+    """A Document, and the folder of its runs."""
 
-    # A Document, as far as its file is intact.
     document: Fields
     folder: Path
 
@@ -314,8 +295,7 @@ class Comparison:
 
     @property
     def objective(self) -> str:
-        """The objective of the runs."""
-        return str(self["settings"].get("objective") or "sft")
+        return str(self["settings"]["objective"])
 
     @property
     def reference(self) -> str:
@@ -323,150 +303,74 @@ class Comparison:
         return "the best constant answer" if self.objective == "classify" else "the base model"
 
     @property
-    def unit(self) -> str:
-        """The unit of the primary metric."""
-        return unit_of(self.document)
-
-    @property
     def finals(self) -> list[Fields]:
         return [run for run in self["runs"] if run["phase"] == "final" and run["status"] == "finished"]
 
-    def finals_of(self, method: str) -> list[Fields]:
-        return [run for run in self.finals if run["method"] == method]
-
     def is_higher_better(self, metric: str) -> bool:
-        """As the methods' records say; by default lower is better for a loss, and higher for other metrics."""
-        for facts in self["methods"].values():
-            if metric in facts["higher_is_better"]:
-                return bool(facts["higher_is_better"][metric])
-        return "loss" not in metric and "perplexity" not in metric
+        return any(facts["higher_is_better"].get(metric, False) for facts in self["methods"].values())
 
     def ranked(self) -> list[str]:
-        """Methods with a result, the best first by the primary metric; then the others, in their order."""
+        """Methods with a result, the best first by the primary metric."""
         means = {name: facts["mean"].get(self.metric) for name, facts in self["methods"].items()}
-        sign = -1 if self.is_higher_better(self.metric) else 1
-        known = [name for name, mean in means.items() if is_number(mean)]
-        return sorted(known, key=lambda name: sign * means[name]) + [name for name in means if name not in known]
+        known = [name for name, mean in means.items() if mean is not None]
+        return sorted(known, key=lambda name: means[name], reverse=self.is_higher_better(self.metric))
 
-    def with_result(self) -> list[str]:
-        return [name for name in self.ranked() if is_number(self["methods"][name]["mean"].get(self.metric))]
+    def differences_from_best(self) -> list[Fields]:
+        """The differences of the best method on the primary metric, the better mean first, in the order of ranks."""
+        ranks, found = self.ranked(), []
+        for item in self["differences"]:
+            if item["metric"] == self.metric and self["recommendation"]["best"] in (item["a"], item["b"]):
+                is_turned = item["difference"] < 0 if self.is_higher_better(self.metric) else item["difference"] > 0
+                found.append(_turned(item) if is_turned else item)
+        return sorted(found, key=lambda item: (ranks.index(item["a"]), ranks.index(item["b"])))
 
     def metrics_of(self, run: Fields) -> list[Fields]:
-        """The lines of the run's ``metrics.jsonl``; none when the folder no longer exists."""
-        return [line for line in read_metrics(self.place_of(run)) if isinstance(line, Mapping)]
+        """The lines of the run's ``metrics.jsonl``."""
+        return list(read_metrics(self.folder / run["folder"]))
 
-    def place_of(self, run: Fields) -> Path:
-        return inside(self.folder, str(run["folder"]))
+    def answers_of(self, run: Fields, task: str) -> dict[str, Fields]:
+        """{id: example} of a run, or of the base, on a task."""
+        if task not in run["tasks"]:
+            return {}
+        path = self.folder / run["folder"] / EVALUATION_FOLDER / task / run["tasks"][task]["examples"]
+        rows: Iterator[Fields] = read_lines(path, "RW571", "remove the file")
+        return {row["id"]: row for row in rows}
 
-    def answers_of(self, run: Fields, task: str) -> list[Fields]:
-        return read_answers(self.place_of(run), task, run["tasks"].get(task, {}))
 
-    def base_answers(self, task: str) -> list[Fields]:
-        base = self["base"]
-        if not base.get("folder"):
-            return []
-        return read_answers(inside(self.folder, str(base["folder"])), task, base.get("tasks", {}).get(task, {}))
+def _turned(item: Fields) -> JsonObject:
+    """``b - a`` in the place of ``a - b``."""
+    interval = item["interval"] and [-bound for bound in reversed(item["interval"])]
+    return {
+        **item,
+        "a": item["b"],
+        "b": item["a"],
+        "difference": -item["difference"],
+        "interval": interval,
+        "per_seed": {seed: -value for seed, value in item["per_seed"].items()},
+        "verdict": TURNED.get(item["verdict"], item["verdict"]),
+    }
 
 
 def unit_of(document: Fields) -> str:
     """The unit of the primary metric."""
-    objective = document["settings"].get("objective") or "sft"
-    return "nats per token" if (objective, document["primary_metric"]) == ("sft", EVAL_LOSS) else ""
+    is_loss = (document["settings"]["objective"], document["primary_metric"]) == ("sft", EVAL_LOSS)
+    return "nats per token" if is_loss else ""
 
 
-def load_comparison(folder: Path) -> Comparison:
-    """Read ``comparison.json`` of the folder.
-
-    Raises RunError: RW593 no comparison here, RW593 it cannot be read.
-    """
-    path = folder / COMPARISON_FILE
-    if not path.is_file():
-        state = f"holds no {COMPARISON_FILE}" if folder.is_dir() else "is not a folder"
-        raise RunError("RW593", f"{folder} {state}; give a folder that `rankwise compare` wrote (its --output).")
-    try:
-        document = read_json(path)
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {document['schema']!r}, and this version reads {SCHEMA}")
-        return Comparison(document, folder)
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise RunError("RW593", f"cannot read {path} as a comparison: {error!r}.") from None
-
-
-@contextlib.contextmanager
-def as_expected(comparison: Comparison) -> Iterator[None]:
-    """Raises RunError (RW593) if a part of the comparison has a form that cannot be shown."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        place = comparison.folder
-        raise RunError("RW593", f"{place}: a part of the comparison is not as expected ({error!r}).") from error
-
-
-def inside(folder: Path, relative: str) -> Path:
-    """``folder``/``relative``. The relative path comes from a file, so it must not leave the folder.
-
-    Raises RunError (RW593) for an absolute path or one with ``..`` in it.
-    """
-    parts = PurePosixPath(relative).parts
-    if ".." in parts or PurePosixPath(relative).is_absolute() or "\\" in relative or "\x00" in relative:
-        raise RunError("RW593", f"{folder / COMPARISON_FILE} names the path {relative!r}, which leaves its folder.")
-    return folder.joinpath(*parts)
-
-
-def read_answers(place: Path, task: str, result: Fields) -> list[Fields]:
-    """The examples of one evaluation, one object each; none when the file no longer exists."""
-    name = str(result.get("examples") or "predictions.jsonl")
-    path = inside(inside(place, f"{EVALUATION_FOLDER}/{task}"), name)
-    return list(_objects(path)) if path.is_file() else []
-
-
-def _objects(path: Path) -> Iterator[Fields]:
-    """The JSON objects of a file with one per line. Stops at a line that was cut short by a kill."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                content = parse_json(line)
-            except ValueError:
-                return
-            if isinstance(content, Mapping):
-                yield content
+MEANS = ("tokens_per_second", "wall_seconds")
+LARGEST = ("peak_memory_bytes", "predicted_peak_memory_bytes", "trainable_parameters", "adapter_bytes")
+RANGES = ("wall_seconds", "peak_memory_bytes")
 
 
 def figures_of(runs: Sequence[Fields]) -> JsonObject:
     """The figures of one method from its final runs: means, and the largest memory."""
     good = [run for run in runs if run["status"] == "finished"]
-    records = [run["record"] or {} for run in good]
-    means = {key: _known(records, key) for key in ("tokens_per_second", "wall_seconds")}
-    largest = {
-        key: _known(records, key)
-        for key in ("peak_memory_bytes", "predicted_peak_memory_bytes", "trainable_parameters")
-    }
-    costs = {key: _known(records, key) for key in ("wall_seconds", "peak_memory_bytes")}
+    known = {key: [run[key] for run in good if run.get(key) is not None] for key in (*MEANS, *LARGEST)}
     return {
         "seeds": len(good),
         "failed": sum(run["status"] == "failed" for run in runs),
         "alone": all(run["alone"] for run in good),
-        **{key: fmean(values) if values else None for key, values in means.items()},
-        **{key: max(values, default=None) for key, values in largest.items()},
-        "adapter_bytes": max(_known(good, "adapter_bytes"), default=None),
-        "ranges": {key: [min(values), max(values)] for key, values in costs.items() if values},
+        **{key: fmean(known[key]) if known[key] else None for key in MEANS},
+        **{key: max(known[key], default=None) for key in LARGEST},
+        "ranges": {key: [min(known[key]), max(known[key])] for key in RANGES if known[key]},
     }
-
-
-def unlike_hardware(runs: Sequence[Fields]) -> str | None:
-    """What to warn of if the runs trained on several devices or numbers of threads; None if on one."""
-    devices = dict.fromkeys(_hardware((run["record"] or {}).get("device") or {}) for run in runs)
-    known = [device for device in devices if device]
-    if len(known) < 2:
-        return None
-    return f"the runs are of different hardware ({'; '.join(known)}): their times, speeds and memory differ."
-
-
-def _hardware(device: Fields) -> str:
-    threads = device.get("threads")
-    name = str(device.get("name") or device.get("type") or "")
-    return f"{name}, {plural(threads, 'thread')}" if isinstance(threads, int) else name
-
-
-def _known(items: Sequence[Fields], key: str) -> list[float]:
-    return [value for item in items if is_number(value := item.get(key))]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -14,10 +15,8 @@ from typing import Protocol
 from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
 from rankwise.foreign import Fields, Json
 from rankwise.records import RunRecord
-from rankwise.reports.markdown import escaped, section, table
 from rankwise.reports.naming import last_part
-from rankwise.reports.numbers import capital
-from rankwise.reports.summary import plain
+from rankwise.reports.numbers import capital, visible
 from rankwise.serving import DORA_AS_LORA, WORDS, served
 
 NAMES = {
@@ -56,6 +55,8 @@ REWARDS = {
 }
 # Settings that name paths on one machine, or that another part of the card shows.
 LOCAL_SETTINGS = ("model", "data", "eval_data", "output", "resume", "overwrite", "chat_template", "adapter", "cache")
+# An underscore within a word means nothing.
+SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
 
 
 class Module(Protocol):
@@ -168,12 +169,37 @@ def _learned_from(record: RunRecord) -> str:
     return LEARNED_FROM.get(record.objective, "").format(reference=reference)
 
 
+def section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[Json]]) -> str:
-    return table(head, rows, _cell)
+    """A table of such cells; nothing without rows."""
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in (head, *rows)]
+    lines.insert(1, "|" + " --- |" * len(head))
+    return "\n".join(lines) if rows else ""
 
 
 def _cell(value: Json) -> str:
     return escaped(plain(value))
+
+
+def escaped(text: str) -> str:
+    """The text on one line, with every character escaped that Markdown or HTML would interpret."""
+    return SPECIAL.sub(r"\\\1", " ".join(visible(text).split()))
+
+
+def plain(value: Json) -> str:
+    """A setting, a version or a fact as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {plain(item)}" for key, item in value.items()) or "–"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(plain, value)) or "–"
+    return str(value)
 
 
 def _results(record: RunRecord) -> list[tuple[str, Json]]:

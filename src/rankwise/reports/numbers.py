@@ -32,60 +32,27 @@ def significant(value: Json, digits: int = 3) -> str:
         return NONE
     if value == 0:
         return "0"
-    places = digits - 1 - math.floor(math.log10(abs(value)))
-    rounded = round(value, places)
-    # 9.996 rounds to 10.0, which has a digit more.
+    rounded = float(f"{value:.{digits}g}")
     places = digits - 1 - math.floor(math.log10(abs(rounded)))
-    return _sign(f"{rounded:,.{min(max(places, 0), 8)}f}")
+    return _fixed(rounded, min(max(places, 0), 8))
 
 
-def fixed(value: float, decimals: int) -> str:
-    return _sign(f"{value:,.{decimals}f}")
-
-
-def signed(value: float, decimals: int) -> str:
-    """The number with its sign; zero has none."""
-    text = fixed(value, decimals)
-    return text if not any(digit in text for digit in "123456789") or text.startswith(MINUS) else f"+{text}"
-
-
-def half_width(interval: Json) -> float | None:
-    """Half of ``[low, high]``; None if no interval can be given."""
-    if not isinstance(interval, Sequence) or len(interval) != 2:
-        return None
-    low, high = interval
-    return (high - low) / 2 if is_number(low) and is_number(high) else None
-
-
-def estimate(mean: Json, interval: Json) -> tuple[str, str]:
-    """``("1.2813", "± 0.0042")``: the mean to the digits that its interval supports, and the interval or nothing."""
-    if not is_number(mean):
-        return NONE, ""
-    half = half_width(interval)
-    if half is None:
-        return significant(mean, 4), ""
-    decimals = decimals_for(half)
-    return fixed(mean, decimals), f"±{THIN}{half:,.{decimals}f}"
-
-
-def difference(value: float, interval: Sequence[float] | None) -> tuple[str, str]:
-    """``("−0.0212", "± 0.0081")``: as ``estimate``, with its sign; two digits where no interval can be given.
+def estimate(value: float | None, interval: Sequence[float] | None, *, signed: bool = False) -> tuple[str, str]:
+    """``("1.2813", "± 0.0042")``: the value to the digits that its interval supports, and the interval or nothing.
 
     An interval with unequal sides is written out: ``("+0.6", "(0.1 to 2.6)")``.
     """
-    half = half_width(interval)
-    if half is None or interval is None:
-        return f"{'+' if value > 0 else ''}{significant(value, 2)}", ""
-    decimals = decimals_for(half)
-    is_even = abs(interval[0] + half - value) < 0.5 * 10**-decimals
-    return signed(value, decimals), f"± {fixed(half, decimals)}" if is_even else f"({span(interval)})"
-
-
-def span(interval: Sequence[float]) -> str:
-    """``10.62 to 10.70``: both ends with the digits that the width supports."""
+    if value is None:
+        return NONE, ""
+    plus = "+" if signed and value > 0 else ""
+    if interval is None:
+        return plus + significant(value, 2 if signed else 4), ""
     low, high = interval
-    decimals = decimals_for((high - low) / 2)
-    return f"{fixed(low, decimals)} to {fixed(high, decimals)}"
+    half = (high - low) / 2
+    decimals = decimals_for(half)
+    if abs(low + half - value) < 0.5 * 10**-decimals:
+        return plus + _fixed(value, decimals), f"±{THIN}{_fixed(half, decimals)}"
+    return plus + _fixed(value, decimals), f"({_fixed(low, decimals)} to {_fixed(high, decimals)})"
 
 
 def byte_size(value: Json) -> str:
@@ -123,14 +90,6 @@ def rate(value: Json) -> str:
 def is_above(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
     """Whether the whole range ``a`` lies above ``b``. An unknown range is never above another."""
     return a is not None and b is not None and a[0] > b[1]
-
-
-def p_value(value: Json) -> str:
-    if not is_number(value):
-        return NONE
-    if value < 0.001:
-        return "< 0.001"
-    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 def percent(value: Json, digits: int = 2) -> str:
@@ -171,8 +130,8 @@ def shortened(text: str, limit: int) -> str:
     return f"{text[:limit]}… ({len(text) - limit:,} more characters)"
 
 
-def _sign(text: str) -> str:
-    return text.replace("-", MINUS)
+def _fixed(value: float, decimals: int) -> str:
+    return f"{value:,.{decimals}f}".replace("-", MINUS)
 
 
 def _scaled(value: Json, units: Sequence[tuple[float, str]], joint: str, smallest: str) -> str:

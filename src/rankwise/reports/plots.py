@@ -6,31 +6,30 @@ other colours in dark mode. A plot scales with its place. matplotlib is imported
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
-import itertools
 import math
 import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from markupsafe import Markup, escape
 
-from rankwise.foreign import Fields, Json
-from rankwise.records import RateSearch
-from rankwise.reports.losses import Losses, Point, loss_name
+from rankwise.foreign import Fields
 from rankwise.reports.naming import method_name
-from rankwise.reports.numbers import MINUS, byte_size, is_number, plural, rate, visible
-from rankwise.reports.plotted import Curve, Pair, Range, Spot, pareto_front
+from rankwise.reports.numbers import estimate, is_number, rate, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
+Point = tuple[float, float]
+Range = tuple[float, float]
 # Numbers of methods, which choose colour and marker.
 Numbers = Mapping[str, int]
 STYLE_FILE = Path(__file__).parent / "templates" / "plots.mplstyle"
@@ -66,13 +65,80 @@ OWN_STYLE = (
     "<style>svg{color:#1c2733;background:#fff}@media (prefers-color-scheme:dark){"
     f"svg{{color:#e6ebf0;background:#12161b}}{DARK}}}</style>"
 )
-GB = 1e9
 # The points of a curve are joined if there are more than this.
 FEW = 2
 # Share of the first steps that the scale of the losses ignores, unless a curve has few points.
 START, FEW_POINTS = 0.15, 4
-# Bars are cut at this multiple of the limit, so that one giant does not flatten the rest.
-MOST_OF_LIMIT = 2.5
+# What the losses of a run are, by its objective. Those of the others are means over answers or pairs.
+LOSS_NAMES = {"sft": "loss per token", "grpo": "loss; of evaluations the negative mean reward"}
+
+
+class Spot(NamedTuple):
+    """The cost and quality of one method, and their ranges; None with one seed."""
+
+    method: str
+    cost: float
+    quality: float
+    cost_range: Sequence[float] | None
+    quality_range: Sequence[float] | None
+
+
+class Curve(NamedTuple):
+    """The losses of one run. The training loss is drawn for final runs only, and is smoothed."""
+
+    method: str
+    is_final: bool
+    losses: Losses
+
+    @property
+    def training(self) -> Sequence[Point]:
+        return self.losses.smooth if self.is_final else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """The (step, loss) pairs of the training log and of the evaluations."""
+
+    training: Sequence[Point]
+    evaluation: Sequence[Point]
+    kept_step: int | None = None
+
+    @classmethod
+    def of(cls, lines: Iterable[Fields], kept_step: int | None = None) -> Losses:
+        rows = list(lines)
+        return cls(points_of(rows, "loss"), points_of(rows, "eval_loss"), kept_step)
+
+    @property
+    def smooth(self) -> list[Point]:
+        values = smoothed([loss for _, loss in self.training], len(self.training) / 12)
+        return [(step, value) for (step, _), value in zip(self.training, values)]
+
+    @property
+    def best(self) -> Point | None:
+        """The evaluation of the kept step, else the lowest one after the start."""
+        trained = [point for point in self.evaluation if point[0] > 0]
+        chosen = [point for point in trained if point[0] == self.kept_step]
+        return next(iter(chosen), min(trained, key=lambda point: point[1], default=None))
+
+    @property
+    def last_step(self) -> float:
+        return max((step for step, _ in [*self.training, *self.evaluation]), default=1)
+
+
+def points_of(rows: Iterable[Fields], key: str) -> list[Point]:
+    """The (step, value) pairs of ``key``. Lines without a finite value are left out."""
+    return [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
+
+
+def smoothed(values: Sequence[float], span: float) -> list[float]:
+    """An exponential moving average over about ``span`` values, corrected for its start."""
+    keep = 1 - 2 / (max(span, 1.0) + 1)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        result.append(total / weight)
+    return result
 
 
 def colour(number: int) -> str:
@@ -144,111 +210,61 @@ def swatch(number: int) -> Markup:
 
 
 @_drawn
-def forest(pairs: Sequence[Pair]) -> tuple[Figure, str]:
+def forest(differences: Sequence[Fields]) -> tuple[Figure, str]:
     """Each method against the best, with a dot for each seed, the mean, its interval, and the margin."""
-    names = [f"{_short(method_name(pair.a))} vs {_short(method_name(pair.b))}" for pair in pairs]
-    results = [f"{pair.text}  {pair.verdict}" for pair in pairs]
+    names = [f"{_short(method_name(item['a']))} vs {_short(method_name(item['b']))}" for item in differences]
+    texts = [" ".join(estimate(item["difference"], item["interval"], signed=True)) for item in differences]
+    results = [f"{text}  {item['verdict']}" for text, item in zip(texts, differences)]
     # Pixels: a second line of text where names and result do not fit on one.
     second = 14 if any(len(name + result) > LETTERS for name, result in zip(names, results)) else 0
     pitch = 44 + second
-    figure, axes = _axes(ROWS, 30 + pitch * len(pairs))
+    figure, axes = _axes(ROWS, 30 + pitch * len(differences))
     axes.grid(False)
     across = axes.get_yaxis_transform()
-    for row, pair in enumerate(pairs):
+    for row, item in enumerate(differences):
         top = row * pitch
-        weight = "bold" if pair.verdict in ("better", "equivalent") else "normal"
+        weight = "bold" if item["verdict"] in ("better", "equivalent") else "normal"
         axes.text(0, top + 11, names[row], transform=across)
         axes.text(1, top + 11 + second, results[row], transform=across, ha="right", weight=weight)
         middle, band = top + second + 27, (top + second + 16, top + second + 42)
-        if pair.margin is not None:
-            axes.fill_betweenx(band, -pair.margin, pair.margin, color=INK, alpha=0.1, linewidth=0)
+        axes.fill_betweenx(band, -item["margin"], item["margin"], color=INK, alpha=0.1, linewidth=0)
         axes.vlines(0, *band, color=INK, alpha=0.5, linewidth=1)
-        seeds = list(pair.per_seed.values())
+        seeds = list(item["per_seed"].values())
         axes.plot(seeds, [middle + 10] * len(seeds), "o", color=INK, alpha=0.5, markersize=4)
-        if pair.interval is not None:
-            axes.hlines(middle, *pair.interval, color=INK, linewidth=1.8)
-        if pair.difference is not None:
-            axes.plot(pair.difference, middle, "o", color=INK, markersize=8)
-    axes.set_ylim(pitch * len(pairs), 0)
+        if item["interval"] is not None:
+            axes.hlines(middle, *item["interval"], color=INK, linewidth=1.8)
+        axes.plot(item["difference"], middle, "o", color=INK, markersize=8)
+    axes.set_ylim(pitch * len(differences), 0)
     axes.set_yticks([])
     axes.margins(x=0.06)
     axes.locator_params(axis="x", nbins=6)
-    return figure, "; ".join(f"{method_name(pair.a)} vs {method_name(pair.b)}: {pair.verdict}" for pair in pairs)
+    return figure, "; ".join(f"{name}: {item['verdict']}" for name, item in zip(names, differences))
 
 
 @_drawn
 def quality_against_cost(
-    spots: Sequence[Spot],
-    numbers: Numbers,
-    cost: str,
-    quality: str,
-    *,
-    higher_is_better: bool,
-    limit: float | None,
-    limit_name: str = "your limit",
+    spots: Sequence[Spot], numbers: Numbers, cost: str, quality: str, margin: float | None = None
 ) -> tuple[Figure, str]:
-    """A point for each method, bars for the uncertainty, and the Pareto line.
-
-    The line joins the methods that no other one beats in both. It is a step, because no method lies between two.
-    ``cost`` and ``quality`` name the axes; ``limit`` is the user's limit, drawn if it lies near the points.
+    """A point for each method, and bars for the uncertainty. ``cost`` and ``quality`` name the axes; a line is drawn at
+    a ``margin`` of the cost that lies near the points.
     """
     figure, axes = _axes(PANEL, 290)
     axes.grid(True, axis="x")
     for spot in spots:
         number = numbers[spot.method]
         shade = colour(number)
-        axes.hlines(spot.quality, *spot.cost_range, color=shade, linewidth=1.3)
+        if spot.cost_range is not None:
+            axes.plot(spot.cost_range, [spot.quality] * 2, color=shade, linewidth=1.3)
         if spot.quality_range is not None:
-            axes.vlines(spot.cost, *spot.quality_range, color=shade, linewidth=1.3)
+            axes.plot([spot.cost] * 2, spot.quality_range, color=shade, linewidth=1.3)
         axes.plot(spot.cost, spot.quality, marker(number), color=shade, markersize=8)
     axes.margins(0.1)
     low, high = axes.get_xlim()
-    if limit is not None and low < limit < high + 0.5 * (high - low):
-        axes.axvline(limit, color=LIMIT[0], linestyle="--", linewidth=1.3)
-        axes.text(limit, 1, f"{limit_name} ", transform=axes.get_xaxis_transform(), ha="right", va="top")
-        high = max(high, limit + 0.03 * (high - low))
-    front = pareto_front(spots, higher_is_better=higher_is_better)
-    x, y = [spot.cost for spot in front], [spot.quality for spot in front]
-    axes.step([*x, high], [*y, y[-1]], where="post", color=INK, alpha=0.6, linewidth=1.2, linestyle=":", zorder=1)
-    if all(spot.cost_range[0] >= 0 for spot in spots):
-        low = max(low, 0)
-    axes.set(xlim=(low, high), xlabel=cost, ylabel=quality)
+    if margin is not None and low < margin < high + 0.5 * (high - low):
+        axes.axvline(margin, color=LIMIT[0], linestyle="--", linewidth=1.3)
+        axes.text(margin, 1, "margin ", transform=axes.get_xaxis_transform(), ha="right", va="top")
+    axes.set(xlabel=cost, ylabel=quality)
     return figure, f"{quality} against {cost}"
-
-
-@_drawn
-def memory(methods: Mapping[str, Fields], numbers: Numbers, limit: float | None) -> tuple[Figure, str]:
-    """A bar of measured memory for each method, with a mark at the predicted value."""
-    figure, axes = _axes(ROWS, 44 + 26 * len(methods))
-    for row, (name, facts) in enumerate(methods.items()):
-        predicted = facts["predicted_peak_memory_bytes"]
-        axes.barh(row, facts["peak_memory_bytes"] / GB, height=0.6, color=colour(numbers[name]))
-        if is_number(predicted):
-            axes.vlines(predicted / GB, row - 0.42, row + 0.42, color=INK, linewidth=2)
-    if limit is not None:
-        axes.axvline(limit / GB, color=LIMIT[0], linestyle="--", linewidth=1.3)
-    sizes = {name: byte_size(facts["peak_memory_bytes"]) for name, facts in methods.items()}
-    _rows(axes, map(method_name, methods), [f"{sizes[name]} {prediction_error(methods[name])}" for name in methods])
-    axes.set_xlabel("GB")
-    return figure, "; ".join(f"{method_name(name)} {size}" for name, size in sizes.items())
-
-
-def _rows(axes: Axes, names: Iterable[str], figures: Sequence[str]) -> None:
-    """A name at the left of each row and a figure at the right."""
-    axes.grid(False, axis="y")
-    axes.grid(True, axis="x")
-    axes.set_yticks(range(len(figures)), [_short(name) for name in names])
-    axes.set_ylim(len(figures) - 0.4, -0.6)
-    for row, text in enumerate(figures):
-        axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center")
-
-
-def prediction_error(facts: Fields) -> str:
-    """``+3.1 %``: predicted over measured, or nothing if one is missing."""
-    measured, predicted = facts["peak_memory_bytes"], facts["predicted_peak_memory_bytes"]
-    if not is_number(measured) or not is_number(predicted) or not measured:
-        return ""
-    return f"{100 * (predicted / measured - 1):+.1f} %".replace("-", MINUS)
 
 
 def curve_limits(curves: Sequence[Curve]) -> Range:
@@ -317,7 +333,7 @@ def loss_svg(lines: Iterable[Fields], title: str, *, kept_step: int | None = Non
     kept checkpoint (``kept_step``, by default the lowest evaluation). Lines without a loss are ignored. ``objective``
     says what the loss is.
     """
-    return _losses(Losses.of(lines, kept_step), title, loss_name(objective))
+    return _losses(Losses.of(lines, kept_step), title, LOSS_NAMES.get(objective, "loss"))
 
 
 @_drawn
@@ -345,55 +361,27 @@ def _losses(losses: Losses, title: str, name: str) -> tuple[Figure, str]:
     return figure, f"{title}: {caption}"
 
 
-# Number, name, (rate, loss) by rising rate, and the rate chosen, of a method or a round of short runs.
-RateLine = tuple[int, str, Sequence[Point], Json]
-
-
-def rates(searches: Mapping[str, Fields], numbers: Numbers) -> Markup | None:
-    """The losses at the learning rates of a comparison; None if no method tried more than one."""
-    lines = [
-        (numbers[name], method_name(name), points, search.get("chosen"))
-        for name, search in searches.items()
-        if (points := _tried(search.get("tried"), "value"))
-    ]
-    return _rates(lines, "evaluation loss") if any(len(points) > 1 for _, _, points, _ in lines) else None
-
-
-def search_svg(search: RateSearch, title: str) -> str:
-    """The search of ``--learning-rate auto`` as a file: a line for each round. Rates that diverged have no point."""
-    rounds = itertools.groupby(search["trials"], key=lambda trial: trial["steps"])
-    found = [(steps, points) for steps, trials in rounds if (points := _tried(list(trials), "loss"))]
-    lines = [(number, plural(steps, "step"), points, None) for number, (steps, points) in enumerate(found)]
-    last = [(*line[:3], search["chosen"]) for line in lines[-1:]]
-    rows = plural(search["rows"], "training row")
-    caption = f"loss on {rows} that the short runs did not see; chosen: {rate(search['chosen'])}"
-    return _rates([*lines[:-1], *last], "loss", title, caption)
-
-
-def _tried(tried: object, key: str) -> list[Point]:
-    trials: Sequence[Fields] = tried if isinstance(tried, Sequence) else []
-    pairs = [(trial.get("learning_rate"), trial.get(key)) for trial in trials]
-    return sorted((x, value) for x, value in pairs if is_number(x) and x > 0 and is_number(value))
-
-
 @_drawn
-def _rates(lines: Sequence[RateLine], loss: str, title: str = "", caption: str = "") -> tuple[Figure, str]:
-    figure, axes = _axes(OWN if title else PANEL, 290, title, caption)
-    values = [y for _, _, points, _ in lines for _, y in points]
+def rates(searches: Mapping[str, Fields], numbers: Numbers) -> tuple[Figure, str]:
+    """The losses at the learning rates that methods tried. Rates that diverged have no point."""
+    figure, axes = _axes(PANEL, 290)
+    lines = {
+        name: [(trial["learning_rate"], trial["value"]) for trial in search["tried"] if is_number(trial["value"])]
+        for name, search in searches.items()
+    }
+    values = [y for points in lines.values() for _, y in points]
     # A nearly diverged loss would flatten the others, so its point is drawn at the top.
     low, top = _limits(value for value in values if value <= 2 * min(values))
-    for number, name, points, chosen in lines:
+    for name, points in lines.items():
         shown = [(x, min(y, top)) for x, y in points]
-        style = {"color": colour(number), "marker": marker(number), "label": name, "markersize": 7}
-        _line(axes, shown, linewidth=1.3, clip_on=False, **style)
-        _ring(axes, next((point for point in shown if point[0] == chosen), None), colour(number))
-    axes.set(ylim=(low, top), xscale="log", xlabel="learning rate", ylabel=loss)
-    ticks = _apart({x for _, _, points, _ in lines for x, _ in points})
+        shade = colour(numbers[name])
+        _line(axes, shown, linewidth=1.3, clip_on=False, color=shade, marker=marker(numbers[name]), markersize=7)
+        _ring(axes, next((point for point in shown if point[0] == searches[name]["chosen"]), None), shade)
+    axes.set(ylim=(low, top), xscale="log", xlabel="learning rate", ylabel="evaluation loss")
+    ticks = _apart({x for points in lines.values() for x, _ in points})
     axes.set_xticks(ticks, [rate(x) for x in ticks])
     axes.minorticks_off()
-    if title and lines:
-        figure.legend(loc="outside lower left", ncols=len(lines))
-    return figure, f"{title}: {caption}" if title else f"{loss} against learning rate"
+    return figure, "evaluation loss against learning rate"
 
 
 def _apart(rates: Iterable[float]) -> list[float]:
@@ -404,39 +392,3 @@ def _apart(rates: Iterable[float]) -> list[float]:
         if math.log(x / kept[-1]) >= 0.11 * math.log(ordered[-1] / ordered[0]):
             kept.append(x)
     return kept
-
-
-# Name, parts in drawing order in bytes, and the relative error, drawn at the end.
-MemoryBar = tuple[str, Mapping[str, int], float]
-
-
-@_drawn
-def memory_svg(
-    bars: Sequence[MemoryBar], title: str, caption: str, limit_bytes: int, limit_name: str
-) -> tuple[Figure, str]:
-    """Stacked bars from top to bottom as a file, with a line at ``limit_bytes`` and the peak at the right."""
-    figure, axes = _axes(OWN, 180 + 40 * len(bars), title, caption)
-    peaks = [sum(parts.values()) for _, parts, _ in bars]
-    largest = max((peak * (1 + error) for peak, (_, _, error) in zip(peaks, bars)), default=1)
-    edge = max(min(largest, MOST_OF_LIMIT * limit_bytes), 1.08 * limit_bytes)
-    unit, unit_name = (1e9, "GB") if edge >= 0.9995e9 else (1e6, "MB")
-    starts = [0.0] * len(bars)
-    for number, name in enumerate(dict.fromkeys(name for _, parts, _ in bars for name in parts)):
-        sizes = [parts.get(name, 0) / unit for _, parts, _ in bars]
-        axes.barh(range(len(bars)), sizes, 0.6, starts, color=colour(number), label=name)
-        starts = [start + size for start, size in zip(starts, sizes)]
-    limit = f"{_short(visible(limit_name))}: {byte_size(limit_bytes)}"
-    axes.axvline(limit_bytes / unit, color=LIMIT[0], linestyle="--", label=limit)
-    for row, (peak, (_, _, error)) in enumerate(zip(peaks, bars)):
-        if peak > edge:
-            axes.plot(edge / unit, row, ">", color=INK, clip_on=False)
-        elif error:
-            axes.errorbar(peak / unit, row, xerr=peak / unit * error, color=INK, capsize=4, linewidth=1.4)
-    errors = [f" ±{100 * error:.0f} %" if error else "" for _, _, error in bars]
-    told = [byte_size(peak) + error for peak, error in zip(peaks, errors)]
-    names = [name for name, _, _ in bars]
-    _rows(axes, names, told)
-    axes.set(xlim=(0, edge / unit), xlabel=f"peak memory, {unit_name}")
-    figure.legend(loc="outside lower left", ncols=2)
-    bars_told = ", ".join(map(" ".join, zip(names, told)))
-    return figure, f"{title}: peak memory: {bars_told}; the line is at {byte_size(limit_bytes)}"

@@ -1,6 +1,6 @@
 """The verdicts of a comparison in sentences: the one place that turns their fields into words, at each rendering.
 
-``document`` is the content of ``comparison.json`` or ``report.json``.
+``document`` is the content of ``report.json``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from rankwise.reports.numbers import (
     byte_size,
     capital,
     duration,
-    is_number,
     listed,
     percent,
     plural,
@@ -38,30 +37,23 @@ NO_TIME = "runs took place side by side or only once, so their times are not com
 
 
 def heading(document: Fields) -> str:
-    """``LoRA``, ``LoRA, not decided`` or ``No recommendation``."""
+    """``LoRA`` or ``LoRA, not decided``."""
     found = document["recommendation"]
-    if not found.get("method"):
-        return "No recommendation"
     return capital(long_name(found["method"])) + ("" if found["decided"] else ", not decided")
 
 
 def headline(document: Fields) -> str:
     """The recommendation and its reasons."""
-    found = document["recommendation"]
-    if not found.get("method"):
-        return _nothing(document)
     sentences = [*_constant(document), *_verdicts(document), *_retained(document), *_open(document), *_costs(document)]
-    sentences += [*_untuned(document), *_deciding(found)]
+    sentences += [*_untuned(document), *_deciding(document["recommendation"])]
     return " ".join(f"{capital(sentence)}." for sentence in sentences)
 
 
 def detectable(effect: Fields, unit: str) -> str:
     """``0.014 nats per token (1.1 %)``; empty if nothing could be seen."""
-    absolute, relative = effect.get("absolute"), effect.get("relative")
-    share = percent(relative) if is_number(relative) else ""
-    if not is_number(absolute):
-        return share
-    return f"{significant(absolute, 2)} {unit}".strip() + (f" ({share})" if share else "")
+    absolute, relative = effect["absolute"], effect["relative"]
+    share = "" if relative is None else percent(relative)
+    return share if absolute is None else f"{significant(absolute, 2)} {unit} ({share})".replace("  ", " ")
 
 
 def smallest_found(effect: Fields) -> str:
@@ -71,7 +63,7 @@ def smallest_found(effect: Fields) -> str:
         rows = f"two methods' difference by {percent(given['row_sd'])} from row to row"
         why = f"assuming that runs that differ only in the seed vary by {percent(given['seed_sd'])} of {metric} "
         why += f"and {rows if given['row_sd'] else 'there are examples enough'}"
-    size = detectable(effect, f"of {metric}") + ("" if is_number(effect["absolute"]) else f" of {metric}")
+    size = detectable(effect, f"of {metric}") + ("" if effect["absolute"] is not None else f" of {metric}")
     return f"Smallest difference that 80 % of such comparisons find: {size}, {why}."
 
 
@@ -86,12 +78,14 @@ def _of(document: Fields, verdict: str) -> list[str]:
 
 def _constant(document: Fields) -> list[str]:
     """Of answers that are labels: that no method is better than one answer to all rows."""
-    metric, tasks = document["primary_metric"], document.get("base", {}).get("tasks", {})
-    figures = tasks.get("labels", {}).get("metrics", {})
-    value = figures.get("loss" if metric == EVAL_LOSS else metric.removeprefix("labels."))
+    metric = document["primary_metric"]
+    if "labels" not in document["base"]["tasks"]:
+        return []
+    figures = document["base"]["tasks"]["labels"]["metrics"]
+    value = figures["loss" if metric == EVAL_LOSS else metric.removeprefix("labels.")]
     sign = -1 if metric == EVAL_LOSS else 1
     means = [sign * item["mean"][metric] for item in document["methods"].values() if metric in item["mean"]]
-    if not is_number(value) or not means or max(means) > sign * value:
+    if max(means) > sign * value:
         return []
     return [
         f"no method is better than the same answer to every row ({metric_in_sentence(metric)} {significant(value, 4)})"
@@ -102,9 +96,7 @@ def _verdicts(document: Fields) -> list[str]:
     """What is known of the recommended method."""
     found, methods = document["recommendation"], document["methods"]
     method, best = found["method"], found["best"]
-    limits = limits_in_words(found["limits"])
-    inside = f"of the {plural(len(found['candidates']), 'method')} within {limits}, " if limits else ""
-    about = f"{inside}{long_name(method)}{_figures(methods[method], document['primary_metric'])}"
+    about = f"{long_name(method)}{_figures(methods[method], document['primary_metric'])}"
     others = [name for name, item in methods.items() if item["verdict"] and name != best]
     equals = [name for name in found["equals"] if name != method]
     if not others:
@@ -119,14 +111,13 @@ def _verdicts(document: Fields) -> list[str]:
         edges = any(methods[name]["learning_rate_at_edge"] for name in others)
         told = "is the best of the tuned methods" if edges else "is the best one"
     worse, better = _of(document, "worse"), _of(document, "better")
-    better = [name for name in better if name not in found.get("forgot", ())]
+    better = [name for name in better if name not in found["forgot"]]
     sentences = [about + " " + told]
     if worse:
         is_are = "is" if len(worse) == 1 else "are"
         sentences.append(f"{named(worse)} {is_are} worse than {long_name(best)}")
     if better:
-        why = f"beyond {limits}" if limits else "for comparison only"
-        sentences.append(f"{named(better)}, {why}, {'is' if len(better) == 1 else 'are'} better")
+        sentences.append(f"{named(better)}, for comparison only, {'is' if len(better) == 1 else 'are'} better")
     failed, runs = methods[method]["failed"], methods[method]["failed"] + methods[method]["seeds"]
     return sentences + ([f"{failed} of the {runs} runs of {long_name(method)} failed"] if failed else [])
 
@@ -134,10 +125,10 @@ def _verdicts(document: Fields) -> list[str]:
 def _retained(document: Fields) -> list[str]:
     """Which methods lost too much of what must stay, or else what the recommended one kept of it."""
     found, methods = document["recommendation"], document["methods"]
-    own = methods[found["method"]].get("retained")
+    own = methods[found["method"]]["retained"]
     if own is None:
         return []
-    if forgot := found.get("forgot"):
+    if forgot := found["forgot"]:
         told = listed(stayed(name, methods[name]["retained"]) for name in forgot)
         margin, is_are = percent(own["margin"] / own["base"]), "is" if len(forgot) == 1 else "are"
         over = f"{is_are} not recommended over {named(found['kept'])}, which kept it"
@@ -203,28 +194,6 @@ def _deciding(found: Fields) -> list[str]:
     return [f"the cheapest run that would decide it: {named(run['methods'])} on {size}{rates}, {more}"]
 
 
-def _nothing(document: Fields) -> str:
-    found, metric = document["recommendation"], document["primary_metric"]
-    limits = found.get("limits") or {}
-    methods = {name: item for name, item in document["methods"].items() if metric in item["mean"]}
-    if not methods:
-        return "No run finished, so there is nothing to recommend."
-    key = "peak_memory_bytes" if limits.get("memory_bytes") else "wall_seconds"
-    least = min(methods, key=lambda name: (methods[name][key] or float("inf"), name))
-    return (
-        f"No method stays within {limits_in_words(limits)}; {long_name(least)} needs least "
-        f"{'memory' if limits.get('memory_bytes') else 'time'}{_figures(methods[least], metric)}."
-    )
-
-
-def limits_in_words(limits: Fields) -> str:
-    memory, hours = limits.get("memory_bytes"), limits.get("hours")
-    parts = [byte_size(memory) if memory else "", f"{hours:g} h" if hours else ""]
-    return " and ".join(part for part in parts if part)
-
-
 def _figures(item: Fields, metric: str) -> str:
-    memory, seconds = item["peak_memory_bytes"], item["wall_seconds"]
-    peak = byte_size(memory) if memory else "memory not measured"
-    time = "time not measured" if seconds is None else f"{duration(seconds)} a run"
-    return f" ({metric_in_sentence(metric)} {significant(item['mean'][metric], 4)}, {peak}, {time})"
+    quality = f"{metric_in_sentence(metric)} {significant(item['mean'][metric], 4)}"
+    return f" ({quality}, {byte_size(item['peak_memory_bytes'])}, {duration(item['wall_seconds'])} a run)"

@@ -25,7 +25,7 @@ from rankwise.foreign import JsonObject
 from rankwise.models.mapped import MappedFiles, mapped_files
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows, write_text
 from rankwise.reports.model_card import model_card
-from rankwise.reports.plots import loss_svg, search_svg
+from rankwise.reports.plots import loss_svg
 from rankwise.training import checkpoints, ranks
 from rankwise.training.checkpoints import (
     FOLDER,
@@ -50,7 +50,6 @@ from rankwise.training.watch import (
 from rankwise.training.weights import load_weights, save_weights, weights_digest, whole_weights
 
 PLOT_FILE = "loss.svg"
-SEARCH_FILE = "rates.svg"
 CARD_FILE = "README.md"
 # A rise of the training loss by this factor is more than the difference between batches.
 FAR_ABOVE = 1.5
@@ -374,12 +373,10 @@ def write_final(
 
 
 def write_plot(output: Path, record: RunRecord) -> None:
-    """Write ``loss.svg`` from ``metrics.jsonl``, and ``rates.svg`` where the learning rate was searched for."""
+    """Write ``loss.svg`` from ``metrics.jsonl``."""
     title = f"{record.settings.get('model', '')}, {record.method}"
     svg = loss_svg(list(read_metrics(output)), title=title, kept_step=record.kept_step, objective=record.objective)
     write_text(output / PLOT_FILE, svg)
-    if record.rate_search is not None:
-        write_text(output / SEARCH_FILE, search_svg(record.rate_search, title))
 
 
 def write_card(model: nn.Module, output: Path, record: RunRecord) -> None:
