@@ -122,8 +122,8 @@ def test_a_settings_file_that_cannot_be_read(content, said, command, refuses, tm
 
 def test_prompts_end_with_the_table_of_positions(refuses, rankwise, command, gpt2_folder, tmp_path):
     """12 positions over bytes; without the check the embedding raises an IndexError."""
-    refuses("RW533", "generate", "--model", gpt2_folder, "--prompt", "x" * 13, "--raw", said="13 tokens")
-    done = rankwise("generate", "--model", gpt2_folder, "--prompt", "x" * 12, "--raw")
+    refuses("RW533", "generate", "--model", gpt2_folder, "--prompt", "x" * 13, said="13 tokens")
+    done = rankwise("generate", "--model", gpt2_folder, "--prompt", "x" * 12)
     assert (done.code, "RW256" in done.stderr) == (0, True)
 
 

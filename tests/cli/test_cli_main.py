@@ -145,13 +145,6 @@ def test_an_error_is_one_line_and_an_exit_code(error, code, start, with_command)
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", [Exception, type("PanicException", (BaseException,), {})])
-def test_a_tokenizer_s_plain_exception_or_panic_is_coded(kind, with_command):
-    fail = {}
-    exec(compile("def fail(*_, **__): raise kind('Onig')", "/lib/tokenizers/encode.py", "exec"), {"kind": kind}, fail)
-    assert with_command(fail["fail"]).stderr.startswith("error RW317: the tokenizer fails on a text: Onig; ")
-
-
 def test_an_error_of_several_lines_is_joined(with_command):
     assert with_command(raising(DataError("RW203", "one;\n  two."))).stderr.startswith("error RW203: one; two.")
 

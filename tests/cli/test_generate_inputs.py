@@ -1,11 +1,9 @@
-"""What ``rankwise generate`` answers: prompts and conversations from options, files and standard input."""
+"""What ``rankwise generate`` answers: prompts and conversations."""
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import sys
 
 import pytest
 
@@ -40,11 +38,6 @@ def generate(rankwise, model_folder):
     return lambda *arguments: rankwise("generate", "--model", model_folder, "--max-new-tokens", 1, *arguments)
 
 
-@pytest.fixture
-def stdin(monkeypatch):
-    return lambda text: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
-
-
 def write(path, content):
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
@@ -54,13 +47,10 @@ def chat(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def test_prompts_of_every_source_are_answered_in_order(generate, stdin, tmp_path):
-    stdin("\N{BYTE ORDER MARK}one\r\n\n two \nth\u2028ree".encode())
-    file = write(tmp_path / "prompts.txt", "five\n\nsix\n")
-    done = generate("--prompt", "zero", "--prompt", "-", "--prompt", "four", "--prompt-file", file, "--json")
+def test_prompts_are_answered_in_order(generate):
+    done = generate("--prompt", "zero", "--prompt", " two ", "--json")
     assert done.code == 0, done.stderr
-    prompts = [answer["prompt"] for answer in done.document["answers"]]
-    assert prompts == ["zero", "one", " two ", "th\u2028ree", "four", "five", "six"]
+    assert [answer["prompt"] for answer in done.document["answers"]] == ["zero", " two "]
     assert all(isinstance(answer["base"], str) for answer in done.document["answers"])
 
 
@@ -112,18 +102,14 @@ def test_a_template_without_system_messages_is_refused(template, code, generate,
     assert (done.code, f"error {code}: the prompt: " in done.stderr) == (2, True)
 
 
-def test_a_base_model_has_no_place_for_a_conversation(rankwise, gpt2_folder, model_folder, tmp_path):
+def test_a_base_model_has_no_place_for_a_conversation(rankwise, model_folder, tmp_path):
     file = write(tmp_path / "a.json", chat(("user", "Hi")))
     plain = tmp_path / "plain"
     shutil.copytree(model_folder, plain)
     (plain / "chat_template.jinja").unlink()
     for more in (("--system", "x", "--prompt", "y"), ("--messages", file)):
-        for model in (("--model", plain), ("--model", model_folder, "--raw")):
-            done = rankwise("generate", *model, *more)
-            assert (done.code, f"error RW121: only a chat template can write {more[0]}, and" in done.stderr) == (
-                2,
-                True,
-            )
+        done = rankwise("generate", "--model", plain, *more)
+        assert (done.code, f"error RW121: only a chat template can write {more[0]}, and" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -160,16 +146,13 @@ def test_a_bad_line_is_named(generate, tmp_path):
     [
         ((), "RW121"),
         (("--system", "x"), "RW121"),
-        (("--prompt", "-"), "RW204"),
-        (("--prompt-file", "{tmp}/none.txt"), "RW201"),
         (("--messages", "{tmp}"), "RW201"),
-        (("--prompt-file", "{tmp}/latin.txt"), "RW205"),
+        (("--messages", "{tmp}/latin.json"), "RW205"),
         (("--system", "", "--prompt", "x"), "RW103"),
     ],
 )
-def test_what_cannot_be_answered_has_a_code(arguments, code, generate, stdin, tmp_path):
-    stdin(b" \n")
-    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+def test_what_cannot_be_answered_has_a_code(arguments, code, generate, tmp_path):
+    (tmp_path / "latin.json").write_bytes("né".encode("latin-1"))
     done = generate(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert done.code == 2
     assert done.stderr.startswith(f"error {code}: ")
@@ -203,11 +186,3 @@ def test_the_models_own_generation_settings_change_no_answer(model_folder, rankw
         rest = ("--prompt", "x", "--temperature", temperature, "--max-new-tokens", 12, "--json")
         found = [rankwise("generate", "--model", name, *rest).document["answers"] for name in (model_folder, folder)]
         assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet"])
-def test_a_file_that_is_no_list_of_prompts_is_refused(name, generate, tmp_path):
-    """Its lines would be prompts, its header too."""
-    done = generate("--prompt-file", write(tmp_path / name, "prompt\na\n"))
-    assert done.code == 2
-    assert f"RW202: {tmp_path / name} is not a list of prompts; " in done.stderr

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,7 +129,7 @@ def test_a_killed_node_changes_nothing_in_the_report(
 ) -> None:
     cluster, second = two_nodes
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    watcher = Killer(lambda: cluster.remove_node(second, allow_graceful=False))
+    watcher = Killer(lambda: cluster.remove_node(second, allow_graceful=False), tmp_path / "ray")
     kwargs = {"learning_rates": "2e-4", "methods": "lora,full"}
     found: Any = compare(watcher=watcher, **given(tmp_path, "ray", executor="ray", **kwargs))
     assert watcher.lost
@@ -138,15 +140,16 @@ def test_a_killed_node_changes_nothing_in_the_report(
 
 
 class Killer(Quiet):
-    """Kills once two trainings run."""
+    """Kills once two trainings run and have made a step."""
 
-    def __init__(self, kill: Callable[[], object]) -> None:
-        self.kill, self.is_over, self.lost = kill, False, False
+    def __init__(self, kill: Callable[[], object], folder: Path) -> None:
+        self.kill, self.folder, self.lost = kill, folder, False
+        threading.Thread(target=self.wait, daemon=True).start()
 
-    def tick(self, picture: Any) -> None:
-        if not self.is_over and sum(item.step > 0 for item in picture.running) == 2:
-            self.is_over = True
-            self.kill()
+    def wait(self) -> None:
+        while len(list(self.folder.glob("runs/*/step-*"))) < 2 or len(list(self.folder.glob("runs/*"))) < 2:
+            time.sleep(0.02)
+        self.kill()
 
     def say(self, text: str) -> None:
         self.lost |= "its machine is gone" in text

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
 from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Command
@@ -28,45 +24,20 @@ if TYPE_CHECKING:
     from rankwise.comparison.stages import Job, Outcome
 
 
+DOING = {"prepare": "preparing", "train": "training", "measure": "measuring"}
+
+
 class Lines:
-    """Prints a line whenever a step of the matrix ends."""
+    """Prints a line whenever a step of the matrix begins or ends."""
 
     def __init__(self, output: Output) -> None:
-        self.output = output
+        self.say = output.line
 
     def started(self, job: Job) -> None:
-        self.output.line(f"{job.id}: {_doing(job)} ...")
+        self.say(f"{job.id}: {DOING[job.stage]} ...")
 
     def ended(self, job: Job, outcome: Outcome, picture: Picture) -> None:
-        self.output.line(_ended(job, outcome, picture))
-
-    def tick(self, picture: Picture) -> None: ...
-
-    def say(self, text: str) -> None:
-        self.output.line(text)
-
-
-class Board(Lines):
-    """A redrawn display of the runs in progress with their steps; finished runs are printed above it."""
-
-    def __init__(self, output: Output) -> None:
-        super().__init__(output)
-        self.picture: Picture | None = None
-
-    def started(self, job: Job) -> None: ...
-
-    def tick(self, picture: Picture) -> None:
-        self.picture = picture
-
-    def __rich__(self) -> RenderableType:
-        if self.picture is None:
-            return Text("")
-        table = Table.grid(padding=(0, 2, 0, 0))
-        for item in self.picture.running:
-            steps = f"step {item.step}/{item.total}" if item.total else ""
-            table.add_row(Text(item.job.id, style="bold"), _doing(item.job), steps, duration(item.seconds))
-        table.add_row(Text(_progress(self.picture), style="dim"))
-        return table
+        self.say(_ended(job, outcome, picture))
 
 
 def run(settings: CompareSettings, output: Output) -> Document:
@@ -80,8 +51,7 @@ def run(settings: CompareSettings, output: Output) -> Document:
     from rankwise.disk import hold
     from rankwise.reports.page import page
 
-    with watching(output) as watcher:
-        comparison = compare(settings, watcher)
+    comparison = compare(settings, Lines(output))
     with hold(settings.output):
         write_text(settings.output / "report.html", page(comparison))
     report(comparison, output)
@@ -144,38 +114,20 @@ def _places(comparison: Comparison) -> Iterator[tuple[str, str]]:
     yield "adapter", str(place / found["adapter"])
 
 
-@contextlib.contextmanager
-def watching(output: Output) -> Iterator[Lines]:
-    if not output.is_terminal:
-        yield Lines(output)
-        return
-    board = Board(output)
-    with Live(board, console=output.console, refresh_per_second=4):
-        yield board
-        board.picture = None
-
-
-def _doing(job: Job) -> str:
-    return {"prepare": "preparing", "probe": "timing", "train": "training", "measure": "measuring"}[job.stage]
-
-
 def _ended(job: Job, outcome: Outcome, picture: Picture) -> str:
+    doing = DOING[job.stage]
     if outcome.status == "finished":
-        what = f"{_doing(job)} took {duration(outcome.seconds)}"
+        what = f"{doing} took {duration(outcome.seconds)}"
     elif outcome.is_interrupted:
         # The run's own advice, --resume, does not continue a comparison.
-        what = f"{_doing(job)} was interrupted"
+        what = f"{doing} was interrupted"
     else:
         error = outcome.error or {}
-        what = f"{_doing(job)} failed: {error.get('code')}: {error.get('message')}"
-    return f"{job.id}: {what}  [{_progress(picture)}]"
-
-
-def _progress(picture: Picture) -> str:
+        what = f"{doing} failed: {error.get('code')}: {error.get('message')}"
     left = "" if picture.seconds_left is None else f", about {duration(picture.seconds_left)} left"
     counts = {"failed": picture.failed, "interrupted": picture.interrupted}
     others = "".join(f", {count} {word}" for word, count in counts.items() if count)
-    return f"{plural(picture.done, 'step')} done{others}, {picture.left} to come{left}"
+    return f"{job.id}: {what}  [{plural(picture.done, 'step')} done{others}, {picture.left} to come{left}]"
 
 
 COMMAND = Command(

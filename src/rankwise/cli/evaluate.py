@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rankwise.cli.glance import check_paths, refuse_comparisons
@@ -13,17 +12,15 @@ from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from rankwise.evaluation.record import TaskResult
-    from rankwise.evaluation.run import Difference, Evaluation, Observer
+    from rankwise.evaluation.run import Difference, Evaluation
 
 LINES_PER_TASK = 10
 # {task: the unit that it counts} where the unit is not a question.
 UNITS = {"perplexity": "row"}
 
 
-class PlainWatcher:
+class Watcher:
     """A line per phase and per tenth of a task."""
 
     def __init__(self, output: Output) -> None:
@@ -43,36 +40,6 @@ class PlainWatcher:
         self.output.line(f"{result.task} on {label}: {figures(result)}")
 
 
-class BarWatcher(PlainWatcher):
-    """A bar per task on a terminal."""
-
-    def __init__(self, output: Output, bars: Progress) -> None:
-        super().__init__(output)
-        self.bars = bars
-        self.known: dict[str, TaskID] = {}
-
-    def phase(self, text: str) -> None:
-        self.bars.console.print(f"{text} ...", style="dim", markup=False)
-
-    def progress(self, label: str, done: int, total: int) -> None:
-        if label not in self.known:
-            self.known[label] = self.bars.add_task(label, total=total)
-        self.bars.update(self.known[label], completed=done)
-
-
-@contextlib.contextmanager
-def watching(output: Output) -> Iterator[Observer]:
-    if not output.is_terminal:
-        yield PlainWatcher(output)
-        return
-    # Imported here, since `rankwise --help` does not need it.
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=output.console, transient=True) as bars:
-        yield BarWatcher(output, bars)
-
-
 def run(settings: EvaluateSettings, output: Output) -> Document:
     from rankwise.evaluation.tasks.names import check_tasks
 
@@ -81,8 +48,7 @@ def run(settings: EvaluateSettings, output: Output) -> Document:
     check_paths(model=settings.model, output=settings.output)
     from rankwise.evaluation.run import evaluate
 
-    with watching(output) as watcher:
-        evaluation = evaluate(settings, watcher)
+    evaluation = evaluate(settings, Watcher(output))
     for task in settings.task:
         print_task(output, task, evaluation)
     output.line(f"{'written':<12}{evaluation.folder}  (result.json and predictions.jsonl of each task)")

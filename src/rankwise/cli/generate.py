@@ -1,7 +1,7 @@
 """``rankwise generate``: answer prompts with a base model, a tuned one, or both side by side.
 
-Prompts and conversations come from options, files and standard input. Answers that repeat themselves up to the limit of
-new tokens are noted. With ``--chat``, a user talks to a model turn by turn, through its chat template.
+Answers that repeat themselves up to the limit of new tokens are noted. With ``--chat``, a user talks to a model turn by
+turn, through its chat template.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
 from rich.text import Text
 
 from rankwise.cli.glance import check_paths, refuse_comparisons
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.cli.settings import GenerateSettings
-from rankwise.data.files import kind_of
+from rankwise.data.files import read_text
 from rankwise.data.formats import BadRow, conversation, tools_of
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError, RunError, warn
@@ -34,18 +33,17 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """One prompt and the models' answers; None for a model that was not asked."""
+class Conversation:
+    """A conversation for the model to answer. A prompt is a conversation of one message."""
 
-    prompt: str
-    base: str | None
-    tuned: str | None
-    # The whole conversation, if it is longer than the prompt.
-    messages: tuple[Fields, ...] | None = None
-    # {"base" or "tuned": number of tokens} of answers that reached the limit of new tokens without a stop token.
-    cut_at: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    # {"base" or "tuned": phrase} of those that repeat a phrase up to the limit.
-    repeats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    messages: tuple[Message, ...]
+    tools: tuple[Fields, ...] | None = None
+    # Its name in messages.
+    place: str = "the prompt"
+
+    @property
+    def prompt(self) -> str:
+        return str(self.messages[-1]["content"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,48 +53,42 @@ class Said:
     text: str
     cut_at: int | None
 
-
-@dataclasses.dataclass(frozen=True)
-class Wording:
-    """How a prompt becomes the model's input: through a chat template, or unchanged and followed by ``suffix``."""
-
-    chat: bool
-    # Jinja source that replaces the tokenizer's template.
-    template: str | None = None
-    suffix: str = ""
+    @property
+    def repeats(self) -> str | None:
+        """The phrase that the answer repeats up to the limit."""
+        return repeated(self.text) if self.cut_at else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Speaker:
-    """A loaded model that answers prompts."""
+    """A loaded model that answers prompts, through a chat template or as plain text."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    wording: Wording
-    adapted: bool
     settings: GenerateSettings
     # The base's tokenizer, without the adapter's new tokens.
     base_tokenizer: PreTrainedTokenizerBase
+    is_chat: bool
+    # Jinja source that replaces the tokenizer's template.
+    template: str | None
+    # What follows a prompt without a template.
+    ending: str
     # The tokens that end an answer.
     stop_ids: frozenset[int]
 
-    def answer(self, asked: Conversation, *, both: bool) -> Answer:
-        """The tuned model's answer, or the base's if there is no adapter; with ``both``, both."""
+    def answers(self, asked: Conversation) -> dict[str, Said]:
+        """{"tuned": the adapter's answer, "base": that of the model without one}; with an adapter, the base's only with
+        --compare.
+        """
         from rankwise.adapters import adapter_disabled
 
-        said = {"tuned" if self.adapted else "base": self.say(asked)}
-        if self.adapted and both:
+        if self.settings.adapter is None:
+            return {"base": self.say(asked)}
+        said = {"tuned": self.say(asked)}
+        if self.settings.compare:
             with adapter_disabled(self.model):
                 said["base"] = dataclasses.replace(self, tokenizer=self.base_tokenizer).say(asked)
-        texts = {name: one.text for name, one in said.items()}
-        return Answer(
-            asked.prompt,
-            texts.get("base"),
-            texts.get("tuned"),
-            asked.messages if len(asked.messages) > 1 else None,
-            {name: one.cut_at for name, one in said.items() if one.cut_at is not None},
-            {name: phrase for name, one in said.items() if one.cut_at and (phrase := repeated(one.text))},
-        )
+        return said
 
     def say(self, asked: Conversation, streamer: BaseStreamer | None = None) -> Said:
         """The answer of the model in its current state; ``streamer`` (transformers') gets the tokens as they are
@@ -156,13 +148,13 @@ class Speaker:
         """(1, length) token ids and their mask, on the model's device."""
         from rankwise.data import chat_text
 
-        if self.wording.chat:
-            template = self.wording.template
-            text = chat_text(self.tokenizer, asked.messages, asked.tools, chat_template=template, place=asked.place)
-        else:
-            text = asked.prompt.removesuffix(self.wording.suffix) + self.wording.suffix
+        text = asked.prompt.removesuffix(self.ending) + self.ending
+        if self.is_chat:
+            text = chat_text(
+                self.tokenizer, asked.messages, asked.tools, chat_template=self.template, place=asked.place
+            )
         # A template writes the BOS token itself.
-        encoded = self.tokenizer(text, add_special_tokens=not self.wording.chat, return_tensors="pt")
+        encoded = self.tokenizer(text, add_special_tokens=not self.is_chat, return_tensors="pt")
         return encoded.to(self.model.device)
 
 
@@ -183,94 +175,79 @@ def run(settings: GenerateSettings, output: Output) -> Document:
     if settings.chat:
         messages = talk(settings, speaker, f"{settings.adapter or name} on {device}", output)
         return {"model": name, "adapter": str(settings.adapter) if settings.adapter else None, "messages": messages}
-    answers = []
-    _check_chat(settings, speaker.wording)
+    asks = [flag(one) for one in ("system", "messages") if getattr(settings, one) is not None]
+    if asks and not speaker.is_chat:
+        raise ConfigError(
+            "RW121",
+            f"only a chat template can write {' and '.join(asks)}, and {settings.adapter or name} has none; leave them "
+            "out, or give --chat-template FILE.",
+        )
+    found, symptoms = [], []
     for asked in conversations:
-        answers.append(speaker.answer(asked, both=settings.compare))
+        said = speaker.answers(asked)
         files.check()
-        print_answer(output, answers[-1])
-        # With --json the document says it.
-        cuts = {} if output.as_json else answers[-1].cut_at
-        for which, tokens in cuts.items():
-            phrase = answers[-1].repeats.get(which)
-            note_cut(output, tokens, phrase, f"the {which} answer" if settings.compare else "the answer")
-    symptom = None
-    if settings.adapter and (repeating := [answer.repeats for answer in answers if "tuned" in answer.repeats]):
-        symptom = cause(settings.adapter, base_too=all("base" in repeats for repeats in repeating))
-        if not output.as_json:
-            output.note(symptom)
+        print_answer(output, asked.prompt, said)
+        found.append(_entry(asked, said))
+        if "tuned" in said and said["tuned"].repeats:
+            symptoms.append("base" in said and said["base"].repeats is not None)
+    symptom = cause(settings.adapter, base_too=all(symptoms)) if settings.adapter and symptoms else None
+    if symptom is not None:
+        output.note(symptom)
     return {
         "model": name,
         "adapter": str(settings.adapter) if settings.adapter else None,
         "device": device,
-        "chat_template": speaker.wording.chat,
-        "answers": [dataclasses.asdict(answer) for answer in answers],
+        "chat_template": speaker.is_chat,
+        "answers": found,
         "symptom": symptom,
     }
 
 
-def _check_chat(settings: GenerateSettings, wording: Wording) -> None:
-    """Raise ConfigError (RW121) for options that need a chat template if there is none."""
-    idle = [f"--{name}" for name in ("system", "messages") if getattr(settings, name) is not None]
-    if not idle or wording.chat:
-        return
-    trained = settings.adapter is not None
-    why = f"{settings.adapter} was trained without one" if trained else "the model has none"
-    why, away = ("--raw asks for none", "--raw") if settings.raw else (why, "them")
-    raise ConfigError(
-        "RW121",
-        f"only a chat template can write {' and '.join(idle)}, and {why}; leave out {away}, or give the model's "
-        "template with --chat-template FILE.",
-    )
+def _entry(asked: Conversation, said: Mapping[str, Said]) -> JsonObject:
+    return {
+        "prompt": asked.prompt,
+        **{name: said[name].text if name in said else None for name in ("base", "tuned")},
+        "messages": asked.messages if len(asked.messages) > 1 else None,
+        "cut_at": {name: one.cut_at for name, one in said.items() if one.cut_at},
+        "repeats": {name: one.repeats for name, one in said.items() if one.repeats},
+    }
 
 
 def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None) -> tuple[Speaker, str]:
-    """The model with its adapter, on its device, and the name of the device."""
+    """The model with its adapter, on its device, and the name of the device. It is asked by the template that the user
+    gives, else as in training, else by the tokenizer's own template.
+    """
     from rankwise.acceleration.generation import stop_ids_of
-    from rankwise.evaluation.loading import LoadOptions, load_as_trained
+    from rankwise.data import read_template
+    from rankwise.evaluation.loading import LoadOptions, load_as_trained, template_of
 
     given = settings.model_dump(include={"dtype", "quantization", "device", "trust_remote_code", "revision"})
     options = LoadOptions(**given, mapped=settings.mmap)
     adapters = () if settings.adapter is None else (settings.adapter,)
     loaded = load_as_trained(name, adapters, options, named=settings.model is not None)
-    wording = _wording(settings, record, loaded.tokenizer)
-    adapted = settings.adapter is not None
-    stops = stop_ids_of(loaded.model, loaded.tokenizer, _ends(wording, loaded.tokenizer))
-    speaker = Speaker(loaded.model, loaded.tokenizer, wording, adapted, settings, loaded.base_tokenizer, stops)
-    return speaker, loaded.device
+    trained = record.data.get("train", {}) if record is not None else {}
+    is_plain = settings.chat_template is None and str(trained.get("template", "")).startswith(("no template", "text"))
+    template = template_of(adapters) if settings.chat_template is None else read_template(settings.chat_template)
+    is_chat = not is_plain and bool(template or loaded.tokenizer.chat_template)
+    ends = _ends(template, loaded.tokenizer) if is_chat else set()
+    stops = stop_ids_of(loaded.model, loaded.tokenizer, ends)
+    ending = str(trained.get("prompt_ending") or "") if is_plain else ""
+    models = (loaded.model, loaded.tokenizer, settings, loaded.base_tokenizer)
+    return Speaker(*models, is_chat, template, ending, stops), loaded.device
 
 
-def _ends(wording: Wording, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _ends(template: str | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The token by which the chat template ends a turn, which may not be the tokenizer's end of a text."""
     from rankwise.data import Rows
     from rankwise.data.encoding import RowEncoder
 
-    if not wording.chat:
-        return set()
     try:
-        return RowEncoder(Rows((), "chat", "", "", ""), tokenizer, wording.template).stop_ids()
+        return RowEncoder(Rows((), "chat", "", "", ""), tokenizer, template).stop_ids()
     except DataError as error:
         # A template that writes no assistant's turn ends none. Other faults show when it writes the prompts.
         if error.code not in ("RW211", "RW212", "RW213"):
             raise
         return set()
-
-
-def _wording(settings: GenerateSettings, record: RunRecord | None, tokenizer: PreTrainedTokenizerBase) -> Wording:
-    """How prompts are written: as the user asks, else as in training, else by the tokenizer's chat template."""
-    from rankwise.data import read_template
-    from rankwise.evaluation.loading import template_of
-
-    trained = record.data.get("train", {}) if record is not None else {}
-    template: str | None = None
-    if settings.chat_template is not None:
-        template = read_template(settings.chat_template)
-    elif settings.adapter is not None:
-        template = template_of([settings.adapter])
-    plainly = str(trained.get("template", "")).startswith(("no template", "text"))
-    if settings.raw or (plainly and settings.chat_template is None):
-        return Wording(chat=False, suffix="" if settings.raw else str(trained.get("prompt_ending") or ""))
-    return Wording(chat=bool(template or tokenizer.chat_template), template=template)
 
 
 def base_model_name(adapter: Path | None) -> str:
@@ -282,27 +259,23 @@ def base_model_name(adapter: Path | None) -> str:
     return base_model_of(adapter)
 
 
-def print_answer(output: Output, answer: Answer) -> None:
-    """Print the answers side by side on a terminal, else as labelled lines."""
-    if answer.base is not None and answer.tuned is not None:
-        if output.is_terminal:
-            output.console.print(side_by_side(answer))
-        else:
-            lines = (answer.prompt, f"  base:  {answer.base}", f"  tuned: {answer.tuned}", "")
-            output.line(visible("\n".join(lines)))
-        return
-    text = answer.tuned if answer.tuned is not None else answer.base
-    output.line(visible(answer.prompt), style="bold")
-    output.line(visible(text or ""))
-    output.line()
-
-
-def side_by_side(answer: Answer) -> Group:
-    table = light_table(gap=4, expand=True)
-    table.add_column("base", ratio=1)
-    table.add_column("tuned", ratio=1, style="green")
-    table.add_row(Text(visible(answer.base or "")), Text(visible(answer.tuned or "")))
-    return titled(visible(answer.prompt), table)
+def print_answer(output: Output, prompt: str, said: Mapping[str, Said]) -> None:
+    """Print the answer; of two models, side by side on a terminal, else as labelled lines. Notes what the limit cut."""
+    if len(said) == 1:
+        output.line(visible(prompt), style="bold")
+        output.line(visible(next(iter(said.values())).text))
+        output.line()
+    elif output.is_terminal:
+        table = light_table(gap=4, expand=True)
+        for name, style in (("base", None), ("tuned", "green")):
+            table.add_column(name, ratio=1, style=style)
+        table.add_row(Text(visible(said["base"].text)), Text(visible(said["tuned"].text)))
+        output.console.print(titled(visible(prompt), table))
+    else:
+        lines = (prompt, f"  base:  {said['base'].text}", f"  tuned: {said['tuned'].text}", "")
+        output.line(visible("\n".join(lines)))
+    for name, one in said.items():
+        note_cut(output, one, f"the {name} answer" if len(said) > 1 else "the answer")
 
 
 COMMAND = Command(
@@ -313,43 +286,22 @@ COMMAND = Command(
     examples=(
         'rankwise generate --model demo --prompt "What is a list in Python?"',
         'rankwise generate --adapter runs/first --prompt "Hello" --compare',
-        "rankwise generate --adapter runs/first --prompt-file questions.txt --json",
         'rankwise generate --model demo --messages chat.json --system "Be brief."',
         "rankwise generate --adapter runs/first --chat",
     ),
 )
 
 
-STDIN = "-"
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """A conversation for the model to answer. A prompt is a conversation of one message."""
-
-    messages: tuple[Message, ...]
-    tools: tuple[Fields, ...] | None = None
-    # Its name in messages.
-    place: str = "the prompt"
-
-    @property
-    def prompt(self) -> str:
-        return str(self.messages[-1]["content"])
-
-
 def read_conversations(settings: GenerateSettings) -> list[Conversation]:
-    """Everything to answer, in order: the prompts, the prompts of the file, the conversations.
+    """Everything to answer, in order: the prompts, then the conversations.
 
-    Raises ConfigError (RW121) if there is nothing to answer, or for a second system message; DataError: RW201,
-    RW202, RW205 for a file that cannot be read, RW203 for an entry that is no conversation, RW204 for an empty file.
+    Raises ConfigError (RW121) if there is nothing to answer, or for a second system message; DataError: RW201 or RW205
+    for a file that cannot be read, RW203 for an entry that is no conversation.
     """
-    prompts = [text for given in settings.prompt for text in (_prompts(STDIN) if given == STDIN else [given])]
-    prompts += _prompts(str(settings.prompt_file)) if settings.prompt_file else []
-    found = [Conversation(({"role": "user", "content": text},)) for text in prompts]
-    found += _conversations(str(settings.messages)) if settings.messages else []
+    found = [Conversation(({"role": "user", "content": text},)) for text in settings.prompt]
+    found += _conversations(settings.messages) if settings.messages else []
     if not found:
-        options = "--prompt TEXT, --prompt-file FILE or --messages FILE"
-        raise ConfigError("RW121", f"there is nothing to answer; give {options}.")
+        raise ConfigError("RW121", "there is nothing to answer; give --prompt TEXT or --messages FILE.")
     return [_with_system(one, settings.system) for one in found] if settings.system is not None else found
 
 
@@ -360,17 +312,13 @@ def _with_system(given: Conversation, system: str) -> Conversation:
     return dataclasses.replace(given, messages=({"role": "system", "content": system}, *given.messages))
 
 
-def _prompts(source: str) -> list[str]:
-    """The prompts of a text: one on each line."""
-    if source != STDIN and kind_of(Path(source)) not in (None, ".txt"):
-        raise DataError("RW202", f"{source} is not a list of prompts; give one a line as text.")
-    return [line for _, line in _lines(source)]
-
-
-def _conversations(source: str) -> list[Conversation]:
+def _conversations(path: Path) -> list[Conversation]:
     """The conversation of a JSON file, or those of JSON lines."""
-    lines = _lines(source) if source.endswith(".jsonl") else [(source, _read(source))]
-    return [_conversation(place, text) for place, text in lines]
+    text = read_text(path)
+    if path.suffix != ".jsonl":
+        return [_conversation(str(path), text)]
+    lines = enumerate(text.split("\n"), 1)
+    return [_conversation(f"{path}, line {number}", line) for number, line in lines if line.strip()]
 
 
 def _conversation(place: str, text: str) -> Conversation:
@@ -388,25 +336,6 @@ def _conversation(place: str, text: str) -> Conversation:
     except (BadRow, ValueError) as error:
         why = str(error) if isinstance(error, BadRow) else f"invalid JSON ({error})"
         raise DataError("RW203", f"{place}: {why}. Correct or remove it.") from None
-
-
-def _lines(source: str) -> list[tuple[str, str]]:
-    """(place, line) of each line with text. Only newlines separate lines, not Unicode's other line breaks."""
-    lines = enumerate(_read(source).replace("\r\n", "\n").split("\n"), 1)
-    found = [(f"{source}, line {number}", line) for number, line in lines if line.strip()]
-    if not found:
-        raise DataError("RW204", f"{source} holds nothing to answer; give at least one prompt or conversation.")
-    return found
-
-
-def _read(source: str) -> str:
-    try:
-        content = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError("RW205", f"{source} is not UTF-8 (byte {error.start}); save it as such.") from None
-    except OSError as error:
-        raise DataError("RW201", f"cannot open {source}: {error.strerror or error}.") from None
 
 
 # The longest phrase that is looked for, how often it must be at the end, and the characters that this must fill.
@@ -449,9 +378,10 @@ def cause(adapter: Path, *, base_too: bool) -> str:
     return f"the run was too short: {went}; raise --max-steps or --epochs, or --learning-rate (auto finds one)"
 
 
-def note_cut(output: Output, tokens: int, phrase: str | None, which: str = "the answer") -> None:
-    how = "not at a stop token" if phrase is None else f"repeating {visible(phrase)!r}"
-    output.note(f"{which} ended at the limit of {plural(tokens, 'token')} (--max-new-tokens), {how}")
+def note_cut(output: Output, said: Said, which: str = "the answer") -> None:
+    if said.cut_at is not None:
+        how = "not at a stop token" if said.repeats is None else f"repeating {visible(said.repeats)!r}"
+        output.note(f"{which} ended at the limit of {plural(said.cut_at, 'token')} (--max-new-tokens), {how}")
 
 
 FORGET, LEAVE = "/new", "/exit"
@@ -462,22 +392,17 @@ def talk(settings: GenerateSettings, speaker: Speaker, who: str, output: Output)
 
     Raises ConfigError: RW121 for options of single prompts, RW121 without a chat template.
     """
-    given = [name for name in ("prompt", "prompt_file", "messages", "compare", "raw") if getattr(settings, name)]
+    given = [name for name in ("prompt", "messages", "compare") if getattr(settings, name)]
     if given:
         raise ConfigError("RW121", f"--chat answers the lines that you type; leave out {', '.join(map(flag, given))}.")
-    if not speaker.wording.chat:
+    if not speaker.is_chat:
         raise ConfigError(
             "RW121",
             f"a conversation needs a chat template, and {who} has none; give one with --chat-template FILE, or ask "
             "single prompts without --chat.",
         )
     output.line(f"{who}; {FORGET} begins anew, {LEAVE} or Ctrl-D ends.", style="dim")
-    return _talk(speaker, settings.system, output)
-
-
-def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Fields]:
-    """Answer line by line."""
-    start: list[Fields] = [] if system is None else [{"role": "system", "content": system}]
+    start: list[Fields] = [] if settings.system is None else [{"role": "system", "content": settings.system}]
     messages = list(start)
     for said in _typed(output):
         if said == FORGET:
@@ -486,8 +411,7 @@ def _talk(speaker: Speaker, system: str | None, output: Output) -> list[Fields]:
         messages.append({"role": "user", "content": said})
         answer = speaker.say(Conversation(tuple(messages)), _streamer(speaker.tokenizer))
         messages.append({"role": "assistant", "content": answer.text})
-        if answer.cut_at is not None:
-            note_cut(output, answer.cut_at, repeated(answer.text))
+        note_cut(output, answer)
     return messages
 
 

@@ -5,52 +5,11 @@ rankwise's own folders are recognised where a user gives the wrong kind.
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from rankwise.errors import ConfigError, RunError
-from rankwise.options import Settings, flag
+from rankwise.errors import RunError
 from rankwise.reports.comparison import BEST_FOLDER, REPORT_FILE
-
-# Text fields that hold a hub id, or a path in which ~ means a home folder.
-MAY_BE_PATHS = {"model", "data", "eval_data", "retain", "fewshot_data", "reference_answers"}
-
-
-def check_path_options(settings: Settings) -> None:
-    """Raise ConfigError (RW105) for a path of any option that cannot be a file or a folder."""
-    for name, given in _paths(settings):
-        fault = _fault_of(given)
-        if fault is not None:
-            raise ConfigError("RW105", f"{flag(name)} {given} {fault}.")
-
-
-def _paths(settings: Settings) -> Iterator[tuple[str, Path | str]]:
-    for name, value in settings:
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, Path) or (isinstance(item, str) and name in MAY_BE_PATHS):
-                yield name, item
-
-
-def _fault_of(given: Path | str) -> str | None:
-    """The rest of a sentence that starts with the path. A path where nothing exists is no fault here."""
-    path = Path(given)
-    try:
-        mode = os.stat(path if isinstance(given, Path) else path.expanduser()).st_mode
-    except FileNotFoundError:
-        if any(part.is_symlink() and not part.exists() for part in (path, *path.parents)):
-            return "leads over a link to what does not exist; make it, or give another path"
-        return None
-    except NotADirectoryError:
-        return None
-    except (OSError, RuntimeError) as error:
-        return f"cannot be a file or a folder: {getattr(error, 'strerror', None) or error}; give another path"
-    # Reading a named pipe waits for a writer, and a device may never end. /dev/stdin, a pipe too, is allowed.
-    is_stream = stat.S_ISFIFO(mode) and path.parts[:2] == ("/", "dev")
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_stream:
-        return None
-    return "is a device or a pipe; give a file or a folder"
 
 
 def check_paths(*, model: str | None, data: Iterable[str | None] = (), output: Path | None = None) -> None:

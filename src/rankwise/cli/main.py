@@ -1,8 +1,6 @@
 """``rankwise``: the commands, and the one place where every error becomes one line and an exit code.
 
 0 done, 2 a mistake in the input, 1 a bug of rankwise, 130 interrupted. Nothing imports torch before a command runs.
-
-``--help`` is narrow enough for 80 columns, examples with their line breaks kept.
 """
 
 from __future__ import annotations
@@ -18,10 +16,6 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
@@ -47,14 +41,12 @@ from rankwise.cli.output import (
     print_document,
     print_message,
     shortened,
-    stdout_for_the_document,
 )
 from rankwise.disk import coded_error, is_of_device
 from rankwise.errors import (
     ConfigError,
     InternalError,
     Interrupted,
-    ModelError,
     RankwiseError,
     is_out_of_memory,
     one_line,
@@ -110,10 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # ``rankwise ... | head``; the code is rich's.
         _give_up_stdout()
         return 1
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         # The last handler: any error becomes one line.
-        if not isinstance(error, Exception | KeyboardInterrupt) and not _is_of_tokenizers(error):
-            raise
         return _report(_as_ours(error), error, as_json=as_json)
 
 
@@ -165,7 +155,8 @@ def _version(name: str) -> str:
 def _invoke(command: Command, settings: Settings, as_json: bool) -> None:
     _refuse_several_processes(command)
     try:
-        with terminable(), stdout_for_the_document(as_json=as_json):
+        # With --json, whatever a library prints to stdout goes to stderr.
+        with terminable(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             document = command.run(settings, Output(as_json=as_json))
     except KeyboardInterrupt:
         raise Interrupted("RW543", f"{command.name} was stopped by Ctrl-C or SIGTERM.") from None
@@ -211,21 +202,14 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
     return error.exit_code
 
 
-def _is_of_tokenizers(error: BaseException) -> bool:
-    """Whether the library tokenizers failed: it raises plain Exceptions, and Rust's panics, which are none."""
-    frames = traceback.walk_tb(error.__traceback__)
-    is_plain = type(error) is Exception or type(error).__name__ == "PanicException"
-    return is_plain and any("tokeniz" in frame.f_code.co_filename for frame, _ in frames)
-
-
 def _as_ours(error: BaseException) -> RankwiseError:
     """The error that the user reads. RankwiseErrors stay unchanged; usage, memory and file-system errors get a code and
     advice.
     """
     if isinstance(error, RankwiseError):
         return error
-    if _is_interruption(error):
-        # Outside of a command and of the parser, which gives only the exit code.
+    # Outside of a command; or what a library made of it while it was imported.
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
         return Interrupted("RW543", "the command was stopped by Ctrl-C or SIGTERM.")
     if hasattr(error, "format_message"):
         return ConfigError("RW120", _usage_sentence(error))
@@ -233,17 +217,8 @@ def _as_ours(error: BaseException) -> RankwiseError:
         return out_of_memory(error)
     if (coded := coded_error(error)) is not None:
         return coded
-    if _is_of_tokenizers(error):
-        return ModelError("RW317", f"the tokenizer fails on a text: {one_line(error)}; download its files again.")
     advice = f"please report it with what {DEBUG_VARIABLE}=1 prints"
     return InternalError("RW900", f"a fault of rankwise: {type(error).__name__}: {one_line(error)}; {advice}.")
-
-
-def _is_interruption(error: BaseException | None) -> bool:
-    """Whether the error is Ctrl-C, or what a library made of it while it was imported."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _usage_sentence(error: Any) -> str:
@@ -264,16 +239,28 @@ COMMON_OPTIONS = (
     ("--json", "One JSON document on stdout, everything else on stderr."),
     ("--help", "Show this text."),
 )
-# The text of wider labels starts on a line of its own.
-WIDEST_LABEL = 29
+MORE_OPTIONS = (
+    ("COMMAND --help", "Its options."),
+    ("--version", "Versions of rankwise and what it uses."),
+    # typer's own; --show-completion prints the script instead.
+    ("--install-completion", "Complete commands and options with Tab in this shell from now on."),
+)
 
 
 def typer_command(command: Command) -> type[TyperCommand]:
-    """A typer command class with this module's help."""
+    """A typer command class whose help has the options under their headings."""
 
     class Helped(TyperCommand):
-        def format_help(self, ctx: Any, formatter: object) -> None:
-            print_command_help(command, ctx.command_path)
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            panels = panels_of(command)
+            required = [item.label for items in panels.values() for item in items if "(required)" in item.help]
+            arguments = " ".join([*required, "[options]"])
+            _write_head(formatter, ctx.command_path, arguments, command.summary, command.examples)
+            for title, options in panels.items():
+                with formatter.section(str(title)):
+                    formatter.write_dl([(option.label, option.help) for option in options])
+            with formatter.section("Every command"):
+                formatter.write_dl(COMMON_OPTIONS)
 
     return Helped
 
@@ -282,61 +269,21 @@ def typer_group(commands: tuple[Command, ...], summary: str, examples: tuple[str
     """The class of ``rankwise`` itself."""
 
     class Helped(TyperGroup):
-        def format_help(self, ctx: object, formatter: object) -> None:
-            console = _console()
-            _print_head(console, "rankwise COMMAND [options]", summary, examples)
-            _print_rows(console, "Commands", [(command.name, command.summary) for command in commands], 11)
-            rows = [("COMMAND --help", "Its options."), ("--version", "Versions of rankwise and what it uses.")]
-            # typer's own; --show-completion prints the script instead.
-            rows.append(("--install-completion", "Complete commands and options with Tab in this shell from now on."))
-            _print_rows(console, "More", rows, 20)
+        def format_help(self, ctx: object, formatter: Any) -> None:
+            _write_head(formatter, "rankwise", "COMMAND [options]", summary, examples)
+            with formatter.section("Commands"):
+                formatter.write_dl([(command.name, command.summary) for command in commands])
+            with formatter.section("More"):
+                formatter.write_dl(MORE_OPTIONS)
 
     return Helped
 
 
-def print_command_help(command: Command, command_path: str) -> None:
-    console = _console()
-    panels = panels_of(command)
-    required = [option.label for options in panels.values() for option in options if "(required)" in option.help]
-    usage = " ".join([command_path, *required, "[options]"])
-    _print_head(console, usage, command.summary, command.examples)
-    rows = {str(title): [(option.label, option.help) for option in options] for title, options in panels.items()}
-    rows["Every command"] = list(COMMON_OPTIONS)
-    labels = (label for group in rows.values() for label, _ in group)
-    width = max(len(label) for label in labels if len(label) <= WIDEST_LABEL)
-    for title, group in rows.items():
-        _print_rows(console, title, group, width)
-
-
-def _console() -> Console:
-    return Console(highlight=False)
-
-
-def _print_head(console: Console, usage: str, summary: str, examples: Iterable[str]) -> None:
-    console.print(Text.assemble(("Usage: ", "bold"), usage))
-    console.print(Text(f"\n{summary}\n"))
-    for example in examples:
-        console.print(Text(f"  {example}", style="green"), soft_wrap=True)
-
-
-def _print_rows(console: Console, title: str, rows: list[tuple[str, str]], width: int) -> None:
-    console.print(Text(f"\n{title}", style="bold"))
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(min_width=width, max_width=width, overflow="fold")
-    table.add_column(ratio=1)
-    for label, text in rows:
-        _add_row(table, label, text)
-    console.print(Padding(table, (0, 0, 0, 2)))
-
-
-def _add_row(table: Table, label: str, text: str) -> None:
-    """A label too wide for its column gets a line of its own."""
-    name, _, metavar = label.partition(" ")
-    shown = Text.assemble((name, "cyan"), f" {metavar}" if metavar else "")
-    if len(label) > WIDEST_LABEL:
-        shown = Text.assemble((name, "cyan"))
-        text = f"{metavar}\n{text}"
-    table.add_row(shown, Text(text))
+def _write_head(formatter: Any, program: str, arguments: str, summary: str, examples: Iterable[str]) -> None:
+    formatter.write_usage(program, arguments)
+    formatter.write("\n")
+    formatter.write_text(summary)
+    formatter.write("\n" + "".join(f"  {example}\n" for example in examples))
 
 
 if __name__ == "__main__":

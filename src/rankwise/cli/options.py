@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from rankwise.cli.glance import check_path_options
 from rankwise.cli.output import Document, Output
 from rankwise.foreign import Fields
 from rankwise.options import Panel, Settings, spelled
@@ -83,9 +82,7 @@ def function_of(command: Command, invoke: Callable[[Settings, bool], None]) -> C
             options[name].flag.replace("-", "_"): tuple(value) or None if isinstance(value, list) else value
             for name, value in given.items()
         }
-        settings = read_settings(command.settings, Path(config) if config else None, values, command.earlier)
-        check_path_options(settings)
-        invoke(settings, as_json)
+        invoke(read_settings(command.settings, Path(config) if config else None, values, command.earlier), as_json)
 
     parameters = [_parameter(option) for option in options.values()]
     call.__signature__ = inspect.Signature([*parameters, *_common_parameters()])  # type: ignore[attr-defined]

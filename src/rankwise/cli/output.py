@@ -39,9 +39,8 @@ QUIET_ENVIRONMENT = {
     "TQDM_DISABLE": "1",
 }
 
-# Characters of a printed message, and of a word in it.
-LONGEST_MESSAGE, LONGEST_WORD = 4000, 400
-_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+# Characters of a printed message.
+LONGEST_MESSAGE = 4000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 # Width of output into a file or another program, in which every table fits.
@@ -87,15 +86,11 @@ def print_document(document: Document, stream: TextIO | None = None) -> None:
 
 
 def shortened(message: str) -> str:
-    """The message shortened to fit on a screen: both ends of long words and of what is still too long."""
-    return _ends(_LONG_WORD.sub(lambda word: _ends(word[0], LONGEST_WORD), message), LONGEST_MESSAGE)
-
-
-def _ends(text: str, most: int) -> str:
-    if len(text) <= most:
-        return text
-    half = most // 2
-    return f"{text[:half]}...({len(text) - 2 * half:,} more characters)...{text[-half:]}"
+    """Both ends of a message that would not fit on a screen."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    half = LONGEST_MESSAGE // 2
+    return f"{message[:half]}...({len(message) - 2 * half:,} more characters)...{message[-half:]}"
 
 
 def _without_nan(value: Json) -> Json:
@@ -114,13 +109,6 @@ def print_message(kind: str, code: str, text: str) -> None:
     # Names in untrusted files may hold control characters, which would act on the terminal.
     line = _CONTROL.sub("?", " ".join(part.strip() for part in shortened(text).splitlines()))
     Console(stderr=True, highlight=False).print(f"[{colour}]{kind} {code}[/]: {escape(line)}", soft_wrap=True)
-
-
-@contextlib.contextmanager
-def stdout_for_the_document(*, as_json: bool) -> Iterator[None]:
-    """With ``--json``, redirect to stderr whatever a library prints to stdout."""
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        yield
 
 
 @contextlib.contextmanager

@@ -70,15 +70,8 @@ class GenerateSettings(LoadingOptions):
     prompt: Annotated[
         tuple[str, ...],
         BeforeValidator(text_list),
-        _option(
-            "Text to answer; may be given several times. - reads prompts from standard input, one on each line.",
-            repeated=True,
-        ),
+        _option("Text to answer; may be given several times.", repeated=True),
     ] = ()
-    prompt_file: Annotated[
-        Path | None,
-        _option("File with one prompt on each line.", metavar="FILE"),
-    ] = None
     messages: Annotated[
         Path | None,
         _option(
@@ -89,7 +82,6 @@ class GenerateSettings(LoadingOptions):
     chat: Annotated[bool, _option("Talk turn by turn: answer each line that you type.")] = False
     compare: Annotated[bool, _option("Show base and tuned model side by side.")] = False
     max_new_tokens: Annotated[Tokens, _option("Longest answer, in tokens.")] = 128
-    raw: Annotated[bool, _option("Give the model the prompt as it is, without a chat template.")] = False
 
 
 class PredictSettings(LoadingOptions):

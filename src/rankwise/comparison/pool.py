@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from rankwise.comparison import stages
@@ -199,36 +200,24 @@ def _on_node(module: str, arguments: list[str], name: str, environment: dict[str
 
 
 @dataclasses.dataclass(frozen=True)
-class Running:
-    """A job in progress, for the display. ``step`` and ``total`` are 0 for jobs without steps."""
-
-    job: Job
-    seconds: float
-    step: int
-    total: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Picture:
-    """The state of the whole matrix at one moment."""
+    """The state of the whole matrix at one moment, in jobs."""
 
-    running: Sequence[Running]
     done: int
-    # Number of remaining jobs, including those in progress.
+    # Those in progress included.
     left: int
     # None before any job has ended.
     seconds_left: float | None
     failed: int = 0
-    # Number of jobs of this call that were stopped on request, which are in no other count.
+    # Stopped on request in this call; they are in no other count.
     interrupted: int = 0
 
 
 class Watcher(Protocol):
-    """The interface of a progress display."""
+    """Who is told of the progress."""
 
     def started(self, job: Job) -> None: ...
     def ended(self, job: Job, outcome: Outcome, picture: Picture) -> None: ...
-    def tick(self, picture: Picture) -> None: ...
     def say(self, text: str) -> None: ...
 
 
@@ -240,9 +229,6 @@ class Started:
     call: Call
     began: float
 
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
 
 @dataclasses.dataclass
 class Pool:
@@ -251,7 +237,6 @@ class Pool:
     output: Path
     # The module to run for a job and its arguments.
     command: Callable[[Job], tuple[str, list[str]]]
-    total_steps: Callable[[Job], int]
     # The environment of each parallel slot: its device and number of threads.
     environments: Sequence[Mapping[str, str]]
     watcher: Watcher
@@ -289,7 +274,10 @@ class Pool:
                     elif not told:
                         told = True
                         self.watcher.say("A run of an earlier call is still saving; waiting for it.")
-                self._wait()
+                if self.running:
+                    self._end_those(None)
+                else:
+                    time.sleep(TICK_SECONDS)
         except KeyboardInterrupt:
             self._stop()
             saved = "every run has saved its last step"
@@ -309,24 +297,14 @@ class Pool:
         self.futures[self.threads.submit(call.wait)] = job
         self.watcher.started(job)
 
-    def _wait(self) -> None:
-        """Wait until a step ends, or a moment where none runs."""
-        if not self.running:
-            time.sleep(TICK_SECONDS)
-        timeout = 0.0
-        while self.running and not self._end_those(timeout):
-            self.watcher.tick(self.picture())
-            timeout = TICK_SECONDS
-
-    def _end_those(self, timeout: float, *, stopping: bool = False) -> bool:
-        """Record the steps that end within ``timeout`` seconds, which stops at the first; whether there was one."""
+    def _end_those(self, timeout: float | None, *, stopping: bool = False) -> None:
+        """Record the steps that end within ``timeout`` seconds, which stops at the first."""
         ended, _ = wait(self.futures, timeout, FIRST_COMPLETED)
         for future in ended:
             self._end(self.futures.pop(future), future.result(), stopping=stopping)
-        return bool(ended)
 
     def _end(self, job: Job, code: int, *, stopping: bool = False) -> None:
-        seconds = round(self.running.pop(job).seconds(), 3)
+        seconds = round(time.monotonic() - self.running.pop(job).began, 3)
         if code == LOST:
             self.lost[job] += 1
             if self.lost[job] < MOST_LOSSES and not stopping:
@@ -360,30 +338,18 @@ class Pool:
             self._end_those(left, stopping=True)
 
     def picture(self) -> Picture:
-        running = [
-            Running(job, step.seconds(), stages.last_step(job.folder(self.output)), self.total_steps(job))
-            for job, step in self.running.items()
-        ]
         left = [job for job in self.left() if job not in self.interrupted]
-        pace = self._seconds_left(left, running)
-        return Picture(running, self.done, len(left), pace, self.failed, len(self.interrupted))
+        pace = self._seconds_left(left) if self.spent else None
+        return Picture(self.done, len(left), pace, self.failed, len(self.interrupted))
 
-    def _seconds_left(self, left: Sequence[Job], running: Sequence[Running]) -> float | None:
-        """The seconds that the remaining jobs take at the speed so far, minus those that the running ones have used."""
-        if not self.spent:
-            return None
-        total = sum(map(self._usual_seconds, left))
-        total -= sum(min(item.seconds, self._usual_seconds(item.job)) for item in running)
-        return max(0.0, total) / len(self.environments)
-
-    def _usual_seconds(self, job: Job) -> float:
-        """The mean seconds of similar jobs so far, of trainings scaled by steps, since searches may be shorter."""
-        alike = [(done, seconds) for done, seconds in self.spent if done.stage == job.stage]
-        steps = sum(self.total_steps(done) for done, _ in alike)
-        if alike and steps:
-            return self.total_steps(job) * sum(seconds for _, seconds in alike) / steps
-        usual = [seconds for _, seconds in alike or self.spent]
-        return sum(usual) / len(usual)
+    def _seconds_left(self, left: Sequence[Job]) -> float:
+        """The seconds that the remaining jobs take, each as the mean of its stage so far, or else of all."""
+        everything = [seconds for _, seconds in self.spent]
+        usual = {
+            stage: fmean([seconds for job, seconds in self.spent if job.stage == stage] or everything)
+            for stage in {job.stage for job in left}
+        }
+        return sum(usual[job.stage] for job in left) / len(self.environments)
 
 
 def _is_held(folder: Path) -> bool:

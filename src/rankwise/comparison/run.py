@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -225,7 +224,7 @@ def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watc
             stages.forget_outcome(job, plan.output)
     slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, given.device)
     start = cluster.start if cluster else None
-    pool = Pool(plan.output, commands.of, commands.steps, slots, watcher, lambda: jobs_left(plan), start)
+    pool = Pool(plan.output, commands.of, slots, watcher, lambda: jobs_left(plan), start)
     pool.carry_out(lambda: [] if stages.outcome_of(first, plan.output) else [first])
     pool.carry_out(lambda: jobs_to_do(plan))
 
@@ -263,15 +262,6 @@ class Commands:
         else:
             write_json(path, self._measuring(job))
         return stages.STEPS, [str(path)]
-
-    def steps(self, job: Job) -> int:
-        """The number of optimizer steps of a training, for the progress display and the time left."""
-        if job.stage != "train":
-            return 0
-        if self.given.max_steps is not None:
-            return self.given.max_steps
-        batch = self.shared["batch_size"] * self.shared["gradient_accumulation"]
-        return max(1, math.ceil(self.inputs.train_rows / batch) * math.ceil(self.shared["epochs"]))
 
     def is_outdated(self, job: Job) -> bool:
         """Whether a finished step must run again because this call asks for other methods or tasks."""

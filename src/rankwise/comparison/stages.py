@@ -191,8 +191,3 @@ def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
     else:
         reason = f"it ended with code {code}"
     return {"code": KILLED, "message": f"{job.stage} of {job.id}: {reason}; see {log}."}
-
-
-def last_step(folder: Path) -> int:
-    """The last step of a running run, from its metrics."""
-    return max((int(line.get("step", 0)) for line in read_metrics(folder)), default=0)
