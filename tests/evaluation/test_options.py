@@ -27,10 +27,9 @@ def settings(task: str, **more: Any) -> EvaluateSettings:
     ("task", "more", "said"),
     [
         ("mmlu", {"chat_template": "t.jinja"}, "RW112.*ignore --chat-template;"),
-        ("mmlu", {"set": "longest=3"}, r"RW112.*--set longest \(no option of its own is used here\)"),
+        ("mmlu", {"set": "longest=3"}, r"RW112.*--set longest; .*--set takes nothing here"),
         ("lengths", {"max_length": 64}, "RW112.*ignore --max-length;"),
-        ("lengths", {"set": "unused=1"}, r"RW112.*--set unused \(--set takes longest here\)"),
-        ("lengths", {"set": "longes=1"}, r"RW112.*did you mean longest\?"),
+        ("lengths", {"set": "unused=1"}, r"RW112.*--set unused; .*--set takes longest here"),
         ("lengths", {"set": "longest=0"}, "RW103.*--set longest is '0': .*greater than or equal to 1"),
         ("lengths", {"set": "longest"}, "RW103.*longest without a value"),
         ("lengths", {"set": ["longest=1", "longest=2"]}, "RW103.*longest twice"),

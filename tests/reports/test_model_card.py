@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 
 import pytest
@@ -13,18 +12,6 @@ from rankwise.records import RunRecord
 from rankwise.reports.model_card import model_card
 
 CONFIG = {"base_model_name_or_path": "org/base", "r": 8, "lora_alpha": 16, "use_dora": False, "bias": "none"}
-
-
-@dataclasses.dataclass
-class Module:
-    name: str
-    r: int
-
-
-@dataclasses.dataclass
-class Report:
-    modules: list[Module]
-    left_out: object = None
 
 
 def record(method: str = "lora", **fields: object) -> RunRecord:
@@ -107,10 +94,9 @@ def test_every_measured_figure_and_no_other() -> None:
     assert "## Results" not in model_card(record(), CONFIG)
 
 
-def test_data_settings_and_modules_are_tables() -> None:
+def test_data_and_settings_are_tables() -> None:
     files = {"train": {"path": "/home/me/rows.jsonl", "rows": 12, "sha256": "ab"}, "eval": {"path": "e.csv", "rows": 3}}
-    report = Report([Module("model.layers.0.q_proj", 8), Module("model.layers.1.q_proj", 8), Module("m.v_proj", 4)])
-    card = model_card(record(data=files), CONFIG, report)
+    card = model_card(record(data=files), CONFIG)
 
     assert "| what | train | eval |" in card
     assert "| path | rows.jsonl | e.csv |" in card
@@ -118,8 +104,6 @@ def test_data_settings_and_modules_are_tables() -> None:
     assert "| rows | 12 | 3 |" in card
     assert "| learning_rate | 0.0002 |" in card
     assert "| packing | no |" in card
-    assert "| q_proj | 8 | 2 |" in card
-    assert "| v_proj | 4 | 1 |" in card
 
 
 def test_a_bar_in_a_value_does_not_break_the_table() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rankwise.cli.glance import check_paths, refuse_comparisons
@@ -78,27 +77,18 @@ def run(settings: MergeSettings, output: Output) -> Document:
 
 def _check_options(settings: MergeSettings) -> None:
     """Raise ConfigError (RW112) for several adapters without --combine, and for options without effect."""
+    names = ("weights", "rank") if settings.combine is None else ("onto", "quantization", "data")
+    idle = [name for name in names if getattr(settings, name) is not None]
     if settings.combine is None:
-        idle = [name for name in ("weights", "rank") if getattr(settings, name) is not None]
         idle += ["adapter"] if len(settings.adapter) > 1 else []
         why = "goes with --combine, which makes one adapter of several"
     else:
-        idle = [name for name in ("onto", "quantization", "data") if getattr(settings, name) is not None]
         idle += ["verify"] if settings.verify else []
         why = "is of a merged model, and --combine writes an adapter; merge that afterwards"
-    problems = [f"{', '.join(f'--{name}' for name in idle)} {why}"] if idle else list(_alone(settings))
-    if problems:
-        raise ConfigError("RW112", f"{'; '.join(problems)}.")
-
-
-def _alone(settings: MergeSettings) -> Iterator[str]:
-    """A complaint for each option that has no effect without an option that is not given."""
-    if settings.data is not None and not settings.verify:
-        yield "--data gives the rows for --verify; give --verify too"
-    if settings.quantization is not None and not settings.verify and settings.onto != "quantized":
-        yield "--quantization has no effect on a merge into original weights; give --onto quantized or --verify too"
-    if not settings.double_quant and settings.quantization is None:
-        yield "--no-double-quant is for --quantization; give --quantization too"
+    if settings.data is not None and not settings.verify and not idle:
+        idle, why = ["data"], "gives the rows for --verify; give --verify too"
+    if idle:
+        raise ConfigError("RW112", f"{', '.join(f'--{name}' for name in idle)} {why}.")
 
 
 def _combine(settings: MergeSettings, output: Output) -> Document:
@@ -123,43 +113,31 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
             folder / COMBINED_FILE,
             {"adapters": [str(adapter) for adapter in settings.adapter], **dataclasses.asdict(wanted), "r": r},
         )
-        needed = _needed_to_load(settings, folder)
+        _keep_what_loading_needs(settings, folder)
     parts = ", ".join(f"{weight:g} x {adapter}" for weight, adapter in zip(weights, settings.adapter))
     output.line(f"{'combined':<12}{parts} by {settings.combine}: an adapter of rank {r}")
     output.line(f"{'written':<12}{settings.output}")
-    output.line(f'{"try":<12}rankwise generate --adapter {settings.output}{needed} --prompt "..."')
+    output.line(f'{"try":<12}rankwise generate --adapter {settings.output} --prompt "..."')
     return {**dataclasses.asdict(wanted), "r": r, "base_model": source.base_model, "output": str(settings.output)}
 
 
-def _needed_to_load(settings: MergeSettings, folder: Path) -> str:
-    """The options that load the base as the adapters' runs did. The combination has no run record that holds them, so
-    the user must give them: warns RW755. If all runs were given one chat template, it is written into ``folder``, where
-    it is found.
-    """
+def _keep_what_loading_needs(settings: MergeSettings, folder: Path) -> None:
+    """Write the chat template that all runs were given into ``folder``. Warns (RW755) of what no file there says."""
     from rankwise.adapters.trained_base import quantization_of
     from rankwise.evaluation.loading import template_of
 
-    found = {one: quantization_of(one) for one in settings.adapter}
-    formats = {one: "16 bits" if config is None else config.quant_type for one, config in found.items()}
-    templates = {template_of([one]) for one in settings.adapter}
-    options = [" --chat-template FILE"] if len(templates) > 1 else []
-    if not options and (template := templates.pop()) is not None:
-        write_text(folder / TEMPLATE_FILE, template)
-    differ = ""
-    if len(kinds := set(formats.values())) > 1:
-        options.append(" --quantization FORMAT")
+    formats = {one: config.quant_type for one in settings.adapter if (config := quantization_of(one)) is not None}
+    templates, needed = {template_of([one]) for one in settings.adapter}, []
+    if formats:
         each = ", ".join(f"{one} over {kind}" for one, kind in formats.items())
-        differ = f"; no base is that of all ({each}), so choose one"
-    elif kinds != {"16 bits"}:
-        options.append(f" --quantization {kinds.pop()}")
-    needed = "".join(options)
+        needed.append(f"over a base in 4 bits ({each}; give --quantization)")
+    if len(templates) > 1:
+        needed.append("with different chat templates (give --chat-template)")
+    elif (template := templates.pop()) is not None:
+        write_text(folder / TEMPLATE_FILE, template)
     if needed:
-        warn(
-            "RW755",
-            f"the adapters were trained with{needed}, and the combined folder has no run record that says so; give "
-            f"these options to generate, chat and evaluate{differ}.",
-        )
-    return needed
+        told = f"the adapters were trained {' and '.join(needed)}"
+        warn("RW755", f"{told}: generate and evaluate cannot know it, since the combination has no run record.")
 
 
 def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: Output) -> Verification:

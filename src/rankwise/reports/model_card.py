@@ -5,12 +5,9 @@ Every figure comes from the run's record. Statements about other software carry 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
 from rankwise.foreign import Fields, Json
@@ -59,27 +56,10 @@ LOCAL_SETTINGS = ("model", "data", "eval_data", "output", "resume", "overwrite",
 SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~&]|(?<!\w)_|_(?!\w))")
 
 
-class Module(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def r(self) -> int: ...
-
-
-class Report(Protocol):
-    """The part of ``AdapterReport`` that the card uses."""
-
-    @property
-    def modules(self) -> Sequence[Module]: ...
-    @property
-    def left_out(self) -> object | None: ...
-
-
-def model_card(record: RunRecord, adapter_config: Fields | None = None, report: Report | None = None) -> str:
+def model_card(record: RunRecord, adapter_config: Fields | None = None) -> str:
     """The card as Markdown with YAML front matter.
 
     ``adapter_config``: the content of ``adapter_config.json``; without it the record's settings are used.
-    ``report`` adds the table of adapted modules. Raises KeyError for a method that has no name here.
     """
     config = adapter_config or _config_by_settings(record)
     # PEFT's file has no words for these.
@@ -93,7 +73,6 @@ def model_card(record: RunRecord, adapter_config: Fields | None = None, report: 
         section("Results", _table(("what", "value"), _results(record))),
         section("Data", _data(record.data)),
         section("Settings", _table(("setting", "value"), _settings(record.settings))),
-        section("Adapted modules", _modules(report)),
         section("How to load it", _loading(record, base)),
         section("Where it can be served", _serving(record.method, config)),
         section("Made with", _table(("what", "version or name"), [*record.versions.items(), *record.device.items()])),
@@ -154,7 +133,9 @@ def _summary(record: RunRecord, base: str, config: Fields) -> str:
         )
     if (four_bit := _four_bit(record)) is not None:
         lines.append(
-            f"The base was quantized to 4 bits during training ({four_bit}), and every figure here is of that base."
+            f"The base was quantized to 4 bits during training ({four_bit['quant_type'].upper()}, blocks of "
+            f"{four_bit['block_size']}{', double quantization' if four_bit['double_quant'] else ''}), and every figure "
+            "here is of that base."
         )
     if facts.get("sha256"):
         lines.append(f"SHA-256 of the base's weights: `{facts['sha256']}`.")
@@ -229,57 +210,27 @@ def _place(field: str, value: Json) -> Json:
     return last_part(str(value)) if field in ("path", "source", "file") and value else value
 
 
-def _modules(report: Report | None) -> str:
-    if report is None:
-        return ""
-    counts = Counter((module.name.rpartition(".")[2], module.r) for module in report.modules)
-    table = _table(("module", "rank", "how many"), [(name, r, count) for (name, r), count in counts.items()])
-    return f"{table}\n\n{report.left_out}." if report.left_out else table
-
-
-@dataclasses.dataclass(frozen=True)
-class FourBit:
-    """The 4-bit format of a base, the dtype it was loaded in and that of its products."""
-
-    quant_type: str = "nf4"
-    double_quant: bool = True
-    block_size: int = 64
-    dtype: str = "bfloat16"
-    compute_dtype: str = "bfloat16"
-
-    def __str__(self) -> str:
-        double = ", double quantization" if self.double_quant else ""
-        return f"{self.quant_type.upper()}, blocks of {self.block_size}{double}"
-
-    def in_transformers(self) -> list[str]:
-        return [
-            "quantization = BitsAndBytesConfig(",
-            "    load_in_4bit=True,",
-            f'    bnb_4bit_quant_type="{self.quant_type}",',
-            f"    bnb_4bit_use_double_quant={self.double_quant},",
-            f"    bnb_4bit_compute_dtype=torch.{self.compute_dtype},",
-            ")",
-        ]
-
-
-def _four_bit(record: RunRecord) -> FourBit | None:
-    """The base's 4-bit format by the record, or what the method implies where the record does not say."""
+def _four_bit(record: RunRecord) -> Fields | None:
+    """The 4-bit format and the dtypes of the base by the record, or what the method implies where it does not say."""
     facts = record.base_model
     stored = facts.get("quantization")
-    if str(record.settings.get("init", "")).startswith("pissa"):
-        # Its adapter belongs on the original weights.
+    # PiSSA's adapter belongs on the original weights.
+    if str(record.settings.get("init", "")).startswith("pissa") or not (stored or record.method in FOUR_BITS):
         return None
-    if not stored:
-        return FourBit() if record.method in FOUR_BITS else None
-    compute = stored.get("compute_dtype")
-    dtype = str(facts.get("dtype") or compute or "bfloat16")
-    return FourBit(
-        str(stored.get("quant_type") or "nf4"),
-        bool(stored.get("double_quant")),
-        int(stored.get("block_size") or 64),
-        dtype,
-        str(compute or dtype),
-    )
+    found = stored or {"quant_type": "nf4", "double_quant": True, "block_size": 64}
+    dtype = str(facts.get("dtype") or found.get("compute_dtype") or "bfloat16")
+    return {**found, "dtype": dtype, "compute_dtype": found.get("compute_dtype") or dtype}
+
+
+def _in_transformers(four_bit: Fields) -> list[str]:
+    return [
+        "quantization = BitsAndBytesConfig(",
+        "    load_in_4bit=True,",
+        f'    bnb_4bit_quant_type="{four_bit["quant_type"]}",',
+        f"    bnb_4bit_use_double_quant={four_bit['double_quant']},",
+        f"    bnb_4bit_compute_dtype=torch.{four_bit['compute_dtype']},",
+        ")",
+    ]
 
 
 def _loading(record: RunRecord, base: str) -> str:
@@ -292,13 +243,13 @@ def _loading(record: RunRecord, base: str) -> str:
         four_bit = None if has_labels else _four_bit(record)
         given = f", num_labels={len(record.data['train']['labels']['names'])}" if has_labels else ""
         if four_bit is not None:
-            given = f", dtype=torch.{four_bit.dtype}, quantization_config=quantization"
+            given = f", dtype=torch.{four_bit['dtype']}, quantization_config=quantization"
         lines = [
             *(["import torch"] if four_bit else []),
             "from peft import PeftModel",
             f"from transformers import {kind}" + (", BitsAndBytesConfig" if four_bit else ""),
             "",
-            *(four_bit.in_transformers() if four_bit else []),
+            *(_in_transformers(four_bit) if four_bit else []),
             f"model = {kind}.from_pretrained({json.dumps(base, ensure_ascii=False)}{given})",
             'model = PeftModel.from_pretrained(model, "FOLDER")',
         ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise.adapters import has_adapter, report
+from rankwise.adapters import has_adapter
 from rankwise.adapters.inject import guest_of
 from rankwise.adapters.peft_config import CONFIG_FILE
 from rankwise.data import Rows
@@ -383,6 +383,5 @@ def write_card(model: nn.Module, output: Path, record: RunRecord) -> None:
     """Write the model card ``README.md``. Methods of other distributions get none."""
     if guest_of(model) is not None:
         return
-    adapted = has_adapter(model)
-    config = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8")) if adapted else None
-    write_text(output / CARD_FILE, model_card(record, config, report(model) if adapted else None))
+    config = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8")) if has_adapter(model) else None
+    write_text(output / CARD_FILE, model_card(record, config))

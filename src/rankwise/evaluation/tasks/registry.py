@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -31,16 +30,16 @@ def make_tasks(settings: EvaluateSettings) -> list[Task]:
 def check_options(settings: EvaluateSettings) -> None:
     """Raise ConfigError (RW112) for options that none of the tasks uses."""
     fields, own = EvaluateSettings.model_fields, given_by_set(settings)
-    given = [name for name in (*BY_PERPLEXITY, *BY_HARNESS) if getattr(settings, name) != fields[name].default]
-    if not given and not own:
+    asked = [name for name in (*BY_PERPLEXITY, *BY_HARNESS) if getattr(settings, name) != fields[name].default]
+    if not asked and not own:
         return
     used = {option for name in settings.task for option in _used(name, settings)}
-    ignored = [flag(name) for name in given if name not in used]
-    ignored += [f"--set {name}{_close(name, used)}" for name in own if name not in used]
+    ignored = [flag(name) for name in asked if name not in used]
+    ignored += [f"--set {name}" for name in own if name not in used]
     if ignored:
-        raise ConfigError(
-            "RW112", f"--task {', '.join(settings.task)} would ignore {' and '.join(ignored)}; leave it out."
-        )
+        known = ", ".join(sorted({*used} - {*BY_PERPLEXITY, *BY_HARNESS})) or "nothing"
+        given = f"{' and '.join(ignored)}; leave it out (--set takes {known} here)"
+        raise ConfigError("RW112", f"--task {', '.join(settings.task)} would ignore {given}.")
 
 
 def _used(name: str, settings: EvaluateSettings) -> Collection[str]:
@@ -48,14 +47,6 @@ def _used(name: str, settings: EvaluateSettings) -> Collection[str]:
     if name == "perplexity" or kind is None:
         return BY_PERPLEXITY if name == "perplexity" else BY_HARNESS
     return kind.uses(name, settings, own_options(kind, settings))
-
-
-def _close(name: str, used: Collection[str]) -> str:
-    own = sorted({*used} - {*BY_PERPLEXITY, *BY_HARNESS})
-    close = difflib.get_close_matches(name, own, n=1)
-    if close:
-        return f" (did you mean {close[0]}?)"
-    return f" (--set takes {', '.join(own)} here)" if own else " (no option of its own is used here)"
 
 
 def make_task(name: str, settings: EvaluateSettings) -> Task:
