@@ -155,8 +155,8 @@ def test_what_makes_no_combination_is_refused(tmp_path, capsys, arguments, code)
 
 
 def test_rows_without_verify_are_refused(tmp_path, capsys):
-    given = ["merge", "--adapter", str(tmp_path), "--data", "rows.jsonl", "--output", str(tmp_path / "merged"), "--json"]
-    assert main(given) == 2
+    given = ["merge", "--adapter", str(tmp_path), "--data", "rows.jsonl", "--output", str(tmp_path / "merged")]
+    assert main([*given, "--json"]) == 2
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["code"] == "RW112"
     assert "--verify" in error["message"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -18,7 +18,6 @@ from rankwise.reports.numbers import byte_size, duration
 
 if TYPE_CHECKING:
     from rankwise.planning import MemoryEstimate, Workload
-    from rankwise.planning.advice import Change
     from rankwise.planning.plan import MethodRow, Plan
     from rankwise.planning.real_steps import Check
 
@@ -33,14 +32,9 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "from disk": "yellow", "too big": "red"}
 APPLE = (
-    "an Apple GPU has none of our kernels: adapters, losses, attention, norms and MLPs run as PyTorch's own operations "
-    "on Metal, and the step is counted as PyTorch's own on a CPU; none was measured, so the ± is not its own."
+    "an Apple GPU has none of our kernels, and none was measured: the step is counted as PyTorch's own, 4-bit weights "
+    "are made dense in every pass (RW608), and bitsandbytes' optimizers are refused (RW116)."
 )
-APPLE_FOUR_BITS = (
-    "4-bit weights are no exception: plain PyTorch makes them dense in every pass (RW608), slowly, and times and "
-    "changes in time do not count that."
-)
-APPLE_REFUSED = "refused there: bitsandbytes' 8-bit and paged optimizers (RW116), which need a CUDA card."
 LABEL = 12
 
 
@@ -133,14 +127,10 @@ def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         return
     label = f"{plan.changes_of}:"
     for change in plan.changes:
-        yield label, change_sentence(change)
+        sign = "-" if change.saved_bytes >= 0 else "+"
+        ending = "still too big" if change.verdict == "too big" else change.verdict
+        yield label, f"{change.label}: {sign}{byte_size(abs(change.saved_bytes))}, {change.time_words}: {ending}"
         label = ""
-
-
-def change_sentence(change: Change) -> str:
-    sign = "-" if change.saved_bytes >= 0 else "+"
-    ending = "still too big" if change.verdict == "too big" else change.verdict
-    return f"{change.label}: {sign}{byte_size(abs(change.saved_bytes))}, {change.time_words}: {ending}"
 
 
 def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str, str]]:
@@ -160,21 +150,12 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
     if plan.rate is not None:
         yield "", f"learning rate {plan.rate}"
     if advice.is_tight:
-        yield "tight", tight_sentence(plan)
+        most = byte_size(advice.estimate.peak_bytes * (1 + advice.estimate.error))
+        yield "tight", f"nothing smaller fits: with its error the peak may reach {most}, and memory may run out."
     for index, rule in enumerate(advice.reasons):
         yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
     yield "run", command
     yield from (("serve" if index == 0 else "", text) for index, text in enumerate(advice.serving))
-
-
-def tight_sentence(plan: Plan) -> str:
-    """A plain warning that the run may still be too large."""
-    advice = plan.recommendation
-    most = advice.estimate.peak_bytes * (1 + advice.estimate.error)
-    return (
-        f"it fits only without its error margin: with it the peak may reach {byte_size(most)}, and there are "
-        f"{byte_size(plan.hardware.memory_bytes)}. Nothing smaller fits with it; memory may run out in the first steps."
-    )
 
 
 def larger_card(estimate: MemoryEstimate) -> str:
@@ -230,9 +211,6 @@ def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
         yield from network_lines(plan)
     if plan.hardware.device_type == "mps":
         yield "device", APPLE
-        if any(row.estimate.method in FOUR_BITS for row in plan.rows):
-            yield "", APPLE_FOUR_BITS
-        yield "", APPLE_REFUSED
     if plan.hardware.kind == "card":
         yield "card", f"{plan.hardware.source}; its memory is what torch can take of it"
     seen: dict[str, list[str]] = {}
@@ -273,8 +251,14 @@ def check_lines(check: Check) -> Iterator[tuple[str, str]]:
 
 
 def print_lines(lines: Iterable[tuple[str, str]], output: Output) -> None:
+    """Labels, and wrapped text beside them. A command is one line, so that it can be copied."""
     for label, text in lines:
-        _paragraph(label, text, output, output.console.width)
+        if label == "run":
+            output.line(f"{label:<{LABEL}}{text}")
+            continue
+        width = max(40, min(output.console.width, 110) - LABEL)
+        for index, line in enumerate(textwrap.wrap(text, width, break_on_hyphens=False) or [""]):
+            output.line(f"{label if index == 0 else '':<{LABEL}}{line}".rstrip())
 
 
 def _figure(size_bytes: float, unit: float) -> str:
@@ -282,13 +266,3 @@ def _figure(size_bytes: float, unit: float) -> str:
     if unit == 1e6 or value >= 99.95:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-def _paragraph(label: str, text: str, output: Output, width: int) -> None:
-    """A label and wrapped text beside it. A command is one line, so that it can be copied."""
-    if label == "run":
-        output.line(f"{label:<{LABEL}}{text}")
-        return
-    lines: Sequence[str] = textwrap.wrap(text, max(40, min(width, 110) - LABEL), break_on_hyphens=False) or [""]
-    for index, line in enumerate(lines):
-        output.line(f"{label if index == 0 else '':<{LABEL}}{line}".rstrip())

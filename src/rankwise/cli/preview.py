@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, light_table
+from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import PreviewSettings
 from rankwise.errors import DataError
 from rankwise.reports.numbers import plural, visible
@@ -74,16 +74,10 @@ def _of_labels(settings: PreviewSettings, output: Output) -> Document:
     ids = encoded.dataset[index]["input_ids"]
     label = ", ".join(row.target) if isinstance(row.target, tuple) else row.target
     shares = ", ".join(f"{name} {count:,} ({count / len(rows):.1%})" for name, count in counts.items())
-    lengths = f"median {report.median_length:,.0f} tokens, longest {report.longest:,}"
-    for name, text in (
-        ("row", f"{row.place}: {plural(len(ids), 'token')}"),
-        ("label", label),
-        ("labels", shares or "numbers"),
-        ("data set", f"{plural(report.rows, 'row')}, {lengths}"),
-        ("truncation", f"{report.truncated_rows:,} cut at --max-length {settings.max_length}"),
-        *(("bad rows", bad) for bad in _bad_rows(report)),
-    ):
-        output.line(f"{name:<12}{text}")
+    output.line(f"{'row':<12}{row.place}: {plural(len(ids), 'token')}")
+    output.line(f"{'label':<12}{label}")
+    output.line(f"{'labels':<12}{shares or 'numbers'}")
+    _print_report(output, report, settings)
     output.line(f"\n{visible(str(tokenizer.decode(ids)))}")
     return {
         "row": {"place": row.place, "text": row.text, "label": row.target, "ids": ids},
@@ -93,43 +87,36 @@ def _of_labels(settings: PreviewSettings, output: Output) -> Document:
 
 
 def _print(output: Output, preview: Preview, report: EncodingReport, settings: PreviewSettings) -> None:
-    share = f"{report.trained_share:.0%} of the tokens trained on"
-    lengths = f"median {report.median_length:,.0f} tokens, longest {report.longest:,}"
-    fate = f"{report.truncated_rows:,} cut and {report.dropped_rows:,} left out at --max-length {settings.max_length}"
-    if settings.objective == "grpo":
-        share = f"each leaves {settings.max_completion_length} for an answer"
-    for label, text in (
-        *_sides(preview, settings.objective),
-        ("format", preview.format),
-        ("template", preview.template),
-        ("data set", f"{plural(report.rows, 'row')}, {lengths}; {share}"),
-        ("truncation", fate),
-        *(("bad rows", bad) for bad in _bad_rows(report)),
-    ):
-        output.line(f"{label:<12}{text}")
-    marks = not output.is_terminal or output.console.no_color
-    if settings.objective != "grpo":
-        output.line(f"{'trained on':<12}what {f'is between {OPEN} and {CLOSE}' if marks else 'is green'}")
-    output.line()
-    if preview.rejected is None:
-        output.console.print(rendered(preview, marks=marks), soft_wrap=True)
-        return
-    table = light_table()
-    for side in ("chosen", "rejected"):
-        table.add_column(side)
-    table.add_row(rendered(preview, marks=marks), rendered(preview.rejected, marks=marks))
-    output.console.print(table)
-
-
-def _sides(preview: Preview, objective: str) -> Iterator[tuple[str, str]]:
-    """The row in figures; for a pair, both sides."""
-    if preview.rejected is not None:
-        yield "chosen", f"{preview.place}: {_figures(preview, objective)}"
-        yield "rejected", _figures(preview.rejected, objective)
-        return
-    yield "row", f"{preview.place}: {_figures(preview, objective)}"
+    sides = {"row": preview} if preview.rejected is None else {"chosen": preview, "rejected": preview.rejected}
+    for name, side in sides.items():
+        output.line(f"{name:<12}{preview.place}: {_figures(side, settings.objective)}")
     if preview.label is not None:
-        yield "label", "good" if preview.label else "bad"
+        output.line(f"{'label':<12}{'good' if preview.label else 'bad'}")
+    output.line(f"{'format':<12}{preview.format}")
+    output.line(f"{'template':<12}{preview.template}")
+    _print_report(output, report, settings)
+    marks = not output.is_terminal or output.console.no_color
+    if settings.objective == "grpo":
+        output.line(f"{'answers':<12}each prompt leaves {settings.max_completion_length} tokens for one")
+    else:
+        share = f"{report.trained_share:.0%} of all tokens"
+        output.line(f"{'trained on':<12}{share}; here what {f'is between {OPEN} and {CLOSE}' if marks else 'is green'}")
+    for name, side in sides.items():
+        output.line(f"\n{name}:" if len(sides) > 1 else "")
+        output.console.print(rendered(side, marks=marks), soft_wrap=True)
+
+
+def _print_report(output: Output, report: EncodingReport, settings: PreviewSettings) -> None:
+    """The lengths of the rows, what is cut, and each bad row with what ``train`` does about them."""
+    lengths = f"median {report.median_length:,.0f} tokens, longest {report.longest:,}"
+    output.line(f"{'data set':<12}{plural(report.rows, 'row')}, {lengths}")
+    fate = f"{report.truncated_rows:,} cut and {report.dropped_rows:,} left out at --max-length {settings.max_length}"
+    output.line(f"{'truncation':<12}{fate}")
+    for problem in report.skipped[:NAMED_ROWS]:
+        output.line(f"{'bad rows':<12}{problem['row']}: {problem['why']} ({problem['code']})")
+    if count := report.skipped_rows:
+        told = f"{plural(count, 'row')} in all (--json lists them); `train` stops without --skip-bad-rows {count}"
+        output.line(f"{'bad rows':<12}{told}")
 
 
 def _figures(preview: Preview, objective: str) -> str:
@@ -139,14 +126,6 @@ def _figures(preview: Preview, objective: str) -> str:
     if objective == "grpo":
         trained = "the answer is the model's"
     return f"{plural(preview.tokens, 'token')}{cut}; {trained}"
-
-
-def _bad_rows(report: EncodingReport) -> Iterator[str]:
-    """A line for each bad row, and what ``train`` does about them."""
-    for problem in report.skipped[:NAMED_ROWS]:
-        yield f"{problem['row']}: {problem['why']} ({problem['code']})"
-    if count := report.skipped_rows:
-        yield f"{plural(count, 'row')} in all (--json lists them); `train` stops without --skip-bad-rows {count}"
 
 
 def rendered(preview: Preview, *, marks: bool) -> Text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -83,12 +82,13 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
         int, _compared("Runs per method, with the seeds 0, 1, ...; a single run gives no interval.", ge=1, le=1000)
     ] = 3
     learning_rates: Annotated[
-        tuple[Annotated[float, Field(le=LARGEST_NUMBER)], ...] | None,
+        tuple[Annotated[float, Field(gt=0, le=LARGEST_NUMBER)], ...] | None,
         BeforeValidator(comma_list),
         _compared(
             "Rates that every method tries on seed 0; the best by evaluation loss runs on all seeds. Default: for each "
             "method three, around the default of `train`.",
             metavar="X,...",
+            min_length=1,
         ),
     ] = None
     budget: Annotated[
@@ -173,8 +173,6 @@ def check_compare(given: CompareSettings) -> None:
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
             raise ConfigError("RW167", f"{name} names {', '.join(twice)} more than once; name each once.")
-    if rates is not None and (not rates or any(not 0 < rate < math.inf for rate in rates)):
-        raise ConfigError("RW167", f"--learning-rates is {rates}; give rates above 0.")
     if given.address is not None and given.executor != "ray":
         raise ConfigError("RW167", "--address names a Ray cluster; add --executor ray.")
     if given.retain is None and given.retain_margin != given.defaults()["retain_margin"]:
