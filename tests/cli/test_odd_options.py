@@ -39,10 +39,9 @@ def test_a_settings_file_that_does_not_say_one_thing(content, reason, said, tmp_
 
 
 @pytest.mark.parametrize("option", ["output", "model", "data"])
-@pytest.mark.parametrize("path", ["loop", "dangling/x", "x" * 300])
+@pytest.mark.parametrize("path", ["loop", "x" * 300])
 def test_a_path_that_leads_nowhere(option, path, said, tmp_path):
     os.symlink("loop", tmp_path / "loop")
-    os.symlink("nowhere", tmp_path / "dangling")
     assert said(**{option: path}).startswith("error RW")
 
 

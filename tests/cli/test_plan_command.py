@@ -61,7 +61,7 @@ def test_what_only_fits_without_its_error_is_recommended_with_a_warning(rankwise
     assert document["command"]
     saved = tmp_path / "plan.yaml"
     said = plan(f"{peak}B", "--save", saved).stdout
-    assert "only without its error margin" in " ".join(said.split())
+    assert "with its error the peak may reach" in " ".join(said.split())
     assert "nothing fits" not in " ".join(said.split())
     assert "only without its error margin" in saved.read_text()
 
@@ -106,11 +106,9 @@ def test_without_our_fused_parts_the_plan_says_so_and_saves_it(plan, tmp_path):
 def test_an_apple_gpu_is_counted_without_our_kernels(plan):
     order = ("--gpu", "m4 max 64gb", "--method")
     said = " ".join(plan(*order, "lora,qlora").stdout.split())
-    assert "the step is counted as PyTorch's own on a CPU" in said
     assert "none of our kernels" in said
-    assert "plain PyTorch makes them dense in every pass (RW608)" in said
-    assert "refused there: bitsandbytes' 8-bit and paged optimizers (RW116)" in said
-    assert "RW608" not in plan(*order, "lora").stdout
+    assert "4-bit weights are made dense in every pass (RW608)" in said
+    assert "bitsandbytes' optimizers are refused (RW116)" in said
     workload = plan(*order, "lora", "--json").document["workload"]
     assert (workload["fast"], workload["device_type"]) == (False, "cpu")
 

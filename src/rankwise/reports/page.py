@@ -87,7 +87,7 @@ def _tradeoffs(comparison: Comparison, numbers: Mapping[str, int]) -> list[Marku
         spots = []
         for name in comparison.ranked():
             facts = comparison["methods"][name]
-            if key != "wall_seconds" or facts["alone"]:
+            if facts[key] is not None and (key != "wall_seconds" or facts["alone"]):
                 reach = [cost / scale for cost in facts["ranges"][key]]
                 spots.append(Spot(name, facts[key] / scale, facts["mean"][metric], reach, facts["interval"][metric]))
         if spots:
@@ -101,19 +101,19 @@ def _retained(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
     for name in comparison.ranked():
         facts = comparison["methods"][name]
         if (kept := facts["retained"]) is not None:
-            scale, interval = kept["base"] / 100, kept["interval"]
+            base, scale, interval = kept, kept["base"] / 100, kept["interval"]
             reach = interval and [bound / scale for bound in interval]
             rise = kept["difference"] / scale
             spots.append(Spot(name, rise, facts["mean"][metric], reach, facts["interval"][metric]))
     if not spots:
         return {"retained": ""}
-    margin, what = kept["margin"] / kept["base"], comparison["data"]["retain"]
+    margin, what = base["margin"] / base["base"], comparison["data"]["retain"]
     axis = "loss on what must stay, change in %"
     return {
         "retained": plots.quality_against_cost(spots, numbers, axis, metric_name(metric), 100 * margin),
         "retained_rows": f"{plural(what['rows'], 'question' if what['unit'] == 'question' else 'row')} of "
         f"{visible(last_part(what['source']))}",
-        "retained_base": f"{significant(kept['base'], 4)} nats per {what['unit']}",
+        "retained_base": f"{significant(base['base'], 4)} nats per {what['unit']}",
         "retained_margin": percent(margin),
     }
 

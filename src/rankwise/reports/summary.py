@@ -84,7 +84,7 @@ def _tested(comparison: Comparison) -> str:
 
 def _tuned(comparison: Comparison) -> str:
     searches = comparison["learning_rates"]
-    counts = sorted({len(search["tried"]) for search in searches.values()})
+    counts = sorted({len(search["tried"]) for search in searches.values() if search["tried"]})
     if counts[-1] < 2:
         return "one for each method, which may suit one more than another"
     edge = [method_name(name) for name, search in searches.items() if search["at_edge"]]
