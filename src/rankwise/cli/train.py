@@ -155,12 +155,6 @@ def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
     )
 
 
-def trained_share(record: RunRecord) -> str:
-    assert record.trainable_parameters is not None
-    share = f", {100 * record.trainable_parameters / record.total_parameters:.2f} %" if record.total_parameters else ""
-    return f"{record.trainable_parameters:,} parameters{share} of the model"
-
-
 def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     """The results of a finished run, as labelled lines."""
     yield "reward" if record.objective == "grpo" else "loss", change_sentence(folder, record)
@@ -176,7 +170,8 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     if record.objective == "classify" and "eval" in record.data:
         yield "answers", f"{in_words(record.eval_rewards, record.data['eval']['rows'])} on the evaluation data"
     if record.trainable_parameters is not None and record.total_parameters:
-        yield "trained", trained_share(record)
+        share = 100 * record.trainable_parameters / record.total_parameters
+        yield "trained", f"{record.trainable_parameters:,} parameters, {share:.2f} % of the model"
     if (kept := record.retained) is not None:
         what = "question" if kept.get("unit") == "question" else "row"
         rows = f"on {plural(kept['rows'], what)} of {kept['source']}"
@@ -213,18 +208,13 @@ def change_sentence(folder: Path, record: RunRecord) -> str:
 
 
 def _speed(record: RunRecord) -> str:
-    parts = []
-    together = f" of {record.devices} processes together ({record.strategy})" if record.devices > 1 else ""
-    if record.tokens_per_second is not None:
-        parts.append(f"{record.tokens_per_second:,.0f} tokens/s{together}")
-    if record.peak_memory_bytes is not None:
-        plan = record.predicted_peak_memory_bytes
-        predicted = "" if plan is None else f" (predicted {byte_size(plan)})"
-        of_one = " of one process" if together else ""
-        parts.append(f"peak memory{of_one} {byte_size(record.peak_memory_bytes)}{predicted}")
-    if record.wall_seconds is not None:
-        parts.append(f"{duration(record.wall_seconds)} in all")
-    return ", ".join(parts)
+    several = record.devices > 1
+    together = f" of {record.devices} processes together ({record.strategy})" if several else ""
+    peak = f"peak memory{' of one process' if several else ''} {byte_size(record.peak_memory_bytes)}"
+    if record.predicted_peak_memory_bytes is not None:
+        peak += f" (predicted {byte_size(record.predicted_peak_memory_bytes)})"
+    speed = "–" if record.tokens_per_second is None else f"{record.tokens_per_second:,.0f}"
+    return f"{speed} tokens/s{together}, {peak}, {duration(record.wall_seconds)} in all"
 
 
 COMMAND = Command(
