@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from rankwise.errors import ConfigError, one_line
 from rankwise.foreign import Fields, JsonObject, deepest_faults, fault
-from rankwise.options import Settings, flag
+from rankwise.options import OPTIONS, Settings, close_names, flag
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -52,7 +51,7 @@ def _problem(item: ErrorDetails, kind: type[Settings]) -> str:
     name = "the first argument" if is_argument else flag(field)
     if item["type"] == "extra_forbidden":
         ours = [flag(other).removeprefix("--") for other in kind.model_fields]
-        close = difflib.get_close_matches(name.removeprefix("--"), ours, n=1)
+        close = close_names(name.removeprefix("--"), ours, OPTIONS, cutoff=0.6)
         return f"{name} is not an option" + (f" (did you mean --{close[0]}?)" if close else "")
     if item["type"] == "missing":
         return f"{name} is missing"

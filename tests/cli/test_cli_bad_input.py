@@ -63,14 +63,39 @@ def test_a_value_out_of_range(option, value, command, refuses):
     refuses("RW103", *command(**{option: value}), said=f"--{option} is '{value}'")
 
 
-def test_an_option_that_does_not_exist(refuses):
-    refuses("RW120", "train", "--learning-rat", 1, said="--learning-rate")
+@pytest.mark.parametrize(
+    ("command", "option", "meant"),
+    [
+        ("train", "lr", "--learning-rate"),
+        ("compare", "lr", "--learning-rates"),
+        ("train", "lora-r", "--r"),
+        ("train", "per_device_train_batch_size", "--batch-size"),
+        ("train", "num-train-epochs", "--epochs"),
+        ("train", "dataset", "--data"),
+        ("train", "learning-rat", "--learning-rate"),
+        ("generate", "max-tokens", "--max-new-tokens"),
+    ],
+)
+def test_an_option_of_another_tool_is_translated(command, option, meant, refuses):
+    refuses("RW120", command, f"--{option}", 1, said=f"no such option: --{option}, did you mean {meant}?")
 
 
-def test_names_that_do_not_exist(command, refuses, tmp_path):
-    (tmp_path / "run.yaml").write_text("epoch: 3\n")
+def test_another_tools_names_are_translated_in_files_and_values(command, refuses, tmp_path):
+    (tmp_path / "run.yaml").write_text("num_train_epochs: 3\n")
     refuses("RW103", *command(config=tmp_path / "run.yaml"), said="did you mean --epochs?")
-    refuses("RW110", *command(optimizer="adamm"), said="the closest are adamw_")
+    refuses("RW110", *command(optimizer="adam"), said="the closest are adamw_torch.")
+    refuses("RW110", *command(optimizer="adamm"), said="the closest are adamw_torch")
+
+
+def test_what_is_translated_exists():
+    from transformers.training_args import OptimizerNames
+
+    from rankwise.cli.main import COMMANDS
+    from rankwise.cli.options import options_of
+    from rankwise.options import OPTIMIZERS, OPTIONS
+
+    assert set(OPTIONS) <= {option.flag for command in COMMANDS for option in options_of(command)}
+    assert set(OPTIMIZERS) <= {item.value for item in OptimizerNames}
 
 
 @pytest.mark.parametrize(

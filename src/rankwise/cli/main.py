@@ -52,7 +52,7 @@ from rankwise.errors import (
     one_line,
     out_of_memory,
 )
-from rankwise.options import Settings
+from rankwise.options import OPTIONS, Settings, close_names
 from rankwise.records import WAIT_POLICIES
 from rankwise.training import ranks
 from rankwise.training.observer import terminable
@@ -223,10 +223,22 @@ def _as_ours(error: BaseException) -> RankwiseError:
 
 def _usage_sentence(error: Any) -> str:
     """The parser's message, and the command that lists the options."""
-    sentence = " ".join(error.format_message().split()).rstrip(".")
+    sentence = _no_such_option(error) or " ".join(error.format_message().split()).rstrip(".")
     path = error.ctx.command_path if getattr(error, "ctx", None) else "rankwise"
     joint = "" if sentence.endswith("?") else ";"
     return f"{sentence[0].lower()}{sentence[1:]}{joint} `{path} --help` lists what there is."
+
+
+def _no_such_option(error: Any) -> str | None:
+    """Advice for an unknown option. The parser's own compares letters only, and suggests --help for --lr."""
+    given, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if context is None or not hasattr(error, "possibilities") or not isinstance(given, str):
+        return None
+    known = {flag.lstrip("-") for option in context.command.params for flag in option.opts if flag.startswith("--")}
+    close = close_names(given.lstrip("-").replace("_", "-"), known, OPTIONS, cutoff=0.6)
+    return f"no such option: {given}" + (
+        f", did you mean {' or '.join(f'--{name}' for name in close)}?" if close else ""
+    )
 
 
 def _give_up_stdout() -> None:

@@ -13,7 +13,6 @@ Groups and the embedding's rate are those of the paper's code and of PEFT's ``cr
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import math
 import re
@@ -27,6 +26,7 @@ from torch.optim import Optimizer
 from rankwise.adapters.lora import EmbeddingLora
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
+from rankwise.options import OPTIMIZERS, close_names
 
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 # {name: (class in bitsandbytes.optim, whether its state is paged)}; 8 bits where the name says so, else 32.
@@ -70,7 +70,7 @@ def check_names(given: TrainSettings) -> None:
 def _check_name(code: str, option: str, name: str, known: Iterable[str]) -> None:
     names = sorted(known)
     if name not in names:
-        close = difflib.get_close_matches(name, names, cutoff=0.4) or names
+        close = close_names(name, names, OPTIMIZERS, cutoff=0.4) or names
         raise ConfigError(code, f"{option} is {name!r}, which does not exist; the closest are {', '.join(close)}.")
 
 
