@@ -33,7 +33,6 @@ from rankwise.options import (
 )
 
 Bias = Literal["none", "all", "lora_only"]
-AdapterDtype = Literal["float32", "base"]
 ForMerge = Literal["nf4", "q4_0"]
 
 _adapter = functools.partial(option, Panel.ADAPTER)
@@ -73,11 +72,6 @@ class AdapterOptions:
     ] = None
     # Kalajdzievski 2023.
     use_rslora: Annotated[bool, _adapter("Scale by alpha / sqrt(r).")] = False
-    # float32 keeps A, B and m in full precision and rounds them to the layer's dtype in the product; base takes half
-    # the adapter's memory, and loses small updates to rounding.
-    adapter_dtype: Annotated[
-        AdapterDtype, _adapter("Dtype of A and B: float32, or base for that of the base model.")
-    ] = "float32"
     for_merge: Annotated[
         ForMerge | None,
         _adapter(

@@ -251,13 +251,6 @@ def test_a_merged_model_is_saved_whole(family, tmp_path):
     torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "merged")), logits(model))
 
 
-def test_the_adapter_s_dtype():
-    model = base("mixtral", dtype=torch.bfloat16)
-    rw.add_adapter(model, config("both", adapter_dtype="base"))
-    assert {parameter.dtype for parameter in rw.adapter_parameters(model).values()} == {torch.bfloat16}
-    step(model)
-
-
 def test_casting_the_model_leaves_the_experts_adapters_in_float32():
     model = base("mixtral")
     rw.add_adapter(model, config("both"))

@@ -59,16 +59,6 @@ def test_biases_and_parts_of_a_fused_layer(bias: str, gpt2_folder: str, settings
     assert record.settings["enable_lora"] == {"c_attn": [True, False, True]}
 
 
-@pytest.mark.parametrize(("chosen", "dtype"), [("float32", torch.float32), ("base", torch.bfloat16)])
-def test_a_continued_adapter_trains_in_the_dtype_asked_for(
-    chosen: str, dtype: torch.dtype, settings: Any, tmp_path: Path
-) -> None:
-    short = {"dtype": "bfloat16", "max_steps": 2, "eval_steps": 2}
-    train(settings(**short, output=tmp_path / "first"))
-    train(settings(**short, adapter=tmp_path / "first", adapter_dtype=chosen))
-    assert {value.dtype for value in trained(tmp_path / "run").values()} == {dtype}
-
-
 def test_another_adapter_or_other_new_tokens_do_not_resume(settings: Any, tmp_path: Path) -> None:
     """Under the same names as those with which the run was started."""
     first, tokens = tmp_path / "first", tmp_path / "tokens.txt"

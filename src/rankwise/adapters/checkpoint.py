@@ -67,7 +67,7 @@ from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import AdapterError, ConfigError, warn
 from rankwise.foreign import parse_json
-from rankwise.lora_config import AdapterDtype, LoraConfig
+from rankwise.lora_config import LoraConfig
 from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 # Tensors of the embedding or the head that PEFT stores under the names of its own modules too.
@@ -186,7 +186,6 @@ def load_adapter(
     *,
     name: str = DEFAULT_NAME,
     trainable: bool = True,
-    adapter_dtype: AdapterDtype = "float32",
 ) -> AdapterReport:
     """Add the adapter of a PEFT folder to the model in place, and make it the active one. The base is frozen.
 
@@ -195,7 +194,6 @@ def load_adapter(
         folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         name: The adapter's name among those of the model.
         trainable: Whether the adapter trains.
-        adapter_dtype: As in ``LoraConfig``; an adapter's files do not hold it.
 
     Raises:
         AdapterError: RW409 to RW412 for a folder that cannot be read or does not fit, and those of ``add_adapter``. The
@@ -207,8 +205,7 @@ def load_adapter(
     modules = dict(base_modules(model))
     if file.config.init.kind == "loftq" and not any(is_quantized(modules[item.path]) for item in file.planned):
         warn("RW433", f"the adapter in {folder} started by loftq, {BELONGS_ON_FOUR_BITS}; load the base in 4 bits.")
-    config = dataclasses.replace(file.config, adapter_dtype=adapter_dtype)
-    attach(model, config, file.planned, name, trainable=trainable)
+    attach(model, file.config, file.planned, name, trainable=trainable)
     try:
         load_tensors(model, file.tensors, name)
     except BaseException:

@@ -40,12 +40,11 @@ from rankwise.quantization.linear import in_file
 
 @dataclasses.dataclass(frozen=True)
 class StackShape:
-    """The shape (E, in, out) of a stack, and the floating dtype and the device of its weights."""
+    """The shape (E, in, out) of a stack, and the device of its weights."""
 
     experts: int
     in_features: int
     out_features: int
-    dtype: torch.dtype
     device: torch.device
 
 
@@ -53,18 +52,17 @@ def stack_shape(module: nn.Module, leaf: str) -> StackShape:
     """The shape of the stack ``leaf`` in an experts module with transformers' interface."""
     stack, parameter = stack_at(module, leaf), module.get_parameter(leaf)
     shape = parameter.shape if stack is None else stack.scales.shape
-    dtype = parameter.dtype if stack is None else stack.scales.dtype
     K, N = shape[1:] if module.is_transposed else shape[:0:-1]
-    return StackShape(shape[0], K, N, dtype, parameter.device)
+    return StackShape(shape[0], K, N, parameter.device)
 
 
 class StackLora(nn.Module):
     """The low-rank pairs of one stack: lora_A (E, r, in) and lora_B (E, out, r)."""
 
-    def __init__(self, stack: StackShape, r: int, scaling: float, *, dtype: torch.dtype) -> None:
+    def __init__(self, stack: StackShape, r: int, scaling: float) -> None:
         super().__init__()
         self.r, self.scaling = r, scaling
-        empty = partial(torch.empty, dtype=dtype, device=stack.device)
+        empty = partial(torch.empty, dtype=torch.float32, device=stack.device)
         self.lora_A = nn.Parameter(empty(stack.experts, r, stack.in_features))
         self.lora_B = nn.Parameter(empty(stack.experts, stack.out_features, r))
 

@@ -18,12 +18,11 @@ from rankwise.adapters.base_layer import (
     make_foreign,
     make_readable,
     weight_device,
-    weight_dtype,
 )
 from rankwise.adapters.dora import Dora
 from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
 from rankwise.adapters.inits import Beginning, Pair, beginning
-from rankwise.adapters.layer import AdaptedLayer, Origin, OverBase, TrainedCopy
+from rankwise.adapters.layer import AdaptedLayer, Origin, TrainedCopy
 from rankwise.adapters.lora import EmbeddingLora, Lora, TokenRows
 from rankwise.adapters.saving import SavePretrained
 from rankwise.adapters.select import (
@@ -238,10 +237,6 @@ def attach(
             layer.is_head = layer.base_layer is model_end(model, "output")
             if isinstance(adapter, Lora | Dora) and not layer.is_head:
                 adapter.for_merge = config.for_merge
-    if config.adapter_dtype == "base":
-        for _, module in wrappers(model):
-            if isinstance(module, OverBase) and name in module.adapters:
-                module.cast_with_base.add(name)
     for key, bias in _biases(model, config, name).items():
         replace_parameter(model, state, name, key, bias)
     if hasattr(type(model), "save_pretrained"):
@@ -370,8 +365,7 @@ def _add_stack(experts: AdaptedExperts, config: LoraConfig, item: AdaptedModule,
     if name not in experts.adapters:
         experts.adapters[name] = ExpertsLora().train(experts.training)
     stack = stack_shape(experts.base_layer, item.leaf)
-    dtype = torch.float32 if config.adapter_dtype == "float32" else stack.dtype
-    lora = StackLora(stack, item.r, config.scaling(item.r, item.lora_alpha), dtype=dtype)
+    lora = StackLora(stack, item.r, config.scaling(item.r, item.lora_alpha))
     lora.reset_parameters(zero_b=config.init.kind != "random")
     experts.adapter(name).stacks[item.leaf] = lora
 
@@ -383,25 +377,21 @@ def _begin(layer: AdaptedLayer, item: AdaptedModule, config: LoraConfig, start: 
     pair = None if start is None else start.pair(item, base)
     if start is None or pair is None or config.init.kind != "pissa":
         return pair
-    dtype = torch.float32 if config.adapter_dtype == "float32" else weight_dtype(base)
-    # The pair is subtracted as the adapter holds it, after rounding to its dtype.
-    A, B = (part.to(dtype) for part in pair)
-    layer.origin = Origin(A, B, config.scaling(item.r, item.lora_alpha))
+    layer.origin = Origin(*pair, config.scaling(item.r, item.lora_alpha))
     layer.base_layer = layer.origin.taken_out_of(base, start.weight(item, base))
-    return A, B
+    return pair
 
 
 def _new_adapter(
     config: LoraConfig, item: AdaptedModule, base: nn.Module, pair: Pair | None
 ) -> Lora | Dora | EmbeddingLora:
-    dtype = torch.float32 if config.adapter_dtype == "float32" else weight_dtype(base)
     device, scaling = weight_device(base), config.scaling(item.r, item.lora_alpha)
     adapter: Lora | Dora | EmbeddingLora
     if isinstance(base, nn.Embedding):
-        adapter = EmbeddingLora(base, item.r, scaling, use_dora=config.use_dora, dtype=dtype, device=device)
+        adapter = EmbeddingLora(base, item.r, scaling, use_dora=config.use_dora, device=device)
     else:
         kind = Dora if config.use_dora else Lora
-        adapter = kind(base, item.r, scaling, dropout=config.lora_dropout, parts=item.parts, dtype=dtype, device=device)
+        adapter = kind(base, item.r, scaling, dropout=config.lora_dropout, parts=item.parts, device=device)
     adapter.reset_parameters(base, zero_b=config.init.kind != "random")
     if pair is not None:
         with torch.no_grad():

@@ -45,8 +45,6 @@ class OverBase(nn.Module, Generic[Over]):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
-        # Names of the adapters whose A and B follow casts of the base (``adapter_dtype="base"``).
-        self.cast_with_base: set[str] = set()
         # The pair that an adapter's initialisation subtracted from the base.
         self.origin: Origin | None = None
         keep_names(self, "base_layer")
@@ -62,10 +60,10 @@ class OverBase(nn.Module, Generic[Over]):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if recurse:
             self.base_layer._apply(fn)
-            for name, adapter in self.adapters.items():
-                adapter._apply(_keeping_precision(adapter, fn, cast_pair=name in self.cast_with_base))
+            for adapter in self.adapters.values():
+                adapter._apply(_keeping_precision(fn))
             if self.origin is not None:
-                self.origin._apply(_keeping_precision(self.origin, fn, cast_pair=bool(self.cast_with_base)))
+                self.origin._apply(_keeping_precision(fn))
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -77,19 +75,12 @@ class OverBase(nn.Module, Generic[Over]):
             return getattr(super().__getattr__("base_layer"), name)
 
 
-def _keeping_precision(
-    adapter: nn.Module, fn: Callable[[Tensor], Tensor], *, cast_pair: bool
-) -> Callable[[Tensor], Tensor]:
-    """``fn`` that never casts m below float32, and casts A and B below float32 only with ``cast_pair``."""
+def _keeping_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` that never casts below float32."""
 
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
         if not moved.is_floating_point():
-            return moved
-        m = getattr(adapter, "magnitude", None)
-        # ``fn`` gets each parameter's gradient too.
-        is_magnitude = m is not None and (tensor is m or tensor is m.grad)
-        if cast_pair and not is_magnitude:
             return moved
         dtype = torch.promote_types(moved.dtype, torch.float32)
         return moved if moved.dtype is dtype else tensor.to(moved.device, dtype)

@@ -310,8 +310,7 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
             f"--adapter {given.adapter} has new tokens, which need whole weights, and --strategy fsdp does not read "
             "these; take ddp.",
         )
-    # The adapter's file does not hold the dtype in which it trained.
-    own = {name: getattr(config, name) for name in ADAPTER if name != "adapter_dtype"}
+    own = {name: getattr(config, name) for name in ADAPTER}
     defaults = given.defaults()
     odd = [
         flag(name) for name, value in own.items() if _plain(getattr(given, name)) not in (_plain(value), defaults[name])
@@ -340,7 +339,7 @@ def _continue_adapter(model: nn.Module, given: TrainSettings, adapter: Path, bas
                 f"--adapter {adapter} was trained on a different base than --model {given.model} (their sha256 "
                 "differ); give the model that its run.json names.",
             )
-    report = load_adapter(model, adapter, adapter_dtype=given.adapter_dtype)
+    report = load_adapter(model, adapter)
     if given.objective in ("dpo", "kto") or given.beta:
         keep_reference(model)
     return report.trainable_parameters
