@@ -250,13 +250,9 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Likeness:
-    """How close the exported adapter is to the trained one, over all tokens and the whole vocabulary."""
+    """How close the exported adapter is to the trained one, over the labels of all rows."""
 
     tokens: int
-    largest_logit_difference: float
-    mean_logit_difference: float
-    # Share of the tokens at which both have the same argmax.
-    top1_agreement: float
     perplexity_base: float
     perplexity_adapter: float
     perplexity_exported: float
@@ -286,8 +282,13 @@ def keeps_perplexity(
 @torch.no_grad()
 def likeness(model: PreTrainedModel, file: AdapterFile, name: str, pairs: Pairs, rows: Sequence[Row]) -> Likeness:
     """Compare the exported pairs with the active adapter ``name``."""
+    with adapter_disabled(model):
+        base = _losses(model, rows)
+    trained = _losses(model, rows)
     with _laid_over(model, file, name, pairs):
-        return _compare(model, name, rows)
+        exported = _losses(model, rows)
+    of_base, of_adapter, of_exported = (float(losses.mean().exp()) for losses in (base, trained, exported))
+    return Likeness(len(base), of_base, of_adapter, of_exported, float((trained - exported).abs().mean()))
 
 
 @contextmanager
@@ -301,36 +302,11 @@ def _laid_over(model: PreTrainedModel, file: AdapterFile, name: str, pairs: Pair
         set_adapter(model, name)
 
 
-def _compare(model: PreTrainedModel, name: str, rows: Sequence[Row]) -> Likeness:
-    losses: tuple[list[Tensor], ...] = ([], [], [])
-    largest, total, agreed, tokens = 0.0, 0.0, 0, 0
-    for row in rows:
-        with adapter_disabled(model):
-            base = _logits(model, row)
-        set_adapter(model, name)
-        trained = _logits(model, row)
-        set_adapter(model, EXPORTED)
-        exported = _logits(model, row)
-        difference = (trained - exported).abs()
-        largest, total = max(largest, difference.max().item()), total + difference.mean(dim=-1).sum().item()
-        agreed += int((trained.argmax(-1) == exported.argmax(-1)).sum())
-        tokens += len(row.ids)
-        for found, logits in zip(losses, (base, trained, exported)):
-            found.append(_loss(logits, row))
-    lost = float((torch.cat(losses[1]) - torch.cat(losses[2])).abs().mean())
-    base_perplexity, *others = (float(torch.cat(one).mean().exp()) for one in losses)
-    return Likeness(tokens, largest, total / tokens, agreed / tokens, base_perplexity, others[0], others[1], lost)
-
-
 def _losses(model: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
     """The loss of every label, row by row."""
-    return torch.cat([_loss(_logits(model, row), row) for row in rows])
-
-
-def _loss(logits: Tensor, row: Row) -> Tensor:
-    labels = row.labels[1:].to(logits.device)
-    return cross_entropy(logits[:-1][labels != IGNORED], labels[labels != IGNORED], reduction="none")
-
-
-def _logits(model: PreTrainedModel, row: Row) -> Tensor:
-    return model(input_ids=row.ids[None].to(model.device), use_cache=False).logits[0].float()
+    losses = []
+    for row in rows:
+        logits = model(input_ids=row.ids[None].to(model.device), use_cache=False).logits[0].float()
+        labels = row.labels[1:].to(logits.device)
+        losses.append(cross_entropy(logits[:-1][labels != IGNORED], labels[labels != IGNORED], reduction="none"))
+    return torch.cat(losses)
