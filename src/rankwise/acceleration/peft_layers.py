@@ -135,7 +135,7 @@ def _adapter_over(module: Any, base: nn.Module, name: str) -> Lora | Dora:
     """A rankwise adapter that holds PEFT's parameters."""
     (A, B, m), scaling = _parameters(module, name), module.scaling[name]
     kind = Lora if m is None else Dora
-    adapter = kind(base, A.shape[0], scaling, dropout=_dropout(module, name), dtype=A.dtype, device="meta")
+    adapter = kind(base, A.shape[0], scaling, dropout=_dropout(module, name), device="meta")
     if isinstance(adapter, Dora) and m is not None:
         adapter.magnitude = m
     adapter.lora_A, adapter.lora_B = A, B

@@ -47,10 +47,9 @@ class Dora(LowRankPair):
         *,
         dropout: float = 0.0,
         parts: Parts | None = None,
-        dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(base, r, scaling, dropout=dropout, parts=parts, dtype=dtype, device=device)
+        super().__init__(base, r, scaling, dropout=dropout, parts=parts, device=device)
         # Always float32: in bfloat16, rounding m would make the initial gain differ from 1.
         self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
         self._out_features = features(base)[1]

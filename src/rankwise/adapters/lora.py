@@ -20,6 +20,7 @@ R (n, dim), i (n,) token ids. A tied head shares R; its bias stays frozen.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import abstractmethod
 
 import torch
@@ -66,14 +67,13 @@ class LowRankPair(nn.Module):
         *,
         dropout: float = 0.0,
         parts: Parts | None = None,
-        dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.r, self.scaling, self.parts = r, scaling, parts
         # A module, so that code that disables dropout (trl's for DPO and GRPO) finds it. It is never called.
         self.lora_dropout = nn.Dropout(dropout)
-        self.lora_A, self.lora_B = empty_pair(base, r, parts, dtype, device)
+        self.lora_A, self.lora_B = empty_pair(base, r, parts, device)
         # Set by rankwise.acceleration.
         self.eight_bit: EightBit | None = None
         # The 4-bit format of the file for which this layer trains.
@@ -172,15 +172,14 @@ class Lora(LowRankPair):
 
 
 def empty_pair(
-    base: nn.Module, r: int, parts: Parts | None, dtype: torch.dtype, device: torch.device | str | None
+    base: nn.Module, r: int, parts: Parts | None, device: torch.device | str | None
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """Uninitialised A (r, in) and B (out, r), or A (n r, in) and B (n out/len(parts), r) for n enabled parts."""
+    """Float32 A (r, in) and B (out, r) without values; A (n r, in) and B (n out/len(parts), r) for n enabled parts."""
     in_features, out_features = features(base)
     count = 1 if parts is None else sum(parts)
     rows = out_features if parts is None else count * (out_features // len(parts))
-    A = torch.empty(count * r, in_features, dtype=dtype, device=device)
-    B = torch.empty(rows, r, dtype=dtype, device=device)
-    return nn.Parameter(A), nn.Parameter(B)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    return nn.Parameter(empty(count * r, in_features)), nn.Parameter(empty(rows, r))
 
 
 class EmbeddingLora(nn.Module):
@@ -196,12 +195,11 @@ class EmbeddingLora(nn.Module):
         scaling: float,
         *,
         use_dora: bool = False,
-        dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.r, self.scaling = r, scaling
-        self.lora_A, self.lora_B = empty_pair(base, r, None, dtype, device)
+        self.lora_A, self.lora_B = empty_pair(base, r, None, device)
         self.magnitude: nn.Parameter | None = None
         if use_dora:
             self.magnitude = nn.Parameter(torch.empty(base.embedding_dim, dtype=torch.float32, device=device))
