@@ -33,10 +33,7 @@ from rankwise.records import record_of
 from rankwise.serving import SERVERS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def proven(
