@@ -79,12 +79,13 @@ def test_runs_without_a_finite_figure_are_named(tmp_path: Path):
         compare(**options)
 
 
-def test_runs_of_different_hardware_are_named(tmp_path: Path):
+def test_runs_of_different_hardware_or_data_are_named(tmp_path: Path):
     options = given(tmp_path, methods="lora,full", learning_rates="2e-4", seeds=1)
     compare(**options)
     for number, file in enumerate(sorted((tmp_path / "out" / "runs").glob("*/run.json"))):
-        device = {"name": "x86_64", "threads": 2 - number}
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"device": device}))
+        device, data = {"name": "x86_64", "threads": 2 - number}, {"train": {"sha256": f"of version {number}"}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"device": device, "data": data}))
     found: Any = compare(**options)
     told = {item["code"]: item["message"] for item in found["warnings"]}
     assert "different hardware (x86_64, threads: 1; x86_64, threads: 2)" in told["RW595"]
+    assert "the train data changed between the runs" in told["RW591"]

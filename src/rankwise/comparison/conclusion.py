@@ -68,6 +68,10 @@ def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Mess
     if len(hardware) > 1:
         devices = "; ".join(sorted(hardware))
         warn("RW595", f"the runs are of different hardware ({devices}): their times, speeds and memory differ.")
+    for part in ("train", "eval"):
+        data = [run["data"].get(part, {}).get("sha256") for run in finished]
+        if len({*data} - {None}) > 1:
+            warn("RW591", f"the {part} data changed between the runs; compare again in a different --output.")
     _warn_of_shared_steps(plan)
     spreads = spreads_of(given, scores[given.metric], inputs)
     base = plan.output / stages.BASE
