@@ -232,8 +232,8 @@ def _print_conversion(output: Output, report: ExportReport) -> None:
             "that also keeps the perplexity of the rows that were set aside."
         )
     output.line(
-        f"Perplexity of {likeness.tokens:,} tokens of rows that were set aside: base {likeness.perplexity_base:.4g}, "
-        f"adapter as trained {likeness.perplexity_adapter:.4g}, exported {likeness.perplexity_exported:.4g}."
+        f"Perplexity: base {likeness.perplexity_base:.4g}, adapter as trained {likeness.perplexity_adapter:.4g}, "
+        f"exported {likeness.perplexity_exported:.4g} ({likeness.tokens:,} tokens of rows that were set aside)."
     )
 
 
