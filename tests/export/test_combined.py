@@ -154,12 +154,20 @@ def test_what_makes_no_combination_is_refused(tmp_path, capsys, arguments, code)
     assert not (tmp_path / "both").exists()
 
 
-def test_rows_without_verify_are_refused(tmp_path, capsys):
-    given = ["merge", "--adapter", str(tmp_path), "--data", "rows.jsonl", "--output", str(tmp_path / "merged")]
-    assert main([*given, "--json"]) == 2
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["--data", "rows.jsonl"], "--verify"),
+        (["--quantization", "nf4"], "--onto quantized"),
+        (["--no-double-quant"], "--quantization"),
+    ],
+)
+def test_an_option_without_the_one_that_it_needs_is_refused(tmp_path, capsys, arguments, needed):
+    given = ["merge", "--adapter", str(tmp_path), *arguments, "--output", str(tmp_path / "merged"), "--json"]
+    assert main(given) == 2
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["code"] == "RW112"
-    assert "--verify" in error["message"]
+    assert needed in error["message"]
 
 
 def test_dora_and_experts_are_never_dropped(tmp_path):

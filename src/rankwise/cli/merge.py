@@ -87,6 +87,10 @@ def _check_options(settings: MergeSettings) -> None:
         why = "is of a merged model, and --combine writes an adapter; merge that afterwards"
     if settings.data is not None and not settings.verify and not idle:
         idle, why = ["data"], "gives the rows for --verify; give --verify too"
+    elif settings.quantization is not None and not settings.verify and settings.onto != "quantized" and not idle:
+        idle, why = ["quantization"], "has no effect on original weights; give --onto quantized or --verify too"
+    elif not settings.double_quant and settings.quantization is None and not idle:
+        idle, why = ["no-double-quant"], "is for --quantization; give --quantization too"
     if idle:
         raise ConfigError("RW112", f"{', '.join(f'--{name}' for name in idle)} {why}.")
 
