@@ -18,7 +18,6 @@ import rankwise as rw
 from marks import at_every_level
 from precision import assert_as_exact
 from rankwise.acceleration import parts, restore
-from rankwise.adapters.layer import AdaptedLayer, SharedInput
 from tiny_models import tiny_llama
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
@@ -138,23 +137,6 @@ def test_inputs_that_all_blocks_read_are_shared_within_a_block() -> None:
     model(**inputs()).loss.backward()
     for name, grad in own.items():
         torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-4, atol=1e-6)
-
-
-def test_sharing_is_given_up_between_steps_alone() -> None:
-    """Gradient checkpointing has to find the forward pass as it was."""
-    base = nn.ModuleDict({name: nn.Linear(6, 4) for name in ("one", "two")})
-    rw.add_adapter(base, rw.LoraConfig(r=2, target_modules=["one", "two"], init_lora_weights=False))
-    one, two = (layer for layer in base.values() if isinstance(layer, AdaptedLayer))
-    shared = SharedInput([one, two])
-    with torch.no_grad():
-        two.adapters["default"].lora_A.add_(1)
-    for _ in range(10):
-        for layer in (one, two):
-            assert shared.output(layer, torch.randn(3, 6)) is not None, "none fetches what was made for it"
-    with torch.no_grad():
-        one.adapters["default"].lora_A.add_(1)
-    for layer in (one, two):
-        assert shared.output(layer, torch.randn(3, 6)) is None
 
 
 def test_an_error_on_the_way_leaves_the_model_plain(monkeypatch: pytest.MonkeyPatch) -> None:
