@@ -91,7 +91,7 @@ SEED ?= 1
 SHIM = $(VENV)/failing_disk.so
 TORTURED := PYTHONPATH=tests:tests/torture OMP_NUM_THREADS=1 $(BIN)/python tests/torture
 # Commands and errors, each of which hits every call in turn.
-FAULTS := $(foreach command,train resume overwrite cache merge export gguf whole evaluate compare plan report,$(foreach error,\
+FAULTS := $(foreach command,train resume overwrite cache merge export gguf whole evaluate compare plan,$(foreach error,\
 	ENOSPC EIO EDQUOT EMFILE short SIGKILL,$(command):$(error):1))
 
 torture: ## kills, and a fault at every call of the disk (some hours)

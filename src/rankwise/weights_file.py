@@ -55,13 +55,23 @@ def read_header(path: Path, *, error: type[RankwiseError] = ModelError, code: st
             tensors = {name: TensorInfo(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
             return WeightsHeader(tensors, file.metadata() or {})
     except SafetensorError as problem:
-        raise error(
-            code,
-            f"{path} is damaged or no safetensors file, which a Git LFS pointer and a pickle are not either "
-            f"({one_line(problem)}); {AGAIN}.",
-        ) from None
+        raise error(code, f"{path} {_what_it_is(path, problem)}.") from None
     except OSError as problem:
         raise error(code, f"{path} cannot be read: {problem.strerror or problem}.") from None
+
+
+def _what_it_is(path: Path, problem: Exception) -> str:
+    """The rest of a sentence about a file that safetensors refuses, which starts with the file's name."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start.startswith(b"version https://"):
+        return "is a Git LFS pointer and not the weights; run `git lfs pull` in its repository"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return (
+            "is a pickle under the name of a safetensors file; it is never loaded, since a pickle can run any code: "
+            "get the safetensors version"
+        )
+    return f"is damaged or no safetensors file ({one_line(problem)}); {AGAIN}"
 
 
 def pickles_in(folder: Path) -> list[Path]:

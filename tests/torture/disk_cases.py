@@ -265,7 +265,7 @@ def equal(one: Path, other: Path) -> bool:
 
 
 def values(run: dict[str, Any]) -> tuple[object, ...]:
-    return run["id"], run["status"], run["record"] and run["record"]["eval_loss"]
+    return run["id"], run["status"], run["eval_loss"]
 
 
 ADAPTER = "finished/adapter_model.safetensors"
