@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import rankwise as rw
-from rankwise.acceleration.replace import ATTRIBUTE
+from rankwise.acceleration.parts import ATTRIBUTE
 
 METHODS = ("lora", "dora", "qlora", "qdora")
 DTYPES = ("bfloat16", "float32")

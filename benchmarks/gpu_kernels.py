@@ -31,24 +31,9 @@ from torch import Tensor  # noqa: E402
 
 from rankwise.ops.checks import ACTIVATIONS  # noqa: E402
 from rankwise.ops.packed_weight import PackedWeight  # noqa: E402
-from rankwise.ops.triton import (  # noqa: E402
-    cross_entropy,
-    dropout,
-    four_bit,
-    glu,
-    low_rank,
-    low_rank_grads,
-    product,
-    rms_norm,
-    rope,
-    row_cross,
-    scaled_grad,
-)
+from rankwise.ops.triton import adapter, cross_entropy, elementwise, four_bit  # noqa: E402
 
-MODULES = (
-    cross_entropy, dropout, four_bit, glu, low_rank, low_rank_grads, product, rms_norm, rope, row_cross,
-    scaled_grad,
-)  # fmt: skip
+MODULES = (adapter, cross_entropy, elementwise, four_bit)
 # Architectures with the cards that our users have.
 CARDS = {
     75: "T4, RTX 20",
@@ -115,41 +100,43 @@ def cases() -> dict[str, Callable[[], Any]]:
     logits, b16 = bf16(16, 8192), torch.bfloat16
     return {
         **_packed_cases(),
-        "low rank": lambda: low_rank.low_rank_add_(bf16(32, N), bf16(32, 16), bf16(N, 16), 0.5, g, None),
-        "low rank 256": lambda: low_rank.low_rank_add_(bf16(32, N), bf16(32, 256), bf16(N, 256), 0.5, g, bf16(N)),
-        "low rank float32": lambda: low_rank.low_rank_add_(ones(32, N), ones(32, 256), ones(N, 256), 0.5, g, g),
+        "low rank": lambda: elementwise.low_rank_add_(bf16(32, N), bf16(32, 16), bf16(N, 16), 0.5, g, None),
+        "low rank 256": lambda: elementwise.low_rank_add_(bf16(32, N), bf16(32, 256), bf16(N, 256), 0.5, g, bf16(N)),
+        "low rank float32": lambda: elementwise.low_rank_add_(ones(32, N), ones(32, 256), ones(N, 256), 0.5, g, g),
         "low rank gradients": lambda: _grads(bf16, 16, None, folded=False),
         "low rank gradients 256": lambda: _grads(bf16, 256, None, folded=False),
         "low rank gradients DoRA": lambda: _grads(bf16, 16, g, folded=False),
         "low rank gradients DoRA 64": lambda: _grads(bf16, 64, g, folded=False),
         "low rank gradients QDoRA": lambda: _grads(bf16, 16, g, folded=True),
-        "scaled grad": lambda: scaled_grad.scaled_grad(bf16(32, N), bf16(32, N), g),
-        "scaled grad alone": lambda: scaled_grad.scaled_grad(bf16(32, N), None, g),
+        "scaled grad": lambda: elementwise.scaled_grad(bf16(32, N), bf16(32, N), g),
+        "scaled grad alone": lambda: elementwise.scaled_grad(bf16(32, N), None, g),
         "cross entropy": lambda: cross_entropy.cross_entropy_(logits, target, 1.0, 0.0, None, 1.0, True, False, False),
         "cross entropy with all": lambda: cross_entropy.cross_entropy_(
             logits, target, 1.0, 0.1, 30.0, 1.0, True, True, True
         ),
-        **{f"glu {act}": lambda act=act: glu.glu(bf16(32, 64), bf16(32, 64), act) for act in ACTIVATIONS},
+        **{f"glu {act}": lambda act=act: elementwise.glu(bf16(32, 64), bf16(32, 64), act) for act in ACTIVATIONS},
         **{
-            f"glu {act} backward": lambda act=act: glu.glu_backward(bf16(32, 64), bf16(32, 64), bf16(32, 64), act, True)
+            f"glu {act} backward": lambda act=act: elementwise.glu_backward(
+                *(bf16(32, 64) for _ in range(3)), act, True
+            )
             for act in ACTIVATIONS
         },
-        "rms norm": lambda: rms_norm.rms_norm(bf16(32, 4096), bf16(4096), 1e-5, 0, True),
-        "rms norm of heads": lambda: rms_norm.rms_norm(bf16(32, 128), bf16(128), 1e-5, 1, False),
-        "rms norm backward": lambda: rms_norm.rms_norm_backward(
+        "rms norm": lambda: elementwise.rms_norm(bf16(32, 4096), bf16(4096), 1e-5, 0, True),
+        "rms norm of heads": lambda: elementwise.rms_norm(bf16(32, 128), bf16(128), 1e-5, 1, False),
+        "rms norm backward": lambda: elementwise.rms_norm_backward(
             bf16(32, 4096), bf16(32, 4096), bf16(4096), ones(32), 0, bf16(32, 4096)
         ),
-        "rope": lambda: rope.rope(bf16(2, 32, 16, 128), bf16(1, 16, 128), bf16(1, 16, 128), False),
-        "rope backward": lambda: rope.rope(bf16(2, 8, 16, 128), *(ones(2, 16, 64) for _ in range(2)), True),
-        "dropout": lambda: dropout.dropout(bf16(32, N), 0.1, 7),
-        "dropout add": lambda: dropout.dropout_add_(bf16(32, N), bf16(32, N), 0.1, 7),
-        "row cross": lambda: row_cross.row_cross(bf16(N, 4096), bf16(16, 4096), bf16(N, 16)),
-        "row cross in parts": lambda: row_cross.row_cross(bf16(N, 4096), ones(256, 4096), ones(N, 256)),
-        "row cross float32": lambda: row_cross.row_cross(ones(N, 4096), ones(64, 4096), ones(N, 64)),
-        "row cross float16": lambda: row_cross.row_cross(ones(N, 4096).half(), ones(64, 4096), ones(N, 64)),
-        "gain": lambda: row_cross.adapted_gain(bf16(N, 4096), g, ones(16, 4096), ones(N, 16), g, 0.5),
-        "gain 64": lambda: row_cross.adapted_gain(bf16(N, 4096), g, ones(64, 4096), ones(N, 64), g, 0.5),
-        "gain packed": lambda: row_cross.adapted_gain_4bit(
+        "rope": lambda: elementwise.rope(bf16(2, 32, 16, 128), bf16(1, 16, 128), bf16(1, 16, 128), False),
+        "rope backward": lambda: elementwise.rope(bf16(2, 8, 16, 128), *(ones(2, 16, 64) for _ in range(2)), True),
+        "dropout": lambda: elementwise.dropout(bf16(32, N), 0.1, 7),
+        "dropout add": lambda: elementwise.dropout_add_(bf16(32, N), bf16(32, N), 0.1, 7),
+        "row cross": lambda: adapter.row_cross(bf16(N, 4096), bf16(16, 4096), bf16(N, 16)),
+        "row cross in parts": lambda: adapter.row_cross(bf16(N, 4096), ones(256, 4096), ones(N, 256)),
+        "row cross float32": lambda: adapter.row_cross(ones(N, 4096), ones(64, 4096), ones(N, 64)),
+        "row cross float16": lambda: adapter.row_cross(ones(N, 4096).half(), ones(64, 4096), ones(N, 64)),
+        "gain": lambda: adapter.adapted_gain(bf16(N, 4096), g, ones(16, 4096), ones(N, 16), g, 0.5),
+        "gain 64": lambda: adapter.adapted_gain(bf16(N, 4096), g, ones(64, 4096), ones(N, 64), g, 0.5),
+        "gain packed": lambda: adapter.adapted_gain_4bit(
             packed(double=True), g, ones(16, 4096), ones(N, 16), g, 0.5, b16
         ),
     }
@@ -164,19 +151,19 @@ def _packed_cases() -> dict[str, Callable[[], Any]]:
             PackedWeight(torch.zeros(1, 1, dtype=torch.uint8), ones(1), (1, 1), "nf4", 4096), b16
         ),
         "dequantize with a gain": lambda: four_bit.dequantize(packed(double=True), b16, ones(32)),
-        "one row": lambda: product.few_rows(bf16(1, 4096), packed(), bf16(32)),
-        "one row double": lambda: product.few_rows(bf16(1, 4096), packed(double=True), None),
-        "one row of one block": lambda: product.few_rows(bf16(1, 32), packed(1, 32, 32), None),
-        "several rows": lambda: product.few_rows(bf16(2, 4096), packed(), bf16(32)),
-        "several rows double": lambda: product.few_rows(bf16(2, 4096), packed(double=True), None),
-        "several rows big block": lambda: product.few_rows(ones(2, 4096), packed(32, 4096, 4096, double=True), None),
+        "one row": lambda: four_bit.few_rows(bf16(1, 4096), packed(), bf16(32)),
+        "one row double": lambda: four_bit.few_rows(bf16(1, 4096), packed(double=True), None),
+        "one row of one block": lambda: four_bit.few_rows(bf16(1, 32), packed(1, 32, 32), None),
+        "several rows": lambda: four_bit.few_rows(bf16(2, 4096), packed(), bf16(32)),
+        "several rows double": lambda: four_bit.few_rows(bf16(2, 4096), packed(double=True), None),
+        "several rows big block": lambda: four_bit.few_rows(ones(2, 4096), packed(32, 4096, 4096, double=True), None),
         "row norms": lambda: four_bit.row_norms(packed(double=True), b16),
         "quantize": lambda: four_bit.quantize_blocks(
             bf16(32 * 4096), torch.zeros(32 * 2048, dtype=torch.uint8), ones(32 * 64), "nf4", 64
         ),
-        "packed": lambda: row_cross.row_cross_4bit(packed(), bf16(16, 4096), ones(32, 16), b16),
-        "packed double": lambda: row_cross.row_cross_4bit(packed(double=True), ones(64, 4096), ones(32, 64), b16),
-        "packed float32": lambda: row_cross.row_cross_4bit(
+        "packed": lambda: adapter.row_cross_4bit(packed(), bf16(16, 4096), ones(32, 16), b16),
+        "packed double": lambda: adapter.row_cross_4bit(packed(double=True), ones(64, 4096), ones(32, 64), b16),
+        "packed float32": lambda: adapter.row_cross_4bit(
             packed(double=True), ones(64, 4096), ones(32, 64), torch.float32
         ),
     }
@@ -185,7 +172,7 @@ def _packed_cases() -> dict[str, Callable[[], Any]]:
 def _grads(made: Callable[..., Tensor], R: int, g: Tensor | None, *, folded: bool) -> Any:
     T, N = 512, 32
     y, m = (None, None) if g is None else (made(T, N), g)
-    return low_rank_grads.low_rank_grads_(made(T, R), made(T, N), made(T, R), made(N, R), 0.5, g, folded, y, m)
+    return adapter.low_rank_grads_(made(T, R), made(T, N), made(T, R), made(N, R), 0.5, g, folded, y, m)
 
 
 def launches(name: str, architecture: int = 90) -> list[Launch]:

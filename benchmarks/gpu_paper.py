@@ -44,7 +44,7 @@ import rankwise as rw  # noqa: E402
 from rankwise.acceleration import LossOptions  # noqa: E402
 from rankwise.compat.torch import in_backward_pass  # noqa: E402
 from rankwise.ops import selection  # noqa: E402
-from rankwise.ops.triton import low_rank_grads  # noqa: E402
+from rankwise.ops.triton import adapter  # noqa: E402
 from rankwise.planning.tracker import Answers  # noqa: E402
 
 # Four rows of 2,048 tokens of which half are scored, in the 8B shape.
@@ -140,7 +140,7 @@ def rows_of(read: list[Tensor], made: list[Tensor]) -> int:
 def shares_bytes(dy: Tensor, R: int, *, gained: bool) -> int:
     """What the programs over dy write and the second kernel reads: shares of dU and dB in float32."""
     T, N = dy.shape
-    blocks, run = low_rank_grads.grid(T, N, gained=gained)
+    blocks, run = adapter.grid(T, N, gained=gained)
     return 2 * 4 * R * (blocks * T + -(-T // run) * N)
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from rankwise import LoraConfig, add_adapter
-from rankwise.acceleration import checkpointing, optimize_for_training, restore
+from rankwise.acceleration import memory, optimize_for_training, restore
 from rankwise.adapters.base_layer import put_back
 from rankwise.compat.transformers import checkpoints_in_forward
 from tables import thinned
@@ -51,13 +51,13 @@ def runs_of(monkeypatch) -> list[str]:
     """Grows by an entry for each block that runs our way, and for each that runs again."""
     seen: list[str] = []
     for name in ("forward", "backward"):
-        way = getattr(checkpointing._RunAgain, name)
+        way = getattr(memory._RunAgain, name)
 
         def noted(*args, _way=way, _name=name):
             seen.append(_name)
             return _way(*args)
 
-        monkeypatch.setattr(checkpointing._RunAgain, name, staticmethod(noted))
+        monkeypatch.setattr(memory._RunAgain, name, staticmethod(noted))
     return seen
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import rankwise as rw
 from marks import at_some_level
 from rankwise.acceleration import attention
-from rankwise.acceleration.log_probs import Asked, Layout, accept_scores, asked_of, scores_of_logits
+from rankwise.acceleration.loss import Asked, Layout, accept_scores, asked_of, scores_of_logits
 from rankwise.acceleration.optimize import optimize_for_training
 from rankwise.adapters import adapter_parameters
 from tiny_models import tiny_gpt2, tiny_llama, tiny_moe

@@ -17,7 +17,7 @@ import rankwise as rw
 from marks import at_some_level, needs_avx2
 from rankwise.acceleration import attention, restore
 from rankwise.acceleration.attention import end_to_end, replace_masks
-from rankwise.acceleration.replace import Undo
+from rankwise.acceleration.parts import Undo
 from rankwise.ops import selection
 from tables import thinned
 

@@ -11,7 +11,7 @@ from adapted_models import logits
 from safetensors.torch import load_file, save_file
 
 import rankwise as rw
-from rankwise.adapters.peft_config import from_peft
+from rankwise.adapters.folder import from_peft
 from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.weights_file import read_header

@@ -73,11 +73,11 @@ def test_dora_notices_changes_around_its_parameters(change):
 
 
 def test_dora_computes_its_norms_once_per_optimizer_step(monkeypatch):
-    from rankwise.adapters import dora
+    from rankwise.adapters import lora
 
     calls = []
-    count = dora.adapted_row_norms
-    monkeypatch.setattr(dora, "adapted_row_norms", lambda *args: calls.append(1) or count(*args))
+    count = lora.adapted_row_norms
+    monkeypatch.setattr(lora, "adapted_row_norms", lambda *args: calls.append(1) or count(*args))
     model, config = build("dora", "llama", torch.float32)
     layers = len(rw.add_adapter(model, config).modules)
     optimizer = torch.optim.SGD(rw.adapter_parameters(model).values(), lr=0.1)
@@ -121,7 +121,7 @@ def test_dora_norms_are_renewed_by_an_optimizer_step_that_no_version_shows(monke
 
 def test_the_gain_that_a_card_computes_at_once_is_renewed_by_every_write(monkeypatch):
     """There it is kept without norms, and without copies to compare."""
-    monkeypatch.setattr("rankwise.adapters.dora.takes_triton", lambda tensor: True)
+    monkeypatch.setattr("rankwise.adapters.lora.takes_triton", lambda tensor: True)
     monkeypatch.setattr("rankwise.ops.kept._comparable", lambda tensor: False)
     model, config = build("dora", "llama", torch.float32)
     rw.add_adapter(model, config)

@@ -111,7 +111,7 @@ def test_the_config_file_is_pefts(tmp_path):
 
 
 def test_an_adapter_from_the_wild(shared):
-    from rankwise.adapters.peft_config import from_peft, read_config
+    from rankwise.adapters.folder import from_peft, read_config
 
     folder = shared / "adapters" / "smollm-135m-lora-r16-qv_5epochs"
     config = from_peft(read_config(folder), folder)

@@ -14,7 +14,7 @@ from adapted_models import logits
 from torch import nn
 
 import rankwise as rw
-from rankwise.adapters import merge
+from rankwise.adapters import switch
 from rankwise.errors import AdapterError
 from tables import long
 from tiny_models import tiny_moe
@@ -106,7 +106,7 @@ def test_a_merge_that_fails_leaves_the_model_as_it_was(disabled: bool, monkeypat
             raise MemoryError
         return nn.Linear(W.shape[1], W.shape[0])
 
-    monkeypatch.setattr(merge, "with_weight", fails_in_the_second_layer)
+    monkeypatch.setattr(switch, "with_weight", fails_in_the_second_layer)
     with pytest.raises(MemoryError):
         rw.merge_adapter(model)
     assert_same(everything(model), before)

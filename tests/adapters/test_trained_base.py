@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankwise.adapters.trained_base import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
+from rankwise.adapters.folder import base_model_of, dtype_of, quantization_of, revision_of, sha256_of_base
 from rankwise.errors import AdapterError, QuantizationError, RunError
 from rankwise.models import load_model, model_facts, resolve_model
 from rankwise.quantization import Fp4Config, Nf4Config

@@ -14,7 +14,7 @@ import pytest
 from rankwise.comparison.inputs import prepare_inputs
 from rankwise.comparison.settings import CompareSettings
 from rankwise.data import read_rows
-from rankwise.data.preferences import PREFERENCE_FORMATS
+from rankwise.data.objectives import PREFERENCE_FORMATS
 from rankwise.data.rows import Row
 from rankwise.errors import ConfigError, RankwiseWarning
 from rankwise.settings_file import read_settings

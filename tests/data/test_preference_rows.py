@@ -13,7 +13,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from rankwise.data import encode_preferences, preview_row, read_rows
-from rankwise.data.preferences import PREFERENCE_FORMATS, unpaired
+from rankwise.data.objectives import PREFERENCE_FORMATS, unpaired
 from rankwise.errors import DataError, RankwiseWarning
 from tiny_models import tiny_llama
 

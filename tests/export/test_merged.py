@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import rankwise as rw
 from rankwise.errors import AdapterError, InputError, ModelError, RunError
 from rankwise.export.merged import merge_to_folder
-from rankwise.models.mapped import mapped_files
+from rankwise.models.prepared import mapped_files
 from rankwise.quantization.linear import weights_in_file
 from tiny_models import tiny_gpt2, tiny_llama
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rankwise.acceleration.parts import rope, turned_back
-from rankwise.ops import elementwise, low_rank_plain, reference
+from rankwise.ops import elementwise, low_rank_steps, reference
 from rankwise.ops.branch import Branch
+from rankwise.ops.kept import offered_by
 from rankwise.ops.low_rank_linear import low_rank_linear
-from rankwise.ops.saved import offered_by
 
 HEADS, WIDTH = 3, 8
 
@@ -130,6 +130,6 @@ def test_an_output_that_nobody_used_causes_no_product(monkeypatch: pytest.Monkey
     found, (cos, sin) = made(), angles()
     first, _ = low_rank_linear(torch.randn(2, 5, 5, dtype=torch.float64), found)
     loss = rope(with_heads(first), cos, sin).square().sum()
-    monkeypatch.setattr(low_rank_plain, "forward", lambda *_: pytest.fail("a product was made again"))
+    monkeypatch.setattr(low_rank_steps, "forward", lambda *_: pytest.fail("a product was made again"))
     loss.backward()
     assert found[0].m.grad is not None  # type: ignore[union-attr]

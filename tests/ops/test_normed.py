@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from marks import LEVELS, at_every_level
 from rankwise.acceleration.parts import rms_norm
 from rankwise.ops.branch import Branch, Dropout, Frozen
+from rankwise.ops.kept import Normed, Plain, source_of
 from rankwise.ops.low_rank_linear import low_rank_linear
-from rankwise.ops.saved import Normed, Plain, source_of
 
 EPS = 1e-5
 

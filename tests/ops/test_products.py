@@ -14,7 +14,7 @@ from torch import Tensor
 from marks import LEVELS, needs_products
 from rankwise import ops
 from rankwise.ops import low_rank_linear as operator
-from rankwise.ops import low_rank_plain
+from rankwise.ops import low_rank_steps
 from rankwise.ops.branch import Branch, Dropout, Frozen, input_grad_out, linear_out
 from rankwise.ops.cpu import low_rank, products
 from rankwise.ops.low_rank_linear import low_rank_linear
@@ -262,7 +262,7 @@ def test_the_operator_is_no_worse_than_in_separate_steps(
     assert isinstance(operator._steps(x.reshape(-1, 80), made), low_rank.Steps)
     ours = gradients(made, x, dropout)
     request.getfixturevalue("without_products")
-    assert operator._steps(x.reshape(-1, 80), made) is low_rank_plain
+    assert operator._steps(x.reshape(-1, 80), made) is low_rank_steps
     for found, plain, wanted in zip(ours, gradients(made, x, dropout), exact):
         errors = [float((each.float() - wanted).norm() / wanted.norm()) for each in (found, plain)]
         assert errors[0] <= 1.2 * errors[1] + (2**-10 if torch.bfloat16 in (dtype, rows) else 2**-20)
@@ -281,13 +281,13 @@ def test_a_branch_whose_output_nobody_used() -> None:
 def test_few_rows_and_weights_with_gaps_take_separate_steps() -> None:
     """Few rows repay no packing."""
     made = two_branches(dora=False, bias=False, dtype=torch.float32)
-    assert operator._steps(rounded(3, 80), made) is low_rank_plain
-    assert operator._steps(random(3, 80), made) is low_rank_plain
+    assert operator._steps(rounded(3, 80), made) is low_rank_steps
+    assert operator._steps(random(3, 80), made) is low_rank_steps
     four_bits = [dataclasses.replace(made[0], frozen=Frozen(ops.quantize_weight(rounded(96, 128))))]
-    assert operator._steps(rounded(3, 128), four_bits) is low_rank_plain
+    assert operator._steps(rounded(3, 128), four_bits) is low_rank_steps
     assert isinstance(operator._steps(rounded(40, 128), four_bits), low_rank.Steps)
     gaps = [dataclasses.replace(made[0], frozen=Frozen(rounded(192, 160)[::2, ::2]))]
-    assert operator._steps(rounded(40, 80), gaps) is low_rank_plain
+    assert operator._steps(rounded(40, 80), gaps) is low_rank_steps
 
 
 @pytest.mark.parametrize("T", [1, 8, 40])

@@ -64,7 +64,7 @@ def test_every_kernel_has_a_case() -> None:
     launched = {(name, launch.name) for name in gpu_kernels.cases() for launch in gpu_kernels.launches(name)}
     kernels = {name for module in gpu_kernels.MODULES for name in vars(module) if name.endswith("_kernel")}
     assert {f"{kernel}_kernel" for _, kernel in launched} == kernels
-    folder = Path(gpu_kernels.row_cross.__file__).parent
+    folder = Path(gpu_kernels.adapter.__file__).parent
     in_files = {name for path in folder.glob("*.py") for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
     assert in_files == kernels
 
@@ -89,12 +89,12 @@ def test_dropout_multiplies_and_adds_in_two_roundings() -> None:
 
 
 def test_no_seed_causes_a_compilation() -> None:
-    from rankwise.ops.triton import dropout
+    from rankwise.ops.triton import elementwise
 
-    for kernel in (dropout.dropout_kernel, dropout.dropout_add_kernel):
+    for kernel in (elementwise.dropout_kernel, elementwise.dropout_add_kernel):
         words = [parameter for parameter in kernel.params if parameter.name in ("before", "middle", "threshold")]
         assert [parameter.do_not_specialize for parameter in words] == [True] * 3
-    assert [dropout._signed(word) for word in (0, 2**31 - 1, 2**31, 2**32 - 1)] == [0, 2**31 - 1, -(2**31), -1]
+    assert [elementwise._signed(word) for word in (0, 2**31 - 1, 2**31, 2**32 - 1)] == [0, 2**31 - 1, -(2**31), -1]
 
 
 def test_every_launch_says_whether_sums_are_fused() -> None:

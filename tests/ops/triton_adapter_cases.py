@@ -23,7 +23,7 @@ from triton_running import (
 )
 
 from rankwise import ops
-from rankwise.ops import elementwise, low_rank_card, selection, table
+from rankwise.ops import elementwise, low_rank_steps, selection, table
 from rankwise.ops import reference as card
 from rankwise.ops import reference as four_bit
 from rankwise.ops import reference as reference
@@ -33,7 +33,7 @@ from rankwise.ops.low_rank_linear import low_rank_linear
 from tables import thinned
 
 # Of `rankwise.ops.triton`, whose kernels all run here.
-MODULES = ("low_rank_grads", "row_cross")
+MODULES = ("adapter",)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -225,7 +225,7 @@ def test_layers_on_a_card_are_no_worse_than_separate_products(
         return [*(y.detach() for y in ys), *torch.autograd.grad(ys, inputs, dys)]
 
     found = results()
-    assert type(low_rank_linear.__globals__["_steps"](x, made)) is low_rank_card.Steps
+    assert type(low_rank_linear.__globals__["_steps"](x, made)) is low_rank_steps.CardSteps
     monkeypatch.setattr(selection, "takes_triton", lambda tensor: False)
     plain = results()
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]

@@ -21,7 +21,7 @@ from rankwise.ops.packed_weight import PackedWeight, code_table
 from tables import thinned
 
 # Of `rankwise.ops.triton`, whose kernels all run here.
-MODULES = ("four_bit", "product")
+MODULES = ("four_bit",)
 # The last has more elements than a program, and ends in a partial block.
 RAGGED = [(7,), (1, 1), (3, 5, 7), (9, 33), (130,), (2, 96), (63, 66)]
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rankwise.errors import ModelError, QuantizationError
 from rankwise.models import load_model
 from rankwise.quantization import Nf4Config, adopt_bitsandbytes_config, quantize
-from rankwise.quantization.bitsandbytes_format import from_bitsandbytes
+from rankwise.quantization.config import from_bitsandbytes
 from tiny_models import tiny_llama
 
 LAYER = "model.layers.1.mlp.up_proj"

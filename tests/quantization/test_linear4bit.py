@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from marks import at_some_level
 from rankwise.quantization import Linear4bit
-from rankwise.quantization.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
+from rankwise.quantization.config import from_bitsandbytes, to_bitsandbytes
 from tables import thinned
 
 pytestmark = at_some_level

@@ -386,7 +386,7 @@ def test_rewards_that_are_all_equal_are_said(steps: int, warnings: int, rewarded
 def test_prompts_are_written_as_in_training(rewarded: Any, tmp_path: Path, tokenizer: Any) -> None:
     """Messages and texts, with the right answer where the data hold one."""
     from rankwise.data import read_rows
-    from rankwise.data.prompts import PROMPTS
+    from rankwise.data.objectives import PROMPTS
 
     layouts: dict[str, dict[str, Any]] = {
         "prompt": {"prompt": "w1 w2", "completion": "w3"},
@@ -412,7 +412,7 @@ def test_prompts_are_written_as_in_training(rewarded: Any, tmp_path: Path, token
 
 def test_conversations_end_before_the_answer(tmp_path: Path) -> None:
     from rankwise.data import read_rows
-    from rankwise.data.prompts import PROMPTS
+    from rankwise.data.objectives import PROMPTS
 
     user, assistant = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w3"}
     path = tmp_path / "chat.jsonl"
@@ -439,7 +439,7 @@ def test_conversations_end_before_the_answer(tmp_path: Path) -> None:
 )
 def test_a_named_completion_is_the_right_answer(columns: Any, found: Any, tmp_path: Path) -> None:
     from rankwise.data import read_rows
-    from rankwise.data.prompts import prompt_formats
+    from rankwise.data.objectives import prompt_formats
 
     path = tmp_path / "asked.jsonl"
     path.write_text(json.dumps({"q": "2+2", "a": 4, "answer": "of another question"}))

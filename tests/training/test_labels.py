@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from conftest import make_tokenizer
 from rankwise.adapters import load_adapter
-from rankwise.adapters.trained_base import labels_of
+from rankwise.adapters.folder import labels_of
 from rankwise.cli import export as export_verb
 from rankwise.cli import predict, preview
 from rankwise.cli.output import Output

@@ -12,7 +12,7 @@ from torch import nn
 
 from rankwise.acceleration import anonymous_memory_bytes
 from rankwise.errors import ModelError
-from rankwise.models.mapped import mapped_files
+from rankwise.models.prepared import mapped_files
 from rankwise.training.watch import MemoryMeter
 
 SIZE = 1000

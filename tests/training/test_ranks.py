@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 import rankwise as rw
-from rankwise.acceleration.sharding import shard
+from rankwise.acceleration.memory import shard
 from rankwise.config import TrainSettings
 from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, RunError

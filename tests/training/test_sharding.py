@@ -13,7 +13,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
-from rankwise.acceleration.sharding import shard
+from rankwise.acceleration.memory import shard
 from rankwise.compat.torch import is_sharded, is_unit
 from rankwise.compat.transformers import before_weights
 from rankwise.training import ranks

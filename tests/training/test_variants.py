@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from training_rows import Recorder
 
 import rankwise as rw
-from rankwise.adapters.trained_base import quantization_of
+from rankwise.adapters.folder import quantization_of
 from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, Interrupted
 from rankwise.evaluation.loading import LoadOptions, load_as_trained

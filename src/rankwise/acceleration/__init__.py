@@ -12,13 +12,13 @@ from rankwise.acceleration.memory import (
 )
 from rankwise.acceleration.optimize import (
     Acceleration,
+    accelerate_peft,
     calibrate_products,
     choose_products,
     optimize_for_training,
     restore,
 )
 from rankwise.acceleration.parts import use_native_products
-from rankwise.acceleration.peft_layers import accelerate_peft
 
 __all__ = [
     "Acceleration",

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from rankwise.acceleration.replace import Undo, class_forward, is_free, probe, replace_forward
+from rankwise.acceleration.parts import Undo, class_forward, is_free, probe, replace_forward
 from rankwise.compat.torch import is_fake, writes_to
 from rankwise.compat.transformers import names_windows, text_config
 from rankwise.constants import ALIGNED, FLASH_WIDTH

@@ -1,8 +1,9 @@
 """Parts of a transformer with hand-written gradients: RMSNorm, rotary positions, gated activations, frozen layers; and
 the modules of a model that they replace.
 
-Element-wise ones save only their input for the backward pass. A class's name proves nothing: one instance of each class
-computes a random input both ways, and the fast version is used only if the results agree.
+A replacement is a bound method on the instance, so that classes stay unchanged and a deep copy of the model has its own
+methods. A class's name proves nothing: one instance of each class computes a random input both ways, and the fast
+version is used only if the results agree. Element-wise ones save only their input for the backward pass.
 
 T = tokens, D = width.
 """
@@ -10,27 +11,88 @@ T = tokens, D = width.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.acceleration.replace import Undo, class_forward, is_free, replace_forward
-from rankwise.adapters.base_layer import has_hooks
-from rankwise.adapters.dora import Dora
+from rankwise.adapters.base_layer import REPLACED, has_hooks, put_back
 from rankwise.adapters.layer import AdaptedLayer
-from rankwise.adapters.lora import Lora
+from rankwise.adapters.lora import Dora, Lora
 from rankwise.adapters.low_rank import branch_of, computes_in, drawn_dropout
 from rankwise.compat.torch import Ctx, WeakTensorKeyDictionary, is_fake, unsafe_view, writes_to
 from rankwise.compat.transformers import rotary_of, set_rotary
+from rankwise.errors import RankwiseError, is_out_of_memory
 from rankwise.ops import elementwise
 from rankwise.ops.branch import input_grad_out, is_slow_in_torch, linear_out
+from rankwise.ops.kept import Handback, Normed, offered_with_heads, remember
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
-from rankwise.ops.saved import Handback, Normed, offered_with_heads, remember
 from rankwise.ops.selection import is_on_card, is_traced, native_on_cpu, takes_triton
+
+ATTRIBUTE = "rankwise_acceleration"
+
+
+class Undo:
+    """The calls that restore a model, run in reverse order of the changes. None is a closure, so that a copy of a
+    model has its own.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def add(self, step: Callable[[], None]) -> None:
+        self._steps.append(step)
+
+    def __call__(self) -> None:
+        while self._steps:
+            self._steps.pop()()
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., object], undo: Undo, **notes: Any) -> None:
+    """Replace the forward of ``module`` by ``forward(module, ...)``, and set ``notes`` as attributes of the module.
+
+    ``undo`` restores a forward that was on the instance before.
+    """
+    module.__dict__[REPLACED] = (module.__dict__.get("forward"), tuple(notes))
+    module.__dict__.update(notes)
+    module.forward = types.MethodType(forward, module)
+    undo.add(functools.partial(put_back, module))
+
+
+def class_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that the module's class defines, bound to it."""
+    return types.MethodType(type(module).forward, module)
+
+
+def is_free(module: nn.Module) -> bool:
+    """Whether the forward may be replaced: no forward on the instance, and no hooks, which need the module's call."""
+    return "forward" not in module.__dict__ and not has_hooks(module)
+
+
+Answer = TypeVar("Answer")
+
+
+def probe(model: nn.Module, ask: Callable[[], Answer], *, grad: bool = False) -> tuple[Answer | None, str | None]:
+    """(result of ``ask`` with the model in evaluation mode, None), or (None, why the model cannot run it).
+
+    ``grad``: with gradients enabled, as in a training step. RankwiseErrors and out-of-memory errors are raised.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.set_grad_enabled(grad):
+            return ask(), None
+    except Exception as error:
+        if isinstance(error, RankwiseError) or is_out_of_memory(error):
+            raise
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) -> Tensor:

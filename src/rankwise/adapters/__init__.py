@@ -1,19 +1,18 @@
 """Low-rank adapters: LoRA and DoRA on any base layer, with PEFT's names and file format."""
 
 from rankwise.adapters.checkpoint import load_adapter, load_tensors
-from rankwise.adapters.inject import (
-    MethodType,
-    adapter_disabled,
-    add_adapter,
-    disable_adapter,
-    enable_adapter,
-    plan_adapter,
-    remove_adapter,
-    set_adapter,
-)
-from rankwise.adapters.merge import merge_adapter, unmerge_adapter
+from rankwise.adapters.inject import MethodType, add_adapter, plan_adapter
 from rankwise.adapters.saving import adapter_parameters, adapter_tensors, save_adapter
 from rankwise.adapters.state import AdaptedModule, AdapterReport, adapter_config, has_adapter, report
+from rankwise.adapters.switch import (
+    adapter_disabled,
+    disable_adapter,
+    enable_adapter,
+    merge_adapter,
+    remove_adapter,
+    set_adapter,
+    unmerge_adapter,
+)
 
 __all__ = [
     "AdaptedModule",

@@ -159,7 +159,7 @@ def weight_key(base: nn.Module) -> Key:
 
 
 def put_back(module: nn.Module) -> None:
-    """Undo ``acceleration.replace.replace_forward``; does nothing where the module's forward was not replaced."""
+    """Undo ``acceleration.parts.replace_forward``; does nothing where the module's forward was not replaced."""
     before, notes = module.__dict__.pop(REPLACED, (None, None))
     if notes is None:
         return

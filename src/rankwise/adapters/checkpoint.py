@@ -17,31 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.base_layer import is_quantized
-from rankwise.adapters.experts import (
-    from_peft_A,
-    from_peft_B,
-    ordered_stacks,
-    peft_keys,
-)
-from rankwise.adapters.inject import (
-    attach,
-    disable_adapter,
-    enable_adapter,
-    plan_adapter,
-    remove_adapter,
-)
+from rankwise.adapters.experts import from_peft_A, from_peft_B, ordered_stacks, peft_keys
+from rankwise.adapters.folder import WEIGHTS_FILE, read_config, read_folder
+from rankwise.adapters.inject import attach, plan_adapter
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import KEY as TOKENS
 from rankwise.adapters.lora import TokenRows
 from rankwise.adapters.low_rank import enabled_rows, from_blocks
-from rankwise.adapters.peft_config import CONFIG_FILE, from_peft, read_config
 from rankwise.adapters.saving import (
-    INIT_KEY,
-    MERGE_KEY,
-    PARTS_FIELDS,
-    PARTS_KEY,
     PREFIX,
-    WEIGHTS_FILE,
     adapter_parameters,
     is_at_work,
     tensor_keys,
@@ -63,12 +47,11 @@ from rankwise.adapters.state import (
     trained_copies,
     wrappers,
 )
+from rankwise.adapters.switch import disable_adapter, enable_adapter, remove_adapter
 from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import heads_of_labels
-from rankwise.errors import AdapterError, ConfigError, warn
-from rankwise.foreign import parse_json
+from rankwise.errors import AdapterError, warn
 from rankwise.lora_config import LoraConfig
-from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 # Tensors of the embedding or the head that PEFT stores under the names of its own modules too.
 COPIES = re.compile(r"\.(modules_to_save|original_module)\.[^.]+$|\.lora_magnitude_vector\.weight$")
@@ -169,15 +152,6 @@ def _with_tied_head(model: nn.Module, config: LoraConfig, found: Collection[str]
         return config
     both = f"(?:{wanted})|{re.escape(name)}" if isinstance(wanted, str) else [*wanted, name]
     return dataclasses.replace(config, target_modules=both)
-
-
-def read_folder(folder: Path) -> tuple[LoraConfig, WeightsHeader]:
-    """The configuration and the weights header of an adapter folder. Raises AdapterError (RW409, RW410, RW411)."""
-    document = read_config(folder)
-    refuse_pickles(folder, error=AdapterError, code="RW409")
-    header = read_header(folder / WEIGHTS_FILE, error=AdapterError, code="RW409")
-    _check_dtypes({key: info.dtype for key, info in header.tensors.items()}, folder)
-    return _with_parts(from_peft(document, folder / CONFIG_FILE), header.metadata), header
 
 
 def load_adapter(
@@ -307,19 +281,6 @@ def _compact(key: str, tensor: Tensor, layer: AdaptedLayer, name: str) -> Tensor
     return B
 
 
-def _with_parts(config: LoraConfig, metadata: Mapping[str, str]) -> LoraConfig:
-    """The inverse of ``_as_one_lora``, by the file's metadata. Raises AdapterError (RW409)."""
-    if metadata.get(INIT_KEY) == "loftq":
-        config = dataclasses.replace(config, init_lora_weights="loftq")
-    try:
-        stored = parse_json(metadata[PARTS_KEY]) if PARTS_KEY in metadata else None
-        fields = {name: stored[name] for name in PARTS_FIELDS} if stored is not None else {}
-        fields["for_merge"] = metadata.get(MERGE_KEY)
-        return dataclasses.replace(config, **fields)
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise AdapterError("RW409", f"the metadata {PARTS_KEY} of {WEIGHTS_FILE} cannot be read: {error}.") from None
-
-
 def _check_fit(
     model: nn.Module,
     config: LoraConfig,
@@ -400,14 +361,6 @@ def _expected_biases(
             inner = ".base_layer" if path in adapted else ""
             shapes[f"{PREFIX}{path}{inner}.bias"] = tuple(bias.shape)
     return shapes
-
-
-def _check_dtypes(dtypes: Mapping[str, str], folder: Path) -> None:
-    odd = [f"{key} ({dtype})" for key, dtype in dtypes.items() if dtype not in ("F32", "F16", "BF16", "F64")]
-    if odd:
-        raise AdapterError(
-            "RW411", f"the adapter in {folder} holds tensors that are not floating-point weights: {', '.join(odd)}."
-        )
 
 
 def _check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -1,29 +1,32 @@
-"""Add adapters to a model and switch between them. The model keeps its class; its target layers are wrapped."""
+"""Add adapters to a model. The model keeps its class; its target layers are wrapped.
+
+Initialisations of an adapter other than the default (PEFT's ``init_lora_weights``), with W (out, in), A (r, in),
+B (out, r) and the adapter's scale s:
+
+| init | A | B | base |
+|---|---|---|---|
+| pissa | sqrt(S_r / s) V_r^T of W = U S V^T | U_r sqrt(S_r / s) | W - s B A, then quantized if the base is 4-bit |
+| loftq | as pissa, of W - Q with Q = dequant(quant(W)) | as pissa | Q, unchanged |
+
+As in PEFT, embeddings start with the default; with loftq, so do layers that are not 4-bit.
+"""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rankwise.adapters.base_layer import (
-    is_quantized,
-    make_foreign,
-    make_readable,
-    weight_device,
-)
-from rankwise.adapters.dora import Dora
+from rankwise.adapters.base_layer import dense_weight, is_quantized, make_readable, weight_device
 from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
-from rankwise.adapters.inits import Beginning, Pair, beginning
 from rankwise.adapters.layer import AdaptedLayer, Origin, TrainedCopy
-from rankwise.adapters.lora import EmbeddingLora, Lora, TokenRows
+from rankwise.adapters.lora import Dora, EmbeddingLora, Lora, TokenRows
 from rankwise.adapters.saving import SavePretrained
 from rankwise.adapters.select import (
     Candidates,
@@ -45,28 +48,24 @@ from rankwise.adapters.state import (
     AdaptedModule,
     AdapterReport,
     AdapterState,
-    adapted_layers,
     adapter_state,
     base_modules,
-    base_parameter,
-    inner_module,
     model_end,
     planned_module,
     planned_stack,
     planned_tokens,
-    put_replaced,
     replace_parameter,
     report,
-    state_and_name,
-    take_replaced,
     tied_head,
     whole_features,
     wrappers,
 )
-from rankwise.compat.torch import gathered, own_parameters
+from rankwise.adapters.switch import disable_adapter, set_adapter, trained_biases
+from rankwise.compat.torch import gathered
 from rankwise.config import METHODS_GROUP
 from rankwise.errors import AdapterError, some_of
-from rankwise.lora_config import LoraConfig
+from rankwise.lora_config import Init, LoraConfig
+from rankwise.quantization.linear import Linear4bit
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
 
@@ -237,114 +236,12 @@ def attach(
             layer.is_head = layer.base_layer is model_end(model, "output")
             if isinstance(adapter, Lora | Dora) and not layer.is_head:
                 adapter.for_merge = config.for_merge
-    for key, bias in _biases(model, config, name).items():
+    for key, bias in trained_biases(model, config, name).items():
         replace_parameter(model, state, name, key, bias)
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
     set_adapter(model, name)
     return report(model, name)
-
-
-def set_adapter(model: nn.Module, name: str) -> None:
-    """Make ``name`` the active adapter, which computes and trains; the others are frozen and have no effect.
-
-    An adapter that was loaded with ``trainable=False`` stays frozen. Raises AdapterError: RW407 for an unknown name,
-    RW408 while an adapter is merged.
-    """
-    state, name = state_and_name(model, name)
-    take_replaced(model, state)
-    state.active, state.disabled = name, False
-    put_replaced(model, state)
-    model.requires_grad_(False)
-    trains = name not in state.inference_only
-    for _, module in wrappers(model):
-        module.active = name if name in module.adapters else None
-        if module.active is not None:
-            module.adapters[name].requires_grad_(trains)
-    for key in _biases(model, state.configs[name], name):
-        base_parameter(model, key).requires_grad_(trains)
-
-
-def disable_adapter(model: nn.Module) -> None:
-    """Let the model compute as its base does until ``enable_adapter``. Raises AdapterError (RW407, RW408)."""
-    state, _ = state_and_name(model, None)
-    take_replaced(model, state)
-    state.disabled = True
-    for _, module in wrappers(model):
-        module.active = None
-
-
-def enable_adapter(model: nn.Module) -> None:
-    """Let the active adapter take effect again after ``disable_adapter``. Raises AdapterError (RW407, RW408)."""
-    state, name = state_and_name(model, None)
-    if not state.disabled:
-        return
-    state.disabled = False
-    put_replaced(model, state)
-    for _, module in wrappers(model):
-        module.active = name if name in module.adapters else None
-
-
-@contextmanager
-def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """A context in which the model computes as its base does. Nestable. Raises AdapterError (RW407, RW408)."""
-    was_disabled = state_and_name(model, None)[0].disabled
-    disable_adapter(model)
-    try:
-        yield
-    finally:
-        if not was_disabled:
-            enable_adapter(model)
-
-
-def remove_adapter(model: nn.Module, name: str | None = None) -> None:
-    """Remove an adapter, by default the active one. Layers without any adapter become plain layers again.
-
-    The base weights get the values that they had before the adapter was added; after PiSSA, up to rounding. Another
-    adapter of the model, if there is one, becomes active.
-
-    Raises:
-        AdapterError: RW407 for an unknown name, RW408 while an adapter is merged, RW424 for a PiSSA adapter over 4-bit
-            layers, which hold the quantized rest of their weights only.
-    """
-    state, name = state_and_name(model, name)
-    rests = [layer for _, layer in adapted_layers(model, name) if layer.origin is not None]
-    if any(is_quantized(layer.base_layer) for layer in rests):
-        raise AdapterError(
-            "RW424",
-            f"the 4-bit base holds only the rest that pissa left of its weights, so the adapter {name!r} cannot be "
-            "removed; load the model again.",
-        )
-    disable_adapter(model)
-    del state.configs[name]
-    state.replaced.pop(name, None)
-    state.inference_only.discard(name)
-    for layer in rests:
-        assert isinstance(layer.origin, Origin), "chosen so"
-        layer.base_layer, layer.origin = layer.origin.restored(layer.base_layer), None
-    for path, module in list(wrappers(model)):
-        if name in module.adapters:
-            del module.adapters[name]
-        if not module.adapters:
-            model.set_submodule(path, inner_module(module))
-    state.active = None
-    if state.configs:
-        set_adapter(model, next(iter(state.configs)))
-    else:
-        make_foreign(model)
-
-
-def _biases(model: nn.Module, config: LoraConfig, name: str) -> dict[str, nn.Parameter]:
-    """{name in the plain model: bias} of the base's biases that train with an adapter."""
-    if config.bias == "none":
-        return {}
-    adapted = {path for path, _ in adapted_layers(model, name)}
-    found = {}
-    for path, module in base_modules(model):
-        bias = own_parameters(module).get("bias")
-        if bias is not None and not config.trains_whole(path) and (config.bias == "all" or path in adapted):
-            found[f"{path}.bias"] = bias
-    return found
 
 
 def _add_rows(model: nn.Module, item: AdaptedModule, name: str) -> None:
@@ -430,57 +327,113 @@ def check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
         )
 
 
-# The reference of a preference loss: the base, or the adapter at the start of training, in the same model.
+# A and B in float32.
+Pair = tuple[Tensor, Tensor]
 
-REFERENCE = "reference"
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What an initialisation computed, before the model changes."""
+
+    config: LoraConfig
+    # {module: its dense layer before quantization} of 4-bit layers.
+    originals: Mapping[str, nn.Module]
+
+    def weight(self, item: AdaptedModule, base: nn.Module) -> Tensor:
+        """W (out, in) before quantization, on the base's device."""
+        return dense_weight(self.originals.get(item.name, base)).to(weight_device(base))
+
+    @torch.no_grad()
+    def pair(self, item: AdaptedModule, base: nn.Module) -> Pair | None:
+        """The pair with which a layer starts; None for the default."""
+        init, s = self.config.init, self.config.scaling(item.r, item.lora_alpha)
+        if not _takes_part(init, item, base):
+            return None
+        if init.kind == "pissa":
+            return principal_pair(self.weight(item, base).float(), item.r, s, init.niter)
+        return principal_pair(self.weight(item, base).float() - dense_weight(base).float(), item.r, s)
 
 
-def keep_reference(model: nn.Module) -> None:
-    """Keep a frozen copy of the active adapter, which ``reference_at_work`` activates.
+def beginning(
+    model: nn.Module,
+    config: LoraConfig,
+    planned: list[AdaptedModule],
+    originals: nn.Module | None,
+) -> Beginning | None:
+    """Check and compute what ``config.init`` needs; None for "default" and "random".
 
-    Raises AdapterError (RW406) for an adapter that replaces parameters of the base (biases, or an embedding or head
-    from its folder): the base holds one value of them.
+    Raises AdapterError: RW426 for a rank above that of a layer's weight, without the original weights, and
+    where no target can use the init.
     """
-    state, name = state_and_name(model, None)
-    if state.replaced.get(name):
+    init = config.init
+    if init.kind in ("default", "random"):
+        return None
+    modules = dict(base_modules(model))
+    taking = [item for item in planned if _takes_part(init, item, modules[item.path])]
+    _check_ranks(init, taking)
+    if not taking:
         raise AdapterError(
-            "RW406", f"the adapter {name!r} changes parameters of the base, so it cannot be the reference; train anew."
+            "RW426",
+            f"init_lora_weights is {config.init_lora_weights!r}, and none of the {len(planned)} targets can start so"
+            + ("; load the base in 4 bits (--method qlora)." if init.kind == "loftq" else "; leave it at True."),
         )
-    for _, module in wrappers(model):
-        if name in module.adapters:
-            module.adapters[REFERENCE] = copy.deepcopy(module.adapters[name]).requires_grad_(False)
-    state.configs[REFERENCE] = state.configs[name]
-    state.inference_only.add(REFERENCE)
+    packed = [item.name for item in taking if is_quantized(modules[item.name])]
+    return Beginning(config, _original_layers(model, packed, originals))
 
 
-@contextmanager
-def reference_at_work(model: nn.Module) -> Iterator[None]:
-    """A context in which the model computes as the reference does: in evaluation mode, without dropout and NEFTune's
-    noise. Trained parameters do not change.
+def principal_pair(W: Tensor, r: int, s: float, niter: int | None = None) -> Pair:
+    """``A = sqrt(S_r / s) V_r^T`` (r, in) and ``B = U_r sqrt(S_r / s)`` (out, r) of ``W = U S V^T``, in float32.
+
+    s B A is then the best approximation of W of rank r. For W the weight, this is PiSSA (Meng et al. 2024, arXiv
+    2404.02948, equations 2 to 4); ``niter`` selects a randomised SVD of that many subspace iterations (their section on
+    fast SVD). For W the rounding error W - Q, this is LoftQ with one iteration (Li et al. 2023, arXiv 2310.08659,
+    algorithm 1 with T = 1), which has s = 1. PEFT omits s in LoftQ, and gives the same pair where lora_alpha = r.
     """
-    state, name = state_and_name(model, None)
-    training = model.training
-    model.eval()
-    try:
-        with _frozen_copy(model, name) if REFERENCE in state.configs else adapter_disabled(model):
-            yield
-    finally:
-        model.train(training)
+    if niter is None:
+        U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(W, r, niter=niter)
+        Vt = V.T
+    root = (S[:r] / s).sqrt()
+    return (root[:, None] * Vt[:r]).contiguous(), (U[:, :r] * root).contiguous()
 
 
-@contextmanager
-def _frozen_copy(model: nn.Module, name: str) -> Iterator[None]:
-    """A context in which the frozen copy is active instead of the adapter ``name``."""
-    _activate(model, REFERENCE)
-    try:
-        yield
-    finally:
-        _activate(model, name)
+def _takes_part(init: Init, item: AdaptedModule, base: nn.Module) -> bool:
+    if item.experts is not None or not item.is_pair or isinstance(base, nn.Embedding):
+        return False
+    if is_quantized(base):
+        return isinstance(base, Linear4bit)
+    return init.kind != "loftq"
 
 
-def _activate(model: nn.Module, name: str) -> None:
-    for _, module in wrappers(model):
-        module.active = name if name in module.adapters else None
+def _check_ranks(init: Init, taking: list[AdaptedModule]) -> None:
+    largest = {item.name: min(item.in_features, item.out_features) for item in taking}
+    small = [f"{item.name} has {largest[item.name]} for r = {item.r}" for item in taking if item.r > largest[item.name]]
+    if small:
+        raise AdapterError(
+            "RW426",
+            f"{init.kind} needs as many singular vectors as the rank, and {len(small)} layers have fewer ({small[0]}); "
+            "lower --r, or give those layers a lower rank with --rank-pattern.",
+        )
+
+
+def _original_layers(model: nn.Module, packed: list[str], originals: nn.Module | None) -> Mapping[str, nn.Module]:
+    """{name: dense layer} of the layers ``packed``, from ``originals`` or from the model's source files."""
+    if not packed:
+        return {}
+    load_again: Callable[[], nn.Module] | None = getattr(model, "rankwise_originals", None)
+    if originals is None and load_again is not None:
+        originals = load_again()
+    modules = {} if originals is None else dict(base_modules(originals))
+    missing = [name for name in packed if name not in modules or is_quantized(modules[name])]
+    if missing:
+        raise AdapterError(
+            "RW426",
+            f"the weights before quantization are needed and unknown for {len(missing)} layers "
+            f"({missing[0]}); give the dense model as add_adapter(originals=), or load the 4-bit one with load_model "
+            "from dense files.",
+        )
+    return {name: modules[name] for name in packed}
 
 
 # Methods of other distributions: an entry point of the group ``rankwise.methods`` is a name and its MethodType.

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.base_layer import dense_weight, is_quantized, with_weight
-from rankwise.adapters.dora import Dora
-from rankwise.adapters.lora import Lora, TokenRows
+from rankwise.adapters.lora import Dora, Lora, TokenRows
 from rankwise.adapters.low_rank import Adapter, branch_of, drawn_dropout, low_rank_product, merged_weight
 from rankwise.compat.torch import writes_to
 from rankwise.ops.low_rank_linear import low_rank_linear

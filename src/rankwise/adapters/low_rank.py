@@ -10,8 +10,7 @@ LoRA, with lora_alpha n times as large (sqrt(n) times with rsLoRA), so that the 
 
 The operator of hand-written gradients (`ops.low_rank_linear`) applies to whole layers over a frozen dense, transposed
 (Conv1D) or 4-bit weight, in that weight's dtype. All other cases (partly adapted fused projections, autocast to a
-different dtype, compiled graphs, base weights that train) compute the same formulas with autograd, in ``lora.py`` and
-``dora.py``.
+different dtype, compiled graphs, base weights that train) compute the same formulas with autograd, in ``lora.py``.
 """
 
 from __future__ import annotations
@@ -166,7 +165,7 @@ class Adapter(Protocol):
 class LinearAdapter(Adapter, Protocol):
     """An adapter of a linear layer, which the operator can compute."""
 
-    # Whether the next operation returns the layer's output in the backward pass (`ops.saved`).
+    # Whether the next operation returns the layer's output in the backward pass (`ops.kept`).
     comes_back: bool
     # Where the frozen products of training are in 8 bits. Evaluation computes as servers do.
     eight_bit: EightBit | None

@@ -20,13 +20,23 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.dora import Dora
 from rankwise.adapters.experts import StackLora, peft_A, peft_B, peft_keys
+from rankwise.adapters.folder import (
+    CONFIG_FILE,
+    INIT_KEY,
+    LABELS_KEY,
+    LABELS_TASK,
+    MERGE_KEY,
+    PARTS_FIELDS,
+    PARTS_KEY,
+    WEIGHTS_FILE,
+    scaled_alpha,
+    to_peft,
+)
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import KEY as TOKENS
-from rankwise.adapters.lora import TokenRows
+from rankwise.adapters.lora import Dora, TokenRows
 from rankwise.adapters.low_rank import enabled_rows, to_blocks
-from rankwise.adapters.peft_config import CONFIG_FILE, LABELS_TASK, scaled_alpha, to_peft
 from rankwise.adapters.select import matches, suffixes, unread_modules
 from rankwise.adapters.state import (
     AdaptedModule,
@@ -48,17 +58,7 @@ from rankwise.lora_config import LoraConfig
 from rankwise.quantization.linear import is_conv1d
 from rankwise.records import write_bytes, write_json
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PARTS_KEY = "rankwise.enable_lora"
-# Metadata key for "loftq" adapters, which belong on 4-bit weights. In PEFT's own field, "loftq" would make PEFT
-# initialise the adapter again.
-INIT_KEY = "rankwise.init"
-MERGE_KEY = "rankwise.for_merge"
-# Metadata key for the names of labels, which PEFT's files do not hold.
-LABELS_KEY = "rankwise.labels"
-# Fields of fused projections, stored in the metadata because PEFT's fields cannot express them.
-PARTS_FIELDS = ("enable_lora", "rank_pattern", "alpha_pattern")
 # The folder name of a transformers Trainer's checkpoint.
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINER_WEIGHTS = "model.safetensors"

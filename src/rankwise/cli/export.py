@@ -29,7 +29,7 @@ def run(settings: ExportSettings, output: Output) -> Document:
     refuse_comparisons([settings.adapter])
     check_paths(model=settings.model, data=[settings.data], output=settings.output)
     _check_options(settings)
-    from rankwise.adapters.trained_base import labels_of
+    from rankwise.adapters.folder import labels_of
     from rankwise.export.merged import refuse_to_overwrite
     from rankwise.export.proof import server_python
 
@@ -166,7 +166,7 @@ def _prover(
 
 
 def _rows(settings: ExportSettings, source: ModelSource) -> Rows:
-    from rankwise.adapters.trained_base import tokenizer_with_rows
+    from rankwise.adapters.folder import tokenizer_with_rows
     from rankwise.cli.export_proof import rows_of
     from rankwise.evaluation.loading import needed_tokenizer
     from rankwise.models.load import load_tokenizer

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from rankwise.adapters import load_adapter
-from rankwise.adapters.trained_base import labels_of
+from rankwise.adapters.folder import labels_of
 from rankwise.cli.settings import ExportSettings
 from rankwise.constants import IGNORED
 from rankwise.data import check_there, encode_rows, read_rows
-from rankwise.data.labels import UNANSWERED
-from rankwise.data.preferences import PREFERENCE_FORMATS
+from rankwise.data.objectives import PREFERENCE_FORMATS, UNANSWERED
 from rankwise.errors import DataError
 from rankwise.evaluation.loading import max_length_of, template_of
 from rankwise.export.adapter import ExportReport, Rows

@@ -166,7 +166,7 @@ def run(settings: GenerateSettings, output: Output) -> Document:
     record = record_of(settings.adapter)
     name = settings.model or base_model_name(settings.adapter)
 
-    from rankwise.models.mapped import mapped_files
+    from rankwise.models.prepared import mapped_files
 
     conversations = [] if settings.chat else read_conversations(settings)
     with output.waiting(f"loading {name}"):
@@ -254,7 +254,7 @@ def base_model_name(adapter: Path | None) -> str:
     """The base an adapter was trained on. Raises ConfigError (RW121) without one, AdapterError (RW413) if unnamed."""
     if adapter is None:
         raise ConfigError("RW121", "there is nothing to generate with; give --model M, --adapter FOLDER or both.")
-    from rankwise.adapters.trained_base import base_model_of
+    from rankwise.adapters.folder import base_model_of
 
     return base_model_of(adapter)
 

@@ -53,8 +53,7 @@ def run(settings: InspectSettings, output: Output) -> Document:
 def _adapter(folder: Path) -> JsonObject:
     from safetensors.torch import load_file
 
-    from rankwise.adapters.checkpoint import read_folder
-    from rankwise.adapters.peft_config import read_config
+    from rankwise.adapters.folder import read_config, read_folder
 
     (config, _), document = read_folder(folder), read_config(folder)
     method = "dora" if config.use_dora else "lora"
@@ -74,8 +73,7 @@ def _adapter(folder: Path) -> JsonObject:
 def _fit(folder: Path, model: str) -> JsonObject:
     """Whether the adapter fits ``model``; only shapes are compared, on a model without weights."""
     from rankwise.adapters.checkpoint import read_adapter
-    from rankwise.adapters.peft_config import read_config
-    from rankwise.adapters.trained_base import labels_of
+    from rankwise.adapters.folder import labels_of, read_config
     from rankwise.models import fetch_model, load_skeleton
     from rankwise.models.source import warns_of_other_hub_model
 

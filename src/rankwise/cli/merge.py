@@ -28,8 +28,7 @@ def run(settings: MergeSettings, output: Output) -> Document:
     refuse_comparisons(settings.adapter)
     check_paths(model=settings.model, output=settings.output)
     _check_options(settings)
-    from rankwise.adapters.checkpoint import read_folder
-    from rankwise.adapters.trained_base import labels_of
+    from rankwise.adapters.folder import labels_of, read_folder
     from rankwise.export.merged import format_of, merge_to_folder, refuse_to_overwrite
 
     refuse_to_overwrite(settings.output)
@@ -127,7 +126,7 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
 
 def _keep_what_loading_needs(settings: MergeSettings, folder: Path) -> None:
     """Write the chat template that all runs were given into ``folder``. Warns (RW755) of what no file there says."""
-    from rankwise.adapters.trained_base import quantization_of
+    from rankwise.adapters.folder import quantization_of
     from rankwise.evaluation.loading import template_of
 
     formats = {one: config.quant_type for one in settings.adapter if (config := quantization_of(one)) is not None}

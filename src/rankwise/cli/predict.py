@@ -22,10 +22,10 @@ def run(settings: PredictSettings, output: Output) -> Document:
     check_paths(model=settings.model, data=(settings.data, None))
     if settings.adapter is None and settings.model is None:
         raise ConfigError("RW121", "there is nothing to answer with; give --adapter A, or --model M with a head.")
-    from rankwise.acceleration.labels import chosen, logits_of, probabilities
+    from rankwise.acceleration.loss import chosen, logits_of, probabilities
     from rankwise.adapters.saving import labels_of
     from rankwise.data import read_rows
-    from rankwise.data.labels import UNANSWERED, encode_labelled
+    from rankwise.data.objectives import UNANSWERED, encode_labelled
     from rankwise.evaluation.loading import LoadOptions, base_of, load_as_trained, max_length_of
     from rankwise.models.load import table_rows
 

@@ -27,8 +27,7 @@ NAMED_ROWS = 10
 
 def run(settings: PreviewSettings, output: Output) -> Document:
     from rankwise.data import encode_preferences, encode_rows, first_good_row, preview_row, read_rows, read_template
-    from rankwise.data.preferences import PREFERENCE_FORMATS
-    from rankwise.data.prompts import encode_prompts, prompt_formats
+    from rankwise.data.objectives import PREFERENCE_FORMATS, encode_prompts, prompt_formats
     from rankwise.models import load_tokenizer
 
     if settings.objective == "classify":
@@ -57,7 +56,7 @@ def run(settings: PreviewSettings, output: Output) -> Document:
 def _of_labels(settings: PreviewSettings, output: Output) -> Document:
     """A text with its label, and how many rows have each label."""
     from rankwise.data import read_rows
-    from rankwise.data.labels import LABELLED, encode_labelled, label_counts, labels_in
+    from rankwise.data.objectives import LABELLED, encode_labelled, label_counts, labels_in
     from rankwise.evaluation.loading import needed_tokenizer
     from rankwise.models import load_tokenizer
 

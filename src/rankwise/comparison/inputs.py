@@ -14,8 +14,7 @@ from rankwise.comparison.stages import PERPLEXITY
 from rankwise.config import ADAPTERS, BETA
 from rankwise.data import Row, Rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.formats import Format
-from rankwise.data.labels import LABELLED, labels_in, unknown_labels
-from rankwise.data.preferences import PREFERENCE_FORMATS
+from rankwise.data.objectives import LABELLED, PREFERENCE_FORMATS, labels_in, unknown_labels
 from rankwise.data.rows import check_bad_rows
 from rankwise.disk import refuse_links
 from rankwise.errors import ConfigError, DataError, ModelError, RunError, one_line

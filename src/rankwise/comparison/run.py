@@ -40,8 +40,7 @@ from rankwise.disk import coded_errors, hold, remove_strays
 from rankwise.errors import ConfigError, DataError, InputError, RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject
 from rankwise.labels import NUMBER
-from rankwise.models.describe import model_hash
-from rankwise.models.source import fetch_model
+from rankwise.models.source import fetch_model, model_hash
 from rankwise.options import flag
 from rankwise.planning.speed import read_model
 from rankwise.records import write_json

@@ -24,7 +24,7 @@ from rankwise.comparison.stages import PERPLEXITY
 from rankwise.config import METHODS, TrainSettings
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
-from rankwise.data.preferences import PREFERENCE_FORMATS
+from rankwise.data.objectives import PREFERENCE_FORMATS
 from rankwise.data.rows import Row
 from rankwise.disk import coded_error, hold, is_of_device
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory, out_of_memory
@@ -132,8 +132,8 @@ def load_run(job: Fields, labels: Labels | None = None) -> tuple[PreTrainedModel
     """(trained model of a run in evaluation mode, tokenizer); the base where the job has no method. ``labels``: of the
     model's head."""
     from rankwise.adapters import load_adapter
+    from rankwise.adapters.folder import quantization_of
     from rankwise.adapters.inject import method_type
-    from rankwise.adapters.trained_base import quantization_of
     from rankwise.models import choose_device, fetch_model
     from rankwise.models.prepared import load_prepared
 

@@ -4,14 +4,12 @@ rows = read_rows("train.jsonl")                             # every row checked,
 encoded = encode_rows(rows, tokenizer, max_length=1024)     # input_ids and labels, and a report
 """
 
-from rankwise.data.encoding import Encoded, EncodingReport, encode_rows
+from rankwise.data.encoding import Encoded, EncodingReport, Preview, encode_rows, first_good_row, preview_row
 from rankwise.data.files import kind_of, read_file, read_text
 from rankwise.data.formats import BadRow, rows_from_records
-from rankwise.data.preferences import encode_preferences
-from rankwise.data.preview import Preview, first_good_row, preview_row
-from rankwise.data.readers import check_there, limited, read_rows, warn_of_overlap
+from rankwise.data.objectives import encode_preferences
+from rankwise.data.readers import check_there, limited, read_rows, stdlib_rows, warn_of_overlap
 from rankwise.data.rows import Row, Rows
-from rankwise.data.stdlib import stdlib_rows
 from rankwise.data.templates import Segment, chat_text, read_template
 
 __all__ = [

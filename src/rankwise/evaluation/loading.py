@@ -64,9 +64,8 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
     """
     from rankwise.acceleration import limit_generated_kernels, use_native_products
     from rankwise.adapters import load_adapter
+    from rankwise.adapters.folder import read_config, tokenizer_with_rows
     from rankwise.adapters.inject import method_type
-    from rankwise.adapters.peft_config import read_config
-    from rankwise.adapters.trained_base import tokenizer_with_rows
     from rankwise.models import choose_device, fetch_model, warns_of_other_hub_model
     from rankwise.models.prepared import load_prepared, user_cache
 
@@ -107,8 +106,8 @@ def check_fit(name: str, adapters: Sequence[Path], options: LoadOptions, *, name
 
     Returns the revision of the model to load.
     """
-    from rankwise.adapters.checkpoint import read_adapter, read_folder
-    from rankwise.adapters.trained_base import labels_of, revision_of
+    from rankwise.adapters.checkpoint import read_adapter
+    from rankwise.adapters.folder import labels_of, read_folder, revision_of
     from rankwise.models import choose_device, fetch_model, load_skeleton
 
     for adapter in (own := _apart(adapters, options)[1]):
@@ -134,7 +133,7 @@ def with_labels(source: ModelSource, adapters: Sequence[Path]) -> ModelSource:
 
     Raises ModelError (RW303) for a model without such a head.
     """
-    from rankwise.adapters.trained_base import labels_of
+    from rankwise.adapters.folder import labels_of
     from rankwise.models.folder import answers_labels, read_config
 
     if adapters:
@@ -170,7 +169,7 @@ def _apart(adapters: Sequence[Path], options: LoadOptions) -> tuple[str | None, 
 def check_alone(adapters: Sequence[Path], *, base: bool) -> None:
     """Raise ConfigError (RW151) for an adapter that only answers by itself, beside another model: one with new tokens,
     which the others' tokenizer lacks, or one of another distribution's method, which stays in the base."""
-    from rankwise.adapters.checkpoint import read_folder
+    from rankwise.adapters.folder import read_folder
 
     if len(adapters) + base < 2:
         return
@@ -193,7 +192,7 @@ def load_settings(adapters: Sequence[Path], options: LoadOptions) -> JsonObject:
 
 def base_of(adapters: Sequence[Path]) -> str:
     """The base that all ``adapters`` name. Raises ConfigError (RW151) when they name different ones."""
-    from rankwise.adapters.trained_base import base_model_of
+    from rankwise.adapters.folder import base_model_of
 
     bases = {str(adapter): base_model_of(adapter) for adapter in adapters}
     _same("base model", bases, "--model")
@@ -283,7 +282,7 @@ def _quantization(asked: str, adapters: Sequence[Path]) -> FourBitConfig | None:
         from rankwise.quantization.config import CONFIGS
 
         return CONFIGS[asked](double_quant=True)
-    from rankwise.adapters.trained_base import quantization_of
+    from rankwise.adapters.folder import quantization_of
 
     found = {str(adapter): quantization_of(adapter) for adapter in adapters}
     described = {name: "16 bits" if config is None else str(config.to_dict()) for name, config in found.items()}

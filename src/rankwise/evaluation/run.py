@@ -81,7 +81,7 @@ def answer_task(
 
     ``answers``: {id of an example: (prediction, whether it is cut)}, which replace the task's own.
     """
-    from rankwise.models.mapped import mapped_files
+    from rankwise.models.prepared import mapped_files
 
     started, files = time.monotonic(), mapped_files(engine.model)
     found = task.run(engine, place.folder, progress)

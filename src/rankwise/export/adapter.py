@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rankwise.adapters.checkpoint import AdapterFile
+from rankwise.adapters.folder import labels_of as labels_of_adapter
 from rankwise.adapters.saving import labels_of
 from rankwise.adapters.state import state_and_name
-from rankwise.adapters.trained_base import labels_of as labels_of_adapter
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ConfigError

@@ -26,8 +26,8 @@ from torch.nn.functional import cross_entropy
 from rankwise.adapters import adapter_disabled, remove_adapter, set_adapter
 from rankwise.adapters.base_layer import dense_weight
 from rankwise.adapters.checkpoint import AdapterFile
-from rankwise.adapters.dora import Dora
 from rankwise.adapters.layer import AdaptedLayer
+from rankwise.adapters.lora import Dora
 from rankwise.adapters.low_rank import gain
 from rankwise.adapters.state import adapted_layers
 from rankwise.constants import IGNORED

@@ -12,16 +12,20 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from rankwise.adapters import load_adapter, merge_adapter, peft_config
+from rankwise.adapters import load_adapter, merge_adapter
 from rankwise.adapters.base_layer import make_dense
-from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, read_adapter, read_folder
-from rankwise.adapters.trained_base import (
+from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, read_adapter
+from rankwise.adapters.folder import (
     base_model_of,
     dtype_of,
     labels_of,
     quantization_of,
+    read_folder,
     revision_of,
     sha256_of_base,
+)
+from rankwise.adapters.folder import (
+    read_config as read_adapter_config,
 )
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ModelError, RunError, heard, warn
@@ -32,8 +36,8 @@ from rankwise.models.folder import INDEX_FILE, read_config
 from rankwise.models.load import quiet
 from rankwise.models.source import is_other_hub_model
 from rankwise.quantization.config import CONFIGS, FourBitConfig, Nf4Config, rewrite_bitsandbytes_config
-from rankwise.quantization.in_place import is_finite
 from rankwise.quantization.linear import weights_in_file
+from rankwise.quantization.targets import is_finite
 from rankwise.quantization.transformers_plugin import mark_quantized
 from rankwise.records import write_json
 
@@ -216,7 +220,7 @@ def _quantization_to_load(
 
 def check_trained_base(adapter: Path, source: ModelSource) -> None:
     """Raise RunError (RW738) for a base other than the one trained on, over which there is no trained model."""
-    trained, named = sha256_of_base(adapter), peft_config.read_config(adapter).get("base_model_name_or_path")
+    trained, named = sha256_of_base(adapter), read_adapter_config(adapter).get("base_model_name_or_path")
     if is_other_hub_model(source.name, named) or (trained is not None and trained != model_hash(source)):
         raise RunError(
             "RW738",
@@ -226,7 +230,7 @@ def check_trained_base(adapter: Path, source: ModelSource) -> None:
 
 
 def _warn_of_another_base(adapter: Path, source: ModelSource) -> None:
-    if warns_of_other_hub_model(source.name, adapter, peft_config.read_config(adapter)):
+    if warns_of_other_hub_model(source.name, adapter, read_adapter_config(adapter)):
         return
     trained = sha256_of_base(adapter)
     if trained is not None and trained != (found := model_hash(source)):

@@ -27,11 +27,10 @@ from torch.nn import functional as F
 
 from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, load_tensors, stack_keys
 from rankwise.adapters.experts import from_peft_A, from_peft_B, peft_A, peft_B
+from rankwise.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, to_peft
 from rankwise.adapters.inject import attach, check_name
-from rankwise.adapters.peft_config import CONFIG_FILE, to_peft
 from rankwise.adapters.saving import (
     PREFIX,
-    WEIGHTS_FILE,
     adapter_tensors,
     is_transposed,
     mark_labels,

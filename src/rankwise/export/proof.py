@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rankwise.acceleration.generation import GREEDY
-from rankwise.acceleration.labels import chosen, logits_of
+from rankwise.acceleration.loss import chosen, logits_of
 from rankwise.adapters.saving import labels_of
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import ConfigError, RunError

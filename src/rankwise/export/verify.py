@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rankwise.adapters import load_adapter, merge_adapter
+from rankwise.adapters.folder import dtype_of
 from rankwise.adapters.state import DEFAULT_NAME, adapter_state, base_modules, model_end
-from rankwise.adapters.trained_base import dtype_of
 from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.constants import IGNORED
@@ -39,9 +39,9 @@ from rankwise.models import load_model
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.quantization.config import FourBitConfig, Nf4Config
-from rankwise.quantization.in_place import quantize
 from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.targets import target_names
+from rankwise.quantization.transformers_plugin import quantize
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType as Kind

@@ -4,14 +4,16 @@ Nothing here imports torch or transformers before a function needs it.
 """
 
 from rankwise.config import DEMO_HUB_ID
-from rankwise.models.describe import model_facts, model_hash, settings_hash
 from rankwise.models.device import DeviceChoice, choose_device
 from rankwise.models.load import load_model, load_skeleton, load_tokenizer
 from rankwise.models.source import (
     ModelSource,
     fetch_model,
     is_other_hub_model,
+    model_facts,
+    model_hash,
     resolve_model,
+    settings_hash,
     warns_of_other_hub_model,
 )
 

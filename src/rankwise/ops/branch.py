@@ -13,7 +13,7 @@ from rankwise.ops.eight_bit import EightBit, Scales, input_grad
 from rankwise.ops.four_bit import dequantize_weight, linear_4bit, linear_4bit_input_grad
 from rankwise.ops.packed_weight import PackedWeight
 
-# Rows up to which 4-bit kernels decode the weight: see `rankwise.ops.cpu.four_bit` and `rankwise.ops.triton.product`.
+# Rows up to which 4-bit kernels decode the weight: see `rankwise.ops.cpu.four_bit` and `rankwise.ops.triton.four_bit`.
 _FEW_ROWS = 64
 
 
@@ -65,7 +65,7 @@ class Branch:
     bias: Tensor | None = None
     m: Tensor | None = None  # (N,)
     gain: Tensor | None = None  # (N,) in float32: m / ||W + s B A||, no entry of m zero.
-    comes_back: bool = False  # Whether a later operation returns the output in the backward pass (`ops.saved`).
+    comes_back: bool = False  # Whether a later operation returns the output in the backward pass (`ops.kept`).
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -4,15 +4,14 @@
 
 Legend: T = rows of x, K = in features, N = out features, r = rank, R = the ranks of all layers together.
 With U = drop(x) [A_1; A_2; ...]^T (T, R), one pass over x serves every layer. Saved for the backward pass are x, or the
-tensors from which a norm made x (``ops.saved``), U, and the output of a layer with a gain, which mostly lives on
-anyway or is returned by a later operation (``ops.saved``). An output that the model has overwritten since, as
+tensors from which a norm made x (``ops.kept``), U, and the output of a layer with a gain, which mostly lives on
+anyway or is returned by a later operation (``ops.kept``). An output that the model has overwritten since, as
 Llama 4 and Gemma 3n do, is recomputed. In g = m / ||W + s B A|| only m is differentiated (DoRA, section 4.3).
 
     dz = g * dy     dU_i = s dz B     dB = s dz^T U_i     dA = dU^T drop(x)     dx = sum_i dz_i W_i + drop(dU A)
     dm = sum_T dy * (y - b) / m
 
-The steps are implemented in ``low_rank_plain``, for bfloat16 on most x86 CPUs in ``cpu.low_rank``, and for 16 bits on a
-GPU in ``low_rank_card``.
+The steps are implemented in ``low_rank_steps``, and for bfloat16 on most x86 CPUs in ``cpu.low_rank``.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankwise.compat.torch import Ctx, unsafe_view, writes_to
-from rankwise.ops import eight_bit, elementwise, low_rank_card, low_rank_plain, saved, selection
+from rankwise.ops import eight_bit, elementwise, low_rank_steps, selection
 from rankwise.ops.branch import Branch, BranchGrads, Dropout, Wanted
-from rankwise.ops.saved import Handback, offer
+from rankwise.ops.kept import Handback, Source, offer, source_of, tensors_of, with_tensors, without_tensors
 
 if TYPE_CHECKING:
     from rankwise.ops.cpu import low_rank
 
-    Steps = ModuleType | low_rank.Steps | low_rank_card.Steps
+    Steps = ModuleType | low_rank.Steps | low_rank_steps.CardSteps
     Kept = tuple[Steps, Sequence[Branch], Dropout | None, Sequence[Tensor | None]]
 
 
@@ -45,8 +44,8 @@ def low_rank_linear(x: Tensor, branches: Sequence[Branch], dropout: Dropout | No
     """
     tensors = [tensor for branch in branches for tensor in branch.tensors]
     if not torch.is_grad_enabled():
-        if dropout is None and low_rank_plain.are_few(x):
-            return tuple(low_rank_plain.of_few_rows(x, branch) for branch in branches)
+        if dropout is None and low_rank_steps.are_few(x):
+            return tuple(low_rank_steps.of_few_rows(x, branch) for branch in branches)
         return _forward(x, branches, dropout).outputs(x)
     needed = _trains_m(branches)
     handbacks = [Handback(branch.comes_back) if trains else None for branch, trains in zip(branches, needed)]
@@ -69,7 +68,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Ctx[tuple[Kept, Sequence[Handback | None], saved.Source]],
+        ctx: Ctx[tuple[Kept, Sequence[Handback | None], Source]],
         branches: tuple[Branch, ...],
         dropout: Dropout | None,
         handbacks: Sequence[Handback | None],
@@ -79,21 +78,21 @@ class LowRankLinear(torch.autograd.Function):
         made = _forward(x, branches, dropout)
         outputs = made.outputs(x)
         kept = _kept([handback is not None and not handback.is_wanted for handback in handbacks], outputs)
-        bare, source = [_without_tensors(branch) for branch in branches], saved.source_of(x)
+        bare, source = [_without_tensors(branch) for branch in branches], source_of(x)
         handbacks = [handback if handback is not None and handback.is_wanted else None for handback in handbacks]
-        ctx.kept = (made.steps, bare, dropout, kept), handbacks, saved.without_tensors(source)
-        ctx.save_for_backward(*saved.tensors_of(source), made.U, *tensors, *_only(kept, made.ys))
+        ctx.kept = (made.steps, bare, dropout, kept), handbacks, without_tensors(source)
+        ctx.save_for_backward(*tensors_of(source), made.U, *tensors, *_only(kept, made.ys))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Ctx[tuple[Kept, Sequence[Handback | None], saved.Source]], *dys: Tensor | None
+        ctx: Ctx[tuple[Kept, Sequence[Handback | None], Source]], *dys: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, w, rstd, U, *rest = ctx.saved_tensors
         (steps, bare, dropout, kept), handbacks, source = ctx.kept
-        source = saved.with_tensors(source, x, w, rstd)
+        source = with_tensors(source, x, w, rstd)
         branches, ys = _with_tensors(bare, rest)
         ys = [y if handback is None else handback.take() for y, handback in zip(ys, handbacks)]
         wanted, want_dx = _wanted(ctx.needs_input_grad[4:]), ctx.needs_input_grad[3]
@@ -173,11 +172,11 @@ def _steps(rows: Tensor, branches: Sequence[Branch]) -> Steps:
     if selection.takes_native(rows):
         from rankwise.ops.cpu import low_rank
 
-        return low_rank.steps_for(rows, branches) or low_rank_plain
+        return low_rank.steps_for(rows, branches) or low_rank_steps
     in_bytes = any(branch.frozen.eight_bit for branch in branches)
-    if rows.dtype in low_rank_plain.HALF and selection.takes_triton(rows) and not in_bytes:
-        return low_rank_card.steps_for(rows, branches)
-    return low_rank_plain
+    if rows.dtype in low_rank_steps.HALF and selection.takes_triton(rows) and not in_bytes:
+        return low_rank_steps.card_steps(rows, branches)
+    return low_rank_steps
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Protocol
 from rankwise.disk import read_speed
 from rankwise.errors import InputError, RunError, warn
 from rankwise.foreign import Fields
-from rankwise.models.mapped import MappedFiles
+from rankwise.models.prepared import MappedFiles
 from rankwise.models.source import fetch_model
 from rankwise.options import option_words
 from rankwise.planning.advice import LADDER, Advisor, Change, Verdict, disk_words, mapped_weights, verdict_of

@@ -27,10 +27,9 @@ from rankwise.acceleration import (
     optimize_for_training,
 )
 from rankwise.acceleration.generation import cache_bytes_per_token, drawn
-from rankwise.acceleration.labels import losses
-from rankwise.acceleration.loss import scored_positions
+from rankwise.acceleration.loss import losses, scored_positions
+from rankwise.acceleration.memory import average_gradients
 from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
-from rankwise.acceleration.sharding import average_gradients
 from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import (
     Ctx,

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise.acceleration import offloaded
-from rankwise.acceleration.sharding import shard
+from rankwise.acceleration.memory import shard
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import is_linear
-from rankwise.adapters.dora import Dora
+from rankwise.adapters.lora import Dora
 from rankwise.adapters.select import matches
 from rankwise.compat.torch import FakeTensorMode, fake_processes, shards_seen
 from rankwise.compat.transformers import choose_experts, fake_masks_looked_at

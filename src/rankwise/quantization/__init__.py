@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from rankwise.quantization.config import adopt_bitsandbytes_config as adopt_bitsandbytes_config
     from rankwise.quantization.config import rewrite_bitsandbytes_config as rewrite_bitsandbytes_config
     from rankwise.quantization.experts import dequantize as dequantize
-    from rankwise.quantization.in_place import QuantizationReport as QuantizationReport
-    from rankwise.quantization.in_place import quantize as quantize
     from rankwise.quantization.linear import Linear4bit as Linear4bit
+    from rankwise.quantization.transformers_plugin import QuantizationReport as QuantizationReport
+    from rankwise.quantization.transformers_plugin import quantize as quantize
 
 _HOMES = {
     "FourBitConfig": "config",
     "Fp4Config": "config",
     "Linear4bit": "linear",
     "Nf4Config": "config",
-    "QuantizationReport": "in_place",
+    "QuantizationReport": "transformers_plugin",
     "adopt_bitsandbytes_config": "config",
     "dequantize": "experts",
-    "quantize": "in_place",
+    "quantize": "transformers_plugin",
     "rewrite_bitsandbytes_config": "config",
 }
 

@@ -125,3 +125,9 @@ def warn_about_experts(model: nn.Module, config: FourBitConfig, *, stored: bool 
             f"{len(names)} expert tensors ({byte_size(size_bytes)}, {names[0]}, ...) stay in their dtype: {reason}.",
             stacklevel=3,
         )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether the weight holds no NaN and no infinity."""
+    # One cheap pass, and a second one only where the sum overflows or the weight is not finite.
+    return bool(weight.sum().isfinite()) or bool(weight.isfinite().all())

@@ -11,12 +11,12 @@ import numpy as np
 from datasets import Dataset
 
 from rankwise.constants import IGNORED
-from rankwise.data.preferences import ANSWER_IDS
+from rankwise.data.objectives import ANSWER_IDS
 from rankwise.foreign import Fields
 from rankwise.training import ranks
 
 if TYPE_CHECKING:
-    from rankwise.models.mapped import MappedFiles
+    from rankwise.models.prepared import MappedFiles
     from rankwise.training.loop import Loop
 
 ROWS_AT_ONCE = 10_000

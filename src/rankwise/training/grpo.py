@@ -35,7 +35,7 @@ from rankwise.config import GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings
 from rankwise.conflicts import LOSS_TYPES
 from rankwise.constants import WRITTEN_ROWS
 from rankwise.data.encoding import RowEncoder
-from rankwise.data.prompts import ANSWERS, encode_prompts, prompt_formats
+from rankwise.data.objectives import ANSWERS, encode_prompts, prompt_formats
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, one_line, warn
 from rankwise.final_number import extract_answer

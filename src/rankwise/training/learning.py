@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.acceleration import offloaded
-from rankwise.acceleration.log_probs import Layout
-from rankwise.adapters.trained_base import labels_of
+from rankwise.acceleration.loss import Layout
+from rankwise.adapters.folder import labels_of
 from rankwise.config import BETA, TrainSettings, logging_steps_of
 from rankwise.conflicts import LOSS_TYPES
 from rankwise.data import Rows, encode_preferences
 from rankwise.data.formats import Format
-from rankwise.data.labels import LABELLED, encode_labelled, label_counts, labels_in
-from rankwise.data.preferences import PREFERENCE_FORMATS, unpaired
+from rankwise.data.objectives import LABELLED, PREFERENCE_FORMATS, encode_labelled, label_counts, labels_in, unpaired
 from rankwise.errors import ConfigError, some_of
 from rankwise.labels import Labels
 from rankwise.training import ranks

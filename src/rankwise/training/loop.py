@@ -26,7 +26,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from rankwise.acceleration.sharding import average_gradients
+from rankwise.acceleration.memory import average_gradients
 from rankwise.compat.torch import is_sharded
 from rankwise.records import write_json
 from rankwise.training import ranks

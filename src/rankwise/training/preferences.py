@@ -19,10 +19,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.acceleration.log_probs import Layout, TokenScores, accept_scores, asked_of, scores_of_logits
-from rankwise.adapters.inject import reference_at_work
+from rankwise.acceleration.loss import Layout, TokenScores, accept_scores, asked_of, scores_of_logits
+from rankwise.adapters.switch import reference_at_work
 from rankwise.constants import IGNORED
-from rankwise.data.preferences import ANSWER_IDS
+from rankwise.data.objectives import ANSWER_IDS
 from rankwise.training import ranks
 from rankwise.training.foresight import MicroBatch, largest, own_parts
 from rankwise.training.loop import (

@@ -28,7 +28,7 @@ from rankwise.acceleration import (
     limit_generated_kernels,
     optimize_for_training,
 )
-from rankwise.acceleration.sharding import mesh_of_all, shard
+from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import is_unit
@@ -40,7 +40,7 @@ from rankwise.errors import RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
 from rankwise.models import choose_device, model_facts
-from rankwise.models.mapped import mapped_files
+from rankwise.models.prepared import mapped_files
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
 from rankwise.records import WAIT_POLICIES, RunRecord, check_writable, load_record, versions_of

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.adapters import has_adapter
+from rankwise.adapters.folder import CONFIG_FILE
 from rankwise.adapters.inject import guest_of
-from rankwise.adapters.peft_config import CONFIG_FILE
 from rankwise.data import Rows
 from rankwise.disk import coded_errors, flush, flush_tree, follow_umask, refuse_links, remove_strays
 from rankwise.errors import Interrupted, warn
 from rankwise.foreign import JsonObject
-from rankwise.models.mapped import MappedFiles, mapped_files
+from rankwise.models.prepared import MappedFiles, mapped_files
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows, write_text
 from rankwise.reports.model_card import model_card
 from rankwise.reports.plots import loss_svg

@@ -21,12 +21,12 @@ from rankwise.adapters import (
     plan_adapter,
 )
 from rankwise.adapters.base_layer import dequantizer
-from rankwise.adapters.checkpoint import load_adapter, read_adapter, read_folder
-from rankwise.adapters.inject import add_by, attach, keep_reference
-from rankwise.adapters.saving import WEIGHTS_FILE
+from rankwise.adapters.checkpoint import load_adapter, read_adapter
+from rankwise.adapters.folder import WEIGHTS_FILE, read_folder, tokenizer_with_rows
+from rankwise.adapters.inject import add_by, attach
 from rankwise.adapters.select import with_heads
 from rankwise.adapters.state import DEFAULT_NAME
-from rankwise.adapters.trained_base import tokenizer_with_rows
+from rankwise.adapters.switch import keep_reference
 from rankwise.compat.transformers import before_weights
 from rankwise.config import ADAPTERS, DORA, FOUR_BITS, METHODS, TrainSettings
 from rankwise.constants import TEMPLATE_FILE
@@ -37,9 +37,9 @@ from rankwise.foreign import Fields, JsonObject
 from rankwise.labels import Labels
 from rankwise.lora_config import ADAPTER, LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton
-from rankwise.models.describe import weights_files
 from rankwise.models.load import table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
+from rankwise.models.source import weights_files
 from rankwise.options import flag
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.records import record_of

@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rankwise.acceleration import LossOptions, fused_head
-from rankwise.acceleration.labels import chosen, laid_out, losses
-from rankwise.acceleration.loss import scored_positions
+from rankwise.acceleration.loss import chosen, laid_out, losses, scored_positions
 from rankwise.acceleration.scoring import Score, Scorer, Target, loss_scorer, members_of, trained_target
 from rankwise.compat.torch import is_unit
 from rankwise.constants import IGNORED

@@ -28,7 +28,7 @@ from rankwise.disk import appending
 from rankwise.errors import ConfigError, RunError, one_line, some_of, warn
 from rankwise.foreign import Fields, JsonObject
 from rankwise.labels import MEASURES
-from rankwise.models.mapped import MappedFiles
+from rankwise.models.prepared import MappedFiles
 from rankwise.records import METRICS_FILE, read_metrics, write_text
 from rankwise.training import ranks
 from rankwise.training.observer import Interrupt, Observer, SilentObserver, StepInfo

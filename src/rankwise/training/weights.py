@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, StateDict
 from transformers import PreTrainedModel
 
-from rankwise.acceleration.sharding import mesh_of_all, shard
+from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import adapter_parameters, has_adapter, load_tensors, save_adapter
+from rankwise.adapters.folder import WEIGHTS_FILE
 from rankwise.adapters.inject import guest_of
-from rankwise.adapters.saving import WEIGHTS_FILE
 from rankwise.adapters.select import module_names
 from rankwise.compat.torch import begin_sharded, class_of, is_sharded, is_unit, own_part, own_rows
 from rankwise.compat.transformers import is_converted_by_parts

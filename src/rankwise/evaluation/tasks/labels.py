@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.acceleration.labels import chosen, logits_of, losses
+from rankwise.acceleration.loss import chosen, logits_of, losses
 from rankwise.data import Rows
-from rankwise.data.labels import encode_labelled
+from rankwise.data.objectives import encode_labelled
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.errors_of_means import mean_of
 from rankwise.evaluation.record import Example, text_sha256

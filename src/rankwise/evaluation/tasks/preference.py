@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.acceleration.scoring import Scorer, Target, trained_target
-from rankwise.adapters.inject import reference_at_work
+from rankwise.adapters.switch import reference_at_work
 from rankwise.data import Rows, encode_preferences
-from rankwise.data.preferences import ANSWER_IDS
+from rankwise.data.objectives import ANSWER_IDS
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import Engine
 from rankwise.evaluation.record import Example, text_sha256

@@ -32,6 +32,7 @@ from rankwise.ops.cpu.products import (
     take,
 )
 from rankwise.ops.eight_bit import Scales
+from rankwise.ops.low_rank_steps import dropped
 
 
 def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
@@ -67,7 +68,7 @@ class Steps:
         are_floats = all(matrix.dtype is torch.float32 for branch in branches for matrix in (branch.A, branch.B))
         exact = are_floats and rows.dtype is torch.bfloat16
         U, rest = rows.new_empty(T, sum(ranks)), rows.new_empty(T, sum(ranks)) if exact else None
-        add_products([Term(_dropped(rows, dropout), _stacked_A(branches), exact=exact)], U, rest=rest)
+        add_products([Term(dropped(rows, dropout), _stacked_A(branches), exact=exact)], U, rest=rest)
         rests = [None] * len(ranks) if rest is None else rest.split(ranks, dim=1)
         ys, made = [], {}
         for branch, factor, scales, U_i, rest_i in zip(
@@ -119,7 +120,7 @@ class Steps:
 
     def grad_A(self, dU: Tensor, rows: Tensor, dropout: Dropout | None) -> Tensor:
         """``dU^T drop(x)``: (R, K) in float32."""
-        return row_product(dU, _dropped(_dense(rows), dropout))[0]
+        return row_product(dU, dropped(_dense(rows), dropout))[0]
 
 
 def _branch_grads(dy: Tensor, branch: Branch, y: Tensor | None, U: Tensor, want: Wanted) -> BranchGrads:
@@ -157,10 +158,6 @@ def _grad_x(terms: list[Term], dU: Tensor, branches: Sequence[Branch], dropout: 
 def _dense(rows: Tensor) -> Tensor:
     """Rows with contiguous elements."""
     return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
-
-
-def _dropped(rows: Tensor, dropout: Dropout | None) -> Tensor:
-    return rows if dropout is None else dropout(rows)
 
 
 def _factor(matrix: Tensor) -> Factor:
