@@ -406,8 +406,6 @@ def test_misfits_are_one_error() -> None:
 def test_wrong_sizes_never_reach_the_library() -> None:
     q, k, v, grad = make(2, 8, 8, 4, 2, 32)
     out, lse = native_attention.attention_forward(q, k, v, None, None, 1.0)
-    with pytest.raises(ValueError, match="cannot take"):
-        native_attention.attention_forward(q, k, v[:, :7], None, None, 1.0)
     with pytest.raises(ValueError, match="do not fit"):
         native_attention.attention_backward(grad, q, k, v, out[:1], lse, None, None, 1.0)
     with pytest.raises(ValueError, match="do not fit"):

@@ -224,19 +224,15 @@ def rms_norm_backward(
         )
 
 
-def glu(gate: Tensor, up: Tensor, act: str) -> None:
-    _glu(gate, up, act, None)
-
-
-def glu_backward(dout: Tensor, gate: Tensor, up: Tensor, act: str, want_product: bool) -> None:
-    _glu(gate, up, act, dout)
-
-
-def _glu(gate: Tensor, up: Tensor, act: str, dout: Tensor | None) -> None:
+def glu(gate: Tensor, up: Tensor, act: str, dout: Tensor | None = None) -> None:
     if act not in ACTIVATIONS:
         raise QuantizationError("RW606", f"there is no activation {act!r}: use one of {', '.join(ACTIVATIONS)}.")
     if gate.dim() == 0 or not _same(gate, up) or (dout is not None and not _same(gate, dout)):
         raise _misfit("glu needs tensors of one shape (T, N) and dtype", gate=gate, up=up, dout=dout)
+
+
+def glu_backward(dout: Tensor, gate: Tensor, up: Tensor, act: str, want_product: bool) -> None:
+    glu(gate, up, act, dout)
 
 
 def rope(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
@@ -321,22 +317,14 @@ def row_cross_of(shape: Sequence[int], dtype: torch.dtype, A: Tensor, B: Tensor,
 
 def check_targets(targets: Tensor, vocabulary: int, ignored: int) -> None:
     """Raise QuantizationError (RW621) for a target outside [0, V) that is not ``ignored``; waits for a card."""
-    wrong = bad_target(targets, vocabulary, ignored)
-    if wrong is not None:
-        raise wrong
-
-
-def bad_target(targets: Tensor, vocabulary: int, ignored: int) -> QuantizationError | None:
-    """The error that names the first target outside [0, V), or None."""
     bad = ((targets < 0) & (targets != ignored)) | (targets >= vocabulary)
-    if not bad.any():
-        return None
-    row = int(bad.nonzero()[0])
-    return QuantizationError(
-        "RW621",
-        f"the target of row {row} is {int(targets[row])}: labels must be token numbers below the vocabulary's size, "
-        f"{vocabulary}, or {ignored} if there is nothing to learn. Is the tokenizer that of this model?",
-    )
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise QuantizationError(
+            "RW621",
+            f"the target of row {row} is {int(targets[row])}: labels must be token numbers below the vocabulary's "
+            f"size, {vocabulary}, or {ignored} if there is nothing to learn. Is the tokenizer that of this model?",
+        )
 
 
 def _supported(x: Tensor, other: Tensor) -> bool:

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from rankwise.compat.torch import Ctx, is_fake
 
-ALIGNED_BYTES = 16
 # grouped_mm wants rows to begin at multiples of it.
+ALIGNED_BYTES = 16
 # Tracing one expert takes milliseconds in each layer, so a trace uses at most this number. Tensors over all rows keep
 # their size; those of one expert have at least 1/16 of the rows, as with less evenly routed tokens.
 MOST_TRACED = 16

@@ -212,9 +212,7 @@ def _score_(
 
 def _totals(sums: Sequence[tuple[Tensor | None, ...]], hidden: Tensor) -> list[Tensor]:
     """The loss, entropy and number of correct predictions of all chunks."""
-    return [_total(part, hidden) for part in zip(*sums)] if sums else [_total((), hidden) for _ in range(3)]
-
-
-def _total(parts: Sequence[Tensor | None], hidden: Tensor) -> Tensor:
-    zero = torch.zeros((), dtype=sum_dtype(hidden), device=hidden.device)
-    return sum((part for part in parts if part is not None), zero)
+    return [
+        sum((one for one in each if one is not None), torch.zeros((), dtype=sum_dtype(hidden), device=hidden.device))
+        for each in (zip(*sums) if sums else ((), (), ()))
+    ]

@@ -216,15 +216,10 @@ class CardSteps:
 
     def grad_A(self, dU: Tensor, rows: Tensor, dropout: Dropout | None) -> Tensor:
         """``dU^T drop(x)``: (R, K) in float32."""
-        dA = _product_in_float32(dU.T, dropped(rows, dropout))
+        a, b = dU.T, dropped(rows, dropout)
+        # Only on a GPU, PyTorch's product of 16-bit tensors can return its float32 sums.
+        dA = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda or is_fake(a) else a.float() @ b.float()
         if not self.copies.has_zeros:
             return dA
         columns = zip(self.copies.columns, self.copies.ranks)
         return torch.cat([dA[place.start : place.start + rank] for place, rank in columns])
-
-
-def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` in float32. Only on a GPU, PyTorch's product of 16-bit tensors can return its float32 sums."""
-    if a.is_cuda or is_fake(a):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

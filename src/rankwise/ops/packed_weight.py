@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import ParamSpec, cast
+from typing import Any, ParamSpec, cast
 
 import torch
 from torch import Tensor
@@ -68,6 +68,11 @@ class PackedWeight:
 SCALES = ("absmax", "nested_absmax", "offset")
 
 
+def format_of(source: Any) -> dict[str, Any]:
+    """The format of a `PackedWeight`, a 4-bit layer or a config, as arguments of what makes another in this format."""
+    return {name: getattr(source, name) for name in ("quant_type", "block_size", "double_quant")}
+
+
 def rows_are_blocks(shape: Sequence[int], block_size: int) -> bool:
     return len(shape) == 2 and shape[1] > 0 and shape[1] % block_size == 0
 
@@ -121,7 +126,6 @@ _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -
 class CodeTable:
     """One 4-bit type: what a code means and where one code ends and the next begins."""
 
-    name: str
     # (16,) float32 values; ``value[code]`` times absmax is the weight.
     value: tuple[float, ...]
     # (15,) midpoints of the sorted values, ascending. A value on a bound belongs to the lower side.
@@ -130,20 +134,16 @@ class CodeTable:
     order: tuple[int, ...]
 
 
-def _table(name: str, values: Tensor) -> CodeTable:
-    order = torch.argsort(values, stable=True)
-    ascending = values[order]
-    bounds = (ascending[:-1] + ascending[1:]) / 2
-    return CodeTable(name, tuple(values.tolist()), tuple(bounds.tolist()), tuple(order.tolist()))
-
-
 @cache
 def code_table(quant_type: str) -> CodeTable:
     """The table of one of ``PACKED_TYPES``; KeyError for any other name (the public functions check first)."""
     values = {"nf4": torch.tensor(_NF4, dtype=torch.float32), "fp4": torch.tensor(_FP4, dtype=torch.float32) / 12}
     # llama.cpp's (code - 8) d, with the scale -8 d: the element of the largest magnitude, and its sign.
     values["q4_0"] = 1 - torch.arange(16, dtype=torch.float32) / 8
-    return _table(quant_type, values[quant_type])
+    value = values[quant_type]
+    order = torch.argsort(value, stable=True)
+    bound = (value[order][:-1] + value[order][1:]) / 2
+    return CodeTable(tuple(value.tolist()), tuple(bound.tolist()), tuple(order.tolist()))
 
 
 # The types of bitsandbytes, in which a base can be loaded.

@@ -478,8 +478,8 @@ def attention_backward(
     ``lse`` is float32, too coarse for float64 gradients, so P is recomputed with its own.
     """
     p, _ = _weights(q, k, start, end, scale)
-    g, wide = grad.to(p.dtype), out.to(p.dtype)
-    delta = (g * wide).sum(-1).transpose(1, 2)
+    g = grad.to(p.dtype)
+    delta = (g * out.to(p.dtype)).sum(-1).transpose(1, 2)
     ds = p * (torch.einsum("bihd,bjhd->bhij", g, _shared(v, q)) - delta[..., None])
     dq = scale * torch.einsum("bhij,bjhd->bihd", ds, _shared(k, q))
     dk = scale * torch.einsum("bhij,bihd->bjhd", ds, q.to(p.dtype))
@@ -490,20 +490,16 @@ def attention_backward(
 def _weights(q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """P (B, H, Lq, Lk), zero where nothing is seen, and lse (B, H, Lq)."""
     seen = visible(start, end, (q.shape[0], q.shape[1], k.shape[1]), q.device)[:, None]
-    s = scale * torch.einsum("bihd,bjhd->bhij", _wide(q), _shared(k, q))
+    s = scale * torch.einsum("bihd,bjhd->bhij", wide(q), _shared(k, q))
     s = s.masked_fill(~seen, float("-inf"))
     lse = s.logsumexp(-1)
     # A row without keys would be exp(-inf + inf). Any finite number in place of its lse gives zeros.
     return (s - lse.masked_fill(~seen.any(-1), 0.0)[..., None]).exp(), lse
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype is torch.float64 else x.float()
-
-
 def _shared(x: Tensor, q: Tensor) -> Tensor:
     """A key head for each query head: (B, Lk, Hkv, D) -> (B, Lk, H, D)."""
-    return _wide(x).repeat_interleave(q.shape[2] // x.shape[2], dim=2)
+    return wide(x).repeat_interleave(q.shape[2] // x.shape[2], dim=2)
 
 
 def _summed(x: Tensor, like: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from rankwise.ops.cpu import native
+from rankwise.ops.cpu.native import DTYPE, pointer
 
 _HEAD_SIZES = range(16, 257, 16)
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class _Heads(ctypes.Structure):
@@ -54,7 +54,7 @@ def unfit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     """The part of `obstacle` that depends on the tensors, which a compiler can trace."""
     if q.device.type != "cpu":
         return f"the native kernel works on CPU tensors, and these are on {q.device}."
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPE):
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPE):
         return f"the native kernel works in bfloat16 or float32, and these are {q.dtype}."
     if q.shape[-1] not in _HEAD_SIZES:
         return f"the native kernel takes heads of 16, 32, ..., 256 elements, and these have {q.shape[-1]}."
@@ -117,27 +117,19 @@ def attention_backward(
     return made[0], made[1], made[2]
 
 
-@cache
-def _missing_library() -> str | None:
-    return native.obstacle()
+_missing_library = cache(native.obstacle)
 
 
 def _call(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float
 ) -> tuple[tuple[Tensor | None, ...], _Attention]:
-    """(tensors that own the memory, C struct of the inputs). `rankwise.ops.checks.attention_forward` has checked the
-    sizes; they are checked again, since a wrong one would write out of bounds."""
+    """(tensors that own the memory, C struct of the inputs). `rankwise.ops.checks.attention_forward` and `unfit` have
+    checked them."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     start, end = (None if x is None else x.contiguous() for x in (start, end))
     (B, Lq, H, D), (_, Lk, Hkv, _) = q.shape, k.shape
-    good = k.shape == v.shape == (B, Lk, Hkv, D) and Hkv > 0 and H % Hkv == 0 and D in _HEAD_SIZES
-    good = good and all(x.dtype is q.dtype and x.device.type == "cpu" for x in (q, k, v)) and q.dtype in _DTYPE
-    for x in (start, end):
-        good = good and (x is None or (x.shape == (B, Lq) and x.dtype is torch.int32 and x.device.type == "cpu"))
-    if not good:
-        raise ValueError(f"the native attention cannot take q {q.shape}, k {k.shape}, v {v.shape} ({q.dtype})")
-    address = [None if x is None else x.data_ptr() for x in (start, end)]
-    call = _Attention(B, Lq, Lk, H, Hkv, D, _heads(q), _heads(k), _heads(v), *address, scale, _DTYPE[q.dtype])
+    bounds = pointer(start), pointer(end)
+    call = _Attention(B, Lq, Lk, H, Hkv, D, _heads(q), _heads(k), _heads(v), *bounds, scale, DTYPE[q.dtype])
     return (q, k, v, start, end), call
 
 

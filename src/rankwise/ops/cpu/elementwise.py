@@ -16,11 +16,10 @@ from torch import Tensor, get_num_threads
 
 from rankwise.constants import IGNORED
 from rankwise.ops import reference as reference
-from rankwise.ops.checks import ACTIVATIONS, bad_target
-from rankwise.ops.cpu.native import OF_SHORT_LIVED, library, roomy
+from rankwise.ops.checks import ACTIVATIONS, check_targets
+from rankwise.ops.cpu.native import DTYPE, OF_SHORT_LIVED, library, pointer, roomy
 from rankwise.ops.reference import dropout_keys, dropout_threshold
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATION = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
@@ -31,8 +30,8 @@ def low_rank_add_(y: Tensor, u: Tensor, B: Tensor, scale: float, g: Tensor | Non
     B, g, bias = B.contiguous(), _floats(g), _floats(bias)
     N, R = B.shape
     library().rw_low_rank_add(
-        out.data_ptr(), out_stride, u.data_ptr(), u_stride, B.data_ptr(), scale, _pointer(g), _pointer(bias),
-        _count(y, N), N, R, _DTYPE[y.dtype], get_num_threads(),
+        out.data_ptr(), out_stride, u.data_ptr(), u_stride, B.data_ptr(), scale, pointer(g), pointer(bias),
+        _count(y, N), N, R, DTYPE[y.dtype], get_num_threads(),
     )  # fmt: skip
     return y if out is y else y.copy_(out)
 
@@ -45,8 +44,8 @@ def scaled_grad(dy: Tensor, y: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor
     dz = torch.empty(dy.shape, dtype=dy.dtype)
     dot = None if y is None else torch.empty(N, dtype=torch.float32)
     library().rw_scaled_grad(
-        dy.data_ptr(), dy_stride, _pointer(rows), y_stride, factor.data_ptr(), dz.data_ptr(), _pointer(dot),
-        _count(dy, N), N, _DTYPE[dy.dtype], get_num_threads(),
+        dy.data_ptr(), dy_stride, pointer(rows), y_stride, factor.data_ptr(), dz.data_ptr(), pointer(dot),
+        _count(dy, N), N, DTYPE[dy.dtype], get_num_threads(),
     )  # fmt: skip
     return dz, dot
 
@@ -59,7 +58,7 @@ def row_cross(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     A, B = A.float().contiguous(), B.float().contiguous()
     cross = torch.empty(W.shape[0], dtype=torch.float32)
     library().rw_row_cross(
-        W.data_ptr(), A.data_ptr(), B.data_ptr(), cross.data_ptr(), *W.shape, A.shape[0], _DTYPE[W.dtype],
+        W.data_ptr(), A.data_ptr(), B.data_ptr(), cross.data_ptr(), *W.shape, A.shape[0], DTYPE[W.dtype],
         get_num_threads(),
     )  # fmt: skip
     return cross
@@ -73,7 +72,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: int, cast_first: bool) ->
     y, rstd = roomy(x.shape, x.dtype, OF_SHORT_LIVED), torch.empty(T, dtype=torch.float32)
     library().rw_rms_norm(
         x.data_ptr(), x_stride, w.data_ptr(), eps, offset, cast_first, y.data_ptr(), rstd.data_ptr(),
-        T, D, _DTYPE[x.dtype], get_num_threads(),
+        T, D, DTYPE[x.dtype], get_num_threads(),
     )  # fmt: skip
     return y, rstd
 
@@ -89,7 +88,7 @@ def rms_norm_backward(
     dx = torch.empty(x.shape, dtype=x.dtype)
     library().rw_rms_norm_backward(
         dy.data_ptr(), dy_stride, x.data_ptr(), x_stride, w.data_ptr(), rstd.data_ptr(), offset,
-        _pointer(residual), residual_stride, dx.data_ptr(), _count(x, D), D, _DTYPE[x.dtype], get_num_threads(),
+        pointer(residual), residual_stride, dx.data_ptr(), _count(x, D), D, DTYPE[x.dtype], get_num_threads(),
     )  # fmt: skip
     return dx
 
@@ -101,7 +100,7 @@ def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
     product, N = roomy(gate.shape, gate.dtype, OF_SHORT_LIVED), gate.shape[-1]
     library().rw_glu(
         None, 0, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, _ACTIVATION[act],
-        None, None, product.data_ptr(), _count(gate, N), N, _DTYPE[gate.dtype], get_num_threads(),
+        None, None, product.data_ptr(), _count(gate, N), N, DTYPE[gate.dtype], get_num_threads(),
     )  # fmt: skip
     return product
 
@@ -118,7 +117,7 @@ def glu_backward(
     product = torch.empty(shape, dtype=dtype) if with_product else None
     library().rw_glu(
         dout.data_ptr(), dout_stride, gate.data_ptr(), gate_stride, up.data_ptr(), up_stride, _ACTIVATION[act],
-        dgate.data_ptr(), dup.data_ptr(), _pointer(product), _count(gate, N), N, _DTYPE[dtype], get_num_threads(),
+        dgate.data_ptr(), dup.data_ptr(), pointer(product), _count(gate, N), N, DTYPE[dtype], get_num_threads(),
     )  # fmt: skip
     return dgate, dup, product
 
@@ -142,14 +141,14 @@ def rope_(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def _turn(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor, out_stride: tuple[int, ...]) -> None:
-    if cos.dtype not in _DTYPE:
+    if cos.dtype not in DTYPE:
         cos, sin = cos.float(), sin.float()
     cos, sin = cos.contiguous(), sin.contiguous()
     batches, L, rotary = cos.shape
     library().rw_rope(
         q.data_ptr(), _Strides(*q.stride()[:3]), cos.data_ptr(), sin.data_ptr(), 0 if batches == 1 else L * rotary,
         inverse, out.data_ptr(), _Strides(*out_stride), _Sizes(*q.shape, rotary),
-        _DTYPE[q.dtype], _DTYPE[cos.dtype], get_num_threads(),
+        DTYPE[q.dtype], DTYPE[cos.dtype], get_num_threads(),
     )  # fmt: skip
 
 
@@ -170,11 +169,10 @@ def cross_entropy_(
     sums = (ctypes.c_double * 3)()
     wrong = library().rw_cross_entropy(
         rows.data_ptr(), stride, targets.data_ptr(), C, V, scale, label_smoothing, softcap or 0.0, multiplier,
-        want_grad, want_entropy, want_correct, sums, _DTYPE[logits.dtype], get_num_threads(),
+        want_grad, want_entropy, want_correct, sums, DTYPE[logits.dtype], get_num_threads(),
     )  # fmt: skip
-    error = bad_target(targets, V, IGNORED) if wrong >= 0 else None
-    if error is not None:
-        raise error
+    if wrong >= 0:
+        check_targets(targets, V, IGNORED)
     if want_grad and rows is not logits:
         logits.copy_(rows)
     loss = torch.tensor(sums[0], dtype=torch.float64)
@@ -200,7 +198,7 @@ def dropout_add_(dx: Tensor, z: Tensor, p: float, seed: int) -> Tensor:
 def _drop(z: Tensor, out: Tensor, p: float, keys: tuple[int, int], *, add: bool) -> None:
     library().rw_dropout(
         z.data_ptr(), out.data_ptr(), add, 1 / (1 - p), dropout_threshold(p), *keys,
-        z.numel(), _DTYPE[z.dtype], get_num_threads(),
+        z.numel(), DTYPE[z.dtype], get_num_threads(),
     )  # fmt: skip
 
 
@@ -228,7 +226,3 @@ def _count(x: Tensor, columns: int) -> int:
 
 def _floats(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.float().contiguous()
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

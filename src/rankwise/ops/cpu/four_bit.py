@@ -20,7 +20,7 @@ from rankwise.compat.torch import storage_users
 from rankwise.constants import KEPT_BYTES
 from rankwise.ops import reference
 from rankwise.ops.cpu import elementwise, products
-from rankwise.ops.cpu.native import NativeWeight, library, on_huge_pages, tables
+from rankwise.ops.cpu.native import NativeWeight, library, on_huge_pages, pointer, tables
 from rankwise.ops.packed_weight import PackedWeight, packed_shape
 from rankwise.ops.reference import dequantize_absmax, not_finite, quantize_absmax, row_cross_in_chunks
 
@@ -81,7 +81,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
         N,
         K,
         _DTYPE[x.dtype],
-        None if bias is None else bias.data_ptr(),
+        pointer(bias),
         y.data_ptr(),
         get_num_threads(),
     )

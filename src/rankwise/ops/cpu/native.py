@@ -23,6 +23,9 @@ from rankwise.ops.packed_weight import PackedWeight, code_table, dynamic_map
 # From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON.
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
+# The numbers of the dtypes that functions without 4-bit weights take.
+DTYPE = {torch.float32: 0, torch.bfloat16: 1}
+
 _INTERFACE = 10
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and run "
@@ -159,6 +162,10 @@ def _share_threads(loaded: ctypes.CDLL) -> None:
             return
 
 
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 class NativeWeight:
     """The C view of one weight. It holds the tensors whose memory the C side reads."""
 
@@ -169,8 +176,8 @@ class NativeWeight:
         self.struct = Weight(
             codes.data_ptr(),
             absmax.data_ptr(),
-            None if nested_absmax is None else nested_absmax.data_ptr(),
-            None if weight.offset is None else weight.offset.data_ptr(),
+            pointer(nested_absmax),
+            pointer(weight.offset),
             ctypes.addressof(tables(weight.quant_type)[0]),
             None if nested_absmax is None else dynamic_map(codes.device).data_ptr(),
             weight.elements,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rankwise.compat.torch import is_fake
-from rankwise.ops.cpu.native import NativeWeight, level, library
+from rankwise.ops.cpu.native import DTYPE, NativeWeight, level, library, pointer
 from rankwise.ops.eight_bit import Scales
 from rankwise.ops.packed_weight import PackedWeight
 
@@ -29,8 +29,6 @@ _LEAST_ROWS, _LEAST_ROWS_WIDENED, _LEAST_ROWS_OF_FOUR_BITS_WIDENED = 32, 4, 16
 
 # Elements of a step in 8 bits.
 _BYTES = 64
-
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Factor:
                 return None
             # Fake codes are never read.
             return cls(W.codes if is_fake(W.codes) else NativeWeight(W), W.shape[1])
-        if W.dtype not in _DTYPE or not W.is_cpu:
+        if W.dtype not in DTYPE or not W.is_cpu:
             return None
         if W.stride(1) == 1:
             return cls(W, W.stride(0))
@@ -170,7 +168,7 @@ def add_products(
     T, N = out.shape
     array = (_Term * len(terms))(*map(_struct, terms))
     library().rw_products(
-        array, len(terms), _DTYPE[out.dtype], T, N, _pointer(g), _pointer(bias), out.data_ptr(), _pointer(rest),
+        array, len(terms), DTYPE[out.dtype], T, N, pointer(g), pointer(bias), out.data_ptr(), pointer(rest),
         out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -198,9 +196,9 @@ def row_product(
     if is_fake(out):
         return out, dot
     library().rw_row_product(
-        _DTYPE[q.dtype], q.data_ptr(), q.stride(0), m.data_ptr(), m.stride(0), _pointer(y),
-        0 if y is None else y.stride(0), T, R, C, scale, _pointer(gain), by_column, out.data_ptr(), _DTYPE[dtype],
-        _pointer(divisor), _pointer(dot), torch.get_num_threads(),
+        DTYPE[q.dtype], q.data_ptr(), q.stride(0), m.data_ptr(), m.stride(0), pointer(y),
+        0 if y is None else y.stride(0), T, R, C, scale, pointer(gain), by_column, out.data_ptr(), DTYPE[dtype],
+        pointer(divisor), pointer(dot), torch.get_num_threads(),
     )  # fmt: skip
     return out, dot
 
@@ -233,11 +231,7 @@ def _struct(term: Term) -> _Term:
         packed = data.address()
     a = term.a
     return _Term(
-        a.data_ptr(), a.stride(0), a.shape[1], dense, term.W.stride, packed, _pointer(term.gain), term.scale,
-        _DTYPE[dtype], term.across != term.W.across, _pointer(term.a_rest), term.exact,
+        a.data_ptr(), a.stride(0), a.shape[1], dense, term.W.stride, packed, pointer(term.gain), term.scale,
+        DTYPE[dtype], term.across != term.W.across, pointer(term.a_rest), term.exact,
         None if term.in_bytes is None else term.in_bytes.address(),
     )  # fmt: skip
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
