@@ -13,8 +13,7 @@ import pytest
 from torch import nn
 
 from rankwise.adapters.layer import OverBase
-from rankwise.quantization.experts import StackScales
-from rankwise.quantization.linear import Linear4bit
+from rankwise.quantization.linear import FourBitModule
 from rankwise.quantization.transformers_plugin import DeserializeOperation, FourBitQuantizer, QuantizeOperation
 
 OPERATION = {"convert": "input_dict"}
@@ -37,11 +36,7 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
     QuantizeOperation: OPERATION,
     DeserializeOperation: OPERATION,
     OverBase: {"_apply": "fn recurse"},
-    Linear4bit: {
-        "_apply": "fn recurse",
-        "_load_from_state_dict": "state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
-    },
-    StackScales: {
+    FourBitModule: {
         "_apply": "fn recurse",
         "_load_from_state_dict": "state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
     },

@@ -14,6 +14,7 @@ import functools
 import itertools
 import os
 import platform
+import re
 import sys
 import weakref
 from collections import defaultdict
@@ -122,14 +123,9 @@ def give_back_freed_memory() -> None:
 
 def anonymous_memory_bytes() -> int:
     """The anonymous resident memory of this process in bytes; on systems other than Linux, all resident memory."""
-    try:
-        status = Path(f"/proc/{os.getpid()}/status").read_text()
-    except OSError:
-        return int(psutil.Process().memory_info().rss)
-    for line in status.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+    status = Path(f"/proc/{os.getpid()}/status")
+    found = re.search(r"RssAnon:\s*(\d+)", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else int(psutil.Process().memory_info().rss)
 
 
 def _has_glibc() -> bool:

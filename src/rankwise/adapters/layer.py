@@ -30,6 +30,7 @@ from rankwise.adapters.lora import Dora, Lora, TokenRows
 from rankwise.adapters.low_rank import Adapter, branch_of, drawn_dropout, low_rank_product, merged_weight
 from rankwise.compat.torch import writes_to
 from rankwise.ops.low_rank_linear import low_rank_linear
+from rankwise.ops.packed_weight import format_of
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import Linear4bit, features
 
@@ -214,12 +215,7 @@ class Origin(nn.Module):
             return with_weight(base, rest)
         assert isinstance(base, Linear4bit), "the one quantized base that can be made again"
         layer = Linear4bit.from_weight(
-            rest.to(base.weight.device),
-            base.bias,
-            quant_type=base.quant_type,
-            block_size=base.block_size,
-            double_quant=base.double_quant,
-            compute_dtype=base.compute_dtype,
+            rest.to(base.weight.device), base.bias, **format_of(base), compute_dtype=base.compute_dtype
         )
         layer.was_conv1d = base.was_conv1d
         return layer.train(base.training)

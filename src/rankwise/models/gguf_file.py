@@ -206,14 +206,10 @@ def _complete(config: Any, architecture: str, own: Fields) -> None:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rotary["partial_rotary_factor"] = own["rope.dimension_count"] / head_dim
     if architecture in LARGE_GEMMAS:
-        config.query_pre_attn_scalar = query_scale(architecture, config)
-
-
-def query_scale(architecture: str, config: Any) -> int:
-    """``query_pre_attn_scalar`` of a Gemma, which no header holds, as llama.cpp has it."""
-    if config.num_hidden_layers == LARGE_GEMMAS[architecture]:
-        return int(config.hidden_size // config.num_attention_heads)
-    return int(config.head_dim)
+        # No header holds it; this is how llama.cpp has it.
+        is_large = config.num_hidden_layers == LARGE_GEMMAS[architecture]
+        width = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = width if is_large else config.head_dim
 
 
 def _ignored(config: Any, own: Fields) -> list[str]:

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    from rankwise.quantization import FourBitConfig, Linear4bit
-    from rankwise.quantization.experts import StackScales
+    from rankwise.quantization import FourBitConfig
+    from rankwise.quantization.linear import FourBitModule
 
 # transformers' names of formats whose layers have no gradient, and which transformers can load as dense weights.
 DEQUANTIZED_ON_LOADING = ("fp8", "mxfp4", "compressed-tensors")
@@ -120,19 +120,21 @@ def load_tokenizer(
     model: Model, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, or None if the folder or GGUF file has none. Raises ModelError (RW317)."""
-    source = model
-    if not isinstance(source, ModelSource) or source.path is None:
-        source = fetch_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     path = source.place
-    if source.is_gguf:
-        return _gguf_tokenizer(path, source)
-    if not has_tokenizer(path):
+    if source.is_gguf and "tokenizer.ggml.tokens" not in read_gguf_header(path).metadata:
         return None
-    from transformers import AutoTokenizer
+    if not source.is_gguf and not has_tokenizer(path):
+        return None
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        with tempfile.TemporaryDirectory() as nowhere, quiet():
+            if source.is_gguf:
+                # The class that AutoTokenizer would choose after reading the whole header, which takes seconds.
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(nowhere, gguf_file=str(path.resolve()))
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         # transformers may raise anything for such a folder; the cause is chained.
         raise ModelError("RW317", f"the tokenizer in {path} cannot be loaded: {one_line(error)}.") from error
@@ -251,7 +253,7 @@ def _warn_of_another_format(model: PreTrainedModel, path: Path, asked: FourBitCo
             return
 
 
-def _format_of(source: FourBitConfig | Linear4bit | StackScales) -> str:
+def _format_of(source: FourBitConfig | FourBitModule) -> str:
     double = "with" if source.double_quant else "without"
     return f"{source.quant_type} (blocks of {source.block_size}, {double} double quantization)"
 
@@ -276,7 +278,11 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
             dtype=torch.float32 if dtype is None else dtype,
             **dequantized,
         )
-    _make_ordinary(model)
+    # So that it trains and saves like any other model.
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
+    # The title in the file, which would be written to config.json.
+    model.config.__dict__.pop("_model_name_or_path", None)
     if source.labels is not None:
         model = _with_head(model, source.labels)
     if device != "cpu":
@@ -310,30 +316,6 @@ def _with_head(model: Any, labels: Labels) -> PreTrainedModel:
     found = kind.from_config(_with_labels(model.config, labels), dtype=model.dtype)
     setattr(found, found.base_model_prefix, model.base_model)
     return found.eval()
-
-
-def _make_ordinary(model: PreTrainedModel) -> None:
-    """Remove the attributes of a quantized model from a GGUF model, so that it trains and saves like any other."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    # The title in the file, which would be written to config.json.
-    model.config.__dict__.pop("_model_name_or_path", None)
-
-
-def _gguf_tokenizer(path: Path, source: ModelSource) -> PreTrainedTokenizerBase | None:
-    from transformers import PreTrainedTokenizerFast
-
-    if "tokenizer.ggml.tokens" not in read_gguf_header(path).metadata:
-        return None
-    try:
-        # The class that AutoTokenizer would choose after reading the whole header, which takes seconds.
-        with tempfile.TemporaryDirectory() as nowhere, quiet():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(nowhere, gguf_file=str(path.resolve()))
-    except Exception as error:
-        raise ModelError("RW317", f"the tokenizer in {path} cannot be loaded: {one_line(error)}.") from error
-    tokenizer.name_or_path = source.base_model
-    return tokenizer
 
 
 def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreTrainedModel:
@@ -394,17 +376,11 @@ def _check_finite(model: PreTrainedModel, source: ModelSource) -> None:
     import torch
 
     from rankwise.compat.torch import own_part
+    from rankwise.quantization.targets import is_finite
 
-    broken = []
-    for name, parameter in model.named_parameters():
-        held = own_part(parameter.detach())
-        if type(held) is not torch.Tensor:
-            # Another library's packed weight.
-            continue
-        # If an element is not finite, the sum is not: one cheap pass, and a second one only for such sums.
-        suspicious = held.is_floating_point() and not torch.isfinite(held.sum())
-        if suspicious and not torch.isfinite(held).all():
-            broken.append(name)
+    held = ((name, own_part(parameter.detach())) for name, parameter in model.named_parameters())
+    # Packed weights of other libraries have classes of their own.
+    broken = [name for name, W in held if type(W) is torch.Tensor and W.is_floating_point() and not is_finite(W)]
     if broken:
         raise ModelError(
             "RW323", f"the weights of {source.name} hold NaN or infinity in {some_of(broken)}; get them again."
@@ -421,16 +397,12 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def load_skeleton(
-    model: str | os.PathLike[str] | ModelSource, *, trust_remote_code: bool = False, revision: str | None = None
-) -> PreTrainedModel:
+def load_skeleton(model: Model, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that ``model`` describes, on the meta device; its weights need not be there.
 
     Raises ModelError: as ``fetch_model`` does; RW302 to RW304 and RW310 for a config that describes no such model.
     """
-    source = model
-    if not isinstance(source, ModelSource) or source.path is None:
-        source = fetch_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    source = fetch_model(model, trust_remote_code=trust_remote_code, weights=False)
     if not source.is_gguf:
         labelled = source.labels is not None
         check_architecture(

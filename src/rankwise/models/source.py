@@ -147,8 +147,11 @@ def fetch_model(
 ) -> ModelSource:
     """The model's source with its files on this machine: a hub id is downloaded, or found in the cache.
 
-    ``weights=False`` skips the weights; code files are downloaded only with ``trust_remote_code``. Raises ModelError as
-    ``resolve_model`` does, RW314 for a revision of a local model, and RW313 to RW315 for errors of the hub.
+    ``weights=False`` skips the weights; a source that was fetched is then returned as it is. Code files are downloaded
+    only with ``trust_remote_code``.
+
+    Raises ModelError as ``resolve_model`` does, RW314 for a revision of a local model, and RW313 to RW315 for errors of
+    the hub.
     """
     source = model if isinstance(model, ModelSource) else resolve_model(model)
     if source.kind != "hub":
@@ -156,6 +159,8 @@ def fetch_model(
             raise ModelError(
                 "RW314", f"revision {revision} is for hub models, and {source.name} is local; leave it out."
             )
+        return source
+    if source.path is not None and not weights:
         return source
 
     path = download(source.name, revision=revision or source.revision, code=trust_remote_code, weights=weights)

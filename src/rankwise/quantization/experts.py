@@ -32,14 +32,7 @@ from rankwise.ops.experts import inverse, rows_per_expert
 from rankwise.ops.packed_weight import SCALES, PackedWeight
 from rankwise.ops.selection import as_autocast, transforms_functions
 from rankwise.quantization.config import dtype_named
-from rankwise.quantization.linear import (
-    Linear4bit,
-    check_scale_dtypes,
-    computed_in,
-    keeping_scales,
-    packed_of,
-    set_format,
-)
+from rankwise.quantization.linear import FourBitModule, Linear4bit, computed_in
 
 # rankwise's name among transformers' implementations of experts.
 IMPLEMENTATION = "rankwise_4bit"
@@ -47,23 +40,11 @@ SUFFIX = "_scales"
 LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 
 
-class StackScales(nn.Module):
+class StackScales(FourBitModule):
     """Scales and format of one 4-bit stack; its codes, uint8 (E, N K / 2), are a parameter of the experts module.
 
-    absmax: float32 (E N K / b,) for the whole stack, as in bitsandbytes; with double quantization uint8, with
-    nested_absmax float32 (ceil(E N K / 256 b),) and offset float32 (). ``dtype``: that of the dense weights, to which
-    the stack is dequantized; ``compute_dtype``: as in `Linear4bit`.
-
-    Raises:
-        QuantizationError: RW615 unknown type or bad block size, RW605 bad dtype.
+    The scales, E N K / b, are those of the whole stack, as in bitsandbytes. Errors: see `set_scales`.
     """
-
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    offset: Tensor | None
-    quant_type: str
-    block_size: int
-    dtype: torch.dtype
 
     def __init__(
         self,
@@ -78,11 +59,7 @@ class StackScales(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.compute_dtype = tuple(shape), compute_dtype
-        set_format(self, quant_type, block_size, double_quant, dtype, device)
-
-    @property
-    def double_quant(self) -> bool:
-        return self.nested_absmax is not None
+        self.set_scales(quant_type, block_size, double_quant, dtype, device)
 
     def of_expert(self, index: int, codes: Tensor) -> PackedWeight:
         """The packed weight (N, K) of expert ``index`` with these ``codes`` (N K / 2,).
@@ -91,8 +68,7 @@ class StackScales(nn.Module):
         """
         blocks = math.prod(self.shape[1:]) // self.block_size
         begin, end = index * blocks, (index + 1) * blocks
-        found = partial(PackedWeight, codes, shape=self.shape[1:], quant_type=self.quant_type)
-        found = partial(found, block_size=self.block_size, dtype=self.dtype)
+        found = partial(dataclasses.replace, self.packed_with(codes), shape=self.shape[1:])
         if self.nested_absmax is None or self.offset is None:
             return found(absmax=self.absmax[begin:end])
         first = begin // NESTED_BLOCK
@@ -101,24 +77,13 @@ class StackScales(nn.Module):
         if begin % NESTED_BLOCK == 0:
             return found(absmax=scales, nested_absmax=nested, offset=self.offset)
         absmax = ops.dequantize_absmax(scales, nested, self.offset)
-        return found(absmax=absmax[begin - first * NESTED_BLOCK :])
+        return found(absmax=absmax[begin - first * NESTED_BLOCK :], nested_absmax=None, offset=None)
 
     def extra_repr(self) -> str:
         return (
             f"{self.shape}, quant_type={self.quant_type}, block_size={self.block_size}, "
             f"double_quant={self.double_quant}, dtype={self.dtype}"
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackScales:
-        apply, self.dtype = keeping_scales(self, fn)
-        super()._apply(apply, recurse)
-        return self
-
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        """Load the scales. A wrong dtype is reported as an error (RW606)."""
-        if not check_scale_dtypes(self, state, prefix, arguments[-1]):
-            return
-        super()._load_from_state_dict(state, prefix, *arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +115,7 @@ class Stack:
     @property
     def packed(self) -> PackedWeight:
         """W' of all experts (E, N, K) as a `PackedWeight`."""
-        return packed_of(self.scales, self.codes)
+        return self.scales.packed_with(self.codes)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
@@ -170,29 +135,43 @@ class _Product(torch.autograd.Function):
         return stack.run(grad, index, across=not transposed), None, None, None
 
 
-def forward_4bit(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The function that transformers calls for experts under `IMPLEMENTATION`; ``self`` is the experts module.
-
-    hidden_states (T, H), top_k_index (T, k) of expert indices, top_k_weights (T, k) -> (T, H) in hidden_states' dtype.
-    Equal to the eager implementation on dequantized weights; differentiable in hidden_states and top_k_weights.
-    """
-    return forward_by_expert(self, hidden_states, top_k_index, top_k_weights, product)
-
-
 # (experts module, name of a stack, index of an expert, its rows (t, K)) -> product with its matrix (t, N).
 Product = Callable[[nn.Module, str, int, Tensor], Tensor]
 
 
+def product(module: nn.Module, leaf: str, index: int, x: Tensor) -> Tensor:
+    """``W_e x + b_e`` of one expert, dense or 4-bit: (t, K) -> (t, N)."""
+    stack = stack_at(module, leaf)
+    if stack is not None:
+        y = computed_in(
+            stack.scales.compute_dtype, x, lambda z: stack.product(z, index, transposed=bool(module.is_transposed))
+        )
+    else:
+        W = getattr(module, leaf)[index]
+        y = x @ W if module.is_transposed else F.linear(x, W)
+    return y + getattr(module, f"{leaf}_bias")[index] if module.has_bias else y
+
+
 def forward_by_expert(
-    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, multiply: Product
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, multiply: Product = product
 ) -> Tensor:
-    """As `forward_4bit`, with ``multiply`` for the products, one expert after the other."""
+    """The function that transformers calls for experts under `IMPLEMENTATION`: one expert after the other.
+
+    self: the experts module; hidden_states (T, H), top_k_index (T, k) of expert indices, top_k_weights (T, k) -> (T, H)
+    in hidden_states' dtype. Equal to the eager implementation on dequantized weights; differentiable in hidden_states
+    and top_k_weights.
+    """
     k = top_k_index.shape[1]
     experts = top_k_index.reshape(-1)
     order = experts.argsort(stable=True)
     # Sorted by expert, so that rows are gathered and scattered in one operation, also in the backward pass.
     rows = hidden_states[order // k].split(rows_per_expert(experts, self.num_experts))
-    parts = [_expert(self, index, x, multiply) for index, x in enumerate(rows) if x.shape[0]]
+    gate, first = gate_of(self), first_leaf(self)
+    parts = [
+        multiply(self, "down_proj", index, gate(multiply(self, first, index, x)))
+        for index, x in enumerate(rows)
+        if x.shape[0]
+    ]
     del rows
     outputs = torch.cat(parts)
     del parts
@@ -211,25 +190,6 @@ def weighed(module: Any, outputs: Tensor, top_k_weights: Tensor, dtype: torch.dt
 def first_leaf(module: nn.Module) -> str:
     """The name of the stack of the first product."""
     return "gate_up_proj" if module.has_gate else "up_proj"
-
-
-def _expert(module: nn.Module, index: int, x: Tensor, multiply: Product) -> Tensor:
-    """One expert's output (t, H) for its t rows."""
-    inner = gate_of(module)(multiply(module, first_leaf(module), index, x))
-    return multiply(module, "down_proj", index, inner)
-
-
-def product(module: nn.Module, leaf: str, index: int, x: Tensor) -> Tensor:
-    """``W_e x + b_e`` of one expert, dense or 4-bit: (t, K) -> (t, N)."""
-    stack = stack_at(module, leaf)
-    if stack is not None:
-        y = computed_in(
-            stack.scales.compute_dtype, x, lambda z: stack.product(z, index, transposed=bool(module.is_transposed))
-        )
-    else:
-        W = getattr(module, leaf)[index]
-        y = x @ W if module.is_transposed else F.linear(x, W)
-    return y + getattr(module, f"{leaf}_bias")[index] if module.has_bias else y
 
 
 def stack_at(experts: nn.Module, leaf: str) -> Stack | None:
@@ -309,7 +269,7 @@ def _use_ours(experts: Any) -> None:
     """Select rankwise's implementation in a copy of this module's config, so that other experts keep theirs."""
     if "dense_config" in experts.__dict__:
         return
-    register_experts(IMPLEMENTATION, forward_4bit)
+    register_experts(IMPLEMENTATION, forward_by_expert)
     experts.dense_config = experts.config
     experts.config = copy.copy(experts.config)
     choose_experts_of_module(experts.config, IMPLEMENTATION)

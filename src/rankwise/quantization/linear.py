@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,28 +21,101 @@ from rankwise.compat.torch import own_parameters
 from rankwise.disk import naming
 from rankwise.errors import QuantizationError
 from rankwise.ops.checks import check_dtype, check_type
-from rankwise.ops.packed_weight import SCALES, PackedWeight, empty_scales, packed_shape
+from rankwise.ops.packed_weight import SCALES, PackedWeight, empty_scales, format_of, packed_shape
 
 
-class Linear4bit(nn.Module):
-    """A frozen linear layer in NF4 or FP4.
+class FourBitModule(nn.Module):
+    """A module with the scales and the format of a 4-bit weight of ``shape``: `Linear4bit` or `StackScales`.
 
-    weight: uint8 parameter, (N, K / 2) where K is a multiple of the block, else (ceil(N K / 2), 1): two-dimensional, so
-    that FSDP2 shards it by row. absmax: float32 (blocks,); with double quantization uint8, with nested_absmax float32
-    (ceil(blocks / 256),) and offset float32 (). bias: (N,) or None.
-
-    ``dtype`` is that of the dense weight, to which ``dequantize`` converts. The product runs in the dtype of x, or in
-    ``compute_dtype`` if set. Casts such as ``to(torch.float16)`` change ``dtype`` and the bias, never the stored codes
-    and scales.
+    absmax: float32 (blocks,); with double quantization uint8, with nested_absmax float32 (ceil(blocks / 256),) and
+    offset float32 (). ``dtype`` is that of the dense weight, to which ``dequantize`` converts. Casts such as
+    ``to(torch.float16)`` change ``dtype`` and a bias, never the stored codes and scales.
     """
 
-    bias: nn.Parameter | None
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    shape: tuple[int, ...]
     quant_type: str
     block_size: int
     dtype: torch.dtype
+    compute_dtype: torch.dtype | None
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax is not None
+
+    def set_scales(
+        self,
+        quant_type: str,
+        block_size: int,
+        double_quant: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ) -> None:
+        """Set the 4-bit format, and allocate uninitialized buffers for the scales of a weight of this shape.
+
+        Raises:
+            QuantizationError: RW615 unknown type or bad block size, RW605 bad dtype.
+        """
+        check_type(quant_type, block_size)
+        check_dtype(dtype, "the dtype of a 4-bit weight")
+        self.quant_type, self.block_size, self.dtype = quant_type, block_size, dtype
+        for name, buffer in empty_scales(math.prod(self.shape), block_size, double_quant, device).items():
+            self.register_buffer(name, buffer)
+
+    def packed_with(self, codes: Tensor) -> PackedWeight:
+        """The 4-bit weight with these codes and this module's scales."""
+        return PackedWeight(
+            codes,
+            self.absmax,
+            self.shape,
+            self.quant_type,
+            self.block_size,
+            self.nested_absmax,
+            self.offset,
+            self.dtype,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scales = {id(scale) for name in SCALES if (scale := getattr(self, name)) is not None}
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            # A cast would round the scales, and with them every weight, so only the move is applied.
+            return tensor.to(moved.device) if id(tensor) in scales and moved.dtype != tensor.dtype else moved
+
+        cast_to = fn(torch.empty(0, dtype=self.dtype, device=self.absmax.device)).dtype
+        super()._apply(apply, recurse)
+        self.dtype = cast_to
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        """Load codes and scales. A wrong dtype is reported as an error (RW606), since ``copy_`` would cast silently."""
+        held = ((name, getattr(self, name, None)) for name in ("weight", *SCALES))
+        own = {prefix + name: tensor for name, tensor in held if tensor is not None}
+        wrong = [
+            f"{name} is {state[name].dtype} and must be {tensor.dtype}"
+            for name, tensor in own.items()
+            if name in state and state[name].dtype is not tensor.dtype
+        ]
+        if wrong:
+            problem = QuantizationError("RW606", f"the state does not fit a 4-bit layer: {'; '.join(wrong)}.")
+            arguments[-1].append(str(problem))
+        else:
+            super()._load_from_state_dict(state, prefix, *arguments)
+
+
+class Linear4bit(FourBitModule):
+    """A frozen linear layer in NF4 or FP4.
+
+    weight: uint8 parameter, (N, K / 2) where K is a multiple of the block, else (ceil(N K / 2), 1): two-dimensional, so
+    that FSDP2 shards it by row. ``shape`` is (N, K). bias: (N,) or None. The product runs in the dtype of x, or in
+    ``compute_dtype`` if set.
+    """
+
+    shape: tuple[int, int]
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -67,6 +140,7 @@ class Linear4bit(nn.Module):
         """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.shape = out_features, in_features
         self.compute_dtype, self.was_conv1d = compute_dtype, was_conv1d
         self.set_format(quant_type, block_size, double_quant, dtype or torch.get_default_dtype(), device)
         if bias:
@@ -82,8 +156,8 @@ class Linear4bit(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
-        """Set the 4-bit format, and allocate uninitialized buffers for codes and scales in this format."""
-        set_format(self, quant_type, block_size, double_quant, dtype, device)
+        """As `set_scales`, with an uninitialized buffer for the codes."""
+        self.set_scales(quant_type, block_size, double_quant, dtype, device)
         codes = torch.empty(packed_shape(self.shape, block_size), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
 
@@ -113,16 +187,8 @@ class Linear4bit(nn.Module):
         cls, weight: PackedWeight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
     ) -> Linear4bit:
         """The layer that holds the tensors of ``weight``."""
-        layer = cls(
-            weight.shape[1],
-            weight.shape[0],
-            quant_type=weight.quant_type,
-            block_size=weight.block_size,
-            double_quant=weight.double_quant,
-            dtype=weight.dtype,
-            compute_dtype=compute_dtype,
-            device="meta",
-        )
+        N, K = weight.shape
+        layer = cls(K, N, **format_of(weight), dtype=weight.dtype, compute_dtype=compute_dtype, device="meta")
         layer.take(weight)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
@@ -145,16 +211,7 @@ class Linear4bit(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """W' as a `PackedWeight` of this layer's tensors."""
-        return packed_of(self, self.weight)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape (N, K) of the dense weight."""
-        return self.out_features, self.in_features
-
-    @property
-    def double_quant(self) -> bool:
-        return self.nested_absmax is not None
+        return self.packed_with(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), in the dtype of x (under autocast, in autocast's dtype)."""
@@ -210,95 +267,12 @@ class Linear4bit(nn.Module):
             f"dtype={self.dtype}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
-        apply, cast_to = keeping_scales(self, fn)
-        super()._apply(apply, recurse)
-        self.dtype = cast_to
-        return self
-
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        """Load codes and scales. A wrong dtype is reported as an error (RW606)."""
-        if check_scale_dtypes(self, state, prefix, arguments[-1]):
-            super()._load_from_state_dict(state, prefix, *arguments)
-
-
-class Holder(Protocol):
-    """A module with the scales and the format of a 4-bit weight: `Linear4bit` or `StackScales`."""
-
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    offset: Tensor | None
-    quant_type: str
-    block_size: int
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def register_buffer(self, name: str, tensor: Tensor | None) -> None: ...
-
-
-def set_format(
-    holder: Holder,
-    quant_type: str,
-    block_size: int,
-    double_quant: bool,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-) -> None:
-    """Set the attributes of this format on ``holder``, and empty buffers for the scales of a weight of its shape."""
-    check_type(quant_type, block_size)
-    check_dtype(dtype, "the dtype of a 4-bit weight")
-    holder.quant_type, holder.block_size, holder.dtype = quant_type, block_size, dtype
-    for name, buffer in empty_scales(math.prod(holder.shape), block_size, double_quant, device).items():
-        holder.register_buffer(name, buffer)
-
-
-def packed_of(holder: Holder, codes: Tensor) -> PackedWeight:
-    """The 4-bit weight whose scales and format are attributes of ``holder``."""
-    return PackedWeight(
-        codes,
-        holder.absmax,
-        holder.shape,
-        holder.quant_type,
-        holder.block_size,
-        holder.nested_absmax,
-        holder.offset,
-        holder.dtype,
-    )
-
 
 def computed_in(dtype: torch.dtype | None, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     """``run(x)`` computed in ``dtype`` if set, and cast to the dtype of x; under autocast, to autocast's dtype."""
     if dtype is None or dtype is x.dtype or torch.is_autocast_enabled(x.device.type):
         return run(x)
     return run(x.to(dtype)).to(x.dtype)
-
-
-def keeping_scales(holder: Holder, fn: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
-    """For ``Module._apply``: (``fn`` that moves but never casts scales, the dtype to which ``fn`` casts weights)."""
-    scales = {id(scale) for name in SCALES if (scale := getattr(holder, name)) is not None}
-
-    def apply(tensor: Tensor) -> Tensor:
-        moved = fn(tensor)
-        # A cast would round the scales, and with them every weight, so only the move is applied.
-        return tensor.to(moved.device) if id(tensor) in scales and moved.dtype != tensor.dtype else moved
-
-    return apply, fn(torch.empty(0, dtype=holder.dtype, device=holder.absmax.device)).dtype
-
-
-def check_scale_dtypes(holder: nn.Module, state: dict[str, Tensor], prefix: str, errors: list[str]) -> bool:
-    """Whether codes and scales in ``state`` have the dtypes of ``holder``; else an error (RW606) is appended."""
-    # copy_ would cast silently, and codes or scales after a cast give wrong weights.
-    held = ((name, getattr(holder, name, None)) for name in ("weight", *SCALES))
-    own = {prefix + name: tensor for name, tensor in held if tensor is not None}
-    wrong = [
-        f"{name} is {state[name].dtype} and must be {tensor.dtype}"
-        for name, tensor in own.items()
-        if name in state and state[name].dtype is not tensor.dtype
-    ]
-    if wrong:
-        errors.append(str(QuantizationError("RW606", f"the state does not fit a 4-bit layer: {'; '.join(wrong)}.")))
-    return not wrong
 
 
 # The file of ``weights_in_file``, while its context is open.

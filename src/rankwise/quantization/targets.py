@@ -10,8 +10,8 @@ from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import dense_by_default, heads_of_labels, is_converted
 from rankwise.errors import QuantizationError, warn
 from rankwise.quantization.config import FourBitConfig
-from rankwise.quantization.experts import StackScales, obstacle
-from rankwise.quantization.linear import Linear4bit, is_dense_linear
+from rankwise.quantization.experts import obstacle
+from rankwise.quantization.linear import FourBitModule, Linear4bit, is_dense_linear
 from rankwise.reports.numbers import byte_size
 
 HEAD_NAMES = ("lm_head", "embed_out")
@@ -71,10 +71,10 @@ def dense_linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if is_dense_linear(module)]
 
 
-def four_bit_modules(model: nn.Module) -> Iterator[Linear4bit | StackScales]:
+def four_bit_modules(model: nn.Module) -> Iterator[FourBitModule]:
     """The modules that hold the scales and format of 4-bit weights: linear layers, and scales of stacked experts."""
     for module in model.modules():
-        if isinstance(module, Linear4bit | StackScales):
+        if isinstance(module, FourBitModule):
             yield module
 
 

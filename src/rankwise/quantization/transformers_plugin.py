@@ -34,7 +34,7 @@ from rankwise.compat.torch import is_fake, is_sharded, own_parameters, own_part,
 from rankwise.disk import coded_error
 from rankwise.errors import QuantizationError, RankwiseError, some_of
 from rankwise.ops.checks import DTYPES
-from rankwise.ops.packed_weight import PackedWeight
+from rankwise.ops.packed_weight import PackedWeight, format_of
 from rankwise.quantization.config import (
     METHOD,
     PARTS,
@@ -55,7 +55,7 @@ from rankwise.quantization.experts import (
     stack_at,
     stack_tensors,
 )
-from rankwise.quantization.linear import Linear4bit, features, in_file, is_conv1d, is_dense_linear
+from rankwise.quantization.linear import FourBitModule, Linear4bit, features, in_file, is_conv1d, is_dense_linear
 from rankwise.quantization.targets import (
     dense_linear_names,
     expert_tensors,
@@ -144,12 +144,7 @@ def quantize(model: nn.Module, config: FourBitConfig) -> QuantizationReport:
     _check_model(model, config)
     targets, stacks = target_names(model, config), target_stacks(model, config)
     _check_weights(model, [*(f"{names[0]}.weight" for names in targets), *stacks])
-    weight_format: dict[str, Any] = {
-        "quant_type": config.quant_type,
-        "block_size": config.block_size,
-        "double_quant": config.double_quant,
-        "compute_dtype": config.compute_dtype,
-    }
+    weight_format = {**format_of(config), "compute_dtype": config.compute_dtype}
     bytes_before = bytes_after = 0
     for names in targets:
         bytes_before += model.get_parameter(f"{names[0]}.weight").nbytes
@@ -267,7 +262,8 @@ class FourBitQuantizer(HfQuantizer):
         ends = sorted({".".join(name.split(".")[-2:]) for name in stacks})
         conversions = []
         for end in ends:
-            parts = {_ending(f"{end}{part}"): f"weight{part}" for part in ("", *(f".{part}" for part in PARTS))}
+            endings = ("", *(f".{part}" for part in PARTS))
+            parts = {rf"\.{re.escape(end + part)}$": f"weight{part}" for part in endings}
             conversions.append(WeightConverter([*parts], f".{end}", [DeserializeOperation(self, parts)]))
         return conversions
 
@@ -286,12 +282,9 @@ class FourBitQuantizer(HfQuantizer):
         """Replace the dense layer by an empty `Linear4bit`, whose weight is loaded later; return the new layer."""
         linear = model.get_submodule(names[0])
         config = self.quantization_config
-        wanted = stored or config
         layer = Linear4bit(
             *features(linear),
-            quant_type=wanted.quant_type,
-            block_size=wanted.block_size,
-            double_quant=wanted.double_quant,
+            **format_of(stored or config),
             # The dtype that the model is loaded in: a merged layer must have the dtype of its neighbours.
             dtype=linear.get_parameter("weight").dtype,
             compute_dtype=config.compute_dtype,
@@ -311,16 +304,13 @@ class FourBitQuantizer(HfQuantizer):
         does not fit the model."""
         module, leaf = _owner(model, name)
         dense, config = model.get_parameter(name), self.quantization_config
-        wanted = stored or config
         if stored is not None:
             check_shape(name, stored.shape, dense.shape)
             if (reason := obstacle(module, leaf, tuple(stored.shape), stored.block_size)) is not None:
                 raise QuantizationError("RW611", f"the 4-bit experts {name} cannot be computed with: {reason}.")
         scales = StackScales(
             tuple(dense.shape),
-            quant_type=wanted.quant_type,
-            block_size=wanted.block_size,
-            double_quant=wanted.double_quant,
+            **format_of(stored or config),
             dtype=dense.dtype,
             compute_dtype=config.compute_dtype,
             device="meta",
@@ -433,7 +423,7 @@ class QuantizeOperation(ConversionOps):
                 tensors[name] = value
         return tensors
 
-    def _quantized(self, name: str, value: Tensor, layer: Linear4bit | StackScales) -> PackedWeight:
+    def _quantized(self, name: str, value: Tensor, layer: FourBitModule) -> PackedWeight:
         quantizer = self.hf_quantizer
         weight = value.T if name in quantizer.transposed else value
         quantizer.loaded.add(name)
@@ -538,11 +528,6 @@ def _wanted_dtype(model: Any, name: str) -> torch.dtype:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
-
-
-def _ending(name: str) -> str:
-    """The pattern of names with this ending."""
-    return rf"\.{re.escape(name)}$"
 
 
 def _single(value: Read) -> Tensor:
