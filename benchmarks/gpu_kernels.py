@@ -117,7 +117,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         **{f"glu {act}": lambda act=act: elementwise.glu(bf16(32, 64), bf16(32, 64), act) for act in ACTIVATIONS},
         **{
             f"glu {act} backward": lambda act=act: elementwise.glu_backward(
-                *(bf16(32, 64) for _ in range(3)), act, True
+                bf16(32, 64), bf16(32, 64), bf16(32, 64), act, True
             )
             for act in ACTIVATIONS
         },

@@ -19,7 +19,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,6 @@ from rankwise.constants import ALIGNED, FLASH_WIDTH
 from rankwise.ops import attention as kernel
 from rankwise.ops import reference
 from rankwise.ops.selection import as_autocast, card_capability, is_on_card, transforms_functions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 NAME = "rankwise"
 _UNKNOWN_TO_THE_KERNEL = ("position_bias", "softcap", "s_aux")

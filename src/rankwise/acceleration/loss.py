@@ -106,11 +106,6 @@ def fused_head(model: nn.Module) -> Head | None:
     return None if any(hooks_around(head.module)) else head
 
 
-def asks_for_routers(model: nn.Module, given: Mapping[str, object]) -> bool:
-    asked = given.get("output_router_logits")
-    return bool(getattr(_text_config(model), "output_router_logits", False) if asked is None else asked)
-
-
 def with_router_loss(head: Head, loss: Tensor, outputs: ModelOutput) -> Tensor:
     """``loss`` plus the balancing loss of a mixture of experts, where the model returned one."""
     router = getattr(outputs, "aux_loss", None)
@@ -282,8 +277,9 @@ def forward_with_labels(self: nn.Module, *args: Any, loss_options: LossOptions |
     asks_otherwise = "shift_labels" in kwargs or "ignore_index" in kwargs
     if kwargs.get("labels") is None or asks_otherwise or is_traced():
         return plain(*args, **kwargs)
-    head = fused_head(self)
-    if head is None or (head.router_weight is None and asks_for_routers(self, kwargs)):
+    head, routers = fused_head(self), kwargs.get("output_router_logits")
+    routers = getattr(_text_config(self), "output_router_logits", False) if routers is None else routers
+    if head is None or (head.router_weight is None and routers):
         return plain(*args, **kwargs)
     given = _by_name(plain, args, kwargs)
     kept = given.get("logits_to_keep", 0)

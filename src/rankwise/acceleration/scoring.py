@@ -305,10 +305,11 @@ class Scorer:
         """Batches of rows that hold all targets; they depend on the set of targets, not on their order."""
         if not targets:
             return []
-        problem = self._window_problem(max(len(target.ids) for target in targets))
-        if problem is not None:
+        longest = max(ROW_TOKENS, *(len(target.ids) for target in targets))
+        # The mask shows whole sequences, also to layers with a window.
+        if self.window is not None and self.window < longest:
             self.packs = False
-            self._say(problem)
+            self._say(f"layers see {self.window:,} tokens, and a row has {longest:,}")
         else:
             if self._packing is None:
                 self._packing = self._packing_is_right(targets)
@@ -329,7 +330,8 @@ class Scorer:
             longest = min(longest, self.window or longest)
             rows = pack(build_trees(sequences, longest=longest), ROW_TOKENS)
         else:
-            rows = pack(_single_trees(sequences), 0)
+            trees = (build_trees([ids], longest=0)[0] for ids in sequences)
+            rows = pack((dataclasses.replace(tree, members=(index,)) for index, tree in enumerate(trees)), 0)
             # Here logits are computed at all positions.
             budget = min(budget, 4 * self.logits_at_once // _vocabulary(self.model))
         for batch in batches_of(rows, budget):
@@ -389,7 +391,11 @@ class Scorer:
         probe = _probe(targets)
         self.packs = False
         plain = self._all(probe)
-        problem = packing_problem(self.model) or self._measured_problem(probe, plain)
+        name = attention_of(self.model.config.get_text_config(decoder=True))
+        if name in ("sdpa", "eager", attention.NAME):
+            problem = self._measured_problem(probe, plain)
+        else:
+            problem = f"attention {name} does not support such a mask"
         if problem is not None:
             self._say(problem)
         return problem is None
@@ -402,14 +408,6 @@ class Scorer:
                 f"{type(self.model).__name__} cannot score several sequences in one row ({problem}), so each gets a "
                 "row of its own: the results are the same, but slower.",
             )
-
-    def _window_problem(self, longest: int) -> str | None:
-        """Why packing is wrong for rows of this length, or None: the mask shows whole sequences, also to layers with a
-        window.
-        """
-        if self.window is None or self.window >= max(longest, ROW_TOKENS):
-            return None
-        return f"layers see {self.window:,} tokens, and a row has {max(longest, ROW_TOKENS):,}"
 
     def _measured_problem(self, probe: Sequence[Target], plain: Mapping[int, Score]) -> str | None:
         """Why packing ``probe`` is wrong, or None. The model may raise any error here."""
@@ -432,14 +430,6 @@ def no_number(model: PreTrainedModel) -> ModelError:
         f"the model ({type(model).__name__}) computes NaN or infinity; check the numbers in its config.json and the "
         f"scale of its adapter (lora_alpha, r){wider}.",
     )
-
-
-def packing_problem(model: PreTrainedModel) -> str | None:
-    """Why this model's configuration excludes rows of several sequences, or None."""
-    config = model.config.get_text_config(decoder=True)
-    if (name := attention_of(config)) not in ("sdpa", "eager", attention.NAME):
-        return f"attention {name} does not support such a mask"
-    return None
 
 
 def window_of(model: PreTrainedModel) -> int | None:
@@ -480,12 +470,6 @@ def _gathered(
         log_p[chosen.cpu()] = (logits[local, wanted[chosen]] - normalizer[local]).cpu()
         likeliest[chosen.cpu()] = (logits.argmax(-1)[local] == wanted[chosen]).cpu()
     return log_p.tolist(), likeliest.tolist()
-
-
-def _single_trees(sequences: Sequence[Ids]) -> Iterable[Tree]:
-    for index, ids in enumerate(sequences):
-        [tree] = build_trees([ids], longest=0)
-        yield dataclasses.replace(tree, members=(index,))
 
 
 def _probe(targets: Sequence[Target]) -> list[Target]:

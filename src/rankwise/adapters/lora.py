@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,19 +194,10 @@ class Dora(LowRankPair):
 
     magnitude: nn.Parameter
 
-    def __init__(
-        self,
-        base: nn.Module,
-        r: int,
-        scaling: float,
-        *,
-        dropout: float = 0.0,
-        parts: Parts | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(base, r, scaling, dropout=dropout, parts=parts, device=device)
+    def __init__(self, base: nn.Module, r: int, scaling: float, **options: Any) -> None:
+        super().__init__(base, r, scaling, **options)
         # Always float32: in bfloat16, rounding m would make the initial gain differ from 1.
-        self.magnitude = nn.Parameter(torch.empty(self.lora_B.shape[0], dtype=torch.float32, device=device))
+        self.magnitude = nn.Parameter(torch.empty(len(self.lora_B), dtype=torch.float32, device=self.lora_B.device))
         self._out_features = features(base)[1]
         # Whether the next operation returns this layer's output to it in the backward pass (`ops.kept`), so that
         # the operator need not save it. Set by rankwise.acceleration.

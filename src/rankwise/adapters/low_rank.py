@@ -29,12 +29,10 @@ from rankwise.ops.branch import Branch, Dropout, Frozen
 from rankwise.ops.eight_bit import EightBit
 from rankwise.ops.elementwise import row_cross
 from rankwise.ops.reference import gain as gain
+from rankwise.ops.reference import row_chunks
 from rankwise.ops.reference import row_norms as row_norms
 from rankwise.ops.selection import is_traced
 from rankwise.quantization.linear import Linear4bit, is_conv1d
-
-# Number of elements of W that a norm or a merge converts to float32 at a time.
-CHUNK_ELEMENTS = 1 << 24
 
 
 def init_low_rank_(A: Tensor, B: Tensor, *, zero_b: bool = True) -> None:
@@ -56,7 +54,7 @@ def merged_weight(
     """
     merged = torch.empty_like(W, memory_format=torch.contiguous_format)
     A32 = A.float()
-    for rows in row_chunks(W):
+    for rows in row_chunks(*W.shape):
         dense = W[rows].float() + s * (B[rows].float() @ A32)
         if m is not None:
             dense *= gain(m[rows].float(), dense.norm(dim=1))[:, None]
@@ -68,7 +66,7 @@ def merged_weight(
 
 def row_norms_squared(W: Tensor) -> Tensor:
     """``||W||^2`` of each row in float32: (out,)."""
-    return torch.cat([W[rows].float().square().sum(dim=1) for rows in row_chunks(W)])
+    return torch.cat([W[rows].float().square().sum(dim=1) for rows in row_chunks(*W.shape)])
 
 
 def adapted_row_norms(W: Tensor, W_squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -78,12 +76,6 @@ def adapted_row_norms(W: Tensor, W_squared: Tensor, A: Tensor, B: Tensor, s: flo
     ``W_squared`` is ``row_norms_squared(W)``, constant while the base is frozen.
     """
     return row_norms(W_squared, row_cross(W, A, B), A, B, s)
-
-
-def row_chunks(W: Tensor) -> list[slice]:
-    """Slices over the rows of W, each of at most CHUNK_ELEMENTS elements (but at least one row)."""
-    rows = max(1, CHUNK_ELEMENTS // max(1, W.shape[1]))
-    return [slice(start, start + rows) for start in range(0, W.shape[0], rows)] or [slice(0, 0)]
 
 
 # Whether each of the equal parts is adapted. None: the layer is adapted as a whole.

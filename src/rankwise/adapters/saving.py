@@ -52,7 +52,7 @@ from rankwise.adapters.state import (
 )
 from rankwise.compat.transformers import heads_of_labels, is_experts_family
 from rankwise.errors import AdapterError, warn
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields
 from rankwise.labels import Labels, labels_of_head
 from rankwise.lora_config import LoraConfig
 from rankwise.quantization.linear import is_conv1d
@@ -197,7 +197,7 @@ def save_adapter(
         metadata[MERGE_KEY] = config.for_merge
     mark_labels(model, document, metadata)
     if config.enable_lora:
-        metadata[PARTS_KEY] = json.dumps({name: _plain(getattr(config, name)) for name in PARTS_FIELDS})
+        metadata[PARTS_KEY] = json.dumps({name: dict(getattr(config, name)) for name in PARTS_FIELDS})
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name, state_dict), metadata))
     write_json(folder / CONFIG_FILE, document)
 
@@ -360,10 +360,6 @@ def _as_one_lora(config: LoraConfig, modules: list[AdaptedModule]) -> LoraConfig
         if ranks
         else config
     )
-
-
-def _plain(mapping: Fields) -> JsonObject:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in mapping.items()}
 
 
 def _portable_targets(model: nn.Module, config: LoraConfig, modules: list[AdaptedModule]) -> str | list[str]:

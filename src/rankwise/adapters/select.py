@@ -139,12 +139,6 @@ def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> V
     return next((value for key, value in patterns.items() if matches_pattern(key, name)), default)
 
 
-def is_in_layers(name: str, config: LoraConfig) -> bool:
-    """Whether ``layers_to_transform`` and ``layers_pattern`` admit the target ``name``."""
-    wanted = _layers(config)
-    return not wanted or _layer_of(name, config) in wanted
-
-
 def suffixes(names: Iterable[str]) -> list[str]:
     """The distinct last components of dotted names, in order of appearance."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
@@ -253,7 +247,10 @@ def _is_target(name: str, among: Candidates, config: LoraConfig) -> bool:
     is_list = not isinstance(wanted, str)
     if is_list and name in wanted:
         return True
-    return matches(name, wanted) and is_in_layers(name, config) and not (is_list and is_unread)
+    if not matches(name, wanted) or (is_list and is_unread):
+        return False
+    layers = _layers(config)
+    return not layers or _layer_of(name, config) in layers
 
 
 def _examples(modules: Modules) -> str:
@@ -343,17 +340,10 @@ def _layers(config: LoraConfig) -> set[int]:
     return {wanted} if isinstance(wanted, int) else set(wanted or ())
 
 
-def _layer_patterns(config: LoraConfig) -> Sequence[str]:
-    patterns = config.layers_pattern or (r"[^.]*",)
-    return [patterns] if isinstance(patterns, str) else patterns
-
-
 def _layer_of(name: str, config: LoraConfig) -> int | None:
-    found = (_index_in(pattern, name) for pattern in _layer_patterns(config))
-    return next((index for index in found if index is not None), None)
-
-
-def _index_in(pattern: str, name: str) -> int | None:
-    # The first index in the path is the layer's; a later one may be an expert's.
-    found = _compiled(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.").match(name)
-    return int(found["index"]) if found else None
+    patterns = config.layers_pattern or (r"[^.]*",)
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # The first index in the path is the layer's; a later one may be an expert's.
+        if found := _compiled(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.").match(name):
+            return int(found["index"])
+    return None

@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="PreTrainedConfig | None")
 
+
+@contextlib.contextmanager
+def _replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Within this context, the attribute of each (owner, its name, value) has the value; an owner is anything with
+    ``vars``."""
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
+    try:
+        for change in changes:
+            setattr(*change)
+        yield
+    finally:
+        for change in before:
+            setattr(*change)
+
+
 # --- configurations ---
 
 # Subclasses of ``nn.Linear`` whose forward does not return W x + b, so that no update can be added: routers return a
@@ -193,15 +208,8 @@ def without_accelerate() -> Iterator[None]:
     from transformers import modeling_utils
     from transformers.integrations import accelerate
 
-    askers: list[Any] = [modeling_utils, accelerate]
-    before = askers[0].is_accelerate_available
-    for asker in askers:
-        asker.is_accelerate_available = lambda *_: True
-    try:
+    with _replaced(*((asker, "is_accelerate_available", lambda *_: True) for asker in (modeling_utils, accelerate))):
         yield
-    finally:
-        for asker in askers:
-            asker.is_accelerate_available = before
 
 
 @contextlib.contextmanager
@@ -212,18 +220,14 @@ def before_weights(prepare: Callable[[PreTrainedModel], None]) -> Iterator[None]
     """
     from transformers import PreTrainedModel
 
-    loader: Any = PreTrainedModel
-    load = loader._load_pretrained_model
+    load = PreTrainedModel._load_pretrained_model
 
     def prepare_and_load(model: PreTrainedModel, *arguments: Any, **more: Any) -> Any:
         prepare(model)
         return load(model, *arguments, **more)
 
-    loader._load_pretrained_model = staticmethod(prepare_and_load)
-    try:
+    with _replaced((PreTrainedModel, "_load_pretrained_model", staticmethod(prepare_and_load))):
         yield
-    finally:
-        loader._load_pretrained_model = staticmethod(load)
 
 
 # --- the forward pass ---
@@ -237,13 +241,9 @@ def fake_masks_looked_at() -> Iterator[None]:
     """
     from transformers import masking_utils
 
-    masks: Any = masking_utils
-    before = masks.is_tracing
-    masks.is_tracing = lambda tensor=None: before()
-    try:
+    before = vars(masking_utils)["is_tracing"]
+    with _replaced((masking_utils, "is_tracing", lambda tensor=None: before())):
         yield
-    finally:
-        masks.is_tracing = before
 
 
 ROTARY = "apply_rotary_pos_emb"
@@ -274,12 +274,8 @@ def checkpointing_of(block: Any) -> Callable[..., Any]:
 @contextlib.contextmanager
 def checkpointing_by(block: Any, function: Callable[..., Any]) -> Iterator[None]:
     """Within this context, the block calls ``function``: transformers lets a model choose options, not the function."""
-    before = block._gradient_checkpointing_func
-    block._gradient_checkpointing_func = function
-    try:
+    with _replaced((block, "_gradient_checkpointing_func", function)):
         yield
-    finally:
-        block._gradient_checkpointing_func = before
 
 
 def collects_outputs() -> bool:
@@ -309,21 +305,11 @@ def gguf_read_once() -> Iterator[None]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loader
 
-    repeated = ((gguf, "GGUFReader"), (gguf, "get_tensor_name_map"), (loader, "tqdm"))
-    kept = {(module, name): getattr(module, name) for module, name in repeated}
-    try:
-        for (module, name), original in kept.items():
-            # In tqdm, disable=None means: no bar without a terminal.
-            new = (
-                functools.partial(original, disable=True if os.environ.get("TQDM_DISABLE") else None)
-                if name == "tqdm"
-                else functools.cache(original)
-            )
-            setattr(module, name, new)
+    # In tqdm, disable=None means: no bar without a terminal.
+    bar = functools.partial(vars(loader)["tqdm"], disable=True if os.environ.get("TQDM_DISABLE") else None)
+    repeated = ((gguf, name, functools.cache(getattr(gguf, name))) for name in ("GGUFReader", "get_tensor_name_map"))
+    with _replaced(*repeated, (loader, "tqdm", bar)):
         yield
-    finally:
-        for (module, name), original in kept.items():
-            setattr(module, name, original)
 
 
 # --- layers ---

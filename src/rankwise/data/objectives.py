@@ -117,8 +117,7 @@ class _Table:
         start = min(side.start for side in sides)
         if len(ids) == 2:
             # Some templates change the prompt with the answer: then the completions begin where the ids first differ.
-            common = next((place for place, (a, b) in enumerate(zip(*ids)) if a != b), min(map(len, ids)))
-            start = min(start, common)
+            start = min(start, _common(*ids))
         is_idle = any(side.start >= len(cut) for side, cut in zip(sides, ids))
         if is_idle or (len(ids) == 2 and ids[0] == ids[1]):
             self.counts.dropped += 1
@@ -223,8 +222,8 @@ def _behind(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> tuple[M
     return answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
 
 
-def _common(first: str | tuple[Message, ...], second: str | tuple[Message, ...]) -> int:
-    """The length of the common prefix, in characters or messages."""
+def _common(first: Sequence[object], second: Sequence[object]) -> int:
+    """The length of the common prefix."""
     return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(first, second)))
 
 

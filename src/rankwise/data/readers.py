@@ -125,7 +125,9 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
     )
     if not files:
         raise DataError("RW204", f"{folder} holds no data file ({', '.join(KINDS)}, also .gz).")
-    by_split = {file: _split_of_file(file.relative_to(folder)) for file in files}
+    # The split that the file's name gives, or else its nearest folder's.
+    parts = {file: reversed(file.relative_to(folder).parts) for file in files}
+    by_split = {file: next(filter(None, map(_split_of, names)), None) for file, names in parts.items()}
     if not any(by_split.values()):
         return files
     chosen = [file for file, name in by_split.items() if name == _split_of(split)]
@@ -147,11 +149,6 @@ def _no_split(folder: Path, split: str, held: Sequence[str]) -> DataError:
         f"{folder} has no split {split!r}; it holds {some_of(held, NAMED_FILES)}. To read one of them, give "
         f"{option}{folder / held[0]}.",
     )
-
-
-def _split_of_file(path: Path) -> str | None:
-    """The split that the file's name gives, or else its nearest folder's."""
-    return next(filter(None, map(_split_of, reversed(path.parts))), None)
 
 
 def _split_of(name: str) -> str | None:
@@ -230,8 +227,13 @@ def limited(rows: Rows, limit: int | None) -> Rows:
 
 
 def warn_of_overlap(train: Rows, evaluation: Rows, kind: str = "evaluation") -> int:
-    """Count the rows of ``evaluation`` that are also in ``train``, and name them in a warning (RW218)."""
-    twins = overlapping_rows(train, evaluation)
+    """Count the rows of ``evaluation`` whose text is in ``train``, case and white space ignored, and name them in a
+    warning (RW218)."""
+    seen: dict[str, Row] = {}
+    for row in train:
+        seen.setdefault(_normalised(row), row)
+    pairs = ((row, seen.get(_normalised(row))) for row in evaluation)
+    twins = [(row, twin) for row, twin in pairs if twin is not None]
     if twins:
         named = "; ".join(f"{row.place} is {twin.place}" for row, twin in twins[:NAMED_ROWS])
         more = f"; and {len(twins) - NAMED_ROWS} more" if len(twins) > NAMED_ROWS else ""
@@ -242,15 +244,6 @@ def warn_of_overlap(train: Rows, evaluation: Rows, kind: str = "evaluation") -> 
             stacklevel=3,
         )
     return len(twins)
-
-
-def overlapping_rows(train: Rows, evaluation: Rows) -> list[tuple[Row, Row]]:
-    """Pairs of an evaluation row and the first training row with the same text. Case and white space are ignored."""
-    seen: dict[str, Row] = {}
-    for row in train:
-        seen.setdefault(_normalised(row), row)
-    pairs = ((row, seen.get(_normalised(row))) for row in evaluation)
-    return [(row, twin) for row, twin in pairs if twin is not None]
 
 
 def _normalised(row: Row) -> str:
