@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.base_layer import dense_weight, is_quantized, with_weight
-from rankwise.adapters.lora import Dora, Lora, TokenRows
-from rankwise.adapters.low_rank import Adapter, branch_of, drawn_dropout, low_rank_product, merged_weight
+from rankwise.adapters.lora import Adapter, Dora, Lora, TokenRows
+from rankwise.adapters.low_rank import drawn_dropout, low_rank_product, merged_weight
 from rankwise.compat.torch import writes_to
 from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.ops.packed_weight import format_of
@@ -262,7 +262,7 @@ class SharedInput:
             return None
         branches = []
         for adapter, member in zip(adapters, layers, strict=True):
-            branch = branch_of(adapter, member.base_layer, x)
+            branch = adapter.branch(member.base_layer, x)
             if branch is None:
                 return None
             branches.append(branch)

@@ -43,9 +43,9 @@ from rankwise.adapters.base_layer import (
 from rankwise.adapters.low_rank import (
     Parts,
     adapted_row_norms,
-    branch_of,
     drawn_dropout,
     enabled_rows,
+    frozen_weight,
     gain,
     init_low_rank_,
     low_rank_product,
@@ -55,6 +55,7 @@ from rankwise.adapters.low_rank import (
     to_blocks,
 )
 from rankwise.lora_config import ForMerge
+from rankwise.ops.branch import Branch, Frozen
 from rankwise.ops.eight_bit import EightBit
 from rankwise.ops.elementwise import adapted_gain
 from rankwise.ops.four_bit import adapted_gain_4bit, quantize_q4_0, spread_weight
@@ -73,6 +74,9 @@ class LowRankPair(nn.Module):
     """
 
     magnitude: nn.Parameter | None
+    # Whether the next operation returns this layer's output to it in the backward pass (`ops.kept`), so that the
+    # operator need not save it. Set by rankwise.acceleration.
+    comes_back = False
 
     def __init__(
         self,
@@ -89,7 +93,7 @@ class LowRankPair(nn.Module):
         # A module, so that code that disables dropout (trl's for DPO and GRPO) finds it. It is never called.
         self.lora_dropout = nn.Dropout(dropout)
         self.lora_A, self.lora_B = empty_pair(base, r, parts, device)
-        # Set by rankwise.acceleration.
+        # Where the frozen products of training are in 8 bits; evaluation computes as servers do. Set by acceleration.
         self.eight_bit: EightBit | None = None
         # The 4-bit format of the file for which this layer trains.
         self.for_merge: ForMerge | None = None
@@ -112,6 +116,23 @@ class LowRankPair(nn.Module):
     def full_B(self) -> Tensor:
         """B as (out, rank of the whole update)."""
         return to_blocks(self.lora_B.detach(), self.parts)
+
+    @abstractmethod
+    def fixed_gain(self, base: nn.Module) -> Tensor | None:
+        """DoRA's gain (out,) without gradients; None for LoRA."""
+
+    def branch(self, base: nn.Module, x: Tensor) -> Branch | None:
+        """The operator's argument for this layer, or None if the operator does not apply; it has no rounding."""
+        frozen = frozen_weight(base, x) if self.parts is None and self.for_merge is None else None
+        if frozen is None:
+            return None
+        if self.training and self.eight_bit is not None:
+            frozen = Frozen(frozen.weight, self.eight_bit)
+        m, gain = self.magnitude, self.fixed_gain(base)
+        if m is not None and gain is None:
+            return None
+        A, B, bias = self.lora_A, self.lora_B, getattr(base, "bias", None)
+        return Branch(frozen, self.scaling, A, B, bias, m, gain, self.comes_back)
 
     @abstractmethod
     def sum(self, base: nn.Module, W: Tensor) -> Tensor:
@@ -161,7 +182,6 @@ class Lora(LowRankPair):
 
     # LoRA has no magnitudes; the attribute is there for code that serves LoRA and DoRA.
     magnitude: None = None
-    comes_back = False
 
     def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
         init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
@@ -169,7 +189,7 @@ class Lora(LowRankPair):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         if self.for_merge is not None:
             return self.straight_through(base, x)
-        if (branch := branch_of(self, base, x)) is not None:
+        if (branch := self.branch(base, x)) is not None:
             return low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
         return torch.add(base(x), self.low_rank(x), alpha=self.scaling)
 
@@ -199,9 +219,6 @@ class Dora(LowRankPair):
         # Always float32: in bfloat16, rounding m would make the initial gain differ from 1.
         self.magnitude = nn.Parameter(torch.empty(len(self.lora_B), dtype=torch.float32, device=self.lora_B.device))
         self._out_features = features(base)[1]
-        # Whether the next operation returns this layer's output to it in the backward pass (`ops.kept`), so that
-        # the operator need not save it. Set by rankwise.acceleration.
-        self.comes_back = False
         self._norms, self._squared, self._gain = Kept(), Kept(), Kept()
         # The norms that the kept gain was computed from. The reference keeps their id from being reused.
         self._gain_of: Tensor | None = None
@@ -214,7 +231,7 @@ class Dora(LowRankPair):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         if self.for_merge is not None:
             return self.straight_through(base, x, self.gain(base))
-        if (branch := branch_of(self, base, x)) is not None:
+        if (branch := self.branch(base, x)) is not None:
             return low_rank_linear(x, (branch,), drawn_dropout(self.dropout, self.training))[0]
         g, y = self.gain(base), frozen_product(base, x)
         # y + (g - 1) y instead of g y: in bfloat16 a gain close to 1 would round to 1.
@@ -448,3 +465,7 @@ class TokenRows(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.ids)} of {len(self.place)} tokens"
+
+
+# What an `AdaptedLayer` holds.
+Adapter = Lora | Dora | EmbeddingLora | TokenRows

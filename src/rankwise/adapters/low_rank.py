@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import is_own, stored_weight
-from rankwise.lora_config import ForMerge
-from rankwise.ops.branch import Branch, Dropout, Frozen
-from rankwise.ops.eight_bit import EightBit
+from rankwise.ops.branch import Dropout, Frozen
 from rankwise.ops.elementwise import row_cross
 from rankwise.ops.reference import gain as gain
 from rankwise.ops.reference import row_chunks
@@ -132,42 +129,6 @@ def from_blocks(blocks: Tensor, parts: Parts) -> Tensor | None:
 SEEDS = 1 << 31
 
 
-class Adapter(Protocol):
-    """An adapter of one base layer: a pair A (r, in), B (out, r) and, in DoRA, a magnitude m for each output row.
-
-    The base is not a submodule of the adapter: methods take it as an argument.
-    """
-
-    scaling: float
-    training: bool
-
-    @property
-    def lora_A(self) -> nn.Parameter: ...
-    @property
-    def lora_B(self) -> nn.Parameter: ...
-    @property
-    def parts(self) -> Parts | None: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def magnitude(self) -> nn.Parameter | None: ...
-    def merge(self, base: nn.Module) -> Tensor: ...
-
-
-class LinearAdapter(Adapter, Protocol):
-    """An adapter of a linear layer, which the operator can compute."""
-
-    # Whether the next operation returns the layer's output in the backward pass (`ops.kept`).
-    comes_back: bool
-    # Where the frozen products of training are in 8 bits. Evaluation computes as servers do.
-    eight_bit: EightBit | None
-    # The format of the rounded weights with which a layer trains that is to be merged; the operator has no rounding.
-    for_merge: ForMerge | None
-
-    def fixed_gain(self, base: nn.Module) -> Tensor | None: ...
-    def effective_weight(self, base: nn.Module) -> Tensor: ...
-
-
 def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
     """The weight of ``base`` as the operator's argument, or None if the operator does not apply."""
     W = stored_weight(base)
@@ -189,21 +150,6 @@ def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products of ``dtype`` stay in that dtype: without autocast, or with autocast to it."""
     kind = device.type
     return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == dtype
-
-
-def branch_of(adapter: LinearAdapter, base: nn.Module, x: Tensor) -> Branch | None:
-    """The operator's argument for one adapted layer, or None if the operator does not apply."""
-    frozen = frozen_weight(base, x) if adapter.parts is None and adapter.for_merge is None else None
-    if frozen is None:
-        return None
-    if adapter.training and adapter.eight_bit is not None:
-        frozen = Frozen(frozen.weight, adapter.eight_bit)
-    m = adapter.magnitude
-    gain = adapter.fixed_gain(base)
-    if m is not None and gain is None:
-        return None
-    A, B, bias = adapter.lora_A, adapter.lora_B, getattr(base, "bias", None)
-    return Branch(frozen, adapter.scaling, A, B, bias, m, gain, adapter.comes_back)
 
 
 def drawn_dropout(p: float, training: bool) -> Dropout | None:

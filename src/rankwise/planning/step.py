@@ -106,6 +106,7 @@ def prepare(model: PreTrainedModel, method: str, workload: Workload) -> bool:
     concatenates the rows of a batch whose attention takes their bounds."""
     from rankwise.adapters import add_adapter
     from rankwise.adapters.layer import Origin
+    from rankwise.adapters.lora import LowRankPair
     from rankwise.adapters.state import DEFAULT_NAME, adapted_layers
     from rankwise.quantization import quantize
     from rankwise.quantization.config import CONFIGS
@@ -124,8 +125,8 @@ def prepare(model: PreTrainedModel, method: str, workload: Workload) -> bool:
         # Other initialisations need values, which fake tensors do not have.
         add_adapter(model, dataclasses.replace(config, init_lora_weights=True))
         for _, layer in adapted_layers(model, DEFAULT_NAME) if config.init.kind == "pissa" else ():
-            pair = layer.adapter(DEFAULT_NAME)
-            layer.origin = Origin(pair.lora_A.detach().clone(), pair.lora_B.detach().clone(), pair.scaling)
+            if isinstance(pair := layer.adapter(DEFAULT_NAME), LowRankPair):
+                layer.origin = Origin(pair.lora_A.detach().clone(), pair.lora_B.detach().clone(), pair.scaling)
     if workload.gradient_checkpointing:
         with warnings.catch_warnings():
             # transformers renames it in 5.2x; the old name works in every version that we admit.
