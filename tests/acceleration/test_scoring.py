@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from rankwise.acceleration.scoring import Scorer, Target, build_trees, lay_out, pack, target_of
 from rankwise.errors import RankwiseWarning
+from rankwise.planning.tracker import StorageTracker
 from tiny_models import tiny_gpt2, tiny_llama
 
 
@@ -129,3 +130,14 @@ def test_each_set_of_sequences_is_held_against_the_window():
     with pytest.warns(RankwiseWarning, match="RW573"):
         assert not packs(long)
     assert packs(short)
+
+
+def test_the_first_look_at_a_model_makes_the_logits_of_one_row_at_a_time():
+    length, vocabulary = 50, 4000
+    targets = [target_of([5] * (length - 1) + [word], [6], 64) for word in range(4)]
+    scorer = Scorer(tiny_llama(vocab_size=vocabulary), budget=1000)
+    with StorageTracker() as tracker:
+        tracker.enter("forward")
+        scorer.plan(targets)
+    [terms] = tracker.peaks().values()
+    assert sum(terms.values()) < 2 * 4 * vocabulary * length

@@ -220,6 +220,7 @@ CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 0.1
 # Largest difference of a logit. Sums and their order are the same, so only a scale or softcap after the head shows.
 HEAD_TOLERANCE = 0.02
+HEAD_POSITIONS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,14 +371,15 @@ class Scorer:
         batch = lay_out(rows, self.pad, self.model.device)
         where = torch.tensor(places, device=batch.ids.device)
         asked = torch.tensor(wanted, device=batch.ids.device)
+        at_once = max(1, self.logits_at_once // _vocabulary(self.model))
         with self._computing():
             if self.packs:
                 hidden = hidden_states(self.model, batch.ids, batch.positions, batch.mask)
-                head, at_once = self.model.get_output_embeddings(), self.logits_at_once // _vocabulary(self.model)
-                return _gathered(lambda at: head(hidden[at[:, 0], at[:, 1]]), where, asked, max(1, at_once))
+                head = self.model.get_output_embeddings()
+                return _gathered(lambda at: head(hidden[at[:, 0], at[:, 1]]), where, asked, at_once)
             # Right padding needs no mask under causal attention.
             logits = self.model(input_ids=batch.ids, use_cache=False).logits
-            return _gathered(lambda at: logits[at[:, 0], at[:, 1]], where, asked, 1 << 30)
+            return _gathered(lambda at: logits[at[:, 0], at[:, 1]], where, asked, at_once)
 
     def _computing(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
@@ -390,7 +392,8 @@ class Scorer:
         """Compare a packed row with the same sequences separately, once per model; warn (RW573) if they differ."""
         probe = _probe(targets)
         self.packs = False
-        plain = self._all(probe)
+        # One by one, since these logits are computed at all positions.
+        plain = {number: self._all([target])[0] for number, target in enumerate(probe)}
         name = attention_of(self.model.config.get_text_config(decoder=True))
         if name in ("sdpa", "eager", attention.NAME):
             problem = self._measured_problem(probe, plain)
@@ -469,6 +472,8 @@ def _gathered(
         normalizer = torch.logsumexp(logits, dim=-1)
         log_p[chosen.cpu()] = (logits[local, wanted[chosen]] - normalizer[local]).cpu()
         likeliest[chosen.cpu()] = (logits.argmax(-1)[local] == wanted[chosen]).cpu()
+        # Not beside the next part's.
+        del logits
     return log_p.tolist(), likeliest.tolist()
 
 
@@ -498,9 +503,10 @@ def _difference(plain: Mapping[int, Score], packed: Mapping[int, Score], dtype: 
 def _head_problem(model: PreTrainedModel, ids: Ids) -> str | None:
     """Why the logits are not the output head's on the last hidden states, or None."""
     tokens = torch.tensor([ids], device=model.device)
-    logits = model(input_ids=tokens, use_cache=False).logits.float()
+    # A few positions show it, and take less memory.
+    logits = model(input_ids=tokens, use_cache=False).logits[:, -HEAD_POSITIONS:].float()
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    ours = model.get_output_embeddings()(hidden).float()
+    ours = model.get_output_embeddings()(hidden[:, -HEAD_POSITIONS:]).float()
     if ours.shape == logits.shape and torch.allclose(ours, logits, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE):
         return None
     return "its logits are more than its output head"

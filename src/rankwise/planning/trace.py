@@ -304,6 +304,8 @@ def dense_weight(args: Args, kwargs: Kwargs) -> int:
 
 
 SCRATCH: dict[str, Scratch] = {
+    # The differences from the maximum.
+    "aten::logsumexp": lambda args, _: int(args[0].nbytes),
     # gloo's copies: of the result of a gather, and of the gradients that are reduced.
     "c10d::_allgather_base_": lambda args, _: int(args[0].nbytes),
     "c10d::_reduce_scatter_base_": lambda args, _: int(args[1].nbytes),
