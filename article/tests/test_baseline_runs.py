@@ -15,8 +15,8 @@ from rankwise.config import TrainSettings
 from rankwise.errors import Interrupted, RankwiseWarning
 from rankwise.evaluation.record import load_result
 from rankwise.records import load_record
-from rankwise.training.observer import SilentObserver
 from rankwise.training.run import train
+from rankwise.training.watch import SilentObserver
 from small_engines import save_byte_model, write_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning")

@@ -50,9 +50,9 @@ from rankwise.adapters import adapter_tensors, load_tensors
 from rankwise.compat.transformers import attention_of
 from rankwise.errors import RankwiseError
 from rankwise.quantization import dequantize
-from rankwise.training.loop import KEY, Loss
-from rankwise.training.preferences import Preferences, Scoring
-from rankwise.training.sft import Demonstrations, counted, end_to_end
+from rankwise.training.batches import KEY, counted, end_to_end
+from rankwise.training.loop import Loss
+from rankwise.training.objectives import Demonstrations, Preferences, Scoring
 
 Draw = random.Random
 Row = dict[str, Any]

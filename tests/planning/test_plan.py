@@ -14,13 +14,13 @@ from planning_models import config_of
 from rankwise.cli.plan_view import heading
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, RankwiseWarning, RunError
+from rankwise.options import read_settings
 from rankwise.planning import guard, hardware, speed
 from rankwise.planning.guard import MemoryGuard
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.plan import make_plan
 from rankwise.planning.workload import PLANNED, PlanSettings
-from rankwise.settings_file import read_settings
-from rankwise.training.foresight import MicroBatch
+from rankwise.training.batches import MicroBatch
 
 SMALL = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
 

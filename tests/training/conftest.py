@@ -73,7 +73,7 @@ def loop_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> LoopMaker:
         model: Any = None,
         rows: int | Dataset = 37,
         eval_rows: int | Dataset = 0,
-        precision: str = "no",
+        autocast: torch.dtype | None = None,
         flat: bool = False,
         resumed: Checkpoint | None = None,
         **arguments: Any,
@@ -102,7 +102,7 @@ def loop_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> LoopMaker:
         )
         data: Any = SimpleNamespace(train=train, evaluation=held_out if len(held_out.dataset) else None)
         device = torch.device("cpu")
-        base = LoadedBase(None, model, tokenizer, device, torch.float32, precision, "a test")  # type: ignore[arg-type]
+        base = LoadedBase(None, model, tokenizer, device, torch.float32, autocast, "a test")  # type: ignore[arg-type]
         return make_loop(
             settings,
             data,

@@ -77,6 +77,6 @@ def test_a_full_disk_at_the_end_is_said_and_made_good(
         patch.setattr(session, "save_weights", stopping(None, 1, OSError(28, "No space left on device")))
         with pytest.raises(RunError, match="--resume") as caught:
             train(settings(max_steps=2))
-    assert caught.value.code == "RW513"
+    assert caught.value.code == "RW551"
     assert load_record(tmp_path / "run").status == "failed"
     assert train(settings(max_steps=2, resume=True)).status == "finished"

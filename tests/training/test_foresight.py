@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset
 from training_rows import encoded_rows, fit
 
-from rankwise.training.foresight import MicroBatch, coming_batches
-from rankwise.training.preferences import Preferences
+from rankwise.training.batches import MicroBatch
+from rankwise.training.loop import coming_batches
+from rankwise.training.objectives import Preferences
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -25,11 +25,10 @@ from rankwise.data.encoding import RowEncoder
 from rankwise.errors import Interrupted, RankwiseError
 from rankwise.lora_config import LoraConfig
 from rankwise.records import load_record, read_metrics
-from rankwise.training.foresight import MicroBatch
+from rankwise.training.batches import KEY, Batch, MicroBatch
 from rankwise.training.grpo import Reward, RewardedAnswers
-from rankwise.training.loop import KEY, Batch
 from rankwise.training.losses import advantages
-from rankwise.training.preferences import Scoring
+from rankwise.training.objectives import Scoring
 from rankwise.training.run import train
 from tables import thinned
 from tiny_models import tiny_llama

@@ -22,7 +22,7 @@ from rankwise.cli.output import Output
 from rankwise.cli.settings import ExportSettings, PredictSettings, PreviewSettings
 from rankwise.config import TrainSettings
 from rankwise.errors import RankwiseError
-from rankwise.evaluation.loading import LoadOptions, load_as_trained
+from rankwise.evaluation.engine import LoadOptions, load_as_trained
 from rankwise.export.merged import merge_to_folder
 from rankwise.labels import NUMBER, SEVERAL, SINGLE, Labels, measures
 from rankwise.models import ModelSource, load_model

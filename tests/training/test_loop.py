@@ -14,8 +14,9 @@ from rankwise.acceleration import optimize_for_training
 from rankwise.adapters import add_adapter
 from rankwise.errors import RunError
 from rankwise.lora_config import LoraConfig
+from rankwise.training.batches import KEY
 from rankwise.training.checkpoints import list_checkpoints
-from rankwise.training.loop import KEY, Loop
+from rankwise.training.loop import Loop
 from tiny_models import tiny_llama, tiny_moe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -254,6 +255,6 @@ def test_adapter_alone_is_in_a_checkpoint(loop_of: Any, tmp_path: Path) -> None:
         "optimizer.json",
         "optimizer.safetensors",
         "progress.json",
-        "random.json",
-        "random.safetensors",
+        "random-0.json",
+        "random-0.safetensors",
     ]

@@ -12,28 +12,29 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.records import read_metrics
-from rankwise.training.observer import Interrupt, interrupts
-from rankwise.training.watch import MemoryMeter, MetricsFile, Progress, StepClock, evaluations
+from rankwise.records import METRICS_FILE, read_metrics
+from rankwise.training.ranks import Interrupt, interrupts
+from rankwise.training.watch import MemoryMeter, Progress, StepClock, append_metrics, begin_metrics, evaluations
 
 
 def test_lines_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path)
-    file.append({"step": 0, "eval_loss": 3.0})
+    begin_metrics(tmp_path, None)
+    append_metrics(tmp_path, {"step": 0, "eval_loss": 3.0})
     for step in (2, 4, 6):
-        file.append({"step": step, "loss": float(step)})
-    with file.path.open("a") as handle:
+        append_metrics(tmp_path, {"step": step, "loss": float(step)})
+    with (tmp_path / METRICS_FILE).open("a") as handle:
         handle.write('{"step": 8, "lo')
-    MetricsFile(tmp_path, resume_step=4).append({"step": 6, "loss": 1.0})
+    begin_metrics(tmp_path, 4)
+    append_metrics(tmp_path, {"step": 6, "loss": 1.0})
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 4, 6]
     assert evaluations(tmp_path) == {0: 3.0}
 
 
 def test_a_new_run_starts_empty_and_values_that_are_no_numbers_become_null(tmp_path: Path) -> None:
-    MetricsFile(tmp_path).append({"step": 1, "loss": 2.0})
-    file = MetricsFile(tmp_path)
-    file.append({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
-    assert file.path.read_text() == json.dumps({"step": 1, "loss": None, "grad_norm": None}) + "\n"
+    append_metrics(tmp_path, {"step": 1, "loss": 2.0})
+    begin_metrics(tmp_path, None)
+    append_metrics(tmp_path, {"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    assert (tmp_path / METRICS_FILE).read_text() == json.dumps({"step": 1, "loss": None, "grad_norm": None}) + "\n"
 
 
 def test_mean_loss_is_over_all_steps() -> None:

@@ -26,8 +26,8 @@ from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.records import load_record, read_metrics
 from rankwise.training import ranks
-from rankwise.training.loop import KEY, Counted
-from rankwise.training.preferences import Preferences, Scoring
+from rankwise.training.batches import KEY, Counted
+from rankwise.training.objectives import Preferences, Scoring
 from rankwise.training.run import train
 from rankwise.training.setup import make_trainable
 from tables import thinned

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 from training_rows import Recorder, encoded_rows
 
-from rankwise.config import TrainSettings
+from rankwise.config import TrainSettings, default_rate
 from rankwise.constants import IGNORED
-from rankwise.default_rate import default_rate
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import load_record
-from rankwise.training.rate_search import kept_apart, rounds
+from rankwise.training.learning import kept_apart, rounds
 from rankwise.training.run import train
 from rankwise.training.setup import Data
 from tiny_models import tiny_llama

@@ -14,7 +14,6 @@ from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.lora_config import LoraConfig
 from rankwise.records import read_metrics
 from rankwise.training.checkpoints import list_checkpoints
-from rankwise.training.watch import MetricsFile
 
 pytestmark = at_some_level
 
@@ -32,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "evaluations between": {"eval_rows": 5, "eval_steps": 4},
     "packing": {"packing": True, "rows": 72},
     "for a merged file, checkpointed": {"lora": LoraConfig(r=4, for_merge="nf4"), "gradient_checkpointing": True},
-    "full, bf16": {"lora": None, "learning_rate": 1e-3, "precision": "bf16"},
+    "full, bf16": {"lora": None, "learning_rate": 1e-3, "autocast": torch.bfloat16},
 }
 
 
@@ -78,9 +77,9 @@ def test_resuming_the_last_step_trains_no_further(tmp_path: Path, loop_of: Any) 
 def test_resumed_cadence_is_that_of_the_new_settings(tmp_path: Path, loop_of: Any) -> None:
     folder, given = tmp_path / "run", {"lr_scheduler_type": "constant", "warmup_steps": 0}
     folder.mkdir()
-    fit(loop_of(folder, max_steps=10, **given), metrics=MetricsFile(folder))
+    fit(loop_of(folder, max_steps=10, **given), folder=folder)
     last = list_checkpoints(folder)[-1]
     again = loop_of(folder, max_steps=16, save_steps=3, logging_steps=2, resumed=last, **given)
-    fit(again, last, metrics=MetricsFile(folder, resume_step=10))
+    fit(again, last, folder=folder)
     assert [item.step for item in list_checkpoints(folder)] == [15, 16]
     assert [line["step"] for line in read_metrics(folder)] == [1, 5, 10, 12, 14, 16]

@@ -20,10 +20,9 @@ from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.reports.plots import loss_svg
 from rankwise.training.learning import evaluation_steps_of
-from rankwise.training.observer import StepInfo
+from rankwise.training.objectives import Demonstrations
 from rankwise.training.run import _told_warnings, train
-from rankwise.training.sft import Demonstrations
-from rankwise.training.watch import StepClock
+from rankwise.training.watch import StepClock, StepInfo
 from tables import thinned
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")

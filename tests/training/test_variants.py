@@ -16,7 +16,7 @@ import rankwise as rw
 from rankwise.adapters.folder import quantization_of
 from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, Interrupted
-from rankwise.evaluation.loading import LoadOptions, load_as_trained
+from rankwise.evaluation.engine import LoadOptions, load_as_trained
 from rankwise.records import load_record, read_metrics
 from rankwise.training.optimizers import EMBEDDING_RATE, loraplus_groups
 from rankwise.training.run import train

@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.training.checkpoints import Checkpoint
 from rankwise.training.loop import Loop
-from rankwise.training.observer import StepInfo
-from rankwise.training.watch import MemoryMeter, Progress, Watch
+from rankwise.training.watch import MemoryMeter, Progress, StepInfo, Watch
 
 WORDS = [f"w{index}" for index in range(90)]
 

@@ -55,7 +55,7 @@ class _Run:
 
 
 class MemoryGuard:
-    """Predicts a run's peak memory and refuses a run that cannot fit. Implements ``training.foresight.Foresight``.
+    """Predicts a run's peak memory and refuses a run that cannot fit. Implements ``training.session.Foresight``.
 
     ``settings`` are the settings of ``rankwise train``, by name. ``say`` prints a line. ``own_memory`` returns the
     bytes that the process takes now, counted as a CPU run counts its peak. ``sharers``: the run's processes on this

@@ -6,8 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-from rankwise.config import FOUR_BITS
-from rankwise.default_rate import DefaultRate, default_rate
+from rankwise.config import FOUR_BITS, DefaultRate, default_rate
 from rankwise.disk import read_speed
 from rankwise.errors import ConfigError, ModelError, QuantizationError
 from rankwise.foreign import JsonObject

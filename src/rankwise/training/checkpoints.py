@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 import shutil
@@ -25,15 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError
-
-from rankwise.disk import flush, flush_tree, follow_umask, refuse_links, remove_tree, strays, system_error
+from rankwise.disk import flush, flush_tree, follow_umask, refuse_links, remove_tree, strays
 from rankwise.errors import ConfigError, RunError
-from rankwise.foreign import Fields, read_json
+from rankwise.foreign import Fields, read_json, sha256_of
 from rankwise.options import flag
 from rankwise.records import METRICS_FILE, RUN_FILE, SKIPPED_FILE, RunRecord, check_writable, load_record, write_json
 from rankwise.reports.numbers import byte_size
-from rankwise.weights_file import sha256_of
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -50,40 +46,39 @@ class Checkpoint:
     path: Path
 
 
-class Damaged(RunError):
-    """Files of a checkpoint are not those of its manifest (RW515)."""
-
-
 def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], size_bytes: int = 0) -> Checkpoint:
     """Let ``write(folder)`` fill a temporary folder, and rename it to ``checkpoints/step-N`` once all of it is on disk.
 
-    ``size_bytes``: the expected size, for which the free space is checked first. A failed attempt leaves nothing.
-    Raises RunError: RW513 if the disk is full, RW514 if the folder cannot be written.
+    ``size_bytes``: the expected size, for which free space is needed (RW513). A failed attempt leaves nothing.
     """
-    with temporary_folder(run_folder, f"step-{step}", size_bytes) as temporary:
+    target = run_folder / FOLDER / f"step-{step}"
+    with temporary_folder(run_folder, target.name, size_bytes) as temporary:
         write(temporary)
         _write_manifest(temporary, step)
         follow_umask(temporary)
         flush_tree(temporary)
-        return _put_in_place(temporary, run_folder / FOLDER / f"step-{step}", step)
+        if os.path.lexists(target):
+            # After a resume from an earlier checkpoint, the step is written again and replaces the old one.
+            _discard(target)
+        os.rename(temporary, target)
+        flush(target.parent)
+    return Checkpoint(step, target)
 
 
 @contextmanager
 def temporary_folder(run_folder: Path, name: str, size_bytes: int = 0) -> Iterator[Path]:
     """A temporary folder beside the checkpoints, whose files the caller moves to their places once all are complete.
 
-    Files left in the folder are removed at the end. Raises RunError: RW513 if the disk is full, RW514 if the
-    folder cannot be written.
+    Files left in the folder are removed at the end. Raises RunError (RW513) as ``check_space``.
     """
     parent = run_folder / FOLDER
-    with _named_errors(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        check_space(parent, size_bytes)
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f"{TEMPORARY}{name}-"))
-        try:
-            yield temporary
-        finally:
-            remove_tree(temporary)
+    parent.mkdir(parents=True, exist_ok=True)
+    check_space(parent, size_bytes)
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f"{TEMPORARY}{name}-"))
+    try:
+        yield temporary
+    finally:
+        remove_tree(temporary)
 
 
 def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
@@ -97,10 +92,10 @@ def list_checkpoints(run_folder: Path) -> list[Checkpoint]:
 
 
 def check_checkpoint(checkpoint: Checkpoint) -> None:
-    """Compare every file with the manifest. Raises Damaged with every file that is missing or has changed."""
+    """Compare every file with the manifest. Raises RunError (RW515) with every file that is missing or has changed."""
     problems = list(_damage(checkpoint))
     if problems:
-        raise Damaged("RW515", f"the checkpoint {checkpoint.path} is damaged: {'; '.join(problems)}.")
+        raise RunError("RW515", f"the checkpoint {checkpoint.path} is damaged: {'; '.join(problems)}.")
 
 
 def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Checkpoint | None:
@@ -114,7 +109,7 @@ def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Che
         try:
             check_checkpoint(checkpoint)
             return checkpoint
-        except Damaged as error:
+        except RunError as error:
             on_damage(error)
     if checkpoints:
         raise RunError(
@@ -124,18 +119,16 @@ def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Che
     return None
 
 
-def remove_old(run_folder: Path, keep: int, step: int, best_step: int | None = None) -> list[int]:
-    """Remove all checkpoints except the newest ``keep`` up to ``step`` and the best one. Returns the removed steps.
+def remove_old(run_folder: Path, keep: int, step: int, best_step: int | None = None) -> None:
+    """Remove all checkpoints except the newest ``keep`` up to ``step`` and the best one.
 
     Later checkpoints than that of ``step``, just written, were damaged when the run was resumed from an earlier one.
     """
     checkpoints = list_checkpoints(run_folder)
-    there = [item for item in checkpoints if item.step <= step]
-    kept = {best_step, *(item.step for item in there[-keep:])}
-    removed = [item for item in checkpoints if item.step not in kept]
-    for checkpoint in removed:
-        _discard(checkpoint.path)
-    return [checkpoint.step for checkpoint in removed]
+    there = [item.step for item in checkpoints if item.step <= step]
+    for checkpoint in checkpoints:
+        if checkpoint.step not in (best_step, *there[-keep:]):
+            _discard(checkpoint.path)
 
 
 def remove_unfinished(run_folder: Path) -> None:
@@ -157,25 +150,6 @@ def check_space(folder: Path, size_bytes: int) -> None:
         )
 
 
-@contextmanager
-def _named_errors(folder: Path) -> Iterator[None]:
-    """Raise errors of the operating system as RunError: RW513 for a full disk, RW514 for others."""
-    try:
-        yield
-    except Exception as error:
-        # tokenizers and safetensors report a full disk with exceptions of their own.
-        found = system_error(error)
-        if found is None and not isinstance(error, OSError | SafetensorError):
-            raise
-        full = found is not None and found.errno in (errno.ENOSPC, errno.EDQUOT)
-        code, advice = ("RW513", "free some space") if full else ("RW514", "check the disk and its permissions")
-        raise RunError(
-            code,
-            f"cannot write the weights in {folder}: {(found and found.strerror) or error}; {advice}, and continue with "
-            "--resume from an earlier checkpoint.",
-        ) from error
-
-
 def _write_manifest(folder: Path, step: int) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -185,21 +159,14 @@ def _write_manifest(folder: Path, step: int) -> None:
     write_json(folder / MANIFEST, {"step": step, "files": files})
 
 
-def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
-    """{file: (bytes, sha256)} of the manifest; None if it is missing or invalid."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        # The names come from a file: they must not lead out of the folder, nor hold a NUL, which no path can.
-        odd = ("\0" in name or Path(name).is_absolute() or ".." in Path(name).parts for name in files)
-        return None if any(odd) else files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
 def _damage(checkpoint: Checkpoint) -> Iterator[str]:
-    files = _read_manifest(checkpoint.path)
-    if files is None:
+    try:
+        manifest = read_json(checkpoint.path / MANIFEST)
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        # The names come from a file: they must not lead out of the folder.
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            raise ValueError("a file elsewhere")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         yield f"its {MANIFEST} is missing or cannot be read"
         return
     for name, (size, digest) in files.items():
@@ -210,15 +177,6 @@ def _damage(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{name} has {path.stat().st_size} bytes and should have {size}"
         elif sha256_of(path) != digest:
             yield f"{name} has changed since it was written"
-
-
-def _put_in_place(temporary: Path, target: Path, step: int) -> Checkpoint:
-    if os.path.lexists(target):
-        # After a resume from an earlier checkpoint, the step is written again and replaces the old one.
-        _discard(target)
-    os.rename(temporary, target)
-    flush(target.parent)
-    return Checkpoint(step, target)
 
 
 def _discard(path: Path) -> None:
@@ -304,9 +262,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
             f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or give "
             "a different --output.",
         )
-    if not there:
-        return "new"
-    return "overwrite"
+    return "overwrite" if there else "new"
 
 
 def holds_run(output: Path) -> bool:
@@ -377,10 +333,9 @@ def check_same_inputs(output: Path, data: Mapping[str, Fields], base_model: Fiel
 def read_old_run(output: Path) -> RunRecord | None:
     """The record of the run in ``output``; None if there is no valid record."""
     try:
-        record = load_record(output)
+        return load_record(output)
     except RunError:
         return None
-    return record if isinstance(record.settings, dict) and isinstance(record.files, list) else None
 
 
 def clear_run(output: Path) -> None:
@@ -409,14 +364,11 @@ def clear_run(output: Path) -> None:
 def _named_files(output: Path) -> list[Path]:
     """The existing files that the run wrote outside ``checkpoints``. A record's names cannot lead out of the folder."""
     record = read_old_run(output)
-    named = [name for name in record.files if isinstance(name, str)] if record else []
-    found = [output / name for name in sorted({*OWN_FILES, *named})]
+    found = [output / name for name in sorted({*OWN_FILES, *map(str, record.files if record else ())})]
     if record and "tensorboard" in str(record.settings.get("report_to")):
         found += sorted(output.glob(EVENTS))
-
-    def is_inside(path: Path) -> bool:
-        # The files of a folder that is a link lie elsewhere.
-        parent, root = path.parent.resolve(), output.resolve()
-        return parent.is_relative_to(root) and not parent.is_relative_to(root / FOLDER) and path.name != RUN_FILE
-
-    return [path for path in found if os.path.lexists(path) and not path.is_dir() and is_inside(path)]
+    # The files of a folder that is a link lie elsewhere.
+    parents = {path: path.parent.resolve() for path in found if os.path.lexists(path) and not path.is_dir()}
+    root = output.resolve()
+    inside = [path for path, at in parents.items() if at.is_relative_to(root) and not at.is_relative_to(root / FOLDER)]
+    return [path for path in inside if path.name != RUN_FILE]

@@ -20,7 +20,7 @@ import math
 import re
 import reprlib
 import runpy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,18 +39,29 @@ from rankwise.data.objectives import ANSWERS, encode_prompts, prompt_formats
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, one_line, warn
 from rankwise.final_number import extract_answer
+from rankwise.foreign import sha256_of
 from rankwise.training import ranks
-from rankwise.training.foresight import MicroBatch, longest_row
+from rankwise.training.batches import (
+    KEY,
+    Batch,
+    Counted,
+    Figures,
+    MicroBatch,
+    Row,
+    answered,
+    in_order,
+    longest_row,
+    on_device,
+    shuffled,
+)
 from rankwise.training.learning import Learning
-from rankwise.training.loop import KEY, Batch, Counted, Figures, Loss, Row, in_order, on_device, shuffled
+from rankwise.training.loop import Loss
 from rankwise.training.losses import NORMALISED, advantages, of_rewards
-from rankwise.training.preferences import Scoring, answered
+from rankwise.training.objectives import Scoring
 from rankwise.training.setup import Data, LoadedBase, Texts, check_positions, encode_data
-from rankwise.weights_file import sha256_of
 
 # A reward function, called with keyword arguments that are columns by name.
 Function = Callable[..., Any]
-Given = Mapping[str, Any]
 # A prompt or an answer.
 Said = str | Sequence[Message]
 BUILT_IN = "answer, format=REGEX, length=N"
@@ -63,32 +74,24 @@ SILENT_STEPS = 10
 
 def learning(given: TrainSettings) -> Learning:
     """The parts of a run on rewards. Raises ConfigError as ``read_rewards`` does."""
-    rewards = read_rewards(given.reward or ())
-    return Learning(
-        functools.partial(_encode, rewards=rewards),
-        functools.partial(_objective, rewards=rewards),
-        formats=prompt_formats(**given.columns),
-        has_labels=False,
-    )
+    rewards, longest = read_rewards(given.reward or ()), given.max_completion_length or MAX_COMPLETION_LENGTH
 
+    def encode(given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
+        data = encode_data(given, tokenizer, texts, functools.partial(encode_prompts, room=longest))
+        hashes = [reward.sha256 for reward in rewards if reward.sha256 is not None]
+        notes = {"rewards_sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()} if hashes else {}
+        return dataclasses.replace(data, notes=notes)
 
-def _encode(
-    given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts, *, rewards: Sequence[Reward]
-) -> Data:
-    longest = given.max_completion_length or MAX_COMPLETION_LENGTH
-    data = encode_data(given, tokenizer, texts, functools.partial(encode_prompts, room=longest))
-    hashes = [reward.sha256 for reward in rewards if reward.sha256 is not None]
-    notes = {"rewards_sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()} if hashes else {}
-    return dataclasses.replace(data, notes=notes)
+    objective = functools.partial(_objective, rewards=rewards, longest=longest)
+    return Learning(encode, objective, formats=prompt_formats(**given.columns), has_labels=False)
 
 
 def _objective(
-    given: TrainSettings, data: Data, base: LoadedBase, flat: bool, *, rewards: Sequence[Reward]
+    given: TrainSettings, data: Data, base: LoadedBase, flat: bool, *, rewards: Sequence[Reward], longest: int
 ) -> RewardedAnswers:
     """Raises ConfigError (RW775) for prompts that do not fill a step."""
     model, tokenizer, prompts = base.model, base.tokenizer, data.train.dataset
-    longest_answer = given.max_completion_length or MAX_COMPLETION_LENGTH
-    check_positions(model, [prompts], longest_answer)
+    check_positions(model, [prompts], longest)
     size, group = given.batch_size * ranks.count(), given.num_generations or GENERATIONS
     asked = size * given.gradient_accumulation // group
     if asked > len(prompts):
@@ -105,7 +108,7 @@ def _objective(
         size=size,
         asked=asked,
         group=group,
-        longest=longest_answer,
+        longest=longest,
         seed=given.seed,
         temperature=temperature,
         loss_type=given.loss_type or LOSS_TYPES["grpo"][0],
@@ -145,8 +148,7 @@ class RewardedAnswers:
 
     def __post_init__(self) -> None:
         self.pad = int(self.tokenizer.pad_token_id or 0)
-        # Number of first steps in which nothing was learned; below 0 once something was.
-        self._silent_steps = 0.0
+        self._has_learned = False
 
     @property
     def in_words(self) -> str:
@@ -176,8 +178,8 @@ class RewardedAnswers:
         rewards = self._weighted(scores, must=step == 0)
         advantage = advantages(rewards, self.group).to(self.scoring.model.device)
         is_equal = [len({*group[~group.isnan()].tolist()}) < 2 for group in rewards.split(self.group)]
-        self._silent_steps = self._silent_steps + 1 if all(is_equal) else -math.inf
-        if self._silent_steps == SILENT_STEPS:
+        self._has_learned |= not all(is_equal)
+        if step == SILENT_STEPS - 1 and not self._has_learned:
             warn(
                 "RW778",
                 f"in the first {SILENT_STEPS} steps all answers to a prompt got the same reward, so nothing was "
@@ -204,18 +206,17 @@ class RewardedAnswers:
         model: Any = self.scoring.model
         prompts = [Prompt(tuple(row["input_ids"]), repeat=place) for row, place in zip(rows, places)]
         decoding = Decoding(self.longest, self.stop_ids, temperature=temperature, seed=seed, to_train_on=True)
-        answers: list[list[int]] = [[] for _ in prompts]
+        answers: dict[int, list[int]] = {}
         # Training steps and generation allocate different sizes, so neither would reuse the other's freed memory.
         give_back_freed_memory()
         is_training = model.training
         model.eval()
         generator = Generator(model, decoding, pad=self.pad)
         for batch in batches_that_fit(model, prompts, decoding):
-            for index, ids in zip(batch, generator.answers([prompts[index] for index in batch])):
-                answers[index] = ids
+            answers |= zip(batch, generator.answers([prompts[index] for index in batch]))
         model.train(is_training)
         give_back_freed_memory()
-        return answers
+        return [answers[index] for index in range(len(prompts))]
 
     def _scored(self, rows: Sequence[Row], answers: list[list[int]]) -> list[list[float]]:
         """The values of all rewards (R,) for each answer, NaN for None."""
@@ -265,9 +266,6 @@ class RewardedAnswers:
         if kl is not None:
             figures = {**figures, "kl": ((kl.detach() * mask).sum(), mask.sum())}
         return Loss((losses * mask * batch["weights"]).sum(), self.scoring.balance(scores), figures)
-
-    def means(self, figures: dict[str, float]) -> dict[str, float]:
-        return figures
 
     # --- evaluation ---
 
@@ -321,8 +319,15 @@ class Reward:
         Raises RunError: RW772 if the function raises, RW774 if it does not return a finite number or None for
         each completion.
         """
+        count = len(given["completions"])
         try:
-            found = self._called(given)
+            taken = inspect.signature(self.function).parameters
+            # Unlike in trl, a function without ``**kwargs`` gets only the arguments that it names.
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+                given = {name: given[name] for name in taken if name in given}
+            found = self.function(**given)
+            found = asyncio.run(found) if inspect.iscoroutine(found) else found
+            found = list(found) if isinstance(found, Iterable) else [found]
         except RankwiseError:
             raise
         except (Exception, SystemExit) as error:
@@ -331,7 +336,7 @@ class Reward:
                 f"the reward {self.spec} raised {type(error).__name__}: {one_line(error)}; let it return a number "
                 "for every answer.",
             ) from error
-        scores, count = list(map(_number, found)), len(given["completions"])
+        scores = list(map(_number, found))
         if len(scores) != count or math.inf in scores:
             raise RunError(
                 "RW774",
@@ -340,20 +345,11 @@ class Reward:
             )
         return scores
 
-    def _called(self, given: Given) -> list[Any]:
-        """The function's result. Unlike in trl, a function without ``**kwargs`` gets only the arguments it names."""
-        taken = inspect.signature(self.function).parameters.values()
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
-            given = {name: given[name] for name in (parameter.name for parameter in taken) if name in given}
-        found = self.function(**given)
-        found = asyncio.run(found) if inspect.iscoroutine(found) else found
-        return list(found) if isinstance(found, Iterable) else [found]
-
 
 def _number(value: Any) -> float:
-    """``value`` as a number, NaN for None, and infinity for all that is no finite number. ``float`` would read text."""
-    if value is None or isinstance(value, str | bytes):
-        return math.nan if value is None else math.inf
+    """``value`` as a number, NaN for None, and infinity for all that is no finite number."""
+    if value is None:
+        return math.nan
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):

@@ -30,8 +30,18 @@ from rankwise.acceleration.memory import average_gradients
 from rankwise.compat.torch import is_sharded
 from rankwise.records import write_json
 from rankwise.training import ranks
+from rankwise.training.batches import (
+    KEY,
+    Batch,
+    Figures,
+    MicroBatch,
+    Row,
+    means_of,
+    on_device,
+    own_parts,
+    without_rows,
+)
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
-from rankwise.training.foresight import MicroBatch
 from rankwise.training.optimizers import make_schedule, set_rates
 from rankwise.training.watch import Diverged, EvaluationStopped, Progress, Step, Watch
 from rankwise.training.weights import (
@@ -52,29 +62,6 @@ from rankwise.training.weights import (
 )
 
 PROGRESS_FILE = "progress.json"
-KEY = "counted"
-# An encoded row; a micro-batch: tensors under the model's names, and its ``Counted`` under KEY.
-Row = dict[str, Any]
-Batch = dict[str, Any]
-# A sum and the weight that it is divided by: values on the device are read once a step.
-Figures = Mapping[str, tuple[Tensor | float, Tensor | float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Counted:
-    """What a micro-batch holds, counted while its tensors are on the host, so that nothing waits for a GPU."""
-
-    # The number that the sum of losses is divided by: trained tokens, pairs, answers.
-    targets: float
-    # Number of tokens that are not padding.
-    tokens: int
-    examples: int
-    # The result of `scored_positions`: (P,) int64, on the device of the labels; of demonstrations only.
-    scored: Tensor | None = None
-
-    def to(self, *to: Any, **how: Any) -> Counted:
-        """Move to a device like a tensor."""
-        return dataclasses.replace(self, scored=None if self.scored is None else self.scored.to(*to, **how))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +104,6 @@ class Objective(Protocol):
         """The micro-batches of one optimizer step, on the device, before any of them runs. ``step`` were taken."""
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Loss: ...
-
-    def means(self, figures: dict[str, float]) -> dict[str, float]:
-        """The means of figures, with those that follow from them."""
 
     def evaluate(self, model: PreTrainedModel, pause: Callable[[], None]) -> dict[str, float]:
         """The evaluation's figures by their names in metrics.jsonl, ``eval_loss`` first. Calls ``pause`` between
@@ -203,7 +187,7 @@ class Loop:
             if self.stopping or progress.steps >= options.total_steps:
                 return
             for batches in self._steps(epoch, states):
-                watch.begin_step()
+                watch.clock.start()
                 model.train()
                 with self.autocast():
                     batches = objective.prepare([on_device(batch, model.device) for batch in batches], progress.steps)
@@ -245,10 +229,10 @@ class Loop:
                 logged.take(step)
                 is_last = progress.steps >= options.total_steps
                 is_logged = is_last or progress.steps == 1 or progress.steps % options.logging_steps == 0
-                asked = watch.end_step(step, self._means(step), is_logged=is_logged)
+                asked = watch.end_step(step, means_of(step.figures), is_logged=is_logged)
                 if is_logged:
                     now = {"learning_rate": step.rate, "grad_norm": step.norm, "epoch": self._epochs()}
-                    watch.log({"loss": logged.loss, **now, **self._means(logged)})
+                    watch.log({"loss": logged.loss, **now, **means_of(logged.figures)})
                     logged = Step()
                 self.stopping = asked or is_last
                 is_best = False
@@ -285,24 +269,17 @@ class Loop:
             yield [batch if own else without_rows(batch) for batch, own in step]
 
     def _check(self, step: Step) -> None:
-        number = self.progress.steps + 1
+        number, is_scaled = self.progress.steps + 1, self.scaler.is_enabled()
+        other = ", or train with --dtype bfloat16 or float32" if is_scaled else ""
         if not math.isfinite(step.loss):
+            raise Diverged("RW530", f"the loss is {step.loss} at step {number}; lower --learning-rate{other}.")
+        # A loss scale that can still fall makes up for an overflow of float16.
+        if not math.isfinite(step.norm) and not (is_scaled and self.scaler.get_scale() >= 1):
             raise Diverged(
                 "RW530",
-                f"the loss is {step.loss} at step {number}; lower --learning-rate"
-                + (", or train with --dtype bfloat16 or float32." if self.scaler.is_enabled() else "."),
+                f"the gradient norm is {step.norm} at step {number}, so that step was not taken; lower --learning-rate "
+                f"or --max-grad-norm{other}.",
             )
-        # A loss scale that can still fall makes up for an overflow of float16.
-        if math.isfinite(step.norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
-            return
-        raise Diverged(
-            "RW530",
-            f"the gradient norm is {step.norm} at step {number}, so that step was not taken; lower --learning-rate or "
-            f"--max-grad-norm{', or train with --dtype float32' if self.scaler.is_enabled() else ''}.",
-        )
-
-    def _means(self, step: Step) -> dict[str, float]:
-        return self.objective.means({name: total / weight for name, (total, weight) in step.figures.items() if weight})
 
     def _epochs(self) -> float:
         """The passes over the data so far."""
@@ -348,7 +325,7 @@ class Loop:
             if self.scaler.is_enabled():
                 save_state(folder, "scaler", self.scaler.state_dict())
             for rank, state in enumerate(states):
-                save_state(folder, _random_file(rank), state)
+                save_state(folder, f"random-{rank}", state)
             write_json(folder / PROGRESS_FILE, dataclasses.asdict(progress))
 
         if ranks.is_writer():
@@ -365,34 +342,12 @@ class Loop:
             self.optimizer.load_state_dict(sharded_state(load_state(folder, "optimizer"), self.optimizer))
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(load_state(folder, "scaler"))
-        return load_state(folder, _random_file(ranks.rank()))
+        return load_state(folder, f"random-{ranks.rank()}")
 
 
-def shuffled(rows: int, size: int, seed: int) -> list[list[int]]:
-    """Row numbers in random order, by micro-batches of ``size``."""
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [order[start : start + size] for start in range(0, rows, size)]
-
-
-def in_order(rows: int, size: int) -> list[list[int]]:
-    """Row numbers in the order of the data, by micro-batches of ``size``."""
-    return [[*range(start, min(start + size, rows))] for start in range(0, rows, size)]
-
-
-def without_rows(batch: Batch) -> Batch:
-    """A batch with which a process takes part in a step without contributing to it."""
-    return {**batch, KEY: dataclasses.replace(batch[KEY], targets=0, tokens=0, examples=0)}
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``."""
-    movable = (Tensor, Counted)
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, movable) else value
-        for name, value in batch.items()
-    }
-
-
-def _random_file(rank: int) -> str:
-    """The file name of a process's random states in a checkpoint."""
-    return f"random-{rank}" if rank else "random"
+def coming_batches(loop: Loop) -> Iterator[list[int]]:
+    """The row numbers of this process's micro-batches, from the first step to the last."""
+    left = loop.options.total_steps * loop.options.accumulation
+    for epoch in range(math.ceil(loop.options.total_steps / loop.steps_an_epoch)):
+        yield from own_parts(loop.objective.order(epoch)[:left])
+        left -= loop.steps_an_epoch * loop.options.accumulation

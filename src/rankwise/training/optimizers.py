@@ -29,21 +29,12 @@ from rankwise.errors import ConfigError
 from rankwise.options import OPTIMIZERS, close_names
 
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
-# {name: (class in bitsandbytes.optim, whether its state is paged)}; 8 bits where the name says so, else 32.
-BITSANDBYTES = {
-    "adamw_8bit": ("AdamW", False),
-    "adamw_bnb_8bit": ("AdamW", False),
-    "paged_adamw": ("AdamW", True),
-    "paged_adamw_8bit": ("AdamW", True),
-    "paged_adamw_32bit": ("AdamW", True),
-    "lion_8bit": ("Lion", False),
-    "lion_32bit": ("Lion", False),
-    "paged_lion_8bit": ("Lion", True),
-    "paged_lion_32bit": ("Lion", True),
-    "rmsprop_bnb": ("RMSprop", False),
-    "rmsprop_bnb_8bit": ("RMSprop", False),
-    "rmsprop_bnb_32bit": ("RMSprop", False),
-}
+# AdamW, Lion and RMSprop of bitsandbytes.optim: with 8-bit states where the name says so, else with 32 bits.
+BITSANDBYTES = (
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw", "paged_adamw_8bit", "paged_adamw_32bit"),
+    *("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
+    *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+)
 NAMES = (
     *("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"),
     *(*TORCHAO, *BITSANDBYTES),
@@ -170,11 +161,11 @@ def set_rates(optimizer: Optimizer, rates: Iterable[float]) -> None:
 def _of_bitsandbytes(name: str, model: nn.Module, groups: list[Group], rate: float) -> Optimizer:
     from bitsandbytes import optim
 
-    kind, is_paged = BITSANDBYTES[name]
+    kind = next(kind for kind in ("AdamW", "Lion", "RMSprop") if kind.lower() in name)
     bits = 8 if name.endswith("8bit") else 32
     options: dict[str, Any] = {"lr": rate, "optim_bits": bits}
     if kind != "RMSprop":
-        options |= {"betas": BETAS, "is_paged": is_paged}
+        options |= {"betas": BETAS, "is_paged": name.startswith("paged")}
     if kind == "AdamW":
         options["eps"] = EPSILON
     optimizer: Optimizer = getattr(optim, kind)(groups, **options)

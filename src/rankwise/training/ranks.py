@@ -1,7 +1,7 @@
-"""Several processes that train one model: the rank of this process, and communication between processes.
+"""Processes: several that train one model, with their communication, and the signals that stop one.
 
-torchrun, or ``rankwise train --devices N``, starts the processes and describes them in environment variables. In a
-single process every function here returns at once. torch is imported at the first call that needs it.
+torchrun, or ``rankwise train --devices N``, starts several and describes them in environment variables. In a single
+process every function for several returns at once. torch is imported at the first call that needs it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import dataclasses
 import hashlib
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from rankwise.config import TrainSettings
@@ -28,6 +30,8 @@ T = TypeVar("T")
 PATIENCE_SECONDS = 600
 # Time within which other machines must see a new file: NFS caches a missing file for 30 seconds.
 FILE_SECONDS = 35
+# Linux's prctl option for the signal that a process gets when its parent dies.
+PR_SET_PDEATHSIG = 1
 # Environment variables of torchrun, all integers.
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
@@ -50,18 +54,14 @@ def place() -> Place | None:
 
     Raises ConfigError (RW136) if the environment variables are not those of torchrun.
     """
-    given = {name: os.environ.get(name, "").strip() for name in (*NUMBERS, "MASTER_ADDR")}
+    given = {name: os.environ.get(name, "").strip() for name in NUMBERS}
     if given["WORLD_SIZE"] in ("", "0", "1"):
         return None
-    wrong = [
-        f"{name}={value}" for name, value in given.items() if not value or (name in NUMBERS and not value.isdecimal())
-    ]
-    if wrong or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
-        fault = ", ".join(wrong) or f"RANK={given['RANK']} of WORLD_SIZE={given['WORLD_SIZE']}"
+    if wrong := [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]:
         raise ConfigError(
             "RW136",
-            f"the environment holds {fault}, which torchrun would not write; start with torchrun, or with --devices N, "
-            "or unset WORLD_SIZE.",
+            f"the environment holds {', '.join(wrong)}, which torchrun would not write; start with torchrun, or with "
+            "--devices N, or unset WORLD_SIZE.",
         )
     return Place(*(int(given[name]) for name in NUMBERS[:4]))
 
@@ -119,13 +119,10 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
     """Raise ConfigError: RW137 if there are more or fewer processes than --devices, RW112 for other conflicts."""
     where = place()
     if settings.devices is not None and settings.devices != processes:
-        start = f"the launcher has started {processes} processes" if where else "this is one process"
-        remedy = (
-            "leave --devices out: the launcher counts its processes"
-            if where
-            else "start them with the program `rankwise train`"
-        )
-        raise ConfigError("RW137", f"--devices is {settings.devices}, and {start}; {remedy}.")
+        why = "this is one process; start them with the program `rankwise train`"
+        if where:
+            why = f"the launcher has started {processes} processes, which it counts itself; leave --devices out"
+        raise ConfigError("RW137", f"--devices is {settings.devices}, and {why}.")
     check_conflicts(settings, processes)
 
 
@@ -272,3 +269,65 @@ def _group() -> Any:
     import torch.distributed as dist
 
     return dist if dist.is_available() and dist.is_initialized() else None
+
+
+# --- signals ---
+
+
+class Interrupt:
+    """Whether the user has asked to stop. ``say`` confirms the first signal."""
+
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        self.requested = False
+        self.say = say
+
+    def handle(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        # A signal may come while a line is being printed, when Python refuses to print a second one.
+        with suppress(RuntimeError):
+            self.say("Stopping after this step (a second time: at once)")
+
+
+def end_with_parent() -> None:
+    """Let this process get SIGTERM, with which a run saves its step, when its parent dies. Has an effect on Linux."""
+    if sys.platform == "linux":
+        # Few processes need it, and this module is imported for every --help.
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that temporary files are removed."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        # A handler that was set meanwhile stays.
+        if signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def interrupts(interrupt: Interrupt) -> Iterator[Interrupt]:
+    """A context in which both signals are passed to ``interrupt``. Only the main thread receives signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, interrupt.handle) for number in numbers}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""``train``: a run from its settings to its folder. setup.py and arguments.py turn the settings into plain arguments.
+"""``train``: a run from its settings to its folder. setup.py and learning.py make plain arguments of the settings.
 
 Everything is read and checked before anything is written, and before the old run is touched.
 """
@@ -10,14 +10,11 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
-import datasets
 import torch
-import transformers
 from torch import nn
 
 from rankwise.acceleration import (
@@ -44,23 +41,28 @@ from rankwise.models.prepared import mapped_files
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
 from rankwise.records import WAIT_POLICIES, RunRecord, check_writable, load_record, versions_of
-from rankwise.training import checkpoints, ranks, rate_search, setup
+from rankwise.training import checkpoints, ranks, setup
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
-from rankwise.training.foresight import Foresight, coming_batches
-from rankwise.training.learning import Learning, learning_from_answers, make_loop
-from rankwise.training.loop import PROGRESS_FILE, Loop
-from rankwise.training.observer import Observer, SilentObserver
+from rankwise.training.learning import (
+    Learning,
+    learning_from_answers,
+    make_loop,
+    search,
+    with_default_rate,
+    with_found_rate,
+    with_rate,
+)
+from rankwise.training.loop import PROGRESS_FILE, Loop, coming_batches
 from rankwise.training.optimizers import (
-    Group,
     check_memory_savers,
     check_names,
     implementation_of,
     loraplus_groups,
     make_schedule,
 )
-from rankwise.training.session import Retention, Session
+from rankwise.training.session import Foresight, Retention, Session
 from rankwise.training.setup import add_new_tokens, new_tokens, with_adapters_options
-from rankwise.training.watch import Progress, check_installed, evaluations, frozen_bytes
+from rankwise.training.watch import Observer, Progress, SilentObserver, check_installed, evaluations, frozen_bytes
 from rankwise.training.weights import checkpoint_bytes, looked_into, reading_state
 
 # Libraries whose version can change a result.
@@ -90,15 +92,17 @@ def train(
     grow_segments()
     check_writable(settings.output)
     device_type = torch.device(choose_device(settings.device, settings.dtype).device).type
-    with _quiet(), _told_warnings(observer, told), ranks.joined(device_type), _held(settings.output):
+    # The other processes would be refused.
+    held = hold(settings.output) if ranks.is_writer() else nullcontext()
+    with _told_warnings(observer, told), ranks.joined(device_type), held:
         ranks.check_processes(settings, ranks.count())
         ranks.check_alike(
             {f"--{name.replace('_', '-')}": value for name, value in settings.model_dump(mode="json").items()}
         )
         mode = checkpoints.check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
         if mode == "resume":
-            settings = rate_search.with_found_rate(settings)
-        lora = _check_settings(settings)
+            settings = with_found_rate(settings)
+        lora = _check_settings(settings, device_type)
         if mode == "resume":
             checkpoints.check_same_run(settings.output, settings.model_dump(mode="json"))
             checkpoints.check_same_processes(settings.output, ranks.count())
@@ -108,26 +112,8 @@ def train(
         return session.carry_out(started, told)
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Lock the folder in the writing process only, since the other processes would wait for the lock."""
-    if not ranks.is_writer():
-        yield
-        return
-    is_new = not folder.exists()
-    with hold(folder):
-        try:
-            yield
-        finally:
-            # An empty folder is removed.
-            if is_new:
-                with suppress(OSError):
-                    folder.rmdir()
-
-
-def _check_settings(given: TrainSettings) -> LoraConfig:
+def _check_settings(given: TrainSettings, device_type: str) -> LoraConfig:
     check_names(given)
-    device_type = torch.device(choose_device(given.device, given.dtype).device).type
     check_memory_savers(given.optimizer, device_type, activation_offloading=given.activation_offloading)
     check_installed(given.trackers)
     _warn_of_idle_options(given)
@@ -146,7 +132,8 @@ def _warn_of_idle_options(given: TrainSettings) -> None:
 def _is_finished(given: TrainSettings) -> bool:
     """Whether the run to resume is finished and its length is unchanged, so that nothing is left to do."""
     record = load_record(given.output)
-    if record.status != "finished" or not _same_length(given):
+    is_as_long = all(getattr(given, name) == record.settings.get(name) for name in checkpoints.LENGTH)
+    if record.status != "finished" or not is_as_long:
         return False
     warn(
         "RW509",
@@ -154,11 +141,6 @@ def _is_finished(given: TrainSettings) -> bool:
         "--max-steps or --epochs lengthens it.",
     )
     return True
-
-
-def _same_length(given: TrainSettings) -> bool:
-    before = load_record(given.output).settings
-    return all(getattr(given, name) == before.get(name) for name in checkpoints.LENGTH)
 
 
 def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> None:
@@ -209,7 +191,7 @@ def _prepare(
     """Read, load and check everything, without writing anything."""
     inputs = _read(given, lora, observer, foresight, retention)
     learning, loaded, data = inputs.learning, inputs.loaded, inputs.data
-    given = rate_search.with_default_rate(given, loaded.model, observer)
+    given = with_default_rate(given, loaded.model, observer)
     described = data.describe()
     described["train"] |= setup.other_hashes(given)
     _check_alike(inputs, described)
@@ -235,17 +217,20 @@ def _prepare(
     loop = make(given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searches else given, data)
     if given.strategy == "fsdp" and not is_unit(loaded.model):
         shard(loaded.model, mesh_of_all(loaded.device.type), trains_all=given.method == "full")
-    if checkpoint is not None and not _same_length(given):
+    if checkpoint is not None:
         _check_length(given, checkpoint, loop.options.total_steps)
     # Batches differ between processes; the largest prediction is taken.
     each = ranks.gathered(_predicted_peak(given, loop, foresight))
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
     if given.searches:
-        searched = rate_search.search(given, data, loaded.model, loop.options.total_steps, make, observer)
-        given = rate_search.with_rate(given, searched)
+        searched = search(given, data, loaded.model, loop.options.total_steps, make, observer)
+        given = with_rate(given, searched)
         loop = make(given, data)
-    groups = _groups(given, loaded.model)
+    rates = None
+    if given.loraplus_ratio is not None and has_adapter(loaded.model):
+        options = {"rate": given.rate, "ratio": given.loraplus_ratio, "weight_decay": given.weight_decay}
+        rates = {group["group"]: group["lr"] for group in loraplus_groups(loaded.model, **options)}
     record = RunRecord(
         method=given.method,
         objective=given.objective,
@@ -258,14 +243,18 @@ def _prepare(
         data=described,
         devices=ranks.count(),
         strategy=(given.strategy or "ddp") if ranks.count() > 1 else None,
-        learning_rates=None if groups is None else {group["group"]: group["lr"] for group in groups},
+        learning_rates=rates,
         rate_search=searched,
         frozen_bytes=max(ranks.gathered(frozen_bytes(loaded.model))),
         versions=inputs.versions,
-        device=_device(given, loaded, accelerated, padded),
+        device={
+            **device_record(loaded.device, loaded.dtype, given.optimizer),
+            "reason": loaded.device_reason,
+            "acceleration": str(accelerated) if accelerated else "off (--no-fast)" if not given.fast else "off",
+            "rows": f"padded: {padded}" if padded else "laid end to end, without padding",
+        },
     )
-    run = (given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer)
-    return Session(*run, given.trackers, retention)
+    return Session(given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, given.trackers, retention)
 
 
 def learning_of(given: TrainSettings) -> Learning:
@@ -307,7 +296,7 @@ def _read(
         lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(given.new_tokens), lora)
     observer.phase("Encoding data")
     data = learning.encode(given, loaded.tokenizer, texts)
-    setup.check_positions(loaded.model, [one.dataset for one in data.sets])
+    setup.check_positions(loaded.model, [one.dataset for one in (data.train, data.evaluation) if one is not None])
     return _Inputs(learning, loaded, base, lora, data, versions_of(PACKAGES))
 
 
@@ -342,25 +331,6 @@ def _accelerate(given: TrainSettings, inputs: _Inputs, observer: Observer) -> Ac
     if products == "int8":
         setup.calibrate(model, inputs.data.train.dataset, given.max_length)
     return done
-
-
-def _device(
-    given: TrainSettings, loaded: setup.LoadedBase, accelerated: Acceleration | None, padded: str | None
-) -> JsonObject:
-    """The record's entry on the device, and on what makes the run fast."""
-    return {
-        **device_record(loaded.device, loaded.dtype, given.optimizer),
-        "reason": loaded.device_reason,
-        "acceleration": str(accelerated) if accelerated else "off (--no-fast)" if not given.fast else "off",
-        "rows": f"padded: {padded}" if padded else "laid end to end, without padding",
-    }
-
-
-def _groups(given: TrainSettings, model: nn.Module) -> list[Group] | None:
-    """LoRA+'s parameter groups; None if all parameters have one learning rate."""
-    if given.loraplus_ratio is None or given.searches or not has_adapter(model):
-        return None
-    return loraplus_groups(model, rate=given.rate, ratio=given.loraplus_ratio, weight_decay=given.weight_decay)
 
 
 def _why_padded(given: TrainSettings, model: nn.Module, accelerated: Acceleration | None) -> str | None:
@@ -415,21 +385,6 @@ def progress_of(checkpoint: Checkpoint | None) -> Progress:
         if progress.steps != checkpoint.step or progress.eval_steps == 0:
             raise ValueError(f"it is of step {progress.steps}, evaluated every {progress.eval_steps}")
     return progress
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Disable the progress bars of libraries, since the observer shows the progress."""
-    shown = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown[0]:
-            transformers.utils.logging.enable_progress_bar()
-        if not shown[1]:
-            datasets.enable_progress_bars()
 
 
 def _told_warnings(observer: Observer | None, told: list[dict[str, str]]) -> AbstractContextManager[None]:

@@ -27,6 +27,7 @@ from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, wri
 from rankwise.reports.model_card import model_card
 from rankwise.reports.plots import loss_svg
 from rankwise.training import checkpoints, ranks
+from rankwise.training.batches import MicroBatch
 from rankwise.training.checkpoints import (
     FOLDER,
     OWN_FILES,
@@ -37,13 +38,14 @@ from rankwise.training.checkpoints import (
     temporary_folder,
 )
 from rankwise.training.loop import Loop
-from rankwise.training.observer import Interrupt, Observer, interrupts
+from rankwise.training.ranks import Interrupt, interrupts
 from rankwise.training.watch import (
     GradientCheck,
     MemoryMeter,
-    MetricsFile,
+    Observer,
     Trackers,
     Watch,
+    begin_metrics,
     evaluated_rewards,
     evaluations,
 )
@@ -53,6 +55,20 @@ PLOT_FILE = "loss.svg"
 CARD_FILE = "README.md"
 # A rise of the training loss by this factor is more than the difference between batches.
 FAR_ABOVE = 1.5
+
+
+class Foresight(Protocol):
+    """A memory plan that is asked before a run starts. Both methods may raise to refuse the run."""
+
+    def before_loading(self, labels: int) -> None:
+        """Called before the model is loaded, with the number of labels of its head; 0 for a language model."""
+
+    def before_training(self, batch: MicroBatch, evaluation: MicroBatch | None, mapped: MappedFiles) -> int | None:
+        """Called when everything is loaded and encoded, with the largest micro-batches of training and of evaluation,
+        and the files from which weights are mapped.
+
+        Returns the expected peak in bytes, as the run's ``MemoryMeter`` measures it.
+        """
 
 
 class Retention(Protocol):
@@ -92,14 +108,12 @@ class Session:
     observer: Observer
     trackers: Sequence[str] = ()
     retention: Retention | None = None
-    # None in processes that do not write.
-    metrics: MetricsFile | None = None
 
     def carry_out(self, started: float, told: list[dict[str, str]]) -> RunRecord:
         """Train to the end and write the results. Also after a failure, the record holds how the run ended.
 
         Raises Interrupted: RW540 saved and stopped, RW541 stopped at once, RW542 stopped before the first step;
-        RunError during training, and RW551 if a file cannot be written, for weights RW513 and RW514.
+        RunError during training, RW551 if a file cannot be written, RW513 if there is no space for a checkpoint.
         """
         self.started = started - self.loop.progress.wall_seconds
         if self.record.rate_search is not None:
@@ -143,15 +157,13 @@ class Session:
         if ranks.is_writer():
             write_skipped_rows(self.folder, self.record.data)
             remove_unfinished(self.folder)
-            self.metrics = MetricsFile(self.folder, resume_step=step)
+            begin_metrics(self.folder, step)
         computed = self.loop.options.autocast if self.loop.model.dtype == torch.float32 else None
         if self.retention is not None:
             self.observer.phase("Measuring what must stay")
             self._announce([*self.retention.files])
             self.retention.before(self.loop.model, self.tokenizer, computed, resumes=self.checkpoint is not None)
-        stopped = self._train()
-        if stopped is not None:
-            raise stopped
+        self._train()
         if ranks.count() > 1:
             ranks.check_alike({"the sha256 of the trained weights": weights_digest(self.loop.model)})
         # All processes restore the same step, since a sharded model needs every process.
@@ -171,8 +183,8 @@ class Session:
             self.record.save(self.folder)
         ranks.barrier()
 
-    def _train(self) -> Interrupted | None:
-        """Train. Returns the interruption if the user asked to stop, else None."""
+    def _train(self) -> None:
+        """Train. Raises Interrupted (RW540, RW542) if the user asked to stop."""
         loop, progress = self.loop, self.loop.progress
         interrupt = Interrupt(self.observer.phase)
         files = mapped_files(loop.model)
@@ -183,7 +195,23 @@ class Session:
         with meter as memory, interrupts(interrupt), trackers:
             at = "" if self.checkpoint is None else f", resuming from step {self.checkpoint.step}"
             self.observer.phase(f"Training{at}")
-            watch = self._watch(memory, interrupt, trackers, files)
+            watch = Watch(
+                loop.model,
+                progress,
+                memory,
+                loop.objective.shown,
+                self.observer,
+                self.folder if ranks.is_writer() else None,
+                trackers,
+                tick=self._tick,
+                interrupt=interrupt,
+                check=GradientCheck(
+                    loop.model,
+                    overflow_is_normal=loop.options.autocast == torch.float16,
+                    silence_is_normal=loop.objective.silence_is_normal,
+                ),
+                files=files,
+            )
             try:
                 loop.fit(watch, self.checkpoint)
             except BaseException:
@@ -193,39 +221,17 @@ class Session:
         progress.peak_memory_bytes = max(ranks.gathered(progress.peak_memory_bytes))
         # Only the writing process knows the metrics.
         is_last = progress.steps >= loop.options.total_steps
-        is_done = is_last and ranks.gathered(ranks.is_writer() and self._is_evaluated())[0]
+        is_evaluated = loop.objective.eval_rows is None or progress.steps in evaluations(self.folder)
+        is_done = is_last and ranks.gathered(is_evaluated)[0]
         if not ranks.agreed(interrupt.requested) or is_done:
-            return None
+            return
         if progress.steps == 0:
-            return Interrupted("RW542", f"stopped before the first step; {self.folder} holds nothing to resume yet.")
-        return Interrupted(
+            raise Interrupted("RW542", f"stopped before the first step; {self.folder} holds nothing to resume yet.")
+        raise Interrupted(
             "RW540",
             f"stopped after step {progress.steps} of {loop.options.total_steps} and saved it; continue with `rankwise "
             f"train --resume --output {self.folder}`.",
         )
-
-    def _watch(self, memory: MemoryMeter, interrupt: Interrupt, trackers: Trackers, files: MappedFiles) -> Watch:
-        loop = self.loop
-        return Watch(
-            loop.model,
-            loop.progress,
-            memory,
-            loop.objective.shown,
-            self.observer,
-            self.metrics,
-            trackers,
-            tick=self._tick,
-            interrupt=interrupt,
-            check=GradientCheck(
-                loop.model,
-                overflow_is_normal=loop.options.autocast == torch.float16,
-                silence_is_normal=loop.objective.silence_is_normal,
-            ),
-            files=files,
-        )
-
-    def _is_evaluated(self) -> bool:
-        return self.loop.objective.eval_rows is None or self.loop.progress.steps in evaluations(self.folder)
 
     @property
     def of_rewards(self) -> bool:
@@ -270,8 +276,8 @@ class Session:
         record, progress = self.record, self.loop.progress
         record.status = status
         record.train_loss = progress.mean_loss
-        record.tokens_per_second = progress.tokens_per_second
-        record.examples_per_second = progress.examples_per_second
+        record.tokens_per_second = progress.per_second(progress.tokens)
+        record.examples_per_second = progress.per_second(progress.examples)
         record.peak_memory_bytes = progress.peak_memory_bytes or None
         record.wall_seconds = progress.wall_seconds
         record.steps = progress.steps

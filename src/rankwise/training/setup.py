@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import calibrate_products
-from rankwise.adapters import (
-    add_adapter,
-    plan_adapter,
-)
+from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.base_layer import dequantizer
 from rankwise.adapters.checkpoint import load_adapter, read_adapter
 from rankwise.adapters.folder import WEIGHTS_FILE, read_folder, tokenizer_with_rows
@@ -33,7 +31,7 @@ from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.formats import Format
 from rankwise.errors import ConfigError, DataError, RunError, heard, warn
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, JsonObject, sha256_of
 from rankwise.labels import Labels
 from rankwise.lora_config import ADAPTER, LoraConfig
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton
@@ -44,10 +42,9 @@ from rankwise.options import flag
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.records import record_of
 from rankwise.training import ranks
+from rankwise.training.batches import longest_row
 from rankwise.training.checkpoints import Checkpoint
-from rankwise.training.foresight import longest_row
 from rankwise.training.weights import seed_all, shard_before_loading
-from rankwise.weights_file import sha256_of
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 256
 
@@ -72,10 +69,6 @@ class Data:
     # Further entries of the record about the training data.
     notes: Fields = dataclasses.field(default_factory=dict)
 
-    @property
-    def sets(self) -> list[Encoded]:
-        return [self.train] if self.evaluation is None else [self.train, self.evaluation]
-
     def describe(self) -> dict[str, JsonObject]:
         """{"train": ..., "eval": ...}: the source of each set, its sha256 and the counts of its rows."""
         described = {"train": {**_described(self.texts.rows, self.train), **self.notes}}
@@ -95,10 +88,9 @@ class LoadedBase:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
-    # The dtype in which the model computes.
+    # The dtype in which the model computes, and that of mixed precision, if its weights have another one.
     dtype: torch.dtype
-    # "no", "bf16" or "fp16": mixed precision.
-    precision: str
+    autocast: torch.dtype | None
     device_reason: str
 
 
@@ -183,7 +175,7 @@ def load_for_training(given: TrainSettings, labels: Labels | None = None) -> Loa
     fsdp, only this process's rows are read where the file format permits it."""
     choice = choose_device(given.device, given.dtype)
     where = torch.device(choice.device)
-    weights, precision = mixed_precision(given.method, choice.dtype, where.type)
+    weights, autocast = mixed_precision(given.method, choice.dtype, where.type)
     source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
     source = dataclasses.replace(source, labels=labels)
     if labels is not None:
@@ -217,11 +209,11 @@ def load_for_training(given: TrainSettings, labels: Labels | None = None) -> Loa
         tokenizer = tokenizer_with_rows(given.adapter, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedBase(source, model, tokenizer, where, choice.dtype, precision, choice.reason)
+    return LoadedBase(source, model, tokenizer, where, choice.dtype, autocast, choice.reason)
 
 
-def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, str]:
-    """The dtype of the model's weights, and the mixed precision: "no", "bf16" or "fp16".
+def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtypes of the model's weights and of mixed precision.
 
     An adapter trains in float32 over a base in ``dtype``. A full fine-tuning keeps float32 weights, since small
     updates would vanish in 16 bits, and computes in ``dtype``. float16 needs loss scaling: ConfigError (RW113) on a
@@ -232,10 +224,10 @@ def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[
             raise ConfigError(
                 "RW113", "--dtype float16 needs loss scaling, which CPUs do not have; use bfloat16 or float32."
             )
-        return (torch.float32 if method == "full" else dtype), "fp16"
+        return (torch.float32 if method == "full" else dtype), dtype
     if method == "full" and dtype == torch.bfloat16:
-        return torch.float32, "bf16"
-    return dtype, "no"
+        return torch.float32, dtype
+    return dtype, None
 
 
 def make_trainable(
@@ -265,15 +257,10 @@ def make_trainable(
     return add_adapter(model, config).trainable_parameters
 
 
-def _ids(row: Mapping[str, Any]) -> list[int]:
-    names = ("input_ids", "prompt_ids", "chosen_ids", "completion_ids")
-    return [token for name in names for token in row.get(name, ())]
-
-
 def calibrate(model: PreTrainedModel, dataset: Dataset, max_length: int) -> None:
     """`calibrate_products` from the first training rows, end to end."""
-    rows = dataset.select(range(min(CALIBRATION_ROWS, len(dataset))))
-    ids = [token for row in rows for token in _ids(row)][: min(max_length, CALIBRATION_TOKENS)]
+    rows = dataset[:CALIBRATION_ROWS]["input_ids"]
+    ids = list(itertools.chain.from_iterable(rows))[: min(max_length, CALIBRATION_TOKENS)]
     calibrate_products(model, torch.tensor([ids], device=model.device))
 
 

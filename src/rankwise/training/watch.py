@@ -1,4 +1,4 @@
-"""What a run measures, checks and tells while it trains: seconds, bytes, gradients; ``metrics.jsonl``, trackers."""
+"""What a run measures, checks and tells: seconds, bytes, gradients; its observer, ``metrics.jsonl``, trackers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +31,68 @@ from rankwise.labels import MEASURES
 from rankwise.models.prepared import MappedFiles
 from rankwise.records import METRICS_FILE, read_metrics, write_text
 from rankwise.training import ranks
-from rankwise.training.observer import Interrupt, Observer, SilentObserver, StepInfo
-
-if TYPE_CHECKING:
-    from rankwise.training.loop import Counted, Figures
+from rankwise.training.batches import Counted, Figures
 
 # Growth of the memory after a step, beyond its usual amount, from which freed memory goes back to the system.
 HOLES_GROWTH = 1.05
 # (log(values, step), finish()) of a tracker that has begun.
 Begun = tuple[Callable[[dict[str, Any], int], Any], Callable[[], None]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """One finished optimizer step."""
+
+    step: int
+    total: int
+    # Mean over the trained tokens of this step.
+    loss: float
+    # Non-padding tokens divided by the seconds of the training steps, since the run started or was resumed.
+    tokens_per_second: float
+    # Memory in use now; peak_memory_bytes is the most so far.
+    memory_bytes: int
+    peak_memory_bytes: int
+    # 2-norm of the gradients before clipping.
+    grad_norm: float | None
+    learning_rate: float
+    # 2-norm of all B matrices together at the last logged step, a measure of the update; None without an adapter.
+    b_norm: float | None
+    seconds_left: float
+    # {name: figure} of the objective, such as the mean reward of the step's answers.
+    figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Observer(Protocol):
+    """Receives the events of a run. Every call comes from the training thread, so calls must be short."""
+
+    def phase(self, text: str) -> None:
+        """A new phase begins: ``Reading data``, ``Training``, ..."""
+
+    def note(self, text: str) -> None:
+        """A line to keep, such as a default that was chosen."""
+
+    def step(self, info: StepInfo) -> None:
+        """An optimizer step is done."""
+
+    def evaluation(self, step: int, loss: float, best: bool) -> None:
+        """The evaluation loss (mean over tokens) after ``step``, and whether it is the lowest so far."""
+
+    def warning(self, code: str, text: str) -> None:
+        """A problem that does not stop the run."""
+
+
+class SilentObserver:
+    """Shows nothing."""
+
+    def phase(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def step(self, info: StepInfo) -> None: ...
+
+    def evaluation(self, step: int, loss: float, best: bool) -> None: ...
+
+    def warning(self, code: str, text: str) -> None: ...
 
 
 class EvaluationStopped(Exception):
@@ -151,12 +204,12 @@ class Watch:
     # {name in metrics.jsonl: words} of the figures that the observer gets.
     shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
     observer: Observer = dataclasses.field(default_factory=SilentObserver)
-    # None in processes that do not write.
-    metrics: MetricsFile | None = None
+    # The folder of ``metrics.jsonl``; None in processes that do not write.
+    folder: Path | None = None
     tracker: Trackers | None = None
     # Called at every step; updates the wall time in the progress.
     tick: Callable[[], None] = lambda: None
-    interrupt: Interrupt = dataclasses.field(default_factory=Interrupt)
+    interrupt: ranks.Interrupt = dataclasses.field(default_factory=ranks.Interrupt)
     check: GradientCheck | None = None
     # The files from which frozen weights are mapped.
     files: MappedFiles | None = None
@@ -168,9 +221,6 @@ class Watch:
         # Seconds of each evaluation so far.
         self.evaluations: list[float] = []
         self.holes = Holes(self.memory.now) if self.memory.device_type == "cpu" else None
-
-    def begin_step(self) -> None:
-        self.clock.start()
 
     def check_gradients(self) -> None:
         """Check each adapter tensor until it has passed, and the mapped files."""
@@ -230,8 +280,8 @@ class Watch:
         self.observer.evaluation(step, loss, lowest is None or loss < lowest)
 
     def _append(self, line: Mapping[str, float]) -> None:
-        if self.metrics is not None:
-            self.metrics.append({"step": self.progress.steps, **line})
+        if self.folder is not None:
+            append_metrics(self.folder, {"step": self.progress.steps, **line})
         if self.tracker is not None:
             self.tracker.log(line, self.progress.steps)
 
@@ -327,13 +377,8 @@ class Progress:
     def mean_loss(self) -> float | None:
         return self.loss_sum / self.steps if self.steps else None
 
-    @property
-    def tokens_per_second(self) -> float | None:
-        return self.tokens / self.train_seconds if self.train_seconds > 0 else None
-
-    @property
-    def examples_per_second(self) -> float | None:
-        return self.examples / self.train_seconds if self.train_seconds > 0 else None
+    def per_second(self, count: int) -> float | None:
+        return count / self.train_seconds if self.train_seconds > 0 else None
 
 
 class StepClock:
@@ -420,18 +465,16 @@ def frozen_bytes(model: nn.Module) -> int:
 # --- metrics.jsonl ---
 
 
-class MetricsFile:
-    """Appends lines to the file and flushes each, so that a killed run leaves at most its last line incomplete."""
+def begin_metrics(folder: Path, step: int | None) -> None:
+    """Write the file of a new run, without lines, or cut it to those up to the ``step`` of a resumed one."""
+    lines = [] if step is None else [line for line in read_metrics(folder) if line.get("step", 0) <= step]
+    write_text(folder / METRICS_FILE, "".join(map(_line, lines)))
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
-        self.path = folder / METRICS_FILE
-        kept = list(read_metrics(folder)) if resume_step is not None else []
-        kept = [line for line in kept if line.get("step", 0) <= (resume_step or 0)]
-        write_text(self.path, "".join(_line(item) for item in kept))
 
-    def append(self, values: Fields) -> None:
-        with appending(self.path) as file:
-            file.write(_line(values).encode())
+def append_metrics(folder: Path, values: Fields) -> None:
+    """Append a line and flush it, so that a killed run leaves at most its last line incomplete."""
+    with appending(folder / METRICS_FILE) as file:
+        file.write(_line(values).encode())
 
 
 def evaluations(folder: Path) -> dict[int, float]:

@@ -9,19 +9,17 @@ are the same as without sharding. With ``full``, gradients and optimizer states 
 operators see gathered weights: FSDP2 gathers into the same tensor each time, so that a weight saved in a forward pass
 is whole again in the backward pass.
 
-A state is a tree of dicts, lists, tuples and scalars that holds tensors, written as safetensors and JSON, exact and
-without pickle. The tensors are numbered in ``NAME.safetensors``; the rest is ``NAME.json``, where a tensor is
-``{"$tensor": "0"}``, and values that JSON does not have (tuples, keys that are not text, infinities) are objects whose
-key starts with ``$``.
+A state is a tree of dicts, lists and scalars that holds tensors, written as safetensors and JSON, exact and without
+pickle. The tensors are numbered in ``NAME.safetensors``; the rest is ``NAME.json``, where ``{"$tensor": "0"}`` is the
+first of them. From JSON, tuples come back as lists, and keys as text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,6 @@ from rankwise.adapters.select import module_names
 from rankwise.compat.torch import begin_sharded, class_of, is_sharded, is_unit, own_part, own_rows
 from rankwise.compat.transformers import is_converted_by_parts
 from rankwise.errors import InternalError, RunError, one_line
-from rankwise.foreign import JsonObject, read_json
 from rankwise.quantization.experts import four_bit_stacks
 from rankwise.quantization.targets import four_bit_layers
 from rankwise.training import ranks
@@ -74,8 +71,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         else:
             _load_model(model, folder)
     except (OSError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError("RW517", f"the weights in {folder} do not fit this run: {reason}.") from None
+        raise RunError("RW517", f"the weights in {folder} do not fit this run: {one_line(error)}.") from None
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -208,31 +204,21 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
 
 def whole_state(optimizer: Optimizer) -> StateDict:
     """An optimizer's state dict without shards, gathered in the writing process. Every process must call this."""
-    state = optimizer.state_dict()
-    if not any(map(is_sharded, _parameters(optimizer))):
-        return state
 
-    def kept(value: Any) -> Any:
+    def gathered(value: Any, parameter: Any) -> Any:
         if not is_sharded(value):
             return value
-        gathered = whole(value)
-        return gathered.cpu() if ranks.is_writer() else None
+        found = whole(value)
+        return found.cpu() if ranks.is_writer() else None
 
-    values = {
-        index: {name: kept(value) for name, value in moments.items()} for index, moments in state["state"].items()
-    }
-    return {**state, "state": values}
+    return _with_moments(optimizer.state_dict(), optimizer, gathered)
 
 
 def sharded_state(state: StateDict, optimizer: Optimizer) -> StateDict:
     """The inverse of ``whole_state``: the moments of sharded parameters become shards."""
     from torch.distributed.tensor import DTensor
 
-    parameters = _parameters(optimizer)
-    if not any(map(is_sharded, parameters)):
-        return state
-
-    def kept(value: Any, like: Any) -> Any:
+    def shards(value: Any, like: Any) -> Any:
         if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
             return value
         rows = own_rows(value, like)
@@ -240,20 +226,26 @@ def sharded_state(state: StateDict, optimizer: Optimizer) -> StateDict:
             rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
 
-    values = {
-        index: {name: kept(value, parameters[index]) for name, value in moments.items()}
-        for index, moments in state["state"].items()
+    return _with_moments(state, optimizer, shards)
+
+
+def _with_moments(state: StateDict, optimizer: Optimizer, change: Callable[[Any, Any], Any]) -> StateDict:
+    """The state with ``change(value, parameter)`` of each moment."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # In a file, the numbers of parameters are text.
+    numbered = {int(index): moments for index, moments in state["state"].items()}
+    changed = {
+        index: {name: change(value, parameters[index]) for name, value in moments.items()}
+        for index, moments in numbered.items()
     }
-    return {**state, "state": values}
-
-
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {**state, "state": changed}
 
 
 # --- states without pickle ---
 
 
+# The key of a tensor's number.
+TENSOR = "$tensor"
 # By generator: "python", "numpy", "cpu", and if there is one "cuda" or "mps".
 RandomStates = dict[str, Any]
 
@@ -262,13 +254,25 @@ def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     """Write ``state`` as ``folder/name.json`` and, if it holds tensors, ``folder/name.safetensors``.
 
     Tensors may have any device and layout; values and dtypes are kept exactly. Raises InternalError (RW590) for a value
-    of a different type, with its place in the tree.
+    of a different type.
     """
     tensors: dict[str, Tensor] = {}
-    document = _encode(state, tensors, name)
+
+    def other(value: object) -> Any:
+        if isinstance(value, np.generic | np.ndarray):
+            return value.tolist()
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            text = f"the {name} state holds a {kind}, which a checkpoint cannot hold; please report this optimizer."
+            raise InternalError("RW590", text)
+        key = str(len(tensors))
+        # A copy, since safetensors refuses tensors that share memory.
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        return {TENSOR: key}
+
+    text = json.dumps(state, default=other)
     if tensors:
         safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False)
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -278,10 +282,10 @@ def load_state(folder: Path, name: str) -> Any:
     Raises RunError (RW511) for files that are missing, damaged or do not belong together.
     """
     with reading_state(folder, name):
-        document = read_json(folder / f"{name}.json")
         path = folder / f"{name}.safetensors"
         tensors = safetensors.torch.load_file(path) if path.exists() else {}
-        return _decode(document, tensors)
+        text = (folder / f"{name}.json").read_text(encoding="utf-8")
+        return json.loads(text, object_hook=lambda found: tensors[found[TENSOR]] if TENSOR in found else found)
 
 
 @contextmanager
@@ -290,10 +294,8 @@ def reading_state(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001  torch, NumPy and safetensors raise many kinds for values of a wrong form
-        reason = one_line(error) or type(error).__name__
-        raise RunError(
-            "RW511", f"cannot read the {name} state in {folder}: {reason}; resume from an older checkpoint."
-        ) from None
+        text = f"cannot read the {name} state in {folder}: {one_line(error)}; resume from an older checkpoint."
+        raise RunError("RW511", text) from None
 
 
 def seed_all(seed: int) -> None:
@@ -305,10 +307,9 @@ def seed_all(seed: int) -> None:
 
 def random_states() -> RandomStates:
     """The states of every generator that training draws from: Python's, NumPy's, torch's on each device."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states: RandomStates = {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "numpy": np.random.get_state(legacy=True),
         "cpu": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -323,9 +324,9 @@ def set_random_states(states: RandomStates) -> None:
 
     Raises RunError (RW511) if the number of CUDA devices differs.
     """
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         if len(states["cuda"]) != torch.cuda.device_count():
@@ -347,49 +348,3 @@ def undisturbed_random_states() -> Iterator[None]:
         yield
     finally:
         set_random_states(states)
-
-
-def _encode(value: object, tensors: dict[str, Tensor], place: str) -> Any:
-    if isinstance(value, Tensor):
-        key = str(len(tensors))
-        # A copy, since safetensors refuses tensors that share memory.
-        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
-        return {"$tensor": key}
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, np.generic):
-        return _encode(value.item(), tensors, place)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"$float": repr(value)}
-    if isinstance(value, list):
-        return [_encode(item, tensors, f"{place}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, tuple):
-        return {"$tuple": [_encode(item, tensors, f"{place}[{index}]") for index, item in enumerate(value)]}
-    if isinstance(value, dict):
-        return _encode_dict(value, tensors, place)
-    raise InternalError(
-        "RW590", f"{place} is a {type(value).__name__}, which a checkpoint cannot hold; please report this optimizer."
-    )
-
-
-def _encode_dict(value: dict[Any, object], tensors: dict[str, Tensor], place: str) -> JsonObject:
-    items = [(key, _encode(item, tensors, f"{place}[{key!r}]")) for key, item in value.items()]
-    if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
-        return dict(items)
-    return {"$dict": [[_encode(key, tensors, f"{place} key"), item] for key, item in items]}
-
-
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "$tensor" in value:
-        return tensors[value["$tensor"]]
-    if "$float" in value:
-        return float(value["$float"])
-    if "$tuple" in value:
-        return tuple(_decode(item, tensors) for item in value["$tuple"])
-    if "$dict" in value:
-        return {_decode(key, tensors): _decode(item, tensors) for key, item in value["$dict"]}
-    return {key: _decode(item, tensors) for key, item in value.items()}

@@ -56,7 +56,7 @@ FAULTS = {
     "a loss that is not finite in one process": (
         """
 import dataclasses
-from rankwise.training.sft import Demonstrations
+from rankwise.training.objectives import Demonstrations
 prepare, compute = Demonstrations.prepare, Demonstrations.loss
 def noted(self, batches, step):
     self.step = step
@@ -76,12 +76,12 @@ def full(*args, **more):
     raise OSError(errno.ENOSPC, "No space left on device")
 loop.save_state = full
 """,
-        ("RW513", "free some space"),
+        ("RW551", "free space there"),
     ),
     "an error in one process": (
         """
 from rankwise.errors import RunError
-from rankwise.training.sft import Demonstrations
+from rankwise.training.objectives import Demonstrations
 prepare = Demonstrations.prepare
 def broken(self, batches, step):
     if rank == 1 and step == 2:

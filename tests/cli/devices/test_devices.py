@@ -191,7 +191,7 @@ def test_one_process_writes_and_speaks(runs: Runs) -> None:
     assert re.search(r"there are [\d.]+ GB for each process: fits", said)
     assert lines(runs.two, "step") == sorted(lines(runs.two, "step"))
     states = {path.name for path in next((runs.two / "checkpoints").iterdir()).glob("random*.json")}
-    assert states == {"random.json", "random-1.json"}
+    assert states == {"random-0.json", "random-1.json"}
 
 
 # Each process notes how many rows of the embedding it was given while the model was loaded.
@@ -229,7 +229,7 @@ def test_a_sharded_run_reads_its_rows_and_is_the_unsharded_one(
 FLOAT16 = """
 import functools, torch
 from rankwise.training import setup
-from rankwise.training.sft import Demonstrations
+from rankwise.training.objectives import Demonstrations
 prepare, compute = Demonstrations.prepare, Demonstrations.loss
 def noted(self, batches, step):
     self.step = step
@@ -240,7 +240,7 @@ def overflowing(self, *given):
         found.sum.register_hook(lambda grad: grad * float("inf"))
     return found
 torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=1024.0)
-setup.mixed_precision = lambda method, dtype, kind: (torch.float32 if method == "full" else dtype, "fp16")
+setup.mixed_precision = lambda method, dtype, kind: (torch.float32 if method == "full" else dtype, torch.float16)
 Demonstrations.prepare, Demonstrations.loss = noted, overflowing
 """
 

@@ -1,0 +1,245 @@
+"""The micro-batches of a run: the rows of each, their layout in memory, and which is the largest.
+
+B rows, L positions, T tokens of all rows laid end to end.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankwise.acceleration.loss import scored_positions
+from rankwise.constants import IGNORED
+from rankwise.data.objectives import ANSWER_IDS
+from rankwise.training import ranks
+
+KEY = "counted"
+# An encoded row; a micro-batch: tensors under the model's names, and its ``Counted`` under KEY.
+Row = dict[str, Any]
+Batch = dict[str, Any]
+# A sum and the weight that it is divided by: values on the device are read once a step.
+Figures = Mapping[str, tuple[Tensor | float, Tensor | float]]
+# Rows that are packed together, as in trl.
+PACKED_AT_ONCE = 1000
+# Rows whose lengths are read together.
+ROWS_AT_ONCE = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What a micro-batch holds, counted while its tensors are on the host, so that nothing waits for a GPU."""
+
+    # The number that the sum of losses is divided by: trained tokens, pairs, answers.
+    targets: float
+    # Number of tokens that are not padding.
+    tokens: int
+    examples: int
+    # The result of `scored_positions`: (P,) int64, on the device of the labels; of demonstrations only.
+    scored: Tensor | None = None
+
+    def to(self, *to: Any, **how: Any) -> Counted:
+        """Move to a device like a tensor."""
+        return dataclasses.replace(self, scored=None if self.scored is None else self.scored.to(*to, **how))
+
+
+def shuffled(rows: int, size: int, seed: int) -> list[list[int]]:
+    """Row numbers in random order, by micro-batches of ``size``."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [order[start : start + size] for start in range(0, rows, size)]
+
+
+def in_order(rows: int, size: int) -> list[list[int]]:
+    """Row numbers in the order of the data, by micro-batches of ``size``."""
+    return [[*range(start, min(start + size, rows))] for start in range(0, rows, size)]
+
+
+def means_of(figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The mean of each figure that was read, and the margin between those of better and of worse answers."""
+    means = {name: total / weight for name, (total, weight) in figures.items() if weight}
+    if "reward_chosen" in means and "reward_rejected" in means:
+        means["reward_margin"] = means["reward_chosen"] - means["reward_rejected"]
+    return means
+
+
+def without_rows(batch: Batch) -> Batch:
+    """A batch with which a process takes part in a step without contributing to it."""
+    return {**batch, KEY: dataclasses.replace(batch[KEY], targets=0, tokens=0, examples=0)}
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``."""
+    movable = (Tensor, Counted)
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, movable) else value
+        for name, value in batch.items()
+    }
+
+
+# --- layouts ---
+
+
+def padded(rows: Sequence[Row], pad: int) -> Batch:
+    """Rows (B, L), padded on the right."""
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    return {
+        "input_ids": pad_right(ids, pad),
+        "labels": pad_right([torch.tensor(row["labels"]) for row in rows], IGNORED),
+        "attention_mask": pad_right([torch.ones_like(row) for row in ids], 0),
+    }
+
+
+def answered(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
+    """Prompts and answers (B, L), padded on the right, and which positions are answers."""
+    ids = [torch.tensor([*prompt, *answer]) for prompt, answer in rows]
+    answers = [(torch.arange(len(row)) >= len(prompt)).long() for row, (prompt, _) in zip(ids, rows)]
+    return {
+        "input_ids": pad_right(ids, pad),
+        "attention_mask": pad_right([torch.ones_like(row) for row in ids], 0),
+        "completion_mask": pad_right(answers, 0),
+    }
+
+
+def pad_right(rows: Sequence[Tensor], value: int) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def end_to_end(rows: Sequence[Row]) -> Batch:
+    """Rows, or packed rows with their ``seq_lengths``, as one row (1, T) without padding, with the bounds between them
+    for attention, and each token's row for short convolutions. No row's first token is trained on.
+    """
+    each = (row.get("seq_lengths", [len(row["input_ids"])]) for row in rows)
+    lengths = torch.tensor(list(itertools.chain.from_iterable(each)))
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    labels = torch.tensor(list(itertools.chain.from_iterable(row["labels"] for row in rows)))
+    labels[bounds[:-1].long()] = IGNORED
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.tensor(list(itertools.chain.from_iterable(row["input_ids"] for row in rows)))[None],
+        "labels": labels[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths)[None],
+    }
+
+
+def counted(batch: Batch) -> Counted:
+    """The counts of a batch: rows (B, L) with an attention mask, or rows end to end (1, T)."""
+    if "attention_mask" in batch:
+        tokens, examples = int(batch["attention_mask"].sum()), len(batch["input_ids"])
+    else:
+        tokens, examples = batch["input_ids"].numel(), len(batch["cu_seq_lens_q"]) - 1
+    scored = scored_positions(batch["labels"])
+    return Counted(len(scored), tokens, examples, scored)
+
+
+def packed(rows: Dataset, length: int, seed: int) -> Dataset:
+    """Rows of at most ``length`` tokens that hold several of the shuffled ``rows`` each: the longest first, each into
+    the fullest row into which it fits (best fit decreasing). ``seq_lengths`` holds the lengths within a row.
+    """
+    rows = rows.select_columns(["input_ids", "labels"]).shuffle(seed=seed)
+    made: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+    for start in range(0, len(rows), PACKED_AT_ONCE):
+        part = rows[start : start + PACKED_AT_ONCE]
+        for members in _bins([len(ids) for ids in part["input_ids"]], length):
+            for name in ("input_ids", "labels"):
+                made[name].append(list(itertools.chain.from_iterable(part[name][member] for member in members)))
+            made["seq_lengths"].append([len(part["input_ids"][member]) for member in members])
+    return Dataset.from_dict(made).shuffle(seed=seed)
+
+
+def _bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """The indices of ``lengths`` in each bin. Of bins with as much left, the earliest is filled first."""
+    bins: list[list[int]] = []
+    # (what is left, since which turn, bin), in order.
+    there: list[tuple[int, int, list[int]]] = []
+    for turn, index in enumerate(np.argsort(-np.asarray(lengths), kind="stable").tolist()):
+        place = bisect.bisect_left(there, (lengths[index],))
+        left, _, chosen = there.pop(place) if place < len(there) else (capacity, 0, [])
+        if not chosen:
+            bins.append(chosen)
+        chosen.append(index)
+        if left > lengths[index]:
+            bisect.insort(there, (left - lengths[index], turn, chosen))
+    return bins
+
+
+# --- the memory plan ---
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """The properties of a micro-batch on which memory depends."""
+
+    # Number of rows; a pair of answers is one row.
+    rows: int
+    # Tokens of a row, or of one side of a pair: of the longest if rows are padded, the mean if they are
+    # concatenated.
+    tokens: int
+    # Share of all tokens that are in the loss.
+    trained_share: float
+
+
+def own_parts(batches: Iterable[list[int]]) -> Iterator[list[int]]:
+    """This process's part of each batch: one row at least."""
+    return (ranks.share(batch) or batch[:1] for batch in batches)
+
+
+def largest(
+    dataset: Dataset,
+    batches: Iterable[list[int]],
+    *,
+    flat: bool,
+    shared: bool = False,
+    answers: Sequence[str] = ANSWER_IDS,
+) -> MicroBatch:
+    """The batch with the most tokens, padding included, and among these the one with the longest row.
+
+    ``flat``: rows are laid end to end, not padded. ``shared``: the prompt, which both sides of a pair share, counts for
+    the first side only. ``answers``: the columns that hold answers, where a data set has them.
+    """
+    lengths: list[list[int]] = _lengths(dataset, shared=shared, answers=answers).tolist()
+
+    def size(batch: list[int]) -> tuple[int, int]:
+        longest = max(max(lengths[row]) for row in batch)
+        together = sum(sum(lengths[row]) for row in batch)
+        return together if flat else longest * len(batch) * len(lengths[0]), longest
+
+    found = max(batches, key=size)
+    sequences = len(found) * len(lengths[0])
+    tokens = math.ceil(size(found)[0] / sequences)
+    rows = dataset.select(found)
+    trained = sum(len(row.get(name, ())) for row in rows for name in ANSWER_IDS)
+    trained += sum(label != IGNORED for row in rows for label in row.get("labels", ()))
+    return MicroBatch(len(found), tokens, min(1.0, max(trained, 1) / (sequences * tokens)))
+
+
+def longest_row(dataset: Dataset) -> int:
+    """The number of tokens of the longest row in an encoded data set."""
+    return int(_lengths(dataset).max())
+
+
+def _lengths(dataset: Dataset, *, shared: bool = False, answers: Sequence[str] = ANSWER_IDS) -> np.ndarray:
+    """The number of tokens of every row, for each side of a pair: (rows, sides)."""
+    import pyarrow.compute as pc
+
+    def of(name: str) -> np.ndarray:
+        columns = dataset.select_columns([name]).with_format("arrow")
+        return np.concatenate([pc.list_value_length(table[name]).to_numpy() for table in columns.iter(ROWS_AT_ONCE)])
+
+    if "input_ids" in dataset.column_names:
+        return of("input_ids")[:, None]
+    prompts, found = of("prompt_ids"), [of(name) for name in answers if name in dataset.column_names]
+    return np.stack([answer + (0 if side and shared else prompts) for side, answer in enumerate(found)], axis=1)

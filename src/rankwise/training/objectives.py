@@ -1,0 +1,499 @@
+"""What is learned from given answers: demonstrations (SFT), labels, pairs of answers (DPO), marked answers (KTO).
+
+Of demonstrations, each token of an answer is predicted from the tokens before it. A head on the model's last hidden
+states answers a text with one label, several, or a number.
+
+Preferences need no second model. The reference is the model itself, with its adapter disabled or with a frozen copy of
+the adapter with which training began. Its log-probabilities are computed first, before the step's graph exists. All
+log-probabilities come from the accelerated model, at the positions of answers only; the losses are in losses.py.
+
+B rows of a micro-batch, L positions, P positions that are trained on, C labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rankwise.acceleration import LossOptions, fused_head
+from rankwise.acceleration.loss import (
+    Layout,
+    TokenScores,
+    accept_scores,
+    asked_of,
+    chosen,
+    laid_out,
+    losses,
+    scores_of_logits,
+)
+from rankwise.acceleration.scoring import Score, Scorer, Target, loss_scorer, members_of, trained_target
+from rankwise.adapters.switch import reference_at_work
+from rankwise.compat.torch import is_unit
+from rankwise.constants import IGNORED
+from rankwise.data.objectives import ANSWER_IDS
+from rankwise.labels import SINGLE, Labels, measures
+from rankwise.ops.checks import check_targets
+from rankwise.ops.linear_cross_entropy import LossSums
+from rankwise.training import ranks
+from rankwise.training.batches import (
+    KEY,
+    Batch,
+    Counted,
+    Figures,
+    MicroBatch,
+    Row,
+    answered,
+    counted,
+    end_to_end,
+    in_order,
+    largest,
+    means_of,
+    on_device,
+    own_parts,
+    padded,
+    shuffled,
+    without_rows,
+)
+from rankwise.training.loop import Loss
+from rankwise.training.losses import MARKED_LOSSES, PAIR_LOSSES, Pairs, cross_entropy
+from rankwise.training.weights import roots_gathered
+
+# The columns of KTO's mismatched answers (answers to a different prompt of the batch).
+MISMATCHED = ("KL_completion_ids",)
+
+
+@dataclasses.dataclass
+class Demonstrations:
+    """The objective sft. ``flat``: the rows of a micro-batch are laid end to end, not padded.
+
+    ``label_smoothing`` acts on the training loss only, so that evaluation losses are comparable between runs.
+    """
+
+    model: PreTrainedModel
+    rows: Dataset
+    eval_rows: Dataset | None
+    pad: int
+    # Rows of a micro-batch of all processes.
+    size: int
+    seed: int
+    flat: bool = False
+    label_smoothing: float = 0.0
+
+    shown: ClassVar[Mapping[str, str]] = {}
+    silence_is_normal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        # Kept between evaluations: it tests once whether the model can score several rows concatenated.
+        self._scorer: Scorer | None = None
+        self.vocabulary = self.model.config.get_text_config().vocab_size
+        # The chunked loss of rankwise.acceleration, which computes two products with the head in a step.
+        self.own_loss = fused_head(self.model) is not None
+
+    @property
+    def in_words(self) -> str:
+        return "own, in chunks" if self.own_loss else "own logits at trained positions"
+
+    def order(self, epoch: int) -> list[list[int]]:
+        return shuffled(len(self.rows), self.size, self.seed + epoch)
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """Raises QuantizationError (RW621) for a label that is not a token number."""
+        batch = end_to_end(rows) if self.flat else padded(rows, self.pad)
+        check_targets(batch["labels"].flatten(), self.vocabulary, IGNORED)
+        return {**batch, KEY: counted(batch)}
+
+    def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
+        return batches
+
+    # --- loss ---
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
+        found: Counted = batch[KEY]
+        assert found.scored is not None, "counted by collate"
+        given = {name: value for name, value in batch.items() if name != KEY} | {"use_cache": False}
+        coefficient = router_coefficient(model)
+        if coefficient:
+            given["output_router_logits"] = True
+        if self.own_loss:
+            options = LossOptions(label_smoothing=self.label_smoothing, want_stats=True, scored=found.scored)
+            outputs = model(**given, loss_options=options)
+            sums = options.found[-1]
+        else:
+            sums, outputs = sums_of_logits(model, given, self.label_smoothing)
+        assert sums.entropy is not None, "asked for"
+        assert sums.correct is not None, "asked for"
+        positions = len(found.scored)
+        figures = {"entropy": (sums.entropy, positions), "token_accuracy": (sums.correct, positions)}
+        aux = getattr(outputs, "aux_loss", None) if coefficient else None
+        if aux is None:
+            return Loss(sums.loss, figures=figures)
+        return Loss(sums.loss, coefficient * aux, {**figures, "aux_loss": (aux.detach(), 1)})
+
+    # --- evaluation ---
+
+    def evaluate(self, model: PreTrainedModel, pause: Callable[[], None]) -> dict[str, float]:
+        """The mean loss over the trained tokens of the evaluation's rows, as ``rankwise evaluate`` computes it."""
+        assert self.eval_rows is not None
+        with roots_gathered(model):
+            own = self._row_scores(self.eval_rows, pause)
+        everyone = list(itertools.chain.from_iterable(ranks.gathered(own)))
+        count = sum(tokens for _, tokens, _ in everyone) or 1
+        # The sum is exact, so it does not depend on the distribution of rows over processes.
+        loss = -math.fsum(total for total, _, _ in everyone) / count
+        return {"eval_loss": loss, "eval_token_accuracy": sum(hits for _, _, hits in everyone) / count}
+
+    def _row_scores(self, rows: Dataset, pause: Callable[[], None]) -> list[tuple[float, int, float]]:
+        """(log-probability, scored tokens, scored tokens that were the most likely ones) of each row."""
+        targets = evaluation_targets(rows)
+        scores: dict[int, Score] = {}
+        if self._scorer is None:
+            kind = self.model.device.type
+            # 16-bit weights compute in their own dtype, without autocast.
+            is_mixed = self.model.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+            self._scorer = loss_scorer(self.model, autocast=torch.get_autocast_dtype(kind) if is_mixed else None)
+        batches = self._scorer.plan(targets)
+        # Several processes take the batches in turn, in lockstep, so that all of them can stop at the same batch.
+        for start in range(0, len(batches), ranks.count()):
+            turn = start + ranks.rank()
+            if turn < len(batches):
+                scores |= self._scorer.score_batch(batches[turn], targets)
+            elif is_unit(self.model):
+                # A sharded model needs every process in each forward pass, also one without a batch left.
+                self._scorer.score_batch(batches[start], targets)
+            pause()
+        return [(score.total, len(score.tokens), score.hits) for score in scores.values()]
+
+    # --- the memory plan ---
+
+    def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
+        return largest(self.rows, batches, flat=self.flat)
+
+    def largest_evaluation(self) -> MicroBatch | None:
+        if self.eval_rows is None:
+            return None
+        targets = evaluation_targets(self.eval_rows)
+        scorer = loss_scorer(self.model)
+        scorer.packs = True
+        batches = [(len(rows), max(row.length for row in rows), rows) for rows in scorer.batches(targets)]
+        count, tokens, rows = max(batches, key=lambda batch: batch[0] * batch[1], default=(1, 1, []))
+        asked = sum(len(targets[member].places) for member in members_of(rows))
+        return MicroBatch(count, tokens, min(1.0, max(asked, 1) / (count * tokens)))
+
+
+def evaluation_targets(dataset: Dataset) -> list[Target]:
+    """The scored tokens of an evaluation's encoded rows. A row whose only trained token is its first has none."""
+    trained = ([label != IGNORED for label in row] for row in dataset["labels"])
+    return [target for target in map(trained_target, dataset["input_ids"], trained) if target is not None]
+
+
+def router_coefficient(model: PreTrainedModel) -> float:
+    """The factor of the balancing loss of a model's experts; 0 for a model without."""
+    config = model.config.get_text_config()
+    return float(getattr(config, "router_aux_loss_coef", 0.0)) if hasattr(config, "output_router_logits") else 0.0
+
+
+def sums_of_logits(model: PreTrainedModel, inputs: Batch, label_smoothing: float) -> tuple[LossSums, Any]:
+    """The sums over trained positions, and the model's outputs, from one forward pass through the model's own head: at
+    positions that any row trains on, where the model supports logits_to_keep.
+
+    ``inputs`` holds labels (B, L), -100 where nothing is trained; position i is scored on label i + 1.
+    """
+    trained = inputs["labels"][:, 1:] != IGNORED
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    positions = trained.any(dim=0).nonzero().squeeze(1) if keeps else None
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    outputs = model(**given, **({} if positions is None else {"logits_to_keep": positions}))
+    logits = outputs.logits[:, :-1] if positions is None else outputs.logits
+    chosen = trained if positions is None else trained[:, positions]
+    return cross_entropy(logits[chosen], inputs["labels"][:, 1:][trained], label_smoothing), outputs
+
+
+# --- labels ---
+
+
+@dataclasses.dataclass
+class Classification:
+    """The objective classify. ``size``: rows of a micro-batch of all processes."""
+
+    rows: Dataset
+    eval_rows: Dataset | None
+    labels: Labels
+    pad: int
+    size: int
+    seed: int
+
+    silence_is_normal: ClassVar[bool] = False
+    in_words: ClassVar[str] = "of labels, from the head's logits"
+
+    @property
+    def shown(self) -> Mapping[str, str]:
+        return {"accuracy": "accuracy"} if self.labels.problem == SINGLE else {}
+
+    def order(self, epoch: int) -> list[list[int]]:
+        return shuffled(len(self.rows), self.size, self.seed + epoch)
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        batch: Batch = laid_out(rows, self.pad)
+        batch["labels"] = torch.tensor([row["label"] for row in rows])
+        return {**batch, KEY: Counted(len(rows), int(batch["attention_mask"].sum()), len(rows))}
+
+    def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
+        return batches
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
+        logits, each = self._answered(model, batch)
+        if self.labels.problem != SINGLE:
+            return Loss(each.sum())
+        right = (logits.detach().argmax(-1) == batch["labels"]).sum()
+        return Loss(each.sum(), figures={"accuracy": (right, len(each))})
+
+    def _answered(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) and losses (B,)."""
+        inputs = {name: value for name, value in batch.items() if name not in (KEY, "labels")}
+        logits = model(**inputs).logits.float()
+        return logits, losses(logits, batch["labels"], self.labels.problem)
+
+    def evaluate(self, model: PreTrainedModel, pause: Callable[[], None]) -> dict[str, float]:
+        """The mean loss over rows, and how well all answers agree with the labels."""
+        assert self.eval_rows is not None
+        found: list[tuple[float, Any, Any]] = []
+        for places in in_order(len(self.eval_rows), self.size):
+            if own := ranks.share(places):
+                rows = [self.eval_rows[place] for place in own]
+                batch = on_device(self.collate(rows), model.device)
+                logits, each = self._answered(model, batch)
+                targets = [row["label"] for row in rows]
+                found += zip(each.tolist(), targets, chosen(logits, self.labels.problem))
+            pause()
+        losses_of_all, targets_of_all, answers = zip(*itertools.chain.from_iterable(ranks.gathered(found)))
+        agreement = measures(targets_of_all, answers, self.labels.problem)
+        loss = sum(losses_of_all) / len(losses_of_all)
+        return {"eval_loss": loss, **{f"eval_{name}": value for name, value in agreement.items()}}
+
+    def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
+        return largest(self.rows, batches, flat=False)
+
+    def largest_evaluation(self) -> MicroBatch | None:
+        rows = self.eval_rows
+        return None if rows is None else largest(rows, own_parts(in_order(len(rows), self.size)), flat=False)
+
+
+# --- preferences ---
+
+
+class Scoring:
+    """Log-probabilities of the answers of a batch, by the model as it trains and by its reference."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, *, temperature: float = 1.0) -> None:
+        self.model, self.layout, self.temperature = model, layout, temperature
+        for name, module in model.named_modules():
+            # As in trl, dropout of the base is disabled; the adapter's dropout is the user's choice.
+            if isinstance(module, nn.Dropout) and not name.endswith("lora_dropout"):
+                module.p = 0.0
+        self.is_own = accept_scores(model, layout)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the prompt of a pair is computed once for both answers."""
+        return self.is_own and asked_of(self.model).layout == "pairs"
+
+    @property
+    def in_words(self) -> str:
+        if not self.is_own:
+            return "log-probabilities from whole logits"
+        asked, words = asked_of(self.model), "own log-probabilities, in chunks"
+        if asked.apart:
+            return f"{words}; a prompt is computed for each of its answers: {asked.apart}"
+        return f"{words}, of prompts shared by both answers" if self.shares_prompts else words
+
+    def scores(self, batch: Batch, prefix: str = "", *, want_stats: bool = False) -> TokenScores:
+        """The scores of the answers' tokens; those whose names begin with ``prefix``."""
+        ids, answers = batch[f"{prefix}input_ids"], batch[f"{prefix}completion_mask"]
+        labels = ids.masked_fill(answers == 0, IGNORED)
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": batch[f"{prefix}attention_mask"]}
+        # Balancing is the concern of the pass that trains.
+        if want_stats and router_coefficient(self.model):
+            given["output_router_logits"] = True
+        given |= {"temperature": self.temperature, "want_stats": want_stats}
+        if self.is_own:
+            return self.model(**given, labels=labels, use_cache=False, fused_lm_head=True)
+        return scores_of_logits(self.model, "padded" if self.layout == "padded" else "flat", labels, **given)
+
+    @torch.no_grad()
+    def reference(self, batch: Batch, prefix: str = "") -> Tensor:
+        """log p_ref of each token (B, L - 1), 0 outside of answers."""
+        with reference_at_work(self.model):
+            return self.scores(batch, prefix).log_probs
+
+    def balance(self, scores: TokenScores) -> Tensor | None:
+        """The balancing loss of a model's experts times its coefficient."""
+        coefficient = router_coefficient(self.model)
+        return coefficient * scores.aux_loss if coefficient and scores.aux_loss is not None else None
+
+    def figures(self, batch: Batch, scores: TokenScores) -> dict[str, Any]:
+        assert scores.entropy is not None, "asked for"
+        answers = batch["completion_mask"][:, 1:]
+        figures: dict[str, Any] = {"entropy": ((scores.entropy * answers).sum(), answers.sum())}
+        if scores.aux_loss is not None and router_coefficient(self.model):
+            figures["aux_loss"] = scores.aux_loss.detach(), 1
+        return figures
+
+
+@dataclasses.dataclass
+class Preferences:
+    """The objectives dpo and kto. ``size``: rows of a micro-batch of all processes."""
+
+    scoring: Scoring
+    rows: Dataset
+    eval_rows: Dataset | None
+    pad: int
+    size: int
+    seed: int
+    loss_type: str
+    beta: float
+    # Rows were cut when they were encoded, but KTO pairs prompts with the answers of others.
+    max_length: int
+    label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    shown: ClassVar[Mapping[str, str]] = {"reward_margin": "margin", "reward_accuracy": "accuracy", "kl": "KL"}
+    silence_is_normal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.is_paired = self.loss_type in PAIR_LOSSES
+        if self.loss_type == "kto":
+            self.rows, self.eval_rows = (rows and mismatched(rows, self.size) for rows in (self.rows, self.eval_rows))
+
+    @property
+    def in_words(self) -> str:
+        return self.scoring.in_words
+
+    def order(self, epoch: int) -> list[list[int]]:
+        if self.is_paired:
+            return shuffled(len(self.rows), self.size, self.seed + epoch)
+        # As in trl: neighbours in a batch, whose answers are compared, are neighbours in the data.
+        return in_order(len(self.rows), self.size)
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        if self.is_paired:
+            sides = ("chosen_ids", "rejected_ids")
+            batch = self._laid_out([(row["prompt_ids"], row[side]) for side in sides for row in rows])
+        else:
+            batch = self._laid_out([(row["prompt_ids"], row["completion_ids"]) for row in rows])
+            if "KL_completion_ids" in rows[0]:
+                others = self._laid_out([(row["prompt_ids"], row["KL_completion_ids"]) for row in rows])
+                batch |= {f"KL_{name}": value for name, value in others.items()}
+            batch["label"] = torch.tensor([row["label"] for row in rows])
+        return {**batch, KEY: Counted(len(rows), int(batch["attention_mask"].sum()), len(rows))}
+
+    def _laid_out(self, rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+        cut = [(prompt[: self.max_length], answer[: max(0, self.max_length - len(prompt))]) for prompt, answer in rows]
+        return answered(cut, self.pad)
+
+    def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
+        return batches
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
+        return self._pair_loss(batch) if self.is_paired else self._marked_loss(batch)
+
+    def _pair_loss(self, batch: Batch) -> Loss:
+        reference = self.scoring.reference(batch).sum(1)
+        scores = self.scoring.scores(batch, want_stats=True)
+        log_p = scores.log_probs.sum(1)
+        chosen, rejected = (log_p - reference).chunk(2)
+        lengths = batch["completion_mask"].sum(1).chunk(2)
+        losses = PAIR_LOSSES[self.loss_type](Pairs(chosen, rejected, *lengths), self.beta, self.label_smoothing)
+        # The batch's better answers come first.
+        is_good = torch.arange(len(log_p), device=log_p.device) < len(chosen)
+        better = (chosen > rejected).float().sum()
+        figures = self._figures(batch, scores, log_p, log_p - reference, is_good)
+        return Loss(losses.sum(), self.scoring.balance(scores), {**figures, "reward_accuracy": (better, len(chosen))})
+
+    def _marked_loss(self, batch: Batch) -> Loss:
+        reference, is_good = self.scoring.reference(batch).sum(1), batch["label"]
+        z = self._z(batch) if self.loss_type == "kto" else reference.new_zeros(())
+        scores = self.scoring.scores(batch, want_stats=True)
+        log_p = scores.log_probs.sum(1)
+        losses = MARKED_LOSSES[self.loss_type](log_p - reference, is_good, z, self.beta)
+        weights = torch.where(is_good, self.desirable_weight, self.undesirable_weight)
+        figures = self._figures(batch, scores, log_p, log_p - reference, is_good)
+        # Weighed by rows, so that the mean is one over rows.
+        figures["kl"] = z * len(log_p), len(log_p)
+        return Loss((weights * losses).sum(), self.scoring.balance(scores), figures)
+
+    @torch.no_grad()
+    def _z(self, batch: Batch) -> Tensor:
+        """The estimate of the KL divergence from the reference: max(0, mean r) of mismatched answers, over the rows of
+        all processes."""
+        reference = self.scoring.reference(batch, "KL_").sum(1)
+        own = (self.scoring.scores(batch, "KL_").log_probs.sum(1) - reference).mean()
+        if ranks.count() > 1:
+            rows = batch[KEY].examples
+            total, count = ranks.summed([float(own) * rows, rows])
+            own = own.new_tensor(total / max(count, 1))
+        return own.clamp(min=0)
+
+    def _figures(self, batch: Batch, scores: TokenScores, log_p: Tensor, r: Tensor, is_good: Tensor) -> dict[str, Any]:
+        figures = self.scoring.figures(batch, scores)
+        for side, kept in (("chosen", is_good), ("rejected", ~is_good)):
+            # Products, since a mask as an index waits for the device.
+            figures[f"reward_{side}"] = (self.beta * r.detach() * kept).sum(), kept.sum()
+            figures[f"log_prob_{side}"] = (log_p.detach() * kept).sum(), kept.sum()
+        return figures
+
+    # --- evaluation ---
+
+    def evaluate(self, model: PreTrainedModel, pause: Callable[[], None]) -> dict[str, float]:
+        """Means over rows; figures of good (bad) answers are means over the good (bad) answers."""
+        assert self.eval_rows is not None
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for places in in_order(len(self.eval_rows), self.size):
+            own = ranks.share(places)
+            rows = self.eval_rows[own or places[:1]]
+            batch = self.collate([dict(zip(rows, row)) for row in zip(*rows.values())])
+            found = self.loss(model, on_device(batch if own else without_rows(batch), model.device))
+            figures: Figures = {"loss": (found.sum, len(own)), **found.figures}
+            values = [float(value) * bool(own) for pair in figures.values() for value in pair]
+            totals = iter(ranks.summed(values))
+            for name in figures:
+                sums[name] = [before + next(totals) for before in sums[name]]
+            pause()
+        sums.pop("entropy")
+        means = means_of(sums)
+        return {"eval_loss": means.pop("loss"), **{f"eval_{name}": value for name, value in means.items()}}
+
+    # --- the memory plan ---
+
+    def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
+        scoring = self.scoring
+        return largest(self.rows, batches, flat=scoring.layout != "padded", shared=scoring.shares_prompts)
+
+    def largest_evaluation(self) -> MicroBatch | None:
+        """Of evaluations, and of the mismatched answers that KTO scores in each step."""
+        flat, shared, found = self.scoring.layout != "padded", self.scoring.shares_prompts, []
+        for rows, answers in ((self.rows, MISMATCHED), (self.eval_rows, MISMATCHED), (self.eval_rows, ANSWER_IDS)):
+            if rows is not None and not {*answers}.isdisjoint(rows.column_names):
+                batches = own_parts(in_order(len(rows), self.size))
+                found.append(largest(rows, batches, flat=flat, shared=shared, answers=answers))
+        return max(found, key=lambda batch: batch.rows * batch.tokens, default=None)
+
+
+def mismatched(rows: Dataset, size: int) -> Dataset:
+    """The rows with the answers by which z is estimated: as in trl, those of the row before, of ``size`` at a time."""
+
+    def shifted(part: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        answers = part["completion_ids"]
+        return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+
+    return rows.map(shifted, batched=True, batch_size=size, keep_in_memory=True)
