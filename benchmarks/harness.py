@@ -24,9 +24,8 @@ import results
 import timing
 
 from rankwise.data.files import read_file
-from rankwise.evaluation.engine import Engine
+from rankwise.evaluation.engine import Engine, LoadOptions, load_as_trained
 from rankwise.evaluation.harness_model import EngineLM
-from rankwise.evaluation.loading import LoadOptions, load_as_trained
 from rankwise.evaluation.record import Responses
 from rankwise.evaluation.tasks.harness import HarnessTask
 

@@ -17,10 +17,10 @@ from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.config import DORA, TrainSettings
 from rankwise.labels import Labels
 from rankwise.models import fetch_model, load_skeleton
+from rankwise.options import read_settings
 from rankwise.planning.plan import make_plan
 from rankwise.planning.workload import PlanSettings
 from rankwise.quantization.targets import four_bit_layers
-from rankwise.settings_file import read_settings
 from rankwise.training.setup import quantization_for, with_heads
 
 RECIPES = Path(__file__).parents[1] / "recipes"

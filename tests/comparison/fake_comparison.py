@@ -10,7 +10,7 @@ from typing import Any
 
 from rankwise.comparison import run, stages
 from rankwise.comparison.settings import CompareSettings
-from rankwise.settings_file import read_settings
+from rankwise.options import read_settings
 
 # What differs from call to call. After a kill nobody knows what ran beside a run.
 TIMES = {"wall_seconds", "seconds", "created", "total", "runs_seconds", "alone", "costs"}

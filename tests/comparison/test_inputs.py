@@ -17,7 +17,7 @@ from rankwise.data import read_rows
 from rankwise.data.objectives import PREFERENCE_FORMATS
 from rankwise.data.rows import Row
 from rankwise.errors import ConfigError, RankwiseWarning
-from rankwise.settings_file import read_settings
+from rankwise.options import read_settings
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -32,6 +32,7 @@ def inputs(tmp_path: Path, data: object, name: str = "out", **changes: Any) -> A
 
 user = {"role": "user", "content": "q{}"}
 good, bad = ({"role": "assistant", "content": text} for text in ("good {}", "bad"))
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
 ROWS = [{"prompt": f"q{n // 3}", "completion": f"answer {n}"} for n in range(90)]
 
 
@@ -58,13 +59,15 @@ def test_the_split_depends_on_content_alone_and_keeps_prompts_together(tmp_path:
         [{"text": f"line {n}"} for n in range(20)],
         [{"question": f"q{n}", "answer": "a"} for n in range(20)],
         [{"instruction": f"do {n}", "input": "x", "output": "y"} for n in range(20)],
+        [{"prompt": [{"role": "user", "content": f"q{n}"}], "completion": [good], "tools": [TOOL]} for n in range(20)],
+        [{"prompt": f"q{n}", "completion": "two\u2028lines\n "} for n in range(20)],
     ],
 )
 def test_written_parts_mean_what_they_meant(tmp_path: Path, rows: list[dict[str, Any]]):
     source = write(tmp_path / "rows.jsonl", rows)
     found, whole = inputs(tmp_path, source), read_rows(source)
     parts = [*read_rows(found.train), *read_rows(found.evaluation)]
-    assert sorted(row.content() for row in parts) == sorted(row.content() for row in whole)
+    assert sorted(map(meaning, parts)) == sorted(map(meaning, whole))
     for part in (read_rows(found.train), read_rows(found.evaluation)):
         assert (part.kind, part.uses_template, part.separator) == (whole.kind, whole.uses_template, whole.separator)
 

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from rankwise.comparison.conclusion import command_line
-from rankwise.comparison.schedule import Plan
 from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
-from rankwise.comparison.stages import Cell, cell_settings, choose_rate, planned_runs
+from rankwise.comparison.stages import Cell, Plan, cell_settings, choose_rate, planned_runs
 from rankwise.config import RetainOptions, TrainSettings
 from rankwise.errors import ConfigError
-from rankwise.settings_file import read_settings
+from rankwise.options import read_settings
 
 
 def settings(**changes: object) -> CompareSettings:

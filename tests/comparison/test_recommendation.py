@@ -13,10 +13,9 @@ import pytest
 from rankwise.comparison.results import conclusions
 from rankwise.comparison.verdicts import Scores, Spreads, comparable_costs, recommend
 from rankwise.reports.comparison import TURNED, Comparison
-from rankwise.reports.naming import long_name
 from rankwise.reports.numbers import capital
 from rankwise.reports.summary import cell
-from rankwise.reports.words import MOST_NAMED, heading, headline
+from rankwise.reports.words import MOST_NAMED, heading, headline, long_name
 
 
 def method(

@@ -25,9 +25,8 @@ from fake_comparison import Quiet, compare, given, starts, without_times
 
 import guest_task
 from rankwise.comparison import run, stages
-from rankwise.comparison.schedule import Plan, possible_jobs
-from rankwise.comparison.stages import Cell
-from rankwise.default_rate import default_rate
+from rankwise.comparison.stages import Cell, Plan, possible_jobs
+from rankwise.config import default_rate
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.page import page
@@ -71,7 +70,7 @@ def test_without_rates_each_method_tries_three_around_its_default(tmp_path: Path
 
 def test_the_comparison_itself_needs_no_torch():
     code = (
-        "import sys, rankwise.comparison.run as run, rankwise.evaluation.tasks.perplexity; run.environments(2, 'cpu'); "
+        "import sys, rankwise.comparison.run as run, rankwise.evaluation.tasks.rows; run.environments(2, 'cpu'); "
         "heavy = {'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
@@ -235,14 +234,6 @@ def test_what_the_disk_failed_to_keep_is_tried_again(code: str, again: bool, tmp
     document = {"error": {"code": code, "kind": "RunError", "message": "no space left on device"}}
     outcome = stages.outcome_from(stages.Job("train", Cell("lora", 1e-4, 0)), tmp_path, 2, document, 1.0)
     assert (outcome.again, outcome.is_interrupted, outcome.cannot_run) == (again, False, False)
-
-
-@pytest.mark.parametrize("of_device", [True, False])
-def test_a_file_that_the_device_failed_to_read_is_read_again(of_device: bool, tmp_path: Path):
-    """Whatever the code of the error says: here, that the base's configuration is no JSON."""
-    told = {"code": "RW302", "kind": "ModelError", "message": "cannot read config.json", "of_device": of_device}
-    outcome = stages.outcome_from(stages.Job("train", Cell("lora", 1e-4, 0)), tmp_path, 2, {"error": told}, 1.0)
-    assert (outcome.again, outcome.cannot_run) == (of_device, not of_device)
 
 
 def test_a_folder_of_other_settings_is_refused_with_what_differs(tmp_path: Path):

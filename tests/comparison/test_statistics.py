@@ -15,7 +15,7 @@ from rankwise.comparison.statistics import (
     spread_parts,
 )
 from rankwise.errors import RunError
-from rankwise.evaluation.errors_of_means import paired_difference
+from rankwise.evaluation.tasks.base import paired_difference
 
 
 def test_the_interval_of_a_mean_is_students():

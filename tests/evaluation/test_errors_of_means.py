@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
-from rankwise.evaluation.errors_of_means import clusters_of, mean_of, paired_difference
+from rankwise.evaluation.tasks.base import clusters_of, mean_of, paired_difference
 
 
 def test_without_clusters_it_is_the_standard_error_of_the_mean():

@@ -9,9 +9,8 @@ import pytest
 
 import guest_task
 from rankwise.errors import ConfigError
-from rankwise.evaluation.settings import EvaluateSettings
+from rankwise.evaluation.settings import EvaluateSettings, check_options, make_tasks
 from rankwise.evaluation.tasks import names
-from rankwise.evaluation.tasks.registry import check_options, make_tasks
 
 
 @pytest.fixture(autouse=True)

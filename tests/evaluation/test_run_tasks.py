@@ -15,12 +15,12 @@ from rankwise.adapters import add_adapter, save_adapter
 from rankwise.data.rows import Row
 from rankwise.errors import ConfigError, DataError, RankwiseWarning, RunError
 from rankwise.evaluation import run
-from rankwise.evaluation.loading import template_of
+from rankwise.evaluation.engine import template_of
 from rankwise.evaluation.record import Example, TaskResult, read_examples
 from rankwise.evaluation.run import Evaluation, Observer, variants_of
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.evaluation.tasks.base import Question, with_room, write_answers
-from rankwise.evaluation.tasks.perplexity import _example
+from rankwise.evaluation.tasks.rows import _example
 from rankwise.lora_config import LoraConfig
 from rankwise.records import RunRecord
 from small_engines import byte_engine, byte_model, nobody, save_byte_model, write_lines

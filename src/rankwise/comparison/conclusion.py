@@ -21,9 +21,8 @@ from rankwise.comparison.results import (
     scores_by_metric,
     value_of,
 )
-from rankwise.comparison.schedule import Plan, state_of
 from rankwise.comparison.settings import CompareSettings
-from rankwise.comparison.stages import Job
+from rankwise.comparison.stages import Job, Plan, state_of
 from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.verdicts import Scores, Spreads, wider_rates
 from rankwise.config import TrainSettings
@@ -63,7 +62,10 @@ def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Mess
         known = ", ".join(metric for metric, found in scores.items() if found) or "no figures at all"
         raise RunError("RW589", f"no run has a finite value of --metric {given.metric}; there are {known}.")
     methods = all_methods(plan, runs, scores)
-    _warn_of_missing_values(finished, given.metric)
+    for run in finished:
+        # A failed measurement has its own warning.
+        if run["error"] is None and value_of(run, given.metric) is None:
+            warn("RW589", f"{run['id']} trained, but has no finite {given.metric}, so it does not count in its mean.")
     hardware = {f"{run['device'].get('name')}, threads: {run['device'].get('threads')}" for run in finished}
     if len(hardware) > 1:
         devices = "; ".join(sorted(hardware))
@@ -158,13 +160,6 @@ def _deciding_run(
         "runs": runs,
         "command": command,
     }
-
-
-def _warn_of_missing_values(finished: Sequence[Run], metric: str) -> None:
-    """Warn (RW589) of runs that count as seeds and have no finite value. A failed measurement has its own warning."""
-    for run in finished:
-        if run["error"] is None and value_of(run, metric) is None:
-            warn("RW589", f"{run['id']} trained, but has no finite {metric}, so it does not count in its mean.")
 
 
 def _warn_of_shared_steps(plan: Plan) -> None:

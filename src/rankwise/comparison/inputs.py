@@ -18,8 +18,9 @@ from rankwise.data.objectives import LABELLED, PREFERENCE_FORMATS, labels_in, un
 from rankwise.data.rows import check_bad_rows
 from rankwise.disk import refuse_links
 from rankwise.errors import ConfigError, DataError, ModelError, RunError, one_line
-from rankwise.evaluation.settings import EvaluateSettings, split_data
-from rankwise.evaluation.tasks.registry import make_task
+from rankwise.evaluation.record import text_sha256
+from rankwise.evaluation.settings import EvaluateSettings, make_task, split_data
+from rankwise.evaluation.tasks.rows import LabelAnswers, Perplexity, Preference
 from rankwise.foreign import Fields, Json, JsonObject, read_json
 from rankwise.labels import Labels
 from rankwise.lora_config import LoraConfig
@@ -32,9 +33,6 @@ from rankwise.reports.comparison import BEST_FOLDER, RETAINED
 
 if TYPE_CHECKING:
     from rankwise.evaluation.tasks.base import Task
-    from rankwise.evaluation.tasks.labels import LabelAnswers
-    from rankwise.evaluation.tasks.perplexity import Perplexity
-    from rankwise.evaluation.tasks.preference import Preference
 
 
 SETTINGS_FILE = "settings.json"
@@ -121,15 +119,9 @@ def own_task(eval_data: str, settings: Fields, labels: Labels | None = None) -> 
     formats = formats_of(settings["objective"])
     rows = read_rows(eval_data, split="validation", formats=formats, **columns)
     if labels is not None:
-        from rankwise.evaluation.tasks.labels import LabelAnswers
-
         return LabelAnswers(rows, labels, max_length=settings["max_length"])
     if formats is None:
-        from rankwise.evaluation.tasks.perplexity import Perplexity
-
         return Perplexity(rows, max_length=settings["max_length"])
-    from rankwise.evaluation.tasks.preference import Preference
-
     return Preference(rows, max_length=settings["max_length"], beta=settings["beta"] or BETA)
 
 
@@ -209,10 +201,10 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
         check_bad_rows(unknown_labels(part, labels), len(part), allowed=None, before=0)
     check(described)
     if is_split:
-        train = str(_write(rows, folder / "train.jsonl", layout))
+        train = _write(rows, folder / "train.jsonl", layout)
     evaluation = _absolute(given.eval_data or given.data)
     if is_split or len(part) < len(held_out):
-        evaluation = str(_write(part, folder / "eval.jsonl", layout))
+        evaluation = _write(part, folder / "eval.jsonl", layout)
     retain = given.retain and _absolute(given.retain)
     return Inputs(train, evaluation, described, len(rows), len(part), labels, questions, retain)
 
@@ -262,7 +254,7 @@ def split_by_prompt(rows: Rows, share: float) -> tuple[Rows, Rows]:
             f"{rows.source} has only one prompt, so no rows can be held out for evaluation; give --eval-data.",
         )
     chosen: set[int] = set()
-    for prompt in sorted(groups, key=_hash)[: len(groups) - 1]:
+    for prompt in sorted(groups, key=text_sha256)[: len(groups) - 1]:
         if len(chosen) >= share * len(rows):
             break
         chosen.update(groups[prompt])
@@ -293,21 +285,11 @@ def _own_evaluation(given: CompareSettings, rows: Rows, layout: Fields) -> Rows 
     return None if found.sha256 == rows.sha256 else found
 
 
-def _write(rows: Rows, path: Path, layout: Fields) -> Path:
-    """Write the rows in a format that is read and rendered as the source is; ``layout``: the options for reading it.
-
-    Raises ConfigError (RW168) if there is no such format.
-    """
-    text = "".join(json.dumps(_record(row, rows, layout), ensure_ascii=False) + "\n" for row in rows)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    again = read_rows(path, **layout)
-    if _meaning(again) != _meaning(rows):
-        raise ConfigError(
-            "RW168", f"the layout of {rows.source} ({rows.format}) cannot be written in parts; give --eval-data."
-        )
-    return path.resolve()
+def _write(rows: Rows, path: Path, layout: Fields) -> str:
+    """Write the rows in a format that is read and rendered as the source is; ``layout``: the options for reading it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(_record(row, rows, layout), ensure_ascii=False) + "\n" for row in rows))
+    return str(path.resolve())
 
 
 def _record(row: Row, rows: Rows, layout: Fields) -> JsonObject:
@@ -339,16 +321,6 @@ def _preference(row: Row, rows: Rows) -> JsonObject:
     return {**named, "chosen": answers[0], "rejected": answers[1]}
 
 
-def _meaning(rows: Rows) -> tuple[object, ...]:
-    keys = ("messages", "prompt", "completion", "text", "first_trained", "label", "target")
-    return (
-        rows.kind,
-        rows.uses_template,
-        rows.separator,
-        [(*(getattr(side, key) for key in keys), list(side.tools or ())) for row in rows for side in row.sides],
-    )
-
-
 def _content_hash(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
@@ -357,10 +329,6 @@ def _content_hash(rows: Sequence[Row]) -> str:
         digest.update(b"bad" if row.label is False else b"")
         digest.update(b"" if row.target is None else str(row.target).encode())
     return digest.hexdigest()
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _absolute(source: str) -> str:

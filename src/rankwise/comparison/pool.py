@@ -29,7 +29,7 @@ from rankwise.errors import DataError, Interrupted, RunError, heard
 from rankwise.foreign import JsonObject
 from rankwise.models.device import usable_cores
 from rankwise.planning.hardware import this_machine
-from rankwise.training.observer import end_with_parent
+from rankwise.training.ranks import end_with_parent
 
 TICK_SECONDS = 1.0
 # The time that a run has to save its step after it was asked to stop.
@@ -80,18 +80,6 @@ def _prepare() -> None:
     # Background jobs of a shell ignore SIGINT, with which a run is asked to stop.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_parent()
-
-
-def check_system() -> None:
-    """Raise RunError (RW599) on a system without POSIX file locks and signals."""
-    try:
-        import fcntl  # noqa: F401
-    except ImportError:
-        raise RunError(
-            "RW599",
-            f"rankwise compare needs the file locks and signals of POSIX, which this system ({sys.platform}) does not "
-            "have; use Linux, macOS, or the Windows Subsystem for Linux (WSL).",
-        ) from None
 
 
 def environments(jobs: int, device: str) -> list[dict[str, str]]:

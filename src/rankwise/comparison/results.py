@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from rankwise.comparison.schedule import Plan, jobs_of, state_of
 from rankwise.comparison.stages import (
     LABELS,
     OWN_TASKS,
     PERPLEXITY,
     Cell,
     Job,
+    Plan,
+    jobs_of,
     outcome_of,
+    state_of,
 )
 from rankwise.comparison.statistics import mean_of_seeds
 from rankwise.comparison.verdicts import Scores, Spreads, comparable_costs, compare_all, recommend, retentions
@@ -179,13 +181,14 @@ def all_methods(plan: Plan, runs: Sequence[Run], scores: Mapping[str, Mapping[st
     found: dict[str, Method] = {}
     for name in plan.methods:
         state = state_of(plan, name)
+        settings: Fields = next((run.get("settings", {}) for run in finals_of(name, runs)), {})
         found[name] = {
             **method_figures(name, runs, scores, better),  # type: ignore[typeddict-item]
             "learning_rate": state.search["chosen"] if state.final else None,
             "learning_rate_at_edge": state.search["at_edge"],
             "costs": {},
             "verdict": None,
-            "serving": list(served_in_short(variant_of(name)[0], settings_of(name, runs))),
+            "serving": list(served_in_short(variant_of(name)[0], settings)),
             "skipped": f"{state.skipped['code']}: {state.skipped['message']}" if state.skipped else None,
         }
     return found
@@ -209,11 +212,6 @@ def method_figures(
         "higher_is_better": {metric: better[metric] for metric in estimates},
         **figures_of(finals_of(name, runs)),
     }
-
-
-def settings_of(name: str, runs: Sequence[Run]) -> Fields:
-    """The settings of the method's final runs, from the first record."""
-    return next((run.get("settings", {}) for run in finals_of(name, runs)), {})
 
 
 def conclusions(

@@ -24,18 +24,25 @@ from rankwise.comparison.pool import (
     Cluster,
     Pool,
     Watcher,
-    check_system,
     connect,
     environments,
     forget_unfinished,
 )
 from rankwise.comparison.results import collect_runs, read_json, scores_by_metric
-from rankwise.comparison.schedule import Plan, jobs_left, jobs_to_do, possible_jobs
 from rankwise.comparison.settings import OF_NUMBERS, CompareSettings, check_compare, shared_training
-from rankwise.comparison.stages import PERPLEXITY, Cell, Job, cell_settings, planned_runs
-from rankwise.config import TrainSettings, idle_options, variant_of
+from rankwise.comparison.stages import (
+    PERPLEXITY,
+    Cell,
+    Job,
+    Plan,
+    cell_settings,
+    jobs_left,
+    jobs_to_do,
+    planned_runs,
+    possible_jobs,
+)
+from rankwise.config import TrainSettings, default_rate, idle_options, variant_of
 from rankwise.conflicts import check_conflicts
-from rankwise.default_rate import default_rate
 from rankwise.disk import coded_errors, hold, remove_strays
 from rankwise.errors import ConfigError, DataError, InputError, RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject
@@ -66,11 +73,10 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
 
     Raises ConfigError (RW165 to RW168, RW182, RW626, and those of the runs' objective); RunError: RW580 a folder of
     other settings, RW581 a folder of something else, RW551 a file that cannot be written, RW582 a folder in use, RW584
-    no run finished, RW589 a metric that was not measured, RW599 a system that is not POSIX; Interrupted (RW587).
+    no run finished, RW589 a metric that was not measured; Interrupted (RW587).
     """
     check_compare(given)
     _check_settings(given)
-    check_system()
     cluster = connect(given.address, given.device) if given.executor == "ray" else None
     told: list[Message] = []
     with hold(given.output), coded_errors(given.output, "and the same command continues"), _told(told):

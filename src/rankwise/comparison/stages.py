@@ -1,19 +1,21 @@
-"""The runs of a comparison and the stages of each, with the files from which a restart learns what is done."""
+"""The runs of a comparison, the stages of each, with the files from which a restart learns what is done, and what is to
+be done next: searches first, then one seed after the other over all methods.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 from rankwise.config import idle_options, variant_of
 from rankwise.errors import Interrupted, RunError, one_line
 from rankwise.foreign import Fields, JsonObject, checked, read_json
-from rankwise.records import RUN_FILE, read_metrics, record_of, write_json, write_text
-from rankwise.reports.comparison import RUNS_FOLDER
+from rankwise.records import RUN_FILE, RunRecord, read_metrics, record_of, write_json, write_text
+from rankwise.reports.comparison import KEPT_ROWS_LOSS, RUNS_FOLDER, RateSearch, SearchedRate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ TOO_LARGE = "RW562"
 # Errors that, before the first step, every seed of a method would raise.
 OF_METHOD = ("ConfigError", "ModelError", "AdapterError", "QuantizationError")
 # Error codes of a full or failed disk, which are no property of the run.
-OF_DISK = ("RW513", "RW514", "RW551")
+OF_DISK = ("RW513", "RW551")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +176,7 @@ def outcome_from(job: Job, output: Path, code: int, document: Fields, seconds: f
     if code < 0 or not isinstance(found, Mapping):
         return Outcome("failed", seconds, _cut_off(job, output, code), again=code < 0)
     error = {"code": str(found.get("code")), "message": str(found.get("message"))}
-    if error["code"] in OF_DISK or found.get("of_device") is True:
+    if error["code"] in OF_DISK:
         return Outcome("failed", seconds, error, again=True)
     stepped = job.stage == "measure" or any("loss" in line for line in read_metrics(job.folder(output)))
     is_of_method = job.stage == "train" and (found.get("kind") in OF_METHOD or error["code"] == TOO_LARGE)
@@ -191,3 +193,181 @@ def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
     else:
         reason = f"it ended with code {code}"
     return {"code": KILLED, "message": f"{job.stage} of {job.id}: {reason}; see {log}."}
+
+
+# --- what comes next ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The matrix of runs: methods times learning rates, then methods times seeds."""
+
+    output: Path
+    methods: tuple[str, ...]
+    # {method: the rates that it tries}.
+    rates: Mapping[str, tuple[float, ...]]
+    seeds: int
+    # Whether the unadapted model is evaluated too.
+    base: bool = True
+    # Further tasks on which each run and the base are evaluated.
+    tasks: tuple[str, ...] = ()
+    # Whether the run of the first seed searches the rate for all seeds (--budget).
+    halved: bool = False
+
+    def search(self, method: str) -> list[Cell]:
+        """The runs that try a method's rates, all on seed 0: none for one rate; with ``halved`` one that searches."""
+        if self.halved:
+            return [Cell(method, None, 0)]
+        rates = sorted(self.rates[method])
+        return [Cell(method, rate, 0) for rate in rates] if rates[1:] else []
+
+    def final(self, method: str, rate: float) -> list[Cell]:
+        """The final runs. After a search the run of seed 0 exists already and is not repeated."""
+        return [Cell(method, None if self.halved and not seed else rate, seed) for seed in range(self.seeds)]
+
+
+@dataclasses.dataclass
+class MethodState:
+    """The progress of one method."""
+
+    search: RateSearch
+    searched: bool
+    final: list[Cell]
+    skipped: dict[str, str] | None
+    # Jobs not done yet, in order; for each cell only the next stage.
+    waiting: list[Job]
+
+
+def jobs_to_do(plan: Plan) -> list[Job]:
+    """The jobs that can start now, in order of preference, including those in progress."""
+    states = {method: state_of(plan, method) for method in plan.methods}
+    found = [job for state in states.values() if not state.searched for job in state.waiting]
+    final = [job for state in states.values() if state.searched for job in state.waiting]
+    # The sort is stable: jobs of one seed keep the order of the methods.
+    found += sorted(final, key=lambda job: job.cell.seed if job.cell else 0)
+    return found + _open_jobs(plan, None)
+
+
+def jobs_left(plan: Plan) -> list[Job]:
+    """The remaining jobs. Before the rates are chosen, the jobs of final runs are placeholders."""
+    left: list[Job] = []
+    for method in plan.methods:
+        state = state_of(plan, method)
+        if state.skipped:
+            continue
+        cells = state.final
+        if not state.searched:
+            left += state.waiting
+            cells = plan.final(method, plan.rates[method][0])
+            # A search is the final run of its seed.
+            left += [Job("train", cell) for cell in cells[1:]]
+            left += [Job("measure", cell) for cell in cells]
+            continue
+        left += [job for cell in cells for job in _open_jobs(plan, cell)]
+    return left + _open_jobs(plan, None)
+
+
+def possible_jobs(plan: Plan) -> Iterator[Job]:
+    """The jobs of earlier calls that this plan may need, for any choice of learning rates."""
+    begun = {path.name.rpartition(".")[0] for path in (plan.output / "cells").glob("*")}
+    cells: list[Cell | None] = [None]
+    for method in plan.methods:
+        cells += [*plan.search(method), *(cell for rate in plan.rates[method] for cell in plan.final(method, rate))]
+    jobs = (job for cell in dict.fromkeys(cells) for job in jobs_of(cell))
+    return (job for job in jobs if job.name(plan.output).name in begun)
+
+
+def state_of(plan: Plan, method: str) -> MethodState:
+    """The state of a method, read from disk, so that it is the same after a kill."""
+    search = plan.search(method)
+    jobs = [Job("train", cell) for cell in search]
+    outcomes = {job: outcome_of(job, plan.output) for job in jobs}
+    reason = next((why for outcome in outcomes.values() if (why := _skip_reason(outcome))), None)
+    if reason is not None:
+        return MethodState(_search(plan, search), True, [], reason, [])
+    open_jobs = [job for job, outcome in outcomes.items() if outcome is None]
+    if open_jobs:
+        return MethodState(_search(plan, search), False, [], None, open_jobs)
+    found = _search(plan, search)
+    rate = found["chosen"] if search else plan.rates[method][0]
+    if rate is None:
+        return MethodState(found, True, [], None, [])
+    cells = plan.final(method, rate)
+    first = Job("train", cells[0])
+    reason = _skip_reason(outcome_of(first, plan.output))
+    waiting = [] if reason else [job for cell in cells for job in _open_jobs(plan, cell)[:1]]
+    if not search:
+        found = {"tried": _search(plan, cells[:1])["tried"], "chosen": rate, "at_edge": False}
+    return MethodState(found, True, cells, reason, waiting)
+
+
+def jobs_of(cell: Cell | None) -> list[Job]:
+    """The jobs of a cell, in order; those of the base for None."""
+    return [Job("measure", None)] if cell is None else [Job("train", cell), Job("measure", cell)]
+
+
+def _open_jobs(plan: Plan, cell: Cell | None) -> list[Job]:
+    """The jobs of a cell without an outcome. Nothing follows a failed training."""
+    if cell is None and not plan.base:
+        return []
+    outcomes = {job: outcome_of(job, plan.output) for job in jobs_of(cell)}
+    if any(job.stage == "train" and outcome and outcome.status == "failed" for job, outcome in outcomes.items()):
+        return []
+    return [job for job, outcome in outcomes.items() if outcome is None]
+
+
+def _search(plan: Plan, cells: list[Cell]) -> RateSearch:
+    if plan.halved:
+        return _halved(plan, cells[0])
+    tried: list[SearchedRate] = []
+    for cell in cells:
+        record = finished_record(plan.output, cell)
+        assert cell.learning_rate is not None
+        tried.append(
+            {
+                "learning_rate": cell.learning_rate,
+                "metric": "eval_loss",
+                "value": record.eval_loss if record else None,
+                "steps": record.steps if record else None,
+                "run": cell.id,
+            }
+        )
+    chosen, at_edge = choose_rate({item["learning_rate"]: item["value"] for item in tried})
+    return {"tried": tried, "chosen": chosen, "at_edge": at_edge}
+
+
+def _halved(plan: Plan, cell: Cell) -> RateSearch:
+    """The rate search of a run; each rate with its loss in the first round, in which all rates took part."""
+    record = record_of(cell.folder(plan.output))
+    found = None if record is None else record.rate_search
+    if found is None:
+        return {"tried": [], "chosen": None, "at_edge": False}
+    first, last = (
+        {trial["learning_rate"]: trial for trial in trials} for trials in (found["trials"][::-1], found["trials"])
+    )
+    tried: list[SearchedRate] = [
+        {
+            "learning_rate": rate,
+            "metric": KEPT_ROWS_LOSS,
+            "value": first[rate]["loss"],
+            "steps": last[rate]["steps"],
+            "run": cell.id,
+        }
+        for rate in sorted(first)
+    ]
+    chosen = found["chosen"]
+    return {
+        "tried": tried,
+        "chosen": chosen,
+        "at_edge": chosen in (tried[0]["learning_rate"], tried[-1]["learning_rate"]),
+    }
+
+
+def finished_record(output: Path, cell: Cell) -> RunRecord | None:
+    """The record of a cell whose training is done; otherwise None."""
+    outcome = outcome_of(Job("train", cell), output)
+    return record_of(cell.folder(output)) if outcome is not None and outcome.status == "finished" else None
+
+
+def _skip_reason(outcome: Outcome | None) -> dict[str, str] | None:
+    return outcome.error if outcome is not None and outcome.cannot_run else None

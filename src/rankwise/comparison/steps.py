@@ -13,9 +13,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration.generation import Decoding, Prompt
@@ -26,17 +28,15 @@ from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.objectives import PREFERENCE_FORMATS
 from rankwise.data.rows import Row
-from rankwise.disk import coded_error, hold, is_of_device
+from rankwise.disk import coded_error, hold
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory, out_of_memory
-from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.loading import needed_tokenizer
+from rankwise.evaluation.engine import Engine, needed_tokenizer
 from rankwise.evaluation.record import Opened, open_folder
 from rankwise.evaluation.retained import retained_task
 from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task, writer
-from rankwise.evaluation.tasks.labels import Constant
 from rankwise.foreign import Fields
-from rankwise.labels import Labels
+from rankwise.labels import SEVERAL, SINGLE, Labels
 from rankwise.models import fetch_model
 from rankwise.models.load import answer_room, load_tokenizer
 from rankwise.models.prepared import needs_preparation
@@ -128,6 +128,23 @@ def _load_labels(job: Fields, rows: Rows, labels: Labels) -> tuple[Any, PreTrain
     return Constant(targets, labels), tokenizer
 
 
+class Constant(nn.Module):
+    """The best constant answer to rows of these targets, in the place of a model: the labels' frequencies, or the
+    mean of numbers."""
+
+    def __init__(self, targets: Sequence[Any], labels: Labels) -> None:
+        super().__init__()
+        y = torch.tensor(targets)
+        if labels.problem == SINGLE:
+            z = (torch.bincount(y, minlength=len(labels.names)) / len(y)).log()
+        else:
+            z = y.mean(0).logit(eps=1e-6) if labels.problem == SEVERAL else y.mean(0, keepdim=True)
+        self.z, self.device = z, z.device
+
+    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.z.expand(len(input_ids), -1))
+
+
 def load_run(job: Fields, labels: Labels | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(trained model of a run in evaluation mode, tokenizer); the base where the job has no method. ``labels``: of the
     model's head."""
@@ -209,7 +226,7 @@ def answering(work: Callable[[], None]) -> int:
         if coded is None:
             raise
         told = {"code": coded.code, "kind": type(coded).__name__, "message": coded.message}
-        print(json.dumps({"error": told | {"of_device": is_of_device(error)}}))
+        print(json.dumps({"error": told}))
         return coded.exit_code
     return 0
 

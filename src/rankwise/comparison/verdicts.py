@@ -33,7 +33,6 @@ from rankwise.reports.comparison import (
     Retention,
     Verdict,
 )
-from rankwise.reports.numbers import is_above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,7 +380,7 @@ def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, 
         if not known:
             continue
         least = min(known, key=lambda name: (known[name][1], left.index(name)))
-        out = [name for name in known if is_above(known[name], known[least])]
+        out = [name for name in known if known[name][0] > known[least][1]]
         if out:
             decided.append({"cost": cost, "methods": out, "than": least})
             left = [name for name in left if name not in out]

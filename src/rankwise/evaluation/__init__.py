@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankwise.acceleration.generation import Decoding as Decoding
     from rankwise.evaluation.engine import Engine as Engine
-    from rankwise.evaluation.errors_of_means import Mean as Mean
-    from rankwise.evaluation.errors_of_means import mean_of as mean_of
     from rankwise.evaluation.record import Example as Example
     from rankwise.evaluation.record import Lines as Lines
     from rankwise.evaluation.record import TaskResult as TaskResult
     from rankwise.evaluation.record import text_sha256 as text_sha256
     from rankwise.evaluation.settings import EvaluateSettings as EvaluateSettings
+    from rankwise.evaluation.settings import harness_task as harness_task
+    from rankwise.evaluation.tasks.base import Mean as Mean
     from rankwise.evaluation.tasks.base import Question as Question
     from rankwise.evaluation.tasks.base import Summary as Summary
     from rankwise.evaluation.tasks.base import Task as Task
     from rankwise.evaluation.tasks.base import Tell as Tell
+    from rankwise.evaluation.tasks.base import mean_of as mean_of
     from rankwise.evaluation.tasks.base import write_answers as write_answers
     from rankwise.evaluation.tasks.names import TaskType as TaskType
     from rankwise.evaluation.tasks.names import harness_folder as harness_folder
-    from rankwise.evaluation.tasks.registry import harness_task as harness_task
 
 _HOMES = {
     "Decoding": "rankwise.acceleration.generation",
@@ -33,7 +33,7 @@ _HOMES = {
     "EvaluateSettings": "rankwise.evaluation.settings",
     "Example": "rankwise.evaluation.record",
     "Lines": "rankwise.evaluation.record",
-    "Mean": "rankwise.evaluation.errors_of_means",
+    "Mean": "rankwise.evaluation.tasks.base",
     "Question": "rankwise.evaluation.tasks.base",
     "Summary": "rankwise.evaluation.tasks.base",
     "Task": "rankwise.evaluation.tasks.base",
@@ -41,8 +41,8 @@ _HOMES = {
     "TaskType": "rankwise.evaluation.tasks.names",
     "Tell": "rankwise.evaluation.tasks.base",
     "harness_folder": "rankwise.evaluation.tasks.names",
-    "harness_task": "rankwise.evaluation.tasks.registry",
-    "mean_of": "rankwise.evaluation.errors_of_means",
+    "harness_task": "rankwise.evaluation.settings",
+    "mean_of": "rankwise.evaluation.tasks.base",
     "text_sha256": "rankwise.evaluation.record",
     "write_answers": "rankwise.evaluation.tasks.base",
 }

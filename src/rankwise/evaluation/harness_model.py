@@ -137,10 +137,6 @@ class EngineLM(TemplateLM):
             top_p=float(asked.get("top_p") or 1.0),
         )
 
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self.tokenizer.name_or_path).replace("/", "__")
-
 
 def _repeats(requests: Sequence[Instance]) -> list[int]:
     """How often each request occurred before. A repeated request gets a new sample."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from rankwise.disk import appending, refuse_links
 from rankwise.errors import RunError, one_line
 from rankwise.foreign import Fields, Json, JsonObject, checked, parse_json, read_json
-from rankwise.records import read_lines, write_bytes, write_json
+from rankwise.records import read_checked, read_lines, write_bytes, write_json
 
 RESULT_FILE = "result.json"
 EXAMPLES_FILE = "predictions.jsonl"
@@ -88,13 +88,7 @@ class TaskResult:
 
 def load_result(folder: Path) -> TaskResult:
     """The record in ``folder``. Raises RunError (RW571) when it is missing or cannot be read."""
-    path = folder / RESULT_FILE
-    try:
-        return checked(TaskResult, read_json(path))
-    except FileNotFoundError:
-        raise RunError("RW571", f"{folder} holds no {RESULT_FILE}; give a folder that evaluate has written.") from None
-    except (OSError, ValueError) as error:
-        raise RunError("RW571", f"cannot read {path} as the result of an evaluation: {one_line(error)}.") from None
+    return read_checked(TaskResult, folder / RESULT_FILE, "RW571", "an evaluation")
 
 
 def read_examples(path: Path) -> Iterator[Example]:

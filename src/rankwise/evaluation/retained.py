@@ -36,7 +36,7 @@ from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task, Tell
 from rankwise.evaluation.tasks.harness import HarnessTask
 from rankwise.evaluation.tasks.names import retained_from
-from rankwise.evaluation.tasks.perplexity import Perplexity
+from rankwise.evaluation.tasks.rows import Perplexity
 from rankwise.foreign import JsonObject
 from rankwise.reports.comparison import RETAINED, Retained
 

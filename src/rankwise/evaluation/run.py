@@ -10,13 +10,13 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from rankwise.data import read_template
 from rankwise.disk import coded_errors, hold, refuse_links
 from rankwise.errors import ConfigError, Interrupted
-from rankwise.evaluation.errors_of_means import clusters_of
-from rankwise.evaluation.loading import (
+from rankwise.evaluation.engine import (
+    Engine,
     LoadOptions,
     base_of,
     check_alone,
@@ -37,15 +37,10 @@ from rankwise.evaluation.record import (
     read_examples,
     rewrite,
 )
-from rankwise.evaluation.settings import EvaluateSettings
-from rankwise.evaluation.tasks.registry import make_tasks
-from rankwise.foreign import Fields, JsonObject
+from rankwise.evaluation.settings import EvaluateSettings, make_tasks
+from rankwise.evaluation.tasks.base import Task, clusters_of
+from rankwise.foreign import Fields, JsonObject, sha256_of_files
 from rankwise.records import record_of, versions_of, write_json
-from rankwise.weights_file import sha256_of_files
-
-if TYPE_CHECKING:
-    from rankwise.evaluation.engine import Engine
-    from rankwise.evaluation.tasks.base import Task
 
 DIFFERENCES_FILE = "differences.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -237,8 +232,6 @@ class _Run:
         """The base with its adapters, loaded at the first question that has no answer yet."""
         if self.engine is not None:
             return self.engine
-        from rankwise.evaluation.engine import Engine
-
         self.observer.phase(f"Loading {self.name}")
         given = self.settings
         loaded = load_as_trained(self.name, given.adapter, _load_options(given), named=given.model is not None)

@@ -21,9 +21,8 @@ from rankwise.data.formats import BadRow
 from rankwise.data.rows import content_sha256
 from rankwise.errors import ConfigError, DataError, one_line, some_of
 from rankwise.evaluation.engine import Engine
-from rankwise.evaluation.errors_of_means import Mean, clusters_of, mean_of
 from rankwise.evaluation.record import Example, Responses, text_sha256
-from rankwise.evaluation.tasks.base import Summary, Task, Tell, difference_of_means
+from rankwise.evaluation.tasks.base import Mean, Summary, Task, Tell, clusters_of, difference_of_means, mean_of
 from rankwise.evaluation.tasks.names import harness_folder, unknown_task
 from rankwise.foreign import Fields, JsonObject
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 from rankwise.errors import ConfigError
-from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.foreign import deepest_faults, fault
 from rankwise.options import Settings
 
 if TYPE_CHECKING:
+    from rankwise.evaluation.settings import EvaluateSettings
     from rankwise.evaluation.tasks.base import Task
 
 GROUP = "rankwise.tasks"
