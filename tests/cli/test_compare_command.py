@@ -21,8 +21,7 @@ from rankwise.comparison.stages import Job, Outcome
 from rankwise.records import load_record
 from rankwise.reports import summary
 from rankwise.reports.comparison import Comparison
-from rankwise.reports.naming import method_name
-from rankwise.reports.words import headline
+from rankwise.reports.words import headline, method_name
 
 pytestmark = pytest.mark.slow
 OPTIONS = ["--methods", "lora,qdora", "--seeds", 1, "--learning-rates", 0.01, "--max-steps", 3, "--batch-size", 4]

@@ -15,8 +15,8 @@ from rankwise.comparison.results import value_of
 from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.comparison.steps import measure
 from rankwise.config import BETA
+from rankwise.options import read_settings
 from rankwise.records import load_record
-from rankwise.settings_file import read_settings
 
 OPTIONS = ["--learning-rate", 0.02, "--max-steps", 3, "--batch-size", 4, "--r", 2, "--max-length", 64]
 OPTIONS += ["--device", "cpu", "--dtype", "float32", "--logging-steps", 1]

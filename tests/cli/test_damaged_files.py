@@ -70,7 +70,7 @@ def stopped(model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.mark.parametrize(
     "name",
-    ["random.json", "optimizer.safetensors", "optimizer.json", "progress.json", "adapter_model.safetensors"],
+    ["random-0.json", "optimizer.safetensors", "optimizer.json", "progress.json", "adapter_model.safetensors"],
 )
 def test_a_damaged_checkpoint_is_refused_by_code(name, rankwise, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")

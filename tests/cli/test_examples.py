@@ -14,7 +14,7 @@ import yaml
 
 from rankwise.cli.main import COMMANDS
 from rankwise.cli.options import options_of
-from rankwise.settings_file import read_settings
+from rankwise.options import read_settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -89,7 +89,7 @@ def test_over_another_base_than_trained_on_there_is_nothing_to_prove(rankwise, r
 def test_what_needs_no_model_is_refused_before_one_is_loaded(
     rankwise, run_folder, gpt2_folder, tmp_path, monkeypatch, case
 ):
-    monkeypatch.setattr("rankwise.evaluation.loading.load_as_trained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("rankwise.evaluation.engine.load_as_trained", lambda *_, **__: pytest.fail("loaded"))
     given = ["export", "--adapter", run_folder(use_dora=True), "--output", tmp_path / "served"]
     if case == "architecture":
         done = rankwise(*given, "--for", "llama.cpp", "--base-gguf", gguf_of(gpt2_folder, tmp_path))

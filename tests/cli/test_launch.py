@@ -15,7 +15,7 @@ from rankwise.cli.train import LAUNCHER, _failure, continued, end_with_launcher
 from rankwise.config import TrainSettings
 from rankwise.errors import RunError
 from rankwise.records import RunRecord
-from rankwise.training.observer import terminable
+from rankwise.training.ranks import terminable
 from several import LAUNCHERS
 
 

@@ -14,8 +14,8 @@ import yaml
 from rankwise.cli.main import main
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
+from rankwise.options import read_settings
 from rankwise.planning import PLANNED, TERMS, hardware
-from rankwise.settings_file import read_settings
 
 ENOUGH, LITTLE = "8GB", "1MB"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rankwise.errors import AdapterError, InputError, ModelError, RunError
 from rankwise.export.merged import merge_to_folder
 from rankwise.models.prepared import mapped_files
 from rankwise.quantization.linear import weights_in_file
+from rankwise.records import RunRecord
 from tiny_models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[1, 5, 9, 14, 33, 60, 96, 2]])
@@ -132,6 +134,12 @@ def test_code_of_the_model_is_copied_only_when_it_is_trusted(trained, trusted, t
     assert (tmp_path / "merged" / "modeling_own.py").exists() is trusted
 
 
+def four_bits(adapter: Path, base: Path) -> None:
+    """Let the folder say that the adapter was trained on 4 bits."""
+    facts = {"quantization": rw.Nf4Config().to_loading_dict()}
+    RunRecord("qlora", 0, {"model": str(base)}, base_model=facts).save(adapter)
+
+
 def with_nan(W: torch.Tensor) -> torch.Tensor:
     return W.index_fill(0, torch.tensor([3]), float("nan"))
 
@@ -151,11 +159,12 @@ def test_a_broken_base_is_named_and_nothing_is_written(change, message, onto, tm
     model.save_pretrained(tmp_path / "base")
     rw.add_adapter(model, rw.LoraConfig(r=3, init_lora_weights=False))
     rw.save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    four_bits(tmp_path / "adapter", tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, name: change(tensors[name]).contiguous()}, path, {"format": "pt"})
     with pytest.raises(InputError, match=message.format(name)):
-        merge_to_folder(tmp_path / "adapter", tmp_path / "merged", onto=onto, trained_on=rw.Nf4Config())
+        merge_to_folder(tmp_path / "adapter", tmp_path / "merged", onto=onto)
     assert not list(tmp_path.glob("*merged*"))
 
 
@@ -168,8 +177,9 @@ def test_a_scale_that_leaves_no_number_writes_nothing(onto, tmp_path):
         for parameter in rw.adapter_parameters(model).values():
             parameter *= 1e10
     rw.save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    four_bits(tmp_path / "adapter", tmp_path / "base")
     with pytest.raises(AdapterError, match="merging makes NaN or infinity of") as caught:
-        merge_to_folder(tmp_path / "adapter", tmp_path / "merged", onto=onto, trained_on=rw.Nf4Config())
+        merge_to_folder(tmp_path / "adapter", tmp_path / "merged", onto=onto)
     assert caught.value.code == "RW412"
     assert not list(tmp_path.glob("*merged*"))
 

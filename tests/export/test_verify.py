@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import rankwise as rw
 from rankwise.errors import AdapterError
 from rankwise.export.converted import Row
-from rankwise.export.merged import format_of, merge_to_folder
+from rankwise.export.merged import merge_to_folder
 from rankwise.export.verify import REFERENCE, verify_merge
 from rankwise.models import load_model, model_facts, resolve_model
 from rankwise.quantization import Nf4Config
@@ -51,25 +51,11 @@ def test_merged_onto_the_quantized_base_is_what_was_trained(run, tmp_path):
     assert distance < (logits(other) - trained).abs().max() / 2
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_a_format_without_a_record_can_be_named(run, tmp_path, double_quant):
-    """Adapters of PEFT's have no record; the format that was not trained on gives other weights."""
-    folder, trained = run
-    (folder / "run.json").unlink()
-    merge_to_folder(
-        folder, tmp_path / "merged", onto="quantized", trained_on=format_of("nf4", double_quant=double_quant)
-    )
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert bool((logits(merged) - trained).abs().max() < 1e-4) == double_quant
-
-
-@pytest.mark.parametrize("named", [("fp4", True), ("nf4", False)])
-def test_another_format_than_the_recorded_one_is_refused(run, tmp_path, named):
-    other = format_of(named[0], double_quant=named[1])
-    with pytest.raises(AdapterError, match="RW414: .* was trained on nf4 with double-quantized scales, not"):
-        merge_to_folder(run[0], tmp_path / "merged", onto="quantized", trained_on=other)
-    with pytest.raises(AdapterError, match="RW414"):
-        verify_merge(run[0], trained_on=other)
+def test_an_adapter_without_a_record_of_four_bits_is_merged_onto_the_original_only(run, tmp_path):
+    """As PEFT's."""
+    (run[0] / "run.json").unlink()
+    with pytest.raises(AdapterError, match=r"RW414: .*--onto original"):
+        merge_to_folder(run[0], tmp_path / "merged", onto="quantized")
     assert not (tmp_path / "merged").exists()
 
 

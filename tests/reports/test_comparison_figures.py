@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from rankwise.reports import numbers
 from rankwise.reports.comparison import Comparison
-from rankwise.reports.examples import answers_of, evenly
-from rankwise.reports.page import page
+from rankwise.reports.page import answers_of, evenly, page
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ import pytest
 from comparison_folders import HOSTILE, METHODS, write_comparison
 
 from rankwise.reports.comparison import Comparison
-from rankwise.reports.naming import method_name
 from rankwise.reports.numbers import visible
 from rankwise.reports.page import page
-from rankwise.reports.words import headline
+from rankwise.reports.words import headline, method_name
 
 SECTIONS = (
     "methods",

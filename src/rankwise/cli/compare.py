@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group
 
-from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
+from rankwise.cli.settings import check_paths
 from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.evaluation.tasks.names import retained_from
 from rankwise.records import write_text
 from rankwise.reports import summary
 from rankwise.reports.comparison import REPORT_FILE, Comparison
-from rankwise.reports.naming import method_name, metric_name
 from rankwise.reports.numbers import duration, estimate, plural
-from rankwise.reports.words import heading, headline, stayed
+from rankwise.reports.words import heading, headline, method_name, metric_name, stayed
 
 if TYPE_CHECKING:
     from rankwise.comparison.pool import Picture

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rankwise.cli.glance import check_paths, refuse_comparisons
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
+from rankwise.cli.settings import check_paths, refuse_comparisons
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.reports.numbers import plural
 
 if TYPE_CHECKING:
     from rankwise.evaluation.record import TaskResult
-    from rankwise.evaluation.run import Difference, Evaluation
+    from rankwise.evaluation.run import Evaluation
 
 LINES_PER_TASK = 10
 # {task: the unit that it counts} where the unit is not a question.
@@ -93,18 +92,15 @@ def print_task(output: Output, task: str, evaluation: Evaluation) -> None:
         ]
         table.add_row(f"{name} {'↑' if higher.get(name, True) else '↓'}", *cells)
     output.console.print(titled(f"{task}: {counted(first)}{clustered}", table))
-    _print_differences(output, [item for item in evaluation.differences if item.task == task])
+    for item in evaluation.differences:
+        if item.task != task:
+            continue
+        bounds = item.interval
+        interval = "no interval" if bounds is None else f"95 % [{bounds[0]:+.4f}, {bounds[1]:+.4f}]"
+        output.line(f"  {item.a} - {item.b}: {item.metric} {item.difference:+.4f}  {interval}")
     for label, result in results:
         for note in result.notes:
             output.line(f"  {label}: {note}")
-
-
-def _print_differences(output: Output, differences: Sequence[Difference]) -> None:
-    for item in differences:
-        interval = (
-            "no interval" if item.interval is None else f"95 % [{item.interval[0]:+.4f}, {item.interval[1]:+.4f}]"
-        )
-        output.line(f"  {item.a} - {item.b}: {item.metric} {item.difference:+.4f}  {interval}")
 
 
 COMMAND = Command(

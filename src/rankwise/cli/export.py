@@ -7,10 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from rankwise.cli.glance import check_paths, refuse_comparisons
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
-from rankwise.cli.settings import ExportSettings
+from rankwise.cli.settings import ExportSettings, check_paths, refuse_comparisons
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, warn
 from rankwise.reports.numbers import plural
@@ -168,7 +167,7 @@ def _prover(
 def _rows(settings: ExportSettings, source: ModelSource) -> Rows:
     from rankwise.adapters.folder import tokenizer_with_rows
     from rankwise.cli.export_proof import rows_of
-    from rankwise.evaluation.loading import needed_tokenizer
+    from rankwise.evaluation.engine import needed_tokenizer
     from rankwise.models.load import load_tokenizer
 
     found = load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
@@ -177,7 +176,7 @@ def _rows(settings: ExportSettings, source: ModelSource) -> Rows:
 
 
 def _load(settings: ExportSettings, source: ModelSource, output: Output) -> PreTrainedModel:
-    from rankwise.evaluation.loading import LoadOptions, load_as_trained
+    from rankwise.evaluation.engine import LoadOptions, load_as_trained
 
     with output.waiting("loading the model as it was trained"):
         options = LoadOptions(

@@ -20,7 +20,7 @@ from rankwise.constants import IGNORED
 from rankwise.data import check_there, encode_rows, read_rows
 from rankwise.data.objectives import PREFERENCE_FORMATS, UNANSWERED
 from rankwise.errors import DataError
-from rankwise.evaluation.loading import max_length_of, template_of
+from rankwise.evaluation.engine import max_length_of, template_of
 from rankwise.export.adapter import ExportReport, Rows
 from rankwise.export.converted import Row
 from rankwise.export.gguf import ADAPTER_FILE

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from rankwise.cli.glance import check_paths, refuse_comparisons
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
-from rankwise.cli.settings import GenerateSettings
+from rankwise.cli.settings import GenerateSettings, check_paths, refuse_comparisons
 from rankwise.data.files import read_text
 from rankwise.data.formats import BadRow, conversation, tools_of
 from rankwise.data.rows import Message
@@ -219,7 +218,7 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
     """
     from rankwise.acceleration.generation import stop_ids_of
     from rankwise.data import read_template
-    from rankwise.evaluation.loading import LoadOptions, load_as_trained, template_of
+    from rankwise.evaluation.engine import LoadOptions, load_as_trained, template_of
 
     given = settings.model_dump(include={"dtype", "quantization", "device", "trust_remote_code", "revision"})
     options = LoadOptions(**given, mapped=settings.mmap)

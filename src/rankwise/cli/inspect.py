@@ -6,15 +6,13 @@ import dataclasses
 import math
 from pathlib import Path
 
-from rankwise.cli.glance import refuse_comparisons
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, shortened
-from rankwise.cli.settings import InspectSettings
+from rankwise.cli.settings import InspectSettings, refuse_comparisons
 from rankwise.errors import AdapterError, ModelError, RunError
-from rankwise.foreign import JsonObject, read_object
+from rankwise.foreign import JsonObject, read_header, read_object
 from rankwise.records import RUN_FILE, load_record
 from rankwise.serving import served
-from rankwise.weights_file import read_header
 
 # What is shown of PEFT's configuration, of a model's and of a run's record.
 ADAPTER = ("base_model_name_or_path", "r", "lora_alpha", "target_modules", "target_parameters", "modules_to_save")

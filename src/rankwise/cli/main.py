@@ -42,7 +42,7 @@ from rankwise.cli.output import (
     print_message,
     shortened,
 )
-from rankwise.disk import coded_error, is_of_device
+from rankwise.disk import coded_error
 from rankwise.errors import (
     ConfigError,
     InternalError,
@@ -53,9 +53,8 @@ from rankwise.errors import (
     out_of_memory,
 )
 from rankwise.options import OPTIONS, Settings, close_names
-from rankwise.records import WAIT_POLICIES
+from rankwise.records import WAIT_POLICIES, versions_of
 from rankwise.training import ranks
-from rankwise.training.observer import terminable
 
 COMMANDS: tuple[Command, ...] = (
     preview.COMMAND,
@@ -133,7 +132,8 @@ def build_app(commands: Sequence[Command] = COMMANDS) -> typer.Typer:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print("  ".join(f"{name} {_version(name)}" for name in LIBRARIES))
+        versions = versions_of(LIBRARIES)
+        print("  ".join(f"{name} {versions[name]}" for name in LIBRARIES if name in versions))
         raise typer.Exit
 
 
@@ -143,20 +143,11 @@ def _root(
     """Options before the command."""
 
 
-def _version(name: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _invoke(command: Command, settings: Settings, as_json: bool) -> None:
     _refuse_several_processes(command)
     try:
         # With --json, whatever a library prints to stdout goes to stderr.
-        with terminable(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        with ranks.terminable(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             document = command.run(settings, Output(as_json=as_json))
     except KeyboardInterrupt:
         raise Interrupted("RW543", f"{command.name} was stopped by Ctrl-C or SIGTERM.") from None
@@ -196,7 +187,7 @@ def _report(error: RankwiseError, cause: BaseException, *, as_json: bool) -> int
     if as_json:
         told = {"code": error.code, "kind": type(error).__name__, "message": shortened(error.message)}
         try:
-            print_document({"error": told | ({"of_device": True} if is_of_device(cause) else {})})
+            print_document({"error": told})
         except OSError:
             _give_up_stdout()
     return error.exit_code

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from rankwise.cli.glance import check_paths, refuse_comparisons
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
-from rankwise.cli.settings import MergeSettings
+from rankwise.cli.settings import MergeSettings, check_paths, refuse_comparisons
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, warn
 from rankwise.foreign import JsonObject
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rankwise.export.verify import Verification
-    from rankwise.quantization.config import FourBitConfig
 
 
 def run(settings: MergeSettings, output: Output) -> Document:
@@ -29,7 +27,7 @@ def run(settings: MergeSettings, output: Output) -> Document:
     check_paths(model=settings.model, output=settings.output)
     _check_options(settings)
     from rankwise.adapters.folder import labels_of, read_folder
-    from rankwise.export.merged import format_of, merge_to_folder, refuse_to_overwrite
+    from rankwise.export.merged import merge_to_folder, refuse_to_overwrite
 
     refuse_to_overwrite(settings.output)
     if (settings.verify or settings.combine) and any(labels_of(one) for one in settings.adapter):
@@ -40,8 +38,7 @@ def run(settings: MergeSettings, output: Output) -> Document:
     if settings.combine is not None:
         return _combine(settings, output)
     (adapter,) = settings.adapter
-    trained_on = format_of(settings.quantization, double_quant=settings.double_quant)
-    verification = _verify(settings, trained_on, output) if settings.verify else None
+    verification = _verify(settings, output) if settings.verify else None
     for_merge = read_folder(adapter)[0].for_merge
     if settings.onto is not None and for_merge is not None:
         raise ConfigError(
@@ -54,7 +51,6 @@ def run(settings: MergeSettings, output: Output) -> Document:
             settings.output,
             model=settings.model,
             onto=onto,
-            trained_on=trained_on,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
             verification=dataclasses.asdict(verification) if verification else None,
@@ -76,7 +72,7 @@ def run(settings: MergeSettings, output: Output) -> Document:
 
 def _check_options(settings: MergeSettings) -> None:
     """Raise ConfigError (RW112) for several adapters without --combine, and for options without effect."""
-    names = ("weights", "rank") if settings.combine is None else ("onto", "quantization", "data")
+    names = ("weights", "rank") if settings.combine is None else ("onto", "data")
     idle = [name for name in names if getattr(settings, name) is not None]
     if settings.combine is None:
         idle += ["adapter"] if len(settings.adapter) > 1 else []
@@ -86,10 +82,6 @@ def _check_options(settings: MergeSettings) -> None:
         why = "is of a merged model, and --combine writes an adapter; merge that afterwards"
     if settings.data is not None and not settings.verify and not idle:
         idle, why = ["data"], "gives the rows for --verify; give --verify too"
-    elif settings.quantization is not None and not settings.verify and settings.onto != "quantized" and not idle:
-        idle, why = ["quantization"], "has no effect on original weights; give --onto quantized or --verify too"
-    elif not settings.double_quant and settings.quantization is None and not idle:
-        idle, why = ["no-double-quant"], "is for --quantization; give --quantization too"
     if idle:
         raise ConfigError("RW112", f"{', '.join(f'--{name}' for name in idle)} {why}.")
 
@@ -97,8 +89,8 @@ def _check_options(settings: MergeSettings) -> None:
 def _combine(settings: MergeSettings, output: Output) -> Document:
     from rankwise.adapters.checkpoint import read_adapter
     from rankwise.disk import hold, whole_folder
-    from rankwise.evaluation.loading import base_of
-    from rankwise.export.pairs import Combination, combine_folders
+    from rankwise.evaluation.engine import base_of
+    from rankwise.export.pairs import Combination, combined, write_portable
     from rankwise.models import fetch_model, load_skeleton
 
     assert settings.combine is not None, "asked for"
@@ -111,7 +103,9 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
     skeleton = load_skeleton(source, trust_remote_code=settings.trust_remote_code)
     files = [read_adapter(skeleton, adapter) for adapter in settings.adapter]
     with hold(settings.output), whole_folder(settings.output) as folder:
-        r = combine_folders(skeleton, files, wanted, folder, source.base_model)
+        pairs, combination = combined(skeleton, files, wanted)
+        write_portable(folder, skeleton, combination, pairs, source.base_model)
+        r = combination.config.r
         write_json(
             folder / COMBINED_FILE,
             {"adapters": [str(adapter) for adapter in settings.adapter], **dataclasses.asdict(wanted), "r": r},
@@ -127,7 +121,7 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
 def _keep_what_loading_needs(settings: MergeSettings, folder: Path) -> None:
     """Write the chat template that all runs were given into ``folder``. Warns (RW755) of what no file there says."""
     from rankwise.adapters.folder import quantization_of
-    from rankwise.evaluation.loading import template_of
+    from rankwise.evaluation.engine import template_of
 
     formats = {one: config.quant_type for one in settings.adapter if (config := quantization_of(one)) is not None}
     templates, needed = {template_of([one]) for one in settings.adapter}, []
@@ -143,7 +137,7 @@ def _keep_what_loading_needs(settings: MergeSettings, folder: Path) -> None:
         warn("RW755", f"{told}: generate and evaluate cannot know it, since the combination has no run record.")
 
 
-def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: Output) -> Verification:
+def _verify(settings: MergeSettings, output: Output) -> Verification:
     from rankwise.cli.export_proof import rows_of
     from rankwise.export.verify import verify_merge
 
@@ -155,7 +149,6 @@ def _verify(settings: MergeSettings, trained_on: FourBitConfig | None, output: O
             adapter,
             settings.model,
             rows=lambda tokenizer: rows_of(adapter, data, tokenizer).held_out,
-            trained_on=trained_on,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
         )

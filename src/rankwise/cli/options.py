@@ -74,7 +74,7 @@ def function_of(command: Command, invoke: Callable[[Settings, bool], None]) -> C
 
     def call(**given: Any) -> None:
         # Not above: --help needs no YAML.
-        from rankwise.settings_file import read_settings
+        from rankwise.options import read_settings
 
         as_json, config = given.pop("json"), given.pop("config")
         # typer gives an empty list for a repeatable option that is not given.
@@ -150,8 +150,8 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 
 def _common_parameters() -> list[inspect.Parameter]:
-    def common(name: str, kind: Any, default: Any) -> inspect.Parameter:
-        annotation = Annotated[kind, typer.Option(f"--{name}")]
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-    return [common("config", str | None, None), common("json", bool, False)]
+    kind, kinds = inspect.Parameter.KEYWORD_ONLY, {"config": (str | None, None), "json": (bool, False)}
+    return [
+        inspect.Parameter(name, kind, default=default, annotation=Annotated[own, typer.Option(f"--{name}")])
+        for name, (own, default) in kinds.items()
+    ]

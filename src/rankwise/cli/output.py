@@ -1,6 +1,7 @@
 """The output of a command: text for people on the console, or the one document of ``--json`` for programs.
 
-Numbers are written as people read them. Tables have no lines, a dim head, and the title above.
+Numbers are written as people read them. Tables have no lines, a dim head, and the title above. The displays of progress
+are observers of a run.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ import json
 import logging
 import os
 import re
-import sys
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TextIO
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from rankwise.config import logging_steps_of
 from rankwise.errors import RankwiseWarning, heard
 from rankwise.foreign import Fields, Json
-from rankwise.reports.numbers import visible
+from rankwise.reports.numbers import byte_size, duration
+
+if TYPE_CHECKING:
+    from rankwise.training.watch import Observer, StepInfo
 
 # The result of a command, which --json prints.
 Document = Fields
@@ -78,11 +86,11 @@ def debugging() -> bool:
     return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
-def print_document(document: Document, stream: TextIO | None = None) -> None:
+def print_document(document: Document) -> None:
     """Print the JSON document of ``--json``. NaN and infinity become null, since JSON has neither."""
     text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False, default=str)
     # A lone surrogate, which file names can hold, becomes a JSON escape.
-    print(text.encode("utf-8", "backslashreplace").decode(), file=stream or sys.stdout, flush=True)
+    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def shortened(message: str) -> str:
@@ -144,12 +152,6 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def one_line(text: str, limit: int = 240) -> str:
-    """``text`` without line breaks and control characters, cut at ``limit`` characters."""
-    joined = visible(" ".join(text.split()))
-    return joined if len(joined) <= limit else f"{joined[: limit - 3]}..."
-
-
 def light_table(*, gap: int = 2, expand: bool = False) -> Table:
     """An empty table with ``gap`` blanks between its columns, as wide as its content unless ``expand``."""
     return Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim", expand=expand)
@@ -158,3 +160,113 @@ def light_table(*, gap: int = 2, expand: bool = False) -> Table:
 def titled(title: str, table: Table) -> Group:
     """A table with its title above: rich would wrap a title at the width of the table."""
     return Group(Text(title, style="bold"), table)
+
+
+# --- the progress of a run: redrawn on a terminal, plain lines elsewhere ---
+
+
+class PlainProgress:
+    """A line for each phase, for each ``every`` steps (None: as often as is logged by default) and for each
+    evaluation.
+    """
+
+    def __init__(self, output: Output, every: int | None, *, of_rewards: bool = False) -> None:
+        self.output = output
+        self.every = every
+        self.of_rewards = of_rewards
+        # Losses of the steps since the last printed line.
+        self.unsaid: list[float] = []
+
+    def phase(self, text: str) -> None:
+        self.output.line(f"{text} ...")
+
+    def note(self, text: str) -> None:
+        self.output.line(text)
+
+    def step(self, info: StepInfo) -> None:
+        """Print a line. Its loss is that of the same step in ``metrics.jsonl``."""
+        self.unsaid.append(info.loss)
+        every = self.every or logging_steps_of(info.total)
+        if info.step % every == 0 or info.step in (1, info.total):
+            mean = f"{statistics.fmean(self.unsaid):.4f} (mean of {len(self.unsaid)} steps)"
+            loss = mean if len(self.unsaid) > 1 else f"{info.loss:.4f}"
+            self.output.line(f"step {info.step}/{info.total}  loss {loss}  {figures(info)}")
+            self.unsaid = []
+
+    def evaluation(self, step: int, loss: float, best: bool) -> None:
+        self.output.line(evaluation_line(step, loss, best, of_rewards=self.of_rewards))
+
+    def warning(self, code: str, text: str) -> None:
+        print_message("warning", code, text)
+
+
+class LiveProgress:
+    """A redrawn display of a few lines; warnings are printed above it."""
+
+    def __init__(self, output: Output, *, of_rewards: bool = False) -> None:
+        self.output = output
+        self.of_rewards = of_rewards
+        self.phase_name = "Starting"
+        self.running = True
+        self.latest: StepInfo | None = None
+        self.evaluations: list[str] = []
+
+    def phase(self, text: str) -> None:
+        self.phase_name = text
+
+    def note(self, text: str) -> None:
+        self.output.line(text)
+
+    def step(self, info: StepInfo) -> None:
+        self.latest = info
+
+    def evaluation(self, step: int, loss: float, best: bool) -> None:
+        """Keep the best evaluation and the last one."""
+        said = evaluation_line(step, loss, best, of_rewards=self.of_rewards)
+        self.evaluations = [said] if best else [*self.evaluations[:1], said]
+
+    def warning(self, code: str, text: str) -> None:
+        print_message("warning", code, text)
+
+    def __rich__(self) -> RenderableType:
+        if (info := self.latest) is None:
+            # Nothing to leave behind when it ends before the first step.
+            return Text("") if not self.running else Spinner("dots", Text(self.phase_name))
+        row = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        for ratio in (None, None, 1, None):
+            row.add_column(ratio=ratio, no_wrap=True)
+        bar = ProgressBar(total=info.total, completed=info.step)
+        row.add_row(Text(self.phase_name, style="bold"), f"step {info.step}/{info.total}", bar, f"loss {info.loss:.4f}")
+        return Group(row, *map(Text, self.evaluations), Text(figures(info), "dim", no_wrap=True, overflow="ellipsis"))
+
+
+def evaluation_line(step: int, loss: float, best: bool, *, of_rewards: bool) -> str:
+    """``of_rewards``: the loss of an evaluation is the negative of a mean reward."""
+    found = f"reward {0 - loss:.4f}" if of_rewards else f"loss {loss:.4f}"
+    return f"evaluation at step {step}: {found}{' (best so far)' if best else ''}"
+
+
+@contextlib.contextmanager
+def watching(output: Output, *, every: int | None, of_rewards: bool) -> Iterator[Observer]:
+    """An observer for one run: live on a terminal, plain elsewhere."""
+    if not output.is_terminal:
+        yield PlainProgress(output, every, of_rewards=of_rewards)
+        return
+    live = LiveProgress(output, of_rewards=of_rewards)
+    with Live(live, console=output.console, refresh_per_second=4):
+        try:
+            yield live
+            live.phase("Done")
+        finally:
+            live.running = False
+
+
+def figures(info: StepInfo) -> str:
+    """Speed, memory, norms and time left in one line."""
+    parts = [f"{name} {value:.3g}" for name, value in info.figures.items()]
+    parts += [f"{info.tokens_per_second:,.0f} tokens/s", byte_size(info.memory_bytes)]
+    if info.grad_norm is not None:
+        parts.append(f"gradient {info.grad_norm:.3g}")
+    if info.b_norm is not None:
+        parts.append(f"B {info.b_norm:.3g}")
+    return "  ".join([*parts, f"{duration(info.seconds_left)} left"])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table
-from rankwise.cli.settings import PredictSettings
+from rankwise.cli.settings import PredictSettings, check_paths
 from rankwise.errors import ConfigError, warn
 from rankwise.labels import NUMBER, in_words, measures
 from rankwise.reports.numbers import plural, visible
@@ -26,7 +25,7 @@ def run(settings: PredictSettings, output: Output) -> Document:
     from rankwise.adapters.saving import labels_of
     from rankwise.data import read_rows
     from rankwise.data.objectives import UNANSWERED, encode_labelled
-    from rankwise.evaluation.loading import LoadOptions, base_of, load_as_trained, max_length_of
+    from rankwise.evaluation.engine import LoadOptions, base_of, load_as_trained, max_length_of
     from rankwise.models.load import table_rows
 
     adapters = [] if settings.adapter is None else [settings.adapter]

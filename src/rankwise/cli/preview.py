@@ -32,20 +32,20 @@ def run(settings: PreviewSettings, output: Output) -> Document:
 
     if settings.objective == "classify":
         return _of_labels(settings, output)
-    asks, prefers = settings.objective == "grpo", settings.objective in PREFERENCE_FORMATS
-    layout: dict[str, Any] = {"formats": prompt_formats(**settings.columns)} if asks else settings.columns
-    if prefers:
-        layout = {"formats": PREFERENCE_FORMATS[settings.objective]}
+    layout: dict[str, Any] = settings.columns
+    encode: Callable[..., Encoded] = encode_rows
+    if settings.objective == "grpo":
+        layout = {"formats": prompt_formats(**settings.columns)}
+        encode = functools.partial(encode_prompts, room=settings.max_completion_length)
+    elif settings.objective in PREFERENCE_FORMATS:
+        layout, encode = {"formats": PREFERENCE_FORMATS[settings.objective]}, encode_preferences
     rows = read_rows(settings.data, skip_bad_rows=settings.skip_bad_rows, **layout)
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code, revision=settings.revision)
     limits: dict[str, Any] = {"max_length": settings.max_length, "chat_template": template}
-    encode: Callable[..., Encoded] = encode_preferences if prefers else encode_rows
-    if asks:
-        encode = functools.partial(encode_prompts, room=settings.max_completion_length)
     report = encode(rows, tokenizer, **limits, skip_bad_rows=settings.skip_bad_rows).report
     index = first_good_row(rows, report) if settings.row is None else settings.row
-    preview = preview_row(rows, index, tokenizer, **limits, prompt_alone=asks)
+    preview = preview_row(rows, index, tokenizer, **limits, prompt_alone=settings.objective == "grpo")
     _print(output, preview, report, settings)
     return {
         "row": dataclasses.asdict(preview) | {"index": index, "truncated": preview.truncated},
@@ -57,7 +57,7 @@ def _of_labels(settings: PreviewSettings, output: Output) -> Document:
     """A text with its label, and how many rows have each label."""
     from rankwise.data import read_rows
     from rankwise.data.objectives import LABELLED, encode_labelled, label_counts, labels_in
-    from rankwise.evaluation.loading import needed_tokenizer
+    from rankwise.evaluation.engine import needed_tokenizer
     from rankwise.models import load_tokenizer
 
     rows = read_rows(settings.data, skip_bad_rows=settings.skip_bad_rows, formats=LABELLED)

@@ -1,14 +1,16 @@
-"""The settings tables of commands that have none elsewhere."""
+"""The settings tables of commands that have none elsewhere, and a first look at the paths that commands are given."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from rankwise.config import MODEL, ModelOptions, Objective, TextOptions
+from rankwise.errors import RunError
 from rankwise.evaluation.settings import LoadingOptions
 from rankwise.options import (
     LARGEST_NUMBER,
@@ -25,6 +27,7 @@ from rankwise.options import (
     option,
     text_list,
 )
+from rankwise.reports.comparison import BEST_FOLDER, REPORT_FILE
 
 DATA = "Hub id, folder, or .jsonl/.json/.csv/.tsv/.parquet/.txt file (also .gz)."
 _option = functools.partial(option, Panel.OTHER)
@@ -135,13 +138,6 @@ class MergeSettings(BaseOptions):
             "trained. Default: original; with --verify, whichever stays closer to the trained model."
         ),
     ] = None
-    quantization: Annotated[
-        Literal["nf4", "fp4"] | None,
-        _option(
-            "4-bit format on which the adapter was trained; only needed if its folder does not say so, as with PEFT's."
-        ),
-    ] = None
-    double_quant: Annotated[bool, _option("Whether the scales of that format were quantized, too.")] = True
     verify: Annotated[bool, _option("Measure how far each way of merging moves the model, and record it.")] = False
     data: Annotated[
         str | None,
@@ -187,3 +183,37 @@ class InspectSettings(Settings):
 
     folder: Annotated[Path, _option("Adapter, run or model folder.", metavar="FOLDER", argument=True)]
     model: Annotated[str | None, _option("Base model: say whether the adapter fits it.", metavar="M")] = None
+
+
+# --- checks before a command loads torch and transformers, which takes seconds ---
+
+
+def check_paths(*, model: str | None, data: Iterable[str | None] = (), output: Path | None = None) -> None:
+    """Raise the errors that reading would raise for missing files: DataError (RW201), ModelError (RW301, RW302, RW311).
+
+    Raises RunError (RW503) for an ``output`` that cannot be written.
+    """
+    from rankwise.data import check_there
+    from rankwise.models.folder import read_config
+    from rankwise.models.source import resolve_model
+    from rankwise.records import check_writable
+
+    if output is not None:
+        check_writable(output)
+    for source in data:
+        if source is not None:
+            check_there(source)
+    if model is None:
+        return
+    found = resolve_model(model)
+    if found.kind == "folder" and found.path is not None:
+        read_config(found.path)
+
+
+def refuse_comparisons(folders: Iterable[Path]) -> None:
+    """Raise RunError (RW560) for the folder of a comparison where a run's is expected."""
+    for folder in folders:
+        if (folder / REPORT_FILE).is_file() and not (folder / "adapter_config.json").is_file():
+            best = folder / BEST_FOLDER
+            where = f"give the run that it recommends, {best}" if best.is_dir() else f"give one of {folder / 'runs'}"
+            raise RunError("RW560", f"{folder} is the folder of a comparison; {where}.")

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from rankwise.cli.glance import check_paths
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output
-from rankwise.cli.progress import watching
+from rankwise.cli.output import Document, Output, watching
+from rankwise.cli.settings import check_paths
 from rankwise.config import METHODS, TrainSettings
 from rankwise.errors import ConfigError, DataError, Interrupted, RunError, is_out_of_memory, out_of_memory
 from rankwise.evaluation.tasks.names import retained_from
@@ -35,11 +34,9 @@ from rankwise.reports.numbers import byte_size, duration, plural, rate
 from rankwise.reports.summary import change_of
 from rankwise.training import ranks
 from rankwise.training.checkpoints import holds_run
-from rankwise.training.observer import end_with_parent
 
 if TYPE_CHECKING:
     from rankwise.planning.guard import MemoryGuard
-    from rankwise.training.observer import Observer
 
 # Options that --resume does not take from the record: code of a model, for one, runs on explicit request only.
 NOT_OF_THE_RUN = {"output", "resume", "overwrite", "trust_remote_code"}
@@ -117,12 +114,13 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
         from rankwise.evaluation.retained import RetainedRows
         from rankwise.training.run import train
         from rankwise.training.setup import with_adapters_options
+        from rankwise.training.watch import SilentObserver
     settings = with_adapters_options(settings)
     retention = None if settings.retain is None else RetainedRows(settings, settings.retain)
     guard = _guard(settings, output)
     try:
         watched = watching(output, every=settings.logging_steps, of_rewards=settings.objective == "grpo")
-        with watched if ranks.is_writer() else _unwatched() as observer:
+        with watched if ranks.is_writer() else contextlib.nullcontext(SilentObserver()) as observer:
             record = train(settings, observer, guard, retention)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -131,13 +129,6 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     for label, text in summary(settings.output, record):
         output.line(f"{label:<12}{text}")
     return {"output": str(settings.output)} | record.to_json() if ranks.is_writer() else None
-
-
-@contextlib.contextmanager
-def _unwatched() -> Iterator[Observer]:
-    from rankwise.training.observer import SilentObserver
-
-    yield SilentObserver()
 
 
 def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
@@ -290,7 +281,7 @@ def end_with_launcher() -> None:
     launcher = os.environ.pop(LAUNCHER, None)
     if launcher is None:
         return
-    end_with_parent()
+    ranks.end_with_parent()
     if str(os.getppid()) != launcher:
         # It was killed before.
         os.kill(os.getpid(), signal.SIGTERM)

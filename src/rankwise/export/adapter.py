@@ -243,7 +243,11 @@ def _write(
     result = ExportReport(wanted.target, base, r, len(pairs), conversion, compared, commands)
     with whole_folder(folder) as partial:
         if SERVERS[wanted.target].form == "gguf":
-            _write_gguf(partial, model, wanted, pairs, base)
+            names = GgufNames(model.config)
+            write_adapter(partial / ADAPTER_FILE, names, gguf_pairs(model, names, pairs), base)
+            if wanted.target == "ollama" and wanted.base_gguf is not None:
+                under = wanted.base_gguf.resolve()
+                write_text(partial / MODELFILE, modelfile(under, named=str(under), adapter=f"./{ADAPTER_FILE}"))
         else:
             write_portable(partial, model, file, pairs, base)
         if wanted.template is not None:
@@ -252,13 +256,3 @@ def _write(
             result = prove(partial, result)
         write_json(partial / RECORD_FILE, dataclasses.asdict(result))
     return result
-
-
-def _write_gguf(
-    folder: Path, model: PreTrainedModel, wanted: Wanted, pairs: Mapping[str, Pair], base: str | None
-) -> None:
-    names = GgufNames(model.config)
-    write_adapter(folder / ADAPTER_FILE, names, gguf_pairs(model, names, pairs), base)
-    if wanted.target == "ollama" and wanted.base_gguf is not None:
-        base_gguf = wanted.base_gguf.resolve()
-        write_text(folder / MODELFILE, modelfile(base_gguf, named=str(base_gguf), adapter=f"./{ADAPTER_FILE}"))

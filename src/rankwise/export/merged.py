@@ -35,7 +35,7 @@ from rankwise.models import ModelSource, fetch_model, load_model, load_skeleton,
 from rankwise.models.folder import INDEX_FILE, read_config
 from rankwise.models.load import quiet
 from rankwise.models.source import is_other_hub_model
-from rankwise.quantization.config import CONFIGS, FourBitConfig, Nf4Config, rewrite_bitsandbytes_config
+from rankwise.quantization.config import FourBitConfig, Nf4Config, rewrite_bitsandbytes_config
 from rankwise.quantization.linear import weights_in_file
 from rankwise.quantization.targets import is_finite
 from rankwise.quantization.transformers_plugin import mark_quantized
@@ -67,7 +67,6 @@ def merge_to_folder(
     *,
     model: str | None = None,
     onto: Onto = "original",
-    trained_on: FourBitConfig | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
     verification: Fields | None = None,
@@ -77,10 +76,9 @@ def merge_to_folder(
     ``model`` is the base, by default the one that the adapter names, at the commit on which it was trained. ``onto``:
     "quantized" merges into the dequantized values of the 4-bit layers on which a run trained, "original" into the
     weights before quantization. Of an adapter that was trained for a merged 4-bit file, the weights of its training
-    are written: NF4, or dense ones that Q4_0 takes over exactly. ``trained_on`` is the 4-bit format, where the
-    adapter's folder has no record of it.
+    are written: NF4, or dense ones that Q4_0 takes over exactly.
 
-    Raises AdapterError if the adapter does not fit the base (RW414: it was not trained on 4 bits), ModelError if
+    Raises AdapterError if the adapter does not fit the base (RW414: no record of a 4-bit base), ModelError if
     the base cannot be read or (RW309) holds no original weights, RunError: RW532 if ``output`` is not empty, RW551
     where it cannot be written, RW582 where another process writes to it. Warns RW417 of another hub model than the
     adapter names, RW415 of other weights than in training.
@@ -89,7 +87,7 @@ def merge_to_folder(
         refuse_to_overwrite(output)
         source = base_source(adapter, model, revision=revision, trust_remote_code=trust_remote_code)
         config = read_folder(adapter)[0]
-        quantization = _quantization_to_load(adapter, config, source, onto, trained_on)
+        quantization = _quantization_to_load(adapter, config, source, onto)
         dtype = dtype_of(adapter) if onto == "quantized" or config.for_merge is not None else None
         _warn_of_another_base(adapter, source)
         with whole_folder(output) as folder, weights_in_file(folder / "weights"):
@@ -188,23 +186,20 @@ def foreign_quantization(source: ModelSource) -> str | None:
     return str(stored.get("quant_method") if isinstance(stored, dict) else stored)
 
 
-def format_of(quant_type: str | None, *, double_quant: bool) -> FourBitConfig | None:
-    """The format that a user names, in blocks of 64; None if none is named."""
-    return None if quant_type is None else CONFIGS[quant_type](double_quant=double_quant)
-
-
-def _quantization_to_load(
-    adapter: Path, config: LoraConfig, source: ModelSource, onto: Onto, trained_on: FourBitConfig | None
-) -> FourBitConfig | None:
+def _quantization_to_load(adapter: Path, config: LoraConfig, source: ModelSource, onto: Onto) -> FourBitConfig | None:
     """The 4-bit format in which the base is loaded; None for one that is loaded as its files hold it."""
     if onto == "quantized" and foreign_quantization(source) is not None:
         # transformers or its own layers dequantize them.
         return None
     stored = stored_quantization(source)
     if config.for_merge is not None:
-        return named_format(adapter, trained_on)
+        return quantization_of(adapter)
     if onto == "quantized":
-        return None if stored is not None else _trained_on(adapter, trained_on)
+        quantization = quantization_of(adapter)
+        if stored is None and quantization is None:
+            text = f"{adapter} has no record that it was trained on a 4-bit base; merge it with --onto original."
+            raise AdapterError("RW414", text)
+        return None if stored is not None else quantization
     if config.init.kind == "loftq":
         raise AdapterError(
             "RW433", f"{adapter} started by loftq, {BELONGS_ON_FOUR_BITS}; merge it with --onto quantized."
@@ -240,27 +235,3 @@ def _warn_of_another_base(adapter: Path, source: ModelSource) -> None:
             f"{source.name} have {found[:12]}...; check that this is the base you want to merge into.",
             stacklevel=3,
         )
-
-
-def named_format(adapter: Path, given: FourBitConfig | None) -> FourBitConfig | None:
-    """The 4-bit format that the adapter's folder records, or else ``given``. Raises AdapterError (RW414) if they
-    differ.
-    """
-    recorded = quantization_of(adapter)
-    names = [(one.quant_type, one.double_quant) for one in (recorded, given) if one is not None]
-    if len(set(names)) > 1:
-        scales = ["single-quantized scales", "double-quantized scales"]
-        recorded_as, asked = (f"{kind} with {scales[double]}" for kind, double in names)
-        raise AdapterError("RW414", f"{adapter} was trained on {recorded_as}, not {asked}; leave --quantization out.")
-    return recorded or given
-
-
-def _trained_on(adapter: Path, given: FourBitConfig | None) -> FourBitConfig:
-    quantization = named_format(adapter, given)
-    if quantization is None:
-        raise AdapterError(
-            "RW414",
-            f"{adapter} has no record that it belongs on a 4-bit base; merge it with --onto original, or say with "
-            "--quantization on which format it trained.",
-        )
-    return quantization

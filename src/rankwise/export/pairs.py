@@ -266,27 +266,20 @@ def combine_adapters(
     return attach_pairs(model, file, pairs, name)
 
 
-def combine_folders(
-    model: nn.Module, files: Sequence[AdapterFile], wanted: Combination, folder: Path, base_model: str | None
-) -> int:
-    """Write the combination of adapters as one PEFT folder and return its rank. ``model`` may be on the meta device."""
-    pairs, file = combined(model, files, wanted)
-    write_portable(folder, model, file, pairs, base_model)
-    return next(iter(pairs.values())).r
-
-
 @torch.no_grad()
 def combined(
     model: nn.Module, files: Sequence[AdapterFile], wanted: Combination
 ) -> tuple[dict[str, Pair], AdapterFile]:
-    """The pairs of the combination, padded to one rank, and the modules that it adapts."""
+    """The pairs of the combination, padded to one rank, and the modules that it adapts. ``model`` may be on the meta
+    device."""
     if not files or len(files) != len(wanted.weights):
         raise ConfigError("RW750", f"{len(files)} adapters and {len(wanted.weights)} weights; give one for each.")
     for file in files:
         _refuse(file)
     found = [scaled_pairs(model, file) for file in files]
     items = {item.name: item for file in files for item in file.planned}
-    r = _rank(files, wanted)
+    ranks = [max(item.r * sum(item.parts or (1,)) for item in file.planned) for file in files]
+    r = sum(ranks) if wanted.way == "cat" else wanted.rank or max(ranks)
     pairs = {}
     for path in [path for path, _ in base_modules(model) if path in items]:
         here = [(*one[path], w) for one, w in zip(found, wanted.weights) if path in one]
@@ -306,13 +299,6 @@ def _refuse(file: AdapterFile) -> None:
             f"one of the adapters {what}, and only plain LoRA of layers can be combined; write DoRA as LoRA first "
             "(rankwise export --for peft), or merge them one after the other.",
         )
-
-
-def _rank(files: Sequence[AdapterFile], wanted: Combination) -> int:
-    ranks = [max(item.r * sum(item.parts or (1,)) for item in file.planned) for file in files]
-    if wanted.way == "cat":
-        return sum(ranks)
-    return wanted.rank or max(ranks)
 
 
 # (pair, s, w) of one adapter on one module.

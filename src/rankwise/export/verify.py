@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rankwise.adapters import load_adapter, merge_adapter
-from rankwise.adapters.folder import dtype_of
+from rankwise.adapters.folder import dtype_of, quantization_of
 from rankwise.adapters.state import DEFAULT_NAME, adapter_state, base_modules, model_end
 from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import heads_of_labels
@@ -34,7 +34,7 @@ from rankwise.data import stdlib_rows
 from rankwise.errors import ConfigError, RunError
 from rankwise.export.converted import Row
 from rankwise.export.gguf import EMBEDDING, HEAD, GgufNames
-from rankwise.export.merged import Onto, base_source, named_format, stored_quantization
+from rankwise.export.merged import Onto, base_source, stored_quantization
 from rankwise.models import load_model
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
@@ -195,19 +195,18 @@ def verify_merge(
     base: str | None = None,
     *,
     rows: Callable[[PreTrainedTokenizerBase], Sequence[Row]] | None = None,
-    trained_on: FourBitConfig | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Verification:
     """Load the base as it was trained and in its original form, merge, and measure. Memory: one model at a time.
 
     ``base``: by default the one that the adapter names; ``rows`` gives the rows to measure on from the tokenizer, by
-    default a built-in text; ``trained_on``: the 4-bit format in training, where the folder has none. A base that is
-    4-bit on disk has no original form to measure. Raises what loading model and adapter raises.
+    default a built-in text. A base that is 4-bit on disk has no original form to measure. Raises what loading model and
+    adapter raises.
     """
     source = base_source(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
     stored, dtype = stored_quantization(source), dtype_of(adapter)
-    quantization = named_format(adapter, trained_on) if stored is None else None
+    quantization = quantization_of(adapter) if stored is None else None
     load = functools.partial(load_model, source, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     model, tokenizer = load(quantization=quantization)
     if rows is None or tokenizer is None:

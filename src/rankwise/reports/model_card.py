@@ -9,11 +9,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from rankwise.config import DEMO, DEMO_HUB_ID, DORA, FOUR_BITS
+from rankwise.config import DEMO, DEMO_HUB_ID, DORA
 from rankwise.foreign import Fields, Json
 from rankwise.records import RunRecord
-from rankwise.reports.naming import last_part
 from rankwise.reports.numbers import capital, visible
+from rankwise.reports.words import last_part
 from rankwise.serving import DORA_AS_LORA, WORDS, served
 
 NAMES = {
@@ -61,7 +61,8 @@ def model_card(record: RunRecord, adapter_config: Fields | None = None) -> str:
 
     ``adapter_config``: the content of ``adapter_config.json``; without it the record's settings are used.
     """
-    config = adapter_config or _config_by_settings(record)
+    by_settings = {} if record.method == "full" else {**record.settings, "use_dora": record.method in DORA}
+    config = adapter_config or by_settings
     # PEFT's file has no words for these.
     config = {**config, **{name: record.settings.get(name) for name in ("init", "for_merge")}}
     base = _base_model(record, config)
@@ -79,12 +80,6 @@ def model_card(record: RunRecord, adapter_config: Fields | None = None) -> str:
         section("Warnings of the run", "\n".join(warnings)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _config_by_settings(record: RunRecord) -> Fields:
-    if record.method == "full":
-        return {}
-    return {**record.settings, "use_dora": record.method in DORA}
 
 
 def _base_model(record: RunRecord, config: Fields) -> str:
@@ -211,15 +206,13 @@ def _place(field: str, value: Json) -> Json:
 
 
 def _four_bit(record: RunRecord) -> Fields | None:
-    """The 4-bit format and the dtypes of the base by the record, or what the method implies where it does not say."""
+    """The 4-bit format and the dtypes of the base; None for a dense one."""
     facts = record.base_model
     stored = facts.get("quantization")
     # PiSSA's adapter belongs on the original weights.
-    if str(record.settings.get("init", "")).startswith("pissa") or not (stored or record.method in FOUR_BITS):
+    if str(record.settings.get("init", "")).startswith("pissa") or not stored:
         return None
-    found = stored or {"quant_type": "nf4", "double_quant": True, "block_size": 64}
-    dtype = str(facts.get("dtype") or found.get("compute_dtype") or "bfloat16")
-    return {**found, "dtype": dtype, "compute_dtype": found.get("compute_dtype") or dtype}
+    return {**stored, "dtype": facts["dtype"], "compute_dtype": stored.get("compute_dtype") or facts["dtype"]}
 
 
 def _in_transformers(four_bit: Fields) -> list[str]:

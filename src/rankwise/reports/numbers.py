@@ -19,13 +19,6 @@ def is_number(value: Json) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def decimals_for(uncertainty: float) -> int:
-    """Decimals that show two significant digits of ``uncertainty``: 0.0123 -> 3, 1.5 -> 1, 40 -> 0."""
-    if not uncertainty > 0:
-        return 4
-    return min(max(0, 1 - math.floor(math.log10(uncertainty))), 8)
-
-
 def significant(value: Json, digits: int = 3) -> str:
     """``value`` with ``digits`` significant digits, written out: 1234.5 -> 1,230 and 0.00012 -> 0.00012."""
     if not is_number(value):
@@ -49,7 +42,8 @@ def estimate(value: float | None, interval: Sequence[float] | None, *, signed: b
         return plus + significant(value, 2 if signed else 4), ""
     low, high = interval
     half = (high - low) / 2
-    decimals = decimals_for(half)
+    # Two significant digits of the uncertainty: of 0.0123 3 decimals, of 1.5 one, of 40 none.
+    decimals = min(max(0, 1 - math.floor(math.log10(half))), 8) if half > 0 else 4
     if abs(low + half - value) < 0.5 * 10**-decimals:
         return plus + _fixed(value, decimals), f"±{THIN}{_fixed(half, decimals)}"
     return plus + _fixed(value, decimals), f"({_fixed(low, decimals)} to {_fixed(high, decimals)})"
@@ -87,13 +81,8 @@ def rate(value: Json) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def is_above(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
-    """Whether the whole range ``a`` lies above ``b``. An unknown range is never above another."""
-    return a is not None and b is not None and a[0] > b[1]
-
-
-def percent(value: Json, digits: int = 2) -> str:
-    return f"{significant(100 * value, digits)} %" if is_number(value) else NONE
+def percent(value: Json) -> str:
+    return f"{significant(100 * value, 2)} %" if is_number(value) else NONE
 
 
 def plural(count: int, noun: str) -> str:

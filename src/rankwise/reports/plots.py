@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 from markupsafe import Markup, escape
 
 from rankwise.foreign import Fields
-from rankwise.reports.naming import method_name
 from rankwise.reports.numbers import estimate, is_number, rate, visible
+from rankwise.reports.words import method_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

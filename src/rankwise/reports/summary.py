@@ -6,7 +6,6 @@ import dataclasses
 
 from rankwise.foreign import Fields
 from rankwise.reports.comparison import EVAL_LOSS, KEPT_ROWS_LOSS, RETAINED, RETAINED_LOSS, Comparison
-from rankwise.reports.naming import last_part, long_name, method_name, metric_in_sentence, metric_name
 from rankwise.reports.numbers import (
     byte_size,
     duration,
@@ -19,6 +18,7 @@ from rankwise.reports.numbers import (
     significant,
     visible,
 )
+from rankwise.reports.words import last_part, long_name, method_name, metric_in_sentence, metric_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,17 @@
-"""The verdicts of a comparison in sentences: the one place that turns their fields into words, at each rendering.
+"""Names of methods and metrics, and the verdicts of a comparison in sentences: the one place that turns their fields
+into words, at each rendering.
 
 ``document`` is the content of ``report.json``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 
 from rankwise.foreign import Fields
 from rankwise.reports.comparison import EVAL_LOSS, unit_of
-from rankwise.reports.naming import long_name, metric_in_sentence
 from rankwise.reports.numbers import (
     byte_size,
     capital,
@@ -23,6 +25,34 @@ from rankwise.reports.numbers import (
 )
 from rankwise.serving import refusing
 
+NAMES = {
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "dora": "DoRA",
+    "qdora": "QDoRA",
+    "full": "Full",
+    "lora+plus": "LoRA+",
+}
+VARIANTS = {
+    "pissa": "PiSSA",
+    "loftq": "LoftQ",
+    "plus": "LoRA+",
+    "rslora": "rsLoRA",
+    "qv": "q, v",
+    "int8": "8-bit products",
+}
+METRICS = {
+    "eval_loss": "Evaluation loss",
+    "retained.loss": "Retained loss",
+    "perplexity.loss": "Loss",
+    "perplexity.perplexity": "Perplexity",
+    "preference.reward_accuracy": "Reward accuracy",
+    "preference.reward_margin": "Reward margin",
+    "labels.accuracy": "Accuracy",
+    "labels.f1": "F1",
+    "labels.mcc": "Matthews' correlation",
+    "labels.pearson": "Pearson's correlation",
+}
 # The most methods that a sentence names; of more it gives the number.
 MOST_NAMED = 5
 # {cost: predicates of one method and of several that cost more than METHOD}.
@@ -34,6 +64,48 @@ COSTS = {
     "mean": ("costs the same and has the worse mean", "cost the same and have the worse mean"),
 }
 NO_TIME = "runs took place side by side or only once, so their times are not compared"
+
+
+def method_name(method: str) -> str:
+    """``lora+pissa`` -> LoRA (PiSSA); ``qlora+pissa+plus`` -> QLoRA (PiSSA, LoRA+)."""
+    if method in NAMES:
+        return NAMES[method]
+    name, *words = method.split("+")
+    variants = ", ".join(VARIANTS.get(word) or visible(word) for word in words)
+    return (NAMES.get(name) or visible(name)) + (f" ({variants})" if words else "")
+
+
+def long_name(method: str) -> str:
+    """The name in a sentence: ``LoRA``, ``full fine-tuning``."""
+    return "full fine-tuning" if method == "full" else method_name(method)
+
+
+def method_numbers(methods: Iterable[str]) -> dict[str, int]:
+    """A number for each method, which chooses its colour and shape. Those of NAMES never change."""
+    found = {name: number for number, name in enumerate(NAMES) if name in methods}
+    free = (number for number in itertools.count() if number not in [*found.values()])
+    return found | {name: next(free) for name in methods if name not in NAMES}
+
+
+def metric_name(metric: str) -> str:
+    """``eval_loss`` -> Evaluation loss; ``e2e.BLEU`` -> BLEU on e2e."""
+    if metric in METRICS:
+        return METRICS[metric]
+    task, _, figure = metric.partition(".")
+    return visible(f"{figure} on {task}" if figure else metric)
+
+
+def metric_in_sentence(metric: str) -> str:
+    """``evaluation loss``, ``BLEU on e2e``: the name in a sentence. A task's own metric keeps its capitals."""
+    return METRICS[metric].lower() if metric in METRICS else metric_name(metric)
+
+
+def last_part(name: object) -> str:
+    """The last component of a path of any system or of a hub id; a name without components is unchanged."""
+    return PurePath(str(name).replace("\\", "/")).name or str(name)
+
+
+# --- verdicts ---
 
 
 def heading(document: Fields) -> str:
