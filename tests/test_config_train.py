@@ -10,8 +10,7 @@ import yaml
 
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
-from rankwise.options import option_words, spelled
-from rankwise.settings_file import read_settings
+from rankwise.options import option_words, read_settings, spelled
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 SPELLINGS: dict[str, tuple[str, list[Any], Any]] = {

@@ -20,7 +20,6 @@ from rankwise.disk import (
     appending,
     coded_error,
     hold,
-    is_of_device,
     read_speed,
     whole_file,
     whole_folder,
@@ -77,11 +76,7 @@ def test_nothing_is_left_where_nothing_was_made(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["kept", "kept/out"]
 
 
-def test_another_file_by_the_name_of_the_lock_stays(tmp_path: Path) -> None:
-    (tmp_path / ".out.rankwise-lock").write_text("mine")
-    with hold(tmp_path / "out"):
-        pass
-    assert (tmp_path / ".out.rankwise-lock").read_text() == "mine"
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("")
     (tmp_path / ".other.rankwise-lock").symlink_to(tmp_path / "precious")
     with pytest.raises(RunError, match="RW551"), hold(tmp_path / "other"):
@@ -167,25 +162,6 @@ def test_an_error_in_a_temporary_folder_names_the_final_one(end: str, tmp_path: 
     with pytest.raises(RunError) as caught:
         written()
     assert caught.value.message.startswith(f"{tmp_path / 'out'}{end}: no space left on device;")
-
-
-def test_an_error_of_the_device_is_known_behind_another_error() -> None:
-    def raised(error: Exception) -> BaseException:
-        def reading() -> None:
-            try:
-                raise error
-            except Exception:  # noqa: BLE001  whatever is given
-                raise RunError("RW501", "cannot read run.json") from None
-
-        with pytest.raises(RunError) as caught:
-            reading()
-        return caught.value
-
-    assert is_of_device(raised(OSError(errno.EIO, "Input/output error", "run.json")))
-    assert is_of_device(raised(RuntimeError("Input/output error (os error 5)")))
-    assert not is_of_device(raised(FileNotFoundError(errno.ENOENT, "No such file or directory", "run.json")))
-    assert not is_of_device(raised(ValueError("not JSON")))
-    assert not is_of_device(RunError("RW501", "cannot read run.json"))
 
 
 def test_a_file_is_whole_and_its_error_names_it(tmp_path: Path) -> None:

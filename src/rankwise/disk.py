@@ -21,7 +21,6 @@ from typing import BinaryIO
 
 from rankwise.errors import RankwiseError, RunError, warn
 
-MOST_TRIES = 1000
 # The suffix of unfinished files and folders, made by secrets.token_hex(4), as a regular expression.
 TOKEN = "[0-9a-f]{8}"
 REMEDIES = {
@@ -31,10 +30,8 @@ REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
     errno.ENOTEMPTY: "move its contents away",
 }
-# Errors of a device, of its space or of handles; those of a wrong path or of missing rights are the user's.
-OF_DEVICE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM}
-# {what this process holds: its number, since a forked process holds nothing}.
-_held: dict[Path, int] = {}
+# What this process holds.
+_held: set[Path] = set()
 CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
@@ -89,16 +86,6 @@ def coded_error(
     return RunError("RW551", f"{final}: {(found.strerror or 'it cannot be used').lower()}; {remedy}, {then}.")
 
 
-def is_of_device(error: BaseException | None) -> bool:
-    """Whether a full or failed disk, or a lack of handles, is behind ``error`` or behind one that it replaced."""
-    while error is not None:
-        found = system_error(error)
-        if found is not None and found.errno in OF_DEVICE:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _text(name: object) -> str:
     return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
@@ -119,25 +106,25 @@ def coded_errors(place: Path, then: str) -> Iterator[None]:
 def hold(folder: Path) -> Iterator[None]:
     """Let no other process write to ``folder``, which need not exist. Raises RunError (RW582) if one does.
 
-    The lock is an empty file beside the folder, so that the folder holds only results. The operating system releases
-    the lock when the process dies. If the parent cannot be written, the folder itself is locked. Warns RW552 where
-    the file system has no locks.
+    The lock is an empty file beside the folder, so that the folder holds only results; where the parent cannot be
+    written, as above a mounted folder, it is the folder itself. The operating system releases the lock when the process
+    dies. Warns RW552 where the file system has no locks.
     """
     place = Path(os.path.realpath(folder))
+    file = place.with_name(f".{place.name}.rankwise-lock")
     made = [parent for parent in place.parents if not parent.exists()]
     try:
         with coded_errors(place, "or use another folder"):
-            handle, path = _locked(place)
-        _held[place] = os.getpid()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            handle = _locked(file, place)
+        _held.add(place)
         try:
             yield
         finally:
-            _held.pop(place, None)
+            _held.discard(place)
             try:
-                # Lock files are empty: one with content is somebody else's and stays.
-                if path is not None and os.fstat(handle).st_size == 0:
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+                with contextlib.suppress(OSError):
+                    file.unlink()
             finally:
                 os.close(handle)
     finally:
@@ -147,69 +134,33 @@ def hold(folder: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _locked(place: Path) -> tuple[int, Path | None]:
-    """(file descriptor that holds the lock, path of the lock file); the path is None if the folder is locked."""
-    path = place.with_name(f".{place.name}.rankwise-lock")
-    tries_left = MOST_TRIES
-    while True:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            handle, own = _opened(path, place)
-        except FileNotFoundError:
-            # Another process created the parent and has just removed it; or no file can be created there, as in /proc.
-            tries_left -= 1
-            if not tries_left:
-                raise
-            continue
-        try:
-            _flock(handle, place)
-        except BaseException:
-            os.close(handle)
-            raise
-        if own is None or _is_still(handle, own):
-            return handle, own
-        # The process that held the lock has removed its file: a new file of that name is the lock now.
-        os.close(handle)
-
-
-def _is_still(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _opened(path: Path, place: Path) -> tuple[int, Path | None]:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), path
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        if path.exists():
-            # The lock file belongs to another user.
-            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW), path
-        if not place.is_dir():
-            raise
-        return os.open(place, os.O_RDONLY), None
-
-
-def _flock(handle: int, place: Path) -> None:
+def _locked(file: Path, place: Path) -> int:
+    """A descriptor that holds the lock ``file``, or ``place`` itself."""
     import fcntl
 
     try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not place.is_dir():
+            raise
+        handle, file = os.open(place, os.O_RDONLY), place
+    try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RunError(
-            "RW582", f"another rankwise process is writing to {place}; wait until it ends, or give another folder."
-        ) from None
+        # The process that held the lock may have removed its file meanwhile.
+        if os.path.samestat(os.fstat(handle), file.stat()):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
     except OSError as error:
         if error.errno not in CANNOT_LOCK:
             raise
-        warn(
-            "RW552",
-            f"{place} cannot be locked ({(error.strerror or 'no reason given').lower()}); start no second rankwise "
-            "process on this folder until this one ends.",
-        )
+        why = f"{place} cannot be locked ({(error.strerror or 'no reason given').lower()})"
+        warn("RW552", f"{why}; start no second rankwise process on this folder until this one ends.")
+        return handle
+    os.close(handle)
+    raise RunError(
+        "RW582", f"another rankwise process is writing to {place}; wait until it ends, or give another folder."
+    )
 
 
 @contextlib.contextmanager
@@ -239,7 +190,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def _is_held(path: Path) -> bool:
     place = Path(os.path.realpath(path))
-    return any(_held.get(one) == os.getpid() for one in (place, *place.parents))
+    return not _held.isdisjoint((place, *place.parents))
 
 
 @contextlib.contextmanager

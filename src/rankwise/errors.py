@@ -26,10 +26,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
-class RankwiseError(Exception):
-    """An error whose message is one sentence: what happened, what was found, and what to do."""
-
-    exit_code = 1
+class Coded(BaseException):
+    """What errors and warnings share: a code, and one sentence with what happened, what was found, and what to do."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)
@@ -38,6 +36,10 @@ class RankwiseError(Exception):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+class RankwiseError(Coded, Exception):
+    exit_code = 1
 
 
 class InputError(RankwiseError):
@@ -69,17 +71,7 @@ class Interrupted(RankwiseError):
     exit_code = 130
 
 
-class RankwiseWarning(UserWarning):
-    """A warning with the same kind of code as an error."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)
-        self.code = code
-        self.message = message
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
-
+class RankwiseWarning(Coded, UserWarning):
     def to_json(self) -> dict[str, str]:
         return {"code": self.code, "message": self.message}
 

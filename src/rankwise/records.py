@@ -17,9 +17,10 @@ from typing_extensions import TypedDict
 
 from rankwise.disk import whole_file
 from rankwise.errors import RunError, one_line
-from rankwise.foreign import Fields, JsonObject, checked, parse_json, read_json
+from rankwise.foreign import Dataclass, Fields, JsonObject, checked, parse_json, read_json
 
 T = TypeVar("T")
+Checked = TypeVar("Checked", bound=Dataclass)
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -116,14 +117,18 @@ class RunRecord:
 
 
 def load_record(folder: Path) -> RunRecord:
-    """The record of a run folder. Raises RunError (RW501) if the record is missing or cannot be read."""
-    path = folder / RUN_FILE
+    """The record of a run folder. Raises RunError (RW501) as ``read_checked``."""
+    return read_checked(RunRecord, folder / RUN_FILE, "RW501", "a rankwise run")
+
+
+def read_checked(kind: type[Checked], path: Path, code: str, what: str) -> Checked:
+    """A JSON file as an instance of ``kind``. Raises RunError (``code``) if it is missing or cannot be read."""
     try:
-        return checked(RunRecord, read_json(path))
+        return checked(kind, read_json(path))
     except FileNotFoundError:
-        raise RunError("RW501", f"{folder} holds no {RUN_FILE}; give the folder of a rankwise run.") from None
+        raise RunError(code, f"{path.parent} holds no {path.name}; give the folder of {what}.") from None
     except (OSError, ValueError) as error:
-        raise RunError("RW501", f"cannot read {path} as the record of a run: {one_line(error)}.") from None
+        raise RunError(code, f"cannot read {path} as the record of {what}: {one_line(error)}.") from None
 
 
 def record_of(folder: Path | None) -> RunRecord | None:

@@ -14,7 +14,7 @@ import rankwise as rw
 from rankwise.adapters.folder import from_peft
 from rankwise.cli.main import main
 from rankwise.errors import AdapterError, ConfigError
-from rankwise.weights_file import read_header
+from rankwise.foreign import read_header
 from tiny_models import tiny_gpt2, tiny_llama
 
 

@@ -16,8 +16,8 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rankwise.errors import ModelError, RankwiseWarning
+from rankwise.foreign import sha256_of
 from rankwise.models import load_model, load_skeleton, load_tokenizer, model_facts, model_hash
-from rankwise.weights_file import sha256_of
 from tiny_models import tiny_gpt2, tiny_llama
 
 MODELS = {"llama": tiny_llama, "llama, tied": lambda: tiny_llama(tie_word_embeddings=True), "gpt2": tiny_gpt2}

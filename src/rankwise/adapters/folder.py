@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 from rankwise.config import DEMO
 from rankwise.errors import AdapterError, ConfigError, ModelError, RunError
-from rankwise.foreign import Fields, JsonObject, parse_json, read_object
+from rankwise.foreign import Fields, JsonObject, WeightsHeader, parse_json, read_header, read_object, refuse_pickles
 from rankwise.labels import Labels, labels_of_head, read_labels
 from rankwise.lora_config import LoraConfig
 from rankwise.records import RUN_FILE, RunRecord, record_of
-from rankwise.weights_file import WeightsHeader, read_header, refuse_pickles
 
 if TYPE_CHECKING:
     import torch

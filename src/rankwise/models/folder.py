@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from rankwise.errors import ModelError, some_of, warn
-from rankwise.foreign import Fields, Json, JsonObject, read_object
-from rankwise.weights_file import read_header, refuse_pickles
+from rankwise.foreign import Fields, Json, JsonObject, read_header, read_object, refuse_pickles
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from rankwise.config import DEMO, DEMO_HUB_ID
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ModelError, warn
-from rankwise.foreign import Fields, JsonObject
+from rankwise.foreign import Fields, JsonObject, sha256_of_files
 from rankwise.labels import Labels
 from rankwise.models.folder import (
     CONFIG_FILE,
@@ -28,7 +28,6 @@ from rankwise.models.folder import (
     read_config,
     weights_names,
 )
-from rankwise.weights_file import sha256_of_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

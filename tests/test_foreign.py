@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rankwise.errors import AdapterError, ModelError
-from rankwise.weights_file import read_header, refuse_pickles
+from rankwise.foreign import read_header, refuse_pickles
 
 
 def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict:
