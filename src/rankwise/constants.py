@@ -1,9 +1,4 @@
-"""Constants that several packages share. Imports nothing.
-
-The number of rows in a chunk of the loss and in a batch of generated answers.
-
-Imports no torch, so that the memory plan can use it.
-"""
+"""Constants that several packages share, and the number of rows in a chunk of the loss. Imports nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +16,6 @@ ALIGNED = 8
 KEPT_BYTES = (1 << 20, 256 << 20)
 # The chat template in the folder of a run or an exported adapter.
 TEMPLATE_FILE = "chat_template.jinja"
-
 
 # Bytes of a chunk's logits on a CPU: few enough to stay near its caches, enough rows for an efficient product.
 CHUNK_BYTES = 32 << 20

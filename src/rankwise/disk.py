@@ -35,6 +35,10 @@ _held: set[Path] = set()
 CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
+class InUse(RunError):
+    """Another process writes to the folder (RW582)."""
+
+
 def read_speed(files: Iterable[Path]) -> float | None:
     """Bytes a second at which the disk reads the largest of ``files``, past the system's cache, for a quarter of a
     second; None if there is no file or the system cannot read so (O_DIRECT)."""
@@ -104,7 +108,7 @@ def coded_errors(place: Path, then: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Let no other process write to ``folder``, which need not exist. Raises RunError (RW582) if one does.
+    """Let no other process write to ``folder``, which need not exist. Raises InUse (RW582) if one does.
 
     The lock is an empty file beside the folder, so that the folder holds only results; where the parent cannot be
     written, as above a mounted folder, it is the folder itself. The operating system releases the lock when the process
@@ -158,9 +162,7 @@ def _locked(file: Path, place: Path) -> int:
         warn("RW552", f"{why}; start no second rankwise process on this folder until this one ends.")
         return handle
     os.close(handle)
-    raise RunError(
-        "RW582", f"another rankwise process is writing to {place}; wait until it ends, or give another folder."
-    )
+    raise InUse("RW582", f"another rankwise process is writing to {place}; wait until it ends, or give another folder.")
 
 
 @contextlib.contextmanager

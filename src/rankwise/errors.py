@@ -13,9 +13,7 @@
     └── Interrupted                 exit 130: stopped by the user, after saving
     RankwiseWarning                 the same codes; the work continues
 
-A code is stable and has an entry in ``docs/errors/``.
-
-Long lists in one sentence of a message. Imports no torch.
+A code is stable and has an entry in ``docs/errors/``. Imports no torch.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from rankwise.comparison import stages
 from rankwise.comparison.stages import Job, Outcome, beside
-from rankwise.disk import hold
+from rankwise.disk import InUse, hold
 from rankwise.errors import DataError, Interrupted, RunError, heard
 from rankwise.foreign import JsonObject
 from rankwise.models.device import usable_cores
@@ -345,9 +345,7 @@ def _is_held(folder: Path) -> bool:
     try:
         with heard(lambda warning: False), hold(folder):
             return False
-    except RunError as error:
-        if error.code != "RW582":
-            raise
+    except InUse:
         return True
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.compat.torch import own_part
-from rankwise.disk import cache_folder, hold, whole_folder
+from rankwise.disk import InUse, cache_folder, hold, whole_folder
 from rankwise.errors import ModelError, RunError
 from rankwise.models.folder import read_config
 from rankwise.models.load import load_model, load_tokenizer, quiet, remember_originals
@@ -93,14 +93,14 @@ def _prepare(folder: Path, source: ModelSource, quantization: FourBitConfig | No
                         model, _ = load_model(source, quantization=quantization, **arguments)
                         with quiet():
                             model.save_pretrained(unfinished)
-        except RunError as error:
-            if error.code != "RW582":
-                raise RunError(
-                    error.code,
-                    f"{error.message.rstrip('.')}. The prepared base is kept there; --cache names another folder, "
-                    "--no-mmap keeps it in memory.",
-                ) from error
+        except InUse:
             time.sleep(WAIT_SECONDS)
+        except RunError as error:
+            raise RunError(
+                error.code,
+                f"{error.message.rstrip('.')}. The prepared base is kept there; --cache names another folder, "
+                "--no-mmap keeps it in memory.",
+            ) from error
 
 
 def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
