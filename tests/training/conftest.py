@@ -20,9 +20,9 @@ from rankwise.adapters import add_adapter
 from rankwise.config import TrainSettings
 from rankwise.lora_config import LoraConfig
 from rankwise.training.checkpoints import Checkpoint
-from rankwise.training.learning import make_loop
+from rankwise.training.learning import learning_of, make_loop
 from rankwise.training.loop import Loop
-from rankwise.training.run import learning_of, progress_of, train
+from rankwise.training.run import progress_of, train
 from rankwise.training.setup import LoadedBase
 from tiny_models import tiny_llama
 

@@ -101,7 +101,6 @@ def objective_of(tokenizer: Any, *, fast: bool = True, flat: bool = False, **cha
         group=WIDTH,
         longest=6,
         seed=3,
-        temperature=0.8,
         **changed,
     )
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import hashlib
 import inspect
 import itertools
 import json
@@ -30,12 +29,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import give_back_freed_memory
-from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit, stop_ids_of
-from rankwise.config import GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings
-from rankwise.conflicts import LOSS_TYPES
+from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit
 from rankwise.constants import WRITTEN_ROWS
-from rankwise.data.encoding import RowEncoder
-from rankwise.data.objectives import ANSWERS, encode_prompts, prompt_formats
+from rankwise.data.objectives import ANSWERS
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError, RankwiseError, RunError, one_line, warn
 from rankwise.final_number import extract_answer
@@ -54,11 +50,9 @@ from rankwise.training.batches import (
     on_device,
     shuffled,
 )
-from rankwise.training.learning import Learning
 from rankwise.training.loop import Loss
 from rankwise.training.losses import NORMALISED, advantages, of_rewards
 from rankwise.training.objectives import Scoring
-from rankwise.training.setup import Data, LoadedBase, Texts, check_positions, encode_data
 
 # A reward function, called with keyword arguments that are columns by name.
 Function = Callable[..., Any]
@@ -70,50 +64,6 @@ FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[^:]+)")
 EVALUATED_AT_ONCE = 64
 # Number of first steps with equal rewards after which the run warns (RW778).
 SILENT_STEPS = 10
-
-
-def learning(given: TrainSettings) -> Learning:
-    """The parts of a run on rewards. Raises ConfigError as ``read_rewards`` does."""
-    rewards, longest = read_rewards(given.reward or ()), given.max_completion_length or MAX_COMPLETION_LENGTH
-
-    def encode(given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
-        data = encode_data(given, tokenizer, texts, functools.partial(encode_prompts, room=longest))
-        hashes = [reward.sha256 for reward in rewards if reward.sha256 is not None]
-        notes = {"rewards_sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()} if hashes else {}
-        return dataclasses.replace(data, notes=notes)
-
-    objective = functools.partial(_objective, rewards=rewards, longest=longest)
-    return Learning(encode, objective, formats=prompt_formats(**given.columns), has_labels=False)
-
-
-def _objective(
-    given: TrainSettings, data: Data, base: LoadedBase, flat: bool, *, rewards: Sequence[Reward], longest: int
-) -> RewardedAnswers:
-    """Raises ConfigError (RW775) for prompts that do not fill a step."""
-    model, tokenizer, prompts = base.model, base.tokenizer, data.train.dataset
-    check_positions(model, [prompts], longest)
-    size, group = given.batch_size * ranks.count(), given.num_generations or GENERATIONS
-    asked = size * given.gradient_accumulation // group
-    if asked > len(prompts):
-        raise ConfigError("RW775", f"a step takes {asked} prompts and there are {len(prompts)}; lower --batch-size.")
-    temperature = given.temperature or 1.0
-    return RewardedAnswers(
-        Scoring(model, "flat" if flat else "padded", temperature=temperature),
-        prompts,
-        data.evaluation and data.evaluation.dataset,
-        tokenizer=tokenizer,
-        rewards=rewards,
-        weights=given.reward_weights or (1.0,) * len(rewards),
-        stop_ids=stop_ids_of(model, tokenizer, RowEncoder(data.texts.rows, tokenizer, data.texts.template).stop_ids()),
-        size=size,
-        asked=asked,
-        group=group,
-        longest=longest,
-        seed=given.seed,
-        temperature=temperature,
-        loss_type=given.loss_type or LOSS_TYPES["grpo"][0],
-        beta=given.beta or 0.0,
-    )
 
 
 @dataclasses.dataclass
@@ -138,7 +88,6 @@ class RewardedAnswers:
     # Most tokens of an answer.
     longest: int
     seed: int
-    temperature: float = 1.0
     loss_type: str = "dapo"
     beta: float = 0.0
 
@@ -170,7 +119,7 @@ class RewardedAnswers:
         prompts = [row for batch in batches for row in batch["prompts"]]
         own = ranks.share([*range(self.size)])
         places = [start * self.size + place for start in range(len(batches)) for place in own]
-        answers = self._written(prompts, places, self.temperature, self.seed << 32 | step)
+        answers = self._written(prompts, places, self.scoring.temperature, self.seed << 32 | step)
         is_cut = [answer[-1] not in self.stop_ids for answer in answers]
         found = zip(places, self._scored(prompts, answers), map(len, answers), is_cut)
         everyone = sorted(itertools.chain.from_iterable(ranks.gathered([*found])))

@@ -20,12 +20,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.acceleration import offloaded
 from rankwise.acceleration.loss import Layout
 from rankwise.adapters.folder import labels_of
-from rankwise.config import BETA, TrainSettings, default_rate, logging_steps_of
+from rankwise.config import BETA, GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings, default_rate, logging_steps_of
 from rankwise.conflicts import LOSS_TYPES
 from rankwise.constants import IGNORED
 from rankwise.data import Rows, encode_preferences
+from rankwise.data.encoding import RowEncoder
 from rankwise.data.formats import Format
-from rankwise.data.objectives import LABELLED, PREFERENCE_FORMATS, encode_labelled, label_counts, labels_in, unpaired
+from rankwise.data.objectives import (
+    LABELLED,
+    PREFERENCE_FORMATS,
+    encode_labelled,
+    encode_prompts,
+    label_counts,
+    labels_in,
+    prompt_formats,
+    unpaired,
+)
 from rankwise.errors import ConfigError, RunError, some_of
 from rankwise.labels import Labels
 from rankwise.records import RateSearch, RateTrial, load_record
@@ -36,7 +46,7 @@ from rankwise.training.batches import packed
 from rankwise.training.loop import Loop, Objective, Options
 from rankwise.training.objectives import Classification, Demonstrations, Preferences, Scoring
 from rankwise.training.optimizers import make_optimizer
-from rankwise.training.setup import Data, LoadedBase, Texts, encode_data
+from rankwise.training.setup import Data, LoadedBase, Texts, check_positions, encode_data
 from rankwise.training.watch import Diverged, MemoryMeter, Observer, Progress, Watch
 
 # Default interval of checkpoints, and the shortest of evaluations, as a share of the run.
@@ -70,13 +80,15 @@ class Learning:
     has_labels: bool = True
 
 
-def learning_from_answers(objective: str) -> Learning:
-    """The parts of ``sft``, ``dpo``, ``kto`` or ``classify``."""
-    if objective == "sft":
+def learning_of(given: TrainSettings) -> Learning:
+    """The parts of the run's objective. Raises ConfigError for a reward that cannot be had."""
+    if given.objective == "sft":
         return Learning(encode_data, _demonstrations)
-    if objective == "classify":
+    if given.objective == "classify":
         return Learning(_encode_labelled, _classification, _labels, formats=LABELLED, has_labels=False)
-    return Learning(_encode_preferences, _preferences, formats=PREFERENCE_FORMATS[objective])
+    if given.objective == "grpo":
+        return _of_rewards(given)
+    return Learning(_encode_preferences, _preferences, formats=PREFERENCE_FORMATS[given.objective])
 
 
 def _of_batches(given: TrainSettings, base: LoadedBase) -> dict[str, int]:
@@ -156,6 +168,52 @@ def _classification(given: TrainSettings, data: Data, base: LoadedBase, flat: bo
         data.evaluation and data.evaluation.dataset,
         labels_in(data.texts.rows),
         **_of_batches(given, base),
+    )
+
+
+def _of_rewards(given: TrainSettings) -> Learning:
+    from rankwise.training.grpo import read_rewards
+
+    rewards, longest = read_rewards(given.reward or ()), given.max_completion_length or MAX_COMPLETION_LENGTH
+
+    def encode(given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
+        data = encode_data(given, tokenizer, texts, functools.partial(encode_prompts, room=longest))
+        hashes = [reward.sha256 for reward in rewards if reward.sha256 is not None]
+        notes = {"rewards_sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()} if hashes else {}
+        return dataclasses.replace(data, notes=notes)
+
+    objective = functools.partial(_rewarded_answers, rewards=rewards, longest=longest)
+    return Learning(encode, objective, formats=prompt_formats(**given.columns), has_labels=False)
+
+
+def _rewarded_answers(
+    given: TrainSettings, data: Data, base: LoadedBase, flat: bool, *, rewards: Sequence[Any], longest: int
+) -> Objective:
+    """Raises ConfigError (RW775) for prompts that do not fill a step."""
+    from rankwise.acceleration.generation import stop_ids_of
+    from rankwise.training.grpo import RewardedAnswers
+
+    model, tokenizer, prompts = base.model, base.tokenizer, data.train.dataset
+    check_positions(model, [prompts], longest)
+    size, group = given.batch_size * ranks.count(), given.num_generations or GENERATIONS
+    asked = size * given.gradient_accumulation // group
+    if asked > len(prompts):
+        raise ConfigError("RW775", f"a step takes {asked} prompts and there are {len(prompts)}; lower --batch-size.")
+    return RewardedAnswers(
+        Scoring(model, "flat" if flat else "padded", temperature=given.temperature or 1.0),
+        prompts,
+        data.evaluation and data.evaluation.dataset,
+        tokenizer=tokenizer,
+        rewards=rewards,
+        weights=given.reward_weights or (1.0,) * len(rewards),
+        stop_ids=stop_ids_of(model, tokenizer, RowEncoder(data.texts.rows, tokenizer, data.texts.template).stop_ids()),
+        size=size,
+        asked=asked,
+        group=group,
+        longest=longest,
+        seed=given.seed,
+        loss_type=given.loss_type or LOSS_TYPES["grpo"][0],
+        beta=given.beta or 0.0,
     )
 
 

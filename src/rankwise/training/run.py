@@ -45,7 +45,7 @@ from rankwise.training import checkpoints, ranks, setup
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
 from rankwise.training.learning import (
     Learning,
-    learning_from_answers,
+    learning_of,
     make_loop,
     search,
     with_default_rate,
@@ -255,15 +255,6 @@ def _prepare(
         },
     )
     return Session(given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, given.trackers, retention)
-
-
-def learning_of(given: TrainSettings) -> Learning:
-    """The parts of the run's objective. Raises ConfigError for a reward that cannot be had."""
-    if given.objective != "grpo":
-        return learning_from_answers(given.objective)
-    from rankwise.training.grpo import learning
-
-    return learning(given)
 
 
 def _read(
