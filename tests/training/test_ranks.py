@@ -62,7 +62,8 @@ def test_the_place_is_read_from_torchruns_environment(environment: Callable[...,
 
 BROKEN = [
     ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
-    ({"MASTER_PORT": ""}, "MASTER_PORT="),
+    ({"MASTER_ADDR": ""}, "MASTER_ADDR="),
+    ({"RANK": "2"}, "RANK=2"),
 ]
 
 

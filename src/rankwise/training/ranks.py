@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -54,14 +54,17 @@ def place() -> Place | None:
 
     Raises ConfigError (RW136) if the environment variables are not those of torchrun.
     """
-    given = {name: os.environ.get(name, "").strip() for name in NUMBERS}
+    given = {name: os.environ.get(name, "").strip() for name in (*NUMBERS, "MASTER_ADDR")}
     if given["WORLD_SIZE"] in ("", "0", "1"):
         return None
-    if wrong := [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]:
+    wrong = [name for name, value in given.items() if not (value.isdecimal() if name in NUMBERS else value)]
+    if not wrong and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        wrong = ["RANK", "WORLD_SIZE"]
+    if wrong:
         raise ConfigError(
             "RW136",
-            f"the environment holds {', '.join(wrong)}, which torchrun would not write; start with torchrun, or with "
-            "--devices N, or unset WORLD_SIZE.",
+            f"the environment holds {', '.join(f'{name}={given[name]}' for name in wrong)}, which torchrun would not "
+            "write; start with torchrun, or with --devices N, or unset WORLD_SIZE.",
         )
     return Place(*(int(given[name]) for name in NUMBERS[:4]))
 
@@ -299,35 +302,27 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
+def terminable() -> AbstractContextManager[None]:
     """A context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that temporary files are removed."""
+    return _handled(signal.default_int_handler, signal.SIGTERM)
 
-    def stop(signal_number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        # A handler that was set meanwhile stays.
-        if signal.getsignal(signal.SIGTERM) is stop:
-            signal.signal(signal.SIGTERM, before)
+def interrupts(interrupt: Interrupt) -> AbstractContextManager[None]:
+    """A context in which both signals are passed to ``interrupt``."""
+    return _handled(interrupt.handle, signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def interrupts(interrupt: Interrupt) -> Iterator[Interrupt]:
-    """A context in which both signals are passed to ``interrupt``. Only the main thread receives signals."""
+def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    # Only the main thread receives signals.
     if threading.current_thread() is not threading.main_thread():
-        yield interrupt
+        yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, interrupt.handle) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield interrupt
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            # A handler that was set meanwhile stays.
+            if signal.getsignal(number) is handler:
+                signal.signal(number, earlier)

@@ -386,7 +386,7 @@ class StepClock:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.started: float | None = None
+        self.started = 0.0
         self.steps = 0
         self.seconds = 0.0
         self._tokens_before = progress.tokens
@@ -395,10 +395,7 @@ class StepClock:
         self.started = time.perf_counter()
 
     def stop(self) -> None:
-        if self.started is None:
-            return
         seconds = time.perf_counter() - self.started
-        self.started = None
         self.steps += 1
         self.seconds += seconds
         self.progress.train_seconds += seconds
@@ -572,4 +569,4 @@ def _on_stderr() -> contextlib.AbstractContextManager[Any]:
 
 
 def _failed(name: str, error: Exception) -> str:
-    return f"the tracker {name} failed: {one_line(error) or type(error).__name__}"
+    return f"the tracker {name} failed: {one_line(error)}"

@@ -48,7 +48,7 @@ from rankwise.training import ranks
 def save_weights(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | None = None) -> None:
     """Write the active adapter, what an installed distribution added, or the whole model (method full).
 
-    ``gathered``: the state of a model whose shards train (``sharding.whole_weights``).
+    ``gathered``: the state of a model whose shards train (``whole_weights``).
     """
     if has_adapter(model):
         save_adapter(model, folder)

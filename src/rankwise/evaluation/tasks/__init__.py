@@ -1,1 +1,1 @@
-"""The tasks of ``rankwise evaluate``, one file each; ``registry.py`` finds them by name."""
+"""The tasks of ``rankwise evaluate``; ``evaluation/settings.py`` finds them by name."""
