@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from rankwise.foreign import read_json
-from rankwise.planning.hardware import cpu_name
 from rankwise.records import write_json
 from rankwise_article import table
 from rankwise_article.bleu_nist import mteval_statistics
@@ -90,7 +89,7 @@ def test_speeds_are_medians_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyP
     table._time(tmp_path, {"rows": 8, "methods": {"lora": {}, "full": {}}}, tmp_path, tmp_path)
     assert called == ["lora", "full"] * 3
     assert read_json(tmp_path / table.SPEED)["examples_per_second"] == {"lora": 3, "full": 40}
-    assert f"({cpu_name()}, 2 threads)" in _speed_words(tmp_path)
+    assert "(cpu, threads: 2)" in _speed_words(tmp_path)
 
 
 def test_the_page_is_fresh(shared: Path):

@@ -25,7 +25,6 @@ from pathlib import Path
 
 from rankwise.errors import DataError, RunError
 from rankwise.foreign import JsonObject, read_json
-from rankwise.planning.hardware import cpu_name
 from rankwise.records import write_bytes, write_json
 from rankwise_article.bleu_nist import MtevalStatistics
 from rankwise_article.e2e_scores import ON_JAVA, score_e2e
@@ -96,8 +95,8 @@ def _time(state: Path, settings: JsonObject, data: Path, work: Path) -> None:
         found.setdefault(method, []).append(record["examples_per_second"])
         shutil.rmtree(run)
     speed = {method: statistics.median(speeds) for method, speeds in found.items()}
-    threads = record["device"]["threads"]
-    write_json(state / SPEED, {"examples_per_second": speed, "processor": cpu_name(), "threads": threads})
+    device = {name: record["device"][name] for name in ("name", "threads")}
+    write_json(state / SPEED, {"examples_per_second": speed, "device": device})
 
 
 def _train_rows(file: Path, count: int, work: Path) -> Path:

@@ -22,7 +22,6 @@ import numpy as np
 from scipy.stats import norm, t
 
 from rankwise.foreign import JsonObject, read_json
-from rankwise.reports.numbers import plural
 from rankwise_article.bleu_nist import MtevalStatistics
 from rankwise_article.e2e_scores import METRICS, read_references
 from rankwise_article.table import COUNTS, ROUNDS, SPEED, TEST, TIMED_STEPS, chosen_rate
@@ -201,11 +200,11 @@ def _speed(state: Path) -> JsonObject:
 
 def _speed_words(state: Path) -> str:
     """What the column of speeds holds, which were not measured in the runs."""
-    if not (speed := _speed(state)):
+    if not (device := _speed(state).get("device")):
         return "Speeds are not measured yet."
     return (
         f"Examples a second are those of training, measured apart from the runs with nothing else on the machine "
-        f"({speed['processor']}, {plural(speed['threads'], 'thread')}): medians of {ROUNDS} times {TIMED_STEPS} steps, "
+        f"({device['name']}, threads: {device['threads']}): medians of {ROUNDS} times {TIMED_STEPS} steps, "
         "the methods taking turns (`python -m rankwise_article table article/table --data FOLDER --runs 0 --times`)."
     )
 

@@ -29,7 +29,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
     from rankwise.models import choose_device
-    from rankwise.planning.hardware import cpu_hardware, cpu_name
+    from rankwise.models.device import cpu_name
+    from rankwise.planning.hardware import cpu_hardware
 
     hardware = cpu_hardware()
     yield "system", f"{platform.system()} on {platform.machine()}, Python {platform.python_version()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,9 +136,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_name() -> str:
+    """The processor's name in words."""
+    found = re.search(r"^model name\s*:\s*(.+)$", cpu_info(), re.MULTILINE)
+    name = found.group(1).strip() if found else platform.processor() or platform.machine()
+    return re.sub(r"\s*(\(R\)|\(TM\)|\d+-Core Processor|Processor|CPU\b.*)", "", name).strip()
+
+
 def cpu_info() -> str:
     """The text of /proc/cpuinfo; empty on systems other than Linux."""
-    try:
-        return CPU_INFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return CPU_INFO.read_text(encoding="utf-8", errors="replace") if CPU_INFO.exists() else ""

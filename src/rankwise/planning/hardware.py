@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject
-from rankwise.models.device import cpu_has_bfloat16, cpu_info, usable_cores
+from rankwise.models.device import cpu_has_bfloat16, cpu_name, usable_cores
 from rankwise.reports.numbers import byte_size
 
 Kind = Literal["card", "memory", "machine"]
@@ -226,13 +226,6 @@ def cpu_hardware() -> Hardware:
         + f", of {byte_size(memory.total)}",
         cores=min(psutil.cpu_count(logical=False) or usable_cores(), usable_cores()),
     )
-
-
-def cpu_name() -> str:
-    """The processor's name in words."""
-    found = re.search(r"^model name\s*:\s*(.+)$", cpu_info(), re.MULTILINE)
-    name = found.group(1).strip() if found else platform.processor() or platform.machine()
-    return re.sub(r"\s*(\(R\)|\(TM\)|\d+-Core Processor|Processor|CPU\b.*)", "", name).strip()
 
 
 # --- cards ---

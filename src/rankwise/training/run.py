@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import platform
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -37,6 +36,7 @@ from rankwise.errors import RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
 from rankwise.models import choose_device, model_facts
+from rankwise.models.device import cpu_name
 from rankwise.models.prepared import mapped_files
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
@@ -405,5 +405,5 @@ def device_record(device: torch.device, dtype: torch.dtype, optimizer: str) -> J
         record |= {"allocator": grow_segments(), "optimizer": implementation_of(optimizer, device.type)}
         return record | {"name": name, "memory_bytes": torch.cuda.get_device_properties(device).total_memory}
     waiting = {name: os.environ[name] for name in WAIT_POLICIES if name in os.environ}
-    cpu = {"name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    cpu = {"name": cpu_name(), "threads": torch.get_num_threads()}
     return record | cpu | {"wait_policy": waiting}
