@@ -129,11 +129,12 @@ def load_tokenizer(
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        with tempfile.TemporaryDirectory() as nowhere, quiet():
-            if source.is_gguf:
+        if source.is_gguf:
+            with tempfile.TemporaryDirectory() as nowhere, quiet():
                 # The class that AutoTokenizer would choose after reading the whole header, which takes seconds.
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(nowhere, gguf_file=str(path.resolve()))
-            else:
+        else:
+            with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         # transformers may raise anything for such a folder; the cause is chained.
