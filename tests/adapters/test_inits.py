@@ -17,6 +17,7 @@ from rankwise.adapters import adapter_tensors, load_tensors
 from rankwise.adapters.base_layer import dense_weight
 from rankwise.errors import AdapterError, ConfigError, RankwiseWarning
 from rankwise.export.merged import merge_to_folder
+from rankwise.records import RunRecord
 from tables import thinned
 from tiny_models import tiny_gpt2, tiny_llama
 
@@ -278,6 +279,11 @@ def test_loftq_belongs_on_its_four_bits(tmp_path):
     # Without a run's record nothing says how the base was quantized.
     with pytest.raises(AdapterError, match="RW414"):
         merge_to_folder(tmp_path / "adapter", tmp_path / "merged", model=str(tmp_path / "base"), onto="quantized")
+    facts = {"quantization": rw.Nf4Config().to_loading_dict()}
+    RunRecord("qlora", 0, {"dtype": "float32"}, base_model=facts).save(tmp_path / "adapter")
+    merge_to_folder(tmp_path / "adapter", tmp_path / "merged", model=str(tmp_path / "base"), onto="quantized")
+    merged, _ = rw.load_model(str(tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
 
 
 # --- what cannot be ---

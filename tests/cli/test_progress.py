@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
 
 import pytest
 from rich.console import Console
 
 from rankwise.cli.output import LiveProgress, Output, PlainProgress
+from rankwise.records import WAIT_POLICIES, read_metrics
+from rankwise.reports.numbers import byte_size, duration
 from rankwise.training.watch import StepInfo
 
 
@@ -92,3 +97,27 @@ def test_plain_lines_come_every_few_steps(capsys):
     assert all(loss in line for loss, line in zip(losses, lines[1:5], strict=True))
     assert "evaluation at step 12: loss 2.0000 (best so far)" in lines
     assert "1,234 tokens/s  2.10 GB  gradient 0.84  B 0.132  3 min 07 s left" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (duration(42), "42 s"),
+        (duration(8100), "2 h 15 min"),
+        (byte_size(512), "512 B"),
+        (byte_size(999_960), "1.00 MB"),
+        (byte_size(2.1e9), "2.10 GB"),
+    ],
+)
+def test_numbers_and_texts_as_people_read_them(shown, expected):
+    assert shown == expected
+
+
+def test_the_console_shows_the_losses_that_are_logged(rankwise, model_folder, rows_file, tmp_path):
+    command = ("--model", model_folder, "--data", rows_file, "--output", tmp_path / "run", "--max-steps", 8)
+    done = rankwise("train", *command, "--batch-size", 2, "--r", 2, "--logging-steps", 3, "--device", "cpu")
+    assert done.code == 0
+    shown = re.findall(r"^step (\d+)/8  loss ([\d.]+)", done.stdout, re.MULTILINE)
+    assert shown == [(str(line["step"]), f"{line['loss']:.4f}") for line in read_metrics(tmp_path / "run")]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["device"]["wait_policy"] == {name: os.environ[name] for name in WAIT_POLICIES if name in os.environ}

@@ -86,10 +86,11 @@ def test_interrupts_are_left_alone_outside_the_main_thread() -> None:
     seen: list[bool] = []
 
     def work() -> None:
-        with interrupts(Interrupt()):
-            seen.append(True)
+        interrupt = Interrupt()
+        with interrupts(interrupt):
+            seen.append(interrupt.requested)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [True]
+    assert seen == [False]
