@@ -133,7 +133,7 @@ def train_ours(folder: str, method: str, data: str, output: str, given: argparse
     options = {"--model": folder, "--data": data, "--method": method, "--output": output, "--max-steps": given.steps}
     options |= {"--batch-size": given.batch, "--max-length": given.max_length, "--lora-dropout": given.dropout}
     options |= {"--learning-rate": given.learning_rate, "--seed": given.seed, "--dtype": given.dtype}
-    command = [sys.executable, "-m", "rankwise.cli.main", "train"]
+    command = [sys.executable, "-m", "rankwise", "train"]
     peak = timing.watched([*command, *(str(part) for pair in options.items() for part in pair)])
     record = load_record(Path(output))
     assert record.examples_per_second is not None, "a finished run has a speed"

@@ -122,7 +122,7 @@ def flat(options: dict[str, Any]) -> list[Any]:
 
 def train_ours(output: Path, options: list[str]) -> dict[str, Any]:
     """By the command line; speed and memory are what the run's own record says."""
-    peak = timing.watched([sys.executable, "-m", "rankwise.cli.main", "train", *options])
+    peak = timing.watched([sys.executable, "-m", "rankwise", "train", *options])
     record, lines = load_record(output), list(read_metrics(output))
     evaluated = [line["eval_reward_accuracy"] for line in lines if "eval_reward_accuracy" in line]
     return {

@@ -46,7 +46,7 @@ def main() -> None:
         options |= {"--method": given.method, "--max-steps": given.steps, "--learning-rate": 1e-4, "--batch-size": 4}
         options |= {"--max-length": 256, "--seed": given.seed, "--eval-steps": given.steps, "--output": output}
         words = [str(part) for option in options.items() for part in option]
-        subprocess.run([sys.executable, "-m", "rankwise.cli.main", "train", *words], check=True)
+        subprocess.run([sys.executable, "-m", "rankwise", "train", *words], check=True)
         print(f"{len(pairs)} pairs, {len(pairs) - given.held_out} to train on; {found(output, given.held_out)}")
 
 

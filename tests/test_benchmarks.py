@@ -147,6 +147,6 @@ def test_end_to_end_trains_both_on_the_same_rows(base: Path, tmp_path: Path, mon
 def _command_in_this_process(command: list[str]) -> int:
     from rankwise.cli.main import main
 
-    assert command[1:3] == ["-m", "rankwise.cli.main"]
+    assert command[1:3] == ["-m", "rankwise"]
     assert main(command[3:]) == 0
     return 1

@@ -71,7 +71,7 @@ def test_help_is_quick():
     libraries, ours = [], []
     for _ in range(3):
         libraries.append(cpu_seconds("-c", "import pydantic, rich.console, typer"))
-        ours.append(cpu_seconds("-m", "rankwise.cli.main", "--help"))
+        ours.append(cpu_seconds("-m", "rankwise", "--help"))
     assert min(ours) < HELP_LIMIT_SECONDS * max(1.0, min(libraries) / 0.1)
 
 
@@ -306,7 +306,7 @@ def test_the_program_lets_waiting_threads_sleep_unless_the_user_says_how_they_wa
 
 
 def test_a_reader_that_has_gone_is_no_error():
-    command = f"{sys.executable} -m rankwise.cli.main train --help | head -1"
+    command = f"{sys.executable} -m rankwise train --help | head -1"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.startswith("Usage: ")
@@ -317,7 +317,7 @@ def test_a_reader_that_has_gone_is_no_error():
 def test_a_full_stdout_is_no_traceback(words):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    command = [sys.executable, "-m", "rankwise.cli.main", *words.split()]
+    command = [sys.executable, "-m", "rankwise", *words.split()]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)

@@ -262,7 +262,7 @@ def test_the_saved_plan_trains_unchanged(plan, rows_file, tmp_path):
 def test_a_reader_who_leaves_early_takes_no_file_along(model_folder, tmp_path):
     """``rankwise plan ... | head -1``: the pipe breaks at the first line."""
     saved = tmp_path / "plan.yaml"
-    command = [sys.executable, "-m", "rankwise.cli.main", "plan", "--model", model_folder, "--memory", ENOUGH]
+    command = [sys.executable, "-m", "rankwise", "plan", "--model", model_folder, "--memory", ENOUGH]
     command += ["--method", "lora"]
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -69,13 +69,14 @@ def page(document: JsonObject) -> str:
     rows: Sequence[Row] = document["rows"]
     commands = list(dict.fromkeys(row["command"] for row in rows if "command" in row))
     counts = Counter(row["verdict"] for row in rows)
+    without = sum(row["verdict"] == "misquoted" and row.get("source", "").startswith("none") for row in rows)
     lines = [
         "# What the article says, and what is true",
         "",
         f"Of {len(rows)} figures and claims of an article on LoRA, QLoRA and DoRA, {counts['equal']} equal their "
-        f"sources, {counts['misquoted']} do not, {counts['measured here']} are measured here, and "
-        f"{counts['needs a card']} need a card. Each row below has its source and, where there is one, the command "
-        "that checks it; `make article` runs those that take no hours and no card.",
+        f"sources, {counts['misquoted']} do not ({without} of these have none), {counts['measured here']} are measured "
+        f"here, and {counts['needs a card']} need a card. Each row below has its source and, where there is one, the "
+        "command that checks it; `make article` runs those that take no hours and no card.",
         "",
         "## Which method to take",
         "",
