@@ -110,12 +110,11 @@ def _train_rows(file: Path, count: int, work: Path) -> Path:
     return chosen
 
 
-def _rate(state: Path, settings: JsonObject, rows: Path, data: Path, work: Path, method: str) -> float | None:
-    """The rate of the method's runs; None for the default. Searched once, and kept in ``STATE/rates.json``."""
+def _rate(state: Path, settings: JsonObject, rows: Path, data: Path, work: Path, method: str) -> float:
+    """The rate of the method's runs. Searched once, and kept in ``STATE/rates.json``."""
     search, kept = settings["search"], state / "rates.json"
-    rates = search["rates"].get(method)
-    if rates is None:
-        return None
+    method = search["shared"].get(method, method)
+    rates = search["rates"][method]
     losses = read_json(kept) if kept.is_file() else {}
     tried = losses.setdefault(method, {})
     for rate in rates:
