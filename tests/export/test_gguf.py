@@ -113,7 +113,7 @@ def test_an_adapter_of_another_scale_or_without_effect_does_not_pass(tmp_path):
     file = gguf.GGUFReader(path, "r+")
     file.fields["adapter.lora.alpha"].parts[-1][0] *= 2
     file.data.flush()
-    with pytest.raises(RunError, match="RW738: not proven.*not explained"):
+    with pytest.raises(RunError, match="RW738: not proven.*allowed"):
         prove("llama.cpp", python, model, Served(base, path, 3), PROMPTS, partial(as_served, model, Served(base)))
     with torch.no_grad():
         for parameter in rw.adapter_parameters(model).values():

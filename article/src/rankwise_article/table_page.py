@@ -273,9 +273,8 @@ def _how(state: Path, settings: JsonObject) -> list[str]:
         search = settings["search"]
         lines += [
             f"Rates are the default of the model's width, checked by runs of {search['steps']} steps (seed 0, "
-            "evaluation loss); LoRA, DoRA, QLoRA and QDoRA by the [committed grids]"
-            "(../../benchmarks/results/default_rates.md). Another rate is taken if its loss is lower by more than "
-            f"{search['margin']:.0%}.",
+            f"evaluation loss). Another rate is taken if its loss is lower by more than {search['margin']:.0%}. DoRA, "
+            "QLoRA and QDoRA take LoRA's, as all [committed grids](../../benchmarks/results/default_rates.md) suggest.",
             "",
             "| method | rate: loss | taken |",
             "|---|---|---|",
