@@ -258,6 +258,18 @@ def test_a_live_start_is_exported_for_the_original(more, tmp_path):
     rw.export_adapter(model, tmp_path / "served", target="peft", **({"rank": 32} if more == "dora" else {}))
     theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "served")
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-3, atol=1e-4)
+    with pytest.raises(AdapterError, match="RW433"):
+        rw.export_adapter(model, tmp_path / "judged", target="peft", rank=2, held_out=[torch.arange(9)])
+
+
+def test_a_live_start_of_lower_rank_is_converted(tmp_path):
+    model = ours(tiny_llama(), r=4, lora_alpha=8, init_lora_weights="pissa")
+    step(model, 0.003)
+    report = rw.export_adapter(model, tmp_path / "served", target="peft", rank=6)
+    assert report.conversion is not None
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "served")
+    lost = (logits(theirs) - logits(model)).norm()
+    assert lost < 0.5 * (logits(model) - logits(tiny_llama())).norm()
 
 
 def test_loftq_belongs_on_its_four_bits(tmp_path):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import rankwise as rw
 from rankwise.errors import AdapterError
-from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
+from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_moe
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 BASES = {
@@ -33,6 +33,15 @@ CASES = {
     "embedding": ("tied", {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn"]}),
     "fused": ("gpt2", {"target_modules": ["c_attn"], "enable_lora": {"c_attn": [True, False, True]}, "use_dora": True}),
+    "fused_alpha": (
+        "gpt2",
+        {
+            "target_modules": ["c_attn"],
+            "enable_lora": {"c_attn": [True, False, True]},
+            "alpha_pattern": {"transformer.h.0.attn.c_attn": 16},
+            "rank_pattern": {"transformer.h.1.attn.c_attn": 2},
+        },
+    ),
     "experts": ("mixtral", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
 }
 
@@ -185,3 +194,24 @@ def test_a_plain_trainer_saves_resumes_and_loads_its_best_step(four_bit, tmp_pat
     again = model()
     rw.load_adapter(again, tmp_path / "final", name="again")
     torch.testing.assert_close(logits(again), logits(resumed.model), rtol=0, atol=0)
+
+
+def test_peft_loads_the_adapter_of_a_model_that_does_not_generate(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_bert()
+    rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["query"]))
+    rw.save_adapter(model, tmp_path)
+    peft.PeftModel.from_pretrained(tiny_bert(), tmp_path)
+
+
+def test_peft_s_biases_beside_a_block_that_trains_whole_load(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all", modules_to_save=["mlp"])
+    theirs = peft.get_peft_model(tiny_llama(attention_bias=True, mlp_bias=True), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.01 * parameter.requires_grad
+    theirs.save_pretrained(tmp_path)
+    ours = tiny_llama(attention_bias=True, mlp_bias=True)
+    rw.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)

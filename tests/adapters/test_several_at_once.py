@@ -15,9 +15,10 @@ from torch import nn
 
 import rankwise as rw
 from rankwise.adapters import switch
+from rankwise.adapters.state import adapter_state
 from rankwise.errors import AdapterError
 from tables import long
-from tiny_models import tiny_moe
+from tiny_models import tiny_llama, tiny_moe
 
 KINDS: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
@@ -112,3 +113,40 @@ def test_a_merge_that_fails_leaves_the_model_as_it_was(disabled: bool, monkeypat
     assert_same(everything(model), before)
     monkeypatch.undo()
     rw.merge_adapter(model)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_the_active_adapter_stays_when_another_one_goes(disabled: bool) -> None:
+    model = tiny_llama()
+    for name in ("a", "b", "c"):
+        rw.add_adapter(model, rw.LoraConfig(r=2), name=name)
+    if disabled:
+        rw.disable_adapter(model)
+    rw.remove_adapter(model, "b")
+    assert (adapter_state(model).active, adapter_state(model).disabled) == ("c", disabled)
+    rw.remove_adapter(model, "c")
+    assert adapter_state(model).active == "a"
+
+
+def test_an_unmerged_model_trains_as_it_is_set() -> None:
+    model = tiny_llama().eval()
+    rw.add_adapter(model, rw.LoraConfig(r=2, lora_dropout=0.5))
+    rw.merge_adapter(model)
+    rw.unmerge_adapter(model.train())
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "eval", "keys"])
+def test_a_name_that_modules_cannot_have_is_refused(name: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(AdapterError, match="RW405"):
+        rw.add_adapter(model, rw.LoraConfig(r=2), name=name)
+    rw.add_adapter(model, rw.LoraConfig(r=2))
+
+
+def test_four_bit_weights_cannot_train_whole() -> None:
+    model = tiny_llama(hidden_size=64, intermediate_size=64)
+    rw.quantize(model, rw.Nf4Config())
+    with pytest.raises(AdapterError, match="RW402.*quantized weights cannot train whole"):
+        rw.add_adapter(model, rw.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]))
+    rw.add_adapter(model, rw.LoraConfig(r=2))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import resource
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +46,15 @@ def test_a_prepared_base_is_the_same_model(model_folder: Path, tmp_path: Path, q
     assert again.name_or_path == fresh.name_or_path
     source = fetch_model(str(model_folder))
     assert model_facts(again, source) == model_facts(fresh, source)
+
+
+def test_another_config_is_another_base(model_folder: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    first = loaded(folder, tmp_path / "cache", Nf4Config())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert not torch.equal(loaded(folder, tmp_path / "cache", Nf4Config())(IDS).logits, first(IDS).logits)
 
 
 def test_what_a_kill_left_goes_and_another_process_is_not_disturbed(model_folder: Path, tmp_path: Path):

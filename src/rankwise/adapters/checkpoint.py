@@ -2,7 +2,7 @@
 
 Shapes in the file: lora_A (r, in), lora_B (out, r), lora_magnitude_vector (out,), lora_embedding_A (r, vocabulary),
 lora_embedding_B (dim, r); of E stacked experts lora_A (E r, in) and lora_B (out, r E), see ``adapters.experts``. A
-partly adapted fused projection is one LoRA of rank n r (see ``adapters.fused``); the metadata name the adapted parts.
+partly adapted fused projection is one LoRA of rank n r (see ``enable_lora``); the metadata name the adapted parts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from rankwise.errors import AdapterError, warn
 from rankwise.lora_config import LoraConfig
 
 # Tensors of the embedding or the head that PEFT stores under the names of its own modules too.
-COPIES = re.compile(r"\.(modules_to_save|original_module)\.[^.]+$|\.lora_magnitude_vector\.weight$")
+COPIES = re.compile(r"\.(modules_to_save|original_module)\.|\.lora_magnitude_vector\.weight$")
 BELONGS_ON_FOUR_BITS = "so it corrects the rounding of a 4-bit base, which dense weights do not have"
 
 
@@ -65,8 +65,6 @@ class AdapterFile:
     config: LoraConfig
     planned: list[AdaptedModule]
     tensors: dict[str, Tensor]
-    # Whether it changes the vocabulary: by rows for new tokens, or by an embedding and a head of a different size.
-    has_new_tokens: bool = False
 
 
 def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME) -> AdapterFile:
@@ -85,13 +83,13 @@ def read_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT_NAME)
         config = dataclasses.replace(config, modules_to_save=there)
     if read_config(folder).get("ensure_weight_tying"):
         config = _with_tied_head(model, config, found)
-    resized = _resized(model, config, _stored_tokens(model, found))
+    _resize(model, config, _stored_tokens(model, found))
     planned = plan_adapter(model, config, name, is_foreign=True)
     wanted = _check_fit(model, config, planned, found, folder)
     stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     tensors = {_our_name(key): tensor for key, tensor in stored.items() if _our_name(key) in wanted}
     _check_finite(tensors, folder)
-    return AdapterFile(config, planned, tensors, resized or bool(config.token_rows))
+    return AdapterFile(config, planned, tensors)
 
 
 def _our_name(key: str) -> str:
@@ -107,9 +105,9 @@ def _stored_tokens(model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> in
     return tokens.pop() if len(tokens) == 1 and stored.keys() == {id(weight) for weight in ends.values()} else None
 
 
-def _resized(model: nn.Module, config: LoraConfig, stored: int | None) -> bool:
-    """Resize embedding and head for a stored adapter, and say whether that was needed: to the ``stored`` number of
-    tokens, where its file holds both, or else for its new tokens, whose rows it holds. Rows of the base are then zero.
+def _resize(model: nn.Module, config: LoraConfig, stored: int | None) -> None:
+    """Resize embedding and head for a stored adapter: to the ``stored`` number of tokens, where its file holds both, or
+    else for its new tokens, whose rows it holds. Rows of the base are then zero.
 
     Raises AdapterError: RW410 for a token far beyond both, whose row would take any amount of memory, RW406 if
     another adapter changes the embedding or the head.
@@ -119,7 +117,7 @@ def _resized(model: nn.Module, config: LoraConfig, stored: int | None) -> bool:
     before = 0 if embedding is None else embedding.get_parameter("weight").shape[0]
     tokens = stored or max([before, *(index + 1 for index in ids)])
     if embedding is None or tokens == before:
-        return False
+        return
     if stored is None and tokens > 2 * before + len(ids):
         raise AdapterError(
             "RW410",
@@ -139,7 +137,6 @@ def _resized(model: nn.Module, config: LoraConfig, stored: int | None) -> bool:
         for value in () if end is None else own_parameters(end).values():
             if value is not None:
                 value.data[before:] = 0
-    return True
 
 
 def _with_tied_head(model: nn.Module, config: LoraConfig, found: Collection[str]) -> LoraConfig:

@@ -78,10 +78,11 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 def to_peft(config: LoraConfig, targets: str | Sequence[str], base_model: str | None, conv1d: bool) -> JsonObject:
     """The JSON document. ``targets`` replaces the config's target_modules, since "all-linear" depends on the model."""
     fields: JsonObject = {name: getattr(config, name) for name in _SHARED_FIELDS}
+    rows = config.trainable_token_indices
     fields |= {
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "lora_alpha": _whole(config.lora_alpha),
-        "trainable_token_indices": _as_lists(config.trainable_token_indices),
+        "trainable_token_indices": dict(rows) if isinstance(rows, Mapping) else rows,
         "alpha_pattern": {key: _whole(value) for key, value in config.alpha_pattern.items()},
         "rank_pattern": dict(config.rank_pattern),
         "base_model_name_or_path": base_model,
@@ -165,10 +166,6 @@ def _check_dtypes(dtypes: Mapping[str, str], folder: Path) -> None:
 def scaled_alpha(config: LoraConfig) -> Callable[[float, int], float]:
     """The function (alpha, n) -> lora_alpha with which one LoRA of rank n r has the scale of n parts of rank r."""
     return (lambda alpha, n: alpha * n**0.5) if config.use_rslora else (lambda alpha, n: alpha * n)
-
-
-def _as_lists(rows: Sequence[int] | Mapping[str, Sequence[int]] | None) -> dict[str, list[int]] | Sequence[int] | None:
-    return {key: list(ids) for key, ids in rows.items()} if isinstance(rows, Mapping) else rows and list(rows)
 
 
 def _whole(value: float) -> float | int:

@@ -135,6 +135,10 @@ def plan_adapter(
         )
     planned += [planned_stack(config, stack, modules) for stack in stacks]
     saved = module_names(modules, config.modules_to_save or ())
+    if packed := [item for item in saved if not all(p.is_floating_point() for p in modules[item].parameters())]:
+        raise AdapterError(
+            "RW402", f"{some_of(packed)}: quantized weights cannot train whole; leave them out of modules_to_save."
+        )
     planned += [AdaptedModule(item, "trained whole", *whole_features(modules[item]), 0, 0) for item in saved]
     planned += _planned_rows(model, config, modules, {item.name for item in planned})
     _check_beside(model, planned)
@@ -313,8 +317,8 @@ def check_name(model: nn.Module, config: LoraConfig, name: str) -> None:
     configs = state.configs
     if state.merged is not None:
         raise AdapterError("RW408", "an adapter is merged into the weights; call unmerge_adapter(model) first.")
-    if not name or "." in name:
-        raise AdapterError("RW405", f"{name!r} cannot name an adapter; use a name without dots.")
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise AdapterError("RW405", f"{name!r} cannot name an adapter; use one without dots that torch does not use.")
     if name in configs:
         remedy = f"give a different name, or remove that one with rankwise.remove_adapter(model, {name!r})"
         raise AdapterError("RW405", f"the model already has an adapter {name!r}; {remedy}.")

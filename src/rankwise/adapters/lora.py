@@ -69,8 +69,8 @@ from rankwise.quantization.linear import Linear4bit, features
 class LowRankPair(nn.Module):
     """The parameters A and B of one linear layer, which LoRA and DoRA share.
 
-    lora_A (r, in) and lora_B (out, r); with ``parts`` as in ``adapters.fused``. The base layer is not a submodule: the
-    methods that need it take it as an argument.
+    lora_A (r, in) and lora_B (out, r); with ``parts`` of a fused layer (``enable_lora``). The base layer is not a
+    submodule: the methods that need it take it as an argument.
     """
 
     magnitude: nn.Parameter | None

@@ -189,6 +189,8 @@ def save_adapter(
         base_model or getattr(model, "name_or_path", None) or None,
         is_transposed([layer.base_layer for _, layer in adapted_layers(model, name)]),
     )
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        document["task_type"] = None
     _warn_of_former_experts(model, [path for path, _ in adapted_layers(model, name)])
     metadata = {"format": "pt"}
     if config.init.kind == "loftq":
@@ -354,8 +356,8 @@ def _as_one_lora(config: LoraConfig, modules: list[AdaptedModule]) -> LoraConfig
     return (
         dataclasses.replace(
             config,
-            rank_pattern={**ranks, **config.rank_pattern},
-            alpha_pattern={**alphas, **config.alpha_pattern},
+            rank_pattern={**ranks, **config.rank_pattern, **ranks},
+            alpha_pattern={**alphas, **config.alpha_pattern, **alphas},
         )
         if ranks
         else config

@@ -87,21 +87,23 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 def remove_adapter(model: nn.Module, name: str | None = None) -> None:
     """Remove an adapter, by default the active one. Layers without any adapter become plain layers again.
 
-    The base weights get the values that they had before the adapter was added; after PiSSA, up to rounding. Another
-    adapter of the model, if there is one, becomes active.
+    The base weights get the values that they had before the adapter was added; after PiSSA, up to rounding. If it was
+    active, another adapter of the model becomes so, if there is one.
 
     Raises:
         AdapterError: RW407 for an unknown name, RW408 while an adapter is merged, RW424 for a PiSSA adapter over 4-bit
             layers, which hold the quantized rest of their weights only.
     """
     state, name = state_and_name(model, name)
-    rests = [layer for _, layer in adapted_layers(model, name) if layer.origin is not None]
+    pissa = state.configs[name].init.kind == "pissa"
+    rests = [layer for _, layer in adapted_layers(model, name) if layer.origin is not None and pissa]
     if any(is_quantized(layer.base_layer) for layer in rests):
         raise AdapterError(
             "RW424",
             f"the 4-bit base holds only the rest that pissa left of its weights, so the adapter {name!r} cannot be "
             "removed; load the model again.",
         )
+    active, was_disabled = state.active, state.disabled
     disable_adapter(model)
     del state.configs[name]
     state.replaced.pop(name, None)
@@ -116,7 +118,9 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
             model.set_submodule(path, inner_module(module))
     state.active = None
     if state.configs:
-        set_adapter(model, next(iter(state.configs)))
+        set_adapter(model, active if active in state.configs else next(iter(state.configs)))
+        if was_disabled and active in state.configs:
+            disable_adapter(model)
     else:
         make_foreign(model)
 
@@ -188,7 +192,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     if state.merged is None:
         raise AdapterError("RW408", "no adapter is merged; call merge_adapter(model) with reversible=True first.")
     for path, module in state.merged:
-        model.set_submodule(path, module)
+        model.set_submodule(path, module.train(model.get_submodule(path).training))
     if state.tied_before_merge is not None:
         tie_weights_as(model, *state.tied_before_merge)
     state.merged = state.tied_before_merge = None

@@ -47,7 +47,11 @@ def proven(
     python = server_python(settings.target, settings.server_python)
     lost = 0.0 if report.likeness is None else report.likeness.difference
     with tempfile.TemporaryDirectory(prefix="rankwise-verify-") as scratch:
-        served = _served(settings, folder, source, report.r, Path(scratch))
+        if SERVERS[settings.target].form == "gguf":
+            served = Served(gguf_under(settings.base_gguf, source), folder / ADAPTER_FILE, report.r)
+        else:
+            base = _folder_base(source, Path(scratch))
+            served = Served(base, merged=folder) if settings.merged else Served(base, folder, report.r)
         as_served = partial(_rounded, settings, source, served)
         proof = prove(settings.target, python, model, served, prompts_of(rows, PROMPTS), as_served, lost)
     return dataclasses.replace(report, proof=proof)
@@ -60,13 +64,6 @@ def _rounded(settings: ExportSettings, source: ModelSource, served: Served) -> A
     trained_on = source.path if source.is_gguf else None
     files, is_merged = served.merged or served.model, served.merged is not None
     return round_as_served(model.eval(), files, trained_on=trained_on, is_merged=is_merged)
-
-
-def _served(settings: ExportSettings, folder: Path, source: ModelSource, r: int, scratch: Path) -> Served:
-    if SERVERS[settings.target].form == "gguf":
-        return Served(gguf_under(settings.base_gguf, source), folder / ADAPTER_FILE, r)
-    base = _folder_base(source, scratch)
-    return Served(base, merged=folder) if settings.merged else Served(base, folder, r)
 
 
 def _folder_base(source: ModelSource, scratch: Path) -> Path:

@@ -100,7 +100,9 @@ def _cells(row: MethodRow, plan: Plan, unit: float) -> list[Text | str]:
     peak = Text(_figure(row.estimate.peak_bytes, unit), style="bold")
     recommended = row.estimate.method == plan.recommendation.method
     name = Text(row.estimate.method, style="bold" if recommended else "")
-    return [name, *figures, peak, _verdict(row, unit), _largest(row, plan), _time(row)]
+    pace = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+    time = pace if row.seconds is None else duration(row.seconds)
+    return [name, *figures, peak, _verdict(row, unit), _largest(row, plan), time]
 
 
 def _verdict(row: MethodRow, unit: float) -> Text:
@@ -113,12 +115,6 @@ def _largest(row: MethodRow, plan: Plan) -> str:
     if row.max_batch_size:
         return f"{row.max_batch_size}x{plan.workload.max_length}"
     return f"1x{row.longest_row_tokens}" if row.longest_row_tokens else "-"
-
-
-def _time(row: MethodRow) -> str:
-    if row.tokens_per_second is None:
-        return "-"
-    return duration(row.seconds) if row.seconds is not None else f"{row.tokens_per_second:,.0f}"
 
 
 def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:

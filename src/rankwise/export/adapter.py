@@ -154,7 +154,10 @@ def export_adapter(
         RunError: RW532, RW551, RW582, an output folder that cannot be written.
     """
     wanted = Wanted(target, rank, max_error, None if base_gguf is None else Path(base_gguf))
-    wanted.check(model, live_adapter(model, None))
+    file = live_adapter(model, None)
+    wanted.check(model, file)
+    if file.config.init.kind == "pissa" and held_out:
+        raise AdapterError("RW433", "the base lacks what pissa took of it; save the adapter, and export that one.")
     return export_live(model, Path(folder), wanted, Rows(rows, [Row(ids, ids) for ids in held_out]))
 
 

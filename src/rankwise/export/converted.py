@@ -199,9 +199,9 @@ def _directions(
     read, R = 0, torch.empty(0)
     for path, layer in layers.items():
         dW = Y = update_of(layer, name)
-        if path in inputs and isinstance(layer.base_layer, nn.Embedding):
+        if inputs.get(path) and isinstance(layer.base_layer, nn.Embedding):
             Y = dW[:, torch.cat(inputs[path])]
-        elif path in inputs:
+        elif inputs.get(path):
             # ||M X|| = ||M R^T|| for X^T = Q R, which has at most as many columns as dW. q, k and v share one X, and so
             # do gate and up.
             if inputs[path][0].data_ptr() != read:
@@ -210,7 +210,7 @@ def _directions(
             Y = dW @ R.T
         U, energies = _left_singular(Y.double(), most)
         total = energies.sum()
-        if path in measured:
+        if measured.get(path):
             X = torch.cat(measured[path])
             Y = (dW[:, X] if isinstance(layer.base_layer, nn.Embedding) else dW @ X.float().T).double()
             total, energies = Y.square().sum(), (U.double().T @ Y).square().sum(dim=1)

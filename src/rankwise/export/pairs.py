@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, load_tensors, stack_keys
 from rankwise.adapters.experts import from_peft_A, from_peft_B, peft_A, peft_B
-from rankwise.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, to_peft
+from rankwise.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, scaled_alpha, to_peft
 from rankwise.adapters.inject import attach, check_name
 from rankwise.adapters.saving import (
     PREFIX,
@@ -100,7 +100,12 @@ def to_one_rank(pairs: Pairs, r: int | None = None) -> dict[str, Pair]:
 def live_adapter(model: nn.Module, name: str | None) -> AdapterFile:
     """An adapter of a model in memory (by default the active one), as if it had been read from a folder."""
     state, name = state_and_name(model, name)
-    return AdapterFile(state.configs[name], list(report(model, name).modules), adapter_tensors(model, name))
+    config, modules = state.configs[name], list(report(model, name).modules)
+    if config.init.kind == "pissa":
+        # Its file holds twice the rank, for the weights that it started from.
+        alpha = scaled_alpha(config)
+        modules = [dataclasses.replace(item, r=2 * item.r, lora_alpha=alpha(item.lora_alpha, 2)) for item in modules]
+    return AdapterFile(config, modules, adapter_tensors(model, name))
 
 
 def refuse_apart(file: AdapterFile) -> None:

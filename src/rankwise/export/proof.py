@@ -104,8 +104,8 @@ class Proof:
         alike += f", and {self.changed_texts} differ from the base's" if self.counted == "tokens" else ""
         return (
             f"{self.server} differs from the trained model by {self.difference:.3g} {unit} over {self.tokens:,} "
-            f"{self.counted}; with the rounding of its formats counted {self.unexplained:.3g} remain, of {self.bound:.3g} "
-            f"allowed{'' if self.counted == 'numbers' else alike}"
+            f"{self.counted}; with the rounding of its formats counted {self.unexplained:.3g} remain, of "
+            f"{self.bound:.3g} allowed{'' if self.counted == 'numbers' else alike}"
         )
 
 

@@ -103,11 +103,7 @@ def load_model(
 def keep_heads_exact(model: nn.Module) -> None:
     """Let the head compute in float32: it trains whole, and steps are lost in 16 bits."""
     for head in map(model.get_submodule, heads_of_labels(model)):
-        head.float().register_forward_pre_hook(_in_float32)
-
-
-def _in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return inputs[0].float(), *inputs[1:]
+        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 def remember_originals(loaded: PreTrainedModel, source: ModelSource, *, trust_remote_code: bool) -> None:

@@ -28,7 +28,7 @@ from rankwise.disk import InUse, cache_folder, hold, whole_folder
 from rankwise.errors import ModelError, RunError
 from rankwise.models.folder import read_config
 from rankwise.models.load import load_model, load_tokenizer, quiet, remember_originals
-from rankwise.models.source import ModelSource, fetch_model, model_hash
+from rankwise.models.source import ModelSource, fetch_model, model_hash, settings_hash
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.linear import weights_in_file
 from rankwise.quantization.targets import four_bit_modules
@@ -114,13 +114,11 @@ def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
 
 def needs_preparation(source: ModelSource, quantization: FourBitConfig | None) -> bool:
     is_made = source.is_gguf or (quantization is not None and not is_quantized(source))
-    return is_made and (source.labels is None or source.is_gguf or _writes_text(source))
-
-
-def _writes_text(source: ModelSource) -> bool:
-    """Whether the files hold a model that can be prepared without a head of labels."""
+    if source.labels is None or source.is_gguf:
+        return is_made
+    # A head of labels is not prepared.
     names = map(str, read_config(source.place).get("architectures") or ())
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    return is_made and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def is_quantized(source: ModelSource) -> bool:
@@ -131,7 +129,7 @@ def is_quantized(source: ModelSource) -> bool:
 def _key(source: ModelSource, dtype: torch.dtype | None, quantization: FourBitConfig | None) -> str:
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "rankwise")}
     format_ = None if quantization is None else quantization.to_loading_dict()
-    content = (VERSION, model_hash(source), str(dtype), format_, libraries)
+    content = (VERSION, model_hash(source), settings_hash(source), str(dtype), format_, libraries)
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
