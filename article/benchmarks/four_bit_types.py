@@ -38,7 +38,7 @@ BLOCK = 64
 ROWS, TOKENS = 24, 160
 SEEDS, TRAINED = 3, ("NF4", "FP4", "INT4")
 TRAINING = (
-    "--method lora --r 16 --products bfloat16 --max-steps 60 --batch-size 8 --max-length 160 --eval-steps 60 "
+    "--method lora --r 16 --products bfloat16 --max-steps 40 --batch-size 8 --max-length 160 --eval-steps 40 "
     "--eval-limit 256"
 )
 Rounding = Callable[[Tensor], Tensor]
