@@ -339,7 +339,7 @@ class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
     learning_rate: Annotated[
         Positive | Annotated[str, Field(pattern="^auto(:.+)?$"), AfterValidator(_checked_search)] | None,
         _training(
-            "Peak learning rate; default: by the model's width and the method. auto tries three around the default, "
+            "Peak learning rate; default: by the model's width, method and alpha. auto tries three around the default, "
             "and auto:RATE,RATE,... others, in short runs judged on training rows that these do not see.",
             metavar="X|auto",
         ),
@@ -488,7 +488,7 @@ def idle_options(method: str) -> dict[str, tuple[str, ...]]:
 # --- the learning rate of a run that names none ---
 
 
-FULL_RATE, TIMES_FOR_ADAPTERS, REFERENCE_WIDTH = 5e-5, 10, 2000
+FULL_RATE, TIMES_FOR_ADAPTERS, REFERENCE_WIDTH, REFERENCE_ALPHA = 5e-5, 10, 2000, 32
 LLAMA, SMALL = 0.781, 0.0775
 # TRL's defaults: 2e-5 for SFT, and 1e-6 for DPO, KTO and GRPO.
 OF_PREFERENCES = 1 / 20
@@ -517,10 +517,10 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
 
         rate = 5e-5 m (2000 / width)^p
 
-    m is 10 for adapters and 1 for all weights, and p is 0.781 for Llamas (*LoRA Without Regret*, Thinking Machines,
-    2025; tinker-cookbook's ``hyperparam_utils.py``). For Qwens the latter has 0.0775. Every other family gets the p
-    with the lower rate, which is 0.781 from a width of 2,000 on; so do Qwens, whose regret it lowers in
-    tinker-cookbook's own sweep. docs/hyperparameters.md holds the regret on that sweep and on our grids.
+    m is 320 / alpha for adapters and 1 for all weights, and p is 0.781 for Llamas (*LoRA Without Regret*, Thinking
+    Machines, 2025, whose alpha is 32; tinker-cookbook's ``hyperparam_utils.py``). For Qwens the latter has 0.0775. Any
+    other family gets the p with the lower rate, which is 0.781 from a width of 2,000 on; so do Qwens, whose regret it
+    lowers in tinker-cookbook's own sweep. docs/hyperparameters.md holds the regret on that sweep and on our grids.
 
     Raises ConfigError (RW103) for a width of 0, where the model's config does not give it.
     """
@@ -531,8 +531,10 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
     rate = FULL_RATE * TIMES_FOR_ADAPTERS * (REFERENCE_WIDTH / width) ** power
     # LoRA+: the rate is A's; B's, ``ratio`` times as high, is that of LoRA.
     ratio = settings.get("loraplus_ratio")
+    alpha = settings.get("lora_alpha", REFERENCE_ALPHA) if settings["method"] in ADAPTERS else REFERENCE_ALPHA
     factors = {
         "all weights": 1 / TIMES_FOR_ADAPTERS if settings["method"] == "full" else None,
+        f"alpha {alpha:g}": REFERENCE_ALPHA / alpha if alpha != REFERENCE_ALPHA else None,
         settings["objective"]: OF_PREFERENCES if settings["objective"] not in ("sft", "classify") else None,
         "PiSSA": OF_PISSA if str(settings.get("init")).startswith("pissa") else None,
         "rsLoRA": OF_RSLORA if settings.get("use_rslora") else None,

@@ -17,8 +17,8 @@ from rankwise.planning.extend import Cut, cut_of
 from tables import long, thinned
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora")
-# Layers alternate in Gemma 2 (2) and Gemma 3 (6); the others have one kind.
-DEPTH = {"gemma3_text": 26, "gemma3": 26}
+# Layers alternate in Gemma 2 (2), SmolLM3 (4) and Gemma 3 (6); the others have one kind.
+DEPTH = {"gemma3_text": 26, "gemma3": 26, "smollm3": 36}
 GRID = list(
     itertools.product(
         sorted({*FAMILIES} - {"idefics3", "smolvlm"}),

@@ -241,8 +241,12 @@ class Linear4bit(FourBitModule):
         """
         W = in_file(self.dequantize()) if weight is None else weight.detach()
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(W.dtype), requires_grad=False)
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        dense = _empty_conv1d(self.shape) if self.was_conv1d else plain
+        dense: nn.Module = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        if self.was_conv1d:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                dense = Conv1D(*self.shape)
         dense.weight = nn.Parameter(W.T.contiguous() if self.was_conv1d else W, requires_grad=False)
         if bias is None and self.was_conv1d:
             bias = nn.Parameter(W.new_zeros(self.out_features), requires_grad=False)
@@ -304,13 +308,6 @@ def in_file(tensor: Tensor) -> Tensor:
         file.write(content.numpy().data)
     mapped = torch.from_numpy(np.memmap(path, np.uint8, "c", start, tuple(content.shape)))
     return mapped.view(tensor.dtype).view(tensor.shape)
-
-
-def _empty_conv1d(shape: tuple[int, int]) -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        return Conv1D(*shape)
 
 
 def is_conv1d(module: nn.Module) -> bool:
