@@ -26,8 +26,8 @@ def given(**options: Any) -> dict[str, Any]:
         ("llama", 576, {"loraplus_ratio": 16.0}, 8.3e-5),
         ("llama", 576, {"init": "pissa:4"}, 2.6e-4),
         ("llama", 576, {"use_rslora": True}, 6.6e-4),
-        ("llama", 576, {"lora_alpha": 8.0}, 5.3e-3),
-        ("llama", 576, {"lora_alpha": 128.0, "method": "qdora"}, 3.3e-4),
+        ("llama", 576, {"lora_alpha": 8.0}, 3.7e-3),
+        ("llama", 576, {"lora_alpha": 128.0, "method": "qdora"}, 4.7e-4),
         ("llama", 576, {"lora_alpha": 8.0, "method": "full"}, 1.3e-4),
     ],
 )

@@ -492,8 +492,8 @@ FULL_RATE, TIMES_FOR_ADAPTERS, REFERENCE_WIDTH, REFERENCE_ALPHA = 5e-5, 10, 2000
 LLAMA, SMALL = 0.781, 0.0775
 # TRL's defaults: 2e-5 for SFT, and 1e-6 for DPO, KTO and GRPO.
 OF_PREFERENCES = 1 / 20
-# Fitted on our own grids (benchmarks/results/default_rates.md).
-OF_PISSA, OF_RSLORA = 1 / 5, 1 / 2
+# Fitted on our own grids (benchmarks/results/default_rates.md, article/claims).
+OF_PISSA, OF_RSLORA, POWER_OF_ALPHA = 1 / 5, 1 / 2, 0.75
 # Neighbours in a grid of rates.
 HALF_DECADE = 10**0.5
 
@@ -517,8 +517,8 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
 
         rate = 5e-5 m (2000 / width)^p
 
-    m is 320 / alpha for adapters and 1 for all weights, and p is 0.781 for Llamas (*LoRA Without Regret*, Thinking
-    Machines, 2025, whose alpha is 32; tinker-cookbook's ``hyperparam_utils.py``). For Qwens the latter has 0.0775. Any
+    m is 10 (32 / alpha)^0.75 for adapters, 1 for all weights, and p is 0.781 for Llamas (*LoRA Without Regret*, by
+    Thinking Machines, 2025, with alpha = 32; tinker-cookbook's ``hyperparam_utils.py``). For Qwens the latter has 0.0775. Any
     other family gets the p with the lower rate, which is 0.781 from a width of 2,000 on; so do Qwens, whose regret it
     lowers in tinker-cookbook's own sweep. docs/hyperparameters.md holds the regret on that sweep and on our grids.
 
@@ -534,7 +534,7 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
     alpha = settings.get("lora_alpha", REFERENCE_ALPHA) if settings["method"] in ADAPTERS else REFERENCE_ALPHA
     factors = {
         "all weights": 1 / TIMES_FOR_ADAPTERS if settings["method"] == "full" else None,
-        f"alpha {alpha:g}": REFERENCE_ALPHA / alpha if alpha != REFERENCE_ALPHA else None,
+        f"alpha {alpha:g}": (REFERENCE_ALPHA / alpha) ** POWER_OF_ALPHA if alpha != REFERENCE_ALPHA else None,
         settings["objective"]: OF_PREFERENCES if settings["objective"] not in ("sft", "classify") else None,
         "PiSSA": OF_PISSA if str(settings.get("init")).startswith("pissa") else None,
         "rsLoRA": OF_RSLORA if settings.get("use_rslora") else None,
