@@ -518,7 +518,7 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
         rate = 5e-5 m (2000 / width)^p
 
     m is 10 (32 / alpha)^0.75 for adapters, 1 for all weights, and p is 0.781 for Llamas (*LoRA Without Regret*, by
-    Thinking Machines, 2025, with alpha = 32; tinker-cookbook's ``hyperparam_utils.py``). For Qwens the latter has 0.0775. Any
+    Thinking Machines, 2025, with alpha = 32; tinker-cookbook's ``hyperparam_utils.py``). Qwens have 0.0775 there. Any
     other family gets the p with the lower rate, which is 0.781 from a width of 2,000 on; so do Qwens, whose regret it
     lowers in tinker-cookbook's own sweep. docs/hyperparameters.md holds the regret on that sweep and on our grids.
 

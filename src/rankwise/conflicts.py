@@ -156,6 +156,8 @@ def _of_preferences(given: TrainSettings) -> Iterator[str]:
             f"--label-smoothing has no effect on --loss-type {loss}; leave it out, or give one of "
             f"{', '.join(SMOOTHED)}."
         )
+    if loss == "robust" and given.label_smoothing >= 0.5:
+        yield "--loss-type robust turns preferences around from --label-smoothing 0.5 on; give less."
     if given.method not in ADAPTERS:
         yield (
             f"--objective {given.objective} needs the base as reference, which --method {given.method} changes or "

@@ -23,7 +23,7 @@ def test_folders_follow_the_split(tmp_path: Path) -> None:
 
 
 def test_a_split_may_name_a_folder_of_files(tmp_path: Path) -> None:
-    for name in ("train/a", "train/deep/b", "test/a", "validation/a", "validation/test"):
+    for name in ("train/a", "train/deep/b", "train/.old/a", "train/._b", "test/a", "validation/a", "validation/test"):
         path = tmp_path / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         jsonl(path, {"text": name})

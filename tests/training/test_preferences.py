@@ -260,6 +260,7 @@ def test_a_bad_pair_is_named_by_its_row(case: str, preferring: Any, tmp_path: Pa
         ({"objective": "dpo", "desirable_weight": 2.0}, "RW112"),
         ({"objective": "dpo", "packing": True}, "RW112"),
         ({"objective": "dpo", "label_smoothing": 0.1}, "RW112"),
+        ({"objective": "dpo", "loss_type": "robust", "label_smoothing": 0.5}, "RW112"),
         ({"objective": "kto", "batch_size": 1}, "RW112"),
         ({"objective": "dpo", "method": "full"}, "RW112"),
         ({"objective": "dpo", "loss_type": "kto"}, "RW763"),

@@ -19,6 +19,7 @@ from rankwise.errors import ConfigError, DataError, InputError, Interrupted, Ran
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.reports.plots import loss_svg
+from rankwise.training import run
 from rankwise.training.learning import evaluation_steps_of
 from rankwise.training.objectives import Demonstrations
 from rankwise.training.run import _told_warnings, train
@@ -26,6 +27,12 @@ from rankwise.training.watch import StepClock, StepInfo
 from tables import thinned
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
+
+
+def test_packing_is_refused_where_rows_would_see_each_other(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "flattening_obstacle", lambda model: "a row changes the next one")
+    with pytest.raises(ConfigError, match="RW112: --packing would let rows see each other: a row changes"):
+        train(settings(packing=True))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])

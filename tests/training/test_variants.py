@@ -114,6 +114,7 @@ def test_the_groups_of_lora_plus_are_peft_s(use_dora: bool) -> None:
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for group in groups for p in group["params"]} == trained
     assert all(group["lr"] == EMBEDDING_RATE for group in groups if group["group"] == "embedding")
+    assert groups[0]["group"] == "lora_A"
     # As without LoRA+, biases and norms do not decay.
     decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     kept = {id(p) for name, p in model.named_parameters() if "bias" in name or "norm" in name}

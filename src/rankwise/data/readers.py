@@ -121,7 +121,7 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
     files = sorted(
         file
         for file in folder.rglob("*")
-        if file.is_file() and kind_of(file) and not file.relative_to(folder).parts[0].startswith(".")
+        if file.is_file() and kind_of(file) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if not files:
         raise DataError("RW204", f"{folder} holds no data file ({', '.join(KINDS)}, also .gz).")

@@ -179,11 +179,6 @@ def facts_of(config: Fields) -> ModelFacts:
     return dataclasses.replace(facts, position_rows=config_table_rows(config), stored=stored_quantization(config))
 
 
-def _idle(parameters: int, experts: int, visited: int) -> int:
-    """The share of the experts' parameters that a token does not use: (E - e) / E."""
-    return parameters * max(0, experts - visited) // experts if experts else 0
-
-
 def _visited(experts: int, visited: int) -> float:
     return min(1.0, visited / experts) if experts and visited else 1.0
 
@@ -215,7 +210,7 @@ def _of_gguf(header: GgufHeader) -> ModelFacts:
         width=_number(header.metadata, (f"{family}.embedding_length",)),
         vocabulary=table.shape[-1] if table else 0,
         head_is_tied="output.weight" not in header.tensors,
-        idle_expert_parameters=_idle(experts, count, visited),
+        idle_expert_parameters=experts * max(0, count - visited) // count if count else 0,
         visited_share=_visited(count, visited),
         experts=count,
     )

@@ -368,10 +368,11 @@ class Preferences:
     undesirable_weight: float = 1.0
 
     shown: ClassVar[Mapping[str, str]] = {"reward_margin": "margin", "reward_accuracy": "accuracy", "kl": "KL"}
-    silence_is_normal: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.is_paired = self.loss_type in PAIR_LOSSES
+        # Flat once its margin is met.
+        self.silence_is_normal = self.loss_type == "hinge"
         if self.loss_type == "kto":
             self.rows, self.eval_rows = (rows and mismatched(rows, self.size) for rows in (self.rows, self.eval_rows))
 

@@ -190,7 +190,7 @@ def decaying_names(model: nn.Module) -> set[str]:
 
 
 def loraplus_groups(model: nn.Module, *, rate: float, ratio: float, weight_decay: float) -> list[Group]:
-    """The optimizer's non-empty parameter groups, each with its name under ``group``."""
+    """The optimizer's non-empty parameter groups, each with its name under ``group``; the first's rate is logged."""
     embedded = {id(p) for module in model.modules() if isinstance(module, EmbeddingLora) for p in module.parameters()}
     decaying = decaying_names(model)
     rates = {"lora_A": rate, "lora_B": rate * ratio, "embedding": EMBEDDING_RATE}
@@ -204,5 +204,7 @@ def loraplus_groups(model: nn.Module, *, rate: float, ratio: float, weight_decay
         groups.setdefault((group, weight_decay if name in decaying else 0.0), []).append(parameter)
     return [
         {"params": parameters, "lr": rates[group], "weight_decay": decay, "group": group}
-        for (group, decay), parameters in sorted(groups.items(), key=lambda item: item[0][0])
+        for (group, decay), parameters in sorted(
+            groups.items(), key=lambda item: (item[0][0] == "embedding", item[0][0])
+        )
     ]

@@ -32,7 +32,7 @@ from rankwise.config import ADAPTERS, DORA, METHODS, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
 from rankwise.data import warn_of_overlap
 from rankwise.disk import hold
-from rankwise.errors import RankwiseWarning, RunError, heard, warn
+from rankwise.errors import ConfigError, RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
 from rankwise.models import choose_device, model_facts
@@ -327,6 +327,8 @@ def _accelerate(given: TrainSettings, inputs: _Inputs, observer: Observer) -> Ac
 def _why_padded(given: TrainSettings, model: nn.Module, accelerated: Acceleration | None) -> str | None:
     """Why rows are padded to one length, or None if they are concatenated without padding."""
     if given.packing:
+        if obstacle := flattening_obstacle(model):
+            raise ConfigError("RW112", f"--packing would let rows see each other: {obstacle}; leave it out.")
         return "packing fills rows to one length"
     if given.objective == "classify":
         return "a head of labels reads the last token of each row"
