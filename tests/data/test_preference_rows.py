@@ -170,3 +170,16 @@ def test_the_demo_set_holds_no_preferences(objective: str) -> None:
     with pytest.raises(DataError, match="`prompt`, `completion`") as caught:
         read_rows("stdlib", formats=PREFERENCE_FORMATS[objective])
     assert caught.value.code == "RW207"
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_neighbours_of_pairs_made_single_have_other_prompts(tmp_path: Path, size: int) -> None:
+    """KTO estimates z by the answer of the row before in a batch; the first row's is the last one's."""
+    pairs = [{"prompt": f"p{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(40)]
+    items = unpaired(read_rows(written(tmp_path / "rows.jsonl", *pairs), formats=PREFERENCE_FORMATS["kto"])).items
+    assert sorted(row.completion for row in items) == sorted(
+        f"{word} {n}" for word in ("bad", "good") for n in range(40)
+    )
+    for start in range(0, len(items), size):
+        batch = items[start : start + size]
+        assert all(row.prompt != before.prompt for row, before in zip(batch, [batch[-1], *batch[:-1]]))

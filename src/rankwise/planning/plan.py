@@ -195,6 +195,7 @@ class _Planner:
         assert path is not None
         files = [path] if self.source.is_gguf else path.glob("*.safetensors")
         subject = recommendation.method or recommendation.estimate.method
+        of_subject = {**dict(self.settings), "method": subject}
         return Plan(
             model=self.source.name,
             hardware=self.hardware,
@@ -207,12 +208,9 @@ class _Planner:
             changes_of=subject,
             pace_basis=None if self.pace is None else self.pace.basis,
             run_tokens=run_tokens(self.settings),
-            rate=self._rate(subject) if self.facts.width else None,
+            rate=default_rate(self.model.family, self.facts.width, of_subject) if self.facts.width else None,
             disk_bytes_per_second=read_speed(files) if from_disk else None,
         )
-
-    def _rate(self, method: str) -> DefaultRate:
-        return default_rate(self.model.family, self.facts.width, {**dict(self.settings), "method": method})
 
     def _check_length(self) -> None:
         """Raise ConfigError (RW130) for rows that are longer than the model's positions."""
