@@ -301,14 +301,12 @@ def read_conversations(settings: GenerateSettings) -> list[Conversation]:
     found += _conversations(settings.messages) if settings.messages else []
     if not found:
         raise ConfigError("RW121", "there is nothing to answer; give --prompt TEXT or --messages FILE.")
-    return [_with_system(one, settings.system) for one in found] if settings.system is not None else found
-
-
-def _with_system(given: Conversation, system: str) -> Conversation:
-    if any(message["role"] == "system" for message in given.messages):
-        text = f"{given.place} has a system message of its own; leave --system or that message out."
-        raise ConfigError("RW121", text)
-    return dataclasses.replace(given, messages=({"role": "system", "content": system}, *given.messages))
+    if settings.system is None:
+        return found
+    if own := [one.place for one in found if any(message["role"] == "system" for message in one.messages)]:
+        raise ConfigError("RW121", f"{own[0]} has a system message of its own; leave --system or that message out.")
+    system = {"role": "system", "content": settings.system}
+    return [dataclasses.replace(one, messages=(system, *one.messages)) for one in found]
 
 
 def _conversations(path: Path) -> list[Conversation]:

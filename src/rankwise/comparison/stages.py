@@ -68,7 +68,7 @@ def cell_settings(cell: Cell, output: Path, shared: Fields, inputs: Fields) -> J
 
 
 Stage = Literal["prepare", "train", "measure"]
-CLI = "rankwise"
+CLI = "rankwise.__main__"
 STEPS = "rankwise.comparison.steps"
 # The tasks on the evaluation data: for demonstrations, preferences and labels.
 PERPLEXITY, PREFERENCE, LABELS = OWN_TASKS = ("perplexity", "preference", "labels")

@@ -146,9 +146,8 @@ GOOD = {True: True, False: False, "true": True, "false": False, "1": True, "0": 
 
 
 def unpaired(rows: Rows) -> Rows:
-    """Each pair as a good and a bad answer; other rows as they are."""
+    """Each pair as a good and a bad answer, beside other prompts' for KTO's z; other rows as they are."""
     sides, half = [row.sides for row in rows], len(rows) // 2
-    # KTO estimates z by the answers of neighbours, which have to be of other prompts.
     mixed = (side for number, own in enumerate(sides) for side in (own[0], *sides[number - half][1:]))
     items = [dataclasses.replace(side, rejected=None) for side in mixed]
     return dataclasses.replace(rows, items=items)

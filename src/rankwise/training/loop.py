@@ -176,7 +176,6 @@ class Loop:
         self.scaler = scaler = torch.amp.GradScaler(model.device.type, enabled=options.autocast == torch.float16)
         states = None if checkpoint is None else self._load(checkpoint)
         if states is not None:
-            # For a checkpoint that is saved before the next step.
             set_random_states(states)
         self.saved = None if checkpoint is None else checkpoint.step
         model.zero_grad()
