@@ -15,7 +15,7 @@ from rankwise.disk import hold
 from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.options import option_words
-from rankwise.planning.workload import PlanSettings, uncollected
+from rankwise.planning.workload import PlanSettings
 from rankwise.records import write_text
 from rankwise.reports.numbers import byte_size
 
@@ -34,9 +34,7 @@ def run(settings: PlanSettings, output: Output) -> Document:
     # A link, such as /dev/stdout, would itself be replaced.
     if place is not None and (place.is_dir() or place.is_symlink() or not place.parent.is_dir()):
         raise ConfigError("RW105", f"--save {place} is a link, or no file in a folder that exists; give one.")
-    # Collections would free 10 MB and take a tenth of the time.
-    with uncollected():
-        plan = make_plan(settings, functools.partial(print, file=sys.stderr, flush=True))
+    plan = make_plan(settings, functools.partial(print, file=sys.stderr, flush=True))
     document = {**plan.to_json(), "command": command_of(plan.recommendation, settings.save)}
     # Written before anything is printed, so that a closed pipe (`| head`) or a failed check loses no file.
     if settings.save is not None and plan.recommendation.method is not None:
