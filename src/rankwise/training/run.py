@@ -325,7 +325,7 @@ def _accelerate(given: TrainSettings, inputs: _Inputs, observer: Observer) -> Ac
 
 
 def _why_padded(given: TrainSettings, model: nn.Module, accelerated: Acceleration | None) -> str | None:
-    """Why rows are padded to one length, or None if they are concatenated without padding."""
+    """Why rows are padded to one length, or None if they are concatenated. Raises ConfigError (RW112) for packing."""
     if given.packing:
         if obstacle := flattening_obstacle(model):
             raise ConfigError("RW112", f"--packing would let rows see each other: {obstacle}; leave it out.")
