@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rankwise as rw
 from marks import at_some_level, needs_avx2
 from rankwise.acceleration import attention, restore
-from rankwise.acceleration.attention import end_to_end, replace_masks
+from rankwise.acceleration.attention import probe_batch, replace_masks
 from rankwise.acceleration.parts import Undo
 from rankwise.ops import selection
 from tables import thinned
@@ -65,7 +65,7 @@ def by_segments(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, _: Tensor, most: in
 @at_some_level
 @pytest.mark.parametrize("name", WITH_BOUNDS)
 def test_bounds_mean_what_masks_mean(name: str) -> None:
-    given = end_to_end(LENGTHS, torch.device("cpu"))
+    given = probe_batch(LENGTHS, torch.device("cpu"))
     wanted = family(name).eval()(**given).logits
     model = family(name).eval()
     assert ours(model)
@@ -76,7 +76,7 @@ def test_bounds_mean_what_masks_mean(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_BOUNDS)
 def test_a_card_gets_bounds_in_its_flash_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = end_to_end(LENGTHS, torch.device("cpu"))
+    given = probe_batch(LENGTHS, torch.device("cpu"))
     wanted = family(name).eval()(**given).logits
     model = family(name).eval()
     assert ours(model)
@@ -122,7 +122,7 @@ def test_right_padding_needs_no_mask_on_a_card(name: str, monkeypatch: pytest.Mo
 
 @needs_avx2
 def test_no_mask_of_all_pairs_is_made() -> None:
-    given = end_to_end(LENGTHS, torch.device("cpu"))
+    given = probe_batch(LENGTHS, torch.device("cpu"))
     model = family("qwen3", torch.bfloat16)
     with LargestMask() as seen:
         model(**given)

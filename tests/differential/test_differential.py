@@ -50,7 +50,7 @@ from rankwise.adapters import adapter_tensors, load_tensors
 from rankwise.compat.transformers import attention_of
 from rankwise.errors import RankwiseError
 from rankwise.quantization import dequantize
-from rankwise.training.batches import KEY, counted, end_to_end
+from rankwise.training.batches import KEY, counted, laid_out
 from rankwise.training.loop import Loss
 from rankwise.training.objectives import Demonstrations, Preferences, Scoring
 
@@ -400,7 +400,7 @@ def loss_of(model: Any, case: Case, made: Callable[[], tuple[Any, bool]]) -> Ten
         collate = maker.data_collator if is_peft(model) else maker.collate
         batch = collate(list(maker.train_dataset if is_peft(model) else maker.rows))
     else:
-        batch = end_to_end(case.rows) if flat else padded(case.rows, case.padding)
+        batch = laid_out(case.rows, 0, flat=True) if flat else padded(case.rows, case.padding)
     if is_peft(model):
         return maker.compute_loss(model, batch)
     batch.setdefault(KEY, counted(batch) if case.loss == "sft" else None)

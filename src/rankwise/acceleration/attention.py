@@ -27,6 +27,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from rankwise.acceleration.layouts import KeyRanges, end_to_end
 from rankwise.acceleration.parts import Undo, class_forward, is_free, probe, replace_forward
 from rankwise.compat.torch import is_fake, writes_to
 from rankwise.compat.transformers import names_windows, text_config
@@ -44,14 +45,6 @@ _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 # The attribute of a tensor in the place of a mask that holds its meaning, and of a mask that holds its ranges.
 _ATTRIBUTE = "rankwise_keys"
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyRanges:
-    """The keys that each query sees, one contiguous range: int32 (B, L) each."""
-
-    start: Tensor
-    end: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,10 +292,11 @@ def flattening_obstacle(model: nn.Module) -> str | None:
     missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
     if missing:
         return f"the model does not accept {missing[0]}"
+    # Without values the signature decides.
     if is_fake(next(model.parameters())):
-        return "a fake model's values cannot be compared"
+        return None
     device = next(model.parameters()).device
-    tried = [end_to_end(LENGTHS, device), end_to_end(LENGTHS[1:], device, 1)]
+    tried = [probe_batch(LENGTHS, device), probe_batch(LENGTHS[1:], device, 1)]
     logits, why_not = probe(model, lambda: [model(**given).logits[0] for given in tried])
     if logits is None:
         return f"the model could not be run with positions ({why_not})"
@@ -310,19 +304,11 @@ def flattening_obstacle(model: nn.Module) -> str | None:
     return None if close(together[-1], apart[-1]) else "they get other logits than separately"
 
 
-def end_to_end(lengths: Sequence[int], device: torch.device, first: int = 0) -> dict[str, Tensor | int]:
+def probe_batch(lengths: Sequence[int], device: torch.device, first: int = 0) -> dict[str, Any]:
     """The batch that training makes of rows of these lengths: row i has the ids i + 1, i + 2, ..."""
-    ids = [torch.arange(row + 1, row + 1 + length) for row, length in enumerate(lengths, start=first)]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
-    return {
-        "input_ids": torch.cat(ids)[None].to(device),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-        "use_cache": False,
-    }
+    batch = end_to_end([range(row + 1, row + 1 + length) for row, length in enumerate(lengths, start=first)])
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return {**moved, "use_cache": False}
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -376,7 +362,7 @@ def _agrees(model: PreTrainedModel, device: torch.device, wanted: Tensor | None,
 def _logits(model: nn.Module, device: torch.device, *, bounds: bool) -> Tensor | None:
     """The logits of two rows, concatenated or right-padded; of padded rows, those at real tokens."""
     if bounds:
-        return probe(model, lambda: model(**end_to_end(LENGTHS, device)).logits)[0]
+        return probe(model, lambda: model(**probe_batch(LENGTHS, device)).logits)[0]
     width = max(LENGTHS)
     ids = torch.arange(1, 1 + len(LENGTHS) * width, device=device).view(len(LENGTHS), width)
     mask = (torch.arange(width) < torch.tensor(LENGTHS)[:, None]).to(device)

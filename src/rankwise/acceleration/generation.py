@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rankwise.acceleration.scoring import common_length, no_number
+from rankwise.acceleration.layouts import common_length
+from rankwise.acceleration.scoring import no_number
 from rankwise.constants import CACHE_BYTES, WRITTEN_ROWS
 from rankwise.foreign import JsonObject
 

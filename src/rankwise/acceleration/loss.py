@@ -1,12 +1,12 @@
-"""What the head of a model computes: the language-model loss, and log-probabilities of given tokens, both without the
-(tokens x vocabulary) logits, for any causal model of transformers; and answers with labels.
+"""What the head of a model computes: the language-model loss without the (tokens x vocabulary) logits, for any causal
+model of transformers; and answers with labels.
 
 The model runs with an output head that only records its input. The loss is then computed from these hidden states,
 chunk by chunk, at scored positions only. A model may change its logits after the head (a softcap, a scale) and add to
 the loss (a balance of experts). Both are read from its configuration, and checked by running the model with a head that
 returns known numbers.
 
-Legend: B rows, L positions, T positions without padding, P scored positions of all rows, V vocabulary, C labels. A
+Legend: B rows, L positions, P scored positions of all rows, V vocabulary, C labels. A
 position is scored where the label after it is not -100.
 """
 
@@ -14,27 +14,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock, get_ident
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from rankwise.acceleration import attention
-from rankwise.acceleration.attention import close, has_window
+from rankwise.acceleration.layouts import padded
 from rankwise.acceleration.parts import ATTRIBUTE, Undo, class_forward, probe, replace_forward
 from rankwise.adapters.base_layer import is_own
 from rankwise.adapters.low_rank import computes_in
 from rankwise.compat.torch import hooks_around, is_fake
-from rankwise.compat.transformers import attention_of, text_config
+from rankwise.compat.transformers import text_config
 from rankwise.constants import IGNORED, chunk_rows
 from rankwise.foreign import Fields
 from rankwise.labels import NUMBER, SEVERAL, SINGLE, Problem
@@ -218,6 +214,8 @@ class LossOptions:
     temperature: float = 1.0
     # (P,) int64: `scored_positions` of labels that the caller has checked, so that no wait for the device is needed.
     scored: Tensor | None = None
+    # (P,) int64: the tokens after them, where the call has no labels.
+    targets: Tensor | None = None
     # The sums of each call.
     found: list[LossSums] = dataclasses.field(default_factory=list)
 
@@ -238,21 +236,29 @@ def scored_positions(labels: Tensor) -> Tensor:
 
 
 def fused_loss(
-    forward: Callable[..., Any], head: Head, inputs: dict[str, Any], labels: Tensor, options: LossOptions | None = None
+    forward: Callable[..., Any],
+    head: Head,
+    inputs: dict[str, Any],
+    labels: Tensor | None,
+    options: LossOptions | None = None,
 ) -> FusedLoss:
     """The sum over scored positions of the cross-entropy of label i + 1 at position i; labels (B, L), -100 unscored.
 
-    ``forward``: the model's own forward.
+    ``forward``: the model's own forward. Without labels, the options have the scored positions and their targets.
     """
     options = options or LossOptions()
-    scored = scored_positions(labels) if options.scored is None else options.scored
+    scored, targets = options.scored, options.targets
+    if targets is None:
+        assert labels is not None, "asked by the caller"
+        scored = scored_positions(labels) if scored is None else scored
+        # The label behind a scored position is in the same row.
+        targets = labels.flatten().index_select(0, scored + 1)
+    assert scored is not None, "given with the targets"
     with answering(head.module, meaningless) as noted:
         outputs = forward(**inputs)
     # In a model on several devices, labels and hidden states may be on different ones.
     hidden = noted[0].flatten(0, 1).index_select(0, scored.to(noted[0].device))
-    # The label behind a scored position is in the same row.
-    targets = labels.flatten().index_select(0, scored + 1).to(hidden.device)
-    sums = sums_at(head, hidden, targets, options)
+    sums = sums_at(head, hidden, targets.to(hidden.device), options)
     outputs["logits"] = None
     return FusedLoss(sums, len(scored), outputs)
 
@@ -275,11 +281,13 @@ def accept_labels(model: nn.Module, head: Head, undo: Undo) -> None:
 def forward_with_labels(self: nn.Module, *args: Any, loss_options: LossOptions | None = None, **kwargs: Any) -> Any:
     plain = class_forward(self)
     asks_otherwise = "shift_labels" in kwargs or "ignore_index" in kwargs
-    if kwargs.get("labels") is None or asks_otherwise or is_traced():
+    has_targets = loss_options is not None and loss_options.targets is not None
+    if (kwargs.get("labels") is None and not has_targets) or asks_otherwise or is_traced():
         return plain(*args, **kwargs)
     head, routers = fused_head(self), kwargs.get("output_router_logits")
     routers = getattr(_text_config(self), "output_router_logits", False) if routers is None else routers
-    if head is None or (head.router_weight is None and routers):
+    # A caller with options takes the sums, and the balancing loss from the outputs.
+    if head is None or (head.router_weight is None and routers and loss_options is None):
         return plain(*args, **kwargs)
     given = _by_name(plain, args, kwargs)
     kept = given.get("logits_to_keep", 0)
@@ -290,11 +298,11 @@ def forward_with_labels(self: nn.Module, *args: Any, loss_options: LossOptions |
         given["use_cache"] = False
     if loss_options is None and not torch.is_grad_enabled():
         return plain(**given)
-    labels, num_items = given.pop("labels"), given.pop("num_items_in_batch", None)
+    labels, num_items = given.pop("labels", None), given.pop("num_items_in_batch", None)
     given.pop("logits_to_keep", None)
     found = fused_loss(plain, head, given, labels, loss_options)
-    count = max(1, found.count) if num_items is None else torch.as_tensor(num_items, device=labels.device)
-    loss = found.sums.loss / (count.to(found.sums.loss.device) if isinstance(count, Tensor) else count)
+    whole = found.sums.loss
+    loss = whole / (max(1, found.count) if num_items is None else torch.as_tensor(num_items, device=whole.device))
     found.outputs["loss"] = with_router_loss(head, loss, found.outputs)
     if loss_options is not None:
         loss_options.found.append(found.sums)
@@ -354,8 +362,18 @@ def _sums_through(head: Head, hidden: Tensor, targets: Tensor, options: LossOpti
 
 def _chunk(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
     logits = head.shape(head.module(hidden)).float()
-    reduction = "none" if options.want_log_probs else "sum"
-    loss = F.cross_entropy(logits, targets, reduction=reduction, label_smoothing=options.label_smoothing)
+    return cross_entropy(logits, targets, options.label_smoothing, each=options.want_log_probs)
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, *, each: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum over P of  (1 - e) nll + e mean_V(-log p),  e the label smoothing, or with ``each`` its terms (P,); logits
+    float32 (P, V), targets (P,).
+
+    Also the sum of entropies, and the number of targets that are the most likely ones.
+    """
+    loss = F.cross_entropy(logits, targets, reduction="none" if each else "sum", label_smoothing=label_smoothing)
     with torch.no_grad():
         log_p = F.log_softmax(logits, dim=-1)
         entropy = -(log_p.exp() * log_p).sum()
@@ -368,237 +386,7 @@ def meaningless(hidden: Tensor) -> Tensor:
     return hidden.new_zeros((*hidden.shape[:-1], 1))
 
 
-# Log-probabilities of given tokens, for training on preferences and rewards. ``model(..., labels=labels,
-# fused_lm_head=True)`` runs the model without padding where attention permits.
-
-Inputs = Mapping[str, Tensor | int]
-
-
-# How rows are laid out: padded; end to end, without padding; or end to end with the common prefix of rows i and
-# i + B / 2, the prompt of a pair of answers, once.
-Layout = Literal["padded", "flat", "pairs"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """How a model computes a call with ``fused_lm_head=True``."""
-
-    layout: Layout = "padded"
-    # Why pairs that may share their prompts do not.
-    apart: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenScores:
-    """The scores of each label except the first, (B, L - 1); 0 where the label is -100."""
-
-    log_probs: Tensor
-    # The mean entropy over all scored tokens, repeated at each of them; without gradient.
-    entropy: Tensor | None
-    aux_loss: Tensor | None
-
-
-def accept_scores(model: PreTrainedModel, layout: Layout) -> bool:
-    """Let ``model(..., labels=labels, fused_lm_head=True)`` of an accelerated model return TokenScores.
-
-    Returns whether the output head can be computed separately. ``restore`` undoes this with all other changes.
-    """
-    if fused_head(model) is None:
-        return False
-
-    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        return _scored(self, **kwargs) if fused_lm_head else forward_with_labels(self, *args, **kwargs)
-
-    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
-    model.forward = types.MethodType(forward, model)
-    apart = _sharing_obstacle(model) if layout == "pairs" else None
-    model.__dict__[ATTRIBUTE]["asked"] = Asked(layout) if apart is None else Asked("flat", apart)
-    return True
-
-
-def asked_of(model: nn.Module) -> Asked:
-    """The ``Asked`` with which the model currently computes such calls."""
-    asked: Asked = model.__dict__[ATTRIBUTE]["asked"]
-    return asked
-
-
-def _sharing_obstacle(model: PreTrainedModel) -> str | None:
-    """Why the answers of a pair cannot be arranged around their prompt, or None; tested where no layer has a window."""
-    text = model.config.get_text_config()
-    if attention_of(model.config) != attention.NAME or next(model.parameters()).device.type != "cpu":
-        return "the attention in use takes no ranges of keys"
-    if has_window(text):
-        return "some layers have a window"
-    if hasattr(text, "output_router_logits"):
-        return "the balancing loss of its experts counts the tokens of both rows"
-    ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 3, 5, 6]])
-    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
-    labels = ids.masked_fill((torch.arange(5) < 3) | (mask == 0), IGNORED)
-
-    def scores() -> list[Tensor]:
-        found = []
-        for layout in ("padded", "pairs"):
-            model.__dict__[ATTRIBUTE]["asked"] = Asked(layout)
-            found.append(_scored(model, labels, ids, mask, want_stats=False).log_probs)
-        return found
-
-    found, why_not = probe(model, scores)
-    if found is None:
-        return f"the model could not be run with ranges of keys ({why_not})"
-    return None if close(*found) else "they get other log-probabilities than separately"
-
-
-def _scored(
-    model: PreTrainedModel,
-    labels: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    temperature: float = 1.0,
-    want_stats: bool = True,
-    **more: Any,
-) -> TokenScores:
-    """Scores of logits divided by the temperature; ``want_stats`` adds the entropy."""
-    head = fused_head(model)
-    assert head is not None, "a hook was put on the output head"
-    scored = scored_positions(labels)
-    inputs, places = _laid_out(asked_of(model).layout, input_ids, attention_mask, scored)
-    with answering(head.module, meaningless) as noted:
-        outputs = class_forward(model)(**inputs, **{**more, "use_cache": False})
-    # In a model on several devices, labels and hidden states may be on different ones.
-    hidden = noted[0].flatten(0, 1).index_select(0, places.to(noted[0].device))
-    targets = labels.flatten().index_select(0, scored + 1).to(hidden.device)
-    options = LossOptions(want_stats=want_stats, want_log_probs=True, temperature=temperature, scored=scored)
-    found = sums_at(head, hidden, targets, options)
-    assert found.log_probs is not None, "asked for"
-    return _token_scores(labels, scored, found.log_probs, found.entropy if want_stats else None, outputs)
-
-
-def scores_of_logits(
-    model: PreTrainedModel,
-    layout: Layout,
-    labels: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    temperature: float,
-    want_stats: bool,
-    **more: Any,
-) -> TokenScores:
-    """TokenScores from whole logits, for a model without acceleration, or whose logits are not just its head's."""
-    scored = scored_positions(labels)
-    inputs, places = _laid_out(layout, input_ids, attention_mask, scored)
-    outputs = model(**inputs, **{**more, "use_cache": False})
-    log_p = F.log_softmax(outputs.logits.flatten(0, 1).index_select(0, places).float() / temperature, -1)
-    targets = labels.flatten().index_select(0, scored + 1)
-    log_probs = log_p.gather(1, targets[:, None]).squeeze(1)
-    entropy = -(log_p.exp() * log_p).detach().sum() if want_stats else None
-    return _token_scores(labels, scored, log_probs, entropy, outputs)
-
-
-def _token_scores(
-    labels: Tensor, scored: Tensor, log_probs: Tensor, entropy: Tensor | None, outputs: ModelOutput
-) -> TokenScores:
-    """Log-probabilities (P,) at the places of their labels; ``entropy`` is the sum over them."""
-
-    def spread(values: Tensor) -> Tensor:
-        whole = values.new_zeros(labels.numel()).index_copy(0, scored.to(values.device), values)
-        return whole.view(labels.shape)[:, :-1]
-
-    mean = None
-    if entropy is not None:
-        mean = spread((entropy / max(1, len(scored))).to(log_probs.dtype).expand(len(scored)))
-    return TokenScores(spread(log_probs), mean, getattr(outputs, "aux_loss", None))
-
-
-def _laid_out(layout: Layout, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[Inputs, Tensor]:
-    """Rows (B, L) with padding at both ends as inputs of a model, and the places of the scored positions (P,) there.
-
-    Positions count from a row's first token, as in generation.
-    """
-    if layout == "pairs":
-        return _pairs(input_ids, attention_mask, scored)
-    if layout == "flat":
-        return _end_to_end(input_ids, attention_mask, scored)
-    length = input_ids.shape[1]
-    # argmax gives the first of equal ones.
-    first, longest = attention_mask.argmax(1), int(attention_mask.sum(1).max())
-    columns = (torch.arange(length, device=input_ids.device) + first[:, None]) % length
-    rows = {"input_ids": input_ids, "attention_mask": attention_mask}
-    inputs = {name: tensor.gather(1, columns)[:, :longest] for name, tensor in rows.items()}
-    row = scored // length
-    return inputs, row * longest + scored % length - first[row]
-
-
-def _end_to_end(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[Inputs, Tensor]:
-    """All rows without padding as one row (1, T), positions from 0 in each; and the indices of scored positions."""
-    kept = attention_mask.flatten().nonzero().squeeze(1)
-    positions = (attention_mask.cumsum(1) - 1).flatten()
-    lengths = attention_mask.sum(1)
-    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(lengths.max())
-    inputs: Inputs = {
-        "input_ids": input_ids.flatten()[kept][None],
-        "position_ids": positions[kept][None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
-    return inputs, (attention_mask.flatten().cumsum(0) - 1)[scored]
-
-
-def _pairs(input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> tuple[Inputs, Tensor]:
-    """As `_end_to_end`, with each pair's prompt once: the first answer reversed, the prompt, the second answer.
-
-    So each token sees one range of keys: a token of the first answer from itself to the end of the prompt, any other
-    from the beginning of the prompt to itself. Rows (B, L) are right-padded; the first half are the first answers.
-    """
-    (B, L), device = input_ids.shape, input_ids.device
-    first_scored = torch.full((B,), L, device=device).scatter_reduce(0, scored // L, scored % L, "amin")
-    lengths = attention_mask.sum(1).tolist()
-    differs = input_ids[: B // 2] != input_ids[B // 2 :]
-    alike = torch.where(differs.any(1), differs.byte().argmax(1), L)
-    # The last token of the prompt is scored too, since it predicts the first token of each answer.
-    shared = torch.minimum(alike, first_scored.view(2, -1).amin(0) + 1).tolist()
-    taken, slots = [], torch.zeros(B, L, dtype=torch.long)
-    starts, ends, begin = [], [], 0
-    for row, prompt in enumerate(shared):
-        first, second = lengths[row] - prompt, lengths[row + B // 2] - prompt
-        middle, end = begin + first, begin + first + prompt
-        backwards = torch.arange(prompt + first - 1, prompt - 1, -1)
-        forwards = torch.arange(prompt + second)
-        taken += [row * L + backwards, (row + B // 2) * L + forwards]
-        slots[row, prompt : prompt + first] = torch.arange(middle - 1, begin - 1, -1)
-        slots[row, :prompt] = torch.arange(middle, end)
-        slots[row + B // 2, : prompt + second] = torch.arange(middle, end + second)
-        own = torch.arange(begin, end + second)
-        starts.append(torch.where(own < middle, own, middle))
-        ends.append(torch.where(own < middle, end, own + 1))
-        begin = end + second
-    order = torch.cat(taken)
-    seen = attention.KeyRanges(torch.cat(starts).int()[None], torch.cat(ends).int()[None])
-    inputs = {
-        "input_ids": input_ids.flatten()[order][None],
-        "position_ids": (order % L)[None],
-        "attention_mask": attention.as_mask(seen),
-    }
-    return inputs, slots.flatten()[scored]
-
-
 # Answers of models with a head of labels; z logits.
-
-INPUTS = ("input_ids", "token_type_ids")
-
-
-def laid_out(rows: Sequence[Fields], pad: int) -> dict[str, Tensor]:
-    """The model's inputs (B, L), padded on the right: a decoder's head reads the last token that is no padding."""
-    found = {name: [torch.tensor(row[name]) for row in rows] for name in INPUTS if name in rows[0]}
-    found["attention_mask"] = [torch.ones_like(ids) for ids in found["input_ids"]]
-    return {
-        name: pad_sequence(values, batch_first=True, padding_value=pad if name == "input_ids" else 0)
-        for name, values in found.items()
-    }
 
 
 @torch.no_grad()
@@ -609,7 +397,7 @@ def logits_of(
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
     found = []
     for start in range(0, len(order), size):
-        inputs = laid_out([rows[place] for place in order[start : start + size]], pad)
+        inputs = padded([rows[place] for place in order[start : start + size]], {"input_ids": pad, "token_type_ids": 0})
         with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
             logits = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
         found.append(logits.float().cpu())

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rankwise.acceleration import attention
+from rankwise.acceleration.layouts import common_length
 from rankwise.compat.transformers import attention_of
 from rankwise.errors import ModelError, warn
 
@@ -101,14 +102,6 @@ def _tree(group: Sequence[int], sequences: Sequence[Ids]) -> Tree:
         columns.append(tuple(column for _, column in chain))
         before = ids
     return Tree(tuple(group), tuple(nodes), tuple(columns))
-
-
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the common prefix of ``a`` and ``b``."""
-    for index, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return index
-    return min(len(a), len(b))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from rankwise.acceleration.layouts import Answered, end_to_end, padded
 from rankwise.acceleration.loss import scored_positions
 from rankwise.constants import IGNORED
 from rankwise.data.objectives import ANSWER_IDS
@@ -78,7 +78,7 @@ def without_rows(batch: Batch) -> Batch:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on ``device``."""
-    movable = (Tensor, Counted)
+    movable = (Tensor, Counted, Answered)
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, movable) else value
         for name, value in batch.items()
@@ -88,51 +88,16 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 # --- layouts ---
 
 
-def padded(rows: Sequence[Row], pad: int) -> Batch:
-    """Rows (B, L), padded on the right."""
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    return {
-        "input_ids": pad_right(ids, pad),
-        "labels": pad_right([torch.tensor(row["labels"]) for row in rows], IGNORED),
-        "attention_mask": pad_right([torch.ones_like(row) for row in ids], 0),
-    }
-
-
-def answered(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
-    """Prompts and answers (B, L), padded on the right, and which positions are answers."""
-    ids = [torch.tensor([*prompt, *answer]) for prompt, answer in rows]
-    answers = [(torch.arange(len(row)) >= len(prompt)).long() for row, (prompt, _) in zip(ids, rows)]
-    return {
-        "input_ids": pad_right(ids, pad),
-        "attention_mask": pad_right([torch.ones_like(row) for row in ids], 0),
-        "completion_mask": pad_right(answers, 0),
-    }
-
-
-def pad_right(rows: Sequence[Tensor], value: int) -> Tensor:
-    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
-
-
-def end_to_end(rows: Sequence[Row]) -> Batch:
-    """Rows, or packed rows with their ``seq_lengths``, as one row (1, T) without padding, with the bounds between them
-    for attention, and each token's row for short convolutions. No row's first token is trained on.
-    """
-    each = (row.get("seq_lengths", [len(row["input_ids"])]) for row in rows)
-    lengths = torch.tensor(list(itertools.chain.from_iterable(each)))
-    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+def laid_out(rows: Sequence[Row], pad: int, *, flat: bool) -> Batch:
+    """Rows with labels: padded (B, L), or with ``flat`` end to end (1, T), rows that are packed already too. No row's
+    first token is trained on."""
+    if not flat:
+        return padded(rows, {"input_ids": pad, "labels": IGNORED})
+    lengths = [length for row in rows for length in row.get("seq_lengths", [len(row["input_ids"])])]
+    batch = end_to_end([row["input_ids"] for row in rows], lengths)
     labels = torch.tensor(list(itertools.chain.from_iterable(row["labels"] for row in rows)))
-    labels[bounds[:-1].long()] = IGNORED
-    longest = int(lengths.max())
-    return {
-        "input_ids": torch.tensor(list(itertools.chain.from_iterable(row["input_ids"] for row in rows)))[None],
-        "labels": labels[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths)[None],
-    }
+    labels[batch["cu_seq_lens_q"][:-1].long()] = IGNORED
+    return {**batch, "labels": labels[None]}
 
 
 def counted(batch: Batch) -> Counted:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import give_back_freed_memory
 from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit
+from rankwise.acceleration.layouts import Answered, answered
 from rankwise.constants import WRITTEN_ROWS
 from rankwise.data.objectives import ANSWERS
 from rankwise.data.rows import Message
@@ -44,7 +45,6 @@ from rankwise.training.batches import (
     Figures,
     MicroBatch,
     Row,
-    answered,
     in_order,
     longest_row,
     on_device,
@@ -199,19 +199,20 @@ class RewardedAnswers:
         return {name: float(column.nanmean()) for name, column in columns.items() if not column.isnan().all()}
 
     def _laid_out(self, prompts: list[list[int]], answers: list[list[int]], together: int) -> Batch:
-        """Prompts and answers (B, L), padded on the right, with the weight of each answer's tokens. ``together``: the
-        tokens of the answers of all processes."""
+        """Prompts and answers, with the weight of each answer's tokens. ``together``: the tokens of the answers of all
+        processes."""
         weights, targets = NORMALISED[self.loss_type]([*map(len, answers)], self.longest, together)
-        batch = {**answered([*zip(prompts, answers)], self.pad), "weights": torch.tensor(weights)[:, None]}
-        tokens = sum(map(len, prompts)) + sum(map(len, answers))
-        return on_device({**batch, KEY: Counted(targets, tokens, len(answers))}, self.scoring.model.device)
+        found = answered([*zip(prompts, answers)], self.pad, self.scoring.layout)
+        batch = {"answers": found, "weights": torch.tensor(weights)[:, None]}
+        return on_device({**batch, KEY: Counted(targets, found.tokens, len(answers))}, self.scoring.model.device)
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
-        mask = batch["completion_mask"][:, 1:]
-        reference = self.scoring.reference(batch) if self.beta else None
-        scores = self.scoring.scores(batch, want_stats=True)
+        answers: Answered = batch["answers"]
+        mask = answers.mask[:, 1:]
+        reference = self.scoring.reference(answers) if self.beta else None
+        scores = self.scoring.scores(answers, want_stats=True)
         losses, kl = of_rewards(scores.log_probs, reference, batch["advantages"][:, None], self.beta)
-        figures: Figures = {**batch["figures"], **self.scoring.figures(batch, scores)}
+        figures: Figures = {**batch["figures"], **self.scoring.figures(answers, scores)}
         if kl is not None:
             figures = {**figures, "kl": ((kl.detach() * mask).sum(), mask.sum())}
         return Loss((losses * mask * batch["weights"]).sum(), self.scoring.balance(scores), figures)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import offloaded
-from rankwise.acceleration.loss import Layout
+from rankwise.acceleration.layouts import Layout
 from rankwise.adapters.folder import labels_of
 from rankwise.config import BETA, GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings, default_rate, logging_steps_of
 from rankwise.conflicts import LOSS_TYPES

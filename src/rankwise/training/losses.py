@@ -1,6 +1,6 @@
 """The losses, each as in its paper, as sums over targets. ``Loop`` divides them by the targets of all processes.
 
-B pairs or answers of a micro-batch, P trained tokens, V vocabulary; sigma the logistic function; log-ratios
+B pairs or answers of a micro-batch; sigma the logistic function; log-ratios
 r(y) = log p(y | x) - log p_ref(y | x), each log p summed over the tokens of an answer.
 """
 
@@ -12,23 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from rankwise.ops.linear_cross_entropy import LossSums
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> LossSums:
-    """sum over P of  (1 - e) nll + e mean_V(-log p),  e the label smoothing; logits (P, V), targets (P,).
-
-    Also the sum of entropies, and the number of targets that are the most likely ones.
-    """
-    logits = logits.float()
-    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
-    with torch.no_grad():
-        log_p = F.log_softmax(logits, dim=-1)
-        entropy = -(log_p.exp() * log_p).sum()
-        correct = (logits.argmax(-1) == targets).sum()
-    return LossSums(loss, entropy, correct)
-
 
 # --- pairs ---
 

@@ -26,16 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise.acceleration import LossOptions, fused_head
-from rankwise.acceleration.loss import (
-    Layout,
-    TokenScores,
-    accept_scores,
-    asked_of,
-    chosen,
-    laid_out,
-    losses,
-    scores_of_logits,
-)
+from rankwise.acceleration.layouts import Answered, Layout, answered, padded
+from rankwise.acceleration.log_probs import TokenScores, sharing_obstacle, token_scores
+from rankwise.acceleration.loss import chosen, cross_entropy, losses
 from rankwise.acceleration.scoring import Score, Scorer, Target, loss_scorer, members_of, trained_target
 from rankwise.adapters.switch import reference_at_work
 from rankwise.compat.torch import is_unit
@@ -52,20 +45,18 @@ from rankwise.training.batches import (
     Figures,
     MicroBatch,
     Row,
-    answered,
     counted,
-    end_to_end,
     in_order,
+    laid_out,
     largest,
     means_of,
     on_device,
     own_parts,
-    padded,
     shuffled,
     without_rows,
 )
 from rankwise.training.loop import Loss
-from rankwise.training.losses import MARKED_LOSSES, PAIR_LOSSES, Pairs, cross_entropy
+from rankwise.training.losses import MARKED_LOSSES, PAIR_LOSSES, Pairs
 from rankwise.training.weights import roots_gathered
 
 # The columns of KTO's mismatched answers (answers to a different prompt of the batch).
@@ -108,7 +99,7 @@ class Demonstrations:
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """Raises QuantizationError (RW621) for a label that is not a token number."""
-        batch = end_to_end(rows) if self.flat else padded(rows, self.pad)
+        batch = laid_out(rows, self.pad, flat=self.flat)
         check_targets(batch["labels"].flatten(), self.vocabulary, IGNORED)
         return {**batch, KEY: counted(batch)}
 
@@ -215,7 +206,7 @@ def sums_of_logits(model: PreTrainedModel, inputs: Batch, label_smoothing: float
     outputs = model(**given, **({} if positions is None else {"logits_to_keep": positions}))
     logits = outputs.logits[:, :-1] if positions is None else outputs.logits
     chosen = trained if positions is None else trained[:, positions]
-    return cross_entropy(logits[chosen], inputs["labels"][:, 1:][trained], label_smoothing), outputs
+    return LossSums(*cross_entropy(logits[chosen].float(), inputs["labels"][:, 1:][trained], label_smoothing)), outputs
 
 
 # --- labels ---
@@ -243,7 +234,7 @@ class Classification:
         return shuffled(len(self.rows), self.size, self.seed + epoch)
 
     def collate(self, rows: Sequence[Row]) -> Batch:
-        batch: Batch = laid_out(rows, self.pad)
+        batch: Batch = padded(rows, {"input_ids": self.pad, "token_type_ids": 0})
         batch["labels"] = torch.tensor([row["label"] for row in rows])
         return {**batch, KEY: Counted(len(rows), int(batch["attention_mask"].sum()), len(rows))}
 
@@ -300,50 +291,49 @@ class Scoring:
             # As in trl, dropout of the base is disabled; the adapter's dropout is the user's choice.
             if isinstance(module, nn.Dropout) and not name.endswith("lora_dropout"):
                 module.p = 0.0
-        self.is_own = accept_scores(model, layout)
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether the prompt of a pair is computed once for both answers."""
-        return self.is_own and asked_of(self.model).layout == "pairs"
+        self.in_chunks = fused_head(model) is not None
+        # Why pairs that may share their prompts do not.
+        self.apart = sharing_obstacle(model) if self.in_chunks and layout == "pairs" else None
+        if layout == "pairs" and (self.apart or not self.in_chunks):
+            self.layout = "flat"
 
     @property
     def in_words(self) -> str:
-        if not self.is_own:
+        if not self.in_chunks:
             return "log-probabilities from whole logits"
-        asked, words = asked_of(self.model), "own log-probabilities, in chunks"
-        if asked.apart:
-            return f"{words}; a prompt is computed for each of its answers: {asked.apart}"
-        return f"{words}, of prompts shared by both answers" if self.shares_prompts else words
+        words = "own log-probabilities, in chunks"
+        if self.apart:
+            return f"{words}; a prompt is computed for each of its answers: {self.apart}"
+        return f"{words}, of prompts shared by both answers" if self.layout == "pairs" else words
 
-    def scores(self, batch: Batch, prefix: str = "", *, want_stats: bool = False) -> TokenScores:
-        """The scores of the answers' tokens; those whose names begin with ``prefix``."""
-        ids, answers = batch[f"{prefix}input_ids"], batch[f"{prefix}completion_mask"]
-        labels = ids.masked_fill(answers == 0, IGNORED)
-        given: dict[str, Any] = {"input_ids": ids, "attention_mask": batch[f"{prefix}attention_mask"]}
+    def scores(self, answers: Answered, *, want_stats: bool = False) -> TokenScores:
+        """The scores of the answers' tokens."""
         # Balancing is the concern of the pass that trains.
-        if want_stats and router_coefficient(self.model):
-            given["output_router_logits"] = True
-        given |= {"temperature": self.temperature, "want_stats": want_stats}
-        if self.is_own:
-            return self.model(**given, labels=labels, use_cache=False, fused_lm_head=True)
-        return scores_of_logits(self.model, "padded" if self.layout == "padded" else "flat", labels, **given)
+        more = {"output_router_logits": True} if want_stats and router_coefficient(self.model) else {}
+        return token_scores(
+            self.model,
+            answers,
+            in_chunks=self.in_chunks,
+            temperature=self.temperature,
+            want_stats=want_stats,
+            **more,
+        )
 
     @torch.no_grad()
-    def reference(self, batch: Batch, prefix: str = "") -> Tensor:
+    def reference(self, answers: Answered) -> Tensor:
         """log p_ref of each token (B, L - 1), 0 outside of answers."""
         with reference_at_work(self.model):
-            return self.scores(batch, prefix).log_probs
+            return self.scores(answers).log_probs
 
     def balance(self, scores: TokenScores) -> Tensor | None:
         """The balancing loss of a model's experts times its coefficient."""
         coefficient = router_coefficient(self.model)
         return coefficient * scores.aux_loss if coefficient and scores.aux_loss is not None else None
 
-    def figures(self, batch: Batch, scores: TokenScores) -> dict[str, Any]:
+    def figures(self, answers: Answered, scores: TokenScores) -> dict[str, Any]:
         assert scores.entropy is not None, "asked for"
-        answers = batch["completion_mask"][:, 1:]
-        figures: dict[str, Any] = {"entropy": ((scores.entropy * answers).sum(), answers.sum())}
+        mask = answers.mask[:, 1:]
+        figures: dict[str, Any] = {"entropy": ((scores.entropy * mask).sum(), mask.sum())}
         if scores.aux_loss is not None and router_coefficient(self.model):
             figures["aux_loss"] = scores.aux_loss.detach(), 1
         return figures
@@ -388,19 +378,19 @@ class Preferences:
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         if self.is_paired:
-            sides = ("chosen_ids", "rejected_ids")
-            batch = self._laid_out([(row["prompt_ids"], row[side]) for side in sides for row in rows])
+            pairs = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+            batch: Batch = {"answers": self._answered(pairs)}
         else:
-            batch = self._laid_out([(row["prompt_ids"], row["completion_ids"]) for row in rows])
+            batch = {"answers": self._answered([(row["prompt_ids"], row["completion_ids"]) for row in rows])}
             if "KL_completion_ids" in rows[0]:
-                others = self._laid_out([(row["prompt_ids"], row["KL_completion_ids"]) for row in rows])
-                batch |= {f"KL_{name}": value for name, value in others.items()}
+                others = [(row["prompt_ids"], row["KL_completion_ids"]) for row in rows]
+                batch["mismatched"] = self._answered(others)
             batch["label"] = torch.tensor([row["label"] for row in rows])
-        return {**batch, KEY: Counted(len(rows), int(batch["attention_mask"].sum()), len(rows))}
+        return {**batch, KEY: Counted(len(rows), batch["answers"].tokens, len(rows))}
 
-    def _laid_out(self, rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    def _answered(self, rows: Sequence[tuple[list[int], list[int]]]) -> Answered:
         cut = [(prompt[: self.max_length], answer[: max(0, self.max_length - len(prompt))]) for prompt, answer in rows]
-        return answered(cut, self.pad)
+        return answered(cut, self.pad, self.scoring.layout)
 
     def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
         return batches
@@ -409,26 +399,28 @@ class Preferences:
         return self._pair_loss(batch) if self.is_paired else self._marked_loss(batch)
 
     def _pair_loss(self, batch: Batch) -> Loss:
-        reference = self.scoring.reference(batch).sum(1)
-        scores = self.scoring.scores(batch, want_stats=True)
+        answers: Answered = batch["answers"]
+        reference = self.scoring.reference(answers).sum(1)
+        scores = self.scoring.scores(answers, want_stats=True)
         log_p = scores.log_probs.sum(1)
         chosen, rejected = (log_p - reference).chunk(2)
-        lengths = batch["completion_mask"].sum(1).chunk(2)
+        lengths = answers.mask.sum(1).chunk(2)
         losses = PAIR_LOSSES[self.loss_type](Pairs(chosen, rejected, *lengths), self.beta, self.label_smoothing)
         # The batch's better answers come first.
         is_good = torch.arange(len(log_p), device=log_p.device) < len(chosen)
         better = (chosen > rejected).float().sum()
-        figures = self._figures(batch, scores, log_p, log_p - reference, is_good)
+        figures = self._figures(answers, scores, log_p, log_p - reference, is_good)
         return Loss(losses.sum(), self.scoring.balance(scores), {**figures, "reward_accuracy": (better, len(chosen))})
 
     def _marked_loss(self, batch: Batch) -> Loss:
-        reference, is_good = self.scoring.reference(batch).sum(1), batch["label"]
+        answers: Answered = batch["answers"]
+        reference, is_good = self.scoring.reference(answers).sum(1), batch["label"]
         z = self._z(batch) if self.loss_type == "kto" else reference.new_zeros(())
-        scores = self.scoring.scores(batch, want_stats=True)
+        scores = self.scoring.scores(answers, want_stats=True)
         log_p = scores.log_probs.sum(1)
         losses = MARKED_LOSSES[self.loss_type](log_p - reference, is_good, z, self.beta)
         weights = torch.where(is_good, self.desirable_weight, self.undesirable_weight)
-        figures = self._figures(batch, scores, log_p, log_p - reference, is_good)
+        figures = self._figures(answers, scores, log_p, log_p - reference, is_good)
         # Weighed by rows, so that the mean is one over rows.
         figures["kl"] = z * len(log_p), len(log_p)
         return Loss((weights * losses).sum(), self.scoring.balance(scores), figures)
@@ -437,16 +429,18 @@ class Preferences:
     def _z(self, batch: Batch) -> Tensor:
         """The estimate of the KL divergence from the reference: max(0, mean r) of mismatched answers, over the rows of
         all processes."""
-        reference = self.scoring.reference(batch, "KL_").sum(1)
-        own = (self.scoring.scores(batch, "KL_").log_probs.sum(1) - reference).mean()
+        reference = self.scoring.reference(batch["mismatched"]).sum(1)
+        own = (self.scoring.scores(batch["mismatched"]).log_probs.sum(1) - reference).mean()
         if ranks.count() > 1:
             rows = batch[KEY].examples
             total, count = ranks.summed([float(own) * rows, rows])
             own = own.new_tensor(total / max(count, 1))
         return own.clamp(min=0)
 
-    def _figures(self, batch: Batch, scores: TokenScores, log_p: Tensor, r: Tensor, is_good: Tensor) -> dict[str, Any]:
-        figures = self.scoring.figures(batch, scores)
+    def _figures(
+        self, answers: Answered, scores: TokenScores, log_p: Tensor, r: Tensor, is_good: Tensor
+    ) -> dict[str, Any]:
+        figures = self.scoring.figures(answers, scores)
         for side, kept in (("chosen", is_good), ("rejected", ~is_good)):
             # Products, since a mask as an index waits for the device.
             figures[f"reward_{side}"] = (self.beta * r.detach() * kept).sum(), kept.sum()
@@ -477,12 +471,12 @@ class Preferences:
     # --- the memory plan ---
 
     def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
-        scoring = self.scoring
-        return largest(self.rows, batches, flat=scoring.layout != "padded", shared=scoring.shares_prompts)
+        layout = self.scoring.layout
+        return largest(self.rows, batches, flat=layout != "padded", shared=layout == "pairs")
 
     def largest_evaluation(self) -> MicroBatch | None:
         """Of evaluations, and of the mismatched answers that KTO scores in each step."""
-        flat, shared, found = self.scoring.layout != "padded", self.scoring.shares_prompts, []
+        flat, shared, found = self.scoring.layout != "padded", self.scoring.layout == "pairs", []
         for rows, answers in ((self.rows, MISMATCHED), (self.eval_rows, MISMATCHED), (self.eval_rows, ANSWER_IDS)):
             if rows is not None and not {*answers}.isdisjoint(rows.column_names):
                 batches = own_parts(in_order(len(rows), self.size))

@@ -1,0 +1,103 @@
+"""Log-probabilities of the tokens of given answers, for training on preferences and rewards.
+
+An accelerated model computes them in chunks, without the (tokens x vocabulary) logits; any other one from whole logits.
+
+Legend: B rows, L positions of the longest, P scored positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from rankwise.acceleration import attention
+from rankwise.acceleration.attention import close, has_window
+from rankwise.acceleration.layouts import Answered, KeyRanges, Layout, answered
+from rankwise.acceleration.loss import LossOptions
+from rankwise.acceleration.parts import probe
+from rankwise.compat.torch import is_fake
+from rankwise.compat.transformers import attention_of
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """The scores of each token except the first, (B, L - 1); 0 outside of answers."""
+
+    log_probs: Tensor
+    # The mean entropy over all scored tokens, repeated at each of them; without gradient.
+    entropy: Tensor | None
+    aux_loss: Tensor | None
+
+
+def token_scores(
+    model: PreTrainedModel,
+    answers: Answered,
+    *,
+    in_chunks: bool,
+    temperature: float = 1.0,
+    want_stats: bool = False,
+    **more: Any,
+) -> TokenScores:
+    """Scores of logits divided by the temperature; ``want_stats`` adds the entropy.
+
+    ``in_chunks``: by the fused loss of an accelerated model. ``more`` are further inputs of the model.
+    """
+    inputs = {**answers.inputs, **more, "use_cache": False}
+    if isinstance(inputs.get("attention_mask"), KeyRanges):
+        inputs["attention_mask"] = attention.as_mask(inputs["attention_mask"])
+    if in_chunks:
+        options = LossOptions(
+            want_stats=want_stats,
+            want_log_probs=True,
+            temperature=temperature,
+            scored=answers.places,
+            targets=answers.targets,
+        )
+        outputs = model(**inputs, loss_options=options)
+        (sums,) = options.found
+        assert sums.log_probs is not None, "asked for"
+        log_probs, entropy = sums.log_probs, sums.entropy
+    else:
+        outputs = model(**inputs)
+        log_p = F.log_softmax(outputs.logits.flatten(0, 1).index_select(0, answers.places).float() / temperature, -1)
+        log_probs = log_p.gather(1, answers.targets[:, None]).squeeze(1)
+        entropy = -(log_p.exp() * log_p).detach().sum() if want_stats else None
+
+    def spread(values: Tensor) -> Tensor:
+        cells = answers.cells.to(values.device)
+        return values.new_zeros(answers.mask.numel()).index_copy(0, cells, values).view(answers.mask.shape)[:, :-1]
+
+    mean = None
+    if want_stats:
+        assert entropy is not None, "asked for"
+        count = len(answers.cells)
+        mean = spread((entropy / max(1, count)).to(log_probs.dtype).expand(count))
+    return TokenScores(spread(log_probs), mean, getattr(outputs, "aux_loss", None))
+
+
+def sharing_obstacle(model: PreTrainedModel) -> str | None:
+    """Why the answers of a pair cannot be arranged around their prompt, or None; tested where no layer has a window."""
+    text = model.config.get_text_config()
+    if attention_of(model.config) != attention.NAME or next(model.parameters()).device.type != "cpu":
+        return "the attention in use takes no ranges of keys"
+    if has_window(text):
+        return "some layers have a window"
+    if hasattr(text, "output_router_logits"):
+        return "the balancing loss of its experts counts the tokens of both rows"
+    # Without values there is nothing to compare.
+    if is_fake(next(model.parameters())):
+        return None
+    rows = [([1, 2, 3], [4]), ([1, 2, 3], [5, 6])]
+    layouts: tuple[Layout, ...] = ("padded", "pairs")
+
+    def scores() -> list[Tensor]:
+        return [token_scores(model, answered(rows, 0, layout), in_chunks=True).log_probs for layout in layouts]
+
+    found, why_not = probe(model, scores)
+    if found is None:
+        return f"the model could not be run with ranges of keys ({why_not})"
+    return None if close(*found) else "they get other log-probabilities than separately"
