@@ -175,6 +175,7 @@ def test_a_continued_run_keeps_the_head(run: Any, tmp_path: Path) -> None:
         (("a", 1), "RW203"),
         (("a", None), "RW203"),
         (("a", {}), "RW203"),
+        ((0.5, 4e5), "RW203"),
     ],
 )
 def test_labels_that_cannot_be_learned(labels: tuple[Any, ...], code: str, run: Any, tmp_path: Path) -> None:
@@ -214,6 +215,14 @@ def test_preview_counts_labels(run: Any, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", ("a", "a", "b"), 30)
     given = PreviewSettings(model=str(tmp_path / "decoder"), data=str(data), objective="classify")
     assert preview.run(given, Output(as_json=True))["labels"]["counts"] == {"a": 20, "b": 10}
+
+
+def test_whole_numbers_in_floats_are_classes(run: Any, tmp_path: Path) -> None:
+    rows = [str(write(tmp_path / name, labels)) for name, labels in (("f.jsonl", (0.0, 1.0)), ("i.jsonl", (1, 0)))]
+    run(data=rows[0], eval_data=rows[1], max_steps=1)
+    assert labels_of(tmp_path / "run") == Labels(("0", "1"))
+    found = predict.run(PredictSettings(adapter=tmp_path / "run", data=rows[0]), Output(as_json=True))
+    assert {row["label"] for row in found["predictions"]} <= {"0", "1"}
 
 
 def test_measures_are_those_of_sklearn() -> None:
