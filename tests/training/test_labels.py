@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn import metrics as sklearn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, BertForMaskedLM
 
 from conftest import make_tokenizer
 from rankwise.adapters import load_adapter
@@ -195,6 +196,19 @@ def test_unknown_labels_and_heads_of_others_are_refused(run: Any, tmp_path: Path
     assert error.value.code == "RW308"
     with pytest.raises(RankwiseError, match="answers with labels"):
         load_model(source)
+
+
+def test_a_base_without_a_pooler_gets_one_as_the_message_says(run: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    BertForMaskedLM(tiny_bert().config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with pytest.raises(RankwiseError, match="RW308.* without the pooler .*--modules-to-save pooler"):
+        run("encoder")
+    AutoModel.from_pretrained(folder).save_pretrained(folder)
+    run("encoder", modules_to_save="pooler", max_steps=2)
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    pooler = load_file(folder / "model.safetensors")["pooler.dense.weight"]
+    assert not torch.equal(saved["base_model.model.bert.pooler.dense.weight"], pooler)
 
 
 def test_text_is_not_written_with_labels(run: Any, tmp_path: Path) -> None:
