@@ -504,7 +504,7 @@ def labels_in(rows: Rows) -> Labels:
         found = ", ".join(f"{kind} in {count:,} row{'s' * (count > 1)}" for kind, count in kinds.items())
         raise DataError("RW203", f"{rows.source} has labels of several types ({found}); write all as one type.")
     if any(isinstance(target, float) for target in targets):
-        if (most := max(abs(float(target)) for target in targets)) > LARGEST_NUMBER:
+        if (most := max(abs(target) for target in targets if isinstance(target, int | float))) > LARGEST_NUMBER:
             raise DataError(
                 "RW203",
                 f"{rows.source} has numbers as labels up to {most:,.6g}, which a new head does not reach from 0; "
