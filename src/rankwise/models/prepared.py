@@ -29,7 +29,7 @@ from rankwise.disk import InUse, cache_folder, hold, whole_folder
 from rankwise.errors import ModelError, RunError
 from rankwise.models.folder import CONFIG_FILE, read_config
 from rankwise.models.load import load_model, load_tokenizer, quiet, remember_originals
-from rankwise.models.source import ModelSource, fetch_model, model_hash, settings_hash
+from rankwise.models.source import ModelSource, Version, fetch_model, file_version, model_hash, settings_hash
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.linear import weights_in_file
 from rankwise.quantization.targets import four_bit_modules
@@ -143,10 +143,6 @@ def _key(source: ModelSource, dtype: torch.dtype | None, quantization: FourBitCo
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-# Inode, size and time of the last change.
-Version = tuple[int, int, int]
-
-
 class MappedFiles(NamedTuple):
     """Files, and how many bytes of a model's frozen weights are views of them."""
 
@@ -157,7 +153,7 @@ class MappedFiles(NamedTuple):
         """Raise ModelError (RW305) for a file that was written to. One that was deleted or replaced does no harm, since
         the mapping keeps the old one."""
         for path, version in self.versions.items():
-            if path.exists() and (now := _version(path)) != version and now[0] == version[0]:
+            if path.exists() and (now := file_version(path)) != version and now[0] == version[0]:
                 raise ModelError(
                     "RW305",
                     f"{path} was changed while its weights were in use, so the model is not the one that was loaded; "
@@ -182,12 +178,7 @@ def mapped_files(model: nn.Module) -> MappedFiles:
         if region >= 0 and held.data_ptr() < regions[region][1]:
             found[held.data_ptr()] = held.nbytes, regions[region][2]
     paths = {path for _, path in found.values() if path.exists()}
-    return MappedFiles(sum(size for size, _ in found.values()), {path: _version(path) for path in paths})
-
-
-def _version(path: Path) -> Version:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return MappedFiles(sum(size for size, _ in found.values()), {path: file_version(path) for path in paths})
 
 
 def _mapped_regions() -> list[tuple[int, int, Path]]:
