@@ -80,6 +80,20 @@ def test_gradients_take_rounding_for_the_identity(for_merge, use_dora):
     assert not any(tensor.is_floating_point() and tensor.numel() >= Q.numel() for tensor in kept)
 
 
+def test_a_row_of_zeros_trains_on():
+    base = torch.nn.Linear(32, 64)
+    with torch.no_grad():
+        base.weight[5] = 0
+    model = torch.nn.Sequential(base)
+    rw.add_adapter(model, rw.LoraConfig(r=3, target_modules=["0"], use_dora=True, for_merge="nf4"))
+    optimizer = torch.optim.AdamW(rw.adapter_parameters(model).values(), lr=0.02)
+    for _ in range(3):
+        model(torch.randn(8, 32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(tensor.isfinite().all() for tensor in rw.adapter_parameters(model).values())
+
+
 @thinned({"base": list(BASES), "for_merge": ["nf4", "q4_0"], "use_dora": [False, True]})
 @pytest.mark.filterwarnings("ignore")
 def test_the_merged_folder_computes_what_was_trained(tmp_path, base, for_merge, use_dora):

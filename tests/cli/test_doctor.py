@@ -29,6 +29,15 @@ def test_a_machine_that_works_ends_with_0_and_names_its_kernels(rankwise):
     assert set(found["kernels"]) == ({"cpu"} if native.obstacle() else {"cpu", "products", "attention"})
 
 
+def test_it_says_how_much_the_prepared_bases_take(rankwise, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("base-a", "base-b"):
+        (tmp_path / "rankwise" / "bases" / name).mkdir(parents=True)
+        (tmp_path / "rankwise" / "bases" / name / "model.safetensors").write_bytes(bytes(2_000_000))
+    said = rankwise("doctor", "--json").document["machine"]["kept bases"]
+    assert said.startswith(f"4.00 MB in {tmp_path / 'rankwise' / 'bases'}; ")
+
+
 @pytest.mark.parametrize("width", [60, 120])
 def test_it_fits_its_terminal(width, rankwise, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))

@@ -265,3 +265,14 @@ def test_of_a_parameter_that_is_a_dtensor_the_process_reads_its_rows(tmp_path: P
 def test_weight_converters_tell_parameters_made_of_several_tensors():
     assert not compat.is_converted_by_parts(tiny_llama())
     assert compat.is_converted_by_parts(tiny_moe("mixtral"))
+
+
+def test_should_save_on_this_rank_keeps_other_ranks_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers.distributed import mixin
+
+    monkeypatch.setattr(mixin, "_is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr(mixin, "_get_torch_distributed_rank", lambda: 1)
+    tiny_llama().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    compat.saved_by_any_rank(tiny_llama()).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()

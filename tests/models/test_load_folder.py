@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from rankwise import foreign
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.foreign import sha256_of
 from rankwise.models import load_model, load_skeleton, load_tokenizer, model_facts, model_hash
@@ -269,6 +270,15 @@ def test_facts_for_the_record(folder: Path) -> None:
     assert (facts["kind"], facts["architecture"], facts["dtype"]) == ("folder", "LlamaForCausalLM", "bfloat16")
     assert facts["parameters"] == tiny_llama().num_parameters()
     json.dumps(facts)
+
+
+def test_weights_are_hashed_once_and_again_when_they_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, read = model_hash(str(folder)), []
+    monkeypatch.setattr(foreign, "sha256_of", lambda path: read.append(path) or sha256_of(path))
+    assert model_hash(str(folder)) == before
+    assert read == []
+    tiny_llama().bfloat16().save_pretrained(folder)
+    assert model_hash(str(folder)) != before
 
 
 def test_a_skeleton_needs_no_weights(folder: Path) -> None:

@@ -110,6 +110,13 @@ def test_errors_beside_bfloat16(way: str, dora: bool, four_bits: bool) -> None:
         assert error <= bfloat16 + (0.03 if is_product else 1e-3), (index, error, bfloat16)
 
 
+def test_a_layer_in_eight_bits_may_follow_one_that_is_not(way: str) -> None:
+    x, (first, second) = random(70, 224).bfloat16(), branches(False, False, torch.bfloat16)
+    mixed = [dataclasses.replace(first, frozen=Frozen(first.frozen.weight)), second]
+    for mine, true in zip(results(mixed, x), results([in_float64(branch) for branch in mixed], x.double())):
+        assert (mine.double() - true).norm() <= 0.03 * true.norm()
+
+
 def test_channel_scales_take_outliers() -> None:
     x, W = random(64, 256), random(96, 256)
     x[:, 7] *= 100

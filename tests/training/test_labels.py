@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn import metrics as sklearn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, BertForMaskedLM
 
 from conftest import make_tokenizer
 from rankwise.adapters import load_adapter
@@ -175,6 +176,7 @@ def test_a_continued_run_keeps_the_head(run: Any, tmp_path: Path) -> None:
         (("a", 1), "RW203"),
         (("a", None), "RW203"),
         (("a", {}), "RW203"),
+        ((0.5, 4e5), "RW203"),
     ],
 )
 def test_labels_that_cannot_be_learned(labels: tuple[Any, ...], code: str, run: Any, tmp_path: Path) -> None:
@@ -196,6 +198,19 @@ def test_unknown_labels_and_heads_of_others_are_refused(run: Any, tmp_path: Path
         load_model(source)
 
 
+def test_a_base_without_a_pooler_gets_one_as_the_message_says(run: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    BertForMaskedLM(tiny_bert().config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with pytest.raises(RankwiseError, match="RW308.* without the pooler .*--modules-to-save pooler"):
+        run("encoder")
+    AutoModel.from_pretrained(folder).save_pretrained(folder)
+    run("encoder", modules_to_save="pooler", max_steps=2)
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    pooler = load_file(folder / "model.safetensors")["pooler.dense.weight"]
+    assert not torch.equal(saved["base_model.model.bert.pooler.dense.weight"], pooler)
+
+
 def test_text_is_not_written_with_labels(run: Any, tmp_path: Path) -> None:
     run(max_steps=1)
     with pytest.raises(RankwiseError, match="rankwise predict"):
@@ -214,6 +229,14 @@ def test_preview_counts_labels(run: Any, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", ("a", "a", "b"), 30)
     given = PreviewSettings(model=str(tmp_path / "decoder"), data=str(data), objective="classify")
     assert preview.run(given, Output(as_json=True))["labels"]["counts"] == {"a": 20, "b": 10}
+
+
+def test_whole_numbers_in_floats_are_classes(run: Any, tmp_path: Path) -> None:
+    rows = [str(write(tmp_path / name, labels)) for name, labels in (("f.jsonl", (0.0, 1.0)), ("i.jsonl", (1, 0)))]
+    run(data=rows[0], eval_data=rows[1], max_steps=1)
+    assert labels_of(tmp_path / "run") == Labels(("0", "1"))
+    found = predict.run(PredictSettings(adapter=tmp_path / "run", data=rows[0]), Output(as_json=True))
+    assert {row["label"] for row in found["predictions"]} <= {"0", "1"}
 
 
 def test_measures_are_those_of_sklearn() -> None:

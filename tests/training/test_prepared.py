@@ -72,6 +72,15 @@ def test_what_a_kill_left_goes_and_another_process_is_not_disturbed(model_folder
     assert list(cache.iterdir()) == [folder]
 
 
+def test_a_folder_without_weights_is_prepared_again(model_folder: Path, tmp_path: Path):
+    expected = loaded(model_folder, tmp_path / "cache", Nf4Config())(IDS).logits
+    (folder,) = (tmp_path / "cache").iterdir()
+    for missing in ("*", "*.safetensors", "config.json"):
+        for path in folder.glob(missing):
+            path.unlink()
+        assert torch.equal(loaded(model_folder, tmp_path / "cache", Nf4Config())(IDS).logits, expected)
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(model_folder: Path, tmp_path: Path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))

@@ -170,7 +170,10 @@ class LowRankPair(nn.Module):
         term = low - low.detach()
         if g is not None:
             Qx = y.detach() if bias is None else y.detach() - bias.detach()
-            term = term * g.detach().to(y.dtype) + Qx * ((g - g.detach()) / g.detach()).to(y.dtype)
+            # In a row whose gain is 0, Q x is 0, and so is the gradient to m.
+            g0 = g.detach()
+            of_gain = (g - g0) / torch.where(g0 == 0, 1.0, g0)
+            term = term * g0.to(y.dtype) + Qx * of_gain.to(y.dtype)
         return y + term
 
     def extra_repr(self) -> str:

@@ -28,6 +28,7 @@ def run(settings: Settings, output: Output) -> Document:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
+    from rankwise.disk import cache_folder
     from rankwise.models import choose_device
     from rankwise.models.device import cpu_name
     from rankwise.planning.hardware import cpu_hardware
@@ -36,6 +37,9 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "system", f"{platform.system()} on {platform.machine()}, Python {platform.python_version()}"
     yield "processor", f"{cpu_name()}, {plural(hardware.cores or 1, 'core')}"
     yield "free", f"{byte_size(hardware.memory_bytes)} of memory, {byte_size(shutil.disk_usage('.').free)} of disk"
+    bases = cache_folder() / "bases"
+    if held := [path.stat().st_size for path in bases.glob("base-*/*")]:
+        yield "kept bases", f"{byte_size(sum(held))} in {bases}; each may be deleted, and is prepared again when needed"
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         yield f"card {index}", f"{card.name}, {byte_size(card.total_memory)}, capability {card.major}.{card.minor}"

@@ -157,6 +157,13 @@ def tie_weights_as(model: Any, is_tied: bool, keys: dict[str, str]) -> tuple[boo
     return before
 
 
+def saved_by_any_rank(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, whose ``save_pretrained`` now writes in every process that calls it: by itself it writes nothing in
+    one of torch.distributed whose rank is not 0."""
+    vars(model)["should_save_on_this_rank"] = bool
+    return model
+
+
 # --- conversions between the names and shapes in files and those of a model ---
 
 

@@ -12,7 +12,6 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from rankwise.data.encoding import Counts, Encoded, EncodedRow, RowEncoder, complain, list_column
@@ -448,6 +447,8 @@ def _tell_of_long(rows: Rows, count: int, kept: int, max_length: int, room: int)
 
 # Texts with labels.
 
+# A step moves an answer by at most the learning rate times the sum of the last hidden state, which is about 1.
+LARGEST_NUMBER = 1000
 KINDS = {tuple: "a list", str: "text", int: "a number", float: "a number"}
 
 
@@ -456,7 +457,8 @@ def _target(record: Record) -> Target:
     if isinstance(value, list) and all(isinstance(name, str | int) for name in value):
         return tuple(_name(name) for name in value)
     if is_number(value):
-        return float(value) if isinstance(value, Decimal) else value
+        # pandas and parquet write whole numbers as 1.0 where a row of the column once had none.
+        return int(value) if value == int(value) else float(value)
     if isinstance(value, bool) or (isinstance(value, str) and value.strip()):
         return encodable(_name(value), "`label`")
     raise BadRow(f"expected a label in `label`, found {found_in(record, 'label')}")
@@ -493,7 +495,8 @@ def labels_in(rows: Rows) -> Labels:
     """The labels of training rows: names and whole numbers sorted, so that the order of rows does not matter; a number
     where some label is a fraction; several where labels are lists.
 
-    Raises DataError: RW203 for labels of several types, RW214 if all rows have the same one.
+    Raises DataError: RW203 for labels of several types and numbers above LARGEST_NUMBER, RW214 if all rows have the
+    same one.
     """
     targets = [row.target for row in rows if row.target is not None]
     kinds = Counter(KINDS[type(target)] for target in targets)
@@ -501,6 +504,12 @@ def labels_in(rows: Rows) -> Labels:
         found = ", ".join(f"{kind} in {count:,} row{'s' * (count > 1)}" for kind, count in kinds.items())
         raise DataError("RW203", f"{rows.source} has labels of several types ({found}); write all as one type.")
     if any(isinstance(target, float) for target in targets):
+        if (most := max(abs(target) for target in targets if isinstance(target, int | float))) > LARGEST_NUMBER:
+            raise DataError(
+                "RW203",
+                f"{rows.source} has numbers as labels up to {most:,.6g}, which a new head does not reach from 0; "
+                f"divide all of them, so that they lie within {LARGEST_NUMBER:,}.",
+            )
         return Labels(("value",), NUMBER)
     lists = [target for target in targets if isinstance(target, tuple)]
     names = sorted({name for target in lists for name in target}) if lists else map(str, sorted(set(targets)))

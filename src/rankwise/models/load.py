@@ -330,6 +330,13 @@ def _from_pretrained(source: ModelSource, folder: str, **arguments: Any) -> PreT
         f"{name} is {tuple(got)}, expected {tuple(wanted)}" for name, got, wanted in info["mismatched_keys"]
     )
     problems += list(info["error_msgs"])
+    if source.labels is not None and problems and all(".pooler." in problem for problem in problems):
+        raise ModelError(
+            "RW308",
+            f"{source.name} was saved without the pooler that a head of labels reads; add a new one "
+            "(AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and the tokenizer), and train the new "
+            "folder with --modules-to-save pooler.",
+        )
     if problems:
         raise ModelError("RW308", f"the weights of {source.name} do not fit its config: {some_of(problems)}.")
     if info["unexpected_keys"] and not heads:

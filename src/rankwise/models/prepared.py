@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.compat.torch import own_part
+from rankwise.compat.transformers import saved_by_any_rank
 from rankwise.disk import InUse, cache_folder, hold, whole_folder
 from rankwise.errors import ModelError, RunError
-from rankwise.models.folder import read_config
+from rankwise.models.folder import CONFIG_FILE, read_config
 from rankwise.models.load import load_model, load_tokenizer, quiet, remember_originals
-from rankwise.models.source import ModelSource, fetch_model, model_hash, settings_hash
+from rankwise.models.source import ModelSource, Version, fetch_model, file_version, model_hash, settings_hash
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.linear import weights_in_file
 from rankwise.quantization.targets import four_bit_modules
@@ -63,7 +64,7 @@ def load_prepared(
         model, tokenizer = load_model(source, quantization=quantization, **arguments)
     else:
         folder = cache / f"base-{_key(source, dtype, quantization)[:32]}"
-        if not folder.is_dir():
+        if not _is_whole(folder):
             # A head of labels is new in every run.
             text = dataclasses.replace(source, labels=None)
             # What follows draws the same numbers, whether the base was prepared before or not.
@@ -84,15 +85,20 @@ def load_prepared(
 
 
 def _prepare(folder: Path, source: ModelSource, quantization: FourBitConfig | None, arguments: Any) -> None:
-    """Write the prepared base to ``folder``, whole or not at all. Waits where another process is writing it."""
-    while not folder.is_dir():
+    """Write the prepared base to ``folder``, whole or not at all. Waits where another process is writing it.
+
+    Of several processes the first writes, whatever its rank: each machine may have its own cache, and no process waits
+    for another at a barrier.
+    """
+    while not _is_whole(folder):
         try:
             with hold(folder):
-                if not folder.is_dir():
-                    with whole_folder(folder) as unfinished, weights_in_file(unfinished / "codes"):
+                if not _is_whole(folder):
+                    with whole_folder(folder, replace=True) as unfinished, weights_in_file(unfinished / "codes"):
                         model, _ = load_model(source, quantization=quantization, **arguments)
                         with quiet():
-                            model.save_pretrained(unfinished)
+                            saved_by_any_rank(model).save_pretrained(unfinished)
+                        assert _is_whole(unfinished), "save_pretrained has written no weights"
         except InUse:
             time.sleep(WAIT_SECONDS)
         except RunError as error:
@@ -101,6 +107,10 @@ def _prepare(folder: Path, source: ModelSource, quantization: FourBitConfig | No
                 f"{error.message.rstrip('.')}. The prepared base is kept there; --cache names another folder, "
                 "--no-mmap keeps it in memory.",
             ) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and any(folder.glob("*.safetensors"))
 
 
 def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
@@ -133,10 +143,6 @@ def _key(source: ModelSource, dtype: torch.dtype | None, quantization: FourBitCo
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-# Inode, size and time of the last change.
-Version = tuple[int, int, int]
-
-
 class MappedFiles(NamedTuple):
     """Files, and how many bytes of a model's frozen weights are views of them."""
 
@@ -147,7 +153,7 @@ class MappedFiles(NamedTuple):
         """Raise ModelError (RW305) for a file that was written to. One that was deleted or replaced does no harm, since
         the mapping keeps the old one."""
         for path, version in self.versions.items():
-            if path.exists() and (now := _version(path)) != version and now[0] == version[0]:
+            if path.exists() and (now := file_version(path)) != version and now[0] == version[0]:
                 raise ModelError(
                     "RW305",
                     f"{path} was changed while its weights were in use, so the model is not the one that was loaded; "
@@ -172,12 +178,7 @@ def mapped_files(model: nn.Module) -> MappedFiles:
         if region >= 0 and held.data_ptr() < regions[region][1]:
             found[held.data_ptr()] = held.nbytes, regions[region][2]
     paths = {path for _, path in found.values() if path.exists()}
-    return MappedFiles(sum(size for size, _ in found.values()), {path: _version(path) for path in paths})
-
-
-def _version(path: Path) -> Version:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return MappedFiles(sum(size for size, _ in found.values()), {path: file_version(path) for path in paths})
 
 
 def _mapped_regions() -> list[tuple[int, int, Path]]:

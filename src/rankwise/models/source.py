@@ -7,6 +7,7 @@ Models of the hub are downloaded into snapshot folders, which get the same check
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -238,9 +239,26 @@ def _explained(error: Exception, repo: str, revision: str | None) -> ModelError:
 TOKENIZER_PARTS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", TEMPLATE_FILE)
 
 
+# Inode, size and time of the last change.
+Version = tuple[int, int, int]
+
+
+def file_version(path: Path) -> Version:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def model_hash(model: str | ModelSource) -> str:
-    """SHA-256 of the model's weights: that of a single file, or that of the sorted lines ``HASH  NAME``."""
-    return sha256_of_files(weights_files(fetch_model(model)))
+    """SHA-256 of the model's weights: that of a single file, or that of the sorted lines ``HASH  NAME``.
+
+    A process reads files again only once they have changed.
+    """
+    return _hash_of(tuple((path, file_version(path)) for path in weights_files(fetch_model(model))))
+
+
+@functools.lru_cache(maxsize=32)
+def _hash_of(files: tuple[tuple[Path, Version], ...]) -> str:
+    return sha256_of_files(path for path, _ in files)
 
 
 def settings_hash(source: ModelSource) -> str | None:

@@ -32,6 +32,29 @@ def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
     assert lines(runs.two, "eval_loss")[0] == lines(runs.one, "eval_loss")[0]
 
 
+# Process 0 comes to the cache after process 1 has prepared the base.
+SECOND = """
+if rank == 0:
+    import time
+    from rankwise.models import prepared
+    prepare = prepared._prepare
+    def wait_and_prepare(folder, *arguments):
+        while not folder.is_dir():
+            time.sleep(0.05)
+        prepare(folder, *arguments)
+    prepared._prepare = wait_and_prepare
+"""
+
+
+def test_a_process_of_any_rank_prepares_the_base(several: Nursery, given: list[str], tmp_path: Path):
+    for run in ("first", "again"):
+        options = ("--method", "qlora", "--cache", tmp_path / "cache", "--max-steps", 1, "--output", tmp_path / run)
+        done = several.run(2, [*given, *options], SECOND)
+        assert done.codes == [0, 0], done.stderr
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert differing(tmp_path / "first", tmp_path / "again") == []
+
+
 # Name: options, processes.
 CASES = {
     "full under fsdp": (("--method", "full", "--strategy", "fsdp"), 2),

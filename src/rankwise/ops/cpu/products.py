@@ -63,7 +63,7 @@ class Term:
     """``a W^T`` of a (T, K) and W (N, K), or, with ``across``, ``a W`` of a (T, N).
 
     ``gain`` float32, one per element that is summed over, and ``scale`` multiply W before it is rounded to bfloat16.
-    ``in_bytes``: a is what `quantize_rows` made, and W is rounded to 8 bits; such terms come before the others.
+    ``in_bytes``: a is what `quantize_rows` made, and W is rounded to 8 bits.
     ``exact``: on tiles, a float32 W without ``across`` is not rounded but split into a sum of two bfloat16 matrices.
     ``a_rest`` (T, K), laid out as a, is the rounding error of a, and is added to a.
     """
@@ -166,7 +166,8 @@ def add_products(
     if is_fake(out):
         return out
     T, N = out.shape
-    array = (_Term * len(terms))(*map(_struct, terms))
+    # The library sums terms in 8 bits before the others.
+    array = (_Term * len(terms))(*map(_struct, sorted(terms, key=lambda term: term.in_bytes is None)))
     library().rw_products(
         array, len(terms), DTYPE[out.dtype], T, N, pointer(g), pointer(bias), out.data_ptr(), pointer(rest),
         out.stride(0), torch.get_num_threads(),
