@@ -49,7 +49,7 @@ from rankwise.training.watch import (
     evaluated_rewards,
     evaluations,
 )
-from rankwise.training.weights import load_weights, save_weights, weights_digest, whole_weights
+from rankwise.training.weights import check_written, load_weights, save_weights, weights_digest, whole_weights
 
 PLOT_FILE = "loss.svg"
 CARD_FILE = "README.md"
@@ -361,11 +361,13 @@ def write_final(
 ) -> None:
     """Write the final weights and the tokenizer into the run folder; ``gathered`` as for ``save_weights``.
 
-    Each file appears whole or not at all, and only after ``announce`` was called with the names of all files.
+    Each file appears whole or not at all, and only after ``announce`` was called with the names of all files. Raises
+    RunError (RW551) as ``check_written``.
     """
     model.config.use_cache = True
     with temporary_folder(output, "final") as folder:
         save_weights(model, folder, gathered)
+        check_written(model, folder)
         tokenizer.save_pretrained(folder)
         follow_umask(folder)
         flush_tree(folder)

@@ -74,6 +74,27 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise RunError("RW517", f"the weights in {folder} do not fit this run: {one_line(error)}.") from None
 
 
+def check_written(model: nn.Module, folder: Path) -> None:
+    """Load what ``save_weights`` wrote of an adapter into the model again, which must not change a bit of it.
+
+    Raises RunError (RW551). A whole model, which would need its memory twice, is not read again.
+    """
+    if not has_adapter(model) and guest_of(model) is None:
+        return
+    trained = weights_digest(model)
+    try:
+        load_weights(model, folder)
+        is_same = weights_digest(model) == trained
+    except RunError:
+        is_same = False
+    if not is_same:
+        raise RunError(
+            "RW551",
+            "the adapter that was written differs from the trained one when it is read again; check the disk, and "
+            "continue with --resume.",
+        )
+
+
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter} of everything that trains; names as in the adapter's file if there is an adapter."""
     named = adapter_parameters(model).items() if has_adapter(model) else model.named_parameters()
