@@ -261,6 +261,15 @@ def test_constant_schedule_may_be_continued(settings: Any, tmp_path: Path) -> No
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_resumed_run_keeps_the_products_that_it_chose(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, watcher = {"lr_scheduler_type": "constant"}, Recorder()
+    monkeypatch.setattr(run, "choose_products", lambda model: ("int8", "a test"))
+    assert train(settings(**given, max_steps=2)).products == "int8"
+    monkeypatch.setattr(run, "choose_products", lambda model: ("bfloat16", "another machine"))
+    assert train(settings(**given, max_steps=4, resume=True), watcher).products == "int8"
+    assert "frozen products: int8 (as before)" in watcher.notes
+
+
 def test_a_lengthened_run_follows_the_schedule_of_its_new_length(settings: Any, tmp_path: Path) -> None:
     given = {"lr_scheduler_type": "cosine", "learning_rate": 0.01, "warmup_steps": 0}
     train(settings(**given, max_steps=4))
