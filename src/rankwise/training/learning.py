@@ -7,9 +7,12 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +39,11 @@ from rankwise.data.objectives import (
     prompt_formats,
     unpaired,
 )
+from rankwise.disk import remove_strays
 from rankwise.errors import ConfigError, RunError, some_of
+from rankwise.foreign import checked, read_json
 from rankwise.labels import Labels
-from rankwise.records import RateSearch, RateTrial, load_record
+from rankwise.records import RateSearch, RateTrial, load_record, write_json
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
 from rankwise.training import ranks
@@ -347,6 +352,32 @@ def rounds(rates: int, budget: int) -> list[tuple[int, int]]:
     return [(size, max(2, budget // (len(sizes) * size))) for size in sizes]
 
 
+@dataclasses.dataclass
+class _Tried:
+    """The finished short runs of a search with this key."""
+
+    key: str
+    seconds: float = 0.0
+    trials: list[RateTrial] = dataclasses.field(default_factory=list)
+
+
+def search_file(output: Path) -> Path:
+    """Where the finished short runs stand until the run's record holds them: beside the run's folder."""
+    place = Path(os.path.realpath(output))
+    return place.with_name(f".{place.name}.rankwise-search")
+
+
+def _tried_before(path: Path, given: TrainSettings, inputs: Sequence[object]) -> _Tried:
+    """The short runs of the same search in ``path``, if there are any."""
+    remove_strays(path.parent, [path.name])
+    settings = given.model_dump(mode="json", exclude={"output", "overwrite", "ignore_plan"})
+    key = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        if (found := checked(_Tried, read_json(path))).key == key:
+            return found
+    return _Tried(key)
+
+
 def search(
     given: TrainSettings,
     data: Data,
@@ -354,8 +385,12 @@ def search(
     steps: int,
     loop_of: Callable[[TrainSettings, Data], Loop],
     observer: Observer,
+    inputs: Sequence[object],
 ) -> RateSearch:
     """Search the best rate for a run of ``steps`` by short runs. The model's weights are restored.
+
+    Each short run is noted in a file as it ends, so that the same command continues a search that was stopped.
+    ``inputs``: what the losses depend on in addition to the settings, as JSON.
 
     Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943). Round k trains each of the n_k remaining rates
     from the same start for  floor(B / (K n_k))  steps, where B is the budget in steps and K the number of rounds, and
@@ -368,7 +403,10 @@ def search(
     Raises ConfigError: RW175 for too few rows to hold some out, RW176 if every rate diverges.
     """
     training, held = kept_apart(data)
-    started = time.monotonic()
+    path = search_file(given.output)
+    noted = _tried_before(path, given, inputs)
+    known = {(trial["learning_rate"], trial["steps"]): trial for trial in noted.trials}
+    started = time.monotonic() - noted.seconds
     left: Sequence[float] = given.searched_rates
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = {parameter: parameter.detach().to("cpu", copy=True) for parameter in trained}
@@ -381,8 +419,14 @@ def search(
         observer.phase(f"Trying {plural(len(left), 'learning rate')}, {plural(length, 'step')} each")
         tried: list[RateTrial] = []
         for rate in left:
+            if (rate, length) in known:
+                tried.append(known[rate, length])
+                continue
             loss = _loss_after(loop_of(_short_run(given, rate, length, length / steps), training), held)
             tried.append({"learning_rate": rate, "steps": length, "loss": loss})
+            noted.trials.append(tried[-1])
+            noted.seconds = time.monotonic() - started
+            write_json(path, dataclasses.asdict(noted))
             with torch.no_grad():
                 for parameter, value in start.items():
                     parameter.copy_(value)
@@ -392,6 +436,7 @@ def search(
         scored = sorted((trial["loss"], trial["learning_rate"]) for trial in tried if trial["loss"] is not None)
         left = [rate for _, rate in scored]
     if not left:
+        path.unlink(missing_ok=True)
         rates = ", ".join(map(spelled, given.searched_rates))
         raise ConfigError(
             "RW176",

@@ -225,7 +225,8 @@ def _prepare(
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
     if given.searches:
-        searched = search(given, data, loaded.model, loop.options.total_steps, make, observer)
+        read = [described, inputs.base, inputs.versions, products]
+        searched = search(given, data, loaded.model, loop.options.total_steps, make, observer, read)
         given = with_rate(given, searched)
         loop = make(given, data)
     rates = None

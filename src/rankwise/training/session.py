@@ -37,6 +37,7 @@ from rankwise.training.checkpoints import (
     remove_unfinished,
     temporary_folder,
 )
+from rankwise.training.learning import search_file
 from rankwise.training.loop import Loop
 from rankwise.training.ranks import Interrupt, interrupts
 from rankwise.training.watch import (
@@ -151,6 +152,7 @@ class Session:
             self.record.files, self.record.rate_search = before.files, before.rate_search
         remove_strays(self.folder, {RUN_FILE, *OWN_FILES})
         self.record.save(self.folder)
+        search_file(self.folder).unlink(missing_ok=True)
 
     def _carry_out(self) -> None:
         step = self.checkpoint.step if self.checkpoint else None
