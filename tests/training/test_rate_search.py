@@ -100,6 +100,14 @@ def test_a_resumed_run_does_not_search_again(settings: Any, tmp_path: Path) -> N
     assert train(TrainSettings.model_validate(settings_then | {"resume": True})).eval_loss == resumed.eval_loss
 
 
+def test_a_rate_whose_last_update_diverges_is_left_out(settings: Any) -> None:
+    """Each short run has two steps, of which the first only warms up."""
+    given = {"learning_rate": "auto:1e-3,1e-2,1e30", "budget": 0.01, "max_grad_norm": 0, "warmup_steps": 4}
+    search = train(settings(**given, lr_scheduler_type="constant_with_warmup")).rate_search
+    assert search is not None
+    assert [trial["loss"] is None for trial in search["trials"]] == [False, False, True]
+
+
 @pytest.mark.parametrize(("change", "taken"), [({}, 3), ({"seed": 1}, 0)])
 def test_a_search_that_was_stopped_continues(
     change: dict[str, Any], taken: int, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -361,6 +361,11 @@ def test_exploding_loss_stops_with_the_step(settings: Any, tmp_path: Path) -> No
     assert load_record(tmp_path / "run").status == "failed"
 
 
+def test_an_evaluation_without_numbers_says_what_to_do(settings: Any) -> None:
+    with pytest.raises(RunError, match="RW530: after step 1 .* lower --learning-rate"):
+        train(settings(learning_rate=1e30, max_grad_norm=0.0, max_steps=1, lr_scheduler_type="constant"))
+
+
 @pytest.mark.parametrize(("rate", "warns"), [(1.0, True), (1e-3, False)])
 def test_without_evaluations_a_risen_loss_is_told(rate: float, warns: bool, settings: Any) -> None:
     given = {"eval_data": None, "eval_steps": None, "logging_steps": 1, "target_modules": ["lm_head"]}

@@ -489,10 +489,8 @@ def _loss_after(loop: Loop, rows: Dataset) -> float | None:
     loop.options = dataclasses.replace(loop.options, save_steps=None)
     try:
         loop.fit(Watch(loop.model, loop.progress, MemoryMeter(loop.model.device.type)))
-        loop.model.eval()
         loop.objective.eval_rows = rows
-        with torch.no_grad(), loop.autocast():
-            loss = loop.objective.evaluate(loop.model, lambda: None)["eval_loss"]
+        loss = loop.measure(lambda: None)["eval_loss"]
     except Diverged:
         loss = math.nan
     return loss if math.isfinite(loss) else None
