@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import offloaded
 from rankwise.acceleration.loss import Layout
+from rankwise.adapters import has_adapter
 from rankwise.adapters.folder import labels_of
 from rankwise.config import BETA, GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings, default_rate, logging_steps_of
 from rankwise.conflicts import LOSS_TYPES
@@ -266,7 +267,7 @@ def make_loop(
         base.model,
         rate=given.rate,
         weight_decay=given.weight_decay,
-        loraplus_ratio=given.loraplus_ratio,
+        loraplus_ratio=given.loraplus_ratio if has_adapter(base.model) else None,
     )
     around = functools.partial(
         _around_step, base.model, given.neftune_noise_alpha, offloads=given.activation_offloading
