@@ -44,6 +44,7 @@ from rankwise.disk import remove_strays
 from rankwise.errors import ConfigError, RunError, some_of
 from rankwise.foreign import checked, read_json
 from rankwise.labels import Labels
+from rankwise.models.load import table_rows
 from rankwise.records import RateSearch, RateTrial, load_record, write_json
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
@@ -131,7 +132,7 @@ def _preferences(given: TrainSettings, data: Data, base: LoadedBase, flat: bool)
         **_of_batches(given, base),
         loss_type=given.loss_type or LOSS_TYPES[given.objective][0],
         beta=given.beta or BETA,
-        max_length=given.max_length,
+        max_length=min(given.max_length, table_rows(base.model) or given.max_length),
         label_smoothing=given.label_smoothing,
         desirable_weight=given.desirable_weight or 1.0,
         undesirable_weight=given.undesirable_weight or 1.0,
