@@ -529,15 +529,17 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
     reasons = [f"{family} of width {width:,}"]
     power = LLAMA if family == "llama" or width >= REFERENCE_WIDTH else SMALL
     rate = FULL_RATE * TIMES_FOR_ADAPTERS * (REFERENCE_WIDTH / width) ** power
+    # Options of an adapter have no effect on other methods.
+    of_adapter = settings if settings["method"] in ADAPTERS else {}
     # LoRA+: the rate is A's; B's, ``ratio`` times as high, is that of LoRA.
-    ratio = settings.get("loraplus_ratio")
-    alpha = settings.get("lora_alpha", REFERENCE_ALPHA) if settings["method"] in ADAPTERS else REFERENCE_ALPHA
+    ratio = of_adapter.get("loraplus_ratio")
+    alpha = of_adapter.get("lora_alpha", REFERENCE_ALPHA)
     factors = {
         "all weights": 1 / TIMES_FOR_ADAPTERS if settings["method"] == "full" else None,
         f"alpha {alpha:g}": (REFERENCE_ALPHA / alpha) ** POWER_OF_ALPHA if alpha != REFERENCE_ALPHA else None,
         settings["objective"]: OF_PREFERENCES if settings["objective"] not in ("sft", "classify") else None,
-        "PiSSA": OF_PISSA if str(settings.get("init")).startswith("pissa") else None,
-        "rsLoRA": OF_RSLORA if settings.get("use_rslora") else None,
+        "PiSSA": OF_PISSA if str(of_adapter.get("init")).startswith("pissa") else None,
+        "rsLoRA": OF_RSLORA if of_adapter.get("use_rslora") else None,
         "LoRA+": 1 / ratio if ratio else None,
     }
     for reason, factor in factors.items():

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 # On Python 3.11, pydantic does not accept typing.TypedDict, and brings this one.
 from typing_extensions import TypedDict
@@ -101,6 +101,8 @@ class RunRecord:
     learning_rates: dict[str, float] | None = None
     # With --learning-rate auto. ``settings`` hold the rate that was found; ``wall_seconds`` exclude the search.
     rate_search: RateSearch | None = None
+    # What --products auto took.
+    products: Literal["bfloat16", "int8"] | None = None
     # The most bytes of frozen weights that one process holds between steps.
     frozen_bytes: int | None = None
     warnings: list[dict[str, str]] = dataclasses.field(default_factory=list)

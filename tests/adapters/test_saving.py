@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import rankwise as rw
 from rankwise.errors import AdapterError
+from rankwise.foreign import read_header
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_moe
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -51,6 +52,16 @@ def adapted(family: str, settings: dict[str, Any], name: str = "default") -> Any
     rw.add_adapter(model, rw.LoraConfig(**{"r": 3, "lora_alpha": 8, **settings}), name=name)
     step(model)
     return model
+
+
+def test_equal_adapters_have_equal_bytes(tmp_path):
+    model = adapted("gpt2", {**CASES["fused_alpha"][1], "for_merge": "q4_0"})
+    found = set()
+    for _ in range(8):
+        rw.save_adapter(model, tmp_path)
+        found.add((tmp_path / "adapter_model.safetensors").read_bytes())
+    assert len(found) == 1
+    assert len(read_header(tmp_path / "adapter_model.safetensors").metadata) == 3
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -138,6 +138,14 @@ def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
     assert [item.step for item in list_checkpoints(tmp_path)] == [1, 4, 5]
 
 
+def test_an_old_one_with_a_file_of_the_user_stays(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, write)
+    (tmp_path / "checkpoints" / "step-1" / "mine.txt").write_text("mine")
+    remove_old(tmp_path, keep=1, step=3)
+    assert [item.step for item in list_checkpoints(tmp_path)] == [1, 3]
+
+
 def test_the_one_just_written_stays_beside_damaged_later_ones(tmp_path: Path) -> None:
     for step in (10, 20, 15):
         save_checkpoint(tmp_path, step, write)

@@ -14,6 +14,7 @@ from rankwise.errors import Interrupted, RunError
 from rankwise.records import load_record
 from rankwise.training import session
 from rankwise.training.run import train
+from rankwise.training.weights import save_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
 
@@ -80,3 +81,19 @@ def test_a_full_disk_at_the_end_is_said_and_made_good(
     assert caught.value.code == "RW551"
     assert load_record(tmp_path / "run").status == "failed"
     assert train(settings(max_steps=2, resume=True)).status == "finished"
+
+
+@pytest.mark.parametrize("damage", ["a changed number", "a cut file"])
+def test_an_adapter_that_reads_differently_is_not_kept(
+    damage: str, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(model: Any, folder: Path, gathered: Any) -> None:
+        save_weights(model, folder, gathered)
+        content = bytearray((folder / "adapter_model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (folder / "adapter_model.safetensors").write_bytes(content[: -1 if damage == "a cut file" else None])
+
+    monkeypatch.setattr(session, "save_weights", save)
+    with pytest.raises(RunError, match=r"RW551: the adapter that was written differs.*--resume"):
+        train(settings(max_steps=1))
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()

@@ -381,6 +381,20 @@ def test_rewards_that_are_all_equal_are_said(steps: int, warnings: int, rewarded
     assert all(info.grad_norm == 0 for info in watcher.steps)
 
 
+def test_rewards_before_a_stop_are_not_called_equal(rewarded: Any, tmp_path: Path) -> None:
+    """They differ until the file ``learned`` is there, as it is once the run is resumed."""
+    text = "import pathlib\ndef once(completions, **_):\n    factor = 1 - pathlib.Path(LEARNED).exists()\n"
+    text += "    return [factor * place for place, _ in enumerate(completions)]"
+    (tmp_path / "once.py").write_text(text.replace("LEARNED", repr(str(tmp_path / "learned"))))
+    given = rewarded(reward=[f"{tmp_path}/once.py:once"], max_steps=11, beta=None)
+    with pytest.raises(Interrupted):
+        train(given, Recorder(stop_at=2))
+    (tmp_path / "learned").touch()
+    watcher = Recorder()
+    train(given.model_copy(update={"resume": True}), watcher)
+    assert "RW778" not in watcher.warnings
+
+
 def test_prompts_are_written_as_in_training(rewarded: Any, tmp_path: Path, tokenizer: Any) -> None:
     """Messages and texts, with the right answer where the data hold one."""
     from rankwise.data import read_rows

@@ -125,6 +125,18 @@ def test_a_link_by_the_name_of_a_file_goes_and_not_its_target(old_run: Path, tmp
     assert (tmp_path / "precious.svg").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["step-4/mine.txt", "step-7/mine.txt", "step-4/folder/mine.txt"])
+@pytest.mark.parametrize("mode", ["resume", "overwrite"])
+def test_foreign_files_among_checkpoints_are_refused(mode: str, name: str, old_run: Path) -> None:
+    write(old_run / "checkpoints", (name,))
+    before = snapshot(old_run)
+    with pytest.raises(RunError, match=f"RW504.*{name}"):
+        check_output(old_run, **{"resume": False, "overwrite": False, mode: True})
+    with pytest.raises(RunError, match="RW504"):
+        clear_run(old_run)
+    assert snapshot(old_run) == before
+
+
 @pytest.mark.parametrize("mode", ["resume", "overwrite"])
 def test_checkpoints_behind_a_link_are_refused(mode: str, old_run: Path, tmp_path: Path) -> None:
     (old_run / "checkpoints").rename(tmp_path / "elsewhere")

@@ -31,6 +31,7 @@ from rankwise.training.objectives import Preferences, Scoring
 from rankwise.training.run import train
 from rankwise.training.setup import make_trainable
 from tables import thinned
+from tiny_models import tiny_gpt2
 
 # trl's names and ours.
 COMPARED = {
@@ -167,6 +168,16 @@ def test_the_kl_of_kto_is_a_mean_over_the_rows_of_all_processes(monkeypatch: pyt
     monkeypatch.setattr(ranks, "_group", lambda: "two processes")
     monkeypatch.setattr(ranks, "summed", lambda given: [mine + other for mine, other in zip(given, (4.0, 1.0))])
     assert objective._z({"mismatched": None, KEY: Counted(2, 8, 2)}) == pytest.approx(7 / 3)
+
+
+def test_a_prompt_with_the_answer_of_another_row_ends_at_the_learned_positions(preferring: Any, tmp_path: Path) -> None:
+    """Each row has at most 16 tokens, and the longest prompt with the longest answer has 24."""
+    tiny_gpt2(n_positions=16).save_pretrained(tmp_path / "base")
+    rows = [("w1 " * 12, "w2"), ("w3 ", "w4 " * 11)] * 4
+    lines = [{"prompt": prompt, "completion": answer, "label": True} for prompt, answer in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = {"data": str(tmp_path / "rows.jsonl"), "max_length": 64, "max_steps": 2, "target_modules": "all-linear"}
+    assert train(preferring("kto", **given)).status == "finished"
 
 
 @pytest.mark.parametrize("method", ["lora", "qdora"])

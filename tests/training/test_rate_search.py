@@ -16,6 +16,7 @@ from rankwise.config import TrainSettings, default_rate
 from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError, Interrupted, RunError
 from rankwise.records import load_record
+from rankwise.training import learning
 from rankwise.training.learning import kept_apart, rounds
 from rankwise.training.run import train
 from rankwise.training.setup import Data
@@ -97,6 +98,39 @@ def test_a_resumed_run_does_not_search_again(settings: Any, tmp_path: Path) -> N
     # Also where no option but --output is given again, as the command line does.
     settings_then = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert train(TrainSettings.model_validate(settings_then | {"resume": True})).eval_loss == resumed.eval_loss
+
+
+def test_a_rate_whose_last_update_diverges_is_left_out(settings: Any) -> None:
+    """Each short run has two steps, of which the first only warms up."""
+    given = {"learning_rate": "auto:1e-3,1e-2,1e30", "budget": 0.01, "max_grad_norm": 0, "warmup_steps": 4}
+    search = train(settings(**given, lr_scheduler_type="constant_with_warmup")).rate_search
+    assert search is not None
+    assert [trial["loss"] is None for trial in search["trials"]] == [False, False, True]
+
+
+@pytest.mark.parametrize(("change", "taken"), [({}, 3), ({"seed": 1}, 0)])
+def test_a_search_that_was_stopped_continues(
+    change: dict[str, Any], taken: int, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, runs, judge = settings(**SHORT), [], learning._loss_after
+    straight = train(given.model_copy(update={**change, "output": tmp_path / "straight"}))
+
+    def counted(loop: Any, rows: Any) -> float | None:
+        runs.append(rows)
+        if len(runs) == 4:
+            raise KeyboardInterrupt
+        return judge(loop, rows)
+
+    monkeypatch.setattr(learning, "_loss_after", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train(given)
+    assert [path.name for path in tmp_path.glob("*run*")] == [".run.rankwise-search"]
+    found = train(given.model_copy(update=change))
+    assert straight.rate_search is not None
+    assert found.rate_search is not None
+    assert found.rate_search["trials"] == straight.rate_search["trials"]
+    assert len(runs) - 4 == len(straight.rate_search["trials"]) - taken
+    assert not (tmp_path / ".run.rankwise-search").exists()
 
 
 def test_the_rows_that_judge_are_of_prompts_that_no_short_run_sees() -> None:

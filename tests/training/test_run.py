@@ -261,6 +261,15 @@ def test_constant_schedule_may_be_continued(settings: Any, tmp_path: Path) -> No
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_resumed_run_keeps_the_products_that_it_chose(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, watcher = {"lr_scheduler_type": "constant"}, Recorder()
+    monkeypatch.setattr(run, "choose_products", lambda model: ("int8", "a test"))
+    assert train(settings(**given, max_steps=2)).products == "int8"
+    monkeypatch.setattr(run, "choose_products", lambda model: ("bfloat16", "another machine"))
+    assert train(settings(**given, max_steps=4, resume=True), watcher).products == "int8"
+    assert "frozen products: int8 (as before)" in watcher.notes
+
+
 def test_a_lengthened_run_follows_the_schedule_of_its_new_length(settings: Any, tmp_path: Path) -> None:
     given = {"lr_scheduler_type": "cosine", "learning_rate": 0.01, "warmup_steps": 0}
     train(settings(**given, max_steps=4))
@@ -350,6 +359,11 @@ def test_exploding_loss_stops_with_the_step(settings: Any, tmp_path: Path) -> No
         train(settings(learning_rate=1e30, max_grad_norm=0.0, lr_scheduler_type="constant", optimizer="sgd"))
     assert caught.value.code == "RW530"
     assert load_record(tmp_path / "run").status == "failed"
+
+
+def test_an_evaluation_without_numbers_says_what_to_do(settings: Any) -> None:
+    with pytest.raises(RunError, match="RW530: after step 1 .* lower --learning-rate"):
+        train(settings(learning_rate=1e30, max_grad_norm=0.0, max_steps=1, lr_scheduler_type="constant"))
 
 
 @pytest.mark.parametrize(("rate", "warns"), [(1.0, True), (1e-3, False)])

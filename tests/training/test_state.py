@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.testing._internal.two_tensor import TwoTensor
 
 from rankwise.errors import InternalError, RunError
 from rankwise.training.weights import (
@@ -55,6 +56,17 @@ def test_any_tree_comes_back_as_it_was(tree: Any, tmp_path_factory: Any) -> None
     save_state(folder, "thing", tree)
     assert same(load_state(folder, "thing"), tree)
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors"}
+
+
+def test_a_tensor_of_several_comes_back_if_its_library_calls_it_safe(tmp_path: Path) -> None:
+    """As the states of torchao's optimizers."""
+    two = TwoTensor(torch.rand(3), torch.rand(3))
+    save_state(tmp_path, "thing", {"moment": two, "dtype": torch.bfloat16})
+    with torch.serialization.safe_globals([TwoTensor]):
+        found = load_state(tmp_path, "thing")
+    assert same([found["moment"].a, found["moment"].b, found["dtype"]], [two.a, two.b, torch.bfloat16])
+    with pytest.raises(RunError, match="RW511"):
+        load_state(tmp_path, "thing")
 
 
 OPTIMIZERS = {

@@ -142,6 +142,15 @@ def test_lora_plus_in_the_record_and_in_the_steps(settings: Any, tmp_path: Path)
     assert next(line["learning_rate"] for line in read_metrics(tmp_path / "run") if "learning_rate" in line) == 1e-3
 
 
+def test_options_of_adapters_do_not_change_a_full_fine_tuning(settings: Any, tmp_path: Path) -> None:
+    given = {"method": "full", "learning_rate": None, "max_steps": 4}
+    idle = {"loraplus_ratio": 16, "init": "pissa:2", "use_rslora": True, "output": tmp_path / "idle"}
+    rates = [train(settings(**given, **more)).settings["learning_rate"] for more in ({}, idle)]
+    assert rates[0] == rates[1]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "idle"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
 def test_lora_plus_goes_with_other_optimizers_and_resumes(optimizer: str, settings: Any, tmp_path: Path) -> None:
     given = settings(loraplus_ratio=4, optimizer=optimizer, weight_decay=0.1)

@@ -200,8 +200,19 @@ def save_adapter(
     mark_labels(model, document, metadata)
     if config.enable_lora:
         metadata[PARTS_KEY] = json.dumps({name: dict(getattr(config, name)) for name in PARTS_FIELDS})
-    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(adapter_tensors(model, name, state_dict), metadata))
+    write_tensors(folder, adapter_tensors(model, name, state_dict), metadata)
     write_json(folder / CONFIG_FILE, document)
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write an adapter's tensors. Equal ones give equal bytes: safetensors orders the metadata at random."""
+    content = safetensors.torch.save(tensors, dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The tensors start at a multiple of eight bytes.
+    text += b" " * (-len(text) % 8)
+    write_bytes(folder / WEIGHTS_FILE, b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[end:])))
 
 
 def mark_labels(model: nn.Module, document: dict[str, Any], metadata: dict[str, str]) -> None:

@@ -20,14 +20,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, AdapterFile, load_tensors, stack_keys
 from rankwise.adapters.experts import from_peft_A, from_peft_B, peft_A, peft_B
-from rankwise.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, scaled_alpha, to_peft
+from rankwise.adapters.folder import CONFIG_FILE, scaled_alpha, to_peft
 from rankwise.adapters.inject import attach, check_name
 from rankwise.adapters.saving import (
     PREFIX,
@@ -36,12 +35,13 @@ from rankwise.adapters.saving import (
     mark_labels,
     shortest_targets,
     tensor_keys,
+    write_tensors,
 )
 from rankwise.adapters.state import AdapterReport, base_modules, report, state_and_name
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import AdapterError, ConfigError, some_of
 from rankwise.lora_config import LoraConfig
-from rankwise.records import write_bytes, write_json
+from rankwise.records import write_json
 from rankwise.serving import SERVERS, VLLM_RANKS
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def write_portable(folder: Path, model: nn.Module, file: AdapterFile, pairs: Pai
     document = to_peft(config, config.target_modules or (), base_model, is_transposed(adapted))
     tensors, metadata = {**_portable_tensors(model, file, pairs), **head_tensors(model, file)}, {"format": "pt"}
     mark_labels(model, document, metadata)
-    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata))
+    write_tensors(folder, tensors, metadata)
     write_json(folder / CONFIG_FILE, document)
 
 

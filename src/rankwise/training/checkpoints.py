@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.disk import flush, flush_tree, follow_umask, refuse_links, remove_tree, strays
-from rankwise.errors import ConfigError, RunError
+from rankwise.errors import ConfigError, RunError, some_of
 from rankwise.foreign import Fields, read_json, sha256_of
 from rankwise.options import flag
 from rankwise.records import METRICS_FILE, RUN_FILE, SKIPPED_FILE, RunRecord, check_writable, load_record, write_json
@@ -120,15 +120,25 @@ def newest_valid(run_folder: Path, on_damage: Callable[[RunError], None]) -> Che
 
 
 def remove_old(run_folder: Path, keep: int, step: int, best_step: int | None = None) -> None:
-    """Remove all checkpoints except the newest ``keep`` up to ``step`` and the best one.
+    """Remove all checkpoints except the newest ``keep`` up to ``step``, the best one, and those with foreign files.
 
     Later checkpoints than that of ``step``, just written, were damaged when the run was resumed from an earlier one.
     """
     checkpoints = list_checkpoints(run_folder)
     there = [item.step for item in checkpoints if item.step <= step]
     for checkpoint in checkpoints:
-        if checkpoint.step not in (best_step, *there[-keep:]):
+        if checkpoint.step not in (best_step, *there[-keep:]) and not foreign_files(checkpoint.path):
             _discard(checkpoint.path)
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """The files in a checkpoint's folder that its manifest does not name. A damaged manifest counts as naming all."""
+    names = _read_manifest(folder)
+    if names is None and (folder / MANIFEST).exists():
+        return []
+    own = {MANIFEST, *(names or ())}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    return [path for path in files if path.relative_to(folder).as_posix() not in own]
 
 
 def remove_unfinished(run_folder: Path) -> None:
@@ -159,14 +169,19 @@ def _write_manifest(folder: Path, step: int) -> None:
     write_json(folder / MANIFEST, {"step": step, "files": files})
 
 
-def _damage(checkpoint: Checkpoint) -> Iterator[str]:
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """{file: (bytes, sha256)}; None if the manifest is missing, cannot be read or names a file elsewhere."""
     try:
-        manifest = read_json(checkpoint.path / MANIFEST)
+        manifest = read_json(folder / MANIFEST)
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        # The names come from a file: they must not lead out of the folder.
-        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
-            raise ValueError("a file elsewhere")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return None if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files) else files
+
+
+def _damage(checkpoint: Checkpoint) -> Iterator[str]:
+    files = _read_manifest(checkpoint.path)
+    if files is None:
         yield f"its {MANIFEST} is missing or cannot be read"
         return
     for name, (size, digest) in files.items():
@@ -235,8 +250,8 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
     """Check whether a run may use this folder, and return how. Nothing is written.
 
     Raises ConfigError RW112 for both options at once; RunError: RW502 for a folder with a run, RW503 for a folder that
-    cannot be written, RW504 for a folder with other files and no run, RW505 for nothing to resume, RW554 for a link in
-    the place of the checkpoint folder.
+    cannot be written, RW504 for other files without a run or among its checkpoints, RW505 for nothing to resume, RW554
+    for a link in the place of the checkpoint folder.
     """
     if resume and overwrite:
         raise ConfigError("RW112", "--resume continues the old run and --overwrite replaces it; give one of them.")
@@ -255,6 +270,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
             raise RunError("RW505", f"{output} holds no run to resume; leave --resume out to start one.")
         if load_record(output).status == REPLACED:
             raise RunError("RW505", f"the run in {output} was being replaced; start again with --overwrite.")
+        _refuse_foreign_files(output)
         return "resume"
     if there and not overwrite:
         raise RunError(
@@ -262,7 +278,19 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> Mode:
             f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or give "
             "a different --output.",
         )
+    _refuse_foreign_files(output)
     return "overwrite" if there else "new"
+
+
+def _refuse_foreign_files(output: Path) -> None:
+    found = [path for checkpoint in list_checkpoints(output) for path in foreign_files(checkpoint.path)]
+    if found:
+        names = some_of([path.relative_to(output).as_posix() for path in found])
+        raise RunError(
+            "RW504",
+            f"{output} holds files that no rankwise run wrote among its checkpoints, which a run removes: {names}; "
+            "move them away, or give a different --output.",
+        )
 
 
 def holds_run(output: Path) -> bool:
@@ -342,9 +370,11 @@ def clear_run(output: Path) -> None:
     """Remove the files of the old run except its record, which the new run replaces, and keep all other files.
 
     The record is marked as ``replaced`` first, so that after a kill no run in the folder looks finished. Raises
-    RunError (RW554) for a link in the place of the checkpoint folder, before anything is removed.
+    RunError, before anything is removed: RW554 for a link in the place of the checkpoint folder, RW504 for other files
+    among the checkpoints.
     """
     refuse_links(output, [FOLDER])
+    _refuse_foreign_files(output)
     files = _named_files(output)
     if (record := read_old_run(output)) is not None:
         record.status = REPLACED

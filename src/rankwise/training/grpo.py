@@ -97,7 +97,8 @@ class RewardedAnswers:
 
     def __post_init__(self) -> None:
         self.pad = int(self.tokenizer.pad_token_id or 0)
-        self._has_learned = False
+        # Steps of this process in which all answers to a prompt got the same reward.
+        self._silent_steps = 0
 
     @property
     def in_words(self) -> str:
@@ -127,8 +128,9 @@ class RewardedAnswers:
         rewards = self._weighted(scores, must=step == 0)
         advantage = advantages(rewards, self.group).to(self.scoring.model.device)
         is_equal = [len({*group[~group.isnan()].tolist()}) < 2 for group in rewards.split(self.group)]
-        self._has_learned |= not all(is_equal)
-        if step == SILENT_STEPS - 1 and not self._has_learned:
+        self._silent_steps += all(is_equal)
+        # After a resume, the first steps are not known.
+        if step == SILENT_STEPS - 1 and self._silent_steps == SILENT_STEPS:
             warn(
                 "RW778",
                 f"in the first {SILENT_STEPS} steps all answers to a prompt got the same reward, so nothing was "

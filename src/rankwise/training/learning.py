@@ -7,9 +7,12 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import offloaded
 from rankwise.acceleration.layouts import Layout
+from rankwise.adapters import has_adapter
 from rankwise.adapters.folder import labels_of
 from rankwise.config import BETA, GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings, default_rate, logging_steps_of
 from rankwise.conflicts import LOSS_TYPES
@@ -36,9 +40,12 @@ from rankwise.data.objectives import (
     prompt_formats,
     unpaired,
 )
+from rankwise.disk import remove_strays
 from rankwise.errors import ConfigError, RunError, some_of
+from rankwise.foreign import checked, read_json
 from rankwise.labels import Labels
-from rankwise.records import RateSearch, RateTrial, load_record
+from rankwise.models.load import table_rows
+from rankwise.records import RateSearch, RateTrial, load_record, write_json
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
 from rankwise.training import ranks
@@ -125,7 +132,7 @@ def _preferences(given: TrainSettings, data: Data, base: LoadedBase, flat: bool)
         **_of_batches(given, base),
         loss_type=given.loss_type or LOSS_TYPES[given.objective][0],
         beta=given.beta or BETA,
-        max_length=given.max_length,
+        max_length=min(given.max_length, table_rows(base.model) or given.max_length),
         label_smoothing=given.label_smoothing,
         desirable_weight=given.desirable_weight or 1.0,
         undesirable_weight=given.undesirable_weight or 1.0,
@@ -261,7 +268,7 @@ def make_loop(
         base.model,
         rate=given.rate,
         weight_decay=given.weight_decay,
-        loraplus_ratio=given.loraplus_ratio,
+        loraplus_ratio=given.loraplus_ratio if has_adapter(base.model) else None,
     )
     around = functools.partial(
         _around_step, base.model, given.neftune_noise_alpha, offloads=given.activation_offloading
@@ -347,6 +354,32 @@ def rounds(rates: int, budget: int) -> list[tuple[int, int]]:
     return [(size, max(2, budget // (len(sizes) * size))) for size in sizes]
 
 
+@dataclasses.dataclass
+class _Tried:
+    """The finished short runs of a search with this key."""
+
+    key: str
+    seconds: float = 0.0
+    trials: list[RateTrial] = dataclasses.field(default_factory=list)
+
+
+def search_file(output: Path) -> Path:
+    """Where the finished short runs stand until the run's record holds them: beside the run's folder."""
+    place = Path(os.path.realpath(output))
+    return place.with_name(f".{place.name}.rankwise-search")
+
+
+def _tried_before(path: Path, given: TrainSettings, inputs: Sequence[object]) -> _Tried:
+    """The short runs of the same search in ``path``, if there are any."""
+    remove_strays(path.parent, [path.name])
+    settings = given.model_dump(mode="json", exclude={"output", "overwrite", "ignore_plan"})
+    key = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        if (found := checked(_Tried, read_json(path))).key == key:
+            return found
+    return _Tried(key)
+
+
 def search(
     given: TrainSettings,
     data: Data,
@@ -354,8 +387,12 @@ def search(
     steps: int,
     loop_of: Callable[[TrainSettings, Data], Loop],
     observer: Observer,
+    inputs: Sequence[object],
 ) -> RateSearch:
     """Search the best rate for a run of ``steps`` by short runs. The model's weights are restored.
+
+    Each short run is noted in a file as it ends, so that the same command continues a search that was stopped.
+    ``inputs``: what the losses depend on in addition to the settings, as JSON.
 
     Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943). Round k trains each of the n_k remaining rates
     from the same start for  floor(B / (K n_k))  steps, where B is the budget in steps and K the number of rounds, and
@@ -368,7 +405,10 @@ def search(
     Raises ConfigError: RW175 for too few rows to hold some out, RW176 if every rate diverges.
     """
     training, held = kept_apart(data)
-    started = time.monotonic()
+    path = search_file(given.output)
+    noted = _tried_before(path, given, inputs)
+    known = {(trial["learning_rate"], trial["steps"]): trial for trial in noted.trials}
+    started = time.monotonic() - noted.seconds
     left: Sequence[float] = given.searched_rates
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = {parameter: parameter.detach().to("cpu", copy=True) for parameter in trained}
@@ -381,8 +421,14 @@ def search(
         observer.phase(f"Trying {plural(len(left), 'learning rate')}, {plural(length, 'step')} each")
         tried: list[RateTrial] = []
         for rate in left:
+            if (rate, length) in known:
+                tried.append(known[rate, length])
+                continue
             loss = _loss_after(loop_of(_short_run(given, rate, length, length / steps), training), held)
             tried.append({"learning_rate": rate, "steps": length, "loss": loss})
+            noted.trials.append(tried[-1])
+            noted.seconds = time.monotonic() - started
+            write_json(path, dataclasses.asdict(noted))
             with torch.no_grad():
                 for parameter, value in start.items():
                     parameter.copy_(value)
@@ -392,6 +438,7 @@ def search(
         scored = sorted((trial["loss"], trial["learning_rate"]) for trial in tried if trial["loss"] is not None)
         left = [rate for _, rate in scored]
     if not left:
+        path.unlink(missing_ok=True)
         rates = ", ".join(map(spelled, given.searched_rates))
         raise ConfigError(
             "RW176",
@@ -444,10 +491,8 @@ def _loss_after(loop: Loop, rows: Dataset) -> float | None:
     loop.options = dataclasses.replace(loop.options, save_steps=None)
     try:
         loop.fit(Watch(loop.model, loop.progress, MemoryMeter(loop.model.device.type)))
-        loop.model.eval()
         loop.objective.eval_rows = rows
-        with torch.no_grad(), loop.autocast():
-            loss = loop.objective.evaluate(loop.model, lambda: None)["eval_loss"]
+        loss = loop.measure(lambda: None)["eval_loss"]
     except Diverged:
         loss = math.nan
     return loss if math.isfinite(loss) else None

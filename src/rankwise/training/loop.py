@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from rankwise.acceleration.memory import average_gradients
 from rankwise.compat.torch import is_sharded
+from rankwise.errors import ModelError
 from rankwise.records import write_json
 from rankwise.training import ranks
 from rankwise.training.batches import (
@@ -294,11 +295,9 @@ class Loop:
         """Evaluate, and return whether no earlier evaluation had a lower loss; that before the first step does not
         count."""
         progress, patience = self.progress, self.options.early_stopping
-        self.model.eval()
         started = time.perf_counter()
         try:
-            with torch.no_grad(), undisturbed_random_states(), self.autocast():
-                found = self.objective.evaluate(self.model, watch.pause)
+            found = self.measure(watch.pause)
         except EvaluationStopped:
             self.stopping = True
             return False
@@ -308,6 +307,18 @@ class Loop:
         if progress.steps and patience is not None and progress.evaluations_since_lowest >= patience:
             self.stopping = True
         return is_best
+
+    def measure(self, pause: Callable[[], None]) -> dict[str, float]:
+        """``Objective.evaluate``. Raises Diverged (RW530) if the steps so far led to NaN."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), undisturbed_random_states(), self.autocast():
+                return self.objective.evaluate(self.model, pause)
+        except ModelError as error:
+            if error.code != "RW323" or not self.progress.steps:
+                raise
+            text = f"after step {self.progress.steps} the model computes NaN or infinity; lower --learning-rate."
+            raise Diverged("RW530", text) from None
 
     # --- checkpoints ---
 

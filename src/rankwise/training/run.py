@@ -199,7 +199,8 @@ def _prepare(
         checkpoints.check_same_inputs(given.output, described, inputs.base)
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     trainable = setup.make_trainable(loaded.model, given, inputs.lora, checkpoint, inputs.base["sha256"])
-    accelerated = _accelerate(given, inputs, observer)
+    products = _frozen_products(given, loaded.model, observer)
+    accelerated = _accelerate(given, inputs, products)
     if learning.has_labels:
         setup.check_labels(data)
     # One checkpoint more is being written, and the result takes as much.
@@ -224,7 +225,8 @@ def _prepare(
     predicted = max((peak for peak in each if peak is not None), default=None)
     searched = None
     if given.searches:
-        searched = search(given, data, loaded.model, loop.options.total_steps, make, observer)
+        read = [described, inputs.base, inputs.versions, products]
+        searched = search(given, data, loaded.model, loop.options.total_steps, make, observer, read)
         given = with_rate(given, searched)
         loop = make(given, data)
     rates = None
@@ -244,6 +246,7 @@ def _prepare(
         devices=ranks.count(),
         strategy=(given.strategy or "ddp") if ranks.count() > 1 else None,
         learning_rates=rates,
+        products=products,
         rate_search=searched,
         frozen_bytes=max(ranks.gathered(frozen_bytes(loaded.model))),
         versions=inputs.versions,
@@ -306,17 +309,23 @@ def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
     )
 
 
-def _accelerate(given: TrainSettings, inputs: _Inputs, observer: Observer) -> Acceleration | None:
+def _frozen_products(given: TrainSettings, model: nn.Module, observer: Observer) -> Literal["bfloat16", "int8"]:
+    """What ``--products`` stands for here. A resumed run keeps what it took, also on another machine."""
+    if given.products != "auto":
+        return given.products
+    if not takes_eight_bit(given.method, given.objective, given.strategy, given):
+        return "bfloat16"
+    before = load_record(given.output).products if given.resume else None
+    products, why = (before, "as before") if before else choose_products(model)
+    observer.note(f"frozen products: {products} ({why})")
+    return products
+
+
+def _accelerate(given: TrainSettings, inputs: _Inputs, products: Literal["bfloat16", "int8"]) -> Acceleration | None:
     """Replace parts of the model by faster ones of ours; None if nothing may be replaced."""
     model = inputs.loaded.model
     if not given.fast or given.method not in METHODS:
         return None
-    products: Literal["bfloat16", "int8"] = "bfloat16"
-    if given.products == "int8":
-        products = "int8"
-    elif given.products == "auto" and takes_eight_bit(given.method, given.objective, given.strategy, given):
-        products, why = choose_products(model)
-        observer.note(f"frozen products: {products} ({why})")
     with looked_into(model):
         done = optimize_for_training(model, products=products)
     if products == "int8":

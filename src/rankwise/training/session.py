@@ -37,6 +37,7 @@ from rankwise.training.checkpoints import (
     remove_unfinished,
     temporary_folder,
 )
+from rankwise.training.learning import search_file
 from rankwise.training.loop import Loop
 from rankwise.training.ranks import Interrupt, interrupts
 from rankwise.training.watch import (
@@ -49,7 +50,7 @@ from rankwise.training.watch import (
     evaluated_rewards,
     evaluations,
 )
-from rankwise.training.weights import load_weights, save_weights, weights_digest, whole_weights
+from rankwise.training.weights import check_written, load_weights, save_weights, weights_digest, whole_weights
 
 PLOT_FILE = "loss.svg"
 CARD_FILE = "README.md"
@@ -151,6 +152,7 @@ class Session:
             self.record.files, self.record.rate_search = before.files, before.rate_search
         remove_strays(self.folder, {RUN_FILE, *OWN_FILES})
         self.record.save(self.folder)
+        search_file(self.folder).unlink(missing_ok=True)
 
     def _carry_out(self) -> None:
         step = self.checkpoint.step if self.checkpoint else None
@@ -361,11 +363,13 @@ def write_final(
 ) -> None:
     """Write the final weights and the tokenizer into the run folder; ``gathered`` as for ``save_weights``.
 
-    Each file appears whole or not at all, and only after ``announce`` was called with the names of all files.
+    Each file appears whole or not at all, and only after ``announce`` was called with the names of all files. Raises
+    RunError (RW551) as ``check_written``.
     """
     model.config.use_cache = True
     with temporary_folder(output, "final") as folder:
         save_weights(model, folder, gathered)
+        check_written(model, folder)
         tokenizer.save_pretrained(folder)
         follow_umask(folder)
         flush_tree(folder)

@@ -11,7 +11,8 @@ is whole again in the backward pass.
 
 A state is a tree of dicts, lists and scalars that holds tensors, written as safetensors and JSON, exact and without
 pickle. The tensors are numbered in ``NAME.safetensors``; the rest is ``NAME.json``, where ``{"$tensor": "0"}`` is the
-first of them. From JSON, tuples come back as lists, and keys as text.
+first of them. A tensor that consists of others, as the states of torchao's optimizers, is its class and its parts. From
+JSON, tuples come back as lists, and keys as text.
 """
 
 from __future__ import annotations
@@ -72,6 +73,27 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             _load_model(model, folder)
     except (OSError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         raise RunError("RW517", f"the weights in {folder} do not fit this run: {one_line(error)}.") from None
+
+
+def check_written(model: nn.Module, folder: Path) -> None:
+    """Load what ``save_weights`` wrote of an adapter into the model again, which must not change a bit of it.
+
+    Raises RunError (RW551). A whole model, which would need its memory twice, is not read again.
+    """
+    if not has_adapter(model) and guest_of(model) is None:
+        return
+    trained = weights_digest(model)
+    try:
+        load_weights(model, folder)
+        is_same = weights_digest(model) == trained
+    except RunError:
+        is_same = False
+    if not is_same:
+        raise RunError(
+            "RW551",
+            "the adapter that was written differs from the trained one when it is read again; check the disk, and "
+            "continue with --resume.",
+        )
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -244,8 +266,8 @@ def _with_moments(state: StateDict, optimizer: Optimizer, change: Callable[[Any,
 # --- states without pickle ---
 
 
-# The key of a tensor's number.
-TENSOR = "$tensor"
+# The keys of a tensor's number, of a dtype's name, and of the class of a tensor that consists of others.
+TENSOR, DTYPE, KIND = "$tensor", "$dtype", "$kind"
 # By generator: "python", "numpy", "cpu", and if there is one "cuda" or "mps".
 RandomStates = dict[str, Any]
 
@@ -261,6 +283,12 @@ def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     def other(value: object) -> Any:
         if isinstance(value, np.generic | np.ndarray):
             return value.tolist()
+        if isinstance(value, torch.dtype):
+            return {DTYPE: str(value).removeprefix("torch.")}
+        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+            names, context = value.__tensor_flatten__()
+            parts = {name: getattr(value, name) for name in names}
+            return {KIND: type(value).__name__, "from": [parts, context, value.shape, value.stride()]}
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             text = f"the {name} state holds a {kind}, which a checkpoint cannot hold; please report this optimizer."
@@ -284,8 +312,20 @@ def load_state(folder: Path, name: str) -> Any:
     with reading_state(folder, name):
         path = folder / f"{name}.safetensors"
         tensors = safetensors.torch.load_file(path) if path.exists() else {}
-        text = (folder / f"{name}.json").read_text(encoding="utf-8")
-        return json.loads(text, object_hook=lambda found: tensors[found[TENSOR]] if TENSOR in found else found)
+        # The classes that their libraries declare safe to load.
+        safe = torch.serialization.get_safe_globals()
+        kinds: dict[str, Any] = {kind.__name__: kind for kind in safe if isinstance(kind, type)}
+
+        def made(found: dict[str, Any]) -> Any:
+            if TENSOR in found:
+                return tensors[found[TENSOR]]
+            if DTYPE in found:
+                return getattr(torch, found[DTYPE])
+            if KIND in found:
+                return kinds[found[KIND]].__tensor_unflatten__(*found["from"])
+            return found
+
+        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"), object_hook=made)
 
 
 @contextmanager
