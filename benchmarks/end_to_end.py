@@ -277,14 +277,20 @@ def page(runs: list[results.Run]) -> list[str]:
         *(line for run in runs for line in other_tokens(run)),
         "Examples per second of the training steps. Loss per labelled token over rows of the evaluation data, "
         f"{', '.join(dict.fromkeys(str(run['eval_rows']) for run in runs))} of them, by one evaluator. Peak: anonymous "
-        "memory while training, and what the model maps of its file. TRL's gradient checkpointing is off, its "
-        "precision the one above, its other options are TRL's defaults.",
+        "memory while training, and, but for records of an unknown commit, what the model maps of its file. TRL's "
+        "gradient checkpointing is off, its precision the one above, its other options are TRL's defaults.",
     ]
 
 
 def lines_of(run: results.Run) -> list[list[str]]:
     lora = next((row["eval_loss"]["peer"] for row in run["rows"] if row["method"] == "lora"), None)
-    return [[*results.row_name(run), str(run["steps"]), *cells(row, lora)] for row in run["rows"]]
+    name, dtype = results.row_name(run)
+    return [[name, f"{dtype}{products(row)}", str(run["steps"]), *cells(row, lora)] for row in run["rows"]]
+
+
+def products(row: dict[str, Any]) -> str:
+    """Said where our side multiplied frozen weights in 8 bits, as its record says."""
+    return "; ours: frozen products in 8 bits" if "in 8 bits" in (row["ours"]["acceleration"] or "") else ""
 
 
 def other_tokens(run: results.Run) -> list[str]:

@@ -23,6 +23,9 @@ FOLDER = Path(__file__).parent / "results"
 # Of x86 processors what decides the speed of products, the fastest first: the name, and the flag of /proc/cpuinfo.
 INSTRUCTIONS = {"AMX": "amx_bf16", "AVX-512 BF16": "avx512_bf16", "AVX-512": "avx512f", "AVX2": "avx2"}
 
+# What a tree without git calls itself (pyproject.toml, fallback_version), whatever its commit.
+UNVERSIONED = "0.1.0"
+
 Run = dict[str, Any]
 PACKAGES = ("rankwise", "torch", "transformers", "peft", "bitsandbytes", "trl", "triton", "unsloth")
 
@@ -92,6 +95,8 @@ def where_from(runs: Iterable[Run]) -> list[str]:
     for run in runs:
         about = run["machine"]
         installed = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
+        if run["versions"].get("rankwise") == UNVERSIONED:
+            installed = installed.replace(UNVERSIONED, f"{UNVERSIONED} (commit unknown)", 1)
         memory = f", {about['memory_gb']} GB" if about.get("memory_gb") else ""
         lines.append(
             f"- **{processor(run)}** ({about['cores']} cores, {about['threads']} threads{memory}), Python "

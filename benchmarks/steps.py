@@ -216,7 +216,8 @@ def page(runs: list[results.Run]) -> list[str]:
         "*Of the floor*: seconds of forward and backward, medians of alternating rounds, as a multiple of every frozen "
         "product of the model, forward and input gradient, once. *With AdamW*: the same with the optimizer's step. "
         "*Saved*: distinct storages that autograd keeps, parameters and buffers left out. *Peak*: anonymous memory "
-        "during steps with AdamW, each side in a process of its own.",
+        "during steps with AdamW, each side in a process of its own. Weights that stay in a mapped file are not in it: "
+        "LoRA's dense ones here, and not QLoRA's packed ones.",
     ]
 
 

@@ -106,7 +106,7 @@ def page(runs: list[results.Run]) -> list[str]:
         *results.where_from(runs),
         "*Tried* means: tests build a model of the family's class in transformers, with about two small layers and "
         "**random weights**, and run it on a CPU. So this page says that rankwise fits the family's code. It does not "
-        "say how well a real model of the family learns: [two real models](../../docs/trained-models.md) were "
+        "say how well a real model of the family learns: [few real models](../../docs/trained-models.md) were "
         "trained. Models that see images have "
         "[tests of their own](../../docs/adapters.md#models-that-also-see).",
         "",

@@ -20,8 +20,8 @@ from rankwise.export.gguf import ARCHITECTURES
 from tiny_models import tiny_llama
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-pytest.importorskip("peft", reason="the benchmarks compare with PEFT: pip install 'rankwise[bench]'")
-pytest.importorskip("bitsandbytes", reason="the benchmarks compare with bitsandbytes: pip install 'rankwise[bench]'")
+pytest.importorskip("peft", reason="the benchmarks compare with PEFT: pip install '.[bench]'")
+pytest.importorskip("bitsandbytes", reason="the benchmarks compare with bitsandbytes: pip install '.[bench]'")
 sys.path.append(str(BENCHMARKS))
 
 import contenders  # noqa: E402
@@ -142,6 +142,16 @@ def test_end_to_end_trains_both_on_the_same_rows(base: Path, tmp_path: Path, mon
     assert losses["ours"] != losses["base"]
     assert losses["peer"] != losses["base"]
     assert str(tmp_path) not in (output / "end_to_end.md").read_text()
+
+
+def test_a_page_says_what_a_record_holds_of_products_and_commit() -> None:
+    lines = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in results.FOLDER.glob("*.md")}
+    for run in results.runs_of("end_to_end", results.FOLDER):
+        rows = [line for line in lines["end_to_end"] if line.startswith(f"| {results.processor(run)} |")]
+        assert all(("in 8 bits" in line) == ("in 8 bits" in run["rows"][0]["ours"]["acceleration"]) for line in rows)
+    unknown = [line for text in lines.values() for line in text if "rankwise 0.1.0" in line]
+    assert unknown
+    assert all("rankwise 0.1.0 (commit unknown)" in line for line in unknown)
 
 
 def _command_in_this_process(command: list[str]) -> int:

@@ -139,6 +139,15 @@ def test_every_link_has_a_target() -> None:
     assert not broken
 
 
+def test_nothing_installs_rankwise_by_its_name() -> None:
+    """No index has it, so pip would fetch what somebody else put there."""
+    by_name = re.compile(r"pip install [^`\n]*(?<![\w./*-])rankwise(?![\w*-])")
+    sources = [path for name in ("src", "examples") for path in (ROOT / name).rglob("*.[pi][yp]*")]
+    assert len(sources) > 100
+    for path in [*PAGES, ROOT / "CONTRIBUTING.md", *sources]:
+        assert by_name.findall(path.read_text()) == [], path
+
+
 def test_links_out_of_the_docs_lead_to_the_repository() -> None:
     led_out = runpy.run_path(str(ROOT / "docs" / "_ext" / "repository.py"))["led_out"]
     page = ROOT / "docs" / "tutorials" / "serve.md"

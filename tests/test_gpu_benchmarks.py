@@ -15,8 +15,8 @@ from rankwise.planning.speed import LAUNCHES
 from tables import long
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-pytest.importorskip("peft", reason="the benchmarks compare with PEFT: pip install 'rankwise[bench]'")
-pytest.importorskip("bitsandbytes", reason="the benchmarks compare with bitsandbytes: pip install 'rankwise[bench]'")
+pytest.importorskip("peft", reason="the benchmarks compare with PEFT: pip install '.[bench]'")
+pytest.importorskip("bitsandbytes", reason="the benchmarks compare with bitsandbytes: pip install '.[bench]'")
 sys.path.append(str(BENCHMARKS))
 
 import contenders  # noqa: E402

@@ -13,6 +13,7 @@ from rankwise_article.e2e_scores import read_e2e
 MILL, VAULTS = "name[The Mill], eatType[pub], priceRange[£20-25]", "name[The Vaults], food[Fast food]"
 REFS_CSV = f'"mr","ref"\n"{MILL}","The Mill is a pub."\n"{MILL}","A pub, ""The Mill""."\n"{VAULTS}",Vaults\n'
 REFS_BLANK = 'The Mill is a pub.\nA pub, "The Mill".\n\nVaults\n'
+REFS_LORA = f'{MILL}||The Mill is a pub .\n{VAULTS}||Vaults\n{MILL}||A pub , "The Mill" . \n'
 FIRST, SECOND = ["The Mill is a pub.", 'A pub, "The Mill".'], ["Vaults"]
 
 
@@ -40,7 +41,7 @@ FORMS = [
 MEETINGS = [
     (*form, *refs)
     for form in FORMS
-    for refs in (("r.csv", REFS_CSV), ("r.txt", REFS_BLANK))
+    for refs in (("r.csv", REFS_CSV), ("r.txt", REFS_BLANK), ("r.txt", REFS_LORA))
     if not (form[0].endswith("sv") and refs[1] is REFS_BLANK)
 ]
 
@@ -52,6 +53,12 @@ def test_every_form_of_predictions_meets_every_form_of_references(name, text, re
     assert [[text.replace(" ", "") for text in group] for group in groups] == [
         [text.replace(" ", "") for text in group] for group in (FIRST, SECOND)
     ]
+
+
+def test_a_line_of_pairs_without_its_reference_is_refused(tmp_path):
+    references = write(tmp_path, "r.txt", f"{MILL}||A pub\nVaults\n")
+    with pytest.raises(DataError, match="RA231.*line 2 is no `context"):
+        read_e2e(write(tmp_path, "a.txt", "one\n"), references)
 
 
 def test_predictions_in_another_order_get_their_own_references(tmp_path, references):

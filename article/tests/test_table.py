@@ -14,7 +14,17 @@ from rankwise.records import write_json
 from rankwise_article import table
 from rankwise_article.bleu_nist import mteval_statistics
 from rankwise_article.table import _scores_file, chosen_rate, unfinished
-from rankwise_article.table_page import Runs, Score, _speed_words, bars, page, read_run, verdict
+from rankwise_article.table_page import (
+    Runs,
+    Score,
+    _differences,
+    _sentence,
+    _speed_words,
+    bars,
+    page,
+    read_run,
+    verdict,
+)
 from rankwise_article.table_plot import picture
 
 STATE = Path(__file__).parents[1] / "table"
@@ -68,6 +78,17 @@ def test_verdicts_follow_from_intervals(tmp_path: Path):
         "worse",
     ]
     assert verdict(Score(0.4, 0.9, 3)) == "cannot tell"
+
+
+def test_full_fine_tuning_is_compared_with_by_the_same_pairs(tmp_path: Path):
+    for seed in range(3):
+        keep(tmp_path, "lora", seed, wrong=4 + seed)
+        keep(tmp_path, "full", seed, wrong=30)
+    runs, methods = Runs(tmp_path), ["full", "lora"]
+    assert _sentence(runs, methods, "full") == "Better than full fine-tuning: LoRA."
+    above, below = (_differences(runs, methods, against)[4].split(" | ") for against in ("full", "lora"))
+    assert above[1].replace("+", "-") == below[1]
+    assert above[3].rstrip(" |").split(", ") == below[3].rstrip(" |").split(", ")[::-1]
 
 
 def test_a_rate_beside_the_default_must_be_clearly_better():

@@ -185,8 +185,8 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     products: Annotated[
         Products,
         _device(
-            "Frozen products of adapted layers: int8 (8 bits), bfloat16 (the base's dtype), or auto: int8 if it was "
-            "shown to train as well and is at least 1.2 times as fast."
+            "Frozen products of adapted layers: int8 (8 bits), bfloat16 (the base's dtype), or auto: int8 if it is at "
+            "least 1.2 times as fast and the model is of a family shown to train as well (up to 0.27B parameters)."
         ),
     ] = "auto"
     ignore_plan: Annotated[bool, _device("Train although the predicted memory is more than there is.")] = False

@@ -55,7 +55,7 @@ def test_a_library_out_of_range_is_a_problem_and_a_missing_extra_is_none(rankwis
     [finding] = done.document["findings"]
     assert finding["code"] == "RW790"
     assert finding["message"].endswith('run pip install "torch>=99.0".')
-    assert done.document["libraries"]["peft"] == 'no-such-library missing: pip install "rankwise[peft]"'
+    assert done.document["libraries"]["peft"] == 'missing: pip install "no-such-library"'
     assert done.document["libraries"]["eval"] == "installed"
 
 

@@ -68,11 +68,14 @@ def test_four_bits_only_where_sixteen_do_not_fit():
     assert any(rule.name == "qlora-needed" for rule in advice.reasons)
 
 
-def test_quality_asks_for_dora_and_says_that_the_evidence_is_mixed():
+def test_quality_prefers_no_dora_without_evidence_and_rounds_last():
     advice = advise(100 * 10**9, goal="quality")
-    assert advice.method == "dora"
-    assert any(rule.evidence == "mixed" for rule in advice.reasons)
-    assert advise(WEIGHTS, goal="quality").method == "qdora"
+    assert advice.method == "lora"
+    assert any("compare" in rule.reason for rule in advice.reasons)
+    assert advise(WEIGHTS, goal="quality").method == "qlora"
+    asked = advise(100 * 10**9, ("dora", "qlora"), goal="quality")
+    assert asked.method == "dora"
+    assert any(rule.evidence == "mixed" for rule in asked.reasons)
 
 
 def test_what_is_recommended_fits_with_its_error_unless_it_says_that_it_does_not():

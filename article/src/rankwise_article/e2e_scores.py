@@ -2,8 +2,8 @@
 
 A table has the columns that its header names; its lines are stripped, empty ones skipped, quotes are those of CSV,
 and characters that some systems broke (``Â£``, ``Ã©``) are repaired. A text file has one prediction a line, where an
-empty line is an empty prediction; references are one a line, or groups with an empty line between them. Predictions
-may be JSON lines, as ``rankwise evaluate`` writes them.
+empty line is an empty prediction; references are one a line, groups with an empty line between them, or lines
+``context||reference``, as in LoRA's repository. Predictions may be JSON lines, as ``rankwise evaluate`` writes them.
 
 METEOR 1.5 and the Penn Treebank tokenizer are the Java programs of ``pycocoevalcap``, called as coco-caption does.
 """
@@ -16,7 +16,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rankwise.data import kind_of, read_text
@@ -30,6 +30,8 @@ ON_JAVA = ("METEOR", "ROUGE_L", "CIDEr")
 DECIMALS = 4
 
 TABLES = (".tsv", ".csv")
+# Of a meaning representation and its reference, in LoRA's files.
+BETWEEN = "||"
 # Patterns for the beginning of a column's name.
 CONTEXT_COLUMN = re.compile(r"mr|src|source|meaning|da|dial(ogue)?[_ .-]act", re.IGNORECASE)
 PREDICTION_COLUMN = re.compile(r"out|ref|sys", re.IGNORECASE)
@@ -247,15 +249,30 @@ def _read_predictions(path: Path) -> Sequence[tuple[str | None, str]]:
 def read_references(path: Path) -> dict[str, Sequence[str]]:
     """{meaning representation: its references} in the order of the file; without a table, the number of the group."""
     if kind_of(path) in TABLES:
-        found: dict[str, list[str]] = {}
-        for context, text in _read_table(path, REFERENCE_COLUMN):
-            found.setdefault(context, []).append(text)
-        return {**found}
+        return _grouped(_read_table(path, REFERENCE_COLUMN))
     text = "\n".join(line.strip() for line in read_text(path).splitlines()).strip()
+    if BETWEEN in text.partition("\n")[0]:
+        return _grouped(_read_pairs(path, text))
     groups = [group.split("\n") for group in re.split(r"\n{2,}", text) if group]
     if len(groups) == 1:
         groups = [[line] for line in groups[0]]
     return {str(number): group for number, group in enumerate(groups)}
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, Sequence[str]]:
+    found: dict[str, list[str]] = {}
+    for context, text in pairs:
+        found.setdefault(context, []).append(text)
+    return {**found}
+
+
+def _read_pairs(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        context, between, reference = map(str.strip, line.partition(BETWEEN))
+        if line and not (between and reference):
+            raise DataError("RA231", f"{path}: line {number} is no `context||reference`, as the first one is.")
+        if line:
+            yield context, reference
 
 
 def _read_table(path: Path, column: re.Pattern[str]) -> list[tuple[str, str]]:

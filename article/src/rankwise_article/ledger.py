@@ -15,6 +15,11 @@ from rankwise.errors import RunError
 from rankwise.foreign import JsonObject
 
 Row = Mapping[str, str]
+SHARED = (
+    "`../shared/data` lies beside a developer's copy, not in the repository: `e2e` has the files of the E2E challenge, "
+    "`vicuna` the ratings that QLoRA's authors published, `models/stories260K` the smallest model of tinyllamas. "
+    "Without it `make article` leaves these commands out."
+)
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 
 
@@ -94,5 +99,6 @@ def page(document: JsonObject) -> str:
                 how = f"[{commands.index(row['command']) + 1}](#commands)" if "command" in row else ""
                 cells = (row["claim"], row["article"], row.get("source", ""), row.get("ours", ""), row["verdict"], how)
                 lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Commands", "", *(f"{number}. `{command}`" for number, command in enumerate(commands, 1)), ""]
+    numbered = [f"{number}. `{command}`" for number, command in enumerate(commands, 1)]
+    lines += ["", "## Commands", "", SHARED, "", *numbered, ""]
     return "\n".join(lines)

@@ -341,7 +341,7 @@ def _noting(seen: list[Seen]) -> Callable[[AdaptedLayer, tuple[Tensor, ...], Ten
 
 CARRIES = ("lora_A", "lora_B", "scaling", "lora_dropout", "base_layer", "lora_variant")
 DORA_VARIANT = "DoraLinearVariant"
-MISSING = "PEFT is not installed (`pip install 'rankwise[peft]'`), and its get_peft_model makes such layers"
+MISSING = "PEFT is not installed (`pip install peft`), and its get_peft_model makes such layers"
 
 
 def accelerate_peft(model: nn.Module) -> Acceleration:

@@ -50,9 +50,9 @@ def _libraries() -> Iterator[tuple[str, str]]:
     yield "rankwise", metadata.version("rankwise")
     yield "needed", ", ".join(f"{name} {version or '(missing)'}" for name, version, _ in _requirements())
     for extra in metadata.metadata("rankwise").get_all("Provides-Extra") or ():
-        missing = ", ".join(name for name, _, wanted in _requirements(extra) if wanted)
+        missing = " ".join(wanted for _, _, wanted in _requirements(extra) if wanted)
         if extra not in ("bench", "browser", "dev", "docs"):
-            yield extra, f'{missing} missing: pip install "rankwise[{extra}]"' if missing else "installed"
+            yield extra, f"missing: pip install {missing}" if missing else "installed"
 
 
 def _requirements(extra: str = "") -> Iterator[tuple[str, str | None, str]]:

@@ -130,7 +130,7 @@ def connect(address: str | None, device: str) -> Cluster:
     try:
         import ray
     except ImportError:
-        raise RunError("RW555", "--executor ray needs Ray; install it: pip install 'rankwise[cluster]'.") from None
+        raise RunError("RW555", "--executor ray needs Ray; run `pip install ray`.") from None
     try:
         address = address or os.environ.get("RAY_ADDRESS")
         if address is not None and (port := address.rpartition(":")[2]).isdecimal():

@@ -32,7 +32,7 @@ Seconds = Callable[[MemoryEstimate, Workload], float]
 # {goal: order in which methods are tried}. Full fine-tuning is recommended only where no other method was given.
 ORDER = {
     "speed": ("lora", "qlora", "dora", "qdora", "full"),
-    "quality": ("dora", "qdora", "lora", "qlora", "full"),
+    "quality": ("lora", "dora", "qlora", "qdora", "full"),
     "serving": ("lora", "qlora", "dora", "qdora", "full"),
 }
 FOUR_BIT_SETTINGS = ("quant_type", "block_size", "double_quant")
@@ -440,6 +440,13 @@ RULES: tuple[Rule, ...] = (
         "the fewest operations a token: no weights to dequantize, no norms; no latency once merged",
         f"{LORA_PAPER}, section 4; DoRA was 26 % slower in PEFT's own suite (Llama-3.2-3B, L40S)",
         "published",
+    ),
+    Rule(
+        "lora-quality",
+        lambda s: s.method == "lora" and s.goal == "quality",
+        "no comparison here found DoRA better (a model of 135M parameters); `rankwise compare` tells on your data",
+        "rankwise, docs/variants.md",
+        "tried",
     ),
     Rule(
         "lora-memory",

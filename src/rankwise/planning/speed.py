@@ -226,7 +226,8 @@ def _number(config: Fields, names: tuple[str, ...]) -> int:
 # Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2).
 ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
-# A LoRA step takes about twice the time of its frozen products (benchmarks/results/steps.md).
+# A LoRA step takes 1.3 to 1.6 times its frozen products (benchmarks/results/steps.md); these are smaller, and slower,
+# than the one that is timed.
 STEP_SHARE = 0.5
 # A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md).
 EIGHT_BITS_SHARE = 0.76

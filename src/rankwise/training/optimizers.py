@@ -68,7 +68,7 @@ def _check_name(code: str, option: str, name: str, known: Iterable[str]) -> None
 def check_memory_savers(optimizer: str, device_type: str, *, activation_offloading: bool) -> None:
     """Raise ConfigError (RW116) for an optimizer or for offloading that cannot run on this device."""
     if optimizer in TORCHAO and importlib.util.find_spec("torchao") is None:
-        raise ConfigError("RW116", f'--optimizer {optimizer} needs torchao: pip install "rankwise[cuda]".')
+        raise ConfigError("RW116", f"--optimizer {optimizer} needs torchao; run `pip install torchao`.")
     if optimizer in BITSANDBYTES:
         if device_type != "cuda":
             raise ConfigError(
@@ -76,7 +76,7 @@ def check_memory_savers(optimizer: str, device_type: str, *, activation_offloadi
                 f"--optimizer {optimizer} runs on CUDA cards only, and this run is on {device_type}; use adamw_torch.",
             )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError("RW116", f'--optimizer {optimizer} needs bitsandbytes: pip install "rankwise[cuda]".')
+            raise ConfigError("RW116", f"--optimizer {optimizer} needs bitsandbytes; run `pip install bitsandbytes`.")
     if activation_offloading and device_type == "cpu":
         raise ConfigError(
             "RW116",

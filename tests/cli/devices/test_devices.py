@@ -330,7 +330,7 @@ os._exit(0)
 def test_trl_and_peft_have_the_same_losses_in_two_processes(
     several: Nursery, given: list[str], model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("peft", reason="compares with PEFT: pip install 'rankwise[bench]'")
+    pytest.importorskip("peft", reason="compares with PEFT: pip install '.[bench]'")
     options = ("--method", "lora", "--lora-alpha", 8, "--lora-dropout", 0, "--weight-decay", 0, "--max-grad-norm", 1)
     # The first epoch's whole batches: at its end accelerate repeats rows.
     length = ("--batch-size", 2, "--max-steps", 3, "--output", tmp_path / "ours")

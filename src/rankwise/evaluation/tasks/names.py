@@ -32,7 +32,7 @@ ARTICLE = ("e2e", "gsm8k", "vicuna")
 INSTALL_ARTICLE = "pip install ./article"
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 OWN = ("perplexity", *COMMONSENSE, *ARTICLE)
-INSTALL = "pip install 'rankwise[eval]'"
+INSTALL = "pip install lm-eval"
 # The names of tasks, groups and tags in a YAML file of the harness.
 NAMED = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([\w.:-]+)""", re.MULTILINE)
 

@@ -28,8 +28,8 @@ DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
 _INTERFACE = 10
 _HOW_TO_BUILD = (
-    "install a C++17 compiler (for example `apt install g++`) and run "
-    "`pip install --force-reinstall --no-deps --no-binary rankwise rankwise`, or `pip install -e .` in a source tree."
+    "install a C++17 compiler (for example `apt install g++`) and, in a copy of rankwise's repository, run "
+    "`pip install --force-reinstall --no-deps .` (`-e .` for an editable installation)."
 )
 
 
