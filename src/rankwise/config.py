@@ -111,12 +111,25 @@ class StepOptions(AdapterOptions):
         bool, _device("Keep activations in CPU memory until the backward pass needs them (accelerators only).")
     ] = False
     label_smoothing: Annotated[Share, _training("Label smoothing.")] = 0.0
+    # Jain et al. 2023, arXiv 2310.05914.
+    neftune_noise_alpha: Annotated[
+        Positive | None,
+        _training("NEFTune: noise of X / sqrt(length x width) on the embeddings in training; 5 is usual."),
+    ] = None
     packing: Annotated[bool, _training("Fill every row with several examples that do not see each other.")] = False
     # False: the step runs in plain PyTorch and transformers, without rankwise's kernels and fused losses.
     fast: Annotated[
         bool,
         _device("Use rankwise's fused operators and CPU attention, train without padding, keep memory between steps."),
     ] = True
+
+    products: Annotated[
+        Products,
+        _device(
+            "Frozen products of adapted layers: int8 (8 bits), bfloat16 (the base's dtype), or auto: int8 if it is at "
+            "least 1.2 times as fast and the model is of a family shown to train as well (up to 0.27B parameters)."
+        ),
+    ] = "auto"
 
     def lora_config(self, *, use_dora: bool) -> LoraConfig:
         """The adapter's configuration. Raises ConfigError (RW101) with every wrong field."""
@@ -171,24 +184,12 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
     loraplus_ratio: Annotated[
         float | None, _training("LoRA+: the learning rate of B divided by that of A; 16 is usual.", ge=1, le=1e6)
     ] = None
-    # Jain et al. 2023, arXiv 2310.05914.
-    neftune_noise_alpha: Annotated[
-        Positive | None,
-        _training("NEFTune: noise of X / sqrt(length x width) on the embeddings in training; 5 is usual."),
-    ] = None
     max_grad_norm: Annotated[NotNegative, _training("Gradients are clipped to this norm; 0 switches it off.")] = 1.0
     early_stopping: Annotated[Count | None, _training("Stop after N evaluations in a row without a better loss.")] = (
         None
     )
 
     device: Annotated[Device, _device("Device; auto takes the fastest.")] = "auto"
-    products: Annotated[
-        Products,
-        _device(
-            "Frozen products of adapted layers: int8 (8 bits), bfloat16 (the base's dtype), or auto: int8 if it is at "
-            "least 1.2 times as fast and the model is of a family shown to train as well (up to 0.27B parameters)."
-        ),
-    ] = "auto"
     ignore_plan: Annotated[bool, _device("Train although the predicted memory is more than there is.")] = False
 
     save_steps: Annotated[

@@ -51,8 +51,8 @@ from rankwise.compat.transformers import attention_of
 from rankwise.errors import RankwiseError
 from rankwise.quantization import dequantize
 from rankwise.training.batches import KEY, counted, laid_out
-from rankwise.training.loop import Loss
 from rankwise.training.objectives import Demonstrations, Preferences, Scoring
+from rankwise.training.step import Loss
 
 Draw = random.Random
 Row = dict[str, Any]

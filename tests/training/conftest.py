@@ -24,6 +24,7 @@ from rankwise.training.learning import learning_of, make_loop
 from rankwise.training.loop import Loop
 from rankwise.training.run import progress_of, train
 from rankwise.training.setup import LoadedBase
+from rankwise.training.step import Computing
 from tiny_models import tiny_llama
 
 
@@ -102,12 +103,14 @@ def loop_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> LoopMaker:
         )
         data: Any = SimpleNamespace(train=train, evaluation=held_out if len(held_out.dataset) else None)
         device = torch.device("cpu")
+        computing = Computing.of(settings, "bfloat16")
         base = LoadedBase(None, model, tokenizer, device, torch.float32, autocast, "a test")  # type: ignore[arg-type]
         return make_loop(
             settings,
             data,
             learning=learning_of(settings),
             base=base,
+            computing=computing,
             flat=flat,
             progress=partial(progress_of, resumed),
             is_evaluated=True,

@@ -76,7 +76,7 @@ def fit(loop: Loop, checkpoint: Checkpoint | None = None, **parts: Any) -> Loop:
 def evaluate(loop: Loop, rows: Dataset | None = None) -> dict[str, float]:
     loop.objective.eval_rows = loop.objective.eval_rows if rows is None else rows
     loop.model.eval()
-    with torch.no_grad(), loop.autocast():
+    with torch.no_grad(), loop.step.mixed():
         return loop.objective.evaluate(loop.model, lambda: None)
 
 

@@ -50,9 +50,9 @@ from rankwise.training.batches import (
     on_device,
     shuffled,
 )
-from rankwise.training.loop import Loss
 from rankwise.training.losses import NORMALISED, advantages, of_rewards
 from rankwise.training.objectives import Scoring
+from rankwise.training.step import Loss
 
 # A reward function, called with keyword arguments that are columns by name.
 Function = Callable[..., Any]

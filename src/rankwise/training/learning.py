@@ -11,16 +11,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise.acceleration import offloaded
 from rankwise.acceleration.layouts import Layout
 from rankwise.adapters import has_adapter
 from rankwise.adapters.folder import labels_of
@@ -50,10 +49,11 @@ from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
 from rankwise.training import ranks
 from rankwise.training.batches import packed
-from rankwise.training.loop import Loop, Objective, Options
+from rankwise.training.loop import Loop, Options
 from rankwise.training.objectives import Classification, Demonstrations, Preferences, Scoring
 from rankwise.training.optimizers import make_optimizer
 from rankwise.training.setup import Data, LoadedBase, Texts, check_positions, encode_data
+from rankwise.training.step import Computing, Objective, around_step
 from rankwise.training.watch import Diverged, MemoryMeter, Observer, Progress, Watch
 
 # Default interval of checkpoints, and the shortest of evaluations, as a share of the run.
@@ -168,8 +168,6 @@ def _encode_labelled(given: TrainSettings, tokenizer: PreTrainedTokenizerBase, t
 
 
 def _classification(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Classification:
-    # No keys and values are kept for a next token.
-    base.model.config.use_cache = False
     return Classification(
         data.train.dataset,
         data.evaluation and data.evaluation.dataset,
@@ -230,6 +228,7 @@ def make_loop(
     *,
     learning: Learning,
     base: LoadedBase,
+    computing: Computing,
     flat: bool,
     progress: Callable[[], Progress] = Progress,
     is_evaluated: bool = False,
@@ -237,8 +236,6 @@ def make_loop(
     """A run's loop. ``flat``: rows may be laid end to end; ``is_evaluated``: a resumed run needs no evaluation at its
     start."""
     objective = learning.objective(given, data, base, flat)
-    if given.gradient_checkpointing:
-        base.model.gradient_checkpointing_enable({"use_reentrant": False})
     micro_batches = len(objective.order(0))
     total = given.max_steps or math.ceil(given.epochs * max(1, math.ceil(micro_batches / given.gradient_accumulation)))
     evaluates = data.evaluation is not None
@@ -270,9 +267,7 @@ def make_loop(
         weight_decay=given.weight_decay,
         loraplus_ratio=given.loraplus_ratio if has_adapter(base.model) else None,
     )
-    around = functools.partial(
-        _around_step, base.model, given.neftune_noise_alpha, offloads=given.activation_offloading
-    )
+    around = functools.partial(around_step, base.model, computing)
     return Loop(base.model, objective, options, optimizer, progress(), given.output, around)
 
 
@@ -283,27 +278,6 @@ def evaluation_steps_of(steps: int, rows: int, eval_rows: int) -> int:
     """
     affordable = int(steps * rows * EVALUATING / (1 - EVALUATING) / (eval_rows * ROW_COST))
     return math.ceil(steps / min(10, max(1, affordable - 1)))
-
-
-@contextlib.contextmanager
-def _around_step(model: Any, noise_alpha: float | None, *, offloads: bool) -> Iterator[None]:
-    """NEFTune's noise on the embeddings (Jain et al. 2023, arXiv 2310.05914), and activations in CPU memory.
-
-    noise ~ U(-a, a),  a = alpha / sqrt(length x width)
-    """
-
-    def noisy(module: nn.Module, _: object, output: Tensor) -> Tensor:
-        if not module.training or noise_alpha is None:
-            return output
-        bound = float(noise_alpha / torch.tensor(output.size(1) * output.size(2)).sqrt())
-        return output + torch.zeros_like(output).uniform_(-bound, bound)
-
-    with contextlib.ExitStack() as stack:
-        if noise_alpha is not None:
-            stack.callback(model.get_input_embeddings().register_forward_hook(noisy).remove)
-        if offloads:
-            stack.enter_context(offloaded(model))
-        yield
 
 
 # --- the learning rate ---

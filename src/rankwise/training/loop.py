@@ -1,9 +1,6 @@
-"""The training loop: micro-batches, loss, backward, all-reduce, clip, optimizer, schedule, log, evaluate, save, stop.
+"""The training loop: micro-batches, a step, schedule, log, evaluate, save, stop. The step itself is in step.py.
 
-    theta <- theta - optimizer(clip(grad))        grad = sum over micro-batches and processes of d loss_sum / targets
-
-What is learned is an ``Objective``: it lays out rows, and gives the sum of a micro-batch's losses and their number. All
-processes run the same steps on their own parts of each micro-batch.
+All processes run the same steps on their own parts of each micro-batch.
 """
 
 from __future__ import annotations
@@ -12,38 +9,25 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from datasets import Dataset
-from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from rankwise.acceleration.memory import average_gradients
 from rankwise.compat.torch import is_sharded
 from rankwise.errors import ModelError
 from rankwise.records import write_json
 from rankwise.training import ranks
-from rankwise.training.batches import (
-    KEY,
-    Batch,
-    Figures,
-    MicroBatch,
-    Row,
-    means_of,
-    on_device,
-    own_parts,
-    without_rows,
-)
+from rankwise.training.batches import Batch, means_of, own_parts, without_rows
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
 from rankwise.training.optimizers import make_schedule, set_rates
+from rankwise.training.step import Objective, TrainingStep, targets_of
 from rankwise.training.watch import Diverged, EvaluationStopped, Progress, Step, Watch
 from rankwise.training.weights import (
     checkpoint_bytes,
@@ -63,58 +47,6 @@ from rankwise.training.weights import (
 )
 
 PROGRESS_FILE = "progress.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """The loss of one micro-batch."""
-
-    # The sum over the micro-batch's targets.
-    sum: Tensor
-    # The balancing loss of experts times its coefficient: a mean over micro-batches, not over targets.
-    aux: Tensor | None = None
-    # {name in metrics.jsonl: (sum, weight)}.
-    figures: Figures = dataclasses.field(default_factory=dict)
-
-
-class Objective(Protocol):
-    """What is learned."""
-
-    rows: Dataset
-    eval_rows: Dataset | None
-
-    @property
-    def shown(self) -> Mapping[str, str]:
-        """{name in metrics.jsonl: words} of the figures to show at each step."""
-
-    @property
-    def silence_is_normal(self) -> bool:
-        """Whether all gradients of a step may be zero."""
-
-    @property
-    def in_words(self) -> str:
-        """How the loss is computed, for the record."""
-
-    def order(self, epoch: int) -> list[list[int]]:
-        """The row numbers of each micro-batch of an epoch, of all processes together."""
-
-    def collate(self, rows: Sequence[Row]) -> Batch:
-        """A micro-batch on the host, with its ``Counted``."""
-
-    def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
-        """The micro-batches of one optimizer step, on the device, before any of them runs. ``step`` were taken."""
-
-    def loss(self, model: PreTrainedModel, batch: Batch) -> Loss: ...
-
-    def evaluate(self, model: PreTrainedModel, pause: Callable[[], None]) -> dict[str, float]:
-        """The evaluation's figures by their names in metrics.jsonl, ``eval_loss`` first. Calls ``pause`` between
-        batches, which raises ``EvaluationStopped`` if the user has asked to stop."""
-
-    def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
-        """The largest of these micro-batches of row numbers, for the memory plan."""
-
-    def largest_evaluation(self) -> MicroBatch | None:
-        """The largest batch that is computed without gradients; None if there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +105,17 @@ class Loop:
         highest = [float(group["lr"]) for group in optimizer.param_groups]
         usual = float(optimizer.defaults["lr"])
         factor = make_schedule(options.schedule, usual, options.warmup_steps, options.total_steps)
-        # float16 has too few exponents for small gradients.
-        self.scaler = scaler = torch.amp.GradScaler(model.device.type, enabled=options.autocast == torch.float16)
+        self.step = TrainingStep(
+            model=model,
+            objective=objective,
+            optimizer=optimizer,
+            trained=trained,
+            autocast=options.autocast,
+            max_grad_norm=options.max_grad_norm,
+            processes=ranks.count(),
+            around=self.around_step,
+        )
+        self.scaler = self.step.scaler
         states = None if checkpoint is None else self._load(checkpoint)
         if states is not None:
             set_random_states(states)
@@ -191,31 +132,8 @@ class Loop:
                 return
             for batches in self._steps(epoch, states):
                 watch.clock.start()
-                model.train()
-                with self.autocast():
-                    batches = objective.prepare([on_device(batch, model.device) for batch in batches], progress.steps)
-                (targets,) = ranks.summed([math.fsum(batch[KEY].targets for batch in batches)])
-                step = Step()
-                with self.around_step():
-                    for batch in batches:
-                        with self.autocast():
-                            found = objective.loss(model, batch)
-                        loss = found.sum / max(targets, 1)
-                        if ranks.count() > 1:
-                            # The mean over processes becomes the sum; a process without rows adds nothing.
-                            loss = loss * (ranks.count() if batch[KEY].targets else 0)
-                        if found.aux is not None:
-                            loss = loss + found.aux / len(batches)
-                        scaler.scale(loss).backward()
-                        step.add(loss.detach(), batch[KEY], found.figures)
-                        # The graph's nodes lie between activations, in whose place the next step's are to come.
-                        del loss, found
-                if ranks.count() > 1:
-                    average_gradients(trained)
-                scaler.unscale_(optimizer)
-                norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-                if options.max_grad_norm:
-                    clip_grads_with_norm_(trained, options.max_grad_norm, norm)
+                batches = self.step.prepared(batches, progress.steps)
+                step, norm = self.step.gradients(batches, targets_of(batches))
                 # The only wait for the device in a step.
                 step.read(whole(norm))
                 self._check(step)
@@ -223,11 +141,9 @@ class Loop:
                 rates = [rate * factor(progress.steps - progress.skipped) for rate in highest]
                 step.rate = rates[0]
                 set_rates(optimizer, rates)
-                scaler.step(optimizer)
-                scaler.update()
+                self.step.update()
                 # The scaler skips a step whose gradients overflowed float16, and lowers its scale.
                 progress.skipped += not math.isfinite(step.norm)
-                model.zero_grad()
                 progress.take(step.loss, step.tokens, step.examples)
                 logged.take(step)
                 is_last = progress.steps >= options.total_steps
@@ -246,10 +162,6 @@ class Loop:
                 if self.stopping:
                     return
             states = None
-
-    def autocast(self) -> torch.autocast:
-        dtype = self.options.autocast
-        return torch.autocast(self.model.device.type, dtype, enabled=dtype is not None)
 
     def _steps(self, epoch: int, states: Any) -> Iterator[list[Batch]]:
         """The micro-batches of this process, step by step, from the present step to the end of the epoch."""
@@ -312,7 +224,7 @@ class Loop:
         """``Objective.evaluate``. Raises Diverged (RW530) if the steps so far led to NaN."""
         self.model.eval()
         try:
-            with torch.no_grad(), undisturbed_random_states(), self.autocast():
+            with torch.no_grad(), undisturbed_random_states(), self.step.mixed():
                 return self.objective.evaluate(self.model, pause)
         except ModelError as error:
             if error.code != "RW323" or not self.progress.steps:

@@ -55,8 +55,8 @@ from rankwise.training.batches import (
     shuffled,
     without_rows,
 )
-from rankwise.training.loop import Loss
 from rankwise.training.losses import MARKED_LOSSES, PAIR_LOSSES, Pairs
+from rankwise.training.step import Loss
 from rankwise.training.weights import roots_gathered
 
 # The columns of KTO's mismatched answers (answers to a different prompt of the batch).

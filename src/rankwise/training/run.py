@@ -11,28 +11,24 @@ import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
 from rankwise.acceleration import (
-    Acceleration,
     choose_products,
-    flattening_obstacle,
     grow_segments,
     limit_generated_kernels,
-    optimize_for_training,
 )
 from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import is_unit
-from rankwise.config import ADAPTERS, DORA, METHODS, TrainSettings, idle_options
+from rankwise.config import ADAPTERS, DORA, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
 from rankwise.data import warn_of_overlap
 from rankwise.disk import hold
-from rankwise.errors import ConfigError, RankwiseWarning, RunError, heard, warn
+from rankwise.errors import RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
 from rankwise.models import choose_device, model_facts
@@ -62,8 +58,9 @@ from rankwise.training.optimizers import (
 )
 from rankwise.training.session import Foresight, Retention, Session
 from rankwise.training.setup import add_new_tokens, new_tokens, with_adapters_options
+from rankwise.training.step import Computing, Products, prepare
 from rankwise.training.watch import Observer, Progress, SilentObserver, check_installed, evaluations, frozen_bytes
-from rankwise.training.weights import checkpoint_bytes, looked_into, reading_state
+from rankwise.training.weights import checkpoint_bytes, reading_state
 
 # Libraries whose version can change a result.
 PACKAGES = ("rankwise", "torch", "transformers", "datasets", "safetensors", "tokenizers")
@@ -200,17 +197,19 @@ def _prepare(
     checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
     trainable = setup.make_trainable(loaded.model, given, inputs.lora, checkpoint, inputs.base["sha256"])
     products = _frozen_products(given, loaded.model, observer)
-    accelerated = _accelerate(given, inputs, products)
+    computing = Computing.of(given, products)
+    calibration = functools.partial(setup.calibration_ids, data.train.dataset, given.max_length, loaded.model.device)
+    prepared = prepare(loaded.model, given.method, given.objective, computing, calibration)
     if learning.has_labels:
         setup.check_labels(data)
     # One checkpoint more is being written, and the result takes as much.
     check_space(given.output, checkpoint_bytes(loaded.model) * (given.save_total_limit + 3))
-    padded = _why_padded(given, loaded.model, accelerated)
     make = functools.partial(
         make_loop,
         learning=learning,
         base=loaded,
-        flat=padded is None,
+        computing=computing,
+        flat=prepared.flat,
         progress=functools.partial(progress_of, checkpoint),
         is_evaluated=_is_evaluated(given.output, checkpoint),
     )
@@ -253,8 +252,8 @@ def _prepare(
         device={
             **device_record(loaded.device, loaded.dtype, given.optimizer),
             "reason": loaded.device_reason,
-            "acceleration": str(accelerated) if accelerated else "off (--no-fast)" if not given.fast else "off",
-            "rows": f"padded: {padded}" if padded else "laid end to end, without padding",
+            "acceleration": str(prepared.accelerated or ("off" if given.fast else "off (--no-fast)")),
+            "rows": f"padded: {prepared.padded}" if prepared.padded else "laid end to end, without padding",
         },
     )
     return Session(given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, given.trackers, retention)
@@ -309,7 +308,7 @@ def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
     )
 
 
-def _frozen_products(given: TrainSettings, model: nn.Module, observer: Observer) -> Literal["bfloat16", "int8"]:
+def _frozen_products(given: TrainSettings, model: nn.Module, observer: Observer) -> Products:
     """What ``--products`` stands for here. A resumed run keeps what it took, also on another machine."""
     if given.products != "auto":
         return given.products
@@ -319,34 +318,6 @@ def _frozen_products(given: TrainSettings, model: nn.Module, observer: Observer)
     products, why = (before, "as before") if before else choose_products(model)
     observer.note(f"frozen products: {products} ({why})")
     return products
-
-
-def _accelerate(given: TrainSettings, inputs: _Inputs, products: Literal["bfloat16", "int8"]) -> Acceleration | None:
-    """Replace parts of the model by faster ones of ours; None if nothing may be replaced."""
-    model = inputs.loaded.model
-    if not given.fast or given.method not in METHODS:
-        return None
-    with looked_into(model):
-        done = optimize_for_training(model, products=products)
-    if products == "int8":
-        setup.calibrate(model, inputs.data.train.dataset, given.max_length)
-    return done
-
-
-def _why_padded(given: TrainSettings, model: nn.Module, accelerated: Acceleration | None) -> str | None:
-    """Why rows are padded to one length, or None if they are concatenated. Raises ConfigError (RW112) for packing."""
-    if given.packing:
-        if obstacle := flattening_obstacle(model):
-            raise ConfigError("RW112", f"--packing would let rows see each other: {obstacle}; leave it out.")
-        return "packing fills rows to one length"
-    if given.objective == "classify":
-        return "a head of labels reads the last token of each row"
-    if given.neftune_noise_alpha is not None:
-        return "NEFTune's noise depends on a row's length"
-    # Over concatenated rows, attention is quadratic in their sum unless the kernel skips masked blocks, as ours does.
-    if accelerated is None or not accelerated.attention:
-        return "the attention in use does not skip masked blocks"
-    return flattening_obstacle(model)
 
 
 def _predicted_peak(given: TrainSettings, loop: Loop, foresight: Foresight | None) -> int | None:

@@ -16,17 +16,14 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise.acceleration import calibrate_products
-from rankwise.adapters import add_adapter, plan_adapter
+from rankwise.adapters import plan_adapter
 from rankwise.adapters.base_layer import dequantizer
 from rankwise.adapters.checkpoint import load_adapter, read_adapter
 from rankwise.adapters.folder import WEIGHTS_FILE, read_folder, tokenizer_with_rows
-from rankwise.adapters.inject import add_by, attach
 from rankwise.adapters.select import with_heads
-from rankwise.adapters.state import DEFAULT_NAME
 from rankwise.adapters.switch import keep_reference
 from rankwise.compat.transformers import before_weights
-from rankwise.config import ADAPTERS, DORA, FOUR_BITS, METHODS, TrainSettings
+from rankwise.config import ADAPTERS, DORA, FOUR_BITS, TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.formats import Format
@@ -41,7 +38,7 @@ from rankwise.models.source import weights_files
 from rankwise.options import flag
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.records import record_of
-from rankwise.training import ranks
+from rankwise.training import ranks, step
 from rankwise.training.batches import longest_row
 from rankwise.training.checkpoints import Checkpoint
 from rankwise.training.weights import seed_all, shard_before_loading
@@ -234,10 +231,7 @@ def make_trainable(
     model: PreTrainedModel, given: TrainSettings, config: LoraConfig, checkpoint: Checkpoint | None, base_sha256: str
 ) -> int:
     """Give the model the method's adapter, new or from ``--adapter``, or for ``full`` unfreeze the model. Returns the
-    number of trained parameters.
-
-    A resumed run does not compute LoftQ's decomposition, which its ``checkpoint`` overwrites.
-    """
+    number of trained parameters."""
     if given.adapter is not None:
         return _continue_adapter(model, given, given.adapter, base_sha256)
     seed_all(given.seed)
@@ -247,21 +241,14 @@ def make_trainable(
             f"{given.model} holds weights that another library quantized, which --method {given.method} does not "
             "support; take lora or dora, or the dense checkpoint.",
         )
-    if given.method == "full":
-        model.requires_grad_(True)
-        return sum(parameter.numel() for parameter in model.parameters())
-    if given.method not in METHODS:
-        return add_by(given.method, model, config.r)
-    if checkpoint is not None and config.init.kind == "loftq":
-        return attach(model, config, plan_adapter(model, config), DEFAULT_NAME).trainable_parameters
-    return add_adapter(model, config).trainable_parameters
+    return step.make_trainable(model, given.method, config, is_resumed=checkpoint is not None)
 
 
-def calibrate(model: PreTrainedModel, dataset: Dataset, max_length: int) -> None:
-    """`calibrate_products` from the first training rows, end to end."""
+def calibration_ids(dataset: Dataset, max_length: int, device: torch.device) -> torch.Tensor:
+    """The first training rows, end to end: (1, L)."""
     rows = dataset[:CALIBRATION_ROWS]["input_ids"]
     ids = list(itertools.chain.from_iterable(rows))[: min(max_length, CALIBRATION_TOKENS)]
-    calibrate_products(model, torch.tensor([ids], device=model.device))
+    return torch.tensor([ids], device=device)
 
 
 def _described(rows: Rows, encoded: Encoded) -> JsonObject:
