@@ -158,15 +158,20 @@ def _of_preferences(given: TrainSettings) -> Iterator[str]:
         )
     if loss == "robust" and given.label_smoothing >= 0.5:
         yield "--loss-type robust turns preferences around from --label-smoothing 0.5 on; give less."
-    if given.method not in ADAPTERS:
-        yield (
-            f"--objective {given.objective} needs the base as reference, which --method {given.method} changes or "
-            "cannot restore; give lora, qlora, dora or qdora."
-        )
+    yield from without_reference(given.objective, given.method)
     # Of one process.
     if given.objective == "kto" and given.batch_size < 2:
         yield (
             "--objective kto compares each answer with the others of its batch, and --batch-size is 1; give 2 or more."
+        )
+
+
+def without_reference(objective: str, method: str) -> Iterator[str]:
+    """The conflict of preferences with a method that leaves no reference."""
+    if objective in ("dpo", "kto") and method not in ADAPTERS:
+        yield (
+            f"--objective {objective} needs the base as reference, which --method {method} changes or cannot restore; "
+            "give lora, qlora, dora or qdora."
         )
 
 

@@ -69,7 +69,7 @@ def test_so_they_do_in_other_families(family, method):
 )
 def test_so_they_do_with_a_head_of_labels(family, method, evaluation):
     config = AutoConfig.for_model(family, **SMALL)
-    workload = Workload(labels=3, evaluation=evaluation, **STEP)
+    workload = Workload(objective="classify", labels=3, evaluation=evaluation, **STEP)
     made = [skeleton_of(config, Labels(("a", "b", "c"))) for _ in range(2)]
     fake, real = trace(made[0], method, workload), trace(made[1], method, workload, fake=False)
     assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=1e-2)

@@ -108,30 +108,25 @@ def test_an_evaluation_is_foreseen_as_it_is_laid_out(loop_of: LoopMaker) -> None
     assert with_rows(loop_of, [5] * 9).objective.largest_evaluation() is None
 
 
-def preferring(train: dict[str, list[int]], evaluation: dict[str, list[int]] | None, *, flat: bool) -> Any:
-    """The largest batch of preferences without gradients, two rows a batch; columns by their lengths."""
-
-    def rows(columns: dict[str, list[int]]) -> Dataset:
-        return Dataset.from_dict({name: [[1] * count for count in counts] for name, counts in columns.items()})
-
-    scoring = SimpleNamespace(layout="flat" if flat else "padded", shares_prompts=flat)
-    eval_rows = None if evaluation is None else rows(evaluation)
-    objective = SimpleNamespace(scoring=scoring, rows=rows(train), eval_rows=eval_rows, size=2)
-    return Preferences.largest_evaluation(objective)  # type: ignore[arg-type]
+def preferring(columns: dict[str, list[int]], *, flat: bool) -> Preferences:
+    """Preferences of rows with these columns, given by their lengths, two rows a batch."""
+    rows = Dataset.from_dict({name: [[1] * count for count in counts] for name, counts in columns.items()})
+    is_paired = "chosen_ids" in columns
+    scoring: Any = SimpleNamespace(layout="pairs" if flat and is_paired else "flat" if flat else "padded")
+    loss = "sigmoid" if is_paired else "apo_zero_unpaired"
+    return Preferences(scoring, rows, rows, 0, 2, 0, loss, 0.1, 64)
 
 
 def test_mismatched_answers_of_kto_are_foreseen() -> None:
     """The longest prompt meets the longest answer, which is another's."""
     marked = {"prompt_ids": [9, 2, 2, 2], "completion_ids": [1, 7, 3, 3], "KL_completion_ids": [7, 1, 3, 3]}
-    assert preferring(marked, None, flat=False) == MicroBatch(2, 16, 8 / 32)
-    assert preferring(marked, None, flat=True) == MicroBatch(2, 10, 8 / 20)
-    longer = {name: [2 * count for count in counts] for name, counts in marked.items()}
-    assert preferring(marked, longer, flat=False) == MicroBatch(2, 32, 16 / 64)
+    for flat, expected in ((False, MicroBatch(2, 16, 8 / 32)), (True, MicroBatch(2, 10, 8 / 20))):
+        objective = preferring(marked, flat=flat)
+        assert objective.largest_batch(iter([[0, 1], [2, 3]])) == objective.largest_evaluation() == expected
 
 
-def test_evaluations_of_pairs_are_foreseen_where_there_are_some() -> None:
+def test_pairs_are_foreseen_with_their_prompt_once() -> None:
     pairs = {"prompt_ids": [4, 4, 6], "chosen_ids": [1, 1, 5], "rejected_ids": [2, 2, 3]}
-    assert preferring(pairs, None, flat=False) is None
-    assert preferring(pairs, pairs, flat=False) == MicroBatch(2, 6, 6 / 24)
+    assert preferring(pairs, flat=False).largest_evaluation() == MicroBatch(2, 6, 6 / 24)
     # Around one prompt: 7 tokens each of the first two, and 14 of the last, which has the longer side.
-    assert preferring(pairs, pairs, flat=True) == MicroBatch(1, 7, 8 / 14)
+    assert preferring(pairs, flat=True).largest_evaluation() == MicroBatch(1, 10, 8 / 20)

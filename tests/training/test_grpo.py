@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,7 +93,8 @@ def objective_of(tokenizer: Any, *, fast: bool = True, flat: bool = False, **cha
         Scoring(model, "flat" if flat else "padded", temperature=0.8),
         asked(tokenizer, 6)[1],
         None,
-        tokenizer=tokenizer,
+        pad=0,
+        decode=partial(tokenizer.batch_decode, skip_special_tokens=True),
         rewards=[Reward("count_words", "count_words", count_words)],
         weights=[1.0],
         stop_ids=frozenset({2}),

@@ -19,7 +19,7 @@ from rankwise.errors import ConfigError, DataError, InputError, Interrupted, Ran
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.reports.plots import loss_svg
-from rankwise.training import run
+from rankwise.training import step
 from rankwise.training.learning import evaluation_steps_of
 from rankwise.training.objectives import Demonstrations
 from rankwise.training.run import _told_warnings, train
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning
 
 
 def test_packing_is_refused_where_rows_would_see_each_other(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "flattening_obstacle", lambda model: "a row changes the next one")
+    monkeypatch.setattr(step, "flattening_obstacle", lambda model: "a row changes the next one")
     with pytest.raises(ConfigError, match="RW112: --packing would let rows see each other: a row changes"):
         train(settings(packing=True))
 
@@ -263,9 +263,9 @@ def test_constant_schedule_may_be_continued(settings: Any, tmp_path: Path) -> No
 
 def test_a_resumed_run_keeps_the_products_that_it_chose(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     given, watcher = {"lr_scheduler_type": "constant"}, Recorder()
-    monkeypatch.setattr(run, "choose_products", lambda model: ("int8", "a test"))
+    monkeypatch.setattr(step, "choose_products", lambda model: ("int8", "a test"))
     assert train(settings(**given, max_steps=2)).products == "int8"
-    monkeypatch.setattr(run, "choose_products", lambda model: ("bfloat16", "another machine"))
+    monkeypatch.setattr(step, "choose_products", lambda model: ("bfloat16", "another machine"))
     assert train(settings(**given, max_steps=4, resume=True), watcher).products == "int8"
     assert "frozen products: int8 (as before)" in watcher.notes
 

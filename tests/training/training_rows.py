@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rankwise.training.checkpoints import Checkpoint
 from rankwise.training.loop import Loop
+from rankwise.training.step import mixed
 from rankwise.training.watch import MemoryMeter, Progress, StepInfo, Watch
 
 WORDS = [f"w{index}" for index in range(90)]
@@ -76,7 +77,7 @@ def fit(loop: Loop, checkpoint: Checkpoint | None = None, **parts: Any) -> Loop:
 def evaluate(loop: Loop, rows: Dataset | None = None) -> dict[str, float]:
     loop.objective.eval_rows = loop.objective.eval_rows if rows is None else rows
     loop.model.eval()
-    with torch.no_grad(), loop.step.mixed():
+    with torch.no_grad(), mixed(loop.model, loop.options.autocast):
         return loop.objective.evaluate(loop.model, lambda: None)
 
 

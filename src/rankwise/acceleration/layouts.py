@@ -43,6 +43,7 @@ def end_to_end(rows: Sequence[Ids], lengths: Sequence[int] | None = None) -> Inp
     """
     lengths = [len(row) for row in rows] if lengths is None else lengths
     bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
+    numbers = [torch.full((length,), row, dtype=torch.int32) for row, length in enumerate(lengths)]
     return {
         "input_ids": torch.tensor(list(itertools.chain.from_iterable(rows)))[None],
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
@@ -50,7 +51,9 @@ def end_to_end(rows: Sequence[Ids], lengths: Sequence[int] | None = None) -> Inp
         "cu_seq_lens_k": bounds,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
-        "seq_idx": torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))[None],
+        "seq_idx": torch.cat([torch.full((length,), row, dtype=torch.int32) for row, length in enumerate(lengths)])[
+            None
+        ],
     }
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rankwise.config import DORA
+from rankwise.conflicts import without_reference
 from rankwise.disk import cache_folder
 from rankwise.errors import ConfigError, RankwiseWarning, heard, warn
 from rankwise.foreign import JsonObject, read_json
@@ -191,6 +192,8 @@ class Traces:
         if method not in PLANNED:
             raise ConfigError("RW130", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
         rule_of(workload.optimizer)
+        if conflict := " ".join(without_reference(workload.objective, method)):
+            raise ConfigError("RW112", conflict)
         key = f"{method} {json.dumps(dataclasses.asdict(workload), sort_keys=True, default=str)}"
         if key not in self._kept:
             line = f"tracing {method} at {workload.batch_size} x {workload.max_length:,} tokens ..."
@@ -616,7 +619,11 @@ def _hash_of(model: PlannedModel) -> str:
         model.identity,
         model.trust_remote_code,
         [version(name) for name in ("rankwise", "torch", "transformers")],
-        [code, sorted(flag for flag in cpu_flags() if flag.startswith("avx"))],
+        [
+            code,
+            sorted(flag for flag in cpu_flags() if flag.startswith(("avx", "amx"))),
+            os.environ.get("RANKWISE_CPU_LEVEL"),
+        ],
     ]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

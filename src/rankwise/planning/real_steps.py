@@ -7,6 +7,7 @@ rankwise.planning.real_steps ORDER`` takes one JSON object and prints one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -19,13 +20,11 @@ from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject
 from rankwise.planning.extend import MemoryEstimate, estimate
 from rankwise.planning.speed import read_model
-from rankwise.planning.workload import DTYPE_BYTES, Workload
+from rankwise.planning.workload import DTYPE_BYTES, MEASURED_OPTIMIZERS, Workload
 from rankwise.reports.numbers import byte_size
 
 STEPS = 3
 INTERVAL_SECONDS = 0.002
-# Optimizers of torch that need no more than torch.
-MEASURED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,15 +121,9 @@ def carry_out(order: JsonObject) -> Measurement:
 
     from rankwise.acceleration import anonymous_memory_bytes, limit_generated_kernels
     from rankwise.models import fetch_model, load_skeleton
-    from rankwise.planning.step import (
-        autocast_dtype,
-        begin_gradients,
-        make_batch,
-        materialize,
-        prepare,
-        take_step,
-        weights_dtype,
-    )
+    from rankwise.planning.step import batch_of, begin_gradients, dtypes, made, materialize, new_optimizer, objective_of
+    from rankwise.training.batches import KEY
+    from rankwise.training.step import TrainingStep, around_step
 
     limit_generated_kernels()
     workload, method, remote = Workload(**order["workload"]), order["method"], order["remote"]
@@ -139,26 +132,36 @@ def carry_out(order: JsonObject) -> Measurement:
     device = workload.device_type
     _warm_up(device, workload)
     baseline = anonymous_memory_bytes() if device == "cpu" else 0
-    materialize(model, weights_dtype(method, workload), fill=True, device=device)
-    flat = prepare(model, method, workload) or workload.packing
+    weights, autocast = dtypes(method, workload)
+    materialize(model, weights, fill=True, device=device)
+    prepared = made(model, method, workload)
+    objective = objective_of(model, workload, flat=prepared.flat)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = workload.optimizer.endswith("fused") or device == "cuda"
-    optimizer = torch.optim.AdamW(trained, fused=fused)
-    batch, autocast, seconds = make_batch(workload, device, flat=flat), autocast_dtype(method, workload), []
+    step = TrainingStep(
+        model=model,
+        objective=objective,
+        optimizer=new_optimizer(workload, model),
+        trained=trained,
+        autocast=autocast,
+        around=functools.partial(around_step, model, prepared.computing),
+    )
+    batch, seconds = batch_of(objective, workload, flat=prepared.flat), []
 
-    def step() -> None:
+    def take() -> None:
         started = time.perf_counter()
         if workload.accumulates:
             begin_gradients(trained)
-        take_step(model, optimizer, batch, lambda _: None, autocast)
+        found, norm = step.gradients(step.prepared([batch], 0), batch[KEY].targets)
+        found.read(norm)
+        step.update()
         seconds.append(time.perf_counter() - started)
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         for _ in range(STEPS):
-            step()
+            take()
         return Measurement(torch.cuda.max_memory_allocated(), seconds)
-    return Measurement(_peak_of([step] * STEPS) - baseline, seconds)
+    return Measurement(_peak_of([take] * STEPS) - baseline, seconds)
 
 
 def _warm_up(device: str, workload: Workload) -> None:

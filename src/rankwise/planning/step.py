@@ -1,51 +1,60 @@
-"""The model and the step that a plan traces, as a run prepares and computes them, on fake or on real tensors.
+"""What a plan has in the place of a run's files: a model without values or with random ones, made-up rows, optimizers
+that are only counted, a card's attention. The step itself and the making of the model are the run's (training/step.py).
 
-B rows, L tokens a row, P positions of a row that are scored, V vocabulary, H heads, Hkv key-value heads, D head width.
+B sequences, L tokens of each, V vocabulary, H heads, Hkv key-value heads, D head width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from rankwise.acceleration import (
-    LossOptions,
-    flattening_obstacle,
-    fused_head,
-    optimize_for_training,
-)
 from rankwise.acceleration.generation import cache_bytes_per_token, drawn
-from rankwise.acceleration.loss import losses, scored_positions
-from rankwise.acceleration.memory import average_gradients
 from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
 from rankwise.adapters.select import with_heads
-from rankwise.compat.torch import (
-    Ctx,
-    is_fake,
-    is_unit,
-    own_buffers,
-    own_parameters,
-    own_part,
-)
+from rankwise.compat.torch import Ctx, own_buffers, own_parameters, own_part
 from rankwise.compat.transformers import attention_of, kept_in_float32
-from rankwise.config import DORA, FOUR_BITS
+from rankwise.config import BETA, DORA, FOUR_BITS
+from rankwise.conflicts import LOSS_TYPES
 from rankwise.constants import CACHE_BYTES, IGNORED
-from rankwise.labels import SINGLE
+from rankwise.data.objectives import ANSWER_IDS
+from rankwise.labels import SINGLE, Labels
 from rankwise.models.load import keep_heads_exact
 from rankwise.ops.selection import as_autocast
-from rankwise.planning.workload import Workload, rule_of, state_bytes
+from rankwise.planning.workload import MEASURED_OPTIMIZERS, Workload, rule_of, state_bytes
+from rankwise.training.batches import Batch, Row
+from rankwise.training.grpo import RewardedAnswers
+from rankwise.training.objectives import (
+    MISMATCHED,
+    Classification,
+    Demonstrations,
+    Preferences,
+    Scoring,
+    layout_of,
+)
+from rankwise.training.optimizers import implementation_of, make_optimizer
+from rankwise.training.step import (
+    Computing,
+    Objective,
+    Prepared,
+    choose,
+    make_trainable,
+    mixed,
+    mixed_precision,
+    prepare,
+)
 
 Enter = Callable[[str], None]
 CARD_ATTENTION = "rankwise_card"
@@ -96,69 +105,38 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | str, 
     return nn.Parameter(new, requires_grad=new.is_floating_point()) if isinstance(tensor, nn.Parameter) else new
 
 
-def weights_dtype(method: str, workload: Workload) -> torch.dtype:
-    """The dtype of the base. Full fine-tuning keeps float32 weights, because 16 bits would lose small updates."""
-    return torch.float32 if method == "full" else getattr(torch, workload.dtype)
-
-
-def prepare(model: PreTrainedModel, method: str, workload: Workload) -> bool:
-    """Quantize, add the adapter and, with ``fast``, accelerate the model, as a run does. Returns whether the run
-    concatenates the rows of a batch whose attention takes their bounds."""
-    from rankwise.adapters import add_adapter
+def made(model: PreTrainedModel, method: str, workload: Workload) -> Prepared:
+    """Quantize, add the adapter and, with ``fast``, accelerate the model, as a run does."""
     from rankwise.adapters.layer import Origin
     from rankwise.adapters.lora import LowRankPair
     from rankwise.adapters.state import DEFAULT_NAME, adapted_layers
+    from rankwise.adapters.switch import keep_reference
     from rankwise.quantization import quantize
     from rankwise.quantization.config import CONFIGS
 
     if workload.labels:
         keep_heads_exact(model)
-        # As a tokenizer has set it; no keys and values are kept for a next token.
-        model.config.get_text_config().pad_token_id, model.config.use_cache = 0, False
+        # As a tokenizer has set it.
+        model.config.get_text_config().pad_token_id = 0
     if method in FOUR_BITS:
         kind = CONFIGS[workload.quant_type]
         quantize(model, kind(block_size=workload.block_size, double_quant=workload.double_quant))
-    if method == "full":
-        model.requires_grad_(True)
-    else:
-        config = with_heads(model, workload.lora_config(use_dora=method in DORA))
-        # Other initialisations need values, which fake tensors do not have.
-        add_adapter(model, dataclasses.replace(config, init_lora_weights=True))
-        for _, layer in adapted_layers(model, DEFAULT_NAME) if config.init.kind == "pissa" else ():
+    config = with_heads(model, workload.lora_config(use_dora=method in DORA))
+    # Other initialisations need values, which fake tensors do not have.
+    make_trainable(model, method, dataclasses.replace(config, init_lora_weights=True))
+    if method != "full" and config.init.kind == "pissa":
+        for _, layer in adapted_layers(model, DEFAULT_NAME):
             if isinstance(pair := layer.adapter(DEFAULT_NAME), LowRankPair):
                 layer.origin = Origin(pair.lora_A.detach().clone(), pair.lora_B.detach().clone(), pair.scaling)
-    if workload.gradient_checkpointing:
-        with warnings.catch_warnings():
-            # transformers renames it in 5.2x; the old name works in every version that we admit.
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable()
-    flat = _accelerate(model, workload)
-    model.train()
-    return flat
-
-
-def _accelerate(model: PreTrainedModel, workload: Workload) -> bool:
-    done = optimize_for_training(model) if workload.fast else None
+    if workload.keeps_reference:
+        keep_reference(model)
+    products, _ = choose(workload, method, workload.objective, workload.strategy, model)
+    ids = functools.partial(torch.ones, 1, 2, dtype=torch.long)
+    prepared = prepare(model, method, workload.objective, Computing.of(workload, products), ids)
     stands_for_card = workload.device_type == "cuda" and next(model.parameters()).device.type == "cpu"
-    if done is None or not done.attention:
-        if stands_for_card:
-            use_card_attention(model)
-        return False
-    # The CPU attention kernel does not support float16, to which autocast casts.
-    if workload.dtype == "float16" and workload.device_type == "cpu":
-        return False
-    if is_fake(next(model.parameters())):
-        # flattening_obstacle compares values; here the signature decides.
-        names = inspect.signature(type(model).forward).parameters
-        return {"position_ids", "logits_to_keep"} <= set(names) and not drops_attention(model)
-    return flattening_obstacle(model) is None and not drops_attention(model)
-
-
-def drops_attention(model: PreTrainedModel) -> bool:
-    """Whether the model has dropout on attention weights. Training then uses a kernel that saves all weights, so rows
-    are not concatenated, which would need the square of all tokens."""
-    config = model.config
-    return any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
+    if stands_for_card and (prepared.accelerated is None or not prepared.accelerated.attention):
+        use_card_attention(model)
+    return prepared
 
 
 # --- attention of a card ---
@@ -208,57 +186,90 @@ class _Kept(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
-# --- the batch and its loss ---
+def dtypes(method: str, workload: Workload) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtypes of the weights and of mixed precision."""
+    return mixed_precision(method, getattr(torch, workload.dtype), workload.device_type)
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """``inputs``: the model's inputs without labels; ``labels`` (B, L), -100 where nothing is scored, or (B,) of a head
-    of labels."""
-
-    inputs: Mapping[str, object]
-    labels: Tensor
-    # (P,): what is scored, the same in each row.
-    positions: Tensor
-    label_smoothing: float
-    # Whether the loss is one of each token's log-probability.
-    of_log_probs: bool
+# --- what is learned, and the batch ---
 
 
-def make_batch(workload: Workload, device: torch.device | str = "cpu", *, flat: bool = False) -> Batch:
-    """Rows of full length. The last of several rows has one token of padding, as in batches of rows with different
-    lengths.
+def objective_of(model: PreTrainedModel, workload: Workload, *, flat: bool) -> Objective:
+    """The objective of a run, without its rows."""
+    none: Any = []
+    of_batches = {"pad": 0, "size": workload.batch_size, "seed": 0}
+    if workload.objective == "sft":
+        flat = flat or workload.packing
+        smoothing = workload.label_smoothing
+        return Demonstrations(model, none, None, **of_batches, flat=flat, label_smoothing=smoothing)
+    if workload.objective == "classify":
+        labels = Labels(tuple(map(str, range(workload.labels))), SINGLE)
+        return Classification(none, None, labels, **of_batches)
+    scoring = Scoring(model, layout_of(workload.objective, flat=flat))
+    loss_type = workload.loss_type or LOSS_TYPES[workload.objective][0]
+    if workload.objective != "grpo":
+        preferring = {"loss_type": loss_type, "beta": workload.beta or BETA, "max_length": sys.maxsize}
+        return Preferences(scoring, none, None, **of_batches, **preferring)  # type: ignore[arg-type]
+    return RewardedAnswers(
+        scoring,
+        none,
+        None,
+        decode=lambda answers: [],
+        rewards=(),
+        weights=(),
+        stop_ids=frozenset(),
+        asked=1,
+        group=1,
+        longest=workload.max_length,
+        loss_type=loss_type,
+        beta=workload.beta or 0.0,
+        **of_batches,
+    )
 
-    ``flat``: the rows are concatenated into one row with their bounds, in the cases where a run does so.
-    """
-    B, L = workload.sequences, workload.max_length
-    P = workload.trained_tokens // B
-    ids, mask, labels = (torch.ones(B, L, dtype=torch.long, device=device) for _ in range(3))
-    labels[:, P + 1 :] = IGNORED
-    if workload.labels:
-        labels = torch.zeros(B, dtype=torch.long, device=device)
-    positions = torch.arange(P, device=device)
-    loss = workload.label_smoothing, workload.objective in ("dpo", "kto", "grpo")
-    if not flat:
-        mask[-1, -1] = int(B == 1)
-        return Batch({"input_ids": ids, "attention_mask": mask}, labels, positions, *loss)
-    labels[:, 0] = IGNORED
-    starts = torch.arange(B, device=device)[:, None] * L
-    bounds = torch.arange(0, B * L + 1, L, dtype=torch.int32, device=device)
-    inputs = {
-        "input_ids": ids.view(1, -1),
-        "position_ids": torch.arange(L, device=device).repeat(B)[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": L,
-        "max_length_k": L,
+
+def batch_of(objective: Objective, workload: Workload, *, flat: bool) -> Batch:
+    """A micro-batch of made-up rows of full length, on the host. Where rows are padded, not ``flat``, the last of
+    several has one token fewer, as in batches of rows with different lengths."""
+    rows = [_row(workload, workload.max_length)] * workload.batch_size
+    if not (flat or workload.packing) and workload.batch_size > 1 and workload.max_length > 2:
+        rows[-1] = _row(workload, workload.max_length - 1)
+    if not isinstance(objective, RewardedAnswers):
+        return objective.collate(rows)
+    # A run writes the answers, which `write_a_token` stands for.
+    prompts, answers = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
+    found = objective.laid_out(prompts, answers, sum(map(len, answers)))
+    return {**found, "advantages": torch.ones(len(rows)), "figures": {}}
+
+
+def _row(workload: Workload, length: int) -> Row:
+    """A row of ``length`` tokens, under the names of every objective."""
+    trained = min(length - 1, workload.trained_tokens // workload.sequences)
+    prompt, answer, after = [1] * (length - trained), [1] * trained, length - trained - 1
+    return {
+        "input_ids": [1] * length,
+        "labels": [IGNORED, *answer, *[IGNORED] * after],
+        "prompt_ids": prompt,
+        **dict.fromkeys((*ANSWER_IDS, *MISMATCHED), answer),
+        "label": 0 if workload.labels else True,
     }
-    return Batch(inputs, labels.view(1, -1), (starts + positions).reshape(-1), *loss)
 
 
-def autocast_dtype(method: str, workload: Workload) -> torch.dtype | None:
-    """The dtype of autocast: full fine-tuning computes in 16 bits with float32 weights. None: no autocast."""
-    return getattr(torch, workload.dtype) if method == "full" and workload.dtype != "float32" else None
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: changed(item, change) for name, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changed(fields, change))
+    return value
+
+
+def true_counts(workload: Workload) -> dict[tuple[int, ...], int]:
+    """{shape of the flags of trained tokens: how many are set}, which fakes do not know."""
+    B, L = workload.sequences, workload.max_length
+    return {(L - 1,): workload.trained_tokens // B, (B, L - 1): workload.trained_tokens}
 
 
 def begin_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -267,86 +278,20 @@ def begin_gradients(parameters: Sequence[nn.Parameter]) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def take_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    enter: Enter,
-    autocast: torch.dtype | None,
-) -> None:
-    """Forward, backward, clipping, optimizer. ``enter`` is called when a phase begins."""
-    enter("forward")
-    value = loss_of(model, batch, autocast)
-    enter("backward")
-    value.backward()
-    del value
-    enter("optimizer")
-    if is_unit(model):
-        average_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    # foreach where the optimizer uses it, as on a GPU.
-    nn.utils.clip_grad_norm_(trained, 1.0, foreach=optimizer.defaults.get("foreach"))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def loss_of(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
-    """Mean cross-entropy over the scored positions, with the entropy and the accuracy that a run reports."""
-    with torch.autocast(batch.labels.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        if batch.labels.dim() == 1:
-            logits = model(**batch.inputs).logits.float()
-            return losses(logits, batch.labels, SINGLE).mean()
-        if fused_head(model) is not None:
-            options = LossOptions(
-                batch.label_smoothing,
-                want_stats=True,
-                want_log_probs=batch.of_log_probs,
-                scored=scored_positions(batch.labels),
-            )
-            given = {"labels": batch.labels, "use_cache": False, "loss_options": options}
-            return model(**batch.inputs, **given).loss
-        logits = _logits(model, batch)
-    # The outputs of an autocast model become float32.
-    return loss_from(logits if autocast is None else logits.float(), batch)
-
-
-def loss_from(logits: Tensor, batch: Batch) -> Tensor:
-    """The loss from the model's own logits (B, P, V)."""
-    V = logits.shape[-1]
-    # The scored logits are selected by a mask, which copies them.
-    scored = torch.arange(logits.numel() // V, device=logits.device)
-    chosen = logits.reshape(-1, V)[scored].float()
-    wanted = batch.labels[:, batch.positions + 1].reshape(-1)
-    total = F.cross_entropy(chosen, wanted, reduction="sum", label_smoothing=batch.label_smoothing)
-    _entropy_and_accuracy(chosen.detach(), wanted)
-    return total / wanted.numel()
-
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """(B, P, V), or (B, L, V) of a model that cannot leave positions out, cut to (B, P, V)."""
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    kept = {"logits_to_keep": batch.positions} if keeps else {}
-    logits: Tensor = model(**batch.inputs, use_cache=False, **kept).logits
-    return logits if keeps else logits[:, batch.positions]
-
-
 @torch.no_grad()
-def _entropy_and_accuracy(logits: Tensor, wanted: Tensor) -> None:
-    log_p = F.log_softmax(logits, dim=-1)
-    -(log_p.exp() * log_p).sum(-1).mean()
-    (logits.argmax(-1) == wanted).float().mean()
-
-
-@torch.no_grad()
-def evaluate(model: PreTrainedModel, workload: Workload, autocast: torch.dtype | None) -> None:
-    """The pass of ``acceleration.scoring.loss_scorer`` over one batch: packed rows under a mask, logits in chunks."""
-    if workload.labels:
-        loss_of(model, make_batch(workload), autocast)
+def evaluate(model: PreTrainedModel, objective: Objective, workload: Workload, batch: Batch, dtype: Any) -> None:
+    """A batch without gradients. Of demonstrations, the pass of ``acceleration.scoring.loss_scorer``, which reads
+    values: packed rows under a mask, logits in chunks."""
+    if isinstance(objective, RewardedAnswers):
+        # Its answers are written only.
         return
-    B, L = workload.sequences, workload.max_length
-    ids, mask = torch.ones(B, L, dtype=torch.long), torch.ones(B, 1, L, L, dtype=torch.bool)
-    head, V = model.get_output_embeddings(), model.config.get_text_config().vocab_size
-    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+    with mixed(model, dtype):
+        if not isinstance(objective, Demonstrations):
+            objective.loss(model, batch)
+            return
+        B, L = workload.sequences, workload.max_length
+        ids, mask = torch.ones(B, L, dtype=torch.long), torch.ones(B, 1, L, L, dtype=torch.bool)
+        head, V = model.get_output_embeddings(), model.config.get_text_config().vocab_size
         hidden = hidden_states(model, ids, torch.arange(L).expand(B, -1), mask).flatten(0, 1)
         rows = min(workload.trained_tokens, max(1, LOSS_LOGITS // V))
         head(hidden[torch.arange(rows)]).float().logsumexp(-1)
@@ -355,11 +300,12 @@ def evaluate(model: PreTrainedModel, workload: Workload, autocast: torch.dtype |
 # --- optimizers ---
 
 
-def new_optimizer(workload: Workload, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as the device runs it (fused on a GPU), or a stand-in for an optimizer that torch does not have."""
-    if workload.optimizer == "adamw_torch":
-        return torch.optim.AdamW(parameters, fused=workload.device_type == "cuda")
-    return CountedOptimizer(parameters, workload.optimizer)
+def new_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Optimizer:
+    """The run's own AdamW, fused on a GPU, or a stand-in for an optimizer that torch does not have."""
+    name = implementation_of(workload.optimizer, workload.device_type)
+    if name in MEASURED_OPTIMIZERS:
+        return make_optimizer(name, model, rate=1e-4, weight_decay=0.0)
+    return CountedOptimizer([parameter for parameter in model.parameters() if parameter.requires_grad], name)
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
@@ -417,12 +363,9 @@ def write_a_token(model: PreTrainedModel, method: str, workload: Workload, enter
 
 @contextmanager
 def _writing(model: PreTrainedModel, method: str, workload: Workload) -> Iterator[None]:
-    dtype, training = autocast_dtype(method, workload), model.training
+    dtype, training = dtypes(method, workload)[1], model.training
     model.eval()
-    with (
-        torch.no_grad(),
-        torch.autocast(model.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
-    ):
+    with torch.no_grad(), mixed(model, dtype):
         yield
     model.train(training)
 

@@ -6,6 +6,7 @@ It needs neither weights nor a GPU. The trace runs on the CPU, since a CPU build
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.acceleration import offloaded
 from rankwise.acceleration.memory import shard
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.base_layer import is_linear
@@ -34,16 +34,17 @@ from rankwise.ops.kept import copies_of
 from rankwise.planning.hardware import in_blocks
 from rankwise.planning.step import (
     UNCOUNTED,
-    autocast_dtype,
+    batch_of,
     begin_gradients,
+    changed,
+    dtypes,
     evaluate,
-    make_batch,
+    made,
     make_state,
     materialize,
     new_optimizer,
-    prepare,
-    take_step,
-    weights_dtype,
+    objective_of,
+    true_counts,
     write_a_token,
 )
 from rankwise.planning.tracker import Args, Kwargs, Place, StorageTracker, Terms
@@ -51,6 +52,8 @@ from rankwise.planning.workload import Workload, state_bytes, uncollected
 from rankwise.quantization.experts import four_bit_stacks
 from rankwise.quantization.linear import features
 from rankwise.quantization.targets import four_bit_layers, four_bit_modules
+from rankwise.training.batches import KEY
+from rankwise.training.step import TrainingStep, around_step
 
 
 class Traced:
@@ -89,8 +92,10 @@ class Traced:
         # A mesh looks at values, which fake tensors do not have.
         mesh = self._processes.enter_context(fake_processes(workload.devices)) if sharded else None
         with self._running(workload):
-            materialize(skeleton, weights_dtype(method, workload), fill=not fake)
-            self.flat = prepare(skeleton, method, workload)
+            weights, autocast = dtypes(method, workload)
+            materialize(skeleton, weights, fill=not fake)
+            prepared = made(skeleton, method, workload)
+            self.flat = prepared.flat
             self.weight_bytes = sum(part.nbytes for _, part in shards_of(skeleton))
             self.layer_bytes, self.root_bytes = layer_and_root_bytes(skeleton)
             if mesh is not None:
@@ -100,9 +105,22 @@ class Traced:
             self._kept = kept
             label_model(skeleton, self.tracker)
             self.trained = [parameter for parameter in skeleton.parameters() if parameter.requires_grad]
-            self.optimizer = new_optimizer(workload, self.trained)
-            make_state(self.optimizer)
-            for state in self.optimizer.state.values():
+            optimizer = new_optimizer(workload, skeleton)
+            make_state(optimizer)
+            self.step = TrainingStep(
+                model=skeleton,
+                objective=objective_of(skeleton, workload, flat=prepared.flat),
+                optimizer=optimizer,
+                trained=self.trained,
+                autocast=autocast,
+                # The sum over the copies of ddp is traced in `_enter`, without other processes.
+                processes=workload.devices if sharded else 1,
+                around=functools.partial(around_step, skeleton, prepared.computing, apart=self.tracker.elsewhere),
+                enter=self._enter,
+            )
+            # It looks at the values of gradients.
+            self.step.scaler = torch.amp.GradScaler("cpu", enabled=False)
+            for state in optimizer.state.values():
                 values = (value for value in state.values() if isinstance(value, torch.Tensor))
                 self.tracker.see_all(values, "optimizer")
             _mark_layers(() if layers is None else skeleton.get_submodule(layers), self.tracker)
@@ -110,18 +128,22 @@ class Traced:
     def peaks(self, workload: Workload) -> dict[Place, Terms]:
         """{part of the step: {term: bytes}} at its highest instant. ``workload`` may differ in batch, length, their
         trained share, evaluation and generation from the one that the model was prepared for."""
-        tracker = self.tracker
+        tracker, step = self.tracker, self.step
         tracker.restart()
-        # Of a mask of scored positions.
-        tracker.answers.true_counts = self._enabled | {workload.tokens: workload.trained_tokens}
+        tracker.answers.true_counts = self._enabled | true_counts(workload)
+        batch = changed(batch_of(step.objective, workload, flat=self.flat), self._seen)
         with self._running(workload):
             if workload.evaluation:
                 tracker.enter("forward")
                 self.model.eval()
-                evaluate(self.model, workload, autocast_dtype(self.method, workload))
-                self.model.train()
+                evaluate(self.model, step.objective, workload, batch, step.autocast)
             else:
-                self._step(workload)
+                if workload.accumulates:
+                    begin_gradients(self.trained)
+                # Answers to rewards are written by `write_a_token`.
+                batches = [batch] if workload.objective == "grpo" else step.prepared([batch], 0)
+                step.gradients(batches, batch[KEY].targets)
+                step.update()
             if workload.written:
                 write_a_token(self.model, self.method, workload, tracker.enter)
             tracker.see_all([*kept_norms(self.model), *copies_of(self.trained)], "adapters")
@@ -143,24 +165,20 @@ class Traced:
         """Leave the group of fake processes, of which there is one at a time."""
         self._processes.close()
 
-    def _step(self, workload: Workload) -> None:
-        tracker, trained = self.tracker, self.trained
-        batch = make_batch(workload, flat=self.flat or workload.packing)
-        if workload.accumulates:
-            begin_gradients(trained)
+    def _seen(self, tensor: Tensor) -> Tensor:
+        """A tensor of the batch, without values unless the trace is one of real tensors."""
+        tensor = self._mode.from_tensor(tensor) if isinstance(self._mode, FakeTensorMode) else tensor
+        self.tracker.see(tensor)
+        return tensor
 
-        def enter(phase: str) -> None:
-            tracker.enter(phase)
-            if phase == "optimizer":
-                grads = [item.grad for item in trained if item.grad is not None]
-                tracker.see_all(grads, "gradients")
-                if workload.strategy == "ddp":
-                    # They are summed over the processes in one tensor of all.
-                    torch.cat([grad.flatten().float() for grad in grads])
-
-        offloading = workload.activation_offloading
-        with offloaded(self.model, tracker.elsewhere) if offloading else nullcontext():
-            take_step(self.model, self.optimizer, batch, enter, autocast_dtype(self.method, workload))
+    def _enter(self, phase: str) -> None:
+        self.tracker.enter(phase)
+        if phase == "optimizer":
+            grads = [item.grad for item in self.trained if item.grad is not None]
+            self.tracker.see_all(grads, "gradients")
+            if self.workload.strategy == "ddp":
+                # They are summed over the processes in one tensor of all.
+                torch.cat([grad.flatten().float() for grad in grads])
 
     @contextmanager
     def _running(self, workload: Workload) -> Iterator[None]:
@@ -238,14 +256,14 @@ def layer_and_root_bytes(model: nn.Module) -> tuple[int, int]:
     return max(groups.values(), default=0), root
 
 
-def _enabled_rows(model: nn.Module, workload: Workload) -> dict[int, int]:
+def _enabled_rows(model: nn.Module, workload: Workload) -> dict[tuple[int, ...], int]:
     """The number of rows that adapt, from the flags over a fused projection's rows."""
-    counts = {}
+    counts: dict[tuple[int, ...], int] = {}
     for name, module in model.named_modules():
         parts = next((parts for key, parts in workload.enable_lora.items() if matches(name, [key])), None)
         if parts is not None and is_linear(module):
             out_features = features(module)[1]
-            counts[out_features] = out_features // len(parts) * sum(map(bool, parts))
+            counts[out_features,] = out_features // len(parts) * sum(map(bool, parts))
     return counts
 
 

@@ -249,10 +249,10 @@ class Answers:
     """The results of operations that read values, which fake tensors do not have.
 
     A number is 1 and a boolean is True, since only bookkeeping reads them (step counts, whether a gain has a zero,
-    whether a mask consists of ranges). ``true_counts``: {length of a boolean tensor: number of True}, else all are.
+    whether a mask consists of ranges). ``true_counts``: {shape of a boolean tensor: number of True}, else all are.
     """
 
-    def __init__(self, true_counts: dict[int, int] | None = None) -> None:
+    def __init__(self, true_counts: dict[tuple[int, ...], int] | None = None) -> None:
         self.true_counts = true_counts or {}
 
     def __call__(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
@@ -275,7 +275,7 @@ class Answers:
         return NotImplemented
 
     def _count(self, flags: Tensor) -> int:
-        return self.true_counts.get(flags.numel(), flags.numel()) if flags.dim() == 1 else flags.numel()
+        return self.true_counts.get(tuple(flags.shape), flags.numel())
 
     def _as_indices(self, given: Iterable[Tensor | None]) -> list[Tensor | None]:
         """The indices of the flags that are set."""

@@ -148,6 +148,11 @@ class Workload(StepOptions):
     prompts: Whole = 0
     # Number of labels of the model's head; 0 for a language model.
     labels: Whole = 0
+    # As the objective's options; None: its defaults.
+    loss_type: str | None = None
+    beta: float | None = None
+    # Whether a frozen copy of the adapter with which training began is the reference.
+    keeps_reference: bool = False
 
     def __post_init__(self) -> None:
         self.lora_config(use_dora=False)
@@ -214,6 +219,8 @@ def workload_of(settings: Fields, hardware: Hardware) -> Workload:
         "dtype": hardware.dtype if settings["dtype"] == "auto" else settings["dtype"],
         "device_type": kind,
         "accumulates": settings["gradient_accumulation"] > 1,
+        "keeps_reference": settings.get("adapter") is not None
+        and (objective in ("dpo", "kto") or settings["beta"] is not None),
         "labels": settings.get("labels") or (PLANNED_LABELS if objective == "classify" else 0),
         **written_of(objective, answers, settings.get("num_generations"), kind),
     }
@@ -344,6 +351,10 @@ RULES: dict[str, OptimizerRule] = {
     "adagrad": OptimizerRule(one_moment, copies=True),
     "adafactor": OptimizerRule(adafactor, copies=True),
 }
+
+
+# Those that need no more than torch, of which a plan makes the real one.
+MEASURED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 def rule_of(optimizer: str) -> OptimizerRule:

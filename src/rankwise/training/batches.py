@@ -150,7 +150,7 @@ class MicroBatch:
 
     # Number of rows; a pair of answers is one row.
     rows: int
-    # Tokens of a row, or of one side of a pair: of the longest if rows are padded, the mean if they are
+    # Tokens of a row, or of one side of a pair with its prompt: of the longest if rows are padded, the mean if they are
     # concatenated.
     tokens: int
     # Share of all tokens that are in the loss.
@@ -172,21 +172,22 @@ def largest(
 ) -> MicroBatch:
     """The batch with the most tokens, padding included, and among these the one with the longest row.
 
-    ``flat``: rows are laid end to end, not padded. ``shared``: the prompt, which both sides of a pair share, counts for
-    the first side only. ``answers``: the columns that hold answers, where a data set has them.
+    ``flat``: rows are laid end to end, not padded. ``shared``: the prompt of a pair is computed once. ``answers``: the
+    columns that hold answers, where a data set has them.
     """
-    lengths: list[list[int]] = _lengths(dataset, shared=shared, answers=answers).tolist()
+    lengths: list[list[int]] = _lengths(dataset, answers=answers).tolist()
+    prompts = _lengths(dataset, answers=()).tolist() if shared else []
 
     def size(batch: list[int]) -> tuple[int, int]:
         longest = max(max(lengths[row]) for row in batch)
-        together = sum(sum(lengths[row]) for row in batch)
+        together = sum(sum(lengths[row]) for row in batch) - sum(prompts[row][0] for row in batch if shared)
         return together if flat else longest * len(batch) * len(lengths[0]), longest
 
     found = max(batches, key=size)
-    sequences = len(found) * len(lengths[0])
-    tokens = math.ceil(size(found)[0] / sequences)
+    sequences, longest = len(found) * len(lengths[0]), size(found)[1]
+    tokens = math.ceil(sum(sum(lengths[row]) for row in found) / sequences) if flat else longest
     rows = dataset.select(found)
-    trained = sum(len(row.get(name, ())) for row in rows for name in ANSWER_IDS)
+    trained = sum(len(row.get(name, ())) for row in rows for name in answers)
     trained += sum(label != IGNORED for row in rows for label in row.get("labels", ()))
     return MicroBatch(len(found), tokens, min(1.0, max(trained, 1) / (sequences * tokens)))
 
@@ -196,8 +197,8 @@ def longest_row(dataset: Dataset) -> int:
     return int(_lengths(dataset).max())
 
 
-def _lengths(dataset: Dataset, *, shared: bool = False, answers: Sequence[str] = ANSWER_IDS) -> np.ndarray:
-    """The number of tokens of every row, for each side of a pair: (rows, sides)."""
+def _lengths(dataset: Dataset, answers: Sequence[str] = ANSWER_IDS) -> np.ndarray:
+    """The number of tokens of every row, for each side of a pair: (rows, sides); without ``answers`` of the prompts."""
     import pyarrow.compute as pc
 
     def of(name: str) -> np.ndarray:
@@ -206,5 +207,5 @@ def _lengths(dataset: Dataset, *, shared: bool = False, answers: Sequence[str] =
 
     if "input_ids" in dataset.column_names:
         return of("input_ids")[:, None]
-    prompts, found = of("prompt_ids"), [of(name) for name in answers if name in dataset.column_names]
-    return np.stack([answer + (0 if side and shared else prompts) for side, answer in enumerate(found)], axis=1)
+    prompts, sides = of("prompt_ids"), [name for name in answers if name in dataset.column_names]
+    return np.stack([of(name) + prompts for name in sides] or [prompts], axis=1)

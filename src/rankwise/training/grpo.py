@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rankwise.acceleration import give_back_freed_memory
 from rankwise.acceleration.generation import Decoding, Generator, Prompt, batches_that_fit
@@ -74,7 +74,9 @@ class RewardedAnswers:
     scoring: Scoring
     rows: Dataset
     eval_rows: Dataset | None
-    tokenizer: PreTrainedTokenizerBase
+    pad: int
+    # The texts of answers (token ids).
+    decode: Callable[[list[list[int]]], list[str]]
     rewards: Sequence[Reward]
     # A factor for each reward.
     weights: Sequence[float]
@@ -96,7 +98,6 @@ class RewardedAnswers:
     silence_is_normal: ClassVar = True
 
     def __post_init__(self) -> None:
-        self.pad = int(self.tokenizer.pad_token_id or 0)
         # Steps of this process in which all answers to a prompt got the same reward.
         self._silent_steps = 0
 
@@ -147,7 +148,7 @@ class RewardedAnswers:
         for start in range(0, len(prompts), len(own)):
             part, first = slice(start, start + len(own)), start // len(own) * self.size
             rows = [row["input_ids"] for row in prompts[part]]
-            batch = self._laid_out(rows, answers[part], sum(lengths[first : first + self.size]))
+            batch = self.laid_out(rows, answers[part], sum(lengths[first : first + self.size]))
             made.append({**batch, "advantages": advantage[places[part]], "figures": {} if start else figures})
         return made
 
@@ -173,7 +174,7 @@ class RewardedAnswers:
         """The values of all rewards (R,) for each answer, NaN for None."""
         asked = [json.loads(row["asked"]) for row in rows]
         prompts = [one["prompt"] for one in asked]
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts = self.decode(answers)
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
@@ -200,7 +201,7 @@ class RewardedAnswers:
         columns = dict(zip(names, [rewards, *torch.tensor(scores).T], strict=True))
         return {name: float(column.nanmean()) for name, column in columns.items() if not column.isnan().all()}
 
-    def _laid_out(self, prompts: list[list[int]], answers: list[list[int]], together: int) -> Batch:
+    def laid_out(self, prompts: list[list[int]], answers: list[list[int]], together: int) -> Batch:
         """Prompts and answers, with the weight of each answer's tokens. ``together``: the tokens of the answers of all
         processes."""
         weights, targets = NORMALISED[self.loss_type]([*map(len, answers)], self.longest, together)

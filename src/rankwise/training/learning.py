@@ -20,7 +20,6 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise.acceleration.layouts import Layout
 from rankwise.adapters import has_adapter
 from rankwise.adapters.folder import labels_of
 from rankwise.config import BETA, GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings, default_rate, logging_steps_of
@@ -50,7 +49,7 @@ from rankwise.reports.numbers import rate as spelled
 from rankwise.training import ranks
 from rankwise.training.batches import packed
 from rankwise.training.loop import Loop, Options
-from rankwise.training.objectives import Classification, Demonstrations, Preferences, Scoring
+from rankwise.training.objectives import Classification, Demonstrations, Preferences, Scoring, layout_of
 from rankwise.training.optimizers import make_optimizer
 from rankwise.training.setup import Data, LoadedBase, Texts, check_positions, encode_data
 from rankwise.training.step import Computing, Objective, around_step
@@ -124,9 +123,8 @@ def _encode_preferences(given: TrainSettings, tokenizer: PreTrainedTokenizerBase
 
 
 def _preferences(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Preferences:
-    together: Layout = "pairs" if given.objective == "dpo" else "flat"
     return Preferences(
-        Scoring(base.model, together if flat else "padded"),
+        Scoring(base.model, layout_of(given.objective, flat=flat)),
         data.train.dataset,
         data.evaluation and data.evaluation.dataset,
         **_of_batches(given, base),
@@ -205,10 +203,11 @@ def _rewarded_answers(
     if asked > len(prompts):
         raise ConfigError("RW775", f"a step takes {asked} prompts and there are {len(prompts)}; lower --batch-size.")
     return RewardedAnswers(
-        Scoring(model, "flat" if flat else "padded", temperature=given.temperature or 1.0),
+        Scoring(model, layout_of(given.objective, flat=flat), temperature=given.temperature or 1.0),
         prompts,
         data.evaluation and data.evaluation.dataset,
-        tokenizer=tokenizer,
+        pad=int(tokenizer.pad_token_id or 0),
+        decode=functools.partial(tokenizer.batch_decode, skip_special_tokens=True),
         rewards=rewards,
         weights=given.reward_weights or (1.0,) * len(rewards),
         stop_ids=stop_ids_of(model, tokenizer, RowEncoder(data.texts.rows, tokenizer, data.texts.template).stop_ids()),

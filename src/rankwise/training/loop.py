@@ -27,7 +27,7 @@ from rankwise.training import ranks
 from rankwise.training.batches import Batch, means_of, own_parts, without_rows
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
 from rankwise.training.optimizers import make_schedule, set_rates
-from rankwise.training.step import Objective, TrainingStep, targets_of
+from rankwise.training.step import Objective, TrainingStep, mixed, targets_of
 from rankwise.training.watch import Diverged, EvaluationStopped, Progress, Step, Watch
 from rankwise.training.weights import (
     checkpoint_bytes,
@@ -224,7 +224,7 @@ class Loop:
         """``Objective.evaluate``. Raises Diverged (RW530) if the steps so far led to NaN."""
         self.model.eval()
         try:
-            with torch.no_grad(), undisturbed_random_states(), self.step.mixed():
+            with torch.no_grad(), undisturbed_random_states(), mixed(self.model, self.options.autocast):
                 return self.objective.evaluate(self.model, pause)
         except ModelError as error:
             if error.code != "RW323" or not self.progress.steps:

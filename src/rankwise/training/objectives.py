@@ -31,7 +31,7 @@ from rankwise.acceleration.log_probs import TokenScores, sharing_obstacle, token
 from rankwise.acceleration.loss import chosen, cross_entropy, losses
 from rankwise.acceleration.scoring import Score, Scorer, Target, loss_scorer, members_of, trained_target
 from rankwise.adapters.switch import reference_at_work
-from rankwise.compat.torch import is_unit
+from rankwise.compat.torch import is_fake, is_unit
 from rankwise.constants import IGNORED
 from rankwise.data.objectives import ANSWER_IDS
 from rankwise.labels import SINGLE, Labels, measures
@@ -282,6 +282,11 @@ class Classification:
 # --- preferences ---
 
 
+def layout_of(objective: str, *, flat: bool) -> Layout:
+    """The layout to ask for; ``flat``: rows may be laid end to end."""
+    return "padded" if not flat else "pairs" if objective == "dpo" else "flat"
+
+
 class Scoring:
     """Log-probabilities of the answers of a batch, by the model as it trains and by its reference."""
 
@@ -431,7 +436,8 @@ class Preferences:
         all processes."""
         reference = self.scoring.reference(batch["mismatched"]).sum(1)
         own = (self.scoring.scores(batch["mismatched"]).log_probs.sum(1) - reference).mean()
-        if ranks.count() > 1:
+        # A plan's tensors have no values.
+        if ranks.count() > 1 and not is_fake(own):
             rows = batch[KEY].examples
             total, count = ranks.summed([float(own) * rows, rows])
             own = own.new_tensor(total / max(count, 1))
@@ -471,17 +477,20 @@ class Preferences:
     # --- the memory plan ---
 
     def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
-        layout = self.scoring.layout
-        return largest(self.rows, batches, flat=layout != "padded", shared=layout == "pairs")
+        return self._largest(self.rows, list(batches))
 
     def largest_evaluation(self) -> MicroBatch | None:
-        """Of evaluations, and of the mismatched answers that KTO scores in each step."""
-        flat, shared, found = self.scoring.layout != "padded", self.scoring.layout == "pairs", []
-        for rows, answers in ((self.rows, MISMATCHED), (self.eval_rows, MISMATCHED), (self.eval_rows, ANSWER_IDS)):
-            if rows is not None and not {*answers}.isdisjoint(rows.column_names):
-                batches = own_parts(in_order(len(rows), self.size))
+        rows = self.eval_rows
+        return None if rows is None else self._largest(rows, [*own_parts(in_order(len(rows), self.size))])
+
+    def _largest(self, rows: Dataset, batches: list[list[int]]) -> MicroBatch:
+        """Of the answers, and of the mismatched ones that KTO scores beside them."""
+        layout, found = self.scoring.layout, []
+        for answers in (ANSWER_IDS, MISMATCHED):
+            if not {*answers}.isdisjoint(rows.column_names):
+                flat, shared = layout != "padded", layout == "pairs"
                 found.append(largest(rows, batches, flat=flat, shared=shared, answers=answers))
-        return max(found, key=lambda batch: batch.rows * batch.tokens, default=None)
+        return max(found, key=lambda batch: batch.rows * batch.tokens)
 
 
 def mismatched(rows: Dataset, size: int) -> Dataset:

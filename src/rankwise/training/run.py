@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from rankwise.acceleration import (
-    choose_products,
     grow_segments,
     limit_generated_kernels,
 )
@@ -58,7 +57,7 @@ from rankwise.training.optimizers import (
 )
 from rankwise.training.session import Foresight, Retention, Session
 from rankwise.training.setup import add_new_tokens, new_tokens, with_adapters_options
-from rankwise.training.step import Computing, Products, prepare
+from rankwise.training.step import Computing, Products, choose, prepare
 from rankwise.training.watch import Observer, Progress, SilentObserver, check_installed, evaluations, frozen_bytes
 from rankwise.training.weights import checkpoint_bytes, reading_state
 
@@ -310,13 +309,12 @@ def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
 
 def _frozen_products(given: TrainSettings, model: nn.Module, observer: Observer) -> Products:
     """What ``--products`` stands for here. A resumed run keeps what it took, also on another machine."""
-    if given.products != "auto":
-        return given.products
-    if not takes_eight_bit(given.method, given.objective, given.strategy, given):
-        return "bfloat16"
     before = load_record(given.output).products if given.resume else None
-    products, why = (before, "as before") if before else choose_products(model)
-    observer.note(f"frozen products: {products} ({why})")
+    products, why = (
+        (before, "as before") if before else choose(given, given.method, given.objective, given.strategy, model)
+    )
+    if given.products == "auto" and takes_eight_bit(given.method, given.objective, given.strategy, given):
+        observer.note(f"frozen products: {products} ({why})")
     return products
 
 

@@ -172,7 +172,7 @@ def load_for_training(given: TrainSettings, labels: Labels | None = None) -> Loa
     fsdp, only this process's rows are read where the file format permits it."""
     choice = choose_device(given.device, given.dtype)
     where = torch.device(choice.device)
-    weights, autocast = mixed_precision(given.method, choice.dtype, where.type)
+    weights, autocast = step.mixed_precision(given.method, choice.dtype, where.type)
     source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
     source = dataclasses.replace(source, labels=labels)
     if labels is not None:
@@ -207,24 +207,6 @@ def load_for_training(given: TrainSettings, labels: Labels | None = None) -> Loa
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedBase(source, model, tokenizer, where, choice.dtype, autocast, choice.reason)
-
-
-def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, torch.dtype | None]:
-    """The dtypes of the model's weights and of mixed precision.
-
-    An adapter trains in float32 over a base in ``dtype``. A full fine-tuning keeps float32 weights, since small
-    updates would vanish in 16 bits, and computes in ``dtype``. float16 needs loss scaling: ConfigError (RW113) on a
-    device without it.
-    """
-    if dtype == torch.float16:
-        if device_type == "cpu":
-            raise ConfigError(
-                "RW113", "--dtype float16 needs loss scaling, which CPUs do not have; use bfloat16 or float32."
-            )
-        return (torch.float32 if method == "full" else dtype), dtype
-    if method == "full" and dtype == torch.bfloat16:
-        return torch.float32, dtype
-    return dtype, None
 
 
 def make_trainable(

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from rankwise.acceleration import (
     Acceleration,
     calibrate_products,
+    choose_products,
     flattening_obstacle,
     offloaded,
     optimize_for_training,
@@ -35,6 +36,7 @@ from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.inject import add_by, attach
 from rankwise.adapters.state import DEFAULT_NAME
 from rankwise.config import METHODS, StepOptions
+from rankwise.conflicts import takes_eight_bit
 from rankwise.errors import ConfigError
 from rankwise.lora_config import LoraConfig
 from rankwise.training import ranks
@@ -46,6 +48,24 @@ Products = Literal["bfloat16", "int8"]
 
 
 # --- the model ---
+
+
+def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtypes of the model's weights and of mixed precision.
+
+    An adapter trains in float32 over a base in ``dtype``. A full fine-tuning keeps float32 weights, since small
+    updates would vanish in 16 bits, and computes in ``dtype``. float16 needs loss scaling: ConfigError (RW113) on a
+    device without it.
+    """
+    if dtype == torch.float16:
+        if device_type == "cpu":
+            raise ConfigError(
+                "RW113", "--dtype float16 needs loss scaling, which CPUs do not have; use bfloat16 or float32."
+            )
+        return (torch.float32 if method == "full" else dtype), dtype
+    if method == "full" and dtype == torch.bfloat16:
+        return torch.float32, dtype
+    return dtype, None
 
 
 def make_trainable(model: PreTrainedModel, method: str, config: LoraConfig, *, is_resumed: bool = False) -> int:
@@ -89,10 +109,22 @@ class Prepared:
     accelerated: Acceleration | None
     # Why rows are padded to one length; None where they are laid end to end.
     padded: str | None
+    computing: Computing
 
     @property
     def flat(self) -> bool:
         return self.padded is None
+
+
+def choose(
+    options: StepOptions, method: str, objective: str, strategy: str | None, model: nn.Module
+) -> tuple[Products, str]:
+    """What ``--products`` stands for on this model and device, and why."""
+    if options.products == "bfloat16":
+        return "bfloat16", "as asked"
+    if not takes_eight_bit(method, objective, strategy, options):
+        return "bfloat16", "8 bits are for --objective sft with an adapter, fused operators and whole weights"
+    return ("int8", "as asked") if options.products == "int8" else choose_products(model)
 
 
 def prepare(
@@ -115,7 +147,7 @@ def prepare(
     if objective == "classify":
         # No keys and values are kept for a next token.
         model.config.use_cache = False
-    return Prepared(accelerated, padded)
+    return Prepared(accelerated, padded, computing)
 
 
 def why_padded(
@@ -137,8 +169,11 @@ def why_padded(
 
 
 @contextlib.contextmanager
-def around_step(model: Any, computing: Computing) -> Iterator[None]:
-    """NEFTune's noise on the embeddings (Jain et al. 2023, arXiv 2310.05914), and activations in CPU memory.
+def around_step(
+    model: Any, computing: Computing, apart: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[None]:
+    """NEFTune's noise on the embeddings (Jain et al. 2023, arXiv 2310.05914), and activations in CPU memory, which are
+    made within ``apart()``.
 
     noise ~ U(-a, a),  a = alpha / sqrt(length x width)
     """
@@ -154,7 +189,7 @@ def around_step(model: Any, computing: Computing) -> Iterator[None]:
         if alpha is not None:
             stack.callback(model.get_input_embeddings().register_forward_hook(noisy).remove)
         if computing.activation_offloading:
-            stack.enter_context(offloaded(model))
+            stack.enter_context(offloaded(model, apart))
         yield
 
 
@@ -237,13 +272,10 @@ class TrainingStep:
         # float16 has too few exponents for small gradients.
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=self.autocast == torch.float16)
 
-    def mixed(self) -> torch.autocast:
-        return torch.autocast(self.model.device.type, self.autocast, enabled=self.autocast is not None)
-
     def prepared(self, batches: Sequence[Batch], taken: int) -> list[Batch]:
         """The micro-batches on the device, after ``taken`` steps; with rewards, their answers are written."""
         self.model.train()
-        with self.mixed():
+        with mixed(self.model, self.autocast):
             return self.objective.prepare([on_device(batch, self.model.device) for batch in batches], taken)
 
     def gradients(self, batches: Sequence[Batch], targets: float) -> tuple[Step, Tensor]:
@@ -253,7 +285,7 @@ class TrainingStep:
         with self.around():
             for batch in batches:
                 self.enter("forward")
-                with self.mixed():
+                with mixed(self.model, self.autocast):
                     found = self.objective.loss(model, batch)
                 loss = found.sum / max(targets, 1)
                 if self.processes > 1:
@@ -280,6 +312,11 @@ class TrainingStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.zero_grad()
+
+
+def mixed(model: PreTrainedModel, dtype: torch.dtype | None) -> torch.autocast:
+    """Mixed precision in ``dtype``; None: all computes in the dtype of the weights."""
+    return torch.autocast(model.device.type, dtype, enabled=dtype is not None)
 
 
 def targets_of(batches: Iterable[Batch]) -> float:
