@@ -319,8 +319,9 @@ def _accelerate(given: TrainSettings, inputs: _Inputs, observer: Observer) -> Ac
         observer.note(f"frozen products: {products} ({why})")
     with looked_into(model):
         done = optimize_for_training(model, products=products)
-    if products == "int8":
-        setup.calibrate(model, inputs.data.train.dataset, given.max_length)
+    if products == "int8" and (left := setup.calibrate(model, inputs.data.train.dataset, given.max_length)):
+        observer.note(f"{left} of {done.eight_bit} layers stay in bfloat16: no token of the first rows reaches them")
+        done = dataclasses.replace(done, eight_bit=done.eight_bit - left)
     return done
 
 

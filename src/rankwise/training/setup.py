@@ -257,11 +257,11 @@ def make_trainable(
     return add_adapter(model, config).trainable_parameters
 
 
-def calibrate(model: PreTrainedModel, dataset: Dataset, max_length: int) -> None:
+def calibrate(model: PreTrainedModel, dataset: Dataset, max_length: int) -> int:
     """`calibrate_products` from the first training rows, end to end."""
     rows = dataset[:CALIBRATION_ROWS]["input_ids"]
     ids = list(itertools.chain.from_iterable(rows))[: min(max_length, CALIBRATION_TOKENS)]
-    calibrate_products(model, torch.tensor([ids], device=model.device))
+    return calibrate_products(model, torch.tensor([ids], device=model.device))
 
 
 def _described(rows: Rows, encoded: Encoded) -> JsonObject:
