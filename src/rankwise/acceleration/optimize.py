@@ -195,8 +195,8 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> int:
     """Give the weights whose products are in 8 bits their channel scales, from ids (1, L) through the model without its
     adapters: the same scales whenever the base is the same.
 
-    Layers that no token reaches, such as experts, compute as without 8 bits: a first batch would give a resumed run, and
-    each of several processes, other scales. Returns their number.
+    Layers that no token reaches, such as experts, compute as without 8 bits: a first batch would give a resumed run,
+    and each of several processes, other scales. Returns their number.
     """
     adapters = {layer: found for _, layer in adapted_layers(model) if isinstance(found := layer.at_work, Lora | Dora)}
     inputs: list[Tensor] = []
