@@ -17,6 +17,7 @@ from rankwise.acceleration.generation import (
     Decoding,
     Generator,
     Prompt,
+    batches_that_fit,
     drawn,
     repeating_tokens,
     takes_cache,
@@ -72,8 +73,9 @@ def test_greedy_answers_of_every_family_are_those_of_whole_passes(family: str):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(small_config(family)).eval()
     assert takes_cache(model) or family in OTHERS
-    asked = prompts(4)
-    answers = Generator(model, Decoding(6, frozenset())).answers([*asked, dataclasses.replace(asked[0], repeat=1)])
+    asked, decoding = prompts(4), Decoding(6, frozenset())
+    assert batches_that_fit(model, asked, decoding)
+    answers = Generator(model, decoding).answers([*asked, dataclasses.replace(asked[0], repeat=1)])
     for prompt, answer in zip([*asked, asked[0]], answers, strict=True):
         ids = list(prompt.ids)
         for token in answer:

@@ -112,9 +112,11 @@ def stop_ids_of(
 
 
 def cache_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one token in all layers."""
+    """Bytes of the keys and values of one token in all layers; 0 for a model without attention."""
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    if not heads:
+        return 0
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * int(config.num_hidden_layers) * int(heads) * int(size) * int(model.dtype.itemsize)
 
