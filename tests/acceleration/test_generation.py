@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from families import small_config
+from transformers import AutoModelForCausalLM
 
 from rankwise.acceleration.generation import (
     Decoding,
     Generator,
     Prompt,
+    batches_that_fit,
     drawn,
     repeating_tokens,
+    takes_cache,
 )
-from rankwise.errors import ModelError
+from rankwise.errors import ModelError, RankwiseWarning
 from tiny_models import tiny_gpt2, tiny_llama
 
 STOPS = frozenset(range(5, 13))
@@ -54,6 +60,36 @@ def test_greedy_answers_are_those_of_transformers_one_by_one(make, beginning):
     assert answers == [by_transformers(model, prompt, decoding) for prompt in asked]
     lengths = {len(answer) for answer in answers}
     assert len(lengths) > 1, "rows should leave the batch at different steps"
+
+
+CACHED = ("gpt2", "gemma2", "mixtral", "qwen3")
+# Families with states or caches of their own.
+OTHERS = ("mamba", "falcon_mamba", "rwkv", "recurrent_gemma", "minimax", "xlstm", "openai-gpt")
+
+
+@pytest.mark.filterwarnings("ignore:RW573")
+@pytest.mark.parametrize("family", [*CACHED, *OTHERS])
+def test_greedy_answers_of_every_family_are_those_of_whole_passes(family: str):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(family)).eval()
+    assert takes_cache(model) or family in OTHERS
+    asked, decoding = prompts(4), Decoding(6, frozenset())
+    assert batches_that_fit(model, asked, decoding)
+    answers = Generator(model, decoding).answers([*asked, dataclasses.replace(asked[0], repeat=1)])
+    for prompt, answer in zip([*asked, asked[0]], answers, strict=True):
+        ids = list(prompt.ids)
+        for token in answer:
+            assert token == int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            ids.append(token)
+
+
+def test_a_model_without_a_cache_says_so_once():
+    model = AutoModelForCausalLM.from_config(small_config("mamba")).eval()
+    decoding = Decoding(2, STOPS, temperature=1.0, to_train_on=True)
+    with pytest.warns(RankwiseWarning, match="RW573: MambaForCausalLM cannot continue"):
+        Generator(model, decoding).answers(prompts(3))
+    with warnings.catch_warnings(action="error"):
+        Generator(model, decoding).answers(prompts(3))
 
 
 @pytest.mark.parametrize("make", MODELS)

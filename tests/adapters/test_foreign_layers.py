@@ -132,6 +132,39 @@ def test_adapters_are_those_of_the_dense_values(models: Any, use_dora: bool, tmp
     assert torch.equal(foreign(x), after)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", ["hqq", "torchao"])
+def test_biases_train(kind: str, use_dora: bool, tmp_path: Path) -> None:
+    x, learnt = torch.randn(2, 3, 12), []
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 20)
+    foreign = KINDS[kind](layer)
+    layer.weight.data = packed(layer).float() * SCALE
+    for model in (nn.Sequential(layer), nn.Sequential(foreign)):
+        torch.manual_seed(1)
+        rw.add_adapter(model, rw.LoraConfig(r=4, bias="all", use_dora=use_dora, init_lora_weights=False))
+        model(x).square().mean().backward()
+        learnt.append({key: value.grad for key, value in rw.adapter_parameters(model).items()})
+    torch.testing.assert_close(*learnt, rtol=1e-4, atol=1e-6)
+    rw.adapter_parameters(model)["base_model.model.0.base_layer.bias"].data += 1
+    expected = model(x)
+    rw.save_adapter(model, tmp_path)
+    rw.remove_adapter(model)
+    rw.load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_merge_leaves_other_layers_as_they_were(models: Any) -> None:
+    names, untouched = models[0].state_dict().keys(), models[0][1]
+    rw.add_adapter(models[0], rw.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    rw.merge_adapter(models[0])
+    assert models[0][1] is untouched
+    assert {name for name in names if name.startswith("1.")} <= models[0].state_dict().keys()
+    rw.unmerge_adapter(models[0])
+    models[0](torch.randn(3, 12)).sum().backward()
+    assert all(one.grad.abs().max() > 0 for one in rw.adapter_parameters(models[0]).values())
+
+
 def test_gradients_pass_through_layers_without_an_adapter(models: Any) -> None:
     x, gradients = torch.randn(3, 12), []
     for model in models:

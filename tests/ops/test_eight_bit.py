@@ -177,6 +177,30 @@ def test_calibration_depends_only_on_the_base() -> None:
     assert q is k is v
 
 
+class Mixture(torch.nn.Module):
+    """Token 0 goes to the first expert, the others to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(9, 32)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+        x, is_first = self.embedding(input_ids), input_ids == 0
+        return torch.cat([self.experts[0](x[is_first]), self.experts[1](x[~is_first])])
+
+
+def test_experts_without_a_token_to_calibrate_them_stay_as_they_are() -> None:
+    model = Mixture().bfloat16()
+    rw.add_adapter(model, rw.LoraConfig(r=4, target_modules=["0", "1"]))
+    rw.optimize_for_training(model.train(), products="int8")
+    assert calibrate_products(model, torch.zeros(1, 8, dtype=torch.long)) == 1
+    model(torch.arange(9)[None])
+    first, second = (layer.at_work.eight_bit for _, layer in adapted_layers(model))
+    assert first.channel is not None
+    assert second is None
+
+
 def test_auto_asks_for_a_known_family_and_a_faster_processor() -> None:
     assert (choose_products(tiny_llama().bfloat16())[0] == "int8") == eight_bit_pays(torch.ones(1).bfloat16())
     assert choose_products(tiny_llama().float())[0] == "bfloat16"

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rankwise.acceleration.layouts import common_length
-from rankwise.acceleration.scoring import no_number
+from rankwise.acceleration.parts import probe
+from rankwise.acceleration.scoring import CHECK_TOLERANCE, LOW_PRECISION_TOLERANCE, no_number
 from rankwise.constants import CACHE_BYTES, WRITTEN_ROWS
+from rankwise.errors import warn
 from rankwise.foreign import JsonObject
 
 if TYPE_CHECKING:
@@ -110,9 +113,11 @@ def stop_ids_of(
 
 
 def cache_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one token in all layers."""
+    """Bytes of the keys and values of one token in all layers; 0 for a model without attention."""
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    if not heads:
+        return 0
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * int(config.num_hidden_layers) * int(heads) * int(size) * int(model.dtype.itemsize)
 
@@ -133,7 +138,7 @@ class Generator:
         shared = min((common_length(prompts[0].ids, prompt.ids) for prompt in prompts), default=0)
         # The last token of a prompt must run with its batch, since its logits give the first token of the answer.
         shared = min([shared, *(len(prompt.ids) - 1 for prompt in prompts)])
-        if shared < SHARED_TOKENS or len(prompts) < 2 or self.decoding.num_beams > 1:
+        if shared < SHARED_TOKENS or len(prompts) < 2 or self.decoding.num_beams > 1 or not takes_cache(self.model):
             return
         cache = DynamicCache(config=self.model.config)
         # Caches of layers with a window or a recurrent state cannot be copied to rows.
@@ -143,7 +148,7 @@ class Generator:
         with torch.inference_mode():
             self.model(
                 input_ids=torch.tensor([beginning], device=self.model.device),
-                **self._cached(cache),
+                **_cached(self.model, cache),
             )
         self._prefix = beginning, cache
 
@@ -151,28 +156,21 @@ class Generator:
         """The answers' token ids, without stop tokens unless ``to_train_on``. Raises ModelError (RW323) for NaN."""
         with torch.no_grad() if self.decoding.to_train_on else torch.inference_mode():
             if self.decoding.num_beams > 1:
-                return self._beam_search(prompts, stopped)
+                batches = [prompts] if takes_cache(self.model) else [[prompt] for prompt in prompts]
+                return [answer for batch in batches for answer in self._beam_search(batch, stopped)]
             return self._step_by_step(prompts, stopped)
 
-    def _cached(self, cache: DynamicCache) -> JsonObject:
-        """The cache as an argument of a step, under the name that this version of transformers uses."""
-        known = inspect.signature(self.model.forward).parameters
-        last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True, **last}
-
     def _step_by_step(self, prompts: Sequence[Prompt], stopped: Stopped | None) -> list[list[int]]:
-        batch = _Running(prompts, self._prefix, self.model, self.pad)
         answers: list[list[int]] = [[] for _ in prompts]
+        batch: _Running | _Whole
+        if takes_cache(self.model):
+            batch = _Running(prompts, self._prefix, self.model, self.pad)
+        else:
+            batch = _Whole(prompts, answers, self.model)
         generators = [self._random(prompt) for prompt in prompts]
         numbers = self._numbers(generators)
         for step in range(self.decoding.max_new_tokens):
-            output = self.model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.positions,
-                **self._cached(batch.cache),
-            )
-            logits = batch.spread(output.logits[:, -1]).float()
+            logits = batch.logits().float()
             check_logits(self.model, logits)
             if numbers is None:
                 chosen = self._choose(logits, answers, generators, batch.rows)
@@ -269,6 +267,7 @@ class _Running:
         model: PreTrainedModel,
         pad: int,
     ) -> None:
+        self._model = model
         beginning, cache = prefix
         start = len(beginning)
         asked, self._owners = [prompt.ids for prompt in prompts], None
@@ -289,12 +288,14 @@ class _Running:
         # The index of the prompt in each row, -1 once it has stopped.
         self.rows = list(range(len(prompts)))
 
-    def spread(self, logits: Tensor) -> Tensor:
-        """One row of ``logits`` for each prompt.
+    def logits(self) -> Tensor:
+        """The logits of the next token, one row for each prompt.
 
         The first step computes equal prompts once. It then copies their rows of the logits, the cache, the mask and the
         positions to every prompt.
         """
+        steps = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+        logits: Tensor = self._model(**steps, **_cached(self._model, self.cache)).logits[:, -1]
         if (owners := self._owners) is None:
             return logits
         self._owners = None
@@ -318,6 +319,72 @@ class _Running:
             self.rows = [self.rows[index] for index in left]
         self.ids = ids
         return True
+
+
+class _Whole:
+    """The unfinished rows of a model that takes no cache: each step computes all tokens of each row anew."""
+
+    def __init__(self, prompts: Sequence[Prompt], answers: Sequence[list[int]], model: PreTrainedModel) -> None:
+        self._prompts, self._answers, self._model = prompts, answers, model
+        self.rows = list(range(len(prompts)))
+
+    def logits(self) -> Tensor:
+        texts = ([*self._prompts[row].ids, *self._answers[row]] for row in self.rows)
+        return torch.cat([_last_logits(self._model, ids, 1)[:, 0] for ids in texts])
+
+    def advance(self, chosen: Sequence[int], running: Sequence[bool]) -> bool:
+        self.rows = [row for row, runs in zip(self.rows, running) if runs]
+        return bool(self.rows)
+
+
+def _last_logits(model: PreTrainedModel, ids: Sequence[int], count: int) -> Tensor:
+    """The logits of the last ``count`` tokens, without a cache: (1, count, V)."""
+    logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    return logits[:, -count:]
+
+
+def _cached(model: PreTrainedModel, cache: DynamicCache) -> JsonObject:
+    """The cache as an argument of a step, under the name that this version of transformers uses."""
+    known = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True, **last}
+
+
+_takes_cache: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether rows that continue from a cache have the logits of whole passes: measured once for each model.
+
+    Some families ignore a cache of this class, or the padding of a batch. Warns (RW573).
+    """
+    if model not in _takes_cache:
+        found, problem = probe(model, lambda: _cache_error(model))
+        # NaN fails the comparison.
+        fits = found is not None and found <= CHECK_TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
+        _takes_cache[model] = fits
+        if not fits:
+            warn(
+                "RW573",
+                f"{type(model).__name__} cannot continue a batch of answers from cached states "
+                f"({problem or f'its logits differ by {found:.2g} of themselves'}), so each token of an answer takes a "
+                "pass over all before it: the results are right, but slow.",
+            )
+    return _takes_cache[model]
+
+
+def _cache_error(model: PreTrainedModel) -> float:
+    """The difference between cached steps of two rows and whole passes, as a part of the latter."""
+    rows, more = [[10, 11, 12, 13, 14], [15, 12, 11]], (16, 10)
+    batch = _Running([Prompt(tuple(row)) for row in rows], ((), None), model, 0)
+    steps = [batch.logits().float()]
+    for token in more:
+        batch.advance([token, token], [True, True])
+        steps.append(batch.logits().float())
+    whole = torch.cat([_last_logits(model, [*row, *more], len(steps)).float() for row in rows])
+    found, whole = (each - each.mean(-1, keepdim=True) for each in (torch.stack(steps, dim=1), whole))
+    # Answers of NaN are refused where they are chosen.
+    return float((found - whole).norm() / whole.norm()) if whole.isfinite().all() else 0.0
 
 
 def as_tensor(rows: list[list[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -51,9 +51,7 @@ def end_to_end(rows: Sequence[Ids], lengths: Sequence[int] | None = None) -> Inp
         "cu_seq_lens_k": bounds,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
-        "seq_idx": torch.cat([torch.full((length,), row, dtype=torch.int32) for row, length in enumerate(lengths)])[
-            None
-        ],
+        "seq_idx": torch.cat(numbers)[None],
     }
 
 

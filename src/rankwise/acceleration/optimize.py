@@ -191,9 +191,13 @@ def fuse_parts(model: nn.Module, undo: Undo) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def calibrate_products(model: nn.Module, ids: Tensor) -> None:
+def calibrate_products(model: nn.Module, ids: Tensor) -> int:
     """Give the weights whose products are in 8 bits their channel scales, from ids (1, L) through the model without its
-    adapters: the same scales whenever the base is the same."""
+    adapters: the same scales whenever the base is the same.
+
+    Layers that no token reaches, such as experts, compute as without 8 bits: a first batch would give a resumed run,
+    and each of several processes, other scales. Returns their number.
+    """
     adapters = {layer: found for _, layer in adapted_layers(model) if isinstance(found := layer.at_work, Lora | Dora)}
     inputs: list[Tensor] = []
     readers: list[Frozen] = []
@@ -211,7 +215,7 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> None:
         x = arguments[0]
         if inputs and inputs[0] is not x:
             finish()
-        if (frozen := frozen_weight(layer.base_layer, x)) is not None:
+        if x.numel() and (frozen := frozen_weight(layer.base_layer, x)) is not None:
             inputs[:] = [x]
             readers.append(Frozen(frozen.weight, adapters[layer].eight_bit))
             calibrated.append(readers[-1])
@@ -225,6 +229,10 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> None:
             hook.remove()
     finish()
     settle(calibrated)
+    left = [adapter for adapter in adapters.values() if adapter.eight_bit and adapter.eight_bit.channel is None]
+    for adapter in left:
+        adapter.eight_bit = None
+    return len(left)
 
 
 def restore(model: nn.Module) -> None:

@@ -252,7 +252,7 @@ class ForeignLinear(nn.Module):
         return read().detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _OwnForward.apply(x, self)
+        return _OwnForward.apply(x, self, self.bias)
 
 
 def make_readable(model: nn.Module) -> None:
@@ -284,10 +284,12 @@ def make_dense(model: PreTrainedModel) -> None:
 
 class _OwnForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Ctx[ForeignLinear], x: Tensor, base: ForeignLinear) -> Tensor:
+    def forward(ctx: Ctx[ForeignLinear], x: Tensor, base: ForeignLinear, bias: Tensor | None) -> Tensor:
         ctx.kept = base
         return base.layer(x)
 
     @staticmethod
-    def backward(ctx: Ctx[ForeignLinear], dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.kept.dequantize().to(dy.dtype), None
+    def backward(ctx: Ctx[ForeignLinear], dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        wants_x, _, wants_bias = ctx.needs_input_grad
+        dx = dy @ ctx.kept.dequantize().to(dy.dtype) if wants_x else None
+        return dx, None, dy.flatten(0, -2).sum(0) if wants_bias else None

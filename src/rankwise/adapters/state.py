@@ -113,10 +113,16 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{path}.{name}", part) for name, part in base_modules(module.original) if name)
 
 
+def holder(module: nn.Module) -> nn.Module:
+    """The module that holds the base's parameters: within a `ForeignLinear`, the other library's layer."""
+    module = unwrapped(module)
+    return module.layer if isinstance(module, ForeignLinear) else module
+
+
 def base_parameter(model: nn.Module, key: str) -> nn.Parameter:
     """A parameter of the base by the name it had before any wrapping."""
     path, _, leaf = key.rpartition(".")
-    return unwrapped(model.get_submodule(path)).get_parameter(leaf)
+    return holder(model.get_submodule(path)).get_parameter(leaf)
 
 
 @torch.no_grad()

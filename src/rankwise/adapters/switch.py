@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from rankwise.adapters.base_layer import is_quantized, make_foreign, with_weight
+from rankwise.adapters.base_layer import is_quantized, make_foreign, make_readable, with_weight
 from rankwise.adapters.experts import AdaptedExperts
 from rankwise.adapters.layer import AdaptedLayer, Origin, TrainedCopy
 from rankwise.adapters.lora import LowRankPair, TokenRows
@@ -19,6 +19,7 @@ from rankwise.adapters.state import (
     adapter_state,
     base_modules,
     base_parameter,
+    holder,
     inner_module,
     model_end,
     put_replaced,
@@ -132,7 +133,7 @@ def trained_biases(model: nn.Module, config: LoraConfig, name: str) -> dict[str,
     adapted = {path for path, _ in adapted_layers(model, name)}
     found = {}
     for path, module in base_modules(model):
-        bias = own_parameters(module).get("bias")
+        bias = own_parameters(holder(module)).get("bias")
         if bias is not None and not config.trains_whole(path) and (config.bias == "all" or path in adapted):
             found[f"{path}.bias"] = bias
     return found
@@ -177,6 +178,8 @@ def merge_adapter(model: nn.Module, *, reversible: bool = True) -> None:
         head.weight = embedding.weight
     if changes_tied:
         state.tied_before_merge = _untie_head(model)
+    # A merged model has its library's layers under their own names.
+    make_foreign(model)
     state.merged = wrapped
     if not reversible:
         del model.rankwise_adapters
@@ -195,6 +198,7 @@ def unmerge_adapter(model: nn.Module) -> None:
         model.set_submodule(path, module.train(model.get_submodule(path).training))
     if state.tied_before_merge is not None:
         tie_weights_as(model, *state.tied_before_merge)
+    make_readable(model)
     state.merged = state.tied_before_merge = None
 
 

@@ -350,7 +350,7 @@ def write_a_token(model: PreTrainedModel, method: str, workload: Workload, enter
     """
     rows = workload.written
     if workload.device_type == "cpu":
-        rows = min(rows, max(1, CACHE_BYTES // (cache_bytes_per_token(model) * workload.max_length)))
+        rows = min(rows, max(1, CACHE_BYTES // max(1, cache_bytes_per_token(model) * workload.max_length)))
     with _writing(model, method, workload):
         enter("generation")
         _draw(model, min(workload.prompts, rows), workload.prompt_tokens, DynamicCache(config=model.config))

@@ -139,8 +139,13 @@ def prepare(
     if computing.fast and method in METHODS:
         with looked_into(model):
             accelerated = optimize_for_training(model, products=computing.products)
-        if computing.products == "int8":
-            calibrate_products(model, calibration())
+        if computing.products == "int8" and (left := calibrate_products(model, calibration())):
+            why = f"{left} layers stay in bfloat16: no token of the first rows reaches them"
+            accelerated = dataclasses.replace(
+                accelerated,
+                eight_bit=accelerated.eight_bit - left,
+                left_alone=(*accelerated.left_alone, why),
+            )
     padded = why_padded(model, objective, computing, accelerated)
     if computing.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
