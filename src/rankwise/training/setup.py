@@ -298,10 +298,8 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
             "these; take ddp.",
         )
     own = {name: getattr(config, name) for name in ADAPTER}
-    defaults = given.defaults()
-    odd = [
-        flag(name) for name, value in own.items() if _plain(getattr(given, name)) not in (_plain(value), defaults[name])
-    ]
+    asked = given.model_fields_set
+    odd = [flag(name) for name, value in own.items() if name in asked and _plain(getattr(given, name)) != _plain(value)]
     if odd:
         raise ConfigError(
             "RW764", f"{', '.join(odd)}: --adapter {given.adapter} has its own value; leave the option out."
