@@ -158,6 +158,10 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
             "rewards",
             f"{accuracy:.1%} of the evaluation pairs have the better answer ahead, by {margin:.3g} on average",
         )
+    if (answers := record.answers) is not None:
+        is_few = 2 * answers["changed"] <= answers["asked"]
+        few = "; to change them, train on demonstrations first and continue with --adapter" if is_few else ""
+        yield "answers", f"{answers['changed']} of {answers['asked']} greedy answers differ from the reference's{few}"
     if record.objective == "classify" and "eval" in record.data:
         yield "answers", f"{in_words(record.eval_rewards, record.data['eval']['rows'])} on the evaluation data"
     if record.trainable_parameters is not None and record.total_parameters:
