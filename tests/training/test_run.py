@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,12 @@ def test_a_resumed_run_keeps_the_products_that_it_chose(settings: Any, monkeypat
     monkeypatch.setattr(run, "choose_products", lambda model: ("bfloat16", "another machine"))
     assert train(settings(**given, max_steps=4, resume=True), watcher).products == "int8"
     assert "frozen products: int8 (as before)" in watcher.notes
+
+
+def test_a_run_counts_the_seconds_since_the_command_began(settings: Any) -> None:
+    seconds = train(settings(max_steps=1), began=time.monotonic() - 1000).wall_seconds
+    assert seconds is not None
+    assert 1000 < seconds < 2000
 
 
 def test_a_lengthened_run_follows_the_schedule_of_its_new_length(settings: Any, tmp_path: Path) -> None:
