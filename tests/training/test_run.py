@@ -220,6 +220,16 @@ def test_bad_input_writes_nothing(case: str, overwrite: bool, settings: Any, tmp
     assert (tmp_path / "run").exists() == overwrite
 
 
+def test_chat_rows_without_a_template_are_refused_before_the_weights_are_read(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.setup, "load_for_training", lambda *_: pytest.fail("loaded"))
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(DataError, match="RW210"):
+        train(settings(data=str(tmp_path / "chat.jsonl")))
+
+
 def test_existing_run_is_refused_then_overwritten(settings: Any, tmp_path: Path) -> None:
     train(settings(max_steps=2))
     before = snapshot(tmp_path / "run")

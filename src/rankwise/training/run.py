@@ -280,6 +280,8 @@ def _read(
     if learning.labels_of is not None:
         labels = learning.labels_of(given, texts.rows)
         setup.check_model(given, lora, labels)
+    else:
+        setup.check_template(given, texts)
     observer.phase("Loading the model")
     if foresight is not None:
         foresight.before_loading(0 if labels is None else len(labels.names))
