@@ -64,7 +64,7 @@ DEMO = "demo"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 MODEL = "Hub id, folder, .gguf file, or `demo`."
-TRAINING_DATA = "Training data: hub id, folder, or .jsonl/.json/.csv/.tsv/.parquet/.txt file (also .gz)."
+TRAINING_DATA = "Training data: hub id, folder, .jsonl/.json/.csv/.tsv/.parquet/.txt file (also .gz), or `stdlib`."
 
 
 _adapter = functools.partial(option, Panel.ADAPTER)

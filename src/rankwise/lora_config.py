@@ -176,6 +176,8 @@ class LoraConfig(AdapterOptions):
             object.__setattr__(self, field.name, _with_tuples(getattr(self, field.name)))
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
+        if isinstance(self.layers_to_transform, int):
+            object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
         object.__setattr__(self, "target_parameters", self.target_parameters or None)
         problems = wrong_fields(self) or [*_pattern_problems(self)] or [*_init_problems(self), *_target_problems(self)]
         if problems:

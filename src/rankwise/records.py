@@ -68,6 +68,8 @@ class RunRecord:
     eval_loss: float | None = None
     # At the same evaluation, for an objective with rewards: reward_accuracy, reward_margin, ...
     eval_rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    # Of preferences: prompts that were answered after training, and how many answers differ from the reference's.
+    answers: dict[str, int] | None = None
     # With --retain: source, sha256 and rows; losses of the base and of the weights kept, in nats per ``unit`` (token or
     # question), and their difference with its 95 % interval over rows; margin and verdict.
     retained: JsonObject | None = None

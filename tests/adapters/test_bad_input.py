@@ -116,6 +116,9 @@ def test_another_base_lists_every_tensor(folder):
     fails(tiny_llama(num_hidden_layers=1), folder, "RW411", "layers.1.self_attn.v_proj.lora_B.weight has no place")
     fails(tiny_llama(num_hidden_layers=3), folder, "RW411", "layers.2.self_attn.q_proj.lora_A.weight is missing")
     fails(tiny_gpt2(), folder, "RW401", "selects none")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
+    fails(other, folder, "RW411", "made for a base (org/base) other than this LlamaForCausalLM")
 
 
 def test_unreadable_files(folder, tmp_path):

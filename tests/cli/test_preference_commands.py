@@ -86,8 +86,8 @@ def test_training_goes_on_with_an_adapter_as_the_reference(
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [(("--method", "dora"), "LoRA"), (("--r", 4), "--r"), (("--lora-alpha", 7), "--lora-alpha")],
-    ids=["method", "rank", "alpha"],
+    [(("--method", "dora"), "LoRA"), (("--r", 4), "--r"), (("--r", 16), "--r"), (("--lora-alpha", 7), "--lora-alpha")],
+    ids=["method", "rank", "the default rank", "alpha"],
 )
 def test_an_adapter_is_trained_on_as_it_is(
     options: tuple[object, ...], word: str, trains: Callable[..., Any], run_folder: Path

@@ -227,6 +227,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     "truncated gzip": ("rows.csv.gz", gzip.compress(b"mr,ref\n" * 99)[:-9], "RW206", "cut short or no gzip file"),
     "no parquet": ("rows.parquet", b"PAR1 not really", "RW206", "as parquet"),
     "a cut array": ("rows.json", b'[{"text": "a"},\n {"text": "b"}', "RW206", "expected a JSON array"),
+    "an array in lines": ("rows.jsonl", b'[{"text": "a"}]', "RW206", "name it .json"),
     "an open quote": ("rows.csv", b'mr,ref\na,"b\nc,d\n', "RW206", "check the quotes"),
     "too many columns": ("rows.csv", b"mr,ref\na,b\nc,d,e\n", "RW203", "line 3: expected 2 columns (mr, ref), found 3"),
     "one odd text line": ("rows.txt", b"a||b\nc||d\ne\n", "RW203", "line 3: expected text in `ref`"),

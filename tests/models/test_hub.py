@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 
 from rankwise.errors import ModelError
-from rankwise.models import fetch_model, load_model, load_tokenizer, model_facts
+from rankwise.models import DEMO_HUB_ID, fetch_model, load_model, load_tokenizer, model_facts
 from tiny_models import tiny_llama
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -181,6 +181,15 @@ def test_offline_takes_the_cache_or_says_so(hub: list[str], monkeypatch: pytest.
         load_model("org/sharded")
     assert caught.value.code == "RW313"
     assert hub == []
+
+
+def test_offline_the_demo_under_its_name_on_the_hub_says_what_is_installed(
+    hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an adapter names it that was saved from Python."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="RW313.*give --model demo"):
+        load_model(DEMO_HUB_ID)
 
 
 def test_an_unreachable_hub_is_one_sentence(tmp_path: Path, hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from rankwise import foreign
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.foreign import sha256_of
 from rankwise.models import load_model, load_skeleton, load_tokenizer, model_facts, model_hash
+from rankwise.records import RunRecord
 from tiny_models import tiny_gpt2, tiny_llama
 
 MODELS = {"llama": tiny_llama, "llama, tied": lambda: tiny_llama(tie_word_embeddings=True), "gpt2": tiny_gpt2}
@@ -132,10 +133,16 @@ def become_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
 
 
+def become_run(folder: Path) -> None:
+    become_adapter(folder)
+    RunRecord("lora", 0, {"model": "demo"}).save(folder)
+
+
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 BAD = {
     "no config": (remove("config.json"), "RW302", "holds no config.json"),
     "an adapter": (become_adapter, "RW302", "is an adapter.*org/base"),
+    "a run": (become_run, "RW302", "is an adapter.*give demo as the model"),
     "a model and an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "RW302", "both a model and an"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "RW302", "as JSON"),
     "unknown model_type": (lambda f: edit_config(f, model_type="llama9"), "RW303", "'llama9'.* does not know"),

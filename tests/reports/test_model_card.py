@@ -64,6 +64,13 @@ def test_awkward_names_stay_valid_python(base: str) -> None:
     assert texts.count(base) == len(blocks) == 1
 
 
+def test_sizes_have_units_and_empty_facts_no_line() -> None:
+    card = model_card(record(peak_memory_bytes=1156973184, data={"train": {"rows": 3, "prompt_ending": ""}}), CONFIG)
+    assert "| peak memory | 1.16 GB |" in card
+    assert "| rows | 3 |" in card
+    assert "prompt" not in card.split("## Data")[1].split("##")[0]
+
+
 def test_what_markdown_would_interpret_is_escaped_in_cells() -> None:
     made = record(warnings=[{"code": "RW1", "message": "the end is </s>"}])
     made.settings |= {"new_tokens": ["<tool>"], "target_modules": ".*_proj|.*mlp.*", "kept_name": 1}

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_rows import Recorder
 
-from rankwise import Nf4Config, quantize
+from rankwise import LoraConfig, Nf4Config, add_adapter, quantize, save_adapter
 from rankwise.errors import RunError
 from rankwise.records import load_record
 from rankwise.training.run import train
+from rankwise.training.setup import with_adapters_options
 from tiny_models import tiny_gpt2, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning", "ignore::UserWarning")
@@ -87,6 +88,16 @@ def test_a_continued_adapter_keeps_its_tokens_and_template(settings: Any, tmp_pa
     used = [{key: run.data["train"][key] for key in ("tokens", "chat_template_sha256")} for run in (first, second)]
     assert used[0] == used[1]
     assert "<yes>" in (tmp_path / "run" / "tokenizer.json").read_text()
+
+
+def test_an_adapter_of_one_layer_given_as_a_number_is_continued(settings: Any, tmp_path: Path) -> None:
+    """As PEFT writes it. The memory plan reads a list, as the command line gives it."""
+    model = tiny_llama()
+    add_adapter(model, LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[1]))
+    save_adapter(model, tmp_path / "first")
+    config = tmp_path / "first" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "layers_to_transform": 1}))
+    assert with_adapters_options(settings(adapter=tmp_path / "first")).layers_to_transform == (1,)
 
 
 FORMAT = ("quant_type", "block_size", "double_quant")

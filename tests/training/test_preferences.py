@@ -22,6 +22,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 import rankwise as rw
+from rankwise.cli.train import summary
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.records import load_record, read_metrics
@@ -243,6 +244,17 @@ def test_held_out_rewards_rise_and_are_recorded(preferring: Any, tmp_path: Path)
     assert record.objective == "dpo"
     assert record.eval_rewards["reward_accuracy"] > 0.8
     assert "DPO" in (given.output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize(("rate", "changes"), [(1e-9, False), (3e-1, True)])
+def test_a_run_says_whether_answers_changed(objective: str, rate: float, changes: bool, preferring: Any) -> None:
+    record = train(preferring(objective, learning_rate=rate, max_steps=4))
+    assert record.answers is not None
+    assert record.answers["asked"] == 8
+    assert (record.answers["changed"] > 0) == changes
+    said = dict(summary(Path(record.settings["output"]), record))["answers"]
+    assert ("continue with --adapter" in said) == (record.answers["changed"] <= 4)
 
 
 BAD_ROWS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,16 @@ def test_bad_input_writes_nothing(case: str, overwrite: bool, settings: Any, tmp
     assert (tmp_path / "run").exists() == overwrite
 
 
+def test_chat_rows_without_a_template_are_refused_before_the_weights_are_read(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.setup, "load_for_training", lambda *_: pytest.fail("loaded"))
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(DataError, match="RW210"):
+        train(settings(data=str(tmp_path / "chat.jsonl")))
+
+
 def test_existing_run_is_refused_then_overwritten(settings: Any, tmp_path: Path) -> None:
     train(settings(max_steps=2))
     before = snapshot(tmp_path / "run")
@@ -268,6 +279,12 @@ def test_a_resumed_run_keeps_the_products_that_it_chose(settings: Any, monkeypat
     monkeypatch.setattr(step, "choose_products", lambda model: ("bfloat16", "another machine"))
     assert train(settings(**given, max_steps=4, resume=True), watcher).products == "int8"
     assert "frozen products: int8 (as before)" in watcher.notes
+
+
+def test_a_run_counts_the_seconds_since_the_command_began(settings: Any) -> None:
+    seconds = train(settings(max_steps=1), began=time.monotonic() - 1000).wall_seconds
+    assert seconds is not None
+    assert 1000 < seconds < 2000
 
 
 def test_a_lengthened_run_follows_the_schedule_of_its_new_length(settings: Any, tmp_path: Path) -> None:

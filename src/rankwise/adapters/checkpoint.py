@@ -296,10 +296,11 @@ def _check_fit(
     problems += [f"{key} is {found[key]} and the model needs {wanted[key]}" for key in wrong]
     if problems:
         of_ends = {key.rpartition(".")[0] for key in ends}
+        trained_on = read_config(folder).get("base_model_name_or_path") or "not named"
         resized = any(key.startswith(f"{end}.") for key in wrong for end in of_ends)
         raise AdapterError(
             "RW411",
-            f"the adapter in {folder} was made for a base other than this {type(model).__name__}: "
+            f"the adapter in {folder} was made for a base ({trained_on}) other than this {type(model).__name__}: "
             f"{len(problems)} of its tensors do not fit: {'; '.join(problems)}."
             + " If tokens were added to the base, give the base with its embedding and head resized."
             * resized,

@@ -44,7 +44,7 @@ def run(settings: InspectSettings, output: Output) -> Document:
         for name, part in value.items() if isinstance(value, dict) else [("", value)]:
             if part not in (None, []):
                 text = "; ".join(map(str, part)) if isinstance(part, list) else str(part)
-                output.line(f"{f'{label}: {name}'.removesuffix(': ').replace('_', ' '):<24}{shortened(text)}")
+                output.line(f"{f'{label}: {name}'.removesuffix(': ').replace('_', ' '):<26}{shortened(text)}")
     return found
 
 

@@ -263,7 +263,7 @@ def watching(output: Output, *, every: int | None, of_rewards: bool) -> Iterator
 
 def figures(info: StepInfo) -> str:
     """Speed, memory, norms and time left in one line."""
-    parts = [f"{name} {value:.3g}" for name, value in info.figures.items()]
+    parts = [f"{name} {value:{'.0%' if name == 'accuracy' else '.3g'}}" for name, value in info.figures.items()]
     parts += [f"{info.tokens_per_second:,.0f} tokens/s", byte_size(info.memory_bytes)]
     if info.grad_norm is not None:
         parts.append(f"gradient {info.grad_norm:.3g}")

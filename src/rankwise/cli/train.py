@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,7 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     """Train. Returns the document of the run; None if another process (a launched one, or the writer) prints it."""
     from rankwise.training.checkpoints import check_output
 
+    began = time.monotonic()
     end_with_launcher()
     _, retained = retained_from(settings.retain)
     check_paths(model=settings.model, data=(settings.data, settings.eval_data, retained), output=settings.output)
@@ -121,7 +123,7 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     try:
         watched = watching(output, every=settings.logging_steps, of_rewards=settings.objective == "grpo")
         with watched if ranks.is_writer() else contextlib.nullcontext(SilentObserver()) as observer:
-            record = train(settings, observer, guard, retention)
+            record = train(settings, observer, guard, retention, began)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -158,6 +160,10 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
             "rewards",
             f"{accuracy:.1%} of the evaluation pairs have the better answer ahead, by {margin:.3g} on average",
         )
+    if (answers := record.answers) is not None:
+        is_few = 2 * answers["changed"] <= answers["asked"]
+        few = "; to change them, train on demonstrations first and continue with --adapter" if is_few else ""
+        yield "answers", f"{answers['changed']} of {answers['asked']} greedy answers differ from the reference's{few}"
     if record.objective == "classify" and "eval" in record.data:
         yield "answers", f"{in_words(record.eval_rewards, record.data['eval']['rows'])} on the evaluation data"
     if record.trainable_parameters is not None and record.total_parameters:

@@ -101,7 +101,10 @@ def _decoded(path: Path, content: bytes) -> str:
 
 
 def _json_lines(path: Path, content: bytes) -> Numbered:
-    for number, line in _lines(_decoded(path, content)):
+    text = _decoded(path, content)
+    if text.lstrip()[:1] == "[":
+        raise DataError("RW206", f"{path} holds a JSON array and not one object a line; name it .json.")
+    for number, line in _lines(text):
         yield number, _json_record(line)
 
 

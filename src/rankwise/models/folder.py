@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from rankwise.errors import ModelError, some_of, warn
 from rankwise.foreign import Fields, Json, JsonObject, read_header, read_object, refuse_pickles
+from rankwise.records import record_of
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -73,7 +74,9 @@ def _values(content: Json, key: str = "") -> Iterator[tuple[str, Json]]:
 
 def _what_it_is_instead(folder: Path) -> str:
     if (folder / ADAPTER_FILE).is_file():
-        base = _read_object(folder / ADAPTER_FILE).get("base_model_name_or_path") or "its base model"
+        record = record_of(folder)
+        named = record.settings.get("model") if record else None
+        base = named or _read_object(folder / ADAPTER_FILE).get("base_model_name_or_path") or "its base model"
         return f"is an adapter and no model; give {base} as the model and this folder as --adapter"
     ggufs = sorted(file.name for file in folder.glob("*.gguf"))
     if ggufs:

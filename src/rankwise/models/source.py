@@ -208,6 +208,7 @@ def _explained(error: Exception, repo: str, revision: str | None) -> ModelError:
     from huggingface_hub import constants, errors
 
     missing_folder = f"(and there is no folder {repo})"
+    instead = f"give --model {DEMO}, its installed GGUF" if repo == DEMO_HUB_ID else "give a local folder"
     if isinstance(error, errors.GatedRepoError):
         return ModelError(
             "RW315",
@@ -225,13 +226,13 @@ def _explained(error: Exception, repo: str, revision: str | None) -> ModelError:
         return ModelError(
             "RW313",
             f"HF_HUB_OFFLINE is set and the cache does not hold {repo} in full {missing_folder}; "
-            "unset it, or give a local folder.",
+            f"unset it, or {instead}.",
         )
     cause = error.__cause__ or error
     return ModelError(
         "RW313",
         f"{repo} cannot be fetched from {constants.ENDPOINT} ({type(cause).__name__}) {missing_folder}; "
-        "check the network, or give a local folder.",
+        f"check the network, or {instead}.",
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from rankwise.config import DEMO, DEMO_HUB_ID, DORA
 from rankwise.foreign import Fields, Json
 from rankwise.records import RunRecord
-from rankwise.reports.numbers import capital, visible
+from rankwise.reports.numbers import byte_size, capital, visible
 from rankwise.reports.words import last_part
 from rankwise.serving import DORA_AS_LORA, WORDS, served
 
@@ -41,8 +41,8 @@ RESULTS = {
     "total_parameters": "all parameters",
     "tokens_per_second": "tokens per second",
     "examples_per_second": "examples per second",
-    "peak_memory_bytes": "peak memory in bytes",
-    "predicted_peak_memory_bytes": "predicted peak memory in bytes",
+    "peak_memory_bytes": "peak memory",
+    "predicted_peak_memory_bytes": "predicted peak memory",
     "wall_seconds": "seconds in all",
 }
 # Names of the reward, whose negative is the evaluation loss of grpo.
@@ -183,7 +183,11 @@ def _results(record: RunRecord) -> list[tuple[str, Json]]:
     found = ((name, field, getattr(record, field)) for field, name in names.items())
     is_reward = REWARDS if record.objective == "grpo" else ()
     rewards = [(f"evaluation's {name.replace('_', ' ')}", value) for name, value in record.eval_rewards.items()]
-    results = [(name, -value if field in is_reward else value) for name, field, value in found if value is not None]
+    results = [
+        (name, -value if field in is_reward else byte_size(value) if field.endswith("_bytes") else value)
+        for name, field, value in found
+        if value is not None
+    ]
     return results + [(name, value) for name, value in rewards if value is not None]
 
 
@@ -196,7 +200,8 @@ def _settings(settings: Fields) -> list[tuple[str, Json]]:
 
 def _data(data: Mapping[str, Fields]) -> str:
     """The data of the run: one column for each file, and only the last part of a path."""
-    fields = dict.fromkeys(field for facts in data.values() for field in facts)
+    known = (item for facts in data.values() for item in facts.items())
+    fields = dict.fromkeys(field for field, value in known if value not in ("", None))
     rows = [(field, *(_place(field, facts.get(field, "")) for facts in data.values())) for field in fields]
     return _table(("what", *data), rows)
 

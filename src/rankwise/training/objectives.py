@@ -23,9 +23,10 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import LossOptions, fused_head
+from rankwise.acceleration.generation import Decoding, Generator, Prompt, stop_ids_of
 from rankwise.acceleration.layouts import Answered, Layout, answered, padded
 from rankwise.acceleration.log_probs import TokenScores, sharing_obstacle, token_scores
 from rankwise.acceleration.loss import chosen, cross_entropy, losses
@@ -35,6 +36,7 @@ from rankwise.compat.torch import is_fake, is_unit
 from rankwise.constants import IGNORED
 from rankwise.data.objectives import ANSWER_IDS
 from rankwise.labels import SINGLE, Labels, measures
+from rankwise.models.load import answer_room
 from rankwise.ops.checks import check_targets
 from rankwise.ops.linear_cross_entropy import LossSums
 from rankwise.training import ranks
@@ -61,6 +63,8 @@ from rankwise.training.weights import roots_gathered
 
 # The columns of KTO's mismatched answers (answers to a different prompt of the batch).
 MISMATCHED = ("KL_completion_ids",)
+# Prompts that are answered after training, by the model and by its reference, and most tokens of an answer.
+ANSWERED, ANSWER_TOKENS = 8, 32
 
 
 @dataclasses.dataclass
@@ -473,6 +477,20 @@ class Preferences:
         sums.pop("entropy")
         means = means_of(sums)
         return {"eval_loss": means.pop("loss"), **{f"eval_{name}": value for name, value in means.items()}}
+
+    def changed_answers(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+        """How many of the first prompts, of the evaluation if there is one, the model answers otherwise than its
+        reference, both greedily: {"asked", "changed"}. Losses may fall without that."""
+        model: Any = self.scoring.model.eval()
+        rows = self.rows if self.eval_rows is None else self.eval_rows
+        found = dict.fromkeys(map(tuple, rows[: 2 * ANSWERED]["prompt_ids"]))
+        prompts = [Prompt(ids) for ids in itertools.islice(found, ANSWERED)]
+        room = answer_room(model, max(len(prompt.ids) for prompt in prompts), ANSWER_TOKENS)
+        generator = Generator(model, Decoding(room, stop_ids_of(model, tokenizer)), pad=self.pad)
+        after = generator.answers(prompts)
+        with reference_at_work(model):
+            before = generator.answers(prompts)
+        return {"asked": len(prompts), "changed": sum(one != other for one, other in zip(before, after))}
 
     # --- the memory plan ---
 

@@ -70,18 +70,20 @@ def train(
     observer: Observer | None = None,
     foresight: Foresight | None = None,
     retention: Retention | None = None,
+    began: float | None = None,
 ) -> RunRecord:
     """Fine-tune according to ``settings``, write a run folder to ``settings.output``, and return the run's record.
 
     ``foresight`` predicts the peak memory before the model is loaded and before the first step, and may refuse the run.
-    ``retention`` measures the model on what must stay, before training and after.
+    ``retention`` measures the model on what must stay, before training and after. ``began``: when the command began,
+    by ``time.monotonic``.
     Under torchrun every process calls this function: all processes train, and process 0 writes.
 
     Raises InputError, before anything is written, for faults in the settings, data, model or output folder; RunError
     during training (a loss that is not finite, no gradient, a full disk), after which the last checkpoint remains;
     Interrupted after Ctrl-C or SIGTERM, once the step has been saved, so that ``resume=True`` continues it.
     """
-    started = time.monotonic()
+    started = began or time.monotonic()
     settings = with_adapters_options(settings)
     told: list[dict[str, str]] = []
     limit_generated_kernels()
@@ -276,6 +278,8 @@ def _read(
     if learning.labels_of is not None:
         labels = learning.labels_of(given, texts.rows)
         setup.check_model(given, lora, labels)
+    else:
+        setup.check_template(given, texts)
     observer.phase("Loading the model")
     if foresight is not None:
         foresight.before_loading(0 if labels is None else len(labels.names))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.adapters import has_adapter
 from rankwise.adapters.folder import CONFIG_FILE
 from rankwise.adapters.inject import guest_of
+from rankwise.compat.torch import is_unit
 from rankwise.data import Rows
 from rankwise.disk import coded_errors, flush, flush_tree, follow_umask, refuse_links, remove_strays
 from rankwise.errors import Interrupted, warn
@@ -39,6 +40,7 @@ from rankwise.training.checkpoints import (
 )
 from rankwise.training.learning import search_file
 from rankwise.training.loop import Loop
+from rankwise.training.objectives import Preferences
 from rankwise.training.ranks import Interrupt, interrupts
 from rankwise.training.watch import (
     GradientCheck,
@@ -178,6 +180,9 @@ class Session:
         gathered = whole_weights(self.loop.model)
         if ranks.is_writer():
             self._finish(losses.get(0), kept, gathered)
+            if isinstance(self.loop.objective, Preferences) and not is_unit(self.loop.model):
+                with self.loop.autocast():
+                    self.record.answers = self.loop.objective.changed_answers(self.tokenizer)
             self._complete_record("finished")
             write_plot(self.folder, self.record)
             write_card(self.loop.model, self.folder, self.record)

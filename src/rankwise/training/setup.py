@@ -27,11 +27,12 @@ from rankwise.config import ADAPTERS, DORA, FOUR_BITS, TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.formats import Format
+from rankwise.data.templates import renderer
 from rankwise.errors import ConfigError, DataError, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject, sha256_of
 from rankwise.labels import Labels
 from rankwise.lora_config import ADAPTER, LoraConfig
-from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton
+from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, load_tokenizer
 from rankwise.models.load import table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
 from rankwise.models.source import weights_files
@@ -107,6 +108,14 @@ def read_data(given: TrainSettings, formats: Collection[Format] | None = None) -
     eval_rows = limited(eval_rows, given.eval_limit)
     warn_of_overlap(rows, eval_rows)
     return Texts(rows, eval_rows, template)
+
+
+def check_template(given: TrainSettings, texts: Texts) -> None:
+    """Raise DataError (RW210) for chat rows without a template, before the weights are read."""
+    if texts.rows.kind == "chat" and texts.template is None and given.adapter is None:
+        options: JsonObject = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
+        if (tokenizer := load_tokenizer(given.model, **options)) is not None:
+            renderer(texts.rows, tokenizer, None)
 
 
 def encode_data(
@@ -267,10 +276,8 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
             "these; take ddp.",
         )
     own = {name: getattr(config, name) for name in ADAPTER}
-    defaults = given.defaults()
-    odd = [
-        flag(name) for name, value in own.items() if _plain(getattr(given, name)) not in (_plain(value), defaults[name])
-    ]
+    asked = given.model_fields_set
+    odd = [flag(name) for name, value in own.items() if name in asked and _plain(getattr(given, name)) != _plain(value)]
     if odd:
         raise ConfigError(
             "RW764", f"{', '.join(odd)}: --adapter {given.adapter} has its own value; leave the option out."

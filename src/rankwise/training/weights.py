@@ -82,13 +82,12 @@ def check_written(model: nn.Module, folder: Path) -> None:
     """
     if not has_adapter(model) and guest_of(model) is None:
         return
-    trained = weights_digest(model)
+    trained: str | None = weights_digest(model)
     try:
         load_weights(model, folder)
-        is_same = weights_digest(model) == trained
     except RunError:
-        is_same = False
-    if not is_same:
+        trained = None
+    if weights_digest(model) != trained:
         raise RunError(
             "RW551",
             "the adapter that was written differs from the trained one when it is read again; check the disk, and "
