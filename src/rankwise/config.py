@@ -181,7 +181,7 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
         None
     )
 
-    device: Annotated[Device, _device("Device; auto takes the fastest.")] = "auto"
+    device: Annotated[Device, _device("Device; auto takes a CUDA card, else the CPU.")] = "auto"
     products: Annotated[
         Products,
         _device(
