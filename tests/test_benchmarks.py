@@ -144,14 +144,17 @@ def test_end_to_end_trains_both_on_the_same_rows(base: Path, tmp_path: Path, mon
     assert str(tmp_path) not in (output / "end_to_end.md").read_text()
 
 
-def test_a_page_says_what_a_record_holds_of_products_and_commit() -> None:
-    lines = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in results.FOLDER.glob("*.md")}
+def test_end_to_end_says_which_records_are_of_eight_bits() -> None:
+    page = pages.text_of("end_to_end").splitlines()
     for run in results.runs_of("end_to_end", results.FOLDER):
-        rows = [line for line in lines["end_to_end"] if line.startswith(f"| {results.processor(run)} |")]
+        rows = [line for line in page if line.startswith(f"| {results.processor(run)} |")]
         assert all(("in 8 bits" in line) == ("in 8 bits" in run["rows"][0]["ours"]["acceleration"]) for line in rows)
-    unknown = [line for text in lines.values() for line in text if "rankwise 0.1.0" in line]
-    assert unknown
-    assert all("rankwise 0.1.0 (commit unknown)" in line for line in unknown)
+
+
+@pytest.mark.parametrize(("version", "known"), [("0.1.0", False), ("0.1.1.dev3+g0123abc", True)])
+def test_a_record_of_an_unknown_commit_says_so(version: str, known: bool) -> None:
+    run = {"machine": results.machine(), "versions": {"rankwise": version}, "command": "python x.py"}
+    assert ("(commit unknown)" in results.where_from([run])[0]) is not known
 
 
 def _command_in_this_process(command: list[str]) -> int:

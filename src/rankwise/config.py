@@ -189,7 +189,7 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
         None
     )
 
-    device: Annotated[Device, _device("Device; auto takes the fastest.")] = "auto"
+    device: Annotated[Device, _device("Device; auto takes a CUDA card, else the CPU.")] = "auto"
     ignore_plan: Annotated[bool, _device("Train although the predicted memory is more than there is.")] = False
 
     save_steps: Annotated[

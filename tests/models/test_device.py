@@ -57,10 +57,11 @@ def test_automatic_on_a_processor(has_bfloat16: bool, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("new_macos", [True, False])
-def test_automatic_on_an_apple_gpu(new_macos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_apple_gpu_is_taken_only_if_asked_for(new_macos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, mps=True)
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: new_macos)
-    choice = choose_device()
+    assert choose_device().device == "cpu"
+    choice = choose_device("mps")
 
     assert (choice.device, choice.dtype) == ("mps", torch.bfloat16 if new_macos else torch.float32)
 

@@ -7,6 +7,7 @@ import platform
 
 import psutil
 import pytest
+import torch
 
 from rankwise.errors import ConfigError
 from rankwise.planning import hardware
@@ -128,6 +129,14 @@ def test_by_default_this_machine(monkeypatch):
     assert (found.kind, found.device_type) == ("machine", "cpu")
     assert 0 < found.memory_bytes <= psutil.virtual_memory().total
     assert found.cores >= 1
+
+
+def test_a_plan_counts_an_apple_gpu_only_where_a_run_would_take_it(monkeypatch):
+    monkeypatch.setattr(hardware, "_may_have_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10**9)
+    assert [hardware.this_machine(device).device_type for device in ("auto", "mps")] == ["cpu", "mps"]
 
 
 V1, V2 = hardware.V1, hardware.V2

@@ -95,7 +95,8 @@ class Acceleration:
 def optimize_for_training(
     model: nn.Module, *, keep_memory: bool = True, products: Literal["bfloat16", "int8"] = "bfloat16"
 ) -> Acceleration:
-    """Make training steps of ``model`` faster, in place. Results stay the same up to rounding.
+    """Make training steps of ``model`` faster, in place. Results stay the same up to rounding. With labels,
+    training calls then return no logits.
 
     Call it after ``add_adapter``. Shared inputs and the fused loss apply to every device. Norms, rotary positions and
     gated MLPs are fused on a CPU and, by Triton, on CUDA. Attention is replaced on CPUs, and on CUDA for concatenated

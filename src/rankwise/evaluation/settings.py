@@ -47,7 +47,7 @@ class LoadingOptions(ModelOptions):
     quantization: Annotated[
         Literal["auto", "none", "nf4", "fp4"], _loading("4-bit layers or not; auto: as the adapter was trained.")
     ] = "auto"
-    device: Annotated[Device, _loading("Device; auto takes the fastest.")] = "auto"
+    device: Annotated[Device, _loading("Device; auto takes a CUDA card, else the CPU.")] = "auto"
     mmap: Annotated[bool, _loading("On a CPU, read weights from mapped files; --no-mmap copies them into memory.")] = (
         True
     )

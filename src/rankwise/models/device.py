@@ -31,10 +31,10 @@ class DeviceChoice:
 def choose_device(device: str | None = "auto", dtype: str | torch.dtype | None = "auto") -> DeviceChoice:
     """The device to run on and the base's dtype there.
 
-    ``device``: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps. ``dtype``: auto, bfloat16, float16, float32
-    or a torch dtype. Automatic dtypes: bfloat16 where the hardware computes in it, else float16 on CUDA and float32
-    elsewhere. Under torchrun, CUDA is the GPU of LOCAL_RANK. Raises ModelError (RW312) for a device or dtype that is
-    not available.
+    ``device``: auto (CUDA, else CPU; MPS was never tried), cpu, cuda, cuda:N or mps. ``dtype``: auto, bfloat16,
+    float16, float32 or a torch dtype. Automatic dtypes: bfloat16 where the hardware computes in it, else float16 on
+    CUDA and float32 elsewhere. Under torchrun, CUDA is the GPU of LOCAL_RANK. Raises ModelError (RW312) for a device
+    or dtype that is not available.
     """
     chosen, why_device = _device(device or "auto")
     chosen_dtype, why_dtype = _dtype(dtype or "auto", chosen)
@@ -48,7 +48,7 @@ def _device(name: str) -> tuple[str, str]:
         if torch.cuda.is_available():
             return _cuda("cuda")
         if torch.backends.mps.is_available():
-            return "mps", "mps: Apple GPU, no CUDA card here"
+            return "cpu", "cpu: the Apple GPU was never tried (--device mps takes it)"
         return "cpu", "cpu: no GPU that torch can use"
     if name == "cpu":
         return "cpu", "cpu: as asked"

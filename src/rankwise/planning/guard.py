@@ -86,7 +86,7 @@ class MemoryGuard:
         if method not in PLANNED:
             warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")
             return
-        machine = this_machine() if self.settings["device"] != "cpu" else cpu_hardware()
+        machine = this_machine(self.settings["device"]) if self.settings["device"] != "cpu" else cpu_hardware()
         hardware = shared(machine, self.sharers)
         # The meter of a CPU run counts the memory that libraries have taken so far.
         self.baseline_bytes = self.own_memory() if hardware.device_type == "cpu" else 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import difflib
-import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -156,10 +155,10 @@ def of_card(card: Card) -> Hardware:
     )
 
 
-def this_machine() -> Hardware:
-    """The GPU on which torch would train, else the CPU, with the memory that is free now."""
-    if _may_have_gpu():
-        found = _torch_device()
+def this_machine(device: str = "auto") -> Hardware:
+    """The CUDA card on which torch would train, Apple's GPU for ``device`` mps, else the CPU; with its free memory."""
+    if device == "mps" or _may_have_gpu():
+        found = _torch_device(device)
         if found is not None:
             return found
     return cpu_hardware()
@@ -167,18 +166,16 @@ def this_machine() -> Hardware:
 
 def _may_have_gpu() -> bool:
     """Whether a driver suggests a GPU, so that importing torch is worth the seconds."""
-    if platform.system() == "Darwin":
-        return platform.machine() == "arm64"
     driver = any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/kfd", "/dev/dxg"))
     return driver or shutil.which("nvidia-smi") is not None
 
 
-def _torch_device() -> Hardware | None:
+def _torch_device(device: str) -> Hardware | None:
     import torch
 
     if torch.cuda.is_available():
         return _cuda_device()
-    if torch.backends.mps.is_available():
+    if device == "mps" and torch.backends.mps.is_available():
         note = "memory shared with the system; what Metal recommends at most"
         size = torch.mps.recommended_max_memory()
         return Hardware("machine", "Apple GPU", "mps", size, True, None, None, "torch.mps", note)
