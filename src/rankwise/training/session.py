@@ -42,6 +42,7 @@ from rankwise.training.learning import search_file
 from rankwise.training.loop import Loop
 from rankwise.training.objectives import Preferences
 from rankwise.training.ranks import Interrupt, interrupts
+from rankwise.training.step import mixed
 from rankwise.training.watch import (
     GradientCheck,
     MemoryMeter,
@@ -181,7 +182,7 @@ class Session:
         if ranks.is_writer():
             self._finish(losses.get(0), kept, gathered)
             if isinstance(self.loop.objective, Preferences) and not is_unit(self.loop.model):
-                with self.loop.autocast():
+                with mixed(self.loop.model, self.loop.options.autocast):
                     self.record.answers = self.loop.objective.changed_answers(self.tokenizer)
             self._complete_record("finished")
             write_plot(self.folder, self.record)
