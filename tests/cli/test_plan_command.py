@@ -151,7 +151,7 @@ def test_people_read_a_table_advice_and_a_command(plan, monkeypatch):
     assert done.code == 0
     for method in PLANNED:
         assert f"\n{method}" in done.stdout
-    for word in ("weights", "activ.", "logits", "peak ±", "largest", "take", "because", "run", "serve", "arXiv"):
+    for word in ("weights", "activ.", "logits", "idle", "peak", "largest", "take", "because", "run", "serve", "arXiv"):
         assert word in done.stdout
     # The first line holds a path, the command is one line so that it can be copied.
     assert all(len(line) <= 80 for line in done.stdout.splitlines()[1:] if "rankwise train" not in line)

@@ -150,6 +150,7 @@ def test_memory_limits_of_containers_and_jobs_count(monkeypatch, tmp_path, versi
     """Of each group: its limit, what it uses, and what of this the kernel frees first."""
     monkeypatch.setattr(hardware, "ROOT", tmp_path)
     monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    monkeypatch.setattr(hardware, "own_bytes", lambda: 0)
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(own + "\n")
     for name, numbers in groups.items():

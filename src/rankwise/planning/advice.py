@@ -22,6 +22,7 @@ from rankwise.foreign import Fields, JsonObject
 from rankwise.options import ALL_LINEAR
 from rankwise.planning.extend import FOUR_BIT_OF, Estimator, MemoryEstimate
 from rankwise.planning.workload import Workload
+from rankwise.reports.numbers import byte_size
 from rankwise.serving import refusing, served
 
 Verdict = Literal["fits", "tight", "from disk", "too big"]
@@ -60,6 +61,12 @@ def disk_words(mapped_bytes: int, bytes_per_second: float | None) -> str:
     return f"{2 * mapped_bytes / speed:.1f} s at {speed / 1e9:.2g} GB/s ({how})"
 
 
+def peak_words(estimate: MemoryEstimate) -> str:
+    """``932 MB (idle process 360 MB, training 572 MB ±14 %)``."""
+    idle, training = byte_size(estimate.idle_bytes), byte_size(estimate.training_bytes)
+    return f"{byte_size(estimate.peak_bytes)} (idle process {idle}, training {training} ±{100 * estimate.error:.0f} %)"
+
+
 def mapped_weights(estimate: MemoryEstimate, device_type: str) -> int:
     """The bytes of frozen weights that a CPU maps from files, which the system may drop and read again."""
     is_mapped = device_type == "cpu" and estimate.method != "full"
@@ -71,7 +78,7 @@ def verdict_of(estimate: MemoryEstimate, memory_bytes: int, mapped_bytes: int = 
     without its ``mapped_bytes`` only, else ``too big``."""
     if estimate.peak_bytes > memory_bytes:
         return "from disk" if estimate.peak_bytes - mapped_bytes <= memory_bytes else "too big"
-    return "fits" if estimate.peak_bytes * (1 + estimate.error) <= memory_bytes else "tight"
+    return "fits" if estimate.most_bytes <= memory_bytes else "tight"
 
 
 def largest_batch(estimate: Estimator, method: str, workload: Workload, memory_bytes: int) -> int:
@@ -310,6 +317,7 @@ class Recommendation:
             "method": self.method,
             "settings": self.settings,
             "peak_bytes": self.estimate.peak_bytes,
+            "idle_bytes": self.estimate.idle_bytes,
             "error": self.estimate.error,
             "reasons": [rule.to_json() for rule in self.reasons],
             "serving": list(self.serving),

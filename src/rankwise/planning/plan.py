@@ -50,6 +50,8 @@ class MethodRow:
 
     estimate: MemoryEstimate
     verdict: Verdict
+    # The part of the peak that is weights in mapped files, which the system may drop and read again.
+    mapped_bytes: int
     # Memory minus peak; negative where the run does not fit.
     spare_bytes: int
     # Largest number of rows of ``max_length`` that fit; 0 where not one does.
@@ -67,6 +69,9 @@ class MethodRow:
         own = self.estimate
         return {
             "peak_bytes": own.peak_bytes,
+            "idle_bytes": own.idle_bytes,
+            "training_bytes": own.training_bytes,
+            "mapped_bytes": self.mapped_bytes,
             "error": own.error,
             "breakdown": own.breakdown,
             "trainable_parameters": own.trainable_parameters,
@@ -241,13 +246,15 @@ class _Planner:
         pace = tokens_per_second(own, self.facts, self.workload, self.pace)
         tokens, accumulation = run_tokens(self.settings), self.settings.gradient_accumulation
         stored, most = self.facts.stored, self.facts.position_rows or MOST_TOKENS
+        mapped = mapped_weights(own, self.hardware.device_type)
         rows, single = largest_batch(self.estimate, method, self.workload, memory), None
         if not rows:
             one = dataclasses.replace(self.workload, batch_size=1)
             single = longest_row(self.estimate, method, one, memory, most=most)
         return MethodRow(
             estimate=own if stored is None else dataclasses.replace(own, notes=(*own.notes, stored.note)),
-            verdict=verdict_of(own, memory, mapped_weights(own, self.hardware.device_type)),
+            verdict=verdict_of(own, memory, mapped),
+            mapped_bytes=mapped,
             spare_bytes=memory - own.peak_bytes,
             max_batch_size=rows,
             longest_row_tokens=single,

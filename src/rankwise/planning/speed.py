@@ -16,24 +16,21 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from math import prod
 from typing import TYPE_CHECKING
 
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.conflicts import takes_eight_bit
 from rankwise.constants import EQUAL_IN_EIGHT_BITS
-from rankwise.disk import cache_folder
-from rankwise.foreign import Fields, read_json
+from rankwise.foreign import Fields
 from rankwise.labels import Labels
 from rankwise.models.device import cpu_flags
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 from rankwise.models.load import config_table_rows
 from rankwise.models.source import ModelSource
-from rankwise.planning.hardware import Hardware, find_card, of_card
+from rankwise.planning.hardware import Hardware, find_card, measured_here, of_card
 from rankwise.planning.workload import Workload
-from rankwise.records import write_json
 
 if TYPE_CHECKING:
     from rankwise.planning.extend import MemoryEstimate
@@ -293,13 +290,11 @@ def pace_of(hardware: Hardware, dtype: str) -> Pace | None:
 
 def measured_flops(hardware: Hardware, dtype: str) -> float:
     """FLOP/s of a product with a frozen weight on this processor. Kept for plans that need no torch besides."""
-    file, key = cache_folder() / "machine.json", f"{hardware.name}, {hardware.cores} cores, {dtype}"
-    try:
-        known = read_json(file)
-    except (OSError, ValueError):
-        known = {}
-    if "torch" not in sys.modules and key in known:
-        return float(known[key])
+    key = f"{hardware.name}, {hardware.cores} cores, {dtype}"
+    return measured_here(key, lambda: _product_flops(dtype), again="torch" in sys.modules)
+
+
+def _product_flops(dtype: str) -> float:
     import torch
 
     from rankwise.ops.branch import linear_out
@@ -312,11 +307,7 @@ def measured_flops(hardware: Hardware, dtype: str) -> float:
         begun = time.perf_counter()
         linear_out(x, weight, out)
         seconds.append(time.perf_counter() - begun)
-    known[key] = 2 * T * K * N / min(seconds)
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, known)
-    return float(known[key])
+    return 2 * T * K * N / min(seconds)
 
 
 def flops_per_token(method: str, facts: ModelFacts, frozen: int, trained: int, workload: Workload) -> float:
