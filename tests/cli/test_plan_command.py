@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -13,9 +14,10 @@ import yaml
 
 from rankwise.cli.main import main
 from rankwise.config import TrainSettings
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, DataError
 from rankwise.options import read_settings
 from rankwise.planning import PLANNED, TERMS, hardware
+from rankwise.training.run import _check_settings
 
 ENOUGH, LITTLE = "8GB", "1MB"
 
@@ -155,6 +157,36 @@ def test_people_read_a_table_advice_and_a_command(plan, monkeypatch):
         assert word in done.stdout
     # The first line holds a path, the command is one line so that it can be copied.
     assert all(len(line) <= 80 for line in done.stdout.splitlines()[1:] if "rankwise train" not in line)
+
+
+@pytest.mark.parametrize("method", ["all", "full", "lora", "qlora", "dora", "qdora"])
+@pytest.mark.parametrize(
+    ("device", "place"),
+    [
+        ("cpu", ("--memory", "8GB")),
+        ("cpu", ("--memory", "560MB", "--max-length", 2048)),
+        ("cpu", ("--memory", "480MB", "--max-length", 2048, "--batch-size", 64)),
+        ("cuda", ("--gpu", "RTX 4090")),
+        ("cuda", ("--gpu", "RTX 4090", "--memory", "620MB", "--max-length", 2048)),
+        ("mps", ("--gpu", "Apple M4 Max 64GB")),
+    ],
+)
+def test_train_takes_what_a_plan_recommends(rankwise, plan, rows_file, tmp_path, monkeypatch, device, place, method):
+    """The line under ``run``, up to where data are read; nothing may be recommended where nothing fits."""
+    done = plan(*place, "--method", method, "--json")
+    assert done.code == 0
+    command = done.document["command"]
+    assert command is not None or done.document["recommendation"]["missing_bytes"]
+    if command is None:
+        return
+
+    def check(given, *_):
+        _check_settings(given, device)
+        raise DataError("RW201", "all settings are taken.")
+
+    monkeypatch.setattr("rankwise.training.run.train", check)
+    words = command.replace("--data D --output O", f"--data {rows_file} --output {tmp_path / 'run'}")
+    assert "RW201: all settings are taken." in rankwise(*shlex.split(words)[1:]).stderr
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ from rankwise.reports.numbers import byte_size
 Kind = Literal["card", "memory", "machine"]
 DeviceType = Literal["cpu", "cuda", "mps"]
 
+# Names of this machine's processor, and of one with another memory.
+THIS, LIKE_THIS = "this machine", "a machine like this one"
 VENDOR_WORDS = (
     *("nvidia", "geforce", "tesla", "quadro", "amd", "radeon", "instinct", "apple", "generation", "gpu", "blackwell"),
     *("server", "workstation", "edition", "one", "die"),
@@ -72,22 +74,25 @@ class Hardware:
 
 
 def choose_hardware(gpu: str | None, memory: str | None) -> Hardware:
-    """The named card (with ``memory`` in place of its own, if given), a device with ``memory``, or this machine.
+    """The named card, or this machine; with ``memory`` in place of its own, if given.
 
     Raises ConfigError: RW140 for an invalid size, RW141 for an unknown card, with the closest names.
     """
     size = None if memory is None else parse_size(memory)
     if gpu is not None:
         found = of_card(find_card(gpu))
-        return found if size is None else dataclasses.replace(found, memory_bytes=size, note="memory as given")
+    else:
+        found = this_machine()
     if size is None:
-        return this_machine()
-    return Hardware("memory", "a card", "cuda", size, None, None, None, "as given")
+        return found
+    if gpu is None:
+        found = dataclasses.replace(found, kind="memory", name=found.name.replace(THIS, LIKE_THIS))
+    return dataclasses.replace(found, memory_bytes=size, note="memory as given")
 
 
 def shared(hardware: Hardware, processes: int) -> Hardware:
     """What one of ``processes`` on this machine has: an equal part of the processor's memory, or a GPU of its own."""
-    if hardware.kind != "machine" or hardware.device_type != "cpu":
+    if hardware.device_type != "cpu":
         return hardware
     return dataclasses.replace(hardware, memory_bytes=hardware.memory_bytes // processes, sharers=processes)
 
@@ -116,7 +121,8 @@ def _fitting(name: str) -> list[Card]:
     closest = ", ".join(names[key] for key in keys) or "RTX 4090, A100 80GB SXM, H100 SXM, Apple M4 Max 64GB"
     raise ConfigError(
         "RW141",
-        f"there is no card {name!r} in the table; the closest are {closest}. --memory 24GB plans for any other.",
+        f"there is no card {name!r} in the table; the closest are {closest}. With --memory 24GB one of "
+        "these stands for a card of that memory.",
     )
 
 
@@ -222,7 +228,7 @@ def cpu_hardware() -> Hardware:
     limited = left < memory.available
     return Hardware(
         kind="machine",
-        name=f"this machine ({cpu_name()})",
+        name=f"{THIS} ({cpu_name()})",
         device_type="cpu",
         # A peak counts what an idle process takes, and this process has that already.
         memory_bytes=min(left, memory.available) + own_bytes(),

@@ -24,7 +24,7 @@ from rankwise.conflicts import takes_eight_bit
 from rankwise.constants import EQUAL_IN_EIGHT_BITS
 from rankwise.foreign import Fields
 from rankwise.labels import Labels
-from rankwise.models.device import cpu_flags
+from rankwise.models.device import cpu_flags, cpu_name
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 from rankwise.models.load import config_table_rows
@@ -290,7 +290,7 @@ def pace_of(hardware: Hardware, dtype: str) -> Pace | None:
 
 def measured_flops(hardware: Hardware, dtype: str) -> float:
     """FLOP/s of a product with a frozen weight on this processor. Kept for plans that need no torch besides."""
-    key = f"{hardware.name}, {hardware.cores} cores, {dtype}"
+    key = f"{cpu_name()}, {hardware.cores} cores, {dtype}"
     return measured_here(key, lambda: _product_flops(dtype), again="torch" in sys.modules)
 
 

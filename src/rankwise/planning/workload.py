@@ -61,7 +61,8 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     memory: Annotated[
         str | None,
         _device(
-            "Memory to plan for: 24GB (10^9 bytes), 24GiB (2^30), 24 (GB). With --gpu, it replaces the card's.",
+            "Memory to plan for: 24GB (10^9 bytes), 24GiB (2^30), 24 (GB): of a machine like this one, or with --gpu "
+            "of such a card.",
             metavar="SIZE",
         ),
     ] = None
@@ -229,7 +230,7 @@ def on_device(workload: Workload, hardware: Hardware) -> Workload:
         return dataclasses.replace(workload, fast=False)
     if hardware.device_type != "cuda":
         return workload
-    triton = hardware.kind != "machine" or importlib.util.find_spec("triton") is not None
+    triton = hardware.kind == "card" or importlib.util.find_spec("triton") is not None
     return dataclasses.replace(workload, triton=triton, flash=hardware.has_bfloat16 is not False)
 
 
