@@ -136,8 +136,6 @@ class Step:
 
     name: str
     label: str
-    # 0 costs only time, 1 is an approximation, 2 trains fewer parameters, 3 shortens rows.
-    costs: int
     settings: Fields
 
 
@@ -165,10 +163,6 @@ class Change:
         return " and ".join(step.label for step in self.steps)
 
     @property
-    def costs(self) -> int:
-        return max((step.costs for step in self.steps), default=0)
-
-    @property
     def settings(self) -> JsonObject:
         return {name: value for step in self.steps for name, value in step.settings.items()}
 
@@ -186,22 +180,22 @@ class Change:
 def ladder(method: str, workload: Workload, accumulation: int) -> Iterator[Step]:
     """Every step that makes this run smaller, least invasive first. Those of one name replace each other."""
     if not workload.gradient_checkpointing:
-        yield Step("checkpointing", "gradient checkpointing", 0, {"gradient_checkpointing": True})
+        yield Step("checkpointing", "gradient checkpointing", {"gradient_checkpointing": True})
     rows, times = workload.batch_size, accumulation
     while rows > 1:
         # An odd batch becomes single rows.
         rows, times = (rows // 2, times * 2) if rows % 2 == 0 else (1, times * rows)
         label = f"batch {workload.batch_size} -> {rows}"
-        yield Step("batch", label, 0, {"batch_size": rows, "gradient_accumulation": times})
+        yield Step("batch", label, {"batch_size": rows, "gradient_accumulation": times})
     if workload.device_type == "cuda" and workload.optimizer in ("adamw_torch", "adamw_torch_fused"):
-        yield Step("optimizer", f"optimizer {PAGED}", 1, {"optimizer": PAGED})
+        yield Step("optimizer", f"optimizer {PAGED}", {"optimizer": PAGED})
     if method in FOUR_BIT_OF:
         other = FOUR_BIT_OF[method]
-        yield Step("method", f"{method} -> {other}", 1 if other in FOUR_BITS else 2, {"method": other})
+        yield Step("method", f"{method} -> {other}", {"method": other})
     length = workload.max_length
     while length > SHORTEST_ROW:
         length //= 2
-        yield Step("length", f"max-length {workload.max_length:,} -> {length:,}", 3, {"max_length": length})
+        yield Step("length", f"max-length {workload.max_length:,} -> {length:,}", {"max_length": length})
 
 
 class Advisor:
@@ -247,19 +241,11 @@ class Advisor:
     def climbed(
         self, method: str, workload: Workload, accumulation: int, names: Container[str], verdict: str = "fits"
     ) -> Change | None:
-        """The run with the fewest steps of the ladder, from its foot on, that has this verdict; None without any. Where
-        smaller batches alone are enough, the faster of this and checkpointing.
+        """The run with the fewest steps of the ladder, from its foot on, that has this verdict; None without any.
 
         ``names``: the steps that may be taken.
         """
         steps = [step for step in self._steps(method, workload, accumulation) if step.name in names]
-        batches = [step for step in steps if step.name == "batch"]
-        found = [self._climbed(order, method, workload, verdict) for order in (steps, batches)]
-        return min(
-            (change for change in found if change), key=lambda change: (change.costs, change.time_factor), default=None
-        )
-
-    def _climbed(self, steps: Sequence[Step], method: str, workload: Workload, verdict: str) -> Change | None:
         taken: dict[str, Step] = {}
         for step in (None, *steps):
             if step is not None:
