@@ -35,6 +35,7 @@ def test_the_document_has_the_promised_shape(plan):
         assert entry["trainable_parameters"] > 0
     assert document["recommendation"]["method"] == "lora"
     assert document["recommendation"]["reasons"]
+    assert document["recommendation"]["tokens_per_second"] > 0
     assert document["command"].startswith("rankwise train --model")
 
 
@@ -43,6 +44,7 @@ def test_nothing_fits_is_an_answer(plan):
     assert done.code == 0
     assert not any(entry["fits"] for entry in done.document["methods"].values())
     assert {entry["max_batch_size"] for entry in done.document["methods"].values()} == {0}
+    assert {entry["tokens_per_second"] for entry in done.document["methods"].values()} == {None}
     advice = done.document["recommendation"]
     assert advice["method"] is None
     assert advice["missing_bytes"] > 0

@@ -62,7 +62,8 @@ def test_processes_on_this_processor_share_its_memory_and_its_cores(
     monkeypatch.setattr(speed, "measured_flops", lambda *_: 1e11)
     one, four = (make_plan(settings(model, method="lora", devices=count)) for count in (1, 4))
     assert (one.hardware.memory_bytes, four.hardware.memory_bytes) == (8 * 10**9, 2 * 10**9)
-    assert four.rows[0].tokens_per_second == pytest.approx(one.rows[0].tokens_per_second)
+    # Each launches operators and steps an optimizer of its own.
+    assert four.rows[0].tokens_per_second == pytest.approx(one.rows[0].tokens_per_second, rel=0.05)
     assert next(heading(four)).startswith(f"{model} on 4 processes of this machine")
     assert ": 2.00 GB each (" in next(heading(four))
     # Each has a card of its own.

@@ -175,8 +175,11 @@ def settings_sentence(plan: Plan) -> str:
     if work.activation_offloading:
         parts.append("activation offloading on")
     parts.append(work.optimizer)
-    own = advice.estimate
-    return f"{', '.join(parts)}: {peak_words(own)}, {own.trainable_parameters:,} parameters trained"
+    own, pace = advice.estimate, advice.tokens_per_second
+    time = "" if pace is None else f", {pace:,.0f} tokens/s"
+    if advice.seconds is not None:
+        time = f", {duration(advice.seconds)} for the whole run"
+    return f"{', '.join(parts)}: {peak_words(own)}{time}, {own.trainable_parameters:,} parameters trained"
 
 
 def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:

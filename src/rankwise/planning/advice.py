@@ -293,6 +293,9 @@ class Recommendation:
     missing_bytes: int = 0
     # Whether the run fits only without its expected error, and no smaller run fits with it.
     is_tight: bool = False
+    # None where unknown; of the whole run also where its length is.
+    tokens_per_second: float | None = None
+    seconds: float | None = None
 
     @property
     def serving(self) -> tuple[str, ...]:
@@ -307,6 +310,8 @@ class Recommendation:
             "error": self.estimate.error,
             "reasons": [rule.to_json() for rule in self.reasons],
             "serving": list(self.serving),
+            "tokens_per_second": self.tokens_per_second,
+            "seconds": self.seconds,
             "missing_bytes": self.missing_bytes,
             "tight": self.is_tight,
         }

@@ -59,7 +59,7 @@ class MethodRow:
     # Where not one row fits: the longest single row that does.
     longest_row_tokens: int | None
     tokens_per_second: float | None
-    # Seconds of the whole run, where its length is known.
+    # None where the step does not fit, too. Seconds of the whole run, where its length is known.
     seconds: float | None
     # Bytes that each of several devices sends in an optimizer step, and the bandwidth that hides this traffic.
     network_bytes: int
@@ -195,6 +195,10 @@ class _Planner:
         advisor = Advisor(self.estimate, self._seconds, self.hardware.memory_bytes, refused)
         wish = Wish(self.settings.goal, self._given(methods), accumulation, is_mixture=self.facts.experts > 0)
         recommendation = recommend(advisor, methods, self.workload, wish)
+        if recommendation.method is not None:
+            chosen, times = recommendation.workload, recommendation.settings["gradient_accumulation"]
+            pace, seconds = self._time(recommendation.estimate, chosen, times)
+            recommendation = dataclasses.replace(recommendation, tokens_per_second=pace, seconds=seconds)
         from_disk = any(row.verdict == "from disk" for row in rows)
         path = self.source.path
         assert path is not None
@@ -243,26 +247,33 @@ class _Planner:
 
     def _row(self, method: str) -> MethodRow:
         memory, own = self.hardware.memory_bytes, self.estimate(method, self.workload)
-        pace = tokens_per_second(own, self.facts, self.workload, self.pace)
-        tokens, accumulation = run_tokens(self.settings), self.settings.gradient_accumulation
+        accumulation = self.settings.gradient_accumulation
         stored, most = self.facts.stored, self.facts.position_rows or MOST_TOKENS
         mapped = mapped_weights(own, self.hardware.device_type)
         rows, single = largest_batch(self.estimate, method, self.workload, memory), None
         if not rows:
             one = dataclasses.replace(self.workload, batch_size=1)
             single = longest_row(self.estimate, method, one, memory, most=most)
+        verdict = verdict_of(own, memory, mapped)
+        pace, seconds = (None, None) if verdict == "too big" else self._time(own, self.workload, accumulation)
         return MethodRow(
             estimate=own if stored is None else dataclasses.replace(own, notes=(*own.notes, stored.note)),
-            verdict=verdict_of(own, memory, mapped),
+            verdict=verdict,
             mapped_bytes=mapped,
             spare_bytes=memory - own.peak_bytes,
             max_batch_size=rows,
             longest_row_tokens=single,
             tokens_per_second=pace,
-            seconds=tokens / pace if pace and tokens else None,
+            seconds=seconds,
             network_bytes=own.network.of_step(accumulation),
             network_bytes_per_second=hiding_bandwidth(own, self.facts, self.workload, self.pace, accumulation),
         )
+
+    def _time(self, own: MemoryEstimate, work: Workload, accumulation: int) -> tuple[float | None, float | None]:
+        """(tokens of a second, seconds of the whole run), None where unknown. Shorter rows are fewer tokens."""
+        pace = tokens_per_second(own, self.facts, work, self.pace, accumulation)
+        tokens = run_tokens(self.settings)
+        return pace, tokens * work.max_length / self.workload.max_length / pace if pace and tokens else None
 
     def _seconds(self, own: MemoryEstimate, workload: Workload) -> float:
         return micro_batch_seconds(own, self.facts, workload, self.pace or nominal_pace(workload.dtype))
