@@ -151,7 +151,7 @@ def test_the_largest_batch_fits_and_a_much_larger_does_not(rankwise, model_folde
 
 def test_people_read_a_table_advice_and_a_command(plan, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    done = plan("--memory", ENOUGH)
+    done = plan("--memory", ENOUGH, "--why")
     assert done.code == 0
     for method in PLANNED:
         assert f"\n{method}" in done.stdout
@@ -159,6 +159,28 @@ def test_people_read_a_table_advice_and_a_command(plan, monkeypatch):
         assert word in done.stdout
     # The first line holds a path, the command is one line so that it can be copied.
     assert all(len(line) <= 80 for line in done.stdout.splitlines()[1:] if "rankwise train" not in line)
+
+
+@pytest.mark.parametrize(
+    "place", [("--memory", "8GB"), ("--memory", "480MB", "--max-length", 2048, "--batch-size", 64)]
+)
+@pytest.mark.parametrize("method", ["all", "qdora"])
+def test_the_command_comes_after_few_words(plan, monkeypatch, place, method):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = plan(*place, "--method", method).stdout.split("\n\n", 2)[2]
+    assert "because" in words
+    assert "arXiv" not in words
+    assert len(words.partition("\nrun ")[0].splitlines()) <= 10
+
+
+def test_of_all_traces_one_line_is_told(plan, monkeypatch):
+    def make_plan(settings, say):
+        for number in range(9):
+            say(f"tracing step {number} ...")
+        raise ConfigError("RW130", "the end.")
+
+    monkeypatch.setattr("rankwise.planning.plan.make_plan", make_plan)
+    assert plan().stderr.splitlines() == ["tracing step 0 ...", "error RW130: the end."]
 
 
 @pytest.mark.parametrize("method", ["all", "full", "lora", "qlora", "dora", "qdora"])

@@ -39,15 +39,16 @@ APPLE = (
 LABEL = 12
 
 
-def show(plan: Plan, command: str | None, output: Output) -> None:
-    """Print everything for people; with ``--json`` it goes to stderr."""
+def show(plan: Plan, command: str | None, output: Output, *, why: bool) -> None:
+    """Print everything for people, ``why`` the reasons too; with ``--json`` it goes to stderr."""
     for line in heading(plan):
         output.line(line)
     output.line()
     output.console.print(table(plan))
     output.line()
     unplanned = [(f"{item.method}:", f"cannot be planned: {item.code}: {item.message}") for item in plan.unplanned]
-    print_lines([*unplanned, *change_lines(plan), *recommendation_lines(plan, command), *footnotes(plan)], output)
+    advice = [*recommendation_lines(plan, command), *(reason_lines(plan) if why else [])]
+    print_lines([*advice, *unplanned, *change_lines(plan), *footnotes(plan, why=why)], output)
 
 
 def heading(plan: Plan) -> Iterator[str]:
@@ -119,8 +120,7 @@ def _largest(row: MethodRow, plan: Plan) -> str:
 
 def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     """``batch 4 -> 2: -3.1 GB, +9 % time: fits``, each change by itself."""
-    if not plan.changes:
-        return
+    yield "", ""
     label = f"{plan.changes_of}:"
     for change in plan.changes:
         sign = "-" if change.saved_bytes >= 0 else "+"
@@ -131,8 +131,6 @@ def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str, str]]:
     advice = plan.recommendation
-    if plan.changes or plan.unplanned:
-        yield "", ""
     if advice.method is None or command is None:
         work = advice.workload
         yield (
@@ -148,10 +146,13 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
     if advice.is_tight:
         most = byte_size(advice.estimate.most_bytes)
         yield "tight", f"nothing smaller fits: with its error the peak may reach {most}, and memory may run out."
-    for index, rule in enumerate(advice.reasons):
-        yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
     yield "run", command
     yield from (("serve" if index == 0 else "", text) for index, text in enumerate(advice.serving))
+
+
+def reason_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    for index, rule in enumerate(plan.recommendation.reasons):
+        yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
 
 
 def larger_card(estimate: MemoryEstimate) -> str:
@@ -182,8 +183,10 @@ def settings_sentence(plan: Plan) -> str:
     return f"{', '.join(parts)}: {peak_words(own)}{time}, {own.trainable_parameters:,} parameters trained"
 
 
-def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
+def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
     yield "", ""
+    if plan.recommendation.reasons and not why:
+        yield "because", "--why prints the reasons, with their sources"
     error = max(row.estimate.error for row in plan.rows)
     yield (
         "peak",

@@ -33,7 +33,7 @@ from rankwise.models.device import cpu_flags
 from rankwise.models.source import fetch_model
 from rankwise.planning import hardware
 from rankwise.planning.speed import PlannedModel, Stored, read_model
-from rankwise.planning.workload import DTYPE_BYTES, PLANNED, Workload, rule_of, uncollected
+from rankwise.planning.workload import DTYPE_BYTES, PLANNED, TRACING, Workload, rule_of, uncollected
 from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
 
@@ -213,7 +213,7 @@ class Traces:
         rule_of(workload.optimizer)
         key = f"{method} {json.dumps(dataclasses.asdict(workload), sort_keys=True, default=str)}"
         if key not in self._kept:
-            line = f"tracing {method} at {workload.batch_size} x {workload.max_length:,} tokens ..."
+            line = f"{TRACING} {method} at {workload.batch_size} x {workload.max_length:,} tokens ..."
             with _told(self.say, line), uncollected():
                 self._kept[key] = dataclasses.asdict(self._trace(method, workload))
             self._keep()

@@ -32,6 +32,8 @@ PLANNED = ("full", "lora", "qlora", "dora", "qdora")
 PLANNED_LABELS = 2
 
 ALL = "all"
+# How the lines begin that tell of a trace.
+TRACING = "tracing"
 Goal = Literal["speed", "quality", "serving"]
 
 _model = functools.partial(option, Panel.MODEL)
@@ -83,6 +85,7 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     check: Annotated[
         bool, _sure("Run three real steps here, on random weights, and compare measured and predicted memory.")
     ] = False
+    why: Annotated[bool, _sure("Print the reasons of the recommendation, with their sources.")] = False
     save: Annotated[Path | None, _file("Write the recommended settings for `rankwise train --config`.")] = None
 
     @model_validator(mode="before")
