@@ -187,6 +187,8 @@ def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
     yield "", ""
     if plan.recommendation.reasons and not why:
         yield "because", "--why prints the reasons, with their sources"
+    if plan.unreached is not None:
+        yield "shape", f"of {plan.model} as built in: {plan.unreached}"
     error = max(row.estimate.error for row in plan.rows)
     yield (
         "peak",

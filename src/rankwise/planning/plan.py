@@ -10,7 +10,7 @@ from rankwise.config import FOUR_BITS, DefaultRate, default_rate
 from rankwise.disk import read_speed
 from rankwise.errors import ConfigError, ModelError, QuantizationError
 from rankwise.foreign import JsonObject
-from rankwise.models.source import ModelSource, fetch_model
+from rankwise.models.source import ModelSource
 from rankwise.planning.advice import (
     MOST_TOKENS,
     Advisor,
@@ -33,6 +33,7 @@ from rankwise.planning.speed import (
     nominal_pace,
     pace_of,
     read_model,
+    source_or_shape,
     tokens_per_second,
 )
 from rankwise.planning.workload import SHARED, PlanSettings, Workload, check_device, run_tokens, workload_for
@@ -124,6 +125,8 @@ class Plan:
     rate: DefaultRate | None
     # Bytes a second of the disk that holds the weights, measured where a run would read them again in each step.
     disk_bytes_per_second: float | None
+    # Why the hub did not give the model's config, where its built-in shape was planned.
+    unreached: str | None = None
 
     def to_json(self) -> JsonObject:
         return {
@@ -140,6 +143,7 @@ class Plan:
             "run_tokens": self.run_tokens,
             "learning_rate": self.rate and {"rate": self.rate.rate, "reason": self.rate.reason},
             "disk_bytes_per_second": self.disk_bytes_per_second,
+            "built_in_shape": self.unreached is not None,
         }
 
 
@@ -156,10 +160,11 @@ def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: Non
     hardware = shared(choose_hardware(settings.gpu, settings.memory), settings.devices)
     check_device(settings.optimizer, hardware.device_type, hardware.name)
     workload = workload_for(settings, hardware)
-    source = fetch_model(
-        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code, weights=False
+    source, unreached = source_or_shape(
+        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
-    return _Planner(settings, source, hardware, methods, workload, say).plan()
+    made = _Planner(settings, source, hardware, methods, workload, say).plan()
+    return dataclasses.replace(made, unreached=unreached)
 
 
 class _Planner:

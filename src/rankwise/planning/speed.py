@@ -18,20 +18,24 @@ import sys
 import time
 from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.conflicts import takes_eight_bit
 from rankwise.constants import EQUAL_IN_EIGHT_BITS
+from rankwise.disk import cache_folder
+from rankwise.errors import ModelError
 from rankwise.foreign import Fields
 from rankwise.labels import Labels
 from rankwise.models.device import cpu_flags, cpu_name
-from rankwise.models.folder import read_config
+from rankwise.models.folder import CONFIG_FILE, read_config
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 from rankwise.models.load import config_table_rows
-from rankwise.models.source import ModelSource
+from rankwise.models.source import ModelSource, fetch_model
 from rankwise.planning.hardware import Hardware, find_card, measured_here, of_card
 from rankwise.planning.workload import Workload
+from rankwise.records import write_json
 
 if TYPE_CHECKING:
     from rankwise.planning.extend import MemoryEstimate
@@ -168,6 +172,27 @@ def read_model(source: ModelSource, *, trust_remote_code: bool = False, labels: 
         family, facts = str(config.get("model_type") or ""), facts_of(config)
     facts = dataclasses.replace(facts, has_labels=labels > 0, equal_in_eight_bits=family in EQUAL_IN_EIGHT_BITS)
     return PlannedModel(source, family, facts, identity, trust_remote_code)
+
+
+# Codes of errors of the hub that do not speak against a name: no network, terms that were not accepted.
+UNREACHED = ("RW313", "RW315")
+
+
+def source_or_shape(model: str, **options: Any) -> tuple[ModelSource, str | None]:
+    """(``fetch_model`` without weights, None), or where the hub does not give a well-known model's config, (a folder
+    with the sizes in ``shapes.json``, why). Raises ModelError as ``fetch_model`` does.
+    """
+    try:
+        return fetch_model(model, weights=False, **options), None
+    except ModelError as error:
+        table = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
+        config = next((row["config"] for row in table if model in row["ids"]), None)
+        if config is None or error.code not in UNREACHED:
+            raise
+        folder = cache_folder() / "shapes" / model.replace("/", "--")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG_FILE, config)
+        return ModelSource("hub", model, folder, model), error.message
 
 
 def facts_of(config: Fields) -> ModelFacts:
