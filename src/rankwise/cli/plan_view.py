@@ -120,7 +120,8 @@ def _largest(row: MethodRow, plan: Plan) -> str:
 
 def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     """``batch 4 -> 2: -3.1 GB, +9 % time: fits``, each change by itself."""
-    yield "", ""
+    if plan.changes:
+        yield "", ""
     label = f"{plan.changes_of}:"
     for change in plan.changes:
         sign = "-" if change.saved_bytes >= 0 else "+"
