@@ -3,7 +3,8 @@
     python benchmarks/memory_plan.py          # half an hour; a run that the file already has is not repeated
     python benchmarks/memory_plan.py dpo      # only the runs with this word, anew
 
-Both figures are those of run.json: on a CPU the process's own memory and mapped weights, on CUDA torch's allocator.
+All figures are those of run.json: on a CPU the process's own memory and mapped weights, on CUDA torch's allocator.
+Errors are of the training part, without the idle process.
 Writes a JSON file into benchmarks/results, and memory.md beside it anew.
 """
 
@@ -124,7 +125,8 @@ def figures(order: tuple[str, str, int, str], place: Path) -> dict[str, int]:
         arguments = [*words.split(), *options, "--max-steps", str(STEPS), "--output", f"{folder}/run"]
         in_a_process(train, arguments)
         record = json.loads(Path(folder, "run", "run.json").read_text(encoding="utf-8"))
-    return {"predicted": record["predicted_peak_memory_bytes"], "measured": record["peak_memory_bytes"]}
+    names = {"predicted": "predicted_peak_memory_bytes", "measured": "peak_memory_bytes", "idle": "idle_bytes"}
+    return {name: record[field] for name, field in names.items()}
 
 
 def in_a_process(function: Callable[[Any], None], argument: Any) -> None:
@@ -139,7 +141,7 @@ def train(arguments: list[str]) -> None:
 
 
 def errors(rows: Sequence[dict[str, Any]]) -> list[float]:
-    return [row["predicted"] / row["measured"] - 1 for row in rows]
+    return [(row["predicted"] - row["idle"]) / (row["measured"] - row["idle"]) - 1 for row in rows]
 
 
 def page(runs: list[results.Run]) -> list[str]:
@@ -151,10 +153,11 @@ def page(runs: list[results.Run]) -> list[str]:
         lines += [
             f"{results.processor(run)}: {len(off)} runs of {STEPS} steps, each in a process of its own. The median "
             f"error is {median:+.1f} %, the median of its size {of_size:.1f} %; {within} are within {100 * GOAL:.0f} %"
-            f", and {above} predictions lie above the measurement. MB are 10^6 bytes of the whole process.",
+            f", and {above} predictions lie above the measurement. MB are 10^6 bytes; idle is a "
+            "process with its libraries, and errors are of the rest.",
             "",
             *results.table(
-                ("model", "method", "rows", "data and options", "predicted", "measured", "off by"),
+                ("model", "method", "rows", "data and options", "idle", "predicted", "measured", "off by"),
                 [cells(row, error) for row, error in zip(run["rows"], off, strict=True)],
             ),
         ]
@@ -163,7 +166,7 @@ def page(runs: list[results.Run]) -> list[str]:
 
 def cells(row: dict[str, Any], error: float) -> list[str]:
     model, method, rows, more = row["run"]
-    sizes = [f"{row[name] / 1e6:,.0f}" for name in ("predicted", "measured")]
+    sizes = [f"{row[name] / 1e6:,.0f}" for name in ("idle", "predicted", "measured")]
     return [model, method, str(rows), more.replace("--", ""), *sizes, f"{100 * error:+.1f} %"]
 
 

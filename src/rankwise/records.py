@@ -77,10 +77,13 @@ class RunRecord:
     tokens_per_second: float | None = None
     # Training examples divided by the seconds of the training steps, without loading and evaluation.
     examples_per_second: float | None = None
+    # An idle process (idle_bytes) and the training.
     peak_memory_bytes: int | None = None
     # The part of peak_memory_bytes that is frozen weights in mapped files, which the system may drop and read again.
     mapped_bytes: int | None = None
     predicted_peak_memory_bytes: int | None = None
+    # The part of both peaks that the process takes with its libraries alone; 0 on a GPU, whose meter does not see it.
+    idle_bytes: int | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     wall_seconds: float | None = None

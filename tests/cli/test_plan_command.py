@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -13,9 +14,10 @@ import yaml
 
 from rankwise.cli.main import main
 from rankwise.config import TrainSettings
-from rankwise.errors import ConfigError
+from rankwise.errors import ConfigError, DataError
 from rankwise.options import read_settings
 from rankwise.planning import PLANNED, TERMS, hardware
+from rankwise.training.run import _check_settings
 
 ENOUGH, LITTLE = "8GB", "1MB"
 
@@ -33,6 +35,7 @@ def test_the_document_has_the_promised_shape(plan):
         assert entry["trainable_parameters"] > 0
     assert document["recommendation"]["method"] == "lora"
     assert document["recommendation"]["reasons"]
+    assert document["recommendation"]["tokens_per_second"] > 0
     assert document["command"].startswith("rankwise train --model")
 
 
@@ -41,6 +44,7 @@ def test_nothing_fits_is_an_answer(plan):
     assert done.code == 0
     assert not any(entry["fits"] for entry in done.document["methods"].values())
     assert {entry["max_batch_size"] for entry in done.document["methods"].values()} == {0}
+    assert {entry["tokens_per_second"] for entry in done.document["methods"].values()} == {None}
     advice = done.document["recommendation"]
     assert advice["method"] is None
     assert advice["missing_bytes"] > 0
@@ -147,14 +151,66 @@ def test_the_largest_batch_fits_and_a_much_larger_does_not(rankwise, model_folde
 
 def test_people_read_a_table_advice_and_a_command(plan, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    done = plan("--memory", ENOUGH)
+    done = plan("--memory", ENOUGH, "--why")
     assert done.code == 0
     for method in PLANNED:
         assert f"\n{method}" in done.stdout
-    for word in ("weights", "activ.", "logits", "peak ±", "largest", "take", "because", "run", "serve", "arXiv"):
+    for word in ("weights", "activ.", "logits", "idle", "peak", "largest", "take", "because", "run", "serve", "arXiv"):
         assert word in done.stdout
     # The first line holds a path, the command is one line so that it can be copied.
     assert all(len(line) <= 80 for line in done.stdout.splitlines()[1:] if "rankwise train" not in line)
+
+
+@pytest.mark.parametrize(
+    "place", [("--memory", "8GB"), ("--memory", "480MB", "--max-length", 2048, "--batch-size", 64)]
+)
+@pytest.mark.parametrize("method", ["all", "qdora"])
+def test_the_command_comes_after_few_words(plan, monkeypatch, place, method):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = plan(*place, "--method", method).stdout.split("\n\n", 2)[2]
+    assert "because" in words
+    assert "arXiv" not in words
+    assert len(words.partition("\nrun ")[0].splitlines()) <= 10
+
+
+def test_of_all_traces_one_line_is_told(plan, monkeypatch):
+    def make_plan(settings, say):
+        for number in range(9):
+            say(f"tracing step {number} ...")
+        raise ConfigError("RW130", "the end.")
+
+    monkeypatch.setattr("rankwise.planning.plan.make_plan", make_plan)
+    assert plan().stderr.splitlines() == ["tracing step 0 ...", "error RW130: the end."]
+
+
+@pytest.mark.parametrize("method", ["all", "full", "lora", "qlora", "dora", "qdora"])
+@pytest.mark.parametrize(
+    ("device", "place"),
+    [
+        ("cpu", ("--memory", "8GB")),
+        ("cpu", ("--memory", "560MB", "--max-length", 2048)),
+        ("cpu", ("--memory", "480MB", "--max-length", 2048, "--batch-size", 64)),
+        ("cuda", ("--gpu", "RTX 4090")),
+        ("cuda", ("--gpu", "RTX 4090", "--memory", "620MB", "--max-length", 2048)),
+        ("mps", ("--gpu", "Apple M4 Max 64GB")),
+    ],
+)
+def test_train_takes_what_a_plan_recommends(rankwise, plan, rows_file, tmp_path, monkeypatch, device, place, method):
+    """The line under ``run``, up to where data are read; nothing may be recommended where nothing fits."""
+    done = plan(*place, "--method", method, "--json")
+    assert done.code == 0
+    command = done.document["command"]
+    assert command is not None or done.document["recommendation"]["missing_bytes"]
+    if command is None:
+        return
+
+    def check(given, *_):
+        _check_settings(given, device)
+        raise DataError("RW201", "all settings are taken.")
+
+    monkeypatch.setattr("rankwise.training.run.train", check)
+    words = command.replace("--data D --output O", f"--data {rows_file} --output {tmp_path / 'run'}")
+    assert "RW201: all settings are taken." in rankwise(*shlex.split(words)[1:]).stderr
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_the_prediction_is_printed_and_recorded(train, tmp_path):
     assert done.code == 0
     record = record_of(tmp_path)
     before, after = record["predicted_peak_memory_bytes"], record["peak_memory_bytes"]
-    assert f"predicted peak {byte_size(before)} ±" in done.stdout
+    assert f"predicted peak {byte_size(before)} (idle process " in done.stdout
     assert f"peak memory {byte_size(after)} (predicted {byte_size(before)})" in done.stdout
 
 
@@ -60,7 +60,23 @@ def test_a_new_process_stays_inside_the_printed_interval(several, model_folder, 
     record = record_of(tmp_path)
     predicted = record["predicted_peak_memory_bytes"]
     error = int(re.search(r"predicted peak .* ±(\d+) %", done.stdout)[1]) / 100
-    assert abs(record["peak_memory_bytes"] - predicted) <= error * predicted
+    assert abs(record["peak_memory_bytes"] - predicted) <= error * (predicted - record["idle_bytes"])
+
+
+@pytest.mark.parametrize("options", [("--method", "lora"), ("--method", "qdora", "--no-fast")])
+def test_a_plan_of_the_same_step_says_the_same_number(rankwise, several, model_folder, tmp_path, options):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(8 * (json.dumps({"text": 4 * "abcdefghij"}) + "\n"))
+    own = ("--model", model_folder, "--batch-size", 4, "--r", 2, *options)
+    command = ("train", *own, "--data", rows, "--output", tmp_path / "run", "--device", "cpu", "--max-steps", 1)
+    done = several.start(1, [*command]).ended()
+    assert done.codes == [0], done.stderr
+    length = re.search(r"for 4 rows of (\d+) tokens", done.stdout)[1]
+    row = rankwise("plan", *own, "--max-length", length, "--json").document["methods"][options[1]]
+    record = record_of(tmp_path)
+    assert record["predicted_peak_memory_bytes"] == pytest.approx(row["peak_bytes"], rel=0.01)
+    assert row["peak_bytes"] == row["idle_bytes"] + row["training_bytes"]
+    assert record["idle_bytes"] == row["idle_bytes"]
 
 
 def test_an_evaluation_of_longer_rows_decides(train, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,6 +215,15 @@ def test_options_that_no_method_uses_are_said(methods: str, said: str | None, tm
     told = [item["message"] for item in found["warnings"] if item["code"] == "RW529"]
     assert len(told) == (said is not None)
     assert all(message.startswith(said) for message in told)
+
+
+def test_the_time_of_all_steps_is_told_before_the_first_run(tmp_path: Path):
+    told: list[str] = []
+    watcher = Quiet()
+    watcher.say, watcher.started = told.append, lambda job: told.append("started")  # type: ignore[method-assign]
+    compare(watcher=watcher, **given(tmp_path, methods="lora,qlora", learning_rates="2e-4", seeds=1, max_steps=7))
+    before = told[: told.index("started")]
+    assert any(re.match("About .* for all steps, by the plan: 7 steps a run", line) for line in before), told
 
 
 @pytest.mark.usefixtures("real_processes")

@@ -55,11 +55,18 @@ def test_with_room_lora_is_taken_as_it_was_asked_for():
 
 
 def test_the_rows_of_a_step_are_kept_when_the_batch_shrinks():
-    advice = advise(WEIGHTS + 5 * 1024 * PER_TOKEN)
+    advice = advise(WEIGHTS + 1500 * PER_TOKEN)
     assert advice.method == "lora"
     assert advice.settings["batch_size"] * advice.settings["gradient_accumulation"] == 8
     assert advice.workload.batch_size == 4
-    assert not advice.workload.gradient_checkpointing
+    assert advice.workload.gradient_checkpointing
+
+
+def test_checkpointing_alone_keeps_the_batch():
+    """Where half the batch would do too."""
+    advice = advise(WEIGHTS + 5 * 1024 * PER_TOKEN)
+    assert (advice.method, advice.workload.batch_size) == ("lora", WORK.batch_size)
+    assert advice.workload.gradient_checkpointing
 
 
 def test_four_bits_only_where_sixteen_do_not_fit():
@@ -102,7 +109,7 @@ def test_what_fits_with_its_error_comes_before_what_is_gentler_and_tight():
     memory = toy_estimate("lora", WORK).peak_bytes
     advice = advise(memory, methods=("lora",))
     assert not advice.is_tight
-    assert advice.workload.batch_size < WORK.batch_size
+    assert advice.workload.gradient_checkpointing
 
 
 def test_where_nothing_fits_the_lack_is_that_of_the_smallest_run():
@@ -115,11 +122,9 @@ def test_the_ladder_is_climbed_no_higher_than_it_must_be():
     """Checkpointing, half the batch, 8-bit states, four bits, shorter rows; every step costs what it costs."""
     steps = list(dict.fromkeys(step.name for step in ladder("lora", WORK, 1)))
     assert steps == ["checkpointing", "batch", "optimizer", "method", "length"]
-    costs = [step.costs for step in ladder("lora", WORK, 1)]
-    assert costs == sorted(costs)
     climbed = [advisor(memory).climbed("lora", WORK, 1, LADDER) for memory in (20e9, 7e9, 1.6e9, 0.9e9, 0.4e9, 1e8)]
     taken = [None if change is None else [step.name for step in change.steps] for change in climbed]
-    assert taken == [[], steps[1:2], steps[:2], steps[:4], steps, None]
+    assert taken == [[], steps[:1], steps[:2], steps[:4], steps, None]
     for change in climbed[:-1]:
         assert change.verdict == "fits"
         assert change.estimate == toy_estimate(change.method, change.workload)

@@ -112,7 +112,9 @@ def test_usable_memory_is_what_torch_reports():
 
 
 def test_memory_alone_and_beside_a_card():
-    assert choose_hardware(None, "24GB").memory_bytes == 24 * 10**9
+    alone = choose_hardware(None, "24GB")
+    assert (alone.memory_bytes, alone.device_type) == (24 * 10**9, choose_hardware(None, None).device_type)
+    assert alone.name.startswith("a machine like this one")
     mixed = choose_hardware("RTX 4090", "48GiB")
     assert (mixed.name, mixed.memory_bytes) == ("RTX 4090", 48 * 2**30)
     assert mixed.flops_per_second == choose_hardware("RTX 4090", None).flops_per_second
@@ -159,6 +161,7 @@ def test_memory_limits_of_containers_and_jobs_count(monkeypatch, tmp_path, versi
     """Of each group: its limit, what it uses, and what of this the kernel frees first."""
     monkeypatch.setattr(hardware, "ROOT", tmp_path)
     monkeypatch.setattr(hardware, "_may_have_gpu", lambda: False)
+    monkeypatch.setattr(hardware, "own_bytes", lambda: 0)
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(own + "\n")
     for name, numbers in groups.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -15,8 +17,11 @@ from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.speed import (
     DEQUANTIZE_SHARE,
     EIGHT_BITS_SHARE,
+    OPTIMIZER_SECONDS,
+    RUN_SHARES,
     STEP_SHARE,
     Pace,
+    device_seconds,
     facts_of,
     flops_per_token,
     launch_seconds,
@@ -24,6 +29,7 @@ from rankwise.planning.speed import (
     micro_batch_seconds,
     offloaded_bytes,
     pace_of,
+    step_seconds,
     weight_traffic_bytes,
 )
 from toy_memory import toy_estimate
@@ -37,6 +43,7 @@ LLAMA_7B = {
     "tie_word_embeddings": False,
     "model_type": "llama",
 }
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PARAMETERS_7B = 6_738_415_616
 SHORT = Workload(max_length=2, batch_size=1)
 
@@ -83,7 +90,25 @@ def test_seconds_add_operations_and_traffic():
     both = micro_batch_seconds(estimate, facts, work, Pace(1e12, 1e12, ""))
     assert both - fast == pytest.approx(weight_traffic_bytes("lora", facts, estimate.total_parameters, work) / 1e12)
     twice = dataclasses.replace(work, batch_size=2)
-    assert micro_batch_seconds(estimate, facts, twice, Pace(1e12, None, "")) == pytest.approx(2 * fast)
+    launching = launch_seconds("lora", facts, work)
+    assert micro_batch_seconds(estimate, facts, twice, Pace(1e12, None, "")) == pytest.approx(2 * fast - launching)
+
+
+def test_a_step_of_a_processor_has_its_optimizer():
+    facts, work, pace = facts_of(LLAMA_7B), dataclasses.replace(SHORT, device_type="cpu"), Pace(1e12, None, "")
+    own = toy_estimate("lora", work)
+    updating = OPTIMIZER_SECONDS * own.trainable_parameters
+    micro = micro_batch_seconds(own, facts, work, pace)
+    assert step_seconds(own, facts, work, pace, 4) == pytest.approx(4 * micro + updating)
+
+
+@pytest.mark.parametrize("method", RUN_SHARES)
+def test_methods_differ_as_in_measured_whole_runs(method):
+    """QLoRA takes longer than LoRA."""
+    files = (RESULTS / f"end_to_end_{name}.json" for name in ("amx", "avx512_bf16", "avx2_float32"))
+    runs = [{row["method"]: row["ours"] for row in json.loads(file.read_text())["rows"]} for file in files]
+    ratios = [run["lora"]["train_seconds"] / run[method]["train_seconds"] for run in runs]
+    assert RUN_SHARES[method] == pytest.approx(statistics.geometric_mean(ratios), abs=0.005)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +118,7 @@ def test_products_in_8_bits_are_known(objective, more, share, monkeypatch):
     monkeypatch.setattr(speed, "cpu_flags", lambda: {"avx512_bf16", more})
     work, exact = dataclasses.replace(SHORT, device_type="cpu", objective=objective), facts_of(LLAMA_7B)
     both = exact, dataclasses.replace(exact, equal_in_eight_bits=True)
-    usual, found = (micro_batch_seconds(toy_estimate("lora", work), one, work, Pace(1e12, None, "")) for one in both)
+    usual, found = (device_seconds(toy_estimate("lora", work), one, work, Pace(1e12, None, "")) for one in both)
     assert found == pytest.approx(share * usual)
 
 
@@ -106,7 +131,6 @@ def test_no_micro_batch_of_a_card_is_faster_than_its_launches():
     # As `benchmarks/gpu_paper.py` counts them; tests/test_gpu_benchmarks.py compares.
     assert launch_seconds("qlora", facts, SHORT) == pytest.approx(32 * 83 * 15e-6)
     assert launch_seconds("qdora", facts, again) == pytest.approx(32 * (40 + 92) * 15e-6)
-    assert launch_seconds("lora", facts, dataclasses.replace(SHORT, device_type="cpu")) == 0
 
 
 def test_offloaded_bytes_go_over_and_come_back():

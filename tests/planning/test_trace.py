@@ -46,10 +46,8 @@ def test_so_they_do_without_our_fused_parts(method):
     workload = Workload(fast=False, **STEP | {"max_length": 192})
     fake, real = (trace(skeleton("llama", **SMALL), method, workload, fake=is_fake) for is_fake in (True, False))
     assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
-    assert (
-        fake.peak_bytes
-        >= trace(skeleton("llama", **SMALL), method, dataclasses.replace(workload, fast=True)).peak_bytes
-    )
+    fused = trace(skeleton("llama", **SMALL), method, dataclasses.replace(workload, fast=True))
+    assert fake.peak_bytes - _overhead(fake) >= fused.peak_bytes - _overhead(fused)
     assert any("PyTorch's own step" in note for note in fake.notes)
 
 
@@ -184,7 +182,7 @@ def test_terms_sum_to_the_peak_and_have_known_names():
     found = trace(skeleton("llama", **SMALL), "qdora", Workload(batch_size=2, max_length=64))
     assert sum(found.breakdown.values()) == found.peak_bytes
     assert tuple(found.breakdown) == TERMS
-    assert found.outside_bytes <= found.breakdown["overhead"]
+    assert found.idle_bytes <= found.outside_bytes <= found.idle_bytes + found.breakdown["overhead"]
 
 
 def test_longer_rows_and_larger_batches_take_more():

@@ -67,7 +67,7 @@ def test_a_tracker_gets_what_is_logged_and_the_run_is_the_same(trackers, setting
 
 
 def test_memory_stands_beside_its_prediction(settings, fake):
-    plan = SimpleNamespace(before_loading=lambda *_: None, before_training=lambda *_: 2**20)
+    plan = SimpleNamespace(before_loading=lambda *_: None, before_training=lambda *_: (2**20, 0))
     train(settings(report_to="trackio"), foresight=plan)
     values = fake.lines[-2][1]
     assert values["memory/predicted_peak_memory_bytes"] == 2**20

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from rankwise.disk import hold
 from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.options import option_words
-from rankwise.planning.workload import PlanSettings
+from rankwise.planning.workload import TRACING, PlanSettings
 from rankwise.records import write_text
 from rankwise.reports.numbers import byte_size
 
@@ -34,19 +35,37 @@ def run(settings: PlanSettings, output: Output) -> Document:
     # A link, such as /dev/stdout, would itself be replaced.
     if place is not None and (place.is_dir() or place.is_symlink() or not place.parent.is_dir()):
         raise ConfigError("RW105", f"--save {place} is a link, or no file in a folder that exists; give one.")
-    plan = make_plan(settings, functools.partial(print, file=sys.stderr, flush=True))
+    with _progress(output) as say:
+        plan = make_plan(settings, say)
     document = {**plan.to_json(), "command": command_of(plan.recommendation, settings.save)}
     # Written before anything is printed, so that a closed pipe (`| head`) or a failed check loses no file.
     if settings.save is not None and plan.recommendation.method is not None:
         with hold(settings.save):
             write_text(settings.save, as_yaml(plan))
         document["saved"] = str(settings.save)
-    plan_view.show(plan, document["command"], output)
+    plan_view.show(plan, document["command"], output, why=settings.why)
     if settings.check:
         document["check"] = _check(settings, plan, output)
     if settings.save is not None:
         output.line(f"{'saved':<12}{document.get('saved', 'nothing, since nothing fits')}")
     return document
+
+
+@contextmanager
+def _progress(output: Output) -> Iterator[Callable[[str], None]]:
+    """Shows what is traced: on a terminal in one line that changes, elsewhere only the first that takes long."""
+    if output.is_terminal:
+        with output.console.status("planning") as status:
+            yield status.update
+        return
+    told: list[str] = []
+
+    def say(line: str) -> None:
+        if not told or not line.startswith(TRACING):
+            print(line, file=sys.stderr, flush=True)
+        told.append(line)
+
+    yield say
 
 
 def command_of(recommendation: Recommendation, saved: Path | None) -> str | None:

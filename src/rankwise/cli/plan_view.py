@@ -11,7 +11,7 @@ from rich.text import Text
 
 from rankwise.cli.output import Output, light_table
 from rankwise.config import FOUR_BITS
-from rankwise.planning.advice import disk_words, mapped_weights
+from rankwise.planning.advice import disk_words, mapped_weights, peak_words
 from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
 from rankwise.reports.numbers import byte_size, duration
@@ -29,6 +29,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "logits": ("logits",),
     "transient": ("transient",),
     "overhead": ("overhead",),
+    "idle": ("idle",),
 }
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "from disk": "yellow", "too big": "red"}
 APPLE = (
@@ -38,15 +39,16 @@ APPLE = (
 LABEL = 12
 
 
-def show(plan: Plan, command: str | None, output: Output) -> None:
-    """Print everything for people; with ``--json`` it goes to stderr."""
+def show(plan: Plan, command: str | None, output: Output, *, why: bool) -> None:
+    """Print everything for people, ``why`` the reasons too; with ``--json`` it goes to stderr."""
     for line in heading(plan):
         output.line(line)
     output.line()
     output.console.print(table(plan))
     output.line()
     unplanned = [(f"{item.method}:", f"cannot be planned: {item.code}: {item.message}") for item in plan.unplanned]
-    print_lines([*unplanned, *change_lines(plan), *recommendation_lines(plan, command), *footnotes(plan)], output)
+    advice = [*recommendation_lines(plan, command), *(reason_lines(plan) if why else [])]
+    print_lines([*advice, *unplanned, *change_lines(plan), *footnotes(plan, why=why)], output)
 
 
 def heading(plan: Plan) -> Iterator[str]:
@@ -81,8 +83,7 @@ def table(plan: Plan) -> Table:
     unit, unit_name = (1e9, "GB") if largest >= 0.5e9 else (1e6, "MB")
     result = light_table(gap=1)
     result.add_column(f"in {unit_name}", no_wrap=True)
-    error = max(row.estimate.error for row in plan.rows)
-    for column in ("weights", "trained", "activ.", "logits", "other", f"peak ±{error:.0%}"):
+    for column in ("weights", "trained", "activ.", "logits", "other", "idle", "peak"):
         result.add_column(column, justify="right", no_wrap=True)
     result.add_column("verdict", no_wrap=True)
     result.add_column("largest", justify="right", no_wrap=True)
@@ -90,13 +91,13 @@ def table(plan: Plan) -> Table:
     for row in plan.rows:
         result.add_row(*_cells(row, plan, unit))
     for item in plan.unplanned:
-        result.add_row(item.method, *["-"] * 6, Text("not planned", style="red"), "-", "-")
+        result.add_row(item.method, *["-"] * 7, Text("not planned", style="red"), "-", "-")
     return result
 
 
 def _cells(row: MethodRow, plan: Plan, unit: float) -> list[Text | str]:
-    *parts, transient, overhead = grouped(row.estimate.breakdown).values()
-    figures = [_figure(size, unit) for size in (*parts, transient + overhead)]
+    *parts, transient, overhead, idle = grouped(row.estimate.breakdown).values()
+    figures = [_figure(size, unit) for size in (*parts, transient + overhead, idle)]
     peak = Text(_figure(row.estimate.peak_bytes, unit), style="bold")
     recommended = row.estimate.method == plan.recommendation.method
     name = Text(row.estimate.method, style="bold" if recommended else "")
@@ -119,8 +120,8 @@ def _largest(row: MethodRow, plan: Plan) -> str:
 
 def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     """``batch 4 -> 2: -3.1 GB, +9 % time: fits``, each change by itself."""
-    if not plan.changes:
-        return
+    if plan.changes:
+        yield "", ""
     label = f"{plan.changes_of}:"
     for change in plan.changes:
         sign = "-" if change.saved_bytes >= 0 else "+"
@@ -131,8 +132,6 @@ def change_lines(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str, str]]:
     advice = plan.recommendation
-    if plan.changes or plan.unplanned:
-        yield "", ""
     if advice.method is None or command is None:
         work = advice.workload
         yield (
@@ -146,18 +145,20 @@ def recommendation_lines(plan: Plan, command: str | None) -> Iterator[tuple[str,
     if plan.rate is not None:
         yield "", f"learning rate {plan.rate}"
     if advice.is_tight:
-        most = byte_size(advice.estimate.peak_bytes * (1 + advice.estimate.error))
+        most = byte_size(advice.estimate.most_bytes)
         yield "tight", f"nothing smaller fits: with its error the peak may reach {most}, and memory may run out."
-    for index, rule in enumerate(advice.reasons):
-        yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
     yield "run", command
     yield from (("serve" if index == 0 else "", text) for index, text in enumerate(advice.serving))
 
 
+def reason_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    for index, rule in enumerate(plan.recommendation.reasons):
+        yield "because" if index == 0 else "", f"{rule.reason} [{rule.source}]"
+
+
 def larger_card(estimate: MemoryEstimate) -> str:
     """The card with the least memory that holds this run with its error."""
-    needed = estimate.peak_bytes * (1 + estimate.error)
-    enough = [card for card in CARDS if card.usable_bytes >= needed and not card.name.startswith("Apple")]
+    enough = [card for card in CARDS if card.usable_bytes >= estimate.most_bytes and not card.name.startswith("Apple")]
     if not enough:
         return "several cards"
     smallest = min(enough, key=lambda card: card.usable_bytes)
@@ -176,13 +177,24 @@ def settings_sentence(plan: Plan) -> str:
     if work.activation_offloading:
         parts.append("activation offloading on")
     parts.append(work.optimizer)
-    peak = f"{byte_size(advice.estimate.peak_bytes)} ±{advice.estimate.error:.0%}".replace("%", " %")
-    return f"{', '.join(parts)}: {peak}, {advice.estimate.trainable_parameters:,} parameters trained"
+    own, pace = advice.estimate, advice.tokens_per_second
+    time = "" if pace is None else f", {pace:,.0f} tokens/s"
+    if advice.seconds is not None:
+        time = f", {duration(advice.seconds)} for the whole run"
+    return f"{', '.join(parts)}: {peak_words(own)}{time}, {own.trainable_parameters:,} parameters trained"
 
 
-def footnotes(plan: Plan) -> Iterator[tuple[str, str]]:
+def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
     yield "", ""
-    yield "peak", "a trace of the real step, without weights; ± is the error to expect. Every row is taken to be full."
+    if plan.recommendation.reasons and not why:
+        yield "because", "--why prints the reasons, with their sources"
+    if plan.unreached is not None:
+        yield "shape", f"of {plan.model} as built in: {plan.unreached}"
+    error = max(row.estimate.error for row in plan.rows)
+    yield (
+        "peak",
+        f"idle process + training; the training part may err by ±{100 * error:.0f} %. Every row is taken to be full.",
+    )
     mapped = [mapped_weights(row.estimate, "cpu") for row in plan.rows if row.verdict == "from disk"]
     if mapped:
         yield (

@@ -154,6 +154,8 @@ class Inputs:
     described: JsonObject
     train_rows: int
     eval_rows: int
+    # Mean of the characters of a training row.
+    row_characters: int
     # Of the training rows, if the objective answers with labels.
     labels: Labels | None = None
     # The sha256 of each task's questions.
@@ -206,7 +208,8 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
     if is_split or len(part) < len(held_out):
         evaluation = _write(part, folder / "eval.jsonl", layout)
     retain = given.retain and _absolute(given.retain)
-    return Inputs(train, evaluation, described, len(rows), len(part), labels, questions, retain)
+    characters = sum(len(row.content()) for row in rows) // len(rows)
+    return Inputs(train, evaluation, described, len(rows), len(part), characters, labels, questions, retain)
 
 
 def check_model(given: CompareSettings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -49,7 +50,10 @@ from rankwise.foreign import JsonObject
 from rankwise.labels import NUMBER
 from rankwise.models.source import fetch_model, model_hash
 from rankwise.options import flag
-from rankwise.planning.speed import read_model
+from rankwise.planning.extend import Traces
+from rankwise.planning.hardware import cpu_hardware, this_machine
+from rankwise.planning.speed import pace_of, read_model, step_seconds
+from rankwise.planning.workload import PLANNED, workload_of
 from rankwise.records import write_json
 from rankwise.reports.comparison import (
     EVAL_LOSS,
@@ -61,11 +65,13 @@ from rankwise.reports.comparison import (
     MinimumDetectableEffect,
     Run,
 )
-from rankwise.reports.numbers import plural, rate
+from rankwise.reports.numbers import duration, plural, rate
 from rankwise.reports.words import smallest_found
 
 # Extensions of a job's files in ``DIR/cells`` that are written whole.
 ENDINGS = (".in", ".json", ".yaml")
+# Of English in usual tokenizers, roughly.
+CHARACTERS_A_TOKEN = 4
 
 
 def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
@@ -126,6 +132,8 @@ def _announce(
         grids = "; ".join(f"{method} {', '.join(map(rate, grid))}" for method, grid in plan.rates.items())
         watcher.say(f"Learning rates around the defaults for this model (--learning-rates to change): {grids}.")
     watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
+    if jobs_left(plan):
+        watcher.say(_time_words(given, plan, inputs))
     _warn_of_idle_options(given)
     if given.seeds < 2:
         warn("RW585", "one seed gives no intervals and no verdicts; give --seeds 3 or more.")
@@ -134,6 +142,35 @@ def _announce(
         warn("RW585", f"one evaluation row gives no verdicts on {given.metric}; give more --eval-data.")
         return
     watcher.say(smallest_found(effect))
+
+
+def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
+    """The time of all training steps on this machine, by the memory plan's estimate of a step."""
+    shared, hardware = shared_training(given), cpu_hardware() if given.device == "cpu" else this_machine()
+    tokens = max(2, min(given.max_length, inputs.row_characters // CHARACTERS_A_TOKEN))
+    rows = given.batch_size * given.gradient_accumulation
+    steps = given.max_steps or math.ceil(inputs.train_rows * given.epochs / rows)
+    options: JsonObject = {"trust_remote_code": given.trust_remote_code}
+    source = fetch_model(given.model, revision=given.revision, **options, weights=False)
+    try:
+        model = read_model(source, **options)
+        ask, seconds = Traces(model), 0.0
+        for name in plan.methods:
+            method, changes = variant_of(name)
+            step = workload_of({**shared, **changes, "max_length": tokens}, hardware)
+            pace = pace_of(hardware, step.dtype)
+            if method not in PLANNED or pace is None:
+                return f"No speed is known of {method} on {hardware.name}; the time left is told after the first run."
+            runs = planned_runs(1, len(plan.rates[name]), given.seeds)
+            seconds += (
+                runs * steps * step_seconds(ask(method, step), model.facts, step, pace, given.gradient_accumulation)
+            )
+    except InputError as error:
+        return f"The time cannot be estimated: {error.message}"
+    return (
+        f"About {duration(seconds / (given.jobs or 1))} for all steps, by the plan: {steps} steps a run, {rows} rows a "
+        f"step, about {tokens} tokens a row; loading and evaluations come on top."
+    )
 
 
 def _warn_of_idle_options(given: CompareSettings) -> None:

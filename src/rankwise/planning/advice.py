@@ -22,6 +22,7 @@ from rankwise.foreign import Fields, JsonObject
 from rankwise.options import ALL_LINEAR
 from rankwise.planning.extend import FOUR_BIT_OF, Estimator, MemoryEstimate
 from rankwise.planning.workload import Workload
+from rankwise.reports.numbers import byte_size
 from rankwise.serving import refusing, served
 
 Verdict = Literal["fits", "tight", "from disk", "too big"]
@@ -60,6 +61,12 @@ def disk_words(mapped_bytes: int, bytes_per_second: float | None) -> str:
     return f"{2 * mapped_bytes / speed:.1f} s at {speed / 1e9:.2g} GB/s ({how})"
 
 
+def peak_words(estimate: MemoryEstimate) -> str:
+    """``932 MB (idle process 360 MB, training 572 MB ±14 %)``."""
+    idle, training = byte_size(estimate.idle_bytes), byte_size(estimate.training_bytes)
+    return f"{byte_size(estimate.peak_bytes)} (idle process {idle}, training {training} ±{100 * estimate.error:.0f} %)"
+
+
 def mapped_weights(estimate: MemoryEstimate, device_type: str) -> int:
     """The bytes of frozen weights that a CPU maps from files, which the system may drop and read again."""
     is_mapped = device_type == "cpu" and estimate.method != "full"
@@ -71,7 +78,7 @@ def verdict_of(estimate: MemoryEstimate, memory_bytes: int, mapped_bytes: int = 
     without its ``mapped_bytes`` only, else ``too big``."""
     if estimate.peak_bytes > memory_bytes:
         return "from disk" if estimate.peak_bytes - mapped_bytes <= memory_bytes else "too big"
-    return "fits" if estimate.peak_bytes * (1 + estimate.error) <= memory_bytes else "tight"
+    return "fits" if estimate.most_bytes <= memory_bytes else "tight"
 
 
 def largest_batch(estimate: Estimator, method: str, workload: Workload, memory_bytes: int) -> int:
@@ -129,8 +136,6 @@ class Step:
 
     name: str
     label: str
-    # 0 costs only time, 1 is an approximation, 2 trains fewer parameters, 3 shortens rows.
-    costs: int
     settings: Fields
 
 
@@ -158,10 +163,6 @@ class Change:
         return " and ".join(step.label for step in self.steps)
 
     @property
-    def costs(self) -> int:
-        return max((step.costs for step in self.steps), default=0)
-
-    @property
     def settings(self) -> JsonObject:
         return {name: value for step in self.steps for name, value in step.settings.items()}
 
@@ -179,22 +180,22 @@ class Change:
 def ladder(method: str, workload: Workload, accumulation: int) -> Iterator[Step]:
     """Every step that makes this run smaller, least invasive first. Those of one name replace each other."""
     if not workload.gradient_checkpointing:
-        yield Step("checkpointing", "gradient checkpointing", 0, {"gradient_checkpointing": True})
+        yield Step("checkpointing", "gradient checkpointing", {"gradient_checkpointing": True})
     rows, times = workload.batch_size, accumulation
     while rows > 1:
         # An odd batch becomes single rows.
         rows, times = (rows // 2, times * 2) if rows % 2 == 0 else (1, times * rows)
         label = f"batch {workload.batch_size} -> {rows}"
-        yield Step("batch", label, 0, {"batch_size": rows, "gradient_accumulation": times})
+        yield Step("batch", label, {"batch_size": rows, "gradient_accumulation": times})
     if workload.device_type == "cuda" and workload.optimizer in ("adamw_torch", "adamw_torch_fused"):
-        yield Step("optimizer", f"optimizer {PAGED}", 1, {"optimizer": PAGED})
+        yield Step("optimizer", f"optimizer {PAGED}", {"optimizer": PAGED})
     if method in FOUR_BIT_OF:
         other = FOUR_BIT_OF[method]
-        yield Step("method", f"{method} -> {other}", 1 if other in FOUR_BITS else 2, {"method": other})
+        yield Step("method", f"{method} -> {other}", {"method": other})
     length = workload.max_length
     while length > SHORTEST_ROW:
         length //= 2
-        yield Step("length", f"max-length {workload.max_length:,} -> {length:,}", 3, {"max_length": length})
+        yield Step("length", f"max-length {workload.max_length:,} -> {length:,}", {"max_length": length})
 
 
 class Advisor:
@@ -240,19 +241,11 @@ class Advisor:
     def climbed(
         self, method: str, workload: Workload, accumulation: int, names: Container[str], verdict: str = "fits"
     ) -> Change | None:
-        """The run with the fewest steps of the ladder, from its foot on, that has this verdict; None without any. Where
-        smaller batches alone are enough, the faster of this and checkpointing.
+        """The run with the fewest steps of the ladder, from its foot on, that has this verdict; None without any.
 
         ``names``: the steps that may be taken.
         """
         steps = [step for step in self._steps(method, workload, accumulation) if step.name in names]
-        batches = [step for step in steps if step.name == "batch"]
-        found = [self._climbed(order, method, workload, verdict) for order in (steps, batches)]
-        return min(
-            (change for change in found if change), key=lambda change: (change.costs, change.time_factor), default=None
-        )
-
-    def _climbed(self, steps: Sequence[Step], method: str, workload: Workload, verdict: str) -> Change | None:
         taken: dict[str, Step] = {}
         for step in (None, *steps):
             if step is not None:
@@ -300,6 +293,9 @@ class Recommendation:
     missing_bytes: int = 0
     # Whether the run fits only without its expected error, and no smaller run fits with it.
     is_tight: bool = False
+    # None where unknown; of the whole run also where its length is.
+    tokens_per_second: float | None = None
+    seconds: float | None = None
 
     @property
     def serving(self) -> tuple[str, ...]:
@@ -310,9 +306,12 @@ class Recommendation:
             "method": self.method,
             "settings": self.settings,
             "peak_bytes": self.estimate.peak_bytes,
+            "idle_bytes": self.estimate.idle_bytes,
             "error": self.estimate.error,
             "reasons": [rule.to_json() for rule in self.reasons],
             "serving": list(self.serving),
+            "tokens_per_second": self.tokens_per_second,
+            "seconds": self.seconds,
             "missing_bytes": self.missing_bytes,
             "tight": self.is_tight,
         }

@@ -34,7 +34,7 @@ from rankwise.models.device import cpu_flags
 from rankwise.models.source import fetch_model
 from rankwise.planning import hardware
 from rankwise.planning.speed import PlannedModel, Stored, read_model
-from rankwise.planning.workload import DTYPE_BYTES, PLANNED, Workload, rule_of, uncollected
+from rankwise.planning.workload import DTYPE_BYTES, PLANNED, TRACING, Workload, rule_of, uncollected
 from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
 
@@ -59,6 +59,7 @@ FOUR_BIT_OF = {"lora": "qlora", "dora": "qdora", "full": "lora"}
 # logits        logits, their float32 copy, their gradient and what the loss keeps
 # transient     short-lived buffers at the peak: dequantized weights, intermediate gradients
 # overhead      memory of the device and its libraries other than tensors
+# idle          an idle process: on a CPU its libraries, on a GPU the context
 TERMS = (
     "weights_4bit",
     "weights",
@@ -69,6 +70,7 @@ TERMS = (
     "logits",
     "transient",
     "overhead",
+    "idle",
 )
 # Numbers of parameters, layers or calls in the names of targets: q_proj and fc1 are in every layer, layers.3 is not.
 NAMES_A_LAYER = re.compile(r"(?<![a-zA-Z_0-9])\d|\[|\\d")
@@ -79,11 +81,15 @@ PREPARED = 12
 
 # Half the printed interval, as a share of the peak, and on a CPU what libraries, threads and the ends of the heap add.
 ERROR, CPU_PROCESS_ERROR_BYTES = 0.05, 50 * 10**6
-# Memory that a step leaves in libraries on a CPU (generated kernels, thread pools, ends of the heap).
-CPU_LIBRARY_BYTES = 56 << 20
-# Bytes of holes in every step of PyTorch's own operators (measured), and of full fine-tuning: between blocks just too
-# small to be mapped (`acceleration.memory.MMAP_BYTES`), copies of weights and chunks of logits.
-HOLES_OF_PYTORCHS_STEP, HOLES_OF_LARGE_BLOCKS = 20 << 20, 80 << 20
+# Memory that a step leaves in libraries on a CPU (generated kernels, thread pools): rankwise's own, and PyTorch's.
+CPU_LIBRARY_BYTES, CPU_LIBRARY_BYTES_OF_PYTORCHS_STEP = 20 * 10**6, 5 * 10**6
+# What loading and dozens of steps leave beside the model (tokenizer, rows, ends of the heap): the median of 43 runs
+# (`benchmarks/memory_plan.py`).
+CPU_LOADED_BYTES = 56 * 10**6
+# Holes between blocks just too small to be mapped (`acceleration.memory.MMAP_BYTES`), at most, as measured: of
+# PyTorch's own operators a share of what a step saves, logits included; of full fine-tuning a multiple of the
+# gradients, from copies of weights and chunks of logits.
+LARGEST_HOLES, HOLES_OF_PYTORCHS_STEP, HOLES_OF_LARGE_BLOCKS = 80 << 20, 0.35, 1.3
 # Share of unused memory between keys and values, which grow by one token at a time: measured 0.15 to 0.35.
 HOLES_OF_GROWTH = 0.25
 # Measured shares of `heap_holes_bytes`: (of all gradients, of the saved tensors).
@@ -112,8 +118,8 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Peak memory of a training step on one device, in bytes: what the process needs beyond an idle interpreter with
-    its libraries, at its highest instant."""
+    """Peak memory of a training step on one device, in bytes: what the process holds at its highest instant, as an
+    idle process and for the training."""
 
     method: str
     peak_bytes: int
@@ -122,16 +128,30 @@ class MemoryEstimate:
     trainable_parameters: int
     # Parameters without the adapter; tied weights count once, 4-bit weights by their elements.
     total_parameters: int
-    # Expected relative error of ``peak_bytes``.
+    # Expected relative error of ``training_bytes``.
     error: float
     # The phase of the step with the peak.
     phase: Phase = "backward"
-    # The part of ``overhead`` that torch's allocator does not see: peak_bytes - outside_bytes is comparable with
+    # What the steps alone do not show: peak_bytes - outside_bytes is comparable with
     # torch.cuda.max_memory_allocated(), and with the growth of anonymous memory on a CPU.
     outside_bytes: int = 0
     # Remarks: a length beyond the model's positions, states in host memory.
     notes: tuple[str, ...] = ()
     network: Traffic = Traffic()
+
+    @property
+    def idle_bytes(self) -> int:
+        """The part of the peak that an idle process takes."""
+        return self.breakdown.get("idle", 0)
+
+    @property
+    def training_bytes(self) -> int:
+        return self.peak_bytes - self.idle_bytes
+
+    @property
+    def most_bytes(self) -> int:
+        """The peak plus its expected error."""
+        return self.peak_bytes + round(self.error * self.training_bytes)
 
 
 class Estimator(Protocol):
@@ -196,7 +216,7 @@ class Traces:
             raise ConfigError("RW112", conflict)
         key = f"{method} {json.dumps(dataclasses.asdict(workload), sort_keys=True, default=str)}"
         if key not in self._kept:
-            line = f"tracing {method} at {workload.batch_size} x {workload.max_length:,} tokens ..."
+            line = f"{TRACING} {method} at {workload.batch_size} x {workload.max_length:,} tokens ..."
             with _told(self.say, line), uncollected():
                 self._kept[key] = dataclasses.asdict(self._trace(method, workload))
             self._keep()
@@ -466,51 +486,54 @@ def assembled(method: str, workload: Workload, found: Found) -> MemoryEstimate:
             whole["transient"] += round(HOLES_OF_GROWTH * whole["transient"])
         shares[name] = whole
     name, terms = max(shares.items(), key=lambda item: sum(item[1].values()))
-    outside = 0
     if workload.device_type == "cuda":
-        outside = hardware.CONTEXT_BYTES + round(hardware.FRAGMENTATION * sum(terms.values()))
-        terms["overhead"] += outside + hardware.WORKSPACE_BYTES
+        terms["idle"], beside = hardware.CONTEXT_BYTES, round(hardware.FRAGMENTATION * sum(terms.values()))
+        terms["overhead"] += hardware.WORKSPACE_BYTES
     else:
-        kept_bytes = max(terms.get("activations", 0) for terms in found.phases.values())
-        terms["overhead"] += CPU_LIBRARY_BYTES + heap_holes_bytes(method, workload, sizes["trained_bytes"], kept_bytes)
+        kept, logits = (max(held.get(term, 0) for held in shares.values()) for term in ("activations", "logits"))
+        terms["overhead"] += heap_holes_bytes(method, workload, sizes["trained_bytes"], kept, logits)
+        terms["overhead"] += CPU_LIBRARY_BYTES if workload.fast else CPU_LIBRARY_BYTES_OF_PYTORCHS_STEP
+        terms["idle"], beside = hardware.idle_process_bytes(), CPU_LOADED_BYTES
+    terms["overhead"] += beside
     peak = sum(terms.values())
+    training = peak - terms["idle"]
     return MemoryEstimate(
         method=method,
         peak_bytes=peak,
         breakdown=terms,
         trainable_parameters=sizes["trainable"],
         total_parameters=found.total,
-        error=error_bytes(peak, workload.device_type) / peak,
+        error=error_bytes(training, workload.device_type) / training,
         phase=name,  # type: ignore[arg-type]
-        outside_bytes=outside,
+        outside_bytes=terms["idle"] + beside,
         notes=tuple(_notes(method, workload, found)),
         network=traffic(method, workload, sizes),
     )
 
 
-def error_bytes(peak_bytes: int, device_type: str) -> int:
+def error_bytes(training_bytes: int, device_type: str) -> int:
     """Half the printed interval. Whole runs on a CPU lie inside (`benchmarks/memory_plan.py`)."""
-    return round(ERROR * peak_bytes) + (CPU_PROCESS_ERROR_BYTES if device_type == "cpu" else 0)
+    return round(ERROR * training_bytes) + (CPU_PROCESS_ERROR_BYTES if device_type == "cpu" else 0)
 
 
-def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int) -> int:
-    """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the saved tensors,
-    plus constants.
+def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_bytes: int, logits_bytes: int) -> int:
+    """Unused bytes between the blocks of a CPU's heap at the peak: shares of all gradients and of the saved tensors.
 
     A gradient seldom fits into the hole that an activation left, so new memory is allocated beside freed activations.
     Checkpointing leaves fewer of these holes. rankwise's adapters and checkpointing leave almost no others; PyTorch's
     own operations, which layers that train for a merged file use, leave holes beside much of what a layer saves. The
     shares are fitted to measured runs (glibc, `benchmarks/memory_plan.py`).
     """
-    always = 0 if workload.fast and not workload.for_merge else HOLES_OF_PYTORCHS_STEP
-    always += HOLES_OF_LARGE_BLOCKS if method == "full" else 0
+    large = HOLES_OF_LARGE_BLOCKS * trained_bytes if method == "full" else 0
+    if not workload.fast or workload.for_merge:
+        large = max(large, HOLES_OF_PYTORCHS_STEP * (kept_bytes + logits_bytes))
     if workload.gradient_checkpointing:
         of_gradients, of_kept = HOLES_CHECKPOINTED
     elif not workload.fast:
         of_gradients, of_kept = HOLES_ELSE
     else:
         of_gradients, of_kept = HOLES_OF_FULL if method == "full" else HOLES_OF_ADAPTERS
-    return always + round(of_gradients * trained_bytes + of_kept * kept_bytes)
+    return round(min(large, LARGEST_HOLES) + of_gradients * trained_bytes + of_kept * kept_bytes)
 
 
 def _notes(method: str, workload: Workload, found: Found) -> Iterator[str]:

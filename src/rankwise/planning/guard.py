@@ -12,8 +12,24 @@ from rankwise.foreign import Fields
 from rankwise.models.prepared import MappedFiles
 from rankwise.models.source import fetch_model
 from rankwise.options import option_words
-from rankwise.planning.advice import LADDER, Advisor, Change, Verdict, disk_words, mapped_weights, verdict_of
-from rankwise.planning.extend import Estimator, MemoryEstimate, Traces, over_stored
+from rankwise.planning.advice import (
+    LADDER,
+    Advisor,
+    Change,
+    Verdict,
+    disk_words,
+    mapped_weights,
+    peak_words,
+    verdict_of,
+)
+from rankwise.planning.extend import (
+    CPU_LOADED_BYTES,
+    CPU_PROCESS_ERROR_BYTES,
+    Estimator,
+    MemoryEstimate,
+    Traces,
+    over_stored,
+)
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
 from rankwise.planning.real_steps import comparable
 from rankwise.planning.speed import ModelFacts, micro_batch_seconds, nominal_pace, pace_of, read_model
@@ -24,9 +40,6 @@ from rankwise.reports.numbers import byte_size, plural
 SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 # Terms that are in memory before the first step.
 RESIDENT = ("weights_4bit", "weights", "adapters")
-# Of what a first step takes for libraries (`extend.CPU_LIBRARY_BYTES`), loading has brought this much already: the
-# median of 22 runs with adapters.
-LOADED_LIBRARY_BYTES = 30 * 10**6
 # After memory ran out against the plan's prediction, a change counts as fitting below this share of the plan.
 AFTER_FAILURE = 0.85
 
@@ -77,7 +90,6 @@ class MemoryGuard:
     ) -> None:
         self.settings, self.say, self.own_memory, self.ignore = settings, say, own_memory, ignore
         self.sharers = sharers
-        self.baseline_bytes = 0
         self.predicted: MemoryEstimate | None = None
         self._run: _Run | None = None
 
@@ -88,8 +100,6 @@ class MemoryGuard:
             return
         machine = this_machine(self.settings["device"]) if self.settings["device"] != "cpu" else cpu_hardware()
         hardware = shared(machine, self.sharers)
-        # The meter of a CPU run counts the memory that libraries have taken so far.
-        self.baseline_bytes = self.own_memory() if hardware.device_type == "cpu" else 0
         remote = {"trust_remote_code": self.settings["trust_remote_code"]}
         source = fetch_model(self.settings["model"], revision=self.settings["revision"], **remote, weights=False)
         try:
@@ -104,9 +114,10 @@ class MemoryGuard:
         if self._verdict(self._run, smallest) == "too big":
             self._refuse(self._run, smallest, "even one row of 16 tokens")
 
-    def before_training(self, batch: Rows, evaluation: Rows | None, mapped: MappedFiles) -> int | None:
-        """The predicted peak in bytes, for the larger of the largest micro-batch and the largest evaluation batch (None
-        without evaluations). The meter adds the weights in ``mapped`` files to the process's memory."""
+    def before_training(self, batch: Rows, evaluation: Rows | None, mapped: MappedFiles) -> tuple[int, int] | None:
+        """The bytes of the predicted peak and of its idle process, for the larger of the largest micro-batch and the
+        largest evaluation batch (None without evaluations). The meter adds the weights in ``mapped`` files to the
+        process's memory, and does not see a GPU's idle process."""
         run = self._run
         if run is None:
             return None
@@ -117,29 +128,38 @@ class MemoryGuard:
             other = dataclasses.replace(run.workload, evaluation=True, written=written, prompts=written)
             works.append(_of_batch(other, evaluation))
         run.workload = max(works, key=lambda work: self._ask(work).peak_bytes)
-        self.predicted = predicted = self._ask(run.workload)
+        predicted = self._ask(run.workload)
         if run.hardware.device_type == "cpu":
-            # Loading leaves more than the model: tokenizer, data, and free heap, which the steps could use.
-            from rankwise.acceleration import give_back_freed_memory
-
-            give_back_freed_memory()
-            resident = sum(predicted.breakdown[term] for term in RESIDENT)
-            if self.settings["method"] != "full":
-                resident += LOADED_LIBRARY_BYTES
-            self.baseline_bytes = max(self.baseline_bytes, self.own_memory() + mapped.bytes - resident)
+            predicted = self._with_loaded(predicted, mapped)
+        self.predicted = predicted
         # The weights are loaded by now, so the memory that was free before loading is the measure.
         verdict = self._verdict(run, predicted, mapped.bytes)
-        peak = self.baseline_bytes + comparable(predicted, run.hardware.device_type)
-        self.say(self._sentence(run, predicted, peak, verdict))
+        self.say(self._sentence(run, predicted, verdict))
         if verdict == "from disk":
             weights = mapped_weights(predicted, run.hardware.device_type)
             self.say(
                 f"the base's {byte_size(weights)} are mapped and read again from the disk in each step: "
-                f"{disk_words(weights, read_speed(mapped.versions))}; {byte_size(peak - weights)} must stay in memory"
+                f"{disk_words(weights, read_speed(mapped.versions))}; "
+                f"{byte_size(predicted.peak_bytes - weights)} must stay in memory"
             )
         if verdict == "too big":
             self._refuse(run, predicted, f"a batch of {_in_words(run.workload)}")
-        return peak
+        if run.hardware.device_type == "cpu":
+            return predicted.peak_bytes, predicted.idle_bytes
+        return comparable(predicted), 0
+
+    def _with_loaded(self, predicted: MemoryEstimate, mapped: MappedFiles) -> MemoryEstimate:
+        """The prediction with what loading has left beside the model, such as many rows, where that is more than the
+        printed interval covers."""
+        from rankwise.acceleration import give_back_freed_memory
+
+        give_back_freed_memory()
+        known = predicted.idle_bytes + CPU_LOADED_BYTES + sum(predicted.breakdown[term] for term in RESIDENT)
+        more = self.own_memory() + mapped.bytes - known
+        if more <= CPU_PROCESS_ERROR_BYTES:
+            return predicted
+        breakdown = {**predicted.breakdown, "overhead": predicted.breakdown["overhead"] + more}
+        return dataclasses.replace(predicted, peak_bytes=predicted.peak_bytes + more, breakdown=breakdown)
 
     def advice(self) -> str | None:
         """After the memory ran out: the changes that would fit, in words; None where none is known."""
@@ -154,15 +174,15 @@ class MemoryGuard:
         assert self._run is not None
         return self._run.estimate(self.settings["method"], workload)
 
-    def _sentence(self, run: _Run, predicted: MemoryEstimate, peak_bytes: int, verdict: str) -> str:
-        """The prediction in words, ``peak_bytes`` first, which the run compares with its measured peak at the end."""
-        had, error = self.baseline_bytes, predicted.error * predicted.peak_bytes / peak_bytes
-        own = f" ({byte_size(had)} that the process has, {byte_size(peak_bytes - had)} for the training)" if had else ""
+    def _sentence(self, run: _Run, predicted: MemoryEstimate, verdict: str) -> str:
+        """The prediction in words, its peak first, which the run compares with its measured peak at the end."""
         counted = "" if run.workload.fast else ", of PyTorch's own step"
+        if run.hardware.device_type != "cpu":
+            counted += f", of which torch's allocator sees {byte_size(comparable(predicted))}"
         return (
-            f"predicted peak {byte_size(peak_bytes)} ±{error:.0%}{own}{counted}, for "
-            f"{_in_words(run.workload)}; there are {self._memory(run)}: {verdict}"
-        ).replace("%", " %")
+            f"predicted peak {peak_words(predicted)}{counted}, for {_in_words(run.workload)}; "
+            f"there are {self._memory(run)}: {verdict}"
+        )
 
     def _verdict(self, run: _Run, estimate: MemoryEstimate, mapped_bytes: int | None = None) -> Verdict:
         """``mapped_bytes``: None before the model is loaded, when all that can be mapped is taken to be."""

@@ -11,20 +11,29 @@ from __future__ import annotations
 import csv
 import dataclasses
 import difflib
+import functools
 import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rankwise.disk import cache_folder
 from rankwise.errors import ConfigError
-from rankwise.foreign import JsonObject
+from rankwise.foreign import JsonObject, read_json
 from rankwise.models.device import cpu_has_bfloat16, cpu_name, usable_cores
+from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
 
 Kind = Literal["card", "memory", "machine"]
 DeviceType = Literal["cpu", "cuda", "mps"]
 
+# Names of this machine's processor, and of one with another memory.
+THIS, LIKE_THIS = "this machine", "a machine like this one"
 VENDOR_WORDS = (
     *("nvidia", "geforce", "tesla", "quadro", "amd", "radeon", "instinct", "apple", "generation", "gpu", "blackwell"),
     *("server", "workstation", "edition", "one", "die"),
@@ -64,22 +73,25 @@ class Hardware:
 
 
 def choose_hardware(gpu: str | None, memory: str | None) -> Hardware:
-    """The named card (with ``memory`` in place of its own, if given), a device with ``memory``, or this machine.
+    """The named card, or this machine; with ``memory`` in place of its own, if given.
 
     Raises ConfigError: RW140 for an invalid size, RW141 for an unknown card, with the closest names.
     """
     size = None if memory is None else parse_size(memory)
     if gpu is not None:
         found = of_card(find_card(gpu))
-        return found if size is None else dataclasses.replace(found, memory_bytes=size, note="memory as given")
+    else:
+        found = this_machine()
     if size is None:
-        return this_machine()
-    return Hardware("memory", "a card", "cuda", size, None, None, None, "as given")
+        return found
+    if gpu is None:
+        found = dataclasses.replace(found, kind="memory", name=found.name.replace(THIS, LIKE_THIS))
+    return dataclasses.replace(found, memory_bytes=size, note="memory as given")
 
 
 def shared(hardware: Hardware, processes: int) -> Hardware:
     """What one of ``processes`` on this machine has: an equal part of the processor's memory, or a GPU of its own."""
-    if hardware.kind != "machine" or hardware.device_type != "cpu":
+    if hardware.device_type != "cpu":
         return hardware
     return dataclasses.replace(hardware, memory_bytes=hardware.memory_bytes // processes, sharers=processes)
 
@@ -108,7 +120,8 @@ def _fitting(name: str) -> list[Card]:
     closest = ", ".join(names[key] for key in keys) or "RTX 4090, A100 80GB SXM, H100 SXM, Apple M4 Max 64GB"
     raise ConfigError(
         "RW141",
-        f"there is no card {name!r} in the table; the closest are {closest}. --memory 24GB plans for any other.",
+        f"there is no card {name!r} in the table; the closest are {closest}. With --memory 24GB one of "
+        "these stands for a card of that memory.",
     )
 
 
@@ -212,9 +225,10 @@ def cpu_hardware() -> Hardware:
     limited = left < memory.available
     return Hardware(
         kind="machine",
-        name=f"this machine ({cpu_name()})",
+        name=f"{THIS} ({cpu_name()})",
         device_type="cpu",
-        memory_bytes=left if limited else memory.available,
+        # A peak counts what an idle process takes, and this process has that already.
+        memory_bytes=min(left, memory.available) + own_bytes(),
         has_bfloat16=cpu_has_bfloat16(),
         bytes_per_second=None,
         flops_per_second=None,
@@ -223,6 +237,14 @@ def cpu_hardware() -> Hardware:
         + f", of {byte_size(memory.total)}",
         cores=min(psutil.cpu_count(logical=False) or usable_cores(), usable_cores()),
     )
+
+
+def own_bytes() -> int:
+    """The memory that this process shares with no other."""
+    import psutil
+
+    own = psutil.Process().memory_info()
+    return int(own.rss - getattr(own, "shared", 0))
 
 
 # --- cards ---
@@ -322,6 +344,42 @@ FRAGMENTATION = 0.02
 def in_blocks(size_bytes: int) -> int:
     """A block as the caching allocator counts it: ceil(size / 512) * 512."""
     return -(-size_bytes // ROUNDING_BYTES) * ROUNDING_BYTES
+
+
+# --- what a CPU's process takes without a model ---
+
+IDLE_PROCESS = (
+    "import rankwise.planning.guard, rankwise.training.run, rankwise.cli.train; "
+    "from rankwise.acceleration import anonymous_memory_bytes; print(anonymous_memory_bytes())"
+)
+
+
+@functools.cache
+def idle_process_bytes() -> int:
+    """The memory of a process of ``rankwise train`` here that has its libraries and nothing else, as a run's meter
+    counts it. Measured once for each version."""
+    versions = " ".join(f"{name} {version(name)}" for name in ("rankwise", "torch", "transformers"))
+    return int(measured_here(f"idle process, {versions}", _idle_process_bytes))
+
+
+def _idle_process_bytes() -> float:
+    done = subprocess.run([sys.executable, "-c", IDLE_PROCESS], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def measured_here(key: str, measure: Callable[[], float], *, again: bool = False) -> float:
+    """A figure of this machine, kept for later plans; ``again``: measured even where one is kept."""
+    file = cache_folder() / "machine.json"
+    try:
+        known = read_json(file)
+    except (OSError, ValueError):
+        known = {}
+    if again or key not in known:
+        known[key] = measure()
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, known)
+    return float(known[key])
 
 
 # --- limits of containers, SLURM jobs and systemd units ---

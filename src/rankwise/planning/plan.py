@@ -10,7 +10,7 @@ from rankwise.config import FOUR_BITS, DefaultRate, default_rate
 from rankwise.disk import read_speed
 from rankwise.errors import ConfigError, ModelError, QuantizationError
 from rankwise.foreign import JsonObject
-from rankwise.models.source import ModelSource, fetch_model
+from rankwise.models.source import ModelSource
 from rankwise.planning.advice import (
     MOST_TOKENS,
     Advisor,
@@ -33,6 +33,7 @@ from rankwise.planning.speed import (
     nominal_pace,
     pace_of,
     read_model,
+    source_or_shape,
     tokens_per_second,
 )
 from rankwise.planning.workload import SHARED, PlanSettings, Workload, check_device, run_tokens, workload_for
@@ -50,6 +51,8 @@ class MethodRow:
 
     estimate: MemoryEstimate
     verdict: Verdict
+    # The part of the peak that is weights in mapped files, which the system may drop and read again.
+    mapped_bytes: int
     # Memory minus peak; negative where the run does not fit.
     spare_bytes: int
     # Largest number of rows of ``max_length`` that fit; 0 where not one does.
@@ -57,7 +60,7 @@ class MethodRow:
     # Where not one row fits: the longest single row that does.
     longest_row_tokens: int | None
     tokens_per_second: float | None
-    # Seconds of the whole run, where its length is known.
+    # None where the step does not fit, too. Seconds of the whole run, where its length is known.
     seconds: float | None
     # Bytes that each of several devices sends in an optimizer step, and the bandwidth that hides this traffic.
     network_bytes: int
@@ -67,6 +70,9 @@ class MethodRow:
         own = self.estimate
         return {
             "peak_bytes": own.peak_bytes,
+            "idle_bytes": own.idle_bytes,
+            "training_bytes": own.training_bytes,
+            "mapped_bytes": self.mapped_bytes,
             "error": own.error,
             "breakdown": own.breakdown,
             "trainable_parameters": own.trainable_parameters,
@@ -119,6 +125,8 @@ class Plan:
     rate: DefaultRate | None
     # Bytes a second of the disk that holds the weights, measured where a run would read them again in each step.
     disk_bytes_per_second: float | None
+    # Why the hub did not give the model's config, where its built-in shape was planned.
+    unreached: str | None = None
 
     def to_json(self) -> JsonObject:
         return {
@@ -135,6 +143,7 @@ class Plan:
             "run_tokens": self.run_tokens,
             "learning_rate": self.rate and {"rate": self.rate.rate, "reason": self.rate.reason},
             "disk_bytes_per_second": self.disk_bytes_per_second,
+            "built_in_shape": self.unreached is not None,
         }
 
 
@@ -151,10 +160,11 @@ def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: Non
     hardware = shared(choose_hardware(settings.gpu, settings.memory), settings.devices)
     check_device(settings.optimizer, hardware.device_type, hardware.name)
     workload = workload_for(settings, hardware)
-    source = fetch_model(
-        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code, weights=False
+    source, unreached = source_or_shape(
+        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
-    return _Planner(settings, source, hardware, methods, workload, say).plan()
+    made = _Planner(settings, source, hardware, methods, workload, say).plan()
+    return dataclasses.replace(made, unreached=unreached)
 
 
 class _Planner:
@@ -190,6 +200,10 @@ class _Planner:
         advisor = Advisor(self.estimate, self._seconds, self.hardware.memory_bytes, refused)
         wish = Wish(self.settings.goal, self._given(methods), accumulation, is_mixture=self.facts.experts > 0)
         recommendation = recommend(advisor, methods, self.workload, wish)
+        if recommendation.method is not None:
+            chosen, times = recommendation.workload, recommendation.settings["gradient_accumulation"]
+            pace, seconds = self._time(recommendation.estimate, chosen, times)
+            recommendation = dataclasses.replace(recommendation, tokens_per_second=pace, seconds=seconds)
         from_disk = any(row.verdict == "from disk" for row in rows)
         path = self.source.path
         assert path is not None
@@ -238,24 +252,33 @@ class _Planner:
 
     def _row(self, method: str) -> MethodRow:
         memory, own = self.hardware.memory_bytes, self.estimate(method, self.workload)
-        pace = tokens_per_second(own, self.facts, self.workload, self.pace)
-        tokens, accumulation = run_tokens(self.settings), self.settings.gradient_accumulation
+        accumulation = self.settings.gradient_accumulation
         stored, most = self.facts.stored, self.facts.position_rows or MOST_TOKENS
+        mapped = mapped_weights(own, self.hardware.device_type)
         rows, single = largest_batch(self.estimate, method, self.workload, memory), None
         if not rows:
             one = dataclasses.replace(self.workload, batch_size=1)
             single = longest_row(self.estimate, method, one, memory, most=most)
+        verdict = verdict_of(own, memory, mapped)
+        pace, seconds = (None, None) if verdict == "too big" else self._time(own, self.workload, accumulation)
         return MethodRow(
             estimate=own if stored is None else dataclasses.replace(own, notes=(*own.notes, stored.note)),
-            verdict=verdict_of(own, memory, mapped_weights(own, self.hardware.device_type)),
+            verdict=verdict,
+            mapped_bytes=mapped,
             spare_bytes=memory - own.peak_bytes,
             max_batch_size=rows,
             longest_row_tokens=single,
             tokens_per_second=pace,
-            seconds=tokens / pace if pace and tokens else None,
+            seconds=seconds,
             network_bytes=own.network.of_step(accumulation),
             network_bytes_per_second=hiding_bandwidth(own, self.facts, self.workload, self.pace, accumulation),
         )
+
+    def _time(self, own: MemoryEstimate, work: Workload, accumulation: int) -> tuple[float | None, float | None]:
+        """(tokens of a second, seconds of the whole run), None where unknown. Shorter rows are fewer tokens."""
+        pace = tokens_per_second(own, self.facts, work, self.pace, accumulation)
+        tokens = run_tokens(self.settings)
+        return pace, tokens * work.max_length / self.workload.max_length / pace if pace and tokens else None
 
     def _seconds(self, own: MemoryEstimate, workload: Workload) -> float:
         return micro_batch_seconds(own, self.facts, workload, self.pace or nominal_pace(workload.dtype))

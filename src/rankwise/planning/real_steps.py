@@ -87,14 +87,14 @@ def check_method(
         )
     found = measure(model, method, workload, trust_remote_code=trust_remote_code, revision=revision)
     device = workload.device_type
-    return Check(method, device, comparable(predicted, device), found.peak_bytes, found.step_seconds)
+    return Check(method, device, comparable(predicted), found.peak_bytes, found.step_seconds)
 
 
-def comparable(predicted: MemoryEstimate, device_type: str) -> int:
-    """The part of the prediction that the meter counts. torch's CUDA allocator counts neither the context nor unused
-    segments.
+def comparable(predicted: MemoryEstimate) -> int:
+    """The part of the prediction that three steps show: without an idle process, and on CUDA without unused segments,
+    which torch's allocator does not count.
     """
-    return predicted.peak_bytes - (predicted.outside_bytes if device_type == "cuda" else 0)
+    return predicted.peak_bytes - predicted.outside_bytes
 
 
 def measure(model: str | os.PathLike[str], method: str, workload: Workload, **remote: object) -> Measurement:

@@ -1,6 +1,7 @@
-"""The time of a micro-batch: of the device's computation and traffic, or of the host's kernel launches.
+"""The time of a micro-batch: of the device's computation and traffic, and of the host's kernel launches.
 
-    seconds = max( FLOP / pace + bytes / bandwidth,  launches x seconds of a launch )
+    seconds on a GPU:        max( FLOP / pace + bytes / bandwidth,  launches x seconds of a launch )
+    seconds on a processor:  FLOP / pace + launches x seconds of a launch
 
 N weights that multiply each token, of which H in the output head; W weights that a micro-batch reads; P trained
 parameters of the adapter; L layers of width h; S tokens a row, T tokens a micro-batch; V vocabulary; E experts, of
@@ -16,22 +17,23 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from math import prod
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rankwise.config import DORA, FOUR_BITS
 from rankwise.conflicts import takes_eight_bit
 from rankwise.constants import EQUAL_IN_EIGHT_BITS
 from rankwise.disk import cache_folder
-from rankwise.foreign import Fields, read_json
+from rankwise.errors import ModelError
+from rankwise.foreign import Fields
 from rankwise.labels import Labels
-from rankwise.models.device import cpu_flags
-from rankwise.models.folder import read_config
+from rankwise.models.device import cpu_flags, cpu_name
+from rankwise.models.folder import CONFIG_FILE, read_config
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 from rankwise.models.load import config_table_rows
-from rankwise.models.source import ModelSource
-from rankwise.planning.hardware import Hardware, find_card, of_card
+from rankwise.models.source import ModelSource, fetch_model
+from rankwise.planning.hardware import Hardware, find_card, measured_here, of_card
 from rankwise.planning.workload import Workload
 from rankwise.records import write_json
 
@@ -172,6 +174,27 @@ def read_model(source: ModelSource, *, trust_remote_code: bool = False, labels: 
     return PlannedModel(source, family, facts, identity, trust_remote_code)
 
 
+# Codes of errors of the hub that do not speak against a name: no network, terms that were not accepted.
+UNREACHED = ("RW313", "RW315")
+
+
+def source_or_shape(model: str, **options: Any) -> tuple[ModelSource, str | None]:
+    """(``fetch_model`` without weights, None), or where the hub does not give a well-known model's config, (a folder
+    with the sizes in ``shapes.json``, why). Raises ModelError as ``fetch_model`` does.
+    """
+    try:
+        return fetch_model(model, weights=False, **options), None
+    except ModelError as error:
+        table = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
+        config = next((row["config"] for row in table if model in row["ids"]), None)
+        if config is None or error.code not in UNREACHED:
+            raise
+        folder = cache_folder() / "shapes" / model.replace("/", "--")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG_FILE, config)
+        return ModelSource("hub", model, folder, model), error.message
+
+
 def facts_of(config: Fields) -> ModelFacts:
     """The facts of a config.json."""
     text = config.get("text_config")
@@ -226,9 +249,14 @@ def _number(config: Fields, names: tuple[str, ...]) -> int:
 # Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2).
 ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
-# A LoRA step takes 1.3 to 1.6 times its frozen products (benchmarks/results/steps.md); these are smaller, and slower,
-# than the one that is timed.
+# A LoRA step takes 1.33 to 1.62 times as long as its frozen products (benchmarks/results/steps.md), and these 1.4 times
+# as long as products with one weight, which stays in a cache.
 STEP_SHARE = 0.5
+# {method: speed on a processor beside LoRA's}: geometric means over three processors of the whole runs in
+# benchmarks/results/end_to_end.md, with dropout 0.05. What 4 bits and norms cost depends on the processor.
+RUN_SHARES = {"qlora": 0.95, "dora": 0.80, "qdora": 0.76}
+# AdamW on one core of an AMD EPYC (Zen 5), with clipping, for each trained parameter in float32.
+OPTIMIZER_SECONDS = 7.5e-9
 # A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md).
 EIGHT_BITS_SHARE = 0.76
 # The product by which a processor is measured, (T, K) x (K, N), repeated for this time.
@@ -288,19 +316,20 @@ def pace_of(hardware: Hardware, dtype: str) -> Pace | None:
     if hardware.device_type != "cpu":
         return assumed_pace(hardware, dtype)
     flops = STEP_SHARE * measured_flops(hardware, dtype)
-    basis = f"half of a product's speed on this machine: {flops / 1e9:,.0f} GFLOP/s"
+    basis = (
+        f"half of a product's speed on this machine ({flops / 1e9:,.0f} GFLOP/s), methods as in measured whole runs; "
+        "without evaluations. Short rows and other programs make a run slower."
+    )
     return Pace(flops / hardware.sharers, None, basis)
 
 
 def measured_flops(hardware: Hardware, dtype: str) -> float:
     """FLOP/s of a product with a frozen weight on this processor. Kept for plans that need no torch besides."""
-    file, key = cache_folder() / "machine.json", f"{hardware.name}, {hardware.cores} cores, {dtype}"
-    try:
-        known = read_json(file)
-    except (OSError, ValueError):
-        known = {}
-    if "torch" not in sys.modules and key in known:
-        return float(known[key])
+    key = f"{cpu_name()}, {hardware.cores} cores, {dtype}"
+    return measured_here(key, lambda: _product_flops(dtype), again="torch" in sys.modules)
+
+
+def _product_flops(dtype: str) -> float:
     import torch
 
     from rankwise.ops.branch import linear_out
@@ -313,11 +342,7 @@ def measured_flops(hardware: Hardware, dtype: str) -> float:
         begun = time.perf_counter()
         linear_out(x, weight, out)
         seconds.append(time.perf_counter() - begun)
-    known[key] = 2 * T * K * N / min(seconds)
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, known)
-    return float(known[key])
+    return 2 * T * K * N / min(seconds)
 
 
 def flops_per_token(method: str, facts: ModelFacts, frozen: int, trained: int, workload: Workload) -> float:
@@ -362,11 +387,9 @@ def gain_traffic_bytes(method: str, facts: ModelFacts, estimate: MemoryEstimate,
 
 
 def launch_seconds(method: str, facts: ModelFacts, workload: Workload) -> float:
-    """Seconds that the host takes to launch a micro-batch's kernels on a GPU, a lower bound of its time; 0 on a CPU.
-    For full fine-tuning, whose kernels were not counted, LoRA's.
+    """Seconds that the host takes to launch a micro-batch's kernels, on a GPU a lower bound of its time. For full
+    fine-tuning, whose kernels were not counted, LoRA's.
     """
-    if workload.device_type != "cuda":
-        return 0.0
     forward, backward = LAUNCHES.get(method, LAUNCHES["lora"])
     launches = forward * (_passes(workload) - 1) + backward
     return facts.layers * launches * LAUNCH_SECONDS
@@ -386,15 +409,18 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
     in_eight_bits = facts.equal_in_eight_bits and "avx512_bf16" in flags and "amx_bf16" not in flags
     if in_eight_bits and takes_eight_bit(method, workload.objective, workload.strategy, workload):
         seconds *= EIGHT_BITS_SHARE
+    if workload.device_type == "cpu":
+        seconds /= RUN_SHARES.get(method, 1.0)
     if workload.activation_offloading:
         seconds += offloaded_bytes(facts, workload) / HOST_LINK_BYTES_PER_SECOND
     return seconds
 
 
 def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:
-    """The seconds of forward and backward pass of one micro-batch: the larger of the device's and the host's."""
-    own = device_seconds(estimate, facts, workload, pace)
-    return max(own, launch_seconds(estimate.method, facts, workload))
+    """The seconds of forward and backward pass of one micro-batch: on a GPU the larger of the device's and the host's,
+    on a processor, which does both, their sum."""
+    own, launching = device_seconds(estimate, facts, workload, pace), launch_seconds(estimate.method, facts, workload)
+    return own + launching if workload.device_type == "cpu" else max(own, launching)
 
 
 def _passes(workload: Workload) -> int:
@@ -438,10 +464,19 @@ def hiding_bandwidth(
     return estimate.network.of_step(accumulation) / beside
 
 
+def step_seconds(
+    estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace, accumulation: int
+) -> float:
+    """The seconds of an optimizer step of so many micro-batches; on a processor the optimizer counts."""
+    optimizer = OPTIMIZER_SECONDS * estimate.trainable_parameters if workload.device_type == "cpu" else 0.0
+    return accumulation * micro_batch_seconds(estimate, facts, workload, pace) + optimizer
+
+
 def tokens_per_second(
-    estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace | None
+    estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace | None, accumulation: int
 ) -> float | None:
     """The tokens per second of all devices together. Communication between them is not counted."""
     if pace is None:
         return None
-    return workload.devices * workload.tokens / micro_batch_seconds(estimate, facts, workload, pace)
+    seconds = step_seconds(estimate, facts, workload, pace, accumulation)
+    return workload.devices * accumulation * workload.tokens / seconds

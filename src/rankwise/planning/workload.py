@@ -32,6 +32,8 @@ PLANNED = ("full", "lora", "qlora", "dora", "qdora")
 PLANNED_LABELS = 2
 
 ALL = "all"
+# How the lines begin that tell of a trace.
+TRACING = "tracing"
 Goal = Literal["speed", "quality", "serving"]
 
 _model = functools.partial(option, Panel.MODEL)
@@ -61,7 +63,8 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     memory: Annotated[
         str | None,
         _device(
-            "Memory to plan for: 24GB (10^9 bytes), 24GiB (2^30), 24 (GB). With --gpu, it replaces the card's.",
+            "Memory to plan for: 24GB (10^9 bytes), 24GiB (2^30), 24 (GB): of a machine like this one, or with --gpu "
+            "of such a card.",
             metavar="SIZE",
         ),
     ] = None
@@ -82,6 +85,7 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     check: Annotated[
         bool, _sure("Run three real steps here, on random weights, and compare measured and predicted memory.")
     ] = False
+    why: Annotated[bool, _sure("Print the reasons of the recommendation, with their sources.")] = False
     save: Annotated[Path | None, _file("Write the recommended settings for `rankwise train --config`.")] = None
 
     @model_validator(mode="before")
@@ -236,7 +240,7 @@ def on_device(workload: Workload, hardware: Hardware) -> Workload:
         return dataclasses.replace(workload, fast=False)
     if hardware.device_type != "cuda":
         return workload
-    triton = hardware.kind != "machine" or importlib.util.find_spec("triton") is not None
+    triton = hardware.kind == "card" or importlib.util.find_spec("triton") is not None
     return dataclasses.replace(workload, triton=triton, flash=hardware.has_bfloat16 is not False)
 
 

@@ -222,7 +222,7 @@ def _prepare(
         _check_length(given, checkpoint, loop.options.total_steps)
     # Batches differ between processes; the largest prediction is taken.
     each = ranks.gathered(_predicted_peak(given, loop, foresight))
-    predicted = max((peak for peak in each if peak is not None), default=None)
+    predicted, idle = max((found for found in each if found is not None), default=(None, None))
     searched = None
     if given.searches:
         read = [described, inputs.base, inputs.versions, products]
@@ -239,6 +239,7 @@ def _prepare(
         seed=given.seed,
         settings=given.model_dump(mode="json"),
         predicted_peak_memory_bytes=predicted,
+        idle_bytes=idle,
         trainable_parameters=trainable,
         total_parameters=count_weights(loaded.model),
         base_model=inputs.base,
@@ -322,8 +323,9 @@ def _frozen_products(given: TrainSettings, model: nn.Module, observer: Observer)
     return products
 
 
-def _predicted_peak(given: TrainSettings, loop: Loop, foresight: Foresight | None) -> int | None:
-    """The predicted peak in bytes, over training and evaluation; None without a plan. Packed rows count as full."""
+def _predicted_peak(given: TrainSettings, loop: Loop, foresight: Foresight | None) -> tuple[int, int] | None:
+    """The predicted peak over training and evaluation, with its idle process; None without a plan. Packed rows count
+    as full."""
     if foresight is None:
         return None
     batch = loop.objective.largest_batch(coming_batches(loop))

@@ -67,11 +67,13 @@ class Foresight(Protocol):
     def before_loading(self, labels: int) -> None:
         """Called before the model is loaded, with the number of labels of its head; 0 for a language model."""
 
-    def before_training(self, batch: MicroBatch, evaluation: MicroBatch | None, mapped: MappedFiles) -> int | None:
+    def before_training(
+        self, batch: MicroBatch, evaluation: MicroBatch | None, mapped: MappedFiles
+    ) -> tuple[int, int] | None:
         """Called when everything is loaded and encoded, with the largest micro-batches of training and of evaluation,
         and the files from which weights are mapped.
 
-        Returns the expected peak in bytes, as the run's ``MemoryMeter`` measures it.
+        Returns the bytes of the expected peak, as the run's ``MemoryMeter`` measures it, and of the idle process in it.
         """
 
 
