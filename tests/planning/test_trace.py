@@ -17,6 +17,7 @@ from rankwise.models.load import skeleton_of
 from rankwise.ops.experts import rows_per_expert
 from rankwise.planning import TERMS, Workload
 from rankwise.planning.tracker import QuickFakes, StorageTracker
+from rankwise.training.step import TrainingStep
 from tables import thinned
 
 SMALL = {
@@ -128,6 +129,38 @@ def test_a_single_row_has_no_mask_but_where_it_outgrows_a_window(dtype, window):
         slow = dataclasses.replace(workload, fast=False)
         masked, unmasked = (trace(skeleton("mistral", **sizes), "lora", slow) for sizes in (changes, SMALL))
         assert masked.breakdown["activations"] - unmasked.breakdown["activations"] > masks
+
+
+def test_what_one_more_option_of_the_step_keeps_is_planned(monkeypatch):
+    """A made-up one, of which no line of planning knows: the plan runs the run's step."""
+    own, size = TrainingStep.gradients, 50 * 10**6
+
+    def keeping(self, batches, targets):
+        kept = torch.empty(size, dtype=torch.uint8)
+        found = own(self, batches, targets)
+        del kept
+        return found
+
+    without = trace(skeleton("llama", **SMALL), "lora", Workload(**STEP)).peak_bytes
+    monkeypatch.setattr(TrainingStep, "gradients", keeping)
+    assert trace(skeleton("llama", **SMALL), "lora", Workload(**STEP)).peak_bytes == without + size
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"products": "int8"},
+        {"neftune_noise_alpha": 5.0},
+        {"objective": "dpo"},
+        {"objective": "dpo", "keeps_reference": True},
+        {"objective": "kto"},
+        {"objective": "grpo", "beta": 0.1},
+    ],
+)
+def test_so_they_do_with_options_of_the_step(more):
+    workload = Workload(**STEP, **{"products": "bfloat16", **more})
+    fake, real = (trace(skeleton("llama", **SMALL), "lora", workload, fake=is_fake) for is_fake in (True, False))
+    assert fake.peak_bytes - _overhead(fake) == pytest.approx(real.peak_bytes - _overhead(real), rel=5e-3)
 
 
 def test_of_many_experts_a_trace_visits_some():
