@@ -1,4 +1,4 @@
-"""Predicted peak memory against measured, of 43 runs of `rankwise train`: shapes, methods, objectives.
+"""Predicted peak memory against measured, of 57 runs of `rankwise train`: shapes, methods, objectives, options.
 
     python benchmarks/memory_plan.py          # half an hour; a run that the file already has is not repeated
     python benchmarks/memory_plan.py dpo      # only the runs with this word, anew
@@ -42,6 +42,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 METHODS = ("full", "lora", "qlora", "dora", "qdora")
 CHECKPOINTED, MERGED, EVALUATED = "--gradient-checkpointing", "mixed --for-merge q4_0", "mixed --eval-data mixed"
+BF16, INT8 = "--products bfloat16", "--products int8"
+REWARDED = "asks --reward length=16 --max-completion-length 48"
+# The objective of data that are no demonstrations.
+OBJECTIVES = {"dpo": "dpo", "kto": "kto", "asks": "grpo", "labels": "classify"}
 # Longer runs take more than short ones: rows differ in length, and heap is left between them.
 STEPS = 40
 
@@ -61,6 +65,11 @@ def orders() -> Iterator[tuple[str, str, int, str]]:
     yield from (("llama256", "qdora", 4, "kto"), ("llama256", "lora", 4, MERGED), ("gemma", "lora", 4, MERGED))
     yield from (("demo", method, 4, "stdlib") for method in METHODS[1:])
     yield ("demo", "lora", 4, f"stdlib {CHECKPOINTED}")
+    for model in ("llama512", "demo"):
+        yield from ((model, method, 8, f"mixed {exact}") for method in ("lora", "qdora") for exact in (BF16, INT8))
+        yield from ((model, "lora", 4, word) for word in ("dpo", "dpo --adapter first"))
+    yield from (("gemma", "dora", 4, "mixed --neftune-noise-alpha 5"), ("llama512", "qlora", 8, "labels"))
+    yield from (("llama512", "lora", 8, REWARDED), ("gpt2", "lora", 8, f"{REWARDED} --beta 0.1"))
 
 
 def main() -> None:
@@ -87,7 +96,7 @@ def main() -> None:
 
 
 def write_models_and_rows(place: Path) -> None:
-    """Random models, rows of about 250 tokens and of mixed lengths, pairs, and marked answers."""
+    """Random models, rows of about 250 tokens and of mixed lengths, pairs, marked answers, prompts and labels."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -106,6 +115,8 @@ def write_models_and_rows(place: Path) -> None:
         "mixed": [{"prompt": text(5, 20), "completion": text(5, 80)} for _ in range(64)],
         "dpo": [{"prompt": text(20, 60), "chosen": text(10, 60), "rejected": text(10, 60)} for _ in range(64)],
         "kto": [{"prompt": text(20, 60), "completion": text(10, 60), "label": bool(n % 2)} for n in range(64)],
+        "asks": [{"prompt": text(20, 60)} for _ in range(64)],
+        "labels": [{"text": text(20, 120), "label": n % 3} for n in range(64)],
     }
     for name, rows in data.items():
         (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -115,11 +126,15 @@ def figures(order: tuple[str, str, int, str], place: Path) -> dict[str, int]:
     """Predicted and measured bytes of a run, in a forked process."""
     model, method, rows, more = order
     data, *options = more.split()
-    files = {name: str(place / f"{name}.jsonl") for name in ("rows", "mixed", "dpo", "kto")}
-    options = ["--data", *(files.get(word, word) for word in (data, *options))]
-    if data in ("dpo", "kto"):
-        options += ["--objective", data]
+    files = {path.stem: str(path) for path in place.glob("*.jsonl")} | {"first": str(place / f"first-{model}")}
     source = model if model == "demo" else str(place / model)
+    if "first" in options and not Path(files["first"]).exists():
+        # The adapter to continue.
+        words = f"train --model {source} --data {files['mixed']} --max-steps 1 --output {files['first']}"
+        in_a_process(train, words.split())
+    options = ["--data", *(files.get(word, word) for word in (data, *options))]
+    if data in OBJECTIVES:
+        options += ["--objective", OBJECTIVES[data]]
     with tempfile.TemporaryDirectory(dir=place) as folder:
         words = f"train --model {source} --method {method} --batch-size {rows} --max-length 256"
         arguments = [*words.split(), *options, "--max-steps", str(STEPS), "--output", f"{folder}/run"]

@@ -406,7 +406,8 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
         seconds += moved / pace.bytes_per_second
     flags = cpu_flags() if workload.device_type == "cpu" and workload.dtype == "bfloat16" else set()
     # As `ops.cpu.products.bytes_pay` without torch.
-    in_eight_bits = facts.equal_in_eight_bits and "avx512_bf16" in flags and "amx_bf16" not in flags
+    is_chosen = workload.products == "int8" or (workload.products == "auto" and facts.equal_in_eight_bits)
+    in_eight_bits = is_chosen and "avx512_bf16" in flags and "amx_bf16" not in flags
     if in_eight_bits and takes_eight_bit(method, workload.objective, workload.strategy, workload):
         seconds *= EIGHT_BITS_SHARE
     if workload.device_type == "cpu":
