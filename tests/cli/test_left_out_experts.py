@@ -33,7 +33,7 @@ def test_train_says_it_and_takes_what_it_says(rankwise, mixture, rows_file, tmp_
 
 
 def test_the_plan_says_it(rankwise, mixture):
-    plan = ("plan", "--model", mixture, "--max-length", 16, "--method", "qlora")
+    plan = ("plan", "--model", mixture, "--max-length", 16, "--method", "qlora", "--why")
     done = rankwise(*plan)
     assert done.code == 0, done.stderr
     assert done.stderr.count("warning RW422") == 1

@@ -476,8 +476,10 @@ def check_written(model: Any, case: Case, oracle: Any, folder: Path) -> None:
     odd = [key for key in stored if not torch.equal(stored[key], written[key])]
     assert not odd, f"other values of {odd}"
     own, wanted = (peft.LoraConfig.from_pretrained(folder / side).to_dict() for side in ("ours", "theirs"))
-    # Whether targets in another form are the same targets, the tensors say.
+    # Whether targets in another form are the same targets, the tensors say; layers may be a number or a list.
     free = {"target_modules", "target_parameters", "init_lora_weights", "peft_version", "fan_in_fan_out"}
+    layers = wanted["layers_to_transform"]
+    wanted["layers_to_transform"] = [layers] if isinstance(layers, int) else layers
     differing = {
         key: (own[key], wanted[key]) for key in wanted.keys() - free if (own[key] or None) != (wanted[key] or None)
     }

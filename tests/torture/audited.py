@@ -25,6 +25,7 @@ from disk_cases import Cases
 from in_process import steps_in_this_process
 from rankwise.cli import export_proof
 from rankwise.disk import cache_folder
+from rankwise.planning.hardware import idle_process_bytes
 
 PATHS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "open")
 FORBIDDEN = ("pickle.find_class", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto")
@@ -138,6 +139,8 @@ def main_of(folder: Path) -> None:
     # Fills matplotlib's own cache of the machine's fonts, which its first plot would fill.
     import matplotlib.font_manager  # noqa: F401
 
+    # Measured once on a machine, in a process of its own.
+    idle_process_bytes()
     steps_in_this_process(pytest.MonkeyPatch())
     cases = Audited(folder)
     cases.prepare()

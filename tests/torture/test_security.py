@@ -65,10 +65,10 @@ def test_no_secret_of_the_environment_is_kept(lines: list[dict[str, object]], fo
 
 
 def test_the_folders_of_the_user_stay_empty(lines: list[dict[str, object]], folder: Path) -> None:
-    """But for what is kept to be used again: prepared bases and traces of rankwise, and matplotlib's list of fonts."""
+    """But for what is kept: prepared bases, traces, figures of the machine, and matplotlib's list of fonts."""
     homes = folder / "homes"
     found = [path.relative_to(homes).as_posix() for path in homes.rglob("*") if path.is_file()]
-    kept = ("XDG_CACHE_HOME/rankwise/bases/", "XDG_CACHE_HOME/rankwise/traces/")
+    kept = tuple(f"XDG_CACHE_HOME/rankwise/{name}" for name in ("bases/", "traces/", "machine.json"))
     assert [path for path in found if "matplotlib/fontlist" not in path and not path.startswith(kept)] == []
 
 

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -354,12 +355,17 @@ IDLE_PROCESS = (
 )
 
 
-@functools.cache
 def idle_process_bytes() -> int:
     """The memory of a process of ``rankwise train`` here that has its libraries and nothing else, as a run's meter
     counts it. Measured once for each version."""
+    return int(begin_idle_process().result())
+
+
+@functools.cache
+def begin_idle_process() -> Future[float]:
+    """Measure it beside other work, since its imports take seconds."""
     versions = " ".join(f"{name} {version(name)}" for name in ("rankwise", "torch", "transformers"))
-    return int(measured_here(f"idle process, {versions}", _idle_process_bytes))
+    return ThreadPoolExecutor(1).submit(measured_here, f"idle process, {versions}", _idle_process_bytes)
 
 
 def _idle_process_bytes() -> float:

@@ -25,7 +25,7 @@ from rankwise.planning.advice import (
     verdict_of,
 )
 from rankwise.planning.extend import MemoryEstimate, Traces, over_stored
-from rankwise.planning.hardware import Hardware, choose_hardware, shared
+from rankwise.planning.hardware import Hardware, begin_idle_process, choose_hardware, shared
 from rankwise.planning.speed import (
     Pace,
     hiding_bandwidth,
@@ -160,6 +160,8 @@ def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: Non
     hardware = shared(choose_hardware(settings.gpu, settings.memory), settings.devices)
     check_device(settings.optimizer, hardware.device_type, hardware.name)
     workload = workload_for(settings, hardware)
+    if hardware.device_type == "cpu":
+        begin_idle_process()
     source, unreached = source_or_shape(
         settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
