@@ -170,8 +170,8 @@ def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
     # Runs side by side share a processor.
     places = (given.jobs or 1) if hardware.device_type == "cuda" else 1
     return (
-        f"About {duration(seconds / places)} for all steps, by the plan: {steps} steps a run, {rows} rows a step, about "
-        f"{tokens} tokens a row; loading and evaluations come on top."
+        f"About {duration(seconds / places)} for all steps, by the plan: {steps} steps a run, {rows} rows a step, "
+        f"about {tokens} tokens a row; loading and evaluations come on top."
     )
 
 
