@@ -213,6 +213,21 @@ def test_train_takes_what_a_plan_recommends(rankwise, plan, rows_file, tmp_path,
     assert "RW201: all settings are taken." in rankwise(*shlex.split(words)[1:]).stderr
 
 
+@pytest.mark.parametrize(("place", "paged"), [((), False), (("--gpu", "RTX 4090"), True)])
+def test_only_a_card_is_given_a_paged_optimizer(rankwise, model_folder, place, paged):
+    """Where all that is left is that, or shorter rows."""
+    step = ("--method", "lora", "--batch-size", 1, "--max-length", 512, "--r", 64, "--gradient-checkpointing")
+
+    def planned(memory):
+        return rankwise("plan", "--model", model_folder, *step, *place, "--memory", memory, "--json").document
+
+    row = planned("8GB")["methods"]["lora"]
+    most = row["peak_bytes"] + row["error"] * row["training_bytes"]
+    command = planned(f"{int(most) - 1000}B")["command"]
+    assert ("--optimizer paged_adamw_8bit" in command) == paged
+    assert ("--max-length 256" in command) != paged
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -150,26 +150,28 @@ def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
     tokens = max(2, min(given.max_length, inputs.row_characters // CHARACTERS_A_TOKEN))
     rows = given.batch_size * given.gradient_accumulation
     steps = given.max_steps or math.ceil(inputs.train_rows * given.epochs / rows)
-    options: JsonObject = {"trust_remote_code": given.trust_remote_code}
-    source = fetch_model(given.model, revision=given.revision, **options, weights=False)
+    code, seconds = given.trust_remote_code, 0.0
+    source = fetch_model(given.model, revision=given.revision, trust_remote_code=code, weights=False)
     try:
-        model = read_model(source, **options)
-        ask, seconds = Traces(model), 0.0
+        model = read_model(source, trust_remote_code=code)
+        ask = Traces(model)
         for name in plan.methods:
             method, changes = variant_of(name)
             step = workload_of({**shared, **changes, "max_length": tokens}, hardware)
             pace = pace_of(hardware, step.dtype)
             if method not in PLANNED or pace is None:
                 return f"No speed is known of {method} on {hardware.name}; the time left is told after the first run."
-            runs = planned_runs(1, len(plan.rates[name]), given.seeds)
-            seconds += (
-                runs * steps * step_seconds(ask(method, step), model.facts, step, pace, given.gradient_accumulation)
-            )
+            # Short runs take so many times a run's steps.
+            runs = planned_runs(1, len(plan.rates[name]), given.seeds) if given.budget is None else None
+            each = step_seconds(ask(method, step), model.facts, step, pace, given.gradient_accumulation)
+            seconds += steps * each * (runs or given.seeds + (given.budget or 0))
     except InputError as error:
         return f"The time cannot be estimated: {error.message}"
+    # Runs side by side share a processor.
+    places = (given.jobs or 1) if hardware.device_type == "cuda" else 1
     return (
-        f"About {duration(seconds / (given.jobs or 1))} for all steps, by the plan: {steps} steps a run, {rows} rows a "
-        f"step, about {tokens} tokens a row; loading and evaluations come on top."
+        f"About {duration(seconds / places)} for all steps, by the plan: {steps} steps a run, {rows} rows a step, "
+        f"about {tokens} tokens a row; loading and evaluations come on top."
     )
 
 
