@@ -140,6 +140,13 @@ def test_a_prepared_base_is_kept_without_its_head(run: Any, tmp_path: Path) -> N
     assert len(list((tmp_path / "cache").glob("base-*/model.safetensors"))) == 1
 
 
+def test_a_config_without_padding_is_told_of_it(run: Any, tmp_path: Path) -> None:
+    """Where the base is prepared too, in a folder without a tokenizer."""
+    tiny_llama(pad_token_id=None).save_pretrained(tmp_path / "decoder")
+    make_tokenizer().save_pretrained(tmp_path / "decoder")
+    assert run(method="qlora", block_size=32, max_steps=1, cache=tmp_path / "cache").status == "finished"
+
+
 @pytest.mark.parametrize(("base", "method"), [("decoder", "qlora"), ("encoder", "qdora")])
 def test_fast_and_plain_steps_agree(base: str, method: str, run: Any) -> None:
     records = [run(base, method=method, name=str(fast), fast=fast, max_steps=3) for fast in (True, False)]

@@ -92,12 +92,16 @@ def load_model(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if tokenizer is not None:
         _check_vocabulary(loaded, tokenizer, source)
-    if source.labels is not None and tokenizer is not None:
+        tell_padding(loaded, tokenizer, source)
+    return loaded, tokenizer
+
+
+def tell_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
+    """Tell a decoder's head of labels, which reads the last token that is no padding, what padding is."""
+    if source.labels is not None:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        # A decoder's head reads the last token that is no padding.
-        loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return loaded, tokenizer
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def keep_heads_exact(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from rankwise.compat.transformers import saved_by_any_rank
 from rankwise.disk import InUse, cache_folder, hold, whole_folder
 from rankwise.errors import ModelError, RunError
 from rankwise.models.folder import CONFIG_FILE, read_config
-from rankwise.models.load import load_model, load_tokenizer, quiet, remember_originals
+from rankwise.models.load import load_model, load_tokenizer, quiet, remember_originals, tell_padding
 from rankwise.models.source import ModelSource, Version, fetch_model, file_version, model_hash, settings_hash
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.linear import weights_in_file
@@ -77,7 +77,9 @@ def load_prepared(
             remember_originals(model, source, trust_remote_code=trust_remote_code)
         # Adapters name the original model as their base, not the prepared copy.
         model.name_or_path = model.config.name_or_path = source.base_model
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        # The prepared base has no tokenizer of its own.
+        if (tokenizer := load_tokenizer(source, trust_remote_code=trust_remote_code)) is not None:
+            tell_padding(model, tokenizer, source)
     for tensor in (*model.parameters(), *model.buffers()) if not mapped else ():
         if type(tensor.data) is torch.Tensor:
             tensor.data = tensor.detach().clone()
