@@ -184,6 +184,11 @@ class LoraConfig(AdapterOptions):
             raise ConfigError("RW101", "; ".join(problems) + ".")
 
     @property
+    def kind(self) -> str:
+        """The kind of the adapter, of `rankwise.methods`."""
+        return "dora" if self.use_dora else "lora"
+
+    @property
     def init(self) -> Init:
         """``init_lora_weights``, parsed."""
         return init_of(self.init_lora_weights)

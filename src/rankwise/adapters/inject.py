@@ -62,9 +62,9 @@ from rankwise.adapters.state import (
 )
 from rankwise.adapters.switch import disable_adapter, set_adapter, trained_biases
 from rankwise.compat.torch import gathered
-from rankwise.config import METHODS_GROUP
 from rankwise.errors import AdapterError, some_of
 from rankwise.lora_config import Init, LoraConfig
+from rankwise.methods import METHODS_GROUP
 from rankwise.quantization.linear import Linear4bit
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)

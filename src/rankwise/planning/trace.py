@@ -27,6 +27,7 @@ from rankwise.adapters.select import matches
 from rankwise.compat.torch import FakeTensorMode, fake_processes, shards_seen
 from rankwise.compat.transformers import choose_experts, fake_masks_looked_at
 from rankwise.errors import ModelError, RankwiseError
+from rankwise.methods import method_of
 from rankwise.ops import selection
 from rankwise.ops.cpu import products
 from rankwise.ops.cpu.four_bit import is_kept
@@ -99,7 +100,7 @@ class Traced:
             self.weight_bytes = sum(part.nbytes for _, part in shards_of(skeleton))
             self.layer_bytes, self.root_bytes = layer_and_root_bytes(skeleton)
             if mesh is not None:
-                shard(skeleton, mesh, trains_all=method == "full")
+                shard(skeleton, mesh, trains_all=method_of(method).trains_all)
             kept = kept_memory(skeleton) if fake and not on_card else []
             self.tracker.see_all(kept, "adapters")
             self._kept = kept
