@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig, init_of
-from rankwise.methods import METHODS, installed, is_known, method_of, of_four_bits
+from rankwise.methods import METHODS, installed, is_known, method_of, of_four_bits, other_kinds
 from rankwise.options import (
     LARGEST_NUMBER,
     Batch,
@@ -127,7 +127,9 @@ class StepOptions(AdapterOptions):
     def lora_config(self, method: str) -> LoraConfig:
         """The configuration of the method's adapter. Raises ConfigError (RW101) with every wrong field."""
         given = {name: getattr(self, name) for name in ADAPTER}
-        return LoraConfig(**given, use_dora=method_of(method).kind == "dora", init_lora_weights=_peft_init(self.init))
+        kind = method_of(method).kind
+        given |= {"use_dora": kind == "dora", "other_kind": kind if kind in other_kinds() else None}
+        return LoraConfig(**given, init_lora_weights=_peft_init(self.init))
 
 
 class ModelOptions(Settings):

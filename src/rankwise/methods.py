@@ -80,6 +80,11 @@ def kinds() -> tuple[str, ...]:
     return tuple(name for name, row in METHODS.items() if row.kind == name)
 
 
+def other_kinds() -> tuple[str, ...]:
+    """Those that PEFT does not have."""
+    return tuple(kind for kind in kinds() if kind not in PEFT_KINDS)
+
+
 def of_kind(kind: str) -> tuple[str, ...]:
     """The methods that train this kind of adapters."""
     return tuple(name for name, row in METHODS.items() if row.kind == kind)

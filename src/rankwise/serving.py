@@ -13,7 +13,7 @@ from typing import Literal
 
 from rankwise.foreign import Fields, JsonObject
 from rankwise.labels import Labels
-from rankwise.methods import method_of
+from rankwise.methods import PEFT_KINDS, Method, method_of
 
 # The values that vLLM's --max-lora-rank admits. An adapter of any rank up to the given value loads.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -34,6 +34,7 @@ DORA_AS_LORA = (
 FULL = ("any server of the base model: the result is an ordinary model",)
 WHOLE_OF_LABELS = "transformers, and vLLM with --runner pooling"
 OF_ANOTHER = ("no server: a method of another package, measured for comparison",)
+OF_OTHER_KIND = ("as plain LoRA, with a stated error, by `rankwise export`", ANYWHERE)
 
 Trait = Literal["dora", "rslora", "rank_pattern", "alpha_pattern", "experts", "bias", "modules_to_save"]
 WORDS: dict[Trait, str] = {
@@ -106,8 +107,8 @@ def vllm_rank(r: int) -> int | None:
 def served(method: str, config: Fields) -> tuple[str, ...]:
     """How the result of ``method`` can be served, one line for each way: directly, by `rankwise export`, or merged."""
     row = method_of(method)
-    if not row.has_adapter:
-        return _of_full(config) if row.trains_all else OF_ANOTHER
+    if row.kind not in PEFT_KINDS:
+        return _without_peft(row, config)
     if config.get("for_merge"):
         return *OF_MERGED, ANYWHERE
     if config.get("init") == "loftq":
@@ -126,8 +127,8 @@ def served(method: str, config: Fields) -> tuple[str, ...]:
 def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
     """`served` in short, for a table cell: servers of the adapter, servers of its export, and merged."""
     row = method_of(method)
-    if not row.has_adapter:
-        return _of_full(config) if row.trains_all else OF_ANOTHER
+    if row.kind not in PEFT_KINDS:
+        return _without_peft(row, config)
     if config.get("for_merge"):
         return (ANYWHERE,)
     if config.get("init") == "loftq":
@@ -144,7 +145,9 @@ def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
     return ", ".join(["PEFT", *plain]), f"by export: {', '.join(exported)}", "merged: anywhere"
 
 
-def _of_full(config: Fields) -> tuple[str, ...]:
+def _without_peft(row: Method, config: Fields) -> tuple[str, ...]:
+    if not row.trains_all:
+        return OF_ANOTHER if row.is_guest else OF_OTHER_KIND
     return (f"{WHOLE_OF_LABELS}: the result is an ordinary model",) if answers_labels(config) else FULL
 
 

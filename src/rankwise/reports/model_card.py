@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from rankwise.config import DEMO, DEMO_HUB_ID
 from rankwise.foreign import Fields, Json
-from rankwise.methods import method_of
+from rankwise.methods import PEFT_KINDS, method_of, other_kinds
 from rankwise.records import RunRecord
 from rankwise.reports.numbers import byte_size, capital, visible
 from rankwise.reports.words import last_part
@@ -87,14 +87,14 @@ def _base_model(record: RunRecord, config: Fields) -> str:
 def _front_matter(record: RunRecord, base: str, config: Fields) -> str:
     import yaml
 
-    full = method_of(record.method).trains_all
+    full, kind = method_of(record.method).trains_all, method_of(record.method).kind
     tags = ["rankwise", *([] if full else ["lora", f"base_model:adapter:{base}"])]
     if config.get("use_dora"):
         tags.insert(2, "dora")
     content = {
         "base_model": base,
         "base_model_relation": "finetune" if full else "adapter",
-        "library_name": "transformers" if full else "peft",
+        "library_name": "transformers" if full else "peft" if kind in PEFT_KINDS else "rankwise",
         "pipeline_tag": "text-classification" if record.objective == "classify" else "text-generation",
         "tags": tags,
     }
@@ -253,10 +253,10 @@ def _loading(record: RunRecord, base: str) -> str:
     library, option = ("transformers", "--model") if is_full else ("PEFT", "--adapter")
     command = f"predict {option} FOLDER --data D" if has_labels else f'generate {option} FOLDER --prompt "..."'
     code = "\n".join(lines)
-    return (
-        f"In {library}, with `FOLDER` the folder of this file:\n\n```python\n{code}\n```\n\n"
-        f"In rankwise: `rankwise {command}`."
-    )
+    ours = f"In rankwise: `rankwise {command}`."
+    if method_of(record.method).kind in other_kinds():
+        return ours
+    return f"In {library}, with `FOLDER` the folder of this file:\n\n```python\n{code}\n```\n\n{ours}"
 
 
 def _serving(method: str, config: Fields) -> str:
