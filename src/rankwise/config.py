@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig, init_of
-from rankwise.methods import METHODS, installed, is_known, method_of, of_four_bits, other_kinds
+from rankwise.methods import METHODS, METHODS_GROUP, is_known, method_of, methods_with, other_kinds
 from rankwise.options import (
     LARGEST_NUMBER,
     Batch,
@@ -408,15 +409,16 @@ def logging_steps_of(steps: int) -> int:
     return min(10, max(1, steps // 10))
 
 
-# {word: the options that it sets} for `rankwise compare --methods METHOD+WORD`.
-VARIANTS: dict[str, JsonObject] = {
-    **{kind: {"init": kind} for kind in ("pissa", "loftq")},
+# {word: (its name for people, the options that it sets)} for `rankwise compare --methods METHOD+WORD`.
+VARIANTS: dict[str, tuple[str, JsonObject]] = {
+    "pissa": ("PiSSA", {"init": "pissa"}),
+    "loftq": ("LoftQ", {"init": "loftq"}),
     # The ratio that the LoRA+ paper recommends.
-    "plus": {"loraplus_ratio": 16.0},
-    "rslora": {"use_rslora": True},
+    "plus": ("LoRA+", {"loraplus_ratio": 16.0}),
+    "rslora": ("rsLoRA", {"use_rslora": True}),
     # The layers of LoRA's paper, in place of all linear ones.
-    "qv": {"target_modules": ["q_proj", "v_proj"]},
-    "int8": {"products": "int8"},
+    "qv": ("q, v", {"target_modules": ["q_proj", "v_proj"]}),
+    "int8": ("8-bit products", {"products": "int8"}),
 }
 # A word of its own for each rank: ``lora+r4``.
 RANK = re.compile(r"r([1-9]\d*)")
@@ -424,7 +426,8 @@ RANK = re.compile(r"r([1-9]\d*)")
 
 def _known_method(name: str) -> str:
     if not is_known(name):
-        raise ValueError(f"give {', '.join(installed())}")
+        installed = (entry.name for entry in entry_points(group=METHODS_GROUP))
+        raise ValueError(f"give {', '.join((*METHODS, *installed))}")
     return name
 
 
@@ -442,7 +445,7 @@ def variant_of(name: str) -> tuple[str, JsonObject]:
     idle = {option for names in idle_options(method).values() for option in names}
     for word in words:
         rank = RANK.fullmatch(word)
-        chosen = {"r": int(rank[1]), "lora_alpha": 2.0 * int(rank[1])} if rank else VARIANTS.get(word)
+        chosen = {"r": int(rank[1]), "lora_alpha": 2.0 * int(rank[1])} if rank else VARIANTS.get(word, (word, None))[1]
         if chosen is None:
             raise ValueError(f"{word!r} is not a variant")
         if options.keys() & chosen.keys():
@@ -462,7 +465,12 @@ def idle_options(method: str) -> dict[str, tuple[str, ...]]:
     idle: dict[str, tuple[str, ...]] = {}
     row = method_of(method)
     if not row.four_bits:
-        idle[f"only {' and '.join(of_four_bits())} make 4-bit weights"] = ("quant_type", "block_size", "double_quant")
+        packed = " and ".join(methods_with(four_bits=True))
+        idle[f"only {packed} make 4-bit weights"] = (
+            "quant_type",
+            "block_size",
+            "double_quant",
+        )
     if row.trains_all:
         idle["it trains all weights and adds no adapter"] = (*ADAPTER, *OF_ADAPTERS, "products")
     if row.is_guest:

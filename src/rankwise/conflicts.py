@@ -12,7 +12,7 @@ from rankwise.config import (
     TrainSettings,
 )
 from rankwise.errors import ConfigError
-from rankwise.methods import METHODS, either, method_of, of_four_bits, with_adapters
+from rankwise.methods import METHODS, either, method_of, methods_with
 from rankwise.options import Settings, flag
 
 # {objective: the options that apply to it but not to every objective}.
@@ -112,7 +112,7 @@ def _of_steps(given: TrainSettings) -> Iterator[str]:
             "one of them out."
         )
     if given.init == "loftq" and not method_of(given.method).four_bits:
-        instead = either(of_four_bits())
+        instead = either(methods_with(four_bits=True))
         yield f"--init loftq corrects 4-bit rounding, which --method {given.method} does not have; take {instead}."
     of_run = given.method, given.objective, given.strategy, given
     if given.products == "int8" and not takes_eight_bit(*of_run):
@@ -169,7 +169,7 @@ def without_reference(objective: str, method: str) -> Iterator[str]:
     if objective in ("dpo", "kto") and not method_of(method).has_adapter:
         yield (
             f"--objective {objective} needs the base as reference, which --method {method} changes or cannot restore; "
-            f"give {either(with_adapters())}."
+            f"give {either(methods_with(has_adapter=True))}."
         )
 
 
@@ -205,7 +205,7 @@ def _of_rewards(given: TrainSettings, processes: int) -> Iterator[str]:
         yield (
             f"--beta {given.beta:g} keeps the model near its reference, the base without adapter, and --method "
             f"{given.method} would need a second model for that; leave --beta out, or take "
-            f"{either(with_adapters())}."
+            f"{either(methods_with(has_adapter=True))}."
         )
 
 

@@ -251,12 +251,10 @@ def _pattern_problems(config: LoraConfig) -> Iterator[str]:
 def _kind_problems(config: LoraConfig) -> Iterator[str]:
     if config.other_kind is None:
         return
-    if config.other_kind not in other_kinds() or config.use_dora:
-        known = ", ".join(other_kinds()) or "none"
-        yield f"other_kind is {config.other_kind!r} with use_dora={config.use_dora}; the other kinds are: {known}"
-    idle = [name for name in ("target_parameters", "enable_lora", "for_merge") if getattr(config, name)]
-    idle += ["init_lora_weights"] if config.init.kind in ("pissa", "loftq") else []
-    if idle:
+    if config.other_kind not in other_kinds():
+        yield f"other_kind is {config.other_kind!r}; give one of: {', '.join(other_kinds()) or 'none there'}"
+    idle = [name for name in ("use_dora", "target_parameters", "enable_lora", "for_merge") if getattr(config, name)]
+    if idle := [*idle, *(["init_lora_weights"] if config.init.kind in ("pissa", "loftq") else [])]:
         yield f"{', '.join(idle)}: for LoRA and DoRA, and not for {config.kind}; leave it out"
 
 

@@ -43,11 +43,6 @@ class Method:
         """Whether it trains the weights of the model itself."""
         return not self.has_adapter and not self.is_guest
 
-    @property
-    def dense(self) -> str | None:
-        """Of a 4-bit method the one that trains the same adapters over a dense base."""
-        return self.kind if self.four_bits else None
-
 
 # {name: method}, in the order of lists.
 METHODS: dict[str, Method] = {
@@ -68,16 +63,13 @@ def method_of(name: str) -> Method:
     return METHODS.get(name) or Method(name=name, words=name, is_guest=True)
 
 
-def with_adapters() -> tuple[str, ...]:
-    return tuple(name for name, row in METHODS.items() if row.has_adapter)
-
-
-def of_four_bits() -> tuple[str, ...]:
-    return tuple(name for name, row in METHODS.items() if row.four_bits)
+def methods_with(**facts: object) -> tuple[str, ...]:
+    """The methods of ours with these facts: ``methods_with(four_bits=True)``."""
+    return tuple(name for name, row in METHODS.items() if all(getattr(row, fact) == facts[fact] for fact in facts))
 
 
 def kinds() -> tuple[str, ...]:
-    return tuple(name for name, row in METHODS.items() if row.kind == name)
+    return methods_with(four_bits=False, has_adapter=True)
 
 
 def other_kinds() -> tuple[str, ...]:
@@ -85,21 +77,11 @@ def other_kinds() -> tuple[str, ...]:
     return tuple(kind for kind in kinds() if kind not in PEFT_KINDS)
 
 
-def of_kind(kind: str) -> tuple[str, ...]:
-    """The methods that train this kind of adapters."""
-    return tuple(name for name, row in METHODS.items() if row.kind == kind)
-
-
-def either(names: Iterable[str]) -> str:
+def either(words: Iterable[str]) -> str:
     """``lora, dora or full``."""
-    *first, last = names
+    *first, last = words
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def is_known(name: str) -> bool:
     return name in METHODS or bool(entry_points(group=METHODS_GROUP, name=name))
-
-
-def installed() -> tuple[str, ...]:
-    """The names of all methods, with those of other distributions."""
-    return (*METHODS, *(entry.name for entry in entry_points(group=METHODS_GROUP)))

@@ -458,9 +458,7 @@ def _adapter_over(module: Any, base: nn.Module, name: str) -> LowRankPair:
     (A, B, m), scaling = _parameters(module, name), module.scaling[name]
     kind = Lora if m is None else Dora
     adapter = kind(base, A.shape[0], scaling, dropout=_dropout(module, name), device="meta")
-    if isinstance(adapter, Dora) and m is not None:
-        adapter.magnitude = m
-    adapter.lora_A, adapter.lora_B = A, B
+    adapter.lora_A, adapter.lora_B, adapter.magnitude = A, B, m
     return adapter
 
 

@@ -38,23 +38,9 @@ PARTS_FIELDS = ("enable_lora", "rank_pattern", "alpha_pattern")
 # PEFT's task_type of a model with a head of labels.
 LABELS_TASK = "SEQ_CLS"
 
-_SHARED_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "target_parameters",
-    "exclude_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
-)
+# Fields of LoraConfig that PEFT's file has not, or has in other words.
+_OWN_FIELDS = ("enable_lora", "for_merge", "init_lora_weights", "other_kind")
+_SHARED_FIELDS = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.name not in _OWN_FIELDS)
 
 # Further fields that PEFT writes, with the only supported value: any other changes the result and is refused.
 _FIXED_FIELDS: JsonObject = {

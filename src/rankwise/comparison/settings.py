@@ -22,7 +22,7 @@ from rankwise.conflicts import NO_RETAIN
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.foreign import Fields, JsonObject
-from rankwise.methods import METHODS, with_adapters
+from rankwise.methods import METHODS, methods_with
 from rankwise.options import LARGEST_NUMBER, Count, Names, Panel, Positive, comma_list, option, text_list
 from rankwise.reports.comparison import EVAL_LOSS
 
@@ -47,7 +47,7 @@ _measured = functools.partial(option, Panel.MEASURED)
 
 def _usual_methods(given: Fields) -> tuple[str, ...]:
     """All of rankwise's methods; for preferences those with a frozen base, which is the reference."""
-    return tuple(METHODS) if given.get("objective", "sft") in ("sft", "classify") else with_adapters()
+    return tuple(METHODS) if given.get("objective", "sft") in ("sft", "classify") else methods_with(has_adapter=True)
 
 
 class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):

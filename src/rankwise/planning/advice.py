@@ -427,8 +427,9 @@ class Rule:
 
 
 def _sixteen_bits_do_not_fit(situation: Situation) -> bool:
-    wide = method_of(situation.method).dense
-    return wide is not None and situation.fits.get(wide) is False
+    row = method_of(situation.method)
+    # A kind has the name of its dense method.
+    return row.four_bits and situation.fits.get(row.kind or "") is False
 
 
 RULES: tuple[Rule, ...] = (

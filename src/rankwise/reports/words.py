@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
+from rankwise.config import VARIANTS
 from rankwise.foreign import Fields
 from rankwise.methods import METHODS, method_of
 from rankwise.reports.comparison import EVAL_LOSS, unit_of
@@ -26,14 +27,6 @@ from rankwise.reports.numbers import (
 )
 from rankwise.serving import refusing
 
-VARIANTS = {
-    "pissa": "PiSSA",
-    "loftq": "LoftQ",
-    "plus": "LoRA+",
-    "rslora": "rsLoRA",
-    "qv": "q, v",
-    "int8": "8-bit products",
-}
 METRICS = {
     "eval_loss": "Evaluation loss",
     "retained.loss": "Retained loss",
@@ -64,7 +57,7 @@ def method_name(method: str) -> str:
     if method == "lora+plus":
         return "LoRA+"
     _, *words = method.split("+")
-    variants = ", ".join(VARIANTS.get(word) or visible(word) for word in words)
+    variants = ", ".join(VARIANTS[word][0] if word in VARIANTS else visible(word) for word in words)
     return visible(method_of(method).words) + (f" ({variants})" if words else "")
 
 

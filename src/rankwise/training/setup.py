@@ -32,7 +32,7 @@ from rankwise.errors import ConfigError, DataError, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject, sha256_of
 from rankwise.labels import Labels
 from rankwise.lora_config import ADAPTER, LoraConfig
-from rankwise.methods import METHODS, either, kinds, method_of, of_kind
+from rankwise.methods import METHODS, either, kinds, method_of, methods_with
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, load_tokenizer
 from rankwise.models.load import table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
@@ -263,7 +263,7 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
     if given.adapter is None:
         return given
     config, _ = read_folder(given.adapter)
-    methods = of_kind(config.kind)
+    methods = methods_with(kind=config.kind)
     if given.method not in methods:
         raise ConfigError(
             "RW764",
