@@ -91,7 +91,7 @@ def from_peft(document: Fields, source: Path) -> LoraConfig:
     """The configuration in a PEFT document. Raises AdapterError (RW410), which names every unsupported field."""
     kind = document.get("peft_type")
     known = {_peft_type(other): other for other in (None, *other_kinds())}
-    if kind not in known:
+    if str(kind) not in known:
         raise AdapterError("RW410", f"{source} is of peft_type {kind!r}; rankwise reads LORA (LoRA and DoRA) only.")
     refused = [
         name for name, harmless in _FIXED_FIELDS.items() if document.get(name) not in (harmless, None, False, [])
@@ -106,7 +106,7 @@ def from_peft(document: Fields, source: Path) -> LoraConfig:
             f"{source} sets {shown}, which changes what the adapter computes and is not supported; use PEFT.",
         )
     fields = {name: document[name] for name in _SHARED_FIELDS if document.get(name) is not None}
-    fields["other_kind"] = known[kind]
+    fields["other_kind"] = known[str(kind)]
     # A null here is refused below, as in PEFT.
     fields |= {name: document.get(name, default) for name, default in _PEFT_DEFAULTS.items()}
     if fields.get("target_parameters"):
