@@ -18,7 +18,7 @@ from rankwise.adapters.base_layer import dense_weight
 from rankwise.adapters.lora import KINDS, LowRankPair
 from rankwise.adapters.low_rank import init_low_rank_
 from rankwise.errors import AdapterError, ConfigError
-from rankwise.methods import METHODS, Method
+from rankwise.methods import METHODS, Method, kinds, method_of
 from rankwise.models import load_model
 from tiny_models import tiny_gpt2, tiny_llama
 
@@ -80,6 +80,13 @@ def logits(folder: Path, adapter: Path | None = None) -> Tensor:
     if adapter is not None:
         rw.load_adapter(model, adapter)
     return model.eval()(input_ids=torch.arange(40, 60)[None]).logits
+
+
+def test_rows_and_classes_belong_together() -> None:
+    assert set(kinds()) == KINDS.keys()
+    assert all(row.kind in kinds() for row in METHODS.values() if row.has_adapter)
+    assert {row.lighter for row in METHODS.values()} <= {None, *METHODS}
+    assert method_of("of_others").is_guest
 
 
 def test_it_is_planned_with_a_little_more_than_lora(plan: Callable) -> None:
