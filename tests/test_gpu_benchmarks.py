@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rankwise import ops
-from rankwise.planning.speed import LAUNCHES
+from rankwise.methods import METHODS
 from tables import long
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -128,4 +128,4 @@ def test_a_step_on_a_card_starts_no_more_than_it_must(method: str) -> None:
     # Once an optimizer step.
     gains = sum(row.operators.get(name, 0) for name in ("adapted_gain", "adapted_gain_4bit"))
     forward = row.forward_launches_per_layer
-    assert (forward - gains, row.launches_per_layer - forward) == LAUNCHES[method]
+    assert (forward - gains, row.launches_per_layer - forward) == METHODS[method].launches

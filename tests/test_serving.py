@@ -31,6 +31,11 @@ def test_an_adapter_that_belongs_on_four_bits_has_no_server():
         assert not any("export" in place or "vLLM" in place for place in places)
 
 
+def test_a_variant_is_served_as_its_method_is():
+    for method in ("lora", "dora", "full"):
+        assert served(f"{method}+r8", {"r": 8}) == served(method, {"r": 8})
+
+
 def test_a_model_that_answers_with_labels_is_no_model_for_every_server():
     for method in ("full", "lora", "dora"):
         for places in (served(method, {"objective": "classify"}), served_in_short(method, {"objective": "classify"})):

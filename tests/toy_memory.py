@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankwise.config import FOUR_BITS
+from rankwise.methods import method_of
 from rankwise.planning import TERMS, MemoryEstimate, Workload
 
 WEIGHTS = 10**9
@@ -14,7 +14,7 @@ ERROR = 0.05
 
 def toy_estimate(method: str, workload: Workload) -> MemoryEstimate:
     """weights + adapters (1 MB a rank) + tokens * PER_TOKEN; full: three times the weights besides."""
-    weights = WEIGHTS // FEWER if method in FOUR_BITS else WEIGHTS
+    weights = WEIGHTS // FEWER if method_of(method).four_bits else WEIGHTS
     adapters = 3 * WEIGHTS if method == "full" else workload.r * 10**6
     activations = workload.tokens * PER_TOKEN
     activations //= FEWER if workload.gradient_checkpointing else 1

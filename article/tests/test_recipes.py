@@ -14,7 +14,7 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig, RobertaConfi
 
 import rankwise as rw
 from rankwise.comparison.settings import CompareSettings, check_compare
-from rankwise.config import DORA, TrainSettings
+from rankwise.config import TrainSettings
 from rankwise.labels import Labels
 from rankwise.models import fetch_model, load_skeleton
 from rankwise.options import read_settings
@@ -107,7 +107,7 @@ def test_a_recipe_builds(file, tmp_path):
     if (four_bits := quantization_for(settings)) is not None:
         rw.quantize(model, four_bits)
         assert len(list(four_bit_layers(model))) == 7 * model.config.num_hidden_layers
-    rw.add_adapter(model, with_heads(model, settings.lora_config(use_dora=settings.method in DORA)))
+    rw.add_adapter(model, with_heads(model, settings.lora_config(settings.method)))
     trainable = sum(p.numel() for p in rw.adapter_parameters(model).values())
     assert trainable == TRAINABLE[file.stem]
     assert all(p.device.type == "meta" for p in model.parameters())

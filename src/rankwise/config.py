@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig, init_of
+from rankwise.methods import METHODS, METHODS_GROUP, is_known, method_of, methods_with, other_kinds
 from rankwise.options import (
     LARGEST_NUMBER,
     Batch,
@@ -51,13 +52,6 @@ Products = Literal["auto", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Objective = Literal["sft", "dpo", "kto", "grpo", "classify"]
 Tracker = Literal["wandb", "trackio", "tensorboard"]
-
-ADAPTERS = ("lora", "qlora", "dora", "qdora")
-METHODS = (*ADAPTERS, "full")
-# Entry points of this group are methods of other distributions. Nothing merges or serves their results.
-METHODS_GROUP = "rankwise.methods"
-FOUR_BITS = ("qlora", "qdora")
-DORA = ("dora", "qdora")
 
 # The model that `demo` stands for, and its name on the hub.
 DEMO = "demo"
@@ -131,10 +125,12 @@ class StepOptions(AdapterOptions):
         ),
     ] = "auto"
 
-    def lora_config(self, *, use_dora: bool) -> LoraConfig:
-        """The adapter's configuration. Raises ConfigError (RW101) with every wrong field."""
+    def lora_config(self, method: str) -> LoraConfig:
+        """The configuration of the method's adapter. Raises ConfigError (RW101) with every wrong field."""
         given = {name: getattr(self, name) for name in ADAPTER}
-        return LoraConfig(**given, use_dora=use_dora, init_lora_weights=_peft_init(self.init))
+        kind = method_of(method).kind
+        given |= {"use_dora": kind == "dora", "other_kind": kind if kind in other_kinds() else None}
+        return LoraConfig(**given, init_lora_weights=_peft_init(self.init))
 
 
 class ModelOptions(Settings):
@@ -413,27 +409,19 @@ def logging_steps_of(steps: int) -> int:
     return min(10, max(1, steps // 10))
 
 
-# {word: the options that it sets} for `rankwise compare --methods METHOD+WORD`.
-VARIANTS: dict[str, JsonObject] = {
-    **{kind: {"init": kind} for kind in ("pissa", "loftq")},
+# {word: (its name for people, the options that it sets)} for `rankwise compare --methods METHOD+WORD`.
+VARIANTS: dict[str, tuple[str, JsonObject]] = {
+    "pissa": ("PiSSA", {"init": "pissa"}),
+    "loftq": ("LoftQ", {"init": "loftq"}),
     # The ratio that the LoRA+ paper recommends.
-    "plus": {"loraplus_ratio": 16.0},
-    "rslora": {"use_rslora": True},
+    "plus": ("LoRA+", {"loraplus_ratio": 16.0}),
+    "rslora": ("rsLoRA", {"use_rslora": True}),
     # The layers of LoRA's paper, in place of all linear ones.
-    "qv": {"target_modules": ["q_proj", "v_proj"]},
-    "int8": {"products": "int8"},
+    "qv": ("q, v", {"target_modules": ["q_proj", "v_proj"]}),
+    "int8": ("8-bit products", {"products": "int8"}),
 }
 # A word of its own for each rank: ``lora+r4``.
 RANK = re.compile(r"r([1-9]\d*)")
-
-
-def is_own(method: str) -> bool:
-    """Whether the method, with variants or without, is one of rankwise's and not of another distribution."""
-    return method.partition("+")[0] in METHODS
-
-
-def is_known(method: str) -> bool:
-    return method in METHODS or bool(entry_points(group=METHODS_GROUP, name=method))
 
 
 def _known_method(name: str) -> str:
@@ -457,12 +445,12 @@ def variant_of(name: str) -> tuple[str, JsonObject]:
     idle = {option for names in idle_options(method).values() for option in names}
     for word in words:
         rank = RANK.fullmatch(word)
-        chosen = {"r": int(rank[1]), "lora_alpha": 2.0 * int(rank[1])} if rank else VARIANTS.get(word)
+        chosen = {"r": int(rank[1]), "lora_alpha": 2.0 * int(rank[1])} if rank else VARIANTS.get(word, (word, None))[1]
         if chosen is None:
             raise ValueError(f"{word!r} is not a variant")
         if options.keys() & chosen.keys():
             raise ValueError(f"two words of {name} set the same")
-        if idle & chosen.keys() or (word == "loftq" and method not in FOUR_BITS):
+        if idle & chosen.keys() or (word == "loftq" and not method_of(method).four_bits):
             raise ValueError(f"{method} has no use for {word}")
         options |= chosen
     return method, options
@@ -475,11 +463,17 @@ OF_ADAPTERS = ("init", "loraplus_ratio", "new_tokens")
 def idle_options(method: str) -> dict[str, tuple[str, ...]]:
     """{reason: options of `rankwise train` that have no effect on ``method``}."""
     idle: dict[str, tuple[str, ...]] = {}
-    if method not in FOUR_BITS:
-        idle["only qlora and qdora make 4-bit weights"] = ("quant_type", "block_size", "double_quant")
-    if method == "full":
+    row = method_of(method)
+    if not row.four_bits:
+        packed = " and ".join(methods_with(four_bits=True))
+        idle[f"only {packed} make 4-bit weights"] = (
+            "quant_type",
+            "block_size",
+            "double_quant",
+        )
+    if row.trains_all:
         idle["it trains all weights and adds no adapter"] = (*ADAPTER, *OF_ADAPTERS, "products")
-    if method not in METHODS:
+    if row.is_guest:
         idle["of the adapter's options this method takes only --r"] = tuple(
             name for name in (*ADAPTER, *OF_ADAPTERS) if name != "r"
         )
@@ -531,12 +525,13 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
     power = LLAMA if family == "llama" or width >= REFERENCE_WIDTH else SMALL
     rate = FULL_RATE * TIMES_FOR_ADAPTERS * (REFERENCE_WIDTH / width) ** power
     # Options of an adapter have no effect on other methods.
-    of_adapter = settings if settings["method"] in ADAPTERS else {}
+    method = method_of(settings["method"])
+    of_adapter = settings if method.has_adapter else {}
     # LoRA+: the rate is A's; B's, ``ratio`` times as high, is that of LoRA.
     ratio = of_adapter.get("loraplus_ratio")
     alpha = of_adapter.get("lora_alpha", REFERENCE_ALPHA)
     factors = {
-        "all weights": 1 / TIMES_FOR_ADAPTERS if settings["method"] == "full" else None,
+        "all weights": 1 / TIMES_FOR_ADAPTERS if method.trains_all else None,
         f"alpha {alpha:g}": (REFERENCE_ALPHA / alpha) ** POWER_OF_ALPHA if alpha != REFERENCE_ALPHA else None,
         settings["objective"]: OF_PREFERENCES if settings["objective"] not in ("sft", "classify") else None,
         "PiSSA": OF_PISSA if str(of_adapter.get("init")).startswith("pissa") else None,

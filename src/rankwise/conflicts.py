@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from rankwise.config import (
-    ADAPTERS,
-    DORA,
-    FOUR_BITS,
     GENERATIONS,
     MAX_COMPLETION_LENGTH,
-    METHODS,
     Objective,
     StepOptions,
     TrainSettings,
 )
 from rankwise.errors import ConfigError
+from rankwise.methods import METHODS, either, method_of, methods_with
 from rankwise.options import Settings, flag
 
 # {objective: the options that apply to it but not to every objective}.
@@ -114,8 +111,9 @@ def _of_steps(given: TrainSettings) -> Iterator[str]:
             "--packing lays rows end to end, and the noise of --neftune-noise-alpha depends on a row's length; leave "
             "one of them out."
         )
-    if given.init == "loftq" and given.method not in FOUR_BITS:
-        yield f"--init loftq corrects 4-bit rounding, which --method {given.method} does not have; take qlora or qdora."
+    if given.init == "loftq" and not method_of(given.method).four_bits:
+        instead = either(methods_with(four_bits=True))
+        yield f"--init loftq corrects 4-bit rounding, which --method {given.method} does not have; take {instead}."
     of_run = given.method, given.objective, given.strategy, given
     if given.products == "int8" and not takes_eight_bit(*of_run):
         yield "--products int8 is for --objective sft with an adapter, fused operators and whole weights; leave it out."
@@ -126,7 +124,7 @@ def _of_steps(given: TrainSettings) -> Iterator[str]:
 def takes_eight_bit(method: str, objective: str, strategy: str | None, given: StepOptions) -> bool:
     """Whether frozen products may be in 8 bits. The reference of dpo, kto and grpo would be computed otherwise."""
     is_whole = given.fast and strategy != "fsdp" and given.for_merge is None
-    return objective == "sft" and method in ADAPTERS and is_whole
+    return objective == "sft" and method_of(method).has_adapter and is_whole
 
 
 def _started(given: TrainSettings) -> str:
@@ -168,10 +166,10 @@ def _of_preferences(given: TrainSettings) -> Iterator[str]:
 
 def without_reference(objective: str, method: str) -> Iterator[str]:
     """The conflict of preferences with a method that leaves no reference."""
-    if objective in ("dpo", "kto") and method not in ADAPTERS:
+    if objective in ("dpo", "kto") and not method_of(method).has_adapter:
         yield (
             f"--objective {objective} needs the base as reference, which --method {method} changes or cannot restore; "
-            "give lora, qlora, dora or qdora."
+            f"give {either(methods_with(has_adapter=True))}."
         )
 
 
@@ -181,7 +179,7 @@ def _of_labels(given: TrainSettings) -> Iterator[str]:
         yield f"{', '.join(idle)} does not go with --objective classify, whose model writes no text."
     if given.strategy == "fsdp":
         yield "--objective classify trains its head whole, and --strategy fsdp shards it; take ddp."
-    if given.method not in METHODS:
+    if method_of(given.method).is_guest:
         yield f"--objective classify takes {', '.join(METHODS)}, and not --method {given.method}."
 
 
@@ -203,27 +201,28 @@ def _of_rewards(given: TrainSettings, processes: int) -> Iterator[str]:
             f"--max-completion-length {longest} leaves no tokens for a prompt within --max-length {given.max_length}, "
             "which counts prompt and answer; raise --max-length or lower the other."
         )
-    if given.beta and given.method not in ADAPTERS:
+    if given.beta and not method_of(given.method).has_adapter:
         yield (
             f"--beta {given.beta:g} keeps the model near its reference, the base without adapter, and --method "
-            f"{given.method} would need a second model for that; leave --beta out, or take lora, qlora, dora or qdora."
+            f"{given.method} would need a second model for that; leave --beta out, or take "
+            f"{either(methods_with(has_adapter=True))}."
         )
 
 
 def _of_processes(given: TrainSettings, processes: int) -> Iterator[str]:
-    if processes > 1 and given.method not in METHODS:
+    if processes > 1 and method_of(given.method).is_guest:
         yield f"--method {given.method} trains in one process; leave --devices out."
     if processes > 1 and given.retain is not None:
         yield "--retain is measured in one process; leave --devices out, or measure the run with `rankwise evaluate`."
     if given.strategy != "fsdp":
         return
     whole = _started(given) or (f"--for-merge {given.for_merge}" if given.for_merge else "")
-    if given.enable_lora and given.method in DORA:
+    if given.enable_lora and method_of(given.method).kind == "dora":
         # The magnitudes of the other rows, which are saved too, are norms of the base's rows.
         whole = f"--enable-lora with --method {given.method}"
     if whole:
         yield f"{whole} needs whole weights, which --strategy fsdp does not read; take ddp."
-    if given.method == "full" and given.optimizer not in ELEMENTWISE:
+    if method_of(given.method).trains_all and given.optimizer not in ELEMENTWISE:
         yield (
             f"--strategy fsdp with --method full trains shards, and --optimizer {given.optimizer} may need whole "
             f"weights; take {', '.join(ELEMENTWISE)}, or --strategy ddp."

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field
 
 from rankwise.errors import ConfigError
 from rankwise.foreign import wrong_fields
+from rankwise.methods import other_kinds
 from rankwise.options import (
     ALL_LINEAR,
     Modules,
@@ -162,6 +163,8 @@ class LoraConfig(AdapterOptions):
 
     # DoRA: train a magnitude per output row in addition to A and B.
     use_dora: bool = False
+    # The kind of the adapters, by its name in ``methods``, where it is neither LoRA nor DoRA. PEFT does not read these.
+    other_kind: str | None = None
     # Name of the module list whose indices layers_to_transform means, if it is not the first list in the path.
     layers_pattern: str | Sequence[str] | None = None
     # True: A is Kaiming-uniform and B zero, so that training starts at the base model. False: B is random (for tests).
@@ -179,9 +182,22 @@ class LoraConfig(AdapterOptions):
         if isinstance(self.layers_to_transform, int):
             object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
         object.__setattr__(self, "target_parameters", self.target_parameters or None)
-        problems = wrong_fields(self) or [*_pattern_problems(self)] or [*_init_problems(self), *_target_problems(self)]
+        problems = (
+            wrong_fields(self)
+            or [*_pattern_problems(self)]
+            or [
+                *_kind_problems(self),
+                *_init_problems(self),
+                *_target_problems(self),
+            ]
+        )
         if problems:
             raise ConfigError("RW101", "; ".join(problems) + ".")
+
+    @property
+    def kind(self) -> str:
+        """The kind of the adapter, of `rankwise.methods`."""
+        return self.other_kind or ("dora" if self.use_dora else "lora")
 
     @property
     def init(self) -> Init:
@@ -230,6 +246,16 @@ def _pattern_problems(config: LoraConfig) -> Iterator[str]:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             yield f"{described}, which is not a regular expression ({error})"
+
+
+def _kind_problems(config: LoraConfig) -> Iterator[str]:
+    if config.other_kind is None:
+        return
+    if config.other_kind not in other_kinds():
+        yield f"other_kind is {config.other_kind!r}; give one of: {', '.join(other_kinds()) or 'none there'}"
+    idle = [name for name in ("use_dora", "target_parameters", "enable_lora", "for_merge") if getattr(config, name)]
+    if idle := [*idle, *(["init_lora_weights"] if config.init.kind in ("pissa", "loftq") else [])]:
+        yield f"{', '.join(idle)}: for LoRA and DoRA, and not for {config.kind}; leave it out"
 
 
 def _init_problems(config: LoraConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from rankwise.foreign import Fields, JsonObject
 from rankwise.labels import Labels
+from rankwise.methods import PEFT_KINDS, Method, method_of
 
 # The values that vLLM's --max-lora-rank admits. An adapter of any rank up to the given value loads.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -33,7 +34,7 @@ DORA_AS_LORA = (
 FULL = ("any server of the base model: the result is an ordinary model",)
 WHOLE_OF_LABELS = "transformers, and vLLM with --runner pooling"
 OF_ANOTHER = ("no server: a method of another package, measured for comparison",)
-OWN = ("lora", "qlora", "dora", "qdora")
+OF_OTHER_KIND = ("as plain LoRA, with a stated error, by `rankwise export`", ANYWHERE)
 
 Trait = Literal["dora", "rslora", "rank_pattern", "alpha_pattern", "experts", "bias", "modules_to_save"]
 WORDS: dict[Trait, str] = {
@@ -105,13 +106,14 @@ def vllm_rank(r: int) -> int | None:
 
 def served(method: str, config: Fields) -> tuple[str, ...]:
     """How the result of ``method`` can be served, one line for each way: directly, by `rankwise export`, or merged."""
-    if method.partition("+")[0] not in OWN:
-        return _of_full(config) if method == "full" else OF_ANOTHER
+    row = method_of(method)
+    if row.kind not in PEFT_KINDS:
+        return _without_peft(row, config)
     if config.get("for_merge"):
         return *OF_MERGED, ANYWHERE
     if config.get("init") == "loftq":
         return *OF_LOFTQ, LOFTQ_ANYWHERE
-    traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
+    traits = traits_of({**config, "use_dora": config.get("use_dora") or row.kind == "dora"})
     if answers_labels(config):
         return AS_IT_IS, *([] if "dora" in traits else [OF_LABELS]), f"merged (`rankwise merge`): {WHOLE_OF_LABELS}"
     if any(trait in MERGED_ONLY for trait in traits):
@@ -124,13 +126,14 @@ def served(method: str, config: Fields) -> tuple[str, ...]:
 
 def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
     """`served` in short, for a table cell: servers of the adapter, servers of its export, and merged."""
-    if method.partition("+")[0] not in OWN:
-        return _of_full(config) if method == "full" else OF_ANOTHER
+    row = method_of(method)
+    if row.kind not in PEFT_KINDS:
+        return _without_peft(row, config)
     if config.get("for_merge"):
         return (ANYWHERE,)
     if config.get("init") == "loftq":
         return "PEFT", LOFTQ_ANYWHERE
-    traits = traits_of({**config, "use_dora": config.get("use_dora") or method in ("dora", "qdora")})
+    traits = traits_of({**config, "use_dora": config.get("use_dora") or row.kind == "dora"})
     if answers_labels(config):
         exported = [] if "dora" in traits else ["by export: vLLM (of decoders)"]
         return "PEFT", *exported, f"merged: {WHOLE_OF_LABELS}"
@@ -142,7 +145,9 @@ def served_in_short(method: str, config: Fields) -> tuple[str, ...]:
     return ", ".join(["PEFT", *plain]), f"by export: {', '.join(exported)}", "merged: anywhere"
 
 
-def _of_full(config: Fields) -> tuple[str, ...]:
+def _without_peft(row: Method, config: Fields) -> tuple[str, ...]:
+    if not row.trains_all:
+        return OF_ANOTHER if row.is_guest else OF_OTHER_KIND
     return (f"{WHOLE_OF_LABELS}: the result is an ordinary model",) if answers_labels(config) else FULL
 
 

@@ -145,7 +145,7 @@ def test_pickles_are_refused(folder):
 
 @pytest.mark.parametrize("change", ["use_qalora", "alora_invocation_tokens", "init_lora_weights", "peft_type"])
 def test_fields_that_change_the_result(folder, change):
-    values = {"use_qalora": True, "alora_invocation_tokens": [1], "init_lora_weights": "pissa", "peft_type": "IA3"}
+    values = {"use_qalora": True, "alora_invocation_tokens": [1], "init_lora_weights": "pissa", "peft_type": ["IA3"]}
     edit_config(folder, **{change: values[change]})
     fails(tiny_llama(), folder, "RW410", change)
 

@@ -15,8 +15,9 @@ import yaml
 from rankwise.cli.main import main
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError
+from rankwise.methods import METHODS
 from rankwise.options import read_settings
-from rankwise.planning import PLANNED, TERMS, hardware
+from rankwise.planning import TERMS, hardware
 from rankwise.training.run import _check_settings
 
 ENOUGH, LITTLE = "8GB", "1MB"
@@ -26,7 +27,7 @@ def test_the_document_has_the_promised_shape(plan):
     done = plan("--memory", ENOUGH, "--json")
     assert done.code == 0
     document = done.document
-    assert set(document["methods"]) == set(PLANNED)
+    assert set(document["methods"]) == set(METHODS)
     for entry in document["methods"].values():
         assert entry["peak_bytes"] == sum(entry["breakdown"].values())
         assert set(entry["breakdown"]) == set(TERMS)
@@ -153,7 +154,7 @@ def test_people_read_a_table_advice_and_a_command(plan, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = plan("--memory", ENOUGH, "--why")
     assert done.code == 0
-    for method in PLANNED:
+    for method in METHODS:
         assert f"\n{method}" in done.stdout
     for word in ("weights", "activ.", "logits", "idle", "peak", "largest", "take", "because", "run", "serve", "arXiv"):
         assert word in done.stdout

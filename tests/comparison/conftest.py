@@ -9,11 +9,12 @@ import pytest
 from in_process import steps_in_this_process
 from rankwise import config
 from rankwise.comparison import run, stages
+from rankwise.methods import METHODS
 
 
 @pytest.fixture(autouse=True)
 def _methods_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "is_known", lambda name: name in (*config.METHODS, "bottleneck", "prefix"))
+    monkeypatch.setattr(config, "is_known", lambda name: name in (*METHODS, "bottleneck", "prefix"))
 
 
 @pytest.fixture

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import get_args
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rankwise.config import TrainSettings
-from rankwise.planning import PLANNED, TERMS, MemoryEstimate, Workload
+from rankwise.methods import METHODS
+from rankwise.planning import TERMS, MemoryEstimate, Workload
 from rankwise.planning.advice import (
     LADDER,
-    ORDER,
     ROW_UNIT,
     RULES,
     Advisor,
@@ -25,6 +26,7 @@ from rankwise.planning.advice import (
     recommend,
     verdict_of,
 )
+from rankwise.planning.workload import Goal
 from toy_memory import PER_TOKEN, WEIGHTS, toy_estimate
 
 SHORT = Workload(batch_size=4, max_length=128, r=8)
@@ -42,7 +44,7 @@ def advisor(memory):
     return Advisor(toy_estimate, seconds, memory)
 
 
-def advise(memory, methods=PLANNED, goal="speed", workload=WORK, accumulation=1):
+def advise(memory, methods=tuple(METHODS), goal="speed", workload=WORK, accumulation=1):
     given = {**GIVEN, "gradient_accumulation": accumulation, "batch_size": workload.batch_size}
     return recommend(advisor(memory), methods, workload, Wish(goal, given, accumulation))
 
@@ -87,7 +89,7 @@ def test_quality_prefers_no_dora_without_evidence_and_rounds_last():
 
 def test_what_is_recommended_fits_with_its_error_unless_it_says_that_it_does_not():
     for memory in range(3 * 10**8, 12 * 10**9, 3 * 10**8):
-        for goal in ORDER:
+        for goal in get_args(Goal):
             advice = advise(memory, goal=goal)
             if advice.method is not None:
                 assert advice.estimate.peak_bytes <= memory
@@ -137,13 +139,13 @@ def test_prices_are_those_of_the_estimates():
 
 
 def test_every_change_is_made_of_options_that_train_has():
-    for method in PLANNED:
+    for method in METHODS:
         for step in ladder(method, WORK, 1):
             TrainSettings.model_validate({"model": "m", "data": "d", "output": "o", **step.settings})
 
 
-@pytest.mark.parametrize("method", PLANNED)
-@pytest.mark.parametrize("goal", sorted(ORDER))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("goal", get_args(Goal))
 def test_some_rule_explains_every_recommendation(method, goal):
     narrow = method in ("qlora", "qdora")
     fits = {"lora": not narrow, "dora": not narrow}

@@ -20,9 +20,10 @@ from rankwise.planning import guard, hardware, speed
 from rankwise.planning.guard import MemoryGuard
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.plan import make_plan
-from rankwise.planning.workload import PLANNED, PlanSettings
+from rankwise.planning.workload import PlanSettings
 from rankwise.training.batches import MicroBatch
 
+EVERY = ("full", "lora", "qlora", "dora", "qdora")
 SMALL = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
 
 
@@ -38,7 +39,12 @@ def settings(model: Path, **given: Any) -> PlanSettings:
 
 @pytest.mark.parametrize(
     ("given", "methods"),
-    [("all", PLANNED), ("qlora,all", PLANNED), ("dora,lora", ("lora", "dora")), ("full", ("full",))],
+    [
+        ("all", EVERY),
+        ("qlora,all", EVERY),
+        ("dora,lora", ("lora", "dora")),
+        ("full", ("full",)),
+    ],
 )
 def test_a_plan_has_a_row_for_each_method_that_was_asked_for(given: str, methods: tuple[str, ...], model: Path) -> None:
     found = make_plan(settings(model, method=given, gpu="RTX 4090"))

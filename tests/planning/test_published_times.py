@@ -1,7 +1,7 @@
 """LoRA's and QLoRA's steps that others timed: what the plan says of a device, and what these steps' own hosts take,
 give how much longer QLoRA took.
 
-Their hosts launch other kernels than ours does: a layer's `speed.LAUNCHES` have no place here.
+Their hosts launch other kernels than ours does: a layer's `Method.launches` have no place here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 from transformers import AutoConfig
 
 import rankwise as rw
+from rankwise.methods import METHODS
 from rankwise.models.load import skeleton_of
 from rankwise.planning import MemoryEstimate, Workload, speed
 from rankwise.planning.hardware import choose_hardware
@@ -187,5 +188,5 @@ def test_dora_s_gain_costs_a_few_percent_and_more_where_launches_decide():
     long = Run("H100", LLAMA_7B, "H100 SXM", Workload(batch_size=8, max_length=1024), 0.0)
     short = dataclasses.replace(long, workload=Workload(batch_size=1, max_length=64))
     assert 1.02 < ours(long, "dora") < 1.08
-    assert ours(short, "dora") == pytest.approx(sum(speed.LAUNCHES["dora"]) / sum(speed.LAUNCHES["lora"]))
+    assert ours(short, "dora") == pytest.approx(sum(METHODS["dora"].launches) / sum(METHODS["lora"].launches))
     assert ours(long, "qdora") > max(ours(long, "dora"), ours(long, "qlora"))

@@ -80,7 +80,7 @@ def preferring(tmp_path: Path, settings: Any) -> Callable[..., TrainSettings]:
 def by_trl(given: TrainSettings, tokenizer: Any, folder: Path, **own: Any) -> list[dict[str, float]]:
     """The logged steps of trl + PEFT from the same first adapter, on the same rows."""
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    make_trainable(model, given, given.lora_config(use_dora=given.method == "dora"), None, "")
+    make_trainable(model, given, given.lora_config(given.method), None, "")
     rw.save_adapter(model, folder)
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     kind, config = (DPOTrainer, DPOConfig) if given.objective == "dpo" else (KTOTrainer, KTOConfig)

@@ -35,7 +35,7 @@ from rankwise.acceleration.parts import (
 )
 from rankwise.adapters.base_layer import has_hooks, is_linear, is_own
 from rankwise.adapters.layer import AdaptedLayer, SharedInput
-from rankwise.adapters.lora import Dora, Lora
+from rankwise.adapters.lora import Dora, Lora, LowRankPair
 from rankwise.adapters.low_rank import frozen_weight
 from rankwise.adapters.switch import adapter_disabled
 from rankwise.compat.transformers import attention_of, checkpoints_in_forward, text_config
@@ -140,7 +140,7 @@ def use_eight_bit(model: nn.Module, undo: Undo) -> int:
     count = 0
     for _, layer in adapted_layers(model):
         adapter = layer.at_work
-        if isinstance(adapter, Lora | Dora) and adapter.parts is None and not layer.is_head:
+        if isinstance(adapter, LowRankPair) and adapter.parts is None and not layer.is_head:
             if any(size % 32 for size in features(layer.base_layer)):
                 continue
             adapter.eight_bit = EightBit()
@@ -199,7 +199,7 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> int:
     Layers that no token reaches, such as experts, compute as without 8 bits: a first batch would give a resumed run,
     and each of several processes, other scales. Returns their number.
     """
-    adapters = {layer: found for _, layer in adapted_layers(model) if isinstance(found := layer.at_work, Lora | Dora)}
+    adapters = {layer: found for _, layer in adapted_layers(model) if isinstance(found := layer.at_work, LowRankPair)}
     inputs: list[Tensor] = []
     readers: list[Frozen] = []
     calibrated: list[Frozen] = []
@@ -442,7 +442,7 @@ def _is_current(module: Any, layer: AdaptedLayer, name: str) -> bool:
             return False
         layer.adapters[name] = _adapter_over(module, layer.base_layer, name)
     adapter = layer.adapter(name)
-    assert isinstance(adapter, Lora | Dora), "over a linear layer"
+    assert isinstance(adapter, LowRankPair), "over a linear layer"
     adapter.dropout = _dropout(module, name)
     return A.dtype.is_floating_point
 
@@ -453,14 +453,12 @@ def _parameters(module: Any, name: str) -> tuple[nn.Parameter, nn.Parameter, nn.
     return module.lora_A[name].weight, module.lora_B[name].weight, m
 
 
-def _adapter_over(module: Any, base: nn.Module, name: str) -> Lora | Dora:
+def _adapter_over(module: Any, base: nn.Module, name: str) -> LowRankPair:
     """A rankwise adapter that holds PEFT's parameters."""
     (A, B, m), scaling = _parameters(module, name), module.scaling[name]
     kind = Lora if m is None else Dora
     adapter = kind(base, A.shape[0], scaling, dropout=_dropout(module, name), device="meta")
-    if isinstance(adapter, Dora) and m is not None:
-        adapter.magnitude = m
-    adapter.lora_A, adapter.lora_B = A, B
+    adapter.lora_A, adapter.lora_B, adapter.magnitude = A, B, m
     return adapter
 
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.base_layer import REPLACED, has_hooks, put_back
 from rankwise.adapters.layer import AdaptedLayer
-from rankwise.adapters.lora import Dora, Lora
+from rankwise.adapters.lora import LowRankPair
 from rankwise.adapters.low_rank import computes_in, drawn_dropout
 from rankwise.compat.torch import Ctx, WeakTensorKeyDictionary, is_fake, unsafe_view, writes_to
 from rankwise.compat.transformers import rotary_of, set_rotary
@@ -371,7 +371,7 @@ def down_of_glu(down: nn.Module, gate: Tensor, up: Tensor, act: str) -> Tensor:
     layer = down.__dict__.get(STAND_IN, down)
     if isinstance(layer, AdaptedLayer) and is_free(layer) and not has_hooks(down) and layer.is_ready:
         adapter = layer.at_work
-        branch = adapter.branch(layer.base_layer, gate) if isinstance(adapter, Lora | Dora) else None
+        branch = adapter.branch(layer.base_layer, gate) if isinstance(adapter, LowRankPair) else None
         if adapter is not None and branch is not None:
             return low_rank_linear_of_glu(gate, up, act, branch, drawn_dropout(adapter.dropout, adapter.training))
     return down(Glu.apply(gate, up, act))

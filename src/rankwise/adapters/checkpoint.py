@@ -22,7 +22,7 @@ from rankwise.adapters.folder import WEIGHTS_FILE, read_config, read_folder
 from rankwise.adapters.inject import attach, plan_adapter
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import KEY as TOKENS
-from rankwise.adapters.lora import TokenRows
+from rankwise.adapters.lora import KINDS, TokenRows
 from rankwise.adapters.low_rank import enabled_rows, from_blocks
 from rankwise.adapters.saving import (
     PREFIX,
@@ -215,7 +215,7 @@ def _own_ranks(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> di
     for path, layer in adapted_layers(model, name):
         if isinstance(layer.adapter(name), TokenRows):
             continue
-        key_A, key_B, *_ = tensor_keys(path, layer.base_layer, False)
+        key_A, key_B, *_ = tensor_keys(path, layer.base_layer)
         (A, A_0), (B, B_0) = tensors[key_A].chunk(2), tensors[key_B].chunk(2, dim=1)
         found |= {key_A: A, key_B: B}
         if (origin := layer.origin) is None:
@@ -330,14 +330,10 @@ def _expected_shapes(model: nn.Module, config: LoraConfig, planned: list[Adapted
             shapes |= {f"{PREFIX}{item.name}.{key}": tuple(value.shape) for key, value in base.state_dict().items()}
             continue
         r = item.r * (item.experts or (1 if item.parts is None else sum(item.parts)))
-        by_attribute = {
-            "lora_A": (r, item.in_features),
-            "lora_B": (item.out_features, r),
-            "magnitude": (item.out_features,),
-        }
-        stacked = item.experts is not None
-        keys = stack_keys(base, item, planned) if stacked else tensor_keys(item.name, base, config.use_dora)
-        shapes |= {key: by_attribute[attribute] for key, attribute in keys.items()}
+        vectors, stacked = KINDS[config.kind].vectors, item.experts is not None
+        by_attribute = {"lora_A": (r, item.in_features), "lora_B": (item.out_features, r)}
+        keys = stack_keys(base, item, planned) if stacked else tensor_keys(item.name, base, vectors)
+        shapes |= {key: by_attribute.get(attribute, (item.out_features,)) for key, attribute in keys.items()}
     adapted = {item.name for item in planned if item.is_pair}
     return shapes | _expected_biases(modules, config, adapted)
 

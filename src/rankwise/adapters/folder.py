@@ -16,6 +16,7 @@ from rankwise.errors import AdapterError, ConfigError, ModelError, RunError
 from rankwise.foreign import Fields, JsonObject, WeightsHeader, parse_json, read_header, read_object, refuse_pickles
 from rankwise.labels import Labels, labels_of_head, read_labels
 from rankwise.lora_config import LoraConfig
+from rankwise.methods import other_kinds
 from rankwise.records import RUN_FILE, RunRecord, record_of
 
 if TYPE_CHECKING:
@@ -37,23 +38,9 @@ PARTS_FIELDS = ("enable_lora", "rank_pattern", "alpha_pattern")
 # PEFT's task_type of a model with a head of labels.
 LABELS_TASK = "SEQ_CLS"
 
-_SHARED_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "target_parameters",
-    "exclude_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
-)
+# Fields of LoraConfig that PEFT's file has not, or has in other words.
+_OWN_FIELDS = ("enable_lora", "for_merge", "init_lora_weights", "other_kind")
+_SHARED_FIELDS = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.name not in _OWN_FIELDS)
 
 # Further fields that PEFT writes, with the only supported value: any other changes the result and is refused.
 _FIXED_FIELDS: JsonObject = {
@@ -89,16 +76,22 @@ def to_peft(config: LoraConfig, targets: str | Sequence[str], base_model: str | 
         "fan_in_fan_out": conv1d,
         "inference_mode": True,
         "init_lora_weights": True,
-        "peft_type": "LORA",
+        "peft_type": _peft_type(config.other_kind),
         "task_type": "CAUSAL_LM",
     }
     return dict(sorted({**_FIXED_FIELDS, **fields}.items()))
 
 
+def _peft_type(other_kind: str | None) -> str:
+    """PEFT's field, by which it refuses a kind of adapters that it does not have."""
+    return (other_kind or "lora").upper()
+
+
 def from_peft(document: Fields, source: Path) -> LoraConfig:
     """The configuration in a PEFT document. Raises AdapterError (RW410), which names every unsupported field."""
     kind = document.get("peft_type")
-    if kind != "LORA":
+    known = {_peft_type(other): other for other in (None, *other_kinds())}
+    if str(kind) not in known:
         raise AdapterError("RW410", f"{source} is of peft_type {kind!r}; rankwise reads LORA (LoRA and DoRA) only.")
     refused = [
         name for name, harmless in _FIXED_FIELDS.items() if document.get(name) not in (harmless, None, False, [])
@@ -113,6 +106,7 @@ def from_peft(document: Fields, source: Path) -> LoraConfig:
             f"{source} sets {shown}, which changes what the adapter computes and is not supported; use PEFT.",
         )
     fields = {name: document[name] for name in _SHARED_FIELDS if document.get(name) is not None}
+    fields["other_kind"] = known[str(kind)]
     # A null here is refused below, as in PEFT.
     fields |= {name: document.get(name, default) for name, default in _PEFT_DEFAULTS.items()}
     if fields.get("target_parameters"):

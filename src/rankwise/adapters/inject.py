@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rankwise.adapters.base_layer import dense_weight, is_quantized, make_readable, weight_device
 from rankwise.adapters.experts import AdaptedExperts, ExpertsLora, StackLora, stack_shape
 from rankwise.adapters.layer import AdaptedLayer, Origin, TrainedCopy
-from rankwise.adapters.lora import Dora, EmbeddingLora, Lora, TokenRows
+from rankwise.adapters.lora import KINDS, Dora, EmbeddingLora, LowRankPair, TokenRows
 from rankwise.adapters.saving import SavePretrained
 from rankwise.adapters.select import (
     Candidates,
@@ -62,9 +62,9 @@ from rankwise.adapters.state import (
 )
 from rankwise.adapters.switch import disable_adapter, set_adapter, trained_biases
 from rankwise.compat.torch import gathered
-from rankwise.config import METHODS_GROUP
 from rankwise.errors import AdapterError, some_of
 from rankwise.lora_config import Init, LoraConfig
+from rankwise.methods import METHODS_GROUP
 from rankwise.quantization.linear import Linear4bit
 
 Kind = TypeVar("Kind", AdaptedLayer, AdaptedExperts, TrainedCopy)
@@ -233,12 +233,12 @@ def attach(
         else:
             layer = _wrap(model, item.name, AdaptedLayer)
             # DoRA's magnitudes are norms of whole rows.
-            with gathered(model, item.name) if config.use_dora else nullcontext():
+            with nullcontext() if config.kind == "lora" else gathered(model, item.name):
                 pair = _begin(layer, item, config, start)
                 adapter = _new_adapter(config, item, layer.base_layer, pair).train(layer.training)
             layer.adapters[name] = adapter
             layer.is_head = layer.base_layer is model_end(model, "output")
-            if isinstance(adapter, Lora | Dora) and not layer.is_head:
+            if isinstance(adapter, LowRankPair) and not layer.is_head:
                 adapter.for_merge = config.for_merge
     for key, bias in trained_biases(model, config, name).items():
         replace_parameter(model, state, name, key, bias)
@@ -285,20 +285,20 @@ def _begin(layer: AdaptedLayer, item: AdaptedModule, config: LoraConfig, start: 
 
 def _new_adapter(
     config: LoraConfig, item: AdaptedModule, base: nn.Module, pair: Pair | None
-) -> Lora | Dora | EmbeddingLora:
+) -> LowRankPair | EmbeddingLora:
     device, scaling = weight_device(base), config.scaling(item.r, item.lora_alpha)
-    adapter: Lora | Dora | EmbeddingLora
+    adapter: LowRankPair | EmbeddingLora
     if isinstance(base, nn.Embedding):
         adapter = EmbeddingLora(base, item.r, scaling, use_dora=config.use_dora, device=device)
     else:
-        kind = Dora if config.use_dora else Lora
+        kind = KINDS[config.kind]
         adapter = kind(base, item.r, scaling, dropout=config.lora_dropout, parts=item.parts, device=device)
     adapter.reset_parameters(base, zero_b=config.init.kind != "random")
     if pair is not None:
         with torch.no_grad():
             adapter.lora_A.copy_(pair[0])
             adapter.lora_B.copy_(pair[1])
-            if adapter.magnitude is not None:
+            if isinstance(adapter, Dora):
                 adapter.magnitude.copy_(adapter.row_norms(base))
     return adapter
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.base_layer import dense_weight, is_quantized, with_weight
-from rankwise.adapters.lora import Adapter, Dora, Lora, TokenRows
+from rankwise.adapters.lora import Adapter, LowRankPair, TokenRows
 from rankwise.adapters.low_rank import drawn_dropout, low_rank_product, merged_weight
 from rankwise.compat.torch import writes_to
 from rankwise.ops.low_rank_linear import low_rank_linear
@@ -117,7 +117,7 @@ class AdaptedLayer(OverBase[Adapter]):
     @property
     def weight(self) -> Tensor:
         """The base's weight, for models that read its dtype; for an output head the adapted weight, with gradients."""
-        if self.is_head and isinstance(adapter := self.at_work, Lora | Dora | TokenRows):
+        if self.is_head and isinstance(adapter := self.at_work, LowRankPair | TokenRows):
             return adapter.effective_weight(self.base_layer)
         return self.base_layer.weight  # type: ignore[return-value]
 
@@ -273,10 +273,10 @@ class SharedInput:
         return y
 
 
-def _compatible(layers: Sequence[AdaptedLayer]) -> list[Lora | Dora] | None:
+def _compatible(layers: Sequence[AdaptedLayer]) -> list[LowRankPair] | None:
     """The active adapters of the layers if all have the same dropout, mode and dtype; else None."""
     if not all(layer.is_ready for layer in layers):
         return None
-    adapters = [adapter for layer in layers if isinstance(adapter := layer.at_work, Lora | Dora)]
+    adapters = [adapter for layer in layers if isinstance(adapter := layer.at_work, LowRankPair)]
     kinds = {(adapter.dropout, adapter.training, adapter.lora_A.dtype) for adapter in adapters}
     return adapters if len(adapters) == len(layers) and len(kinds) == 1 else None

@@ -25,7 +25,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +66,19 @@ from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.selection import is_on_card, is_traced, takes_triton
 from rankwise.quantization.linear import Linear4bit, features
 
+MAGNITUDE = "lora_magnitude_vector"
+
 
 class LowRankPair(nn.Module):
-    """The parameters A and B of one linear layer, which LoRA and DoRA share.
+    """The parameters A and B of one linear layer, which all kinds of adapters have.
 
     lora_A (r, in) and lora_B (out, r); with ``parts`` of a fused layer (``enable_lora``). The base layer is not a
     submodule: the methods that need it take it as an argument.
     """
 
+    # {trained vector (out,) beside A and B: end of its key in the file, ``lora_NAME_vector``}.
+    vectors: ClassVar[Mapping[str, str]] = {}
+    # DoRA's; None elsewhere, for code that serves both.
     magnitude: nn.Parameter | None
     # Whether the next operation returns this layer's output to it in the backward pass (`ops.kept`), so that the
     # operator need not save it. Set by rankwise.acceleration.
@@ -93,6 +99,7 @@ class LowRankPair(nn.Module):
         # A module, so that code that disables dropout (trl's for DPO and GRPO) finds it. It is never called.
         self.lora_dropout = nn.Dropout(dropout)
         self.lora_A, self.lora_B = empty_pair(base, r, parts, device)
+        self.register_parameter("magnitude", None)
         # Where the frozen products of training are in 8 bits; evaluation computes as servers do. Set by acceleration.
         self.eight_bit: EightBit | None = None
         # The 4-bit format of the file for which this layer trains.
@@ -118,6 +125,10 @@ class LowRankPair(nn.Module):
         return to_blocks(self.lora_B.detach(), self.parts)
 
     @abstractmethod
+    def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
+        """Start at the base's function; without ``zero_b`` at another."""
+
+    @abstractmethod
     def fixed_gain(self, base: nn.Module) -> Tensor | None:
         """DoRA's gain (out,) without gradients; None for LoRA."""
 
@@ -133,6 +144,10 @@ class LowRankPair(nn.Module):
             return None
         A, B, bias = self.lora_A, self.lora_B, getattr(base, "bias", None)
         return Branch(frozen, self.scaling, A, B, bias, m, gain, self.comes_back)
+
+    @abstractmethod
+    def effective_weight(self, base: nn.Module) -> Tensor:
+        """`sum` with gradients to what trains: (out, in) in the base's dtype."""
 
     @abstractmethod
     def sum(self, base: nn.Module, W: Tensor) -> Tensor:
@@ -183,9 +198,6 @@ class LowRankPair(nn.Module):
 class Lora(LowRankPair):
     """LoRA: a low-rank pair."""
 
-    # LoRA has no magnitudes; the attribute is there for code that serves LoRA and DoRA.
-    magnitude: None = None
-
     def reset_parameters(self, base: nn.Module, *, zero_b: bool = True) -> None:
         init_low_rank_(self.lora_A, self.lora_B, zero_b=zero_b)
 
@@ -216,6 +228,7 @@ class Dora(LowRankPair):
     """
 
     magnitude: nn.Parameter
+    vectors: ClassVar[Mapping[str, str]] = {"magnitude": MAGNITUDE}
 
     def __init__(self, base: nn.Module, r: int, scaling: float, **options: Any) -> None:
         super().__init__(base, r, scaling, **options)
@@ -375,6 +388,7 @@ class EmbeddingLora(nn.Module):
         self.r, self.scaling = r, scaling
         self.lora_A, self.lora_B = empty_pair(base, r, None, device)
         self.magnitude: nn.Parameter | None = None
+        self.vectors = {"magnitude": MAGNITUDE} if use_dora else {}
         if use_dora:
             self.magnitude = nn.Parameter(torch.empty(base.embedding_dim, dtype=torch.float32, device=device))
 
@@ -470,5 +484,7 @@ class TokenRows(nn.Module):
         return f"{len(self.ids)} of {len(self.place)} tokens"
 
 
+# {kind of `rankwise.methods`: the class of its adapters of linear layers}.
+KINDS: dict[str, type[LowRankPair]] = {"lora": Lora, "dora": Dora}
 # What an `AdaptedLayer` holds.
-Adapter = Lora | Dora | EmbeddingLora | TokenRows
+Adapter = LowRankPair | EmbeddingLora | TokenRows

@@ -35,7 +35,7 @@ from rankwise.adapters.folder import (
 )
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import KEY as TOKENS
-from rankwise.adapters.lora import Dora, TokenRows
+from rankwise.adapters.lora import Dora, LowRankPair, TokenRows
 from rankwise.adapters.low_rank import enabled_rows, to_blocks
 from rankwise.adapters.select import matches, suffixes, unread_modules
 from rankwise.adapters.state import (
@@ -136,7 +136,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
         if isinstance(adapter, TokenRows):
             found |= {} if adapter.is_tied else {f"{PREFIX}{path}.{TOKENS}": adapter.rows}
             continue
-        for key, attribute in tensor_keys(path, layer.base_layer, adapter.magnitude is not None).items():
+        for key, attribute in tensor_keys(path, layer.base_layer, adapter.vectors).items():
             found[key] = getattr(adapter, attribute)
     for path, experts in adapted_experts(model, name):
         found |= stack_parameters(path, stacks_of(experts, name))
@@ -262,8 +262,8 @@ def adapter_tensors(
     found = live if state_dict is None else _taken_from(state_dict, model, live)
     tensors: dict[str, Tensor] = {key: value.detach() for key, value in found.items()}
     for path, layer in adapted_layers(model, name):
-        if layer.adapter(name).parts is not None:
-            tensors |= _expanded(layer, name, tensor_keys(path, layer.base_layer, True), tensors)
+        if isinstance(adapter := layer.adapter(name), LowRankPair) and adapter.parts is not None:
+            tensors |= _expanded(layer, name, tensor_keys(path, layer.base_layer, adapter.vectors), tensors)
     for path, experts in adapted_experts(model, name):
         stacked = stack_parameters(path, stacks_of(experts, name))
         tensors |= {key: peft_A(tensors[key]) if "lora_A" in key else peft_B(tensors[key]) for key in stacked}
@@ -310,7 +310,7 @@ def _on_first_weights(model: nn.Module, name: str, tensors: Mapping[str, Tensor]
     for path, layer in adapted_layers(model, name):
         if isinstance(layer.adapter(name), TokenRows):
             continue
-        key_A, key_B, *_ = tensor_keys(path, layer.base_layer, False)
+        key_A, key_B, *_ = tensor_keys(path, layer.base_layer)
         A, B = tensors[key_A], tensors[key_B]
         # An embedding starts with the default, so nothing was subtracted from it.
         first = (
@@ -333,14 +333,14 @@ def _replaced_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[
     }
 
 
-def tensor_keys(path: str, base: nn.Module, magnitude: bool) -> dict[str, str]:
-    """{key in PEFT's file: attribute of the adapter}."""
+def tensor_keys(path: str, base: nn.Module, vectors: Mapping[str, str] | None = None) -> dict[str, str]:
+    """{key in PEFT's file: attribute of the adapter}, of A and B and of an adapter's ``vectors``."""
     start = f"{PREFIX}{path}."
     if isinstance(base, nn.Embedding):
         keys = {f"{start}lora_embedding_A": "lora_A", f"{start}lora_embedding_B": "lora_B"}
     else:
         keys = {f"{start}lora_A.weight": "lora_A", f"{start}lora_B.weight": "lora_B"}
-    return keys | ({f"{start}lora_magnitude_vector": "magnitude"} if magnitude else {})
+    return keys | {f"{start}{end}": attribute for attribute, end in (vectors or {}).items()}
 
 
 def stack_parameters(path: str, stacks: Mapping[str, StackLora]) -> dict[str, nn.Parameter]:

@@ -205,11 +205,14 @@ def target_names(config: LoraConfig, among: Candidates, model: str, *, may_be_no
             f"target_modules={config.target_modules!r:.300} selects none of the {model}'s modules that is not excluded "
             f"or trained whole; its linear layers end in {_examples(modules)}.",
         )
-    wrong = [name for name in matched if not is_adaptable(modules[name])]
+    takes, odd = is_adaptable, "is neither a linear layer nor an embedding"
+    if config.other_kind is not None:
+        takes, odd = is_linear, "takes adapters of LoRA and DoRA only"
+    wrong = [name for name in matched if not takes(modules[name])]
     if not wrong:
         return matched
     first = next((name for name in wrong if why_not(modules[name])), wrong[0])
-    reason = why_not(modules[first]) or "is neither a linear layer nor an embedding"
+    reason = why_not(modules[first]) or odd
     more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     named = f"{first} ({type(modules[first]).__name__}){more}"
     raise AdapterError("RW402", f"{named} {reason}; name linear layers, such as {_examples(modules)}.")

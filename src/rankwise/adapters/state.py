@@ -19,6 +19,7 @@ from rankwise.adapters.select import LeftOut, enabled_parts, experts_left_out, p
 from rankwise.compat.torch import own_parameters
 from rankwise.errors import AdapterError
 from rankwise.lora_config import LoraConfig
+from rankwise.methods import METHODS
 from rankwise.quantization.linear import count_weights, features
 
 Wrapper = AdaptedLayer | AdaptedExperts | TrainedCopy
@@ -158,8 +159,8 @@ DEFAULT_NAME = "default"
 class AdaptedModule:
     """One module, or one stack of experts, that an adapter changes.
 
-    For a stack, ``name`` is the parameter's name and the features are those of one expert. ``kind``: "LoRA", "DoRA",
-    "trained whole" (modules_to_save) or "new tokens" (trainable_token_indices).
+    For a stack, ``name`` is the parameter's name and the features are those of one expert. ``kind``: "LoRA",
+    "DoRA" or another's words, "trained whole" (modules_to_save) or "new tokens" (trainable_token_indices).
     """
 
     name: str
@@ -177,7 +178,7 @@ class AdaptedModule:
     @property
     def is_pair(self) -> bool:
         """Whether the module has a pair A and B."""
-        return self.kind in ("LoRA", "DoRA")
+        return self.kind not in ("trained whole", "new tokens")
 
     @property
     def path(self) -> str:
@@ -272,7 +273,7 @@ def planned_module(config: LoraConfig, name: str, base: nn.Module) -> AdaptedMod
     r = pattern_value(config.rank_pattern, name, config.r)
     lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
     parts = enabled_parts(config, name, base)
-    return AdaptedModule(name, "DoRA" if config.use_dora else "LoRA", *features(base), r, lora_alpha, parts)
+    return AdaptedModule(name, METHODS[config.kind].words, *features(base), r, lora_alpha, parts)
 
 
 def planned_tokens(name: str, base: nn.Module, ids: Iterable[int]) -> AdaptedModule:

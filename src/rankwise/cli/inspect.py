@@ -54,7 +54,7 @@ def _adapter(folder: Path) -> JsonObject:
     from rankwise.adapters.folder import read_config, read_folder
 
     (config, _), document = read_folder(folder), read_config(folder)
-    method = "dora" if config.use_dora else "lora"
+    method = config.kind
     found = {"kind": "adapter", "method": method, **{name: document.get(name) for name in ADAPTER}}
     # Frobenius norms of B by layer, the first number in a module's path. A layer of norm 0 has learned nothing.
     squares: dict[int, float] = {}

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.cli.output import Output, light_table
-from rankwise.config import FOUR_BITS
+from rankwise.methods import method_of
 from rankwise.planning.advice import disk_words, mapped_weights, peak_words
 from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD
@@ -171,7 +171,7 @@ def settings_sentence(plan: Plan) -> str:
     times = chosen["gradient_accumulation"]
     accumulated = f" x {times} accumulated" if times > 1 else ""
     parts = [f"batch {work.batch_size}{accumulated}, {work.max_length:,} tokens a row"]
-    if advice.method != "full":
+    if not method_of(advice.estimate.method).trains_all:
         parts.append(f"r {work.r} on {_targets(work)}")
     parts.append(f"gradient checkpointing {'on' if work.gradient_checkpointing else 'off'}")
     if work.activation_offloading:
@@ -212,7 +212,7 @@ def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
         )
     else:
         yield "time", plan.pace_basis
-    if plan.hardware.device_type == "cuda" and any(row.estimate.method in FOUR_BITS for row in plan.rows):
+    if plan.hardware.device_type == "cuda" and any(method_of(row.estimate.method).four_bits for row in plan.rows):
         yield "", "4-bit weights are made dense anew in every pass: what that takes is calibrated on published steps."
     if plan.workload.devices > 1:
         yield "devices", "sizes are one device's share; time counts all of them and no communication between them."

@@ -23,11 +23,12 @@ import typer
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, watching
 from rankwise.cli.settings import check_paths
-from rankwise.config import METHODS, TrainSettings
+from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, Interrupted, RunError, is_out_of_memory, out_of_memory
 from rankwise.evaluation.tasks.names import retained_from
 from rankwise.foreign import Fields
 from rankwise.labels import in_words
+from rankwise.methods import method_of
 from rankwise.options import flag
 from rankwise.planning.workload import uncollected
 from rankwise.records import RunRecord, load_record, read_metrics, write_text
@@ -180,11 +181,12 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "rate", f"{rate(chosen)}, the best of {tried} in short runs of {steps} together"
     yield "speed", _speed(record)
     yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
+    row = method_of(record.method)
     # `generate` does not load methods of other distributions.
     if record.objective == "classify":
-        yield "try", f"rankwise predict --{'model' if record.method == 'full' else 'adapter'} {folder} --data D"
-    elif record.method in METHODS:
-        kind, compare = ("model", "") if record.method == "full" else ("adapter", " --compare")
+        yield "try", f"rankwise predict --{'model' if row.trains_all else 'adapter'} {folder} --data D"
+    elif not row.is_guest:
+        kind, compare = ("model", "") if row.trains_all else ("adapter", " --compare")
         yield "try", f'rankwise generate --{kind} {folder} --prompt "..."{compare}'
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareSettings
 from rankwise.comparison.stages import PERPLEXITY
-from rankwise.config import ADAPTERS, BETA
+from rankwise.config import BETA
 from rankwise.data import Row, Rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.formats import Format
 from rankwise.data.objectives import LABELLED, PREFERENCE_FORMATS, labels_in, unknown_labels
@@ -24,6 +24,7 @@ from rankwise.evaluation.tasks.rows import LabelAnswers, Perplexity, Preference
 from rankwise.foreign import Fields, Json, JsonObject, read_json
 from rankwise.labels import Labels
 from rankwise.lora_config import LoraConfig
+from rankwise.methods import method_of
 from rankwise.models.device import choose_device
 from rankwise.models.source import fetch_model
 from rankwise.options import flag
@@ -221,14 +222,14 @@ def check_model(given: CompareSettings) -> None:
     if given.device not in ("auto", "cpu") and given.executor == "local":
         # Its import of torch takes seconds.
         choose_device(given.device)
-    config, usual = given.lora_config(use_dora=False), LoraConfig()
+    config, usual = given.lora_config("lora"), LoraConfig()
     asked = any(getattr(config, name) != getattr(usual, name) for name in NAMING)
     remote: JsonObject = {"trust_remote_code": given.trust_remote_code, "revision": given.revision}
     source = fetch_model(given.model, **remote, weights=False)
     if given.objective == "classify":
         # Which ones does not matter here.
         source = dataclasses.replace(source, labels=Labels(("0", "1")))
-    if not {name.partition("+")[0] for name in given.methods} & {*ADAPTERS}:
+    if not any(method_of(name).has_adapter for name in given.methods):
         return
     if not asked:
         try:

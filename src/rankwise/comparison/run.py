@@ -53,7 +53,7 @@ from rankwise.options import flag
 from rankwise.planning.extend import Traces
 from rankwise.planning.hardware import cpu_hardware, this_machine
 from rankwise.planning.speed import pace_of, read_model, step_seconds
-from rankwise.planning.workload import PLANNED, workload_of
+from rankwise.planning.workload import planned_methods, workload_of
 from rankwise.records import write_json
 from rankwise.reports.comparison import (
     EVAL_LOSS,
@@ -159,7 +159,7 @@ def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
             method, changes = variant_of(name)
             step = workload_of({**shared, **changes, "max_length": tokens}, hardware)
             pace = pace_of(hardware, step.dtype)
-            if method not in PLANNED or pace is None:
+            if method not in planned_methods() or pace is None:
                 return f"No speed is known of {method} on {hardware.name}; the time left is told after the first run."
             # Short runs take so many times a run's steps.
             runs = planned_runs(1, len(plan.rates[name]), given.seeds) if given.budget is None else None

@@ -10,8 +10,6 @@ from pydantic import BeforeValidator, Field
 
 from rankwise.comparison.stages import LABELS, PREFERENCE
 from rankwise.config import (
-    ADAPTERS,
-    METHODS,
     MODEL,
     TRAINING_DATA,
     VARIANTS,
@@ -24,6 +22,7 @@ from rankwise.conflicts import NO_RETAIN
 from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.foreign import Fields, JsonObject
+from rankwise.methods import METHODS, methods_with
 from rankwise.options import LARGEST_NUMBER, Count, Names, Panel, Positive, comma_list, option, text_list
 from rankwise.reports.comparison import EVAL_LOSS
 
@@ -48,7 +47,7 @@ _measured = functools.partial(option, Panel.MEASURED)
 
 def _usual_methods(given: Fields) -> tuple[str, ...]:
     """All of rankwise's methods; for preferences those with a frozen base, which is the reference."""
-    return METHODS if given.get("objective", "sft") in ("sft", "classify") else ADAPTERS
+    return tuple(METHODS) if given.get("objective", "sft") in ("sft", "classify") else methods_with(has_adapter=True)
 
 
 class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.comparison.inputs import make_tasks, own_task
 from rankwise.comparison.stages import PERPLEXITY
-from rankwise.config import METHODS, TrainSettings
+from rankwise.config import TrainSettings
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.objectives import PREFERENCE_FORMATS
@@ -37,6 +37,7 @@ from rankwise.evaluation.run import answer_task
 from rankwise.evaluation.tasks.base import Task, writer
 from rankwise.foreign import Fields
 from rankwise.labels import SEVERAL, SINGLE, Labels
+from rankwise.methods import method_of
 from rankwise.models import fetch_model
 from rankwise.models.load import answer_room, load_tokenizer
 from rankwise.models.prepared import needs_preparation
@@ -100,9 +101,9 @@ def _engine(job: Fields, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if job["method"] is None:
         return Engine(model, tokenizer, template)
     record = load_record(Path(job["folder"]))
-    fast = record.settings.get("fast") is not False and record.method in METHODS
+    fast = record.settings.get("fast") is not False and not method_of(record.method).is_guest
     dtype = getattr(torch, record.device["dtype"])
-    is_rounded = record.method == "full" and dtype != torch.float32
+    is_rounded = method_of(record.method).trains_all and dtype != torch.float32
     return Engine(model, tokenizer, template, trained_fast=fast, autocast=dtype if is_rounded else None)
 
 
@@ -157,7 +158,7 @@ def load_run(job: Fields, labels: Labels | None = None) -> tuple[PreTrainedModel
     folder, method = Path(job["folder"]), job["method"]
     record = load_record(folder) if method is not None else None
     choice = choose_device(job["device"], job["dtype"])
-    whole = method == "full"
+    whole = method is not None and method_of(method).trains_all
     source = fetch_model(
         str(folder) if whole else job["model"],
         revision=None if whole else job["revision"],
@@ -174,7 +175,7 @@ def load_run(job: Fields, labels: Labels | None = None) -> tuple[PreTrainedModel
     assert tokenizer is not None, "the run's rows were encoded by it"
     if whole:
         model.requires_grad_(True)
-    elif record is not None and record.method not in METHODS:
+    elif record is not None and method_of(record.method).is_guest:
         method_type(record.method).load(model, folder)
     elif record is not None:
         load_adapter(model, folder, trainable=False)
@@ -185,7 +186,7 @@ def _dtype(record: RunRecord | None, usual: torch.dtype) -> torch.dtype | None:
     """The dtype of the base in training; float32 after full fine-tuning, since 16 bits would round updates away."""
     if record is None:
         return usual
-    return None if record.method == "full" else getattr(torch, record.device["dtype"])
+    return None if method_of(record.method).trains_all else getattr(torch, record.device["dtype"])
 
 
 def _prompts(engine: Engine, encoder: RowEncoder, chosen: Sequence[Row], *, is_text: bool) -> list[Prompt]:
@@ -235,8 +236,8 @@ def prepare(job: Fields) -> None:
     """Fill the cache. ``job["runs"]``: the settings of one run of each method."""
     runs = [TrainSettings.model_validate(run) for run in job["runs"]]
     # Runs that start from the same base in the same dtype share it.
-    kinds = {(quantization_for(given) is not None, given.method == "full"): given for given in reversed(runs)}
-    for given in kinds.values():
+    forms = {(quantization_for(given) is not None, method_of(given.method).trains_all): given for given in runs[::-1]}
+    for given in forms.values():
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
         if given.objective == "classify":
             source = dataclasses.replace(source, labels=Labels(("0", "1")))

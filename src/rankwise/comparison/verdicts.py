@@ -19,7 +19,7 @@ from rankwise.comparison.statistics import (
     pooled,
     spread_parts,
 )
-from rankwise.config import DORA, is_own, variant_of
+from rankwise.methods import method_of
 from rankwise.reports.comparison import (
     TURNED,
     CostName,
@@ -279,8 +279,8 @@ def comparable_costs(methods: Mapping[str, Method]) -> dict[str, dict[CostName, 
 
 
 def _own_costs(name: str, method: Method) -> dict[str, list[float]]:
-    ranges, parameters, method_alone = method["ranges"], method["trainable_parameters"], variant_of(name)[0]
-    costs = {"servers": [float(method_alone in DORA or not is_own(name))] * 2}
+    ranges, parameters, row = method["ranges"], method["trainable_parameters"], method_of(name)
+    costs = {"servers": [float(not (row.trains_all or row.kind == "lora"))] * 2}
     if method["alone"] and method["seeds"] > 1 and "wall_seconds" in ranges:
         costs["wall_seconds"] = ranges["wall_seconds"]
     if "peak_memory_bytes" in ranges:
@@ -312,7 +312,7 @@ def recommend(
     sign = -1 if higher_is_better else 1
     means = {name: sign * item["mean"][metric] for name, item in methods.items() if metric in item["mean"]}
     # Baselines are measured for comparison; their adapters neither merge nor load elsewhere.
-    usable = [name for name in means if is_own(name)] or list(means)
+    usable = [name for name in means if not method_of(name).is_guest] or list(means)
     candidates = [name for name in usable if not methods[name]["learning_rate_at_edge"]] or usable
     kept = [name for name in candidates if _stays(methods[name]) == "kept"]
     forgot = [name for name in usable if kept and _stays(methods[name]) == "lost"]

@@ -29,7 +29,7 @@ from rankwise.adapters.folder import (
     tokenizer_with_rows,
 )
 from rankwise.adapters.inject import method_type
-from rankwise.config import METHODS, TrainSettings, is_known
+from rankwise.config import TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row, Rows
@@ -37,6 +37,7 @@ from rankwise.errors import ConfigError, DataError, ModelError, heard
 from rankwise.evaluation.record import text_sha256
 from rankwise.foreign import JsonObject, read_json
 from rankwise.labels import labels_of_head
+from rankwise.methods import is_known, method_of
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, warns_of_other_hub_model
 from rankwise.models.folder import answers_labels, read_config
 from rankwise.models.load import table_rows
@@ -253,7 +254,7 @@ def needed_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> Pr
 def guest_of(adapter: Path) -> str | None:
     """The installed method of another distribution by which a run trained; None for LoRA and DoRA."""
     record = record_of(adapter)
-    return record.method if record and record.method not in METHODS and is_known(record.method) else None
+    return record.method if record and method_of(record.method).is_guest and is_known(record.method) else None
 
 
 def _apart(adapters: Sequence[Path], options: LoadOptions) -> tuple[str | None, Sequence[Path]]:

@@ -89,7 +89,7 @@ class Wanted:
         """Whether the update must be approximated: DoRA's has full rank, or a lower rank was requested."""
         largest = max((item.r * sum(item.parts or (1,)) for item in file.planned), default=0)
         lower = self.r is not None and self.r < largest
-        return file.config.use_dora or self.max_error is not None or lower
+        return file.config.kind != "lora" or self.max_error is not None or lower
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from rankwise.adapters import adapter_disabled, remove_adapter, set_adapter
 from rankwise.adapters.base_layer import dense_weight
 from rankwise.adapters.checkpoint import AdapterFile
 from rankwise.adapters.layer import AdaptedLayer
-from rankwise.adapters.lora import Dora
+from rankwise.adapters.lora import Dora, EmbeddingLora, Lora
 from rankwise.adapters.low_rank import gain
 from rankwise.adapters.state import adapted_layers
 from rankwise.constants import IGNORED
@@ -143,9 +143,12 @@ def _refusal(best: float, largest: int, limit: float, *, is_weighed: bool) -> Ad
 def update_of(layer: AdaptedLayer, name: str) -> Tensor:
     """``dW = diag(g - 1) W + diag(g) s B A`` in float32, with g = 1 for LoRA: (out, in). After pissa, W is the base's
     rest, and s B_0 A_0, which was subtracted from the base, is subtracted from dW."""
-    # A Lora, Dora or EmbeddingLora: what they share beyond the protocol.
+    # What these kinds share beyond the protocol.
     adapter: Any = layer.adapter(name)
     base = layer.base_layer
+    if type(adapter) not in (Lora, Dora, EmbeddingLora):
+        W = dense_weight(base).float()
+        return adapter.sum(base, W) - W
     dW = adapter.scaling * (adapter.full_B().float() @ adapter.lora_A.float())
     first = 0.0 if layer.origin is None else layer.origin.scaling * (layer.origin.B.float() @ layer.origin.A.float())
     if adapter.magnitude is None:

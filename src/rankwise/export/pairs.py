@@ -41,6 +41,7 @@ from rankwise.adapters.state import AdapterReport, base_modules, report, state_a
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import AdapterError, ConfigError, some_of
 from rankwise.lora_config import LoraConfig
+from rankwise.methods import METHODS
 from rankwise.records import write_json
 from rankwise.serving import SERVERS, VLLM_RANKS
 
@@ -86,7 +87,7 @@ def scaled_pairs(model: nn.Module, file: AdapterFile) -> dict[str, tuple[Pair, f
             A = from_peft_A(file.tensors[keys["lora_A"]], item.experts)
             B = from_peft_B(file.tensors[keys["lora_B"]], item.experts)
         else:
-            A, B = (file.tensors[key] for key in tensor_keys(item.name, modules[item.path], False))
+            A, B = (file.tensors[key] for key in tensor_keys(item.name, modules[item.path]))
         found[item.name] = Pair(A.float(), B.float()), file.config.scaling(item.r, item.lora_alpha)
     return found
 
@@ -197,7 +198,7 @@ def _portable_tensors(model: nn.Module, file: AdapterFile, pairs: Pairs) -> dict
             keys = stack_keys(modules[item.path], item, file.planned)
         else:
             by_name = {"lora_A": pair.A, "lora_B": pair.B}
-            keys = tensor_keys(item.name, modules[item.path], False)
+            keys = tensor_keys(item.name, modules[item.path])
         tensors |= {key: by_name[name].contiguous() for key, name in keys.items()}
     return dict(sorted(tensors.items()))
 
@@ -297,8 +298,8 @@ def _refuse(file: AdapterFile) -> None:
     refuse_apart(file)
     other = sorted(key for key in file.tensors if ".lora_" not in key)
     stacks = [item.name for item in file.planned if item.experts is not None]
-    if file.config.use_dora or other or stacks:
-        what = "is DoRA" if file.config.use_dora else f"trains {some_of(other or stacks)}"
+    if (kind := file.config.kind) != "lora" or other or stacks:
+        what = f"is {METHODS[kind].words}" if kind != "lora" else f"trains {some_of(other or stacks)}"
         raise AdapterError(
             "RW751",
             f"one of the adapters {what}, and only plain LoRA of layers can be combined; write DoRA as LoRA first "

@@ -1,6 +1,6 @@
 """Predict the peak memory of a training step before anything is downloaded. torch is imported only where needed."""
 
 from rankwise.planning.extend import TERMS, MemoryEstimate, estimate
-from rankwise.planning.workload import PLANNED, Workload
+from rankwise.planning.workload import Workload, planned_methods
 
-__all__ = ["PLANNED", "TERMS", "MemoryEstimate", "Workload", "estimate"]
+__all__ = ["TERMS", "MemoryEstimate", "Workload", "estimate", "planned_methods"]

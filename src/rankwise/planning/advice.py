@@ -17,10 +17,10 @@ import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from rankwise.config import DORA, FOUR_BITS
 from rankwise.foreign import Fields, JsonObject
+from rankwise.methods import METHODS, method_of
 from rankwise.options import ALL_LINEAR
-from rankwise.planning.extend import FOUR_BIT_OF, Estimator, MemoryEstimate
+from rankwise.planning.extend import Estimator, MemoryEstimate
 from rankwise.planning.workload import Workload
 from rankwise.reports.numbers import byte_size
 from rankwise.serving import refusing, served
@@ -30,12 +30,6 @@ Evidence = Literal["published", "mixed", "computed", "tried"]
 # (estimate, workload) -> seconds of one micro-batch; only ratios are used.
 Seconds = Callable[[MemoryEstimate, Workload], float]
 
-# {goal: order in which methods are tried}. Full fine-tuning is recommended only where no other method was given.
-ORDER = {
-    "speed": ("lora", "qlora", "dora", "qdora", "full"),
-    "quality": ("lora", "dora", "qlora", "qdora", "full"),
-    "serving": ("lora", "qlora", "dora", "qdora", "full"),
-}
 FOUR_BIT_SETTINGS = ("quant_type", "block_size", "double_quant")
 PAGED = "paged_adamw_8bit"
 # Share of the memory that a change must save to be shown.
@@ -46,6 +40,11 @@ SHORTEST_ROW, ROW_UNIT = 256, 64
 PER_TOKEN = ("activations", "logits", "transient")
 # By how much of its peak a step may differ from the line through a smaller one.
 STRAIGHT = 0.03
+
+
+def order_for(goal: str) -> list[str]:
+    """The order in which methods are tried. Full fine-tuning is recommended only where no other method was given."""
+    return sorted(METHODS, key=lambda name: (METHODS[name].trains_all, goal == "quality" and METHODS[name].four_bits))
 
 
 # --- whether a run fits ---
@@ -69,7 +68,7 @@ def peak_words(estimate: MemoryEstimate) -> str:
 
 def mapped_weights(estimate: MemoryEstimate, device_type: str) -> int:
     """The bytes of frozen weights that a CPU maps from files, which the system may drop and read again."""
-    is_mapped = device_type == "cpu" and estimate.method != "full"
+    is_mapped = device_type == "cpu" and not method_of(estimate.method).trains_all
     return estimate.breakdown["weights"] + estimate.breakdown["weights_4bit"] if is_mapped else 0
 
 
@@ -189,8 +188,7 @@ def ladder(method: str, workload: Workload, accumulation: int) -> Iterator[Step]
         yield Step("batch", label, {"batch_size": rows, "gradient_accumulation": times})
     if workload.device_type == "cuda" and workload.optimizer in ("adamw_torch", "adamw_torch_fused"):
         yield Step("optimizer", f"optimizer {PAGED}", {"optimizer": PAGED})
-    if method in FOUR_BIT_OF:
-        other = FOUR_BIT_OF[method]
+    if (other := method_of(method).lighter) is not None:
         yield Step("method", f"{method} -> {other}", {"method": other})
     length = workload.max_length
     while length > SHORTEST_ROW:
@@ -333,7 +331,7 @@ def recommend(advisor: Advisor, methods: Sequence[str], workload: Workload, wish
     the first that fits without it.
     """
     accumulation = wish.accumulation
-    order = [method for method in ORDER[wish.goal] if method in methods]
+    order = [method for method in order_for(wish.goal) if method in methods]
     gentle: dict[str, bool] = {}
     for names in PASSES:
         for method in order:
@@ -354,7 +352,7 @@ def recommend(advisor: Advisor, methods: Sequence[str], workload: Workload, wish
 
 def _explained(change: Change, method: str, fits: Mapping[str, bool], wish: Wish) -> Recommendation:
     settings = {**wish.given, **change.settings, "method": method}
-    if method not in FOUR_BITS:
+    if not method_of(method).four_bits:
         settings = {name: value for name, value in settings.items() if name not in FOUR_BIT_SETTINGS}
     situation = Situation(method, wish.goal, dict(fits), settings, frozenset(change.settings), wish.is_mixture)
     return Recommendation(
@@ -401,7 +399,7 @@ class Situation:
         """Whether "all-linear" leaves out experts of this model."""
         return (
             self.is_mixture
-            and self.method != "full"
+            and not method_of(self.method).trains_all
             and self.settings.get("target_modules") == ALL_LINEAR
             and not self.settings.get("target_parameters")
         )
@@ -428,8 +426,9 @@ class Rule:
 
 
 def _sixteen_bits_do_not_fit(situation: Situation) -> bool:
-    wide = {"qlora": "lora", "qdora": "dora"}.get(situation.method)
-    return wide is not None and situation.fits.get(wide) is False
+    row = method_of(situation.method)
+    # A kind has the name of its dense method.
+    return row.four_bits and situation.fits.get(row.kind or "") is False
 
 
 RULES: tuple[Rule, ...] = (
@@ -471,7 +470,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "qlora-all-linear",
-        lambda s: s.method in FOUR_BITS and s.settings.get("target_modules") == ALL_LINEAR and not s.is_mixture,
+        lambda s: method_of(s.method).four_bits and s.settings.get("target_modules") == ALL_LINEAR and not s.is_mixture,
         "with adapters on the attention alone QLoRA stays behind 16-bit fine-tuning; on all linear layers it does not",
         f"{QLORA_PAPER}, section 4 and figure 2",
         "published",
@@ -486,21 +485,21 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "double-quant",
-        lambda s: s.method in FOUR_BITS and s.settings.get("double_quant") is True,
+        lambda s: method_of(s.method).four_bits and s.settings.get("double_quant") is True,
         "double quantization saves 0.373 bits a parameter",
         f"{QLORA_PAPER}, section 3",
         "computed",
     ),
     Rule(
         "dora-quality",
-        lambda s: s.method in DORA and s.settings.get("r", 16) <= LOW_RANK,
+        lambda s: method_of(s.method).kind == "dora" and s.settings.get("r", 16) <= LOW_RANK,
         "the paper's gain over LoRA is largest at low ranks (LLaMA-7B, eight commonsense sets)",
         f"{DORA_PAPER}, section 5.5",
         "mixed",
     ),
     Rule(
         "dora-gap",
-        lambda s: s.method in DORA,
+        lambda s: method_of(s.method).kind == "dora",
         "mixed evidence: 78.4 against LoRA's 74.7 on average in the paper (76.3 in its authors' own repository), but "
         "46.9 against 47.8 % on GSM8K in PEFT's suite; `rankwise compare` tells on your data",
         f"{DORA_PAPER}, table 1; NVlabs/DoRA README; PEFT's method comparison (Llama-3.2-3B)",
@@ -515,7 +514,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "full",
-        lambda s: s.method == "full",
+        lambda s: method_of(s.method).trains_all,
         "nothing restricts what can be learnt; on E2E with GPT-2 Medium it was no better than LoRA (BLEU 68.2 against "
         "70.4)",
         f"{LORA_PAPER}, table 3",

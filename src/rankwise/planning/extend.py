@@ -25,16 +25,16 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from rankwise.config import DORA
 from rankwise.conflicts import without_reference
 from rankwise.disk import cache_folder
 from rankwise.errors import ConfigError, RankwiseWarning, heard, warn
 from rankwise.foreign import JsonObject, read_json
+from rankwise.methods import METHODS, method_of
 from rankwise.models.device import cpu_flags
 from rankwise.models.source import fetch_model
 from rankwise.planning import hardware
 from rankwise.planning.speed import PlannedModel, Stored, read_model
-from rankwise.planning.workload import DTYPE_BYTES, PLANNED, TRACING, Workload, rule_of, uncollected
+from rankwise.planning.workload import DTYPE_BYTES, TRACING, Workload, planned_methods, rule_of, uncollected
 from rankwise.records import write_json
 from rankwise.reports.numbers import byte_size
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from rankwise.planning.tracker import Place, Terms
 
 Phase = Literal["forward", "backward", "optimizer", "generation"]
-FOUR_BIT_OF = {"lora": "qlora", "dora": "qdora", "full": "lora"}
 
 # The terms of a breakdown, in the order in which a bar shows them.
 #
@@ -209,8 +208,8 @@ class Traces:
         self._prepared: dict[tuple[str, str, int], Traced] = {}
 
     def __call__(self, method: str, workload: Workload) -> MemoryEstimate:
-        if method not in PLANNED:
-            raise ConfigError("RW130", f"there is no method {method!r}; give one of {', '.join(PLANNED)}.")
+        if method not in METHODS:
+            raise ConfigError("RW130", f"there is no method {method!r}; give one of {', '.join(planned_methods())}.")
         rule_of(workload.optimizer)
         if conflict := " ".join(without_reference(workload.objective, method)):
             raise ConfigError("RW112", conflict)
@@ -274,9 +273,9 @@ class Traces:
         from rankwise.adapters import plan_adapter
         from rankwise.adapters.select import with_heads
 
-        if method == "full":
+        if method_of(method).trains_all:
             return {}
-        config = workload.lora_config(use_dora=method in DORA)
+        config = workload.lora_config(method)
         if repr(config) not in self._heard:
             told: dict[str, str] = {}
 
@@ -524,7 +523,7 @@ def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_b
     own operations, which layers that train for a merged file use, leave holes beside much of what a layer saves. The
     shares are fitted to measured runs (glibc, `benchmarks/memory_plan.py`).
     """
-    large = HOLES_OF_LARGE_BLOCKS * trained_bytes if method == "full" else 0
+    large = HOLES_OF_LARGE_BLOCKS * trained_bytes if method_of(method).trains_all else 0
     if not workload.fast or workload.for_merge:
         large = max(large, HOLES_OF_PYTORCHS_STEP * (kept_bytes + logits_bytes))
     if workload.gradient_checkpointing:
@@ -532,14 +531,14 @@ def heap_holes_bytes(method: str, workload: Workload, trained_bytes: int, kept_b
     elif not workload.fast:
         of_gradients, of_kept = HOLES_ELSE
     else:
-        of_gradients, of_kept = HOLES_OF_FULL if method == "full" else HOLES_OF_ADAPTERS
+        of_gradients, of_kept = HOLES_OF_FULL if method_of(method).trains_all else HOLES_OF_ADAPTERS
     return round(min(large, LARGEST_HOLES) + of_gradients * trained_bytes + of_kept * kept_bytes)
 
 
 def _notes(method: str, workload: Workload, found: Found) -> Iterator[str]:
     if found.max_positions is not None and workload.max_length > found.max_positions:
         yield f"rows of {workload.max_length:,} tokens are longer than the model's {found.max_positions:,} positions"
-    if method == "full":
+    if method_of(method).trains_all:
         yield "full fine-tuning keeps float32 weights, gradients and moments: 16 bytes per parameter"
     if not workload.fast:
         yield "PyTorch's own step is counted, without fused operators"
@@ -559,7 +558,7 @@ def _sharded(found: Found, method: str, workload: Workload) -> Found:
     are most, one layer is there, in the backward pass of adapters two. The optimizer of ``full`` steps on shards alone;
     an adapter's gradients are summed in one tensor of all, before the optimizer steps.
     """
-    sizes, full = found.sizes, method == "full"
+    sizes, full = found.sizes, method_of(method).trains_all
     layer, root = sizes["layer_bytes"], sizes["root_bytes"]
     phases: dict[str, Terms] = {}
     for phase, terms in found.phases.items():
@@ -591,7 +590,7 @@ def traffic(method: str, workload: Workload, sizes: Mapping[str, int]) -> Traffi
     """
     share, weights = (workload.devices - 1) / workload.devices, sizes["weight_bytes"]
     gathered = 2 * weights - sizes["root_bytes"] if workload.strategy == "fsdp" else 0
-    if gathered and method == "full":
+    if gathered and method_of(method).trains_all:
         return Traffic(round(share * (gathered + weights)))
     return Traffic(round(share * gathered), round(2 * share * sizes["trained_bytes"]))
 
@@ -609,8 +608,9 @@ def over_stored(stored: Stored | None, ask: Estimator) -> Estimator:
     def asked(method: str, workload: Workload) -> MemoryEstimate:
         if not stored.four_bit:
             return _over_foreign(stored, ask, method, workload)
+        row = method_of(method)
         same = dataclasses.replace(workload, double_quant=stored.double_quant, block_size=BITSANDBYTES_BLOCK)
-        found = ask(method if method == "full" else FOUR_BIT_OF.get(method, method), same)
+        found = ask((row.has_adapter and row.lighter) or method, same)
         return dataclasses.replace(found, method=method)
 
     return asked
@@ -619,9 +619,10 @@ def over_stored(stored: Stored | None, ask: Estimator) -> Estimator:
 def _over_foreign(stored: Stored, ask: Estimator, method: str, workload: Workload) -> MemoryEstimate:
     """The weights that QLoRA would quantize take ``bits`` each, and a scale and a zero per group."""
     dense = ask(method, workload)
-    if method == "full" or method not in FOUR_BIT_OF:
+    row = method_of(method)
+    if not row.has_adapter or row.lighter is None:
         return dense
-    linear = dense.breakdown["weights"] - ask(FOUR_BIT_OF[method], workload).breakdown["weights"]
+    linear = dense.breakdown["weights"] - ask(row.lighter, workload).breakdown["weights"]
     count = linear // DTYPE_BYTES[workload.dtype]
     packed = ceil(count * stored.bits / 8) + GROUP_BYTES * ceil(count / (stored.group or count or 1))
     changed = {

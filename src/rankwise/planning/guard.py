@@ -9,6 +9,7 @@ from typing import Protocol
 from rankwise.disk import read_speed
 from rankwise.errors import InputError, RunError, warn
 from rankwise.foreign import Fields
+from rankwise.methods import method_of
 from rankwise.models.prepared import MappedFiles
 from rankwise.models.source import fetch_model
 from rankwise.options import option_words
@@ -33,7 +34,7 @@ from rankwise.planning.extend import (
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
 from rankwise.planning.real_steps import comparable
 from rankwise.planning.speed import ModelFacts, micro_batch_seconds, nominal_pace, pace_of, read_model
-from rankwise.planning.workload import PLANNED, Workload, workload_of
+from rankwise.planning.workload import Workload, workload_of
 from rankwise.reports.numbers import byte_size, plural
 
 # The smallest possible step. A run for which even this does not fit is refused before the weights are read.
@@ -95,7 +96,7 @@ class MemoryGuard:
 
     def before_loading(self, labels: int = 0) -> None:
         method = self.settings["method"]
-        if method not in PLANNED:
+        if method_of(method).is_guest:
             warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")
             return
         machine = this_machine(self.settings["device"]) if self.settings["device"] != "cpu" else cpu_hardware()

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-from rankwise.config import FOUR_BITS, DefaultRate, default_rate
+from rankwise.config import DefaultRate, default_rate
 from rankwise.disk import read_speed
 from rankwise.errors import ConfigError, ModelError, QuantizationError
 from rankwise.foreign import JsonObject
+from rankwise.methods import method_of
 from rankwise.models.source import ModelSource
 from rankwise.planning.advice import (
     MOST_TOKENS,
@@ -287,7 +288,7 @@ class _Planner:
 
     def _given(self, methods: Sequence[str]) -> JsonObject:
         """The settings that the user gave and those in DECIDED, as options of ``rankwise train``."""
-        decided = {*DECIDED, *(("double_quant",) if set(methods) & set(FOUR_BITS) else ())}
+        decided = {*DECIDED, *(("double_quant",) if any(method_of(name).four_bits for name in methods) else ())}
         named = [name for name in SHARED if name in self.settings.model_fields_set or name in decided]
         given = {name: getattr(self.settings, name) for name in named}
         return {"model": self.settings.model} | given

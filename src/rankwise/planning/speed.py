@@ -21,13 +21,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.config import DORA, FOUR_BITS
 from rankwise.conflicts import takes_eight_bit
 from rankwise.constants import EQUAL_IN_EIGHT_BITS
 from rankwise.disk import cache_folder
 from rankwise.errors import ModelError
 from rankwise.foreign import Fields
 from rankwise.labels import Labels
+from rankwise.methods import method_of
 from rankwise.models.device import cpu_flags, cpu_name
 from rankwise.models.folder import CONFIG_FILE, read_config
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
@@ -273,10 +273,6 @@ PACKED_BYTES = 0.53
 # bitsandbytes' kernels are met on five cards (`tests/planning/test_published_times.py`). rankwise's own kernel has not
 # been timed on a GPU yet.
 DEQUANTIZE_SHARE = 0.5
-# {method: (forward, backward)}: kernels that the host launches for one layer of a micro-batch, with adapters on all
-# seven linear layers, without DoRA's gains, which are computed once in an optimizer step. `benchmarks/gpu_paper.py`
-# counts them, and tests/test_gpu_benchmarks.py compares the two.
-LAUNCHES = {"lora": (26, 43), "dora": (33, 45), "qlora": (33, 50), "qdora": (40, 52)}
 # Launching from Python takes about 7 us for a torch operation, 25 us for a Triton kernel, and autograd's bookkeeping.
 LAUNCH_SECONDS = 15e-6
 # DoRA's backward pass reads two tensors of a layer's output and writes one (ops.elementwise.scaled_grad).
@@ -353,9 +349,10 @@ def flops_per_token(method: str, facts: ModelFacts, frozen: int, trained: int, w
     multiplied with those of the experts that it is routed to.
     """
     N, H = facts.matrix_parameters(frozen), facts.head_parameters
-    P = 0 if method == "full" else trained * (facts.visited_share if workload.target_parameters else 1)
+    full = method_of(method).trains_all
+    P = 0 if full else trained * (facts.visited_share if workload.target_parameters else 1)
     attention = 2 * facts.layers * facts.width * workload.max_length
-    total = 4 * N + 6 * P + 3 * attention + (2 * N if method == "full" else 0)
+    total = 4 * N + 6 * P + 3 * attention + (2 * N if full else 0)
     if workload.gradient_checkpointing:
         total += 2 * max(0, N - H) + 2 * P + attention
     return float(total)
@@ -370,7 +367,7 @@ def weight_traffic_bytes(method: str, facts: ModelFacts, frozen: int, workload: 
     The head stays dense. The bytes of dequantization are divided by the share of the bandwidth that it reaches.
     """
     W, passes, w = facts.read_parameters(frozen), _passes(workload), _width(workload)
-    made_dense = max(0, W - facts.head_parameters) if method in FOUR_BITS else 0
+    made_dense = max(0, W - facts.head_parameters) if method_of(method).four_bits else 0
     return passes * (w * W + (PACKED_BYTES + w) * made_dense / DEQUANTIZE_SHARE)
 
 
@@ -379,7 +376,7 @@ def gain_traffic_bytes(method: str, facts: ModelFacts, estimate: MemoryEstimate,
 
     A square layer has P = (2 r + 1) outputs. The norms are computed once in an optimizer step, which is not counted.
     """
-    if method not in DORA or not facts.width:
+    if method_of(method).kind != "dora" or not facts.width:
         return 0.0
     most = facts.matrix_parameters(estimate.total_parameters) / facts.width
     outputs = min(most, estimate.trainable_parameters / (2 * workload.r + 1))
@@ -390,7 +387,7 @@ def launch_seconds(method: str, facts: ModelFacts, workload: Workload) -> float:
     """Seconds that the host takes to launch a micro-batch's kernels, on a GPU a lower bound of its time. For full
     fine-tuning, whose kernels were not counted, LoRA's.
     """
-    forward, backward = LAUNCHES.get(method, LAUNCHES["lora"])
+    forward, backward = method_of(method).launches
     launches = forward * (_passes(workload) - 1) + backward
     return facts.layers * launches * LAUNCH_SECONDS
 
@@ -460,7 +457,7 @@ def hiding_bandwidth(
         return None
     seconds = micro_batch_seconds(estimate, facts, workload, pace)
     # Passes of equal length: forward, input gradients, weight gradients (full), and the recomputed forward.
-    passes = _passes(workload) + (estimate.method == "full")
+    passes = _passes(workload) + method_of(estimate.method).trains_all
     beside = accumulation * seconds if workload.strategy == "fsdp" else (1 - 1 / passes) * seconds
     return estimate.network.of_step(accumulation) / beside
 

@@ -26,11 +26,12 @@ from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
 from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import Ctx, own_buffers, own_parameters, own_part
 from rankwise.compat.transformers import attention_of, kept_in_float32
-from rankwise.config import BETA, DORA, FOUR_BITS
+from rankwise.config import BETA
 from rankwise.conflicts import LOSS_TYPES
 from rankwise.constants import CACHE_BYTES, IGNORED
 from rankwise.data.objectives import ANSWER_IDS
 from rankwise.labels import SINGLE, Labels
+from rankwise.methods import method_of
 from rankwise.models.load import keep_heads_exact
 from rankwise.ops.selection import as_autocast
 from rankwise.planning.workload import MEASURED_OPTIMIZERS, Workload, rule_of, state_bytes
@@ -118,13 +119,13 @@ def made(model: PreTrainedModel, method: str, workload: Workload) -> Prepared:
         keep_heads_exact(model)
         # As a tokenizer has set it.
         model.config.get_text_config().pad_token_id = 0
-    if method in FOUR_BITS:
+    if method_of(method).four_bits:
         kind = CONFIGS[workload.quant_type]
         quantize(model, kind(block_size=workload.block_size, double_quant=workload.double_quant))
-    config = with_heads(model, workload.lora_config(use_dora=method in DORA))
+    config = with_heads(model, workload.lora_config(method))
     # Other initialisations need values, which fake tensors do not have.
     make_trainable(model, method, dataclasses.replace(config, init_lora_weights=True))
-    if method != "full" and config.init.kind == "pissa":
+    if not method_of(method).trains_all and config.init.kind == "pissa":
         for _, layer in adapted_layers(model, DEFAULT_NAME):
             if isinstance(pair := layer.adapter(DEFAULT_NAME), LowRankPair):
                 layer.origin = Origin(pair.lora_A.detach().clone(), pair.lora_B.detach().clone(), pair.scaling)

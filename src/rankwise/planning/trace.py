@@ -27,6 +27,7 @@ from rankwise.adapters.select import matches
 from rankwise.compat.torch import FakeTensorMode, fake_processes, shards_seen
 from rankwise.compat.transformers import choose_experts, fake_masks_looked_at
 from rankwise.errors import ModelError, RankwiseError
+from rankwise.methods import method_of
 from rankwise.ops import selection
 from rankwise.ops.cpu import products
 from rankwise.ops.cpu.four_bit import is_kept
@@ -99,7 +100,7 @@ class Traced:
             self.weight_bytes = sum(part.nbytes for _, part in shards_of(skeleton))
             self.layer_bytes, self.root_bytes = layer_and_root_bytes(skeleton)
             if mesh is not None:
-                shard(skeleton, mesh, trains_all=method == "full")
+                shard(skeleton, mesh, trains_all=method_of(method).trains_all)
             kept = kept_memory(skeleton) if fake and not on_card else []
             self.tracker.see_all(kept, "adapters")
             self._kept = kept
@@ -343,19 +344,15 @@ def kept_memory(model: nn.Module) -> list[Tensor]:
     It holds the largest dequantized weight and, for every DoRA layer, copies of A, B, magnitudes and norms. The copies
     show writes that bypass PyTorch's version counter.
     """
-    kept = [copy for layer in model.modules() if isinstance(layer, Dora) for copy in _copies(layer)]
+    layers = [layer for layer in model.modules() if isinstance(layer, Dora)]
+    # The norms are as large as the magnitudes.
+    copied = (part for layer in layers for part in (layer.lora_A, layer.lora_B, layer.magnitude, layer.magnitude))
+    kept = [part.detach().clone() for part in copied]
     dense = (holder for holder in four_bit_modules(model) if makes_dense(holder.dtype))
     # Stacked experts are dequantized one after the other.
     sizes = [prod(holder.shape[-2:]) * holder.dtype.itemsize for holder in dense]
     largest = max(filter(is_kept, sizes), default=0)
     return [*kept, torch.empty(largest, dtype=torch.uint8)] if largest else kept
-
-
-def _copies(layer: Dora) -> Iterator[Tensor]:
-    yield layer.lora_A.detach().clone()
-    yield layer.lora_B.detach().clone()
-    for _ in ("magnitude", "norms"):
-        yield layer.magnitude.detach().clone()
 
 
 def kept_norms(model: nn.Module) -> Iterator[Tensor]:

@@ -22,12 +22,12 @@ from rankwise.conflicts import check_objective, check_sharing
 from rankwise.constants import BLOCK_SIZES, WRITTEN_ROWS
 from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject, wrong_fields
+from rankwise.methods import METHODS, either
 from rankwise.options import Batch, Count, Names, Panel, Whole, option
 
 if TYPE_CHECKING:
     from rankwise.planning.hardware import Hardware
 
-PLANNED = ("full", "lora", "qlora", "dora", "qdora")
 # Labels of a head that no data name.
 PLANNED_LABELS = 2
 
@@ -42,6 +42,11 @@ _sure = functools.partial(option, Panel.SURE)
 _file = functools.partial(option, Panel.FILES, metavar="FILE")
 
 
+def planned_methods() -> tuple[str, ...]:
+    """The methods with a plan, that of all weights first."""
+    return tuple(sorted(METHODS, key=lambda name: not METHODS[name].trains_all))
+
+
 class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     """The options of ``rankwise plan``. Every row is taken to be ``max_length`` tokens long."""
 
@@ -49,7 +54,7 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
         str | None,
         _model("Hub id, folder, .gguf file, or `demo`; its weights are not read.", metavar="M"),
     ] = None
-    method: Annotated[Names, _model("lora, qlora, dora, qdora or full; several with commas; or all.")] = (ALL,)
+    method: Annotated[Names, _model(f"{either(METHODS)}; several with commas; or all.")] = (ALL,)
     objective: Annotated[
         Objective,
         _model(
@@ -98,10 +103,11 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods to plan for. Raises ConfigError (RW130) for one that does not exist."""
-        if not self.method or set(self.method) - {*PLANNED, ALL}:
-            given, known = ",".join(self.method), ", ".join(PLANNED)
+        planned = planned_methods()
+        if not self.method or set(self.method) - {*planned, ALL}:
+            given, known = ",".join(self.method), ", ".join(planned)
             raise ConfigError("RW130", f"--method is {given!r}; give {known}, several with commas, or all.")
-        return PLANNED if ALL in self.method else tuple(name for name in PLANNED if name in self.method)
+        return planned if ALL in self.method else tuple(name for name in planned if name in self.method)
 
     def check_options(self) -> None:
         """Raise ConfigError (RW112) for options that do not go together."""
@@ -159,7 +165,7 @@ class Workload(StepOptions):
     keeps_reference: bool = False
 
     def __post_init__(self) -> None:
-        self.lora_config(use_dora=False)
+        self.lora_config("lora")
         problems = [*wrong_fields(self), *_problems(self)]
         if problems:
             raise ConfigError("RW130", "; ".join(problems) + ".")

@@ -9,20 +9,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from rankwise.config import DEMO, DEMO_HUB_ID, DORA
+from rankwise.config import DEMO, DEMO_HUB_ID
 from rankwise.foreign import Fields, Json
+from rankwise.methods import PEFT_KINDS, method_of, other_kinds
 from rankwise.records import RunRecord
 from rankwise.reports.numbers import byte_size, capital, visible
 from rankwise.reports.words import last_part
 from rankwise.serving import DORA_AS_LORA, WORDS, served
 
-NAMES = {
-    "lora": "LoRA adapter",
-    "qlora": "QLoRA adapter",
-    "dora": "DoRA adapter",
-    "qdora": "QDoRA adapter",
-    "full": "fully fine-tuned model",
-}
 LEARNED_FROM = {
     "dpo": " from pairs of a better and a worse answer (DPO), against {reference} as the reference",
     "kto": " from answers marked good or bad (KTO), against {reference} as the reference",
@@ -61,7 +55,8 @@ def model_card(record: RunRecord, adapter_config: Fields | None = None) -> str:
 
     ``adapter_config``: the content of ``adapter_config.json``; without it the record's settings are used.
     """
-    by_settings = {} if record.method == "full" else {**record.settings, "use_dora": record.method in DORA}
+    row = method_of(record.method)
+    by_settings = {} if row.trains_all else {**record.settings, "use_dora": row.kind == "dora"}
     config = adapter_config or by_settings
     # PEFT's file has no words for these.
     config = {**config, **{name: record.settings.get(name) for name in ("init", "for_merge")}}
@@ -92,14 +87,14 @@ def _base_model(record: RunRecord, config: Fields) -> str:
 def _front_matter(record: RunRecord, base: str, config: Fields) -> str:
     import yaml
 
-    full = record.method == "full"
+    full, kind = method_of(record.method).trains_all, method_of(record.method).kind
     tags = ["rankwise", *([] if full else ["lora", f"base_model:adapter:{base}"])]
     if config.get("use_dora"):
         tags.insert(2, "dora")
     content = {
         "base_model": base,
         "base_model_relation": "finetune" if full else "adapter",
-        "library_name": "transformers" if full else "peft",
+        "library_name": "transformers" if full else "peft" if kind in PEFT_KINDS else "rankwise",
         "pipeline_tag": "text-classification" if record.objective == "classify" else "text-generation",
         "tags": tags,
     }
@@ -107,14 +102,18 @@ def _front_matter(record: RunRecord, base: str, config: Fields) -> str:
 
 
 def _title(record: RunRecord, base: str) -> str:
-    name = NAMES[record.method]
-    model = escaped(last_part(base))
-    return f"{capital(name)} of {model}" if record.method == "full" else f"{name} for {model}"
+    name, model = _name(record.method), escaped(last_part(base))
+    return f"{capital(name)} of {model}" if method_of(record.method).trains_all else f"{name} for {model}"
+
+
+def _name(method: str) -> str:
+    row = method_of(method)
+    return "fully fine-tuned model" if row.trains_all else f"{row.words} adapter"
 
 
 def _summary(record: RunRecord, base: str, config: Fields) -> str:
     facts = record.base_model
-    what = f"A {NAMES[record.method]}"
+    what = f"A {_name(record.method)}"
     if config:
         scale = "rank-stabilised scale" if config.get("use_rslora") else "scale"
         what += f" of rank {config.get('r')} and alpha {config.get('lora_alpha')} ({scale})"
@@ -233,7 +232,7 @@ def _in_transformers(four_bit: Fields) -> list[str]:
 
 def _loading(record: RunRecord, base: str) -> str:
     """The lines of transformers or PEFT, and our command."""
-    is_full, has_labels = record.method == "full", record.objective == "classify"
+    is_full, has_labels = method_of(record.method).trains_all, record.objective == "classify"
     kind = "AutoModelForSequenceClassification" if has_labels else "AutoModelForCausalLM"
     if is_full:
         lines = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("FOLDER")']
@@ -254,10 +253,10 @@ def _loading(record: RunRecord, base: str) -> str:
     library, option = ("transformers", "--model") if is_full else ("PEFT", "--adapter")
     command = f"predict {option} FOLDER --data D" if has_labels else f'generate {option} FOLDER --prompt "..."'
     code = "\n".join(lines)
-    return (
-        f"In {library}, with `FOLDER` the folder of this file:\n\n```python\n{code}\n```\n\n"
-        f"In rankwise: `rankwise {command}`."
-    )
+    ours = f"In rankwise: `rankwise {command}`."
+    if method_of(record.method).kind in other_kinds():
+        return ours
+    return f"In {library}, with `FOLDER` the folder of this file:\n\n```python\n{code}\n```\n\n{ours}"
 
 
 def _serving(method: str, config: Fields) -> str:

@@ -10,7 +10,9 @@ import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
+from rankwise.config import VARIANTS
 from rankwise.foreign import Fields
+from rankwise.methods import METHODS, method_of
 from rankwise.reports.comparison import EVAL_LOSS, unit_of
 from rankwise.reports.numbers import (
     byte_size,
@@ -25,22 +27,6 @@ from rankwise.reports.numbers import (
 )
 from rankwise.serving import refusing
 
-NAMES = {
-    "lora": "LoRA",
-    "qlora": "QLoRA",
-    "dora": "DoRA",
-    "qdora": "QDoRA",
-    "full": "Full",
-    "lora+plus": "LoRA+",
-}
-VARIANTS = {
-    "pissa": "PiSSA",
-    "loftq": "LoftQ",
-    "plus": "LoRA+",
-    "rslora": "rsLoRA",
-    "qv": "q, v",
-    "int8": "8-bit products",
-}
 METRICS = {
     "eval_loss": "Evaluation loss",
     "retained.loss": "Retained loss",
@@ -68,23 +54,24 @@ NO_TIME = "runs took place side by side or only once, so their times are not com
 
 def method_name(method: str) -> str:
     """``lora+pissa`` -> LoRA (PiSSA); ``qlora+pissa+plus`` -> QLoRA (PiSSA, LoRA+)."""
-    if method in NAMES:
-        return NAMES[method]
-    name, *words = method.split("+")
-    variants = ", ".join(VARIANTS.get(word) or visible(word) for word in words)
-    return (NAMES.get(name) or visible(name)) + (f" ({variants})" if words else "")
+    if method == "lora+plus":
+        return "LoRA+"
+    _, *words = method.split("+")
+    variants = ", ".join(VARIANTS[word][0] if word in VARIANTS else visible(word) for word in words)
+    return visible(method_of(method).words) + (f" ({variants})" if words else "")
 
 
 def long_name(method: str) -> str:
     """The name in a sentence: ``LoRA``, ``full fine-tuning``."""
-    return "full fine-tuning" if method == "full" else method_name(method)
+    return "full fine-tuning" if method_of(method).trains_all else method_name(method)
 
 
 def method_numbers(methods: Iterable[str]) -> dict[str, int]:
-    """A number for each method, which chooses its colour and shape. Those of NAMES never change."""
-    found = {name: number for number, name in enumerate(NAMES) if name in methods}
+    """A number for each method, which chooses its colour and shape. Those of our own and of LoRA+ never change."""
+    fixed = (*METHODS, "lora+plus")
+    found = {name: number for number, name in enumerate(fixed) if name in methods}
     free = (number for number in itertools.count() if number not in [*found.values()])
-    return found | {name: next(free) for name in methods if name not in NAMES}
+    return found | {name: next(free) for name in methods if name not in fixed}
 
 
 def metric_name(metric: str) -> str:

@@ -23,13 +23,14 @@ from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import is_unit
-from rankwise.config import ADAPTERS, DORA, TrainSettings, idle_options
+from rankwise.config import TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
 from rankwise.data import warn_of_overlap
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
+from rankwise.methods import method_of
 from rankwise.models import choose_device, model_facts
 from rankwise.models.device import cpu_name
 from rankwise.models.prepared import mapped_files
@@ -117,7 +118,7 @@ def _check_settings(given: TrainSettings, device_type: str) -> LoraConfig:
     _warn_of_idle_options(given)
     # Raises for an invalid 4-bit format before anything is read.
     setup.quantization_for(given)
-    return given.lora_config(use_dora=given.method in DORA)
+    return given.lora_config(given.method)
 
 
 def _warn_of_idle_options(given: TrainSettings) -> None:
@@ -217,7 +218,7 @@ def _prepare(
     # Made before a search, for the run's length and memory, which do not depend on the learning rate.
     loop = make(given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searches else given, data)
     if given.strategy == "fsdp" and not is_unit(loaded.model):
-        shard(loaded.model, mesh_of_all(loaded.device.type), trains_all=given.method == "full")
+        shard(loaded.model, mesh_of_all(loaded.device.type), trains_all=method_of(given.method).trains_all)
     if checkpoint is not None:
         _check_length(given, checkpoint, loop.options.total_steps)
     # Batches differ between processes; the largest prediction is taken.
@@ -289,7 +290,7 @@ def _read(
     loaded = setup.load_for_training(given, labels)
     base = model_facts(loaded.model, loaded.source)
     lora = with_heads(loaded.model, lora)
-    if given.new_tokens is not None and given.method in ADAPTERS:
+    if given.new_tokens is not None and method_of(given.method).has_adapter:
         lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(given.new_tokens), lora)
     observer.phase("Encoding data")
     data = learning.encode(given, loaded.tokenizer, texts)

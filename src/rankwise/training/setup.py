@@ -23,7 +23,7 @@ from rankwise.adapters.folder import WEIGHTS_FILE, read_folder, tokenizer_with_r
 from rankwise.adapters.select import with_heads
 from rankwise.adapters.switch import keep_reference
 from rankwise.compat.transformers import before_weights
-from rankwise.config import ADAPTERS, DORA, FOUR_BITS, TrainSettings
+from rankwise.config import TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.formats import Format
@@ -32,6 +32,7 @@ from rankwise.errors import ConfigError, DataError, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject, sha256_of
 from rankwise.labels import Labels
 from rankwise.lora_config import ADAPTER, LoraConfig
+from rankwise.methods import METHODS, either, kinds, method_of, methods_with
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, load_tokenizer
 from rankwise.models.load import table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
@@ -156,7 +157,7 @@ def other_hashes(given: TrainSettings) -> dict[str, str]:
 def quantization_for(given: TrainSettings) -> FourBitConfig | None:
     """The 4-bit config of the method, None if the base is dense. Defaults: NF4 with double quantization (QLoRA,
     section 3)."""
-    if given.method not in FOUR_BITS:
+    if not method_of(given.method).four_bits:
         return None
     return CONFIGS[given.quant_type](block_size=given.block_size, double_quant=given.double_quant)
 
@@ -165,7 +166,7 @@ def check_model(given: TrainSettings, config: LoraConfig, labels: Labels | None 
     """Raise what the model's config alone decides: a model that is not there, an adapter that does not fit it."""
     remote: JsonObject = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
     source = dataclasses.replace(fetch_model(given.model, **remote, weights=False), labels=labels)
-    if given.method not in ADAPTERS:
+    if not method_of(given.method).has_adapter:
         return
     skeleton = load_skeleton(source, trust_remote_code=given.trust_remote_code)
     # The loaded model gives the warnings again.
@@ -194,7 +195,7 @@ def load_for_training(given: TrainSettings, labels: Labels | None = None) -> Loa
         ranks.check_alike(
             {"the files of the model": {path.name: path.stat().st_size for path in weights_files(source)}}
         )
-        names, trains_all = given.modules_to_save or (), given.method == "full"
+        names, trains_all = given.modules_to_save or (), method_of(given.method).trains_all
         shard = functools.partial(shard_before_loading, device_type=where.type, trained_whole=names)
         by_rows = before_weights(functools.partial(shard, trains_all=trains_all))
     reads_rows = not isinstance(by_rows, nullcontext)
@@ -226,11 +227,11 @@ def make_trainable(
     if given.adapter is not None:
         return _continue_adapter(model, given, given.adapter, base_sha256)
     seed_all(given.seed)
-    if given.method not in ("lora", "dora") and any(dequantizer(module) is not None for module in model.modules()):
+    if given.method not in kinds() and any(dequantizer(module) is not None for module in model.modules()):
         raise ConfigError(
             "RW181",
             f"{given.model} holds weights that another library quantized, which --method {given.method} does not "
-            "support; take lora or dora, or the dense checkpoint.",
+            f"support; take {either(kinds())}, or the dense checkpoint.",
         )
     return step.make_trainable(model, given.method, config, is_resumed=checkpoint is not None)
 
@@ -262,12 +263,12 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
     if given.adapter is None:
         return given
     config, _ = read_folder(given.adapter)
-    kind, methods = ("DoRA", DORA) if config.use_dora else ("LoRA", ("lora", "qlora"))
+    methods = methods_with(kind=config.kind)
     if given.method not in methods:
         raise ConfigError(
             "RW764",
-            f"--adapter {given.adapter} is {kind}, which --method {given.method} does not train; give "
-            f"{' or '.join(methods)}.",
+            f"--adapter {given.adapter} is {METHODS[config.kind].words}, which --method {given.method} does "
+            f"not train; give {either(methods)}.",
         )
     if given.strategy == "fsdp" and config.token_rows:
         raise ConfigError(

@@ -35,10 +35,11 @@ from rankwise.acceleration.memory import average_gradients
 from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.inject import add_by, attach
 from rankwise.adapters.state import DEFAULT_NAME
-from rankwise.config import METHODS, StepOptions
+from rankwise.config import StepOptions
 from rankwise.conflicts import takes_eight_bit
 from rankwise.errors import ConfigError
 from rankwise.lora_config import LoraConfig
+from rankwise.methods import method_of
 from rankwise.training import ranks
 from rankwise.training.batches import KEY, Batch, Figures, MicroBatch, Row, on_device
 from rankwise.training.watch import Step
@@ -57,13 +58,14 @@ def mixed_precision(method: str, dtype: torch.dtype, device_type: str) -> tuple[
     updates would vanish in 16 bits, and computes in ``dtype``. float16 needs loss scaling: ConfigError (RW113) on a
     device without it.
     """
+    trains_all = method_of(method).trains_all
     if dtype == torch.float16:
         if device_type == "cpu":
             raise ConfigError(
                 "RW113", "--dtype float16 needs loss scaling, which CPUs do not have; use bfloat16 or float32."
             )
-        return (torch.float32 if method == "full" else dtype), dtype
-    if method == "full" and dtype == torch.bfloat16:
+        return (torch.float32 if trains_all else dtype), dtype
+    if trains_all and dtype == torch.bfloat16:
         return torch.float32, dtype
     return dtype, None
 
@@ -73,10 +75,11 @@ def make_trainable(model: PreTrainedModel, method: str, config: LoraConfig, *, i
 
     A resumed run does not compute LoftQ's decomposition, which its checkpoint overwrites.
     """
-    if method == "full":
+    row = method_of(method)
+    if row.trains_all:
         model.requires_grad_(True)
         return sum(parameter.numel() for parameter in model.parameters())
-    if method not in METHODS:
+    if row.is_guest:
         return add_by(method, model, config.r)
     if is_resumed and config.init.kind == "loftq":
         return attach(model, config, plan_adapter(model, config), DEFAULT_NAME).trainable_parameters
@@ -136,7 +139,7 @@ def prepare(
     where rows would see each other.
     """
     accelerated = None
-    if computing.fast and method in METHODS:
+    if computing.fast and not method_of(method).is_guest:
         with looked_into(model):
             accelerated = optimize_for_training(model, products=computing.products)
         if computing.products == "int8" and (left := calibrate_products(model, calibration())):

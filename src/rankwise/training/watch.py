@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rankwise.acceleration import anonymous_memory_bytes, give_back_freed_memory
 from rankwise.adapters import adapter_parameters, has_adapter
 from rankwise.adapters.lora import KEY as TOKENS
+from rankwise.adapters.lora import MAGNITUDE
 from rankwise.compat.torch import own_part
 from rankwise.disk import appending
 from rankwise.errors import ConfigError, RunError, one_line, some_of, warn
@@ -150,8 +151,8 @@ class Step:
 class GradientCheck:
     """Checks that each adapter tensor gets a finite, nonzero gradient as soon as its method implies one.
 
-    This is the first step for B and m. For A it is the first step after B has changed; with warm-up, one step later,
-    since the first learning rate is 0. The tensors of an expert to which no token was routed may wait.
+    This is the first step for B and m. For A and other vectors it is the first step after B has changed; with warm-up,
+    one step later, since the first learning rate is 0. The tensors of an expert to which no token was routed may wait.
     """
 
     def __init__(self, model: nn.Module, *, overflow_is_normal: bool = False, silence_is_normal: bool = False) -> None:
@@ -187,6 +188,9 @@ class GradientCheck:
         # A batch may hold none of the new tokens, or no token whose column of A has changed.
         if ".experts." in key or key.endswith(TOKENS) or "lora_embedding_B" in key:
             return True
+        if key.endswith("_vector") and not key.endswith(MAGNITUDE):
+            # It may scale B A, and waits as A does.
+            key = f"{key.rpartition('.')[0]}.lora_A.weight"
         for ours, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
             partner = key.replace(ours, other) if ours in key else key.replace(other, ours)
             if partner != key:
