@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from rankwise.config import (
     ADAPTERS,
     DORA,
     FOUR_BITS,
-    GENERATIONS,
-    MAX_COMPLETION_LENGTH,
     METHODS,
-    Objective,
     StepOptions,
     TrainSettings,
 )
 from rankwise.errors import ConfigError
+from rankwise.objectives import GENERATIONS, MAX_COMPLETION_LENGTH, OBJECTIVES, ObjectiveName
 from rankwise.options import Settings, flag
 
-# {objective: the options that apply to it but not to every objective}.
-OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
-    "sft": ("label_smoothing", "packing", "prompt_column", "completion_column", "activation_offloading"),
-    "dpo": ("beta", "loss_type", "label_smoothing", "activation_offloading"),
-    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", "activation_offloading"),
-    "grpo": (
-        "beta",
-        "loss_type",
-        "reward",
-        "reward_weights",
-        "num_generations",
-        "max_completion_length",
-        "temperature",
-        "prompt_column",
-        "completion_column",
-    ),
-    "classify": ("activation_offloading",),
-}
-# {objective: its losses, the default first; trl's names}.
-LOSS_TYPES: Mapping[Objective, tuple[str, ...]] = {
-    "dpo": ("sigmoid", "ipo", "hinge", "robust", "apo_zero"),
-    "kto": ("kto", "apo_zero_unpaired"),
-    "grpo": ("dapo", "grpo", "dr_grpo", "bnpo"),
-}
 # The losses that --label-smoothing changes.
 SMOOTHED = ("robust",)
 NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit")
@@ -54,29 +28,29 @@ ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 def check_conflicts(given: TrainSettings, processes: int) -> None:
     """Raise ConfigError (RW112) with all conflicts of a run in so many processes; RW763 for an unknown loss."""
     check_objective(given, given.objective)
-    losses = LOSS_TYPES.get(given.objective, ())
-    if given.loss_type is not None and given.loss_type not in losses:
+    facts = OBJECTIVES[given.objective]
+    if given.loss_type is not None and given.loss_type not in facts.losses:
         raise ConfigError(
             "RW763",
             f"--loss-type {given.loss_type} does not exist for --objective {given.objective}; give "
-            f"{', '.join(losses)}.",
+            f"{', '.join(facts.losses)}.",
         )
     check_sharing(given.objective, given.strategy, processes)
     found = [*_of_steps(given), *_of_search(given, processes), *_of_processes(given, processes)]
-    if given.objective in ("dpo", "kto"):
+    if facts.of_preferences:
         found += _of_preferences(given)
-    elif given.objective == "grpo":
+    elif facts.of_rewards:
         found += _of_rewards(given, processes)
-    elif given.objective == "classify":
+    elif facts.of_labels:
         found += _of_labels(given)
     if found:
         raise ConfigError("RW112", " ".join(found))
 
 
-def check_objective(given: Settings, objective: Objective) -> None:
+def check_objective(given: Settings, objective: ObjectiveName) -> None:
     """Raise ConfigError (RW112) for options that were set and do not apply to ``objective``."""
-    own, defaults = OBJECTIVE_OPTIONS[objective], given.defaults()
-    others = sorted({name for names in OBJECTIVE_OPTIONS.values() for name in names} - set(own))
+    own, defaults = OBJECTIVES[objective].options, given.defaults()
+    others = sorted({name for facts in OBJECTIVES.values() for name in facts.options} - set(own))
     idle = [flag(name) for name in others if name in defaults and getattr(given, name) != defaults[name]]
     if idle:
         raise ConfigError(
@@ -86,17 +60,17 @@ def check_objective(given: Settings, objective: Objective) -> None:
         )
 
 
-def check_sharing(objective: Objective, strategy: str | None, processes: int) -> None:
+def check_sharing(objective: ObjectiveName, strategy: str | None, processes: int) -> None:
     """Raise ConfigError (RW112) for a ``--strategy`` that does not go with the objective or the number of processes."""
     if strategy is not None and processes == 1:
         raise ConfigError(
             "RW112", f"--strategy {strategy} is for several processes, and this is one; give --devices N too."
         )
-    if (objective, strategy) == ("grpo", "fsdp"):
+    if OBJECTIVES[objective].of_rewards and strategy == "fsdp":
         raise ConfigError(
             "RW112",
-            "--objective grpo does not go with --strategy fsdp, with which all processes must run each layer equally "
-            "often, since their answers differ in length; take --strategy ddp.",
+            f"--objective {objective} does not go with --strategy fsdp, with which all processes must run each layer "
+            "equally often, since their answers differ in length; take --strategy ddp.",
         )
 
 
@@ -123,10 +97,10 @@ def _of_steps(given: TrainSettings) -> Iterator[str]:
         yield f"{started} starts an adapter, and --adapter continues one; leave one of them out."
 
 
-def takes_eight_bit(method: str, objective: str, strategy: str | None, given: StepOptions) -> bool:
+def takes_eight_bit(method: str, objective: ObjectiveName, strategy: str | None, given: StepOptions) -> bool:
     """Whether frozen products may be in 8 bits. The reference of dpo, kto and grpo would be computed otherwise."""
     is_whole = given.fast and strategy != "fsdp" and given.for_merge is None
-    return objective == "sft" and method in ADAPTERS and is_whole
+    return OBJECTIVES[objective].of_demonstrations and method in ADAPTERS and is_whole
 
 
 def _started(given: TrainSettings) -> str:
@@ -140,7 +114,7 @@ def _of_search(given: TrainSettings, processes: int) -> Iterator[str]:
         if given.budget is not None:
             yield "--budget needs a search of the learning rate; add --learning-rate auto."
         return
-    wrong = [f"--objective {given.objective}"] if given.objective != "sft" else []
+    wrong = [f"--objective {given.objective}"] if not OBJECTIVES[given.objective].of_demonstrations else []
     wrong += [f"{processes} processes"] if processes > 1 else []
     if wrong:
         yield (
@@ -150,7 +124,8 @@ def _of_search(given: TrainSettings, processes: int) -> Iterator[str]:
 
 
 def _of_preferences(given: TrainSettings) -> Iterator[str]:
-    loss = given.loss_type or LOSS_TYPES[given.objective][0]
+    facts = OBJECTIVES[given.objective]
+    loss = given.loss_type or facts.losses[0]
     if given.label_smoothing and loss not in SMOOTHED:
         yield (
             f"--label-smoothing has no effect on --loss-type {loss}; leave it out, or give one of "
@@ -160,15 +135,16 @@ def _of_preferences(given: TrainSettings) -> Iterator[str]:
         yield "--loss-type robust turns preferences around from --label-smoothing 0.5 on; give less."
     yield from without_reference(given.objective, given.method)
     # Of one process.
-    if given.objective == "kto" and given.batch_size < 2:
+    if facts.rows == "mark" and given.batch_size < 2:
         yield (
-            "--objective kto compares each answer with the others of its batch, and --batch-size is 1; give 2 or more."
+            f"--objective {given.objective} compares each answer with the others of its batch, and --batch-size "
+            "is 1; give 2 or more."
         )
 
 
-def without_reference(objective: str, method: str) -> Iterator[str]:
+def without_reference(objective: ObjectiveName, method: str) -> Iterator[str]:
     """The conflict of preferences with a method that leaves no reference."""
-    if objective in ("dpo", "kto") and method not in ADAPTERS:
+    if OBJECTIVES[objective].of_preferences and method not in ADAPTERS:
         yield (
             f"--objective {objective} needs the base as reference, which --method {method} changes or cannot restore; "
             "give lora, qlora, dora or qdora."

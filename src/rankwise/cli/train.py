@@ -28,6 +28,7 @@ from rankwise.errors import ConfigError, DataError, Interrupted, RunError, is_ou
 from rankwise.evaluation.tasks.names import retained_from
 from rankwise.foreign import Fields
 from rankwise.labels import in_words
+from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
 from rankwise.planning.workload import uncollected
 from rankwise.records import RunRecord, load_record, read_metrics, write_text
@@ -121,7 +122,7 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     retention = None if settings.retain is None else RetainedRows(settings, settings.retain)
     guard = _guard(settings, output)
     try:
-        watched = watching(output, every=settings.logging_steps, of_rewards=settings.objective == "grpo")
+        watched = watching(output, every=settings.logging_steps, of_rewards=OBJECTIVES[settings.objective].of_rewards)
         with watched if ranks.is_writer() else contextlib.nullcontext(SilentObserver()) as observer:
             record = train(settings, observer, guard, retention, began)
     except (MemoryError, RuntimeError) as error:
@@ -150,7 +151,7 @@ def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
 
 def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     """The results of a finished run, as labelled lines."""
-    yield "reward" if record.objective == "grpo" else "loss", change_sentence(folder, record)
+    yield "reward" if OBJECTIVES[record.objective].of_rewards else "loss", change_sentence(folder, record)
     if record.kept_step is not None:
         because = f": {record.kept_because}" if record.kept_because else ""
         yield "kept", f"step {record.kept_step} of {record.steps}{because}"
@@ -164,7 +165,7 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         is_few = 2 * answers["changed"] <= answers["asked"]
         few = "; to change them, train on demonstrations first and continue with --adapter" if is_few else ""
         yield "answers", f"{answers['changed']} of {answers['asked']} greedy answers differ from the reference's{few}"
-    if record.objective == "classify" and "eval" in record.data:
+    if OBJECTIVES[record.objective].of_labels and "eval" in record.data:
         yield "answers", f"{in_words(record.eval_rewards, record.data['eval']['rows'])} on the evaluation data"
     if record.trainable_parameters is not None and record.total_parameters:
         share = 100 * record.trainable_parameters / record.total_parameters
@@ -181,7 +182,7 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     yield "speed", _speed(record)
     yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
     # `generate` does not load methods of other distributions.
-    if record.objective == "classify":
+    if OBJECTIVES[record.objective].of_labels:
         yield "try", f"rankwise predict --{'model' if record.method == 'full' else 'adapter'} {folder} --data D"
     elif record.method in METHODS:
         kind, compare = ("model", "") if record.method == "full" else ("adapter", " --compare")
@@ -192,7 +193,7 @@ def change_sentence(folder: Path, record: RunRecord) -> str:
     """The loss, or of rewards the mean reward, before and after; without evaluation data, the first and the last line
     of ``metrics.jsonl``.
     """
-    is_reward = record.objective == "grpo"
+    is_reward = OBJECTIVES[record.objective].of_rewards
     if record.initial_eval_loss is not None and record.eval_loss is not None:
         # The evaluation loss of rewards is the negative of their mean.
         before, after = (-loss if is_reward else loss for loss in (record.initial_eval_loss, record.eval_loss))

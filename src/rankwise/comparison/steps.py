@@ -26,7 +26,6 @@ from rankwise.comparison.stages import PERPLEXITY
 from rankwise.config import METHODS, TrainSettings
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
-from rankwise.data.objectives import PREFERENCE_FORMATS
 from rankwise.data.rows import Row
 from rankwise.disk import coded_error, hold
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory, out_of_memory
@@ -40,6 +39,7 @@ from rankwise.labels import SEVERAL, SINGLE, Labels
 from rankwise.models import fetch_model
 from rankwise.models.load import answer_room, load_tokenizer
 from rankwise.models.prepared import needs_preparation
+from rankwise.objectives import OBJECTIVES
 from rankwise.records import RunRecord, load_record
 from rankwise.reports.comparison import EVALUATION_FOLDER
 from rankwise.training.setup import load_for_training, quantization_for
@@ -72,7 +72,7 @@ def _measure(job: Fields) -> None:
     tasks = make_tasks(job["tasks"], data=job["task_data"], limit=job["task_limit"])
     rows = own.rows
     # Rewards are relative to the base, so the base has none.
-    is_reference = job["method"] is None and job["objective"] in PREFERENCE_FORMATS
+    is_reference = job["method"] is None and OBJECTIVES[job["objective"]].of_preferences
     retained = []
     if job["retain"] is not None:
         retained = [retained_task(job["retain"], max_length=job["max_length"], eval_limit=job["eval_limit"])]
@@ -238,7 +238,7 @@ def prepare(job: Fields) -> None:
     kinds = {(quantization_for(given) is not None, given.method == "full"): given for given in reversed(runs)}
     for given in kinds.values():
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
-        if given.objective == "classify":
+        if OBJECTIVES[given.objective].of_labels:
             source = dataclasses.replace(source, labels=Labels(("0", "1")))
         if needs_preparation(source, quantization_for(given)):
             load_for_training(given)

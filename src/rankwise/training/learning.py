@@ -22,20 +22,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.adapters import has_adapter
 from rankwise.adapters.folder import labels_of
-from rankwise.config import BETA, GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings, default_rate, logging_steps_of
-from rankwise.conflicts import LOSS_TYPES
+from rankwise.config import TrainSettings, default_rate, logging_steps_of
 from rankwise.constants import IGNORED
 from rankwise.data import Rows, encode_preferences
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.formats import Format
 from rankwise.data.objectives import (
-    LABELLED,
-    PREFERENCE_FORMATS,
     encode_labelled,
     encode_prompts,
+    formats_of,
     label_counts,
     labels_in,
-    prompt_formats,
     unpaired,
 )
 from rankwise.disk import remove_strays
@@ -43,6 +40,7 @@ from rankwise.errors import ConfigError, RunError, some_of
 from rankwise.foreign import checked, read_json
 from rankwise.labels import Labels
 from rankwise.models.load import table_rows
+from rankwise.objectives import GENERATIONS, MAX_COMPLETION_LENGTH, OBJECTIVES
 from rankwise.records import RateSearch, RateTrial, load_record, write_json
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
@@ -91,10 +89,10 @@ def learning_of(given: TrainSettings) -> Learning:
     if given.objective == "sft":
         return Learning(encode_data, _demonstrations)
     if given.objective == "classify":
-        return Learning(_encode_labelled, _classification, _labels, formats=LABELLED, has_labels=False)
+        return Learning(_encode_labelled, _classification, _labels, formats=formats_of("classify"), has_labels=False)
     if given.objective == "grpo":
         return _of_rewards(given)
-    return Learning(_encode_preferences, _preferences, formats=PREFERENCE_FORMATS[given.objective])
+    return Learning(_encode_preferences, _preferences, formats=formats_of(given.objective))
 
 
 def _of_batches(given: TrainSettings, base: LoadedBase) -> dict[str, int]:
@@ -116,7 +114,7 @@ def _demonstrations(given: TrainSettings, data: Data, base: LoadedBase, flat: bo
 
 
 def _encode_preferences(given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
-    if given.objective == "kto":
+    if OBJECTIVES[given.objective].rows == "mark":
         eval_rows = None if texts.eval_rows is None else unpaired(texts.eval_rows)
         texts = dataclasses.replace(texts, rows=unpaired(texts.rows), eval_rows=eval_rows)
     return encode_data(given, tokenizer, texts, encode_preferences)
@@ -128,8 +126,8 @@ def _preferences(given: TrainSettings, data: Data, base: LoadedBase, flat: bool)
         data.train.dataset,
         data.evaluation and data.evaluation.dataset,
         **_of_batches(given, base),
-        loss_type=given.loss_type or LOSS_TYPES[given.objective][0],
-        beta=given.beta or BETA,
+        loss_type=given.loss_type or OBJECTIVES[given.objective].losses[0],
+        beta=given.beta or OBJECTIVES[given.objective].beta,
         max_length=min(given.max_length, table_rows(base.model) or given.max_length),
         label_smoothing=given.label_smoothing,
         desirable_weight=given.desirable_weight or 1.0,
@@ -186,7 +184,7 @@ def _of_rewards(given: TrainSettings) -> Learning:
         return dataclasses.replace(data, notes=notes)
 
     objective = functools.partial(_rewarded_answers, rewards=rewards, longest=longest)
-    return Learning(encode, objective, formats=prompt_formats(**given.columns), has_labels=False)
+    return Learning(encode, objective, formats=formats_of("grpo", **given.columns), has_labels=False)
 
 
 def _rewarded_answers(
@@ -216,7 +214,7 @@ def _rewarded_answers(
         group=group,
         longest=longest,
         seed=given.seed,
-        loss_type=given.loss_type or LOSS_TYPES["grpo"][0],
+        loss_type=given.loss_type or OBJECTIVES[given.objective].losses[0],
         beta=given.beta or 0.0,
     )
 

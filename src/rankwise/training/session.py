@@ -24,6 +24,7 @@ from rankwise.disk import coded_errors, flush, flush_tree, follow_umask, refuse_
 from rankwise.errors import Interrupted, warn
 from rankwise.foreign import JsonObject
 from rankwise.models.prepared import MappedFiles, mapped_files
+from rankwise.objectives import OBJECTIVES
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows, write_text
 from rankwise.reports.model_card import model_card
 from rankwise.reports.plots import loss_svg
@@ -244,7 +245,7 @@ class Session:
     @property
     def of_rewards(self) -> bool:
         """Whether the evaluation loss is the negative mean reward."""
-        return self.record.objective == "grpo"
+        return OBJECTIVES[self.record.objective].of_rewards
 
     def _tick(self) -> None:
         self.loop.progress.wall_seconds = time.monotonic() - self.started

@@ -36,6 +36,7 @@ from rankwise.models import ModelSource, choose_device, fetch_model, load_skelet
 from rankwise.models.load import table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
 from rankwise.models.source import weights_files
+from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.records import record_of
@@ -303,7 +304,7 @@ def _continue_adapter(model: nn.Module, given: TrainSettings, adapter: Path, bas
                 "differ); give the model that its run.json names.",
             )
     report = load_adapter(model, adapter)
-    if given.objective in ("dpo", "kto") or given.beta:
+    if OBJECTIVES[given.objective].of_preferences or given.beta:
         keep_reference(model)
     return report.trainable_parameters
 
