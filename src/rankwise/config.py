@@ -383,12 +383,6 @@ class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
     overwrite: Annotated[bool, _saving("Replace the run in --output.")] = False
 
     @property
-    def rate(self) -> float:
-        """``learning_rate`` as a number: the given one, the default, or the one that the search found."""
-        assert isinstance(self.learning_rate, float), "the rate is not known yet"
-        return self.learning_rate
-
-    @property
     def searches(self) -> bool:
         """Whether short runs find the learning rate."""
         return isinstance(self.learning_rate, str)

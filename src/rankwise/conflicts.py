@@ -93,7 +93,7 @@ def _of_steps(given: TrainSettings) -> Iterator[str]:
     of_run = given.method, given.objective, given.strategy, given
     if given.products == "int8" and not takes_eight_bit(*of_run):
         yield "--products int8 is for --objective sft with an adapter, fused operators and whole weights; leave it out."
-    if given.adapter is not None and (started := _started(given)):
+    if given.adapter is not None and (started := _started(given.init, given.new_tokens)):
         yield f"{started} starts an adapter, and --adapter continues one; leave one of them out."
 
 
@@ -103,10 +103,10 @@ def takes_eight_bit(method: str, objective: ObjectiveName, strategy: str | None,
     return OBJECTIVES[objective].of_demonstrations and method in ADAPTERS and is_whole
 
 
-def _started(given: TrainSettings) -> str:
+def _started(init: str, new_tokens: str | None) -> str:
     """The option that changes how an adapter starts, or an empty string."""
-    kind = given.init.partition(":")[0]
-    return "--new-tokens" if given.new_tokens else f"--init {kind}" if kind != "default" else ""
+    kind = init.partition(":")[0]
+    return "--new-tokens" if new_tokens else f"--init {kind}" if kind != "default" else ""
 
 
 def _of_search(given: TrainSettings, processes: int) -> Iterator[str]:
@@ -193,7 +193,7 @@ def _of_processes(given: TrainSettings, processes: int) -> Iterator[str]:
         yield "--retain is measured in one process; leave --devices out, or measure the run with `rankwise evaluate`."
     if given.strategy != "fsdp":
         return
-    whole = _started(given) or (f"--for-merge {given.for_merge}" if given.for_merge else "")
+    whole = _started(given.init, given.new_tokens) or (f"--for-merge {given.for_merge}" if given.for_merge else "")
     if given.enable_lora and given.method in DORA:
         # The magnitudes of the other rows, which are saved too, are norms of the base's rows.
         whole = f"--enable-lora with --method {given.method}"

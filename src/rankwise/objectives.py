@@ -40,6 +40,11 @@ class ObjectiveFacts:
         return self.rows == "demonstration"
 
     @property
+    def has_answers(self) -> bool:
+        """Whether the data hold answers to learn from."""
+        return self.of_demonstrations or self.of_preferences
+
+    @property
     def of_preferences(self) -> bool:
         """Whether answers are judged against a reference, the base or the adapter with which training began."""
         return self.rows in ("pair", "mark")

@@ -60,6 +60,8 @@ class RunRecord:
     seed: int
     # Every option of the run, as given or by default.
     settings: JsonObject
+    # {option: value} of those that were resolved to another value: in ``settings``, or in ``products``.
+    asked: JsonObject = dataclasses.field(default_factory=dict)
     # sft, dpo, kto or grpo.
     objective: ObjectiveName = "sft"
     train_loss: float | None = None

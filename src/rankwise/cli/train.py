@@ -103,7 +103,7 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     _, retained = retained_from(settings.retain)
     check_paths(model=settings.model, data=(settings.data, settings.eval_data, retained), output=settings.output)
     settings = continued(settings)
-    # The run checks this again; here the check comes before torch is loaded.
+    # Before torch is loaded; the run checks this again when it holds the folder.
     check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
     where = ranks.place()
     processes = settings.devices or 1
@@ -115,16 +115,17 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     # While torch and transformers are imported, collections free nothing and take a quarter of the time.
     with uncollected():
         from rankwise.evaluation.retained import RetainedRows
-        from rankwise.training.run import train
+        from rankwise.training.parts import part_of
+        from rankwise.training.run import train_as_asked
         from rankwise.training.setup import with_adapters_options
         from rankwise.training.watch import SilentObserver
-    settings = with_adapters_options(settings)
-    retention = None if settings.retain is None else RetainedRows(settings, settings.retain)
-    guard = _guard(settings, output)
+    asked = with_adapters_options(settings)
+    retention = None if asked.retain is None else part_of(RetainedRows, asked)
+    guard = _guard(asked.model_dump(), output)
     try:
         watched = watching(output, every=settings.logging_steps, of_rewards=OBJECTIVES[settings.objective].of_rewards)
         with watched if ranks.is_writer() else contextlib.nullcontext(SilentObserver()) as observer:
-            record = train(settings, observer, guard, retention, began)
+            record = train_as_asked(asked, observer, guard, retention, began)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -134,17 +135,17 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     return {"output": str(settings.output)} | record.to_json() if ranks.is_writer() else None
 
 
-def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
+def _guard(settings: Fields, output: Output) -> MemoryGuard:
     from rankwise.acceleration import anonymous_memory_bytes
     from rankwise.planning.guard import MemoryGuard
 
     where = ranks.place()
     started = {} if where is None else {"devices": where.count}
     return MemoryGuard(
-        settings.model_dump() | started,
+        {**settings, **started},
         output.line,
         anonymous_memory_bytes,
-        ignore=settings.ignore_plan,
+        ignore=settings["ignore_plan"],
         sharers=1 if where is None else where.local_count,
     )
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.acceleration.generation import Decoding, Prompt
 from rankwise.comparison.inputs import make_tasks, own_task
 from rankwise.comparison.stages import PERPLEXITY
-from rankwise.config import METHODS, TrainSettings
+from rankwise.config import FOUR_BITS, METHODS, TrainSettings
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.rows import Row
@@ -42,6 +42,7 @@ from rankwise.models.prepared import needs_preparation
 from rankwise.objectives import OBJECTIVES
 from rankwise.records import RunRecord, load_record
 from rankwise.reports.comparison import EVALUATION_FOLDER
+from rankwise.training.parts import Base, part_of
 from rankwise.training.setup import load_for_training, quantization_for
 
 # Number of evenly spread rows to which the model's answers are recorded, for people to read.
@@ -235,13 +236,14 @@ def prepare(job: Fields) -> None:
     """Fill the cache. ``job["runs"]``: the settings of one run of each method."""
     runs = [TrainSettings.model_validate(run) for run in job["runs"]]
     # Runs that start from the same base in the same dtype share it.
-    kinds = {(quantization_for(given) is not None, given.method == "full"): given for given in reversed(runs)}
+    kinds = {(given.method in FOUR_BITS, given.method == "full"): given for given in reversed(runs)}
     for given in kinds.values():
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
         if OBJECTIVES[given.objective].of_labels:
             source = dataclasses.replace(source, labels=Labels(("0", "1")))
-        if needs_preparation(source, quantization_for(given)):
-            load_for_training(given)
+        quantization = quantization_for(given.method, given)
+        if needs_preparation(source, quantization):
+            load_for_training(part_of(Base, given, quantization=quantization))
 
 
 def main(argv: list[str]) -> int:

@@ -45,6 +45,7 @@ from rankwise.training.objectives import (
     layout_of,
 )
 from rankwise.training.optimizers import implementation_of, make_optimizer
+from rankwise.training.parts import part_of
 from rankwise.training.step import (
     Computing,
     Objective,
@@ -132,7 +133,7 @@ def made(model: PreTrainedModel, method: str, workload: Workload) -> Prepared:
         keep_reference(model)
     products, _ = choose(workload, method, workload.objective, workload.strategy, model)
     ids = functools.partial(torch.ones, 1, 2, dtype=torch.long)
-    prepared = prepare(model, method, workload.objective, Computing.of(workload, products), ids)
+    prepared = prepare(model, method, workload.objective, part_of(Computing, workload, products=products), ids)
     stands_for_card = workload.device_type == "cuda" and next(model.parameters()).device.type == "cpu"
     if stands_for_card and (prepared.accelerated is None or not prepared.accelerated.attention):
         use_card_attention(model)

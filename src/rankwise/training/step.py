@@ -95,12 +95,6 @@ class Computing:
     activation_offloading: bool
     neftune_noise_alpha: float | None
 
-    @classmethod
-    def of(cls, options: StepOptions, products: Products) -> Computing:
-        """``products``: what ``options.products`` stands for here."""
-        found = {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
-        return cls(**{**found, "products": products})
-
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
