@@ -13,6 +13,7 @@ from rankwise.data.objectives import formats_of
 from rankwise.errors import ConfigError
 from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import option_words, read_settings, spelled
+from rankwise.training.learning import LEARNING
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 SPELLINGS: dict[str, tuple[str, list[Any], Any]] = {
@@ -83,7 +84,7 @@ def test_a_wrong_value_is_named(name: str, value: Any, said: str) -> None:
 
 
 def test_each_objective_has_a_row_with_options_and_formats_that_exist() -> None:
-    assert {*OBJECTIVES} == {*get_args(ObjectiveName)}
+    assert {*OBJECTIVES} == {*get_args(ObjectiveName)} == {*LEARNING}
     for name, facts in OBJECTIVES.items():
         assert {*facts.options} <= {*TrainSettings.model_fields}
         assert (formats_of(name) is None) == facts.of_demonstrations

@@ -170,13 +170,12 @@ def test_an_apple_gpu_is_one_device() -> None:
 
 def test_every_file_that_the_processes_read_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     data = {"train": {"sha256": "a", "tokens": 3, "chat_template_sha256": "b", "rewards_sha256": "c"}}
-    loaded: Any = SimpleNamespace(facts={"sha256": "d"}, versions={}, described=data)
+    facts = {"sha256": "d"}
     found: list[dict[str, object]] = []
     monkeypatch.setattr(ranks, "check_alike", found.append)
-    run._check_alike(loaded)
+    run._check_alike(data, facts, {})
     for key in data["train"]:
-        loaded.described = {"train": {**data["train"], key: "other"}}
-        run._check_alike(loaded)
+        run._check_alike({"train": {**data["train"], key: "other"}}, facts, {})
         # As another process would have it.
         monkeypatch.setattr(ranks, "gathered", lambda value: [value, found[-1]])
         with pytest.raises(RunError, match="RW700"):

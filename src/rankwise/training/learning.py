@@ -20,22 +20,19 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from rankwise.adapters import has_adapter
-from rankwise.adapters.folder import labels_of
 from rankwise.config import default_rate, logging_steps_of
 from rankwise.constants import IGNORED
-from rankwise.data import Rows, encode_preferences
+from rankwise.data import encode_preferences
 from rankwise.data.encoding import RowEncoder
 from rankwise.data.objectives import (
     encode_labelled,
     encode_prompts,
     label_counts,
-    labels_in,
     unpaired,
 )
 from rankwise.disk import remove_strays
-from rankwise.errors import ConfigError, RunError, some_of
+from rankwise.errors import ConfigError, RunError
 from rankwise.foreign import Fields, checked, read_json
-from rankwise.labels import Labels
 from rankwise.models.load import table_rows
 from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.records import RateSearch, RateTrial, RunRecord, write_json
@@ -121,15 +118,16 @@ def _preferences(learned: Learned) -> Learning:
 
 def _labels(learned: Learned) -> Learning:
     def encode(reading: Reading, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
-        labels = labels_in(texts.rows)
+        labels = texts.labels
+        assert labels is not None, "read with the rows"
         data = encode_data(reading, tokenizer, texts, functools.partial(encode_labelled, labels=labels))
         notes = {"labels": {**labels.to_json(), "counts": label_counts(texts.rows, labels)}}
         return dataclasses.replace(data, notes=notes)
 
     def objective(base: LoadedBase, data: Data, pace: Pace, flat: bool) -> Classification:
         evaluation = data.evaluation and data.evaluation.dataset
-        labels = labels_in(data.texts.rows)
-        return Classification(data.train.dataset, evaluation, labels, **_of_batches(base, pace))
+        assert data.texts.labels is not None, "read with the rows"
+        return Classification(data.train.dataset, evaluation, data.texts.labels, **_of_batches(base, pace))
 
     return Learning(encode, objective)
 
@@ -186,20 +184,6 @@ LEARNING: Mapping[ObjectiveName, Callable[[Learned], Learning]] = {
     "grpo": _rewards,
     "classify": _labels,
 }
-
-
-def labels_to_learn(rows: Rows, adapter: Path | None) -> Labels:
-    """The labels of the rows. Raises ConfigError (RW764) if the adapter to continue answers with others."""
-    labels = labels_in(rows)
-    trained = None if adapter is None else labels_of(adapter)
-    if adapter is not None and trained != labels:
-        has = "writes text" if trained is None else f"answers with {some_of(trained.names)} ({trained.problem})"
-        raise ConfigError(
-            "RW764",
-            f"--adapter {adapter} {has}, and the labels of {rows.source} are {some_of(labels.names)} "
-            f"({labels.problem}); give data with its labels, or leave --adapter out.",
-        )
-    return labels
 
 
 # --- the loop ---

@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankwise.acceleration import (
     grow_segments,
@@ -29,13 +29,11 @@ from rankwise.compat.torch import is_unit
 from rankwise.config import ADAPTERS, DORA, StepOptions, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
 from rankwise.data import warn_of_overlap
-from rankwise.data.objectives import formats_of
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject, checked, read_json
-from rankwise.labels import Labels
 from rankwise.lora_config import LoraConfig
-from rankwise.models import choose_device, model_facts
+from rankwise.models import choose_device
 from rankwise.models.device import cpu_name
 from rankwise.models.prepared import mapped_files
 from rankwise.objectives import OBJECTIVES, ObjectiveName
@@ -46,8 +44,6 @@ from rankwise.training import checkpoints, ranks, setup
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
 from rankwise.training.learning import (
     LEARNING,
-    Learning,
-    labels_to_learn,
     make_loop,
     paced,
     rate_before,
@@ -185,29 +181,6 @@ def _check_length(output: Path, checkpoint: Checkpoint, pace: Pace, peak: float)
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Read:
-    """What is known before the weights are read."""
-
-    texts: setup.Texts
-    # Those of the head; None for a language model.
-    labels: Labels | None
-    config: PreTrainedConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Loaded:
-    """The model before it gets an adapter, with new tokens, and the encoded rows."""
-
-    base: setup.LoadedBase
-    # The model as it was loaded, before it got new tokens.
-    facts: JsonObject
-    lora: LoraConfig
-    data: setup.Data
-    described: dict[str, JsonObject]
-    versions: dict[str, str]
-
-
 def _prepare(
     asked: TrainSettings,
     mode: checkpoints.Mode,
@@ -225,25 +198,32 @@ def _prepare(
     base = part_of(Base, asked, quantization=setup.quantization_for(asked.method, asked))
     lora = asked.lora_config(use_dora=asked.method in DORA)
     learning = LEARNING[learned.objective](learned)
-    read = _read(base, reading, learned, lora, observer, retention)
-    rates = rates_to_try(rate, asked.searched_rates, read.config, settings, observer)
-    loaded = _load(base, reading, learning, read, lora, asked.new_tokens, observer, foresight)
-    checkpoint, model = None, loaded.base.model
+    texts, config = _read(base, reading, learned, lora, observer, retention)
+    rates = rates_to_try(rate, asked.searched_rates, config, settings, observer)
+    loaded, lora = _load(base, texts, lora, asked.new_tokens, observer, foresight)
+    model, versions = loaded.model, versions_of(PACKAGES)
+    observer.phase("Encoding data")
+    data = learning.encode(reading, loaded.tokenizer, texts)
+    setup.check_positions(model, [one.dataset for one in (data.train, data.evaluation) if one is not None])
+    described = data.describe()
+    described["train"] |= setup.other_hashes(base.adapter, asked.new_tokens)
+    _check_alike(described, loaded.facts, versions)
+    checkpoint = None
     if before is not None:
-        checkpoints.check_same_inputs(asked.output, loaded.described, loaded.facts)
+        checkpoints.check_same_inputs(asked.output, described, loaded.facts)
         checkpoint = _checkpoint_to_resume(asked.output)
     how = {"keeps_reference": learned.beta > 0, "is_resumed": checkpoint is not None}
-    trainable = setup.make_trainable(model, base, loaded.lora, loaded.facts["sha256"], **how)
-    prepared = _accelerated(asked, base, learned.objective, before, loaded, observer)
+    trainable = setup.make_trainable(model, base, lora, loaded.facts["sha256"], **how)
+    prepared = _accelerated(asked, base, learned.objective, before, model, data, observer)
     if OBJECTIVES[learned.objective].has_answers:
-        setup.check_labels(loaded.data)
+        setup.check_labels(data)
     # One checkpoint more is being written, and the result takes as much.
     check_space(asked.output, checkpoint_bytes(model) * (asked.save_total_limit + 3))
     asked_pace = part_of(Pace, asked)
-    objective = learning.objective(loaded.base, loaded.data, asked_pace, prepared.flat)
+    objective = learning.objective(loaded, data, asked_pace, prepared.flat)
     pace = paced(objective, asked_pace)
     if base.strategy == "fsdp" and not is_unit(model):
-        shard(model, mesh_of_all(loaded.base.device.type), trains_all=base.method == "full")
+        shard(model, mesh_of_all(loaded.device.type), trains_all=base.method == "full")
     if checkpoint is not None:
         _check_length(asked.output, checkpoint, pace, rates[0])
     # Batches differ between processes; the largest prediction is taken.
@@ -253,10 +233,10 @@ def _prepare(
 
     def loop_of(rate: float, pace: Pace, objective: Objective, **how: Any) -> Loop:
         updates = part_of(Updates, asked, rate=rate)
-        return make_loop(objective, pace, updates, loaded.base, prepared.computing, asked.output, **how)
+        return make_loop(objective, pace, updates, loaded, prepared.computing, asked.output, **how)
 
     def short_loop(rate: float, pace: Pace, data: setup.Data) -> Loop:
-        objective = learning.objective(loaded.base, data, pace, prepared.flat)
+        objective = learning.objective(loaded, data, pace, prepared.flat)
         return loop_of(rate, paced(objective, pace), objective, progress=Progress())
 
     searched = None
@@ -264,14 +244,14 @@ def _prepare(
         options = {name: value for name, value in settings.items() if name not in NOT_OF_THE_LOSS}
         searched = search(
             rates,
-            loaded.data,
+            data,
             model,
             short_loop,
             asked_pace,
             steps=pace.total_steps,
             budget=asked.budget,
             output=asked.output,
-            inputs=[options, rates, loaded.described, loaded.facts, loaded.versions, prepared.computing.products],
+            inputs=[options, rates, described, loaded.facts, versions, prepared.computing.products],
             observer=observer,
         )
     found = rates[0] if searched is None else searched["chosen"]
@@ -288,66 +268,50 @@ def _prepare(
         asked={name: value for name, value in settings.items() if value != {**taken, "products": products}[name]},
         predicted_peak_memory_bytes=max((peak for peak in each if peak is not None), default=None),
         trainable_parameters=trainable,
+        data=described,
+        versions=versions,
         rate_search=searched,
     )
-    return Session(
-        asked.output, mode, loop, loaded.base.tokenizer, checkpoint, record, observer, asked.trackers, retention
-    )
+    return Session(asked.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, asked.trackers, retention)
 
 
 def _read(
     base: Base, reading: Reading, learned: Learned, lora: LoraConfig, observer: Observer, retention: Retention | None
-) -> _Read:
-    of_labels = OBJECTIVES[learned.objective].of_labels
-    if not of_labels:
-        config = setup.check_model(base, lora)
+) -> tuple[setup.Texts, PreTrainedConfig]:
+    """The rows as text, and the model's config, which is checked first if its head does not follow from the rows."""
+    checked = None if OBJECTIVES[learned.objective].of_labels else setup.check_model(base, lora)
     observer.phase("Reading data")
-    texts = setup.read_data(reading, formats_of(learned.objective, reading.prompt_column, reading.completion_column))
+    texts = setup.read_data(reading, learned.objective, base.adapter)
     if retention is not None and (rows := retention.rows) is not None:
         warn_of_overlap(texts.rows, rows, "retained")
-    labels = None
-    if of_labels:
-        labels = labels_to_learn(texts.rows, base.adapter)
-        config = setup.check_model(base, lora, labels)
-    else:
+    if checked is not None:
         setup.check_template(base, texts)
-    return _Read(texts, labels, config)
+    return texts, checked or setup.check_model(base, lora, texts.labels)
 
 
 def _load(
     base: Base,
-    reading: Reading,
-    learning: Learning,
-    read: _Read,
+    texts: setup.Texts,
     lora: LoraConfig,
     added: str | None,
     observer: Observer,
     foresight: Foresight | None,
-) -> _Loaded:
-    """``added``: the new tokens that are asked for. Checks that all processes read and loaded the same."""
+) -> tuple[setup.LoadedBase, LoraConfig]:
+    """The model, with the new tokens that are ``added``, and what its adapter trains."""
     observer.phase("Loading the model")
     if foresight is not None:
-        foresight.before_loading(0 if read.labels is None else len(read.labels.names))
+        foresight.before_loading(0 if texts.labels is None else len(texts.labels.names))
         # No process loads the model before all have measured the free memory.
         ranks.barrier()
-    loaded = setup.load_for_training(base, read.labels, lora.modules_to_save or ())
-    facts = model_facts(loaded.model, loaded.source)
+    loaded = setup.load_for_training(base, texts.labels, lora.modules_to_save or ())
     lora = with_heads(loaded.model, lora)
     if added is not None and base.method in ADAPTERS:
         lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(added), lora)
-    observer.phase("Encoding data")
-    data = learning.encode(reading, loaded.tokenizer, read.texts)
-    setup.check_positions(loaded.model, [one.dataset for one in (data.train, data.evaluation) if one is not None])
-    described = data.describe()
-    described["train"] |= setup.other_hashes(base.adapter, added)
-    found = _Loaded(base=loaded, facts=facts, lora=lora, data=data, described=described, versions=versions_of(PACKAGES))
-    _check_alike(found)
-    return found
+    return loaded, lora
 
 
-def _check_alike(loaded: _Loaded) -> None:
+def _check_alike(described: Mapping[str, Fields], facts: Fields, versions: Mapping[str, str]) -> None:
     """Refuse processes that read other data, models or files, or have other versions of the libraries."""
-    described = loaded.described
     others = {key: value for key, value in described["train"].items() if key.endswith("_sha256")}
     ranks.check_alike(
         {
@@ -355,24 +319,30 @@ def _check_alike(loaded: _Loaded) -> None:
             # A different tokenizer makes a different number of tokens of the same rows.
             **{f"the number of tokens of the {name} data": part["tokens"] for name, part in described.items()},
             **{f"the sha256 of the {key.removesuffix('_sha256').replace('_', ' ')}": others[key] for key in others},
-            "the sha256 of the model": loaded.facts["sha256"],
-            **{f"the version of {name}": version for name, version in loaded.versions.items()},
+            "the sha256 of the model": facts["sha256"],
+            **{f"the version of {name}": version for name, version in versions.items()},
         }
     )
 
 
 def _accelerated(
-    options: StepOptions, base: Base, objective: ObjectiveName, before: RunRecord | None, loaded: _Loaded, say: Observer
+    options: StepOptions,
+    base: Base,
+    objective: ObjectiveName,
+    before: RunRecord | None,
+    model: PreTrainedModel,
+    data: setup.Data,
+    observer: Observer,
 ) -> Prepared:
     """The model with faster parts. A resumed run keeps the products that it took, also on another machine."""
-    model, of_run = loaded.base.model, (base.method, objective, base.strategy)
+    of_run = base.method, objective, base.strategy
     if before is not None and before.products:
         products, why = before.products, "as before"
     else:
         products, why = choose(options, *of_run, model)
     if options.products == "auto" and takes_eight_bit(*of_run, options):
-        say.note(f"frozen products: {products} ({why})")
-    ids = functools.partial(setup.calibration_ids, loaded.data.train.dataset, options.max_length, model.device)
+        observer.note(f"frozen products: {products} ({why})")
+    ids = functools.partial(setup.calibration_ids, data.train.dataset, options.max_length, model.device)
     return prepare(model, base.method, objective, part_of(Computing, options, products=products), ids)
 
 
@@ -388,9 +358,9 @@ def _predicted_peak(
     return foresight.before_training(batch, objective.largest_evaluation(), mapped_files(model))
 
 
-def _record(base: Base, loaded: _Loaded, prepared: Prepared, updates: Updates, **known: Any) -> RunRecord:
+def _record(base: Base, loaded: setup.LoadedBase, prepared: Prepared, updates: Updates, **known: Any) -> RunRecord:
     """The record of a run that begins. ``known``: further fields."""
-    model, rates = loaded.base.model, None
+    model, rates = loaded.model, None
     if updates.loraplus_ratio is not None and has_adapter(model):
         options = {"rate": updates.rate, "ratio": updates.loraplus_ratio, "weight_decay": updates.weight_decay}
         rates = {group["group"]: group["lr"] for group in loraplus_groups(model, **options)}
@@ -400,16 +370,14 @@ def _record(base: Base, loaded: _Loaded, prepared: Prepared, updates: Updates, *
         seed=base.seed,
         total_parameters=count_weights(model),
         base_model=loaded.facts,
-        data=loaded.described,
         devices=ranks.count(),
         strategy=(base.strategy or "ddp") if ranks.count() > 1 else None,
         learning_rates=rates,
         products=computing.products,
         frozen_bytes=max(ranks.gathered(frozen_bytes(model))),
-        versions=loaded.versions,
         device={
-            **device_record(loaded.base.device, loaded.base.dtype, updates.optimizer),
-            "reason": loaded.base.device_reason,
+            **device_record(loaded.device, loaded.dtype, updates.optimizer),
+            "reason": loaded.device_reason,
             "acceleration": str(prepared.accelerated or ("off" if computing.fast else "off (--no-fast)")),
             "rows": f"padded: {prepared.padded}" if prepared.padded else "laid end to end, without padding",
         },

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,24 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rankwise.adapters import plan_adapter
 from rankwise.adapters.base_layer import dequantizer
 from rankwise.adapters.checkpoint import load_adapter, read_adapter
-from rankwise.adapters.folder import WEIGHTS_FILE, read_folder, tokenizer_with_rows
+from rankwise.adapters.folder import WEIGHTS_FILE, labels_of, read_folder, tokenizer_with_rows
 from rankwise.adapters.select import with_heads
 from rankwise.adapters.switch import keep_reference
 from rankwise.compat.transformers import before_weights
 from rankwise.config import ADAPTERS, DORA, FOUR_BITS, StepOptions, TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
-from rankwise.data.formats import Format
+from rankwise.data.objectives import formats_of, labels_in
 from rankwise.data.templates import renderer
-from rankwise.errors import ConfigError, DataError, RunError, heard, warn
+from rankwise.errors import ConfigError, DataError, RunError, heard, some_of, warn
 from rankwise.foreign import Fields, JsonObject, sha256_of
 from rankwise.labels import Labels
 from rankwise.lora_config import ADAPTER, LoraConfig
-from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, load_tokenizer
+from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, load_tokenizer, model_facts
 from rankwise.models.load import table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
 from rankwise.models.source import weights_files
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import flag
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.records import record_of
@@ -55,6 +56,8 @@ class Texts:
     eval_rows: Rows | None
     # Jinja source of --chat-template.
     template: str | None
+    # Those of the head; None for a language model.
+    labels: Labels | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,25 +95,41 @@ class LoadedBase:
     dtype: torch.dtype
     autocast: torch.dtype | None
     device_reason: str
+    # For the record; those of the model as it was loaded, before it gets new tokens.
+    facts: JsonObject
 
 
-def read_data(reading: Reading, formats: Collection[Format] | None) -> Texts:
-    """The rows of both sets and the chat template. Raises DataError as the readers do.
+def read_data(reading: Reading, objective: ObjectiveName, adapter: Path | None) -> Texts:
+    """The rows of both sets, the chat template, and labels if these are learned. Raises DataError as the readers do.
 
     A source with several splits gives ``train`` for training and ``validation`` for evaluation.
     """
     template = None if reading.chat_template is None else read_template(reading.chat_template)
-    # The formats of an objective define its columns.
     named = {"prompt_column": reading.prompt_column, "completion_column": reading.completion_column}
+    formats = formats_of(objective, **named)
+    # The formats of an objective define its columns.
     columns = named if formats is None else {}
     options: JsonObject = {**columns, "skip_bad_rows": reading.skip_bad_rows, "formats": formats}
     rows = read_rows(reading.data, split="train", **options)
-    if reading.eval_data is None:
-        return Texts(rows, None, template)
-    eval_rows = read_rows(reading.eval_data, split="validation", **options)
-    eval_rows = limited(eval_rows, reading.eval_limit)
-    warn_of_overlap(rows, eval_rows)
-    return Texts(rows, eval_rows, template)
+    eval_rows = None
+    if reading.eval_data is not None:
+        eval_rows = limited(read_rows(reading.eval_data, split="validation", **options), reading.eval_limit)
+        warn_of_overlap(rows, eval_rows)
+    return Texts(rows, eval_rows, template, labels_to_learn(rows, adapter) if OBJECTIVES[objective].of_labels else None)
+
+
+def labels_to_learn(rows: Rows, adapter: Path | None) -> Labels:
+    """The labels of the rows. Raises ConfigError (RW764) if the adapter to continue answers with others."""
+    labels = labels_in(rows)
+    trained = None if adapter is None else labels_of(adapter)
+    if adapter is not None and trained != labels:
+        has = "writes text" if trained is None else f"answers with {some_of(trained.names)} ({trained.problem})"
+        raise ConfigError(
+            "RW764",
+            f"--adapter {adapter} {has}, and the labels of {rows.source} are {some_of(labels.names)} "
+            f"({labels.problem}); give data with its labels, or leave --adapter out.",
+        )
+    return labels
 
 
 def check_template(base: Base, texts: Texts) -> None:
@@ -219,7 +238,8 @@ def load_for_training(base: Base, labels: Labels | None = None, trained_whole: S
         tokenizer = tokenizer_with_rows(base.adapter, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedBase(source, model, tokenizer, where, choice.dtype, autocast, choice.reason)
+    facts = model_facts(model, source)
+    return LoadedBase(source, model, tokenizer, where, choice.dtype, autocast, choice.reason, facts)
 
 
 def make_trainable(
