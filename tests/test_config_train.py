@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from rankwise.config import TrainSettings
+from rankwise.data.objectives import formats_of
 from rankwise.errors import ConfigError
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import option_words, read_settings, spelled
+from rankwise.training.learning import LEARNING
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 SPELLINGS: dict[str, tuple[str, list[Any], Any]] = {
@@ -78,3 +81,11 @@ def test_a_wrong_value_is_named(name: str, value: Any, said: str) -> None:
         read_settings(TrainSettings, None, {**NEEDED, name: value})
     assert caught.value.code == "RW103"
     assert said in caught.value.message
+
+
+def test_each_objective_has_a_row_with_options_and_formats_that_exist() -> None:
+    assert {*OBJECTIVES} == {*get_args(ObjectiveName)} == {*LEARNING}
+    for name, facts in OBJECTIVES.items():
+        assert {*facts.options} <= {*TrainSettings.model_fields}
+        assert (formats_of(name) is None) == facts.of_demonstrations
+        assert ("loss_type" in facts.options) == bool(facts.losses)

@@ -27,6 +27,7 @@ from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject
 from rankwise.lora_config import ADAPTER, AdapterOptions, LoraConfig, init_of
 from rankwise.methods import METHODS, METHODS_GROUP, is_known, method_of, methods_with, other_kinds
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import (
     LARGEST_NUMBER,
     Batch,
@@ -50,7 +51,6 @@ QuantType = Literal["nf4", "fp4"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Products = Literal["auto", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Objective = Literal["sft", "dpo", "kto", "grpo", "classify"]
 Tracker = Literal["wandb", "trackio", "tensorboard"]
 
 # The model that `demo` stands for, and its name on the hub.
@@ -227,7 +227,7 @@ class PreferenceOptions(Settings):
     """The objective, and the options of the preference losses. Options that the objective does not use stay None."""
 
     objective: Annotated[
-        Objective,
+        ObjectiveName,
         _objective(
             "What to learn from. sft: demonstrations; dpo: pairs of a better and a worse answer; kto: answers marked "
             "good or bad; grpo: rewards; classify: texts with labels."
@@ -273,10 +273,6 @@ class ObjectiveOptions(PreferenceOptions):
     temperature: Annotated[
         WarmTemperature | None, _objective("grpo: answers are drawn at this temperature; default: 1.")
     ] = None
-
-
-# trl's defaults: beta of dpo and kto; answers to a prompt and their tokens of grpo.
-BETA, GENERATIONS, MAX_COMPLETION_LENGTH = 0.1, 8, 256
 
 
 def _checked_search(value: str) -> str:
@@ -383,12 +379,6 @@ class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
     overwrite: Annotated[bool, _saving("Replace the run in --output.")] = False
 
     @property
-    def rate(self) -> float:
-        """``learning_rate`` as a number: the given one, the default, or the one that the search found."""
-        assert isinstance(self.learning_rate, float), "the rate is not known yet"
-        return self.learning_rate
-
-    @property
     def searches(self) -> bool:
         """Whether short runs find the learning rate."""
         return isinstance(self.learning_rate, str)
@@ -485,8 +475,6 @@ def idle_options(method: str) -> dict[str, tuple[str, ...]]:
 
 FULL_RATE, TIMES_FOR_ADAPTERS, REFERENCE_WIDTH, REFERENCE_ALPHA = 5e-5, 10, 2000, 32
 LLAMA, SMALL = 0.781, 0.0775
-# TRL's defaults: 2e-5 for SFT, and 1e-6 for DPO, KTO and GRPO.
-OF_PREFERENCES = 1 / 20
 # Fitted on our own grids (benchmarks/results/default_rates.md, article/claims).
 OF_PISSA, OF_RSLORA, POWER_OF_ALPHA = 1 / 5, 1 / 2, 0.75
 # Neighbours in a grid of rates.
@@ -530,10 +518,11 @@ def default_rate(family: str, width: int, settings: Fields) -> DefaultRate:
     # LoRA+: the rate is A's; B's, ``ratio`` times as high, is that of LoRA.
     ratio = of_adapter.get("loraplus_ratio")
     alpha = of_adapter.get("lora_alpha", REFERENCE_ALPHA)
+    share = OBJECTIVES[settings["objective"]].rate_share
     factors = {
         "all weights": 1 / TIMES_FOR_ADAPTERS if method.trains_all else None,
         f"alpha {alpha:g}": (REFERENCE_ALPHA / alpha) ** POWER_OF_ALPHA if alpha != REFERENCE_ALPHA else None,
-        settings["objective"]: OF_PREFERENCES if settings["objective"] not in ("sft", "classify") else None,
+        settings["objective"]: share if share != 1 else None,
         "PiSSA": OF_PISSA if str(of_adapter.get("init")).startswith("pissa") else None,
         "rsLoRA": OF_RSLORA if of_adapter.get("use_rslora") else None,
         "LoRA+": 1 / ratio if ratio else None,

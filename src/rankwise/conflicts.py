@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from rankwise.config import (
-    GENERATIONS,
-    MAX_COMPLETION_LENGTH,
-    Objective,
-    StepOptions,
-    TrainSettings,
-)
+from rankwise.config import StepOptions, TrainSettings
 from rankwise.errors import ConfigError
 from rankwise.methods import METHODS, either, method_of, methods_with
+from rankwise.objectives import GENERATIONS, MAX_COMPLETION_LENGTH, OBJECTIVES, ObjectiveName
 from rankwise.options import Settings, flag
 
-# {objective: the options that apply to it but not to every objective}.
-OBJECTIVE_OPTIONS: Mapping[Objective, tuple[str, ...]] = {
-    "sft": ("label_smoothing", "packing", "prompt_column", "completion_column", "activation_offloading"),
-    "dpo": ("beta", "loss_type", "label_smoothing", "activation_offloading"),
-    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", "activation_offloading"),
-    "grpo": (
-        "beta",
-        "loss_type",
-        "reward",
-        "reward_weights",
-        "num_generations",
-        "max_completion_length",
-        "temperature",
-        "prompt_column",
-        "completion_column",
-    ),
-    "classify": ("activation_offloading",),
-}
-# {objective: its losses, the default first; trl's names}.
-LOSS_TYPES: Mapping[Objective, tuple[str, ...]] = {
-    "dpo": ("sigmoid", "ipo", "hinge", "robust", "apo_zero"),
-    "kto": ("kto", "apo_zero_unpaired"),
-    "grpo": ("dapo", "grpo", "dr_grpo", "bnpo"),
-}
 # The losses that --label-smoothing changes.
 SMOOTHED = ("robust",)
 NEED_EVALUATIONS = ("early_stopping", "eval_steps", "eval_limit")
@@ -51,29 +22,29 @@ ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 def check_conflicts(given: TrainSettings, processes: int) -> None:
     """Raise ConfigError (RW112) with all conflicts of a run in so many processes; RW763 for an unknown loss."""
     check_objective(given, given.objective)
-    losses = LOSS_TYPES.get(given.objective, ())
-    if given.loss_type is not None and given.loss_type not in losses:
+    facts = OBJECTIVES[given.objective]
+    if given.loss_type is not None and given.loss_type not in facts.losses:
         raise ConfigError(
             "RW763",
             f"--loss-type {given.loss_type} does not exist for --objective {given.objective}; give "
-            f"{', '.join(losses)}.",
+            f"{', '.join(facts.losses)}.",
         )
     check_sharing(given.objective, given.strategy, processes)
     found = [*_of_steps(given), *_of_search(given, processes), *_of_processes(given, processes)]
-    if given.objective in ("dpo", "kto"):
+    if facts.of_preferences:
         found += _of_preferences(given)
-    elif given.objective == "grpo":
+    elif facts.of_rewards:
         found += _of_rewards(given, processes)
-    elif given.objective == "classify":
+    elif facts.of_labels:
         found += _of_labels(given)
     if found:
         raise ConfigError("RW112", " ".join(found))
 
 
-def check_objective(given: Settings, objective: Objective) -> None:
+def check_objective(given: Settings, objective: ObjectiveName) -> None:
     """Raise ConfigError (RW112) for options that were set and do not apply to ``objective``."""
-    own, defaults = OBJECTIVE_OPTIONS[objective], given.defaults()
-    others = sorted({name for names in OBJECTIVE_OPTIONS.values() for name in names} - set(own))
+    own, defaults = OBJECTIVES[objective].options, given.defaults()
+    others = sorted({name for facts in OBJECTIVES.values() for name in facts.options} - set(own))
     idle = [flag(name) for name in others if name in defaults and getattr(given, name) != defaults[name]]
     if idle:
         raise ConfigError(
@@ -83,17 +54,17 @@ def check_objective(given: Settings, objective: Objective) -> None:
         )
 
 
-def check_sharing(objective: Objective, strategy: str | None, processes: int) -> None:
+def check_sharing(objective: ObjectiveName, strategy: str | None, processes: int) -> None:
     """Raise ConfigError (RW112) for a ``--strategy`` that does not go with the objective or the number of processes."""
     if strategy is not None and processes == 1:
         raise ConfigError(
             "RW112", f"--strategy {strategy} is for several processes, and this is one; give --devices N too."
         )
-    if (objective, strategy) == ("grpo", "fsdp"):
+    if OBJECTIVES[objective].of_rewards and strategy == "fsdp":
         raise ConfigError(
             "RW112",
-            "--objective grpo does not go with --strategy fsdp, with which all processes must run each layer equally "
-            "often, since their answers differ in length; take --strategy ddp.",
+            f"--objective {objective} does not go with --strategy fsdp, with which all processes must run each layer "
+            "equally often, since their answers differ in length; take --strategy ddp.",
         )
 
 
@@ -117,20 +88,20 @@ def _of_steps(given: TrainSettings) -> Iterator[str]:
     of_run = given.method, given.objective, given.strategy, given
     if given.products == "int8" and not takes_eight_bit(*of_run):
         yield "--products int8 is for --objective sft with an adapter, fused operators and whole weights; leave it out."
-    if given.adapter is not None and (started := _started(given)):
+    if given.adapter is not None and (started := _started(given.init, given.new_tokens)):
         yield f"{started} starts an adapter, and --adapter continues one; leave one of them out."
 
 
-def takes_eight_bit(method: str, objective: str, strategy: str | None, given: StepOptions) -> bool:
+def takes_eight_bit(method: str, objective: ObjectiveName, strategy: str | None, given: StepOptions) -> bool:
     """Whether frozen products may be in 8 bits. The reference of dpo, kto and grpo would be computed otherwise."""
     is_whole = given.fast and strategy != "fsdp" and given.for_merge is None
-    return objective == "sft" and method_of(method).has_adapter and is_whole
+    return OBJECTIVES[objective].of_demonstrations and method_of(method).has_adapter and is_whole
 
 
-def _started(given: TrainSettings) -> str:
+def _started(init: str, new_tokens: str | None) -> str:
     """The option that changes how an adapter starts, or an empty string."""
-    kind = given.init.partition(":")[0]
-    return "--new-tokens" if given.new_tokens else f"--init {kind}" if kind != "default" else ""
+    kind = init.partition(":")[0]
+    return "--new-tokens" if new_tokens else f"--init {kind}" if kind != "default" else ""
 
 
 def _of_search(given: TrainSettings, processes: int) -> Iterator[str]:
@@ -138,7 +109,7 @@ def _of_search(given: TrainSettings, processes: int) -> Iterator[str]:
         if given.budget is not None:
             yield "--budget needs a search of the learning rate; add --learning-rate auto."
         return
-    wrong = [f"--objective {given.objective}"] if given.objective != "sft" else []
+    wrong = [f"--objective {given.objective}"] if not OBJECTIVES[given.objective].of_demonstrations else []
     wrong += [f"{processes} processes"] if processes > 1 else []
     if wrong:
         yield (
@@ -148,7 +119,8 @@ def _of_search(given: TrainSettings, processes: int) -> Iterator[str]:
 
 
 def _of_preferences(given: TrainSettings) -> Iterator[str]:
-    loss = given.loss_type or LOSS_TYPES[given.objective][0]
+    facts = OBJECTIVES[given.objective]
+    loss = given.loss_type or facts.losses[0]
     if given.label_smoothing and loss not in SMOOTHED:
         yield (
             f"--label-smoothing has no effect on --loss-type {loss}; leave it out, or give one of "
@@ -158,15 +130,16 @@ def _of_preferences(given: TrainSettings) -> Iterator[str]:
         yield "--loss-type robust turns preferences around from --label-smoothing 0.5 on; give less."
     yield from without_reference(given.objective, given.method)
     # Of one process.
-    if given.objective == "kto" and given.batch_size < 2:
+    if facts.rows == "mark" and given.batch_size < 2:
         yield (
-            "--objective kto compares each answer with the others of its batch, and --batch-size is 1; give 2 or more."
+            f"--objective {given.objective} compares each answer with the others of its batch, and --batch-size "
+            "is 1; give 2 or more."
         )
 
 
-def without_reference(objective: str, method: str) -> Iterator[str]:
+def without_reference(objective: ObjectiveName, method: str) -> Iterator[str]:
     """The conflict of preferences with a method that leaves no reference."""
-    if objective in ("dpo", "kto") and not method_of(method).has_adapter:
+    if OBJECTIVES[objective].of_preferences and not method_of(method).has_adapter:
         yield (
             f"--objective {objective} needs the base as reference, which --method {method} changes or cannot restore; "
             f"give {either(methods_with(has_adapter=True))}."
@@ -216,7 +189,7 @@ def _of_processes(given: TrainSettings, processes: int) -> Iterator[str]:
         yield "--retain is measured in one process; leave --devices out, or measure the run with `rankwise evaluate`."
     if given.strategy != "fsdp":
         return
-    whole = _started(given) or (f"--for-merge {given.for_merge}" if given.for_merge else "")
+    whole = _started(given.init, given.new_tokens) or (f"--for-merge {given.for_merge}" if given.for_merge else "")
     if given.enable_lora and method_of(given.method).kind == "dora":
         # The magnitudes of the other rows, which are saved too, are norms of the base's rows.
         whole = f"--enable-lora with --method {given.method}"

@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 from rankwise.disk import whole_file
 from rankwise.errors import RunError, one_line
 from rankwise.foreign import Dataclass, Fields, JsonObject, checked, parse_json, read_json
+from rankwise.objectives import ObjectiveName
 
 T = TypeVar("T")
 Checked = TypeVar("Checked", bound=Dataclass)
@@ -59,8 +60,10 @@ class RunRecord:
     seed: int
     # Every option of the run, as given or by default.
     settings: JsonObject
+    # {option: value} of those that were resolved to another value: in ``settings``, or in ``products``.
+    asked: JsonObject = dataclasses.field(default_factory=dict)
     # sft, dpo, kto or grpo.
-    objective: str = "sft"
+    objective: ObjectiveName = "sft"
     train_loss: float | None = None
     # Evaluation loss before the first step.
     initial_eval_loss: float | None = None

@@ -14,7 +14,7 @@ from rankwise.cli.main import main
 from rankwise.comparison.results import value_of
 from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.comparison.steps import measure
-from rankwise.config import BETA
+from rankwise.objectives import OBJECTIVES
 from rankwise.options import read_settings
 from rankwise.records import load_record
 
@@ -119,7 +119,7 @@ def test_what_decides_and_which_methods_there_are_follow_from_the_objective():
         found = settings(objective=objective)
         assert (found.metric, found.methods) == ("preference.reward_accuracy", ("lora", "qlora", "dora", "qdora"))
         check_compare(settings(objective=objective, metric="eval_loss"))
-    assert BETA == 0.1
+    assert OBJECTIVES["dpo"].beta == 0.1
 
 
 @pytest.mark.parametrize(

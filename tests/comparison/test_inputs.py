@@ -14,7 +14,7 @@ import pytest
 from rankwise.comparison.inputs import prepare_inputs
 from rankwise.comparison.settings import CompareSettings
 from rankwise.data import read_rows
-from rankwise.data.objectives import PREFERENCE_FORMATS
+from rankwise.data.objectives import formats_of
 from rankwise.data.rows import Row
 from rankwise.errors import ConfigError, RankwiseWarning
 from rankwise.options import read_settings
@@ -89,7 +89,7 @@ def test_parts_of_preferences_mean_what_they_meant(tmp_path: Path, objective: st
     text = json.dumps(row)
     source = write(tmp_path / "rows.jsonl", [json.loads(text.replace("{}", str(n))) for n in range(20)])
     found = inputs(tmp_path, source, objective=objective)
-    how = {"formats": PREFERENCE_FORMATS[objective]}
+    how = {"formats": formats_of(objective)}
     parts = [*read_rows(found.train, **how), *read_rows(found.evaluation, **how)]
     assert len(read_rows(found.evaluation, **how)) == 2
     assert sorted(map(meaning, parts)) == sorted(map(meaning, read_rows(source, **how)))

@@ -13,7 +13,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from rankwise.data import encode_preferences, preview_row, read_rows
-from rankwise.data.objectives import PREFERENCE_FORMATS, unpaired
+from rankwise.data.objectives import formats_of, unpaired
 from rankwise.errors import DataError, RankwiseWarning
 from tiny_models import tiny_llama
 
@@ -42,7 +42,7 @@ def test_every_layout_gives_the_same_ids(layout: str, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     found = [
         encode_preferences(
-            read_rows(written(tmp_path / "rows.jsonl", row), formats=PREFERENCE_FORMATS["dpo"]),
+            read_rows(written(tmp_path / "rows.jsonl", row), formats=formats_of("dpo")),
             tokenizer,
             max_length=99,
         )
@@ -54,7 +54,7 @@ def test_every_layout_gives_the_same_ids(layout: str, tmp_path: Path) -> None:
 
 def test_both_sides_of_a_pair_see_the_tools(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", {**LAYOUTS["text"], "tools": [{"name": "add"}]})
-    [row] = read_rows(path, formats=PREFERENCE_FORMATS["dpo"])
+    [row] = read_rows(path, formats=formats_of("dpo"))
     assert row.rejected is not None
     assert row.tools == row.rejected.tools == ({"name": "add"},)
 
@@ -63,12 +63,12 @@ def test_both_sides_of_a_pair_see_the_tools(tmp_path: Path) -> None:
 def test_a_column_that_pairs_do_not_read_is_named(layout: str, tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", {**LAYOUTS[layout], "system": "Be brief."})
     with pytest.warns(RankwiseWarning, match="RW227: .*`system` in 1 of 1 rows"):
-        read_rows(path, formats=PREFERENCE_FORMATS["dpo"])
+        read_rows(path, formats=formats_of("dpo"))
 
 
 def test_texts_that_begin_alike_have_an_implicit_prompt(tmp_path: Path) -> None:
     pair = {"chosen": "Human: hi Assistant: hello", "rejected": "Human: hi Assistant: go away"}
-    [row] = read_rows(written(tmp_path / "rows.jsonl", pair), formats=PREFERENCE_FORMATS["dpo"])
+    [row] = read_rows(written(tmp_path / "rows.jsonl", pair), formats=formats_of("dpo"))
     assert row.rejected is not None
     assert (row.prompt, row.completion, row.rejected.completion) == ("Human: hi Assistant:", " hello", " go away")
 
@@ -86,7 +86,7 @@ def test_ids_are_those_of_trl(tmp_path: Path) -> None:
         train_dataset=Dataset.from_list(rows),
     )
     ours = encode_preferences(
-        read_rows(written(tmp_path / "rows.jsonl", *rows), formats=PREFERENCE_FORMATS["dpo"]), tokenizer, max_length=60
+        read_rows(written(tmp_path / "rows.jsonl", *rows), formats=formats_of("dpo")), tokenizer, max_length=60
     )
     names = ["prompt_ids", "chosen_ids", "rejected_ids"]
     for own, theirs in zip(ours.dataset, trainer.train_dataset, strict=True):
@@ -102,21 +102,21 @@ def test_marked_answers(label: Any, tmp_path: Path) -> None:
         {"prompt": "a b", "completion": "c", "label": label},
         {"prompt": "a b", "completion": "d", "label": False},
     )
-    rows = read_rows(path, formats=PREFERENCE_FORMATS["kto"])
+    rows = read_rows(path, formats=formats_of("kto"))
     assert [row.label for row in rows] == [True, False]
     encoded = encode_preferences(rows, byte_tokenizer(), max_length=99)
     assert encoded.dataset["label"] == [True, False]
 
 
 def test_a_pair_is_a_good_and_a_bad_answer(tmp_path: Path) -> None:
-    rows = unpaired(read_rows(written(tmp_path / "rows.jsonl", LAYOUTS["text"]), formats=PREFERENCE_FORMATS["kto"]))
+    rows = unpaired(read_rows(written(tmp_path / "rows.jsonl", LAYOUTS["text"]), formats=formats_of("kto")))
     assert [(row.completion, row.label) for row in rows] == [("4", True), ("It is 5 .", False)]
 
 
 def test_cut_pairs_are_reported_and_equal_ones_left_out(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     long = {"prompt": [USER], "chosen": "a a a a a a b", "rejected": "a a a a a a c"}
-    rows = read_rows(written(tmp_path / "rows.jsonl", AS_MESSAGES, long), formats=PREFERENCE_FORMATS["dpo"])
+    rows = read_rows(written(tmp_path / "rows.jsonl", AS_MESSAGES, long), formats=formats_of("dpo"))
     room = len(encode_preferences(rows, tokenizer, max_length=99).dataset[0]["prompt_ids"]) + 5
     with pytest.warns(RankwiseWarning, match="RW216"):
         encoded = encode_preferences(rows, tokenizer, max_length=room)
@@ -127,7 +127,7 @@ def test_answers_of_one_label_are_warned_of(tmp_path: Path) -> None:
     rows = [{"prompt": "a b", "completion": "c", "label": index < 10} for index in range(20)]
     with pytest.warns(RankwiseWarning, match="RW262"):
         encode_preferences(
-            read_rows(written(tmp_path / "rows.jsonl", *rows), formats=PREFERENCE_FORMATS["kto"]),
+            read_rows(written(tmp_path / "rows.jsonl", *rows), formats=formats_of("kto")),
             byte_tokenizer(),
             max_length=99,
         )
@@ -153,11 +153,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
     objective, row, said = BAD[case]
     with pytest.raises(DataError, match=said):
-        read_rows(written(tmp_path / "rows.jsonl", row), formats=PREFERENCE_FORMATS.get(objective))
+        read_rows(written(tmp_path / "rows.jsonl", row), formats=formats_of(objective))
 
 
 def test_a_preview_has_both_sides(tmp_path: Path) -> None:
-    rows = read_rows(written(tmp_path / "rows.jsonl", AS_MESSAGES), formats=PREFERENCE_FORMATS["dpo"])
+    rows = read_rows(written(tmp_path / "rows.jsonl", AS_MESSAGES), formats=formats_of("dpo"))
     shown = preview_row(rows, 0, byte_tokenizer(), max_length=99)
     assert shown.rejected is not None
     trained = ["".join(part.text for part in side.segments if part.trained) for side in (shown, shown.rejected)]
@@ -168,7 +168,7 @@ def test_a_preview_has_both_sides(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_the_demo_set_holds_no_preferences(objective: str) -> None:
     with pytest.raises(DataError, match="`prompt`, `completion`") as caught:
-        read_rows("stdlib", formats=PREFERENCE_FORMATS[objective])
+        read_rows("stdlib", formats=formats_of(objective))
     assert caught.value.code == "RW207"
 
 
@@ -176,7 +176,7 @@ def test_the_demo_set_holds_no_preferences(objective: str) -> None:
 def test_neighbours_of_pairs_made_single_have_other_prompts(tmp_path: Path, size: int) -> None:
     """KTO estimates z by the answer of the row before in a batch; the first row's is the last one's."""
     pairs = [{"prompt": f"p{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(40)]
-    items = unpaired(read_rows(written(tmp_path / "rows.jsonl", *pairs), formats=PREFERENCE_FORMATS["kto"])).items
+    items = unpaired(read_rows(written(tmp_path / "rows.jsonl", *pairs), formats=formats_of("kto"))).items
     assert sorted(row.completion for row in items) == sorted(
         f"{word} {n}" for word in ("bad", "good") for n in range(40)
     )

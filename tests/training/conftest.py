@@ -20,8 +20,9 @@ from rankwise.adapters import add_adapter
 from rankwise.config import TrainSettings
 from rankwise.lora_config import LoraConfig
 from rankwise.training.checkpoints import Checkpoint
-from rankwise.training.learning import learning_of, make_loop
+from rankwise.training.learning import LEARNING, make_loop, paced
 from rankwise.training.loop import Loop
+from rankwise.training.parts import Pace, Updates, learned_of, part_of
 from rankwise.training.run import progress_of, train
 from rankwise.training.setup import LoadedBase
 from rankwise.training.step import Computing
@@ -101,18 +102,21 @@ def loop_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> LoopMaker:
             SimpleNamespace(dataset=encoded_rows(given, seed) if isinstance(given, int) else given)
             for given, seed in ((rows, 0), (eval_rows, 9))
         )
-        data: Any = SimpleNamespace(train=train, evaluation=held_out if len(held_out.dataset) else None)
+        data: Any = SimpleNamespace(train=train, evaluation=held_out if len(held_out.dataset) else None, max_length=32)
         device = torch.device("cpu")
-        computing = Computing.of(settings, "bfloat16")
-        base = LoadedBase(None, model, tokenizer, device, torch.float32, autocast, "a test")  # type: ignore[arg-type]
+        computing = part_of(Computing, settings, products="bfloat16")
+        base = LoadedBase(None, model, tokenizer, device, torch.float32, autocast, "a test", {})  # type: ignore[arg-type]
+        learning = LEARNING[settings.objective](learned_of(settings))
+        pace = part_of(Pace, settings)
+        objective = learning.objective(base, data, pace, flat)
         return make_loop(
-            settings,
-            data,
-            learning=learning_of(settings),
-            base=base,
-            computing=computing,
-            flat=flat,
-            progress=partial(progress_of, resumed),
+            objective,
+            paced(objective, pace),
+            part_of(Updates, settings, rate=settings.learning_rate),
+            base,
+            computing,
+            settings.output,
+            progress=progress_of(resumed),
             is_evaluated=True,
         )
 

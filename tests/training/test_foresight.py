@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +40,7 @@ def test_the_batches_foreseen_are_those_that_come(
 ) -> None:
     """Over several epochs, the short batch at the end of each and the accumulation it cuts off included."""
     loop = loop_of(rows=rows, flat=flat, **length)
-    foreseen = list(coming_batches(loop))
+    foreseen = list(coming(loop))
     came: list[list[int]] = []
     real = loop.objective.loss
 
@@ -62,19 +62,23 @@ def test_the_batches_foreseen_are_those_that_come(
 def test_looking_ahead_draws_nothing(loop_of: LoopMaker) -> None:
     loop = loop_of()
     before = torch.random.get_rng_state()
-    first = list(coming_batches(loop))
-    assert list(coming_batches(loop)) == first
+    first = list(coming(loop))
+    assert list(coming(loop)) == first
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def coming(loop: Any) -> Iterator[list[int]]:
+    return coming_batches(loop.objective, loop.pace)
 
 
 def first_batches(loop_of: LoopMaker, count: int, steps: int) -> list[list[int]]:
     """Row numbers of the steps of a run over ``count`` rows, one micro-batch each."""
     loop = with_rows(loop_of, [4] * count, max_steps=steps, gradient_accumulation=1, batch_size=2)
-    return list(coming_batches(loop))
+    return list(coming(loop))
 
 
 def largest_batch(loop: Any) -> MicroBatch:
-    return loop.objective.largest_batch(coming_batches(loop))
+    return loop.objective.largest_batch(coming(loop))
 
 
 def test_a_longest_row_that_never_comes_is_not_planned_for(loop_of: LoopMaker) -> None:

@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast
 import rankwise as rw
 from rankwise.acceleration import optimize_for_training
 from rankwise.adapters import adapter_parameters, add_adapter
-from rankwise.conflicts import LOSS_TYPES
 from rankwise.data.encoding import RowEncoder
 from rankwise.errors import Interrupted, RankwiseError
 from rankwise.lora_config import LoraConfig
+from rankwise.objectives import OBJECTIVES
 from rankwise.records import load_record, read_metrics
 from rankwise.training.batches import KEY, Batch, MicroBatch
 from rankwise.training.grpo import Reward, RewardedAnswers
@@ -144,7 +144,11 @@ def step_of(objective: RewardedAnswers) -> list[Batch]:
 
 
 @thinned(
-    {"loss_type": LOSS_TYPES["grpo"], "beta": [0.2, 0.0], "fast,flat": [(True, True), (True, False), (False, False)]}
+    {
+        "loss_type": OBJECTIVES["grpo"].losses,
+        "beta": [0.2, 0.0],
+        "fast,flat": [(True, True), (True, False), (False, False)],
+    }
 )
 @pytest.mark.filterwarnings("ignore")
 def test_losses_and_gradients_are_those_of_trl(

@@ -29,6 +29,7 @@ from rankwise.records import load_record, read_metrics
 from rankwise.training import ranks
 from rankwise.training.batches import KEY, Counted
 from rankwise.training.objectives import Preferences, Scoring
+from rankwise.training.parts import Base, part_of
 from rankwise.training.run import train
 from rankwise.training.setup import make_trainable
 from tables import thinned
@@ -80,7 +81,9 @@ def preferring(tmp_path: Path, settings: Any) -> Callable[..., TrainSettings]:
 def by_trl(given: TrainSettings, tokenizer: Any, folder: Path, **own: Any) -> list[dict[str, float]]:
     """The logged steps of trl + PEFT from the same first adapter, on the same rows."""
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    make_trainable(model, given, given.lora_config(given.method), None, "")
+    lora = given.lora_config(given.method)
+    base = part_of(Base, given, quantization=None)
+    make_trainable(model, base, lora, "", keeps_reference=False, is_resumed=False)
     rw.save_adapter(model, folder)
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     kind, config = (DPOTrainer, DPOConfig) if given.objective == "dpo" else (KTOTrainer, KTOConfig)

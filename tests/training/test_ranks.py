@@ -170,12 +170,12 @@ def test_an_apple_gpu_is_one_device() -> None:
 
 def test_every_file_that_the_processes_read_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     data = {"train": {"sha256": "a", "tokens": 3, "chat_template_sha256": "b", "rewards_sha256": "c"}}
-    inputs: Any = SimpleNamespace(base={"sha256": "d"}, versions={})
+    facts = {"sha256": "d"}
     found: list[dict[str, object]] = []
     monkeypatch.setattr(ranks, "check_alike", found.append)
-    run._check_alike(inputs, data)
+    run._check_alike(data, facts, {})
     for key in data["train"]:
-        run._check_alike(inputs, {"train": {**data["train"], key: "other"}})
+        run._check_alike({"train": {**data["train"], key: "other"}}, facts, {})
         # As another process would have it.
         monkeypatch.setattr(ranks, "gathered", lambda value: [value, found[-1]])
         with pytest.raises(RunError, match="RW700"):
@@ -196,13 +196,13 @@ def test_no_process_loads_the_model_before_all_have_measured_the_free_memory(mon
     monkeypatch.setattr(setup, "read_data", lambda *given: setup.Texts(SimpleNamespace(kind="text"), None, None))
     monkeypatch.setattr(ranks, "barrier", lambda: calls.append("all have"))
 
-    def load(given: TrainSettings, labels: Any) -> Any:
+    def load(*given: Any) -> Any:
         assert calls == ["measured", "all have"]
         raise KeyError("loaded")
 
     monkeypatch.setattr(setup, "load_for_training", load)
     with pytest.raises(KeyError, match="loaded"):
-        run._read(settings(), rw.LoraConfig(), SilentObserver(), plan, None)
+        run._prepare(settings(learning_rate=0.1), "new", None, 0.1, SilentObserver(), plan, None)
 
 
 def test_the_answers_of_kto_are_compared_within_each_process() -> None:

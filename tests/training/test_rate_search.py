@@ -138,7 +138,7 @@ def test_the_rows_that_judge_are_of_prompts_that_no_short_run_sees() -> None:
     twice = rows.map(
         lambda row: {"input_ids": [1, *row["input_ids"][1:2], *row["input_ids"][2:]], "labels": row["labels"]}
     )
-    data: Any = Data(dataclasses.make_dataclass("Encoded", ["dataset"])(twice), None, None)  # type: ignore[arg-type]
+    data: Any = Data(dataclasses.make_dataclass("Encoded", ["dataset"])(twice), None, None, 32)  # type: ignore[arg-type]
     training, held = kept_apart(data)
 
     def prompts(found: Any) -> set[tuple[int, ...]]:
@@ -206,3 +206,5 @@ def test_a_rate_that_was_not_given_follows_from_the_width(learning_rate: str | N
     # A longer run that is resumed keeps the rate.
     again = train(given.model_copy(update={"resume": True, "max_steps": 14}))
     assert again.settings["learning_rate"] == record.settings["learning_rate"]
+    # What was asked stands beside it.
+    assert again.asked == record.asked == {"learning_rate": learning_rate, "products": "auto"}

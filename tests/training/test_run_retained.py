@@ -14,6 +14,7 @@ from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, DataError, Interrupted, RunError
 from rankwise.evaluation.retained import RetainedRows
 from rankwise.records import load_record
+from rankwise.training.parts import part_of
 from rankwise.training.run import train
 from small_engines import arc_docs, write_lines
 
@@ -26,7 +27,7 @@ def run(settings: Any, tmp_path: Path) -> Any:
 
     def train_with(observer: Any = None, **changes: Any) -> Any:
         given = settings(retain=str(rows), **changes)
-        return train(given, observer, None, RetainedRows(given, given.retain))
+        return train(given, observer, None, part_of(RetainedRows, given))
 
     return train_with
 
@@ -92,7 +93,7 @@ def test_other_rows_cannot_be_resumed_with(run: Any, settings: Any, tmp_path: Pa
 
 def test_rows_of_the_training_data_are_named(run: Any, tmp_path: Path, settings: Any) -> None:
     given = settings(retain=str(tmp_path / "train.jsonl"), max_steps=1)
-    record = train(given, Recorder(), None, RetainedRows(given, given.retain))
+    record = train(given, Recorder(), None, part_of(RetainedRows, given))
     assert [item["message"][:40] for item in record.warnings if item["code"] == "RW218"] == [
         "40 of 40 retained rows are also in the t"
     ]
@@ -126,14 +127,14 @@ def test_what_cannot_be_retained_is_refused_before_the_model_is_loaded(
     rows.write_text("" if source == "{}" else json.dumps({"text": "a b c"}) + "\n")
     given, told = settings(retain=source.format(rows)), Recorder()
     with pytest.raises((ConfigError, DataError), match=said):
-        train(given, told, None, RetainedRows(given, given.retain))
+        train(given, told, None, part_of(RetainedRows, given))
     assert told.phases == ["Reading data"]
 
 
 def test_the_loss_of_a_task_is_that_of_the_right_choice_among_all(settings: Any, tmp_path: Path) -> None:
     data = write_lines(tmp_path / "arc.jsonl", arc_docs(12))
     given = settings(retain=f"arc_easy={data}", eval_limit=10)
-    found: Any = train(given, None, None, RetainedRows(given, given.retain)).retained
+    found: Any = train(given, None, None, part_of(RetainedRows, given)).retained
     means = []
     for part in ("base", "kept"):
         lines = (tmp_path / "run" / "retained" / part / "predictions.jsonl").read_text().splitlines()

@@ -77,7 +77,7 @@ def fit(loop: Loop, checkpoint: Checkpoint | None = None, **parts: Any) -> Loop:
 def evaluate(loop: Loop, rows: Dataset | None = None) -> dict[str, float]:
     loop.objective.eval_rows = loop.objective.eval_rows if rows is None else rows
     loop.model.eval()
-    with torch.no_grad(), mixed(loop.model, loop.options.autocast):
+    with torch.no_grad(), mixed(loop.model, loop.autocast):
         return loop.objective.evaluate(loop.model, lambda: None)
 
 

@@ -18,7 +18,7 @@ from rankwise.adapters.folder import labels_of
 from rankwise.cli.settings import ExportSettings
 from rankwise.constants import IGNORED
 from rankwise.data import check_there, encode_rows, read_rows
-from rankwise.data.objectives import PREFERENCE_FORMATS, UNANSWERED
+from rankwise.data.objectives import UNANSWERED, formats_of
 from rankwise.errors import DataError
 from rankwise.evaluation.engine import max_length_of, template_of
 from rankwise.export.adapter import ExportReport, Rows
@@ -28,6 +28,7 @@ from rankwise.export.proof import PROMPTS, Served, gguf_under, prove, server_pyt
 from rankwise.export.verify import AsServed, default_text, round_as_served, text_chunks
 from rankwise.foreign import Fields
 from rankwise.models import ModelSource, load_model
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.records import record_of
 from rankwise.serving import SERVERS
 
@@ -92,8 +93,8 @@ def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase)
     source = data or options.get("data")
     if source is None or (data is None and not _is_there(str(source))):
         return Rows((), [Row(chunk[0], chunk[0]) for chunk in text_chunks(tokenizer, default_text())])
-    objective = "sft" if record is None or data is not None else record.objective
-    if objective == "grpo":
+    objective: ObjectiveName = "sft" if record is None or data is not None else record.objective
+    if OBJECTIVES[objective].of_rewards:
         raise DataError(
             "RW207", f"the run in {adapter} learned from rewards, and its rows hold no answers; give some with --data."
         )
@@ -104,7 +105,7 @@ def rows_of(adapter: Path, data: str | None, tokenizer: PreTrainedTokenizerBase)
         return Rows((), [Row(ids, torch.full_like(ids, IGNORED)) for ids in found])
     given = ("prompt_column", "completion_column") if data is None else ()
     columns = {name: options.get(name) for name in given}
-    return _encoded(adapter, str(source), {**columns, "formats": PREFERENCE_FORMATS.get(objective)}, tokenizer)
+    return _encoded(adapter, str(source), {**columns, "formats": formats_of(objective)}, tokenizer)
 
 
 def _is_there(source: str) -> bool:

@@ -22,6 +22,7 @@ from rankwise.data.formats import BadRow, conversation, tools_of
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError, RunError, warn
 from rankwise.foreign import Fields, JsonObject, parse_json
+from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
 from rankwise.records import RunRecord, read_metrics, record_of
 from rankwise.reports.numbers import plural, visible
@@ -361,7 +362,7 @@ def cause(adapter: Path, *, base_too: bool) -> str:
         return "the base repeats itself too; sample with --temperature 0.7"
     record, lines = record_of(adapter), list(read_metrics(adapter))
     kind = next((name for name in ("eval_loss", "loss") if sum(line.get(name) is not None for line in lines) > 1), None)
-    if record is None or record.objective != "sft" or kind is None:
+    if record is None or not OBJECTIVES[record.objective].of_demonstrations or kind is None:
         return "an adapter that repeats itself was trained too little, or its run diverged; see its losses"
     losses = [line[kind] for line in lines if line.get(kind) is not None]
     first, middle, last = losses[0], losses[len(losses) // 2], losses[-1]

@@ -13,6 +13,7 @@ from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output
 from rankwise.cli.settings import PreviewSettings
 from rankwise.errors import DataError
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.reports.numbers import plural, visible
 
 if TYPE_CHECKING:
@@ -27,25 +28,24 @@ NAMED_ROWS = 10
 
 def run(settings: PreviewSettings, output: Output) -> Document:
     from rankwise.data import encode_preferences, encode_rows, first_good_row, preview_row, read_rows, read_template
-    from rankwise.data.objectives import PREFERENCE_FORMATS, encode_prompts, prompt_formats
+    from rankwise.data.objectives import encode_prompts, formats_of
     from rankwise.models import load_tokenizer
 
-    if settings.objective == "classify":
+    facts = OBJECTIVES[settings.objective]
+    if facts.of_labels:
         return _of_labels(settings, output)
-    layout: dict[str, Any] = settings.columns
-    encode: Callable[..., Encoded] = encode_rows
-    if settings.objective == "grpo":
-        layout = {"formats": prompt_formats(**settings.columns)}
+    formats = formats_of(settings.objective, **settings.columns)
+    layout: dict[str, Any] = settings.columns if formats is None else {"formats": formats}
+    encode: Callable[..., Encoded] = encode_preferences if facts.of_preferences else encode_rows
+    if facts.of_rewards:
         encode = functools.partial(encode_prompts, room=settings.max_completion_length)
-    elif settings.objective in PREFERENCE_FORMATS:
-        layout, encode = {"formats": PREFERENCE_FORMATS[settings.objective]}, encode_preferences
     rows = read_rows(settings.data, skip_bad_rows=settings.skip_bad_rows, **layout)
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code, revision=settings.revision)
     limits: dict[str, Any] = {"max_length": settings.max_length, "chat_template": template}
     report = encode(rows, tokenizer, **limits, skip_bad_rows=settings.skip_bad_rows).report
     index = first_good_row(rows, report) if settings.row is None else settings.row
-    preview = preview_row(rows, index, tokenizer, **limits, prompt_alone=settings.objective == "grpo")
+    preview = preview_row(rows, index, tokenizer, **limits, prompt_alone=facts.of_rewards)
     _print(output, preview, report, settings)
     return {
         "row": dataclasses.asdict(preview) | {"index": index, "truncated": preview.truncated},
@@ -95,7 +95,7 @@ def _print(output: Output, preview: Preview, report: EncodingReport, settings: P
     output.line(f"{'template':<12}{preview.template}")
     _print_report(output, report, settings)
     marks = not output.is_terminal or output.console.no_color
-    if settings.objective == "grpo":
+    if OBJECTIVES[settings.objective].of_rewards:
         output.line(f"{'answers':<12}each prompt leaves {settings.max_completion_length} tokens for one")
     else:
         share = f"{report.trained_share:.0%} of all tokens"
@@ -118,11 +118,11 @@ def _print_report(output: Output, report: EncodingReport, settings: PreviewSetti
         output.line(f"{'bad rows':<12}{told}")
 
 
-def _figures(preview: Preview, objective: str) -> str:
+def _figures(preview: Preview, objective: ObjectiveName) -> str:
     cut = f", cut from {preview.full_tokens:,}" if preview.truncated else ""
     stop = "the stop token included" if preview.stop_token else "NO stop token among them"
     trained = f"{preview.trained_tokens} trained on ({preview.trained_share:.0%}), {stop}"
-    if objective == "grpo":
+    if OBJECTIVES[objective].of_rewards:
         trained = "the answer is the model's"
     return f"{plural(preview.tokens, 'token')}{cut}; {trained}"
 

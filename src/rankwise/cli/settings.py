@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rankwise.config import MODEL, ModelOptions, Objective, TextOptions
+from rankwise.config import MODEL, ModelOptions, TextOptions
 from rankwise.errors import RunError
 from rankwise.evaluation.settings import LoadingOptions
+from rankwise.objectives import ObjectiveName
 from rankwise.options import (
     LARGEST_NUMBER,
     Batch,
@@ -39,7 +40,7 @@ class PreviewSettings(ModelOptions, TextOptions):
     model: Annotated[str, option(Panel.MODEL, MODEL, metavar="M")]
     data: Annotated[str, option(Panel.MODEL, DATA, metavar="D")]
     objective: Annotated[
-        Objective,
+        ObjectiveName,
         _option(
             "sft: rows as `train` learns them; dpo, kto: preferences; grpo: prompts that are to be answered; classify: "
             "texts with labels."

@@ -29,6 +29,7 @@ from rankwise.evaluation.tasks.names import retained_from
 from rankwise.foreign import Fields
 from rankwise.labels import in_words
 from rankwise.methods import method_of
+from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
 from rankwise.planning.workload import uncollected
 from rankwise.records import RunRecord, load_record, read_metrics, write_text
@@ -103,7 +104,7 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     _, retained = retained_from(settings.retain)
     check_paths(model=settings.model, data=(settings.data, settings.eval_data, retained), output=settings.output)
     settings = continued(settings)
-    # The run checks this again; here the check comes before torch is loaded.
+    # Before torch is loaded; the run checks this again when it holds the folder.
     check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
     where = ranks.place()
     processes = settings.devices or 1
@@ -115,16 +116,17 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     # While torch and transformers are imported, collections free nothing and take a quarter of the time.
     with uncollected():
         from rankwise.evaluation.retained import RetainedRows
-        from rankwise.training.run import train
+        from rankwise.training.parts import part_of
+        from rankwise.training.run import train_as_asked
         from rankwise.training.setup import with_adapters_options
         from rankwise.training.watch import SilentObserver
-    settings = with_adapters_options(settings)
-    retention = None if settings.retain is None else RetainedRows(settings, settings.retain)
-    guard = _guard(settings, output)
+    asked = with_adapters_options(settings)
+    retention = None if asked.retain is None else part_of(RetainedRows, asked)
+    guard = _guard(asked.model_dump(), output)
     try:
-        watched = watching(output, every=settings.logging_steps, of_rewards=settings.objective == "grpo")
+        watched = watching(output, every=settings.logging_steps, of_rewards=OBJECTIVES[settings.objective].of_rewards)
         with watched if ranks.is_writer() else contextlib.nullcontext(SilentObserver()) as observer:
-            record = train(settings, observer, guard, retention, began)
+            record = train_as_asked(asked, observer, guard, retention, began)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -134,24 +136,24 @@ def run(settings: TrainSettings, output: Output) -> Document | None:
     return {"output": str(settings.output)} | record.to_json() if ranks.is_writer() else None
 
 
-def _guard(settings: TrainSettings, output: Output) -> MemoryGuard:
+def _guard(settings: Fields, output: Output) -> MemoryGuard:
     from rankwise.acceleration import anonymous_memory_bytes
     from rankwise.planning.guard import MemoryGuard
 
     where = ranks.place()
     started = {} if where is None else {"devices": where.count}
     return MemoryGuard(
-        settings.model_dump() | started,
+        {**settings, **started},
         output.line,
         anonymous_memory_bytes,
-        ignore=settings.ignore_plan,
+        ignore=settings["ignore_plan"],
         sharers=1 if where is None else where.local_count,
     )
 
 
 def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     """The results of a finished run, as labelled lines."""
-    yield "reward" if record.objective == "grpo" else "loss", change_sentence(folder, record)
+    yield "reward" if OBJECTIVES[record.objective].of_rewards else "loss", change_sentence(folder, record)
     if record.kept_step is not None:
         because = f": {record.kept_because}" if record.kept_because else ""
         yield "kept", f"step {record.kept_step} of {record.steps}{because}"
@@ -165,7 +167,7 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
         is_few = 2 * answers["changed"] <= answers["asked"]
         few = "; to change them, train on demonstrations first and continue with --adapter" if is_few else ""
         yield "answers", f"{answers['changed']} of {answers['asked']} greedy answers differ from the reference's{few}"
-    if record.objective == "classify" and "eval" in record.data:
+    if OBJECTIVES[record.objective].of_labels and "eval" in record.data:
         yield "answers", f"{in_words(record.eval_rewards, record.data['eval']['rows'])} on the evaluation data"
     if record.trainable_parameters is not None and record.total_parameters:
         share = 100 * record.trainable_parameters / record.total_parameters
@@ -183,7 +185,7 @@ def summary(folder: Path, record: RunRecord) -> Iterator[tuple[str, str]]:
     yield "written", f"{folder}  (curve: {folder / 'loss.svg'})"
     row = method_of(record.method)
     # `generate` does not load methods of other distributions.
-    if record.objective == "classify":
+    if OBJECTIVES[record.objective].of_labels:
         yield "try", f"rankwise predict --{'model' if row.trains_all else 'adapter'} {folder} --data D"
     elif not row.is_guest:
         kind, compare = ("model", "") if row.trains_all else ("adapter", " --compare")
@@ -194,7 +196,7 @@ def change_sentence(folder: Path, record: RunRecord) -> str:
     """The loss, or of rewards the mean reward, before and after; without evaluation data, the first and the last line
     of ``metrics.jsonl``.
     """
-    is_reward = record.objective == "grpo"
+    is_reward = OBJECTIVES[record.objective].of_rewards
     if record.initial_eval_loss is not None and record.eval_loss is not None:
         # The evaluation loss of rewards is the negative of their mean.
         before, after = (-loss if is_reward else loss for loss in (record.initial_eval_loss, record.eval_loss))

@@ -29,6 +29,7 @@ from rankwise.config import TrainSettings
 from rankwise.disk import whole_folder
 from rankwise.errors import RunError, warn
 from rankwise.foreign import Fields, JsonObject, read_json
+from rankwise.objectives import OBJECTIVES
 from rankwise.options import option_words
 from rankwise.records import write_json, write_text
 from rankwise.reports.comparison import (
@@ -118,7 +119,7 @@ def spreads_of(given: CompareSettings, scores: Mapping[str, Scores], inputs: Inp
         margin=given.margin,
         rows=inputs.eval_rows,
         # For preferences, the loss is only known as a mean.
-        is_by_row=(given.objective, given.metric) == ("sft", EVAL_LOSS),
+        is_by_row=OBJECTIVES[given.objective].of_demonstrations and given.metric == EVAL_LOSS,
     )
 
 

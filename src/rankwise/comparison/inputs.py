@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareSettings
 from rankwise.comparison.stages import PERPLEXITY
-from rankwise.config import BETA
 from rankwise.data import Row, Rows, limited, read_rows, read_template, warn_of_overlap
-from rankwise.data.formats import Format
-from rankwise.data.objectives import LABELLED, PREFERENCE_FORMATS, labels_in, unknown_labels
+from rankwise.data.objectives import formats_of, labels_in, unknown_labels
 from rankwise.data.rows import check_bad_rows
 from rankwise.disk import refuse_links
 from rankwise.errors import ConfigError, DataError, ModelError, RunError, one_line
@@ -27,6 +25,7 @@ from rankwise.lora_config import LoraConfig
 from rankwise.methods import method_of
 from rankwise.models.device import choose_device
 from rankwise.models.source import fetch_model
+from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
 from rankwise.planning.speed import read_model
 from rankwise.records import write_json, write_text
@@ -105,11 +104,6 @@ def _identity(given: CompareSettings, data: Fields) -> JsonObject:
     return {"options": {name: options[name] for name in names}, "data": content}
 
 
-def formats_of(objective: str) -> Collection[Format] | None:
-    """The data formats of an objective; None for those of demonstrations."""
-    return LABELLED if objective == "classify" else PREFERENCE_FORMATS.get(objective)
-
-
 def own_task(eval_data: str, settings: Fields, labels: Labels | None = None) -> Perplexity | Preference | LabelAnswers:
     """The loss of demonstrations, the rewards of preferences, or the answers that are ``labels``.
 
@@ -123,7 +117,9 @@ def own_task(eval_data: str, settings: Fields, labels: Labels | None = None) -> 
         return LabelAnswers(rows, labels, max_length=settings["max_length"])
     if formats is None:
         return Perplexity(rows, max_length=settings["max_length"])
-    return Preference(rows, max_length=settings["max_length"], beta=settings["beta"] or BETA)
+    return Preference(
+        rows, max_length=settings["max_length"], beta=settings["beta"] or OBJECTIVES[settings["objective"]].beta
+    )
 
 
 def make_tasks(names: Sequence[str], *, data: Sequence[str], limit: int | None) -> list[Task]:
@@ -199,7 +195,7 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
             warn_of_overlap(rows, kept.rows, "retained")
         described["retain"] = retained.described(kept)
         questions[RETAINED] = kept.data_sha256
-    labels = labels_in(rows) if given.objective == "classify" else None
+    labels = labels_in(rows) if OBJECTIVES[given.objective].of_labels else None
     if labels is not None:
         check_bad_rows(unknown_labels(part, labels), len(part), allowed=None, before=0)
     check(described)
@@ -226,7 +222,7 @@ def check_model(given: CompareSettings) -> None:
     asked = any(getattr(config, name) != getattr(usual, name) for name in NAMING)
     remote: JsonObject = {"trust_remote_code": given.trust_remote_code, "revision": given.revision}
     source = fetch_model(given.model, **remote, weights=False)
-    if given.objective == "classify":
+    if OBJECTIVES[given.objective].of_labels:
         # Which ones does not matter here.
         source = dataclasses.replace(source, labels=Labels(("0", "1")))
     if not any(method_of(name).has_adapter for name in given.methods):

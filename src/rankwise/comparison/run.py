@@ -49,6 +49,7 @@ from rankwise.errors import ConfigError, DataError, InputError, RankwiseWarning,
 from rankwise.foreign import JsonObject
 from rankwise.labels import NUMBER
 from rankwise.models.source import fetch_model, model_hash
+from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
 from rankwise.planning.extend import Traces
 from rankwise.planning.hardware import cpu_hardware, this_machine
@@ -249,7 +250,7 @@ def _plan(given: CompareSettings, rates: Mapping[str, tuple[float, ...]]) -> Pla
         rates,
         given.seeds,
         # Rewards are relative to the base, so the base has none.
-        base=given.objective in ("sft", "classify") or bool(given.task or given.retain),
+        base=not OBJECTIVES[given.objective].of_preferences or bool(given.task or given.retain),
         tasks=(*given.task, *([RETAINED] if given.retain else [])),
         halved=given.budget is not None,
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rankwise.comparison.stages import LABELS, PREFERENCE
+from rankwise.comparison.stages import LABELS
 from rankwise.config import (
     MODEL,
     TRAINING_DATA,
@@ -23,16 +23,10 @@ from rankwise.errors import ConfigError
 from rankwise.evaluation.settings import task_list
 from rankwise.foreign import Fields, JsonObject
 from rankwise.methods import METHODS, methods_with
+from rankwise.objectives import OBJECTIVES
 from rankwise.options import LARGEST_NUMBER, Count, Names, Panel, Positive, comma_list, option, text_list
 from rankwise.reports.comparison import EVAL_LOSS
 
-# {objective: the metric that decides by default}.
-USUAL_METRICS = {
-    "sft": EVAL_LOSS,
-    "dpo": f"{PREFERENCE}.reward_accuracy",
-    "kto": f"{PREFERENCE}.reward_accuracy",
-    "classify": f"{LABELS}.accuracy",
-}
 # If labels are numbers.
 OF_NUMBERS = f"{LABELS}.pearson"
 SHARED = (*PreferenceOptions.model_fields, *RunOptions.model_fields)
@@ -47,7 +41,8 @@ _measured = functools.partial(option, Panel.MEASURED)
 
 def _usual_methods(given: Fields) -> tuple[str, ...]:
     """All of rankwise's methods; for preferences those with a frozen base, which is the reference."""
-    return tuple(METHODS) if given.get("objective", "sft") in ("sft", "classify") else methods_with(has_adapter=True)
+    of_preferences = OBJECTIVES[given.get("objective", "sft")].of_preferences
+    return methods_with(has_adapter=True) if of_preferences else tuple(METHODS)
 
 
 class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
@@ -136,7 +131,7 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
             "(its default), labels.f1 and labels.mcc, or labels.pearson of numbers.",
             metavar="NAME",
         ),
-        Field(default_factory=lambda given: USUAL_METRICS.get(given.get("objective", "sft"), EVAL_LOSS)),
+        Field(default_factory=lambda given: OBJECTIVES[given.get("objective", "sft")].metric or EVAL_LOSS),
     ]
     margin: Annotated[
         float,
@@ -150,11 +145,12 @@ def check_compare(given: CompareSettings) -> None:
     Raises ConfigError: RW165 unknown methods, RW167 duplicates, and options that exclude each other,
     RW626 an objective that is not compared.
     """
-    if given.objective == "grpo":
+    facts = OBJECTIVES[given.objective]
+    if facts.metric is None:
         raise ConfigError(
             "RW626",
-            "--objective grpo cannot be compared: its evaluations record mean rewards, and a verdict on two methods "
-            "needs the reward of each prompt. Train each method with `rankwise train`, then compare the "
+            f"--objective {given.objective} cannot be compared: its evaluations record mean rewards, and a verdict on "
+            "two methods needs the reward of each prompt. Train each method with `rankwise train`, then compare the "
             "adapters on one task with `rankwise evaluate --adapter A --adapter B`.",
         )
     try:
@@ -178,21 +174,20 @@ def check_compare(given: CompareSettings) -> None:
         raise ConfigError("RW167", NO_RETAIN)
     if given.budget is not None and rates is not None and len(rates) == 1:
         raise ConfigError("RW167", "--budget needs a search among several --learning-rates; give some.")
-    if given.budget is not None and given.objective != "sft":
+    if given.budget is not None and not facts.of_demonstrations:
         raise ConfigError(
             "RW167", f"--budget needs --objective sft, and --objective is {given.objective}; leave --budget out."
         )
-    if given.objective == "classify" and (given.task or given.retain):
+    if facts.of_labels and (given.task or given.retain):
         raise ConfigError(
             "RW167", "--task and --retain need models that write text, not labels (--objective classify)."
         )
-    own = {"sft": (), "classify": (LABELS,)}.get(given.objective, (PREFERENCE,))
-    measured = (*own, *given.task)
+    own, is_task, _ = facts.metric.partition(".")
+    measured = (*([own] if is_task else []), *given.task)
     if given.metric != EVAL_LOSS and given.metric.partition(".")[0] not in measured:
         raise ConfigError(
             "RW167",
-            f"--metric is {given.metric!r}, which no --task measures; it is {USUAL_METRICS[given.objective]} or "
-            "TASK.METRIC.",
+            f"--metric is {given.metric!r}, which no --task measures; it is {facts.metric} or TASK.METRIC.",
         )
 
 

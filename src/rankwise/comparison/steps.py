@@ -26,7 +26,6 @@ from rankwise.comparison.stages import PERPLEXITY
 from rankwise.config import TrainSettings
 from rankwise.data import Rows, read_template
 from rankwise.data.encoding import RowEncoder
-from rankwise.data.objectives import PREFERENCE_FORMATS
 from rankwise.data.rows import Row
 from rankwise.disk import coded_error, hold
 from rankwise.errors import RankwiseError, RankwiseWarning, RunError, is_out_of_memory, out_of_memory
@@ -41,8 +40,10 @@ from rankwise.methods import method_of
 from rankwise.models import fetch_model
 from rankwise.models.load import answer_room, load_tokenizer
 from rankwise.models.prepared import needs_preparation
+from rankwise.objectives import OBJECTIVES
 from rankwise.records import RunRecord, load_record
 from rankwise.reports.comparison import EVALUATION_FOLDER
+from rankwise.training.parts import Base, part_of
 from rankwise.training.setup import load_for_training, quantization_for
 
 # Number of evenly spread rows to which the model's answers are recorded, for people to read.
@@ -73,7 +74,7 @@ def _measure(job: Fields) -> None:
     tasks = make_tasks(job["tasks"], data=job["task_data"], limit=job["task_limit"])
     rows = own.rows
     # Rewards are relative to the base, so the base has none.
-    is_reference = job["method"] is None and job["objective"] in PREFERENCE_FORMATS
+    is_reference = job["method"] is None and OBJECTIVES[job["objective"]].of_preferences
     retained = []
     if job["retain"] is not None:
         retained = [retained_task(job["retain"], max_length=job["max_length"], eval_limit=job["eval_limit"])]
@@ -236,13 +237,14 @@ def prepare(job: Fields) -> None:
     """Fill the cache. ``job["runs"]``: the settings of one run of each method."""
     runs = [TrainSettings.model_validate(run) for run in job["runs"]]
     # Runs that start from the same base in the same dtype share it.
-    forms = {(quantization_for(given) is not None, method_of(given.method).trains_all): given for given in runs[::-1]}
-    for given in forms.values():
+    rows = [(method_of(given.method), given) for given in reversed(runs)]
+    for given in {(row.four_bits, row.trains_all): given for row, given in rows}.values():
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
-        if given.objective == "classify":
+        if OBJECTIVES[given.objective].of_labels:
             source = dataclasses.replace(source, labels=Labels(("0", "1")))
-        if needs_preparation(source, quantization_for(given)):
-            load_for_training(given)
+        quantization = quantization_for(given.method, given)
+        if needs_preparation(source, quantization):
+            load_for_training(part_of(Base, given, quantization=quantization))
 
 
 def main(argv: list[str]) -> int:

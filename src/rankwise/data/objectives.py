@@ -31,6 +31,7 @@ from rankwise.data.rows import NEVER, Message, Problem, Row, Rows
 from rankwise.errors import DataError, some_of, warn
 from rankwise.foreign import Fields, JsonObject
 from rankwise.labels import NUMBER, SEVERAL, SINGLE, Labels, Target
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -288,12 +289,6 @@ MARKED_FORMATS = (
         "marked answers (prompt, completion, label)", "prompt", ("prompt", "completion"), _marked_text, marks=("label",)
     ),
 )
-# {objective: its layouts, in order}.
-PREFERENCE_FORMATS: Mapping[str, Collection[Format]] = {
-    "dpo": PAIR_FORMATS,
-    "kto": (*MARKED_FORMATS, *PAIR_FORMATS),
-}
-
 
 # Prompts for generation. A row is a row of training data whose answer is PLACE, so that prompts are formatted as in
 # training. The right answer in the data is for rewards, like all other columns.
@@ -489,6 +484,23 @@ LABELLED = (
 )
 # Texts to be answered, whose labels, if there are any, are compared with the answers.
 UNANSWERED = (Format("text (text)", "text", ("text",), _perhaps_labelled, False, "", ("text_pair", "label")),)
+
+
+# {what a row of the data is: its layouts, in order}.
+FORMATS: Mapping[str, Collection[Format]] = {
+    "pair": PAIR_FORMATS,
+    "mark": (*MARKED_FORMATS, *PAIR_FORMATS),
+    "prompt": PROMPTS,
+    "label": LABELLED,
+}
+
+
+def formats_of(
+    objective: ObjectiveName, prompt_column: str | None = None, completion_column: str | None = None
+) -> Collection[Format] | None:
+    """The data formats of an objective, with the columns of prompts if they are named; None for demonstrations."""
+    facts = OBJECTIVES[objective]
+    return prompt_formats(prompt_column, completion_column) if facts.of_rewards else FORMATS.get(facts.rows)
 
 
 def labels_in(rows: Rows) -> Labels:

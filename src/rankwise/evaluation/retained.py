@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.config import TrainSettings
 from rankwise.data import Rows, limited, read_rows
 from rankwise.data.readers import EVAL_ROWS
 from rankwise.errors import ConfigError
@@ -93,20 +92,27 @@ def described(task: Perplexity | RetainedQuestions) -> JsonObject:
     return {"source": task.task.name, "sha256": task.data_sha256, "rows": task.task.questions, "unit": "question"}
 
 
+@dataclasses.dataclass
 class RetainedRows:
-    """What --retain names. Implements ``training.session.Retention``.
+    """What --retain names, with the settings of its run. Implements ``training.session.Retention``.
 
     The losses, one by one, lie in ``DIR/retained/base`` and ``DIR/retained/kept``; a resumed run keeps the base's.
     """
 
-    def __init__(self, given: TrainSettings, source: str) -> None:
-        self.given, self.source = given, source
+    retain: str
+    retain_margin: float
+    max_length: int
+    eval_limit: int | None
+    model: str
+    output: Path
+
+    def __post_init__(self) -> None:
         names = (IDENTITY_FILE, EXAMPLES_FILE, RESULT_FILE)
         self.files: Sequence[str] = [f"{RETAINED}/{part}/{name}" for part in PARTS for name in names]
 
     @functools.cached_property
     def task(self) -> Perplexity | RetainedQuestions:
-        return retained_task(self.source, max_length=self.given.max_length, eval_limit=self.given.eval_limit)
+        return retained_task(self.retain, max_length=self.max_length, eval_limit=self.eval_limit)
 
     @property
     def rows(self) -> Rows | None:
@@ -133,7 +139,7 @@ class RetainedRows:
         base = list(read_examples(self._folder("base") / EXAMPLES_FILE))
         before, after = (self.task.summarize(examples).metrics["loss"] for examples in (base, kept))
         change = self.task.difference(kept, base)["loss"]
-        margin, interval = self.given.retain_margin * before, change.interval
+        margin, interval = self.retain_margin * before, change.interval
         verdict: Retained = "cannot tell"
         if interval is not None and (interval[1] < margin or interval[0] > 0):
             verdict = "kept" if interval[1] < margin else "lost"
@@ -144,10 +150,10 @@ class RetainedRows:
     def _measure(self, part: Part, engine: Engine) -> list[Example]:
         engine.model.eval()
         place = open_folder(self._folder(part), self._identity, overwrite=True)
-        return answer_task(self.task, engine, place, model=self.given.model, adapter=None)[1]
+        return answer_task(self.task, engine, place, model=self.model, adapter=None)[1]
 
     def _folder(self, part: Part) -> Path:
-        return self.given.output / RETAINED / part
+        return self.output / RETAINED / part
 
     @property
     def _identity(self) -> JsonObject:

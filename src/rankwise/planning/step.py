@@ -26,13 +26,12 @@ from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
 from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import Ctx, own_buffers, own_parameters, own_part
 from rankwise.compat.transformers import attention_of, kept_in_float32
-from rankwise.config import BETA
-from rankwise.conflicts import LOSS_TYPES
 from rankwise.constants import CACHE_BYTES, IGNORED
 from rankwise.data.objectives import ANSWER_IDS
 from rankwise.labels import SINGLE, Labels
 from rankwise.methods import method_of
 from rankwise.models.load import keep_heads_exact
+from rankwise.objectives import OBJECTIVES
 from rankwise.ops.selection import as_autocast
 from rankwise.planning.workload import MEASURED_OPTIMIZERS, Workload, rule_of, state_bytes
 from rankwise.training.batches import Batch, Row
@@ -46,6 +45,7 @@ from rankwise.training.objectives import (
     layout_of,
 )
 from rankwise.training.optimizers import implementation_of, make_optimizer
+from rankwise.training.parts import part_of
 from rankwise.training.step import (
     Computing,
     Objective,
@@ -133,7 +133,7 @@ def made(model: PreTrainedModel, method: str, workload: Workload) -> Prepared:
         keep_reference(model)
     products, _ = choose(workload, method, workload.objective, workload.strategy, model)
     ids = functools.partial(torch.ones, 1, 2, dtype=torch.long)
-    prepared = prepare(model, method, workload.objective, Computing.of(workload, products), ids)
+    prepared = prepare(model, method, workload.objective, part_of(Computing, workload, products=products), ids)
     stands_for_card = workload.device_type == "cuda" and next(model.parameters()).device.type == "cpu"
     if stands_for_card and (prepared.accelerated is None or not prepared.accelerated.attention):
         use_card_attention(model)
@@ -199,17 +199,18 @@ def objective_of(model: PreTrainedModel, workload: Workload, *, flat: bool) -> O
     """The objective of a run, without its rows."""
     none: Any = []
     of_batches = {"pad": 0, "size": workload.batch_size, "seed": 0}
-    if workload.objective == "sft":
+    facts = OBJECTIVES[workload.objective]
+    if facts.of_demonstrations:
         flat = flat or workload.packing
         smoothing = workload.label_smoothing
         return Demonstrations(model, none, None, **of_batches, flat=flat, label_smoothing=smoothing)
-    if workload.objective == "classify":
+    if facts.of_labels:
         labels = Labels(tuple(map(str, range(workload.labels))), SINGLE)
         return Classification(none, None, labels, **of_batches)
     scoring = Scoring(model, layout_of(workload.objective, flat=flat))
-    loss_type = workload.loss_type or LOSS_TYPES[workload.objective][0]
-    if workload.objective != "grpo":
-        preferring = {"loss_type": loss_type, "beta": workload.beta or BETA, "max_length": sys.maxsize}
+    loss_type = workload.loss_type or facts.losses[0]
+    if facts.of_preferences:
+        preferring = {"loss_type": loss_type, "beta": workload.beta or facts.beta, "max_length": sys.maxsize}
         return Preferences(scoring, none, None, **of_batches, **preferring)  # type: ignore[arg-type]
     return RewardedAnswers(
         scoring,
@@ -223,7 +224,7 @@ def objective_of(model: PreTrainedModel, workload: Workload, *, flat: bool) -> O
         group=1,
         longest=workload.max_length,
         loss_type=loss_type,
-        beta=workload.beta or 0.0,
+        beta=workload.beta or facts.beta,
         **of_batches,
     )
 

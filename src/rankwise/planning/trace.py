@@ -28,6 +28,7 @@ from rankwise.compat.torch import FakeTensorMode, fake_processes, shards_seen
 from rankwise.compat.transformers import choose_experts, fake_masks_looked_at
 from rankwise.errors import ModelError, RankwiseError
 from rankwise.methods import method_of
+from rankwise.objectives import OBJECTIVES
 from rankwise.ops import selection
 from rankwise.ops.cpu import products
 from rankwise.ops.cpu.four_bit import is_kept
@@ -142,7 +143,7 @@ class Traced:
                 if workload.accumulates:
                     begin_gradients(self.trained)
                 # Answers to rewards are written by `write_a_token`.
-                batches = [batch] if workload.objective == "grpo" else step.prepared([batch], 0)
+                batches = [batch] if OBJECTIVES[workload.objective].of_rewards else step.prepared([batch], 0)
                 step.gradients(batches, batch[KEY].targets)
                 step.update()
             if workload.written:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rankwise.config import GENERATIONS, LengthOptions, ModelOptions, Objective, StepOptions, TrainSettings
+from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSettings
 from rankwise.conflicts import check_objective, check_sharing
 from rankwise.constants import BLOCK_SIZES, WRITTEN_ROWS
 from rankwise.errors import ConfigError
 from rankwise.foreign import Fields, JsonObject, wrong_fields
 from rankwise.methods import METHODS, either
+from rankwise.objectives import GENERATIONS, OBJECTIVES, ObjectiveName
 from rankwise.options import Batch, Count, Names, Panel, Whole, option
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     ] = None
     method: Annotated[Names, _model(f"{either(METHODS)}; several with commas; or all.")] = (ALL,)
     objective: Annotated[
-        Objective,
+        ObjectiveName,
         _model(
             "Objective of `train`. dpo: a pair counts as two rows; grpo: the keys and values of answers count, too; "
             "classify: a head of two labels in place of the vocabulary's."
@@ -147,7 +148,7 @@ class Workload(StepOptions):
     # Share of the tokens that have labels: logits are kept only for these. 1.0 is the worst case.
     trained_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     # With dpo a row is a pair of answers, two sequences.
-    objective: Objective = "sft"
+    objective: ObjectiveName = "sft"
     # Whether the batch saves nothing for a backward pass, as in an evaluation.
     evaluation: bool = False
     # Whether gradients of earlier micro-batches of the step are there already.
@@ -173,7 +174,7 @@ class Workload(StepOptions):
     @property
     def sequences(self) -> int:
         """The number of sequences of a micro-batch on one device."""
-        return self.batch_size * (2 if self.objective == "dpo" else 1)
+        return self.batch_size * (2 if OBJECTIVES[self.objective].rows == "pair" else 1)
 
     @property
     def tokens(self) -> int:
@@ -192,9 +193,11 @@ class Workload(StepOptions):
         return self.sequences * positions
 
 
-def written_of(objective: str, answers: int, generations: int | None, device_type: DeviceType) -> dict[str, int]:
+def written_of(
+    objective: ObjectiveName, answers: int, generations: int | None, device_type: DeviceType
+) -> dict[str, int]:
     """``Workload.written`` and ``prompts`` of a run with ``answers`` a step, ``generations`` for each prompt."""
-    written = min(answers, WRITTEN_ROWS[device_type]) if objective == "grpo" else 0
+    written = min(answers, WRITTEN_ROWS[device_type]) if OBJECTIVES[objective].of_rewards else 0
     return {"written": written, "prompts": -(-written // (generations or GENERATIONS))}
 
 
@@ -230,8 +233,8 @@ def workload_of(settings: Fields, hardware: Hardware) -> Workload:
         "device_type": kind,
         "accumulates": settings["gradient_accumulation"] > 1,
         "keeps_reference": settings.get("adapter") is not None
-        and (objective in ("dpo", "kto") or settings["beta"] is not None),
-        "labels": settings.get("labels") or (PLANNED_LABELS if objective == "classify" else 0),
+        and (OBJECTIVES[objective].of_preferences or settings["beta"] is not None),
+        "labels": settings.get("labels") or (PLANNED_LABELS if OBJECTIVES[objective].of_labels else 0),
         **written_of(objective, answers, settings.get("num_generations"), kind),
     }
     return on_device(Workload(**fields), hardware)

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any, Literal, TypedDict
 
 from rankwise.foreign import Fields, JsonObject
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.records import read_lines, read_metrics
 
 REPORT_FILE = "report.json"
@@ -294,13 +295,13 @@ class Comparison:
         return str(self.document["primary_metric"])
 
     @property
-    def objective(self) -> str:
-        return str(self["settings"]["objective"])
+    def objective(self) -> ObjectiveName:
+        return self["settings"]["objective"]
 
     @property
     def reference(self) -> str:
         """What the methods' answers are compared with, in words."""
-        return "the best constant answer" if self.objective == "classify" else "the base model"
+        return "the best constant answer" if OBJECTIVES[self.objective].of_labels else "the base model"
 
     @property
     def finals(self) -> list[Fields]:
@@ -353,8 +354,8 @@ def _turned(item: Fields) -> JsonObject:
 
 def unit_of(document: Fields) -> str:
     """The unit of the primary metric."""
-    is_loss = (document["settings"]["objective"], document["primary_metric"]) == ("sft", EVAL_LOSS)
-    return "nats per token" if is_loss else ""
+    is_per_token = OBJECTIVES[document["settings"]["objective"]].of_demonstrations
+    return "nats per token" if is_per_token and document["primary_metric"] == EVAL_LOSS else ""
 
 
 MEANS = ("tokens_per_second", "wall_seconds")

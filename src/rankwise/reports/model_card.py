@@ -12,17 +12,12 @@ from collections.abc import Mapping, Sequence
 from rankwise.config import DEMO, DEMO_HUB_ID
 from rankwise.foreign import Fields, Json
 from rankwise.methods import PEFT_KINDS, method_of, other_kinds
+from rankwise.objectives import OBJECTIVES
 from rankwise.records import RunRecord
 from rankwise.reports.numbers import byte_size, capital, visible
 from rankwise.reports.words import last_part
 from rankwise.serving import DORA_AS_LORA, WORDS, served
 
-LEARNED_FROM = {
-    "dpo": " from pairs of a better and a worse answer (DPO), against {reference} as the reference",
-    "kto": " from answers marked good or bad (KTO), against {reference} as the reference",
-    "grpo": " from rewards (GRPO)",
-    "classify": " to answer texts with labels",
-}
 # Fields of the record, in the order of the card.
 RESULTS = {
     "train_loss": "training loss",
@@ -95,7 +90,7 @@ def _front_matter(record: RunRecord, base: str, config: Fields) -> str:
         "base_model": base,
         "base_model_relation": "finetune" if full else "adapter",
         "library_name": "transformers" if full else "peft" if kind in PEFT_KINDS else "rankwise",
-        "pipeline_tag": "text-classification" if record.objective == "classify" else "text-generation",
+        "pipeline_tag": "text-classification" if OBJECTIVES[record.objective].of_labels else "text-generation",
         "tags": tags,
     }
     return "---\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000) + "---"
@@ -141,7 +136,7 @@ def _summary(record: RunRecord, base: str, config: Fields) -> str:
 def _learned_from(record: RunRecord) -> str:
     """What follows "trained"; nothing for demonstrations."""
     reference = "its own base" if record.settings.get("adapter") is None else "the adapter that training began with"
-    return LEARNED_FROM.get(record.objective, "").format(reference=reference)
+    return OBJECTIVES[record.objective].words.format(reference=reference)
 
 
 def section(title: str, body: str) -> str:
@@ -178,9 +173,9 @@ def plain(value: Json) -> str:
 
 
 def _results(record: RunRecord) -> list[tuple[str, Json]]:
-    names = RESULTS if record.objective != "grpo" else RESULTS | REWARDS
+    names = RESULTS | REWARDS if OBJECTIVES[record.objective].of_rewards else RESULTS
     found = ((name, field, getattr(record, field)) for field, name in names.items())
-    is_reward = REWARDS if record.objective == "grpo" else ()
+    is_reward = REWARDS if OBJECTIVES[record.objective].of_rewards else ()
     rewards = [(f"evaluation's {name.replace('_', ' ')}", value) for name, value in record.eval_rewards.items()]
     results = [
         (name, -value if field in is_reward else byte_size(value) if field.endswith("_bytes") else value)
@@ -232,7 +227,7 @@ def _in_transformers(four_bit: Fields) -> list[str]:
 
 def _loading(record: RunRecord, base: str) -> str:
     """The lines of transformers or PEFT, and our command."""
-    is_full, has_labels = method_of(record.method).trains_all, record.objective == "classify"
+    is_full, has_labels = method_of(record.method).trains_all, OBJECTIVES[record.objective].of_labels
     kind = "AutoModelForSequenceClassification" if has_labels else "AutoModelForCausalLM"
     if is_full:
         lines = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("FOLDER")']

@@ -15,6 +15,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from rankwise.foreign import Fields, JsonObject
+from rankwise.objectives import OBJECTIVES
 from rankwise.reports import plots, summary
 from rankwise.reports.comparison import Comparison, unit_of
 from rankwise.reports.numbers import capital, percent, plural, shortened, significant, visible
@@ -64,7 +65,7 @@ def _content(comparison: Comparison) -> JsonObject:
         "metric": metric_name(metric),
         "unit": unit_of(comparison.document),
         "reference": comparison.reference,
-        "loss_name": capital(plots.LOSS_NAMES.get(comparison.objective, "loss")),
+        "loss_name": capital(OBJECTIVES[comparison.objective].loss_name),
         "better": "higher is better" if comparison.is_higher_better(metric) else "lower is better",
         "forest": plots.forest(differences) if differences else "",
         "margin": significant(differences[0]["margin"], 2) if differences else "",
@@ -211,7 +212,7 @@ def _compared(
     more, less = f"higher {visible(score)}", f"lower {visible(score)}"
     words = (more, less, f"same {visible(score)}") if higher else (less, more, f"same {visible(score)}")
     if is_right:
-        words = AGAINST_A_CONSTANT if comparison.objective == "classify" else RIGHT_OR_WRONG
+        words = AGAINST_A_CONSTANT if OBJECTIVES[comparison.objective].of_labels else RIGHT_OR_WRONG
 
     def answer(row: Fields) -> tuple[str, str]:
         value = row["scores"][score]

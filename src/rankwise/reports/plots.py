@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 from markupsafe import Markup, escape
 
 from rankwise.foreign import Fields
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.reports.numbers import estimate, is_number, rate, visible
 from rankwise.reports.words import method_name
 
@@ -69,8 +70,6 @@ OWN_STYLE = (
 FEW = 2
 # Share of the first steps that the scale of the losses ignores, unless a curve has few points.
 START, FEW_POINTS = 0.15, 4
-# What the losses of a run are, by its objective. Those of the others are means over answers or pairs.
-LOSS_NAMES = {"sft": "loss per token", "grpo": "loss; of evaluations the negative mean reward"}
 
 
 class Spot(NamedTuple):
@@ -326,14 +325,16 @@ def _step_axis(axes: Axes, last: float, limits: Range) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def loss_svg(lines: Iterable[Fields], title: str, *, kept_step: int | None = None, objective: str = "sft") -> str:
+def loss_svg(
+    lines: Iterable[Fields], title: str, *, kept_step: int | None = None, objective: ObjectiveName = "sft"
+) -> str:
     """The losses of one ``metrics.jsonl`` as a file.
 
     The logged training loss is drawn lightly under its moving average, evaluations are points, and a ring marks the
     kept checkpoint (``kept_step``, by default the lowest evaluation). Lines without a loss are ignored. ``objective``
     says what the loss is.
     """
-    return _losses(Losses.of(lines, kept_step), title, LOSS_NAMES.get(objective, "loss"))
+    return _losses(Losses.of(lines, kept_step), title, OBJECTIVES[objective].loss_name)
 
 
 @_drawn

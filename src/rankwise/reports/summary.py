@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from rankwise.foreign import Fields
+from rankwise.objectives import OBJECTIVES
 from rankwise.reports.comparison import EVAL_LOSS, KEPT_ROWS_LOSS, RETAINED, RETAINED_LOSS, Comparison
 from rankwise.reports.numbers import (
     byte_size,
@@ -48,7 +49,7 @@ def basis(comparison: Comparison) -> dict[str, str]:
         "Learning rates": _tuned(comparison),
         "Hardware": _hardware(comparison),
     }
-    if comparison.objective in ("dpo", "kto"):
+    if OBJECTIVES[comparison.objective].of_preferences:
         found["Rewards"] = "how much likelier than its base a run makes an answer: beta times the log-ratio"
     return found
 

@@ -1,4 +1,4 @@
-"""The parts of a run that follow from its settings: what is learned, the loop with its options, the learning rate."""
+"""What a run learns and how it is made, the loop with its options, and the search of the learning rate."""
 
 from __future__ import annotations
 
@@ -11,46 +11,39 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from rankwise.adapters import has_adapter
-from rankwise.adapters.folder import labels_of
-from rankwise.config import BETA, GENERATIONS, MAX_COMPLETION_LENGTH, TrainSettings, default_rate, logging_steps_of
-from rankwise.conflicts import LOSS_TYPES
+from rankwise.config import default_rate, logging_steps_of
 from rankwise.constants import IGNORED
-from rankwise.data import Rows, encode_preferences
+from rankwise.data import encode_preferences
 from rankwise.data.encoding import RowEncoder
-from rankwise.data.formats import Format
 from rankwise.data.objectives import (
-    LABELLED,
-    PREFERENCE_FORMATS,
     encode_labelled,
     encode_prompts,
     label_counts,
-    labels_in,
-    prompt_formats,
     unpaired,
 )
 from rankwise.disk import remove_strays
-from rankwise.errors import ConfigError, RunError, some_of
-from rankwise.foreign import checked, read_json
-from rankwise.labels import Labels
+from rankwise.errors import ConfigError, RunError
+from rankwise.foreign import Fields, checked, read_json
 from rankwise.models.load import table_rows
-from rankwise.records import RateSearch, RateTrial, load_record, write_json
+from rankwise.objectives import OBJECTIVES, ObjectiveName
+from rankwise.records import RateSearch, RateTrial, RunRecord, write_json
 from rankwise.reports.numbers import plural
 from rankwise.reports.numbers import rate as spelled
 from rankwise.training import ranks
 from rankwise.training.batches import packed
-from rankwise.training.loop import Loop, Options
+from rankwise.training.loop import Loop
 from rankwise.training.objectives import Classification, Demonstrations, Preferences, Scoring, layout_of
 from rankwise.training.optimizers import make_optimizer
+from rankwise.training.parts import Learned, Pace, Reading, Updates
 from rankwise.training.setup import Data, LoadedBase, Texts, check_positions, encode_data
 from rankwise.training.step import Computing, Objective, around_step
 from rankwise.training.watch import Diverged, MemoryMeter, Observer, Progress, Watch
@@ -67,207 +60,186 @@ USUAL_BUDGET = 0.25
 # The largest number of held-out rows, and their largest share of all rows.
 MOST_ROWS, SHARE = 64, 0.1
 LEAST_ROWS = 4
-Encode = Callable[[TrainSettings, PreTrainedTokenizerBase, Texts], Data]
 
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """The parts of a run that depend on its objective."""
+    """How an objective gets its rows, and how it is made from them."""
 
-    # Encodes rows to token ids.
-    encode: Encode
-    # (settings, data, base, whether rows may be laid end to end) -> the objective.
-    objective: Callable[[TrainSettings, Data, LoadedBase, bool], Objective]
-    # The labels of the training rows, where the objective answers with labels.
-    labels_of: Callable[[TrainSettings, Rows], Labels] | None = None
-    # The data formats of the objective; None for those of demonstrations.
-    formats: Collection[Format] | None = None
-    # Whether the rows have labels.
-    has_labels: bool = True
+    encode: Callable[[Reading, PreTrainedTokenizerBase, Texts], Data]
+    # (base, rows, pace, whether rows may be laid end to end) -> the objective.
+    objective: Callable[[LoadedBase, Data, Pace, bool], Objective]
 
 
-def learning_of(given: TrainSettings) -> Learning:
-    """The parts of the run's objective. Raises ConfigError for a reward that cannot be had."""
-    if given.objective == "sft":
-        return Learning(encode_data, _demonstrations)
-    if given.objective == "classify":
-        return Learning(_encode_labelled, _classification, _labels, formats=LABELLED, has_labels=False)
-    if given.objective == "grpo":
-        return _of_rewards(given)
-    return Learning(_encode_preferences, _preferences, formats=PREFERENCE_FORMATS[given.objective])
-
-
-def _of_batches(given: TrainSettings, base: LoadedBase) -> dict[str, int]:
+def _of_batches(base: LoadedBase, pace: Pace) -> dict[str, int]:
     """The padding token, the rows of a micro-batch of all processes, and the seed of their order."""
     pad = int(base.tokenizer.pad_token_id or 0)
-    return {"pad": pad, "size": given.batch_size * ranks.count(), "seed": given.seed}
+    return {"pad": pad, "size": pace.batch_size * ranks.count(), "seed": pace.seed}
 
 
-def _demonstrations(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Demonstrations:
-    rows = data.train.dataset
-    return Demonstrations(
-        base.model,
-        packed(rows, given.max_length, given.seed) if given.packing else rows,
-        data.evaluation and data.evaluation.dataset,
-        **_of_batches(given, base),
-        flat=flat or given.packing,
-        label_smoothing=given.label_smoothing,
-    )
-
-
-def _encode_preferences(given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
-    if given.objective == "kto":
-        eval_rows = None if texts.eval_rows is None else unpaired(texts.eval_rows)
-        texts = dataclasses.replace(texts, rows=unpaired(texts.rows), eval_rows=eval_rows)
-    return encode_data(given, tokenizer, texts, encode_preferences)
-
-
-def _preferences(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Preferences:
-    return Preferences(
-        Scoring(base.model, layout_of(given.objective, flat=flat)),
-        data.train.dataset,
-        data.evaluation and data.evaluation.dataset,
-        **_of_batches(given, base),
-        loss_type=given.loss_type or LOSS_TYPES[given.objective][0],
-        beta=given.beta or BETA,
-        max_length=min(given.max_length, table_rows(base.model) or given.max_length),
-        label_smoothing=given.label_smoothing,
-        desirable_weight=given.desirable_weight or 1.0,
-        undesirable_weight=given.undesirable_weight or 1.0,
-    )
-
-
-def _labels(given: TrainSettings, rows: Rows) -> Labels:
-    """The labels of the rows. Raises ConfigError (RW764) if the adapter to continue answers with others."""
-    labels = labels_in(rows)
-    trained = None if given.adapter is None else labels_of(given.adapter)
-    if given.adapter is not None and trained != labels:
-        has = "writes text" if trained is None else f"answers with {some_of(trained.names)} ({trained.problem})"
-        raise ConfigError(
-            "RW764",
-            f"--adapter {given.adapter} {has}, and the labels of {rows.source} are {some_of(labels.names)} "
-            f"({labels.problem}); give data with its labels, or leave --adapter out.",
+def _demonstrations(learned: Learned) -> Learning:
+    def objective(base: LoadedBase, data: Data, pace: Pace, flat: bool) -> Demonstrations:
+        rows = data.train.dataset
+        return Demonstrations(
+            base.model,
+            packed(rows, data.max_length, pace.seed) if learned.packing else rows,
+            data.evaluation and data.evaluation.dataset,
+            **_of_batches(base, pace),
+            flat=flat or learned.packing,
+            label_smoothing=learned.label_smoothing,
         )
-    return labels
+
+    return Learning(encode_data, objective)
 
 
-def _encode_labelled(given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
-    labels = labels_in(texts.rows)
-    encode = functools.partial(
-        encode_labelled,
-        tokenizer=tokenizer,
-        labels=labels,
-        max_length=given.max_length,
-        skip_bad_rows=given.skip_bad_rows,
-    )
-    evaluation = None if texts.eval_rows is None else encode(texts.eval_rows, name="eval")
-    notes = {"labels": {**labels.to_json(), "counts": label_counts(texts.rows, labels)}}
-    return Data(encode(texts.rows), evaluation, texts, notes)
+def _preferences(learned: Learned) -> Learning:
+    def encode(reading: Reading, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
+        if OBJECTIVES[learned.objective].rows == "mark":
+            eval_rows = None if texts.eval_rows is None else unpaired(texts.eval_rows)
+            texts = dataclasses.replace(texts, rows=unpaired(texts.rows), eval_rows=eval_rows)
+        return encode_data(reading, tokenizer, texts, encode_preferences)
+
+    def objective(base: LoadedBase, data: Data, pace: Pace, flat: bool) -> Preferences:
+        return Preferences(
+            Scoring(base.model, layout_of(learned.objective, flat=flat)),
+            data.train.dataset,
+            data.evaluation and data.evaluation.dataset,
+            **_of_batches(base, pace),
+            loss_type=learned.loss_type,
+            beta=learned.beta,
+            max_length=min(data.max_length, table_rows(base.model) or data.max_length),
+            label_smoothing=learned.label_smoothing,
+            desirable_weight=learned.desirable_weight,
+            undesirable_weight=learned.undesirable_weight,
+        )
+
+    return Learning(encode, objective)
 
 
-def _classification(given: TrainSettings, data: Data, base: LoadedBase, flat: bool) -> Classification:
-    return Classification(
-        data.train.dataset,
-        data.evaluation and data.evaluation.dataset,
-        labels_in(data.texts.rows),
-        **_of_batches(given, base),
-    )
+def _labels(learned: Learned) -> Learning:
+    def encode(reading: Reading, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
+        labels = texts.labels
+        assert labels is not None, "read with the rows"
+        data = encode_data(reading, tokenizer, texts, functools.partial(encode_labelled, labels=labels))
+        notes = {"labels": {**labels.to_json(), "counts": label_counts(texts.rows, labels)}}
+        return dataclasses.replace(data, notes=notes)
+
+    def objective(base: LoadedBase, data: Data, pace: Pace, flat: bool) -> Classification:
+        evaluation = data.evaluation and data.evaluation.dataset
+        assert data.texts.labels is not None, "read with the rows"
+        return Classification(data.train.dataset, evaluation, data.texts.labels, **_of_batches(base, pace))
+
+    return Learning(encode, objective)
 
 
-def _of_rewards(given: TrainSettings) -> Learning:
-    from rankwise.training.grpo import read_rewards
+def _rewards(learned: Learned) -> Learning:
+    """Raises ConfigError for a reward that cannot be had; making the objective, RW775 for prompts that do not fill a
+    step."""
+    from rankwise.training.grpo import RewardedAnswers, read_rewards
 
-    rewards, longest = read_rewards(given.reward or ()), given.max_completion_length or MAX_COMPLETION_LENGTH
+    rewards, longest = read_rewards(learned.reward), learned.max_completion_length
 
-    def encode(given: TrainSettings, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
-        data = encode_data(given, tokenizer, texts, functools.partial(encode_prompts, room=longest))
+    def encode(reading: Reading, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Data:
+        data = encode_data(reading, tokenizer, texts, functools.partial(encode_prompts, room=longest))
         hashes = [reward.sha256 for reward in rewards if reward.sha256 is not None]
         notes = {"rewards_sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()} if hashes else {}
         return dataclasses.replace(data, notes=notes)
 
-    objective = functools.partial(_rewarded_answers, rewards=rewards, longest=longest)
-    return Learning(encode, objective, formats=prompt_formats(**given.columns), has_labels=False)
+    def objective(base: LoadedBase, data: Data, pace: Pace, flat: bool) -> Objective:
+        from rankwise.acceleration.generation import stop_ids_of
+
+        model, tokenizer, prompts = base.model, base.tokenizer, data.train.dataset
+        check_positions(model, [prompts], longest)
+        of_batches, group = _of_batches(base, pace), learned.num_generations
+        asked = of_batches["size"] * pace.gradient_accumulation // group
+        if asked > len(prompts):
+            raise ConfigError(
+                "RW775", f"a step takes {asked} prompts and there are {len(prompts)}; lower --batch-size."
+            )
+        encoder = RowEncoder(data.texts.rows, tokenizer, data.texts.template)
+        return RewardedAnswers(
+            Scoring(model, layout_of(learned.objective, flat=flat), temperature=learned.temperature),
+            prompts,
+            data.evaluation and data.evaluation.dataset,
+            **of_batches,
+            decode=functools.partial(tokenizer.batch_decode, skip_special_tokens=True),
+            rewards=rewards,
+            weights=learned.reward_weights,
+            stop_ids=stop_ids_of(model, tokenizer, encoder.stop_ids()),
+            asked=asked,
+            group=group,
+            longest=longest,
+            loss_type=learned.loss_type,
+            beta=learned.beta,
+        )
+
+    return Learning(encode, objective)
 
 
-def _rewarded_answers(
-    given: TrainSettings, data: Data, base: LoadedBase, flat: bool, *, rewards: Sequence[Any], longest: int
-) -> Objective:
-    """Raises ConfigError (RW775) for prompts that do not fill a step."""
-    from rankwise.acceleration.generation import stop_ids_of
-    from rankwise.training.grpo import RewardedAnswers
+# {objective: how it is made}.
+LEARNING: Mapping[ObjectiveName, Callable[[Learned], Learning]] = {
+    "sft": _demonstrations,
+    "dpo": _preferences,
+    "kto": _preferences,
+    "grpo": _rewards,
+    "classify": _labels,
+}
 
-    model, tokenizer, prompts = base.model, base.tokenizer, data.train.dataset
-    check_positions(model, [prompts], longest)
-    size, group = given.batch_size * ranks.count(), given.num_generations or GENERATIONS
-    asked = size * given.gradient_accumulation // group
-    if asked > len(prompts):
-        raise ConfigError("RW775", f"a step takes {asked} prompts and there are {len(prompts)}; lower --batch-size.")
-    return RewardedAnswers(
-        Scoring(model, layout_of(given.objective, flat=flat), temperature=given.temperature or 1.0),
-        prompts,
-        data.evaluation and data.evaluation.dataset,
-        pad=int(tokenizer.pad_token_id or 0),
-        decode=functools.partial(tokenizer.batch_decode, skip_special_tokens=True),
-        rewards=rewards,
-        weights=given.reward_weights or (1.0,) * len(rewards),
-        stop_ids=stop_ids_of(model, tokenizer, RowEncoder(data.texts.rows, tokenizer, data.texts.template).stop_ids()),
-        size=size,
-        asked=asked,
-        group=group,
-        longest=longest,
-        seed=given.seed,
-        loss_type=given.loss_type or LOSS_TYPES["grpo"][0],
-        beta=given.beta or 0.0,
+
+# --- the loop ---
+
+
+def paced(objective: Objective, pace: Pace) -> Pace:
+    """The pace with its length in steps and the intervals that follow from it."""
+    steps_an_epoch = max(1, math.ceil(len(objective.order(0)) / pace.gradient_accumulation))
+    total = pace.max_steps or math.ceil(pace.epochs * steps_an_epoch)
+    tenth, eval_steps = math.ceil(total * TENTH), None
+    if objective.eval_rows is not None:
+        rows = pace.batch_size * pace.gradient_accumulation * ranks.count()
+        # Early stopping counts evaluations, which then come at every tenth, whatever they cost.
+        usual = tenth if pace.early_stopping else evaluation_steps_of(total, rows, len(objective.eval_rows))
+        eval_steps = pace.eval_steps or usual
+    return dataclasses.replace(
+        pace,
+        max_steps=total,
+        eval_steps=eval_steps,
+        save_steps=pace.save_steps or pace.eval_steps or tenth,
+        logging_steps=pace.logging_steps or logging_steps_of(total),
     )
 
 
 def make_loop(
-    given: TrainSettings,
-    data: Data,
-    *,
-    learning: Learning,
+    objective: Objective,
+    pace: Pace,
+    updates: Updates,
     base: LoadedBase,
     computing: Computing,
-    flat: bool,
-    progress: Callable[[], Progress] = Progress,
+    folder: Path,
+    *,
+    progress: Progress,
     is_evaluated: bool = False,
 ) -> Loop:
-    """A run's loop. ``flat``: rows may be laid end to end; ``is_evaluated``: a resumed run needs no evaluation at its
-    start."""
-    objective = learning.objective(given, data, base, flat)
-    micro_batches = len(objective.order(0))
-    total = given.max_steps or math.ceil(given.epochs * max(1, math.ceil(micro_batches / given.gradient_accumulation)))
-    evaluates = data.evaluation is not None
-    eval_steps = given.eval_steps or math.ceil(total * TENTH)
-    # Early stopping counts evaluations, which then come at every tenth, whatever they cost.
-    if data.evaluation is not None and not (given.eval_steps or given.early_stopping):
-        rows = given.batch_size * given.gradient_accumulation * ranks.count()
-        eval_steps = evaluation_steps_of(total, rows, len(data.evaluation.dataset))
-    options = Options(
-        total_steps=total,
-        accumulation=given.gradient_accumulation,
-        schedule=given.lr_scheduler_type,
-        warmup_steps=given.warmup_steps,
-        max_grad_norm=given.max_grad_norm,
-        seed=given.seed,
-        logging_steps=given.logging_steps or logging_steps_of(total),
-        eval_steps=eval_steps if evaluates else None,
-        save_steps=given.save_steps or given.eval_steps or math.ceil(total * TENTH),
-        evaluates_first=evaluates and not is_evaluated,
-        early_stopping=given.early_stopping,
-        autocast=base.autocast,
-        checkpoint_limit=given.save_total_limit,
-    )
+    """A run's loop. ``is_evaluated``: a resumed run needs no evaluation at its start."""
     optimizer = functools.partial(
         make_optimizer,
-        given.optimizer,
+        updates.optimizer,
         base.model,
-        rate=given.rate,
-        weight_decay=given.weight_decay,
-        loraplus_ratio=given.loraplus_ratio if has_adapter(base.model) else None,
+        rate=updates.rate,
+        weight_decay=updates.weight_decay,
+        loraplus_ratio=updates.loraplus_ratio if has_adapter(base.model) else None,
     )
-    around = functools.partial(around_step, base.model, computing)
-    return Loop(base.model, objective, options, optimizer, progress(), given.output, around)
+    return Loop(
+        base.model,
+        objective,
+        pace,
+        optimizer,
+        progress,
+        folder,
+        functools.partial(around_step, base.model, computing),
+        autocast=base.autocast,
+        max_grad_norm=updates.max_grad_norm,
+        evaluates_first=pace.eval_steps is not None and not is_evaluated,
+    )
 
 
 def evaluation_steps_of(steps: int, rows: int, eval_rows: int) -> int:
@@ -282,41 +254,43 @@ def evaluation_steps_of(steps: int, rows: int, eval_rows: int) -> int:
 # --- the learning rate ---
 
 
-def with_rate(given: TrainSettings, found: RateSearch) -> TrainSettings:
-    return given.model_copy(update={"learning_rate": found["chosen"], "budget": None})
-
-
-def with_default_rate(given: TrainSettings, model: PreTrainedModel, observer: Observer) -> TrainSettings:
-    """The settings with the default rate of this model, or with the three rates around it to search among."""
-    if given.learning_rate not in (None, "auto"):
-        return given
-    config = model.config.get_text_config()
-    usual = default_rate(model.config.model_type, getattr(config, "hidden_size", 0), given.model_dump())
-    if given.searches:
-        return given.model_copy(update={"learning_rate": f"auto:{','.join(map(repr, usual.around))}"})
+def rates_to_try(
+    asked: float | str | None, listed: Sequence[float], config: PreTrainedConfig, settings: Fields, observer: Observer
+) -> Sequence[float]:
+    """The rate of the run, or several among which short runs search: those that ``auto`` ``listed``, or the default of
+    a model with this config between its neighbours."""
+    if isinstance(asked, float):
+        return (asked,)
+    if listed:
+        return listed
+    text = config.get_text_config()
+    usual = default_rate(config.model_type, getattr(text, "hidden_size", 0), settings)
+    if asked is not None:
+        return usual.around
     observer.note(f"learning rate {usual}")
-    return given.model_copy(update={"learning_rate": usual.rate})
+    return (usual.rate,)
 
 
-def with_found_rate(given: TrainSettings) -> TrainSettings:
-    """The settings of a resumed run with the run's own rate, if it is its default or was searched for. Raises
-    RunError (RW507) for a different search.
+def rate_before(
+    output: Path, record: RunRecord, asked: float | str | None, listed: Sequence[float], budget: float | None
+) -> float | str | None:
+    """What a resumed run takes for the rate that is asked: the run's own, if it is its default or was searched for.
+    Raises RunError (RW507) for a different search.
     """
-    record = load_record(given.output)
     found = record.rate_search
-    if given.learning_rate is None:
-        return given.model_copy(update={"learning_rate": record.settings["learning_rate"]})
-    if found is None or not given.searches:
-        return given
+    if asked is None:
+        return record.settings["learning_rate"]
+    if found is None or not isinstance(asked, str):
+        return asked
     before = sorted({trial["learning_rate"] for trial in found["trials"]}), found["budget"]
-    if before != (list(given.searched_rates) or before[0], given.budget):
+    if before != (list(listed) or before[0], budget):
         raise RunError(
             "RW507",
-            f"the run in {given.output} tried the rates {', '.join(map(spelled, before[0]))} with --budget "
+            f"the run in {output} tried the rates {', '.join(map(spelled, before[0]))} with --budget "
             f"{before[1] or USUAL_BUDGET:g}, and a different search is asked for; resume without --learning-rate and "
             "--budget.",
         )
-    return with_rate(given, found)
+    return found["chosen"]
 
 
 def rounds(rates: int, budget: int) -> list[tuple[int, int]]:
@@ -342,11 +316,10 @@ def search_file(output: Path) -> Path:
     return place.with_name(f".{place.name}.rankwise-search")
 
 
-def _tried_before(path: Path, given: TrainSettings, inputs: Sequence[object]) -> _Tried:
+def _tried_before(path: Path, inputs: Sequence[object]) -> _Tried:
     """The short runs of the same search in ``path``, if there are any."""
     remove_strays(path.parent, [path.name])
-    settings = given.model_dump(mode="json", exclude={"output", "overwrite", "ignore_plan"})
-    key = hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError):
         if (found := checked(_Tried, read_json(path))).key == key:
             return found
@@ -354,18 +327,23 @@ def _tried_before(path: Path, given: TrainSettings, inputs: Sequence[object]) ->
 
 
 def search(
-    given: TrainSettings,
+    rates: Sequence[float],
     data: Data,
     model: nn.Module,
+    loop_of: Callable[[float, Pace, Data], Loop],
+    pace: Pace,
+    *,
     steps: int,
-    loop_of: Callable[[TrainSettings, Data], Loop],
-    observer: Observer,
+    budget: float | None,
+    output: Path,
     inputs: Sequence[object],
+    observer: Observer,
 ) -> RateSearch:
-    """Search the best rate for a run of ``steps`` by short runs. The model's weights are restored.
+    """Search the best of ``rates`` for a run of ``steps`` by short runs. The weights are restored.
 
-    Each short run is noted in a file as it ends, so that the same command continues a search that was stopped.
-    ``inputs``: what the losses depend on in addition to the settings, as JSON.
+    Each short run is noted in a file beside ``output`` as it ends, so that the same command continues a search that was
+    stopped. ``budget``: steps of all short runs, as a share of the run's. ``inputs``: all that the losses depend on, as
+    JSON.
 
     Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943). Round k trains each of the n_k remaining rates
     from the same start for  floor(B / (K n_k))  steps, where B is the budget in steps and K the number of rounds, and
@@ -378,15 +356,15 @@ def search(
     Raises ConfigError: RW175 for too few rows to hold some out, RW176 if every rate diverges.
     """
     training, held = kept_apart(data)
-    path = search_file(given.output)
-    noted = _tried_before(path, given, inputs)
+    path = search_file(output)
+    noted = _tried_before(path, inputs)
     known = {(trial["learning_rate"], trial["steps"]): trial for trial in noted.trials}
     started = time.monotonic() - noted.seconds
-    left: Sequence[float] = given.searched_rates
+    left = rates
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = {parameter: parameter.detach().to("cpu", copy=True) for parameter in trained}
     trials: list[RateTrial] = []
-    for count, length in rounds(len(left), round(steps * (given.budget or USUAL_BUDGET))):
+    for count, length in rounds(len(left), round(steps * (budget or USUAL_BUDGET))):
         left = left[:count]
         if len(left) < 2:
             # All other rates diverged.
@@ -397,7 +375,9 @@ def search(
             if (rate, length) in known:
                 tried.append(known[rate, length])
                 continue
-            loss = _loss_after(loop_of(_short_run(given, rate, length, length / steps), training), held)
+            warmup = round(pace.warmup_steps * min(1.0, length / steps))
+            short = dataclasses.replace(pace, max_steps=length, warmup_steps=warmup)
+            loss = _loss_after(loop_of(rate, short, training), held)
             tried.append({"learning_rate": rate, "steps": length, "loss": loss})
             noted.trials.append(tried[-1])
             noted.seconds = time.monotonic() - started
@@ -412,24 +392,13 @@ def search(
         left = [rate for _, rate in scored]
     if not left:
         path.unlink(missing_ok=True)
-        rates = ", ".join(map(spelled, given.searched_rates))
         raise ConfigError(
             "RW176",
-            f"the loss is not finite at any rate of {rates}; give lower ones, as --learning-rate auto:RATE,RATE.",
+            f"the loss is not finite at any rate of {', '.join(map(spelled, rates))}; give lower ones, as "
+            "--learning-rate auto:RATE,RATE.",
         )
     seconds = round(time.monotonic() - started, 3)
-    return {"chosen": left[0], "rows": len(held), "seconds": seconds, "trials": trials, "budget": given.budget}
-
-
-def _short_run(given: TrainSettings, rate: float, length: int, share: float) -> TrainSettings:
-    """The settings of a run at ``rate`` with ``length`` steps, a ``share`` of the whole run's."""
-    changes = {
-        "learning_rate": rate,
-        "max_steps": length,
-        "warmup_steps": round(given.warmup_steps * min(1.0, share)),
-        "report_to": (),
-    }
-    return given.model_copy(update=changes)
+    return {"chosen": left[0], "rows": len(held), "seconds": seconds, "trials": trials, "budget": budget}
 
 
 def kept_apart(data: Data) -> tuple[Data, Dataset]:
@@ -461,7 +430,7 @@ def kept_apart(data: Data) -> tuple[Data, Dataset]:
 
 def _loss_after(loop: Loop, rows: Dataset) -> float | None:
     """Train, and return the loss on ``rows``; None if the run diverges. Nothing is written."""
-    loop.options = dataclasses.replace(loop.options, save_steps=None)
+    loop.pace = dataclasses.replace(loop.pace, save_steps=None)
     try:
         loop.fit(Watch(loop.model, loop.progress, MemoryMeter(loop.model.device.type)))
         loop.objective.eval_rows = rows

@@ -27,6 +27,7 @@ from rankwise.training import ranks
 from rankwise.training.batches import Batch, means_of, own_parts, without_rows
 from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
 from rankwise.training.optimizers import make_schedule, set_rates
+from rankwise.training.parts import Pace
 from rankwise.training.step import Objective, TrainingStep, mixed, targets_of
 from rankwise.training.watch import Diverged, EvaluationStopped, Progress, Step, Watch
 from rankwise.training.weights import (
@@ -49,69 +50,52 @@ from rankwise.training.weights import (
 PROGRESS_FILE = "progress.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How long and how a run trains, and how often it logs, evaluates and saves."""
-
-    total_steps: int
-    accumulation: int
-    schedule: str
-    warmup_steps: int
-    max_grad_norm: float
-    seed: int
-    logging_steps: int
-    # None: it does not evaluate, or save.
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    evaluates_first: bool = False
-    # Stop after so many evaluations without a lower loss.
-    early_stopping: int | None = None
-    # The dtype of mixed precision; None if everything computes in the dtype of the weights.
-    autocast: torch.dtype | None = None
-    checkpoint_limit: int = 2
-
-
 @dataclasses.dataclass
 class Loop:
     """Trains the parameters of ``model`` that require gradients, and writes checkpoints into ``folder``."""
 
     model: PreTrainedModel
     objective: Objective
-    options: Options
+    # With its length and its intervals.
+    pace: Pace
     # Called when the parameters have their final form, shards or not.
     make_optimizer: Callable[[], Optimizer]
     progress: Progress
     folder: Path
     # Makes a context for each step, such as one that offloads activations.
     around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
+    # The dtype of mixed precision; None if everything computes in the dtype of the weights.
+    autocast: torch.dtype | None = None
+    max_grad_norm: float = 1.0
+    evaluates_first: bool = False
 
     def __post_init__(self) -> None:
         self.micro_batches = len(self.objective.order(0))
-        self.steps_an_epoch = max(1, math.ceil(self.micro_batches / self.options.accumulation))
+        self.steps_an_epoch = max(1, math.ceil(self.micro_batches / self.pace.gradient_accumulation))
         self.stopping = False
-        self.progress.total_steps, self.progress.eval_steps = self.options.total_steps, self.options.eval_steps
+        self.progress.total_steps, self.progress.eval_steps = self.pace.total_steps, self.pace.eval_steps
 
     def fit(self, watch: Watch, checkpoint: Checkpoint | None = None) -> None:
         """Train to the last step, or until the user or early stopping asks to stop.
 
         Raises Diverged for a loss or gradients that are not finite.
         """
-        model, objective, options, progress = self.model, self.objective, self.options, self.progress
+        model, objective, pace, progress = self.model, self.objective, self.pace, self.progress
         # Every process draws its own dropout masks.
-        seed_all((options.seed + ranks.rank()) % 2**32)
+        seed_all((pace.seed + ranks.rank()) % 2**32)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ranks.same_values([parameter for parameter in trained if not is_sharded(parameter)])
         self.optimizer = optimizer = self.make_optimizer()
         highest = [float(group["lr"]) for group in optimizer.param_groups]
         usual = float(optimizer.defaults["lr"])
-        factor = make_schedule(options.schedule, usual, options.warmup_steps, options.total_steps)
+        factor = make_schedule(pace.lr_scheduler_type, usual, pace.warmup_steps, pace.total_steps)
         self.step = TrainingStep(
             model=model,
             objective=objective,
             optimizer=optimizer,
             trained=trained,
-            autocast=options.autocast,
-            max_grad_norm=options.max_grad_norm,
+            autocast=self.autocast,
+            max_grad_norm=self.max_grad_norm,
             processes=ranks.count(),
             around=self.around_step,
         )
@@ -123,12 +107,12 @@ class Loop:
         model.zero_grad()
         # The nodes that add up gradients. autograd would make them anew in each step, between activations.
         self.ends = [get_gradient_edge(parameter) for parameter in trained]
-        if options.evaluates_first and self._evaluate(watch) and progress.steps:
+        if self.evaluates_first and self._evaluate(watch) and progress.steps:
             self.saved = None
             self.save()
         logged = Step()
         for epoch in itertools.count(progress.steps // self.steps_an_epoch):
-            if self.stopping or progress.steps >= options.total_steps:
+            if self.stopping or progress.steps >= pace.total_steps:
                 return
             for batches in self._steps(epoch, states):
                 watch.clock.start()
@@ -146,8 +130,8 @@ class Loop:
                 progress.skipped += not math.isfinite(step.norm)
                 progress.take(step.loss, step.tokens, step.examples)
                 logged.take(step)
-                is_last = progress.steps >= options.total_steps
-                is_logged = is_last or progress.steps == 1 or progress.steps % options.logging_steps == 0
+                is_last = progress.steps >= pace.total_steps
+                is_logged = is_last or progress.steps == 1 or progress.steps % (pace.logging_steps or 1) == 0
                 asked = watch.end_step(step, means_of(step.figures), is_logged=is_logged)
                 if is_logged:
                     now = {"learning_rate": step.rate, "grad_norm": step.norm, "epoch": self._epochs()}
@@ -155,9 +139,9 @@ class Loop:
                     logged = Step()
                 self.stopping = asked or is_last
                 is_best = False
-                if options.eval_steps and not asked and (is_last or progress.steps % options.eval_steps == 0):
+                if pace.eval_steps and not asked and (is_last or progress.steps % pace.eval_steps == 0):
                     is_best = self._evaluate(watch)
-                if options.save_steps and (self.stopping or is_best or progress.steps % options.save_steps == 0):
+                if pace.save_steps and (self.stopping or is_best or progress.steps % pace.save_steps == 0):
                     self.save()
                 if self.stopping:
                     return
@@ -165,7 +149,7 @@ class Loop:
 
     def _steps(self, epoch: int, states: Any) -> Iterator[list[Batch]]:
         """The micro-batches of this process, step by step, from the present step to the end of the epoch."""
-        taken = (self.progress.steps - epoch * self.steps_an_epoch) * self.options.accumulation
+        taken = (self.progress.steps - epoch * self.steps_an_epoch) * self.pace.gradient_accumulation
         order = self.objective.order(epoch)[taken:]
         parts = [ranks.share(rows) for rows in order]
         loader = DataLoader(
@@ -180,7 +164,7 @@ class Loop:
         if states is not None:
             set_random_states(states)
         batches = zip(loader, parts)
-        while step := list(itertools.islice(batches, self.options.accumulation)):
+        while step := list(itertools.islice(batches, self.pace.gradient_accumulation)):
             yield [batch if own else without_rows(batch) for batch, own in step]
 
     def _check(self, step: Step) -> None:
@@ -199,14 +183,14 @@ class Loop:
     def _epochs(self) -> float:
         """The passes over the data so far."""
         epoch, steps = divmod(self.progress.steps, self.steps_an_epoch)
-        return epoch + min(1.0, steps * self.options.accumulation / self.micro_batches)
+        return epoch + min(1.0, steps * self.pace.gradient_accumulation / self.micro_batches)
 
     # --- evaluation ---
 
     def _evaluate(self, watch: Watch) -> bool:
         """Evaluate, and return whether no earlier evaluation had a lower loss; that before the first step does not
         count."""
-        progress, patience = self.progress, self.options.early_stopping
+        progress, patience = self.progress, self.pace.early_stopping
         started = time.perf_counter()
         try:
             found = self.measure(watch.pause)
@@ -224,7 +208,7 @@ class Loop:
         """``Objective.evaluate``. Raises Diverged (RW530) if the steps so far led to NaN."""
         self.model.eval()
         try:
-            with torch.no_grad(), undisturbed_random_states(), mixed(self.model, self.options.autocast):
+            with torch.no_grad(), undisturbed_random_states(), mixed(self.model, self.autocast):
                 return self.objective.evaluate(self.model, pause)
         except ModelError as error:
             if error.code != "RW323" or not self.progress.steps:
@@ -255,7 +239,7 @@ class Loop:
 
         if ranks.is_writer():
             save_checkpoint(self.folder, progress.steps, write, checkpoint_bytes(self.model))
-            remove_old(self.folder, self.options.checkpoint_limit, progress.steps, progress.best_step)
+            remove_old(self.folder, self.pace.save_total_limit, progress.steps, progress.best_step)
         self.saved = progress.steps
         ranks.barrier()
 
@@ -270,9 +254,13 @@ class Loop:
         return load_state(folder, f"random-{ranks.rank()}")
 
 
-def coming_batches(loop: Loop) -> Iterator[list[int]]:
+def coming_batches(objective: Objective, pace: Pace) -> Iterator[list[int]]:
     """The row numbers of this process's micro-batches, from the first step to the last."""
-    left = loop.options.total_steps * loop.options.accumulation
-    for epoch in range(math.ceil(loop.options.total_steps / loop.steps_an_epoch)):
-        yield from own_parts(loop.objective.order(epoch)[:left])
-        left -= loop.steps_an_epoch * loop.options.accumulation
+    accumulation = pace.gradient_accumulation
+    left = pace.total_steps * accumulation
+    for epoch in itertools.count():
+        order = objective.order(epoch)[:left]
+        yield from own_parts(order)
+        left -= max(1, math.ceil(len(order) / accumulation)) * accumulation
+        if left <= 0:
+            return

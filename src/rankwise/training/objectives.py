@@ -37,6 +37,7 @@ from rankwise.constants import IGNORED
 from rankwise.data.objectives import ANSWER_IDS
 from rankwise.labels import SINGLE, Labels, measures
 from rankwise.models.load import answer_room
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.ops.checks import check_targets
 from rankwise.ops.linear_cross_entropy import LossSums
 from rankwise.training import ranks
@@ -286,9 +287,9 @@ class Classification:
 # --- preferences ---
 
 
-def layout_of(objective: str, *, flat: bool) -> Layout:
+def layout_of(objective: ObjectiveName, *, flat: bool) -> Layout:
     """The layout to ask for; ``flat``: rows may be laid end to end."""
-    return "padded" if not flat else "pairs" if objective == "dpo" else "flat"
+    return "padded" if not flat else "pairs" if OBJECTIVES[objective].rows == "pair" else "flat"
 
 
 class Scoring:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.adapters.lora import EmbeddingLora
-from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError
 from rankwise.options import OPTIMIZERS, close_names
 
@@ -52,10 +51,10 @@ UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|[._])norm(?:$|\.)")
 Group = dict[str, Any]
 
 
-def check_names(given: TrainSettings) -> None:
+def check_names(optimizer: str, schedule: str) -> None:
     """Raise ConfigError: RW110 for an optimizer, RW111 for a schedule that does not exist."""
-    _check_name("RW110", "--optimizer", given.optimizer, NAMES)
-    _check_name("RW111", "--lr-scheduler-type", given.lr_scheduler_type, SCHEDULES)
+    _check_name("RW110", "--optimizer", optimizer, NAMES)
+    _check_name("RW111", "--lr-scheduler-type", schedule, SCHEDULES)
 
 
 def _check_name(code: str, option: str, name: str, known: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""``train``: a run from its settings to its folder. setup.py and learning.py make plain arguments of the settings.
+"""``train``: a run from its settings to its folder. The settings become the small values of parts.py here.
 
 Everything is read and checked before anything is written, and before the old run is touched.
 """
@@ -9,11 +9,14 @@ import dataclasses
 import functools
 import os
 import time
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankwise.acceleration import (
     grow_segments,
@@ -23,30 +26,30 @@ from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import is_unit
-from rankwise.config import TrainSettings, idle_options
+from rankwise.config import StepOptions, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
 from rankwise.data import warn_of_overlap
 from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, RunError, heard, warn
-from rankwise.foreign import JsonObject, checked, read_json
+from rankwise.foreign import Fields, JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
 from rankwise.methods import method_of
-from rankwise.models import choose_device, model_facts
+from rankwise.models import choose_device
 from rankwise.models.device import cpu_name
 from rankwise.models.prepared import mapped_files
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import flag
 from rankwise.quantization.linear import count_weights
 from rankwise.records import WAIT_POLICIES, RunRecord, check_writable, load_record, versions_of
 from rankwise.training import checkpoints, ranks, setup
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
 from rankwise.training.learning import (
-    Learning,
-    learning_of,
+    LEARNING,
     make_loop,
+    paced,
+    rate_before,
+    rates_to_try,
     search,
-    with_default_rate,
-    with_found_rate,
-    with_rate,
 )
 from rankwise.training.loop import PROGRESS_FILE, Loop, coming_batches
 from rankwise.training.optimizers import (
@@ -56,12 +59,15 @@ from rankwise.training.optimizers import (
     loraplus_groups,
     make_schedule,
 )
+from rankwise.training.parts import Base, Learned, Pace, Reading, Updates, learned_of, part_of
 from rankwise.training.session import Foresight, Retention, Session
-from rankwise.training.setup import add_new_tokens, new_tokens, with_adapters_options
-from rankwise.training.step import Computing, Products, choose, prepare
+from rankwise.training.setup import add_new_tokens, new_tokens
+from rankwise.training.step import Computing, Objective, Prepared, choose, prepare
 from rankwise.training.watch import Observer, Progress, SilentObserver, check_installed, evaluations, frozen_bytes
 from rankwise.training.weights import checkpoint_bytes, reading_state
 
+# Settings on which no loss depends.
+NOT_OF_THE_LOSS = ("output", "overwrite", "ignore_plan")
 # Libraries whose version can change a result.
 PACKAGES = ("rankwise", "torch", "transformers", "datasets", "safetensors", "tokenizers")
 
@@ -84,80 +90,90 @@ def train(
     during training (a loss that is not finite, no gradient, a full disk), after which the last checkpoint remains;
     Interrupted after Ctrl-C or SIGTERM, once the step has been saved, so that ``resume=True`` continues it.
     """
-    started = began or time.monotonic()
-    settings = with_adapters_options(settings)
-    told: list[dict[str, str]] = []
+    return train_as_asked(setup.with_adapters_options(settings), observer, foresight, retention, began)
+
+
+def train_as_asked(
+    asked: TrainSettings,
+    observer: Observer | None,
+    foresight: Foresight | None,
+    retention: Retention | None,
+    began: float | None,
+) -> RunRecord:
+    """``train`` with settings that have the options of the adapter to continue."""
+    started, told = began or time.monotonic(), list[dict[str, str]]()
     limit_generated_kernels()
     grow_segments()
-    check_writable(settings.output)
-    device_type = torch.device(choose_device(settings.device, settings.dtype).device).type
+    check_writable(asked.output)
+    device_type = torch.device(choose_device(asked.device, asked.dtype).device).type
     # The other processes would be refused.
-    held = hold(settings.output) if ranks.is_writer() else nullcontext()
+    held = hold(asked.output) if ranks.is_writer() else nullcontext()
     with _told_warnings(observer, told), ranks.joined(device_type), held:
-        ranks.check_processes(settings, ranks.count())
-        ranks.check_alike(
-            {f"--{name.replace('_', '-')}": value for name, value in settings.model_dump(mode="json").items()}
-        )
-        mode = checkpoints.check_output(settings.output, resume=settings.resume, overwrite=settings.overwrite)
-        if mode == "resume":
-            settings = with_found_rate(settings)
-        lora = _check_settings(settings, device_type)
-        if mode == "resume":
-            checkpoints.check_same_run(settings.output, settings.model_dump(mode="json"))
-            checkpoints.check_same_processes(settings.output, ranks.count())
-            if _is_finished(settings):
-                return load_record(settings.output)
-        session = _prepare(settings, mode, lora, observer or SilentObserver(), foresight, retention)
+        ranks.check_processes(asked, ranks.count())
+        settings = asked.model_dump(mode="json")
+        ranks.check_alike({f"--{name.replace('_', '-')}": value for name, value in settings.items()})
+        mode = checkpoints.check_output(asked.output, resume=asked.resume, overwrite=asked.overwrite)
+        before = load_record(asked.output) if mode == "resume" else None
+        rate = asked.learning_rate
+        if before is not None:
+            rate = rate_before(asked.output, before, rate, asked.searched_rates, asked.budget)
+        check_names(asked.optimizer, asked.lr_scheduler_type)
+        check_memory_savers(asked.optimizer, device_type, activation_offloading=asked.activation_offloading)
+        check_installed(asked.trackers)
+        _warn_of_idle_options(asked.method, [n for n, usual in asked.defaults().items() if getattr(asked, n) != usual])
+        if before is not None:
+            checkpoints.check_same_run(asked.output, resolved(settings, rate))
+            checkpoints.check_same_processes(asked.output, ranks.count())
+            if _is_finished(asked.output, before, settings):
+                return before
+        session = _prepare(asked, mode, before, rate, observer or SilentObserver(), foresight, retention)
         return session.carry_out(started, told)
 
 
-def _check_settings(given: TrainSettings, device_type: str) -> LoraConfig:
-    check_names(given)
-    check_memory_savers(given.optimizer, device_type, activation_offloading=given.activation_offloading)
-    check_installed(given.trackers)
-    _warn_of_idle_options(given)
-    # Raises for an invalid 4-bit format before anything is read.
-    setup.quantization_for(given)
-    return given.lora_config(given.method)
+def resolved(settings: Fields, rate: float | str | None) -> JsonObject:
+    """The settings with the rate that is taken, which ends a search."""
+    budget = settings["budget"] if isinstance(rate, str) else None
+    return {**settings, "learning_rate": rate, "budget": budget}
 
 
-def _warn_of_idle_options(given: TrainSettings) -> None:
-    for reason, names in idle_options(given.method).items():
-        idle = [flag(name) for name in names if getattr(given, name) != given.defaults()[name]]
-        if idle:
-            warn("RW529", f"{', '.join(idle)}: no effect with --method {given.method}; {reason}.")
+def _warn_of_idle_options(method: str, given: Collection[str]) -> None:
+    for reason, names in idle_options(method).items():
+        if idle := [flag(name) for name in names if name in given]:
+            warn("RW529", f"{', '.join(idle)}: no effect with --method {method}; {reason}.")
 
 
-def _is_finished(given: TrainSettings) -> bool:
+def _is_finished(output: Path, before: RunRecord, settings: Fields) -> bool:
     """Whether the run to resume is finished and its length is unchanged, so that nothing is left to do."""
-    record = load_record(given.output)
-    is_as_long = all(getattr(given, name) == record.settings.get(name) for name in checkpoints.LENGTH)
-    if record.status != "finished" or not is_as_long:
+    is_as_long = all(settings[name] == before.settings.get(name) for name in checkpoints.LENGTH)
+    if before.status != "finished" or not is_as_long:
         return False
     warn(
         "RW509",
-        f"the run in {given.output} is finished ({record.steps} steps), so there is nothing to resume; a larger "
+        f"the run in {output} is finished ({before.steps} steps), so there is nothing to resume; a larger "
         "--max-steps or --epochs lengthens it.",
     )
     return True
 
 
-def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> None:
+def _check_length(output: Path, checkpoint: Checkpoint, pace: Pace, peak: float) -> None:
     """Raise RunError (RW507) if the run cannot get this length: it can become longer, and under a schedule that does
-    not depend on the length also shorter. Warn (RW544) how a schedule that does changes."""
-    before, schedule = progress_of(checkpoint).total_steps, given.lr_scheduler_type
+    not depend on the length also shorter. Warn (RW544) how a schedule that does changes.
+
+    ``peak``: the highest learning rate.
+    """
+    now, before, schedule = pace.total_steps, progress_of(checkpoint).total_steps, pace.lr_scheduler_type
     least = checkpoint.step if schedule in checkpoints.LENGTH_FREE else before
     if now < least:
         raise RunError(
             "RW507",
-            f"the run in {given.output} has {before} steps, of which {checkpoint.step} are done, and --max-steps or "
+            f"the run in {output} has {before} steps, of which {checkpoint.step} are done, and --max-steps or "
             f"--epochs ask for {now}; with the schedule {schedule} it can be resumed with {least} steps or more.",
         )
     if now == before or schedule in checkpoints.LENGTH_FREE:
         return
 
     def rate(total: int) -> float:
-        return given.rate * make_schedule(schedule, given.rate, given.warmup_steps, total)(checkpoint.step)
+        return peak * make_schedule(schedule, peak, pace.warmup_steps, total)(checkpoint.step)
 
     warn(
         "RW544",
@@ -166,139 +182,136 @@ def _check_length(given: TrainSettings, checkpoint: Checkpoint, now: int) -> Non
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """What a run reads, before the model gets an adapter."""
-
-    learning: Learning
-    loaded: setup.LoadedBase
-    # The model as it was loaded, before it gets new tokens.
-    base: JsonObject
-    lora: LoraConfig
-    data: setup.Data
-    versions: dict[str, str]
-
-
 def _prepare(
-    given: TrainSettings,
+    asked: TrainSettings,
     mode: checkpoints.Mode,
-    lora: LoraConfig,
+    before: RunRecord | None,
+    rate: float | str | None,
     observer: Observer,
     foresight: Foresight | None,
     retention: Retention | None,
 ) -> Session:
-    """Read, load and check everything, without writing anything."""
-    inputs = _read(given, lora, observer, foresight, retention)
-    learning, loaded, data = inputs.learning, inputs.loaded, inputs.data
-    given = with_default_rate(given, loaded.model, observer)
+    """Read, load and check everything, without writing anything.
+
+    ``rate``: as asked, or that of the run to resume, whose record is ``before``.
+    """
+    settings, learned, reading = asked.model_dump(mode="json"), learned_of(asked), part_of(Reading, asked)
+    base = part_of(Base, asked, quantization=setup.quantization_for(asked.method, asked))
+    lora = asked.lora_config(asked.method)
+    learning = LEARNING[learned.objective](learned)
+    texts, config = _read(base, reading, learned, lora, observer, retention)
+    rates = rates_to_try(rate, asked.searched_rates, config, settings, observer)
+    loaded, lora = _load(base, texts, lora, asked.new_tokens, observer, foresight)
+    model, versions = loaded.model, versions_of(PACKAGES)
+    observer.phase("Encoding data")
+    data = learning.encode(reading, loaded.tokenizer, texts)
+    setup.check_positions(model, [one.dataset for one in (data.train, data.evaluation) if one is not None])
     described = data.describe()
-    described["train"] |= setup.other_hashes(given)
-    _check_alike(inputs, described)
-    if mode == "resume":
-        checkpoints.check_same_inputs(given.output, described, inputs.base)
-    checkpoint = _checkpoint_to_resume(given.output) if mode == "resume" else None
-    trainable = setup.make_trainable(loaded.model, given, inputs.lora, checkpoint, inputs.base["sha256"])
-    products = _frozen_products(given, loaded.model, observer)
-    computing = Computing.of(given, products)
-    calibration = functools.partial(setup.calibration_ids, data.train.dataset, given.max_length, loaded.model.device)
-    prepared = prepare(loaded.model, given.method, given.objective, computing, calibration)
-    if learning.has_labels:
+    described["train"] |= setup.other_hashes(base.adapter, asked.new_tokens)
+    _check_alike(described, loaded.facts, versions)
+    checkpoint = None
+    if before is not None:
+        checkpoints.check_same_inputs(asked.output, described, loaded.facts)
+        checkpoint = _checkpoint_to_resume(asked.output)
+    how = {"keeps_reference": learned.beta > 0, "is_resumed": checkpoint is not None}
+    trainable = setup.make_trainable(model, base, lora, loaded.facts["sha256"], **how)
+    prepared = _accelerated(asked, base, learned.objective, before, model, data, observer)
+    if OBJECTIVES[learned.objective].has_answers:
         setup.check_labels(data)
     # One checkpoint more is being written, and the result takes as much.
-    check_space(given.output, checkpoint_bytes(loaded.model) * (given.save_total_limit + 3))
-    make = functools.partial(
-        make_loop,
-        learning=learning,
-        base=loaded,
-        computing=computing,
-        flat=prepared.flat,
-        progress=functools.partial(progress_of, checkpoint),
-        is_evaluated=_is_evaluated(given.output, checkpoint),
-    )
-    # Made before a search, for the run's length and memory, which do not depend on the learning rate.
-    loop = make(given.model_copy(update={"learning_rate": given.searched_rates[0]}) if given.searches else given, data)
-    if given.strategy == "fsdp" and not is_unit(loaded.model):
-        shard(loaded.model, mesh_of_all(loaded.device.type), trains_all=method_of(given.method).trains_all)
+    check_space(asked.output, checkpoint_bytes(model) * (asked.save_total_limit + 3))
+    asked_pace = part_of(Pace, asked)
+    objective = learning.objective(loaded, data, asked_pace, prepared.flat)
+    pace = paced(objective, asked_pace)
+    if base.strategy == "fsdp" and not is_unit(model):
+        shard(model, mesh_of_all(loaded.device.type), trains_all=method_of(base.method).trains_all)
     if checkpoint is not None:
-        _check_length(given, checkpoint, loop.options.total_steps)
+        _check_length(asked.output, checkpoint, pace, rates[0])
     # Batches differ between processes; the largest prediction is taken.
-    each = ranks.gathered(_predicted_peak(given, loop, foresight))
+    each = ranks.gathered(
+        _predicted_peak(objective, pace, reading.max_length if asked.packing else None, model, foresight)
+    )
     predicted, idle = max((found for found in each if found is not None), default=(None, None))
+
+    def loop_of(rate: float, pace: Pace, objective: Objective, **how: Any) -> Loop:
+        updates = part_of(Updates, asked, rate=rate)
+        return make_loop(objective, pace, updates, loaded, prepared.computing, asked.output, **how)
+
+    def short_loop(rate: float, pace: Pace, data: setup.Data) -> Loop:
+        objective = learning.objective(loaded, data, pace, prepared.flat)
+        return loop_of(rate, paced(objective, pace), objective, progress=Progress())
+
     searched = None
-    if given.searches:
-        read = [described, inputs.base, inputs.versions, products]
-        searched = search(given, data, loaded.model, loop.options.total_steps, make, observer, read)
-        given = with_rate(given, searched)
-        loop = make(given, data)
-    rates = None
-    if given.loraplus_ratio is not None and has_adapter(loaded.model):
-        options = {"rate": given.rate, "ratio": given.loraplus_ratio, "weight_decay": given.weight_decay}
-        rates = {group["group"]: group["lr"] for group in loraplus_groups(loaded.model, **options)}
-    record = RunRecord(
-        method=given.method,
-        objective=given.objective,
-        seed=given.seed,
-        settings=given.model_dump(mode="json"),
+    if len(rates) > 1:
+        options = {name: value for name, value in settings.items() if name not in NOT_OF_THE_LOSS}
+        searched = search(
+            rates,
+            data,
+            model,
+            short_loop,
+            asked_pace,
+            steps=pace.total_steps,
+            budget=asked.budget,
+            output=asked.output,
+            inputs=[options, rates, described, loaded.facts, versions, prepared.computing.products],
+            observer=observer,
+        )
+    found = rates[0] if searched is None else searched["chosen"]
+    is_evaluated = _is_evaluated(asked.output, checkpoint)
+    loop = loop_of(found, pace, objective, progress=progress_of(checkpoint), is_evaluated=is_evaluated)
+    taken, products = resolved(settings, found), prepared.computing.products
+    record = _record(
+        base,
+        loaded,
+        prepared,
+        part_of(Updates, asked, rate=found),
+        objective=learned.objective,
+        settings=taken,
+        asked={name: value for name, value in settings.items() if value != {**taken, "products": products}[name]},
         predicted_peak_memory_bytes=predicted,
         idle_bytes=idle,
         trainable_parameters=trainable,
-        total_parameters=count_weights(loaded.model),
-        base_model=inputs.base,
         data=described,
-        devices=ranks.count(),
-        strategy=(given.strategy or "ddp") if ranks.count() > 1 else None,
-        learning_rates=rates,
-        products=products,
+        versions=versions,
         rate_search=searched,
-        frozen_bytes=max(ranks.gathered(frozen_bytes(loaded.model))),
-        versions=inputs.versions,
-        device={
-            **device_record(loaded.device, loaded.dtype, given.optimizer),
-            "reason": loaded.device_reason,
-            "acceleration": str(prepared.accelerated or ("off" if given.fast else "off (--no-fast)")),
-            "rows": f"padded: {prepared.padded}" if prepared.padded else "laid end to end, without padding",
-        },
     )
-    return Session(given.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, given.trackers, retention)
+    return Session(asked.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, asked.trackers, retention)
 
 
 def _read(
-    given: TrainSettings,
-    lora: LoraConfig,
-    observer: Observer,
-    foresight: Foresight | None,
-    retention: Retention | None,
-) -> _Inputs:
-    learning = learning_of(given)
-    if learning.labels_of is None:
-        setup.check_model(given, lora)
+    base: Base, reading: Reading, learned: Learned, lora: LoraConfig, observer: Observer, retention: Retention | None
+) -> tuple[setup.Texts, PreTrainedConfig]:
+    """The rows as text, and the model's config, which is checked first if its head does not follow from the rows."""
+    checked = None if OBJECTIVES[learned.objective].of_labels else setup.check_model(base, lora)
     observer.phase("Reading data")
-    texts = setup.read_data(given, learning.formats)
+    texts = setup.read_data(reading, learned.objective, base.adapter)
     if retention is not None and (rows := retention.rows) is not None:
         warn_of_overlap(texts.rows, rows, "retained")
-    labels = None
-    if learning.labels_of is not None:
-        labels = learning.labels_of(given, texts.rows)
-        setup.check_model(given, lora, labels)
-    else:
-        setup.check_template(given, texts)
+    return texts, checked or setup.check_model(base, lora, texts.labels)
+
+
+def _load(
+    base: Base,
+    texts: setup.Texts,
+    lora: LoraConfig,
+    added: str | None,
+    observer: Observer,
+    foresight: Foresight | None,
+) -> tuple[setup.LoadedBase, LoraConfig]:
+    """The model, with the new tokens that are ``added``, and what its adapter trains."""
     observer.phase("Loading the model")
     if foresight is not None:
-        foresight.before_loading(0 if labels is None else len(labels.names))
+        foresight.before_loading(0 if texts.labels is None else len(texts.labels.names))
         # No process loads the model before all have measured the free memory.
         ranks.barrier()
-    loaded = setup.load_for_training(given, labels)
-    base = model_facts(loaded.model, loaded.source)
+    loaded = setup.load_for_training(base, texts.labels, lora.modules_to_save or ())
     lora = with_heads(loaded.model, lora)
-    if given.new_tokens is not None and method_of(given.method).has_adapter:
-        lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(given.new_tokens), lora)
-    observer.phase("Encoding data")
-    data = learning.encode(given, loaded.tokenizer, texts)
-    setup.check_positions(loaded.model, [one.dataset for one in (data.train, data.evaluation) if one is not None])
-    return _Inputs(learning, loaded, base, lora, data, versions_of(PACKAGES))
+    if added is not None and method_of(base.method).has_adapter:
+        lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(added), lora)
+    return loaded, lora
 
 
-def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
+def _check_alike(described: Mapping[str, Fields], facts: Fields, versions: Mapping[str, str]) -> None:
     """Refuse processes that read other data, models or files, or have other versions of the libraries."""
     others = {key: value for key, value in described["train"].items() if key.endswith("_sha256")}
     ranks.check_alike(
@@ -307,32 +320,71 @@ def _check_alike(inputs: _Inputs, described: dict[str, JsonObject]) -> None:
             # A different tokenizer makes a different number of tokens of the same rows.
             **{f"the number of tokens of the {name} data": part["tokens"] for name, part in described.items()},
             **{f"the sha256 of the {key.removesuffix('_sha256').replace('_', ' ')}": others[key] for key in others},
-            "the sha256 of the model": inputs.base["sha256"],
-            **{f"the version of {name}": version for name, version in inputs.versions.items()},
+            "the sha256 of the model": facts["sha256"],
+            **{f"the version of {name}": version for name, version in versions.items()},
         }
     )
 
 
-def _frozen_products(given: TrainSettings, model: nn.Module, observer: Observer) -> Products:
-    """What ``--products`` stands for here. A resumed run keeps what it took, also on another machine."""
-    before = load_record(given.output).products if given.resume else None
-    products, why = (
-        (before, "as before") if before else choose(given, given.method, given.objective, given.strategy, model)
-    )
-    if given.products == "auto" and takes_eight_bit(given.method, given.objective, given.strategy, given):
+def _accelerated(
+    options: StepOptions,
+    base: Base,
+    objective: ObjectiveName,
+    before: RunRecord | None,
+    model: PreTrainedModel,
+    data: setup.Data,
+    observer: Observer,
+) -> Prepared:
+    """The model with faster parts. A resumed run keeps the products that it took, also on another machine."""
+    of_run = base.method, objective, base.strategy
+    if before is not None and before.products:
+        products, why = before.products, "as before"
+    else:
+        products, why = choose(options, *of_run, model)
+    if options.products == "auto" and takes_eight_bit(*of_run, options):
         observer.note(f"frozen products: {products} ({why})")
-    return products
+    ids = functools.partial(setup.calibration_ids, data.train.dataset, options.max_length, model.device)
+    return prepare(model, base.method, objective, part_of(Computing, options, products=products), ids)
 
 
-def _predicted_peak(given: TrainSettings, loop: Loop, foresight: Foresight | None) -> tuple[int, int] | None:
-    """The predicted peak over training and evaluation, with its idle process; None without a plan. Packed rows count
-    as full."""
+def _predicted_peak(
+    objective: Objective, pace: Pace, packed_length: int | None, model: nn.Module, foresight: Foresight | None
+) -> tuple[int, int] | None:
+    """The predicted peak in bytes, over training and evaluation, and that of an idle process; None without a plan.
+    Packed rows count as full."""
     if foresight is None:
         return None
-    batch = loop.objective.largest_batch(coming_batches(loop))
-    if given.packing:
-        batch = dataclasses.replace(batch, rows=given.batch_size, tokens=given.max_length)
-    return foresight.before_training(batch, loop.objective.largest_evaluation(), mapped_files(loop.model))
+    batch = objective.largest_batch(coming_batches(objective, pace))
+    if packed_length is not None:
+        batch = dataclasses.replace(batch, rows=pace.batch_size, tokens=packed_length)
+    return foresight.before_training(batch, objective.largest_evaluation(), mapped_files(model))
+
+
+def _record(base: Base, loaded: setup.LoadedBase, prepared: Prepared, updates: Updates, **known: Any) -> RunRecord:
+    """The record of a run that begins. ``known``: further fields."""
+    model, rates = loaded.model, None
+    if updates.loraplus_ratio is not None and has_adapter(model):
+        options = {"rate": updates.rate, "ratio": updates.loraplus_ratio, "weight_decay": updates.weight_decay}
+        rates = {group["group"]: group["lr"] for group in loraplus_groups(model, **options)}
+    computing = prepared.computing
+    return RunRecord(
+        method=base.method,
+        seed=base.seed,
+        total_parameters=count_weights(model),
+        base_model=loaded.facts,
+        devices=ranks.count(),
+        strategy=(base.strategy or "ddp") if ranks.count() > 1 else None,
+        learning_rates=rates,
+        products=computing.products,
+        frozen_bytes=max(ranks.gathered(frozen_bytes(model))),
+        device={
+            **device_record(loaded.device, loaded.dtype, updates.optimizer),
+            "reason": loaded.device_reason,
+            "acceleration": str(prepared.accelerated or ("off" if computing.fast else "off (--no-fast)")),
+            "rows": f"padded: {prepared.padded}" if prepared.padded else "laid end to end, without padding",
+        },
+        **known,
+    )
 
 
 def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:

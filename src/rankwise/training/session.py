@@ -24,6 +24,7 @@ from rankwise.disk import coded_errors, flush, flush_tree, follow_umask, refuse_
 from rankwise.errors import Interrupted, warn
 from rankwise.foreign import JsonObject
 from rankwise.models.prepared import MappedFiles, mapped_files
+from rankwise.objectives import OBJECTIVES
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows, write_text
 from rankwise.reports.model_card import model_card
 from rankwise.reports.plots import loss_svg
@@ -155,6 +156,7 @@ class Session:
         if self.mode == "resume":
             before = load_record(self.folder)
             self.record.files, self.record.rate_search = before.files, before.rate_search
+            self.record.asked = before.asked
         remove_strays(self.folder, {RUN_FILE, *OWN_FILES})
         self.record.save(self.folder)
         search_file(self.folder).unlink(missing_ok=True)
@@ -165,7 +167,7 @@ class Session:
             write_skipped_rows(self.folder, self.record.data)
             remove_unfinished(self.folder)
             begin_metrics(self.folder, step)
-        computed = self.loop.options.autocast if self.loop.model.dtype == torch.float32 else None
+        computed = self.loop.autocast if self.loop.model.dtype == torch.float32 else None
         if self.retention is not None:
             self.observer.phase("Measuring what must stay")
             self._announce([*self.retention.files])
@@ -184,7 +186,7 @@ class Session:
         if ranks.is_writer():
             self._finish(losses.get(0), kept, gathered)
             if isinstance(self.loop.objective, Preferences) and not is_unit(self.loop.model):
-                with mixed(self.loop.model, self.loop.options.autocast):
+                with mixed(self.loop.model, self.loop.autocast):
                     self.record.answers = self.loop.objective.changed_answers(self.tokenizer)
             self._complete_record("finished")
             write_plot(self.folder, self.record)
@@ -217,7 +219,7 @@ class Session:
                 interrupt=interrupt,
                 check=GradientCheck(
                     loop.model,
-                    overflow_is_normal=loop.options.autocast == torch.float16,
+                    overflow_is_normal=loop.autocast == torch.float16,
                     silence_is_normal=loop.objective.silence_is_normal,
                 ),
                 files=files,
@@ -230,7 +232,7 @@ class Session:
                 raise
         progress.peak_memory_bytes = max(ranks.gathered(progress.peak_memory_bytes))
         # Only the writing process knows the metrics.
-        is_last = progress.steps >= loop.options.total_steps
+        is_last = progress.steps >= loop.pace.total_steps
         is_evaluated = loop.objective.eval_rows is None or progress.steps in evaluations(self.folder)
         is_done = is_last and ranks.gathered(is_evaluated)[0]
         if not ranks.agreed(interrupt.requested) or is_done:
@@ -239,14 +241,14 @@ class Session:
             raise Interrupted("RW542", f"stopped before the first step; {self.folder} holds nothing to resume yet.")
         raise Interrupted(
             "RW540",
-            f"stopped after step {progress.steps} of {loop.options.total_steps} and saved it; continue with `rankwise "
+            f"stopped after step {progress.steps} of {loop.pace.total_steps} and saved it; continue with `rankwise "
             f"train --resume --output {self.folder}`.",
         )
 
     @property
     def of_rewards(self) -> bool:
         """Whether the evaluation loss is the negative mean reward."""
-        return self.record.objective == "grpo"
+        return OBJECTIVES[self.record.objective].of_rewards
 
     def _tick(self) -> None:
         self.loop.progress.wall_seconds = time.monotonic() - self.started
@@ -262,7 +264,7 @@ class Session:
         warn_if_worse(record.initial_eval_loss, kept, of_rewards=self.of_rewards)
         if kept.eval_loss is None and not self.of_rewards:
             warn_if_risen([line["loss"] for line in read_metrics(self.folder) if line.get("loss") is not None])
-        if progress.steps < (total := self.loop.options.total_steps):
+        if progress.steps < (total := self.loop.pace.total_steps):
             warn("RW527", f"stopped early after step {progress.steps} of {total}: no better evaluation.")
 
     def _announce(self, files: list[str]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,35 +14,35 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.adapters import plan_adapter
 from rankwise.adapters.base_layer import dequantizer
 from rankwise.adapters.checkpoint import load_adapter, read_adapter
-from rankwise.adapters.folder import WEIGHTS_FILE, read_folder, tokenizer_with_rows
+from rankwise.adapters.folder import WEIGHTS_FILE, labels_of, read_folder, tokenizer_with_rows
 from rankwise.adapters.select import with_heads
 from rankwise.adapters.switch import keep_reference
 from rankwise.compat.transformers import before_weights
-from rankwise.config import TrainSettings
+from rankwise.config import StepOptions, TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
-from rankwise.data.formats import Format
-from rankwise.data.templates import renderer
-from rankwise.errors import ConfigError, DataError, RunError, heard, warn
+from rankwise.data.objectives import formats_of, labels_in
+from rankwise.errors import ConfigError, DataError, RunError, heard, some_of, warn
 from rankwise.foreign import Fields, JsonObject, sha256_of
 from rankwise.labels import Labels
 from rankwise.lora_config import ADAPTER, LoraConfig
 from rankwise.methods import METHODS, either, kinds, method_of, methods_with
-from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, load_tokenizer
+from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, model_facts
 from rankwise.models.load import table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
 from rankwise.models.source import weights_files
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import flag
 from rankwise.quantization.config import CONFIGS, FourBitConfig
 from rankwise.records import record_of
 from rankwise.training import ranks, step
 from rankwise.training.batches import longest_row
-from rankwise.training.checkpoints import Checkpoint
+from rankwise.training.parts import Base, Reading
 from rankwise.training.weights import seed_all, shard_before_loading
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 256
@@ -56,6 +56,8 @@ class Texts:
     eval_rows: Rows | None
     # Jinja source of --chat-template.
     template: str | None
+    # Those of the head; None for a language model.
+    labels: Labels | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Data:
     train: Encoded
     evaluation: Encoded | None
     texts: Texts
+    # The tokens at which rows were cut.
+    max_length: int
     # Further entries of the record about the training data.
     notes: Fields = dataclasses.field(default_factory=dict)
 
@@ -91,36 +95,45 @@ class LoadedBase:
     dtype: torch.dtype
     autocast: torch.dtype | None
     device_reason: str
+    # For the record; those of the model as it was loaded, before it gets new tokens.
+    facts: JsonObject
 
 
-def read_data(given: TrainSettings, formats: Collection[Format] | None = None) -> Texts:
-    """The rows of both sets and the chat template. Raises DataError as the readers do.
+def read_data(reading: Reading, objective: ObjectiveName, adapter: Path | None) -> Texts:
+    """The rows of both sets, the chat template, and labels if these are learned. Raises DataError as the readers do.
 
     A source with several splits gives ``train`` for training and ``validation`` for evaluation.
     """
-    template = None if given.chat_template is None else read_template(given.chat_template)
+    template = None if reading.chat_template is None else read_template(reading.chat_template)
+    named = {"prompt_column": reading.prompt_column, "completion_column": reading.completion_column}
+    formats = formats_of(objective, **named)
     # The formats of an objective define its columns.
-    columns = given.columns if formats is None else {}
-    options = {**columns, "skip_bad_rows": given.skip_bad_rows, "formats": formats}
-    rows = read_rows(given.data, split="train", **options)
-    if given.eval_data is None:
-        return Texts(rows, None, template)
-    eval_rows = read_rows(given.eval_data, split="validation", **options)
-    eval_rows = limited(eval_rows, given.eval_limit)
-    warn_of_overlap(rows, eval_rows)
-    return Texts(rows, eval_rows, template)
+    columns = named if formats is None else {}
+    options: JsonObject = {**columns, "skip_bad_rows": reading.skip_bad_rows, "formats": formats}
+    rows = read_rows(reading.data, split="train", **options)
+    eval_rows = None
+    if reading.eval_data is not None:
+        eval_rows = limited(read_rows(reading.eval_data, split="validation", **options), reading.eval_limit)
+        warn_of_overlap(rows, eval_rows)
+    return Texts(rows, eval_rows, template, labels_to_learn(rows, adapter) if OBJECTIVES[objective].of_labels else None)
 
 
-def check_template(given: TrainSettings, texts: Texts) -> None:
-    """Raise DataError (RW210) for chat rows without a template, before the weights are read."""
-    if texts.rows.kind == "chat" and texts.template is None and given.adapter is None:
-        options: JsonObject = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
-        if (tokenizer := load_tokenizer(given.model, **options)) is not None:
-            renderer(texts.rows, tokenizer, None)
+def labels_to_learn(rows: Rows, adapter: Path | None) -> Labels:
+    """The labels of the rows. Raises ConfigError (RW764) if the adapter to continue answers with others."""
+    labels = labels_in(rows)
+    trained = None if adapter is None else labels_of(adapter)
+    if adapter is not None and trained != labels:
+        has = "writes text" if trained is None else f"answers with {some_of(trained.names)} ({trained.problem})"
+        raise ConfigError(
+            "RW764",
+            f"--adapter {adapter} {has}, and the labels of {rows.source} are {some_of(labels.names)} "
+            f"({labels.problem}); give data with its labels, or leave --adapter out.",
+        )
+    return labels
 
 
 def encode_data(
-    given: TrainSettings,
+    reading: Reading,
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
     encode: Callable[..., Encoded] = encode_rows,
@@ -135,105 +148,110 @@ def encode_data(
     encode = functools.partial(
         encode,
         tokenizer=tokenizer,
-        max_length=given.max_length,
-        chat_template=texts.template,
-        skip_bad_rows=given.skip_bad_rows,
+        max_length=reading.max_length,
+        **({} if texts.template is None else {"chat_template": texts.template}),
+        skip_bad_rows=reading.skip_bad_rows,
     )
     train = encode(texts.rows, name="train")
     evaluation = None if texts.eval_rows is None else encode(texts.eval_rows, name="eval")
-    return Data(train, evaluation, texts)
+    return Data(train, evaluation, texts, reading.max_length)
 
 
-def other_hashes(given: TrainSettings) -> dict[str, str]:
-    """The sha256 of the files, other than data and base model, with which a run must be resumed."""
+def other_hashes(adapter: Path | None, added: str | None) -> dict[str, str]:
+    """The sha256 of the files, other than data and base model, with which a run must be resumed: the
+    ``adapter`` that it continues, and the tokens that it ``added``."""
     found = {}
-    if given.adapter is not None:
-        found["adapter_sha256"] = sha256_of(given.adapter / WEIGHTS_FILE)
-    if given.new_tokens is not None:
-        found["new_tokens_sha256"] = hashlib.sha256("\n".join(new_tokens(given.new_tokens)).encode()).hexdigest()
+    if adapter is not None:
+        found["adapter_sha256"] = sha256_of(adapter / WEIGHTS_FILE)
+    if added is not None:
+        found["new_tokens_sha256"] = hashlib.sha256("\n".join(new_tokens(added)).encode()).hexdigest()
     return found
 
 
-def quantization_for(given: TrainSettings) -> FourBitConfig | None:
+def quantization_for(method: str, options: StepOptions) -> FourBitConfig | None:
     """The 4-bit config of the method, None if the base is dense. Defaults: NF4 with double quantization (QLoRA,
     section 3)."""
-    if not method_of(given.method).four_bits:
+    if not method_of(method).four_bits:
         return None
-    return CONFIGS[given.quant_type](block_size=given.block_size, double_quant=given.double_quant)
+    return CONFIGS[options.quant_type](block_size=options.block_size, double_quant=options.double_quant)
 
 
-def check_model(given: TrainSettings, config: LoraConfig, labels: Labels | None = None) -> None:
-    """Raise what the model's config alone decides: a model that is not there, an adapter that does not fit it."""
-    remote: JsonObject = {"revision": given.revision, "trust_remote_code": given.trust_remote_code}
-    source = dataclasses.replace(fetch_model(given.model, **remote, weights=False), labels=labels)
-    if not method_of(given.method).has_adapter:
-        return
-    skeleton = load_skeleton(source, trust_remote_code=given.trust_remote_code)
+def check_model(base: Base, config: LoraConfig, labels: Labels | None = None) -> PreTrainedConfig:
+    """The model's config. Raises what it alone decides, before the weights are there: no such model, an adapter that
+    does not fit it."""
+    remote: JsonObject = {"trust_remote_code": base.trust_remote_code}
+    source = fetch_model(base.model, revision=base.revision, **remote, weights=False)
+    skeleton = load_skeleton(dataclasses.replace(source, labels=labels), **remote)
+    if not method_of(base.method).has_adapter:
+        return skeleton.config
     # The loaded model gives the warnings again.
     with heard(lambda warning: False):
-        if given.adapter is not None:
-            read_adapter(skeleton, given.adapter)
+        if base.adapter is not None:
+            read_adapter(skeleton, base.adapter)
         else:
             plan_adapter(skeleton, with_heads(skeleton, config))
+    return skeleton.config
 
 
-def load_for_training(given: TrainSettings, labels: Labels | None = None) -> LoadedBase:
+def load_for_training(base: Base, labels: Labels | None = None, trained_whole: Sequence[str] = ()) -> LoadedBase:
     """Load the base model to its device in the dtype that the method needs, with a head of ``labels``. With --strategy
-    fsdp, only this process's rows are read where the file format permits it."""
-    choice = choose_device(given.device, given.dtype)
+    fsdp, only this process's rows are read where the file format permits it, but of the modules ``trained_whole``."""
+    choice = choose_device(base.device, base.dtype)
     where = torch.device(choice.device)
-    weights, autocast = step.mixed_precision(given.method, choice.dtype, where.type)
-    source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
+    weights, autocast = step.mixed_precision(base.method, choice.dtype, where.type)
+    source = fetch_model(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
     source = dataclasses.replace(source, labels=labels)
     if labels is not None:
         # A new head is random.
-        seed_all(given.seed)
-    quantization = quantization_for(given)
+        seed_all(base.seed)
     by_rows: AbstractContextManager[None] = nullcontext()
-    if given.strategy == "fsdp" and not is_quantized(source) and (given.cache is None or quantization is None):
+    if base.strategy == "fsdp" and not is_quantized(source) and (base.cache is None or base.quantization is None):
         # The processes read the files together, so they must find the same tensors.
         ranks.check_alike(
             {"the files of the model": {path.name: path.stat().st_size for path in weights_files(source)}}
         )
-        names, trains_all = given.modules_to_save or (), method_of(given.method).trains_all
-        shard = functools.partial(shard_before_loading, device_type=where.type, trained_whole=names)
-        by_rows = before_weights(functools.partial(shard, trains_all=trains_all))
+        shard = functools.partial(shard_before_loading, device_type=where.type, trained_whole=trained_whole)
+        by_rows = before_weights(functools.partial(shard, trains_all=method_of(base.method).trains_all))
     reads_rows = not isinstance(by_rows, nullcontext)
     with by_rows:
         model, tokenizer = load_prepared(
             source,
             dtype=weights,
             device=choice.device,
-            quantization=quantization,
-            trust_remote_code=given.trust_remote_code,
+            quantization=base.quantization,
+            trust_remote_code=base.trust_remote_code,
             # A prepared base holds whole weights.
-            cache=given.cache if reads_rows else given.cache or user_cache(choice.device, mapped=given.mmap),
-            mapped=given.mmap,
+            cache=base.cache if reads_rows else base.cache or user_cache(choice.device, mapped=base.mmap),
+            mapped=base.mmap,
         )
     if tokenizer is None:
-        raise ConfigError("RW115", f"{given.model} has no tokenizer, which training needs; add its tokenizer files.")
-    if given.adapter is not None:
-        tokenizer = tokenizer_with_rows(given.adapter, tokenizer)
+        raise ConfigError("RW115", f"{base.model} has no tokenizer, which training needs; add its tokenizer files.")
+    if base.adapter is not None:
+        tokenizer = tokenizer_with_rows(base.adapter, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedBase(source, model, tokenizer, where, choice.dtype, autocast, choice.reason)
+    facts = model_facts(model, source)
+    return LoadedBase(source, model, tokenizer, where, choice.dtype, autocast, choice.reason, facts)
 
 
 def make_trainable(
-    model: PreTrainedModel, given: TrainSettings, config: LoraConfig, checkpoint: Checkpoint | None, base_sha256: str
+    model: PreTrainedModel, base: Base, config: LoraConfig, sha256: str, *, keeps_reference: bool, is_resumed: bool
 ) -> int:
     """Give the model the method's adapter, new or from ``--adapter``, or for ``full`` unfreeze the model. Returns the
-    number of trained parameters."""
-    if given.adapter is not None:
-        return _continue_adapter(model, given, given.adapter, base_sha256)
-    seed_all(given.seed)
-    if given.method not in kinds() and any(dequantizer(module) is not None for module in model.modules()):
+    number of trained parameters.
+
+    ``sha256``: that of the base's weights; ``keeps_reference``: a continued adapter has a frozen copy.
+    """
+    if base.adapter is not None:
+        return _continue_adapter(model, base, base.adapter, sha256, keeps_reference=keeps_reference)
+    seed_all(base.seed)
+    if base.method not in kinds() and any(dequantizer(module) is not None for module in model.modules()):
         raise ConfigError(
             "RW181",
-            f"{given.model} holds weights that another library quantized, which --method {given.method} does not "
+            f"{base.model} holds weights that another library quantized, which --method {base.method} does not "
             f"support; take {either(kinds())}, or the dense checkpoint.",
         )
-    return step.make_trainable(model, given.method, config, is_resumed=checkpoint is not None)
+    return step.make_trainable(model, base.method, config, is_resumed=is_resumed)
 
 
 def calibration_ids(dataset: Dataset, max_length: int, device: torch.device) -> torch.Tensor:
@@ -289,7 +307,7 @@ def with_adapters_options(given: TrainSettings) -> TrainSettings:
     return given.model_copy(update=own)
 
 
-def _continue_adapter(model: nn.Module, given: TrainSettings, adapter: Path, base_sha256: str) -> int:
+def _continue_adapter(model: nn.Module, base: Base, adapter: Path, base_sha256: str, *, keeps_reference: bool) -> int:
     """Load the adapter to continue, and a frozen copy where the objective needs it as the reference. Returns the number
     of trained parameters.
 
@@ -300,11 +318,11 @@ def _continue_adapter(model: nn.Module, given: TrainSettings, adapter: Path, bas
         if trained_on not in (None, base_sha256):
             raise ConfigError(
                 "RW764",
-                f"--adapter {adapter} was trained on a different base than --model {given.model} (their sha256 "
+                f"--adapter {adapter} was trained on a different base than --model {base.model} (their sha256 "
                 "differ); give the model that its run.json names.",
             )
     report = load_adapter(model, adapter)
-    if given.objective in ("dpo", "kto") or given.beta:
+    if keeps_reference:
         keep_reference(model)
     return report.trainable_parameters
 

@@ -40,6 +40,7 @@ from rankwise.conflicts import takes_eight_bit
 from rankwise.errors import ConfigError
 from rankwise.lora_config import LoraConfig
 from rankwise.methods import method_of
+from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.training import ranks
 from rankwise.training.batches import KEY, Batch, Figures, MicroBatch, Row, on_device
 from rankwise.training.watch import Step
@@ -97,12 +98,6 @@ class Computing:
     activation_offloading: bool
     neftune_noise_alpha: float | None
 
-    @classmethod
-    def of(cls, options: StepOptions, products: Products) -> Computing:
-        """``products``: what ``options.products`` stands for here."""
-        found = {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
-        return cls(**{**found, "products": products})
-
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -120,7 +115,7 @@ class Prepared:
 
 
 def choose(
-    options: StepOptions, method: str, objective: str, strategy: str | None, model: nn.Module
+    options: StepOptions, method: str, objective: ObjectiveName, strategy: str | None, model: nn.Module
 ) -> tuple[Products, str]:
     """What ``--products`` stands for on this model and device, and why."""
     if options.products == "bfloat16":
@@ -131,7 +126,11 @@ def choose(
 
 
 def prepare(
-    model: PreTrainedModel, method: str, objective: str, computing: Computing, calibration: Callable[[], Tensor]
+    model: PreTrainedModel,
+    method: str,
+    objective: ObjectiveName,
+    computing: Computing,
+    calibration: Callable[[], Tensor],
 ) -> Prepared:
     """Replace parts of the model, which has its adapter, by faster ones, and choose the layout of rows.
 
@@ -152,21 +151,21 @@ def prepare(
     padded = why_padded(model, objective, computing, accelerated)
     if computing.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if objective == "classify":
+    if OBJECTIVES[objective].of_labels:
         # No keys and values are kept for a next token.
         model.config.use_cache = False
     return Prepared(accelerated, padded, computing)
 
 
 def why_padded(
-    model: PreTrainedModel, objective: str, computing: Computing, accelerated: Acceleration | None
+    model: PreTrainedModel, objective: ObjectiveName, computing: Computing, accelerated: Acceleration | None
 ) -> str | None:
     """Why rows are padded to one length, or None if they are concatenated. Raises ConfigError (RW112) for packing."""
     if computing.packing:
         if obstacle := flattening_obstacle(model):
             raise ConfigError("RW112", f"--packing would let rows see each other: {obstacle}; leave it out.")
         return "packing fills rows to one length"
-    if objective == "classify":
+    if OBJECTIVES[objective].of_labels:
         return "a head of labels reads the last token of each row"
     if computing.neftune_noise_alpha is not None:
         return "NEFTune's noise depends on a row's length"
