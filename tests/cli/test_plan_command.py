@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,7 +19,6 @@ from rankwise.errors import ConfigError, DataError
 from rankwise.methods import METHODS
 from rankwise.options import read_settings
 from rankwise.planning import TERMS, hardware
-from rankwise.training.run import _check_settings
 
 ENOUGH, LITTLE = "8GB", "1MB"
 
@@ -205,11 +205,11 @@ def test_train_takes_what_a_plan_recommends(rankwise, plan, rows_file, tmp_path,
     if command is None:
         return
 
-    def check(given, *_):
-        _check_settings(given, device)
+    def read(*_):
         raise DataError("RW201", "all settings are taken.")
 
-    monkeypatch.setattr("rankwise.training.run.train", check)
+    monkeypatch.setattr("rankwise.training.run.choose_device", lambda *_: SimpleNamespace(device=device))
+    monkeypatch.setattr("rankwise.training.setup.read_data", read)
     words = command.replace("--data D --output O", f"--data {rows_file} --output {tmp_path / 'run'}")
     assert "RW201: all settings are taken." in rankwise(*shlex.split(words)[1:]).stderr
 
