@@ -277,7 +277,7 @@ def page(runs: list[results.Run]) -> list[str]:
         *(line for run in runs for line in other_tokens(run)),
         "Examples per second of the training steps. Loss per labelled token over rows of the evaluation data, "
         f"{', '.join(dict.fromkeys(str(run['eval_rows']) for run in runs))} of them, by one evaluator. Peak: anonymous "
-        "memory while training, and, but for records of an unknown commit, what the model maps of its file. TRL's "
+        "memory while training, and what the model maps of its file. TRL's "
         "gradient checkpointing is off, its precision the one above, its other options are TRL's defaults.",
     ]
 

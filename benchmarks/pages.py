@@ -3,6 +3,7 @@
     python benchmarks/pages.py
 
 A benchmark makes the page of its own subject; this is for a changed layout, or for runs that came from other machines.
+A subject without runs has no page.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SUBJECTS: dict[str, Callable[[list[results.Run]], list[str]]] = {
     "families": tried_families.page,
     "default_rates": default_rates.page,
 }
+MEASURED = [name for name in SUBJECTS if results.runs_of(name, results.FOLDER)]
 
 
 def text_of(subject: str) -> str:
@@ -40,5 +42,5 @@ def text_of(subject: str) -> str:
 
 
 if __name__ == "__main__":
-    for name in SUBJECTS:
+    for name in MEASURED:
         write_text(results.FOLDER / f"{name}.md", text_of(name))

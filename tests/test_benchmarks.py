@@ -82,10 +82,15 @@ def test_flops_lie_between_the_floor_and_the_peer(method: str, base: Path) -> No
     assert ops.implementation(torch.empty(1)) == ops.implementation(torch.empty(2))
 
 
-@pytest.mark.parametrize("subject", pages.SUBJECTS)
+@pytest.mark.parametrize("subject", pages.MEASURED)
 def test_a_page_is_what_its_runs_make(subject: str) -> None:
     """``python benchmarks/pages.py`` writes them again after a change of their layout."""
     assert (results.FOLDER / f"{subject}.md").read_text(encoding="utf-8") == pages.text_of(subject)
+
+
+@pytest.mark.parametrize("subject", pages.SUBJECTS)
+def test_a_subject_without_runs_has_no_page(subject: str) -> None:
+    assert (results.FOLDER / f"{subject}.md").exists() is (subject in pages.MEASURED)
 
 
 def test_the_plan_meets_whole_runs() -> None:

@@ -249,12 +249,12 @@ def _number(config: Fields, names: tuple[str, ...]) -> int:
 # Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2).
 ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
-# A LoRA step takes 1.33 to 1.62 times as long as its frozen products (benchmarks/results/steps.md), and these 1.4 times
-# as long as products with one weight, which stays in a cache.
+# A LoRA step in bfloat16 takes 1.35 times as long as its frozen products (benchmarks/results/eight_bits.md), and these
+# 1.4 times as long as products with one weight, which stays in a cache.
 STEP_SHARE = 0.5
-# {method: speed on a processor beside LoRA's}: geometric means over three processors of the whole runs in
-# benchmarks/results/end_to_end.md, with dropout 0.05. What 4 bits and norms cost depends on the processor.
-RUN_SHARES = {"qlora": 0.95, "dora": 0.80, "qdora": 0.76}
+# {method: speed on a processor beside LoRA's}: the whole runs in benchmarks/results/end_to_end.md, with dropout 0.05.
+# They ran on one processor; what 4 bits and norms cost depends on the processor.
+RUN_SHARES = {"qlora": 0.86, "dora": 0.73, "qdora": 0.67}
 # AdamW on one core of an AMD EPYC (Zen 5), with clipping, for each trained parameter in float32.
 OPTIMIZER_SECONDS = 7.5e-9
 # A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md).
