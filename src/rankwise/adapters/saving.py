@@ -51,6 +51,7 @@ from rankwise.adapters.state import (
     trained_copies,
 )
 from rankwise.compat.transformers import heads_of_labels, is_experts_family
+from rankwise.disk import whole_file
 from rankwise.errors import AdapterError, warn
 from rankwise.foreign import Fields
 from rankwise.labels import Labels, labels_of_head
@@ -212,7 +213,10 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], metadata: Mapping[st
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     # The tensors start at a multiple of eight bytes.
     text += b" " * (-len(text) % 8)
-    write_bytes(folder / WEIGHTS_FILE, b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[end:])))
+    with whole_file(folder / WEIGHTS_FILE) as file:
+        # In parts: a checkpoint must not need the adapter's memory once more.
+        for part in (len(text).to_bytes(8, "little"), text, memoryview(content)[end:]):
+            file.write(part)
 
 
 def mark_labels(model: nn.Module, document: dict[str, Any], metadata: dict[str, str]) -> None:
