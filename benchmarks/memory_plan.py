@@ -1,4 +1,4 @@
-"""Predicted peak memory against measured, of 57 runs of `rankwise train`: shapes, methods, objectives, options.
+"""Predicted peak memory against measured, of 59 runs of `rankwise train`: shapes, methods, objectives, options.
 
     python benchmarks/memory_plan.py          # half an hour; a run that the file already has is not repeated
     python benchmarks/memory_plan.py dpo      # only the runs with this word, anew
