@@ -20,7 +20,7 @@ from rankwise.errors import ConfigError, DataError, InputError, Interrupted, Ran
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.reports.plots import loss_svg
-from rankwise.training import step
+from rankwise.training import setup, step
 from rankwise.training.learning import evaluation_steps_of
 from rankwise.training.objectives import Demonstrations
 from rankwise.training.run import _told_warnings, train
@@ -218,6 +218,16 @@ def test_bad_input_writes_nothing(case: str, overwrite: bool, settings: Any, tmp
     assert "\n" not in str(caught.value)
     assert snapshot(tmp_path / "run") == before
     assert (tmp_path / "run").exists() == overwrite
+
+
+def test_chat_rows_without_a_template_are_refused_before_the_weights_are_read(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "load_for_training", lambda *_: pytest.fail("loaded"))
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(DataError, match="RW210"):
+        train(settings(data=str(tmp_path / "chat.jsonl")))
 
 
 def test_existing_run_is_refused_then_overwritten(settings: Any, tmp_path: Path) -> None:

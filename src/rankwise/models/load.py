@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.transformers import gguf_read_once, heads_of_labels, text_config, without_accelerate
+from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ModelError, RankwiseError, one_line, some_of, warn
 from rankwise.foreign import Fields
 from rankwise.labels import NUMBER, Labels, labels_of_head
@@ -114,6 +115,16 @@ def remember_originals(loaded: PreTrainedModel, source: ModelSource, *, trust_re
     """Let a quantized model load its original weights again, which the inits PiSSA and LoftQ need."""
     marked: Any = loaded
     marked.rankwise_originals = lambda: load_model(source, trust_remote_code=trust_remote_code)[0]
+
+
+def names_chat_template(model: Model, *, trust_remote_code: bool = False, revision: str | None = None) -> bool:
+    """Whether the files name a chat template, without loading the tokenizer; False where that is unsure."""
+    source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    path = source.place
+    if source.is_gguf:
+        return "tokenizer.chat_template" in read_gguf_header(path).metadata
+    config = path / "tokenizer_config.json"
+    return (path / TEMPLATE_FILE).is_file() or (config.is_file() and b'"chat_template"' in config.read_bytes())
 
 
 def load_tokenizer(

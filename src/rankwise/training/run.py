@@ -287,6 +287,8 @@ def _read(
     texts = setup.read_data(reading, learned.objective, base.adapter)
     if retention is not None and (rows := retention.rows) is not None:
         warn_of_overlap(texts.rows, rows, "retained")
+    if checked is not None:
+        setup.check_template(base, texts)
     return texts, checked or setup.check_model(base, lora, texts.labels)
 
 

@@ -27,13 +27,14 @@ from rankwise.config import StepOptions, TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.objectives import formats_of, labels_in
+from rankwise.data.templates import renderer
 from rankwise.errors import ConfigError, DataError, RunError, heard, some_of, warn
 from rankwise.foreign import Fields, JsonObject, sha256_of
 from rankwise.labels import Labels
 from rankwise.lora_config import ADAPTER, LoraConfig
 from rankwise.methods import METHODS, either, kinds, method_of, methods_with
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, model_facts
-from rankwise.models.load import table_rows
+from rankwise.models.load import load_tokenizer, names_chat_template, table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
 from rankwise.models.source import weights_files
 from rankwise.objectives import OBJECTIVES, ObjectiveName
@@ -130,6 +131,15 @@ def labels_to_learn(rows: Rows, adapter: Path | None) -> Labels:
             f"({labels.problem}); give data with its labels, or leave --adapter out.",
         )
     return labels
+
+
+def check_template(base: Base, texts: Texts) -> None:
+    """Raise DataError (RW210) for chat rows without a template, before the weights are read."""
+    remote: JsonObject = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+    if texts.rows.kind != "chat" or texts.template or base.adapter or names_chat_template(base.model, **remote):
+        return
+    if (tokenizer := load_tokenizer(base.model, **remote)) is not None:
+        renderer(texts.rows, tokenizer, None)
 
 
 def encode_data(
