@@ -190,6 +190,12 @@ def test_rates_as_they_are_written() -> None:
     assert rates(learning_rate="3e-4") == ()
 
 
+def test_a_rate_far_above_the_default_is_told(settings: Any) -> None:
+    watcher = Recorder()
+    train(settings(learning_rate=5.0, max_steps=1), watcher)
+    assert any(note.startswith("learning rate 5, which is") for note in watcher.notes)
+
+
 @pytest.mark.parametrize("learning_rate", [None, "auto"])
 def test_a_rate_that_was_not_given_follows_from_the_width(learning_rate: str | None, settings: Any) -> None:
     given, watcher = settings(learning_rate=learning_rate, max_steps=12), Recorder()

@@ -53,6 +53,8 @@ TENTH = 0.1
 # An evaluation is at most this share of the run's time in all, where a row costs half of what it costs in training: its
 # forward pass only.
 EVALUATING, ROW_COST = 0.2, 0.5
+# A given rate this many times the default is told, since it is likely a slip.
+FAR_ABOVE = 100
 # One in KEPT rates of a round goes on to the next.
 KEPT = 3
 # Steps of all short runs together, as a share of the run's.
@@ -259,12 +261,14 @@ def rates_to_try(
 ) -> Sequence[float]:
     """The rate of the run, or several among which short runs search: those that ``auto`` ``listed``, or the default of
     a model with this config between its neighbours."""
-    if isinstance(asked, float):
-        return (asked,)
-    if listed:
+    if listed and not isinstance(asked, float):
         return listed
     text = config.get_text_config()
     usual = default_rate(config.model_type, getattr(text, "hidden_size", 0), settings)
+    if isinstance(asked, float):
+        if asked > FAR_ABOVE * usual.rate:
+            observer.note(f"learning rate {asked:g}, which is {asked / usual.rate:,.0f} times the default of {usual}")
+        return (asked,)
     if asked is not None:
         return usual.around
     observer.note(f"learning rate {usual}")
