@@ -87,15 +87,21 @@ def _of_steps(given: TrainSettings) -> Iterator[str]:
         yield f"--init loftq corrects 4-bit rounding, which --method {given.method} does not have; take {instead}."
     of_run = given.method, given.objective, given.strategy, given
     if given.products == "int8" and not takes_eight_bit(*of_run):
-        yield "--products int8 is for --objective sft with an adapter, fused operators and whole weights; leave it out."
+        yield (
+            "--products int8 is for an adapter, fused operators and whole weights, and not for a reference beside "
+            "--init pissa; leave it out."
+        )
     if given.adapter is not None and (started := _started(given.init, given.new_tokens)):
         yield f"{started} starts an adapter, and --adapter continues one; leave one of them out."
 
 
 def takes_eight_bit(method: str, objective: ObjectiveName, strategy: str | None, given: StepOptions) -> bool:
-    """Whether frozen products may be in 8 bits. The reference of dpo, kto and grpo would be computed otherwise."""
+    """Whether frozen products may be in 8 bits. A reference computes as the step does, but for what PiSSA took out of
+    the base."""
     is_whole = given.fast and strategy != "fsdp" and given.for_merge is None
-    return OBJECTIVES[objective].of_demonstrations and method_of(method).has_adapter and is_whole
+    facts = OBJECTIVES[objective]
+    is_alike = not given.init.startswith("pissa") or not (facts.of_preferences or facts.of_rewards)
+    return method_of(method).has_adapter and is_whole and is_alike
 
 
 def _started(init: str, new_tokens: str | None) -> str:

@@ -38,8 +38,3 @@ def chunk_rows(vocabulary: int, element_size: int, *, on_card: bool) -> int:
         return max(SMALLEST_CHUNK, CHUNK_BYTES // (vocabulary * element_size))
     least, most = CARD_ROWS
     return min(most, max(least, CARD_CHUNK_BYTES // (vocabulary * element_size) // CARD_TILE * CARD_TILE))
-
-
-# Families (``model_type``) whose runs in 8 bits ended equal to those in bfloat16, shown for one model each, of 0.135B
-# and 0.27B parameters (benchmarks/results/eight_bits.md).
-EQUAL_IN_EIGHT_BITS = frozenset({"gemma3_text", "llama"})

@@ -109,8 +109,9 @@ class RunRecord:
     learning_rates: dict[str, float] | None = None
     # With --learning-rate auto. ``settings`` hold the rate that was found; ``wall_seconds`` exclude the search.
     rate_search: RateSearch | None = None
-    # What --products auto took.
+    # What --products auto took, and by which measurement (training/products.py).
     products: Literal["bfloat16", "int8"] | None = None
+    products_measured: JsonObject | None = None
     # The most bytes of frozen weights that one process holds between steps.
     frozen_bytes: int | None = None
     warnings: list[dict[str, str]] = dataclasses.field(default_factory=list)

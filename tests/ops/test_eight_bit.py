@@ -11,10 +11,10 @@ from torch import Tensor
 
 import rankwise as rw
 from marks import LEVELS
-from rankwise.acceleration import calibrate_products, choose_products, restore
+from rankwise.acceleration import calibrate_products, restore
 from rankwise.acceleration.parts import adapted_layers
 from rankwise.ops import dequantize_weight, eight_bit, quantize_weight
-from rankwise.ops.branch import Branch, Frozen, eight_bit_pays
+from rankwise.ops.branch import Branch, Frozen
 from rankwise.ops.cpu import native, products
 from rankwise.ops.low_rank_linear import low_rank_linear
 from tiny_models import tiny_llama
@@ -199,9 +199,3 @@ def test_experts_without_a_token_to_calibrate_them_stay_as_they_are() -> None:
     first, second = (layer.at_work.eight_bit for _, layer in adapted_layers(model))
     assert first.channel is not None
     assert second is None
-
-
-def test_auto_asks_for_a_known_family_and_a_faster_processor() -> None:
-    assert (choose_products(tiny_llama().bfloat16())[0] == "int8") == eight_bit_pays(torch.ones(1).bfloat16())
-    assert choose_products(tiny_llama().float())[0] == "bfloat16"
-    assert choose_products(torch.nn.Linear(2, 2).bfloat16())[0] == "bfloat16"

@@ -83,7 +83,7 @@ def test_dense_weights_are_read_once_a_pass_and_made_before():
 
 
 def test_seconds_add_operations_and_traffic():
-    facts, work = facts_of(LLAMA_7B), dataclasses.replace(SHORT, device_type="cpu")
+    facts, work = facts_of(LLAMA_7B), dataclasses.replace(SHORT, device_type="cpu", products="bfloat16")
     estimate = toy_estimate("lora", work)
     fast = micro_batch_seconds(estimate, facts, work, Pace(1e12, None, ""))
     both = micro_batch_seconds(estimate, facts, work, Pace(1e12, 1e12, ""))
@@ -110,13 +110,14 @@ def test_methods_differ_as_in_measured_whole_runs(method):
 
 
 @pytest.mark.parametrize(
-    ("objective", "more", "share"), [("sft", "", EIGHT_BITS_SHARE), ("dpo", "", 1), ("sft", "amx_bf16", 1)]
+    ("objective", "more", "share"), [("dpo", "", EIGHT_BITS_SHARE), ("grpo", "", 1), ("sft", "amx_bf16", 1)]
 )
 def test_products_in_8_bits_are_known(objective, more, share, monkeypatch):
     monkeypatch.setattr(speed, "cpu_flags", lambda: {"avx512_bf16", more})
-    work, exact = dataclasses.replace(SHORT, device_type="cpu", objective=objective), facts_of(LLAMA_7B)
-    both = exact, dataclasses.replace(exact, equal_in_eight_bits=True)
-    usual, found = (device_seconds(toy_estimate("lora", work), one, work, Pace(1e12, None, "")) for one in both)
+    auto = dataclasses.replace(SHORT, device_type="cpu", objective=objective)
+    both = dataclasses.replace(auto, products="bfloat16"), auto
+    facts, pace = facts_of(LLAMA_7B), Pace(1e12, None, "")
+    usual, found = (device_seconds(toy_estimate("lora", work), facts, work, pace) for work in both)
     assert found == pytest.approx(share * usual)
 
 

@@ -153,6 +153,7 @@ def test_what_one_more_option_of_the_step_keeps_is_planned(monkeypatch):
         {"neftune_noise_alpha": 5.0},
         {"objective": "dpo"},
         {"objective": "dpo", "keeps_reference": True},
+        {"objective": "dpo", "products": "int8"},
         {"objective": "kto"},
         {"objective": "grpo", "beta": 0.1},
     ],

@@ -119,7 +119,7 @@ def settings(**changes: Any) -> TrainSettings:
         ({"method": "prefix"}, 2, "RW112"),
         ({"strategy": "fsdp", "method": "full", "optimizer": "adafactor"}, 2, "RW112"),
         ({"strategy": "fsdp", "products": "int8"}, 2, "RW112"),
-        ({"objective": "dpo", "products": "int8"}, 1, "RW112"),
+        ({"objective": "dpo", "init": "pissa", "products": "int8"}, 1, "RW112"),
     ],
 )
 def test_options_that_do_not_go_with_the_processes_are_refused(

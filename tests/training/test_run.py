@@ -20,7 +20,7 @@ from rankwise.errors import ConfigError, DataError, InputError, Interrupted, Ran
 from rankwise.models import load_model
 from rankwise.records import load_record, read_metrics
 from rankwise.reports.plots import loss_svg
-from rankwise.training import setup, step
+from rankwise.training import products, setup, step
 from rankwise.training.learning import evaluation_steps_of
 from rankwise.training.objectives import Demonstrations
 from rankwise.training.run import _told_warnings, train
@@ -274,10 +274,14 @@ def test_constant_schedule_may_be_continued(settings: Any, tmp_path: Path) -> No
 
 def test_a_resumed_run_keeps_the_products_that_it_chose(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     given, watcher = {"lr_scheduler_type": "constant"}, Recorder()
-    monkeypatch.setattr(step, "choose_products", lambda model: ("int8", "a test"))
-    assert train(settings(**given, max_steps=2)).products == "int8"
-    monkeypatch.setattr(step, "choose_products", lambda model: ("bfloat16", "another machine"))
-    assert train(settings(**given, max_steps=4, resume=True), watcher).products == "int8"
+    monkeypatch.setattr(products, "LARGEST_SHARE", 9.0)
+    monkeypatch.setattr(step, "eight_bit_pays", lambda like: True)
+    before = train(settings(**given, max_steps=2))
+    assert before.products == "int8"
+    # Another machine.
+    monkeypatch.setattr(step, "eight_bit_pays", lambda like: False)
+    after = train(settings(**given, max_steps=4, resume=True), watcher)
+    assert (after.products, after.products_measured) == ("int8", before.products_measured)
     assert "frozen products: int8 (as before)" in watcher.notes
 
 

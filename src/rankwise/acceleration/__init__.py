@@ -14,7 +14,6 @@ from rankwise.acceleration.optimize import (
     Acceleration,
     accelerate_peft,
     calibrate_products,
-    choose_products,
     optimize_for_training,
     restore,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "accelerate_peft",
     "anonymous_memory_bytes",
     "calibrate_products",
-    "choose_products",
     "flattening_obstacle",
     "fused_head",
     "give_back_freed_memory",

@@ -39,9 +39,8 @@ from rankwise.adapters.lora import Dora, Lora, LowRankPair
 from rankwise.adapters.low_rank import frozen_weight
 from rankwise.adapters.switch import adapter_disabled
 from rankwise.compat.transformers import attention_of, checkpoints_in_forward, text_config
-from rankwise.constants import EQUAL_IN_EIGHT_BITS
 from rankwise.errors import AdapterError
-from rankwise.ops.branch import Frozen, eight_bit_pays
+from rankwise.ops.branch import Frozen
 from rankwise.ops.eight_bit import EightBit, calibrate, settle
 from rankwise.ops.kept import offered_by
 from rankwise.ops.selection import is_on_card
@@ -121,17 +120,6 @@ def optimize_for_training(
         done = dataclasses.replace(done, eight_bit=use_eight_bit(model, changes["undo"]))
         changes["done"] = done
     return done
-
-
-def choose_products(model: nn.Module) -> tuple[Literal["bfloat16", "int8"], str]:
-    """The frozen products that ``--products auto`` takes for this model on this device, and why."""
-    family = getattr(getattr(model, "config", None), "model_type", "")
-    if family not in EQUAL_IN_EIGHT_BITS:
-        return "bfloat16", "--products int8 may be faster; it was not yet shown to learn as well on this family"
-    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    if not eight_bit_pays(parameter):
-        return "bfloat16", "8 bits are not known to be 1.2 times as fast here"
-    return "int8", f"as good for {family} models, and faster here; --products to change"
 
 
 def use_eight_bit(model: nn.Module, undo: Undo) -> int:

@@ -26,7 +26,7 @@ import dataclasses
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,8 @@ class LowRankPair(nn.Module):
         self.register_parameter("magnitude", None)
         # Where the frozen products of training are in 8 bits; evaluation computes as servers do. Set by acceleration.
         self.eight_bit: EightBit | None = None
+        # While a training step computes its reference, whose products are in 8 bits too: "base" leaves this pair out.
+        self.as_reference: Literal["base", "pair"] | None = None
         # The 4-bit format of the file for which this layer trains.
         self.for_merge: ForMerge | None = None
         self._codes = Kept()
@@ -137,12 +139,14 @@ class LowRankPair(nn.Module):
         frozen = frozen_weight(base, x) if self.parts is None and self.for_merge is None else None
         if frozen is None:
             return None
-        if self.training and self.eight_bit is not None:
+        if (self.training or self.as_reference) and self.eight_bit is not None:
             frozen = Frozen(frozen.weight, self.eight_bit)
+        A, B, bias = self.lora_A, self.lora_B, getattr(base, "bias", None)
+        if self.as_reference == "base":
+            return Branch(frozen, 0.0, A, B, bias)
         m, gain = self.magnitude, self.fixed_gain(base)
         if m is not None and gain is None:
             return None
-        A, B, bias = self.lora_A, self.lora_B, getattr(base, "bias", None)
         return Branch(frozen, self.scaling, A, B, bias, m, gain, self.comes_back)
 
     @abstractmethod

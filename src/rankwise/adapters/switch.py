@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -261,22 +261,41 @@ def keep_reference(model: nn.Module) -> None:
 @contextmanager
 def reference_at_work(model: nn.Module) -> Iterator[None]:
     """A context in which the model computes as the reference does: in evaluation mode, without dropout and NEFTune's
-    noise. Trained parameters do not change.
+    noise. Trained parameters do not change. Of a model in training mode, layers whose frozen products are in 8 bits
+    compute so here too, since only equal products have equal errors.
     """
     state, name = state_and_name(model, None)
-    training = model.training
+    training, has_copy = model.training, REFERENCE in state.configs
+    in_step = _in_eight_bits(model, name) if training and not state.disabled else []
+    used: list[LowRankPair] = []
     model.eval()
     try:
-        if REFERENCE in state.configs:
-            _activate(model, REFERENCE)
+        with nullcontext() if has_copy else adapter_disabled(model):
+            if has_copy:
+                _activate(model, REFERENCE)
+            for layer, pair in in_step:
+                layer.active = REFERENCE if has_copy else name
+                at_work = layer.at_work
+                assert isinstance(at_work, LowRankPair), "the pair or its copy"
+                at_work.eight_bit, at_work.as_reference = pair.eight_bit, "pair" if has_copy else "base"
+                used.append(at_work)
             yield
-        else:
-            with adapter_disabled(model):
-                yield
     finally:
-        if REFERENCE in state.configs:
+        for pair in used:
+            pair.as_reference = None
+        if has_copy:
             _activate(model, name)
         model.train(training)
+
+
+def _in_eight_bits(model: nn.Module, name: str) -> list[tuple[AdaptedLayer, LowRankPair]]:
+    """The layers whose frozen products are in 8 bits while the adapter ``name`` trains, with its pairs."""
+    found = [
+        (layer, pair)
+        for _, layer in adapted_layers(model, name)
+        if isinstance(pair := layer.adapter(name), LowRankPair) and layer.origin is None
+    ]
+    return [(layer, pair) for layer, pair in found if pair.eight_bit is not None]
 
 
 def _activate(model: nn.Module, name: str) -> None:

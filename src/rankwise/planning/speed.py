@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.conflicts import takes_eight_bit
-from rankwise.constants import EQUAL_IN_EIGHT_BITS
 from rankwise.disk import cache_folder
 from rankwise.errors import ModelError
 from rankwise.foreign import Fields
@@ -33,6 +32,7 @@ from rankwise.models.folder import CONFIG_FILE, read_config
 from rankwise.models.gguf_file import GgufHeader, read_gguf_header
 from rankwise.models.load import config_table_rows
 from rankwise.models.source import ModelSource, fetch_model
+from rankwise.objectives import OBJECTIVES
 from rankwise.planning.hardware import Hardware, find_card, measured_here, of_card
 from rankwise.planning.workload import Workload
 from rankwise.records import write_json
@@ -128,8 +128,6 @@ class ModelFacts:
     stored: Stored | None = None
     # Whether a small head of labels stands in the place of the vocabulary's.
     has_labels: bool = False
-    # Whether ``--products auto`` may compute in 8 bits.
-    equal_in_eight_bits: bool = False
 
     @property
     def head_parameters(self) -> int:
@@ -170,7 +168,7 @@ def read_model(source: ModelSource, *, trust_remote_code: bool = False, labels: 
     else:
         identity = config = read_config(source.place)
         family, facts = str(config.get("model_type") or ""), facts_of(config)
-    facts = dataclasses.replace(facts, has_labels=labels > 0, equal_in_eight_bits=family in EQUAL_IN_EIGHT_BITS)
+    facts = dataclasses.replace(facts, has_labels=labels > 0)
     return PlannedModel(source, family, facts, identity, trust_remote_code)
 
 
@@ -401,17 +399,25 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
         moved = weight_traffic_bytes(method, facts, frozen, workload)
         moved += gain_traffic_bytes(method, facts, estimate, workload)
         seconds += moved / pace.bytes_per_second
-    flags = cpu_flags() if workload.device_type == "cpu" and workload.dtype == "bfloat16" else set()
-    # As `ops.cpu.products.bytes_pay` without torch.
-    is_chosen = workload.products == "int8" or (workload.products == "auto" and facts.equal_in_eight_bits)
-    in_eight_bits = is_chosen and "avx512_bf16" in flags and "amx_bf16" not in flags
-    if in_eight_bits and takes_eight_bit(method, workload.objective, workload.strategy, workload):
+    if may_take_eight_bits(method, workload):
         seconds *= EIGHT_BITS_SHARE
     if workload.device_type == "cpu":
         seconds /= RUN_SHARES.get(method, 1.0)
     if workload.activation_offloading:
         seconds += offloaded_bytes(facts, workload) / HOST_LINK_BYTES_PER_SECOND
     return seconds
+
+
+def may_take_eight_bits(method: str, workload: Workload) -> bool:
+    """Whether a run takes 8-bit products, provided that its measurement admits them: as `training.step.choose` without
+    torch."""
+    flags = cpu_flags() if workload.device_type == "cpu" and workload.dtype == "bfloat16" else set()
+    is_chosen = workload.products == "int8" or (
+        workload.products == "auto" and not OBJECTIVES[workload.objective].of_rewards
+    )
+    # As `ops.cpu.products.bytes_pay`.
+    is_faster = "avx512_bf16" in flags and "amx_bf16" not in flags
+    return is_chosen and is_faster and takes_eight_bit(method, workload.objective, workload.strategy, workload)
 
 
 def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,17 @@ from rankwise.training.optimizers import (
     make_schedule,
 )
 from rankwise.training.parts import Base, Learned, Pace, Reading, Updates, learned_of, part_of
+from rankwise.training.products import affordable_rows, judge, kept_file, taken
 from rankwise.training.session import Foresight, Retention, Session
 from rankwise.training.setup import add_new_tokens, new_tokens
-from rankwise.training.step import Computing, Objective, Prepared, choose, prepare
+from rankwise.training.step import TO_BE_MEASURED, Computing, Objective, Prepared, Products, choose, prepare
 from rankwise.training.watch import Observer, Progress, SilentObserver, check_installed, evaluations, frozen_bytes
 from rankwise.training.weights import checkpoint_bytes, reading_state
 
 # Settings on which no loss depends.
 NOT_OF_THE_LOSS = ("output", "overwrite", "ignore_plan")
+# Why no measurement of 8-bit products was made.
+TOO_SHORT = "measuring 8 bits would take more than 3 % of so short a run; --products int8 takes them unmeasured"
 # Libraries whose version can change a result.
 PACKAGES = ("rankwise", "torch", "transformers", "datasets", "safetensors", "tokenizers")
 
@@ -223,6 +226,10 @@ def _prepare(
     asked_pace = part_of(Pace, asked)
     objective = learning.objective(loaded, data, asked_pace, prepared.flat)
     pace = paced(objective, asked_pace)
+    measured = None
+    if before is None and asked.products == "auto" and prepared.computing.products == "int8":
+        of_rows = [settings, described["train"], loaded.facts, versions, cpu_name()]
+        prepared, measured = _measured(prepared, loaded, objective, pace, of_rows, observer)
     if base.strategy == "fsdp" and not is_unit(model):
         shard(model, mesh_of_all(loaded.device.type), trains_all=method_of(base.method).trains_all)
     if checkpoint is not None:
@@ -253,7 +260,7 @@ def _prepare(
             steps=pace.total_steps,
             budget=asked.budget,
             output=asked.output,
-            inputs=[options, rates, described, loaded.facts, versions, prepared.computing.products],
+            inputs=[options, rates, described, loaded.facts, versions, prepared.computing.products, measured],
             observer=observer,
         )
     found = rates[0] if searched is None else searched["chosen"]
@@ -273,6 +280,7 @@ def _prepare(
         trainable_parameters=trainable,
         data=described,
         versions=versions,
+        products_measured=measured or (before and before.products_measured),
         rate_search=searched,
     )
     return Session(asked.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, asked.trackers, retention)
@@ -343,10 +351,34 @@ def _accelerated(
         products, why = before.products, "as before"
     else:
         products, why = choose(options, *of_run, model)
-    if options.products == "auto" and takes_eight_bit(*of_run, options):
+    if options.products == "auto" and takes_eight_bit(*of_run, options) and why != TO_BE_MEASURED:
         observer.note(f"frozen products: {products} ({why})")
-    ids = functools.partial(setup.calibration_ids, data.train.dataset, options.max_length, model.device)
-    return prepare(model, base.method, objective, part_of(Computing, options, products=products), ids)
+    ids = functools.partial(setup.calibration_ids, data.train.dataset, options.max_length, model)
+    prepared = prepare(model, base.method, objective, part_of(Computing, options, products=products), ids)
+    if before is not None and products == "int8" and before.products_measured:
+        prepared = taken(prepared, model, products, before.products_measured["left"])
+    return prepared
+
+
+def _measured(
+    prepared: Prepared,
+    loaded: setup.LoadedBase,
+    objective: Objective,
+    pace: Pace,
+    inputs: Sequence[object],
+    observer: Observer,
+) -> tuple[Prepared, JsonObject | None]:
+    """The model with the products that a measurement on the run's rows admits, and the measurement, if there is one.
+
+    ``inputs``: all that it depends on, as JSON; it is kept by these.
+    """
+    observer.phase("Measuring 8-bit products")
+    rows = affordable_rows(pace.batch_size, pace.total_steps * pace.gradient_accumulation)
+    found = judge(loaded.model, objective, loaded.autocast, rows, kept_file(*inputs))
+    products: Products = "bfloat16" if found is None else found.products
+    observer.note(f"frozen products: {products} ({TOO_SHORT if found is None else found})")
+    prepared = taken(prepared, loaded.model, products, [] if found is None else found.left)
+    return prepared, None if found is None else dataclasses.asdict(found)
 
 
 def _predicted_peak(

@@ -26,7 +26,7 @@ from rankwise.compat.transformers import before_weights
 from rankwise.config import StepOptions, TrainSettings
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
-from rankwise.data.objectives import formats_of, labels_in
+from rankwise.data.objectives import ANSWER_IDS, formats_of, labels_in
 from rankwise.data.templates import renderer
 from rankwise.errors import ConfigError, DataError, RunError, heard, some_of, warn
 from rankwise.foreign import Fields, JsonObject, sha256_of
@@ -264,11 +264,13 @@ def make_trainable(
     return step.make_trainable(model, base.method, config, is_resumed=is_resumed)
 
 
-def calibration_ids(dataset: Dataset, max_length: int, device: torch.device) -> torch.Tensor:
-    """The first training rows, end to end: (1, L)."""
-    rows = dataset[:CALIBRATION_ROWS]["input_ids"]
-    ids = list(itertools.chain.from_iterable(rows))[: min(max_length, CALIBRATION_TOKENS)]
-    return torch.tensor([ids], device=device)
+def calibration_ids(dataset: Dataset, max_length: int, model: PreTrainedModel) -> torch.Tensor:
+    """The first training rows, end to end: (1, L). Prompts come with their answers."""
+    first = dataset[:CALIBRATION_ROWS]
+    columns = [first[name] for name in ("input_ids", "prompt_ids", *ANSWER_IDS) if name in first]
+    ids = list(itertools.chain.from_iterable(itertools.chain.from_iterable(zip(*columns))))
+    most = min(max_length, CALIBRATION_TOKENS, table_rows(model) or CALIBRATION_TOKENS)
+    return torch.tensor([ids[:most]], device=model.device)
 
 
 def _described(rows: Rows, encoded: Encoded) -> JsonObject:
