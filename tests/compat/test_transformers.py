@@ -200,11 +200,14 @@ def test_gguf_reader_names_and_bars_are_patched_and_put_back():
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loader
 
-    before = gguf.GGUFReader, gguf.get_tensor_name_map, loader.tqdm
+    def patched() -> tuple[object, ...]:
+        return gguf.GGUFReader, gguf.get_tensor_name_map, gguf.dequantize, loader.tqdm, loader.np, loader.torch
+
+    before = patched()
     with compat.gguf_read_once():
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is names
-    assert (gguf.GGUFReader, gguf.get_tensor_name_map, loader.tqdm) == before
+    assert patched() == before
 
 
 def test_supports_flash_attn_is_said_by_the_class(llama: LlamaForCausalLM):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from pathlib import Path
 
@@ -12,9 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankwise.compat import transformers as compat
 from rankwise.errors import ModelError, RankwiseWarning
 from rankwise.models import load_model, load_skeleton, load_tokenizer, model_facts
 from rankwise.models.gguf_file import read_gguf_header
+from rankwise.models.prepared import mapped_files
+from rankwise.quantization.config import Nf4Config
+from rankwise.quantization.linear import weights_in_file
 
 WIDTH, HIDDEN, VOCABULARY, HEADS = 32, 64, 97, 4
 
@@ -80,7 +85,9 @@ def test_it_is_ordinary_saveable_and_trainable(tied: bool, tmp_path: Path) -> No
         assert torch.equal(again.state_dict()[key], value), key
 
 
-def test_weights_are_those_of_the_file(tiny: Path) -> None:
+@pytest.mark.parametrize("part_bytes", [64, 1 << 22])
+def test_weights_are_those_of_the_file(tiny: Path, part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "GGUF_PART_BYTES", part_bytes)
     reader = gguf.GGUFReader(str(tiny))
     stored = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     model, _ = load_model(tiny)
@@ -95,6 +102,18 @@ def test_weights_are_those_of_the_file(tiny: Path) -> None:
         .reshape(-1, WIDTH)
     )
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, q)
+
+
+@pytest.mark.parametrize("quantization", [None, Nf4Config(block_size=32)])
+def test_while_a_base_is_prepared_its_weights_are_in_a_file(
+    tiny: Path, tmp_path: Path, quantization: Nf4Config | None
+) -> None:
+    expected = load_model(tiny, quantization=copy.copy(quantization))[0].state_dict()
+    with weights_in_file(tmp_path / "weights"):
+        model = load_model(tiny, quantization=quantization)[0].requires_grad_(False)
+        held, sizes = mapped_files(model), [parameter.nbytes for parameter in model.parameters()]
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+        assert (held.bytes, [*held.versions]) == (pytest.approx(sum(sizes), rel=0.1), [tmp_path / "weights"])
 
 
 def test_dtype_is_float32_unless_given(tiny: Path) -> None:

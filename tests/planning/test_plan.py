@@ -165,7 +165,7 @@ def test_a_run_of_which_no_row_fits_is_refused_before_its_weights_are_read(model
 
 def test_a_run_may_need_less_memory_than_its_base(model: Path, memory: Any) -> None:
     memory(10**10)
-    guarded = guarding(model)
+    guarded = guarding(model, own_memory=lambda: 10**9)
     guarded.before_loading()
     batch = MicroBatch(1, 16, 1.0)
     guarded.before_training(batch, None, files_of(0))
@@ -173,11 +173,12 @@ def test_a_run_may_need_less_memory_than_its_base(model: Path, memory: Any) -> N
     mapped = guarded.predicted.breakdown["weights"]
     memory(guarded.predicted.peak_bytes - 1)
     told: list[str] = []
-    guarded = guarding(model, say=told.append)
+    guarded = guarding(model, say=told.append, own_memory=lambda: 10**9 - mapped)
     guarded.before_loading()
     guarded.before_training(batch, None, files_of(mapped))
     assert "from disk" in told[-2]
     assert "read again from the disk in each step: 0.0 s at 1 GB/s (assumed)" in told[-1]
+    guarded.own_memory = lambda: 10**9
     with pytest.raises(RunError, match="RW562"):
         guarded.before_training(batch, None, files_of(0))
 
@@ -200,3 +201,17 @@ def test_weights_in_mapped_files_are_not_taken_from_what_the_process_has(model: 
         guarded.own_memory = lambda own=own: own
         found.append(guarded.before_training(batch, None, files_of(of_files)))
     assert found[0] == found[1]
+
+
+def test_a_prediction_holds_what_loading_has_left(model: Path, memory: Any) -> None:
+    memory(10**10)
+
+    def peak(own: int) -> int:
+        guarded = guarding(model, own_memory=lambda: own)
+        guarded.before_loading()
+        found = guarded.before_training(MicroBatch(1, 16, 1.0), None, files_of(0))
+        assert found is not None
+        return found[0]
+
+    high, least = peak(10**9), peak(0)
+    assert peak(10**9 - (high - least) + 10**7) == least + 10**7

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -302,20 +303,47 @@ def is_collecting_hook(hook: Callable[..., object]) -> bool:
 # --- reading GGUF ---
 
 
+# Bytes of a GGUF weight that are dequantized at once.
+GGUF_PART_BYTES = 1 << 22
+
+
 @contextlib.contextmanager
-def gguf_read_once() -> Iterator[None]:
+def gguf_read_once(keep: Callable[[Tensor], Tensor] = lambda weight: weight) -> Iterator[None]:
     """Within this context, the GGUF loader caches its two repeated results: the header, and for each module the table
-    of names.
+    of names. It holds ``keep(weight)`` of each dense weight, in float32, that it has read; of stacked experts, all.
 
     Both are pure functions of the gguf package; for the demo model their repetition is half of the loading time.
     """
     import gguf
+    import numpy as np
+    import torch
     from transformers import modeling_gguf_pytorch_utils as loader
+
+    dequantize = gguf.dequantize
+
+    # By itself gguf holds a weight twice, and the loader copies it once more.
+    def dequantized(data: Any, kind: Any) -> Any:
+        parts = np.array_split(data, -(-data.nbytes // GGUF_PART_BYTES)) if len(data.shape) > 1 else [data]
+        first, start = dequantize(parts[0], kind), 0
+        weight = np.empty((*data.shape[:-1], first.shape[-1]), np.float32)
+        for part in parts:
+            weight[start : start + len(part)] = dequantize(part, kind)
+            start += len(part)
+        return weight
+
+    of_numpy = types.SimpleNamespace(**{**vars(np), "copy": np.asarray})
+    of_torch = types.SimpleNamespace(**{**vars(torch), "from_numpy": lambda array: keep(torch.from_numpy(array))})
 
     # In tqdm, disable=None means: no bar without a terminal.
     bar = functools.partial(vars(loader)["tqdm"], disable=True if os.environ.get("TQDM_DISABLE") else None)
     repeated = ((gguf, name, functools.cache(getattr(gguf, name))) for name in ("GGUFReader", "get_tensor_name_map"))
-    with _replaced(*repeated, (loader, "tqdm", bar)):
+    with _replaced(
+        *repeated,
+        (loader, "tqdm", bar),
+        (loader, "torch", of_torch),
+        (loader, "np", of_numpy),
+        (gguf, "dequantize", dequantized),
+    ):
         yield
 
 

@@ -274,20 +274,24 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
     import torch
     import transformers
 
+    from rankwise.quantization.linear import in_file
+
+    wanted = torch.float32 if dtype is None else dtype
     path = source.place.resolve()
     _check_types(path)
     # Before GgufConfig, transformers 5 always dequantized.
     has_config = hasattr(transformers, "GgufConfig")
     dequantized = {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_config else {}
     # Loaded from an empty folder, since transformers would read an adapter_config.json next to the file.
-    with tempfile.TemporaryDirectory() as nowhere, _explaining(source), quiet(), gguf_read_once():
+    reading = gguf_read_once(lambda W: in_file(W.to(wanted)))
+    with tempfile.TemporaryDirectory() as nowhere, _explaining(source), quiet(), reading:
         config = config_of_gguf(path)
         model = _from_pretrained(
             source,
             nowhere,
             config=config,
             gguf_file=str(path),
-            dtype=torch.float32 if dtype is None else dtype,
+            dtype=wanted,
             **dequantized,
         )
     # So that it trains and saves like any other model.

@@ -25,7 +25,6 @@ from rankwise.planning.advice import (
 )
 from rankwise.planning.extend import (
     CPU_LOADED_BYTES,
-    CPU_PROCESS_ERROR_BYTES,
     Estimator,
     MemoryEstimate,
     Traces,
@@ -150,15 +149,14 @@ class MemoryGuard:
         return comparable(predicted), 0
 
     def _with_loaded(self, predicted: MemoryEstimate, mapped: MappedFiles) -> MemoryEstimate:
-        """The prediction with what loading has left beside the model, such as many rows, where that is more than the
-        printed interval covers."""
+        """The prediction with what loading has left beside the model, in place of the plan's median: a tokenizer, many
+        rows, the heap of a preparation."""
         from rankwise.acceleration import give_back_freed_memory
 
         give_back_freed_memory()
         known = predicted.idle_bytes + CPU_LOADED_BYTES + sum(predicted.breakdown[term] for term in RESIDENT)
-        more = self.own_memory() + mapped.bytes - known
-        if more <= CPU_PROCESS_ERROR_BYTES:
-            return predicted
+        # It has left no less than nothing.
+        more = max(self.own_memory() + mapped.bytes - known, -CPU_LOADED_BYTES)
         breakdown = {**predicted.breakdown, "overhead": predicted.breakdown["overhead"] + more}
         return dataclasses.replace(predicted, peak_bytes=predicted.peak_bytes + more, breakdown=breakdown)
 

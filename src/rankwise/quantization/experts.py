@@ -32,7 +32,7 @@ from rankwise.ops.experts import inverse, rows_per_expert
 from rankwise.ops.packed_weight import SCALES, PackedWeight
 from rankwise.ops.selection import as_autocast, transforms_functions
 from rankwise.quantization.config import dtype_named
-from rankwise.quantization.linear import FourBitModule, Linear4bit, computed_in
+from rankwise.quantization.linear import FourBitModule, Linear4bit, computed_in, with_large_in_file
 
 # rankwise's name among transformers' implementations of experts.
 IMPLEMENTATION = "rankwise_4bit"
@@ -250,7 +250,7 @@ def quantize_stack(experts: nn.Module, leaf: str, *, compute_dtype: torch.dtype 
     """
     W = experts.get_parameter(leaf).detach()
     scales = StackScales(W.shape, dtype=W.dtype, compute_dtype=compute_dtype, device="meta", **weight_format)
-    weight = ops.quantize_weight(W, **weight_format)
+    weight = with_large_in_file(ops.quantize_weight(W, **weight_format))
     for name in SCALES:
         setattr(scales, name, getattr(weight, name))
     return put_stack(experts, leaf, scales, weight.codes.reshape(W.shape[0], -1))

@@ -6,6 +6,7 @@ Legend: K = in features, N = out features, blocks = ceil(N K / block_size).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from rankwise import ops
 from rankwise.compat.torch import own_parameters
-from rankwise.disk import naming
+from rankwise.disk import coded_errors
 from rankwise.errors import QuantizationError
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.packed_weight import SCALES, PackedWeight, empty_scales, format_of, packed_shape
@@ -180,7 +181,8 @@ class Linear4bit(FourBitModule):
         """
         if weight.dim() != 2:
             raise QuantizationError("RW606", f"a weight of shape {tuple(weight.shape)} is not a matrix (out, in).")
-        return cls.of(ops.quantize_weight(weight, quant_type, block_size, double_quant), bias, compute_dtype)
+        found = ops.quantize_weight(weight, quant_type, block_size, double_quant)
+        return cls.of(with_large_in_file(found), bias, compute_dtype)
 
     @classmethod
     def of(
@@ -285,8 +287,8 @@ _weights_file: ContextVar[Path | None] = ContextVar("weights_file", default=None
 
 @contextlib.contextmanager
 def weights_in_file(path: Path) -> Iterator[None]:
-    """Within this context, weights that are quantized while they load, merged or dequantized are views of the file
-    ``path``, so that a process holds one weight at a time. The file is removed at the end."""
+    """Within this context, weights that are quantized, merged, dequantized or read from a GGUF file are views of the
+    file ``path``, so that a process holds one weight at a time. The file is removed at the end."""
     token = _weights_file.set(path)
     try:
         yield
@@ -296,18 +298,24 @@ def weights_in_file(path: Path) -> Iterator[None]:
 
 
 def in_file(tensor: Tensor) -> Tensor:
-    """The tensor as a view of the file of ``weights_in_file``; outside of its context, the tensor itself."""
+    """The tensor as a view of the file of ``weights_in_file``; outside of its context, the tensor itself. Raises
+    RunError (RW551) where the file cannot be written."""
     path = _weights_file.get()
     if path is None or not tensor.numel():
         return tensor
-    content = tensor.contiguous().flatten().view(torch.uint8)
-    with naming(path), path.open("ab") as file:
+    content = tensor.detach().contiguous().flatten().view(torch.uint8)
+    with coded_errors(path, "or use another folder"), path.open("ab") as file:
         # Aligned for every dtype.
         file.write(bytes(-file.tell() % 64))
         start = file.tell()
         file.write(content.numpy().data)
     mapped = torch.from_numpy(np.memmap(path, np.uint8, "c", start, tuple(content.shape)))
     return mapped.view(tensor.dtype).view(tensor.shape)
+
+
+def with_large_in_file(weight: PackedWeight) -> PackedWeight:
+    """The weight with codes and scales as `in_file`."""
+    return dataclasses.replace(weight, codes=in_file(weight.codes), absmax=in_file(weight.absmax))
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -31,8 +31,7 @@ from transformers.quantizers.base import HfQuantizer
 from rankwise import ops
 from rankwise.compat import transformers as compat
 from rankwise.compat.torch import is_fake, is_sharded, own_parameters, own_part, own_rows, rows_of_all
-from rankwise.disk import coded_error
-from rankwise.errors import QuantizationError, RankwiseError, some_of
+from rankwise.errors import QuantizationError, RankwiseError, RunError, some_of
 from rankwise.ops.checks import DTYPES
 from rankwise.ops.packed_weight import PackedWeight, format_of
 from rankwise.quantization.config import (
@@ -55,7 +54,14 @@ from rankwise.quantization.experts import (
     stack_at,
     stack_tensors,
 )
-from rankwise.quantization.linear import FourBitModule, Linear4bit, features, in_file, is_conv1d, is_dense_linear
+from rankwise.quantization.linear import (
+    FourBitModule,
+    Linear4bit,
+    features,
+    is_conv1d,
+    is_dense_linear,
+    with_large_in_file,
+)
 from rankwise.quantization.targets import (
     dense_linear_names,
     expert_tensors,
@@ -442,10 +448,8 @@ class QuantizeOperation(ConversionOps):
         if shared is not None:
             return _scaled_with_others(found, shared)
         try:
-            return dataclasses.replace(found, codes=in_file(found.codes), absmax=in_file(found.absmax))
-        except OSError as error:
-            if (failure := coded_error(error)) is None:
-                raise
+            return with_large_in_file(found)
+        except RunError as failure:
             quantizer.failures.append(failure)
             return found
 

@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.acceleration import give_back_freed_memory
 from rankwise.adapters import plan_adapter
 from rankwise.adapters.base_layer import dequantizer
 from rankwise.adapters.checkpoint import load_adapter, read_adapter
@@ -234,6 +235,8 @@ def load_for_training(base: Base, labels: Labels | None = None, trained_whole: S
             cache=base.cache if reads_rows else base.cache or user_cache(choice.device, mapped=base.mmap),
             mapped=base.mmap,
         )
+    # Preparing a base leaves hundreds of MB in the heap.
+    give_back_freed_memory()
     if tokenizer is None:
         raise ConfigError("RW115", f"{base.model} has no tokenizer, which training needs; add its tokenizer files.")
     if base.adapter is not None:
