@@ -121,7 +121,7 @@ class StepOptions(AdapterOptions):
         Products,
         _device(
             "Frozen products of adapted layers: int8 (8 bits), bfloat16 (the base's dtype), or auto: int8 if it is at "
-            "least 1.2 times as fast and the model is of a family shown to train as well (up to 0.27B parameters)."
+            "least 1.2 times as fast and a measurement on the model and its first rows admits it."
         ),
     ] = "auto"
 
