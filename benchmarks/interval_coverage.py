@@ -231,7 +231,7 @@ def looked(draw: np.random.Generator, cell: Cell, scores: dict[str, Scores], mar
             pairs = [item for item in conclusion["differences"] if told["best"] in (item["a"], item["b"])]
             found.told |= {(item["a"], item["b"], item["verdict"]) for item in pairs}
             found.decided = told["decided"]
-            following = next_seeds(conclusion, now, spreads)
+            following = next_seeds(conclusion, now, spreads, seeds)
     found.runs += sum(seeds.values())
     return found
 

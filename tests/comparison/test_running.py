@@ -414,7 +414,7 @@ def test_with_a_time_it_stops_after_three_seeds_where_one_is_far_ahead(tmp_path:
     shown = [line for line in heard.lines if "next: " in line]
     assert [line.count("(") for line in shown] == [0, 0, 0, 1, 1, 2]
     assert shown[-1].endswith("(worse); next: nothing")
-    assert [(item["seeds"], list(item["methods"])) for item in found["standings"]] == [(3, ["lora"])]
+    assert [(item["seeds"], item["differences"][0]["a"]) for item in found["standings"]] == [(3, "lora")]
 
 
 def test_with_a_time_seeds_go_only_to_methods_that_may_be_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -459,3 +459,10 @@ def test_with_a_time_rates_are_searched_in_short_runs_and_beyond_an_edge(tmp_pat
     # The whole run at that rate is better than that at the edge, and in its place.
     assert (runs["lora-auto-seed0"], runs[further["run"]], search["at_edge"]) == ("search", "final", True)
     assert found["methods"]["lora"]["verdict"]["verdict"] == "not tuned"
+
+
+def test_a_method_whose_runs_fail_does_not_hold_the_others(tmp_path: Path):
+    heard = Heard()
+    found: Any = compare(watcher=heard, **timed(tmp_path, methods="lora,qdora,full"))
+    assert (found["recommendation"]["method"], found["methods"]["qdora"]["failed"]) == ("full", 3)
+    assert heard.lines[-1] == "Stopped: it is decided."

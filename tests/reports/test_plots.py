@@ -47,8 +47,12 @@ def tried(number: int) -> dict[str, Any]:
 
 
 def look(seeds: int) -> dict[str, Any]:
-    beside = {"difference": 0.01, "interval": [0.01 - 0.1 / seeds, 0.02 + 0.1 / seeds]}
-    return {"seeds": seeds, "run_seconds": 300.0 * seeds, "methods": dict.fromkeys(METHODS[1:], beside)}
+    beside = {"b": "lora", "difference": 0.01, "interval": [0.01 - 0.1 / seeds, 0.02 + 0.1 / seeds]}
+    return {
+        "seeds": seeds,
+        "run_seconds": 300.0 * seeds,
+        "differences": [{"a": name, **beside} for name in METHODS[1:]],
+    }
 
 
 def lines(count: int = 20) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ DOING = {"prepare": "preparing", "train": "training", "measure": "measuring"}
 
 class Lines:
     """Prints a line whenever a step of the matrix begins or ends; with ``by_run`` one for each run that was measured,
-    with the standings, and for what failed.
+    with the standings, for the trainings of a search, and for what failed.
     """
 
     def __init__(self, output: Output, *, by_run: bool = False) -> None:
@@ -41,7 +41,7 @@ class Lines:
     def ended(self, job: Job, outcome: Outcome, picture: Picture) -> None:
         if self.by_run and picture.standing:
             self.say(f"{job.id}: {picture.standing}")
-        elif not self.by_run or outcome.status == "failed":
+        elif not self.by_run or outcome.status == "failed" or (job.stage == "train" and job.cell and not job.cell.seed):
             self.say(_ended(job, outcome, picture))
 
 

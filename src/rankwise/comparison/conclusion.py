@@ -30,12 +30,10 @@ from rankwise.config import TrainSettings
 from rankwise.disk import whole_folder
 from rankwise.errors import RunError, warn
 from rankwise.foreign import Fields, JsonObject, read_json
-from rankwise.objectives import OBJECTIVES
 from rankwise.options import option_words
 from rankwise.records import write_json, write_text
 from rankwise.reports.comparison import (
     BEST_FOLDER,
-    EVAL_LOSS,
     RECOMMENDED_FILE,
     REPORT_FILE,
     Comparison,
@@ -130,11 +128,6 @@ def base_of(plan: Plan) -> JsonObject:
 def spreads_of(given: CompareSettings, scores: Mapping[str, Scores]) -> Spreads:
     """The spreads of ``scores`` on the deciding metric."""
     return Spreads(scores, metric=given.metric, margin=given.margin)
-
-
-def is_by_row(given: CompareSettings) -> bool:
-    """Whether the deciding metric is known of each evaluation row; of preferences, the loss is only known as a mean."""
-    return OBJECTIVES[given.objective].of_demonstrations and given.metric == EVAL_LOSS
 
 
 def _deciding_run(

@@ -35,7 +35,6 @@ from rankwise.reports.comparison import (
     TURNED,
     Conclusions,
     Method,
-    MethodStanding,
     Phase,
     Retention,
     Run,
@@ -266,28 +265,15 @@ def standings(
     runs: Sequence[Run], scores: Mapping[str, Scores], found: Conclusions, *, higher_is_better: bool
 ) -> list[Standing]:
     """What each look saw of the methods beside the one that is best now; empty without looks."""
-    told, untuned = (
-        found["recommendation"],
-        [name for name, item in found["methods"].items() if item["learning_rate_at_edge"]],
-    )
-    best = told["best"]
+    told, methods = found["recommendation"], found["methods"]
+    untuned, best = [name for name, item in methods.items() if item["learning_rate_at_edge"]], told["best"]
     seen: list[Standing] = []
     for look in LOOKS if any(item.looks for item in scores.values()) else ():
-        names = [name for name, item in scores.items() if len(item.values.keys() & scores[best].values.keys()) >= look]
-        then = {name: scores[name].first(look) for name in names}
+        then = {name: item.first(look) for name, item in scores.items()}
         pairs = compare_all(
             told["metric"], then, higher_is_better=higher_is_better, relative_margin=told["margin"], untuned=untuned
         )
-        methods: dict[str, MethodStanding] = {}
-        for item in pairs:
-            if best in (item["a"], item["b"]) and item["interval"] is not None:
-                sign = 1 if item["b"] == best else -1
-                interval = sorted(sign * bound for bound in item["interval"])
-                methods[item["b" if sign < 0 else "a"]] = {
-                    "difference": sign * item["difference"],
-                    "interval": interval,
-                }
-        before = [run.get("wall_seconds") or 0.0 for run in runs if run["seed"] < look]
-        if methods:
-            seen.append({"seeds": look, "run_seconds": math.fsum(before), "methods": methods})
+        shown = [item for item in pairs if best in (item["a"], item["b"]) and item["seeds"] == look]
+        before = math.fsum(run.get("wall_seconds") or 0.0 for run in runs if run["seed"] < look)
+        seen += [{"seeds": look, "run_seconds": before, "differences": shown}] if shown else []
     return seen

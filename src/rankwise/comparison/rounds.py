@@ -20,7 +20,7 @@ from rankwise.comparison.statistics import LOOKS
 from rankwise.comparison.verdicts import next_seeds
 from rankwise.foreign import read_json
 from rankwise.records import write_json
-from rankwise.reports.numbers import plural
+from rankwise.reports.numbers import duration, plural
 from rankwise.reports.words import detectable, standing
 
 LOOKS_FILE = "looks.json"
@@ -53,13 +53,16 @@ class Rounds:
 
     def __init__(self, given: CompareSettings, plan: Plan) -> None:
         self.given = given
-        self.plan = with_seeds_on_disk(plan)
-        assert given.time is not None
-        self.ends = time.monotonic() + seconds_of(given.time)
+        self.plan = with_seeds_on_disk(plan) if given.time else plan
+        self.ends = time.monotonic() + seconds_of(given.time or "")
         self.why = "it is decided"
 
     def jobs(self) -> list[Job]:
-        """The jobs that may start now and would end in time; what was trained is measured in any case."""
+        """The jobs that may start now and would end in time; what was trained is measured in any case. Without --time
+        those of the fixed plan.
+        """
+        if self.given.time is None:
+            return jobs_to_do(self.plan)
         while not (jobs := jobs_to_do(self.plan)) and self._has_grown():
             pass
         fitting = [job for job in jobs if job.stage == "measure" or self._fits(job)]
@@ -74,7 +77,8 @@ class Rounds:
         except LookupError:
             # No run finished.
             return False
-        more = next_seeds(found, scores[self.given.metric], spreads)
+        seeds = {name: self.plan.more.get(name, self.plan.seeds) for name in self.plan.methods}
+        more = next_seeds(found, scores[self.given.metric], spreads, seeds)
         if not more and not found["recommendation"]["decided"]:
             self.why = "more seeds would not decide it"
         self.plan = dataclasses.replace(self.plan, more={**self.plan.more, **more})
@@ -100,8 +104,13 @@ class Rounds:
             found, _, _ = concluded(self.given, self.plan)
         except LookupError:
             return ""
-        others = [other.id for other in self.jobs() if other.cell and other != job]
-        return f"{standing(found, self.given.metric)}; next: {others[0] if others else 'nothing'}"
+        others = [other for other in self.jobs() if other.cell and other != job]
+        if not others or others[0].cell is None:
+            return f"{standing(found, self.given.metric)}; next: nothing"
+        left = max(0.0, self.ends - time.monotonic())
+        runs = int(left / max(1.0, self.seconds_of(others[0].cell)))
+        what = f"next: {others[0].id}; {duration(left)} left, about {plural(runs, 'run')}"
+        return f"{standing(found, self.given.metric)}; {what}"
 
     def ended(self) -> str:
         """Why no more runs follow, and what another such time would buy."""
@@ -117,7 +126,7 @@ class Rounds:
         if self.why != OVER:
             return said
         each = fmean([self.seconds_of(Cell(name, None, 0)) for name in scores[self.given.metric]])
-        runs = int(seconds_of(self.given.time or "") / each)
+        runs = int(seconds_of(self.given.time or "") / max(1.0, each))
         seeds = min(LOOKS[-1], effect["seeds"] + runs // (1 + len(told["open"])))
         then = spreads.effect(seeds, effect["comparisons"])
         size = (

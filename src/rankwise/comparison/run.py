@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rankwise.comparison import stages
-from rankwise.comparison.conclusion import conclude, is_by_row, spreads_of
+from rankwise.comparison.conclusion import conclude, spreads_of
 from rankwise.comparison.inputs import (
     SETTINGS_FILE,
     Inputs,
@@ -39,7 +39,6 @@ from rankwise.comparison.stages import (
     Plan,
     cell_settings,
     jobs_left,
-    jobs_to_do,
     planned_runs,
     possible_jobs,
 )
@@ -108,19 +107,17 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
             if is_new:
                 shutil.rmtree(given.output)
             raise
-        plan = _plan(given, rates)
-        rounds = None if given.time is None else Rounds(given, plan)
-        plan = rounds.plan if rounds else plan
-        _check_base(given, plan, collect_runs(plan))
-        _announce(given, plan, inputs, watcher)
+        rounds = Rounds(given, _plan(given, rates))
+        _check_base(given, rounds.plan, collect_runs(rounds.plan))
+        _announce(given, rounds.plan, inputs, watcher)
         try:
-            _carry_out(given, plan, inputs, watcher, cluster, rounds)
+            _carry_out(given, rounds, inputs, watcher, cluster)
         except DataError:
             # No run can start, so the folder holds nothing; with other settings it would be refused.
             if is_new:
                 shutil.rmtree(given.output)
             raise
-        return conclude(given, rounds.plan if rounds else plan, inputs, told)
+        return conclude(given, rounds.plan, inputs, told)
 
 
 def _announce(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watcher) -> None:
@@ -138,7 +135,7 @@ def _announce(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watch
     if given.learning_rates is None:
         grids = "; ".join(f"{method} {', '.join(map(rate, grid))}" for method, grid in plan.rates.items())
         watcher.say(f"Learning rates around the defaults for this model (--learning-rates to change): {grids}.")
-        watcher.say("A method whose best rate lies at the edge of those tries one more, in a whole run.")
+        watcher.say("If a method's best rate lies at the edge, one more is tried on that side, in a whole run.")
     watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
     if jobs_left(plan):
         watcher.say(_time_words(given, plan, inputs))
@@ -146,7 +143,8 @@ def _announce(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watch
     if given.seeds < 2:
         warn("RW585", "one seed gives no intervals and no verdicts; give --seeds 3 or more.")
         return
-    if inputs.eval_rows < 2 and is_by_row(given):
+    # Of preferences, the loss is only known as a mean.
+    if inputs.eval_rows < 2 and given.metric == EVAL_LOSS and OBJECTIVES[given.objective].of_demonstrations:
         warn("RW585", f"one evaluation row gives no verdicts on {given.metric}; give more --eval-data.")
         return
     before = scores_by_metric(plan.output, plan.methods, collect_runs(plan), plan.looks).get(given.metric, {})
@@ -278,14 +276,10 @@ def _plan(given: CompareSettings, rates: Mapping[str, tuple[float, ...]]) -> Pla
 
 
 def _carry_out(
-    given: CompareSettings,
-    plan: Plan,
-    inputs: Inputs,
-    watcher: Watcher,
-    cluster: Cluster | None,
-    rounds: Rounds | None,
+    given: CompareSettings, rounds: Rounds, inputs: Inputs, watcher: Watcher, cluster: Cluster | None
 ) -> None:
     """Prepare what all runs share, then do the runs."""
+    plan = rounds.plan
     commands = Commands(given, plan, inputs)
     first = Job("prepare", None)
     known = [first, *possible_jobs(plan)]
@@ -297,11 +291,11 @@ def _carry_out(
             stages.forget_outcome(job, plan.output)
     slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, given.device)
     start = cluster.start if cluster else None
-    left = (lambda: jobs_left(rounds.plan)) if rounds else (lambda: jobs_left(plan))
-    pool = Pool(plan.output, commands.of, slots, watcher, left, start, rounds.told if rounds else None)
+    standing = rounds.told if given.time else None
+    pool = Pool(plan.output, commands.of, slots, watcher, lambda: jobs_left(rounds.plan), start, standing)
     pool.carry_out(lambda: [] if stages.outcome_of(first, plan.output) else [first])
-    pool.carry_out(rounds.jobs if rounds else lambda: jobs_to_do(plan))
-    if rounds:
+    pool.carry_out(rounds.jobs)
+    if given.time:
         watcher.say(rounds.ended())
 
 

@@ -5,7 +5,6 @@ be done next: searches first, then one seed after the other over all methods.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import signal
 from collections.abc import Iterable, Iterator, Mapping
@@ -225,9 +224,6 @@ class Plan:
         if self.halved:
             return [Cell(method, None, 0)]
         rates = sorted(self.rates[method])
-        if self.looks:
-            # The default first.
-            rates.insert(0, rates.pop(len(rates) // 2))
         return [Cell(method, rate, 0) for rate in rates] if rates[1:] else []
 
     def final(self, method: str, rate: float) -> list[Cell]:
@@ -253,10 +249,7 @@ class MethodState:
 def jobs_to_do(plan: Plan) -> list[Job]:
     """The jobs that can start now, in order of preference, including those in progress."""
     states = {method: state_of(plan, method) for method in plan.methods}
-    searches = [state.waiting for state in states.values() if not state.searched]
-    if plan.looks:
-        searches = [[job for job in jobs if job] for jobs in itertools.zip_longest(*searches)]
-    found = [job for jobs in searches for job in jobs]
+    found = [job for state in states.values() if not state.searched for job in state.waiting]
     final = [job for state in states.values() if state.searched for job in state.waiting]
     # The sort is stable: jobs of one seed keep the order of the methods.
     found += sorted(final, key=lambda job: job.cell.seed if job.cell else 0)
@@ -370,7 +363,7 @@ def _tried(plan: Plan, cell: Cell) -> SearchedRate:
 def _search(plan: Plan, cells: list[Cell]) -> RateSearch:
     if plan.halved:
         return _halved(plan, cells[0])
-    tried = [_tried(plan, cell) for cell in sorted(cells, key=lambda cell: cell.learning_rate or 0.0)]
+    tried = [_tried(plan, cell) for cell in cells]
     chosen, at_edge = choose_rate({item["learning_rate"]: item["value"] for item in tried})
     return {"tried": tried, "chosen": chosen, "at_edge": at_edge}
 

@@ -275,14 +275,15 @@ class Spreads:
         return min(choices, default=None)
 
 
-def next_seeds(found: Conclusions, scores: Mapping[str, Scores], spreads: Spreads) -> dict[str, int]:
+def next_seeds(
+    found: Conclusions, scores: Mapping[str, Scores], spreads: Spreads, seeds: Mapping[str, int]
+) -> dict[str, int]:
     """{method: its seeds at the next look} of the methods that may still be best; empty if it is decided, or if no
-    number of seeds would decide it.
-
-    Methods with more seeds wait for those with fewer.
+    number of seeds would decide it. ``seeds``: of each method so far; those with more wait for those with fewer.
     """
-    told = found["recommendation"]
-    best, others = told["best"], [name for name in told["open"] if name in told["candidates"]]
+    told, methods = found["recommendation"], found["methods"]
+    verdicts = {name: item["verdict"] and item["verdict"]["verdict"] for name, item in methods.items()}
+    best, others = told["best"], [name for name in told["open"] if verdicts[name] == "cannot tell"]
     seen = spreads.smallest(LOOKS[-1], found["minimum_detectable_effect"]["comparisons"])
     margin = spreads.margin * spreads.level
     pairs = [
@@ -295,10 +296,9 @@ def next_seeds(found: Conclusions, scores: Mapping[str, Scores], spreads: Spread
     )
     if not (others and may):
         return {}
-    seeds = {name: max(scores[name].values) + 1 for name in (best, *others)}
-    fewest = min(seeds.values())
+    fewest = min(seeds[name] for name in (best, *others))
     following = next((look for look in LOOKS if look > fewest), fewest)
-    return {name: following for name, own in seeds.items() if own == fewest < following}
+    return {name: following for name in (best, *others) if seeds[name] == fewest < following}
 
 
 def _seeds_may_tell(a: Scores, b: Scores, margin: float, comparisons: float) -> bool:

@@ -254,21 +254,14 @@ class Conclusions(TypedDict):
     minimum_detectable_effect: MinimumDetectableEffect
 
 
-class MethodStanding(TypedDict):
-    """A method's metric minus that of the best one, with an interval that holds for all looks together."""
-
-    difference: float
-    interval: list[float]
-
-
 class Standing(TypedDict):
     """What a comparison with --time saw at one look."""
 
-    # Of the methods, those that had as many.
     seeds: int
     # Of all runs until then.
     run_seconds: float
-    methods: dict[str, MethodStanding]
+    # From the one that is best now, of methods with as many seeds; the intervals hold for all looks together.
+    differences: list[Difference]
 
 
 class Document(Conclusions):

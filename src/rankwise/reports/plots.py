@@ -275,19 +275,21 @@ def standing(standings: Sequence[Fields], numbers: Numbers, best: str) -> tuple[
     """
     figure, axes = _axes(PANEL, 290)
     axes.axhline(0, color=colour(numbers[best]), linewidth=1.3)
-    names = list(dict.fromkeys(name for look in standings for name in look["methods"]))
-    times = [look["run_seconds"] / 60 for look in standings]
+    shown: dict[str, list[tuple[float, float, list[float]]]] = {}
+    for look in standings:
+        for item in look["differences"]:
+            name, sign = (item["a"], 1) if item["b"] == best else (item["b"], -1)
+            bounds = [sign * bound for bound in item["interval"]]
+            shown.setdefault(name, []).append((look["run_seconds"] / 60, sign * item["difference"], bounds))
     # Methods stand side by side.
-    step = (max(times) - min(times) or max(times)) / (8 * (len(names) + 1) * len(times))
-    for place, name in enumerate(names):
-        seen = [(x, look["methods"][name]) for x, look in zip(times, standings) if name in look["methods"]]
-        x, shade = [x + place * step for x, _ in seen], colour(numbers[name])
-        axes.vlines(x, *zip(*(item["interval"] for _, item in seen)), color=shade, linewidth=1.3)
-        shape = {"marker": marker(numbers[name]), "markersize": 7, "linewidth": 1}
-        axes.plot(x, [item["difference"] for _, item in seen], color=shade, **shape)
+    step = standings[-1]["run_seconds"] / 60 / (10 * (len(shown) + 1) * len(standings))
+    for place, (name, points) in enumerate(shown.items()):
+        x, y, bars = zip(*((x + place * step, y, bounds) for x, y, bounds in points))
+        axes.vlines(x, *zip(*bars), color=colour(numbers[name]), linewidth=1.3)
+        axes.plot(x, y, marker=marker(numbers[name]), color=colour(numbers[name]), markersize=7, linewidth=1)
     axes.margins(0.1)
     axes.set(xlabel="minutes of runs", ylabel=f"difference from {_short(method_name(best))}")
-    return figure, f"The standing of {', '.join(map(method_name, names))} over time"
+    return figure, f"The standing of {', '.join(map(method_name, shown))} over time"
 
 
 def curve_limits(curves: Sequence[Curve]) -> Range:
