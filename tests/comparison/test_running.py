@@ -466,3 +466,17 @@ def test_a_method_whose_runs_fail_does_not_hold_the_others(tmp_path: Path):
     found: Any = compare(watcher=heard, **timed(tmp_path, methods="lora,qdora,full"))
     assert (found["recommendation"]["method"], found["methods"]["qdora"]["failed"]) == ("full", 3)
     assert heard.lines[-1] == "Stopped: it is decided."
+
+
+def test_a_rate_beyond_an_edge_that_does_not_fit_leaves_the_method_untuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    LlamaConfig(hidden_size=64).save_pretrained(tmp_path / "base")
+    options = timed(tmp_path, methods="lora", learning_rates=None, model=str(tmp_path / "base"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Rounds, "_fits", lambda self, job: job.cell.learning_rate is None)
+        found: Any = compare(**options)
+    assert (found["methods"]["lora"]["seeds"], found["methods"]["lora"]["learning_rate_at_edge"]) == (1, True)
+    assert len(found["runs"]) == 1
+    again: Any = compare(**options)
+    assert len(again["learning_rates"]["lora"]["tried"]) == 4

@@ -141,7 +141,7 @@ COMMAND = Command(
     run=run,
     summary="Compare methods on your model and data: several seeds, intervals, one recommendation.",
     examples=(
-        "rankwise compare --model demo --data rows.jsonl --output comparison",
+        "rankwise compare --model demo --data rows.jsonl --time 2h --output comparison",
         "rankwise compare --model demo --data train.csv --eval-data dev.csv \\",
         "    --methods lora,dora --learning-rates 1e-4,2e-4,5e-4 --output comparison",
     ),

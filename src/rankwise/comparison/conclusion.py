@@ -55,7 +55,13 @@ def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Mess
     finished = [run for run in final if run["status"] == "finished"]
     if not finished:
         errors = [run["error"] for run in final or runs if run["error"] is not None]
-        reason = f"{errors[0]['code']}: {errors[0]['message']}" if errors else "nothing was started."
+        reason = (
+            f"{errors[0]['code']}: {errors[0]['message']}"
+            if errors
+            else "the time was too short."
+            if given.time
+            else "nothing was started."
+        )
         raise RunError("RW584", f"no run finished: {reason}")
     better = metrics_of(runs)
     try:
@@ -173,7 +179,7 @@ def _deciding_run(
         runs += len(names) * len(rates) + again
     if given.time is not None:
         each = max(item["wall_seconds"] or 0.0 for item in methods.values())
-        changes["time"] = f"{math.ceil(runs * each / 60) or 1}m"
+        changes["time"] = f"{math.ceil(runs * each * (2 if choice is None else 1) / 60) or 1}m"
     return {
         "methods": names,
         "seeds": seeds,

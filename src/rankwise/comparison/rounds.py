@@ -17,9 +17,10 @@ from rankwise.comparison.conclusion import concluded
 from rankwise.comparison.settings import CompareSettings, seconds_of
 from rankwise.comparison.stages import Cell, Job, Plan, jobs_to_do, outcome_of, state_of
 from rankwise.comparison.statistics import LOOKS
-from rankwise.comparison.verdicts import next_seeds
+from rankwise.comparison.verdicts import Scores, Spreads, next_seeds
 from rankwise.foreign import read_json
 from rankwise.records import write_json
+from rankwise.reports.comparison import Conclusions
 from rankwise.reports.numbers import duration, plural
 from rankwise.reports.words import detectable, standing
 
@@ -66,23 +67,30 @@ class Rounds:
         while not (jobs := jobs_to_do(self.plan)) and self._has_grown():
             pass
         fitting = [job for job in jobs if job.stage == "measure" or self._fits(job)]
-        if jobs and not fitting:
-            self.why = OVER
+        if jobs and not fitting and not self.plan.over:
+            self.why, self.plan = OVER, dataclasses.replace(self.plan, over=True)
+            # The best run of a method that has not tried a rate beyond its edge is to be measured.
+            return self.jobs()
         return fitting
 
     def _has_grown(self) -> bool:
         """Look at the verdicts, and give further seeds to the methods that may still be best."""
-        try:
-            found, scores, spreads = concluded(self.given, self.plan)
-        except LookupError:
-            # No run finished.
+        if (seen := self._seen()) is None:
             return False
+        found, scores, spreads = seen
         seeds = {name: self.plan.more.get(name, self.plan.seeds) for name in self.plan.methods}
         more = next_seeds(found, scores[self.given.metric], spreads, seeds)
         if not more and not found["recommendation"]["decided"]:
             self.why = "more seeds would not decide it"
         self.plan = dataclasses.replace(self.plan, more={**self.plan.more, **more})
         return bool(more)
+
+    def _seen(self) -> tuple[Conclusions, dict[str, dict[str, Scores]], Spreads] | None:
+        """What follows from the runs so far; None before the first one has ended."""
+        try:
+            return concluded(self.given, self.plan)
+        except LookupError:
+            return None
 
     def _fits(self, job: Job) -> bool:
         assert job.cell is not None
@@ -100,27 +108,24 @@ class Rounds:
 
     def told(self, job: Job) -> str:
         """The standings after a run, and what comes next."""
-        try:
-            found, _, _ = concluded(self.given, self.plan)
-        except LookupError:
+        if (seen := self._seen()) is None:
             return ""
-        others = [other for other in self.jobs() if other.cell and other != job]
-        if not others or others[0].cell is None:
-            return f"{standing(found, self.given.metric)}; next: nothing"
+        known = standing(seen[0], self.given.metric)
+        following = next((other for other in self.jobs() if other.cell and other != job), None)
+        if following is None or following.cell is None:
+            return f"{known}; next: nothing"
         left = max(0.0, self.ends - time.monotonic())
-        runs = int(left / max(1.0, self.seconds_of(others[0].cell)))
-        what = f"next: {others[0].id}; {duration(left)} left, about {plural(runs, 'run')}"
-        return f"{standing(found, self.given.metric)}; {what}"
+        runs = plural(int(left / max(1.0, self.seconds_of(following.cell))), "run")
+        return f"{known}; next: {following.id}; {duration(left)} left, about {runs}"
 
     def ended(self) -> str:
         """Why no more runs follow, and what another such time would buy."""
-        try:
-            found, scores, spreads = concluded(self.given, self.plan)
-        except LookupError:
-            return f"Stopped: {self.why}."
+        said, seen = f"Stopped: {self.why}.", self._seen()
+        if seen is None:
+            return said
+        found, scores, spreads = seen
         effect, told = found["minimum_detectable_effect"], found["recommendation"]
         which = "evaluation rows" if spreads.of_rows(effect["seeds"]) else "seeds"
-        said = f"Stopped: {self.why}."
         if not told["decided"] and spreads.estimates:
             said += f" The spread over {which} is the larger part of the error."
         if self.why != OVER:
@@ -129,8 +134,7 @@ class Rounds:
         runs = int(seconds_of(self.given.time or "") / max(1.0, each))
         seeds = min(LOOKS[-1], effect["seeds"] + runs // (1 + len(told["open"])))
         then = spreads.effect(seeds, effect["comparisons"])
-        size = (
-            f", which would find {detectable(then, '')}" if then["absolute"] is not None and seeds >= LOOKS[0] else ""
-        )
+        is_known = then["absolute"] is not None and seeds >= LOOKS[0]
+        size = f", which would find {detectable(then, '')}" if is_known else ""
         more = f"{plural(runs, 'run')}, up to {plural(seeds, 'seed')}{size}"
         return f"{said} The same command again, for as much time, holds about {more}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -157,6 +158,15 @@ def _announce(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watch
 
 # Seconds in which a process starts and loads its model; a run has two, for training and for measuring.
 START_SECONDS = 10.0
+PROBE_SECONDS = 0.3
+
+
+def _waiting() -> float:
+    """Elapsed time by processor time of a moment's work: above 1 where other programs take the processor."""
+    began, spent = time.perf_counter(), time.process_time()
+    while (worked := time.process_time() - spent) < PROBE_SECONDS:
+        sum(range(10_000))
+    return max(1.0, (time.perf_counter() - began) / worked)
 
 
 def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
@@ -184,9 +194,14 @@ def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
             seconds, count = seconds + runs * (a_run + 2 * START_SECONDS), count + runs
     except InputError as error:
         return f"The time cannot be estimated: {error.message}"
+    if hardware.device_type == "cpu":
+        seconds *= _waiting()
     # Runs side by side share a processor.
     places = (given.jobs or 1) if hardware.device_type == "cuda" else 1
-    mean, basis = duration(seconds / count), f"{steps} steps of {rows} rows, about {tokens} tokens a row"
+    mean, basis = (
+        duration(seconds / count),
+        f"{steps} steps of {rows} rows, about {tokens} tokens a row, as busy as it is now",
+    )
     if given.time is not None:
         fitting = int(seconds_of(given.time) * places * count / seconds)
         return f"By the plan a run takes about {mean} ({basis}), so {given.time} holds about {plural(fitting, 'run')}."

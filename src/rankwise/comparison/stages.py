@@ -215,8 +215,11 @@ class Plan:
     halved: bool = False
     # Whether a method whose best rate lies at the edge tries one more on that side.
     extends: bool = False
-    # With --time: the methods that each call added, and the seeds of methods that have more than ``seeds``.
+    # With --time: the methods that each call added.
     looks: tuple[tuple[str, ...], ...] = ()
+    # Whether the time is over, so that a rate beyond an edge that was not tried stays out.
+    over: bool = False
+    # The seeds of methods that have more than ``seeds``.
     more: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def search(self, method: str) -> list[Cell]:
@@ -301,10 +304,11 @@ def state_of(plan: Plan, method: str) -> MethodState:
         return MethodState(found, False, search, [], None, open_jobs)
     if plan.extends and found["at_edge"] and found["chosen"] is not None:
         further = Cell(method, beyond([item["learning_rate"] for item in found["tried"]], found["chosen"]), 0)
-        search = [*search, further]
-        if outcome_of(Job("train", further), plan.output) is None:
+        if outcome_of(Job("train", further), plan.output) is not None:
+            search = [*search, further]
+            found = _extended(plan, search, found)
+        elif not plan.over:
             return MethodState(found, False, search, [], None, [Job("train", further)])
-        found = _extended(plan, search, found)
     rate = found["chosen"] if search else plan.rates[method][0]
     if rate is None:
         return MethodState(found, True, search, [], None, [])
