@@ -159,33 +159,32 @@ def _deciding_run(
     tried = len(every_rate) if given.budget is None else 1
     done = min(methods[name]["seeds"] for name in names) if given.time else given.seeds
     choice = spreads.deciding(done, len(names), tried, anew=anew)
-    changes: JsonObject = {"methods": tuple(names)}
     runs, factor, seeds = choice or (planned_runs(len(names), tried, given.seeds), 1, given.seeds)
-    if choice is None:
-        longer = {"max_steps": 2 * given.max_steps} if given.max_steps else {"epochs": 2 * given.epochs}
-        changes |= longer
+    rows, is_longer = inputs.eval_rows * factor, choice is None
+    changes: JsonObject = {"methods": tuple(names)}
+    if is_longer:
+        changes |= {"max_steps": 2 * given.max_steps} if given.max_steps else {"epochs": 2 * given.epochs}
     elif rates or given.learning_rates:
         changes["learning_rates"] = every_rate
-    if given.time is None:
-        changes["seeds"] = seeds
-    rows = inputs.eval_rows * factor
     if factor > 1:
         changes |= {"eval_limit": rows} if given.eval_limit else {"eval_data": "MORE-ROWS"}
-    if factor > 1 or anew or choice is None:
+    if factor > 1 or anew or is_longer:
         changes["output"] = given.output.with_name(f"{given.output.name}-2")
     else:
         # A method that is not tuned may take a new rate, on all seeds.
         again = sum(methods[name]["learning_rate_at_edge"] for name in names) * (given.seeds - 1) if rates else 0
         runs += len(names) * len(rates) + again
-    if given.time is not None:
-        each = max(item["wall_seconds"] or 0.0 for item in methods.values())
-        changes["time"] = f"{math.ceil(runs * each * (2 if choice is None else 1) / 60) or 1}m"
+    if given.time is None:
+        changes["seeds"] = seeds
+    else:
+        each = (1 + is_longer) * max(item["wall_seconds"] or 0.0 for item in methods.values())
+        changes["time"] = f"{math.ceil(runs * each / 60) or 1}m"
     return {
         "methods": names,
         "seeds": seeds,
         "rows": rows,
-        "learning_rates": rates if choice else [],
-        "is_longer": choice is None,
+        "learning_rates": [] if is_longer else rates,
+        "is_longer": is_longer,
         "runs": runs,
         "command": command_line(given.model_copy(update=changes)),
     }

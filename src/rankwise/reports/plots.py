@@ -394,19 +394,9 @@ def rates(searches: Mapping[str, Fields], numbers: Numbers) -> tuple[Figure, str
     have no point; a triangle at the top marks one off the scale, which the best two of each method fit.
     """
     figure, axes = _axes(PANEL, 290)
-    lines = {}
-    for name, search in searches.items():
-        same = [trial for trial in search["tried"] if trial.get("metric") == search["tried"][0].get("metric")]
-        lines[name] = [(trial["learning_rate"], trial["value"]) for trial in same if is_number(trial["value"])]
+    lines = {name: _same_losses(search["tried"]) for name, search in searches.items()}
     values = [y for points in lines.values() for _, y in points]
-    least = min(values)
-    most = max(
-        [2 * least, *(sorted(y for _, y in points)[min(1, len(points) - 1)] for points in lines.values() if points)]
-    )
-    is_log = most > WIDE * least > 0
-    if is_log:
-        most = max(y for y in values if y <= LOG_RANGE * least)
-    low, top = (0.8 * least, 1.25 * most) if is_log else _limits(value for value in values if value <= most)
+    low, top, is_log = _rate_limits([sorted(y for _, y in points) for points in lines.values() if points])
     for name, points in lines.items():
         shade, shape = colour(numbers[name]), marker(numbers[name])
         shown = [(x, min(y, top)) for x, y in points]
@@ -427,6 +417,27 @@ def rates(searches: Mapping[str, Fields], numbers: Numbers) -> tuple[Figure, str
     axes.set_xticks(ticks, [rate(x) for x in ticks])
     axes.minorticks_off()
     return figure, "evaluation loss against learning rate"
+
+
+def _same_losses(tried: Sequence[Fields]) -> list[Point]:
+    """(rate, loss) of the rates whose losses were measured alike: one tried beyond the edge may have a whole run's."""
+    metrics = [trial.get("metric") for trial in tried]
+    usual = max(metrics, key=metrics.count)
+    return [
+        (trial["learning_rate"], trial["value"])
+        for trial in tried
+        if trial.get("metric") == usual and is_number(trial["value"])
+    ]
+
+
+def _rate_limits(losses: Sequence[Sequence[float]]) -> tuple[float, float, bool]:
+    """(lowest, highest of the scale, whether it is logarithmic) for the sorted losses of each method."""
+    values = [y for own in losses for y in own]
+    least = min(values, default=1.0)
+    most = max([2 * least, *(own[:2][-1] for own in losses)])
+    if most <= WIDE * least or least <= 0:
+        return *_limits(y for y in values if y <= most), False
+    return 0.8 * least, 1.25 * max(y for y in values if y <= LOG_RANGE * least), True
 
 
 def _apart(rates: Iterable[float]) -> list[float]:

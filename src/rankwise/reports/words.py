@@ -263,7 +263,7 @@ def _deciding(found: Fields) -> list[str]:
     size = f"{plural(run['seeds'], 'seed')} and {plural(run['rows'], 'evaluation row')}"
     what = f"{named(run['methods'])} on {size}{rates}, {plural(run['runs'], 'more run')}"
     if run["is_longer"]:
-        return [f"no more seeds or rows that are worth it would decide it; twice the steps may: {what}"]
+        return [f"no number of seeds or rows that is proposed would decide it; runs of twice the steps may: {what}"]
     return [f"the cheapest run that would decide it: {what}"]
 
 
