@@ -33,6 +33,7 @@ from rankwise.config import default_rate
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.page import page
+from rankwise.reports.summary import stopped_rates
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning"),
@@ -459,6 +460,8 @@ def test_with_a_time_rates_are_searched_in_short_runs_and_beyond_an_edge(tmp_pat
     # The whole run at that rate is better than that at the edge, and in its place.
     assert (runs["lora-auto-seed0"], runs[further["run"]], search["at_edge"]) == ("search", "final", True)
     assert found["methods"]["lora"]["verdict"]["verdict"] == "not tuned"
+    (line, _) = stopped_rates(Comparison(found, tmp_path / "out"))
+    assert re.search(r"LoRA: .* after \d steps, (.*) in a whole run; \1 was taken", line)
 
 
 def test_a_method_whose_runs_fail_does_not_hold_the_others(tmp_path: Path):

@@ -112,8 +112,12 @@ def stopped_rates(comparison: Comparison) -> list[str]:
             for item in sorted(tried, key=lambda item: item["steps"])
             if item["learning_rate"] != search["chosen"]
         ]
+        # Beyond the edge.
+        whole = [f", {rate(item['learning_rate'])} in a whole run" for item in search["tried"] if item not in tried]
         if tried:
-            lines.append(f"{method_name(name)}: {', '.join(stopped)}; {rate(search['chosen'])} was taken")
+            lines.append(
+                f"{method_name(name)}: {', '.join(stopped)}{''.join(whole)}; {rate(search['chosen'])} was taken"
+            )
     return lines
 
 
