@@ -119,6 +119,11 @@ def test_what_the_runs_cannot_tell_is_left_open_unless_they_could_have_seen_what
     assert "is too small to detect any difference" in untested["said"]
 
 
+def test_methods_without_a_common_seed_leave_it_open():
+    found = choice("", {name: METHODS[name] for name in ("lora", "dora")}, pairs=[])
+    assert (found["method"], found["decided"], found["open"]) == ("dora", False, ["lora"])
+
+
 def test_many_methods_are_counted_and_not_named():
     names = ["lora", "full", "qlora+loftq", "lora+pissa", "qlora+pissa", "dora", "qlora", "qdora"]
     methods = {name: method(1.5 + place / 100, 6.0, 600 + 60 * place) for place, name in enumerate(names)}

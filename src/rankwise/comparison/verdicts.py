@@ -447,8 +447,9 @@ def _against(name: str, best: str, pairs: Sequence[Difference], comparisons: flo
 
 
 def _is_near(name: str, best: str, pairs: Sequence[Difference]) -> bool:
-    (item,) = (item for item in pairs if {item["a"], item["b"]} == {name, best})
-    return abs(item["difference"]) <= max(item["margin"], item["standard_error"] or 0.0)
+    """Whether their difference is known, and within the margin or a standard error."""
+    own = [item for item in pairs if {item["a"], item["b"]} == {name, best}]
+    return any(abs(item["difference"]) <= max(item["margin"], item["standard_error"] or 0.0) for item in own)
 
 
 def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, list[DecidingCost]]:
