@@ -128,4 +128,4 @@ def test_a_run_that_the_user_stopped_has_not_failed(code: str, said: str, capsys
     """Its own advice, --resume, is not what continues a comparison."""
     outcome = Outcome("failed", 1.0, {"code": code, "message": "full"})
     Lines(Output()).ended(Job("train", None), outcome, Picture(1, 2, None))
-    assert capsys.readouterr().out == f"base: {said}  [1 step done, 2 to come]\n"
+    assert capsys.readouterr().out == f"base: {said}  [1 run done, 2 to come]\n"

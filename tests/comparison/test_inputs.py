@@ -124,3 +124,13 @@ def test_one_prompt_cannot_be_split(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         inputs(tmp_path, source)
     assert caught.value.code == "RW168"
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(100, 256), (200, 320), (1000, 400)])
+def test_with_a_time_more_rows_are_evaluated_where_a_run_trains_on_many(steps: int, expected: int, tmp_path: Path):
+    """A fifth of the rows of a run's steps, each at half the cost: a tenth of its time."""
+    held = write(tmp_path / "held.jsonl", [{"prompt": f"p{n}", "completion": "a"} for n in range(400)])
+    data = write(tmp_path / "rows.jsonl", ROWS)
+    changes: dict[str, Any] = {"eval_data": str(held), "max_steps": steps, "batch_size": 8}
+    assert inputs(tmp_path, data, "fixed", **changes).eval_rows == 256
+    assert inputs(tmp_path, data, "timed", **changes, time="1h").eval_rows == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.comparison.conclusion import command_line
-from rankwise.comparison.settings import CompareSettings, check_compare, shared_training
+from rankwise.comparison.settings import CompareSettings, check_compare, seconds_of, shared_training
 from rankwise.comparison.stages import Cell, Plan, cell_settings, choose_rate, planned_runs
 from rankwise.config import RetainOptions, TrainSettings
 from rankwise.errors import ConfigError
@@ -108,6 +108,29 @@ def test_a_variant_is_a_method_of_its_own():
     TrainSettings.model_validate({**chosen, "model": "demo", "data": "rows.jsonl"})
     assert len({Cell(name, 1e-4, 0).id for name in ("lora", "lora+pissa", "lora+plus", "qlora+pissa")}) == 4
     check_compare(settings(methods=("lora", "lora+pissa", "dora", "qlora+loftq", "lora+plus", "lora+pissa+rslora")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget"),
+    [
+        ({}, 0.25),
+        ({"learning_rates": "1e-4"}, None),
+        ({"objective": "dpo"}, None),
+        ({"budget": 1}, 1.0),
+        ({"time": None}, None),
+    ],
+)
+def test_a_time_implies_short_runs_where_rates_are_searched_on_demonstrations(changes, budget):
+    found = settings(**{"time": "1h30m", **changes})
+    assert found.budget == budget
+    assert command_line(found).count("--budget") == (changes == {"budget": 1})
+    assert seconds_of("1h30m") == 5400
+
+
+@pytest.mark.parametrize("time", ["40", "m", "", "0m", "1d", 40])
+def test_a_time_without_a_unit_is_refused(time):
+    with pytest.raises(ConfigError, match=r"RW103.*40m, 8h or 1h30m"):
+        settings(time=time)
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,18 @@ from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import fake_stage
 from fake_comparison import Quiet, compare, given, starts, without_times
 
 import guest_task
 from rankwise.comparison import run, stages
+from rankwise.comparison.rounds import Rounds
 from rankwise.comparison.stages import Cell, Plan, possible_jobs
 from rankwise.config import default_rate
 from rankwise.errors import ConfigError, DataError, Interrupted, RankwiseWarning, RunError
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.page import page
+from rankwise.reports.summary import stopped_rates
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning"),
@@ -65,7 +68,13 @@ def test_without_rates_each_method_tries_three_around_its_default(tmp_path: Path
     for name, options in {"lora": {}, "lora+plus": {"loraplus_ratio": 16.0}, "full": {"method": "full"}}.items():
         usual = default_rate("llama", 64, {"method": "lora", "objective": "sft", **options})
         tried = found["learning_rates"][name]["tried"]
-        assert [item["learning_rate"] for item in tried] == list(usual.around)
+        # The lowest is the best of three, so one more is tried on that side, once.
+        further, *around = [item["learning_rate"] for item in tried]
+        assert around == list(usual.around)
+        assert further == pytest.approx(usual.rate / 10, rel=0.1)
+        best = min(tried, key=lambda item: item["value"])["learning_rate"]
+        search = found["learning_rates"][name]
+        assert (search["chosen"], search["at_edge"]) == (best, best == further)
         assert len({run["seed"] for run in found["runs"] if run["method"] == name}) == 2
 
 
@@ -223,7 +232,7 @@ def test_the_time_of_all_steps_is_told_before_the_first_run(tmp_path: Path):
     watcher.say, watcher.started = told.append, lambda job: told.append("started")  # type: ignore[method-assign]
     compare(watcher=watcher, **given(tmp_path, methods="lora,qlora", learning_rates="2e-4", seeds=1, max_steps=7))
     before = told[: told.index("started")]
-    assert any(re.match("About .* for all steps, by the plan: 7 steps a run", line) for line in before), told
+    assert any(re.match("About .* a run, by the plan with evaluations: 7 steps of 8 rows", line) for line in before)
 
 
 @pytest.mark.usefixtures("real_processes")
@@ -350,9 +359,8 @@ def test_interrupted_steps_are_neither_done_nor_failed(tmp_path: Path, monkeypat
     last = pictures[-1]
     assert last.failed == 0
     assert last.interrupted > 0
-    assert last.done == len(list((tmp_path / "out" / "cells").glob("*.json")))
-    # Six trainings and their measurements, the base's own, and the preparation.
-    assert last.done + last.interrupted + last.left == 14
+    assert last.done == len(list((tmp_path / "out" / "cells").glob("*.train.json")))
+    assert last.done + last.interrupted + last.left == 6
     found: Any = compare(**options)
     assert {item["status"] for item in found["runs"]} == {"finished"}
 
@@ -378,3 +386,100 @@ def test_data_that_no_run_can_train_on_stop_the_comparison_at_once(tmp_path: Pat
         compare(**options)
     assert not (tmp_path / "out").exists()
     compare(**{**options, "max_length": 32, "methods": "lora", "learning_rates": "2e-4"})
+
+
+def timed(tmp_path: Path, name: str = "out", **changes: Any) -> dict[str, Any]:
+    usual = {"methods": "lora,full", "learning_rates": "2e-4", "time": "10h"}
+    options = given(tmp_path, name, **{**usual, **changes})
+    return {key: value for key, value in options.items() if key != "seeds"}
+
+
+class Heard(Quiet):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def ended(self, job: Any, outcome: Any, picture: Any) -> None:
+        self.lines += [picture.standing] if picture.standing else []
+
+
+def test_with_a_time_it_stops_after_three_seeds_where_one_is_far_ahead(tmp_path: Path):
+    heard = Heard()
+    found: Any = compare(watcher=heard, **timed(tmp_path))
+    assert (found["recommendation"]["method"], found["recommendation"]["decided"]) == ("full", True)
+    assert {name: item["seeds"] for name, item in found["methods"].items()} == {"lora": 3, "full": 3}
+    assert heard.lines[-1] == "Stopped: it is decided."
+    # A standing from four runs on, a verdict from six.
+    shown = [line for line in heard.lines if "next: " in line]
+    assert [line.count("(") for line in shown] == [0, 0, 0, 1, 1, 2]
+    assert shown[-1].endswith("(worse); next: nothing")
+    assert [(item["seeds"], item["differences"][0]["a"]) for item in found["standings"]] == [(3, "lora")]
+
+
+def test_with_a_time_seeds_go_only_to_methods_that_may_be_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """LoRA and DoRA are equal up to noise, of which the margin lets nothing pass."""
+    monkeypatch.setattr(fake_stage, "LOSS", {"lora": 1.5, "dora": 1.5, "full": 2.0})
+    found: Any = compare(**timed(tmp_path, methods="lora,dora,full", margin=1e-4))
+    seeds = {name: item["seeds"] for name, item in found["methods"].items()}
+    assert seeds["full"] == 3
+    assert seeds["lora"] == seeds["dora"]
+
+
+def test_a_time_that_was_too_short_goes_on_as_if_it_had_been_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole: Any = compare(**timed(tmp_path, "whole"))
+    heard = Heard()
+    with monkeypatch.context() as patch:
+        patch.setattr(Rounds, "_fits", lambda self, job: len(list(self.plan.output.glob("runs/*"))) < 4)
+        compare(watcher=heard, **timed(tmp_path))
+    assert re.search("Stopped: the time is over.* as much time, holds about .* runs, up to .* seeds", heard.lines[-1])
+    again: Any = compare(**timed(tmp_path))
+    assert without_times(again, tmp_path / "out") == without_times(whole, tmp_path / "whole")
+
+
+def test_methods_of_a_later_call_spend_what_earlier_ones_left(tmp_path: Path):
+    compare(**timed(tmp_path, methods="lora,dora"))
+    found: Any = compare(**timed(tmp_path, methods="lora,dora,full"))
+    spent = {(item["a"], item["b"]): item["comparisons"] for item in found["differences"]}
+    assert spent == pytest.approx({("lora", "dora"): 1 / 0.8, ("lora", "full"): 2 / 0.1, ("dora", "full"): 2 / 0.1})
+    # Fixed seeds would look once more at what was looked at.
+    with pytest.raises(RunError, match=r"RW580.*--time"):
+        compare(**given(tmp_path, methods="lora,dora,full", learning_rates="2e-4"))
+    with pytest.raises(ConfigError, match=r"RW167.*--seeds"):
+        compare(**given(tmp_path, "other", time="1h"))
+
+
+def test_with_a_time_rates_are_searched_in_short_runs_and_beyond_an_edge(tmp_path: Path):
+    LlamaConfig(hidden_size=64).save_pretrained(tmp_path / "base")
+    found: Any = compare(**timed(tmp_path, learning_rates=None, model=str(tmp_path / "base"), jobs=2))
+    runs = {run["id"]: run["phase"] for run in found["runs"]}
+    search = found["learning_rates"]["lora"]
+    (further,) = [item for item in search["tried"] if item["metric"] == "eval_loss"]
+    assert further["learning_rate"] == min(item["learning_rate"] for item in search["tried"]) == search["chosen"]
+    # The whole run at that rate is better than that at the edge, and in its place.
+    assert (runs["lora-auto-seed0"], runs[further["run"]], search["at_edge"]) == ("search", "final", True)
+    assert found["methods"]["lora"]["verdict"]["verdict"] == "not tuned"
+    (line, _) = stopped_rates(Comparison(found, tmp_path / "out"))
+    assert re.search(r"LoRA: .* after \d steps, (.*) in a whole run; \1 was taken", line)
+
+
+def test_a_method_whose_runs_fail_does_not_hold_the_others(tmp_path: Path):
+    heard = Heard()
+    found: Any = compare(watcher=heard, **timed(tmp_path, methods="lora,qdora,full"))
+    assert (found["recommendation"]["method"], found["methods"]["qdora"]["failed"]) == ("full", 3)
+    assert heard.lines[-1] == "Stopped: it is decided."
+
+
+def test_a_rate_beyond_an_edge_that_does_not_fit_leaves_the_method_untuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    LlamaConfig(hidden_size=64).save_pretrained(tmp_path / "base")
+    options = timed(tmp_path, methods="lora", learning_rates=None, model=str(tmp_path / "base"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Rounds, "_fits", lambda self, job: job.cell.learning_rate is None)
+        found: Any = compare(**options)
+    assert (found["methods"]["lora"]["seeds"], found["methods"]["lora"]["learning_rate_at_edge"]) == (1, True)
+    assert len(found["runs"]) == 1
+    again: Any = compare(**options)
+    assert len(again["learning_rates"]["lora"]["tried"]) == 4

@@ -12,10 +12,16 @@ from rankwise.comparison.statistics import (
     minimum_detectable_effect,
     paired_by_example,
     pooled,
-    spread_parts,
 )
 from rankwise.errors import RunError
 from rankwise.evaluation.tasks.base import paired_difference
+
+
+def spread_parts(
+    seed_sd: float, seeds: int, row_sd: float, rows: int, rest_sd: float = 0.0
+) -> list[tuple[float, float]]:
+    """The parts of a difference's error for true spreads, that of seeds of one method."""
+    return [((2 * seed_sd**2 + rest_sd**2 / rows) / seeds, seeds - 1.0), (row_sd**2 / rows, rows - 1.0)]
 
 
 def test_the_interval_of_a_mean_is_students():
@@ -140,7 +146,7 @@ def test_the_minimum_detectable_effect_counts_the_comparisons(comparisons):
 
 
 def test_the_minimum_detectable_effect_needs_two_seeds_and_does_not_go_below_the_margin():
-    assert minimum_detectable_effect(spread_parts(seed_sd=1.0, seeds=1), comparisons=1) is None
+    assert minimum_detectable_effect((), comparisons=1) is None
     tiny = spread_parts(seed_sd=1e-6, seeds=10, row_sd=1e-5, rows=100)
     assert minimum_detectable_effect(tiny, comparisons=1, margin=0.1) == pytest.approx(0.1, rel=1e-3)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 
-from rankwise.comparison.verdicts import Scores, compare_all, retentions
+from rankwise.comparison.results import conclusions
+from rankwise.comparison.statistics import LOOKS
+from rankwise.comparison.verdicts import Scores, Spreads, compare_all, next_seeds, retentions
 
 NEUTRAL = {"equivalent", "cannot tell"}
 
@@ -152,3 +157,51 @@ def test_planted_losses_are_found_and_none_is_found_where_there_is_none():
 @pytest.mark.parametrize(("true_loss", "seeds", "said"), [(-0.1, 3, "kept"), (0.0, 1, "cannot tell")])
 def test_a_loss_that_fell_is_kept_and_one_seed_tells_nothing(true_loss: float, seeds: int, said: str):
     assert set(kept_of(true_loss, 1, seeds)) == {said}
+
+
+def looking(scores: Scores, seeds: int | None = None) -> Scores:
+    """Its first seeds, in a comparison that looks at two methods."""
+    return dataclasses.replace(scores.first(seeds or len(scores.values)), looks=(("one", "two"),))
+
+
+@pytest.mark.parametrize(("looks", "least", "most"), [(True, 0, 15), (False, 25, 300)])
+def test_verdicts_at_nine_looks_are_as_rarely_wrong_as_at_one(looks: bool, least: int, most: int):
+    """Of 300 comparisons without a difference; with the fixed level at every look more than 25 are wrong."""
+    wrong = 0
+    for number in range(300):
+        draw = np.random.default_rng(number)
+        one, two = (Scores(dict(enumerate(2 + draw.normal(0, 0.01, LOOKS[-1])))) for _ in range(2))
+        seen = [(one.first(look), two.first(look)) for look in LOOKS]
+        pairs = [dict(zip(("one", "two"), map(looking, pair) if looks else pair)) for pair in seen]
+        said = [compare_all("x", pair, higher_is_better=False, relative_margin=1e-9)[0]["verdict"] for pair in pairs]
+        wrong += any(verdict in ("better", "worse") for verdict in said)
+    assert least <= wrong <= most
+
+
+def test_between_looks_and_before_the_first_one_nothing_new_is_told():
+    one, two = (simulated(np.random.default_rng(number), 0.3 * number, seeds=6) for number in (0, 1))
+
+    def told(seeds: int) -> Any:
+        pair = {"one": looking(one, seeds), "two": looking(two, seeds)}
+        return compare_all("x", pair, higher_is_better=False, relative_margin=0.01)[0]
+
+    assert (told(2)["verdict"], told(2)["p_value"]) == ("cannot tell", None)
+    assert told(5)["p_value"] == told(4)["p_value"] != told(6)["p_value"]
+    assert told(5)["interval"] == told(4)["interval"]
+
+
+@pytest.mark.parametrize(("row_noise", "expected"), [(0.001, {"lora": 4, "dora": 4}), (5.0, {})])
+def test_more_seeds_are_run_where_seeds_and_not_rows_hide_the_difference(row_noise: float, expected: dict[str, int]):
+    draw, facts = np.random.default_rng(0), {"ranges": {}, "trainable_parameters": None, "alone": False}
+    facts |= {"seeds": 3, "learning_rate_at_edge": False, "retained": None}
+    scores = {}
+    for name in ("lora", "dora"):
+        losses = 2 + draw.normal(0, 0.05, (3, 1)) + draw.normal(0, row_noise, 150)
+        values = dict(enumerate(losses.mean(1).tolist()))
+        plain = Scores(values, dict(enumerate(losses.tolist())), [str(index) for index in range(150)])
+        scores[name] = dataclasses.replace(plain, looks=(("lora", "dora"),))
+    methods: Any = {name: {**facts, "mean": {"x": np.mean([*item.values.values()])}} for name, item in scores.items()}
+    spreads = Spreads(scores, metric="x", margin=0.01)
+    found = conclusions(methods, {"x": scores}, {"x": False}, spreads, {})
+    assert next_seeds(found, scores, spreads, {"lora": 3, "dora": 3}) == expected
+    assert spreads.of_rows(3) == (not expected)

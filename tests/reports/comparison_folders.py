@@ -77,6 +77,7 @@ def write_comparison(
         "runs": runs,
         **_conclusions(folder, methods, runs),
         "learning_rates": {name: _search(name, runs) for name in methods},
+        "standings": [],
         "seconds": 3391.0,
     }
     if extras:
@@ -210,7 +211,7 @@ def _conclusions(folder: Path, methods: Sequence[str], runs: Sequence[Any]) -> d
         }
         for name in methods
     }
-    spreads = Spreads(scores["eval_loss"], metric="eval_loss", margin=0.01, rows=256, is_by_row=False)
+    spreads = Spreads(scores["eval_loss"], metric="eval_loss", margin=0.01)
     found: Any = results.conclusions(figures, scores, better, spreads, {})
     best = f"{found['recommendation']['method']}-lr0.0002-seed{min(run['seed'] for run in runs)}"
     command = "rankwise train --config recommended.yaml --output runs/final"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rankwise.reports import numbers
 from rankwise.reports.comparison import Comparison
-from rankwise.reports.page import answers_of, evenly, page
+from rankwise.reports.page import _bar, answers_of, evenly, page
 
 
 @pytest.fixture
@@ -76,6 +76,16 @@ def test_significant_digits_are_near_the_value(value, digits):
 def test_visible_text_has_no_hidden_character_but_line_ends(text):
     shown = numbers.visible(text)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", shown)
+
+
+def test_the_bar_of_a_loss_does_not_reach_below_zero():
+    facts = {
+        "interval": {"x": [-0.02, 0.08]},
+        "per_seed": {"x": {"0": 0.02, "1": 0.04}},
+        "higher_is_better": {"x": False},
+    }
+    assert _bar(facts, "x") == [0.0, 0.08]
+    assert _bar({**facts, "higher_is_better": {"x": True}}, "x") == [-0.02, 0.08]
 
 
 def test_in_every_pair_the_better_mean_stands_first(comparison):

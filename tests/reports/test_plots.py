@@ -46,6 +46,15 @@ def tried(number: int) -> dict[str, Any]:
     return {"tried": trials, "chosen": 1e-4}
 
 
+def look(seeds: int) -> dict[str, Any]:
+    beside = {"b": "lora", "difference": 0.01, "interval": [0.01 - 0.1 / seeds, 0.02 + 0.1 / seeds]}
+    return {
+        "seeds": seeds,
+        "run_seconds": 300.0 * seeds,
+        "differences": [{"a": name, **beside} for name in METHODS[1:]],
+    }
+
+
 def lines(count: int = 20) -> list[dict[str, Any]]:
     trained = [{"step": step, "loss": 1 + 2 / step} for step in range(1, count + 1)]
     return [*trained, *({"step": step, "eval_loss": 1.5 + abs(step - 15) / 20} for step in range(0, count + 1, 5))]
@@ -58,6 +67,7 @@ PLOTS = {
     "forest of short names": lambda: plots.forest([pair(0, a="dora", interval=(-0.02, -0.0028))]),
     "cost": lambda: plots.quality_against_cost([spot(number) for number in ALL], NUMBERS, "memory, GB", "loss", 2.2),
     "curves": lambda: plots.curve_panel("dora", 2, [curve(number) for number in ALL], (1.9, 3.0)),
+    "standing": lambda: plots.standing([look(seeds) for seeds in (3, 4, 6)], NUMBERS, "lora"),
     "rates": lambda: plots.rates({METHODS[number]: tried(number) for number in ALL}, NUMBERS),
     "loss of a run": lambda: loss_svg(lines(), TITLE),
 }
@@ -142,7 +152,18 @@ def test_learning_rates_stand_on_a_logarithmic_axis_and_a_diverged_one_does_not_
     svg = plots.rates({"lora": {"tried": trials, "chosen": 1e-4}}, NUMBERS)
     assert figures[0].axes[0].get_xscale() == "log"
     assert figures[0].axes[0].get_ylim()[1] < 6
-    assert {"1e-5", "1e-4"} <= set(texts(svg))
+    assert {"1e-5", "1e-4", "▲ off the scale, up to 9.0"} <= set(texts(svg))
+
+
+def test_rates_far_apart_are_not_drawn_at_the_same_height(figures):
+    """Losses of 1.07 and 0.27 beside 0.036: on a logarithmic scale, none of them cut off."""
+    trials = [{"learning_rate": x, "value": y} for x, y in ((4e-4, 1.07), (1.3e-3, 0.27), (4e-3, 0.036))]
+    svg = plots.rates({"lora": {"tried": trials, "chosen": 4e-3}}, NUMBERS)
+    (axes,) = figures[0].axes
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim()[1] > 1.07
+    assert {"0.05", "0.1", "0.2", "0.5", "1"} <= set(texts(svg))
+    assert not any("off the scale" in text for text in texts(svg))
 
 
 def test_the_loss_of_a_run_names_its_losses_and_the_kept_step():

@@ -27,16 +27,22 @@ DOING = {"prepare": "preparing", "train": "training", "measure": "measuring"}
 
 
 class Lines:
-    """Prints a line whenever a step of the matrix begins or ends."""
+    """Prints a line whenever a step of the matrix begins or ends; with ``by_run`` one for each run that was measured,
+    with the standings, for the trainings of a search, and for what failed.
+    """
 
-    def __init__(self, output: Output) -> None:
-        self.say = output.line
+    def __init__(self, output: Output, *, by_run: bool = False) -> None:
+        self.say, self.by_run = output.line, by_run
 
     def started(self, job: Job) -> None:
-        self.say(f"{job.id}: {DOING[job.stage]} ...")
+        if not self.by_run:
+            self.say(f"{job.id}: {DOING[job.stage]} ...")
 
     def ended(self, job: Job, outcome: Outcome, picture: Picture) -> None:
-        self.say(_ended(job, outcome, picture))
+        if self.by_run and picture.standing:
+            self.say(f"{job.id}: {picture.standing}")
+        elif not self.by_run or outcome.status == "failed" or (job.stage == "train" and job.cell and not job.cell.seed):
+            self.say(_ended(job, outcome, picture))
 
 
 def run(settings: CompareSettings, output: Output) -> Document:
@@ -50,7 +56,7 @@ def run(settings: CompareSettings, output: Output) -> Document:
     from rankwise.disk import hold
     from rankwise.reports.page import page
 
-    comparison = compare(settings, Lines(output))
+    comparison = compare(settings, Lines(output, by_run=settings.time is not None))
     with hold(settings.output):
         write_text(settings.output / "report.html", page(comparison))
     report(comparison, output)
@@ -126,7 +132,7 @@ def _ended(job: Job, outcome: Outcome, picture: Picture) -> str:
     left = "" if picture.seconds_left is None else f", about {duration(picture.seconds_left)} left"
     counts = {"failed": picture.failed, "interrupted": picture.interrupted}
     others = "".join(f", {count} {word}" for word, count in counts.items() if count)
-    return f"{job.id}: {what}  [{plural(picture.done, 'step')} done{others}, {picture.left} to come{left}]"
+    return f"{job.id}: {what}  [{plural(picture.done, 'run')} done{others}, {picture.left} to come{left}]"
 
 
 COMMAND = Command(
@@ -135,7 +141,7 @@ COMMAND = Command(
     run=run,
     summary="Compare methods on your model and data: several seeds, intervals, one recommendation.",
     examples=(
-        "rankwise compare --model demo --data rows.jsonl --output comparison",
+        "rankwise compare --model demo --data rows.jsonl --time 2h --output comparison",
         "rankwise compare --model demo --data train.csv --eval-data dev.csv \\",
         "    --methods lora,dora --learning-rates 1e-4,2e-4,5e-4 --output comparison",
     ),

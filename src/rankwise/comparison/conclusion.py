@@ -19,25 +19,25 @@ from rankwise.comparison.results import (
     read_tasks,
     retained_by,
     scores_by_metric,
+    standings,
     value_of,
 )
 from rankwise.comparison.settings import CompareSettings
-from rankwise.comparison.stages import Job, Plan, state_of
+from rankwise.comparison.stages import Job, Plan, planned_runs, state_of
 from rankwise.comparison.statistics import CONFIDENCE
 from rankwise.comparison.verdicts import Scores, Spreads, wider_rates
 from rankwise.config import TrainSettings
 from rankwise.disk import whole_folder
 from rankwise.errors import RunError, warn
 from rankwise.foreign import Fields, JsonObject, read_json
-from rankwise.objectives import OBJECTIVES
 from rankwise.options import option_words
 from rankwise.records import write_json, write_text
 from rankwise.reports.comparison import (
     BEST_FOLDER,
-    EVAL_LOSS,
     RECOMMENDED_FILE,
     REPORT_FILE,
     Comparison,
+    Conclusions,
     DecidingRun,
     Document,
     Message,
@@ -55,14 +55,19 @@ def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Mess
     finished = [run for run in final if run["status"] == "finished"]
     if not finished:
         errors = [run["error"] for run in final or runs if run["error"] is not None]
-        reason = f"{errors[0]['code']}: {errors[0]['message']}" if errors else "nothing was started."
+        reason = (
+            f"{errors[0]['code']}: {errors[0]['message']}"
+            if errors
+            else "the time was too short."
+            if given.time
+            else "nothing was started."
+        )
         raise RunError("RW584", f"no run finished: {reason}")
     better = metrics_of(runs)
-    scores = scores_by_metric(plan.output, plan.methods, runs)
-    if not scores.get(given.metric):
-        known = ", ".join(metric for metric, found in scores.items() if found) or "no figures at all"
-        raise RunError("RW589", f"no run has a finite value of --metric {given.metric}; there are {known}.")
-    methods = all_methods(plan, runs, scores)
+    try:
+        found, scores, spreads = concluded(given, plan)
+    except LookupError as error:
+        raise RunError("RW589", str(error.args[0])) from None
     for run in finished:
         # A failed measurement has its own warning.
         if run["error"] is None and value_of(run, given.metric) is None:
@@ -76,15 +81,10 @@ def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Mess
         if len({*data} - {None}) > 1:
             warn("RW591", f"the {part} data changed between the runs; compare again in a different --output.")
     _warn_of_shared_steps(plan)
-    spreads = spreads_of(given, scores[given.metric], inputs)
-    base = plan.output / stages.BASE
-    of_base: JsonObject = {"tasks": read_tasks(base, plan.tasks), "folder": stages.BASE if base.is_dir() else None}
-    retained = retained_by(scores, base, of_base, given.retain_margin)
-    found = conclusions(methods, scores, better, spreads, retained)
     recommendation = found["recommendation"]
     best = best_run(finished, recommendation["method"], given.metric, higher_is_better=better[given.metric])
     recommendation = hand_over(given.output, recommendation, best)
-    recommendation["deciding"] = _deciding_run(given, plan, methods, recommendation, spreads)
+    recommendation["deciding"] = _deciding_run(given, plan, inputs, found["methods"], recommendation, spreads)
     first = finished[0]
     document: Document = {
         "command": command_line(given),
@@ -96,11 +96,12 @@ def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Mess
         "data": inputs.described,
         "primary_metric": given.metric,
         "confidence": CONFIDENCE,
-        "base": of_base,
+        "base": base_of(plan),
         "warnings": list({(item["code"], item["message"]): item for item in told}.values()),
         "runs": runs,
         **found,
         "recommendation": recommendation,
+        "standings": standings(runs, scores[given.metric], found, higher_is_better=better[given.metric]),
         "learning_rates": {method: state_of(plan, method).search for method in plan.methods},
         "seconds": math.fsum(read_json(path)["seconds"] for path in (plan.output / "cells").glob("*.json")),
     }
@@ -111,55 +112,81 @@ def conclude(given: CompareSettings, plan: Plan, inputs: Inputs, told: list[Mess
     return comparison
 
 
-def spreads_of(given: CompareSettings, scores: Mapping[str, Scores], inputs: Inputs) -> Spreads:
-    """The spreads of ``scores`` on the deciding metric, or those that are assumed."""
-    return Spreads(
-        scores,
-        metric=given.metric,
-        margin=given.margin,
-        rows=inputs.eval_rows,
-        # For preferences, the loss is only known as a mean.
-        is_by_row=OBJECTIVES[given.objective].of_demonstrations and given.metric == EVAL_LOSS,
-    )
+def concluded(given: CompareSettings, plan: Plan) -> tuple[Conclusions, dict[str, dict[str, Scores]], Spreads]:
+    """(what follows from the runs so far, the scores by metric, their spreads). Raises LookupError without any value of
+    the metric that decides."""
+    runs = collect_runs(plan)
+    scores = scores_by_metric(plan.output, plan.methods, runs, plan.looks)
+    if not scores.get(given.metric):
+        known = ", ".join(metric for metric, found in scores.items() if found) or "no figures at all"
+        raise LookupError(f"no run has a finite value of --metric {given.metric}; there are {known}.")
+    spreads = spreads_of(given, scores[given.metric])
+    retained = retained_by(scores, plan.output / stages.BASE, base_of(plan), given.retain_margin)
+    methods = all_methods(plan, runs, scores)
+    return conclusions(methods, scores, metrics_of(runs), spreads, retained), scores, spreads
+
+
+def base_of(plan: Plan) -> JsonObject:
+    base = plan.output / stages.BASE
+    return {"tasks": read_tasks(base, plan.tasks), "folder": stages.BASE if base.is_dir() else None}
+
+
+def spreads_of(given: CompareSettings, scores: Mapping[str, Scores]) -> Spreads:
+    """The spreads of ``scores`` on the deciding metric."""
+    return Spreads(scores, metric=given.metric, margin=given.margin)
 
 
 def _deciding_run(
-    given: CompareSettings, plan: Plan, methods: Mapping[str, Method], found: Recommendation, spreads: Spreads
+    given: CompareSettings,
+    plan: Plan,
+    inputs: Inputs,
+    methods: Mapping[str, Method],
+    found: Recommendation,
+    spreads: Spreads,
 ) -> DecidingRun | None:
-    """The cheapest comparison that decides what ``found`` leaves open; None if nothing is open or no run decides it."""
+    """The cheapest comparison that decides what ``found`` leaves open, or else one of twice the steps, which may; None
+    if nothing is open.
+    """
     if found["decided"]:
         return None
     names = [name for name in given.methods if name in (found["best"], *found["open"])]
-    rates = wider_rates(methods, names, plan.rates)
-    # The default grids of the methods may differ, and one option holds them all.
-    every_rate = tuple(dict.fromkeys([*(rate for name in names for rate in plan.rates[name]), *rates]))
+    grids = {name: [item["learning_rate"] for item in state_of(plan, name).search["tried"]] for name in names}
+    rates = wider_rates(methods, names, grids)
+    # The grids of the methods may differ, and one option holds them all.
+    every_rate = tuple(dict.fromkeys([*(rate for name in names for rate in grids[name]), *rates]))
     # With --budget, other rates are a different search, and so a different comparison.
     anew = bool(rates and given.budget)
     tried = len(every_rate) if given.budget is None else 1
-    choice = spreads.deciding(given.seeds, len(names), tried, anew=anew)
-    if choice is None:
-        return None
-    runs, factor, seeds = choice
-    changes: JsonObject = {"methods": tuple(names), "seeds": seeds}
-    if rates or given.learning_rates:
+    done = min(methods[name]["seeds"] for name in names) if given.time else given.seeds
+    choice = spreads.deciding(done, len(names), tried, anew=anew)
+    runs, factor, seeds = choice or (planned_runs(len(names), tried, given.seeds), 1, given.seeds)
+    rows, is_longer = inputs.eval_rows * factor, choice is None
+    changes: JsonObject = {"methods": tuple(names)}
+    if is_longer:
+        changes |= {"max_steps": 2 * given.max_steps} if given.max_steps else {"epochs": 2 * given.epochs}
+    elif rates or given.learning_rates:
         changes["learning_rates"] = every_rate
-    rows = spreads.rows * factor
     if factor > 1:
         changes |= {"eval_limit": rows} if given.eval_limit else {"eval_data": "MORE-ROWS"}
-    if factor > 1 or anew:
+    if factor > 1 or anew or is_longer:
         changes["output"] = given.output.with_name(f"{given.output.name}-2")
     else:
         # A method that is not tuned may take a new rate, on all seeds.
         again = sum(methods[name]["learning_rate_at_edge"] for name in names) * (given.seeds - 1) if rates else 0
         runs += len(names) * len(rates) + again
-    command = command_line(given.model_copy(update=changes))
+    if given.time is None:
+        changes["seeds"] = seeds
+    else:
+        each = (1 + is_longer) * max(item["wall_seconds"] or 0.0 for item in methods.values())
+        changes["time"] = f"{math.ceil(runs * each / 60) or 1}m"
     return {
         "methods": names,
         "seeds": seeds,
         "rows": rows,
-        "learning_rates": rates,
+        "learning_rates": [] if is_longer else rates,
+        "is_longer": is_longer,
         "runs": runs,
-        "command": command,
+        "command": command_line(given.model_copy(update=changes)),
     }
 
 

@@ -13,6 +13,7 @@ from rankwise.comparison.settings import SAME_RUNS, SHARED, CompareSettings
 from rankwise.comparison.stages import PERPLEXITY
 from rankwise.data import Row, Rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.objectives import formats_of, labels_in, unknown_labels
+from rankwise.data.readers import EVAL_ROWS
 from rankwise.data.rows import check_bad_rows
 from rankwise.disk import refuse_links
 from rankwise.errors import ConfigError, DataError, ModelError, RunError, one_line
@@ -98,10 +99,11 @@ def _identity(given: CompareSettings, data: Fields) -> JsonObject:
     options = given.model_dump(mode="json")
     # With --budget, the rates are part of one run, which other rates would change.
     names = ("model", *SAME_RUNS, *SHARED, *(("learning_rates",) if given.budget else ()))
+    kept = {name: options[name] for name in names} | {"time": None if given.time is None else "given"}
     content = {"--data": data["train"]["sha256"], "--eval-data": data["eval"]["sha256"]}
     if given.chat_template is not None:
         content["--chat-template"] = hashlib.sha256(read_template(given.chat_template).encode()).hexdigest()
-    return {"options": {name: options[name] for name in names}, "data": content}
+    return {"options": kept, "data": content}
 
 
 def own_task(eval_data: str, settings: Fields, labels: Labels | None = None) -> Perplexity | Preference | LabelAnswers:
@@ -135,6 +137,8 @@ def make_tasks(names: Sequence[str], *, data: Sequence[str], limit: int | None) 
 
 
 EVAL_SHARE = 0.1
+# With --time, as many rows as cost a tenth of a run, where a row costs half of what it costs in training.
+EVALUATED = 0.2
 # Adapter settings that name parts of the model.
 NAMING = (
     *("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform"),
@@ -179,7 +183,11 @@ def prepare_inputs(given: CompareSettings, check: Callable[[JsonObject], None]) 
     if held_out is None:
         rows, held_out = split_by_prompt(rows, EVAL_SHARE)
         how = "a tenth of the training data, by prompt"
-    part = limited(held_out, given.eval_limit)
+    usual = EVAL_ROWS
+    if given.time is not None:
+        trained = (given.max_steps or 0) * given.batch_size * given.gradient_accumulation or len(rows) * given.epochs
+        usual = max(usual, int(EVALUATED * trained))
+    part = limited(held_out, given.eval_limit, usual)
     overlap = warn_of_overlap(rows, part)
     described = {
         "train": {"source": rows.source, "sha256": _content_hash(rows), "rows": len(rows)},

@@ -189,7 +189,7 @@ def _on_node(module: str, arguments: list[str], name: str, environment: dict[str
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """The state of the whole matrix at one moment, in jobs."""
+    """The state of the whole matrix at one moment, in runs, each a training."""
 
     done: int
     # Those in progress included.
@@ -199,6 +199,8 @@ class Picture:
     failed: int = 0
     # Stopped on request in this call; they are in no other count.
     interrupted: int = 0
+    # With --time, after a run was measured.
+    standing: str = ""
 
 
 class Watcher(Protocol):
@@ -231,6 +233,8 @@ class Pool:
     left: Callable[[], Sequence[Job]]
     # Starts a step elsewhere than on this machine.
     start: Start | None = None
+    # What is known of the methods after a run, in words.
+    standing: Callable[[Job], str] | None = None
     running: dict[Job, Started] = dataclasses.field(default_factory=dict)
     futures: dict[Future[int], Job] = dataclasses.field(default_factory=dict)
     lost: Counter[Job] = dataclasses.field(default_factory=Counter)
@@ -302,19 +306,21 @@ class Pool:
         if stopping and code:
             # A step that was asked to stop may end with any code: with 1 if the signal came while Python started.
             code = -signal.SIGINT
-        told = document_in(beside(job.name(self.output), ".out"))
-        found = stages.outcome_from(job, self.output, code, told, seconds)
+        document = document_in(beside(job.name(self.output), ".out"))
+        found = stages.outcome_from(job, self.output, code, document, seconds)
         outcome = dataclasses.replace(found, alone=len(self.environments) == 1)
         if outcome.is_interrupted:
             self.interrupted.add(job)
         else:
             self.spent.append((job, outcome.seconds))
-            self.done += outcome.status == "finished"
+            self.done += job.stage == "train" and outcome.status == "finished"
             self.failed += outcome.status == "failed"
         if not (stopping and outcome.is_interrupted) and not outcome.of_data:
             # Where only this step was interrupted, the outcome keeps this call from restarting it endlessly.
             stages.keep_outcome(job, self.output, outcome)
-        self.watcher.ended(job, outcome, self.picture())
+        is_measured = job.stage == "measure" and job.cell is not None and not stopping
+        told = self.standing(job) if self.standing and is_measured else ""
+        self.watcher.ended(job, outcome, dataclasses.replace(self.picture(), standing=told))
         if outcome.of_data and outcome.error is not None:
             raise DataError(**outcome.error)
 
@@ -328,7 +334,9 @@ class Pool:
     def picture(self) -> Picture:
         left = [job for job in self.left() if job not in self.interrupted]
         pace = self._seconds_left(left) if self.spent else None
-        return Picture(self.done, len(left), pace, self.failed, len(self.interrupted))
+        runs = sum(job.stage == "train" for job in left)
+        interrupted = sum(job.stage == "train" for job in self.interrupted)
+        return Picture(self.done, runs, pace, self.failed, interrupted)
 
     def _seconds_left(self, left: Sequence[Job]) -> float:
         """The seconds that the remaining jobs take, each as the mean of its stage so far, or else of all."""

@@ -20,7 +20,7 @@ from rankwise.comparison.stages import (
     outcome_of,
     state_of,
 )
-from rankwise.comparison.statistics import mean_of_seeds
+from rankwise.comparison.statistics import LOOKS, mean_of_seeds
 from rankwise.comparison.verdicts import Scores, Spreads, comparable_costs, compare_all, recommend, retentions
 from rankwise.config import variant_of
 from rankwise.errors import RunError
@@ -32,11 +32,13 @@ from rankwise.reports.comparison import (
     EVALUATION_FOLDER,
     RETAINED,
     RETAINED_LOSS,
+    TURNED,
     Conclusions,
     Method,
     Phase,
     Retention,
     Run,
+    Standing,
     Status,
     figures_of,
 )
@@ -49,7 +51,7 @@ def collect_runs(plan: Plan) -> list[Run]:
     for method in plan.methods:
         state = state_of(plan, method)
         final = {cell.id for cell in state.final}
-        for cell in dict.fromkeys([*plan.search(method), *state.final]):
+        for cell in dict.fromkeys([*state.tries, *state.final]):
             if outcome_of(Job("train", cell), plan.output) is not None:
                 runs.append(_run(plan, cell, "final" if cell.id in final else "search", state.skipped))
     return runs
@@ -152,13 +154,17 @@ def _examples(output: Path, run: Run, metric: str) -> Scores | None:
     return Scores({seed: value}, {seed: found}, ids, weights, clusters if is_clustered else None)
 
 
-def scores_by_metric(output: Path, methods: Iterable[str], runs: Sequence[Run]) -> dict[str, dict[str, Scores]]:
+def scores_by_metric(
+    output: Path, methods: Iterable[str], runs: Sequence[Run], looks: Sequence[Sequence[str]] = ()
+) -> dict[str, dict[str, Scores]]:
     """{metric: {method: scores of its final runs}}. The runs' folders are relative to ``output``."""
     final = {method: [run for run in finals_of(method, runs) if run["status"] == "finished"] for method in methods}
     found: dict[str, dict[str, Scores]] = {}
     for metric in metrics_of(runs):
         scores = {method: scores_of(output, own, metric) for method, own in final.items()}
-        found[metric] = {method: item for method, item in scores.items() if item is not None}
+        found[metric] = {
+            method: dataclasses.replace(item, looks=looks) for method, item in scores.items() if item is not None
+        }
     return found
 
 
@@ -231,9 +237,12 @@ def conclusions(
             name, found, higher_is_better=better[name], relative_margin=margin, untuned=untuned
         )
     ]
-    scored = scores.get(metric, {})
-    seeds = max((len(item.values) for item in scored.values()), default=0)
-    effect = spreads.effect(seeds, len(scored.keys() - untuned) - 1)
+    scored, told = scores.get(metric, {}), [item for item in differences if item["metric"] == metric]
+    # A method that a look called worse got no more seeds.
+    out = {item["b" if item["verdict"] == "better" else "a"] for item in told if item["verdict"] in TURNED}
+    counts = [len(item.values) for name, item in scored.items() if not (spreads.looks and name in out)]
+    seeds = (min if spreads.looks else max)(counts, default=0)
+    effect = spreads.effect(seeds, max((item["comparisons"] for item in told), default=1))
     costs = comparable_costs(methods)
     methods = {name: {**item, "costs": costs[name], "retained": retained.get(name)} for name, item in methods.items()}
     recommendation, verdicts = recommend(
@@ -250,3 +259,21 @@ def conclusions(
         "recommendation": recommendation,
         "minimum_detectable_effect": effect,
     }
+
+
+def standings(
+    runs: Sequence[Run], scores: Mapping[str, Scores], found: Conclusions, *, higher_is_better: bool
+) -> list[Standing]:
+    """What each look saw of the methods beside the one that is best now; empty without looks."""
+    told, methods = found["recommendation"], found["methods"]
+    untuned, best = [name for name, item in methods.items() if item["learning_rate_at_edge"]], told["best"]
+    seen: list[Standing] = []
+    for look in LOOKS if any(item.looks for item in scores.values()) else ():
+        then = {name: item.first(look) for name, item in scores.items()}
+        pairs = compare_all(
+            told["metric"], then, higher_is_better=higher_is_better, relative_margin=told["margin"], untuned=untuned
+        )
+        shown = [item for item in pairs if best in (item["a"], item["b"]) and item["seeds"] == look]
+        before = math.fsum(run.get("wall_seconds") or 0.0 for run in runs if run["seed"] < look)
+        seen += [{"seeds": look, "run_seconds": before, "differences": shown}] if shown else []
+    return seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,7 +31,8 @@ from rankwise.comparison.pool import (
     forget_unfinished,
 )
 from rankwise.comparison.results import collect_runs, read_json, scores_by_metric
-from rankwise.comparison.settings import OF_NUMBERS, CompareSettings, check_compare, shared_training
+from rankwise.comparison.rounds import LOOKS_FILE, Rounds, noted_calls
+from rankwise.comparison.settings import OF_NUMBERS, CompareSettings, check_compare, seconds_of, shared_training
 from rankwise.comparison.stages import (
     PERPLEXITY,
     Cell,
@@ -38,10 +40,10 @@ from rankwise.comparison.stages import (
     Plan,
     cell_settings,
     jobs_left,
-    jobs_to_do,
     planned_runs,
     possible_jobs,
 )
+from rankwise.comparison.statistics import LOOKS
 from rankwise.config import TrainSettings, default_rate, idle_options, variant_of
 from rankwise.conflicts import check_conflicts
 from rankwise.disk import coded_errors, hold, remove_strays
@@ -63,7 +65,6 @@ from rankwise.reports.comparison import (
     RETAINED,
     Comparison,
     Message,
-    MinimumDetectableEffect,
     Run,
 )
 from rankwise.reports.numbers import duration, plural, rate
@@ -73,6 +74,9 @@ from rankwise.reports.words import smallest_found
 ENDINGS = (".in", ".json", ".yaml")
 # Of English in usual tokenizers, roughly.
 CHARACTERS_A_TOKEN = 4
+# Evaluations of a run, as a rule, and the largest share of its steps' time that they take; the time of a row in an
+# evaluation, as a share of its time in training.
+EVALUATIONS, EVALUATING, ROW_COST = 10, 0.2, 0.5
 
 
 def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
@@ -90,7 +94,7 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
         check_folder(given.output)
         is_new = not given.output.exists()
         given.output.mkdir(parents=True, exist_ok=True)
-        remove_strays(given.output, (SETTINGS_FILE, REPORT_FILE, RECOMMENDED_FILE))
+        remove_strays(given.output, (SETTINGS_FILE, LOOKS_FILE, REPORT_FILE, RECOMMENDED_FILE))
         try:
             check_model(given)
             inputs = prepare_inputs(given, lambda described: check_same(given.output, given, described))
@@ -104,34 +108,35 @@ def compare(given: CompareSettings, watcher: Watcher) -> Comparison:
             if is_new:
                 shutil.rmtree(given.output)
             raise
-        plan = _plan(given, rates)
-        runs = collect_runs(plan)
-        _check_base(given, plan, runs)
-        before = scores_by_metric(plan.output, plan.methods, runs).get(given.metric, {})
-        effect = spreads_of(given, before, inputs).effect(given.seeds, len(given.methods) - 1)
-        _announce(given, plan, inputs, effect, watcher)
+        rounds = Rounds(given, _plan(given, rates))
+        _check_base(given, rounds.plan, collect_runs(rounds.plan))
+        _announce(given, rounds.plan, inputs, watcher)
         try:
-            _carry_out(given, plan, inputs, watcher, cluster)
+            _carry_out(given, rounds, inputs, watcher, cluster)
         except DataError:
             # No run can start, so the folder holds nothing; with other settings it would be refused.
             if is_new:
                 shutil.rmtree(given.output)
             raise
-        return conclude(given, plan, inputs, told)
+        return conclude(given, rounds.plan, inputs, told)
 
 
-def _announce(
-    given: CompareSettings, plan: Plan, inputs: Inputs, effect: MinimumDetectableEffect, watcher: Watcher
-) -> None:
-    each = len(plan.rates[plan.methods[0]])
-    runs = planned_runs(len(plan.methods), 1 if plan.halved else each, given.seeds)
-    methods, rates = plural(len(plan.methods), "method"), plural(each, "learning rate")
+def _announce(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watcher) -> None:
+    each, methods = len(plan.rates[plan.methods[0]]), plural(len(plan.methods), "method")
+    rates, seeds = plural(each, "learning rate"), plural(given.seeds, "seed")
     halved = "" if given.budget is None else f" in short runs of {given.budget:g} times a run's steps"
-    seeds = plural(given.seeds, "seed")
-    watcher.say(f"{plural(runs, 'run')}: {methods}, {rates} on seed 0{halved}, {seeds} at each method's best.")
+    if given.time is None:
+        runs = planned_runs(len(plan.methods), 1 if plan.halved else each, given.seeds)
+        watcher.say(f"{plural(runs, 'run')}: {methods}, {rates} on seed 0{halved}, {seeds} at each method's best.")
+    else:
+        watcher.say(
+            f"{methods} in {given.time}: {rates} each{halved}, {seeds}, then further seeds for those that may still be "
+            f"best. A first standing after {2 * len(plan.methods)} runs, verdicts from {plural(LOOKS[0], 'seed')} on."
+        )
     if given.learning_rates is None:
         grids = "; ".join(f"{method} {', '.join(map(rate, grid))}" for method, grid in plan.rates.items())
         watcher.say(f"Learning rates around the defaults for this model (--learning-rates to change): {grids}.")
+        watcher.say("If a method's best rate lies at the edge, one more is tried on that side, in a whole run.")
     watcher.say(f"{inputs.train_rows:,} rows to train on, {inputs.eval_rows:,} to evaluate on.")
     if jobs_left(plan):
         watcher.say(_time_words(given, plan, inputs))
@@ -139,19 +144,38 @@ def _announce(
     if given.seeds < 2:
         warn("RW585", "one seed gives no intervals and no verdicts; give --seeds 3 or more.")
         return
-    if effect["relative"] is None and effect["absolute"] is None:
+    # Of preferences, the loss is only known as a mean.
+    if inputs.eval_rows < 2 and given.metric == EVAL_LOSS and OBJECTIVES[given.objective].of_demonstrations:
         warn("RW585", f"one evaluation row gives no verdicts on {given.metric}; give more --eval-data.")
         return
-    watcher.say(smallest_found(effect))
+    before = scores_by_metric(plan.output, plan.methods, collect_runs(plan), plan.looks).get(given.metric, {})
+    effect = spreads_of(given, before).effect(given.seeds, len(given.methods) - 1)
+    if effect["relative"] is not None:
+        watcher.say(smallest_found(effect))
+    else:
+        watcher.say("How small a difference it finds follows from the runs; no promise is made before two seeds ended.")
+
+
+# Seconds in which a process starts and loads its model; a run has two, for training and for measuring.
+START_SECONDS = 10.0
+PROBE_SECONDS = 0.3
+
+
+def _waiting() -> float:
+    """Elapsed time by processor time of a moment's work: above 1 where other programs take the processor."""
+    began, spent = time.perf_counter(), time.process_time()
+    while (worked := time.process_time() - spent) < PROBE_SECONDS:
+        sum(range(10_000))
+    return max(1.0, (time.perf_counter() - began) / worked)
 
 
 def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
-    """The time of all training steps on this machine, by the memory plan's estimate of a step."""
+    """The time of all runs on this machine, by the memory plan's estimate of a step."""
     shared, hardware = shared_training(given), cpu_hardware() if given.device == "cpu" else this_machine()
     tokens = max(2, min(given.max_length, inputs.row_characters // CHARACTERS_A_TOKEN))
     rows = given.batch_size * given.gradient_accumulation
     steps = given.max_steps or math.ceil(inputs.train_rows * given.epochs / rows)
-    code, seconds = given.trust_remote_code, 0.0
+    code, seconds, count = given.trust_remote_code, 0.0, 0.0
     source = fetch_model(given.model, revision=given.revision, trust_remote_code=code, weights=False)
     try:
         model = read_model(source, trust_remote_code=code)
@@ -163,17 +187,25 @@ def _time_words(given: CompareSettings, plan: Plan, inputs: Inputs) -> str:
             if method not in planned_methods() or pace is None:
                 return f"No speed is known of {method} on {hardware.name}; the time left is told after the first run."
             # Short runs take so many times a run's steps.
-            runs = planned_runs(1, len(plan.rates[name]), given.seeds) if given.budget is None else None
+            runs = given.seeds + given.budget if given.budget else planned_runs(1, len(plan.rates[name]), given.seeds)
             each = step_seconds(ask(method, step), model.facts, step, pace, given.gradient_accumulation)
-            seconds += steps * each * (runs or given.seeds + (given.budget or 0))
+            evaluation = ROW_COST * each * inputs.eval_rows / rows
+            a_run = steps * each + evaluation + min(EVALUATIONS * evaluation, EVALUATING * steps * each)
+            seconds, count = seconds + runs * (a_run + 2 * START_SECONDS), count + runs
     except InputError as error:
         return f"The time cannot be estimated: {error.message}"
+    if hardware.device_type == "cpu":
+        seconds *= _waiting()
     # Runs side by side share a processor.
     places = (given.jobs or 1) if hardware.device_type == "cuda" else 1
-    return (
-        f"About {duration(seconds / places)} for all steps, by the plan: {steps} steps a run, {rows} rows a step, "
-        f"about {tokens} tokens a row; loading and evaluations come on top."
+    mean, basis = (
+        duration(seconds / count),
+        f"{steps} steps of {rows} rows, about {tokens} tokens a row, as busy as it is now",
     )
+    if given.time is not None:
+        fitting = int(seconds_of(given.time) * places * count / seconds)
+        return f"By the plan a run takes about {mean} ({basis}), so {given.time} holds about {plural(fitting, 'run')}."
+    return f"About {duration(seconds / places)}, {mean} a run, by the plan with evaluations: {basis}."
 
 
 def _warn_of_idle_options(given: CompareSettings) -> None:
@@ -253,11 +285,16 @@ def _plan(given: CompareSettings, rates: Mapping[str, tuple[float, ...]]) -> Pla
         base=not OBJECTIVES[given.objective].of_preferences or bool(given.task or given.retain),
         tasks=(*given.task, *([RETAINED] if given.retain else [])),
         halved=given.budget is not None,
+        extends=given.learning_rates is None,
+        looks=noted_calls(given.output, given.methods) if given.time is not None else (),
     )
 
 
-def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watcher, cluster: Cluster | None) -> None:
+def _carry_out(
+    given: CompareSettings, rounds: Rounds, inputs: Inputs, watcher: Watcher, cluster: Cluster | None
+) -> None:
     """Prepare what all runs share, then do the runs."""
+    plan = rounds.plan
     commands = Commands(given, plan, inputs)
     first = Job("prepare", None)
     known = [first, *possible_jobs(plan)]
@@ -269,9 +306,12 @@ def _carry_out(given: CompareSettings, plan: Plan, inputs: Inputs, watcher: Watc
             stages.forget_outcome(job, plan.output)
     slots = [{}] * (given.jobs or cluster.places) if cluster else environments(given.jobs or 1, given.device)
     start = cluster.start if cluster else None
-    pool = Pool(plan.output, commands.of, slots, watcher, lambda: jobs_left(plan), start)
+    standing = rounds.told if given.time else None
+    pool = Pool(plan.output, commands.of, slots, watcher, lambda: jobs_left(rounds.plan), start, standing)
     pool.carry_out(lambda: [] if stages.outcome_of(first, plan.output) else [first])
-    pool.carry_out(lambda: jobs_to_do(plan))
+    pool.carry_out(rounds.jobs)
+    if given.time:
+        watcher.say(rounds.ended())
 
 
 def _told(told: list[Message]) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +30,7 @@ from rankwise.reports.comparison import EVAL_LOSS
 
 # If labels are numbers.
 OF_NUMBERS = f"{LABELS}.pearson"
+TIME = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 SHARED = (*PreferenceOptions.model_fields, *RunOptions.model_fields)
 # Options of `compare` that define the runs. With the shared options they must not change when a comparison continues.
 SAME_RUNS = ("budget",)
@@ -43,6 +45,25 @@ def _usual_methods(given: Fields) -> tuple[str, ...]:
     """All of rankwise's methods; for preferences those with a frozen base, which is the reference."""
     of_preferences = OBJECTIVES[given.get("objective", "sft")].of_preferences
     return methods_with(has_adapter=True) if of_preferences else tuple(METHODS)
+
+
+def _usual_budget(given: Fields) -> float | None:
+    """With --time short runs, where there are several rates and rows that can be set aside."""
+    rates, facts = given.get("learning_rates"), OBJECTIVES[given.get("objective", "sft")]
+    is_searched = given.get("time") is not None and facts.of_demonstrations and (rates is None or len(rates) > 1)
+    return 0.25 if is_searched else None
+
+
+def _checked_time(value: object) -> object:
+    if value is not None and not (isinstance(value, str) and TIME.fullmatch(value) and seconds_of(value)):
+        raise ValueError("write a time such as 40m, 8h or 1h30m")
+    return value
+
+
+def seconds_of(time: str) -> int:
+    """The seconds of ``1h30m``."""
+    hours, minutes, seconds = (int(part or 0) for part in TIME.fullmatch(time).groups())  # type: ignore[union-attr]
+    return 3600 * hours + 60 * minutes + seconds
 
 
 class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
@@ -72,6 +93,15 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
         ),
         Field(default_factory=_usual_methods),
     ]
+    time: Annotated[
+        str | None,
+        BeforeValidator(_checked_time),
+        _compared(
+            "Time for this call, such as 40m or 8h, instead of a number of seeds: rates in short runs, then seeds for "
+            "the methods that may still be best, until it is decided. Given again, it continues.",
+            metavar="T",
+        ),
+    ] = None
     seeds: Annotated[
         int, _compared("Runs per method, with the seeds 0, 1, ...; a single run gives no interval.", ge=1, le=1000)
     ] = 3
@@ -89,9 +119,11 @@ class CompareSettings(PreferenceOptions, RetainOptions, RunOptions):
         Positive | None,
         _compared(
             "Find each method's rate by short runs that are judged on training rows, and stop bad rates early. X: the "
-            "steps of all short runs together, as a share of one run's steps. Default: every rate runs to its end."
+            "steps of all short runs together, as a share of one run's steps. Default: 0.25 with --time (not for "
+            "preferences and labels); else every rate runs to its end."
         ),
-    ] = None
+        Field(default_factory=_usual_budget),
+    ]
     jobs: Annotated[
         int | None,
         _compared(
@@ -168,6 +200,8 @@ def check_compare(given: CompareSettings) -> None:
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
             raise ConfigError("RW167", f"{name} names {', '.join(twice)} more than once; name each once.")
+    if given.time is not None and "seeds" in given.model_fields_set:
+        raise ConfigError("RW167", "--time chooses the number of seeds; leave --seeds out.")
     if given.address is not None and given.executor != "ray":
         raise ConfigError("RW167", "--address names a Ray cluster; add --executor ray.")
     if given.retain is None and given.retain_margin != given.defaults()["retain_margin"]:

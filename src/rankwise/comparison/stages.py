@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -200,7 +200,7 @@ def _cut_off(job: Job, output: Path, code: int) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The matrix of runs: methods times learning rates, then methods times seeds."""
+    """The matrix of runs: methods times learning rates, then methods times seeds. With ``looks`` it grows: `rounds`."""
 
     output: Path
     methods: tuple[str, ...]
@@ -213,6 +213,14 @@ class Plan:
     tasks: tuple[str, ...] = ()
     # Whether the run of the first seed searches the rate for all seeds (--budget).
     halved: bool = False
+    # Whether a method whose best rate lies at the edge tries one more on that side.
+    extends: bool = False
+    # With --time: the methods that each call added.
+    looks: tuple[tuple[str, ...], ...] = ()
+    # Whether the time is over, so that a rate beyond an edge that was not tried stays out.
+    over: bool = False
+    # The seeds of methods that have more than ``seeds``.
+    more: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def search(self, method: str) -> list[Cell]:
         """The runs that try a method's rates, all on seed 0: none for one rate; with ``halved`` one that searches."""
@@ -223,15 +231,18 @@ class Plan:
 
     def final(self, method: str, rate: float) -> list[Cell]:
         """The final runs. After a search the run of seed 0 exists already and is not repeated."""
-        return [Cell(method, None if self.halved and not seed else rate, seed) for seed in range(self.seeds)]
+        searched = self.halved and rate in self.rates[method]
+        seeds = range(self.more.get(method, self.seeds))
+        return [Cell(method, None if searched and not seed else rate, seed) for seed in seeds]
 
 
 @dataclasses.dataclass
 class MethodState:
-    """The progress of one method."""
+    """The progress of one method. ``tries``: the runs that try its rates."""
 
     search: RateSearch
     searched: bool
+    tries: list[Cell]
     final: list[Cell]
     skipped: dict[str, str] | None
     # Jobs not done yet, in order; for each cell only the next stage.
@@ -272,7 +283,9 @@ def possible_jobs(plan: Plan) -> Iterator[Job]:
     begun = {path.name.rpartition(".")[0] for path in (plan.output / "cells").glob("*")}
     cells: list[Cell | None] = [None]
     for method in plan.methods:
-        cells += [*plan.search(method), *(cell for rate in plan.rates[method] for cell in plan.final(method, rate))]
+        rates = sorted(plan.rates[method])
+        rates += [beyond(rates, rate) for rate in (rates[0], rates[-1]) if plan.extends]
+        cells += [*plan.search(method), *(cell for rate in rates for cell in plan.final(method, rate))]
     jobs = (job for cell in dict.fromkeys(cells) for job in jobs_of(cell))
     return (job for job in jobs if job.name(plan.output).name in begun)
 
@@ -283,22 +296,29 @@ def state_of(plan: Plan, method: str) -> MethodState:
     jobs = [Job("train", cell) for cell in search]
     outcomes = {job: outcome_of(job, plan.output) for job in jobs}
     reason = next((why for outcome in outcomes.values() if (why := _skip_reason(outcome))), None)
+    found = _search(plan, search)
     if reason is not None:
-        return MethodState(_search(plan, search), True, [], reason, [])
+        return MethodState(found, True, search, [], reason, [])
     open_jobs = [job for job, outcome in outcomes.items() if outcome is None]
     if open_jobs:
-        return MethodState(_search(plan, search), False, [], None, open_jobs)
-    found = _search(plan, search)
+        return MethodState(found, False, search, [], None, open_jobs)
+    if plan.extends and found["at_edge"] and found["chosen"] is not None:
+        further = Cell(method, beyond([item["learning_rate"] for item in found["tried"]], found["chosen"]), 0)
+        if outcome_of(Job("train", further), plan.output) is not None:
+            search = [*search, further]
+            found = _extended(plan, search, found)
+        elif not plan.over:
+            return MethodState(found, False, search, [], None, [Job("train", further)])
     rate = found["chosen"] if search else plan.rates[method][0]
     if rate is None:
-        return MethodState(found, True, [], None, [])
+        return MethodState(found, True, search, [], None, [])
     cells = plan.final(method, rate)
     first = Job("train", cells[0])
     reason = _skip_reason(outcome_of(first, plan.output))
     waiting = [] if reason else [job for cell in cells for job in _open_jobs(plan, cell)[:1]]
     if not search:
         found = {"tried": _search(plan, cells[:1])["tried"], "chosen": rate, "at_edge": False}
-    return MethodState(found, True, cells, reason, waiting)
+    return MethodState(found, True, search, cells, reason, waiting)
 
 
 def jobs_of(cell: Cell | None) -> list[Job]:
@@ -316,22 +336,38 @@ def _open_jobs(plan: Plan, cell: Cell | None) -> list[Job]:
     return [job for job, outcome in outcomes.items() if outcome is None]
 
 
+def beyond(rates: Iterable[float], edge: float) -> float:
+    """The next rate beyond ``edge``, the lowest or highest of ``rates``, in a ratio as that to its neighbour."""
+    _, near = sorted(rates, key=lambda rate: abs(math.log(rate / edge)))[:2]
+    return float(f"{edge * edge / near:.2g}")
+
+
+def _extended(plan: Plan, cells: list[Cell], found: RateSearch) -> RateSearch:
+    """The search after one more rate, whose whole run, the last of ``cells``, stands against that at the edge."""
+    *before, further = cells
+    edge = before[0] if plan.halved else Cell(further.method, found["chosen"], 0)
+    old, new = (_tried(plan, cell) for cell in (edge, further))
+    is_better = new["value"] is not None and (old["value"] is None or new["value"] < old["value"])
+    chosen = further.learning_rate if is_better else found["chosen"]
+    tried = sorted([*found["tried"], new], key=lambda item: item["learning_rate"])
+    return {"tried": tried, "chosen": chosen, "at_edge": is_better}
+
+
+def _tried(plan: Plan, cell: Cell) -> SearchedRate:
+    record = finished_record(plan.output, cell)
+    return {
+        "learning_rate": cell.learning_rate or 0.0,
+        "metric": "eval_loss",
+        "value": record.eval_loss if record else None,
+        "steps": record.steps if record else None,
+        "run": cell.id,
+    }
+
+
 def _search(plan: Plan, cells: list[Cell]) -> RateSearch:
     if plan.halved:
         return _halved(plan, cells[0])
-    tried: list[SearchedRate] = []
-    for cell in cells:
-        record = finished_record(plan.output, cell)
-        assert cell.learning_rate is not None
-        tried.append(
-            {
-                "learning_rate": cell.learning_rate,
-                "metric": "eval_loss",
-                "value": record.eval_loss if record else None,
-                "steps": record.steps if record else None,
-                "run": cell.id,
-            }
-        )
+    tried = [_tried(plan, cell) for cell in cells]
     chosen, at_edge = choose_rate({item["learning_rate"]: item["value"] for item in tried})
     return {"tried": tried, "chosen": chosen, "at_edge": at_edge}
 

@@ -32,6 +32,18 @@ SMALLEST_LOG_P = -138.0
 # samples hold. With less, intervals of 20 lognormal clusters undercover (benchmarks/interval_coverage.py).
 SKEWNESS_FACTOR = 1.5
 SIMULATED = 20_000
+# The numbers of seeds after which a comparison with --time looks at its verdicts: about half as many again each time.
+LOOKS = (3, 4, 6, 9, 14, 21, 32, 48, 64)
+
+
+def last_look(seeds: int) -> int:
+    """The number of the last look, from 1, that ``seeds`` common seeds admit; 0 before the first."""
+    return sum(seeds >= look for look in LOOKS)
+
+
+def share_of(look: int) -> float:
+    """The share of alpha that look ``k`` may spend, ``6 / (pi^2 k^2)``: all looks that ever follow spend at most 1."""
+    return 6 / (math.pi * max(1, look)) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +53,9 @@ class Estimate:
     Its limits are ``mean -+ sqrt(sum over parts of reach(p, degrees)^2 * variance)``. The reach is Student's quantile
     t; the sum is the modified large-sample interval of Graybill and Wang (1980), and with different reaches to the two
     sides that of Zou and Donner (2008). Intervals with Satterthwaite's degrees of freedom undercover with few seeds.
+
+    At a look, the seeds' reach has the level ``share * p``. That of the rows keeps ``p``: their error is the same one
+    at every look.
 
     For values skewed to the right, the sample mean is too low more often, and by more, than it is too high. The upper
     limit is then further away, by the cubic transformation of Hall (1992), with ``c`` the skewness of the mean:
@@ -61,6 +76,8 @@ class Estimate:
     example_se: float | None = None
     per_seed: tuple[float, ...] = ()
     clusters: int = 0
+    # Share of the level that the spread over seeds, the first part, may use at this look.
+    share: float = 1.0
 
     @property
     def standard_error(self) -> float | None:
@@ -96,7 +113,8 @@ class Estimate:
 
     def _half(self, alpha: float, side: int) -> float:
         """The distance from the mean to the upper limit (side 1) or the lower one (side -1)."""
-        quantiles = [-float(special.stdtrit(degrees, alpha / 2)) for _, degrees in self.parts]
+        levels = [self.share * alpha, *(alpha for _ in self.parts[1:])]
+        quantiles = [-float(special.stdtrit(part[1], level / 2)) for part, level in zip(self.parts, levels)]
         reaches = [*quantiles[:-1], _reach(quantiles[-1], side * self.skewness)]
         squares = (reach**2 * variance for reach, (variance, _) in zip(reaches, self.parts) if variance)
         return math.sqrt(sum(squares))
@@ -211,12 +229,17 @@ def _no_rounding(error: float, values: Array) -> float:
 
 
 def minimum_detectable_effect(
-    parts: Sequence[tuple[float, float]], *, comparisons: int, margin: float = 0.0, skewness: float = 0.0
+    parts: Sequence[tuple[float, float]],
+    *,
+    comparisons: float,
+    margin: float = 0.0,
+    skewness: float = 0.0,
+    share: float = 1.0,
 ) -> float | None:
     """The smallest true difference that is called better or worse with 80 % power; None without ``parts``.
 
-    ``parts`` and ``skewness`` are those of Estimate, taken as the true values; both signs are equally likely. A
-    difference ``x`` is called better if it is above ``half(alpha / m)`` and not equivalent, that is, above
+    ``parts``, ``skewness`` and ``share`` are those of Estimate, taken as the true values; both signs are equally
+    likely. A difference ``x`` is called better if it is above ``half(alpha / m)`` and not equivalent, that is, above
     ``margin - half(2 alpha / m)``, with m = ``comparisons``. With x = effect + sqrt(V) z, the result is the 80 %
     quantile of (the higher bound - sqrt(V) z) over 20,000 draws (seed 0) of z and of the variances that a comparison
     would estimate.
@@ -226,28 +249,14 @@ def minimum_detectable_effect(
     draw = np.random.default_rng(0)
     V, degrees = np.array(parts, dtype=np.float64).T
     z = draw.standard_normal(SIMULATED)
-    m = max(1, comparisons)
+    m = max(1.0, comparisons)
     estimated = V * draw.chisquare(degrees, (SIMULATED, len(V))) / degrees
-    t_different, t_equivalent = (-special.stdtrit(degrees, level / m) for level in (ALPHA / 2, ALPHA))
+    shares = np.where(np.arange(len(V)) == 0, share, 1.0)
+    t_different, t_equivalent = (-special.stdtrit(degrees, shares * level / m) for level in (ALPHA / 2, ALPHA))
     to_the_tail = np.append(t_different[:-1], _reach(t_different[-1], skewness))
     not_equivalent = margin - np.sqrt(estimated @ t_equivalent**2)
     needed = [np.maximum(np.sqrt(estimated @ t**2), not_equivalent) for t in (t_different, to_the_tail)]
     return float(np.quantile(np.array(needed) - math.sqrt(V.sum()) * z, POWER))
-
-
-def spread_parts(
-    *, seed_sd: float, seeds: int, row_sd: float = 0.0, rows: int = 0, rest_sd: float = 0.0
-) -> tuple[tuple[float, float], ...]:
-    """The (variance, degrees of freedom) parts of a difference's error for assumed spreads; none with one seed.
-
-    ``seed_sd`` is the standard deviation of a method's metric over seeds. Over rows, the difference of two methods has
-    the standard deviation ``row_sd``, common to all seeds, and ``rest_sd``, independent for each seed. With ``rows`` of
-    0 the rows are not a sample; one row has no spread that could be estimated, as one seed has none.
-    """
-    if seeds < 2 or rows == 1:
-        return ()
-    by_seed = (2 * seed_sd**2 + (rest_sd**2 / rows if rows else 0.0)) / seeds
-    return (by_seed, seeds - 1.0), *(((row_sd**2 / rows, rows - 1.0),) if rows > 1 else ())
 
 
 def pooled(estimates: Sequence[Estimate], seeds: int, rows_factor: int = 1) -> Estimate:

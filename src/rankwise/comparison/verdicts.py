@@ -5,23 +5,27 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, get_args
 
-from rankwise.comparison.stages import planned_runs
+from rankwise.comparison.stages import beyond, planned_runs
 from rankwise.comparison.statistics import (
     ALPHA,
+    LOOKS,
     Estimate,
+    last_look,
     mean_of_seeds,
     minimum_detectable_effect,
     paired_by_example,
     pooled,
-    spread_parts,
+    share_of,
 )
 from rankwise.methods import method_of
 from rankwise.reports.comparison import (
     TURNED,
+    Conclusions,
     CostName,
     DecidingCost,
     Difference,
@@ -50,20 +54,34 @@ class Scores:
     ids: Sequence[str] = ()
     weights: Sequence[float] | None = None
     clusters: Sequence[Hashable] | None = None
+    # With --time, the methods that each call added: verdicts are spoken at looks, which share one error.
+    looks: Sequence[Sequence[str]] = ()
+
+    def first(self, seeds: int) -> Scores:
+        """Those of the first seeds only."""
+        chosen = sorted(self.values)[:seeds]
+        values = {seed: self.values[seed] for seed in chosen}
+        examples = {seed: self.examples[seed] for seed in chosen if seed in self.examples}
+        return dataclasses.replace(self, values=values, examples=examples)
 
 
 def estimate_difference(a: Scores, b: Scores) -> tuple[Estimate, bool, int]:
     """(estimate of ``a - b`` over common seeds, whether examples were paired, number of examples or seeds)."""
     seeds = _common(a, b)
+    share = share_of(last_look(len(seeds))) if a.looks else 1.0
     by_example = bool(a.ids) and list(a.ids) == list(b.ids) and set(seeds) <= set(a.examples) & set(b.examples)
     if by_example:
         left, right = ([scores.examples[seed] for seed in seeds] for scores in (a, b))
-        return paired_by_example(left, right, weights=a.weights, clusters=a.clusters), True, len(a.ids)
-    return mean_of_seeds([a.values[seed] - b.values[seed] for seed in seeds]), False, len(seeds)
+        found = paired_by_example(left, right, weights=a.weights, clusters=a.clusters)
+        return dataclasses.replace(found, share=share), True, len(a.ids)
+    found = mean_of_seeds([a.values[seed] - b.values[seed] for seed in seeds])
+    return dataclasses.replace(found, share=share), False, len(seeds)
 
 
 def _common(a: Scores, b: Scores) -> list[int]:
-    return sorted(set(a.values) & set(b.values))
+    """The common seeds; of a comparison that looks, those of the last look."""
+    seeds = sorted(set(a.values) & set(b.values))
+    return seeds[: LOOKS[last_look(len(seeds)) - 1]] if a.looks and len(seeds) >= LOOKS[0] else seeds
 
 
 def compare_all(
@@ -79,10 +97,10 @@ def compare_all(
     The margin of equivalence is ``relative_margin`` times the mean of all methods. Verdicts are corrected for the
     comparisons with the best (Hsu 1984): of k tuned methods, only the k - 1 tests of the best one's own pairs can call
     it worse, so every p-value is multiplied by k - 1. The best one is called worse in at most 5 % of comparisons.
+    Those that look have the correction below, and before the first look no p-values.
     """
     means = [mean_of_seeds(list(item.values.values())).mean for item in scores.values()]
     margin = relative_margin * abs(sum(means) / len(means)) if means else 0.0
-    comparisons = max(1, len(scores.keys() - set(untuned)) - 1)
     found: list[Difference] = []
     for a, b in itertools.combinations(scores, 2):
         seeds = _common(scores[a], scores[b])
@@ -90,6 +108,11 @@ def compare_all(
             continue
         estimate, by_example, count = estimate_difference(scores[a], scores[b])
         interval, p, equivalence_p = estimate.interval(), estimate.p_value(), estimate.equivalence_p(margin)
+        comparisons: float = max(1, len(scores.keys() - set(untuned)) - 1)
+        if looks := scores[a].looks:
+            comparisons = correction(looks, a, b)
+            if len(seeds) < LOOKS[0]:
+                p = equivalence_p = None
         said: Verdict = "cannot tell"
         if {a, b} & set(untuned):
             said = "not tuned"
@@ -122,6 +145,22 @@ def compare_all(
     return found
 
 
+# The share of the error that the methods of the first call spend; each further call spends half of what is left.
+FIRST = 0.8
+
+
+def correction(looks: Sequence[Sequence[str]], *names: str) -> float:
+    """The factor of the p-values of a pair of methods, or of one against the base, in a comparison that looks.
+
+    The best mean may be another method's at each look, so all pairs count and not those of one best method. Pairs with
+    a method that a later call added are counted by themselves, and share what earlier calls left of the error.
+    """
+    call = max(number for number, added in enumerate(looks) if {*added} & {*names})
+    before, added = sum(map(len, looks[:call])), len(looks[call])
+    tests = math.comb(before + added, len(names)) - math.comb(before, len(names))
+    return tests / ((1 - FIRST) / 2**call if call else FIRST)
+
+
 def retentions(scores: Mapping[str, Scores], base: Scores, *, relative_margin: float) -> dict[str, Retention]:
     """What each method kept of the rows that must stay, by its loss minus that of the base, which was measured once.
 
@@ -136,12 +175,14 @@ def retentions(scores: Mapping[str, Scores], base: Scores, *, relative_margin: f
         values, examples = dict.fromkeys(own.values, level), dict.fromkeys(own.values, rows)
         repeated = dataclasses.replace(base, values=values, examples=examples)
         estimate, by_example, _ = estimate_difference(own, repeated)
-        interval = estimate.interval()
-        kept_p, lost_p = (estimate.below_p(margin), estimate.above_p(0.0)) if estimate.parts else (None, None)
+        interval, comparisons = estimate.interval(), correction(own.looks, name) if own.looks else len(scores)
+        is_early = bool(own.looks) and len(own.values) < LOOKS[0]
+        is_tested = bool(estimate.parts) and not is_early
+        kept_p, lost_p = (estimate.below_p(margin), estimate.above_p(0.0)) if is_tested else (None, None)
         said: Retained = "cannot tell"
-        if kept_p is not None and kept_p * len(scores) < ALPHA:
+        if kept_p is not None and kept_p * comparisons < ALPHA:
             said = "kept"
-        elif lost_p is not None and lost_p * len(scores) < ALPHA:
+        elif lost_p is not None and lost_p * comparisons < ALPHA:
             said = "lost"
         found[name] = {
             "verdict": said,
@@ -150,7 +191,7 @@ def retentions(scores: Mapping[str, Scores], base: Scores, *, relative_margin: f
             "interval": None if interval is None else list(interval),
             "kept_p": kept_p,
             "lost_p": lost_p,
-            "comparisons": len(scores),
+            "comparisons": comparisons,
             "margin": margin,
             "paired_by_example": by_example,
         }
@@ -169,44 +210,44 @@ def _stays(method: Method) -> Literal["kept", "lost", "unknown"]:
 MOST_SEEDS = 64
 ROW_FACTORS = tuple(2**power for power in range(7))
 
-# Shares of the metric that are assumed before there are runs: its standard deviation over seeds, and that of the
-# difference of two methods over rows.
-SEED_SD, ROW_SD = 0.005, 0.04
-
 
 class Spreads:
     """The spreads over seeds and rows from which detectable differences follow."""
 
-    def __init__(self, scores: Mapping[str, Scores], *, metric: str, margin: float, rows: int, is_by_row: bool) -> None:
-        """``scores``: {method: its scores on ``metric``}. If no two of them have an interval, the spreads are
-        assumed. ``is_by_row``: whether the metric is known of each of the ``rows``.
-        """
-        self.metric, self.margin, self.rows = metric, margin, rows
+    def __init__(self, scores: Mapping[str, Scores], *, metric: str, margin: float) -> None:
+        """``scores``: {method: its scores on ``metric``}."""
+        self.metric, self.margin = metric, margin
         pairs = itertools.combinations(scores.values(), 2)
         common = [(a, b) for a, b in pairs if a.values.keys() & b.values.keys()]
         self.estimates = [found for a, b in common if (found := estimate_difference(a, b)[0]).parts]
-        self.assumed = None if self.estimates else {"seed_sd": SEED_SD, "row_sd": ROW_SD * is_by_row}
+        self.looks = next((item.looks for item in scores.values()), ())
         values = [value for item in scores.values() for value in item.values.values()]
-        self.level = abs(fmean(values)) if self.estimates else 1.0
+        self.level = abs(fmean(values)) if values else 0.0
 
-    def smallest(self, seeds: int, comparisons: int, rows_factor: int = 1) -> float | None:
-        """The smallest difference found, in the metric's unit or, where spreads are assumed, as a share of it."""
+    def smallest(self, seeds: int, comparisons: float, rows_factor: int = 1) -> float | None:
+        """The smallest difference found, in the metric's unit; None before two methods have two common seeds."""
         spread = pooled(self.estimates, seeds, rows_factor)
-        if self.assumed is not None:
-            rows = self.rows * rows_factor if self.assumed["row_sd"] else 0
-            spread = Estimate(0.0, spread_parts(seeds=seeds, rows=rows, **self.assumed))
-        margin = self.margin * self.level
-        return minimum_detectable_effect(spread.parts, comparisons=comparisons, margin=margin, skewness=spread.skewness)
+        return minimum_detectable_effect(
+            spread.parts,
+            comparisons=comparisons,
+            margin=self.margin * self.level,
+            skewness=spread.skewness,
+            share=share_of(last_look(seeds)) if self.looks else 1.0,
+        )
 
-    def effect(self, seeds: int, comparisons: int) -> MinimumDetectableEffect:
+    def of_rows(self, seeds: int) -> bool:
+        """Whether the spread over rows is the larger part of the error, so that more rows help more than seeds."""
+        by_seed, *by_row = [variance for variance, _ in pooled(self.estimates, seeds).parts or [(0.0, 0.0)]]
+        return sum(by_row) > by_seed
+
+    def effect(self, seeds: int, comparisons: float) -> MinimumDetectableEffect:
         found = self.smallest(seeds, comparisons)
         return {
             "metric": self.metric,
             "relative": found / self.level if found is not None and self.level else None,
-            "absolute": None if self.assumed else found,
+            "absolute": found,
             "seeds": seeds,
             "comparisons": comparisons,
-            "assumed": self.assumed,
         }
 
     def deciding(self, seeds: int, methods: int, rates: int, *, anew: bool) -> tuple[int, int, int] | None:
@@ -219,10 +260,12 @@ class Spreads:
 
         def is_enough(count: int) -> bool:
             found = self.smallest(count, methods - 1, factor)
-            return found is not None and found <= self.margin * self.level
+            # Spreads that nothing is known of take three seeds.
+            return count >= LOOKS[0] > seeds if found is None else found <= self.margin * self.level
 
         choices = []
-        for factor in ROW_FACTORS if self._has_rows() else (1,):
+        has_rows = any(len(estimate.parts) > 1 for estimate in self.estimates)
+        for factor in ROW_FACTORS if has_rows else (1,):
             continues = factor == 1 and not anew
             counts = range(max(2, seeds) if continues else 3, MOST_SEEDS + 1)
             place = bisect.bisect_left(counts, True, key=is_enough)
@@ -231,23 +274,56 @@ class Spreads:
                 choices.append((methods * (counts[place] - seeds) if continues else runs, factor, counts[place]))
         return min(choices, default=None)
 
-    def _has_rows(self) -> bool:
-        if self.assumed is not None:
-            return bool(self.assumed["row_sd"])
-        return any(len(estimate.parts) > 1 for estimate in self.estimates)
+
+def next_seeds(
+    found: Conclusions, scores: Mapping[str, Scores], spreads: Spreads, seeds: Mapping[str, int]
+) -> dict[str, int]:
+    """{method: its seeds at the next look} of the methods that may still be best; empty if it is decided, or if no
+    number of seeds would decide it. ``seeds``: of each method so far; those with more wait for those with fewer.
+    """
+    told, methods = found["recommendation"], found["methods"]
+    verdicts = {name: item["verdict"] and item["verdict"]["verdict"] for name, item in methods.items()}
+    best, others = told["best"], [name for name in told["open"] if verdicts[name] == "cannot tell"]
+    seen = spreads.smallest(LOOKS[-1], found["minimum_detectable_effect"]["comparisons"])
+    margin = spreads.margin * spreads.level
+    pairs = [
+        item for item in found["differences"] if item["metric"] == spreads.metric and best in (item["a"], item["b"])
+    ]
+    may = (seen is not None and seen <= margin) or any(
+        _seeds_may_tell(scores[item["a"]], scores[item["b"]], margin, item["comparisons"])
+        for item in pairs
+        if {item["a"], item["b"]} <= {best, *others}
+    )
+    if not (others and may):
+        return {}
+    fewest = min(seeds[name] for name in (best, *others))
+    following = next((look for look in LOOKS if look > fewest), fewest)
+    return {name: following for name in (best, *others) if seeds[name] == fewest < following}
+
+
+def _seeds_may_tell(a: Scores, b: Scores, margin: float, comparisons: float) -> bool:
+    """Whether the pair would be told apart, or equivalent, without the spread over seeds, at a mean within two standard
+    errors of it: what remains is the spread over rows, which no seed reduces.
+    """
+    found, _, _ = estimate_difference(a, b)
+    if len(found.parts) < 2:
+        return True
+    (variance, degrees), rows = found.parts
+    reach, sign = 2 * math.sqrt(variance), math.copysign(1, found.mean)
+    apart, near = (
+        dataclasses.replace(found, mean=sign * mean, parts=((0.0, degrees), rows), share=1.0)
+        for mean in (abs(found.mean) + reach, max(0.0, abs(found.mean) - reach))
+    )
+    told = apart.p_value(), near.equivalence_p(margin)
+    return any(p is not None and p * comparisons < ALPHA for p in told)
 
 
 def wider_rates(
     methods: Mapping[str, Method], names: Sequence[str], grids: Mapping[str, Sequence[float]]
 ) -> list[float]:
     """For each of ``names`` that is not tuned, the next rate beyond the edge at which its best one lies."""
-    found: set[float] = set()
-    for name in names:
-        grid = sorted(grids[name])
-        if methods[name]["learning_rate_at_edge"]:
-            edge, next_to_it = (grid[0], grid[1]) if methods[name]["learning_rate"] == grid[0] else (grid[-1], grid[-2])
-            found.add(float(f"{edge * edge / next_to_it:.2g}"))
-    return sorted(found)
+    edges = [name for name in names if methods[name]["learning_rate_at_edge"]]
+    return sorted({beyond(grids[name], rate) for name in edges if (rate := methods[name]["learning_rate"])})
 
 
 # Words of a variant that change a rate or a scale, and no computation.
@@ -322,7 +398,7 @@ def recommend(
     lost = {item["a"] for item in inside if item["verdict"] == "worse"}
     lost |= {item["b"] for item in inside if item["verdict"] == "better"}
     best = min(candidates, key=lambda name: (name in lost, means[name], name))
-    comparisons = max((item["comparisons"] for item in pairs), default=1)
+    comparisons = max((item["comparisons"] for item in pairs), default=1.0)
     verdicts = {name: _against(name, best, pairs, comparisons) for name in means}
     if methods[best]["learning_rate_at_edge"]:
         verdicts[best]["verdict"] = "not tuned"
@@ -334,7 +410,9 @@ def recommend(
             equals.append(name)
         elif said == "cannot tell" or (said == "not tuned" and (name in candidates or means[name] < means[best])):
             unsure.append(name)
-    method, costs = cheapest([best, *equals], methods)
+    # What to take meanwhile costs the least of those within the margin, or a standard error, of the best one.
+    near = [name for name in unsure if name in candidates and _is_near(name, best, pairs)]
+    method, costs = cheapest([best, *equals, *near], methods)
     found: Recommendation = {
         "method": method,
         "decided": not unsure,
@@ -356,15 +434,22 @@ def recommend(
     return found, verdicts
 
 
-def _against(name: str, best: str, pairs: Sequence[Difference], comparisons: int) -> MethodVerdict:
+def _against(name: str, best: str, pairs: Sequence[Difference], comparisons: float) -> MethodVerdict:
     said: MethodVerdict = {"verdict": "cannot tell", "p_value": None, "comparisons": comparisons}
     if name == best:
         return {**said, "verdict": "best"}
     for item in pairs:
         if {item["a"], item["b"]} == {name, best}:
             said["verdict"] = item["verdict"] if item["a"] == name else TURNED.get(item["verdict"], item["verdict"])
-            said["p_value"] = None if item["p_value"] is None else min(1.0, item["p_value"] * comparisons)
+            said["comparisons"] = item["comparisons"]
+            said["p_value"] = None if item["p_value"] is None else min(1.0, item["p_value"] * item["comparisons"])
     return said
+
+
+def _is_near(name: str, best: str, pairs: Sequence[Difference]) -> bool:
+    """Whether their difference is known, and within the margin or a standard error."""
+    own = [item for item in pairs if {item["a"], item["b"]} == {name, best}]
+    return any(abs(item["difference"]) <= max(item["margin"], item["standard_error"] or 0.0) for item in own)
 
 
 def cheapest(names: Sequence[str], methods: Mapping[str, Method]) -> tuple[str, list[DecidingCost]]:

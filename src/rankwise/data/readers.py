@@ -211,18 +211,18 @@ EVAL_ROWS = 256
 NAMED_ROWS = 5
 
 
-def limited(rows: Rows, limit: int | None) -> Rows:
-    """The first ``limit`` rows (all for 0); by default EVAL_ROWS spread evenly, because files are often sorted."""
+def limited(rows: Rows, limit: int | None, usual: int = EVAL_ROWS) -> Rows:
+    """The first ``limit`` rows (all for 0); by default ``usual`` ones spread evenly, because files are often sorted."""
     if limit is not None:
         return rows[:limit] if limit else rows
-    if len(rows) <= EVAL_ROWS:
+    if len(rows) <= usual:
         return rows
     warn(
         "RW528",
-        f"each evaluation takes {EVAL_ROWS} of the {len(rows):,} rows of {rows.source}, spread evenly; --eval-limit 0 "
+        f"each evaluation takes {usual} of the {len(rows):,} rows of {rows.source}, spread evenly; --eval-limit 0 "
         "takes all.",
     )
-    chosen = [rows.items[number * len(rows) // EVAL_ROWS] for number in range(EVAL_ROWS)]
+    chosen = [rows.items[number * len(rows) // usual] for number in range(usual)]
     return dataclasses.replace(rows, items=chosen)
 
 

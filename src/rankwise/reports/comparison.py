@@ -67,8 +67,9 @@ class MethodVerdict(TypedDict):
     verdict: Verdict | Literal["best"]
     # Corrected for ``comparisons``; None without a test.
     p_value: float | None
-    # The tuned methods but one: only these comparisons can call the best method worse (Hsu 1984).
-    comparisons: int
+    # The tuned methods but one: only these comparisons can call the best method worse (Hsu 1984). With --time: the
+    # pairs, divided by the share of the error that the call which added the method may spend.
+    comparisons: float
 
 
 class Retention(TypedDict):
@@ -84,7 +85,7 @@ class Retention(TypedDict):
     kept_p: float | None
     lost_p: float | None
     # Both p-values are multiplied by this number before they decide.
-    comparisons: int
+    comparisons: float
     # In the unit of the loss.
     margin: float
     paired_by_example: bool
@@ -144,7 +145,7 @@ class Difference(TypedDict):
     # Larger p-value of the two one-sided tests against ``margin``.
     equivalence_p: float | None
     # Both p-values are multiplied by this number before they decide; here they are uncorrected.
-    comparisons: int
+    comparisons: float
     margin: float
     verdict: Verdict
     # Standard deviation of the difference over seeds that examples do not explain.
@@ -179,20 +180,16 @@ class RateSearch(TypedDict):
 
 
 class MinimumDetectableEffect(TypedDict):
-    """The smallest true difference that 80 % of such comparisons would find, from the spreads of the finished runs.
-
-    Before the first run, and with one seed, it follows from assumed spreads.
-    """
+    """The smallest true difference that 80 % of such comparisons would find, from the spreads of the finished runs;
+    None before two methods have two common seeds."""
 
     metric: str
     # The effect as a share of the metric's value.
     relative: float | None
-    # The effect in the metric's unit; None as long as the spreads are assumed.
+    # The effect in the metric's unit.
     absolute: float | None
     seeds: int
-    comparisons: int
-    # {"seed_sd", "row_sd"} as shares of the metric (0: rows are no sample), if they were assumed.
-    assumed: dict[str, float] | None
+    comparisons: float
 
 
 class DecidingCost(TypedDict):
@@ -204,7 +201,7 @@ class DecidingCost(TypedDict):
 
 
 class DecidingRun(TypedDict):
-    """The comparison with the fewest further runs that would decide."""
+    """The comparison with the fewest further runs that would decide, or one of longer runs, which may."""
 
     methods: list[str]
     seeds: int
@@ -212,13 +209,15 @@ class DecidingRun(TypedDict):
     rows: int
     # Rates to try that were not tried yet.
     learning_rates: list[float]
+    # Twice the steps: no number of seeds or rows that is proposed would decide.
+    is_longer: bool
     # Training runs that are not done yet.
     runs: int
     command: str
 
 
 class Recommendation(TypedDict):
-    # The method to take; as long as nothing is decided, the best so far.
+    # The method to take; as long as nothing is decided, the cheapest of the best so far and those as good as it.
     method: str
     decided: bool
     # The method with which the others are compared, and the other methods from which it was chosen.
@@ -232,7 +231,7 @@ class Recommendation(TypedDict):
     kept: list[str]
     forgot: list[str]
     costs: list[DecidingCost]
-    # None if it is decided, or if no run of reasonable size would decide.
+    # None if it is decided.
     deciding: DecidingRun | None
     metric: str
     # Differences below this share of the metric do not matter to the user.
@@ -253,6 +252,16 @@ class Conclusions(TypedDict):
     differences: list[Difference]
     recommendation: Recommendation
     minimum_detectable_effect: MinimumDetectableEffect
+
+
+class Standing(TypedDict):
+    """What a comparison with --time saw at one look."""
+
+    seeds: int
+    # Of all runs until then.
+    run_seconds: float
+    # From the one that is best now, of methods with as many seeds; the intervals hold for all looks together.
+    differences: list[Difference]
 
 
 class Document(Conclusions):
@@ -276,6 +285,8 @@ class Document(Conclusions):
     warnings: list[Message]
     runs: list[Run]
     learning_rates: dict[str, RateSearch]
+    # By looks; empty without --time.
+    standings: list[Standing]
     # Of all steps together, each in a process of its own.
     seconds: float
 

@@ -69,7 +69,10 @@ def _content(comparison: Comparison) -> JsonObject:
         "better": "higher is better" if comparison.is_higher_better(metric) else "lower is better",
         "forest": plots.forest(differences) if differences else "",
         "margin": significant(differences[0]["margin"], 2) if differences else "",
-        "comparisons": differences[0]["comparisons"] if differences else 0,
+        "comparisons": summary.correction(comparison),
+        "standing": plots.standing(comparison["standings"], numbers, recommendation["best"])
+        if comparison["standings"]
+        else "",
         "tradeoffs": _tradeoffs(comparison, numbers),
         **_retained(comparison, numbers),
         **_curves(comparison, numbers),
@@ -95,10 +98,17 @@ def _tradeoffs(comparison: Comparison, numbers: Mapping[str, int]) -> list[Marku
             facts = comparison["methods"][name]
             if facts[key] is not None and (key != "wall_seconds" or facts["alone"]):
                 reach = [cost / scale for cost in facts["ranges"][key]]
-                spots.append(Spot(name, facts[key] / scale, facts["mean"][metric], reach, facts["interval"][metric]))
+                spots.append(Spot(name, facts[key] / scale, facts["mean"][metric], reach, _bar(facts, metric)))
         if spots:
             found.append(plots.quality_against_cost(spots, numbers, axis, metric_name(metric)))
     return found
+
+
+def _bar(facts: Fields, metric: str) -> Sequence[float] | None:
+    """The interval of the mean; of a loss without what lies below zero, where no loss is."""
+    interval = facts["interval"][metric]
+    is_loss = not facts["higher_is_better"][metric] and min(facts["per_seed"][metric].values()) >= 0
+    return [max(0.0, bound) for bound in interval] if interval and is_loss else interval
 
 
 def _retained(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
@@ -110,7 +120,7 @@ def _retained(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
             base, scale, interval = kept, kept["base"] / 100, kept["interval"]
             reach = interval and [bound / scale for bound in interval]
             rise = kept["difference"] / scale
-            spots.append(Spot(name, rise, facts["mean"][metric], reach, facts["interval"][metric]))
+            spots.append(Spot(name, rise, facts["mean"][metric], reach, _bar(facts, metric)))
     if not spots:
         return {"retained": ""}
     margin, what = base["margin"] / base["base"], comparison["data"]["retain"]

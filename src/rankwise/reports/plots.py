@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 
 from rankwise.foreign import Fields
 from rankwise.objectives import OBJECTIVES, ObjectiveName
-from rankwise.reports.numbers import estimate, is_number, rate, visible
+from rankwise.reports.numbers import estimate, is_number, rate, significant, visible
 from rankwise.reports.words import method_name
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ OWN_STYLE = (
 FEW = 2
 # Share of the first steps that the scale of the losses ignores, unless a curve has few points.
 START, FEW_POINTS = 0.15, 4
+# Losses of rates that differ by more than the first factor stand on a logarithmic scale, of the second one at most.
+WIDE, LOG_RANGE = 4, 100
 
 
 class Spot(NamedTuple):
@@ -266,6 +268,30 @@ def quality_against_cost(
     return figure, f"{quality} against {cost}"
 
 
+@_drawn
+def standing(standings: Sequence[Fields], numbers: Numbers, best: str) -> tuple[Figure, str]:
+    """Each method's difference from the one that is best now, with its interval, at each look. A method that is
+    worse gets no more seeds, and its line ends.
+    """
+    figure, axes = _axes(PANEL, 290)
+    axes.axhline(0, color=colour(numbers[best]), linewidth=1.3)
+    shown: dict[str, list[tuple[float, float, list[float]]]] = {}
+    for look in standings:
+        for item in look["differences"]:
+            name, sign = (item["a"], 1) if item["b"] == best else (item["b"], -1)
+            bounds = [sign * bound for bound in item["interval"]]
+            shown.setdefault(name, []).append((look["run_seconds"] / 60, sign * item["difference"], bounds))
+    # Methods stand side by side.
+    step = standings[-1]["run_seconds"] / 60 / (10 * (len(shown) + 1) * len(standings))
+    for place, (name, points) in enumerate(shown.items()):
+        x, y, bars = zip(*((x + place * step, y, bounds) for x, y, bounds in points))
+        axes.vlines(x, *zip(*bars), color=colour(numbers[name]), linewidth=1.3)
+        axes.plot(x, y, marker=marker(numbers[name]), color=colour(numbers[name]), markersize=7, linewidth=1)
+    axes.margins(0.1)
+    axes.set(xlabel="minutes of runs", ylabel=f"difference from {_short(method_name(best))}")
+    return figure, f"The standing of {', '.join(map(method_name, shown))} over time"
+
+
 def curve_limits(curves: Sequence[Curve]) -> Range:
     """The scale of the losses. It leaves out the first fall, which would compress the rest."""
     last = max((curve.losses.last_step for curve in curves), default=1)
@@ -364,25 +390,54 @@ def _losses(losses: Losses, title: str, name: str) -> tuple[Figure, str]:
 
 @_drawn
 def rates(searches: Mapping[str, Fields], numbers: Numbers) -> tuple[Figure, str]:
-    """The losses at the learning rates that methods tried. Rates that diverged have no point."""
+    """The losses at the learning rates that methods tried, as a rule all measured in the same way. Rates that diverged
+    have no point; a triangle at the top marks one off the scale, which the best two of each method fit.
+    """
     figure, axes = _axes(PANEL, 290)
-    lines = {
-        name: [(trial["learning_rate"], trial["value"]) for trial in search["tried"] if is_number(trial["value"])]
-        for name, search in searches.items()
-    }
+    lines = {name: _same_losses(search["tried"]) for name, search in searches.items()}
     values = [y for points in lines.values() for _, y in points]
-    # A nearly diverged loss would flatten the others, so its point is drawn at the top.
-    low, top = _limits(value for value in values if value <= 2 * min(values))
+    low, top, is_log = _rate_limits([sorted(y for _, y in points) for points in lines.values() if points])
     for name, points in lines.items():
+        shade, shape = colour(numbers[name]), marker(numbers[name])
         shown = [(x, min(y, top)) for x, y in points]
-        shade = colour(numbers[name])
-        _line(axes, shown, linewidth=1.3, clip_on=False, color=shade, marker=marker(numbers[name]), markersize=7)
+        _line(axes, shown, linewidth=1.3, clip_on=False, color=shade, marker="none")
+        inside, outside = ([at for at, (_, y) in zip(shown, points) if (y > top) is cut] for cut in (False, True))
+        for at, mark in ((inside, shape), (outside, "^")):
+            axes.plot([x for x, _ in at], [y for _, y in at], mark, clip_on=False, color=shade, markersize=7)
         _ring(axes, next((point for point in shown if point[0] == searches[name]["chosen"]), None), shade)
+    if over := [y for y in values if y > top]:
+        axes.set_title(f"▲ off the scale, up to {significant(max(over), 2)}", loc="right", size="medium")
     axes.set(ylim=(low, top), xscale="log", xlabel="learning rate", ylabel="evaluation loss")
+    if is_log:
+        axes.set_yscale("log")
+        tens = range(math.floor(math.log10(low)), math.ceil(math.log10(top)))
+        steps = [step * 10.0**ten for ten in tens for step in (1, 2, 5)]
+        axes.set_yticks([y for y in steps if low <= y <= top], [f"{y:g}" for y in steps if low <= y <= top])
     ticks = _apart({x for points in lines.values() for x, _ in points})
     axes.set_xticks(ticks, [rate(x) for x in ticks])
     axes.minorticks_off()
     return figure, "evaluation loss against learning rate"
+
+
+def _same_losses(tried: Sequence[Fields]) -> list[Point]:
+    """(rate, loss) of the rates whose losses were measured alike: one tried beyond the edge may have a whole run's."""
+    metrics = [trial.get("metric") for trial in tried]
+    usual = max(metrics, key=metrics.count)
+    return [
+        (trial["learning_rate"], trial["value"])
+        for trial in tried
+        if trial.get("metric") == usual and is_number(trial["value"])
+    ]
+
+
+def _rate_limits(losses: Sequence[Sequence[float]]) -> tuple[float, float, bool]:
+    """(lowest, highest of the scale, whether it is logarithmic) for the sorted losses of each method."""
+    values = [y for own in losses for y in own]
+    least = min(values, default=1.0)
+    most = max([2 * least, *(own[:2][-1] for own in losses)])
+    if most <= WIDE * least or least <= 0:
+        return *_limits(y for y in values if y <= most), False
+    return 0.8 * least, 1.25 * max(y for y in values if y <= LOG_RANGE * least), True
 
 
 def _apart(rates: Iterable[float]) -> list[float]:

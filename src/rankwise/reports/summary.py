@@ -79,8 +79,16 @@ def _tested(comparison: Comparison) -> str:
     if not tested:
         return "not at all: that takes two methods, two seeds, and two evaluation rows"
     how = "by example" if all(item["paired_by_example"] for item in tested) else "by seed"
-    count = plural(tested[0]["comparisons"], "comparison")
-    return f"paired {how}, corrected for {count} with the best method, {percent(comparison['confidence'])} intervals"
+    corrected = f"corrected for {found}, " if (found := correction(comparison)) else ""
+    return f"paired {how}, {corrected}{percent(comparison['confidence'])} intervals"
+
+
+def correction(comparison: Comparison) -> str:
+    """What verdicts are corrected for, in words; empty if for nothing."""
+    if comparison["standings"]:
+        return "all pairs and all looks"
+    count = max((item["comparisons"] for item in comparison.differences_from_best()), default=1)
+    return f"{count} comparisons with the best method" if count > 1 else ""
 
 
 def _tuned(comparison: Comparison) -> str:
@@ -104,8 +112,12 @@ def stopped_rates(comparison: Comparison) -> list[str]:
             for item in sorted(tried, key=lambda item: item["steps"])
             if item["learning_rate"] != search["chosen"]
         ]
+        # Beyond the edge.
+        whole = [f", {rate(item['learning_rate'])} in a whole run" for item in search["tried"] if item not in tried]
         if tried:
-            lines.append(f"{method_name(name)}: {', '.join(stopped)}; {rate(search['chosen'])} was taken")
+            lines.append(
+                f"{method_name(name)}: {', '.join(stopped)}{''.join(whole)}; {rate(search['chosen'])} was taken"
+            )
     return lines
 
 

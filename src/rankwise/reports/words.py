@@ -18,6 +18,7 @@ from rankwise.reports.numbers import (
     byte_size,
     capital,
     duration,
+    estimate,
     listed,
     percent,
     plural,
@@ -92,13 +93,28 @@ def last_part(name: object) -> str:
     return PurePath(str(name).replace("\\", "/")).name or str(name)
 
 
+def standing(found: Fields, metric: str) -> str:
+    """``LoRA 0.2842, DoRA +0.0021 ± 0.0054 (cannot tell)``: the best so far, and the others' differences from it."""
+    best, methods = found["recommendation"]["best"], found["methods"]
+    told = [f"{method_name(best)} {significant(methods[best]['mean'][metric], 4)}"]
+    for item in found["differences"]:
+        if item["metric"] == metric and best in (item["a"], item["b"]):
+            sign, name = (1, item["a"]) if item["b"] == best else (-1, item["b"])
+            interval = item["interval"] and sorted(sign * bound for bound in item["interval"])
+            verdict = methods[name]["verdict"]
+            words = verdict["verdict"] if verdict["p_value"] is not None or verdict["verdict"] == "not tuned" else ""
+            figures = " ".join(estimate(sign * item["difference"], interval, signed=True)).strip()
+            told.append(f"{method_name(name)} {figures}{words and f' ({words})'}")
+    return ", ".join(told)
+
+
 # --- verdicts ---
 
 
 def heading(document: Fields) -> str:
-    """``LoRA`` or ``LoRA, not decided``."""
+    """``LoRA`` or ``Not decided``."""
     found = document["recommendation"]
-    return capital(long_name(found["method"])) + ("" if found["decided"] else ", not decided")
+    return capital(long_name(found["method"])) if found["decided"] else "Not decided"
 
 
 def headline(document: Fields) -> str:
@@ -116,14 +132,9 @@ def detectable(effect: Fields, unit: str) -> str:
 
 
 def smallest_found(effect: Fields) -> str:
-    """What a comparison will see, before its first run."""
-    metric, why = visible(effect["metric"]), "as runs vary that are finished"
-    if given := effect["assumed"]:
-        rows = f"two methods' difference by {percent(given['row_sd'])} from row to row"
-        why = f"assuming that runs that differ only in the seed vary by {percent(given['seed_sd'])} of {metric} "
-        why += f"and {rows if given['row_sd'] else 'there are examples enough'}"
-    size = detectable(effect, f"of {metric}") + ("" if effect["absolute"] is not None else f" of {metric}")
-    return f"Smallest difference that 80 % of such comparisons find: {size}, {why}."
+    """What a comparison that goes on will see."""
+    size = detectable(effect, f"of {visible(effect['metric'])}")
+    return f"Smallest difference that 80 % of such comparisons find: {size}, as runs vary that are finished."
 
 
 def named(names: Sequence[str]) -> str:
@@ -161,7 +172,8 @@ def _verdicts(document: Fields) -> list[str]:
     if not others:
         told = "is the only method with a result"
     elif not found["decided"]:
-        told = "is the best so far" if method == best else f"counts as equal to {long_name(best)}, the best so far"
+        least = f"it costs the least of those that nothing parts from {long_name(best)}, the best so far"
+        told = "is what to take meanwhile: " + ("it is the best so far" if method == best else least)
     elif method != best:
         told = f"counts as equal to {long_name(best)}, the best one"
     elif equals:
@@ -246,11 +258,13 @@ def _deciding(found: Fields) -> list[str]:
         return []
     run = found["deciding"]
     if run is None:
-        return ["more seeds, evaluation rows or learning rates, or a larger --margin, may decide it"]
+        return []
     rates = f", also at {listed(map(rate, run['learning_rates']))}" if run["learning_rates"] else ""
     size = f"{plural(run['seeds'], 'seed')} and {plural(run['rows'], 'evaluation row')}"
-    more = plural(run["runs"], "more run")
-    return [f"the cheapest run that would decide it: {named(run['methods'])} on {size}{rates}, {more}"]
+    what = f"{named(run['methods'])} on {size}{rates}, {plural(run['runs'], 'more run')}"
+    if run["is_longer"]:
+        return [f"no number of seeds or rows that is proposed would decide it; runs of twice the steps may: {what}"]
+    return [f"the cheapest run that would decide it: {what}"]
 
 
 def _figures(item: Fields, metric: str) -> str:
