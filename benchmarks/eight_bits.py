@@ -4,6 +4,7 @@
     python benchmarks/eight_bits.py MODEL --methods lora   # a folder of any model; some methods
     python benchmarks/eight_bits.py --no-peft --rounds 15  # ours alone, on a busy machine
     python benchmarks/eight_bits.py --runs DIR             # losses of finished runs of METHOD and METHOD+int8
+    python benchmarks/eight_bits.py --outliers 300 DIR     # write the demo model with made-up outliers, to train on
 
 One process calls all contenders in turn. The seconds are those of the calling thread: set OMP_NUM_THREADS=1 on a busy
 machine, where waiting for other programs then does not count. Prints medians and minima of the rounds; writes nothing.
@@ -42,7 +43,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=contenders.DTYPES, default="bfloat16")
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--runs", type=Path, help="folder of `rankwise compare --methods lora,lora+int8,...`")
+    parser.add_argument("--outliers", nargs=2, metavar=("SIZE", "DIR"))
     given = parser.parse_args()
+    if given.outliers is not None:
+        write_outliers(float(given.outliers[0]), given.outliers[1])
+        return
     if given.runs is not None:
         print_losses(given.runs)
         return
@@ -81,6 +86,28 @@ def print_losses(folder: Path) -> None:
     means = [statistics.mean(values) for values in changes.values()]
     half = stats.t.ppf(0.975, len(means) - 1) * statistics.stdev(means) / len(means) ** 0.5
     print(f"\nmean change {statistics.mean(means):+.2%} ± {half:.2%}, 95 % interval over {len(means)} seeds")
+
+
+@torch.no_grad()
+def write_outliers(size: float, folder: str) -> None:
+    """The demo model with four pairs of channels in each MLP that are equal, ``size`` times as large as one of them was,
+    and cancel in its output. A scale of a channel takes outliers into the weight; of these the weight has its own."""
+    model, tokenizer = rw.load_model("demo", dtype="bfloat16")
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        gate, up, down = (getattr(layer.mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        for linear in (gate, up, down):
+            linear.weight.data = linear.weight.clone()
+        for pair in torch.randperm(len(up.weight) // 2, generator=generator)[:4].tolist():
+            first, second = 2 * pair, 2 * pair + 1
+            gate.weight[second] = gate.weight[first]
+            up.weight[first] *= size
+            up.weight[second] = up.weight[first]
+            column = torch.randn(len(down.weight), generator=generator) * down.weight.float().std()
+            down.weight[:, first] = column.to(down.weight.dtype)
+            down.weight[:, second] = -down.weight[:, first]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def measure(folder: str, method: str, given: argparse.Namespace) -> dict[str, list[float]]:
