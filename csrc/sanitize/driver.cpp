@@ -187,7 +187,8 @@ bool products_are_sound();  // sanitize/products.cpp
 bool elementwise_is_sound() {
     rw_set_level(RW_PORTABLE);
     const double expected = elementwise_sum();
-    for (int level = RW_PORTABLE; level <= rw_best_level(); ++level) {
+    for (int level = RW_PORTABLE; level <= RW_AMX; ++level) {
+        if (!(rw_levels() >> level & 1)) continue;
         rw_set_level(level);
         const double found = elementwise_sum();
         std::printf("element-wise, level %d: %.6f\n", level, found);
@@ -201,7 +202,8 @@ int main() {
     const Tables tables;
     rw_set_level(RW_PORTABLE);
     const double expected = run_all(tables);
-    for (int level = RW_PORTABLE; level <= rw_best_level(); ++level) {
+    for (int level = RW_PORTABLE; level <= RW_AMX; ++level) {
+        if (!(rw_levels() >> level & 1)) continue;
         rw_set_level(level);
         const double found = run_all(tables);
         std::printf("level %d: %.6f\n", level, found);

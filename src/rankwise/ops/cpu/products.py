@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rankwise.compat.torch import is_fake
 from rankwise.ops.cpu.native import DTYPE, NativeWeight, level, library, pointer
-from rankwise.ops.eight_bit import Scales
+from rankwise.ops.eight_bit import LARGEST, Scales
 from rankwise.ops.packed_weight import PackedWeight
 
 MOST_TERMS = 16
@@ -27,8 +27,8 @@ MOST_TERMS = 16
 # kernel that multiplies while it decodes (4-bit weights, sums in float32).
 _LEAST_ROWS, _LEAST_ROWS_WIDENED, _LEAST_ROWS_OF_FOUR_BITS_WIDENED = 32, 4, 16
 
-# Elements of a step in 8 bits.
-_BYTES = 64
+# Rows of integers are padded to a multiple of these elements.
+_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Term:
     """``a W^T`` of a (T, K) and W (N, K), or, with ``across``, ``a W`` of a (T, N).
 
     ``gain`` float32, one per element that is summed over, and ``scale`` multiply W before it is rounded to bfloat16.
-    ``in_bytes``: a is what `quantize_rows` made, and W is rounded to 8 bits.
+    ``in_bytes``: a is what `quantize_rows` made, and W is rounded to integers too, 8 bits or `largest`.
     ``exact``: on tiles, a float32 W without ``across`` is not rounded but split into a sum of two bfloat16 matrices.
     ``a_rest`` (T, K), laid out as a, is the rounding error of a, and is added to a.
     """
@@ -79,7 +79,7 @@ class Term:
 
 
 class InBytes:
-    """The scales of a product in 8 bits (`rankwise.ops.eight_bit`), in the native library's form: those of the rows,
+    """The scales of a product of integers (`rankwise.ops.eight_bit`), in the native library's form: those of the rows,
     the factors of W (N, K) as it lies in memory, and those of the result's columns."""
 
     def __init__(self, of_rows: Tensor, scales: Scales, W: Factor, *, across: bool) -> None:
@@ -100,18 +100,25 @@ def bytes_pay(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and level() == "avx512_bf16" and on_tiles()
 
 
+def largest() -> int:
+    """The integer to which terms in 8 bits are rounded: 127, or 1,023 with AVX2 alone, which multiplies integers of 16
+    bits."""
+    return int(library().rw_products_largest())
+
+
 def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """`rankwise.ops.eight_bit.quantize_rows` plus 128, as uint8, of bfloat16 x (T, K) with dense rows. The scales are
-    followed by unused ones."""
+    """`rankwise.ops.eight_bit.quantize_rows` up to `largest`, of x (T, K) with dense rows and a dtype that `take`
+    admits: int16, or bytes plus 128 as uint8. The scales are followed by unused ones."""
     T, K = x.shape
-    stride = -(-K // _BYTES) * _BYTES
+    stride = -(-K // _STEP) * _STEP
     # Rows at such a distance fall into few cache sets.
-    stride += _BYTES if stride % 2048 == 0 else 0
-    q, scale = torch.empty((T, stride), dtype=torch.uint8)[:, :K], torch.empty(-(-T // 32) * 32)
+    stride += _STEP if stride % 2048 == 0 else 0
+    q = torch.empty((T, stride), dtype=torch.int16 if largest() > LARGEST else torch.uint8)[:, :K]
+    scale = torch.empty(-(-T // 32) * 32)
     if not is_fake(x):
         library().rw_quantize_rows(
-            x.data_ptr(), x.stride(0), factor.data_ptr(), T, K, q.data_ptr(), stride, scale.data_ptr(),
-            torch.get_num_threads(),
+            x.data_ptr(), DTYPE[x.dtype], x.stride(0), factor.data_ptr(), T, K, q.data_ptr(), stride * q.itemsize,
+            scale.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return q, scale
 
@@ -142,7 +149,7 @@ def replace_torch(dtype: torch.dtype) -> bool:
 
 
 def on_tiles() -> bool:
-    """Whether sums of products multiply pairs of bfloat16, and terms in 8 bits, with AMX or AVX-512."""
+    """Whether sums of products multiply pairs of bfloat16, with AMX or AVX-512."""
     return bool(library().rw_products_are_tiles())
 
 
