@@ -175,7 +175,7 @@ RW_EXPORT int rw_products_available(void);
 // Whether they multiply tiles of bfloat16 pairs; otherwise they compute in float32, where PyTorch's own bfloat16
 // products find no instruction either.
 RW_EXPORT int rw_products_are_tiles(void);
-// The largest integer of terms in 8 bits: 127, or 1,023 where instructions multiply integers of 16 bits only.
+// The largest integer of their terms: 127, or 1,023 where instructions multiply integers of 16 bits only; 0 without them.
 RW_EXPORT int rw_products_largest(void);
 RW_EXPORT void rw_products_allow(int allowed);
 

@@ -118,7 +118,7 @@ int rw_products_available(void) { return current_products() != nullptr; }
 
 int rw_products_are_tiles(void) { return current_products() != nullptr && current_products()->layout.reads_tiles; }
 
-int rw_products_largest(void) { return current_products()->layout.largest; }
+int rw_products_largest(void) { return current_products() ? current_products()->layout.largest : 0; }
 
 void rw_products_allow(int allow) { allowed = allow != 0; }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rankwise as rw
-from marks import LEVELS
+from marks import LEVELS, needs_avx2
 from rankwise.acceleration import calibrate_products, choose_products, restore
 from rankwise.acceleration.parts import adapted_layers
 from rankwise.ops import dequantize_weight, eight_bit, quantize_weight
@@ -229,5 +229,22 @@ def test_experts_without_a_token_to_calibrate_them_stay_as_they_are() -> None:
 
 def test_auto_asks_for_a_known_family_and_a_faster_processor() -> None:
     assert (choose_products(tiny_llama().bfloat16())[0] == "int8") == eight_bit_pays(torch.ones(1).bfloat16())
-    assert choose_products(tiny_llama().float())[0] == "bfloat16"
+    assert (choose_products(tiny_llama().float())[0] == "int8") == eight_bit_pays(torch.ones(1))
     assert choose_products(torch.nn.Linear(2, 2).bfloat16())[0] == "bfloat16"
+
+
+@pytest.mark.parametrize("level", LEVELS or [None], indirect=True)
+@pytest.mark.parametrize("part", [0.6, 0.8])
+def test_eight_bits_are_taken_where_they_pay(level: str | None, part: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rows of float32 and bfloat16. AVX2's integers pay on some processors, so they are measured."""
+    if level is None:
+        pytest.skip("no native library")
+    monkeypatch.setattr(products, "_time_of_integers", lambda dtype, level: part)
+    known = {"portable": (0, 0), "avx_vnni": (1, 1), "avx512_bf16": (0, 1), "amx": (0, 0)}
+    found = eight_bit_pays(torch.ones(1)), eight_bit_pays(torch.ones(1).bfloat16())
+    assert found == known.get(level, (part < 0.7, part < 0.7))
+
+
+@needs_avx2
+def test_the_time_of_integers_is_measured(avx2: None) -> None:
+    assert 0.1 < products._time_of_integers(torch.float32, "avx2") < 5

@@ -85,7 +85,7 @@ def _largest(weight: Tensor) -> int:
         return LARGEST
     from rankwise.ops.cpu import products
 
-    return products.largest() if products.available() else LARGEST
+    return products.largest() or LARGEST
 
 
 def calibrate(rows: Tensor, weights: Sequence[Frozen]) -> None:

@@ -257,8 +257,9 @@ STEP_SHARE = 0.5
 RUN_SHARES = {"qlora": 0.86, "dora": 0.73, "qdora": 0.67}
 # AdamW on one core of an AMD EPYC (Zen 5), with clipping, for each trained parameter in float32.
 OPTIMIZER_SECONDS = 7.5e-9
-# A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md).
-EIGHT_BITS_SHARE = 0.76
+# A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md): of bfloat16's with AVX-512
+# VNNI, of float32's with AVX-VNNI alone.
+EIGHT_BITS_SHARE, AVX_VNNI_SHARE = 0.76, 0.53
 # The product by which a processor is measured, (T, K) x (K, N), repeated for this time.
 PRODUCT, PRODUCT_SECONDS, LEAST_PRODUCTS = (512, 1024, 1024), 0.25, 20
 # PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
@@ -401,17 +402,22 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
         moved = weight_traffic_bytes(method, facts, frozen, workload)
         moved += gain_traffic_bytes(method, facts, estimate, workload)
         seconds += moved / pace.bytes_per_second
-    flags = cpu_flags() if workload.device_type == "cpu" and workload.dtype == "bfloat16" else set()
-    # As `ops.cpu.products.bytes_pay` without torch.
     is_chosen = workload.products == "int8" or (workload.products == "auto" and facts.equal_in_eight_bits)
-    in_eight_bits = is_chosen and "avx512_bf16" in flags and "amx_bf16" not in flags
-    if in_eight_bits and takes_eight_bit(method, workload.objective, workload.strategy, workload):
-        seconds *= EIGHT_BITS_SHARE
+    if is_chosen and takes_eight_bit(method, workload.objective, workload.strategy, workload):
+        seconds *= _eight_bits_share(workload)
     if workload.device_type == "cpu":
         seconds /= RUN_SHARES.get(method, 1.0)
     if workload.activation_offloading:
         seconds += offloaded_bytes(facts, workload) / HOST_LINK_BYTES_PER_SECOND
     return seconds
+
+
+def _eight_bits_share(workload: Workload) -> float:
+    """As `ops.cpu.products.bytes_pay` without torch; what that measures counts as no gain."""
+    flags = cpu_flags() if workload.device_type == "cpu" else set()
+    if "avx512_bf16" in flags:
+        return EIGHT_BITS_SHARE if workload.dtype == "bfloat16" and "amx_bf16" not in flags else 1.0
+    return AVX_VNNI_SHARE if "avx_vnni" in flags else 1.0
 
 
 def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:
