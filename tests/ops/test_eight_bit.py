@@ -247,4 +247,6 @@ def test_eight_bits_are_taken_where_they_pay(level: str | None, part: float, mon
 
 @needs_avx2
 def test_the_time_of_integers_is_measured(avx2: None) -> None:
+    threads = torch.get_num_threads()
     assert 0.1 < products._time_of_integers(torch.float32, "avx2") < 5
+    assert torch.get_num_threads() == threads

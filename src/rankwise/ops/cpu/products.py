@@ -112,19 +112,22 @@ def bytes_pay(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _time_of_integers(dtype: torch.dtype, level: str) -> float:
-    """The time of a small product of integers, as a part of that of the same product in ``dtype``, by the thread's
-    clock."""
+    """The time of a small product of integers, as a part of that of the same product in ``dtype``. On one thread, by
+    its clock: beside other programs, several wait for each other."""
     x, W, out = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), torch.empty(256, 512, dtype=dtype)
     scales, factor = Scales.of(W, torch.ones(512), largest()), Factor.of(W)
     assert factor is not None, "a dense weight"
     q, a = quantize_rows(x, scales.per_channel)
     terms = Term(x, factor), Term(q, factor, in_bytes=InBytes(a, scales, factor, across=False))
+    threads = torch.get_num_threads()
     seconds: tuple[list[float], list[float]] = [], []
+    torch.set_num_threads(1)
     for _ in range(8):
         for term, taken in zip(terms, seconds):
             start = time.thread_time()
             add_products([term], out)
             taken.append(time.thread_time() - start)
+    torch.set_num_threads(threads)
     return min(seconds[1]) / min(seconds[0])
 
 
