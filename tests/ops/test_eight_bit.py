@@ -13,6 +13,7 @@ import rankwise as rw
 from marks import LEVELS, needs_avx2
 from rankwise.acceleration import calibrate_products, choose_products, restore
 from rankwise.acceleration.parts import adapted_layers
+from rankwise.compat.torch import FakeTensorMode, is_fake
 from rankwise.ops import dequantize_weight, eight_bit, quantize_weight
 from rankwise.ops.branch import Branch, Frozen, eight_bit_pays
 from rankwise.ops.cpu import native, products
@@ -246,7 +247,10 @@ def test_eight_bits_are_taken_where_they_pay(level: str | None, part: float, mon
 
 
 @needs_avx2
-def test_the_time_of_integers_is_measured(avx2: None) -> None:
-    threads = torch.get_num_threads()
-    assert 0.1 < products._time_of_integers(torch.float32, "avx2") < 5
+def test_the_time_of_integers_is_measured_in_a_plan_too(avx2: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, add, fakes = torch.get_num_threads(), products.add_products, []
+    monkeypatch.setattr(products, "add_products", lambda terms, out: fakes.append(is_fake(add(terms, out))))
+    with FakeTensorMode():
+        assert 0.1 < products._time_of_integers.__wrapped__(torch.float32, "avx2") < 5
+    assert set(fakes) == {False}
     assert torch.get_num_threads() == threads

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankwise.compat.torch import is_fake
+from rankwise.compat.torch import is_fake, plain_tensors
 from rankwise.ops.cpu.native import DTYPE, NativeWeight, level, library, pointer
 from rankwise.ops.eight_bit import LARGEST, Scales
 from rankwise.ops.packed_weight import PackedWeight
@@ -111,9 +111,10 @@ def bytes_pay(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
+@plain_tensors()
 def _time_of_integers(dtype: torch.dtype, level: str) -> float:
     """The time of a small product of integers, as a part of that of the same product in ``dtype``. On one thread, by
-    its clock: beside other programs, several wait for each other."""
+    its clock: beside other programs, several wait for each other. A plan asks too, where tensors would be fake."""
     x, W, out = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), torch.empty(256, 512, dtype=dtype)
     scales, factor = Scales.of(W, torch.ones(512), largest()), Factor.of(W)
     assert factor is not None, "a dense weight"
@@ -122,7 +123,7 @@ def _time_of_integers(dtype: torch.dtype, level: str) -> float:
     threads = torch.get_num_threads()
     seconds: tuple[list[float], list[float]] = [], []
     torch.set_num_threads(1)
-    for _ in range(8):
+    for _ in range(20):
         for term, taken in zip(terms, seconds):
             start = time.thread_time()
             add_products([term], out)
