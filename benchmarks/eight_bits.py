@@ -90,8 +90,8 @@ def print_losses(folder: Path) -> None:
 
 @torch.no_grad()
 def write_outliers(size: float, folder: str) -> None:
-    """The demo model with four pairs of channels in each MLP that are equal, ``size`` times as large as one of them was,
-    and cancel in its output. A scale of a channel takes outliers into the weight; of these the weight has its own."""
+    """The demo model with four pairs of channels in each MLP that are equal, ``size`` times as large as one of them
+    was, and cancel in its output. Scales of channels take outliers into the weight, but these have ordinary weights."""
     model, tokenizer = rw.load_model("demo", dtype="bfloat16")
     generator = torch.Generator().manual_seed(0)
     for layer in model.model.layers:

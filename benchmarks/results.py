@@ -23,6 +23,9 @@ FOLDER = Path(__file__).parent / "results"
 # Of x86 processors what decides the speed of products, the fastest first: the name, and the flag of /proc/cpuinfo.
 INSTRUCTIONS = {"AMX": "amx_bf16", "AVX-512 BF16": "avx512_bf16", "AVX-512": "avx512f", "AVX2": "avx2"}
 
+# Environment variables that limit the instruction sets of rankwise, oneDNN, PyTorch and MKL.
+LIMITS = ("RANKWISE_CPU_LEVEL", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+
 # What a tree without git calls itself (pyproject.toml, fallback_version), whatever its commit.
 UNVERSIONED = "0.1.0"
 
@@ -77,9 +80,10 @@ def _memory_gb() -> float | None:
 
 
 def command() -> str:
-    """The command line of this process, folders of this machine left out."""
+    """The command line of this process with what limits its instruction sets, folders of this machine left out."""
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
     parts = [Path(part).name if os.path.isabs(part) else part for part in sys.argv[1:]]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *parts])
+    return " ".join([*limits, "python", f"benchmarks/{Path(sys.argv[0]).name}", *parts])
 
 
 def processor(run: Run) -> str:

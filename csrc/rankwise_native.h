@@ -17,7 +17,15 @@ extern "C" {
 #endif
 
 enum rw_dtype { RW_FLOAT32 = 0, RW_BFLOAT16 = 1, RW_FLOAT16 = 2 };
-enum rw_level_number { RW_PORTABLE = 0, RW_AVX2 = 1, RW_AVX512 = 2, RW_AVX512_BF16 = 3, RW_AMX = 4 };
+// From slow to fast. A processor has a set of them: AVX-512 does not imply AVX-VNNI.
+enum rw_level_number {
+    RW_PORTABLE = 0,
+    RW_AVX2 = 1,
+    RW_AVX_VNNI = 2,
+    RW_AVX512 = 3,
+    RW_AVX512_BF16 = 4,
+    RW_AMX = 5
+};
 
 // w'_i = value[code_i] * absmax_b, or with nested_absmax: absmax_b = dynamic_map[absmax[b]] * nested_absmax[b / 256] +
 // offset.
@@ -33,7 +41,7 @@ typedef struct rw_weight {
 } rw_weight;
 
 RW_EXPORT int rw_interface(void);
-RW_EXPORT int rw_best_level(void);  // of this CPU and build
+RW_EXPORT int rw_levels(void);  // of this CPU and build: bit n for level n
 RW_EXPORT int rw_level(void);
 RW_EXPORT void rw_set_level(int level);
 
@@ -135,8 +143,9 @@ RW_EXPORT int64_t rw_cross_entropy(void* logits, int64_t stride, const int64_t* 
 RW_EXPORT void rw_dropout(const void* z, void* out, int add, float factor, uint32_t threshold, uint32_t before,
                           uint32_t middle, int64_t n, int dtype, int threads);
 
-// How a term is multiplied in 8 bits. Its a is what rw_quantize_rows made; its weight, bfloat16 or of 4 bits, is
-// rounded to bytes while it is packed: W_q = round(W * by_column * by_row). The sums are exact.
+// How a term is multiplied in integers up to rw_products_largest. Its a is what rw_quantize_rows made; its weight is
+// rounded while it is packed: W_q = round(W * by_column * by_row). Both sizes of the weight are multiples of 32. Sums
+// are exact.
 typedef struct rw_eight_bit {
     const float* a_scale;             // (T), readable up to a multiple of 32 rows
     const float *by_row, *by_column;  // of the weight as it lies
@@ -163,15 +172,17 @@ typedef struct rw_term {
 // Whether the current level has sums of products; the functions below must not be called where it has not. And a switch
 // for them.
 RW_EXPORT int rw_products_available(void);
-// Whether they multiply tiles of bfloat16 pairs, and 8 bits; otherwise they compute in float32, where PyTorch's own
-// bfloat16 products find no instruction either.
+// Whether they multiply tiles of bfloat16 pairs; otherwise they compute in float32, where PyTorch's own bfloat16
+// products find no instruction either.
 RW_EXPORT int rw_products_are_tiles(void);
+// The largest integer of their terms: 127, or 1,023 where instructions multiply integers of 16 bits only; 0 without them.
+RW_EXPORT int rw_products_largest(void);
 RW_EXPORT void rw_products_allow(int allowed);
 
-// q (T, K) = round(x * factor / scale) + 128, scale (T) = max |x * factor| / 127 of each row of x (T, K), bfloat16.
-// q_stride is a multiple of 64 bytes.
-RW_EXPORT void rw_quantize_rows(const void* x, int64_t x_stride, const float* factor, int64_t T, int64_t K, uint8_t* q,
-                                int64_t q_stride, float* scale, int threads);
+// q (T, K) = round(x * factor / scale), scale (T) = max |x * factor| / rw_products_largest of each row of x (T, K), of
+// dtype as above. q is int16_t, or uint8_t with 128 added where the largest is 127; q_stride_bytes is a multiple of 64.
+RW_EXPORT void rw_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* factor, int64_t T, int64_t K,
+                                uint8_t* q, int64_t q_stride_bytes, float* scale, int threads);
 
 // out (T, N) = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what rounding to
 // bfloat16 left, as out lies, or null. dtype, of every a, of out and of rest: bfloat16 or, without tiles, float32.

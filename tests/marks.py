@@ -8,7 +8,7 @@ from rankwise.ops import selection
 from rankwise.ops.cpu import native, products
 
 # The instruction sets of the native library that this processor has, from slow to fast.
-LEVELS = native.LEVELS[: native.library().rw_best_level() + 1] if native.obstacle() is None else ()
+LEVELS = native.usable_levels() if native.obstacle() is None else ()
 
 at_every_level = pytest.mark.usefixtures("level")
 # For tables, whose cases take turns.

@@ -3,8 +3,10 @@
 
 #include <atomic>
 
-#if defined(RW_HAS_amx) && defined(__linux__)
+#if defined(RW_HAS_avx_vnni) || defined(RW_HAS_amx)
 #include <cpuid.h>
+#endif
+#if defined(RW_HAS_amx) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -21,13 +23,21 @@ namespace rankwise {
     }
 RW_FAMILIES(portable)
 RW_FAMILIES(avx2)
+RW_FAMILIES(avx_vnni)
 RW_FAMILIES(avx512)
 RW_FAMILIES(avx512_bf16)
 RW_FAMILIES(amx)
 
 namespace {
 
-constexpr int kInterface = 10;
+constexpr int kInterface = 11;
+
+#if defined(RW_HAS_avx_vnni)
+bool avx_vnni_is_usable() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4)) != 0;
+}
+#endif
 
 #if defined(RW_HAS_amx) && defined(__linux__)
 // Whether the processor has the instructions and the system gives this process their registers.
@@ -42,28 +52,41 @@ bool amx_is_usable() {
 
 struct Levels {
     Level at[RW_AMX + 1];
-    int best = RW_PORTABLE;
+    int usable = 0;  // bit n for level n
+
+    void add(int number, const Level& level) {
+        at[number] = level;
+        usable |= 1 << number;
+    }
 
     Levels() {
-        at[RW_PORTABLE] = {&portable::four_bit, &portable::elementwise, nullptr, nullptr, nullptr};
+        add(RW_PORTABLE, {&portable::four_bit, &portable::elementwise, nullptr, nullptr, nullptr});
 #ifdef RW_HAS_avx2
         __builtin_cpu_init();
         if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
             return;
-        at[best = RW_AVX2] = {&avx2::four_bit, &avx2::elementwise, &avx2::attention, nullptr, &avx2::products};
+        const Level with_avx2 = {&avx2::four_bit, &avx2::elementwise, &avx2::attention, nullptr, &avx2::products};
+        add(RW_AVX2, with_avx2);
+#ifdef RW_HAS_avx_vnni
+        // Processors with AVX-512 may have it or not, and those without AVX-512 too.
+        if (avx_vnni_is_usable()) {
+            add(RW_AVX_VNNI, with_avx2);
+            at[RW_AVX_VNNI].products = &avx_vnni::products;
+        }
+#endif
 #ifdef RW_HAS_avx512
         if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return;
         if (!__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) return;
         // Attention and products stay AVX2's where AVX-512 cannot multiply bfloat16.
-        at[best = RW_AVX512] = {&avx512::four_bit, &avx512::elementwise, &avx2::attention, nullptr, &avx2::products};
+        add(RW_AVX512, {&avx512::four_bit, &avx512::elementwise, &avx2::attention, nullptr, &avx2::products});
 #ifdef RW_HAS_avx512_bf16
         if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return;
         const Level with_bf16 = {&avx512_bf16::four_bit, &avx512_bf16::elementwise, &avx512_bf16::attention, nullptr,
                                  &avx512_bf16::products};
-        at[best = RW_AVX512_BF16] = with_bf16;
+        add(RW_AVX512_BF16, with_bf16);
 #if defined(RW_HAS_amx) && defined(__linux__)
         if (!amx_is_usable()) return;
-        at[best = RW_AMX] = with_bf16;
+        add(RW_AMX, with_bf16);
         at[RW_AMX].attention_on_amx = &amx::attention, at[RW_AMX].products = &amx::products;
 #endif
 #endif
@@ -89,12 +112,13 @@ extern "C" {
 
 int rw_interface(void) { return rankwise::kInterface; }
 
-int rw_best_level(void) { return rankwise::levels().best; }
+int rw_levels(void) { return rankwise::levels().usable; }
 
 int rw_level(void) { return rankwise::current; }
 
 void rw_set_level(int number) {
-    if (number >= RW_PORTABLE && number <= rankwise::levels().best) rankwise::current = number;
+    if (number >= RW_PORTABLE && number <= RW_AMX && (rankwise::levels().usable >> number & 1) != 0)
+        rankwise::current = number;
 }
 
 }  // extern "C"

@@ -1,6 +1,7 @@
 // Sums of products where no instruction multiplies bfloat16: everything is widened to float32 and multiplied by fused
-// multiply-adds, so that weights, factors and what rounding left of a row count unrounded. Blocks of 6 rows by two
-// vectors of columns, over packed strips that stay in the second-level cache. D: the dtype of the rows.
+// multiply-adds, so that weights, factors and what rounding left of a row count unrounded. Terms in 8 bits are
+// multiplied as integers. Blocks of 6 rows by two vectors of columns, over packed strips that stay in the second-level
+// cache. D: the dtype of the rows.
 #pragma once
 
 #include "common/multiply_float.hpp"
@@ -10,11 +11,9 @@
 namespace rankwise::RW_ISA {
 namespace {
 
-constexpr int64_t kPieceElements = 256;  // of a row that is decoded or converted before it is packed
-
 // Rows of the weight are columns of the result: a strip of them, [from, to) of what is summed over.
 template <int D>
-void pack_strip_of_outputs(const FloatSegment& segment, int64_t N, int64_t n, float* strip) {
+void pack_strip_of_outputs(const Segment& segment, int64_t N, int64_t n, float* strip) {
     struct Owner {};
     const rw_term& term = *segment.term;
     const int64_t count = N - n < kStrip ? N - n : kStrip;
@@ -29,7 +28,7 @@ void pack_strip_of_outputs(const FloatSegment& segment, int64_t N, int64_t n, fl
 
 // Rows of the weight are summed over: columns [n, n + columns) of them into strips `strip_floats` apart.
 template <int D>
-void pack_strips_across(const FloatSegment& segment, int64_t n, int64_t columns, float* strips, int64_t strip_floats) {
+void pack_strips_across(const Segment& segment, int64_t n, int64_t columns, float* strips, int64_t strip_floats) {
     struct Owner {};
     const rw_term& term = *segment.term;
     float* fetched = scratch<Owner, float, 0>(columns + kStrip);
@@ -50,40 +49,68 @@ void pack_strips_across(const FloatSegment& segment, int64_t n, int64_t columns,
     }
 }
 
-// The strips of columns [n, end) of all segments.
+// The strips of columns [n, end) of all segments. start (segments of integers, columns): see `pack_integers`.
 template <int D>
-void pack_strips(const FloatSegments& segments, int64_t N, int64_t n, int64_t end, float* strips) {
-    const int64_t strip_floats = segments.length * kStrip;
+void pack_strips(const Segments& segments, int64_t N, int64_t n, int64_t end, float* strips, int32_t* start) {
+    const int64_t strip_floats = segments.words * kStrip;
     for (int i = 0; i < segments.count; ++i) {
-        const FloatSegment& segment = segments.of[i];
+        const Segment& segment = segments.of[i];
         float* out = strips + segment.at * kStrip;
-        if (segment.term->across) pack_strips_across<D>(segment, n, end - n, out, strip_floats);
+        if (i < segments.integers) {
+            const bool is_float = segment.term->packed || segment.term->w_dtype == RW_FLOAT32;
+            const auto pack = is_float ? pack_integers<D, RW_FLOAT32> : pack_integers<D, RW_BFLOAT16>;
+            pack(*segment.term, n, end, segment.from, segment.to, reinterpret_cast<int32_t*>(out), strip_floats,
+                 start + i * (end - n));
+        } else if (segment.term->across) pack_strips_across<D>(segment, n, end - n, out, strip_floats);
         else
             for (int64_t c = n; c < end; c += kStrip, out += strip_floats) pack_strip_of_outputs<D>(segment, N, c, out);
     }
 }
 
-// One block of at most kBlockRows rows against the strips of columns [n, end). Sums are kept in `kept` but for the last
-// steps.
+// One block of at most kBlockRows rows against the strips of columns [n, end). Sums are kept in `kept`, of all steps at
+// once in a place of its own.
 template <int D>
 struct BlockOfRows {
     const ProductJob* job;
-    int64_t row, n, end, length;
+    const Segments* segments;
+    int64_t row, n, end;
     bool is_first, is_last;
     const float *rows, *strips;
-    float* kept;  // (rows, strips * kStrip)
+    const int32_t* start;
+    float* kept;  // (rows, strips * kStrip), or null
     int64_t kept_stride;
+
+    // Terms of integers times the strip at column c: out = or += their sums. Returns whether there are sums.
+    template <int Rows>
+    bool multiply_integer_terms(int64_t c, const float* strip, float* out, int64_t stride) const {
+        bool add = !is_first;
+        for (int i = 0; i < segments->integers; ++i, add = true) {
+            const Segment& segment = segments->of[i];
+            const rw_term& term = *segment.term;
+            const auto* a = static_cast<const Integers::Element*>(term.a) + row * term.a_stride + segment.from;
+            const IntegerStrip columns = {reinterpret_cast<const int32_t*>(strip + segment.at * kStrip),
+                                          start + i * (end - n) + (c - n), term.eight_bit->out_scale + c};
+            const auto multiply = add ? multiply_integers<Rows, true> : multiply_integers<Rows, false>;
+            multiply(a, term.a_stride, term.eight_bit->a_scale + row, columns,
+                     (segment.to - segment.from) / Integers::kPerWord, out, stride);
+        }
+        return add;
+    }
 
     template <int Rows>
     __attribute__((noinline)) void multiply() const {
+        alignas(64) float own[kBlockRows * kStrip];
+        const int64_t begin = segments->integer_words, length = segments->words - begin,
+                      stride = kept ? kept_stride : kStrip;
         const float* strip = strips;
-        for (int64_t c = n; c < end; c += kStrip, strip += length * kStrip) {
+        for (int64_t c = n; c < end; c += kStrip, strip += segments->words * kStrip) {
+            float* at = kept ? kept + (c - n) : own;
+            const bool add = multiply_integer_terms<Rows>(c, strip, at, stride);
             Floats sums[Rows][2] = {};
-            float* at = kept + (c - n);
-            if (!is_first) load_sums<Rows>(at, kept_stride, sums);
-            multiply_add<Rows>(rows, length, 1, strip, kStrip, length, sums);
+            if (add) load_sums<Rows>(at, stride, sums);
+            multiply_add<Rows>(rows, length, 1, strip + begin * kStrip, kStrip, length, sums);
             if (!is_last) {
-                store_sums<Rows>(sums, at, kept_stride);
+                store_sums<Rows>(sums, at, stride);
                 continue;
             }
 #pragma GCC unroll 8
@@ -112,16 +139,17 @@ void product_of_rows(const ProductJob& job, const ProductShare& share) {
     float* strips = scratch<Owner, float, 0>(width * at_once * kFloatStep);
     float* wide = scratch<Owner, float, 1>(kBlockRows * at_once * kFloatStep);
     float* kept = at_once >= steps ? nullptr : scratch<Owner, float, 2>(rows * width);
+    int32_t* start = scratch<Owner, int32_t, 3>(job.count * width);
     for (int64_t first = 0; first < steps; first += at_once) {
-        const FloatSegments segments(job, first, first + at_once < steps ? first + at_once : steps);
-        pack_strips<D>(segments, job.N, n, end, strips);
+        const Segments segments(job, first, first + at_once < steps ? first + at_once : steps);
+        pack_strips<D>(segments, job.N, n, end, strips, start);
         for (int64_t row = share.from; row < share.to; row += kBlockRows) {
             const int64_t count = share.to - row < kBlockRows ? share.to - row : kBlockRows;
-            widen_rows<D>(segments, row, count, wide, segments.length);
-            float* sums = kept + (row - share.from) * width;
+            widen_rows<D>(segments, row, count, wide, segments.words - segments.integer_words);
+            float* sums = kept ? kept + (row - share.from) * width : nullptr;
             const bool is_last = first + at_once >= steps;
-            const BlockOfRows<D> block = {&job, row,    n,    end,  segments.length, !first, is_last,
-                                          wide, strips, sums, width};
+            const BlockOfRows<D> block = {&job, &segments, row, n, end, !first, is_last, wide, strips, start, sums,
+                                          width};
             with_rows(count, [&](auto rows_of_block) { block.template multiply<decltype(rows_of_block)::value>(); });
         }
     }

@@ -14,6 +14,7 @@ namespace rankwise {
 constexpr int64_t kPanel = 32;
 // Elements in a row of a tile, and of 8 bits.
 constexpr int64_t kTileStep = 32, kByteStep = 64;
+constexpr int kLargestByte = 127;
 constexpr int64_t kRowBlock = 32;
 // An exact term becomes two.
 constexpr int64_t kMostTerms = 32;
@@ -78,6 +79,8 @@ struct ProductLayout {
     int64_t panel_step_bytes;  // of one packed panel
     int64_t packed_bytes;      // panels of one task: what the second-level cache holds beside the rows
     bool reads_tiles;          // bfloat16 in rows of whole steps, rounded weights: an exact term becomes two
+    int largest;               // integer that a row or a weight of a term in 8 bits is rounded to
+    int64_t integer_step;      // elements of such a term
 };
 
 struct ProductKernels {
@@ -86,9 +89,9 @@ struct ProductKernels {
     void (*row_product)(const RowProductJob& job, int64_t chunk, int64_t first, int64_t last);
     void (*finish_row_product)(const RowProductJob& job, int64_t first, int64_t last);
     ProductLayout layout;
-    // `rw_quantize_rows` of T rows on one thread, or null where terms cannot be in 8 bits.
-    void (*quantize_rows)(const uint16_t* x, int64_t x_stride, const float* factor, int64_t T, int64_t K, uint8_t* q,
-                          int64_t q_stride, float* scale) = nullptr;
+    // `rw_quantize_rows` of T rows on one thread.
+    void (*quantize_rows)(const void* x, int dtype, int64_t x_stride, const float* factor, int64_t T, int64_t K,
+                          uint8_t* q, int64_t q_stride_bytes, float* scale);
     // `FourBitKernels::linear` for at most kFewRowsOfTiles rows of bfloat16 in groups of 64, apart, as `pack_few_rows`
     // leaves them. Or null.
     void (*few_rows)(const LinearJob& job, int64_t first, int64_t last) = nullptr;

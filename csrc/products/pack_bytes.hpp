@@ -132,9 +132,10 @@ static void pack_bytes(const rw_term& term, int64_t panel, int64_t end, int64_t 
 }
 
 // `rw_quantize_rows`. A row with NaN or Inf has that as its scale, and so in all its products.
-static void quantize_rows(const uint16_t* x, int64_t x_stride, const float* factor, int64_t T, int64_t K, uint8_t* q,
-                          int64_t q_stride, float* scale) {
+static void quantize_rows(const void* rows, int, int64_t x_stride, const float* factor, int64_t T, int64_t K,
+                          uint8_t* q, int64_t q_stride, float* scale) {
     struct Owner {};
+    const auto* x = static_cast<const uint16_t*>(rows);
     float* ordered = scratch<Owner, float, 0>(K);
     in_tile_order(factor, K, ordered);
     const __m512i zero = _mm512_setzero_si512();
@@ -152,8 +153,8 @@ static void quantize_rows(const uint16_t* x, int64_t x_stride, const float* fact
         const float largest = float_of(static_cast<uint32_t>(largest_bits));
         // Below this the quotient would overflow.
         const bool is_zero = largest < 1e-30f;
-        scale[t] = is_zero ? 0.0f : largest / 127.0f;
-        const __m512 inverse = _mm512_set1_ps(is_zero ? 0.0f : 127.0f / largest);
+        scale[t] = is_zero ? 0.0f : largest / kLargestByte;
+        const __m512 inverse = _mm512_set1_ps(is_zero ? 0.0f : kLargestByte / largest);
         for (int64_t k = 0; k < K; k += kByteStep) {
             const __m512i bytes = step_to_bytes(x + k, ordered + k, inverse, K - k > 32);
             _mm512_storeu_si512(q + k, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));

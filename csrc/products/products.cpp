@@ -85,10 +85,11 @@ int prepare_for_tiles(const rw_term* terms, int count, int64_t T, int threads, P
 }
 
 // Terms as they are.
-int prepare(const rw_term* terms, int count, int64_t step, ProductTerm* prepared) {
+int prepare(const rw_term* terms, int count, const ProductLayout& layout, ProductTerm* prepared) {
     for (int i = 0; i < count; ++i) {
         const int64_t length = terms[i].length;
         const auto* a = static_cast<const uint16_t*>(terms[i].a);
+        const int64_t step = terms[i].eight_bit ? layout.integer_step : layout.step;
         prepared[i] = {terms[i], a, terms[i].a_stride, ceil_div(length, step), length, length, false};
     }
     return count;
@@ -117,15 +118,17 @@ int rw_products_available(void) { return current_products() != nullptr; }
 
 int rw_products_are_tiles(void) { return current_products() != nullptr && current_products()->layout.reads_tiles; }
 
+int rw_products_largest(void) { return current_products() ? current_products()->layout.largest : 0; }
+
 void rw_products_allow(int allow) { allowed = allow != 0; }
 
-void rw_quantize_rows(const void* x, int64_t x_stride, const float* factor, int64_t T, int64_t K, uint8_t* q,
-                      int64_t q_stride, float* scale, int threads) {
-    const int64_t per_task = ceil_div(int64_t{1} << 16, K);
+void rw_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* factor, int64_t T, int64_t K,
+                      uint8_t* q, int64_t q_stride_bytes, float* scale, int threads) {
+    const int64_t per_task = ceil_div(int64_t{1} << 16, K), row_bytes = x_stride * (dtype == RW_FLOAT32 ? 4 : 2);
     parallel(ceil_div(T, per_task), threads, [&](int64_t task) {
         const int64_t t = task * per_task, count = T - t < per_task ? T - t : per_task;
-        current_products()->quantize_rows(static_cast<const uint16_t*>(x) + t * x_stride, x_stride, factor, count, K,
-                                          q + t * q_stride, q_stride, scale + t);
+        current_products()->quantize_rows(static_cast<const char*>(x) + t * row_bytes, dtype, x_stride, factor, count,
+                                          K, q + t * q_stride_bytes, q_stride_bytes, scale + t);
     });
 }
 
@@ -137,7 +140,7 @@ void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t 
     const ProductLayout& layout = kernels->layout;
     ProductTerm prepared[kMostTerms];
     const int made = layout.reads_tiles ? prepare_for_tiles(terms, count, T, threads, prepared)
-                                        : prepare(terms, count, layout.step, prepared);
+                                        : prepare(terms, count, layout, prepared);
     int64_t steps = 0;
     for (int i = 0; i < made; ++i) steps += prepared[i].steps;
     const int64_t at_once = equal_part(steps, layout.most_steps);

@@ -1,9 +1,8 @@
-// The terms of a sum of products as float32: what both ways of multiplying them read, and how a result is written.
+// The terms of a sum of products in float32 or in integers: what is read of them, and how a result is written.
 #pragma once
 
 #include "common/vector.hpp"
-#include "four_bit/isa_avx2.hpp"
-#include "products/kernels.hpp"
+#include "products/integers.hpp"
 
 namespace rankwise::RW_ISA {
 namespace {
@@ -11,28 +10,32 @@ namespace {
 constexpr int64_t kFloatStep = 8;
 
 // The part of a term within the steps that are multiplied at once, in elements that are summed over: [from, to) of the
-// term, which begin at `at` of the packed strips.
-struct FloatSegment {
+// term. In the packed strips it begins at word `at`: a float, or some integers.
+struct Segment {
     const rw_term* term;
     int64_t from, to, at;
 };
 
-struct FloatSegments {
-    FloatSegment of[kMostTerms];
+struct Segments {
+    Segment of[kMostTerms];
+    int integers = 0;  // the first of them
     int count = 0;
-    int64_t length = 0;
+    int64_t integer_words = 0, words = 0;
 
     // Steps [first, last) of all steps of the job.
-    FloatSegments(const ProductJob& job, int64_t first, int64_t last) {
+    Segments(const ProductJob& job, int64_t first, int64_t last) {
         int64_t begin = 0;
         for (int i = 0; i < job.count; begin += job.terms[i].steps, ++i) {
             const ProductTerm& term = job.terms[i];
             const int64_t from = first > begin ? first - begin : 0,
                           to = last - begin < term.steps ? last - begin : term.steps;
             if (from >= to) continue;
-            const int64_t end = to * kFloatStep < term.source.length ? to * kFloatStep : term.source.length;
-            of[count++] = {&term.source, from * kFloatStep, end, length};
-            length += end - from * kFloatStep;
+            const bool is_float = !term.source.eight_bit;
+            const int64_t step = is_float ? kFloatStep : kStepIntegers;
+            const int64_t end = to * step < term.source.length ? to * step : term.source.length;
+            of[count++] = {&term.source, from * step, end, words};
+            words += is_float ? end - from * step : (end - from * step) / Integers::kPerWord;
+            if (!is_float) integers = count, integer_words = words;
         }
     }
 };
@@ -55,18 +58,18 @@ void fetch_floats(const rw_term& term, int64_t row, int64_t column, int64_t coun
     });
 }
 
-// Rows [row, row + count) of a, widened, with what their rounding left.
+// Rows [row, row + count) of a, widened, with what their rounding left; those of integers stay as they are.
 template <int D>
-void widen_rows(const FloatSegments& segments, int64_t row, int64_t count, float* out, int64_t stride) {
+void widen_rows(const Segments& segments, int64_t row, int64_t count, float* out, int64_t stride) {
     for (int64_t r = 0; r < count; ++r, out += stride)
-        for (int i = 0; i < segments.count; ++i) {
-            const FloatSegment& segment = segments.of[i];
+        for (int i = segments.integers; i < segments.count; ++i) {
+            const Segment& segment = segments.of[i];
             const int64_t at = (row + r) * segment.term->a_stride + segment.from;
             const void *a = segment.term->a, *rest = segment.term->a_rest;
             each_vector(segment.to - segment.from, [&](int64_t k, auto part) RW_INLINED {
                 Floats x = load<D>(a, at + k, part);
                 if (rest) x += load<D>(rest, at + k, part);
-                store<RW_FLOAT32>(out + segment.at, k, x, part);
+                store<RW_FLOAT32>(out + segment.at - segments.integer_words, k, x, part);
             });
         }
 }

@@ -187,7 +187,8 @@ bool products_are_sound();  // sanitize/products.cpp
 bool elementwise_is_sound() {
     rw_set_level(RW_PORTABLE);
     const double expected = elementwise_sum();
-    for (int level = RW_PORTABLE; level <= rw_best_level(); ++level) {
+    for (int level = RW_PORTABLE; level <= RW_AMX; ++level) {
+        if (!(rw_levels() >> level & 1)) continue;
         rw_set_level(level);
         const double found = elementwise_sum();
         std::printf("element-wise, level %d: %.6f\n", level, found);
@@ -201,13 +202,14 @@ int main() {
     const Tables tables;
     rw_set_level(RW_PORTABLE);
     const double expected = run_all(tables);
-    for (int level = RW_PORTABLE; level <= rw_best_level(); ++level) {
+    for (int level = RW_PORTABLE; level <= RW_AMX; ++level) {
+        if (!(rw_levels() >> level & 1)) continue;
         rw_set_level(level);
         const double found = run_all(tables);
         std::printf("level %d: %.6f\n", level, found);
-        if (std::fabs(found - expected) > 1e-5 * std::fabs(expected)) return 1;
+        if (std::fabs(found - expected) > 1e-5 * std::fabs(expected) || !products_are_sound()) return 1;
     }
-    if (!attention_is_sound() || !elementwise_is_sound() || !products_are_sound()) return 1;
+    if (!attention_is_sound() || !elementwise_is_sound()) return 1;
     std::printf("products\n");
     return 0;
 }

@@ -7,6 +7,7 @@ from importlib import metadata
 import pytest
 import torch
 
+from marks import LEVELS
 from rankwise.cli import doctor
 from rankwise.ops import selection
 from rankwise.ops.cpu import native
@@ -87,3 +88,16 @@ def test_a_lower_level_is_explained(rankwise):
     assert kernels["cpu"].startswith("portable by RANKWISE_CPU_LEVEL")
     assert "AVX2" in kernels["attention"]
     assert "AVX2" in kernels["products"]
+
+
+@pytest.mark.parametrize(("level", "bits"), [("avx2", 11), ("avx_vnni", 8), ("avx512_bf16", 8)])
+def test_products_are_named(rankwise, level, bits):
+    if level not in LEVELS:
+        pytest.skip(f"this CPU and build have no {level}")
+    native.set_level(level)
+    try:
+        products = rankwise("doctor", "--json").document["kernels"]["products"]
+    finally:
+        native.set_level(None)
+    assert products.startswith(f"{level}: ")
+    assert products.endswith(f"integers of {bits} bits")

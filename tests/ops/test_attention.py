@@ -123,10 +123,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: plain(*sizes, **options).fill_(float("nan")))
 
 
-# AVX-512 without bfloat16 has the attention of AVX2.
-with_attention = pytest.mark.parametrize(
-    "level", [name for name in LEVELS if name not in ("portable", "avx512")] or [None], indirect=True
-)
+# AVX-VNNI and AVX-512 without bfloat16 have the attention of AVX2.
+WITH_ATTENTION = [name for name in LEVELS if name not in ("portable", "avx_vnni", "avx512")]
+with_attention = pytest.mark.parametrize("level", WITH_ATTENTION or [None], indirect=True)
 
 
 @needs_native

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from marks import LEVELS
 from rankwise import ops
+from rankwise.models.device import cpu_flags
 from rankwise.ops import reference as specification
 from rankwise.ops import table
 from rankwise.ops.branch import Branch, Frozen
@@ -166,6 +167,23 @@ def bound(name: str, reference: float, dtype: torch.dtype) -> float:
     # Beyond that nothing is compared any more.
     assert reference < 2 * torch.finfo(dtype).eps + SUM, (name, reference)
     return reference + ROUNDINGS.get(name, 1) * torch.finfo(dtype).eps / 2 + SUM
+
+
+def test_levels_are_those_of_the_processor() -> None:
+    """A set: AVX-512 does not imply AVX-VNNI."""
+    if not (flags := cpu_flags()):
+        pytest.skip("the system does not list the processor's instruction sets")
+    with_avx512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needed = {
+        "portable": set(),
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
+        "avx512": with_avx512,
+        "avx512_bf16": {*with_avx512, "avx512_bf16", "avx512_vnni"},
+        "amx": {*with_avx512, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"},
+    }
+    assert tuple(name for name in native.LEVELS if needed[name] <= flags) == LEVELS
+    assert [native.level() for _ in at_levels()] == list(LEVELS)
 
 
 def test_every_operator_has_a_case() -> None:

@@ -14,6 +14,7 @@ from rankwise.models.source import ModelSource
 from rankwise.planning import Workload, speed
 from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.speed import (
+    AVX_VNNI_SHARE,
     DEQUANTIZE_SHARE,
     EIGHT_BITS_SHARE,
     OPTIMIZER_SECONDS,
@@ -110,11 +111,19 @@ def test_methods_differ_as_in_measured_whole_runs(method):
 
 
 @pytest.mark.parametrize(
-    ("objective", "more", "share"), [("dpo", "", EIGHT_BITS_SHARE), ("grpo", "", 1), ("sft", "amx_bf16", 1)]
+    ("objective", "dtype", "flags", "share"),
+    [
+        ("sft", "bfloat16", {"avx512_bf16"}, EIGHT_BITS_SHARE),
+        ("grpo", "bfloat16", {"avx512_bf16"}, 1),
+        ("sft", "float32", {"avx512_bf16", "avx_vnni"}, 1),
+        ("sft", "bfloat16", {"avx512_bf16", "amx_bf16"}, 1),
+        ("sft", "float32", {"avx_vnni"}, AVX_VNNI_SHARE),
+        ("sft", "float32", {"avx2"}, 1),
+    ],
 )
-def test_products_in_8_bits_are_known(objective, more, share, monkeypatch):
-    monkeypatch.setattr(speed, "cpu_flags", lambda: {"avx512_bf16", more})
-    auto = dataclasses.replace(SHORT, device_type="cpu", objective=objective)
+def test_products_in_8_bits_are_known(objective, dtype, flags, share, monkeypatch):
+    monkeypatch.setattr(speed, "cpu_flags", lambda: flags)
+    auto = dataclasses.replace(SHORT, device_type="cpu", objective=objective, dtype=dtype)
     both = dataclasses.replace(auto, products="bfloat16"), auto
     facts, pace = facts_of(LLAMA_7B), Pace(1e12, None, "")
     usual, found = (device_seconds(toy_estimate("lora", work), facts, work, pace) for work in both)

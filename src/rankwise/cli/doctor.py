@@ -78,10 +78,13 @@ def _kernels() -> Iterator[tuple[str, str]]:
     if selection.forced() not in ("auto", "native") or native.obstacle() is not None:
         yield "cpu", "plain PyTorch"
         return
-    level, best = native.level(), native.LEVELS[native.library().rw_best_level()]
+    level, best = native.level(), native.usable_levels()[-1]
     yield "cpu", level if level == best else f"{level} by RANKWISE_CPU_LEVEL; this processor can run {best}"
-    own = level if products.on_tiles() else f"{level}, float32 only"
-    yield "products", own if products.available() else "PyTorch's own: no AVX2"
+    own = "PyTorch's own: no AVX2"
+    if products.available():
+        bits = products.largest().bit_length() + 1
+        own = f"{level}: {'bfloat16' if products.on_tiles() else 'float32'}, and integers of {bits} bits"
+    yield "products", own
     missing = attention.missing(torch.bfloat16 if products.on_tiles() else torch.float32)
     yield "attention", level if missing is None else f"PyTorch's own: {missing}"
 

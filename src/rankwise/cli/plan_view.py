@@ -13,7 +13,7 @@ from rankwise.cli.output import Output, light_table
 from rankwise.methods import method_of
 from rankwise.planning.advice import disk_words, mapped_weights, peak_words
 from rankwise.planning.hardware import CARDS
-from rankwise.planning.speed import EIGHT_BITS_SHARE, NOMINAL_CARD, may_take_eight_bits
+from rankwise.planning.speed import NOMINAL_CARD, eight_bits_share
 from rankwise.reports.numbers import byte_size, duration
 
 if TYPE_CHECKING:
@@ -184,11 +184,6 @@ def settings_sentence(plan: Plan) -> str:
     return f"{', '.join(parts)}: {peak_words(own)}{time}, {own.trainable_parameters:,} parameters trained"
 
 
-def _is_measured(row: MethodRow, plan: Plan) -> bool:
-    """Whether a run first measures if it can compute in 8 bits."""
-    return plan.workload.products == "auto" and may_take_eight_bits(row.estimate.method, plan.workload)
-
-
 def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
     yield "", ""
     if plan.recommendation.reasons and not why:
@@ -217,13 +212,12 @@ def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
         )
     else:
         yield "time", plan.pace_basis
-    if plan.workload.products == "auto" and any(
-        may_take_eight_bits(row.estimate.method, plan.workload) for row in plan.rows
-    ):
+    share = min(eight_bits_share(row.estimate.method, plan.workload) for row in plan.rows)
+    if plan.workload.products == "auto" and share < 1:
         yield (
             "8 bits",
             "times hold if train's measurement on the model and its first rows admits 8-bit products of frozen "
-            f"weights; else adapters' steps take {1 / EIGHT_BITS_SHARE:.1f} times as long, with the same peak.",
+            f"weights; else adapters' steps take {1 / share:.1f} times as long, with the same peak.",
         )
     if plan.hardware.device_type == "cuda" and any(method_of(row.estimate.method).four_bits for row in plan.rows):
         yield "", "4-bit weights are made dense anew in every pass: what that takes is calibrated on published steps."

@@ -4,7 +4,8 @@
     W x ~ a w (W_q x_q)                                     d_q = round(dz w / b)     b = max_n |dz w| / 127
     W^T dz ~ b (W_q^T d_q) / c
 
-Sums are exact integers. The channel scales c_k = sqrt(max |x_k| / max |W_k|) take the outliers of the input into the
+Sums are exact integers. Processors that multiply integers of 16 bits but none of 8 (AVX2 alone) compute the same with
+1,023 in place of 127. The channel scales c_k = sqrt(max |x_k| / max |W_k|) take the outliers of the input into the
 weight (SmoothQuant, arXiv 2211.10438, equation 4 with alpha = 0.5); without them a few channels of x leave no bits to
 the others.
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rankwise.compat.torch import int_mm
+from rankwise.ops import selection
 from rankwise.ops.kept import Key, frozen_key
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.reference import row_chunks
@@ -38,19 +40,20 @@ _LEAST_PART = 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """c (K,) and w (N,) of one weight, and their reciprocals."""
+    """c (K,) and w (N,) of one weight, and their reciprocals. ``largest``: the integer of the largest number."""
 
     channel: Tensor
     row: Tensor
     per_channel: Tensor
     per_row: Tensor
+    largest: int = LARGEST
 
     @classmethod
-    def of(cls, W: Tensor, channel: Tensor) -> Scales:
+    def of(cls, W: Tensor, channel: Tensor, largest: int = LARGEST) -> Scales:
         """The scales of W (N, K) for channel scales (K,)."""
         most = [(W[rows].float() * channel).abs().amax(dim=1) for rows in row_chunks(*W.shape)]
-        row = torch.cat(most).clamp(min=_TINY) / LARGEST
-        return cls(channel, row, 1 / channel, 1 / row)
+        row = torch.cat(most).clamp(min=_TINY) / largest
+        return cls(channel, row, 1 / channel, 1 / row, largest)
 
 
 class EightBit:
@@ -69,11 +72,20 @@ class EightBit:
         if self.channel is None:
             return None
         W = frozen.weight
-        key = frozen_key(W.codes if isinstance(W, PackedWeight) else W)
-        if self._scales is None or self._key[1:] != key[1:]:
+        key, largest = frozen_key(codes := W.codes if isinstance(W, PackedWeight) else W), _largest(codes)
+        if self._scales is None or self._key[1:] != key[1:] or self._scales.largest != largest:
             dtype = torch.bfloat16 if isinstance(W, PackedWeight) else W.dtype
-            self._scales, self._key = Scales.of(frozen.dense(dtype).detach(), self.channel), key
+            self._scales, self._key = Scales.of(frozen.dense(dtype).detach(), self.channel, largest), key
         return self._scales
+
+
+def _largest(weight: Tensor) -> int:
+    """The largest integer of the products that run with this weight."""
+    if not selection.takes_native(weight):
+        return LARGEST
+    from rankwise.ops.cpu import products
+
+    return products.largest() or LARGEST
 
 
 def calibrate(rows: Tensor, weights: Sequence[Frozen]) -> None:
@@ -105,37 +117,42 @@ def channel_scales(of_rows: Tensor, of_weight: Tensor) -> Tensor:
     return (of_rows / of_weight).sqrt()
 
 
-def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 (T, K) = round(x factor / scale), and scale = max |x factor| / 127, (T,)."""
+def quantize_rows(x: Tensor, factor: Tensor, largest: int = LARGEST) -> tuple[Tensor, Tensor]:
+    """Integers (T, K) = round(x factor / scale), and scale = max |x factor| / largest, (T,)."""
     z = x.float() * factor
     most = z.abs().amax(dim=1)
-    inverse = torch.where(most < _TINY, 0.0, LARGEST / most)
-    return (z * inverse[:, None]).round().to(torch.int8), torch.where(most < _TINY, 0.0, most / LARGEST)
+    inverse = torch.where(most < _TINY, 0.0, largest / most)
+    return (z * inverse[:, None]).round().to(_dtype_of(largest)), torch.where(most < _TINY, 0.0, most / largest)
 
 
 def quantize_weight(W: Tensor, scales: Scales) -> Tensor:
-    """W_q int8 (N, K)."""
+    """W_q, integers (N, K)."""
     # The scales of a 4-bit weight are those of W in bfloat16: in float32 the largest element may round to 128.
     q = (W.float() * scales.channel * scales.per_row[:, None]).round()
-    return q.clamp_(-LARGEST, LARGEST).to(torch.int8)
+    return q.clamp_(-scales.largest, scales.largest).to(_dtype_of(scales.largest))
+
+
+def _dtype_of(largest: int) -> torch.dtype:
+    return torch.int8 if largest <= LARGEST else torch.int16
 
 
 def product(x: Tensor, W: Tensor, scales: Scales) -> Tensor:
     """``x W^T`` in float32: (T, N)."""
-    q, a = quantize_rows(x, scales.per_channel)
+    q, a = quantize_rows(x, scales.per_channel, scales.largest)
     return integer_product(q, quantize_weight(W, scales).T) * (a[:, None] * scales.row)
 
 
 def input_grad(dz: Tensor, W: Tensor, scales: Scales, gain: Tensor | None = None) -> Tensor:
     """``(dz gain) W`` in float32: dz (T, N) -> (T, K)."""
-    q, b = quantize_rows(dz, scales.row if gain is None else scales.row * gain)
+    q, b = quantize_rows(dz, scales.row if gain is None else scales.row * gain, scales.largest)
     return integer_product(q, quantize_weight(W, scales)) * (b[:, None] * scales.per_channel)
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` of int8 matrices as float32, from exact sums."""
+    """``a b`` of matrices of integers as float32, from exact sums."""
     # cuBLAS takes more than 16 rows and multiples of 8.
-    if (a.is_cuda and (a.shape[0] <= 16 or any(size % 8 for size in (*a.shape, b.shape[1])))) or not torch_is_exact():
+    is_odd = a.is_cuda and (a.shape[0] <= 16 or any(size % 8 for size in (*a.shape, b.shape[1])))
+    if is_odd or a.dtype is not torch.int8 or not torch_is_exact():
         return (a.double() @ b.double()).float()
     return int_mm(a, b).float()
 

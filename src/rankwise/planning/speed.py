@@ -255,8 +255,9 @@ STEP_SHARE = 0.5
 RUN_SHARES = {"qlora": 0.86, "dora": 0.73, "qdora": 0.67}
 # AdamW on one core of an AMD EPYC (Zen 5), with clipping, for each trained parameter in float32.
 OPTIMIZER_SECONDS = 7.5e-9
-# A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md).
-EIGHT_BITS_SHARE = 0.76
+# A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md): of bfloat16's with AVX-512
+# VNNI, of float32's with AVX-VNNI alone.
+EIGHT_BITS_SHARE, AVX_VNNI_SHARE = 0.76, 0.53
 # The product by which a processor is measured, (T, K) x (K, N), repeated for this time.
 PRODUCT, PRODUCT_SECONDS, LEAST_PRODUCTS = (512, 1024, 1024), 0.25, 20
 # PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
@@ -399,8 +400,7 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
         moved = weight_traffic_bytes(method, facts, frozen, workload)
         moved += gain_traffic_bytes(method, facts, estimate, workload)
         seconds += moved / pace.bytes_per_second
-    if may_take_eight_bits(method, workload):
-        seconds *= EIGHT_BITS_SHARE
+    seconds *= eight_bits_share(method, workload)
     if workload.device_type == "cpu":
         seconds /= RUN_SHARES.get(method, 1.0)
     if workload.activation_offloading:
@@ -408,16 +408,18 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
     return seconds
 
 
-def may_take_eight_bits(method: str, workload: Workload) -> bool:
-    """Whether a run takes 8-bit products, provided that its measurement admits them: as `training.step.choose` without
-    torch."""
-    flags = cpu_flags() if workload.device_type == "cpu" and workload.dtype == "bfloat16" else set()
+def eight_bits_share(method: str, workload: Workload) -> float:
+    """The share of the time that a step takes in 8 bits, if the run's measurement admits them; 1 where it does not take
+    them. As `training.step.choose` without torch; what `ops.cpu.products.bytes_pay` measures counts as no gain."""
     is_chosen = workload.products == "int8" or (
         workload.products == "auto" and not OBJECTIVES[workload.objective].of_rewards
     )
-    # As `ops.cpu.products.bytes_pay`.
-    is_faster = "avx512_bf16" in flags and "amx_bf16" not in flags
-    return is_chosen and is_faster and takes_eight_bit(method, workload.objective, workload.strategy, workload)
+    if not is_chosen or not takes_eight_bit(method, workload.objective, workload.strategy, workload):
+        return 1.0
+    flags = cpu_flags() if workload.device_type == "cpu" else set()
+    if "avx512_bf16" in flags:
+        return EIGHT_BITS_SHARE if workload.dtype == "bfloat16" and "amx_bf16" not in flags else 1.0
+    return AVX_VNNI_SHARE if "avx_vnni" in flags else 1.0
 
 
 def micro_batch_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Workload, pace: Pace) -> float:

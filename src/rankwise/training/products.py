@@ -50,9 +50,10 @@ MICRO_BATCHES = 4
 LARGEST_ERROR = 0.5
 # The largest error of a layer's output: the median over tokens of its norm beside the output's.
 LARGEST_OUTPUT_ERROR = 0.1
-# The largest share of a run's passes that the measurement takes, and its passes for each of its rows: two gradients of
-# each micro-batch, and each layer twice for the first.
-LARGEST_SHARE, PASSES = 0.03, 2.25
+# The largest share of a run's time that the measurement takes; the steps of its rows that it takes as long as (two
+# gradients of each micro-batch, and the layers of the first one twice); and the tokens that take as long as what a pass
+# does for its weights alone (demo and Qwen 0.5B).
+LARGEST_SHARE, STEPS, FIXED_TOKENS = 0.03, 10, 128
 # The standard deviation of the drawn B: so small that the model stays as it is. Errors of A's gradient are proportional
 # to it, as the gradient is.
 DRAWN = 1e-6
@@ -90,8 +91,8 @@ class Measured:
         )
         if self.left and self.products == "int8":
             words += (
-                f"; {len(self.left)} of {plural(self.layers, 'layer')} keep bfloat16, since their outputs err by more "
-                f"than {LARGEST_OUTPUT_ERROR:.0%}"
+                f"; {len(self.left)} of {plural(self.layers, 'layer')} keep the base's dtype, since their outputs err by "
+                f"more than {LARGEST_OUTPUT_ERROR:.0%}"
             )
         return words
 
@@ -105,10 +106,11 @@ def pairs_in_eight_bits(model: nn.Module) -> dict[str, tuple[AdaptedLayer, LowRa
     }
 
 
-def affordable_rows(rows: int, micro_batches: int) -> int:
-    """The rows of each measured micro-batch, at most ``rows``, for a run of so many micro-batches of ``rows``; 0 where
-    not even one is worth it."""
-    return min(rows, int(LARGEST_SHARE * rows * micro_batches / (MICRO_BATCHES * PASSES)))
+def affordable_rows(rows: int, tokens: float, micro_batches: int) -> int:
+    """The rows of each measured micro-batch, at most ``rows``, for a run of so many micro-batches of ``rows`` with so
+    many ``tokens`` each; 0 where not even one is worth it."""
+    affordable = LARGEST_SHARE * micro_batches * (FIXED_TOKENS + rows * tokens) / STEPS - FIXED_TOKENS
+    return max(0, min(rows, int(affordable / tokens)))
 
 
 def judge(

@@ -228,8 +228,9 @@ def _prepare(
     pace = paced(objective, asked_pace)
     measured = None
     if before is None and asked.products == "auto" and prepared.computing.products == "int8":
-        of_rows = [settings, described["train"], loaded.facts, versions, cpu_name()]
-        prepared, measured = _measured(prepared, loaded, objective, pace, of_rows, observer)
+        inputs = [dataclasses.asdict(learned), dataclasses.asdict(lora), described["train"], loaded.facts, versions]
+        tokens = data.train.report.tokens / len(data.train.dataset)
+        prepared, measured = _measured(prepared, loaded, objective, pace, tokens, inputs, observer)
     if base.strategy == "fsdp" and not is_unit(model):
         shard(model, mesh_of_all(loaded.device.type), trains_all=method_of(base.method).trains_all)
     if checkpoint is not None:
@@ -365,16 +366,18 @@ def _measured(
     loaded: setup.LoadedBase,
     objective: Objective,
     pace: Pace,
+    tokens: float,
     inputs: Sequence[object],
     observer: Observer,
 ) -> tuple[Prepared, JsonObject | None]:
-    """The model with the products that a measurement on the run's rows admits, and the measurement, if there is one.
+    """The model with the products that a measurement on the run's rows, of so many ``tokens`` each, admits, and the
+    measurement, if there is one.
 
-    ``inputs``: all that it depends on, as JSON; it is kept by these.
+    ``inputs``: with the processor all that it depends on, as JSON; it is kept by these.
     """
     observer.phase("Measuring 8-bit products")
-    rows = affordable_rows(pace.batch_size, pace.total_steps * pace.gradient_accumulation)
-    found = judge(loaded.model, objective, loaded.autocast, rows, kept_file(*inputs))
+    rows = affordable_rows(pace.batch_size, tokens, pace.total_steps * pace.gradient_accumulation)
+    found = judge(loaded.model, objective, loaded.autocast, rows, kept_file(cpu_name(), *inputs))
     products: Products = "bfloat16" if found is None else found.products
     observer.note(f"frozen products: {products} ({TOO_SHORT if found is None else found})")
     prepared = taken(prepared, loaded.model, products, [] if found is None else found.left)

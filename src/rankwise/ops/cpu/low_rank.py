@@ -25,7 +25,6 @@ from rankwise.ops.cpu.products import (
     InBytes,
     Term,
     add_products,
-    on_tiles,
     pay,
     quantize_rows,
     row_product,
@@ -44,7 +43,7 @@ def steps_for(rows: Tensor, branches: Sequence[Branch]) -> Steps | None:
     factors, of_bytes = [], []
     for branch in branches:
         factor, scales = Factor.of(branch.frozen.weight), branch.frozen.scales
-        if factor is None or not (pay(rows, factor) if scales is None else on_tiles()):
+        if factor is None or (scales is None and not pay(rows, factor)):
             return None
         factors.append(factor)
         of_bytes.append(scales)

@@ -20,13 +20,14 @@ from rankwise.compat.torch import in_backward_pass
 from rankwise.errors import QuantizationError
 from rankwise.ops.packed_weight import PackedWeight, code_table, dynamic_map
 
-# From slow to fast, in the numbering of csrc/rankwise_native.h. On Arm, "portable" includes NEON.
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+# From slow to fast, in the numbering of csrc/rankwise_native.h; a CPU has some of them. On Arm, "portable" includes
+# NEON.
+LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 
 # The numbers of the dtypes that functions without 4-bit weights take.
 DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
-_INTERFACE = 10
+_INTERFACE = 11
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and, in a copy of rankwise's repository, run "
     "`pip install --force-reinstall --no-deps .` (`-e .` for an editable installation)."
@@ -79,6 +80,11 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def usable_levels() -> tuple[str, ...]:
+    """Those of ``LEVELS`` that this CPU and build have."""
+    return _usable(library())
+
+
 def level() -> str:
     """The instruction set in use, of ``LEVELS``."""
     return LEVELS[library().rw_level()]
@@ -93,13 +99,17 @@ def set_level(name: str | None) -> None:
     _set_level(library(), name)
 
 
+def _usable(loaded: ctypes.CDLL) -> tuple[str, ...]:
+    return tuple(name for number, name in enumerate(LEVELS) if loaded.rw_levels() >> number & 1)
+
+
 def _set_level(loaded: ctypes.CDLL, name: str | None) -> None:
-    best = loaded.rw_best_level()
-    if name is not None and name not in LEVELS[: best + 1]:
+    usable = _usable(loaded)
+    if name is not None and name not in usable:
         raise QuantizationError(
-            "RW607", f"RANKWISE_CPU_LEVEL is {name!r}: this CPU and build can run {', '.join(LEVELS[: best + 1])}."
+            "RW607", f"RANKWISE_CPU_LEVEL is {name!r}: this CPU and build can run {', '.join(usable)}."
         )
-    loaded.rw_set_level(best if name is None else LEVELS.index(name))
+    loaded.rw_set_level(LEVELS.index(usable[-1] if name is None else name))
 
 
 def _library_path() -> Path | None:
@@ -136,8 +146,9 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rw_dropout": (None, [p, p, i, x, u, u, u, n, i, i]),
         "rw_products_available": (i, []),
         "rw_products_are_tiles": (i, []),
+        "rw_products_largest": (i, []),
         "rw_products_allow": (None, [i]),
-        "rw_quantize_rows": (None, [p, n, p, n, n, p, n, p, i]),
+        "rw_quantize_rows": (None, [p, i, n, p, n, n, p, n, p, i]),
         "rw_products": (None, [p, i, i, n, n, p, p, p, p, n, i]),
         "rw_row_product": (None, [i, p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]),
     }

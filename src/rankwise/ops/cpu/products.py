@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
+import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rankwise.compat.torch import is_fake
+from rankwise.compat.torch import is_fake, plain_tensors
 from rankwise.ops.cpu.native import DTYPE, NativeWeight, level, library, pointer
-from rankwise.ops.eight_bit import Scales
+from rankwise.ops.eight_bit import LARGEST, Scales
 from rankwise.ops.packed_weight import PackedWeight
 
 MOST_TERMS = 16
@@ -27,8 +29,11 @@ MOST_TERMS = 16
 # kernel that multiplies while it decodes (4-bit weights, sums in float32).
 _LEAST_ROWS, _LEAST_ROWS_WIDENED, _LEAST_ROWS_OF_FOUR_BITS_WIDENED = 32, 4, 16
 
-# Elements of a step in 8 bits.
-_BYTES = 64
+# Products of layers are 0.6 of a step in float32. It is 1.2 times as fast if integers take this part of their time.
+_MOST_TIME_OF_INTEGERS = 0.7
+
+# Rows of integers are padded to a multiple of these elements.
+_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Term:
     """``a W^T`` of a (T, K) and W (N, K), or, with ``across``, ``a W`` of a (T, N).
 
     ``gain`` float32, one per element that is summed over, and ``scale`` multiply W before it is rounded to bfloat16.
-    ``in_bytes``: a is what `quantize_rows` made, and W is rounded to 8 bits.
+    ``in_bytes``: a is what `quantize_rows` made, and W is rounded to integers too, 8 bits or `largest`.
     ``exact``: on tiles, a float32 W without ``across`` is not rounded but split into a sum of two bfloat16 matrices.
     ``a_rest`` (T, K), laid out as a, is the rounding error of a, and is added to a.
     """
@@ -79,7 +84,7 @@ class Term:
 
 
 class InBytes:
-    """The scales of a product in 8 bits (`rankwise.ops.eight_bit`), in the native library's form: those of the rows,
+    """The scales of a product of integers (`rankwise.ops.eight_bit`), in the native library's form: those of the rows,
     the factors of W (N, K) as it lies in memory, and those of the result's columns."""
 
     def __init__(self, of_rows: Tensor, scales: Scales, W: Factor, *, across: bool) -> None:
@@ -95,23 +100,57 @@ class InBytes:
 
 
 def bytes_pay(dtype: torch.dtype) -> bool:
-    """Whether terms in 8 bits are at least 1.2 times as fast as those of rows of ``dtype``: measured with AVX-512 VNNI
-    only (1.7 times)."""
-    return dtype is torch.bfloat16 and level() == "avx512_bf16" and on_tiles()
+    """Whether steps with terms in 8 bits are at least 1.2 times as fast as with rows of ``dtype``.
+
+    True with AVX-VNNI (1.9 times) and AVX-512 VNNI (1.3). AMX was not measured. Processors with AVX2 alone multiply
+    integers of 16 bits as fast as floats, or up to twice as fast: this one is measured.
+    """
+    if not take(dtype) or level() == "amx":
+        return False
+    return level() in ("avx_vnni", "avx512_bf16") or _time_of_integers(dtype, level()) <= _MOST_TIME_OF_INTEGERS
+
+
+@functools.cache
+@plain_tensors()
+def _time_of_integers(dtype: torch.dtype, level: str) -> float:
+    """The time of a small product of integers, as a part of that of the same product in ``dtype``. On one thread, by
+    its clock: beside other programs, several wait for each other. A plan asks too, where tensors would be fake."""
+    x, W, out = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), torch.empty(256, 512, dtype=dtype)
+    scales, factor = Scales.of(W, torch.ones(512), largest()), Factor.of(W)
+    assert factor is not None, "a dense weight"
+    q, a = quantize_rows(x, scales.per_channel)
+    terms = Term(x, factor), Term(q, factor, in_bytes=InBytes(a, scales, factor, across=False))
+    threads = torch.get_num_threads()
+    seconds: tuple[list[float], list[float]] = [], []
+    torch.set_num_threads(1)
+    for _ in range(20):
+        for term, taken in zip(terms, seconds):
+            start = time.thread_time()
+            add_products([term], out)
+            taken.append(time.thread_time() - start)
+    torch.set_num_threads(threads)
+    return min(seconds[1]) / min(seconds[0])
+
+
+def largest() -> int:
+    """The integer to which terms in 8 bits are rounded: 127, or 1,023 with AVX2 alone, which multiplies integers of 16
+    bits; 0 without sums of products."""
+    return int(library().rw_products_largest())
 
 
 def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """`rankwise.ops.eight_bit.quantize_rows` plus 128, as uint8, of bfloat16 x (T, K) with dense rows. The scales are
-    followed by unused ones."""
+    """`rankwise.ops.eight_bit.quantize_rows` up to `largest`, of x (T, K) with dense rows and a dtype that `take`
+    admits: int16, or bytes plus 128 as uint8. The scales are followed by unused ones."""
     T, K = x.shape
-    stride = -(-K // _BYTES) * _BYTES
+    stride = -(-K // _STEP) * _STEP
     # Rows at such a distance fall into few cache sets.
-    stride += _BYTES if stride % 2048 == 0 else 0
-    q, scale = torch.empty((T, stride), dtype=torch.uint8)[:, :K], torch.empty(-(-T // 32) * 32)
+    stride += _STEP if stride % 2048 == 0 else 0
+    q = torch.empty((T, stride), dtype=torch.int16 if largest() > LARGEST else torch.uint8)[:, :K]
+    scale = torch.empty(-(-T // 32) * 32)
     if not is_fake(x):
         library().rw_quantize_rows(
-            x.data_ptr(), x.stride(0), factor.data_ptr(), T, K, q.data_ptr(), stride, scale.data_ptr(),
-            torch.get_num_threads(),
+            x.data_ptr(), DTYPE[x.dtype], x.stride(0), factor.data_ptr(), T, K, q.data_ptr(), stride * q.itemsize,
+            scale.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return q, scale
 
@@ -142,7 +181,7 @@ def replace_torch(dtype: torch.dtype) -> bool:
 
 
 def on_tiles() -> bool:
-    """Whether sums of products multiply pairs of bfloat16, and terms in 8 bits, with AMX or AVX-512."""
+    """Whether sums of products multiply pairs of bfloat16, with AMX or AVX-512."""
     return bool(library().rw_products_are_tiles())
 
 
