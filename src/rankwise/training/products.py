@@ -91,7 +91,7 @@ class Measured:
         )
         if self.left and self.products == "int8":
             words += (
-                f"; {len(self.left)} of {plural(self.layers, 'layer')} keep the base's dtype, since their outputs err by "
+                f"; {len(self.left)} of {plural(self.layers, 'layer')} keep the base's dtype, as their outputs err by "
                 f"more than {LARGEST_OUTPUT_ERROR:.0%}"
             )
         return words
