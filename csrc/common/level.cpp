@@ -27,7 +27,7 @@ RW_FAMILIES(amx)
 
 namespace {
 
-constexpr int kInterface = 10;
+constexpr int kInterface = 11;
 
 #if defined(RW_HAS_amx) && defined(__linux__)
 // Whether the processor has the instructions and the system gives this process their registers.
