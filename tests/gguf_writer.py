@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-from rankwise.export.gguf import GgufNames
 from rankwise.foreign import read_json
+from rankwise.models.gguf_names import GgufNames
 
 # What transformers' table of keys leaves out.
 EXTRA_KEYS = {

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rankwise import ops
-from rankwise.export.gguf import ARCHITECTURES
+from rankwise.models.gguf_names import ARCHITECTURES
 from tiny_models import tiny_llama
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

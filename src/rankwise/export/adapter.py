@@ -18,7 +18,7 @@ from rankwise.compat.transformers import heads_of_labels
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.export.converted import Conversion, Likeness, Row, allowed_change, convert, keeps_perplexity, likeness
-from rankwise.export.gguf import ADAPTER_FILE, MODELFILE, GgufNames, check_base, gguf_pairs, modelfile, write_adapter
+from rankwise.export.gguf import ADAPTER_FILE, MODELFILE, check_base, gguf_pairs, modelfile, write_adapter
 from rankwise.export.merged import merge_to_folder, refuse_to_overwrite
 from rankwise.export.pairs import (
     Pair,
@@ -30,6 +30,7 @@ from rankwise.export.pairs import (
     write_portable,
 )
 from rankwise.export.proof import Proof
+from rankwise.models.gguf_names import GgufNames
 from rankwise.records import write_json, write_text
 from rankwise.serving import MODEL_FILE, SERVERS, served_by, served_whole
 

@@ -33,11 +33,12 @@ from rankwise.constants import IGNORED
 from rankwise.data import stdlib_rows
 from rankwise.errors import ConfigError, RunError
 from rankwise.export.converted import Row
-from rankwise.export.gguf import EMBEDDING, HEAD, GgufNames
+from rankwise.export.gguf import EMBEDDING, HEAD
 from rankwise.export.merged import Onto, base_source, stored_quantization
 from rankwise.models import load_model
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
+from rankwise.models.gguf_names import GgufNames
 from rankwise.quantization.config import FourBitConfig, Nf4Config
 from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.targets import target_names
