@@ -209,6 +209,12 @@ def quantization_of(adapter: Path) -> FourBitConfig | None:
     return found
 
 
+def four_bits_of(adapter: Path) -> FourBitConfig | None:
+    """`quantization_of`, and None for a base in its GGUF file's own bits, which are the same weights expanded."""
+    found = quantization_of(adapter)
+    return None if found is not None and found.quant_type == "file" else found
+
+
 def labels_of(adapter: Path) -> Labels | None:
     """The labels with which an adapter answers, from its file or from the size of its head; None for one that writes
     text. Raises AdapterError (RW410) for a folder from which they do not follow.
