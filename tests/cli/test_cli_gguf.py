@@ -13,6 +13,7 @@ from gguf_cases import base_gguf, saved
 from rankwise.adapters.folder import four_bits_of, quantization_of
 from rankwise.cli import generate
 from rankwise.cli.settings import GenerateSettings
+from rankwise.foreign import sha256_of
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.quantization import Linear4bit
 from rankwise.records import load_record
@@ -111,3 +112,16 @@ def test_a_comparison_mixes_no_bases(rankwise, gguf_file, rows_file, tmp_path):
     done = rankwise(*asked)
     assert done.code == 2
     assert "RW167: qlora would train over other bits" in done.stderr
+
+
+def test_an_export_names_the_very_file_by_its_hash(rankwise, gguf_file, rows_file, tmp_path):
+    assert train(rankwise, gguf_file, rows_file, tmp_path / "run").code == 0
+    asked = ("export", "--adapter", tmp_path / "run", "--for", "llama.cpp", "--output")
+    done = rankwise(*asked, tmp_path / "served", "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["base_gguf_sha256"] == sha256_of(gguf_file)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(gguf_file.read_bytes() + b"\0")
+    done = rankwise(*asked, tmp_path / "again", "--base-gguf", other)
+    assert done.code == 2
+    assert "RW743" in done.stderr
