@@ -40,6 +40,7 @@ FAMILIES = {
     "gemma2": (lambda: tiny("gemma2", head_dim=256, query_pre_attn_scalar=256), {}),
     "gemma3_text": (lambda: tiny("gemma3_text", head_dim=256, query_pre_attn_scalar=256), {}),
     "phi3": (lambda: tiny("phi3"), {}),
+    "smollm3": (lambda: tiny("smollm3"), {}),
     "gpt2": (lambda: tiny_gpt2(n_positions=1024), {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "mixtral": (lambda: tiny_moe("mixtral"), {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "qwen3_moe": (

@@ -70,7 +70,9 @@ def _add_tensor(writer: Any, name: str, W: torch.Tensor, wanted: str) -> None:
 
 def _sizes(names: GgufNames) -> dict[str, int | float]:
     config = names.config
-    known: Any = GGUF_CONFIG_MAPPING[str(config.model_type).removesuffix("_text").replace("mixtral", "mistral")]
+    kind = str(config.model_type).removesuffix("_text").replace("mixtral", "mistral")
+    # transformers has no table for SmolLM3, whose keys are Llama's.
+    known: Any = GGUF_CONFIG_MAPPING[kind.replace("smollm3", "llama")]
     found = {key: getattr(config, name, None) for key, name in {**EXTRA_KEYS, **known}.items() if name}
     if names.architecture == "gpt2":
         found |= {"feed_forward_length": config.n_inner or 4 * config.n_embd, "context_length": config.n_positions}

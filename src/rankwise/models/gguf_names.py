@@ -1,7 +1,7 @@
 """llama.cpp's names of a model's tensors, and the order of their rows.
 
-llama's family interleaves the two halves of each head of q and k, since llama.cpp rotates neighbours where transformers
-rotates halves. Stacked experts lie in one tensor for each of gate, up and down.
+llama's family, and SmolLM3, interleave the two halves of each head of q and k, since llama.cpp rotates neighbours where
+transformers rotates halves. Stacked experts lie in one tensor for each of gate, up and down.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
+    "smollm3": "smollm3",
 }
 
 
@@ -89,7 +90,7 @@ class GgufNames:
     def rows(self, name: str, W: Tensor) -> Tensor:
         """W (out, ...) with its rows in llama.cpp's order."""
         module = name.removesuffix(".weight").removesuffix(".bias")
-        if self.architecture != "llama" or not module.endswith((".q_proj", ".k_proj")):
+        if self.architecture not in ("llama", "smollm3") or not module.endswith((".q_proj", ".k_proj")):
             return W
         config = self.config
         heads = config.num_attention_heads if module.endswith(".q_proj") else config.num_key_value_heads
