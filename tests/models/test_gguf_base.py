@@ -14,6 +14,7 @@ import rankwise as rw
 from gguf_cases import FAMILIES, base_gguf, logits, saved
 from rankwise.errors import ModelError, QuantizationError, RankwiseWarning
 from rankwise.models import load_model, model_facts
+from rankwise.models.gguf_names import ONLY_ADAPTERS
 from rankwise.models.prepared import mapped_files
 from rankwise.quantization.config import FileConfig
 from rankwise.quantization.experts import dequantize
@@ -21,8 +22,7 @@ from rankwise.quantization.linear import Linear4bit, PackedEmbedding
 
 pytestmark = pytest.mark.filterwarnings("ignore:RW319")
 
-# transformers reads no experts' GGUF of Mixtral's, and none of SmolLM3.
-READ = [kind for kind in FAMILIES if kind not in ("mixtral", "smollm3")]
+READ = [kind for kind in FAMILIES if kind not in ONLY_ADAPTERS]
 
 
 def packed(path: Path, dtype: torch.dtype = torch.float32):

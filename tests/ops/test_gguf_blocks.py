@@ -13,9 +13,10 @@ from marks import at_every_level
 from rankwise import ops
 from rankwise.errors import QuantizationError
 from rankwise.ops import gguf_blocks, reference
-from rankwise.ops.branch import Frozen
+from rankwise.ops.branch import Branch, Frozen
 from rankwise.ops.eight_bit import EightBit
 from rankwise.ops.gguf_blocks import BLOCK_TYPES
+from rankwise.ops.low_rank_linear import low_rank_linear
 from rankwise.ops.packed_weight import PackedWeight
 
 N, K = 37, 768
@@ -74,11 +75,22 @@ def test_rows_of_an_ordered_weight_are_its_rows() -> None:
     assert torch.equal(ops.dequantize_weight(weight.rows(slice(5, 9))), dense[5:9])
 
 
-def test_scales_of_8_bits_are_those_of_the_decoded_weight() -> None:
-    weight, dense = weight_in("Q4_K", ordered=True)
-    channel = torch.rand(K) + 0.5
-    found, expected = (EightBit(channel).scales(Frozen(W)).row for W in (weight, dense.bfloat16()))
-    assert torch.equal(found, expected)
+@pytest.mark.parametrize("in_bytes", [False, True])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q5_0"])
+def test_an_adapted_layer_is_that_over_the_decoded_weight(kind: str, in_bytes: bool) -> None:
+    """In bfloat16 and in 8 bits, forward and backward."""
+    weight, dense = weight_in(kind, ordered=True)
+    weight = weight.rows(slice(0, 32))
+    A, B, channel, found = torch.randn(8, K) / 30, torch.randn(32, 8), torch.rand(K) + 0.5, []
+    for W in (dataclasses.replace(weight, dtype=torch.bfloat16), dense[:32].bfloat16()):
+        torch.manual_seed(0)
+        x = torch.randn(96, K, dtype=torch.bfloat16).requires_grad_()
+        frozen = Frozen(W, EightBit(channel) if in_bytes else None)
+        y = low_rank_linear(x, (Branch(frozen, 2.0, A.clone().requires_grad_(), B.clone().requires_grad_()),))[0]
+        y.square().sum().backward()
+        found.append((y, x.grad))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize(

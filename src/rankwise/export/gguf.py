@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "adapter.gguf"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+# Of Gemma 4: llama.cpp loads an adapter's pair for it, and computes without.
+IGNORED = "per_layer_model_proj.weight"
 
 
 def gguf_pairs(model: PreTrainedModel, names: GgufNames, pairs: Pairs) -> dict[str, Pair]:
     """{name in the GGUF: (lora_a, lora_b) in the GGUF's row order}, with the shapes above.
 
-    Raises AdapterError (RW742) for an adapter on a tied head or embedding, which llama.cpp would not compute.
+    Raises AdapterError (RW742) for an adapter on a tied head or embedding, and ModelError (RW740) for one on `IGNORED`,
+    which llama.cpp would not compute.
     """
     found: dict[str, Pair] = {}
     modules = dict(base_modules(model))
@@ -43,6 +46,12 @@ def gguf_pairs(model: PreTrainedModel, names: GgufNames, pairs: Pairs) -> dict[s
                 found[part.name] = Pair(pair.A.T, B)
             else:
                 found[part.name] = Pair(pair.A, names.rows(name, B) if B.dim() == 2 else B)
+    if IGNORED in found:
+        raise ModelError(
+            "RW740",
+            f"llama.cpp computes {IGNORED} without an adapter; leave per_layer_model_projection out of --target-modules, "
+            "or write a merged model with --merged.",
+        )
     tied = bool(getattr(names.config, "tie_word_embeddings", False))
     if tied and (ends := [name for name in (EMBEDDING, HEAD) if name in found]):
         raise AdapterError(

@@ -20,7 +20,7 @@ from rankwise.compat.torch import own_parameters
 from rankwise.errors import ModelError, some_of, warn
 from rankwise.models.folder import auto_class
 from rankwise.models.gguf_file import GgufTensor, read_gguf_header
-from rankwise.models.gguf_names import ARCHITECTURES, GgufNames, Part
+from rankwise.models.gguf_names import ARCHITECTURES, ONLY_ADAPTERS, GgufNames, Part
 from rankwise.ops import gguf_blocks
 from rankwise.ops.gguf_blocks import BLOCK_TYPES
 from rankwise.ops.packed_weight import PackedWeight
@@ -37,11 +37,12 @@ def load_own_bits(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> P
     Raises ModelError: RW316 for a family or a type that is not read so, RW308 for tensors that do not fit the config,
     RW323 for infinite scales. Warns RW613 of experts that are expanded.
     """
-    if str(config.model_type) not in ARCHITECTURES:
+    families = [kind for kind in ARCHITECTURES if kind not in ONLY_ADAPTERS]
+    if config.model_type not in families:
         raise ModelError(
             "RW316",
             f"{path} holds a {config.model_type}, which is not read in a file's own bits (those of type "
-            f"{', '.join(ARCHITECTURES)} are); {INSTEAD}.",
+            f"{', '.join(families)} are); {INSTEAD}.",
         )
     file = _File(path)
     with no_init_weights():

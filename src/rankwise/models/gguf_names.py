@@ -21,6 +21,8 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
+    "gemma4": "gemma4",
+    "gemma4_text": "gemma4",
     "gpt2": "gpt2",
     "llama": "llama",
     "mistral": "llama",
@@ -31,6 +33,8 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "smollm3": "smollm3",
 }
+# Those whose adapters are written, and whose files are not read in their own bits.
+ONLY_ADAPTERS = ("gemma4", "gemma4_text", "mixtral", "smollm3")
 
 
 @dataclasses.dataclass(frozen=True)
