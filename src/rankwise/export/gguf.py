@@ -49,8 +49,8 @@ def gguf_pairs(model: PreTrainedModel, names: GgufNames, pairs: Pairs) -> dict[s
     if IGNORED in found:
         raise ModelError(
             "RW740",
-            f"llama.cpp computes {IGNORED} without an adapter; leave per_layer_model_projection out of --target-modules, "
-            "or write a merged model with --merged.",
+            f"llama.cpp computes {IGNORED} without an adapter; leave per_layer_model_projection out of "
+            "--target-modules, or write a merged model with --merged.",
         )
     tied = bool(getattr(names.config, "tie_word_embeddings", False))
     if tied and (ends := [name for name in (EMBEDDING, HEAD) if name in found]):
