@@ -125,3 +125,23 @@ def test_an_export_names_the_very_file_by_its_hash(rankwise, gguf_file, rows_fil
     done = rankwise(*asked, tmp_path / "again", "--base-gguf", other)
     assert done.code == 2
     assert "RW743" in done.stderr
+
+
+OBJECTIVES = {
+    "dpo": ({"prompt": "add", "chosen": "ab", "rejected": "ba"}, ()),
+    "grpo": ({"prompt": "add"}, ("--reward", "length=3", "--max-completion-length", 4)),
+    "classify": ({"text": "add", "label": "sum"}, ()),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_kind_of_objective_learns_over_the_file(objective, rankwise, gguf_file, tmp_path):
+    row, options = OBJECTIVES[objective]
+    others = {"label": "other", "text": "sub"} if objective == "classify" else {}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [row, {**row, **others}] * 4)))
+    done = train(
+        rankwise, gguf_file, tmp_path / "rows.jsonl", tmp_path / "run", "--objective", objective,
+        "--max-length", 64, *options,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert load_record(tmp_path / "run").base_model["quantization"]["quant_type"] == "file"
