@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.cli.settings import ExportSettings, check_paths, refuse_comparisons
-from rankwise.constants import TEMPLATE_FILE
+from rankwise.constants import FILE_BITS, TEMPLATE_FILE
 from rankwise.errors import ConfigError, ModelError, warn
 from rankwise.reports.numbers import plural
 from rankwise.serving import SERVERS
@@ -126,7 +126,7 @@ def _check_same_file(settings: ExportSettings) -> None:
     from rankwise.foreign import sha256_of
 
     base, trained = settings.base_gguf, quantization_of(settings.adapter)
-    if base is None or trained is None or trained.quant_type != "file":
+    if base is None or trained is None or trained.quant_type != FILE_BITS:
         return
     if (found := sha256_of(base)) != (own := sha256_of_base(settings.adapter)):
         raise ModelError(

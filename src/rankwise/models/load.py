@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.transformers import gguf_read_once, heads_of_labels, text_config, without_accelerate
-from rankwise.constants import TEMPLATE_FILE
+from rankwise.constants import FILE_BITS, TEMPLATE_FILE
 from rankwise.errors import ModelError, RankwiseError, one_line, some_of, warn
 from rankwise.foreign import Fields
 from rankwise.labels import NUMBER, Labels, labels_of_head
@@ -101,7 +101,7 @@ def load_model(
 
 def is_of_file(quantization: Any) -> bool:
     """Whether a GGUF base is to stay in its own bits."""
-    return getattr(quantization, "quant_type", None) == "file"
+    return getattr(quantization, "quant_type", None) == FILE_BITS
 
 
 def tell_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankwise.constants import NESTED_BLOCK
+from rankwise.constants import FILE_BITS, NESTED_BLOCK
 from rankwise.errors import QuantizationError, one_line
 from rankwise.foreign import Fields, JsonObject, checked, parse_json
 from rankwise.ops.checks import check_dtype, check_type
@@ -23,8 +23,6 @@ from rankwise.ops.packed_weight import QUANT_TYPES, PackedWeight, code_values, d
 
 # rankwise's name among transformers' quantization methods. Files never hold it: checkpoints are bitsandbytes'.
 METHOD = "rankwise_4bit"
-# The quant_type of a base in its file's own bits.
-FILE = "file"
 
 
 @dataclass
@@ -54,7 +52,7 @@ class FourBitConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if type(self.block_size) is not int:
             raise QuantizationError("RW615", f"block_size is {self.block_size!r}: use a whole number, 64 is usual.")
-        if self.quant_type != FILE:
+        if self.quant_type != FILE_BITS:
             check_type(self.quant_type, self.block_size)
         if type(self.double_quant) is not bool:
             raise QuantizationError("RW615", f"double_quant is {self.double_quant!r}: use True or False.")
@@ -121,7 +119,7 @@ class Fp4Config(FourBitConfig):
 class FileConfig(FourBitConfig):
     """The bits in which a GGUF file holds its weights; nothing is quantized."""
 
-    quant_type: ClassVar[str] = FILE
+    quant_type: ClassVar[str] = FILE_BITS
 
 
 # {name of the type: config}.
