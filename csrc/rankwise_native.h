@@ -26,6 +26,17 @@ enum rw_level_number {
     RW_AVX512_BF16 = 4,
     RW_AMX = 5
 };
+// The block types of GGUF files, by ggml's numbers.
+enum rw_ggml_type {
+    RW_Q4_0 = 2,
+    RW_Q4_1 = 3,
+    RW_Q5_0 = 6,
+    RW_Q5_1 = 7,
+    RW_Q8_0 = 8,
+    RW_Q4_K = 12,
+    RW_Q5_K = 13,
+    RW_Q6_K = 14
+};
 
 // w'_i = value[code_i] * absmax_b, or with nested_absmax: absmax_b = dynamic_map[absmax[b]] * nested_absmax[b / 256] +
 // offset.
@@ -38,6 +49,10 @@ typedef struct rw_weight {
     const float* dynamic_map;    // 256, or null
     int64_t elements;            // n
     int64_t block_size;
+    // Of a weight in the blocks of a GGUF file, else 0: its type, columns, bytes of a row, and for each row its place in
+    // packed, or null. The fields between packed and elements are then null.
+    int64_t ggml_type, columns, row_bytes;
+    const int32_t* order;
 } rw_weight;
 
 RW_EXPORT int rw_interface(void);

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-from rankwise.export.gguf import GgufNames
 from rankwise.foreign import read_json
+from rankwise.models.gguf_names import GgufNames
 
 # What transformers' table of keys leaves out.
 EXTRA_KEYS = {
@@ -41,14 +41,19 @@ def write_folder_gguf(path: Path, folder: Path, kind: str = "f32") -> Path:
     _add_tokenizer(writer, folder, names.config.vocab_size)
     tied = "lm_head.weight" if model.config.tie_word_embeddings else None
     for name, W in model.state_dict().items():
-        if name == tied or name.endswith((".inv_freq", ".attn.bias", ".attn.masked_bias")):
+        if name == tied or name.endswith(("inv_freq", "embed_scale", ".attn.bias", ".attn.masked_bias")):
             continue
-        if names.architecture.startswith("gemma") and name.endswith("norm.weight"):
+        if names.adds_one(name):
             W = W + 1
         if names.architecture == "gpt2" and ".h." in name and W.dim() == 2:
             W = W.T
         for part in names.of(name):
             _add_tensor(writer, part.name, part.of(names.rows(name, W)), kind)
+    if names.architecture == "gemma4":
+        writer.add_array("gemma4.attention.sliding_window_pattern", [True, False])
+        # Of the last layer's heads a quarter turns.
+        turned = np.where(np.arange(256) < 64, 1.0, 1e30).astype(np.float32)
+        writer.add_tensor("rope_freqs.weight", turned)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -70,7 +75,12 @@ def _add_tensor(writer: Any, name: str, W: torch.Tensor, wanted: str) -> None:
 
 def _sizes(names: GgufNames) -> dict[str, int | float]:
     config = names.config
-    known: Any = GGUF_CONFIG_MAPPING[str(config.model_type).removesuffix("_text").replace("mixtral", "mistral")]
+    kind = str(config.model_type).removesuffix("_text").replace("mixtral", "mistral")
+    # transformers has no table for SmolLM3, whose keys are Llama's.
+    known: Any = GGUF_CONFIG_MAPPING[kind.replace("smollm3", "llama")]
+    if names.architecture == "gemma4":
+        config.allow_global_per_layer_attribute_access = True
+        known = {**known, "attention.key_length": "", "embedding_length_per_layer_input": "hidden_size_per_layer_input"}
     found = {key: getattr(config, name, None) for key, name in {**EXTRA_KEYS, **known}.items() if name}
     if names.architecture == "gpt2":
         found |= {"feed_forward_length": config.n_inner or 4 * config.n_embd, "context_length": config.n_positions}
@@ -80,6 +90,10 @@ def _sizes(names: GgufNames) -> dict[str, int | float]:
         )
         parameters = config.rope_parameters
         found["rope.freq_base"] = float(parameters.get("full_attention", parameters)["rope_theta"])
+    if names.architecture == "gemma4":
+        found |= {f"attention.{side}_length": 512 for side in ("key", "value")} | {"attention.shared_kv_layers": 0}
+        found |= {f"attention.{side}_length_swa": 256 for side in ("key", "value")} | {"rope.freq_base_swa": 1e4}
+        found |= {"rope.dimension_count": 512, "rope.dimension_count_swa": 256, "rope.freq_base": 1e6}
     return {key: value for key, value in found.items() if isinstance(value, int | float) and value is not True}
 
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/convert.hpp"
+#include "four_bit/gguf.hpp"
 
 namespace rankwise::RW_ISA {
 
@@ -20,6 +21,7 @@ static inline bool scales_one_by_one(const rw_weight& weight, int64_t first, int
 
 // Asks for the scales of blocks that come next; past the last one this is harmless.
 static inline void prefetch_scales(const rw_weight& weight, int64_t first, int64_t count) {
+    if (weight.ggml_type) return;
     const int64_t size = weight.nested_absmax ? 1 : 4;
     for (int64_t i = first * size; i < (first + count) * size; i += 64)
         __builtin_prefetch(static_cast<const char*>(weight.absmax) + i);
@@ -52,6 +54,7 @@ static inline auto table_of(const rw_weight& weight, int64_t block) {
 // Any range: it may begin and end inside a block and inside a byte.
 template <class Isa, int D, class Out, bool Stream = false>
 static void decode(const rw_weight& weight, int64_t first, int64_t count, Out* out) {
+    if (weight.ggml_type) return decode_blocks<D>(weight, first, count, out);
     const int64_t end = first + count;
     int64_t i = first, block = first / weight.block_size;
     if (i == block * weight.block_size) {

@@ -66,9 +66,10 @@ void rw_linear_4bit(const rw_weight* weight, const void* x, int64_t T, int64_t N
     if (T == 0 || N == 0) return;
     const FourBitKernels& kernels = *level().four_bit;
     const int64_t size = dtype == RW_BFLOAT16 && kernels.multiplies_bfloat16 ? 2 : 4, group = kernels.group(dtype);
-    const bool apart = K % weight->block_size == 0 && weight->block_size % group == 0,
+    const bool has_codes = !weight->ggml_type,
+               apart = has_codes && K % weight->block_size == 0 && weight->block_size % group == 0,
                fused = apart && T <= kernels.fused_rows;
-    if (T == 1 && kernels.one_row && dtype != RW_FLOAT16 && K % weight->block_size == 0) {
+    if (T == 1 && kernels.one_row && has_codes && dtype != RW_FLOAT16 && K % weight->block_size == 0) {
         float* in_order = scratch<FourBitKernels, float, 0>(K);
         kernels.arrange_one_row(x, dtype, K, in_order);
         const LinearJob job = {weight, in_order, K, true, true, T, N, K, dtype, bias, y};

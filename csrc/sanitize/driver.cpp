@@ -98,9 +98,34 @@ void run(const Tables& tables, int64_t N, int64_t K, int64_t block, int64_t T, i
     for (int64_t j = 0; j < ceil_div(n, 2); ++j) checksum += packed[static_cast<size_t>(j)];
 }
 
+// A weight in the blocks of a GGUF file, its rows stored last to first; any bytes are such a weight.
+void run_blocks(int type, int64_t elements, int64_t block_bytes, int64_t T, int dtype) {
+    const int64_t N = 19, K = 3 * elements, row_bytes = 3 * block_bytes, n = N * K;
+    const Bytes packed = bytes(N * row_bytes), x = bytes(T * K * size_of(dtype)), y = bytes(T * N * size_of(dtype));
+    fill(packed.get(), RW_FLOAT16, N * row_bytes / 2);
+    fill(x.get(), dtype, T * K);
+    std::vector<int32_t> order;
+    for (int64_t row = N; row > 0; --row) order.push_back(static_cast<int32_t>(row - 1));
+    rw_weight weight = {packed.get(), nullptr, nullptr, nullptr, nullptr, nullptr, n, elements};
+    weight.ggml_type = type, weight.columns = K, weight.row_bytes = row_bytes, weight.order = order.data();
+    const Bytes out = bytes(n * size_of(dtype)), back = bytes(T * K * size_of(dtype));
+    rw_dequantize_4bit(&weight, 5, n - 5, dtype, out.get(), 2);
+    rw_linear_4bit(&weight, x.get(), T, N, K, dtype, nullptr, y.get(), 2);
+    std::vector<float> norms(static_cast<size_t>(N));
+    rw_row_norms_4bit(&weight, N, K, dtype, norms.data(), 2);
+    if (!rw_products_available() || dtype != RW_BFLOAT16) return;
+    const rw_term across = {y.get(), N, N, nullptr, K, &weight, nullptr, 1.0f, RW_BFLOAT16, 1, nullptr, 0};
+    rw_products(&across, 1, dtype, T, K, nullptr, nullptr, back.get(), nullptr, K, 2);
+}
+
 double run_all(const Tables& tables) {
     state = 1;
     checksum = 0;
+    const int64_t types[][3] = {{RW_Q4_0, 32, 18},   {RW_Q4_1, 32, 20},   {RW_Q5_0, 32, 22},   {RW_Q5_1, 32, 24},
+                                {RW_Q8_0, 32, 34},   {RW_Q4_K, 256, 144}, {RW_Q5_K, 256, 176}, {RW_Q6_K, 256, 210}};
+    for (const auto& type : types)
+        for (int dtype : {RW_FLOAT32, RW_BFLOAT16, RW_FLOAT16})
+            for (int64_t T : {1, 7, 70}) run_blocks(static_cast<int>(type[0]), type[1], type[2], T, dtype);
     for (int64_t N : {0, 1, 3, 4, 17})
         for (int64_t K : {1, 7, 64, 129, 256})
             for (int64_t block : {32, 64, 4096})

@@ -51,6 +51,8 @@ QuantType = Literal["nf4", "fp4"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Products = Literal["auto", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+# As text: YAML reads 16 as a number.
+BaseBits = Annotated[Literal["file", "16"] | None, BeforeValidator(lambda given: None if given is None else str(given))]
 Tracker = Literal["wandb", "trackio", "tensorboard"]
 
 # The model that `demo` stands for, and its name on the hub.
@@ -97,6 +99,15 @@ class StepOptions(AdapterOptions):
     quant_type: Annotated[QuantType, option(Panel.FOUR_BITS, "4-bit type of qlora and qdora.")] = "nf4"
     block_size: Annotated[int, option(Panel.FOUR_BITS, "Weights per 4-bit scale: a power of two from 32 to 4096.")] = 64
     double_quant: Annotated[bool, option(Panel.FOUR_BITS, "Keep the 4-bit scales in 8 bits.")] = True
+    base_bits: Annotated[
+        BaseBits,
+        option(
+            Panel.FOUR_BITS,
+            "A GGUF base in the file's own bits (file), or expanded (16). Default: file for a .gguf on a CPU, with "
+            "lora and dora.",
+            metavar="file|16",
+        ),
+    ] = None
     batch_size: Annotated[Batch, _training("Rows per micro-batch.")] = 8
     max_length: Annotated[Length, _training("Tokens per row; longer rows are cut, counted and reported.")] = 1024
     optimizer: Annotated[str, _training("Optimizer, by transformers' name (paged_adamw_8bit, ...).")] = "adamw_torch"
@@ -444,6 +455,13 @@ def variant_of(name: str) -> tuple[str, JsonObject]:
             raise ValueError(f"{method} has no use for {word}")
         options |= chosen
     return method, options
+
+
+def keeps_file_bits(asked: str | None, method: str, *, is_file: bool, on_cpu: bool) -> bool:
+    """Whether a base stays in its GGUF file's own bits, by ``--base-bits`` or by default; ``is_file``: whether the
+    user named a GGUF file."""
+    row = method_of(method)
+    return is_file and on_cpu and row.has_adapter and not row.four_bits if asked is None else asked == "file"
 
 
 # Options outside of AdapterOptions that need an adapter.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rankwise.config import StepOptions, TrainSettings
+from rankwise.config import StepOptions, TrainSettings, keeps_file_bits
 from rankwise.errors import ConfigError
 from rankwise.methods import METHODS, either, method_of, methods_with
 from rankwise.objectives import GENERATIONS, MAX_COMPLETION_LENGTH, OBJECTIVES, ObjectiveName
@@ -91,8 +91,23 @@ def _of_steps(given: TrainSettings) -> Iterator[str]:
             "--products int8 is for an adapter, fused operators and whole weights, and not for a reference beside "
             "--init pissa; leave it out."
         )
+    yield from _of_file_bits(given)
     if given.adapter is not None and (started := _started(given.init, given.new_tokens)):
         yield f"{started} starts an adapter, and --adapter continues one; leave one of them out."
+
+
+def _of_file_bits(given: TrainSettings) -> Iterator[str]:
+    """Conflicts of a base in its GGUF file's own bits."""
+    is_file, row = given.model.lower().endswith(".gguf"), method_of(given.method)
+    if not keeps_file_bits(given.base_bits, given.method, is_file=is_file, on_cpu=given.device in ("auto", "cpu")):
+        return
+    if not row.has_adapter or row.four_bits or row.is_guest:
+        does = "makes 4 bits of its own" if row.four_bits else "has no LoRA or DoRA over it"
+        yield f"--base-bits file keeps the base as the file has it, and --method {given.method} {does}; leave it out."
+    started = _started("default" if given.init == "loftq" else given.init, given.new_tokens)
+    whole = started or ("--strategy fsdp" if given.strategy == "fsdp" else "")
+    if whole:
+        yield f"{whole} changes or parts the base's weights, which stay in their file; give --base-bits 16."
 
 
 def takes_eight_bit(method: str, objective: ObjectiveName, strategy: str | None, given: StepOptions) -> bool:

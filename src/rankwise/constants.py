@@ -6,6 +6,8 @@ from __future__ import annotations
 IGNORED = -100
 # Admitted block sizes: the number of weights that share one 4-bit scale.
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# The quant_type of a base in its GGUF file's own bits.
+FILE_BITS = "file"
 # Number of first-level scales that share one second-level scale (QLoRA, section 3).
 NESTED_BLOCK = 256
 # The largest head size that torch's flash attention accepts.

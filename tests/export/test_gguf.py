@@ -13,16 +13,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_cases import FAMILIES, base_gguf, logits, saved
 
 import rankwise as rw
+from gguf_cases import FAMILIES, GEMMA4, base_gguf, logits, saved, tiny
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.export.proof import LLAMA, Served, prove, run_server, server_python
 from rankwise.export.verify import round_as_served
 from tiny_models import tiny_llama
 
-# transformers reads no experts' GGUF of Mixtral's.
-READ_BY_TRANSFORMERS = [kind for kind in FAMILIES if kind != "mixtral"]
+# transformers reads no experts' GGUF of Mixtral's, none of SmolLM3, and not all of Gemma 4's.
+READ_BY_TRANSFORMERS = [kind for kind in FAMILIES if kind not in ("mixtral", "smollm3", "gemma4_text")]
 
 
 @pytest.mark.parametrize("kind", READ_BY_TRANSFORMERS)
@@ -73,6 +73,10 @@ def test_what_llama_cpp_does_not_know_is_refused(tmp_path):
     rw.add_adapter(tied, rw.LoraConfig(r=2, target_modules=["embed_tokens"]))
     with pytest.raises(AdapterError, match="RW742"):
         rw.export_adapter(tied, tmp_path / "served", target="llama.cpp")
+    gemma = tiny("gemma4_text", **GEMMA4)
+    rw.add_adapter(gemma, rw.LoraConfig(r=2))
+    with pytest.raises(ModelError, match=r"RW740.*leave per_layer_model_projection out"):
+        rw.export_adapter(gemma, tmp_path / "served", target="llama.cpp")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from gguf_cases import base_gguf, saved
 
 import rankwise as rw
+from gguf_cases import base_gguf, saved
 from gguf_writer import write_folder_gguf
 from rankwise.adapters import adapter_disabled
 from rankwise.errors import RunError
@@ -20,8 +20,8 @@ from rankwise.models import resolve_model
 from tiny_models import tiny_llama
 
 PROVEN = Proof(
-    "server", 2, 24, difference=0.3, rounding=0.2, unexplained=0.05, bound=0.06, effect=0.9, equal_texts=2,
-    changed_texts=1,
+    "server", 2, 24, difference=0.3, rounding=0.2, unexplained=0.05, bound=0.06, effect=0.9,
+    base_difference=0.02, equal_texts=2, changed_texts=1,
 )  # fmt: skip
 PROMPTS = [[1, 5, 9, 14, 33, 60], [1, 44, 3, 8, 20, 21, 22]]
 
@@ -33,7 +33,8 @@ def judged(**changes: float) -> None:
 def test_a_server_may_differ_by_the_bound() -> None:
     judged()
     judged(unexplained=0.06)
-    words = r"RW738: not proven.* by 0\.3 nats a token over 24 tokens; .* 0\.061 remain, of 0\.06 allowed"
+    words = r"RW738: not proven.* by 0\.3 nats a token \(without the adapter by 0\.02\) over 24 tokens; .*"
+    words += r" 0\.061 remain, of 0\.06 allowed"
     with pytest.raises(RunError, match=words):
         judged(unexplained=0.061)
     with pytest.raises(RunError, match="RW738"):

@@ -92,6 +92,14 @@ def test_demo_names_the_model_on_the_hub() -> None:
     assert "dequantized weights of a GGUF file" in card
 
 
+def test_a_gguf_file_in_its_own_bits_was_not_quantized() -> None:
+    own = {"kind": "gguf", "name": "m.gguf", "dtype": "bfloat16", "quantization": {"quant_type": "file"}}
+    card = model_card(record(base_model=own), CONFIG)
+    assert "a GGUF file in its own bits" in card
+    assert "4 bits" not in card
+    assert "BitsAndBytesConfig" not in card
+
+
 def test_every_measured_figure_and_no_other() -> None:
     known = {"train_loss": 1.25, "initial_eval_loss": 3.5, "eval_loss": 1.75, "steps": 40, "kept_step": 30}
     card = model_card(record(**known), CONFIG)

@@ -35,7 +35,9 @@ from rankwise.constants import IGNORED, chunk_rows
 from rankwise.foreign import Fields
 from rankwise.labels import NUMBER, SEVERAL, SINGLE, Problem
 from rankwise.ops.linear_cross_entropy import LogitShape, LossSums, linear_cross_entropy, linear_log_probs
+from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.selection import enough_chunks, is_traced
+from rankwise.quantization.linear import Linear4bit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -323,21 +325,29 @@ def sums_at(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -
     """The sums over the targets (P,) that follow the hidden states (P, D)."""
     module = head.module
     head = dataclasses.replace(head, shape=head.shape.at(options.temperature))
-    if type(module) is nn.Linear and not module.weight.requires_grad and module.weight.dtype == hidden.dtype:
-        trains_bias = module.bias is not None and module.bias.requires_grad
-        is_near = module.weight.device == hidden.device
-        if not trains_bias and is_near and computes_in(hidden.dtype, hidden.device):
-            asked: dict[str, Any] = {
-                "shape": head.shape,
-                "bias": module.bias,
-                "want_stats": options.want_stats,
-                "checked": options.scored is not None,
-            }
-            if options.want_log_probs:
-                return linear_log_probs(hidden, module.weight, targets, **asked)
-            smoothing = options.label_smoothing
-            return linear_cross_entropy(hidden, module.weight, targets, label_smoothing=smoothing, **asked)
+    frozen = _frozen_head(module, hidden)
+    if frozen is not None:
+        asked: dict[str, Any] = {
+            "shape": head.shape,
+            "bias": module.bias,
+            "want_stats": options.want_stats,
+            "checked": options.scored is not None,
+        }
+        if options.want_log_probs:
+            return linear_log_probs(hidden, frozen, targets, **asked)
+        return linear_cross_entropy(hidden, frozen, targets, label_smoothing=options.label_smoothing, **asked)
     return _sums_through(head, hidden, targets, options)
+
+
+def _frozen_head(module: Any, hidden: Tensor) -> Tensor | PackedWeight | None:
+    """The weight of a head that computes as PyTorch's own in the dtype of ``hidden``, and that does not train."""
+    if type(module) not in (nn.Linear, Linear4bit) or module.weight.requires_grad:
+        return None
+    if module.bias is not None and module.bias.requires_grad:
+        return None
+    weight = module.weight if type(module) is nn.Linear else module.packed
+    is_near = weight.dtype == hidden.dtype and module.weight.device == hidden.device
+    return weight if is_near and computes_in(hidden.dtype, hidden.device) else None
 
 
 def _sums_through(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -> LossSums:

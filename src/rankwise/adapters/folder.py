@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankwise.config import DEMO
+from rankwise.constants import FILE_BITS
 from rankwise.errors import AdapterError, ConfigError, ModelError, RunError
 from rankwise.foreign import Fields, JsonObject, WeightsHeader, parse_json, read_header, read_object, refuse_pickles
 from rankwise.labels import Labels, labels_of_head, read_labels
@@ -207,6 +208,12 @@ def quantization_of(adapter: Path) -> FourBitConfig | None:
         raise RunError("RW501", f"{adapter / RUN_FILE} describes the 4-bit base as {str(stored)[:60]!r}; repair it.")
     found: FourBitConfig = FourBitConfig.from_dict(dict(stored))
     return found
+
+
+def four_bits_of(adapter: Path) -> FourBitConfig | None:
+    """`quantization_of`, and None for a base in its GGUF file's own bits, which are the same weights expanded."""
+    found = quantization_of(adapter)
+    return None if found is not None and found.quant_type == FILE_BITS else found
 
 
 def labels_of(adapter: Path) -> Labels | None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table, titled
 from rankwise.cli.settings import ExportSettings, check_paths, refuse_comparisons
-from rankwise.constants import TEMPLATE_FILE
-from rankwise.errors import ConfigError, warn
+from rankwise.constants import FILE_BITS, TEMPLATE_FILE
+from rankwise.errors import ConfigError, ModelError, warn
 from rankwise.reports.numbers import plural
 from rankwise.serving import SERVERS
 
@@ -95,6 +95,7 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
     skeleton = load_skeleton(source, trust_remote_code=settings.trust_remote_code)
     file = read_adapter(skeleton, settings.adapter)
     wanted.check(skeleton, file)
+    _check_same_file(settings)
     converts = wanted.converts(file)
     if settings.data is not None and not converts and not settings.verify:
         raise ConfigError(
@@ -117,6 +118,22 @@ def _export_adapter(settings: ExportSettings, output: Output) -> ExportReport:
     prove = _prover(settings, output, source, rows, model) if settings.verify else None
     with output.waiting("converting, and comparing with the adapter as trained"):
         return export_live(model, settings.output, wanted, rows, prove)
+
+
+def _check_same_file(settings: ExportSettings) -> None:
+    """Raise ModelError (RW743) for another --base-gguf than the file in whose own bits the adapter was trained."""
+    from rankwise.adapters.folder import quantization_of, sha256_of_base
+    from rankwise.foreign import sha256_of
+
+    base, trained = settings.base_gguf, quantization_of(settings.adapter)
+    if base is None or trained is None or trained.quant_type != FILE_BITS:
+        return
+    if (found := sha256_of(base)) != (own := sha256_of_base(settings.adapter)):
+        raise ModelError(
+            "RW743",
+            f"{settings.adapter} was trained over the file with SHA-256 {own}, and that of {base} is {found}; leave "
+            "--base-gguf out, or give that file.",
+        )
 
 
 def warn_of_other_weights(source: ModelSource, target: str) -> None:
@@ -197,6 +214,8 @@ def _print(output: Output, settings: ExportSettings, report: ExportReport) -> No
     how = "merged into the base" if settings.merged else f"of rank {report.r}{exact}"
     output.line(f"{'exported':<12}{settings.adapter} for {name}: {plural(report.modules, 'module')} {how}")
     output.line(f"{'written':<12}{settings.output}")
+    if report.base_gguf_sha256 is not None:
+        output.line(f"{'for':<12}the GGUF with SHA-256 {report.base_gguf_sha256}")
     if report.proof is not None:
         output.line(f"{'proven':<12}{report.proof}")
     for index, command in enumerate(report.commands):

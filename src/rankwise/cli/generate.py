@@ -21,6 +21,7 @@ from rankwise.data.files import read_text
 from rankwise.data.formats import BadRow, conversation, tools_of
 from rankwise.data.rows import Message
 from rankwise.errors import ConfigError, DataError, RunError, warn
+from rankwise.evaluation.settings import LoadingOptions
 from rankwise.foreign import Fields, JsonObject, parse_json
 from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
@@ -221,7 +222,7 @@ def load_speaker(settings: GenerateSettings, name: str, record: RunRecord | None
     from rankwise.data import read_template
     from rankwise.evaluation.engine import LoadOptions, load_as_trained, template_of
 
-    given = settings.model_dump(include={"dtype", "quantization", "device", "trust_remote_code", "revision"})
+    given = settings.model_dump(include=LoadingOptions.model_fields.keys() - {"mmap"})
     options = LoadOptions(**given, mapped=settings.mmap)
     adapters = () if settings.adapter is None else (settings.adapter,)
     loaded = load_as_trained(name, adapters, options, named=settings.model is not None)

@@ -120,10 +120,10 @@ def _combine(settings: MergeSettings, output: Output) -> Document:
 
 def _keep_what_loading_needs(settings: MergeSettings, folder: Path) -> None:
     """Write the chat template that all runs were given into ``folder``. Warns (RW755) of what no file there says."""
-    from rankwise.adapters.folder import quantization_of
+    from rankwise.adapters.folder import four_bits_of
     from rankwise.evaluation.engine import template_of
 
-    formats = {one: config.quant_type for one in settings.adapter if (config := quantization_of(one)) is not None}
+    formats = {one: config.quant_type for one in settings.adapter if (config := four_bits_of(one)) is not None}
     templates, needed = {template_of([one]) for one in settings.adapter}, []
     if formats:
         each = ", ".join(f"{one} over {kind}" for one, kind in formats.items())

@@ -8,6 +8,7 @@ from rankwise.cli.options import Command
 from rankwise.cli.output import Document, Output, light_table
 from rankwise.cli.settings import PredictSettings, check_paths
 from rankwise.errors import ConfigError, warn
+from rankwise.evaluation.settings import LoadingOptions
 from rankwise.labels import NUMBER, in_words, measures
 from rankwise.reports.numbers import plural, visible
 
@@ -30,7 +31,7 @@ def run(settings: PredictSettings, output: Output) -> Document:
 
     adapters = [] if settings.adapter is None else [settings.adapter]
     rows = read_rows(settings.data, split="test", skip_bad_rows=settings.skip_bad_rows, formats=UNANSWERED)
-    given = settings.model_dump(include={"dtype", "quantization", "device", "trust_remote_code", "revision"})
+    given = settings.model_dump(include=LoadingOptions.model_fields.keys() - {"mmap"})
     options, named = LoadOptions(**given, labels=True), settings.model is not None
     with output.waiting("loading the model"):
         loaded = load_as_trained(settings.model or base_of(adapters), adapters, options, named=named)

@@ -17,6 +17,7 @@ from rankwise.config import (
     PreferenceOptions,
     RetainOptions,
     RunOptions,
+    keeps_file_bits,
     variant_of,
 )
 from rankwise.conflicts import NO_RETAIN
@@ -196,6 +197,15 @@ def check_compare(given: CompareSettings) -> None:
     if not known:
         raise ConfigError("RW165", f"--methods is empty; the methods are {', '.join(METHODS)}.")
     rates = given.learning_rates
+    is_file, on_cpu = given.model.lower().endswith(".gguf"), given.device in ("auto", "cpu")
+    kept = [keeps_file_bits(given.base_bits, method, is_file=is_file, on_cpu=on_cpu) for method, _ in known]
+    if len(set(kept)) > 1:
+        others = ", ".join(name for name, keeps in zip(given.methods, kept) if not keeps)
+        raise ConfigError(
+            "RW167",
+            f"{others} would train over other bits than {given.model} holds, and the rest over the file itself, so a "
+            "verdict would be about two bases; give --base-bits 16, or leave one side out.",
+        )
     for name, values in (("--methods", given.methods), ("--learning-rates", rates or ())):
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:

@@ -242,7 +242,7 @@ def prepare(job: Fields) -> None:
         source = fetch_model(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
         if OBJECTIVES[given.objective].of_labels:
             source = dataclasses.replace(source, labels=Labels(("0", "1")))
-        quantization = quantization_for(given.method, given)
+        quantization = quantization_for(given.method, given, given.model)
         if needs_preparation(source, quantization):
             load_for_training(part_of(Base, given, quantization=quantization))
 

@@ -40,9 +40,9 @@ from rankwise.labels import labels_of_head
 from rankwise.methods import is_known, method_of
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, warns_of_other_hub_model
 from rankwise.models.folder import answers_labels, read_config
-from rankwise.models.load import table_rows
+from rankwise.models.load import is_of_file, table_rows
 from rankwise.models.prepared import load_prepared, user_cache
-from rankwise.quantization.config import CONFIGS, FourBitConfig
+from rankwise.quantization.config import CONFIGS, FileConfig, FourBitConfig
 from rankwise.records import RunRecord, record_of
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ class LoadOptions:
     dtype: str = "auto"
     # auto, none, nf4 or fp4.
     quantization: str = "auto"
+    # None: as trained; without adapters "file" for a GGUF on a CPU.
+    base_bits: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False
     revision: str | None = None
@@ -186,7 +188,7 @@ def load_as_trained(name: str, adapters: Sequence[Path], options: LoadOptions, *
         source,
         dtype=_dtype(options.dtype, adapters, choice.dtype),
         device=str(choice.device),
-        quantization=_quantization(options.quantization, adapters),
+        quantization=_quantization(options, adapters, is_file=source.kind == "gguf"),
         trust_remote_code=options.trust_remote_code,
         cache=user_cache(str(choice.device), mapped=options.mapped),
         mapped=options.mapped,
@@ -278,7 +280,7 @@ def check_alone(adapters: Sequence[Path], *, base: bool) -> None:
 
 def load_settings(adapters: Sequence[Path], options: LoadOptions) -> JsonObject:
     """The dtype and the 4-bit format that "auto" in the options means, in words. Raises as ``load_as_trained``."""
-    config = _quantization(options.quantization, adapters)
+    config = _quantization(options, adapters, is_file=False)
     kind = str(_dtype(options.dtype, adapters, choose_device(options.device).dtype)).removeprefix("torch.")
     return {"dtype": kind, "quantization": None if config is None else str(sorted(config.to_dict().items(), key=str))}
 
@@ -366,15 +368,23 @@ def _same(what: str, found: JsonObject, option: str) -> None:
         )
 
 
-def _quantization(asked: str, adapters: Sequence[Path]) -> FourBitConfig | None:
-    if asked == "none":
+def _quantization(options: LoadOptions, adapters: Sequence[Path], *, is_file: bool) -> FourBitConfig | None:
+    """``is_file``: whether the user named a GGUF file."""
+    if options.quantization != "auto" and options.base_bits == "file":
+        raise ConfigError("RW112", "--quantization makes 4 bits, and --base-bits file keeps the file's; leave one out.")
+    if options.quantization == "none":
         return None
-    if asked != "auto":
-        return CONFIGS[asked](double_quant=True)
+    if options.quantization != "auto":
+        return CONFIGS[options.quantization](double_quant=True)
+    if options.base_bits is None and not adapters:
+        return FileConfig() if is_file and choose_device(options.device).device == "cpu" else None
     found = {str(adapter): quantization_of(adapter) for adapter in adapters}
     described = {name: "16 bits" if config is None else str(config.to_dict()) for name, config in found.items()}
     _same("4-bit format of the base", described, "--quantization")
-    return next(iter(found.values()), None)
+    config = next(iter(found.values()), None)
+    if options.base_bits is None or (config is not None and not is_of_file(config)):
+        return config
+    return FileConfig() if options.base_bits == "file" else None
 
 
 def _dtype(asked: str, adapters: Sequence[Path], preferred: torch.dtype) -> torch.dtype:

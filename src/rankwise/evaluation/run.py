@@ -339,4 +339,4 @@ def _base(adapters: Sequence[Path]) -> str:
 
 def _load_options(given: EvaluateSettings) -> LoadOptions:
     remote = (given.trust_remote_code, given.revision)
-    return LoadOptions(given.dtype, given.quantization, given.device, *remote, given.mmap, guest=True)
+    return LoadOptions(given.dtype, given.quantization, given.base_bits, given.device, *remote, given.mmap, guest=True)

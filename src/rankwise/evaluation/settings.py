@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from rankwise.config import Device, Dtype, ModelOptions
+from rankwise.config import BaseBits, Device, Dtype, ModelOptions
 from rankwise.errors import ConfigError
 from rankwise.evaluation.tasks.names import check_tasks, given_by_set, own_options, task_type
 from rankwise.options import Batch, Count, Length, Panel, Whole, comma_list, flag, option, text_list
@@ -47,6 +47,14 @@ class LoadingOptions(ModelOptions):
     quantization: Annotated[
         Literal["auto", "none", "nf4", "fp4"], _loading("4-bit layers or not; auto: as the adapter was trained.")
     ] = "auto"
+    base_bits: Annotated[
+        BaseBits,
+        _loading(
+            "A GGUF base in the file's own bits (file), or expanded (16). Default: as the adapter was trained; without "
+            "one, file for a .gguf on a CPU.",
+            metavar="file|16",
+        ),
+    ] = None
     device: Annotated[Device, _loading("Device; auto takes a CUDA card, else the CPU.")] = "auto"
     mmap: Annotated[bool, _loading("On a CPU, read weights from mapped files; --no-mmap copies them into memory.")] = (
         True

@@ -18,7 +18,7 @@ from rankwise.compat.transformers import heads_of_labels
 from rankwise.disk import hold, whole_folder
 from rankwise.errors import AdapterError, ConfigError
 from rankwise.export.converted import Conversion, Likeness, Row, allowed_change, convert, keeps_perplexity, likeness
-from rankwise.export.gguf import ADAPTER_FILE, MODELFILE, GgufNames, check_base, gguf_pairs, modelfile, write_adapter
+from rankwise.export.gguf import ADAPTER_FILE, MODELFILE, check_base, gguf_pairs, modelfile, write_adapter
 from rankwise.export.merged import merge_to_folder, refuse_to_overwrite
 from rankwise.export.pairs import (
     Pair,
@@ -30,6 +30,8 @@ from rankwise.export.pairs import (
     write_portable,
 )
 from rankwise.export.proof import Proof
+from rankwise.foreign import sha256_of
+from rankwise.models.gguf_names import GgufNames
 from rankwise.records import write_json, write_text
 from rankwise.serving import MODEL_FILE, SERVERS, served_by, served_whole
 
@@ -105,6 +107,8 @@ class ExportReport:
     commands: tuple[str, ...]
     # With --verify.
     proof: Proof | None = None
+    # Of the GGUF for which the adapter was written.
+    base_gguf_sha256: str | None = None
 
 
 # What --verify does with the folder before it gets its name: it returns the report with the proof, or raises.
@@ -244,6 +248,8 @@ def _write(
     labels = labels_of(model) if heads_of_labels(model) else None
     commands = served_by(wanted.target, str(folder), str(served), r, labels)
     result = ExportReport(wanted.target, base, r, len(pairs), conversion, compared, commands)
+    if wanted.base_gguf is not None:
+        result = dataclasses.replace(result, base_gguf_sha256=sha256_of(wanted.base_gguf))
     with whole_folder(folder) as partial:
         if SERVERS[wanted.target].form == "gguf":
             names = GgufNames(model.config)

@@ -18,8 +18,8 @@ from rankwise.adapters.checkpoint import BELONGS_ON_FOUR_BITS, read_adapter
 from rankwise.adapters.folder import (
     base_model_of,
     dtype_of,
+    four_bits_of,
     labels_of,
-    quantization_of,
     read_folder,
     revision_of,
     sha256_of_base,
@@ -193,9 +193,9 @@ def _quantization_to_load(adapter: Path, config: LoraConfig, source: ModelSource
         return None
     stored = stored_quantization(source)
     if config.for_merge is not None:
-        return quantization_of(adapter)
+        return four_bits_of(adapter)
     if onto == "quantized":
-        quantization = quantization_of(adapter)
+        quantization = four_bits_of(adapter)
         if stored is None and quantization is None:
             text = f"{adapter} has no record that it was trained on a 4-bit base; merge it with --onto original."
             raise AdapterError("RW414", text)

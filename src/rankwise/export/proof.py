@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ import torch
 from rankwise.acceleration.generation import GREEDY
 from rankwise.acceleration.loss import chosen, logits_of
 from rankwise.adapters.saving import labels_of
+from rankwise.adapters.switch import adapter_disabled
 from rankwise.compat.transformers import heads_of_labels
 from rankwise.errors import ConfigError, RunError
 from rankwise.export.verify import AsServed
@@ -91,6 +93,9 @@ class Proof:
     bound: float
     # Between the server's answers with and without the adapter.
     effect: float
+    # Between the server and rankwise without the adapter, on the same tokens: what their products differ by. None for
+    # a head of labels.
+    base_difference: float | None
     # Greedy answers that equal rankwise's, token by token.
     equal_texts: int
     # Greedy answers that differ from the base's.
@@ -101,9 +106,10 @@ class Proof:
     def __str__(self) -> str:
         unit = "nats a token" if self.counted == "tokens" else f"a {self.counted[:-1]}"
         alike = f"; of {self.prompts} answers {self.equal_texts} equal the trained model's"
+        base = "" if self.base_difference is None else f" (without the adapter by {self.base_difference:.3g})"
         alike += f", and {self.changed_texts} differ from the base's" if self.counted == "tokens" else ""
         return (
-            f"{self.server} differs from the trained model by {self.difference:.3g} {unit} over {self.tokens:,} "
+            f"{self.server} differs from the trained model by {self.difference:.3g} {unit}{base} over {self.tokens:,} "
             f"{self.counted}; with the rounding of its formats counted {self.unexplained:.3g} remain, of "
             f"{self.bound:.3g} allowed{'' if self.counted == 'numbers' else alike}"
         )
@@ -171,6 +177,8 @@ def prove(
     ours = _scored(model, prompts, texts)
     rounded = as_served()
     exact = _scored(rounded.model, prompts, texts)
+    with nullcontext() if labels else adapter_disabled(model):
+        own_base = None if labels else _scored(model, prompts, texts)
     rounded.compute()
     foreseen = _scored(rounded.model, prompts, texts)
     rounding, noise, is_known = _difference(foreseen, ours), _difference(foreseen, exact), rounded.is_known
@@ -191,6 +199,7 @@ def prove(
         _difference(adapted, foreseen if is_known else ours),
         max(TIMES_THE_ROUNDING * (noise if is_known else rounding), LEAST_ROUNDING) + conversion,
         _difference(adapted, base),
+        None if own_base is None else _difference(base, own_base),
         sum(a == b for a, b in zip(adapted.texts, ours.texts)),
         sum(a != b for a, b in zip(adapted.texts, base.texts)),
         "tokens" if labels is None else "numbers" if labels.problem == NUMBER else "logits",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rankwise.adapters import load_adapter, merge_adapter
-from rankwise.adapters.folder import dtype_of, quantization_of
+from rankwise.adapters.folder import dtype_of, four_bits_of
 from rankwise.adapters.state import DEFAULT_NAME, adapter_state, base_modules, model_end
 from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import heads_of_labels
@@ -33,11 +33,12 @@ from rankwise.constants import IGNORED
 from rankwise.data import stdlib_rows
 from rankwise.errors import ConfigError, RunError
 from rankwise.export.converted import Row
-from rankwise.export.gguf import EMBEDDING, HEAD, GgufNames
+from rankwise.export.gguf import EMBEDDING, HEAD
 from rankwise.export.merged import Onto, base_source, stored_quantization
 from rankwise.models import load_model
 from rankwise.models.folder import read_config
 from rankwise.models.gguf_file import read_gguf_header
+from rankwise.models.gguf_names import GgufNames
 from rankwise.quantization.config import FourBitConfig, Nf4Config
 from rankwise.quantization.linear import is_conv1d
 from rankwise.quantization.targets import target_names
@@ -206,7 +207,7 @@ def verify_merge(
     """
     source = base_source(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
     stored, dtype = stored_quantization(source), dtype_of(adapter)
-    quantization = quantization_of(adapter) if stored is None else None
+    quantization = four_bits_of(adapter) if stored is None else None
     load = functools.partial(load_model, source, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     model, tokenizer = load(quantization=quantization)
     if rows is None or tokenizer is None:

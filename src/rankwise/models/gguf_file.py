@@ -43,6 +43,8 @@ class GgufHeader(NamedTuple):
     tensors: dict[str, GgufTensor]
     # The entries as they are stored, without the arrays of the vocabulary, which take transformers seconds.
     entries: tuple[bytes, ...] = ()
+    # The byte at which the tensors' bytes begin.
+    data_start: int = 0
 
     def without_vocabulary(self) -> bytes:
         """A GGUF file with these entries, and tensors of the same names that all are one number."""
@@ -92,11 +94,12 @@ class _Reader:
             raise self.fault("does not name its architecture (general.architecture); convert it again")
         tensors = dict(self.tensor() for _ in range(tensor_count))
         alignment = metadata.get("general.alignment", 32)
-        size_bytes = -(-self.position // alignment) * alignment + max((one.end for one in tensors.values()), default=0)
+        data_start = -(-self.position // alignment) * alignment
+        size_bytes = data_start + max((one.end for one in tensors.values()), default=0)
         if size_bytes > len(self.content):
             found = len(self.content)
             raise self.fault(f"has {found:,} bytes and its header promises {size_bytes:,} or more; download it again")
-        return GgufHeader(metadata, tensors, tuple(entries))
+        return GgufHeader(metadata, tensors, tuple(entries), data_start)
 
     def number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.content, self.position)

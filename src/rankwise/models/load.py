@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.transformers import gguf_read_once, heads_of_labels, text_config, without_accelerate
-from rankwise.constants import TEMPLATE_FILE
+from rankwise.constants import FILE_BITS, TEMPLATE_FILE
 from rankwise.errors import ModelError, RankwiseError, one_line, some_of, warn
 from rankwise.foreign import Fields
 from rankwise.labels import NUMBER, Labels, labels_of_head
@@ -79,6 +79,8 @@ def load_model(
     source = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code)
     choice = choose_device(device or "cpu", "auto" if isinstance(dtype, str) and dtype == "auto" else dtype)
     wanted = None if dtype is None else choice.dtype
+    if is_of_file(quantization) and not source.is_gguf:
+        raise ModelError("RW316", f"--base-bits file is for a GGUF file, and {source.name} is none; leave it out.")
     if source.is_gguf:
         loaded = _load_gguf(source, wanted, choice.device, quantization)
     else:
@@ -95,6 +97,11 @@ def load_model(
         _check_vocabulary(loaded, tokenizer, source)
         tell_padding(loaded, tokenizer, source)
     return loaded, tokenizer
+
+
+def is_of_file(quantization: Any) -> bool:
+    """Whether a GGUF base is to stay in its own bits."""
+    return getattr(quantization, "quant_type", None) == FILE_BITS
 
 
 def tell_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
@@ -278,6 +285,8 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
 
     wanted = torch.float32 if dtype is None else dtype
     path = source.place.resolve()
+    if is_of_file(quantization):
+        return _load_own_bits(source, dtype or torch.float32, device, quantization)
     _check_types(path)
     # Before GgufConfig, transformers 5 always dequantized.
     has_config = hasattr(transformers, "GgufConfig")
@@ -307,6 +316,27 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype | None, device: str, quan
         from rankwise.quantization import quantize
 
         quantize(model, quantization)
+    return model
+
+
+def _load_own_bits(source: ModelSource, dtype: torch.dtype, device: str, quantization: Any) -> PreTrainedModel:
+    """The model of a GGUF file whose weights stay in their blocks."""
+    if device != "cpu":
+        raise ModelError(
+            "RW316",
+            f"{source.name} in its own bits runs on a CPU only, and the device is {device}; give --base-bits 16, or "
+            "--device cpu.",
+        )
+    from rankwise.models.gguf_base import load_own_bits
+    from rankwise.quantization.transformers_plugin import mark_quantized
+
+    path = source.place.resolve()
+    with _explaining(source), quiet(), gguf_read_once():
+        model = load_own_bits(path, config_of_gguf(path), dtype)
+    model.config.__dict__.pop("_model_name_or_path", None)
+    if source.labels is not None:
+        model = _with_head(model, source.labels)
+    mark_quantized(model, quantization)
     return model
 
 

@@ -28,7 +28,7 @@ from rankwise.compat.transformers import saved_by_any_rank
 from rankwise.disk import InUse, cache_folder, hold, whole_folder
 from rankwise.errors import ModelError, RunError
 from rankwise.models.folder import CONFIG_FILE, read_config
-from rankwise.models.load import load_model, load_tokenizer, quiet, remember_originals, tell_padding
+from rankwise.models.load import is_of_file, load_model, load_tokenizer, quiet, remember_originals, tell_padding
 from rankwise.models.source import ModelSource, Version, fetch_model, file_version, model_hash, settings_hash
 from rankwise.quantization.config import FourBitConfig
 from rankwise.quantization.linear import weights_in_file
@@ -125,6 +125,8 @@ def _describe_as_asked(model: Any, quantization: FourBitConfig) -> None:
 
 
 def needs_preparation(source: ModelSource, quantization: FourBitConfig | None) -> bool:
+    if is_of_file(quantization):
+        return False
     is_made = source.is_gguf or (quantization is not None and not is_quantized(source))
     if source.labels is None or source.is_gguf:
         return is_made

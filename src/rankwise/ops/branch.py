@@ -124,30 +124,33 @@ def grad_of_m(dot: Tensor, dy: Tensor, branch: Branch) -> Tensor:
     return torch.where(is_zero, 0.0, dot / torch.where(is_zero, 1.0, m)).to(branch.m.dtype)
 
 
-# Products with a dense frozen weight outside of any adapter: the output head, and layers without an adapter.
+# Products with a frozen weight outside of any adapter: the output head, and layers without an adapter.
 
 
-def linear_out(x: Tensor, W: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_out(x: Tensor, W: Tensor | PackedWeight, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """``out <- x W^T + bias``: x (T, K), W (N, K), out (T, N), bias (N,), of one dtype; no autograd."""
     if _takes_native(x, out):
         from rankwise.ops.cpu import products
 
-        factor = products.Factor.of(W.detach())
+        factor = products.Factor.of(W)
         if factor is not None and products.pay(x, factor):
             return products.add_products([products.Term(x, factor)], out, bias=None if bias is None else bias.float())
+    if isinstance(W, PackedWeight):
+        return out.copy_(linear_4bit(x, W, bias))
     return torch.mm(x, W.T, out=out) if bias is None else torch.addmm(bias, x, W.T, out=out)
 
 
-def input_grad_out(dy: Tensor, W: Tensor, out: Tensor) -> Tensor:
+def input_grad_out(dy: Tensor, W: Tensor | PackedWeight, out: Tensor) -> Tensor:
     """``out <- dy W``: dy (T, N), W (N, K), out (T, K), of one dtype; no autograd."""
     if _takes_native(dy, out):
         from rankwise.ops.cpu import products
 
-        factor = products.Factor.of(W.detach())
+        factor = products.Factor.of(W)
         # With AMX tiles, PyTorch's product is as fast for an N as large as a vocabulary.
-        if factor is not None and products.replace_torch(dy.dtype):
+        wanted = products.take if isinstance(W, PackedWeight) else products.replace_torch
+        if factor is not None and wanted(dy.dtype):
             return products.add_products([products.Term(dy, factor, across=True)], out)
-    return torch.mm(dy, W, out=out)
+    return out.copy_(linear_4bit_input_grad(dy, W)) if isinstance(W, PackedWeight) else torch.mm(dy, W, out=out)
 
 
 def is_slow_in_torch(dtype: torch.dtype) -> bool:

@@ -8,21 +8,22 @@ positions. Failures of element-wise operators raise RW606, bad targets RW621.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from rankwise.constants import BLOCK_SIZES, NESTED_BLOCK
 from rankwise.errors import QuantizationError
+from rankwise.ops.gguf_blocks import BLOCK_TYPES
 from rankwise.ops.packed_weight import PACKED_TYPES, QUANT_TYPES, PackedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_type(quant_type: str, block_size: int) -> None:
-    """Raise QuantizationError RW615 for a format that does not exist."""
-    if quant_type not in PACKED_TYPES:
+def check_type(quant_type: str, block_size: int, types: Collection[str] = (*PACKED_TYPES, *BLOCK_TYPES)) -> None:
+    """Raise QuantizationError RW615 for a format that does not exist, or that is none of ``types``."""
+    if quant_type not in types:
         raise QuantizationError("RW615", f"there is no 4-bit type {quant_type!r}: use one of {', '.join(QUANT_TYPES)}.")
     if block_size not in BLOCK_SIZES:
         raise QuantizationError(
@@ -39,7 +40,7 @@ def check_dtype(dtype: torch.dtype, what: str) -> None:
 
 
 def quantize_4bit(w: Tensor, quant_type: str, block_size: int) -> None:
-    check_type(quant_type, block_size)
+    check_type(quant_type, block_size, PACKED_TYPES)
     check_dtype(w.dtype, "the weight")
 
 
@@ -85,7 +86,10 @@ def attention_forward(
 def check_weight(weight: PackedWeight) -> None:
     """Raise QuantizationError RW606 unless the tensors hold a weight of that shape."""
     check_type(weight.quant_type, weight.block_size)
-    codes, absmax, shape, _, block_size, nested_absmax, offset = weight.parts
+    if weight.in_file_blocks:
+        _check_blocks(weight)
+        return
+    codes, absmax, shape, _, block_size, nested_absmax, offset, _ = weight.parts
     n = math.prod(shape)
     blocks = -(-n // block_size)
     good = codes.dtype is torch.uint8 and codes.numel() == (n + 1) // 2 and absmax.numel() == blocks
@@ -104,6 +108,23 @@ def check_weight(weight: PackedWeight) -> None:
             f"{(n + 1) // 2} codes in uint8 and {blocks} scales in float32, or in uint8 with those of blocks of "
             f"{NESTED_BLOCK} of them",
             codes=codes, absmax=absmax, nested_absmax=nested_absmax, offset=offset,
+        )  # fmt: skip
+
+
+def _check_blocks(weight: PackedWeight) -> None:
+    """The numbers in ``order`` are not checked, since the loader makes them."""
+    codes, shape, order, kind = weight.codes, weight.shape, weight.order, BLOCK_TYPES[weight.quant_type]
+    good = len(shape) == codes.dim() == 2 and codes.dtype is torch.uint8 and weight.block_size == kind.elements
+    good = good and shape[1] % kind.elements == 0 and codes.shape[1] == kind.row_bytes(shape[1])
+    if order is None:
+        good = good and codes.shape[0] == shape[0]
+    else:
+        good = good and order.dtype is torch.int32 and tuple(order.shape) == tuple(shape[:1])
+    if not good or codes.device.type not in ("cpu", "meta"):
+        raise _misfit(
+            f"a weight of shape {tuple(shape)} in a GGUF file's {weight.quant_type} needs uint8 rows of whole blocks "
+            f"of {kind.elements} on a CPU, and an int32 order of its rows or none",
+            codes=codes, order=order,
         )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def quantize_weight(
     nested_absmax = offset = None
     if double_quant:
         absmax, nested_absmax, offset = quantize_absmax(absmax)
-    return PackedWeight(codes, absmax, tuple(w.shape), quant_type, block_size, nested_absmax, offset, w.dtype)
+    return PackedWeight(codes, absmax, tuple(w.shape), quant_type, block_size, nested_absmax, offset, dtype=w.dtype)
 
 
 def dequantize_weight(weight: PackedWeight, dtype: torch.dtype | None = None, gain: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from rankwise.constants import IGNORED, chunk_rows
 from rankwise.ops import elementwise
 from rankwise.ops.branch import input_grad_out, linear_out
 from rankwise.ops.checks import check_targets, sum_dtype
+from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.selection import enough_chunks, is_on_card
 
 
@@ -55,7 +56,7 @@ class LossSums:
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     targets: Tensor,
     *,
     shape: LogitShape | None = None,
@@ -67,9 +68,9 @@ def linear_cross_entropy(
     """``F.cross_entropy(f(hidden @ weight.T + bias).float(), targets, reduction="sum")``, differentiable in hidden;
     float64 stays float64.
 
-    hidden (T, D), weight (V, D) and bias (V,) in one dtype, targets (T,) int64; a target of -100 is not scored.
-    ``want_stats`` adds the entropy and the number of correct predictions. ``checked``: the caller has checked the
-    targets; otherwise the check (one for all chunks) waits for a GPU.
+    hidden (T, D), weight (V, D), dense or packed, and bias (V,) in one dtype, targets (T,) int64; a target of -100 is
+    not scored. ``want_stats`` adds the entropy and the number of correct predictions. ``checked``: the caller has
+    checked the targets; otherwise the check (one for all chunks) waits for a GPU.
 
     Raises:
         QuantizationError: RW621, a target is neither -100 nor in [0, V).
@@ -83,7 +84,7 @@ def linear_cross_entropy(
 
 def linear_log_probs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     targets: Tensor,
     *,
     shape: LogitShape | None = None,
@@ -107,7 +108,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Ctx[None],
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | PackedWeight,
         bias: Tensor | None,
         targets: Tensor,
         shape: LogitShape,
@@ -115,7 +116,7 @@ class _ChunkedLoss(torch.autograd.Function):
         want_stats: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        wanted = chunk_rows(weight.shape[0], weight.element_size(), on_card=is_on_card(hidden))
+        wanted = chunk_rows(weight.shape[0], hidden.element_size(), on_card=is_on_card(hidden))
         sums = []
         for piece, logits in _chunks(hidden, weight, bias, wanted):
             sums.append(_score_(logits, targets[piece], shape, label_smoothing, grad is not None, want_stats))
@@ -142,7 +143,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def forward(
         ctx: Ctx[None],
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | PackedWeight,
         bias: Tensor | None,
         targets: Tensor,
         shape: LogitShape,
@@ -176,7 +177,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return (grad * -upstream[:, None]).to(grad.dtype), None, None, None, None, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: int) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(
+    hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, wanted: int
+) -> Iterator[tuple[slice, Tensor]]:
     """Yields (slice of about ``wanted`` rows, their logits); the logits are valid until the next chunk."""
     rows = max(1, min(len(hidden), wanted))
     scratch = hidden.new_empty(rows, weight.shape[0])

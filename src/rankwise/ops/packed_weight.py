@@ -1,4 +1,5 @@
-"""A 4-bit weight: its codes, its scales, their format, and the tables of values behind the codes."""
+"""A 4-bit weight: its codes, its scales, their format, and the tables of values behind the codes; or a weight as a GGUF
+file holds it."""
 
 from __future__ import annotations
 
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from rankwise.compat.torch import plain_tensors
 from rankwise.constants import NESTED_BLOCK
+from rankwise.ops.gguf_blocks import BLOCK_TYPES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A weight W' of ``shape`` in NF4, FP4 or Q4_0:  W' = value[code] * absmax of its block (QLoRA, section 3).
+
+    Or one in the `BLOCK_TYPES` of GGUF files: ``codes`` are its rows (N, bytes of a row), which hold their own scales,
+    and ``absmax`` is empty.
 
     Legend: n = elements of W', blocks = ceil(n / block_size). Blocks run along the row-major flattening.
     """
@@ -34,6 +39,8 @@ class PackedWeight:
     nested_absmax: Tensor | None = None
     # float32 (), or None without double quantization.
     offset: Tensor | None = None
+    # int32 (N,), of a GGUF file: where row n lies in ``codes``; None: at n.
+    order: Tensor | None = None
     # The dtype of the weight before it was quantized: the default result of dequantizing.
     dtype: torch.dtype = torch.float32
 
@@ -51,10 +58,23 @@ class PackedWeight:
         return rows_are_blocks(self.shape, self.block_size)
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Sequence[int], str, int, Tensor | None, Tensor | None]:
+    def in_file_blocks(self) -> bool:
+        return self.quant_type in BLOCK_TYPES
+
+    def rows(self, rows: slice) -> PackedWeight:
+        """Rows of a matrix W' whose rows are whole blocks, and whose scales are float32."""
+        shape = (rows.stop - rows.start, self.shape[1])
+        if self.order is not None:
+            return dataclasses.replace(self, shape=shape, order=self.order[rows])
+        absmax = self.absmax.view(self.shape[0], self.absmax.numel() // self.shape[0])[rows].reshape(-1)
+        return dataclasses.replace(self, codes=self.codes.view(self.shape[0], -1)[rows], absmax=absmax, shape=shape)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Sequence[int], str, int, Tensor | None, Tensor | None, Tensor | None]:
         """The fields in the order of the operators' schemas; ``PackedWeight(*parts)`` is the way back."""
         return (
-            self.codes, self.absmax, self.shape, self.quant_type, self.block_size, self.nested_absmax, self.offset
+            self.codes, self.absmax, self.shape, self.quant_type, self.block_size, self.nested_absmax, self.offset,
+            self.order,
         )  # fmt: skip
 
     @property

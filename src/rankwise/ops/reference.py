@@ -17,6 +17,7 @@ multiple of the block). The public functions in ``rankwise.ops`` check the argum
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ from torch.nn import functional
 
 from rankwise.constants import IGNORED, NESTED_BLOCK
 from rankwise.errors import QuantizationError
+from rankwise.ops import gguf_blocks
 from rankwise.ops.checks import check_targets, sum_dtype
 from rankwise.ops.packed_weight import (
     DYNAMIC_BINS,
@@ -77,6 +79,8 @@ def _quantize_chunk(w: Tensor, quant_type: str, block_size: int, start: int) -> 
 
 def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """W' = value[code] * absmax, in ``dtype``."""
+    if weight.in_file_blocks:
+        return gguf_blocks.decode(weight.codes, weight.quant_type, weight.order, dtype)
     n, values = weight.elements, code_values(weight.quant_type, weight.codes.device)
     scales = _scales(weight)
     out, flat = torch.empty(n, dtype=dtype, device=weight.codes.device), weight.codes.reshape(-1)
@@ -140,13 +144,8 @@ def row_cross_in_chunks(weight: PackedWeight, B: Tensor, cross: Callable[[Packed
     """The results of ``cross`` for chunks of the weight's rows and the same rows of B, concatenated."""
     if not weight.rows_are_blocks:
         return cross(weight, B)
-    N, K = weight.shape
-    codes, absmax = weight.codes.view(N, K // 2), _scales(weight).view(N, K // weight.block_size)
-    sums = []
-    for rows in row_chunks(N, K):
-        shape = (rows.stop - rows.start, K)
-        part = PackedWeight(codes[rows], absmax[rows].reshape(-1), shape, weight.quant_type, weight.block_size)
-        sums.append(cross(part, B[rows]))
+    plain = dataclasses.replace(weight, absmax=_scales(weight), nested_absmax=None, offset=None)
+    sums = [cross(plain.rows(rows), B[rows]) for rows in row_chunks(*weight.shape)]
     return torch.cat(sums) if sums else B.new_empty(0, dtype=torch.float32)
 
 

@@ -41,6 +41,7 @@ _PARTS = {
     "block_size": int,
     "nested_absmax": Tensor | None,
     "offset": Tensor | None,
+    "order": Tensor | None,
 }
 # Types of an operator's results, and of its arguments.
 Results = Tensor | tuple[Tensor, ...] | None
@@ -169,14 +170,14 @@ def _attended(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _save_weight(ctx: Ctx[tuple[Sequence[int], str, int]], inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, absmax, shape, quant_type, block_size, nested_absmax, offset = inputs[: 1 + len(_PARTS)]
-    ctx.save_for_backward(codes, absmax, nested_absmax, offset)
+    _, codes, absmax, shape, quant_type, block_size, nested_absmax, offset, order = inputs[: 1 + len(_PARTS)]
+    ctx.save_for_backward(codes, absmax, nested_absmax, offset, order)
     ctx.kept = (shape, quant_type, block_size)
 
 
 def _saved_parts(ctx: Ctx[tuple[Sequence[int], str, int]]) -> tuple[Argument, ...]:
-    codes, absmax, nested_absmax, offset = ctx.saved_tensors
-    return codes, absmax, *ctx.kept, nested_absmax, offset
+    codes, absmax, nested_absmax, offset, order = ctx.saved_tensors
+    return codes, absmax, *ctx.kept, nested_absmax, offset, order
 
 
 def _linear_gradient(ctx: Ctx[tuple[Sequence[int], str, int]], grad: Tensor) -> tuple[Tensor | None, ...]:

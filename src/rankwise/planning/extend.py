@@ -25,6 +25,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rankwise.config import keeps_file_bits
 from rankwise.conflicts import without_reference
 from rankwise.disk import cache_folder
 from rankwise.errors import ConfigError, RankwiseWarning, heard, warn
@@ -596,6 +597,34 @@ def traffic(method: str, workload: Workload, sizes: Mapping[str, int]) -> Traffi
 
 
 # --- weights that are stored quantized ---
+
+
+def over_file(model: PlannedModel, ask: Estimator) -> Estimator:
+    """An estimator for training over a GGUF file in its own bits where the step keeps them; ``ask`` for other models.
+
+    Raises ConfigError (RW112) for ``--base-bits file`` with a method or a device that does not keep them.
+    """
+    if not model.source.is_gguf:
+        return ask
+
+    def asked(method: str, workload: Workload) -> MemoryEstimate:
+        on_cpu, is_file, row = workload.device_type == "cpu", model.source.kind == "gguf", method_of(method)
+        kept = keeps_file_bits(workload.base_bits, method, is_file=is_file, on_cpu=on_cpu)
+        if kept and (row.four_bits or not row.has_adapter or not on_cpu):
+            raise ConfigError(
+                "RW112", f"--base-bits file is for lora and dora on a CPU, and not for {method}; leave it out."
+            )
+        found = ask(method, dataclasses.replace(workload, base_bits=None))
+        if not kept:
+            return found
+        held = {
+            "weights": model.facts.dense_elements * DTYPE_BYTES[workload.dtype],
+            "weights_4bit": model.facts.packed_bytes,
+        }
+        less = found.breakdown["weights"] - sum(held.values())
+        return dataclasses.replace(found, breakdown={**found.breakdown, **held}, peak_bytes=found.peak_bytes - less)
+
+    return asked
 
 
 def over_stored(stored: Stored | None, ask: Estimator) -> Estimator:

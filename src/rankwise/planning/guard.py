@@ -28,6 +28,7 @@ from rankwise.planning.extend import (
     Estimator,
     MemoryEstimate,
     Traces,
+    over_file,
     over_stored,
 )
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
@@ -105,7 +106,12 @@ class MemoryGuard:
         try:
             workload = workload_of({**self.settings, "labels": labels}, hardware)
             model = read_model(source, labels=labels, **remote)
-            self._run = _Run(hardware, workload, model.facts, over_stored(model.facts.stored, Traces(model, self.say)))
+            self._run = _Run(
+                hardware,
+                workload,
+                model.facts,
+                over_file(model, over_stored(model.facts.stored, Traces(model, self.say))),
+            )
             smallest = self._ask(dataclasses.replace(workload, **SMALLEST))  # type: ignore[arg-type]
         except InputError as error:
             warn("RW564", f"the memory of this run cannot be predicted, and it starts without that: {error.message}")

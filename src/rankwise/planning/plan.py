@@ -25,7 +25,7 @@ from rankwise.planning.advice import (
     recommend,
     verdict_of,
 )
-from rankwise.planning.extend import MemoryEstimate, Traces, over_stored
+from rankwise.planning.extend import MemoryEstimate, Traces, over_file, over_stored
 from rankwise.planning.hardware import Hardware, begin_idle_process, choose_hardware, shared
 from rankwise.planning.speed import (
     Pace,
@@ -187,9 +187,8 @@ class _Planner:
         self._check_length()
         stored = self.facts.stored
         # Stored bitsandbytes weights have the sizes of the rows of qlora and qdora.
-        self.estimate = over_stored(
-            stored if stored is not None and stored.bits else None, Traces(self.model, say, warns=True)
-        )
+        traces = Traces(self.model, say, warns=True)
+        self.estimate = over_file(self.model, over_stored(stored if stored and stored.bits else None, traces))
 
     @functools.cached_property
     def pace(self) -> Pace | None:

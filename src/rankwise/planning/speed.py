@@ -50,6 +50,8 @@ EXPERT_WIDTH = ("moe_intermediate_size", "intermediate_size")
 
 # transformers' names of quantized formats that support adapters (rankwise.adapters.base_layer).
 PACKED_FORMATS = ("gptq", "awq", "hqq", "torchao")
+# ggml's numbers of F32, F16 and BF16.
+DENSE_GGML_TYPES = (0, 1, 30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,9 @@ class ModelFacts:
     position_rows: int | None = None
     # The quantization of the weights in the files, if any.
     stored: Stored | None = None
+    # Of a GGUF file: the bytes of its packed matrices, and the elements of its other tensors.
+    packed_bytes: int = 0
+    dense_elements: int = 0
     # Whether a small head of labels stands in the place of the vocabulary's.
     has_labels: bool = False
 
@@ -226,7 +231,11 @@ def _of_gguf(header: GgufHeader) -> ModelFacts:
     # Stacked experts: blk.3.ffn_up_exps.weight.
     experts = sum(prod(tensor.shape) for name, tensor in header.tensors.items() if "_exps." in name)
     count, visited = (_number(header.metadata, (f"{family}.{key}",)) for key in ("expert_count", "expert_used_count"))
+    packed = [one for one in header.tensors.values() if len(one.shape) == 2 and one.ggml_type not in DENSE_GGML_TYPES]
+    elements = sum(prod(tensor.shape) for tensor in header.tensors.values())
     return ModelFacts(
+        packed_bytes=sum(tensor.end - tensor.begin for tensor in packed),
+        dense_elements=elements - sum(prod(tensor.shape) for tensor in packed),
         layers=_number(header.metadata, (f"{family}.block_count",)),
         width=_number(header.metadata, (f"{family}.embedding_length",)),
         vocabulary=table.shape[-1] if table else 0,

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankwise.constants import NESTED_BLOCK
+from rankwise.constants import FILE_BITS, NESTED_BLOCK
 from rankwise.errors import QuantizationError, one_line
 from rankwise.foreign import Fields, JsonObject, checked, parse_json
 from rankwise.ops.checks import check_dtype, check_type
@@ -52,7 +52,8 @@ class FourBitConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if type(self.block_size) is not int:
             raise QuantizationError("RW615", f"block_size is {self.block_size!r}: use a whole number, 64 is usual.")
-        check_type(self.quant_type, self.block_size)
+        if self.quant_type != FILE_BITS:
+            check_type(self.quant_type, self.block_size)
         if type(self.double_quant) is not bool:
             raise QuantizationError("RW615", f"double_quant is {self.double_quant!r}: use True or False.")
         self.modules_to_not_convert = _names(self.modules_to_not_convert)
@@ -114,8 +115,15 @@ class Fp4Config(FourBitConfig):
     quant_type: ClassVar[str] = "fp4"
 
 
+@dataclass
+class FileConfig(FourBitConfig):
+    """The bits in which a GGUF file holds its weights; nothing is quantized."""
+
+    quant_type: ClassVar[str] = FILE_BITS
+
+
 # {name of the type: config}.
-CONFIGS: dict[str, type[FourBitConfig]] = {kind.quant_type: kind for kind in (Nf4Config, Fp4Config)}
+CONFIGS: dict[str, type[FourBitConfig]] = {kind.quant_type: kind for kind in (Nf4Config, Fp4Config, FileConfig)}
 
 
 def _names(names: Collection[str] | None) -> list[str] | None:
@@ -217,6 +225,11 @@ def check_shape(name: str, stored: Sequence[int], wanted: Sequence[int]) -> None
 
 def to_bitsandbytes(name: str, weight: PackedWeight) -> dict[str, Tensor]:
     """The tensors of ``weight`` under bitsandbytes' names, ``NAME`` and ``NAME.*``."""
+    if weight.in_file_blocks:
+        raise QuantizationError(
+            "RW615",
+            f"{name} is in a GGUF file's own bits, which bitsandbytes has not; dequantize the model to save it.",
+        )
     codes = weight.codes.detach()
     # Each weight gets its own copy of the tables, since safetensors refuses tensors that share memory.
     tensors = {
@@ -270,7 +283,7 @@ def from_bitsandbytes(state: Mapping[str, Tensor], name: str = "weight") -> Pack
     if not torch.isfinite(scales).all():
         raise _broken(name, "has scales (absmax) that are NaN or infinite")
     shape, dtype = tuple(stored.shape), getattr(torch, stored.dtype)
-    return PackedWeight(codes, absmax, shape, stored.quant_type, stored.blocksize, nested_absmax, offset, dtype)
+    return PackedWeight(codes, absmax, shape, stored.quant_type, stored.blocksize, nested_absmax, offset, dtype=dtype)
 
 
 def _read_state(name: str, parts: Mapping[str, Tensor]) -> _State:

@@ -32,7 +32,13 @@ from rankwise.ops.experts import inverse, rows_per_expert
 from rankwise.ops.packed_weight import SCALES, PackedWeight
 from rankwise.ops.selection import as_autocast, transforms_functions
 from rankwise.quantization.config import dtype_named
-from rankwise.quantization.linear import FourBitModule, Linear4bit, computed_in, with_large_in_file
+from rankwise.quantization.linear import (
+    FourBitModule,
+    Linear4bit,
+    PackedEmbedding,
+    computed_in,
+    with_large_in_file,
+)
 
 # rankwise's name among transformers' implementations of experts.
 IMPLEMENTATION = "rankwise_4bit"
@@ -284,22 +290,26 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> int:
-    """Replace every `Linear4bit` of ``model`` and every 4-bit stack of experts by its dense values W', in place.
+    """Replace every packed layer of ``model`` and every 4-bit stack of experts by its dense values W', in place.
     Returns their number.
 
     ``dtype``: that of the new weights, or its name; None keeps each weight's own. Raises QuantizationError (RW605) for
     an unknown dtype.
     """
     wanted = dtype_named(dtype, "dtype")
+    # A tied head shares the embedding's codes.
+    tied: dict[Tensor, Any] = {item.weight: None for item in model.modules() if isinstance(item, PackedEmbedding)}
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Linear4bit):
+        if isinstance(module, Linear4bit | PackedEmbedding):
             places.setdefault(id(module), []).append(name)
     # A list of names holds no reference to the layers, so that each is freed once it is replaced.
     for names in places.values():
         layer = model.get_submodule(names[0])
-        assert isinstance(layer, Linear4bit), "found by its class"
+        assert isinstance(layer, Linear4bit | PackedEmbedding), "found by its class"
         dense = layer.dense_layer(None if wanted is None else layer.dequantize().to(wanted))
+        if (codes := layer.weight) in tied:
+            dense.weight = tied[codes] = dense.weight if tied[codes] is None else tied[codes]
         for name in names:
             replace_layer(model, name, dense)
         del layer

@@ -26,7 +26,8 @@ from rankwise.ops.packed_weight import SCALES, PackedWeight, empty_scales, forma
 
 
 class FourBitModule(nn.Module):
-    """A module with the scales and the format of a 4-bit weight of ``shape``: `Linear4bit` or `StackScales`.
+    """A module with the scales and the format of a packed weight of ``shape``: `Linear4bit`, `PackedEmbedding` or
+    `StackScales`.
 
     absmax: float32 (blocks,); with double quantization uint8, with nested_absmax float32 (ceil(blocks / 256),) and
     offset float32 (). ``dtype`` is that of the dense weight, to which ``dequantize`` converts. Casts such as
@@ -36,6 +37,7 @@ class FourBitModule(nn.Module):
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    order: Tensor | None
     shape: tuple[int, ...]
     quant_type: str
     block_size: int
@@ -64,6 +66,7 @@ class FourBitModule(nn.Module):
         self.quant_type, self.block_size, self.dtype = quant_type, block_size, dtype
         for name, buffer in empty_scales(math.prod(self.shape), block_size, double_quant, device).items():
             self.register_buffer(name, buffer)
+        self.register_buffer("order", None)
 
     def packed_with(self, codes: Tensor) -> PackedWeight:
         """The 4-bit weight with these codes and this module's scales."""
@@ -75,6 +78,7 @@ class FourBitModule(nn.Module):
             self.block_size,
             self.nested_absmax,
             self.offset,
+            self.order,
             self.dtype,
         )
 
@@ -108,7 +112,7 @@ class FourBitModule(nn.Module):
 
 
 class Linear4bit(FourBitModule):
-    """A frozen linear layer in NF4 or FP4.
+    """A frozen linear layer in NF4, FP4, or a type of a GGUF file, whose rows of blocks are then ``weight``.
 
     weight: uint8 parameter, (N, K / 2) where K is a multiple of the block, else (ceil(N K / 2), 1): two-dimensional, so
     that FSDP2 shards it by row. ``shape`` is (N, K). bias: (N,) or None. The product runs in the dtype of x, or in
@@ -209,6 +213,7 @@ class Linear4bit(FourBitModule):
         """Use the tensors of ``weight``, which must have this layer's format."""
         self.weight = nn.Parameter(weight.codes, requires_grad=False)
         self.absmax, self.nested_absmax, self.offset = weight.absmax, weight.nested_absmax, weight.offset
+        self.order = weight.order
 
     @property
     def packed(self) -> PackedWeight:
@@ -272,6 +277,46 @@ class Linear4bit(FourBitModule):
             f"quant_type={self.quant_type}, block_size={self.block_size}, double_quant={self.double_quant}, "
             f"dtype={self.dtype}"
         )
+
+
+class PackedEmbedding(FourBitModule):
+    """An embedding (V, D) in the blocks of a GGUF file; rows are decoded as they are looked up.
+
+    ``dense``: the module in whose place it stands.
+    """
+
+    shape: tuple[int, int]
+
+    def __init__(self, weight: PackedWeight, dense: nn.Embedding) -> None:
+        super().__init__()
+        self.shape = self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
+        self.set_scales(**format_of(weight), dtype=weight.dtype, device="meta")
+        self.weight, self.absmax = nn.Parameter(weight.codes, requires_grad=False), weight.absmax
+        # Gemma's embeddings multiply their rows.
+        self.scale = float(getattr(dense, "embed_scale", 1.0))
+        # Not a submodule, and without its weight.
+        self.__dict__["dense"] = dense
+        del dense.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., D), in ``dtype``. Raises IndexError as ``nn.Embedding`` does."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
+            raise IndexError(f"a token is outside of the embedding's {self.num_embeddings:,} rows")
+        shape, order = (ids.numel(), self.embedding_dim), ids.flatten().int()
+        weight = dataclasses.replace(self.packed_with(self.weight), shape=shape, order=order)
+        rows = ops.dequantize_weight(weight).view(*ids.shape, self.embedding_dim)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale).to(self.dtype)
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """W' as a new tensor (V, D) in ``dtype``."""
+        return ops.dequantize_weight(self.packed_with(self.weight))
+
+    def dense_layer(self, weight: Tensor | None = None) -> nn.Module:
+        """The embedding in whose place this one stands, with ``weight``, default W'."""
+        dense: nn.Embedding = self.__dict__["dense"]
+        dense.weight = nn.Parameter(self.dequantize() if weight is None else weight, requires_grad=False)
+        return dense
 
 
 def computed_in(dtype: torch.dtype | None, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -351,5 +396,7 @@ def weight_count(parameter: Tensor) -> int:
 
 def count_weights(model: nn.Module) -> int:
     """The number of weights of a model, without scales of 4-bit weights; tied ones count once."""
-    named = model.named_parameters()
-    return sum(weight_count(parameter) for name, parameter in named if not name.endswith(".absmax"))
+    packed = (module for module in model.modules() if isinstance(module, Linear4bit | PackedEmbedding))
+    counts = {id(module.weight): math.prod(module.shape) for module in packed}
+    named = ((name, W) for name, W in model.named_parameters() if not name.endswith(".absmax"))
+    return sum(counts.get(id(W)) or weight_count(W) for _, W in named)

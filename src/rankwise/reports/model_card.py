@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from rankwise.config import DEMO, DEMO_HUB_ID
+from rankwise.constants import FILE_BITS
 from rankwise.foreign import Fields, Json
 from rankwise.methods import PEFT_KINDS, method_of, other_kinds
 from rankwise.objectives import OBJECTIVES
@@ -117,9 +118,10 @@ def _summary(record: RunRecord, base: str, config: Fields) -> str:
         f"{_learned_from(record)}."
     ]
     if facts.get("kind") in ("gguf", "demo") or facts.get("name") == DEMO:
-        lines.append(
-            "It was trained on the dequantized weights of a GGUF file, and every figure here is of those weights."
-        )
+        weights = "the dequantized weights of a GGUF file"
+        if (facts.get("quantization") or {}).get("quant_type") == FILE_BITS:
+            weights = "a GGUF file in its own bits, beside which it is served as trained"
+        lines.append(f"It was trained on {weights}, and every figure here is of those weights.")
     if (four_bit := _four_bit(record)) is not None:
         lines.append(
             f"The base was quantized to 4 bits during training ({four_bit['quant_type'].upper()}, blocks of "
@@ -208,8 +210,8 @@ def _four_bit(record: RunRecord) -> Fields | None:
     """The 4-bit format and the dtypes of the base; None for a dense one."""
     facts = record.base_model
     stored = facts.get("quantization")
-    # PiSSA's adapter belongs on the original weights.
-    if str(record.settings.get("init", "")).startswith("pissa") or not stored:
+    # PiSSA's adapter belongs on the original weights; a GGUF file has bits of its own.
+    if str(record.settings.get("init", "")).startswith("pissa") or not stored or stored["quant_type"] == FILE_BITS:
         return None
     return {**stored, "dtype": facts["dtype"], "compute_dtype": stored.get("compute_dtype") or facts["dtype"]}
 

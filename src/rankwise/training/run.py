@@ -199,7 +199,7 @@ def _prepare(
     ``rate``: as asked, or that of the run to resume, whose record is ``before``.
     """
     settings, learned, reading = asked.model_dump(mode="json"), learned_of(asked), part_of(Reading, asked)
-    base = part_of(Base, asked, quantization=setup.quantization_for(asked.method, asked))
+    base = part_of(Base, asked, quantization=setup.quantization_for(asked.method, asked, asked.model))
     lora = asked.lora_config(asked.method)
     learning = LEARNING[learned.objective](learned)
     texts, config = _read(base, reading, learned, lora, observer, retention)

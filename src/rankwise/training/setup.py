@@ -24,7 +24,7 @@ from rankwise.adapters.folder import WEIGHTS_FILE, labels_of, read_folder, token
 from rankwise.adapters.select import with_heads
 from rankwise.adapters.switch import keep_reference
 from rankwise.compat.transformers import before_weights
-from rankwise.config import StepOptions, TrainSettings
+from rankwise.config import RunOptions, TrainSettings, keeps_file_bits
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.objectives import ANSWER_IDS, formats_of, labels_in
@@ -40,7 +40,7 @@ from rankwise.models.prepared import is_quantized, load_prepared, user_cache
 from rankwise.models.source import weights_files
 from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import flag
-from rankwise.quantization.config import CONFIGS, FourBitConfig
+from rankwise.quantization.config import CONFIGS, FileConfig, FourBitConfig
 from rankwise.records import record_of
 from rankwise.training import ranks, step
 from rankwise.training.batches import longest_row
@@ -179,11 +179,12 @@ def other_hashes(adapter: Path | None, added: str | None) -> dict[str, str]:
     return found
 
 
-def quantization_for(method: str, options: StepOptions) -> FourBitConfig | None:
-    """The 4-bit config of the method, None if the base is dense. Defaults: NF4 with double quantization (QLoRA,
-    section 3)."""
+def quantization_for(method: str, options: RunOptions, model: str) -> FourBitConfig | None:
+    """The config of the method's packed base, None if the base is dense. Defaults: NF4 with double quantization (QLoRA,
+    section 3); the file's own bits for a GGUF."""
     if not method_of(method).four_bits:
-        return None
+        on_cpu, is_file = choose_device(options.device).device == "cpu", model.lower().endswith(".gguf")
+        return FileConfig() if keeps_file_bits(options.base_bits, method, is_file=is_file, on_cpu=on_cpu) else None
     return CONFIGS[options.quant_type](block_size=options.block_size, double_quant=options.double_quant)
 
 
@@ -212,6 +213,12 @@ def load_for_training(base: Base, labels: Labels | None = None, trained_whole: S
     weights, autocast = step.mixed_precision(base.method, choice.dtype, where.type)
     source = fetch_model(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
     source = dataclasses.replace(source, labels=labels)
+    if source.kind == "gguf" and method_of(base.method).four_bits:
+        warn(
+            "RW179",
+            f"{base.model} has bits of its own, which --method {base.method} expands and rounds again: loss is paid "
+            "twice, for a base that nobody serves; lora and dora train over the file itself.",
+        )
     if labels is not None:
         # A new head is random.
         seed_all(base.seed)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rankwise.compat.torch import in_backward_pass
 from rankwise.errors import QuantizationError
+from rankwise.ops.gguf_blocks import BLOCK_TYPES
 from rankwise.ops.packed_weight import PackedWeight, code_table, dynamic_map
 
 # From slow to fast, in the numbering of csrc/rankwise_native.h; a CPU has some of them. On Arm, "portable" includes
@@ -27,7 +28,7 @@ LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 # The numbers of the dtypes that functions without 4-bit weights take.
 DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
-_INTERFACE = 11
+_INTERFACE = 12
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and, in a copy of rankwise's repository, run "
     "`pip install --force-reinstall --no-deps .` (`-e .` for an editable installation)."
@@ -46,6 +47,10 @@ class Weight(ctypes.Structure):
         ("dynamic_map", ctypes.c_void_p),
         ("elements", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
+        ("ggml_type", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
     )
 
 
@@ -183,7 +188,20 @@ class NativeWeight:
     def __init__(self, weight: PackedWeight) -> None:
         codes, absmax, nested_absmax = weight.codes.contiguous(), weight.absmax.contiguous(), weight.nested_absmax
         nested_absmax = None if nested_absmax is None else nested_absmax.contiguous()
-        self.buffers = (codes, absmax, nested_absmax, weight.offset)
+        order = None if weight.order is None else weight.order.contiguous()
+        self.buffers = (codes, absmax, nested_absmax, weight.offset, order)
+        if weight.in_file_blocks:
+            kind, K = BLOCK_TYPES[weight.quant_type], weight.shape[1]
+            self.struct = Weight(
+                packed=codes.data_ptr(),
+                elements=weight.elements,
+                block_size=kind.elements,
+                ggml_type=kind.number,
+                columns=K,
+                row_bytes=kind.row_bytes(K),
+                order=pointer(order),
+            )
+            return
         self.struct = Weight(
             codes.data_ptr(),
             absmax.data_ptr(),

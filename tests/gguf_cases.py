@@ -30,6 +30,16 @@ def tiny(kind: str, **overrides: object):
     return model
 
 
+GEMMA4 = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "per_layer_config": {"1": {"head_dim": 512}},
+    "head_dim": 256,
+    "sliding_window": 64,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 97,
+}
+OF_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "per_layer_input_gate"]
+
 # What transformers does not read of a GGUF has its default: head sizes, GPT-2's positions, the experts' width.
 FAMILIES = {
     "llama": (tiny_llama, {}),
@@ -39,7 +49,9 @@ FAMILIES = {
     "qwen3": (lambda: tiny("qwen3", head_dim=128), {}),
     "gemma2": (lambda: tiny("gemma2", head_dim=256, query_pre_attn_scalar=256), {}),
     "gemma3_text": (lambda: tiny("gemma3_text", head_dim=256, query_pre_attn_scalar=256), {}),
+    "gemma4_text": (lambda: tiny("gemma4_text", **GEMMA4), {"target_modules": OF_LAYERS}),
     "phi3": (lambda: tiny("phi3"), {}),
+    "smollm3": (lambda: tiny("smollm3"), {}),
     "gpt2": (lambda: tiny_gpt2(n_positions=1024), {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "mixtral": (lambda: tiny_moe("mixtral"), {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "qwen3_moe": (
