@@ -622,7 +622,12 @@ def over_file(model: PlannedModel, ask: Estimator) -> Estimator:
             "weights_4bit": model.facts.packed_bytes,
         }
         less = found.breakdown["weights"] - sum(held.values())
-        return dataclasses.replace(found, breakdown={**found.breakdown, **held}, peak_bytes=found.peak_bytes - less)
+        return dataclasses.replace(
+            found,
+            breakdown={**found.breakdown, **held},
+            peak_bytes=found.peak_bytes - less,
+            notes=(*found.notes, "the base stays in the GGUF file's own bits; --base-bits 16 expands it"),
+        )
 
     return asked
 

@@ -39,6 +39,7 @@ from rankwise.models.device import cpu_name
 from rankwise.models.prepared import mapped_files
 from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import flag
+from rankwise.quantization.config import FileConfig
 from rankwise.quantization.linear import count_weights
 from rankwise.records import WAIT_POLICIES, RunRecord, check_writable, load_record, versions_of
 from rankwise.training import checkpoints, ranks, setup
@@ -311,6 +312,8 @@ def _load(
 ) -> tuple[setup.LoadedBase, LoraConfig]:
     """The model, with the new tokens that are ``added``, and what its adapter trains."""
     observer.phase("Loading the model")
+    if isinstance(base.quantization, FileConfig):
+        observer.note("base: in the GGUF file's own bits, mapped from it; --base-bits 16 expands it")
     if foresight is not None:
         foresight.before_loading(0 if texts.labels is None else len(texts.labels.names))
         # No process loads the model before all have measured the free memory.
@@ -375,8 +378,9 @@ def _measured(
 
     ``inputs``: with the processor all that it depends on, as JSON; it is kept by these.
     """
-    observer.phase("Measuring 8-bit products")
     rows = affordable_rows(pace.batch_size, tokens, pace.total_steps * pace.gradient_accumulation)
+    if rows:
+        observer.phase("Measuring 8-bit products")
     found = judge(loaded.model, objective, loaded.autocast, rows, kept_file(cpu_name(), *inputs))
     products: Products = "bfloat16" if found is None else found.products
     observer.note(f"frozen products: {products} ({TOO_SHORT if found is None else found})")
