@@ -104,7 +104,7 @@ def test_a_recipe_builds(file, tmp_path):
     MODELS[settings.model].save_pretrained(tmp_path)
     labels = Labels(("0", "1")) if settings.objective == "classify" else None
     model = load_skeleton(dataclasses.replace(fetch_model(tmp_path, weights=False), labels=labels))
-    if (four_bits := quantization_for(settings.method, settings)) is not None:
+    if (four_bits := quantization_for(settings.method, settings, settings.model)) is not None:
         rw.quantize(model, four_bits)
         assert len(list(four_bit_layers(model))) == 7 * model.config.num_hidden_layers
     rw.add_adapter(model, with_heads(model, settings.lora_config(settings.method)))

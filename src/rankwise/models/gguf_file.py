@@ -147,8 +147,8 @@ class _Reader:
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except (KeyError, ValueError):
             raise self.fault(f"stores {name!r} as ggml type {kind}, which the installed gguf does not know") from None
-        if (shape[0] if shape else 1) % block:
-            raise self.fault(f"gives {name!r} rows of {shape[0]}, which is not a multiple of its block of {block}")
+        if (row := shape[0] if shape else 1) % block:
+            raise self.fault(f"gives {name!r} rows of {row}, which is not a multiple of its block of {block}")
         return name, GgufTensor(shape, kind, begin, begin + prod(shape) // block * block_bytes)
 
 

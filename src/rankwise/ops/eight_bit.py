@@ -83,9 +83,9 @@ def _largest(weight: Tensor) -> int:
     """The largest integer of the products that run with this weight."""
     if not selection.takes_native(weight):
         return LARGEST
-    from rankwise.ops.cpu import products
+    from rankwise.ops.cpu import native
 
-    return products.largest() or LARGEST
+    return int(native.library().rw_products_largest()) or LARGEST
 
 
 def calibrate(rows: Tensor, weights: Sequence[Frozen]) -> None:
