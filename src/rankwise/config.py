@@ -335,8 +335,8 @@ class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
     new_tokens: Annotated[
         str | None,
         _adapter(
-            "Tokens to add to the vocabulary: separated by commas, or a file with one token on each line. Of the "
-            "embedding and the head, only the rows of these tokens train.",
+            "Tokens to add to the vocabulary, or that it has and whose rows are to train: separated by commas, or a "
+            "file with one token on each line. Of the embedding and the head, only the rows of these tokens train.",
             metavar="FILE|A,B",
         ),
     ] = None

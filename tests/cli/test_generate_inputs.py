@@ -76,6 +76,15 @@ def test_a_conversation_is_continued(form, generate, seen, tmp_path):
     assert done.document["answers"][0]["messages"] == one
 
 
+def test_held_out_rows_are_asked_without_their_answer(generate, seen, tmp_path):
+    rows = [chat(("user", "Hi"), ("assistant", "Hello")), [*chat(("user", "Rain?")), CALL]]
+    file = write(tmp_path / "held-out.jsonl", "".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    done = generate("--messages", file, "--json")
+    assert seen == [f"<s>user: {prompt}</s><s>assistant: " for prompt in ("Hi", "Rain?")]
+    assert [one["expected"] for one in done.document["answers"]] == ["Hello", json.dumps(CALL["tool_calls"])]
+    assert "Hi\n  data:  Hello\n" in generate("--messages", file).stdout
+
+
 def test_tools_and_calls_go_to_the_template(generate, seen, tmp_path):
     messages = [*chat(("user", "Rain?")), CALL, *chat(("tool", "sunny"))]
     file = write(tmp_path / "a.json", {"messages": messages, "tools": TOOLS})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_rows import Recorder
+from transformers import AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.adapters.folder import quantization_of
 from rankwise.conflicts import check_conflicts
-from rankwise.errors import ConfigError, Interrupted
+from rankwise.errors import ConfigError, Interrupted, RankwiseWarning
 from rankwise.evaluation.engine import LoadOptions, load_as_trained
 from rankwise.records import load_record, read_metrics
 from rankwise.training.optimizers import EMBEDDING_RATE, loraplus_groups
@@ -205,8 +207,22 @@ def test_new_tokens_from_the_command_to_the_answer(method: str, settings: Any, t
     assert ids[1] == loaded.tokenizer.convert_tokens_to_ids("<yes>") == 94
 
 
+def test_a_token_that_the_model_was_never_taught_is_warned_of_and_can_be_trained(settings: Any, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.lm_head.weight.data[2] = base.lm_head.weight.data[0]
+    base.save_pretrained(tmp_path / "base")
+    with pytest.warns(RankwiseWarning, match=r"write </s>, .* the same row for 1 other"):
+        train(settings(max_steps=2))
+    with warnings.catch_warnings(record=True) as heard:
+        train(settings(max_steps=2, new_tokens="</s>", output=tmp_path / "taught"))
+    assert not [one for one in heard if "never taught" in str(one.message)]
+    stored = weights(tmp_path / "taught")["base_model.model.lm_head.token_adapter.trainable_tokens_delta"]
+    assert stored.shape == (1, 32)
+    assert not torch.equal(stored[0], base.lm_head.weight[2])
+
+
 def test_new_tokens_that_are_none_are_refused(settings: Any, tmp_path: Path) -> None:
-    for given in ("w1,<new>", "<new>,<new>", " , "):
+    for given in ("<new>,<new>", " , "):
         with pytest.raises(ConfigError, match="RW787"):
             train(settings(new_tokens=given))
     assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ turn, through its chat template.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,10 +42,19 @@ class Conversation:
     tools: tuple[Fields, ...] | None = None
     # Its name in messages.
     place: str = "the prompt"
+    # The last turn of a row of data, which the model is not shown.
+    answer: Message | None = None
 
     @property
     def prompt(self) -> str:
         return str(self.messages[-1]["content"])
+
+    @property
+    def expected(self) -> str | None:
+        """The answer of the row of data: its text, or else its calls as JSON."""
+        if self.answer is None:
+            return None
+        return str(self.answer.get("content") or json.dumps(self.answer.get("tool_calls"), ensure_ascii=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +197,8 @@ def run(settings: GenerateSettings, output: Output) -> Document:
     for asked in conversations:
         said = speaker.answers(asked)
         files.check()
-        print_answer(output, asked.prompt, said)
+        title = asked.prompt if asked.expected is None else f"{asked.prompt}\n  data:  {asked.expected}"
+        print_answer(output, title, said)
         found.append(_entry(asked, said))
         if "tuned" in said and said["tuned"].repeats:
             symptoms.append("base" in said and said["base"].repeats is not None)
@@ -207,6 +218,7 @@ def run(settings: GenerateSettings, output: Output) -> Document:
 def _entry(asked: Conversation, said: Mapping[str, Said]) -> JsonObject:
     return {
         "prompt": asked.prompt,
+        "expected": asked.expected,
         **{name: said[name].text if name in said else None for name in ("base", "tuned")},
         "messages": asked.messages if len(asked.messages) > 1 else None,
         "cut_at": {name: one.cut_at for name, one in said.items() if one.cut_at},
@@ -321,17 +333,21 @@ def _conversations(path: Path) -> list[Conversation]:
 
 
 def _conversation(place: str, text: str) -> Conversation:
-    """A list of messages, or an object with ``messages``."""
+    """A list of messages, or an object with ``messages``: a row of data, whose last turn may be the answer."""
     try:
-        record = parse_json(text)
+        record, answer = parse_json(text), None
+        is_row = isinstance(record, dict)
         if isinstance(record, list):
             record = {"messages": record}
         if not isinstance(record, dict):
             raise BadRow(f"expected a list of messages or an object with `messages`, found {str(record)[:40]!r}")
         messages = conversation(record)
+        if is_row and len(messages) > 1 and messages[-1]["role"] == "assistant":
+            *before, answer = messages
+            messages = tuple(before)
         if messages[-1]["role"] not in ("user", "tool"):
             raise BadRow(f"expected a `user` or `tool` message to answer at the end, found `{messages[-1]['role']}`")
-        return Conversation(messages, tools_of(record), place)
+        return Conversation(messages, tools_of(record), place, answer)
     except (BadRow, ValueError) as error:
         why = str(error) if isinstance(error, BadRow) else f"invalid JSON ({error})"
         raise DataError("RW203", f"{place}: {why}. Correct or remove it.") from None

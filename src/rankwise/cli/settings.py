@@ -79,7 +79,8 @@ class GenerateSettings(LoadingOptions):
     messages: Annotated[
         Path | None,
         _option(
-            "Conversation to continue: a JSON list of {role, content}; in a .jsonl file one on each line.",
+            "Conversation to continue: a JSON list of {role, content}, or a chat row as in --data (also with tools), "
+            "whose last answer is shown and not read; in a .jsonl file one on each line.",
             metavar="FILE",
         ),
     ] = None

@@ -222,6 +222,8 @@ def _prepare(
     prepared = _accelerated(asked, base, learned.objective, before, model, data, observer)
     if OBJECTIVES[learned.objective].has_answers:
         setup.check_labels(data)
+        if base.strategy != "fsdp":
+            setup.warn_of_untrained_tokens(model, loaded.tokenizer, data, lora)
     # One checkpoint more is being written, and the result takes as much.
     check_space(asked.output, checkpoint_bytes(model) * (asked.save_total_limit + 3))
     asked_pace = part_of(Pace, asked)

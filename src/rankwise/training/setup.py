@@ -369,15 +369,16 @@ def new_tokens(given: str) -> list[str]:
 @torch.no_grad()
 def add_new_tokens(model: Any, tokenizer: Any, tokens: list[str], config: LoraConfig) -> LoraConfig:
     """Add ``tokens`` to tokenizer, embedding and head. A new row is the mean of the rows of the tokens into which the
-    text was split before. Returns the configuration with which the new rows train.
-
-    Raises ConfigError (RW787) for tokens that the tokenizer has already.
+    text was split before; that of a token which the tokenizer has already stays. Returns the configuration with which
+    the rows of all of them train.
     """
-    known = [token for token in tokens if token in tokenizer.get_vocab()]
-    if known:
-        raise ConfigError("RW787", f"--new-tokens names {', '.join(known)}, which the tokenizer has; leave them out.")
-    pieces = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
-    tokenizer.add_tokens(tokens)
+    vocabulary = tokenizer.get_vocab()
+    pieces = [
+        [vocabulary[token]] if token in vocabulary else tokenizer(token, add_special_tokens=False)["input_ids"]
+        for token in tokens
+    ]
+    # A word of the vocabulary that was added once more would be split off everywhere.
+    tokenizer.add_tokens([token for token in tokens if token not in vocabulary])
     ids = tokenizer.convert_tokens_to_ids(tokens)
     before = len(model.get_input_embeddings().weight)
     if max(ids) >= before:
@@ -393,6 +394,39 @@ def add_new_tokens(model: Any, tokenizer: Any, tokens: list[str], config: LoraCo
             W[index] = (W[own] if own else W[:before]).float().mean(dim=0)
     names = {name for name, module in model.named_modules() if any(module is end for end in ends.values())}
     return dataclasses.replace(config, trainable_token_indices=dict.fromkeys(sorted(names), ids))
+
+
+# Rows of a head are the same if they differ by less than this share of their norm, which 4 bits would leave of them.
+SAME_ROWS, ROWS_AT_ONCE = 0.02, 4096
+
+
+@torch.no_grad()
+def warn_of_untrained_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, config: LoraConfig) -> None:
+    """Warn (RW787) of added tokens in the answers whose rows of the head equal other rows. Logits are h W^T, so tokens
+    with the same row have the same logit whatever an adapter below the head makes of h: none is ever the likeliest.
+    """
+    import pyarrow.compute as pc
+
+    rows, head = data.train.dataset, model.get_output_embeddings()
+    if head is None or "labels" not in rows.column_names or any(p.requires_grad for p in head.parameters()):
+        return
+    labels = {*pc.unique(pc.list_flatten(rows.data.column("labels"))).to_pylist()}
+    own = {index for rows in config.token_rows.values() for index in rows}
+    ids = sorted(labels & tokenizer.added_tokens_decoder.keys() - own)
+    W = head.weight
+    if not ids or not W.is_floating_point():
+        return
+    asked, same = W[ids].float(), torch.zeros(len(ids), device=W.device)
+    for part in W.split(ROWS_AT_ONCE):
+        same += (torch.cdist(asked, part.float()) <= SAME_ROWS * asked.norm(dim=1, keepdim=True)).sum(dim=1)
+    if found := [(tokenizer.convert_ids_to_tokens(index), int(n) - 1) for index, n in zip(ids, same) if n > 1]:
+        names = ",".join(str(token) for token, _ in found)
+        warn(
+            "RW787",
+            f"the rows train the model to write {names}, which it was never taught: the head has the same row for "
+            f"{found[0][1]:,} other tokens, so an adapter alone cannot make it the likeliest. Give --new-tokens "
+            f'"{names}" to train these rows as well, or a --chat-template without them.',
+        )
 
 
 def check_labels(data: Data) -> None:
