@@ -104,6 +104,8 @@ def test_the_refusal_names_changes_that_fit(train, little_memory, toy_memory, mo
     seen = []
     real = guard.MemoryGuard._ask
     monkeypatch.setattr(guard.MemoryGuard, "_ask", lambda self, workload: seen.append(real(self, workload)) or seen[-1])
+    # What loading leaves differs from run to run.
+    monkeypatch.setattr(guard.MemoryGuard, "_with_loaded", lambda self, predicted, mapped: predicted)
     assert train().code == 0
     smallest, needed = seen[0].peak_bytes, seen[-1].peak_bytes
     assert needed > smallest
