@@ -10,6 +10,7 @@ import pytest
 
 from rankwise.config import TrainSettings
 from rankwise.errors import RunError
+from rankwise.models import fetch_model
 from rankwise.planning import guard
 from rankwise.reports.numbers import byte_size
 from toy_memory import toy_estimate
@@ -138,7 +139,7 @@ def test_a_checkpoint_of_4_bits_is_held_against_the_memory_as_such(little_memory
             model=str(folder), data="D", output="O", method=method, device="cpu", double_quant=double_quant
         )
         asked = guard.MemoryGuard(settings.model_dump(), print, lambda: 0, ignore=False)
-        asked.before_loading()
+        asked.before_loading(fetch_model(str(folder)))
         return asked._ask(asked._run.workload)
 
     little_memory(10**15)

@@ -70,7 +70,7 @@ def test_each_kind_of_base_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> 
     loaded: list[str] = []
     monkeypatch.setattr(steps, "fetch_model", lambda *_, **__: None)
     monkeypatch.setattr(steps, "needs_preparation", lambda source, quantization: quantization is not None)
-    monkeypatch.setattr(steps, "load_for_training", lambda base: loaded.append(base.method))
+    monkeypatch.setattr(steps, "load_for_training", lambda base, source: loaded.append(base.method))
     common = {"model": "demo", "data": "rows.jsonl", "output": "out", "objective": "sft"}
     prepare({"runs": [{**common, "method": method} for method in ("lora", "dora", "qlora", "qdora", "full")]})
     assert loaded == ["qlora"]

@@ -155,18 +155,18 @@ def guarding(model: Path, **how: Any) -> MemoryGuard:
 
 def test_a_run_of_which_no_row_fits_is_refused_before_its_weights_are_read(model: Path, memory: Any) -> None:
     memory(10**10)
-    guarding(model).before_loading()
+    guarding(model).before_loading(fetch_model(str(model)))
     memory(10**6)
     with pytest.raises(RunError, match=r"RW562: this run cannot fit: even one row of 16 tokens takes .* 1\.00 MB"):
-        guarding(model).before_loading()
+        guarding(model).before_loading(fetch_model(str(model)))
     with pytest.warns(RankwiseWarning, match="RW563: .*even one row of 16 tokens .*--ignore-plan"):
-        guarding(model, ignore=True).before_loading()
+        guarding(model, ignore=True).before_loading(fetch_model(str(model)))
 
 
 def test_a_run_may_need_less_memory_than_its_base(model: Path, memory: Any) -> None:
     memory(10**10)
     guarded = guarding(model, own_memory=lambda: 10**9)
-    guarded.before_loading()
+    guarded.before_loading(fetch_model(str(model)))
     batch = MicroBatch(1, 16, 1.0)
     guarded.before_training(batch, None, files_of(0))
     assert guarded.predicted is not None
@@ -174,7 +174,7 @@ def test_a_run_may_need_less_memory_than_its_base(model: Path, memory: Any) -> N
     memory(guarded.predicted.peak_bytes - 1)
     told: list[str] = []
     guarded = guarding(model, say=told.append, own_memory=lambda: 10**9 - mapped)
-    guarded.before_loading()
+    guarded.before_loading(fetch_model(str(model)))
     guarded.before_training(batch, None, files_of(mapped))
     assert "from disk" in told[-2]
     assert "read again from the disk in each step: 0.0 s at 1 GB/s (assumed)" in told[-1]
@@ -185,9 +185,9 @@ def test_a_run_may_need_less_memory_than_its_base(model: Path, memory: Any) -> N
 
 def test_processes_share_the_memory(model: Path, memory: Any) -> None:
     memory(10**9)
-    guarding(model).before_loading()
+    guarding(model).before_loading(fetch_model(str(model)))
     with pytest.raises(RunError, match="RW562.* for each process"):
-        guarding(model, sharers=1000).before_loading()
+        guarding(model, sharers=1000).before_loading(fetch_model(str(model)))
 
 
 def test_weights_in_mapped_files_are_not_taken_from_what_the_process_has(model: Path, memory: Any) -> None:
@@ -197,7 +197,7 @@ def test_weights_in_mapped_files_are_not_taken_from_what_the_process_has(model: 
     found = []
     for own, of_files in ((others + mapped, 0), (others, mapped)):
         guarded = guarding(model)
-        guarded.before_loading()
+        guarded.before_loading(fetch_model(str(model)))
         guarded.own_memory = lambda own=own: own
         found.append(guarded.before_training(batch, None, files_of(of_files)))
     assert found[0] == found[1]
@@ -208,7 +208,7 @@ def test_a_prediction_holds_what_loading_has_left(model: Path, memory: Any) -> N
 
     def peak(own: int) -> int:
         guarded = guarding(model, own_memory=lambda: own)
-        guarded.before_loading()
+        guarded.before_loading(fetch_model(str(model)))
         found = guarded.before_training(MicroBatch(1, 16, 1.0), None, files_of(0))
         assert found is not None
         return found[0]

@@ -244,7 +244,7 @@ def prepare(job: Fields) -> None:
             source = dataclasses.replace(source, labels=Labels(("0", "1")))
         quantization = quantization_for(given.method, given, given.model)
         if needs_preparation(source, quantization):
-            load_for_training(part_of(Base, given, quantization=quantization))
+            load_for_training(part_of(Base, given, quantization=quantization), source)
 
 
 def main(argv: list[str]) -> int:

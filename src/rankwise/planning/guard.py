@@ -11,7 +11,7 @@ from rankwise.errors import InputError, RunError, warn
 from rankwise.foreign import Fields
 from rankwise.methods import method_of
 from rankwise.models.prepared import MappedFiles
-from rankwise.models.source import fetch_model
+from rankwise.models.source import ModelSource
 from rankwise.options import option_words
 from rankwise.planning.advice import (
     LADDER,
@@ -76,8 +76,7 @@ class MemoryGuard:
     machine, which share a CPU's memory; each has its own GPU.
 
     ``before_loading`` and ``before_training`` raise RunError (RW562) if the run cannot fit; with ``ignore`` they warn
-    instead (RW563). They also warn if the memory cannot be predicted (RW564). ``before_loading`` raises ModelError if
-    the model's configuration cannot be fetched.
+    instead (RW563). They also warn if the memory cannot be predicted (RW564).
     """
 
     def __init__(
@@ -94,18 +93,17 @@ class MemoryGuard:
         self.predicted: MemoryEstimate | None = None
         self._run: _Run | None = None
 
-    def before_loading(self, labels: int = 0) -> None:
+    def before_loading(self, source: ModelSource) -> None:
         method = self.settings["method"]
         if method_of(method).is_guest:
             warn("RW564", f"there is no memory plan for {method}; the run starts without a prediction.")
             return
         machine = this_machine(self.settings["device"]) if self.settings["device"] != "cpu" else cpu_hardware()
         hardware = shared(machine, self.sharers)
-        remote = {"trust_remote_code": self.settings["trust_remote_code"]}
-        source = fetch_model(self.settings["model"], revision=self.settings["revision"], **remote, weights=False)
+        remote, labels = self.settings["trust_remote_code"], 0 if source.labels is None else len(source.labels.names)
         try:
             workload = workload_of({**self.settings, "labels": labels}, hardware)
-            model = read_model(source, labels=labels, **remote)
+            model = read_model(source, labels=labels, trust_remote_code=remote)
             self._run = _Run(
                 hardware,
                 workload,

@@ -34,14 +34,14 @@ from rankwise.errors import RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
 from rankwise.methods import method_of
-from rankwise.models import choose_device
+from rankwise.models import ModelSource, choose_device, fetch_model
 from rankwise.models.device import cpu_name
 from rankwise.models.prepared import mapped_files
 from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import flag
 from rankwise.quantization.config import FileConfig
 from rankwise.quantization.linear import count_weights
-from rankwise.records import WAIT_POLICIES, RunRecord, check_writable, load_record, versions_of
+from rankwise.records import WAIT_POLICIES, RateSearch, RunRecord, check_writable, load_record, versions_of
 from rankwise.training import checkpoints, ranks, setup
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
 from rankwise.training.learning import (
@@ -186,6 +186,17 @@ def _check_length(output: Path, checkpoint: Checkpoint, pace: Pace, peak: float)
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Step:
+    """What a run repeats: batches of an objective, through a model that is made for it."""
+
+    objective: Objective
+    pace: Pace
+    prepared: Prepared
+    # What the measurement of 8-bit products found, if there was one.
+    measured: JsonObject | None
+
+
 def _prepare(
     asked: TrainSettings,
     mode: checkpoints.Mode,
@@ -199,92 +210,49 @@ def _prepare(
 
     ``rate``: as asked, or that of the run to resume, whose record is ``before``.
     """
-    settings, learned, reading = asked.model_dump(mode="json"), learned_of(asked), part_of(Reading, asked)
+    learned, reading = learned_of(asked), part_of(Reading, asked)
     base = part_of(Base, asked, quantization=setup.quantization_for(asked.method, asked, asked.model))
-    lora = asked.lora_config(asked.method)
-    learning = LEARNING[learned.objective](learned)
-    texts, config = _read(base, reading, learned, lora, observer, retention)
-    rates = rates_to_try(rate, asked.searched_rates, config, settings, observer)
-    loaded, lora = _load(base, texts, lora, asked.new_tokens, observer, foresight)
-    model, versions = loaded.model, versions_of(PACKAGES)
-    observer.phase("Encoding data")
-    data = learning.encode(reading, loaded.tokenizer, texts)
-    setup.check_positions(model, [one.dataset for one in (data.train, data.evaluation) if one is not None])
-    described = data.describe()
-    described["train"] |= setup.other_hashes(base.adapter, asked.new_tokens)
-    _check_alike(described, loaded.facts, versions)
+    texts, source, config = _read(base, reading, learned, asked.lora_config(asked.method), observer, retention)
+    rates = rates_to_try(rate, asked.searched_rates, config, asked.model_dump(mode="json"), observer)
+
+    loaded, lora = _load(asked, base, source, texts, observer, foresight)
+    rows = _encode(asked, base, reading, learned, loaded, texts, observer)
     checkpoint = None
     if before is not None:
-        checkpoints.check_same_inputs(asked.output, described, loaded.facts)
+        checkpoints.check_same_inputs(asked.output, rows.described, loaded.facts)
         checkpoint = _checkpoint_to_resume(asked.output)
     how = {"keeps_reference": learned.beta > 0, "is_resumed": checkpoint is not None}
-    trainable = setup.make_trainable(model, base, lora, loaded.facts["sha256"], **how)
-    prepared = _accelerated(asked, base, learned.objective, before, model, data, observer)
-    if OBJECTIVES[learned.objective].has_answers:
-        setup.check_labels(data)
-        if base.strategy != "fsdp":
-            setup.warn_of_untrained_tokens(model, loaded.tokenizer, data, lora)
-    # One checkpoint more is being written, and the result takes as much.
-    check_space(asked.output, checkpoint_bytes(model) * (asked.save_total_limit + 3))
-    asked_pace = part_of(Pace, asked)
-    objective = learning.objective(loaded, data, asked_pace, prepared.flat)
-    pace = paced(objective, asked_pace)
-    measured = None
-    if before is None and asked.products == "auto" and prepared.computing.products == "int8":
-        inputs = [dataclasses.asdict(learned), dataclasses.asdict(lora), described["train"], loaded.facts, versions]
-        tokens = data.train.report.tokens / len(data.train.dataset)
-        prepared, measured = _measured(prepared, loaded, objective, pace, tokens, inputs, observer)
-    if base.strategy == "fsdp" and not is_unit(model):
-        shard(model, mesh_of_all(loaded.device.type), trains_all=method_of(base.method).trains_all)
+    trainable = setup.make_trainable(loaded.model, base, lora, loaded.facts["sha256"], **how)
+
+    step = _make_step(asked, base, learned, lora, before, loaded, rows, observer)
     if checkpoint is not None:
-        _check_length(asked.output, checkpoint, pace, rates[0])
-    # Batches differ between processes; the largest prediction is taken.
-    each = ranks.gathered(
-        _predicted_peak(objective, pace, reading.max_length if asked.packing else None, model, foresight)
+        _check_length(asked.output, checkpoint, step.pace, rates[0])
+    predicted, idle = _predicted_peak(step, reading.max_length if asked.packing else None, loaded.model, foresight)
+    searched = _search(asked, rates, learned, loaded, rows, step, observer) if len(rates) > 1 else None
+    updates = part_of(Updates, asked, rate=rates[0] if searched is None else searched["chosen"])
+    loop = make_loop(
+        step.objective,
+        step.pace,
+        updates,
+        loaded,
+        step.prepared.computing,
+        asked.output,
+        progress=progress_of(checkpoint),
+        is_evaluated=_is_evaluated(asked.output, checkpoint),
     )
-    predicted, idle = max((found for found in each if found is not None), default=(None, None))
-
-    def loop_of(rate: float, pace: Pace, objective: Objective, **how: Any) -> Loop:
-        updates = part_of(Updates, asked, rate=rate)
-        return make_loop(objective, pace, updates, loaded, prepared.computing, asked.output, **how)
-
-    def short_loop(rate: float, pace: Pace, data: setup.Data) -> Loop:
-        objective = learning.objective(loaded, data, pace, prepared.flat)
-        return loop_of(rate, paced(objective, pace), objective, progress=Progress())
-
-    searched = None
-    if len(rates) > 1:
-        options = {name: value for name, value in settings.items() if name not in NOT_OF_THE_LOSS}
-        searched = search(
-            rates,
-            data,
-            model,
-            short_loop,
-            asked_pace,
-            steps=pace.total_steps,
-            budget=asked.budget,
-            output=asked.output,
-            inputs=[options, rates, described, loaded.facts, versions, prepared.computing.products, measured],
-            observer=observer,
-        )
-    found = rates[0] if searched is None else searched["chosen"]
-    is_evaluated = _is_evaluated(asked.output, checkpoint)
-    loop = loop_of(found, pace, objective, progress=progress_of(checkpoint), is_evaluated=is_evaluated)
-    taken, products = resolved(settings, found), prepared.computing.products
     record = _record(
+        asked,
         base,
         loaded,
-        prepared,
-        part_of(Updates, asked, rate=found),
+        step.prepared,
+        updates,
         objective=learned.objective,
-        settings=taken,
-        asked={name: value for name, value in settings.items() if value != {**taken, "products": products}[name]},
         predicted_peak_memory_bytes=predicted,
         idle_bytes=idle,
         trainable_parameters=trainable,
-        data=described,
-        versions=versions,
-        products_measured=measured or (before and before.products_measured),
+        data=rows.described,
+        versions=rows.versions,
+        products_measured=step.measured or (before and before.products_measured),
         rate_search=searched,
     )
     return Session(asked.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, asked.trackers, retention)
@@ -292,39 +260,136 @@ def _prepare(
 
 def _read(
     base: Base, reading: Reading, learned: Learned, lora: LoraConfig, observer: Observer, retention: Retention | None
-) -> tuple[setup.Texts, PreTrainedConfig]:
-    """The rows as text, and the model's config, which is checked first if its head does not follow from the rows."""
-    checked = None if OBJECTIVES[learned.objective].of_labels else setup.check_model(base, lora)
+) -> tuple[setup.Texts, ModelSource, PreTrainedConfig]:
+    """The rows as text, the model's source, and its config, which is checked first if its head does not follow from the
+    rows."""
+    remote: JsonObject = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+    source = fetch_model(base.model, **remote, weights=False)
+    checked = None if OBJECTIVES[learned.objective].of_labels else setup.check_model(source, base, lora)
     observer.phase("Reading data")
     texts = setup.read_data(reading, learned.objective, base.adapter)
     if retention is not None and (rows := retention.rows) is not None:
         warn_of_overlap(texts.rows, rows, "retained")
     if checked is not None:
         setup.check_template(base, texts)
-    return texts, checked or setup.check_model(base, lora, texts.labels)
+    source = dataclasses.replace(source, labels=texts.labels)
+    return texts, source, checked or setup.check_model(source, base, lora)
 
 
 def _load(
+    asked: TrainSettings,
     base: Base,
+    source: ModelSource,
     texts: setup.Texts,
-    lora: LoraConfig,
-    added: str | None,
     observer: Observer,
     foresight: Foresight | None,
 ) -> tuple[setup.LoadedBase, LoraConfig]:
-    """The model, with the new tokens that are ``added``, and what its adapter trains."""
+    """The model, with the new tokens that are asked for, and what its adapter trains."""
+    lora = asked.lora_config(asked.method)
     observer.phase("Loading the model")
     if isinstance(base.quantization, FileConfig):
         observer.note("base: in the GGUF file's own bits, mapped from it; --base-bits 16 expands it")
     if foresight is not None:
-        foresight.before_loading(0 if texts.labels is None else len(texts.labels.names))
+        foresight.before_loading(source)
         # No process loads the model before all have measured the free memory.
         ranks.barrier()
-    loaded = setup.load_for_training(base, texts.labels, lora.modules_to_save or ())
+    loaded = setup.load_for_training(base, source, lora.modules_to_save or ())
     lora = with_heads(loaded.model, lora)
-    if added is not None and method_of(base.method).has_adapter:
-        lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(added), lora)
+    if asked.new_tokens is not None and method_of(base.method).has_adapter:
+        lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(asked.new_tokens), lora)
     return loaded, lora
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """A run's rows, and how the record describes them and the libraries that encoded them."""
+
+    data: setup.Data
+    described: dict[str, JsonObject]
+    versions: dict[str, str]
+
+
+def _encode(
+    asked: TrainSettings,
+    base: Base,
+    reading: Reading,
+    learned: Learned,
+    loaded: setup.LoadedBase,
+    texts: setup.Texts,
+    observer: Observer,
+) -> _Rows:
+    observer.phase("Encoding data")
+    data = LEARNING[learned.objective](learned).encode(reading, loaded.tokenizer, texts)
+    setup.check_positions(loaded.model, [one.dataset for one in (data.train, data.evaluation) if one is not None])
+    described, versions = data.describe(), versions_of(PACKAGES)
+    described["train"] |= setup.other_hashes(base.adapter, asked.new_tokens)
+    _check_alike(described, loaded.facts, versions)
+    return _Rows(data=data, described=described, versions=versions)
+
+
+def _make_step(
+    asked: TrainSettings,
+    base: Base,
+    learned: Learned,
+    lora: LoraConfig,
+    before: RunRecord | None,
+    loaded: setup.LoadedBase,
+    rows: _Rows,
+    observer: Observer,
+) -> _Step:
+    """The model with faster parts, laid over the processes, and what it learns."""
+    model, data = loaded.model, rows.data
+    prepared = _accelerated(asked, base, learned.objective, before, model, data, observer)
+    if OBJECTIVES[learned.objective].has_answers:
+        setup.check_labels(data)
+        if base.strategy != "fsdp":
+            setup.warn_of_untrained_tokens(model, loaded.tokenizer, data, lora)
+    # One checkpoint more is being written, and the result takes as much.
+    check_space(asked.output, checkpoint_bytes(model) * (asked.save_total_limit + 3))
+    pace = part_of(Pace, asked)
+    objective = LEARNING[learned.objective](learned).objective(loaded, data, pace, prepared.flat)
+    pace = paced(objective, pace)
+    measured = None
+    if before is None and asked.products == "auto" and prepared.computing.products == "int8":
+        inputs = [dataclasses.asdict(learned), dataclasses.asdict(lora)]
+        inputs += [rows.described["train"], loaded.facts, rows.versions]
+        tokens = data.train.report.tokens / len(data.train.dataset)
+        prepared, measured = _measured(prepared, loaded, objective, pace, tokens, inputs, observer)
+    if base.strategy == "fsdp" and not is_unit(model):
+        shard(model, mesh_of_all(loaded.device.type), trains_all=method_of(base.method).trains_all)
+    return _Step(objective=objective, pace=pace, prepared=prepared, measured=measured)
+
+
+def _search(
+    asked: TrainSettings,
+    rates: Sequence[float],
+    learned: Learned,
+    loaded: setup.LoadedBase,
+    rows: _Rows,
+    step: _Step,
+    observer: Observer,
+) -> RateSearch:
+    """The short runs of ``rates``, and the best of them."""
+    computing = step.prepared.computing
+
+    def loop_of(rate: float, pace: Pace, data: setup.Data) -> Loop:
+        objective = LEARNING[learned.objective](learned).objective(loaded, data, pace, step.prepared.flat)
+        updates, pace = part_of(Updates, asked, rate=rate), paced(objective, pace)
+        return make_loop(objective, pace, updates, loaded, computing, asked.output, progress=Progress())
+
+    options = {n: value for n, value in asked.model_dump(mode="json").items() if n not in NOT_OF_THE_LOSS}
+    return search(
+        rates,
+        rows.data,
+        loaded.model,
+        loop_of,
+        part_of(Pace, asked),
+        steps=step.pace.total_steps,
+        budget=asked.budget,
+        output=asked.output,
+        inputs=[options, rates, rows.described, loaded.facts, rows.versions, computing.products, step.measured],
+        observer=observer,
+    )
 
 
 def _check_alike(described: Mapping[str, Fields], facts: Fields, versions: Mapping[str, str]) -> None:
@@ -391,26 +456,33 @@ def _measured(
 
 
 def _predicted_peak(
-    objective: Objective, pace: Pace, packed_length: int | None, model: nn.Module, foresight: Foresight | None
-) -> tuple[int, int] | None:
+    step: _Step, packed_length: int | None, model: nn.Module, foresight: Foresight | None
+) -> tuple[int | None, int | None]:
     """The predicted peak in bytes, over training and evaluation, and that of an idle process; None without a plan.
-    Packed rows count as full."""
-    if foresight is None:
-        return None
-    batch = objective.largest_batch(coming_batches(objective, pace))
-    if packed_length is not None:
-        batch = dataclasses.replace(batch, rows=pace.batch_size, tokens=packed_length)
-    return foresight.before_training(batch, objective.largest_evaluation(), mapped_files(model))
+    Packed rows count as full. Batches differ between processes; the largest prediction is taken."""
+    found = None
+    if foresight is not None:
+        batch = step.objective.largest_batch(coming_batches(step.objective, step.pace))
+        if packed_length is not None:
+            batch = dataclasses.replace(batch, rows=step.pace.batch_size, tokens=packed_length)
+        found = foresight.before_training(batch, step.objective.largest_evaluation(), mapped_files(model))
+    return max((one for one in ranks.gathered(found) if one is not None), default=(None, None))
 
 
-def _record(base: Base, loaded: setup.LoadedBase, prepared: Prepared, updates: Updates, **known: Any) -> RunRecord:
+def _record(
+    asked: TrainSettings, base: Base, loaded: setup.LoadedBase, prepared: Prepared, updates: Updates, **known: Any
+) -> RunRecord:
     """The record of a run that begins. ``known``: further fields."""
     model, rates = loaded.model, None
+    settings = asked.model_dump(mode="json")
+    taken = resolved(settings, updates.rate)
     if updates.loraplus_ratio is not None and has_adapter(model):
         options = {"rate": updates.rate, "ratio": updates.loraplus_ratio, "weight_decay": updates.weight_decay}
         rates = {group["group"]: group["lr"] for group in loraplus_groups(model, **options)}
     computing = prepared.computing
     return RunRecord(
+        settings=taken,
+        asked={n: value for n, value in settings.items() if value != {**taken, "products": computing.products}[n]},
         method=base.method,
         seed=base.seed,
         total_parameters=count_weights(model),

@@ -24,6 +24,7 @@ from rankwise.disk import coded_errors, flush, flush_tree, follow_umask, refuse_
 from rankwise.errors import Interrupted, warn
 from rankwise.foreign import JsonObject
 from rankwise.models.prepared import MappedFiles, mapped_files
+from rankwise.models.source import ModelSource
 from rankwise.objectives import OBJECTIVES
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows, write_text
 from rankwise.reports.model_card import model_card
@@ -65,8 +66,8 @@ FAR_ABOVE = 1.5
 class Foresight(Protocol):
     """A memory plan that is asked before a run starts. Both methods may raise to refuse the run."""
 
-    def before_loading(self, labels: int) -> None:
-        """Called before the model is loaded, with the number of labels of its head; 0 for a language model."""
+    def before_loading(self, source: ModelSource) -> None:
+        """Called before the model is loaded."""
 
     def before_training(
         self, batch: MicroBatch, evaluation: MicroBatch | None, mapped: MappedFiles

@@ -188,12 +188,10 @@ def quantization_for(method: str, options: RunOptions, model: str) -> FourBitCon
     return CONFIGS[options.quant_type](block_size=options.block_size, double_quant=options.double_quant)
 
 
-def check_model(base: Base, config: LoraConfig, labels: Labels | None = None) -> PreTrainedConfig:
-    """The model's config. Raises what it alone decides, before the weights are there: no such model, an adapter that
-    does not fit it."""
-    remote: JsonObject = {"trust_remote_code": base.trust_remote_code}
-    source = fetch_model(base.model, revision=base.revision, **remote, weights=False)
-    skeleton = load_skeleton(dataclasses.replace(source, labels=labels), **remote)
+def check_model(source: ModelSource, base: Base, config: LoraConfig) -> PreTrainedConfig:
+    """The model's config. Raises what it alone decides, before the weights are there: no model of a known kind, an
+    adapter that does not fit it."""
+    skeleton = load_skeleton(source, trust_remote_code=base.trust_remote_code)
     if not method_of(base.method).has_adapter:
         return skeleton.config
     # The loaded model gives the warnings again.
@@ -205,21 +203,21 @@ def check_model(base: Base, config: LoraConfig, labels: Labels | None = None) ->
     return skeleton.config
 
 
-def load_for_training(base: Base, labels: Labels | None = None, trained_whole: Sequence[str] = ()) -> LoadedBase:
-    """Load the base model to its device in the dtype that the method needs, with a head of ``labels``. With --strategy
-    fsdp, only this process's rows are read where the file format permits it, but of the modules ``trained_whole``."""
+def load_for_training(base: Base, source: ModelSource, trained_whole: Sequence[str] = ()) -> LoadedBase:
+    """Load the base model to its device in the dtype that the method needs, with a head of its ``source``'s labels.
+    With --strategy fsdp, only this process's rows are read where the file format permits it, but of the modules
+    ``trained_whole``."""
     choice = choose_device(base.device, base.dtype)
     where = torch.device(choice.device)
     weights, autocast = step.mixed_precision(base.method, choice.dtype, where.type)
-    source = fetch_model(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
-    source = dataclasses.replace(source, labels=labels)
+    source = fetch_model(source, trust_remote_code=base.trust_remote_code)
     if source.kind == "gguf" and method_of(base.method).four_bits:
         warn(
             "RW179",
             f"{base.model} has bits of its own, which --method {base.method} expands and rounds again: loss is paid "
             "twice, for a base that nobody serves; lora and dora train over the file itself.",
         )
-    if labels is not None:
+    if source.labels is not None:
         # A new head is random.
         seed_all(base.seed)
     by_rows: AbstractContextManager[None] = nullcontext()
