@@ -5,6 +5,7 @@
     python benchmarks/eight_bits.py --no-peft --rounds 15  # ours alone, on a busy machine
     python benchmarks/eight_bits.py --runs DIR             # losses of finished runs of METHOD and METHOD+int8
     python benchmarks/eight_bits.py --outliers 300 DIR     # write the demo model with made-up outliers, to train on
+    python benchmarks/eight_bits.py MODEL --head DATA      # errors of logits in 8 bits, and of their gradient
 
 One process calls all contenders in turn. The seconds are those of the calling thread: set OMP_NUM_THREADS=1 on a busy
 machine, where waiting for other programs then does not count. Prints medians and minima of the rounds; writes nothing.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -26,8 +28,11 @@ import steps
 import timing
 import torch
 from scipy import stats
+from torch import Tensor
 
 import rankwise as rw
+from rankwise.data import encode_rows, read_rows
+from rankwise.ops import eight_bit
 from rankwise.records import load_record
 
 PRODUCTS = ("bfloat16", "int8")
@@ -44,9 +49,13 @@ def main() -> None:
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--runs", type=Path, help="folder of `rankwise compare --methods lora,lora+int8,...`")
     parser.add_argument("--outliers", nargs=2, metavar=("SIZE", "DIR"))
+    parser.add_argument("--head", metavar="DATA", help="rows of text")
     given = parser.parse_args()
     if given.outliers is not None:
         write_outliers(float(given.outliers[0]), given.outliers[1])
+        return
+    if given.head is not None:
+        print_head(given.model, given.head)
         return
     if given.runs is not None:
         print_losses(given.runs)
@@ -108,6 +117,33 @@ def write_outliers(size: float, folder: str) -> None:
             down.weight[:, second] = -down.weight[:, first]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def print_head(name: str, data: str, tokens: int = 256) -> None:
+    """Errors of the gradient dL/dh of the last hidden states, beside that of float32."""
+    model, tokenizer = rw.load_model(name, dtype="bfloat16")
+    assert tokenizer is not None
+    rows = encode_rows(read_rows(data, split="train"), name="train", tokenizer=tokenizer, max_length=256).dataset
+    ids = torch.tensor(list(itertools.chain.from_iterable(rows[:64]["input_ids"]))[: tokens + 1])
+    h = model.base_model(input_ids=ids[None, :-1]).last_hidden_state[0]
+    W = model.get_output_embeddings().weight
+    scales = eight_bit.Scales.of(W, eight_bit.channel_scales(h.abs().amax(0).float(), W.abs().amax(0).float()))
+
+    def gradient(z: Tensor) -> Tensor:
+        dz = z.float().softmax(-1)
+        dz[range(tokens), ids[1:]] -= 1
+        return dz
+
+    dz = gradient(torch.cat([h.float() @ part.float().T for part in W.split(8192)], dim=1))
+    exact = sum(piece @ part.float() for piece, part in zip(dz.split(8192, dim=1), W.split(8192)))
+    for what, found in (
+        ("logits in bfloat16", gradient(h @ W.T).bfloat16() @ W),
+        ("logits in 8 bits", gradient(eight_bit.product(h, W, scales)).bfloat16() @ W),
+        ("gradient of logits in 8 bits", eight_bit.input_grad(dz.bfloat16(), W, scales)),
+    ):
+        one, mean = ((a - b).norm() / b.norm() for a, b in ((found, exact), (found.float().mean(0), exact.mean(0))))
+        print(f"{what}: dL/dh errs by {one:.1%}, its mean over tokens by {mean:.1%}")
 
 
 def measure(folder: str, method: str, given: argparse.Namespace) -> dict[str, list[float]]:

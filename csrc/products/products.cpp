@@ -13,6 +13,9 @@ using namespace rankwise;
 // Rows of one task where sums are kept between parts of the steps.
 constexpr int64_t kKeptRows = 2048;
 constexpr int64_t kLeastRows = 128;
+// Sums over a vocabulary have more elements than this, and each task would read all rows for few columns. In parts of so
+// many steps a task has more columns, and a part of all its rows stays in the cache: 1.2 to 1.5 times as fast on Zen 5.
+constexpr int64_t kLong = 1 << 14, kLongSteps = 16;
 
 // A switch for tests.
 std::atomic<bool> allowed{true};
@@ -141,9 +144,9 @@ void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t 
     ProductTerm prepared[kMostTerms];
     const int made = layout.reads_tiles ? prepare_for_tiles(terms, count, T, threads, prepared)
                                         : prepare(terms, count, layout, prepared);
-    int64_t steps = 0;
-    for (int i = 0; i < made; ++i) steps += prepared[i].steps;
-    const int64_t at_once = equal_part(steps, layout.most_steps);
+    int64_t steps = 0, elements = 0;
+    for (int i = 0; i < made; ++i) steps += prepared[i].steps, elements += prepared[i].source.length;
+    const int64_t at_once = equal_part(steps, elements > kLong ? kLongSteps : layout.most_steps);
     const ProductJob job = {prepared, made, at_once, T, N, g, bias, dtype, out, rest, out_stride};
     const int64_t panels = ceil_div(N, kPanel), most = layout.packed_bytes / (at_once * layout.panel_step_bytes);
     const int64_t columns = ceil_div(panels, panel_parts(panels, most > 0 ? most : 1, threads)),

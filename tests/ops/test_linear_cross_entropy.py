@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from marks import at_some_level
 from rankwise.constants import CARD_TILE, chunk_rows
 from rankwise.ops import linear_cross_entropy as chunked
+from rankwise.ops.branch import Frozen
+from rankwise.ops.eight_bit import EightBit
+from rankwise.ops.eight_bit import product as eight_bit_product
 from rankwise.ops.linear_cross_entropy import LogitShape, linear_cross_entropy, linear_log_probs
 
 pytestmark = at_some_level
@@ -91,3 +94,20 @@ def test_no_rows_have_a_loss_of_zero_with_gradients(dtype: torch.dtype) -> None:
 def test_chunks_of_a_card_hold_whole_tiles(vocabulary: int, rows: int) -> None:
     assert chunk_rows(vocabulary, 2, on_card=True) == rows
     assert rows % CARD_TILE == 0
+
+
+def test_logits_in_8_bits_and_their_gradient_in_the_heads_dtype() -> None:
+    """As of logits from the specification, whose gradient is multiplied by the weight itself."""
+    hidden, weight = torch.randn(6, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(96, 64).bfloat16()
+    targets, eight_bit = torch.tensor([1, -100, 3, 95, 0, 7]), EightBit(torch.linspace(0.5, 2, 64))
+    scales = Frozen(weight, eight_bit).scales
+    assert scales is not None
+    found = linear_cross_entropy(hidden, weight, targets, eight_bit=eight_bit)
+    logits = eight_bit_product(hidden.detach(), weight, scales).bfloat16().float().requires_grad_()
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    exact = F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+    torch.testing.assert_close(found.loss, expected, rtol=1e-3, atol=0)
+    assert abs(found.loss - expected) < abs(exact - expected) / 4
+    (z_grad,) = torch.autograd.grad(expected, logits)
+    (grad,) = torch.autograd.grad(found.loss, hidden)
+    torch.testing.assert_close(grad.float(), z_grad @ weight.float(), rtol=2e-2, atol=2e-2)

@@ -1,7 +1,7 @@
 """Make training steps faster, in addition to the adapters' operators. Changes are in place and can be undone."""
 
 from rankwise.acceleration.attention import flattening_obstacle
-from rankwise.acceleration.loss import LossOptions, fused_head
+from rankwise.acceleration.loss import Head, LossOptions, fused_head, head_in_eight_bits
 from rankwise.acceleration.memory import (
     anonymous_memory_bytes,
     give_back_freed_memory,
@@ -21,6 +21,7 @@ from rankwise.acceleration.parts import use_native_products
 
 __all__ = [
     "Acceleration",
+    "Head",
     "LossOptions",
     "accelerate_peft",
     "anonymous_memory_bytes",
@@ -29,6 +30,7 @@ __all__ = [
     "fused_head",
     "give_back_freed_memory",
     "grow_segments",
+    "head_in_eight_bits",
     "limit_generated_kernels",
     "offloaded",
     "optimize_for_training",

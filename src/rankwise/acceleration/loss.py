@@ -34,6 +34,7 @@ from rankwise.compat.transformers import text_config
 from rankwise.constants import IGNORED, chunk_rows
 from rankwise.foreign import Fields
 from rankwise.labels import NUMBER, SEVERAL, SINGLE, Problem
+from rankwise.ops.eight_bit import EightBit
 from rankwise.ops.linear_cross_entropy import LogitShape, LossSums, linear_cross_entropy, linear_log_probs
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.selection import enough_chunks, is_traced
@@ -52,7 +53,7 @@ ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 _one_at_a_time = RLock()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Head:
     """The output head of a model, the change to its logits, and the terms that the model adds to the loss."""
 
@@ -62,6 +63,9 @@ class Head:
     loss_function: Callable[..., Tensor] | None = None
     # Factor of the loss that balances experts; None if the losses differ with router logits.
     router_weight: float | None = 0.0
+    # Where the training loss computes its logits in 8 bits. Log-probabilities, of which differences are taken, and
+    # evaluations do not.
+    eight_bit: EightBit | None = None
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -102,6 +106,14 @@ def fused_head(model: nn.Module) -> Head | None:
     if head is None or head.loss_function != getattr(model, "loss_function", None):
         return None
     return None if any(hooks_around(head.module)) else head
+
+
+def head_in_eight_bits(model: nn.Module) -> tuple[str, Head] | None:
+    """(path, head) where the training loss computes its logits in 8 bits."""
+    head: Head | None = model.__dict__.get(ATTRIBUTE, {}).get("head")
+    if head is None or head.eight_bit is None:
+        return None
+    return next(name for name, module in model.named_modules() if module is head.module), head
 
 
 def with_router_loss(head: Head, loss: Tensor, outputs: ModelOutput) -> Tensor:
@@ -300,6 +312,8 @@ def forward_with_labels(self: nn.Module, *args: Any, loss_options: LossOptions |
         given["use_cache"] = False
     if loss_options is None and not torch.is_grad_enabled():
         return plain(**given)
+    if not self.training:
+        head = dataclasses.replace(head, eight_bit=None)
     labels, num_items = given.pop("labels", None), given.pop("num_items_in_batch", None)
     given.pop("logits_to_keep", None)
     found = fused_loss(plain, head, given, labels, loss_options)
@@ -325,7 +339,7 @@ def sums_at(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -
     """The sums over the targets (P,) that follow the hidden states (P, D)."""
     module = head.module
     head = dataclasses.replace(head, shape=head.shape.at(options.temperature))
-    frozen = _frozen_head(module, hidden)
+    frozen = frozen_head(module, hidden)
     if frozen is not None:
         asked: dict[str, Any] = {
             "shape": head.shape,
@@ -335,11 +349,12 @@ def sums_at(head: Head, hidden: Tensor, targets: Tensor, options: LossOptions) -
         }
         if options.want_log_probs:
             return linear_log_probs(hidden, frozen, targets, **asked)
-        return linear_cross_entropy(hidden, frozen, targets, label_smoothing=options.label_smoothing, **asked)
+        asked |= {"label_smoothing": options.label_smoothing, "eight_bit": head.eight_bit}
+        return linear_cross_entropy(hidden, frozen, targets, **asked)
     return _sums_through(head, hidden, targets, options)
 
 
-def _frozen_head(module: Any, hidden: Tensor) -> Tensor | PackedWeight | None:
+def frozen_head(module: Any, hidden: Tensor) -> Tensor | PackedWeight | None:
     """The weight of a head that computes as PyTorch's own in the dtype of ``hidden``, and that does not train."""
     if type(module) not in (nn.Linear, Linear4bit) or module.weight.requires_grad:
         return None

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from rankwise.acceleration import attention
 from rankwise.acceleration.attention import replace_masks
-from rankwise.acceleration.loss import Head, accept_labels, answering_head, losing_head, output_head
+from rankwise.acceleration.loss import (
+    Head,
+    accept_labels,
+    answering_head,
+    frozen_head,
+    head_in_eight_bits,
+    losing_head,
+    output_head,
+)
 from rankwise.acceleration.memory import keep_freed_memory, replace_checkpointing
 from rankwise.acceleration.parts import (
     ATTRIBUTE,
@@ -69,7 +77,7 @@ class Acceleration:
     ropes: int = 0
     # Number of frozen layers without an adapter, for whose products PyTorch has no fast instructions here.
     linears: int = 0
-    # Number of layers whose frozen products are in 8 bits.
+    # Number of layers whose frozen products are in 8 bits, the head among them with its logits.
     eight_bit: int = 0
     attention: bool = False
     fused_loss: bool = False
@@ -107,8 +115,8 @@ def optimize_for_training(
         model: A transformers model with an adapter.
         keep_memory: On a CPU with glibc, keep freed blocks for the next step instead of returning them to the system.
         products: ``"int8"`` computes the frozen products of adapted layers in 8 bits while the model trains
-            (`rankwise.ops.eight_bit`); the first batch gives the scales of input channels. Evaluation mode, attention,
-            norms, head, loss and the adapters themselves keep their precision.
+            (`rankwise.ops.eight_bit`), and the logits of the loss; the first batch gives the scales of input channels.
+            Evaluation mode, attention, norms, the gradient of logits and the adapters themselves keep their precision.
 
     Returns:
         The changes, and the reasons for parts that were not changed; ``print`` shows them in words.
@@ -123,8 +131,8 @@ def optimize_for_training(
 
 
 def use_eight_bit(model: nn.Module, undo: Undo) -> int:
-    """Compute the frozen products of adapted linear layers in 8 bits, except those of the head and those whose sizes
-    are no multiples of 32. Returns their number."""
+    """Compute the frozen products of adapted linear layers in 8 bits, and the logits of a dense frozen head for the
+    loss, except where a size is no multiple of 32. Returns their number."""
     count = 0
     for _, layer in adapted_layers(model):
         adapter = layer.at_work
@@ -134,6 +142,13 @@ def use_eight_bit(model: nn.Module, undo: Undo) -> int:
             adapter.eight_bit = EightBit()
             undo.add(functools.partial(setattr, adapter, "eight_bit", None))
             count += 1
+    head: Head | None = model.__dict__[ATTRIBUTE].get("head")
+    module: Any = None if head is None else head.module
+    if head is None or type(module) is not nn.Linear or any(size % 32 for size in features(module)):
+        return count
+    if frozen_head(module, module.weight) is not None:
+        head.eight_bit = EightBit()
+        count += 1
     return count
 
 
@@ -209,7 +224,16 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> int:
             readers.append(Frozen(frozen.weight, adapters[layer].eight_bit))
             calibrated.append(readers[-1])
 
+    def note_logits(module: Any, arguments: tuple[Tensor, ...]) -> None:
+        finish()
+        readers.append(Frozen(module.weight, eight_bit))
+        inputs[:] = [arguments[0]]
+        calibrated.append(readers[-1])
+
     hooks = [layer.register_forward_pre_hook(note) for layer in adapters]
+    if (head := head_in_eight_bits(model)) is not None:
+        eight_bit = head[1].eight_bit
+        hooks.append(head[1].module.register_forward_pre_hook(note_logits))
     try:
         with adapter_disabled(model):
             model(input_ids=ids, use_cache=False)

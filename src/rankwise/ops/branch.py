@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankwise.ops import elementwise, selection
-from rankwise.ops.eight_bit import EightBit, Scales, input_grad
+from rankwise.ops.eight_bit import EightBit, Scales, input_grad, product
 from rankwise.ops.four_bit import dequantize_weight, linear_4bit, linear_4bit_input_grad
 from rankwise.ops.packed_weight import PackedWeight
 
@@ -127,14 +127,25 @@ def grad_of_m(dot: Tensor, dy: Tensor, branch: Branch) -> Tensor:
 # Products with a frozen weight outside of any adapter: the output head, and layers without an adapter.
 
 
-def linear_out(x: Tensor, W: Tensor | PackedWeight, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``out <- x W^T + bias``: x (T, K), W (N, K), out (T, N), bias (N,), of one dtype; no autograd."""
+def linear_out(
+    x: Tensor, W: Tensor | PackedWeight, out: Tensor, bias: Tensor | None = None, scales: Scales | None = None
+) -> Tensor:
+    """``out <- x W^T + bias``: x (T, K), W (N, K), out (T, N), bias (N,), of one dtype; no autograd. ``scales``: of a
+    product in 8 bits."""
     if _takes_native(x, out):
         from rankwise.ops.cpu import products
 
-        factor = products.Factor.of(W)
-        if factor is not None and products.pay(x, factor):
-            return products.add_products([products.Term(x, factor)], out, bias=None if bias is None else bias.float())
+        factor, term = products.Factor.of(W), None
+        if factor is not None and scales is not None and products.take(x.dtype):
+            q, a = products.quantize_rows(x, scales.per_channel)
+            term = products.Term(q, factor, in_bytes=products.InBytes(a, scales, factor, across=False))
+        elif factor is not None and scales is None and products.pay(x, factor):
+            term = products.Term(x, factor)
+        if term is not None:
+            return products.add_products([term], out, bias=None if bias is None else bias.float())
+    if scales is not None:
+        made = product(x, Frozen(W).dense(x.dtype), scales)
+        return out.copy_(made if bias is None else made + bias)
     if isinstance(W, PackedWeight):
         return out.copy_(linear_4bit(x, W, bias))
     return torch.mm(x, W.T, out=out) if bias is None else torch.addmm(bias, x, W.T, out=out)
@@ -146,8 +157,7 @@ def input_grad_out(dy: Tensor, W: Tensor | PackedWeight, out: Tensor) -> Tensor:
         from rankwise.ops.cpu import products
 
         factor = products.Factor.of(W)
-        # With AMX tiles, PyTorch's product is as fast for an N as large as a vocabulary.
-        wanted = products.take if isinstance(W, PackedWeight) else products.replace_torch
+        wanted = products.take if isinstance(W, PackedWeight) else products.sum_faster
         if factor is not None and wanted(dy.dtype):
             return products.add_products([products.Term(dy, factor, across=True)], out)
     return out.copy_(linear_4bit_input_grad(dy, W)) if isinstance(W, PackedWeight) else torch.mm(dy, W, out=out)

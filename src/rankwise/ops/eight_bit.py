@@ -93,10 +93,14 @@ def calibrate(rows: Tensor, weights: Sequence[Frozen]) -> None:
     new = [(weight.eight_bit, weight) for weight in weights if weight.eight_bit and weight.eight_bit.channel is None]
     if not new:
         return
-    of_weights = [weight.dense(rows.dtype).detach().abs().amax(dim=0) for _, weight in new]
+    of_weights = [_largest_of_columns(weight.dense(rows.dtype).detach()) for _, weight in new]
     channel = channel_scales(rows.detach().abs().amax(dim=0).float(), torch.stack(of_weights).amax(dim=0).float())
     for eight_bit, _ in new:
         eight_bit.channel = channel
+
+
+def _largest_of_columns(W: Tensor) -> Tensor:
+    return torch.stack([W[rows].abs().amax(dim=0) for rows in row_chunks(*W.shape)]).amax(dim=0)
 
 
 def settle(weights: Sequence[Frozen]) -> None:

@@ -5,6 +5,9 @@
 Legend: T = positions, D = hidden size, V = vocabulary. The gradient of h is computed in the forward pass, while a chunk
 of logits exists, so the head's product runs once forward and once backward, as without chunks. The same holds for each
 target's log-probability: row t of its gradient depends only on h_t, and is scaled by dL/dlog p_t in the backward pass.
+
+Logits may be computed in 8 bits, their gradient not: beside the target's entry, which is near 1, 8 bits leave nothing
+of the thousands of small ones, half of the gradient's mean over tokens (benchmarks/results/eight_bits.md).
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from rankwise.compat.torch import Ctx
 from rankwise.constants import IGNORED, chunk_rows
 from rankwise.ops import elementwise
-from rankwise.ops.branch import input_grad_out, linear_out
+from rankwise.ops.branch import Frozen, input_grad_out, linear_out
 from rankwise.ops.checks import check_targets, sum_dtype
+from rankwise.ops.eight_bit import EightBit, calibrate
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.selection import enough_chunks, is_on_card
 
@@ -64,13 +68,14 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     want_stats: bool = False,
     checked: bool = False,
+    eight_bit: EightBit | None = None,
 ) -> LossSums:
     """``F.cross_entropy(f(hidden @ weight.T + bias).float(), targets, reduction="sum")``, differentiable in hidden;
     float64 stays float64.
 
     hidden (T, D), weight (V, D), dense or packed, and bias (V,) in one dtype, targets (T,) int64; a target of -100 is
     not scored. ``want_stats`` adds the entropy and the number of correct predictions. ``checked``: the caller has
-    checked the targets; otherwise the check (one for all chunks) waits for a GPU.
+    checked the targets; otherwise the check (one for all chunks) waits for a GPU. ``eight_bit``: logits are in 8 bits.
 
     Raises:
         QuantizationError: RW621, a target is neither -100 nor in [0, V).
@@ -78,7 +83,7 @@ def linear_cross_entropy(
     if not checked and targets.is_cuda:
         check_targets(targets, weight.shape[0], IGNORED)
     options = (shape or LogitShape(), label_smoothing, want_stats)
-    loss, entropy, correct = _ChunkedLoss.apply(hidden, weight, bias, targets, *options)
+    loss, entropy, correct = _ChunkedLoss.apply(hidden, Frozen(weight, eight_bit), bias, targets, *options)
     return LossSums(loss, entropy, correct)
 
 
@@ -98,7 +103,7 @@ def linear_log_probs(
     """
     if not checked:
         check_targets(targets, weight.shape[0], IGNORED)
-    found = _ChunkedLogProbs.apply(hidden, weight, bias, targets, shape or LogitShape(), want_stats)
+    found = _ChunkedLogProbs.apply(hidden, Frozen(weight), bias, targets, shape or LogitShape(), want_stats)
     log_probs, entropy, correct = found
     return LossSums(-log_probs.sum(), entropy, correct, log_probs)
 
@@ -108,20 +113,22 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Ctx[None],
         hidden: Tensor,
-        weight: Tensor | PackedWeight,
+        head: Frozen,
         bias: Tensor | None,
         targets: Tensor,
         shape: LogitShape,
         label_smoothing: float,
         want_stats: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        calibrate(hidden, [head])
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        wanted = chunk_rows(weight.shape[0], hidden.element_size(), on_card=is_on_card(hidden))
+        size, on_card = hidden.element_size(), is_on_card(hidden)
+        wanted = chunk_rows(head.weight.shape[0], size, on_card=on_card, width=hidden.shape[1])
         sums = []
-        for piece, logits in _chunks(hidden, weight, bias, wanted):
+        for piece, logits in _chunks(hidden, head, bias, wanted):
             sums.append(_score_(logits, targets[piece], shape, label_smoothing, grad is not None, want_stats))
             if grad is not None:
-                input_grad_out(logits, weight, grad[piece])
+                input_grad_out(logits, head.weight, grad[piece])
         ctx.save_for_backward(grad)
         loss, entropy, correct = _totals(sums, hidden)
         loss = loss if hidden.dtype is torch.float64 else loss.float()
@@ -143,7 +150,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def forward(
         ctx: Ctx[None],
         hidden: Tensor,
-        weight: Tensor | PackedWeight,
+        head: Frozen,
         bias: Tensor | None,
         targets: Tensor,
         shape: LogitShape,
@@ -151,9 +158,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Small chunks on a GPU too, since the softmax is in float32.
-        wanted = chunk_rows(weight.shape[0], 4, on_card=False)
+        wanted = chunk_rows(head.weight.shape[0], 4, on_card=False)
         log_probs, sums = hidden.new_empty(len(hidden), dtype=_wide(hidden)), []
-        for piece, logits in _chunks(hidden, weight, bias, wanted):
+        for piece, logits in _chunks(hidden, head, bias, wanted):
             z = shape(logits.to(_wide(hidden)))
             log_probs[piece] = z.gather(1, targets[piece, None]).squeeze(1) - z.logsumexp(1)
             # Freed before the next chunk makes its own.
@@ -161,7 +168,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad is not None or want_stats:
                 sums.append(_score_(logits, targets[piece], shape, 0.0, grad is not None, want_stats))
             if grad is not None:
-                input_grad_out(logits, weight, grad[piece])
+                input_grad_out(logits, head.weight, grad[piece])
         ctx.save_for_backward(grad)
         _, entropy, correct = _totals(sums, hidden)
         if not want_stats:
@@ -177,15 +184,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return (grad * -upstream[:, None]).to(grad.dtype), None, None, None, None, None
 
 
-def _chunks(
-    hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, wanted: int
-) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(hidden: Tensor, head: Frozen, bias: Tensor | None, wanted: int) -> Iterator[tuple[slice, Tensor]]:
     """Yields (slice of about ``wanted`` rows, their logits); the logits are valid until the next chunk."""
     rows = max(1, min(len(hidden), wanted))
-    scratch = hidden.new_empty(rows, weight.shape[0])
+    scratch, scales = hidden.new_empty(rows, head.weight.shape[0]), head.scales
     for start in enough_chunks(range(0, len(hidden), rows), hidden):
         piece = slice(start, min(start + rows, len(hidden)))
-        logits = linear_out(hidden[piece], weight, scratch[: piece.stop - start])
+        logits = linear_out(hidden[piece], head.weight, scratch[: piece.stop - start], scales=scales)
         if bias is not None:
             logits += bias
         yield piece, logits

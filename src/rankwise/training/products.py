@@ -9,7 +9,8 @@ An update sums gradients of different rows, which differ by the spread; errors o
 so they average out as the rows' own noise does, of which they add rho^2. The measure is the root mean square of rho
 over the tensors. At B = 0, where adapters start, the gradient of A is zero, so B is drawn first.
 
-A layer whose own output errs too much, for the same input, keeps the base's dtype whatever the gradient says.
+A layer whose own output errs too much, for the same input, keeps the base's dtype whatever the gradient says. So does
+the head if its logits in 8 bits alone change the first micro-batch's gradient too much.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import PreTrainedModel
 
-from rankwise.acceleration import give_back_freed_memory
+from rankwise.acceleration import Head, give_back_freed_memory, head_in_eight_bits
 from rankwise.acceleration.parts import adapted_layers
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import LowRankPair
@@ -48,12 +49,13 @@ MICRO_BATCHES = 4
 # Runs that ended within 1 % of those in bfloat16 have a rho of 0.19 to 0.41, and those that ended 1 to 8 % higher have
 # more than 1 (benchmarks/results/eight_bits.md).
 LARGEST_ERROR = 0.5
-# The largest error of a layer's output: the median over tokens of its norm beside the output's.
+# The largest error of a layer's output: the median over tokens of its norm beside the output's; of the head, that of
+# the gradient.
 LARGEST_OUTPUT_ERROR = 0.1
 # The largest share of a run's time that the measurement takes; the steps of its rows that it takes as long as (two
-# gradients of each micro-batch, and the layers of the first one twice); and the tokens that take as long as what a pass
-# does for its weights alone (demo and Qwen 0.5B).
-LARGEST_SHARE, STEPS, FIXED_TOKENS = 0.03, 10, 128
+# gradients of each micro-batch, and of the first one a third and its layers twice); and the tokens that take as long as
+# what a pass does for its weights alone (demo and Qwen 0.5B).
+LARGEST_SHARE, STEPS, FIXED_TOKENS = 0.03, 11, 128
 # The standard deviation of the drawn B: so small that the model stays as it is. Errors of A's gradient are proportional
 # to it, as the gradient is.
 DRAWN = 1e-6
@@ -106,6 +108,13 @@ def pairs_in_eight_bits(model: nn.Module) -> dict[str, tuple[AdaptedLayer, LowRa
     }
 
 
+def _in_eight_bits(model: nn.Module) -> dict[str, LowRankPair | Head]:
+    """{path: what holds the scales} of the layers in 8 bits and of the head, if its logits are."""
+    head = head_in_eight_bits(model)
+    found: dict[str, LowRankPair | Head] = {path: pair for path, (_, pair) in pairs_in_eight_bits(model).items()}
+    return found if head is None else found | dict([head])
+
+
 def affordable_rows(rows: int, tokens: float, micro_batches: int) -> int:
     """The rows of each measured micro-batch, at most ``rows``, for a run of so many micro-batches of ``rows`` with so
     many ``tokens`` each; 0 where not even one is worth it."""
@@ -122,7 +131,8 @@ def judge(
     ``kept`` is the file in which the result is kept. The model, whose products are in 8 bits, and the random state stay
     as they are. Several processes measure the same rows and take the result of the first.
     """
-    if (known := ranks.gathered(_read(kept))[0]) is not None:
+    known = ranks.gathered(_read(kept))[0]
+    if known is not None and known.layers == len(_in_eight_bits(model)):
         return known
     order = list(itertools.chain.from_iterable(objective.order(0)))
     if (rows := min(rows, len(order) // MICRO_BATCHES)) == 0:
@@ -156,10 +166,10 @@ def kept_file(*inputs: object) -> Path:
 
 def taken(prepared: Prepared, model: nn.Module, products: Products, left: Sequence[str]) -> Prepared:
     """The prepared model with the products that are taken; the layers ``left`` keep the base's dtype."""
-    pairs = pairs_in_eight_bits(model)
-    for path in pairs if products == "bfloat16" else left:
-        pairs[path][1].eight_bit = None
-    count = len(pairs_in_eight_bits(model))
+    holders = _in_eight_bits(model)
+    for path in holders if products == "bfloat16" else left:
+        holders[path].eight_bit = None
+    count = len(_in_eight_bits(model))
     accelerated = prepared.accelerated and dataclasses.replace(prepared.accelerated, eight_bit=count)
     computing = dataclasses.replace(prepared.computing, products=products)
     return dataclasses.replace(prepared, accelerated=accelerated, computing=computing)
@@ -189,16 +199,16 @@ def measure(
     started = time.monotonic()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # It only holds the parameters, and takes no step.
-    holder = SGD(trained)
+    idle = SGD(trained)
     step = TrainingStep(
-        model=model, objective=objective, optimizer=holder, trained=trained, autocast=autocast, max_grad_norm=0.0
+        model=model, objective=objective, optimizer=idle, trained=trained, autocast=autocast, max_grad_norm=0.0
     )
-    pairs = pairs_in_eight_bits(model)
-    kept = {path: pair.eight_bit for path, (_, pair) in pairs.items()}
+    holders, head = _in_eight_bits(model), head_in_eight_bits(model)
+    kept = {path: holder.eight_bit for path, holder in holders.items()}
 
     def gradients(batch: Batch, eight_bits: dict[str, EightBit | None]) -> tuple[float, list[Tensor | None]]:
-        for path, (_, pair) in pairs.items():
-            pair.eight_bit = eight_bits.get(path)
+        for path, holder in holders.items():
+            holder.eight_bit = eight_bits.get(path)
         torch.manual_seed(0)
         model.zero_grad()
         (ready,) = step.prepared([batch], 0)
@@ -210,8 +220,10 @@ def measure(
     sums, losses = [_Sums() for _ in trained], []
     try:
         for batch in batches:
-            with contextlib.nullcontext() if outputs else _watched(pairs, kept, outputs):
+            with contextlib.nullcontext() if outputs else _watched(pairs_in_eight_bits(model), kept, outputs):
                 exact, exact_gradients = gradients(batch, {})
+            if head is not None and (path := head[0]) not in outputs:
+                outputs[path] = _difference(gradients(batch, {path: kept[path]})[1], exact_gradients)
             allowed = {path: kept[path] for path, error in outputs.items() if error <= LARGEST_OUTPUT_ERROR}
             rounded, rounded_gradients = gradients(batch, allowed)
             losses.append(abs(rounded - exact))
@@ -219,18 +231,26 @@ def measure(
                 one.add(g, q)
     finally:
         model.zero_grad()
-        for path, (_, pair) in pairs.items():
-            pair.eight_bit = kept[path]
+        for path, holder in holders.items():
+            holder.eight_bit = kept[path]
     squares = [square for one in sums if (square := one.squared_rho(len(batches))) is not None]
     rho = math.sqrt(math.fsum(squares) / len(squares)) if squares else math.nan
     return Measured(
         gradient_error=rho if math.isfinite(rho) else None,
         loss_error=sum(losses) / len(losses),
-        left=[path for path in pairs if path not in allowed],
-        layers=len(pairs),
+        left=[path for path in holders if path not in allowed],
+        layers=len(holders),
         rows=batches[0][KEY].examples,
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _difference(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> float:
+    """The norm of the differences beside that of the exact gradients."""
+    pairs = [(q, g) for q, g in zip(found, exact) if q is not None and g is not None]
+    squares = math.fsum(float(g.double().square().sum()) for _, g in pairs)
+    errors = math.fsum(float((q - g).double().square().sum()) for q, g in pairs)
+    return math.sqrt(errors / squares) if squares else math.inf
 
 
 class _Sums:

@@ -180,6 +180,11 @@ def replace_torch(dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and take(dtype) and not on_tiles()
 
 
+def sum_faster(dtype: torch.dtype) -> bool:
+    """Whether sums over a vocabulary are faster than PyTorch's: of bfloat16, but with AMX."""
+    return dtype is torch.bfloat16 and take(dtype) and level() != "amx"
+
+
 def on_tiles() -> bool:
     """Whether sums of products multiply pairs of bfloat16, with AMX or AVX-512."""
     return bool(library().rw_products_are_tiles())
