@@ -256,8 +256,8 @@ def _number(config: Fields, names: tuple[str, ...]) -> int:
 # Share of the data sheet's peak: 38 to 43 % were measured when Llama 3 405B was trained (arXiv 2407.21783, 3.3.2).
 ASSUMED_EFFICIENCY = 0.40
 ASSUMED_BANDWIDTH_SHARE = 0.8
-# A LoRA step in bfloat16 takes 1.35 times as long as its frozen products (benchmarks/results/eight_bits.md), and these
-# 1.4 times as long as products with one weight, which stays in a cache.
+# A LoRA step in bfloat16 takes 1.3 times as long as its frozen products (benchmarks/results/eight_bits.md), and these
+# 1.5 times as long as products with one weight, which stays in a cache.
 STEP_SHARE = 0.5
 # {method: speed on a processor beside LoRA's}: the whole runs in benchmarks/results/end_to_end.md, with dropout 0.05.
 # They ran on one processor; what 4 bits and norms cost depends on the processor.
@@ -266,7 +266,7 @@ RUN_SHARES = {"qlora": 0.86, "dora": 0.73, "qdora": 0.67}
 OPTIMIZER_SECONDS = 7.5e-9
 # A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md): of bfloat16's with AVX-512
 # VNNI, of float32's with AVX-VNNI alone.
-EIGHT_BITS_SHARE, AVX_VNNI_SHARE = 0.76, 0.53
+EIGHT_BITS_SHARE, AVX_VNNI_SHARE = 0.76, 0.5
 # The product by which a processor is measured, (T, K) x (K, N), repeated for this time.
 PRODUCT, PRODUCT_SECONDS, LEAST_PRODUCTS = (512, 1024, 1024), 0.25, 20
 # PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
