@@ -10,12 +10,13 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import InitVar
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 
 from rankwise.errors import ConfigError
-from rankwise.foreign import wrong_fields
+from rankwise.foreign import Fields, JsonObject, wrong_fields
 from rankwise.methods import other_kinds
 from rankwise.options import (
     ALL_LINEAR,
@@ -149,9 +150,70 @@ def _each_once(ids: Sequence[int]) -> Sequence[int]:
 
 TokenIds = Annotated[Sequence[Whole], AfterValidator(_each_once)]
 
+# Fields of PEFT that change what an adapter computes, each with the only value that rankwise has.
+FIXED_FIELDS: JsonObject = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "megatron_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+# Those that change only how an adapter starts and trains: a saved one has left them behind.
+_OF_TRAINING = (
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "monteclora_config",
+)
+
+
+def unsupported(given: Fields, names: Iterable[str] = tuple(FIXED_FIELDS)) -> list[str]:
+    """Those of PEFT's fields ``names`` whose value in ``given`` would change the result."""
+    return [name for name in names if given.get(name) not in (None, False, [], {})]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _PeftFields:
+    """The fields of PEFT's LoraConfig that `LoraConfig` takes and does not keep."""
+
+    # They describe an adapter, or follow from its model, and have no effect.
+    auto_mapping: InitVar[Any] = None
+    base_model_name_or_path: InitVar[str | None] = None
+    fan_in_fan_out: InitVar[bool] = False
+    inference_mode: InitVar[bool] = False
+    megatron_core: InitVar[str | None] = None
+    peft_version: InitVar[str | None] = None
+    qalora_group_size: InitVar[int | None] = None
+    revision: InitVar[str | None] = None
+    runtime_config: InitVar[Any] = None
+    task_type: InitVar[str | None] = None
+    # They would change the result, so that other values than PEFT's defaults are refused.
+    alora_invocation_tokens: InitVar[Any] = None
+    arrow_config: InitVar[Any] = None
+    corda_config: InitVar[Any] = None
+    ensure_weight_tying: InitVar[bool] = False
+    eva_config: InitVar[Any] = None
+    kasa_config: InitVar[Any] = None
+    layer_replication: InitVar[Any] = None
+    lora_bias: InitVar[bool] = False
+    lora_ga_config: InitVar[Any] = None
+    loftq_config: InitVar[Any] = None
+    megatron_config: InitVar[Any] = None
+    monteclora_config: InitVar[Any] = None
+    peft_type: InitVar[str | None] = None
+    use_bdlora: InitVar[Any] = None
+    use_qalora: InitVar[bool] = False
+    velora_config: InitVar[Any] = None
+
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig(AdapterOptions):
+class LoraConfig(AdapterOptions, _PeftFields):
     """LoRA (Hu et al. 2021) or, with ``use_dora``, DoRA (Liu et al. 2024). Names and meanings of the fields are PEFT's.
 
     Weights are (out, in), A is (r, in), B is (out, r) and s is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with
@@ -174,7 +236,7 @@ class LoraConfig(AdapterOptions):
     # the input embedding; a mapping gives {module: ids} of embeddings and heads. A tied head shares the trained rows.
     trainable_token_indices: TokenIds | Mapping[str, TokenIds] | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *given: Any) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _with_tuples(getattr(self, field.name)))
         if isinstance(self.modules_to_save, str):
@@ -182,7 +244,7 @@ class LoraConfig(AdapterOptions):
         if isinstance(self.layers_to_transform, int):
             object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
         object.__setattr__(self, "target_parameters", self.target_parameters or None)
-        problems = (
+        problems = [*_peft_problems(dict(zip(_PeftFields.__annotations__, given)), self.kind)] + (
             wrong_fields(self)
             or [*_pattern_problems(self)]
             or [
@@ -229,6 +291,14 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _with_tuples(item) for key, item in value.items()}
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else value
+
+
+def _peft_problems(given: Fields, kind: str) -> Iterator[str]:
+    """A message for each of PEFT's fields that would change the result."""
+    for name in unsupported(given, (*FIXED_FIELDS, *_OF_TRAINING)):
+        yield f"{name} is {given[name]!r}, which changes the result and is not supported; leave it out, or use PEFT"
+    if given["peft_type"] not in (None, kind.upper(), "LORA"):
+        yield f"peft_type is {given['peft_type']!r}, and this is LORA (LoRA and DoRA); leave it out, or use PEFT"
 
 
 def _pattern_problems(config: LoraConfig) -> Iterator[str]:

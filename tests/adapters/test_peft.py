@@ -25,8 +25,9 @@ from transformers import (
 )
 
 import rankwise as rw
-from rankwise.errors import AdapterError
+from rankwise.errors import AdapterError, ConfigError
 from rankwise.export.merged import merge_to_folder
+from rankwise.lora_config import FIXED_FIELDS
 from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle here; install the extra `bench`")
@@ -276,3 +277,18 @@ def test_what_is_trained_whole_is_stored_without_the_buffers_that_the_model_comp
     model = BASES["gemma"]()
     rw.add_adapter(model, rw.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
     assert not [key for key in rw.adapters.adapter_tensors(model) if "embed_scale" in key]
+
+
+def test_the_config_takes_every_field_that_peft_has() -> None:
+    """PEFT's own description of a config makes the same config here."""
+    theirs = peft.LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM", revision="main")
+    assert rw.LoraConfig(**theirs.to_dict()) == rw.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*FIXED_FIELDS, "corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config", "peft_type"],
+)
+def test_the_config_refuses_by_name_what_would_change_the_result(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"RW101: {name} is 'IA3', [^;]*; leave it out, or use PEFT\.$"):
+        rw.LoraConfig(**{name: "IA3"})

@@ -16,7 +16,7 @@ from rankwise.constants import FILE_BITS
 from rankwise.errors import AdapterError, ConfigError, ModelError, RunError
 from rankwise.foreign import Fields, JsonObject, WeightsHeader, parse_json, read_header, read_object, refuse_pickles
 from rankwise.labels import Labels, labels_of_head, read_labels
-from rankwise.lora_config import LoraConfig
+from rankwise.lora_config import FIXED_FIELDS, LoraConfig, unsupported
 from rankwise.methods import other_kinds
 from rankwise.records import RUN_FILE, RunRecord, record_of
 
@@ -43,19 +43,6 @@ LABELS_TASK = "SEQ_CLS"
 _OWN_FIELDS = ("enable_lora", "for_merge", "init_lora_weights", "other_kind")
 _SHARED_FIELDS = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.name not in _OWN_FIELDS)
 
-# Further fields that PEFT writes, with the only supported value: any other changes the result and is refused.
-_FIXED_FIELDS: JsonObject = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "megatron_config": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
-
 # PEFT's defaults of the fields whose defaults in `LoraConfig` are others.
 _PEFT_DEFAULTS: JsonObject = {"r": 8, "lora_alpha": 8}
 
@@ -80,7 +67,7 @@ def to_peft(config: LoraConfig, targets: str | Sequence[str], base_model: str | 
         "peft_type": _peft_type(config.other_kind),
         "task_type": "CAUSAL_LM",
     }
-    return dict(sorted({**_FIXED_FIELDS, **fields}.items()))
+    return dict(sorted({**FIXED_FIELDS, **fields}.items()))
 
 
 def _peft_type(other_kind: str | None) -> str:
@@ -94,9 +81,7 @@ def from_peft(document: Fields, source: Path) -> LoraConfig:
     known = {_peft_type(other): other for other in (None, *other_kinds())}
     if str(kind) not in known:
         raise AdapterError("RW410", f"{source} is of peft_type {kind!r}; rankwise reads LORA (LoRA and DoRA) only.")
-    refused = [
-        name for name, harmless in _FIXED_FIELDS.items() if document.get(name) not in (harmless, None, False, [])
-    ]
+    refused = unsupported(document)
     init = document.get("init_lora_weights", True)
     if init not in _HARMLESS_INITS:
         refused.append("init_lora_weights")
