@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import rankwise as rw
 from rankwise.cli import generate
-from rankwise.cli.settings import GenerateSettings
 from rankwise.models import load_model, model_facts, resolve_model
 from rankwise.quantization import Linear4bit, Nf4Config
 from rankwise.records import RunRecord
+from rankwise.verbs.settings import GenerateSettings
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 from gguf_cases import base_gguf, saved
 from rankwise.adapters.folder import four_bits_of, quantization_of
 from rankwise.cli import generate
-from rankwise.cli.settings import GenerateSettings
 from rankwise.foreign import sha256_of
 from rankwise.models.gguf_file import read_gguf_header
 from rankwise.quantization import Linear4bit
 from rankwise.records import load_record
+from rankwise.verbs.settings import GenerateSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:RW319")
 

@@ -15,13 +15,13 @@ from rich.console import Console
 from in_process import steps_in_this_process
 from rankwise.cli.compare import Lines, table_of, verdict_lines
 from rankwise.cli.main import main
-from rankwise.cli.output import Output
 from rankwise.comparison.pool import Picture
 from rankwise.comparison.stages import Job, Outcome
 from rankwise.records import load_record
 from rankwise.reports import summary
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.words import headline, method_name
+from rankwise.verbs.output import Output
 
 pytestmark = pytest.mark.slow
 OPTIONS = ["--methods", "lora,qdora", "--seeds", 1, "--learning-rates", 0.01, "--max-steps", 3, "--batch-size", 4]

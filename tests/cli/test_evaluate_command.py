@@ -15,9 +15,9 @@ import torch
 
 import guest_task
 from rankwise.cli.evaluate import print_task
-from rankwise.cli.output import Output
 from rankwise.evaluation.record import TaskResult
 from rankwise.evaluation.run import Evaluation
+from rankwise.verbs.output import Output
 from several import Nursery
 
 # Of an evaluation that is stopped, a batch each.

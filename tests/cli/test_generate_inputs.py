@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from rankwise.cli.generate import Conversation, load_speaker
-from rankwise.cli.settings import GenerateSettings
 from rankwise.data import chat_text
 from rankwise.models import load_tokenizer
+from rankwise.verbs.settings import GenerateSettings
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}]}

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from rankwise.cli.main import main
-from rankwise.cli.output import shortened
+from rankwise.verbs.output import shortened
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import re
 import pytest
 from rich.console import Console
 
-from rankwise.cli.output import LiveProgress, Output, PlainProgress
 from rankwise.records import WAIT_POLICIES, read_metrics
 from rankwise.reports.numbers import byte_size, duration
 from rankwise.training.watch import StepInfo
+from rankwise.verbs.output import LiveProgress, Output, PlainProgress
 
 
 def info(step: int, loss: float, total: int = 20) -> StepInfo:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from rankwise import cli
-from rankwise.cli.output import light_table, titled
+from rankwise.verbs.output import light_table, titled
 
 MODULES = [path for path in sorted(Path(cli.__file__).parent.glob("*.py")) if path.name != "output.py"]
 

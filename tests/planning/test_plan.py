@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from planning_models import config_of
 
-from rankwise.cli.plan_view import footnotes, heading
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, ModelError, RankwiseWarning, RunError
 from rankwise.models import fetch_model, load_skeleton
@@ -22,6 +21,7 @@ from rankwise.planning.hardware import cpu_hardware
 from rankwise.planning.plan import make_plan
 from rankwise.planning.workload import PlanSettings
 from rankwise.training.batches import MicroBatch
+from rankwise.verbs.plan_view import footnotes, heading
 
 EVERY = ("full", "lora", "qlora", "dora", "qdora")
 SMALL = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}

@@ -19,8 +19,6 @@ from rankwise.adapters import load_adapter
 from rankwise.adapters.folder import labels_of
 from rankwise.cli import export as export_verb
 from rankwise.cli import predict, preview
-from rankwise.cli.output import Output
-from rankwise.cli.settings import ExportSettings, PredictSettings, PreviewSettings
 from rankwise.config import TrainSettings
 from rankwise.errors import RankwiseError
 from rankwise.evaluation.engine import LoadOptions, load_as_trained
@@ -29,6 +27,8 @@ from rankwise.labels import NUMBER, SEVERAL, SINGLE, Labels, measures
 from rankwise.models import ModelSource, load_model
 from rankwise.records import RunRecord
 from rankwise.training.run import train
+from rankwise.verbs.output import Output
+from rankwise.verbs.settings import ExportSettings, PredictSettings, PreviewSettings
 from tiny_models import tiny_bert, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")

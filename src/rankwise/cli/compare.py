@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, light_table, titled
-from rankwise.cli.settings import check_paths
 from rankwise.comparison.settings import CompareSettings, check_compare
 from rankwise.evaluation.tasks.names import retained_from
 from rankwise.records import write_text
@@ -17,6 +15,8 @@ from rankwise.reports import summary
 from rankwise.reports.comparison import REPORT_FILE, Comparison
 from rankwise.reports.numbers import duration, estimate, plural
 from rankwise.reports.words import heading, headline, method_name, metric_name, stayed
+from rankwise.verbs.output import Document, Output, light_table, titled
+from rankwise.verbs.settings import check_paths
 
 if TYPE_CHECKING:
     from rankwise.comparison.pool import Picture

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output
 from rankwise.options import Settings
 from rankwise.reports.numbers import byte_size, plural
+from rankwise.verbs.output import Document, Output
 
 
 def run(settings: Settings, output: Output) -> Document:
-    from rankwise.cli.plan_view import print_lines
+    from rankwise.verbs.plan_view import print_lines
 
     with output.waiting("looking at this machine"):
         parts = {"machine": dict(_machine()), "libraries": dict(_libraries()), "kernels": dict(_kernels())}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, light_table, titled
-from rankwise.cli.settings import check_paths, refuse_comparisons
 from rankwise.evaluation.settings import EvaluateSettings
 from rankwise.reports.numbers import plural
+from rankwise.verbs.output import Document, Output, light_table, titled
+from rankwise.verbs.settings import check_paths, refuse_comparisons
 
 if TYPE_CHECKING:
     from rankwise.evaluation.record import TaskResult

@@ -8,12 +8,12 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, light_table, titled
-from rankwise.cli.settings import ExportSettings, check_paths, refuse_comparisons
 from rankwise.constants import FILE_BITS, TEMPLATE_FILE
 from rankwise.errors import ConfigError, ModelError, warn
 from rankwise.reports.numbers import plural
 from rankwise.serving import SERVERS
+from rankwise.verbs.output import Document, Output, light_table, titled
+from rankwise.verbs.settings import ExportSettings, check_paths, refuse_comparisons
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,6 @@ import torch
 
 from rankwise.adapters import load_adapter
 from rankwise.adapters.folder import labels_of
-from rankwise.cli.settings import ExportSettings
 from rankwise.constants import IGNORED
 from rankwise.data import check_there, encode_rows, read_rows
 from rankwise.data.objectives import UNANSWERED, formats_of
@@ -31,6 +30,7 @@ from rankwise.models import ModelSource, load_model
 from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.records import record_of
 from rankwise.serving import SERVERS
+from rankwise.verbs.settings import ExportSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, light_table, titled
-from rankwise.cli.settings import GenerateSettings, check_paths, refuse_comparisons
 from rankwise.data.files import read_text
 from rankwise.data.formats import BadRow, conversation, tools_of
 from rankwise.data.rows import Message
@@ -28,6 +26,8 @@ from rankwise.objectives import OBJECTIVES
 from rankwise.options import flag
 from rankwise.records import RunRecord, read_metrics, record_of
 from rankwise.reports.numbers import plural, visible
+from rankwise.verbs.output import Document, Output, light_table, titled
+from rankwise.verbs.settings import GenerateSettings, check_paths, refuse_comparisons
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer

@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, shortened
-from rankwise.cli.settings import InspectSettings, refuse_comparisons
 from rankwise.errors import AdapterError, ModelError, RunError
 from rankwise.foreign import JsonObject, read_header, read_object
 from rankwise.records import RUN_FILE, load_record
 from rankwise.serving import served
+from rankwise.verbs.output import Document, Output, shortened
+from rankwise.verbs.settings import InspectSettings, refuse_comparisons
 
 # What is shown of PEFT's configuration, of a model's and of a run's record.
 ADAPTER = ("base_model_name_or_path", "r", "lora_alpha", "target_modules", "target_parameters", "modules_to_save")

@@ -34,15 +34,6 @@ from rankwise.cli import (
     train,
 )
 from rankwise.cli.options import Command, function_of, panels_of
-from rankwise.cli.output import (
-    DEBUG_VARIABLE,
-    Output,
-    debugging,
-    only_our_messages,
-    print_document,
-    print_message,
-    shortened,
-)
 from rankwise.disk import coded_error
 from rankwise.errors import (
     ConfigError,
@@ -56,6 +47,15 @@ from rankwise.errors import (
 from rankwise.options import OPTIONS, Settings, close_names
 from rankwise.records import WAIT_POLICIES, versions_of
 from rankwise.training import ranks
+from rankwise.verbs.output import (
+    DEBUG_VARIABLE,
+    Output,
+    debugging,
+    only_our_messages,
+    print_document,
+    print_message,
+    shortened,
+)
 
 COMMANDS: tuple[Command, ...] = (
     preview.COMMAND,

@@ -6,13 +6,13 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, light_table, titled
-from rankwise.cli.settings import MergeSettings, check_paths, refuse_comparisons
 from rankwise.constants import TEMPLATE_FILE
 from rankwise.errors import ConfigError, warn
 from rankwise.foreign import JsonObject
 from rankwise.records import record_of, write_json, write_text
 from rankwise.reports.numbers import byte_size, plural
+from rankwise.verbs.output import Document, Output, light_table, titled
+from rankwise.verbs.settings import MergeSettings, check_paths, refuse_comparisons
 
 COMBINED_FILE = "combined.json"
 

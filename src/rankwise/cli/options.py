@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from rankwise.cli.output import Document, Output
 from rankwise.foreign import Fields
 from rankwise.options import Panel, Settings, spelled
+from rankwise.verbs.output import Document, Output
 
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output
 from rankwise.config import TrainSettings
 from rankwise.disk import hold
 from rankwise.errors import ConfigError
@@ -19,6 +18,7 @@ from rankwise.options import option_words
 from rankwise.planning.workload import TRACING, PlanSettings
 from rankwise.records import write_text
 from rankwise.reports.numbers import byte_size
+from rankwise.verbs.output import Document, Output
 
 # Imported where they are used, since imports at the top slow down every --help.
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def run(settings: PlanSettings, output: Output) -> Document:
-    from rankwise.cli import plan_view
     from rankwise.planning.plan import make_plan
+    from rankwise.verbs import plan_view
 
     # Checked first, since a plan may take minutes.
     place = settings.save
@@ -111,10 +111,10 @@ def as_yaml(plan: Plan) -> str:
 
 def _check(settings: PlanSettings, plan: Plan, output: Output) -> JsonObject:
     """Run three real steps on this machine, with the only requested method, else with the recommended one."""
-    from rankwise.cli import plan_view
     from rankwise.planning.hardware import shared, this_machine
     from rankwise.planning.real_steps import check_method
     from rankwise.planning.workload import workload_for
+    from rankwise.verbs import plan_view
 
     method = settings.methods[0] if len(settings.methods) == 1 else plan.changes_of
     hardware = plan.hardware if plan.hardware.kind == "machine" else shared(this_machine(), settings.devices)

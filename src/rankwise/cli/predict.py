@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, light_table
-from rankwise.cli.settings import PredictSettings, check_paths
 from rankwise.errors import ConfigError, warn
 from rankwise.evaluation.settings import LoadingOptions
 from rankwise.labels import NUMBER, in_words, measures
 from rankwise.reports.numbers import plural, visible
+from rankwise.verbs.output import Document, Output, light_table
+from rankwise.verbs.settings import PredictSettings, check_paths
 
 # Of a text in the table.
 SHOWN_CHARACTERS = 60

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output
-from rankwise.cli.settings import PreviewSettings
 from rankwise.errors import DataError
 from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.reports.numbers import plural, visible
+from rankwise.verbs.output import Document, Output
+from rankwise.verbs.settings import PreviewSettings
 
 if TYPE_CHECKING:
     from rankwise.data import Encoded, EncodingReport, Preview

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from rankwise.cli.options import Command
-from rankwise.cli.output import Document, Output, watching
-from rankwise.cli.settings import check_paths
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, Interrupted, RunError, is_out_of_memory, out_of_memory
 from rankwise.evaluation.tasks.names import retained_from
@@ -37,6 +35,8 @@ from rankwise.reports.numbers import byte_size, duration, plural, rate
 from rankwise.reports.summary import change_of
 from rankwise.training import ranks
 from rankwise.training.checkpoints import holds_run
+from rankwise.verbs.output import Document, Output, watching
+from rankwise.verbs.settings import check_paths
 
 if TYPE_CHECKING:
     from rankwise.planning.guard import MemoryGuard

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.cli.output import Output, light_table
 from rankwise.methods import method_of
 from rankwise.planning.advice import disk_words, mapped_weights, peak_words
 from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD, eight_bits_share
 from rankwise.reports.numbers import byte_size, duration
+from rankwise.verbs.output import Output, light_table
 
 if TYPE_CHECKING:
     from rankwise.planning import MemoryEstimate, Workload
