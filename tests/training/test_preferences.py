@@ -220,7 +220,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(objective: str, preferring: Any,
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_the_reference_is_free_of_noise(objective: str, preferring: Any) -> None:
+def test_the_reference_is_free_of_noise(objective: str, preferring: Any, tmp_path: Path) -> None:
     compute, found = Scoring.reference, []
 
     def noted(*given: Any) -> torch.Tensor:
@@ -229,8 +229,9 @@ def test_the_reference_is_free_of_noise(objective: str, preferring: Any) -> None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scoring, "reference", noted)
-        train(preferring(objective, max_steps=1))
-        train(preferring(objective, max_steps=1, overwrite=True, neftune_noise_alpha=30.0))
+        for name, noise in {"plain": None, "noisy": 30.0}.items():
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+            train(preferring(objective, max_steps=1, overwrite=bool(noise), neftune_noise_alpha=noise))
     plain, noisy = found[: len(found) // 2], found[len(found) // 2 :]
     assert plain
     torch.testing.assert_close(noisy, plain)

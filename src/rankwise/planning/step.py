@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,7 @@ from rankwise.training.objectives import (
 )
 from rankwise.training.optimizers import implementation_of, make_optimizer
 from rankwise.training.parts import part_of
+from rankwise.training.reference import Reference
 from rankwise.training.step import (
     Computing,
     Objective,
@@ -211,7 +213,9 @@ def objective_of(model: PreTrainedModel, workload: Workload, *, flat: bool) -> O
     loss_type = workload.loss_type or facts.losses[0]
     if facts.of_preferences:
         preferring = {"loss_type": loss_type, "beta": workload.beta or facts.beta, "max_length": sys.maxsize}
-        return Preferences(scoring, none, None, **of_batches, **preferring)  # type: ignore[arg-type]
+        # A run computes its reference before the first step, in less memory than a step takes.
+        kept = Reference("", values=defaultdict(float))
+        return Preferences(scoring, none, None, **of_batches, **preferring, kept=kept)  # type: ignore[arg-type]
     return RewardedAnswers(
         scoring,
         none,

@@ -238,7 +238,7 @@ LENGTH_FREE = ("constant", "constant_with_warmup", "inverse_sqrt")
 # Files of every run. The record names those that depend on the model and its tokenizer.
 OWN_FILES = (
     *(METRICS_FILE, SKIPPED_FILE, "loss.svg", "README.md"),
-    *("adapter_config.json", "adapter_model.safetensors"),
+    *("adapter_config.json", "adapter_model.safetensors", "reference.safetensors"),
 )
 # The status of a run that --overwrite has begun to remove.
 REPLACED = "replaced"

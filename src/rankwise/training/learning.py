@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -73,7 +74,7 @@ class Learning:
     objective: Callable[[LoadedBase, Data, Pace, bool], Objective]
 
 
-def _of_batches(base: LoadedBase, pace: Pace) -> dict[str, int]:
+def _of_batches(base: LoadedBase, pace: Pace) -> dict[str, Any]:
     """The padding token, the rows of a micro-batch of all processes, and the seed of their order."""
     pad = int(base.tokenizer.pad_token_id or 0)
     return {"pad": pad, "size": pace.batch_size * ranks.count(), "seed": pace.seed}

@@ -4,8 +4,9 @@ Of demonstrations, each token of an answer is predicted from the tokens before i
 states answers a text with one label, several, or a number.
 
 Preferences need no second model. The reference is the model itself, with its adapter disabled or with a frozen copy of
-the adapter with which training began. Its log-probabilities are computed first, before the step's graph exists. All
-log-probabilities come from the accelerated model, at the positions of answers only; the losses are in losses.py.
+the adapter with which training began. A run computes its log-probabilities before the first step and keeps them
+(reference.py); where none are kept, each step computes its own, before its graph exists. All log-probabilities come
+from the accelerated model, at the positions of answers only; the losses are in losses.py.
 
 B rows of a micro-batch, L positions, P positions that are trained on, C labels.
 """
@@ -17,7 +18,7 @@ import inspect
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +44,7 @@ from rankwise.ops.linear_cross_entropy import LossSums
 from rankwise.training import ranks
 from rankwise.training.batches import (
     KEY,
+    ROWS_AT_ONCE,
     Batch,
     Counted,
     Figures,
@@ -59,6 +61,7 @@ from rankwise.training.batches import (
     without_rows,
 )
 from rankwise.training.losses import MARKED_LOSSES, PAIR_LOSSES, Pairs
+from rankwise.training.reference import Pair, Reference
 from rankwise.training.step import Loss
 from rankwise.training.weights import roots_gathered
 
@@ -366,6 +369,8 @@ class Preferences:
     label_smoothing: float = 0.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    # The reference's log-probabilities of all answers; None: each batch computes its own.
+    kept: Reference | None = None
 
     shown: ClassVar[Mapping[str, str]] = {"reward_margin": "margin", "reward_accuracy": "accuracy", "kl": "KL"}
 
@@ -387,20 +392,53 @@ class Preferences:
         return in_order(len(self.rows), self.size)
 
     def collate(self, rows: Sequence[Row]) -> Batch:
-        if self.is_paired:
-            pairs = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
-            batch: Batch = {"answers": self._answered(pairs)}
-        else:
-            batch = {"answers": self._answered([(row["prompt_ids"], row["completion_ids"]) for row in rows])}
-            if "KL_completion_ids" in rows[0]:
-                others = [(row["prompt_ids"], row["KL_completion_ids"]) for row in rows]
-                batch["mismatched"] = self._answered(others)
+        return self._collated(rows, trains=True)
+
+    def _collated(self, rows: Sequence[Row], *, trains: bool) -> Batch:
+        batch: Batch = {}
+        for name, pairs in self._pairs(rows).items():
+            batch[name] = answered(pairs, self.pad, self.scoring.layout)
+            if self.kept is not None:
+                batch[f"reference of {name}"] = self.kept.of(pairs, trains=trains)
+        if not self.is_paired:
             batch["label"] = torch.tensor([row["label"] for row in rows])
         return {**batch, KEY: Counted(len(rows), batch["answers"].tokens, len(rows))}
 
-    def _answered(self, rows: Sequence[tuple[list[int], list[int]]]) -> Answered:
-        cut = [(prompt[: self.max_length], answer[: max(0, self.max_length - len(prompt))]) for prompt, answer in rows]
-        return answered(cut, self.pad, self.scoring.layout)
+    def _pairs(self, rows: Sequence[Row]) -> dict[str, list[Pair]]:
+        """Prompts with their answers, those of pairs with all better answers first, and with mismatched answers."""
+        columns = {"answers": ANSWER_IDS[:2] if self.is_paired else ANSWER_IDS[2:], "mismatched": MISMATCHED}
+        return {
+            name: [self._cut(row["prompt_ids"], row[column]) for column in of for row in rows]
+            for name, of in columns.items()
+            if of[0] in rows[0]
+        }
+
+    def _cut(self, prompt: list[int], answer: list[int]) -> Pair:
+        return prompt[: self.max_length], answer[: max(0, self.max_length - len(prompt))]
+
+    def unknown(self, kept: Reference, rows: Dataset, numbers: Sequence[int], *, trains: bool) -> list[int]:
+        """Those of the rows with an answer that ``kept`` does not know."""
+        found = []
+        for start in range(0, len(numbers), ROWS_AT_ONCE):
+            part = numbers[start : start + ROWS_AT_ONCE]
+            for number, row in zip(part, _records(rows, [*part])):
+                if not all(kept.knows(pairs, trains=trains) for pairs in self._pairs([row]).values()):
+                    found.append(number)
+        return found
+
+    @torch.no_grad()
+    def keep(self, kept: Reference, rows: Dataset, numbers: Sequence[int], *, trains: bool) -> Iterator[None]:
+        """Give ``kept`` the answers of these rows, a micro-batch at each turn. All processes take part."""
+        for start in range(0, len(numbers), self.size):
+            places = [*numbers[start : start + self.size]]
+            found: dict[bytes, float] = {}
+            for pairs in self._pairs(_records(rows, ranks.share(places) or places[:1])).values():
+                answers = answered(pairs, self.pad, self.scoring.layout).to(self.scoring.model.device)
+                log_p = self.scoring.reference(answers).sum(1).tolist()
+                found |= zip((kept.digest(pair, trains=trains) for pair in pairs), log_p)
+            for part in ranks.gathered(found):
+                kept.values.update(part)
+            yield
 
     def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
         return batches
@@ -410,7 +448,7 @@ class Preferences:
 
     def _pair_loss(self, batch: Batch) -> Loss:
         answers: Answered = batch["answers"]
-        reference = self.scoring.reference(answers).sum(1)
+        reference = self._reference(batch, "answers")
         scores = self.scoring.scores(answers, want_stats=True)
         log_p = scores.log_probs.sum(1)
         chosen, rejected = (log_p - reference).chunk(2)
@@ -424,7 +462,7 @@ class Preferences:
 
     def _marked_loss(self, batch: Batch) -> Loss:
         answers: Answered = batch["answers"]
-        reference, is_good = self.scoring.reference(answers).sum(1), batch["label"]
+        reference, is_good = self._reference(batch, "answers"), batch["label"]
         z = self._z(batch) if self.loss_type == "kto" else reference.new_zeros(())
         scores = self.scoring.scores(answers, want_stats=True)
         log_p = scores.log_probs.sum(1)
@@ -435,11 +473,16 @@ class Preferences:
         figures["kl"] = z * len(log_p), len(log_p)
         return Loss((weights * losses).sum(), self.scoring.balance(scores), figures)
 
+    def _reference(self, batch: Batch, name: str) -> Tensor:
+        """log p_ref of each answer (B,)."""
+        known: Tensor | None = batch.get(f"reference of {name}")
+        return self.scoring.reference(batch[name]).sum(1) if known is None else known
+
     @torch.no_grad()
     def _z(self, batch: Batch) -> Tensor:
         """The estimate of the KL divergence from the reference: max(0, mean r) of mismatched answers, over the rows of
         all processes."""
-        reference = self.scoring.reference(batch["mismatched"]).sum(1)
+        reference = self._reference(batch, "mismatched")
         own = (self.scoring.scores(batch["mismatched"]).log_probs.sum(1) - reference).mean()
         # A plan's tensors have no values.
         if ranks.count() > 1 and not is_fake(own):
@@ -466,8 +509,7 @@ class Preferences:
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for places in in_order(len(self.eval_rows), self.size):
             own = ranks.share(places)
-            rows = self.eval_rows[own or places[:1]]
-            batch = self.collate([dict(zip(rows, row)) for row in zip(*rows.values())])
+            batch = self._collated(_records(self.eval_rows, own or places[:1]), trains=False)
             found = self.loss(model, on_device(batch if own else without_rows(batch), model.device))
             figures: Figures = {"loss": (found.sum, len(own)), **found.figures}
             values = [float(value) * bool(own) for pair in figures.values() for value in pair]
@@ -510,6 +552,11 @@ class Preferences:
                 flat, shared = layout != "padded", layout == "pairs"
                 found.append(largest(rows, batches, flat=flat, shared=shared, answers=answers))
         return max(found, key=lambda batch: batch.rows * batch.tokens)
+
+
+def _records(rows: Dataset, numbers: list[int]) -> list[Row]:
+    columns = rows[numbers]
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def mismatched(rows: Dataset, size: int) -> Dataset:

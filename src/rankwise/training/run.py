@@ -29,7 +29,7 @@ from rankwise.compat.torch import is_unit
 from rankwise.config import StepOptions, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
 from rankwise.data import warn_of_overlap
-from rankwise.disk import hold
+from rankwise.disk import cache_folder, hold
 from rankwise.errors import RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig
@@ -61,7 +61,8 @@ from rankwise.training.optimizers import (
     make_schedule,
 )
 from rankwise.training.parts import Base, Learned, Pace, Reading, Updates, learned_of, part_of
-from rankwise.training.products import affordable_rows, judge, kept_file, taken
+from rankwise.training.products import affordable_rows, judge, kept_file, pairs_in_eight_bits, taken
+from rankwise.training.reference import Reference, key_of
 from rankwise.training.session import Foresight, Retention, Session
 from rankwise.training.setup import add_new_tokens, new_tokens
 from rankwise.training.step import TO_BE_MEASURED, Computing, Objective, Prepared, Products, choose, prepare
@@ -255,7 +256,22 @@ def _prepare(
         products_measured=step.measured or (before and before.products_measured),
         rate_search=searched,
     )
-    return Session(asked.output, mode, loop, loaded.tokenizer, checkpoint, record, observer, asked.trackers, retention)
+    reference = None
+    if OBJECTIVES[learned.objective].of_preferences:
+        reference = _reference(base, lora, loaded, rows, step)
+    return Session(
+        asked.output,
+        mode,
+        loop,
+        loaded.tokenizer,
+        checkpoint,
+        record,
+        observer,
+        asked.trackers,
+        retention,
+        reference,
+        (base.cache or cache_folder()) / "reference",
+    )
 
 
 def _read(
@@ -390,6 +406,21 @@ def _search(
         inputs=[options, rates, rows.described, loaded.facts, rows.versions, computing.products, step.measured],
         observer=observer,
     )
+
+
+def _reference(base: Base, lora: LoraConfig, loaded: setup.LoadedBase, rows: _Rows, step: _Step) -> Reference:
+    """What is known of the run's reference: nothing yet, but on what it depends beside the tokens."""
+    facts = {name: loaded.facts[name] for name in ("sha256", "architecture", "dtype", "quantization")}
+    computing, train = step.prepared.computing, rows.described["train"]
+    inputs: list[object] = [facts, loaded.device.type, loaded.autocast, computing.fast, rows.versions]
+    # An adapter that is continued is the reference, and added tokens have rows in the base.
+    inputs += [{name: train.get(name) for name in ("adapter_sha256", "new_tokens_sha256")}]
+    # These start from a base of their own.
+    inputs += [[dataclasses.asdict(lora), base.seed] if lora.init.kind in ("pissa", "loftq") else None]
+    # The scales of 8 bits are those of the first rows.
+    layers = sorted(pairs_in_eight_bits(loaded.model))
+    inputs += [[train["sha256"], train["tokens"], layers] if layers else None]
+    return Reference(key_of(*inputs), in_eight_bits=bool(layers))
 
 
 def _check_alike(described: Mapping[str, Fields], facts: Fields, versions: Mapping[str, str]) -> None:

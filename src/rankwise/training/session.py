@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -28,6 +29,7 @@ from rankwise.models.source import ModelSource
 from rankwise.objectives import OBJECTIVES
 from rankwise.records import RUN_FILE, RunRecord, load_record, read_metrics, write_skipped_rows, write_text
 from rankwise.reports.model_card import model_card
+from rankwise.reports.numbers import plural
 from rankwise.reports.plots import loss_svg
 from rankwise.training import checkpoints, ranks
 from rankwise.training.batches import MicroBatch
@@ -41,11 +43,14 @@ from rankwise.training.checkpoints import (
     temporary_folder,
 )
 from rankwise.training.learning import search_file
-from rankwise.training.loop import Loop
+from rankwise.training.loop import Loop, coming_batches
 from rankwise.training.objectives import Preferences
 from rankwise.training.ranks import Interrupt, interrupts
+from rankwise.training.reference import FILE as REFERENCE_FILE
+from rankwise.training.reference import Reference, read_values, write_values
 from rankwise.training.step import mixed
 from rankwise.training.watch import (
+    EvaluationStopped,
     GradientCheck,
     MemoryMeter,
     Observer,
@@ -55,7 +60,14 @@ from rankwise.training.watch import (
     evaluated_rewards,
     evaluations,
 )
-from rankwise.training.weights import check_written, load_weights, save_weights, weights_digest, whole_weights
+from rankwise.training.weights import (
+    check_written,
+    load_weights,
+    save_weights,
+    undisturbed_random_states,
+    weights_digest,
+    whole_weights,
+)
 
 PLOT_FILE = "loss.svg"
 CARD_FILE = "README.md"
@@ -116,6 +128,9 @@ class Session:
     observer: Observer
     trackers: Sequence[str] = ()
     retention: Retention | None = None
+    # Of preferences, and the folder in which other runs over the same base find it.
+    reference: Reference | None = None
+    shared: Path | None = None
 
     def carry_out(self, started: float, told: list[dict[str, str]]) -> RunRecord:
         """Train to the end and write the results. Also after a failure, the record holds how the run ended.
@@ -226,7 +241,8 @@ class Session:
                 files=files,
             )
             try:
-                loop.fit(watch, self.checkpoint)
+                if self._keep_reference(watch.pause):
+                    loop.fit(watch, self.checkpoint)
             except BaseException:
                 # If another process ended, the launcher's signal is on its way, and must not hide this error.
                 ranks.end_alone()
@@ -245,6 +261,48 @@ class Session:
             f"stopped after step {progress.steps} of {loop.pace.total_steps} and saved it; continue with `rankwise "
             f"train --resume --output {self.folder}`.",
         )
+
+    def _keep_reference(self, pause: Callable[[], None]) -> bool:
+        """Compute what is not known of the reference. Returns False if the user asked to stop."""
+        loop, objective, kept = self.loop, self.loop.objective, self.reference
+        if kept is None or self.shared is None:
+            return True
+        assert isinstance(objective, Preferences), "only these have a reference to keep"
+        own, shared = self.folder / REFERENCE_FILE, self.shared / f"{kept.key[:32]}.safetensors"
+        # Own values come first, so that a resumed run has the bits of an undisturbed one.
+        kept.values = ranks.gathered(self._known(shared) | self._known(own) if ranks.is_writer() else {})[0]
+        coming = ranks.gathered({*itertools.chain.from_iterable(coming_batches(objective, loop.pace))})
+        parts = [(objective.rows, sorted(set[int]().union(*coming)), True)]
+        if objective.eval_rows is not None and loop.pace.eval_steps is not None:
+            parts.append((objective.eval_rows, [*range(len(objective.eval_rows))], False))
+        new = [objective.unknown(kept, rows, numbers, trains=trains) for rows, numbers, trains in parts]
+        count, stops = sum(map(len, new)), False
+        if count:
+            self.observer.phase(f"Computing the reference of {plural(count, 'row')}, once")
+        try:
+            with undisturbed_random_states(), mixed(loop.model, loop.autocast):
+                for (rows, _, trains), numbers in zip(parts, new):
+                    loop.model.train(trains)
+                    for _ in objective.keep(kept, rows, numbers, trains=trains):
+                        pause()
+        except EvaluationStopped:
+            stops = True
+        if ranks.is_writer() and (count or self.checkpoint is None):
+            write_values(own, kept.key, kept.values)
+            # Where they cannot be shared, the next run computes them again.
+            with contextlib.suppress(OSError):
+                write_values(shared, kept.key, kept.values | self._known(shared))
+        objective.kept = kept
+        return not stops
+
+    def _known(self, file: Path) -> dict[bytes, float]:
+        """The values in a file of the reference."""
+        assert self.reference is not None, "asked by the caller"
+        try:
+            return read_values(file, self.reference.key)
+        except ValueError as error:
+            self.observer.note(f"{file} is damaged ({error}), so the reference is computed again")
+            return {}
 
     @property
     def of_rewards(self) -> bool:
