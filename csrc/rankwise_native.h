@@ -182,6 +182,7 @@ typedef struct rw_term {
     const void* a_rest;  // what rounding a to bfloat16 left, as a lies, or null; only with exact
     int exact;  // on tiles a float32 w without `across` counts as two bfloat16 numbers, its rounded value and the rest
     const rw_eight_bit* eight_bit;  // or null
+    int64_t w_first;                // of a packed weight, the elements before this term's
 } rw_term;
 
 // Whether the current level has sums of products; the functions below must not be called where it has not. And a switch
@@ -204,6 +205,12 @@ RW_EXPORT void rw_quantize_rows(const void* x, int dtype, int64_t x_stride, cons
 RW_EXPORT void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g,
                            const float* bias, void* out, void* rest, int64_t out_stride, int threads);
 
+// The same of groups of rows, each with weights of its own, without g, rest and 8 bits: sizes[i] rows belong to group i,
+// whose weight of term j lies i * apart[j] elements after that of the term; bias (groups, N) or null.
+RW_EXPORT void rw_grouped_products(const rw_term* terms, const int64_t* apart, int count, const int64_t* sizes,
+                                   int64_t groups, int dtype, int64_t N, const float* bias, void* out,
+                                   int64_t out_stride, int threads);
+
 // out (R, C), or (C, R) with by_column, = scale * gain * q^T m of q (T, R) and m (T, C), of dtype as above; gain (C) or
 // null. out is float32 or bfloat16. dot (C) = sum_T m * y, unless null; with divisor (C) divided by it, and 0 where
 // that is 0.
@@ -211,6 +218,11 @@ RW_EXPORT void rw_row_product(int dtype, const void* q, int64_t q_stride, const 
                               const void* y, int64_t y_stride, int64_t T, int64_t R, int64_t C, float scale,
                               const float* gain, int by_column, void* out, int out_dtype, const float* divisor,
                               float* dot, int threads);
+
+// The first of it for each group of rows, to out (groups, R, C) or (groups, C, R); a group without rows is left as it is.
+RW_EXPORT void rw_grouped_row_product(int dtype, const void* q, int64_t q_stride, const void* m, int64_t m_stride,
+                                      const int64_t* sizes, int64_t groups, int64_t R, int64_t C, float scale,
+                                      int by_column, void* out, int out_dtype, int threads);
 
 #ifdef __cplusplus
 }

@@ -105,7 +105,7 @@ template <int D>
 RW_INLINE const void* row_of_weight(const rw_term& term, int64_t row, int64_t column, int64_t count, float* made) {
     const int64_t at = row * term.w_stride + column;
     if (!term.packed) return static_cast<const char*>(term.w) + at * (term.w_dtype == RW_FLOAT32 ? 4 : 2);
-    decode<Avx2, D>(*term.packed, at, count, made);
+    decode<Avx2, D>(*term.packed, term.w_first + at, count, made);
     return made;
 }
 

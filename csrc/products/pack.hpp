@@ -100,7 +100,7 @@ static inline void convert_elements(const rw_term& term, int64_t row, int64_t co
 static void fetch(const rw_term& term, int64_t row, int64_t column, int64_t count, uint16_t* out) {
     if (!term.packed && term.w_dtype == RW_FLOAT32) return convert_elements<false>(term, row, column, count, out);
     if (term.packed) {
-        decode<Avx512, RW_BFLOAT16>(*term.packed, row * term.w_stride + column, count, out);
+        decode<Avx512, RW_BFLOAT16>(*term.packed, term.w_first + row * term.w_stride + column, count, out);
     } else {
         std::memcpy(out, static_cast<const uint16_t*>(term.w) + row * term.w_stride + column,
                     2 * static_cast<std::size_t>(count));

@@ -49,7 +49,7 @@ static inline __attribute__((always_inline)) __m512i step_to_bytes(const uint16_
 static inline const uint16_t* row_of_weight(const rw_term& term, int64_t row, int64_t column, int64_t count,
                                             uint16_t* made) {
     if (!term.packed) return static_cast<const uint16_t*>(term.w) + row * term.w_stride + column;
-    decode<Avx512, RW_BFLOAT16>(*term.packed, row * term.w_stride + column, count, made);
+    decode<Avx512, RW_BFLOAT16>(*term.packed, term.w_first + row * term.w_stride + column, count, made);
     return made;
 }
 

@@ -1,6 +1,7 @@
 // The C interface of sums of products: prepares operands, cuts the result into shares.
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "common/level.hpp"
 #include "common/parallel.hpp"
@@ -51,26 +52,30 @@ void copy_rows(const rw_term& term, int64_t first, int64_t last, int64_t stride,
     }
 }
 
-// Makes terms whose rows tiles can read, and returns how many. An exact term becomes two: all of a times the rounded
-// weight, and the rounded a times the weight's rest. The product of both rests is below the precision of float32 sums.
-int prepare_for_tiles(const rw_term* terms, int count, int64_t T, int threads, ProductTerm* prepared) {
-    struct Owner {};
-    const auto length_of = [](const rw_term& term) { return term.a_rest ? 2 * term.length : term.length; };
+// Elements of the copies of one row of all terms.
+int64_t copied_per_row(const rw_term* terms, int count) {
     int64_t elements = 0;
     for (int i = 0; i < count; ++i)
-        if (is_copied(terms[i])) elements += T * padded_stride(length_of(terms[i]));
-    uint16_t* copy = elements ? scratch<Owner, uint16_t, 0>(elements) : nullptr;
+        if (is_copied(terms[i])) elements += padded_stride((terms[i].a_rest ? 2 : 1) * terms[i].length);
+    return elements;
+}
+
+// Makes terms whose rows tiles can read, and returns how many. An exact term becomes two: all of a times the rounded
+// weight, and the rounded a times the weight's rest. The product of both rests is below the precision of float32 sums.
+// copy: room for `copied_per_row` elements of each row.
+int prepare_for_tiles(const rw_term* terms, int count, int64_t T, int threads, uint16_t* copy, ProductTerm* prepared) {
     int made = 0;
     for (int i = 0; i < count; ++i) {
         const rw_term& term = terms[i];
         ProductTerm& whole = prepared[made++];
         const auto* a = static_cast<const uint16_t*>(term.a);
-        const int64_t length = length_of(term), words = term.eight_bit ? ceil_div(length, 2) : length;
+        const int64_t length = (term.a_rest ? 2 : 1) * term.length;
+        const int64_t words = term.eight_bit ? ceil_div(length, 2) : length;
         const int64_t stride = term.eight_bit ? term.a_stride / 2 : term.a_stride;
         whole = {term, a, stride, ceil_div(words, kTileStep), words, term.length, false};
         whole.source.length = length;
         if (is_copied(term)) {
-            const int64_t stride = padded_stride(whole.source.length), per_task = ceil_div(int64_t{1} << 17, stride);
+            const int64_t stride = padded_stride(length), per_task = ceil_div(int64_t{1} << 17, stride);
             parallel(ceil_div(T, per_task), threads, [&](int64_t task) {
                 copy_rows(term, task * per_task, (task + 1) * per_task < T ? (task + 1) * per_task : T, stride, copy);
             });
@@ -87,8 +92,10 @@ int prepare_for_tiles(const rw_term* terms, int count, int64_t T, int threads, P
     return made;
 }
 
-// Terms as they are.
-int prepare(const rw_term* terms, int count, const ProductLayout& layout, ProductTerm* prepared) {
+// The terms as the level multiplies them.
+int prepare(const rw_term* terms, int count, const ProductLayout& layout, int64_t T, int threads, uint16_t* copy,
+            ProductTerm* prepared) {
+    if (layout.reads_tiles) return prepare_for_tiles(terms, count, T, threads, copy, prepared);
     for (int i = 0; i < count; ++i) {
         const int64_t length = terms[i].length;
         const auto* a = static_cast<const uint16_t*>(terms[i].a);
@@ -98,7 +105,19 @@ int prepare(const rw_term* terms, int count, const ProductLayout& layout, Produc
     return count;
 }
 
-int64_t equal_part(int64_t total, int64_t most) { return ceil_div(total, ceil_div(total, most)); }
+// What fits into the cache at once: steps of all terms, and panels.
+struct Portion {
+    int64_t all_steps = 0, steps, panels;
+
+    Portion(const ProductTerm* terms, int count, const ProductLayout& layout) {
+        int64_t elements = 0;
+        for (int i = 0; i < count; ++i) all_steps += terms[i].steps, elements += terms[i].source.length;
+        const int64_t most = elements > kLong ? kLongSteps : layout.most_steps;
+        steps = ceil_div(all_steps, ceil_div(all_steps, most));
+        panels = layout.packed_bytes / (steps * layout.panel_step_bytes);
+        if (panels < 1) panels = 1;
+    }
+};
 
 // Parts of the panels: a multiple of the threads, chosen so that no thread ends much later than another.
 int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
@@ -109,6 +128,18 @@ int64_t panel_parts(int64_t panels, int64_t most, int64_t threads) {
         if (best_load == 0 || load < best_load) best = parts, best_load = load;
     }
     return best < panels ? best : panels;
+}
+
+// Rows [first, first + rows) of one group.
+struct RowGroup {
+    int64_t index, first, rows;
+};
+
+std::vector<RowGroup> groups_with_rows(const int64_t* sizes, int64_t groups) {
+    std::vector<RowGroup> filled;
+    for (int64_t i = 0, first = 0; i < groups; first += sizes[i++])
+        if (sizes[i]) filled.push_back({i, first, sizes[i]});
+    return filled;
 }
 
 }  // namespace
@@ -141,17 +172,15 @@ void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t 
     threads = threads > 0 ? threads : 1;
     const ProductKernels* kernels = current_products();
     const ProductLayout& layout = kernels->layout;
+    struct Owner {};
+    uint16_t* copy = layout.reads_tiles ? scratch<Owner, uint16_t, 0>(T * copied_per_row(terms, count)) : nullptr;
     ProductTerm prepared[kMostTerms];
-    const int made = layout.reads_tiles ? prepare_for_tiles(terms, count, T, threads, prepared)
-                                        : prepare(terms, count, layout, prepared);
-    int64_t steps = 0, elements = 0;
-    for (int i = 0; i < made; ++i) steps += prepared[i].steps, elements += prepared[i].source.length;
-    const int64_t at_once = equal_part(steps, elements > kLong ? kLongSteps : layout.most_steps);
-    const ProductJob job = {prepared, made, at_once, T, N, g, bias, dtype, out, rest, out_stride};
-    const int64_t panels = ceil_div(N, kPanel), most = layout.packed_bytes / (at_once * layout.panel_step_bytes);
-    const int64_t columns = ceil_div(panels, panel_parts(panels, most > 0 ? most : 1, threads)),
+    const int made = prepare(terms, count, layout, T, threads, copy, prepared);
+    const Portion at_once(prepared, made, layout);
+    const ProductJob job = {prepared, made, at_once.steps, T, N, g, bias, dtype, out, rest, out_stride};
+    const int64_t panels = ceil_div(N, kPanel), columns = ceil_div(panels, panel_parts(panels, at_once.panels, threads)),
                   parts = ceil_div(panels, columns);
-    int64_t row_parts = at_once == steps ? 1 : ceil_div(T, kKeptRows);
+    int64_t row_parts = at_once.steps == at_once.all_steps ? 1 : ceil_div(T, kKeptRows);
     while (parts * row_parts < threads && T / row_parts > kLeastRows) ++row_parts;
     const int64_t rows = ceil_div(ceil_div(T, row_parts), kRowBlock) * kRowBlock;
     row_parts = ceil_div(T, rows);
@@ -159,6 +188,45 @@ void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t 
         const int64_t part = task % parts, row = task / parts * rows;
         const int64_t last = (part + 1) * columns < panels ? (part + 1) * columns : panels;
         kernels->product(job, {part * columns, last, row, row + rows < T ? row + rows : T});
+    });
+}
+
+void rw_grouped_products(const rw_term* terms, const int64_t* apart, int count, const int64_t* sizes, int64_t groups,
+                         int dtype, int64_t N, const float* bias, void* out, int64_t out_stride, int threads) {
+    struct Owner {};
+    const ProductKernels* kernels = current_products();
+    const ProductLayout& layout = kernels->layout;
+    const std::vector<RowGroup> filled = groups_with_rows(sizes, groups);
+    if (filled.empty() || N == 0) return;
+    const int64_t size = dtype == RW_FLOAT32 ? 4 : 2, copied = layout.reads_tiles ? copied_per_row(terms, count) : 0;
+    uint16_t* copy = scratch<Owner, uint16_t, 0>((filled.back().first + filled.back().rows) * copied);
+    std::vector<ProductTerm> prepared(filled.size() * static_cast<std::size_t>(2 * count));
+    std::vector<ProductJob> jobs(filled.size());
+    parallel(static_cast<int64_t>(filled.size()), threads, [&](int64_t i) {
+        const RowGroup& group = filled[static_cast<std::size_t>(i)];
+        rw_term own[kMostTerms / 2];
+        for (int j = 0; j < count; ++j) {
+            own[j] = terms[j];
+            own[j].a = static_cast<const char*>(terms[j].a) + group.first * terms[j].a_stride * size;
+            const int64_t before = group.index * apart[j];
+            if (own[j].packed) own[j].w_first += before;
+            else own[j].w = static_cast<const char*>(terms[j].w) + before * (terms[j].w_dtype == RW_FLOAT32 ? 4 : 2);
+        }
+        ProductTerm* mine = &prepared[static_cast<std::size_t>(2 * count * i)];
+        const int made = prepare(own, count, layout, group.rows, 1, copy + group.first * copied, mine);
+        jobs[static_cast<std::size_t>(i)] = {mine, made, 0, group.rows, N, nullptr, bias ? bias + group.index * N : nullptr,
+                                             dtype, static_cast<char*>(out) + group.first * out_stride * size, nullptr,
+                                             out_stride};
+    });
+    const Portion at_once(jobs[0].terms, jobs[0].count, layout);
+    const int64_t panels = ceil_div(N, kPanel), columns = ceil_div(panels, ceil_div(panels, at_once.panels)),
+                  parts = ceil_div(panels, columns);
+    parallel(static_cast<int64_t>(filled.size()) * parts, threads, [&](int64_t task) {
+        ProductJob job = jobs[static_cast<std::size_t>(task / parts)];
+        job.steps_at_once = at_once.steps;
+        const int64_t first = task % parts * columns, last = first + columns < panels ? first + columns : panels;
+        for (int64_t row = 0; row < job.T; row += kKeptRows)
+            kernels->product(job, {first, last, row, row + kKeptRows < job.T ? row + kKeptRows : job.T});
     });
 }
 
@@ -179,6 +247,42 @@ void rw_row_product(int dtype, const void* q, int64_t q_stride, const void* m, i
     });
     parallel(parts, threads,
              [&](int64_t part) { kernels->finish_row_product(job, part * kChunkColumns, last_of(part)); });
+}
+
+void rw_grouped_row_product(int dtype, const void* q, int64_t q_stride, const void* m, int64_t m_stride,
+                            const int64_t* sizes, int64_t groups, int64_t R, int64_t C, float scale, int by_column,
+                            void* out, int out_dtype, int threads) {
+    const ProductKernels* kernels = current_products();
+    const int64_t size = dtype == RW_FLOAT32 ? 4 : 2, out_bytes = R * C * (out_dtype == RW_FLOAT32 ? 4 : 2);
+    const int64_t ranks = ceil_div(R, 16) * 16, parts = ceil_div(C, kChunkColumns);
+    const std::vector<RowGroup> filled = groups_with_rows(sizes, groups);
+    parallel(static_cast<int64_t>(filled.size()) * parts, threads, [&](int64_t task) {
+        struct Owner {};
+        const RowGroup& group = filled[static_cast<std::size_t>(task / parts)];
+        const int64_t chunks = ceil_div(group.rows, kChunkRows), first = task % parts * kChunkColumns,
+                      last = first + kChunkColumns < C ? first + kChunkColumns : C;
+        const RowProductJob job = {dtype,
+                                   static_cast<const char*>(q) + group.first * q_stride * size,
+                                   q_stride,
+                                   static_cast<const char*>(m) + group.first * m_stride * size,
+                                   m_stride,
+                                   nullptr,
+                                   0,
+                                   group.rows,
+                                   R,
+                                   C,
+                                   scratch<Owner, float, 0>(chunks * ranks * C),
+                                   nullptr,
+                                   scale,
+                                   nullptr,
+                                   by_column,
+                                   out_dtype,
+                                   static_cast<char*>(out) + group.index * out_bytes,
+                                   nullptr,
+                                   nullptr};
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) kernels->row_product(job, chunk, first, last);
+        kernels->finish_row_product(job, first, last);
+    });
 }
 
 }  // extern "C"

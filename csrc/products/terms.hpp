@@ -45,7 +45,7 @@ template <int D>
 void fetch_floats(const rw_term& term, int64_t row, int64_t column, int64_t count, float* out) {
     const int64_t at = row * term.w_stride + column;
     const bool scaled = term.gain || term.scale != 1.0f;
-    if (term.packed) decode<Avx2, D>(*term.packed, at, count, out);
+    if (term.packed) decode<Avx2, D>(*term.packed, term.w_first + at, count, out);
     const Floats scale = all(term.across && term.gain ? term.scale * term.gain[row] : term.scale);
     const float* gain = term.across ? nullptr : term.gain;
     if (term.packed && !scaled) return;

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rankwise.ops.experts import DenseStack, ExpertBranch, low_rank_experts
+from marks import at_every_level
+from precision import assert_as_exact
+from rankwise.ops.cpu import products
+from rankwise.ops.experts import DenseStack, ExpertBranch, FrozenStack, low_rank_experts
+from rankwise.quantization.experts import PackedStack, quantize_stack
 
 E, H, WIDTH, R = 4, 2, 2, 1
 # Expert 2 gets no token.
@@ -66,3 +72,63 @@ def test_gradcheck_in_float64(up_adapts: bool, down_adapts: bool, frozen: int | 
         return low_rank_experts(x, CHOSEN, E, gate, up.with_tensors(*factors[:2]), down.with_tensors(*factors[2:]))
 
     assert torch.autograd.gradcheck(call, given, fast_mode=True)
+
+
+@at_every_level
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "transposed", "nf4", "fp4 across"])
+def test_all_experts_in_one_call(kind: str, dtype: torch.dtype) -> None:
+    """Natively, against one product per expert: no further from float64. Expert 2 gets no row, expert 0 half of all."""
+    torch.manual_seed(0)
+    experts, T, H, width, r = 6, 150, 64, 96, 5
+    chosen = torch.stack([torch.tensor([0, 1 + 2 * (row % 3 > 0) + row % 2]) for row in range(T)])
+
+    def branch(K: int, N: int) -> ExpertBranch:
+        W, bias = torch.randn(experts, N, K) / K**0.5, torch.randn(experts, N).to(dtype)
+        pair = torch.randn(experts, r, K) / K**0.5, torch.randn(experts, N, r)
+        return ExpertBranch(stack_of(W, kind, dtype), bias, 0.5, *(part.requires_grad_() for part in pair))
+
+    up, down = branch(H, 2 * width), branch(width, H)
+    x, dy = torch.randn(T, H).to(dtype), torch.randn(2 * T, H)
+
+    def outcome(as_dtype: torch.dtype, branches: tuple[ExpertBranch, ExpertBranch]) -> list[Tensor]:
+        given = x.to(as_dtype, copy=True).requires_grad_()
+        tensors = [tensor for part in branches for tensor in part.tensors if tensor is not None]
+        y = low_rank_experts(given, chosen, experts, gate, *branches)
+        return [y.detach(), *torch.autograd.grad((y.float() * dy).sum(), [given, *tensors])]
+
+    assert (up.native(x) is not None) == products.take(dtype)
+    exact = outcome(torch.float64, (in_float64(up), in_float64(down)))
+    found = outcome(dtype, (up, down))
+    products.allow(False)
+    try:
+        plain = outcome(dtype, (up, down))
+    finally:
+        products.allow(True)
+    assert_as_exact(found, plain, exact, slack=1.2, dtype=dtype)
+
+
+def stack_of(W: Tensor, kind: str, dtype: torch.dtype) -> FrozenStack:
+    if kind == "dense":
+        return DenseStack(W.to(dtype))
+    across = kind in ("transposed", "fp4 across")
+    stored = W.transpose(1, 2).contiguous() if across else W
+    if kind == "transposed":
+        return DenseStack(stored.to(dtype).transpose(1, 2))
+    experts = nn.Module()
+    experts.config = SimpleNamespace()
+    experts.register_parameter("up_proj", nn.Parameter(stored.to(dtype), requires_grad=False))
+    settings = {"quant_type": kind[:3], "block_size": 64 if kind == "nf4" else 32, "double_quant": kind == "nf4"}
+    return PackedStack(quantize_stack(experts, "up_proj", compute_dtype=None, **settings), across)
+
+
+def in_float64(branch: ExpertBranch) -> ExpertBranch:
+    frozen = branch.frozen
+    if isinstance(frozen, DenseStack):
+        W = frozen.W
+    else:
+        assert isinstance(frozen, PackedStack)
+        W = frozen.stack.dequantize()
+        W = W.transpose(1, 2) if frozen.transposed else W
+    bias = None if branch.bias is None else branch.bias.double()
+    return dataclasses.replace(branch, frozen=DenseStack(W.double()), bias=bias).with_tensors(*branch.tensors)

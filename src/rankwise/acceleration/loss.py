@@ -28,7 +28,6 @@ from transformers.utils.generic import ModelOutput
 from rankwise.acceleration.layouts import padded
 from rankwise.acceleration.parts import ATTRIBUTE, Undo, class_forward, probe, replace_forward
 from rankwise.adapters.base_layer import is_own
-from rankwise.adapters.low_rank import computes_in
 from rankwise.compat.torch import hooks_around, is_fake
 from rankwise.compat.transformers import text_config
 from rankwise.constants import IGNORED, chunk_rows
@@ -37,7 +36,7 @@ from rankwise.labels import NUMBER, SEVERAL, SINGLE, Problem
 from rankwise.ops.eight_bit import EightBit
 from rankwise.ops.linear_cross_entropy import LogitShape, LossSums, linear_cross_entropy, linear_log_probs
 from rankwise.ops.packed_weight import PackedWeight
-from rankwise.ops.selection import enough_chunks, is_traced
+from rankwise.ops.selection import computes_in, enough_chunks, is_traced
 from rankwise.quantization.linear import Linear4bit
 
 if TYPE_CHECKING:

@@ -35,6 +35,7 @@ from rankwise.acceleration.parts import (
     class_forward,
     is_free,
     probe,
+    replace_experts,
     replace_forward,
     replace_linears,
     replace_mlps,
@@ -77,6 +78,8 @@ class Acceleration:
     ropes: int = 0
     # Number of frozen layers without an adapter, for whose products PyTorch has no fast instructions here.
     linears: int = 0
+    # Number of modules of frozen experts without adapters that are computed together.
+    experts: int = 0
     # Number of layers whose frozen products are in 8 bits, the head among them with its logits.
     eight_bit: int = 0
     attention: bool = False
@@ -91,6 +94,7 @@ class Acceleration:
             (self.norms, f"{self.norms} norms and {self.mlps} gated MLPs fused"),
             (self.ropes, "rotary positions fused"),
             (self.linears, f"bfloat16 products of {self.linears} frozen layers in float32"),
+            (self.experts, f"the experts of {self.experts} layers computed together"),
             (self.eight_bit, f"frozen products of {self.eight_bit} layers in 8 bits while training"),
             (self.fused_loss, "loss in chunks of labelled tokens"),
             (self.keeps_memory, "freed memory is kept"),
@@ -178,6 +182,7 @@ def _optimize(model: nn.Module, undo: Undo, *, keep_memory: bool, fuse_loss: boo
         mlps=mlps,
         ropes=ropes,
         linears=replace_linears(model, undo),
+        experts=replace_experts(model, undo),
         attention=use_attention(model, undo, left),
         fused_loss=head is not None,
         keeps_memory=keep_memory and on_cpu and keep_freed_memory(),

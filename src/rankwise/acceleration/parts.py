@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.adapters.base_layer import REPLACED, has_hooks, put_back
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import LowRankPair
-from rankwise.adapters.low_rank import computes_in, drawn_dropout
+from rankwise.adapters.low_rank import drawn_dropout
 from rankwise.compat.torch import Ctx, WeakTensorKeyDictionary, is_fake, unsafe_view, writes_to
 from rankwise.compat.transformers import rotary_of, set_rotary
 from rankwise.errors import RankwiseError, is_out_of_memory
@@ -31,7 +31,8 @@ from rankwise.ops import elementwise
 from rankwise.ops.branch import input_grad_out, is_slow_in_torch, linear_out
 from rankwise.ops.kept import Handback, Normed, offered_with_heads, remember
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
-from rankwise.ops.selection import is_on_card, is_traced, native_on_cpu, takes_triton
+from rankwise.ops.selection import computes_in, is_on_card, is_traced, native_on_cpu, takes_triton
+from rankwise.quantization.experts import first_leaf, foreign, forward_frozen
 
 ATTRIBUTE = "rankwise_acceleration"
 
@@ -251,6 +252,27 @@ def _forward(self: nn.Linear | Conv1D, x: Tensor) -> Tensor:
     if is_traced() or not is_native or not _is_frozen_linear(self):
         return class_forward(self)(x)
     return FrozenLinear.apply(x, self.weight.T if type(self) is Conv1D else self.weight, self.bias)
+
+
+def replace_experts(model: nn.Module, undo: Undo) -> int:
+    """Compute frozen stacked experts without adapters natively, all in one call. Returns the number of modules."""
+    parameter = next(model.parameters())
+    if not parameter.is_cpu or is_on_card(parameter):
+        return 0
+    found = [module for module in model.modules() if _is_frozen_experts(module) and is_free(module)]
+    for module in found:
+        replace_forward(module, _experts_forward, undo)
+    return len(found)
+
+
+def _is_frozen_experts(module: Any) -> bool:
+    if not hasattr(module, "has_gate") or foreign(module, first_leaf(module)) is not None:
+        return False
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _experts_forward(self: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    return forward_frozen(self, x, top_k_index, top_k_weights, lambda module, *given: class_forward(module)(*given))
 
 
 # --- recognising ---

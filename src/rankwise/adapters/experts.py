@@ -21,16 +21,16 @@ from torch.nn import functional as F
 
 from rankwise.adapters.base_layer import with_own_weights
 from rankwise.adapters.layer import OverBase
-from rankwise.adapters.low_rank import computes_in, init_low_rank_, merged_weight
+from rankwise.adapters.low_rank import init_low_rank_, merged_weight
 from rankwise.compat.torch import own_parameters, share_hooks
 from rankwise.compat.transformers import gate_of
-from rankwise.ops.experts import DenseStack, ExpertBranch, FrozenStack, Rows, low_rank_experts
-from rankwise.ops.selection import is_traced
+from rankwise.ops.experts import ExpertBranch, low_rank_experts
+from rankwise.ops.selection import computes_in, is_traced
 from rankwise.quantization.experts import (
-    Stack,
     dequantize_stack,
     first_leaf,
     forward_by_expert,
+    frozen_branch,
     product,
     stack_at,
     weighed,
@@ -154,42 +154,10 @@ def branches_of(base: nn.Module, adapter: ExpertsLora, x: Tensor) -> tuple[Exper
 
 
 def _branch(base: nn.Module, leaf: str, lora: StackLora | None, dtype: torch.dtype) -> ExpertBranch | None:
-    parameter, stack = base.get_parameter(leaf), stack_at(base, leaf)
-    bias = base.get_parameter(f"{leaf}_bias") if base.has_bias else None
-    if parameter.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype)):
-        return None
-    if stack is None:
-        if parameter.dtype is not dtype:
-            return None
-        frozen: FrozenStack = DenseStack(parameter.transpose(1, 2) if base.is_transposed else parameter)
-    else:
-        computes_as = stack.scales.compute_dtype or dtype
-        if not stack.scales.dtype is dtype is computes_as:
-            return None
-        frozen = PackedStack(stack, bool(base.is_transposed))
-    pair = (None, None) if lora is None else (lora.lora_A, lora.lora_B)
-    return ExpertBranch(frozen, bias, 1.0 if lora is None else lora.scaling, *pair)
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedStack:
-    """A 4-bit stack. Each product dequantizes one expert after the other."""
-
-    stack: Stack
-    transposed: bool
-
-    def product(self, x: Tensor, rows: Rows) -> Tensor:
-        return self._run(x, rows, across=self.transposed)
-
-    def input_grad(self, dz: Tensor, rows: Rows) -> Tensor:
-        return self._run(dz, rows, across=not self.transposed)
-
-    def _run(self, x: Tensor, rows: Rows, *, across: bool) -> Tensor:
-        N, K = self.stack.scales.shape[1:]
-        y = x.new_empty(x.shape[0], K if across else N)
-        for index, mine in rows.slices():
-            y[mine] = self.stack.run(x[mine], index, across=across)
-        return y
+    frozen = frozen_branch(base, leaf, dtype)
+    if frozen is None or lora is None:
+        return frozen
+    return dataclasses.replace(frozen, scale=lora.scaling, A=lora.lora_A, B=lora.lora_B)
 
 
 def ordered_stacks(base: nn.Module, leaves: Iterable[str]) -> list[str]:

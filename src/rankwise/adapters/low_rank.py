@@ -28,7 +28,7 @@ from rankwise.ops.elementwise import row_cross
 from rankwise.ops.reference import gain as gain
 from rankwise.ops.reference import row_chunks
 from rankwise.ops.reference import row_norms as row_norms
-from rankwise.ops.selection import is_traced
+from rankwise.ops.selection import computes_in, is_traced
 from rankwise.quantization.linear import Linear4bit, is_conv1d
 
 
@@ -144,12 +144,6 @@ def frozen_weight(base: nn.Module, x: Tensor) -> Frozen | None:
     if type(base) is nn.Linear:
         return Frozen(W)
     return Frozen(W.T) if is_conv1d(base) else None
-
-
-def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of ``dtype`` stay in that dtype: without autocast, or with autocast to it."""
-    kind = device.type
-    return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == dtype
 
 
 def drawn_dropout(p: float, training: bool) -> Dropout | None:

@@ -3,14 +3,15 @@
     y[rows of e] = x[rows of e] W_e          sum over e of the rows: G_e = a[rows of e]^T b[rows of e]
 
 Legend: E experts, S rows of all experts, (K, N) one expert's matrix. On a GPU, in bfloat16, one kernel computes all
-experts (``torch.nn.functional.grouped_mm``) if it supports the strides; else there is one product per expert.
+experts (``torch.nn.functional.grouped_mm``) if it supports the strides. On a CPU, one call of the native library
+computes a product and its branch for all experts. Else there is one product per expert.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol
@@ -21,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rankwise.compat.torch import Ctx, is_fake
+from rankwise.ops.cpu import products
+from rankwise.ops.selection import native_on_cpu
 
 # grouped_mm wants rows to begin at multiples of it.
 ALIGNED_BYTES = 16
@@ -58,6 +61,13 @@ class Rows:
     def sizes(self) -> list[int]:
         """The number of rows of each expert. Waits for the GPU, if the tensor is there."""
         return rows_per_expert(self.experts, self.count)
+
+    @functools.cached_property
+    def counts(self) -> Tensor:
+        """The same as an int64 tensor (E,), without a value for fake tensors."""
+        if is_fake(self.experts):
+            return self.experts.new_empty(self.count)
+        return torch.bincount(self.experts, minlength=self.count)
 
     @functools.cached_property
     def ends(self) -> Tensor:
@@ -141,12 +151,33 @@ class FrozenStack(Protocol):
     def input_grad(self, dz: Tensor, rows: Rows) -> Tensor:
         """``dz W_e``, a new tensor: (S, N) -> (S, K)."""
 
+    def factor(self) -> Stacked | None:
+        """The matrices as the native library reads them, or None if it cannot."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """One matrix (N, K) of each expert: the first one, and the distance from one to the next in elements."""
+
+    first: products.Factor
+    shape: tuple[int, int]
+    apart: int
+
+    @classmethod
+    def of(cls, W: Tensor) -> Stacked | None:
+        """Of W (E, N, K); None if the native library cannot read it."""
+        first = products.Factor.of(W[0])
+        return None if first is None else cls(first, (W.shape[1], W.shape[2]), W.stride(0))
+
 
 @dataclasses.dataclass(frozen=True)
 class DenseStack:
     """W (E, N, K), or a transposed view of it."""
 
     W: Tensor
+
+    def factor(self) -> Stacked | None:
+        return Stacked.of(self.W)
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         return grouped(x, self.W.transpose(1, 2), rows)
@@ -167,6 +198,8 @@ class ExpertBranch:
 
     def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """(P(x) (S, N), U (S, r))."""
+        if (native := self.native(x)) is not None:
+            return native.forward(x, rows)
         y, U = self.frozen.product(x, rows), None
         if self.bias is not None:
             _add_bias(y, self.bias, rows)
@@ -179,6 +212,8 @@ class ExpertBranch:
         self, dz: Tensor, x: Callable[[], Tensor] | None, U: Tensor | None, rows: Rows, *, want_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, dA, dB) in the dtypes of x, A and B; dA only if x is given, dB only if U is."""
+        if (native := self.native(dz)) is not None:
+            return native.backward(dz, x, U, rows, want_dx=want_dx)
         if self.A is None or self.B is None:
             return self.frozen.input_grad(dz, rows) if want_dx else None, None, None
         dB = None if U is None else grouped_outer(dz, U, rows).mul_(self.scale).to(self.B.dtype)
@@ -189,12 +224,72 @@ class ExpertBranch:
             return None, dA, dB
         return add_grouped(self.frozen.input_grad(dz, rows), dU, self.A.to(dz.dtype), rows), dA, dB
 
+    def native(self, rows: Tensor) -> NativeBranch | None:
+        """This branch in one call of the native library for all experts, or None if it does not take ``rows``."""
+        if not (rows.is_cpu and native_on_cpu() and products.take(rows.dtype)):
+            return None
+        W = self.frozen.factor()
+        A, B = (None if factor is None else Stacked.of(factor) for factor in self.tensors)
+        if W is None or (A is None) != (self.A is None) or (B is None) != (self.B is None):
+            return None
+        return NativeBranch(self, W, A, B)
+
     @property
     def tensors(self) -> tuple[Tensor | None, Tensor | None]:
         return self.A, self.B
 
     def with_tensors(self, A: Tensor | None, B: Tensor | None) -> ExpertBranch:
         return dataclasses.replace(self, A=A, B=B)
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeBranch:
+    """An `ExpertBranch` whose experts are computed together; a product and its low-rank part are one float32 sum."""
+
+    branch: ExpertBranch
+    W: Stacked
+    A: Stacked | None
+    B: Stacked | None
+
+    def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        branch, terms, U = self.branch, [(x, self.W, False, 1.0)], None
+        if branch.A is not None and self.A is not None and self.B is not None:
+            U = _sum([(x, self.A, False, 1.0)], self.A.shape[0], rows)
+            terms.append((U, self.B, False, branch.scale))
+        return _sum(terms, self.W.shape[0], rows, branch.bias), U
+
+    def backward(
+        self, dz: Tensor, x: Callable[[], Tensor] | None, U: Tensor | None, rows: Rows, *, want_dx: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See `ExpertBranch.backward`."""
+        branch, dA, dB = self.branch, None, None
+        dz, terms = _dense_rows(dz), [(dz, self.W, True, 1.0)]
+        if branch.A is not None and branch.B is not None and self.A is not None and self.B is not None:
+            if U is not None:
+                dB = products.grouped_row_product(
+                    U, dz, rows.counts, scale=branch.scale, by_column=True, dtype=branch.B.dtype
+                )
+            dU = _sum([(dz, self.B, True, branch.scale)], self.B.shape[1], rows)
+            if x is not None:
+                dA = products.grouped_row_product(dU, _dense_rows(x()), rows.counts, dtype=branch.A.dtype)
+            terms.append((dU, self.A, True, 1.0))
+        return _sum(terms, self.W.shape[1], rows) if want_dx else None, dA, dB
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _sum(
+    terms: Iterable[tuple[Tensor, Stacked, bool, float]], columns: int, rows: Rows, bias: Tensor | None = None
+) -> Tensor:
+    """The sum of ``scale a W_e^T``, or ``scale a W_e`` where across, over terms (a, W, across, scale): (S, columns)."""
+    given = list(terms)
+    out = given[0][0].new_empty(given[0][0].shape[0], columns)
+    return products.add_grouped_products(
+        [products.Term(_dense_rows(a), W.first, across, scale=scale) for a, W, across, scale in given],
+        [W.apart for _, W, *_ in given], rows.counts, out, None if bias is None else bias.float().contiguous(),
+    )  # fmt: skip
 
 
 def _add_bias(y: Tensor, bias: Tensor, rows: Rows) -> None:

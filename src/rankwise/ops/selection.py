@@ -99,6 +99,12 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or transforms_functions()
 
 
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of ``dtype`` stay in that dtype: without autocast, or with autocast to it."""
+    kind = device.type
+    return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == dtype
+
+
 def as_autocast(x: Tensor) -> Tensor:
     """``x`` as autocast passes it to a product or to attention: in autocast's dtype if autocast is on, unless x is
     float64."""

@@ -4,8 +4,8 @@
 
 transformers stores all experts' matrices of a kind as one parameter (E, N, K); a name in the config selects the
 implementation that computes with it. In 4 bits the parameter holds codes, a submodule holds the scales, and the name is
-rankwise's: 4-bit products compute one expert after the other, forward and backward, so that no expert is dense for
-longer than its product.
+rankwise's: one call of the native library computes with all experts, or one expert after the other, forward and
+backward, so that no expert is dense for longer than its product.
 
 Legend: E experts, k of them for a token, T tokens, S = T k; (N, K) one expert's matrix as stored: (out, in), or
 (in, out) where the module is transposed; b block size.
@@ -28,9 +28,11 @@ from rankwise import ops
 from rankwise.compat.torch import Ctx, own_modules, share_hooks
 from rankwise.compat.transformers import choose_experts_of_module, gate_of, register_experts, spreads_experts
 from rankwise.constants import NESTED_BLOCK
-from rankwise.ops.experts import inverse, rows_per_expert
+from rankwise.ops.cpu.native import NativeWeight
+from rankwise.ops.cpu.products import Factor
+from rankwise.ops.experts import DenseStack, ExpertBranch, Rows, Stacked, inverse, low_rank_experts, rows_per_expert
 from rankwise.ops.packed_weight import SCALES, PackedWeight
-from rankwise.ops.selection import as_autocast, transforms_functions
+from rankwise.ops.selection import as_autocast, computes_in, is_traced, transforms_functions
 from rankwise.quantization.config import dtype_named
 from rankwise.quantization.linear import (
     FourBitModule,
@@ -145,6 +147,10 @@ class _Product(torch.autograd.Function):
 Product = Callable[[nn.Module, str, int, Tensor], Tensor]
 
 
+# (experts module, hidden states, experts of each token, their weights) -> output.
+Forward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
 def product(module: nn.Module, leaf: str, index: int, x: Tensor) -> Tensor:
     """``W_e x + b_e`` of one expert, dense or 4-bit: (t, K) -> (t, N)."""
     stack = stack_at(module, leaf)
@@ -161,7 +167,7 @@ def product(module: nn.Module, leaf: str, index: int, x: Tensor) -> Tensor:
 def forward_by_expert(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, multiply: Product = product
 ) -> Tensor:
-    """The function that transformers calls for experts under `IMPLEMENTATION`: one expert after the other.
+    """``y`` of experts, one after the other.
 
     self: the experts module; hidden_states (T, H), top_k_index (T, k) of expert indices, top_k_weights (T, k) -> (T, H)
     in hidden_states' dtype. Equal to the eager implementation on dequantized weights; differentiable in hidden_states
@@ -183,6 +189,63 @@ def forward_by_expert(
     del parts
     outputs = outputs[inverse(order)]
     return weighed(self, outputs, top_k_weights, hidden_states.dtype)
+
+
+def forward_frozen(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, otherwise: Forward = forward_by_expert
+) -> Tensor:
+    """The function that transformers calls for experts under `IMPLEMENTATION`: all in one call of the native library,
+    or ``otherwise`` where it does not apply. Arguments and result: see `forward_by_expert`.
+    """
+    dtype = hidden_states.dtype
+    if not is_traced() and computes_in(dtype, hidden_states.device):
+        up, down = (frozen_branch(self, leaf, dtype) for leaf in (first_leaf(self), "down_proj"))
+        if up is not None and down is not None and up.native(hidden_states) and down.native(hidden_states):
+            y = low_rank_experts(hidden_states, top_k_index, self.num_experts, gate_of(self), up, down)
+            return weighed(self, y, top_k_weights, dtype)
+    return otherwise(self, hidden_states, top_k_index, top_k_weights)
+
+
+def frozen_branch(base: Any, leaf: str, dtype: torch.dtype) -> ExpertBranch | None:
+    """The frozen products of a stack for the operator of experts, or None where its weights train or compute in a
+    dtype other than ``dtype``."""
+    parameter, stack = base.get_parameter(leaf), stack_at(base, leaf)
+    bias = base.get_parameter(f"{leaf}_bias") if base.has_bias else None
+    if parameter.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype)):
+        return None
+    if stack is None:
+        if parameter.dtype is not dtype:
+            return None
+        return ExpertBranch(DenseStack(parameter.transpose(1, 2) if base.is_transposed else parameter), bias)
+    if not stack.scales.dtype is dtype is (stack.scales.compute_dtype or dtype):
+        return None
+    return ExpertBranch(PackedStack(stack, bool(base.is_transposed)), bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedStack:
+    """A 4-bit stack. Without the native library each product dequantizes one expert after the other."""
+
+    stack: Stack
+    transposed: bool
+
+    def factor(self) -> Stacked:
+        packed, (rows, columns) = self.stack.packed, self.stack.scales.shape[1:]
+        first = Factor(NativeWeight(packed), columns, across=self.transposed)
+        return Stacked(first, (columns, rows) if self.transposed else (rows, columns), rows * columns)
+
+    def product(self, x: Tensor, rows: Rows) -> Tensor:
+        return self._run(x, rows, across=self.transposed)
+
+    def input_grad(self, dz: Tensor, rows: Rows) -> Tensor:
+        return self._run(dz, rows, across=not self.transposed)
+
+    def _run(self, x: Tensor, rows: Rows, *, across: bool) -> Tensor:
+        N, K = self.stack.scales.shape[1:]
+        y = x.new_empty(x.shape[0], K if across else N)
+        for index, mine in rows.slices():
+            y[mine] = self.stack.run(x[mine], index, across=across)
+        return y
 
 
 def weighed(module: Any, outputs: Tensor, top_k_weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -275,7 +338,7 @@ def _use_ours(experts: Any) -> None:
     """Select rankwise's implementation in a copy of this module's config, so that other experts keep theirs."""
     if "dense_config" in experts.__dict__:
         return
-    register_experts(IMPLEMENTATION, forward_by_expert)
+    register_experts(IMPLEMENTATION, forward_frozen)
     experts.dense_config = experts.config
     experts.config = copy.copy(experts.config)
     choose_experts_of_module(experts.config, IMPLEMENTATION)

@@ -248,6 +248,41 @@ def row_product(
     return out, dot
 
 
+def add_grouped_products(
+    terms: Sequence[Term], apart: Sequence[int], sizes: Tensor, out: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`add_products` of groups of rows, each with weights of its own, in one pass; without g, rest and 8 bits.
+
+    sizes: int64 (E,), the rows of each group. Each term has the first group's weight; that of group e begins e
+    ``apart`` elements behind. out (S, N); bias float32 (E, N).
+    """
+    if is_fake(out):
+        return out
+    count = len(terms)
+    library().rw_grouped_products(
+        (_Term * count)(*map(_struct, terms)), (ctypes.c_int64 * count)(*apart), count, sizes.data_ptr(), len(sizes),
+        DTYPE[out.dtype], out.shape[1], pointer(bias), out.data_ptr(), out.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def grouped_row_product(
+    q: Tensor, m: Tensor, sizes: Tensor, *, scale: float = 1.0, by_column: bool = False, dtype: torch.dtype
+) -> Tensor:
+    """``scale * q^T m`` of each group of rows, zero for one without rows: (E, R, C), or transposed (E, C, R).
+
+    q (S, R) and m (S, C) as for `row_product`, sizes as for `add_grouped_products`; dtype: float32 or bfloat16.
+    """
+    R, C = q.shape[1], m.shape[1]
+    out = torch.zeros((len(sizes), C, R) if by_column else (len(sizes), R, C), dtype=dtype)
+    if not is_fake(out):
+        library().rw_grouped_row_product(
+            DTYPE[q.dtype], q.data_ptr(), q.stride(0), m.data_ptr(), m.stride(0), sizes.data_ptr(), len(sizes), R, C,
+            scale, by_column, out.data_ptr(), DTYPE[dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
 class _Term(ctypes.Structure):
     """``rw_term``."""
 
@@ -265,6 +300,7 @@ class _Term(ctypes.Structure):
         ("a_rest", ctypes.c_void_p),
         ("exact", ctypes.c_int),
         ("eight_bit", ctypes.c_void_p),
+        ("w_first", ctypes.c_int64),
     )
 
 
