@@ -17,6 +17,7 @@ from rankwise.lora_config import LoraConfig
 from rankwise.training.batches import KEY
 from rankwise.training.checkpoints import list_checkpoints
 from rankwise.training.loop import Loop
+from rankwise.training.watch import MemoryMeter, Watch
 from tiny_models import tiny_llama, tiny_moe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -237,7 +238,7 @@ def test_scaler_state_is_json_and_comes_back(loop_of: Any, tmp_path: Path) -> No
     """Losses are scaled on CUDA only, so a CPU scaler is put in its place."""
     loop = fit(loop_of(tmp_path / "run", max_steps=1))
     loop.scaler, loop.saved = torch.amp.GradScaler("cpu", init_scale=1024.0), None
-    loop.save()
+    loop.save(Watch(loop.model, loop.progress, MemoryMeter("cpu")))
     (checkpoint,) = list_checkpoints(tmp_path / "run")
     assert (checkpoint.path / "scaler.json").exists()
     loop.scaler = torch.amp.GradScaler("cpu")

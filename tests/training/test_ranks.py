@@ -17,6 +17,7 @@ from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, RunError
 from rankwise.training import ranks, run, setup
 from rankwise.training.checkpoints import save_checkpoint
+from rankwise.training.parts import Given
 from rankwise.training.ranks import check_alike
 from rankwise.training.setup import with_adapters_options
 from rankwise.training.watch import SilentObserver
@@ -202,7 +203,7 @@ def test_no_process_loads_the_model_before_all_have_measured_the_free_memory(mon
 
     monkeypatch.setattr(setup, "load_for_training", load)
     with pytest.raises(KeyError, match="loaded"):
-        run._prepare(settings(learning_rate=0.1), "new", None, 0.1, SilentObserver(), plan, None)
+        run._prepare(settings(learning_rate=0.1), "new", None, 0.1, SilentObserver(), plan, None, Given())
 
 
 def test_the_answers_of_kto_are_compared_within_each_process() -> None:

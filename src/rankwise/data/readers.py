@@ -35,7 +35,7 @@ SPLIT_WORDS = {
 
 
 def read_rows(
-    source: str | Path,
+    source: str | Path | Dataset | Sequence[Record],
     *,
     split: str = "train",
     prompt_column: str | None = None,
@@ -48,18 +48,21 @@ def read_rows(
     ``source`` is a .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .gz); a folder of such files or one that
     ``datasets`` saved; a hub id; or ``stdlib``, the demo set. A hub id may name a configuration, a split and a slice:
     ``owner/name:configuration:train[:5%]``, or any of them. If it names no split, ``split`` chooses, as it does
-    among a folder's parts; a single file is read whole. The layout is told by the columns (see ``docs/data.md``)
-    unless both column names are given. ``formats``: other layouts than those of training data.
+    among a folder's parts; a single file is read whole. Rows in memory are a Dataset or a list of dicts. The layout is
+    told by the columns (see ``docs/data.md``) unless both column names are given. ``formats``: other layouts than those
+    of training data.
 
     Raises DataError: RW201 nothing there, RW202 unknown extension, RW203 bad rows by line or number, RW204 no rows,
     RW205 not UTF-8, RW206 damaged file, RW207 unknown columns, RW208 hub or split not available,
     RW209 files of different layouts in one folder.
     """
     columns = prompt_column, completion_column
+    make = functools.partial(rows_from_records, columns=columns, skip_bad_rows=skip_bad_rows, formats=formats)
+    if not isinstance(source, str | Path):
+        return _in_memory(source, make)
     if str(source) == STDLIB:
         return stdlib_rows(split, formats, columns)
     check_there(source)
-    make = functools.partial(rows_from_records, columns=columns, skip_bad_rows=skip_bad_rows, formats=formats)
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path, split, make)
@@ -201,6 +204,21 @@ def _read_hub(source: str, split: str, make: Make) -> Rows:
             f"{one_line(error)}. Check the name and the network, or give a local file.",
         ) from None
     return _from_dataset(loaded, source, make)
+
+
+IN_MEMORY = "the rows in memory"
+
+
+def _in_memory(source: Dataset | Sequence[Record], make: Make) -> Rows:
+    import datasets
+
+    if isinstance(source, datasets.Dataset):
+        return _from_dataset(source, IN_MEMORY, make)
+    records = source if isinstance(source, list | tuple) else [source]
+    if odd := {type(record).__name__ for record in records if not isinstance(record, dict)}:
+        kinds = " or ".join(sorted(odd))
+        raise DataError("RW202", f"rows in memory are a datasets.Dataset or a list of dicts, not {kinds}; give these.")
+    return make(enumerate(records, 1), IN_MEMORY, counted_in="row")
 
 
 def _from_dataset(dataset: Dataset, source: str, make: Make) -> Rows:

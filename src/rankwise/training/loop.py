@@ -25,7 +25,7 @@ from rankwise.errors import ModelError
 from rankwise.records import write_json
 from rankwise.training import ranks
 from rankwise.training.batches import Batch, means_of, own_parts, without_rows
-from rankwise.training.checkpoints import Checkpoint, remove_old, save_checkpoint
+from rankwise.training.checkpoints import FOLDER, Checkpoint, remove_old, save_checkpoint
 from rankwise.training.optimizers import make_schedule, set_rates
 from rankwise.training.parts import Pace
 from rankwise.training.step import Objective, TrainingStep, mixed, targets_of
@@ -109,7 +109,7 @@ class Loop:
         self.ends = [get_gradient_edge(parameter) for parameter in trained]
         if self.evaluates_first and self._evaluate(watch) and progress.steps:
             self.saved = None
-            self.save()
+            self.save(watch)
         logged = Step()
         for epoch in itertools.count(progress.steps // self.steps_an_epoch):
             if self.stopping or progress.steps >= pace.total_steps:
@@ -132,17 +132,18 @@ class Loop:
                 logged.take(step)
                 is_last = progress.steps >= pace.total_steps
                 is_logged = is_last or progress.steps == 1 or progress.steps % (pace.logging_steps or 1) == 0
-                asked = watch.end_step(step, means_of(step.figures), is_logged=is_logged)
+                asked, ended = watch.end_step(step, means_of(step.figures), is_logged=is_logged)
                 if is_logged:
                     now = {"learning_rate": step.rate, "grad_norm": step.norm, "epoch": self._epochs()}
                     watch.log({"loss": logged.loss, **now, **means_of(logged.figures)})
                     logged = Step()
-                self.stopping = asked or is_last
+                self.stopping = is_end = is_last or ended
+                self.stopping |= asked
                 is_best = False
-                if pace.eval_steps and not asked and (is_last or progress.steps % pace.eval_steps == 0):
+                if pace.eval_steps and not asked and (is_end or progress.steps % pace.eval_steps == 0):
                     is_best = self._evaluate(watch)
                 if pace.save_steps and (self.stopping or is_best or progress.steps % pace.save_steps == 0):
-                    self.save()
+                    self.save(watch)
                 if self.stopping:
                     return
             states = None
@@ -198,7 +199,7 @@ class Loop:
             self.stopping = True
             return False
         loss, seconds = found["eval_loss"], round(time.perf_counter() - started, 4)
-        watch.evaluation({**found, "seconds": seconds, "epoch": self._epochs()}, seconds)
+        self.stopping |= watch.evaluation({**found, "seconds": seconds, "epoch": self._epochs()}, seconds)
         is_best = progress.evaluated(loss)
         if progress.steps and patience is not None and progress.evaluations_since_lowest >= patience:
             self.stopping = True
@@ -218,7 +219,7 @@ class Loop:
 
     # --- checkpoints ---
 
-    def save(self) -> None:
+    def save(self, watch: Watch) -> None:
         """Write a checkpoint, of which the newest and the best are kept. Every process must call this."""
         progress = self.progress
         if self.saved == progress.steps:
@@ -242,6 +243,7 @@ class Loop:
             remove_old(self.folder, self.pace.save_total_limit, progress.steps, progress.best_step)
         self.saved = progress.steps
         ranks.barrier()
+        self.stopping |= watch.saved(self.folder / FOLDER / f"step-{progress.steps}")
 
     def _load(self, checkpoint: Checkpoint) -> Any:
         """Load everything but the progress, which was read before. Returns the random states."""

@@ -6,14 +6,17 @@ Each is picked from the run's settings by the names of its fields; ``resolved`` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.config import Device, Dtype, ObjectiveOptions
 from rankwise.foreign import Dataclass
 from rankwise.objectives import GENERATIONS, MAX_COMPLETION_LENGTH, OBJECTIVES, ObjectiveName
 from rankwise.quantization.config import FourBitConfig
+from rankwise.training.watch import Callbacks
 
 Part = TypeVar("Part", bound=Dataclass)
 
@@ -22,6 +25,18 @@ def part_of(kind: type[Part], given: object, **resolved: Any) -> Part:
     """A ``kind`` with ``given``'s values of the same names, but for those that are ``resolved``."""
     names = (field.name for field in dataclasses.fields(kind) if field.name not in resolved)
     return kind(**{name: getattr(given, name) for name in names}, **resolved)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a caller in Python gives to a run itself, where the settings only describe it."""
+
+    model: PreTrainedModel | None = None
+    # Goes with the model.
+    tokenizer: PreTrainedTokenizerBase | None = None
+    # A datasets.Dataset or a list of dicts for ``data`` and ``eval_data``.
+    rows: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

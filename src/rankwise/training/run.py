@@ -60,7 +60,7 @@ from rankwise.training.optimizers import (
     loraplus_groups,
     make_schedule,
 )
-from rankwise.training.parts import Base, Learned, Pace, Reading, Updates, learned_of, part_of
+from rankwise.training.parts import Base, Given, Learned, Pace, Reading, Updates, learned_of, part_of
 from rankwise.training.products import affordable_rows, judge, kept_file, pairs_in_eight_bits, taken
 from rankwise.training.reference import Reference, key_of
 from rankwise.training.session import Foresight, Retention, Session
@@ -83,19 +83,20 @@ def train(
     foresight: Foresight | None = None,
     retention: Retention | None = None,
     began: float | None = None,
+    given: Given | None = None,
 ) -> RunRecord:
     """Fine-tune according to ``settings``, write a run folder to ``settings.output``, and return the run's record.
 
     ``foresight`` predicts the peak memory before the model is loaded and before the first step, and may refuse the run.
     ``retention`` measures the model on what must stay, before training and after. ``began``: when the command began,
-    by ``time.monotonic``.
+    by ``time.monotonic``. ``given``: a model and rows in memory, and callbacks.
     Under torchrun every process calls this function: all processes train, and process 0 writes.
 
     Raises InputError, before anything is written, for faults in the settings, data, model or output folder; RunError
     during training (a loss that is not finite, no gradient, a full disk), after which the last checkpoint remains;
     Interrupted after Ctrl-C or SIGTERM, once the step has been saved, so that ``resume=True`` continues it.
     """
-    return train_as_asked(setup.with_adapters_options(settings), observer, foresight, retention, began)
+    return train_as_asked(setup.with_adapters_options(settings), observer, foresight, retention, began, given)
 
 
 def train_as_asked(
@@ -104,16 +105,21 @@ def train_as_asked(
     foresight: Foresight | None,
     retention: Retention | None,
     began: float | None,
+    given: Given | None = None,
 ) -> RunRecord:
     """``train`` with settings that have the options of the adapter to continue."""
-    started, told = began or time.monotonic(), list[dict[str, str]]()
+    started, told, given = began or time.monotonic(), list[dict[str, str]](), given or Given()
     limit_generated_kernels()
     grow_segments()
     check_writable(asked.output)
-    device_type = torch.device(choose_device(asked.device, asked.dtype).device).type
+    if given.model is not None:
+        setup.in_memory(asked, given)
+        device_type = given.model.device.type
+    else:
+        device_type = torch.device(choose_device(asked.device, asked.dtype).device).type
     # The other processes would be refused.
     held = hold(asked.output) if ranks.is_writer() else nullcontext()
-    with _told_warnings(observer, told), ranks.joined(device_type), held:
+    with _told_warnings(observer, told), ranks.joined(device_type), held, setup.lent(given.model):
         ranks.check_processes(asked, ranks.count())
         settings = asked.model_dump(mode="json")
         ranks.check_alike({f"--{name.replace('_', '-')}": value for name, value in settings.items()})
@@ -131,7 +137,7 @@ def train_as_asked(
             checkpoints.check_same_processes(asked.output, ranks.count())
             if _is_finished(asked.output, before, settings):
                 return before
-        session = _prepare(asked, mode, before, rate, observer or SilentObserver(), foresight, retention)
+        session = _prepare(asked, mode, before, rate, observer or SilentObserver(), foresight, retention, given)
         return session.carry_out(started, told)
 
 
@@ -206,17 +212,19 @@ def _prepare(
     observer: Observer,
     foresight: Foresight | None,
     retention: Retention | None,
+    given: Given,
 ) -> Session:
     """Read, load and check everything, without writing anything.
 
     ``rate``: as asked, or that of the run to resume, whose record is ``before``.
     """
-    learned, reading = learned_of(asked), part_of(Reading, asked)
-    base = part_of(Base, asked, quantization=setup.quantization_for(asked.method, asked, asked.model))
-    texts, source, config = _read(base, reading, learned, asked.lora_config(asked.method), observer, retention)
+    learned, reading = learned_of(asked), part_of(Reading, asked, **given.rows)
+    four_bits = setup.quantization_for(asked.method, asked, asked.model) if given.model is None else None
+    base = part_of(Base, asked, quantization=four_bits)
+    texts, source, config = _read(asked, base, reading, learned, observer, retention, given)
     rates = rates_to_try(rate, asked.searched_rates, config, asked.model_dump(mode="json"), observer)
 
-    loaded, lora = _load(asked, base, source, texts, observer, foresight)
+    loaded, lora = _load(asked, base, source, observer, foresight, given)
     rows = _encode(asked, base, reading, learned, loaded, texts, observer)
     checkpoint = None
     if before is not None:
@@ -271,34 +279,43 @@ def _prepare(
         retention,
         reference,
         (base.cache or cache_folder()) / "reference",
+        given.callbacks,
     )
 
 
 def _read(
-    base: Base, reading: Reading, learned: Learned, lora: LoraConfig, observer: Observer, retention: Retention | None
+    asked: TrainSettings,
+    base: Base,
+    reading: Reading,
+    learned: Learned,
+    observer: Observer,
+    retention: Retention | None,
+    given: Given,
 ) -> tuple[setup.Texts, ModelSource, PreTrainedConfig]:
     """The rows as text, the model's source, and its config, which is checked first if its head does not follow from the
     rows."""
     remote: JsonObject = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
-    source = fetch_model(base.model, **remote, weights=False)
-    checked = None if OBJECTIVES[learned.objective].of_labels else setup.check_model(source, base, lora)
+    in_memory = given.model is not None
+    source = setup.in_memory(asked, given) if in_memory else fetch_model(base.model, **remote, weights=False)
+    check = functools.partial(setup.check_model, base=base, config=asked.lora_config(asked.method), model=given.model)
+    checked = None if OBJECTIVES[learned.objective].of_labels else check(source)
     observer.phase("Reading data")
     texts = setup.read_data(reading, learned.objective, base.adapter)
     if retention is not None and (rows := retention.rows) is not None:
         warn_of_overlap(texts.rows, rows, "retained")
     if checked is not None:
-        setup.check_template(base, texts)
+        setup.check_template(base, texts, given.tokenizer)
     source = dataclasses.replace(source, labels=texts.labels)
-    return texts, source, checked or setup.check_model(source, base, lora)
+    return texts, source, checked or check(source)
 
 
 def _load(
     asked: TrainSettings,
     base: Base,
     source: ModelSource,
-    texts: setup.Texts,
     observer: Observer,
     foresight: Foresight | None,
+    given: Given,
 ) -> tuple[setup.LoadedBase, LoraConfig]:
     """The model, with the new tokens that are asked for, and what its adapter trains."""
     lora = asked.lora_config(asked.method)
@@ -309,7 +326,7 @@ def _load(
         foresight.before_loading(source)
         # No process loads the model before all have measured the free memory.
         ranks.barrier()
-    loaded = setup.load_for_training(base, source, lora.modules_to_save or ())
+    loaded = setup.load_for_training(base, source, lora.modules_to_save or (), given)
     lora = with_heads(loaded.model, lora)
     if asked.new_tokens is not None and method_of(base.method).has_adapter:
         lora = add_new_tokens(loaded.model, loaded.tokenizer, new_tokens(asked.new_tokens), lora)

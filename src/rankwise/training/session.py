@@ -50,6 +50,7 @@ from rankwise.training.reference import FILE as REFERENCE_FILE
 from rankwise.training.reference import Reference, read_values, write_values
 from rankwise.training.step import mixed
 from rankwise.training.watch import (
+    Callbacks,
     EvaluationStopped,
     GradientCheck,
     MemoryMeter,
@@ -131,6 +132,7 @@ class Session:
     # Of preferences, and the folder in which other runs over the same base find it.
     reference: Reference | None = None
     shared: Path | None = None
+    callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
 
     def carry_out(self, started: float, told: list[dict[str, str]]) -> RunRecord:
         """Train to the end and write the results. Also after a failure, the record holds how the run ended.
@@ -162,6 +164,9 @@ class Session:
             ) from None
         except BaseException:
             self._close_early("failed")
+            if self.callbacks.raised is not None:
+                # An OSError of a callback says nothing about the run's folder.
+                raise self.callbacks.raised from None
             raise
         return self.record
 
@@ -239,6 +244,8 @@ class Session:
                     silence_is_normal=loop.objective.silence_is_normal,
                 ),
                 files=files,
+                callbacks=self.callbacks,
+                tokenizer=self.tokenizer,
             )
             try:
                 if self._keep_reference(watch.pause):
@@ -252,7 +259,10 @@ class Session:
         is_last = progress.steps >= loop.pace.total_steps
         is_evaluated = loop.objective.eval_rows is None or progress.steps in evaluations(self.folder)
         is_done = is_last and ranks.gathered(is_evaluated)[0]
-        if not ranks.agreed(interrupt.requested) or is_done:
+        asked, _ = watch.wishes()
+        if self.callbacks.raised is not None:
+            raise self.callbacks.raised
+        if not asked or is_done:
             return
         if progress.steps == 0:
             raise Interrupted("RW542", f"stopped before the first step; {self.folder} holds nothing to resume yet.")
@@ -324,7 +334,8 @@ class Session:
         if kept.eval_loss is None and not self.of_rewards:
             warn_if_risen([line["loss"] for line in read_metrics(self.folder) if line.get("loss") is not None])
         if progress.steps < (total := self.loop.pace.total_steps):
-            warn("RW527", f"stopped early after step {progress.steps} of {total}: no better evaluation.")
+            why = "a callback ended the run" if self.callbacks.ended else "no better evaluation"
+            warn("RW527", f"stopped early after step {progress.steps} of {total}: {why}.")
 
     def _announce(self, files: list[str]) -> None:
         self.record.files = sorted({*self.record.files, *files})

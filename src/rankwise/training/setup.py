@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rankwise.acceleration import give_back_freed_memory
-from rankwise.adapters import plan_adapter
+from rankwise.acceleration import give_back_freed_memory, restore
+from rankwise.adapters import has_adapter, plan_adapter, remove_adapter
 from rankwise.adapters.base_layer import dequantizer
 from rankwise.adapters.checkpoint import load_adapter, read_adapter
 from rankwise.adapters.folder import WEIGHTS_FILE, labels_of, read_folder, tokenizer_with_rows
@@ -29,22 +30,24 @@ from rankwise.constants import TEMPLATE_FILE
 from rankwise.data import Encoded, Rows, encode_rows, limited, read_rows, read_template, warn_of_overlap
 from rankwise.data.objectives import ANSWER_IDS, formats_of, labels_in
 from rankwise.data.templates import renderer
-from rankwise.errors import ConfigError, DataError, RunError, heard, some_of, warn
+from rankwise.errors import AdapterError, ConfigError, DataError, RunError, heard, some_of, warn
 from rankwise.foreign import Fields, JsonObject, sha256_of
 from rankwise.labels import Labels
 from rankwise.lora_config import ADAPTER, LoraConfig
 from rankwise.methods import METHODS, either, kinds, method_of, methods_with
 from rankwise.models import ModelSource, choose_device, fetch_model, load_skeleton, model_facts
+from rankwise.models.device import DeviceChoice
 from rankwise.models.load import load_tokenizer, names_chat_template, table_rows
 from rankwise.models.prepared import is_quantized, load_prepared, user_cache
 from rankwise.models.source import weights_files
 from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.options import flag
 from rankwise.quantization.config import CONFIGS, FileConfig, FourBitConfig
+from rankwise.quantization.linear import Linear4bit
 from rankwise.records import record_of
 from rankwise.training import ranks, step
 from rankwise.training.batches import longest_row
-from rankwise.training.parts import Base, Reading
+from rankwise.training.parts import Base, Given, Reading
 from rankwise.training.weights import seed_all, shard_before_loading
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 256
@@ -134,8 +137,13 @@ def labels_to_learn(rows: Rows, adapter: Path | None) -> Labels:
     return labels
 
 
-def check_template(base: Base, texts: Texts) -> None:
-    """Raise DataError (RW210) for chat rows without a template, before the weights are read."""
+def check_template(base: Base, texts: Texts, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise DataError (RW210) for chat rows without a template, before the weights are read. ``tokenizer``: that of a
+    model in memory.
+    """
+    if tokenizer is not None:
+        renderer(texts.rows, tokenizer, texts.template)
+        return
     remote: JsonObject = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
     if texts.rows.kind != "chat" or texts.template or base.adapter or names_chat_template(base.model, **remote):
         return
@@ -188,10 +196,12 @@ def quantization_for(method: str, options: RunOptions, model: str) -> FourBitCon
     return CONFIGS[options.quant_type](block_size=options.block_size, double_quant=options.double_quant)
 
 
-def check_model(source: ModelSource, base: Base, config: LoraConfig) -> PreTrainedConfig:
-    """The model's config. Raises what it alone decides, before the weights are there: no model of a known kind, an
-    adapter that does not fit it."""
-    skeleton = load_skeleton(source, trust_remote_code=base.trust_remote_code)
+def check_model(
+    source: ModelSource, base: Base, config: LoraConfig, model: PreTrainedModel | None = None
+) -> PreTrainedConfig:
+    """The config of the model, which may be in memory. Raises what it alone decides, before the weights are there: no
+    model of a known kind, an adapter that does not fit it."""
+    skeleton = load_skeleton(source, trust_remote_code=base.trust_remote_code) if model is None else model
     if not method_of(base.method).has_adapter:
         return skeleton.config
     # The loaded model gives the warnings again.
@@ -203,14 +213,38 @@ def check_model(source: ModelSource, base: Base, config: LoraConfig) -> PreTrain
     return skeleton.config
 
 
-def load_for_training(base: Base, source: ModelSource, trained_whole: Sequence[str] = ()) -> LoadedBase:
-    """Load the base model to its device in the dtype that the method needs, with a head of its ``source``'s labels.
-    With --strategy fsdp, only this process's rows are read where the file format permits it, but of the modules
-    ``trained_whole``."""
-    choice = choose_device(base.device, base.dtype)
+def load_for_training(
+    base: Base, source: ModelSource, trained_whole: Sequence[str] = (), given: Given | None = None
+) -> LoadedBase:
+    """The base model on its device in the dtype that the method needs, with a head of its ``source``'s labels: loaded,
+    or the one that is ``given``. ``trained_whole``: as of ``_read_weights``."""
+    model, tokenizer = (None, None) if given is None else (given.model, given.tokenizer)
+    if model is None:
+        choice = choose_device(base.device, base.dtype)
+    else:
+        choice = DeviceChoice(str(model.device), model.dtype, "where the model in memory is")
     where = torch.device(choice.device)
     weights, autocast = step.mixed_precision(base.method, choice.dtype, where.type)
     source = fetch_model(source, trust_remote_code=base.trust_remote_code)
+    if model is None:
+        model, tokenizer = _read_weights(base, source, where, weights, trained_whole)
+        # Preparing a base leaves hundreds of MB in the heap.
+        give_back_freed_memory()
+    if tokenizer is None:
+        raise ConfigError("RW115", f"{base.model} has no tokenizer, which training needs; add its tokenizer files.")
+    if base.adapter is not None:
+        tokenizer = tokenizer_with_rows(base.adapter, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    facts = model_facts(model, source)
+    return LoadedBase(source, model, tokenizer, where, choice.dtype, autocast, choice.reason, facts)
+
+
+def _read_weights(
+    base: Base, source: ModelSource, where: torch.device, dtype: torch.dtype, trained_whole: Sequence[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load the model and its tokenizer. With --strategy fsdp, only this process's rows are read where the file format
+    permits it, but of the modules ``trained_whole``."""
     if source.kind == "gguf" and method_of(base.method).four_bits:
         warn(
             "RW179",
@@ -230,26 +264,64 @@ def load_for_training(base: Base, source: ModelSource, trained_whole: Sequence[s
         by_rows = before_weights(functools.partial(shard, trains_all=method_of(base.method).trains_all))
     reads_rows = not isinstance(by_rows, nullcontext)
     with by_rows:
-        model, tokenizer = load_prepared(
+        return load_prepared(
             source,
-            dtype=weights,
-            device=choice.device,
+            dtype=dtype,
+            device=str(where),
             quantization=base.quantization,
             trust_remote_code=base.trust_remote_code,
             # A prepared base holds whole weights.
-            cache=base.cache if reads_rows else base.cache or user_cache(choice.device, mapped=base.mmap),
+            cache=base.cache if reads_rows else base.cache or user_cache(str(where), mapped=base.mmap),
             mapped=base.mmap,
         )
-    # Preparing a base leaves hundreds of MB in the heap.
-    give_back_freed_memory()
-    if tokenizer is None:
-        raise ConfigError("RW115", f"{base.model} has no tokenizer, which training needs; add its tokenizer files.")
-    if base.adapter is not None:
-        tokenizer = tokenizer_with_rows(base.adapter, tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    facts = model_facts(model, source)
-    return LoadedBase(source, model, tokenizer, where, choice.dtype, autocast, choice.reason, facts)
+
+
+# Options of loading, which a model in memory has behind it; and tokens, for which its tables would have to grow.
+OF_LOADING = (
+    *("revision", "trust_remote_code", "device", "dtype", "quant_type", "block_size", "double_quant", "base_bits"),
+    *("cache", "mmap", "strategy", "devices", "new_tokens"),
+)
+
+
+def in_memory(asked: TrainSettings, given: Given) -> ModelSource:
+    """The source of a model in memory. Raises ConfigError (RW112, RW115) for one that this run cannot adapt."""
+    model = given.model
+    assert model is not None
+    if given.tokenizer is None:
+        raise ConfigError("RW115", "a model in memory comes without its tokenizer; give tokenizer=TOKENIZER too.")
+    row, has_four_bits = method_of(asked.method), any(isinstance(part, Linear4bit) for part in model.modules())
+    usual = asked.defaults()
+    problems = [f"{name} is for a model that is loaded" for name in OF_LOADING if getattr(asked, name) != usual[name]]
+    problems += ["it has an adapter, which rw.remove_adapter(model) takes off"] if has_adapter(model) else []
+    if row.four_bits != has_four_bits and not (has_four_bits and row.has_adapter):
+        problems.append(f"--method {asked.method} does not go with its {'4-bit' if has_four_bits else 'dense'} layers")
+    if row.trains_all and model.dtype != torch.float32:
+        problems.append(f"--method full trains float32 weights, and its are {model.dtype}")
+    if OBJECTIVES[asked.objective].of_labels:
+        problems.append("--objective classify makes the head of a model that it loads")
+    if problems:
+        raise ConfigError(
+            "RW112", f"the model in memory cannot train so: {'; '.join(problems)}. Give its name instead."
+        )
+    return ModelSource("memory", asked.model, None, str(model.config.name_or_path or asked.model))
+
+
+@contextlib.contextmanager
+def lent(model: PreTrainedModel | None) -> Iterator[None]:
+    """A context in which a model in memory trains. It computes as before afterwards, with its adapter; after an error
+    without, so that the same call can resume.
+    """
+    try:
+        yield
+    except BaseException:
+        if model is not None:
+            restore(model)
+            with contextlib.suppress(AdapterError):
+                while has_adapter(model):
+                    remove_adapter(model)
+        raise
+    if model is not None:
+        restore(model)
 
 
 def make_trainable(

@@ -33,6 +33,7 @@ from rankwise.models.prepared import MappedFiles
 from rankwise.records import METRICS_FILE, read_metrics, write_text
 from rankwise.training import ranks
 from rankwise.training.batches import Counted, Figures
+from rankwise.training.weights import undisturbed_random_states
 
 # Growth of the memory after a step, beyond its usual amount, from which freed memory goes back to the system.
 HOLES_GROWTH = 1.05
@@ -94,6 +95,52 @@ class SilentObserver:
     def evaluation(self, step: int, loss: float, best: bool) -> None: ...
 
     def warning(self, code: str, text: str) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationInfo:
+    """One finished evaluation."""
+
+    step: int
+    # Mean over the trained tokens of the evaluation data.
+    loss: float
+    # Whether it is the lowest so far.
+    best: bool
+    # In evaluation mode.
+    model: Any
+    tokenizer: Any
+
+
+@dataclasses.dataclass(kw_only=True)
+class Callbacks:
+    """Functions of the user that a run calls, in every process and without gradients. What they draw at random does not
+    change the training.
+
+    StopIteration in one of them ends the run, as early stopping does. Any other exception stops it with its checkpoint,
+    and reaches the caller of the run.
+    """
+
+    on_step: Callable[[StepInfo], object] | None = None
+    # The numbers that it returns, by name, are logged with the evaluation.
+    on_evaluation: Callable[[EvaluationInfo], Mapping[str, float] | None] | None = None
+    # Gets the folder of each checkpoint.
+    on_save: Callable[[Path], object] | None = None
+    ended: bool = dataclasses.field(default=False, init=False)
+    raised: Exception | None = dataclasses.field(default=None, init=False)
+
+    def call(self, function: Callable[[Any], object] | None, given: object) -> dict[str, float]:
+        """What ``function`` returns, if these are numbers by name. It is not called any more after an error."""
+        if function is None or self.raised is not None:
+            return {}
+        try:
+            with torch.no_grad(), undisturbed_random_states():
+                found = function(given)
+                return {str(name): float(x) for name, x in found.items()} if isinstance(found, Mapping) else {}
+        except StopIteration:
+            self.ended = True
+        except Exception as error:  # noqa: BLE001  it is raised again once the step is saved
+            self.raised = error
+        return {}
 
 
 class EvaluationStopped(Exception):
@@ -217,6 +264,8 @@ class Watch:
     check: GradientCheck | None = None
     # The files from which frozen weights are mapped.
     files: MappedFiles | None = None
+    callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         self.clock = StepClock(self.progress)
@@ -233,32 +282,42 @@ class Watch:
         if self.check is not None and self.check.waiting:
             self.check.look(self.progress.steps + 1)
 
-    def end_step(self, step: Step, means: Mapping[str, float], *, is_logged: bool) -> bool:
-        """Tell the observer of a step. Returns whether the user has asked any process to stop."""
+    def end_step(self, step: Step, means: Mapping[str, float], *, is_logged: bool) -> tuple[bool, bool]:
+        """Tell of a step. Returns ``wishes``."""
         self.clock.stop()
         self.tick()
         self.progress.peak_memory_bytes = self.memory.peak()
         if is_logged:
             self.b_norm = b_norm(self.model)
-        self.observer.step(
-            StepInfo(
-                step=self.progress.steps,
-                total=self.progress.total_steps,
-                loss=step.loss,
-                tokens_per_second=self.clock.tokens_per_second,
-                memory_bytes=self.memory.now(),
-                peak_memory_bytes=self.memory.peak(),
-                grad_norm=step.norm,
-                learning_rate=step.rate,
-                b_norm=self.b_norm,
-                seconds_left=self._seconds_left(),
-                figures={words: means[name] for name, words in self.shown.items() if name in means},
-            )
+        info = StepInfo(
+            step=self.progress.steps,
+            total=self.progress.total_steps,
+            loss=step.loss,
+            tokens_per_second=self.clock.tokens_per_second,
+            memory_bytes=self.memory.now(),
+            peak_memory_bytes=self.memory.peak(),
+            grad_norm=step.norm,
+            learning_rate=step.rate,
+            b_norm=self.b_norm,
+            seconds_left=self._seconds_left(),
+            figures={words: means[name] for name, words in self.shown.items() if name in means},
         )
-        asked = ranks.agreed(self.interrupt.requested)
+        self.observer.step(info)
+        self.callbacks.call(self.callbacks.on_step, info)
         if self.holes is not None:
             self.holes.end_step()
-        return asked
+        return self.wishes()
+
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether the user, or an error in a callback, asks any process to stop; whether a callback ends the run."""
+        stop = self.interrupt.requested or self.callbacks.raised is not None
+        stops, ends = ranks.summed([float(stop), float(self.callbacks.ended)])
+        return stops > 0, ends > 0
+
+    def saved(self, checkpoint: Path) -> bool:
+        """Tell of a checkpoint. Returns whether one of ``wishes`` is true."""
+        self.callbacks.call(self.callbacks.on_save, checkpoint)
+        return any(self.wishes())
 
     def log(self, line: Mapping[str, float]) -> None:
         progress = self.progress
@@ -276,12 +335,15 @@ class Watch:
         if ranks.agreed(self.interrupt.requested):
             raise EvaluationStopped
 
-    def evaluation(self, line: Mapping[str, float], seconds: float) -> None:
-        """Tell of an evaluation, before the progress takes its loss."""
+    def evaluation(self, line: Mapping[str, float], seconds: float) -> bool:
+        """Tell of an evaluation, before the progress takes its loss. Returns whether one of ``wishes`` is true."""
         step, loss, lowest = self.progress.steps, line["eval_loss"], self.progress.lowest_loss
+        best = lowest is None or loss < lowest
         self.evaluations.append(seconds)
-        self._append(line)
-        self.observer.evaluation(step, loss, lowest is None or loss < lowest)
+        info = EvaluationInfo(step=step, loss=loss, best=best, model=self.model, tokenizer=self.tokenizer)
+        self._append({**self.callbacks.call(self.callbacks.on_evaluation, info), **line})
+        self.observer.evaluation(step, loss, best)
+        return any(self.wishes())
 
     def _append(self, line: Mapping[str, float]) -> None:
         if self.folder is not None:
