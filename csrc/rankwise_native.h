@@ -88,14 +88,16 @@ typedef struct rw_heads {
     int64_t batch, token, head;
 } rw_heads;
 
-// Query i of batch b sees the keys j with start[b, i] <= j < end[b, i]; null: start 0, end i + 1 + Lk - Lq.
+// Query i of batch b sees the keys j with start[b, r, i] <= j < end[b, r, i] for some r; null: start 0, end
+// i + 1 + Lk - Lq. The ranges of a query are disjoint.
 typedef struct rw_attention {
     int64_t B, Lq, Lk, H, Hkv, D;  // H a multiple of Hkv; D a multiple of 16, at most 256
     rw_heads q, k, v;
-    const int32_t* start;  // (B, Lq), or null
-    const int32_t* end;    // (B, Lq), or null
+    const int32_t* start;  // (B, R, Lq), or null
+    const int32_t* end;    // (B, R, Lq), or null
     float scale;           // positive
     int dtype;             // of q, k, v and all results but lse: bfloat16 or, where the level takes it, float32
+    int64_t R;             // ranges of a query, 1 for null
 } rw_attention;
 
 // Whether the current level has attention, and attention in float32; the two functions below must not be called where

@@ -22,7 +22,8 @@ const AttentionKernels* kernels(int64_t D) {
 Heads heads(const rw_heads& x) { return {x.data, x.batch, x.token, x.head}; }
 
 AttentionJob job_of(const rw_attention& a) {
-    return {a.B, a.Lq, a.Lk, a.H, a.Hkv, a.D, heads(a.q), heads(a.k), heads(a.v), a.start, a.end, a.scale, a.dtype};
+    return {a.B,        a.R,        a.Lq,       a.Lk,    a.H,   a.Hkv,   a.D,
+            heads(a.q), heads(a.k), heads(a.v), a.start, a.end, a.scale, a.dtype};
 }
 
 // Calls body(share, number of the share) for `parts` shares of each key head.

@@ -148,6 +148,7 @@ static PackedKeys pack_keys(const AttentionJob& job, const AttentionShare& share
                                scratch<AttentionBackward, uint32_t, 1>(tiles.count() * size),
                                scratch<AttentionBackward, uint32_t, 2>(tiles.count() * size), size};
     for (int64_t t = 0; t < tiles.count(); ++t) {
+        if (!tiles.seen[tiles.first + t]) continue;
         const int64_t key = (tiles.first + t) * kTile, rows = job.Lk - key < kTile ? job.Lk - key : kTile;
         const uint16_t* k = job.k.row(share.b, key, share.head);
         pair_columns(k, job.k.token, rows, D, packed.k + t * size);
@@ -199,7 +200,7 @@ static void backward(const AttentionBackward& call, const AttentionShare& share,
     alignas(64) float lse[kTile], delta[kTile];
     const __m512 scale = _mm512_set1_ps(job.scale);
     for (int64_t query = share.first * kTile; query < share.last * kTile; query += kTile) {
-        const Ranges ranges(job, share.b, query);
+        const Ranges* ranges = all_ranges(job, share.b, query);
         const int64_t rows = job.Lq - query < kTile ? job.Lq - query : kTile;
         for (int64_t h = share.head * job.group(); h < (share.head + 1) * job.group(); ++h) {
             const uint16_t *q_rows = job.q.row(share.b, query, h), *grad_rows = call.grad.row(share.b, query, h);
@@ -209,14 +210,15 @@ static void backward(const AttentionBackward& call, const AttentionShare& share,
             pack_across(grad_rows, call.grad.token, rows, D, pairs, grad_across);
             row_terms(call, share.b, h, query, rows, lse, delta);
             std::memset(dq, 0, static_cast<std::size_t>(rounded_up(rows, kGroup) * D * 4));
-            const BackwardTile tile = {
-                &ranges,  D, job.scale * 1.44269504f, q, grad, q_across, grad_across, lse, delta, ds, p_right,
+            BackwardTile tile = {
+                ranges,   D, job.scale * 1.44269504f, q, grad, q_across, grad_across, lse, delta, ds, p_right,
                 ds_right, dq};
-            for (int64_t t = ranges.first_tile(); t < ranges.last_tile(); ++t) {
-                const int64_t at = (t - tiles.first) * packed.tile_size;
-                float* dk = sums + 2 * t * kTile * D;
-                Tile(tile, {packed.k + at, packed.v + at, packed.k_right + at, dk, dk + kTile * D}, t * kTile);
-            }
+            for (; tile.ranges < ranges + job.R; ++tile.ranges)
+                for (int64_t t = tile.ranges->first_tile(); t < tile.ranges->last_tile(); ++t) {
+                    const int64_t at = (t - tiles.first) * packed.tile_size;
+                    float* dk = sums + 2 * t * kTile * D;
+                    Tile(tile, {packed.k + at, packed.v + at, packed.k_right + at, dk, dk + kTile * D}, t * kTile);
+                }
             for (int64_t i = 0; i < rows; ++i) {
                 uint16_t* to = static_cast<uint16_t*>(call.dq) + ((share.b * job.Lq + query + i) * job.H + h) * D;
                 for (int64_t d = 0; d < D; d += 16)

@@ -104,13 +104,28 @@ struct ForwardFloats {
     float q[kTile * 256], out[kTile * 256], p[kGroup * kTile], top[kTile], sum[kTile];
 };
 
+void forward_tile(const Ranges& ranges, ForwardFloats& tile, const float* across, const float* v, int64_t key,
+                  float scale, int64_t D) {
+    for (int64_t g = 0; g < kTile / kGroup; ++g) {
+        const Ranges::Span span = ranges.span(g, key);
+        if (span.from == span.to) continue;
+        multiply_keys(tile.q + kGroup * g * D, D, across, span, tile.p);
+        float shrink[kGroup];
+        for (int64_t r = 0; r < kGroup; ++r) {
+            const int64_t i = kGroup * g + r;
+            shrink[r] = weigh(ranges, i, key, span, scale, tile.p + r * kTile, tile.top[i], tile.sum[i]);
+        }
+        const int64_t first = 16 * span.from;
+        add_rows(tile.p + first, kTile, 1, v + first * D, 16 * span.to - first, D, shrink, tile.out + kGroup * g * D);
+    }
+}
+
 template <int Type>
-void finish_forward(const AttentionForward& call, const Ranges& ranges, const ForwardFloats& tile, int64_t b, int64_t h,
-                    int64_t query) {
+void finish_forward(const AttentionForward& call, const ForwardFloats& tile, int64_t b, int64_t h, int64_t query) {
     const AttentionJob& job = call.job;
     const int64_t rows = job.Lq - query < kTile ? job.Lq - query : kTile, D = job.D;
     for (int64_t i = 0; i < rows; ++i) {
-        const bool some = ranges.first[i] < ranges.last[i];
+        const bool some = tile.sum[i] > 0.0f;
         const float inverse = some ? 1.0f / tile.sum[i] : 0.0f;
         auto* out = static_cast<ElementOf<Type>*>(call.out) + ((b * job.Lq + query + i) * job.H + h) * D;
         for (int64_t d = 0; d < D; d += W) store<Type>(out, d, load<RW_FLOAT32>(tile.out, i * D + d) * inverse);
@@ -126,6 +141,7 @@ void forward_of(const AttentionForward& call, const AttentionShare& share) {
     auto* keys = scratch<AttentionForward, float, 0>((2 * tiles.count() + 1) * size);
     float* wide = keys + 2 * tiles.count() * size;
     for (int64_t t = 0; t < tiles.count(); ++t) {
+        if (!tiles.seen[tiles.first + t]) continue;
         const int64_t key = (tiles.first + t) * kTile, rows = job.Lk - key < kTile ? job.Lk - key : kTile;
         widen<Type>(job.k, share.b, key, share.head, rows, D, wide);
         turn(wide, D, keys + 2 * t * size);
@@ -133,31 +149,19 @@ void forward_of(const AttentionForward& call, const AttentionShare& share) {
     }
     ForwardFloats& tile = *scratch<AttentionForward, ForwardFloats, 1>(1);
     for (int64_t query = share.first * kTile; query < share.last * kTile; query += kTile) {
-        const Ranges ranges(job, share.b, query);
+        const Ranges* all = all_ranges(job, share.b, query);
         const int64_t rows = job.Lq - query < kTile ? job.Lq - query : kTile;
         for (int64_t h = share.head * job.group(); h < (share.head + 1) * job.group(); ++h) {
             widen<Type>(job.q, share.b, query, h, rows, D, tile.q);
             std::memset(tile.out, 0, static_cast<std::size_t>(size * 4));
             std::memset(tile.sum, 0, sizeof tile.sum);
             for (float& one : tile.top) one = -1e30f;  // finite, so that a query that has seen no key yet makes no NaN
-            for (int64_t t = ranges.first_tile(); t < ranges.last_tile(); ++t) {
-                const float *across = keys + 2 * (t - tiles.first) * size, *v = across + size;
-                for (int64_t g = 0; g < kTile / kGroup; ++g) {
-                    const Ranges::Span span = ranges.span(g, t * kTile);
-                    if (span.from == span.to) continue;
-                    multiply_keys(tile.q + kGroup * g * D, D, across, span, tile.p);
-                    float shrink[kGroup];
-                    for (int64_t r = 0; r < kGroup; ++r) {
-                        const int64_t i = kGroup * g + r;
-                        shrink[r] =
-                            weigh(ranges, i, t * kTile, span, job.scale, tile.p + r * kTile, tile.top[i], tile.sum[i]);
-                    }
-                    const int64_t first = 16 * span.from;
-                    add_rows(tile.p + first, kTile, 1, v + first * D, 16 * span.to - first, D, shrink,
-                             tile.out + kGroup * g * D);
+            for (int64_t range = 0; range < job.R; ++range)
+                for (int64_t t = all[range].first_tile(); t < all[range].last_tile(); ++t) {
+                    const float* across = keys + 2 * (t - tiles.first) * size;
+                    forward_tile(all[range], tile, across, across + size, t * kTile, job.scale, D);
                 }
-            }
-            finish_forward<Type>(call, ranges, tile, share.b, h, query);
+            finish_forward<Type>(call, tile, share.b, h, query);
         }
     }
 }
@@ -251,6 +255,7 @@ void backward_of(const AttentionBackward& call, const AttentionShare& share, flo
     auto* packed = scratch<AttentionBackward, float, 0>((3 * tiles.count() + 1) * size);
     float* wide = packed + 3 * tiles.count() * size;
     for (int64_t t = 0; t < tiles.count(); ++t) {
+        if (!tiles.seen[tiles.first + t]) continue;
         const int64_t key = (tiles.first + t) * kTile, rows = job.Lk - key < kTile ? job.Lk - key : kTile;
         float* k = packed + 3 * t * size;
         widen<Type>(job.k, share.b, key, share.head, rows, D, k);
@@ -260,18 +265,20 @@ void backward_of(const AttentionBackward& call, const AttentionShare& share, flo
     }
     BackwardFloats& tile = *scratch<AttentionBackward, BackwardFloats, 1>(1);
     for (int64_t query = share.first * kTile; query < share.last * kTile; query += kTile) {
-        const Ranges ranges(job, share.b, query);
+        const Ranges* all = all_ranges(job, share.b, query);
         const int64_t rows = job.Lq - query < kTile ? job.Lq - query : kTile;
         for (int64_t h = share.head * job.group(); h < (share.head + 1) * job.group(); ++h) {
             widen<Type>(job.q, share.b, query, h, rows, D, tile.q);
             widen<Type>(call.grad, share.b, query, h, rows, D, tile.grad);
             row_terms<Type>(call, share.b, h, query, rows, tile);
             std::memset(tile.dq, 0, static_cast<std::size_t>(size * 4));
-            for (int64_t t = ranges.first_tile(); t < ranges.last_tile(); ++t) {
-                const float* k = packed + 3 * (t - tiles.first) * size;
-                float* dk = sums + 2 * t * size;
-                backward_tile(ranges, tile, {k, k + size, k + 2 * size, dk, dk + size}, t * kTile, job.scale, D);
-            }
+            for (int64_t range = 0; range < job.R; ++range)
+                for (int64_t t = all[range].first_tile(); t < all[range].last_tile(); ++t) {
+                    const float* k = packed + 3 * (t - tiles.first) * size;
+                    float* dk = sums + 2 * t * size;
+                    const BackwardKeyTile keys = {k, k + size, k + 2 * size, dk, dk + size};
+                    backward_tile(all[range], tile, keys, t * kTile, job.scale, D);
+                }
             for (int64_t i = 0; i < rows; ++i) {
                 auto* to = static_cast<ElementOf<Type>*>(call.dq) + ((share.b * job.Lq + query + i) * job.H + h) * D;
                 for (int64_t d = 0; d < D; d += W) store<Type>(to, d, load<RW_FLOAT32>(tile.dq, i * D + d) * job.scale);

@@ -90,7 +90,7 @@ static void finish_forward(const AttentionForward& call, const ForwardTile& tile
     for (int64_t i = 0; i < rounded_up(rows, 16); ++i)
         total[i] = _mm512_reduce_add_ps(_mm512_loadu_ps(tile.sum + 16 * i));
     for (int64_t i = 0; i < rows; ++i) {
-        const __m512 inverse = _mm512_set1_ps(tile.ranges->first[i] < tile.ranges->last[i] ? 1.0f / total[i] : 0.0f);
+        const __m512 inverse = _mm512_set1_ps(total[i] > 0.0f ? 1.0f / total[i] : 0.0f);
         uint16_t* out = static_cast<uint16_t*>(call.out) + ((b * job.Lq + query + i) * job.H + h) * D;
         for (int64_t d = 0; d < D; d += 16)
             store_rounded(out + d, _mm512_mul_ps(_mm512_loadu_ps(tile.out + i * D + d), inverse));
@@ -112,6 +112,7 @@ static void forward(const AttentionForward& call, const AttentionShare& share) {
     auto* k = scratch<AttentionForward, uint32_t, 0>(tiles.count() * tile_size);
     auto* v = scratch<AttentionForward, uint32_t, 1>(tiles.count() * tile_size);
     for (int64_t t = 0; t < tiles.count(); ++t) {
+        if (!tiles.seen[tiles.first + t]) continue;
         const int64_t key = (tiles.first + t) * kTile, rows = job.Lk - key < kTile ? job.Lk - key : kTile;
         pair_columns(job.k.row(share.b, key, share.head), job.k.token, rows, D, k + t * tile_size);
         pair_rows(job.v.row(share.b, key, share.head), job.v.token, rows, D, v + t * tile_size);
@@ -121,16 +122,17 @@ static void forward(const AttentionForward& call, const AttentionShare& share) {
     alignas(64) uint32_t p[kTile * kTilePairs];
     alignas(64) float top[kTile], sum[kTile * 16];
     for (int64_t query = share.first * kTile; query < share.last * kTile; query += kTile) {
-        const Ranges ranges(job, share.b, query);
+        const Ranges* ranges = all_ranges(job, share.b, query);
         const int64_t rows = job.Lq - query < kTile ? job.Lq - query : kTile;
         for (int64_t h = share.head * job.group(); h < (share.head + 1) * job.group(); ++h) {
             copy_rows(job.q.row(share.b, query, h), job.q.token, rows, D, q);
             std::memset(out, 0, static_cast<std::size_t>(rounded_up(rows, kGroup) * D * 4));
             std::memset(sum, 0, sizeof sum);
             for (float& one : top) one = -1e30f;  // finite, so that a query that has seen no key yet makes no NaN
-            const ForwardTile tile = {&ranges, D, job.scale * 1.44269504f, q, p, out, top, sum};
-            for (int64_t t = ranges.first_tile(); t < ranges.last_tile(); ++t)
-                Tile(tile, t * kTile, k + (t - tiles.first) * tile_size, v + (t - tiles.first) * tile_size);
+            ForwardTile tile = {ranges, D, job.scale * 1.44269504f, q, p, out, top, sum};
+            for (; tile.ranges < ranges + job.R; ++tile.ranges)
+                for (int64_t t = tile.ranges->first_tile(); t < tile.ranges->last_tile(); ++t)
+                    Tile(tile, t * kTile, k + (t - tiles.first) * tile_size, v + (t - tiles.first) * tile_size);
             finish_forward(call, tile, share.b, h, query);
         }
     }

@@ -1,7 +1,7 @@
 // Attention of bfloat16 tensors, on AVX2 also of float32 ones: one table of kernels for each level that has it. AVX2
 // computes in float32; AVX-512 with BF16, and AMX on top of it, in bfloat16.
 //
-// Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, G = H / Hkv heads that share a key head, D size
+// Legend: B batch, R ranges of keys of each query, Lq queries, Lk keys, H query heads, Hkv key heads, G = H / Hkv heads that share a key head, D size
 // of a head.
 #pragma once
 
@@ -24,17 +24,21 @@ struct Heads {
 };
 
 struct AttentionJob {
-    int64_t B, Lq, Lk, H, Hkv, D;
+    int64_t B, R, Lq, Lk, H, Hkv, D;
     Heads q, k, v;
-    const int32_t *start, *end;  // (B, Lq), or null
+    const int32_t *start, *end;  // (B, R, Lq), or null
     float scale;
     int dtype;
 
     RW_INLINED int64_t group() const { return H / Hkv; }
     RW_INLINED int64_t clamped(int64_t j) const { return j < 0 ? 0 : j < Lk ? j : Lk; }
-    // Query i of batch b sees the keys from first_key on, before last_key.
-    RW_INLINED int64_t first_key(int64_t b, int64_t i) const { return start ? clamped(start[b * Lq + i]) : 0; }
-    RW_INLINED int64_t last_key(int64_t b, int64_t i) const { return clamped(end ? end[b * Lq + i] : i + 1 + Lk - Lq); }
+    // In its range r, query i of batch b sees the keys from first_key on, before last_key.
+    RW_INLINED int64_t first_key(int64_t b, int64_t r, int64_t i) const {
+        return start ? clamped(start[(b * R + r) * Lq + i]) : 0;
+    }
+    RW_INLINED int64_t last_key(int64_t b, int64_t r, int64_t i) const {
+        return clamped(end ? end[(b * R + r) * Lq + i] : i + 1 + Lk - Lq);
+    }
 };
 
 struct AttentionForward {

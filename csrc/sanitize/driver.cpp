@@ -162,7 +162,8 @@ std::vector<uint8_t> attend(int dtype, int64_t B, int64_t Lq, int64_t Lk, int64_
         dv(dtype, B, Lk, Hkv, D, 0);
     std::vector<float> lse(static_cast<size_t>(B * H * Lq));
     std::vector<int32_t> start, end;
-    for (int64_t i = 0; i < B * Lq; ++i) {
+    const int64_t R = ranges ? 2 : 1;
+    for (int64_t i = 0; i < B * R * Lq; ++i) {
         start.push_back(static_cast<int32_t>(next_random() % (Lk + 8)) - 4);
         end.push_back(static_cast<int32_t>(next_random() % (Lk + 8)) - 4);
     }
@@ -178,7 +179,8 @@ std::vector<uint8_t> attend(int dtype, int64_t B, int64_t Lq, int64_t Lk, int64_
                                ranges ? start.data() : nullptr,
                                ranges ? end.data() : nullptr,
                                0.125f,
-                               dtype};
+                               dtype,
+                               R};
     rw_attention_forward(&call, out.data.get(), lse.data(), threads);
     rw_attention_backward(&call, out.data.get(), lse.data(), &grad.heads, dq.data.get(), dk.data.get(), dv.data.get(),
                           threads);

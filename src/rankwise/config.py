@@ -50,6 +50,7 @@ from rankwise.options import (
 QuantType = Literal["nf4", "fp4"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Products = Literal["auto", "bfloat16", "int8"]
+Shares = Literal["auto", "on", "off"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 # As text: YAML reads 16 as a number.
 BaseBits = Annotated[Literal["file", "16"] | None, BeforeValidator(lambda given: None if given is None else str(given))]
@@ -122,6 +123,13 @@ class StepOptions(AdapterOptions):
         _training("NEFTune: noise of X / sqrt(length x width) on the embeddings in training; 5 is usual."),
     ] = None
     packing: Annotated[bool, _training("Fill every row with several examples that do not see each other.")] = False
+    share_prompts: Annotated[
+        Shares,
+        _device(
+            "Compute what several rows of a micro-batch begin with once: auto (where the model permits it and nothing "
+            "is dropped out), on, or off."
+        ),
+    ] = "auto"
     # False: the step runs in plain PyTorch and transformers, without rankwise's kernels and fused losses.
     fast: Annotated[
         bool,

@@ -17,17 +17,17 @@ from rankwise.acceleration.optimize import optimize_for_training
 from rankwise.adapters import adapter_parameters
 from tiny_models import tiny_gpt2, tiny_llama, tiny_moe
 
-LENGTHS, PROMPTS = (7, 11, 9, 6), (4, 5, 4, 5)
+LENGTHS, PROMPTS = (11, 17, 13, 12), (8, 11, 8, 11)
 
 
 def pairs() -> list[tuple[list[int], list[int]]]:
-    """Two pairs of unequal answers behind prompts of 4 and 5 tokens: rows 0 and 2, rows 1 and 3."""
+    """Two pairs of unequal answers behind prompts of 8 and 11 tokens: rows 0 and 2, rows 1 and 3."""
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 97, (4, max(LENGTHS)), generator=draw)
     for row in (0, 1):
         ids[row + 2, : PROMPTS[row]] = ids[row, : PROMPTS[row]]
-        # The first token of the answers agrees in one pair: the prompt ends before it all the same.
-        ids[3, 5] = ids[1, 5]
+        # The first token of the answers agrees in one pair, and is scored in each.
+        ids[3, 11] = ids[1, 11]
     rows = [row[:length] for row, length in zip(ids.tolist(), LENGTHS)]
     return [(row[:prompt], row[prompt:]) for row, prompt in zip(rows, PROMPTS)]
 
@@ -60,7 +60,7 @@ def wanted(model: Any) -> tuple[Tensor, Tensor]:
 
 
 @at_some_level
-@pytest.mark.parametrize("layout", ["padded", "flat", "pairs"])
+@pytest.mark.parametrize("layout", ["padded", "flat", "shared"])
 @pytest.mark.parametrize("head", ["plain", "adapted", "trained"])
 def test_scores_and_gradients_are_those_of_the_logits(layout: Layout, head: str) -> None:
     options = {"plain": {}, "adapted": {"target_modules": ["q_proj", "lm_head"]}, "trained": {}}[head]
@@ -112,8 +112,8 @@ def test_scores_do_not_depend_on_padding(make: Any, lora: dict[str, Any] | None,
 def test_a_prompt_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = adapted(), []
     model.model.embed_tokens.register_forward_hook(lambda module, given, out: seen.append(given[0].numel()))
-    token_scores(model, laid("pairs"), in_chunks=True)
-    assert seen == [sum(LENGTHS) - sum(PROMPTS[:2])]
+    token_scores(model, laid("shared"), in_chunks=True)
+    assert seen == [sum(LENGTHS) - sum(PROMPTS[:2]) - 1]
 
 
 def test_a_model_with_windows_shares_no_prompt() -> None:

@@ -46,11 +46,14 @@ import rankwise as rw
 from acceleration.families import small_config, without_dropout
 from rankwise.acceleration import attention
 from rankwise.acceleration.attention import flattening_obstacle
+from rankwise.acceleration.layouts import Layout
+from rankwise.acceleration.log_probs import sharing_obstacle
+from rankwise.acceleration.loss import scored_positions
 from rankwise.adapters import adapter_tensors, load_tensors
 from rankwise.compat.transformers import attention_of
 from rankwise.errors import RankwiseError
 from rankwise.quantization import dequantize
-from rankwise.training.batches import KEY, counted, laid_out
+from rankwise.training.batches import KEY, Counted, laid_out
 from rankwise.training.objectives import Demonstrations, Preferences, Scoring
 from rankwise.training.step import Loss
 
@@ -364,12 +367,13 @@ def objective_of(model: Any, case: Case) -> tuple[Any, bool]:
             attention.register()
             model.set_attn_implementation(attention.NAME)
             flat = flattening_obstacle(model) is None
+    layout: Layout = "padded" if not flat else "flat" if sharing_obstacle(model) else "shared"
     if case.checkpointing and model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if case.loss == "sft":
-        return Demonstrations(model, rows, None, pad=0, size=len(rows), seed=0, flat=flat), flat
+        return Demonstrations(model, rows, None, pad=0, size=len(rows), seed=0, layout=layout), flat
     options = {"beta": 0.1, "max_length": 1024, "loss_type": case.loss, **case.options}
-    scoring = Scoring(model, ("pairs" if case.loss == "dpo" else "flat") if flat else "padded")
+    scoring = Scoring(model, layout)
     return Preferences(scoring, rows, None, pad=0, size=len(rows), seed=0, **options), flat
 
 
@@ -400,12 +404,15 @@ def loss_of(model: Any, case: Case, made: Callable[[], tuple[Any, bool]]) -> Ten
         collate = maker.data_collator if is_peft(model) else maker.collate
         batch = collate(list(maker.train_dataset if is_peft(model) else maker.rows))
     else:
-        batch = laid_out(case.rows, 0, flat=True) if flat else padded(case.rows, case.padding)
+        batch = padded(case.rows, case.padding)
+        scored = scored_positions(batch["labels"])
+        batch, found = laid_out(case.rows, 0, "flat") if flat else (batch, Counted(len(scored), 0, 0, scored))
     if is_peft(model):
         return maker.compute_loss(model, batch)
-    batch.setdefault(KEY, counted(batch) if case.loss == "sft" else None)
-    found: Loss = maker.loss(model, batch)
-    return found.sum / batch[KEY].targets + (0 if found.aux is None else found.aux)
+    if case.loss == "sft":
+        batch[KEY] = found
+    computed: Loss = maker.loss(model, batch)
+    return computed.sum / batch[KEY].targets + (0 if computed.aux is None else computed.aux)
 
 
 def once(tensors: Numbers) -> Numbers:

@@ -83,7 +83,25 @@ def nothing(B: int, Lq: int, Lk: int) -> Range:
     return torch.full((B, Lq), 3, dtype=torch.int32), torch.full((B, Lq), 3, dtype=torch.int32)
 
 
-RANGES = [causal, everything, left_padded, right_padded, packed, sliding, scattered, nothing]
+def beginning(B: int, Lq: int, Lk: int) -> Range:
+    """Rows of 37 behind a common beginning of 21."""
+    i = positions(B, Lq, Lk)
+    starts = torch.stack([torch.zeros_like(i), (i // 37 * 37).clamp(min=21)], dim=1)
+    return starts, torch.stack([(i + 1).clamp(max=21), i + 1], dim=1)
+
+
+def scattered_thrice(B: int, Lq: int, Lk: int) -> Range:
+    """Three disjoint ranges for any query, in any order: some are empty, some reach beyond the keys."""
+    generator = torch.Generator().manual_seed(2)
+    ends = torch.randint(-5, Lk + 5, (B, 6, Lq), generator=generator, dtype=torch.int32).sort(dim=1).values
+    order = torch.randperm(3, generator=generator)
+    return ends[:, 0::2][:, order], ends[:, 1::2][:, order]
+
+
+RANGES = [
+    *(causal, everything, left_padded, right_padded, packed, sliding, scattered, nothing),
+    *(beginning, scattered_thrice),
+]
 
 
 def positions(B: int, Lq: int, Lk: int) -> Tensor:

@@ -19,16 +19,16 @@ from rankwise.training.batches import KEY
 from tiny_models import tiny_llama
 
 
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "flat", "shared"])
 @pytest.mark.parametrize("settings", [{}, {"trained_share": 0.3}, {"batch_size": 1}, {"objective": "dpo"}])
-def test_a_batch_scores_as_many_tokens_as_are_planned(settings, flat):
+def test_a_batch_scores_as_many_tokens_as_are_planned(settings, layout):
     """But for the token of padding in the last of several rows."""
     workload = Workload(**{"batch_size": 3, "max_length": 20, **settings})
-    batch = batch_of(objective_of(tiny_llama(), workload, flat=flat), workload, flat=flat)
+    batch = batch_of(objective_of(tiny_llama(), workload, layout), workload, layout)
     scored = batch["answers"].places if "answers" in batch else batch[KEY].scored
     left_out = workload.trained_tokens - len(scored)
     sides = workload.sequences // workload.batch_size
-    assert left_out == (0 if flat or workload.batch_size == 1 or workload.trained_share < 1 else sides)
+    assert left_out == (0 if layout != "padded" or workload.batch_size == 1 or workload.trained_share < 1 else sides)
 
 
 def test_steps_alone_do_not_show_an_idle_process():

@@ -108,7 +108,7 @@ def loop_of(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> LoopMaker:
         base = LoadedBase(None, model, tokenizer, device, torch.float32, autocast, "a test", {})  # type: ignore[arg-type]
         learning = LEARNING[settings.objective](learned_of(settings))
         pace = part_of(Pace, settings)
-        objective = learning.objective(base, data, pace, flat)
+        objective = learning.objective(base, data, pace, "flat" if flat or settings.packing else "padded")
         return make_loop(
             objective,
             paced(objective, pace),

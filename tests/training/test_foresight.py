@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from training_rows import encoded_rows, fit
 
-from rankwise.training.batches import MicroBatch
+from rankwise.training.batches import MicroBatch, largest
 from rankwise.training.loop import coming_batches
 from rankwise.training.objectives import Preferences
 
@@ -112,11 +112,12 @@ def test_an_evaluation_is_foreseen_as_it_is_laid_out(loop_of: LoopMaker) -> None
     assert with_rows(loop_of, [5] * 9).objective.largest_evaluation() is None
 
 
-def preferring(columns: dict[str, list[int]], *, flat: bool) -> Preferences:
+def preferring(columns: dict[str, list[int]], layout: str) -> Preferences:
     """Preferences of rows with these columns, given by their lengths, two rows a batch."""
-    rows = Dataset.from_dict({name: [[1] * count for count in counts] for name, counts in columns.items()})
+    kinds = {name: kind for kind, name in enumerate(columns, start=1)}
+    rows = Dataset.from_dict({name: [[kinds[name]] * count for count in counts] for name, counts in columns.items()})
     is_paired = "chosen_ids" in columns
-    scoring: Any = SimpleNamespace(layout="pairs" if flat and is_paired else "flat" if flat else "padded")
+    scoring: Any = SimpleNamespace(layout=layout)
     loss = "sigmoid" if is_paired else "apo_zero_unpaired"
     return Preferences(scoring, rows, rows, 0, 2, 0, loss, 0.1, 64)
 
@@ -124,13 +125,22 @@ def preferring(columns: dict[str, list[int]], *, flat: bool) -> Preferences:
 def test_mismatched_answers_of_kto_are_foreseen() -> None:
     """The longest prompt meets the longest answer, which is another's."""
     marked = {"prompt_ids": [9, 2, 2, 2], "completion_ids": [1, 7, 3, 3], "KL_completion_ids": [7, 1, 3, 3]}
-    for flat, expected in ((False, MicroBatch(2, 16, 8 / 32)), (True, MicroBatch(2, 10, 8 / 20))):
-        objective = preferring(marked, flat=flat)
+    for layout, expected in (("padded", MicroBatch(2, 16, 8 / 32)), ("flat", MicroBatch(2, 10, 8 / 20))):
+        objective = preferring(marked, layout)
         assert objective.largest_batch(iter([[0, 1], [2, 3]])) == objective.largest_evaluation() == expected
 
 
 def test_pairs_are_foreseen_with_their_prompt_once() -> None:
-    pairs = {"prompt_ids": [4, 4, 6], "chosen_ids": [1, 1, 5], "rejected_ids": [2, 2, 3]}
-    assert preferring(pairs, flat=False).largest_evaluation() == MicroBatch(2, 6, 6 / 24)
-    # Around one prompt: 7 tokens each of the first two, and 14 of the last, which has the longer side.
-    assert preferring(pairs, flat=True).largest_evaluation() == MicroBatch(1, 10, 8 / 20)
+    pairs = {"prompt_ids": [9, 9, 20], "chosen_ids": [1, 1, 15], "rejected_ids": [2, 2, 13]}
+    assert preferring(pairs, "padded").largest_evaluation() == MicroBatch(1, 35, 28 / 70)
+    # 48 tokens of the last pair, whose sides are 34 tokens long on average, of which 14 are the answer.
+    assert preferring(pairs, "shared").largest_evaluation() == MicroBatch(1, 34, 28 / 68)
+
+
+def test_a_common_beginning_is_foreseen_once() -> None:
+    """Of two rows with 20 tokens in common, 5 and 3 are their own; two others have 26 together."""
+    common = [7] * 20
+    ids = [[*common, *[1] * 5], [*common, *[2] * 3], [3] * 13, [4] * 13]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": [[-100, *row[1:]] for row in ids]})
+    assert largest(rows, [[0, 1], [2, 3]], "flat") == MicroBatch(2, 24, 46 / 48)
+    assert largest(rows, [[0, 1], [2, 3]], "shared") == MicroBatch(2, 14, 1.0)

@@ -74,6 +74,12 @@ def as_mask(keys: KeyRanges | RowBounds) -> Tensor:
     return mask
 
 
+def with_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a model, whose attention mask may be `KeyRanges`."""
+    keys = inputs.get("attention_mask")
+    return {**inputs, "attention_mask": as_mask(keys)} if isinstance(keys, KeyRanges) else inputs
+
+
 def carried_by(mask: Tensor | None) -> KeyRanges | RowBounds | None:
     """What a tensor in the place of a mask means; None for a real mask."""
     found = getattr(mask, _ATTRIBUTE, None)

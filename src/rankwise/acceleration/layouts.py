@@ -1,8 +1,9 @@
-"""How the rows of a micro-batch lie in memory: padded to one length, end to end, or pairs around their common prompt.
+"""How the rows of a micro-batch lie in memory: padded to one length, end to end, or so with common beginnings once.
 
 Everything is laid out on the host, from lists of token ids, so that nothing waits for a device.
 
-Legend: B rows, L positions of the longest, T tokens of all rows, P scored positions: those before a token of an answer.
+Legend: B rows, L positions of the longest, T tokens that are laid, P scored positions: those before a token of an
+answer; R ranges of keys.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rankwise.foreign import Fields
 
-# padded; end to end, without padding; or end to end with the common prompt of rows i and i + B / 2, a pair of answers,
-# once.
-Layout = Literal["padded", "flat", "pairs"]
+# padded; end to end, without padding; or end to end, where what several rows begin with is laid once.
+Layout = Literal["padded", "flat", "shared"]
 Ids = Sequence[int]
 Inputs = dict[str, Any]
 
@@ -57,7 +57,7 @@ def end_to_end(rows: Sequence[Ids], lengths: Sequence[int] | None = None) -> Inp
 
 @dataclasses.dataclass(frozen=True)
 class KeyRanges:
-    """The keys that each query sees, one contiguous range: int32 (B, L) each."""
+    """The keys that each query sees, one contiguous range or R disjoint ones: int32 (B, L) or (B, R, L) each."""
 
     start: Tensor
     end: Tensor
@@ -70,7 +70,7 @@ class KeyRanges:
 class Answered:
     """Prompts with their answers, as a model gets them, and where the tokens of answers are scored."""
 
-    # Of a model; in the layout of pairs, KeyRanges stand for the attention mask.
+    # Of a model; where something is laid once, KeyRanges stand for the attention mask.
     inputs: Inputs
     # (P,): each scored position in the inputs, the token after it, and its index in (B, L).
     places: Tensor
@@ -78,7 +78,7 @@ class Answered:
     cells: Tensor
     # (B, L): 1 at tokens of answers.
     mask: Tensor
-    # All tokens of the rows; those of a common prompt count for each.
+    # All tokens of the rows; those of a common beginning count for each.
     tokens: int
 
     def to(self, *to: Any, **how: Any) -> Answered:
@@ -95,14 +95,11 @@ _TENSORS = ("places", "targets", "cells", "mask")
 
 
 def answered(rows: Sequence[tuple[Ids, Ids]], pad: int, layout: Layout) -> Answered:
-    """Lay out (prompt, answer) of each row. Of pairs, the first half are the first answers."""
+    """Lay out (prompt, answer) of each row."""
     ids = [[*prompt, *answer] for prompt, answer in rows]
     L = max(map(len, ids))
-    if layout == "pairs":
-        inputs, slots = _around_prompts(ids, [len(prompt) for prompt, _ in rows])
-    elif layout == "flat":
-        starts = itertools.accumulate(map(len, ids), initial=0)
-        inputs, slots = end_to_end(ids), [range(start, start + len(row)) for start, row in zip(starts, ids)]
+    if layout != "padded":
+        inputs, slots = laid_once(ids) if layout == "shared" else _apart(ids)
     else:
         inputs = padded([{"input_ids": row} for row in ids], {"input_ids": pad})
         slots = [range(row * L, (row + 1) * L) for row in range(len(ids))]
@@ -123,35 +120,95 @@ def answered(rows: Sequence[tuple[Ids, Ids]], pad: int, layout: Layout) -> Answe
     )
 
 
-def _around_prompts(ids: Sequence[list[int]], prompts: Sequence[int]) -> tuple[Inputs, list[Sequence[int]]]:
-    """Pairs end to end, each prompt once; and the place of each token of every row.
+# Beginnings of fewer tokens, or behind more others, are laid in each row: a token's keys are a range for each of them.
+LEAST_SHARED, MOST_ABOVE = 8, 3
 
-        first answer, reversed | prompt | second answer
-                       y_2 y_1   x_1 x_2   z_1 z_2
 
-    So each token sees one range of keys: a token of the first answer from itself to the end of the prompt, any other
-    from the beginning of the prompt to itself. ``prompts``: the lengths of the prompts.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Positions [first, last) of ``rows``, which have the same tokens there, behind the parts ``above``."""
+
+    rows: tuple[int, ...]
+    first: int
+    last: int
+    above: tuple[int, ...]
+
+
+def parts_of(rows: Sequence[Ids]) -> list[Part]:
+    """The common beginnings of several rows, and what is left of each row."""
+    parts: list[Part] = []
+
+    def divide(members: Sequence[int], first: int, above: tuple[int, ...]) -> None:
+        own = [list(rows[member]) for member in members]
+        last = common_length(min(own), max(own))
+        if len(members) == 1 or (last - first >= LEAST_SHARED and len(above) < MOST_ABOVE):
+            parts.append(Part((*members,), first, last, above))
+            first, above = last, (*above, len(parts) - 1)
+        branches: dict[int, list[int]] = {}
+        for member, row in zip(members, own):
+            # Rows that end here are alone; no token has a negative number.
+            branches.setdefault(row[last] if last < len(row) else -1 - member, []).append(member)
+        for branch in branches.values():
+            if first < len(rows[branch[0]]):
+                divide(branch, first, above)
+
+    divide(range(len(rows)), 0, ())
+    return parts
+
+
+def laid_tokens(parts: Sequence[Part]) -> int:
+    return sum(part.last - part.first for part in parts)
+
+
+def beginnings_in_words(rows: Sequence[Ids], apart: str | None) -> str | None:
+    """What these rows begin with in common, and ``apart``, why it is laid in each of them; None without any."""
+    parts, total = parts_of(rows), sum(map(len, rows))
+    shared = [part for part in parts if len(part.rows) > 1]
+    if not shared:
+        return None
+    if len(shared) == 1:
+        (part,) = shared
+        words = f"common beginning: {part.last:,} tokens of {len(part.rows)} rows laid"
+        return f"{words} once" if apart is None else f"{words} in each: {apart}"
+    words = f"common beginnings of {len(rows)} rows"
+    if apart is None:
+        return f"{words}: {laid_tokens(parts):,} tokens laid in the place of {total:,}"
+    return f"{words}, {total - laid_tokens(parts):,} of {total:,} tokens, laid in each: {apart}"
+
+
+def _apart(rows: Sequence[Ids]) -> tuple[Inputs, list[Sequence[int]]]:
+    """Rows end to end, and the place of each token of every row."""
+    starts = itertools.accumulate(map(len, rows), initial=0)
+    return end_to_end(rows), [range(start, start + len(row)) for start, row in zip(starts, rows)]
+
+
+def laid_once(rows: Sequence[Ids]) -> tuple[Inputs, list[Sequence[int]]]:
+    """Rows end to end, each common beginning once; and the place of each token of every row.
+
+        beginning | rest of row 0 | rest of row 1
+         x_0 x_1    x_2 x_3 x_4     y_2 y_3
+
+    A token sees the beginnings of its row and its own part up to itself: R ranges of keys, some of which are empty.
     """
-    half, taken, positions = len(ids) // 2, list[int](), list[int]()
-    starts, ends = list[int](), list[int]()
-    slots: list[Sequence[int]] = [()] * len(ids)
-    for row, (first, second) in enumerate(zip(ids[:half], ids[half:])):
-        # A row without a prompt begins with a token that is not scored.
-        shared = min(common_length(first, second), max(1, min(prompts[row], prompts[row + half])))
-        begin, middle = len(taken), len(taken) + len(first) - shared
-        taken += [*reversed(first[shared:]), *first[:shared], *second[shared:]]
-        positions += [*range(len(first) - 1, shared - 1, -1), *range(len(second))]
-        starts += [*range(begin, middle), *[middle] * len(second)]
-        ends += [*[middle + shared] * (middle - begin), *range(middle + 1, middle + 1 + len(second))]
-        slots[row] = [*range(middle, middle + shared), *range(middle - 1, begin - 1, -1)]
-        slots[row + half] = range(middle, middle + len(second))
-    seen = KeyRanges(*(torch.tensor(ends_of, dtype=torch.int32)[None] for ends_of in (starts, ends)))
+    parts = parts_of(rows)
+    if all(len(part.rows) == 1 for part in parts):
+        return _apart(rows)
+    begins = [*itertools.accumulate((part.last - part.first for part in parts), initial=0)]
+    slots: list[Sequence[int]] = [[] for _ in rows]
+    for part, begin, end in zip(parts, begins, begins[1:]):
+        for row in part.rows:
+            slots[row] = [*slots[row], *range(begin, end)]
+    starts, ends = torch.zeros(2, 1, 1 + max(len(part.above) for part in parts), begins[-1], dtype=torch.int32)
+    for part, begin, end in zip(parts, begins, begins[1:]):
+        for depth, above in enumerate((*part.above, len(parts))):
+            is_own = above == len(parts)
+            starts[0, depth, begin:end] = begin if is_own else begins[above]
+            ends[0, depth, begin:end] = torch.arange(begin, end) + 1 if is_own else begins[above + 1]
     inputs = {
-        "input_ids": torch.tensor(taken)[None],
-        "position_ids": torch.tensor(positions)[None],
-        "attention_mask": seen,
+        "input_ids": torch.tensor([token for part in parts for token in rows[part.rows[0]][part.first : part.last]]),
+        "position_ids": torch.cat([torch.arange(part.first, part.last) for part in parts]),
     }
-    return inputs, slots
+    return {**{name: value[None] for name, value in inputs.items()}, "attention_mask": KeyRanges(starts, ends)}, slots
 
 
 def common_length(a: Ids, b: Ids) -> int:

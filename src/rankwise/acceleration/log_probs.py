@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from rankwise.acceleration import attention
 from rankwise.acceleration.attention import close, has_window
-from rankwise.acceleration.layouts import Answered, KeyRanges, Layout, answered
-from rankwise.acceleration.loss import LossOptions
+from rankwise.acceleration.layouts import Answered, Layout, answered
+from rankwise.acceleration.loss import LossOptions, fused_head
 from rankwise.acceleration.parts import probe
 from rankwise.compat.torch import is_fake
 from rankwise.compat.transformers import attention_of
@@ -46,9 +46,7 @@ def token_scores(
 
     ``in_chunks``: by the fused loss of an accelerated model. ``more`` are further inputs of the model.
     """
-    inputs = {**answers.inputs, **more, "use_cache": False}
-    if isinstance(inputs.get("attention_mask"), KeyRanges):
-        inputs["attention_mask"] = attention.as_mask(inputs["attention_mask"])
+    inputs = attention.with_mask({**answers.inputs, **more, "use_cache": False})
     if in_chunks:
         options = LossOptions(
             want_stats=want_stats,
@@ -80,19 +78,22 @@ def token_scores(
 
 
 def sharing_obstacle(model: PreTrainedModel) -> str | None:
-    """Why the answers of a pair cannot be arranged around their prompt, or None; tested where no layer has a window."""
+    """Why common beginnings of rows cannot be laid once, or None; tested where no layer has a window."""
+    if fused_head(model) is None:
+        return "the loss in use is computed from rows with their labels"
     text = model.config.get_text_config()
     if attention_of(model.config) != attention.NAME or next(model.parameters()).device.type != "cpu":
         return "the attention in use takes no ranges of keys"
     if has_window(text):
         return "some layers have a window"
     if hasattr(text, "output_router_logits"):
-        return "the balancing loss of its experts counts the tokens of both rows"
+        return "the balancing loss of its experts counts the tokens of every row"
     # Without values there is nothing to compare.
     if is_fake(next(model.parameters())):
         return None
-    rows = [([1, 2, 3], [4]), ([1, 2, 3], [5, 6])]
-    layouts: tuple[Layout, ...] = ("padded", "pairs")
+    prompt = [1, 2, 3, 4] * 2
+    rows = [(prompt, [4]), (prompt, [5, 6])]
+    layouts: tuple[Layout, ...] = ("padded", "shared")
 
     def scores() -> list[Tensor]:
         return [token_scores(model, answered(rows, 0, layout), in_chunks=True).log_probs for layout in layouts]

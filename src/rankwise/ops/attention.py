@@ -1,4 +1,5 @@
-"""Attention in which every query sees one contiguous range of keys: causal, padded, packed, sliding window.
+"""Attention in which every query sees contiguous ranges of keys: causal, padded, packed, a sliding window, or a
+beginning that is laid once and the query's own row.
 
 Legend: B batch, Lq queries, Lk keys, H query heads, Hkv key heads, D size of a head; i a query, j a key.
 """
@@ -28,7 +29,7 @@ def attention(
     end: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """``softmax(where(start <= j < end, scale * q @ k.mT, -inf)) @ v``, per head: `reference`.
+    """``softmax(where(any(start <= j < end), scale * q @ k.mT, -inf)) @ v``, per head: `reference`.
 
     bfloat16 on a CPU, and float32 on a CPU with AVX2 only, runs in the native library (FlashAttention-2: memory is
     linear in the length, fully masked tiles are skipped, backward saves q, k, v, out and one float32 per query and
@@ -37,8 +38,8 @@ def attention(
     Args:
         q: (B, Lq, H, D), any strides; those of a projection's output need no copy.
         k, v: (B, Lk, Hkv, D), H a multiple of Hkv.
-        start, end: int32 (B, Lq), or None: start 0, end i + 1 + Lk - Lq (causal). Clamped to [0, Lk]. A query with an
-            empty range gives zeros and gets no gradient.
+        start, end: int32 (B, Lq), or of R disjoint ranges (B, R, Lq), or None: start 0, end i + 1 + Lk - Lq (causal).
+            Clamped to [0, Lk]. A query without keys gives zeros and gets no gradient.
         scale: 1 / sqrt(D) by default.
 
     Returns:

@@ -73,12 +73,16 @@ def attention_forward(
     good = good and q.device == k.device == v.device and q.is_floating_point()
     good = good and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
     good = good and q.shape[3] > 0 and k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0
-    for bound in (start, end):
-        is_bound = bound is None or (bound.shape == q.shape[:2] and bound.dtype is torch.int32)
-        good = good and is_bound and (bound is None or bound.device == q.device)
+    given = [bound for bound in (start, end) if bound is not None]
+    for bound in given:
+        # One range, or R of them.
+        is_bound = bound.dim() in (2, 3) and (bound.shape[0], bound.shape[-1]) == q.shape[:2]
+        good = good and is_bound and bound.dtype is torch.int32 and bound.device == q.device
+        good = good and bound.shape == given[0].shape and (bound.dim() == 2 or (len(given) == 2 and bound.shape[1] > 0))
     if not good:
         needs = (
-            "q (B, Lq, H, D), k and v (B, Lk, Hkv, D) of one dtype, H a multiple of Hkv, start and end (B, Lq) int32"
+            "q (B, Lq, H, D), k and v (B, Lk, Hkv, D) of one dtype, H a multiple of Hkv, start and end (B, Lq) or "
+            "both (B, R, Lq) int32"
         )
         raise _misfit(f"attention needs {needs}", q=q, k=k, v=v, start=start, end=end)
 

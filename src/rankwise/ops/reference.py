@@ -444,12 +444,13 @@ def adapted_gain_4bit(
 
 
 def visible(start: Tensor | None, end: Tensor | None, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Whether query i sees key j, bool (B, Lq, Lk), for ``shape`` = (B, Lq, Lk)."""
+    """Whether query i sees key j, bool (B, Lq, Lk), for ``shape`` = (B, Lq, Lk): in any of R ranges (B, R, Lq)."""
     B, Lq, Lk = shape
     j = torch.arange(Lk, device=device)
     last = torch.arange(1, Lq + 1, device=device).expand(B, Lq) + (Lk - Lq) if end is None else end
     seen = j < last[..., None]
-    return seen if start is None else seen & (j >= start[..., None])
+    seen = seen if start is None else seen & (j >= start[..., None])
+    return seen if seen.dim() == 3 else seen.any(dim=1)
 
 
 def attention_forward(

@@ -135,7 +135,7 @@ def carry_out(order: JsonObject) -> Measurement:
     weights, autocast = dtypes(method, workload)
     materialize(model, weights, fill=True, device=device)
     prepared = made(model, method, workload)
-    objective = objective_of(model, workload, flat=prepared.flat)
+    objective = objective_of(model, workload, prepared.layout)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     step = TrainingStep(
         model=model,
@@ -145,7 +145,7 @@ def carry_out(order: JsonObject) -> Measurement:
         autocast=autocast,
         around=functools.partial(around_step, model, prepared.computing),
     )
-    batch, seconds = batch_of(objective, workload, flat=prepared.flat), []
+    batch, seconds = batch_of(objective, workload, prepared.layout), []
 
     def take() -> None:
         started = time.perf_counter()

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from rankwise.acceleration.generation import cache_bytes_per_token, drawn
+from rankwise.acceleration.layouts import LEAST_SHARED, Layout
 from rankwise.acceleration.scoring import LOSS_LOGITS, hidden_states, window_of
 from rankwise.adapters.select import with_heads
 from rankwise.compat.torch import Ctx, own_buffers, own_parameters, own_part
@@ -43,7 +44,6 @@ from rankwise.training.objectives import (
     Demonstrations,
     Preferences,
     Scoring,
-    layout_of,
 )
 from rankwise.training.optimizers import implementation_of, make_optimizer
 from rankwise.training.parts import part_of
@@ -197,19 +197,18 @@ def dtypes(method: str, workload: Workload) -> tuple[torch.dtype, torch.dtype | 
 # --- what is learned, and the batch ---
 
 
-def objective_of(model: PreTrainedModel, workload: Workload, *, flat: bool) -> Objective:
+def objective_of(model: PreTrainedModel, workload: Workload, layout: Layout) -> Objective:
     """The objective of a run, without its rows."""
     none: Any = []
     of_batches = {"pad": 0, "size": workload.batch_size, "seed": 0}
     facts = OBJECTIVES[workload.objective]
     if facts.of_demonstrations:
-        flat = flat or workload.packing
         smoothing = workload.label_smoothing
-        return Demonstrations(model, none, None, **of_batches, flat=flat, label_smoothing=smoothing)
+        return Demonstrations(model, none, None, **of_batches, layout=layout, label_smoothing=smoothing)
     if facts.of_labels:
         labels = Labels(tuple(map(str, range(workload.labels))), SINGLE)
         return Classification(none, None, labels, **of_batches)
-    scoring = Scoring(model, layout_of(workload.objective, flat=flat))
+    scoring = Scoring(model, layout)
     loss_type = workload.loss_type or facts.losses[0]
     if facts.of_preferences:
         preferring = {"loss_type": loss_type, "beta": workload.beta or facts.beta, "max_length": sys.maxsize}
@@ -233,11 +232,11 @@ def objective_of(model: PreTrainedModel, workload: Workload, *, flat: bool) -> O
     )
 
 
-def batch_of(objective: Objective, workload: Workload, *, flat: bool) -> Batch:
-    """A micro-batch of made-up rows of full length, on the host. Where rows are padded, not ``flat``, the last of
-    several has one token fewer, as in batches of rows with different lengths."""
-    rows = [_row(workload, workload.max_length)] * workload.batch_size
-    if not (flat or workload.packing) and workload.batch_size > 1 and workload.max_length > 2:
+def batch_of(objective: Objective, workload: Workload, layout: Layout) -> Batch:
+    """A micro-batch of made-up rows of full length, on the host. Where rows are padded, the last of several has one
+    token fewer, as in batches of rows with different lengths."""
+    rows = [_row(workload, workload.max_length, number) for number in range(workload.batch_size)]
+    if layout == "padded" and workload.batch_size > 1 and workload.max_length > 2:
         rows[-1] = _row(workload, workload.max_length - 1)
     if not isinstance(objective, RewardedAnswers):
         return objective.collate(rows)
@@ -247,15 +246,19 @@ def batch_of(objective: Objective, workload: Workload, *, flat: bool) -> Batch:
     return {**found, "advantages": torch.ones(len(rows)), "figures": {}}
 
 
-def _row(workload: Workload, length: int) -> Row:
-    """A row of ``length`` tokens, under the names of every objective."""
+def _row(workload: Workload, length: int, number: int = 0) -> Row:
+    """A row of ``length`` tokens, under the names of every objective. Only a pair's answers have a common beginning,
+    their prompt."""
     trained = min(length - 1, workload.trained_tokens // workload.sequences)
-    prompt, answer, after = [1] * (length - trained), [1] * trained, length - trained - 1
+    # The number in digits, in fewer tokens than are worth sharing.
+    own = [2 + number // 8**place % 8 for place in range(LEAST_SHARED - 2)]
+    ids, after = [*own, *[1] * length][:length], length - trained - 1
+    answers = {name: [kind, *own, *[1] * trained][:trained] for kind, name in enumerate((*ANSWER_IDS, *MISMATCHED))}
     return {
-        "input_ids": [1] * length,
-        "labels": [IGNORED, *answer, *[IGNORED] * after],
-        "prompt_ids": prompt,
-        **dict.fromkeys((*ANSWER_IDS, *MISMATCHED), answer),
+        "input_ids": ids,
+        "labels": [IGNORED, *[1] * trained, *[IGNORED] * after],
+        "prompt_ids": ids[: length - trained],
+        **answers,
         "label": 0 if workload.labels else True,
     }
 

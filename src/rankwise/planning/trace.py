@@ -97,7 +97,7 @@ class Traced:
             weights, autocast = dtypes(method, workload)
             materialize(skeleton, weights, fill=not fake)
             prepared = made(skeleton, method, workload)
-            self.flat = prepared.flat
+            self.layout = prepared.layout
             self.weight_bytes = sum(part.nbytes for _, part in shards_of(skeleton))
             self.layer_bytes, self.root_bytes = layer_and_root_bytes(skeleton)
             if mesh is not None:
@@ -111,7 +111,7 @@ class Traced:
             make_state(optimizer)
             self.step = TrainingStep(
                 model=skeleton,
-                objective=objective_of(skeleton, workload, flat=prepared.flat),
+                objective=objective_of(skeleton, workload, prepared.layout),
                 optimizer=optimizer,
                 trained=self.trained,
                 autocast=autocast,
@@ -133,7 +133,7 @@ class Traced:
         tracker, step = self.tracker, self.step
         tracker.restart()
         tracker.answers.true_counts = self._enabled | true_counts(workload)
-        batch = changed(batch_of(step.objective, workload, flat=self.flat), self._seen)
+        batch = changed(batch_of(step.objective, workload, self.layout), self._seen)
         with self._running(workload):
             if workload.evaluation:
                 tracker.enter("forward")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,16 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from rankwise.acceleration.layouts import Answered, end_to_end, padded
+from rankwise.acceleration.layouts import (
+    Answered,
+    KeyRanges,
+    Layout,
+    end_to_end,
+    laid_once,
+    laid_tokens,
+    padded,
+    parts_of,
+)
 from rankwise.acceleration.loss import scored_positions
 from rankwise.constants import IGNORED
 from rankwise.data.objectives import ANSWER_IDS
@@ -33,6 +43,8 @@ Figures = Mapping[str, tuple[Tensor | float, Tensor | float]]
 PACKED_AT_ONCE = 1000
 # Rows whose lengths are read together.
 ROWS_AT_ONCE = 10_000
+# The batches with the most tokens, of which it is computed how many are laid once.
+LARGEST_TRIED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +58,15 @@ class Counted:
     examples: int
     # The result of `scored_positions`: (P,) int64, on the device of the labels; of demonstrations only.
     scored: Tensor | None = None
+    # The tokens after these (P,), where the batch has no labels.
+    wanted: Tensor | None = None
 
     def to(self, *to: Any, **how: Any) -> Counted:
         """Move to a device like a tensor."""
-        return dataclasses.replace(self, scored=None if self.scored is None else self.scored.to(*to, **how))
+        moved = {
+            name: value.to(*to, **how) for name in ("scored", "wanted") if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **moved)
 
 
 def shuffled(rows: int, size: int, seed: int) -> list[list[int]]:
@@ -78,7 +95,7 @@ def without_rows(batch: Batch) -> Batch:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on ``device``."""
-    movable = (Tensor, Counted, Answered)
+    movable = (Tensor, Counted, Answered, KeyRanges)
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, movable) else value
         for name, value in batch.items()
@@ -88,26 +105,29 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 # --- layouts ---
 
 
-def laid_out(rows: Sequence[Row], pad: int, *, flat: bool) -> Batch:
-    """Rows with labels: padded (B, L), or with ``flat`` end to end (1, T), rows that are packed already too. No row's
-    first token is trained on."""
-    if not flat:
-        return padded(rows, {"input_ids": pad, "labels": IGNORED})
+def laid_out(rows: Sequence[Row], pad: int, layout: Layout) -> tuple[Batch, Counted]:
+    """Rows with labels: padded (B, L), or end to end (1, T), rows that are packed already too. No row's first token is
+    trained on. Where a beginning is laid once, the counts hold what the labels would, at each row's own places."""
+    if layout == "padded":
+        batch = padded(rows, {"input_ids": pad, "labels": IGNORED})
+        scored = scored_positions(batch["labels"])
+        return batch, Counted(len(scored), int(batch["attention_mask"].sum()), len(rows), scored)
+    ids = [row["input_ids"] for row in rows]
     lengths = [length for row in rows for length in row.get("seq_lengths", [len(row["input_ids"])])]
-    batch = end_to_end([row["input_ids"] for row in rows], lengths)
+    if layout == "shared":
+        batch, slots = laid_once(ids)
+        if "attention_mask" in batch:
+            trained = [
+                [place for place, label in enumerate(row["labels"]) if place and label != IGNORED] for row in rows
+            ]
+            scored = torch.tensor([own[place - 1] for own, places in zip(slots, trained) for place in places])
+            wanted = torch.tensor([row["labels"][place] for row, places in zip(rows, trained) for place in places])
+            return batch, Counted(len(scored), sum(lengths), len(rows), scored.long(), wanted.long())
+    batch = end_to_end(ids, lengths)
     labels = torch.tensor(list(itertools.chain.from_iterable(row["labels"] for row in rows)))
     labels[batch["cu_seq_lens_q"][:-1].long()] = IGNORED
-    return {**batch, "labels": labels[None]}
-
-
-def counted(batch: Batch) -> Counted:
-    """The counts of a batch: rows (B, L) with an attention mask, or rows end to end (1, T)."""
-    if "attention_mask" in batch:
-        tokens, examples = int(batch["attention_mask"].sum()), len(batch["input_ids"])
-    else:
-        tokens, examples = batch["input_ids"].numel(), len(batch["cu_seq_lens_q"]) - 1
-    scored = scored_positions(batch["labels"])
-    return Counted(len(scored), tokens, examples, scored)
+    scored = scored_positions(labels[None])
+    return {**batch, "labels": labels[None]}, Counted(len(scored), sum(lengths), len(lengths), scored)
 
 
 def packed(rows: Dataset, length: int, seed: int) -> Dataset:
@@ -165,31 +185,48 @@ def own_parts(batches: Iterable[list[int]]) -> Iterator[list[int]]:
 def largest(
     dataset: Dataset,
     batches: Iterable[list[int]],
+    layout: Layout,
     *,
-    flat: bool,
-    shared: bool = False,
     answers: Sequence[str] = ANSWER_IDS,
 ) -> MicroBatch:
     """The batch with the most tokens, padding included, and among these the one with the longest row.
 
-    ``flat``: rows are laid end to end, not padded. ``shared``: the prompt of a pair is computed once. ``answers``: the
-    columns that hold answers, where a data set has them.
+    ``answers``: the columns that hold answers, where a data set has them.
     """
     lengths: list[list[int]] = _lengths(dataset, answers=answers).tolist()
-    prompts = _lengths(dataset, answers=()).tolist() if shared else []
+    sides = len(lengths[0])
 
     def size(batch: list[int]) -> tuple[int, int]:
         longest = max(max(lengths[row]) for row in batch)
-        together = sum(sum(lengths[row]) for row in batch) - sum(prompts[row][0] for row in batch if shared)
-        return together if flat else longest * len(batch) * len(lengths[0]), longest
+        return sum(sum(lengths[row]) for row in batch) if layout != "padded" else longest * len(batch) * sides, longest
 
-    found = max(batches, key=size)
-    sequences, longest = len(found) * len(lengths[0]), size(found)[1]
-    tokens = math.ceil(sum(sum(lengths[row]) for row in found) / sequences) if flat else longest
-    rows = dataset.select(found)
+    def laid(batch: list[int]) -> tuple[int, int]:
+        return laid_tokens(parts_of(token_rows(dataset, batch, answers))), size(batch)[1]
+
+    if layout == "shared":
+        # Rows share about as much in one batch as in another.
+        found = max(heapq.nlargest(LARGEST_TRIED, batches, key=size), key=laid)
+        tokens, longest = laid(found)
+    else:
+        found = max(batches, key=size)
+        tokens, longest = size(found)
+    sequences, rows = len(found) * sides, dataset.select(found)
     trained = sum(len(row.get(name, ())) for row in rows for name in answers)
     trained += sum(label != IGNORED for row in rows for label in row.get("labels", ()))
-    return MicroBatch(len(found), tokens, min(1.0, max(trained, 1) / (sequences * tokens)))
+    if layout != "shared" or sides == 1:
+        length = longest if layout == "padded" else math.ceil(tokens / sequences)
+    else:
+        # A plan's pairs share their prompts, and nothing else.
+        length = math.ceil((tokens - trained / sides) / len(found))
+    return MicroBatch(len(found), length, min(1.0, max(trained, 1) / (sequences * length)))
+
+
+def token_rows(dataset: Dataset, batch: list[int], answers: Sequence[str] = ANSWER_IDS) -> list[list[int]]:
+    """The tokens of these rows, of each prompt with each of its answers."""
+    rows = dataset[batch]
+    if "input_ids" in rows:
+        return list(rows["input_ids"])
+    return [p + a for name in answers if name in rows for p, a in zip(rows["prompt_ids"], rows[name])]
 
 
 def longest_row(dataset: Dataset) -> int:

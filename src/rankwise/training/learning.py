@@ -20,6 +20,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from rankwise.acceleration.layouts import Layout
 from rankwise.adapters import has_adapter
 from rankwise.config import default_rate, logging_steps_of
 from rankwise.constants import IGNORED
@@ -42,7 +43,7 @@ from rankwise.reports.numbers import rate as spelled
 from rankwise.training import ranks
 from rankwise.training.batches import packed
 from rankwise.training.loop import Loop
-from rankwise.training.objectives import Classification, Demonstrations, Preferences, Scoring, layout_of
+from rankwise.training.objectives import Classification, Demonstrations, Preferences, Scoring
 from rankwise.training.optimizers import make_optimizer
 from rankwise.training.parts import Learned, Pace, Reading, Updates
 from rankwise.training.setup import Data, LoadedBase, Texts, check_positions, encode_data
@@ -70,8 +71,7 @@ class Learning:
     """How an objective gets its rows, and how it is made from them."""
 
     encode: Callable[[Reading, PreTrainedTokenizerBase, Texts], Data]
-    # (base, rows, pace, whether rows may be laid end to end) -> the objective.
-    objective: Callable[[LoadedBase, Data, Pace, bool], Objective]
+    objective: Callable[[LoadedBase, Data, Pace, Layout], Objective]
 
 
 def _of_batches(base: LoadedBase, pace: Pace) -> dict[str, Any]:
@@ -81,14 +81,14 @@ def _of_batches(base: LoadedBase, pace: Pace) -> dict[str, Any]:
 
 
 def _demonstrations(learned: Learned) -> Learning:
-    def objective(base: LoadedBase, data: Data, pace: Pace, flat: bool) -> Demonstrations:
+    def objective(base: LoadedBase, data: Data, pace: Pace, layout: Layout) -> Demonstrations:
         rows = data.train.dataset
         return Demonstrations(
             base.model,
             packed(rows, data.max_length, pace.seed) if learned.packing else rows,
             data.evaluation and data.evaluation.dataset,
             **_of_batches(base, pace),
-            flat=flat or learned.packing,
+            layout=layout,
             label_smoothing=learned.label_smoothing,
         )
 
@@ -102,9 +102,9 @@ def _preferences(learned: Learned) -> Learning:
             texts = dataclasses.replace(texts, rows=unpaired(texts.rows), eval_rows=eval_rows)
         return encode_data(reading, tokenizer, texts, encode_preferences)
 
-    def objective(base: LoadedBase, data: Data, pace: Pace, flat: bool) -> Preferences:
+    def objective(base: LoadedBase, data: Data, pace: Pace, layout: Layout) -> Preferences:
         return Preferences(
-            Scoring(base.model, layout_of(learned.objective, flat=flat)),
+            Scoring(base.model, layout),
             data.train.dataset,
             data.evaluation and data.evaluation.dataset,
             **_of_batches(base, pace),
@@ -127,7 +127,7 @@ def _labels(learned: Learned) -> Learning:
         notes = {"labels": {**labels.to_json(), "counts": label_counts(texts.rows, labels)}}
         return dataclasses.replace(data, notes=notes)
 
-    def objective(base: LoadedBase, data: Data, pace: Pace, flat: bool) -> Classification:
+    def objective(base: LoadedBase, data: Data, pace: Pace, layout: Layout) -> Classification:
         evaluation = data.evaluation and data.evaluation.dataset
         assert data.texts.labels is not None, "read with the rows"
         return Classification(data.train.dataset, evaluation, data.texts.labels, **_of_batches(base, pace))
@@ -148,7 +148,7 @@ def _rewards(learned: Learned) -> Learning:
         notes = {"rewards_sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()} if hashes else {}
         return dataclasses.replace(data, notes=notes)
 
-    def objective(base: LoadedBase, data: Data, pace: Pace, flat: bool) -> Objective:
+    def objective(base: LoadedBase, data: Data, pace: Pace, layout: Layout) -> Objective:
         from rankwise.acceleration.generation import stop_ids_of
 
         model, tokenizer, prompts = base.model, base.tokenizer, data.train.dataset
@@ -161,7 +161,7 @@ def _rewards(learned: Learned) -> Learning:
             )
         encoder = RowEncoder(data.texts.rows, tokenizer, data.texts.template)
         return RewardedAnswers(
-            Scoring(model, layout_of(learned.objective, flat=flat), temperature=learned.temperature),
+            Scoring(model, layout, temperature=learned.temperature),
             prompts,
             data.evaluation and data.evaluation.dataset,
             **of_batches,

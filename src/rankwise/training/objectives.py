@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.acceleration import LossOptions, fused_head
+from rankwise.acceleration.attention import with_mask
 from rankwise.acceleration.generation import Decoding, Generator, Prompt, stop_ids_of
 from rankwise.acceleration.layouts import Answered, Layout, answered, padded
-from rankwise.acceleration.log_probs import TokenScores, sharing_obstacle, token_scores
+from rankwise.acceleration.log_probs import TokenScores, token_scores
 from rankwise.acceleration.loss import chosen, cross_entropy, losses
 from rankwise.acceleration.scoring import Score, Scorer, Target, loss_scorer, members_of, trained_target
 from rankwise.adapters.switch import reference_at_work
@@ -38,7 +39,6 @@ from rankwise.constants import IGNORED
 from rankwise.data.objectives import ANSWER_IDS
 from rankwise.labels import SINGLE, Labels, measures
 from rankwise.models.load import answer_room
-from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.ops.checks import check_targets
 from rankwise.ops.linear_cross_entropy import LossSums
 from rankwise.training import ranks
@@ -50,7 +50,6 @@ from rankwise.training.batches import (
     Figures,
     MicroBatch,
     Row,
-    counted,
     in_order,
     laid_out,
     largest,
@@ -73,7 +72,7 @@ ANSWERED, ANSWER_TOKENS = 8, 32
 
 @dataclasses.dataclass
 class Demonstrations:
-    """The objective sft. ``flat``: the rows of a micro-batch are laid end to end, not padded.
+    """The objective sft. ``layout``: that of a micro-batch's rows.
 
     ``label_smoothing`` acts on the training loss only, so that evaluation losses are comparable between runs.
     """
@@ -85,7 +84,7 @@ class Demonstrations:
     # Rows of a micro-batch of all processes.
     size: int
     seed: int
-    flat: bool = False
+    layout: Layout = "padded"
     label_smoothing: float = 0.0
 
     shown: ClassVar[Mapping[str, str]] = {}
@@ -107,9 +106,10 @@ class Demonstrations:
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """Raises QuantizationError (RW621) for a label that is not a token number."""
-        batch = laid_out(rows, self.pad, flat=self.flat)
-        check_targets(batch["labels"].flatten(), self.vocabulary, IGNORED)
-        return {**batch, KEY: counted(batch)}
+        batch, found = laid_out(rows, self.pad, self.layout)
+        checked = batch["labels"].flatten() if found.wanted is None else found.wanted
+        check_targets(checked, self.vocabulary, IGNORED)
+        return {**batch, KEY: found}
 
     def prepare(self, batches: list[Batch], step: int) -> list[Batch]:
         return batches
@@ -119,12 +119,13 @@ class Demonstrations:
     def loss(self, model: PreTrainedModel, batch: Batch) -> Loss:
         found: Counted = batch[KEY]
         assert found.scored is not None, "counted by collate"
-        given = {name: value for name, value in batch.items() if name != KEY} | {"use_cache": False}
+        given = with_mask({name: value for name, value in batch.items() if name != KEY} | {"use_cache": False})
         coefficient = router_coefficient(model)
         if coefficient:
             given["output_router_logits"] = True
         if self.own_loss:
-            options = LossOptions(label_smoothing=self.label_smoothing, want_stats=True, scored=found.scored)
+            asked: dict[str, Any] = {"label_smoothing": self.label_smoothing, "want_stats": True}
+            options = LossOptions(**asked, scored=found.scored, targets=found.wanted)
             outputs = model(**given, loss_options=options)
             sums = options.found[-1]
         else:
@@ -175,7 +176,7 @@ class Demonstrations:
     # --- the memory plan ---
 
     def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
-        return largest(self.rows, batches, flat=self.flat)
+        return largest(self.rows, batches, self.layout)
 
     def largest_evaluation(self) -> MicroBatch | None:
         if self.eval_rows is None:
@@ -280,19 +281,14 @@ class Classification:
         return {"eval_loss": loss, **{f"eval_{name}": value for name, value in agreement.items()}}
 
     def largest_batch(self, batches: Iterable[list[int]]) -> MicroBatch:
-        return largest(self.rows, batches, flat=False)
+        return largest(self.rows, batches, "padded")
 
     def largest_evaluation(self) -> MicroBatch | None:
         rows = self.eval_rows
-        return None if rows is None else largest(rows, own_parts(in_order(len(rows), self.size)), flat=False)
+        return None if rows is None else largest(rows, own_parts(in_order(len(rows), self.size)), "padded")
 
 
 # --- preferences ---
-
-
-def layout_of(objective: ObjectiveName, *, flat: bool) -> Layout:
-    """The layout to ask for; ``flat``: rows may be laid end to end."""
-    return "padded" if not flat else "pairs" if OBJECTIVES[objective].rows == "pair" else "flat"
 
 
 class Scoring:
@@ -305,19 +301,12 @@ class Scoring:
             if isinstance(module, nn.Dropout) and not name.endswith("lora_dropout"):
                 module.p = 0.0
         self.in_chunks = fused_head(model) is not None
-        # Why pairs that may share their prompts do not.
-        self.apart = sharing_obstacle(model) if self.in_chunks and layout == "pairs" else None
-        if layout == "pairs" and (self.apart or not self.in_chunks):
-            self.layout = "flat"
 
     @property
     def in_words(self) -> str:
         if not self.in_chunks:
             return "log-probabilities from whole logits"
-        words = "own log-probabilities, in chunks"
-        if self.apart:
-            return f"{words}; a prompt is computed for each of its answers: {self.apart}"
-        return f"{words}, of prompts shared by both answers" if self.layout == "pairs" else words
+        return "own log-probabilities, in chunks"
 
     def scores(self, answers: Answered, *, want_stats: bool = False) -> TokenScores:
         """The scores of the answers' tokens."""
@@ -549,8 +538,7 @@ class Preferences:
         layout, found = self.scoring.layout, []
         for answers in (ANSWER_IDS, MISMATCHED):
             if not {*answers}.isdisjoint(rows.column_names):
-                flat, shared = layout != "padded", layout == "pairs"
-                found.append(largest(rows, batches, flat=flat, shared=shared, answers=answers))
+                found.append(largest(rows, batches, layout, answers=answers))
         return max(found, key=lambda batch: batch.rows * batch.tokens)
 
 

@@ -22,6 +22,7 @@ from rankwise.acceleration import (
     grow_segments,
     limit_generated_kernels,
 )
+from rankwise.acceleration.layouts import beginnings_in_words
 from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.adapters.select import with_heads
@@ -43,6 +44,7 @@ from rankwise.quantization.config import FileConfig
 from rankwise.quantization.linear import count_weights
 from rankwise.records import WAIT_POLICIES, RateSearch, RunRecord, check_writable, load_record, versions_of
 from rankwise.training import checkpoints, ranks, setup
+from rankwise.training.batches import token_rows
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
 from rankwise.training.learning import (
     LEARNING,
@@ -380,8 +382,13 @@ def _make_step(
     # One checkpoint more is being written, and the result takes as much.
     check_space(asked.output, checkpoint_bytes(model) * (asked.save_total_limit + 3))
     pace = part_of(Pace, asked)
-    objective = LEARNING[learned.objective](learned).objective(loaded, data, pace, prepared.flat)
+    objective = LEARNING[learned.objective](learned).objective(loaded, data, pace, prepared.layout)
     pace = paced(objective, pace)
+    # The answers of rewards are not there yet.
+    if OBJECTIVES[learned.objective].has_answers and not asked.packing:
+        rows_of_first = token_rows(objective.rows, objective.order(0)[0])
+        if words := beginnings_in_words(rows_of_first, prepared.apart):
+            observer.note(words)
     measured = None
     if before is None and asked.products == "auto" and prepared.computing.products == "int8":
         inputs = [dataclasses.asdict(learned), dataclasses.asdict(lora)]
@@ -406,7 +413,7 @@ def _search(
     computing = step.prepared.computing
 
     def loop_of(rate: float, pace: Pace, data: setup.Data) -> Loop:
-        objective = LEARNING[learned.objective](learned).objective(loaded, data, pace, step.prepared.flat)
+        objective = LEARNING[learned.objective](learned).objective(loaded, data, pace, step.prepared.layout)
         updates, pace = part_of(Updates, asked, rate=rate), paced(objective, pace)
         return make_loop(objective, pace, updates, loaded, computing, asked.output, progress=Progress())
 
@@ -545,6 +552,7 @@ def _record(
             "reason": loaded.device_reason,
             "acceleration": str(prepared.accelerated or ("off" if computing.fast else "off (--no-fast)")),
             "rows": f"padded: {prepared.padded}" if prepared.padded else "laid end to end, without padding",
+            "common_beginnings": f"laid in each row: {prepared.apart}" if prepared.apart else "laid once",
         },
         **known,
     )

@@ -30,11 +30,15 @@ from rankwise.acceleration import (
     offloaded,
     optimize_for_training,
 )
+from rankwise.acceleration.layouts import Layout
+from rankwise.acceleration.log_probs import sharing_obstacle
 from rankwise.acceleration.memory import average_gradients
+from rankwise.acceleration.parts import adapted_layers
 from rankwise.adapters import add_adapter, plan_adapter
 from rankwise.adapters.inject import add_by, attach
+from rankwise.adapters.lora import LowRankPair
 from rankwise.adapters.state import DEFAULT_NAME
-from rankwise.config import StepOptions
+from rankwise.config import Shares, StepOptions
 from rankwise.conflicts import takes_eight_bit
 from rankwise.errors import ConfigError
 from rankwise.lora_config import LoraConfig
@@ -98,6 +102,7 @@ class Computing:
     gradient_checkpointing: bool
     activation_offloading: bool
     neftune_noise_alpha: float | None
+    share_prompts: Shares = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +114,12 @@ class Prepared:
     # Why rows are padded to one length; None where they are laid end to end.
     padded: str | None
     computing: Computing
+    # Why the common beginnings of rows are laid in each row; None where they are laid once.
+    apart: str | None = None
 
     @property
-    def flat(self) -> bool:
-        return self.padded is None
+    def layout(self) -> Layout:
+        return "padded" if self.padded and not self.computing.packing else "flat" if self.apart else "shared"
 
 
 def choose(
@@ -166,7 +173,8 @@ def prepare(
     if OBJECTIVES[objective].of_labels:
         # No keys and values are kept for a next token.
         model.config.use_cache = False
-    return Prepared(accelerated, padded, computing)
+    apart = why_apart(model, objective, computing, padded)
+    return Prepared(accelerated, padded, computing, apart)
 
 
 def why_padded(
@@ -185,6 +193,23 @@ def why_padded(
     if accelerated is None or not accelerated.attention:
         return "the attention in use does not skip masked blocks"
     return flattening_obstacle(model)
+
+
+def why_apart(model: PreTrainedModel, objective: ObjectiveName, computing: Computing, padded: str | None) -> str | None:
+    """Why the common beginnings of rows are laid in each row, or None if once. Raises ConfigError (RW112) where it was
+    asked otherwise."""
+    if computing.share_prompts == "off":
+        return "--share-prompts off"
+    why = padded or sharing_obstacle(model)
+    if why is not None and computing.share_prompts == "on":
+        raise ConfigError("RW112", f"--share-prompts on cannot lay beginnings once: {why}; leave it out.")
+    adapters = [pair.dropout for _, layer in adapted_layers(model) if isinstance(pair := layer.at_work, LowRankPair)]
+    # Preferences and rewards train without the base's own.
+    bases = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    drops = any(adapters) or (OBJECTIVES[objective].of_demonstrations and any(bases))
+    if why is None and drops and computing.share_prompts == "auto":
+        return "dropout draws a mask for each row; --share-prompts on draws one for all"
+    return why
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ class _Attention(ctypes.Structure):
         ("end", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int),
+        ("R", ctypes.c_int64),
     )
 
 
@@ -128,8 +129,8 @@ def _call(
     q, k, v = _rows(q), _rows(k), _rows(v)
     start, end = (None if x is None else x.contiguous() for x in (start, end))
     (B, Lq, H, D), (_, Lk, Hkv, _) = q.shape, k.shape
-    bounds = pointer(start), pointer(end)
-    call = _Attention(B, Lq, Lk, H, Hkv, D, _heads(q), _heads(k), _heads(v), *bounds, scale, DTYPE[q.dtype])
+    bounds, R = (pointer(start), pointer(end)), 1 if start is None or start.dim() == 2 else start.shape[1]
+    call = _Attention(B, Lq, Lk, H, Hkv, D, _heads(q), _heads(k), _heads(v), *bounds, scale, DTYPE[q.dtype], R)
     return (q, k, v, start, end), call
 
 
