@@ -202,13 +202,19 @@ RW_EXPORT void rw_products_allow(int allowed);
 RW_EXPORT void rw_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* factor, int64_t T, int64_t K,
                                 uint8_t* q, int64_t q_stride_bytes, float* scale, int threads);
 
+// The same of groups of rows, each with a factor of its own (groups, K).
+RW_EXPORT void rw_grouped_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* factor,
+                                        const int64_t* sizes, int64_t groups, int64_t K, uint8_t* q,
+                                        int64_t q_stride_bytes, float* scale, int threads);
+
 // out (T, N) = g * (sum of at most 16 terms) + bias, rounded once; g and bias (N) or null. rest: what rounding to
 // bfloat16 left, as out lies, or null. dtype, of every a, of out and of rest: bfloat16 or, without tiles, float32.
 RW_EXPORT void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g,
                            const float* bias, void* out, void* rest, int64_t out_stride, int threads);
 
-// The same of groups of rows, each with weights of its own, without g, rest and 8 bits: sizes[i] rows belong to group i,
-// whose weight of term j lies i * apart[j] elements after that of the term; bias (groups, N) or null.
+// The same of groups of rows, each with weights of its own, without g and rest: sizes[i] rows belong to group i, whose
+// weight of term j lies i * apart[j] elements after that of the term; bias (groups, N) or null. In 8 bits, all groups
+// have the same by_column; the scales of the weight's rows are (groups, rows).
 RW_EXPORT void rw_grouped_products(const rw_term* terms, const int64_t* apart, int count, const int64_t* sizes,
                                    int64_t groups, int dtype, int64_t N, const float* bias, void* out,
                                    int64_t out_stride, int threads);

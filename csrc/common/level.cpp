@@ -30,7 +30,7 @@ RW_FAMILIES(amx)
 
 namespace {
 
-constexpr int kInterface = 13;
+constexpr int kInterface = 14;
 
 #if defined(RW_HAS_avx_vnni)
 bool avx_vnni_is_usable() {

@@ -166,6 +166,18 @@ void rw_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* f
     });
 }
 
+void rw_grouped_quantize_rows(const void* x, int dtype, int64_t x_stride, const float* factor, const int64_t* sizes,
+                              int64_t groups, int64_t K, uint8_t* q, int64_t q_stride_bytes, float* scale, int threads) {
+    const std::vector<RowGroup> filled = groups_with_rows(sizes, groups);
+    const int64_t row_bytes = x_stride * (dtype == RW_FLOAT32 ? 4 : 2);
+    parallel(static_cast<int64_t>(filled.size()), threads, [&](int64_t i) {
+        const RowGroup& group = filled[static_cast<std::size_t>(i)];
+        current_products()->quantize_rows(static_cast<const char*>(x) + group.first * row_bytes, dtype, x_stride,
+                                          factor + group.index * K, group.rows, K, q + group.first * q_stride_bytes,
+                                          q_stride_bytes, scale + group.first);
+    });
+}
+
 void rw_products(const rw_term* terms, int count, int dtype, int64_t T, int64_t N, const float* g, const float* bias,
                  void* out, void* rest, int64_t out_stride, int threads) {
     if (T == 0 || N == 0) return;
@@ -201,16 +213,25 @@ void rw_grouped_products(const rw_term* terms, const int64_t* apart, int count, 
     const int64_t size = dtype == RW_FLOAT32 ? 4 : 2, copied = layout.reads_tiles ? copied_per_row(terms, count) : 0;
     uint16_t* copy = scratch<Owner, uint16_t, 0>((filled.back().first + filled.back().rows) * copied);
     std::vector<ProductTerm> prepared(filled.size() * static_cast<std::size_t>(2 * count));
+    std::vector<rw_eight_bit> scales(filled.size() * static_cast<std::size_t>(count));
     std::vector<ProductJob> jobs(filled.size());
     parallel(static_cast<int64_t>(filled.size()), threads, [&](int64_t i) {
         const RowGroup& group = filled[static_cast<std::size_t>(i)];
         rw_term own[kMostTerms / 2];
         for (int j = 0; j < count; ++j) {
             own[j] = terms[j];
-            own[j].a = static_cast<const char*>(terms[j].a) + group.first * terms[j].a_stride * size;
-            const int64_t before = group.index * apart[j];
+            const bool is_bytes = terms[j].eight_bit && layout.largest <= kLargestByte;
+            const int64_t a_size = is_bytes ? 1 : terms[j].eight_bit ? 2 : size, before = group.index * apart[j];
+            own[j].a = static_cast<const char*>(terms[j].a) + group.first * terms[j].a_stride * a_size;
             if (own[j].packed) own[j].w_first += before;
             else own[j].w = static_cast<const char*>(terms[j].w) + before * (terms[j].w_dtype == RW_FLOAT32 ? 4 : 2);
+            if (!terms[j].eight_bit) continue;
+            rw_eight_bit& mine = scales[static_cast<std::size_t>(count * i + j)];
+            mine = *terms[j].eight_bit;
+            mine.a_scale += group.first;
+            mine.by_row += group.index * (terms[j].across ? terms[j].length : N);
+            if (!terms[j].across) mine.out_scale += group.index * N;
+            own[j].eight_bit = &mine;
         }
         ProductTerm* mine = &prepared[static_cast<std::size_t>(2 * count * i)];
         const int made = prepare(own, count, layout, group.rows, 1, copy + group.first * copied, mine);

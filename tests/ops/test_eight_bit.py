@@ -183,7 +183,7 @@ def test_scales_follow_a_changed_weight_and_keep_the_first_rows() -> None:
     frozen = Frozen(random(96, 64), eight_bit.EightBit())
     most = frozen.weight.abs().amax(dim=0)
     for rows in (random(8, 64), 5 * random(8, 64, seed=1)):
-        eight_bit.calibrate(rows, [frozen])
+        eight_bit.calibrate(rows, [(frozen.eight_bit, frozen)])
     assert torch.equal(frozen.eight_bit.channel, eight_bit.channel_scales(random(8, 64).abs().amax(0), most))
     before = frozen.scales.row.clone()
     frozen.weight.mul_(2)

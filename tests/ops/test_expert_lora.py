@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from marks import at_every_level
 from precision import assert_as_exact
+from rankwise.ops import eight_bit as eight_bits
 from rankwise.ops.cpu import products
-from rankwise.ops.experts import DenseStack, ExpertBranch, FrozenStack, low_rank_experts
+from rankwise.ops.experts import DenseStack, ExpertBranch, FrozenStack, Rows, low_rank_experts
 from rankwise.quantization.experts import PackedStack, quantize_stack
 
 E, H, WIDTH, R = 4, 2, 2, 1
@@ -106,6 +107,33 @@ def test_all_experts_in_one_call(kind: str, dtype: torch.dtype) -> None:
     finally:
         products.allow(True)
     assert_as_exact(found, plain, exact, slack=1.2, dtype=dtype)
+
+
+@at_every_level
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_in_8_bits_each_expert_has_the_scales_of_its_rows(kind: str) -> None:
+    """Natively, against the plain products of `rankwise.ops.eight_bit`, forward and backward."""
+    if not products.take(torch.bfloat16):
+        pytest.skip("this level has no sums of products")
+    torch.manual_seed(0)
+    sizes, N, K = [3, 0, 40, 1], 96, 64
+    W = torch.randn(4, N, K) * torch.rand(4, N, 1)
+    stack, eight_bit = stack_of(W, kind, torch.bfloat16), eight_bits.EightBit()
+    rows = Rows(torch.repeat_interleave(torch.arange(4), torch.tensor(sizes)), 4)
+    x, dz = (torch.randn(sum(sizes), width).to(torch.bfloat16) * torch.rand(width) for width in (K, N))
+    x, dz = x.to(torch.bfloat16), dz.to(torch.bfloat16)
+    branch = ExpertBranch(stack, eight_bit=eight_bit)
+    y, dx = branch.forward(x, rows)[0], branch.backward(dz, None, None, rows, want_dx=True)[0]
+    scales, dense = eight_bit.scales(stack), list(stack.parts(torch.bfloat16))
+    assert scales is not None
+    assert dx is not None
+    for index, mine in rows.slices():
+        own = {name: getattr(scales, name)[index * N : (index + 1) * N] for name in ("row", "per_row")}
+        of_expert = dataclasses.replace(scales, **own)
+        expected = eight_bits.product(x[mine], dense[index], of_expert)
+        torch.testing.assert_close(y[mine].float(), expected, rtol=2**-8, atol=1e-5)
+        expected = eight_bits.input_grad(dz[mine], dense[index], of_expert)
+        torch.testing.assert_close(dx[mine].float(), expected, rtol=2**-8, atol=1e-5)
 
 
 def stack_of(W: Tensor, kind: str, dtype: torch.dtype) -> FrozenStack:

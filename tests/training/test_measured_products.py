@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,26 @@ from rankwise.acceleration import calibrate_products, optimize_for_training
 from rankwise.adapters import add_adapter
 from rankwise.adapters.switch import keep_reference, reference_at_work
 from rankwise.lora_config import LoraConfig
+from rankwise.ops.cpu import products as sums
 from rankwise.training import products, step
 from rankwise.training.products import affordable_rows, judge, pairs_in_eight_bits
 from rankwise.training.run import train
-from tiny_models import tiny_llama
+from tiny_models import tiny_llama, tiny_moe
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "max_position_embeddings": 256}
+
+needs_products = pytest.mark.skipif(not sums.available(), reason="this CPU or build has no sums of products")
 
 
 @pytest.fixture(autouse=True)
 def _it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "eight_bit_pays", lambda like: True)
+
+
+def mixture() -> Any:
+    """In bfloat16: of 16 bits alone sums of products take every level's rows."""
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "vocab_size": 128, "max_position_embeddings": 256}
+    return tiny_moe("qwen3_moe", **sizes).to(torch.bfloat16)
 
 
 def outliers(model: Any, layers: Any, size: float) -> Any:
@@ -87,6 +97,22 @@ def test_8_bits_are_refused_where_gradients_err(loop_of: Any, monkeypatch: pytes
     assert found.gradient_error > 0.5
 
 
+@needs_products
+def test_experts_are_measured_stack_by_stack(loop_of: Any) -> None:
+    """One whose rows err keeps the base's dtype: two channels of its input that are equal, large, and cancel."""
+    model = mixture()
+    experts = model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        up = experts.gate_up_proj[:, 32:]
+        up[:, 0] *= 1e5
+        experts.gate_up_proj[:, 1], up[:, 1] = experts.gate_up_proj[:, 0], up[:, 0]
+        experts.down_proj[:, :, 0] *= 4
+        experts.down_proj[:, :, 1] = -experts.down_proj[:, :, 0]
+    found, _ = judged(loop_of, model)
+    # Two projections and two stacks in each of two layers, and the head.
+    assert (found.products, found.left, found.layers) == ("int8", ["model.layers.1.mlp.experts.down_proj"], 9)
+
+
 def test_measuring_leaves_no_trace(loop_of: Any) -> None:
     """Weights, gradients, random numbers and the choice of layers are as before, also with dropout."""
     loop = loop_of(model=tiny_llama(**SIZES))
@@ -136,10 +162,11 @@ def test_every_objective_with_rows_is_measured(
     assert any(note.startswith("frozen products: int8 (the gradient errs by 0.") for note in watcher.notes)
 
 
+@pytest.mark.parametrize("made", [lambda: tiny_llama(**SIZES), mixture])
 @pytest.mark.parametrize("continued", [False, True])
-def test_a_steps_reference_has_the_steps_products(loop_of: Any, continued: bool) -> None:
+def test_a_steps_reference_has_the_steps_products(loop_of: Any, continued: bool, made: Callable[[], Any]) -> None:
     """Where the adapter changes nothing yet, a step's model and its reference are equal to the bit."""
-    loop = loop_of(model=tiny_llama(**SIZES), lora=None)
+    loop = loop_of(model=made(), lora=None)
     model = loop.model
     add_adapter(model, LoraConfig(r=4, use_dora=True, init_lora_weights=not continued))
     if continued:

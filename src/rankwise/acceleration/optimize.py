@@ -41,6 +41,7 @@ from rankwise.acceleration.parts import (
     replace_mlps,
     replace_norms,
     replace_ropes,
+    stacks_to_eight_bits,
 )
 from rankwise.adapters.base_layer import has_hooks, is_linear, is_own
 from rankwise.adapters.layer import AdaptedLayer, SharedInput
@@ -53,6 +54,7 @@ from rankwise.ops.branch import Frozen
 from rankwise.ops.eight_bit import EightBit, calibrate, settle
 from rankwise.ops.kept import offered_by
 from rankwise.ops.selection import is_on_card
+from rankwise.quantization.experts import as_the_step, stacks_in_eight_bits
 from rankwise.quantization.linear import Linear4bit, features, is_conv1d
 
 
@@ -135,8 +137,8 @@ def optimize_for_training(
 
 
 def use_eight_bit(model: nn.Module, undo: Undo) -> int:
-    """Compute the frozen products of adapted linear layers in 8 bits, and the logits of a dense frozen head for the
-    loss, except where a size is no multiple of 32. Returns their number."""
+    """Compute the frozen products of adapted linear layers and of stacked experts in 8 bits, and the logits of a dense
+    frozen head for the loss, except where a size is no multiple of 32. Returns their number."""
     count = 0
     for _, layer in adapted_layers(model):
         adapter = layer.at_work
@@ -146,6 +148,7 @@ def use_eight_bit(model: nn.Module, undo: Undo) -> int:
             adapter.eight_bit = EightBit()
             undo.add(functools.partial(setattr, adapter, "eight_bit", None))
             count += 1
+    count += stacks_to_eight_bits(model, undo)
     head: Head | None = model.__dict__[ATTRIBUTE].get("head")
     module: Any = None if head is None else head.module
     if head is None or type(module) is not nn.Linear or any(size % 32 for size in features(module)):
@@ -208,13 +211,14 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> int:
     and each of several processes, other scales. Returns their number.
     """
     adapters = {layer: found for _, layer in adapted_layers(model) if isinstance(found := layer.at_work, LowRankPair)}
+    stacks = stacks_in_eight_bits(model)
     inputs: list[Tensor] = []
     readers: list[Frozen] = []
     calibrated: list[Frozen] = []
 
     def finish() -> None:
         for x in inputs:
-            calibrate(x.reshape(-1, x.shape[-1]), readers)
+            calibrate(x.reshape(-1, x.shape[-1]), [(frozen.eight_bit, frozen) for frozen in readers])
         inputs.clear()
         readers.clear()
 
@@ -240,13 +244,14 @@ def calibrate_products(model: nn.Module, ids: Tensor) -> int:
         eight_bit = head[1].eight_bit
         hooks.append(head[1].module.register_forward_pre_hook(note_logits))
     try:
-        with adapter_disabled(model):
+        with adapter_disabled(model), as_the_step(stacks.values()):
             model(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     finish()
-    settle(calibrated)
+    settle([(frozen.eight_bit, frozen) for frozen in calibrated])
+    settle([(stack.eight_bit, stack.frozen) for stack in stacks.values()])
     left = [adapter for adapter in adapters.values() if adapter.eight_bit and adapter.eight_bit.channel is None]
     for adapter in left:
         adapter.eight_bit = None

@@ -32,7 +32,7 @@ from rankwise.ops.branch import input_grad_out, is_slow_in_torch, linear_out
 from rankwise.ops.kept import Handback, Normed, offered_with_heads, remember
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
 from rankwise.ops.selection import computes_in, is_on_card, is_traced, native_on_cpu, takes_triton
-from rankwise.quantization.experts import first_leaf, foreign, forward_frozen
+from rankwise.quantization.experts import EIGHT_BITS, first_leaf, foreign, forward_frozen, stack_in_eight_bits
 
 ATTRIBUTE = "rankwise_acceleration"
 
@@ -269,6 +269,21 @@ def _is_frozen_experts(module: Any) -> bool:
     if not hasattr(module, "has_gate") or foreign(module, first_leaf(module)) is not None:
         return False
     return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def stacks_to_eight_bits(model: nn.Module, undo: Undo) -> int:
+    """Compute frozen stacks of experts in 8 bits while the model trains. Returns their number."""
+    count = 0
+    for module in [module for module in model.modules() if _is_frozen_experts(module)]:
+        stacks = {leaf: stack_in_eight_bits(module, leaf) for leaf in (first_leaf(module), "down_proj")}
+        module.__dict__[EIGHT_BITS] = found = {leaf: stack for leaf, stack in stacks.items() if stack is not None}
+        undo.add(functools.partial(_without_eight_bits, module))
+        count += len(found)
+    return count
+
+
+def _without_eight_bits(module: nn.Module) -> None:
+    module.__dict__.pop(EIGHT_BITS, None)
 
 
 def _experts_forward(self: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from rankwise.compat.torch import own_parameters
 from rankwise.compat.transformers import tie_weights_as
 from rankwise.errors import AdapterError
 from rankwise.lora_config import LoraConfig
+from rankwise.quantization.experts import as_the_step, stacks_in_eight_bits
 from rankwise.quantization.linear import Linear4bit, in_file, is_conv1d
 
 
@@ -267,10 +268,11 @@ def reference_at_work(model: nn.Module) -> Iterator[None]:
     state, name = state_and_name(model, None)
     training, has_copy = model.training, REFERENCE in state.configs
     in_step = _in_eight_bits(model, name) if training and not state.disabled else []
+    stacks = stacks_in_eight_bits(model) if training else {}
     used: list[LowRankPair] = []
     model.eval()
     try:
-        with nullcontext() if has_copy else adapter_disabled(model):
+        with nullcontext() if has_copy else adapter_disabled(model), as_the_step(stacks.values()):
             if has_copy:
                 _activate(model, REFERENCE)
             for layer, pair in in_step:

@@ -49,6 +49,10 @@ class Frozen:
         """W; for a 4-bit weight a new tensor of ``dtype``, whose rows are multiplied by ``gain`` (N,) if given."""
         return self.weight if isinstance(self.weight, Tensor) else dequantize_weight(self.weight, dtype, gain)
 
+    def parts(self, dtype: torch.dtype) -> tuple[Tensor]:
+        """W, as `rankwise.ops.eight_bit` reads it."""
+        return (self.dense(dtype).detach(),)
+
     def is_decoded_for(self, x: Tensor) -> bool:
         """Whether W is 4-bit and x (T, K) has so few rows that kernels compute the product without a dense W."""
         return not isinstance(self.weight, Tensor) and x.shape[0] <= _FEW_ROWS

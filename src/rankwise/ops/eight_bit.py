@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from rankwise.ops import selection
 from rankwise.ops.kept import Key, frozen_key
 from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.reference import row_chunks
-
-if TYPE_CHECKING:
-    from rankwise.ops.branch import Frozen
 
 LARGEST = 127
 # A row whose largest number is smaller counts as zero, since its quotients would overflow.
@@ -51,9 +48,24 @@ class Scales:
     @classmethod
     def of(cls, W: Tensor, channel: Tensor, largest: int = LARGEST) -> Scales:
         """The scales of W (N, K) for channel scales (K,)."""
-        most = [(W[rows].float() * channel).abs().amax(dim=1) for rows in row_chunks(*W.shape)]
+        return cls.of_parts([W], channel, largest)
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Tensor], channel: Tensor, largest: int = LARGEST) -> Scales:
+        """The same of a weight whose rows are those of the parts (N_i, K), one after the other."""
+        most = [(W[rows].float() * channel).abs().amax(dim=1) for W in parts for rows in row_chunks(*W.shape)]
         row = torch.cat(most).clamp(min=_TINY) / largest
         return cls(channel, row, 1 / channel, 1 / row, largest)
+
+
+class Weight(Protocol):
+    """A frozen weight (N, K), or those of a layer's experts, one after the other."""
+
+    @property
+    def weight(self) -> Tensor | PackedWeight: ...
+
+    def parts(self, dtype: torch.dtype) -> Iterable[Tensor]:
+        """Dense matrices with its rows, in their order."""
 
 
 class EightBit:
@@ -67,7 +79,7 @@ class EightBit:
     def __reduce__(self) -> tuple[type[EightBit], tuple[Tensor | None]]:
         return EightBit, (self.channel,)
 
-    def scales(self, frozen: Frozen) -> Scales | None:
+    def scales(self, frozen: Weight) -> Scales | None:
         """None before `calibrate`."""
         if self.channel is None:
             return None
@@ -75,7 +87,7 @@ class EightBit:
         key, largest = frozen_key(codes := W.codes if isinstance(W, PackedWeight) else W), _largest(codes)
         if self._scales is None or self._key[1:] != key[1:] or self._scales.largest != largest:
             dtype = torch.bfloat16 if isinstance(W, PackedWeight) else W.dtype
-            self._scales, self._key = Scales.of(frozen.dense(dtype).detach(), self.channel, largest), key
+            self._scales, self._key = Scales.of_parts(frozen.parts(dtype), self.channel, largest), key
         return self._scales
 
 
@@ -88,27 +100,28 @@ def _largest(weight: Tensor) -> int:
     return int(native.library().rw_products_largest()) or LARGEST
 
 
-def calibrate(rows: Tensor, weights: Sequence[Frozen]) -> None:
+def calibrate(rows: Tensor, weights: Sequence[tuple[EightBit | None, Weight]]) -> None:
     """Give channel scales from rows (T, K) to those weights that have none yet; all of them get the same."""
-    new = [(weight.eight_bit, weight) for weight in weights if weight.eight_bit and weight.eight_bit.channel is None]
+    new = [(eight_bit, weight) for eight_bit, weight in weights if eight_bit and eight_bit.channel is None]
     if not new:
         return
-    of_weights = [_largest_of_columns(weight.dense(rows.dtype).detach()) for _, weight in new]
+    of_weights = [_largest_of_columns(weight.parts(rows.dtype)) for _, weight in new]
     channel = channel_scales(rows.detach().abs().amax(dim=0).float(), torch.stack(of_weights).amax(dim=0).float())
     for eight_bit, _ in new:
         eight_bit.channel = channel
 
 
-def _largest_of_columns(W: Tensor) -> Tensor:
-    return torch.stack([W[rows].abs().amax(dim=0) for rows in row_chunks(*W.shape)]).amax(dim=0)
+def _largest_of_columns(parts: Iterable[Tensor]) -> Tensor:
+    most = [W[rows].abs().amax(dim=0) for W in parts for rows in row_chunks(*W.shape)]
+    return torch.stack(most).amax(dim=0)
 
 
-def settle(weights: Sequence[Frozen]) -> None:
+def settle(weights: Sequence[tuple[EightBit | None, Weight]]) -> None:
     """Compute what is kept of calibrated weights once the pass that calibrated them has ended, and move their channel
     scales: kept between activations, small tensors would part the memory of the next step's."""
     moved: dict[Tensor, Tensor] = {}
-    for weight in weights:
-        if (eight_bit := weight.eight_bit) is not None and eight_bit.channel is not None:
+    for eight_bit, weight in weights:
+        if eight_bit is not None and eight_bit.channel is not None:
             if eight_bit.channel not in moved:
                 moved[eight_bit.channel] = eight_bit.channel.clone()
             eight_bit.channel = moved[eight_bit.channel]
@@ -150,6 +163,12 @@ def input_grad(dz: Tensor, W: Tensor, scales: Scales, gain: Tensor | None = None
     """``(dz gain) W`` in float32: dz (T, N) -> (T, K)."""
     q, b = quantize_rows(dz, scales.row if gain is None else scales.row * gain, scales.largest)
     return integer_product(q, quantize_weight(W, scales)) * (b[:, None] * scales.per_channel)
+
+
+def error_of_rows(found: Tensor, exact: Tensor) -> float:
+    """The norm of the difference beside that of the exact row, as the median over rows (T, N)."""
+    differences = (found.float() - exact.float()).norm(dim=1)
+    return float((differences / exact.float().norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)).median())
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:

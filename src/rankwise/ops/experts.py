@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol
@@ -23,6 +23,8 @@ from torch.nn import functional as F
 
 from rankwise.compat.torch import Ctx, is_fake
 from rankwise.ops.cpu import products
+from rankwise.ops.eight_bit import EightBit, Scales, calibrate
+from rankwise.ops.packed_weight import PackedWeight
 from rankwise.ops.selection import native_on_cpu
 
 # grouped_mm wants rows to begin at multiples of it.
@@ -154,6 +156,13 @@ class FrozenStack(Protocol):
     def factor(self) -> Stacked | None:
         """The matrices as the native library reads them, or None if it cannot."""
 
+    @property
+    def weight(self) -> Tensor | PackedWeight:
+        """All of them."""
+
+    def parts(self, dtype: torch.dtype) -> Iterable[Tensor]:
+        """Each, dense: of ``dtype`` where they are packed."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
@@ -179,6 +188,13 @@ class DenseStack:
     def factor(self) -> Stacked | None:
         return Stacked.of(self.W)
 
+    @property
+    def weight(self) -> Tensor:
+        return self.W
+
+    def parts(self, dtype: torch.dtype) -> Iterable[Tensor]:
+        return self.W.detach().unbind()
+
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         return grouped(x, self.W.transpose(1, 2), rows)
 
@@ -195,9 +211,12 @@ class ExpertBranch:
     scale: float = 1.0
     A: Tensor | None = None  # (E, r, K)
     B: Tensor | None = None  # (E, N, r)
+    # Where its frozen product is in 8 bits, which the native library alone computes.
+    eight_bit: EightBit | None = None
 
     def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """(P(x) (S, N), U (S, r))."""
+        calibrate(x, [(self.eight_bit, self.frozen)])
         if (native := self.native(x)) is not None:
             return native.forward(x, rows)
         y, U = self.frozen.product(x, rows), None
@@ -232,7 +251,7 @@ class ExpertBranch:
         A, B = (None if factor is None else Stacked.of(factor) for factor in self.tensors)
         if W is None or (A is None) != (self.A is None) or (B is None) != (self.B is None):
             return None
-        return NativeBranch(self, W, A, B)
+        return NativeBranch(self, W, A, B, None if self.eight_bit is None else self.eight_bit.scales(self.frozen))
 
     @property
     def tensors(self) -> tuple[Tensor | None, Tensor | None]:
@@ -250,46 +269,58 @@ class NativeBranch:
     W: Stacked
     A: Stacked | None
     B: Stacked | None
+    scales: Scales | None
 
     def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        branch, terms, U = self.branch, [(x, self.W, False, 1.0)], None
+        branch, terms, U = self.branch, [self._frozen_term(x, rows, across=False)], None
         if branch.A is not None and self.A is not None and self.B is not None:
-            U = _sum([(x, self.A, False, 1.0)], self.A.shape[0], rows)
-            terms.append((U, self.B, False, branch.scale))
-        return _sum(terms, self.W.shape[0], rows, branch.bias), U
+            U = _sum([_term(x, self.A)], x.new_empty(x.shape[0], self.A.shape[0]), rows)
+            terms.append(_term(U, self.B, scale=branch.scale))
+        return _sum(terms, x.new_empty(x.shape[0], self.W.shape[0]), rows, branch.bias), U
 
     def backward(
         self, dz: Tensor, x: Callable[[], Tensor] | None, U: Tensor | None, rows: Rows, *, want_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `ExpertBranch.backward`."""
         branch, dA, dB = self.branch, None, None
-        dz, terms = _dense_rows(dz), [(dz, self.W, True, 1.0)]
+        dz = _dense_rows(dz)
+        terms = [self._frozen_term(dz, rows, across=True)] if want_dx else []
         if branch.A is not None and branch.B is not None and self.A is not None and self.B is not None:
             if U is not None:
                 dB = products.grouped_row_product(
                     U, dz, rows.counts, scale=branch.scale, by_column=True, dtype=branch.B.dtype
                 )
-            dU = _sum([(dz, self.B, True, branch.scale)], self.B.shape[1], rows)
+            dU = dz.new_empty(dz.shape[0], self.B.shape[1])
+            _sum([_term(dz, self.B, across=True, scale=branch.scale)], dU, rows)
             if x is not None:
                 dA = products.grouped_row_product(dU, _dense_rows(x()), rows.counts, dtype=branch.A.dtype)
-            terms.append((dU, self.A, True, 1.0))
-        return _sum(terms, self.W.shape[1], rows) if want_dx else None, dA, dB
+            terms.append(_term(dU, self.A, across=True))
+        return _sum(terms, dz.new_empty(dz.shape[0], self.W.shape[1]), rows) if want_dx else None, dA, dB
+
+    def _frozen_term(self, a: Tensor, rows: Rows, *, across: bool) -> tuple[products.Term, int]:
+        if (scales := self.scales) is None:
+            return _term(a, self.W, across=across)
+        first = self.W.first
+        q, of_rows = products.quantize_rows(
+            _dense_rows(a), scales.row if across else scales.per_channel, rows.counts if across else None
+        )
+        in_bytes = products.InBytes(of_rows, scales, first, across=across)
+        return products.Term(q, first, across, in_bytes=in_bytes), self.W.apart
 
 
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _sum(
-    terms: Iterable[tuple[Tensor, Stacked, bool, float]], columns: int, rows: Rows, bias: Tensor | None = None
-) -> Tensor:
-    """The sum of ``scale a W_e^T``, or ``scale a W_e`` where across, over terms (a, W, across, scale): (S, columns)."""
-    given = list(terms)
-    out = given[0][0].new_empty(given[0][0].shape[0], columns)
-    return products.add_grouped_products(
-        [products.Term(_dense_rows(a), W.first, across, scale=scale) for a, W, across, scale in given],
-        [W.apart for _, W, *_ in given], rows.counts, out, None if bias is None else bias.float().contiguous(),
-    )  # fmt: skip
+def _term(a: Tensor, W: Stacked, *, across: bool = False, scale: float = 1.0) -> tuple[products.Term, int]:
+    return products.Term(_dense_rows(a), W.first, across, scale=scale), W.apart
+
+
+def _sum(terms: Sequence[tuple[products.Term, int]], out: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
+    """out (S, columns) is overwritten with the sum of the terms, each with the distance between its weights."""
+    parts, apart = zip(*terms)
+    bias = None if bias is None else bias.float().contiguous()
+    return products.add_grouped_products(parts, apart, rows.counts, out, bias)
 
 
 def _add_bias(y: Tensor, bias: Tensor, rows: Rows) -> None:

@@ -120,7 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
         label_smoothing: float,
         want_stats: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        calibrate(hidden, [head])
+        calibrate(hidden, [(head.eight_bit, head)])
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size, on_card = hidden.element_size(), is_on_card(hidden)
         wanted = chunk_rows(head.weight.shape[0], size, on_card=on_card, width=hidden.shape[1])

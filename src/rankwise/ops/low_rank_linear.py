@@ -161,7 +161,7 @@ class _Made:
 
 def _forward(x: Tensor, branches: Sequence[Branch], dropout: Dropout | None) -> _Made:
     rows = _rows(x)
-    eight_bit.calibrate(rows, [branch.frozen for branch in branches])
+    eight_bit.calibrate(rows, [(branch.frozen.eight_bit, branch.frozen) for branch in branches])
     steps = _steps(rows, branches)
     ys, U = steps.forward(rows, branches, dropout)
     return _Made(ys, U, steps)

@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,17 @@ from rankwise.compat.transformers import choose_experts_of_module, gate_of, regi
 from rankwise.constants import NESTED_BLOCK
 from rankwise.ops.cpu.native import NativeWeight
 from rankwise.ops.cpu.products import Factor
-from rankwise.ops.experts import DenseStack, ExpertBranch, Rows, Stacked, inverse, low_rank_experts, rows_per_expert
+from rankwise.ops.eight_bit import EightBit, error_of_rows
+from rankwise.ops.experts import (
+    DenseStack,
+    ExpertBranch,
+    FrozenStack,
+    Rows,
+    Stacked,
+    inverse,
+    low_rank_experts,
+    rows_per_expert,
+)
 from rankwise.ops.packed_weight import SCALES, PackedWeight
 from rankwise.ops.selection import as_autocast, computes_in, is_traced, transforms_functions
 from rankwise.quantization.config import dtype_named
@@ -45,6 +56,8 @@ from rankwise.quantization.linear import (
 # rankwise's name among transformers' implementations of experts.
 IMPLEMENTATION = "rankwise_4bit"
 SUFFIX = "_scales"
+# A module's attribute: {stack: `StackEightBit`}.
+EIGHT_BITS = "rankwise_eight_bits"
 LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -216,10 +229,79 @@ def frozen_branch(base: Any, leaf: str, dtype: torch.dtype) -> ExpertBranch | No
     if stack is None:
         if parameter.dtype is not dtype:
             return None
-        return ExpertBranch(DenseStack(parameter.transpose(1, 2) if base.is_transposed else parameter), bias)
+        dense = DenseStack(parameter.transpose(1, 2) if base.is_transposed else parameter)
+        return ExpertBranch(dense, bias, eight_bit=_eight_bit(base, leaf))
     if not stack.scales.dtype is dtype is (stack.scales.compute_dtype or dtype):
         return None
-    return ExpertBranch(PackedStack(stack, bool(base.is_transposed)), bias)
+    return ExpertBranch(PackedStack(stack, bool(base.is_transposed)), bias, eight_bit=_eight_bit(base, leaf))
+
+
+@dataclasses.dataclass(eq=False)
+class StackEightBit:
+    """The scales of a stack whose products are in 8 bits while its module trains, or also computes as the step does."""
+
+    experts: nn.Module
+    frozen: FrozenStack
+    eight_bit: EightBit | None = dataclasses.field(default_factory=EightBit)
+    as_the_step: bool = False
+
+
+def stack_in_eight_bits(base: Any, leaf: str) -> StackEightBit | None:
+    """What computes a stack in 8 bits; None where the native library cannot: it wants rows in memory that are those of
+    W (N, K), and both sizes multiples of 32."""
+    parameter, stack = base.get_parameter(leaf), stack_at(base, leaf)
+    dtype = parameter.dtype if stack is None else stack.scales.dtype
+    branch = frozen_branch(base, leaf, dtype)
+    native = None if branch is None else branch.native(torch.empty(0, dtype=dtype, device=parameter.device))
+    if branch is None or native is None or native.W.first.across or any(size % 32 for size in native.W.shape):
+        return None
+    return StackEightBit(base, branch.frozen)
+
+
+def _eight_bit(base: nn.Module, leaf: str) -> EightBit | None:
+    stack: StackEightBit | None = base.__dict__.get(EIGHT_BITS, {}).get(leaf)
+    return stack.eight_bit if stack and (base.training or stack.as_the_step) else None
+
+
+def stacks_in_eight_bits(model: nn.Module) -> dict[str, StackEightBit]:
+    """{path: what holds the scales} of the stacks of experts whose products are in 8 bits."""
+    return {
+        f"{name.removesuffix('.base_layer')}.{leaf}": stack
+        for name, module in model.named_modules()
+        for leaf, stack in module.__dict__.get(EIGHT_BITS, {}).items()
+        if stack.eight_bit is not None
+    }
+
+
+@contextmanager
+def as_the_step(stacks: Iterable[StackEightBit]) -> Iterator[None]:
+    """A context in which these are in 8 bits in evaluation mode too."""
+    used = list(stacks)
+    for stack in used:
+        stack.as_the_step = True
+    try:
+        yield
+    finally:
+        for stack in used:
+            stack.as_the_step = False
+
+
+@torch.no_grad()
+def errors_in_eight_bits(base: Any, x: Tensor, chosen: Tensor) -> dict[str, float]:
+    """{stack: the error of its frozen product in 8 bits} for the rows that reach it: x (T, H), chosen (T, k)."""
+    order = chosen.reshape(-1).argsort(stable=True)
+    rows, z = Rows(chosen.reshape(-1)[order], base.num_experts), x[order // chosen.shape[1]]
+    errors = {}
+    for leaf in (first_leaf(base), "down_proj"):
+        branch = frozen_branch(base, leaf, x.dtype)
+        if branch is None:
+            break
+        exact = dataclasses.replace(branch, eight_bit=None).forward(z, rows)[0]
+        if branch.eight_bit is not None:
+            errors[leaf] = error_of_rows(branch.forward(z, rows)[0], exact)
+        if leaf != "down_proj":
+            z = gate_of(base)(exact)
+    return errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +315,15 @@ class PackedStack:
         packed, (rows, columns) = self.stack.packed, self.stack.scales.shape[1:]
         first = Factor(NativeWeight(packed), columns, across=self.transposed)
         return Stacked(first, (columns, rows) if self.transposed else (rows, columns), rows * columns)
+
+    @property
+    def weight(self) -> PackedWeight:
+        return self.stack.packed
+
+    def parts(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        for index, codes in enumerate(self.stack.codes):
+            W = ops.dequantize_weight(self.stack.scales.of_expert(index, codes), dtype)
+            yield W.T if self.transposed else W
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
         return self._run(x, rows, across=self.transposed)

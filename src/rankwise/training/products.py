@@ -36,8 +36,9 @@ from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import LowRankPair
 from rankwise.disk import cache_folder
 from rankwise.foreign import checked, read_json
-from rankwise.ops.eight_bit import EightBit
+from rankwise.ops.eight_bit import EightBit, error_of_rows
 from rankwise.ops.low_rank_linear import low_rank_linear
+from rankwise.quantization.experts import StackEightBit, errors_in_eight_bits, stacks_in_eight_bits
 from rankwise.records import write_json
 from rankwise.reports.numbers import plural
 from rankwise.training import ranks
@@ -108,10 +109,14 @@ def pairs_in_eight_bits(model: nn.Module) -> dict[str, tuple[AdaptedLayer, LowRa
     }
 
 
-def _in_eight_bits(model: nn.Module) -> dict[str, LowRankPair | Head]:
-    """{path: what holds the scales} of the layers in 8 bits and of the head, if its logits are."""
+Holder = LowRankPair | StackEightBit | Head
+
+
+def _in_eight_bits(model: nn.Module) -> dict[str, Holder]:
+    """{path: what holds the scales} of layers, stacks of experts and the head whose products are in 8 bits."""
     head = head_in_eight_bits(model)
-    found: dict[str, LowRankPair | Head] = {path: pair for path, (_, pair) in pairs_in_eight_bits(model).items()}
+    found: dict[str, Holder] = {path: pair for path, (_, pair) in pairs_in_eight_bits(model).items()}
+    found |= stacks_in_eight_bits(model)
     return found if head is None else found | dict([head])
 
 
@@ -220,7 +225,7 @@ def measure(
     sums, losses = [_Sums() for _ in trained], []
     try:
         for batch in batches:
-            with contextlib.nullcontext() if outputs else _watched(pairs_in_eight_bits(model), kept, outputs):
+            with contextlib.nullcontext() if outputs else _watched(model, kept, outputs):
                 exact, exact_gradients = gradients(batch, {})
             if head is not None and (path := head[0]) not in outputs:
                 outputs[path] = _difference(gradients(batch, {path: kept[path]})[1], exact_gradients)
@@ -276,9 +281,7 @@ class _Sums:
 
 
 @contextlib.contextmanager
-def _watched(
-    pairs: dict[str, tuple[AdaptedLayer, LowRankPair]], kept: dict[str, EightBit | None], outputs: dict[str, float]
-) -> Iterator[None]:
+def _watched(model: nn.Module, kept: dict[str, EightBit | None], outputs: dict[str, float]) -> Iterator[None]:
     """A context that gives ``outputs`` the error of each layer's output in 8 bits, for the input of its first call."""
 
     def compare(path: str, layer: AdaptedLayer, pair: LowRankPair, x: Tensor) -> None:
@@ -293,15 +296,31 @@ def _watched(
                 assert branch is not None, "its products are in 8 bits"
                 products.append(low_rank_linear(x, (branch,), None)[0].float().flatten(0, -2))
             pair.as_reference = pair.eight_bit = None
-        exact, rounded = products
-        of_tokens = (rounded - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-        outputs[path] = float(of_tokens.median())
+        outputs[path] = error_of_rows(products[1], products[0])
+
+    def compare_experts(stacks: dict[str, StackEightBit], base: nn.Module, x: Tensor, chosen: Tensor) -> None:
+        if stacks.keys() <= outputs.keys():
+            return
+        for path, stack in stacks.items():
+            stack.eight_bit = kept[path]
+        errors = errors_in_eight_bits(base, x.detach(), chosen)
+        for path, stack in stacks.items():
+            outputs[path], stack.eight_bit = errors.get(path.rpartition(".")[2], math.inf), None
 
     hooks = [
         layer.register_forward_pre_hook(
             lambda _, args, path=path, layer=layer, pair=pair: compare(path, layer, pair, *args)
         )
-        for path, (layer, pair) in pairs.items()
+        for path, (layer, pair) in pairs_in_eight_bits(model).items()
+    ]
+    of_modules: dict[nn.Module, dict[str, StackEightBit]] = {}
+    for path, stack in stacks_in_eight_bits(model).items():
+        of_modules.setdefault(stack.experts, {})[path] = stack
+    hooks += [
+        base.register_forward_pre_hook(
+            lambda _, args, base=base, stacks=stacks: compare_experts(stacks, base, *args[:2])
+        )
+        for base, stacks in of_modules.items()
     ]
     try:
         yield

@@ -28,7 +28,7 @@ LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 # The numbers of the dtypes that functions without 4-bit weights take.
 DTYPE = {torch.float32: 0, torch.bfloat16: 1}
 
-_INTERFACE = 13
+_INTERFACE = 14
 _HOW_TO_BUILD = (
     "install a C++17 compiler (for example `apt install g++`) and, in a copy of rankwise's repository, run "
     "`pip install --force-reinstall --no-deps .` (`-e .` for an editable installation)."
@@ -155,6 +155,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "rw_products_allow": (None, [i]),
         "rw_quantize_rows": (None, [p, i, n, p, n, n, p, n, p, i]),
         "rw_products": (None, [p, i, i, n, n, p, p, p, p, n, i]),
+        "rw_grouped_quantize_rows": (None, [p, i, n, p, p, n, n, p, n, p, i]),
         "rw_grouped_products": (None, [p, p, i, p, n, i, n, p, p, n, i]),
         "rw_row_product": (None, [i, p, n, p, n, p, n, n, n, n, x, p, i, p, i, p, p, i]),
         "rw_grouped_row_product": (None, [i, p, n, p, n, p, n, n, n, x, i, p, i, i]),

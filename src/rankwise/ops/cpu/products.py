@@ -138,20 +138,26 @@ def largest() -> int:
     return int(library().rw_products_largest())
 
 
-def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, factor: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`rankwise.ops.eight_bit.quantize_rows` up to `largest`, of x (T, K) with dense rows and a dtype that `take`
-    admits: int16, or bytes plus 128 as uint8. The scales are followed by unused ones."""
+    admits: int16, or bytes plus 128 as uint8. The scales are followed by unused ones.
+
+    sizes: int64 (E,), of groups of rows, each of which has a factor of its own (E, K).
+    """
     T, K = x.shape
     stride = -(-K // _STEP) * _STEP
     # Rows at such a distance fall into few cache sets.
     stride += _STEP if stride % 2048 == 0 else 0
     q = torch.empty((T, stride), dtype=torch.int16 if largest() > LARGEST else torch.uint8)[:, :K]
     scale = torch.empty(-(-T // 32) * 32)
-    if not is_fake(x):
-        library().rw_quantize_rows(
-            x.data_ptr(), DTYPE[x.dtype], x.stride(0), factor.data_ptr(), T, K, q.data_ptr(), stride * q.itemsize,
-            scale.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+    if is_fake(x):
+        return q, scale
+    given = x.data_ptr(), DTYPE[x.dtype], x.stride(0), factor.data_ptr()
+    made = K, q.data_ptr(), stride * q.itemsize, scale.data_ptr(), torch.get_num_threads()
+    if sizes is None:
+        library().rw_quantize_rows(*given, T, *made)
+    else:
+        library().rw_grouped_quantize_rows(*given, sizes.data_ptr(), len(sizes), *made)
     return q, scale
 
 
@@ -251,10 +257,11 @@ def row_product(
 def add_grouped_products(
     terms: Sequence[Term], apart: Sequence[int], sizes: Tensor, out: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """`add_products` of groups of rows, each with weights of its own, in one pass; without g, rest and 8 bits.
+    """`add_products` of groups of rows, each with weights of its own, in one pass; without g and rest.
 
     sizes: int64 (E,), the rows of each group. Each term has the first group's weight; that of group e begins e
-    ``apart`` elements behind. out (S, N); bias float32 (E, N).
+    ``apart`` elements behind, and a term in 8 bits, which comes first, has the scales of all their rows (E, N). out
+    (S, N); bias float32 (E, N).
     """
     if is_fake(out):
         return out
