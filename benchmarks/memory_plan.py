@@ -28,8 +28,8 @@ from typing import Any
 import results
 
 import rankwise
-import rankwise.planning.trace
-import rankwise.training.run
+import rankwise.planning.trace  # noqa: F401
+import rankwise.training.run  # noqa: F401
 from rankwise.cli.main import main as main_of_rankwise
 from rankwise.methods import method_of
 from rankwise.planning.extend import error_bytes

@@ -44,7 +44,7 @@ def small_model(folder: Path) -> None:
 
 def write_sums(path: Path) -> Path:
     rows = [{"prompt": f"{a} + {b} = ", "completion": str(a + b)} for a in range(10) for b in range(10)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -29,7 +29,7 @@ class Lengths(Task):
     higher_is_better = {"accuracy": True}  # noqa: RUF012  read-only
 
     def __init__(self, data: str, limit: int | None, longest: int) -> None:
-        self.text, self.longest = Path(data).read_text(), longest
+        self.text, self.longest = Path(data).read_text(encoding="utf-8"), longest
         self.lines = self.text.splitlines()[:limit]
 
     def describe(self) -> JsonObject:

@@ -113,7 +113,7 @@ def nursery(folder: Path, warming_up: list[Any]) -> Iterator[Nursery]:
 def _serve() -> None:
     """Answer requests until there are no more."""
     import torch.distributed as dist
-    import torch.distributed.fsdp
+    import torch.distributed.fsdp  # noqa: F401
     import torch.distributed.tensor  # noqa: F401
 
     from rankwise.cli.main import main

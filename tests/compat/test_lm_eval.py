@@ -91,8 +91,8 @@ def test_load_builds_tasks_and_evaluate_answers_with_samples(task_file: Path):
 
 def test_tags_and_groups_say_whether_they_have_figures(task_file: Path):
     folder = task_file.parent
-    task = json.loads(task_file.read_text())
-    task_file.write_text(json.dumps({**task, "tag": "both"}))
+    task = json.loads(task_file.read_text(encoding="utf-8"))
+    task_file.write_text(json.dumps({**task, "tag": "both"}), encoding="utf-8")
     (folder / "other.yaml").write_text(json.dumps({**task, "task": "other", "tag": "both", "fewshot_split": None}))
     group = {"group": "bare", "task": ["canary", "other"]}
     (folder / "bare.yaml").write_text(json.dumps(group))

@@ -33,7 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def written(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

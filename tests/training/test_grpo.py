@@ -53,7 +53,7 @@ TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 
 def write_prompts(path: Path, count: int = 6) -> Path:
     rows = [{"prompt": f"{WORDS[7 * i % 90]} {WORDS[11 * i % 90]}", "answer": f"#### {i}"} for i in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -44,7 +44,7 @@ def write(path: Path, labels: tuple[Any, ...], count: int = 32) -> Path:
         {"text": " ".join([f"w{place % 2}", *(f"w{draw.randrange(2, 90)}" for _ in range(3))]), "label": label}
         for place, label in enumerate(labels[place % len(labels)] for place in range(count))
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

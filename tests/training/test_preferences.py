@@ -53,7 +53,7 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
         prompt = " ".join(draw.sample(WORDS, 2)) + " "
         better, worse = (draw.sample(part, draw.randrange(1, 4)) for part in (WORDS[:8], WORDS[8:16]))
         lines.append({"prompt": prompt, "chosen": " ".join(better), "rejected": " ".join(worse)})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -64,7 +64,7 @@ def write_marks(path: Path, count: int) -> Path:
     for pair in pairs:
         good = draw.random() < 0.5
         lines.append({"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": good})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -108,7 +108,9 @@ def by_trl(given: TrainSettings, tokenizer: Any, folder: Path, **own: Any) -> li
         model=PeftModel.from_pretrained(base, folder, is_trainable=True),
         args=arguments,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list([json.loads(line) for line in Path(given.data).read_text().splitlines()]),
+        train_dataset=Dataset.from_list(
+            [json.loads(line) for line in Path(given.data).read_text(encoding="utf-8").splitlines()]
+        ),
     )
     trainer.train()
     return [line for line in trainer.state.log_history if "loss" in line]
@@ -272,7 +274,7 @@ BAD_ROWS = {
 def test_a_bad_pair_is_named_by_its_row(case: str, preferring: Any, tmp_path: Path) -> None:
     sides, code = BAD_ROWS[case]
     given = preferring()
-    with Path(given.data).open("a") as file:
+    with Path(given.data).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"prompt": "w2 ", **sides}) + "\n")
     with pytest.raises(DataError, match=r"dpo\.jsonl, line 45") as caught:
         train(given)

@@ -118,7 +118,7 @@ def test_final_adapter_computes_the_recorded_evaluation_loss(settings: Any, tmp_
     load_adapter(model, tmp_path / "run", trainable=False)
     model.eval()
     total = count = 0
-    for line in Path(given.eval_data).read_text().splitlines():
+    for line in Path(given.eval_data).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         prompt, completion = (tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in row)
         ids = torch.tensor([[*prompt, *completion, tokenizer.eos_token_id]])

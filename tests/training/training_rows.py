@@ -36,7 +36,7 @@ def write_rows(path: Path, count: int, seed: int = 0) -> Path:
     for index in range(count):
         first, second = WORDS[(7 * index + seed) % 90], WORDS[(11 * index + 3 * seed) % 90]
         rows.append({"prompt": f"{first} {second} ", "completion": f"{second} {first}"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -47,7 +47,13 @@ def _run(command: str, folder: Path) -> tuple[int, str]:
     """(exit code, what it printed) of a shell command, with this Python's programs first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     done = subprocess.run(
-        command, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        command,
+        shell=True,
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
     )
     return done.returncode, done.stdout + done.stderr * (done.returncode != 0)
 

@@ -124,7 +124,7 @@ def give_back_freed_memory() -> None:
 def anonymous_memory_bytes() -> int:
     """The anonymous resident memory of this process in bytes; on systems other than Linux, all resident memory."""
     status = Path(f"/proc/{os.getpid()}/status")
-    found = re.search(r"RssAnon:\s*(\d+)", status.read_text()) if status.exists() else None
+    found = re.search(r"RssAnon:\s*(\d+)", status.read_text(encoding="utf-8")) if status.exists() else None
     return int(found[1]) * 1024 if found else int(psutil.Process().memory_info().rss)
 
 

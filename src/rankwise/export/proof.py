@@ -277,9 +277,14 @@ def _ask(
 
 def run_server(python: str, job: JsonObject) -> JsonObject:
     """Run the server's job and return its result. Raises RunError (RW739) with the server's first error."""
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         done = subprocess.run(
-            [python, str(SCRIPT)], input=json.dumps(job), stdout=subprocess.PIPE, stderr=log, text=True, check=False
+            [python, str(SCRIPT)],
+            input=json.dumps(job),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            encoding="utf-8",
+            check=False,
         )
         log.seek(0)
         said = [line for line in log.read().splitlines() if line.strip()]

@@ -188,7 +188,7 @@ def mapped_files(model: nn.Module) -> MappedFiles:
 def _mapped_regions() -> list[tuple[int, int, Path]]:
     """(first address, end, file) of each file that this process maps, by address."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     # ``7f00-7f80 rw-p 00000000 08:02 135522 /file``: no file where the inode is 0.

@@ -369,7 +369,7 @@ def begin_idle_process() -> Future[float]:
 
 
 def _idle_process_bytes() -> float:
-    done = subprocess.run([sys.executable, "-c", IDLE_PROCESS], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", IDLE_PROCESS], capture_output=True, encoding="utf-8", check=True)
     return float(done.stdout)
 
 

@@ -101,7 +101,7 @@ def measure(model: str | os.PathLike[str], method: str, workload: Workload, **re
     """The peak memory of three real steps with random weights, in a new process."""
     order = {"model": os.fspath(model), "method": method, "workload": dataclasses.asdict(workload), "remote": remote}
     command = [sys.executable, "-m", "rankwise.planning.real_steps", json.dumps(order)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ConfigError(
