@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from rankwise.quantization import Linear4bit as Linear4bit
     from rankwise.quantization import Nf4Config as Nf4Config
     from rankwise.quantization import quantize as quantize
+    from rankwise.verbs.batches import batches as batches
+    from rankwise.verbs.compare import compare as compare
+    from rankwise.verbs.evaluate import evaluate as evaluate
+    from rankwise.verbs.plan import plan as plan
+    from rankwise.verbs.train import train as train
 
 _HOMES = {
     "Fp4Config": "rankwise.quantization",
@@ -42,18 +47,23 @@ _HOMES = {
     "adapter_disabled": "rankwise.adapters",
     "adapter_parameters": "rankwise.adapters",
     "add_adapter": "rankwise.adapters",
+    "batches": "rankwise.verbs.batches",
     "combine_adapters": "rankwise.export.pairs",
+    "compare": "rankwise.verbs.compare",
     "disable_adapter": "rankwise.adapters",
     "enable_adapter": "rankwise.adapters",
+    "evaluate": "rankwise.verbs.evaluate",
     "export_adapter": "rankwise.export.adapter",
     "load_adapter": "rankwise.adapters",
     "load_model": "rankwise.models",
     "merge_adapter": "rankwise.adapters",
     "optimize_for_training": "rankwise.acceleration",
+    "plan": "rankwise.verbs.plan",
     "quantize": "rankwise.quantization",
     "remove_adapter": "rankwise.adapters",
     "save_adapter": "rankwise.adapters",
     "set_adapter": "rankwise.adapters",
+    "train": "rankwise.verbs.train",
     "unmerge_adapter": "rankwise.adapters",
 }
 

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from in_process import steps_in_this_process
-from rankwise.cli.compare import Lines, table_of, verdict_lines
 from rankwise.cli.main import main
 from rankwise.comparison.pool import Picture
 from rankwise.comparison.stages import Job, Outcome
@@ -21,6 +20,7 @@ from rankwise.records import load_record
 from rankwise.reports import summary
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.words import headline, method_name
+from rankwise.verbs.compare import Lines, table_of, verdict_lines
 from rankwise.verbs.output import Output
 
 pytestmark = pytest.mark.slow

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import guest_task
-from rankwise.cli.evaluate import print_task
 from rankwise.evaluation.record import TaskResult
 from rankwise.evaluation.run import Evaluation
+from rankwise.verbs.evaluate import print_task
 from rankwise.verbs.output import Output
 from several import Nursery
 

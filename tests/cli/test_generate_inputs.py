@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from rankwise.cli.generate import Conversation, load_speaker
 from rankwise.data import chat_text
 from rankwise.models import load_tokenizer
 from rankwise.verbs.settings import GenerateSettings
+from rankwise.verbs.speaker import Conversation, load_speaker
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}]}

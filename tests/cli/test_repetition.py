@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from rankwise.cli.generate import Said, Speaker, cause, repeated
+from rankwise.cli.generate import cause
 from rankwise.records import RunRecord
+from rankwise.verbs.speaker import Said, Speaker, repeated
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_comparison import compare, given, starts
 
-from rankwise.cli.compare import verdict_lines
 from rankwise.errors import ConfigError, DataError
 from rankwise.reports.comparison import Comparison
 from rankwise.reports.page import page
 from rankwise.reports.words import headline
+from rankwise.verbs.compare import verdict_lines
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rankwise.errors.RankwiseWarning"),

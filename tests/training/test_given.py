@@ -32,7 +32,7 @@ def loaded(folder: Path) -> dict[str, Any]:
 
 
 def records(file: str) -> list[Any]:
-    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
 
 
 def weights_of(folder: Path) -> str:

@@ -22,7 +22,6 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 import rankwise as rw
-from rankwise.cli.train import summary
 from rankwise.config import TrainSettings
 from rankwise.errors import ConfigError, DataError, RankwiseError
 from rankwise.records import load_record, read_metrics
@@ -32,6 +31,7 @@ from rankwise.training.objectives import Preferences, Scoring
 from rankwise.training.parts import Base, part_of
 from rankwise.training.run import train
 from rankwise.training.setup import make_trainable
+from rankwise.verbs.train import summary
 from tables import thinned
 from tiny_models import tiny_gpt2
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rankwise.data import read_template
 from rankwise.disk import coded_errors, hold, refuse_links
@@ -37,9 +37,10 @@ from rankwise.evaluation.record import (
     read_examples,
     rewrite,
 )
-from rankwise.evaluation.settings import EvaluateSettings, make_tasks
+from rankwise.evaluation.settings import EvaluateSettings, LoadingOptions, make_tasks
 from rankwise.evaluation.tasks.base import Task, clusters_of
 from rankwise.foreign import Fields, JsonObject, sha256_of_files
+from rankwise.options import flag
 from rankwise.records import record_of, versions_of, write_json
 
 DIFFERENCES_FILE = "differences.json"
@@ -145,31 +146,45 @@ class Evaluation:
     differences: Sequence[Difference]
 
 
-def evaluate(settings: EvaluateSettings, observer: Observer) -> Evaluation:
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What is in memory: a model with its tokenizer; rows for the task perplexity."""
+
+    model: Any = None
+    tokenizer: Any = None
+    rows: Any = None
+
+
+def evaluate(settings: EvaluateSettings, observer: Observer, given: Given | None = None) -> Evaluation:
     """Evaluate and write DIR/TASK/{result.json,predictions.jsonl}; with several models, DIR/LABEL/TASK/.
 
     Results that the folder already holds are kept. Raises InputError for bad settings, data or folders before the model
     is loaded; RunError: RW551 a file cannot be written, RW582 another process writes there; Interrupted (RW572)
     after Ctrl-C, with every finished batch on disk.
     """
-    return _Run(settings, observer).carry_out()
+    return _Run(settings, observer, given or Given()).carry_out()
 
 
 class _Run:
-    def __init__(self, settings: EvaluateSettings, observer: Observer) -> None:
-        self.settings = settings
-        self.observer = observer
+    def __init__(self, settings: EvaluateSettings, observer: Observer, given: Given) -> None:
+        self.settings, self.observer, self.given = settings, observer, given
+        self.engine: Engine | None = None
         self.name = settings.model or _base(settings.adapter)
         self.variants = variants_of(settings.adapter, settings.base)
         check_alone(settings.adapter, base=len(self.variants) > len(settings.adapter))
         options, named = _load_options(settings), settings.model is not None
-        self.revision = check_fit(self.name, settings.adapter, options, named=named)
+        if given.model is not None:
+            _check_in_memory(settings, given)
+            self.variants = [Variant("model")]
+        else:
+            self.revision = check_fit(self.name, settings.adapter, options, named=named)
         observer.phase("Reading data")
-        self.tasks = make_tasks(settings)
+        self.tasks = make_tasks(settings, given.rows)
         # The user's chat template, else that of the training. None means the tokenizer's own.
-        given = settings.chat_template
-        self.template = template_of(settings.adapter) if given is None else read_template(given)
-        self.engine: Engine | None = None
+        own = settings.chat_template
+        self.template = template_of(settings.adapter) if own is None else read_template(own)
+        if given.model is not None:
+            self.engine = Engine(given.model.eval(), given.tokenizer, self.template, settings.batch_size)
         self.names: dict[str, str] = {}
 
     def carry_out(self) -> Evaluation:
@@ -244,7 +259,7 @@ class _Run:
 
         record = record_of(variant.adapter)
         engine.trained_fast = record is None or record.settings.get("fast") is not False
-        if not has_adapter(engine.model):
+        if not has_adapter(engine.model) or self.given.model is not None:
             return
         if variant.adapter is None:
             disable_adapter(engine.model)
@@ -274,14 +289,21 @@ class _Run:
     def _identities(self) -> dict[tuple[str, str], JsonObject]:
         """Everything that the answers of each task depend on, by (label, task)."""
         from rankwise.models import fetch_model, model_hash, settings_hash
+        from rankwise.models.source import hash_in_memory
 
         given = self.settings
-        source = fetch_model(self.name, revision=self.revision, trust_remote_code=given.trust_remote_code)
+        if self.given.model is not None:
+            known: JsonObject = {"model_sha256": hash_in_memory(self.given.model), "dtype": str(self.given.model.dtype)}
+        else:
+            source = fetch_model(self.name, revision=self.revision, trust_remote_code=given.trust_remote_code)
+            known = {
+                "model_sha256": model_hash(source),
+                "model_settings_sha256": settings_hash(source),
+                **load_settings(given.adapter, _load_options(given)),
+            }
         template = None if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()
         common = {
-            "model_sha256": model_hash(source),
-            "model_settings_sha256": settings_hash(source),
-            **load_settings(given.adapter, _load_options(given)),
+            **known,
             "limit": given.limit,
             "chat_template_sha256": template,
         }
@@ -302,6 +324,19 @@ class _Run:
     def _folder(self, root: Path, label: str, task: str) -> Path:
         name = _as_name(task)
         return root / label / name if len(self.variants) > 1 else root / name
+
+
+def _check_in_memory(settings: EvaluateSettings, given: Given) -> None:
+    """Raise ConfigError (RW112, RW115) for options of loading beside a model in memory, or without its tokenizer."""
+    if given.tokenizer is None:
+        raise ConfigError("RW115", "a model in memory comes without its tokenizer; give tokenizer=TOKENIZER too.")
+    names, usual = ("adapter", "base", *LoadingOptions.model_fields), settings.defaults()
+    if odd := [flag(name) for name in names if name in usual and _plain(getattr(settings, name)) != usual[name]]:
+        raise ConfigError("RW112", f"{', '.join(odd)}: the model in memory is measured as it is; leave it out.")
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_of(difference: float, a: float | None, b: float | None) -> bool:

@@ -174,13 +174,17 @@ def split_data(data: tuple[str, ...], tasks: tuple[str, ...]) -> tuple[Mapping[s
 # --- tasks with their data ---
 
 
-def make_tasks(settings: EvaluateSettings) -> list[Task]:
-    """The requested tasks with their data. Raises as ``make_task``, and RW112 for an option that no task uses."""
+def make_tasks(settings: EvaluateSettings, rows: Any = None) -> list[Task]:
+    """The requested tasks with their data; ``rows`` in memory are those of perplexity. Raises as ``make_task``, and
+    RW112 for an option that no task uses.
+    """
+    if rows is not None and settings.task != ("perplexity",):
+        raise ConfigError("RW112", "rows in memory are for --task perplexity alone; give other tasks a file.")
     duplicates = sorted({name for name in settings.task if settings.task.count(name) > 1})
     if duplicates:
         raise ConfigError("RW112", f"--task {', '.join(duplicates)} is given twice; once is enough.")
     check_options(settings)
-    return [make_task(name, settings) for name in settings.task]
+    return [make_task(name, settings) if rows is None else _perplexity(settings, rows) for name in settings.task]
 
 
 def check_options(settings: EvaluateSettings) -> None:
@@ -224,7 +228,7 @@ def make_task(name: str, settings: EvaluateSettings) -> Task:
     return harness_task(name, settings, data)
 
 
-def _perplexity(settings: EvaluateSettings, data: str) -> Task:
+def _perplexity(settings: EvaluateSettings, data: Any) -> Task:
     from rankwise.data import read_rows
     from rankwise.evaluation.engine import max_length_of
     from rankwise.evaluation.tasks.rows import Perplexity

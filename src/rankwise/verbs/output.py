@@ -7,6 +7,7 @@ are observers of a run.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -53,6 +54,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 # Width of output into a file or another program, in which every table fits.
 PLAIN_WIDTH = 120
+PRE = '<pre style="line-height:1.3">{code}</pre>'
 
 
 class Output:
@@ -160,6 +162,27 @@ def light_table(*, gap: int = 2, expand: bool = False) -> Table:
 def titled(title: str, table: Table) -> Group:
     """A table with its title above: rich would wrap a title at the width of the table."""
     return Group(Text(title, style="bold"), table)
+
+
+class Shown:
+    """A result that shows itself as its command prints it, in a terminal and in a notebook."""
+
+    def show(self, output: Output) -> None:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return self._console().export_text(clear=False).rstrip()
+
+    def _repr_html_(self) -> str:
+        return self._console().export_html(inline_styles=True, code_format=PRE)
+
+    def _console(self) -> Console:
+        output = Output()
+        output.console = Console(
+            file=io.StringIO(), record=True, width=PLAIN_WIDTH, highlight=False, force_jupyter=False
+        )
+        self.show(output)
+        return output.console
 
 
 # --- the progress of a run: redrawn on a terminal, plain lines elsewhere ---

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import inspect
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 
 from rankwise.config import MODEL, ModelOptions, TextOptions
-from rankwise.errors import RunError
+from rankwise.errors import ConfigError, RunError
 from rankwise.evaluation.settings import LoadingOptions
+from rankwise.foreign import Fields, JsonObject
 from rankwise.objectives import ObjectiveName
 from rankwise.options import (
     LARGEST_NUMBER,
@@ -21,15 +24,18 @@ from rankwise.options import (
     Rank,
     Seed,
     Settings,
+    SettingsT,
     Temperature,
     Tokens,
     Whole,
     comma_list,
     option,
+    read_settings,
     text_list,
 )
 from rankwise.reports.comparison import BEST_FOLDER, REPORT_FILE
 
+F = TypeVar("F", bound=Callable[..., Any])
 DATA = "Hub id, folder, or .jsonl/.json/.csv/.tsv/.parquet/.txt file (also .gz)."
 _option = functools.partial(option, Panel.OTHER)
 
@@ -185,6 +191,46 @@ class InspectSettings(Settings):
 
     folder: Annotated[Path, _option("Adapter, run or model folder.", metavar="FOLDER", argument=True)]
     model: Annotated[str | None, _option("Base model: say whether the adapter fits it.", metavar="M")] = None
+
+
+# --- options as keywords of Python ---
+
+
+def takes(kind: type[Settings]) -> Callable[[F], F]:
+    """Show the options of ``kind`` in the signature of a function that takes them as keywords."""
+
+    def shown(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        usual, keyword = kind.defaults(), inspect.Parameter.KEYWORD_ONLY
+        options = [
+            inspect.Parameter(n, keyword, default=usual.get(n, inspect.Parameter.empty)) for n in kind.model_fields
+        ]
+        options.sort(key=lambda one: (one.default is not inspect.Parameter.empty, one.name not in ("model", "method")))
+        function.__signature__ = signature.replace(parameters=[*options, *own])  # type: ignore[attr-defined]
+        return function
+
+    return shown
+
+
+def settings_of(kind: type[SettingsT], options: Fields, earlier: Callable[[Fields], Fields] | None = None) -> SettingsT:
+    """The settings of keywords. Raises ConfigError (RW103) as the command line does."""
+    given = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
+    return read_settings(kind, None, given, earlier)
+
+
+def apart(options: Fields, tokenizer: object) -> tuple[JsonObject, Any, JsonObject]:
+    """Keywords with words in place of what is in memory, the model there, and {name: rows} of the data there.
+
+    Raises ConfigError (RW112) for a ``tokenizer`` beside a model that is named.
+    """
+    names = ("model", "data", "eval_data")
+    held = {name: options[name] for name in names if not isinstance(options.get(name), str | os.PathLike | None)}
+    model = held.pop("model", None)
+    if tokenizer is not None and model is None:
+        raise ConfigError("RW112", "tokenizer goes with a model in memory, and a named one has its own; leave it out.")
+    words = dict.fromkeys(held, "the rows in memory")
+    return {**options, **words, **({} if model is None else {"model": "a model in memory"})}, model, held
 
 
 # --- checks before a command loads torch and transformers, which takes seconds ---
