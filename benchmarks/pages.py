@@ -15,6 +15,7 @@ import end_to_end
 import four_bits
 import generation
 import memory_plan
+import mixtures
 import quantized_load
 import results
 import scaling
@@ -27,6 +28,7 @@ SUBJECTS: dict[str, Callable[[list[results.Run]], list[str]]] = {
     "steps": steps.page,
     "end_to_end": end_to_end.page,
     "memory": memory_plan.page,
+    "mixtures": mixtures.page,
     "four_bits": four_bits.page,
     "quantized_load": quantized_load.page,
     "generation": generation.page,
