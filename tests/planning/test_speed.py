@@ -22,6 +22,7 @@ from rankwise.planning.speed import (
     STEP_SHARE,
     Pace,
     device_seconds,
+    expert_bytes,
     facts_of,
     flops_per_token,
     launch_seconds,
@@ -157,6 +158,22 @@ def test_a_processor_is_measured_and_remembered(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "torch")
     assert measured_flops(machine, "float32") == measured
     assert pace_of(machine, "float32").flops_per_second == STEP_SHARE * measured / 2
+
+
+def test_a_processor_reads_the_experts_that_a_token_visits(monkeypatch):
+    """Two tokens visit 1 - (3 / 4)^2 of them, many tokens all; where memory is slow, it decides."""
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100, "tie_word_embeddings": False}
+    facts = facts_of({**config, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32})
+    stacked = 2 * 8 * 3 * 64 * 32
+    work = Workload(device_type="cpu", batch_size=1, max_length=2, dtype="bfloat16")
+    assert expert_bytes("lora", facts, work) == pytest.approx(2 * stacked * 7 / 16)
+    work = dataclasses.replace(work, max_length=512)
+    assert expert_bytes("lora", facts, work) == pytest.approx(2 * stacked)
+    assert expert_bytes("qlora", facts, work) == pytest.approx(speed.PACKED_BYTES * stacked)
+    assert expert_bytes("lora", facts_of(config), work) == 0
+    own, fast = toy_estimate("lora", work), Pace(1e18, None, "as given")
+    monkeypatch.setattr(speed, "memory_bandwidth", lambda: 1e3)
+    assert device_seconds(own, facts, work, fast) == pytest.approx(2 * 2 * stacked / 1e3)
 
 
 def test_a_mixture_of_experts_in_a_gguf_file_has_idle_ones(monkeypatch):

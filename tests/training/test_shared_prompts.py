@@ -205,8 +205,9 @@ def test_a_run_computes_a_beginning_once_and_learns_the_same(
         given = prompted(share_prompts=name, output=tmp_path / name, max_length=max_length)
         if max_length < 12:
             # Cut rows need no stop token if they are plain texts.
-            rows = [json.loads(line) for line in Path(given.data).read_text().splitlines()]
-            Path(given.data).write_text("".join(json.dumps({"text": row["prompt"]}) + "\n" for row in rows))
+            rows = [json.loads(line) for line in Path(given.data).read_text(encoding="utf-8").splitlines()]
+            texts = "".join(json.dumps({"text": row["prompt"]}) + "\n" for row in rows)
+            Path(given.data).write_text(texts, encoding="utf-8")
         losses[name] = train(given).train_loss
     if max_length == 64:
         assert tokens["auto"] == [count - 3 * 12 for count in tokens["off"]]

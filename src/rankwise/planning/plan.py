@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rankwise.config import DefaultRate, default_rate
 from rankwise.disk import read_speed
@@ -29,6 +29,7 @@ from rankwise.planning.extend import MemoryEstimate, Traces, over_file, over_sto
 from rankwise.planning.hardware import Hardware, begin_idle_process, choose_hardware, shared
 from rankwise.planning.speed import (
     Pace,
+    expert_bytes,
     hiding_bandwidth,
     micro_batch_seconds,
     nominal_pace,
@@ -38,6 +39,7 @@ from rankwise.planning.speed import (
     tokens_per_second,
 )
 from rankwise.planning.workload import SHARED, PlanSettings, Workload, check_device, run_tokens, workload_for
+from rankwise.reports.numbers import byte_size
 
 # Options that every saved plan holds, given or not.
 DECIDED = (
@@ -255,7 +257,7 @@ class _Planner:
     def _row(self, method: str) -> MethodRow:
         memory, own = self.hardware.memory_bytes, self.estimate(method, self.workload)
         accumulation = self.settings.gradient_accumulation
-        stored, most = self.facts.stored, self.facts.position_rows or MOST_TOKENS
+        most = self.facts.position_rows or MOST_TOKENS
         mapped = mapped_weights(own, self.hardware.device_type)
         rows, single = largest_batch(self.estimate, method, self.workload, memory), None
         if not rows:
@@ -264,7 +266,7 @@ class _Planner:
         verdict = verdict_of(own, memory, mapped)
         pace, seconds = (None, None) if verdict == "too big" else self._time(own, self.workload, accumulation)
         return MethodRow(
-            estimate=own if stored is None else dataclasses.replace(own, notes=(*own.notes, stored.note)),
+            estimate=dataclasses.replace(own, notes=(*own.notes, *self._notes(method))),
             verdict=verdict,
             mapped_bytes=mapped,
             spare_bytes=memory - own.peak_bytes,
@@ -275,6 +277,12 @@ class _Planner:
             network_bytes=own.network.of_step(accumulation),
             network_bytes_per_second=hiding_bandwidth(own, self.facts, self.workload, self.pace, accumulation),
         )
+
+    def _notes(self, method: str) -> Iterator[str]:
+        if self.facts.stored is not None:
+            yield self.facts.stored.note
+        if read := expert_bytes(method, self.facts, self.workload):
+            yield f"a pass of {self.workload.tokens:,} tokens reads {byte_size(read)} of experts"
 
     def _time(self, own: MemoryEstimate, work: Workload, accumulation: int) -> tuple[float | None, float | None]:
         """(tokens of a second, seconds of the whole run), None where unknown. Shorter rows are fewer tokens."""

@@ -267,6 +267,8 @@ OPTIMIZER_SECONDS = 7.5e-9
 # A step with 8-bit products takes this share of the time (benchmarks/results/eight_bits.md): of bfloat16's with AVX-512
 # VNNI, of float32's with AVX-VNNI alone.
 EIGHT_BITS_SHARE, AVX_VNNI_SHARE = 0.76, 0.5
+# The bytes that are read to measure a processor's memory, more than its caches hold.
+READ_BYTES = 1 << 28
 # The product by which a processor is measured, (T, K) x (K, N), repeated for this time.
 PRODUCT, PRODUCT_SECONDS, LEAST_PRODUCTS = (512, 1024, 1024), 0.25, 20
 # PCIe 4.0 x16 moves 32 GB/s at most in one direction (PCI-SIG); about two thirds are reached.
@@ -349,6 +351,33 @@ def _product_flops(dtype: str) -> float:
     return 2 * T * K * N / min(seconds)
 
 
+def memory_bandwidth() -> float:
+    """Bytes per second that this processor reads from memory, with all of torch's threads."""
+    return measured_here(f"{cpu_name()}, memory", _read_bytes_per_second, again="torch" in sys.modules)
+
+
+def _read_bytes_per_second() -> float:
+    import torch
+
+    numbers, seconds = torch.ones(READ_BYTES // 8, dtype=torch.int64), []
+    for _ in range(3):
+        begun = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - begun)
+    return READ_BYTES / min(seconds)
+
+
+def expert_bytes(method: str, facts: ModelFacts, workload: Workload) -> float:
+    """The bytes of stacked experts that a pass of a micro-batch reads: of those that at least one of its tokens visits,
+    if each token chooses at random; 0 for a model without experts."""
+    if facts.visited_share == 1:
+        return 0.0
+    stacked = facts.idle_expert_parameters / (1 - facts.visited_share)
+    is_packed = method_of(method).four_bits or (facts.stored is not None and facts.stored.four_bit)
+    touched = 1 - (1 - facts.visited_share) ** workload.tokens
+    return stacked * touched * (PACKED_BYTES if is_packed else _width(workload))
+
+
 def flops_per_token(method: str, facts: ModelFacts, frozen: int, trained: int, workload: Workload) -> float:
     """Forward 2 N, input gradients 2 N; ``full`` 2 N more for weight gradients; adapters 6 P; attention 3 * 2 L h S.
 
@@ -412,6 +441,8 @@ def device_seconds(estimate: MemoryEstimate, facts: ModelFacts, workload: Worklo
     seconds *= eight_bits_share(method, workload)
     if workload.device_type == "cpu":
         seconds /= RUN_SHARES.get(method, 1.0)
+        if read := _passes(workload) * expert_bytes(method, facts, workload):
+            seconds = max(seconds, read / memory_bandwidth())
     if workload.activation_offloading:
         seconds += offloaded_bytes(facts, workload) / HOST_LINK_BYTES_PER_SECOND
     return seconds
