@@ -31,6 +31,7 @@ def batches(
 
     Raises DataError as a run does, at the call.
     """
+    from rankwise.acceleration.layouts import Layout
     from rankwise.data import encode_rows, read_rows, read_template
     from rankwise.training.batches import laid_out, packed, shuffled
 
@@ -42,9 +43,9 @@ def batches(
         rows, tokenizer, max_length=max_length, chat_template=template, skip_bad_rows=skip_bad_rows
     ).dataset
     encoded = packed(encoded, max_length, seed) if packing else encoded
+    layout: Layout = "flat" if packing else "padded"
     # As a run does for a tokenizer without a padding token.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     orders = (shuffled(len(encoded), batch_size, seed + epoch) for epoch in range(epochs))
-    return (
-        laid_out([encoded[row] for row in chosen], int(pad or 0), flat=packing) for part in orders for chosen in part
-    )
+    steps = (laid_out([encoded[row] for row in rows], int(pad or 0), layout) for part in orders for rows in part)
+    return (batch for batch, _ in steps)
