@@ -38,6 +38,15 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 32,
     "vocab_size_per_layer_input": 97,
 }
+# Two heads of values for each of keys.
+QWEN35 = {
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 OF_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "per_layer_input_gate"]
 
 # What transformers does not read of a GGUF has its default: head sizes, GPT-2's positions, the experts' width.
@@ -50,7 +59,9 @@ FAMILIES = {
     "gemma2": (lambda: tiny("gemma2", head_dim=256, query_pre_attn_scalar=256), {}),
     "gemma3_text": (lambda: tiny("gemma3_text", head_dim=256, query_pre_attn_scalar=256), {}),
     "gemma4_text": (lambda: tiny("gemma4_text", **GEMMA4), {"target_modules": OF_LAYERS}),
+    "phi": (lambda: tiny("phi"), {}),
     "phi3": (lambda: tiny("phi3"), {}),
+    "qwen3_5_text": (lambda: tiny("qwen3_5_text", **QWEN35), {}),
     "smollm3": (lambda: tiny("smollm3"), {}),
     "gpt2": (lambda: tiny_gpt2(n_positions=1024), {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "mixtral": (lambda: tiny_moe("mixtral"), {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),

@@ -28,6 +28,13 @@ EXTRA_KEYS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+# Of Qwen 3.5's linear attention.
+QWEN35_KEYS = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+}
 
 
 def write_folder_gguf(path: Path, folder: Path, kind: str = "f32") -> Path:
@@ -47,8 +54,14 @@ def write_folder_gguf(path: Path, folder: Path, kind: str = "f32") -> Path:
             W = W + 1
         if names.architecture == "gpt2" and ".h." in name and W.dim() == 2:
             W = W.T
+        W = names.columns(name.removesuffix(".weight"), names.rows(name, W))
+        if ".linear_attn." in name:
+            name, W = _of_linear_attention(name, W)
         for part in names.of(name):
-            _add_tensor(writer, part.name, part.of(names.rows(name, W)), kind)
+            # The decay has no suffix.
+            _add_tensor(writer, part.name.replace("ssm_a.weight", "ssm_a"), part.of(W), kind)
+    if names.architecture == "qwen35":
+        writer.add_array("qwen35.rope.dimension_sections", [2, 1, 1, 0])
     if names.architecture == "gemma4":
         writer.add_array("gemma4.attention.sliding_window_pattern", [True, False])
         # Of the last layer's heads a quarter turns.
@@ -59,6 +72,13 @@ def write_folder_gguf(path: Path, folder: Path, kind: str = "f32") -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _of_linear_attention(name: str, W: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """llama.cpp's form of what is no matrix: the decay itself, one filter a channel."""
+    if name.endswith("A_log"):
+        return name, -W.exp()
+    return name.replace("dt_bias", "dt_proj.bias"), W.squeeze(1) if "conv1d" in name else W
 
 
 def _add_tensor(writer: Any, name: str, W: torch.Tensor, wanted: str) -> None:
@@ -76,8 +96,10 @@ def _add_tensor(writer: Any, name: str, W: torch.Tensor, wanted: str) -> None:
 def _sizes(names: GgufNames) -> dict[str, int | float]:
     config = names.config
     kind = str(config.model_type).removesuffix("_text").replace("mixtral", "mistral")
-    # transformers has no table for SmolLM3, whose keys are Llama's.
-    known: Any = GGUF_CONFIG_MAPPING[kind.replace("smollm3", "llama")]
+    # transformers has no table for these, whose keys are those of others.
+    known: Any = GGUF_CONFIG_MAPPING[{"smollm3": "llama", "phi": "phi3", "qwen3_5": "qwen3"}.get(kind, kind)]
+    if names.architecture == "qwen35":
+        known = {**GGUF_CONFIG_MAPPING["qwen3"], **QWEN35_KEYS}
     if names.architecture == "gemma4":
         config.allow_global_per_layer_attribute_access = True
         known = {**known, "attention.key_length": "", "embedding_length_per_layer_input": "hidden_size_per_layer_input"}
@@ -90,6 +112,13 @@ def _sizes(names: GgufNames) -> dict[str, int | float]:
         )
         parameters = config.rope_parameters
         found["rope.freq_base"] = float(parameters.get("full_attention", parameters)["rope_theta"])
+        found["rope.dimension_count"] *= parameters.get("partial_rotary_factor", 1)
+        found["rope.dimension_count"] = int(found["rope.dimension_count"])
+    if names.architecture == "qwen35":
+        found["ssm.inner_size"] = config.linear_num_value_heads * config.linear_value_head_dim
+        found["full_attention_interval"] = 4
+    if names.architecture == "phi2":
+        found["attention.layer_norm_epsilon"] = config.layer_norm_eps
     if names.architecture == "gemma4":
         found |= {f"attention.{side}_length": 512 for side in ("key", "value")} | {"attention.shared_kv_layers": 0}
         found |= {f"attention.{side}_length_swa": 256 for side in ("key", "value")} | {"rope.freq_base_swa": 1e4}

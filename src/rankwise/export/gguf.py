@@ -45,7 +45,8 @@ def gguf_pairs(model: PreTrainedModel, names: GgufNames, pairs: Pairs) -> dict[s
             if isinstance(modules.get(name), nn.Embedding):
                 found[part.name] = Pair(pair.A.T, B)
             else:
-                found[part.name] = Pair(pair.A, names.rows(name, B) if B.dim() == 2 else B)
+                A = names.columns(name, pair.A)
+                found[part.name] = Pair(A, names.rows(name, B) if B.dim() == 2 else B)
     if IGNORED in found:
         raise ModelError(
             "RW740",

@@ -1,7 +1,9 @@
 """llama.cpp's names of a model's tensors, and the order of their rows.
 
 llama's family, and SmolLM3, interleave the two halves of each head of q and k, since llama.cpp rotates neighbours where
-transformers rotates halves. Stacked experts lie in one tensor for each of gate, up and down.
+transformers rotates halves. Qwen 3.5's linear attention has several heads of values for each of keys: transformers
+keeps those of one key together, llama.cpp the first of all keys. Stacked experts lie in one tensor for each of gate, up
+and down.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from rankwise.errors import ModelError
@@ -27,14 +30,17 @@ ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
     "mixtral": "llama",
+    "phi": "phi2",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_5": "qwen35",
+    "qwen3_5_text": "qwen35",
     "qwen3_moe": "qwen3moe",
     "smollm3": "smollm3",
 }
 # Those whose adapters are written, and whose files are not read in their own bits.
-ONLY_ADAPTERS = ("gemma4", "gemma4_text", "mixtral", "smollm3")
+ONLY_ADAPTERS = ("gemma4", "gemma4_text", "mixtral", "phi", "qwen3_5", "qwen3_5_text", "smollm3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +95,35 @@ class GgufNames:
 
     def adds_one(self, name: str) -> bool:
         """Whether llama.cpp stores the parameter plus one."""
+        if self.architecture == "qwen35":
+            return name.endswith("norm.weight") and ".linear_attn." not in name
         return self.architecture in ("gemma2", "gemma3") and name.endswith("norm.weight")
 
     def rows(self, name: str, W: Tensor) -> Tensor:
         """W (out, ...) with its rows in llama.cpp's order."""
         module = name.removesuffix(".weight").removesuffix(".bias")
+        if self.architecture == "qwen35" and ".linear_attn." in module:
+            return self._value_heads(module.rpartition(".")[2], W)
         if self.architecture not in ("llama", "smollm3") or not module.endswith((".q_proj", ".k_proj")):
             return W
         config = self.config
         heads = config.num_attention_heads if module.endswith(".q_proj") else config.num_key_value_heads
         return W.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(W.shape)
+
+    def columns(self, name: str, A: Tensor) -> Tensor:
+        """A (r, in) with its columns in llama.cpp's order."""
+        if self.architecture == "qwen35" and name.endswith(".linear_attn.out_proj"):
+            return self._by_key(A.T, self.config.linear_value_head_dim).T
+        return A
+
+    def _value_heads(self, leaf: str, W: Tensor) -> Tensor:
+        keys = 2 * self.config.linear_num_key_heads * self.config.linear_key_head_dim
+        if leaf in ("in_proj_qkv", "conv1d"):
+            return torch.cat([W[:keys], self._by_key(W[keys:], self.config.linear_value_head_dim)])
+        if leaf == "in_proj_z":
+            return self._by_key(W, self.config.linear_value_head_dim)
+        return self._by_key(W, 1) if leaf in ("in_proj_a", "in_proj_b", "A_log", "dt_bias") else W
+
+    def _by_key(self, W: Tensor, width: int) -> Tensor:
+        """Heads of ``width`` rows, those of one key together -> the first of every key, then the second."""
+        return W.unflatten(0, (self.config.linear_num_key_heads, -1, width)).transpose(0, 1).reshape(W.shape)
