@@ -122,6 +122,14 @@ def test_a_model_with_windows_shares_no_prompt() -> None:
     assert sharing_obstacle(model) == "some layers have a window"
 
 
+def test_a_model_that_mixes_neighbours_otherwise_shares_no_prompt() -> None:
+    """As convolutions and recurrences do, here by a hundredth."""
+    model = adapted()
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda module, given, hidden: hidden + 0.01 * hidden.roll(1, dims=1))
+    assert sharing_obstacle(model) == "a row sees the one before it"
+
+
 @pytest.mark.parametrize("layout", ["padded", "flat"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_the_balancing_loss_is_that_of_the_padded_rows(family: str, layout: Layout) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -21,6 +22,10 @@ from rankwise.acceleration.loss import LossOptions, fused_head
 from rankwise.acceleration.parts import probe
 from rankwise.compat.torch import is_fake
 from rankwise.compat.transformers import attention_of
+
+# Largest root mean square over tokens of an error relative to 1 + |log p|. In bfloat16 SmolLM2 rounds the unlikely
+# tokens of the test by 0.1; a mask that is ignored gives 1.
+FLOAT32_ERROR, LOW_PRECISION_ERROR = 1e-3, 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +96,19 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
     # Without values there is nothing to compare.
     if is_fake(next(model.parameters())):
         return None
-    prompt = [1, 2, 3, 4] * 2
-    rows = [(prompt, [4]), (prompt, [5, 6])]
-    layouts: tuple[Layout, ...] = ("padded", "shared")
+    prompt, last = [1, 2, 3, 4] * 2, [*range(5, 13)]
+    tried: list[tuple[Layout, list[int]]] = [("padded", [4, 5]), ("shared", [4, 5]), ("shared", [9, 8])]
 
     def scores() -> list[Tensor]:
-        return [token_scores(model, answered(rows, 0, layout), in_chunks=True).log_probs for layout in layouts]
+        laid = (answered([(prompt, first), (prompt, last)], 0, layout) for layout, first in tried)
+        return [token_scores(model, rows, in_chunks=True).log_probs for rows in laid]
 
     found, why_not = probe(model, scores)
     if found is None:
         return f"the model could not be run with ranges of keys ({why_not})"
-    return None if close(*found) else "they get other log-probabilities than separately"
+    apart, shared, beside_another = found
+    if not close(shared[1], beside_another[1]):
+        return "a row sees the one before it"
+    error = ((shared - apart) / (1 + apart.abs()))[apart != 0].square().mean().sqrt()
+    is_near = error <= (FLOAT32_ERROR if model.dtype == torch.float32 else LOW_PRECISION_ERROR)
+    return None if is_near else "they get other log-probabilities than separately"
