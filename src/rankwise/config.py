@@ -204,7 +204,7 @@ class RunOptions(ModelOptions, TextOptions, LengthOptions, StepOptions):
         None
     )
 
-    device: Annotated[Device, _device("Device; auto takes a CUDA card, else the CPU.")] = "auto"
+    device: Annotated[Device, _device("Device; auto takes a CUDA GPU, else the CPU.")] = "auto"
     ignore_plan: Annotated[bool, _device("Train although the predicted memory is more than there is.")] = False
 
     save_steps: Annotated[
@@ -231,8 +231,8 @@ class RetainOptions(Settings):
         str | None,
         option(
             Panel.MEASURED,
-            "What must stay: data in any of the forms of --data, or a task of lm-evaluation-harness with choices "
-            "(TASK, or TASK=D with its data). Its loss is measured before training and after.",
+            "Rows of abilities to keep: data in any of the forms of --data, or a task of lm-evaluation-harness with "
+            "choices (TASK, or TASK=D with its data). Its loss is measured before training and after.",
             metavar="D",
         ),
     ] = None
@@ -365,7 +365,7 @@ class TrainSettings(ObjectiveOptions, RetainOptions, RunOptions):
     seed: Annotated[Seed, _training("Seed of the adapter, the data order and dropout.")] = 0
     devices: Annotated[
         Batch | None,
-        _device("Train in N processes on this machine, each on a card of its own; on CPUs they share the cores."),
+        _device("Train in N processes on this machine, each on a GPU of its own; on CPUs they share the cores."),
     ] = None
     strategy: Annotated[
         Literal["ddp", "fsdp"] | None,

@@ -166,7 +166,7 @@ def test_restore_takes_the_bounds_out() -> None:
     ("dtype", "capability", "width", "said"),
     [
         (torch.float32, (9, 0), 64, "16-bit"),
-        (torch.bfloat16, (7, 5), 64, "compute capability 8.0, and this card has 7.5"),
+        (torch.bfloat16, (7, 5), 64, "compute capability 8.0, and this GPU has 7.5"),
         (torch.bfloat16, (9, 0), 320, "have 320"),
         (torch.float16, (9, 0), 60, "have 60"),
     ],

@@ -40,30 +40,30 @@ def test_a_method_that_lost_too_much_is_not_recommended_over_one_that_kept(tmp_p
     chosen = found["recommendation"]
     assert (chosen["kept"], chosen["forgot"], chosen["candidates"]) == (["lora", "dora"], ["full"], ["lora", "dora"])
     assert chosen["method"] in ("lora", "dora")
-    said = "lost 26 % of what must stay, more than the 2.0 % of --retain-margin, and is not recommended over LoRA and "
-    assert f"Full fine-tuning {said}DoRA, which kept it." in headline(found)
+    said = "lost 26 % on the retained rows, more than the 2.0 % of --retain-margin, and is not recommended over LoRA "
+    assert f"Full fine-tuning {said}and DoRA, which kept theirs." in headline(found)
     assert "better" not in headline(found)
     # Alone, or within a wide margin, it is what the task alone recommends.
     alone: Any = compare(**retaining(tmp_path, name="alone", methods="full"))
-    assert headline(alone).count("Full fine-tuning lost 26 % of what must stay.") == 1
+    assert headline(alone).count("Full fine-tuning lost 26 % on the retained rows.") == 1
     wide: Any = compare(**retaining(tmp_path, retain_margin=0.5))
     assert (wide["recommendation"]["method"], wide["recommendation"]["forgot"]) == ("full", [])
-    assert "Full fine-tuning kept what must stay." in headline(wide)
+    assert "Full fine-tuning kept its level on the retained rows." in headline(wide)
 
 
 def test_the_report_has_a_column_and_a_plot_and_without_retain_neither(tmp_path: Path):
     comparison = Comparison(compare(**retaining(tmp_path)), tmp_path / "out")
     html = page(comparison)
     assert "Quality against what was lost" in html
-    assert "Evaluation loss against loss on what must stay" in html
-    assert "What must stay</th>" in html
+    assert "Evaluation loss against loss on the retained rows" in html
+    assert "Retained rows</th>" in html
     assert "lost <small>+25.60 % ±\u202f0.49</small>" in html
     told = list(verdict_lines(comparison))
-    assert "full fine-tuning lost 26 % of what must stay: loss +25.60 % ±\u202f0.49" in told
+    assert "full fine-tuning lost 26 % on the retained rows: loss +25.60 % ±\u202f0.49" in told
     plain: Any = compare(**given(tmp_path, "plain", learning_rates="2e-4"))
     assert all(item["retained"] is None for item in plain["methods"].values())
     assert plain["recommendation"]["method"] == "full"
-    assert "must stay" not in page(Comparison(plain, tmp_path / "plain"))
+    assert "etained rows" not in page(Comparison(plain, tmp_path / "plain"))
 
 
 def test_a_continued_comparison_keeps_the_base_and_measures_what_it_has_not(tmp_path: Path):

@@ -25,7 +25,7 @@ def test_automatic_on_a_card_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> N
     choice = choose_device()
 
     assert (choice.device, choice.dtype) == ("cuda:0", torch.bfloat16)
-    assert choice.reason == "cuda:0: Card 0; bfloat16: the card computes in it"
+    assert choice.reason == "cuda:0: Card 0; bfloat16: the GPU computes in it"
 
 
 def test_automatic_on_a_t4_is_float16_with_loss_scaling(monkeypatch: pytest.MonkeyPatch) -> None:

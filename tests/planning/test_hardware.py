@@ -55,7 +55,7 @@ def test_names_as_drivers_and_people_write_them(name, card):
     ],
 )
 def test_a_name_of_several_cards_asks_which(name, cards):
-    with pytest.raises(ConfigError, match="RW141: .* may mean several cards") as caught:
+    with pytest.raises(ConfigError, match="RW141: .* may mean several GPUs") as caught:
         find_card(name)
     for card in cards:
         assert f'--gpu "{card}"' in caught.value.message

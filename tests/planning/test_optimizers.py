@@ -15,7 +15,7 @@ def refuses(check, *arguments, **more) -> bool:
     try:
         check(*arguments, **more)
     except ConfigError as error:
-        return error.code == "RW116" and "CUDA cards only" in error.message
+        return error.code == "RW116" and "CUDA GPUs only" in error.message
     return False
 
 

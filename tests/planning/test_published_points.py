@@ -54,7 +54,7 @@ def test_full_fine_tuning_of_65b_takes_more_than_780_gb():
 
 
 def test_errors_are_those_that_the_docs_state():
-    text = (Path(__file__).parents[2] / "docs" / "cards.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "gpus.md").read_text(encoding="utf-8")
     assert f"the plan is within {100 * ERROR:.0f} %" in text
 
 

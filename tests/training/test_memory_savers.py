@@ -23,8 +23,8 @@ from tiny_models import tiny_llama
     ("optimizer", "device", "part"),
     [
         ("paged_adamw_8bit", "cpu", "use adamw_torch"),
-        ("paged_adamw_32bit", "mps", "runs on CUDA cards only"),
-        ("adamw_bnb_8bit", "cpu", "runs on CUDA cards only"),
+        ("paged_adamw_32bit", "mps", "runs on CUDA GPUs only"),
+        ("adamw_bnb_8bit", "cpu", "runs on CUDA GPUs only"),
         ("adamw_torch_4bit", "cpu", "pip install torchao"),
     ],
 )

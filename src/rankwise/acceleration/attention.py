@@ -132,7 +132,7 @@ def _card_obstacle(dtype: torch.dtype, capability: tuple[int, int], head_width: 
     if dtype not in _FLASH_DTYPES:
         return f"flash attention needs a 16-bit dtype, and the model computes in {dtype}"
     if capability < _FLASH_CAPABILITY:
-        return "flash attention needs compute capability 8.0, and this card has {}.{}".format(*capability)
+        return "flash attention needs compute capability 8.0, and this GPU has {}.{}".format(*capability)
     if head_width > FLASH_WIDTH or head_width % ALIGNED:
         return (
             f"flash attention needs head sizes up to {FLASH_WIDTH} in steps of {ALIGNED}, and these heads have "

@@ -42,7 +42,7 @@ def _machine() -> Iterator[tuple[str, str]]:
         yield "kept bases", f"{byte_size(sum(held))} in {bases}; each may be deleted, and is prepared again when needed"
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
-        yield f"card {index}", f"{card.name}, {byte_size(card.total_memory)}, capability {card.major}.{card.minor}"
+        yield f"GPU {index}", f"{card.name}, {byte_size(card.total_memory)}, capability {card.major}.{card.minor}"
     yield "trains on", choose_device().reason
 
 
@@ -101,7 +101,7 @@ def _findings() -> Iterator[tuple[str, str]]:
     if obstacle := (selection.obstacle("triton", "cuda") if has_card else None) or native.obstacle():
         yield "RW608", f"4-bit products run in plain PyTorch, slowly: {obstacle}"
     if shutil.which("nvidia-smi") is not None and not has_card:
-        text = f"NVIDIA's driver is installed and torch {torch.__version__} uses no card; install torch's build for it"
+        text = f"NVIDIA's driver is installed and torch {torch.__version__} uses no GPU; install torch's build for it"
         yield "RW791", f"{text}: https://pytorch.org/get-started/locally."
 
 

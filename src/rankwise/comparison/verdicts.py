@@ -162,7 +162,7 @@ def correction(looks: Sequence[Sequence[str]], *names: str) -> float:
 
 
 def retentions(scores: Mapping[str, Scores], base: Scores, *, relative_margin: float) -> dict[str, Retention]:
-    """What each method kept of the rows that must stay, by its loss minus that of the base, which was measured once.
+    """What each method kept of the retained rows, by its loss minus that of the base, which was measured once.
 
     Kept: the loss surely rose by less than ``relative_margin`` of the base's. Lost: it surely rose, and not surely by
     less. Surely: with a one-sided p-value below 0.05 when multiplied by the number of methods.
@@ -199,7 +199,7 @@ def retentions(scores: Mapping[str, Scores], base: Scores, *, relative_margin: f
 
 
 def _stays(method: Method) -> Literal["kept", "lost", "unknown"]:
-    """Whether the method kept what must stay, or lost more of it than the margin."""
+    """Whether the method kept its level on the retained rows, or lost more than the margin."""
     found = method["retained"]
     if found is not None and found["verdict"] == "lost" and found["difference"] > found["margin"]:
         return "lost"
@@ -382,8 +382,8 @@ def recommend(
     worse. (The best mean may be of a method that a test found worse: a test takes the seeds that both methods have.)
     The cheapest of the best one and its equals is taken. Methods that the runs cannot tell from the best one are its
     equals if the comparison could have seen a difference that matters: ``detectable`` is at most ``margin``, both
-    shares of the metric. Otherwise nothing is decided. If a candidate kept what must stay, methods that lost more
-    than the margin are no candidates.
+    shares of the metric. Otherwise nothing is decided. If a candidate kept its level on the retained rows, methods
+    that lost more than the margin are no candidates.
     """
     sign = -1 if higher_is_better else 1
     means = {name: sign * item["mean"][metric] for name, item in methods.items() if metric in item["mean"]}

@@ -1,7 +1,7 @@
-"""``rankwise train --retain D``: the loss on what must stay, of the base and of the weights that a run keeps.
+"""``rankwise train --retain D``: the loss on the retained rows, of the base and of the weights that a run keeps.
 
-What must stay are rows, or the questions of a task of lm-evaluation-harness. Of a question whose choices c have the
-log-likelihoods z_c, and r is the right one:
+The retained rows show abilities to keep; or they are questions of a task of lm-evaluation-harness. Of a question
+whose choices c have the log-likelihoods z_c, and r is the right one:
 
     loss = -log( exp(z_r) / sum_c exp(z_c) ),      accuracy: whether z_r is the largest
 """

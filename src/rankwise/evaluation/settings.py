@@ -55,7 +55,7 @@ class LoadingOptions(ModelOptions):
             metavar="file|16",
         ),
     ] = None
-    device: Annotated[Device, _loading("Device; auto takes a CUDA card, else the CPU.")] = "auto"
+    device: Annotated[Device, _loading("Device; auto takes a CUDA GPU, else the CPU.")] = "auto"
     mmap: Annotated[bool, _loading("On a CPU, read weights from mapped files; --no-mmap copies them into memory.")] = (
         True
     )

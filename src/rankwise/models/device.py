@@ -65,14 +65,14 @@ def _cuda(name: str) -> tuple[str, str]:
     import torch
 
     if not torch.cuda.is_available():
-        build = "is built without CUDA" if torch.version.cuda is None else "finds no usable CUDA card"
+        build = "is built without CUDA" if torch.version.cuda is None else "finds no usable CUDA GPU"
         raise ModelError(
             "RW312", f"the device {name} was requested, and torch {torch.__version__} {build}; use cpu or auto."
         )
     index = int(name[5:] or 0) if ":" in name else int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count()
     if index >= count:
-        raise ModelError("RW312", f"the device cuda:{index} was asked for, and this machine has {count} CUDA card(s).")
+        raise ModelError("RW312", f"the device cuda:{index} was asked for, and this machine has {count} CUDA GPU(s).")
     return f"cuda:{index}", f"cuda:{index}: {torch.cuda.get_device_name(index)}"
 
 
@@ -95,8 +95,8 @@ def _automatic_dtype(device: str) -> tuple[torch.dtype, str]:
 
     if device.startswith("cuda"):
         if _cuda_has_bfloat16():
-            return torch.bfloat16, "bfloat16: the card computes in it"
-        return torch.float16, "float16 with loss scaling: the card has no bfloat16"
+            return torch.bfloat16, "bfloat16: the GPU computes in it"
+        return torch.float16, "float16 with loss scaling: the GPU has no bfloat16"
     if device == "mps":
         if torch.backends.mps.is_macos_or_newer(14, 0):
             return torch.bfloat16, "bfloat16: macOS 14 or newer has it"

@@ -64,7 +64,7 @@ def load_model(
             new and random where the files hold none.
         dtype: The dtype of the weights. None keeps the stored one (float32 for GGUF); ``"auto"`` takes bfloat16 where
             the device computes in it.
-        device: None loads to the CPU, as transformers does; ``"auto"`` takes a CUDA card, else the CPU.
+        device: None loads to the CPU, as transformers does; ``"auto"`` takes a CUDA GPU, else the CPU.
         quantization: A transformers quantization config, such as ``Nf4Config``. Each tensor is quantized as it is
             read. GGUF weights are dequantized first.
         trust_remote_code: Run Python code that comes with a hub repository.

@@ -537,7 +537,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "paged",
         lambda s: "optimizer" in s.changed and s.settings["optimizer"] == PAGED,
-        "8-bit states take a quarter of 32-bit ones, and pages of them leave the card when it is full",
+        "8-bit states take a quarter of 32-bit ones, and pages of them leave the GPU when it is full",
         f"{QLORA_PAPER}, section 3 (paged optimizers)",
         "published",
     ),

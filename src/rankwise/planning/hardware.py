@@ -104,7 +104,7 @@ def find_card(name: str) -> Card:
     card, *others = _fitting(name)
     if others:
         options = [f'--gpu "{found.name}"' for found in (card, *others)]
-        raise ConfigError("RW141", f"{name} may mean several cards; give {', '.join(options[:-1])} or {options[-1]}.")
+        raise ConfigError("RW141", f"{name} may mean several GPUs; give {', '.join(options[:-1])} or {options[-1]}.")
     return card
 
 
@@ -121,8 +121,8 @@ def _fitting(name: str) -> list[Card]:
     closest = ", ".join(names[key] for key in keys) or "RTX 4090, A100 80GB SXM, H100 SXM, Apple M4 Max 64GB"
     raise ConfigError(
         "RW141",
-        f"there is no card {name!r} in the table; the closest are {closest}. With --memory 24GB one of "
-        "these stands for a card of that memory.",
+        f"there is no GPU {name!r} in the table; the closest are {closest}. With --memory 24GB one of "
+        "these stands for a GPU of that memory.",
     )
 
 

@@ -65,12 +65,12 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
     ] = "sft"
     goal: Annotated[Goal, _model("What decides if several methods fit: speed, quality or serving.")] = "speed"
 
-    gpu: Annotated[str | None, _device("Card to plan for, by name; default: this machine.", metavar="NAME")] = None
+    gpu: Annotated[str | None, _device("GPU to plan for, by name; default: this machine.", metavar="NAME")] = None
     memory: Annotated[
         str | None,
         _device(
             "Memory to plan for: 24GB (10^9 bytes), 24GiB (2^30), 24 (GB): of a machine like this one, or with --gpu "
-            "of such a card.",
+            "of such a GPU.",
             metavar="SIZE",
         ),
     ] = None
@@ -385,7 +385,7 @@ def check_device(optimizer: str, device_type: str, name: str) -> None:
     if rule_of(optimizer).cuda_only and device_type != "cuda":
         raise ConfigError(
             "RW116",
-            f"--optimizer {optimizer} runs on CUDA cards only, and this plan is for {name}; take adamw_torch.",
+            f"--optimizer {optimizer} runs on CUDA GPUs only, and this plan is for {name}; take adamw_torch.",
         )
 
 

@@ -73,7 +73,7 @@ class MethodVerdict(TypedDict):
 
 
 class Retention(TypedDict):
-    """What a method kept of the rows that must stay (``--retain``), against the base."""
+    """What a method kept of the retained rows (``--retain``), against the base."""
 
     verdict: Retained
     # Loss of the base, in nats per token (of a task: per question), and the method's minus it, with its 95 % interval;
@@ -227,7 +227,7 @@ class Recommendation(TypedDict):
     equals: list[str]
     # Methods that may be better than the best one: too few data, or not tuned.
     open: list[str]
-    # Methods that kept what must stay; if there are any, those that lost more of it than the margin are left out.
+    # Methods that kept their level on the retained rows; if there are any, those that lost more are left out.
     kept: list[str]
     forgot: list[str]
     costs: list[DecidingCost]

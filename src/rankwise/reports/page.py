@@ -124,7 +124,7 @@ def _retained(comparison: Comparison, numbers: Mapping[str, int]) -> JsonObject:
     if not spots:
         return {"retained": ""}
     margin, what = base["margin"] / base["base"], comparison["data"]["retain"]
-    axis = "loss on what must stay, change in %"
+    axis = "loss on the retained rows, change in %"
     return {
         "retained": plots.quality_against_cost(spots, numbers, axis, metric_name(metric), 100 * margin),
         "retained_rows": f"{plural(what['rows'], 'question' if what['unit'] == 'question' else 'row')} of "

@@ -66,7 +66,7 @@ def _evaluated(comparison: Comparison) -> str:
     parts = [plural(comparison["data"]["eval"]["rows"], "row")]
     for name, result in comparison["base"]["tasks"].items():
         if name not in ("perplexity", "labels"):
-            what = "what must stay" if name == RETAINED else visible(name)
+            what = "the retained rows" if name == RETAINED else visible(name)
             parts.append(f"{what}: {plural(result['count'], 'example')}")
     if overlap := comparison["data"]["overlap"]:
         parts.append(f"{plural(overlap, 'row')} also in the training data")
@@ -141,7 +141,7 @@ def columns(comparison: Comparison) -> dict[str, str]:
         if metric in metrics - {RETAINED_LOSS}:
             found[metric] = metric_name(metric)
     if RETAINED_LOSS in metrics:
-        found["retained"] = "What must stay"
+        found["retained"] = "Retained rows"
     return found | {
         "trainable_parameters": "Trainable",
         "adapter_bytes": "On disk",
@@ -197,7 +197,7 @@ def base_row(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def change_of(kept: Fields) -> str:
-    """``+3.2 % ± 0.5``: the change of the loss on what must stay, as a share of the base's."""
+    """``+3.2 % ± 0.5``: the change of the loss on the retained rows, as a share of the base's."""
     interval = kept["interval"] and [100 * bound / kept["base"] for bound in kept["interval"]]
     change, reach = estimate(100 * kept["difference"] / kept["base"], interval, signed=True)
     return f"{change} % {reach}".strip()

@@ -194,7 +194,7 @@ def _verdicts(document: Fields) -> list[str]:
 
 
 def _retained(document: Fields) -> list[str]:
-    """Which methods lost too much of what must stay, or else what the recommended one kept of it."""
+    """Which methods lost too much on the retained rows, or else what the recommended one kept of it."""
     found, methods = document["recommendation"], document["methods"]
     own = methods[found["method"]]["retained"]
     if own is None:
@@ -202,17 +202,17 @@ def _retained(document: Fields) -> list[str]:
     if forgot := found["forgot"]:
         told = listed(stayed(name, methods[name]["retained"]) for name in forgot)
         margin, is_are = percent(own["margin"] / own["base"]), "is" if len(forgot) == 1 else "are"
-        over = f"{is_are} not recommended over {named(found['kept'])}, which kept it"
+        over = f"{is_are} not recommended over {named(found['kept'])}, which kept theirs"
         return [f"{told}, more than the {margin} of --retain-margin, and {over}"]
     return [stayed(found["method"], own)]
 
 
 def stayed(method: str, kept: Fields) -> str:
-    """``LoRA kept what must stay``, ``DoRA lost 8.1 % of what must stay``: by the rise of the loss."""
+    """``LoRA kept its level on the retained rows``, ``DoRA lost 8.1 % on ...``: by the rise of the loss."""
     said = {
-        "kept": "{} kept what must stay",
-        "lost": f"{{}} lost {percent(kept['difference'] / kept['base'])} of what must stay",
-        "cannot tell": "the runs cannot tell whether {} kept what must stay",
+        "kept": "{} kept its level on the retained rows",
+        "lost": f"{{}} lost {percent(kept['difference'] / kept['base'])} on the retained rows",
+        "cannot tell": "it is unclear whether {} kept its level on the retained rows",
     }
     return said[kept["verdict"]].format(long_name(method))
 

@@ -72,7 +72,7 @@ def check_memory_savers(optimizer: str, device_type: str, *, activation_offloadi
         if device_type != "cuda":
             raise ConfigError(
                 "RW116",
-                f"--optimizer {optimizer} runs on CUDA cards only, and this run is on {device_type}; use adamw_torch.",
+                f"--optimizer {optimizer} runs on CUDA GPUs only, and this run is on {device_type}; use adamw_torch.",
             )
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError("RW116", f"--optimizer {optimizer} needs bitsandbytes; run `pip install bitsandbytes`.")

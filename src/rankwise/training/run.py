@@ -90,7 +90,7 @@ def train(
     """Fine-tune according to ``settings``, write a run folder to ``settings.output``, and return the run's record.
 
     ``foresight`` predicts the peak memory before the model is loaded and before the first step, and may refuse the run.
-    ``retention`` measures the model on what must stay, before training and after. ``began``: when the command began,
+    ``retention`` measures the model on the retained rows, before training and after. ``began``: when the command began,
     by ``time.monotonic``. ``given``: a model and rows in memory, and callbacks.
     Under torchrun every process calls this function: all processes train, and process 0 writes.
 

@@ -93,7 +93,7 @@ class Foresight(Protocol):
 
 
 class Retention(Protocol):
-    """Measures a run on what must stay. The command line connects the two, as it does with the memory plan.
+    """Measures a run on the retained rows. The command line connects the two, as it does with the memory plan.
 
     Models come with the run's own operators, and with the dtype of mixed precision.
     """
@@ -190,7 +190,7 @@ class Session:
             begin_metrics(self.folder, step)
         computed = self.loop.autocast if self.loop.model.dtype == torch.float32 else None
         if self.retention is not None:
-            self.observer.phase("Measuring what must stay")
+            self.observer.phase("Measuring the retained rows")
             self._announce([*self.retention.files])
             self.retention.before(self.loop.model, self.tokenizer, computed, resumes=self.checkpoint is not None)
         self._train()

@@ -144,7 +144,7 @@ def table_of(comparison: Comparison) -> Group:
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:
     """A line for each method against the best. The difference is that of the method named first minus the other one.
-    Then a line for each method against the base, if there are rows that must stay.
+    Then a line for each method against the base, if there are retained rows.
     """
     words = {
         "better": "{} is better than {}",

@@ -160,9 +160,9 @@ def larger_card(estimate: MemoryEstimate) -> str:
     """The card with the least memory that holds this run with its error."""
     enough = [card for card in CARDS if card.usable_bytes >= estimate.most_bytes and not card.name.startswith("Apple")]
     if not enough:
-        return "several cards"
+        return "several GPUs"
     smallest = min(enough, key=lambda card: card.usable_bytes)
-    return f"a larger card: the smallest in the table that holds it is {smallest.name} ({smallest.memory_gib:g} GiB)"
+    return f"a larger GPU: the smallest in the table that holds it is {smallest.name} ({smallest.memory_gib:g} GiB)"
 
 
 def settings_sentence(plan: Plan) -> str:
@@ -227,7 +227,7 @@ def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
     if plan.hardware.device_type == "mps":
         yield "device", APPLE
     if plan.hardware.kind == "card":
-        yield "card", f"{plan.hardware.source}; its memory is what torch can take of it"
+        yield "GPU", f"{plan.hardware.source}; its memory is what torch can take of it"
     seen: dict[str, list[str]] = {}
     for row in plan.rows:
         for note in row.estimate.notes:

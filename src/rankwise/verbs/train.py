@@ -228,7 +228,7 @@ def check(settings: TrainSettings, in_memory: Collection[str] = ()) -> None:
 
 
 def carry_out(settings: TrainSettings, output: Output, began: float, given: Given | None = None) -> RunRecord:
-    """Train in this process, with the memory plan, what must stay, and a display of the progress."""
+    """Train in this process, with the memory plan, the retained rows, and a display of the progress."""
     given_names = () if given is None else (*given.rows, *(["model"] if given.model is not None else []))
     check(settings, given_names)
     # While torch and transformers are imported, collections free nothing and take a quarter of the time.
