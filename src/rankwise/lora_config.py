@@ -348,7 +348,10 @@ def _target_problems(config: LoraConfig) -> Iterator[str]:
         yield "modules_to_save holds an empty name, in which every module's name ends; leave it out"
     # As in PEFT, stacked experts take only LoRA.
     if config.target_parameters is not None and config.use_dora:
-        yield "use_dora is set with target_parameters, and stacked experts take only LoRA; leave one of the two out"
+        yield (
+            "use_dora is set with target_parameters, and stacked experts take only LoRA: DoRA's norms would read every "
+            "expert once more in each step; leave one of the two out"
+        )
     if config.target_parameters is not None and config.lora_dropout:
         yield (
             f"lora_dropout is {config.lora_dropout!r} with target_parameters, and stacked experts take no dropout; set "
