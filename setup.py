@@ -25,6 +25,16 @@ FAMILIES = ("attention", "elementwise", "four_bit", "products")
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Icsrc"]
 # Set where a wheel is built to be given to others: then nothing may be missing from the library.
 STRICT = bool(os.environ.get("RANKWISE_REQUIRE_NATIVE"))
+# Of `dev/wheels.py`: zig's program, and the platform tag of the wheel that it compiles for.
+ZIG, PLATFORM = os.environ.get("RANKWISE_ZIG"), os.environ.get("RANKWISE_PLATFORM", "")
+# Its name for each platform, with the oldest glibc and macOS; those of torch's own wheels.
+TARGETS = {
+    "manylinux_2_28_x86_64": "x86_64-linux-gnu.2.28",
+    "manylinux_2_28_aarch64": "aarch64-linux-gnu.2.28",
+    "win_amd64": "x86_64-windows-gnu",
+    "macosx_14_0_arm64": "aarch64-macos.14.0",
+    "macosx_14_0_x86_64": "x86_64-macos.14.0",
+}
 # Compiled once, for any processor of the platform.
 PLAIN = ("common/huge_pages", "common/level", "common/parallel", *(f"{name}/{name}" for name in FAMILIES))
 
@@ -35,11 +45,30 @@ def read_levels() -> dict[str, tuple[list[str], list[str]]]:
     return {line[0]: (line[1].split(","), line[2:]) for line in lines if line and line[0] != "#"}
 
 
+def zig_compiler(zig: str, folder: str) -> Any:
+    """zig as the compiler for ``PLATFORM``. What the library needs of C++ becomes part of it."""
+    # distutils is setuptools' own once setuptools is imported.
+    from distutils.ccompiler import new_compiler
+
+    compiler = new_compiler(compiler="unix")
+    command = [zig, "c++", "-target", TARGETS[PLATFORM]]
+    compiler.set_executables(**dict.fromkeys(("compiler_cxx", "compiler_so_cxx", "linker_exe_cxx"), command))
+    named = {
+        "win": [f"-Wl,--out-implib={folder}/native.lib"],
+        # Else the library holds the path under which it was built.
+        "mac": ["-Wl,-install_name,@rpath/_native.dylib"],
+    }
+    compiler.set_executables(linker_so_cxx=[*command, "-shared", "-s", *named.get(PLATFORM[:3], [])])
+    return compiler
+
+
 class BuildNative(build_ext):
     """Each source with the flags of its instruction set; the file is called after the library, not after a Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split("."))) + (".dylib" if sys.platform == "darwin" else ".so")
+        system = PLATFORM or sys.platform
+        suffix = ".dll" if system.startswith("win") else ".dylib" if system.startswith(("darwin", "macosx")) else ".so"
+        return str(Path(*fullname.split("."))) + suffix
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -54,6 +83,8 @@ class BuildNative(build_ext):
             )
 
     def _build(self, ext: Extension) -> None:
+        if ZIG:
+            self.compiler = zig_compiler(ZIG, self.build_temp)
         if self.compiler.compiler_type != "unix":
             raise RuntimeError(
                 f"only compilers that take GCC's options are supported, not {self.compiler.compiler_type}"
@@ -67,7 +98,7 @@ class BuildNative(build_ext):
     def _compile(self, pool: Executor) -> list[list[str]]:
         levels = read_levels()
         _, every = levels.pop("every")
-        if platform.machine().lower() not in ("x86_64", "amd64"):
+        if not (PLATFORM or platform.machine().lower()).endswith(("x86_64", "amd64")):
             levels = {"portable": levels["portable"]}
         begun = {
             name: [
@@ -97,7 +128,7 @@ class TagForEveryPython(bdist_wheel):
     """The library is bound to a platform, not to a Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", PLATFORM or super().get_tag()[2]
 
 
 commands: dict[str, Any] = {"build_ext": BuildNative, "bdist_wheel": TagForEveryPython}
