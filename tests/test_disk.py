@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import signal
@@ -104,7 +103,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: p
     def none(handle: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", none)
     with pytest.warns(RankwiseWarning, match="RW552"), hold(tmp_path / "out"):
         pass
 

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import mmap
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -19,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from rankwise.compat import system
+from rankwise.compat.system import flush
 from rankwise.errors import RankwiseError, RunError, warn
 
 # The suffix of unfinished files and folders, made by secrets.token_hex(4), as a regular expression.
@@ -114,6 +115,8 @@ def hold(folder: Path) -> Iterator[None]:
     written, as above a mounted folder, it is the folder itself. The operating system releases the lock when the process
     dies. Warns RW552 where the file system has no locks.
     """
+    if part := system.reserved_name(folder):
+        raise RunError("RW551", f"{folder}: Windows has no files or folders named {part!r}; give a different name.")
     place = Path(os.path.realpath(folder))
     file = place.with_name(f".{place.name}.rankwise-lock")
     made = [parent for parent in place.parents if not parent.exists()]
@@ -126,11 +129,7 @@ def hold(folder: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(place)
-            try:
-                with contextlib.suppress(OSError):
-                    file.unlink()
-            finally:
-                os.close(handle)
+            system.unlock(handle, file)
     finally:
         for parent in made:
             # A folder that has content by now stays.
@@ -140,16 +139,14 @@ def hold(folder: Path) -> Iterator[None]:
 
 def _locked(file: Path, place: Path) -> int:
     """A descriptor that holds the lock ``file``, or ``place`` itself."""
-    import fcntl
-
     try:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | system.NO_FOLLOW, 0o666)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not place.is_dir():
             raise
         handle, file = os.open(place, os.O_RDONLY), place
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system.lock(handle)
         # The process that held the lock may have removed its file meanwhile.
         if os.path.samestat(os.fstat(handle), file.stat()):
             return handle
@@ -181,7 +178,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            system.rename(temporary, path)
             flush(path.parent)
     except BaseException:
         # Already renamed where a signal came right after; the first error is the one to raise.
@@ -257,7 +254,7 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
             flush_tree(partial)
             if replace:
                 discard_folder(output)
-            os.rename(partial, output)
+            system.rename(partial, output)
             is_in_place = True
             flush(output.parent)
         except BaseException:
@@ -265,13 +262,6 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
                 discard_folder(output)
             remove_tree(partial)
             raise
-
-
-def cache_folder() -> Path:
-    """The folder for the user's caches on this system."""
-    if platform.system() == "Darwin":
-        return Path.home() / "Library" / "Caches" / "rankwise"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise"
 
 
 def remove_tree(folder: Path) -> None:
@@ -285,7 +275,7 @@ def discard_folder(folder: Path) -> None:
     if not folder.is_dir() or folder.is_symlink():
         return
     doomed = _partial(folder)
-    os.rename(folder, doomed)
+    system.rename(folder, doomed)
     remove_tree(doomed)
 
 
@@ -330,12 +320,3 @@ def flush_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         flush(path)
     flush(folder)
-
-
-def flush(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

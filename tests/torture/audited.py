@@ -24,7 +24,7 @@ from disk_cases import Cases
 
 from in_process import steps_in_this_process
 from rankwise.cli import export_proof
-from rankwise.disk import cache_folder
+from rankwise.compat.system import cache_folder
 from rankwise.planning.hardware import idle_process_bytes
 
 PATHS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "open")

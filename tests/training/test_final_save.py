@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ def stopping(function: Any, at_call: int, error: BaseException) -> Any:
 PLACES = {
     "the kept step": ("restore_kept", 1),
     "weights": ("save_weights", 1),
-    "first file": ("os.replace", 1),
-    "second file": ("os.replace", 2),
+    "first file": ("rename", 1),
+    "second file": ("rename", 2),
     "plot": ("write_plot", 1),
     "card": ("write_card", 1),
 }
@@ -49,13 +48,8 @@ def test_an_interrupted_final_save_is_made_good(
 ) -> None:
     name, at_call = PLACES[place]
     with monkeypatch.context() as patch:
-        if name == "os.replace":
-            # The first in session is the first of the final files, all others are records' and checkpoints'.
-            patch.setattr(
-                session, "os", type("os", (), {"replace": stopping(os.replace, at_call, KeyboardInterrupt())})
-            )
-        else:
-            patch.setattr(session, name, stopping(getattr(session, name), at_call, KeyboardInterrupt()))
+        # The first rename in session is that of the first final file; all others are records' and checkpoints'.
+        patch.setattr(session, name, stopping(getattr(session, name), at_call, KeyboardInterrupt()))
         with pytest.raises(Interrupted) as caught:
             train(settings(lora_dropout=0.1))
     assert caught.value.code == "RW541"

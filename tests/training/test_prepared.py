@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +81,7 @@ def test_a_folder_without_weights_is_prepared_again(model_folder: Path, tmp_path
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(model_folder: Path, tmp_path: Path):
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:

@@ -8,22 +8,17 @@ process and cannot be read back, so they are set once and stay. `limit_generated
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import itertools
 import os
-import platform
-import re
 import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -32,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rankwise.acceleration.parts import Undo, class_forward, replace_forward
+from rankwise.compat.system import anonymous_memory_bytes as anonymous_memory_bytes
+from rankwise.compat.system import glibc
 from rankwise.compat.torch import (
     Ctx,
     hooks_around,
@@ -96,12 +93,12 @@ def grow_segments() -> str:
 @functools.cache
 def keep_freed_memory() -> bool:
     """Raise glibc's thresholds. Returns False under a different allocator."""
-    if not _has_glibc():
+    library = glibc()
+    if library is None:
         return False
-    mallopt = ctypes.CDLL(None).mallopt
     wanted = ((M_MMAP_THRESHOLD, MMAP_BYTES), (M_TRIM_THRESHOLD, TRIM_BYTES), (M_TOP_PAD, TOP_PAD_BYTES))
     # All are set, even if one is refused.
-    taken = [mallopt(parameter, value) == 1 for parameter, value in wanted]
+    taken = [library.mallopt(parameter, value) == 1 for parameter, value in wanted]
     return all(taken)
 
 
@@ -111,25 +108,14 @@ def share_one_heap() -> None:
     gloo copies each tensor that it gathers, in threads of its own. glibc would give each thread a heap, which keeps
     freed memory: 85 of 480 MB in a process of FSDP2 (demo model, LoRA, 2 processes).
     """
-    if _has_glibc():
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+    if library := glibc():
+        library.mallopt(M_ARENA_MAX, 1)
 
 
 def give_back_freed_memory() -> None:
     """Return the heap's free pages to the system, also those between blocks in use. Does nothing without glibc."""
-    if _has_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def anonymous_memory_bytes() -> int:
-    """The anonymous resident memory of this process in bytes; on systems other than Linux, all resident memory."""
-    status = Path(f"/proc/{os.getpid()}/status")
-    found = re.search(r"RssAnon:\s*(\d+)", status.read_text(encoding="utf-8")) if status.exists() else None
-    return int(found[1]) * 1024 if found else int(psutil.Process().memory_info().rss)
-
-
-def _has_glibc() -> bool:
-    return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
+    if library := glibc():
+        library.malloc_trim(0)
 
 
 # Gradient checkpointing that does not fragment a CPU's heap. torch's checkpointing records the graph of a block that

@@ -28,7 +28,7 @@ def run(settings: Settings, output: Output) -> Document:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
-    from rankwise.disk import cache_folder
+    from rankwise.compat.system import cache_folder
     from rankwise.models import choose_device
     from rankwise.models.device import cpu_name
     from rankwise.planning.hardware import cpu_hardware

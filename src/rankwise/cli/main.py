@@ -9,7 +9,6 @@ import contextlib
 import faulthandler
 import functools
 import gc
-import io
 import os
 import sys
 import traceback
@@ -34,6 +33,7 @@ from rankwise.cli import (
     train,
 )
 from rankwise.cli.options import Command, function_of, panels_of
+from rankwise.compat.system import speak_utf8
 from rankwise.disk import coded_error
 from rankwise.errors import (
     ConfigError,
@@ -88,10 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     if argv is None:
         gc.freeze()  # A program's imports live until its end, and collections need not look at them.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A file name that is not UTF-8 is shown with escapes instead of raising.
-            stream.reconfigure(errors="backslashreplace")
+    speak_utf8()
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
         # A mapped file that was cut ends the process by a signal, which says nothing by itself.
         faulthandler.enable(sys.__stderr__)

@@ -18,6 +18,7 @@ from pathlib import Path
 import typer
 
 from rankwise.cli.options import Command
+from rankwise.compat.system import end_with_parent
 from rankwise.config import TrainSettings
 from rankwise.errors import Interrupted, RunError
 from rankwise.records import write_text
@@ -117,7 +118,7 @@ def end_with_launcher() -> None:
     launcher = os.environ.pop(LAUNCHER, None)
     if launcher is None:
         return
-    ranks.end_with_parent()
+    end_with_parent()
     if str(os.getppid()) != launcher:
         # It was killed before.
         os.kill(os.getpid(), signal.SIGTERM)

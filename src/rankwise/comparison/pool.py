@@ -24,12 +24,12 @@ from typing import Any, Protocol
 
 from rankwise.comparison import stages
 from rankwise.comparison.stages import Job, Outcome, beside
+from rankwise.compat import system
 from rankwise.disk import InUse, hold
 from rankwise.errors import DataError, Interrupted, RunError, heard
 from rankwise.foreign import JsonObject
 from rankwise.models.device import usable_cores
 from rankwise.planning.hardware import this_machine
-from rankwise.training.ranks import end_with_parent
 
 TICK_SECONDS = 1.0
 # The time that a run has to save its step after it was asked to stop.
@@ -70,16 +70,9 @@ def start(module: str, arguments: Sequence[str], name: Path, environment: Mappin
             stdout=out,
             stderr=log,
             env={**os.environ, **environment},
-            start_new_session=True,
-            preexec_fn=_prepare,
+            **system.child_options(),
         )
-    return Call(process.wait, partial(process.send_signal, signal.SIGINT))
-
-
-def _prepare() -> None:
-    # Background jobs of a shell ignore SIGINT, with which a run is asked to stop.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    end_with_parent()
+    return Call(process.wait, partial(process.send_signal, system.ASK_TO_STOP))
 
 
 def environments(jobs: int, device: str) -> list[dict[str, str]]:
@@ -125,6 +118,8 @@ def connect(address: str | None, device: str) -> Cluster:
     A step takes one GPU and its share of the node's cores; on a cluster without GPUs, or with ``device`` "cpu", it
     takes all cores of the smallest node. Raises RunError (RW555) without Ray or without a cluster.
     """
+    if system.WINDOWS:
+        raise RunError("RW555", "--executor ray was never tried on Windows; leave it out, or use Linux (WSL).")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -302,7 +297,7 @@ class Pool:
             if self.lost[job] < MOST_LOSSES and not stopping:
                 self.watcher.say(f"{job.id}: its machine is gone; the step starts again on a different one.")
                 return
-            code = -signal.SIGKILL
+            code = -system.KILLED
         if stopping and code:
             # A step that was asked to stop may end with any code: with 1 if the signal came while Python started.
             code = -signal.SIGINT

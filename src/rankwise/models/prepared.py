@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rankwise.compat.system import cache_folder
 from rankwise.compat.torch import own_part
 from rankwise.compat.transformers import saved_by_any_rank
-from rankwise.disk import InUse, cache_folder, hold, whole_folder
+from rankwise.disk import InUse, hold, whole_folder
 from rankwise.errors import ModelError, RunError
 from rankwise.models.folder import CONFIG_FILE, read_config
 from rankwise.models.load import is_of_file, load_model, load_tokenizer, quiet, remember_originals, tell_padding

@@ -25,9 +25,9 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rankwise.compat.system import cache_folder
 from rankwise.config import keeps_file_bits
 from rankwise.conflicts import without_reference
-from rankwise.disk import cache_folder
 from rankwise.errors import ConfigError, RankwiseWarning, heard, warn
 from rankwise.foreign import JsonObject, read_json
 from rankwise.methods import METHODS, method_of

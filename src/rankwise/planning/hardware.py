@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rankwise.disk import cache_folder
+from rankwise.compat.system import cache_folder
 from rankwise.errors import ConfigError
 from rankwise.foreign import JsonObject, read_json
 from rankwise.models.device import cpu_has_bfloat16, cpu_name, usable_cores

@@ -21,8 +21,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.compat.system import cache_folder
 from rankwise.conflicts import takes_eight_bit
-from rankwise.disk import cache_folder
 from rankwise.errors import ModelError
 from rankwise.foreign import Fields
 from rankwise.labels import Labels

@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from rankwise.disk import flush, flush_tree, follow_umask, refuse_links, remove_tree, strays
+from rankwise.compat.system import flush, rename
+from rankwise.disk import flush_tree, follow_umask, refuse_links, remove_tree, strays
 from rankwise.errors import ConfigError, RunError, some_of
 from rankwise.foreign import Fields, read_json, sha256_of
 from rankwise.options import flag
@@ -60,7 +61,7 @@ def save_checkpoint(run_folder: Path, step: int, write: Callable[[Path], None], 
         if os.path.lexists(target):
             # After a resume from an earlier checkpoint, the step is written again and replaces the old one.
             _discard(target)
-        os.rename(temporary, target)
+        rename(temporary, target)
         flush(target.parent)
     return Checkpoint(step, target)
 
@@ -200,7 +201,7 @@ def _discard(path: Path) -> None:
         path.unlink()
         return
     doomed = path.parent / f"{TEMPORARY}old-{path.name}-{os.getpid()}"
-    os.rename(path, doomed)
+    rename(path, doomed)
     remove_tree(doomed)
 
 

@@ -34,7 +34,7 @@ from rankwise.acceleration import Head, give_back_freed_memory, head_in_eight_bi
 from rankwise.acceleration.parts import adapted_layers
 from rankwise.adapters.layer import AdaptedLayer
 from rankwise.adapters.lora import LowRankPair
-from rankwise.disk import cache_folder
+from rankwise.compat.system import cache_folder
 from rankwise.foreign import checked, read_json
 from rankwise.ops.eight_bit import EightBit, error_of_rows
 from rankwise.ops.low_rank_linear import low_rank_linear

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from rankwise.compat import system
 from rankwise.config import TrainSettings
 from rankwise.conflicts import check_conflicts
 from rankwise.errors import ConfigError, RunError
@@ -30,8 +30,6 @@ T = TypeVar("T")
 PATIENCE_SECONDS = 600
 # Time within which other machines must see a new file: NFS caches a missing file for 30 seconds.
 FILE_SECONDS = 35
-# Linux's prctl option for the signal that a process gets when its parent dies.
-PR_SET_PDEATHSIG = 1
 # Environment variables of torchrun, all integers.
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
@@ -131,6 +129,8 @@ def check_processes(settings: TrainSettings, processes: int) -> None:
 
 def check_cards(device_type: str, processes: int) -> None:
     """Raise ConfigError (RW139) if this machine does not have a device for each process."""
+    if system.WINDOWS and processes > 1:
+        raise ConfigError("RW139", "several processes (--devices) were never tried on Windows; start one, or use WSL.")
     if device_type == "cuda":
         import torch
 
@@ -293,23 +293,14 @@ class Interrupt:
             self.say("Stopping after this step (a second time: at once)")
 
 
-def end_with_parent() -> None:
-    """Let this process get SIGTERM, with which a run saves its step, when its parent dies. Has an effect on Linux."""
-    if sys.platform == "linux":
-        # Few processes need it, and this module is imported for every --help.
-        import ctypes
-
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def terminable() -> AbstractContextManager[None]:
-    """A context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that temporary files are removed."""
-    return _handled(signal.default_int_handler, signal.SIGTERM)
+    """A context in which any of these raises KeyboardInterrupt, as Ctrl-C does: temporary files are removed."""
+    return _handled(signal.default_int_handler, *system.STOPPING[1:])
 
 
 def interrupts(interrupt: Interrupt) -> AbstractContextManager[None]:
-    """A context in which both signals are passed to ``interrupt``."""
-    return _handled(interrupt.handle, signal.SIGINT, signal.SIGTERM)
+    """A context in which these signals are passed to ``interrupt``."""
+    return _handled(interrupt.handle, *system.STOPPING)
 
 
 @contextmanager

@@ -26,11 +26,12 @@ from rankwise.acceleration.layouts import beginnings_in_words
 from rankwise.acceleration.memory import mesh_of_all, shard
 from rankwise.adapters import has_adapter
 from rankwise.adapters.select import with_heads
+from rankwise.compat.system import cache_folder
 from rankwise.compat.torch import is_unit
 from rankwise.config import StepOptions, TrainSettings, idle_options
 from rankwise.conflicts import takes_eight_bit
 from rankwise.data import warn_of_overlap
-from rankwise.disk import cache_folder, hold
+from rankwise.disk import hold
 from rankwise.errors import RankwiseWarning, RunError, heard, warn
 from rankwise.foreign import Fields, JsonObject, checked, read_json
 from rankwise.lora_config import LoraConfig

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.adapters import has_adapter
 from rankwise.adapters.folder import CONFIG_FILE
 from rankwise.adapters.inject import guest_of
+from rankwise.compat.system import flush, rename
 from rankwise.compat.torch import is_unit
 from rankwise.data import Rows
-from rankwise.disk import coded_errors, flush, flush_tree, follow_umask, refuse_links, remove_strays
+from rankwise.disk import coded_errors, flush_tree, follow_umask, refuse_links, remove_strays
 from rankwise.errors import Interrupted, warn
 from rankwise.foreign import JsonObject
 from rankwise.models.prepared import MappedFiles, mapped_files
@@ -458,7 +458,7 @@ def write_final(
         refuse_links(output, {name.split("/")[0] for name in names if "/" in name})
         for name in names:
             (output / name).parent.mkdir(exist_ok=True)
-            os.replace(folder / name, output / name)
+            rename(folder / name, output / name)
         flush(output)
 
 
