@@ -145,6 +145,7 @@ table: $(STAMP) ## the article's table 1: the next unfinished runs (RUNS=1), and
 
 docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/python docs/_ext/pictures.py
 	$(BIN)/sphinx-build -W -q docs docs/_build
 
 docs-check: $(STAMP) ## run the commands and the Python of every page (a quarter of an hour)

@@ -180,10 +180,12 @@ def test_options_and_codes_are_ours() -> None:
 
 
 def test_what_is_made_from_the_code_is_fresh() -> None:
-    names = ("layers", "python_page", "command_line")
+    names = ("layers", "python_page", "command_line", "pictures")
     made = {name: runpy.run_path(str(ROOT / "docs" / "_ext" / f"{name}.py")) for name in names}
     assert HEADING.findall(made["command_line"]["reference"]())[1:] == [command.name for command in COMMANDS]
     assert (ROOT / "docs" / "architecture.svg").read_text() == made["layers"]["picture"](ROOT / "pyproject.toml")
+    for name, text in made["pictures"]["pictures"]().items():
+        assert (ROOT / "docs" / "pictures" / name).read_text() == text
     assert (ROOT / "docs" / "python.md").read_text() == made["python_page"]["page"]()
     assert set(" ".join(made["python_page"]["GROUPS"].values()).split()) == set(rankwise.__all__)
 

@@ -1,0 +1,138 @@
+"""Draw the pictures of the pages into ``docs/pictures``: the methods as boxes, a plan of `plan.json` as bars.
+
+python docs/_ext/pictures.py
+
+`plan.json` holds what this prints, with the fields that are drawn:
+
+    rankwise plan --model meta-llama/Llama-3.1-8B --gpu "RTX 4090" --max-length 2048 --batch-size 1
+        --method full,lora,dora,qlora,qdora --json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PICTURES = Path(__file__).parents[1] / "pictures"
+# A picture has a ground of its own, since a page may be dark where the system is light.
+STYLE = (
+    "text{font:15px system-ui,sans-serif;fill:#1b2a41;text-anchor:middle}.left{text-anchor:start}"
+    ".ground{fill:#fff}.frozen{fill:#dbe4f3;stroke:#7a93bd}.trained{fill:#ffd9a8;stroke:#c77700}"
+    ".value{fill:#eef1f5;stroke:#8a94a3}.line{stroke:#5c6b80;stroke-width:1.5;fill:none}.tip{fill:#5c6b80}"
+    ".limit{stroke:#c0392b;stroke-width:2;stroke-dasharray:6 4}"
+    ".p0{fill:#7a93bd}.p1{fill:#c77700}.p2{fill:#4c9a8a}.p3{fill:#b07aa1}.p4{fill:#9aa5b1}"
+    "@media(prefers-color-scheme:dark){text{fill:#e8eefc}.ground{fill:#131720}"
+    ".frozen{fill:#26375a;stroke:#6f8bbd}.trained{fill:#5c3d0e;stroke:#f0a53a}.value{fill:#232a35;stroke:#7d8794}"
+    ".line{stroke:#a9b5c6}.tip{fill:#a9b5c6}.limit{stroke:#ff7b6b}}"
+)
+# The terms of a plan, in the order in which they are stacked.
+PARTS = {
+    "weights": ("weights", "weights_4bit"),
+    "trained": ("adapters", "gradients", "optimizer"),
+    "activations": ("activations",),
+    "logits": ("logits",),
+    "other": ("transient", "overhead", "idle"),
+}
+# The boxes of the pair: x, y, width and height.
+A, B = (150, 196, 150, 26), (352, 164, 26, 90)
+
+
+def method(name: str) -> str:
+    """The forward pass of ``lora``, ``dora`` or ``qlora``: x through W, and through A and B, added."""
+    gained = name == "dora"
+    parts = [_box("value", 16, 96, 24, 100, "x"), _arrow(42, 130, 148, 78), _arrow(42, 160, 148, 208)]
+    if name == "qlora":
+        parts += [_codes(150, 16), _text(225, 154, "W: 4-bit codes and scales, frozen")]
+    else:
+        parts += [_box("frozen", 150, 16, 150, 120, "W"), _text(225, 154, "out × in, frozen")]
+    parts += [_box("trained", *A, "A"), _text(225, 240, "r × in"), _box("trained", *B, "B"), _text(365, 272, "out × r")]
+    parts += [_arrow(302, 209, 350, 209), _arrow(302, 78, 428, 138), _arrow(380, 209, 428, 158), _text(424, 200, "s")]
+    parts += [f'<circle class="value" cx="444" cy="148" r="15"/>{_text(444, 153, "+")}']
+    if gained:
+        parts += [_arrow(460, 148, 500, 148), _box("trained", 502, 98, 30, 100, "g"), _text(517, 216, "gain per row")]
+        parts += [_text(530, 40, "g = m / ‖W + s B A‖"), _text(530, 62, "m is trained")]
+    end = 534 if gained else 460
+    parts += [_arrow(end, 148, end + 42, 148), _box("value", end + 44, 98, 24, 100, "y")]
+    return _picture(end + 90, 284, parts)
+
+
+def plan(record: dict[str, Any]) -> str:
+    """Stacked bars, one for each method, in GB, beside the memory of the device."""
+    top = 40
+    methods: dict[str, Any] = record["methods"]
+    most = max(sum(item["breakdown"].values()) for item in methods.values()) / 1e9
+    # A bar that is far too long is cut, and its number says how long it is.
+    limit = record["hardware"]["memory_bytes"] / 1e9
+    scale = 400 / min(most, 1.6 * limit)
+    parts = [_text(74 + limit * scale, 18, f"{record['hardware']['name']}: {limit:.1f} GB")]
+    for number, (name, item) in enumerate(methods.items()):
+        y, x, total = top + number * 36, 74.0, sum(item["breakdown"].values()) / 1e9
+        parts.append(f'<text class="left" x="8" y="{y + 19}">{name}</text>')
+        for shade, terms in enumerate(PARTS.values()):
+            width = min(sum(item["breakdown"][term] for term in terms) / 1e9 * scale, 74 + 400 - x)
+            parts.append(f'<rect class="p{shade}" x="{x:.1f}" y="{y}" width="{max(width, 0):.1f}" height="26"/>')
+            x += max(width, 0)
+        # A number stands behind the line of the limit rather than across it.
+        said = f"{total:.1f}" if total * scale <= 400 else f"{total:.1f}, cut"
+        beside = limit * scale + 82 if abs(x - 74 - limit * scale) < 44 else x + 6
+        parts.append(f'<text class="left" x="{beside:.0f}" y="{y + 19}">{said}</text>')
+    bottom = top + len(methods) * 36
+    at = 74 + limit * scale
+    parts.append(f'<line class="limit" x1="{at:.0f}" y1="26" x2="{at:.0f}" y2="{bottom}"/>')
+    for shade, part in enumerate(PARTS):
+        x = (8, 98, 182, 306, 384)[shade]
+        parts.append(f'<rect class="p{shade}" x="{x}" y="{bottom + 12}" width="14" height="14"/>')
+        parts.append(f'<text class="left" x="{x + 20}" y="{bottom + 24}">{part}</text>')
+    return _picture(560, bottom + 38, parts)
+
+
+def pictures() -> dict[str, str]:
+    """Each file's name and its text."""
+    record = json.loads((PICTURES / "plan.json").read_text(encoding="utf-8"))
+    drawn = {f"{name}.svg": method(name) for name in ("lora", "dora", "qlora")}
+    return drawn | {"plan.svg": plan(record)}
+
+
+def _picture(width: float, height: float, parts: list[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
+    ground = f'<rect class="ground" width="{width}" height="{height}" rx="8"/>'
+    return f"{head}<style>{STYLE}</style>{ground}{''.join(parts)}</svg>\n"
+
+
+def _box(shade: str, x: float, y: float, width: float, height: float, name: str) -> str:
+    rect = f'<rect class="{shade}" x="{x}" y="{y}" width="{width}" height="{height}" rx="4"/>'
+    return rect + _text(x + width / 2, y + height / 2 + 5, name)
+
+
+def _codes(x: float, y: float) -> str:
+    """Rows of a packed matrix: codes of sixteen shades, and beside each block its scale."""
+    cells = [
+        f'<rect class="frozen" x="{x + 16 * column}" y="{y + 20 * row}" width="16" height="20" '
+        f'fill-opacity="{(1 + (5 * row + 7 * column) % 16) / 16:.2f}"/>'
+        for row in range(6)
+        for column in range(8)
+    ]
+    scales = [f'<rect class="value" x="{x + 134}" y="{y + 20 * row}" width="16" height="20"/>' for row in range(6)]
+    return "".join(cells + scales)
+
+
+def _arrow(x: float, y: float, to_x: float, to_y: float) -> str:
+    length = ((to_x - x) ** 2 + (to_y - y) ** 2) ** 0.5
+    along, across = (to_x - x) / length, (to_y - y) / length
+    base_x, base_y = to_x - 8 * along, to_y - 8 * across
+    tip = (
+        f"{to_x:.1f},{to_y:.1f} {base_x - 4 * across:.1f},{base_y + 4 * along:.1f} "
+        f"{base_x + 4 * across:.1f},{base_y - 4 * along:.1f}"
+    )
+    line = f'<line class="line" x1="{x}" y1="{y}" x2="{base_x:.1f}" y2="{base_y:.1f}"/>'
+    return f'{line}<polygon class="tip" points="{tip}"/>'
+
+
+def _text(x: float, y: float, text: str) -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}">{text}</text>'
+
+
+if __name__ == "__main__":
+    for name, text in pictures().items():
+        (PICTURES / name).write_text(text, encoding="utf-8")
