@@ -148,7 +148,7 @@ docs: $(STAMP) ## the documentation as HTML
 	$(BIN)/python docs/_ext/pictures.py
 	$(BIN)/sphinx-build -W -q docs docs/_build
 
-docs-check: $(STAMP) ## run the commands and the Python of every page (a quarter of an hour)
+docs-check: $(STAMP) ## run the commands and the Python of every page, and the notebooks (a quarter of an hour)
 	$(PYTEST) -m "long or not long" tests/test_docs.py
 
 clean: ## remove what the other words made

@@ -1,11 +1,11 @@
 """LoRA in a plain PyTorch loop: python examples/plain_loop.py MODEL OUTPUT"""
 
 import argparse
+import itertools
 
 import torch
 
 import rankwise as rw
-from rankwise.data import encode_rows, stdlib_rows
 
 parser = argparse.ArgumentParser(description="Train a LoRA adapter in a plain PyTorch loop.")
 parser.add_argument("model", help="hub id, folder, .gguf file, or demo")
@@ -14,11 +14,14 @@ given = parser.parse_args()
 
 model, tokenizer = rw.load_model(given.model)
 print(rw.add_adapter(model, rw.LoraConfig(r=8, lora_alpha=16)))
-rows = encode_rows(stdlib_rows()[:64], tokenizer, max_length=128).dataset
+# From here on, a training call with labels computes its loss in chunks and returns no logits. A call without labels, or
+# after model.eval(), returns them.
+print(rw.optimize_for_training(model))
 optimizer = torch.optim.AdamW(rw.adapter_parameters(model).values(), lr=5e-4)
 model.train()
-for step, row in enumerate(rows.select(range(10)).with_format("torch"), 1):
-    loss = model(input_ids=row["input_ids"].long()[None], labels=row["labels"].long()[None]).loss
+batches = rw.batches("stdlib", tokenizer, batch_size=2, max_length=128)
+for step, batch in enumerate(itertools.islice(batches, 10), 1):
+    loss = model(**batch).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -16,6 +16,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer import Typer
@@ -213,6 +214,42 @@ def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     """The blocks of a page, one after the other in one program."""
     blocks = [match["text"] for match in PYTHON_BLOCK.finditer(page.read_text(encoding="utf-8")) if not match["why"]]
     subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(blocks)], cwd=tmp_path, check=True)
+
+
+# The other one is for a service with a card.
+NOTEBOOKS = [path for path in sorted((ROOT / "examples").glob("*.ipynb")) if path.stem != "free_gpu"]
+
+
+def cells_of(notebook: Path) -> list[dict[str, Any]]:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_short_and_keep_what_they_printed(notebook: Path) -> None:
+    cells = cells_of(notebook)
+    assert all(len(cell["source"]) <= 15 for cell in cells)
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    assert cells[-1]["outputs"]
+    kept = json.dumps([cell["outputs"] for cell in cells])
+    assert not re.search(r'"error"|"stderr"|/home/|/work/|/tmp/', kept)
+
+
+@pytest.mark.long
+@needs_demo
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(notebook: Path, tmp_path: Path) -> None:
+    """Each cell, in a kernel of its own; with outputs of the same kinds as those that are kept."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    made = nbformat.read(notebook, as_version=4)
+    nbclient.NotebookClient(made, timeout=3600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    new = [cell for cell in made.cells if cell.cell_type == "code"]
+    for cell, kept in zip(new, cells_of(notebook)):
+        kinds = [
+            [one["output_type"] for one in outputs if one["output_type"] != "stream"]
+            for outputs in (cell.outputs, kept["outputs"])
+        ]
+        assert kinds[0] == kinds[1], cell.source
 
 
 def run(command: str, folder: Path, ends_with: int = 0) -> str:

@@ -13,12 +13,12 @@ HEAD = """# Python
 
 `import rankwise as rw` does what the commands do, and gives their parts to a program of your own. [From PEFT and
 TRL](tutorials/from-peft.md) and [the notebooks](../examples) show it at work; `help(rw.train)` says more. Every error
-is a `rankwise.errors.RankwiseError` with a [code](errors.md), the same as on the command line.
+is a `rankwise.errors.RankwiseError` with a [code](errors.md).
 
 ## Whole runs
 
-The keywords are the options of the commands: `--max-steps 20` is `max_steps=20`. Data may also be a
-`datasets.Dataset` or a list of dicts.
+Keywords are the commands' options: `--max-steps 8` is `max_steps=8`. Data may be a `datasets.Dataset` or a list of
+dicts.
 
 ```python
 import rankwise as rw
@@ -33,36 +33,21 @@ print(comparison.best, comparison.verdicts)
 ```
 
 Results show themselves, in a notebook with the curve or the table. A run has `adapter` (its folder), `loss`,
-`metrics`, `frame()`, `summary`, `record`, `generate(prompt)`, `compare(prompt)`, and `model` and `tokenizer`, which are
-loaded when you ask for them. A plan has `rows`, one for each method, and `settings` for `rw.train`. A comparison has
-`best`, `adapter`, `verdicts` and `document`; an evaluation has `metrics`.
+`metrics`, `frame()`, `summary`, `generate(prompt)`, `compare(prompt)`, and `model` and `tokenizer`, loaded when asked
+for. A plan has `rows` and `settings` (for `rw.train`), a comparison `best`, `adapter`, `verdicts` and `document`, an
+evaluation `metrics`.
 
 `train` and `evaluate` also take a model in memory, with `tokenizer=`. `train` adapts that very object. If the run
 stops, by an error or by Ctrl-C in a cell, the object loses the adapter, and the same call with `resume=True` goes on.
 
-`on_step`, `on_evaluation` and `on_save` take functions. Numbers that `on_evaluation` returns are logged with the
-evaluation, which makes a metric of your own:
+`train` calls `on_step`, `on_evaluation` and `on_save`. Numbers that `on_evaluation` returns, by name, are logged.
+`raise StopIteration` ends the run as early stopping does; another exception stops it with its checkpoint.
 
-```python
-def right(evaluation):
-    given = evaluation.tokenizer("3+4=", return_tensors="pt")
-    answer = evaluation.tokenizer.decode(evaluation.model.generate(**given, max_new_tokens=2)[0])
-    return {"right": "7" in answer}
+## Parts
 
-
-run = rw.train(model="demo", data=rows[8:], eval_data=rows[:8], output="own", max_steps=4, on_evaluation=right)
-print(run.frame()[["step", "eval_loss", "right"]].dropna())
-```
-
-`raise StopIteration` in one of them ends the run as early stopping does. Another exception stops the run with its
-checkpoint and reaches you.
-
-## A loop of your own
-
-`rw.batches` gives the rows of each step as a run sees them, with its masks and its order. The functions below change a
+`rw.batches` gives a loop of your own the rows of each step as a run sees them. The other functions change a
 transformers or plain PyTorch model in place. The model keeps its class, so `Trainer`, `SFTTrainer`, `generate` and
-`accelerate` work on it. Names and meanings are PEFT's where PEFT has them; [adapters](adapters.md) explains them.
-[plain_loop.py](../examples/plain_loop.py) is a whole loop.
+`accelerate` work on it. Names and meanings are PEFT's where PEFT has them ([adapters](adapters.md)).
 """
 GROUPS = {
     "Functions for runs": "train plan compare evaluate batches",

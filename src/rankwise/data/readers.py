@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.data.files import KINDS, kind_of, read_file, table_records
 from rankwise.data.formats import Columns, Format, Record, rows_from_records
@@ -209,16 +209,23 @@ def _read_hub(source: str, split: str, make: Make) -> Rows:
 IN_MEMORY = "the rows in memory"
 
 
-def _in_memory(source: Dataset | Sequence[Record], make: Make) -> Rows:
+def records_in_memory(source: Any) -> list[Record]:
+    """The rows of a Dataset or of a list of dicts. Raises DataError (RW202) for anything else."""
+    import datasets
+
+    records = list(source) if isinstance(source, datasets.Dataset | list | tuple) else [source]
+    if odd := {type(record).__name__ for record in records if not isinstance(record, dict)}:
+        kinds = " or ".join(sorted(odd))
+        raise DataError("RW202", f"rows in memory are a datasets.Dataset or a list of dicts, not {kinds}; give these.")
+    return records
+
+
+def _in_memory(source: object, make: Make) -> Rows:
     import datasets
 
     if isinstance(source, datasets.Dataset):
         return _from_dataset(source, IN_MEMORY, make)
-    records = source if isinstance(source, list | tuple) else [source]
-    if odd := {type(record).__name__ for record in records if not isinstance(record, dict)}:
-        kinds = " or ".join(sorted(odd))
-        raise DataError("RW202", f"rows in memory are a datasets.Dataset or a list of dicts, not {kinds}; give these.")
-    return make(enumerate(records, 1), IN_MEMORY, counted_in="row")
+    return make(enumerate(records_in_memory(source), 1), IN_MEMORY, counted_in="row")
 
 
 def _from_dataset(dataset: Dataset, source: str, make: Make) -> Rows:

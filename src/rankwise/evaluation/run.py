@@ -330,13 +330,9 @@ def _check_in_memory(settings: EvaluateSettings, given: Given) -> None:
     """Raise ConfigError (RW112, RW115) for options of loading beside a model in memory, or without its tokenizer."""
     if given.tokenizer is None:
         raise ConfigError("RW115", "a model in memory comes without its tokenizer; give tokenizer=TOKENIZER too.")
-    names, usual = ("adapter", "base", *LoadingOptions.model_fields), settings.defaults()
-    if odd := [flag(name) for name in names if name in usual and _plain(getattr(settings, name)) != usual[name]]:
+    asked, usual = settings.model_dump(mode="json"), settings.defaults()
+    if odd := [flag(name) for name in ("adapter", "base", *LoadingOptions.model_fields) if asked[name] != usual[name]]:
         raise ConfigError("RW112", f"{', '.join(odd)}: the model in memory is measured as it is; leave it out.")
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_of(difference: float, a: float | None, b: float | None) -> bool:

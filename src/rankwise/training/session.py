@@ -269,7 +269,7 @@ class Session:
         raise Interrupted(
             "RW540",
             f"stopped after step {progress.steps} of {loop.pace.total_steps} and saved it; continue with `rankwise "
-            f"train --resume --output {self.folder}`.",
+            f"train --resume --output {self.folder}`, in Python with resume=True.",
         )
 
     def _keep_reference(self, pause: Callable[[], None]) -> bool:

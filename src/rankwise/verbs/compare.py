@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 
 from rankwise.comparison.settings import CompareSettings, check_compare
+from rankwise.data.readers import records_in_memory
 from rankwise.errors import ConfigError
 from rankwise.evaluation.tasks.names import retained_from
 from rankwise.foreign import JsonObject
@@ -40,7 +41,8 @@ def compare(*, quiet: bool = False, **options: Any) -> Compared:
     settings = settings_of(CompareSettings, options)
     files = {name: settings.output.with_name(f"{settings.output.name}-{name}.jsonl") for name in rows}
     for name, file in files.items():
-        write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]))
+        lines = (json.dumps(row, ensure_ascii=False, default=str) for row in records_in_memory(rows[name]))
+        write_text(file, "\n".join(lines))
     settings = settings.model_copy(update={name: str(file) for name, file in files.items()})
     output = Output()
     output.console.quiet = quiet

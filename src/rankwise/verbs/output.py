@@ -13,6 +13,8 @@ import logging
 import os
 import re
 import statistics
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -54,7 +56,9 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 # Width of output into a file or another program, in which every table fits.
 PLAIN_WIDTH = 120
-PRE = '<pre style="line-height:1.3">{code}</pre>'
+# That of a notebook's cell, and the HTML in it: the font of code also where the page sets another one.
+CELL_WIDTH = 96
+PRE = '<pre style="font-family:monospace;line-height:1.3;white-space:pre">{code}</pre>'
 
 
 class Output:
@@ -62,7 +66,8 @@ class Output:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=as_json, highlight=False)
+        # In a notebook, rich would make a block of HTML of each line.
+        self.console = Console(stderr=as_json, highlight=False, force_jupyter=False)
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = PLAIN_WIDTH
 
@@ -70,6 +75,10 @@ class Output:
     def is_terminal(self) -> bool:
         """Whether the console is a terminal that can be redrawn."""
         return self.console.is_terminal and not self.console.is_dumb_terminal
+
+    @property
+    def is_notebook(self) -> bool:
+        return "ipykernel" in sys.modules
 
     def waiting(self, text: str) -> contextlib.AbstractContextManager[object]:
         """A spinner on a terminal, nothing elsewhere."""
@@ -81,7 +90,9 @@ class Output:
 
     def note(self, text: str) -> None:
         """Print a line on stderr, so that stdout holds what a model says and nothing about it."""
-        Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)
+        Console(stderr=True, highlight=False, force_jupyter=False).print(
+            text, style="dim", markup=False, soft_wrap=True
+        )
 
 
 def debugging() -> bool:
@@ -118,7 +129,9 @@ def print_message(kind: str, code: str, text: str) -> None:
     colour = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
     # Names in untrusted files may hold control characters, which would act on the terminal.
     line = _CONTROL.sub("?", " ".join(part.strip() for part in shortened(text).splitlines()))
-    Console(stderr=True, highlight=False).print(f"[{colour}]{kind} {code}[/]: {escape(line)}", soft_wrap=True)
+    Console(stderr=True, highlight=False, force_jupyter=False).print(
+        f"[{colour}]{kind} {code}[/]: {escape(line)}", soft_wrap=True
+    )
 
 
 @contextlib.contextmanager
@@ -164,27 +177,6 @@ def titled(title: str, table: Table) -> Group:
     return Group(Text(title, style="bold"), table)
 
 
-class Shown:
-    """A result that shows itself as its command prints it, in a terminal and in a notebook."""
-
-    def show(self, output: Output) -> None:
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return self._console().export_text(clear=False).rstrip()
-
-    def _repr_html_(self) -> str:
-        return self._console().export_html(inline_styles=True, code_format=PRE)
-
-    def _console(self) -> Console:
-        output = Output()
-        output.console = Console(
-            file=io.StringIO(), record=True, width=PLAIN_WIDTH, highlight=False, force_jupyter=False
-        )
-        self.show(output)
-        return output.console
-
-
 # --- the progress of a run: redrawn on a terminal, plain lines elsewhere ---
 
 
@@ -221,6 +213,27 @@ class PlainProgress:
 
     def warning(self, code: str, text: str) -> None:
         print_message("warning", code, text)
+
+
+class Shown:
+    """A result that shows itself as its command prints it, in a terminal and in a notebook."""
+
+    def show(self, output: Output) -> None:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return self._console().export_text().rstrip()
+
+    def _repr_html_(self) -> str:
+        return self._console().export_html(inline_styles=True, code_format=PRE)
+
+    def _console(self) -> Console:
+        output = Output()
+        output.console = Console(
+            file=io.StringIO(), record=True, width=CELL_WIDTH, highlight=False, force_jupyter=False
+        )
+        self.show(output)
+        return output.console
 
 
 class LiveProgress:
@@ -263,6 +276,25 @@ class LiveProgress:
         return Group(row, *map(Text, self.evaluations), Text(figures(info), "dim", no_wrap=True, overflow="ellipsis"))
 
 
+class NotebookProgress(LiveProgress, Shown):
+    """The same display in a cell, redrawn four times a second at most."""
+
+    def __init__(self, output: Output, *, of_rewards: bool = False) -> None:
+        from IPython.display import display
+
+        super().__init__(output, of_rewards=of_rewards)
+        self.drawn, self.handle = time.monotonic(), display(self, display_id=True)
+
+    def step(self, info: StepInfo) -> None:
+        super().step(info)
+        if time.monotonic() - self.drawn > 0.25 or info.step == info.total:
+            self.drawn = time.monotonic()
+            self.handle.update(self)
+
+    def show(self, output: Output) -> None:
+        output.console.print(self)
+
+
 def evaluation_line(step: int, loss: float, best: bool, *, of_rewards: bool) -> str:
     """``of_rewards``: the loss of an evaluation is the negative of a mean reward."""
     found = f"reward {0 - loss:.4f}" if of_rewards else f"loss {loss:.4f}"
@@ -271,7 +303,13 @@ def evaluation_line(step: int, loss: float, best: bool, *, of_rewards: bool) -> 
 
 @contextlib.contextmanager
 def watching(output: Output, *, every: int | None, of_rewards: bool) -> Iterator[Observer]:
-    """An observer for one run: live on a terminal, plain elsewhere."""
+    """An observer for one run: live on a terminal and in a notebook, plain elsewhere."""
+    if output.is_notebook and not output.console.quiet:
+        shown = NotebookProgress(output, of_rewards=of_rewards)
+        yield shown
+        shown.phase("Done")
+        shown.handle.update(shown)
+        return
     if not output.is_terminal:
         yield PlainProgress(output, every, of_rewards=of_rewards)
         return

@@ -139,7 +139,8 @@ class Run(Shown):
 
     def _repr_html_(self) -> str:
         plot = self.adapter / "loss.svg"
-        return super()._repr_html_() + (plot.read_text(encoding="utf-8") if plot.is_file() else "")
+        curve = plot.read_text(encoding="utf-8") if plot.is_file() else ""
+        return f'{super()._repr_html_()}<div style="max-width:36em">{curve}</div>'
 
     def _answers(self, prompt: str, asked: JsonObject) -> dict[str, str]:
         from rankwise.verbs.speaker import Conversation
