@@ -141,12 +141,16 @@ def test_memory_is_given_back(train: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert [model() for model in held] == [None, None]
 
 
-def test_an_interrupted_cell_goes_on(train: Any, tmp_path: Path) -> None:
-    straight = train("straight", lora_dropout=0.1)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_interrupted_cell_goes_on(in_memory: bool, train: Any, model_folder: Path, tmp_path: Path) -> None:
+    own = dict(zip(("model", "tokenizer"), rw.load_model(model_folder))) if in_memory else {}
+    straight = train("straight", lora_dropout=0.1, **own)
+    if in_memory:
+        rw.remove_adapter(own["model"])
     interrupt = {"on_step": lambda info: os.kill(os.getpid(), signal.SIGINT) if info.step == 2 else None}
     with pytest.raises(Interrupted, match="RW540"):
-        train(lora_dropout=0.1, **interrupt)
-    run = rw.train(output=tmp_path / "run", data=ROWS, eval_data=HELD_OUT, resume=True, quiet=True)
+        train(lora_dropout=0.1, **interrupt, **own)
+    run = rw.train(output=tmp_path / "run", data=ROWS, eval_data=HELD_OUT, resume=True, quiet=True, **own)
     assert weights(run.adapter) == weights(straight.adapter)
 
 
@@ -199,9 +203,9 @@ def test_a_comparison_has_its_verdicts(
     assert "cannot tell" in repr(found)
     assert "cannot tell" in found._repr_html_()
     with pytest.raises(DataError, match="RW202.*not DataFrame"):
-        rw.compare(data=train().frame(), **given)
+        rw.compare(data=(run := train()).frame(), **given)
     with pytest.raises(ConfigError, match="RW112.*give its name"):
-        rw.compare(data=ROWS, **{**given, "model": train().model})
+        rw.compare(data=ROWS, **{**given, "model": run.model})
 
 
 def test_what_is_measured_in_memory_is_as_it_is(train: Any, tmp_path: Path) -> None:
