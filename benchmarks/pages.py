@@ -16,6 +16,7 @@ import four_bits
 import generation
 import memory_plan
 import mixtures
+import once
 import quantized_load
 import results
 import scaling
@@ -32,6 +33,7 @@ SUBJECTS: dict[str, Callable[[list[results.Run]], list[str]]] = {
     "four_bits": four_bits.page,
     "quantized_load": quantized_load.page,
     "generation": generation.page,
+    "once": once.page,
     "scaling": scaling.page,
     "families": tried_families.page,
     "default_rates": default_rates.page,
