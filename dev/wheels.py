@@ -7,6 +7,7 @@ Needs the packages build, ziglang and lief, which `make wheels` installs.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -112,6 +113,23 @@ def check_library(data: bytes, platform: str) -> Iterator[str]:
     yield from {"manylinux": check_linux, "macosx": check_macos, "win": check_windows}[system](parsed, data, platform)
 
 
+# Instruction sets by Linux's names, in the order of csrc/rankwise_native.h.
+LEVELS = ("", "avx2", "avx_vnni", "avx512vl", "avx512_bf16", "amx_int8")
+
+
+def check_levels(data: bytes) -> Iterator[str]:
+    """On a processor that the library is for: it finds each instruction set that the kernel lists."""
+    found = re.search(r"^flags\s*:(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(data)
+        file.flush()
+        usable = ctypes.CDLL(file.name).rw_levels()
+    for number, flag in enumerate(LEVELS):
+        if flag in flags and not usable >> number & 1:
+            yield f"the library does not find the processor's {flag}"
+
+
 def check_linux(parsed: Any, data: bytes, platform: str) -> Iterator[str]:
     oldest = version(re.search(r"(\d+_\d+)_", platform)[1].replace("_", "."))
     asked = {name.name for one in parsed.symbols_version_requirement for name in one.get_auxiliary_symbols()}
@@ -120,6 +138,8 @@ def check_linux(parsed: Any, data: bytes, platform: str) -> Iterator[str]:
     machine = {"x86_64": "X86_64", "aarch64": "AARCH64"}[platform.partition("_")[2].split("_", 2)[2]]
     if parsed.header.machine_type.name != machine:
         yield f"the library is for {parsed.header.machine_type.name}"
+    elif os.uname().machine == "x86_64" and platform.endswith("x86_64"):
+        yield from check_levels(data)
 
 
 def check_macos(parsed: Any, data: bytes, platform: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 
 #include <atomic>
 
-#if defined(RW_HAS_avx_vnni) || defined(RW_HAS_amx)
+#if defined(RW_HAS_avx2)
 #include <cpuid.h>
 #endif
 #if defined(RW_HAS_amx) && defined(__linux__)
@@ -32,11 +32,31 @@ namespace {
 
 constexpr int kInterface = 14;
 
-#if defined(RW_HAS_avx_vnni)
-bool avx_vnni_is_usable() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4)) != 0;
-}
+#if defined(RW_HAS_avx2)
+// What the processor has and the system keeps registers for. Not by __builtin_cpu_supports: zig's runtime denies all.
+struct Cpu {
+    unsigned c1 = 0, b7 = 0, c7 = 0, a71 = 0;  // CPUID 1 ECX, 7.0 EBX and ECX, 7.1 EAX
+    uint64_t kept = 0;                         // XCR0
+
+    Cpu() {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        if (!__get_cpuid(1, &a, &b, &c1, &d)) return;
+        if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d) && a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
+        if (c1 >> 27 & 1) {  // OSXSAVE: xgetbv is there
+            unsigned low = 0, high = 0;
+            __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+            kept = static_cast<uint64_t>(high) << 32 | low;
+        }
+    }
+
+    static bool all(uint64_t have, uint64_t bits) { return (have & bits) == bits; }
+    // FMA, AVX, F16C; AVX2.
+    bool avx2() const { return all(kept, 0x6) && all(c1, 1u << 12 | 1u << 28 | 1u << 29) && all(b7, 1u << 5); }
+    bool avx_vnni() const { return all(a71, 1u << 4); }
+    // F, DQ, BW, VL.
+    bool avx512() const { return all(kept, 0xe6) && all(b7, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31); }
+    bool avx512_bf16_vnni() const { return all(a71, 1u << 5) && all(c7, 1u << 11); }
+};
 #endif
 
 #if defined(RW_HAS_amx) && defined(__linux__)
@@ -62,25 +82,23 @@ struct Levels {
     Levels() {
         add(RW_PORTABLE, {&portable::four_bit, &portable::elementwise, nullptr, nullptr, nullptr});
 #ifdef RW_HAS_avx2
-        __builtin_cpu_init();
-        if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
-            return;
+        const Cpu cpu;
+        if (!cpu.avx2()) return;
         const Level with_avx2 = {&avx2::four_bit, &avx2::elementwise, &avx2::attention, nullptr, &avx2::products};
         add(RW_AVX2, with_avx2);
 #ifdef RW_HAS_avx_vnni
         // Processors with AVX-512 may have it or not, and those without AVX-512 too.
-        if (avx_vnni_is_usable()) {
+        if (cpu.avx_vnni()) {
             add(RW_AVX_VNNI, with_avx2);
             at[RW_AVX_VNNI].products = &avx_vnni::products;
         }
 #endif
 #ifdef RW_HAS_avx512
-        if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return;
-        if (!__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) return;
+        if (!cpu.avx512()) return;
         // Attention and products stay AVX2's where AVX-512 cannot multiply bfloat16.
         add(RW_AVX512, {&avx512::four_bit, &avx512::elementwise, &avx2::attention, nullptr, &avx2::products});
 #ifdef RW_HAS_avx512_bf16
-        if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return;
+        if (!cpu.avx512_bf16_vnni()) return;
         const Level with_bf16 = {&avx512_bf16::four_bit, &avx512_bf16::elementwise, &avx512_bf16::attention, nullptr,
                                  &avx512_bf16::products};
         add(RW_AVX512_BF16, with_bf16);
