@@ -1,11 +1,14 @@
-"""Draw the pictures of the pages into ``docs/pictures``: the methods as boxes, a plan of `plan.json` as bars.
+"""Draw the pictures of the pages into ``docs/pictures``: methods as boxes, a plan as bars, the losses of a run.
 
 python docs/_ext/pictures.py
 
-`plan.json` holds what this prints, with the fields that are drawn:
+`plan.json` holds what the first command prints, with the fields that are drawn, and `losses.json` the losses that the
+second one wrote to `metrics.jsonl`:
 
     rankwise plan --model meta-llama/Llama-3.1-8B --gpu "RTX 4090" --max-length 2048 --batch-size 1
         --method full,lora,dora,qlora,qdora --json
+    rankwise train --model demo --data stdlib --eval-data stdlib --eval-limit 64 --max-steps 100 --eval-steps 10
+        --batch-size 4 --max-length 256 --products int8 --output runs/curve
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ STYLE = (
     ".ground{fill:#fff}.frozen{fill:#dbe4f3;stroke:#7a93bd}.trained{fill:#ffd9a8;stroke:#c77700}"
     ".value{fill:#eef1f5;stroke:#8a94a3}.line{stroke:#5c6b80;stroke-width:1.5;fill:none}.tip{fill:#5c6b80}"
     ".limit{stroke:#c0392b;stroke-width:2;stroke-dasharray:6 4}"
+    ".c0{stroke:#7a93bd;stroke-width:2;fill:none}.c1{stroke:#c77700;stroke-width:2;fill:none}.d1{fill:#c77700}"
     ".p0{fill:#7a93bd}.p1{fill:#c77700}.p2{fill:#4c9a8a}.p3{fill:#b07aa1}.p4{fill:#9aa5b1}"
     "@media(prefers-color-scheme:dark){text{fill:#e8eefc}.ground{fill:#131720}"
     ".frozen{fill:#26375a;stroke:#6f8bbd}.trained{fill:#5c3d0e;stroke:#f0a53a}.value{fill:#232a35;stroke:#7d8794}"
@@ -87,11 +91,33 @@ def plan(record: dict[str, Any]) -> str:
     return _picture(560, bottom + 38, parts)
 
 
+def losses(record: dict[str, list[list[float]]]) -> str:
+    """The training loss as a line, the evaluation loss as points on one, by step."""
+    values = [loss for points in record.values() for _, loss in points]
+    low, high = min(values) - 0.1, max(values) + 0.1
+    last = max(step for points in record.values() for step, _ in points)
+
+    def at(point: list[float]) -> tuple[float, float]:
+        return 60 + 470 * point[0] / last, 20 + 200 * (high - point[1]) / (high - low)
+
+    parts = [f'<path class="line" d="M60 20V220H530"/>{_text(295, 262, "step")}{_text(60, 240, "0")}']
+    parts += [_text(530, 240, f"{last:.0f}"), _text(30, 34, f"{high:.1f}"), _text(30, 224, f"{low:.1f}")]
+    parts += [_text(30, 130, "loss")]
+    for number, (name, points) in enumerate(record.items()):
+        places = [at(point) for point in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline class="c{number}" points="{path}"/>')
+        parts += [f'<circle class="d{number}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in places if number]
+        parts.append(f'<line class="c{number}" x1="296" y1="{36 + 24 * number}" x2="328" y2="{36 + 24 * number}"/>')
+        parts.append(f'<text class="left" x="336" y="{41 + 24 * number}">{name}</text>')
+    return _picture(560, 274, parts)
+
+
 def pictures() -> dict[str, str]:
     """Each file's name and its text."""
-    record = json.loads((PICTURES / "plan.json").read_text(encoding="utf-8"))
+    read = {name: json.loads((PICTURES / f"{name}.json").read_text(encoding="utf-8")) for name in ("plan", "losses")}
     drawn = {f"{name}.svg": method(name) for name in ("lora", "dora", "qlora")}
-    return drawn | {"plan.svg": plan(record)}
+    return drawn | {"plan.svg": plan(read["plan"]), "losses.svg": losses(read["losses"])}
 
 
 def _picture(width: float, height: float, parts: list[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-LINK = re.compile(r"\[([^][]*)\]\((\.\./[^)\s#]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"(?<!!)\[([^][]*)\]\((\.\./[^)\s#]+)(#[^)\s]*)?\)")
 
 
 def led_out(text: str, page: Path, repository: str, ref: str) -> str:
