@@ -58,7 +58,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 PLAIN_WIDTH = 120
 # That of a notebook's cell, and the HTML in it: the font of code also where the page sets another one.
 CELL_WIDTH = 96
-PRE = '<pre style="font-family:monospace;line-height:1.3;white-space:pre">{code}</pre>'
+PRE = '<pre style="font-family:monospace;line-height:1.3;white-space:pre-wrap;word-break:normal">{code}</pre>'
 
 
 class Output:
