@@ -16,13 +16,14 @@ from datasets import Dataset
 from training_rows import WORDS, Recorder
 
 import rankwise as rw
+from marks import needs_avx2
 from precision import assert_as_exact
 from rankwise.acceleration import attention, optimize_for_training
 from rankwise.acceleration.layouts import KeyRanges, Layout, laid_once, parts_of
 from rankwise.config import TrainSettings
 from rankwise.constants import IGNORED
 from rankwise.errors import ConfigError, RankwiseError
-from rankwise.records import load_record
+from rankwise.records import load_record, read_metrics
 from rankwise.training.batches import KEY
 from rankwise.training.objectives import Demonstrations
 from rankwise.training.run import train
@@ -212,6 +213,20 @@ def test_a_run_computes_a_beginning_once_and_learns_the_same(
     if max_length == 64:
         assert tokens["auto"] == [count - 3 * 12 for count in tokens["off"]]
     assert losses["auto"] == pytest.approx(losses["off"], rel=5e-3)
+
+
+@needs_avx2
+@pytest.mark.parametrize("level", ["avx2"], indirect=True)
+def test_losses_in_float32_are_those_of_rows_apart(level: str, prompted: Any, tmp_path: Path) -> None:
+    """By the native attention of AVX2, over several steps."""
+    losses = []
+    for name in ("auto", "off"):
+        told = Recorder()
+        given = prompted(dtype="float32", share_prompts=name, output=tmp_path / name)
+        train(given, told)
+        assert any(("laid once" in note) == (name == "auto") for note in told.notes if "common" in note)
+        losses.append([line["loss"] for line in read_metrics(given.output)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @needs_flat

@@ -45,7 +45,7 @@ from rankwise.quantization.config import FileConfig
 from rankwise.quantization.linear import count_weights
 from rankwise.records import WAIT_POLICIES, RateSearch, RunRecord, check_writable, load_record, versions_of
 from rankwise.training import checkpoints, ranks, setup
-from rankwise.training.batches import token_rows
+from rankwise.training.batches import own_parts, token_rows
 from rankwise.training.checkpoints import Checkpoint, check_space, newest_valid
 from rankwise.training.learning import (
     LEARNING,
@@ -387,8 +387,8 @@ def _make_step(
     pace = paced(objective, pace)
     # The answers of rewards are not there yet.
     if OBJECTIVES[learned.objective].has_answers and not asked.packing:
-        rows_of_first = token_rows(objective.rows, objective.order(0)[0])
-        if words := beginnings_in_words(rows_of_first, prepared.apart):
+        first = next(own_parts(objective.order(0)))
+        if words := beginnings_in_words(token_rows(objective.rows, first), prepared.apart):
             observer.note(words)
     measured = None
     if before is None and asked.products == "auto" and prepared.computing.products == "int8":
