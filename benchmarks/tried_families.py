@@ -30,7 +30,7 @@ CHECKS = {
     ),
     "planned": (
         "test_a_trace_plans_it",
-        "a trace (`plan`) counts the memory of a step on a CPU and on a card",
+        "a trace (`plan`) counts the memory of a step on a CPU and on a GPU",
     ),
     "merged": (
         "test_a_merged_folder_is_the_adapted_model",

@@ -81,7 +81,7 @@ def main() -> None:
                 }
                 print_table("Weights only", weights)
             peaks = {name: {method: row[method].peak_bytes for method in METHODS} for name, row in found.items()}
-            print_table(f"Peak of a training step on one CUDA card: {title}", peaks)
+            print_table(f"Peak of a training step on one CUDA GPU: {title}", peaks)
     errors = sorted({f"{row[method].error:.1%}" for row in found.values() for method in METHODS})
     print(f"\nError to expect of each peak: {', '.join(errors)}.")
 

@@ -14,7 +14,7 @@ from rankwise_article.ledger import ledger, page
 LEDGER = Path(__file__).parents[1] / "ledger.toml"
 DOCUMENT = tomllib.loads(LEDGER.read_text(encoding="utf-8"))
 ROWS = DOCUMENT["rows"]
-VERDICTS = {"equal", "misquoted", "measured here", "needs a card"}
+VERDICTS = {"equal", "misquoted", "measured here", "needs a GPU"}
 
 
 def test_every_row_is_complete():

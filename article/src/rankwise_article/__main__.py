@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     ledgers.set_defaults(run=_ledger)
     ledgers.add_argument("file", type=Path, help="ledger.toml")
     ledgers.add_argument("--output", type=Path, help="Markdown page to write")
-    ledgers.add_argument("--every", action="store_true", help="run the commands that take hours or a card too")
+    ledgers.add_argument("--every", action="store_true", help="run the commands that take hours or a GPU too")
     tables = commands.add_parser("table", help="carry out the next runs of the article's table 1, and make its page")
     tables.set_defaults(run=_table)
     tables.add_argument("state", type=Path, help="folder of settings.toml and of the finished runs")

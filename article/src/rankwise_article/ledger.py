@@ -24,7 +24,7 @@ NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 
 
 def ledger(file: Path, output: Path | None, *, every: bool) -> JsonObject:
-    """Run the commands of the rows, and write the page. Dear rows, which take hours or a card, run with ``every`` only.
+    """Run the commands of the rows, and write the page. Dear rows, which take hours or a GPU, run with ``every`` only.
 
     Raises RunError (RA261) with every row whose command fails or no longer gives its figures.
     """
@@ -84,10 +84,10 @@ def page(document: JsonObject) -> str:
     lines = [
         "# What the article says, and what is true",
         "",
-        f"Of {len(rows)} figures and claims of an article on LoRA, QLoRA and DoRA, {counts['equal']} equal their "
+        f"Of {len(rows)} numbers and claims of an article on LoRA, QLoRA and DoRA, {counts['equal']} equal their "
         f"sources, {counts['misquoted']} do not ({without} of these have none), {counts['measured here']} are measured "
-        f"here, and {counts['needs a card']} need a card. Each row below has its source and, where there is one, the "
-        "command that checks it; `make article` runs those that take no hours and no card.",
+        f"here, and {counts['needs a GPU']} need a GPU. Each row below has its source and, where there is one, the "
+        "command that checks it; `make article` runs those that take no hours and no GPU.",
         "",
         "## Which method to take",
         "",
