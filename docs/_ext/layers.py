@@ -53,4 +53,4 @@ def _box(name: str, x: float, y: float, width: float, height: float) -> str:
 
 if __name__ == "__main__":
     ROOT = Path(__file__).parents[2]
-    (ROOT / "docs" / "architecture.svg").write_text(picture(ROOT / "pyproject.toml"))
+    (ROOT / "docs" / "architecture.svg").write_text(picture(ROOT / "pyproject.toml"), encoding="utf-8")

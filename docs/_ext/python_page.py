@@ -88,9 +88,12 @@ def setup(app: Any) -> dict[str, bool]:
     names = [name for group in GROUPS.values() for name in group.split()]
     directives = [f".. auto{'class' if name[0].isupper() else 'function'}:: rankwise.{name}" for name in names]
     text = "# Python, in full\n\n```{eval-rst}\n" + "\n".join([*directives, ".. automodule:: rankwise.ops.four_bit"])
-    app.connect("builder-inited", lambda app: (Path(app.srcdir) / "python-in-full.md").write_text(text + "\n```\n"))
+    app.connect(
+        "builder-inited",
+        lambda app: (Path(app.srcdir) / "python-in-full.md").write_text(text + "\n```\n", encoding="utf-8"),
+    )
     return {"parallel_read_safe": True}
 
 
 if __name__ == "__main__":
-    (Path(__file__).parents[1] / "python.md").write_text(page())
+    (Path(__file__).parents[1] / "python.md").write_text(page(), encoding="utf-8")

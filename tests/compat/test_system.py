@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import io
 import os
@@ -206,3 +207,33 @@ def test_without_glibc_none_of_its_functions_is_called(monkeypatch: Patch) -> No
     assert memory.keep_freed_memory.__wrapped__() is False
     memory.give_back_freed_memory()
     memory.share_one_heap()
+
+
+def test_text_is_read_and_written_as_utf8() -> None:
+    """ruff's PLW1514 sees only paths that are made in the same line."""
+    root = Path(__file__).parents[2]
+    calls = [
+        (file, node)
+        for folder in ("src", "article/src", "dev", "docs/_ext")
+        for file in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    assert len(calls) > 1000
+    assert [f"{file.name}:{call.lineno}" for file, call in calls if _opens_text(call)] == []
+
+
+def _opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a text without an encoding, by its name and its arguments."""
+    given = {word.arg for word in call.keywords}
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    owner = getattr(getattr(call.func, "value", None), "id", "")
+    # click's formatter writes help, not a file.
+    if "encoding" in given or None in given or owner == "formatter":
+        return False
+    if name in ("read_text", "write_text"):
+        return len(call.args) < (1 if name == "read_text" else 2)
+    modes = [one.value for one in call.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+    if name in ("open", "fdopen") and owner != "os":
+        return not any("b" in mode for mode in modes)
+    return bool(given & {"text", "universal_newlines"}) and name in ("run", "Popen", "check_output")
