@@ -89,7 +89,7 @@ def test_the_best_one_is_taken_where_it_is_told_apart():
     assert (found["method"], found["equals"], found["decided"]) == ("dora", [], True)
     assert found["said"] == (
         "DoRA (evaluation loss 1.490, 6.00 GB, 11 min 00 s a run) is the best one. LoRA and QLoRA are worse than DoRA. "
-        "The comparison could detect a difference of 0.90 %, four times in five."
+        "The comparison could detect a difference of 0.90 % with 80 % power."
     )
 
 
@@ -98,7 +98,7 @@ def test_equal_ones_go_to_the_shortest_runs_where_ranges_part():
     assert (found["method"], found["equals"]) == ("lora", ["lora", "qlora"])
     assert found["said"] == (
         "LoRA (evaluation loss 1.500, 6.00 GB, 10 min 00 s a run) counts as equal to DoRA, the best one. "
-        "The comparison could detect a difference of 0.90 %, four times in five. DoRA and QLoRA take longer than LoRA."
+        "The comparison could detect a difference of 0.90 % with 80 % power. DoRA and QLoRA take longer than LoRA."
     )
 
 

@@ -121,11 +121,11 @@ def _summary(record: RunRecord, base: str, config: Fields) -> str:
         weights = "the dequantized weights of a GGUF file"
         if (facts.get("quantization") or {}).get("quant_type") == FILE_BITS:
             weights = "a GGUF file in its own bits, beside which it is served as trained"
-        lines.append(f"It was trained on {weights}, and every figure here is of those weights.")
+        lines.append(f"It was trained on {weights}, and every number here is of those weights.")
     if (four_bit := _four_bit(record)) is not None:
         lines.append(
             f"The base was quantized to 4 bits during training ({four_bit['quant_type'].upper()}, blocks of "
-            f"{four_bit['block_size']}{', double quantization' if four_bit['double_quant'] else ''}), and every figure "
+            f"{four_bit['block_size']}{', double quantization' if four_bit['double_quant'] else ''}), and every number "
             "here is of that base."
         )
     if facts.get("sha256"):

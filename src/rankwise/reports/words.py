@@ -172,7 +172,7 @@ def _verdicts(document: Fields) -> list[str]:
     if not others:
         told = "is the only method with a result"
     elif not found["decided"]:
-        least = f"it costs the least of those that nothing parts from {long_name(best)}, the best so far"
+        least = f"it costs the least of those not shown to differ from {long_name(best)}, the best so far"
         told = "is what to take meanwhile: " + ("it is the best so far" if method == best else least)
     elif method != best:
         told = f"counts as equal to {long_name(best)}, the best one"
@@ -222,7 +222,7 @@ def _open(document: Fields) -> list[str]:
     found, effect = document["recommendation"], document["minimum_detectable_effect"]
     unsure = [name for name in found["open"] if name in _of(document, "cannot tell")]
     size = detectable(effect, unit_of(document))
-    seen = f"the comparison could detect a difference of {size}, four times in five"
+    seen = f"the comparison could detect a difference of {size} with 80 % power"
     seen = seen if size else "the comparison is too small to detect any difference"
     if not unsure:
         return [seen] if sum(item["verdict"] is not None for item in document["methods"].values()) > 1 else []

@@ -141,7 +141,7 @@ def table_of(comparison: Comparison) -> Group:
             summary.cell(facts, key) for key in (comparison.metric, "verdict", "peak_memory_bytes", "wall_seconds")
         ]
         table.add_row(method_name(name), *(f"{found.text} {found.note}".strip() for found in cells))
-    return titled("Means over seeds; the report has every figure", table)
+    return titled("Means over seeds; the report has every number", table)
 
 
 def verdict_lines(comparison: Comparison) -> Iterator[str]:
