@@ -85,6 +85,6 @@ def test_a_process_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> No
     assert time.monotonic() - began < 50
     # That of a process which was launched before.
     monkeypatch.setenv(LAUNCHER, "0")
-    monkeypatch.setattr("rankwise.training.ranks.end_with_parent", lambda: None)
+    monkeypatch.setattr("rankwise.cli.train.end_with_parent", lambda: None)
     with pytest.raises(KeyboardInterrupt), terminable():
         end_with_launcher()

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rankwise.acceleration import (
     grow_segments,
     limit_generated_kernels,
+    restore,
 )
 from rankwise.acceleration.layouts import beginnings_in_words
 from rankwise.acceleration.memory import mesh_of_all, shard
@@ -141,7 +142,11 @@ def train_as_asked(
             if _is_finished(asked.output, before, settings):
                 return before
         session = _prepare(asked, mode, before, rate, observer or SilentObserver(), foresight, retention, given)
-        return session.carry_out(started, told)
+        try:
+            return session.carry_out(started, told)
+        finally:
+            # What is replaced in transformers' modules would compute for the caller's other models.
+            restore(session.loop.model)
 
 
 def resolved(settings: Fields, rate: float | str | None) -> JsonObject:
