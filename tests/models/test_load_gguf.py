@@ -251,7 +251,9 @@ def demo() -> tuple:
 
 @pytest.mark.slow
 def test_demo_answers_a_question(demo: tuple) -> None:
-    model, tokenizer = demo
+    tokenizer = demo[1]
+    # In float32: two first words are nearly alike, and in bfloat16 products round by where their memory lies.
+    model, _ = load_model("demo", dtype=torch.float32)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
