@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,9 +34,6 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROWS = {"attention": ("ours", "ours, 8 bits", "peft"), "attention and experts": ("ours", "ours, 8 bits", "peft")}
 # Over NF4 there is no peer: bitsandbytes leaves stacked experts dense.
 FOUR_BITS = ("ours, NF4", "ours, NF4, 8 bits")
-# Sides whose whole model is planned from these measurements, and the methods of `rw.plan`.
-PLANNED = {"ours, 8 bits": "lora", "ours, NF4, 8 bits": "qlora"}
-WHOLE = 48
 SHAPE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 HEADS = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
 TINY = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
@@ -47,14 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     contenders.silence()
     if given.side is not None:
-        write_json(Path(given.answer), {"floor": floor, "planned": planned}.get(given.side, steps_of)(given))
+        write_json(Path(given.answer), floor(given) if given.side == "floor" else steps_of(given))
         return
+    options = [
+        word
+        for name in ("layers", "rows", "length", "vocabulary", "steps")
+        for word in (f"--{name}", str(vars(given)[name]))
+    ]
+    options += ["--tiny"] if given.tiny else []
 
-    def run(adapted: str, side: str, layers: int = given.layers) -> dict[str, Any]:
-        options = {name: vars(given)[name] for name in ("rows", "length", "vocabulary", "steps")}
-        options |= {"layers": layers, "adapted": adapted, "side": side}
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return timing.in_fresh_process(__file__, [*words, *(["--tiny"] if given.tiny else [])])
+    def run(adapted: str, side: str) -> dict[str, Any]:
+        return timing.in_fresh_process(__file__, [*options, "--adapted", adapted, "--side", side])
 
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(given.rounds):
@@ -78,8 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **{name: vars(given)[name] for name in ("layers", "rows", "length", "vocabulary")},
         "sides": rows,
         "floor": run("attention and experts", "floor"),
-        "one_layer_less": {side: run("attention and experts", side, given.layers - 1)["seconds"] for side in PLANNED},
-        "planned": run("attention and experts", "planned", WHOLE),
     }
     results.publish(given.output, "mixtures", result, page, given.name)
 
@@ -107,28 +104,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 # --- in the fresh processes ---
 
 
-def shape_of(given: argparse.Namespace) -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(
-        **(TINY if given.tiny else SHAPE), **HEADS, vocab_size=given.vocabulary, num_hidden_layers=given.layers,
-        intermediate_size=6144, norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16",
-        architectures=["Qwen3MoeForCausalLM"],
-    )  # fmt: skip
-
-
-def planned(given: argparse.Namespace) -> dict[str, Any]:
-    """{method: its predicted memory} of the whole model."""
-    with tempfile.TemporaryDirectory() as folder:
-        shape_of(given).save_pretrained(folder)
-        plan = rw.plan(
-            model=folder, method=list(PLANNED.values()), target_modules=ATTENTION, target_parameters=EXPERTS,
-            batch_size=given.rows, max_length=given.length, memory="1TB",
-        )  # fmt: skip
-    return {row["method"]: {"mapped": row["mapped_bytes"], "peak": row["peak_bytes"]} for row in plan.rows}
-
-
 def mixture(given: argparse.Namespace) -> Any:
     """In bfloat16, of random weights that repeat: drawing two billion takes a minute."""
-    config = shape_of(given)
+    config = Qwen3MoeConfig(
+        **(TINY if given.tiny else SHAPE), **HEADS, vocab_size=given.vocabulary, num_hidden_layers=given.layers,
+        intermediate_size=6144, norm_topk_prob=True, tie_word_embeddings=False,
+    )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = model.to_empty(device="cpu")
@@ -231,8 +212,7 @@ def page(runs: list[results.Run]) -> list[str]:
         "",
         "*Of the bound*: a multiple of the time to read the packed experts twice (forward and backward) at the "
         "measured bandwidth, and to multiply each token with the weights that it visits, twice, at the measured rate "
-        "of products in 8 bits; for NF4. *Peak*: the largest anonymous memory of the process, weights included. "
-        f"*Planned*: seconds of {WHOLE} layers from those of this many and of one less, memory by `rankwise plan`.",
+        "of products in 8 bits; for NF4. *Peak*: the largest anonymous memory of the process, weights included.",
     ]
 
 
@@ -266,20 +246,6 @@ def cells(run: results.Run) -> list[list[str]]:
                 results.number(row["peak"] / 1e9, 1),
             ]
         )
-    last = {row["side"]: row for row in run["sides"] if row["adapted"] == "attention and experts"}
-    for side, method in PLANNED.items():
-        two = statistics.median(last[side]["seconds"])
-        whole = two + (WHOLE - run["layers"]) * (two - run["one_layer_less"][side])
-        memory = run["planned"][method]
-        gigabytes = (
-            f"{results.number(memory['peak'] / 1e9, 1)}, {results.number(memory['mapped'] / 1e9, 1)} of them mapped"
-        )
-        about = [
-            results.processor(run),
-            f"{WHOLE}, {run['rows']} x {run['length']}: **planned**",
-            "attention and experts",
-        ]
-        lines.append([*about, side, results.number(whole, 1), "", "", gigabytes])
     return lines
 
 
