@@ -32,7 +32,14 @@ from rankwise.ops.branch import input_grad_out, is_slow_in_torch, linear_out
 from rankwise.ops.kept import Handback, Normed, offered_with_heads, remember
 from rankwise.ops.low_rank_linear import low_rank_linear_of_glu
 from rankwise.ops.selection import computes_in, is_on_card, is_traced, native_on_cpu, takes_triton
-from rankwise.quantization.experts import EIGHT_BITS, first_leaf, foreign, forward_frozen, stack_in_eight_bits
+from rankwise.quantization.experts import (
+    EIGHT_BITS,
+    first_leaf,
+    foreign,
+    forward_frozen,
+    native_stack,
+    stack_in_eight_bits,
+)
 
 ATTRIBUTE = "rankwise_acceleration"
 
@@ -260,6 +267,7 @@ def replace_experts(model: nn.Module, undo: Undo) -> int:
     if not parameter.is_cpu or is_on_card(parameter):
         return 0
     found = [module for module in model.modules() if _is_frozen_experts(module) and is_free(module)]
+    found = [module for module in found if all(native_stack(module, leaf) for leaf in _stacks_of(module))]
     for module in found:
         replace_forward(module, _experts_forward, undo)
     return len(found)
@@ -271,11 +279,15 @@ def _is_frozen_experts(module: Any) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def _stacks_of(experts: nn.Module) -> tuple[str, str]:
+    return first_leaf(experts), "down_proj"
+
+
 def stacks_to_eight_bits(model: nn.Module, undo: Undo) -> int:
     """Compute frozen stacks of experts in 8 bits while the model trains. Returns their number."""
     count = 0
     for module in [module for module in model.modules() if _is_frozen_experts(module)]:
-        stacks = {leaf: stack_in_eight_bits(module, leaf) for leaf in (first_leaf(module), "down_proj")}
+        stacks = {leaf: stack_in_eight_bits(module, leaf) for leaf in _stacks_of(module)}
         module.__dict__[EIGHT_BITS] = found = {leaf: stack for leaf, stack in stacks.items() if stack is not None}
         undo.add(functools.partial(_without_eight_bits, module))
         count += len(found)

@@ -36,6 +36,7 @@ from rankwise.ops.experts import (
     DenseStack,
     ExpertBranch,
     FrozenStack,
+    NativeBranch,
     Rows,
     Stacked,
     inverse,
@@ -246,16 +247,21 @@ class StackEightBit:
     as_the_step: bool = False
 
 
-def stack_in_eight_bits(base: Any, leaf: str) -> StackEightBit | None:
-    """What computes a stack in 8 bits; None where the native library cannot: it wants rows in memory that are those of
-    W (N, K), and both sizes multiples of 32."""
+def native_stack(base: Any, leaf: str) -> NativeBranch | None:
+    """What computes a frozen stack natively, for rows of its own dtype; None where the library does not take them."""
     parameter, stack = base.get_parameter(leaf), stack_at(base, leaf)
     dtype = parameter.dtype if stack is None else stack.scales.dtype
     branch = frozen_branch(base, leaf, dtype)
-    native = None if branch is None else branch.native(torch.empty(0, dtype=dtype, device=parameter.device))
-    if branch is None or native is None or native.W.first.across or any(size % 32 for size in native.W.shape):
+    return None if branch is None else branch.native(torch.empty(0, dtype=dtype, device=parameter.device))
+
+
+def stack_in_eight_bits(base: Any, leaf: str) -> StackEightBit | None:
+    """What computes a stack in 8 bits; None where the native library cannot: it wants rows in memory that are those of
+    W (N, K), and both sizes multiples of 32."""
+    native = native_stack(base, leaf)
+    if native is None or native.W.first.across or any(size % 32 for size in native.W.shape):
         return None
-    return StackEightBit(base, branch.frozen)
+    return StackEightBit(base, native.branch.frozen)
 
 
 def _eight_bit(base: nn.Module, leaf: str) -> EightBit | None:

@@ -308,8 +308,8 @@ def in_memory(asked: TrainSettings, given: Given) -> ModelSource:
 
 @contextlib.contextmanager
 def lent(model: PreTrainedModel | None) -> Iterator[None]:
-    """A context in which a model in memory trains. It computes as before afterwards, with its adapter; after an error
-    without, so that the same call can resume.
+    """A context in which a model in memory trains. After an error it computes as before, without its adapter, so that
+    the same call can resume.
     """
     try:
         yield
@@ -320,8 +320,6 @@ def lent(model: PreTrainedModel | None) -> Iterator[None]:
                 while has_adapter(model):
                     remove_adapter(model)
         raise
-    if model is not None:
-        restore(model)
 
 
 def make_trainable(
