@@ -383,3 +383,30 @@ def test_packed_rows_of_a_card_without_flash_attention_take_masks(plan):
         assert (document["workload"]["packing"], document["workload"]["flash"]) == (True, card == "L4")
         found[card] = document["methods"]["lora"]["breakdown"]["activations"]
     assert found["T4"] - found["L4"] > (4 * 512) ** 2
+
+
+def rows_of(tmp_path, count, system):
+    said = [{"role": "system", "content": system}, {"role": "user", "content": "a b"}]
+    rows = [{"messages": [*said, {"role": "assistant", "content": f"{number} c d"}]} for number in range(count)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def test_rows_of_data_are_counted_as_the_run_lays_them(rankwise, tmp_path):
+    """The batch of the plan is the largest of the run, with a common beginning once."""
+    data = rows_of(tmp_path, 12, "one two three " * 12)
+    step = ("--model", "demo", "--data", data, "--batch-size", 4, "--method", "lora")
+    shared, apart = (rankwise("plan", *step, "--json", "--share-prompts", how).document for how in ("auto", "off"))
+    length = shared["workload"]["max_length"]
+    assert (shared["counted_rows"], shared["run_tokens"]) == (12, 3 * 4 * length)
+    assert length < 0.6 * apart["workload"]["max_length"] < 1024
+    assert f"--data {data}" in shared["command"]
+    run = rankwise("train", *step, "--max-steps", 1, "--products", "bfloat16", "--output", tmp_path / "run")
+    assert f"for 4 rows of {length} tokens" in run.stdout
+
+
+@pytest.mark.parametrize("more", [("--rows", 5), ("--trained-share", 0.5), ("--objective", "grpo")])
+def test_what_data_say_is_not_given_twice(plan, tmp_path, more):
+    done = plan("--data", rows_of(tmp_path, 4, "one"), *more)
+    assert (done.code, "RW112" in done.stderr) == (2, True)

@@ -298,10 +298,11 @@ def flattening_obstacle(model: nn.Module) -> str | None:
     missing = [name for name in ("position_ids", "logits_to_keep") if name not in parameters]
     if missing:
         return f"the model does not accept {missing[0]}"
+    first = next(model.parameters())
     # Without values the signature decides.
-    if is_fake(next(model.parameters())):
+    if is_fake(first) or first.is_meta:
         return None
-    device = next(model.parameters()).device
+    device = first.device
     tried = [probe_batch(LENGTHS, device), probe_batch(LENGTHS[1:], device, 1)]
     logits, why_not = probe(model, lambda: [model(**given).logits[0] for given in tried])
     if logits is None:

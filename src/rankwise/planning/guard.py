@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
 
 from rankwise.disk import read_speed
 from rankwise.errors import InputError, RunError, warn
@@ -34,7 +33,7 @@ from rankwise.planning.extend import (
 from rankwise.planning.hardware import Hardware, cpu_hardware, shared, this_machine
 from rankwise.planning.real_steps import comparable
 from rankwise.planning.speed import ModelFacts, micro_batch_seconds, nominal_pace, pace_of, read_model
-from rankwise.planning.workload import Workload, workload_of
+from rankwise.planning.workload import Rows, Workload, of_batch, workload_of
 from rankwise.reports.numbers import byte_size, plural
 
 # The smallest possible step. A run for which even this does not fit is refused before the weights are read.
@@ -43,19 +42,6 @@ SMALLEST = {"batch_size": 1, "max_length": 16, "trained_share": 1.0}
 RESIDENT = ("weights_4bit", "weights", "adapters")
 # After memory ran out against the plan's prediction, a change counts as fitting below this share of the plan.
 AFTER_FAILURE = 0.85
-
-
-class Rows(Protocol):
-    """A micro-batch: rows, tokens of a row, and the share of the tokens with labels."""
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def trained_share(self) -> float: ...
 
 
 @dataclasses.dataclass
@@ -125,12 +111,12 @@ class MemoryGuard:
         run = self._run
         if run is None:
             return None
-        works = [_of_batch(run.workload, batch)]
+        works = [of_batch(run.workload, batch)]
         if evaluation is not None:
             # An evaluation of rewards generates one answer to each prompt.
             written = evaluation.rows if run.workload.written else 0
             other = dataclasses.replace(run.workload, evaluation=True, written=written, prompts=written)
-            works.append(_of_batch(other, evaluation))
+            works.append(of_batch(other, evaluation))
         run.workload = max(works, key=lambda work: self._ask(work).peak_bytes)
         predicted = self._ask(run.workload)
         if run.hardware.device_type == "cpu":
@@ -218,16 +204,6 @@ class MemoryGuard:
             change = advisor.climbed(*asked, LADDER)
             changes = [change] if change is not None else []
         return "; ".join(f"({index}) {_described(change)}" for index, change in enumerate(changes, 1)) or None
-
-
-def _of_batch(workload: Workload, batch: Rows) -> Workload:
-    trained = max(batch.trained_share, 1 / batch.tokens)
-    return dataclasses.replace(
-        workload,
-        batch_size=batch.rows,
-        max_length=max(2, batch.tokens),
-        trained_share=trained,
-    )
 
 
 def _in_words(workload: Workload) -> str:

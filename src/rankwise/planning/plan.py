@@ -38,7 +38,15 @@ from rankwise.planning.speed import (
     source_or_shape,
     tokens_per_second,
 )
-from rankwise.planning.workload import SHARED, PlanSettings, Workload, check_device, run_tokens, workload_for
+from rankwise.planning.workload import (
+    SHARED,
+    PlanSettings,
+    Workload,
+    check_device,
+    of_batch,
+    run_tokens,
+    workload_for,
+)
 from rankwise.reports.numbers import byte_size
 
 # Options that every saved plan holds, given or not.
@@ -130,6 +138,8 @@ class Plan:
     disk_bytes_per_second: float | None
     # Why the hub did not give the model's config, where its built-in shape was planned.
     unreached: str | None = None
+    # The number of rows of --data; None where every row is taken to be full.
+    counted_rows: int | None = None
 
     def to_json(self) -> JsonObject:
         return {
@@ -147,6 +157,7 @@ class Plan:
             "learning_rate": self.rate and {"rate": self.rate.rate, "reason": self.rate.reason},
             "disk_bytes_per_second": self.disk_bytes_per_second,
             "built_in_shape": self.unreached is not None,
+            "counted_rows": self.counted_rows,
         }
 
 
@@ -162,14 +173,21 @@ def make_plan(settings: PlanSettings, say: Callable[[str], None] = lambda _: Non
         raise ConfigError("RW103", "--model is missing; give a hub id, a folder, a .gguf file, or demo.")
     hardware = shared(choose_hardware(settings.gpu, settings.memory), settings.devices)
     check_device(settings.optimizer, hardware.device_type, hardware.name)
-    workload = workload_for(settings, hardware)
+    workload, tokens = workload_for(settings, hardware), run_tokens(settings)
     if hardware.device_type == "cpu":
         begin_idle_process()
     source, unreached = source_or_shape(
         settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
-    made = _Planner(settings, source, hardware, methods, workload, say).plan()
-    return dataclasses.replace(made, unreached=unreached)
+    counted = None
+    if settings.data is not None:
+        from rankwise.planning.counted import count
+
+        counted = count(settings, source, workload)
+        workload = of_batch(dataclasses.replace(workload, labels=counted.labels), counted.largest)
+        tokens = counted.tokens
+    made = _Planner(settings, source, hardware, methods, workload, tokens, say).plan()
+    return dataclasses.replace(made, unreached=unreached, counted_rows=None if counted is None else counted.rows)
 
 
 class _Planner:
@@ -180,10 +198,11 @@ class _Planner:
         hardware: Hardware,
         methods: Sequence[str],
         work: Workload,
+        tokens: int | None,
         say: Callable[[str], None],
     ) -> None:
         self.settings, self.source, self.hardware, self.methods = settings, source, hardware, methods
-        self.workload = work
+        self.workload, self.tokens = work, tokens
         self.model = read_model(source, trust_remote_code=settings.trust_remote_code, labels=work.labels)
         self.facts = self.model.facts
         self._check_length()
@@ -225,7 +244,7 @@ class _Planner:
             changes=tuple(advisor.singles(subject, self.workload, accumulation)),
             changes_of=subject,
             pace_basis=None if self.pace is None else self.pace.basis,
-            run_tokens=run_tokens(self.settings),
+            run_tokens=self.tokens,
             rate=default_rate(self.model.family, self.facts.width, of_subject) if self.facts.width else None,
             disk_bytes_per_second=read_speed(files) if from_disk else None,
         )
@@ -287,7 +306,7 @@ class _Planner:
     def _time(self, own: MemoryEstimate, work: Workload, accumulation: int) -> tuple[float | None, float | None]:
         """(tokens of a second, seconds of the whole run), None where unknown. Shorter rows are fewer tokens."""
         pace = tokens_per_second(own, self.facts, work, self.pace, accumulation)
-        tokens = run_tokens(self.settings)
+        tokens = self.tokens
         return pace, tokens * work.max_length / self.workload.max_length / pace if pace and tokens else None
 
     def _seconds(self, own: MemoryEstimate, workload: Workload) -> float:

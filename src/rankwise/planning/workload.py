@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from rankwise.config import LengthOptions, ModelOptions, StepOptions, TrainSettings
+from rankwise.config import LengthOptions, ModelOptions, StepOptions, TextOptions, TrainSettings
 from rankwise.conflicts import check_objective, check_sharing
 from rankwise.constants import BLOCK_SIZES, WRITTEN_ROWS
 from rankwise.errors import ConfigError
@@ -48,8 +48,8 @@ def planned_methods() -> tuple[str, ...]:
     return tuple(sorted(METHODS, key=lambda name: not METHODS[name].trains_all))
 
 
-class PlanSettings(ModelOptions, LengthOptions, StepOptions):
-    """The options of ``rankwise plan``. Every row is taken to be ``max_length`` tokens long."""
+class PlanSettings(ModelOptions, TextOptions, LengthOptions, StepOptions):
+    """The options of ``rankwise plan``. Without ``data``, every row is taken to be ``max_length`` tokens long."""
 
     model: Annotated[
         str | None,
@@ -87,6 +87,11 @@ class PlanSettings(ModelOptions, LengthOptions, StepOptions):
         Count | None,
         option(Panel.TRAINING, "Number of rows of training data; the plan then gives the time of the whole run."),
     ] = None
+    data: Annotated[
+        str | None,
+        _model("Training data, whose rows are counted with the model's tokenizer; default: full rows.", metavar="D"),
+    ] = None
+    skip_bad_rows: Annotated[Whole, _model("Leave out up to N bad rows of each file of --data.")] = 0
 
     check: Annotated[
         bool, _sure("Run three real steps here, on random weights, and compare measured and predicted memory.")
@@ -191,6 +196,25 @@ class Workload(StepOptions):
         """The number of scored positions: at most all but the last of each row."""
         positions = max(1, min(self.max_length - 1, round(self.max_length * self.trained_share)))
         return self.sequences * positions
+
+
+class Rows(Protocol):
+    """A micro-batch: rows, tokens of a row, and the share of the tokens with labels."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def trained_share(self) -> float: ...
+
+
+def of_batch(workload: Workload, batch: Rows) -> Workload:
+    trained = max(batch.trained_share, 1 / batch.tokens)
+    length = max(2, batch.tokens)
+    return dataclasses.replace(workload, batch_size=batch.rows, max_length=length, trained_share=trained)
 
 
 def written_of(

@@ -98,13 +98,14 @@ def command_of(recommendation: Recommendation, saved: Path | None) -> str | None
 
 def _own_options(recommendation: Recommendation) -> str:
     """The options of ``rankwise train`` that only the user knows."""
-    return f"--data D{' --reward R' if recommendation.settings.get('objective') == 'grpo' else ''} --output O"
+    data = "" if "data" in recommendation.settings else "--data D "
+    return f"{data}{'--reward R ' if recommendation.settings.get('objective') == 'grpo' else ''}--output O"
 
 
 def differing(settings: Fields) -> JsonObject:
     """The settings that differ from the defaults of ``rankwise train``; model and method always."""
     named = {name: settings[name] for name in ("model", "method")}
-    usual = TrainSettings.defaults() | named
+    usual: JsonObject = {"data": None} | TrainSettings.defaults() | named
     return named | {name: value for name, value in settings.items() if value != usual[name]}
 
 
@@ -113,7 +114,7 @@ def as_yaml(plan: Plan) -> str:
     import yaml
 
     settings = {
-        name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        name.replace("_", "-"): _plain(value)
         for name, value in plan.recommendation.settings.items()
         if value is not None
     }
@@ -124,6 +125,11 @@ def as_yaml(plan: Plan) -> str:
         f"# rankwise train --config THIS-FILE {_own_options(plan.recommendation)}\n"
     )
     return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: object) -> object:
+    """The value as YAML's safe dumper takes it."""
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def _check(settings: PlanSettings, plan: Plan, waiting: Waiting) -> Check:

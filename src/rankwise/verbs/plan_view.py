@@ -13,7 +13,7 @@ from rankwise.methods import method_of
 from rankwise.planning.advice import disk_words, mapped_weights, peak_words
 from rankwise.planning.hardware import CARDS
 from rankwise.planning.speed import NOMINAL_CARD, eight_bits_share
-from rankwise.reports.numbers import byte_size, duration
+from rankwise.reports.numbers import byte_size, duration, plural
 from rankwise.verbs.output import Output, light_table
 
 if TYPE_CHECKING:
@@ -191,10 +191,10 @@ def footnotes(plan: Plan, *, why: bool) -> Iterator[tuple[str, str]]:
     if plan.unreached is not None:
         yield "shape", f"of {plan.model} as built in: {plan.unreached}"
     error = max(row.estimate.error for row in plan.rows)
-    yield (
-        "peak",
-        f"idle process + training; the training part may err by ±{100 * error:.0f} %. Every row is taken to be full.",
-    )
+    rows = "Every row is taken to be full."
+    if plan.counted_rows is not None:
+        rows = f"The batch is the largest of {plural(plan.counted_rows, 'row')}; time is that of their mean."
+    yield "peak", f"idle process + training; the training part may err by ±{100 * error:.0f} %. {rows}"
     mapped = [mapped_weights(row.estimate, "cpu") for row in plan.rows if row.verdict == "from disk"]
     if mapped:
         yield (
