@@ -26,7 +26,7 @@ enum rw_level_number {
     RW_AVX512_BF16 = 4,
     RW_AMX = 5
 };
-// The block types of GGUF files, by ggml's numbers.
+// The block types of GGUF files, by ggml's numbers; and MXFP4 as gpt-oss' files have it, codes and exponents apart.
 enum rw_ggml_type {
     RW_Q4_0 = 2,
     RW_Q4_1 = 3,
@@ -35,7 +35,8 @@ enum rw_ggml_type {
     RW_Q8_0 = 8,
     RW_Q4_K = 12,
     RW_Q5_K = 13,
-    RW_Q6_K = 14
+    RW_Q6_K = 14,
+    RW_MXFP4 = 39
 };
 
 // w'_i = value[code_i] * absmax_b, or with nested_absmax: absmax_b = dynamic_map[absmax[b]] * nested_absmax[b / 256] +
@@ -49,8 +50,8 @@ typedef struct rw_weight {
     const float* dynamic_map;    // 256, or null
     int64_t elements;            // n
     int64_t block_size;
-    // Of a weight in the blocks of a GGUF file, else 0: its type, columns, bytes of a row, and for each row its place in
-    // packed, or null. The fields between packed and elements are then null.
+    // Of a weight in the blocks of a file, else 0: its type, columns, bytes of a row, and for each row its place in
+    // packed, or null. The fields between packed and elements are then null, but absmax of MXFP4: uint8_t per block.
     int64_t ggml_type, columns, row_bytes;
     const int32_t* order;
 } rw_weight;

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -130,3 +132,38 @@ def tiny_bert(seed: int = 0, **overrides: object) -> BertModel:
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     torch.manual_seed(seed)
     return BertModel(BertConfig(**{**settings, **dropout, **overrides})).eval()
+
+
+# --- gpt-oss' experts in MXFP4 ---
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def mxfp4(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(blocks uint8 (E, out, in / 32, 16), scales uint8 (E, out, in / 32)) nearest to (E, in, out)."""
+    parts = W.float().transpose(1, 2).unflatten(2, (-1, 32))
+    exponents = parts.abs().amax(dim=3).clamp(min=2**-20).log2().floor() - 2
+    x = parts / torch.exp2(exponents)[..., None]
+    codes = (x.abs()[..., None] - E2M1).abs().argmin(-1) + 8 * (x < 0)
+    codes = codes.to(torch.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4, (exponents + 127).to(torch.uint8)
+
+
+def save_in_mxfp4(model: PreTrainedModel, folder: Path) -> Path:
+    """A gpt-oss as a folder whose experts are in MXFP4, as it is shipped."""
+    model.save_pretrained(folder)
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks, scales = mxfp4(tensor)
+            state |= {f"{name}_blocks": blocks.contiguous(), f"{name}_scales": scales.contiguous()}
+        else:
+            state[name] = tensor
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -1,4 +1,4 @@
-// The blocks of GGUF files, as ggml lays them out. A block of 32 or 256 elements consists of parts of 32:
+// The blocks of GGUF files, as ggml lays them out, and of MXFP4. A block of 32 or 256 elements consists of parts of 32:
 //
 //     w_i = scale * q_i - least       of Q6_K one scale for 16 elements
 //
@@ -177,6 +177,34 @@ struct Blocks<RW_Q6_K> {
     }
 };
 
+// E2M1 times two: byte i holds elements 2 i, in its low half, and 2 i + 1. Exponents lie apart.
+template <>
+struct Blocks<RW_MXFP4> {
+    static constexpr int64_t elements = 32, bytes = 16;
+    RW_INLINE static void read(const uint8_t* block, int, Part& part) {
+        alignas(16) static constexpr int8_t values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+#ifdef __AVX2__
+        const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block)), mask = _mm_set1_epi8(15),
+                      table = _mm_load_si128(reinterpret_cast<const __m128i*>(values)),
+                      low = _mm_shuffle_epi8(table, _mm_and_si128(codes, mask)),
+                      high = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(codes, 4), mask));
+        auto* out = reinterpret_cast<__m128i*>(part.q);
+        _mm_store_si128(out, _mm_unpacklo_epi8(low, high));
+        _mm_store_si128(out + 1, _mm_unpackhi_epi8(low, high));
+#else
+        for (int i = 0; i < 16; ++i) part.q[2 * i] = values[block[i] & 15], part.q[2 * i + 1] = values[block[i] >> 4];
+#endif
+    }
+};
+
+// 2^(exponent - 128), half of what E8M0 means; subnormal below 2.
+RW_INLINE float half_of_power(uint8_t exponent) {
+    const uint32_t bits = exponent < 2 ? uint32_t{0x200000} << exponent : (uint32_t{exponent} - 1) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return power;
+}
+
 RW_INLINE Floats floats_at(const int8_t* q) {
 #if defined(__AVX512F__)
     const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(q));
@@ -210,9 +238,9 @@ RW_INLINE void write_part(const Part& part, Out* out) {
     }
 }
 
-// Elements [column, end) of a row.
+// Elements [column, end) of a row. exponents: of MXFP4.
 template <int Type, int D, class Out>
-static void decode_row(const uint8_t* row, int64_t column, int64_t end, Out* out) {
+static void decode_row(const uint8_t* row, int64_t column, int64_t end, Out* out, const uint8_t* exponents = nullptr) {
     using Of = Blocks<Type>;
     Part part;
     while (column < end) {
@@ -220,6 +248,7 @@ static void decode_row(const uint8_t* row, int64_t column, int64_t end, Out* out
         const uint8_t* block = row + column / Of::elements * Of::bytes;
         __builtin_prefetch(block + 8 * Of::bytes);
         Of::read(block, static_cast<int>(column % Of::elements / kPart), part);
+        if constexpr (Type == RW_MXFP4) set_scale(part, half_of_power(exponents[column / kPart]), 0.0f);
         if (some == kPart) {
             write_part<D>(part, out);
         } else {
@@ -231,7 +260,7 @@ static void decode_row(const uint8_t* row, int64_t column, int64_t end, Out* out
     }
 }
 
-// Elements [first, first + count) of a weight in the blocks of a GGUF file.
+// Elements [first, first + count) of a weight in the blocks of a file.
 template <int D, class Out>
 static void decode_blocks(const rw_weight& weight, int64_t first, int64_t count, Out* out) {
     while (count > 0) {
@@ -239,6 +268,10 @@ static void decode_blocks(const rw_weight& weight, int64_t first, int64_t count,
                       left = weight.columns - column, some = left < count ? left : count;
         const uint8_t* row = weight.packed + (weight.order ? weight.order[n] : n) * weight.row_bytes;
         switch (weight.ggml_type) {
+            case RW_MXFP4:
+                decode_row<RW_MXFP4, D>(row, column, column + some, out,
+                                        static_cast<const uint8_t*>(weight.absmax) + n * (weight.columns / kPart));
+                break;
             case RW_Q4_0: decode_row<RW_Q4_0, D>(row, column, column + some, out); break;
             case RW_Q4_1: decode_row<RW_Q4_1, D>(row, column, column + some, out); break;
             case RW_Q5_0: decode_row<RW_Q5_0, D>(row, column, column + some, out); break;

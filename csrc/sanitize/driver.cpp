@@ -98,7 +98,7 @@ void run(const Tables& tables, int64_t N, int64_t K, int64_t block, int64_t T, i
     for (int64_t j = 0; j < ceil_div(n, 2); ++j) checksum += packed[static_cast<size_t>(j)];
 }
 
-// A weight in the blocks of a GGUF file, its rows stored last to first; any bytes are such a weight.
+// A weight in the blocks of a file, its rows stored last to first; any bytes are such a weight.
 void run_blocks(int type, int64_t elements, int64_t block_bytes, int64_t T, int dtype) {
     const int64_t N = 19, K = 3 * elements, row_bytes = 3 * block_bytes, n = N * K;
     const Bytes packed = bytes(N * row_bytes), x = bytes(T * K * size_of(dtype)), y = bytes(T * N * size_of(dtype));
@@ -107,6 +107,8 @@ void run_blocks(int type, int64_t elements, int64_t block_bytes, int64_t T, int 
     std::vector<int32_t> order;
     for (int64_t row = N; row > 0; --row) order.push_back(static_cast<int32_t>(row - 1));
     rw_weight weight = {packed.get(), nullptr, nullptr, nullptr, nullptr, nullptr, n, elements};
+    const std::vector<uint8_t> exponents(static_cast<size_t>(n / 32), 120);
+    if (type == RW_MXFP4) weight.absmax = exponents.data();
     weight.ggml_type = type, weight.columns = K, weight.row_bytes = row_bytes, weight.order = order.data();
     const Bytes out = bytes(n * size_of(dtype)), back = bytes(T * K * size_of(dtype));
     rw_dequantize_4bit(&weight, 5, n - 5, dtype, out.get(), 2);
@@ -122,7 +124,7 @@ double run_all(const Tables& tables) {
     state = 1;
     checksum = 0;
     const int64_t types[][3] = {{RW_Q4_0, 32, 18},   {RW_Q4_1, 32, 20},   {RW_Q5_0, 32, 22},   {RW_Q5_1, 32, 24},
-                                {RW_Q8_0, 32, 34},   {RW_Q4_K, 256, 144}, {RW_Q5_K, 256, 176}, {RW_Q6_K, 256, 210}};
+                                {RW_Q8_0, 32, 34},   {RW_MXFP4, 32, 16},  {RW_Q4_K, 256, 144}, {RW_Q5_K, 256, 176}, {RW_Q6_K, 256, 210}};
     for (const auto& type : types)
         for (int dtype : {RW_FLOAT32, RW_BFLOAT16, RW_FLOAT16})
             for (int64_t T : {1, 7, 70}) run_blocks(static_cast<int>(type[0]), type[1], type[2], T, dtype);

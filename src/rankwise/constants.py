@@ -8,6 +8,8 @@ IGNORED = -100
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # The quant_type of a base in its GGUF file's own bits.
 FILE_BITS = "file"
+# The quant_type of experts as gpt-oss' files hold them, and transformers' name of the format.
+MXFP4 = "mxfp4"
 # Number of first-level scales that share one second-level scale (QLoRA, section 3).
 NESTED_BLOCK = 256
 # The largest head size that torch's flash attention accepts.

@@ -11,14 +11,18 @@ import pytest
 import torch
 
 import rankwise as rw
-from gguf_cases import FAMILIES, base_gguf, logits, saved
+from gguf_cases import EXPERTS, FAMILIES, base_gguf, logits, saved
+from marks import at_some_level
+from rankwise import ops
 from rankwise.errors import ModelError, QuantizationError, RankwiseWarning
 from rankwise.models import load_model, model_facts
+from rankwise.models.gguf_base import _File
+from rankwise.models.gguf_file import read_gguf_header
 from rankwise.models.gguf_names import ONLY_ADAPTERS
 from rankwise.models.prepared import mapped_files
 from rankwise.quantization.config import FileConfig
-from rankwise.quantization.experts import dequantize
-from rankwise.quantization.linear import Linear4bit, PackedEmbedding
+from rankwise.quantization.experts import dequantize, four_bit_stacks
+from rankwise.quantization.linear import Linear4bit, PackedEmbedding, count_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:RW319")
 
@@ -29,7 +33,6 @@ def packed(path: Path, dtype: torch.dtype = torch.float32):
     return load_model(path, dtype=dtype, quantization=FileConfig())[0]
 
 
-@pytest.mark.filterwarnings("ignore:RW613")
 @pytest.mark.parametrize("kind", READ)
 def test_every_family_computes_as_its_expanded_file(kind: str, tmp_path: Path) -> None:
     saved(kind, tmp_path)
@@ -129,10 +132,57 @@ def test_it_is_not_saved_in_another_format(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "again")
 
 
-def test_experts_are_expanded_and_that_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+@at_some_level
+def test_stacked_experts_stay_in_the_file(kind: str, tmp_path: Path) -> None:
+    """One tensor of the file, or two whose rows follow each other for each expert; the gate is the first."""
     saved("qwen3_moe", tmp_path)
-    with pytest.warns(RankwiseWarning, match="RW613"):
-        packed(base_gguf(tmp_path, "q8_0"))
+    path = base_gguf(tmp_path, kind)
+    model, (dense, _) = packed(path), load_model(path)
+    stacks = dict(four_bit_stacks(model))
+    assert len(stacks) == 4
+    content = {item.name: item for item in gguf.GGUFReader(path).tensors}
+    for name, stack in stacks.items():
+        assert torch.equal(stack.dequantize(), dense.get_parameter(name))
+        if name.endswith("down_proj"):
+            number = name.split(".")[2]
+            assert stack.codes.nbytes == content[f"blk.{number}.ffn_down_exps.weight"].n_bytes
+    gate = stacks["model.layers.1.mlp.experts.gate_up_proj"].of_expert(2)
+    tensor = content["blk.1.ffn_gate_exps.weight"]
+    wanted = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))[2]
+    assert torch.equal(ops.dequantize_weight(gate)[:768], wanted)
+    assert mapped_files(model).bytes >= sum(stack.codes.nbytes for stack in stacks.values())
+    assert count_weights(model) == count_weights(dense)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-4)
+
+
+def test_adapted_experts_of_a_file_train_and_merge_as_dense_ones(tmp_path: Path) -> None:
+    saved("qwen3_moe", tmp_path)
+    path = base_gguf(tmp_path, "q8_0")
+    targets, found = {"target_modules": ["q_proj"], "target_parameters": EXPERTS}, []
+    for model in (packed(path), load_model(path)[0]):
+        torch.manual_seed(1)
+        rw.add_adapter(model, rw.LoraConfig(r=2, init_lora_weights=False, **targets))
+        ids = torch.arange(3, 20)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads = [parameter.grad for parameter in rw.adapter_parameters(model).values()]
+        rw.merge_adapter(model, reversible=False)
+        found.append((*grads, logits(model)))
+    assert len(found[0]) == 2 * (2 + 4) + 1
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_stack_of_two_types_is_expanded_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved("qwen3_moe", tmp_path)
+    path = base_gguf(tmp_path, "q8_0")
+    kind = _File.kind
+    is_up = "blk.0.ffn_up_exps.weight"
+    begin = next(one.begin for name, one in read_gguf_header(path).tensors.items() if name == is_up)
+    monkeypatch.setattr(_File, "kind", lambda self, one: "F16" if one.begin == begin else kind(self, one))
+    with pytest.warns(RankwiseWarning, match="RW613.*1 expert tensors"):
+        model = packed(path)
+    assert len(dict(four_bit_stacks(model))) == 3
 
 
 def test_a_token_outside_of_the_embedding_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from precision import assert_as_exact
 from rankwise.ops import eight_bit as eight_bits
 from rankwise.ops.cpu import products
 from rankwise.ops.experts import DenseStack, ExpertBranch, FrozenStack, Rows, low_rank_experts
-from rankwise.quantization.experts import PackedStack, quantize_stack
+from rankwise.quantization.experts import PackedStack, StackScales, put_stack, quantize_stack
+from tiny_models import mxfp4
 
 E, H, WIDTH, R = 4, 2, 2, 1
 # Expert 2 gets no token.
@@ -77,7 +78,7 @@ def test_gradcheck_in_float64(up_adapts: bool, down_adapts: bool, frozen: int | 
 
 @at_every_level
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", ["dense", "transposed", "nf4", "fp4 across"])
+@pytest.mark.parametrize("kind", ["dense", "transposed", "nf4", "fp4 across", "mxfp4"])
 def test_all_experts_in_one_call(kind: str, dtype: torch.dtype) -> None:
     """Natively, against one product per expert: no further from float64. Expert 2 gets no row, expert 0 half of all."""
     torch.manual_seed(0)
@@ -110,7 +111,7 @@ def test_all_experts_in_one_call(kind: str, dtype: torch.dtype) -> None:
 
 
 @at_every_level
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("kind", ["dense", "nf4", "mxfp4"])
 def test_in_8_bits_each_expert_has_the_scales_of_its_rows(kind: str) -> None:
     """Natively, against the plain products of `rankwise.ops.eight_bit`, forward and backward."""
     if not products.take(torch.bfloat16):
@@ -146,6 +147,11 @@ def stack_of(W: Tensor, kind: str, dtype: torch.dtype) -> FrozenStack:
     experts = nn.Module()
     experts.config = SimpleNamespace()
     experts.register_parameter("up_proj", nn.Parameter(stored.to(dtype), requires_grad=False))
+    if kind == "mxfp4":
+        blocks, exponents = mxfp4(W.transpose(1, 2))
+        scales = StackScales(W.shape, quant_type=kind, block_size=32, double_quant=False, dtype=dtype)
+        scales.absmax, experts.is_transposed = exponents.flatten(), False
+        return PackedStack(put_stack(experts, "up_proj", scales, blocks.reshape(-1, W.shape[2] // 2)), False)
     settings = {"quant_type": kind[:3], "block_size": 64 if kind == "nf4" else 32, "double_quant": kind == "nf4"}
     return PackedStack(quantize_stack(experts, "up_proj", compute_dtype=None, **settings), across)
 

@@ -52,7 +52,8 @@ def stack_shape(module: nn.Module, leaf: str) -> StackShape:
     """The shape of the stack ``leaf`` in an experts module with transformers' interface."""
     stack, parameter = stack_at(module, leaf), module.get_parameter(leaf)
     shape = parameter.shape if stack is None else stack.scales.shape
-    K, N = shape[1:] if module.is_transposed else shape[:0:-1]
+    transposed = module.is_transposed if stack is None else stack.transposed
+    K, N = shape[1:] if transposed else shape[:0:-1]
     return StackShape(shape[0], K, N, parameter.device)
 
 

@@ -72,12 +72,12 @@ def experts_left_out(modules: Modules, config: LoraConfig, adapted: Collection[s
     missing, distinct, endings = {}, {}, []
     for name, module, leaf in _named(modules):
         parameter = module.get_parameter(leaf)
-        distinct[id(parameter)] = weight_count(parameter)
+        distinct[id(parameter)] = weight_count(module, leaf)
         # Also by the class name, since Llama 4's and JetMoE's experts lack transformers' interface.
         is_named_so = parameter.dim() == 3 and "experts" in type(module).__name__.lower()
         is_stack = is_named_so or stack_at(module, leaf) is not None
         if is_stack and name not in adapted and not config.trains_whole(name.rpartition(".")[0]):
-            missing[name] = weight_count(parameter)
+            missing[name] = weight_count(module, leaf)
             if _obstacle(name, module, leaf, config) is None:
                 endings.append(ending(name))
     if not missing:

@@ -38,7 +38,7 @@ from rankwise.models.source import is_other_hub_model
 from rankwise.quantization.config import FourBitConfig, Nf4Config, rewrite_bitsandbytes_config
 from rankwise.quantization.linear import weights_in_file
 from rankwise.quantization.targets import is_finite
-from rankwise.quantization.transformers_plugin import mark_quantized
+from rankwise.quantization.transformers_plugin import FourBitQuantizer, mark_quantized
 from rankwise.records import write_json
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -109,10 +109,10 @@ def _save(model: Any, folder: Path, config: LoraConfig, *, is_foreign: bool) -> 
     """Save a merged model, its layers dense; 4-bit where the adapter was trained for that."""
     if config.for_merge == "nf4":
         mark_quantized(model, Nf4Config(double_quant=True))
+    elif isinstance(getattr(model, "hf_quantizer", None), FourBitQuantizer):
+        model = model.dequantize()
     elif is_foreign:
         make_dense(model)
-    elif getattr(model, "hf_quantizer", None) is not None:
-        model = model.dequantize()
     for name, W in model.named_parameters():
         if W.is_floating_point() and W.itemsize > 1 and not is_finite(W.detach()):
             raise AdapterError(
@@ -189,8 +189,8 @@ def foreign_quantization(source: ModelSource) -> str | None:
 def _quantization_to_load(adapter: Path, config: LoraConfig, source: ModelSource, onto: Onto) -> FourBitConfig | None:
     """The 4-bit format in which the base is loaded; None for one that is loaded as its files hold it."""
     if onto == "quantized" and foreign_quantization(source) is not None:
-        # transformers or its own layers dequantize them.
-        return None
+        # transformers or its own layers dequantize them; beside experts in MXFP4 a run may have made 4 bits.
+        return four_bits_of(adapter)
     stored = stored_quantization(source)
     if config.for_merge is not None:
         return four_bits_of(adapter)

@@ -1,7 +1,7 @@
 """A GGUF file as a base in its own bits: weights are views of the mapped file, in the file's blocks.
 
-Matrices of linear layers and embeddings stay packed. Norms, biases and what the file holds in 16 or 32 bits get the
-model's dtype. So do stacked experts (RW613).
+Matrices of linear layers, embeddings and stacked experts stay packed. Norms, biases and what the file holds in 16 or 32
+bits get the model's dtype. So do stacks whose two tensors differ in type (RW613).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from rankwise.models.folder import auto_class
 from rankwise.models.gguf_file import GgufTensor, read_gguf_header
 from rankwise.models.gguf_names import ARCHITECTURES, ONLY_ADAPTERS, GgufNames, Part
 from rankwise.ops import gguf_blocks
-from rankwise.ops.gguf_blocks import BLOCK_TYPES
+from rankwise.ops.gguf_blocks import GGUF_TYPES
 from rankwise.ops.packed_weight import PackedWeight
+from rankwise.quantization.experts import StackScales, foreign, put_stack
 from rankwise.quantization.linear import Linear4bit, PackedEmbedding, is_conv1d, is_dense_linear
 from rankwise.reports.numbers import byte_size
 
@@ -60,10 +61,10 @@ class _File:
         self.tensors, self.start = header.tensors, header.data_start
         self.content = torch.from_numpy(np.memmap(path, np.uint8, "c"))
         for name, tensor in self.tensors.items():
-            if (kind := self.kind(tensor)) not in (*BLOCK_TYPES, *DENSE_TYPES):
+            if (kind := self.kind(tensor)) not in (*GGUF_TYPES, *DENSE_TYPES):
                 raise ModelError(
                     "RW316",
-                    f"{path} stores {name!r} as {kind}, and bases keep {', '.join(BLOCK_TYPES)}; {INSTEAD}, or take a "
+                    f"{path} stores {name!r} as {kind}, and bases keep {', '.join(GGUF_TYPES)}; {INSTEAD}, or take a "
                     "file of a different type, such as Q4_K_M.",
                 )
 
@@ -92,7 +93,7 @@ class _Filling:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = head.weight is embedding.weight
         for path, module in list(model.named_modules()):
-            # The weight last, since a layer that stays packed takes the bias over.
+            # The weight last, since a layer that stays packed takes the bias over; a stack's scales are no parameter.
             for leaf, parameter in sorted(own_parameters(module).items(), key=lambda item: item[0] == "weight"):
                 if parameter is not None and not (is_tied and module is head and leaf == "weight"):
                     self._fill(path, module, leaf, parameter)
@@ -121,20 +122,61 @@ class _Filling:
         is_matrix = leaf == "weight" and (is_dense_linear(module) or isinstance(module, nn.Embedding))
         if is_matrix and found != wanted:
             self.problems.append(f"{parts[0].name} is {found}, expected {wanted}")
-        elif is_matrix and self.file.kind(tensor) in BLOCK_TYPES:
+        elif is_matrix and self.file.kind(tensor) in GGUF_TYPES:
             self.model.set_submodule(path, self._packed(module, name, tensor))
+        elif parameter.dim() == 3 and self._is_packed_stack(module, leaf, parts):
+            self._put_stack(module, leaf, parts)
         else:
             self._set_dense(module, leaf, name, parts)
 
-    def _packed(self, module: nn.Module, name: str, tensor: GgufTensor) -> nn.Module:
-        kind, rows = self.file.kind(tensor), self.file.rows(tensor)
+    def _is_packed_stack(self, module: nn.Module, leaf: str, parts: list[Part]) -> bool:
+        tensors = [self.file.tensors[part.name] for part in parts]
+        kinds = {self.file.kind(tensor) for tensor in tensors}
+        return len(kinds) == 1 and kinds <= GGUF_TYPES.keys() and foreign(module, leaf) is None
+
+    def _put_stack(self, module: nn.Module, leaf: str, parts: list[Part]) -> None:
+        """Give a stack its experts of one tensor of the file, or of two, of which each expert's rows follow each other.
+        The stack is a view of the file from the first tensor to the last."""
+        tensors = [self.file.tensors[part.name] for part in parts]
+        kind, shapes = self.file.kind(tensors[0]), [tensor.shape[::-1] for tensor in tensors]
+        shape = (shapes[0][0], sum(N for _, N, _ in shapes), shapes[0][2])
+        if {(E, K) for E, _, K in shapes} != {(shape[0], shape[2])} or shape != module.get_parameter(leaf).shape:
+            self.problems.append(f"{parts[0].name} is {shapes[0]}, expected {tuple(module.get_parameter(leaf).shape)}")
+            return
+        for part, tensor in zip(parts, tensors):
+            self._check_finite(part.name, self.file.rows(tensor), kind)
+        begin, row_bytes = min(tensor.begin for tensor in tensors), GGUF_TYPES[kind].row_bytes(shape[2])
+        codes, order = self.file.rows(tensors[0]), None
+        if len(tensors) > 1:
+            codes = self.file.content[self.file.start + begin : self.file.start + max(one.end for one in tensors)]
+            places = [
+                one.begin - begin + torch.arange(E * N).view(E, N) * row_bytes
+                for one, (E, N, _) in zip(tensors, shapes)
+            ]
+            order = torch.cat(places, dim=1).flatten().int()
+        scales = StackScales(
+            shape,
+            quant_type=kind,
+            block_size=GGUF_TYPES[kind].elements,
+            double_quant=False,
+            dtype=self.dtype,
+            device="meta",
+        )
+        scales.absmax, scales.order = torch.empty(0), order
+        put_stack(module, leaf, scales, codes)
+
+    def _check_finite(self, name: str, rows: Tensor, kind: str) -> None:
         if not gguf_blocks.is_finite(rows, kind):
             raise ModelError("RW323", f"{self.file.path} holds NaN or infinity in {name}; get it again.")
+
+    def _packed(self, module: nn.Module, name: str, tensor: GgufTensor) -> nn.Module:
+        kind, rows = self.file.kind(tensor), self.file.rows(tensor)
+        self._check_finite(name, rows, kind)
         K, N = tensor.shape
         stored = self.names.rows(name, torch.arange(N)[:, None])[:, 0]
         order = None if bool((stored == torch.arange(N)).all()) else stored.argsort().int()
         weight = PackedWeight(
-            rows, torch.empty(0), (N, K), kind, BLOCK_TYPES[kind].elements, order=order, dtype=self.dtype
+            rows, torch.empty(0), (N, K), kind, GGUF_TYPES[kind].elements, order=order, dtype=self.dtype
         )
         if isinstance(module, nn.Embedding):
             return PackedEmbedding(weight, module)

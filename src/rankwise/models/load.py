@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.transformers import gguf_read_once, heads_of_labels, text_config, without_accelerate
-from rankwise.constants import FILE_BITS, TEMPLATE_FILE
+from rankwise.constants import FILE_BITS, MXFP4, TEMPLATE_FILE
 from rankwise.errors import ModelError, RankwiseError, one_line, some_of, warn
 from rankwise.foreign import Fields
 from rankwise.labels import NUMBER, Labels, labels_of_head
@@ -166,7 +166,7 @@ def _load_folder(
 ) -> PreTrainedModel:
     path = source.place
     config = check_folder(path, trust_remote_code=trust_remote_code, labelled=source.labels is not None)
-    arguments = dict(_quantization_arguments(path, config, quantization, trust_remote_code))
+    arguments = dict(_quantization_arguments(path, config, quantization, trust_remote_code, device))
     if source.labels is not None:
         _check_same_labels(config, source)
         arguments["config"] = _with_labels(arguments.get("config") or _config(source, trust_remote_code), source.labels)
@@ -209,13 +209,13 @@ def _with_labels(config: Any, labels: Labels) -> PreTrainedConfig:
 
 
 def _quantization_arguments(
-    path: Path, config_file: Fields, quantization: QuantizationConfigMixin | None, trust_remote_code: bool
+    path: Path, config_file: Fields, quantization: QuantizationConfigMixin | None, trust_remote_code: bool, device: str
 ) -> Mapping[str, PreTrainedConfig | QuantizationConfigMixin | None]:
     """The quantization arguments for transformers. Raises ModelError (RW316) if a checkpoint's format excludes the
     requested one.
 
     A bitsandbytes checkpoint loads into `Linear4bit` layers in its stored format, also if a different 4-bit format is
-    requested.
+    requested. On a CPU experts in MXFP4 stay as they are, and a requested format is that of the other layers.
     """
     from rankwise.quantization.transformers_plugin import register
 
@@ -229,8 +229,14 @@ def _quantization_arguments(
     from transformers import AutoConfig
 
     from rankwise.quantization import FourBitConfig, adopt_bitsandbytes_config
+    from rankwise.quantization.config import Mxfp4Config
 
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    if keeps_mxfp4(config_file, device) and isinstance(quantization, FourBitConfig | None):
+        del config.quantization_config
+        kept = copy.copy(quantization) or Mxfp4Config()
+        kept.experts_in_mxfp4 = True
+        return {"config": config, "quantization_config": kept}
     held = adopt_bitsandbytes_config(config)
     if held is None and quantization is None:
         return _read_densely(path, config, stored)
@@ -243,6 +249,12 @@ def _quantization_arguments(
             "load it without a quantization, or give the original.",
         )
     return {"config": config}
+
+
+def keeps_mxfp4(config: Fields, device: str) -> bool:
+    """Whether the experts of a ``config.json``'s model stay in the file's MXFP4 on this device."""
+    stored = config.get("quantization_config")
+    return device == "cpu" and isinstance(stored, Mapping) and stored.get("quant_method") == MXFP4
 
 
 def _read_densely(path: Path, config: PreTrainedConfig, stored: Fields) -> Mapping[str, PreTrainedConfig]:

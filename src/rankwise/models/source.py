@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rankwise.config import DEMO, DEMO_HUB_ID
-from rankwise.constants import TEMPLATE_FILE
+from rankwise.constants import MXFP4, TEMPLATE_FILE
 from rankwise.errors import ModelError, warn
 from rankwise.foreign import Fields, JsonObject, sha256_of_files
 from rankwise.labels import Labels
@@ -321,6 +321,9 @@ def model_facts(model: PreTrainedModel, source: str | ModelSource) -> JsonObject
 def _quantization(model: PreTrainedModel) -> JsonObject | None:
     """The complete 4-bit format; config.json's quantization_config lacks the block size."""
     config = getattr(model.config, "quantization_config", None)
+    if getattr(config, "quant_type", None) == MXFP4:
+        # As the files have it; nothing was quantized.
+        return None
     for method in ("to_loading_dict", "to_dict"):
         if hasattr(config, method):
             config = getattr(config, method)()

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from rankwise.constants import BLOCK_SIZES, NESTED_BLOCK
+from rankwise.constants import BLOCK_SIZES, MXFP4, NESTED_BLOCK
 from rankwise.errors import QuantizationError
 from rankwise.ops.gguf_blocks import BLOCK_TYPES
 from rankwise.ops.packed_weight import PACKED_TYPES, QUANT_TYPES, PackedWeight
@@ -118,17 +118,21 @@ def check_weight(weight: PackedWeight) -> None:
 def _check_blocks(weight: PackedWeight) -> None:
     """The numbers in ``order`` are not checked, since the loader makes them."""
     codes, shape, order, kind = weight.codes, weight.shape, weight.order, BLOCK_TYPES[weight.quant_type]
-    good = len(shape) == codes.dim() == 2 and codes.dtype is torch.uint8 and weight.block_size == kind.elements
-    good = good and shape[1] % kind.elements == 0 and codes.shape[1] == kind.row_bytes(shape[1])
+    good = len(shape) == 2 and codes.dtype is torch.uint8 and weight.block_size == kind.elements
+    good = good and shape[1] % kind.elements == 0
+    if order is None or codes.dim() != 1:
+        good = good and codes.dim() == 2 and codes.shape[1] == kind.row_bytes(shape[1])
+    exponents = math.prod(shape) // kind.elements if weight.quant_type == MXFP4 else 0
+    good = good and weight.absmax.numel() == exponents and (not exponents or weight.absmax.dtype is torch.uint8)
     if order is None:
         good = good and codes.shape[0] == shape[0]
     else:
         good = good and order.dtype is torch.int32 and tuple(order.shape) == tuple(shape[:1])
     if not good or codes.device.type not in ("cpu", "meta"):
         raise _misfit(
-            f"a weight of shape {tuple(shape)} in a GGUF file's {weight.quant_type} needs uint8 rows of whole blocks "
-            f"of {kind.elements} on a CPU, and an int32 order of its rows or none",
-            codes=codes, order=order,
+            f"a weight of shape {tuple(shape)} in a file's {weight.quant_type} needs uint8 rows of whole blocks of "
+            f"{kind.elements} on a CPU, {exponents} exponents in uint8, and an int32 order of its rows or none",
+            codes=codes, exponents=weight.absmax, order=order,
         )  # fmt: skip
 
 

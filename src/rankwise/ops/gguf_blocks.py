@@ -1,5 +1,5 @@
-"""The blocks of GGUF files in plain PyTorch: the specification of the native decoder, equal to the gguf package's
-dequantization bit for bit.
+"""The blocks of files in plain PyTorch: the specification of the native decoder, equal to the gguf package's
+dequantization bit for bit, and of MXFP4 to transformers'.
 
 A row of a weight is a sequence of blocks of 32 or 256 elements. A block holds float16 numbers d and least, for 256
 elements also integers s, t for parts of 16 or 32, and the elements' integers q:
@@ -7,7 +7,8 @@ elements also integers s, t for parts of 16 or 32, and the elements' integers q:
     w = d (q - middle)       Q4_0, Q5_0, Q8_0          w = d q + least            Q4_1, Q5_1
     w = d s (q - 32)         Q6_K                      w = d s q - least t        Q4_K, Q5_K
 
-in float32, each operation rounded. Legend: B = blocks. Readers take uint8 (B, bytes of a block).
+in float32, each operation rounded. MXFP4, as gpt-oss' files have it, is w = q 2^(e - 127) with q in E2M1 and the
+exponents e of all blocks in a tensor of their own. Legend: B = blocks. Readers take uint8 (B, bytes of a block).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from rankwise.constants import MXFP4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +102,18 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return (scale[:, :, None] * ((low | high << 4).float() - 32)).flatten(1)
 
 
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _mxfp4(blocks: Tensor) -> Tensor:
+    """q, of which byte i holds elements 2 i, in its low half, and 2 i + 1."""
+    # Without a negative zero, as the native decoder's integers.
+    values = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=blocks.device) + 0
+    return values[torch.stack([blocks & 15, blocks >> 4], dim=2).flatten(1).int()]
+
+
 # {ggml's name: type}. The names are in capitals; `rankwise.ops.packed_weight` has a q4_0 of its own.
-BLOCK_TYPES = {
+GGUF_TYPES = {
     "Q4_0": BlockType(2, 32, 18, (0,), _q4_0),
     "Q4_1": BlockType(3, 32, 20, (0, 2), _q4_1),
     "Q5_0": BlockType(6, 32, 22, (0,), _q5_0),
@@ -110,19 +123,30 @@ BLOCK_TYPES = {
     "Q5_K": BlockType(13, 256, 176, (0, 2), _q5_k),
     "Q6_K": BlockType(14, 256, 210, (208,), _q6_k),
 }
+BLOCK_TYPES = {**GGUF_TYPES, MXFP4: BlockType(39, 32, 16, (), _mxfp4)}
+# The largest exponent whose weights, up to 6 of its powers, are finite.
+LARGEST_EXPONENT = 252
 
 # Blocks that are decoded at once.
 _CHUNK = 1 << 13
 
 
-def decode(rows: Tensor, kind: str, order: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K) in ``dtype`` of stored rows (N', bytes), uint8; row n lies at ``order[n]``, or at n."""
+def decode(
+    rows: Tensor, kind: str, order: Tensor | None, dtype: torch.dtype, exponents: Tensor | None = None
+) -> Tensor:
+    """The weight (N, K) in ``dtype`` of stored rows (N', bytes), uint8; row n lies at ``order[n]``, or at n.
+
+    ``exponents``: of MXFP4, those of all blocks, uint8.
+    """
     found = BLOCK_TYPES[kind]
     rows = rows if order is None else rows[order.long()]
     blocks = rows.reshape(-1, found.bytes)
     out = torch.empty((len(blocks), found.elements), dtype=dtype, device=rows.device)
     for start in range(0, len(blocks), _CHUNK):
-        out[start : start + _CHUNK] = found.read(blocks[start : start + _CHUNK])
+        w = found.read(blocks[start : start + _CHUNK])
+        if exponents is not None:
+            w = w * torch.exp2(exponents[start : start + _CHUNK, None].float() - 127)
+        out[start : start + _CHUNK] = w
     return out.view(len(rows), -1)
 
 

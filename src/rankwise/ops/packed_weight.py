@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rankwise.compat.torch import plain_tensors
-from rankwise.constants import NESTED_BLOCK
+from rankwise.constants import MXFP4, NESTED_BLOCK
 from rankwise.ops.gguf_blocks import BLOCK_TYPES
 
 
@@ -22,8 +22,8 @@ from rankwise.ops.gguf_blocks import BLOCK_TYPES
 class PackedWeight:
     """A weight W' of ``shape`` in NF4, FP4 or Q4_0:  W' = value[code] * absmax of its block (QLoRA, section 3).
 
-    Or one in the `BLOCK_TYPES` of GGUF files: ``codes`` are its rows (N, bytes of a row), which hold their own scales,
-    and ``absmax`` is empty.
+    Or one in the `BLOCK_TYPES` of files: ``codes`` are its rows (N, bytes of a row), which hold their own scales, and
+    ``absmax`` is empty, or the uint8 exponents of MXFP4.
 
     Legend: n = elements of W', blocks = ceil(n / block_size). Blocks run along the row-major flattening.
     """
@@ -39,7 +39,8 @@ class PackedWeight:
     nested_absmax: Tensor | None = None
     # float32 (), or None without double quantization.
     offset: Tensor | None = None
-    # int32 (N,), of a GGUF file: where row n lies in ``codes``; None: at n.
+    # int32 (N,), of a GGUF file: the row of ``codes`` where row n lies, or its first byte in codes of one dimension;
+    # None: at n.
     order: Tensor | None = None
     # The dtype of the weight before it was quantized: the default result of dequantizing.
     dtype: torch.dtype = torch.float32
@@ -106,13 +107,14 @@ def packed_shape(shape: Sequence[int], block_size: int) -> tuple[int, int]:
 
 
 def empty_scales(
-    elements: int, block_size: int, double_quant: bool, device: torch.device | str | None
+    quant_type: str, elements: int, block_size: int, double_quant: bool, device: torch.device | str | None
 ) -> dict[str, Tensor | None]:
     """Uninitialized scales of a weight, by name."""
     blocks = math.ceil(elements / block_size)
     nested = math.ceil(blocks / NESTED_BLOCK)
+    kind = torch.uint8 if double_quant or quant_type == MXFP4 else torch.float32
     return {
-        "absmax": torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device),
+        "absmax": torch.empty(blocks, dtype=kind, device=device),
         "nested_absmax": torch.empty(nested, dtype=torch.float32, device=device) if double_quant else None,
         "offset": torch.empty((), dtype=torch.float32, device=device) if double_quant else None,
     }

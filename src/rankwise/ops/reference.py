@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rankwise.constants import IGNORED, NESTED_BLOCK
+from rankwise.constants import IGNORED, MXFP4, NESTED_BLOCK
 from rankwise.errors import QuantizationError
 from rankwise.ops import gguf_blocks
 from rankwise.ops.checks import check_targets, sum_dtype
@@ -80,7 +80,11 @@ def _quantize_chunk(w: Tensor, quant_type: str, block_size: int, start: int) -> 
 def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """W' = value[code] * absmax, in ``dtype``."""
     if weight.in_file_blocks:
-        return gguf_blocks.decode(weight.codes, weight.quant_type, weight.order, dtype)
+        exponents = weight.absmax if weight.quant_type == MXFP4 else None
+        kind, rows = weight.quant_type, weight.codes
+        if rows.dim() == 1:
+            rows = rows.unfold(0, gguf_blocks.BLOCK_TYPES[kind].row_bytes(weight.shape[1]), 1)
+        return gguf_blocks.decode(rows, kind, weight.order, dtype, exponents)
     n, values = weight.elements, code_values(weight.quant_type, weight.codes.device)
     scales = _scales(weight)
     out, flat = torch.empty(n, dtype=dtype, device=weight.codes.device), weight.codes.reshape(-1)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from rankwise.compat.system import cache_folder
 from rankwise.config import keeps_file_bits
 from rankwise.conflicts import without_reference
+from rankwise.constants import MXFP4
 from rankwise.errors import ConfigError, RankwiseWarning, heard, warn
 from rankwise.foreign import JsonObject, read_json
 from rankwise.methods import METHODS, method_of
@@ -633,9 +634,15 @@ def over_file(model: PlannedModel, ask: Estimator) -> Estimator:
 
 
 def over_stored(stored: Stored | None, ask: Estimator) -> Estimator:
-    """An estimator for training over stored weights: bitsandbytes' 4 bits, over which LoRA is QLoRA, or other
-    libraries' formats that support adapters; ``ask`` itself for dense weights.
+    """An estimator for training over stored weights: bitsandbytes' 4 bits, over which LoRA is QLoRA, other libraries'
+    formats that support adapters, or experts in MXFP4; ``ask`` itself for dense weights.
     """
+    if stored is not None and stored.format == MXFP4:
+
+        def over_mxfp4(method: str, workload: Workload) -> MemoryEstimate:
+            return ask(method, dataclasses.replace(workload, experts_in_mxfp4=stored.keeps_mxfp4(workload.device_type)))
+
+        return over_mxfp4
     if stored is None or not (stored.four_bit or stored.bits):
         return ask
 

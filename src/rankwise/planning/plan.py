@@ -209,7 +209,7 @@ class _Planner:
         stored = self.facts.stored
         # Stored bitsandbytes weights have the sizes of the rows of qlora and qdora.
         traces = Traces(self.model, say, warns=True)
-        self.estimate = over_file(self.model, over_stored(stored if stored and stored.bits else None, traces))
+        self.estimate = over_file(self.model, over_stored(None if stored and stored.four_bit else stored, traces))
 
     @functools.cached_property
     def pace(self) -> Pace | None:
@@ -299,7 +299,7 @@ class _Planner:
 
     def _notes(self, method: str) -> Iterator[str]:
         if self.facts.stored is not None:
-            yield self.facts.stored.note
+            yield self.facts.stored.note(self.workload.device_type)
         if read := expert_bytes(method, self.facts, self.workload):
             yield f"a pass of {self.workload.tokens:,} tokens reads {byte_size(read)} of experts"
 

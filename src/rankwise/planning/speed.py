@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.compat.system import cache_folder
+from rankwise.config import keeps_file_bits
 from rankwise.conflicts import takes_eight_bit
+from rankwise.constants import MXFP4
 from rankwise.errors import ModelError
 from rankwise.foreign import Fields
 from rankwise.labels import Labels
@@ -68,9 +70,17 @@ class Stored:
     bits: int = 0
     group: int = 0
 
-    @property
-    def note(self) -> str:
-        """A note for the plan, whose rows count the original, dense weights."""
+    def keeps_mxfp4(self, device_type: str) -> bool:
+        """Whether the model's experts stay in the files' MXFP4."""
+        return self.format == MXFP4 and device_type == "cpu"
+
+    def note(self, device_type: str) -> str:
+        """A note for the plan, whose rows count the original, dense weights unless they stay as they are."""
+        if self.keeps_mxfp4(device_type):
+            return (
+                "the files hold the experts in MXFP4: training takes them as they are, with every method that trains "
+                "an adapter, and these are their sizes; qlora rounds the other layers"
+            )
         if self.bits:
             return (
                 f"the files hold weights in {self.bits} bits ({self.format}): lora and dora train over these weights, "
@@ -128,8 +138,9 @@ class ModelFacts:
     position_rows: int | None = None
     # The quantization of the weights in the files, if any.
     stored: Stored | None = None
-    # Of a GGUF file: the bytes of its packed matrices, and the elements of its other tensors.
+    # Of a GGUF file: the bytes of its packed matrices, of its experts alone, and the elements of its other tensors.
     packed_bytes: int = 0
+    packed_expert_bytes: int = 0
     dense_elements: int = 0
     # Whether a small head of labels stands in the place of the vocabulary's.
     has_labels: bool = False
@@ -231,11 +242,13 @@ def _of_gguf(header: GgufHeader) -> ModelFacts:
     # Stacked experts: blk.3.ffn_up_exps.weight.
     experts = sum(prod(tensor.shape) for name, tensor in header.tensors.items() if "_exps." in name)
     count, visited = (_number(header.metadata, (f"{family}.{key}",)) for key in ("expert_count", "expert_used_count"))
-    packed = [one for one in header.tensors.values() if len(one.shape) == 2 and one.ggml_type not in DENSE_GGML_TYPES]
+    matrices = {name: one for name, one in header.tensors.items() if len(one.shape) > 1}
+    packed = {name: one for name, one in matrices.items() if one.ggml_type not in DENSE_GGML_TYPES}
     elements = sum(prod(tensor.shape) for tensor in header.tensors.values())
     return ModelFacts(
-        packed_bytes=sum(tensor.end - tensor.begin for tensor in packed),
-        dense_elements=elements - sum(prod(tensor.shape) for tensor in packed),
+        packed_bytes=sum(tensor.end - tensor.begin for tensor in packed.values()),
+        packed_expert_bytes=sum(tensor.end - tensor.begin for name, tensor in packed.items() if "_exps." in name),
+        dense_elements=elements - sum(prod(tensor.shape) for tensor in packed.values()),
         layers=_number(header.metadata, (f"{family}.block_count",)),
         width=_number(header.metadata, (f"{family}.embedding_length",)),
         vocabulary=table.shape[-1] if table else 0,
@@ -373,8 +386,14 @@ def expert_bytes(method: str, facts: ModelFacts, workload: Workload) -> float:
     if facts.visited_share == 1:
         return 0.0
     stacked = facts.idle_expert_parameters / (1 - facts.visited_share)
-    is_packed = method_of(method).four_bits or (facts.stored is not None and facts.stored.four_bit)
+    stored = facts.stored
+    is_packed = method_of(method).four_bits or (
+        stored is not None and (stored.four_bit or stored.keeps_mxfp4(workload.device_type))
+    )
     touched = 1 - (1 - facts.visited_share) ** workload.tokens
+    on_cpu = workload.device_type == "cpu"
+    if facts.packed_expert_bytes and keeps_file_bits(workload.base_bits, method, is_file=True, on_cpu=on_cpu):
+        return facts.packed_expert_bytes * touched
     return stacked * touched * (PACKED_BYTES if is_packed else _width(workload))
 
 

@@ -116,11 +116,18 @@ def made(model: PreTrainedModel, method: str, workload: Workload) -> Prepared:
     from rankwise.adapters.switch import keep_reference
     from rankwise.quantization import quantize
     from rankwise.quantization.config import CONFIGS
+    from rankwise.quantization.experts import four_bit_stacks
+    from rankwise.quantization.transformers_plugin import put_mxfp4
 
     if workload.labels:
         keep_heads_exact(model)
         # As a tokenizer has set it.
         model.config.get_text_config().pad_token_id = 0
+    if workload.experts_in_mxfp4:
+        put_mxfp4(model, next(model.parameters()).device)
+        for _, stack in four_bit_stacks(model):
+            stack.codes.zero_()
+            stack.scales.absmax.fill_(127)
     if method_of(method).four_bits:
         kind = CONFIGS[workload.quant_type]
         quantize(model, kind(block_size=workload.block_size, double_quant=workload.double_quant))

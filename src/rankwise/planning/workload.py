@@ -167,6 +167,8 @@ class Workload(StepOptions):
     # As the objective's options; None: its defaults.
     loss_type: str | None = None
     beta: float | None = None
+    # Whether the base's experts are in MXFP4.
+    experts_in_mxfp4: bool = False
     # Whether a frozen copy of the adapter with which training began is the reference.
     keeps_reference: bool = False
 

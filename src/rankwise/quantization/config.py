@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankwise.constants import FILE_BITS, NESTED_BLOCK
+from rankwise.constants import FILE_BITS, MXFP4, NESTED_BLOCK
 from rankwise.errors import QuantizationError, one_line
 from rankwise.foreign import Fields, JsonObject, checked, parse_json
 from rankwise.ops.checks import check_dtype, check_type
@@ -46,13 +46,15 @@ class FourBitConfig(QuantizationConfigMixin):
     compute_dtype: Any = None
     # Set when a model is quantized: the dtype of its dense weights, written to config.json as the compute dtype.
     weights_dtype: torch.dtype | None = field(default=None, init=False, repr=False, compare=False)
+    # Whether the files hold the stacked experts in MXFP4, in which they stay.
+    experts_in_mxfp4: bool = field(default=False, init=False, repr=False, compare=False)
     # Set when a model is quantized: the linear layers that stay dense, written to config.json.
     dense_modules: list[str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if type(self.block_size) is not int:
             raise QuantizationError("RW615", f"block_size is {self.block_size!r}: use a whole number, 64 is usual.")
-        if self.quant_type != FILE_BITS:
+        if self.quant_type not in (FILE_BITS, MXFP4):
             check_type(self.quant_type, self.block_size)
         if type(self.double_quant) is not bool:
             raise QuantizationError("RW615", f"double_quant is {self.double_quant!r}: use True or False.")
@@ -120,6 +122,13 @@ class FileConfig(FourBitConfig):
     """The bits in which a GGUF file holds its weights; nothing is quantized."""
 
     quant_type: ClassVar[str] = FILE_BITS
+
+
+@dataclass
+class Mxfp4Config(FourBitConfig):
+    """Stacked experts in MXFP4, as gpt-oss' files hold them; nothing is quantized."""
+
+    quant_type: ClassVar[str] = MXFP4
 
 
 # {name of the type: config}.
@@ -228,7 +237,8 @@ def to_bitsandbytes(name: str, weight: PackedWeight) -> dict[str, Tensor]:
     if weight.in_file_blocks:
         raise QuantizationError(
             "RW615",
-            f"{name} is in a GGUF file's own bits, which bitsandbytes has not; dequantize the model to save it.",
+            f"{name} is in a file's own bits ({weight.quant_type}), which bitsandbytes has not; dequantize the model "
+            "to save it.",
         )
     codes = weight.codes.detach()
     # Each weight gets its own copy of the tables, since safetensors refuses tensors that share memory.

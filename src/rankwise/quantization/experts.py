@@ -1,4 +1,4 @@
-"""Stacked experts in 4 bits.
+"""Stacked experts in 4 bits, or in the blocks of a file.
 
     y_t = sum over the k experts e of token t of  p_te f_e(x_t),     f_e(x) = down_e(gate(up_e(x)))
 
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from rankwise import ops
 from rankwise.compat.torch import Ctx, own_modules, share_hooks
 from rankwise.compat.transformers import choose_experts_of_module, gate_of, register_experts, spreads_experts
-from rankwise.constants import NESTED_BLOCK
+from rankwise.constants import MXFP4, NESTED_BLOCK
 from rankwise.ops.cpu.native import NativeWeight
 from rankwise.ops.cpu.products import Factor
 from rankwise.ops.eight_bit import EightBit, error_of_rows
@@ -43,10 +43,12 @@ from rankwise.ops.experts import (
     low_rank_experts,
     rows_per_expert,
 )
+from rankwise.ops.gguf_blocks import BLOCK_TYPES
 from rankwise.ops.packed_weight import SCALES, PackedWeight
 from rankwise.ops.selection import as_autocast, computes_in, is_traced, transforms_functions
 from rankwise.quantization.config import dtype_named
 from rankwise.quantization.linear import (
+    SUFFIX,
     FourBitModule,
     Linear4bit,
     PackedEmbedding,
@@ -56,7 +58,6 @@ from rankwise.quantization.linear import (
 
 # rankwise's name among transformers' implementations of experts.
 IMPLEMENTATION = "rankwise_4bit"
-SUFFIX = "_scales"
 # A module's attribute: {stack: `StackEightBit`}.
 EIGHT_BITS = "rankwise_eight_bits"
 LEAVES = ("gate_up_proj", "up_proj", "down_proj")
@@ -65,7 +66,8 @@ LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 class StackScales(FourBitModule):
     """Scales and format of one 4-bit stack; its codes, uint8 (E, N K / 2), are a parameter of the experts module.
 
-    The scales, E N K / b, are those of the whole stack, as in bitsandbytes. Errors: see `set_scales`.
+    The scales, E N K / b, are those of the whole stack, as in bitsandbytes. In the blocks of a file (N, K) is always
+    (out, in), and the codes are those of a weight (E N, K). Errors: see `set_scales`.
     """
 
     def __init__(
@@ -123,6 +125,22 @@ class Stack:
     def scales(self) -> StackScales:
         return getattr(self.experts, self.leaf + SUFFIX)
 
+    @property
+    def is_in_file_blocks(self) -> bool:
+        return self.scales.quant_type in BLOCK_TYPES
+
+    @property
+    def transposed(self) -> bool:
+        """Whether (N, K) is (in, out)."""
+        return bool(self.experts.is_transposed) and not self.is_in_file_blocks
+
+    def of_expert(self, index: int) -> PackedWeight:
+        """The packed weight (N, K) of expert ``index``."""
+        if not self.is_in_file_blocks:
+            return self.scales.of_expert(index, self.codes[index])
+        N = self.scales.shape[1]
+        return self.packed.rows(slice(index * N, (index + 1) * N))
+
     def product(self, x: Tensor, index: int, *, transposed: bool) -> Tensor:
         """``x W_e'^T`` of one expert, or ``x W_e'`` if ``transposed``; differentiable in x. Saves no dense weight."""
         x = as_autocast(x)
@@ -131,18 +149,25 @@ class Stack:
         return _Product.apply(x, self, index, transposed)
 
     def run(self, x: Tensor, index: int, *, across: bool) -> Tensor:
-        W = self.scales.of_expert(index, self.codes[index])
+        W = self.of_expert(index)
         return ops.linear_4bit_input_grad(x, W) if across else ops.linear_4bit(x, W)
 
     @property
     def packed(self) -> PackedWeight:
-        """W' of all experts (E, N, K) as a `PackedWeight`."""
-        return self.scales.packed_with(self.codes)
+        """W' of all experts (E, N, K), or (E N, K) in the blocks of a file, as a `PackedWeight`."""
+        found, (E, N, K) = self.scales.packed_with(self.codes), self.scales.shape
+        return dataclasses.replace(found, shape=(E * N, K)) if self.is_in_file_blocks else found
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
-        """W' of all experts as a new tensor (E, N, K) in the scales' ``dtype``."""
-        return ops.dequantize_weight(self.packed)
+        """W' of all experts as a new tensor in the module's layout and the scales' ``dtype``."""
+        E, N, K = self.scales.shape
+        if not self.is_in_file_blocks or not self.experts.is_transposed:
+            return ops.dequantize_weight(self.packed).view(E, N, K)
+        W = torch.empty(E, K, N, dtype=self.scales.dtype, device=self.codes.device)
+        for index in range(E):
+            W[index] = ops.dequantize_weight(self.of_expert(index)).T
+        return W
 
 
 class _Product(torch.autograd.Function):
@@ -169,9 +194,7 @@ def product(module: nn.Module, leaf: str, index: int, x: Tensor) -> Tensor:
     """``W_e x + b_e`` of one expert, dense or 4-bit: (t, K) -> (t, N)."""
     stack = stack_at(module, leaf)
     if stack is not None:
-        y = computed_in(
-            stack.scales.compute_dtype, x, lambda z: stack.product(z, index, transposed=bool(module.is_transposed))
-        )
+        y = computed_in(stack.scales.compute_dtype, x, lambda z: stack.product(z, index, transposed=stack.transposed))
     else:
         W = getattr(module, leaf)[index]
         y = x @ W if module.is_transposed else F.linear(x, W)
@@ -234,7 +257,7 @@ def frozen_branch(base: Any, leaf: str, dtype: torch.dtype) -> ExpertBranch | No
         return ExpertBranch(dense, bias, eight_bit=_eight_bit(base, leaf))
     if not stack.scales.dtype is dtype is (stack.scales.compute_dtype or dtype):
         return None
-    return ExpertBranch(PackedStack(stack, bool(base.is_transposed)), bias, eight_bit=_eight_bit(base, leaf))
+    return ExpertBranch(PackedStack(stack, stack.transposed), bias, eight_bit=_eight_bit(base, leaf))
 
 
 @dataclasses.dataclass(eq=False)
@@ -327,8 +350,8 @@ class PackedStack:
         return self.stack.packed
 
     def parts(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        for index, codes in enumerate(self.stack.codes):
-            W = ops.dequantize_weight(self.stack.scales.of_expert(index, codes), dtype)
+        for index in range(self.stack.scales.shape[0]):
+            W = ops.dequantize_weight(self.stack.of_expert(index), dtype)
             yield W.T if self.transposed else W
 
     def product(self, x: Tensor, rows: Rows) -> Tensor:
@@ -401,8 +424,9 @@ def stack_tensors(weight: PackedWeight, name: str) -> dict[str, Tensor]:
 def put_stack(experts: nn.Module, leaf: str, scales: StackScales, codes: Tensor | None = None) -> Stack:
     """Replace the dense parameter ``leaf`` by a 4-bit stack; without ``codes``, by an empty one for loading."""
     if codes is None:
-        count, weights = scales.shape[0], math.prod(scales.shape[1:])
-        codes = torch.empty(count, weights // 2, dtype=torch.uint8, device=scales.absmax.device)
+        E, N, K = scales.shape
+        shape = (E * N, K // 2) if scales.quant_type == MXFP4 else (E, N * K // 2)
+        codes = torch.empty(shape, dtype=torch.uint8, device=scales.absmax.device)
     setattr(experts, leaf, nn.Parameter(codes, requires_grad=False))
     experts.add_module(leaf + SUFFIX, scales)
     _use_ours(experts)

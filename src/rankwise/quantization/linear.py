@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from rankwise import ops
-from rankwise.compat.torch import own_parameters
+from rankwise.compat.torch import own_modules, own_parameters
 from rankwise.disk import coded_errors
 from rankwise.errors import QuantizationError
 from rankwise.ops.checks import check_dtype, check_type
 from rankwise.ops.packed_weight import SCALES, PackedWeight, empty_scales, format_of, packed_shape
+
+# After the name of a stack of experts, that of the module that holds its scales.
+SUFFIX = "_scales"
 
 
 class FourBitModule(nn.Module):
@@ -64,7 +67,7 @@ class FourBitModule(nn.Module):
         check_type(quant_type, block_size)
         check_dtype(dtype, "the dtype of a 4-bit weight")
         self.quant_type, self.block_size, self.dtype = quant_type, block_size, dtype
-        for name, buffer in empty_scales(math.prod(self.shape), block_size, double_quant, device).items():
+        for name, buffer in empty_scales(quant_type, math.prod(self.shape), block_size, double_quant, device).items():
             self.register_buffer(name, buffer)
         self.register_buffer("order", None)
 
@@ -389,14 +392,21 @@ def features(linear: nn.Module) -> tuple[int, int]:
     return layer.in_features, layer.out_features
 
 
-def weight_count(parameter: Tensor) -> int:
-    """The number of weights in a parameter; each byte of 4-bit codes holds two."""
+def weight_count(module: nn.Module, leaf: str) -> int:
+    """The number of weights in a parameter of a module; each byte of other libraries' codes holds two."""
+    parameter, scales = module.get_parameter(leaf), own_modules(module).get(leaf + SUFFIX)
+    packed = module if leaf == "weight" else scales
+    if isinstance(packed, FourBitModule):
+        return math.prod(packed.shape)
     return parameter.numel() * (1 if parameter.dtype.is_floating_point else 2)
 
 
 def count_weights(model: nn.Module) -> int:
     """The number of weights of a model, without scales of 4-bit weights; tied ones count once."""
-    packed = (module for module in model.modules() if isinstance(module, Linear4bit | PackedEmbedding))
-    counts = {id(module.weight): math.prod(module.shape) for module in packed}
-    named = ((name, W) for name, W in model.named_parameters() if not name.endswith(".absmax"))
-    return sum(counts.get(id(W)) or weight_count(W) for _, W in named)
+    counts = {
+        id(parameter): weight_count(module, leaf)
+        for module in model.modules()
+        for leaf, parameter in own_parameters(module).items()
+        if parameter is not None and leaf != "absmax"
+    }
+    return sum(counts.values())

@@ -2,9 +2,9 @@
 checkpoints.
 
 ``from_pretrained`` builds the model on the meta device and calls ``_process_model_before_weight_loading``, which
-replaces the linear layers to quantize by empty 4-bit ones. It then passes dense weights to `QuantizeOperation`, and the
-tensors of 4-bit weights to `DeserializeOperation`, which replaces their layers. transformers turns exceptions of both
-into a report, so they are collected and raised at the end.
+replaces the linear layers to quantize by empty 4-bit ones. It then passes dense weights to `QuantizeOperation`, the
+tensors of 4-bit weights to `DeserializeOperation`, which replaces their layers, and those of experts in MXFP4 to
+`Mxfp4Operation`. transformers turns exceptions of all into a report, so they are collected and raised at the end.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from transformers.quantizers.base import HfQuantizer
 from rankwise import ops
 from rankwise.compat import transformers as compat
 from rankwise.compat.torch import is_fake, is_sharded, own_parameters, own_part, own_rows, rows_of_all
+from rankwise.constants import MXFP4
 from rankwise.errors import QuantizationError, RankwiseError, RunError, some_of
 from rankwise.ops.checks import DTYPES
-from rankwise.ops.packed_weight import PackedWeight, format_of
+from rankwise.ops.gguf_blocks import BLOCK_TYPES, LARGEST_EXPONENT
+from rankwise.ops.packed_weight import QUANT_TYPES, PackedWeight, format_of
 from rankwise.quantization.config import (
     METHOD,
     PARTS,
@@ -43,7 +45,6 @@ from rankwise.quantization.config import (
     to_bitsandbytes,
 )
 from rankwise.quantization.experts import (
-    SUFFIX,
     StackScales,
     dequantize,
     four_bit_stacks,
@@ -55,6 +56,7 @@ from rankwise.quantization.experts import (
     stack_tensors,
 )
 from rankwise.quantization.linear import (
+    SUFFIX,
     FourBitModule,
     Linear4bit,
     features,
@@ -231,7 +233,9 @@ class FourBitQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: object) -> bool:
         module, leaf = _owner(model, param_name)
-        return (leaf == "weight" and isinstance(module, Linear4bit)) or stack_at(module, leaf) is not None
+        stack = stack_at(module, leaf)
+        is_quantized = stack is not None and not stack.is_in_file_blocks
+        return (leaf == "weight" and isinstance(module, Linear4bit)) or is_quantized
 
     def is_serializable(self) -> bool:
         return True
@@ -260,28 +264,38 @@ class FourBitQuantizer(HfQuantizer):
     ) -> list[WeightTransform]:
         """Add the conversions that read stored 4-bit experts before all others, with the model's names as targets."""
         found = super().update_weight_conversions(weight_conversions, model)
+        if self.quantization_config.experts_in_mxfp4:
+            ends = {_end(name) for name, stack in four_bit_stacks(model) if stack.is_in_file_blocks}
+            of_file = [
+                WeightConverter(
+                    [rf"\.{re.escape(end)}_{part}$" for part in MXFP4_PARTS], f".{end}", [Mxfp4Operation(self)]
+                )
+                for end in sorted(ends)
+            ]
+            return [*of_file, *found]
         return [*self._stack_conversions(model), *found] if self.pre_quantized else found
 
     def _stack_conversions(self, model: PreTrainedModel) -> list[WeightConverter]:
         stacks = [*expert_tensors(model), *(name for name, _ in four_bit_stacks(model))]
-        # The last two components are the same in every layer: experts.gate_up_proj, experts.down_proj.
-        ends = sorted({".".join(name.split(".")[-2:]) for name in stacks})
         conversions = []
-        for end in ends:
+        for end in sorted({_end(name) for name in stacks}):
             endings = ("", *(f".{part}" for part in PARTS))
             parts = {rf"\.{re.escape(end + part)}$": f"weight{part}" for part in endings}
             conversions.append(WeightConverter([*parts], f".{end}", [DeserializeOperation(self, parts)]))
         return conversions
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
-        if not self.pre_quantized:
+        config = self.quantization_config
+        if config.experts_in_mxfp4:
+            put_mxfp4(model)
+        if not self.pre_quantized and config.quant_type in QUANT_TYPES:
             stacks = target_stacks(model, self.quantization_config)
             for names in target_names(model, self.quantization_config):
                 self._put_empty(model, names)
             for name in stacks:
                 self._put_empty_stack(model, name)
             layers = [f"{name}.weight" for name, _ in four_bit_layers(model)]
-            compat.read_as_given(model, [*layers, *(name for name, _ in four_bit_stacks(model))])
+            compat.read_as_given(model, [*layers, *stacks])
         return model
 
     def _put_empty(self, model: PreTrainedModel, names: list[str], stored: PackedWeight | None = None) -> Linear4bit:
@@ -332,6 +346,8 @@ class FourBitQuantizer(HfQuantizer):
         conversions = compat.conversions_of(model) or []
         compat.set_conversions(model, [item for item in conversions if not _is_ours(item)])
         describe(model, self.quantization_config)
+        if self.quantization_config.experts_in_mxfp4:
+            return model
         warn_about_experts(model, self.quantization_config, stored=self.pre_quantized)
         return model
 
@@ -370,6 +386,26 @@ class FourBitQuantizer(HfQuantizer):
         dequantize(model, dtype)
         compat.forget_conversions(model)
         return model
+
+
+def put_mxfp4(model: nn.Module, device: torch.device | str = "meta") -> None:
+    """Replace all dense stacks of experts by empty ones in MXFP4. Raises QuantizationError (RW611) for experts that
+    cannot be computed with so."""
+    kind = BLOCK_TYPES[MXFP4]
+    for name in expert_tensors(model):
+        module, leaf = _owner(model, name)
+        dense = model.get_parameter(name)
+        E, N, K = dense.transpose(1, 2).shape if getattr(module, "is_transposed", False) else dense.shape
+        reason = obstacle(module, leaf, (E, N, K), kind.elements)
+        if reason is None and K % kind.elements:
+            reason = f"their rows of {K} weights are not whole blocks of {kind.elements}"
+        if reason is not None:
+            raise QuantizationError("RW611", f"the experts {name} in MXFP4 cannot be computed with: {reason}.")
+        scales = StackScales(
+            (E, N, K), quant_type=MXFP4, block_size=kind.elements, double_quant=False, dtype=dense.dtype, device=device
+        )
+        put_stack(module, leaf, scales)
+        compat.mark_initialized(module)
 
 
 def bitsandbytes_state(model: nn.Module) -> dict[str, Tensor]:
@@ -516,6 +552,50 @@ class DeserializeOperation(ConversionOps):
         scales = self.hf_quantizer._put_empty_stack(model, name, stored) if stack is None else stack.scales
         check_shape(name, stored.shape, scales.shape)
         return stack_tensors(stored, name)
+
+
+# The ends of the names of a stack's tensors in gpt-oss' files: codes (E, N, K / 32, 16), exponents (E, N, K / 32).
+MXFP4_PARTS = ("blocks", "scales")
+
+
+class Mxfp4Operation(ConversionOps):
+    """Gives a stack in MXFP4 its two tensors of the file, of which they stay views."""
+
+    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Mxfp4Operation:
+        return Mxfp4Operation(self.hf_quantizer)
+
+    def convert(
+        self, input_dict: dict[str, Read], *_: object, model: Any = None, full_layer_name: str = "", **__: object
+    ) -> dict[str, Any]:
+        module, leaf = _owner(model, full_layer_name)
+        scales = getattr(module, leaf + SUFFIX)
+        E, N, K = scales.shape
+        parts = {name.rpartition("_")[2].rstrip("$"): _single(value) for name, value in input_dict.items()}
+        wanted = {"blocks": (E, N, K // 32, 16), "scales": (E, N, K // 32)}
+        wrong = [
+            f"{leaf}_{name} is {'missing' if part is None else f'{tuple(part.shape)} of {part.dtype}'}"
+            for name, shape in wanted.items()
+            if (part := parts.get(name)) is None or tuple(part.shape) != shape or part.dtype is not torch.uint8
+        ]
+        if not wrong and int(parts["scales"].max()) > LARGEST_EXPONENT:
+            wrong = [f"{leaf}_scales holds exponents above {LARGEST_EXPONENT}, whose weights are infinite"]
+        if wrong:
+            fault = f"{full_layer_name} in MXFP4 wants uint8 of {wanted}: {'; '.join(wrong)}"
+            self.hf_quantizer.failures.append(QuantizationError("RW611", f"{fault}."))
+            return {}
+        self.hf_quantizer.loaded.add(full_layer_name)
+        return {
+            full_layer_name: parts["blocks"].reshape(E * N, K // 2),
+            f"{full_layer_name}{SUFFIX}.absmax": parts["scales"].reshape(-1),
+        }
+
+
+def _end(name: str) -> str:
+    """The last two components of a stack's name, the same in every layer: experts.gate_up_proj."""
+    return ".".join(name.split(".")[-2:])
 
 
 def _wanted_dtype(model: Any, name: str) -> torch.dtype:

@@ -45,6 +45,7 @@ from rankwise.lora_config import LoraConfig
 from rankwise.methods import method_of
 from rankwise.objectives import OBJECTIVES, ObjectiveName
 from rankwise.ops.branch import eight_bit_pays
+from rankwise.quantization.targets import four_bit_modules
 from rankwise.training import ranks
 from rankwise.training.batches import KEY, Batch, Figures, MicroBatch, Row, on_device
 from rankwise.training.watch import Step
@@ -83,6 +84,12 @@ def make_trainable(model: PreTrainedModel, method: str, config: LoraConfig, *, i
     """
     row = method_of(method)
     if row.trains_all:
+        if any(four_bit_modules(model)):
+            raise ConfigError(
+                "RW112",
+                f"--method {method} trains the base whole, and its files hold packed weights; give the original, "
+                "or take lora.",
+            )
         model.requires_grad_(True)
         return sum(parameter.numel() for parameter in model.parameters())
     if row.is_guest:

@@ -197,11 +197,12 @@ class NativeWeight:
             kind, K = BLOCK_TYPES[weight.quant_type], weight.shape[1]
             self.struct = Weight(
                 packed=codes.data_ptr(),
+                absmax=absmax.data_ptr(),
                 elements=weight.elements,
                 block_size=kind.elements,
                 ggml_type=kind.number,
                 columns=K,
-                row_bytes=kind.row_bytes(K),
+                row_bytes=kind.row_bytes(K) if codes.dim() == 2 else 1,
                 order=pointer(order),
             )
             return
