@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from rankwise.errors import RunError
@@ -22,12 +23,30 @@ from rankwise.training.checkpoints import (
     remove_unfinished,
     save_checkpoint,
 )
-from rankwise.training.weights import save_state
+from rankwise.training.weights import load_state, save_state
 
 
 def write(folder: Path) -> None:
     save_state(folder, "optimizer", {"step": torch.tensor(3.0), "moment": torch.ones(64)})
     (folder / "notes.json").write_text("{}")
+
+
+def test_a_state_is_written_without_a_copy_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full run's moments are twice its weights; those that share memory, which safetensors refuses, are copied."""
+    moment, written = torch.arange(64.0), dict[str, torch.Tensor]()
+    save_file = safetensors.torch.save_file
+
+    def save(tensors: dict[str, torch.Tensor], *rest: object) -> None:
+        written.update(tensors)
+        save_file(tensors, *rest)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    save_state(tmp_path, "optimizer", {"first": moment, "part": moment[8:16], "across": moment.view(8, 8).T})
+    assert written["0"].data_ptr() == moment.data_ptr()
+    found = load_state(tmp_path, "optimizer")
+    assert torch.equal(found["first"], moment)
+    assert torch.equal(found["part"], moment[8:16])
+    assert torch.equal(found["across"], moment.view(8, 8).T)
 
 
 def no_damage(error: RunError) -> None:

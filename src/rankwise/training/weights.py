@@ -278,6 +278,7 @@ def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     of a different type.
     """
     tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
 
     def other(value: object) -> Any:
         if isinstance(value, np.generic | np.ndarray):
@@ -292,9 +293,11 @@ def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
             kind = type(value).__name__
             text = f"the {name} state holds a {kind}, which a checkpoint cannot hold; please report this optimizer."
             raise InternalError("RW590", text)
-        key = str(len(tensors))
-        # A copy, since safetensors refuses tensors that share memory.
-        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        key, value = str(len(tensors)), value.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory. A copy of each would double the optimizer's state.
+        storage = value.untyped_storage().data_ptr()
+        tensors[key] = value.clone() if storage in storages else value
+        storages.add(storage)
         return {TENSOR: key}
 
     text = json.dumps(state, default=other)
